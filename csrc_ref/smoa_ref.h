@@ -1,0 +1,58 @@
+/* SMoA by its definition (arXiv 2605.21147), in float64 and scalar loops.
+ *
+ * An oracle for tests: it is meant to be obviously right, not fast, and shares no code with smoa_kernels.
+ * All arrays are dense and row-major. N = out_features, C = in_features, K = num_blocks, T = tokens,
+ * q = min(N, C), rho = max_rank. Every function returns an smoa_status; after an error the outputs are
+ * unspecified. No function allocates memory.
+ */
+#ifndef SMOA_REF_H
+#define SMOA_REF_H
+
+#include <stdint.h>
+
+typedef enum {
+    SMOA_OK = 0,
+    SMOA_NULL = 1,       /* a pointer that may not be null is null */
+    SMOA_SIZE = 2,       /* a negative size, or fewer than one block */
+    SMOA_LABEL = 3,      /* a block label outside [0, K) */
+    SMOA_RANK = 4,       /* a block's rank outside [0, rho] */
+    SMOA_ORDER = 5,      /* an order that is not a permutation of 0 .. n-1 */
+    SMOA_NOT_FINITE = 6  /* a spectral score that is NaN or infinite, so there is no order */
+} smoa_status;
+
+/* The frozen weight and its adapter, in the layer's own coordinates ("packed form"): column j of A holds the
+ * factor of column j's block, row i of B that of row i's block. Entries with t >= the block's rank are
+ * padding: never read, gradient exactly 0. A block may have rows only, columns only, or neither. */
+typedef struct {
+    int64_t out_features, in_features, num_blocks, max_rank;
+    const double *weight;      /* (N, C) */
+    const double *a;           /* (rho, C) */
+    const double *b;           /* (N, rho) */
+    const int64_t *row_block;  /* (N) */
+    const int64_t *col_block;  /* (C) */
+    const int64_t *ranks;      /* (K) */
+    double scaling;
+} smoa_layer;
+
+/* Spectral centroids of the n coordinates of one side and their stable ascending order.
+ * basis (n, q) is U for the rows or V for the columns; sigma (q); score (n); order (n). A coordinate whose
+ * energy is exactly zero scores 0. */
+smoa_status smoa_spectral_order(int64_t n, int64_t q, const double *basis, const double *sigma, double *score,
+                                int64_t *order);
+
+/* Labels (n) of the K contiguous chunks of order (n), cut as torch.tensor_split cuts. */
+smoa_status smoa_block_labels(int64_t n, int64_t num_blocks, const int64_t *order, int64_t *labels);
+
+/* delta (N, C). */
+smoa_status smoa_delta_weight(const smoa_layer *layer, double *delta);
+
+/* y (T, N) = x W0' + bias + (x o multiplier) delta'. bias (N) may be null. multiplier (T, C), the scaled
+ * dropout mask, may be null, which is no dropout. */
+smoa_status smoa_forward(const smoa_layer *layer, int64_t tokens, const double *x, const double *bias,
+                         const double *multiplier, double *y);
+
+/* Gradients of sum(dy o y): dx (T, C), da (rho, C), db (N, rho), from dy (T, N). */
+smoa_status smoa_backward(const smoa_layer *layer, int64_t tokens, const double *x, const double *multiplier,
+                          const double *dy, double *dx, double *da, double *db);
+
+#endif

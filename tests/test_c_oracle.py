@@ -1,0 +1,363 @@
+"""The C oracle against the vectors, closed forms and finite differences, so that other tests may trust it."""
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import c_oracle
+import numpy as np
+import pytest
+import torch
+from c_oracle import FloatArray, IntArray, OracleError, Status
+from numpy.typing import ArrayLike
+from vectors import Vector, all_vectors
+
+TOLERANCE = 1e-10
+
+each_vector = pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
+
+
+def assert_close(actual: FloatArray, expected: FloatArray | list[float]) -> None:
+    """Error relative to the largest entry: small entries are sums of large terms that cancel."""
+    scale = np.abs(expected).max(initial=0.0)
+    np.testing.assert_allclose(actual, expected, rtol=0.0, atol=TOLERANCE * scale)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one call, N × C = 6 × 9."""
+
+    x: FloatArray
+    dy: FloatArray
+    weight: FloatArray
+    bias: FloatArray
+    A: FloatArray
+    B: FloatArray
+    row_block: IntArray
+    col_block: IntArray
+    ranks: IntArray
+    multiplier: FloatArray
+    scaling: float = 0.7
+
+    @property
+    def adapter(self) -> tuple[FloatArray, FloatArray, IntArray, IntArray, IntArray]:
+        return self.A, self.B, self.row_block, self.col_block, self.ranks
+
+    def padding(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where A (ρ, C) and B (N, ρ) are padding."""
+        t = np.arange(self.A.shape[0])
+        return t[:, None] >= self.ranks[self.col_block], t >= self.ranks[self.row_block][:, None]
+
+
+def make_case(ranks: list[int], row_block: list[int], col_block: list[int]) -> Case:
+    random = np.random.default_rng(0)
+    tokens, out_features, in_features, max_rank = 4, len(row_block), len(col_block), max(ranks)
+    keep = random.random((tokens, in_features)) < 0.75
+    return Case(
+        x=random.normal(size=(tokens, in_features)),
+        dy=random.normal(size=(tokens, out_features)),
+        weight=random.normal(size=(out_features, in_features)),
+        bias=random.normal(size=out_features),
+        A=random.normal(size=(max_rank, in_features)),
+        B=random.normal(size=(out_features, max_rank)),
+        row_block=np.array(row_block),
+        col_block=np.array(col_block),
+        ranks=np.array(ranks),
+        multiplier=keep / 0.75,
+    )
+
+
+CASES = {
+    "one_block": make_case([3], [0] * 6, [0] * 9),
+    "even": make_case([2, 2], [0, 1, 1, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1, 0, 0]),
+    "uneven_with_zero_rank": make_case([3, 0, 1], [0, 1, 2, 0, 2, 1], [2, 1, 0, 0, 1, 2, 2, 0, 1]),
+    "blocks_without_rows_or_columns": make_case(
+        [1, 2, 3, 2], [0, 0, 2, 0, 2, 0], [3, 0, 3, 0, 0, 3, 3, 0, 0]
+    ),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+# ---- the vectors
+
+
+@each_vector
+def test_orders_and_blocks_match_the_vectors(vector: Vector) -> None:
+    U, sigma, Vh = np.linalg.svd(vector.weight, full_matrices=False)
+    orders = c_oracle.spectral_orders(U, sigma, Vh.T)
+    assert_close(orders.row_score, vector.row_score)
+    assert_close(orders.col_score, vector.col_score)
+    np.testing.assert_array_equal(orders.row_order, vector.row_order)
+    np.testing.assert_array_equal(orders.col_order, vector.col_order)
+    row_block = c_oracle.block_labels(orders.row_order, vector.num_blocks)
+    col_block = c_oracle.block_labels(orders.col_order, vector.num_blocks)
+    np.testing.assert_array_equal(row_block, vector.row_block)
+    np.testing.assert_array_equal(col_block, vector.col_block)
+
+
+@each_vector
+def test_delta_and_outputs_match_the_vectors(vector: Vector) -> None:
+    adapter = (vector.A, vector.B, vector.row_block, vector.col_block, vector.ranks)
+    delta = c_oracle.delta_weight(vector.weight, *adapter, scaling=vector.scaling)
+    assert_close(delta, vector.delta_weight)
+    y = c_oracle.forward(vector.x, vector.weight, vector.bias, *adapter, scaling=vector.scaling)
+    assert_close(y, vector.y)
+
+
+@each_vector
+def test_gradients_match_the_vectors(vector: Vector) -> None:
+    adapter = (vector.A, vector.B, vector.row_block, vector.col_block, vector.ranks)
+    dx, dA, dB = c_oracle.backward(vector.dy, vector.x, vector.weight, *adapter, scaling=vector.scaling)
+    assert_close(dx, vector.dx)
+    # Compared packed as well as by block: packed, the zeros of the padding are compared too.
+    assert_close(dA, vector.pack_A(vector.block_dA))
+    assert_close(dB, vector.pack_B(vector.block_dB))
+    for actual, expected in zip(vector.unpack_A(dA), vector.block_dA, strict=True):
+        assert_close(actual, expected)
+    for actual, expected in zip(vector.unpack_B(dB), vector.block_dB, strict=True):
+        assert_close(actual, expected)
+
+
+@each_vector
+def test_packing_loses_nothing(vector: Vector) -> None:
+    for unpacked, original in (
+        (vector.unpack_A(vector.A), vector.block_A),
+        (vector.unpack_B(vector.B), vector.block_B),
+    ):
+        for actual, expected in zip(unpacked, original, strict=True):
+            np.testing.assert_array_equal(actual, expected)
+
+
+# ---- order and blocks
+
+
+def test_centroid_by_hand() -> None:
+    # Row energies over σ = (2, 1): (4, 1), (0, 1), (4, 0), so centroids 1/5, 1, 0.
+    orders = c_oracle.spectral_orders([[1, 1], [0, 1], [1, 0]], [2, 1], [[0, 1], [1, 0]])
+    assert_close(orders.row_score, [0.2, 1.0, 0.0])
+    np.testing.assert_array_equal(orders.row_order, [2, 0, 1])
+    np.testing.assert_array_equal(orders.col_order, [1, 0])
+
+
+def test_order_is_stable_and_zero_rows_come_first() -> None:
+    U = [[0, 1], [1, 0], [0, 1], [0, 0], [1, 0], [0, 0], [0, 1]]
+    orders = c_oracle.spectral_orders(U, [3, 2], [[0, 0]] * 4)
+    np.testing.assert_array_equal(orders.row_score, [1, 0, 1, 0, 0, 0, 1])
+    np.testing.assert_array_equal(orders.row_order, [1, 3, 4, 5, 0, 2, 6])
+    np.testing.assert_array_equal(orders.col_order, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 11, 13])
+def test_labels_cut_as_tensor_split(num_blocks: int) -> None:
+    order = np.random.default_rng(1).permutation(11)
+    labels = c_oracle.block_labels(order, num_blocks)
+    for k, chunk in enumerate(torch.tensor_split(torch.from_numpy(order), num_blocks)):
+        assert (labels[chunk.numpy()] == k).all()
+
+
+# ---- forward and backward
+
+
+@each_case
+def test_matches_matrix_form(case: Case) -> None:
+    """The equations in matrices, blocks as a mask: what the loops compute entry by entry."""
+    A, B = (np.where(pad, 0.0, factor) for pad, factor in zip(case.padding(), (case.A, case.B), strict=True))
+    aligned = case.row_block[:, None] == case.col_block
+    delta = case.scaling * (B @ A) * case.weight * aligned
+    dropped = case.x * case.multiplier
+    H = case.scaling * (case.dy.T @ dropped) * case.weight * aligned
+    dA, dB = (
+        np.where(pad, 0.0, gradient) for pad, gradient in zip(case.padding(), (B.T @ H, H @ A.T), strict=True)
+    )
+    scaling, multiplier = case.scaling, case.multiplier
+
+    assert_close(c_oracle.delta_weight(case.weight, *case.adapter, scaling=scaling), delta)
+    assert_close(
+        c_oracle.forward(
+            case.x, case.weight, case.bias, *case.adapter, scaling=scaling, multiplier=multiplier
+        ),
+        case.x @ case.weight.T + case.bias + dropped @ delta.T,
+    )
+    assert_close(
+        c_oracle.forward(case.x, case.weight, None, *case.adapter, scaling=scaling),
+        case.x @ (case.weight + delta).T,
+    )
+    gradients = c_oracle.backward(
+        case.dy, case.x, case.weight, *case.adapter, scaling=scaling, multiplier=multiplier
+    )
+    assert_close(gradients.dx, case.dy @ case.weight + multiplier * (case.dy @ delta))
+    assert_close(gradients.dA, dA)
+    assert_close(gradients.dB, dB)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@each_case
+def test_gradients_match_finite_differences(case: Case, dropout: bool) -> None:
+    multiplier = case.multiplier if dropout else None
+    labels = (case.row_block, case.col_block, case.ranks)
+
+    def loss(x: FloatArray, A: FloatArray, B: FloatArray) -> float:
+        y = c_oracle.forward(
+            x, case.weight, case.bias, A, B, *labels, scaling=case.scaling, multiplier=multiplier
+        )
+        return float((case.dy * y).sum())
+
+    gradients = c_oracle.backward(
+        case.dy, case.x, case.weight, *case.adapter, scaling=case.scaling, multiplier=multiplier
+    )
+    point = (case.x, case.A, case.B)
+    for position, gradient in enumerate(gradients):
+        numeric = np.empty_like(gradient)
+        for index in np.ndindex(gradient.shape):
+            # The loss is linear in each single entry: a step of 1 has no truncation error.
+            above, below = ([array.copy() for array in point] for _ in range(2))
+            above[position][index] += 0.5
+            below[position][index] -= 0.5
+            numeric[index] = loss(*above) - loss(*below)
+        assert_close(gradient, numeric)
+
+
+@each_case
+def test_padding_is_never_read_and_has_zero_gradients(case: Case) -> None:
+    pad_A, pad_B = case.padding()
+    poisoned = (np.where(pad_A, np.nan, case.A), np.where(pad_B, np.nan, case.B), *case.adapter[2:])
+    y = c_oracle.forward(case.x, case.weight, case.bias, *poisoned, scaling=case.scaling)
+    assert np.isfinite(y).all()
+    gradients = c_oracle.backward(case.dy, case.x, case.weight, *poisoned, scaling=case.scaling)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert (gradients.dA[pad_A] == 0.0).all()
+    assert (gradients.dB[pad_B] == 0.0).all()
+
+
+def test_all_ranks_zero_leaves_the_frozen_layer() -> None:
+    case = make_case([0, 0], [0, 1], [0, 1, 1])
+    assert not c_oracle.delta_weight(case.weight, *case.adapter, scaling=case.scaling).any()
+    y = c_oracle.forward(case.x, case.weight, case.bias, *case.adapter, scaling=case.scaling)
+    assert_close(y, case.x @ case.weight.T + case.bias)
+
+
+def test_zero_tokens() -> None:
+    case = CASES["even"]
+    x, dy = case.x[:0], case.dy[:0]
+    assert c_oracle.forward(x, case.weight, case.bias, *case.adapter, scaling=1.0).shape == (0, 6)
+    gradients = c_oracle.backward(dy, x, case.weight, *case.adapter, scaling=1.0)
+    assert gradients.dx.shape == (0, 9)
+    assert not gradients.dA.any()
+    assert not gradients.dB.any()
+
+
+def test_takes_tensors_of_narrower_types() -> None:
+    case = CASES["uneven_with_zero_rank"]
+    x, weight, A, B = (torch.from_numpy(array).float() for array in (case.x, case.weight, case.A, case.B))
+    row_block, col_block = (torch.from_numpy(labels).byte() for labels in (case.row_block, case.col_block))
+    ranks = torch.from_numpy(case.ranks).int()
+    y = c_oracle.forward(x, weight, None, A, B, row_block, col_block, ranks, scaling=1.0)
+    x, weight, A, B = (tensor.double() for tensor in (x, weight, A, B))
+    expected = c_oracle.forward(x, weight, None, A, B, *case.adapter[2:], scaling=1.0)
+    np.testing.assert_array_equal(y, expected)
+
+
+# ---- bad arguments
+
+
+def refused(call: Callable[[], object]) -> Status:
+    with pytest.raises(OracleError) as caught:
+        call()
+    return caught.value.status
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "status"),
+    [
+        (2, [0, 1, 2, 0, 1, 0], Status.LABEL),
+        (2, [0, 1, -1, 0, 1, 0], Status.LABEL),
+        (3, [1, 0, 0, 1, 1, 0, 1, 0, 2], Status.LABEL),
+        (4, [2, 3], Status.RANK),
+        (4, [-1, 2], Status.RANK),
+        (4, [], Status.SIZE),
+    ],
+)
+def test_bad_layers_are_refused(position: int, value: list[int], status: Status) -> None:
+    case = CASES["even"]
+    adapter: list[ArrayLike] = list(case.adapter)
+    adapter[position] = value
+    assert refused(lambda: c_oracle.delta_weight(case.weight, *adapter, scaling=1.0)) is status
+    assert refused(lambda: c_oracle.forward(case.x, case.weight, None, *adapter, scaling=1.0)) is status
+    assert refused(lambda: c_oracle.backward(case.dy, case.x, case.weight, *adapter, scaling=1.0)) is status
+
+
+def test_bad_orders_are_refused() -> None:
+    assert refused(lambda: c_oracle.block_labels([0, 1, 1], 2)) is Status.ORDER
+    assert refused(lambda: c_oracle.block_labels([0, 1, 3], 2)) is Status.ORDER
+    assert refused(lambda: c_oracle.block_labels([0, -1, 2], 2)) is Status.ORDER
+    assert refused(lambda: c_oracle.block_labels([0, 1, 2], 0)) is Status.SIZE
+    assert refused(lambda: c_oracle.spectral_orders([[np.nan]], [1.0], [[1.0]])) is Status.NOT_FINITE
+
+
+def test_null_pointers_and_negative_sizes_are_refused() -> None:
+    """What the numpy functions can't be made to pass."""
+    library, data = c_oracle.library(), np.zeros(8).ctypes.data
+    pointers = ("weight", "a", "b", "row_block", "col_block", "ranks")
+    layer = c_oracle.CLayer(2, 2, 1, 1, *[data] * 6, 1.0)
+
+    def changed(field: str, value: int | None) -> c_oracle.CLayer:
+        copy = c_oracle.CLayer.from_buffer_copy(layer)
+        setattr(copy, field, value)
+        return copy
+
+    for name in pointers:
+        assert library.smoa_delta_weight(changed(name, None), data) == Status.NULL
+    for name in ("out_features", "in_features", "num_blocks", "max_rank"):
+        assert library.smoa_delta_weight(changed(name, -1), data) == Status.SIZE
+    null_layer = ctypes.POINTER(c_oracle.CLayer)()
+    assert library.smoa_delta_weight(null_layer, data) == Status.NULL
+    assert library.smoa_delta_weight(layer, None) == Status.NULL
+
+    assert library.smoa_forward(layer, -1, data, None, None, data) == Status.SIZE
+    assert library.smoa_forward(layer, 1, None, None, None, data) == Status.NULL
+    assert library.smoa_forward(layer, 1, data, None, None, None) == Status.NULL
+    assert library.smoa_backward(layer, -1, data, None, data, data, data, data) == Status.SIZE
+    for position in (0, 2, 3, 4, 5):
+        arguments = [data, None, data, data, data, data]
+        arguments[position] = None
+        assert library.smoa_backward(layer, 1, *arguments) == Status.NULL
+
+    assert library.smoa_spectral_order(-1, 1, data, data, data, data) == Status.SIZE
+    assert library.smoa_spectral_order(1, -1, data, data, data, data) == Status.SIZE
+    for position in range(4):
+        arguments = [data] * 4
+        arguments[position] = None
+        assert library.smoa_spectral_order(1, 1, *arguments) == Status.NULL
+    assert library.smoa_block_labels(-1, 1, data, data) == Status.SIZE
+    assert library.smoa_block_labels(1, 1, None, data) == Status.NULL
+    assert library.smoa_block_labels(1, 1, data, None) == Status.NULL
+
+
+def test_wrong_shapes_are_refused_before_c_sees_them() -> None:
+    case = CASES["even"]
+    with pytest.raises(ValueError, match=r"x has shape \(4, 8\), expected \(4, 9\)"):
+        c_oracle.forward(case.x[:, 1:], case.weight, None, *case.adapter, scaling=1.0)
+    with pytest.raises(ValueError, match=r"B has shape \(5, 2\), expected \(6, 2\)"):
+        c_oracle.delta_weight(case.weight, case.A, case.B[1:], *case.adapter[2:], scaling=1.0)
+
+
+def test_clean_under_the_sanitizers(tmp_path: Path) -> None:
+    c_oracle.require_compiler()
+    compile_sanitized = [*c_oracle.COMPILE, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    probe = tmp_path / "probe.c"
+    probe.write_text("int main(void) { return 0; }\n")
+    program = tmp_path / "program"
+    # Leaks are the check program's own business: the oracle never allocates, and the leak checker can't run
+    # under ptrace.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    built = subprocess.run([*compile_sanitized, probe, "-o", program], capture_output=True)
+    if built.returncode or subprocess.run([program], env=environment, capture_output=True).returncode:
+        pytest.skip("this compiler has no working address and undefined-behaviour sanitizers")
+
+    sources = [c_oracle.SOURCE_DIR / name for name in ("smoa_ref.c", "smoa_ref_check.c")]
+    subprocess.run([*compile_sanitized, *sources, "-o", program], check=True)
+    ran = subprocess.run([program], env=environment, capture_output=True, text=True)
+    assert ran.returncode == Status.OK, ran.stderr

@@ -1,0 +1,125 @@
+"""The definition's test vectors (`data/vectors/*.npz`): float64 inputs, orders, ΔW, outputs and gradients.
+
+The files keep each block's factors apart, in spectral order: row n of B_k belongs to the n-th row of block k,
+`row_order`'s k-th chunk, likewise the columns of A_k. The package keeps them packed, A (ρ, C) and B (N, ρ) in
+the layer's own coordinates; `pack_*` and `unpack_*` go from one to the other.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+VECTOR_DIR = Path(__file__).parent / "data" / "vectors"
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """One case: N = out_features, C = in_features, K = num_blocks, T = tokens, ρ = max rank."""
+
+    name: str
+    weight: FloatArray  # (N, C)
+    bias: FloatArray  # (N)
+    row_score: FloatArray  # (N)
+    col_score: FloatArray  # (C)
+    row_order: IntArray  # (N)
+    col_order: IntArray  # (C)
+    row_block: IntArray  # (N)
+    col_block: IntArray  # (C)
+    ranks: IntArray  # (K)
+    alpha: float
+    num_blocks: int
+    x: FloatArray  # (T, C)
+    dy: FloatArray  # (T, N)
+    y: FloatArray  # (T, N)
+    delta_weight: FloatArray  # (N, C)
+    dx: FloatArray  # (T, C)
+    block_A: tuple[FloatArray, ...]  # K times (r_k, C_k)
+    block_B: tuple[FloatArray, ...]  # K times (N_k, r_k)
+    block_dA: tuple[FloatArray, ...]
+    block_dB: tuple[FloatArray, ...]
+
+    @property
+    def scaling(self) -> float:
+        """`alpha / r`, r the rank budget of all blocks together."""
+        return self.alpha / int(self.ranks.sum())
+
+    @property
+    def max_rank(self) -> int:
+        """ρ, the packed factors' shared dimension."""
+        return int(self.ranks.max())
+
+    @functools.cached_property
+    def A(self) -> FloatArray:
+        """Packed (ρ, C)."""
+        return self.pack_A(self.block_A)
+
+    @functools.cached_property
+    def B(self) -> FloatArray:
+        """Packed (N, ρ)."""
+        return self.pack_B(self.block_B)
+
+    def pack_A(self, blocks: Sequence[FloatArray]) -> FloatArray:
+        """K factors (r_k, C_k) to one (ρ, C), padding 0."""
+        packed = np.zeros((self.max_rank, self.col_order.size))
+        for cols, rank, block in zip(self._col_chunks, self.ranks, blocks, strict=True):
+            packed[:rank, cols] = block
+        return packed
+
+    def pack_B(self, blocks: Sequence[FloatArray]) -> FloatArray:
+        """K factors (N_k, r_k) to one (N, ρ), padding 0."""
+        packed = np.zeros((self.row_order.size, self.max_rank))
+        for rows, rank, block in zip(self._row_chunks, self.ranks, blocks, strict=True):
+            packed[rows, :rank] = block
+        return packed
+
+    def unpack_A(self, packed: FloatArray) -> tuple[FloatArray, ...]:
+        """One (ρ, C) to K factors (r_k, C_k)."""
+        return tuple(packed[:rank, cols] for cols, rank in zip(self._col_chunks, self.ranks, strict=True))
+
+    def unpack_B(self, packed: FloatArray) -> tuple[FloatArray, ...]:
+        """One (N, ρ) to K factors (N_k, r_k)."""
+        return tuple(packed[rows, :rank] for rows, rank in zip(self._row_chunks, self.ranks, strict=True))
+
+    # numpy.array_split cuts as torch.tensor_split does: the first n % K chunks are one longer.
+    @property
+    def _row_chunks(self) -> list[IntArray]:
+        return np.array_split(self.row_order, self.num_blocks)
+
+    @property
+    def _col_chunks(self) -> list[IntArray]:
+        return np.array_split(self.col_order, self.num_blocks)
+
+
+def load_vector(path: Path) -> Vector:
+    """Read one file."""
+    with np.load(path, allow_pickle=False) as file:
+        stored = dict(file)
+    num_blocks = int(stored.pop("num_blocks"))
+    block_A = tuple(stored.pop(f"A{k}") for k in range(num_blocks))
+    block_B = tuple(stored.pop(f"B{k}") for k in range(num_blocks))
+    # A block of rank 0 has no gradients in the file; its empty factors have the right shape.
+    block_dA = tuple(stored.pop(f"dA{k}", block_A[k]) for k in range(num_blocks))
+    block_dB = tuple(stored.pop(f"dB{k}", block_B[k]) for k in range(num_blocks))
+    return Vector(
+        name=path.stem,
+        alpha=float(stored.pop("alpha")),
+        num_blocks=num_blocks,
+        block_A=block_A,
+        block_B=block_B,
+        block_dA=block_dA,
+        block_dB=block_dB,
+        **stored,
+    )
+
+
+@functools.cache
+def all_vectors() -> tuple[Vector, ...]:
+    """Every file, by name: `@pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)`."""
+    return tuple(load_vector(path) for path in sorted(VECTOR_DIR.glob("*.npz")))
