@@ -1,0 +1,350 @@
+"""Spectral order and aligned blocks of a weight matrix (paper section 3.2; DESIGN section 1).
+
+A `BlockPartition` says which block each row and each column of W0 belongs to. It is computed once, from
+the spectrum of W0, and then travels as labels: two small integer vectors. Recomputing it elsewhere could
+move a coordinate across a block boundary and silently corrupt an adapter, so nothing here ever does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["BlockPartition"]
+
+
+class BlockPartition:
+    """K aligned blocks over the rows and columns of an (N, C) weight.
+
+    Build one with :meth:`from_weight` (from the spectrum) or :meth:`from_labels` (from stored labels). All
+    tensors live on one device; instances are immutable, equal when their labels are, and not hashable.
+
+    Attributes:
+        row_order: int64 (N,), rows sorted by spectral centroid and cut into blocks in that order. Rebuilt
+            from labels, where the centroids are no longer known, it is `row_index`.
+        col_order: int64 (C,), the same for columns.
+        row_block: (N,) block of each row, uint8, or int32 above 256 blocks.
+        col_block: (C,) block of each column, same dtypes.
+        row_index: int64 (N,), rows grouped by block, ascending within each: a function of the labels alone,
+            so that a loaded adapter computes bit for bit what the saved one did.
+        col_index: int64 (C,), the same for columns.
+        row_offsets: int32 (K + 1,), where each block starts in `row_index`.
+        col_offsets: int32 (K + 1,), where each block starts in `col_index`.
+        row_sizes: rows per block, K numbers known on the host; a block may be empty.
+        col_sizes: columns per block.
+
+    Example:
+        >>> weight = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> partition.row_block.tolist(), partition.col_block.tolist()
+        ([0, 0, 1, 1], [0, 0, 1, 1])
+    """
+
+    __slots__ = (
+        "col_block",
+        "col_index",
+        "col_offsets",
+        "col_order",
+        "col_sizes",
+        "row_block",
+        "row_index",
+        "row_offsets",
+        "row_order",
+        "row_sizes",
+    )
+
+    def __init__(
+        self,
+        *,
+        row_block: Tensor,
+        col_block: Tensor,
+        row_index: Tensor,
+        col_index: Tensor,
+        row_offsets: Tensor,
+        col_offsets: Tensor,
+        row_sizes: tuple[int, ...],
+        col_sizes: tuple[int, ...],
+        row_order: Tensor | None = None,
+        col_order: Tensor | None = None,
+    ) -> None:
+        """Assemble parts that are already consistent; nothing is checked or computed here."""
+        self.row_block = row_block
+        self.col_block = col_block
+        self.row_index = row_index
+        self.col_index = col_index
+        self.row_offsets = row_offsets
+        self.col_offsets = col_offsets
+        self.row_sizes = row_sizes
+        self.col_sizes = col_sizes
+        self.row_order = row_index if row_order is None else row_order
+        self.col_order = col_index if col_order is None else col_order
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, num_blocks: int) -> BlockPartition:
+        """Compute the spectral order of `weight` and cut it into `num_blocks` aligned blocks.
+
+        Args:
+            weight: (N, C) floating point, any device. Half types are computed in float32.
+            num_blocks: K, from 1 to min(N, C).
+
+        Raises:
+            TypeError: `weight` is not a floating-point tensor, or `num_blocks` is not an int.
+            ValueError: `weight` is not a matrix or holds NaN or Inf; `num_blocks` is out of range.
+        """
+        _check_weight(weight)
+        limit = min(weight.shape)
+        _check_num_blocks(num_blocks)
+        if num_blocks > limit:
+            raise ValueError(
+                f"num_blocks must be at most min(out_features, in_features) = {limit} for a weight of shape "
+                f"{tuple(weight.shape)}, got {num_blocks}"
+            )
+        row_score, col_score = spectral_centroids(weight.detach())
+        row_order = torch.argsort(row_score, stable=True)
+        col_order = torch.argsort(col_score, stable=True)
+        labels = cls.from_labels(_cut(row_order, num_blocks), _cut(col_order, num_blocks), num_blocks)
+        labels.row_order, labels.col_order = row_order, col_order
+        return labels
+
+    @classmethod
+    def from_labels(cls, row_block: Tensor, col_block: Tensor, num_blocks: int) -> BlockPartition:
+        """Rebuild a partition from stored labels. No spectrum is computed; blocks may be empty.
+
+        Args:
+            row_block: (N,) integer block of each row, in [0, num_blocks).
+            col_block: (C,) integer block of each column, on the same device.
+            num_blocks: K, at least 1. Stored, not inferred: a shard may hold no coordinate of a block.
+
+        Raises:
+            TypeError: labels that are not integer tensors.
+            ValueError: labels of another shape or out of range, or on two devices.
+        """
+        _check_num_blocks(num_blocks)
+        for name, labels in (("row_block", row_block), ("col_block", col_block)):
+            _check_labels(name, labels, num_blocks)
+        if row_block.device != col_block.device:
+            raise ValueError(
+                "row_block and col_block must be on one device, "
+                f"got {row_block.device} and {col_block.device}"
+            )
+        dtype = label_dtype(num_blocks)
+        row_block, col_block = row_block.to(dtype), col_block.to(dtype)
+        row_count = torch.bincount(row_block, minlength=num_blocks)
+        col_count = torch.bincount(col_block, minlength=num_blocks)
+        return cls(
+            row_block=row_block,
+            col_block=col_block,
+            row_index=torch.argsort(row_block, stable=True),
+            col_index=torch.argsort(col_block, stable=True),
+            row_offsets=_offsets(row_count),
+            col_offsets=_offsets(col_count),
+            row_sizes=tuple(row_count.tolist()),
+            col_sizes=tuple(col_count.tolist()),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return len(self.row_sizes)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, C) of the weight that the partition was made for."""
+        return self.row_block.shape[0], self.col_block.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the labels live."""
+        return self.row_block.device
+
+    def rows(self, block: int) -> Tensor:
+        """Rows of one block, in `row_order`."""
+        return self.row_order.split(self.row_sizes)[block]
+
+    def cols(self, block: int) -> Tensor:
+        """Columns of one block, in `col_order`."""
+        return self.col_order.split(self.col_sizes)[block]
+
+    def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
+        """Partition of `weight[row_slice, col_slice]`: the same labels, cut. Blocks may become empty."""
+        return BlockPartition.from_labels(
+            self.row_block[row_slice], self.col_block[col_slice], self.num_blocks
+        )
+
+    @property
+    def T(self) -> BlockPartition:
+        """Partition of the transposed weight."""
+        return BlockPartition(
+            row_block=self.col_block,
+            col_block=self.row_block,
+            row_index=self.col_index,
+            col_index=self.row_index,
+            row_offsets=self.col_offsets,
+            col_offsets=self.row_offsets,
+            row_sizes=self.col_sizes,
+            col_sizes=self.row_sizes,
+            row_order=self.col_order,
+            col_order=self.row_order,
+        )
+
+    def to(self, device: torch.device | str) -> BlockPartition:
+        """The same partition on another device."""
+        if self.device == torch.device(device):
+            return self
+        return BlockPartition(
+            row_block=self.row_block.to(device),
+            col_block=self.col_block.to(device),
+            row_index=self.row_index.to(device),
+            col_index=self.col_index.to(device),
+            row_offsets=self.row_offsets.to(device),
+            col_offsets=self.col_offsets.to(device),
+            row_sizes=self.row_sizes,
+            col_sizes=self.col_sizes,
+            row_order=self.row_order.to(device),
+            col_order=self.col_order.to(device),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlockPartition):
+            return NotImplemented
+        return (
+            self.shape == other.shape
+            and self.num_blocks == other.num_blocks
+            and torch.equal(self.row_block.cpu(), other.row_block.cpu())
+            and torch.equal(self.col_block.cpu(), other.col_block.cpu())
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # equality compares tensors, which have no stable hash
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockPartition(shape={self.shape}, num_blocks={self.num_blocks}, row_sizes={self.row_sizes}, "
+            f"col_sizes={self.col_sizes}, device={str(self.device)!r})"
+        )
+
+
+def label_dtype(num_blocks: int) -> torch.dtype:
+    """uint8 where it fits, else int32: gloo and NCCL cannot send int16."""
+    return torch.uint8 if num_blocks <= 256 else torch.int32
+
+
+def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean position in the spectrum of each row's and each column's energy (DESIGN section 1).
+
+    `Σ_j j·E_ij / Σ_j E_ij` with `E = (U∘σ)²` for rows and `(V∘σ)²` for columns, σ descending; a zero row or
+    column scores 0. Computed with one intra-op thread: the last bits of a threaded reduction depend on the
+    number of threads, and labels must not.
+
+    Args:
+        weight: (N, C) floating point; half types are computed in float32.
+
+    Returns:
+        Scores of rows (N,) and columns (C,), in the dtype of the computation.
+    """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight = weight.float()
+    with _one_thread():
+        largest = float(torch.linalg.vector_norm(weight, torch.inf))
+        if largest and not 2.0**-30 < largest < 2.0**30:
+            weight = weight / largest  # energies are quadratic in W0: keep them from overflowing or vanishing
+        tall = weight.shape[0] > weight.shape[1]
+        short_energy, long_energy = _energies(weight.T if tall else weight)
+        row_energy, col_energy = (long_energy, short_energy) if tall else (short_energy, long_energy)
+        return (
+            _centroid(row_energy, torch.linalg.vector_norm(weight, torch.inf, 1)),
+            _centroid(col_energy, torch.linalg.vector_norm(weight, torch.inf, 0)),
+        )
+
+
+def _energies(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """(U∘σ)² of shape (n, n) and (V∘σ)² of shape (m, n) for a wide (n, m) matrix, σ ascending.
+
+    The eigenvectors of the smaller Gram matrix give U, and Wᵀ U = V∘σ gives the other side without V.
+    """
+    try:
+        squared, u = torch.linalg.eigh(_lower_gram(wide))
+    except (
+        torch.linalg.LinAlgError
+    ):  # eigh gives up on some ill-conditioned matrices that the SVD still takes
+        u, sigma, vh = torch.linalg.svd(wide, full_matrices=False)
+        return (u * sigma).square_().flip(1), (vh.T * sigma).square_().flip(1)
+    return u.square() * squared.clamp_min(0), (wide.T @ u).square_()
+
+
+def _lower_gram(wide: Tensor, panel: int = 128) -> Tensor:
+    """Lower triangle of W Wᵀ, which is all that `eigh` reads: close to half of the product's work."""
+    gram = wide.new_zeros(wide.shape[0], wide.shape[0])
+    for start in range(0, wide.shape[0], panel):
+        rows = wide[start : start + panel]
+        torch.mm(wide[start:], rows.T, out=gram[start:, start : start + panel])
+    return gram
+
+
+def _centroid(energy: Tensor, largest: Tensor) -> Tensor:
+    count = energy.shape[1]
+    position = torch.arange(count - 1, -1, -1, dtype=energy.dtype, device=energy.device)
+    total = energy.sum(1)
+    # Rounding gives a zero row a little energy from every direction; its score is 0 by definition.
+    empty = (largest == 0) | (total == 0)
+    return torch.where(empty, 0, (energy @ position) / torch.where(empty, 1, total))
+
+
+def _cut(order: Tensor, num_blocks: int) -> Tensor:
+    """Labels of an order cut into contiguous chunks as `torch.tensor_split` cuts."""
+    labels = torch.empty_like(order)
+    for block, chunk in enumerate(order.tensor_split(num_blocks)):
+        labels[chunk] = block
+    return labels
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating point, got {weight.dtype}")
+    if weight.ndim != 2:
+        raise ValueError(
+            f"weight must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
+        )
+    if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):
+        raise ValueError("weight must be finite to have a spectrum, got NaN or Inf in it")
+
+
+def _check_num_blocks(num_blocks: int) -> None:
+    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
+        raise TypeError(f"num_blocks must be an int, got {num_blocks!r}")
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+
+
+def _check_labels(name: str, labels: Tensor, num_blocks: int) -> None:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {given}")
+    if labels.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {tuple(labels.shape)}")
+    if labels.numel():
+        lowest, highest = (int(bound) for bound in labels.aminmax())
+        if lowest < 0 or highest >= num_blocks:
+            raise ValueError(
+                f"{name} must lie in [0, {num_blocks}) for num_blocks={num_blocks}, "
+                f"got labels from {lowest} to {highest}"
+            )
