@@ -1,0 +1,1 @@
+"""Triton kernels, one file each. Imported only where they are launched: the package works without Triton."""
