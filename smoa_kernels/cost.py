@@ -1,0 +1,595 @@
+"""Cost model: floating-point operations, bytes and predicted time of each way to run one layer.
+
+Every way is a list of parts, one per kernel that a GPU would run, and every part is counted by the same
+rules, ours and the peers' alike (DESIGN section 3):
+
+    time(part) = max(flops / rate, bytes / bandwidth),   time(way) = Σ time(part)
+
+- A matrix product (m, k)·(k, n) costs 2·m·k·n flops, reads each operand once and writes its result once.
+- An elementwise pass reads each of its inputs and writes each of its outputs once. Eager layers are counted
+  as their authors wrote them: PEFT's `result + lora_B(lora_A(x)) * scaling` is two products and two passes.
+- A GEMM that accumulates onto its output reads that output in its epilogue, after the last multiplication.
+  The achieved rate was measured on GEMMs without such a read, so it is a part of its own that hides behind
+  nothing.
+- Gathers and builds of W_eff run at full bandwidth, products at the rate of a large GEMM, except those of the
+  one-kernel form, which computes an operand inside its main loop (`FUSED_EFFICIENCY`). Launches cost nothing:
+  at a few tokens, where they dominate, that flatters whatever has many parts, so the threshold for the
+  one-kernel form errs on the low side.
+
+DESIGN's own totals add the adapter's y traffic (one write, one read) in full to split; by the rule above the
+write hides behind the block product. That is the whole difference: 1.46 here against 1.49 there for 4096²,
+and 1.41 against 1.42 for N=4096, C=14336. LoRA and merged agree to the last digit printed.
+
+Nothing here is measured. Every number is a prediction.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+__all__ = [
+    "ALGORITHMS",
+    "GPUS",
+    "Estimate",
+    "Gpu",
+    "Part",
+    "Problem",
+    "backward_workspace",
+    "backward_workspace_bytes",
+    "choose_algorithm",
+    "estimate",
+    "fused_token_limit",
+    "match_gpu",
+    "parts",
+]
+
+Pass = Literal["forward", "backward"]
+
+ALGORITHMS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused", "expanded")
+"""The frozen layer, the peers, and our four ways."""
+
+BLOCK_PADDING = 128  # the padded block-major layout rounds each block up to a multiple of the widest tile
+FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
+FUSED_TOKEN_TILE = 64  # the one-kernel form recomputes B·A once per tile of so many tokens
+GRAD_TILE = 128  # block_grad writes one rank-sized partial per tile of so many rows or columns
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One adapted linear layer and one batch.
+
+    Attributes:
+        tokens: T, rows of x.
+        out_features: N.
+        in_features: C.
+        num_blocks: K.
+        rank: r, the budget of all blocks together.
+        dtype: of x, W0 and the factors.
+        dropout: probability, 0 where dropout is off or the layer is evaluating.
+
+    Raises:
+        ValueError: a size or probability out of range, or a dtype that is not floating point.
+    """
+
+    tokens: int
+    out_features: int
+    in_features: int
+    num_blocks: int
+    rank: int
+    dtype: torch.dtype = torch.bfloat16
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        lowest = {"tokens": 0, "out_features": 1, "in_features": 1, "num_blocks": 1, "rank": 0}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating point, got {self.dtype}")
+
+    @property
+    def max_rank(self) -> int:
+        """ρ, the rank of the largest block under the default split."""
+        return math.ceil(self.rank / self.num_blocks)
+
+    @property
+    def weight_elements(self) -> int:
+        """N·C."""
+        return self.out_features * self.in_features
+
+    @property
+    def unit_flops(self) -> int:
+        """2·T·N·C, one base GEMM."""
+        return 2 * self.tokens * self.weight_elements
+
+    def padded(self, features: int) -> int:
+        """Width of the padded block-major layout of `features` evenly cut coordinates."""
+        widest = math.ceil(features / self.num_blocks)
+        return self.num_blocks * math.ceil(widest / BLOCK_PADDING) * BLOCK_PADDING
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the model knows of a GPU.
+
+    Attributes:
+        name: short lower-case name.
+        matmul_tflops: achieved TFLOP/s of a large GEMM by multiplying dtype: "bf16", "fp16", "tf32", "fp32"
+            (IEEE), "fp64".
+        memory_tbps: memory bandwidth, TB/s.
+        multiprocessors: streaming multiprocessors or compute units.
+        capability: CUDA compute capability, or None for AMD.
+        arch: the architecture that kernels are compiled for.
+    """
+
+    name: str
+    matmul_tflops: Mapping[str, float] = field(hash=False)
+    memory_tbps: float
+    multiprocessors: int
+    capability: tuple[int, int] | None
+    arch: str
+
+    def flops_per_second(self, dtype: torch.dtype, ieee: bool) -> float:
+        """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`."""
+        return self.matmul_tflops[_multiplying_name(dtype, ieee)] * 1e12
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Memory bandwidth."""
+        return self.memory_tbps * 1e12
+
+
+def _multiplying_name(dtype: torch.dtype, ieee: bool) -> str:
+    if dtype == torch.float32:
+        return "fp32" if ieee else "tf32"
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+    if dtype not in names:
+        raise ValueError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+    return names[dtype]
+
+
+# A large bf16 GEMM on an H100 SXM reaches about 700 of its published 989 dense TFLOP/s. The same share of the
+# published rate is assumed for every dtype and GPU until someone measures; AMD's usually reach less.
+_ACHIEVED = 700 / 989
+
+
+def _gpu(
+    name: str,
+    peak: tuple[float, float, float, float],
+    memory_tbps: float,
+    multiprocessors: int,
+    capability: tuple[int, int] | None,
+    arch: str,
+) -> Gpu:
+    half, tf32, fp32, fp64 = (rate * _ACHIEVED for rate in peak)
+    rates = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32, "fp64": fp64}
+    return Gpu(name, MappingProxyType(rates), memory_tbps, multiprocessors, capability, arch)
+
+
+_PUBLISHED = (
+    # name, dense peak TFLOP/s (bf16 and fp16 with fp32 accumulation, TF32, fp32, fp64), TB/s, multiprocessors
+    _gpu("h100", (989, 495, 67, 67), 3.35, 132, (9, 0), "sm_90"),
+    _gpu("h200", (989, 495, 67, 67), 4.8, 132, (9, 0), "sm_90"),
+    _gpu("a100", (312, 156, 19.5, 19.5), 2.04, 108, (8, 0), "sm_80"),
+    _gpu("a40", (150, 75, 37.4, 0.58), 0.696, 84, (8, 6), "sm_86"),
+    _gpu("l40s", (362, 183, 91.6, 1.43), 0.864, 142, (8, 9), "sm_89"),
+    _gpu("rtx4090", (165, 82.6, 82.6, 1.29), 1.008, 128, (8, 9), "sm_89"),
+    _gpu("b200", (2250, 1125, 75, 37), 7.7, 148, (10, 0), "sm_100"),
+    _gpu("rtx5090", (210, 105, 105, 1.64), 1.792, 170, (12, 0), "sm_120"),
+    _gpu("mi300x", (1307, 654, 163, 163), 5.3, 304, None, "gfx942"),
+)
+
+GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _PUBLISHED})
+"""Published figures by name; rates are the published dense peaks times the share that an H100 achieves."""
+
+
+@lru_cache(maxsize=64)
+def match_gpu(
+    device_name: str, capability: tuple[int, int] | None, multiprocessors: int | None = None
+) -> Gpu:
+    """The published GPU that stands for a device; always answers.
+
+    By name where the device's own name holds a published one and its multiprocessors agree within 5 %, else
+    the published GPU of the nearest capability (or AMD's), scaled by the number of multiprocessors.
+
+    Args:
+        device_name: as the driver reports it, for example "NVIDIA H100 80GB HBM3".
+        capability: CUDA compute capability, None for AMD.
+        multiprocessors: of the device; the published number where None.
+    """
+    for gpu in _PUBLISHED:
+        pattern = rf"(?<![a-z0-9]){gpu.name.replace('rtx', 'rtx ?')}(?![a-z0-9])"
+        same_size = multiprocessors is None or abs(multiprocessors / gpu.multiprocessors - 1) < 0.05
+        if same_size and re.search(pattern, device_name.lower()):
+            return gpu
+    stand_in = _nearest(capability)
+    if multiprocessors is None:
+        return stand_in
+    share = multiprocessors / stand_in.multiprocessors
+    return replace(
+        stand_in,
+        name=device_name,
+        matmul_tflops=MappingProxyType({k: v * share for k, v in stand_in.matmul_tflops.items()}),
+        memory_tbps=stand_in.memory_tbps * share,
+        multiprocessors=multiprocessors,
+    )
+
+
+def _nearest(capability: tuple[int, int] | None) -> Gpu:
+    if capability is None:
+        return next(gpu for gpu in _PUBLISHED if gpu.capability is None)
+    known = [gpu for gpu in _PUBLISHED if gpu.capability is not None]
+    # max keeps the first of equals: the table lists the plainest GPU of a capability first.
+    at_most = [gpu for gpu in known if gpu.capability is not None and gpu.capability <= capability]
+    return max(at_most or known, key=lambda gpu: gpu.capability or (0, 0))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel's worth of work.
+
+    Attributes:
+        name: what it computes.
+        stage: "forward" or "backward".
+        flops: floating-point operations.
+        bytes: to and from memory.
+        efficiency: share of a large GEMM's rate at which it computes.
+    """
+
+    name: str
+    stage: Pass
+    flops: int
+    bytes: int
+    efficiency: float = 1.0
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The longer of arithmetic and memory."""
+        return max(self.flops / (self.efficiency * flops_per_second), self.bytes / bytes_per_second)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one way to run a problem is predicted to cost on one GPU."""
+
+    algorithm: str
+    parts: tuple[Part, ...]
+    flops_per_second: float
+    bytes_per_second: float
+
+    def select(self, stage: Pass | Literal["both"]) -> tuple[Part, ...]:
+        """The parts of the forward pass, the backward pass, or both."""
+        return tuple(p for p in self.parts if stage in ("both", p.stage))
+
+    def seconds(self, stage: Pass | Literal["both"] = "both") -> float:
+        """Predicted time."""
+        return sum(p.seconds(self.flops_per_second, self.bytes_per_second) for p in self.select(stage))
+
+    def flops(self, stage: Pass | Literal["both"] = "both") -> int:
+        """Floating-point operations."""
+        return sum(p.flops for p in self.select(stage))
+
+    def bytes(self, stage: Pass | Literal["both"] = "both") -> int:
+        """Bytes to and from memory."""
+        return sum(p.bytes for p in self.select(stage))
+
+
+def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -> Estimate:
+    """Predict one algorithm on one GPU.
+
+    Args:
+        problem: the layer and the batch.
+        gpu: one of :data:`GPUS` or :func:`match_gpu`'s answer.
+        algorithm: one of :data:`ALGORITHMS`.
+        ieee: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
+    """
+    rate = gpu.flops_per_second(problem.dtype, ieee)
+    return Estimate(algorithm, parts(problem, algorithm), rate, gpu.bytes_per_second)
+
+
+def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
+    """The kernels that `algorithm` runs on `problem`, forward then backward.
+
+    Raises:
+        ValueError: an unknown algorithm.
+    """
+    if algorithm not in _WAYS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    count = _Count(problem)
+    _WAYS[algorithm](count)
+    return tuple(sorted(count.parts, key=lambda part: part.stage != "forward"))
+
+
+@dataclass
+class _Count:
+    """Collects parts by the rules at the top of this file; sizes are in elements."""
+
+    p: Problem
+    parts: list[Part] = field(default_factory=list)
+    stage: Pass = "forward"
+
+    def __post_init__(self) -> None:
+        p = self.p
+        self.x = p.tokens * p.in_features
+        self.y = p.tokens * p.out_features
+        self.w = p.weight_elements
+        self.block_w = self.w // p.num_blocks  # the diagonal blocks
+        self.x_blocks = p.tokens * p.padded(p.in_features)
+        self.y_blocks = p.tokens * p.padded(p.out_features)
+        self.factors = p.max_rank * (p.out_features + p.in_features)
+
+    def add(
+        self, name: str, flops: int, elements: int, extra_bytes: int = 0, efficiency: float = 1.0
+    ) -> None:
+        size = elements * self.p.dtype.itemsize + extra_bytes
+        self.parts.append(Part(name, self.stage, flops, size, efficiency))
+
+    def gemm(self, name: str, m: int, n: int, k: int) -> None:
+        self.add(name, 2 * m * n * k, m * k + k * n + m * n)
+
+    def elementwise(self, name: str, reads: int, writes: int, mask_bytes: int = 0) -> None:
+        self.add(name, reads, reads + writes, mask_bytes)
+
+    def base_forward(self) -> None:
+        self.gemm("base GEMM", self.p.tokens, self.p.out_features, self.p.in_features)
+
+    def base_backward(self) -> None:
+        self.gemm("dX = dY·W", self.p.tokens, self.p.in_features, self.p.out_features)
+
+    def build_weight(self) -> None:
+        """W_eff = W0 ∘ (1 + s·mask·BA): one read, one write."""
+        self.add("build W_eff", 2 * self.w * self.p.max_rank, 2 * self.w + self.factors)
+
+    def build_blocks(self) -> None:
+        self.add("build ΔW blocks", 2 * self.block_w * self.p.max_rank, 2 * self.block_w + self.factors)
+
+    def block_matmul(self, name: str, source: int, target: int) -> None:
+        self.add(name, self.p.unit_flops // self.p.num_blocks, source + self.block_w + target)
+
+    def factor_gradients(self) -> None:
+        """Gather dY and x, accumulate G tile by tile, contract, and sum the rank-sized partials."""
+        p = self.p
+        self.elementwise("gather dY", self.y, self.y_blocks)
+        self.elementwise("gather x", self.x, self.x_blocks)
+        partials = _partial_bytes(p)
+        self.add(
+            "block gradients",
+            p.unit_flops // p.num_blocks + 4 * self.block_w * p.max_rank,
+            self.x_blocks + self.y_blocks + self.block_w + self.factors,
+            partials,
+        )
+        self.add("sum partials", partials // 4, self.factors, partials)
+
+    def merged_dx(self) -> None:
+        self.build_weight()
+        self.base_backward()
+
+
+def _frozen(c: _Count) -> None:
+    c.base_forward()
+    c.stage = "backward"
+    c.base_backward()
+
+
+def _lora(c: _Count) -> None:
+    """PEFT: `result = result + lora_B(lora_A(dropout(x))) * scaling`."""
+    T, N, C, r = c.p.tokens, c.p.out_features, c.p.in_features, c.p.rank
+    c.base_forward()
+    if c.p.dropout:
+        c.elementwise("dropout", c.x, c.x, mask_bytes=c.x)
+    c.gemm("h = x·Aᵀ", T, r, C)
+    c.gemm("h·Bᵀ", T, N, r)
+    c.elementwise("scale", c.y, c.y)
+    c.elementwise("add to y", 2 * c.y, c.y)
+    c.stage = "backward"
+    c.elementwise("scale dY", c.y, c.y)
+    c.gemm("dB", N, r, T)
+    c.gemm("dh", T, r, N)
+    c.gemm("dA", r, C, T)
+    c.gemm("dh·A", T, C, r)
+    if c.p.dropout:
+        c.elementwise("dropout backward", c.x, c.x, mask_bytes=c.x)
+    c.base_backward()
+    c.elementwise("add to dX", 2 * c.x, c.x)
+
+
+def _hira(c: _Count) -> None:
+    """PEFT: `result + F.linear(dropout(x), W0 * (Aᵀ Bᵀ)ᵀ)`, K = 1 whatever the problem says."""
+    N, C, r = c.p.out_features, c.p.in_features, c.p.rank
+    c.base_forward()
+    c.gemm("BA", N, C, r)
+    c.elementwise("W0 ∘ BA", 2 * c.w, c.w)
+    _dense_delta(c)
+    c.elementwise("G ∘ W0", 2 * c.w, c.w)
+    c.gemm("dB", N, r, C)
+    c.gemm("dA", r, C, N)
+
+
+def _paper_dense(c: _Count) -> None:
+    """The paper's: zeros (N, C), one scatter of s·B_k A_k ∘ W0_k per block, then a second dense GEMM."""
+    p = c.p
+    c.base_forward()
+    c.elementwise("zero ΔW", 0, c.w)
+    c.add("B_k·A_k", 2 * c.block_w * p.max_rank, c.block_w + c.factors)
+    c.elementwise("gather W0 blocks", c.block_w, c.block_w)
+    c.elementwise("scale", c.block_w, c.block_w)
+    c.elementwise("∘ W0 blocks", 2 * c.block_w, c.block_w)
+    c.elementwise("scatter into ΔW", c.block_w, c.block_w)
+    _dense_delta(c)
+    c.elementwise("gather G blocks", c.block_w, c.block_w)
+    c.elementwise("G_k ∘ W0_k", 2 * c.block_w, c.block_w)
+    c.elementwise("scale gradient", c.block_w, c.block_w)
+    c.add("dB_k", 2 * c.block_w * p.max_rank, c.block_w + c.factors)
+    c.add("dA_k", 2 * c.block_w * p.max_rank, c.block_w + c.factors)
+
+
+def _dense_delta(c: _Count) -> None:
+    """y + dropout(x)·ΔWᵀ and its backward up to the dense G = dYᵀ·dropout(x), with ΔW in memory."""
+    T, N, C = c.p.tokens, c.p.out_features, c.p.in_features
+    if c.p.dropout:
+        c.elementwise("dropout", c.x, c.x, mask_bytes=c.x)
+    c.gemm("x·ΔWᵀ", T, N, C)
+    c.elementwise("add to y", 2 * c.y, c.y)
+    c.stage = "backward"
+    c.base_backward()
+    c.gemm("dY·ΔW", T, C, N)
+    if c.p.dropout:
+        c.elementwise("dropout backward", c.x, c.x, mask_bytes=c.x)
+    c.elementwise("add to dX", 2 * c.x, c.x)
+    c.gemm("G = dYᵀ·x", N, C, T)
+
+
+def _merged(c: _Count) -> None:
+    """One GEMM with W_eff, forward and for dX; dropout has no merged form, so it is ignored."""
+    c.build_weight()
+    c.base_forward()
+    c.stage = "backward"
+    c.factor_gradients()
+    c.merged_dx()
+
+
+def _split(c: _Count) -> None:
+    """Adapter first, block by block, then the base GEMM accumulates onto it."""
+    c.build_blocks()
+    c.elementwise("gather x", c.x, c.x_blocks)
+    c.block_matmul("block matmul", c.x_blocks, c.y)
+    c.base_forward()
+    c.add("y, read to accumulate", 0, c.y)
+    c.stage = "backward"
+    c.factor_gradients()
+    if c.p.dropout:
+        c.build_blocks()
+        c.block_matmul("block matmul of dX", c.y_blocks, c.x)
+        c.base_backward()
+        c.add("dX, read to accumulate", 0, c.x)
+    else:
+        c.merged_dx()
+
+
+def _fused(c: _Count) -> None:
+    """Base and adapter in one kernel: two accumulations, B·A recomputed for each tile of tokens."""
+    p = c.p
+    tiles = math.ceil(p.tokens / FUSED_TOKEN_TILE)
+    flops = 2 * p.unit_flops + 2 * c.w * p.max_rank * tiles
+    c.add("fused linear", flops, c.x + c.w + c.factors + c.y, efficiency=FUSED_EFFICIENCY)
+    c.stage = "backward"
+    c.factor_gradients()
+    c.add("fused dX", flops, c.x + c.w + c.factors + c.y, efficiency=FUSED_EFFICIENCY)
+
+
+def _expanded(c: _Count) -> None:
+    """One GEMM over (1 + r)·T rows, W0 read once; factor gradients as elsewhere."""
+    T, N, C, r = c.p.tokens, c.p.out_features, c.p.in_features, c.p.rank
+    c.elementwise("x ∘ Ã", c.x + r * C, r * c.x)
+    c.gemm("expanded GEMM", (1 + r) * T, N, C)
+    c.elementwise("Σ B̃ ∘", (1 + r) * c.y + r * N, c.y)
+    c.stage = "backward"
+    c.factor_gradients()
+    c.elementwise("dY ∘ B̃", c.y + r * N, r * c.y)
+    c.gemm("expanded GEMM of dX", (1 + r) * T, C, N)
+    c.elementwise("Σ Ã ∘", (1 + r) * c.x + r * C, c.x)
+
+
+_WAYS: dict[str, Callable[[_Count], None]] = {
+    "frozen": _frozen,
+    "lora": _lora,
+    "hira": _hira,
+    "paper_dense": _paper_dense,
+    "merged": _merged,
+    "split": _split,
+    "fused": _fused,
+    "expanded": _expanded,
+}
+
+
+@lru_cache(maxsize=4096)
+def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
+    """What `algorithm="auto"` runs on the triton backend: "merged", "split" or "fused".
+
+    1. Dropout active: "split". The adapter sees another x than the base, so no single weight stands for both.
+    2. At most :func:`fused_token_limit` tokens: "fused", one kernel that reads W0 once.
+    3. The GEMM multiplies in IEEE float32 or float64: "merged", one GEMM.
+    4. Otherwise (bf16, fp16, TF32): "split". W_eff rounded to a half type loses a small update altogether, so
+       "merged" is never chosen there; only a user can force it.
+
+    Args:
+        problem: the layer and the batch; `dtype` is the dtype that the GEMM multiplies.
+        gpu: from :func:`match_gpu` or :data:`GPUS`.
+        ieee: the GEMM multiplies in IEEE float32 or float64. False for half types, whatever is given here
+            for them, and for float32 under TF32 or autocast.
+    """
+    if problem.dropout:
+        return "split"
+    if problem.tokens <= fused_token_limit(replace(problem, tokens=0), gpu, ieee):
+        return "fused"
+    return _many_tokens(problem.dtype, ieee)
+
+
+def _many_tokens(dtype: torch.dtype, ieee: bool) -> str:
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "merged" if ieee and not half else "split"
+
+
+@lru_cache(maxsize=1024)
+def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
+    """Most tokens at which one kernel's forward is predicted no slower than merged's or split's; 0 if none.
+
+    While W0's read hides its doubled arithmetic the one kernel wins, since it builds nothing; past that it
+    loses and stays behind. `problem.tokens` is ignored.
+    """
+    other = _many_tokens(problem.dtype, ieee)
+
+    def fused_wins(tokens: int) -> bool:
+        at = replace(problem, tokens=tokens)
+        one, many = (estimate(at, gpu, way, ieee=ieee).seconds("forward") for way in ("fused", other))
+        return one <= many
+
+    if not fused_wins(1):
+        return 0
+    low, high = 1, 2
+    while fused_wins(high) and high < 1 << 20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fused_wins(middle) else (low, middle)
+    return low
+
+
+def _partial_bytes(p: Problem) -> int:
+    """float32 partials of dA and dB: one (ρ, tile) slice per tile of the other side, within each block."""
+    rows, cols = p.padded(p.out_features), p.padded(p.in_features)
+    row_tiles = math.ceil(rows / p.num_blocks / GRAD_TILE)
+    col_tiles = math.ceil(cols / p.num_blocks / GRAD_TILE)
+    return 4 * p.max_rank * (rows * col_tiles + cols * row_tiles)
+
+
+def backward_workspace(problem: Problem) -> Mapping[str, int]:
+    """Bytes that each stage of the backward holds beyond its inputs and results.
+
+    "factor gradients": gathered dY and x, and the partials. They are freed before "input gradient", which
+    holds W_eff; under dropout it holds the ΔW blocks and the gathered dY instead.
+    """
+    size = problem.dtype.itemsize
+    dy = problem.tokens * problem.padded(problem.out_features) * size
+    x = problem.tokens * problem.padded(problem.in_features) * size
+    blocks = problem.padded(problem.out_features) * problem.padded(problem.in_features) // problem.num_blocks
+    dx = blocks * size + dy if problem.dropout else problem.weight_elements * size
+    return MappingProxyType({"factor gradients": dy + x + _partial_bytes(problem), "input gradient": dx})
+
+
+def backward_workspace_bytes(problem: Problem) -> int:
+    """Peak bytes that a backward holds beyond its inputs and results: the larger of its two stages.
+
+    At T=8192, N=14336, C=4096, K=4, r=16 in bf16: 302 MiB for the factor gradients (288 of them gathered
+    copies), then 112 MiB for W_eff.
+    """
+    return max(backward_workspace(problem).values())
