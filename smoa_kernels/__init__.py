@@ -1,5 +1,7 @@
-"""Fast, lean and exact SMoA (Spectrum Modulation Adapter) for PyTorch and PEFT."""
+"""Fast, lean and exact SMoA (Spectrum Modulation Adapter, arXiv 2605.21147) for PyTorch and PEFT."""
 
 from ._version import __version__
+from .functional import smoa_linear
+from .partition import BlockPartition
 
-__all__ = ["__version__"]
+__all__ = ["BlockPartition", "__version__", "smoa_linear"]

@@ -8,13 +8,44 @@ whole width and keeps its own, so tensor parallel equals one process. One 64-bit
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["draw_seed", "dropout_multiplier"]
+__all__ = ["Dropout", "draw_seed", "dropout_multiplier"]
 
 _LEVELS = 1 << 16
 _DRAWS_PER_WORD = 4
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """An active dropout: which mask, and where in it this shard's columns lie.
+
+    Attributes:
+        seed: int64 with one element, on the activations' device.
+        p: probability in (0, 1).
+        column_offset: global index of the first column.
+        width: global number of columns.
+    """
+
+    seed: Tensor
+    p: float
+    column_offset: int
+    width: int
+
+    def multiplier(self, like: Tensor, columns: int | None = None) -> Tensor:
+        """Mask times scale for the tokens, dtype and (unless given) columns of a 2-D tensor."""
+        return dropout_multiplier(
+            self.seed,
+            self.p,
+            like.shape[0],
+            like.shape[1] if columns is None else columns,
+            like.dtype,
+            column_offset=self.column_offset,
+            width=self.width,
+        )
 
 
 def draw_seed(device: torch.device) -> Tensor:

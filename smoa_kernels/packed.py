@@ -8,8 +8,9 @@ their gradient is zero, and they are never counted as parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,34 @@ from torch import Tensor
 from .partition import BlockPartition
 
 __all__ = ["PackedAdapter", "pack_factors", "split_rank", "trainable_parameters", "unpack_factors"]
+
+
+class Block(NamedTuple):
+    """One diagonal block: its coordinates (None where K = 1 and they are all), A_k and B_k.
+
+    The factors are in `row_index` / `col_index` order and at least float32.
+    """
+
+    rank: int
+    rows: Tensor | None
+    cols: Tensor | None
+    A: Tensor
+    B: Tensor
+
+    def weight(self, adapter: PackedAdapter) -> Tensor:
+        """`W0[rows_k, cols_k]`, a copy unless K = 1."""
+        if self.rows is None or self.cols is None:
+            return adapter.weight
+        rows = adapter.weight.index_select(0, self.rows)
+        return rows.gather(1, self.cols.expand(rows.shape[0], -1))
+
+    def put(self, A: Tensor, A_block: Tensor, B: Tensor, B_block: Tensor) -> None:
+        """Write per-block factors into packed ones."""
+        if self.rows is None or self.cols is None:
+            A[: self.rank], B[:, : self.rank] = A_block, B_block
+        else:
+            A[: self.rank, self.cols] = A_block.to(A.dtype)
+            B[self.rows, : self.rank] = B_block.to(B.dtype)
 
 
 @dataclass(frozen=True)
@@ -60,12 +89,32 @@ class PackedAdapter:
         B = self.B.index_select(1, t).mul_(p.row_block[:, None] == block).mul_(self.scaling)
         return A, B
 
-    def blocks(self) -> list[tuple[Tensor, Tensor, int]]:
-        """Per block: A_k (r_k, C_k), B_k (N_k, r_k) in `col_index` / `row_index` order, and r_k."""
+    def blocks(self) -> Iterator[Block]:
+        """The K diagonal blocks, one by one; reads the ranks on the host."""
         p = self.partition
-        A = self.A.index_select(1, p.col_index).split(p.col_sizes, 1)
-        B = self.B.index_select(0, p.row_index).split(p.row_sizes, 0)
-        return [(A[k][:r], B[k][:, :r], r) for k, r in enumerate(self.ranks.tolist())]
+        # As wide as W0 and never narrower than float32: the factors are small, and products of them are not.
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        A, B = self.A.to(dtype), self.B.to(dtype)
+        whole = p.num_blocks == 1
+        all_rows = torch.split(p.row_index, list(p.row_sizes))
+        all_cols = torch.split(p.col_index, list(p.col_sizes))
+        for rank, rows, cols in zip(self.ranks.tolist(), all_rows, all_cols, strict=True):
+            yield Block(
+                rank=rank,
+                rows=None if whole else rows,
+                cols=None if whole else cols,
+                A=A[:rank] if whole else A[:rank].index_select(1, cols),
+                B=B[:, :rank] if whole else B[:, :rank].index_select(0, rows),
+            )
+
+
+def scaling_tensor(value: float | Tensor, device: torch.device) -> Tensor:
+    """s as a 0-d tensor on `device`; a number becomes float64, which promotes nothing and rounds nothing."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return torch.full(
+        (), value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+    )
 
 
 def split_rank(rank: int, num_blocks: int) -> list[int]:
@@ -114,8 +163,8 @@ def pack_factors(
     for k, (A_k, B_k, r) in enumerate(zip(A_blocks, B_blocks, ranks, strict=True)):
         if A_k.shape != (r, partition.col_sizes[k]) or B_k.shape != (partition.row_sizes[k], r):
             raise ValueError(
-                f"block {k} takes factors of shapes (r, {partition.col_sizes[k]}) and ({partition.row_sizes[k]}, r), "
-                f"got {tuple(A_k.shape)} and {tuple(B_k.shape)}"
+                f"block {k} takes factors of shapes (r, {partition.col_sizes[k]}) and "
+                f"({partition.row_sizes[k]}, r), got {tuple(A_k.shape)} and {tuple(B_k.shape)}"
             )
         A[:r, partition.cols(k)] = A_k
         B[partition.rows(k), :r] = B_k

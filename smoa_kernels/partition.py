@@ -8,7 +8,7 @@ move a coordinate across a block boundary and silently corrupt an adapter, so no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -146,6 +146,37 @@ class BlockPartition:
             col_sizes=tuple(col_count.tolist()),
         )
 
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
+        """Inverse of :meth:`tensors` and :meth:`sizes`: how a partition crosses an operator's boundary."""
+        num_blocks = len(sizes) // 2
+        row_block, col_block, row_index, col_index, row_offsets, col_offsets = tensors
+        return cls(
+            row_block=row_block,
+            col_block=col_block,
+            row_index=row_index,
+            col_index=col_index,
+            row_offsets=row_offsets,
+            col_offsets=col_offsets,
+            row_sizes=tuple(sizes[:num_blocks]),
+            col_sizes=tuple(sizes[num_blocks:]),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Labels, indices and offsets, rows before columns."""
+        return [
+            self.row_block,
+            self.col_block,
+            self.row_index,
+            self.col_index,
+            self.row_offsets,
+            self.col_offsets,
+        ]
+
+    def sizes(self) -> list[int]:
+        """Rows of each block, then columns of each: 2K numbers."""
+        return [*self.row_sizes, *self.col_sizes]
+
     @property
     def num_blocks(self) -> int:
         """K."""
@@ -163,11 +194,11 @@ class BlockPartition:
 
     def rows(self, block: int) -> Tensor:
         """Rows of one block, in `row_order`."""
-        return self.row_order.split(self.row_sizes)[block]
+        return torch.split(self.row_order, list(self.row_sizes))[block]
 
     def cols(self, block: int) -> Tensor:
         """Columns of one block, in `col_order`."""
-        return self.col_order.split(self.col_sizes)[block]
+        return torch.split(self.col_order, list(self.col_sizes))[block]
 
     def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
         """Partition of `weight[row_slice, col_slice]`: the same labels, cut. Blocks may become empty."""
@@ -178,35 +209,19 @@ class BlockPartition:
     @property
     def T(self) -> BlockPartition:
         """Partition of the transposed weight."""
-        return BlockPartition(
-            row_block=self.col_block,
-            col_block=self.row_block,
-            row_index=self.col_index,
-            col_index=self.row_index,
-            row_offsets=self.col_offsets,
-            col_offsets=self.row_offsets,
-            row_sizes=self.col_sizes,
-            col_sizes=self.row_sizes,
-            row_order=self.col_order,
-            col_order=self.row_order,
-        )
+        rows, cols = self.tensors()[0::2], self.tensors()[1::2]
+        swapped = [tensor for pair in zip(cols, rows, strict=True) for tensor in pair]
+        transposed = BlockPartition.from_tensors(swapped, [*self.col_sizes, *self.row_sizes])
+        transposed.row_order, transposed.col_order = self.col_order, self.row_order
+        return transposed
 
     def to(self, device: torch.device | str) -> BlockPartition:
         """The same partition on another device."""
         if self.device == torch.device(device):
             return self
-        return BlockPartition(
-            row_block=self.row_block.to(device),
-            col_block=self.col_block.to(device),
-            row_index=self.row_index.to(device),
-            col_index=self.col_index.to(device),
-            row_offsets=self.row_offsets.to(device),
-            col_offsets=self.col_offsets.to(device),
-            row_sizes=self.row_sizes,
-            col_sizes=self.col_sizes,
-            row_order=self.row_order.to(device),
-            col_order=self.col_order.to(device),
-        )
+        moved = BlockPartition.from_tensors([t.to(device) for t in self.tensors()], self.sizes())
+        moved.row_order, moved.col_order = self.row_order.to(device), self.col_order.to(device)
+        return moved
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPartition):
@@ -267,9 +282,7 @@ def _energies(wide: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         squared, u = torch.linalg.eigh(_lower_gram(wide))
-    except (
-        torch.linalg.LinAlgError
-    ):  # eigh gives up on some ill-conditioned matrices that the SVD still takes
+    except RuntimeError:  # LinAlgError: eigh gives up on some matrices that the SVD still takes
         u, sigma, vh = torch.linalg.svd(wide, full_matrices=False)
         return (u * sigma).square_().flip(1), (vh.T * sigma).square_().flip(1)
     return u.square() * squared.clamp_min(0), (wide.T @ u).square_()

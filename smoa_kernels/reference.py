@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import dropout_multiplier
+from .dropout import Dropout
 from .partition import BlockPartition
 
 __all__ = ["reference_delta_weight", "reference_linear"]
@@ -62,13 +62,6 @@ def reference_linear(
         if dropout_seed is None:
             raise ValueError("dropout_seed must be given where dropout_p > 0, got None")
         flat = x.reshape(-1, x.shape[-1])
-        mask = dropout_multiplier(
-            dropout_seed,
-            dropout_p,
-            *flat.shape,
-            x.dtype,
-            column_offset=column_offset,
-            width=global_in_features,
-        )
-        dropped = (flat * mask).reshape(x.shape)
+        dropout = Dropout(dropout_seed, dropout_p, column_offset, global_in_features or flat.shape[1])
+        dropped = (flat * dropout.multiplier(flat)).reshape(x.shape)
     return F.linear(x, weight, bias) + F.linear(dropped, delta)

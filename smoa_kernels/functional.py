@@ -1,0 +1,361 @@
+"""`smoa_linear`: validation, choice of backend and algorithm, the `smoa::linear` operator and its gradient.
+
+The operator is opaque to the compiler, so that no pass takes the order of its additions apart (the adapter's
+output survives in half precision only if it enters before the base GEMM's one rounding), and it takes tensors
+where a Python number would be baked into a graph: scaling, dropout seed, ranks.
+"""
+
+# No `from __future__ import annotations`: torch.library reads the operators' schemas from live annotations.
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .dropout import Dropout, draw_seed
+from .packed import PackedAdapter, scaling_tensor
+from .partition import BlockPartition
+from .reference import reference_linear
+
+__all__ = ["smoa_linear"]
+
+BACKENDS = ("auto", "eager", "triton", "reference")
+ALGORITHMS = ("auto", "merged", "split", "expanded")
+
+
+def smoa_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    partition: BlockPartition,
+    ranks: Tensor,
+    *,
+    scaling: float | Tensor,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    column_offset: int = 0,
+    global_in_features: int | None = None,
+    algorithm: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` with `ΔW = s·mask·(BA) ∘ W0` (paper equation 5, packed form).
+
+    Differentiable in x, A, B and bias. Saves x, the factors and the seed for backward, nothing else; W0 is
+    referenced. Double backward raises.
+
+    Args:
+        x: (..., C), floating point, any strides; any leading dimensions, zero tokens included.
+        weight: W0 (N, C), frozen, x's dtype (under autocast it is cast as `F.linear`'s would be).
+        bias: (N,) or None.
+        A: packed factor (ρ, C); W0's dtype or float32.
+        B: packed factor (N, ρ), A's dtype. Rows t ≥ r_k of a block are padding: ignored, gradient zero.
+        partition: blocks of W0's rows and columns, on x's device.
+        ranks: int32 (K,), rank of each block, 0 ≤ r_k ≤ ρ.
+        scaling: s, a number or a 0-d tensor (which a compiled graph does not bake in).
+        dropout_p: probability in [0, 1) of dropping an element of the adapter's input.
+        dropout_seed: int64 with one element on x's device; drawn from the default generator when None.
+        column_offset: where x holds a shard of the columns, the global index of its first one.
+        global_in_features: likewise, the global number of columns; C when None.
+        algorithm: "merged" (one GEMM with W_eff), "split" (adapter first, the base GEMM accumulates onto it),
+            "expanded" (few tokens) or "auto": expanded for few tokens, else merged where the GEMM multiplies in
+            IEEE float32/64, split in half precision and TF32, where a rounded W_eff would lose a small update,
+            and whenever dropout is active.
+        backend: "eager" (torch operators), "triton", "reference" (slow, plain autograd) or "auto".
+
+    Returns:
+        y (..., N) in x's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed; nothing was computed.
+
+    Example:
+        >>> weight = torch.randn(6, 4)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> A, B = torch.randn(1, 4), torch.zeros(6, 1)
+        >>> ranks = torch.ones(2, dtype=torch.int32)
+        >>> y = smoa_linear(torch.randn(3, 4), weight, None, A, B, partition, ranks, scaling=0.5)
+        >>> y.shape
+        torch.Size([3, 6])
+    """
+    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    _check_tensors(x, weight, bias, A, B, ranks, autocast=autocast)
+    _check_partition(partition, weight, ranks)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if autocast and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if dropout_p > 0 and dropout_seed is None:
+        dropout_seed = draw_seed(x.device)
+    _check_seed(dropout_seed, x)
+    backend = resolve_backend(backend, x.device)
+    width = _check_width(x, column_offset, global_in_features)
+    algorithm = _resolve_algorithm(algorithm, x, A, ranks, dropout_p)
+    if backend == "reference":
+        return reference_linear(
+            x,
+            weight.to(x.dtype),
+            None if bias is None else bias.to(x.dtype),
+            A,
+            B,
+            partition,
+            ranks,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            column_offset=column_offset,
+            global_in_features=width,
+        )
+    y: Tensor = _linear(
+        x,
+        weight,
+        bias,
+        A,
+        B,
+        ranks,
+        scaling_tensor(scaling, x.device),
+        dropout_seed if dropout_p > 0 else None,
+        partition.tensors(),
+        partition.sizes(),
+        dropout_p,
+        column_offset,
+        width,
+        algorithm,
+        backend,
+    )
+    return y
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that "auto" means on a device; raises where the one asked for cannot run there."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "triton":
+        raise ValueError("backend='triton' is not available yet; backend='eager' works everywhere")
+    return "eager" if backend == "auto" else backend
+
+
+def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether a GEMM on operands of `dtype` multiplies them in IEEE float32 or float64.
+
+    What counts is what the GEMM multiplies in, not what is stored: TF32 (or bf16 in oneDNN) keeps as few bits
+    of a float32 W_eff as half precision does.
+    """
+    if dtype == torch.float64:
+        return True
+    if dtype != torch.float32:
+        return False
+    backends: Any = torch.backends  # whose annotations lack mkldnn's matmul settings
+    settings = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}
+    return device_type not in settings or settings[device_type].fp32_precision in ("ieee", "none")
+
+
+def _resolve_algorithm(algorithm: str, x: Tensor, A: Tensor, ranks: Tensor, dropout_p: float) -> str:
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    if algorithm == "auto":
+        tokens = x.numel() // max(x.shape[-1], 1)
+        ieee = gemm_is_ieee(x.dtype, x.device.type)
+        return eager.choose_algorithm(tokens, A.shape[0] * ranks.shape[0], ieee=ieee, dropout=dropout_p > 0)
+    if dropout_p > 0 and algorithm != "split":
+        raise ValueError(
+            f"algorithm must be 'split' or 'auto' while dropout is active (dropout_p={dropout_p}): the adapter sees "
+            f"another x than the base layer. Got {algorithm!r}"
+        )
+    return algorithm
+
+
+@torch.library.custom_op("smoa::linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scaling: Tensor,
+    dropout_seed: Tensor | None,
+    partition: Sequence[Tensor],
+    sizes: Sequence[int],
+    dropout_p: float,
+    column_offset: int,
+    global_in_features: int,
+    algorithm: str,
+    backend: str,
+) -> Tensor:
+    blocks = BlockPartition.from_tensors(partition, sizes)
+    adapter = PackedAdapter(weight.to(x.dtype), A, B, blocks, ranks, scaling)
+    dropout = _dropout(dropout_seed, dropout_p, column_offset, global_in_features)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = eager.forward(x.reshape(-1, x.shape[-1]), bias, adapter, algorithm, dropout)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("smoa::linear_backward", mutates_args=())
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scaling: Tensor,
+    dropout_seed: Tensor | None,
+    partition: Sequence[Tensor],
+    sizes: Sequence[int],
+    dropout_p: float,
+    column_offset: int,
+    global_in_features: int,
+    needs_x: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dA, dB), empty where not needed: dX unless `needs_x`, dA and dB where x was not kept."""
+    blocks = BlockPartition.from_tensors(partition, sizes)
+    adapter = PackedAdapter(weight.to(dy.dtype), A, B, blocks, ranks, scaling)
+    dx, dA, dB = eager.backward(
+        dy.reshape(-1, dy.shape[-1]),
+        None if x is None else x.reshape(-1, x.shape[-1]),
+        adapter,
+        _dropout(dropout_seed, dropout_p, column_offset, global_in_features),
+        needs_x=needs_x,
+    )
+    return (
+        dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], weight.shape[1]),
+        A.new_empty(0) if dA is None else dA,
+        B.new_empty(0) if dB is None else dB,
+    )
+
+
+@_linear_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor | None, weight: Tensor, A: Tensor, B: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_x = rest[-2]
+    return (
+        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if needs_x else dy.new_empty(0),
+        A.new_empty(0 if x is None else A.shape),
+        B.new_empty(0 if x is None else B.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, A, B, ranks, scaling, seed, partition, sizes, *settings, _, backend = inputs
+    needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    ctx.save_for_backward(x if needs_factors else None, weight, A, B, ranks, scaling, seed, *partition)
+    ctx.sizes, ctx.settings, ctx.backend = sizes, settings, backend
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, weight, A, B, ranks, scaling, seed, *partition = ctx.saved_tensors
+    needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+    dx, dA, dB = _linear_backward(
+        dy, x, weight, A, B, ranks, scaling, seed, partition, ctx.sizes, *ctx.settings, needs_x, ctx.backend
+    )
+    dbias = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if needs_bias else None
+    gradients = (dx if needs_x else None, None, dbias, dA if needs_A else None, dB if needs_B else None)
+    no_gradients = [[None] * len(need) if isinstance(need, list) else None for need in ctx.needs_input_grad]
+    return (*gradients, *no_gradients[len(gradients) :])
+
+
+def _no_double_backward(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError("smoa_linear has no second derivative: use backend='reference' for double backward")
+
+
+_linear.register_autograd(_backward, setup_context=_setup_context)
+_linear_backward.register_autograd(_no_double_backward)
+
+
+def _dropout(seed: Tensor | None, p: float, column_offset: int, width: int) -> Dropout | None:
+    return None if seed is None else Dropout(seed, p, column_offset, width)
+
+
+def _check_tensors(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    *,
+    autocast: bool,
+) -> None:
+    named = {"x": x, "weight": weight, "bias": bias, "A": A, "B": B, "ranks": ranks}
+    for name, value in named.items():
+        if value is None and name == "bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if name != "ranks" and not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape (out_features, in_features), got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    if x.ndim < 1 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"x must have {in_features} features in its last dimension, got shape {tuple(x.shape)}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
+    if A.ndim != 2 or A.shape[1] != in_features:
+        raise ValueError(f"A must have shape (ρ, {in_features}), got {tuple(A.shape)}")
+    if B.shape != (out_features, A.shape[0]):
+        raise ValueError(f"B must have shape ({out_features}, {A.shape[0]}) to fit A, got {tuple(B.shape)}")
+    if weight.requires_grad:
+        raise ValueError(
+            "weight must be frozen, since SMoA trains A and B only: got requires_grad=True; "
+            "call weight.requires_grad_(False)"
+        )
+    if A.dtype != B.dtype:
+        raise TypeError(f"A and B must have one dtype, got {A.dtype} and {B.dtype}")
+    if autocast:
+        return
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype} outside autocast, got {value.dtype}")
+    if A.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"A and B must have weight's dtype {weight.dtype} or float32, got {A.dtype}")
+
+
+def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -> None:
+    if not isinstance(partition, BlockPartition):
+        raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
+    if partition.shape != weight.shape:
+        raise ValueError(
+            f"partition must be made for a weight of shape {tuple(weight.shape)}, got one for {partition.shape}"
+        )
+    if partition.device != weight.device:
+        raise ValueError(f"partition must be on weight's device {weight.device}, got {partition.device}")
+    if ranks.dtype != torch.int32 or ranks.shape != (partition.num_blocks,):
+        raise ValueError(
+            f"ranks must be int32 of shape ({partition.num_blocks},), got {ranks.dtype} of {tuple(ranks.shape)}"
+        )
+
+
+def _check_seed(seed: Tensor | None, x: Tensor) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        given = f"{seed.dtype} of {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
+        raise TypeError(f"dropout_seed must be an int64 tensor with one element, got {given}")
+    if seed.device != x.device:
+        raise ValueError(f"dropout_seed must be on x's device {x.device}, got {seed.device}")
+
+
+def _check_width(x: Tensor, column_offset: int, global_in_features: int | None) -> int:
+    width = x.shape[-1] if global_in_features is None else global_in_features
+    if column_offset < 0 or column_offset + x.shape[-1] > width:
+        raise ValueError(
+            f"column_offset and global_in_features must hold x's {x.shape[-1]} columns: "
+            f"got columns {column_offset} to {column_offset + x.shape[-1]} of {width}"
+        )
+    return width
