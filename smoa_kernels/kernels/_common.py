@@ -33,6 +33,7 @@ __all__ = [
     "dropout_multiplier",
     "input_precision",
     "padded_width",
+    "rank_block",
     "rank_product",
 ]
 
@@ -75,8 +76,19 @@ def padded_width(sizes: Sequence[int], multiple: int) -> int:
 
 
 def input_precision(dtype: torch.dtype, *, allow_tf32: bool) -> str:
-    """How `dot` may round float32 operands; for half types both names mean the same exact product."""
-    return "tf32" if allow_tf32 and dtype == torch.float32 else "ieee"
+    """How `dot` may round float32 operands where W0 has `dtype`; half operands are never rounded.
+
+    float32 factors over a half weight take TF32: eight times finer than the weight, and a tensor-core product.
+    AMD multiplies float32 in IEEE at full tensor-core width, and most of its targets know nothing else.
+    """
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if allow_tf32 or dtype != torch.float32 else "ieee"
+
+
+def rank_block(rank: int) -> int:
+    """RANK_BLOCK of `rank_product`. `tl.dot` takes no fewer than 16; the zeros beyond a small rank cost nothing."""
+    return 16 if rank <= 16 else 32
 
 
 @triton.jit
@@ -103,6 +115,8 @@ def rank_product(
     b_ptr,
     rows,
     cols,
+    row_inside,
+    col_inside,
     row_rank,
     col_rank,
     rank,
@@ -113,30 +127,25 @@ def rank_product(
     INPUT_PRECISION: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
-    """Σ_t B[rows, t] A[t, cols] in float32, t below `rank`, at most ρ.
+    """Σ_t B[rows, t] A[t, cols] in float32, over t < rank ≤ ρ that both a row and a column have.
 
-    rows, cols (int64) are the tile's coordinates; row_rank, col_rank how many entries of each B row and A
-    column are parameters, 0 for coordinates outside: one comparison masks bounds and rank padding alike.
-    RANK_BLOCK = 1 multiplies in registers; 16 and more go through `dot`.
+    rows, cols (int64) are the tile's coordinates, `*_inside` which of them exist, `*_rank` how many entries of
+    each B row and A column are parameters. The padding past those is loaded and then cleared: a mask that
+    differs from column to column would make every load a scalar one.
     """
     product = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     a_ptrs = a_ptr + cols * stride_ac
     b_ptrs = b_ptr + rows * stride_bn
-    if RANK_BLOCK == 1:
-        for t in range(rank):
-            a = tl.load(a_ptrs + t * stride_ar, mask=t < col_rank, other=0.0).to(tl.float32)
-            b = tl.load(b_ptrs + t * stride_br, mask=t < row_rank, other=0.0).to(tl.float32)
-            product += b[:, None] * a[None, :]
-    else:
-        for start in range(0, rank, RANK_BLOCK):
-            t = start + tl.arange(0, RANK_BLOCK)
-            a = tl.load(
-                a_ptrs[None, :] + t[:, None] * stride_ar, mask=t[:, None] < col_rank[None, :], other=0.0
-            )
-            b = tl.load(
-                b_ptrs[:, None] + t[None, :] * stride_br, mask=t[None, :] < row_rank[:, None], other=0.0
-            )
-            product = dot(b, a, product, INPUT_PRECISION)
+    for start in range(0, rank, RANK_BLOCK):
+        t = start + tl.arange(0, RANK_BLOCK)
+        below = t < rank
+        a_mask = below[:, None] & col_inside[None, :]
+        b_mask = row_inside[:, None] & below[None, :]
+        a = tl.load(a_ptrs[None, :] + t[:, None] * stride_ar, mask=a_mask, other=0.0)
+        b = tl.load(b_ptrs[:, None] + t[None, :] * stride_br, mask=b_mask, other=0.0)
+        a = tl.where(t[:, None] < col_rank[None, :], a, 0.0)
+        b = tl.where(t[None, :] < row_rank[:, None], b, 0.0)
+        product = dot(b, a, product, INPUT_PRECISION)
     return product
 
 

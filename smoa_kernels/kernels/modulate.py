@@ -1,0 +1,253 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""W_eff as a dense matrix (merged forward and dX, merge()), and ΔW as padded blocks (split).
+
+    W_eff[i, j] = W0[i, j] · (1 + s · [b(i) = c(j)] · Σ_t B[i, t] A[t, j])               (N, C)
+    ΔW[k, p, q] = s · W0[i, j] · Σ_t B[i, t] A[t, j],  i and j in slots p and q of k      (K, P_n, P_c)
+
+Both read W0 once, write once, compute in float32 and make nothing else of W0's size. Entries t ≥ ranks[k] of the
+factors are padding and reach nothing.
+
+Layout of the pointers: w (N, C), a (ρ, C), b (N, ρ) and the dense out (N, C) with any strides; row_block (N) and
+col_block (C) labels, uint8 or int32; row_index (N), col_index (C) int64, row_offsets, col_offsets (K + 1) int32;
+ranks (K) int32; scaling one element; the blocks' out (K, P_n, P_c) contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..packed import PackedAdapter
+from ._common import block_slots, input_precision, padded_width, rank_block, rank_product
+from .launch import MODULATE_CONFIGS, ModulateConfig
+
+__all__ = ["modulated_blocks", "modulated_weight"]
+
+
+@triton.jit
+def modulated_weight_kernel(
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    row_block_ptr,
+    col_block_ptr,
+    ranks_ptr,
+    scaling_ptr,
+    out_ptr,
+    N,
+    C,
+    rank,
+    stride_wn,
+    stride_wc,
+    stride_ar,
+    stride_ac,
+    stride_bn,
+    stride_br,
+    stride_on,
+    stride_oc,
+    INPUT_PRECISION: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    rows = (tile // tiles_c).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = (tile % tiles_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row_inside = rows < N
+    col_inside = cols < C
+    inside = row_inside[:, None] & col_inside[None, :]
+    w = tl.load(w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc, mask=inside, other=0.0)
+
+    row_block = tl.load(row_block_ptr + rows, mask=row_inside, other=0).to(tl.int32)
+    col_block = tl.load(col_block_ptr + cols, mask=col_inside, other=0).to(tl.int32)
+    product = rank_product(
+        a_ptr,
+        b_ptr,
+        rows,
+        cols,
+        row_inside,
+        col_inside,
+        tl.load(ranks_ptr + row_block, mask=row_inside, other=0),
+        tl.load(ranks_ptr + col_block, mask=col_inside, other=0),
+        rank,
+        stride_ar,
+        stride_ac,
+        stride_bn,
+        stride_br,
+        INPUT_PRECISION,
+        RANK_BLOCK,
+    )
+    scaling = tl.load(scaling_ptr).to(tl.float32)
+    modulation = tl.where(row_block[:, None] == col_block[None, :], scaling * product, 0.0)
+    w = w.to(tl.float32)
+    out = w + w * modulation  # one rounding in float32 where 1 + modulation would add a second
+    out_ptrs = out_ptr + rows[:, None] * stride_on + cols[None, :] * stride_oc
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def modulated_weight(
+    adapter: PackedAdapter,
+    *,
+    out: Tensor | None = None,
+    allow_tf32: bool = False,
+    config: ModulateConfig | None = None,
+) -> Tensor:
+    """W_eff (N, C) in W0's dtype and, where it is allocated here, in W0's stride order.
+
+    Args:
+        adapter: weight and factors on one device, ranks and scaling too.
+        out: (N, C) in W0's dtype, any strides; W0 itself merges in place.
+        allow_tf32: let a float32 weight's rank product round its operands to TF32. Under a half weight float32
+            factors always may: that is eight times finer than the result's rounding.
+        config: launch parameters.
+    """
+    if out is None:
+        out = torch.empty_like(adapter.weight)
+    result = out
+    if adapter.weight.stride(0) < adapter.weight.stride(1):
+        adapter, out = adapter.T, out.T  # the tile's last dimension is W0's contiguous one
+    w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
+    N, C = w.shape
+    if w.numel() == 0:
+        return result
+    config = config or MODULATE_CONFIGS[0]
+    grid = (triton.cdiv(N, config.block_n) * triton.cdiv(C, config.block_c),)
+    modulated_weight_kernel[grid](
+        w,
+        a,
+        b,
+        partition.row_block,
+        partition.col_block,
+        adapter.ranks,
+        adapter.scaling,
+        out,
+        N,
+        C,
+        a.shape[0],
+        *w.stride(),
+        *a.stride(),
+        *b.stride(),
+        *out.stride(),
+        INPUT_PRECISION=input_precision(w.dtype, allow_tf32=allow_tf32),
+        RANK_BLOCK=rank_block(a.shape[0]),
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return result
+
+
+@triton.jit
+def modulated_blocks_kernel(
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    row_index_ptr,
+    col_index_ptr,
+    row_offsets_ptr,
+    col_offsets_ptr,
+    ranks_ptr,
+    scaling_ptr,
+    out_ptr,
+    padded_rows,
+    padded_cols,
+    stride_wn,
+    stride_wc,
+    stride_ar,
+    stride_ac,
+    stride_bn,
+    stride_br,
+    INPUT_PRECISION: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    tiles_n = tl.cdiv(padded_rows, BLOCK_N)
+    tiles_c = tl.cdiv(padded_cols, BLOCK_C)
+    block = tile // (tiles_n * tiles_c)
+    row_slots = tile // tiles_c % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_slots = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots)
+    cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots)
+    rank = tl.load(ranks_ptr + block)
+    row_rank = tl.where(row_valid, rank, 0)
+    # A block of rank 0 is zero whatever W0 holds: do not read it.
+    mask = (row_rank > 0)[:, None] & col_valid[None, :]
+    w = tl.load(w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc, mask=mask, other=0.0)
+    product = rank_product(
+        a_ptr,
+        b_ptr,
+        rows,
+        cols,
+        row_valid,
+        col_valid,
+        row_rank,
+        tl.where(col_valid, rank, 0),
+        rank,
+        stride_ar,
+        stride_ac,
+        stride_bn,
+        stride_br,
+        INPUT_PRECISION,
+        RANK_BLOCK,
+    )
+    delta = tl.load(scaling_ptr).to(tl.float32) * product * w.to(tl.float32)
+    slots = (block.to(tl.int64) * padded_rows + row_slots)[:, None] * padded_cols + col_slots[None, :]
+    inside = (row_slots < padded_rows)[:, None] & (col_slots < padded_cols)[None, :]
+    tl.store(out_ptr + slots, delta.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def modulated_blocks(
+    adapter: PackedAdapter,
+    *,
+    row_multiple: int,
+    col_multiple: int,
+    allow_tf32: bool = False,
+    config: ModulateConfig | None = None,
+) -> Tensor:
+    """ΔW in block order, (K, P_n, P_c) in W0's dtype, zero in padding and in blocks of rank 0.
+
+    Args:
+        adapter: weight and factors on one device, ranks and scaling too.
+        row_multiple: P_n is the largest block of rows, rounded up to this.
+        col_multiple: likewise P_c.
+        allow_tf32: as in :func:`modulated_weight`.
+        config: launch parameters.
+    """
+    w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
+    padded_rows = padded_width(partition.row_sizes, row_multiple)
+    padded_cols = padded_width(partition.col_sizes, col_multiple)
+    out = torch.empty(partition.num_blocks, padded_rows, padded_cols, dtype=w.dtype, device=w.device)
+    if out.numel() == 0:
+        return out
+    config = config or MODULATE_CONFIGS[0]
+    tiles = triton.cdiv(padded_rows, config.block_n) * triton.cdiv(padded_cols, config.block_c)
+    modulated_blocks_kernel[(partition.num_blocks * tiles,)](
+        w,
+        a,
+        b,
+        partition.row_index,
+        partition.col_index,
+        partition.row_offsets,
+        partition.col_offsets,
+        adapter.ranks,
+        adapter.scaling,
+        out,
+        padded_rows,
+        padded_cols,
+        *w.stride(),
+        *a.stride(),
+        *b.stride(),
+        INPUT_PRECISION=input_precision(w.dtype, allow_tf32=allow_tf32),
+        RANK_BLOCK=rank_block(a.shape[0]),
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
