@@ -27,9 +27,11 @@ from torch import Tensor
 
 __all__ = [
     "INTERPRETED",
+    "TOKENS_PER_DRAW",
     "Dropout",
     "block_slots",
     "dot",
+    "dropout_draws",
     "dropout_multiplier",
     "input_precision",
     "padded_width",
@@ -150,7 +152,15 @@ def rank_product(
 
 
 @triton.jit
+def dropout_draws(seed_ptr, groups, cols):
+    """Four random words (G, P) for each group of TOKENS_PER_DRAW tokens and each global column."""
+    column = tl.broadcast_to(cols.to(tl.uint32)[None, :], (groups.shape[0], cols.shape[0]))
+    group = tl.broadcast_to(groups.to(tl.uint32)[:, None], (groups.shape[0], cols.shape[0]))
+    return tl.philox(tl.load(seed_ptr), column, group, group * 0, group * 0)
+
+
+@triton.jit
 def dropout_multiplier(draws, LANE: tl.constexpr, threshold, scale):
-    """Multiplier of token 8·group + LANE from the four words that `tl.philox` drew for (group, column)."""
+    """Multiplier (G, P) of each group's token number LANE: 16 bits of its draws against the threshold."""
     level = (draws[LANE // 2] >> (16 * (LANE % 2))) & 0xFFFF
-    return tl.where(level >= threshold, scale, 0.0)
+    return tl.where(level.to(tl.int32) >= threshold, scale, 0.0)

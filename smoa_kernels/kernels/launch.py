@@ -84,9 +84,9 @@ MODULATE_CONFIGS = (
 )
 
 PERMUTE_CONFIGS = (
-    PermuteConfig(block_t=16, block_p=128, num_warps=4),
-    PermuteConfig(block_t=8, block_p=256, num_warps=4),
-    PermuteConfig(block_t=32, block_p=128, num_warps=8),
+    PermuteConfig(block_t=64, block_p=128, num_warps=4),
+    PermuteConfig(block_t=32, block_p=256, num_warps=4),
+    PermuteConfig(block_t=64, block_p=64, num_warps=2),
 )
 
 FUSED_LINEAR_CONFIGS = (
