@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .functional import smoa_linear
+from .layers import FusedSMoALinear
 from .partition import BlockPartition
 
-__all__ = ["BlockPartition", "__version__", "smoa_linear"]
+__all__ = ["BlockPartition", "FusedSMoALinear", "__version__", "smoa_linear"]

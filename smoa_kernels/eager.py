@@ -17,7 +17,7 @@ from torch import Tensor
 from .dropout import Dropout
 from .packed import PackedAdapter
 
-__all__ = ["backward", "choose_algorithm", "forward", "modulated_weight"]
+__all__ = ["backward", "choose_algorithm", "delta_weight", "forward", "modulated_weight"]
 
 # The expanded form multiplies slots·T further rows by W0 (one slot per block and rank). Up to this many of them
 # it is the cheapest: measured on CPU at 2048² by benchmarks/test_few_tokens.py. Half precision stays longer
@@ -88,9 +88,15 @@ def modulated_weight(adapter: PackedAdapter) -> Tensor:
     weight = adapter.weight
     if weight.stride(0) < weight.stride(1):  # column-major: walk it along its memory
         return modulated_weight(adapter.T).T
-    A, B = adapter.expanded_factors()
-    product = B.to(weight.dtype) @ A.to(weight.dtype)
+    A, B = adapter.expanded_factors(weight.dtype)
+    product = B @ A
     return torch.addcmul(weight, weight, product, out=product)
+
+
+def delta_weight(adapter: PackedAdapter) -> Tensor:
+    """`ΔW`, (N, C) in W0's dtype, zero outside the diagonal blocks; rounded once."""
+    A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
+    return (B @ A).mul_(adapter.weight).to(adapter.weight.dtype)
 
 
 def _block_matmul(x: Tensor, adapter: PackedAdapter) -> Tensor:
@@ -125,9 +131,10 @@ def _block_grad(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, 
 
 def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W0ᵀ + Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`, (T, N), without a temporary of W0's size."""
-    A, B = adapter.expanded_factors()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    A, B = adapter.expanded_factors(wide)
     products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ adapter.weight.T
-    update = (products.view(A.shape[0], *x.shape[:1], -1) * B.T[:, None]).sum(0)
+    update = (products.view(A.shape[0], x.shape[0], -1).to(wide) * B.T[:, None]).sum(0)
     return update.to(x.dtype).addmm_(x, adapter.weight.T)
 
 

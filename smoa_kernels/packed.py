@@ -17,7 +17,14 @@ from torch import Tensor
 
 from .partition import BlockPartition
 
-__all__ = ["PackedAdapter", "pack_factors", "split_rank", "trainable_parameters", "unpack_factors"]
+__all__ = [
+    "PackedAdapter",
+    "pack_factors",
+    "resolve_ranks",
+    "split_rank",
+    "trainable_parameters",
+    "unpack_factors",
+]
 
 
 class Block(NamedTuple):
@@ -76,18 +83,18 @@ class PackedAdapter:
         """
         return replace(self, weight=self.weight.T, A=self.B.T, B=self.A.T, partition=self.partition.T)
 
-    def expanded_factors(self) -> tuple[Tensor, Tensor]:
+    def expanded_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Zero-padded factors: Ã (r, C) and B̃ (N, r), r = Σ r_k, with s·B̃ Ã = s·mask·(BA).
 
         One slot per (block, rank): slot (k, t) of Ã is A's row t on the columns of block k, zero elsewhere.
-        s is folded into B̃. Computed in the dtype of the factors.
+        s is folded into B̃, which is rounded to `dtype` after that.
         """
         p, rho = self.partition, self.A.shape[0]
         slot = torch.arange(rho, device=self.ranks.device)
         block, t = (slot < self.ranks[:, None]).nonzero(as_tuple=True)
         A = self.A.index_select(0, t).mul_(p.col_block == block[:, None])
         B = self.B.index_select(1, t).mul_(p.row_block[:, None] == block).mul_(self.scaling)
-        return A, B
+        return A.to(dtype), B.to(dtype)
 
     def blocks(self) -> Iterator[Block]:
         """The K diagonal blocks, one by one; reads the ranks on the host."""
@@ -125,6 +132,33 @@ def split_rank(rank: int, num_blocks: int) -> list[int]:
         [3, 3, 2]
     """
     return [rank // num_blocks + (k < rank % num_blocks) for k in range(num_blocks)]
+
+
+def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Rank of each block: `block_ranks` checked, or the budget r shared by :func:`split_rank`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+    """
+    for name, value in (("r", r), ("num_blocks", num_blocks)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if block_ranks is None:
+        return tuple(split_rank(r, num_blocks))
+    ranks = tuple(block_ranks)
+    if any(isinstance(rank, bool) or not isinstance(rank, int) for rank in ranks):
+        raise TypeError(f"block_ranks must be ints, got {list(ranks)}")
+    if len(ranks) != num_blocks:
+        raise ValueError(
+            f"block_ranks must have num_blocks={num_blocks} entries, got {len(ranks)}: {list(ranks)}"
+        )
+    if min(ranks) < 0:
+        raise ValueError(f"block_ranks must not be negative, got {list(ranks)}")
+    if sum(ranks) != r:
+        raise ValueError(f"block_ranks must sum to r={r}, got {list(ranks)}, which sum to {sum(ranks)}")
+    return ranks
 
 
 def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int:

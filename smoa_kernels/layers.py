@@ -1,0 +1,416 @@
+"""`FusedSMoALinear`: an `nn.Linear` with an SMoA adapter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import eager
+from .functional import ALGORITHMS, BACKENDS, smoa_linear
+from .packed import (
+    PackedAdapter,
+    padding_masks,
+    resolve_ranks,
+    scaling_tensor,
+    trainable_parameters,
+)
+from .partition import BlockPartition, label_dtype
+from .sketch import TOLERANCE, sketch_distance, sketch_weight
+
+__all__ = ["FusedSMoALinear"]
+
+_LABELS = ("smoa_row_block", "smoa_col_block", "smoa_ranks")
+
+
+class FusedSMoALinear(nn.Linear):
+    """Linear layer `y = x W0ᵀ + b + dropout(x) ΔWᵀ` with frozen W0 and b and a trainable SMoA adapter.
+
+    Only `smoa_A` (ρ, in_features) and `smoa_B` (out_features, ρ) train. The block labels, the ranks and a
+    sketch of W0 are buffers in the state dict: loading an adapter never recomputes them, and one that was
+    trained over another base is noticed. Loading a plain Linear's state dict (weight without labels)
+    recomputes the partition and warns.
+
+    Args:
+        in_features: C.
+        out_features: N.
+        bias: whether the base layer has a (frozen) bias.
+        r: rank budget over all blocks, at least 1.
+        num_blocks: K, from 1 (HiRA) to min(N, C).
+        alpha: the update is scaled by alpha / r; r when None.
+        dropout: probability of dropping an element of the adapter's input in training.
+        block_ranks: rank of each block, K numbers that sum to r; shared evenly when None.
+        algorithm: see :func:`smoa_kernels.smoa_linear`.
+        backend: likewise.
+        strict_base: refuse, rather than warn about, an adapter that was trained over another base.
+        device: of the layer.
+        dtype: of the layer.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Example:
+        >>> layer = FusedSMoALinear.from_linear(nn.Linear(8, 6), r=4, num_blocks=2)
+        >>> layer(torch.randn(3, 8)).shape
+        torch.Size([3, 6])
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['smoa_A', 'smoa_B']
+    """
+
+    smoa_row_block: Tensor
+    smoa_col_block: Tensor
+    smoa_ranks: Tensor
+    smoa_sketch: Tensor
+    smoa_scaling: Tensor
+    smoa_base_weight: Tensor | None  # W0 while the layer is merged
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 8,
+        num_blocks: int = 2,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        block_ranks: Sequence[int] | None = None,
+        algorithm: str = "auto",
+        backend: str = "auto",
+        strict_base: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        settings = _Settings(
+            (out_features, in_features), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend
+        )
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adapt(settings, strict_base)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        r: int = 8,
+        num_blocks: int = 2,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        block_ranks: Sequence[int] | None = None,
+        algorithm: str = "auto",
+        backend: str = "auto",
+        strict_base: bool = False,
+        partition: BlockPartition | None = None,
+    ) -> FusedSMoALinear:
+        """Adapt an existing layer; its weight and bias are shared, not copied, and frozen.
+
+        Args:
+            linear: `nn.Linear`, or Hugging Face's `Conv1D`, whose (in, out) weight is viewed transposed.
+            partition: blocks of the weight where they are already known; computed from its spectrum when None.
+
+        The other arguments are the constructor's.
+        """
+        weight, bias = _linear_parameters(linear)
+        settings = _Settings(
+            tuple(weight.shape), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend
+        )
+        if partition is None and not weight.is_meta:
+            partition = BlockPartition.from_weight(
+                weight, num_blocks
+            )  # before anything of `linear` is touched
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = weight.shape
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("bias", bias)
+        layer._adapt(settings, strict_base, partition)
+        layer.train(linear.training)
+        return layer
+
+    def _adapt(self, settings: _Settings, strict_base: bool, partition: BlockPartition | None = None) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.r, self.num_blocks, self.alpha = settings.r, settings.num_blocks, settings.alpha
+        self.dropout, self.algorithm, self.backend = settings.dropout, settings.algorithm, settings.backend
+        self.strict_base = strict_base
+        self.block_ranks = settings.block_ranks
+        rho, device = max(self.block_ranks), self.weight.device
+        self.smoa_A = nn.Parameter(self.weight.new_empty(rho, self.in_features))
+        self.smoa_B = nn.Parameter(self.weight.new_empty(self.out_features, rho))
+        dtype = label_dtype(self.num_blocks)
+        self.register_buffer("smoa_row_block", torch.zeros(self.out_features, dtype=dtype, device=device))
+        self.register_buffer("smoa_col_block", torch.zeros(self.in_features, dtype=dtype, device=device))
+        self.register_buffer("smoa_ranks", torch.tensor(self.block_ranks, dtype=torch.int32, device=device))
+        self.register_buffer("smoa_sketch", torch.zeros(33, device=device))
+        self.register_buffer("smoa_scaling", scaling_tensor(self.alpha / self.r, device), persistent=False)
+        self.register_buffer("smoa_base_weight", None, persistent=False)
+        for name in ("row_index", "col_index", "row_offsets", "col_offsets"):
+            self.register_buffer(f"smoa_{name}", None, persistent=False)
+        self._sizes: list[int] = []
+        if not self.weight.is_meta:
+            self._set_base(partition)
+            self.reset_adapter()
+
+    @property
+    def partition(self) -> BlockPartition:
+        """Blocks of W0's rows and columns."""
+        return BlockPartition.from_tensors(
+            [
+                self.smoa_row_block,
+                self.smoa_col_block,
+                cast(Tensor, self.smoa_row_index),
+                cast(Tensor, self.smoa_col_index),
+                cast(Tensor, self.smoa_row_offsets),
+                cast(Tensor, self.smoa_col_offsets),
+            ],
+            self._sizes,
+        )
+
+    @partition.setter
+    def partition(self, partition: BlockPartition) -> None:
+        tensors = partition.to(self.weight.device).tensors()
+        for name, tensor in zip(
+            ("row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets"),
+            tensors,
+            strict=True,
+        ):
+            setattr(self, f"smoa_{name}", tensor)
+        self._sizes = partition.sizes()
+
+    @property
+    def scaling(self) -> float:
+        """s; assigning it changes the factor in place, which recompiles nothing."""
+        return float(self.smoa_scaling)
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self.smoa_scaling.fill_(value)
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` holds W_eff."""
+        return self.smoa_base_weight is not None
+
+    @property
+    def num_adapter_parameters(self) -> int:
+        """`Σ r_k (N_k + C_k)`, padding not counted."""
+        return trainable_parameters(self.partition, self.block_ranks)
+
+    def reset_parameters(self) -> None:
+        """Draw a new base layer as `nn.Linear` does and, once the layer is built, a new adapter over it."""
+        super().reset_parameters()
+        if hasattr(self, "smoa_A"):
+            self.weight.requires_grad_(False)
+            self._set_base(None)
+            self.reset_adapter()
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero: the layer computes what its base computes."""
+        widths = torch.tensor(self.partition.col_sizes, dtype=self.smoa_A.dtype, device=self.smoa_A.device)
+        bound = widths.clamp_min(1).rsqrt()[self.smoa_col_block.long()]
+        self.smoa_A.uniform_(-1, 1).mul_(bound)
+        A_mask, _ = padding_masks(self.partition, self.smoa_ranks, self.smoa_A.shape[0])
+        self.smoa_A.mul_(A_mask)
+        self.smoa_B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        return smoa_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.smoa_A,
+            self.smoa_B,
+            self.partition,
+            self.smoa_ranks,
+            scaling=self.smoa_scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+            algorithm=self.algorithm,
+            backend=self.backend,
+        )
+
+    def delta_weight(self) -> Tensor:
+        """ΔW = W_eff - W0, (N, C), in W0's dtype; rounded on its own, not as a difference."""
+        return eager.delta_weight(self._packed())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put W_eff into `weight`, so that the layer costs what an `nn.Linear` costs; W0 is kept for `unmerge`."""
+        if self.merged:
+            warnings.warn("already merged: nothing to do", UserWarning, stacklevel=2)
+            return
+        self.smoa_base_weight = self.weight.detach().clone()
+        self.weight.copy_(eager.modulated_weight(self._packed()))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit."""
+        if self.smoa_base_weight is None:
+            warnings.warn("not merged: nothing to do", UserWarning, stacklevel=2)
+            return
+        self.weight.copy_(self.smoa_base_weight)
+        self.smoa_base_weight = None
+
+    def _packed(self) -> PackedAdapter:
+        weight = self.weight if self.smoa_base_weight is None else self.smoa_base_weight
+        A, B = self.smoa_A.detach(), self.smoa_B.detach()
+        return PackedAdapter(weight.detach(), A, B, self.partition, self.smoa_ranks, self.smoa_scaling)
+
+    def extra_repr(self) -> str:
+        """As `nn.Linear`'s, with the adapter's settings."""
+        return (
+            f"{super().extra_repr()}, r={self.r}, num_blocks={self.num_blocks}, alpha={self.alpha:g}, "
+            f"dropout={self.dropout}, algorithm={self.algorithm!r}, backend={self.backend!r}"
+        )
+
+    def _set_base(self, partition: BlockPartition | None) -> None:
+        """Take the current weight as the base: its partition (computed unless given) and its sketch."""
+        if partition is None:
+            partition = BlockPartition.from_weight(self.weight, self.num_blocks)
+        self.partition = partition
+        self.smoa_sketch = sketch_weight(self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSMoALinear:
+        scaling = None if self.smoa_scaling.is_meta else self.scaling
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        # .half() would round s with the other buffers.
+        value = self.alpha / self.r if scaling is None else scaling
+        if not self.smoa_scaling.is_meta:
+            self.smoa_scaling = scaling_tensor(value, self.smoa_scaling.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:  # a state dict is always of W0 and its adapter, or loading it would adapt twice
+            destination[prefix + "weight"] = self.smoa_base_weight
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {key: state_dict.get(prefix + key) for key in (*_LABELS, "weight", "smoa_sketch")}
+        has_labels = [key for key in _LABELS if given[key] is not None]
+        name = prefix.rstrip(".") or "FusedSMoALinear"
+        if self.merged:
+            raise RuntimeError(f"{name} is merged: call unmerge() before loading a state dict")
+        if has_labels:
+            partition = self._check_labels(name, given)
+            self._check_base(name, given)
+        before = len(missing_keys)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if has_labels:
+            self.partition = partition
+            self.block_ranks = tuple(self.smoa_ranks.tolist())
+            if given["smoa_sketch"] is None and given["weight"] is not None:
+                self.smoa_sketch = sketch_weight(self.weight)
+        elif given["weight"] is not None and not error_msgs:
+            warnings.warn(
+                f"{name}: the state dict holds a weight without block labels, as a plain nn.Linear's does; the "
+                "spectral partition was recomputed from it and the adapter kept as it was",
+                UserWarning,
+                stacklevel=2,
+            )
+            self._set_base(None)
+            # Labels were recomputed and the factors kept: neither is missing.
+            missing_keys[before:] = [key for key in missing_keys[before:] if ".smoa_" not in f".{key}"]
+
+    def _check_labels(self, name: str, given: dict[str, Any]) -> BlockPartition:
+        """The partition that a state dict holds, checked before anything is copied."""
+        missing = [key for key in _LABELS if given[key] is None]
+        if missing:
+            raise ValueError(f"{name}: the adapter's state dict lacks {', '.join(missing)}")
+        rows, cols, ranks = (given[key] for key in _LABELS)
+        if ranks.shape != (self.num_blocks,):
+            raise ValueError(
+                f"{name}: smoa_ranks must have one rank for each of num_blocks={self.num_blocks} blocks, "
+                f"got shape {tuple(ranks.shape)}"
+            )
+        if ranks.min() < 0 or ranks.max() != self.smoa_A.shape[0] or ranks.sum() != self.r:
+            raise ValueError(
+                f"{name}: smoa_ranks must sum to r={self.r} with a largest rank of {self.smoa_A.shape[0]}, "
+                f"got {ranks.tolist()}; build the layer with those block_ranks"
+            )
+        partition = BlockPartition.from_labels(rows, cols, self.num_blocks)
+        if partition.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"{name}: the labels must be of a weight of shape {(self.out_features, self.in_features)}, "
+                f"got {partition.shape}"
+            )
+        return partition
+
+    def _check_base(self, name: str, given: dict[str, Any]) -> None:
+        """Warn, or raise when `strict_base`, where the adapter was trained over another base weight."""
+        weight = self.weight if given["weight"] is None else given["weight"]
+        if given["smoa_sketch"] is None or weight.is_meta or weight.shape != self.weight.shape:
+            return
+        distance = sketch_distance(given["smoa_sketch"], sketch_weight(weight))
+        if distance > TOLERANCE:
+            message = (
+                f"{name}: the adapter was trained over another base weight (they differ by about {distance:.0%}, "
+                f"the same base in another precision by at most {TOLERANCE:.0%})"
+            )
+            if self.strict_base:
+                raise ValueError(f"{message}; strict_base=True refuses it")
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+class _Settings:
+    """The adapter's settings, checked."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        r: int,
+        num_blocks: int,
+        alpha: float | None,
+        dropout: float,
+        block_ranks: Sequence[int] | None,
+        algorithm: str,
+        backend: str,
+    ) -> None:
+        self.block_ranks = resolve_ranks(r, num_blocks, block_ranks)
+        if num_blocks > min(shape):
+            raise ValueError(
+                f"num_blocks must be at most min(out_features, in_features) = {min(shape)}, got {num_blocks}"
+            )
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"alpha must be finite, got {alpha}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.r, self.num_blocks = r, num_blocks
+        self.alpha = float(r if alpha is None else alpha)
+        self.dropout, self.algorithm, self.backend = dropout, algorithm, backend
+
+
+def _linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight (N, C) and bias of a layer: the same parameters, or a transposed view of Conv1D's (C, N) weight."""
+    if isinstance(linear, nn.Linear):
+        return cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias)
+    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):  # by its name: transformers is optional
+        weight = cast(nn.Parameter, linear.weight)
+        return nn.Parameter(weight.detach().T, requires_grad=False), cast(nn.Parameter, linear.bias)
+    raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
