@@ -134,7 +134,7 @@ def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     A, B = adapter.expanded_factors(wide)
     products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ adapter.weight.T
-    update = (products.view(A.shape[0], x.shape[0], -1).to(wide) * B.T[:, None]).sum(0)
+    update = (products.view(A.shape[0], x.shape[0], B.shape[0]).to(wide) * B.T[:, None]).sum(0)
     return update.to(x.dtype).addmm_(x, adapter.weight.T)
 
 

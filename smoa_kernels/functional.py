@@ -80,8 +80,9 @@ def smoa_linear(
         >>> y.shape
         torch.Size([3, 6])
     """
-    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    autocast = _autocast_enabled(x)
     _check_tensors(x, weight, bias, A, B, ranks, autocast=autocast)
+    _check_scaling(scaling)
     _check_partition(partition, weight, ranks)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
@@ -156,7 +157,7 @@ def _resolve_algorithm(algorithm: str, x: Tensor, A: Tensor, ranks: Tensor, drop
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if algorithm == "auto":
-        tokens = x.numel() // max(x.shape[-1], 1)
+        tokens = x.shape[:-1].numel()
         ieee = gemm_is_ieee(x.dtype, x.device.type)
         return eager.choose_algorithm(tokens, A.shape[0] * ranks.shape[0], ieee=ieee, dropout=dropout_p > 0)
     if dropout_p > 0 and algorithm != "split":
@@ -185,11 +186,12 @@ def _linear(
     algorithm: str,
     backend: str,
 ) -> Tensor:
+    _check_ranks(ranks, A.shape[0])
     blocks = BlockPartition.from_tensors(partition, sizes)
     adapter = PackedAdapter(weight.to(x.dtype), A, B, blocks, ranks, scaling)
     dropout = _dropout(dropout_seed, dropout_p, column_offset, global_in_features)
     bias = None if bias is None else bias.to(x.dtype)
-    y = eager.forward(x.reshape(-1, x.shape[-1]), bias, adapter, algorithm, dropout)
+    y = eager.forward(_tokens(x), bias, adapter, algorithm, dropout)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -220,8 +222,8 @@ def _linear_backward(
     blocks = BlockPartition.from_tensors(partition, sizes)
     adapter = PackedAdapter(weight.to(dy.dtype), A, B, blocks, ranks, scaling)
     dx, dA, dB = eager.backward(
-        dy.reshape(-1, dy.shape[-1]),
-        None if x is None else x.reshape(-1, x.shape[-1]),
+        _tokens(dy),
+        None if x is None else _tokens(x),
         adapter,
         _dropout(dropout_seed, dropout_p, column_offset, global_in_features),
         needs_x=needs_x,
@@ -259,7 +261,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dx, dA, dB = _linear_backward(
         dy, x, weight, A, B, ranks, scaling, seed, partition, ctx.sizes, *ctx.settings, needs_x, ctx.backend
     )
-    dbias = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if needs_bias else None
+    dbias = _tokens(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
     gradients = (dx if needs_x else None, None, dbias, dA if needs_A else None, dB if needs_B else None)
     no_gradients = [[None] * len(need) if isinstance(need, list) else None for need in ctx.needs_input_grad]
     return (*gradients, *no_gradients[len(gradients) :])
@@ -273,8 +275,19 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 _linear_backward.register_autograd(_no_double_backward)
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """(..., C) as (T, C); `reshape(-1, C)` cannot infer T from no elements."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def _dropout(seed: Tensor | None, p: float, column_offset: int, width: int) -> Dropout | None:
     return None if seed is None else Dropout(seed, p, column_offset, width)
+
+
+def _autocast_enabled(x: Tensor) -> bool:
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+        return False
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _check_tensors(
@@ -339,6 +352,22 @@ def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -
         raise ValueError(
             f"ranks must be int32 of shape ({partition.num_blocks},), got {ranks.dtype} of {tuple(ranks.shape)}"
         )
+
+
+def _check_ranks(ranks: Tensor, rho: int) -> None:
+    """Inside the operator, and on CPU only: reading them from a GPU would wait for it."""
+    if ranks.device.type == "cpu" and not 0 <= min(ranks.tolist()) <= max(ranks.tolist()) <= rho:
+        raise ValueError(f"ranks must lie in [0, {rho}], A's rows, got {ranks.tolist()}")
+
+
+def _check_scaling(scaling: float | Tensor) -> None:
+    if isinstance(scaling, Tensor):
+        if scaling.ndim:
+            raise ValueError(f"scaling must be a number or a 0-d tensor, got shape {tuple(scaling.shape)}")
+        if scaling.requires_grad:
+            raise ValueError("scaling must not require grad: it is not trained")
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
 
 
 def _check_seed(seed: Tensor | None, x: Tensor) -> None:

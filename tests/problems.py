@@ -1,0 +1,109 @@
+"""Random problems for tests of the operator: one small factory, so that every test means the same by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from smoa_kernels import BlockPartition, smoa_linear
+from smoa_kernels.reference import reference_linear
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """Arguments of `smoa_linear`, and what comes back in backward."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    partition: BlockPartition
+    ranks: Tensor
+    dy: Tensor
+    scaling: float
+
+    def to(self, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> LinearProblem:
+        """The same values, rounded to `dtype` (the factors to `factor_dtype`)."""
+        factor_dtype = factor_dtype or dtype
+        return replace(
+            self,
+            x=self.x.to(dtype),
+            weight=self.weight.to(dtype),
+            bias=None if self.bias is None else self.bias.to(dtype),
+            A=self.A.to(factor_dtype),
+            B=self.B.to(factor_dtype),
+            dy=self.dy.to(dtype),
+        )
+
+    def run(self, **kwargs: object) -> tuple[Tensor, ...]:
+        """y, dX, dA, dB and, where there is one, dbias."""
+        return self._run(smoa_linear, **kwargs)
+
+    def run_reference(self, **kwargs: object) -> tuple[Tensor, ...]:
+        """The same by the definition in the problem's own dtype, gradients by autograd."""
+        return self._run(reference_linear, **kwargs)
+
+    def _run(self, function: object, **kwargs: object) -> tuple[Tensor, ...]:
+        leaves = [t.detach().clone().requires_grad_() for t in (self.x, self.A, self.B)]
+        x, A, B = leaves
+        bias = None if self.bias is None else self.bias.detach().clone().requires_grad_()
+        y = function(x, self.weight, bias, A, B, self.partition, self.ranks, scaling=self.scaling, **kwargs)  # type: ignore[operator]
+        y.backward(self.dy)
+        return (y.detach(), *(leaf.grad for leaf in leaves), *(() if bias is None else (bias.grad,)))
+
+
+def make_problem(
+    *,
+    tokens: int = 11,
+    out_features: int = 33,
+    in_features: int = 57,
+    ranks: tuple[int, ...] = (3, 0, 2),
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    random_labels: bool = False,
+    fill_padding: bool = True,
+    seed: int = 0,
+) -> LinearProblem:
+    """A problem with nonzero B. Padding rows of A and B hold rubbish unless `fill_padding` is False."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    num_blocks, rho = len(ranks), max(ranks)
+    weight = randn(out_features, in_features) / in_features**0.5
+    if random_labels:
+        partition = BlockPartition.from_labels(
+            torch.randint(num_blocks, (out_features,), generator=generator),
+            torch.randint(num_blocks, (in_features,), generator=generator),
+            num_blocks,
+        )
+    else:
+        partition = BlockPartition.from_weight(weight, num_blocks)
+    problem = LinearProblem(
+        x=randn(tokens, in_features),
+        weight=weight,
+        bias=randn(out_features) if bias else None,
+        A=randn(rho, in_features),
+        B=randn(out_features, rho) * 0.3,
+        partition=partition,
+        ranks=torch.tensor(ranks, dtype=torch.int32),
+        dy=randn(tokens, out_features),
+        scaling=0.7,
+    )
+    if not fill_padding:
+        slot = torch.arange(rho)
+        problem.A[slot[:, None] >= problem.ranks[partition.col_block.long()]] = 0
+        problem.B[slot >= problem.ranks[partition.row_block.long(), None]] = 0
+    return problem.to(dtype)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """`‖value - truth‖ / ‖truth‖`, 0 where both are empty or zero."""
+    truth = truth.double()
+    norm = float(torch.linalg.vector_norm(truth))
+    error = float(torch.linalg.vector_norm(value.double() - truth))
+    return error / norm if norm else error

@@ -1,0 +1,69 @@
+"""The redrawn dropout mask: a function of (seed, token, global column) alone."""
+
+import pytest
+import torch
+
+from smoa_kernels.dropout import draw_seed, dropout_multiplier
+
+
+def multiplier(
+    p: float = 0.3, tokens: int = 64, columns: int = 101, seed: int = 5, **kwargs: int
+) -> torch.Tensor:
+    return dropout_multiplier(torch.tensor(seed), p, tokens, columns, torch.float64, **kwargs)
+
+
+def test_same_seed_same_mask_other_seed_another() -> None:
+    assert torch.equal(multiplier(), multiplier())
+    assert not torch.equal(multiplier(), multiplier(seed=6))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+def test_rate_and_scale(p: float) -> None:
+    mask = multiplier(p, 1000, 1000)
+    dropped = (mask == 0).double().mean()
+    assert abs(float(dropped) - p) < 5 * (p * (1 - p) / 1e6) ** 0.5 + 2**-16
+    kept = mask[mask != 0]
+    assert (kept == kept[0]).all()
+    assert float(kept[0]) == pytest.approx(1 / (1 - p), rel=2e-4)
+    assert float(kept[0]) * (1 - round(p * 2**16) / 2**16) == pytest.approx(1, rel=1e-12)
+
+
+def test_every_column_and_every_16_bit_lane_is_random() -> None:
+    """An int64 drawn from the default range has a constant sign bit, which would bias every fourth column."""
+    kept = (multiplier(0.5, 4000, 64) != 0).double().mean(0)
+    assert float((kept - 0.5).abs().max()) < 0.04
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 40), (40, 101), (3, 50)])
+def test_a_shard_sees_its_columns_of_the_whole(start: int, stop: int) -> None:
+    shard = multiplier(columns=stop - start, column_offset=start, width=101)
+    assert torch.equal(shard, multiplier()[:, start:stop])
+
+
+def test_fewer_tokens_are_a_prefix() -> None:
+    assert torch.equal(multiplier(tokens=10), multiplier()[:10])
+
+
+def test_thread_count_does_not_matter() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = multiplier(tokens=500, columns=1000)
+        torch.set_num_threads(2)
+        assert torch.equal(one, multiplier(tokens=500, columns=1000))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_empty() -> None:
+    assert multiplier(tokens=0).shape == (0, 101)
+
+
+def test_seed_follows_the_default_generator_and_leaves_it_to_the_caller() -> None:
+    torch.manual_seed(3)
+    first = draw_seed(torch.device("cpu"))
+    torch.manual_seed(3)
+    assert torch.equal(first, draw_seed(torch.device("cpu")))
+    state = torch.get_rng_state()
+    multiplier()
+    assert torch.equal(state, torch.get_rng_state())

@@ -1,0 +1,433 @@
+"""`smoa_linear`: numbers, gradients, memory, precision and its choices, on the eager backend."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import LinearProblem, make_problem, relative_error
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from smoa_kernels import eager, smoa_linear
+from smoa_kernels.functional import gemm_is_ieee
+
+ALGORITHMS = ("merged", "split", "expanded")
+SHAPES = [
+    {"ranks": (3, 0, 2)},
+    {"ranks": (4,)},  # K = 1 is HiRA
+    {"ranks": (2, 2), "bias": False},
+    {"ranks": (1, 5, 2, 2), "random_labels": True},
+    {"ranks": (2,) * 9, "random_labels": True, "out_features": 7, "in_features": 5},  # some blocks are empty
+    {"ranks": (0, 0, 1), "tokens": 1},
+]
+
+
+def assert_equal_to_reference(problem: LinearProblem, tolerance: float = 1e-10, **kwargs: object) -> None:
+    dropout = {k: v for k, v in kwargs.items() if k.startswith("dropout")}
+    expected = problem.run_reference(**dropout)
+    for name, ours, truth in zip(
+        ("y", "dx", "dA", "dB", "dbias"), problem.run(**kwargs), expected, strict=False
+    ):
+        assert relative_error(ours, truth) < tolerance, name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference(shape: dict[str, object], algorithm: str) -> None:
+    assert_equal_to_reference(make_problem(**shape), algorithm=algorithm)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference_with_dropout(shape: dict[str, object]) -> None:
+    assert_equal_to_reference(make_problem(**shape), dropout_p=0.4, dropout_seed=torch.tensor(9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 20),
+    out_features=st.integers(1, 24),
+    in_features=st.integers(1, 24),
+    ranks=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any),
+    algorithm=st.sampled_from(ALGORITHMS),
+    seed=st.integers(0, 1000),
+)
+def test_random_problems(
+    tokens: int, out_features: int, in_features: int, ranks: list[int], algorithm: str, seed: int
+) -> None:
+    problem = make_problem(
+        tokens=tokens,
+        out_features=out_features,
+        in_features=in_features,
+        ranks=tuple(ranks),
+        random_labels=True,
+        seed=seed,
+    )
+    assert_equal_to_reference(problem, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("ranks", [(2,), (2, 1), (3, 0, 1)])
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "dropout"])
+def test_gradcheck(algorithm: str, ranks: tuple[int, ...], bias: bool) -> None:
+    p = make_problem(tokens=4, out_features=7, in_features=6, ranks=ranks, bias=bias)
+    options: dict[str, object] = {"algorithm": algorithm}
+    if algorithm == "dropout":
+        options = {"dropout_p": 0.4, "dropout_seed": torch.tensor(3)}
+
+    def function(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+        return smoa_linear(x, p.weight, bias, A, B, p.partition, p.ranks, scaling=0.7, **options)
+
+    inputs = [None if t is None else t.clone().requires_grad_() for t in (p.x, p.A, p.B, p.bias)]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_padding_reaches_neither_outputs_nor_gradients() -> None:
+    clean, dirty = make_problem(fill_padding=False), make_problem(fill_padding=True)
+    assert not torch.equal(clean.A, dirty.A)
+    slot = torch.arange(3)
+    padding_A = slot[:, None] >= dirty.ranks[dirty.partition.col_block.long()]
+    padding_B = slot >= dirty.ranks[dirty.partition.row_block.long(), None]
+    for algorithm in ALGORITHMS:
+        expected, (y, dx, dA, dB, _) = clean.run(algorithm=algorithm), dirty.run(algorithm=algorithm)
+        assert torch.equal(y, expected[0])
+        assert torch.equal(dx, expected[1])
+        assert (dA[padding_A] == 0).all()
+        assert (dB[padding_B] == 0).all()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        lambda x: x[:1].expand(x.shape[0], -1),
+    ],
+    ids=["column-major", "row stride beyond the width", "strided columns", "expanded"],
+)
+def test_strided_x_and_weight(layout: Callable[[Tensor], Tensor], algorithm: str) -> None:
+    problem = make_problem()
+    x = layout(problem.x)
+    assert not x.is_contiguous()
+    for weight in (problem.weight, problem.weight.T.contiguous().T):
+        strided = dataclasses.replace(problem, x=x, weight=weight, dy=layout(problem.dy))
+        assert_equal_to_reference(strided, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("leading", [(), (2, 3), (1, 1, 5), (0,), (3, 0)])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_any_leading_dimensions(leading: tuple[int, ...], algorithm: str) -> None:
+    p = make_problem()
+    x = torch.randn(*leading, 57, dtype=torch.float64, requires_grad=True)
+    A = p.A.clone().requires_grad_()
+    y = smoa_linear(x, p.weight, p.bias, A, p.B, p.partition, p.ranks, scaling=0.7, algorithm=algorithm)
+    assert y.shape == (*leading, 33)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert A.grad is not None
+    assert bool(A.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("wanted", ["x", "A", "B", "bias", None])
+def test_honours_needs_input_grad(wanted: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = make_problem()
+    tensors = {"x": p.x, "A": p.A, "B": p.B, "bias": p.bias}
+    tensors = {name: t.clone().requires_grad_(name == wanted) for name, t in tensors.items()}
+    calls = []
+    monkeypatch.setattr(eager, "_block_grad", _recording(eager._block_grad, "factors", calls))
+    monkeypatch.setattr(eager, "modulated_weight", _recording(eager.modulated_weight, "weight", calls))
+    monkeypatch.setattr(eager, "EXPANDED_MAX_ROWS", {True: 0, False: 0})
+    y = smoa_linear(
+        tensors["x"], p.weight, tensors["bias"], tensors["A"], tensors["B"], p.partition, p.ranks, scaling=0.7
+    )
+    calls.clear()
+    assert y.requires_grad == (wanted is not None)
+    if wanted is not None:
+        y.backward(p.dy)
+    assert [name for name, t in tensors.items() if t.grad is not None] == ([wanted] if wanted else [])
+    assert calls == {"x": ["weight"], "A": ["factors"], "B": ["factors"]}.get(wanted or "", [])
+
+
+def _recording(function: Callable[..., object], name: str, calls: list[str]) -> Callable[..., object]:
+    def record(*args: object) -> object:
+        calls.append(name)
+        return function(*args)
+
+    return record
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "dropout"])
+def test_saves_nothing_but_x_factors_and_frozen_tensors(algorithm: str) -> None:
+    p = make_problem(tokens=50)
+    seed = torch.tensor(3)
+    options: dict[str, object] = {"algorithm": algorithm}
+    if algorithm == "dropout":
+        options = {"dropout_p": 0.4, "dropout_seed": seed}
+    x, A, B = (t.clone().requires_grad_() for t in (p.x, p.A, p.B))
+    scaling = torch.tensor(0.7, dtype=torch.float64)
+    known = {t.data_ptr() for t in (x, A, B, p.weight, p.ranks, scaling, seed, *p.partition.tensors())}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        smoa_linear(x, p.weight, p.bias, A, B, p.partition, p.ranks, scaling=scaling, **options)
+    assert {x.data_ptr(), A.data_ptr(), B.data_ptr()} <= {t.data_ptr() for t in saved}
+    assert {t.data_ptr() for t in saved} <= known
+
+
+def test_frozen_factors_do_not_keep_x() -> None:
+    p = make_problem()
+    x = p.x.clone().requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        smoa_linear(x, p.weight, p.bias, p.A, p.B, p.partition, p.ranks, scaling=0.7)
+    assert x.data_ptr() not in {t.data_ptr() for t in saved}
+
+
+@pytest.mark.parametrize("factor_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "auto"])
+def test_error_within_twice_the_same_dtype_reference(
+    algorithm: str, dtype: torch.dtype, factor_dtype: torch.dtype | None
+) -> None:
+    exact = make_problem(tokens=96, out_features=160, in_features=192, ranks=(6, 4, 6))
+    rounded = exact.to(dtype, factor_dtype)
+    truth = rounded.to(torch.float64).run_reference()
+    ours, baseline = rounded.run(algorithm=algorithm), rounded.run_reference()
+    for name, value, same_dtype, expected in zip(
+        ("y", "dx", "dA", "dB", "dbias"), ours, baseline, truth, strict=True
+    ):
+        assert value.dtype == same_dtype.dtype, name
+        budget = 2 * relative_error(same_dtype, expected) + 1e-7
+        assert relative_error(value, expected) < budget, name
+
+
+def survival(problem: LinearProblem, base: LinearProblem, run: Callable[[LinearProblem], Tensor]) -> float:
+    """Share of the adapter's output that survives: projection of `y - y_base` on the exact adapter output."""
+    exact = problem.to(torch.float64)
+    truth = exact.run_reference()[0] - base.to(torch.float64).run_reference()[0]
+    difference = run(problem).double() - run(base).double()
+    return float((difference * truth).sum() / truth.square().sum())
+
+
+def small_update(
+    dtype: torch.dtype, *, tokens: int, bias: bool, delta: float = 1e-4
+) -> tuple[LinearProblem, ...]:
+    """A problem whose update is `delta` of the weights in rms, and the same with B = 0."""
+    problem = make_problem(
+        tokens=tokens, out_features=256, in_features=256, ranks=(4, 4), bias=bias, fill_padding=False
+    )
+    product = (problem.B @ problem.A) * (problem.partition.row_block[:, None] == problem.partition.col_block)
+    relative = 0.7 * product.square().mean().sqrt()
+    problem = dataclasses.replace(problem, B=problem.B * (delta / relative)).to(dtype, torch.float32)
+    return problem, dataclasses.replace(problem, B=torch.zeros_like(problem.B))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [2048, 64])
+def test_no_dead_zone(dtype: torch.dtype, bias: bool, tokens: int) -> None:
+    """A relative update of 1e-4 is far below bf16's last bit, and must arrive all the same."""
+    problem, base = small_update(dtype, tokens=tokens, bias=bias)
+    share = survival(problem, base, lambda p: p.run()[0])
+    # The base's own rounding is noise on the measure; it falls with the number of outputs.
+    assert share == pytest.approx(1.0, abs=0.05 if tokens == 2048 else 0.2)
+
+
+def test_no_dead_zone_in_the_expanded_form() -> None:
+    problem, base = small_update(torch.bfloat16, tokens=512, bias=True)
+    assert survival(problem, base, lambda p: p.run(algorithm="expanded")[0]) == pytest.approx(1.0, abs=0.08)
+
+
+def test_the_two_dead_zones_are_real() -> None:
+    """What `auto` avoids: a rounded W_eff, and an adapter added to an output that was already rounded."""
+    problem, base = small_update(torch.bfloat16, tokens=2048, bias=False)
+    assert survival(problem, base, lambda p: p.run(algorithm="merged")[0]) < 0.05
+
+    def added_afterwards(p: LinearProblem) -> Tensor:
+        product = (p.B @ p.A) * (p.partition.row_block[:, None] == p.partition.col_block)
+        return p.x @ p.weight.T + p.x @ (0.7 * product * p.weight).bfloat16().T
+
+    assert survival(problem, base, added_afterwards) < 0.3
+
+
+def test_auto_chooses_by_the_multiplying_dtype() -> None:
+    choose = eager.choose_algorithm
+    assert choose(4096, 16, ieee=True, dropout=False) == "merged"
+    assert choose(4096, 16, ieee=False, dropout=False) == "split"
+    assert choose(4096, 16, ieee=True, dropout=True) == "split"
+    assert choose(1, 16, ieee=True, dropout=False) == "expanded"
+    assert choose(1, 16, ieee=False, dropout=False) == "expanded"
+    assert choose(1, 16, ieee=True, dropout=True) == "split"
+
+
+def test_reduced_float32_precision_counts_as_half() -> None:
+    assert gemm_is_ieee(torch.float64, "cpu")
+    assert gemm_is_ieee(torch.float32, "cpu")
+    assert gemm_is_ieee(torch.float32, "cuda")
+    assert not gemm_is_ieee(torch.bfloat16, "cpu")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not gemm_is_ieee(torch.float32, "cuda")
+        assert not gemm_is_ieee(torch.float32, "cpu")
+        assert gemm_is_ieee(torch.float64, "cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_autocast_multiplies_in_half_and_keeps_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = eager.forward
+    monkeypatch.setattr(eager, "forward", lambda *a: seen.append(a) or forward(*a))
+    problem, base = small_update(torch.float32, tokens=2048, bias=True)
+    bf16_weights = {"weight": problem.weight.bfloat16().float(), "x": problem.x.bfloat16().float()}
+    problem, base = (dataclasses.replace(p, **bf16_weights) for p in (problem, base))
+
+    def run(p: LinearProblem) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = smoa_linear(p.x, p.weight, p.bias, p.A, p.B, p.partition, p.ranks, scaling=0.7)
+        assert y.dtype == torch.bfloat16
+        return y
+
+    assert survival(problem, base, run) == pytest.approx(1.0, abs=0.05)
+    assert {call[3] for call in seen} == {"split"}
+    assert {call[0].dtype for call in seen} == {torch.bfloat16}
+
+
+def test_autocast_gradients_have_the_leaves_dtypes() -> None:
+    p = make_problem(dtype=torch.float32)
+    x, A, B, bias = (t.clone().requires_grad_() for t in (p.x, p.A, p.B, p.bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = smoa_linear(x, p.weight, bias, A, B, p.partition, p.ranks, scaling=0.7)
+    y.float().sum().backward()
+    assert {t.grad.dtype for t in (x, A, B, bias)} == {torch.float32}
+
+
+def test_dropout_draws_its_seed_from_the_default_generator() -> None:
+    p = make_problem()
+
+    def run() -> Tensor:
+        torch.manual_seed(11)
+        return p.run(dropout_p=0.5)[0]
+
+    assert torch.equal(run(), run())
+    assert not torch.equal(run(), p.run(dropout_p=0.5)[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_recomputes_the_same_mask(use_reentrant: bool) -> None:
+    p = make_problem()
+
+    def run(wrap: bool) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(4)
+        x, A = p.x.clone().requires_grad_(), p.A.clone().requires_grad_()
+
+        def layer(x: Tensor) -> Tensor:
+            return smoa_linear(x, p.weight, p.bias, A, p.B, p.partition, p.ranks, scaling=0.7, dropout_p=0.4)
+
+        y = checkpoint(layer, x, use_reentrant=use_reentrant) if wrap else layer(x)
+        y.backward(p.dy)
+        return x.grad, A.grad
+
+    for plain, recomputed in zip(run(False), run(True), strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_reruns_are_bitwise_equal() -> None:
+    p = make_problem(tokens=64, out_features=200, in_features=100, dtype=torch.float32)
+    options = {"dropout_p": 0.1, "dropout_seed": torch.tensor(1)}
+    for first, second in zip(p.run(**options), p.run(**options), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_nan_in_x_is_not_hidden() -> None:
+    p = make_problem()
+    p.x[3, 5] = float("nan")
+    for algorithm in ALGORITHMS:
+        y, dx, dA, *_ = p.run(algorithm=algorithm)
+        assert y[3].isnan().all()
+        assert not y[4].isnan().any()
+        assert dA.isnan().any()
+        assert not dx.isnan().any()
+
+
+def test_double_backward_says_what_to_do() -> None:
+    p = make_problem()
+    x, A = p.x.clone().requires_grad_(), p.A.clone().requires_grad_()
+    y = smoa_linear(x, p.weight, p.bias, A, p.B, p.partition, p.ranks, scaling=0.7)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative: use backend='reference'"):
+        dx.sum().backward()
+
+
+def test_reference_backend_has_a_second_derivative() -> None:
+    p = make_problem()
+    A = p.A.clone().requires_grad_()
+    x = p.x.clone().requires_grad_()
+    y = smoa_linear(x, p.weight, p.bias, A, p.B, p.partition, p.ranks, scaling=0.7, backend="reference")
+    assert torch.equal(y, p.run_reference()[0])
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    assert A.grad is not None
+
+
+BAD_INPUTS = [
+    ({"x": torch.randn(4, 56)}, ValueError, r"x must have 57 features .* got shape \(4, 56\)"),
+    ({"x": torch.tensor(1.0)}, ValueError, "x must have 57 features"),
+    ({"x": torch.ones(4, 57, dtype=torch.int64)}, TypeError, "x must be floating point, got torch.int64"),
+    ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+    ({"x": torch.randn(4, 57).bfloat16()}, TypeError, "weight must have x's dtype torch.bfloat16"),
+    ({"x": torch.randn(4, 57, device="meta")}, ValueError, "weight must be on x's device meta, got cpu"),
+    ({"weight": torch.randn(33, 57, requires_grad=True)}, ValueError, "weight must be frozen"),
+    ({"weight": torch.randn(57)}, ValueError, "weight must have shape"),
+    ({"bias": torch.randn(32)}, ValueError, r"bias must have shape \(33,\), got \(32,\)"),
+    ({"A": torch.randn(3, 56)}, ValueError, r"A must have shape \(ρ, 57\), got \(3, 56\)"),
+    ({"B": torch.randn(33, 2)}, ValueError, r"B must have shape \(33, 3\) to fit A, got \(33, 2\)"),
+    ({"B": torch.randn(33, 3).double()}, TypeError, "A and B must have one dtype"),
+    (
+        {"A": torch.randn(3, 57).bfloat16(), "B": torch.randn(33, 3).bfloat16()},
+        TypeError,
+        "A and B must have weight's dtype torch.float32 or float32, got torch.bfloat16",
+    ),
+    ({"partition": None}, TypeError, "partition must be a BlockPartition, got NoneType"),
+    (
+        {"partition": make_problem(in_features=56).partition},
+        ValueError,
+        r"partition must be made for a weight of shape \(33, 57\), got one for \(33, 56\)",
+    ),
+    ({"ranks": torch.tensor([3, 0], dtype=torch.int32)}, ValueError, r"ranks must be int32 of shape \(3,\)"),
+    ({"ranks": torch.tensor([3, 0, 2])}, ValueError, "ranks must be int32"),
+    ({"ranks": torch.tensor([4, 0, 2], dtype=torch.int32)}, ValueError, r"ranks must lie in \[0, 3\]"),
+    ({"ranks": torch.tensor([-1, 0, 2], dtype=torch.int32)}, ValueError, r"ranks must lie in \[0, 3\]"),
+    ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p must lie in"),
+    ({"dropout_p": float("nan")}, ValueError, "dropout_p must lie in"),
+    ({"dropout_seed": 3}, TypeError, "dropout_seed must be an int64 tensor with one element, got 3"),
+    ({"dropout_seed": torch.ones(2, dtype=torch.int64)}, TypeError, "dropout_seed must be an int64 tensor"),
+    ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, split, expanded"),
+    (
+        {"algorithm": "merged", "dropout_p": 0.1},
+        ValueError,
+        "algorithm must be 'split' or 'auto' while dropout",
+    ),
+    ({"backend": "cuda"}, ValueError, "backend must be one of auto, eager, triton, reference, got 'cuda'"),
+    ({"column_offset": 1}, ValueError, "column_offset and global_in_features must hold x's 57 columns"),
+    ({"global_in_features": 50}, ValueError, "got columns 0 to 57 of 50"),
+    ({"scaling": torch.ones(2)}, ValueError, r"scaling must be a number or a 0-d tensor, got shape \(2,\)"),
+    ({"scaling": "1"}, TypeError, "scaling must be a number or a 0-d tensor, got str"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "words"), BAD_INPUTS)
+def test_bad_inputs(changed: dict[str, object], error: type[Exception], words: str) -> None:
+    p = make_problem(dtype=torch.float32)
+    arguments: dict[str, object] = {
+        name: getattr(p, name) for name in ("x", "weight", "bias", "A", "B", "partition", "ranks", "scaling")
+    }
+    arguments.update(changed)
+    with pytest.raises(error, match=words):
+        smoa_linear(**arguments)

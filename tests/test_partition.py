@@ -1,0 +1,209 @@
+"""The spectral order and its blocks (docs/definition.md)."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from vectors import Vector, all_vectors
+
+from smoa_kernels import BlockPartition
+from smoa_kernels import partition as module
+from smoa_kernels.partition import spectral_centroids
+
+
+def svd_centroids(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition's own words: a thin SVD, energies, mean position."""
+    U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
+    position = torch.arange(sigma.shape[0], dtype=weight.dtype)
+    scores = []
+    for basis in (U, Vh.T):
+        energy = (basis * sigma).square()
+        total = energy.sum(1)
+        scores.append(torch.where(total > 0, (energy @ position) / total.clamp_min(1e-300), 0))
+    return scores[0], scores[1]
+
+
+@pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)
+def test_equals_vectors(vector: Vector) -> None:
+    weight = torch.from_numpy(vector.weight)
+    partition = BlockPartition.from_weight(weight, vector.num_blocks)
+    row_score, col_score = spectral_centroids(weight)
+    torch.testing.assert_close(row_score, torch.from_numpy(vector.row_score), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(col_score, torch.from_numpy(vector.col_score), rtol=1e-9, atol=1e-9)
+    assert partition.row_order.tolist() == vector.row_order.tolist()
+    assert partition.col_order.tolist() == vector.col_order.tolist()
+    assert partition.row_block.tolist() == vector.row_block.tolist()
+    assert partition.col_block.tolist() == vector.col_block.tolist()
+
+
+@pytest.mark.parametrize("shape", [(37, 19), (19, 37), (23, 23), (1, 5), (5, 1)])
+def test_gram_route_equals_svd(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for ours, expected in zip(spectral_centroids(weight), svd_centroids(weight), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_extreme_magnitudes_keep_the_order(scale: float) -> None:
+    """Squared in float32 these entries would overflow or vanish."""
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
+    expected = BlockPartition.from_weight(weight, 3)
+    assert BlockPartition.from_weight(weight * scale, 3) == expected
+
+
+def test_svd_takes_over_where_eigh_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(12, 30, dtype=torch.float64)
+    expected = BlockPartition.from_weight(weight, 4)
+
+    def fails(*_: object) -> None:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    assert BlockPartition.from_weight(weight, 4) == expected
+
+
+def test_zero_rows_score_zero_and_rank_deficiency_works() -> None:
+    weight = (
+        torch.randn(10, 6, dtype=torch.float64)
+        @ torch.randn(6, 3, dtype=torch.float64)
+        @ torch.randn(3, 14, dtype=torch.float64)
+    )
+    weight[4] = 0
+    weight[:, 9] = 0
+    row_score, col_score = spectral_centroids(weight)
+    assert row_score[4] == 0
+    assert col_score[9] == 0
+    assert (row_score[[0, 1, 2]] > 0).all()
+    expected_rows, _ = svd_centroids(weight)
+    others = [i for i in range(10) if i != 4]
+    torch.testing.assert_close(row_score[others], expected_rows[others], rtol=1e-6, atol=1e-6)
+
+
+def test_zero_matrix_keeps_the_natural_order() -> None:
+    partition = BlockPartition.from_weight(torch.zeros(5, 7), 2)
+    assert partition.row_order.tolist() == [0, 1, 2, 3, 4]
+    assert partition.col_block.tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_half_types_are_computed_in_float32() -> None:
+    weight = torch.randn(30, 20).bfloat16()
+    assert BlockPartition.from_weight(weight, 3) == BlockPartition.from_weight(weight.float(), 3)
+
+
+def test_blocks_are_cut_as_tensor_split_cuts() -> None:
+    partition = BlockPartition.from_weight(torch.randn(11, 8), 3)
+    assert partition.row_sizes == (4, 4, 3)
+    assert partition.col_sizes == (3, 3, 2)
+    for k, chunk in enumerate(partition.row_order.tensor_split(3)):
+        assert partition.rows(k).tolist() == chunk.tolist()
+        assert (partition.row_block[chunk] == k).all()
+
+
+def test_thread_setting_is_restored_and_does_not_matter() -> None:
+    """One intra-op thread inside, the caller's setting after, also when it raises."""
+    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(3))
+    script = (
+        "import sys, torch; torch.set_num_threads(int(sys.argv[1]));"
+        "from smoa_kernels import BlockPartition;"
+        "w = torch.randn(200, 300, generator=torch.Generator().manual_seed(3));"
+        "p = BlockPartition.from_weight(w, 5);"
+        "assert torch.get_num_threads() == int(sys.argv[1]);"
+        "print(p.row_block.tolist(), p.col_block.tolist())"
+    )
+    outputs = {
+        subprocess.run([sys.executable, "-c", script, n], capture_output=True, text=True, check=True).stdout
+        for n in ("1", "2")
+    }
+    partition = BlockPartition.from_weight(weight, 5)
+    assert outputs == {f"{partition.row_block.tolist()} {partition.col_block.tolist()}\n"}
+
+
+def test_labels_rebuild_without_a_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
+    partition = BlockPartition.from_weight(torch.randn(13, 9), 4)
+
+    def never(*_: object) -> None:
+        raise AssertionError("a spectrum was computed")
+
+    monkeypatch.setattr(module, "spectral_centroids", never)
+    again = BlockPartition.from_labels(partition.row_block, partition.col_block, 4)
+    assert again == partition
+    assert again.row_index.tolist() == partition.row_index.tolist()
+    assert again.row_order.tolist() == sorted(range(13), key=lambda i: (int(partition.row_block[i]), i))
+    assert again.row_offsets.tolist() == [0, 4, 7, 10, 13]
+
+
+def test_label_dtypes() -> None:
+    assert (
+        BlockPartition.from_labels(torch.arange(256), torch.arange(256), 256).row_block.dtype == torch.uint8
+    )
+    wide = BlockPartition.from_labels(torch.arange(257), torch.arange(257), 257)
+    assert wide.row_block.dtype == torch.int32
+    assert wide.num_blocks == 257
+
+
+def test_shards_keep_labels_and_may_miss_blocks() -> None:
+    partition = BlockPartition.from_labels(torch.tensor([0, 0, 1, 2]), torch.tensor([2, 1, 0]), 3)
+    shard = partition.shard(slice(0, 2), slice(1, 3))
+    assert shard.shape == (2, 2)
+    assert shard.num_blocks == 3
+    assert shard.row_sizes == (2, 0, 0)
+    assert shard.col_block.tolist() == [1, 0]
+    assert shard == BlockPartition.from_labels(partition.row_block[:2], partition.col_block[1:], 3)
+
+
+def test_equality_is_by_labels() -> None:
+    rows, cols = torch.tensor([0, 1]), torch.tensor([1, 0])
+    partition = BlockPartition.from_labels(rows, cols, 2)
+    assert partition == BlockPartition.from_labels(rows.int(), cols.to(torch.uint8), 2)
+    assert partition != BlockPartition.from_labels(rows, cols, 3)
+    assert partition != BlockPartition.from_labels(cols, cols, 2)
+    assert partition != "partition"
+    assert partition == partition.T.T
+    assert partition.T.shape == (2, 2)
+
+
+def test_permuting_the_weight_permutes_the_partition() -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(18, 25, dtype=torch.float64, generator=generator)
+    rows, cols = torch.randperm(18, generator=generator), torch.randperm(25, generator=generator)
+    partition, permuted = (BlockPartition.from_weight(w, 3) for w in (weight, weight[rows][:, cols]))
+    assert permuted.row_block.tolist() == partition.row_block[rows].tolist()
+    assert permuted.col_block.tolist() == partition.col_block[cols].tolist()
+
+
+@pytest.mark.parametrize(
+    ("weight", "num_blocks", "error", "words"),
+    [
+        ([[1.0]], 1, TypeError, "weight must be a tensor, got list"),
+        (torch.ones(3, 3, dtype=torch.int64), 1, TypeError, "weight must be floating point, got torch.int64"),
+        (torch.ones(3), 1, ValueError, r"weight must be a matrix .* got shape \(3,\)"),
+        (torch.tensor([[1.0, float("nan")]]), 1, ValueError, "weight must be finite"),
+        (torch.tensor([[1.0, float("inf")]]), 1, ValueError, "weight must be finite"),
+        (torch.ones(3, 4), 0, ValueError, "num_blocks must be at least 1, got 0"),
+        (torch.ones(3, 4), 4, ValueError, "num_blocks must be at most .* = 3 .* got 4"),
+        (torch.ones(3, 4), 2.0, TypeError, "num_blocks must be an int, got 2.0"),
+        (torch.ones(0, 4), 1, ValueError, "num_blocks must be at most .* = 0"),
+    ],
+)
+def test_bad_weights(weight: torch.Tensor, num_blocks: int, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        BlockPartition.from_weight(weight, num_blocks)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "num_blocks", "error", "words"),
+    [
+        (torch.tensor([0, 2]), torch.tensor([0]), 2, ValueError, r"row_block must lie in \[0, 2\).* 0 to 2"),
+        (torch.tensor([0]), torch.tensor([-1]), 2, ValueError, r"col_block must lie in \[0, 2\)"),
+        (torch.tensor([[0]]), torch.tensor([0]), 1, ValueError, "row_block must have one dimension"),
+        (torch.tensor([0.0]), torch.tensor([0]), 1, TypeError, "row_block must be an integer tensor"),
+        ([0], torch.tensor([0]), 1, TypeError, "row_block must be an integer tensor, got list"),
+        (torch.tensor([0]), torch.tensor([0]), 0, ValueError, "num_blocks must be at least 1"),
+    ],
+)
+def test_bad_labels(
+    rows: torch.Tensor, cols: torch.Tensor, num_blocks: int, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        BlockPartition.from_labels(rows, cols, num_blocks)

@@ -1,0 +1,106 @@
+"""Three oracles, one definition: the vectors, the C code and the plain PyTorch reference."""
+
+import c_oracle
+import numpy as np
+import pytest
+import torch
+from problems import make_problem
+from vectors import Vector, all_vectors
+
+from smoa_kernels import BlockPartition
+from smoa_kernels.packed import pack_factors, unpack_factors
+from smoa_kernels.reference import reference_delta_weight, reference_linear
+
+TOLERANCE = 1e-10
+
+
+def assert_close(value: object, expected: object) -> None:
+    np.testing.assert_allclose(np.asarray(value), np.asarray(expected), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)
+def test_reference_equals_vectors(vector: Vector) -> None:
+    weight, x = torch.from_numpy(vector.weight), torch.from_numpy(vector.x).requires_grad_()
+    partition = BlockPartition.from_weight(weight, vector.num_blocks)
+    A, B, ranks = pack_factors(
+        [torch.from_numpy(a) for a in vector.block_A],
+        [torch.from_numpy(b) for b in vector.block_B],
+        partition,
+    )
+    assert_close(A, vector.A)
+    assert_close(B, vector.B)
+    A.requires_grad_(), B.requires_grad_()
+    delta = reference_delta_weight(weight, A, B, partition, ranks, scaling=vector.scaling)
+    assert_close(delta.detach(), vector.delta_weight)
+    y = reference_linear(
+        x, weight, torch.from_numpy(vector.bias), A, B, partition, ranks, scaling=vector.scaling
+    )
+    assert_close(y.detach(), vector.y)
+    y.backward(torch.from_numpy(vector.dy))
+    assert_close(x.grad, vector.dx)
+    dA, dB = unpack_factors(A.grad, B.grad, partition, ranks)
+    for ours, expected in zip((*dA, *dB), (*vector.block_dA, *vector.block_dB), strict=True):
+        assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("random_labels", [False, True])
+@pytest.mark.parametrize("ranks", [(3, 0, 2), (1,), (2, 2, 2, 2, 5)])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_reference_equals_c_oracle(ranks: tuple[int, ...], random_labels: bool, dropout_p: float) -> None:
+    problem = make_problem(ranks=ranks, random_labels=random_labels, bias=False)
+    multiplier, kwargs = None, {}
+    if dropout_p:
+        from smoa_kernels.dropout import dropout_multiplier
+
+        seed = torch.tensor(1234)
+        multiplier = dropout_multiplier(seed, dropout_p, *problem.x.shape, torch.float64).numpy()
+        kwargs = {"dropout_p": dropout_p, "dropout_seed": seed}
+    y, dx, dA, dB = problem.run_reference(**kwargs)
+    arguments = (
+        problem.weight,
+        problem.A,
+        problem.B,
+        problem.partition.row_block,
+        problem.partition.col_block,
+        problem.ranks,
+    )
+    assert_close(
+        y, c_oracle.forward(problem.x, arguments[0], None, *arguments[1:], scaling=0.7, multiplier=multiplier)
+    )
+    gradients = c_oracle.backward(problem.dy, problem.x, *arguments, scaling=0.7, multiplier=multiplier)
+    for ours, expected in zip((dx, dA, dB), (gradients.dx, gradients.dA, gradients.dB), strict=True):
+        assert_close(ours, expected)
+    weight, A, B = problem.weight, problem.A, problem.B
+    delta = reference_delta_weight(weight, A, B, problem.partition, problem.ranks, scaling=0.7)
+    assert_close(delta, c_oracle.delta_weight(*arguments, scaling=0.7))
+
+
+def test_spectral_order_equals_c_oracle() -> None:
+    weight = torch.randn(21, 34, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
+    orders = c_oracle.spectral_orders(U, sigma, Vh.T)
+    partition = BlockPartition.from_weight(weight, 4)
+    assert partition.row_order.tolist() == orders.row_order.tolist()
+    assert partition.col_order.tolist() == orders.col_order.tolist()
+    assert partition.row_block.tolist() == c_oracle.block_labels(orders.row_order, 4).tolist()
+
+
+def test_packing_checks_its_blocks() -> None:
+    partition = BlockPartition.from_labels(torch.tensor([0, 0, 1]), torch.tensor([0, 1]), 2)
+    A, B = [torch.ones(1, 1), torch.ones(2, 1)], [torch.ones(2, 1), torch.ones(1, 2)]
+    packed_A, packed_B, ranks = pack_factors(A, B, partition)
+    assert ranks.tolist() == [1, 2]
+    assert packed_A.tolist() == [[1, 1], [0, 1]]
+    assert packed_B.tolist() == [[1, 0], [1, 0], [1, 1]]
+    with pytest.raises(
+        ValueError, match=r"block 1 takes factors of shapes \(r, 1\) and \(1, r\), got .*\(2, 2\)"
+    ):
+        pack_factors(A, [B[0], torch.ones(2, 2)], partition)
+    with pytest.raises(ValueError, match="one factor for each of 2 blocks, got 1 and 2"):
+        pack_factors(A[:1], B, partition)
+
+
+def test_reference_dropout_needs_a_seed() -> None:
+    problem = make_problem()
+    with pytest.raises(ValueError, match="dropout_seed must be given"):
+        problem.run_reference(dropout_p=0.1)
