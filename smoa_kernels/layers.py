@@ -122,6 +122,11 @@ class FusedSMoALinear(nn.Linear):
         settings = _Settings(
             tuple(weight.shape), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend
         )
+        if partition is not None and (partition.shape, partition.num_blocks) != (weight.shape, num_blocks):
+            raise ValueError(
+                f"partition must be made for a weight of shape {tuple(weight.shape)} and {num_blocks} blocks, "
+                f"got {partition!r}"
+            )
         if partition is None and not weight.is_meta:
             partition = BlockPartition.from_weight(
                 weight, num_blocks
@@ -210,6 +215,7 @@ class FusedSMoALinear(nn.Linear):
         super().reset_parameters()
         if hasattr(self, "smoa_A"):
             self.weight.requires_grad_(False)
+            self.smoa_ranks = torch.tensor(self.block_ranks, dtype=torch.int32, device=self.weight.device)
             self._set_base(None)
             self.reset_adapter()
 
@@ -311,6 +317,7 @@ class FusedSMoALinear(nn.Linear):
         name = prefix.rstrip(".") or "FusedSMoALinear"
         if self.merged:
             raise RuntimeError(f"{name} is merged: call unmerge() before loading a state dict")
+        self._check_shapes(name, prefix, state_dict)
         if has_labels:
             partition = self._check_labels(name, given)
             self._check_base(name, given)
@@ -334,34 +341,33 @@ class FusedSMoALinear(nn.Linear):
             # Labels were recomputed and the factors kept: neither is missing.
             missing_keys[before:] = [key for key in missing_keys[before:] if ".smoa_" not in f".{key}"]
 
+    def _check_shapes(self, name: str, prefix: str, state_dict: dict[str, Any]) -> None:
+        """torch copies what fits and reports the rest afterwards; here nothing is copied unless all fits."""
+        for key, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
+            given = state_dict.get(prefix + key)
+            if given is not None and given.shape != own.shape:
+                raise ValueError(
+                    f"{name}: size mismatch for {key}: the layer's is {tuple(own.shape)}, "
+                    f"the state dict's {tuple(given.shape)}"
+                )
+
     def _check_labels(self, name: str, given: dict[str, Any]) -> BlockPartition:
         """The partition that a state dict holds, checked before anything is copied."""
         missing = [key for key in _LABELS if given[key] is None]
         if missing:
             raise ValueError(f"{name}: the adapter's state dict lacks {', '.join(missing)}")
         rows, cols, ranks = (given[key] for key in _LABELS)
-        if ranks.shape != (self.num_blocks,):
-            raise ValueError(
-                f"{name}: smoa_ranks must have one rank for each of num_blocks={self.num_blocks} blocks, "
-                f"got shape {tuple(ranks.shape)}"
-            )
         if ranks.min() < 0 or ranks.max() != self.smoa_A.shape[0] or ranks.sum() != self.r:
             raise ValueError(
                 f"{name}: smoa_ranks must sum to r={self.r} with a largest rank of {self.smoa_A.shape[0]}, "
                 f"got {ranks.tolist()}; build the layer with those block_ranks"
             )
-        partition = BlockPartition.from_labels(rows, cols, self.num_blocks)
-        if partition.shape != (self.out_features, self.in_features):
-            raise ValueError(
-                f"{name}: the labels must be of a weight of shape {(self.out_features, self.in_features)}, "
-                f"got {partition.shape}"
-            )
-        return partition
+        return BlockPartition.from_labels(rows, cols, self.num_blocks)
 
     def _check_base(self, name: str, given: dict[str, Any]) -> None:
         """Warn, or raise when `strict_base`, where the adapter was trained over another base weight."""
         weight = self.weight if given["weight"] is None else given["weight"]
-        if given["smoa_sketch"] is None or weight.is_meta or weight.shape != self.weight.shape:
+        if given["smoa_sketch"] is None or weight.is_meta:
             return
         distance = sketch_distance(given["smoa_sketch"], sketch_weight(weight))
         if distance > TOLERANCE:

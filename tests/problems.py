@@ -103,7 +103,7 @@ def make_problem(
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """`‖value - truth‖ / ‖truth‖`, 0 where both are empty or zero."""
-    truth = truth.double()
+    value, truth = value.detach().double(), truth.detach().double()
     norm = float(torch.linalg.vector_norm(truth))
-    error = float(torch.linalg.vector_norm(value.double() - truth))
+    error = float(torch.linalg.vector_norm(value - truth))
     return error / norm if norm else error

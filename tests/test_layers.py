@@ -1,0 +1,401 @@
+"""`FusedSMoALinear`: an nn.Linear to its users, with labels and ranks that travel in the state dict."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import relative_error
+from torch import Tensor, nn
+
+from smoa_kernels import BlockPartition, FusedSMoALinear, smoa_linear
+from smoa_kernels import partition as partition_module
+from smoa_kernels.reference import reference_delta_weight
+from smoa_kernels.sketch import TOLERANCE, sketch_distance, sketch_weight
+
+
+def trained(**kwargs: object) -> FusedSMoALinear:
+    """A layer whose adapter does something."""
+    torch.manual_seed(0)
+    settings: dict[str, object] = {"r": 7, "num_blocks": 3, "alpha": 14, **kwargs}
+    layer = FusedSMoALinear.from_linear(nn.Linear(40, 33), **settings)
+    nn.init.normal_(layer.smoa_B, std=0.3)
+    return layer
+
+
+def test_starts_as_its_base_and_trains_only_its_factors() -> None:
+    linear = nn.Linear(40, 33)
+    layer = FusedSMoALinear.from_linear(linear, r=6, num_blocks=2)
+    x = torch.randn(2, 5, 40)
+    torch.testing.assert_close(layer(x), linear(x))
+    assert isinstance(layer, nn.Linear)
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["smoa_A", "smoa_B"]
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    before = F.mse_loss(layer(x), torch.zeros(2, 5, 33))
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.mse_loss(layer(x), torch.zeros(2, 5, 33)).backward()
+        optimizer.step()
+    assert F.mse_loss(layer(x), torch.zeros(2, 5, 33)) < before
+
+
+def test_from_linear_shares_weight_and_bias() -> None:
+    linear = nn.Linear(40, 33)
+    layer = FusedSMoALinear.from_linear(linear)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+
+
+def test_from_conv1d_views_its_weight() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils", reason="needs the peft extra").Conv1D(33, 40)
+    layer = FusedSMoALinear.from_linear(conv1d, r=4)
+    assert layer.weight.data_ptr() == conv1d.weight.data_ptr()
+    nn.init.normal_(layer.smoa_B)
+    x = torch.randn(5, 40, requires_grad=True)
+    expected = conv1d(x) + x @ layer.delta_weight().T
+    torch.testing.assert_close(layer(x), expected)
+    layer.merge()
+    torch.testing.assert_close(conv1d(x), expected)
+
+
+def test_initial_factors() -> None:
+    """A_k uniform in ±1/√C_k, B zero, padding zero."""
+    layer = FusedSMoALinear(3000, 60, r=7, num_blocks=3, block_ranks=[4, 1, 2])
+    assert (layer.smoa_B == 0).all()
+    for k, rank in enumerate((4, 1, 2)):
+        A_k = layer.smoa_A.detach()[:, layer.partition.cols(k)]
+        bound = A_k.shape[1] ** -0.5
+        assert float(A_k[:rank].abs().max()) <= bound
+        assert float(A_k[:rank].abs().max()) > 0.98 * bound
+        assert (A_k[rank:] == 0).all()
+
+
+def test_delta_weight_is_the_definition_and_merge_applies_it() -> None:
+    layer = trained(block_ranks=[4, 0, 3])
+    expected = reference_delta_weight(
+        layer.weight, layer.smoa_A, layer.smoa_B, layer.partition, layer.smoa_ranks, scaling=2.0
+    )
+    assert relative_error(layer.delta_weight(), expected.detach()) < 1e-6
+    x = torch.randn(64, 40)
+    y, original = layer(x).detach(), layer.weight.clone()
+    layer.merge()
+    assert layer.merged
+    torch.testing.assert_close(layer(x), y)
+    torch.testing.assert_close(layer.weight, original + expected)
+    torch.testing.assert_close(layer.delta_weight(), expected)
+    layer.unmerge()
+    assert torch.equal(layer.weight, original)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_unmerge_restores_every_bit(dtype: torch.dtype) -> None:
+    layer = trained().to(dtype)
+    original = layer.weight.clone()
+    layer.merge()
+    assert not torch.equal(layer.weight, original)
+    layer.unmerge()
+    assert torch.equal(layer.weight, original)
+
+
+def test_merging_twice_warns_and_changes_nothing() -> None:
+    layer = trained()
+    layer.merge()
+    merged = layer.weight.clone()
+    with pytest.warns(UserWarning, match="already merged"):
+        layer.merge()
+    assert torch.equal(layer.weight, merged)
+    layer.unmerge()
+    with pytest.warns(UserWarning, match="not merged"):
+        layer.unmerge()
+
+
+def test_state_dict_round_trip_is_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = trained()
+    x = torch.randn(5, 40)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    fresh = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14)
+    forbid_spectra(monkeypatch)
+    assert str(fresh.load_state_dict(state)) == "<All keys matched successfully>"
+    assert fresh.partition == layer.partition
+    assert torch.equal(fresh(x), layer(x))
+
+
+def forbid_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a spectrum was computed")
+
+    monkeypatch.setattr(partition_module, "spectral_centroids", never)
+
+
+def test_adapter_alone_loads_over_the_same_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = trained()
+    base = nn.Linear(40, 33)
+    base.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    fresh = FusedSMoALinear.from_linear(base, r=7, num_blocks=3, alpha=14)
+    adapter = {name: value for name, value in layer.state_dict().items() if name.startswith("smoa_")}
+    forbid_spectra(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = fresh.load_state_dict(adapter, strict=False)
+    assert result.missing_keys == ["weight", "bias"]
+    x = torch.randn(5, 40)
+    assert torch.equal(fresh(x), layer(x))
+
+
+def test_plain_linear_state_dict_recomputes_the_partition_and_says_so() -> None:
+    layer, linear = trained(), nn.Linear(40, 33)
+    with pytest.warns(UserWarning, match="without block labels.*spectral partition was recomputed"):
+        result = layer.load_state_dict(linear.state_dict())
+    assert not result.missing_keys
+    assert layer.partition == BlockPartition.from_weight(linear.weight, 3)
+    assert sketch_distance(layer.smoa_sketch, sketch_weight(linear.weight)) < 1e-5
+
+
+def test_state_dict_of_a_merged_layer_is_of_its_base() -> None:
+    layer = trained()
+    expected = copy.deepcopy(layer.state_dict())
+    layer.merge()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    with pytest.raises(RuntimeError, match=r"is merged: call unmerge\(\)"):
+        layer.load_state_dict(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("smoa_ranks"), "lacks smoa_ranks"),
+        (lambda s: s.pop("smoa_row_block"), "lacks smoa_row_block"),
+        (lambda s: s.update(smoa_row_block=s["smoa_row_block"] + 3), r"row_block must lie in \[0, 3\)"),
+        (
+            lambda s: s.update(smoa_col_block=s["smoa_col_block"][:-1]),
+            r"size mismatch for smoa_col_block: .*\(40,\), .*\(39,\)",
+        ),
+        (lambda s: s.update(smoa_ranks=torch.ones(4, dtype=torch.int32)), "size mismatch for smoa_ranks"),
+        (
+            lambda s: s.update(smoa_ranks=torch.tensor([9, 0, 0], dtype=torch.int32)),
+            "smoa_ranks must sum to r=7",
+        ),
+        (lambda s: s.update(smoa_ranks=torch.tensor([3, -1, 5], dtype=torch.int32)), "got .3, -1, 5."),
+        (lambda s: s.update(smoa_A=torch.zeros(3, 41)), "size mismatch for smoa_A"),
+        (lambda s: s.update(weight=torch.zeros(33, 41)), "size mismatch for weight"),
+    ],
+)
+def test_bad_state_dicts_change_nothing(change: object, words: str) -> None:
+    state, layer = copy.deepcopy(trained().state_dict()), FusedSMoALinear(40, 33, r=7, num_blocks=3)
+    before = copy.deepcopy(layer.state_dict())
+    change(state)  # type: ignore[operator]
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        layer.load_state_dict(state)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_another_base_is_noticed() -> None:
+    adapter = {n: v for n, v in trained().state_dict().items() if n.startswith("smoa_")}
+    torch.manual_seed(99)
+    other = FusedSMoALinear(40, 33, r=7, num_blocks=3)
+    with pytest.warns(UserWarning, match="trained over another base weight"):
+        other.load_state_dict(adapter, strict=False)
+    strict = FusedSMoALinear(40, 33, r=7, num_blocks=3, strict_base=True)
+    with pytest.raises(ValueError, match=r"another base weight.*strict_base=True refuses"):
+        strict.load_state_dict(adapter, strict=False)
+
+
+def four_bit(weight: Tensor) -> Tensor:
+    """Round-to-nearest in blocks of 64 with 16 levels, coarser than NF4."""
+    blocks = weight.reshape(-1, 64)
+    step = blocks.abs().amax(1, keepdim=True) / 7.5
+    return ((blocks / step - 0.5).round() + 0.5).mul(step).reshape(weight.shape)
+
+
+def test_the_sketch_recognises_a_base_through_its_precision() -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(96, 128)
+    sketch = sketch_weight(weight)
+    assert sketch.shape == (33,)
+    for same in (weight.bfloat16(), weight.half(), four_bit(weight), weight.T.contiguous().T):
+        assert sketch_distance(sketch, sketch_weight(same)) < TOLERANCE
+    for other in (torch.randn(96, 128), weight * 1.5, weight.roll(1, 0), -weight, torch.zeros(96, 128)):
+        assert sketch_distance(sketch, sketch_weight(other)) > TOLERANCE
+    assert sketch_distance(sketch_weight(torch.zeros(5, 4)), sketch_weight(torch.zeros(5, 4))) == 0
+
+
+def test_the_sketch_never_changes() -> None:
+    """Sketches are stored in checkpoints: these values must stand for as long as the format does."""
+    sketch = sketch_weight(torch.arange(12.0).reshape(3, 4))
+    expected = torch.tensor([-0.0889108479, -1.1558409929, -1.0669301748, 0.0889108479, 4.4914965630])
+    torch.testing.assert_close(sketch[[0, 1, 2, 31, 32]], expected)
+
+
+def test_casts_copies_and_pickles() -> None:
+    layer = trained(alpha=7 / 3)
+    x = torch.randn(5, 40)
+    y = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
+    half = copy.deepcopy(layer).half()
+    assert half.scaling == layer.scaling == pytest.approx(1 / 3, rel=1e-12)
+    assert half.smoa_ranks.dtype == torch.int32
+    assert half.smoa_row_block.dtype == torch.uint8
+    assert relative_error(half(x.half()), y.detach()) < 5e-3
+    assert relative_error(layer.double()(x.double()), y.detach()) < 1e-6
+
+
+def test_float32_factors_over_a_bfloat16_base() -> None:
+    layer = trained()
+    layer.weight.data = layer.weight.data.bfloat16()
+    layer.bias.data = layer.bias.data.bfloat16()
+    x = torch.randn(5, 40).bfloat16().requires_grad_()
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert layer.smoa_A.grad is not None
+    assert layer.smoa_A.grad.dtype == torch.float32
+
+
+def test_meta_construction_and_materialisation() -> None:
+    layer = trained()
+    with torch.device("meta"):
+        empty = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14)
+    assert empty.smoa_A.is_meta
+    loaded = empty.to_empty(device="cpu")
+    loaded.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 40)
+    assert torch.equal(loaded(x), layer(x))
+    with torch.device("meta"):
+        empty = FusedSMoALinear(40, 33, r=7, num_blocks=3)
+    drawn = empty.to_empty(device="cpu")
+    drawn.reset_parameters()
+    torch.testing.assert_close(drawn(x), F.linear(x, drawn.weight, drawn.bias))
+    assert not drawn.weight.requires_grad
+
+
+def test_scaling_can_be_changed() -> None:
+    layer = trained()
+    x = torch.randn(5, 40)
+    base = F.linear(x, layer.weight, layer.bias)
+    update = layer(x) - base
+    layer.scaling = 1.0
+    torch.testing.assert_close(layer(x) - base, update / 2, rtol=1e-3, atol=1e-5)
+
+
+def test_dropout_is_active_in_training_only() -> None:
+    layer = trained(dropout=0.5)
+    x = torch.randn(64, 40)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    torch.manual_seed(5)
+    first = layer(x)
+    torch.manual_seed(5)
+    assert torch.equal(first, layer(x))
+
+
+def test_number_of_parameters() -> None:
+    layer = FusedSMoALinear(40, 33, r=7, num_blocks=3, block_ranks=[4, 0, 3])
+    assert layer.num_adapter_parameters == 4 * (11 + 14) + 3 * (11 + 13)
+    even = FusedSMoALinear(64, 64, r=8, num_blocks=4)
+    assert even.num_adapter_parameters * 4 == 8 * (64 + 64)
+
+
+def test_update_has_high_rank_from_few_parameters() -> None:
+    """rank(ΔW) ≤ Σ min(r_k · rank(W0_k), N_k, C_k), attained generically: full where LoRA's would be r."""
+    torch.manual_seed(2)
+    layer = FusedSMoALinear(48, 48, r=4, num_blocks=2, dtype=torch.float64)
+    nn.init.normal_(layer.smoa_B)
+    assert int(torch.linalg.matrix_rank(layer.delta_weight())) == 48
+
+
+def test_extra_repr_names_the_settings() -> None:
+    text = repr(trained(dropout=0.1))
+    for part in ("in_features=40", "out_features=33", "r=7", "num_blocks=3", "alpha=14", "dropout=0.1"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+        ({"r": 2.5}, TypeError, "r must be an int, got 2.5"),
+        ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
+        ({"num_blocks": 34, "r": 40}, ValueError, "num_blocks must be at most .* = 33, got 34"),
+        ({"block_ranks": [4, 4, 0]}, ValueError, "block_ranks must have num_blocks=2 entries, got 3"),
+        ({"block_ranks": [4, 5]}, ValueError, "block_ranks must sum to r=8, got .4, 5., which sum to 9"),
+        ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
+        ({"block_ranks": [4.0, 4]}, TypeError, "block_ranks must be ints"),
+        ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"dropout": -0.5}, ValueError, "dropout must lie in"),
+        ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
+        ({"algorithm": "fast"}, ValueError, "algorithm must be one of"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_settings_change_nothing(settings: dict[str, object], error: type[Exception], words: str) -> None:
+    linear = nn.Linear(40, 33)
+    with pytest.raises(error, match=words):
+        FusedSMoALinear.from_linear(linear, **settings)
+    assert linear.weight.requires_grad
+    with pytest.raises(error, match=words):
+        FusedSMoALinear(40, 33, **settings)
+
+
+def test_bad_layers_change_nothing() -> None:
+    with pytest.raises(TypeError, match=r"linear must be an nn.Linear or a transformers Conv1D, got Conv2d"):
+        FusedSMoALinear.from_linear(nn.Conv2d(3, 3, 3))
+    linear = nn.Linear(40, 33)
+    with torch.no_grad():
+        linear.weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="weight must be finite"):
+        FusedSMoALinear.from_linear(linear)
+    assert linear.weight.requires_grad
+    other = BlockPartition.from_weight(torch.randn(33, 41), 2)
+    with pytest.raises(ValueError, match=r"partition must be made for .*\(33, 40\).* 2 blocks"):
+        FusedSMoALinear.from_linear(nn.Linear(40, 33), partition=other)
+    with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
+        FusedSMoALinear(0, 33)
+
+
+def test_layer_equals_functional() -> None:
+    layer = trained()
+    x = torch.randn(5, 40)
+    expected = smoa_linear(
+        x,
+        layer.weight,
+        layer.bias,
+        layer.smoa_A,
+        layer.smoa_B,
+        layer.partition,
+        layer.smoa_ranks,
+        scaling=14 / 7,
+    )
+    assert torch.equal(layer(x), expected)
+
+
+def test_import_needs_neither_triton_nor_peft() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None; sys.modules['peft'] = None; sys.modules['typer'] = None;"
+        "import torch, smoa_kernels;"
+        "layer = smoa_kernels.FusedSMoALinear(8, 6, r=2); layer(torch.randn(3, 8)).sum().backward();"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_import_loads_no_optional_package() -> None:
+    script = (
+        "import sys, torch; before = set(sys.modules); import smoa_kernels;"
+        "print([m for m in ('triton', 'peft', 'transformers', 'typer', 'rich', 'matplotlib')"
+        " if m in sys.modules and m not in before])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
