@@ -37,6 +37,7 @@ __all__ = [
     "padded_width",
     "rank_block",
     "rank_product",
+    "round_to",
 ]
 
 # Set when the kernels are defined, as Triton itself does: a process either interprets or compiles.
@@ -104,6 +105,17 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 
 @triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """`value` in `dtype`, to nearest even."""
+    if INTERPRETED and (value.dtype == tl.float32 and dtype == tl.bfloat16):
+        # Triton 3.9's interpreter truncates float32 to bfloat16, which doubles the error: round its bits first.
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
+@triton.jit
 def block_slots(index_ptr, offsets_ptr, block, slots):
     """Coordinates (int64) that `slots` of `block` hold, and which of the slots are not padding."""
     start = tl.load(offsets_ptr + block)
@@ -120,7 +132,6 @@ def rank_product(
     row_inside,
     col_inside,
     row_rank,
-    col_rank,
     rank,
     stride_ar,
     stride_ac,
@@ -129,11 +140,11 @@ def rank_product(
     INPUT_PRECISION: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
-    """Σ_t B[rows, t] A[t, cols] in float32, over t < rank ≤ ρ that both a row and a column have.
+    """Σ_t B[rows, t] A[t, cols] in float32, over t < rank ≤ ρ that the row's block has.
 
-    rows, cols (int64) are the tile's coordinates, `*_inside` which of them exist, `*_rank` how many entries of
-    each B row and A column are parameters. The padding past those is loaded and then cleared: a mask that
-    differs from column to column would make every load a scalar one.
+    rows, cols (int64) are the tile's coordinates, `*_inside` which of them exist, row_rank how many entries of
+    each B row are parameters. B's padding is loaded and then cleared, because a mask that differs from row to row
+    would make every load a scalar one; A's meets those zeros wherever row and column share a block.
     """
     product = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     a_ptrs = a_ptr + cols * stride_ac
@@ -145,7 +156,6 @@ def rank_product(
         b_mask = row_inside[:, None] & below[None, :]
         a = tl.load(a_ptrs[None, :] + t[:, None] * stride_ar, mask=a_mask, other=0.0)
         b = tl.load(b_ptrs[:, None] + t[None, :] * stride_br, mask=b_mask, other=0.0)
-        a = tl.where(t[:, None] < col_rank[None, :], a, 0.0)
         b = tl.where(t[None, :] < row_rank[:, None], b, 0.0)
         product = dot(b, a, product, INPUT_PRECISION)
     return product

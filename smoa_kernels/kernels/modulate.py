@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packed import PackedAdapter
-from ._common import block_slots, input_precision, padded_width, rank_block, rank_product
+from ._common import block_slots, input_precision, padded_width, rank_block, rank_product, round_to
 from .launch import MODULATE_CONFIGS, ModulateConfig
 
 __all__ = ["modulated_blocks", "modulated_weight"]
@@ -71,7 +71,6 @@ def modulated_weight_kernel(
         row_inside,
         col_inside,
         tl.load(ranks_ptr + row_block, mask=row_inside, other=0),
-        tl.load(ranks_ptr + col_block, mask=col_inside, other=0),
         rank,
         stride_ar,
         stride_ac,
@@ -85,7 +84,7 @@ def modulated_weight_kernel(
     w = w.to(tl.float32)
     out = w + w * modulation  # one rounding in float32 where 1 + modulation would add a second
     out_ptrs = out_ptr + rows[:, None] * stride_on + cols[None, :] * stride_oc
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptrs, round_to(out, out_ptr.dtype.element_ty), mask=inside)
 
 
 def modulated_weight(
@@ -187,7 +186,6 @@ def modulated_blocks_kernel(
         row_valid,
         col_valid,
         row_rank,
-        tl.where(col_valid, rank, 0),
         rank,
         stride_ar,
         stride_ac,
@@ -199,7 +197,7 @@ def modulated_blocks_kernel(
     delta = tl.load(scaling_ptr).to(tl.float32) * product * w.to(tl.float32)
     slots = (block.to(tl.int64) * padded_rows + row_slots)[:, None] * padded_cols + col_slots[None, :]
     inside = (row_slots < padded_rows)[:, None] & (col_slots < padded_cols)[None, :]
-    tl.store(out_ptr + slots, delta.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + slots, round_to(delta, out_ptr.dtype.element_ty), mask=inside)
 
 
 def modulated_blocks(

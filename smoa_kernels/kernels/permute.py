@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TOKENS_PER_DRAW, Dropout, block_slots, dropout_draws, dropout_multiplier
+from ._common import TOKENS_PER_DRAW, Dropout, block_slots, dropout_draws, dropout_multiplier, round_to
 from .launch import PERMUTE_CONFIGS, PermuteConfig
 
 __all__ = ["gather_columns", "scatter_columns"]
@@ -70,9 +70,9 @@ def permute_kernel(
         if DROPOUT:
             value = value.to(tl.float32) * dropout_multiplier(draws, lane, threshold, scale)
         if SCATTER:
-            tl.store(x_ptrs, value.to(x_ptr.dtype.element_ty), mask=x_mask)
+            tl.store(x_ptrs, round_to(value, x_ptr.dtype.element_ty), mask=x_mask)
         else:
-            tl.store(blocked_ptrs, value.to(blocked_ptr.dtype.element_ty), mask=blocked_mask)
+            tl.store(blocked_ptrs, round_to(value, blocked_ptr.dtype.element_ty), mask=blocked_mask)
 
 
 def gather_columns(
