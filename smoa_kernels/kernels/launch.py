@@ -83,10 +83,11 @@ MODULATE_CONFIGS = (
     ModulateConfig(block_n=16, block_c=256, num_warps=4),
 )
 
+# Large enough for 128-bit accesses by 64-wide wavefronts too, in each of the tile's interleaved parts.
 PERMUTE_CONFIGS = (
-    PermuteConfig(block_t=64, block_p=128, num_warps=4),
-    PermuteConfig(block_t=32, block_p=256, num_warps=4),
-    PermuteConfig(block_t=64, block_p=64, num_warps=2),
+    PermuteConfig(block_t=64, block_p=128, num_warps=2),
+    PermuteConfig(block_t=32, block_p=256, num_warps=2),
+    PermuteConfig(block_t=128, block_p=64, num_warps=2),
 )
 
 FUSED_LINEAR_CONFIGS = (
