@@ -1,0 +1,25 @@
+"""SMoA as a PEFT method (extra `[peft]`): importing this package registers it with PEFT.
+
+    >>> from peft import get_peft_model
+    >>> from smoa_kernels.peft import SMoAConfig
+    >>> model = get_peft_model(model, SMoAConfig(r=8, num_blocks=2, target_modules="all-linear"))  # doctest: +SKIP
+
+Afterwards `save_pretrained`, `PeftModel.from_pretrained`, `merge_and_unload` and the rest of PEFT work as they do
+for its own methods; a process that loads an SMoA adapter imports this package first.
+"""
+
+try:
+    import peft as _peft  # noqa: F401  # whether it is there
+except ImportError as error:
+    raise ImportError(
+        "smoa_kernels.peft needs PEFT and transformers: pip install 'smoa-kernels[peft]'"
+    ) from error
+
+from .config import SMoAConfig
+from .layer import Linear, SMoALayer
+from .model import SMoAModel
+from .registry import register
+
+__all__ = ["Linear", "SMoAConfig", "SMoALayer", "SMoAModel"]
+
+register()

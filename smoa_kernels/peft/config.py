@@ -1,0 +1,213 @@
+"""`SMoAConfig`: what PEFT saves as `adapter_config.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ..functional import ALGORITHMS, BACKENDS
+from ..packed import resolve_ranks
+from .registry import PEFT_TYPE
+
+__all__ = ["FORMAT_VERSION", "SMoAConfig"]
+
+# Of the adapter folder. Raised when an older release could not read what a newer one writes.
+FORMAT_VERSION = 1
+
+_BIASES = ("none", "all", "smoa_only")
+
+
+@dataclass
+class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not followed
+    """Configuration of SMoA adapters, named as PEFT's other configurations name things.
+
+    Args:
+        r: rank budget of a layer over all its blocks, at least 1.
+        target_modules: names (suffixes) of the modules to adapt, a regular expression, or "all-linear"; chosen by
+            the model's architecture when None.
+        num_blocks: K, from 1 (which is HiRA) to the smaller dimension of every adapted weight.
+        block_ranks: rank of each block, K numbers that sum to r; shared evenly when None. Layers to which
+            `rank_pattern` or `num_blocks_pattern` give another r or K share theirs evenly.
+        smoa_alpha: the update is scaled by alpha / r; r when None.
+        smoa_dropout: probability in [0, 1) of dropping an element of the adapter's input in training.
+        use_rslora: scale by alpha / √r instead.
+        init_weights: True makes the adapter start as an identity (B zero), False gives a random one, for tests.
+        fan_in_fan_out: the weights are stored (in, out), as those of GPT-2's `Conv1D`.
+        bias: "none", "all" or "smoa_only": which biases train with the adapter.
+        modules_to_save: further modules that are trained and saved in full.
+        exclude_modules: modules not to adapt, as `target_modules` names them.
+        layers_to_transform: indices of the layers to adapt, where `target_modules` is a list.
+        layers_pattern: name of the module list that these indices count in.
+        rank_pattern: r of the layers whose names match a key.
+        alpha_pattern: likewise alpha.
+        num_blocks_pattern: likewise K.
+        algorithm: see :func:`smoa_kernels.smoa_linear`.
+        backend: likewise.
+        strict_base: refuse, rather than warn about, an adapter that was trained over another base weight.
+        format_version: of the file that the configuration was read from; None for a new one.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was given and what is allowed.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank budget of a layer over all its blocks"})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of the modules to adapt, a regular expression, or 'all-linear'"},
+    )
+    num_blocks: int = field(default=2, metadata={"help": "Number of aligned blocks; 1 is HiRA"})
+    block_ranks: list[int] | None = field(
+        default=None, metadata={"help": "Rank of each block (num_blocks numbers that sum to r)"}
+    )
+    smoa_alpha: float | None = field(
+        default=None, metadata={"help": "The update is scaled by alpha / r; r when None"}
+    )
+    smoa_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input"})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)"})
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: start as an identity; False: random weights, for tests"}
+    )
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored (in, out)"})
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'smoa_only'"})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained and saved in full"}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules not to adapt, named as in target_modules"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in"}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "r of the layers whose names match a key"}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "alpha of the layers whose names match a key"}
+    )
+    num_blocks_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "num_blocks of the layers whose names match a key"}
+    )
+    algorithm: str = field(default="auto", metadata={"help": f"One of {', '.join(ALGORITHMS)}"})
+    backend: str = field(default="auto", metadata={"help": f"One of {', '.join(BACKENDS)}"})
+    strict_base: bool = field(
+        default=False, metadata={"help": "Refuse an adapter that was trained over another base weight"}
+    )
+    format_version: int | None = field(
+        default=None, metadata={"help": "Of the file that this was read from; None for a new configuration"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self._check_format()
+        resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+        for pattern, names in (("rank_pattern", "r"), ("num_blocks_pattern", "num_blocks")):
+            for key, value in _mapping(pattern, getattr(self, pattern)).items():
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ValueError(
+                        f"{pattern}[{key!r}] must be an int of at least 1 ({names}), got {value!r}"
+                    )
+        _check_finite("smoa_alpha", self.smoa_alpha)
+        for key, value in _mapping("alpha_pattern", self.alpha_pattern).items():
+            _check_finite(f"alpha_pattern[{key!r}]", value)
+        if not 0.0 <= self.smoa_dropout < 1.0:
+            raise ValueError(f"smoa_dropout must lie in [0, 1), got {self.smoa_dropout}")
+        if not isinstance(self.init_weights, bool):
+            raise TypeError(f"init_weights must be True or False, got {self.init_weights!r}")
+        for name, allowed in (("bias", _BIASES), ("algorithm", ALGORITHMS), ("backend", BACKENDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            )
+
+    @property
+    def is_from_file(self) -> bool:
+        """Whether an adapter's weights, labels among them, are about to be loaded for this configuration."""
+        return self.format_version is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is saved: with the format version of this release."""
+        return {**super().to_dict(), "format_version": FORMAT_VERSION}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SMoAConfig:
+        """Read `adapter_config.json` of a folder (or hub repository).
+
+        Raises:
+            ValueError: there is none, its values or format version are not allowed, or the weights beside it are
+                truncated. PEFT asks for the configuration before it touches the model, so nothing has changed.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        _check_complete(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return cast(SMoAConfig, config)
+
+    def _check_format(self) -> None:
+        version = self.format_version
+        if version is None:
+            return
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise ValueError(f"format_version must be an int of at least 1, got {version!r}")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version {version} of the adapter is newer than this release reads (up to {FORMAT_VERSION}): "
+                "update smoa-kernels"
+            )
+
+
+def _check_complete(path: str) -> None:
+    """Whether a safetensors file is as long as its header says; one that is not here is not looked at."""
+    if not os.path.isfile(path):
+        return
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        (header,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
+        if header + 8 <= size:
+            # Offsets are sorted and end where the file ends.
+            expected = 8 + header + _last_offset(file.read(header))
+            if expected == size:
+                return
+    raise ValueError(
+        f"the adapter file {path} is truncated or corrupt: its {size} bytes are not what its header says"
+    )
+
+
+def _last_offset(header: bytes) -> int:
+    try:
+        entries = json.loads(header)
+        return max((e["data_offsets"][1] for key, e in entries.items() if key != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return -1
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict from layer names to values, got {value!r}")
+    return dict(value)
+
+
+def _check_finite(name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")

@@ -1,0 +1,480 @@
+"""`SMoALayer`: the adapters of one layer; `Linear`: a linear layer with them (DESIGN section 1)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import eager
+from ..functional import smoa_linear
+from ..packed import PackedAdapter, padding_masks, resolve_ranks, scaling_tensor, trainable_parameters
+from ..partition import BlockPartition, label_dtype
+from ..sketch import sketch_weight
+from .combine import single_block, sum_adapters
+from .config import SMoAConfig
+
+__all__ = ["LayerSettings", "Linear", "SMoALayer"]
+
+SpectralOrder = Callable[[Tensor, int], BlockPartition]
+
+# In the ranks of an adapter whose labels are yet to be loaded. Kept as a value, not as a flag beside the buffers:
+# a loader that assigns buffers one by one needs to know nothing of it.
+UNKNOWN = -1
+SKETCH_SIZE = 33
+
+
+class LayerSettings(NamedTuple):
+    """What a configuration says about one layer, its patterns applied.
+
+    Attributes:
+        r: rank budget.
+        num_blocks: K.
+        block_ranks: rank of each block, or None to share r evenly.
+        alpha: numerator of the scaling; r when None.
+        config: everything that is the same for all layers.
+    """
+
+    r: int
+    num_blocks: int
+    block_ranks: Sequence[int] | None
+    alpha: float | None
+    config: SMoAConfig
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r, or alpha / √r."""
+        alpha = self.r if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+
+
+class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
+    """Adapters of a layer, by name: packed factors, block labels, ranks and a sketch of W0.
+
+    Attributes:
+        smoa_A: parameters (ρ, C).
+        smoa_B: parameters (N, ρ).
+        smoa_row_block: block of each row (N,), uint8, or int32 above 256 blocks.
+        smoa_col_block: block of each column (C,).
+        smoa_ranks: int32 (K,); negative while the labels of an adapter are yet to be loaded.
+        smoa_sketch: float32 (33,), what :func:`smoa_kernels.sketch.sketch_weight` gives for W0.
+        in_features, out_features: C and N.
+        r, num_blocks, block_ranks, scaling: by adapter.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
+    other_param_names: tuple[str, ...] = (
+        "smoa_row_block",
+        "smoa_col_block",
+        "smoa_ranks",
+        "smoa_sketch",
+        "r",
+        "num_blocks",
+        "block_ranks",
+        "scaling",
+        "smoa_dropout",
+        "init_weights",
+        "algorithm",
+        "backend",
+        "_prepared",
+    )
+
+    smoa_A: nn.ParameterDict
+    smoa_B: nn.ParameterDict
+
+    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool) -> None:
+        self.base_layer = base_layer
+        self.fan_in_fan_out = fan_in_fan_out
+        shape = tuple(self.get_base_layer().weight.shape)
+        self.out_features, self.in_features = shape[::-1] if fan_in_fan_out else shape
+        self._stored_base: Tensor | None = None  # W0, while the base layer holds W_eff
+        self.smoa_A = nn.ParameterDict()
+        self.smoa_B = nn.ParameterDict()
+        self.smoa_row_block = BufferDict(persistent=True)
+        self.smoa_col_block = BufferDict(persistent=True)
+        self.smoa_ranks = BufferDict(persistent=True)
+        self.smoa_sketch = BufferDict(persistent=True)
+        self.r: dict[str, int] = {}
+        self.num_blocks: dict[str, int] = {}
+        self.block_ranks: dict[str, tuple[int, ...]] = {}
+        self.scaling: dict[str, float] = {}
+        self.smoa_dropout: dict[str, float] = {}
+        self.init_weights: dict[str, bool] = {}
+        self.algorithm: dict[str, str] = {}
+        self.backend: dict[str, str] = {}
+        self._prepared: dict[str, _Prepared] = {}
+        self._whole: BlockPartition | None = None
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def innermost(self) -> nn.Module:
+        """The layer that owns W0, beneath any other tuner's layers."""
+        return cast(nn.Module, self.get_base_layer())
+
+    def base_weight(self) -> Tensor:
+        """W0 (N, C), never W_eff."""
+        weight = cast(Tensor, self.get_base_layer().weight)
+        if self._stored_base is not None:
+            weight = self._stored_base.to(weight.device, weight.dtype)
+        return weight.T if self.fan_in_fan_out else weight
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        settings: LayerSettings,
+        spectral_order: SpectralOrder = BlockPartition.from_weight,
+    ) -> None:
+        """Add an adapter.
+
+        Its blocks are computed from W0's spectrum now, unless weights are about to be loaded: then they come with
+        them, or are computed when first needed.
+
+        Raises:
+            TypeError, ValueError: settings that do not fit the layer. Nothing is added.
+        """
+        config = settings.config
+        ranks = resolve_ranks(settings.r, settings.num_blocks, settings.block_ranks)
+        limit = min(self.out_features, self.in_features)
+        if settings.num_blocks > limit:
+            raise ValueError(
+                f"num_blocks must be at most min(out_features, in_features) = {limit} for a layer of shape "
+                f"{(self.out_features, self.in_features)}, got {settings.num_blocks}"
+            )
+        self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
+        self.block_ranks[adapter_name], self.scaling[adapter_name] = ranks, settings.scaling
+        self.smoa_dropout[adapter_name], self.init_weights[adapter_name] = (
+            config.smoa_dropout,
+            config.init_weights,
+        )
+        self.algorithm[adapter_name], self.backend[adapter_name] = config.algorithm, config.backend
+        rho, labels = max(ranks), label_dtype(settings.num_blocks)
+        self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(rho, self.in_features))
+        self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rho))
+        self.smoa_row_block[adapter_name] = torch.zeros(self.out_features, dtype=labels)
+        self.smoa_col_block[adapter_name] = torch.zeros(self.in_features, dtype=labels)
+        self.smoa_ranks[adapter_name] = torch.full((settings.num_blocks,), UNKNOWN, dtype=torch.int32)
+        self.smoa_sketch[adapter_name] = torch.zeros(SKETCH_SIZE)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        comes_with_weights = config.is_from_file or config.inference_mode or self.smoa_A[adapter_name].is_meta
+        if not comes_with_weights:
+            self.initialize(adapter_name, spectral_order)
+        self.set_adapter(self.active_adapters)
+
+    @torch.no_grad()
+    def initialize(
+        self, adapter_name: str, spectral_order: SpectralOrder = BlockPartition.from_weight
+    ) -> BlockPartition:
+        """Compute the blocks of an adapter from W0's spectrum, and draw its weights.
+
+        Blocks are shared with an adapter of this layer that has as many.
+
+        Raises:
+            RuntimeError: the adapter has weights, so its labels should have come with them.
+        """
+        A = self.smoa_A[adapter_name]
+        if not A.is_meta and bool(A.any()):
+            raise RuntimeError(
+                f"adapter {adapter_name!r} was loaded without its block labels (smoa_row_block, smoa_col_block, "
+                "smoa_ranks), and those of another spectrum would corrupt it"
+            )
+        weight, blocks = self.base_weight(), self.num_blocks[adapter_name]
+        known = [p.partition for p in self._prepared.values() if p.partition.num_blocks == blocks]
+        partition = known[0] if known else spectral_order(weight, blocks)
+        self.smoa_row_block[adapter_name].copy_(partition.row_block)
+        self.smoa_col_block[adapter_name].copy_(partition.col_block)
+        self.smoa_ranks[adapter_name].copy_(torch.tensor(self.block_ranks[adapter_name]))
+        self.smoa_sketch[adapter_name].copy_(sketch_weight(weight))
+        self._prepare(adapter_name, partition)
+        self.reset_adapter(adapter_name)
+        return partition
+
+    @torch.no_grad()
+    def reset_adapter(self, adapter_name: str) -> None:
+        """A_k uniform in ±1/√C_k (Kaiming, a=√5); B zero, or normal where the adapter is to be random."""
+        A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
+        partition, ranks = self.partition(adapter_name), self.smoa_ranks[adapter_name]
+        A_mask, B_mask = padding_masks(partition, ranks, A.shape[0])
+        widths = torch.tensor(partition.col_sizes, dtype=A.dtype, device=A.device)
+        A.uniform_(-1, 1).mul_(widths.clamp_min(1).rsqrt()[partition.col_block.long()]).mul_(A_mask)
+        if self.init_weights[adapter_name]:
+            B.zero_()
+        else:
+            B.normal_().mul_(B_mask)
+
+    def partition(self, adapter_name: str) -> BlockPartition:
+        """Blocks of an adapter; computed here where nothing was loaded that brought them."""
+        return self._ready(adapter_name).partition
+
+    def num_adapter_parameters(self, adapter_name: str) -> int:
+        """`Σ r_k (N_k + C_k)`, padding not counted."""
+        return trainable_parameters(self.partition(adapter_name), self.smoa_ranks[adapter_name].tolist())
+
+    def packed(self, adapter_name: str, weight: Tensor) -> PackedAdapter:
+        """The adapter over `weight`, in autograd's sight."""
+        ready = self._ready(adapter_name)
+        A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
+        return PackedAdapter(weight, A, B, ready.partition, self.smoa_ranks[adapter_name], ready.scaling)
+
+    def _ready(self, adapter_name: str) -> _Prepared:
+        """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
+        rows, cols = self.smoa_row_block[adapter_name], self.smoa_col_block[adapter_name]
+        ready = self._prepared.get(adapter_name)
+        if ready is not None and ready.rows is rows and ready.cols is cols:
+            return ready
+        if bool((self.smoa_ranks[adapter_name] < 0).any()):
+            self.initialize(adapter_name)
+            return self._prepared[adapter_name]
+        return self._prepare(
+            adapter_name, BlockPartition.from_labels(rows, cols, self.num_blocks[adapter_name])
+        )
+
+    def _prepare(self, adapter_name: str, partition: BlockPartition) -> _Prepared:
+        for name, other in self._prepared.items():
+            # One object for partitions that agree, so that forward need not compare labels.
+            if (
+                name != adapter_name
+                and other.partition.device == partition.device
+                and other.partition == partition
+            ):
+                partition = other.partition
+        rows, cols = self.smoa_row_block[adapter_name], self.smoa_col_block[adapter_name]
+        ready = _Prepared(rows, cols, partition, scaling_tensor(self.scaling[adapter_name], partition.device))
+        self._prepared[adapter_name] = ready
+        return ready
+
+    def whole(self, weight: Tensor) -> BlockPartition:
+        """The partition of a single block on W0's device, built once."""
+        if self._whole is None or self._whole.device != weight.device:
+            self._whole = single_block(weight)
+        return self._whole
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for name in list(self._prepared):
+            # Now rather than in the next forward, which may be compiled.
+            if not self.smoa_row_block[name].is_meta:
+                self._ready(name)
+        return self
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        sketch = self.smoa_sketch[adapter_name]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        # PEFT casts every floating-point tensor to the base's dtype.
+        self.smoa_sketch[adapter_name] = sketch.to(self.smoa_sketch[adapter_name].device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        from .loading import check_labels
+
+        for name in self.smoa_A:
+            given = {key: state_dict.get(f"{prefix}{key}.{name}") for key in STATE_KEYS}
+            if any(value is not None for value in given.values()):
+                check_labels(prefix.rstrip("."), self, name, given)
+                self._prepared.pop(name, None)  # labels are copied in place, which identity does not show
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+# Every tensor of an adapter that a checkpoint holds, the sketch aside.
+STATE_KEYS = ("smoa_A", "smoa_B", "smoa_row_block", "smoa_col_block", "smoa_ranks")
+
+
+class _Prepared(NamedTuple):
+    """What forward needs beside parameters; `rows` and `cols` are the label buffers that it was built from."""
+
+    rows: Tensor
+    cols: Tensor
+    partition: BlockPartition
+    scaling: Tensor
+
+
+class Linear(nn.Module, SMoALayer):
+    """Linear layer `y = x W0ᵀ + b + Σ dropout(x) ΔWᵀ` over its active adapters; W0 and b stay the base layer's.
+
+    Args:
+        base_layer: `nn.Linear` or transformers' `Conv1D`, or another tuner's layer around one.
+        adapter_name: of the first adapter.
+        settings: of the first adapter.
+        fan_in_fan_out: whether the weight is stored (in, out).
+        spectral_order: computes the blocks of a weight.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        settings: LayerSettings,
+        *,
+        fan_in_fan_out: bool = False,
+        spectral_order: SpectralOrder = BlockPartition.from_weight,
+    ) -> None:
+        super().__init__()
+        SMoALayer.__init__(self, base_layer, fan_in_fan_out)
+        # A base layer that computes anything else than x W0ᵀ + b is called; from the usual ones W0 is read.
+        layer_type = type(base_layer)
+        self._reads_weight = layer_type is Conv1D or getattr(layer_type, "forward", None) is nn.Linear.forward
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, settings, spectral_order)
+
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """(..., C) -> (..., N). `adapter_names`, in evaluation: an adapter (or "__base__") for each sample."""
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+        if self.merged:
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        return self._adapted(x, cast("list[str]", self.active_adapters), *args, **kwargs)
+
+    def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        names = [name for name in adapter_names if name in self.smoa_A]
+        if not names or not self._reads_weight or args or kwargs:
+            y, rest = cast(Tensor, self.base_layer(x, *args, **kwargs)), names
+        else:
+            # One dropout mask for one product: adapters that drop with another probability come after it.
+            p = self._dropout_p(names[0])
+            rest = [name for name in names if self._dropout_p(name) != p]
+            y = self._linear(x, [name for name in names if name not in rest], p)
+        for name in rest:
+            y = y + self._adapter_output(x, name).to(y.dtype)
+        return y
+
+    def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
+        weight = self.base_weight()
+        adapter = self._summed(weight, names)
+        A, B = adapter.A, adapter.B
+        if A.dtype not in (x.dtype, torch.float32):
+            A, B = A.to(x.dtype), B.to(x.dtype)
+        return smoa_linear(
+            x,
+            weight,
+            cast("Tensor | None", self.innermost().bias),
+            A,
+            B,
+            adapter.partition,
+            adapter.ranks,
+            scaling=adapter.scaling,
+            dropout_p=dropout_p,
+            algorithm=self.algorithm[names[0]],
+            backend=self.backend[names[0]],
+        )
+
+    def _adapter_output(self, x: Tensor, name: str) -> Tensor:
+        """`dropout(x) ΔWᵀ` alone, by a dense ΔW that autograd keeps: for base layers that must be called."""
+        adapter = self.packed(name, self.base_weight())
+        A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
+        delta = (B @ A) * adapter.weight
+        x = F.dropout(x, self._dropout_p(name), training=True)
+        return F.linear(x, delta.to(x.dtype))
+
+    def _mixed_batch_forward(
+        self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y: Tensor | None = None
+        for name in dict.fromkeys(adapter_names):
+            index = torch.tensor(
+                [i for i, given in enumerate(adapter_names) if given == name], device=x.device
+            )
+            part = self._adapted(x.index_select(0, index), [name], *args, **kwargs)
+            if y is None:
+                y = part.new_empty(x.shape[0], *part.shape[1:])
+            y = y.index_copy(0, index, part)
+        assert y is not None  # a batch is not empty: there are as many names as samples
+        return y
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _dropout_p(self, name: str) -> float:
+        return self.smoa_dropout[name] if self.training else 0.0
+
+    def _summed(self, weight: Tensor, names: Sequence[str]) -> PackedAdapter:
+        parts = [self.packed(name, weight) for name in names]
+        return parts[0] if len(parts) == 1 else sum_adapters(parts, self.whole(weight))
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of one adapter, additive: in the base weight's layout, at least float32 where the factors are."""
+        delta = self._delta([adapter])
+        return delta.T if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W0 + Σ ΔW, rounded once, into the base layer; W0 is kept for :meth:`unmerge`.
+
+        Args:
+            safe_merge: raise, and change nothing, where the result is not finite.
+            adapter_names: the adapters to merge; the active ones when None.
+
+        Raises:
+            ValueError: `safe_merge` found NaN or Inf.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]
+        if not names:
+            return
+        weight = cast(Tensor, self.innermost().weight)
+        merged = self._delta([*self.merged_adapters, *names]).add_(self.base_weight()).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be broken"
+            )
+        if self._stored_base is None:
+            self._stored_base = weight.detach().to("cpu", copy=True)
+        weight.data.copy_(merged.T if self.fan_in_fan_out else merged)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit."""
+        if self._stored_base is None:
+            warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
+            return
+        self.innermost().weight.data.copy_(self._stored_base)
+        self._stored_base = None
+        self.merged_adapters.clear()
+
+    def _delta(self, names: Sequence[str]) -> Tensor:
+        """Σ ΔW (N, C), at least float32, each computed as its own product."""
+        weight = self.base_weight().detach()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        total = eager.delta_weight(self.packed(names[0], weight))
+        for name in names[1:]:
+            total += eager.delta_weight(self.packed(name, weight))
+        return total
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """ΔW is additive, so PEFT can factorise it (to a rank far above r, as a rule)."""
+        return True
+
+    def extra_repr(self) -> str:
+        """K and r of each adapter."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        adapters = (f"{name}(r={self.r[name]}, num_blocks={self.num_blocks[name]})" for name in self.smoa_A)
+        return ", ".join([shape, *adapters])
+
+    def __repr__(self) -> str:
+        return "smoa." + super().__repr__()
