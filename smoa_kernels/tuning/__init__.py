@@ -1,0 +1,1 @@
+"""Launch configurations: what is shipped, what it compiles to, and which rules it must meet."""

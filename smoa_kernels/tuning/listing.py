@@ -1,0 +1,257 @@
+"""Machine code as the audit reads it: SASS (NVIDIA) and AMDGCN listings parsed into one `Listing`.
+
+Nothing here runs a compiler or a GPU: text in, dataclasses out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+__all__ = ["Access", "Instruction", "Listing", "parse_amdgcn", "parse_sass"]
+
+Location = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Access:
+    """One global-memory instruction.
+
+    Attributes:
+        kind: "load" or "store".
+        bits: per thread; 0 for a bulk copy by the tensor-memory accelerator, which has no width per thread.
+        asynchronous: goes to shared memory without passing registers.
+        location: (file, line) of the source, the innermost where inlined; None where the listing has no lines.
+    """
+
+    kind: str
+    bits: int
+    asynchronous: bool
+    location: Location | None
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of machine code.
+
+    Attributes:
+        opcode: mnemonic with its modifiers.
+        operands: the rest.
+        location: where it came from.
+        predicated: may be skipped, so that control can also fall through.
+    """
+
+    opcode: str
+    operands: str
+    location: Location | None = None
+    predicated: bool = False
+
+
+@dataclass
+class Listing:
+    """Instructions in address order, and where labels point.
+
+    Attributes:
+        instructions: in address order.
+        labels: label to the index of the instruction after it.
+        amd: AMDGCN rather than SASS.
+    """
+
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    amd: bool = False
+
+    def loops(self) -> list[list[int]]:
+        """Outermost loops: sets of instructions that can reach each other, in order of their first address.
+
+        By control flow, not by intervals: compilers put waits past the program's end and jump back from there.
+        """
+        components = _strongly_connected([self._successors(i) for i in range(len(self.instructions))])
+        return sorted(sorted(c) for c in components if len(c) > 1)
+
+    def main_loop(self) -> list[int]:
+        """Indices of the first outermost loop that multiplies; empty where none does.
+
+        A loop multiplies with a tensor-core instruction in it, or with more than 32 fused multiply-adds.
+        """
+        for loop in self.loops():
+            body = [self.instructions[i] for i in loop]
+            if any(map(self.tensor_core, body)) or sum(map(self._multiply_add, body)) > 32:
+                return loop
+        return []
+
+    def tensor_core(self, instruction: Instruction) -> str | None:
+        """Class of a tensor-core instruction: HMMA, HGMMA, UTCHMMA, DMMA, MFMA …; None for any other."""
+        name = instruction.opcode
+        if self.amd:
+            return "MFMA" if name.startswith(("v_mfma", "v_smfmac")) else None
+        stem = name.split(".")[0]
+        return stem if re.fullmatch(r"(H|D|Q|O|I|B)?(G|W)?MMA|UTC[A-Z]*MMA", stem) and stem != "MMA" else None
+
+    def access(self, instruction: Instruction) -> Access | None:
+        """The global-memory access that an instruction is, or None."""
+        return (_amd_access if self.amd else _sass_access)(instruction)
+
+    def local_bytes(self) -> int:
+        """Bytes of local memory that SASS stores to (distinct addresses): spilled registers."""
+        spilled: set[tuple[str, int]] = set()
+        for instruction in self.instructions:
+            if self.amd or not instruction.opcode.startswith("STL"):
+                continue
+            address = re.search(r"\[(\w*)(?:\+(-?0x[0-9a-f]+))?\]", instruction.operands)
+            base, offset = (address[1], int(address[2] or "0", 16)) if address else ("?", 0)
+            spilled.update((base, offset + byte) for byte in range(_sass_bits(instruction.opcode) // 8))
+        return len(spilled)
+
+    def local_accesses(self) -> int:
+        """Instructions that touch local (scratch) memory."""
+        stems = ("scratch_load", "scratch_store") if self.amd else ("STL", "LDL")
+        return sum(i.opcode.startswith(stems) for i in self.instructions)
+
+    def _multiply_add(self, instruction: Instruction) -> bool:
+        stems = ("v_fma", "v_pk_fma", "v_fmac", "v_mac") if self.amd else ("FFMA", "DFMA", "HFMA2")
+        return instruction.opcode.startswith(stems)
+
+    def _successors(self, index: int) -> list[int]:
+        instruction = self.instructions[index]
+        opcode, operands = instruction.opcode, instruction.operands
+        following = [index + 1] if index + 1 < len(self.instructions) else []
+        if opcode.startswith(("EXIT", "RET", "s_endpgm")):
+            return following if instruction.predicated else []
+        if not opcode.startswith(("s_cbranch", "s_branch") if self.amd else ("BRA", "JMP")):
+            return following
+        label = re.search(r"\.L\w+", operands)
+        target = [self.labels[label[0]]] if label and label[0] in self.labels else []
+        # SASS also spells conditions as operands: BRA.U !UP0, `(.L_x_3)
+        conditional = instruction.predicated or opcode.startswith("s_cbranch") or "," in operands
+        return [*target, *following] if conditional else target
+
+
+def _strongly_connected(successors: list[list[int]]) -> list[list[int]]:
+    """Tarjan's algorithm, with its own stack: a listing is longer than Python's."""
+    order: dict[int, int] = {}
+    low: dict[int, int] = {}
+    open_nodes: list[int] = []
+    is_open: set[int] = set()
+    components: list[list[int]] = []
+    for root in range(len(successors)):
+        if root in order:
+            continue
+        order[root] = low[root] = len(order)
+        open_nodes.append(root)
+        is_open.add(root)
+        work = [(root, iter(successors[root]))]
+        while work:
+            node, edges = work[-1]
+            for target in edges:
+                if target not in order:
+                    order[target] = low[target] = len(order)
+                    open_nodes.append(target)
+                    is_open.add(target)
+                    work.append((target, iter(successors[target])))
+                    break
+                if target in is_open:
+                    low[node] = min(low[node], order[target])
+            else:
+                work.pop()
+                if work:
+                    low[work[-1][0]] = min(low[work[-1][0]], low[node])
+                if low[node] == order[node]:
+                    start = open_nodes.index(node)
+                    component = open_nodes[start:]
+                    del open_nodes[start:]
+                    is_open.difference_update(component)
+                    components.append(component)
+    return components
+
+
+_SASS_LINE = re.compile(r'//## File "([^"]*)", line (\d+)')
+_SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+
+
+def parse_sass(text: str) -> Listing:
+    """Parse what `nvdisasm -g -c` prints. Without `-g` accesses have no location."""
+    listing = Listing()
+    location: Location | None = None
+    after_code = True
+    for line in text.splitlines():
+        if marker := _SASS_LINE.search(line):
+            # Of several markers in a row the first is the innermost inlined call.
+            if after_code:
+                location = (marker[1], int(marker[2]))
+            after_code = False
+        elif label := re.match(r"^\s*(\.L\w+):", line):
+            listing.labels[label[1]] = len(listing.instructions)
+        elif code := _SASS_INSTRUCTION.match(line):
+            listing.instructions.append(Instruction(code[2], code[3], location, predicated=bool(code[1])))
+            after_code = True
+    return listing
+
+
+def _sass_bits(opcode: str) -> int:
+    for modifier, bits in ((".256", 256), (".128", 128), (".64", 64), (".U16", 16), (".S16", 16)):
+        if modifier in opcode:
+            return bits
+    return 8 if ".U8" in opcode or ".S8" in opcode else 32
+
+
+def _sass_access(instruction: Instruction) -> Access | None:
+    opcode, where = instruction.opcode, instruction.location
+    stem = opcode.split(".")[0]
+    if stem in ("LDG", "LD"):
+        return Access("load", _sass_bits(opcode), False, where)
+    if stem == "LDGSTS":
+        return Access("load", _sass_bits(opcode), True, where)
+    if stem in ("UTMALDG", "UBLKCP", "UTMASTG"):
+        return Access("store" if stem == "UTMASTG" else "load", 0, True, where)
+    if stem in ("STG", "ST"):
+        return Access("store", _sass_bits(opcode), False, where)
+    return None
+
+
+_AMD_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
+_AMD_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
+_AMD_INSTRUCTION = re.compile(r"^\s+([a-z]\w+)\s*([^;]*)")
+
+
+def parse_amdgcn(text: str) -> Listing:
+    """Parse the assembly that Triton's AMD backend keeps under "amdgcn"."""
+    listing = Listing(amd=True)
+    files: dict[int, str] = {}
+    location: Location | None = None
+    for line in text.splitlines():
+        if name := _AMD_FILE.match(line):
+            files[int(name[1])] = "/".join(part for part in (name[2], name[3]) if part)
+        elif marker := _AMD_LINE.match(line):
+            number = int(marker[2])
+            # Line 0 means "no line of its own": keep the last one that had.
+            location = (files.get(int(marker[1]), "?"), number) if number else location
+        elif label := re.match(r"^(\.L\w+):", line):
+            listing.labels[label[1]] = len(listing.instructions)
+        elif "s_endpgm" in line:
+            listing.instructions.append(Instruction("s_endpgm", "", location))
+        elif code := _AMD_INSTRUCTION.match(line):
+            listing.instructions.append(Instruction(code[1], code[2].strip(), location))
+    return listing
+
+
+_AMD_WIDTHS = {
+    "dwordx4": 128,
+    "dwordx3": 96,
+    "dwordx2": 64,
+    "dword": 32,
+    "ushort": 16,
+    "sshort": 16,
+    "short": 16,
+    "ubyte": 8,
+    "sbyte": 8,
+    "byte": 8,
+}
+
+
+def _amd_access(instruction: Instruction) -> Access | None:
+    code = re.fullmatch(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?([a-z0-9]+)\w*", instruction.opcode)
+    if code is None:
+        return None
+    to_lds = "_lds_" in instruction.opcode or instruction.operands.endswith(" lds")
+    return Access(code[1], _AMD_WIDTHS.get(code[2], 32), to_lds, instruction.location)
