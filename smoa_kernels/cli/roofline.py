@@ -1,0 +1,165 @@
+"""`smoa-kernels roofline`: predicted cost of one layer, ours beside the peers'."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ..cost import (
+    ALGORITHMS,
+    GPUS,
+    Estimate,
+    Problem,
+    backward_workspace_bytes,
+    choose_algorithm,
+    estimate,
+)
+from .output import console, write_json
+
+__all__ = ["roofline"]
+
+DTYPES = {
+    "bf16": (torch.bfloat16, False),
+    "fp16": (torch.float16, False),
+    "tf32": (torch.float32, False),
+    "fp32": (torch.float32, True),
+    "fp64": (torch.float64, True),
+}
+STAGES = ("forward", "backward", "both")
+LABELS = {
+    "frozen": "frozen",
+    "lora": "LoRA",
+    "hira": "HiRA",
+    "paper_dense": "paper's dense",
+    "merged": "SMoA merged",
+    "split": "SMoA split",
+    "fused": "SMoA fused",
+    "expanded": "SMoA expanded",
+}
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """ "NxC" to (N, C)."""
+    match = re.fullmatch(r"(\d+)[x×](\d+)", text)
+    if match is None:
+        raise ValueError(f"--shape must be OUTxIN, for example 4096x14336, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def roofline(
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100",
+    tokens: Annotated[int, typer.Option(help="Tokens in the batch, T.")] = 8192,
+    shape: Annotated[str, typer.Option(help="OUTxIN features of the layer, N×C.")] = "4096x4096",
+    rank: Annotated[int, typer.Option(help="Rank budget of all blocks together, r.")] = 16,
+    blocks: Annotated[int, typer.Option(help="Spectral blocks, K.")] = 4,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bf16",
+    dropout: Annotated[float, typer.Option(help="Dropout probability of the adapter.")] = 0.0,
+    parts: Annotated[bool, typer.Option("--parts", help="List every kernel that is counted.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None,
+) -> None:
+    """Predict time, bytes and flops of one layer for each way to run it. Nothing is measured."""
+    if gpu not in GPUS:
+        raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    torch_dtype, ieee = DTYPES[dtype]
+    problem = Problem(tokens, *parse_shape(shape), blocks, rank, torch_dtype, dropout)
+    chosen = choose_algorithm(problem, GPUS[gpu], ieee)
+    ways = [a for a in ALGORITHMS if not dropout or a not in ("merged", "fused", "expanded")]
+    estimates = {a: estimate(problem, GPUS[gpu], a, ieee=ieee) for a in ways}
+
+    out = console()
+    out.print(_table(estimates, chosen, f"{shape}, T={tokens}, r={rank}, K={blocks}, {dtype}, {gpu}"))
+    workspace = backward_workspace_bytes(problem) / 2**20
+    out.print(f"Workspace of our backward: {workspace:.0f} MiB. Every number is predicted, none measured.")
+    if dropout:
+        out.print("With dropout the adapter sees another x than the base: only split exists.")
+    if parts:
+        for name, found in estimates.items():
+            out.print(_parts_table(name, found))
+    if json is not None:
+        inputs = {
+            "gpu": gpu,
+            "tokens": tokens,
+            "out_features": problem.out_features,
+            "in_features": problem.in_features,
+            "rank": rank,
+            "num_blocks": blocks,
+            "dtype": dtype,
+            "dropout": dropout,
+        }
+        write_json(json, _as_json(inputs, estimates, chosen, backward_workspace_bytes(problem)))
+
+
+def _table(estimates: dict[str, Estimate], chosen: str, title: str) -> Table:
+    caption = f'* what algorithm="auto" runs: {chosen}'
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0)
+    table.add_column("", no_wrap=True)
+    for heading in ("forward", "backward", "both"):
+        table.add_column(f"{heading}\nms", justify="right")
+    for heading in ("both\nTFLOP", "both\nMB", "/frozen", "/LoRA"):
+        table.add_column(heading, justify="right")
+    table.add_column("", no_wrap=True)
+    for name, found in estimates.items():
+        table.add_row(
+            f"{LABELS[name]}{'*' if name == chosen else ''}",
+            *(f"{found.seconds(stage) * 1e3:.3f}" for stage in STAGES),  # type: ignore[arg-type]
+            f"{found.flops() / 1e12:.3f}",
+            f"{found.bytes() / 1e6:.0f}",
+            _ratio(found, estimates["frozen"]),
+            _ratio(found, estimates["lora"]),
+            "predicted",
+            style="bold" if name == chosen else None,
+        )
+    return table
+
+
+def _ratio(found: Estimate, base: Estimate) -> str:
+    return f"{found.seconds() / base.seconds():.2f}" if base.seconds() else "-"
+
+
+def _parts_table(name: str, found: Estimate) -> Table:
+    table = Table(title=LABELS[name])
+    for heading in ("part", "", "ms", "GFLOP", "MB"):
+        table.add_column(heading, justify="left" if heading in ("part", "") else "right")
+    for part in found.parts:
+        seconds = part.seconds(found.flops_per_second, found.bytes_per_second)
+        table.add_row(
+            part.name,
+            part.stage,
+            f"{seconds * 1e3:.4f}",
+            f"{part.flops / 1e9:.1f}",
+            f"{part.bytes / 1e6:.1f}",
+        )
+    return table
+
+
+def _as_json(
+    inputs: dict[str, Any], estimates: dict[str, Estimate], chosen: str, workspace: int
+) -> dict[str, Any]:
+    return {
+        "kind": "predicted",
+        **inputs,
+        "auto": chosen,
+        "backward_workspace_bytes": workspace,
+        "algorithms": {
+            name: {
+                **{
+                    stage: {
+                        "milliseconds": found.seconds(stage) * 1e3,  # type: ignore[arg-type]
+                        "flops": found.flops(stage),  # type: ignore[arg-type]
+                        "bytes": found.bytes(stage),  # type: ignore[arg-type]
+                    }
+                    for stage in STAGES
+                },
+                "parts": [vars(part) for part in found.parts],
+            }
+            for name, found in estimates.items()
+        },
+    }

@@ -1,0 +1,122 @@
+"""The command line (smoa_kernels/cli): what it prints, its exit codes, its one-line errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from smoa_kernels.cli import main
+from smoa_kernels.cost import ALGORITHMS, GPUS, Problem, estimate
+
+DEFAULT = ["roofline", "--gpu", "h100", "--tokens", "8192", "--shape", "4096x4096", "--rank", "16"]
+
+
+def fails_with(capsys, arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("smoa-kernels: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_roofline_prints_every_way_as_predicted(capsys):
+    assert main([*DEFAULT, "--blocks", "4"]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.strip().endswith("predicted")]
+    assert len(rows) == len(ALGORITHMS)
+    (chosen,) = (row for row in rows if "*" in row)
+    assert "SMoA split*" in chosen
+    assert "1.46" in chosen
+
+
+def test_roofline_json_holds_what_the_model_says(tmp_path, capsys):
+    path = tmp_path / "roofline.json"
+    assert main([*DEFAULT, "--blocks", "8", "--dtype", "fp16", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["kind"] == "predicted"
+    assert found["auto"] == "split"
+    problem = Problem(8192, 4096, 4096, 8, 16)
+    expected = estimate(problem, GPUS["h100"], "lora")
+    lora = found["algorithms"]["lora"]
+    assert lora["backward"]["milliseconds"] == pytest.approx(expected.seconds("backward") * 1e3)
+    assert lora["both"]["bytes"] == sum(part["bytes"] for part in lora["parts"]) == expected.bytes()
+
+
+def test_roofline_marks_the_choice(capsys):
+    for arguments, chosen in (
+        (["--tokens", "16"], "fused"),
+        (["--dtype", "fp32"], "merged"),
+        (["--dtype", "tf32"], "split"),
+        (["--tokens", "16", "--dropout", "0.05"], "split"),
+    ):
+        assert main(["roofline", *arguments]) == 0
+        assert f'"auto" runs: {chosen}' in capsys.readouterr().out
+
+
+def test_roofline_under_dropout_shows_only_what_exists(capsys):
+    assert main([*DEFAULT, "--dropout", "0.05"]) == 0
+    out = capsys.readouterr().out
+    assert "SMoA split" in out
+    assert "SMoA merged" not in out
+
+
+def test_roofline_parts(capsys):
+    assert main([*DEFAULT, "--parts"]) == 0
+    assert "y, read to accumulate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["roofline", "--gpu", "h1000"], "--gpu must be one of h100"),
+        (["roofline", "--shape", "4096"], "--shape must be OUTxIN"),
+        (["roofline", "--shape", "0x16"], "out_features must be at least 1, got 0"),
+        (["roofline", "--dtype", "int8"], "--dtype must be one of"),
+        (["roofline", "--tokens", "many"], "--tokens"),
+        (["roofline", "--dropout", "1"], "dropout must be in [0, 1)"),
+        (["roofline", "--json", "/nowhere/at/all.json"], "/nowhere/at is not a folder"),
+        (["audit", "--arch", "sm_70"], "arch must be one of sm_80"),
+        (["audit", "--dtype", "int8"], "dtype must be one of"),
+        (["audit", "--jobs", "0"], "--jobs"),
+        (["tun"], "tun"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, arguments, named):
+    message = fails_with(capsys, arguments) if "--json" not in arguments else json_failure(capsys, arguments)
+    assert named in message
+
+
+def json_failure(capsys, arguments: list[str]) -> str:
+    """The table is printed before the file is written."""
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for command in ("info", "roofline", "audit"):
+        assert command in out
+
+
+def test_info(tmp_path, capsys):
+    path = tmp_path / "info.json"
+    assert main(["info", "--json", str(path)]) == 0
+    assert "backends" in capsys.readouterr().out
+    found = json.loads(path.read_text())
+    assert found["backends"]["eager"] == "works"
+    assert found["versions"]["torch"].startswith("2.")
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra(missing):
+    """One clear line, in a process where the package cannot be imported."""
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None; from smoa_kernels.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'smoa-kernels[cli]'" in done.stderr
