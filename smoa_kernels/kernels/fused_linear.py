@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..packed import PackedAdapter
 from ._common import dot, input_precision, round_to
-from .launch import FUSED_LINEAR_CONFIGS, FusedLinearConfig
+from .launch import FusedLinearConfig, fused_linear_configs
 
 __all__ = ["fused_linear"]
 
@@ -55,6 +55,7 @@ def fused_linear_kernel(
     stride_bn,
     stride_br,
     INPUT_PRECISION: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
@@ -88,13 +89,13 @@ def fused_linear_kernel(
         x_ptrs = x_ptr + tokens[None, :] * stride_xt + cols[:, None] * stride_xc
         x = tl.load(x_ptrs, mask=token_inside[None, :] & col_inside[:, None], other=0.0)
         col_block = tl.load(col_block_ptr + cols, mask=col_inside, other=0).to(tl.int32)
-        if w.dtype == tl.float32:
+        if W_TRANSPOSED or w.dtype == tl.float32:
             # Changes nothing. Hopper and Blackwell multiply TF32 from K-major shared memory or from registers: a tile
             # that is contiguous the other way and went straight to `dot` would be copied four bytes at a time.
             w = tl.where(row_inside[:, None], w, 0.0)
 
         product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        for first in tl.static_range(0, RANK, RANK_BLOCK):
+        for first in range(0, RANK, RANK_BLOCK):
             r = first + tl.arange(0, RANK_BLOCK)
             a_ptrs = a_ptr + r[:, None] * stride_ar + cols[None, :] * stride_ac
             a = tl.load(a_ptrs, mask=(r < rank)[:, None] & col_inside[None, :], other=0.0)
@@ -154,10 +155,11 @@ def fused_linear(
     y = torch.empty(T, N, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    config = config or FUSED_LINEAR_CONFIGS[0]
+    precision = input_precision(w.dtype, allow_tf32=allow_tf32)
+    config = config or _default_config(T, N, fused_linear_configs(w.dtype, precision))
     split = config.split
     out = y if split == 1 else torch.empty(split, T, N, dtype=torch.float32, device=x.device)
-    padded_rank = max(16, int(triton.next_power_of_2(rank)))
+    padded_rank, rank_block = rank_tiles(rank, w.dtype)
     tiles = triton.cdiv(T, config.block_t) * triton.cdiv(N, config.block_n)
     fused_linear_kernel[(tiles * split,)](
         x,
@@ -178,10 +180,11 @@ def fused_linear(
         *w.stride(),
         *a.stride(),
         *b.stride(),
-        INPUT_PRECISION=input_precision(w.dtype, allow_tf32=allow_tf32),
+        INPUT_PRECISION=precision,
+        W_TRANSPOSED=w.stride(1) != 1,
         HAS_BIAS=bias is not None and split == 1,
         RANK=padded_rank,
-        RANK_BLOCK=min(padded_rank, 64),
+        RANK_BLOCK=rank_block,
         SPLIT=split,
         BLOCK_T=config.block_t,
         BLOCK_N=config.block_n,
@@ -194,3 +197,26 @@ def fused_linear(
             out, bias, y, y.numel(), N, HAS_BIAS=bias is not None, SPLIT=split, BLOCK=1024
         )
     return y
+
+
+def rank_tiles(rank: int, dtype: torch.dtype) -> tuple[int, int]:
+    """RANK and RANK_BLOCK of the kernel: ρ rounded up to a power of two, and how much of it one product takes.
+
+    One product for the whole rank keeps the loop over C the innermost, hence pipelined. Larger ranks are cut into
+    chunks that leave registers for the rest; the loop over chunks is then the pipelined one.
+    """
+    padded = max(16, int(triton.next_power_of_2(rank)))
+    whole, chunk = (32, 16) if dtype == torch.float32 else (64, 32)
+    return padded, padded if padded <= whole else chunk
+
+
+def _default_config(
+    tokens: int, out_features: int, configs: tuple[FusedLinearConfig, ...]
+) -> FusedLinearConfig:
+    """The narrowest tile that takes all tokens, its sum over C split where y has few tiles."""
+    block_t = min(
+        (c.block_t for c in configs if c.block_t >= tokens), default=max(c.block_t for c in configs)
+    )
+    fitting = [config for config in configs if config.block_t == block_t]
+    few = triton.cdiv(tokens, block_t) * triton.cdiv(out_features, fitting[0].block_n) < 256
+    return max(fitting, key=lambda config: config.split if few else -config.split)

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 __all__ = [
     "BLOCK_GRAD_CONFIGS",
     "BLOCK_MATMUL_CONFIGS",
     "FUSED_LINEAR_CONFIGS",
+    "FUSED_LINEAR_IEEE_CONFIGS",
+    "FUSED_LINEAR_TF32_CONFIGS",
     "MODULATE_CONFIGS",
     "PERMUTE_CONFIGS",
     "BlockGradConfig",
@@ -18,6 +22,7 @@ __all__ = [
     "FusedLinearConfig",
     "ModulateConfig",
     "PermuteConfig",
+    "fused_linear_configs",
 ]
 
 
@@ -91,9 +96,25 @@ PERMUTE_CONFIGS = (
 )
 
 FUSED_LINEAR_CONFIGS = (
-    FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=1, num_warps=4, num_stages=3),
     FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=4, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=1, num_warps=4, num_stages=3),
     FusedLinearConfig(block_t=32, block_n=64, block_c=64, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=64, block_n=64, block_c=64, split=1, num_warps=4, num_stages=2),
+)
+
+# float32 in TF32: twice the bytes, half the depth.
+FUSED_LINEAR_TF32_CONFIGS = (
+    FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=4, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=32, block_n=64, block_c=32, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=64, block_n=64, block_c=32, split=1, num_warps=4, num_stages=2),
+)
+
+# float32 in IEEE: no tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
+FUSED_LINEAR_IEEE_CONFIGS = (
+    FusedLinearConfig(block_t=16, block_n=32, block_c=32, split=4, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=32, block_c=32, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=64, block_c=16, split=1, num_warps=4, num_stages=3),
 )
 
 BLOCK_MATMUL_CONFIGS = (
@@ -107,3 +128,10 @@ BLOCK_GRAD_CONFIGS = (
     BlockGradConfig(block_n=128, block_c=64, block_t=64, split=1, num_warps=4, num_stages=3),
     BlockGradConfig(block_n=64, block_c=64, block_t=64, split=1, num_warps=4, num_stages=3),
 )
+
+
+def fused_linear_configs(dtype: torch.dtype, precision: str) -> tuple[FusedLinearConfig, ...]:
+    """The shipped configurations for x and W0 of `dtype` whose float32 products are rounded to `precision`."""
+    if dtype != torch.float32:
+        return FUSED_LINEAR_CONFIGS
+    return FUSED_LINEAR_TF32_CONFIGS if precision == "tf32" else FUSED_LINEAR_IEEE_CONFIGS
