@@ -1,0 +1,175 @@
+"""Questions with short answers: where they come from, how they are split, and how they become tensors.
+
+A question is answered by one token. That makes classification out of a language model without a new head: the
+prompt ends where the answer begins, and the model's scores of the answers' first tokens are compared.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+SPLIT_SEED = 0  # not the run's --seed: every run and every method must be judged on the same questions
+MOST_HELD_OUT = 500
+FEWEST_QUESTIONS = 10
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and the answer that follows it after one space."""
+
+    prompt: str
+    answer: str
+
+
+class Splits(NamedTuple):
+    """Disjoint lists: fit on ``train``, choose settings on ``validation``, report on ``test``."""
+
+    train: list[Question]
+    validation: list[Question]
+    test: list[Question]
+
+
+def same_text(text: str) -> str:
+    """Return what two texts share that differ only in case and white space."""
+    return " ".join(text.casefold().split())
+
+
+def read_jsonl(path: Path) -> list[Question]:
+    """Read one ``{"prompt": ..., "answer": ...}`` object per line; repeated questions are kept once.
+
+    Raises:
+        ValueError: if the text is not UTF-8, a line is not such an object, or one prompt has two answers. The
+            message names the line.
+        OSError: if the file cannot be read.
+    """
+    first_seen: dict[str, tuple[int, Question]] = {}
+    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
+        if not raw.strip():
+            continue
+        try:
+            question = _parse_line(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        earlier, known = first_seen.setdefault(same_text(question.prompt), (number, question))
+        if known.answer != question.answer:
+            raise ValueError(
+                f"{path}, line {number}: the prompt of line {earlier} again, but its answer is"
+                f" {question.answer!r} instead of {known.answer!r}"
+            )
+    return [question for _, question in first_seen.values()]
+
+
+def _parse_line(raw: bytes) -> Question:
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f'a JSON object with "prompt" and "answer" is needed, not {type(record).__name__}')
+    for key in ("prompt", "answer"):
+        value = record.get(key)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f'"{key}" must be a non-empty text, not {json.dumps(value)}')
+    return Question(record["prompt"].rstrip(), record["answer"].strip())
+
+
+def split(questions: Sequence[Question]) -> Splits:
+    """Shuffle with a fixed seed and hold out a tenth, at most 500, for validation and as many for the test.
+
+    Raises:
+        ValueError: if there are fewer than ten questions.
+    """
+    if len(questions) < FEWEST_QUESTIONS:
+        raise ValueError(f"{len(questions)} different questions; at least {FEWEST_QUESTIONS} are needed")
+    shuffled = list(questions)
+    random.Random(SPLIT_SEED).shuffle(shuffled)
+    held_out = min(len(shuffled) // 10, MOST_HELD_OUT)
+    return Splits(shuffled[2 * held_out :], shuffled[:held_out], shuffled[held_out : 2 * held_out])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded prompts, so that the last position of each row is the one that the answer follows.
+
+    Shapes: ``input_ids`` and ``attention_mask`` (questions, longest prompt); ``targets`` (questions,), the answers'
+    first tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: Tensor
+    tokens: int  # of the prompts, without padding
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on ``device``."""
+        tensors = (self.input_ids, self.attention_mask, self.targets)
+        return Batch(*(tensor.to(device) for tensor in tensors), tokens=self.tokens)
+
+
+class Encoder:
+    """Turns questions into batches for one tokenizer.
+
+    Args:
+        tokenizer: of the model that is to answer.
+        answers: every answer that occurs.
+        longest_prompt: the most tokens that the model takes.
+
+    Raises:
+        ValueError: if there are fewer than two answers, or two of them begin with the same token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, answers: set[str], longest_prompt: int) -> None:
+        if len(answers) < 2:
+            raise ValueError(f"at least two different answers are needed, not {len(answers)}")
+        self.tokenizer = tokenizer
+        self.answers = sorted(answers)
+        self.longest_prompt = longest_prompt
+        owner: dict[int, str] = {}
+        for answer in self.answers:
+            other = owner.setdefault(self._first_token(answer), answer)
+            if other != answer:
+                raise ValueError(
+                    f"the answers {other!r} and {answer!r} begin with the same token; reword one of them"
+                )
+        self.answer_tokens = torch.tensor(list(owner))
+        # Padding is masked, so any token will do where a tokenizer has none of its own for it.
+        self.padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+    def _first_token(self, answer: str) -> int:
+        # Read off in context, as SentencePiece tokenizers mark the beginning of every text.
+        before = self.tokenizer(":", add_special_tokens=False).input_ids
+        whole = self.tokenizer(f": {answer}", add_special_tokens=False).input_ids
+        if whole[: len(before)] != before or len(whole) == len(before):
+            raise ValueError(f"the tokenizer gives the answer {answer!r} no token of its own after a prompt")
+        return whole[len(before)]
+
+    def batch(self, questions: Sequence[Question]) -> Batch:
+        """Tokenize and pad.
+
+        Raises:
+            ValueError: if a prompt is longer than the model takes.
+        """
+        rows = [self.tokenizer(question.prompt).input_ids for question in questions]
+        lengths = [len(row) for row in rows]
+        width = max(lengths)
+        if width > self.longest_prompt:
+            prompt = questions[lengths.index(width)].prompt
+            raise ValueError(
+                f"the prompt {prompt[:40]!r}… has {width} tokens, the model takes {self.longest_prompt}"
+            )
+        choices = torch.tensor([self.answers.index(question.answer) for question in questions])
+        return Batch(
+            input_ids=torch.tensor([[self.padding] * (width - len(row)) + row for row in rows]),
+            attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+            targets=self.answer_tokens[choices],
+            tokens=sum(lengths),
+        )

@@ -1,0 +1,90 @@
+"""The folder that a run leaves behind: ``adapter/``, ``summary.json`` and ``loss.png``."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+
+class RunFolder:
+    """The output of a fine-tuning run.
+
+    Everything is written beside its place and then renamed: whenever the process dies, there is the old one or the
+    new one, whole. The adapter of an earlier run is kept as ``adapter.previous``.
+
+    Args:
+        path: a folder that is new, empty, or an earlier run's.
+
+    Raises:
+        ValueError: if ``path`` holds other things, or cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.previous_adapter = path / "adapter.previous"
+        self.summary = path / "summary.json"
+        self.picture = path / "loss.png"
+        self.adapter_saved = False
+        existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(f"{existing} is not a folder that can be written")
+        ours = (
+            self.adapter / "adapter_config.json",
+            self.previous_adapter / "adapter_config.json",
+            self.summary,
+        )
+        if path.is_dir() and any(path.iterdir()) and not any(file.is_file() for file in ours):
+            raise ValueError(
+                f"{path} holds other files; name a folder that is new, empty or an earlier run's"
+            )
+
+    def save_adapter(self, model: PeftModel) -> int:
+        """Save the adapter and return its size in bytes."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path / "adapter.partial"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed while saving
+        model.save_pretrained(str(unfinished))
+        if self.adapter.exists():
+            shutil.rmtree(self.previous_adapter, ignore_errors=True)
+            self.adapter.rename(self.previous_adapter)
+        unfinished.rename(self.adapter)
+        self.adapter_saved = True
+        return sum(file.stat().st_size for file in self.adapter.iterdir())
+
+    def save_summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``."""
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        _replace(self.summary, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def save_loss_curve(self, loss: Sequence[float], title: str) -> None:
+        """Draw ``loss.png``: the loss of each step, and its running mean."""
+        # Not pyplot, which would look for a display.
+        from matplotlib.figure import Figure
+
+        window = max(1, len(loss) // 10)
+        mean = [
+            sum(part) / len(part) for part in (loss[max(0, i - window + 1) : i + 1] for i in range(len(loss)))
+        ]
+        steps = range(1, len(loss) + 1)
+        axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+        axes.plot(
+            steps, loss, color="#9ecae1", marker="." if len(loss) < 200 else None, label="loss of a step"
+        )
+        axes.plot(steps, mean, color="#08519c", linewidth=2, label=f"mean of {window} steps")
+        axes.set(
+            title=title, xlabel="step", ylabel="cross-entropy of the answer's first token", ylim=(0, None)
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+        _replace(self.picture, lambda path: figure.savefig(path, dpi=150, format="png"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    unfinished = path.with_name(path.name + ".partial")
+    write(unfinished)
+    os.replace(unfinished, path)

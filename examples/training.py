@@ -1,0 +1,202 @@
+"""The training loop and the evaluation."""
+
+import inspect
+import math
+import random
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from questions import Batch, Encoder, Question
+from torch import Tensor, nn
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass
+class TrainingRecord:
+    """What every step cost and reached."""
+
+    loss: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return len(self.loss)
+
+    @property
+    def median_step_seconds(self) -> float:
+        """Median time of a step, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Prompt tokens, without padding, over the time of all steps."""
+        return sum(self.tokens) / sum(self.seconds)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers among a number of questions."""
+
+    right: int
+    questions: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.right / self.questions
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the share (binomial)."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.questions)
+
+    def __str__(self) -> str:
+        return f"{100 * self.accuracy:.1f} % ± {100 * self.standard_error:.1f}"
+
+
+class StopRequest:
+    """Notes Ctrl-C (SIGINT) and SIGTERM instead of dying of them, so that no step and no save is cut in half.
+
+    ``signal`` is the number of the first one that came, or ``None``. A second one interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def shuffled_batches(
+    questions: Sequence[Question], encoder: Encoder, size: int, seed: int
+) -> Iterator[Batch]:
+    """Yield batches without end; each pass over the questions is in another order."""
+    shuffle = random.Random(seed).shuffle
+    order: list[Question] = []
+    while True:
+        while len(order) < size:
+            again = list(questions)
+            shuffle(again)
+            order += again
+        yield encoder.batch(order[:size])
+        del order[:size]
+
+
+def next_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the scores (questions, vocabulary) of the token after each left-padded prompt."""
+    known = inspect.signature(_base(model).forward).parameters
+    extra: dict[str, Any] = {}
+    if "logits_to_keep" in known:  # without it the head would score every position of every prompt
+        extra["logits_to_keep"] = 1
+    if "position_ids" in known:  # learned positions must not count the padding
+        extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+    return output.logits[:, -1]
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def train(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    *,
+    steps: int,
+    lr: float,
+    device: torch.device,
+    stop: StopRequest,
+    on_step: Callable[[TrainingRecord], None],
+) -> TrainingRecord:
+    """Train what requires grad with AdamW: lr rises over a tenth of the steps, then falls linearly to zero.
+
+    The loss is the cross-entropy of the answer's first token over the whole vocabulary, so that the adapted
+    model says the answer by itself. Ends early, after a whole step, when ``stop`` has noted a signal.
+
+    Raises:
+        DivergedError: if the loss is infinite or not a number.
+    """
+    warmup = max(1, steps // 10)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    record = TrainingRecord()
+    model.train()
+    while record.steps < steps and stop.signal is None:
+        begin = time.perf_counter()
+        batch = next(batches).to(device)
+        loss = F.cross_entropy(
+            next_token_scores(model, batch.input_ids, batch.attention_mask).float(), batch.targets
+        )
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        record.loss.append(loss.item())  # waits for an accelerator, so the time below is the whole step's
+        record.seconds.append(time.perf_counter() - begin)
+        record.tokens.append(batch.tokens)
+        if not math.isfinite(record.loss[-1]):
+            raise DivergedError(
+                f"the loss became {record.loss[-1]} at step {record.steps}; try a smaller --lr than {lr:g}"
+            )
+        on_step(record)
+    return record
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    encoder: Encoder,
+    questions: Sequence[Question],
+    batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[int], None],
+) -> list[str]:
+    """Return the model's answers: of all that occur in the data, the one whose first token scores highest."""
+    model.eval()
+    answers = [""] * len(questions)
+    # Questions of like length share a batch, so that little padding is computed.
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = encoder.batch([questions[i] for i in indices]).to(device)
+        scores = next_token_scores(model, batch.input_ids, batch.attention_mask)
+        scores = scores[:, encoder.answer_tokens.to(device)]
+        for i, choice in zip(indices, scores.argmax(-1).tolist(), strict=True):
+            answers[i] = encoder.answers[choice]
+        on_batch(len(indices))
+    return answers
+
+
+def score(answers: Sequence[str], questions: Sequence[Question]) -> Score:
+    """Count the right answers."""
+    pairs = zip(answers, questions, strict=True)
+    return Score(sum(given == question.answer for given, question in pairs), len(questions))
