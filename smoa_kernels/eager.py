@@ -16,8 +16,11 @@ from torch import Tensor
 
 from .dropout import Dropout
 from .packed import PackedAdapter
+from .precision import gemm_is_ieee
 
-__all__ = ["backward", "choose_algorithm", "delta_weight", "forward", "modulated_weight"]
+__all__ = ["ALGORITHMS", "backward", "choose_algorithm", "delta_weight", "forward", "modulated_weight"]
+
+ALGORITHMS = ("merged", "split", "expanded")
 
 # The expanded form multiplies slots·T further rows by W0 (one slot per block and rank). Up to this many of them
 # it is the cheapest: measured on CPU at 2048² by benchmarks/test_few_tokens.py. Half precision stays longer
@@ -46,6 +49,9 @@ def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
+    if algorithm == "auto":
+        ieee = gemm_is_ieee(x.dtype, x.device.type)
+        algorithm = choose_algorithm(x.shape[0], _slots(adapter), ieee=ieee, dropout=dropout is not None)
     if algorithm == "merged":
         return F.linear(x, modulated_weight(adapter), bias)
     if algorithm == "expanded":
@@ -72,15 +78,18 @@ def backward(
     if x is not None:
         dA, dB = _block_grad(dy, x if multiplier is None else x * multiplier, adapter)
     if needs_x:
-        # Merged in every dtype: in dX a rounded W_eff is a second-order error.
-        slots = adapter.A.shape[0] * adapter.ranks.shape[0]
         if multiplier is not None:
             dx = _block_matmul(dy, adapter.T).mul_(multiplier).addmm_(dy, adapter.weight)
-        elif choose_algorithm(dy.shape[0], slots, ieee=True, dropout=False) == "expanded":
+        elif choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False) == "expanded":
             dx = _expanded(dy, adapter.T)
-        else:
+        else:  # merged in every dtype: in dX a rounded W_eff is a second-order error
             dx = dy @ modulated_weight(adapter)
     return dx, dA, dB
+
+
+def _slots(adapter: PackedAdapter) -> int:
+    """K·ρ: how many rows the expanded factors have at most."""
+    return adapter.A.shape[0] * adapter.partition.num_blocks
 
 
 def modulated_weight(adapter: PackedAdapter) -> Tensor:

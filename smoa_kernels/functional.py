@@ -12,16 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager
+from .backends import ALGORITHMS, load_backend, resolve_backend
 from .dropout import Dropout, draw_seed
 from .packed import PackedAdapter, scaling_tensor
 from .partition import BlockPartition
 from .reference import reference_linear
 
 __all__ = ["smoa_linear"]
-
-BACKENDS = ("auto", "eager", "triton", "reference")
-ALGORITHMS = ("auto", "merged", "split", "expanded")
 
 
 def smoa_linear(
@@ -60,7 +57,8 @@ def smoa_linear(
         column_offset: where x holds a shard of the columns, the global index of its first one.
         global_in_features: likewise, the global number of columns; C when None.
         algorithm: "merged" (one GEMM with W_eff), "split" (adapter first, the base GEMM accumulates onto it),
-            "expanded" (few tokens) or "auto": expanded for few tokens, else merged where the GEMM multiplies in
+            "expanded" (few tokens, eager), "fused" (few tokens, triton: one kernel) or "auto": the form for few
+            tokens where there are few, else merged where the GEMM multiplies in
             IEEE float32/64, split in half precision and TF32, where a rounded W_eff would lose a small update,
             and whenever dropout is active.
         backend: "eager" (torch operators), "triton", "reference" (slow, plain autograd) or "auto".
@@ -91,9 +89,9 @@ def smoa_linear(
     if dropout_p > 0 and dropout_seed is None:
         dropout_seed = draw_seed(x.device)
     _check_seed(dropout_seed, x)
-    backend = resolve_backend(backend, x.device)
+    backend = resolve_backend(backend, x.device, x.dtype, A.shape[0])
+    _check_algorithm(algorithm, backend, dropout_p)
     width = _check_width(x, column_offset, global_in_features)
-    algorithm = _resolve_algorithm(algorithm, x, A, ranks, dropout_p)
     if backend == "reference":
         return reference_linear(
             x,
@@ -129,43 +127,21 @@ def smoa_linear(
     return y
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that "auto" means on a device; raises where the one asked for cannot run there."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "triton":
-        raise ValueError("backend='triton' is not available yet; backend='eager' works everywhere")
-    return "eager" if backend == "auto" else backend
-
-
-def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether a GEMM on operands of `dtype` multiplies them in IEEE float32 or float64.
-
-    What counts is what the GEMM multiplies in, not what is stored: TF32 (or bf16 in oneDNN) keeps as few bits
-    of a float32 W_eff as half precision does.
-    """
-    if dtype == torch.float64:
-        return True
-    if dtype != torch.float32:
-        return False
-    backends: Any = torch.backends  # whose annotations lack mkldnn's matmul settings
-    settings = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}
-    return device_type not in settings or settings[device_type].fp32_precision in ("ieee", "none")
-
-
-def _resolve_algorithm(algorithm: str, x: Tensor, A: Tensor, ranks: Tensor, dropout_p: float) -> str:
+def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    if algorithm == "auto":
-        tokens = x.shape[:-1].numel()
-        ieee = gemm_is_ieee(x.dtype, x.device.type)
-        return eager.choose_algorithm(tokens, A.shape[0] * ranks.shape[0], ieee=ieee, dropout=dropout_p > 0)
+    if algorithm == "auto" or backend == "reference":
+        return
+    allowed = load_backend(backend).ALGORITHMS
+    if algorithm not in allowed:
+        raise ValueError(
+            f"algorithm must be auto or one of {', '.join(allowed)} on backend {backend!r}, got {algorithm!r}"
+        )
     if dropout_p > 0 and algorithm != "split":
         raise ValueError(
-            f"algorithm must be 'split' or 'auto' while dropout is active (dropout_p={dropout_p}): the adapter sees "
-            f"another x than the base layer. Got {algorithm!r}"
+            f"algorithm must be 'split' or 'auto' while dropout is active (dropout_p={dropout_p}): the adapter "
+            f"sees another x than the base layer. Got {algorithm!r}"
         )
-    return algorithm
 
 
 @torch.library.custom_op("smoa::linear", mutates_args=())
@@ -191,7 +167,7 @@ def _linear(
     adapter = PackedAdapter(weight.to(x.dtype), A, B, blocks, ranks, scaling)
     dropout = _dropout(dropout_seed, dropout_p, column_offset, global_in_features)
     bias = None if bias is None else bias.to(x.dtype)
-    y = eager.forward(_tokens(x), bias, adapter, algorithm, dropout)
+    y: Tensor = load_backend(backend).forward(_tokens(x), bias, adapter, algorithm, dropout)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -221,7 +197,7 @@ def _linear_backward(
     """(dX, dA, dB), empty where not needed: dX unless `needs_x`, dA and dB where x was not kept."""
     blocks = BlockPartition.from_tensors(partition, sizes)
     adapter = PackedAdapter(weight.to(dy.dtype), A, B, blocks, ranks, scaling)
-    dx, dA, dB = eager.backward(
+    dx, dA, dB = load_backend(backend).backward(
         _tokens(dy),
         None if x is None else _tokens(x),
         adapter,

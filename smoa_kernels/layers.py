@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import eager
-from .functional import ALGORITHMS, BACKENDS, smoa_linear
+from .backends import ALGORITHMS, BACKENDS, load_backend, resolve_backend
+from .functional import smoa_linear
 from .packed import (
     PackedAdapter,
     padding_masks,
@@ -258,7 +259,12 @@ class FusedSMoALinear(nn.Linear):
             warnings.warn("already merged: nothing to do", UserWarning, stacklevel=2)
             return
         self.smoa_base_weight = self.weight.detach().clone()
-        self.weight.copy_(eager.modulated_weight(self._packed()))
+        adapter = self._packed()
+        backend = resolve_backend(self.backend, self.weight.device, self.weight.dtype, self.smoa_A.shape[0])
+        if backend == "triton":  # in place: nothing of W0's size beside W0 and its copy
+            load_backend("triton").modulated_weight(adapter, out=self.weight)
+        else:
+            self.weight.copy_(eager.modulated_weight(adapter))
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smoa_kernels import eager, smoa_linear
-from smoa_kernels.functional import gemm_is_ieee
+from smoa_kernels.precision import gemm_is_ieee
 
 ALGORITHMS = ("merged", "split", "expanded")
 SHAPES = [
@@ -294,7 +294,6 @@ def test_autocast_multiplies_in_half_and_keeps_the_adapter(monkeypatch: pytest.M
         return y
 
     assert survival(problem, base, run) == pytest.approx(1.0, abs=0.05)
-    assert {call[3] for call in seen} == {"split"}
     assert {call[0].dtype for call in seen} == {torch.bfloat16}
 
 
@@ -408,12 +407,13 @@ BAD_INPUTS = [
     ({"dropout_p": float("nan")}, ValueError, "dropout_p must lie in"),
     ({"dropout_seed": 3}, TypeError, "dropout_seed must be an int64 tensor with one element, got 3"),
     ({"dropout_seed": torch.ones(2, dtype=torch.int64)}, TypeError, "dropout_seed must be an int64 tensor"),
-    ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, split, expanded"),
+    ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, split, expanded, fused"),
     (
         {"algorithm": "merged", "dropout_p": 0.1},
         ValueError,
         "algorithm must be 'split' or 'auto' while dropout",
     ),
+    ({"algorithm": "fused"}, ValueError, "merged, split, expanded on backend 'eager', got 'fused'"),
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, eager, triton, reference, got 'cuda'"),
     ({"column_offset": 1}, ValueError, "column_offset and global_in_features must hold x's 57 columns"),
     ({"global_in_features": 50}, ValueError, "got columns 0 to 57 of 50"),

@@ -1,0 +1,83 @@
+"""Which backend runs where: "eager" anywhere, "triton" on CUDA and ROCm GPUs, "reference" for tests.
+
+A backend is a module with `forward`, `backward`, `modulated_weight` and `ALGORITHMS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+__all__ = ["ALGORITHMS", "BACKENDS", "load_backend", "resolve_backend", "triton_obstacle"]
+
+BACKENDS = ("auto", "eager", "triton", "reference")
+ALGORITHMS = ("auto", "merged", "split", "expanded", "fused")
+
+_OLDEST_TRITON = (3, 6)
+_OLDEST_CAPABILITY = (8, 0)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_MAX_RANK = 256
+
+
+@functools.cache
+def load_backend(name: str) -> ModuleType:
+    """The module of a resolved backend; the kernels, and with them triton, are imported only when asked for."""
+    return importlib.import_module({"eager": ".eager", "triton": ".triton_backend"}[name], __package__)
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
+    """The backend that "auto" means for a problem; raises where the one asked for cannot take it.
+
+    Args:
+        backend: one of `BACKENDS`.
+        device: of the activations.
+        dtype: that the GEMM multiplies.
+        rank: ρ, rows of A.
+
+    Raises:
+        ValueError: unknown, or cannot run here; the message says why and what to do.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend in ("eager", "reference") or (backend == "auto" and device.type != "cuda"):
+        return "eager" if backend == "auto" else backend
+    obstacle = triton_obstacle(device, dtype, rank)
+    if obstacle is None:
+        return "triton"
+    if backend == "auto":
+        return "eager"
+    raise ValueError(f"backend='triton' cannot run here: {obstacle}; backend='eager' works everywhere")
+
+
+def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 1) -> str | None:
+    """Why the kernels cannot take a problem, or None where they can."""
+    if dtype not in _TRITON_DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, got {dtype}"
+    if rank > _TRITON_MAX_RANK:
+        return f"the kernels take ranks up to {_TRITON_MAX_RANK}, got {rank}"
+    return _device_obstacle(device)
+
+
+@functools.cache
+def _device_obstacle(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    triton = importlib.import_module("triton")
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"triton {triton.__version__} is older than {oldest}, the oldest supported"
+    if device.type == "cpu":
+        if triton.knobs.runtime.interpret:
+            return None
+        return "x is on the CPU, where kernels run only under Triton's interpreter (TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return f"x is on {device.type}, the kernels have been run on CUDA and ROCm only"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _OLDEST_CAPABILITY:
+        return f"the GPU's compute capability is {capability[0]}.{capability[1]}, the oldest supported is 8.0"
+    return None

@@ -1,0 +1,24 @@
+"""What a GEMM multiplies in: the fact that decides between merged and split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["gemm_is_ieee"]
+
+
+def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether a GEMM on operands of `dtype` multiplies them in IEEE float32 or float64.
+
+    What counts is what the GEMM multiplies in, not what is stored: TF32 (or bf16 in oneDNN) keeps as few bits
+    of a float32 W_eff as half precision does.
+    """
+    if dtype == torch.float64:
+        return True
+    if dtype != torch.float32:
+        return False
+    backends: Any = torch.backends  # whose annotations lack mkldnn's matmul settings
+    settings = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}
+    return device_type not in settings or settings[device_type].fp32_precision in ("ieee", "none")

@@ -1,0 +1,137 @@
+"""Backend "triton": forward and backward composed of the kernels and of cuBLAS's plain GEMMs.
+
+- merged: `modulate` builds W_eff, one GEMM;
+- split: `permute` gathers x by block, `block_matmul` writes the adapter's output, and the base GEMM accumulates
+  onto it and rounds once;
+- fused: for few tokens, base and adapter in one pass over W0, nothing built.
+
+Backward: `block_grad` for dA and dB, whose gathered copies are freed before dX needs its workspace; dX merged in
+every dtype (a rounded W_eff is a second-order error there), split under dropout, fused for few tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cost import Gpu, Problem, choose_algorithm, match_gpu
+from .dropout import Dropout
+from .kernels._common import padded_width
+from .kernels.block_grad import block_grad
+from .kernels.block_matmul import block_matmul
+from .kernels.fused_linear import fused_linear
+from .kernels.modulate import modulated_blocks, modulated_weight
+from .kernels.permute import gather_columns, scatter_columns
+from .packed import PackedAdapter
+from .partition import BlockPartition
+from .precision import gemm_is_ieee
+
+__all__ = ["ALGORITHMS", "backward", "forward", "modulated_weight"]
+
+ALGORITHMS = ("merged", "split", "fused")
+
+# Padded widths: every shipped tile divides the wide one, and a block too small for it takes the narrow one.
+_WIDE, _NARROW = 128, 64
+
+
+def forward(
+    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
+) -> Tensor:
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
+    allow_tf32 = not gemm_is_ieee(x.dtype, "cuda")
+    if algorithm == "auto":
+        algorithm = _choose(x, adapter, dropout is not None, ieee=not allow_tf32)
+    if algorithm == "merged":
+        return F.linear(x, modulated_weight(adapter, allow_tf32=allow_tf32), bias)
+    if algorithm == "fused":
+        return fused_linear(x, bias, adapter, allow_tf32=allow_tf32)
+    xg = _by_block(x, adapter.partition, dropout)
+    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    block_matmul(xg, adapter, _delta_blocks(adapter, allow_tf32), out=y, allow_tf32=allow_tf32)
+    y.addmm_(x, adapter.weight.T)
+    # Last: added before the base GEMM a bias would round the adapter's output away.
+    return y if bias is None else y.add_(bias)
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
+    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
+    dA = dB = dx = None
+    # The factors first: their gathered copies are gone before dX takes its workspace.
+    if x is not None:
+        dyg = _by_block(dy, adapter.T.partition)
+        xg = _by_block(x, adapter.partition, dropout)
+        dA, dB = block_grad(dyg, xg, adapter, needs_A=True, needs_B=True, allow_tf32=allow_tf32)
+        del dyg, xg
+    if needs_x:
+        dx = _input_gradient(dy, adapter, dropout, allow_tf32)
+    return dx, dA, dB
+
+
+def _input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool) -> Tensor:
+    """`dX = dY W0 + dropoutᵀ(dY ΔW)`."""
+    if dropout is None:
+        if _choose(dy, adapter, dropout=False, ieee=True) == "fused":
+            return fused_linear(dy, None, adapter.T, allow_tf32=allow_tf32)
+        return dy @ modulated_weight(adapter, allow_tf32=allow_tf32)
+    dyg = _by_block(dy, adapter.T.partition)
+    delta = _delta_blocks(adapter, allow_tf32)
+    dxg = dy.new_empty(dy.shape[0], delta.shape[0], delta.shape[2])
+    block_matmul(dyg, adapter.T, delta.mT, out=dxg, allow_tf32=allow_tf32)
+    dx = dy.new_empty(dy.shape[0], adapter.weight.shape[1])
+    p = adapter.partition
+    scatter_columns(dxg, p.col_index, p.col_offsets, dx, dropout=dropout)
+    return dx.addmm_(dy, adapter.weight)
+
+
+def _by_block(x: Tensor, partition: BlockPartition, dropout: Dropout | None = None) -> Tensor:
+    """x's columns grouped by block, (T, K, P); a view where there is one block that fills its tiles."""
+    width = padded_width(partition.col_sizes, _multiple(partition.col_sizes))
+    if partition.num_blocks == 1 and width == x.shape[1] and dropout is None and x.is_contiguous():
+        return x[:, None]
+    return gather_columns(x, partition.col_index, partition.col_offsets, width, dropout=dropout)
+
+
+def _delta_blocks(adapter: PackedAdapter, allow_tf32: bool) -> Tensor:
+    """ΔW by block, (K, P_n, P_c)."""
+    p = adapter.partition
+    return modulated_blocks(
+        adapter,
+        row_multiple=_multiple(p.row_sizes),
+        col_multiple=_multiple(p.col_sizes),
+        allow_tf32=allow_tf32,
+    )
+
+
+def _multiple(sizes: tuple[int, ...]) -> int:
+    return _WIDE if max(sizes) > _NARROW else _NARROW
+
+
+def _choose(x: Tensor, adapter: PackedAdapter, dropout: bool, *, ieee: bool) -> str:
+    """What "auto" means for a problem on its GPU: `cost.choose_algorithm`."""
+    out_features, in_features = adapter.weight.shape
+    num_blocks = adapter.partition.num_blocks
+    problem = Problem(
+        tokens=x.shape[0],
+        out_features=out_features,
+        in_features=in_features,
+        num_blocks=num_blocks,
+        rank=adapter.A.shape[0] * num_blocks,
+        dtype=x.dtype,
+        dropout=0.5 if dropout else 0.0,  # only whether there is one matters
+    )
+    return choose_algorithm(problem, _gpu(x.device), ieee)
+
+
+@functools.cache
+def _gpu(device: torch.device) -> Gpu:
+    if device.type != "cuda":  # Triton's interpreter
+        return match_gpu("h100", (9, 0))
+    properties = torch.cuda.get_device_properties(device)
+    capability = None if torch.version.hip else (properties.major, properties.minor)
+    return match_gpu(properties.name, capability, properties.multi_processor_count)
