@@ -13,7 +13,7 @@ from typing import Any, cast
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..functional import ALGORITHMS, BACKENDS
+from ..backends import ALGORITHMS, BACKENDS
 from ..packed import resolve_ranks
 from .registry import PEFT_TYPE
 
@@ -154,13 +154,18 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     ) -> SMoAConfig:
         """Read `adapter_config.json` of a folder (or hub repository).
 
+        `strict_base`, where given (to `PeftModel.from_pretrained` too), wins over the file's.
+
         Raises:
             ValueError: there is none, its values or format version are not allowed, or the weights beside it are
                 truncated. PEFT asks for the configuration before it touches the model, so nothing has changed.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         _check_complete(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        strict_base = kwargs.pop("strict_base", None)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if strict_base is not None:
+            config.strict_base = strict_base
         return cast(SMoAConfig, config)
 
     def _check_format(self) -> None:

@@ -298,7 +298,7 @@ class _Prepared(NamedTuple):
     scaling: Tensor
 
 
-class Linear(nn.Module, SMoALayer):
+class Linear(SMoALayer, nn.Module):
     """Linear layer `y = x W0ᵀ + b + Σ dropout(x) ΔWᵀ` over its active adapters; W0 and b stay the base layer's.
 
     Args:
@@ -318,7 +318,7 @@ class Linear(nn.Module, SMoALayer):
         fan_in_fan_out: bool = False,
         spectral_order: SpectralOrder = BlockPartition.from_weight,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         SMoALayer.__init__(self, base_layer, fan_in_fan_out)
         # A base layer that computes anything else than x W0ᵀ + b is called; from the usual ones W0 is read.
         layer_type = type(base_layer)
@@ -453,7 +453,7 @@ class Linear(nn.Module, SMoALayer):
         if self._stored_base is None:
             warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
             return
-        self.innermost().weight.data.copy_(self._stored_base)
+        cast(Tensor, self.innermost().weight).data.copy_(self._stored_base)
         self._stored_base = None
         self.merged_adapters.clear()
 

@@ -36,7 +36,10 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; where it fails the model is left as it was."""
         is_new = not any(adapter_name in layer.smoa_A for layer in _layers(model))
-        self._orders: dict[tuple[Any, ...], BlockPartition] = {}
+        awaits_weights = self.peft_config[adapter_name].is_from_file and not _layers(model)
+        # To be restored should these weights turn out not to fit.
+        self.trainable_before = [p for p in model.parameters() if p.requires_grad] if awaits_weights else []
+        self._orders: dict[tuple[Any, ...], BlockPartition] = {}  # of this injection
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -96,8 +99,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             if any(_awaits_labels(layer, adapter_name) for layer in _layers(model)):
                 # Put in by the very call that was to fill it.
                 remove_adapter(model, adapter_name)
-                configs = getattr(model, "peft_config", {})
-                configs.pop(adapter_name, None)
+                _forget(model, adapter_name)
             raise
         return remapped
 
@@ -122,6 +124,20 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
     delete_adapter(model, adapter_name, prefix=SMoAModel.prefix, layer_cls=SMoALayer)
+
+
+def _forget(model: nn.Module, adapter_name: str) -> None:
+    """Undo what injection did beside the layers, once they no longer hold the adapter."""
+    configs: Any = getattr(model, "peft_config", {})
+    configs.pop(adapter_name, None)
+    if configs:
+        return
+    for module in list(model.modules()):
+        if isinstance(module, SMoAModel):
+            for parameter in module.trainable_before:
+                parameter.requires_grad_(True)
+        elif module.__dict__.get("peft_config") is configs:
+            del module.peft_config
 
 
 def _layers(model: nn.Module) -> list[SMoALayer]:

@@ -1,0 +1,444 @@
+"""The PEFT calls that everybody uses, on tiny Llama (nn.Linear) and GPT-2 (Conv1D) models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import HiraConfig, PeftModel, get_peft_model
+from peft.tuners.hira.layer import HiraLayer
+from safetensors.torch import load_file, save_file
+
+import smoa_kernels
+from smoa_kernels import BlockPartition
+from smoa_kernels.packed import padding_masks
+from smoa_kernels.peft import SMoAConfig, SMoALayer
+from smoa_kernels.reference import reference_delta_weight
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def config(**settings):
+    defaults = {"r": 5, "num_blocks": 3, "target_modules": "all-linear", "init_weights": False}
+    return SMoAConfig(**{**defaults, "fan_in_fan_out": settings.pop("conv1d", False), **settings})
+
+
+def adapt(model, **settings):
+    return get_peft_model(model, config(conv1d=model.config.model_type == "gpt2", **settings)).eval()
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, SMoALayer)}
+
+
+def logits(model, tokens):
+    return model(tokens).logits
+
+
+def nudge(model, scale=0.3):
+    """Weights such as training could have given, padding left at zero."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in layers(model).values():
+            for name, B in layer.smoa_B.items():
+                _, mask = padding_masks(layer.partition(name), layer.smoa_ranks[name], B.shape[1])
+                B.copy_(torch.randn(B.shape, generator=generator) * scale * mask)
+
+
+def refuse_spectra(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a spectral order was computed")
+
+    monkeypatch.setattr("smoa_kernels.partition.spectral_centroids", refuse)
+
+
+@pytest.fixture
+def folder(make_model, tokens, tmp_path):
+    """A saved adapter with random weights, and the outputs that it gave."""
+    model = adapt(make_model())
+    nudge(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        return tmp_path / "adapter", logits(model, tokens)
+
+
+# The layer computes the definition
+
+
+def test_fresh_adapter_is_an_identity_and_only_its_factors_train(make_model, tokens):
+    base = logits(make_model(), tokens)
+    model = adapt(make_model(), init_weights=True)
+    torch.testing.assert_close(logits(model, tokens), base)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(name.split(".")[-2] in ("smoa_A", "smoa_B") for name in trained)
+
+
+def test_layer_equals_the_reference(make_model):
+    model = adapt(make_model(), smoa_alpha=3.0)
+    for layer in layers(model).values():
+        x = torch.randn(4, layer.in_features)
+        partition, ranks = layer.partition("default"), layer.smoa_ranks["default"]
+        weight = layer.base_weight()
+        assert partition == BlockPartition.from_weight(weight, 3)
+        delta = reference_delta_weight(
+            weight, layer.smoa_A["default"], layer.smoa_B["default"], partition, ranks, scaling=3 / 5
+        )
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ delta.T, rtol=1e-5, atol=1e-5)
+        stored = layer.get_delta_weight("default")
+        assert stored.shape == layer.base_layer.weight.shape
+        torch.testing.assert_close(stored.T if layer.fan_in_fan_out else stored, delta, rtol=1e-5, atol=1e-6)
+
+
+def test_one_block_is_hira(make_model, tokens):
+    conv1d = make_model().config.model_type == "gpt2"
+    ours = adapt(make_model(), r=4, num_blocks=1)
+    targets = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    hira_config = HiraConfig(
+        r=4, target_modules={"c_attn", "c_proj", "c_fc"} if conv1d else targets, fan_in_fan_out=conv1d
+    )
+    theirs = get_peft_model(make_model(), hira_config).eval()
+    hira = {name: module for name, module in theirs.named_modules() if isinstance(module, HiraLayer)}
+    assert hira.keys() == layers(ours).keys()
+    with torch.no_grad():
+        for name, layer in layers(ours).items():
+            layer.smoa_B["default"].mul_(0.2)
+            hira[name].hira_A["default"].copy_(layer.smoa_A["default"])
+            hira[name].hira_B["default"].copy_(layer.smoa_B["default"])
+    outputs = [logits(model, tokens) for model in (ours, theirs)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    for output in outputs:
+        output.square().sum().backward()
+    for name, layer in layers(ours).items():
+        A, B = hira[name].hira_A["default"].grad, hira[name].hira_B["default"].grad
+        torch.testing.assert_close(
+            layer.smoa_A["default"].grad, A, rtol=1e-4, atol=1e-4 * A.abs().max().item()
+        )
+        torch.testing.assert_close(
+            layer.smoa_B["default"].grad, B, rtol=1e-4, atol=1e-4 * B.abs().max().item()
+        )
+    merged = [model.merge_and_unload().state_dict() for model in (ours, theirs)]
+    assert merged[0].keys() == merged[1].keys()
+    for name, weight in merged[0].items():
+        torch.testing.assert_close(weight, merged[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_float32_factors_over_a_bf16_base_upcast_nothing(make_model, tokens):
+    model = adapt(make_model().bfloat16())
+    kinds = set()
+    for layer in layers(model).values():
+        assert layer.smoa_A["default"].dtype == torch.float32
+        assert layer.smoa_sketch["default"].dtype == torch.float32
+        x = torch.randn(40, layer.in_features, dtype=torch.bfloat16)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kinds.add((t.dtype, t.shape)) or t, lambda t: t
+        ):
+            assert layer(x).dtype == torch.bfloat16
+    wide = [shape for dtype, shape in kinds if dtype == torch.float32 and len(shape) == 2 and min(shape) > 2]
+    assert not wide
+    logits(model, tokens).float().square().sum().backward()
+
+
+def test_a_dropped_input_is_the_adapters_alone(llama):
+    model = adapt(llama(), smoa_dropout=0.5)
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(8, layer.in_features)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    first, second = layer(x), layer(x)
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        layer.smoa_B["default"].zero_()
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+
+
+# Saving and loading
+
+
+def test_second_process_gives_the_same_outputs(folder, make_model, tokens, tmp_path):
+    path, expected = folder
+    torch.save(tokens, tmp_path / "tokens.pt")
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from conftest import tiny_gpt2, tiny_llama
+from peft import PeftModel
+import smoa_kernels.peft
+model = PeftModel.from_pretrained({make_model.__name__}(), {str(path)!r}).eval()
+with torch.no_grad():
+    torch.save(model(torch.load({str(tmp_path / "tokens.pt")!r})).logits, {str(tmp_path / "out.pt")!r})
+"""
+    root = str(Path(smoa_kernels.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, env=env)
+    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_computes_no_spectral_order(
+    folder, make_model, tokens, monkeypatch, low_cpu_mem_usage, is_trainable
+):
+    path, expected = folder
+    refuse_spectra(monkeypatch)
+    kwargs = {"low_cpu_mem_usage": low_cpu_mem_usage, "is_trainable": is_trainable}
+    loaded = PeftModel.from_pretrained(make_model(), path, **kwargs).eval()
+    assert torch.equal(logits(loaded, tokens), expected)
+    assert any(p.requires_grad for p in loaded.parameters()) == is_trainable
+    loaded.load_adapter(path, "other", **kwargs)
+    loaded.set_adapter("other")
+    assert torch.equal(logits(loaded, tokens), expected)
+
+
+def test_file_holds_factors_labels_ranks_and_sketch(folder):
+    path, _ = folder
+    state = load_file(path / WEIGHTS)
+    kinds = {"smoa_A", "smoa_B", "smoa_row_block", "smoa_col_block", "smoa_ranks", "smoa_sketch"}
+    assert {key.rsplit(".", 1)[1] for key in state} == kinds
+    assert all(key.startswith("base_model.model.") for key in state)
+    dtypes = {key.rsplit(".", 1)[1]: value.dtype for key, value in state.items()}
+    assert dtypes["smoa_row_block"] == dtypes["smoa_col_block"] == torch.uint8
+    assert dtypes["smoa_ranks"] == torch.int32
+    assert json.loads((path / "adapter_config.json").read_text())["format_version"] == 1
+
+
+def test_configuration_without_weights_starts_a_new_adapter(folder, make_model, tokens):
+    path, _ = folder
+    config = SMoAConfig.from_pretrained(path)
+    config.inference_mode = False
+    model = get_peft_model(make_model(), config).train()
+    logits(model, tokens).sum().backward()
+    for layer in layers(model).values():
+        assert layer.partition("default") == BlockPartition.from_weight(layer.base_weight(), 3)
+        assert layer.smoa_A["default"].grad is not None
+
+
+# Merging
+
+
+def test_merging_keeps_the_outputs_and_unmerging_restores_every_bit(make_model, tokens):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = adapt(make_model().to(dtype))
+        nudge(model)
+        before = {name: layer.base_layer.weight.clone() for name, layer in layers(model).items()}
+        expected = logits(model, tokens).float()
+        model.merge_adapter(safe_merge=True)
+        tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(logits(model, tokens).float(), expected, rtol=0, atol=tolerance * scale)
+        model.unmerge_adapter()
+        for name, layer in layers(model).items():
+            assert torch.equal(layer.base_layer.weight, before[name])
+
+
+def test_merge_and_unload_gives_the_base_class_back(folder, make_model, tokens):
+    path, expected = folder
+    base = make_model()
+    merged = PeftModel.from_pretrained(make_model(), path).merge_and_unload()
+    assert type(merged) is type(base)
+    assert [name for name, _ in merged.named_modules()] == [name for name, _ in base.named_modules()]
+    torch.testing.assert_close(logits(merged, tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_safe_merge_refuses_a_broken_adapter(llama):
+    model = adapt(llama())
+    layer = next(iter(layers(model).values()))
+    weight = layer.base_layer.weight.clone()
+    with torch.no_grad():
+        layer.smoa_B["default"].fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, weight)
+
+
+def test_disabled_adapter_is_the_base_model(make_model, tokens):
+    base = logits(make_model(), tokens)
+    model = adapt(make_model())
+    active = logits(model, tokens)
+    assert not torch.allclose(active, base, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), base)
+    assert torch.equal(logits(model, tokens), active)
+
+
+def test_generation_with_an_active_adapter(folder, make_model, tokens):
+    path, _ = folder
+    model = PeftModel.from_pretrained(make_model(), path).eval()
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(tokens)
+    generated = model.generate(input_ids=tokens, attention_mask=mask, **settings)
+    merged = model.merge_and_unload().generate(input_ids=tokens, attention_mask=mask, **settings)
+    assert torch.equal(generated, merged)
+
+
+# Bad input: named, and nothing is changed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r must be at least 1, got 0"),
+        ({"r": 4.0}, "r must be an int, got 4.0"),
+        ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
+        ({"block_ranks": [3, 2]}, r"block_ranks must have num_blocks=3 entries, got 2: \[3, 2\]"),
+        ({"block_ranks": [3, 3, -1]}, "block_ranks must not be negative"),
+        ({"block_ranks": [1, 1, 1]}, "block_ranks must sum to r=5"),
+        ({"smoa_dropout": 1.0}, r"smoa_dropout must lie in \[0, 1\), got 1.0"),
+        ({"smoa_alpha": float("nan")}, "smoa_alpha must be a finite number, got nan"),
+        ({"bias": "some"}, "bias must be one of none, all, smoa_only, got 'some'"),
+        ({"algorithm": "fast"}, "algorithm must be one of auto, merged, .* got 'fast'"),
+        ({"backend": "cuda"}, "backend must be one of .* got 'cuda'"),
+        ({"init_weights": "gaussian"}, "init_weights must be True or False, got 'gaussian'"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be an int of at least 1"),
+        ({"num_blocks_pattern": {"q": "2"}}, r"num_blocks_pattern\['q'\] must be an int of at least 1"),
+        ({"rank_pattern": 4}, "rank_pattern must be a dict"),
+        ({"layers_to_transform": [0]}, "`layers_to_transform` cannot be used when `target_modules` is a str"),
+        ({"format_version": 2}, "format_version 2 of the adapter is newer than this release reads"),
+    ],
+)
+def test_bad_configuration(settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        config(**settings)
+
+
+def snapshot(model):
+    names = [(name, type(module)) for name, module in model.named_modules()]
+    names += [(name, p.requires_grad) for name, p in model.named_parameters()]
+    return names, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    names, state = snapshot(model)
+    assert names == before[0]
+    assert all(torch.equal(value, before[1][key]) for key, value in state.items())
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_blocks": 33, "r": 64}, "num_blocks must be at most .* = 32 .*, got 33"),
+        ({"target_modules": ["q_proj", "input_layernorm"]}, "is not supported"),
+    ],
+)
+def test_failed_injection_leaves_the_model_alone(llama, settings, message):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config(**settings))
+    assert_unchanged(model, before)
+
+
+def test_weight_with_nan_is_named_and_nothing_is_wrapped(llama):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: weight must be finite"):
+        get_peft_model(model, config())
+    assert not layers(model)
+
+
+def test_missing_folder(llama, tmp_path):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json' at .*nowhere"):
+        PeftModel.from_pretrained(model, str(tmp_path / "nowhere"))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+def test_truncated_file(folder, make_model, kept):
+    path, _ = folder
+    file = path / WEIGHTS
+    file.write_bytes(file.read_bytes()[:kept])
+    model = make_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is truncated or corrupt"):
+        PeftModel.from_pretrained(model, path)
+    assert_unchanged(model, before)
+
+
+def edit_one_layer(path, edit):
+    state = load_file(path / WEIGHTS)
+    prefix = sorted(key for key in state if key.endswith(".smoa_A"))[0].removesuffix("smoa_A")
+    edit(state, prefix)
+    save_file(state, path / WEIGHTS, metadata={"format": "pt"})
+    return prefix.removesuffix(".").removeprefix("base_model.model.")
+
+
+BROKEN = {
+    "labels": (lambda s, p: s.pop(p + "smoa_row_block"), "the adapter lacks smoa_row_block"),
+    "ranks": (lambda s, p: s.pop(p + "smoa_ranks"), "the adapter lacks smoa_ranks"),
+    "range": (lambda s, p: s[p + "smoa_col_block"].__setitem__(2, 9), r"smoa_col_block must lie in \[0, 3\)"),
+    "rank": (lambda s, p: s[p + "smoa_ranks"].__setitem__(0, -1), "smoa_ranks must sum to r=5"),
+    "sum": (lambda s, p: s[p + "smoa_ranks"].__setitem__(2, 0), "smoa_ranks must sum to r=5"),
+    "dtype": (
+        lambda s, p: s.update({p + "smoa_row_block": s[p + "smoa_row_block"].float()}),
+        "smoa_row_block must be integers",
+    ),
+    "shape": (
+        lambda s, p: s.update({p + "smoa_A": s[p + "smoa_A"][:, 1:].contiguous()}),
+        "size mismatch for .*smoa_A",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_adapter_is_named_and_nothing_is_half_loaded(folder, make_model, tokens, case):
+    path, expected = folder
+    edit, message = BROKEN[case]
+    good = PeftModel.from_pretrained(make_model(), path).eval()
+    layer = edit_one_layer(path, edit)
+    model = make_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message) as error:
+        PeftModel.from_pretrained(model, path)
+    assert layer in str(error.value)
+    assert_unchanged(model, before)
+    # Neither as a second adapter, nor over one that is already there.
+    with pytest.raises(ValueError, match=message):
+        good.load_adapter(path, "other")
+    assert "other" not in good.peft_config
+    assert all(set(layer.smoa_A) == {"default"} for layer in layers(good).values())
+    with pytest.raises(ValueError, match=message):
+        good.load_adapter(path, "default")
+    assert torch.equal(logits(good, tokens), expected)
+
+
+def test_adapter_of_another_model_is_refused(folder, llama):
+    path, _ = folder
+    model = llama(hidden_size=64)
+    # GPT-2's adapter names no module of Llama's; Llama's names the same modules in other shapes.
+    with pytest.raises(ValueError, match=r"size mismatch|not found in the base model"):
+        PeftModel.from_pretrained(model, path)
+    assert not layers(model)
+
+
+def test_another_base_weight_is_noticed(folder, make_model, tokens):
+    path, expected = folder
+    with pytest.warns(UserWarning, match="trained over another base weight in"):
+        PeftModel.from_pretrained(make_model(seed=1), path)
+    model = make_model(seed=1)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"another base weight .* strict_base=True refuses it"):
+        PeftModel.from_pretrained(model, path, strict_base=True)
+    assert_unchanged(model, before)
+    same = PeftModel.from_pretrained(make_model().bfloat16(), path, strict_base=True).eval()
+    close = logits(same, tokens).float()
+    assert (close - expected).norm() < 0.03 * expected.norm()
+
+
+def test_state_dict_of_the_whole_model(make_model, tokens):
+    source, target = adapt(make_model()), adapt(make_model(seed=1))
+    nudge(source)
+    logits(target, tokens)  # its index tensors are built before other labels arrive
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(logits(target, tokens), logits(source, tokens))
+    state = source.state_dict()
+    key = next(key for key in state if "smoa_row_block" in key)
+    state[key] = state[key] + 7
+    with pytest.raises(ValueError, match="smoa_row_block must lie in"):
+        target.load_state_dict(state)
