@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import Guarded
 from torch import Tensor
 
 
@@ -33,41 +34,6 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-
-
-class Guarded:
-    """Tensors inside larger allocations whose margins hold NaN, checked untouched when the test ends."""
-
-    margin = 64
-
-    def __init__(self) -> None:
-        self._margins: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, tensor: Tensor, *, row_padding: int = 0) -> Tensor:
-        """A copy of `tensor` with its own stride order, its slowest stride `row_padding` larger, guarded."""
-        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-        strides, extent = [0] * tensor.ndim, 1
-        for step, dim in enumerate(reversed(order)):
-            if step and step == tensor.ndim - 1:
-                extent += row_padding
-            strides[dim] = extent
-            extent *= max(tensor.shape[dim], 1)
-        storage = torch.zeros(extent + 2 * self.margin, dtype=tensor.dtype, device=tensor.device)
-        storage.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-        view = storage.as_strided(tensor.shape, strides, self.margin)
-        outside = torch.ones_like(storage, dtype=torch.bool)
-        outside.as_strided(tensor.shape, strides, self.margin).fill_(False)
-        view.copy_(tensor)
-        self._margins.append((storage, outside))
-        return view
-
-    def check(self) -> None:
-        for storage, outside in self._margins:
-            margin = storage[outside]
-            if storage.is_floating_point():
-                assert bool(margin.isnan().all())
-            else:
-                assert bool((margin == torch.iinfo(storage.dtype).max).all())
 
 
 @pytest.fixture

@@ -1,0 +1,125 @@
+"""Adapters for the kernels' tests: `problems.make_problem` on the kernels' device, and the error budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+from problems import LinearProblem, make_problem, relative_error
+from torch import Tensor
+from vectors import Vector
+
+from smoa_kernels.packed import PackedAdapter
+from smoa_kernels.partition import BlockPartition
+from smoa_kernels.reference import reference_delta_weight, reference_linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Beside the same-dtype error, a floor for results that torch happens to get exactly.
+TINY = {torch.float32: 2e-7, torch.bfloat16: 1e-4, torch.float16: 1e-5}
+
+
+def from_vector(vector: Vector) -> LinearProblem:
+    """A stored vector of the definition, in float64."""
+    return LinearProblem(
+        x=torch.from_numpy(vector.x),
+        weight=torch.from_numpy(vector.weight),
+        bias=torch.from_numpy(vector.bias),
+        A=torch.from_numpy(vector.A),
+        B=torch.from_numpy(vector.B),
+        partition=BlockPartition.from_labels(
+            torch.from_numpy(vector.row_block), torch.from_numpy(vector.col_block), vector.num_blocks
+        ),
+        ranks=torch.from_numpy(vector.ranks).int(),
+        dy=torch.from_numpy(vector.dy),
+        scaling=vector.scaling,
+    )
+
+
+def to_device(problem: LinearProblem, device: torch.device) -> LinearProblem:
+    """All tensors of a problem on one device."""
+    return replace(
+        problem,
+        **{name: value.to(device) for name, value in vars(problem).items() if isinstance(value, Tensor)},
+        partition=problem.partition.to(device),
+    )
+
+
+def adapter_of(problem: LinearProblem, place: Callable[[Tensor], Tensor] = lambda t: t) -> PackedAdapter:
+    """The packed adapter of a problem, each floating tensor passed through `place` (strides, guards)."""
+    scaling = torch.tensor(problem.scaling, dtype=torch.float32, device=problem.weight.device)
+    return PackedAdapter(
+        place(problem.weight), place(problem.A), place(problem.B), problem.partition, problem.ranks, scaling
+    )
+
+
+def delta_weight(problem: LinearProblem) -> Tensor:
+    """ΔW by the definition, in the problem's dtype."""
+    p = problem
+    return reference_delta_weight(p.weight, p.A, p.B, p.partition, p.ranks, scaling=p.scaling)
+
+
+def linear(problem: LinearProblem) -> Tensor:
+    """y by the definition, in the problem's dtype."""
+    p = problem
+    return reference_linear(p.x, p.weight, p.bias, p.A, p.B, p.partition, p.ranks, scaling=p.scaling)
+
+
+def assert_within_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
+    """`err(ours) ≤ 2 · err(same-dtype reference) + tiny`, both against the float64 truth."""
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == truth.shape
+    budget = 2 * relative_error(theirs, truth) + TINY[ours.dtype]
+    assert relative_error(ours, truth) <= budget
+
+
+class Guarded:
+    """Tensors inside larger allocations whose margins hold NaN, checked untouched when the test ends."""
+
+    margin = 64
+
+    def __init__(self) -> None:
+        self._margins: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, tensor: Tensor, *, row_padding: int = 0) -> Tensor:
+        """A copy of `tensor` with its own stride order, its slowest stride `row_padding` larger, guarded."""
+        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        strides, extent = [0] * tensor.ndim, 1
+        for step, dim in enumerate(reversed(order)):
+            if step and step == tensor.ndim - 1:
+                extent += row_padding
+            strides[dim] = extent
+            extent *= max(tensor.shape[dim], 1)
+        storage = torch.zeros(extent + 2 * self.margin, dtype=tensor.dtype, device=tensor.device)
+        storage.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+        view = storage.as_strided(tensor.shape, strides, self.margin)
+        outside = torch.ones_like(storage, dtype=torch.bool)
+        outside.as_strided(tensor.shape, strides, self.margin).fill_(False)
+        view.copy_(tensor)
+        self._margins.append((storage, outside))
+        return view
+
+    def check(self) -> None:
+        for storage, outside in self._margins:
+            margin = storage[outside]
+            if storage.is_floating_point():
+                assert bool(margin.isnan().all())
+            else:
+                assert bool((margin == torch.iinfo(storage.dtype).max).all())
+
+
+@st.composite
+def problems(draw: st.DrawFn, *, max_tokens: int = 20) -> LinearProblem:
+    """Small problems of every kind: uneven and empty blocks, uneven and zero ranks, one block, one token."""
+    ranks = draw(st.lists(st.sampled_from([0, 1, 2, 3, 7, 16, 17, 40]), min_size=1, max_size=4))
+    return make_problem(
+        tokens=draw(st.integers(1, max_tokens)),
+        out_features=draw(st.integers(1, 70)),
+        in_features=draw(st.integers(1, 70)),
+        ranks=tuple(ranks),
+        bias=draw(st.booleans()),
+        random_labels=True,
+        seed=draw(st.integers(0, 1000)),
+    )

@@ -1,0 +1,152 @@
+"""modulate: W_eff = W0 ∘ (1 + s·mask·BA) dense, and ΔW = s·(BA) ∘ W0 as padded blocks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from kernel_cases import (
+    DTYPES,
+    Guarded,
+    adapter_of,
+    assert_within_budget,
+    delta_weight,
+    from_vector,
+    problems,
+    to_device,
+)
+from problems import LinearProblem, make_problem
+from torch import Tensor
+from vectors import Vector, all_vectors
+
+from smoa_kernels.kernels.launch import MODULATE_CONFIGS, ModulateConfig
+from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
+from smoa_kernels.partition import BlockPartition
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def effective(problem: LinearProblem) -> Tensor:
+    return problem.weight + delta_weight(problem)
+
+
+def from_blocks(blocks: Tensor, partition: BlockPartition) -> Tensor:
+    """The dense ΔW that padded blocks stand for, their padding checked to be zero."""
+    dense = torch.zeros(partition.shape, dtype=blocks.dtype, device=blocks.device)
+    rows = partition.row_index.split(partition.row_sizes)
+    cols = partition.col_index.split(partition.col_sizes)
+    for k, block in enumerate(blocks):
+        dense[rows[k][:, None], cols[k]] = block[: len(rows[k]), : len(cols[k])]
+        assert not block[len(rows[k]) :].any()
+        assert not block[:, len(cols[k]) :].any()
+    return dense
+
+
+def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> None:
+    rounded = problem.to(dtype, factor_dtype)
+    truth, same = rounded.to(torch.float64), rounded.to(dtype)
+    adapter = adapter_of(rounded)
+    weight = modulated_weight(adapter)
+    assert weight.stride() == rounded.weight.stride()
+    assert_within_budget(weight, effective(same), effective(truth))
+    blocks = modulated_blocks(adapter, row_multiple=16, col_multiple=32)
+    assert_within_budget(from_blocks(blocks, rounded.partition), delta_weight(same), delta_weight(truth))
+
+
+@each_dtype
+@pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
+def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
+    check(to_device(from_vector(vector), device), dtype)
+
+
+@few
+@given(problem=problems())
+@each_dtype
+def test_random_shapes(problem: LinearProblem, dtype: torch.dtype, device: torch.device) -> None:
+    check(to_device(problem, device), dtype)
+
+
+@pytest.mark.parametrize("rank", [1, 15, 16, 64, 256])
+def test_float32_factors_over_a_half_weight(rank: int, device: torch.device) -> None:
+    problem = to_device(make_problem(ranks=(rank, max(rank // 2, 1)), random_labels=True), device)
+    check(problem, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("config", MODULATE_CONFIGS, ids=str)
+def test_every_shipped_configuration(config: ModulateConfig, device: torch.device) -> None:
+    problem = to_device(make_problem(out_features=90, in_features=150, ranks=(5, 2)), device).to(
+        torch.float32
+    )
+    truth = problem.to(torch.float64)
+    weight = modulated_weight(adapter_of(problem), config=config)
+    assert_within_budget(weight, effective(problem), effective(truth))
+    blocks = modulated_blocks(adapter_of(problem), row_multiple=16, col_multiple=16, config=config)
+    assert_within_budget(from_blocks(blocks, problem.partition), delta_weight(problem), delta_weight(truth))
+
+
+@pytest.mark.parametrize("row_padding", [0, 5])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_strides_and_guards(
+    transposed: bool, row_padding: int, guarded: Guarded, device: torch.device
+) -> None:
+    """Rows further apart than their width, column-major weights, and nothing touched around any tensor."""
+    problem = to_device(make_problem(out_features=70, in_features=45, ranks=(3, 0, 20)), device)
+    problem = problem.to(torch.float32)
+    if transposed:
+        problem.weight.set_(problem.weight.T.contiguous().T)
+    adapter = adapter_of(problem, lambda tensor: guarded(tensor, row_padding=row_padding))
+    expected, truth = effective(problem), effective(problem.to(torch.float64))
+    weight = modulated_weight(adapter)
+    assert (weight.stride(0) < weight.stride(1)) == transposed
+    assert_within_budget(weight, expected, truth)
+    assert_within_budget(modulated_weight(adapter.T), expected.T, truth.T)
+    out = guarded(torch.zeros_like(problem.weight), row_padding=3)
+    assert modulated_weight(adapter, out=out) is out
+    assert torch.equal(out, weight)
+    blocks = modulated_blocks(adapter, row_multiple=16, col_multiple=16)
+    assert_within_budget(
+        from_blocks(blocks, problem.partition),
+        delta_weight(problem),
+        delta_weight(problem.to(torch.float64)),
+    )
+
+
+@each_dtype
+def test_merges_in_place(dtype: torch.dtype, device: torch.device) -> None:
+    adapter = adapter_of(to_device(make_problem(dtype=dtype), device))
+    expected = modulated_weight(adapter)
+    modulated_weight(adapter, out=adapter.weight)
+    assert torch.equal(adapter.weight, expected)
+
+
+def test_two_runs_are_bitwise_equal(device: torch.device) -> None:
+    adapter = adapter_of(to_device(make_problem(ranks=(40, 3), dtype=torch.bfloat16), device))
+    assert torch.equal(modulated_weight(adapter), modulated_weight(adapter))
+    first, second = (modulated_blocks(adapter, row_multiple=16, col_multiple=16) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_block_of_rank_zero_and_other_blocks_leave_the_weight_alone(device: torch.device) -> None:
+    problem = to_device(make_problem(ranks=(0, 4), dtype=torch.bfloat16), device)
+    weight, p = modulated_weight(adapter_of(problem)), problem.partition
+    adapted = (p.row_block[:, None] == p.col_block) & (p.row_block[:, None] == 1)
+    assert torch.equal(weight[~adapted], problem.weight[~adapted])
+    assert not torch.equal(weight[adapted], problem.weight[adapted])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_empty_weights(shape: tuple[int, int], device: torch.device) -> None:
+    problem = to_device(make_problem(out_features=5, in_features=5, ranks=(2, 1)), device)
+    problem = problem.to(torch.float32)
+    rows, cols = (slice(size) for size in shape)
+    adapter = adapter_of(problem)
+    shard = replace(
+        adapter,
+        weight=adapter.weight[rows, cols],
+        A=adapter.A[:, cols],
+        B=adapter.B[rows],
+        partition=adapter.partition.shard(rows, cols),
+    )
+    assert modulated_weight(shard).shape == shape
+    assert modulated_blocks(shard, row_multiple=16, col_multiple=16).numel() == 0

@@ -1,0 +1,177 @@
+"""permute: blocked[t, k, p] = m[t, j] · x[t, j] and its adjoint; the dropout mask they draw."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, Guarded
+from torch import Tensor
+
+from smoa_kernels.kernels._common import Dropout, padded_width
+from smoa_kernels.kernels.launch import PERMUTE_CONFIGS, PermuteConfig
+from smoa_kernels.kernels.permute import gather_columns, scatter_columns
+from smoa_kernels.partition import BlockPartition
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def random_partition(columns: int, num_blocks: int, device: torch.device, seed: int = 0) -> BlockPartition:
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols = (torch.randint(num_blocks, (n,), generator=generator) for n in (3, columns))
+    return BlockPartition.from_labels(rows, cols, num_blocks).to(device)
+
+
+def gather(x: Tensor, partition: BlockPartition, **kwargs: object) -> Tensor:
+    width = padded_width(partition.col_sizes, 16)
+    return gather_columns(x, partition.col_index, partition.col_offsets, width, **kwargs)  # type: ignore[arg-type]
+
+
+def scatter(blocked: Tensor, partition: BlockPartition, out: Tensor, **kwargs: object) -> Tensor:
+    return scatter_columns(blocked, partition.col_index, partition.col_offsets, out, **kwargs)  # type: ignore[arg-type]
+
+
+def gathered_by_hand(x: Tensor, partition: BlockPartition) -> Tensor:
+    blocked = torch.zeros(
+        x.shape[0],
+        partition.num_blocks,
+        padded_width(partition.col_sizes, 16),
+        dtype=x.dtype,
+        device=x.device,
+    )
+    for k, cols in enumerate(partition.col_index.split(partition.col_sizes)):
+        blocked[:, k, : len(cols)] = x[:, cols]
+    return blocked
+
+
+def mask(
+    dropout: Dropout, tokens: int, partition: BlockPartition, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The multiplier itself: what becomes of ones."""
+    ones = torch.ones(tokens, partition.shape[1], dtype=dtype, device=partition.device)
+    return scatter(gather(ones, partition, dropout=dropout), partition, torch.empty_like(ones))
+
+
+def seed(value: int, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.int64, device=device)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tokens=st.integers(1, 70),
+    columns=st.integers(1, 300),
+    num_blocks=st.integers(1, 5),
+    data=st.integers(0, 99),
+)
+@each_dtype
+def test_gather_and_scatter(
+    tokens: int, columns: int, num_blocks: int, data: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    partition = random_partition(columns, num_blocks, device, data)
+    x = torch.randn(tokens, columns, device=device).to(dtype)
+    blocked = gather(x, partition)
+    assert torch.equal(blocked, gathered_by_hand(x, partition))
+    assert torch.equal(scatter(blocked, partition, torch.empty_like(x)), x)
+
+
+@pytest.mark.parametrize("config", PERMUTE_CONFIGS, ids=str)
+def test_every_shipped_configuration(config: PermuteConfig, device: torch.device) -> None:
+    partition = random_partition(400, 3, device)
+    x = torch.randn(130, 400, device=device)
+    blocked = gather(x, partition, config=config)
+    assert torch.equal(blocked, gathered_by_hand(x, partition))
+    assert torch.equal(scatter(blocked, partition, torch.empty_like(x), config=config), x)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_strides_and_guards(transposed: bool, guarded: Guarded, device: torch.device) -> None:
+    partition = random_partition(37, 3, device)
+    x = torch.randn(37, 21, device=device).T if transposed else torch.randn(21, 37, device=device)
+    out = guarded(torch.zeros_like(x), row_padding=7)
+    blocked = gather(guarded(x, row_padding=5), partition)
+    assert torch.equal(blocked, gathered_by_hand(x, partition))
+    assert torch.equal(scatter(guarded(blocked), partition, out), x)
+
+
+def test_no_tokens_and_no_columns(device: torch.device) -> None:
+    partition = random_partition(9, 2, device)
+    blocked = gather(torch.ones(0, 9, device=device), partition)
+    assert blocked.shape == (0, 2, 16)
+    assert scatter(blocked, partition, torch.empty(0, 9, device=device)).shape == (0, 9)
+    empty = partition.shard(col_slice=slice(0))
+    assert gather(torch.ones(4, 0, device=device), empty).numel() == 0
+
+
+@each_dtype
+def test_dropout_zeroes_or_scales(dtype: torch.dtype, device: torch.device) -> None:
+    partition = random_partition(70, 3, device)
+    dropout = Dropout(seed(7, device), p=0.25)
+    x = torch.randn(50, 70, device=device).to(dtype)
+    kept = mask(dropout, 50, partition) != 0
+    dropped = scatter(gather(x, partition, dropout=dropout), partition, torch.empty_like(x))
+    # Twice through the mask: gather and its adjoint draw the same one.
+    expected = torch.where(kept, (x.float() * (4 / 3)), 0).to(dtype)
+    assert torch.equal((dropped != 0), kept & (x != 0))
+    gathered = gather(x, partition, dropout=dropout)
+    undropped = scatter(gathered, partition, torch.empty_like(x))
+    assert torch.equal(undropped, expected)
+    assert torch.equal(
+        scatter(gather(x, partition), partition, torch.empty_like(x), dropout=dropout), expected
+    )
+
+
+def test_dropout_is_unbiased_and_independent(device: torch.device) -> None:
+    partition = random_partition(64, 4, device)
+    p, tokens = 0.3, 2000
+    kept = (mask(Dropout(seed(123456789012345, device), p), tokens, partition) != 0).double()
+    # Five standard deviations of a mean of that many coin flips; of a correlation, 1/√tokens each.
+    assert abs(float(kept.mean()) - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+    between_columns = torch.corrcoef(kept.T).fill_diagonal_(0)
+    assert float(between_columns.abs().max()) < 5 / tokens**0.5
+    for lag in range(1, 9):  # tokens that share a draw, and the next ones
+        both = (kept[lag:] * kept[:-lag]).mean()
+        assert abs(float(both) - (1 - p) ** 2) < 5 * (0.25 / kept.numel()) ** 0.5
+
+
+def test_dropout_mask_is_a_function_of_seed_token_and_global_column(device: torch.device) -> None:
+    """Another partition, other tiles, a shard of the columns, fewer tokens: the same mask."""
+    partition = random_partition(150, 4, device)
+    dropout = Dropout(seed(-3, device), p=0.5)
+    whole = mask(dropout, 70, partition)
+    assert torch.equal(mask(dropout, 70, random_partition(150, 1, device)), whole)
+    assert torch.equal(mask(dropout, 33, partition), whole[:33])
+    shard = partition.shard(col_slice=slice(40, 110))
+    assert torch.equal(mask(Dropout(dropout.seed, 0.5, column_offset=40), 70, shard), whole[:, 40:110])
+    ones = torch.ones(70, 150, device=device)
+    for config in PERMUTE_CONFIGS:
+        again = gather(ones, partition, dropout=dropout, config=config)
+        assert torch.equal(again, gather(ones, partition, dropout=dropout))
+    for other in (4, -3 + (1 << 32)):  # the seed's upper half counts too
+        assert not torch.equal(mask(Dropout(seed(other, device), 0.5), 70, partition), whole)
+
+
+def test_dropout_of_almost_nothing_and_almost_all(device: torch.device) -> None:
+    partition = random_partition(40, 2, device)
+    assert bool((mask(Dropout(seed(1, device), 0.0), 30, partition) == 1).all())
+    nearly_all = mask(Dropout(seed(1, device), 1 - 2**-16), 30, partition)
+    assert set(nearly_all.unique().tolist()) <= {0.0, 65536.0}
+
+
+def test_offsets_beyond_two_to_the_31(device: torch.device) -> None:
+    """The last rows lie more than 2³¹ elements from the first; on the CPU only the touched pages exist."""
+    stride = 1 << 30
+
+    def far_apart() -> Tensor:
+        size = 3 * stride + 8
+        if device.type == "cuda":
+            storage = torch.zeros(size, dtype=torch.float16, device=device)
+        else:
+            storage = torch.from_numpy(np.zeros(size, np.float16))
+        return storage.as_strided((4, 8), (stride, 1))
+
+    partition = random_partition(8, 2, device)
+    x, out = far_apart(), far_apart()
+    x.copy_(torch.arange(32).view(4, 8))
+    blocked = gather(x, partition)
+    assert torch.equal(blocked, gathered_by_hand(x.clone(), partition))
+    assert torch.equal(scatter(blocked, partition, out), x)
