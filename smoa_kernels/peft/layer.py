@@ -124,6 +124,9 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         weight = cast(Tensor, self.get_base_layer().weight)
         if self._stored_base is not None:
             weight = self._stored_base.to(weight.device, weight.dtype)
+        if weight.grad_fn is not None:
+            # FSDP's view of a flat parameter that mixes frozen weights with trained ones.
+            weight = weight.detach()
         return weight.T if self.fan_in_fan_out else weight
 
     def update_layer(

@@ -1,0 +1,132 @@
+"""pytest plugin that runs PEFT's own test modules with `SMoAConfig` in place of PEFT's methods.
+
+Their `@parametrize` marks refer to lists of the module, so these are filled anew, in place, before a module's
+tests are generated. Where a test asks for `HiraConfig` (to choose a learning rate that the Hadamard product can
+take), SMoA answers: HiRA is SMoA with one block. Tests that name no configuration, or another method's, are
+deselected. Models come from folders named as the hub names them, below the working directory (see `models.py`).
+"""
+
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+import pytest
+
+from smoa_kernels.peft import SMoAConfig
+
+MODULES = (
+    "test_custom_models",
+    "test_decoder_models",
+    "test_config",
+    "test_seq_classifier",
+    "test_encoder_decoder_models",
+    "test_feature_extraction_models",
+)
+
+CUSTOM_MODELS = [
+    ("Vanilla MLP 1 SMoA", "MLP", {"target_modules": "lin0"}),
+    ("Vanilla MLP 2 SMoA", "MLP", {"target_modules": ["lin0"]}),
+    ("Vanilla MLP 3 SMoA", "MLP", {"target_modules": ["lin1"]}),
+    ("Vanilla MLP 4 SMoA", "MLP", {"target_modules": ["lin0", "lin1"]}),
+    ("Vanilla MLP 5 SMoA", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("Vanilla MLP 6 SMoA", "MLP", {"target_modules": ["lin0"], "smoa_dropout": 0.1}),
+    ("Vanilla MLP 7 SMoA", "MLP", {"target_modules": ["lin0"], "smoa_alpha": 4}),
+    ("Vanilla MLP 8 SMoA", "MLP", {"target_modules": ["lin0"], "num_blocks": 1}),
+    ("Vanilla MLP 9 SMoA", "MLP", {"target_modules": ["lin0"], "num_blocks": 4, "r": 6}),
+    (
+        "Vanilla MLP 10 SMoA",
+        "MLP",
+        {"target_modules": ["lin0"], "num_blocks": 3, "r": 6, "block_ranks": [4, 0, 2]},
+    ),
+    (
+        "Vanilla MLP 11 SMoA",
+        "MLP",
+        {
+            "target_modules": ["lin0", "lin1"],
+            "use_rslora": True,
+            "rank_pattern": {"lin1": 4},
+            "num_blocks_pattern": {"lin0": 5},
+        },
+    ),
+    # Its Conv1D has a single output, which leaves room for a single block.
+    ("Embedding + transformers Conv1D 1 SMoA", "EmbConv1D", {"target_modules": ["conv1d"], "num_blocks": 1}),
+]
+
+ACTIVE_ADAPTERS = [
+    ("SMoA Same", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"]}),
+    ("SMoA Different", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
+    ("SMoA Other Blocks", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "num_blocks": 5}),
+]
+
+# What PEFT's helpers import for tests of other methods and of image models.
+STAND_INS = {"datasets": "load_dataset", "diffusers": "StableDiffusionPipeline"}
+
+TASKS = {
+    "test_decoder_models": "CAUSAL_LM",
+    "test_seq_classifier": "SEQ_CLS",
+    "test_encoder_decoder_models": "SEQ_2_SEQ_LM",
+    "test_feature_extraction_models": "FEATURE_EXTRACTION",
+}
+
+
+def pytest_configure(config):
+    """Stand in for what PEFT's helpers import and our tests do not reach."""
+    for line in ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"):
+        config.addinivalue_line("markers", f"{line}: PEFT's")
+    for name, attribute in STAND_INS.items():
+        if importlib.util.find_spec(name) is None:
+            module = types.ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            setattr(module, attribute, lambda *_, **__: pytest.skip("needs a package that is not installed"))
+            sys.modules[name] = module
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    """Fill a module's lists before its first test is generated."""
+    module = metafunc.module
+    name = module.__name__.rsplit(".", 1)[-1]
+    if name not in MODULES or hasattr(module, "_smoa"):
+        return
+    module._smoa = True
+    package = module.__name__.rpartition(".")[0]
+    for holder in (module, sys.modules.get(f"{package}.testing_common")):
+        if hasattr(holder, "HiraConfig"):
+            holder.HiraConfig = SMoAConfig
+    if name == "test_custom_models":
+        module.TEST_CASES[:] = [(case, model, SMoAConfig, kwargs) for case, model, kwargs in CUSTOM_MODELS]
+        module.ALL_PEFT_CONFIG_CLASSES[:] = [SMoAConfig]
+        random = {"init_weights": False}
+        module.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
+            (case, "smoa", SMoAConfig, {**first, **random}, {**second, **random})
+            for case, first, second in ACTIVE_ADAPTERS
+        ]
+    elif name != "test_config":
+        settings = {"task_type": TASKS[name], "target_modules": None}
+        module.ALL_CONFIGS[:] = [(SMoAConfig, settings)]
+    else:
+        module.LAYER_INDEXING_CONFIG_CLASSES[:] = [(SMoAConfig, {})]
+    _replace_tuple(metafunc, module)
+
+
+def _replace_tuple(metafunc, module):
+    """`test_config` keeps its classes in a tuple, which the marks hold: point them to ours."""
+    if not hasattr(module, "ALL_CONFIG_CLASSES"):
+        return
+    theirs = module.ALL_CONFIG_CLASSES
+    for test in vars(metafunc.cls).values():
+        marks = getattr(test, "pytestmark", [])
+        for i, mark in enumerate(marks):
+            if len(mark.args) == 2 and mark.args[1] is theirs:
+                marks[i] = pytest.mark.parametrize(mark.args[0], [(SMoAConfig, {})]).mark
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep what runs with `SMoAConfig`."""
+    kept, dropped = [], []
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        (kept if SMoAConfig in [*parameters.values()] else dropped).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept

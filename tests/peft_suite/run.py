@@ -1,0 +1,59 @@
+"""Run PEFT's own test suite with SMoA: downloads the sdist of the installed PEFT, then `pytest` with `plugin.py`.
+
+    python tests/peft_suite/run.py [--folder DIR] [pytest options]
+
+The folder (default: a cache below the user's) keeps the sources and the tiny models for the next run.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def fetch_tests(folder: Path) -> Path:
+    """The `tests` folder of the sdist that the installed PEFT was built from."""
+    version = importlib.metadata.version("peft")
+    sources = folder / f"peft-{version}"
+    if not sources.is_dir():
+        command = ["download", f"peft=={version}", "--no-deps", "--no-binary", "peft", "--quiet", "-d", str(folder)]
+        subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+        with tarfile.open(folder / f"peft-{version}.tar.gz") as archive:
+            archive.extractall(folder, filter="data")
+    (sources / "tests" / "__init__.py").touch()  # its modules import each other relatively
+    return sources / "tests"
+
+
+def main() -> int:
+    """Download, make the models, run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smoa-kernels" / "peft-suite"
+    parser.add_argument("--folder", type=Path, default=cache)
+    options, rest = parser.parse_known_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    tests = fetch_tests(options.folder.resolve())
+
+    sys.path.insert(0, str(HERE))
+    from models import make_models
+    from plugin import MODULES
+
+    models = options.folder.resolve() / "models"
+    make_models(models)
+    path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    given = [part for part in rest if not part.startswith("-") and part.split("::")[0].removesuffix(".py") in MODULES]
+    names = given or [f"{name}.py" for name in MODULES]
+    files = [str(tests / name) for name in names]
+    settings = ["-p", "plugin", "-c", os.devnull, "--rootdir", str(tests.parent), "-q", "-rfEs"]
+    others = [part for part in rest if part not in given]
+    return subprocess.run([sys.executable, "-m", "pytest", *settings, *files, *others], cwd=models, env=env).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
