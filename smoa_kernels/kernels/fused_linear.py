@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..packed import PackedAdapter
 from ._common import dot, input_precision, round_to
-from .launch import FusedLinearConfig, fused_linear_configs
+from .launch import FusedLinearConfig, architecture, fused_linear_configs
 
 __all__ = ["fused_linear"]
 
@@ -90,8 +90,8 @@ def fused_linear_kernel(
         x = tl.load(x_ptrs, mask=token_inside[None, :] & col_inside[:, None], other=0.0)
         col_block = tl.load(col_block_ptr + cols, mask=col_inside, other=0).to(tl.int32)
         if W_TRANSPOSED or w.dtype == tl.float32:
-            # Changes nothing. Hopper and Blackwell multiply TF32 from K-major shared memory or from registers: a tile
-            # that is contiguous the other way and went straight to `dot` would be copied four bytes at a time.
+            # Changes nothing, but takes W0 to its products through registers. As TF32 or transposed, most tensor cores
+            # cannot read it where an asynchronous copy of whole 128-bit words leaves it, and the copy would suffer.
             w = tl.where(row_inside[:, None], w, 0.0)
 
         product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -103,7 +103,7 @@ def fused_linear_kernel(
             b = tl.load(b_ptrs, mask=row_inside[:, None] & (r < rank)[None, :], other=0.0)
             b = tl.where(r[None, :] < row_rank[:, None], b, 0.0)
             if a.dtype == tl.float32:
-                a = tl.where((r < rank)[:, None], a, 0.0)  # changes nothing; see below
+                a = tl.where((r < rank)[:, None], a, 0.0)  # through registers, as above
             product = dot(b, a, product, INPUT_PRECISION)
         modulation = tl.where(row_block[:, None] == col_block[None, :], scaling * product, 0.0)
         delta = round_to(modulation * w.to(tl.float32), w.dtype)
@@ -156,7 +156,8 @@ def fused_linear(
     if y.numel() == 0:
         return y
     precision = input_precision(w.dtype, allow_tf32=allow_tf32)
-    config = config or _default_config(T, N, fused_linear_configs(w.dtype, precision))
+    configs = fused_linear_configs(architecture(x.device), w.dtype, precision)
+    config = config or _default_config(T, N, rank, configs)
     split = config.split
     out = y if split == 1 else torch.empty(split, T, N, dtype=torch.float32, device=x.device)
     padded_rank, rank_block = rank_tiles(rank, w.dtype)
@@ -202,21 +203,20 @@ def fused_linear(
 def rank_tiles(rank: int, dtype: torch.dtype) -> tuple[int, int]:
     """RANK and RANK_BLOCK of the kernel: ρ rounded up to a power of two, and how much of it one product takes.
 
-    One product for the whole rank keeps the loop over C the innermost, hence pipelined. Larger ranks are cut into
-    chunks that leave registers for the rest; the loop over chunks is then the pipelined one.
+    Up to 32 one product takes it all, and the loop over C is the innermost, hence the pipelined one. A larger rank
+    is cut into chunks; then the loop over those is, and W0 is loaded without running ahead.
     """
     padded = max(16, int(triton.next_power_of_2(rank)))
-    whole, chunk = (32, 16) if dtype == torch.float32 else (64, 32)
-    return padded, padded if padded <= whole else chunk
+    return padded, padded if padded <= 32 else 16 if dtype == torch.float32 else 32
 
 
 def _default_config(
-    tokens: int, out_features: int, configs: tuple[FusedLinearConfig, ...]
+    tokens: int, out_features: int, rank: int, configs: tuple[FusedLinearConfig, ...]
 ) -> FusedLinearConfig:
     """The narrowest tile that takes all tokens, its sum over C split where y has few tiles."""
-    block_t = min(
-        (c.block_t for c in configs if c.block_t >= tokens), default=max(c.block_t for c in configs)
-    )
+    configs = tuple(config for config in configs if rank <= 32 or config.block_t == 16)
+    widths = {config.block_t for config in configs}
+    block_t = min((width for width in widths if width >= tokens), default=max(widths))
     fitting = [config for config in configs if config.block_t == block_t]
     few = triton.cdiv(tokens, block_t) * triton.cdiv(out_features, fitting[0].block_n) < 256
     return max(fitting, key=lambda config: config.split if few else -config.split)

@@ -5,13 +5,18 @@ Tiles are named by the dimension they cut: tokens T, rows N, columns C of W0, sl
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 __all__ = [
     "BLOCK_GRAD_CONFIGS",
+    "BLOCK_GRAD_IEEE_CONFIGS",
+    "BLOCK_GRAD_TF32_CONFIGS",
     "BLOCK_MATMUL_CONFIGS",
+    "BLOCK_MATMUL_IEEE_CONFIGS",
+    "BLOCK_MATMUL_TF32_CONFIGS",
     "FUSED_LINEAR_CONFIGS",
     "FUSED_LINEAR_IEEE_CONFIGS",
     "FUSED_LINEAR_TF32_CONFIGS",
@@ -22,7 +27,11 @@ __all__ = [
     "FusedLinearConfig",
     "ModulateConfig",
     "PermuteConfig",
+    "architecture",
+    "block_grad_configs",
+    "block_matmul_configs",
     "fused_linear_configs",
+    "multiprocessors",
 ]
 
 
@@ -72,7 +81,7 @@ class BlockMatmulConfig:
 
 @dataclass(frozen=True)
 class BlockGradConfig:
-    """`block_grad.py`: one tile of G per program; `split` programs share its sum over T."""
+    """`block_grad.py`: one tile of G per program; `split` programs share its sum over T, 0: as fills the device."""
 
     block_n: int
     block_c: int
@@ -99,39 +108,88 @@ FUSED_LINEAR_CONFIGS = (
     FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=4, num_warps=4, num_stages=3),
     FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=1, num_warps=4, num_stages=3),
     FusedLinearConfig(block_t=32, block_n=64, block_c=64, split=1, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=64, block_n=64, block_c=64, split=1, num_warps=4, num_stages=2),
 )
-
-# float32 in TF32: twice the bytes, half the depth.
 FUSED_LINEAR_TF32_CONFIGS = (
     FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=4, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=2, num_warps=4, num_stages=3),
     FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=1, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=32, block_n=64, block_c=32, split=1, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=64, block_n=64, block_c=32, split=1, num_warps=4, num_stages=2),
 )
-
-# float32 in IEEE: no tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
+# No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
 FUSED_LINEAR_IEEE_CONFIGS = (
-    FusedLinearConfig(block_t=16, block_n=32, block_c=32, split=4, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=16, block_n=32, block_c=32, split=1, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=16, block_n=64, block_c=16, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=16, block_c=32, split=4, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=16, block_c=32, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=32, block_n=16, block_c=32, split=1, num_warps=4, num_stages=3),
 )
 
+# Largest tile first. All pass the audit wherever `block_matmul_configs` ships them, ΔW loaded and modulated.
 BLOCK_MATMUL_CONFIGS = (
     BlockMatmulConfig(block_t=128, block_n=128, block_c=64, group_t=8, num_warps=8, num_stages=3),
     BlockMatmulConfig(block_t=64, block_n=128, block_c=64, group_t=8, num_warps=4, num_stages=3),
     BlockMatmulConfig(block_t=64, block_n=64, block_c=64, group_t=8, num_warps=4, num_stages=3),
 )
+BLOCK_MATMUL_TF32_CONFIGS = (
+    BlockMatmulConfig(block_t=128, block_n=128, block_c=32, group_t=8, num_warps=8, num_stages=3),
+    BlockMatmulConfig(block_t=64, block_n=128, block_c=32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(block_t=64, block_n=64, block_c=32, group_t=8, num_warps=4, num_stages=3),
+)
+BLOCK_MATMUL_IEEE_CONFIGS = (
+    BlockMatmulConfig(block_t=64, block_n=64, block_c=32, group_t=8, num_warps=8, num_stages=3),
+    BlockMatmulConfig(block_t=64, block_n=64, block_c=16, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(block_t=32, block_n=64, block_c=32, group_t=8, num_warps=4, num_stages=3),
+)
 
 BLOCK_GRAD_CONFIGS = (
-    BlockGradConfig(block_n=128, block_c=128, block_t=64, split=1, num_warps=8, num_stages=3),
-    BlockGradConfig(block_n=128, block_c=64, block_t=64, split=1, num_warps=4, num_stages=3),
-    BlockGradConfig(block_n=64, block_c=64, block_t=64, split=1, num_warps=4, num_stages=3),
+    BlockGradConfig(block_n=128, block_c=128, block_t=64, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(block_n=64, block_c=128, block_t=64, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(block_n=128, block_c=64, block_t=64, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(block_n=64, block_c=64, block_t=64, split=0, num_warps=4, num_stages=3),
+)
+BLOCK_GRAD_TF32_CONFIGS = (
+    BlockGradConfig(block_n=128, block_c=128, block_t=32, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(block_n=64, block_c=128, block_t=32, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(block_n=128, block_c=64, block_t=32, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(block_n=64, block_c=64, block_t=32, split=0, num_warps=4, num_stages=3),
+)
+BLOCK_GRAD_IEEE_CONFIGS = (
+    BlockGradConfig(block_n=64, block_c=64, block_t=32, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(block_n=32, block_c=64, block_t=32, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(block_n=32, block_c=64, block_t=16, split=0, num_warps=4, num_stages=3),
 )
 
 
-def fused_linear_configs(dtype: torch.dtype, precision: str) -> tuple[FusedLinearConfig, ...]:
-    """The shipped configurations for x and W0 of `dtype` whose float32 products are rounded to `precision`."""
+def fused_linear_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[FusedLinearConfig, ...]:
+    """The shipped configurations for an architecture, operands of `dtype` and float32 `precision`.
+
+    Above rank 32 only those of 16 tokens: the loop over the rank's chunks takes the registers of the others.
+    """
+    del arch  # all of them pass the audit everywhere
     if dtype != torch.float32:
         return FUSED_LINEAR_CONFIGS
     return FUSED_LINEAR_TF32_CONFIGS if precision == "tf32" else FUSED_LINEAR_IEEE_CONFIGS
+
+
+def block_matmul_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[BlockMatmulConfig, ...]:
+    """The shipped configurations for an architecture, operands of `dtype` and float32 `precision`."""
+    return BLOCK_MATMUL_CONFIGS
+
+
+def block_grad_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[BlockGradConfig, ...]:
+    """The shipped configurations for an architecture, operands of `dtype` and float32 `precision`."""
+    return BLOCK_GRAD_CONFIGS
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Name of a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter."""
+    if device.type == "cpu":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors (compute units) of a device; 1 for the interpreter."""
+    return 1 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)

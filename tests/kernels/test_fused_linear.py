@@ -60,7 +60,7 @@ def test_random_shapes(problem: LinearProblem, dtype: torch.dtype, device: torch
     check(to_device(problem, device), dtype)
 
 
-@pytest.mark.parametrize("rank", [1, 16, 64, 65, 256])
+@pytest.mark.parametrize("rank", [1, 16, 32, 33, 256])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)], ids=str)
 def test_ranks(rank: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
     """One product or a loop over chunks of the rank; float32 factors over a half weight."""
@@ -99,7 +99,7 @@ def test_strides_and_guards(
 
     adapter = adapter_of(problem, place)
     truth = problem.to(torch.float64)
-    for config in fused_linear_configs(torch.float32, "ieee")[:2]:
+    for config in fused_linear_configs("cpu", torch.float32, "ieee")[:2]:
         y = fused_linear(place(problem.x), guarded(problem.bias), adapter, config=config)
         assert_within_budget(y, linear(problem), linear(truth))
         assert_within_budget(
@@ -111,7 +111,7 @@ def test_strides_and_guards(
 @pytest.mark.parametrize("split", [1, 4])
 def test_two_runs_are_bitwise_equal(split: int, dtype: torch.dtype, device: torch.device) -> None:
     problem = to_device(make_problem(in_features=200, ranks=(20, 3), dtype=dtype), device)
-    configs = fused_linear_configs(dtype, "ieee")
+    configs = fused_linear_configs("cpu", dtype, "ieee")
     config = next(config for config in configs if config.split == split)
     first, second = (
         fused_linear(problem.x, problem.bias, adapter_of(problem), config=config) for _ in range(2)
@@ -167,7 +167,7 @@ def test_a_shard_without_columns_gives_the_bias(device: torch.device) -> None:
     ("rank", "dtype", "tiles"),
     [
         (1, torch.bfloat16, (16, 16)),
-        (33, torch.bfloat16, (64, 64)),
+        (33, torch.bfloat16, (64, 32)),
         (65, torch.bfloat16, (128, 32)),
         (17, torch.float32, (32, 32)),
         (256, torch.float32, (256, 16)),
