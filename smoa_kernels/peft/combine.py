@@ -8,14 +8,15 @@ therefore multiplies by W0 once, however many adapters are active.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..packed import PackedAdapter, padding_masks
+from ..packed import PackedAdapter, pack_factors, padding_masks, split_rank, unpack_factors
 from ..partition import BlockPartition
 
-__all__ = ["sum_adapters"]
+__all__ = ["concatenate_adapters", "interpolate_factors", "single_block", "sum_adapters"]
 
 
 def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = None) -> PackedAdapter:
@@ -49,6 +50,77 @@ def single_block(weight: Tensor) -> BlockPartition:
     """The partition of K = 1: every coordinate in block 0."""
     rows, cols = (torch.zeros(size, dtype=torch.uint8, device=weight.device) for size in weight.shape)
     return BlockPartition.from_labels(rows, cols, 1)
+
+
+@torch.no_grad()
+def concatenate_adapters(parts: Sequence[PackedAdapter], weights: Sequence[float]) -> PackedAdapter:
+    """An adapter with s = 1 whose ΔW is `Σ_i w_i ΔW_i`: ranks add up block by block.
+
+    Where the partitions do not agree it has a single block of rank `Σ_i r_i`. Its rank is shared among blocks as
+    `split_rank` does, so that a configuration of r and K describes it; where the ranks of `parts` do not add up to
+    that, slots of zeros even them out.
+    """
+    whole = single_block(parts[0].weight)
+    if not all(part.partition == parts[0].partition for part in parts):
+        parts = [_as_single_block(part, whole) for part in parts]
+    partition = parts[0].partition
+    A_blocks: list[list[Tensor]] = [[] for _ in range(partition.num_blocks)]
+    B_blocks: list[list[Tensor]] = [[] for _ in range(partition.num_blocks)]
+    for part, w in zip(parts, weights, strict=True):
+        # The order of coordinates within a block must be one that the parts share.
+        unpacked = unpack_factors(part.A, part.B * (w * part.scaling).to(part.B.dtype), partition, part.ranks)
+        for k, (A_k, B_k) in enumerate(zip(*unpacked, strict=True)):
+            A_blocks[k].append(A_k)
+            B_blocks[k].append(B_k)
+    ranks = [sum(A_k.shape[0] for A_k in blocks) for blocks in A_blocks]
+    if split_rank(sum(ranks), len(ranks)) != ranks:
+        ranks = [max(ranks)] * len(ranks)
+    A, B, packed_ranks = pack_factors(
+        [_padded(torch.cat(A_k), rank, 0) for A_k, rank in zip(A_blocks, ranks, strict=True)],
+        [_padded(torch.cat(B_k, 1), rank, 1) for B_k, rank in zip(B_blocks, ranks, strict=True)],
+        partition,
+    )
+    return PackedAdapter(parts[0].weight, A, B, partition, packed_ranks, torch.ones_like(parts[0].scaling))
+
+
+@torch.no_grad()
+def interpolate_factors(parts: Sequence[PackedAdapter], weights: Sequence[float]) -> PackedAdapter:
+    """An adapter with s = 1 of the parts' rank, its factors the weighted sums of theirs.
+
+    Each factor takes the root of w_i·s_i, as in LoRA's "linear" combination: exact for one adapter, a heuristic
+    for several, since a product of sums is not the sum of products.
+
+    Raises:
+        ValueError: partitions or ranks differ.
+    """
+    first = parts[0]
+    for part in parts:
+        if part.partition != first.partition or not torch.equal(part.ranks, first.ranks):
+            raise ValueError(
+                'combination_type="linear" needs adapters with the same blocks and ranks; use "cat", which is exact'
+            )
+    factors = [_masked(replace(part, scaling=torch.ones_like(part.scaling))) for part in parts]
+    A, B = torch.zeros_like(first.A), torch.zeros_like(first.B)
+    for (A_i, B_i), part, w in zip(factors, parts, weights, strict=True):
+        share = float(w * part.scaling)
+        root = abs(share) ** 0.5
+        A += A_i * root
+        B += B_i * (root if share >= 0 else -root)
+    return PackedAdapter(first.weight, A, B, first.partition, first.ranks, torch.ones_like(first.scaling))
+
+
+def _as_single_block(part: PackedAdapter, whole: BlockPartition) -> PackedAdapter:
+    """The same ΔW as an adapter of one block, factors zero outside the blocks that they came from."""
+    A, B = part.expanded_factors(torch.promote_types(part.A.dtype, torch.float32))
+    ranks = torch.tensor([A.shape[0]], dtype=torch.int32, device=A.device)
+    A, B = A.to(part.A.dtype), B.to(part.B.dtype)
+    return PackedAdapter(part.weight, A, B, whole, ranks, torch.ones_like(part.scaling))
+
+
+def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
+    shape = list(factor.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 
 def _masked(part: PackedAdapter) -> tuple[Tensor, Tensor]:

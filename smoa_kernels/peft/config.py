@@ -59,7 +59,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     """
 
     r: int = field(default=8, metadata={"help": "Rank budget of a layer over all its blocks"})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Names of the modules to adapt, a regular expression, or 'all-linear'"},
     )
@@ -80,7 +80,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that are trained and saved in full"}
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules not to adapt, named as in target_modules"}
     )
     layers_to_transform: list[int] | int | None = field(

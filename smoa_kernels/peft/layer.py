@@ -200,6 +200,17 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return partition
 
     @torch.no_grad()
+    def fill(self, adapter_name: str, adapter: PackedAdapter) -> None:
+        """Put the factors, blocks and ranks of `adapter` into one that was just added, shaped alike."""
+        self.smoa_row_block[adapter_name].copy_(adapter.partition.row_block)
+        self.smoa_col_block[adapter_name].copy_(adapter.partition.col_block)
+        self.smoa_ranks[adapter_name].copy_(adapter.ranks)
+        self.smoa_sketch[adapter_name].copy_(sketch_weight(adapter.weight))
+        self.smoa_A[adapter_name] = nn.Parameter(adapter.A, requires_grad=False)
+        self.smoa_B[adapter_name] = nn.Parameter(adapter.B, requires_grad=False)
+        self._prepare(adapter_name, adapter.partition)
+
+    @torch.no_grad()
     def reset_adapter(self, adapter_name: str) -> None:
         """A_k uniform in ±1/√C_k (Kaiming, a=√5); B zero, or normal where the adapter is to be random."""
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]

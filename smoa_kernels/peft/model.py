@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import re
 import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..packed import PackedAdapter
 from ..partition import BlockPartition
-from .config import SMoAConfig
+from .combine import concatenate_adapters, interpolate_factors
+from .config import FORMAT_VERSION, SMoAConfig
 from .layer import LayerSettings, Linear, SMoALayer
 from .loading import check_adapter
 
@@ -78,6 +86,100 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             self._orders[key] = BlockPartition.from_weight(weight, num_blocks)
         return self._orders[key]
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` of a forward or generate call to every layer: one adapter for each sample."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for layer in _layers(self) for name in layer.smoa_A}
+        unknown = set(adapter_names) - known - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        # Beams repeat the samples of a decoder; an encoder sees each once. (A model without one returns itself.)
+        inside_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        handles = []
+        try:
+            for module in self.modules():
+                if isinstance(module, (SMoALayer, AuxiliaryTrainingWrapper)):
+                    repeats = 1 if module in inside_encoder else beams
+                    names = [name for name in adapter_names for _ in range(repeats)]
+                    hook = functools.partial(_insert_adapter_names, adapter_names=names)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Add an adapter that combines others; it is neither active nor trained until it is set.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: a factor for each.
+            adapter_name: of the new one.
+            combination_type: "cat": `ΔW = Σ w_i ΔW_i`, exactly, with the ranks added up (a layer whose adapters have
+                other blocks than each other gets a single block). "linear": the factors are summed instead, at the
+                rank that the adapters share.
+
+        Raises:
+            ValueError: an unknown or taken name, another number of weights, an unknown combination, adapters that
+                train biases or further modules, or, for "linear", ones with other blocks or ranks. Nothing is added.
+        """
+        combine = self._check_combination(adapters, weights, adapter_name, combination_type)
+        combined: dict[str, PackedAdapter] = {}
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, SMoALayer):
+                given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa_A]
+                if given:
+                    parts = [layer.packed(a, layer.base_weight()) for a, _ in given]
+                    combined[name] = combine(parts, [w for _, w in given])
+        self.peft_config[adapter_name] = _combined_config(self.peft_config[adapters[0]], combined)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for name, adapter in combined.items():
+            self.model.get_submodule(name).fill(adapter_name, adapter)
+        self.peft_config[adapter_name].format_version = None
+
+    def _check_combination(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    ) -> Callable[[Sequence[PackedAdapter], Sequence[float]], PackedAdapter]:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which exists")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"adapters must name existing adapters, got {name!r}")
+            config = self.peft_config[name]
+            if config.bias != "none" or config.modules_to_save:
+                raise ValueError(
+                    f"adapters must train nothing but their factors, got {name!r} with bias={config.bias!r} and "
+                    f"modules_to_save={config.modules_to_save}"
+                )
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"weights must hold one number for each of {list(adapters)}, got {list(weights)}"
+            )
+        combinations = {"cat": concatenate_adapters, "linear": interpolate_factors}
+        if combination_type not in combinations:
+            raise ValueError(
+                f"combination_type must be one of {', '.join(combinations)}, got {combination_type!r}"
+            )
+        return combinations[combination_type]
+
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: SMoAConfig, adapter_name: str, *args: Any, **kwargs: Any
@@ -115,6 +217,28 @@ def layer_settings(config: SMoAConfig, name: str) -> LayerSettings:
     usual = (r, num_blocks) == (config.r, config.num_blocks)
     alpha = matching(config.alpha_pattern, config.smoa_alpha)
     return LayerSettings(r, num_blocks, config.block_ranks if usual else None, alpha, config)
+
+
+def _combined_config(template: SMoAConfig, combined: dict[str, PackedAdapter]) -> SMoAConfig:
+    """A configuration that describes these adapters, layer by layer, with s = 1."""
+    shapes = {name: (int(a.ranks.sum()), a.partition.num_blocks) for name, a in combined.items()}
+    (r, num_blocks), _ = Counter(shapes.values()).most_common(1)[0]
+    config = copy.deepcopy(template)
+    config.r, config.num_blocks, config.block_ranks = r, num_blocks, None
+    config.smoa_alpha, config.alpha_pattern, config.use_rslora, config.smoa_dropout = None, {}, False, 0.0
+    config.target_modules, config.exclude_modules = set(combined), None
+    config.layers_to_transform = config.layers_pattern = None
+    config.rank_pattern = {re.escape(name): rank for name, (rank, _) in shapes.items() if rank != r}
+    config.num_blocks_pattern = {re.escape(name): K for name, (_, K) in shapes.items() if num_blocks != K}
+    config.inference_mode = False
+    config.format_version = FORMAT_VERSION  # its labels are about to be filled in, not computed
+    return config
+
+
+def _insert_adapter_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:

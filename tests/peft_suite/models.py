@@ -14,7 +14,11 @@ _BERT = {**_SMALL, **_TOKENS, "intermediate_size": 64}
 _GEMMA = {**_LLAMA, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _OPT = {**_SMALL, **_TOKENS, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128}
 _BART = {"vocab_size": 1024, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, **_TOKENS}
-_BART |= {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("ffn_dim", 64), ("attention_heads", 4))}
+_BART |= {
+    f"{side}_{what}": n
+    for side in ("encoder", "decoder")
+    for what, n in (("ffn_dim", 64), ("attention_heads", 4))
+}
 _T5 = {"vocab_size": 1024, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 _T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
 

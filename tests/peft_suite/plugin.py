@@ -78,8 +78,12 @@ def pytest_configure(config):
         if importlib.util.find_spec(name) is None:
             module = types.ModuleType(name)
             module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-            setattr(module, attribute, lambda *_, **__: pytest.skip("needs a package that is not installed"))
+            setattr(module, attribute, type(attribute, (), {"__init__": _skip}))
             sys.modules[name] = module
+
+
+def _skip(*_, **__):
+    pytest.skip("needs a package that is not installed")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -22,7 +22,16 @@ def fetch_tests(folder: Path) -> Path:
     version = importlib.metadata.version("peft")
     sources = folder / f"peft-{version}"
     if not sources.is_dir():
-        command = ["download", f"peft=={version}", "--no-deps", "--no-binary", "peft", "--quiet", "-d", str(folder)]
+        command = [
+            "download",
+            f"peft=={version}",
+            "--no-deps",
+            "--no-binary",
+            "peft",
+            "--quiet",
+            "-d",
+            str(folder),
+        ]
         subprocess.run([sys.executable, "-m", "pip", *command], check=True)
         with tarfile.open(folder / f"peft-{version}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
@@ -32,7 +41,9 @@ def fetch_tests(folder: Path) -> Path:
 
 def main() -> int:
     """Download, make the models, run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smoa-kernels" / "peft-suite"
     parser.add_argument("--folder", type=Path, default=cache)
     options, rest = parser.parse_known_args()
@@ -47,12 +58,18 @@ def main() -> int:
     make_models(models)
     path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    given = [part for part in rest if not part.startswith("-") and part.split("::")[0].removesuffix(".py") in MODULES]
+    given = [
+        part
+        for part in rest
+        if not part.startswith("-") and part.split("::")[0].removesuffix(".py") in MODULES
+    ]
     names = given or [f"{name}.py" for name in MODULES]
     files = [str(tests / name) for name in names]
     settings = ["-p", "plugin", "-c", os.devnull, "--rootdir", str(tests.parent), "-q", "-rfEs"]
     others = [part for part in rest if part not in given]
-    return subprocess.run([sys.executable, "-m", "pytest", *settings, *files, *others], cwd=models, env=env).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *settings, *files, *others], cwd=models, env=env
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -1,0 +1,427 @@
+"""Several adapters, mixed batches, weighted adapters, and what PEFT and transformers do around them."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora.conversion import convert_to_lora
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from smoa_kernels import BlockPartition, smoa_linear
+from smoa_kernels.peft import SMoAConfig, SMoALayer
+
+MIXES = {
+    "agree": ({"r": 6, "num_blocks": 3}, {"r": 4, "num_blocks": 3, "smoa_alpha": 2}),
+    "uneven": ({"r": 5, "num_blocks": 3}, {"r": 7, "num_blocks": 3, "block_ranks": [0, 4, 3]}),
+    "differ": ({"r": 5, "num_blocks": 3}, {"r": 4, "num_blocks": 2}),
+}
+
+
+def settings(model, **given):
+    defaults = {"target_modules": "all-linear", "init_weights": False, "smoa_alpha": 0.5}
+    return SMoAConfig(**{**defaults, "fan_in_fan_out": model.config.model_type == "gpt2", **given})
+
+
+def two_adapters(model, mix, **common):
+    first, second = MIXES[mix]
+    peft_model = get_peft_model(model, settings(model, **first, **common), adapter_name="one")
+    peft_model.add_adapter("two", settings(model, **second, **common))
+    return peft_model.eval()
+
+
+def activate(model, *names):
+    model.base_model.set_adapter(list(names))
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, SMoALayer)}
+
+
+def logits(model, tokens, **kwargs):
+    return model(tokens, **kwargs).logits
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.fixture(params=MIXES)
+def mix(request):
+    return request.param
+
+
+# Several active adapters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_active_adapters_add_up_and_share_the_base_product(make_model, mix, dtype, monkeypatch):
+    model = two_adapters(make_model().to(dtype), mix)
+    activate(model, "one", "two")
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return smoa_linear(*args, **kwargs)
+
+    monkeypatch.setattr("smoa_kernels.peft.layer.smoa_linear", counted)
+    for layer in layers(model).values():
+        x = torch.randn(5, layer.in_features, dtype=dtype)
+        calls.clear()
+        output = layer(x)
+        assert len(calls) == 1
+        wide = layer.base_weight().double()
+        delta = sum(layer.get_delta_weight(name).double() for name in ("one", "two"))
+        delta = delta.T if layer.fan_in_fan_out else delta
+        expected = x.double() @ (wide + delta).T
+        bias = layer.base_layer.bias
+        expected = expected if bias is None else expected + bias.double()
+        # One rounding, or two with a bias.
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8 if bias is None else 2**-7}[dtype]
+        close(output.double(), expected, tolerance)
+
+
+def test_gradients_reach_every_active_adapter(llama, mix):
+    model = two_adapters(llama(), mix)
+    activate(model, "one", "two")
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(6, layer.in_features)
+    dy = torch.randn(6, layer.out_features)
+    (layer(x) * dy).sum().backward()
+    for name in ("one", "two"):
+        A, B = (factor[name].detach().clone().requires_grad_() for factor in (layer.smoa_A, layer.smoa_B))
+        mask = layer.partition(name).row_block[:, None] == layer.partition(name).col_block
+        ranks = layer.smoa_ranks[name]
+        t = torch.arange(A.shape[0])
+        padded = A * (t[:, None] < ranks[layer.partition(name).col_block.long()])
+        delta = layer.scaling[name] * (B @ padded) * mask * layer.base_weight()
+        ((x @ delta.T) * dy).sum().backward()
+        close(layer.smoa_A[name].grad, A.grad, 1e-4)
+        close(layer.smoa_B[name].grad, B.grad, 1e-4)
+
+
+def test_adapters_with_different_dropout_are_each_dropped(llama):
+    model = get_peft_model(llama(), settings(llama(), r=4, smoa_dropout=0.5), adapter_name="one")
+    model.add_adapter("two", settings(llama(), r=4))
+    activate(model, "one", "two")
+    layer = next(iter(layers(model).values())).train()
+    x = torch.randn(4000, layer.in_features)[:1].expand(4000, -1)
+    mean, expected = layer(x).mean(0), layer.eval()(x[0])
+    assert (mean - expected).norm() < 0.1 * (expected - layer.base_layer(x[0])).norm()
+
+
+@pytest.mark.parametrize("order", [["one", "two"], ["two", "one"]])
+def test_merging_several_adapters(make_model, tokens, mix, order):
+    model = two_adapters(make_model(), mix)
+    before = {name: layer.base_layer.weight.clone() for name, layer in layers(model).items()}
+    activate(model, "one", "two")
+    expected = logits(model, tokens)
+    model.merge_adapter(adapter_names=order[:1])
+    with pytest.warns(UserWarning, match="Already following adapters were merged"):
+        model.merge_adapter(adapter_names=order)
+    assert all(layer.merged_adapters == order for layer in layers(model).values())
+    close(logits(model, tokens), expected)
+    for layer in layers(model).values():  # ΔW is of W0, not of what is merged into it
+        assert layer.base_weight().equal(layer._stored_base.T if layer.fan_in_fan_out else layer._stored_base)
+    model.unmerge_adapter()
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.base_layer.weight, before[name])
+
+
+def test_delete_set_and_unload(make_model, tokens):
+    base = logits(make_model(), tokens)
+    model = two_adapters(make_model(), "differ")
+    activate(model, "one")
+    one = logits(model, tokens)
+    activate(model, "two")
+    two = logits(model, tokens)
+    assert not torch.allclose(one, two)
+    model.delete_adapter("two")
+    assert model.active_adapters == ["one"]
+    assert torch.equal(logits(model, tokens), one)
+    for layer in layers(model).values():
+        assert all(
+            "two" not in getattr(layer, name) for name in layer.adapter_layer_names + layer.other_param_names
+        )
+    assert torch.equal(logits(model.unload(), tokens), base)
+
+
+def test_adapters_of_a_layer_share_an_order_and_nothing_else(llama):
+    model = two_adapters(llama(), "agree")
+    for layer in layers(model).values():
+        assert layer.partition("one") is layer.partition("two")
+        assert layer.smoa_row_block["one"].data_ptr() != layer.smoa_row_block["two"].data_ptr()
+
+
+# Mixed batches
+
+
+def test_each_sample_meets_its_own_adapter(make_model, tokens, mix):
+    model = two_adapters(make_model(), mix)
+    names = ["two", "__base__", "one"]
+    with model.disable_adapter():
+        base = logits(model, tokens)
+    expected = {"__base__": base}
+    for name in ("one", "two"):
+        activate(model, name)
+        expected[name] = logits(model, tokens)
+    output = logits(model, tokens, adapter_names=names)
+    for i, name in enumerate(names):
+        close(output[i], expected[name][i])
+
+
+def test_mixed_batch_in_generation_with_beams(make_model, tokens):
+    model = two_adapters(make_model(), "agree")
+    generation = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(tokens)
+    names = ["one", "two", "__base__"]
+    mixed = model.generate(input_ids=tokens, attention_mask=mask, adapter_names=names, **generation)
+    for i, name in enumerate(names[:2]):
+        activate(model, name)
+        alone = model.generate(input_ids=tokens[i : i + 1], attention_mask=mask[:1], **generation)
+        assert torch.equal(mixed[i, : alone.shape[1]], alone[0])
+
+
+def test_mixed_batch_bad_input(llama, tokens):
+    model = two_adapters(llama(), "agree")
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        logits(model, tokens, adapter_names=["one"])
+    with pytest.raises(ValueError, match=r"non-existing adapter.*: three"):
+        logits(model, tokens, adapter_names=["one", "two", "three"])
+    with pytest.raises(ValueError, match="training mode"):
+        logits(model.train(), tokens, adapter_names=["one", "two", "one"])
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="merged adapters"):
+        logits(model, tokens, adapter_names=["one", "two", "one"])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# Weighted adapters
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, -1.3]])
+def test_concatenation_is_the_weighted_sum(make_model, tokens, mix, weights, tmp_path):
+    model = two_adapters(make_model(), mix)
+    model.add_weighted_adapter(["one", "two"], weights, "both")
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".both"))
+    for layer in layers(model).values():
+        expected = sum(
+            w * layer.get_delta_weight(name) for w, name in zip(weights, ("one", "two"), strict=True)
+        )
+        close(layer.get_delta_weight("both"), expected)
+    activate(model, "both")
+    expected = logits(model, tokens)
+    if weights == [1.0, 1.0]:
+        activate(model, "one", "two")
+        close(logits(model, tokens), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "both").eval()
+    close(logits(loaded, tokens), expected, 1e-6)
+
+
+def test_concatenation_over_layers_with_other_ranks(llama, tokens, tmp_path):
+    patterns = {"rank_pattern": {"q_proj": 3}, "num_blocks_pattern": {"layers.1.mlp.up_proj": 5}}
+    model = get_peft_model(llama(), settings(llama(), r=4, **patterns), adapter_name="one")
+    model.add_adapter("two", settings(llama(), r=6, target_modules=["q_proj", "up_proj"]))
+    model.eval().add_weighted_adapter(["one", "two"], [1.0, 2.0], "both")
+    activate(model, "both")
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    close(logits(PeftModel.from_pretrained(llama(), tmp_path / "both").eval(), tokens), expected, 1e-6)
+
+
+def test_linear_combination_sums_the_factors(llama):
+    model = two_adapters(llama(), "agree")
+    model.add_weighted_adapter(["one"], [-2.0], "scaled", combination_type="linear")
+    for layer in layers(model).values():
+        close(layer.get_delta_weight("scaled"), -2.0 * layer.get_delta_weight("one"))
+    with pytest.raises(ValueError, match="same blocks and ranks"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="linear")
+    assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["one", "three"], [1, 1], "new"), "existing adapters, got 'three'"),
+        ((["one"], [1, 1], "new"), "weights must hold one number for each"),
+        ((["one"], [1], "two"), "adapter_name must be a new name, got 'two'"),
+        ((["one"], [1], "new", "svd"), "combination_type must be one of cat, linear, got 'svd'"),
+    ],
+)
+def test_weighted_adapter_bad_input(llama, arguments, message):
+    model = two_adapters(llama(), "agree")
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(*arguments)
+    assert set(model.peft_config) == {"one", "two"}
+
+
+# Configuration by layer
+
+
+def test_patterns_scaling_and_layers(llama):
+    config = SMoAConfig(
+        r=8,
+        num_blocks=4,
+        block_ranks=[5, 1, 0, 2],
+        smoa_alpha=16,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        exclude_modules=["model.layers.0.mlp.up_proj"],
+        rank_pattern={"v_proj": 4},
+        alpha_pattern={"layers.1.self_attn.v_proj": 1},
+        num_blocks_pattern={"up_proj": 2},
+    )
+    model = get_peft_model(llama(), config)
+    found = {name.removeprefix("base_model.model.model."): layer for name, layer in layers(model).items()}
+    assert set(found) == {f"layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"} | {
+        "layers.1.mlp.up_proj"
+    }
+    assert found["layers.0.self_attn.q_proj"].smoa_ranks["default"].tolist() == [5, 1, 0, 2]
+    assert found["layers.0.self_attn.q_proj"].scaling["default"] == 16 / 8**0.5
+    assert found["layers.0.self_attn.v_proj"].smoa_ranks["default"].tolist() == [1, 1, 1, 1]
+    assert found["layers.0.self_attn.v_proj"].scaling["default"] == 8.0
+    assert found["layers.1.self_attn.v_proj"].scaling["default"] == 0.5
+    assert found["layers.1.mlp.up_proj"].smoa_ranks["default"].tolist() == [4, 4]
+    chosen = get_peft_model(llama(), SMoAConfig(target_modules=["q_proj"], layers_to_transform=[1]))
+    assert [name.split(".")[4] for name in layers(chosen)] == ["1"]
+    default = get_peft_model(llama(), SMoAConfig())
+    assert {name.rsplit(".", 1)[1] for name in layers(default)} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("bias", ["all", "smoa_only"])
+def test_biases_train_and_are_saved(gpt2, tokens, tmp_path, bias):
+    model = get_peft_model(gpt2(), settings(gpt2(), target_modules=["c_fc"], bias=bias))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert len(trained) == (
+        2 if bias == "smoa_only" else len([n for n, _ in gpt2().named_parameters() if "bias" in n])
+    )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    logits(model, tokens).square().mean().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(gpt2(), tmp_path).eval()
+    assert torch.equal(logits(loaded, tokens), logits(model.eval(), tokens))
+
+
+def test_modules_to_save(llama, tokens, tmp_path):
+    model = get_peft_model(llama(), settings(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    logits(model, tokens).square().mean().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    expected = logits(model.eval(), tokens)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.equal(logits(loaded, tokens), expected)
+    close(logits(loaded.merge_and_unload(), tokens), expected)
+
+
+# What others do with the layers
+
+
+def test_gradient_checkpointing_changes_no_gradient(llama, tokens):
+    model = get_peft_model(llama(), settings(llama(), smoa_dropout=0.3)).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        torch.manual_seed(3)
+        model.zero_grad()
+        logits(model, tokens).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0]
+    for name, gradient in gradients[0].items():
+        close(gradients[1][name], gradient)
+
+
+def test_conversion_to_lora(llama, tokens):
+    model = get_peft_model(llama(), settings(llama(), target_modules=["q_proj", "v_proj"])).eval()
+    config, state = convert_to_lora(model, rank=16)
+    assert isinstance(config, LoraConfig)
+    lora = get_peft_model(llama(), config).eval()
+    set_peft_model_state_dict(lora, state)
+    ours = logits(model, tokens)
+    assert (logits(lora, tokens) - ours).norm() < 0.05 * ours.norm()
+
+
+def test_injection_without_a_peft_model(make_model, tokens):
+    config = settings(make_model())
+    model = inject_adapter_in_model(config, make_model()).eval()
+    state = get_peft_model_state_dict(model)
+    assert all(not key.startswith("base_model") for key in state)
+    other = make_model()
+    torch.manual_seed(7)
+    other = inject_adapter_in_model(config, other).eval()
+    assert not torch.allclose(logits(other, tokens), logits(model, tokens))
+    set_peft_model_state_dict(other, state)
+    assert torch.equal(logits(other, tokens), logits(model, tokens))
+
+
+def test_transformers_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
+    # It asks for a PEFT that is not released yet; what it calls is there.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
+    model = make_model()
+    model.add_adapter(settings(model))
+    model.eval()
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+    loaded = make_model()
+    with monkeypatch.context() as loading:  # no spectral order is computed
+        loading.delattr("smoa_kernels.partition.spectral_centroids")
+        loaded.load_adapter(tmp_path)
+        logits(loaded, tokens)
+    assert torch.equal(logits(loaded.eval(), tokens), expected)
+    loaded.disable_adapters()
+    assert torch.equal(logits(loaded, tokens), logits(make_model(), tokens))
+
+
+def test_copies_are_independent(llama, tokens):
+    model = get_peft_model(llama(), settings(llama())).eval()
+    expected = logits(model, tokens)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in layers(twin).values():
+            layer.smoa_B["default"].zero_()
+    assert torch.equal(logits(model, tokens), expected)
+    close(logits(twin, tokens), logits(llama(), tokens))
+
+
+def test_a_layer_that_computes_something_else_is_called(tokens):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = Doubled(12, 9)
+
+        def forward(self, x):
+            return self.lin(x)
+
+    base = Model()
+    x = torch.randn(4, 12)
+    expected = base(x)
+    model = get_peft_model(base, SMoAConfig(r=4, target_modules=["lin"], init_weights=False)).eval()
+    layer = next(iter(layers(model).values()))
+    close(model(x), expected + x @ layer.get_delta_weight("default").T)
+
+
+def test_one_order_for_a_weight_that_layers_share(monkeypatch):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(12, 9), nn.Linear(12, 9)
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            return self.one(x) + self.two(x)
+
+    calls = []
+    original = BlockPartition.from_weight.__func__
+    counted = classmethod(lambda cls, *args: calls.append(1) or original(cls, *args))
+    monkeypatch.setattr(BlockPartition, "from_weight", counted)
+    get_peft_model(Model(), SMoAConfig(target_modules=["one", "two"]))
+    assert len(calls) == 1
