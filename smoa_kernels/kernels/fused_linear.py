@@ -126,8 +126,10 @@ def sum_parts_kernel(
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = elements < size
     y = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(SPLIT):
-        y += tl.load(parts_ptr + part * size + elements, mask=inside, other=0.0)
+    ptrs = parts_ptr + elements
+    for _ in tl.static_range(SPLIT):
+        y += tl.load(ptrs, mask=inside, other=0.0)
+        ptrs += size
     if HAS_BIAS:
         y += tl.load(bias_ptr + elements % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + elements, round_to(y, out_ptr.dtype.element_ty), mask=inside)
