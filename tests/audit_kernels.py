@@ -66,14 +66,19 @@ def copy_launch(config: ToyConfig, dtype: str, variant: str) -> Launch:
 
 
 MATMUL = KernelSpec(
-    "toy_matmul", toy_matmul, "matmul", ("aligned",), lambda arch, dtype: (ToyConfig(64, 4),), matmul_launch
+    "toy_matmul",
+    toy_matmul,
+    "matmul",
+    ("aligned",),
+    lambda arch, dtype, variant: (ToyConfig(64, 4),),
+    matmul_launch,
 )
 MISALIGNED = KernelSpec(
     "toy_misaligned",
     toy_matmul,
     "matmul",
     ("misaligned",),
-    lambda arch, dtype: (ToyConfig(64, 4),),
+    lambda arch, dtype, variant: (ToyConfig(64, 4),),
     matmul_launch,
 )
 COPY = KernelSpec(
@@ -81,7 +86,7 @@ COPY = KernelSpec(
     toy_copy,
     "copy",
     ("strided",),
-    lambda arch, dtype: (ToyConfig(1024, 4),),
+    lambda arch, dtype, variant: (ToyConfig(1024, 4),),
     copy_launch,
     narrow={"x_ptr": "strided on purpose"},
 )

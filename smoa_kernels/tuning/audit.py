@@ -110,7 +110,7 @@ def tasks(
         for dtype in dtypes
         if not (dtype == "tf32" and ARCHITECTURES[arch].is_amd)
         for variant in spec.variants
-        for index in range(len(spec.configurations(arch, dtype)))
+        for index in range(len(spec.configurations(arch, dtype, variant)))
     ]
 
 
@@ -120,7 +120,7 @@ def run_task(task: Task) -> Record:
 
     (spec,) = (s for s in _load(task.registry) if s.name == task.kernel)
     arch = ARCHITECTURES[task.arch]
-    config = spec.configurations(task.arch, task.dtype)[task.config]
+    config = spec.configurations(task.arch, task.dtype, task.variant)[task.config]
     blank = Record(
         kernel=spec.name,
         variant=task.variant,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import fused_linear, modulate, permute
+from ..kernels import block_grad, block_matmul, fused_linear, modulate, permute
 from ..kernels import launch as configs
 from ..kernels._common import Dropout
 from ..packed import PackedAdapter
@@ -39,7 +39,7 @@ class KernelSpec:
         fn: the `@triton.jit` function.
         role: "matmul" or "copy": which rules apply.
         variants: names of the constexpr paths that a launch can take.
-        configurations: shipped launch parameters for an architecture and a dtype, best first.
+        configurations: shipped launch parameters for an architecture, a dtype and a variant, best first.
         launch: arguments of a representative launch for a configuration, a dtype and a variant.
         narrow: pointers that may be accessed below 128 bits, each with its reason.
     """
@@ -48,7 +48,7 @@ class KernelSpec:
     fn: Any
     role: Role
     variants: tuple[str, ...]
-    configurations: Callable[[str, str], tuple[Any, ...]]
+    configurations: Callable[[str, str, str], tuple[Any, ...]]
     launch: Callable[[Any, str, str], Launch]
     narrow: Mapping[str, str] = field(default_factory=dict)
 
@@ -122,6 +122,28 @@ def _permute(config: Any, dtype: str, variant: str) -> Launch:
     return capture(permute.permute_kernel, launcher)
 
 
+def _block_matmul(config: Any, dtype: str, variant: str) -> Launch:
+    adapter = _adapter(dtype, variant)
+    delta = torch.empty(_BLOCKS, _ROWS // _BLOCKS, _COLS // _BLOCKS, dtype=DTYPES[dtype])
+    xg = _blocked(dtype, _COLS)
+    if "transposed" in variant:  # dX under dropout: ΔW read along the other side
+        adapter, delta, xg = adapter.T, delta.transpose(1, 2), _blocked(dtype, _ROWS)
+    modulated = "modulated" in variant
+    out = torch.empty(_TOKENS, adapter.weight.shape[0], dtype=DTYPES[dtype])
+    return capture(
+        block_matmul.block_matmul_kernel,
+        lambda: block_matmul.block_matmul(
+            xg,
+            adapter,
+            None if modulated else delta,
+            weight_blocks=delta if modulated else None,
+            out=out,
+            allow_tf32=_tf32(dtype),
+            config=config,
+        ),
+    )
+
+
 def _fused_linear(config: Any, dtype: str, variant: str) -> Launch:
     adapter = _adapter(dtype, variant)
     if "transposed" in variant:
@@ -133,8 +155,35 @@ def _fused_linear(config: Any, dtype: str, variant: str) -> Launch:
     )
 
 
-def _same_everywhere(shipped: tuple[Any, ...]) -> Callable[[str, str], tuple[Any, ...]]:
-    return lambda arch, dtype: shipped
+def _block_grad(config: Any, dtype: str, variant: str) -> Launch:
+    adapter = _adapter(dtype, variant)
+    dy, x = _blocked(dtype, _ROWS), _blocked(dtype, _COLS)
+    return capture(
+        block_grad.block_grad_kernel,
+        lambda: block_grad.block_grad(dy, x, adapter, allow_tf32=_tf32(dtype), config=config),
+    )
+
+
+def _same_everywhere(shipped: tuple[Any, ...]) -> Callable[[str, str, str], tuple[Any, ...]]:
+    return lambda arch, dtype, variant: shipped
+
+
+def _precision(arch: str, dtype: str) -> str:
+    """What `input_precision` answers on a device of this architecture."""
+    return "ieee" if dtype == "fp32" or arch.startswith("gfx") else "tf32"
+
+
+def _fused_linear_configs(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
+    shipped = configs.fused_linear_configs(arch, DTYPES[dtype], _precision(arch, dtype))
+    return tuple(c for c in shipped if "r64" not in variant or c.block_t == 16)  # as its launcher chooses
+
+
+def _block_matmul_configs(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
+    return configs.block_matmul_configs(arch, DTYPES[dtype], _precision(arch, dtype))
+
+
+def _block_grad_configs(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
+    return configs.block_grad_configs(arch, DTYPES[dtype], _precision(arch, dtype))
 
 
 KERNELS: tuple[KernelSpec, ...] = (
@@ -183,11 +232,20 @@ KERNELS: tuple[KernelSpec, ...] = (
         narrow={**_SCALARS, "x_ptr": "gathered by columns"},
     ),
     KernelSpec(
+        "block_matmul",
+        block_matmul.block_matmul_kernel,
+        "matmul",
+        ("loaded", "loaded transposed", "modulated r16"),
+        _block_matmul_configs,
+        _block_matmul,
+        narrow={"a_ptr": "factor tile, as wide as the rank, cached"},
+    ),
+    KernelSpec(
         "fused_linear",
         fused_linear.fused_linear_kernel,
         "matmul",
         ("r16", "r16 transposed", "r64 fp32 factors"),
-        _same_everywhere(configs.FUSED_LINEAR_CONFIGS),
+        _fused_linear_configs,
         _fused_linear,
         narrow={
             **_SCALARS,
@@ -196,6 +254,14 @@ KERNELS: tuple[KernelSpec, ...] = (
             "a_ptr": "factor tile, as wide as the rank, cached",
             "b_ptr": "factor tile, as wide as the rank, cached",
         },
+    ),
+    KernelSpec(
+        "block_grad",
+        block_grad.block_grad_kernel,
+        "matmul",
+        ("r16", "r64 fp32 factors"),
+        _block_grad_configs,
+        _block_grad,
     ),
 )
 """Every kernel with a launch configuration."""
