@@ -145,8 +145,9 @@ def finetune(
             answers = {question.answer for question in questions}
             longest = getattr(base.config.get_text_config(), "max_position_embeddings", sys.maxsize)
             encoder = Encoder(tokenizer, answers, longest)
+            encoder.check(questions)
         with blaming("--target-modules"):
-            rivals = lora_parameters(adapted_layers(base, targets), r)
+            lora_size = lora_parameters(adapted_layers(base, targets), r)
         with blaming("the adapter's options"):
             adapted = adapt(base, config)
         name = smollm2.NAME if model is None else base_folder.name
@@ -162,7 +163,7 @@ def finetune(
                 encoder=encoder,
                 train=splits.train,
                 held_out=getattr(splits, eval_split)[:eval_questions],
-                lora_parameters=rivals,
+                lora_parameters=lora_size,
                 folder=folder,
                 device=place,
                 steps=steps,
@@ -172,7 +173,7 @@ def finetune(
             )
         )
     except KeyboardInterrupt:
-        state = f"the adapter is in {folder.adapter}" if folder.adapter_saved else "nothing was trained yet"
+        state = f"the adapter is in {folder.adapter}" if folder.adapter_saved else "nothing was saved"
         console.print(f"[yellow]Interrupted; {state}.[/]")
         raise typer.Exit(128 + signal.SIGINT) from None
 
@@ -219,7 +220,7 @@ def main() -> int:
     except typer.TyperException as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
         return error.exit_code
-    except DivergedError as error:
+    except (DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -145,5 +145,5 @@ def _results(job: Job, summary: dict[str, Any], before: Score, after: Score, ver
     ):
         word = "agrees" if deviation <= tolerance else "DIFFERS"
         table.add_row(name, f"{word}: outputs within {deviation:.1e}, allowed {tolerance:.0e}")
-    table.add_row("Total time", f"{summary['total_seconds']:.0f} s")
+    table.add_row("Total time, without imports", f"{summary['total_seconds']:.0f} s")
     return table

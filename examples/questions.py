@@ -152,24 +152,28 @@ class Encoder:
             raise ValueError(f"the tokenizer gives the answer {answer!r} no token of its own after a prompt")
         return whole[len(before)]
 
-    def batch(self, questions: Sequence[Question]) -> Batch:
-        """Tokenize and pad.
+    def check(self, questions: Sequence[Question]) -> None:
+        """See to it that :meth:`batch` will never fail in the middle of a run.
 
         Raises:
-            ValueError: if a prompt is longer than the model takes.
+            ValueError: if a prompt has no token, or more than the model takes.
         """
+        rows = self.tokenizer([question.prompt for question in questions]).input_ids
+        for question, row in zip(questions, rows, strict=True):
+            if not 1 <= len(row) <= self.longest_prompt:
+                raise ValueError(
+                    f"the prompt {question.prompt[:40]!r} has {len(row)} tokens,"
+                    f" the model takes 1 to {self.longest_prompt}"
+                )
+
+    def batch(self, questions: Sequence[Question]) -> Batch:
+        """Tokenize and pad."""
         rows = [self.tokenizer(question.prompt).input_ids for question in questions]
-        lengths = [len(row) for row in rows]
-        width = max(lengths)
-        if width > self.longest_prompt:
-            prompt = questions[lengths.index(width)].prompt
-            raise ValueError(
-                f"the prompt {prompt[:40]!r}… has {width} tokens, the model takes {self.longest_prompt}"
-            )
-        choices = torch.tensor([self.answers.index(question.answer) for question in questions])
+        width = max(len(row) for row in rows)
+        answers = [self.answers.index(question.answer) for question in questions]
         return Batch(
             input_ids=torch.tensor([[self.padding] * (width - len(row)) + row for row in rows]),
             attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-            targets=self.answer_tokens[choices],
-            tokens=sum(lengths),
+            targets=self.answer_tokens[answers],
+            tokens=sum(len(row) for row in rows),
         )

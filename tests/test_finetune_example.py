@@ -179,8 +179,10 @@ def test_encoder_refuses_what_it_cannot_tell_apart(tiny_llama: Path) -> None:
         Encoder(tokenizer, {"bird robin", "bird trout", "fish"}, 64)
     with pytest.raises(ValueError, match="at least two different answers are needed, not 1"):
         Encoder(tokenizer, {"bird"}, 64)
-    with pytest.raises(ValueError, match="has 5 tokens, the model takes 4"):
-        Encoder(tokenizer, set(ANSWERS), 4).batch([Question("what is a robin :", "bird")])
+    with pytest.raises(ValueError, match="'what is a robin :' has 5 tokens, the model takes 1 to 4"):
+        Encoder(tokenizer, set(ANSWERS), 4).check(
+            [Question("what is :", "bird"), Question("what is a robin :", "bird")]
+        )
 
 
 def test_standard_error_of_a_share() -> None:
