@@ -164,7 +164,7 @@ def test_second_process_gives_the_same_outputs(folder, make_model, tokens, tmp_p
     script = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
-from conftest import tiny_gpt2, tiny_llama
+from tiny_models import tiny_gpt2, tiny_llama
 from peft import PeftModel
 import smoa_kernels.peft
 model = PeftModel.from_pretrained({make_model.__name__}(), {str(path)!r}).eval()

@@ -1,0 +1,144 @@
+"""The Trainer and its checkpoints, autocast, compile, and the bytes kept for backward."""
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from tiny_models import tiny_llama
+from transformers import Trainer, TrainingArguments
+
+from smoa_kernels.peft import SMoAConfig, SMoALayer
+
+
+def adapt(model, **settings):
+    return get_peft_model(model, SMoAConfig(**{"r": 4, "target_modules": "all-linear", **settings}))
+
+
+def samples(count=24):
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(0, 64, (count, 6), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def trainer(folder, model, **settings):
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 3e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "seed": 3,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    arguments = TrainingArguments(**{**defaults, **settings})
+    return Trainer(model=model, args=arguments, train_dataset=samples(), eval_dataset=samples(8))
+
+
+def losses(run):
+    return {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
+
+
+def test_trainer_learns_and_resumes_on_the_same_curve(tmp_path):
+    torch.manual_seed(0)
+    whole = trainer(tmp_path, adapt(tiny_llama(), smoa_dropout=0.1), save_strategy="steps", save_steps=3)
+    whole.train()
+    assert losses(whole)[6] < losses(whole)[1]
+    torch.manual_seed(0)
+    resumed = trainer(tmp_path / "resumed", adapt(tiny_llama(), smoa_dropout=0.1))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for step in (4, 5, 6):
+        assert losses(resumed)[step] == pytest.approx(losses(whole)[step], rel=1e-5)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_trainer_ends_with_the_best_checkpoint(tmp_path):
+    run = trainer(
+        tmp_path,
+        adapt(tiny_llama()),
+        learning_rate=1.0,  # the loss goes down, then away
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=1,
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    run.train()
+    best = PeftModel.from_pretrained(tiny_llama(), run.state.best_model_checkpoint).eval()
+    x = samples(1)[0]["input_ids"][None]
+    assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-5)
+    assert torch.equal(run.model.eval()(x).logits, best(x).logits)
+
+
+def test_auto_class_finds_the_base_model(tmp_path, tokens):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = tiny_llama().from_pretrained(tmp_path / "base")
+    model = adapt(base, init_weights=False, task_type="CAUSAL_LM").eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def saved_bytes(model, tokens):
+    """Bytes kept for backward beside the parameters themselves."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens).logits.float().sum()
+    size = sum(nbytes for nbytes, _ in kept.values())
+    loss.backward()
+    return size
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_no_more_is_kept_for_backward_than_lora_keeps(dropout):
+    tokens = torch.randint(0, 64, (4, 32))
+    targets = {"target_modules": "all-linear"}
+    ours = adapt(tiny_llama().bfloat16(), r=8, smoa_dropout=dropout, **targets).train()
+    lora = get_peft_model(tiny_llama().bfloat16(), LoraConfig(r=8, lora_dropout=dropout, **targets)).train()
+    assert saved_bytes(ours, tokens) <= saved_bytes(lora, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(tokens, dtype):
+    model = adapt(tiny_llama().to(dtype), init_weights=False, smoa_alpha=0.5).eval()
+    expected = model(tokens).logits.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(tokens).logits.float()
+    assert (output - expected).norm() < 0.05 * expected.norm()
+    output.sum().backward()
+
+
+def test_one_layer_compiles_into_one_graph():
+    model = adapt(tiny_llama(), init_weights=False, smoa_alpha=0.5)
+    layer = next(module for module in model.modules() if isinstance(module, SMoALayer))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, layer.in_features)
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    assert layer.smoa_B["default"].grad is not None
+
+
+def test_moving_and_casting_the_model(tokens):
+    model = adapt(tiny_llama(), init_weights=False, smoa_alpha=0.5).eval()
+    expected = model(tokens).logits
+    half = model.to(torch.bfloat16)
+    for layer in (module for module in half.modules() if isinstance(module, SMoALayer)):
+        assert layer.smoa_row_block["default"].dtype == torch.uint8
+        assert layer.smoa_ranks["default"].dtype == torch.int32
+        assert layer.smoa_A["default"].dtype == torch.bfloat16
+    assert (half(tokens).logits.float() - expected).norm() < 0.05 * expected.norm()
+    on_meta = adapt(tiny_llama()).to("meta")
+    for layer in (module for module in on_meta.modules() if isinstance(module, SMoALayer)):
+        assert layer.smoa_ranks["default"].is_meta
