@@ -133,8 +133,8 @@ def _block_grad(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, 
         if block.rank:
             G = _columns(dy, block.rows).T @ _columns(x, block.cols)
             # Wider than half precision from here: H is contracted again, over the width of the block.
-            H = G.to(block.A.dtype).mul_(block.weight(adapter)).mul_(adapter.scaling)
-            block.put(dA, block.B.T @ H, dB, H @ block.A.T)
+            H = G.to(block.A.dtype).mul_(block.weight(adapter))
+            block.put(dA, block.B.mul(adapter.scaling).T @ H, dB, H @ block.A.mul(adapter.scaling).T)
     return dA, dB
 
 

@@ -1,20 +1,14 @@
-"""`smoa_linear`: validation, choice of backend and algorithm, the `smoa::linear` operator and its gradient.
+"""`smoa_linear`: the public function. Validates its arguments, resolves the backend, calls the operator."""
 
-The operator is opaque to the compiler, so that no pass takes the order of its additions apart (the adapter's
-output survives in half precision only if it enters before the base GEMM's one rounding), and it takes tensors
-where a Python number would be baked into a graph: scaling, dropout seed, ranks.
-"""
-
-# No `from __future__ import annotations`: torch.library reads the operators' schemas from live annotations.
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from .backends import ALGORITHMS, load_backend, resolve_backend
-from .dropout import Dropout, draw_seed
-from .packed import PackedAdapter, scaling_tensor
+from .dropout import draw_seed
+from .operator import linear
+from .packed import scaling_tensor
 from .partition import BlockPartition
 from .reference import reference_linear
 
@@ -107,7 +101,7 @@ def smoa_linear(
             column_offset=column_offset,
             global_in_features=width,
         )
-    y: Tensor = _linear(
+    y: Tensor = linear(
         x,
         weight,
         bias,
@@ -142,122 +136,6 @@ def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
             f"algorithm must be 'split' or 'auto' while dropout is active (dropout_p={dropout_p}): the adapter "
             f"sees another x than the base layer. Got {algorithm!r}"
         )
-
-
-@torch.library.custom_op("smoa::linear", mutates_args=())
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scaling: Tensor,
-    dropout_seed: Tensor | None,
-    partition: Sequence[Tensor],
-    sizes: Sequence[int],
-    dropout_p: float,
-    column_offset: int,
-    global_in_features: int,
-    algorithm: str,
-    backend: str,
-) -> Tensor:
-    _check_ranks(ranks, A.shape[0])
-    blocks = BlockPartition.from_tensors(partition, sizes)
-    adapter = PackedAdapter(weight.to(x.dtype), A, B, blocks, ranks, scaling)
-    dropout = _dropout(dropout_seed, dropout_p, column_offset, global_in_features)
-    bias = None if bias is None else bias.to(x.dtype)
-    y: Tensor = load_backend(backend).forward(_tokens(x), bias, adapter, algorithm, dropout)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-@_linear.register_fake
-def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.custom_op("smoa::linear_backward", mutates_args=())
-def _linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scaling: Tensor,
-    dropout_seed: Tensor | None,
-    partition: Sequence[Tensor],
-    sizes: Sequence[int],
-    dropout_p: float,
-    column_offset: int,
-    global_in_features: int,
-    needs_x: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX, dA, dB), empty where not needed: dX unless `needs_x`, dA and dB where x was not kept."""
-    blocks = BlockPartition.from_tensors(partition, sizes)
-    adapter = PackedAdapter(weight.to(dy.dtype), A, B, blocks, ranks, scaling)
-    dx, dA, dB = load_backend(backend).backward(
-        _tokens(dy),
-        None if x is None else _tokens(x),
-        adapter,
-        _dropout(dropout_seed, dropout_p, column_offset, global_in_features),
-        needs_x=needs_x,
-    )
-    return (
-        dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], weight.shape[1]),
-        A.new_empty(0) if dA is None else dA,
-        B.new_empty(0) if dB is None else dB,
-    )
-
-
-@_linear_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor | None, weight: Tensor, A: Tensor, B: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs_x = rest[-2]
-    return (
-        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if needs_x else dy.new_empty(0),
-        A.new_empty(0 if x is None else A.shape),
-        B.new_empty(0 if x is None else B.shape),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, A, B, ranks, scaling, seed, partition, sizes, *settings, _, backend = inputs
-    needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    ctx.save_for_backward(x if needs_factors else None, weight, A, B, ranks, scaling, seed, *partition)
-    ctx.sizes, ctx.settings, ctx.backend = sizes, settings, backend
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight, A, B, ranks, scaling, seed, *partition = ctx.saved_tensors
-    needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-    dx, dA, dB = _linear_backward(
-        dy, x, weight, A, B, ranks, scaling, seed, partition, ctx.sizes, *ctx.settings, needs_x, ctx.backend
-    )
-    dbias = _tokens(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
-    gradients = (dx if needs_x else None, None, dbias, dA if needs_A else None, dB if needs_B else None)
-    no_gradients = [[None] * len(need) if isinstance(need, list) else None for need in ctx.needs_input_grad]
-    return (*gradients, *no_gradients[len(gradients) :])
-
-
-def _no_double_backward(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError("smoa_linear has no second derivative: use backend='reference' for double backward")
-
-
-_linear.register_autograd(_backward, setup_context=_setup_context)
-_linear_backward.register_autograd(_no_double_backward)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """(..., C) as (T, C); `reshape(-1, C)` cannot infer T from no elements."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _dropout(seed: Tensor | None, p: float, column_offset: int, width: int) -> Dropout | None:
-    return None if seed is None else Dropout(seed, p, column_offset, width)
 
 
 def _autocast_enabled(x: Tensor) -> bool:
@@ -328,12 +206,6 @@ def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -
         raise ValueError(
             f"ranks must be int32 of shape ({partition.num_blocks},), got {ranks.dtype} of {tuple(ranks.shape)}"
         )
-
-
-def _check_ranks(ranks: Tensor, rho: int) -> None:
-    """Inside the operator, and on CPU only: reading them from a GPU would wait for it."""
-    if ranks.device.type == "cpu" and not 0 <= min(ranks.tolist()) <= max(ranks.tolist()) <= rho:
-        raise ValueError(f"ranks must lie in [0, {rho}], A's rows, got {ranks.tolist()}")
 
 
 def _check_scaling(scaling: float | Tensor) -> None:

@@ -1,0 +1,141 @@
+"""The `smoa::linear` operator: what the compiler and the exporter see."""
+
+import copy
+
+import pytest
+import torch
+from problems import LinearProblem, make_problem
+from torch import Tensor, nn
+
+from smoa_kernels import FusedSMoALinear
+from smoa_kernels.operator import linear, linear_backward
+from smoa_kernels.packed import scaling_tensor
+
+
+def arguments(p: LinearProblem, algorithm: str = "auto", dropout: float = 0.0, grad: bool = True) -> tuple:
+    """The operator's own arguments, leaves that require grad where asked."""
+    x, bias, A, B = (t.clone().requires_grad_(grad) for t in (p.x, p.bias, p.A, p.B))
+    seed = torch.tensor(5) if dropout else None
+    scaling = scaling_tensor(p.scaling, x.device)
+    blocks, sizes = p.partition.tensors(), p.partition.sizes()
+    width = x.shape[-1]
+    return (
+        x,
+        p.weight,
+        bias,
+        A,
+        B,
+        p.ranks,
+        scaling,
+        seed,
+        blocks,
+        sizes,
+        dropout,
+        0,
+        width,
+        algorithm,
+        "eager",
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "merged", "split", "expanded", "dropout"])
+def test_opcheck(algorithm: str) -> None:
+    options = {"dropout": 0.3} if algorithm == "dropout" else {"algorithm": algorithm}
+    torch.library.opcheck(linear, arguments(make_problem(dtype=torch.float32), **options))
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("keeps_x", [True, False])
+def test_opcheck_backward(needs_x: bool, keeps_x: bool) -> None:
+    p = make_problem(dtype=torch.float32)
+    x, weight, _, *rest = arguments(p, grad=False)
+    settings = (*rest[:-2], needs_x, "eager")
+    torch.library.opcheck(linear_backward, (p.dy, x if keeps_x else None, weight, *settings))
+
+
+class Block(nn.Module):
+    """What stands around a layer in a transformer."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(40)
+        self.up = FusedSMoALinear(40, 33, r=6, num_blocks=2, dropout=dropout)
+        self.down = FusedSMoALinear(33, 40, r=4, num_blocks=3)
+        for layer in (self.up, self.down):
+            nn.init.normal_(layer.smoa_B, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def run(block: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    for parameter in block.parameters():
+        parameter.grad = None
+    y = block(x)
+    y.square().sum().backward()
+    return (y.detach(), *(p.grad for p in block.parameters() if p.grad is not None))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole_and_equals_eager(dynamic: bool, dropout: float) -> None:
+    torch.manual_seed(0)
+    block = Block(dropout)
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    x = torch.randn(3, 50, 40)
+    torch.manual_seed(1)
+    expected = run(block, x)
+    torch.manual_seed(1)
+    for ours, eager in zip(run(compiled, x), expected, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_inductor_compiles_it() -> None:
+    torch.manual_seed(0)
+    block = Block()
+    x = torch.randn(64, 40)
+    expected = run(block, x)
+    try:
+        result = run(torch.compile(block, fullgraph=True), x)
+    except torch._inductor.exc.InductorError as error:  # no C++ compiler on this machine
+        if "compiler" not in str(error).lower():
+            raise
+        pytest.skip(f"inductor needs a C++ compiler: {error}")
+    for ours, eager in zip(result, expected, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_scaling_seed_and_token_count_recompile_nothing() -> None:
+    block = Block(dropout=0.2)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    run(compiled, torch.randn(8, 40))
+    run(compiled, torch.randn(11, 40))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens, scaling in ((1024, 0.5), (17, 2.0), (300, 1.0)):
+            block.up.scaling = scaling
+            torch.manual_seed(tokens)
+            run(compiled, torch.randn(tokens, 40))
+
+
+def test_exports_an_inference_graph() -> None:
+    block = Block().eval()
+    x = torch.randn(9, 40)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(block, (x,), dynamic_shapes=({0: tokens},))
+    assert sum(node.target is linear for node in program.graph.nodes) == 2
+    with torch.no_grad():
+        for count in (9, 64):
+            x = torch.randn(count, 40)
+            torch.testing.assert_close(program.module()(x), block(x))
+
+
+def test_compiled_layer_can_be_copied() -> None:
+    block = Block()
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(compiled(x), block(x))
