@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Dropout", "draw_seed", "dropout_multiplier"]
+__all__ = ["Dropout", "draw_seed"]
 
 _LEVELS = 1 << 16
 _DRAWS_PER_WORD = 4
@@ -25,27 +25,40 @@ class Dropout:
 
     Attributes:
         seed: int64 with one element, on the activations' device.
-        p: probability in (0, 1).
+        p: probability in [0, 1), rounded to a multiple of 2⁻¹⁶.
         column_offset: global index of the first column.
-        width: global number of columns.
+        width: global number of columns; the tensor's own where None. Only the generator's draw needs it.
     """
 
     seed: Tensor
     p: float
-    column_offset: int
-    width: int
+    column_offset: int = 0
+    width: int | None = None
+
+    @property
+    def threshold(self) -> int:
+        """A 16-bit draw below this is dropped."""
+        return min(round(self.p * _LEVELS), _LEVELS - 1)
+
+    @property
+    def scale(self) -> float:
+        """What a kept element is multiplied with: that of the rounded p, so that the mask is unbiased."""
+        return _LEVELS / (_LEVELS - self.threshold)
 
     def multiplier(self, like: Tensor, columns: int | None = None) -> Tensor:
         """Mask times scale for the tokens, dtype and (unless given) columns of a 2-D tensor."""
-        return dropout_multiplier(
-            self.seed,
-            self.p,
-            like.shape[0],
-            like.shape[1] if columns is None else columns,
-            like.dtype,
-            column_offset=self.column_offset,
-            width=self.width,
+        columns = like.shape[1] if columns is None else columns
+        width = columns if self.width is None else self.width
+        generator = torch.Generator(device=self.seed.device)
+        generator.manual_seed(int(self.seed))
+        words = torch.empty(
+            like.shape[0], -(-width // _DRAWS_PER_WORD), dtype=torch.int64, device=self.seed.device
         )
+        # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
+        words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+        levels = words.view(torch.int16)[:, self.column_offset : self.column_offset + columns]
+        keep = levels >= self.threshold - _LEVELS // 2
+        return keep.to(like.dtype).mul_(self.scale)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -55,37 +68,3 @@ def draw_seed(device: torch.device) -> Tensor:
     gradients would silently be those of another mask.
     """
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
-
-
-def dropout_multiplier(
-    seed: Tensor,
-    p: float,
-    tokens: int,
-    columns: int,
-    dtype: torch.dtype,
-    *,
-    column_offset: int = 0,
-    width: int | None = None,
-) -> Tensor:
-    """Mask times scale, (tokens, columns): 0 with probability p, else 1 / (1 - p).
-
-    Args:
-        seed: int64 with one element, on the device where the mask is wanted.
-        p: dropout probability in [0, 1).
-        tokens: rows of the mask.
-        columns: columns of the mask.
-        dtype: of the result.
-        column_offset: global index of the first column.
-        width: global number of columns; `columns` where nothing is sharded.
-    """
-    width = columns if width is None else width
-    threshold = round(p * _LEVELS)
-    generator = torch.Generator(device=seed.device)
-    generator.manual_seed(int(seed))
-    words = torch.empty(tokens, -(-width // _DRAWS_PER_WORD), dtype=torch.int64, device=seed.device)
-    words.random_(
-        torch.iinfo(torch.int64).min, None, generator=generator
-    )  # all 64 bits; the default leaves one 0
-    levels = words.view(torch.int16)[:, column_offset : column_offset + columns]
-    keep = levels >= threshold - _LEVELS // 2
-    return keep.to(dtype).mul_(_LEVELS / (_LEVELS - threshold))

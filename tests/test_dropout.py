@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from smoa_kernels.dropout import draw_seed, dropout_multiplier
+from smoa_kernels.dropout import Dropout, draw_seed
 
 
 def multiplier(
     p: float = 0.3, tokens: int = 64, columns: int = 101, seed: int = 5, **kwargs: int
 ) -> torch.Tensor:
-    return dropout_multiplier(torch.tensor(seed), p, tokens, columns, torch.float64, **kwargs)
+    return Dropout(torch.tensor(seed), p, **kwargs).multiplier(
+        torch.empty(tokens, columns, dtype=torch.float64)
+    )
 
 
 def test_same_seed_same_mask_other_seed_another() -> None:
@@ -53,6 +55,10 @@ def test_thread_count_does_not_matter() -> None:
         assert torch.equal(one, multiplier(tokens=500, columns=1000))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_largest_probability_still_keeps_something() -> None:
+    assert Dropout(torch.tensor(1), 0.9999999).scale == 2**16
 
 
 def test_empty() -> None:

@@ -8,6 +8,7 @@ from problems import make_problem
 from vectors import Vector, all_vectors
 
 from smoa_kernels import BlockPartition
+from smoa_kernels.dropout import Dropout
 from smoa_kernels.packed import pack_factors, unpack_factors
 from smoa_kernels.reference import reference_delta_weight, reference_linear
 
@@ -50,10 +51,8 @@ def test_reference_equals_c_oracle(ranks: tuple[int, ...], random_labels: bool, 
     problem = make_problem(ranks=ranks, random_labels=random_labels, bias=False)
     multiplier, kwargs = None, {}
     if dropout_p:
-        from smoa_kernels.dropout import dropout_multiplier
-
         seed = torch.tensor(1234)
-        multiplier = dropout_multiplier(seed, dropout_p, *problem.x.shape, torch.float64).numpy()
+        multiplier = Dropout(seed, dropout_p).multiplier(problem.x).numpy()
         kwargs = {"dropout_p": dropout_p, "dropout_seed": seed}
     y, dx, dA, dB = problem.run_reference(**kwargs)
     arguments = (

@@ -18,17 +18,14 @@ and seed are read through pointers: they are tensors on the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 __all__ = [
     "INTERPRETED",
     "TOKENS_PER_DRAW",
-    "Dropout",
     "block_slots",
     "dot",
     "dropout_draws",
@@ -43,34 +40,8 @@ __all__ = [
 # Set when the kernels are defined, as Triton itself does: a process either interprets or compiles.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-_LEVELS = 1 << 16
 # One Philox call serves this many consecutive tokens of a column, 16 bits each.
 TOKENS_PER_DRAW = tl.constexpr(8)
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """The adapter's dropout: a mask that is a function of (seed, token, global column), never stored.
-
-    Attributes:
-        seed: int64 with one element, on the device of x.
-        p: probability in [0, 1), rounded to a multiple of 2⁻¹⁶; the scale is that of the rounded p.
-        column_offset: global index of this shard's first column.
-    """
-
-    seed: Tensor
-    p: float
-    column_offset: int = 0
-
-    @property
-    def threshold(self) -> int:
-        """A 16-bit draw below this is dropped."""
-        return round(self.p * _LEVELS)
-
-    @property
-    def scale(self) -> float:
-        """What a kept element is multiplied with."""
-        return _LEVELS / (_LEVELS - self.threshold)
 
 
 def padded_width(sizes: Sequence[int], multiple: int) -> int:

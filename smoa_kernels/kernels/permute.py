@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TOKENS_PER_DRAW, Dropout, block_slots, dropout_draws, dropout_multiplier, round_to
+from ..dropout import Dropout
+from ._common import TOKENS_PER_DRAW, block_slots, dropout_draws, dropout_multiplier, round_to
 from .launch import PERMUTE_CONFIGS, PermuteConfig
 
 __all__ = ["gather_columns", "scatter_columns"]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dropout import Dropout
 from ..kernels import block_grad, block_matmul, fused_linear, modulate, permute
 from ..kernels import launch as configs
-from ..kernels._common import Dropout
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from .compile import Launch, capture

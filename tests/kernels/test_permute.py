@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, Guarded
 from torch import Tensor
 
-from smoa_kernels.kernels._common import Dropout, padded_width
+from smoa_kernels.dropout import Dropout
+from smoa_kernels.kernels._common import padded_width
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS, PermuteConfig
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.partition import BlockPartition
