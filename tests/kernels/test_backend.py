@@ -1,0 +1,283 @@
+"""Backend "triton" as a whole: `smoa_linear` and `FusedSMoALinear` through the kernels, gradients included."""
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import LinearProblem, make_problem, relative_error
+from torch import Tensor, nn
+
+from smoa_kernels import FusedSMoALinear, backends, smoa_linear, triton_backend
+from smoa_kernels.dropout import Dropout
+from smoa_kernels.kernels._common import padded_width
+from smoa_kernels.kernels.permute import gather_columns, scatter_columns
+from smoa_kernels.operator import linear
+from smoa_kernels.packed import scaling_tensor
+from smoa_kernels.reference import reference_delta_weight
+
+ALGORITHMS = triton_backend.ALGORITHMS
+NAMES = ("y", "dx", "dA", "dB", "dbias")
+
+
+def problem(dtype: torch.dtype, device: torch.device, **kwargs: object) -> LinearProblem:
+    p = make_problem(**kwargs).to(dtype)  # type: ignore[arg-type]
+    tensors = ("x", "weight", "bias", "A", "B", "ranks", "dy")
+    moved = {name: getattr(p, name).to(device) for name in tensors if getattr(p, name) is not None}
+    return replace(p, partition=p.partition.to(device), **moved)
+
+
+def assert_within_budget(p: LinearProblem, *, fp32_tolerance: float = 1e-5, **options: object) -> None:
+    """Within twice the same-dtype reference's error; float32 within 1e-5 of the truth."""
+    truth, baseline = p.to(torch.float64).run_reference(), p.run_reference()
+    for name, ours, same_dtype, exact in zip(
+        NAMES, p.run(backend="triton", **options), baseline, truth, strict=False
+    ):
+        assert ours.dtype == same_dtype.dtype, name
+        budget = (
+            fp32_tolerance if ours.dtype == torch.float32 else 2 * relative_error(same_dtype, exact) + 1e-6
+        )
+        assert relative_error(ours, exact) <= budget, name
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_budget(dtype: torch.dtype, algorithm: str, device: torch.device) -> None:
+    shape = {"tokens": 40, "out_features": 70, "in_features": 90, "ranks": (3, 2)}
+    assert_within_budget(problem(dtype, device, **shape), algorithm=algorithm)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"ranks": (3, 0, 2), "bias": False},
+        {"ranks": (4,)},  # K = 1 is HiRA
+        {
+            "ranks": (2,) * 5,
+            "random_labels": True,
+            "out_features": 7,
+            "in_features": 5,
+        },  # some blocks are empty
+        {"ranks": (40, 1), "tokens": 3},
+    ],
+)
+def test_shapes(shape: dict[str, object], algorithm: str, device: torch.device) -> None:
+    assert_within_budget(problem(torch.float32, device, **shape), algorithm=algorithm)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_tokens(algorithm: str, device: torch.device) -> None:
+    p = problem(torch.float32, device, tokens=0)
+    y, dx, dA, dB, dbias = p.run(backend="triton", algorithm=algorithm)
+    assert y.shape == (0, 33)
+    assert dx.shape == (0, 57)
+    assert not dA.any()
+    assert not dB.any()
+    assert not dbias.any()
+
+
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+def test_float32_factors_over_a_half_base(factor_dtype: torch.dtype, device: torch.device) -> None:
+    p = problem(torch.float64, device).to(torch.bfloat16, factor_dtype)
+    truth, baseline = p.to(torch.float64).run_reference(), p.run_reference()
+    for name, ours, same_dtype, exact in zip(NAMES, p.run(backend="triton"), baseline, truth, strict=True):
+        assert ours.dtype == same_dtype.dtype, name
+        assert relative_error(ours, exact) <= 2 * relative_error(same_dtype, exact) + 1e-6, name
+
+
+def test_strided_inputs(device: torch.device) -> None:
+    p = problem(torch.float32, device)
+    wide = torch.cat([p.x, p.x], 1)[:, : p.x.shape[1]]
+    column_major = p.weight.T.contiguous().T
+    strided = replace(p, x=wide, weight=column_major, dy=p.dy.T.contiguous().T)
+    for algorithm in ALGORITHMS:
+        assert_within_budget(strided, algorithm=algorithm)
+
+
+def test_dropout_is_one_mask_in_forward_and_backward(device: torch.device) -> None:
+    """The mask is read off by gathering ones; with it the definition gives the outputs and every gradient."""
+    p = problem(torch.float32, device, tokens=37)
+    seed = torch.tensor(12345, device=device)
+    dropout = Dropout(seed, 0.4)
+    blocks = p.partition
+    ones = torch.ones_like(p.x)
+    width = padded_width(blocks.col_sizes, 64)
+    gathered = gather_columns(ones, blocks.col_index, blocks.col_offsets, width, dropout=dropout)
+    mask = scatter_columns(gathered, blocks.col_index, blocks.col_offsets, torch.empty_like(ones))
+    assert 0.3 < float((mask == 0).float().mean()) < 0.5
+    x, A, B = (t.clone().requires_grad_() for t in (p.x, p.A, p.B))
+    delta = reference_delta_weight(p.weight, A, B, p.partition, p.ranks, scaling=p.scaling)
+    y = torch.nn.functional.linear(x, p.weight, p.bias) + (x * mask) @ delta.T
+    y.backward(p.dy)
+    options = {"dropout_p": 0.4, "dropout_seed": seed, "backend": "triton"}
+    ours = p.run(**options)
+    for name, value, expected in zip(NAMES, ours, (y.detach(), x.grad, A.grad, B.grad), strict=False):
+        assert relative_error(value, expected) < 1e-5, name
+    for first, second in zip(ours, p.run(**options), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_reruns_are_bitwise_equal(algorithm: str, device: torch.device) -> None:
+    p = problem(torch.bfloat16, device)
+    for first, second in zip(
+        p.run(backend="triton", algorithm=algorithm),
+        p.run(backend="triton", algorithm=algorithm),
+        strict=True,
+    ):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("algorithm", ["split", "fused", "auto"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_dead_zone(dtype: torch.dtype, algorithm: str, bias: bool, device: torch.device) -> None:
+    """A relative update of 1e-4 arrives; the noise of so small a problem is the base's rounding over √(T·N)."""
+    p = problem(torch.float64, device, tokens=256, out_features=192, in_features=64, ranks=(4,), bias=bias)
+    relative = p.scaling * (p.B @ p.A).square().mean().sqrt()
+    p = replace(p, B=p.B * (1e-4 / relative)).to(dtype, torch.float32)
+    base = replace(p, B=torch.zeros_like(p.B))
+    truth = p.to(torch.float64).run_reference()[0] - base.to(torch.float64).run_reference()[0]
+
+    def run(q: LinearProblem, **options: object) -> Tensor:
+        arguments = (q.x, q.weight, q.bias, q.A, q.B, q.partition, q.ranks)
+        return smoa_linear(*arguments, scaling=q.scaling, backend="triton", **options).double()
+
+    change = run(p, algorithm=algorithm) - run(base, algorithm=algorithm)
+    share = float((change * truth).sum() / truth.square().sum())
+    # y errs by 2^-9·|y|/√3 per element (bf16) against an adapter output of 1e-4·|y|.
+    noise = {torch.bfloat16: 11, torch.float16: 1.5}[dtype] * 2**0.5 / (256 * 192) ** 0.5
+    assert abs(share - 1) < max(0.05, 4 * noise)
+
+
+def test_a_rounded_weight_would_deliver_nothing(device: torch.device) -> None:
+    p = problem(torch.float64, device, tokens=64, out_features=64, in_features=64, ranks=(4,), bias=False)
+    p = replace(p, B=p.B * (1e-4 / (p.scaling * (p.B @ p.A).square().mean().sqrt()))).to(torch.bfloat16)
+    base = replace(p, B=torch.zeros_like(p.B))
+    merged = [q.run(backend="triton", algorithm="merged")[0] for q in (p, base)]
+    assert relative_error(merged[0], merged[1]) < 1e-3
+
+
+def test_layer_on_both_backends(device: torch.device) -> None:
+    torch.manual_seed(0)
+    layer = FusedSMoALinear.from_linear(nn.Linear(57, 33), r=5, num_blocks=2).to(device)
+    nn.init.normal_(layer.smoa_B, std=0.3)
+    other = copy.deepcopy(layer)
+    other.backend = "triton"
+    x = torch.randn(2, 9, 57, device=device)
+    results = []
+    for one in (layer, other):
+        leaf = x.clone().requires_grad_()
+        y = one(leaf)
+        y.square().sum().backward()
+        results.append((y.detach(), leaf.grad, one.smoa_A.grad, one.smoa_B.grad))
+    for eager, kernels in zip(*results, strict=True):
+        assert relative_error(kernels, eager) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_on_both_backends(dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(0)
+    layer = FusedSMoALinear.from_linear(nn.Linear(57, 33, dtype=dtype), r=5, num_blocks=2).to(device)
+    nn.init.normal_(layer.smoa_B, std=0.3)
+    original, exact = layer.weight.clone(), layer.weight.double() + layer.delta_weight().double()
+    layer.backend = "triton"
+    layer.merge()
+    assert relative_error(layer.weight, exact) < (1e-6 if dtype == torch.float32 else 4e-3)
+    layer.unmerge()
+    assert torch.equal(layer.weight, original)
+
+
+def test_saves_x_factors_and_frozen_tensors_only(device: torch.device) -> None:
+    p = problem(torch.float32, device)
+    x, A, B = (t.clone().requires_grad_() for t in (p.x, p.A, p.B))
+    scaling = scaling_tensor(p.scaling, device)
+    known = {t.data_ptr() for t in (x, A, B, p.weight, p.ranks, scaling, *p.partition.tensors())}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        smoa_linear(x, p.weight, p.bias, A, B, p.partition, p.ranks, scaling=scaling, backend="triton")
+    assert {t.data_ptr() for t in saved} <= known
+
+
+def test_opcheck(device: torch.device) -> None:
+    p = problem(torch.float32, device, tokens=5)
+    leaves = (p.x.requires_grad_(), p.weight, p.bias, p.A.requires_grad_(), p.B.requires_grad_())
+    settings = (p.partition.tensors(), p.partition.sizes(), 0.0, 0, 57, "auto", "triton")
+    torch.library.opcheck(linear, (*leaves, p.ranks, scaling_tensor(0.7, device), None, *settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": torch.float64}, "the kernels take float32, bfloat16 and float16, got torch.float64"),
+        ({"ranks": (300,)}, "the kernels take ranks up to 256, got 300"),
+    ],
+)
+def test_what_the_kernels_do_not_take(change: dict[str, object], words: str, device: torch.device) -> None:
+    dtype = change.pop("dtype", torch.float32)
+    p = problem(dtype, device, **change)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=f"backend='triton' cannot run here: {words}.*'eager' works everywhere"
+    ):
+        p.run(backend="triton")
+
+
+def test_algorithm_of_another_backend(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="merged, split, fused on backend 'triton', got 'expanded'"):
+        problem(torch.float32, device).run(backend="triton", algorithm="expanded")
+
+
+OUTSIDE = """
+import torch, sys
+{prelude}
+from smoa_kernels import FusedSMoALinear
+layer = FusedSMoALinear(8, 6, r=2, backend="triton")
+try:
+    layer(torch.randn(3, 8))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("prelude", "words"),
+    [
+        ("", "x is on the CPU, where kernels run only under Triton's interpreter (TRITON_INTERPRET=1)"),
+        ("sys.modules['triton'] = None", "triton is not installed"),
+        (
+            "import triton; triton.__version__ = '3.1.0'",
+            "triton 3.1.0 is older than 3.6, the oldest supported",
+        ),
+    ],
+)
+def test_where_the_kernels_cannot_run(prelude: str, words: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = OUTSIDE.format(prelude=prelude)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+    )
+    expected = f"backend='triton' cannot run here: {words}; backend='eager' works everywhere"
+    assert result.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [((7, 5), "the GPU's compute capability is 7.5, the oldest supported is 8.0"), ((9, 0), None)],
+)
+def test_old_gpus_are_named(
+    capability: tuple[int, int], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends._device_obstacle.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    try:
+        cuda = torch.device("cuda", 0)
+        assert backends.triton_obstacle(cuda, torch.bfloat16, 8) == words
+        assert backends.resolve_backend("auto", cuda, torch.bfloat16, 8) == ("eager" if words else "triton")
+        assert backends.resolve_backend("auto", torch.device("xpu", 0), torch.bfloat16, 8) == "eager"
+        assert backends.resolve_backend("auto", cuda, torch.float64, 8) == "eager"
+    finally:
+        backends._device_obstacle.cache_clear()
