@@ -162,7 +162,7 @@ def fused_linear(
     config = config or _default_config(T, N, rank, configs)
     split = config.split
     out = y if split == 1 else torch.empty(split, T, N, dtype=torch.float32, device=x.device)
-    padded_rank, rank_block = rank_tiles(rank, w.dtype)
+    padded_rank, rank_block = rank_tiles(rank, w.dtype, precision)
     tiles = triton.cdiv(T, config.block_t) * triton.cdiv(N, config.block_n)
     fused_linear_kernel[(tiles * split,)](
         x,
@@ -202,14 +202,17 @@ def fused_linear(
     return y
 
 
-def rank_tiles(rank: int, dtype: torch.dtype) -> tuple[int, int]:
+def rank_tiles(rank: int, dtype: torch.dtype, precision: str) -> tuple[int, int]:
     """RANK and RANK_BLOCK of the kernel: ρ rounded up to a power of two, and how much of it one product takes.
 
-    Up to 32 one product takes it all, and the loop over C is the innermost, hence the pipelined one. A larger rank
-    is cut into chunks; then the loop over those is, and W0 is loaded without running ahead.
+    Up to 64 one product takes it all, and the loop over C is the innermost, hence the pipelined one. A larger rank
+    is cut into chunks that leave registers for the rest; then the loop over those is, and W0 is loaded without
+    running ahead. IEEE float32, whose products hold their whole depth in registers, is cut above 16.
     """
     padded = max(16, int(triton.next_power_of_2(rank)))
-    return padded, padded if padded <= 32 else 16 if dtype == torch.float32 else 32
+    if dtype == torch.float32:
+        return padded, padded if padded <= (64 if precision == "tf32" else 16) else 16
+    return padded, padded if padded <= 64 else 32
 
 
 def _default_config(

@@ -14,6 +14,8 @@ __all__ = [
     "BLOCK_GRAD_CONFIGS",
     "BLOCK_GRAD_IEEE_CONFIGS",
     "BLOCK_GRAD_TF32_CONFIGS",
+    "BLOCK_MATMUL_AMD_CONFIGS",
+    "BLOCK_MATMUL_AMD_FP32_CONFIGS",
     "BLOCK_MATMUL_CONFIGS",
     "BLOCK_MATMUL_IEEE_CONFIGS",
     "BLOCK_MATMUL_TF32_CONFIGS",
@@ -116,51 +118,70 @@ FUSED_LINEAR_TF32_CONFIGS = (
 )
 # No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
 FUSED_LINEAR_IEEE_CONFIGS = (
-    FusedLinearConfig(block_t=16, block_n=16, block_c=32, split=4, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=16, block_n=16, block_c=32, split=1, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=32, block_n=16, block_c=32, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=16, block_c=32, split=4, num_warps=2, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=16, block_c=32, split=2, num_warps=2, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=16, block_c=32, split=1, num_warps=2, num_stages=3),
 )
 
-# Largest tile first. All pass the audit wherever `block_matmul_configs` ships them, ΔW loaded and modulated.
+# Largest tile first; each passes the audit wherever the functions below ship it.
+_MATMUL_LARGE = BlockMatmulConfig(256, 128, 64, group_t=8, num_warps=8, num_stages=3)
+_MATMUL_TF32_LARGE = BlockMatmulConfig(256, 128, 32, group_t=8, num_warps=8, num_stages=3)
 BLOCK_MATMUL_CONFIGS = (
-    BlockMatmulConfig(block_t=128, block_n=128, block_c=64, group_t=8, num_warps=8, num_stages=3),
-    BlockMatmulConfig(block_t=64, block_n=128, block_c=64, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(block_t=64, block_n=64, block_c=64, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(128, 128, 64, group_t=8, num_warps=8, num_stages=3),
+    BlockMatmulConfig(64, 128, 64, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 64, 64, group_t=8, num_warps=4, num_stages=3),
 )
 BLOCK_MATMUL_TF32_CONFIGS = (
-    BlockMatmulConfig(block_t=128, block_n=128, block_c=32, group_t=8, num_warps=8, num_stages=3),
-    BlockMatmulConfig(block_t=64, block_n=128, block_c=32, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(block_t=64, block_n=64, block_c=32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(128, 128, 32, group_t=8, num_warps=8, num_stages=3),
+    BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
 )
+# IEEE float32 has no tensor cores on NVIDIA: smaller tiles, for each thread holds its operands in registers.
 BLOCK_MATMUL_IEEE_CONFIGS = (
-    BlockMatmulConfig(block_t=64, block_n=64, block_c=32, group_t=8, num_warps=8, num_stages=3),
-    BlockMatmulConfig(block_t=64, block_n=64, block_c=16, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(block_t=32, block_n=64, block_c=32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 64, 16, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(32, 64, 32, group_t=8, num_warps=4, num_stages=3),
+)
+# AMD: 64 threads a warp, 64 KiB of shared memory; float32 has tensor cores in IEEE.
+BLOCK_MATMUL_AMD_CONFIGS = (
+    BlockMatmulConfig(128, 128, 64, group_t=8, num_warps=4, num_stages=2),
+    BlockMatmulConfig(64, 128, 64, group_t=8, num_warps=4, num_stages=2),
+    BlockMatmulConfig(64, 64, 64, group_t=8, num_warps=4, num_stages=3),
+)
+BLOCK_MATMUL_AMD_FP32_CONFIGS = (
+    BlockMatmulConfig(128, 128, 32, group_t=8, num_warps=4, num_stages=2),
+    BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
 )
 
+# The first, whose transposed tile of H takes 138 KiB of shared memory, goes to sm_80, sm_90, sm_100 and gfx942, where
+# it is made in parts.
 BLOCK_GRAD_CONFIGS = (
-    BlockGradConfig(block_n=128, block_c=128, block_t=64, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(block_n=64, block_c=128, block_t=64, split=0, num_warps=4, num_stages=3),
-    BlockGradConfig(block_n=128, block_c=64, block_t=64, split=0, num_warps=4, num_stages=3),
-    BlockGradConfig(block_n=64, block_c=64, block_t=64, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(128, 128, 64, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(64, 128, 64, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(128, 64, 64, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(64, 64, 64, split=0, num_warps=4, num_stages=3),
 )
 BLOCK_GRAD_TF32_CONFIGS = (
-    BlockGradConfig(block_n=128, block_c=128, block_t=32, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(block_n=64, block_c=128, block_t=32, split=0, num_warps=4, num_stages=3),
-    BlockGradConfig(block_n=128, block_c=64, block_t=32, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(block_n=64, block_c=64, block_t=32, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(128, 128, 32, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(64, 128, 32, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(128, 64, 32, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(64, 64, 32, split=0, num_warps=4, num_stages=3),
 )
 BLOCK_GRAD_IEEE_CONFIGS = (
-    BlockGradConfig(block_n=64, block_c=64, block_t=32, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(block_n=32, block_c=64, block_t=32, split=0, num_warps=4, num_stages=3),
-    BlockGradConfig(block_n=32, block_c=64, block_t=16, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(64, 64, 32, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(64, 64, 16, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(32, 64, 32, split=0, num_warps=4, num_stages=3),
 )
+
+_LARGE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942", "gfx950")
+_WIDE_TENSOR_CORES = ("sm_90", "sm_100", "sm_103")
 
 
 def fused_linear_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[FusedLinearConfig, ...]:
     """The shipped configurations for an architecture, operands of `dtype` and float32 `precision`.
 
-    Above rank 32 only those of 16 tokens: the loop over the rank's chunks takes the registers of the others.
+    Above rank 32 only those of 16 tokens: the rank takes the registers of the others.
     """
     del arch  # all of them pass the audit everywhere
     if dtype != torch.float32:
@@ -169,13 +190,30 @@ def fused_linear_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple
 
 
 def block_matmul_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[BlockMatmulConfig, ...]:
-    """The shipped configurations for an architecture, operands of `dtype` and float32 `precision`."""
-    return BLOCK_MATMUL_CONFIGS
+    """The shipped configurations, largest tile first.
+
+    Args:
+        arch: from :func:`architecture`.
+        dtype: of xg and W0.
+        precision: from `input_precision`, how float32 operands are multiplied.
+    """
+    full = dtype == torch.float32
+    if arch.startswith("gfx"):
+        return BLOCK_MATMUL_AMD_FP32_CONFIGS if full else BLOCK_MATMUL_AMD_CONFIGS
+    if full and precision == "ieee":
+        return BLOCK_MATMUL_IEEE_CONFIGS
+    shipped = BLOCK_MATMUL_TF32_CONFIGS if full else BLOCK_MATMUL_CONFIGS
+    if arch in _WIDE_TENSOR_CORES:
+        return (_MATMUL_TF32_LARGE if full else _MATMUL_LARGE, *shipped)
+    return shipped
 
 
 def block_grad_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[BlockGradConfig, ...]:
-    """The shipped configurations for an architecture, operands of `dtype` and float32 `precision`."""
-    return BLOCK_GRAD_CONFIGS
+    """The shipped configurations, largest tile first; arguments as :func:`block_matmul_configs`."""
+    if dtype == torch.float32 and precision == "ieee" and not arch.startswith("gfx"):
+        return BLOCK_GRAD_IEEE_CONFIGS
+    shipped = BLOCK_GRAD_TF32_CONFIGS if dtype == torch.float32 else BLOCK_GRAD_CONFIGS
+    return shipped if arch in _LARGE_SHARED_MEMORY else shipped[1:]
 
 
 @functools.cache

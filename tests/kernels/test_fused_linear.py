@@ -60,7 +60,7 @@ def test_random_shapes(problem: LinearProblem, dtype: torch.dtype, device: torch
     check(to_device(problem, device), dtype)
 
 
-@pytest.mark.parametrize("rank", [1, 16, 32, 33, 256])
+@pytest.mark.parametrize("rank", [1, 16, 64, 65, 256])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)], ids=str)
 def test_ranks(rank: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
     """One product or a loop over chunks of the rank; float32 factors over a half weight."""
@@ -164,14 +164,15 @@ def test_a_shard_without_columns_gives_the_bias(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "dtype", "tiles"),
+    ("rank", "dtype", "precision", "tiles"),
     [
-        (1, torch.bfloat16, (16, 16)),
-        (33, torch.bfloat16, (64, 32)),
-        (65, torch.bfloat16, (128, 32)),
-        (17, torch.float32, (32, 32)),
-        (256, torch.float32, (256, 16)),
+        (1, torch.bfloat16, "tf32", (16, 16)),
+        (33, torch.bfloat16, "tf32", (64, 64)),
+        (65, torch.float16, "tf32", (128, 32)),
+        (64, torch.float32, "tf32", (64, 64)),
+        (256, torch.float32, "tf32", (256, 16)),
+        (17, torch.float32, "ieee", (32, 16)),
     ],
 )
-def test_rank_tiles(rank: int, dtype: torch.dtype, tiles: tuple[int, int]) -> None:
-    assert rank_tiles(rank, dtype) == tiles
+def test_rank_tiles(rank: int, dtype: torch.dtype, precision: str, tiles: tuple[int, int]) -> None:
+    assert rank_tiles(rank, dtype, precision) == tiles
