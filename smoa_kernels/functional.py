@@ -32,7 +32,7 @@ def smoa_linear(
     algorithm: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
-    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` with `ΔW = s·mask·(BA) ∘ W0` (paper equation 5, packed form).
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` with `ΔW = s·mask·(BA) ∘ W0` (docs/definition.md).
 
     Differentiable in x, A, B and bias. Saves x, the factors and the seed for backward, nothing else; W0 is
     referenced. Double backward raises.

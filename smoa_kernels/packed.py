@@ -1,6 +1,6 @@
 """The packed form of an adapter: one A (ρ, C) and one B (N, ρ) in the layer's own coordinates.
 
-    W_eff[i, j] = W0[i, j] · (1 + s · [b(i) = c(j)] · Σ_t B[i, t] A[t, j])          (DESIGN section 1)
+    W_eff[i, j] = W0[i, j] · (1 + s · [b(i) = c(j)] · Σ_t B[i, t] A[t, j])     (docs/definition.md)
 
 Column j of A holds its block's A_k, so ρ = max r_k and rows t ≥ r_k are padding: they never reach an output,
 their gradient is zero, and they are never counted as parameters.

@@ -1,4 +1,4 @@
-"""Spectral order and aligned blocks of a weight matrix (paper section 3.2; DESIGN section 1).
+"""Spectral order and aligned blocks of a weight matrix (docs/definition.md).
 
 A `BlockPartition` says which block each row and each column of W0 belongs to. It is computed once, from
 the spectrum of W0, and then travels as labels: two small integer vectors. Recomputing it elsewhere could
@@ -248,7 +248,7 @@ def label_dtype(num_blocks: int) -> torch.dtype:
 
 
 def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean position in the spectrum of each row's and each column's energy (DESIGN section 1).
+    """Mean position in the spectrum of each row's and each column's energy (docs/definition.md).
 
     `Σ_j j·E_ij / Σ_j E_ij` with `E = (U∘σ)²` for rows and `(V∘σ)²` for columns, σ descending; a zero row or
     column scores 0. Computed with one intra-op thread: the last bits of a threaded reduction depend on the

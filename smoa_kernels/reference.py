@@ -1,4 +1,4 @@
-"""The definition in plain PyTorch (DESIGN section 1): a loop over blocks, autograd's own gradients.
+"""The definition in plain PyTorch (docs/definition.md): a loop over blocks, autograd's own gradients.
 
 Slow and obvious. Every fast path is tested against these two functions, and these two against the C oracle.
 """
