@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,10 +22,11 @@ from ..partition import BlockPartition, label_dtype
 from ..sketch import sketch_weight
 from .combine import single_block, sum_adapters
 from .config import SMoAConfig
+from .quantized import dequantized_linear, requantize
 
 __all__ = ["LayerSettings", "Linear", "SMoALayer"]
 
-SpectralOrder = Callable[[Tensor, int], BlockPartition]
+SpectralOrder = Callable[["SMoALayer", int], BlockPartition]
 
 # In the ranks of an adapter whose labels are yet to be loaded. Kept as a value, not as a flag beside the buffers:
 # a loader that assigns buffers one by one needs to know nothing of it.
@@ -54,6 +56,10 @@ class LayerSettings(NamedTuple):
         """s = alpha / r, or alpha / √r."""
         alpha = self.r if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+
+
+def _order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
+    return BlockPartition.from_weight(layer.base_weight(), num_blocks)
 
 
 class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
@@ -90,12 +96,20 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     smoa_A: nn.ParameterDict
     smoa_B: nn.ParameterDict
 
-    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool) -> None:
+    def __init__(
+        self, base_layer: nn.Module, fan_in_fan_out: bool, quantization: QuantizationBackend | None
+    ) -> None:
         self.base_layer = base_layer
         self.fan_in_fan_out = fan_in_fan_out
-        shape = tuple(self.get_base_layer().weight.shape)
-        self.out_features, self.in_features = shape[::-1] if fan_in_fan_out else shape
-        self._stored_base: Tensor | None = None  # W0, while the base layer holds W_eff
+        self.quantization_backend = quantization
+        base: Any = self.innermost()
+        if fan_in_fan_out:
+            self.in_features, self.out_features = base.weight.shape
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
+        # W0 while the base layer holds W_eff: its values, or a layer over its quantised ones.
+        self._stored_base: Tensor | None = None
+        self._stored_layer: nn.Module | None = None
         self.smoa_A = nn.ParameterDict()
         self.smoa_B = nn.ParameterDict()
         self.smoa_row_block = BufferDict(persistent=True)
@@ -120,7 +134,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return cast(nn.Module, self.get_base_layer())
 
     def base_weight(self) -> Tensor:
-        """W0 (N, C), never W_eff."""
+        """W0 (N, C), never W_eff; dequantised anew where it is quantised."""
+        if self.quantization_backend is not None:
+            return cast(
+                Tensor, self.quantization_backend.get_base_weight(self._stored_layer or self.innermost())
+            )
         weight = cast(Tensor, self.get_base_layer().weight)
         if self._stored_base is not None:
             weight = self._stored_base.to(weight.device, weight.dtype)
@@ -133,7 +151,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self,
         adapter_name: str,
         settings: LayerSettings,
-        spectral_order: SpectralOrder = BlockPartition.from_weight,
+        spectral_order: SpectralOrder = _order_of,
     ) -> None:
         """Add an adapter.
 
@@ -172,9 +190,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
-    def initialize(
-        self, adapter_name: str, spectral_order: SpectralOrder = BlockPartition.from_weight
-    ) -> BlockPartition:
+    def initialize(self, adapter_name: str, spectral_order: SpectralOrder = _order_of) -> BlockPartition:
         """Compute the blocks of an adapter from W0's spectrum, and draw its weights.
 
         Blocks are shared with an adapter of this layer that has as many.
@@ -188,13 +204,13 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
                 f"adapter {adapter_name!r} was loaded without its block labels (smoa_row_block, smoa_col_block, "
                 "smoa_ranks), and those of another spectrum would corrupt it"
             )
-        weight, blocks = self.base_weight(), self.num_blocks[adapter_name]
+        blocks = self.num_blocks[adapter_name]
         known = [p.partition for p in self._prepared.values() if p.partition.num_blocks == blocks]
-        partition = known[0] if known else spectral_order(weight, blocks)
+        partition = known[0] if known else spectral_order(self, blocks)
         self.smoa_row_block[adapter_name].copy_(partition.row_block)
         self.smoa_col_block[adapter_name].copy_(partition.col_block)
         self.smoa_ranks[adapter_name].copy_(torch.tensor(self.block_ranks[adapter_name]))
-        self.smoa_sketch[adapter_name].copy_(sketch_weight(weight))
+        self.smoa_sketch[adapter_name].copy_(sketch_weight(self.base_weight()))
         self._prepare(adapter_name, partition)
         self.reset_adapter(adapter_name)
         return partition
@@ -316,10 +332,12 @@ class Linear(SMoALayer, nn.Module):
     """Linear layer `y = x W0ᵀ + b + Σ dropout(x) ΔWᵀ` over its active adapters; W0 and b stay the base layer's.
 
     Args:
-        base_layer: `nn.Linear` or transformers' `Conv1D`, or another tuner's layer around one.
+        base_layer: `nn.Linear` or transformers' `Conv1D`, a quantised linear layer, or another tuner's layer around
+            one.
         adapter_name: of the first adapter.
         settings: of the first adapter.
         fan_in_fan_out: whether the weight is stored (in, out).
+        quantization: PEFT's back end for the base layer, where that is quantised.
         spectral_order: computes the blocks of a weight.
     """
 
@@ -330,13 +348,16 @@ class Linear(SMoALayer, nn.Module):
         settings: LayerSettings,
         *,
         fan_in_fan_out: bool = False,
-        spectral_order: SpectralOrder = BlockPartition.from_weight,
+        quantization: QuantizationBackend | None = None,
+        spectral_order: SpectralOrder = _order_of,
     ) -> None:
         nn.Module.__init__(self)
-        SMoALayer.__init__(self, base_layer, fan_in_fan_out)
+        SMoALayer.__init__(self, base_layer, fan_in_fan_out, quantization)
         # A base layer that computes anything else than x W0ᵀ + b is called; from the usual ones W0 is read.
         layer_type = type(base_layer)
-        self._reads_weight = layer_type is Conv1D or getattr(layer_type, "forward", None) is nn.Linear.forward
+        forward = getattr(layer_type, "forward", None)
+        plain = layer_type is Conv1D or forward is nn.Linear.forward
+        self._reads_weight = plain or (quantization is not None and self.innermost() is base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, settings, spectral_order)
 
@@ -370,6 +391,18 @@ class Linear(SMoALayer, nn.Module):
         return y
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
+        base = self.innermost()
+        if self.quantization_backend is not None:
+            return dequantized_linear(
+                x,
+                self.base_weight,
+                cast("Tensor | None", base.bias),
+                self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names),
+                compute_dtype=cast("torch.dtype | None", getattr(base, "compute_dtype", None)),
+                dropout_p=dropout_p,
+                algorithm=self.algorithm[names[0]],
+                backend=self.backend[names[0]],
+            )
         weight = self.base_weight()
         adapter = self._summed(weight, names)
         A, B = adapter.A, adapter.B
@@ -378,7 +411,7 @@ class Linear(SMoALayer, nn.Module):
         return smoa_linear(
             x,
             weight,
-            cast("Tensor | None", self.innermost().bias),
+            cast("Tensor | None", base.bias),
             A,
             B,
             adapter.partition,
@@ -433,12 +466,12 @@ class Linear(SMoALayer, nn.Module):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter, additive: in the base weight's layout, at least float32 where the factors are."""
-        delta = self._delta([adapter])
+        delta = self._delta([adapter], self.base_weight())
         return delta.T if self.fan_in_fan_out else delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W0 + Σ ΔW, rounded once, into the base layer; W0 is kept for :meth:`unmerge`.
+        """Put W0 + Σ ΔW, rounded (or quantised) once, into the base layer; W0 is kept for :meth:`unmerge`.
 
         Args:
             safe_merge: raise, and change nothing, where the result is not finite.
@@ -450,30 +483,39 @@ class Linear(SMoALayer, nn.Module):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]
         if not names:
             return
-        weight = cast(Tensor, self.innermost().weight)
-        merged = self._delta([*self.merged_adapters, *names]).add_(self.base_weight()).to(weight.dtype)
+        base_weight = self.base_weight()
+        merged = (
+            self._delta([*self.merged_adapters, *names], base_weight).add_(base_weight).to(base_weight.dtype)
+        )
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be broken"
             )
-        if self._stored_base is None:
-            self._stored_base = weight.detach().to("cpu", copy=True)
-        weight.data.copy_(merged.T if self.fan_in_fan_out else merged)
+        if self.quantization_backend is not None:
+            before = requantize(self, merged)
+            self._stored_layer = self._stored_layer or before
+        else:
+            weight = cast(Tensor, self.innermost().weight)
+            if self._stored_base is None:
+                self._stored_base = weight.detach().to("cpu", copy=True)
+            weight.data.copy_(merged.T if self.fan_in_fan_out else merged)
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put W0 back, bit for bit."""
-        if self._stored_base is None:
+        if self._stored_layer is not None:
+            self.base_layer = self._stored_layer
+        elif self._stored_base is not None:
+            cast(Tensor, self.innermost().weight).data.copy_(self._stored_base)
+        else:
             warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
-            return
-        cast(Tensor, self.innermost().weight).data.copy_(self._stored_base)
-        self._stored_base = None
+        self._stored_base = self._stored_layer = None
         self.merged_adapters.clear()
 
-    def _delta(self, names: Sequence[str]) -> Tensor:
+    def _delta(self, names: Sequence[str], weight: Tensor) -> Tensor:
         """Σ ΔW (N, C), at least float32, each computed as its own product."""
-        weight = self.base_weight().detach()
+        weight = weight.detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         total = eager.delta_weight(self.packed(names[0], weight))
         for name in names[1:]:

@@ -39,10 +39,11 @@ def check_adapter(
             continue
         check_labels(name, layer, adapter_name, given)
         sketch = state.get(f"{name}.smoa_sketch.{adapter_name}")
-        if sketch is not None and not layer.base_weight().is_meta:
+        weight = None if sketch is None else layer.base_weight()
+        if sketch is not None and weight is not None and not weight.is_meta:
             if sketch.shape != layer.smoa_sketch[adapter_name].shape:
                 raise ValueError(f"{name}: smoa_sketch must have shape (33,), got {tuple(sketch.shape)}")
-            distance = sketch_distance(sketch, sketch_weight(layer.base_weight()))
+            distance = sketch_distance(sketch, sketch_weight(weight))
             if not distance <= TOLERANCE:
                 others.append((name, distance))
     if others:

@@ -12,7 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +27,7 @@ from .combine import concatenate_adapters, interpolate_factors
 from .config import FORMAT_VERSION, SMoAConfig
 from .layer import LayerSettings, Linear, SMoALayer
 from .loading import check_adapter
+from .quantized import keep_packing
 
 __all__ = ["SMoAModel"]
 
@@ -72,19 +77,48 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             if isinstance(target, SMoALayer):
                 target.update_layer(adapter_name, settings, self._spectral_order)
                 return
-            new_module = _new_layer(target, adapter_name, settings, self._spectral_order)
+            new_module = self._new_layer(target, adapter_name, settings)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{current_key}: {error}") from error
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
-    def _spectral_order(self, weight: Tensor, num_blocks: int) -> BlockPartition:
+    def _spectral_order(self, layer: SMoALayer, num_blocks: int) -> BlockPartition:
         """Blocks of a weight, computed once for layers that share it."""
-        key = (weight.data_ptr(), weight.shape, weight.stride(), num_blocks)
+        stored: Any = layer.innermost()
+        key = (getattr(stored, "weight", stored), num_blocks)
         if key not in self._orders:
-            self._orders[key] = BlockPartition.from_weight(weight, num_blocks)
+            self._orders[key] = BlockPartition.from_weight(layer.base_weight(), num_blocks)
         return self._orders[key]
+
+    def _new_layer(self, target: nn.Module, adapter_name: str, settings: LayerSettings) -> Linear:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        quantization = resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
+        if quantization is not None:
+            keep_packing(base)
+        stored_transposed = isinstance(base, Conv1D)
+        if not isinstance(base, (nn.Linear, Conv1D)) and quantization is None:
+            raise ValueError(
+                f"Target module {target} is not supported. Currently, only the following modules are supported: "
+                "`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D` and quantised linear layers."
+            )
+        if settings.config.fan_in_fan_out != stored_transposed:
+            warnings.warn(
+                f"fan_in_fan_out is set to {settings.config.fan_in_fan_out} but the target module is "
+                f"`{type(base).__name__}`. Setting fan_in_fan_out to {stored_transposed}.",
+                UserWarning,
+                stacklevel=2,
+            )
+            settings.config.fan_in_fan_out = stored_transposed
+        return Linear(
+            target,
+            adapter_name,
+            settings,
+            fan_in_fan_out=stored_transposed,
+            quantization=quantization,
+            spectral_order=self._spectral_order,
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -270,27 +304,3 @@ def _layers(model: nn.Module) -> list[SMoALayer]:
 
 def _awaits_labels(layer: SMoALayer, adapter_name: str) -> bool:
     return adapter_name in layer.smoa_A and bool((layer.smoa_ranks[adapter_name] < 0).any())
-
-
-def _new_layer(target: nn.Module, adapter_name: str, settings: LayerSettings, spectral_order: Any) -> Linear:
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if isinstance(base, nn.Linear):
-        stored_transposed = False
-    elif isinstance(base, Conv1D):
-        stored_transposed = True
-    else:
-        raise ValueError(
-            f"Target module {target} is not supported. Currently, only the following modules are supported: "
-            "`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`."
-        )
-    if settings.config.fan_in_fan_out != stored_transposed:
-        warnings.warn(
-            f"fan_in_fan_out is set to {settings.config.fan_in_fan_out} but the target module is "
-            f"`{type(base).__name__}`. Setting fan_in_fan_out to {stored_transposed}.",
-            UserWarning,
-            stacklevel=2,
-        )
-        settings.config.fan_in_fan_out = stored_transposed
-    return Linear(
-        target, adapter_name, settings, fan_in_fan_out=stored_transposed, spectral_order=spectral_order
-    )

@@ -1,0 +1,158 @@
+"""Linear layers over a quantised base (QSMoA): W0 is dequantised for a product and dropped after it.
+
+Forward and backward each dequantise for themselves, so what is kept for backward is x, the factors and the seed,
+as over a plain base: never W0's values.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import resolve_backend
+from ..dropout import draw_seed
+from ..functional import smoa_linear
+from ..operator import linear_backward
+from ..packed import PackedAdapter
+
+__all__ = ["dequantized_linear", "keep_packing", "requantize"]
+
+
+def dequantized_linear(
+    x: Tensor,
+    read_weight: Callable[[], Tensor],
+    bias: Tensor | None,
+    adapter: PackedAdapter,
+    *,
+    compute_dtype: torch.dtype | None,
+    dropout_p: float,
+    algorithm: str,
+    backend: str,
+) -> Tensor:
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, differentiable in x, the bias and the factors.
+
+    Args:
+        x: (..., C).
+        read_weight: dequantises W0 (N, C).
+        bias: (N,) or None.
+        adapter: whose `weight` is not looked at.
+        compute_dtype: that the product multiplies in; autocast's, or x's, when None.
+
+    Returns:
+        (..., N) in x's dtype.
+    """
+    device = x.device.type
+    if (
+        compute_dtype is None
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
+        compute_dtype = torch.get_autocast_dtype(device)
+    dtype = x.dtype if compute_dtype is None else compute_dtype
+    A, B = adapter.A, adapter.B
+    if A.dtype not in (dtype, torch.float32):
+        A, B = A.to(dtype), B.to(dtype)
+    seed = draw_seed(x.device) if dropout_p > 0 else None
+    settings = {"dropout_p": dropout_p, "algorithm": algorithm, "backend": backend}
+    bias = None if bias is None else bias.to(dtype)
+    apply: Any = _DequantizedLinear.apply
+    return cast(Tensor, apply(x.to(dtype), bias, A, B, seed, read_weight, adapter, settings)).to(x.dtype)
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        seed: Tensor | None,
+        read_weight: Callable[[], Tensor],
+        adapter: PackedAdapter,
+        settings: dict[str, Any],
+    ) -> Tensor:
+        needs_factors = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if needs_factors else None, A, B, seed, adapter.ranks, adapter.scaling)
+        ctx.read_weight, ctx.partition, ctx.settings = read_weight, adapter.partition, settings
+        with torch.autocast(x.device.type, enabled=False):
+            return smoa_linear(
+                x,
+                read_weight().to(x.dtype),
+                bias,
+                A,
+                B,
+                adapter.partition,
+                adapter.ranks,
+                scaling=adapter.scaling,
+                dropout_seed=seed,
+                **settings,
+            )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, seed, ranks, scaling = ctx.saved_tensors
+        needs_x, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
+        weight = ctx.read_weight().to(dy.dtype)
+        dx, dA, dB = linear_backward(
+            dy,
+            x,
+            weight,
+            A,
+            B,
+            ranks,
+            scaling,
+            seed,
+            ctx.partition.tensors(),
+            ctx.partition.sizes(),
+            ctx.settings["dropout_p"],
+            0,
+            weight.shape[1],
+            needs_x,
+            resolve_backend(ctx.settings["backend"], dy.device, dy.dtype, A.shape[0]),
+        )
+        dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
+        gradients = (dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None)
+        return (*gradients, None, None, None, None)
+
+
+def keep_packing(base: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for the CPU's own instructions, which evaluation does unasked.
+
+    What it packs so `dequantize_4bit` misreads, and the scales are rounded to bfloat16 on the way.
+    """
+    if not getattr(base, "support_avx512bf16_for_cpu", False):
+        return
+    base.support_avx512bf16_for_cpu = False
+    weight = base.weight
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        functional = importlib.import_module("bitsandbytes.functional")
+        weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(
+            weight.data, weight.quant_state
+        )
+
+
+def requantize(layer: Any, weight: Tensor) -> nn.Module:
+    """Quantise `weight` into a tuner layer's base layer by PEFT's rules; returns a layer over what was there."""
+    base = layer.get_base_layer()
+    before, stored = twin(base), getattr(base, "weight", None)
+    attributes = dict(vars(stored)) if stored is not None else {}
+    layer.quantization_backend.set_base_weight(layer, weight)
+    if stored is not None:
+        vars(stored).update(attributes)  # PEFT marks the old parameter as not quantised in passing
+    return before
+
+
+def twin(layer: nn.Module) -> nn.Module:
+    """A second module over the same quantised tensors, which stays as it is when the first is requantised."""
+    other = copy.copy(layer)
+    other._parameters = layer._parameters.copy()
+    other._buffers = layer._buffers.copy()
+    if hasattr(layer, "state"):  # bitsandbytes keeps the scales of 8-bit weights there
+        other.state = copy.copy(layer.state)
+    return other

@@ -1,0 +1,169 @@
+"""A quantised base: NF4 and FP4 on the CPU, as bitsandbytes runs them there."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from tiny_models import tiny_llama
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from smoa_kernels import BlockPartition, smoa_linear
+from smoa_kernels.peft import SMoAConfig, SMoALayer
+
+bnb = pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
+
+KINDS = [("nf4", False), ("nf4", True), ("fp4", False)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    return folder
+
+
+def load(folder, kind="nf4", double=False, compute=torch.float32):
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32
+    ).eval()
+
+
+def adapt(model, **settings):
+    defaults = {
+        "r": 4,
+        "num_blocks": 2,
+        "target_modules": "all-linear",
+        "init_weights": False,
+        "smoa_alpha": 0.5,
+    }
+    return get_peft_model(model, SMoAConfig(**{**defaults, **settings}))
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, SMoALayer)]
+
+
+def dequantized(layer):
+    return bnb.functional.dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state)
+
+
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_outputs_and_gradients_are_those_over_the_dequantised_weight(saved, kind, double, dropout):
+    model = adapt(load(saved, kind, double), smoa_dropout=dropout).train()
+    for layer in layers(model):
+        assert isinstance(layer.base_layer, bnb.nn.Linear4bit)
+        assert layer.smoa_A["default"].dtype == torch.float32
+        weight = dequantized(layer).float()
+        partition = layer.partition("default")
+        assert partition == BlockPartition.from_weight(weight, 2)
+        x = torch.randn(7, layer.in_features, requires_grad=True)
+        dy = torch.randn(7, layer.out_features)
+        torch.manual_seed(1)
+        y = layer(x)
+        y.backward(dy)
+        ours = [x.grad, layer.smoa_A["default"].grad, layer.smoa_B["default"].grad]
+        theirs = [
+            t.detach().clone().requires_grad_() for t in (x, layer.smoa_A["default"], layer.smoa_B["default"])
+        ]
+        torch.manual_seed(1)
+        expected = smoa_linear(
+            theirs[0],
+            weight,
+            None,
+            *theirs[1:],
+            partition,
+            layer.smoa_ranks["default"],
+            scaling=layer.scaling["default"],
+            dropout_p=dropout,
+        )
+        expected.backward(dy)
+        torch.testing.assert_close(y, expected)
+        for gradient, reference in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(gradient, reference.grad)
+
+
+def test_the_weights_values_are_not_kept_for_backward(saved):
+    model = adapt(load(saved)).train()
+    layer = layers(model)[0]
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        layer(torch.randn(5, layer.in_features))
+    assert (layer.out_features, layer.in_features) not in shapes
+
+
+def test_training_over_a_prepared_model(saved, tokens):
+    model = adapt(prepare_model_for_kbit_training(load(saved)), init_weights=True, smoa_alpha=4).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    first = None
+    for _ in range(8):
+        loss = model(tokens, labels=tokens).loss
+        first = loss.item() if first is None else first
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < first
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_merging_requantises_and_unmerging_restores_every_bit(saved, tokens, compute):
+    model = adapt(load(saved, compute=compute), smoa_alpha=8).eval()
+    expected = model(tokens).logits
+    before = [layer.base_layer.weight.data.clone() for layer in layers(model)]
+    model.merge_adapter()
+    merged = model(tokens).logits
+    assert (merged - expected).norm() < 0.3 * expected.norm()  # the rounding of NF4
+    for layer, packed in zip(layers(model), before, strict=True):
+        assert not torch.equal(layer.base_layer.weight.data, packed)
+    model.unmerge_adapter()
+    for layer, packed in zip(layers(model), before, strict=True):
+        assert torch.equal(layer.base_layer.weight.data, packed)
+    assert torch.equal(model(tokens).logits, expected)
+    unloaded = model.merge_and_unload()
+    assert torch.equal(unloaded(tokens).logits, merged)
+
+
+def test_adapters_move_between_a_base_and_its_quantised_form(saved, tokens, tmp_path, recwarn):
+    model = adapt(load(saved)).eval()
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(saved), tmp_path, strict_base=True).eval()
+    assert torch.equal(again(tokens).logits, expected)
+    plain = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    over_plain = PeftModel.from_pretrained(plain, tmp_path, strict_base=True).eval()
+    assert (over_plain(tokens).logits - expected).norm() < 0.3 * expected.norm()
+    assert not [w for w in recwarn if "another base weight" in str(w.message)]
+
+
+def test_a_base_that_was_evaluated_before(saved, tokens):
+    base = load(saved)
+    expected = base(tokens).logits  # on some CPUs this packs the weights anew
+    model = adapt(base, init_weights=True).eval()
+    assert (model(tokens).logits - expected).norm() < 0.02 * expected.norm()
+
+
+def test_several_adapters_and_mixed_batches(saved, tokens):
+    model = adapt(load(saved))
+    model.add_adapter("other", SMoAConfig(r=6, num_blocks=3, target_modules="all-linear", init_weights=False))
+    model.eval()
+    default = model(tokens).logits
+    model.base_model.set_adapter("other")
+    other = model(tokens).logits
+    with model.disable_adapter():
+        base = model(tokens).logits
+    mixed = model(tokens, adapter_names=["default", "other", "__base__"]).logits
+    for i, expected in enumerate((default, other, base)):
+        torch.testing.assert_close(mixed[i], expected[i], rtol=1e-4, atol=1e-4)
+    model.base_model.set_adapter(["default", "other"])
+    layer = layers(model)[0]
+    x = torch.randn(4, layer.in_features)
+    delta = layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, dequantized(layer) + delta), rtol=1e-4, atol=1e-5
+    )
