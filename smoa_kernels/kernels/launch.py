@@ -133,13 +133,13 @@ BLOCK_MATMUL_CONFIGS = (
 )
 BLOCK_MATMUL_TF32_CONFIGS = (
     BlockMatmulConfig(128, 128, 32, group_t=8, num_warps=8, num_stages=3),
-    BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=8, num_stages=3),
     BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
 )
 # IEEE float32 has no tensor cores on NVIDIA: smaller tiles, for each thread holds its operands in registers.
 BLOCK_MATMUL_IEEE_CONFIGS = (
-    BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
     BlockMatmulConfig(64, 64, 16, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 32, 32, group_t=8, num_warps=4, num_stages=3),
     BlockMatmulConfig(32, 64, 32, group_t=8, num_warps=4, num_stages=3),
 )
 # AMD: 64 threads a warp, 64 KiB of shared memory; float32 has tensor cores in IEEE.
@@ -154,8 +154,8 @@ BLOCK_MATMUL_AMD_FP32_CONFIGS = (
     BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
 )
 
-# The first, whose transposed tile of H takes 138 KiB of shared memory, goes to sm_80, sm_90, sm_100 and gfx942, where
-# it is made in parts.
+# The first needs up to 138 KiB of shared memory on NVIDIA, for H transposed: not on sm_86, sm_89 and sm_120. AMD's
+# compiler makes do with 64 KiB.
 BLOCK_GRAD_CONFIGS = (
     BlockGradConfig(128, 128, 64, split=0, num_warps=8, num_stages=3),
     BlockGradConfig(64, 128, 64, split=0, num_warps=4, num_stages=3),
@@ -166,7 +166,7 @@ BLOCK_GRAD_TF32_CONFIGS = (
     BlockGradConfig(128, 128, 32, split=0, num_warps=8, num_stages=3),
     BlockGradConfig(64, 128, 32, split=0, num_warps=4, num_stages=3),
     BlockGradConfig(128, 64, 32, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(64, 64, 32, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(64, 64, 32, split=0, num_warps=4, num_stages=2),
 )
 BLOCK_GRAD_IEEE_CONFIGS = (
     BlockGradConfig(64, 64, 32, split=0, num_warps=8, num_stages=3),

@@ -1,0 +1,349 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""dA and dB, the gradients of the factors, over all spectral blocks in one launch.
+
+    G_k = dyg_kᵀ · xg_k,   H_k = s · G_k ∘ W0_k,   dB_k = H_k · A_kᵀ,   dA_k = B_kᵀ · H_k
+
+G never exists in memory. One program accumulates one tile of G_k over its tokens in registers, multiplies it by
+the tile of W0 and contracts it with the tile's rows of B and columns of A: what it writes is rank-sized. A second
+kernel adds these partials in a fixed order: no atomics, and two runs agree bit for bit. The contraction is linear
+in G, so the tokens can be split among programs too.
+
+Layout of the pointers: dy (T, K, P_n) and x (T, K, P_c) padded block-major with zeros in padding, any strides but
+the last, 1; weight (N, C), a (ρ, C), b (N, ρ) in the layer's own coordinates, any strides, reached through
+row_index (N), col_index (C) int64 and row_offsets, col_offsets (K + 1) int32; ranks (K) int32; scaling one element;
+partial_b (splits · column tiles, N, R) and partial_a (splits · row tiles, C, R) float32, R = ρ rounded up so that
+rows are 64 bytes or a multiple, contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..packed import PackedAdapter
+from ..partition import BlockPartition
+from ._common import block_slots, dot, input_precision, round_to
+from .launch import BlockGradConfig, architecture, block_grad_configs, multiprocessors
+
+__all__ = ["block_grad"]
+
+# Ranks that the contraction takes at a time: the least that `tl.dot` takes, for the tile of G stays in registers.
+RANK_CHUNK = 16
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def block_grad_kernel(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    a_ptr,
+    b_ptr,
+    scaling_ptr,
+    ranks_ptr,
+    row_index_ptr,
+    col_index_ptr,
+    row_offsets_ptr,
+    col_offsets_ptr,
+    partial_a_ptr,
+    partial_b_ptr,
+    tokens,
+    tokens_per_split,
+    out_features,
+    in_features,
+    tiles_n,
+    tiles_c,
+    padded_rank,
+    stride_dyt,
+    stride_dyk,
+    stride_xt,
+    stride_xk,
+    stride_wn,
+    stride_wc,
+    stride_ar,
+    stride_ac,
+    stride_bn,
+    stride_br,
+    NEEDS_A: tl.constexpr,
+    NEEDS_B: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    tile_c = tl.program_id(0) % tiles_c
+    tile_n = tl.program_id(0) // tiles_c % tiles_n
+    block = (tl.program_id(0) // tiles_c // tiles_n).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    row_slots = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_slots = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+
+    rank = tl.load(ranks_ptr + block)
+    rows = tl.load(row_offsets_ptr + block + 1) - tl.load(row_offsets_ptr + block)
+    cols = tl.load(col_offsets_ptr + block + 1) - tl.load(col_offsets_ptr + block)
+    # Tiles past the end of their block write nothing: they take no token and no rank.
+    rank = tl.where((tile_n * BLOCK_N < rows) & (tile_c * BLOCK_C < cols), rank, 0)
+
+    # G_k's tile, summed over the split's tokens.
+    first = split * tokens_per_split
+    last = tl.where(rank > 0, min(first + tokens_per_split, tokens), first)
+    slots_t = tl.arange(0, BLOCK_T)
+    dy_ptrs = dy_ptr + block * stride_dyk + (first + slots_t)[None, :] * stride_dyt + row_slots[:, None]
+    x_ptrs = x_ptr + block * stride_xk + (first + slots_t)[:, None] * stride_xt + col_slots[None, :]
+    step = tl.full((), BLOCK_T, tl.int64)
+    grad = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in range(first, last, BLOCK_T):
+        token_valid = slots_t < last - start
+        dy = tl.load(dy_ptrs, mask=token_valid[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=token_valid[:, None], other=0.0)
+        if x.dtype == tl.float32 and INPUT_PRECISION == "tf32":
+            # Changes nothing. Hopper and Blackwell multiply TF32 from K-major shared memory or from registers, and
+            # here K, the tokens, is the slow dimension: tiles that went straight to `dot` would be copied four bytes
+            # at a time.
+            dy = tl.where(token_valid[None, :], dy, 0.0)
+            x = tl.where(token_valid[:, None], x, 0.0)
+        grad = dot(dy, x, grad, INPUT_PRECISION)
+        dy_ptrs += step * stride_dyt
+        x_ptrs += step * stride_xt
+
+    # H_k = s · G_k ∘ W0_k, a quarter of the columns at a time: the gather of W0 takes an address per element, and
+    # those of the whole tile do not fit in the registers.
+    QUARTER: tl.constexpr = BLOCK_C // 4
+    rows, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots)
+    left, right = halves(grad)
+    quarters = halves(left) + halves(right)
+    scaling = tl.load(scaling_ptr).to(tl.float32)
+    h = ()
+    for q in tl.static_range(4):
+        slots = tile_c * BLOCK_C + q * QUARTER + tl.arange(0, QUARTER)
+        cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots)
+        weight_ptrs = weight_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc
+        weight = tl.load(weight_ptrs, mask=row_valid[:, None] & col_valid[None, :], other=0.0)
+        # Concatenated, for Triton does not unpack; mypy takes the empty tuple's type for h's.
+        h = h + (scaling * quarters[q] * weight.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+
+    # dB_k = H_k · A_kᵀ and dA_k = B_kᵀ · H_k, a few ranks at a time.
+    row_start = (split * tiles_c + tile_c) * out_features
+    col_start = (split * tiles_n + tile_n) * in_features
+    for start in tl.range(
+        0, rank, BLOCK_R, num_stages=1
+    ):  # prefetched factors would not fit in the registers
+        t = start + tl.arange(0, BLOCK_R)
+        row_rank_valid = row_valid[:, None] & (t < rank)[None, :]
+        if NEEDS_A:
+            b = tl.load(
+                b_ptr + rows[:, None] * stride_bn + t[None, :] * stride_br, mask=row_rank_valid, other=0.0
+            ).to(tl.float32)
+        db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        for q in tl.static_range(4):
+            slots = tile_c * BLOCK_C + q * QUARTER + tl.arange(0, QUARTER)
+            cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots)
+            col_rank_valid = col_valid[:, None] & (t < rank)[None, :]
+            if NEEDS_B:
+                a_ptrs = a_ptr + cols[:, None] * stride_ac + t[None, :] * stride_ar
+                a = tl.load(a_ptrs, mask=col_rank_valid, other=0.0).to(tl.float32)
+                db = dot(h[q], a, db, INPUT_PRECISION)
+            if NEEDS_A:
+                da = dot(tl.trans(h[q]), b, tl.zeros((QUARTER, BLOCK_R), tl.float32), INPUT_PRECISION)
+                da_ptrs = partial_a_ptr + (col_start + cols)[:, None] * padded_rank + t[None, :]
+                tl.store(da_ptrs, da, mask=col_valid[:, None])
+        if NEEDS_B:
+            db_ptrs = partial_b_ptr + (row_start + rows)[:, None] * padded_rank + t[None, :]
+            tl.store(db_ptrs, db, mask=row_valid[:, None])
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns, for tl.split cuts only a last dimension of two."""
+    rows: tl.constexpr = tile.shape[0]
+    cols: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, cols // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def sum_partials_kernel(
+    partial_ptr,
+    label_ptr,
+    ranks_ptr,
+    other_offsets_ptr,
+    out_ptr,
+    length,
+    rank,
+    padded_rank,
+    splits,
+    tiles,
+    stride_om,
+    stride_or,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[m, t] = Σ partial[:, m, t] over what the block of coordinate m wrote, 0 from its rank on.
+
+    TILE is the gradient kernel's tile along the other side of W0: a block of that side's size fills that many of
+    the `tiles` in each split, and the rest were never written.
+    """
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = m < length
+    block = tl.load(label_ptr + m, mask=inside, other=0).to(tl.int32)
+    block_rank = tl.load(ranks_ptr + block)
+    other_size = tl.load(other_offsets_ptr + block + 1) - tl.load(other_offsets_ptr + block)
+    # Whole chunks of ranks are written, so that only whole ones need be masked.
+    inside_rank = inside & (tl.program_id(1) * BLOCK_R < block_rank)
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for split in range(splits):
+        for tile in range(tiles):
+            slot = (split * tiles + tile).to(tl.int64) * length
+            written = inside_rank & (tile * TILE < other_size)
+            partial_ptrs = partial_ptr + (slot + m)[:, None] * padded_rank + t[None, :]
+            total += tl.load(partial_ptrs, mask=written[:, None], other=0.0)
+    total = tl.where(t[None, :] < block_rank[:, None], total, 0.0)
+    out_ptrs = out_ptr + m[:, None] * stride_om + t[None, :] * stride_or
+    tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=inside[:, None] & (t < rank)[None, :])
+
+
+def block_grad(
+    dyg: Tensor,
+    xg: Tensor,
+    adapter: PackedAdapter,
+    *,
+    needs_A: bool = True,
+    needs_B: bool = True,
+    allow_tf32: bool = False,
+    config: BlockGradConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA (ρ, C) and dB (N, ρ) of all blocks, in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
+
+    Args:
+        dyg: dY (T, K, P_n) in W0's dtype, gathered by rows of W0: `permute.gather_columns`.
+        xg: (T, K, P_c), the adapter's input gathered by columns, its dropout mask applied.
+        adapter: weight, factors, partition, ranks and scaling.
+        needs_A: compute dA; None is returned for it otherwise.
+        needs_B: likewise dB.
+        allow_tf32: let float32 products round their operands to TF32. Under a half weight the contraction
+            always may.
+        config: launch parameters; the tile must divide P_n and P_c.
+
+    Raises:
+        ValueError: shapes that do not fit each other or the tile.
+    """
+    partition = adapter.partition
+    tokens, num_blocks, padded_rows = dyg.shape
+    padded_cols = xg.shape[2]
+    out_features, in_features = partition.shape
+    rho = adapter.A.shape[0]
+    if xg.shape[:2] != dyg.shape[:2] or num_blocks != partition.num_blocks:
+        raise ValueError(
+            f"dyg {tuple(dyg.shape)} and xg {tuple(xg.shape)} must share T and K = {partition.num_blocks}"
+        )
+    if config is None:
+        config = _choose(dyg, xg, allow_tf32)
+    if padded_rows % config.block_n or padded_cols % config.block_c:
+        raise ValueError(
+            f"padded widths must be multiples of the tile ({config.block_n}, {config.block_c}), "
+            f"got ({padded_rows}, {padded_cols})"
+        )
+    dA = torch.empty(adapter.A.shape, dtype=adapter.A.dtype, device=dyg.device) if needs_A else None
+    dB = torch.empty(adapter.B.shape, dtype=adapter.B.dtype, device=dyg.device) if needs_B else None
+    if rho == 0 or (dA is None and dB is None):
+        return dA, dB
+
+    tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
+    programs = num_blocks * tiles_n * tiles_c
+    splits = config.split or token_splits(tokens, programs, multiprocessors(dyg.device), config.block_t)
+    tokens_per_split = triton.cdiv(triton.cdiv(tokens, splits), config.block_t) * config.block_t
+    padded_rank = triton.cdiv(rho, RANK_CHUNK) * RANK_CHUNK
+    partial_a = partial_b = None
+    if needs_A:
+        partial_a = dyg.new_empty((splits * tiles_n, in_features, padded_rank), dtype=torch.float32)
+    if needs_B:
+        partial_b = dyg.new_empty((splits * tiles_c, out_features, padded_rank), dtype=torch.float32)
+    dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
+    xg = xg if xg.stride(2) == 1 else xg.contiguous()
+    block_grad_kernel[(programs, splits)](
+        dyg,
+        xg,
+        adapter.weight,
+        adapter.A,
+        adapter.B,
+        adapter.scaling,
+        adapter.ranks,
+        partition.row_index,
+        partition.col_index,
+        partition.row_offsets,
+        partition.col_offsets,
+        partial_a,
+        partial_b,
+        tokens,
+        tokens_per_split,
+        out_features,
+        in_features,
+        tiles_n,
+        tiles_c,
+        padded_rank,
+        *dyg.stride()[:2],
+        *xg.stride()[:2],
+        *adapter.weight.stride(),
+        *adapter.A.stride(),
+        *adapter.B.stride(),
+        NEEDS_A=needs_A,
+        NEEDS_B=needs_B,
+        INPUT_PRECISION=input_precision(adapter.weight.dtype, allow_tf32=allow_tf32),
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+        BLOCK_T=config.block_t,
+        BLOCK_R=RANK_CHUNK,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if dA is not None and partial_a is not None:
+        _sum_partials(partial_a, partition.T, adapter.ranks, dA.T, splits, config.block_n)
+    if dB is not None and partial_b is not None:
+        _sum_partials(partial_b, partition, adapter.ranks, dB, splits, config.block_c)
+    return dA, dB
+
+
+def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> int:
+    """Into how many parts T is cut so that the launch fills the device: one where the tiles of G do already.
+
+    A part keeps at least eight steps of the main loop, which is what the contraction at its end costs.
+    """
+    return max(1, min(-(-processors // programs), tokens // (8 * block_t)))
+
+
+def _choose(dyg: Tensor, xg: Tensor, allow_tf32: bool) -> BlockGradConfig:
+    """The largest shipped tile that divides the layout: splitting T fills the device."""
+    precision = input_precision(dyg.dtype, allow_tf32=allow_tf32)
+    shipped = block_grad_configs(architecture(dyg.device), dyg.dtype, precision)
+    fitting = [c for c in shipped if dyg.shape[2] % c.block_n == 0 and xg.shape[2] % c.block_c == 0]
+    return fitting[0] if fitting else shipped[-1]
+
+
+def _sum_partials(
+    partial: Tensor, partition: BlockPartition, ranks: Tensor, out: Tensor, splits: int, tile: int
+) -> None:
+    """Sum partials (slots, M, R) of W0's rows into out (M, ρ); dA is the transposed partition's case."""
+    length, rank = out.shape
+    slots, _, padded_rank = partial.shape
+    block_m = 64
+    grid = (triton.cdiv(length, block_m), padded_rank // RANK_CHUNK)
+    sum_partials_kernel[grid](
+        partial,
+        partition.row_block,
+        ranks,
+        partition.col_offsets,
+        out,
+        length,
+        rank,
+        padded_rank,
+        splits,
+        slots // splits,
+        *out.stride(),
+        TILE=tile,
+        BLOCK_M=block_m,
+        BLOCK_R=RANK_CHUNK,
+        num_warps=4,
+    )

@@ -1,0 +1,233 @@
+"""block_grad: dB_k = H_k A_kᵀ and dA_k = B_kᵀ H_k with H_k = s · (dyg_kᵀ xg_k) ∘ W0_k, G never in memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from kernel_cases import (
+    DTYPES,
+    Guarded,
+    adapter_of,
+    assert_within_budget,
+    delta_weight,
+    from_vector,
+    problems,
+    to_device,
+)
+from problems import LinearProblem, make_problem
+from torch import Tensor
+from vectors import Vector, all_vectors
+
+from smoa_kernels.kernels import launch
+from smoa_kernels.kernels._common import padded_width
+from smoa_kernels.kernels.block_grad import block_grad, token_splits
+from smoa_kernels.kernels.launch import BlockGradConfig
+from smoa_kernels.kernels.permute import gather_columns
+from smoa_kernels.packed import PackedAdapter, padding_masks
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+few = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+# Small enough that small problems have several tiles of each kind.
+TILE = 32
+SMALL = BlockGradConfig(block_n=16, block_c=TILE, block_t=16, split=1, num_warps=4, num_stages=2)
+SHIPPED = (*launch.BLOCK_GRAD_CONFIGS, *launch.BLOCK_GRAD_TF32_CONFIGS, *launch.BLOCK_GRAD_IEEE_CONFIGS)
+
+
+def gather(problem: LinearProblem, multiple: int = TILE) -> tuple[Tensor, Tensor]:
+    """dyg and xg."""
+    p = problem.partition
+    return (
+        gather_columns(problem.dy, p.row_index, p.row_offsets, padded_width(p.row_sizes, multiple)),
+        gather_columns(problem.x, p.col_index, p.col_offsets, padded_width(p.col_sizes, multiple)),
+    )
+
+
+def gradients(problem: LinearProblem, config: BlockGradConfig = SMALL) -> tuple[Tensor, Tensor]:
+    dA, dB = block_grad(*gather(problem), adapter_of(problem), config=config)
+    assert dA is not None
+    assert dB is not None
+    return dA, dB
+
+
+def expected(problem: LinearProblem) -> tuple[Tensor, Tensor]:
+    """dA and dB by autograd through the definition, in the problem's dtype."""
+    A, B = (factor.detach().clone().requires_grad_() for factor in (problem.A, problem.B))
+    y = problem.x @ delta_weight(replace(problem, A=A, B=B)).T
+    if y.requires_grad:
+        y.backward(problem.dy)
+    dA, dB = (torch.zeros_like(f) if f.grad is None else f.grad for f in (A, B))
+    return dA, dB
+
+
+def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> None:
+    rounded = problem.to(dtype, factor_dtype)
+    truth = expected(rounded.to(torch.float64))
+    for config in (SMALL, replace(SMALL, split=2)):
+        ours = gradients(rounded, config)
+        padding = padding_masks(rounded.partition, rounded.ranks, rounded.A.shape[0])
+        for mine, theirs, true, used in zip(ours, expected(rounded), truth, padding, strict=True):
+            assert_within_budget(mine, theirs, true)
+            assert not mine[~used].any()
+
+
+@each_dtype
+@pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
+def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
+    check(to_device(from_vector(vector), device), dtype)
+
+
+def test_vectors_hold_the_truth(device: torch.device) -> None:
+    """The files' own gradients, without autograd between."""
+    for vector in all_vectors():
+        problem = to_device(from_vector(vector), device).to(torch.float32)
+        stored = vector.pack_A(vector.block_dA), vector.pack_B(vector.block_dB)
+        for mine, true in zip(gradients(problem), stored, strict=True):
+            torch.testing.assert_close(mine.double().cpu(), torch.from_numpy(true), rtol=1e-5, atol=1e-5)
+
+
+@few
+@given(problem=problems())
+@each_dtype
+def test_random_shapes(problem: LinearProblem, dtype: torch.dtype, device: torch.device) -> None:
+    check(to_device(problem, device), dtype)
+
+
+@pytest.mark.parametrize("rank", [1, 15, 16, 64, 256])
+def test_float32_factors_over_a_half_weight(rank: int, device: torch.device) -> None:
+    problem = make_problem(tokens=20, ranks=(rank, max(rank // 2, 1)), random_labels=True)
+    check(to_device(problem, device), torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_split_tokens_agree_with_unsplit(splits: int, device: torch.device) -> None:
+    """Linear in G: parts of T add up, also where the last parts are short or have no token at all."""
+    problem = to_device(make_problem(tokens=70, random_labels=True), device).to(torch.float32)
+    truth = expected(problem.to(torch.float64))
+    parts = gradients(problem, replace(SMALL, split=splits))
+    for mine, whole, true in zip(parts, gradients(problem), truth, strict=True):
+        assert_within_budget(mine, whole, true)
+
+
+@pytest.mark.parametrize("config", SHIPPED, ids=str)
+def test_every_shipped_configuration(config: BlockGradConfig, device: torch.device) -> None:
+    problem = make_problem(tokens=70, out_features=130, in_features=70, ranks=(5, 2))
+    problem = to_device(problem, device).to(torch.float32)
+    ours = block_grad(*gather(problem, 128), adapter_of(problem), config=config)
+    truth = expected(problem.to(torch.float64))
+    for mine, theirs, true in zip(ours, expected(problem), truth, strict=True):
+        assert mine is not None
+        assert_within_budget(mine, theirs, true)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_only_what_is_needed(needs: tuple[bool, bool], device: torch.device) -> None:
+    problem = to_device(make_problem(random_labels=True), device).to(torch.float32)
+    both = gradients(problem)
+    some = block_grad(*gather(problem), adapter_of(problem), needs_A=needs[0], needs_B=needs[1], config=SMALL)
+    for gradient, full, needed in zip(some, both, needs, strict=True):
+        assert torch.equal(gradient, full) if gradient is not None else not needed
+
+
+@each_dtype
+@pytest.mark.parametrize("split", [1, 3])
+def test_reruns_are_bitwise_equal(split: int, dtype: torch.dtype, device: torch.device) -> None:
+    problem = to_device(make_problem(tokens=70, random_labels=True), device).to(dtype)
+    config = replace(SMALL, split=split)
+    for first, second in zip(gradients(problem, config), gradients(problem, config), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_no_gradient_crosses_into_padding_or_other_memory(guarded: Guarded, device: torch.device) -> None:
+    """Strided inputs with NaN around them, and NaN in the factors' padding: neither is ever used."""
+    problem = make_problem(tokens=21, ranks=(3, 0, 20), random_labels=True, fill_padding=False)
+    problem = to_device(problem, device).to(torch.float32)
+    whole = gradients(problem)
+    used_A, used_B = padding_masks(problem.partition, problem.ranks, 20)
+    problem.A[~used_A] = float("nan")
+    problem.B[~used_B] = float("nan")
+    adapter = adapter_of(problem, lambda tensor: guarded(tensor, row_padding=3))
+    dyg, xg = (guarded(blocked, row_padding=16) for blocked in gather(problem))
+    for mine, theirs in zip(block_grad(dyg, xg, adapter, config=SMALL), whole, strict=True):
+        assert mine is not None
+        assert torch.equal(mine, theirs)
+    apart = [torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0] for t in (dyg, xg)]
+    for mine, theirs in zip(block_grad(*apart, adapter, config=SMALL), whole, strict=True):
+        assert mine is not None
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_column_major_weight_and_factors(transposed: bool, device: torch.device) -> None:
+    problem = to_device(make_problem(random_labels=True), device).to(torch.float32)
+    row_major = gradients(problem)
+    adapter = adapter_of(problem, lambda tensor: tensor.T.contiguous().T)
+    dyg, xg = gather(problem)
+    if transposed:  # the transposed layer's gradients are the same, with the roles of A and B exchanged
+        dB, dA = block_grad(xg, dyg, adapter.T, config=SMALL)
+        assert dA is not None
+        assert dB is not None
+        assert_within_budget(dB.T, row_major[1], expected(problem.to(torch.float64))[1])
+        assert_within_budget(dA.T, row_major[0], expected(problem.to(torch.float64))[0])
+    else:
+        for mine, theirs in zip(block_grad(dyg, xg, adapter, config=SMALL), row_major, strict=True):
+            assert mine is not None
+            assert torch.equal(mine, theirs)
+
+
+def test_offsets_beyond_int32(device: torch.device) -> None:
+    """Tokens 2³¹ / 8 elements apart, in memory that is reserved and mostly never touched."""
+    problem = to_device(make_problem(tokens=12), device).to(torch.bfloat16)
+    dyg, xg = gather(problem)
+    stride = 2**31 // 8
+    storage = torch.zeros(1, dtype=torch.bfloat16, device=device)
+    storage.untyped_storage().resize_(2 * (11 * stride + dyg[0].numel()))
+    apart = storage.as_strided(dyg.shape, (stride, *dyg.stride()[1:]))
+    apart.copy_(dyg)
+    for mine, theirs in zip(
+        block_grad(apart, xg, adapter_of(problem), config=SMALL), gradients(problem), strict=True
+    ):
+        assert mine is not None
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_no_tokens(split: int, device: torch.device) -> None:
+    problem = to_device(make_problem(tokens=0), device).to(torch.float32)
+    for gradient in gradients(problem, replace(SMALL, split=split)):
+        assert not gradient.any()
+
+
+def test_no_rank(device: torch.device) -> None:
+    problem = to_device(make_problem(ranks=(0, 0)), device).to(torch.float32)
+    dA, dB = gradients(problem)
+    assert dA.shape == (0, 57)
+    assert dB.shape == (33, 0)
+
+
+def test_large_half_gradients_do_not_overflow(device: torch.device) -> None:
+    """H in float32: a G beyond float16's range still gives finite factor gradients where these are small."""
+    problem = to_device(make_problem(tokens=16), device)
+    problem = replace(problem, x=problem.x * 300, dy=problem.dy * 300, weight=problem.weight * 1e-3)
+    rounded = problem.to(torch.float16)
+    for mine, true in zip(gradients(rounded), expected(rounded.to(torch.float64)), strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=2e-3, atol=1e-2)
+
+
+def test_token_splits() -> None:
+    assert token_splits(8192, 1000, 132, 64) == 1  # the tiles fill the device
+    assert token_splits(8192, 32, 132, 64) == 5  # 160 programs on 132 multiprocessors
+    assert token_splits(600, 8, 132, 64) == 1  # too few tokens to share
+    assert token_splits(1024, 8, 132, 64) == 2
+    assert token_splits(0, 8, 132, 64) == 1
+
+
+def test_bad_input(device: torch.device) -> None:
+    problem = to_device(make_problem(), device).to(torch.float32)
+    dyg, xg = gather(problem)
+    adapter: PackedAdapter = adapter_of(problem)
+    with pytest.raises(ValueError, match="must be multiples of the tile"):
+        block_grad(dyg, xg, adapter, config=replace(SMALL, block_c=64))
+    with pytest.raises(ValueError, match="must share T and K"):
+        block_grad(dyg[:5], xg, adapter, config=SMALL)
