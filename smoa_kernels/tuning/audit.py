@@ -35,7 +35,7 @@ AUDIT_DTYPES = ("bf16", "fp16", "tf32", "fp32")
 """What the main loop multiplies; "fp32" is IEEE. On AMD float32 is always IEEE, so "tf32" is not compiled."""
 
 DEFAULT_REGISTRY = "smoa_kernels.tuning.registry:KERNELS"
-_CACHE_SCHEMA = 1  # raised whenever a record gains a field or a parser changes what it reads
+_CACHE_SCHEMA = 2  # raised whenever a record gains a field or a parser changes what it reads
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,9 @@ def _record(blank: Record, binary: Binary, arch: Architecture) -> Record:
         if (core := listing.tensor_core(instruction)) and inside:
             tensor_cores[core] += 1
         if access := listing.access(instruction):
-            pointers = pointers_at(*access.location, access.kind) if access.location else ()
+            pointers = pointers_at(*access.location, access.kind) if access.location else frozenset()
+            if not pointers and binary.pointers:
+                pointers = binary.pointers[index]
             name = "|".join(sorted(pointers)) or "?"
             traffic[name, access.kind, access.bits, access.asynchronous, inside] += 1
     filled = {

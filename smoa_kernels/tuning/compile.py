@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from .limits import Architecture
 from .listing import Listing, parse_amdgcn, parse_sass
+from .provenance import argument_offsets, argument_pointers
 
 __all__ = ["Binary", "Launch", "capture", "compile_launch"]
 
@@ -68,6 +69,7 @@ class Binary:
         warps: per block.
         size: bytes of the device binary.
         listing: the machine code.
+        pointers: per instruction the pointer arguments of its address, where the machine code tells (AMD).
     """
 
     registers: int
@@ -77,6 +79,7 @@ class Binary:
     warps: int
     size: int
     listing: Listing
+    pointers: Sequence[frozenset[str]] = ()
 
 
 def capture(kernel: Any, launcher: Callable[[], object]) -> Launch:
@@ -148,7 +151,8 @@ def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> Binary:
     warps = int(compiled.metadata.num_warps)
     shared = int(compiled.metadata.shared)
     if arch.is_amd:
-        return _read_amd(compiled.asm["amdgcn"], shared, warps, len(compiled.asm["hsaco"]))
+        arguments = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
+        return _read_amd(compiled.asm["amdgcn"], shared, warps, len(compiled.asm["hsaco"]), arguments)
     # Warp-specialised kernels run more warps than num_warps; PTX knows the true number.
     threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"])
     warps = int(threads[1]) // 32 if threads else warps
@@ -257,7 +261,7 @@ def _read_nvidia(cubin: bytes, shared: int, warps: int) -> Binary:
     return Binary(registers, listing.local_bytes(), stack, shared, warps, len(cubin), listing)
 
 
-def _read_amd(text: str, shared: int, warps: int, size: int) -> Binary:
+def _read_amd(text: str, shared: int, warps: int, size: int, arguments: Sequence[tuple[str, str]]) -> Binary:
     count = {
         key: int(re.findall(rf"\.{key}:\s+(\d+)", text)[-1])
         for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
@@ -265,7 +269,13 @@ def _read_amd(text: str, shared: int, warps: int, size: int) -> Binary:
     # vgpr_count is the unified file's: accumulation registers are in it.
     spilled = 4 * count["vgpr_spill_count"]  # scalar registers spill into lanes of vector ones, not to memory
     stack = count["private_segment_fixed_size"]
-    return Binary(count["vgpr_count"], spilled, stack, shared, warps, size, parse_amdgcn(text))
+    listing = parse_amdgcn(text)
+    names = argument_pointers(arguments)
+    pointers = [
+        frozenset(names[offset] for offset in offsets if offset in names)
+        for offsets in argument_offsets([(i.opcode, i.operands) for i in listing.instructions])
+    ]
+    return Binary(count["vgpr_count"], spilled, stack, shared, warps, size, listing, pointers)
 
 
 def _output(*command: str) -> str:
