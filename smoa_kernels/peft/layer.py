@@ -22,6 +22,7 @@ from ..partition import BlockPartition, label_dtype
 from ..sketch import sketch_weight
 from .combine import single_block, sum_adapters
 from .config import SMoAConfig
+from .offload import check_present, execution_device, gathered, present
 from .quantized import dequantized_linear, requantize
 
 __all__ = ["LayerSettings", "Linear", "SMoALayer"]
@@ -140,6 +141,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
                 Tensor, self.quantization_backend.get_base_weight(self._stored_layer or self.innermost())
             )
         weight = cast(Tensor, self.get_base_layer().weight)
+        check_present(weight)
         if self._stored_base is not None:
             weight = self._stored_base.to(weight.device, weight.dtype)
         if weight.grad_fn is not None:
@@ -206,11 +208,13 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             )
         blocks = self.num_blocks[adapter_name]
         known = [p.partition for p in self._prepared.values() if p.partition.num_blocks == blocks]
-        partition = known[0] if known else spectral_order(self, blocks)
+        with gathered(self.innermost()), present(self, self.innermost()):
+            partition = known[0] if known else spectral_order(self, blocks)
+            sketch = sketch_weight(self.base_weight())
         self.smoa_row_block[adapter_name].copy_(partition.row_block)
         self.smoa_col_block[adapter_name].copy_(partition.col_block)
         self.smoa_ranks[adapter_name].copy_(torch.tensor(self.block_ranks[adapter_name]))
-        self.smoa_sketch[adapter_name].copy_(sketch_weight(self.base_weight()))
+        self.smoa_sketch[adapter_name].copy_(sketch)
         self._prepare(adapter_name, partition)
         self.reset_adapter(adapter_name)
         return partition
@@ -298,6 +302,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         sketch = self.smoa_sketch[adapter_name]
+        device = execution_device(self.innermost()) if device is None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         # PEFT casts every floating-point tensor to the base's dtype.
         self.smoa_sketch[adapter_name] = sketch.to(self.smoa_sketch[adapter_name].device)
@@ -385,9 +390,11 @@ class Linear(SMoALayer, nn.Module):
             # One dropout mask for one product: adapters that drop with another probability come after it.
             p = self._dropout_p(names[0])
             rest = [name for name in names if self._dropout_p(name) != p]
-            y = self._linear(x, [name for name in names if name not in rest], p)
+            with present(self, self.innermost()):
+                y = self._linear(x, [name for name in names if name not in rest], p)
         for name in rest:
-            y = y + self._adapter_output(x, name).to(y.dtype)
+            with present(self, self.innermost()):
+                y = y + self._adapter_output(x, name).to(y.dtype)
         return y
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
@@ -466,7 +473,8 @@ class Linear(SMoALayer, nn.Module):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter, additive: in the base weight's layout, at least float32 where the factors are."""
-        delta = self._delta([adapter], self.base_weight())
+        with present(self, self.innermost()):
+            delta = self._delta([adapter], self.base_weight())
         return delta.T if self.fan_in_fan_out else delta
 
     @torch.no_grad()
@@ -484,6 +492,8 @@ class Linear(SMoALayer, nn.Module):
         if not names:
             return
         base_weight = self.base_weight()
+        if base_weight.is_meta:
+            raise RuntimeError("the base weight is offloaded: merge the model (merge_adapter), not the layer")
         merged = (
             self._delta([*self.merged_adapters, *names], base_weight).add_(base_weight).to(base_weight.dtype)
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
+from .offload import gathered, present
 
 if TYPE_CHECKING:
     from .layer import SMoALayer
@@ -39,13 +40,15 @@ def check_adapter(
             continue
         check_labels(name, layer, adapter_name, given)
         sketch = state.get(f"{name}.smoa_sketch.{adapter_name}")
-        weight = None if sketch is None else layer.base_weight()
-        if sketch is not None and weight is not None and not weight.is_meta:
-            if sketch.shape != layer.smoa_sketch[adapter_name].shape:
-                raise ValueError(f"{name}: smoa_sketch must have shape (33,), got {tuple(sketch.shape)}")
-            distance = sketch_distance(sketch, sketch_weight(weight))
-            if not distance <= TOLERANCE:
-                others.append((name, distance))
+        if sketch is None:
+            continue
+        if sketch.shape != layer.smoa_sketch[adapter_name].shape:
+            raise ValueError(f"{name}: smoa_sketch must have shape (33,), got {tuple(sketch.shape)}")
+        with gathered(layer.innermost()), present(layer, layer.innermost()):
+            weight = layer.base_weight()
+            distance = 0.0 if weight.is_meta else sketch_distance(sketch, sketch_weight(weight))
+        if not distance <= TOLERANCE:
+            others.append((name, distance))
     if others:
         name, distance = max(others, key=lambda other: other[1])
         message = (

@@ -84,6 +84,15 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(new_module, SMoALayer):
+            # Its adapter is where the layer computes; PEFT would move it to where an offloaded weight is, nowhere.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _spectral_order(self, layer: SMoALayer, num_blocks: int) -> BlockPartition:
         """Blocks of a weight, computed once for layers that share it."""
         stored: Any = layer.innermost()

@@ -1,4 +1,4 @@
-"""A quantised base: NF4 and FP4 on the CPU, as bitsandbytes runs them there."""
+"""A quantised base: NF4, FP4 and int8 on the CPU, as bitsandbytes runs them there."""
 
 import pytest
 import torch
@@ -167,3 +167,29 @@ def test_several_adapters_and_mixed_batches(saved, tokens):
     torch.testing.assert_close(
         layer(x), nn.functional.linear(x, dequantized(layer) + delta), rtol=1e-4, atol=1e-5
     )
+
+
+def test_eight_bits(saved, tokens):
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    base = AutoModelForCausalLM.from_pretrained(saved, quantization_config=config, dtype=torch.float32).eval()
+    expected = base(tokens).logits
+    model = adapt(base, init_weights=True, smoa_alpha=8)
+    # Its own product rounds x to int8 as well, ours does not.
+    assert (model.eval()(tokens).logits - expected).norm() < 0.03 * expected.norm()
+    model.train()(tokens).logits.sum().backward()
+    with torch.no_grad():
+        for layer in layers(model):
+            assert isinstance(layer.base_layer, bnb.nn.Linear8bitLt)
+            assert layer.smoa_B["default"].grad.any()
+            layer.smoa_B["default"].normal_()
+    adapted = model.eval()(tokens).logits
+    before = [(layer.base_layer.weight.data.clone(), layer.base_weight()) for layer in layers(model)]
+    model.merge_adapter()
+    merged = model(tokens).logits
+    assert (merged - adapted).norm() < 0.03 * adapted.norm()
+    model.unmerge_adapter()
+    for layer, (packed, weight) in zip(layers(model), before, strict=True):
+        assert torch.equal(layer.base_layer.weight.data, packed)
+        assert torch.equal(layer.base_weight(), weight)
+    assert torch.equal(model(tokens).logits, adapted)
+    assert torch.equal(model.merge_and_unload()(tokens).logits, merged)

@@ -1,0 +1,72 @@
+"""Base weights that are not where they seem: offloaded by accelerate, or partitioned by DeepSpeed ZeRO-3.
+
+SMoA reads W0 itself, past the hooks that would bring it when the base layer is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+
+__all__ = ["check_present", "execution_device", "gathered", "present"]
+
+
+def present(layer: nn.Module, base: nn.Module) -> AbstractContextManager[None]:
+    """Bring what accelerate has offloaded of a tuner layer, its base's weight and its adapters', for a while."""
+    weight = getattr(base, "weight", None)
+    if weight is None or not weight.is_meta:
+        return nullcontext()
+    return _onloaded([module for module in layer.modules() if _hook(module) is not None])
+
+
+@contextmanager
+def _onloaded(modules: list[nn.Module]) -> Iterator[None]:
+    # A parameter that comes and goes is another object each time, which no optimiser would see the gradient of.
+    if torch.is_grad_enabled() and any(p.requires_grad for m in modules for p in m.parameters(recurse=False)):
+        raise RuntimeError(
+            "the adapter's weights are offloaded and cannot be trained so: inject the adapter after the base model "
+            "was offloaded, or turn gradients off"
+        )
+    hooks = [(module, _hook(module)) for module in modules]
+    for module, hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooks:
+            hook.post_forward(module, None)
+
+
+def execution_device(base: nn.Module) -> torch.device | None:
+    """Where an offloaded base layer computes; None for one that is not offloaded."""
+    hook = _hook(base)
+    return None if hook is None else torch.device(hook.execution_device)
+
+
+def gathered(base: nn.Module) -> AbstractContextManager[None]:
+    """Have the whole weight of a layer that ZeRO-3 partitions, for reading."""
+    context: AbstractContextManager[None] = gather_params_ctx(list(base.parameters(recurse=False)), None)
+    return context
+
+
+def check_present(weight: torch.Tensor) -> None:
+    """Raise where W0 is partitioned: it would read as empty."""
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise RuntimeError(
+            "W0 is partitioned by DeepSpeed ZeRO-3, and SMoA needs it whole in forward and backward: use ZeRO-2, or "
+            "keep the base model's weights whole (stage3_param_persistence_threshold)"
+        )
+
+
+def _hook(module: nn.Module) -> Any:
+    """accelerate's hook that loads a module's weights for its forward, where it has one."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", [hook]):
+        if getattr(part, "offload", False):
+            return part
+    return None
