@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..backends import ALGORITHMS, BACKENDS
 from ..packed import resolve_ranks
 from .registry import PEFT_TYPE
+from .saving import replacing
 
 __all__ = ["FORMAT_VERSION", "SMoAConfig"]
 
@@ -147,6 +148,14 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     def to_dict(self) -> dict[str, Any]:
         """As it is saved: with the format version of this release."""
         return {**super().to_dict(), "format_version": FORMAT_VERSION}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; an interrupted save leaves the old one."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
+        os.makedirs(save_directory, exist_ok=True)
+        with replacing(os.path.join(save_directory, CONFIG_NAME)) as temporary:
+            super().save_pretrained(os.path.dirname(temporary), **kwargs)
 
     @classmethod
     def from_pretrained(

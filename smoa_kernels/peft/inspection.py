@@ -1,0 +1,174 @@
+"""What an adapter folder holds, and whether it fits a base model, without building either."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import Tensor
+
+from ..packed import trainable_parameters
+from ..partition import BlockPartition
+from ..sketch import TOLERANCE, sketch_distance, sketch_weight
+from .config import SMoAConfig
+
+__all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer.
+
+    Attributes:
+        name: its path in the base model.
+        shape: (N, C) of W0.
+        ranks: r_k of each block.
+        parameters: `Σ r_k (N_k + C_k)`.
+        fingerprint: first digits of the sketch of W0, the same for the same base in the same precision.
+        base_distance: about the relative difference between the base that was given and the one that the adapter was
+            trained over; None without a base, infinity for a layer that it lacks or has in another shape.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    ranks: tuple[int, ...]
+    parameters: int
+    fingerprint: str
+    base_distance: float | None
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return len(self.ranks)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the base that was given is the one that the adapter was trained over, in whatever precision."""
+        return None if self.base_distance is None else self.base_distance <= TOLERANCE
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """An adapter folder.
+
+    Attributes:
+        config: its configuration.
+        layers: in the order of their names.
+        file_size: bytes of the weights' file.
+        other_tensors: what else is trained and saved in it (biases, further modules).
+    """
+
+    config: SMoAConfig
+    layers: tuple[LayerReport, ...]
+    file_size: int
+    other_tensors: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Of all SMoA layers."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every layer fits the base that was given."""
+        verdicts = [layer.fits for layer in self.layers]
+        return None if None in verdicts else all(verdicts)
+
+
+def inspect_adapter(
+    folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> AdapterReport:
+    """Read an adapter folder, and compare it with a base model's.
+
+    Args:
+        folder: as `save_pretrained` left it.
+        base: folder of a base model in safetensors files, sharded or not.
+
+    Raises:
+        ValueError, FileNotFoundError: what `SMoAConfig.from_pretrained` finds wrong, no weights, labels or ranks out of
+            range or missing, no safetensors in `base`.
+    """
+    config = SMoAConfig.from_pretrained(os.fspath(folder))
+    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder}")
+    with safe_open(path, "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    bases = None if base is None else _Weights(Path(base))
+    stems = sorted(key.removesuffix("A") for key in state if key.endswith(".smoa_A"))
+    layers = tuple(_layer(stem, state, bases, config.fan_in_fan_out) for stem in stems)
+    others = tuple(sorted(key for key in state if ".smoa_" not in key))
+    return AdapterReport(config, layers, path.stat().st_size, others)
+
+
+def _layer(stem: str, state: Mapping[str, Tensor], bases: _Weights | None, transposed: bool) -> LayerReport:
+    name = stem.removesuffix(".smoa_").removeprefix(_PREFIX)
+    for part in ("B", "row_block", "col_block", "ranks"):
+        if stem + part not in state:
+            raise ValueError(f"{name}: the adapter lacks smoa_{part}")
+    ranks = tuple(state[stem + "ranks"].tolist())
+    try:
+        partition = BlockPartition.from_labels(
+            state[stem + "row_block"], state[stem + "col_block"], len(ranks)
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    sketch = state.get(stem + "sketch")
+    distance = None
+    if bases is not None and sketch is not None:
+        weight = bases.get(name + ".weight")
+        weight = weight.T if weight is not None and transposed else weight
+        same_shape = weight is not None and tuple(weight.shape) == partition.shape
+        distance = (
+            sketch_distance(sketch, sketch_weight(weight))
+            if weight is not None and same_shape
+            else float("inf")
+        )
+    return LayerReport(
+        name=name,
+        shape=partition.shape,
+        ranks=ranks,
+        parameters=trainable_parameters(partition, ranks),
+        fingerprint="" if sketch is None else _digits(sketch),
+        base_distance=distance,
+    )
+
+
+def _digits(sketch: Tensor) -> str:
+    """Sixteen hexadecimal digits, four for each of the first projections."""
+    return "".join(f"{round(float(value) * 4096) & 0xFFFF:04x}" for value in sketch[:4])
+
+
+class _Weights:
+    """Tensors of a model folder by name, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = dict(self._scan(folder))
+        if not self.files:
+            raise FileNotFoundError(f"there are no safetensors files in {folder}")
+
+    @staticmethod
+    def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            for name, file in json.loads(index.read_text())["weight_map"].items():
+                yield name, folder / file
+            return
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                    yield name, path
+
+    def get(self, name: str) -> Tensor | None:
+        if name not in self.files:
+            return None
+        with safe_open(self.files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor

@@ -1,0 +1,103 @@
+"""Adapters in the layout of the paper's own code: a pair of factors for each block of each layer.
+
+    <path>.lora_A.<adapter>.<k>.weight   A_k (r_k, C_k)
+    <path>.lora_B.<adapter>.<k>.weight   B_k (N_k, r_k)
+
+with the coordinates of a block in spectral order. The blocks themselves are not in it (that code computes them anew
+at each load), so both directions need the base weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..packed import pack_factors, unpack_factors
+from ..partition import BlockPartition
+from ..sketch import sketch_weight
+
+__all__ = ["from_paper_layout", "to_paper_layout"]
+
+_PREFIX = "base_model.model."
+_PAPER_KEY = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.(\d+)\.weight")
+
+
+def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of an SMoA adapter, as `adapter_model.safetensors` holds them, from the paper's.
+
+    Args:
+        state: tensors in the paper's layout, of one adapter.
+        weights: W0 (N, C) of each adapted layer, by the layer's path in the base model.
+
+    Raises:
+        ValueError: a key of another kind, more than one adapter, a layer without a base weight or with a block
+            missing, or factors that do not fit the blocks of the base weight.
+    """
+    layers: defaultdict[str, dict[tuple[str, int], Tensor]] = defaultdict(dict)
+    adapters = set()
+    for key, tensor in state.items():
+        match = _PAPER_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{key} is not of the form <path>.lora_A.<adapter>.<block>.weight")
+        path, side, adapter, block = match.groups()
+        layers[path.removeprefix(_PREFIX)][side, int(block)] = tensor
+        adapters.add(adapter)
+    if len(adapters) > 1:
+        raise ValueError(f"the tensors must be those of one adapter, got {', '.join(sorted(adapters))}")
+    result: dict[str, Tensor] = {}
+    for path, factors in layers.items():
+        num_blocks = 1 + max(block for _, block in factors)
+        missing = [f"lora_{s} of block {k}" for s in "AB" for k in range(num_blocks) if (s, k) not in factors]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        weight = _weight(weights, path)
+        partition = BlockPartition.from_weight(weight, num_blocks)
+        try:
+            A_blocks, B_blocks = ([factors[side, k] for k in range(num_blocks)] for side in "AB")
+            A, B, ranks = pack_factors(A_blocks, B_blocks, partition)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        tensors = {"A": A, "B": B, "row_block": partition.row_block, "col_block": partition.col_block}
+        tensors |= {"ranks": ranks, "sketch": sketch_weight(weight)}
+        result |= {f"{_PREFIX}{path}.smoa_{name}": tensor.cpu() for name, tensor in tensors.items()}
+    return result
+
+
+def to_paper_layout(
+    state: Mapping[str, Tensor], weights: Mapping[str, Tensor], adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """Inverse of :func:`from_paper_layout`.
+
+    Raises:
+        ValueError: a layer without a base weight, or whose blocks are not those of the base weight's spectrum (the
+            paper's code would compute others than the adapter was trained with).
+    """
+    result = {}
+    for key in state:
+        if not key.endswith(".smoa_A"):
+            continue
+        stem = key.removesuffix("A")
+        path = stem.removesuffix(".smoa_").removeprefix(_PREFIX)
+        ranks = state[stem + "ranks"]
+        num_blocks = len(ranks)
+        partition = BlockPartition.from_weight(_weight(weights, path).cpu(), num_blocks)
+        labels = [state[stem + "row_block"], state[stem + "col_block"]]
+        if not (torch.equal(partition.row_block, labels[0]) and torch.equal(partition.col_block, labels[1])):
+            raise ValueError(
+                f"{path}: the adapter's blocks are not those that the base weight's spectrum gives"
+            )
+        factors = unpack_factors(state[stem + "A"], state[stem + "B"], partition, ranks)
+        for side, blocks in zip("AB", factors, strict=True):
+            for k, factor in enumerate(blocks):
+                result[f"{_PREFIX}{path}.lora_{side}.{adapter_name}.{k}.weight"] = factor.contiguous()
+    return result
+
+
+def _weight(weights: Mapping[str, Tensor], path: str) -> Tensor:
+    if path not in weights:
+        raise ValueError(f"weights must hold W0 of {path}")
+    return weights[path]

@@ -1,0 +1,164 @@
+"""Saves that are interrupted, what a folder holds, and the paper's own layout."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from smoa_kernels.peft import SMoAConfig, SMoALayer
+from smoa_kernels.peft.inspection import inspect_adapter
+from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
+from smoa_kernels.peft.saving import _atomic_for_smoa
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def adapt(model, **settings):
+    conv1d = model.config.model_type == "gpt2"
+    defaults = {"r": 5, "num_blocks": 3, "target_modules": "all-linear", "init_weights": False}
+    return get_peft_model(model, SMoAConfig(**{**defaults, "fan_in_fan_out": conv1d, **settings})).eval()
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, SMoALayer)}
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    adapt(make_model()).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# Saving
+
+
+def test_a_save_that_is_interrupted_leaves_the_old_adapter(make_model, folder, monkeypatch):
+    before = contents(folder)
+
+    def torn(tensors, filename, metadata=None):
+        with open(filename, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as writing:
+        writing.setattr("peft.peft_model.safe_save_file", _atomic_for_smoa(torn))
+        with pytest.raises(KeyboardInterrupt):
+            adapt(make_model(), r=8).save_pretrained(folder)
+    after = contents(folder)
+    assert after[WEIGHTS] == before[WEIGHTS]
+    assert after["adapter_config.json"] == before["adapter_config.json"]
+    assert set(after) == set(before)
+    with monkeypatch.context() as writing:
+        writing.setattr("json.dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            SMoAConfig(r=8).save_pretrained(folder)
+    assert contents(folder) == before
+
+
+def test_other_methods_files_are_written_as_before(llama, tmp_path):
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(llama(), tmp_path).peft_type == "LORA"
+
+
+def test_size_of_the_file(llama, tmp_path):
+    model = adapt(llama(hidden_size=512, intermediate_size=1024, num_attention_heads=8), r=16, num_blocks=2)
+    model.save_pretrained(tmp_path)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    labels = sum(layer.in_features + layer.out_features for layer in layers(model).values())
+    # Beyond the numbers: a header entry of some 125 bytes for each of six tensors, and the sketch.
+    assert (tmp_path / WEIGHTS).stat().st_size - trained - labels < 950 * len(layers(model))
+
+
+# Inspecting
+
+
+def test_report_of_a_folder(make_model, folder, tmp_path):
+    report = inspect_adapter(folder)
+    model = adapt(make_model())
+    assert [f"base_model.model.{layer.name}" for layer in report.layers] == sorted(layers(model))
+    for layer in report.layers:
+        module = layers(model)[f"base_model.model.{layer.name}"]
+        assert layer.shape == (module.out_features, module.in_features)
+        assert layer.ranks == (2, 2, 1)
+        assert layer.parameters == module.num_adapter_parameters("default")
+        assert len(layer.fingerprint) == 16
+        assert layer.fits is None
+    assert report.file_size == (folder / WEIGHTS).stat().st_size
+    assert not report.other_tensors
+    make_model().save_pretrained(tmp_path / "base")
+    assert inspect_adapter(folder, tmp_path / "base").fits
+    make_model().bfloat16().save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert inspect_adapter(folder, tmp_path / "sharded").fits
+    make_model(seed=1).save_pretrained(tmp_path / "other")
+    other = inspect_adapter(folder, tmp_path / "other")
+    assert not other.fits
+    assert all(1.0 < layer.base_distance < 2.0 for layer in other.layers)
+
+
+def test_report_names_what_is_wrong(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no safetensors files"):
+        inspect_adapter(folder, tmp_path)
+    state = load_file(folder / WEIGHTS)
+    state.pop(next(key for key in state if key.endswith("smoa_ranks")))
+    save_file(state, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="the adapter lacks smoa_ranks"):
+        inspect_adapter(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=WEIGHTS):
+        inspect_adapter(folder)
+
+
+# The paper's layout
+
+
+def test_round_trip_through_the_papers_layout(make_model, folder, tokens):
+    model = adapt(make_model())
+    weights = {
+        name.removeprefix("base_model.model."): layer.base_weight() for name, layer in layers(model).items()
+    }
+    state = load_file(folder / WEIGHTS)
+    paper = to_paper_layout(state, weights, "default")
+    for name, layer in layers(model).items():
+        partition, columns = layer.partition("default"), layer.in_features
+        assert partition.row_order.tolist() != sorted(partition.row_order.tolist())
+        A = [paper[f"{name}.lora_A.default.{k}.weight"] for k in range(3)]
+        B = [paper[f"{name}.lora_B.default.{k}.weight"] for k in range(3)]
+        delta = torch.zeros(layer.out_features, columns)
+        for k in range(3):
+            block = (partition.rows(k)[:, None], partition.cols(k))
+            delta[block] = B[k] @ A[k] * layer.base_weight()[block]
+        stored = (
+            PeftModel.from_pretrained(make_model(), folder).get_submodule(name).get_delta_weight("default")
+        )
+        torch.testing.assert_close(stored.T if layer.fan_in_fan_out else stored, delta, rtol=1e-5, atol=1e-6)
+    back = from_paper_layout(paper, weights)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_papers_layout_bad_input(llama, tmp_path):
+    model = adapt(llama(), target_modules=["q_proj"])
+    model.save_pretrained(tmp_path)
+    weights = {
+        name.removeprefix("base_model.model."): layer.base_weight() for name, layer in layers(model).items()
+    }
+    state = load_file(tmp_path / WEIGHTS)
+    paper = to_paper_layout(state, weights)
+    key = next(iter(paper))
+    cases = [
+        ({**paper, "x.weight": torch.zeros(1)}, weights, "x.weight is not of the form"),
+        ({name: tensor for name, tensor in paper.items() if name != key}, weights, "lacks lora_A of block 0"),
+        ({**paper, key: paper[key][:, 1:]}, weights, "block 0 takes factors of shapes"),
+        ({**paper, key.replace("default", "b"): paper[key]}, weights, "those of one adapter, got b, default"),
+        (paper, {}, "weights must hold W0 of"),
+    ]
+    for tensors, given, message in cases:
+        with pytest.raises(ValueError, match=message):
+            from_paper_layout(tensors, given)
+    with pytest.raises(ValueError, match="blocks are not those that the base weight's spectrum gives"):
+        to_paper_layout(state, {path: weight.flip(0) for path, weight in weights.items()})
