@@ -56,9 +56,11 @@ Pass = Literal["forward", "backward"]
 ALGORITHMS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused", "expanded")
 """The frozen layer, the peers, and our four ways."""
 
-BLOCK_PADDING = 128  # the padded block-major layout rounds each block up to a multiple of the widest tile
+BLOCK_PADDING = 128  # the padded block-major layout rounds each block up to a multiple of the widest tile,
+NARROW_PADDING = 64  # or of this where no block is larger
 FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
 FUSED_TOKEN_TILE = 64  # the one-kernel form recomputes B·A once per tile of so many tokens
+PARTIAL_RANKS = 16  # rows of block_grad's partials are padded to so many ranks
 GRAD_TILE = 128  # block_grad writes one rank-sized partial per tile of so many rows or columns
 
 
@@ -115,7 +117,12 @@ class Problem:
     def padded(self, features: int) -> int:
         """Width of the padded block-major layout of `features` evenly cut coordinates."""
         widest = math.ceil(features / self.num_blocks)
-        return self.num_blocks * math.ceil(widest / BLOCK_PADDING) * BLOCK_PADDING
+        multiple = BLOCK_PADDING if widest > NARROW_PADDING else NARROW_PADDING
+        return self.num_blocks * math.ceil(widest / multiple) * multiple
+
+    def gathers(self, features: int) -> bool:
+        """Whether the block-major layout is a copy: one block that fills its tiles is its own."""
+        return self.num_blocks > 1 or self.padded(features) != features
 
 
 @dataclass(frozen=True)
@@ -355,11 +362,15 @@ class _Count:
     def block_matmul(self, name: str, source: int, target: int) -> None:
         self.add(name, self.p.unit_flops // self.p.num_blocks, source + self.block_w + target)
 
+    def gather(self, name: str, features: int, dropout: bool = False) -> None:
+        if self.p.gathers(features) or dropout:
+            self.elementwise(name, self.p.tokens * features, self.p.tokens * self.p.padded(features))
+
     def factor_gradients(self) -> None:
         """Gather dY and x, accumulate G tile by tile, contract, and sum the rank-sized partials."""
         p = self.p
-        self.elementwise("gather dY", self.y, self.y_blocks)
-        self.elementwise("gather x", self.x, self.x_blocks)
+        self.gather("gather dY", p.out_features)
+        self.gather("gather x", p.in_features, dropout=p.dropout > 0)
         partials = _partial_bytes(p)
         self.add(
             "block gradients",
@@ -460,15 +471,17 @@ def _merged(c: _Count) -> None:
 def _split(c: _Count) -> None:
     """Adapter first, block by block, then the base GEMM accumulates onto it."""
     c.build_blocks()
-    c.elementwise("gather x", c.x, c.x_blocks)
+    c.gather("gather x", c.p.in_features, dropout=c.p.dropout > 0)
     c.block_matmul("block matmul", c.x_blocks, c.y)
     c.base_forward()
     c.add("y, read to accumulate", 0, c.y)
     c.stage = "backward"
     c.factor_gradients()
     if c.p.dropout:
+        c.gather("gather dY again", c.p.out_features)
         c.build_blocks()
-        c.block_matmul("block matmul of dX", c.y_blocks, c.x)
+        c.block_matmul("block matmul of dX", c.y_blocks, c.x_blocks)
+        c.elementwise("scatter dX, dropout", c.x_blocks, c.x)
         c.base_backward()
         c.add("dX, read to accumulate", 0, c.x)
     else:
@@ -565,25 +578,30 @@ def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
 
 
 def _partial_bytes(p: Problem) -> int:
-    """float32 partials of dA and dB: one (ρ, tile) slice per tile of the other side, within each block."""
-    rows, cols = p.padded(p.out_features), p.padded(p.in_features)
-    row_tiles = math.ceil(rows / p.num_blocks / GRAD_TILE)
-    col_tiles = math.ceil(cols / p.num_blocks / GRAD_TILE)
-    return 4 * p.max_rank * (rows * col_tiles + cols * row_tiles)
+    """float32 partials of dA and dB: one (R, tile) slice per tile of the other side, within each block.
+
+    R is ρ rounded up to 16. A problem with fewer tiles than a GPU has multiprocessors splits its tokens too and
+    writes that many times more, of a size that is small then.
+    """
+    rows, cols = (p.padded(n) // p.num_blocks for n in (p.out_features, p.in_features))
+    slices = p.out_features * math.ceil(cols / GRAD_TILE) + p.in_features * math.ceil(rows / GRAD_TILE)
+    return 4 * math.ceil(p.max_rank / PARTIAL_RANKS) * PARTIAL_RANKS * slices
 
 
 def backward_workspace(problem: Problem) -> Mapping[str, int]:
     """Bytes that each stage of the backward holds beyond its inputs and results.
 
     "factor gradients": gathered dY and x, and the partials. They are freed before "input gradient", which
-    holds W_eff; under dropout it holds the ΔW blocks and the gathered dY instead.
+    holds W_eff; under dropout it holds the ΔW blocks, dY gathered anew, and dX's share by block instead.
     """
-    size = problem.dtype.itemsize
-    dy = problem.tokens * problem.padded(problem.out_features) * size
-    x = problem.tokens * problem.padded(problem.in_features) * size
-    blocks = problem.padded(problem.out_features) * problem.padded(problem.in_features) // problem.num_blocks
-    dx = blocks * size + dy if problem.dropout else problem.weight_elements * size
-    return MappingProxyType({"factor gradients": dy + x + _partial_bytes(problem), "input gradient": dx})
+    p, size = problem, problem.dtype.itemsize
+    rows, cols = p.padded(p.out_features), p.padded(p.in_features)
+    dy = p.tokens * rows * size * p.gathers(p.out_features)
+    x = p.tokens * cols * size * (p.gathers(p.in_features) or p.dropout > 0)
+    dx = p.weight_elements * size
+    if p.dropout:
+        dx = rows * cols // p.num_blocks * size + dy + p.tokens * cols * size
+    return MappingProxyType({"factor gradients": dy + x + _partial_bytes(p), "input gradient": dx})
 
 
 def backward_workspace_bytes(problem: Problem) -> int:

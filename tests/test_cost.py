@@ -88,8 +88,8 @@ def test_bytes_counted_by_hand():
     assert part(p, "lora", "add to dX", "backward").bytes == size * 3 * x
     assert part(p, "hira", "W0 ∘ BA").bytes == size * 3 * w
     assert part(p, "split", "y, read to accumulate").bytes == size * y
-    # gathers read what is there and write the padded layout: one block of 4 columns padded to 128
-    assert part(p, "split", "gather x").bytes == size * (x + 8 * 128)
+    # gathers read what is there and write the padded layout: one block of 4 columns padded to 64
+    assert part(p, "split", "gather x").bytes == size * (x + 8 * 64)
 
 
 def test_both_builds_of_the_effective_weight_are_counted():
@@ -178,7 +178,7 @@ def test_backward_workspace():
     p = Problem(8192, 14336, 4096, 4, 16)
     stages = backward_workspace(p)
     gathered = 2 * 8192 * (14336 + 4096)
-    partials = 4 * 4 * (14336 * 8 + 4096 * 28)  # ρ = 4: one slice per 128-wide tile of the other side
+    partials = 4 * 16 * (14336 * 8 + 4096 * 28)  # ρ = 4 padded to 16, one slice per 128-wide tile beside it
     assert gathered == 288 * 2**20
     assert stages["factor gradients"] == gathered + partials
     assert stages["input gradient"] == 112 * 2**20
@@ -190,7 +190,17 @@ def test_backward_workspace_counts_padding_and_dropout():
     # 129 rows per block take 256 padded ones; dY alone doubles
     assert odd["factor gradients"] - aligned["factor gradients"] >= 2 * 64 * 512
     p = Problem(8192, 4096, 4096, 4, 16, dropout=0.1)
-    assert backward_workspace(p)["input gradient"] == 2 * (8192 * 4096 + 4096 * 4096 // 4)
+    delta, gathered = 2 * 4096 * 4096 // 4, 2 * 8192 * 4096
+    assert backward_workspace(p)["input gradient"] == delta + 2 * gathered
+
+
+def test_one_block_that_fills_its_tiles_is_not_gathered():
+    p = Problem(8192, 4096, 4096, 1, 16)
+    assert not [q for q in parts(p, "split") if q.name.startswith("gather")]
+    assert backward_workspace(p)["factor gradients"] == 4 * 16 * 2 * 4096 * 32
+    wet = [q.name for q in parts(replace(p, dropout=0.1), "split") if q.name.startswith("gather")]
+    assert wet == ["gather x", "gather x"]  # the mask makes it a copy
+    assert [q for q in parts(replace(p, in_features=4000), "split") if q.name == "gather x"]
 
 
 def test_match_gpu():
