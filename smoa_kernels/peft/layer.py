@@ -108,9 +108,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             self.in_features, self.out_features = base.weight.shape
         else:
             self.in_features, self.out_features = base.in_features, base.out_features
-        # W0 while the base layer holds W_eff: its values, or a layer over its quantised ones.
+        # W0 while the base layer holds W_eff: its values, or a layer over its quantised ones (in a tuple, since a
+        # module assigned as it is would become a child, and be saved).
         self._stored_base: Tensor | None = None
-        self._stored_layer: nn.Module | None = None
+        self._stored_layer: tuple[nn.Module, ...] = ()
         self.smoa_A = nn.ParameterDict()
         self.smoa_B = nn.ParameterDict()
         self.smoa_row_block = BufferDict(persistent=True)
@@ -137,9 +138,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     def base_weight(self) -> Tensor:
         """W0 (N, C), never W_eff; dequantised anew where it is quantised."""
         if self.quantization_backend is not None:
-            return cast(
-                Tensor, self.quantization_backend.get_base_weight(self._stored_layer or self.innermost())
-            )
+            base = self._stored_layer[0] if self._stored_layer else self.innermost()
+            return cast(Tensor, self.quantization_backend.get_base_weight(base))
         weight = cast(Tensor, self.get_base_layer().weight)
         check_present(weight)
         if self._stored_base is not None:
@@ -293,9 +293,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         for name in list(self._prepared):
-            # Now rather than in the next forward, which may be compiled.
-            if not self.smoa_row_block[name].is_meta:
-                self._ready(name)
+            if self.smoa_row_block[name].is_meta:
+                del self._prepared[name]  # values are gone; what comes next is loaded
+            else:
+                self._ready(name)  # now rather than in the next forward, which may be compiled
         return self
 
     def _move_adapter_to_device_of_base_layer(
@@ -503,7 +504,7 @@ class Linear(SMoALayer, nn.Module):
             )
         if self.quantization_backend is not None:
             before = requantize(self, merged)
-            self._stored_layer = self._stored_layer or before
+            self._stored_layer = self._stored_layer or (before,)
         else:
             weight = cast(Tensor, self.innermost().weight)
             if self._stored_base is None:
@@ -514,13 +515,13 @@ class Linear(SMoALayer, nn.Module):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put W0 back, bit for bit."""
-        if self._stored_layer is not None:
-            self.base_layer = self._stored_layer
+        if self._stored_layer:
+            self.base_layer = self._stored_layer[0]
         elif self._stored_base is not None:
             cast(Tensor, self.innermost().weight).data.copy_(self._stored_base)
         else:
             warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
-        self._stored_base = self._stored_layer = None
+        self._stored_base, self._stored_layer = None, ()
         self.merged_adapters.clear()
 
     def _delta(self, names: Sequence[str], weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.utils import get_peft_model_state_dict
 from tiny_models import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -116,9 +117,11 @@ def test_merging_requantises_and_unmerging_restores_every_bit(saved, tokens, com
     model = adapt(load(saved, compute=compute), smoa_alpha=8).eval()
     expected = model(tokens).logits
     before = [layer.base_layer.weight.data.clone() for layer in layers(model)]
+    saved_before = get_peft_model_state_dict(model)
     model.merge_adapter()
     merged = model(tokens).logits
     assert (merged - expected).norm() < 0.3 * expected.norm()  # the rounding of NF4
+    assert get_peft_model_state_dict(model).keys() == saved_before.keys()
     for layer, packed in zip(layers(model), before, strict=True):
         assert not torch.equal(layer.base_layer.weight.data, packed)
     model.unmerge_adapter()

@@ -1,5 +1,7 @@
 """The Trainer and its checkpoints, autocast, compile, and the bytes kept for backward."""
 
+import copy
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
@@ -139,6 +141,19 @@ def test_moving_and_casting_the_model(tokens):
         assert layer.smoa_ranks["default"].dtype == torch.int32
         assert layer.smoa_A["default"].dtype == torch.bfloat16
     assert (half(tokens).logits.float() - expected).norm() < 0.05 * expected.norm()
-    on_meta = adapt(tiny_llama()).to("meta")
-    for layer in (module for module in on_meta.modules() if isinstance(module, SMoALayer)):
-        assert layer.smoa_ranks["default"].is_meta
+    source = adapt(tiny_llama(), init_weights=False, smoa_alpha=0.5).eval()
+    state, expected = source.state_dict(), source(tokens).logits
+    rotary = source.base_model.model.model.rotary_emb
+    empty = copy.deepcopy(source).to("meta").to_empty(device="cpu")
+    empty.load_state_dict(state)
+    empty.base_model.model.model.rotary_emb = rotary  # its buffers are in no state dict
+    assert torch.equal(empty(tokens).logits, expected)
+
+
+def test_peft_describes_the_layers():
+    model = adapt(tiny_llama())
+    status = model.get_layer_status()
+    assert all(layer.available_adapters == ["default"] and layer.requires_grad["default"] for layer in status)
+    assert model.get_model_status().num_adapter_layers == 14
+    assert "smoa.Linear(" in repr(model)
+    assert "default(r=4, num_blocks=2)" in repr(model)
