@@ -22,6 +22,8 @@ from vectors import Vector, all_vectors
 
 from smoa_kernels.kernels.fused_linear import fused_linear, rank_tiles
 from smoa_kernels.kernels.launch import (
+    FUSED_LINEAR_AMD_CONFIGS,
+    FUSED_LINEAR_AMD_FP32_CONFIGS,
     FUSED_LINEAR_CONFIGS,
     FUSED_LINEAR_IEEE_CONFIGS,
     FUSED_LINEAR_TF32_CONFIGS,
@@ -32,7 +34,13 @@ from smoa_kernels.kernels.launch import (
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-ALL_CONFIGS = dict.fromkeys(FUSED_LINEAR_CONFIGS + FUSED_LINEAR_TF32_CONFIGS + FUSED_LINEAR_IEEE_CONFIGS)
+ALL_CONFIGS = dict.fromkeys(
+    FUSED_LINEAR_CONFIGS
+    + FUSED_LINEAR_TF32_CONFIGS
+    + FUSED_LINEAR_IEEE_CONFIGS
+    + FUSED_LINEAR_AMD_CONFIGS
+    + FUSED_LINEAR_AMD_FP32_CONFIGS
+)
 
 
 def dx(problem: LinearProblem) -> Tensor:
