@@ -1,4 +1,4 @@
-"""A quantised base: NF4, FP4 and int8 on the CPU, as bitsandbytes runs them there."""
+"""A quantised base on the CPU: bitsandbytes' NF4, FP4 and int8, torchao's int8 weight-only."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import get_peft_model_state_dict
 from tiny_models import tiny_llama
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from smoa_kernels import BlockPartition, smoa_linear
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 
-bnb = pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
+bnb = pytest.importorskip("bitsandbytes", reason="the extra of quantised bases is not installed")
 
 KINDS = [("nf4", False), ("nf4", True), ("fp4", False)]
 
@@ -195,4 +195,28 @@ def test_eight_bits(saved, tokens):
         assert torch.equal(layer.base_layer.weight.data, packed)
         assert torch.equal(layer.base_weight(), weight)
     assert torch.equal(model(tokens).logits, adapted)
+    assert torch.equal(model.merge_and_unload()(tokens).logits, merged)
+
+
+def test_torchao_int8_weight_only(saved, tokens):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    base = AutoModelForCausalLM.from_pretrained(
+        saved, quantization_config=config, dtype=torch.float32, device_map="cpu"
+    ).eval()
+    expected = base(tokens).logits
+    model = adapt(base, init_weights=True, smoa_alpha=8).eval()
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    model(tokens).logits.sum().backward()
+    with torch.no_grad():
+        for layer in layers(model):
+            assert layer.smoa_B["default"].grad.any()
+            layer.smoa_B["default"].normal_()
+    adapted = model(tokens).logits
+    weights = [layer.base_weight() for layer in layers(model)]
+    model.merge_adapter()
+    merged = model(tokens).logits
+    assert (merged - adapted).norm() < 0.03 * adapted.norm()
+    model.unmerge_adapter()
+    assert all(torch.equal(layer.base_weight(), w) for layer, w in zip(layers(model), weights, strict=True))
     assert torch.equal(model.merge_and_unload()(tokens).logits, merged)
