@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -17,7 +17,7 @@ from smoa_kernels.peft import SMoAConfig
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 Method = Literal["smoa", "lora", "hira"]
-METHODS: tuple[Method, ...] = get_args(Method)
+NAME: dict[Method, str] = {"smoa": "SMoA", "lora": "LoRA", "hira": "HiRA"}
 
 # The best of a few on TREC's validation split (never the test split), 60 steps of 16 with SmolLM2-135M.
 # SMoA and HiRA modulate weights of about 0.1 instead of adding to them, hence the larger steps.

@@ -23,7 +23,7 @@ import smollm2
 import torch
 import trec
 import typer
-from adapters import LEARNING_RATE, AdapterOptions, Method, adapt, adapted_layers, lora_parameters
+from adapters import LEARNING_RATE, NAME, AdapterOptions, Method, adapt, adapted_layers, lora_parameters
 from job import Job, console, run
 from options import count, natural, positive, probability
 from questions import Encoder, read_jsonl, split
@@ -153,7 +153,7 @@ def finetune(
         name = smollm2.NAME if model is None else base_folder.name
         run(
             Job(
-                title=f"{method.upper()} on {name}",
+                title=f"{NAME[method]} on {name}",
                 options={
                     key: str(value) if isinstance(value, Path) else value
                     for key, value in context.params.items()

@@ -21,7 +21,7 @@ from training import next_token_scores
 from transformers import AutoModelForCausalLM
 
 # Largest deviation over largest output. Reloading repeats the same arithmetic; merging rounds weights anew.
-TOLERANCE = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-2, 1e-1)}
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-1)}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def verify_in_fresh_process(model: PeftModel, batch: Batch, base: Path, adapter:
             str(torch.get_num_threads()),
         )
         command = [sys.executable, __file__, str(base), str(adapter), str(expected), *numerics]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        # A session of its own, so that Ctrl-C reaches this process alone, which then ends the other.
+        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     if finished.returncode != 0:
         raise RuntimeError(f"the fresh process that loaded {adapter} ended with {finished.returncode}")
     return Verdict(**json.loads(finished.stdout.splitlines()[-1]))
