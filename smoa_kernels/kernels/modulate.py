@@ -27,6 +27,16 @@ __all__ = ["modulated_blocks", "modulated_weight"]
 
 
 @triton.jit
+def store_order(tile):
+    """The tile itself, in the layout of its store.
+
+    AMD's compiler would store a product straight from the tensor cores' layout, 64 bits of half types a thread; a sum
+    over one element stands between.
+    """
+    return tl.sum(tile[None, :, :], 0)
+
+
+@triton.jit
 def modulated_weight_kernel(
     w_ptr,
     a_ptr,
@@ -84,7 +94,7 @@ def modulated_weight_kernel(
     w = w.to(tl.float32)
     out = w + w * modulation  # one rounding in float32 where 1 + modulation would add a second
     out_ptrs = out_ptr + rows[:, None] * stride_on + cols[None, :] * stride_oc
-    tl.store(out_ptrs, round_to(out, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptrs, round_to(store_order(out), out_ptr.dtype.element_ty), mask=inside)
 
 
 def modulated_weight(
@@ -197,7 +207,7 @@ def modulated_blocks_kernel(
     delta = tl.load(scaling_ptr).to(tl.float32) * product * w.to(tl.float32)
     slots = (block.to(tl.int64) * padded_rows + row_slots)[:, None] * padded_cols + col_slots[None, :]
     inside = (row_slots < padded_rows)[:, None] & (col_slots < padded_cols)[None, :]
-    tl.store(out_ptr + slots, round_to(delta, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + slots, round_to(store_order(delta), out_ptr.dtype.element_ty), mask=inside)
 
 
 def modulated_blocks(
