@@ -15,6 +15,7 @@ from smoa_kernels.cli import main
 from smoa_kernels.tuning.audit import cache_folder, run_audit
 from smoa_kernels.tuning.limits import ARCHITECTURES, occupancy
 from smoa_kernels.tuning.listing import parse_amdgcn, parse_sass
+from smoa_kernels.tuning.provenance import argument_offsets, argument_pointers
 from smoa_kernels.tuning.rules import Record, Traffic, broken_rules
 from smoa_kernels.tuning.source import pointers_by_line
 
@@ -172,6 +173,30 @@ def test_amdgcn():
     assert accesses(listing, loop)[0].location == ("/somewhere/kernel.py", 10)
     assert [core for i in loop if (core := listing.tensor_core(listing.instructions[i]))] == ["MFMA"]
     assert accesses(listing, range(len(listing.instructions)))[-1].bits == 64
+
+
+def test_amd_addresses_lead_back_to_their_argument():
+    """Buffer descriptors through moves, flat addresses through arithmetic; loaded values carry nothing on."""
+    code = [
+        ("s_load_dwordx4", "s[4:7], s[0:1], 0x0"),
+        ("s_load_dword", "s8, s[0:1], 0x10"),
+        ("s_mov_b64", "s[12:13], s[6:7]"),
+        ("buffer_load_dword", "v3, v1, s[12:15], 0 offen"),
+        ("v_lshl_add_u64", "v[4:5], v[6:7], 1, s[4:5]"),
+        ("global_load_ushort", "v9, v[4:5], off"),
+        ("v_lshl_add_u64", "v[4:5], v[8:9], 1, s[6:7]"),
+        ("global_store_dwordx2", "v[4:5], v[10:11], off"),
+        ("global_load_dword", "v2, v9, s[2:3]"),
+    ]
+    names = argument_pointers([("x_ptr", "*bf16"), ("y_ptr", "*fp32"), ("n", "i32")])
+    assert names == {0: "x_ptr", 8: "y_ptr"}
+    found = [{names[o] for o in offsets if o in names} for offsets in argument_offsets(code)]
+    assert found[3:] == [{"y_ptr"}, set(), {"x_ptr"}, set(), {"y_ptr"}, set()]
+
+
+def test_argument_segment_is_aligned():
+    types = [("n", "i32"), ("x_ptr", "*i8"), ("m", "i32"), ("k", "i64"), ("y_ptr", "*i8")]
+    assert argument_pointers(types) == {8: "x_ptr", 32: "y_ptr"}
 
 
 def test_pointers_by_line():
