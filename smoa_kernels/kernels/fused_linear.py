@@ -31,10 +31,10 @@ __all__ = ["fused_linear"]
 
 
 @triton.jit
-def load_labels(ptr, coordinates, inside):
+def widened(labels):
     # A reduction over one element. Without it Ampere's compiler sees that ΔW depends on a byte, lays its product out
     # as for byte operands, finds that x would be read in two layouts, and no longer copies x asynchronously.
-    return tl.max(tl.load(ptr + coordinates, mask=inside, other=0).to(tl.int32)[None, :], axis=0)
+    return tl.max(labels.to(tl.int32)[None, :], axis=0)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -78,7 +78,7 @@ def fused_linear_kernel(
     rows = (tile // SPLIT // tiles_t).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_inside = tokens < T
     row_inside = rows < N
-    row_block = load_labels(row_block_ptr, rows, row_inside)
+    row_block = widened(tl.load(row_block_ptr + rows, mask=row_inside, other=0))
     row_rank = tl.load(ranks_ptr + row_block, mask=row_inside, other=0)
     scaling = tl.load(scaling_ptr).to(tl.float32)
 
@@ -95,7 +95,7 @@ def fused_linear_kernel(
         w = tl.load(w_ptrs, mask=row_inside[:, None] & col_inside[None, :], other=0.0)
         x_ptrs = x_ptr + tokens[None, :] * stride_xt + cols[:, None] * stride_xc
         x = tl.load(x_ptrs, mask=token_inside[None, :] & col_inside[:, None], other=0.0)
-        col_block = load_labels(col_block_ptr, cols, col_inside)
+        col_block = widened(tl.load(col_block_ptr + cols, mask=col_inside, other=0))
         if W_TRANSPOSED or w.dtype == tl.float32:
             # Changes nothing, but takes W0 to its products through registers. As TF32 or transposed, most tensor cores
             # cannot read it where an asynchronous copy of whole 128-bit words leaves it, and the copy would suffer.
