@@ -104,7 +104,7 @@ MODULATE_CONFIGS = (
 # Large enough for 128-bit accesses by 64-wide wavefronts too, in each of the tile's interleaved parts.
 PERMUTE_CONFIGS = (
     PermuteConfig(block_t=64, block_p=128, num_warps=2),
-    PermuteConfig(block_t=32, block_p=256, num_warps=2),
+    PermuteConfig(block_t=32, block_p=128, num_warps=1),
     PermuteConfig(block_t=128, block_p=64, num_warps=2),
 )
 
