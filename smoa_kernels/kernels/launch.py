@@ -97,7 +97,7 @@ class BlockGradConfig:
 
 MODULATE_CONFIGS = (
     ModulateConfig(block_n=64, block_c=64, num_warps=4),
-    ModulateConfig(block_n=32, block_c=128, num_warps=4),
+    ModulateConfig(block_n=16, block_c=128, num_warps=4),
     ModulateConfig(block_n=16, block_c=256, num_warps=4),
 )
 
