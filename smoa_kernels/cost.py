@@ -59,6 +59,10 @@ ALGORITHMS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused
 BLOCK_PADDING = 128  # the padded block-major layout rounds each block up to a multiple of the widest tile,
 NARROW_PADDING = 64  # or of this where no block is larger
 FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
+FUSED_MAX_RANK = (
+    64  # above these ρ the one-kernel form cuts the rank into chunks and its loads no longer run ahead
+)
+FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
 FUSED_TOKEN_TILE = 64  # the one-kernel form recomputes B·A once per tile of so many tokens
 PARTIAL_RANKS = 16  # rows of block_grad's partials are padded to so many ranks
 GRAD_TILE = 128  # block_grad writes one rank-sized partial per tile of so many rows or columns
@@ -529,7 +533,9 @@ def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
     """What `algorithm="auto"` runs on the triton backend: "merged", "split" or "fused".
 
     1. Dropout active: "split". The adapter sees another x than the base, so no single weight stands for both.
-    2. At most :func:`fused_token_limit` tokens: "fused", one kernel that reads W0 once.
+    2. At most :func:`fused_token_limit` tokens: "fused", one kernel that reads W0 once. Never above the ranks at
+       which its loop over W0 is still pipelined (64; 16 where float32 multiplies in IEEE): such a launch is no
+       shipped configuration, though a user can force it.
     3. The GEMM multiplies in IEEE float32 or float64: "merged", one GEMM.
     4. Otherwise (bf16, fp16, TF32): "split". W_eff rounded to a half type loses a small update altogether, so
        "merged" is never chosen there; only a user can force it.
@@ -552,6 +558,10 @@ def _many_tokens(dtype: torch.dtype, ieee: bool) -> str:
     return "merged" if ieee and not half else "split"
 
 
+def _fused_max_rank(dtype: torch.dtype, ieee: bool) -> int:
+    return FUSED_MAX_RANK_IEEE if ieee and dtype.itemsize >= 4 else FUSED_MAX_RANK
+
+
 @lru_cache(maxsize=1024)
 def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
     """Most tokens at which one kernel's forward is predicted no slower than merged's or split's; 0 if none.
@@ -559,6 +569,8 @@ def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
     While W0's read hides its doubled arithmetic the one kernel wins, since it builds nothing; past that it
     loses and stays behind. `problem.tokens` is ignored.
     """
+    if problem.max_rank > _fused_max_rank(problem.dtype, ieee):
+        return 0
     other = _many_tokens(problem.dtype, ieee)
 
     def fused_wins(tokens: int) -> bool:

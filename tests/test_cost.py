@@ -156,7 +156,7 @@ def test_fused_up_to_the_limit_and_no_further():
 
 def test_limit_is_where_the_predictions_cross():
     for gpu, rank, dtype, ieee in itertools.product(
-        GPUS.values(), (1, 16, 256), (torch.bfloat16, torch.float32), (True, False)
+        GPUS.values(), (1, 16, 64), (torch.bfloat16, torch.float32), (True, False)
     ):
         p = Problem(0, 4096, 14336, 4, rank, dtype)
         limit = fused_token_limit(p, gpu, ieee)
@@ -166,6 +166,21 @@ def test_limit_is_where_the_predictions_cross():
             at = replace(p, tokens=tokens)
             fused, many = (estimate(at, gpu, a, ieee=ieee).seconds("forward") for a in ("fused", other))
             assert (fused <= many) == (tokens <= limit), (gpu.name, rank, tokens, limit)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ieee", "most"),
+    [
+        (torch.bfloat16, False, 64),
+        (torch.bfloat16, True, 64),
+        (torch.float32, False, 64),
+        (torch.float32, True, 16),
+    ],
+)
+def test_fused_only_where_its_loop_is_pipelined(dtype, ieee, most):
+    fits, too_large = (Problem(1, 4096, 4096, 1, rank, dtype) for rank in (most, most + 1))
+    assert choose_algorithm(fits, H100, ieee) == "fused"
+    assert choose_algorithm(too_large, H100, ieee) != "fused"
 
 
 def test_limit_comes_out_of_the_gpu():

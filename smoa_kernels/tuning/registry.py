@@ -174,8 +174,13 @@ def _precision(arch: str, dtype: str) -> str:
 
 
 def _fused_linear_configs(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
-    shipped = configs.fused_linear_configs(arch, DTYPES[dtype], _precision(arch, dtype))
-    return tuple(c for c in shipped if "r64" not in variant or c.block_t == 16)  # as its launcher chooses
+    precision = _precision(arch, dtype)
+    shipped = configs.fused_linear_configs(arch, DTYPES[dtype], precision)
+    if "r64" not in variant:
+        return shipped
+    if DTYPES[dtype] == torch.float32 and precision == "ieee":
+        return ()  # cost.choose_algorithm never picks it: see FUSED_MAX_RANK_IEEE
+    return tuple(c for c in shipped if c.block_t == 16)  # as its launcher chooses
 
 
 def _block_matmul_configs(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
