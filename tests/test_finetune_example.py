@@ -388,7 +388,8 @@ def start(*options: object, **environment: str) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, out + err
-    assert err == ""
+    # Other packages may speak there (torchao does when imported); nothing of ours may.
+    assert not [line for line in err.splitlines() if "Traceback" in line or "smoa_kernels/" in line], err
     return out
 
 
