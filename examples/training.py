@@ -69,7 +69,8 @@ class Score:
 class StopRequest:
     """Notes Ctrl-C (SIGINT) and SIGTERM instead of dying of them, so that no step and no save is cut in half.
 
-    ``signal`` is the number of the first one that came, or ``None``. A second one interrupts at once.
+    ``signal`` is the number of the first one that came, or ``None``. Further ones change nothing, as ``timeout`` and
+    job schedulers often send two; SIGQUIT (Ctrl-\\) still ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -89,9 +90,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
+        if self.signal is None:
+            self.signal = number
 
 
 def shuffled_batches(

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -450,6 +451,8 @@ def test_interruption_saves_what_was_trained(
     assert process.stdout is not None
     assert any("step 1 of" in line for line in process.stdout)
     process.send_signal(number)
+    time.sleep(0.01)
+    process.send_signal(number)  # as impatient people do, and `timeout`: must not cost what was trained
     out = finish(process, code=128 + number)
     assert f"Stopped by {number.name}" in out
     assert "Adapter saved in" in out
