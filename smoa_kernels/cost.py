@@ -1,7 +1,7 @@
 """Cost model: floating-point operations, bytes and predicted time of each way to run one layer.
 
 Every way is a list of parts, one per kernel that a GPU would run, and every part is counted by the same
-rules, ours and the peers' alike (DESIGN section 3):
+rules, ours and the peers' alike:
 
     time(part) = max(flops / rate, bytes / bandwidth),   time(way) = Σ time(part)
 
@@ -16,9 +16,8 @@ rules, ours and the peers' alike (DESIGN section 3):
   at a few tokens, where they dominate, that flatters whatever has many parts, so the threshold for the
   one-kernel form errs on the low side.
 
-DESIGN's own totals add the adapter's y traffic (one write, one read) in full to split; by the rule above the
-write hides behind the block product. That is the whole difference: 1.46 here against 1.49 there for 4096²,
-and 1.41 against 1.42 for N=4096, C=14336. LoRA and merged agree to the last digit printed.
+Counting the adapter's y traffic (one write, one read) in full would give split 1.49 over frozen for 4096² where
+this gives 1.46: by the rules above the write hides behind the block product.
 
 Nothing here is measured. Every number is a prediction.
 """
@@ -26,7 +25,6 @@ Nothing here is measured. Every number is a prediction.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -35,11 +33,11 @@ from typing import Literal
 
 import torch
 
+from .gpus import Gpu
+
 __all__ = [
     "ALGORITHMS",
-    "GPUS",
     "Estimate",
-    "Gpu",
     "Part",
     "Problem",
     "backward_workspace",
@@ -47,7 +45,6 @@ __all__ = [
     "choose_algorithm",
     "estimate",
     "fused_token_limit",
-    "match_gpu",
     "parts",
 ]
 
@@ -59,9 +56,8 @@ ALGORITHMS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused
 BLOCK_PADDING = 128  # the padded block-major layout rounds each block up to a multiple of the widest tile,
 NARROW_PADDING = 64  # or of this where no block is larger
 FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
-FUSED_MAX_RANK = (
-    64  # above these ρ the one-kernel form cuts the rank into chunks and its loads no longer run ahead
-)
+# above these ρ the one-kernel form cuts the rank into chunks and its loads no longer run ahead
+FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
 FUSED_TOKEN_TILE = 64  # the one-kernel form recomputes B·A once per tile of so many tokens
 PARTIAL_RANKS = 16  # rows of block_grad's partials are padded to so many ranks
@@ -130,122 +126,6 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """What the model knows of a GPU.
-
-    Attributes:
-        name: short lower-case name.
-        matmul_tflops: achieved TFLOP/s of a large GEMM by multiplying dtype: "bf16", "fp16", "tf32", "fp32"
-            (IEEE), "fp64".
-        memory_tbps: memory bandwidth, TB/s.
-        multiprocessors: streaming multiprocessors or compute units.
-        capability: CUDA compute capability, or None for AMD.
-        arch: the architecture that kernels are compiled for.
-    """
-
-    name: str
-    matmul_tflops: Mapping[str, float] = field(hash=False)
-    memory_tbps: float
-    multiprocessors: int
-    capability: tuple[int, int] | None
-    arch: str
-
-    def flops_per_second(self, dtype: torch.dtype, ieee: bool) -> float:
-        """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`."""
-        return self.matmul_tflops[_multiplying_name(dtype, ieee)] * 1e12
-
-    @property
-    def bytes_per_second(self) -> float:
-        """Memory bandwidth."""
-        return self.memory_tbps * 1e12
-
-
-def _multiplying_name(dtype: torch.dtype, ieee: bool) -> str:
-    if dtype == torch.float32:
-        return "fp32" if ieee else "tf32"
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-    if dtype not in names:
-        raise ValueError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
-    return names[dtype]
-
-
-# A large bf16 GEMM on an H100 SXM reaches about 700 of its published 989 dense TFLOP/s. The same share of the
-# published rate is assumed for every dtype and GPU until someone measures; AMD's usually reach less.
-_ACHIEVED = 700 / 989
-
-
-def _gpu(
-    name: str,
-    peak: tuple[float, float, float, float],
-    memory_tbps: float,
-    multiprocessors: int,
-    capability: tuple[int, int] | None,
-    arch: str,
-) -> Gpu:
-    half, tf32, fp32, fp64 = (rate * _ACHIEVED for rate in peak)
-    rates = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32, "fp64": fp64}
-    return Gpu(name, MappingProxyType(rates), memory_tbps, multiprocessors, capability, arch)
-
-
-_PUBLISHED = (
-    # name, dense peak TFLOP/s (bf16 and fp16 with fp32 accumulation, TF32, fp32, fp64), TB/s, multiprocessors
-    _gpu("h100", (989, 495, 67, 67), 3.35, 132, (9, 0), "sm_90"),
-    _gpu("h200", (989, 495, 67, 67), 4.8, 132, (9, 0), "sm_90"),
-    _gpu("a100", (312, 156, 19.5, 19.5), 2.04, 108, (8, 0), "sm_80"),
-    _gpu("a40", (150, 75, 37.4, 0.58), 0.696, 84, (8, 6), "sm_86"),
-    _gpu("l40s", (362, 183, 91.6, 1.43), 0.864, 142, (8, 9), "sm_89"),
-    _gpu("rtx4090", (165, 82.6, 82.6, 1.29), 1.008, 128, (8, 9), "sm_89"),
-    _gpu("b200", (2250, 1125, 75, 37), 7.7, 148, (10, 0), "sm_100"),
-    _gpu("rtx5090", (210, 105, 105, 1.64), 1.792, 170, (12, 0), "sm_120"),
-    _gpu("mi300x", (1307, 654, 163, 163), 5.3, 304, None, "gfx942"),
-)
-
-GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _PUBLISHED})
-"""Published figures by name; rates are the published dense peaks times the share that an H100 achieves."""
-
-
-@lru_cache(maxsize=64)
-def match_gpu(
-    device_name: str, capability: tuple[int, int] | None, multiprocessors: int | None = None
-) -> Gpu:
-    """The published GPU that stands for a device; always answers.
-
-    By name where the device's own name holds a published one and its multiprocessors agree within 5 %, else
-    the published GPU of the nearest capability (or AMD's), scaled by the number of multiprocessors.
-
-    Args:
-        device_name: as the driver reports it, for example "NVIDIA H100 80GB HBM3".
-        capability: CUDA compute capability, None for AMD.
-        multiprocessors: of the device; the published number where None.
-    """
-    for gpu in _PUBLISHED:
-        pattern = rf"(?<![a-z0-9]){gpu.name.replace('rtx', 'rtx ?')}(?![a-z0-9])"
-        same_size = multiprocessors is None or abs(multiprocessors / gpu.multiprocessors - 1) < 0.05
-        if same_size and re.search(pattern, device_name.lower()):
-            return gpu
-    stand_in = _nearest(capability)
-    if multiprocessors is None:
-        return stand_in
-    share = multiprocessors / stand_in.multiprocessors
-    return replace(
-        stand_in,
-        name=device_name,
-        matmul_tflops=MappingProxyType({k: v * share for k, v in stand_in.matmul_tflops.items()}),
-        memory_tbps=stand_in.memory_tbps * share,
-        multiprocessors=multiprocessors,
-    )
-
-
-def _nearest(capability: tuple[int, int] | None) -> Gpu:
-    if capability is None:
-        return next(gpu for gpu in _PUBLISHED if gpu.capability is None)
-    known = [gpu for gpu in _PUBLISHED if gpu.capability is not None]
-    # max keeps the first of equals: the table lists the plainest GPU of a capability first.
-    at_most = [gpu for gpu in known if gpu.capability is not None and gpu.capability <= capability]
-    return max(at_most or known, key=lambda gpu: gpu.capability or (0, 0))
-
-
-@dataclass(frozen=True)
 class Part:
     """One kernel's worth of work.
 
@@ -299,7 +179,7 @@ def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -
 
     Args:
         problem: the layer and the batch.
-        gpu: one of :data:`GPUS` or :func:`match_gpu`'s answer.
+        gpu: one of :data:`smoa_kernels.gpus.GPUS` or :func:`smoa_kernels.gpus.match_gpu`'s answer.
         algorithm: one of :data:`ALGORITHMS`.
         ieee: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
     """
@@ -542,7 +422,7 @@ def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
 
     Args:
         problem: the layer and the batch; `dtype` is the dtype that the GEMM multiplies.
-        gpu: from :func:`match_gpu` or :data:`GPUS`.
+        gpu: from :func:`smoa_kernels.gpus.match_gpu` or :data:`smoa_kernels.gpus.GPUS`.
         ieee: the GEMM multiplies in IEEE float32 or float64. False for half types, whatever is given here
             for them, and for float32 under TF32 or autocast.
     """

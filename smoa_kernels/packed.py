@@ -92,8 +92,9 @@ class PackedAdapter:
         p, rho = self.partition, self.A.shape[0]
         slot = torch.arange(rho, device=self.ranks.device)
         block, t = (slot < self.ranks[:, None]).nonzero(as_tuple=True)
-        A = self.A.index_select(0, t).mul_(p.col_block == block[:, None])
-        B = self.B.index_select(1, t).mul_(p.row_block[:, None] == block).mul_(self.scaling)
+        # Filled, not multiplied by the mask: padding may hold anything, and 0 · NaN is NaN.
+        A = self.A.index_select(0, t).masked_fill_(p.col_block != block[:, None], 0)
+        B = self.B.index_select(1, t).masked_fill_(p.row_block[:, None] != block, 0).mul_(self.scaling)
         return A.to(dtype), B.to(dtype)
 
     def blocks(self) -> Iterator[Block]:

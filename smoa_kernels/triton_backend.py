@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cost import Gpu, Problem, choose_algorithm, match_gpu
+from .cost import Problem, choose_algorithm
 from .dropout import Dropout
+from .gpus import Gpu, match_gpu
 from .kernels._common import padded_width
 from .kernels.block_grad import block_grad
 from .kernels.block_matmul import block_matmul

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from smoa_kernels.cli import main
-from smoa_kernels.cost import ALGORITHMS, GPUS, Problem, estimate
+from smoa_kernels.cost import ALGORITHMS, Problem, estimate
+from smoa_kernels.gpus import GPUS
 
 DEFAULT = ["roofline", "--gpu", "h100", "--tokens", "8192", "--shape", "4096x4096", "--rank", "16"]
 

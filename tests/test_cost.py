@@ -1,4 +1,4 @@
-"""The cost model (smoa_kernels/cost.py): DESIGN section 3's totals, hand counts, and the choice of `auto`."""
+"""The cost model (smoa_kernels/cost.py): totals known beforehand, hand counts, and the choice of `auto`."""
 
 import itertools
 from dataclasses import replace
@@ -8,16 +8,15 @@ import torch
 
 from smoa_kernels.cost import (
     ALGORITHMS,
-    GPUS,
     Problem,
     backward_workspace,
     backward_workspace_bytes,
     choose_algorithm,
     estimate,
     fused_token_limit,
-    match_gpu,
     parts,
 )
+from smoa_kernels.gpus import GPUS, match_gpu
 
 H100 = GPUS["h100"]
 SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)
@@ -58,7 +57,7 @@ def test_split_differs_from_the_design_by_the_adapters_y_written(problem, design
 
 
 def test_flop_floors():
-    """Without memory traffic: 1 + 1/(2K) merged, 1 + 1/K split (DESIGN section 3)."""
+    """Without memory traffic: 1 + 1/(2K) merged, 1 + 1/K split."""
     infinite = replace(H100, memory_tbps=1e9)
     for blocks in (1, 2, 4, 8):
         p = replace(SQUARE, tokens=1 << 20, num_blocks=blocks)

@@ -98,6 +98,20 @@ def test_padding_reaches_neither_outputs_nor_gradients() -> None:
         assert (dB[padding_B] == 0).all()
 
 
+@pytest.mark.parametrize("rubbish", [float("nan"), float("inf")])
+def test_padding_may_hold_anything(rubbish: float) -> None:
+    """Memory that nobody initialised, or an optimiser that divided by zero there, must not reach a result."""
+    clean, dirty = make_problem(fill_padding=False), make_problem(fill_padding=False)
+    slot = torch.arange(3)
+    dirty.A[slot[:, None] >= dirty.ranks[dirty.partition.col_block.long()]] = rubbish
+    dirty.B[slot >= dirty.ranks[dirty.partition.row_block.long(), None]] = rubbish
+    for algorithm in ALGORITHMS:
+        for ours, expected in zip(
+            dirty.run(algorithm=algorithm), clean.run(algorithm=algorithm), strict=True
+        ):
+            assert torch.equal(ours, expected), algorithm
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     "layout",

@@ -11,15 +11,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..cost import (
-    ALGORITHMS,
-    GPUS,
-    Estimate,
-    Problem,
-    backward_workspace_bytes,
-    choose_algorithm,
-    estimate,
-)
+from ..cost import ALGORITHMS, Estimate, Problem, backward_workspace_bytes, choose_algorithm, estimate
+from ..gpus import GPUS
 from .output import console, write_json
 
 __all__ = ["roofline"]

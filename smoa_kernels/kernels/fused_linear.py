@@ -5,7 +5,7 @@
     ΔW[i, j] = s · [b(i) = c(j)] · W0[i, j] · Σ_r B[i, r] A[r, j], made in registers, never in memory
 
 Two float32 sums, rounded once together: a ΔW added to W0 before the product would be lost in W0's rounding, and an
-adapter's output added to a rounded y in y's (DESIGN section 2). W0 is the left operand of the products: yᵀ = W0 xᵀ
+adapter's output added to a rounded y in y's (docs/numerics.md). W0 is the left operand of the products: yᵀ = W0 xᵀ
 puts N, not the few tokens, on the tensor cores' long side, and ΔW goes into its product from registers.
 
 Where the tiles of y are fewer than the multiprocessors, `split` programs share the sum over C: they write float32

@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 
 __all__ = [
     "BLOCK_GRAD_CONFIGS",
@@ -189,6 +190,9 @@ BLOCK_GRAD_IEEE_CONFIGS = (
 
 _LARGE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942", "gfx950")
 _WIDE_TENSOR_CORES = ("sm_90", "sm_100", "sm_103")
+# Triton 3.6 spills the 256-token tiles (1360 bytes on sm_90 in bf16), 3.9 does not; between them nobody has looked.
+_LARGE_TILE_TRITON = (3, 9)
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def fused_linear_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[FusedLinearConfig, ...]:
@@ -217,7 +221,7 @@ def block_matmul_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple
     if full and precision == "ieee":
         return BLOCK_MATMUL_IEEE_CONFIGS
     shipped = BLOCK_MATMUL_TF32_CONFIGS if full else BLOCK_MATMUL_CONFIGS
-    if arch in _WIDE_TENSOR_CORES:
+    if arch in _WIDE_TENSOR_CORES and _TRITON >= _LARGE_TILE_TRITON:
         return (_MATMUL_TF32_LARGE if full else _MATMUL_LARGE, *shipped)
     return shipped
 

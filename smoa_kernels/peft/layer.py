@@ -1,4 +1,4 @@
-"""`SMoALayer`: the adapters of one layer; `Linear`: a linear layer with them (DESIGN section 1)."""
+"""`SMoALayer`: the adapters of one layer; `Linear`: a linear layer with them (docs/definition.md)."""
 
 from __future__ import annotations
 

@@ -202,3 +202,12 @@ def test_bad_input(device: torch.device) -> None:
     wide = replace(adapter, A=torch.zeros(33, 57, device=device), B=torch.zeros(33, 33, device=device))
     with pytest.raises(ValueError, match="up to rank 32, got 33: pass delta"):
         block_matmul(xg, wide, None, weight_blocks=delta, out=out, config=SMALL)
+
+
+@pytest.mark.parametrize(("version", "largest"), [((3, 6), 128), ((3, 9), 256), ((4, 0), 256)])
+def test_the_largest_tile_ships_only_where_it_does_not_spill(
+    version: tuple[int, int], largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_TRITON", version)
+    assert launch.block_matmul_configs("sm_90", torch.bfloat16, "tf32")[0].block_t == largest
+    assert launch.block_matmul_configs("sm_80", torch.bfloat16, "tf32")[0].block_t == 128
