@@ -7,6 +7,8 @@ error of relative size ε moves the projections by about ε, another weight by a
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 __all__ = ["sketch_distance", "sketch_weight"]
 
 PROJECTIONS = 32
+SKETCH_SIZE = PROJECTIONS + 1
 # NF4 and int4 err by about 0.1, an unrelated weight by 1.4.
 TOLERANCE = 0.35
 
@@ -35,7 +38,14 @@ def sketch_distance(first: Tensor, second: Tensor) -> float:
 
 
 def _signs(size: int, side: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(_host_signs(size, side)).to(device)
+
+
+# A model has few sizes, and each of its layers asks for two. Arrays, since a tensor that is made in a fake or
+# functional mode must not outlive it.
+@functools.lru_cache(maxsize=64)
+def _host_signs(size: int, side: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     # random_raw is the one output of numpy's generators that is promised to stay the same.
     words = np.random.PCG64(side).random_raw(size)
     bits = (words[:, None] >> np.arange(PROJECTIONS, dtype=np.uint64)) & np.uint64(1)
-    return torch.from_numpy(1.0 - 2.0 * bits.astype(np.float32)).to(device)
+    return (1.0 - 2.0 * bits).astype(np.float32)

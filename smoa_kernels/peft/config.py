@@ -20,8 +20,9 @@ from .saving import replacing
 
 __all__ = ["FORMAT_VERSION", "SMoAConfig"]
 
-# Of the adapter folder. Raised when an older release could not read what a newer one writes.
-FORMAT_VERSION = 1
+# Of the adapter folder. Raised when an older release could not read what a newer one writes. Version 1 was never
+# released.
+FORMAT_VERSION = 2
 
 _BIASES = ("none", "all", "smoa_only")
 
@@ -181,12 +182,13 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         version = self.format_version
         if version is None:
             return
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise ValueError(f"format_version must be an int of at least 1, got {version!r}")
-        if version > FORMAT_VERSION:
+        if isinstance(version, bool) or not isinstance(version, int):
+            raise ValueError(f"format_version must be an int, got {version!r}")
+        if version != FORMAT_VERSION:
+            newer = version > FORMAT_VERSION
             raise ValueError(
-                f"format_version {version} of the adapter is newer than this release reads (up to {FORMAT_VERSION}): "
-                "update smoa-kernels"
+                f"format_version {version} of the adapter is {'newer' if newer else 'older'} than what this release "
+                f"reads ({FORMAT_VERSION}): {'update smoa-kernels' if newer else 'train the adapter anew'}"
             )
 
 

@@ -13,9 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..packed import trainable_parameters
-from ..partition import BlockPartition
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
 from .config import SMoAConfig
+from .layer import STATE_KEYS
+from .loading import read_blocks
+from .model import layer_settings
 
 __all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
 
@@ -102,29 +104,23 @@ def inspect_adapter(
     with safe_open(path, "pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
     bases = None if base is None else _Weights(Path(base))
-    stems = sorted(key.removesuffix("A") for key in state if key.endswith(".smoa_A"))
-    layers = tuple(_layer(stem, state, bases, config.fan_in_fan_out) for stem in stems)
+    stems = sorted(key.removesuffix("smoa_A") for key in state if key.endswith(".smoa_A"))
+    layers = tuple(_layer(stem, state, bases, config) for stem in stems)
     others = tuple(sorted(key for key in state if ".smoa_" not in key))
     return AdapterReport(config, layers, path.stat().st_size, others)
 
 
-def _layer(stem: str, state: Mapping[str, Tensor], bases: _Weights | None, transposed: bool) -> LayerReport:
-    name = stem.removesuffix(".smoa_").removeprefix(_PREFIX)
-    for part in ("B", "row_block", "col_block", "ranks"):
-        if stem + part not in state:
-            raise ValueError(f"{name}: the adapter lacks smoa_{part}")
-    ranks = tuple(state[stem + "ranks"].tolist())
-    try:
-        partition = BlockPartition.from_labels(
-            state[stem + "row_block"], state[stem + "col_block"], len(ranks)
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    sketch = state.get(stem + "sketch")
+def _layer(stem: str, state: Mapping[str, Tensor], bases: _Weights | None, config: SMoAConfig) -> LayerReport:
+    name = stem.removesuffix(".").removeprefix(_PREFIX)
+    missing = [key for key in STATE_KEYS if stem + key not in state]
+    if missing:
+        raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}")
+    given = {key: state[stem + key] for key in STATE_KEYS}
+    partition, ranks, sketch = read_blocks(name, given, layer_settings(config, name).r)
     distance = None
-    if bases is not None and sketch is not None:
+    if bases is not None:
         weight = bases.get(name + ".weight")
-        weight = weight.T if weight is not None and transposed else weight
+        weight = weight.T if weight is not None and config.fan_in_fan_out else weight
         same_shape = weight is not None and tuple(weight.shape) == partition.shape
         distance = (
             sketch_distance(sketch, sketch_weight(weight))
@@ -134,9 +130,9 @@ def _layer(stem: str, state: Mapping[str, Tensor], bases: _Weights | None, trans
     return LayerReport(
         name=name,
         shape=partition.shape,
-        ranks=ranks,
-        parameters=trainable_parameters(partition, ranks),
-        fingerprint="" if sketch is None else _digits(sketch),
+        ranks=tuple(ranks.tolist()),
+        parameters=trainable_parameters(partition, ranks.tolist()),
+        fingerprint=_digits(sketch),
         base_distance=distance,
     )
 

@@ -18,21 +18,17 @@ from transformers.pytorch_utils import Conv1D
 from .. import eager
 from ..functional import smoa_linear
 from ..packed import PackedAdapter, padding_masks, resolve_ranks, scaling_tensor, trainable_parameters
-from ..partition import BlockPartition, label_dtype
+from ..partition import BlockPartition
 from ..sketch import sketch_weight
 from .combine import single_block, sum_adapters
 from .config import SMoAConfig
+from .layout import blocks_size, pack_blocks, unpack_blocks
 from .offload import check_present, execution_device, gathered, present
 from .quantized import dequantized_linear, requantize
 
 __all__ = ["LayerSettings", "Linear", "SMoALayer"]
 
 SpectralOrder = Callable[["SMoALayer", int], BlockPartition]
-
-# In the ranks of an adapter whose labels are yet to be loaded. Kept as a value, not as a flag beside the buffers:
-# a loader that assigns buffers one by one needs to know nothing of it.
-UNKNOWN = -1
-SKETCH_SIZE = 33
 
 
 class LayerSettings(NamedTuple):
@@ -64,25 +60,19 @@ def _order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
 
 
 class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
-    """Adapters of a layer, by name: packed factors, block labels, ranks and a sketch of W0.
+    """Adapters of a layer, by name: packed factors, and its blocks, their ranks and a sketch of W0 as bytes.
 
     Attributes:
         smoa_A: parameters (ρ, C).
         smoa_B: parameters (N, ρ).
-        smoa_row_block: block of each row (N,), uint8, or int32 above 256 blocks.
-        smoa_col_block: block of each column (C,).
-        smoa_ranks: int32 (K,); negative while the labels of an adapter are yet to be loaded.
-        smoa_sketch: float32 (33,), what :func:`smoa_kernels.sketch.sketch_weight` gives for W0.
+        smoa_blocks: uint8, see :mod:`smoa_kernels.peft.layout`; zeros while they are yet to be loaded.
         in_features, out_features: C and N.
         r, num_blocks, block_ranks, scaling: by adapter.
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
     other_param_names: tuple[str, ...] = (
-        "smoa_row_block",
-        "smoa_col_block",
-        "smoa_ranks",
-        "smoa_sketch",
+        "smoa_blocks",
         "r",
         "num_blocks",
         "block_ranks",
@@ -114,10 +104,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self._stored_layer: tuple[nn.Module, ...] = ()
         self.smoa_A = nn.ParameterDict()
         self.smoa_B = nn.ParameterDict()
-        self.smoa_row_block = BufferDict(persistent=True)
-        self.smoa_col_block = BufferDict(persistent=True)
-        self.smoa_ranks = BufferDict(persistent=True)
-        self.smoa_sketch = BufferDict(persistent=True)
+        self.smoa_blocks = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.num_blocks: dict[str, int] = {}
         self.block_ranks: dict[str, tuple[int, ...]] = {}
@@ -178,13 +165,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             config.init_weights,
         )
         self.algorithm[adapter_name], self.backend[adapter_name] = config.algorithm, config.backend
-        rho, labels = max(ranks), label_dtype(settings.num_blocks)
+        rho = max(ranks)
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rho))
-        self.smoa_row_block[adapter_name] = torch.zeros(self.out_features, dtype=labels)
-        self.smoa_col_block[adapter_name] = torch.zeros(self.in_features, dtype=labels)
-        self.smoa_ranks[adapter_name] = torch.full((settings.num_blocks,), UNKNOWN, dtype=torch.int32)
-        self.smoa_sketch[adapter_name] = torch.zeros(SKETCH_SIZE)
+        size = blocks_size(self.out_features, self.in_features, settings.num_blocks)
+        self.smoa_blocks[adapter_name] = torch.zeros(size, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         comes_with_weights = config.is_from_file or config.inference_mode or self.smoa_A[adapter_name].is_meta
         if not comes_with_weights:
@@ -203,38 +188,37 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         A = self.smoa_A[adapter_name]
         if not A.is_meta and bool(A.any()):
             raise RuntimeError(
-                f"adapter {adapter_name!r} was loaded without its block labels (smoa_row_block, smoa_col_block, "
-                "smoa_ranks), and those of another spectrum would corrupt it"
+                f"adapter {adapter_name!r} was loaded without its block labels (smoa_blocks), and those of another "
+                "spectrum would corrupt it"
             )
         blocks = self.num_blocks[adapter_name]
         known = [p.partition for p in self._prepared.values() if p.partition.num_blocks == blocks]
         with gathered(self.innermost()), present(self, self.innermost()):
             partition = known[0] if known else spectral_order(self, blocks)
             sketch = sketch_weight(self.base_weight())
-        self.smoa_row_block[adapter_name].copy_(partition.row_block)
-        self.smoa_col_block[adapter_name].copy_(partition.col_block)
-        self.smoa_ranks[adapter_name].copy_(torch.tensor(self.block_ranks[adapter_name]))
-        self.smoa_sketch[adapter_name].copy_(sketch)
-        self._prepare(adapter_name, partition)
+        ranks = torch.tensor(self.block_ranks[adapter_name], dtype=torch.int32, device=partition.device)
+        self._set_blocks(adapter_name, partition, ranks, sketch)
         self.reset_adapter(adapter_name)
         return partition
 
     @torch.no_grad()
     def fill(self, adapter_name: str, adapter: PackedAdapter) -> None:
         """Put the factors, blocks and ranks of `adapter` into one that was just added, shaped alike."""
-        self.smoa_row_block[adapter_name].copy_(adapter.partition.row_block)
-        self.smoa_col_block[adapter_name].copy_(adapter.partition.col_block)
-        self.smoa_ranks[adapter_name].copy_(adapter.ranks)
-        self.smoa_sketch[adapter_name].copy_(sketch_weight(adapter.weight))
         self.smoa_A[adapter_name] = nn.Parameter(adapter.A, requires_grad=False)
         self.smoa_B[adapter_name] = nn.Parameter(adapter.B, requires_grad=False)
-        self._prepare(adapter_name, adapter.partition)
+        self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch_weight(adapter.weight))
+
+    def _set_blocks(
+        self, adapter_name: str, partition: BlockPartition, ranks: Tensor, sketch: Tensor
+    ) -> None:
+        self.smoa_blocks[adapter_name].copy_(pack_blocks(partition, ranks, sketch))
+        self._prepare(adapter_name, partition, ranks)
 
     @torch.no_grad()
     def reset_adapter(self, adapter_name: str) -> None:
         """A_k uniform in ±1/√C_k (Kaiming, a=√5); B zero, or normal where the adapter is to be random."""
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
-        partition, ranks = self.partition(adapter_name), self.smoa_ranks[adapter_name]
+        partition, ranks = self.partition(adapter_name), self.ranks(adapter_name)
         A_mask, B_mask = padding_masks(partition, ranks, A.shape[0])
         widths = torch.tensor(partition.col_sizes, dtype=A.dtype, device=A.device)
         A.uniform_(-1, 1).mul_(widths.clamp_min(1).rsqrt()[partition.col_block.long()]).mul_(A_mask)
@@ -247,30 +231,37 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         """Blocks of an adapter; computed here where nothing was loaded that brought them."""
         return self._ready(adapter_name).partition
 
+    def ranks(self, adapter_name: str) -> Tensor:
+        """int32 (K,), the rank of each block."""
+        return self._ready(adapter_name).ranks
+
+    def awaits_blocks(self, adapter_name: str) -> bool:
+        """Whether an adapter was injected for weights that are yet to be loaded."""
+        return not bool(self.smoa_blocks[adapter_name].any())
+
     def num_adapter_parameters(self, adapter_name: str) -> int:
         """`Σ r_k (N_k + C_k)`, padding not counted."""
-        return trainable_parameters(self.partition(adapter_name), self.smoa_ranks[adapter_name].tolist())
+        return trainable_parameters(self.partition(adapter_name), self.ranks(adapter_name).tolist())
 
     def packed(self, adapter_name: str, weight: Tensor) -> PackedAdapter:
         """The adapter over `weight`, in autograd's sight."""
         ready = self._ready(adapter_name)
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
-        return PackedAdapter(weight, A, B, ready.partition, self.smoa_ranks[adapter_name], ready.scaling)
+        return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling)
 
     def _ready(self, adapter_name: str) -> _Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
-        rows, cols = self.smoa_row_block[adapter_name], self.smoa_col_block[adapter_name]
+        packed = self.smoa_blocks[adapter_name]
         ready = self._prepared.get(adapter_name)
-        if ready is not None and ready.rows is rows and ready.cols is cols:
+        if ready is not None and ready.packed is packed:
             return ready
-        if bool((self.smoa_ranks[adapter_name] < 0).any()):
+        if self.awaits_blocks(adapter_name):
             self.initialize(adapter_name)
             return self._prepared[adapter_name]
-        return self._prepare(
-            adapter_name, BlockPartition.from_labels(rows, cols, self.num_blocks[adapter_name])
-        )
+        partition, ranks, _ = unpack_blocks(packed, self.out_features, self.in_features)
+        return self._prepare(adapter_name, partition, ranks)
 
-    def _prepare(self, adapter_name: str, partition: BlockPartition) -> _Prepared:
+    def _prepare(self, adapter_name: str, partition: BlockPartition, ranks: Tensor) -> _Prepared:
         for name, other in self._prepared.items():
             # One object for partitions that agree, so that forward need not compare labels.
             if (
@@ -279,8 +270,9 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
                 and other.partition == partition
             ):
                 partition = other.partition
-        rows, cols = self.smoa_row_block[adapter_name], self.smoa_col_block[adapter_name]
-        ready = _Prepared(rows, cols, partition, scaling_tensor(self.scaling[adapter_name], partition.device))
+        packed = self.smoa_blocks[adapter_name]
+        scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
+        ready = _Prepared(packed, partition, ranks, scaling)
         self._prepared[adapter_name] = ready
         return ready
 
@@ -293,7 +285,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         for name in list(self._prepared):
-            if self.smoa_row_block[name].is_meta:
+            if self.smoa_blocks[name].is_meta:
                 del self._prepared[name]  # values are gone; what comes next is loaded
             else:
                 self._ready(name)  # now rather than in the next forward, which may be compiled
@@ -302,35 +294,32 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        sketch = self.smoa_sketch[adapter_name]
         device = execution_device(self.innermost()) if device is None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        # PEFT casts every floating-point tensor to the base's dtype.
-        self.smoa_sketch[adapter_name] = sketch.to(self.smoa_sketch[adapter_name].device)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        from .loading import check_labels
+        from .loading import check_layer
 
         for name in self.smoa_A:
             given = {key: state_dict.get(f"{prefix}{key}.{name}") for key in STATE_KEYS}
             if any(value is not None for value in given.values()):
-                check_labels(prefix.rstrip("."), self, name, given)
+                check_layer(prefix.rstrip("."), self, name, given)
                 self._prepared.pop(name, None)  # labels are copied in place, which identity does not show
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-# Every tensor of an adapter that a checkpoint holds, the sketch aside.
-STATE_KEYS = ("smoa_A", "smoa_B", "smoa_row_block", "smoa_col_block", "smoa_ranks")
+# Every tensor of an adapter that a checkpoint holds.
+STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
 
 
 class _Prepared(NamedTuple):
-    """What forward needs beside parameters; `rows` and `cols` are the label buffers that it was built from."""
+    """What forward needs beside parameters; `packed` is the buffer that it was read from."""
 
-    rows: Tensor
-    cols: Tensor
+    packed: Tensor
     partition: BlockPartition
+    ranks: Tensor
     scaling: Tensor
 
 

@@ -6,16 +6,16 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
+from .layout import LayerBlocks, unpack_blocks
 from .offload import gathered, present
 
 if TYPE_CHECKING:
     from .layer import SMoALayer
 
-__all__ = ["check_adapter", "check_labels"]
+__all__ = ["check_adapter", "check_layer", "read_blocks"]
 
 
 def check_adapter(
@@ -26,8 +26,8 @@ def check_adapter(
     A layer of which `state` holds nothing is left to PEFT, which lists it among the missing keys.
 
     Raises:
-        ValueError: naming the layer: a tensor is missing or has another shape, labels or ranks are out of range, or,
-            where `strict_base`, W0 is another weight than the adapter was trained over (else a warning).
+        ValueError: naming the layer: a tensor is missing, corrupt or has another shape, labels or ranks are out of
+            range, or, where `strict_base`, W0 is another weight than the adapter was trained over (else a warning).
     """
     from .layer import STATE_KEYS, SMoALayer
 
@@ -38,12 +38,9 @@ def check_adapter(
         given = {key: state.get(f"{name}.{key}.{adapter_name}") for key in STATE_KEYS}
         if all(value is None for value in given.values()):
             continue
-        check_labels(name, layer, adapter_name, given)
-        sketch = state.get(f"{name}.smoa_sketch.{adapter_name}")
+        sketch = check_layer(name, layer, adapter_name, given)
         if sketch is None:
             continue
-        if sketch.shape != layer.smoa_sketch[adapter_name].shape:
-            raise ValueError(f"{name}: smoa_sketch must have shape (33,), got {tuple(sketch.shape)}")
         with gathered(layer.innermost()), present(layer, layer.innermost()):
             weight = layer.base_weight()
             distance = 0.0 if weight.is_meta else sketch_distance(sketch, sketch_weight(weight))
@@ -60,8 +57,12 @@ def check_adapter(
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def check_labels(name: str, layer: SMoALayer, adapter_name: str, given: Mapping[str, Any]) -> None:
-    """Whether the tensors of one layer's adapter are complete, fit the layer and are in range."""
+def check_layer(name: str, layer: SMoALayer, adapter_name: str, given: Mapping[str, Any]) -> Tensor | None:
+    """Whether the tensors of one layer's adapter are complete, fit the layer and are in range.
+
+    Returns:
+        The sketch of the base weight that the adapter was trained over; None where the tensors hold no values.
+    """
     missing = [key for key, value in given.items() if value is None]
     if missing:
         raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
@@ -72,16 +73,23 @@ def check_labels(name: str, layer: SMoALayer, adapter_name: str, given: Mapping[
                 f"size mismatch for {name}.{key}: the layer takes shape {expected}, the adapter has "
                 f"{tuple(value.shape)}"
             )
-    blocks, rho, r = layer.num_blocks[adapter_name], given["smoa_A"].shape[0], layer.r[adapter_name]
-    for key in ("smoa_row_block", "smoa_col_block", "smoa_ranks"):
-        if given[key].is_floating_point():
-            raise ValueError(f"{name}: {key} must be integers, got {given[key].dtype}")
-    if any(given[key].is_meta for key in ("smoa_row_block", "smoa_col_block", "smoa_ranks")):
-        return
-    for key in ("smoa_row_block", "smoa_col_block"):
-        low, high = (int(bound) for bound in torch.aminmax(given[key]))
-        if low < 0 or high >= blocks:
-            raise ValueError(f"{name}: {key} must lie in [0, {blocks}), got values from {low} to {high}")
-    ranks = given["smoa_ranks"].tolist()
-    if min(ranks) < 0 or max(ranks) != rho or sum(ranks) != r:
-        raise ValueError(f"{name}: smoa_ranks must sum to r={r} with a largest rank of {rho}, got {ranks}")
+    if given["smoa_blocks"].is_meta:
+        return None
+    return read_blocks(name, given, layer.r[adapter_name]).sketch
+
+
+def read_blocks(name: str, given: Mapping[str, Tensor], r: int) -> LayerBlocks:
+    """Blocks, ranks and sketch of a layer whose tensors are `given` and whose rank budget is r.
+
+    Raises:
+        ValueError: naming the layer, what :func:`unpack_blocks` finds wrong, or ranks that do not fit.
+    """
+    A, B = given["smoa_A"], given["smoa_B"]
+    try:
+        blocks = unpack_blocks(given["smoa_blocks"], B.shape[0], A.shape[1])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    ranks = blocks.ranks.tolist()
+    if min(ranks) < 0 or max(ranks) != A.shape[0] or A.shape[0] != B.shape[1] or sum(ranks) != r:
+        raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {A.shape[0]}, got {ranks}")
+    return blocks

@@ -241,7 +241,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         try:
             check_adapter(model, adapter_name, remapped, strict_base=config.strict_base)
         except ValueError:
-            if any(_awaits_labels(layer, adapter_name) for layer in _layers(model)):
+            if any(_awaits_blocks(layer, adapter_name) for layer in _layers(model)):
                 # Put in by the very call that was to fill it.
                 remove_adapter(model, adapter_name)
                 _forget(model, adapter_name)
@@ -311,5 +311,5 @@ def _layers(model: nn.Module) -> list[SMoALayer]:
     return [module for module in model.modules() if isinstance(module, SMoALayer)]
 
 
-def _awaits_labels(layer: SMoALayer, adapter_name: str) -> bool:
-    return adapter_name in layer.smoa_A and bool((layer.smoa_ranks[adapter_name] < 0).any())
+def _awaits_blocks(layer: SMoALayer, adapter_name: str) -> bool:
+    return adapter_name in layer.smoa_A and layer.awaits_blocks(adapter_name)

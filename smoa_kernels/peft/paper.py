@@ -13,12 +13,12 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..packed import pack_factors, unpack_factors
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
+from .layout import pack_blocks, unpack_blocks
 
 __all__ = ["from_paper_layout", "to_paper_layout"]
 
@@ -61,8 +61,7 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
             A, B, ranks = pack_factors(A_blocks, B_blocks, partition)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        tensors = {"A": A, "B": B, "row_block": partition.row_block, "col_block": partition.col_block}
-        tensors |= {"ranks": ranks, "sketch": sketch_weight(weight)}
+        tensors = {"A": A, "B": B, "blocks": pack_blocks(partition, ranks, sketch_weight(weight))}
         result |= {f"{_PREFIX}{path}.smoa_{name}": tensor.cpu() for name, tensor in tensors.items()}
     return result
 
@@ -82,15 +81,14 @@ def to_paper_layout(
             continue
         stem = key.removesuffix("A")
         path = stem.removesuffix(".smoa_").removeprefix(_PREFIX)
-        ranks = state[stem + "ranks"]
-        num_blocks = len(ranks)
-        partition = BlockPartition.from_weight(_weight(weights, path).cpu(), num_blocks)
-        labels = [state[stem + "row_block"], state[stem + "col_block"]]
-        if not (torch.equal(partition.row_block, labels[0]) and torch.equal(partition.col_block, labels[1])):
+        A, B = state[stem + "A"], state[stem + "B"]
+        stored, ranks, _ = unpack_blocks(state[stem + "blocks"], B.shape[0], A.shape[1])
+        partition = BlockPartition.from_weight(_weight(weights, path).cpu(), stored.num_blocks)
+        if partition != stored:
             raise ValueError(
                 f"{path}: the adapter's blocks are not those that the base weight's spectrum gives"
             )
-        factors = unpack_factors(state[stem + "A"], state[stem + "B"], partition, ranks)
+        factors = unpack_factors(A, B, partition, ranks)
         for side, blocks in zip("AB", factors, strict=True):
             for k, factor in enumerate(blocks):
                 result[f"{_PREFIX}{path}.lora_{side}.{adapter_name}.{k}.weight"] = factor.contiguous()

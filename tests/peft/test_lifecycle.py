@@ -92,7 +92,7 @@ def test_gradients_reach_every_active_adapter(llama, mix):
     for name in ("one", "two"):
         A, B = (factor[name].detach().clone().requires_grad_() for factor in (layer.smoa_A, layer.smoa_B))
         mask = layer.partition(name).row_block[:, None] == layer.partition(name).col_block
-        ranks = layer.smoa_ranks[name]
+        ranks = layer.ranks(name)
         t = torch.arange(A.shape[0])
         padded = A * (t[:, None] < ranks[layer.partition(name).col_block.long()])
         delta = layer.scaling[name] * (B @ padded) * mask * layer.base_weight()
@@ -151,7 +151,7 @@ def test_adapters_of_a_layer_share_an_order_and_nothing_else(llama):
     model = two_adapters(llama(), "agree")
     for layer in layers(model).values():
         assert layer.partition("one") is layer.partition("two")
-        assert layer.smoa_row_block["one"].data_ptr() != layer.smoa_row_block["two"].data_ptr()
+        assert layer.smoa_blocks["one"].data_ptr() != layer.smoa_blocks["two"].data_ptr()
 
 
 # Mixed batches
@@ -278,12 +278,12 @@ def test_patterns_scaling_and_layers(llama):
     assert set(found) == {f"layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"} | {
         "layers.1.mlp.up_proj"
     }
-    assert found["layers.0.self_attn.q_proj"].smoa_ranks["default"].tolist() == [5, 1, 0, 2]
+    assert found["layers.0.self_attn.q_proj"].ranks("default").tolist() == [5, 1, 0, 2]
     assert found["layers.0.self_attn.q_proj"].scaling["default"] == 16 / 8**0.5
-    assert found["layers.0.self_attn.v_proj"].smoa_ranks["default"].tolist() == [1, 1, 1, 1]
+    assert found["layers.0.self_attn.v_proj"].ranks("default").tolist() == [1, 1, 1, 1]
     assert found["layers.0.self_attn.v_proj"].scaling["default"] == 8.0
     assert found["layers.1.self_attn.v_proj"].scaling["default"] == 0.5
-    assert found["layers.1.mlp.up_proj"].smoa_ranks["default"].tolist() == [4, 4]
+    assert found["layers.1.mlp.up_proj"].ranks("default").tolist() == [4, 4]
     chosen = get_peft_model(llama(), SMoAConfig(target_modules=["q_proj"], layers_to_transform=[1]))
     assert [name.split(".")[4] for name in layers(chosen)] == ["1"]
     default = get_peft_model(llama(), SMoAConfig())

@@ -80,7 +80,7 @@ def test_outputs_and_gradients_are_those_over_the_dequantised_weight(saved, kind
             None,
             *theirs[1:],
             partition,
-            layer.smoa_ranks["default"],
+            layer.ranks("default"),
             scaling=layer.scaling["default"],
             dropout_p=dropout,
         )

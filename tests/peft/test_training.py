@@ -137,8 +137,8 @@ def test_moving_and_casting_the_model(tokens):
     expected = model(tokens).logits
     half = model.to(torch.bfloat16)
     for layer in (module for module in half.modules() if isinstance(module, SMoALayer)):
-        assert layer.smoa_row_block["default"].dtype == torch.uint8
-        assert layer.smoa_ranks["default"].dtype == torch.int32
+        assert layer.smoa_blocks["default"].dtype == torch.uint8
+        assert layer.ranks("default").dtype == torch.int32
         assert layer.smoa_A["default"].dtype == torch.bfloat16
     assert (half(tokens).logits.float() - expected).norm() < 0.05 * expected.norm()
     source = adapt(tiny_llama(), init_weights=False, smoa_alpha=0.5).eval()

@@ -16,7 +16,9 @@ import smoa_kernels
 from smoa_kernels import BlockPartition
 from smoa_kernels.packed import padding_masks
 from smoa_kernels.peft import SMoAConfig, SMoALayer
+from smoa_kernels.peft.layout import blocks_size, pack_blocks, unpack_blocks
 from smoa_kernels.reference import reference_delta_weight
+from smoa_kernels.sketch import sketch_weight
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -44,7 +46,7 @@ def nudge(model, scale=0.3):
     with torch.no_grad():
         for layer in layers(model).values():
             for name, B in layer.smoa_B.items():
-                _, mask = padding_masks(layer.partition(name), layer.smoa_ranks[name], B.shape[1])
+                _, mask = padding_masks(layer.partition(name), layer.ranks(name), B.shape[1])
                 B.copy_(torch.randn(B.shape, generator=generator) * scale * mask)
 
 
@@ -81,7 +83,7 @@ def test_layer_equals_the_reference(make_model):
     model = adapt(make_model(), smoa_alpha=3.0)
     for layer in layers(model).values():
         x = torch.randn(4, layer.in_features)
-        partition, ranks = layer.partition("default"), layer.smoa_ranks["default"]
+        partition, ranks = layer.partition("default"), layer.ranks("default")
         weight = layer.base_weight()
         assert partition == BlockPartition.from_weight(weight, 3)
         delta = reference_delta_weight(
@@ -131,7 +133,6 @@ def test_float32_factors_over_a_bf16_base_upcast_nothing(make_model, tokens):
     kinds = set()
     for layer in layers(model).values():
         assert layer.smoa_A["default"].dtype == torch.float32
-        assert layer.smoa_sketch["default"].dtype == torch.float32
         x = torch.randn(40, layer.in_features, dtype=torch.bfloat16)
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: kinds.add((t.dtype, t.shape)) or t, lambda t: t
@@ -193,16 +194,32 @@ def test_loading_computes_no_spectral_order(
     assert torch.equal(logits(loaded, tokens), expected)
 
 
-def test_file_holds_factors_labels_ranks_and_sketch(folder):
+def test_file_holds_factors_and_blocks(folder, make_model):
     path, _ = folder
     state = load_file(path / WEIGHTS)
-    kinds = {"smoa_A", "smoa_B", "smoa_row_block", "smoa_col_block", "smoa_ranks", "smoa_sketch"}
-    assert {key.rsplit(".", 1)[1] for key in state} == kinds
-    assert all(key.startswith("base_model.model.") for key in state)
-    dtypes = {key.rsplit(".", 1)[1]: value.dtype for key, value in state.items()}
-    assert dtypes["smoa_row_block"] == dtypes["smoa_col_block"] == torch.uint8
-    assert dtypes["smoa_ranks"] == torch.int32
-    assert json.loads((path / "adapter_config.json").read_text())["format_version"] == 1
+    assert {key.rsplit(".", 1)[1] for key in state} == {"smoa_A", "smoa_B", "smoa_blocks"}
+    assert json.loads((path / "adapter_config.json").read_text())["format_version"] == 2
+    for name, layer in layers(adapt(make_model())).items():
+        partition, ranks, sketch = unpack_blocks(
+            state[f"{name}.smoa_blocks"], layer.out_features, layer.in_features
+        )
+        assert partition == layer.partition("default")
+        assert ranks.tolist() == [2, 2, 1]
+        torch.testing.assert_close(sketch, sketch_weight(layer.base_weight()), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 8, 256, 300])
+def test_packed_blocks_round_trip(num_blocks):
+    labels = torch.arange(640).remainder(num_blocks)[torch.randperm(640)]
+    partition = BlockPartition.from_labels(labels[:317], labels[317:], num_blocks)
+    ranks, sketch = torch.arange(num_blocks, dtype=torch.int32), torch.randn(33).half().float()
+    packed = pack_blocks(partition, ranks, sketch)
+    bits = (num_blocks - 1).bit_length()
+    assert len(packed) == blocks_size(317, 323, num_blocks) == 8 + 4 * num_blocks + 66 + 80 * bits
+    found = unpack_blocks(packed, 317, 323)
+    assert found.partition == partition
+    assert torch.equal(found.ranks, ranks)
+    assert torch.equal(found.sketch, sketch)
 
 
 def test_configuration_without_weights_starts_a_new_adapter(folder, make_model, tokens):
@@ -296,7 +313,15 @@ def test_generation_with_an_active_adapter(folder, make_model, tokens):
         ({"num_blocks_pattern": {"q": "2"}}, r"num_blocks_pattern\['q'\] must be an int of at least 1"),
         ({"rank_pattern": 4}, "rank_pattern must be a dict"),
         ({"layers_to_transform": [0]}, "`layers_to_transform` cannot be used when `target_modules` is a str"),
-        ({"format_version": 2}, "format_version 2 of the adapter is newer than this release reads"),
+        (
+            {"format_version": 3},
+            r"format_version 3 of the adapter is newer than what this release reads \(2\)",
+        ),
+        (
+            {"format_version": 1},
+            r"format_version 1 of the adapter is older than what this release reads \(2\)",
+        ),
+        ({"format_version": "2"}, "format_version must be an int, got '2'"),
     ],
 )
 def test_bad_configuration(settings, message):
@@ -369,15 +394,29 @@ def edit_one_layer(path, edit):
     return prefix.removesuffix(".").removeprefix("base_model.model.")
 
 
+def repacked(edit):
+    """Edit a layer's labels and ranks as numbers; the checksum is right again afterwards."""
+
+    def apply(state, prefix):
+        key = prefix + "smoa_blocks"
+        shape = state[prefix + "smoa_B"].shape[0], state[prefix + "smoa_A"].shape[1]
+        blocks = unpack_blocks(state[key], *shape)
+        edit(blocks)
+        state[key] = pack_blocks(*blocks)
+
+    return apply
+
+
 BROKEN = {
-    "labels": (lambda s, p: s.pop(p + "smoa_row_block"), "the adapter lacks smoa_row_block"),
-    "ranks": (lambda s, p: s.pop(p + "smoa_ranks"), "the adapter lacks smoa_ranks"),
-    "range": (lambda s, p: s[p + "smoa_col_block"].__setitem__(2, 9), r"smoa_col_block must lie in \[0, 3\)"),
-    "rank": (lambda s, p: s[p + "smoa_ranks"].__setitem__(0, -1), "smoa_ranks must sum to r=5"),
-    "sum": (lambda s, p: s[p + "smoa_ranks"].__setitem__(2, 0), "smoa_ranks must sum to r=5"),
+    "missing": (lambda s, p: s.pop(p + "smoa_blocks"), "the adapter lacks smoa_blocks"),
+    "corrupt": (lambda s, p: s[p + "smoa_blocks"][-1:].bitwise_xor_(1), "smoa_blocks is corrupt"),
+    "zero": (lambda s, p: s[p + "smoa_blocks"].zero_(), "bytes that say num_blocks=0"),
+    "range": (repacked(lambda b: b.partition.col_block.__setitem__(2, 3)), r"col_block must lie in \[0, 3\)"),
+    "rank": (repacked(lambda b: b.ranks.__setitem__(0, -1)), "ranks must sum to r=5"),
+    "sum": (repacked(lambda b: b.ranks.__setitem__(2, 0)), "ranks must sum to r=5"),
     "dtype": (
-        lambda s, p: s.update({p + "smoa_row_block": s[p + "smoa_row_block"].float()}),
-        "smoa_row_block must be integers",
+        lambda s, p: s.update({p + "smoa_blocks": s[p + "smoa_blocks"].float()}),
+        "smoa_blocks must be a vector of uint8",
     ),
     "shape": (
         lambda s, p: s.update({p + "smoa_A": s[p + "smoa_A"][:, 1:].contiguous()}),
@@ -438,9 +477,9 @@ def test_state_dict_of_the_whole_model(make_model, tokens):
     target.load_state_dict(source.state_dict())
     assert torch.equal(logits(target, tokens), logits(source, tokens))
     state = source.state_dict()
-    key = next(key for key in state if "smoa_row_block" in key)
-    state[key] = state[key] + 7
-    with pytest.raises(ValueError, match="smoa_row_block must lie in"):
+    key = next(key for key in state if "smoa_blocks" in key)
+    state[key] = state[key] ^ 1
+    with pytest.raises(ValueError, match=f"{key.split('.smoa')[0]}: smoa_blocks"):
         target.load_state_dict(state)
 
 

@@ -1,0 +1,89 @@
+"""What an adapter file holds of a layer beside its factors: blocks, ranks and the sketch of W0, as one row of bytes.
+
+An entry of a safetensors file costs some 120 bytes of header, as much as the labels of a small layer, so that these
+share one (`smoa_blocks`, uint8, little-endian):
+
+    uint32   K, the CRC-32 of all that follows, the rank of each block
+    float16  the sketch, 33 numbers
+    bits     the block of each row, then of each column: ceil(log2 K) bits each, the lowest first
+
+Zeros stand for blocks that are yet to be loaded.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..partition import BlockPartition
+from ..sketch import SKETCH_SIZE
+
+__all__ = ["LayerBlocks", "blocks_size", "pack_blocks", "unpack_blocks"]
+
+
+class LayerBlocks(NamedTuple):
+    """Blocks of a layer, int32 ranks (K,) and the float32 sketch (33,) of its W0."""
+
+    partition: BlockPartition
+    ranks: Tensor
+    sketch: Tensor
+
+
+def blocks_size(out_features: int, in_features: int, num_blocks: int) -> int:
+    """Bytes of the packed form."""
+    bits = (out_features + in_features) * _label_bits(num_blocks)
+    return 4 * (2 + num_blocks) + 2 * SKETCH_SIZE + -(-bits // 8)
+
+
+def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Tensor:
+    """uint8 vector on the CPU; a number of the sketch beyond float16's range becomes infinite."""
+    labels = torch.cat([partition.row_block, partition.col_block]).cpu().numpy()
+    shifts = np.arange(_label_bits(partition.num_blocks))
+    parts = (
+        ranks.cpu().numpy().astype("<u4"),
+        sketch.cpu().numpy().astype("<f2"),
+        np.packbits((labels[:, None] >> shifts & 1).astype(np.uint8), bitorder="little"),
+    )
+    body = b"".join(part.tobytes() for part in parts)
+    head = np.array([partition.num_blocks, zlib.crc32(body)], dtype="<u4").tobytes()
+    return torch.frombuffer(bytearray(head + body), dtype=torch.uint8)
+
+
+def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks:
+    """Inverse of :func:`pack_blocks` for a layer of shape (out_features, in_features); on `packed`'s device.
+
+    Raises:
+        ValueError: another dtype or size than such a layer's, a wrong checksum, labels out of range.
+    """
+    if packed.dtype != torch.uint8 or packed.ndim != 1:
+        raise ValueError(f"smoa_blocks must be a vector of uint8, got {packed.dtype} {tuple(packed.shape)}")
+    data = packed.detach().cpu().contiguous().numpy()
+    num_blocks, checksum = (int(n) for n in data[:8].view("<u4")) if len(data) >= 8 else (0, 0)
+    if num_blocks < 1 or len(data) != blocks_size(out_features, in_features, num_blocks):
+        raise ValueError(
+            f"smoa_blocks must hold the block labels of {out_features} rows and {in_features} columns, got "
+            f"{len(data)} bytes that say num_blocks={num_blocks}"
+        )
+    body = data[8:]
+    if zlib.crc32(body.tobytes()) != checksum:
+        raise ValueError("smoa_blocks is corrupt: its labels, ranks and sketch do not have its checksum")
+    ranks, sketch, bits = np.split(body, [4 * num_blocks, 4 * num_blocks + 2 * SKETCH_SIZE])
+    width = _label_bits(num_blocks)
+    count = out_features + in_features
+    planes = np.unpackbits(bits, count=count * width, bitorder="little").reshape(count, width)
+    labels = torch.from_numpy(planes.astype(np.int32) @ (1 << np.arange(width, dtype=np.int32)))
+    rows, cols = labels.to(packed.device).split([out_features, in_features])
+    partition = BlockPartition.from_labels(rows, cols, num_blocks)
+    return LayerBlocks(
+        partition,
+        torch.from_numpy(ranks.view("<u4").astype(np.int32)).to(packed.device),
+        torch.from_numpy(sketch.view("<f2").astype(np.float32)).to(packed.device),
+    )
+
+
+def _label_bits(num_blocks: int) -> int:
+    return (num_blocks - 1).bit_length()
