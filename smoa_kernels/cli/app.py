@@ -8,13 +8,14 @@ import typer
 
 from .audit import audit
 from .info import info
+from .inspect import inspect
 from .roofline import roofline
 
 __all__ = ["run"]
 
 app = typer.Typer(
     name="smoa-kernels",
-    help="Kernels for SMoA: what they would cost, what they compile to, and where they run.",
+    help="Kernels for SMoA: what they would cost, what they compile to, where they run; adapters, what they hold.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(info)
 app.command()(roofline)
 app.command()(audit)
+app.command()(inspect)
 
 
 def run(arguments: list[str]) -> int:

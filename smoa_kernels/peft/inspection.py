@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..packed import trainable_parameters
@@ -18,6 +21,7 @@ from .config import SMoAConfig
 from .layer import STATE_KEYS
 from .loading import read_blocks
 from .model import layer_settings
+from .registry import PEFT_TYPE
 
 __all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
 
@@ -62,7 +66,7 @@ class AdapterReport:
 
     Attributes:
         config: its configuration.
-        layers: in the order of their names.
+        layers: in the order of their names, numbers by their values.
         file_size: bytes of the weights' file.
         other_tensors: what else is trained and saved in it (biases, further modules).
     """
@@ -94,20 +98,45 @@ def inspect_adapter(
         base: folder of a base model in safetensors files, sharded or not.
 
     Raises:
-        ValueError, FileNotFoundError: what `SMoAConfig.from_pretrained` finds wrong, no weights, labels or ranks out of
-            range or missing, no safetensors in `base`.
+        ValueError, FileNotFoundError: no configuration or weights, another method's, what `SMoAConfig.from_pretrained`
+            finds wrong, labels or ranks out of range or missing, no readable safetensors in `base`.
     """
-    config = SMoAConfig.from_pretrained(os.fspath(folder))
+    config = _config(Path(folder))
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder}")
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
     bases = None if base is None else _Weights(Path(base))
-    stems = sorted(key.removesuffix("smoa_A") for key in state if key.endswith(".smoa_A"))
+    stems = sorted((key.removesuffix("smoa_A") for key in state if key.endswith(".smoa_A")), key=_by_number)
     layers = tuple(_layer(stem, state, bases, config) for stem in stems)
     others = tuple(sorted(key for key in state if ".smoa_" not in key))
     return AdapterReport(config, layers, path.stat().st_size, others)
+
+
+def _config(folder: Path) -> SMoAConfig:
+    if not (folder / CONFIG_NAME).is_file():  # PEFT would look for it on a hub
+        raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}")
+    try:
+        method = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+        if method != PEFT_TYPE:
+            raise ValueError(f"it is an adapter of the method {method}, not {PEFT_TYPE.value}")
+        return SMoAConfig.from_pretrained(os.fspath(folder))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _layer(stem: str, state: Mapping[str, Tensor], bases: _Weights | None, config: SMoAConfig) -> LayerReport:
@@ -158,13 +187,12 @@ class _Weights:
                 yield name, folder / file
             return
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  # it is no mapping
-                    yield name, path
+            with _opened(path) as file:
+                yield from ((name, path) for name in file.keys())  # noqa: SIM118  # it is no mapping
 
     def get(self, name: str) -> Tensor | None:
         if name not in self.files:
             return None
-        with safe_open(self.files[name], "pt") as file:
+        with _opened(self.files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor

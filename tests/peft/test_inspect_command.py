@@ -1,0 +1,114 @@
+"""`smoa-kernels inspect`: the table, the verdict on a base, JSON, and mistakes in one line."""
+
+import json
+import math
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_llama
+
+from smoa_kernels.cli import main
+from smoa_kernels.peft import SMoAConfig
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model = tiny_llama(num_hidden_layers=11)
+    config = SMoAConfig(
+        r=5, num_blocks=3, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]
+    )
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def inspect(*arguments):
+    return main(["inspect", *map(str, arguments)])
+
+
+def test_table_lists_every_layer_in_order(adapter, capsys):
+    assert inspect(adapter) == 0
+    out = capsys.readouterr().out
+    names = [line.split()[0] for line in out.splitlines() if line.strip().startswith("model.layers.")]
+    assert names == [
+        f"model.layers.{i}.{name}" for i in range(11) for name in ("mlp.down_proj", "self_attn.q_proj")
+    ]
+    (row,) = (line for line in out.splitlines() if "layers.10.self_attn.q_proj" in line)
+    # K=3 on 32×32: blocks of 11, 11 and 10 with ranks 2, 2 and 1.
+    assert [cell.strip() for cell in row.split("│")[1:5]] == ["32×32", "3", "2 2 1", str(2 * 44 + 20)]
+    assert f"22 layers, {11 * (2 * 2 * 22 + 20 + 2 * 2 * (11 + 16) + 26):,} parameters" in out
+    assert f"{(adapter / WEIGHTS).stat().st_size:,} bytes, format 2" in out
+    assert "Beside them: base_model.model.lm_head.weight" in out
+    assert "fit" not in out
+
+
+@pytest.mark.parametrize(
+    ("base", "code", "said"),
+    [
+        ({"seed": 0, "num_hidden_layers": 11}, 0, "✓ every layer fits"),
+        ({"seed": 1, "num_hidden_layers": 11}, 1, "✗ 22 of 22 layers do not fit"),
+        ({"seed": 0, "num_hidden_layers": 11, "intermediate_size": 40}, 1, "✗ lacks it in this shape"),
+    ],
+)
+def test_verdict_on_a_base(adapter, tmp_path, capsys, base, code, said):
+    tiny_llama(**base).save_pretrained(tmp_path / "base")
+    path = tmp_path / "report.json"
+    assert inspect(adapter, "--base", tmp_path / "base", "--json", path) == code
+    assert said in capsys.readouterr().out
+    report = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert report["fits"] is (code == 0)
+    assert report["config"]["num_blocks"] == 3
+    assert [layer["fits"] for layer in report["layers"]].count(True) == (22 if code == 0 else 0)
+    first = report["layers"][0]
+    assert first["name"] == "model.layers.0.mlp.down_proj"
+    assert (first["ranks"], first["shape"], first["num_blocks"]) == ([2, 2, 1], [32, 48], 3)
+    if code == 0:
+        assert math.isclose(first["base_distance"], 0, abs_tol=1e-3)
+
+
+MISTAKES = {
+    "no folder": (lambda f: f.rename(f.parent / "elsewhere"), "there is no adapter_config.json in"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"there is no {WEIGHTS} in"),
+    "no json": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter: Expecting property name"),
+    "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter: 'list' object"),
+    "other method": (
+        lambda f: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(f),
+        "an adapter of the method LORA, not SMOA",
+    ),
+    "wrong value": (
+        lambda f: edit(f, num_blocks="three"),
+        "num_blocks must be an int, got 'three'",
+    ),
+    "future": (lambda f: edit(f, format_version=9), "format_version 9 of the adapter is newer"),
+    "other rank": (lambda f: edit(f, r=6), "layers.0.mlp.down_proj: ranks must sum to r=6"),
+    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), "is truncated"),
+}
+
+
+def edit(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line(adapter, capsys, case):
+    spoil, message = MISTAKES[case]
+    spoil(adapter)
+    assert_refused(capsys, message, adapter)
+
+
+def test_base_that_cannot_be_read(adapter, tmp_path, capsys):
+    assert_refused(capsys, "there are no safetensors files in", adapter, "--base", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    assert_refused(capsys, "is not a readable safetensors file", adapter, "--base", tmp_path)
+
+
+def assert_refused(capsys, message, *arguments):
+    capsys.readouterr()
+    assert inspect(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("smoa-kernels: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
