@@ -37,11 +37,15 @@ lint: $(BIN)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(BIN)/.dev ## time the layer against frozen, LoRA, HiRA and the paper's way on one thread
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-quiet $(ARGS)
+bench: $(BIN)/.dev ## time and weigh the layer against its peers on one thread; write tables and figures (15 min)
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-json=.benchmarks/run.json $(ARGS)
+	$(BIN)/python -m benchmarks.report .benchmarks/run.json
 
-bench-smoke: $(BIN)/.dev ## the same, tiny: does every benchmark run and pass its gate
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-quiet --smoke $(ARGS)
+bench-smoke: $(BIN)/.dev ## the same, tiny, report and all: does every benchmark run and pass its gate
+	mkdir -p .benchmarks/smoke
+	$(BIN)/python -m pytest benchmarks --smoke --benchmark-json=.benchmarks/smoke.json $(ARGS)
+	$(BIN)/python -m benchmarks.report .benchmarks/smoke.json --out .benchmarks/smoke
 
 audit: $(BIN)/.dev ## compile every kernel at every shipped configuration, without a GPU
 	$(BIN)/smoa-kernels audit $(ARGS)

@@ -1,15 +1,21 @@
-"""Options, the pinned threads, and the table that a person reads at the end."""
+"""Options, the pinned threads, what goes into the JSON, and the table that a person reads at the end."""
 
 from __future__ import annotations
 
-import os
-import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
-from protocol import Comparison
+from pytest_benchmark.fixture import BenchmarkFixture
 
-_RESULTS: list[tuple[str, Comparison]] = []
+from .machine import describe, load
+from .protocol import Comparison, Run, Turns
+
+_RESULTS: list[tuple[str, dict[str, Comparison]]] = []
+
+Measure = Callable[..., dict[str, Comparison]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,50 +26,85 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=1, help="intra-op threads (default 1)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # The tests' default is not to time; whoever asks for benchmarks/ wants times. A row of pytest-benchmark's own
+    # table would be one round over all providers, which nobody reads.
+    config.option.benchmark_disable = False
+    config.option.benchmark_enable = True
+    config.option.benchmark_quiet = True
+    torch.set_num_threads(config.option.threads)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.clear()
+    machine_info.update(describe(config.option.smoke))
+
+
 @pytest.fixture(scope="session")
 def smoke(request: pytest.FixtureRequest) -> bool:
     """Whether to run tiny sizes."""
-    return bool(request.config.getoption("--smoke"))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _threads(request: pytest.FixtureRequest) -> None:
-    torch.set_num_threads(request.config.getoption("--threads"))
+    return bool(request.config.option.smoke)
 
 
 @pytest.fixture
-def report(benchmark):
-    """Keep a comparison for the table, and in the benchmark's JSON (`extra_info`)."""
+def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
+    """Time providers in turns by the protocol and keep the seconds for the JSON and the table.
 
-    def keep(title: str, comparison: Comparison) -> None:
-        _RESULTS.append((title, comparison))
+    A round of pytest-benchmark is one round over all providers. The number of rounds is what fits into a budget.
+    """
+
+    def run(
+        kind: str,
+        title: str,
+        params: Mapping[str, Any],
+        variants: Mapping[str, Run],
+        *,
+        baseline: str,
+        budget: float = 12.0,
+        least: int = 7,
+        warmup: int = 2,
+        **extra: Any,
+    ) -> dict[str, Comparison]:
+        turns = Turns(variants, baseline)
+        before = load()
+        one = turns.warm_up(1 if smoke else warmup)
+        rounds = 2 if smoke else max(least, min(40, int(budget / one) if one else least))
+        benchmark.pedantic(turns.round, rounds=rounds)
+        found = turns.comparisons()
+        _RESULTS.append((title, found))
         benchmark.extra_info.update(
+            kind=kind,
             title=title,
-            baseline=comparison.baseline,
-            spread=comparison.spread,
-            noisy=comparison.noisy,
-            measured_on="GPU" if torch.cuda.is_available() else "CPU",
-            ratios={name: [t.ratio, t.low, t.high] for name, t in comparison.timings.items()},
-            load=os.getloadavg(),
+            params=dict(params),
+            baseline=baseline,
+            load=[before, load()],
+            seconds={phase: dict(comparison.seconds) for phase, comparison in found.items()},
+            **extra,
         )
+        return found
 
-    return keep
+    return run
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Every comparison as ratios with their quartiles."""
     if not _RESULTS:
         return
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
+    machine = describe(config.option.smoke)
     terminalreporter.section("ratios, medians of rounds [interquartile range]")
     terminalreporter.line(
-        f"measured on {where}; torch {torch.__version__}; {torch.get_num_threads()} thread(s); "
-        f"load {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores"
+        f"measured on {machine['measured_on']}, {machine['device']}; torch {torch.__version__}; "
+        f"{machine['threads']} thread(s); load {load():.1f} on {machine['cores']} cores; "
+        f"{time.strftime('%Y-%m-%d %H:%M')}"
     )
-    for title, comparison in _RESULTS:
-        mark = "  NOISY, do not quote" if comparison.noisy else ""
-        terminalreporter.line("")
-        terminalreporter.line(f"{title}   (over {comparison.baseline}, spread {comparison.spread:.0%}){mark}")
-        for name, t in comparison.timings.items():
-            terminalreporter.line(
-                f"  {name:<22} {t.ratio:6.2f} [{t.low:.2f}, {t.high:.2f}]  {t.seconds * 1e3:9.2f} ms"
-            )
+    for title, phases in _RESULTS:
+        for phase, comparison in phases.items():
+            mark = "  NOISY, do not quote" if comparison.noisy else ""
+            over = f"over {comparison.baseline}, spread {comparison.spread:.0%}"
+            terminalreporter.line("")
+            terminalreporter.line(f"{title}, {phase}   ({over}){mark}")
+            for name in comparison.seconds:
+                q, seconds = comparison.ratio(name), comparison.time(name).median
+                terminalreporter.line(
+                    f"  {name:<22} {q.median:6.2f} [{q.low:.2f}, {q.high:.2f}]  {seconds * 1e3:9.2f} ms"
+                )

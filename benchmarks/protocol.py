@@ -1,85 +1,158 @@
 """How anything is timed here, in code: the one protocol that every benchmark uses.
 
-Threads are pinned and every variant is warmed up; then the variants take turns, round by round, so that a
-machine whose speed drifts drifts under all of them. A figure is the median over rounds of the ratio to the
-baseline *of the same round*, with its interquartile range. A run whose baseline spreads by more than 15 % is
-marked "noisy": its ratios are printed, and are not to be quoted.
+Threads are pinned, every provider is warmed up and has passed its correctness gate; then the providers take turns,
+round by round, each round starting with another one, so that a machine whose speed drifts drifts under all of them.
+A ratio is taken pair by pair: one provider's seconds over another's *of the same round*. A figure is the median of
+these ratios with its quartiles. Where the baseline's own interquartile range passes 15 % of its median, the machine
+was not steady enough: the ratios are printed, marked noisy, and not to be quoted.
+
+Forward and backward are laps of one training pass: the backward's clock starts when the forward, graph and all, is
+there. On a GPU the laps are CUDA events, and the L2 cache is overwritten before each pass, as another layer's
+operands would overwrite it; on the CPU every provider has a weight of its own, which does the same to large layers.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 MAX_SPREAD = 0.15
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+Run = Callable[[], Mapping[str, float]]
+"""Runs a provider once and returns its seconds by phase."""
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One variant's figures: median seconds and its ratio to the baseline, with the ratio's quartiles."""
+class Quartiles:
+    """A median with its interquartile range."""
 
-    seconds: float
-    ratio: float
     low: float
+    median: float
     high: float
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Quartiles of at least one value; those of a single one are that value."""
+    if len(values) < 2:
+        return Quartiles(values[0], values[0], values[0])
+    return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Variants timed in turns against a baseline."""
+    """Seconds of one phase by provider and round; round i of one provider ran beside round i of every other."""
 
     baseline: str
-    timings: dict[str, Timing]
-    spread: float  # interquartile range of the baseline over its median
+    seconds: Mapping[str, Sequence[float]]
+
+    def time(self, name: str) -> Quartiles:
+        """Seconds of a provider."""
+        return quartiles(self.seconds[name])
+
+    def ratio(self, name: str, over: str | None = None) -> Quartiles:
+        """One provider over another (the baseline unless given), pair by pair."""
+        return self._pairs(name, over, lambda a, b: a / b)
+
+    def added(self, name: str, over: str | None = None) -> Quartiles:
+        """Seconds that one provider takes more than another, pair by pair."""
+        return self._pairs(name, over, lambda a, b: a - b)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range of the baseline over its median."""
+        q = self.time(self.baseline)
+        return (q.high - q.low) / q.median
 
     @property
     def noisy(self) -> bool:
         """Whether the machine was too unsteady for the ratios to be quoted."""
         return self.spread > MAX_SPREAD
 
-
-def compare(
-    variants: Mapping[str, Callable[[], float]], *, baseline: str, rounds: int, warmup: int = 2
-) -> Comparison:
-    """Time variants in turns. A variant runs once per call and returns its seconds (see :func:`timed`)."""
-    for _ in range(warmup):
-        for run in variants.values():
-            run()
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
-            seconds[name].append(run())
-    timings = {}
-    for name, values in seconds.items():
-        ratios = [value / base for value, base in zip(values, seconds[baseline], strict=True)]
-        low, _, high = quartiles(ratios)
-        timings[name] = Timing(statistics.median(values), statistics.median(ratios), low, high)
-    low, middle, high = quartiles(seconds[baseline])
-    return Comparison(baseline, timings, (high - low) / middle)
+    def _pairs(self, name: str, over: str | None, combine: Callable[[float, float], float]) -> Quartiles:
+        pairs = zip(self.seconds[name], self.seconds[over or self.baseline], strict=True)
+        return quartiles([combine(a, b) for a, b in pairs])
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+class Turns:
+    """Runs providers in turns and keeps the seconds of every phase and round.
+
+    Args:
+        variants: what to run, by provider.
+        baseline: the provider whose spread tells whether the machine is steady.
+    """
+
+    def __init__(self, variants: Mapping[str, Run], baseline: str) -> None:
+        if baseline not in variants:
+            raise ValueError(f"baseline must be one of {', '.join(variants)}, got {baseline!r}")
+        self._variants, self._baseline = dict(variants), baseline
+        self._rounds: list[dict[str, Mapping[str, float]]] = []
+
+    def warm_up(self, rounds: int) -> float:
+        """Run rounds that do not count; returns the seconds that the last one took."""
+        elapsed = 0.0
+        for _ in range(rounds):
+            start = time.perf_counter()
+            for run in self._variants.values():
+                run()
+            elapsed = time.perf_counter() - start
+        return elapsed
+
+    def round(self) -> None:
+        """Run every provider once."""
+        names = list(self._variants)
+        first = len(self._rounds) % len(names)
+        found = {name: self._variants[name]() for name in names[first:] + names[:first]}
+        self._rounds.append({name: found[name] for name in names})
+
+    def comparisons(self) -> dict[str, Comparison]:
+        """What was measured so far, by phase."""
+        phases = self._rounds[0][self._baseline]
+        return {
+            phase: Comparison(
+                self._baseline, {name: [r[name][phase] for r in self._rounds] for name in self._variants}
+            )
+            for phase in phases
+        }
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call, the device's work included."""
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
+def laps(*steps: Callable[[], object]) -> list[float]:
+    """Seconds of each step, run one after another; the device's work is counted where it was queued."""
+    if DEVICE.type == "cuda":
+        return _gpu_laps(steps)
+    marks = [time.perf_counter()]
+    for step in steps:
+        step()
+        marks.append(time.perf_counter())
+    return [end - start for start, end in itertools.pairwise(marks)]
 
 
-def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def timed(phase: str, function: Callable[[], object]) -> Run:
+    """A run of one phase."""
+    return lambda: {phase: laps(function)[0]}
+
+
+def _gpu_laps(steps: Sequence[Callable[[], object]]) -> list[float]:
+    driver, cache = _l2_cache()
+    driver.clear_cache(cache)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+    events[0].record()
+    for step, event in zip(steps, events[1:], strict=True):
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
+
+
+@functools.cache
+def _l2_cache():  # type: ignore[no-untyped-def]  # Triton's driver has no types
+    """Triton's own way to empty L2 between runs, the one that `triton.testing.do_bench` uses."""
+    from triton.runtime import driver
+
+    return driver.active, driver.active.get_empty_cache_for_benchmark()

@@ -1,19 +1,29 @@
 """The layers that are compared: the real peers from PEFT, the paper's dense way, and ours.
 
-Every provider is a module over the same frozen weight, so that its outputs can be checked before it is timed.
+Every provider is a module over its own copy of the same frozen weight, so that it can be checked before it is timed
+and finds no other's operands in the cache.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import peft
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoa_kernels import FusedSMoALinear
-from smoa_kernels.reference import reference_linear
+from smoa_kernels import BlockPartition, FusedSMoALinear
+from smoa_kernels.backends import triton_obstacle
+from smoa_kernels.cost import Problem
+from smoa_kernels.reference import reference_delta_weight
+
+from .protocol import DEVICE
+
+FROZEN, LORA, HIRA, PAPER, SMOA = "frozen", "PEFT LoRA", "PEFT HiRA", "paper, dense", "SMoA"
 
 
 @dataclass(frozen=True)
@@ -29,11 +39,26 @@ class Case:
     dropout: float = 0.0
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
         dropout = f" dropout={self.dropout}" if self.dropout else ""
         return (
             f"T={self.tokens} {self.out_features}x{self.in_features} K={self.num_blocks} r={self.rank} "
-            f"{dtype}{dropout}"
+            f"{_name(self.dtype)}{dropout}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The fields as JSON holds them."""
+        return asdict(self) | {"dtype": _name(self.dtype)}
+
+    def problem(self) -> Problem:
+        """The same for the cost model."""
+        return Problem(
+            self.tokens,
+            self.out_features,
+            self.in_features,
+            self.num_blocks,
+            self.rank,
+            self.dtype,
+            self.dropout,
         )
 
     def smoke(self) -> Case:
@@ -43,13 +68,21 @@ class Case:
     def base(self) -> nn.Linear:
         """The frozen layer: seeded, so that every provider gets equal values."""
         torch.manual_seed(0)
-        base = nn.Linear(self.in_features, self.out_features, bias=False, dtype=self.dtype)
+        base = nn.Linear(self.in_features, self.out_features, bias=False, dtype=self.dtype, device=DEVICE)
         return base.requires_grad_(False)
 
     def input(self) -> Tensor:
         """x (T, C) that wants a gradient, as inside a network."""
         torch.manual_seed(1)
-        return torch.randn(self.tokens, self.in_features, dtype=self.dtype).requires_grad_()
+        return torch.randn(self.tokens, self.in_features, dtype=self.dtype, device=DEVICE).requires_grad_()
+
+    def output_gradient(self) -> Tensor:
+        """dY (T, N)."""
+        torch.manual_seed(2)
+        return torch.randn(self.tokens, self.out_features, dtype=self.dtype, device=DEVICE)
+
+
+Provider = Callable[[Case], nn.Module]
 
 
 def frozen(case: Case) -> nn.Module:
@@ -59,22 +92,12 @@ def frozen(case: Case) -> nn.Module:
 
 def lora(case: Case) -> nn.Module:
     """PEFT's LoRA at the same rank."""
-    config = peft.LoraConfig(r=case.rank, target_modules=["0"], lora_dropout=case.dropout)
-    return _inject(case, config)
+    return _inject(case, peft.LoraConfig(r=case.rank, target_modules=["0"], lora_dropout=case.dropout))
 
 
 def hira(case: Case) -> nn.Module:
-    """PEFT's HiRA at the same rank."""
-    config = peft.HiraConfig(r=case.rank, target_modules=["0"], hira_dropout=case.dropout)
-    return _inject(case, config)
-
-
-def _inject(case: Case, config: peft.PeftConfig) -> nn.Module:
-    model = peft.inject_adapter_in_model(config, nn.Sequential(case.base()))
-    # PEFT keeps the adapter in float32 unless told; the same dtype is what ours are compared in.
-    model.to(case.dtype)
-    _fill(model, "_B")
-    return model
+    """PEFT's HiRA at the same rank; its K is 1."""
+    return _inject(case, peft.HiraConfig(r=case.rank, target_modules=["0"], hira_dropout=case.dropout))
 
 
 class PaperDense(nn.Module):
@@ -82,76 +105,85 @@ class PaperDense(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.layer = _fused(case, "auto")
+        self.layer = smoa()(case)
 
     def forward(self, x: Tensor) -> Tensor:
         """y (T, N)."""
         layer = self.layer
-        return reference_linear(
-            x,
-            layer.weight,
-            layer.bias,
-            layer.smoa_A,
-            layer.smoa_B,
-            layer.partition,
-            layer.smoa_ranks,
-            scaling=layer.smoa_scaling,
-        )
+        delta = smoa_delta(layer, layer.weight, layer.smoa_A, layer.smoa_B)
+        return F.linear(x, layer.weight) + F.linear(F.dropout(x, layer.dropout, self.training), delta)
 
 
 def smoa(algorithm: str = "auto", backend: str = "auto") -> Callable[[Case], FusedSMoALinear]:
     """Provider of `FusedSMoALinear` with a forced algorithm and backend."""
-    return lambda case: _fused(case, algorithm, backend)
+
+    def build(case: Case) -> FusedSMoALinear:
+        layer = FusedSMoALinear.from_linear(
+            case.base(),
+            partition=_partition(replace(case, tokens=1, rank=1, dropout=0.0)),
+            r=case.rank,
+            num_blocks=case.num_blocks,
+            dropout=case.dropout,
+            algorithm=algorithm,
+            backend=backend,
+        )
+        _fill(layer)
+        return layer
+
+    return build
 
 
-def _fused(case: Case, algorithm: str, backend: str = "auto") -> FusedSMoALinear:
-    layer = FusedSMoALinear.from_linear(
-        case.base(),
-        r=case.rank,
-        num_blocks=case.num_blocks,
-        dropout=case.dropout,
-        algorithm=algorithm,
-        backend=backend,
-    )
-    _fill(layer, "smoa_B")
-    return layer
+@functools.lru_cache(maxsize=8)
+def _partition(case: Case) -> BlockPartition:
+    """The blocks of a case's weight, the same for every provider; it takes longer than all that is timed."""
+    return BlockPartition.from_weight(case.base().weight, case.num_blocks)
 
 
-def _fill(model: nn.Module, suffix: str) -> None:
+def smoa_delta(layer: FusedSMoALinear, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The definition's ΔW with a layer's blocks, ranks and scaling."""
+    return reference_delta_weight(weight, A, B, layer.partition, layer.smoa_ranks, scaling=layer.smoa_scaling)
+
+
+def layer_providers(case: Case, algorithms: tuple[str, ...]) -> dict[str, Provider]:
+    """Everything that can run a case here: the peers, and ours by algorithm and by backend of this device.
+
+    Ours under "auto" is called SMoA; a forced algorithm or backend follows the name.
+    """
+    providers: dict[str, Provider] = {FROZEN: frozen, LORA: lora, HIRA: hira, PAPER: PaperDense}
+    for algorithm in algorithms:
+        name = SMOA if algorithm == "auto" else f"{SMOA} {algorithm}"
+        providers[name] = smoa(algorithm)
+        if _kernels_run(case.dtype) and algorithm in ("auto", "merged", "split"):
+            providers[f"{name}, eager"] = smoa(algorithm, "eager")
+    return providers
+
+
+def few_token_algorithms() -> tuple[str, ...]:
+    """The forms of a forward for few tokens that this device's backend has."""
+    return ("auto", "merged", "split", "fused" if _kernels_run() else "expanded")
+
+
+def _kernels_run(dtype: torch.dtype = torch.float32) -> bool:
+    # On the CPU they would run in Triton's interpreter, which is no timing.
+    return DEVICE.type == "cuda" and triton_obstacle(DEVICE, dtype) is None
+
+
+def _inject(case: Case, config: peft.PeftConfig) -> nn.Module:
+    model = peft.inject_adapter_in_model(config, nn.Sequential(case.base()))
+    # PEFT keeps the adapter in float32 unless told; the same dtype is what ours are compared in.
+    model.to(case.dtype)
+    _fill(model)
+    return model
+
+
+def _fill(model: nn.Module) -> None:
     """A nonzero B: an adapter that does nothing cannot be checked."""
-    torch.manual_seed(2)
+    torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and suffix in name:
+            if parameter.requires_grad and "_B" in name:
                 parameter.normal_(std=0.05)
 
 
-def check(case: Case, layer: FusedSMoALinear) -> None:
-    """The gate: outputs and gradients against float64 truth, within twice the same-dtype reference's error."""
-    if case.dropout:
-        layer = _fused(
-            replace(case, dropout=0.0), layer.algorithm if layer.algorithm != "merged" else "split"
-        )
-    x = case.input()
-    dy = torch.randn_like(layer(x))
-    truth = _run(layer, x, dy, torch.float64)
-    for name, ours, same_dtype, exact in zip(
-        ("y", "dx", "dA", "dB"), _run(layer, x, dy, None), _run(layer, x, dy, x.dtype), truth, strict=True
-    ):
-        error, budget = ((value.double() - exact).norm() / exact.norm() for value in (ours, same_dtype))
-        if not error <= 2 * budget + 1e-6:
-            raise AssertionError(f"{case}: {name} errs by {error:.1e}, twice the reference's {budget:.1e}")
-
-
-def _run(layer: FusedSMoALinear, x: Tensor, dy: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """y, dX, dA, dB of the layer itself (dtype None) or of the definition computed in a dtype."""
-    cast = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, layer.smoa_A, layer.smoa_B)]
-    weight = layer.weight.to(dtype or x.dtype)
-    if dtype is None:
-        y = layer(cast[0])
-        cast[1:] = [layer.smoa_A, layer.smoa_B]
-    else:
-        y = reference_linear(
-            cast[0], weight, None, *cast[1:], layer.partition, layer.smoa_ranks, scaling=layer.scaling
-        )
-    return (y.detach(), *torch.autograd.grad(y, cast, dy.to(y.dtype)))
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

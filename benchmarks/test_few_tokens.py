@@ -7,29 +7,34 @@ from __future__ import annotations
 
 import pytest
 import torch
-from protocol import compare, timed
-from providers import Case, check, frozen, lora, smoa
 from torch import nn
 
+from .cases import FEW_TOKENS
+from .conftest import Measure
+from .gate import check_layers
+from .protocol import Run, timed
+from .providers import FROZEN, HIRA, PAPER, Case, few_token_algorithms, layer_providers
 
-@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_forward(dtype: torch.dtype, tokens: int, smoke: bool, benchmark, report) -> None:
-    case = Case(tokens, 2048, 2048, 4, 8, dtype)
+
+@pytest.mark.parametrize("case", FEW_TOKENS, ids=str)
+def test_forward(case: Case, smoke: bool, measure: Measure) -> None:
+    title, params = f"few tokens: {case}", case.record()
     if smoke:
         case = case.smoke()
-    algorithms = ("merged", "split", "expanded", "auto")
-    layers: dict[str, nn.Module] = {"frozen": frozen(case), "PEFT LoRA": lora(case)}
-    layers |= {f"smoa {name}": smoa(name)(case) for name in algorithms}
-    check(case, layers["smoa auto"])
+    providers = layer_providers(case, few_token_algorithms())
+    # Both build a dense weight for every token; the layer's benchmark times them.
+    layers = {name: build(case) for name, build in providers.items() if name not in (HIRA, PAPER)}
+    check_layers(case, layers)
+    runs = {name: forward(layer, case) for name, layer in layers.items()}
+    measure("few tokens", title, params, runs, baseline=FROZEN, budget=2, warmup=5)
+
+
+def forward(layer: nn.Module, case: Case) -> Run:
+    """Seconds of a forward that records nothing."""
     x = case.input().detach()
 
-    def forward(layer: nn.Module) -> object:
+    def run() -> None:
         with torch.no_grad():
-            return layer(x)
+            layer(x)
 
-    runs = {name: lambda layer=layer: timed(lambda: forward(layer)) for name, layer in layers.items()}
-    comparison = benchmark.pedantic(
-        lambda: compare(runs, baseline="frozen", rounds=2 if smoke else 40, warmup=5), rounds=1, iterations=1
-    )
-    report(f"few tokens, forward: {case}", comparison)
+    return timed("forward", run)

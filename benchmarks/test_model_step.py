@@ -1,73 +1,100 @@
 """A whole training step of a SmolLM2-135M-shaped model: LoRA, HiRA and SMoA at equal r.
 
-The weights are random (a step's time does not depend on them), so nothing is downloaded. `make finetune` times the
-real model on real data.
+The weights are random; `make finetune` times the real model on real data.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import peft
 import pytest
 import torch
-from protocol import compare, timed
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
 
-from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft.layer import SMoALayer
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-SMOLLM2_135M = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
-TINY = LlamaConfig(
-    vocab_size=256,
-    hidden_size=48,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    num_key_value_heads=3,
-)
+from .conftest import Measure
+from .gate import RedGateError
+from .memory import allocated
+from .models import RANK, SMOLLM2_135M, TINY, adapter_configs, base_model
+from .protocol import DEVICE, timed
+from .providers import LORA, SMOA
 
 
-def training_step(config: LlamaConfig, adapter: peft.PeftConfig | None, batch: int, length: int) -> Callable:
-    """One step: forward on the last position, backward, AdamW."""
-    torch.manual_seed(0)
-    model: nn.Module = LlamaForCausalLM(config).requires_grad_(False)
-    if adapter is not None:
-        model = peft.get_peft_model(model, adapter)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
-    tokens = torch.randint(config.vocab_size, (batch, length))
-    labels = torch.randint(config.vocab_size, (batch,))
+def adapted(config: peft.PeftConfig, smoke: bool) -> nn.Module:
+    """A model with a new adapter whose B is nonzero, so that there is something to check."""
+    model: nn.Module = peft.get_peft_model(base_model(smoke), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "_B" in name:
+                parameter.normal_(std=0.01)
+    return model
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Cross-entropy of the last position, as in fine-tuning on one-word answers."""
+    logits = model(tokens[:, :-1], logits_to_keep=1).logits[:, -1]
+    return nn.functional.cross_entropy(logits, tokens[:, -1])
+
+
+def training_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    """One step: forward, backward, AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
     def step() -> None:
         optimizer.zero_grad()
-        logits = model(tokens, logits_to_keep=1).logits[:, -1]
-        nn.functional.cross_entropy(logits, labels).backward()
+        loss_of(model, tokens).backward()
         optimizer.step()
 
     return step
 
 
-@pytest.mark.parametrize(("batch", "length", "blocks"), [(16, 16, 2), (16, 32, 4)])
-def test_step(batch: int, length: int, blocks: int, smoke: bool, benchmark, report) -> None:
-    config = TINY if smoke else SMOLLM2_135M
-    adapters = {
-        "PEFT LoRA": peft.LoraConfig(r=8, target_modules=TARGETS),
-        "PEFT HiRA": peft.HiraConfig(r=8, target_modules=TARGETS),
-        f"smoa K={blocks}": SMoAConfig(r=8, num_blocks=blocks, target_modules=TARGETS),
-    }
-    steps = {name: training_step(config, adapter, batch, length) for name, adapter in adapters.items()}
-    runs = {name: lambda step=step: timed(step) for name, step in steps.items()}
-    comparison = benchmark.pedantic(
-        lambda: compare(runs, baseline="PEFT LoRA", rounds=2 if smoke else 7), rounds=1, iterations=1
+def gradient_error(model: nn.Module, tokens: Tensor) -> float:
+    """Relative error of all the adapter's gradients together against the same model in float64.
+
+    Ours runs its plain PyTorch definition there, PEFT's adapters their own code.
+    """
+    exact = copy.deepcopy(model).double()
+    for module in exact.modules():
+        if isinstance(module, SMoALayer):
+            module.backend = dict.fromkeys(module.backend, "reference")
+    found = []
+    for each in (model, exact):
+        wanted = [p for p in each.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss_of(each, tokens), wanted)
+        found.append(torch.cat([g.flatten().double() for g in gradients]))
+    return float((found[0] - found[1]).norm() / found[1].norm())
+
+
+def check_gradients(models: dict[str, nn.Module], tokens: Tensor) -> None:
+    """The gate: our gradients err at most twice as much as the worse of PEFT's adapters' own."""
+    errors = {name: gradient_error(model, tokens) for name, model in models.items()}
+    budget = max(error for name, error in errors.items() if name != SMOA)
+    if not errors[SMOA] <= 2 * budget:
+        raise RedGateError(f"gradients err by {errors[SMOA]:.1e}, more than twice PEFT's own {budget:.1e}")
+
+
+@pytest.mark.parametrize(("batch", "length", "blocks"), [(16, 32, 4), (16, 16, 2)])
+def test_step(batch: int, length: int, blocks: int, smoke: bool, measure: Measure) -> None:
+    models = {name: adapted(config, smoke) for name, config in adapter_configs(blocks).items()}
+    vocabulary = (TINY if smoke else SMOLLM2_135M).vocab_size
+    torch.manual_seed(2)
+    tokens = torch.randint(vocabulary, (batch, length + 1), device=DEVICE)
+    check_gradients(models, tokens[:2])
+    steps = {name: training_step(model, tokens) for name, model in models.items()}
+    for step in steps.values():
+        step()  # the optimizer's state is there before memory is counted
+    peaks = {name: allocated(step)[0] for name, step in steps.items()}
+    measure(
+        "step",
+        f"training step: SmolLM2-135M's shape, {batch} x {length} tokens, r={RANK}, K={blocks}",
+        {"batch": batch, "length": length, "rank": RANK, "num_blocks": blocks},
+        {name: timed("step", step) for name, step in steps.items()},
+        baseline=LORA,
+        budget=25,
+        warmup=1,
+        bytes={name: {"peak": peak} for name, peak in peaks.items()},
     )
-    report(f"training step, SmolLM2-135M shape, {batch} x {length} tokens, r=8", comparison)

@@ -1,0 +1,54 @@
+"""The grids: which problems are measured, on which kind of device."""
+
+from __future__ import annotations
+
+import torch
+
+from .protocol import DEVICE
+from .providers import Case
+
+BF16 = torch.bfloat16
+
+# Four numbers of blocks draw the curve over K; each other case changes one thing, or is a shape of its own.
+CPU_LAYERS = (
+    Case(2048, 2048, 2048, 1, 16),
+    Case(2048, 2048, 2048, 2, 16),
+    Case(2048, 2048, 2048, 4, 16),
+    Case(2048, 2048, 2048, 8, 16),
+    Case(2048, 2048, 2048, 4, 16, dropout=0.05),
+    Case(2048, 2048, 2048, 4, 16, BF16),
+    Case(1024, 1024, 2816, 4, 16),
+    Case(1024, 1024, 2816, 4, 64),
+    Case(512, 1024, 1024, 8, 16),
+    Case(512, 1024, 1024, 8, 16, BF16, 0.05),
+    Case(256, 576, 1536, 2, 8),
+    Case(128, 384, 1536, 2, 16),
+)
+# What the cost model predicts for an H100, to be replaced by what one measures.
+GPU_LAYERS = (
+    *(Case(8192, 4096, 4096, blocks, 16, BF16) for blocks in (1, 2, 4, 8)),
+    Case(8192, 4096, 4096, 4, 16, BF16, 0.05),
+    Case(8192, 4096, 4096, 4, 64, BF16),
+    Case(8192, 4096, 4096, 4, 16),
+    Case(8192, 14336, 4096, 4, 16, BF16),
+    Case(8192, 4096, 14336, 4, 16, BF16),
+    Case(512, 4096, 4096, 4, 16, BF16),
+    Case(64, 4096, 4096, 4, 16, BF16),
+)
+# Three numbers of tokens draw the curve over T.
+CPU_MEMORY = (
+    *(Case(tokens, 2048, 2048, 4, 16) for tokens in (128, 512, 2048)),
+    Case(512, 2048, 2048, 4, 16, dropout=0.05),
+    Case(512, 2048, 2048, 4, 16, BF16),
+)
+GPU_MEMORY = (
+    *(Case(tokens, 4096, 4096, 4, 16, BF16) for tokens in (512, 2048, 8192)),
+    Case(8192, 4096, 4096, 4, 16, BF16, 0.05),
+    Case(8192, 14336, 4096, 4, 16, BF16),
+)
+LAYERS, MEMORY = (GPU_LAYERS, GPU_MEMORY) if DEVICE.type == "cuda" else (CPU_LAYERS, CPU_MEMORY)
+FEW_TOKENS = tuple(
+    Case(tokens, 2048, 2048, 4, 8, dtype)
+    for dtype in (torch.float32, BF16)
+    for tokens in (1, 2, 4, 8, 16, 32)
+)

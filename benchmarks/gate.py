@@ -1,0 +1,128 @@
+"""The gate that a layer passes before it is timed: its outputs and gradients against its definition in float64.
+
+The definitions share no code with what is timed: ΔW is s·BA for LoRA, W0 ∘ BA for HiRA, and the loop over blocks for
+SMoA; y = x (W0 + ΔW)ᵀ and autograd do the rest. An error may be at most twice the one that the same two-GEMM formula
+makes in the layer's own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smoa_kernels import FusedSMoALinear
+from smoa_kernels.backends import resolve_backend
+from smoa_kernels.dropout import Dropout, draw_seed
+
+from .protocol import DEVICE
+from .providers import Case, PaperDense, smoa_delta
+
+NAMES = ("y", "dX", "dA", "dB")
+
+
+class RedGateError(AssertionError):
+    """A provider computes something else than its definition says, so it is not timed."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a layer is meant to compute.
+
+    Attributes:
+        family: layers of one family and case compute the same.
+        weight: W0 (N, C).
+        factors: A and B, or nothing for a frozen layer.
+        delta: ΔW of a weight and the factors.
+    """
+
+    family: str
+    weight: Tensor
+    factors: tuple[Tensor, ...]
+    delta: Callable[..., Tensor]
+
+
+def definition(layer: nn.Module) -> Definition:
+    """The definition of one of the providers' layers."""
+    if isinstance(layer, PaperDense):
+        layer = layer.layer
+    if isinstance(layer, FusedSMoALinear):
+        ours = layer
+        return Definition(
+            "SMoA", ours.weight, (ours.smoa_A, ours.smoa_B), lambda W, A, B: smoa_delta(ours, W, A, B)
+        )
+    if isinstance(layer, nn.Linear):
+        return Definition("frozen", layer.weight, (), torch.zeros_like)
+    adapted = layer.get_submodule("0")
+    weight = adapted.get_base_layer().weight  # type: ignore[operator]
+    if hasattr(adapted, "hira_A"):
+        factors = (adapted.hira_A["default"], adapted.hira_B["default"])  # type: ignore[index]
+        return Definition("HiRA", weight, factors, lambda W, A, B: W * (B @ A))
+    factors = (adapted.lora_A["default"].weight, adapted.lora_B["default"].weight)  # type: ignore[index]
+    scaling = adapted.scaling["default"]  # type: ignore[index]
+    return Definition("LoRA", weight, factors, lambda W, A, B: scaling * (B @ A))
+
+
+def check_layers(case: Case, layers: Mapping[str, nn.Module]) -> None:
+    """Check every layer of a case.
+
+    A layer is checked with its dropout active where the mask can be redrawn outside it, which is ours on the eager
+    backend; elsewhere with dropout off.
+
+    Raises:
+        RedGateError: naming the case, the provider and the tensor.
+    """
+    exact: dict[tuple[str, bool], list[tuple[Tensor, Tensor]]] = {}
+    for name, layer in layers.items():
+        meant = definition(layer)
+        masked = case.dropout > 0 and _mask_is_known(layer, case)
+        layer.train(masked)
+        if (meant.family, masked) not in exact:
+            multiplier = _multiplier(case) if masked else None
+            runs = (_defined(case, meant, multiplier, dtype) for dtype in (torch.float64, case.dtype))
+            exact[meant.family, masked] = list(zip(*runs, strict=True))
+        found = _computed(case, layer, meant)
+        for tensor, value, (truth, same_dtype) in zip(
+            NAMES, found, exact[meant.family, masked], strict=False
+        ):
+            error, budget = (float((v.double() - truth).norm() / truth.norm()) for v in (value, same_dtype))
+            if not error <= 2 * budget + 1e-6:
+                raise RedGateError(
+                    f"{case}: {tensor} of {name} errs by {error:.1e}, more than twice the definition's "
+                    f"own {budget:.1e} in {case.dtype}"
+                )
+        layer.train()
+
+
+def _mask_is_known(layer: nn.Module, case: Case) -> bool:
+    if not isinstance(layer, FusedSMoALinear):
+        return False
+    return resolve_backend(layer.backend, DEVICE, case.dtype, layer.smoa_A.shape[0]) == "eager"
+
+
+def _multiplier(case: Case) -> Tensor:
+    torch.manual_seed(4)
+    return Dropout(draw_seed(DEVICE), case.dropout).multiplier(case.input().detach())
+
+
+def _defined(
+    case: Case, meant: Definition, multiplier: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    x = case.input().detach().to(dtype).requires_grad_()
+    factors = [f.detach().to(dtype).requires_grad_() for f in meant.factors]
+    weight = meant.weight.to(dtype)
+    y = F.linear(x, weight)
+    if factors:
+        dropped = x if multiplier is None else x * multiplier.to(dtype)
+        y = y + F.linear(dropped, meant.delta(weight, *factors))
+    return (y.detach(), *torch.autograd.grad(y, [x, *factors], case.output_gradient().to(dtype)))
+
+
+def _computed(case: Case, layer: nn.Module, meant: Definition) -> tuple[Tensor, ...]:
+    x = case.input()
+    torch.manual_seed(4)
+    y = layer(x)
+    return (y.detach(), *torch.autograd.grad(y, [x, *meant.factors], case.output_gradient()))

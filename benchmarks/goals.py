@@ -1,0 +1,115 @@
+"""The goals that the layer was given, for a CPU and one thread, and how a run stands to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .protocol import Quartiles
+from .providers import FROZEN, HIRA, LORA, PAPER, SMOA
+from .results import Run
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured ratio; `noisy` where the machine was too unsteady for it to be quoted."""
+
+    ratio: Quartiles
+    noisy: bool = False
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At most `limit`, as `measure` finds it in a run."""
+
+    text: str
+    limit: float
+    measure: Callable[[Run], Figure | None]
+
+    def verdict(self, figure: Figure | None) -> str:
+        """Met, or missed by how much; nothing is judged on a noisy machine."""
+        if figure is None:
+            return "not measured"
+        if figure.noisy:
+            return "noisy, not judged"
+        value = figure.ratio.median
+        if value <= self.limit:
+            return "met"
+        return f"missed by {value - self.limit:.2f} ({value / self.limit - 1:.0%})"
+
+
+def _time(kind: str, phase: str, name: str, over: str, **params: Any) -> Callable[[Run], Figure | None]:
+    def measure(run: Run) -> Figure | None:
+        result = run.find(kind, **params)
+        if result is None or not {name, over} <= result.seconds[phase].keys():
+            return None
+        comparison = result.comparison(phase)
+        return Figure(comparison.ratio(name, over), comparison.noisy)
+
+    return measure
+
+
+def _layer(
+    name: str, over: str, num_blocks: int, dtype: str = "float32", dropout: float = 0.0
+) -> Callable[[Run], Figure | None]:
+    return _time(
+        "layer",
+        "both",
+        name,
+        over,
+        tokens=2048,
+        out_features=2048,
+        in_features=2048,
+        rank=16,
+        num_blocks=num_blocks,
+        dtype=dtype,
+        dropout=dropout,
+    )
+
+
+def _saved(dropout: float) -> Callable[[Run], Figure | None]:
+    def measure(run: Run) -> Figure | None:
+        result = run.find("memory", dtype="float32", dropout=dropout)
+        if result is None:
+            return None
+        ratio = result.bytes[SMOA]["saved"] / result.bytes[LORA]["saved"]
+        return Figure(Quartiles(ratio, ratio, ratio))
+
+    return measure
+
+
+GOALS = (
+    Goal("forward + backward over frozen, float32, T=2048, 2048², r=16, K=4", 1.20, _layer(SMOA, FROZEN, 4)),
+    Goal("the same, K=8", 1.14, _layer(SMOA, FROZEN, 8)),
+    Goal("the same, bfloat16 split, K=4", 1.55, _layer(f"{SMOA} split", FROZEN, 4, "bfloat16")),
+    Goal("over PEFT LoRA, float32, T=2048, 2048², K=4, dropout 0", 1.05, _layer(SMOA, LORA, 4)),
+    Goal("the same, dropout 0.05 in both", 1.25, _layer(SMOA, LORA, 4, dropout=0.05)),
+    Goal(
+        "over frozen, float32, T=128, 384×1536, K=2",
+        1.45,
+        _time("layer", "both", SMOA, FROZEN, tokens=128, out_features=384, in_features=1536, dtype="float32"),
+    ),
+    Goal("over PEFT HiRA, float32 merged, K=1 in both", 0.65, _layer(f"{SMOA} merged", HIRA, 1)),
+    Goal("over the paper's dense way, float32, K=4", 0.45, _layer(SMOA, PAPER, 4)),
+    *(
+        Goal(
+            f"one token (decode), 2048², r=8, {dtype}, over frozen",
+            limit,
+            _time("few tokens", "forward", SMOA, FROZEN, tokens=1, dtype=dtype),
+        )
+        for dtype, limit in (("float32", 5.0), ("bfloat16", 2.5))
+    ),
+    Goal("saved for backward over PEFT LoRA, dropout 0", 1.00, _saved(0.0)),
+    Goal("the same, dropout 0.05", 0.60, _saved(0.05)),
+    Goal(
+        "training step of SmolLM2-135M's shape, 16 × 32 tokens, K=4, over PEFT LoRA",
+        1.20,
+        _time("step", "step", SMOA, LORA, batch=16, length=32, num_blocks=4),
+    ),
+    Goal(
+        "partition over `torch.linalg.svd`, 4096×4096, float32",
+        0.20,
+        _time("partition", "partition", "partition", "SVD", out_features=4096, in_features=4096),
+    ),
+)

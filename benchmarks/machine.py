@@ -1,0 +1,51 @@
+"""What a run was measured on: device, versions, threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .protocol import DEVICE
+
+PACKAGES = ("torch", "triton", "peft", "transformers", "smoa-kernels")
+
+
+def describe(smoke: bool) -> dict[str, Any]:
+    """The machine and the versions that a figure depends on, as JSON holds them."""
+    gpu = DEVICE.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if gpu else _cpu_name(),
+        "measured_on": "GPU" if gpu else "CPU",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "smoke": smoke,
+    }
+
+
+def load() -> float:
+    """Processes that ran or waited in the last minute; 0 where the system does not count them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,52 @@
+"""Models of real shapes with random weights, so that nothing is downloaded: a step's time does not depend on them."""
+
+from __future__ import annotations
+
+import peft
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from smoa_kernels.peft import SMoAConfig
+
+from .protocol import DEVICE
+from .providers import HIRA, LORA, SMOA
+
+RANK = 8
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+TINY = LlamaConfig(
+    vocab_size=256,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    num_key_value_heads=3,
+)
+# Rows, columns and how many such layers one model of a billion parameters has (Llama-3.2-1B: 16 blocks of query and
+# output, key and value, gate, up and down; down is up transposed, and so is its spectrum).
+ONE_BILLION = {(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 48}
+
+
+def base_model(smoke: bool) -> LlamaForCausalLM:
+    """A frozen SmolLM2-135M, or a tiny model of the same kind."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(TINY if smoke else SMOLLM2_135M).requires_grad_(False).to(DEVICE)
+
+
+def adapter_configs(num_blocks: int) -> dict[str, peft.PeftConfig]:
+    """The three adapters at equal rank."""
+    shared = {"r": RANK, "target_modules": TARGETS}
+    return {
+        LORA: peft.LoraConfig(**shared),
+        HIRA: peft.HiraConfig(**shared),
+        SMOA: SMoAConfig(**shared, num_blocks=num_blocks),
+    }

@@ -1,0 +1,163 @@
+"""Write the report of one or more runs: tables and figures in benchmarks/results, and the README's section.
+
+    python -m benchmarks.report RUN.json …     # adds runs (pytest --benchmark-json), then writes everything anew
+    python -m benchmarks.report                # writes everything anew from the runs that are there
+
+A run is kept as compact JSON named after its device: the next run on the same device takes its place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import plots, protocol, tables
+from .goals import GOALS
+from .providers import HIRA, LORA, PAPER, SMOA
+from .results import Run, compact, read, read_all, write
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+START, END = "<!-- written by benchmarks/report.py: -->", "<!-- :written by benchmarks/report.py -->"
+NONE_YET = "No run has been kept yet: `make bench` measures and writes what belongs here.\n"
+
+
+def page(runs: list[Run]) -> str:
+    """The text of results/README.md."""
+    parts = [
+        "# Benchmark results",
+        "Written by `python -m benchmarks.report` from the JSON files beside it (`make bench` measures and writes). "
+        "Every figure is **measured on CPU**, **measured on GPU** with the card's name, or **predicted**; a run "
+        "belongs to one commit and one machine.",
+        "## How it was measured",
+        _protocol_text(),
+        *(_run_page(run) for run in runs),
+        *([] if runs else [NONE_YET]),
+        "## Predicted, not measured",
+        "By the cost model (`smoa_kernels/cost.py`, `smoa-kernels roofline`), ours and the peers' counted by the same "
+        "rules, to be replaced by what the first H100 measures.",
+        tables.predicted(),
+    ]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def section(runs: list[Run]) -> str:
+    """What stands between the README's markers."""
+    return "\n\n".join(_readme_run(run).strip() for run in runs) + "\n" if runs else NONE_YET
+
+
+def replace_section(text: str, content: str) -> str:
+    """The README with new text between its markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end or START in after or END in before + after:
+        raise ValueError(f"the README must hold {START} and then {END}, once each")
+    return f"{before}{START}\n\n{content.strip()}\n\n{END}{after}"
+
+
+def generate(folder: Path, readme: Path | None) -> list[Path]:
+    """Write every page and figure of the runs in a folder; returns what was written."""
+    runs = read_all(folder)
+    files = {folder / "README.md": page(runs)}
+    for run in runs:
+        files |= {folder / f"{run.slug}-{name}.svg": text for name, text in plots.figures(run).items()}
+    if readme is not None:
+        files[readme] = replace_section(readme.read_text(encoding="utf-8"), section(runs))
+    for path, text in files.items():
+        write(path, text)
+    return list(files)
+
+
+def main(
+    runs: Annotated[list[Path] | None, typer.Argument(help="JSON files of runs to add.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results.")] = RESULTS,
+    readme: Annotated[
+        Path | None, typer.Option(help="README whose section is written; the project's with its own results.")
+    ] = None,
+) -> None:
+    """Add runs to a folder of results and write its tables, its figures and the README's section."""
+    added = [read(path) for path in runs or []]
+    ours = out.resolve() == RESULTS
+    if ours and any(run.machine["smoke"] for run in added):
+        raise typer.BadParameter("a --smoke run measures nothing: give another --out", param_hint="RUNS")
+    for run in added:
+        write(out / f"{run.slug}.json", compact(run))
+    for path in generate(out, readme or (README if ours else None)):
+        print(f"written: {path}")
+
+
+def _protocol_text() -> str:
+    """The protocol's own words: its docstring, without the line that says it is code."""
+    words = inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2]
+    return (
+        f"{words}\n\nA layer passes its gate (`benchmarks/gate.py`) when its output and gradients are within twice the "
+        "error of the same formula in its own dtype, both against float64; a red gate reports no time. Memory "
+        "is counted to the byte by PyTorch's allocator (`benchmarks/memory.py`)."
+    )
+
+
+def _run_page(run: Run) -> str:
+    timed = [result for result in run.results if result.seconds]
+    noisy = [result.title for result in timed if result.noisy]
+    steady = f"{len(timed) - len(noisy)} of {len(timed)} comparisons are steady"
+    if noisy:
+        steady += f"; noisy, not to be quoted: {'; '.join(noisy)}"
+    layers, few = run.select("layer"), run.select("few tokens")
+    blocks = [
+        f"## {run.machine['device']}",
+        f"{tables.machine_line(run)}. {steady}.",
+        "**A smoke run: tiny sizes, its figures mean nothing.**" if run.machine["smoke"] else "",
+        *([] if run.on_gpu else ["### Goals", tables.goals(run)]),
+        "### The layer, over frozen",
+        _figure(run, "ratio", "ratio over frozen by the number of blocks"),
+        *(tables.ratios(layers, phase) for phase in ("both", "forward", "backward") if layers),
+        "### A few tokens, forward",
+        _figure(run, "few-tokens", "forward over frozen by the number of tokens"),
+        tables.ratios(few, "forward") if few else "",
+        "### Memory of one training pass of a layer",
+        _figure(run, "memory", "bytes by the number of tokens"),
+        tables.memory(run),
+        "### A training step of SmolLM2-135M's shape",
+        tables.steps(run),
+        "### Setting up and saving",
+        tables.partitions(run),
+        tables.life_cycle(run),
+        "### How cost grows",
+        _figure(run, "scaling", "time by T, N·C, r and K"),
+        tables.scaling(run),
+    ]
+    return "\n\n".join(block.strip() for block in blocks if block.strip())
+
+
+def _readme_run(run: Run) -> str:
+    layers, few = run.select("layer"), run.select("few tokens", tokens=1)
+    met = [goal.verdict(goal.measure(run)) == "met" for goal in GOALS]
+    lines = [
+        f"**The layer, {tables.machine_line(run)}.** Medians of ratios over a frozen `nn.Linear` with interquartile "
+        "ranges; `make bench`.",
+        tables.ratios(layers, "both", [SMOA, LORA, HIRA, PAPER]) if layers else "",
+        tables.ratios(few, "forward", [SMOA, LORA]) if few else "",
+        tables.steps(run),
+        ""
+        if run.on_gpu
+        else f"{sum(met)} of {len(met)} goals are met; the others, by how much they are missed, "
+        f"memory, setup and scaling: [all results](benchmarks/results/README.md).",
+        f"![ratio over frozen by the number of blocks](benchmarks/results/{run.slug}-ratio.svg)",
+    ]
+    return "\n\n".join(line.strip() for line in lines if line.strip())
+
+
+def _figure(run: Run, name: str, words: str) -> str:
+    return f"![{words}]({run.slug}-{name}.svg)"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,154 @@
+"""Runs as the report sees them: pytest-benchmark's JSON, or the compact form of it that is committed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .protocol import Comparison
+
+DIGITS = 5  # of each second that is kept
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one benchmark recorded.
+
+    Attributes:
+        kind: "layer", "few tokens", "memory", "step", "partition", "adapter" or "scaling".
+        title: for a person.
+        params: what was run.
+        baseline: the provider whose spread tells whether the machine was steady.
+        load: of the machine, before and after.
+        seconds: of each round, by phase and provider.
+        bytes: by provider and by what was counted.
+        theory: predicted seconds by provider, where there is a prediction.
+        rates: the machine's, that the prediction used.
+    """
+
+    kind: str
+    title: str
+    params: Mapping[str, Any]
+    baseline: str = ""
+    load: Sequence[float] = ()
+    seconds: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    theory: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def comparison(self, phase: str) -> Comparison:
+        """The seconds of one phase."""
+        return Comparison(self.baseline, self.seconds[phase])
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine was too unsteady in any phase."""
+        return any(self.comparison(phase).noisy for phase in self.seconds)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the suite on one machine."""
+
+    machine: Mapping[str, Any]
+    commit: str
+    date: str
+    results: tuple[Result, ...]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU was measured."""
+        return bool(self.machine["measured_on"] == "GPU")
+
+    @property
+    def label(self) -> str:
+        """What every figure of the run is: "measured on CPU" or "measured on GPU NAME"."""
+        return f"measured on GPU {self.machine['device']}" if self.on_gpu else "measured on CPU"
+
+    @property
+    def slug(self) -> str:
+        """Name of the run's files: a second run on the same device takes the place of the first."""
+        name = f"{self.machine['measured_on']} {self.machine['device']}".lower()
+        return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+    def select(self, kind: str, **params: Any) -> list[Result]:
+        """The results of a kind whose parameters have the given values."""
+        return [
+            result
+            for result in self.results
+            if result.kind == kind and all(result.params.get(k) == v for k, v in params.items())
+        ]
+
+    def find(self, kind: str, **params: Any) -> Result | None:
+        """The first of :meth:`select`, or None."""
+        return next(iter(self.select(kind, **params)), None)
+
+
+def read(path: Path) -> Run:
+    """Read a run.
+
+    Raises:
+        ValueError: the file is neither pytest-benchmark's JSON of this suite nor its compact form.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if "benchmarks" in data:
+            return Run(
+                machine=data["machine_info"],
+                commit=_commit(data["commit_info"]),
+                date=data["datetime"][:10],
+                results=tuple(Result(**b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]),
+            )
+        return Run(data["machine"], data["commit"], data["date"], tuple(Result(**r) for r in data["results"]))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a run of this benchmark suite: {error!r}") from error
+
+
+def read_all(folder: Path) -> list[Run]:
+    """Every run in a folder, CPUs first."""
+    return sorted((read(path) for path in folder.glob("*.json")), key=lambda run: run.slug)
+
+
+def compact(run: Run) -> str:
+    """A run as the JSON that is committed, one result a line."""
+    lines = []
+    for result in run.results:
+        kept = {key: value for key, value in vars(result).items() if value}
+        lines.append(json.dumps(_rounded(kept), ensure_ascii=False, separators=(",", ":")))
+    head = {"machine": run.machine, "commit": run.commit, "date": run.date}
+    fields = json.dumps(head, ensure_ascii=False)[:-1]
+    return f'{fields}, "results": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.close()
+            Path(file.name).chmod(0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _commit(info: Mapping[str, Any]) -> str:
+    return str(info.get("id", "unknown"))[:10] + ("+" if info.get("dirty") else "")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,208 @@
+"""The report's tables, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from smoa_kernels.cost import estimate
+from smoa_kernels.gpus import GPUS
+
+from .cases import GPU_LAYERS
+from .goals import GOALS
+from .models import ONE_BILLION
+from .protocol import Comparison, Quartiles, quartiles
+from .providers import FROZEN, HIRA, LORA, PAPER, SMOA
+from .results import Result, Run
+from .theory import log_log_slope
+
+MIB = 2**20
+NOISY = "noisy"
+NAMES = {PAPER: "the paper's dense way"}  # where a heading says it in full
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; "" where it would have no rows."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    if not lines:
+        return ""
+    head = f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}\n"
+    return head + "\n".join(lines) + "\n"
+
+
+def ratio(q: Quartiles, noisy: bool = False) -> str:
+    """A median with its quartiles."""
+    return f"{q.median:.2f} [{q.low:.2f}, {q.high:.2f}]" + (f" {NOISY}" if noisy else "")
+
+
+def case_name(result: Result) -> str:
+    """A layer's problem in words."""
+    p = result.params
+    shape = f"{p['out_features']}×{p['in_features']}"
+    dropout = f", dropout {p['dropout']}" if p["dropout"] else ""
+    return f"T={p['tokens']}, {shape}, r={p['rank']}, K={p['num_blocks']}, {p['dtype']}{dropout}"
+
+
+def ratios(results: Sequence[Result], phase: str, names: Sequence[str] | None = None) -> str:
+    """One row a case: the baseline's milliseconds and spread, then each provider's ratio to it."""
+    found = [(result, result.comparison(phase)) for result in results]
+    if names is None:
+        every = dict.fromkeys(name for _, c in found for name in c.seconds if name != c.baseline)
+        names = list(every)
+    rows = [
+        (
+            case_name(result),
+            f"{c.time(c.baseline).median * 1e3:.3g} ms, {c.spread:.0%}",
+            *(ratio(c.ratio(name), c.noisy) if name in c.seconds else "–" for name in names),
+        )
+        for result, c in found
+    ]
+    return table([phase, "frozen, spread", *(NAMES.get(n, n) for n in names)], rows)
+
+
+def memory(run: Run) -> str:
+    """One row a case and provider, in MiB."""
+    kinds = ("saved", "peak", "forward_workspace", "backward_workspace")
+    rows = [
+        (case_name(result), name, *(f"{sizes[kind] / MIB:.1f}" for kind in kinds))
+        for result in run.select("memory")
+        for name, sizes in result.bytes.items()
+    ]
+    headings = ("MiB", "", "saved for backward", "peak", "workspace, forward", "workspace, backward")
+    return table(headings, rows)
+
+
+def steps(run: Run) -> str:
+    """One row a method: seconds, tokens per second, over LoRA, and the peak above model and optimizer."""
+    rows = []
+    for result in run.select("step"):
+        p, c = result.params, result.comparison("step")
+        for name in c.seconds:
+            seconds = c.time(name).median
+            rows.append(
+                (
+                    f"{p['batch']} × {p['length']} tokens",
+                    f"{name}, K={p['num_blocks']}" if name == SMOA else name,
+                    f"{seconds:.3g}",
+                    f"{p['batch'] * p['length'] / seconds:.0f}",
+                    ratio(c.ratio(name), c.noisy),
+                    f"{result.bytes[name]['peak'] / MIB:.0f}",
+                )
+            )
+    return table(("", "", "s / step", "tokens / s", "over PEFT LoRA", "peak, MiB"), rows)
+
+
+def partitions(run: Run) -> str:
+    """One row a shape; the last one is a whole model, reckoned from its distinct shapes."""
+    rows = []
+    for result in run.select("partition"):
+        p, c = result.params, result.comparison("partition")
+        rows.append(
+            (
+                f"{p['out_features']}×{p['in_features']}",
+                f"{c.time('SVD').median:.3g}",
+                f"{c.time('partition').median:.3g}",
+                ratio(c.ratio("partition"), c.noisy),
+            )
+        )
+    whole = {name: one_billion(run, name) for name in ("SVD", "partition")}
+    if None not in whole.values():
+        svd, ours = (f"{value:.0f}" for value in whole.values())
+        quotient = whole["partition"] / whole["SVD"]
+        count = sum(ONE_BILLION.values())
+        rows.append((f"all {count} layers of Llama-3.2-1B's shape, reckoned", svd, ours, f"{quotient:.2f}"))
+    return table(("", "SVD, s", "partition, s", "partition over SVD"), rows)
+
+
+def one_billion(run: Run, name: str) -> float | None:
+    """Seconds for all layers of a model of a billion parameters: one layer of each shape, times their count."""
+    total = 0.0
+    for (rows, columns), count in ONE_BILLION.items():
+        result = run.find("partition", out_features=rows, in_features=columns)
+        if result is None:
+            return None
+        total += count * result.comparison("partition").time(name).median
+    return total
+
+
+def life_cycle(run: Run) -> str:
+    """One row a method: seconds to inject, save and load, and the size on disk."""
+    rows = []
+    for result in run.select("adapter"):
+        for name, sizes in result.bytes.items():
+            times = (result.comparison(phase).time(name).median for phase in ("inject", "save", "load"))
+            rows.append((name, *(f"{t:.3g}" for t in times), f"{sizes['files'] / MIB:.2f}"))
+    return table(("", "inject, s", "save, s", "load, s", "on disk, MiB"), rows)
+
+
+def points(result: Result, name: str) -> Comparison:
+    """The providers of one scaling benchmark as they stand at each value: `NAME @ VALUE`."""
+    kept = {f"{n} @ {v}" for n in (name, FROZEN) for v in result.params["values"]}
+    seconds = {key: value for key, value in result.seconds["both"].items() if key in kept}
+    return Comparison(result.baseline, seconds)
+
+
+def scaling(run: Run) -> str:
+    """Log-log slopes of the time and of what it exceeds frozen's by, measured and by the cost model."""
+    rows = []
+    for result in run.select("scaling"):
+        values, theory = result.params["values"], result.theory
+        for name in (FROZEN, LORA, SMOA):
+            c = points(result, name)
+            at = [(f"{name} @ {v}", f"{FROZEN} @ {v}") for v in values]
+            slopes = [
+                log_log_slope(values, [c.time(ours).median for ours, _ in at]),
+                log_log_slope(values, [theory[ours] for ours, _ in at]),
+            ]
+            if name != FROZEN:
+                slopes += [
+                    log_log_slope(values, [c.added(*pair).median for pair in at]),
+                    log_log_slope(values, [theory[ours] - theory[base] for ours, base in at]),
+                ]
+            cells = [f"{slope:+.2f}" for slope in slopes] + ["–"] * (4 - len(slopes))
+            mark = f", {NOISY}" if result.noisy else ""
+            rows.append((f"{result.params['axis']}, {values[0]} to {values[-1]}{mark}", name, *cells))
+    headings = ("grows with", "", "time", "predicted", "time over frozen's", "predicted")
+    return table(headings, rows)
+
+
+def goals(run: Run) -> str:
+    """One row a goal: what was asked, what was measured, met or missed by how much."""
+    rows = []
+    for goal in GOALS:
+        figure = goal.measure(run)
+        value = "–" if figure is None else ratio(figure.ratio, figure.noisy)
+        rows.append((goal.text, f"≤ {goal.limit:.2f}", value, goal.verdict(figure)))
+    return table((f"ratio, {run.label}", "goal", "median [quartiles]", ""), rows)
+
+
+def predicted(gpu: str = "h100") -> str:
+    """Forward + backward over frozen by the cost model, for the cases that a GPU run measures."""
+    ways = {LORA: "lora", HIRA: "hira", PAPER: "paper_dense", "SMoA merged": "merged", "SMoA split": "split"}
+    rows = []
+    for case in GPU_LAYERS:
+        problem = case.problem()
+        frozen = estimate(problem, GPUS[gpu], "frozen").seconds()
+        cells = [
+            "–"
+            if case.dropout and way == "merged"
+            else f"{estimate(problem, GPUS[gpu], way).seconds() / frozen:.2f}"
+            for way in ways.values()
+        ]
+        rows.append((case_name(Result("layer", "", case.record())), *cells))
+    headings = (
+        f"forward + backward over frozen, predicted for {gpu.upper()}",
+        *(NAMES.get(n, n) for n in ways),
+    )
+    return table(headings, rows)
+
+
+def machine_line(run: Run) -> str:
+    """Device, threads, versions, load, commit."""
+    m = run.machine
+    loads = [value for result in run.results for value in result.load]
+    load = f"load {quartiles(loads).median:.1f} (highest {max(loads):.1f})" if loads else "load unknown"
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    return (
+        f"{run.label}: {m['device']}; {m['cores']} cores, {m['threads']} thread(s), {m['system']}, {load}; "
+        f"Python {m['python']}, {versions}; commit {run.commit}, {run.date}"
+    )

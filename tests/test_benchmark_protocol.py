@@ -1,0 +1,179 @@
+"""What the benchmarks rest on: ratios by pairs, turns, gates that turn red, memory to the byte, slopes."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.gate import RedGateError, check_layers
+from benchmarks.memory import allocated, footprint, saved_bytes
+from benchmarks.models import adapter_configs
+from benchmarks.protocol import Comparison, Quartiles, Turns, laps, quartiles
+from benchmarks.providers import FROZEN, LORA, SMOA, Case, frozen, layer_providers, lora, smoa
+from benchmarks.test_layer_throughput import training_pass
+from benchmarks.test_model_step import adapted, check_gradients
+from benchmarks.test_setup import check, row_centroids
+from benchmarks.theory import log_log_slope, seconds
+from smoa_kernels import BlockPartition
+
+CASE = Case(24, 96, 80, 4, 16)
+BF16 = torch.bfloat16
+
+
+def test_quartiles_are_the_inclusive_ones() -> None:
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == Quartiles(2.0, 3.0, 4.0)
+    assert quartiles([7.0]) == Quartiles(7.0, 7.0, 7.0)
+
+
+def test_a_ratio_is_taken_within_its_round() -> None:
+    # A machine that slows down fivefold: the medians' ratio would be 2·4/2 = 4, each round's is 2.
+    drifting = Comparison(
+        "base", {"base": [1.0, 2.0, 5.0], "ours": [2.0, 4.0, 10.0], "lora": [1.0, 4.0, 5.0]}
+    )
+    assert drifting.ratio("ours") == Quartiles(2.0, 2.0, 2.0)
+    assert drifting.ratio("ours", "lora").median == 2.0
+    assert drifting.added("ours").median == 2.0
+    assert drifting.spread == pytest.approx((3.5 - 1.5) / 2.0)
+    assert drifting.noisy
+
+
+@pytest.mark.parametrize(("high", "noisy"), [(1.14, False), (1.16, True)])
+def test_a_spread_above_fifteen_percent_is_noisy(high: float, noisy: bool) -> None:
+    # Quartiles of [1, 1, 1, h, h] are 1 and h around a median of 1.
+    assert Comparison("base", {"base": [1.0, 1.0, 1.0, high, high]}).noisy is noisy
+
+
+def test_providers_take_turns_and_each_round_starts_with_another() -> None:
+    calls: list[str] = []
+
+    def run(name: str) -> dict[str, float]:
+        calls.append(name)
+        return {"forward": float(len(calls))}
+
+    turns = Turns({name: lambda name=name: run(name) for name in "abc"}, "a")
+    turns.warm_up(2)
+    assert calls == list("abcabc")
+    calls.clear()
+    for _ in range(3):
+        turns.round()
+    assert "".join(calls) == "abcbcacab"
+    assert turns.comparisons()["forward"].seconds == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_the_baseline_must_be_one_of_the_variants() -> None:
+    with pytest.raises(ValueError, match=r"baseline must be one of a, b, got 'c'"):
+        Turns({"a": dict, "b": dict}, "c")
+
+
+def test_laps_are_timed_apart() -> None:
+    first, second = laps(lambda: time.sleep(0.05), lambda: None)
+    assert first >= 0.05 > second
+
+
+def test_a_backward_is_timed_without_its_forward() -> None:
+    class SlowForward(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.05)
+            return super().forward(x)
+
+    found = training_pass(SlowForward(80, 96).requires_grad_(False), CASE)()
+    assert found["forward"] >= 0.05 > found["backward"]
+    assert found["both"] == found["forward"] + found["backward"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [CASE, replace(CASE, dtype=BF16), replace(CASE, dropout=0.05), replace(CASE, num_blocks=1)],
+    ids=str,
+)
+def test_every_provider_passes_its_gate(case: Case) -> None:
+    algorithms = ("auto", "split") if case.dropout else ("auto", "merged", "split", "expanded")
+    check_layers(case, {name: build(case) for name, build in layer_providers(case, algorithms).items()})
+
+
+@pytest.mark.parametrize("build", [frozen, lora, smoa()], ids=[FROZEN, LORA, SMOA])
+def test_a_wrong_output_turns_the_gate_red(build: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = build(CASE)  # type: ignore[operator]
+    right = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: right(x) * 1.001)
+    with pytest.raises(RedGateError, match=r"T=24 96x80 .*: y of wrong errs by"):
+        check_layers(CASE, {"wrong": layer})
+
+
+def test_a_wrong_gradient_turns_the_gate_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = smoa()(CASE)
+    layer.smoa_B.register_hook(lambda gradient: gradient * 1.001)
+    with pytest.raises(RedGateError, match="dB of wrong"):
+        check_layers(CASE, {"wrong": layer})
+
+
+def test_another_mask_turns_the_gate_red() -> None:
+    case = replace(CASE, dropout=0.05)
+    layer = smoa()(replace(case, dropout=0.5))
+    with pytest.raises(RedGateError, match="y of wrong"):
+        check_layers(case, {"wrong": layer})
+
+
+def test_a_models_wrong_gradient_turns_the_gate_red() -> None:
+    models = {name: adapted(config, smoke=True) for name, config in adapter_configs(2).items()}
+    tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
+    check_gradients(models, tokens)
+    factor = next(p for n, p in models[SMOA].named_parameters() if "smoa_B" in n)
+    factor.register_hook(lambda gradient: gradient * 1.01 if gradient.dtype == torch.float32 else gradient)
+    with pytest.raises(RedGateError, match="gradients err by"):
+        check_gradients(models, tokens)
+
+
+def test_rows_in_the_wrong_block_turn_the_partitions_gate_red() -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    partition, centroids = BlockPartition.from_weight(weight, 4), row_centroids(weight.double())
+    check(weight, partition, centroids)
+    labels = partition.row_block.clone()
+    first, last = centroids.argmin(), centroids.argmax()
+    labels[first], labels[last] = partition.row_block[last], partition.row_block[first]
+    swapped = BlockPartition.from_labels(labels, partition.col_block, 4)
+    with pytest.raises(RedGateError, match="2 rows stand in another block"):
+        check(weight, swapped, centroids)
+
+
+def test_allocations_are_counted_to_the_byte() -> None:
+    kept = []
+
+    def allocate() -> None:
+        kept.append(torch.empty(3 << 20, dtype=torch.uint8))
+        torch.empty(2 << 20, dtype=torch.uint8)
+        kept.append(torch.empty(1 << 20, dtype=torch.uint8))
+
+    assert allocated(allocate) == (5 << 20, 4 << 20)
+    assert allocated(lambda: None) == (0, 0)
+    kept_bytes = sum(t.nbytes for t in kept)
+    assert allocated(kept.clear) == (0, -kept_bytes)
+
+
+def test_footprint_of_a_frozen_layer_is_y_and_dx() -> None:
+    found = footprint(frozen(CASE), CASE)
+    y, dx = 4 * 24 * 96, 4 * 24 * 80
+    assert (found.saved, found.peak) == (0, y + dx)
+    assert (found.forward_workspace, found.backward_workspace) == (0, 0)
+
+
+def test_saved_bytes_leave_parameters_out() -> None:
+    layer = nn.Linear(80, 96)
+    x = CASE.input()
+    assert saved_bytes(layer, x) == x.nbytes  # for dW; the weight, for dX, is a parameter
+    assert saved_bytes(layer.requires_grad_(False), x) == 0
+
+
+def test_slope_is_the_power() -> None:
+    assert log_log_slope([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)
+    assert math.isnan(log_log_slope([1, 2], [1.0, -1.0]))
+
+
+def test_theory_is_the_cost_models_parts_at_the_given_rates() -> None:
+    # Where bytes are free, frozen takes two GEMMs; a GEMM of 2·T·N·C flops at 1 flop/s takes as many seconds.
+    assert seconds(CASE, "frozen", 1.0, math.inf) == 2 * 2 * 24 * 96 * 80
