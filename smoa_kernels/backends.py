@@ -1,6 +1,6 @@
 """Which backend runs where: "eager" anywhere, "triton" on CUDA and ROCm GPUs, "reference" for tests.
 
-A backend is a module with `forward`, `backward`, `modulated_weight` and `ALGORITHMS`.
+A backend is a module with `forward`, `backward` and `ALGORITHMS`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TRITON_MAX_RANK = 256
 @functools.cache
 def load_backend(name: str) -> ModuleType:
     """The module of a resolved backend; the kernels, and with them triton, are imported only when asked for."""
-    return importlib.import_module({"eager": ".eager", "triton": ".triton_backend"}[name], __package__)
+    return importlib.import_module({"triton": ".triton_backend"}.get(name, f".{name}"), __package__)
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:

@@ -10,7 +10,6 @@ from .dropout import draw_seed
 from .operator import linear
 from .packed import scaling_tensor
 from .partition import BlockPartition
-from .reference import reference_linear
 
 __all__ = ["smoa_linear"]
 
@@ -35,7 +34,7 @@ def smoa_linear(
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` with `ΔW = s·mask·(BA) ∘ W0` (docs/definition.md).
 
     Differentiable in x, A, B and bias. Saves x, the factors and the seed for backward, nothing else; W0 is
-    referenced. Double backward raises.
+    referenced. Double backward raises: `reference.reference_linear` has one.
 
     Args:
         x: (..., C), floating point, any strides; any leading dimensions, zero tokens included.
@@ -44,7 +43,8 @@ def smoa_linear(
         A: packed factor (ρ, C); W0's dtype or float32.
         B: packed factor (N, ρ), A's dtype. Rows t ≥ r_k of a block are padding: ignored, gradient zero.
         partition: blocks of W0's rows and columns, on x's device.
-        ranks: int32 (K,), rank of each block, 0 ≤ r_k ≤ ρ.
+        ranks: int32 (K,), rank of each block, 0 ≤ r_k ≤ ρ. Checked on the CPU; on a GPU, which is not waited for,
+            what lies outside is taken as 0 or ρ.
         scaling: s, a number or a 0-d tensor (which a compiled graph does not bake in).
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input.
         dropout_seed: int64 with one element on x's device; drawn from the default generator when None.
@@ -55,7 +55,7 @@ def smoa_linear(
             tokens where there are few, else merged where the GEMM multiplies in
             IEEE float32/64, split in half precision and TF32, where a rounded W_eff would lose a small update,
             and whenever dropout is active.
-        backend: "eager" (torch operators), "triton", "reference" (slow, plain autograd) or "auto".
+        backend: "eager" (torch operators), "triton", "reference" (the definition, slow) or "auto".
 
     Returns:
         y (..., N) in x's dtype.
@@ -86,21 +86,6 @@ def smoa_linear(
     backend = resolve_backend(backend, x.device, x.dtype, A.shape[0])
     _check_algorithm(algorithm, backend, dropout_p)
     width = _check_width(x, column_offset, global_in_features)
-    if backend == "reference":
-        return reference_linear(
-            x,
-            weight.to(x.dtype),
-            None if bias is None else bias.to(x.dtype),
-            A,
-            B,
-            partition,
-            ranks,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
-            column_offset=column_offset,
-            global_in_features=width,
-        )
     y: Tensor = linear(
         x,
         weight,
@@ -124,7 +109,7 @@ def smoa_linear(
 def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    if algorithm == "auto" or backend == "reference":
+    if algorithm == "auto":
         return
     allowed = load_backend(backend).ALGORITHMS
     if algorithm not in allowed:

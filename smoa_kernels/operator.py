@@ -155,7 +155,7 @@ class _LinearBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            "smoa_linear has no second derivative: use backend='reference' for double backward"
+            "smoa_linear has no second derivative: smoa_kernels.reference.reference_linear, plain PyTorch, has"
         )
 
 
@@ -192,6 +192,6 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _check_ranks(ranks: Tensor, rho: int) -> None:
-    """Inside the operator, and on CPU only: reading them from a GPU would wait for it."""
+    """Inside the operator, and on CPU only: reading them from a GPU would wait for it. There they end at ρ."""
     if ranks.device.type == "cpu" and not 0 <= min(ranks.tolist()) <= max(ranks.tolist()) <= rho:
         raise ValueError(f"ranks must lie in [0, {rho}], A's rows, got {ranks.tolist()}")

@@ -1,6 +1,7 @@
-"""The definition in plain PyTorch (docs/definition.md): a loop over blocks, autograd's own gradients.
+"""The definition in plain PyTorch (docs/definition.md): a loop over blocks.
 
-Slow and obvious. Every fast path is tested against these two functions, and these two against the C oracle.
+Slow and obvious. Every fast path is tested against `reference_linear` and the gradients that autograd makes of it,
+and these against the C oracle. `forward` and `backward` are the same as a backend, the gradients written out.
 """
 
 from __future__ import annotations
@@ -10,9 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import Dropout
+from .packed import PackedAdapter
 from .partition import BlockPartition
 
-__all__ = ["reference_delta_weight", "reference_linear"]
+__all__ = ["ALGORITHMS", "backward", "forward", "reference_delta_weight", "reference_linear"]
+
+ALGORITHMS = (
+    "merged",
+    "split",
+    "expanded",
+    "fused",
+)  # different ways to one number, which it computes its own way
 
 
 def reference_delta_weight(
@@ -65,3 +74,39 @@ def reference_linear(
         dropout = Dropout(dropout_seed, dropout_p, column_offset, global_in_features or flat.shape[1])
         dropped = (flat * dropout.multiplier(flat)).reshape(x.shape)
     return F.linear(x, weight, bias) + F.linear(dropped, delta)
+
+
+def forward(
+    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
+) -> Tensor:
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N)."""
+    return F.linear(x, adapter.weight, bias) + F.linear(_dropped(x, dropout), _delta(adapter))
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
+    dx = dA = dB = None
+    if needs_x:
+        dx = dy @ adapter.weight + _dropped(dy @ _delta(adapter), dropout)
+    if x is not None:
+        A, B, partition = adapter.A, adapter.B, adapter.partition
+        dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+        dropped = _dropped(x, dropout)
+        for k, rank in enumerate(adapter.ranks.tolist()):
+            rows, cols = partition.rows(k), partition.cols(k)
+            G = dy[:, rows].T @ dropped[:, cols]
+            H = (adapter.scaling * G * adapter.weight[rows[:, None], cols]).to(A.dtype)
+            dA[:rank, cols] = B[rows, :rank].T @ H
+            dB[rows, :rank] = H @ A[:rank, cols].T
+    return dx, dA, dB
+
+
+def _delta(adapter: PackedAdapter) -> Tensor:
+    factors = (adapter.A, adapter.B, adapter.partition, adapter.ranks)
+    return reference_delta_weight(adapter.weight, *factors, scaling=adapter.scaling)
+
+
+def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    return x if dropout is None else x * dropout.multiplier(x)

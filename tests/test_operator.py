@@ -12,7 +12,13 @@ from smoa_kernels.operator import linear, linear_backward
 from smoa_kernels.packed import scaling_tensor
 
 
-def arguments(p: LinearProblem, algorithm: str = "auto", dropout: float = 0.0, grad: bool = True) -> tuple:
+def arguments(
+    p: LinearProblem,
+    algorithm: str = "auto",
+    dropout: float = 0.0,
+    grad: bool = True,
+    backend: str = "eager",
+) -> tuple:
     """The operator's own arguments, leaves that require grad where asked."""
     x, bias, A, B = (t.clone().requires_grad_(grad) for t in (p.x, p.bias, p.A, p.B))
     seed = torch.tensor(5) if dropout else None
@@ -34,22 +40,24 @@ def arguments(p: LinearProblem, algorithm: str = "auto", dropout: float = 0.0, g
         0,
         width,
         algorithm,
-        "eager",
+        backend,
     )
 
 
+@pytest.mark.parametrize("backend", ["eager", "reference"])
 @pytest.mark.parametrize("algorithm", ["auto", "merged", "split", "expanded", "dropout"])
-def test_opcheck(algorithm: str) -> None:
+def test_opcheck(algorithm: str, backend: str) -> None:
     options = {"dropout": 0.3} if algorithm == "dropout" else {"algorithm": algorithm}
-    torch.library.opcheck(linear, arguments(make_problem(dtype=torch.float32), **options))
+    torch.library.opcheck(linear, arguments(make_problem(dtype=torch.float32), backend=backend, **options))
 
 
+@pytest.mark.parametrize("backend", ["eager", "reference"])
 @pytest.mark.parametrize("needs_x", [True, False])
 @pytest.mark.parametrize("keeps_x", [True, False])
-def test_opcheck_backward(needs_x: bool, keeps_x: bool) -> None:
+def test_opcheck_backward(needs_x: bool, keeps_x: bool, backend: str) -> None:
     p = make_problem(dtype=torch.float32)
     x, weight, _, *rest = arguments(p, grad=False)
-    settings = (*rest[:-2], needs_x, "eager")
+    settings = (*rest[:-2], needs_x, backend)
     torch.library.opcheck(linear_backward, (p.dy, x if keeps_x else None, weight, *settings))
 
 

@@ -103,6 +103,7 @@ def rank_product(
     row_inside,
     col_inside,
     row_rank,
+    col_rank,
     rank,
     stride_ar,
     stride_ac,
@@ -111,11 +112,11 @@ def rank_product(
     INPUT_PRECISION: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
-    """Σ_t B[rows, t] A[t, cols] in float32, over t < rank ≤ ρ that the row's block has.
+    """Σ_t B[rows, t] A[t, cols] in float32, over t < rank ≤ ρ that the row's and the column's blocks have.
 
-    rows, cols (int64) are the tile's coordinates, `*_inside` which of them exist, row_rank how many entries of
-    each B row are parameters. B's padding is loaded and then cleared, because a mask that differs from row to row
-    would make every load a scalar one; A's meets those zeros wherever row and column share a block.
+    rows, cols (int64) are the tile's coordinates, `*_inside` which of them exist, `*_rank` how many entries of each
+    B row and A column are parameters. The padding beyond them is loaded and then cleared, because a mask that
+    differs from row to row would make every load a scalar one.
     """
     product = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     a_ptrs = a_ptr + cols * stride_ac
@@ -127,6 +128,7 @@ def rank_product(
         b_mask = row_inside[:, None] & below[None, :]
         a = tl.load(a_ptrs[None, :] + t[:, None] * stride_ar, mask=a_mask, other=0.0)
         b = tl.load(b_ptrs[:, None] + t[None, :] * stride_br, mask=b_mask, other=0.0)
+        a = tl.where(t[:, None] < col_rank[None, :], a, 0.0)
         b = tl.where(t[None, :] < row_rank[:, None], b, 0.0)
         product = dot(b, a, product, INPUT_PRECISION)
     return product

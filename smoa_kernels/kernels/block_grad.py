@@ -25,7 +25,14 @@ from torch import Tensor
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from ._common import block_slots, dot, input_precision, round_to
-from .launch import BlockGradConfig, architecture, block_grad_configs, multiprocessors
+from .launch import (
+    SUM_CONFIGS,
+    BlockGradConfig,
+    SumConfig,
+    architecture,
+    block_grad_configs,
+    multiprocessors,
+)
 
 __all__ = ["block_grad"]
 
@@ -54,6 +61,7 @@ def block_grad_kernel(
     in_features,
     tiles_n,
     tiles_c,
+    max_rank,
     padded_rank,
     stride_dyt,
     stride_dyk,
@@ -80,7 +88,7 @@ def block_grad_kernel(
     row_slots = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     col_slots = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
 
-    rank = tl.load(ranks_ptr + block)
+    rank = tl.minimum(tl.load(ranks_ptr + block), max_rank)
     rows = tl.load(row_offsets_ptr + block + 1) - tl.load(row_offsets_ptr + block)
     cols = tl.load(col_offsets_ptr + block + 1) - tl.load(col_offsets_ptr + block)
     # Tiles past the end of their block write nothing: they take no token and no rank.
@@ -283,6 +291,7 @@ def block_grad(
         in_features,
         tiles_n,
         tiles_c,
+        rho,
         padded_rank,
         *dyg.stride()[:2],
         *xg.stride()[:2],
@@ -300,9 +309,9 @@ def block_grad(
         num_stages=config.num_stages,
     )
     if dA is not None and partial_a is not None:
-        _sum_partials(partial_a, partition.T, adapter.ranks, dA.T, splits, config.block_n)
+        sum_partials(partial_a, partition.T, adapter.ranks, dA.T, splits, config.block_n)
     if dB is not None and partial_b is not None:
-        _sum_partials(partial_b, partition, adapter.ranks, dB, splits, config.block_c)
+        sum_partials(partial_b, partition, adapter.ranks, dB, splits, config.block_c)
     return dA, dB
 
 
@@ -322,13 +331,20 @@ def _choose(dyg: Tensor, xg: Tensor, allow_tf32: bool) -> BlockGradConfig:
     return fitting[0] if fitting else shipped[-1]
 
 
-def _sum_partials(
-    partial: Tensor, partition: BlockPartition, ranks: Tensor, out: Tensor, splits: int, tile: int
+def sum_partials(
+    partial: Tensor,
+    partition: BlockPartition,
+    ranks: Tensor,
+    out: Tensor,
+    splits: int,
+    tile: int,
+    *,
+    config: SumConfig = SUM_CONFIGS[0],
 ) -> None:
     """Sum partials (slots, M, R) of W0's rows into out (M, ρ); dA is the transposed partition's case."""
     length, rank = out.shape
     slots, _, padded_rank = partial.shape
-    block_m = 64
+    block_m = config.block // RANK_CHUNK
     grid = (triton.cdiv(length, block_m), padded_rank // RANK_CHUNK)
     sum_partials_kernel[grid](
         partial,
@@ -345,5 +361,6 @@ def _sum_partials(
         TILE=tile,
         BLOCK_M=block_m,
         BLOCK_R=RANK_CHUNK,
-        num_warps=4,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )

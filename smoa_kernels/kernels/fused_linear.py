@@ -8,12 +8,13 @@ Two float32 sums, rounded once together: a ΔW added to W0 before the product wo
 adapter's output added to a rounded y in y's (docs/numerics.md). W0 is the left operand of the products: yᵀ = W0 xᵀ
 puts N, not the few tokens, on the tensor cores' long side, and ΔW goes into its product from registers.
 
-Where the tiles of y are fewer than the multiprocessors, `split` programs share the sum over C: they write float32
-partial sums, which a second small kernel adds in order. No atomics.
+Where the tiles of y are fewer than the multiprocessors, `split` programs share the sum over C. A rank too large for
+one product is cut into chunks, each a program of its own: ΔW is a sum over ranks. Either way the parts are float32
+sums, which a second small kernel adds in order. No atomics.
 
 Layout of the pointers: x (T, C), w (N, C), a (ρ, C), b (N, ρ) with any strides; bias (N) contiguous; row_block (N)
 and col_block (C) labels, uint8 or int32; ranks (K) int32; scaling one element; out contiguous, y (T, N) in x's
-dtype or the partial sums (split, T, N) in float32.
+dtype or the parts (chunks · split, T, N) in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..packed import PackedAdapter
 from ._common import dot, input_precision, round_to
-from .launch import FusedLinearConfig, architecture, fused_linear_configs
+from .launch import SUM_CONFIGS, FusedLinearConfig, SumConfig, architecture, fused_linear_configs
 
 __all__ = ["fused_linear"]
 
@@ -64,7 +65,6 @@ def fused_linear_kernel(
     INPUT_PRECISION: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -72,6 +72,7 @@ def fused_linear_kernel(
     BLOCK_C: tl.constexpr,
 ):
     tile = tl.program_id(0)
+    chunk = tl.program_id(1)
     tiles_t = tl.cdiv(T, BLOCK_T)
     part = tile % SPLIT
     tokens = (tile // SPLIT % tiles_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -79,8 +80,9 @@ def fused_linear_kernel(
     token_inside = tokens < T
     row_inside = rows < N
     row_block = widened(tl.load(row_block_ptr + rows, mask=row_inside, other=0))
-    row_rank = tl.load(ranks_ptr + row_block, mask=row_inside, other=0)
+    row_rank = tl.minimum(tl.load(ranks_ptr + row_block, mask=row_inside, other=0), rank)
     scaling = tl.load(scaling_ptr).to(tl.float32)
+    r = chunk * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
 
     base = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     adapted = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -101,26 +103,24 @@ def fused_linear_kernel(
             # cannot read it where an asynchronous copy of whole 128-bit words leaves it, and the copy would suffer.
             w = tl.where(row_inside[:, None], w, 0.0)
 
-        product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        for first in range(0, RANK, RANK_BLOCK):
-            r = first + tl.arange(0, RANK_BLOCK)
-            a_ptrs = a_ptr + r[:, None] * stride_ar + cols[None, :] * stride_ac
-            a = tl.load(a_ptrs, mask=(r < rank)[:, None] & col_inside[None, :], other=0.0)
-            b_ptrs = b_ptr + rows[:, None] * stride_bn + r[None, :] * stride_br
-            b = tl.load(b_ptrs, mask=row_inside[:, None] & (r < rank)[None, :], other=0.0)
-            b = tl.where(r[None, :] < row_rank[:, None], b, 0.0)
-            if a.dtype == tl.float32:
-                a = tl.where((r < rank)[:, None], a, 0.0)  # through registers, as above
-            product = dot(b, a, product, INPUT_PRECISION)
+        a_ptrs = a_ptr + r[:, None] * stride_ar + cols[None, :] * stride_ac
+        a = tl.load(a_ptrs, mask=(r < rank)[:, None] & col_inside[None, :], other=0.0)
+        b_ptrs = b_ptr + rows[:, None] * stride_bn + r[None, :] * stride_br
+        b = tl.load(b_ptrs, mask=row_inside[:, None] & (r < rank)[None, :], other=0.0)
+        col_rank = tl.load(ranks_ptr + col_block, mask=col_inside, other=0)
+        a = tl.where(r[:, None] < col_rank[None, :], a, 0.0)
+        b = tl.where(r[None, :] < row_rank[:, None], b, 0.0)
+        product = dot(b, a, tl.zeros((BLOCK_N, BLOCK_C), tl.float32), INPUT_PRECISION)
         modulation = tl.where(row_block[:, None] == col_block[None, :], scaling * product, 0.0)
         delta = round_to(modulation * w.to(tl.float32), w.dtype)
         base = dot(w, x, base, INPUT_PRECISION)
         adapted = dot(delta, x, adapted, INPUT_PRECISION)
 
-    y = base + adapted
+    y = adapted + tl.where(chunk == 0, base, 0.0)
     if HAS_BIAS:
         y += tl.load(bias_ptr + rows, mask=row_inside, other=0.0).to(tl.float32)[:, None]
-    out_ptrs = out_ptr + (part * T + tokens)[None, :] * N + rows[:, None]
+    slots = (chunk * SPLIT + part).to(tl.int64) * T + tokens
+    out_ptrs = out_ptr + slots[None, :] * N + rows[:, None]
     tl.store(
         out_ptrs, round_to(y, out_ptr.dtype.element_ty), mask=token_inside[None, :] & row_inside[:, None]
     )
@@ -128,15 +128,13 @@ def fused_linear_kernel(
 
 @triton.jit
 def sum_parts_kernel(
-    parts_ptr, bias_ptr, out_ptr, size, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+    parts_ptr, bias_ptr, out_ptr, parts, size, N, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = elements < size
     y = tl.zeros((BLOCK,), tl.float32)
-    ptrs = parts_ptr + elements
-    for _ in tl.static_range(SPLIT):
-        y += tl.load(ptrs, mask=inside, other=0.0)
-        ptrs += size
+    for part in range(parts):
+        y += tl.load(parts_ptr + (part * size.to(tl.int64) + elements), mask=inside, other=0.0)
     if HAS_BIAS:
         y += tl.load(bias_ptr + elements % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + elements, round_to(y, out_ptr.dtype.element_ty), mask=inside)
@@ -166,12 +164,13 @@ def fused_linear(
         return y
     precision = input_precision(w.dtype, allow_tf32=allow_tf32)
     configs = fused_linear_configs(architecture(x.device), w.dtype, precision)
-    config = config or _default_config(T, N, rank, configs)
-    split = config.split
-    out = y if split == 1 else torch.empty(split, T, N, dtype=torch.float32, device=x.device)
-    padded_rank, rank_block = rank_tiles(rank, w.dtype, precision)
+    chunk = rank_chunk(rank, w.dtype, precision)
+    config = config or _default_config(T, N, chunk, configs)
+    chunks = max(1, triton.cdiv(rank, chunk))
+    parts = chunks * config.split
+    out = y if parts == 1 else torch.empty(parts, T, N, dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(T, config.block_t) * triton.cdiv(N, config.block_n)
-    fused_linear_kernel[(tiles * split,)](
+    fused_linear_kernel[(tiles * config.split, chunks)](
         x,
         w,
         bias,
@@ -192,43 +191,54 @@ def fused_linear(
         *b.stride(),
         INPUT_PRECISION=precision,
         W_TRANSPOSED=w.stride(1) != 1,
-        HAS_BIAS=bias is not None and split == 1,
-        RANK=padded_rank,
-        RANK_BLOCK=rank_block,
-        SPLIT=split,
+        HAS_BIAS=bias is not None and parts == 1,
+        RANK_BLOCK=chunk,
+        SPLIT=config.split,
         BLOCK_T=config.block_t,
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if split > 1:
-        sum_parts_kernel[(triton.cdiv(y.numel(), 1024),)](
-            out, bias, y, y.numel(), N, HAS_BIAS=bias is not None, SPLIT=split, BLOCK=1024
-        )
+    if parts > 1:
+        sum_parts(out, bias, y)
     return y
 
 
-def rank_tiles(rank: int, dtype: torch.dtype, precision: str) -> tuple[int, int]:
-    """RANK and RANK_BLOCK of the kernel: ρ rounded up to a power of two, and how much of it one product takes.
+def rank_chunk(rank: int, dtype: torch.dtype, precision: str) -> int:
+    """RANK_BLOCK of the kernel: how much of ρ one product takes.
 
-    Up to 64 one product takes it all, and the loop over C is the innermost, hence the pipelined one. A larger rank
-    is cut into chunks that leave registers for the rest; then the loop over those is, and W0 is loaded without
-    running ahead. IEEE float32, whose products hold their whole depth in registers, is cut above 16.
+    Up to 64: more would take the registers of the rest. IEEE float32, whose products hold their whole depth in
+    registers, takes 16.
     """
-    padded = max(16, int(triton.next_power_of_2(rank)))
-    if dtype == torch.float32:
-        return padded, padded if padded <= (64 if precision == "tf32" else 16) else 16
-    return padded, padded if padded <= 64 else 32
+    if dtype == torch.float32 and precision == "ieee":
+        return 16
+    return min(64, max(16, int(triton.next_power_of_2(rank))))
 
 
 def _default_config(
-    tokens: int, out_features: int, rank: int, configs: tuple[FusedLinearConfig, ...]
+    tokens: int, out_features: int, chunk: int, configs: tuple[FusedLinearConfig, ...]
 ) -> FusedLinearConfig:
     """The narrowest tile that takes all tokens, its sum over C split where y has few tiles."""
-    configs = tuple(config for config in configs if rank <= 32 or config.block_t == 16)
+    configs = tuple(config for config in configs if chunk <= 32 or config.block_t == 16)
     widths = {config.block_t for config in configs}
     block_t = min((width for width in widths if width >= tokens), default=max(widths))
     fitting = [config for config in configs if config.block_t == block_t]
     few = triton.cdiv(tokens, block_t) * triton.cdiv(out_features, fitting[0].block_n) < 256
     return max(fitting, key=lambda config: config.split if few else -config.split)
+
+
+def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumConfig = SUM_CONFIGS[0]) -> None:
+    """`out = Σ parts + bias` in a fixed order: parts (P, T, N) float32, bias (N), out (T, N), all contiguous."""
+    sum_parts_kernel[(triton.cdiv(out.numel(), config.block),)](
+        parts,
+        bias,
+        out,
+        parts.shape[0],
+        out.numel(),
+        out.shape[1],
+        HAS_BIAS=bias is not None,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -27,11 +27,13 @@ __all__ = [
     "FUSED_LINEAR_TF32_CONFIGS",
     "MODULATE_CONFIGS",
     "PERMUTE_CONFIGS",
+    "SUM_CONFIGS",
     "BlockGradConfig",
     "BlockMatmulConfig",
     "FusedLinearConfig",
     "ModulateConfig",
     "PermuteConfig",
+    "SumConfig",
     "architecture",
     "block_grad_configs",
     "block_matmul_configs",
@@ -96,21 +98,38 @@ class BlockGradConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class SumConfig:
+    """The sums of partials in `fused_linear.py` and `block_grad.py`: `block` results per program."""
+
+    block: int
+    num_warps: int
+    num_stages: int = 1
+
+
 MODULATE_CONFIGS = (
     ModulateConfig(block_n=64, block_c=64, num_warps=4),
     ModulateConfig(block_n=16, block_c=128, num_warps=4),
-    ModulateConfig(block_n=16, block_c=256, num_warps=4),
+    ModulateConfig(block_n=32, block_c=128, num_warps=8),
+)
+
+# Eight results for each thread of 64-wide wavefronts too: 128 bits of half types.
+SUM_CONFIGS = (
+    SumConfig(block=2048, num_warps=4),
+    SumConfig(block=4096, num_warps=8),
+    SumConfig(block=1024, num_warps=2),
 )
 
 # Large enough for 128-bit accesses by 64-wide wavefronts too, in each of the tile's interleaved parts.
 PERMUTE_CONFIGS = (
     PermuteConfig(block_t=64, block_p=128, num_warps=2),
-    PermuteConfig(block_t=32, block_p=128, num_warps=1),
     PermuteConfig(block_t=128, block_p=64, num_warps=2),
+    PermuteConfig(block_t=128, block_p=128, num_warps=4),
 )
 
 FUSED_LINEAR_CONFIGS = (
     FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=4, num_warps=4, num_stages=3),
+    FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=2, num_warps=4, num_stages=3),
     FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=1, num_warps=4, num_stages=3),
     FusedLinearConfig(block_t=32, block_n=64, block_c=64, split=1, num_warps=4, num_stages=3),
 )
@@ -138,22 +157,24 @@ FUSED_LINEAR_AMD_FP32_CONFIGS = (
 )
 
 # Largest tile first; each passes the audit wherever the functions below ship it.
-_MATMUL_LARGE = BlockMatmulConfig(256, 128, 64, group_t=8, num_warps=8, num_stages=3)
-_MATMUL_TF32_LARGE = BlockMatmulConfig(256, 128, 32, group_t=8, num_warps=8, num_stages=3)
+_MATMUL_LARGEST = BlockMatmulConfig(256, 128, 64, group_t=8, num_warps=8, num_stages=3)
+_MATMUL_TF32_LARGEST = BlockMatmulConfig(256, 128, 32, group_t=8, num_warps=8, num_stages=3)
 BLOCK_MATMUL_CONFIGS = (
     BlockMatmulConfig(128, 128, 64, group_t=8, num_warps=8, num_stages=3),
     BlockMatmulConfig(64, 128, 64, group_t=8, num_warps=4, num_stages=3),
     BlockMatmulConfig(64, 64, 64, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(32, 64, 64, group_t=8, num_warps=4, num_stages=3),
 )
 BLOCK_MATMUL_TF32_CONFIGS = (
     BlockMatmulConfig(128, 128, 32, group_t=8, num_warps=8, num_stages=3),
     BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=8, num_stages=3),
     BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(32, 64, 32, group_t=8, num_warps=4, num_stages=3),
 )
 # IEEE float32 has no tensor cores on NVIDIA: smaller tiles, for each thread holds its operands in registers.
 BLOCK_MATMUL_IEEE_CONFIGS = (
     BlockMatmulConfig(64, 64, 16, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(64, 32, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 32, 16, group_t=8, num_warps=4, num_stages=3),
     BlockMatmulConfig(32, 64, 32, group_t=8, num_warps=4, num_stages=3),
 )
 # AMD: 64 threads a warp, 64 KiB of shared memory; float32 has tensor cores in IEEE.
@@ -190,7 +211,8 @@ BLOCK_GRAD_IEEE_CONFIGS = (
 
 _LARGE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942", "gfx950")
 _WIDE_TENSOR_CORES = ("sm_90", "sm_100", "sm_103")
-# Triton 3.6 spills the 256-token tiles (1360 bytes on sm_90 in bf16), 3.9 does not; between them nobody has looked.
+# Triton 3.6 spills the largest tile of block_matmul on every NVIDIA architecture (256 tokens on sm_90, 128 on sm_80
+# and its like), 3.9 does not; between them nobody has looked.
 _LARGE_TILE_TRITON = (3, 9)
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
@@ -220,10 +242,10 @@ def block_matmul_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple
         return BLOCK_MATMUL_AMD_FP32_CONFIGS if full else BLOCK_MATMUL_AMD_CONFIGS
     if full and precision == "ieee":
         return BLOCK_MATMUL_IEEE_CONFIGS
-    shipped = BLOCK_MATMUL_TF32_CONFIGS if full else BLOCK_MATMUL_CONFIGS
-    if arch in _WIDE_TENSOR_CORES and _TRITON >= _LARGE_TILE_TRITON:
-        return (_MATMUL_TF32_LARGE if full else _MATMUL_LARGE, *shipped)
-    return shipped
+    shipped: tuple[BlockMatmulConfig, ...] = BLOCK_MATMUL_TF32_CONFIGS if full else BLOCK_MATMUL_CONFIGS
+    if arch in _WIDE_TENSOR_CORES:
+        shipped = (_MATMUL_TF32_LARGEST if full else _MATMUL_LARGEST, *shipped)
+    return shipped if _TRITON >= _LARGE_TILE_TRITON else shipped[1:]
 
 
 def block_grad_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[BlockGradConfig, ...]:

@@ -81,6 +81,7 @@ def modulated_weight_kernel(
         row_inside,
         col_inside,
         tl.load(ranks_ptr + row_block, mask=row_inside, other=0),
+        tl.load(ranks_ptr + col_block, mask=col_inside, other=0),
         rank,
         stride_ar,
         stride_ac,
@@ -162,6 +163,7 @@ def modulated_blocks_kernel(
     ranks_ptr,
     scaling_ptr,
     out_ptr,
+    max_rank,
     padded_rows,
     padded_cols,
     stride_wn,
@@ -183,7 +185,7 @@ def modulated_blocks_kernel(
     col_slots = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     rows, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots)
     cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots)
-    rank = tl.load(ranks_ptr + block)
+    rank = tl.minimum(tl.load(ranks_ptr + block), max_rank)
     row_rank = tl.where(row_valid, rank, 0)
     # A block of rank 0 is zero whatever W0 holds: do not read it.
     mask = (row_rank > 0)[:, None] & col_valid[None, :]
@@ -196,6 +198,7 @@ def modulated_blocks_kernel(
         row_valid,
         col_valid,
         row_rank,
+        tl.where(col_valid, rank, 0),
         rank,
         stride_ar,
         stride_ac,
@@ -246,6 +249,7 @@ def modulated_blocks(
         adapter.ranks,
         adapter.scaling,
         out,
+        a.shape[0],
         padded_rows,
         padded_cols,
         *w.stride(),

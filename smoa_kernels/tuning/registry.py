@@ -58,11 +58,10 @@ _TOKENS, _ROWS, _COLS, _BLOCKS = 512, 1024, 2048, 2
 
 
 def _adapter(dtype: str, variant: str) -> PackedAdapter:
-    """A representative layer; "r64" in the variant makes ρ = 64, with the float32 factors that PEFT keeps."""
-    high = "r64" in variant
-    rank = 64 if high else 16
+    """A representative layer; the variant may name ρ = 64, and the float32 factors that PEFT keeps."""
+    rank = 64 if "r64" in variant else 16
     weight = torch.empty(_ROWS, _COLS, dtype=DTYPES[dtype])
-    factors = torch.float32 if high else DTYPES[dtype]
+    factors = torch.float32 if "fp32 factors" in variant else DTYPES[dtype]
     return PackedAdapter(
         weight=weight,
         A=torch.empty(rank, _COLS, dtype=factors),
@@ -164,6 +163,26 @@ def _block_grad(config: Any, dtype: str, variant: str) -> Launch:
     )
 
 
+def _sum_parts(config: Any, dtype: str, variant: str) -> Launch:
+    parts = torch.empty(4, _TOKENS, _COLS)
+    bias = torch.empty(_COLS, dtype=DTYPES[dtype])
+    y = torch.empty(_TOKENS, _COLS, dtype=DTYPES[dtype])
+    return capture(
+        fused_linear.sum_parts_kernel,
+        lambda: fused_linear.sum_parts(parts, bias if variant == "bias" else None, y, config=config),
+    )
+
+
+def _sum_partials(config: Any, dtype: str, variant: str) -> Launch:
+    adapter = _adapter(dtype, variant)
+    partition, out = (adapter.partition, adapter.B) if variant == "dB" else (adapter.partition.T, adapter.A.T)
+    partial = torch.empty(8, out.shape[0], 16)
+    return capture(
+        block_grad.sum_partials_kernel,
+        lambda: block_grad.sum_partials(partial, partition, adapter.ranks, out, 2, 128, config=config),
+    )
+
+
 def _same_everywhere(shipped: tuple[Any, ...]) -> Callable[[str, str, str], tuple[Any, ...]]:
     return lambda arch, dtype, variant: shipped
 
@@ -179,7 +198,7 @@ def _fused_linear_configs(arch: str, dtype: str, variant: str) -> tuple[Any, ...
     if "r64" not in variant:
         return shipped
     if DTYPES[dtype] == torch.float32 and precision == "ieee":
-        return ()  # cost.choose_algorithm never picks it: see FUSED_MAX_RANK_IEEE
+        return ()  # its product takes 16 ranks at a time, whatever the rank
     return tuple(c for c in shipped if c.block_t == 16)  # as its launcher chooses
 
 
@@ -267,6 +286,24 @@ KERNELS: tuple[KernelSpec, ...] = (
         ("r16", "r64 fp32 factors"),
         _block_grad_configs,
         _block_grad,
+    ),
+    KernelSpec(
+        "sum_parts",
+        fused_linear.sum_parts_kernel,
+        "copy",
+        ("no bias", "bias"),
+        _same_everywhere(configs.SUM_CONFIGS),
+        _sum_parts,
+        narrow={"bias_ptr": "one row, read by every token and cached"},
+    ),
+    KernelSpec(
+        "sum_partials",
+        block_grad.sum_partials_kernel,
+        "copy",
+        ("dB", "dA"),
+        _same_everywhere(configs.SUM_CONFIGS),
+        _sum_partials,
+        narrow={"label_ptr": _LABELS, "ranks_ptr": _LABELS, "other_offsets_ptr": _INDEX},
     ),
 )
 """Every kernel with a launch configuration."""

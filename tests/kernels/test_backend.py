@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_cases import Guarded
 from problems import LinearProblem, make_problem, relative_error
 from torch import Tensor, nn
 
-from smoa_kernels import FusedSMoALinear, backends, smoa_linear, triton_backend
+from smoa_kernels import FusedSMoALinear, backends, operator, smoa_linear, triton_backend
 from smoa_kernels.dropout import Dropout
 from smoa_kernels.kernels._common import padded_width
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.operator import linear
-from smoa_kernels.packed import scaling_tensor
+from smoa_kernels.packed import padding_masks, scaling_tensor
 from smoa_kernels.reference import reference_delta_weight
 
 ALGORITHMS = triton_backend.ALGORITHMS
@@ -67,6 +68,58 @@ def test_error_budget(dtype: torch.dtype, algorithm: str, device: torch.device) 
 )
 def test_shapes(shape: dict[str, object], algorithm: str, device: torch.device) -> None:
     assert_within_budget(problem(torch.float32, device, **shape), algorithm=algorithm)
+
+
+@pytest.mark.parametrize("rubbish", [7.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [*({"algorithm": a} for a in ALGORITHMS), {"dropout_p": 0.4}], ids=str)
+def test_padding_may_hold_anything(options: dict[str, object], rubbish: float, device: torch.device) -> None:
+    """Memory that nobody initialised, or an optimiser that divided by zero there, must not reach a result."""
+    clean, dirty = (
+        problem(torch.float32, device, ranks=(3, 0, 20), random_labels=True, fill_padding=False)
+        for _ in range(2)
+    )
+    used_A, used_B = padding_masks(dirty.partition, dirty.ranks, 20)
+    dirty.A[~used_A], dirty.B[~used_B] = rubbish, rubbish
+    seed = torch.tensor(3, device=device)
+    for name, ours, expected in zip(
+        NAMES,
+        dirty.run(backend="triton", dropout_seed=seed, **options),
+        clean.run(backend="triton", dropout_seed=seed, **options),
+        strict=True,
+    ):
+        assert torch.equal(ours, expected), name
+
+
+@pytest.mark.parametrize("options", [*({"algorithm": a} for a in ALGORITHMS), {"dropout_p": 0.4}], ids=str)
+def test_ranks_beyond_the_factors_read_no_further(
+    options: dict[str, object], guarded: Guarded, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's ranks are not waited for, so not checked: the kernels take what lies outside as 0 or ρ."""
+    monkeypatch.setattr(operator, "_check_ranks", lambda ranks, rho: None)
+    p = problem(torch.float32, device, ranks=(3, 5, 5))
+    p = replace(p, A=guarded(p.A, row_padding=3), B=guarded(p.B, row_padding=3))
+    inside = replace(p, ranks=torch.tensor([0, 5, 5], dtype=torch.int32, device=device))
+    beyond = replace(p, ranks=torch.tensor([-7, 40, 2**31 - 1], dtype=torch.int32, device=device))
+    seed = torch.tensor(3, device=device)
+    with torch.no_grad():
+        for name, ours, expected in zip(
+            NAMES,
+            run_in_place(beyond, dropout_seed=seed, **options),
+            run_in_place(inside, dropout_seed=seed, **options),
+            strict=False,
+        ):
+            assert torch.equal(ours, expected), name
+
+
+def run_in_place(p: LinearProblem, **options: object) -> tuple[Tensor, ...]:
+    """y, dX, dA, dB on the problem's own factors, where `LinearProblem.run` would copy them."""
+    A, B = (t.detach().requires_grad_() for t in (p.A, p.B))
+    x = p.x.clone().requires_grad_()
+    with torch.enable_grad():
+        y = smoa_linear(
+            x, p.weight, p.bias, A, B, p.partition, p.ranks, scaling=p.scaling, backend="triton", **options
+        )
+        return (y.detach(), *torch.autograd.grad(y, (x, A, B), p.dy))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -204,10 +204,15 @@ def test_bad_input(device: torch.device) -> None:
         block_matmul(xg, wide, None, weight_blocks=delta, out=out, config=SMALL)
 
 
-@pytest.mark.parametrize(("version", "largest"), [((3, 6), 128), ((3, 9), 256), ((4, 0), 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("version", "wide", "narrow"), [((3, 6), 128, 64), ((3, 9), 256, 128), ((4, 0), 256, 128)]
+)
 def test_the_largest_tile_ships_only_where_it_does_not_spill(
-    version: tuple[int, int], largest: int, monkeypatch: pytest.MonkeyPatch
+    version: tuple[int, int], wide: int, narrow: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "_TRITON", version)
-    assert launch.block_matmul_configs("sm_90", torch.bfloat16, "tf32")[0].block_t == largest
-    assert launch.block_matmul_configs("sm_80", torch.bfloat16, "tf32")[0].block_t == 128
+    for arch, largest in (("sm_90", wide), ("sm_80", narrow)):
+        shipped = launch.block_matmul_configs(arch, dtype, "tf32")
+        assert shipped[0].block_t == largest
+        assert len(shipped) >= 3

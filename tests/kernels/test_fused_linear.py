@@ -20,7 +20,7 @@ from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
-from smoa_kernels.kernels.fused_linear import fused_linear, rank_tiles
+from smoa_kernels.kernels.fused_linear import fused_linear, rank_chunk
 from smoa_kernels.kernels.launch import (
     FUSED_LINEAR_AMD_CONFIGS,
     FUSED_LINEAR_AMD_FP32_CONFIGS,
@@ -172,15 +172,15 @@ def test_a_shard_without_columns_gives_the_bias(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "dtype", "precision", "tiles"),
+    ("rank", "dtype", "precision", "chunk"),
     [
-        (1, torch.bfloat16, "tf32", (16, 16)),
-        (33, torch.bfloat16, "tf32", (64, 64)),
-        (65, torch.float16, "tf32", (128, 32)),
-        (64, torch.float32, "tf32", (64, 64)),
-        (256, torch.float32, "tf32", (256, 16)),
-        (17, torch.float32, "ieee", (32, 16)),
+        (1, torch.bfloat16, "tf32", 16),
+        (33, torch.bfloat16, "tf32", 64),
+        (65, torch.float16, "tf32", 64),
+        (64, torch.float32, "tf32", 64),
+        (256, torch.float32, "tf32", 64),
+        (17, torch.float32, "ieee", 16),
     ],
 )
-def test_rank_tiles(rank: int, dtype: torch.dtype, precision: str, tiles: tuple[int, int]) -> None:
-    assert rank_tiles(rank, dtype, precision) == tiles
+def test_rank_chunk(rank: int, dtype: torch.dtype, precision: str, chunk: int) -> None:
+    assert rank_chunk(rank, dtype, precision) == chunk
