@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..distributed import smoa_buffers
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from .combine import concatenate_adapters, interpolate_factors
@@ -45,6 +46,16 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     prefix: str = "smoa_"
     tuner_layer_cls = SMoALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel, given this model or the `PeftModel` around it, need not broadcast.
+
+        It asks the module that it wraps for this attribute; a `PeftModel` passes the question on to here.
+        """
+        theirs = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
+        names = [f"model.{name}" for name in (*theirs, *smoa_buffers(self.model))]
+        return [*names, *(f"base_model.{name}" for name in names)]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; where it fails the model is left as it was."""

@@ -1,0 +1,42 @@
+"""Data parallelism: block labels and ranks are agreed on once, not sent again with every forward."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["ignore_buffers", "smoa_buffers"]
+
+
+def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers of `FusedSMoALinear` and PEFT layers (labels, ranks, indices, sketches), by name relative to `model`."""
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if any(part.startswith("smoa_") for part in name.split(".")[-2:])
+    }
+
+
+def ignore_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
+    """Prepare `model` for `DistributedDataParallel`, which would broadcast SMoA's buffers at each forward.
+
+    Call it on every process, after the adapters are in and before `model` is wrapped. Where processes run it gives
+    all of them rank 0's labels: those of another kind of machine may differ in a coordinate. Names that `model`
+    ignores already stay ignored.
+
+    Args:
+        model: the module that DistributedDataParallel will be given, not a part of it.
+        process_group: over which it will be parallel; the default one when None.
+    """
+    names = smoa_buffers(model)
+    if dist.is_available() and dist.is_initialized():
+        source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+        for name, buffer in names.items():
+            owner, _, attribute = name.rpartition(".")
+            # A new tensor, which tells a layer that what it derived from the old one is stale.
+            shared = buffer.clone()
+            dist.broadcast(shared, source, process_group)
+            setattr(model.get_submodule(owner), attribute, shared)
+    ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
