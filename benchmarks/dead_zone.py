@@ -48,7 +48,8 @@ def curves(dtype: torch.dtype) -> dict[str, list[float]]:
 
     def peft_hira(B: Tensor) -> Tensor:
         hira.hira_A["default"].data, hira.hira_B["default"].data = A.to(dtype), B.to(dtype)
-        return hira(x).detach()
+        y: Tensor = hira(x)
+        return y.detach()
 
     ways = {
         "adapter first, base accumulates (auto)": ours("auto"),

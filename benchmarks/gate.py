@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,13 +57,13 @@ def definition(layer: nn.Module) -> Definition:
         )
     if isinstance(layer, nn.Linear):
         return Definition("frozen", layer.weight, (), torch.zeros_like)
-    adapted = layer.get_submodule("0")
-    weight = adapted.get_base_layer().weight  # type: ignore[operator]
+    adapted: Any = layer.get_submodule("0")  # PEFT's layer, whose types are not followed
+    weight = adapted.get_base_layer().weight
     if hasattr(adapted, "hira_A"):
-        factors = (adapted.hira_A["default"], adapted.hira_B["default"])  # type: ignore[index]
+        factors = (adapted.hira_A["default"], adapted.hira_B["default"])
         return Definition("HiRA", weight, factors, lambda W, A, B: W * (B @ A))
-    factors = (adapted.lora_A["default"].weight, adapted.lora_B["default"].weight)  # type: ignore[index]
-    scaling = adapted.scaling["default"]  # type: ignore[index]
+    factors = (adapted.lora_A["default"].weight, adapted.lora_B["default"].weight)
+    scaling = adapted.scaling["default"]
     return Definition("LoRA", weight, factors, lambda W, A, B: scaling * (B @ A))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,7 +46,7 @@ def base_model(smoke: bool) -> LlamaForCausalLM:
 
 def adapter_configs(num_blocks: int) -> dict[str, peft.PeftConfig]:
     """The three adapters at equal rank."""
-    shared = {"r": RANK, "target_modules": TARGETS}
+    shared: dict[str, Any] = {"r": RANK, "target_modules": TARGETS}
     return {
         LORA: peft.LoraConfig(**shared),
         HIRA: peft.HiraConfig(**shared),

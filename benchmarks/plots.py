@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ STYLES = {
     f"{SMOA} expanded": ("#666666", "X"),
     f"{SMOA} fused": ("#666666", "X"),
 }
-THEORY = {"linestyle": (0, (4, 3)), "linewidth": 1.0}
+THEORY: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.0}
 
 
 def figures(run: Run) -> dict[str, str]:

@@ -169,7 +169,7 @@ def _kernels_run(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def _inject(case: Case, config: peft.PeftConfig) -> nn.Module:
-    model = peft.inject_adapter_in_model(config, nn.Sequential(case.base()))
+    model: nn.Module = peft.inject_adapter_in_model(config, nn.Sequential(case.base()))
     # PEFT keeps the adapter in float32 unless told; the same dtype is what ours are compared in.
     model.to(case.dtype)
     _fill(model)

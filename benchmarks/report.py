@@ -56,11 +56,10 @@ def replace_section(text: str, content: str) -> str:
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end or START in after or END in before + after:
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise ValueError(f"the README must hold {START} and then {END}, once each")
-    return f"{before}{START}\n\n{content.strip()}\n\n{END}{after}"
+    before, _, rest = text.partition(START)
+    return f"{before}{START}\n\n{content.strip()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def generate(folder: Path, readme: Path | None) -> list[Path]:
@@ -118,10 +117,10 @@ def _run_page(run: Run) -> str:
         *([] if run.on_gpu else ["### Goals", tables.goals(run)]),
         "### The layer, over frozen",
         _figure(run, "ratio", "ratio over frozen by the number of blocks"),
-        *(tables.ratios(layers, phase) for phase in ("both", "forward", "backward") if layers),
+        *(tables.ratios(run, layers, phase) for phase in ("both", "forward", "backward") if layers),
         "### A few tokens, forward",
         _figure(run, "few-tokens", "forward over frozen by the number of tokens"),
-        tables.ratios(few, "forward") if few else "",
+        tables.ratios(run, few, "forward") if few else "",
         "### Memory of one training pass of a layer",
         _figure(run, "memory", "bytes by the number of tokens"),
         tables.memory(run),
@@ -143,8 +142,8 @@ def _readme_run(run: Run) -> str:
     lines = [
         f"**The layer, {tables.machine_line(run)}.** Medians of ratios over a frozen `nn.Linear` with interquartile "
         "ranges; `make bench`.",
-        tables.ratios(layers, "both", [SMOA, LORA, HIRA, PAPER]) if layers else "",
-        tables.ratios(few, "forward", [SMOA, LORA]) if few else "",
+        tables.ratios(run, layers, "both", [SMOA, LORA, HIRA, PAPER]) if layers else "",
+        tables.ratios(run, few, "forward", [SMOA, LORA]) if few else "",
         tables.steps(run),
         ""
         if run.on_gpu

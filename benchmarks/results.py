@@ -119,7 +119,8 @@ def compact(run: Run) -> str:
     """A run as the JSON that is committed, one result a line."""
     lines = []
     for result in run.results:
-        kept = {key: value for key, value in vars(result).items() if value}
+        named = {"kind": result.kind, "title": result.title, "params": result.params}
+        kept = named | {key: value for key, value in vars(result).items() if value}
         lines.append(json.dumps(_rounded(kept), ensure_ascii=False, separators=(",", ":")))
     head = {"machine": run.machine, "commit": run.commit, "date": run.date}
     fields = json.dumps(head, ensure_ascii=False)[:-1]

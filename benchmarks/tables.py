@@ -17,6 +17,7 @@ from .theory import log_log_slope
 
 MIB = 2**20
 NOISY = "noisy"
+PHASES = {"both": "forward + backward"}
 NAMES = {PAPER: "the paper's dense way"}  # where a heading says it in full
 
 
@@ -42,8 +43,8 @@ def case_name(result: Result) -> str:
     return f"T={p['tokens']}, {shape}, r={p['rank']}, K={p['num_blocks']}, {p['dtype']}{dropout}"
 
 
-def ratios(results: Sequence[Result], phase: str, names: Sequence[str] | None = None) -> str:
-    """One row a case: the baseline's milliseconds and spread, then each provider's ratio to it."""
+def ratios(run: Run, results: Sequence[Result], phase: str, names: Sequence[str] | None = None) -> str:
+    """One row a case of a run: the baseline's milliseconds and spread, then each provider's ratio to it."""
     found = [(result, result.comparison(phase)) for result in results]
     if names is None:
         every = dict.fromkeys(name for _, c in found for name in c.seconds if name != c.baseline)
@@ -56,7 +57,14 @@ def ratios(results: Sequence[Result], phase: str, names: Sequence[str] | None = 
         )
         for result, c in found
     ]
-    return table([phase, "frozen, spread", *(NAMES.get(n, n) for n in names)], rows)
+    return table(
+        [
+            f"{PHASES.get(phase, phase)} over frozen, {run.label}",
+            "frozen, spread",
+            *(NAMES.get(n, n) for n in names),
+        ],
+        rows,
+    )
 
 
 def memory(run: Run) -> str:
@@ -67,7 +75,14 @@ def memory(run: Run) -> str:
         for result in run.select("memory")
         for name, sizes in result.bytes.items()
     ]
-    headings = ("MiB", "", "saved for backward", "peak", "workspace, forward", "workspace, backward")
+    headings = (
+        f"MiB, {run.label}",
+        "",
+        "saved for backward",
+        "peak",
+        "workspace, forward",
+        "workspace, backward",
+    )
     return table(headings, rows)
 
 
@@ -88,7 +103,7 @@ def steps(run: Run) -> str:
                     f"{result.bytes[name]['peak'] / MIB:.0f}",
                 )
             )
-    return table(("", "", "s / step", "tokens / s", "over PEFT LoRA", "peak, MiB"), rows)
+    return table((run.label, "", "s / step", "tokens / s", "over PEFT LoRA", "peak, MiB"), rows)
 
 
 def partitions(run: Run) -> str:
@@ -104,13 +119,11 @@ def partitions(run: Run) -> str:
                 ratio(c.ratio("partition"), c.noisy),
             )
         )
-    whole = {name: one_billion(run, name) for name in ("SVD", "partition")}
-    if None not in whole.values():
-        svd, ours = (f"{value:.0f}" for value in whole.values())
-        quotient = whole["partition"] / whole["SVD"]
-        count = sum(ONE_BILLION.values())
-        rows.append((f"all {count} layers of Llama-3.2-1B's shape, reckoned", svd, ours, f"{quotient:.2f}"))
-    return table(("", "SVD, s", "partition, s", "partition over SVD"), rows)
+    svd, ours = (one_billion(run, name) for name in ("SVD", "partition"))
+    if svd is not None and ours is not None:
+        name = f"all {sum(ONE_BILLION.values())} layers of Llama-3.2-1B's shape, reckoned"
+        rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}"))
+    return table((run.label, "SVD, s", "partition, s", "partition over SVD"), rows)
 
 
 def one_billion(run: Run, name: str) -> float | None:
@@ -131,7 +144,7 @@ def life_cycle(run: Run) -> str:
         for name, sizes in result.bytes.items():
             times = (result.comparison(phase).time(name).median for phase in ("inject", "save", "load"))
             rows.append((name, *(f"{t:.3g}" for t in times), f"{sizes['files'] / MIB:.2f}"))
-    return table(("", "inject, s", "save, s", "load, s", "on disk, MiB"), rows)
+    return table((run.label, "inject, s", "save, s", "load, s", "on disk, MiB"), rows)
 
 
 def points(result: Result, name: str) -> Comparison:
@@ -161,7 +174,7 @@ def scaling(run: Run) -> str:
             cells = [f"{slope:+.2f}" for slope in slopes] + ["–"] * (4 - len(slopes))
             mark = f", {NOISY}" if result.noisy else ""
             rows.append((f"{result.params['axis']}, {values[0]} to {values[-1]}{mark}", name, *cells))
-    headings = ("grows with", "", "time", "predicted", "time over frozen's", "predicted")
+    headings = (f"grows with, {run.label}", "", "time", "predicted", "time over frozen's", "predicted")
     return table(headings, rows)
 
 

@@ -29,7 +29,8 @@ def row_centroids(weight: Tensor) -> Tensor:
     U, sigma, _ = torch.linalg.svd(weight, full_matrices=False)
     energy = (U * sigma).double().square()
     position = torch.arange(sigma.shape[0], dtype=torch.float64, device=weight.device)
-    return energy @ position / energy.sum(1)
+    centroids: Tensor = energy @ position / energy.sum(1)
+    return centroids
 
 
 def check(weight: Tensor, partition: BlockPartition, centroids: Tensor) -> None:

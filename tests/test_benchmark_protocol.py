@@ -13,8 +13,18 @@ from torch import nn
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.memory import allocated, footprint, saved_bytes
 from benchmarks.models import adapter_configs
-from benchmarks.protocol import Comparison, Quartiles, Turns, laps, quartiles
-from benchmarks.providers import FROZEN, LORA, SMOA, Case, frozen, layer_providers, lora, smoa
+from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles
+from benchmarks.providers import (
+    FROZEN,
+    LORA,
+    SMOA,
+    Case,
+    few_token_algorithms,
+    frozen,
+    layer_providers,
+    lora,
+    smoa,
+)
 from benchmarks.test_layer_throughput import training_pass
 from benchmarks.test_model_step import adapted, check_gradients
 from benchmarks.test_setup import check, row_centroids
@@ -81,7 +91,7 @@ def test_a_backward_is_timed_without_its_forward() -> None:
             time.sleep(0.05)
             return super().forward(x)
 
-    found = training_pass(SlowForward(80, 96).requires_grad_(False), CASE)()
+    found = training_pass(SlowForward(80, 96, device=DEVICE).requires_grad_(False), CASE)()
     assert found["forward"] >= 0.05 > found["backward"]
     assert found["both"] == found["forward"] + found["backward"]
 
@@ -92,7 +102,7 @@ def test_a_backward_is_timed_without_its_forward() -> None:
     ids=str,
 )
 def test_every_provider_passes_its_gate(case: Case) -> None:
-    algorithms = ("auto", "split") if case.dropout else ("auto", "merged", "split", "expanded")
+    algorithms = ("auto", "split") if case.dropout else few_token_algorithms()
     check_layers(case, {name: build(case) for name, build in layer_providers(case, algorithms).items()})
 
 
@@ -114,14 +124,14 @@ def test_a_wrong_gradient_turns_the_gate_red(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_another_mask_turns_the_gate_red() -> None:
     case = replace(CASE, dropout=0.05)
-    layer = smoa()(replace(case, dropout=0.5))
+    layer = smoa(backend="eager")(replace(case, dropout=0.5))
     with pytest.raises(RedGateError, match="y of wrong"):
         check_layers(case, {"wrong": layer})
 
 
 def test_a_models_wrong_gradient_turns_the_gate_red() -> None:
     models = {name: adapted(config, smoke=True) for name, config in adapter_configs(2).items()}
-    tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     check_gradients(models, tokens)
     factor = next(p for n, p in models[SMOA].named_parameters() if "smoa_B" in n)
     factor.register_hook(lambda gradient: gradient * 1.01 if gradient.dtype == torch.float32 else gradient)
@@ -145,9 +155,9 @@ def test_allocations_are_counted_to_the_byte() -> None:
     kept = []
 
     def allocate() -> None:
-        kept.append(torch.empty(3 << 20, dtype=torch.uint8))
-        torch.empty(2 << 20, dtype=torch.uint8)
-        kept.append(torch.empty(1 << 20, dtype=torch.uint8))
+        kept.append(torch.empty(3 << 20, dtype=torch.uint8, device=DEVICE))
+        torch.empty(2 << 20, dtype=torch.uint8, device=DEVICE)
+        kept.append(torch.empty(1 << 20, dtype=torch.uint8, device=DEVICE))
 
     assert allocated(allocate) == (5 << 20, 4 << 20)
     assert allocated(lambda: None) == (0, 0)
@@ -163,7 +173,7 @@ def test_footprint_of_a_frozen_layer_is_y_and_dx() -> None:
 
 
 def test_saved_bytes_leave_parameters_out() -> None:
-    layer = nn.Linear(80, 96)
+    layer = nn.Linear(80, 96, device=DEVICE)
     x = CASE.input()
     assert saved_bytes(layer, x) == x.nbytes  # for dW; the weight, for dX, is a parameter
     assert saved_bytes(layer.requires_grad_(False), x) == 0

@@ -1,0 +1,260 @@
+"""The benchmarks' report from small made-up runs: what it judges, marks, refuses and keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import plots, tables
+from benchmarks.goals import GOALS, Figure
+from benchmarks.protocol import Quartiles
+from benchmarks.report import END, README, RESULTS, START, generate, main, page, replace_section, section
+from benchmarks.results import Result, Run, compact, read, read_all
+
+LAYER = {
+    "tokens": 2048,
+    "out_features": 2048,
+    "in_features": 2048,
+    "num_blocks": 4,
+    "rank": 16,
+    "dtype": "float32",
+    "dropout": 0.0,
+}
+SMOA_OVER_FROZEN = GOALS[0]
+
+
+def layer_result(frozen: list[float] | None = None, **params: Any) -> Result:
+    """A layer at 1.3 of frozen, LoRA at 1.1, on a steady machine unless frozen's seconds say otherwise."""
+    base = frozen or [1.0, 1.01, 0.99]
+    ways = {"frozen": 1.0, "PEFT LoRA": 1.1, "SMoA": 1.3, "SMoA split": 1.4}
+    seconds = {name: [factor * s for s in base] for name, factor in ways.items()}
+    phases = dict.fromkeys(("forward", "backward", "both"), seconds)
+    return Result("layer", "layer: made up", LAYER | params, "frozen", [1.0, 1.0], phases)
+
+
+def make_run(*results: Result, device: str = "AMD EPYC", on: str = "CPU", smoke: bool = False) -> Run:
+    machine = {
+        "device": device,
+        "measured_on": on,
+        "cpu": "AMD EPYC",
+        "cores": 2,
+        "threads": 1,
+        "system": "Linux x86_64",
+        "python": "3.11",
+        "versions": {"torch": "2.13.0"},
+        "smoke": smoke,
+    }
+    return Run(machine, "abcdef0123", "2026-01-02", results)
+
+
+def everything() -> Run:
+    """A run with one small result of each kind."""
+    step = {"step": {name: [1.0, 1.0] for name in ("PEFT LoRA", "PEFT HiRA", "SMoA")}}
+    sizes = {"saved": 1 << 20, "peak": 2 << 20, "forward_workspace": 0, "backward_workspace": 3 << 20}
+    names = ("frozen", "PEFT LoRA", "PEFT HiRA", "paper, dense", "SMoA")
+    at = {f"{name} @ {v}": [float(v)] * 2 for name in ("frozen", "PEFT LoRA", "SMoA") for v in (1, 2)}
+    return make_run(
+        layer_result(),
+        layer_result(num_blocks=8),
+        Result(
+            "few tokens",
+            "",
+            LAYER | {"tokens": 1},
+            "frozen",
+            (),
+            {"forward": {"frozen": [1.0], "SMoA": [4.0]}},
+        ),
+        Result("memory", "", LAYER, bytes=dict.fromkeys(names, sizes)),
+        Result(
+            "step",
+            "",
+            {"batch": 16, "length": 32, "num_blocks": 4},
+            "PEFT LoRA",
+            (),
+            step,
+            bytes={name: {"peak": 1 << 20} for name in step["step"]},
+        ),
+        *(
+            Result(
+                "partition",
+                "",
+                {"out_features": rows, "in_features": columns},
+                "SVD",
+                (),
+                {"partition": {"SVD": [2.0], "partition": [1.0]}},
+            )
+            for rows, columns in ((2048, 2048), (512, 2048), (8192, 2048))
+        ),
+        Result(
+            "adapter",
+            "",
+            {},
+            "SMoA",
+            (),
+            {phase: {"SMoA": [1.0]} for phase in ("inject", "save", "load")},
+            bytes={"SMoA": {"files": 1 << 20}},
+        ),
+        Result(
+            "scaling",
+            "",
+            {"axis": "tokens", "values": [1, 2]},
+            "frozen @ 1",
+            (),
+            {"both": at},
+            theory={name: s[0] ** 2 for name, s in at.items()},
+        ),
+    )
+
+
+def write_benchmark_json(path: Path, run: Run) -> Path:
+    """As pytest-benchmark writes it."""
+    data = {
+        "machine_info": run.machine,
+        "commit_info": {"id": "abcdef0123456789", "dirty": True},
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": [
+            {"name": "x", "stats": {"data": [0.0] * 99}, "extra_info": vars(r)} for r in run.results
+        ],
+    }
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_a_goal_is_met_or_missed_by_how_much() -> None:
+    figure = SMOA_OVER_FROZEN.measure(make_run(layer_result()))
+    assert figure is not None
+    assert figure.ratio.median == pytest.approx(1.3)
+    assert SMOA_OVER_FROZEN.verdict(figure) == "missed by 0.10 (8%)"
+    assert SMOA_OVER_FROZEN.verdict(Figure(Quartiles(1.1, 1.2, 1.3))) == "met"
+
+
+def test_a_noisy_run_is_marked_and_not_judged() -> None:
+    run = make_run(layer_result([1.0, 2.0, 3.0]))
+    assert SMOA_OVER_FROZEN.verdict(SMOA_OVER_FROZEN.measure(run)) == "noisy, not judged"
+    assert "1.30 [1.30, 1.30] noisy" in tables.ratios(run, run.results, "both")
+    assert "0 of 1 comparisons are steady; noisy, not to be quoted: layer: made up" in page([run])
+
+
+def test_what_was_not_measured_is_said() -> None:
+    run = make_run(layer_result())
+    goals = tables.goals(run).splitlines()
+    assert len(goals) == 2 + len(GOALS)
+    assert goals[3] == "| the same, K=8 | ≤ 1.14 | – | not measured |"
+    assert "PEFT HiRA" not in tables.ratios(run, run.results, "both")
+
+
+def test_a_provider_that_one_case_lacks_leaves_a_dash() -> None:
+    with_paper = layer_result()
+    seconds = {phase: s | {"paper, dense": [2.7] * 3} for phase, s in with_paper.seconds.items()}
+    run = make_run(layer_result(), Result("layer", "", LAYER, "frozen", (), seconds))
+    rows = tables.ratios(run, run.results, "both").splitlines()
+    assert rows[0].endswith("the paper's dense way |")
+    assert rows[2].endswith("| – |")
+    assert rows[3].endswith("| 2.70 [2.69, 2.71] |")
+
+
+def test_goals_over_a_peer_are_pairs_of_the_same_rounds() -> None:
+    over_lora = next(goal for goal in GOALS if goal.text.startswith("over PEFT LoRA"))
+    figure = over_lora.measure(make_run(layer_result()))
+    assert figure is not None
+    assert figure.ratio.median == pytest.approx(1.3 / 1.1)
+
+
+def test_a_whole_model_is_reckoned_from_its_shapes() -> None:
+    assert tables.one_billion(everything(), "SVD") == 2.0 * (32 + 32 + 48)
+    assert "| all 112 layers of Llama-3.2-1B's shape, reckoned | 224 | 112 | 0.50 |" in tables.partitions(
+        everything()
+    )
+    assert tables.one_billion(make_run(), "SVD") is None
+
+
+def test_slopes_stand_beside_the_theorys() -> None:
+    row = tables.scaling(everything()).splitlines()[2]
+    assert row == "| tokens, 1 to 2 | frozen | +1.00 | +2.00 | – | – |"
+
+
+def test_two_machines_have_a_part_each() -> None:
+    card = make_run(layer_result(dtype="bfloat16"), device="NVIDIA H100 80GB HBM3", on="GPU")
+    text = page([make_run(layer_result()), card])
+    assert "measured on CPU: AMD EPYC" in text
+    assert "measured on GPU NVIDIA H100 80GB HBM3" in text
+    assert text.count("### Goals") == 1  # which were set for a CPU
+    assert "predicted for H100" in text
+    assert card.slug == "gpu-nvidia-h100-80gb-hbm3"
+
+
+def test_every_figure_is_drawn_and_the_same_twice() -> None:
+    drawn = plots.figures(everything())
+    assert set(drawn) == {"ratio", "few-tokens", "memory", "scaling"}
+    assert drawn == plots.figures(everything())
+    assert "measured on CPU: AMD EPYC" in drawn["ratio"]
+    assert plots.figures(make_run()) == {}
+
+
+def test_the_compact_form_reads_back_and_drops_the_rest(tmp_path: Path) -> None:
+    raw = write_benchmark_json(tmp_path / "raw.json", everything())
+    kept = tmp_path / "kept.json"
+    kept.write_text(compact(read(raw)))
+    assert kept.stat().st_size < raw.stat().st_size / 2
+    assert "stats" not in kept.read_text()
+    assert read(raw).commit == "abcdef0123+"
+    assert page([read(kept)]) == page([read(raw)])
+
+
+def test_another_json_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"benchmarks": []}')
+    with pytest.raises(ValueError, match=r"other\.json is not a run of this benchmark suite"):
+        read(other)
+
+
+def test_runs_are_added_and_everything_is_written(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    raw = write_benchmark_json(tmp_path / "raw.json", everything())
+    out = tmp_path / "out"
+    assert run_report([str(raw), "--out", str(out), "--readme", str(readme)]).exit_code == 0
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "cpu-amd-epyc.json",
+        *(f"cpu-amd-epyc-{name}.svg" for name in ("ratio", "few-tokens", "memory", "scaling")),
+    }
+    assert readme.read_text() == f"before\n{START}\n\n{section(read_all(out)).strip()}\n\n{END}\nafter\n"
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    generate(out, readme)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_smoke_run_is_kept_out_of_the_results(tmp_path: Path) -> None:
+    raw = write_benchmark_json(tmp_path / "raw.json", make_run(smoke=True))
+    refused = run_report([str(raw)])
+    assert refused.exit_code == 2
+    assert "a --smoke run measures nothing" in refused.output
+    assert "its figures mean nothing" in page([make_run(smoke=True)])
+
+
+@pytest.mark.parametrize("text", ["", START, END + START, START + END + END, START + START + END])
+def test_a_readme_without_its_markers_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="once each"):
+        replace_section(text, "new")
+
+
+def test_readme_and_results_are_what_the_kept_runs_say() -> None:
+    runs = read_all(RESULTS)
+    assert not any(run.machine["smoke"] for run in runs)
+    readme = README.read_text(encoding="utf-8")
+    assert readme == replace_section(readme, section(runs)), "run `python -m benchmarks.report`"
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page(runs), (
+        "run `python -m benchmarks.report`"
+    )
+
+
+def run_report(arguments: list[str]) -> Any:
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, arguments)
