@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,7 +25,7 @@ from .combine import single_block, sum_adapters
 from .config import SMoAConfig
 from .layout import blocks_size, pack_blocks, unpack_blocks
 from .offload import check_present, execution_device, gathered, present
-from .quantized import dequantized_linear, requantize
+from .quantized import dequantized, dequantized_linear, read_weight, requantize
 
 __all__ = ["LayerSettings", "Linear", "SMoALayer"]
 
@@ -125,8 +126,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     def base_weight(self) -> Tensor:
         """W0 (N, C), never W_eff; dequantised anew where it is quantised."""
         if self.quantization_backend is not None:
-            base = self._stored_layer[0] if self._stored_layer else self.innermost()
-            return cast(Tensor, self.quantization_backend.get_base_weight(base))
+            return read_weight(self.quantization_backend, self._quantized_base())
         weight = cast(Tensor, self.get_base_layer().weight)
         check_present(weight)
         if self._stored_base is not None:
@@ -135,6 +135,12 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             # FSDP's view of a flat parameter that mixes frozen weights with trained ones.
             weight = weight.detach()
         return weight.T if self.fan_in_fan_out else weight
+
+    def _quantized_base(self) -> nn.Module:
+        return self._stored_layer[0] if self._stored_layer else self.innermost()
+
+    def _dequantized(self) -> AbstractContextManager[Tensor]:
+        return dequantized(self.quantization_backend, self._quantized_base())
 
     def update_layer(
         self,
@@ -392,7 +398,7 @@ class Linear(SMoALayer, nn.Module):
         if self.quantization_backend is not None:
             return dequantized_linear(
                 x,
-                self.base_weight,
+                self._dequantized,
                 cast("Tensor | None", base.bias),
                 self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names),
                 compute_dtype=cast("torch.dtype | None", getattr(base, "compute_dtype", None)),

@@ -1,17 +1,21 @@
 """Linear layers over a quantised base (QSMoA): W0 is dequantised for a product and dropped after it.
 
 Forward and backward each dequantise for themselves, so what is kept for backward is x, the factors and the seed,
-as over a plain base: never W0's values.
+as over a plain base: never W0's values. bitsandbytes' 4-bit kernels for GPUs write them into a buffer that all layers
+share; its kernels for CPUs, its 8-bit layers and torchao take none, so that each of their calls allocates, and frees.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from ..backends import resolve_backend
@@ -19,13 +23,48 @@ from ..dropout import draw_seed
 from ..functional import smoa_linear
 from ..operator import linear_backward
 from ..packed import PackedAdapter
+from .scratch import ScratchPool
 
-__all__ = ["dequantized_linear", "keep_packing", "requantize"]
+__all__ = ["dequantized", "dequantized_linear", "keep_packing", "read_weight", "requantize"]
+
+Dequantized = AbstractContextManager[Tensor]
+_SCRATCH = ScratchPool()
+
+
+def read_weight(backend: QuantizationBackend, base: Any) -> Tensor:
+    """W0 (N, C) of a quantised layer, newly allocated."""
+    try:
+        return cast(Tensor, backend.get_base_weight(base))
+    except NotImplementedError:
+        # torchao's packings for 4-bit kernels have no way back. A kernel that multiplies has, and x = 1 rounds nothing.
+        weight = base.weight
+        one = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        with torch.autocast(weight.device.type, enabled=False):
+            return F.linear(one, weight).T
+
+
+@contextmanager
+def dequantized(backend: QuantizationBackend, base: Any) -> Iterator[Tensor]:
+    """W0 (N, C) for the length of the block."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None or torch.compiler.is_compiling() or not _takes_a_buffer(base.weight.device):
+        yield read_weight(backend, base)
+        return
+    functional = importlib.import_module("bitsandbytes.functional")
+    packed = base.weight.data
+    with _SCRATCH.borrow(state.shape, state.dtype, packed.device) as buffer:
+        yield functional.dequantize_4bit(packed, state, out=buffer)
+
+
+def _takes_a_buffer(device: torch.device) -> bool:
+    """Whether bitsandbytes' 4-bit dequantisation writes to a given tensor on this kind of device."""
+    key = torch._C._dispatch_key_for_device(device.type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::dequantize_4bit.out", key)
 
 
 def dequantized_linear(
     x: Tensor,
-    read_weight: Callable[[], Tensor],
+    weight: Callable[[], Dequantized],
     bias: Tensor | None,
     adapter: PackedAdapter,
     *,
@@ -38,7 +77,7 @@ def dequantized_linear(
 
     Args:
         x: (..., C).
-        read_weight: dequantises W0 (N, C).
+        weight: gives W0 (N, C) for a while, to forward and backward each.
         bias: (N,) or None.
         adapter: whose `weight` is not looked at.
         compute_dtype: that the product multiplies in; autocast's, or x's, when None.
@@ -61,7 +100,7 @@ def dequantized_linear(
     settings = {"dropout_p": dropout_p, "algorithm": algorithm, "backend": backend}
     bias = None if bias is None else bias.to(dtype)
     apply: Any = _DequantizedLinear.apply
-    return cast(Tensor, apply(x.to(dtype), bias, A, B, seed, read_weight, adapter, settings)).to(x.dtype)
+    return cast(Tensor, apply(x.to(dtype), bias, A, B, seed, weight, adapter, settings)).to(x.dtype)
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -73,17 +112,17 @@ class _DequantizedLinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         seed: Tensor | None,
-        read_weight: Callable[[], Tensor],
+        weight: Callable[[], Dequantized],
         adapter: PackedAdapter,
         settings: dict[str, Any],
     ) -> Tensor:
         needs_factors = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_factors else None, A, B, seed, adapter.ranks, adapter.scaling)
-        ctx.read_weight, ctx.partition, ctx.settings = read_weight, adapter.partition, settings
-        with torch.autocast(x.device.type, enabled=False):
+        ctx.weight, ctx.partition, ctx.settings = weight, adapter.partition, settings
+        with torch.autocast(x.device.type, enabled=False), weight() as W0:
             return smoa_linear(
                 x,
-                read_weight().to(x.dtype),
+                W0.to(x.dtype),
                 bias,
                 A,
                 B,
@@ -98,24 +137,24 @@ class _DequantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, seed, ranks, scaling = ctx.saved_tensors
         needs_x, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
-        weight = ctx.read_weight().to(dy.dtype)
-        dx, dA, dB = linear_backward(
-            dy,
-            x,
-            weight,
-            A,
-            B,
-            ranks,
-            scaling,
-            seed,
-            ctx.partition.tensors(),
-            ctx.partition.sizes(),
-            ctx.settings["dropout_p"],
-            0,
-            weight.shape[1],
-            needs_x,
-            resolve_backend(ctx.settings["backend"], dy.device, dy.dtype, A.shape[0]),
-        )
+        with ctx.weight() as W0:
+            dx, dA, dB = linear_backward(
+                dy,
+                x,
+                W0.to(dy.dtype),
+                A,
+                B,
+                ranks,
+                scaling,
+                seed,
+                ctx.partition.tensors(),
+                ctx.partition.sizes(),
+                ctx.settings["dropout_p"],
+                0,
+                W0.shape[1],
+                needs_x,
+                resolve_backend(ctx.settings["backend"], dy.device, dy.dtype, A.shape[0]),
+            )
         dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
         gradients = (dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None)
         return (*gradients, None, None, None, None)
