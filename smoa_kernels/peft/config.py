@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from ..backends import ALGORITHMS, BACKENDS
 from ..packed import resolve_ranks
@@ -193,29 +192,14 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
 
 def _check_complete(path: str) -> None:
-    """Whether a safetensors file is as long as its header says; one that is not here is not looked at."""
+    """Whether a safetensors file and its header agree; one that is not here is not looked at."""
     if not os.path.isfile(path):
         return
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        (header,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
-        if header + 8 <= size:
-            # Offsets are sorted and end where the file ends.
-            expected = 8 + header + _last_offset(file.read(header))
-            if expected == size:
-                return
-    raise ValueError(
-        f"the adapter file {path} is truncated or corrupt: its {size} bytes are not what its header says"
-    )
-
-
-def _last_offset(header: bytes) -> int:
     try:
-        entries = json.loads(header)
-        return max((e["data_offsets"][1] for key, e in entries.items() if key != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return -1
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"the adapter file {path} is truncated or corrupt: {error}") from error
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:

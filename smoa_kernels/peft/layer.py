@@ -95,8 +95,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.fan_in_fan_out = fan_in_fan_out
         self.quantization_backend = quantization
         base: Any = self.innermost()
-        if fan_in_fan_out:
-            self.in_features, self.out_features = base.weight.shape
+        if fan_in_fan_out:  # not its weight's shape, which ZeRO-3 empties
+            self.in_features, self.out_features = base.nx, base.nf
         else:
             self.in_features, self.out_features = base.in_features, base.out_features
         # W0 while the base layer holds W_eff: its values, or a layer over its quantised ones (in a tuple, since a

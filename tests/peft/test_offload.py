@@ -1,20 +1,23 @@
 """Base weights that accelerate offloads to the CPU or to disk, or that DeepSpeed partitions."""
 
 import tempfile
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, get_peft_model
-from tiny_models import tiny_llama
+from tiny_models import tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 
 
-def adapt(model, seed=0):
-    torch.manual_seed(seed)
-    return get_peft_model(model, SMoAConfig(r=4, target_modules="all-linear", init_weights=False)).eval()
+def adapt(model, conv1d=False):
+    torch.manual_seed(0)
+    config = SMoAConfig(r=4, target_modules="all-linear", init_weights=False, fan_in_fan_out=conv1d)
+    return get_peft_model(model, config).eval()
 
 
 @pytest.fixture(params=["cpu", "disk"])
@@ -88,10 +91,44 @@ def test_device_map_of_transformers(tokens, expected, tmp_path):
         assert torch.equal(model(tokens).logits, expected)
 
 
-def test_partitioned_weight_is_an_error():
-    model = adapt(tiny_llama())
-    layer = layers(model)[0]
-    layer.base_layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-    layer.base_layer.weight.ds_id = 7
+@pytest.fixture
+def zero3(monkeypatch):
+    """A function that empties a model's weights as ZeRO-3 does; they are whole inside PEFT's gathering context."""
+    whole = {}
+
+    def partition(model):
+        for parameter in model.parameters():
+            parameter.ds_id, whole[parameter] = len(whole), parameter.data
+            parameter.data = parameter.data.new_empty(0)
+        return model
+
+    @contextmanager
+    def gather(parameters, modifier_rank):
+        assert modifier_rank is None  # read, not written
+        given = [parameter for parameter in parameters if parameter in whole]
+        for parameter in given:
+            parameter.data = whole[parameter]
+        yield
+        for parameter in given:
+            parameter.data = parameter.data.new_empty(0)
+
+    monkeypatch.setattr("smoa_kernels.peft.offload.gather_params_ctx", gather)
+    return partition
+
+
+@pytest.mark.parametrize("make_base", [tiny_llama, tiny_gpt2])
+def test_injection_gathers_a_partitioned_weight(zero3, make_base, tmp_path):
+    settings = {"conv1d": make_base is tiny_gpt2}
+    plain, partitioned = adapt(make_base(), **settings), adapt(zero3(make_base()), **settings)
+    for ours, theirs in zip(layers(partitioned), layers(plain), strict=True):
+        assert ours.base_layer.weight.numel() == 0
+        assert torch.equal(ours.smoa_blocks["default"], theirs.smoa_blocks["default"])
+    # The base weight of a loaded adapter is gathered too, to be recognised.
+    plain.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(zero3(make_base()), tmp_path, strict_base=True)
+    with pytest.raises(ValueError, match="another base weight"):
+        PeftModel.from_pretrained(zero3(make_base(seed=1)), tmp_path, strict_base=True)
     with pytest.raises(RuntimeError, match="W0 is partitioned by DeepSpeed ZeRO-3"):
-        layer(torch.randn(2, layer.in_features))
+        layers(partitioned)[0](torch.randn(2, layers(partitioned)[0].in_features))

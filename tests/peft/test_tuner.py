@@ -374,11 +374,24 @@ def test_missing_folder(llama, tmp_path):
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, -1])
-def test_truncated_file(folder, make_model, kept):
+SPOILED = {
+    "empty": lambda data: b"",
+    "cut in its length": lambda data: data[:7],
+    "cut in its header": lambda data: data[:100],
+    "cut in its tensors": lambda data: data[:-1],
+    "longer": lambda data: data + b"x",
+    "no JSON": lambda data: data[:8] + b"[" + data[9:],
+    "unknown dtype": lambda data: data.replace(b'"F32"', b'"F99"', 1),
+    "misspelt header": lambda data: data.replace(b"data_offsets", b"dota_offsets", 1),
+    "immense header": lambda data: b"\xff" * 8 + data[8:],
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_truncated_or_corrupt_file(folder, make_model, case):
     path, _ = folder
     file = path / WEIGHTS
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(SPOILED[case](file.read_bytes()))
     model = make_model()
     before = snapshot(model)
     with pytest.raises(ValueError, match=f"{WEIGHTS} is truncated or corrupt"):
