@@ -50,7 +50,9 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
     """Time providers in turns by the protocol and keep the seconds for the JSON and the table.
 
-    A round of pytest-benchmark is one round over all providers. The number of rounds is what fits into a budget.
+    A round of pytest-benchmark is one round over all providers. Rounds are as many as fit into a budget of seconds,
+    and not fewer than `least`. Where a gate judges what was computed while it was timed, it is `verify`: it runs
+    before anything is recorded.
     """
 
     def run(
@@ -63,6 +65,7 @@ def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
         budget: float = 12.0,
         least: int = 7,
         warmup: int = 2,
+        verify: Callable[[], None] = lambda: None,
         **extra: Any,
     ) -> dict[str, Comparison]:
         turns = Turns(variants, baseline)
@@ -70,6 +73,7 @@ def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
         one = turns.warm_up(1 if smoke else warmup)
         rounds = 2 if smoke else max(least, min(40, int(budget / one) if one else least))
         benchmark.pedantic(turns.round, rounds=rounds)
+        verify()
         found = turns.comparisons()
         _RESULTS.append((title, found))
         benchmark.extra_info.update(

@@ -117,13 +117,14 @@ def partitions(run: Run) -> str:
                 f"{c.time('SVD').median:.3g}",
                 f"{c.time('partition').median:.3g}",
                 ratio(c.ratio("partition"), c.noisy),
+                str(len(c.seconds["SVD"])),
             )
         )
     svd, ours = (one_billion(run, name) for name in ("SVD", "partition"))
     if svd is not None and ours is not None:
         name = f"all {sum(ONE_BILLION.values())} layers of Llama-3.2-1B's shape, reckoned"
-        rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}"))
-    return table((run.label, "SVD, s", "partition, s", "partition over SVD"), rows)
+        rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}", "–"))
+    return table((run.label, "SVD, s", "partition, s", "partition over SVD", "rounds"), rows)
 
 
 def one_billion(run: Run, name: str) -> float | None:
@@ -190,14 +191,21 @@ def goals(run: Run) -> str:
 
 def predicted(gpu: str = "h100") -> str:
     """Forward + backward over frozen by the cost model, for the cases that a GPU run measures."""
-    ways = {LORA: "lora", HIRA: "hira", PAPER: "paper_dense", "SMoA merged": "merged", "SMoA split": "split"}
+    ways = {
+        LORA: "lora",
+        HIRA: "hira",
+        PAPER: "paper_dense",
+        "SMoA merged": "merged",
+        "SMoA split": "split",
+        "SMoA fused": "fused",
+    }
     rows = []
     for case in GPU_LAYERS:
         problem = case.problem()
         frozen = estimate(problem, GPUS[gpu], "frozen").seconds()
         cells = [
             "–"
-            if case.dropout and way == "merged"
+            if case.dropout and way in ("merged", "fused")
             else f"{estimate(problem, GPUS[gpu], way).seconds() / frozen:.2f}"
             for way in ways.values()
         ]

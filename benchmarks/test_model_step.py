@@ -95,6 +95,7 @@ def test_step(batch: int, length: int, blocks: int, smoke: bool, measure: Measur
         {name: timed("step", step) for name, step in steps.items()},
         baseline=LORA,
         budget=25,
+        least=5,
         warmup=1,
         bytes={name: {"peak": peak} for name, peak in peaks.items()},
     )
