@@ -9,7 +9,7 @@ from peft.tuners.lora.conversion import convert_to_lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from smoa_kernels import BlockPartition, smoa_linear
+from smoa_kernels import BlockPartition, eager, smoa_linear
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 
 MIXES = {
@@ -80,6 +80,19 @@ def test_active_adapters_add_up_and_share_the_base_product(make_model, mix, dtyp
         # One rounding, or two with a bias.
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8 if bias is None else 2**-7}[dtype]
         close(output.double(), expected, tolerance)
+
+
+def test_active_adapters_are_merged_into_one_weight_where_that_is_cheaper(llama, mix, monkeypatch):
+    model = two_adapters(llama(), mix)
+    activate(model, "one", "two")
+    calls, merged = [], eager._merged
+    monkeypatch.setattr(eager, "_merged", lambda *args: calls.append(1) or merged(*args))
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(400, layer.in_features)
+    output = layer(x)
+    assert len(calls) == 1
+    delta = sum(layer.get_delta_weight(name) for name in ("one", "two"))
+    close(output, x @ (layer.base_weight() + delta).T)
 
 
 def test_gradients_reach_every_active_adapter(llama, mix):
