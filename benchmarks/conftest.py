@@ -101,6 +101,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         f"{machine['threads']} thread(s); load {load():.1f} on {machine['cores']} cores; "
         f"{time.strftime('%Y-%m-%d %H:%M')}"
     )
+    if config.option.smoke:
+        terminalreporter.line(f"smoke: {len(_RESULTS)} comparisons ran, whose ratios mean nothing")
+        return
     for title, phases in _RESULTS:
         for phase, comparison in phases.items():
             mark = "  NOISY, do not quote" if comparison.noisy else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from .protocol import Quartiles
@@ -13,10 +13,17 @@ from .results import Run
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured ratio; `noisy` where the machine was too unsteady for it to be quoted."""
+    """A measured ratio.
+
+    Attributes:
+        ratio: median with quartiles.
+        noisy: the machine was too unsteady for it to be quoted.
+        parts: the same ratio in the phases that it is made of, where it is.
+    """
 
     ratio: Quartiles
     noisy: bool = False
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,9 @@ class Goal:
         value = figure.ratio.median
         if value <= self.limit:
             return "met"
-        return f"missed by {value - self.limit:.2f} ({value / self.limit - 1:.0%})"
+        missed = f"missed by {value - self.limit:.2f} ({value / self.limit - 1:.0%})"
+        parts = ", ".join(f"{phase} {part:.2f}" for phase, part in figure.parts.items())
+        return f"{missed}: {parts}" if parts else missed
 
 
 def _time(kind: str, phase: str, name: str, over: str, **params: Any) -> Callable[[Run], Figure | None]:
@@ -45,7 +54,9 @@ def _time(kind: str, phase: str, name: str, over: str, **params: Any) -> Callabl
         if result is None or not {name, over} <= result.seconds[phase].keys():
             return None
         comparison = result.comparison(phase)
-        return Figure(comparison.ratio(name, over), comparison.noisy)
+        others = [p for p in result.seconds if p != phase] if phase == "both" else []
+        parts = {p: result.comparison(p).ratio(name, over).median for p in others}
+        return Figure(comparison.ratio(name, over), comparison.noisy, parts)
 
     return measure
 

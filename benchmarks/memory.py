@@ -28,7 +28,8 @@ class Footprint:
         saved: what the forward keeps for the backward, x included, parameters and buffers not.
         peak: most that lives at once in forward and backward, y and the gradients included.
         forward_workspace: most that the forward holds beyond y and what it saves.
-        backward_workspace: most that the backward holds beyond its inputs and the gradients it returns.
+        backward_workspace: most that the backward holds beyond its inputs and the gradients it returns; what it
+            frees of its inputs on the way counts against it.
     """
 
     saved: int
@@ -62,7 +63,7 @@ def footprint(layer: nn.Module, case: Case) -> Footprint:
         saved=saved,
         peak=max(forward_peak, after_forward + backward_peak),
         forward_workspace=forward_peak - after_forward,
-        backward_workspace=backward_peak - gradients,
+        backward_workspace=max(0, backward_peak - gradients),
     )
 
 

@@ -71,7 +71,7 @@ def memory(run: Run) -> str:
     """One row a case and provider, in MiB."""
     kinds = ("saved", "peak", "forward_workspace", "backward_workspace")
     rows = [
-        (case_name(result), name, *(f"{sizes[kind] / MIB:.1f}" for kind in kinds))
+        (case_name(result), NAMES.get(name, name), *(f"{sizes[kind] / MIB:.1f}" for kind in kinds))
         for result in run.select("memory")
         for name, sizes in result.bytes.items()
     ]

@@ -129,7 +129,7 @@ def test_a_goal_is_met_or_missed_by_how_much() -> None:
     figure = SMOA_OVER_FROZEN.measure(make_run(layer_result()))
     assert figure is not None
     assert figure.ratio.median == pytest.approx(1.3)
-    assert SMOA_OVER_FROZEN.verdict(figure) == "missed by 0.10 (8%)"
+    assert SMOA_OVER_FROZEN.verdict(figure) == "missed by 0.10 (8%): forward 1.30, backward 1.30"
     assert SMOA_OVER_FROZEN.verdict(Figure(Quartiles(1.1, 1.2, 1.3))) == "met"
 
 
