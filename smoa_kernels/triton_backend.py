@@ -24,15 +24,25 @@ from .kernels._common import padded_width
 from .kernels.block_grad import block_grad
 from .kernels.block_matmul import block_matmul
 from .kernels.fused_linear import fused_linear
+from .kernels.heuristic import Key, bucket
 from .kernels.modulate import modulated_blocks, modulated_weight
 from .kernels.permute import gather_columns, scatter_columns
+from .kernels.selection import name_of
 from .packed import PackedAdapter
 from .partition import BlockPartition
 from .precision import gemm_is_ieee
+from .tuning import lookup
 
-__all__ = ["ALGORITHMS", "backward", "forward", "modulated_weight"]
+__all__ = ["ALGORITHMS", "backward", "forward", "input_gradient", "modulated_weight", "padding_multiple"]
 
 ALGORITHMS = ("merged", "split", "fused")
+
+# What may be chosen for speed. A W_eff rounded to half, or multiplied in TF32, loses a small update in the forward;
+# in dX that is a second-order error.
+_FORWARD = ("split", "fused")
+_INPUT_GRADIENT = ("merged", "fused")
+
+lookup.install()
 
 # Padded widths: every shipped tile divides the wide one, and a block too small for it takes the narrow one.
 _WIDE, _NARROW = 128, 64
@@ -44,7 +54,7 @@ def forward(
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
     allow_tf32 = not gemm_is_ieee(x.dtype, "cuda")
     if algorithm == "auto":
-        algorithm = _choose(x, adapter, dropout is not None, ieee=not allow_tf32)
+        algorithm = "split" if dropout is not None else _choose("forward", x, adapter, allow_tf32)
     if algorithm == "merged":
         return F.linear(x, modulated_weight(adapter, allow_tf32=allow_tf32), bias)
     if algorithm == "fused":
@@ -70,14 +80,17 @@ def backward(
         dA, dB = block_grad(dyg, xg, adapter, needs_A=True, needs_B=True, allow_tf32=allow_tf32)
         del dyg, xg
     if needs_x:
-        dx = _input_gradient(dy, adapter, dropout, allow_tf32)
+        dx = input_gradient(dy, adapter, "auto", dropout)
     return dx, dA, dB
 
 
-def _input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool) -> Tensor:
-    """`dX = dY W0 + dropoutᵀ(dY ΔW)`."""
+def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
+    """`dX = dY W0 + dropoutᵀ(dY ΔW)`: dY (T, N) -> dX (T, C); "auto", "merged" or "fused", split under dropout."""
+    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     if dropout is None:
-        if _choose(dy, adapter, dropout=False, ieee=True) == "fused":
+        if algorithm == "auto":
+            algorithm = _choose("input_gradient", dy, adapter, allow_tf32)
+        if algorithm == "fused":
             return fused_linear(dy, None, adapter.T, allow_tf32=allow_tf32)
         return dy @ modulated_weight(adapter, allow_tf32=allow_tf32)
     dyg = _by_block(dy, adapter.T.partition)
@@ -92,7 +105,7 @@ def _input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None,
 
 def _by_block(x: Tensor, partition: BlockPartition, dropout: Dropout | None = None) -> Tensor:
     """x's columns grouped by block, (T, K, P); a view where there is one block that fills its tiles."""
-    width = padded_width(partition.col_sizes, _multiple(partition.col_sizes))
+    width = padded_width(partition.col_sizes, padding_multiple(partition.col_sizes))
     if partition.num_blocks == 1 and width == x.shape[1] and dropout is None and x.is_contiguous():
         return x[:, None]
     return gather_columns(x, partition.col_index, partition.col_offsets, width, dropout=dropout)
@@ -103,30 +116,31 @@ def _delta_blocks(adapter: PackedAdapter, allow_tf32: bool) -> Tensor:
     p = adapter.partition
     return modulated_blocks(
         adapter,
-        row_multiple=_multiple(p.row_sizes),
-        col_multiple=_multiple(p.col_sizes),
+        row_multiple=padding_multiple(p.row_sizes),
+        col_multiple=padding_multiple(p.col_sizes),
         allow_tf32=allow_tf32,
     )
 
 
-def _multiple(sizes: tuple[int, ...]) -> int:
+def padding_multiple(sizes: tuple[int, ...]) -> int:
+    """What the widths of blocks of these sizes are rounded up to."""
     return _WIDE if max(sizes) > _NARROW else _NARROW
 
 
-def _choose(x: Tensor, adapter: PackedAdapter, dropout: bool, *, ieee: bool) -> str:
-    """What "auto" means for a problem on its GPU: `cost.choose_algorithm`."""
+def _choose(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
+    """What "auto" means without dropout, for "forward" or "input_gradient": as measured, else as predicted."""
     out_features, in_features = adapter.weight.shape
-    num_blocks = adapter.partition.num_blocks
-    problem = Problem(
-        tokens=x.shape[0],
-        out_features=out_features,
-        in_features=in_features,
-        num_blocks=num_blocks,
-        rank=adapter.A.shape[0] * num_blocks,
-        dtype=x.dtype,
-        dropout=0.5 if dropout else 0.0,  # only whether there is one matters
-    )
-    return choose_algorithm(problem, _gpu(x.device), ieee)
+    tokens, rank, num_blocks = x.shape[0], adapter.A.shape[0], adapter.partition.num_blocks
+    ieee = x.dtype == torch.float32 and not allow_tf32
+    allowed = _INPUT_GRADIENT if stage == "input_gradient" else ALGORITHMS if ieee else _FORWARD
+    dtype = name_of(x.dtype, "ieee" if ieee else "tf32")
+    key = Key(stage, dtype, rank, num_blocks, out_features, in_features, bucket(tokens))
+    measured = lookup.tuned_algorithm(key, x.device, allowed)
+    if measured is not None:
+        return measured
+    problem = Problem(tokens, out_features, in_features, num_blocks, rank * num_blocks, x.dtype)
+    # dX is merged in every dtype, so its alternative to fused is predicted as IEEE float32's.
+    return choose_algorithm(problem, _gpu(x.device), ieee or stage == "input_gradient")
 
 
 @functools.cache

@@ -11,8 +11,9 @@ in G, so the tokens can be split among programs too.
 Layout of the pointers: dy (T, K, P_n) and x (T, K, P_c) padded block-major with zeros in padding, any strides but
 the last, 1; weight (N, C), a (ρ, C), b (N, ρ) in the layer's own coordinates, any strides, reached through
 row_index (N), col_index (C) int64 and row_offsets, col_offsets (K + 1) int32; ranks (K) int32; scaling one element;
-partial_b (splits · column tiles, N, R) and partial_a (splits · row tiles, C, R) float32, R = ρ rounded up so that
-rows are 64 bytes or a multiple, contiguous.
+partial_b (splits · column tiles, N, R) and partial_a (splits · row tiles, C, R) float32, contiguous.
+
+R is ρ rounded up so that the rows of partials are 64 bytes or a multiple.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ from .launch import (
     SUM_CONFIGS,
     BlockGradConfig,
     SumConfig,
-    architecture,
-    block_grad_configs,
     multiprocessors,
 )
+from .selection import select
 
 __all__ = ["block_grad"]
 
@@ -247,8 +247,20 @@ def block_grad(
         raise ValueError(
             f"dyg {tuple(dyg.shape)} and xg {tuple(xg.shape)} must share T and K = {partition.num_blocks}"
         )
-    if config is None:
-        config = _choose(dyg, xg, allow_tf32)
+    precision = input_precision(adapter.weight.dtype, allow_tf32=allow_tf32)
+    config = config or select(
+        "block_grad",
+        dyg.device,
+        dyg.dtype,
+        precision,
+        rank=rho,
+        blocks=num_blocks,
+        out_features=out_features,
+        in_features=in_features,
+        tokens=tokens,
+        padded_out=padded_rows,
+        padded_in=padded_cols,
+    )
     if padded_rows % config.block_n or padded_cols % config.block_c:
         raise ValueError(
             f"padded widths must be multiples of the tile ({config.block_n}, {config.block_c}), "
@@ -300,7 +312,7 @@ def block_grad(
         *adapter.B.stride(),
         NEEDS_A=needs_A,
         NEEDS_B=needs_B,
-        INPUT_PRECISION=input_precision(adapter.weight.dtype, allow_tf32=allow_tf32),
+        INPUT_PRECISION=precision,
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
         BLOCK_T=config.block_t,
@@ -321,14 +333,6 @@ def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> i
     A part keeps at least eight steps of the main loop, which is what the contraction at its end costs.
     """
     return max(1, min(-(-processors // programs), tokens // (8 * block_t)))
-
-
-def _choose(dyg: Tensor, xg: Tensor, allow_tf32: bool) -> BlockGradConfig:
-    """The largest shipped tile that divides the layout: splitting T fills the device."""
-    precision = input_precision(dyg.dtype, allow_tf32=allow_tf32)
-    shipped = block_grad_configs(architecture(dyg.device), dyg.dtype, precision)
-    fitting = [c for c in shipped if dyg.shape[2] % c.block_n == 0 and xg.shape[2] % c.block_c == 0]
-    return fitting[0] if fitting else shipped[-1]
 
 
 def sum_partials(

@@ -8,10 +8,9 @@ it never touches memory, which is why a tile of yᵀ is what accumulates, in flo
 under dropout, is the same kernel: dxg_k = dyg_k · ΔW_k is `adapter.T` with ΔWᵀ.
 
 Layout of the pointers, every block padded with zeros to one width P_n or P_c, a multiple of the tile, so that
-only tokens need a mask: x (T, K, P_c), any strides but the last, 1; weight, which is ΔW or W0 in block order,
-(K, P_n, P_c), any strides; b (K, P_n, R) and a (K, P_c, R) contiguous, zero from rank r_k on; out either (T, N),
-any strides, or padded (T, K, P_n), any strides; row_index (N) int64, row_offsets and col_offsets (K + 1) int32,
-ranks (K) int32; scaling one element.
+only tokens need a mask: x (T, K, P_c), last stride 1; weight, which is ΔW or W0 in block order, (K, P_n, P_c), any
+strides; b (K, P_n, R) and a (K, P_c, R) contiguous, zero from rank r_k on; out (T, N) or padded (T, K, P_n), any
+strides; row_index (N) int64, row_offsets and col_offsets (K + 1) int32, ranks (K) int32; scaling one element.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from ..packed import PackedAdapter
 from ._common import block_slots, dot, input_precision, padded_width, round_to
-from .launch import BlockMatmulConfig, architecture, block_matmul_configs, multiprocessors
+from .launch import BlockMatmulConfig
+from .selection import select
 
 __all__ = ["block_matmul", "block_ordered"]
 
@@ -165,8 +165,20 @@ def block_matmul(
         weight = delta
     padded_rows = weight.shape[1]
     precision = input_precision(xg.dtype, allow_tf32=allow_tf32)
-    shipped = block_matmul_configs(architecture(xg.device), xg.dtype, precision)
-    config = config or _choose(shipped, tokens, num_blocks, padded_rows, padded_cols, xg.device)
+    config = config or select(
+        "block_matmul",
+        xg.device,
+        xg.dtype,
+        precision,
+        rank=adapter.A.shape[0],
+        blocks=num_blocks,
+        out_features=partition.shape[0],
+        in_features=partition.shape[1],
+        tokens=tokens,
+        padded_out=padded_rows,
+        padded_in=padded_cols,
+        transposed=weight.stride(2) != 1,
+    )
     natural = out.ndim == 2
     expected = (tokens, partition.shape[0]) if natural else (tokens, num_blocks, padded_rows)
     if weight.shape[2] != padded_cols or weight.shape[0] != num_blocks or out.shape != expected:
@@ -260,20 +272,3 @@ def _padded_index(index: Tensor, offsets: Tensor, width: int) -> tuple[Tensor, T
     slots = torch.arange(width, device=index.device)
     valid = slots < offsets.diff()[:, None]
     return index[torch.where(valid, offsets[:-1, None] + slots, 0)], valid
-
-
-def _choose(
-    shipped: tuple[BlockMatmulConfig, ...],
-    tokens: int,
-    num_blocks: int,
-    padded_rows: int,
-    padded_cols: int,
-    device: torch.device,
-) -> BlockMatmulConfig:
-    """The largest shipped tile that divides the layout and still fills the device, else the smallest."""
-    fitting = [c for c in shipped if padded_rows % c.block_n == 0 and padded_cols % c.block_c == 0]
-    for config in fitting:
-        tiles = triton.cdiv(tokens, config.block_t) * num_blocks * (padded_rows // config.block_n)
-        if tiles >= multiprocessors(device):
-            return config
-    return (fitting or shipped)[-1]

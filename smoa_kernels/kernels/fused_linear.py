@@ -8,9 +8,8 @@ Two float32 sums, rounded once together: a ΔW added to W0 before the product wo
 adapter's output added to a rounded y in y's (docs/numerics.md). W0 is the left operand of the products: yᵀ = W0 xᵀ
 puts N, not the few tokens, on the tensor cores' long side, and ΔW goes into its product from registers.
 
-Where the tiles of y are fewer than the multiprocessors, `split` programs share the sum over C. A rank too large for
-one product is cut into chunks, each a program of its own: ΔW is a sum over ranks. Either way the parts are float32
-sums, which a second small kernel adds in order. No atomics.
+Where y has few tiles, `split` programs share the sum over C; a rank too large for one product is cut into chunks,
+each a program of its own. The parts are float32 sums that a second small kernel adds in order: no atomics.
 
 Layout of the pointers: x (T, C), w (N, C), a (ρ, C), b (N, ρ) with any strides; bias (N) contiguous; row_block (N)
 and col_block (C) labels, uint8 or int32; ranks (K) int32; scaling one element; out contiguous, y (T, N) in x's
@@ -26,7 +25,8 @@ from torch import Tensor
 
 from ..packed import PackedAdapter
 from ._common import dot, input_precision, round_to
-from .launch import SUM_CONFIGS, FusedLinearConfig, SumConfig, architecture, fused_linear_configs
+from .launch import SUM_CONFIGS, FusedLinearConfig, SumConfig, rank_chunk
+from .selection import select
 
 __all__ = ["fused_linear"]
 
@@ -163,9 +163,19 @@ def fused_linear(
     if y.numel() == 0:
         return y
     precision = input_precision(w.dtype, allow_tf32=allow_tf32)
-    configs = fused_linear_configs(architecture(x.device), w.dtype, precision)
     chunk = rank_chunk(rank, w.dtype, precision)
-    config = config or _default_config(T, N, chunk, configs)
+    config = config or select(
+        "fused_linear",
+        x.device,
+        w.dtype,
+        precision,
+        rank=rank,
+        blocks=partition.num_blocks,
+        out_features=N,
+        in_features=C,
+        tokens=T,
+        transposed=w.stride(1) != 1,
+    )
     chunks = max(1, triton.cdiv(rank, chunk))
     parts = chunks * config.split
     out = y if parts == 1 else torch.empty(parts, T, N, dtype=torch.float32, device=x.device)
@@ -203,29 +213,6 @@ def fused_linear(
     if parts > 1:
         sum_parts(out, bias, y)
     return y
-
-
-def rank_chunk(rank: int, dtype: torch.dtype, precision: str) -> int:
-    """RANK_BLOCK of the kernel: how much of ρ one product takes.
-
-    Up to 64: more would take the registers of the rest. IEEE float32, whose products hold their whole depth in
-    registers, takes 16.
-    """
-    if dtype == torch.float32 and precision == "ieee":
-        return 16
-    return min(64, max(16, int(triton.next_power_of_2(rank))))
-
-
-def _default_config(
-    tokens: int, out_features: int, chunk: int, configs: tuple[FusedLinearConfig, ...]
-) -> FusedLinearConfig:
-    """The narrowest tile that takes all tokens, its sum over C split where y has few tiles."""
-    configs = tuple(config for config in configs if chunk <= 32 or config.block_t == 16)
-    widths = {config.block_t for config in configs}
-    block_t = min((width for width in widths if width >= tokens), default=max(widths))
-    fitting = [config for config in configs if config.block_t == block_t]
-    few = triton.cdiv(tokens, block_t) * triton.cdiv(out_features, fitting[0].block_n) < 256
-    return max(fitting, key=lambda config: config.split if few else -config.split)
 
 
 def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumConfig = SUM_CONFIGS[0]) -> None:

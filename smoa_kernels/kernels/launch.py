@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import triton
@@ -30,6 +31,7 @@ __all__ = [
     "SUM_CONFIGS",
     "BlockGradConfig",
     "BlockMatmulConfig",
+    "Config",
     "FusedLinearConfig",
     "ModulateConfig",
     "PermuteConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "block_matmul_configs",
     "fused_linear_configs",
     "multiprocessors",
+    "rank_chunk",
 ]
 
 
@@ -106,6 +109,8 @@ class SumConfig:
     num_warps: int
     num_stages: int = 1
 
+
+Config: TypeAlias = ModulateConfig | PermuteConfig | FusedLinearConfig | BlockMatmulConfig | BlockGradConfig
 
 MODULATE_CONFIGS = (
     ModulateConfig(block_n=64, block_c=64, num_warps=4),
@@ -254,6 +259,17 @@ def block_grad_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[B
         return BLOCK_GRAD_IEEE_CONFIGS
     shipped = BLOCK_GRAD_TF32_CONFIGS if dtype == torch.float32 else BLOCK_GRAD_CONFIGS
     return shipped if arch in _LARGE_SHARED_MEMORY else shipped[1:]
+
+
+def rank_chunk(rank: int, dtype: torch.dtype, precision: str) -> int:
+    """How much of ρ one product of `fused_linear.py` takes.
+
+    Up to 64: more would take the registers of the rest. IEEE float32, whose products hold their whole depth in
+    registers, takes 16.
+    """
+    if dtype == torch.float32 and precision == "ieee":
+        return 16
+    return min(64, max(16, int(triton.next_power_of_2(rank))))
 
 
 @functools.cache

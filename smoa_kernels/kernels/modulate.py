@@ -4,8 +4,7 @@
     W_eff[i, j] = W0[i, j] · (1 + s · [b(i) = c(j)] · Σ_t B[i, t] A[t, j])               (N, C)
     ΔW[k, p, q] = s · W0[i, j] · Σ_t B[i, t] A[t, j],  i and j in slots p and q of k      (K, P_n, P_c)
 
-Both read W0 once, write once, compute in float32 and make nothing else of W0's size. Entries t ≥ ranks[k] of the
-factors are padding and reach nothing.
+Both read W0 once, write once, compute in float32. Entries t ≥ ranks[k] of the factors are padding and reach nothing.
 
 Layout of the pointers: w (N, C), a (ρ, C), b (N, ρ) and the dense out (N, C) with any strides; row_block (N) and
 col_block (C) labels, uint8 or int32; row_index (N), col_index (C) int64, row_offsets, col_offsets (K + 1) int32;
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from ..packed import PackedAdapter
 from ._common import block_slots, input_precision, padded_width, rank_block, rank_product, round_to
-from .launch import MODULATE_CONFIGS, ModulateConfig
+from .launch import ModulateConfig
+from .selection import select
 
 __all__ = ["modulated_blocks", "modulated_weight"]
 
@@ -123,7 +123,7 @@ def modulated_weight(
     N, C = w.shape
     if w.numel() == 0:
         return result
-    config = config or MODULATE_CONFIGS[0]
+    config = config or _config("modulated_weight", adapter, allow_tf32)
     grid = (triton.cdiv(N, config.block_n) * triton.cdiv(C, config.block_c),)
     modulated_weight_kernel[grid](
         w,
@@ -236,7 +236,7 @@ def modulated_blocks(
     out = torch.empty(partition.num_blocks, padded_rows, padded_cols, dtype=w.dtype, device=w.device)
     if out.numel() == 0:
         return out
-    config = config or MODULATE_CONFIGS[0]
+    config = config or _config("modulated_blocks", adapter, allow_tf32, padded_rows, padded_cols)
     tiles = triton.cdiv(padded_rows, config.block_n) * triton.cdiv(padded_cols, config.block_c)
     modulated_blocks_kernel[(partition.num_blocks * tiles,)](
         w,
@@ -263,3 +263,22 @@ def modulated_blocks(
         num_stages=config.num_stages,
     )
     return out
+
+
+def _config(
+    kernel: str, adapter: PackedAdapter, allow_tf32: bool, padded_out: int = 0, padded_in: int = 0
+) -> ModulateConfig:
+    weight = adapter.weight
+    config: ModulateConfig = select(
+        kernel,
+        weight.device,
+        weight.dtype,
+        input_precision(weight.dtype, allow_tf32=allow_tf32),
+        rank=adapter.A.shape[0],
+        blocks=adapter.partition.num_blocks,
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        padded_out=padded_out,
+        padded_in=padded_in,
+    )
+    return config

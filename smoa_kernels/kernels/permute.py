@@ -4,9 +4,8 @@
     gather:   blocked[t, k, p] = m[t, j] · x[t, j],  j in slot p of block k; 0 in padding      (T, K, P)
     scatter:  x[t, j] = m[t, j] · blocked[t, k, p]: its adjoint                                (T, C)
 
-Every column is in one slot, so scatter writes each element of x once: no atomics, nothing to clear first.
-m is 1, or dropout's 0 and 1/(1-p): one Philox word pair per (seed, token, global column), drawn anew wherever it
-is needed and never stored. Rows of W0 are columns of dY: the same two functions serve them.
+Every column is in one slot: scatter writes each element of x once, without atomics. m is 1, or dropout's 0 and
+1/(1-p): one Philox word pair per (seed, token, global column), drawn anew where it is needed and never stored.
 
 Layout of the pointers: x (T, C) with any strides; blocked (T, K, P) contiguous; index (C) int64 and offsets
 (K + 1) int32 as the partition holds them; seed one int64 element (any pointer where there is no dropout).
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from ..dropout import Dropout
 from ._common import TOKENS_PER_DRAW, block_slots, dropout_draws, dropout_multiplier, round_to
-from .launch import PERMUTE_CONFIGS, PermuteConfig
+from .launch import PermuteConfig
+from .selection import select
 
 __all__ = ["gather_columns", "scatter_columns"]
 
@@ -130,7 +130,15 @@ def _launch(
     if blocked.numel() == 0:
         return
     tokens, num_blocks, width = blocked.shape
-    config = config or PERMUTE_CONFIGS[0]
+    config = config or select(
+        "permute",
+        x.device,
+        x.dtype,
+        blocks=num_blocks,
+        in_features=x.shape[1],
+        tokens=tokens,
+        padded_in=width,
+    )
     tiles = triton.cdiv(tokens, config.block_t) * num_blocks * triton.cdiv(width, config.block_p)
     permute_kernel[(tiles,)](
         x,

@@ -14,20 +14,14 @@ from torch import Tensor
 
 from ..dropout import Dropout
 from ..kernels import block_grad, block_matmul, fused_linear, modulate, permute
-from ..kernels import launch as configs
+from ..kernels.heuristic import DTYPES, Key, shipped
+from ..kernels.launch import SUM_CONFIGS
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from .compile import Launch, capture
 from .rules import Role
 
 __all__ = ["KERNELS", "KernelSpec"]
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
-}
 
 
 @dataclass(frozen=True)
@@ -183,31 +177,14 @@ def _sum_partials(config: Any, dtype: str, variant: str) -> Launch:
     )
 
 
-def _same_everywhere(shipped: tuple[Any, ...]) -> Callable[[str, str, str], tuple[Any, ...]]:
-    return lambda arch, dtype, variant: shipped
+def _shipped(kernel: str) -> Callable[[str, str, str], tuple[Any, ...]]:
+    def configurations(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
+        wide = "r64" in variant
+        if kernel == "fused_linear" and wide and dtype == "fp32":
+            return ()  # its product takes 16 ranks at a time, whatever the rank
+        return shipped(Key(kernel, dtype, 64 if wide else 16), arch)
 
-
-def _precision(arch: str, dtype: str) -> str:
-    """What `input_precision` answers on a device of this architecture."""
-    return "ieee" if dtype == "fp32" or arch.startswith("gfx") else "tf32"
-
-
-def _fused_linear_configs(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
-    precision = _precision(arch, dtype)
-    shipped = configs.fused_linear_configs(arch, DTYPES[dtype], precision)
-    if "r64" not in variant:
-        return shipped
-    if DTYPES[dtype] == torch.float32 and precision == "ieee":
-        return ()  # its product takes 16 ranks at a time, whatever the rank
-    return tuple(c for c in shipped if c.block_t == 16)  # as its launcher chooses
-
-
-def _block_matmul_configs(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
-    return configs.block_matmul_configs(arch, DTYPES[dtype], _precision(arch, dtype))
-
-
-def _block_grad_configs(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
-    return configs.block_grad_configs(arch, DTYPES[dtype], _precision(arch, dtype))
+    return configurations
 
 
 KERNELS: tuple[KernelSpec, ...] = (
@@ -216,7 +193,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         modulate.modulated_weight_kernel,
         "copy",
         ("r16", "r64 fp32 factors"),
-        _same_everywhere(configs.MODULATE_CONFIGS),
+        _shipped("modulated_weight"),
         _modulated_weight,
         narrow={
             **_SCALARS,
@@ -232,7 +209,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         modulate.modulated_blocks_kernel,
         "copy",
         ("r16", "r64 fp32 factors"),
-        _same_everywhere(configs.MODULATE_CONFIGS),
+        _shipped("modulated_blocks"),
         _modulated_blocks,
         narrow={
             **_SCALARS,
@@ -251,7 +228,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         permute.permute_kernel,
         "copy",
         ("gather", "gather dropout", "scatter", "scatter dropout"),
-        _same_everywhere(configs.PERMUTE_CONFIGS),
+        _shipped("permute"),
         _permute,
         narrow={**_SCALARS, "x_ptr": "gathered by columns"},
     ),
@@ -260,7 +237,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         block_matmul.block_matmul_kernel,
         "matmul",
         ("loaded", "loaded transposed", "modulated r16"),
-        _block_matmul_configs,
+        _shipped("block_matmul"),
         _block_matmul,
         narrow={"a_ptr": "factor tile, as wide as the rank, cached"},
     ),
@@ -269,7 +246,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         fused_linear.fused_linear_kernel,
         "matmul",
         ("r16", "r16 transposed", "r64 fp32 factors"),
-        _fused_linear_configs,
+        _shipped("fused_linear"),
         _fused_linear,
         narrow={
             **_SCALARS,
@@ -284,7 +261,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         block_grad.block_grad_kernel,
         "matmul",
         ("r16", "r64 fp32 factors"),
-        _block_grad_configs,
+        _shipped("block_grad"),
         _block_grad,
     ),
     KernelSpec(
@@ -292,7 +269,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         fused_linear.sum_parts_kernel,
         "copy",
         ("no bias", "bias"),
-        _same_everywhere(configs.SUM_CONFIGS),
+        lambda *_: SUM_CONFIGS,
         _sum_parts,
         narrow={"bias_ptr": "one row, read by every token and cached"},
     ),
@@ -301,7 +278,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         block_grad.sum_partials_kernel,
         "copy",
         ("dB", "dA"),
-        _same_everywhere(configs.SUM_CONFIGS),
+        lambda *_: SUM_CONFIGS,
         _sum_partials,
         narrow={"label_ptr": _LABELS, "ranks_ptr": _LABELS, "other_offsets_ptr": _INDEX},
     ),

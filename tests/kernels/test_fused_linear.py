@@ -20,7 +20,7 @@ from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
-from smoa_kernels.kernels.fused_linear import fused_linear, rank_chunk
+from smoa_kernels.kernels.fused_linear import fused_linear
 from smoa_kernels.kernels.launch import (
     FUSED_LINEAR_AMD_CONFIGS,
     FUSED_LINEAR_AMD_FP32_CONFIGS,
@@ -29,6 +29,7 @@ from smoa_kernels.kernels.launch import (
     FUSED_LINEAR_TF32_CONFIGS,
     FusedLinearConfig,
     fused_linear_configs,
+    rank_chunk,
 )
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

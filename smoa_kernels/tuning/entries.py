@@ -1,0 +1,152 @@
+"""One measured choice: its key, what was tried and how fast it was. Plain data in, plain data out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
+
+from ..kernels.heuristic import CONFIGS, DTYPES, Key, fits
+from ..kernels.launch import Config
+from .identity import Identity
+
+__all__ = ["ALGORITHM_KEYS", "Choice", "Entry", "Trial", "merged"]
+
+Choice: TypeAlias = Config | str
+"""Launch parameters of a kernel, or the name of an algorithm."""
+
+ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
+    "forward": ("merged", "split", "fused"),
+    "input_gradient": ("merged", "fused"),
+}
+"""Keys whose choice is an algorithm, and which there are."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate: the seconds it took, or why it has none.
+
+    Attributes:
+        choice: what was tried.
+        seconds: median; None where it was not timed.
+        reason: why not.
+    """
+
+    choice: Choice
+    seconds: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was found for one key on one machine.
+
+    Attributes:
+        key: the problem.
+        identity: what it was measured on.
+        default: what would run without the entry.
+        trials: everything that was tried.
+        complete: nothing is left to try.
+    """
+
+    key: Key
+    identity: Identity
+    default: Choice
+    trials: tuple[Trial, ...] = ()
+    complete: bool = False
+
+    def best(self, allowed: Sequence[Choice] | None = None) -> Trial | None:
+        """The fastest trial, among `allowed` choices where given; None where nothing was timed."""
+        timed = [t for t in self.trials if t.seconds is not None and (allowed is None or t.choice in allowed)]
+        return min(timed, key=lambda trial: trial.seconds or 0.0, default=None)
+
+    def trial(self, choice: Choice) -> Trial | None:
+        """What became of a choice; None where it was not tried."""
+        return next((trial for trial in self.trials if trial.choice == choice), None)
+
+    def with_trial(self, trial: Trial) -> Entry:
+        """The entry with one more trial, in the place of an earlier one of the same choice."""
+        others = tuple(t for t in self.trials if t.choice != trial.choice)
+        return replace(self, trials=(*others, trial))
+
+    def without(self, choice: Choice) -> Entry:
+        """The entry as if a choice had not been tried."""
+        return replace(self, trials=tuple(t for t in self.trials if t.choice != choice))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; :meth:`from_json` is its inverse."""
+        trials = [
+            {"choice": _plain(t.choice)}
+            | ({"reason": t.reason} if t.seconds is None else {"seconds": t.seconds})
+            for t in self.trials
+        ]
+        return {
+            "key": self.key._asdict(),
+            "identity": asdict(self.identity),
+            "default": _plain(self.default),
+            "complete": self.complete,
+            "trials": trials,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Entry:
+        """From plain data.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: something is missing, unknown, of another type or out
+                of range.
+        """
+        key = Key(**data["key"])
+        if key.kernel not in (*CONFIGS, *ALGORITHM_KEYS) or key.dtype not in DTYPES:
+            raise ValueError(f"no kernel {key.kernel!r} in {key.dtype!r}")
+        if any(type(size) is not int or size < 0 for size in key[2:-1]) or type(key.transposed) is not bool:
+            raise ValueError(f"sizes out of range in {key}")
+        trials = tuple(
+            Trial(_choice(key, trial["choice"]), _seconds(trial.get("seconds")), trial.get("reason"))
+            for trial in data["trials"]
+        )
+        complete = data["complete"]
+        if type(complete) is not bool:
+            raise ValueError(f"complete must be true or false, got {complete!r}")
+        return cls(key, Identity.from_json(data["identity"]), _choice(key, data["default"]), trials, complete)
+
+
+def merged(older: Entry, newer: Entry) -> Entry:
+    """Of two entries for one key the newer, with the trials of the older where both hold for the same machine."""
+    if older.identity != newer.identity:
+        return newer
+    trials = {trial.choice: trial for trial in older.trials}
+    for trial in newer.trials:
+        known = trials.get(trial.choice)
+        if known is None or known.seconds is None or trial.seconds is not None:
+            trials[trial.choice] = trial
+    return replace(newer, trials=tuple(trials.values()), complete=older.complete or newer.complete)
+
+
+def _plain(choice: Choice) -> Any:
+    return choice if isinstance(choice, str) else asdict(choice)
+
+
+def _choice(key: Key, data: Any) -> Choice:
+    """A choice that may be launched: of the right kind, its numbers powers of two (split and stages any count)."""
+    if key.kernel in ALGORITHM_KEYS:
+        if data not in ALGORITHM_KEYS[key.kernel]:
+            raise ValueError(f"no algorithm {data!r} for {key.kernel}")
+        return str(data)
+    config = CONFIGS[key.kernel](**data)
+    for name, value in data.items():
+        least = 0 if name == "split" and key.kernel == "block_grad" else 1
+        free = name in ("split", "num_stages")
+        if type(value) is not int or value < least or not (free or value & (value - 1) == 0):
+            raise ValueError(f"{name} = {value!r} is no launch parameter of {key.kernel}")
+    if not fits(config, key):
+        raise ValueError(f"{config} does not divide the layout of {key}")
+    return config
+
+
+def _seconds(value: Any) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not value > 0:
+        raise ValueError(f"seconds must be positive, got {value!r}")
+    return float(value)

@@ -1,0 +1,99 @@
+"""What a measured choice was measured on: the GPU, the software and the kernels' source. A change makes it stale."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from ..kernels.heuristic import CONFIGS
+from ..kernels.launch import architecture, multiprocessors
+
+__all__ = ["Identity", "identity", "slug", "source_hash", "staleness"]
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_FILES = {name: (name,) for name in CONFIGS} | {
+    "modulated_weight": ("modulate",),
+    "modulated_blocks": ("modulate",),
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose choice it is.
+
+    Attributes:
+        gpu: as the driver names it; "cpu" for Triton's interpreter.
+        capability: compute capability as the compiler spells it, "sm_90" or "gfx942".
+        multiprocessors: a slice of a GPU has fewer than its name promises.
+        torch: version.
+        triton: version.
+        source: hash of the kernel's source text.
+    """
+
+    gpu: str
+    capability: str
+    multiprocessors: int
+    torch: str
+    triton: str
+    source: str
+
+    @classmethod
+    def from_json(cls, data: Any) -> Identity:
+        """From plain data.
+
+        Raises:
+            TypeError, ValueError: a field is missing, unknown or of another type.
+        """
+        found = cls(**data)
+        for name, kind in ((f.name, int if f.name == "multiprocessors" else str) for f in fields(cls)):
+            if type(getattr(found, name)) is not kind:
+                raise ValueError(f"{name} must be of type {kind.__name__}, got {getattr(found, name)!r}")
+        return found
+
+
+@functools.cache
+def identity(device: torch.device, kernel: str) -> Identity:
+    """What a choice for `kernel` would be measured on here and now."""
+    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return Identity(
+        name,
+        architecture(device),
+        multiprocessors(device),
+        torch.__version__,
+        triton.__version__,
+        source_hash(kernel),
+    )
+
+
+@functools.cache
+def source_hash(kernel: str) -> str:
+    """Of the text that decides a kernel's speed: its file and what all share; for an algorithm, of every kernel's."""
+    folder = _PACKAGE / "kernels"
+    names = ("_common", *_FILES[kernel]) if kernel in _FILES else ()
+    paths = [folder / f"{name}.py" for name in names]
+    paths = paths or [*sorted(folder.glob("*.py")), _PACKAGE / "triton_backend.py"]
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:16]
+
+
+def staleness(then: Identity, now: Identity) -> list[str]:
+    """Why a choice made on `then` does not hold on `now`, one reason a field; empty where it does."""
+    return [
+        f"{field.name}: {getattr(then, field.name)} then, {getattr(now, field.name)} now"
+        for field in fields(Identity)
+        if getattr(then, field.name) != getattr(now, field.name)
+    ]
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")

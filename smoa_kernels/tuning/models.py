@@ -1,0 +1,94 @@
+"""Shapes of the linear layers of public models, and of any model whose `config.json` is at hand.
+
+Sources: the `config.json` that each model's authors publish beside its weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MODELS", "Decoder", "read_config"]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What fixes the layers of a decoder block with gated feed-forward and grouped-query attention.
+
+    Attributes:
+        hidden: `hidden_size`.
+        intermediate: `intermediate_size`.
+        heads: `num_attention_heads`.
+        kv_heads: `num_key_value_heads`.
+        head_dim: `head_dim`, where it is not hidden / heads.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Distinct (out_features, in_features): query, key and value, output, gate and up, down."""
+        dim = self.head_dim or self.hidden // self.heads
+        query, key = self.heads * dim, self.kv_heads * dim
+        shapes = (
+            (query, self.hidden),
+            (key, self.hidden),
+            (self.hidden, query),
+            (self.intermediate, self.hidden),
+            (self.hidden, self.intermediate),
+        )
+        return tuple(dict.fromkeys(shapes))
+
+
+MODELS: Mapping[str, Decoder] = {
+    "llama-3-8b": Decoder(4096, 14336, 32, 8),
+    "llama-3-70b": Decoder(8192, 28672, 64, 8),
+    "llama-3.2-1b": Decoder(2048, 8192, 32, 8),
+    "llama-3.2-3b": Decoder(3072, 8192, 24, 8),
+    "qwen3-8b": Decoder(4096, 12288, 32, 8, 128),
+    "qwen3-0.6b": Decoder(1024, 3072, 16, 8, 128),
+    "mistral-7b": Decoder(4096, 14336, 32, 8),
+    "gemma-2-9b": Decoder(3584, 14336, 16, 8, 256),
+    "smollm2-135m": Decoder(576, 1536, 9, 3),
+}
+
+
+def read_config(path: Path) -> Decoder:
+    """The layers of a model on disk.
+
+    Args:
+        path: a `config.json`, or the folder that holds one. Models of text and something else keep the text part
+            under "text_config".
+
+    Raises:
+        ValueError: no such file, or one that lacks a size.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--from-model must be a config.json or its folder, got {path}: {error}") from error
+    data = data.get("text_config", data) if isinstance(data, dict) else {}
+    heads = _size(file, data, "num_attention_heads")
+    return Decoder(
+        hidden=_size(file, data, "hidden_size"),
+        intermediate=_size(file, data, "intermediate_size"),
+        heads=heads,
+        kv_heads=_size(file, data, "num_key_value_heads", heads),
+        head_dim=_size(file, data, "head_dim", 0) or None,
+    )
+
+
+def _size(file: Path, data: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = data.get(name)
+    value = default if value is None else value
+    if type(value) is not int or value < 0 or (value == 0 and default != 0):
+        raise ValueError(f"{file} must give a positive {name}, got {value!r}")
+    return value

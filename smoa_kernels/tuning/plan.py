@@ -1,0 +1,135 @@
+"""From layers and batches to the keys that a training step will ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..cost import Problem, choose_algorithm
+from ..gpus import Gpu
+from ..kernels._common import padded_width
+from ..kernels.heuristic import CONFIGS, DTYPES, Key, bucket
+from ..kernels.launch import Config
+from ..triton_backend import padding_multiple
+from .entries import ALGORITHM_KEYS
+from .limits import ARCHITECTURES
+from .space import algorithm_job, kernel_job
+from .tuner import Job
+
+__all__ = ["KERNELS", "Layer", "jobs", "keys", "predicted", "stand_in"]
+
+KERNELS = (*CONFIGS, *ALGORITHM_KEYS)
+"""What can be tuned, algorithms last: they are timed with the launch parameters that won."""
+
+# Far above where the one-kernel form can win; at more tokens its launch parameters do not matter.
+MOST_FUSED_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer and one batch.
+
+    Attributes:
+        out_features: N.
+        in_features: C.
+        tokens: T.
+        dtype: one of `heuristic.DTYPES`.
+        rank: r, the budget of all blocks.
+        blocks: K.
+
+    Raises:
+        ValueError: a size out of range.
+    """
+
+    out_features: int
+    in_features: int
+    tokens: int
+    dtype: str = "bf16"
+    rank: int = 16
+    blocks: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("out_features", "in_features", "tokens", "rank", "blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.blocks > min(self.out_features, self.in_features):
+            raise ValueError(
+                f"blocks must be at most {min(self.out_features, self.in_features)} for a layer of "
+                f"{self.out_features}x{self.in_features}, got {self.blocks}"
+            )
+
+    @property
+    def max_rank(self) -> int:
+        """ρ."""
+        return -(-self.rank // self.blocks)
+
+
+def keys(layer: Layer) -> Iterator[Key]:
+    """What one training step of a layer asks for, dropout and none."""
+    n, c, t = layer.out_features, layer.in_features, bucket(layer.tokens)
+    rows, cols = _padded(n, layer.blocks), _padded(c, layer.blocks)
+    common = (layer.dtype, layer.max_rank, layer.blocks)
+    # What copies knows float32, not how it is multiplied.
+    copied = "fp32" if layer.dtype == "tf32" else layer.dtype
+    yield Key("modulated_weight", *common, n, c)
+    yield Key("modulated_blocks", *common, n, c, 0, rows, cols)
+    yield Key("permute", copied, 0, layer.blocks, 0, c, t, 0, cols)
+    yield Key("permute", copied, 0, layer.blocks, 0, n, t, 0, rows)
+    yield Key("block_matmul", *common, n, c, t, rows, cols)
+    yield Key("block_matmul", *common, c, n, t, cols, rows, True)
+    if t <= MOST_FUSED_TOKENS:
+        yield Key("fused_linear", *common, n, c, t)
+        yield Key("fused_linear", *common, c, n, t, transposed=True)
+    yield Key("block_grad", *common, n, c, t, rows, cols)
+    yield Key("forward", *common, n, c, t)
+    yield Key("input_gradient", *common, n, c, t)
+
+
+def jobs(
+    layers: Sequence[Layer],
+    gpu: Gpu,
+    arch: str,
+    *,
+    kernels: Sequence[str] = KERNELS,
+    ruled_out: Mapping[tuple[str, str, Config], str] | None = None,
+) -> list[Job]:
+    """One job a distinct key, kernels before algorithms.
+
+    Args:
+        layers: from whose keys to take.
+        gpu: for the cost model and its number of multiprocessors.
+        arch: of the device.
+        kernels: some of `KERNELS`.
+        ruled_out: from `space.broken`; None tries the shipped configurations only.
+    """
+    wanted = dict.fromkeys(key for layer in layers for key in keys(layer) if key.kernel in kernels)
+    ordered = sorted(wanted, key=lambda key: key.kernel in ALGORITHM_KEYS)
+    return [
+        algorithm_job(key, predicted(key, gpu))
+        if key.kernel in ALGORITHM_KEYS
+        else kernel_job(key, arch, gpu.multiprocessors, ruled_out=ruled_out, stand_in=stand_in(arch, gpu))
+        for key in ordered
+    ]
+
+
+def stand_in(arch: str, gpu: Gpu) -> str:
+    """The audited architecture that stands for a device's own."""
+    return arch if arch in ARCHITECTURES else gpu.arch
+
+
+def _padded(features: int, blocks: int) -> int:
+    """Width of the padded layout of evenly cut blocks, as `triton_backend` chooses it."""
+    sizes = (-(-features // blocks),)
+    return padded_width(sizes, padding_multiple(sizes))
+
+
+def predicted(key: Key, gpu: Gpu) -> str:
+    """What the cost model would run."""
+    ieee = key.dtype == "fp32" or key.kernel == "input_gradient"
+    problem = Problem(
+        key.tokens, key.out_features, key.in_features, key.blocks, key.rank * key.blocks, DTYPES[key.dtype]
+    )
+    chosen = choose_algorithm(problem, gpu, ieee)
+    return chosen if chosen in ALGORITHM_KEYS[key.kernel] else "merged"

@@ -1,0 +1,161 @@
+"""What is tried for a kernel: the shipped configurations and their neighbours, less those that compile badly.
+
+A neighbour differs from a shipped configuration in one number, by one step. Whether it spills, overflows shared memory
+or loads narrowly is known before anything is timed: the audit compiles it for the architecture, without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from ..kernels.heuristic import CONFIGS, Key, fits, heuristic, shipped
+from ..kernels.launch import Config
+from .audit import run_audit
+from .entries import ALGORITHM_KEYS
+from .registry import KERNELS, KernelSpec
+from .rules import Record, broken_rules
+from .tuner import Job
+
+__all__ = ["SEARCH", "algorithm_job", "broken", "kernel_job", "search_space"]
+
+# Numbers that a field may take; what is not listed stays as it ships.
+_STEPS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "modulated_weight": {"block_n": (16, 32, 64), "block_c": (64, 128, 256), "num_warps": (4, 8)},
+    "modulated_blocks": {"block_n": (16, 32, 64), "block_c": (64, 128, 256), "num_warps": (4, 8)},
+    "permute": {"block_t": (32, 64, 128), "block_p": (64, 128, 256), "num_warps": (2, 4, 8)},
+    "block_matmul": {
+        "block_t": (32, 64, 128, 256),
+        "block_n": (32, 64, 128),
+        "group_t": (4, 8, 16),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    "fused_linear": {
+        "block_n": (16, 32, 64, 128),
+        "split": (1, 2, 4, 8),
+        "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    "block_grad": {
+        "block_n": (32, 64, 128),
+        "block_c": (64, 128),
+        "block_t": (16, 32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+}
+
+
+def search_space(kernel: str, arch: str, dtype: str, rank: int = 16) -> tuple[Config, ...]:
+    """Every configuration that may be tried, the shipped ones first.
+
+    Args:
+        kernel: one of `heuristic.CONFIGS`.
+        arch: for example "sm_90".
+        dtype: one of `heuristic.DTYPES`.
+        rank: ρ.
+    """
+    ships = shipped(Key(kernel, dtype, rank), arch)
+    neighbours = [neighbour for config in ships for neighbour in _neighbours(config, _STEPS[kernel])]
+    return tuple(dict.fromkeys((*ships, *neighbours)))
+
+
+def _neighbours(config: Config, steps: Mapping[str, tuple[int, ...]]) -> list[Config]:
+    found: list[Config] = []
+    for field in fields(config):
+        values, here = steps.get(field.name, ()), getattr(config, field.name)
+        if here in values:
+            at = values.index(here)
+            changes: list[Any] = [
+                {field.name: value} for value in values[max(at - 1, 0) : at + 2] if value != here
+            ]
+            found += [replace(config, **change) for change in changes]
+    return found
+
+
+def _searched(spec: KernelSpec) -> Callable[[str, str, str], tuple[Any, ...]]:
+    def configurations(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
+        if not spec.configurations(arch, dtype, variant):
+            return ()
+        return search_space(spec.name, arch, dtype, 64 if "r64" in variant else 16)
+
+    return configurations
+
+
+SEARCH: tuple[KernelSpec, ...] = tuple(
+    replace(spec, configurations=_searched(spec)) for spec in KERNELS if spec.name in CONFIGS
+)
+"""The registry of kernels for the audit, with the whole search space in place of what ships."""
+
+
+def broken(
+    kernels: Sequence[str],
+    arch: str,
+    dtypes: Sequence[str],
+    *,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[tuple[str, str, Config], str]:
+    """(kernel, dtype, configuration) to the first audit rule that it breaks in any of the kernel's forms.
+
+    Args:
+        kernels: names from `heuristic.CONFIGS`.
+        arch: an audited architecture.
+        dtypes: names from `heuristic.DTYPES`.
+        jobs: processes that compile; one per core where None.
+        progress: called with how many compilations are done, and how many there are.
+    """
+    found: dict[tuple[str, str, Config], str] = {}
+    total = 0
+    registry = f"{__name__}:SEARCH"
+    for left, record in run_audit(archs=[arch], kernels=kernels, dtypes=dtypes, jobs=jobs, registry=registry):
+        if record is None:
+            total = left
+        elif rules := broken_rules(record):
+            found.setdefault((record.kernel, record.dtype, _config(record)), f"{record.variant}: {rules[0]}")
+        progress(total - left if record else 0, total)
+    return found
+
+
+def _config(record: Record) -> Config:
+    return CONFIGS[record.kernel](**record.config)
+
+
+def kernel_job(
+    key: Key,
+    arch: str,
+    multiprocessors: int,
+    *,
+    ruled_out: Mapping[tuple[str, str, Config], str] | None = None,
+    stand_in: str | None = None,
+) -> Job:
+    """What to try for a kernel's key.
+
+    Args:
+        key: the problem.
+        arch: of the device.
+        multiprocessors: of the device.
+        ruled_out: from :func:`broken`; None tries the shipped configurations only, which the audit has passed.
+        stand_in: the audited architecture that stands for `arch`, whose space is searched.
+    """
+    default = heuristic(key, arch, multiprocessors)
+    if ruled_out is None:
+        space: tuple[Config, ...] = shipped(key, arch)
+    else:
+        space = search_space(key.kernel, stand_in or arch, key.dtype, key.rank)
+    candidates = dict.fromkeys((default, *(c for c in space if fits(c, key))))
+    pruned = [(c, "does not divide the padded layout") for c in space if not fits(c, key)]
+    for config in list(candidates):
+        reason = (ruled_out or {}).get((key.kernel, key.dtype, config))
+        if reason is not None and config != default:
+            del candidates[config]
+            pruned.append((config, reason))
+    return Job(key, default, tuple(candidates), tuple(pruned))
+
+
+def algorithm_job(key: Key, default: str) -> Job:
+    """What to try where the choice is an algorithm; `default` is the cost model's."""
+    others = [name for name in ALGORITHM_KEYS[key.kernel] if name != default]
+    return Job(key, default, (default, *others))

@@ -1,0 +1,146 @@
+"""Tables of measured choices, one JSON file per GPU: the user's in the cache folder, the shipped ones in the package.
+
+A table is never in the way: one that cannot be read is named in a warning and set aside, and what it would have
+chosen is the heuristic's. Writers hold a lock, read again, add what they found and replace the file in one step, so
+that two of them lose nothing and a reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ..kernels.heuristic import Key
+from .audit import cache_folder
+from .entries import Entry, merged
+from .identity import slug
+
+__all__ = ["SCHEMA", "SHIPPED", "read", "shipped_table", "update", "user_folder", "user_table"]
+
+SCHEMA = 1
+SHIPPED = Path(__file__).resolve().parent / "tables"
+LOCK_SECONDS = 60.0
+
+
+def user_folder() -> Path:
+    """Where the user's tables are: `tuning` in the cache folder."""
+    return cache_folder() / "tuning"
+
+
+def user_table(gpu: str) -> Path:
+    """The user's table of a GPU, by the driver's name for it."""
+    return user_folder() / f"{slug(gpu)}.json"
+
+
+def shipped_table(gpu: str) -> Path:
+    """The table of a GPU that comes with the package, if there is one."""
+    return SHIPPED / f"{slug(gpu)}.json"
+
+
+def read(path: Path, *, set_aside: bool = True) -> Mapping[Key, Entry]:
+    """The entries of a table; none where there is no file, or one that cannot be used.
+
+    A file that is truncated, foreign, broken by hand or of a future schema is named in one warning and, where
+    `set_aside` and the folder can be written to, renamed to `NAME.broken-1` (or -2, …).
+    """
+    try:
+        return _parse(path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        _warn(f"tuning table {path} cannot be read and is not used: {error}")
+        return {}
+    except _BrokenError as error:
+        with suppress(OSError):
+            if set_aside:
+                with _lock(path):
+                    return _parse_or_set_aside(path)
+        _warn(f"tuning table {path} {error}; it is not used")
+        return {}
+
+
+def update(path: Path, entries: Iterable[Entry]) -> Mapping[Key, Entry]:
+    """Add entries to a table, made where there is none; returns what it then holds.
+
+    Raises:
+        OSError: the folder cannot be written to, or another process holds the lock for a minute.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path):
+        table = dict(_parse_or_set_aside(path))
+        for entry in entries:
+            older = table.get(entry.key)
+            table[entry.key] = entry if older is None else merged(older, entry)
+        _replace(path, {"schema": SCHEMA, "entries": [entry.to_json() for entry in table.values()]})
+    return table
+
+
+class _BrokenError(Exception):
+    """Why a file is no table."""
+
+
+def _parse(path: Path) -> Mapping[Key, Entry]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise _BrokenError("is not text") from error
+    except ValueError as error:
+        raise _BrokenError(f"is not JSON ({error})") from error
+    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+        raise _BrokenError("is not a table of smoa-kernels")
+    if data["schema"] > SCHEMA:
+        raise _BrokenError(f"has schema {data['schema']}, this version knows up to {SCHEMA}")
+    try:
+        found = [Entry.from_json(entry) for entry in data["entries"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _BrokenError(f"holds an entry that is none ({type(error).__name__}: {error})") from error
+    return {entry.key: entry for entry in found}
+
+
+def _parse_or_set_aside(path: Path) -> Mapping[Key, Entry]:
+    """Under the lock: another process may have set the file aside, or written a good one, in the meantime."""
+    try:
+        return _parse(path)
+    except FileNotFoundError:
+        return {}
+    except _BrokenError as error:
+        number = 1
+        while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
+            number += 1
+        os.replace(path, aside)
+        _warn(f"tuning table {path} {error}; set aside as {aside.name}")
+        return {}
+
+
+def _lock(path: Path) -> FileLock:
+    """flock on POSIX, released by the system when its holder dies; a lock file where there is none."""
+    return FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_SECONDS)
+
+
+def _replace(path: Path, data: Any) -> None:
+    """Write beside the file, to the disk, then rename over it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(data, stream, indent=1)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

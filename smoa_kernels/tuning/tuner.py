@@ -1,0 +1,198 @@
+"""The loop that tunes: check each candidate, time it, write down what was found, go on where an earlier run stopped.
+
+The timer and what is run are arguments, so that the loop is the same on a GPU, in Triton's interpreter and under a
+scripted clock. Triton's own autotuner has no such seams: it times inside a launch, keeps no numbers to compare, checks
+none, and a configuration that kills the process is tried again by the next one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from ..kernels.heuristic import Key
+from .entries import Choice, Entry, Trial
+from .identity import identity, staleness
+from .workloads import Workload, workload
+
+__all__ = ["DeviceLostError", "Job", "Progress", "Run", "Timer", "Tuned", "gpu_timer", "tune", "tune_job"]
+
+UNFINISHED = "did not finish: the process ended while it ran"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One candidate, ready to be timed: call it to launch it."""
+
+    key: Key
+    choice: Choice
+    launch: Callable[[], object]
+
+    def __call__(self) -> object:
+        """Launch once."""
+        return self.launch()
+
+
+Timer = Callable[[Run], float]
+"""Median seconds of a run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One key with what to try for it, and what was ruled out before anything ran.
+
+    Attributes:
+        key: the problem.
+        default: what would run without tuning; tried first.
+        candidates: all that may be timed, the default among them.
+        pruned: choice to the reason why it is not timed.
+    """
+
+    key: Key
+    default: Choice
+    candidates: tuple[Choice, ...]
+    pruned: tuple[tuple[Choice, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What became of one job: its entry, or why there is none."""
+
+    job: Job
+    entry: Entry | None
+    problem: str | None = None
+
+
+class Progress(Protocol):
+    """Told of every trial as it ends: its job, and the entry so far."""
+
+    def __call__(self, job: Job, entry: Entry) -> None:
+        """Show it."""
+
+
+class DeviceLostError(RuntimeError):
+    """A candidate took the GPU's context with it: nothing more can run in this process."""
+
+
+def gpu_timer(run: Run) -> float:
+    """Median seconds by Triton's own benchmark, the L2 cache cleared before each launch."""
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=10, rep=50, return_mode="median")) / 1e3
+
+
+def tune(
+    jobs: Sequence[Job],
+    *,
+    device: torch.device,
+    timer: Timer,
+    known: Mapping[Key, Entry],
+    save: Callable[[Entry], object],
+    deadline: float | None = None,
+    progress: Progress = lambda job, entry: None,
+    operands: Callable[[Key, torch.device], Workload] = workload,
+) -> list[Tuned]:
+    """Tune jobs in order until the deadline; what is done and not stale is not done again.
+
+    Args:
+        jobs: kernels before the algorithms that are made of them.
+        device: where to run.
+        timer: :func:`gpu_timer`, or a scripted one.
+        known: entries of an earlier run.
+        save: called with the entry before each trial and after it, so that nothing found is ever lost.
+        deadline: by `time.monotonic()`; None knows no end.
+        progress: called after each trial.
+        operands: what to run for a key.
+
+    Raises:
+        KeyboardInterrupt: what was found is saved.
+        DeviceLostError: likewise; a second run skips the candidate.
+    """
+    done = []
+    for job in jobs:
+        now = identity(device, job.key.kernel)
+        entry = known.get(job.key)
+        if entry is None or staleness(entry.identity, now):
+            entry = Entry(job.key, now, job.default)
+        if entry.complete and all(entry.trial(choice) for choice in job.candidates):
+            done.append(Tuned(job, entry))
+            continue
+        if deadline is not None and time.monotonic() >= deadline:
+            done.append(Tuned(job, entry if entry.trials else None, "no time was left"))
+            continue
+        try:
+            done.append(_tune_one(job, entry, operands(job.key, device), timer, save, deadline, progress))
+        except (DeviceLostError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # operands that do not fit in memory, say: the other jobs go on
+            done.append(Tuned(job, None, _reason(error)))
+    return done
+
+
+def tune_job(job: Job, *, device: torch.device, timer: Timer, deadline: float | None = None) -> Entry | None:
+    """Tune one job and keep nothing on disk."""
+    (tuned,) = tune([job], device=device, timer=timer, known={}, save=lambda entry: None, deadline=deadline)
+    return tuned.entry
+
+
+def _tune_one(
+    job: Job,
+    entry: Entry,
+    load: Workload,
+    timer: Timer,
+    save: Callable[[Entry], object],
+    deadline: float | None,
+    progress: Progress,
+) -> Tuned:
+    for choice in job.candidates:
+        if entry.trial(choice) is not None:
+            continue
+        if deadline is not None and time.monotonic() >= deadline:
+            save(entry)
+            return Tuned(job, entry, "no time was left for all candidates")
+        # Written before it runs: a choice that takes the process with it is not tried a second time.
+        save(entry.with_trial(Trial(choice, reason=UNFINISHED)))
+        try:
+            entry = entry.with_trial(_try(choice, load, timer))
+        except BaseException:
+            save(entry)
+            raise
+        save(entry)
+        progress(job, entry)
+        _check_device(load, choice)
+    entry = replace(entry, complete=True)
+    save(entry)
+    return Tuned(job, entry)
+
+
+def _try(choice: Choice, load: Workload, timer: Timer) -> Trial:
+    def launch() -> Any:
+        return load.run(choice)
+
+    try:
+        with load.precision():
+            load.check(choice)
+            return Trial(choice, seconds=timer(Run(load.key, choice, launch)))
+    except Exception as error:  # whatever a compiler or a driver throws is a finding about this choice
+        return Trial(choice, reason=_reason(error))
+
+
+def _check_device(load: Workload, choice: Choice) -> None:
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise DeviceLostError(
+            f"{load.key.kernel} at {choice} took the GPU's context with it ({_reason(error)}); what was found is "
+            "saved, run the same command again to go on without it"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".removeprefix("WrongNumbersError: ")

@@ -1,0 +1,231 @@
+"""Tables on disk: what is read back, what is set aside, and that writers lose nothing, whatever interrupts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from tuning_cases import FORWARD, GRAD, PERMUTE, entry, permute_entry
+
+from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
+from smoa_kernels.tuning import tables
+from smoa_kernels.tuning.entries import Entry, Trial, merged
+from smoa_kernels.tuning.tables import SCHEMA, read, update, user_table
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture
+def table() -> Path:
+    return user_table("NVIDIA H100 80GB HBM3")
+
+
+def test_a_table_comes_back_as_it_was_written(table: Path) -> None:
+    entries = [
+        permute_entry(),
+        entry(GRAD, seconds={BLOCK_GRAD_IEEE_CONFIGS[0]: 0.25}, complete=False).with_trial(
+            Trial(BLOCK_GRAD_IEEE_CONFIGS[1], reason="wrong numbers")
+        ),
+        entry(FORWARD, seconds={"split": 2.0, "merged": 1.0}),
+    ]
+    update(table, entries)
+    assert table.name == "nvidia-h100-80gb-hbm3.json"
+    assert read(table) == {e.key: e for e in entries}
+    assert json.loads(table.read_text())["schema"] == SCHEMA
+
+
+def test_no_table_holds_nothing(table: Path) -> None:
+    assert read(table) == {}
+    assert not table.parent.exists()  # a question writes nothing
+
+
+def good(table: Path) -> dict[str, object]:
+    update(table, [permute_entry()])
+    found: dict[str, object] = json.loads(table.read_text())
+    return found
+
+
+def broken_by(change: str, data: dict[str, object]) -> str:
+    entries = data["entries"]
+    assert isinstance(entries, list)
+    if change == "truncated":
+        return json.dumps(data)[:-40]
+    if change == "future schema":
+        return json.dumps(data | {"schema": SCHEMA + 1})
+    if change == "foreign":
+        return json.dumps([1, 2])
+    if change == "foreign schema":
+        return json.dumps({"schema": "https://json-schema.org"})
+    if change == "no entries":
+        return json.dumps({"schema": SCHEMA})
+    if change == "unknown kernel":
+        entries[0]["key"]["kernel"] = "matmul"
+    if change == "a launch that is none":
+        entries[0]["trials"][1]["choice"]["num_warps"] = 3
+    if change == "a tile that does not fit":
+        entries[0] = json.loads(
+            json.dumps(entry(GRAD, seconds={BLOCK_GRAD_IEEE_CONFIGS[0]: 1.0}).to_json()).replace(
+                '"padded_out": 64', '"padded_out": 16'
+            )
+        )
+    if change == "a negative time":
+        entries[0]["trials"][0]["seconds"] = -1
+    if change == "a missing field":
+        del entries[0]["identity"]["torch"]
+    if change == "text for a number":
+        entries[0]["key"]["tokens"] = "8"
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("truncated", "is not JSON"),
+        ("future schema", f"has schema {SCHEMA + 1}, this version knows up to {SCHEMA}"),
+        ("foreign", "is not a table of smoa-kernels"),
+        ("foreign schema", "is not a table of smoa-kernels"),
+        ("no entries", "holds an entry that is none"),
+        ("unknown kernel", "no kernel 'matmul'"),
+        ("a launch that is none", "num_warps = 3"),
+        ("a tile that does not fit", "does not divide the layout"),
+        ("a negative time", "seconds must be positive"),
+        ("a missing field", "holds an entry that is none"),
+        ("text for a number", "sizes out of range"),
+    ],
+)
+def test_a_broken_file_is_named_set_aside_and_never_fatal(change: str, words: str, table: Path) -> None:
+    text = broken_by(change, good(table))
+    table.write_text(text)
+    with pytest.warns(UserWarning, match=words) as caught:
+        assert read(table) == {}
+    assert len(caught) == 1
+    assert str(table) in str(caught[0].message)
+    aside = table.with_name(f"{table.name}.broken-1")
+    assert aside.read_text() == text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(table) == {}  # named once
+        update(table, [permute_entry()])
+        assert set(read(table)) == {PERMUTE}
+    table.write_text("{")
+    with pytest.warns(UserWarning, match="broken-2"):
+        read(table)
+    assert aside.read_text() == text
+
+
+def test_bytes_that_are_no_text(table: Path) -> None:
+    table.parent.mkdir(parents=True)
+    table.write_bytes(b"\xff\xfe\x00")
+    with pytest.warns(UserWarning, match="is not text"):
+        assert read(table) == {}
+
+
+def test_a_writer_sets_a_broken_table_aside_too(table: Path) -> None:
+    table.parent.mkdir(parents=True)
+    table.write_text("{")
+    with pytest.warns(UserWarning, match="set aside as .*broken-1"):
+        update(table, [permute_entry()])
+    assert set(read(table)) == {PERMUTE}
+
+
+def test_what_is_not_ours_is_not_moved(table: Path) -> None:
+    table.parent.mkdir(parents=True)
+    table.write_text("{")
+    with pytest.warns(UserWarning, match="it is not used"):
+        assert read(table, set_aside=False) == {}
+    assert table.read_text() == "{"
+
+
+def test_a_folder_that_cannot_be_written_to(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as root, whom no permission stops: the lock stands for every way it fails."""
+
+    def refuse(path: Path) -> object:
+        raise PermissionError("read-only file system")
+
+    table.parent.mkdir(parents=True)
+    table.write_text("{")
+    monkeypatch.setattr(tables, "_lock", refuse)
+    with pytest.warns(UserWarning, match="it is not used"):
+        assert read(table) == {}
+    with pytest.raises(PermissionError):
+        update(table, [permute_entry()])
+
+
+def test_a_folder_in_the_tables_place(table: Path) -> None:
+    table.mkdir(parents=True)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert read(table) == {}
+
+
+def test_what_two_writers_found_for_one_key_is_joined(table: Path) -> None:
+    first, second, third = PERMUTE_CONFIGS
+    update(table, [entry(seconds={first: 3.0}, complete=False).with_trial(Trial(second, reason="died"))])
+    update(table, [entry(seconds={first: 3.5, third: 2.0}, complete=False).with_trial(Trial(second, 1.0))])
+    found = read(table)[PERMUTE]
+    assert {t.choice: t.seconds for t in found.trials} == {first: 3.5, second: 1.0, third: 2.0}
+    update(table, [entry(seconds={first: 4.0}, complete=True).with_trial(Trial(second, reason="died"))])
+    found = read(table)[PERMUTE]
+    assert {t.choice: t.seconds for t in found.trials} == {first: 4.0, second: 1.0, third: 2.0}
+    assert found.complete
+
+
+def test_what_another_machine_found_is_replaced() -> None:
+    old, new = permute_entry(torch="1.0"), permute_entry()
+    assert merged(old, new) == new
+
+
+WRITER = """
+import sys
+sys.path.insert(0, {here!r})
+from dataclasses import replace
+from tuning_cases import PERMUTE, permute_entry
+from smoa_kernels.tuning.tables import update, user_table
+for step in range(int(sys.argv[2])):
+    key = PERMUTE._replace(tokens=1 << step, blocks=int(sys.argv[1]))
+    update(user_table("shared"), [replace(permute_entry(), key=key)])
+    print(step, flush=True)
+"""
+
+
+def writer(number: int, steps: int) -> subprocess.Popen[str]:
+    program = WRITER.format(here=str(HERE))
+    arguments = [sys.executable, "-c", program, str(number), str(steps)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1])
+
+
+def test_two_processes_tune_into_one_table() -> None:
+    processes = [writer(number, 20) for number in (1, 2)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    found = read(user_table("shared"))
+    assert {(key.blocks, key.tokens) for key in found} == {(n, 1 << s) for n in (1, 2) for s in range(20)}
+
+
+def test_kill_in_the_middle_of_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at the worst moment: the new file is written, not yet renamed, and the lock is held."""
+    table = user_table("shared")
+    update(table, [permute_entry()])
+    before = table.read_text()
+    stopped = "import os, time\nos.replace = lambda a, b: (print('writing', flush=True), time.sleep(60))\n"
+    program = stopped + WRITER.format(here=str(HERE))
+    arguments = [sys.executable, "-c", program, "7", "1"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+    assert table.read_text() == before
+    start = time.monotonic()
+    update(table, [permute_entry(PERMUTE._replace(tokens=16))])
+    assert time.monotonic() - start < 5  # the lock went with its holder
+    assert {key.tokens for key in read(table)} == {8, 16}
+
+
+def test_an_entry_that_holds_nothing_timed_has_no_best() -> None:
+    empty = Entry(PERMUTE, permute_entry().identity, PERMUTE_CONFIGS[0])
+    assert empty.best() is None
+    assert empty.with_trial(Trial(PERMUTE_CONFIGS[0], reason="died")).best() is None
