@@ -17,6 +17,8 @@ __all__ = ["Dropout", "draw_seed"]
 
 _LEVELS = 1 << 16
 _DRAWS_PER_WORD = 4
+_LOWEST = torch.iinfo(torch.int64).min
+_ROWS = 256  # tokens at a time: what is drawn for them stays in cache
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,14 @@ class Dropout:
         width = columns if self.width is None else self.width
         generator = torch.Generator(device=self.seed.device)
         generator.manual_seed(int(self.seed))
-        words = torch.empty(
-            like.shape[0], -(-width // _DRAWS_PER_WORD), dtype=torch.int64, device=self.seed.device
-        )
-        # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
-        words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-        levels = words.view(torch.int16)[:, self.column_offset : self.column_offset + columns]
-        keep = levels >= self.threshold - _LEVELS // 2
-        return keep.to(like.dtype).mul_(self.scale)
+        out = torch.empty(like.shape[0], columns, dtype=like.dtype, device=self.seed.device)
+        words = torch.empty(_ROWS, -(-width // _DRAWS_PER_WORD), dtype=torch.int64, device=self.seed.device)
+        for rows in out.split(_ROWS):
+            # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
+            drawn = words[: rows.shape[0]].random_(_LOWEST, None, generator=generator)
+            levels = drawn.view(torch.int16)[:, self.column_offset : self.column_offset + columns]
+            torch.ge(levels, self.threshold - _LEVELS // 2, out=rows).mul_(self.scale)
+        return out
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 All functions take 2-D activations and a `PackedAdapter`. Since W_effᵀ has the form of W_eff with rows and
 columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three algorithms:
 
-- merged: build `W_eff = W0 ∘ (1 + s·B̃Ã)` from zero-padded factors, then one GEMM;
+- merged: build `W_eff = W0 ∘ (1 + s·B̃Ã)` from zero-padded factors, a panel at a time, and multiply by it;
 - split: the adapter's output block by block, then the base GEMM accumulates onto it and rounds once;
 - expanded: for few tokens, `s·Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`: reads W0 and builds nothing of its size.
 """
@@ -11,11 +11,10 @@ columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import Dropout
-from .packed import PackedAdapter
+from .packed import PackedAdapter, gather_columns, scatter_columns
 from .precision import gemm_is_ieee
 
 __all__ = ["ALGORITHMS", "backward", "choose_algorithm", "delta_weight", "forward", "modulated_weight"]
@@ -26,6 +25,10 @@ ALGORITHMS = ("merged", "split", "expanded")
 # it is the cheapest: measured on CPU at 2048² by benchmarks/test_few_tokens.py. Half precision stays longer
 # because its alternative, split, also reads W0 twice.
 EXPANDED_MAX_ROWS = {True: 24, False: 96}
+
+# Rows of W_eff that the merged form builds at a time. Fewer make the GEMM's panels too narrow; more do not stay in
+# cache, and a fresh buffer of W0's size costs its page faults: at 4096², 5 % over a frozen forward instead of 23 %.
+MERGED_PANEL = 1024
 
 
 def choose_algorithm(tokens: int, slots: int, *, ieee: bool, dropout: bool) -> str:
@@ -53,11 +56,11 @@ def forward(
         ieee = gemm_is_ieee(x.dtype, x.device.type)
         algorithm = choose_algorithm(x.shape[0], _slots(adapter), ieee=ieee, dropout=dropout is not None)
     if algorithm == "merged":
-        return F.linear(x, modulated_weight(adapter), bias)
-    if algorithm == "expanded":
+        y = _merged(x, adapter)
+    elif algorithm == "expanded":
         y = _expanded(x, adapter)
     else:
-        y = _block_matmul(x if dropout is None else x * dropout.multiplier(x), adapter)
+        y = _block_matmul(x if dropout is None else dropout.multiplier(x).mul_(x), adapter)
         y.addmm_(x, adapter.weight.T)
     # Last: added before the base GEMM a bias would round the adapter's output away.
     return y if bias is None else y.add_(bias)
@@ -72,18 +75,21 @@ def backward(
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
-    multiplier = None if dropout is None else dropout.multiplier(dy, adapter.weight.shape[1])
     dA = dB = dx = None
-    # The factors first: their gathered copies are gone before W_eff is built.
-    if x is not None:
-        dA, dB = _block_grad(dy, x if multiplier is None else x * multiplier, adapter)
-    if needs_x:
-        if multiplier is not None:
+    if dropout is not None:
+        multiplier = dropout.multiplier(dy, adapter.weight.shape[1])
+        if needs_x:
             dx = _block_matmul(dy, adapter.T).mul_(multiplier).addmm_(dy, adapter.weight)
-        elif choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False) == "expanded":
+        if x is not None:
+            dA, dB = _block_grad(dy, multiplier.mul_(x), adapter)
+        return dx, dA, dB
+    if x is not None:
+        dA, dB = _block_grad(dy, x, adapter)
+    if needs_x:
+        if choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False) == "expanded":
             dx = _expanded(dy, adapter.T)
         else:  # merged in every dtype: in dX a rounded W_eff is a second-order error
-            dx = dy @ modulated_weight(adapter)
+            dx = _merged(dy, adapter.T)
     return dx, dA, dB
 
 
@@ -94,12 +100,34 @@ def _slots(adapter: PackedAdapter) -> int:
 
 def modulated_weight(adapter: PackedAdapter) -> Tensor:
     """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order."""
-    weight = adapter.weight
+    A, B = adapter.expanded_factors(adapter.weight.dtype)
+    return _modulated(adapter.weight, A, B, torch.empty_like(adapter.weight))
+
+
+def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
+    """`out = weight ∘ (1 + B A)`, all in one memory order."""
     if weight.stride(0) < weight.stride(1):  # column-major: walk it along its memory
-        return modulated_weight(adapter.T).T
+        return _modulated(weight.T, B.T, A.T, out.T).T
+    torch.mm(B, A, out=out)
+    return torch.addcmul(weight, weight, out, out=out)
+
+
+def _merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
+    """`x W_effᵀ` (T, N), a panel of W_eff's rows at a time: its product meets it in cache, and it is never whole."""
+    weight = adapter.weight
     A, B = adapter.expanded_factors(weight.dtype)
-    product = B @ A
-    return torch.addcmul(weight, weight, product, out=product)
+    panel = torch.empty_like(weight[:MERGED_PANEL])
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for rows in range(0, weight.shape[0], MERGED_PANEL):
+        part = slice(rows, rows + MERGED_PANEL)
+        W_eff = _modulated(weight[part], A, B[part], panel[: weight[part].shape[0]])
+        torch.mm(x, W_eff.T, out=y[:, part])
+    return y
+
+
+def _product(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
+    """`B A` in the memory order of a weight, with which it is then multiplied."""
+    return (A.T @ B.T).T if like.stride(0) < like.stride(1) else B @ A
 
 
 def delta_weight(adapter: PackedAdapter) -> Tensor:
@@ -113,13 +141,14 @@ def _block_matmul(x: Tensor, adapter: PackedAdapter) -> Tensor:
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     for block in adapter.blocks():
         if block.rank:
-            delta = (block.B.mul(adapter.scaling) @ block.A).mul_(block.weight(adapter))
+            weight = block.weight(adapter)
+            delta = _product(block.A, block.B.mul(adapter.scaling), weight).mul_(weight)
             output = _columns(x, block.cols) @ delta.to(x.dtype).T
         else:
             output = x.new_zeros(()).expand(x.shape[0], block.B.shape[0])
         if block.rows is None:
             return output
-        y.scatter_(1, block.rows.expand(x.shape[0], -1), output)
+        scatter_columns(y, block.rows, output)
     return y
 
 
@@ -148,5 +177,5 @@ def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
 
 
 def _columns(x: Tensor, index: Tensor | None) -> Tensor:
-    """The columns of one block; `gather` is the fastest of torch's ways to copy columns, in every dtype."""
-    return x if index is None else x.gather(1, index.expand(x.shape[0], -1))
+    """The columns of one block; all of them where K = 1."""
+    return x if index is None else gather_columns(x, index)

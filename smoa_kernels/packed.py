@@ -27,6 +27,11 @@ __all__ = [
 ]
 
 
+# W0 is gathered this many whole rows at a time: what is read of them stays in cache.
+_ROWS = 128
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class Block(NamedTuple):
     """One diagonal block: its coordinates (None where K = 1 and they are all), A_k and B_k.
 
@@ -40,11 +45,12 @@ class Block(NamedTuple):
     B: Tensor
 
     def weight(self, adapter: PackedAdapter) -> Tensor:
-        """`W0[rows_k, cols_k]`, a copy unless K = 1."""
+        """`W0[rows_k, cols_k]`, in W0's memory order; a copy unless K = 1."""
         if self.rows is None or self.cols is None:
             return adapter.weight
-        rows = adapter.weight.index_select(0, self.rows)
-        return rows.gather(1, self.cols.expand(rows.shape[0], -1))
+        if adapter.weight.stride(0) < adapter.weight.stride(1):
+            return _gather(adapter.weight.T, self.cols, self.rows).T
+        return _gather(adapter.weight, self.rows, self.cols)
 
     def put(self, A: Tensor, A_block: Tensor, B: Tensor, B_block: Tensor) -> None:
         """Write per-block factors into packed ones."""
@@ -114,6 +120,27 @@ class PackedAdapter:
                 A=A[:rank] if whole else A[:rank].index_select(1, cols),
                 B=B[:, :rank] if whole else B[:, :rank].index_select(0, rows),
             )
+
+
+def _gather(weight: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """`weight[rows[:, None], cols]` of a row-major weight."""
+    bits = weight.view(_BITS[weight.itemsize])
+    block = bits.new_empty(rows.shape[0], cols.shape[0])
+    for some, out in zip(rows.split(_ROWS), block.split(_ROWS), strict=True):
+        torch.gather(bits.index_select(0, some), 1, cols.expand(some.shape[0], -1), out=out)
+    return block.view(weight.dtype)
+
+
+def gather_columns(x: Tensor, index: Tensor) -> Tensor:
+    """`x[:, index]` of a matrix. `gather` is the fastest of torch's ways to copy columns, on integers above all."""
+    bits = x.view(_BITS[x.itemsize])
+    return bits.gather(1, index.expand(x.shape[0], -1)).view(x.dtype)
+
+
+def scatter_columns(out: Tensor, index: Tensor, x: Tensor) -> None:
+    """`out[:, index] = x` of matrices."""
+    bits = _BITS[x.itemsize]
+    out.view(bits).scatter_(1, index.expand(x.shape[0], -1), x.view(bits))
 
 
 def scaling_tensor(value: float | Tensor, device: torch.device) -> Tensor:

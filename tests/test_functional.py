@@ -1,7 +1,7 @@
 """`smoa_linear`: numbers, gradients, memory, precision and its choices, on the eager backend."""
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,7 +129,7 @@ def test_strided_x_and_weight(layout: Callable[[Tensor], Tensor], algorithm: str
     x = layout(problem.x)
     assert not x.is_contiguous()
     for weight in (problem.weight, problem.weight.T.contiguous().T):
-        strided = dataclasses.replace(problem, x=x, weight=weight, dy=layout(problem.dy))
+        strided = replace(problem, x=x, weight=weight, dy=layout(problem.dy))
         assert_equal_to_reference(strided, algorithm=algorithm)
 
 
@@ -155,7 +155,7 @@ def test_honours_needs_input_grad(wanted: str | None, monkeypatch: pytest.Monkey
     tensors = {name: t.clone().requires_grad_(name == wanted) for name, t in tensors.items()}
     calls = []
     monkeypatch.setattr(eager, "_block_grad", _recording(eager._block_grad, "factors", calls))
-    monkeypatch.setattr(eager, "modulated_weight", _recording(eager.modulated_weight, "weight", calls))
+    monkeypatch.setattr(eager, "_merged", _recording(eager._merged, "weight", calls))
     monkeypatch.setattr(eager, "EXPANDED_MAX_ROWS", {True: 0, False: 0})
     y = smoa_linear(
         tensors["x"], p.weight, tensors["bias"], tensors["A"], tensors["B"], p.partition, p.ranks, scaling=0.7
@@ -327,6 +327,19 @@ def test_the_reference_has_a_second_derivative() -> None:
 def test_the_reference_backend_is_the_reference(shape: dict[str, object], dropout: dict[str, object]) -> None:
     """Its gradients are written out: they are those that autograd makes of the definition."""
     assert_equal_to_reference(make_problem(**shape), backend="reference", **dropout)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3), (8, 8), (4, 9)])
+def test_panels_of_the_merged_form(
+    shape: tuple[int, int], transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W_eff a few rows at a time: panels that divide its rows or columns, and that do not."""
+    monkeypatch.setattr(eager, "MERGED_PANEL", 4)
+    problem = make_problem(out_features=shape[0], in_features=shape[1], ranks=(2, 1), random_labels=True)
+    if transposed:
+        problem = replace(problem, weight=problem.weight.T.contiguous().T)
+    assert_equal_to_reference(problem, algorithm="merged")
 
 
 BAD_INPUTS = [
