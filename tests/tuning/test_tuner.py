@@ -1,0 +1,345 @@
+"""The tuning loop in Triton's interpreter, under a scripted clock: search, resume, crashes, wrong numbers, budget."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from tuning_cases import CPU, FORWARD, PERMUTE, entry, permute_entry, permute_job, scripted
+
+from smoa_kernels.gpus import GPUS
+from smoa_kernels.kernels.heuristic import Key, heuristic
+from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
+from smoa_kernels.tuning import space, tuner
+from smoa_kernels.tuning.entries import Choice, Entry
+from smoa_kernels.tuning.plan import Layer, jobs, keys
+from smoa_kernels.tuning.rules import Record
+from smoa_kernels.tuning.space import algorithm_job, kernel_job, search_space
+from smoa_kernels.tuning.tables import read, user_table
+from smoa_kernels.tuning.tuner import UNFINISHED, DeviceLostError, Run, Tuned, tune
+from smoa_kernels.tuning.workloads import Workload, workload
+
+FIRST, SECOND, THIRD = PERMUTE_CONFIGS
+SPEED = {FIRST: 3.0, SECOND: 1.0, THIRD: 2.0}
+
+
+class Notebook:
+    """What was saved, last state first to last, and what was timed."""
+
+    def __init__(self) -> None:
+        self.saved: list[Entry] = []
+        self.timed: list[Choice] = []
+
+    def known(self) -> dict[Key, Entry]:
+        return {e.key: e for e in self.saved}
+
+    def seconds(self, choice: Choice) -> float:
+        self.timed.append(choice)
+        return SPEED[choice]
+
+    def tune(
+        self, jobs: list[tuner.Job], timer: Callable[[Run], float] | None = None, **options: object
+    ) -> list[Tuned]:
+        return tune(
+            jobs,
+            device=CPU,
+            timer=timer or scripted(self.seconds),
+            known=self.known(),
+            save=self.saved.append,
+            **options,  # type: ignore[arg-type]
+        )
+
+
+def test_the_fastest_wins_and_every_time_is_kept() -> None:
+    notebook = Notebook()
+    (tuned,) = notebook.tune([permute_job()])
+    assert tuned.entry is not None
+    assert tuned.entry.complete
+    assert tuned.entry.best().choice == SECOND  # type: ignore[union-attr]
+    assert {t.choice: t.seconds for t in tuned.entry.trials} == SPEED
+    assert tuned.entry.default == heuristic(PERMUTE, "cpu", 1) == FIRST
+    assert notebook.saved[-1] == tuned.entry
+
+
+def test_every_kernel_and_algorithm_is_checked_and_timed() -> None:
+    """The real operands and the real kernels, in the interpreter: each gives the definition's numbers."""
+    planned = jobs([Layer(70, 90, 17, "bf16", 5, 2)], GPUS["h100"], "cpu")
+    assert {job.key.kernel for job in planned} == {key.kernel for key in keys(Layer(1, 1, 1, blocks=1))}
+    for job in planned:
+        job = replace(job, candidates=job.candidates[:2])
+        (tuned,) = Notebook().tune([job], timer=scripted(lambda choice: 1.0))
+        assert tuned.entry is not None, (job, tuned.problem)
+        assert [t.reason for t in tuned.entry.trials] == [None] * len(job.candidates), job.key
+
+
+def test_a_rerun_repeats_nothing() -> None:
+    notebook = Notebook()
+    notebook.tune([permute_job()])
+    notebook.timed.clear()
+    (tuned,) = notebook.tune([permute_job()])
+    assert notebook.timed == []
+    assert tuned.entry == notebook.saved[-1]
+
+
+def test_a_rerun_after_an_interruption_does_only_what_is_left() -> None:
+    notebook = Notebook()
+
+    def interrupted(run: Run) -> float:
+        if run.choice == SECOND:
+            raise KeyboardInterrupt
+        return scripted(notebook.seconds)(run)
+
+    with pytest.raises(KeyboardInterrupt):
+        notebook.tune([permute_job()], timer=interrupted)
+    kept = notebook.saved[-1]
+    assert [t.choice for t in kept.trials] == [FIRST]  # the one that was interrupted is as if not begun
+    assert not kept.complete
+    notebook.timed.clear()
+    (tuned,) = notebook.tune([permute_job()])
+    assert notebook.timed == [SECOND, THIRD]
+    assert tuned.entry is not None
+    assert tuned.entry.best().choice == SECOND  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"torch": "1.0"},
+        {"triton": "2.0"},
+        {"source": "other"},
+        {"multiprocessors": 7},
+        {"capability": "sm_1"},
+    ],
+    ids=str,
+)
+def test_what_is_stale_is_measured_again(changed: dict[str, object]) -> None:
+    notebook = Notebook()
+    notebook.saved.append(permute_entry(**changed))
+    notebook.tune([permute_job()])
+    assert notebook.timed == list(PERMUTE_CONFIGS)
+
+
+def test_a_wider_space_than_last_time_is_searched() -> None:
+    notebook = Notebook()
+    notebook.saved.append(entry(seconds={FIRST: 3.0}))
+    notebook.tune([permute_job()])
+    assert notebook.timed == [SECOND, THIRD]
+
+
+def test_a_choice_that_fails_is_recorded_and_skipped() -> None:
+    """It does not compile, it crashes when launched, the timer dies: three times the same to the loop."""
+
+    def load(key: Key, device: torch.device) -> Workload:
+        good = workload(key, device)
+
+        def run(choice: Choice) -> list[Tensor]:
+            if choice == FIRST:
+                raise RuntimeError("\n  out of resource: shared memory\nmore")
+            return list(good.run(choice))
+
+        return replace(good, run=run)
+
+    def timer(run: Run) -> float:
+        if run.choice == SECOND:
+            raise ValueError("clock stopped")
+        return 2.0
+
+    (tuned,) = Notebook().tune([permute_job()], timer=timer, operands=load)
+    assert tuned.entry is not None
+    assert tuned.entry.complete
+    assert {t.choice: t.reason for t in tuned.entry.trials} == {
+        FIRST: "RuntimeError: out of resource: shared memory",
+        SECOND: "ValueError: clock stopped",
+        THIRD: None,
+    }
+    assert tuned.entry.best().choice == THIRD  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("spoil", ["scaled", "nan"])
+def test_a_choice_with_wrong_numbers_is_never_timed(spoil: str) -> None:
+    def load(key: Key, device: torch.device) -> Workload:
+        good = workload(key, device)
+
+        def run(choice: Choice) -> list[Tensor]:
+            factor = {"scaled": 1.01, "nan": float("nan")}[spoil] if choice == SECOND else 1.0
+            return [value * factor for value in good.run(choice)]
+
+        return replace(good, run=run)
+
+    notebook = Notebook()
+    (tuned,) = notebook.tune([permute_job()], operands=load)
+    assert notebook.timed == [FIRST, THIRD]
+    assert tuned.entry is not None
+    wrong = tuned.entry.trial(SECOND)
+    assert wrong is not None
+    assert str(wrong.reason).startswith("wrong numbers: relative error")
+    assert tuned.entry.best().choice == THIRD  # type: ignore[union-attr]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+from tuning_cases import CPU, permute_job
+from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
+from smoa_kernels.tuning import lookup
+from smoa_kernels.tuning.tables import read, user_table
+from smoa_kernels.tuning.tuner import tune
+def timer(run):
+    run()
+    if run.choice == PERMUTE_CONFIGS[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+tune([permute_job()], device=CPU, timer=timer, known=read(user_table("cpu")), save=lookup.keep)
+print("done")
+"""
+
+
+def test_a_choice_that_kills_the_process_is_not_tried_twice() -> None:
+    here = Path(__file__).resolve().parent
+    environment = {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", KILLED.format(here=str(here))]
+    runs = [
+        subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=here.parents[1],
+            env=os.environ | environment,
+        )
+        for _ in range(2)
+    ]
+    assert runs[0].returncode == -9
+    assert runs[1].stdout == "done\n", runs[1].stderr
+    found = read(user_table("cpu"))[PERMUTE]
+    assert {t.choice: t.reason for t in found.trials} == {FIRST: None, SECOND: UNFINISHED, THIRD: None}
+    assert found.complete
+
+
+def test_a_lost_gpu_ends_the_run_with_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = Notebook()
+
+    def synchronize() -> None:
+        if len(notebook.timed) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(DeviceLostError, match=r"illegal memory access.*run the same command again"):
+        notebook.tune([permute_job()])
+    assert [t.choice for t in notebook.saved[-1].trials] == [FIRST, SECOND]
+
+
+def test_the_budget_ends_a_run_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = Notebook()
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def seconds(choice: Choice) -> float:
+        clock[0] += 10
+        return notebook.seconds(choice)
+
+    other = permute_job(PERMUTE._replace(tokens=16))
+    first, second = notebook.tune([permute_job(), other], timer=scripted(seconds), deadline=15.0)
+    assert notebook.timed == [FIRST, SECOND]
+    assert first.problem == "no time was left for all candidates"
+    assert first.entry is not None
+    assert not first.entry.complete
+    assert (second.entry, second.problem) == (None, "no time was left")
+
+
+def test_operands_that_do_not_fit_cost_one_job() -> None:
+    def load(key: Key, device: torch.device) -> Workload:
+        if key.tokens == 16:
+            raise torch.OutOfMemoryError("out of memory")
+        return workload(key, device)
+
+    large, small = Notebook().tune([permute_job(PERMUTE._replace(tokens=16)), permute_job()], operands=load)
+    assert large.problem == "OutOfMemoryError: out of memory"
+    assert small.entry is not None
+
+
+def test_progress_sees_the_best_so_far() -> None:
+    seen: list[float | None] = []
+    Notebook().tune([permute_job()], progress=lambda job, e: seen.append(e.best().seconds))  # type: ignore[union-attr]
+    assert seen == [3.0, 1.0, 1.0]
+
+
+def test_algorithms_come_after_the_kernels_they_are_made_of() -> None:
+    kinds = [
+        job.key.kernel in ("forward", "input_gradient")
+        for job in jobs([Layer(70, 90, 17)], GPUS["h100"], "cpu")
+    ]
+    assert kinds == sorted(kinds)
+    assert kinds[-1]
+    assert algorithm_job(FORWARD, "split").candidates == ("split", "merged", "fused")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    "kernel", ["modulated_weight", "permute", "block_matmul", "fused_linear", "block_grad"]
+)
+def test_the_space_is_what_ships_and_one_step_around_it(kernel: str, arch: str) -> None:
+    key = Key(kernel, "bf16", 16)
+    ships = space.shipped(key, arch)
+    found = search_space(kernel, arch, "bf16")
+    assert found[: len(ships)] == ships
+    assert 10 <= len(found) <= 40
+    assert len(set(found)) == len(found)
+
+    def steps(config: object) -> int:
+        return min(sum(vars(config)[name] != value for name, value in vars(other).items()) for other in ships)
+
+    assert {steps(config) for config in found} == {0, 1}
+
+
+def test_what_the_audit_fails_is_pruned_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit in its own processes, replaced by its records: one neighbour spills, the shipped default too."""
+    key = Key("block_grad", "bf16", 16, 2, 256, 256, 512, 128, 128)
+    ships = space.shipped(key, "sm_90")
+    found = search_space("block_grad", "sm_90", "bf16")
+
+    def audit(**asked: object) -> list[tuple[int, Record | None]]:
+        assert asked["archs"] == ["sm_90"]
+        records = [
+            Record(
+                "block_grad",
+                "r16",
+                "copy",
+                vars(config),
+                "sm_90",
+                "bf16",
+                spilled=8 * (config in (found[-1], ships[0])),
+                blocks_per_multiprocessor=1,
+            )
+            for config in found
+        ]
+        return [(len(records), None), *((len(records) - 1 - i, record) for i, record in enumerate(records))]
+
+    monkeypatch.setattr(space, "run_audit", audit)
+    told: list[tuple[int, int]] = []
+    ruled_out = space.broken(
+        ["block_grad"], "sm_90", ["bf16"], progress=lambda done, total: told.append((done, total))
+    )
+    assert told[-1] == (len(found), len(found))
+    job = kernel_job(key, "sm_90", 132, ruled_out=ruled_out)
+    assert (found[-1], "r16: spills 8 bytes") in job.pruned
+    assert found[-1] not in job.candidates
+    assert job.candidates[0] == job.default == ships[0]  # what runs anyway is timed anyway
+
+
+def test_a_tile_that_does_not_divide_the_layout_is_pruned() -> None:
+    narrow = Key("block_grad", "bf16", 4, 8, 320, 320, 512, 64, 64)
+    job = kernel_job(narrow, "sm_90", 132, ruled_out={})
+    assert all(config.block_n <= 64 and config.block_c <= 64 for config in job.candidates)  # type: ignore[union-attr]
+    assert {reason for _, reason in job.pruned} == {"does not divide the padded layout"}
+
+
+def test_the_shipped_space_needs_no_audit() -> None:
+    assert kernel_job(PERMUTE, "cpu", 1).candidates == PERMUTE_CONFIGS
