@@ -56,10 +56,10 @@ ALGORITHMS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused
 BLOCK_PADDING = 128  # the padded block-major layout rounds each block up to a multiple of the widest tile,
 NARROW_PADDING = 64  # or of this where no block is larger
 FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
-# above these ρ the one-kernel form cuts the rank into chunks and its loads no longer run ahead
+# above these ρ the one-kernel form cuts the rank into chunks and reads W0 for each of them
 FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
-FUSED_TOKEN_TILE = 64  # the one-kernel form recomputes B·A once per tile of so many tokens
+FUSED_TOKEN_TILE = 32  # the one-kernel form recomputes B·A once per tile of so many tokens
 PARTIAL_RANKS = 16  # rows of block_grad's partials are padded to so many ranks
 GRAD_TILE = 128  # block_grad writes one rank-sized partial per tile of so many rows or columns
 
@@ -373,14 +373,15 @@ def _split(c: _Count) -> None:
 
 
 def _fused(c: _Count) -> None:
-    """Base and adapter in one kernel: two accumulations, B·A recomputed for each tile of tokens."""
+    """Base and adapter in one kernel: two accumulations for each chunk of ranks, B·A anew for each tile of tokens."""
     p = c.p
-    tiles = math.ceil(p.tokens / FUSED_TOKEN_TILE)
-    flops = 2 * p.unit_flops + 2 * c.w * p.max_rank * tiles
-    c.add("fused linear", flops, c.x + c.w + c.factors + c.y, efficiency=FUSED_EFFICIENCY)
+    tiles, chunks = math.ceil(p.tokens / FUSED_TOKEN_TILE), math.ceil(p.max_rank / FUSED_MAX_RANK)
+    flops = 2 * p.unit_flops * chunks + 2 * c.w * p.max_rank * tiles
+    reads = chunks * (c.x + c.w) + c.factors
+    c.add("fused linear", flops, reads + c.y, efficiency=FUSED_EFFICIENCY)
     c.stage = "backward"
     c.factor_gradients()
-    c.add("fused dX", flops, c.x + c.w + c.factors + c.y, efficiency=FUSED_EFFICIENCY)
+    c.add("fused dX", flops, chunks * (c.y + c.w) + c.factors + c.x, efficiency=FUSED_EFFICIENCY)
 
 
 def _expanded(c: _Count) -> None:

@@ -176,7 +176,7 @@ def test_limit_is_where_the_predictions_cross():
         (torch.float32, True, 16),
     ],
 )
-def test_fused_only_where_its_loop_is_pipelined(dtype, ieee, most):
+def test_fused_only_where_it_reads_the_weight_once(dtype, ieee, most):
     fits, too_large = (Problem(1, 4096, 4096, 1, rank, dtype) for rank in (most, most + 1))
     assert choose_algorithm(fits, H100, ieee) == "fused"
     assert choose_algorithm(too_large, H100, ieee) != "fused"
