@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 
 import torch
 
-__all__ = ["GPUS", "Gpu", "match_gpu"]
+__all__ = ["GPUS", "Gpu", "device_gpu", "match_gpu"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,16 @@ def match_gpu(
         memory_tbps=stand_in.memory_tbps * share,
         multiprocessors=multiprocessors,
     )
+
+
+@cache
+def device_gpu(device: torch.device) -> Gpu:
+    """The published GPU that stands for a device; an H100 for Triton's interpreter."""
+    if device.type != "cuda":
+        return GPUS["h100"]
+    properties = torch.cuda.get_device_properties(device)
+    capability = None if torch.version.hip else (properties.major, properties.minor)
+    return match_gpu(properties.name, capability, properties.multi_processor_count)
 
 
 def _nearest(capability: tuple[int, int] | None) -> Gpu:

@@ -11,15 +11,13 @@ every dtype (a rounded W_eff is a second-order error there), split under dropout
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cost import Problem, choose_algorithm
 from .dropout import Dropout
-from .gpus import Gpu, match_gpu
+from .gpus import device_gpu
 from .kernels._common import padded_width
 from .kernels.block_grad import block_grad
 from .kernels.block_matmul import block_matmul
@@ -33,14 +31,17 @@ from .partition import BlockPartition
 from .precision import gemm_is_ieee
 from .tuning import lookup
 
-__all__ = ["ALGORITHMS", "backward", "forward", "input_gradient", "modulated_weight", "padding_multiple"]
+__all__ = [
+    "ALGORITHMS",
+    "admissible",
+    "backward",
+    "forward",
+    "input_gradient",
+    "modulated_weight",
+    "padding_multiple",
+]
 
 ALGORITHMS = ("merged", "split", "fused")
-
-# What may be chosen for speed. A W_eff rounded to half, or multiplied in TF32, loses a small update in the forward;
-# in dX that is a second-order error.
-_FORWARD = ("split", "fused")
-_INPUT_GRADIENT = ("merged", "fused")
 
 lookup.install()
 
@@ -127,26 +128,31 @@ def padding_multiple(sizes: tuple[int, ...]) -> int:
     return _WIDE if max(sizes) > _NARROW else _NARROW
 
 
+def admissible(stage: str, dtype: str) -> tuple[str, ...]:
+    """What may be chosen for speed.
+
+    A W_eff rounded to half, or multiplied in TF32, loses a small update in the forward; in dX that is a second-order
+    error.
+
+    Args:
+        stage: "forward" or "input_gradient".
+        dtype: that the GEMM multiplies, one of `heuristic.DTYPES`.
+    """
+    if stage == "input_gradient":
+        return ("merged", "fused")
+    return ALGORITHMS if dtype == "fp32" else ("split", "fused")
+
+
 def _choose(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
     """What "auto" means without dropout, for "forward" or "input_gradient": as measured, else as predicted."""
     out_features, in_features = adapter.weight.shape
     tokens, rank, num_blocks = x.shape[0], adapter.A.shape[0], adapter.partition.num_blocks
     ieee = x.dtype == torch.float32 and not allow_tf32
-    allowed = _INPUT_GRADIENT if stage == "input_gradient" else ALGORITHMS if ieee else _FORWARD
     dtype = name_of(x.dtype, "ieee" if ieee else "tf32")
     key = Key(stage, dtype, rank, num_blocks, out_features, in_features, bucket(tokens))
-    measured = lookup.tuned_algorithm(key, x.device, allowed)
+    measured = lookup.tuned_algorithm(key, x.device, admissible(stage, dtype))
     if measured is not None:
         return measured
     problem = Problem(tokens, out_features, in_features, num_blocks, rank * num_blocks, x.dtype)
     # dX is merged in every dtype, so its alternative to fused is predicted as IEEE float32's.
-    return choose_algorithm(problem, _gpu(x.device), ieee or stage == "input_gradient")
-
-
-@functools.cache
-def _gpu(device: torch.device) -> Gpu:
-    if device.type != "cuda":  # Triton's interpreter
-        return match_gpu("h100", (9, 0))
-    properties = torch.cuda.get_device_properties(device)
-    capability = None if torch.version.hip else (properties.major, properties.minor)
-    return match_gpu(properties.name, capability, properties.multi_processor_count)
+    return choose_algorithm(problem, device_gpu(x.device), ieee or stage == "input_gradient")

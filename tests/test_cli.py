@@ -98,7 +98,7 @@ def json_failure(capsys, arguments: list[str]) -> str:
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("info", "roofline", "audit", "inspect"):
+    for command in ("info", "roofline", "audit", "inspect", "tune"):
         assert command in out
 
 

@@ -10,12 +10,13 @@ from .audit import audit
 from .info import info
 from .inspect import inspect
 from .roofline import roofline
+from .tune import tune
 
 __all__ = ["run"]
 
 app = typer.Typer(
     name="smoa-kernels",
-    help="Kernels for SMoA: what they would cost, what they compile to, where they run; adapters, what they hold.",
+    help="Kernels for SMoA: what they would cost, what they compile to, where they run, how to tune them; adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,6 +25,7 @@ app.command()(info)
 app.command()(roofline)
 app.command()(audit)
 app.command()(inspect)
+app.command()(tune)
 
 
 def run(arguments: list[str]) -> int:

@@ -11,42 +11,49 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from .._version import __version__
+from ..backends import triton_obstacle
 from ..tuning.audit import cache_folder
 from .output import console, write_json
 
 __all__ = ["backends", "info"]
 
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "typer", "rich")
-_VARIABLES = ("SMOA_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_OURS = ("SMOA_AUTOTUNE", "SMOA_CACHE")
+_VARIABLES = (
+    "SMOA_",
+    "TRITON_",
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+    "XDG_CACHE_HOME",
+)
 
 
 def backends() -> dict[str, str | None]:
     """Backend to the reason why it does not work here, None where it does."""
-    return {"eager": None, "triton": _why_not_triton()}
+    return {"eager": None, "reference": None, "triton": _why_not_triton()}
 
 
 def _why_not_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return triton_obstacle(torch.device("cuda", torch.cuda.current_device()))
+    obstacle = triton_obstacle(torch.device("cpu"))
+    if obstacle is not None and obstacle.startswith("x is on the CPU"):
         return "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} has a compute capability below 8.0"
-    return None
+    return obstacle
 
 
 def info(json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None) -> None:
-    """Versions, devices, and which backends work here."""
+    """What a bug report needs: versions, devices, backends, tuning tables, folders, environment."""
     found = _collect()
     table = Table(show_header=False)
     for section, entries in found.items():
         for name, value in entries.items():
-            table.add_row(section, name, value)
+            table.add_row(section, escape(name), escape(value))
     console().print(table)
     if json is not None:
         write_json(json, found)
@@ -62,9 +69,20 @@ def _collect() -> dict[str, dict[str, str]]:
         },
         "devices": _devices(),
         "backends": {name: f"no: {why}" if why else "works" for name, why in backends().items()},
+        "tuning tables": _tables(),
         "folders": {"cache": str(cache_folder())},
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "environment": dict.fromkeys(_OURS, "not set")
+        | {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }
+
+
+def _tables() -> dict[str, str]:
+    if importlib.util.find_spec("triton") is None:
+        return {"none": "triton is not installed"}
+    from ..tuning.status import table_states  # imports Triton
+
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return table_states(devices) or {"none": "no GPU here, and no table on disk"}
 
 
 def _version(package: str) -> str:

@@ -17,15 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..gpus import match_gpu
 from ..kernels.heuristic import Key
-from ..kernels.launch import architecture, multiprocessors
-from .entries import ALGORITHM_KEYS, Entry
+from .entries import Entry
 from .identity import identity, staleness
 from .lookup import keep
-from .plan import predicted
-from .space import algorithm_job, kernel_job
-from .tuner import Job, Timer, gpu_timer, tune_job
+from .plan import Target, job
+from .tuner import Timer, gpu_timer, tune_job
 
 __all__ = ["measured"]
 
@@ -72,7 +69,8 @@ def _published(store: Any, name: str, key: Key, device: torch.device) -> Entry |
 
 def _measure(key: Key, device: torch.device) -> Entry | None:
     try:
-        entry = tune_job(_job(key, device), device=device, timer=timer, deadline=time.monotonic() + SECONDS)
+        deadline = time.monotonic() + SECONDS
+        entry = tune_job(job(key, Target.of(device)), device=device, timer=timer, deadline=deadline)
     except RuntimeError as error:
         warnings.warn(f"SMOA_AUTOTUNE: {key.kernel} keeps its default: {error}", stacklevel=2)
         return None
@@ -83,12 +81,3 @@ def _measure(key: Key, device: torch.device) -> Entry | None:
     except OSError as error:
         warnings.warn(f"SMOA_AUTOTUNE: what was found is not kept: {error}", stacklevel=2)
     return entry
-
-
-def _job(key: Key, device: torch.device) -> Job:
-    arch, processors = architecture(device), multiprocessors(device)
-    if key.kernel not in ALGORITHM_KEYS:
-        return kernel_job(key, arch, processors)
-    capability = torch.cuda.get_device_capability(device) if arch.startswith("sm_") else None
-    gpu = match_gpu(identity(device, key.kernel).gpu, capability, processors)
-    return algorithm_job(key, predicted(key, gpu))

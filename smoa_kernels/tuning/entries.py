@@ -10,10 +10,13 @@ from ..kernels.heuristic import CONFIGS, DTYPES, Key, fits
 from ..kernels.launch import Config
 from .identity import Identity
 
-__all__ = ["ALGORITHM_KEYS", "Choice", "Entry", "Trial", "merged"]
+__all__ = ["ALGORITHM_KEYS", "INTERRUPTED", "UNFINISHED", "Choice", "Entry", "Trial", "merged"]
 
 Choice: TypeAlias = Config | str
 """Launch parameters of a kernel, or the name of an algorithm."""
+
+INTERRUPTED = "interrupted"
+UNFINISHED = "did not finish: the process ended while it ran"
 
 ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
     "forward": ("merged", "split", "fused"),
@@ -35,6 +38,11 @@ class Trial:
     choice: Choice
     seconds: float | None = None
     reason: str | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether it need not be tried again."""
+        return self.reason != INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -61,17 +69,13 @@ class Entry:
         return min(timed, key=lambda trial: trial.seconds or 0.0, default=None)
 
     def trial(self, choice: Choice) -> Trial | None:
-        """What became of a choice; None where it was not tried."""
-        return next((trial for trial in self.trials if trial.choice == choice), None)
+        """What became of a choice; None where it is still to be tried."""
+        return next((t for t in self.trials if t.choice == choice and t.settled), None)
 
     def with_trial(self, trial: Trial) -> Entry:
         """The entry with one more trial, in the place of an earlier one of the same choice."""
         others = tuple(t for t in self.trials if t.choice != trial.choice)
         return replace(self, trials=(*others, trial))
-
-    def without(self, choice: Choice) -> Entry:
-        """The entry as if a choice had not been tried."""
-        return replace(self, trials=tuple(t for t in self.trials if t.choice != choice))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` is its inverse."""

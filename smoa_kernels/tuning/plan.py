@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..cost import Problem, choose_algorithm
-from ..gpus import Gpu
+from ..gpus import Gpu, device_gpu
 from ..kernels._common import padded_width
 from ..kernels.heuristic import CONFIGS, DTYPES, Key, bucket
-from ..kernels.launch import Config
+from ..kernels.launch import Config, architecture, multiprocessors
 from ..triton_backend import padding_multiple
 from .entries import ALGORITHM_KEYS
 from .limits import ARCHITECTURES
 from .space import algorithm_job, kernel_job
 from .tuner import Job
 
-__all__ = ["KERNELS", "Layer", "jobs", "keys", "predicted", "stand_in"]
+__all__ = ["KERNELS", "Layer", "Target", "job", "jobs", "keys"]
 
 KERNELS = (*CONFIGS, *ALGORITHM_KEYS)
 """What can be tuned, algorithms last: they are timed with the launch parameters that won."""
@@ -87,36 +89,65 @@ def keys(layer: Layer) -> Iterator[Key]:
     yield Key("input_gradient", *common, n, c, t)
 
 
+@dataclass(frozen=True)
+class Target:
+    """What is tuned for.
+
+    Attributes:
+        gpu: for the cost model.
+        arch: as the compiler spells it.
+        multiprocessors: of the device, of which `gpu` may be only the nearest published one.
+    """
+
+    gpu: Gpu
+    arch: str
+    multiprocessors: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target:
+        """A device that is here."""
+        return cls(device_gpu(device), architecture(device), multiprocessors(device))
+
+    @classmethod
+    def published(cls, gpu: Gpu) -> Target:
+        """A GPU that is not here."""
+        return cls(gpu, gpu.arch, gpu.multiprocessors)
+
+    @property
+    def audited(self) -> str:
+        """The audited architecture that stands for its own."""
+        return self.arch if self.arch in ARCHITECTURES else self.gpu.arch
+
+
+RuledOut = Mapping[tuple[str, str, Config], str]
+"""From `space.broken`."""
+
+
 def jobs(
     layers: Sequence[Layer],
-    gpu: Gpu,
-    arch: str,
+    target: Target,
     *,
     kernels: Sequence[str] = KERNELS,
-    ruled_out: Mapping[tuple[str, str, Config], str] | None = None,
+    ruled_out: RuledOut | None = None,
 ) -> list[Job]:
     """One job a distinct key, kernels before algorithms.
 
     Args:
         layers: from whose keys to take.
-        gpu: for the cost model and its number of multiprocessors.
-        arch: of the device.
+        target: what to tune for.
         kernels: some of `KERNELS`.
-        ruled_out: from `space.broken`; None tries the shipped configurations only.
+        ruled_out: what not to time; None tries the shipped configurations only.
     """
     wanted = dict.fromkeys(key for layer in layers for key in keys(layer) if key.kernel in kernels)
     ordered = sorted(wanted, key=lambda key: key.kernel in ALGORITHM_KEYS)
-    return [
-        algorithm_job(key, predicted(key, gpu))
-        if key.kernel in ALGORITHM_KEYS
-        else kernel_job(key, arch, gpu.multiprocessors, ruled_out=ruled_out, stand_in=stand_in(arch, gpu))
-        for key in ordered
-    ]
+    return [job(key, target, ruled_out) for key in ordered]
 
 
-def stand_in(arch: str, gpu: Gpu) -> str:
-    """The audited architecture that stands for a device's own."""
-    return arch if arch in ARCHITECTURES else gpu.arch
+def job(key: Key, target: Target, ruled_out: RuledOut | None = None) -> Job:
+    """What to try for one key; arguments as :func:`jobs`."""
+    if key.kernel in ALGORITHM_KEYS:
+        return algorithm_job(key, _predicted(key, target.gpu))
+    return kernel_job(key, target.arch, target.multiprocessors, ruled_out=ruled_out, stand_in=target.audited)
 
 
 def _padded(features: int, blocks: int) -> int:
@@ -125,7 +156,7 @@ def _padded(features: int, blocks: int) -> int:
     return padded_width(sizes, padding_multiple(sizes))
 
 
-def predicted(key: Key, gpu: Gpu) -> str:
+def _predicted(key: Key, gpu: Gpu) -> str:
     """What the cost model would run."""
     ieee = key.dtype == "fp32" or key.kernel == "input_gradient"
     problem = Problem(

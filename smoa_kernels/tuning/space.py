@@ -6,7 +6,7 @@ or loads narrowly is known before anything is timed: the audit compiles it for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -91,31 +91,35 @@ SEARCH: tuple[KernelSpec, ...] = tuple(
 
 
 def broken(
-    kernels: Sequence[str],
+    pairs: Collection[tuple[str, str]],
     arch: str,
-    dtypes: Sequence[str],
     *,
-    jobs: int | None = None,
+    processes: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[tuple[str, str, Config], str]:
     """(kernel, dtype, configuration) to the first audit rule that it breaks in any of the kernel's forms.
 
     Args:
-        kernels: names from `heuristic.CONFIGS`.
+        pairs: (kernel, dtype), names from `heuristic.CONFIGS` and `heuristic.DTYPES`.
         arch: an audited architecture.
-        dtypes: names from `heuristic.DTYPES`.
-        jobs: processes that compile; one per core where None.
-        progress: called with how many compilations are done, and how many there are.
+        processes: that compile; one per core where None.
+        progress: called with how many compilations are done, and how many are known of.
     """
     found: dict[tuple[str, str, Config], str] = {}
-    total = 0
-    registry = f"{__name__}:SEARCH"
-    for left, record in run_audit(archs=[arch], kernels=kernels, dtypes=dtypes, jobs=jobs, registry=registry):
-        if record is None:
-            total = left
-        elif rules := broken_rules(record):
-            found.setdefault((record.kernel, record.dtype, _config(record)), f"{record.variant}: {rules[0]}")
-        progress(total - left if record else 0, total)
+    done = total = 0
+    for dtype in sorted({dtype for _, dtype in pairs}):
+        kernels = sorted(kernel for kernel, other in pairs if other == dtype)
+        audit = run_audit(
+            archs=[arch], kernels=kernels, dtypes=[dtype], jobs=processes, registry=f"{__name__}:SEARCH"
+        )
+        for left, record in audit:
+            if record is None:
+                total += left
+                continue
+            done += 1
+            progress(done, total)
+            if rules := broken_rules(record):
+                found.setdefault((record.kernel, dtype, _config(record)), f"{record.variant}: {rules[0]}")
     return found
 
 

@@ -15,13 +15,11 @@ from typing import Any, Protocol
 import torch
 
 from ..kernels.heuristic import Key
-from .entries import Choice, Entry, Trial
+from .entries import INTERRUPTED, UNFINISHED, Choice, Entry, Trial
 from .identity import identity, staleness
 from .workloads import Workload, workload
 
 __all__ = ["DeviceLostError", "Job", "Progress", "Run", "Timer", "Tuned", "gpu_timer", "tune", "tune_job"]
-
-UNFINISHED = "did not finish: the process ended while it ran"
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def _tune_one(
         try:
             entry = entry.with_trial(_try(choice, load, timer))
         except BaseException:
-            save(entry)
+            save(entry.with_trial(Trial(choice, reason=INTERRUPTED)))
             raise
         save(entry)
         progress(job, entry)

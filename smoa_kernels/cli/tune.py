@@ -1,0 +1,63 @@
+"""`smoa-kernels tune`: its options. What they do is in `tuning.py`, which imports Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..gpus import GPUS
+from ..tuning.models import MODELS
+
+__all__ = ["tune"]
+
+
+def tune(
+    model: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(MODELS)}.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="OUTxIN features of a layer, repeatable.")] = None,
+    from_model: Annotated[
+        Path | None, typer.Option(help="Shapes of a model on disk: its config.json or folder.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens in a batch, repeatable; 256, 2048 and 8192 if absent.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Repeatable: bf16, fp16, tf32, fp32; bf16 if absent.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank budget of all blocks together, r.")] = 16,
+    blocks: Annotated[int, typer.Option(help="Spectral blocks, K.")] = 4,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; every kernel, and the algorithms, if absent.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0.0, help="Minutes; a rerun goes on where the time ran out.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be timed, what not and why. Needs no GPU.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(help=f"With --dry-run: {', '.join(GPUS)}.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; one per core.")] = None,
+) -> None:
+    """Measure what is fastest on this GPU, check its numbers, and keep the winners in your table."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("triton is not installed: there are no kernels to tune")
+    from .tuning import Request, dry, measure
+
+    request = Request.parse(
+        models=model or [],
+        shapes=shape or [],
+        from_model=from_model,
+        tokens=tokens or [256, 2048, 8192],
+        dtypes=dtype or ["bf16"],
+        rank=rank,
+        blocks=blocks,
+        kernels=kernel or [],
+    )
+    if dry_run:
+        dry(request, gpu, jobs)
+    elif gpu is not None:
+        raise ValueError("--gpu names a GPU that is not here, so it goes with --dry-run only")
+    else:
+        measure(request, budget, jobs)

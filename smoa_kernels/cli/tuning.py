@@ -1,0 +1,198 @@
+"""What `smoa-kernels tune` does: check the request, prune, measure under a bar, report what won."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..backends import triton_obstacle
+from ..gpus import GPUS
+from ..kernels.heuristic import CONFIGS, DTYPES
+from ..tuning import lookup
+from ..tuning.entries import Entry
+from ..tuning.identity import identity, staleness
+from ..tuning.models import MODELS, read_config
+from ..tuning.plan import KERNELS, Layer, Target, jobs
+from ..tuning.space import broken
+from ..tuning.tables import read, user_table
+from ..tuning.tuner import DeviceLostError, Job, Timer, Tuned, gpu_timer, tune
+from .output import console
+from .roofline import parse_shape
+from .tuning_tables import failures, plan_table, problem_words, result_table, so_far
+
+__all__ = ["Request", "dry", "measure"]
+
+timer: Timer = gpu_timer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    layers: tuple[Layer, ...]
+    kernels: tuple[str, ...]
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        models: Sequence[str],
+        shapes: Sequence[str],
+        from_model: Path | None,
+        tokens: Sequence[int],
+        dtypes: Sequence[str],
+        rank: int,
+        blocks: int,
+        kernels: Sequence[str],
+    ) -> Request:
+        """Check and combine; llama-3-8b where no layer is named.
+
+        Raises:
+            ValueError: naming the option, what was given and what is allowed.
+        """
+        _check("--model", models, MODELS)
+        _check("--dtype", dtypes, DTYPES)
+        _check("--kernel", kernels, KERNELS)
+        decoders = [MODELS[name] for name in models]
+        if from_model is not None:
+            decoders.append(read_config(from_model))
+        if not decoders and not shapes:
+            decoders = [MODELS["llama-3-8b"]]
+        sizes = [size for decoder in decoders for size in decoder.shapes] + [
+            parse_shape(text) for text in shapes
+        ]
+        layers = tuple(
+            Layer(n, c, t, dtype, rank, blocks)
+            for n, c in dict.fromkeys(sizes)
+            for t in tokens
+            for dtype in dtypes
+        )
+        return cls(layers, tuple(kernels) or KERNELS)
+
+
+def _check(option: str, given: Sequence[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{option} must be one of {', '.join(known)}, got {name!r}")
+
+
+def device_here() -> torch.device | None:
+    """The GPU that is tuned: the current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def dry(request: Request, gpu: str | None, processes: int | None) -> None:
+    """Print what would be timed on a published GPU, or the one that is here."""
+    device = device_here()
+    if gpu is not None and gpu not in GPUS:
+        raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
+    if gpu is not None:
+        target = Target.published(GPUS[gpu])
+    elif device is not None:
+        target = Target.of(device)
+    else:
+        raise ValueError(f"--dry-run without a GPU here needs --gpu: one of {', '.join(GPUS)}")
+    planned = _plan(request, target, processes)
+    out = console()
+    for job in planned:
+        out.print(plan_table(job))
+    timed, pruned = sum(len(job.candidates) for job in planned), sum(len(job.pruned) for job in planned)
+    where = f"{len(planned)} problems on {target.gpu.name} ({target.arch})"
+    out.print(
+        f"{timed} would be timed for {where}, {pruned} are pruned. Nothing was measured.", highlight=False
+    )
+
+
+def measure(request: Request, budget: float | None, processes: int | None) -> None:
+    """Tune on the GPU that is here; exits 130 when interrupted, with what was found kept."""
+    deadline = None if budget is None else time.monotonic() + 60 * budget
+    device = device_here()
+    if device is None:
+        raise ValueError(
+            "there is no CUDA or ROCm GPU here to tune; add --dry-run --gpu h100 to list what would be timed there"
+        )
+    if (obstacle := triton_obstacle(device)) is not None:
+        raise ValueError(f"the kernels cannot run here: {obstacle}")
+    planned = _plan(request, Target.of(device), processes)
+    table = user_table(identity(device, "forward").gpu)
+    problems: list[Tuned] = []
+    code, stopped = 0, ""
+    with _bar("tuning") as bar:
+        task = bar.add_task("", total=sum(len(job.candidates) for job in planned))
+
+        def progress(job: Job, entry: Entry) -> None:
+            bar.update(task, advance=1, description=so_far(entry))
+
+        try:
+            done = tune(
+                planned,
+                device=device,
+                timer=timer,
+                known=read(table),
+                save=lookup.keep,
+                deadline=deadline,
+                progress=progress,
+            )
+            problems = [tuned for tuned in done if tuned.problem]
+        except KeyboardInterrupt:
+            code, stopped = 130, "Interrupted: what was found is kept, the same command goes on from here."
+        except DeviceLostError as error:
+            code, stopped = 1, str(error)
+    out = console()
+    found = {
+        key: entry
+        for key, entry in read(table).items()
+        if not staleness(entry.identity, identity(device, key.kernel))
+    }
+    out.print(result_table(planned, found))
+    for line in failures(planned, found):
+        out.print(line, highlight=False, markup=False)
+    for tuned in problems:
+        out.print(f"not done: {problem_words(tuned.job.key)}: {tuned.problem}", highlight=False, markup=False)
+    out.print(f"Kept in {table}", highlight=False, soft_wrap=True)
+    if stopped:
+        out.print(stopped, highlight=False, markup=False)
+    elif problems:
+        out.print("The same command goes on with what is not done.")
+    if code:
+        raise typer.Exit(code)
+
+
+def _plan(request: Request, target: Target, processes: int | None) -> list[Job]:
+    """The jobs, what compiles badly pruned."""
+    if target.arch.startswith("gfx") and any(layer.dtype == "tf32" for layer in request.layers):
+        raise ValueError(
+            "--dtype tf32 is never asked for on AMD, which multiplies float32 in IEEE: give fp32"
+        )
+    pairs = {(j.key.kernel, j.key.dtype) for j in jobs(request.layers, target, kernels=request.kernels)}
+    with _bar("compiling") as bar:
+        task = bar.add_task("", total=None)
+        ruled_out = broken(
+            {pair for pair in pairs if pair[0] in CONFIGS},
+            target.audited,
+            processes=processes,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return jobs(request.layers, target, kernels=request.kernels, ruled_out=ruled_out)
+
+
+@contextmanager
+def _bar(doing: str) -> Iterator[Progress]:
+    errors = Console(stderr=True)
+    columns = (
+        TextColumn(doing),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        yield bar

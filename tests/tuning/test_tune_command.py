@@ -1,0 +1,257 @@
+"""`smoa-kernels tune` and what `info` says of tables: the whole way in the interpreter, under a scripted clock."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tuning_cases import CPU, GRAD, PERMUTE, entry, permute_entry, scripted
+
+from smoa_kernels.cli import info, main, tuning
+from smoa_kernels.kernels import selection
+from smoa_kernels.kernels.heuristic import Key
+from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
+from smoa_kernels.tuning import status
+from smoa_kernels.tuning.entries import Choice
+from smoa_kernels.tuning.models import MODELS, Decoder, read_config
+from smoa_kernels.tuning.tables import read, update, user_table
+from smoa_kernels.tuning.tuner import Run
+
+# One kernel and both algorithms of one small layer: three problems.
+SMALL = ["--shape", "70x90", "--tokens", "17", "--dtype", "bf16", "--rank", "5", "--blocks", "2"]
+KERNELS = ["--kernel", "modulated_weight", "--kernel", "forward", "--kernel", "input_gradient"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["tune", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_without_a_gpu_it_says_so_and_offers_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert "no CUDA or ROCm GPU here to tune; add --dry-run --gpu h100" in fails(capsys)
+    assert "--dry-run without a GPU here needs --gpu: one of h100" in fails(capsys, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "llama-9"], "--model must be one of llama-3-8b"),
+        (["--shape", "4096"], "--shape must be OUTxIN"),
+        (["--shape", "0x64"], "out_features must be at least 1, got 0"),
+        (["--dtype", "int8"], "--dtype must be one of bf16"),
+        (["--kernel", "gemm"], "--kernel must be one of modulated_weight"),
+        (["--tokens", "0"], "tokens must be at least 1, got 0"),
+        (["--rank", "0"], "rank must be at least 1, got 0"),
+        (["--shape", "64x8", "--blocks", "9"], "blocks must be at most 8"),
+        (["--gpu", "h100"], "goes with --dry-run only"),
+        (["--dry-run", "--gpu", "h1000"], "--gpu must be one of h100"),
+        (["--dry-run", "--gpu", "mi300x", "--dtype", "tf32"], "--dtype tf32 is never asked for on AMD"),
+        (["--from-model", "/nowhere"], "--from-model must be a config.json or its folder, got /nowhere"),
+        (["--budget", "-1"], "--budget"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in fails(capsys, *arguments)
+
+
+def test_a_dry_run_lists_what_is_timed_and_what_is_pruned_and_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    asked: list[object] = []
+
+    def broken(
+        pairs: set[tuple[str, str]], arch: str, **options: object
+    ) -> dict[tuple[str, str, object], str]:
+        asked.append((pairs, arch))
+        return {("permute", "bf16", replace(PERMUTE_CONFIGS[0], num_warps=4)): "gather: spills 8 bytes"}
+
+    monkeypatch.setattr(tuning, "broken", broken)
+    arguments = ["--shape", "4096x4096", "--tokens", "3000", "--kernel", "permute", "--kernel", "forward"]
+    assert main(["tune", "--dry-run", "--gpu", "a100", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert asked == [({("permute", "bf16")}, "sm_80")]  # an algorithm needs no compiler
+    assert "permute 4096 columns T≤4096 K=4 bf16" in out
+    assert "t=64 p=128 warps=2 stages=1" in out
+    assert out.count("runs without a table") == 2
+    assert "pruned: gather: spills 8 bytes" in out
+    assert "for 2 problems on a100 (sm_80), 1 are pruned. Nothing was measured." in out
+    assert not cache.exists()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Run], float]], None]:
+    """The interpreter in the place of a GPU, with a given timer."""
+
+    def prepare(timer: Callable[[Run], float]) -> None:
+        monkeypatch.setattr(tuning, "device_here", lambda: CPU)
+        monkeypatch.setattr(tuning, "broken", lambda pairs, arch, **options: {})
+        monkeypatch.setattr(tuning, "timer", timer)
+
+    return prepare
+
+
+def script(choice: Choice) -> float:
+    """Seconds: the last of the algorithms wins, and of the configurations the narrowest."""
+    return (
+        {"merged": 3e-6, "split": 2e-6, "fused": 1e-6}[choice]
+        if isinstance(choice, str)
+        else choice.block_n * 1e-6
+    )  # type: ignore[union-attr]
+
+
+def test_tuning_ends_with_heuristic_against_tuned_and_is_in_force(
+    gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed: list[Choice] = []
+
+    def seconds(choice: Choice) -> float:
+        timed.append(choice)
+        return script(choice)
+
+    gpu(scripted(seconds))
+    assert main(["tune", *SMALL, *KERNELS]) == 0
+    out = capsys.readouterr().out
+    (weight,) = (line for line in out.splitlines() if "modulated_weight 70x90" in line)
+    assert "n=16 c=" in weight
+    assert "64.0" in weight
+    assert "16.0" in weight
+    assert "0.25" in weight
+    (forward,) = (line for line in out.splitlines() if "forward 70x90 T≤32" in line)
+    assert "fused" in forward
+    assert f"Kept in {user_table('cpu')}" in out
+    config = selection.select(
+        "modulated_weight", CPU, torch.bfloat16, rank=3, blocks=2, out_features=70, in_features=90
+    )
+    assert config.block_n == 16
+    timed.clear()
+    assert main(["tune", *SMALL, *KERNELS]) == 0
+    assert timed == []
+    assert "0.25" in capsys.readouterr().out
+
+
+def test_the_table_shows_no_winner_that_breaks_the_numbers(
+    gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu(scripted(lambda choice: {"merged": 1e-6, "split": 2e-6, "fused": 3e-6}[choice]))  # type: ignore[index]
+    assert main(["tune", *SMALL, "--kernel", "forward"]) == 0
+    (forward,) = (line for line in capsys.readouterr().out.splitlines() if "forward 70x90" in line)
+    assert "split" in forward
+
+
+def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
+    gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(run: Run) -> float:
+        if run.choice == "split":
+            raise KeyboardInterrupt
+        return scripted(script)(run)
+
+    gpu(interrupted)
+    assert main(["tune", *SMALL, *KERNELS]) == 130
+    out = capsys.readouterr().out
+    assert "modulated_weight 70x90" in out
+    assert "Interrupted: what was found is kept" in out
+    timed: list[Choice] = []
+
+    def seconds(choice: Choice) -> float:
+        timed.append(choice)
+        return script(choice)
+
+    gpu(scripted(seconds))
+    assert main(["tune", *SMALL, *KERNELS]) == 0
+    assert timed == ["split", "fused", "merged"]
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_failures_and_a_spent_budget_are_told(
+    gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def timer(run: Run) -> float:
+        if run.choice == "fused":
+            raise RuntimeError("[out of] resources")
+        return script(run.choice)
+
+    gpu(timer)
+    assert main(["tune", *SMALL, "--kernel", "forward"]) == 0
+    out = capsys.readouterr().out
+    assert "failed: forward 70x90 T≤32 ρ=3 K=2 bf16 at fused: RuntimeError: [out of] resources" in out
+    assert main(["tune", *SMALL, "--kernel", "input_gradient", "--budget", "0"]) == 0
+    assert "not done: input_gradient 70x90 T≤32 ρ=3 K=2 bf16: no time was left" in capsys.readouterr().out
+
+
+def test_shapes_of_public_models() -> None:
+    assert MODELS["llama-3-8b"].shapes == ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+    assert MODELS["gemma-2-9b"].shapes == (
+        (4096, 3584),
+        (2048, 3584),
+        (3584, 4096),
+        (14336, 3584),
+        (3584, 14336),
+    )
+    assert MODELS["smollm2-135m"].shapes == ((576, 576), (192, 576), (1536, 576), (576, 1536))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_shapes_of_a_model_on_disk(nested: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": None}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes} if nested else sizes))
+    assert read_config(tmp_path) == read_config(tmp_path / "config.json") == Decoder(64, 160, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[]", "positive num_attention_heads"), ("{", "--from-model"), ('{"num_attention_heads": 0}', "got 0")],
+)
+def test_a_config_that_is_none(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_config(path)
+
+
+def test_info_says_which_entries_are_in_force_and_why_others_are_not(cache: Path) -> None:
+    other = Key("permute", "bf16", blocks=2, in_features=12, tokens=8, padded_in=64)
+    stale = permute_entry(other, torch="1.0", source="old")
+    unfinished = entry(GRAD, seconds={BLOCK_GRAD_IEEE_CONFIGS[0]: 1.0}, complete=False)
+    update(user_table("cpu"), [permute_entry(), stale, unfinished])
+    update(user_table("NVIDIA H100"), [permute_entry()])
+    (user_table("cpu").parent / "old.json").write_text("{")
+    (user_table("cpu").parent / "older.json.broken-1").write_text("{")
+    states = {Path(name).name: state for name, state in status.table_states([CPU]).items()}
+    assert states["cpu.json"].startswith(
+        "yours; 2 of 3 entries in force, 1 not finished, 1 stale: source: old then,"
+    )
+    assert f"torch: 1.0 then, {torch.__version__} now (1)" in states["cpu.json"]
+    assert states["nvidia-h100.json"] == "yours; 1 entries, for a GPU that is not here"
+    assert "is not JSON" in states["old.json"]
+    assert states["older.json.broken-1"] == "yours; set aside, not used"
+    assert (user_table("cpu").parent / "old.json").exists()  # a question moves nothing
+    assert set(read(user_table("cpu"))) == {PERMUTE, other, GRAD}
+
+
+def test_info_without_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert status.table_states([CPU]) == {
+        "cpu": "no table: the heuristic chooses; smoa-kernels tune measures"
+    }
+    monkeypatch.setenv("SMOA_AUTOTUNE", "1")
+    path = tmp_path / "info.json"
+    assert main(["info", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["environment"]["SMOA_AUTOTUNE"] == "1"
+    assert found["tuning tables"]
+    assert set(found["backends"]) == {"eager", "reference", "triton"}
+
+
+def test_why_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "triton_obstacle", lambda device: "x is on the CPU, where")
+    if not torch.cuda.is_available():
+        assert str(info.backends()["triton"]).startswith("no CUDA or ROCm device")
+    monkeypatch.setattr(info, "triton_obstacle", lambda device: "triton is not installed")
+    assert info.backends()["triton"] == "triton is not installed"
