@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from hypothesis import strategies as st
-from problems import LinearProblem, make_problem, relative_error
+from problems import LinearProblem, relative_error
 from torch import Tensor
 from vectors import Vector
 
@@ -108,18 +107,3 @@ class Guarded:
                 assert bool(margin.isnan().all())
             else:
                 assert bool((margin == torch.iinfo(storage.dtype).max).all())
-
-
-@st.composite
-def problems(draw: st.DrawFn, *, max_tokens: int = 20) -> LinearProblem:
-    """Small problems of every kind: uneven and empty blocks, uneven and zero ranks, one block, one token."""
-    ranks = draw(st.lists(st.sampled_from([0, 1, 2, 3, 7, 16, 17, 40]), min_size=1, max_size=4))
-    return make_problem(
-        tokens=draw(st.integers(1, max_tokens)),
-        out_features=draw(st.integers(1, 70)),
-        in_features=draw(st.integers(1, 70)),
-        ranks=tuple(ranks),
-        bias=draw(st.booleans()),
-        random_labels=True,
-        seed=draw(st.integers(0, 1000)),
-    )

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from kernel_cases import (
     DTYPES,
     Guarded,
@@ -12,7 +11,6 @@ from kernel_cases import (
     assert_within_budget,
     delta_weight,
     from_vector,
-    problems,
     to_device,
 )
 from problems import LinearProblem, make_problem
@@ -27,7 +25,6 @@ from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.packed import PackedAdapter
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # Small enough that small problems have several tiles of each kind, and a last group of tokens that is not full.
 TILE = 16
@@ -75,13 +72,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
 def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
     check(to_device(from_vector(vector), device), dtype)
-
-
-@few
-@given(problem=problems())
-@each_dtype
-def test_random_shapes(problem: LinearProblem, dtype: torch.dtype, device: torch.device) -> None:
-    check(to_device(problem, device), dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 16, 32, 256])

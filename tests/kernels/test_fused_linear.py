@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from kernel_cases import (
     DTYPES,
     Guarded,
@@ -13,7 +12,6 @@ from kernel_cases import (
     delta_weight,
     from_vector,
     linear,
-    problems,
     to_device,
 )
 from problems import LinearProblem, make_problem
@@ -33,7 +31,6 @@ from smoa_kernels.kernels.launch import (
 )
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 ALL_CONFIGS = dict.fromkeys(
     FUSED_LINEAR_CONFIGS
@@ -60,13 +57,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
 def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
     check(to_device(from_vector(vector), device), dtype)
-
-
-@few
-@given(problem=problems())
-@each_dtype
-def test_random_shapes(problem: LinearProblem, dtype: torch.dtype, device: torch.device) -> None:
-    check(to_device(problem, device), dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 16, 64, 65, 256])

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from kernel_cases import (
     DTYPES,
     Guarded,
@@ -12,7 +11,6 @@ from kernel_cases import (
     assert_within_budget,
     delta_weight,
     from_vector,
-    problems,
     to_device,
 )
 from problems import LinearProblem, make_problem
@@ -24,7 +22,6 @@ from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
 from smoa_kernels.partition import BlockPartition
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def effective(problem: LinearProblem) -> Tensor:
@@ -58,13 +55,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
 def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
     check(to_device(from_vector(vector), device), dtype)
-
-
-@few
-@given(problem=problems())
-@each_dtype
-def test_random_shapes(problem: LinearProblem, dtype: torch.dtype, device: torch.device) -> None:
-    check(to_device(problem, device), dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 15, 16, 64, 256])

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from kernel_cases import DTYPES, Guarded
 from torch import Tensor
 
@@ -55,24 +53,6 @@ def mask(
 
 def seed(value: int, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.int64, device=device)
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    tokens=st.integers(1, 70),
-    columns=st.integers(1, 300),
-    num_blocks=st.integers(1, 5),
-    data=st.integers(0, 99),
-)
-@each_dtype
-def test_gather_and_scatter(
-    tokens: int, columns: int, num_blocks: int, data: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    partition = random_partition(columns, num_blocks, device, data)
-    x = torch.randn(tokens, columns, device=device).to(dtype)
-    blocked = gather(x, partition)
-    assert torch.equal(blocked, gathered_by_hand(x, partition))
-    assert torch.equal(scatter(blocked, partition, torch.empty_like(x)), x)
 
 
 @pytest.mark.parametrize("config", PERMUTE_CONFIGS, ids=str)
