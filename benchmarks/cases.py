@@ -52,3 +52,6 @@ FEW_TOKENS = tuple(
     for dtype in (torch.float32, BF16)
     for tokens in (1, 2, 4, 8, 16, 32)
 )
+# Rows, columns and how many such layers one model of a billion parameters has (Llama-3.2-1B: 16 blocks of query and
+# output, key and value, gate, up and down; down is up transposed, and so is its spectrum).
+ONE_BILLION = {(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 48}

@@ -33,9 +33,6 @@ TINY = LlamaConfig(
     num_attention_heads=3,
     num_key_value_heads=3,
 )
-# Rows, columns and how many such layers one model of a billion parameters has (Llama-3.2-1B: 16 blocks of query and
-# output, key and value, gate, up and down; down is up transposed, and so is its spectrum).
-ONE_BILLION = {(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 48}
 
 
 def base_model(smoke: bool) -> LlamaForCausalLM:

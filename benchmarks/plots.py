@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from .protocol import Quartiles
 from .providers import FROZEN, HIRA, LORA, PAPER, SMOA
@@ -141,7 +141,12 @@ def scaling(run: Run) -> Figure | None:
             )
             theory = [1e3 * result.theory[f"{name} @ {v}"] for v in values]
             axis.plot(values, theory, color=STYLES[name][0], **THEORY)
-        axis.set_yscale("log")
+        if result.params["axis"] in ("tokens", "weight elements"):  # the others hardly move the time
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axis.set_ylim(bottom=0)
         _axis(axis, values, AXES[result.params["axis"]], "forward + backward, ms" if axis is axes[0] else "")
     axes[-1].plot([], [], color="#777777", label="predicted", **THEORY)
     _legend(figure, axes[-1])
@@ -183,7 +188,7 @@ def _line(axis: Axes, name: str, x: Sequence[float], y: Sequence[Quartiles]) -> 
         yerr=spread,
         color=colour,
         marker=marker,
-        markersize=5,
+        markersize=8 if name == LORA else 5,  # seen where ours lies upon it
         linewidth=2.2 if name == SMOA else 1.4,
         capsize=2,
         label=name,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from smoa_kernels.cost import estimate
 from smoa_kernels.gpus import GPUS
 
-from .cases import GPU_LAYERS
+from .cases import GPU_LAYERS, ONE_BILLION
 from .goals import GOALS
-from .models import ONE_BILLION
 from .protocol import Comparison, Quartiles, quartiles
 from .providers import FROZEN, HIRA, LORA, PAPER, SMOA
 from .results import Result, Run
@@ -172,7 +172,8 @@ def scaling(run: Run) -> str:
                     log_log_slope(values, [c.added(*pair).median for pair in at]),
                     log_log_slope(values, [theory[ours] - theory[base] for ours, base in at]),
                 ]
-            cells = [f"{slope:+.2f}" for slope in slopes] + ["–"] * (4 - len(slopes))
+            cells = ["–" if math.isnan(slope) else f"{slope:+.2f}" for slope in slopes]
+            cells += ["–"] * (4 - len(cells))
             mark = f", {NOISY}" if result.noisy else ""
             rows.append((f"{result.params['axis']}, {values[0]} to {values[-1]}{mark}", name, *cells))
     headings = (f"grows with, {run.label}", "", "time", "predicted", "time over frozen's", "predicted")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition
 
+from .cases import ONE_BILLION
 from .conftest import Measure
 from .gate import RedGateError
-from .models import ONE_BILLION, RANK, adapter_configs, base_model
+from .models import RANK, adapter_configs, base_model
 from .protocol import DEVICE, Run, laps, timed
 from .providers import LORA
 
