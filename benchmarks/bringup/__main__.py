@@ -1,0 +1,113 @@
+"""`python -m benchmarks.bringup`: runs the stages, each in a process of its own, and writes the page after each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .state import ROOT, State, path_of
+
+GRACE = 3.0  # seconds between a stage's own deadline and its end by force
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; 0 when every stage is done, 1 when one is not, 2 for a mistake in the call."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bringup", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, help="folder of the JSON and the Markdown (default benchmarks/results)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what is not done")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, in Triton's interpreter on a CPU")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    out = options.out or ROOT / (".benchmarks/bringup" if options.smoke else "benchmarks/results")
+    if options.smoke:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        os.environ["SMOA_CACHE"] = str(out.resolve() / "cache")
+    import torch  # after the variables that the kernels read when they are defined
+
+    if not (options.smoke or torch.cuda.is_available()):
+        parser.error("there is no GPU here; --smoke rehearses on the CPU")
+    from .page import page
+    from .stages import STAGES
+
+    if options.stage is not None:
+        return _stage(options.stage, out, options.seconds, options.smoke)
+    fresh = State.fresh(options.smoke)
+    path = path_of(out, fresh.run)
+    if not (options.resume and path.is_file()):
+        fresh.write(path)
+    for name, (_, seconds) in STAGES.items():
+        state = State.read(path)
+        if options.resume and state.stages.get(name, {}).get("status") == "done":
+            print(f"{name}: done before", flush=True)
+            continue
+        status = _in_process(name, out, seconds, options.smoke)
+        state = State.read(path).with_stage(name, **status)
+        state.write(path)
+        _write(path.with_suffix(".md"), page(state))
+        print(
+            f"{name}: {status['status']} in {status['seconds']:.0f} s. {status['error']}".rstrip(), flush=True
+        )
+    state = State.read(path)
+    _write(path.with_suffix(".md"), page(state))
+    print(f"written: {path} and {path.with_suffix('.md').name}")
+    return 0 if all(found["status"] == "done" for found in state.stages.values()) else 1
+
+
+def _in_process(name: str, out: Path, seconds: float, smoke: bool) -> dict[str, object]:
+    """Run a stage; its status, seconds and error."""
+    start = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--seconds", str(seconds)]
+    command += ["--out", str(out.resolve()), *(["--smoke"] if smoke else [])]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _, errors = process.communicate(timeout=seconds + GRACE)
+            status = {0: "done", 3: "out of time"}.get(process.returncode, "failed")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, errors = process.communicate()
+            status = "out of time"
+    lines = [line for line in errors.splitlines() if line.strip()]
+    error = lines[-1] if lines and status != "done" else ""
+    if status == "failed" and process.returncode < 0:
+        error = f"ended by signal {-process.returncode}. {error}".strip()
+    return {"status": status, "seconds": round(time.monotonic() - start, 1), "error": error}
+
+
+def _stage(name: str, out: Path, seconds: float, smoke: bool) -> int:
+    """In the stage's own process: 0 done, 3 out of time, 1 failed; the reason is the last line of stderr."""
+    deadline = time.monotonic() + seconds - GRACE
+    from .job import Job, OutOfTimeError
+    from .stages import STAGES
+
+    path = path_of(out, State.fresh(smoke).run)
+    run, _ = STAGES[name]
+    try:
+        run(Job(State.read(path), lambda state: state.write(path), deadline, smoke))
+    except OutOfTimeError as error:
+        print(error, file=sys.stderr)
+        return 3
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    from ..results import write
+
+    write(path, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The goals for an H100, what the cost model says of them on a GPU, and what a bring-up measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from smoa_kernels.cost import estimate
+from smoa_kernels.gpus import Gpu
+
+from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
+from .cases import DOWN, DOWN_HIRA, SQUARE, SQUARE_HIRA
+from .state import State
+
+__all__ = ["COLUMNS", "GOALS", "Goal", "Row"]
+
+
+class Column(NamedTuple):
+    """A column of the goals' table: its case at K=4, and at K=1, which is HiRA's."""
+
+    heading: str
+    case: Case
+    one_block: Case
+
+
+COLUMNS = (Column("4096×4096", SQUARE, SQUARE_HIRA), Column("N=4096, C=14336", DOWN, DOWN_HIRA))
+
+_PREDICTED = {
+    LORA: "lora",
+    HIRA: "hira",
+    PAPER: "paper_dense",
+    f"{SMOA} merged": "merged",
+    f"{SMOA} split": "split",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One goal in one column.
+
+    Attributes:
+        goal: at most this, or at least where the goal is a share.
+        predicted: by the cost model; None where it says nothing.
+        measured: None where it was not.
+        noisy: the machine was too unsteady for it to be quoted.
+    """
+
+    goal: float
+    predicted: float | None
+    measured: float | None
+    noisy: bool = False
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A line of the goals' table.
+
+    Attributes:
+        text: what is bounded.
+        limits: one for each column.
+        share: the measured value is to be at least the limit, and is a share.
+        row: from a column, its limit, the GPU and the state.
+    """
+
+    text: str
+    limits: tuple[float, float]
+    row: Callable[[Column, float, Gpu, State], Row]
+    share: bool = False
+
+    def met(self, row: Row) -> bool | None:
+        """None where nothing was measured, or on an unsteady machine."""
+        if row.measured is None or row.noisy:
+            return None
+        return row.measured >= row.goal if self.share else row.measured <= row.goal
+
+
+def _time(ours: str, peer: str, *, hira: bool = False) -> Callable[[Column, float, Gpu, State], Row]:
+    """Forward and backward of ours over a peer's, pair by pair; at K=1 where `hira`."""
+
+    def row(column: Column, limit: float, gpu: Gpu, state: State) -> Row:
+        case = column.one_block if hira else column.case
+        seconds = [estimate(case.problem(), gpu, _PREDICTED[name]).seconds() for name in (ours, peer)]
+        result = state.run.find("layer", **case.record())
+        if result is None or not {ours, peer} <= set(result.seconds["both"]):
+            return Row(limit, seconds[0] / seconds[1], None)
+        found = result.comparison("both")
+        return Row(limit, seconds[0] / seconds[1], found.ratio(ours, peer).median, found.noisy)
+
+    return row
+
+
+def _peak(ours: str) -> Callable[[Column, float, Gpu, State], Row]:
+    """Peak memory beyond the frozen layer's, over LoRA's."""
+
+    def row(column: Column, limit: float, gpu: Gpu, state: State) -> Row:
+        result = state.run.find("memory", **column.case.record())
+        if result is None or not {ours, LORA, FROZEN} <= set(result.bytes):
+            return Row(limit, None, None)
+        extra = [result.bytes[name]["peak"] - result.bytes[FROZEN]["peak"] for name in (ours, LORA)]
+        return Row(limit, None, extra[0] / extra[1] if extra[1] > 0 else None)
+
+    return row
+
+
+def _block_grad(column: Column, limit: float, gpu: Gpu, state: State) -> Row:
+    problem = column.case.problem()
+    found = estimate(problem, gpu, "split")
+    (part,) = (p for p in found.select("backward") if p.name == "block gradients")
+    seconds = part.seconds(found.flops_per_second, found.bytes_per_second)
+    predicted = problem.unit_flops / problem.num_blocks / seconds / found.flops_per_second
+    measured = state.findings.get("predict", {}).get("block_grad", {}).get(str(column.case), {}).get("share")
+    return Row(limit, predicted, measured)
+
+
+GOALS = (
+    Goal("fwd+bwd over PEFT LoRA, merged", (1.00, 1.10), _time(f"{SMOA} merged", LORA)),
+    Goal("fwd+bwd over PEFT LoRA, split (default)", (1.15, 1.25), _time(f"{SMOA} split", LORA)),
+    Goal("fwd+bwd over PEFT HiRA at K=1, merged", (0.70, 0.70), _time(f"{SMOA} merged", HIRA, hira=True)),
+    Goal("fwd+bwd over PEFT HiRA at K=1, split", (0.85, 0.85), _time(f"{SMOA} split", HIRA, hira=True)),
+    Goal("fwd+bwd over the paper's dense way, merged", (0.50, 0.50), _time(f"{SMOA} merged", PAPER)),
+    Goal("fwd+bwd over the paper's dense way, split", (0.60, 0.60), _time(f"{SMOA} split", PAPER)),
+    Goal("peak extra memory over PEFT LoRA, split", (1.0, 1.0), _peak(f"{SMOA} split")),
+    Goal("block_grad, share of the measured matmul rate", (0.65, 0.65), _block_grad, share=True),
+)

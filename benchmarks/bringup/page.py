@@ -1,0 +1,164 @@
+"""Stage 5: the Markdown of a bring-up. Every figure is marked as goal, predicted or measured."""
+
+from __future__ import annotations
+
+import torch
+
+from smoa_kernels.cost import Estimate, parts
+from smoa_kernels.gpus import GPUS, Gpu, device_gpu
+
+from .. import tables
+from ..protocol import DEVICE
+from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
+from ..results import Result
+from .goals import COLUMNS, GOALS, Goal, Row
+from .state import State
+
+_WAYS = {
+    FROZEN: "frozen",
+    LORA: "lora",
+    HIRA: "hira",
+    PAPER: "paper_dense",
+    f"{SMOA} merged": "merged",
+    f"{SMOA} split": "split",
+}
+
+
+def page(state: State) -> str:
+    """The whole page."""
+    run = state.run
+    gpu = device_gpu(DEVICE) if run.on_gpu else GPUS["h100"]
+    layers = run.select("layer")
+    sections = [
+        f"# Bring-up on {run.machine['device']}",
+        f"{run.label}, commit {run.commit}, {run.date}; "
+        + ", ".join(f"{name} {version}" for name, version in run.machine["versions"].items())
+        + ".",
+        "**A smoke run: tiny sizes in Triton's interpreter. Its times mean nothing.**"
+        if run.machine["smoke"]
+        else "",
+        "## Stages",
+        _stages(state),
+        "## Goals",
+        f"bf16, r=16, dropout 0, T=8192. Predicted by the cost model for {gpu.name}.",
+        _goals(state, gpu),
+        "## Numerical tests",
+        _tests(state),
+        "## Tuning",
+        _tuning(state),
+        "## Comparison, over frozen",
+        *(tables.ratios(run, layers, phase) for phase in ("both", "forward", "backward") if layers),
+        "" if layers else "Nothing was compared.",
+        "## Memory of one training pass",
+        tables.memory(run) or "Nothing was measured.",
+        "## Measured against predicted",
+        _predicted(state),
+    ]
+    return "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
+
+
+def _stages(state: State) -> str:
+    rows = [
+        (name, str(found["status"]), f"{found['seconds']:.0f}", str(found.get("error") or ""))
+        for name, found in state.stages.items()
+    ]
+    return tables.table(
+        ("stage", "status", "seconds", "what went wrong"), [tuple(map(_cell, row)) for row in rows]
+    )
+
+
+def _goals(state: State, gpu: Gpu) -> str:
+    headings = [
+        "",
+        *(f"{name}: {kind}" for name, *_ in COLUMNS for kind in ("goal", "predicted", "measured")),
+    ]
+    rows = []
+    for goal in GOALS:
+        cells = [goal.text]
+        for column, limit in zip(COLUMNS, goal.limits, strict=True):
+            row = goal.row(column, limit, gpu, state)
+            sign = "≥" if goal.share else "≤"
+            cells += [f"{sign} {limit:.2f}", _number(row.predicted), _measured(goal, row)]
+        rows.append(cells)
+    return tables.table(headings, rows)
+
+
+def _measured(goal: Goal, row: Row) -> str:
+    if row.measured is None:
+        return "not measured"
+    met = goal.met(row)
+    return f"{row.measured:.2f}, " + ("noisy, not judged" if met is None else "met" if met else "missed")
+
+
+def _tests(state: State) -> str:
+    found = state.findings.get("tests")
+    if found is None:
+        return "Not run."
+    counts = (
+        ", ".join(f"{count} {outcome}" for outcome, count in sorted(found["counts"].items())) or "none ran"
+    )
+    lines = [f"{counts}."]
+    if found["unfinished"]:
+        lines.append(f"Not finished in time: {', '.join(found['unfinished'])}.")
+    lines += [f"- failed: `{line}`" for line in found["failures"]]
+    return "\n".join(lines)
+
+
+def _tuning(state: State) -> str:
+    found = state.findings.get("tune")
+    if found is None:
+        return "Not run."
+    rows = []
+    for entry in found["table"]["entries"]:
+        key, trials = entry["key"], [trial for trial in entry["trials"] if "seconds" in trial]
+        if not trials:
+            continue
+        best = min(trials, key=lambda trial: float(trial["seconds"]))
+        default = next((t["seconds"] for t in trials if t["choice"] == entry["default"]), None)
+        choice = best["choice"]
+        words = choice if isinstance(choice, str) else " ".join(f"{k}={v}" for k, v in choice.items())
+        rows.append(
+            (
+                f"{key['kernel']} {key['out_features']}×{key['in_features']} T≤{key['tokens']}"
+                + (" transposed" if key["transposed"] else ""),
+                "–" if default is None else f"{default * 1e6:.1f}",
+                f"{best['seconds'] * 1e6:.1f}",
+                words,
+            )
+        )
+    told = f"{len(found['problems'])} keys are not done.\n\n" if found["problems"] else ""
+    headings = ("problem", f"heuristic µs, {state.run.label}", f"fastest µs, {state.run.label}", "fastest")
+    note = "The JSON file's `findings.tune.table` is the table itself; send it to us and it ships.\n\n"
+    return told + note + tables.table(headings, rows)
+
+
+def _predicted(state: State) -> str:
+    """Measured seconds over the cost model's, at the rates that this device reached."""
+    found = state.findings.get("predict")
+    if found is None:
+        return "Not run."
+    flops, bandwidth = found["flops_per_second"], found["bytes_per_second"]
+    told = f"This device reached {flops / 1e12:.3g} TFLOP/s in a large GEMM and {bandwidth / 1e12:.3g} TB/s in a copy."
+    rows = [
+        (tables.case_name(result), *(_over_predicted(result, name, flops, bandwidth) for name in _WAYS))
+        for result in state.run.select("layer")
+    ]
+    headings = ("measured over predicted at these rates, forward + backward", *_WAYS)
+    return f"{told}\n\n{tables.table(headings, rows)}"
+
+
+def _over_predicted(result: Result, name: str, flops: float, bandwidth: float) -> str:
+    if name not in result.seconds["both"]:
+        return "–"
+    case = Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])})
+    problem = case.problem()
+    predicted = Estimate(_WAYS[name], parts(problem, _WAYS[name]), flops, bandwidth).seconds("both")
+    return f"{result.comparison('both').time(name).median / predicted:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "no model" if value is None else f"{value:.2f}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")

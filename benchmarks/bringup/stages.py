@@ -1,0 +1,189 @@
+"""The stages that measure, and all of them in order. What a stage finds is saved as it goes."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from smoa_kernels.kernels.heuristic import Key
+from smoa_kernels.tuning import lookup
+from smoa_kernels.tuning.identity import identity
+from smoa_kernels.tuning.plan import Layer, Target, jobs, keys
+from smoa_kernels.tuning.tables import SCHEMA, read, user_table
+from smoa_kernels.tuning.tuner import Run as Launch
+from smoa_kernels.tuning.tuner import Timer, gpu_timer, tune
+from smoa_kernels.tuning.workloads import workload
+
+from ..gate import check_layers
+from ..machine import load
+from ..memory import footprint
+from ..protocol import DEVICE, Turns, quartiles
+from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case, PaperDense, Provider, frozen, hira, lora, smoa
+from ..results import Result
+from ..test_layer_throughput import training_pass
+from ..theory import rates
+from .cases import GOAL_CASES, comparison_cases, tuned_layers
+from .job import Job, OutOfTimeError
+from .numerics import run_tests
+
+SECONDS_PER_CASE = 1.2
+MOST_ROUNDS = 20
+# The definition in float64 at 8192 tokens takes longer than all that is timed: there only for the goals' cases.
+GATE_TOKENS = 256
+
+
+def tune_shapes(job: Job) -> None:
+    """Tune a small set of shapes over the shipped configurations, which the audit has passed.
+
+    Raises:
+        OutOfTimeError: some keys were not tuned.
+    """
+    table = user_table(identity(DEVICE, "forward").gpu)
+    planned = jobs(tuned_layers(job.smoke), Target.of(DEVICE))
+    problems: dict[str, str] = {}
+    try:
+        done = tune(
+            planned,
+            device=DEVICE,
+            timer=interpreter_timer if job.smoke else gpu_timer,
+            known=read(table),
+            save=lookup.keep,
+            deadline=job.deadline - 5,
+        )
+        problems = {str(tuple(tuned.job.key)): tuned.problem for tuned in done if tuned.problem}
+    finally:  # what a lost GPU leaves, too
+        found = read(table)
+        entries = [found[j.key].to_json() for j in planned if j.key in found]
+        finding = {"table": {"schema": SCHEMA, "entries": entries}, "problems": problems}
+        job.save(job.state.with_finding("tune", finding))
+    if problems:
+        raise OutOfTimeError(f"{len(problems)} of {len(planned)} keys are not done")
+
+
+def interpreter_timer(launch: Launch) -> float:
+    """Seconds of one launch: a number to rehearse with, no measurement."""
+    start = time.perf_counter()
+    launch()
+    return time.perf_counter() - start
+
+
+def compare(job: Job) -> None:
+    """Forward, backward, both and peak memory against the peers, in turns, the goals' cases first.
+
+    Raises:
+        OutOfTimeError: some cases were not compared.
+        AssertionError: a provider failed its gate or crashed.
+    """
+    state, errors = job.state, dict(job.state.findings.get("compare", {}))
+    cases = comparison_cases(job.smoke)
+    for case in cases:
+        if state.run.find("layer", **case.record()):
+            continue
+        if job.left < 4 * SECONDS_PER_CASE:
+            left = sum(not state.run.find("layer", **c.record()) for c in cases)
+            raise OutOfTimeError(f"{left} of {len(cases)} cases are left")
+        try:
+            results, red = _compare_one(case, job.smoke)
+            state = state.with_results(*results)
+        except Exception as error:  # a case that does not fit in memory, say: the others go on
+            red = {"": f"{type(error).__name__}: {error}".splitlines()[0]}
+        errors |= {f"{case} {name}".strip(): reason for name, reason in red.items()}
+        state = state.with_finding("compare", errors)
+        job.save(state)
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+    if errors:
+        raise AssertionError(f"{len(errors)} providers failed, the first: {next(iter(errors.items()))}")
+
+
+def providers(case: Case) -> dict[str, Provider]:
+    """The peers and ours on the kernels; no merged form under dropout, where the adapter sees another x."""
+    found: dict[str, Provider] = {FROZEN: frozen, LORA: lora, HIRA: hira, PAPER: PaperDense}
+    for algorithm in ("auto", "split") if case.dropout else ("auto", "merged", "split"):
+        found[SMOA if algorithm == "auto" else f"{SMOA} {algorithm}"] = smoa(algorithm, "triton")
+    return found
+
+
+def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]:
+    """The case's results, and the providers that are not in them with the reason."""
+    layers, red = _gated(replace(case, tokens=min(case.tokens, GATE_TOKENS)))
+    if case in GOAL_CASES:
+        layers, more = _passing(case, layers)
+        red = red | more
+    turns = Turns({name: training_pass(layer, case) for name, layer in layers.items()}, FROZEN)
+    before, one = load(), turns.warm_up(1 if smoke else 2)
+    for _ in range(2 if smoke else max(5, min(MOST_ROUNDS, int(SECONDS_PER_CASE / one)))):
+        turns.round()
+    seconds = {phase: dict(found.seconds) for phase, found in turns.comparisons().items()}
+    timed = Result("layer", f"layer: {case}", case.record(), FROZEN, [before, load()], seconds)
+    sizes = {name: footprint(layer, case).record() for name, layer in layers.items()}
+    return [timed, Result("memory", f"memory: {case}", case.record(), bytes=sizes)], red
+
+
+@functools.lru_cache(maxsize=1)
+def _gated(case: Case) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that pass their gate, which serve any number of tokens, and why the others do not."""
+    layers: dict[str, nn.Module] = {}
+    red: dict[str, str] = {}
+    for name, build in providers(case).items():
+        try:
+            layers[name] = build(case)
+        except Exception as error:
+            red[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    passing, more = _passing(case, layers)
+    return passing, red | more
+
+
+def _passing(case: Case, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Those that compute their definition at a case's size, and why the others do not."""
+    passing, red = {}, {}
+    for name, layer in layers.items():
+        try:
+            check_layers(case, {name: layer})
+            passing[name] = layer
+        except Exception as error:
+            red[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return passing, red
+
+
+def predict(job: Job) -> None:
+    """This device's own rates, and block_grad's share of the measured one; the page sets them beside the model's."""
+    dtype = torch.float32 if job.smoke else torch.bfloat16
+    flops, bandwidth = rates(dtype, 256 if job.smoke else 8192)
+    finding: dict[str, Any] = {"flops_per_second": flops, "bytes_per_second": bandwidth, "block_grad": {}}
+    timer: Timer = interpreter_timer if job.smoke else gpu_timer
+    for case in comparison_cases(True)[:1] if job.smoke else GOAL_CASES:
+        (key,) = (key for key in keys(layer_of(case)) if key.kernel == "block_grad")
+        seconds = _block_grad(key, timer)
+        multiplied = 2 * case.tokens * case.out_features * case.in_features / case.num_blocks
+        finding["block_grad"][str(case)] = {"seconds": seconds, "share": multiplied / seconds / flops}
+    job.save(job.state.with_finding("predict", finding))
+
+
+def _block_grad(key: Key, timer: Timer) -> float:
+    """Median seconds with the launch parameters in force."""
+    run = workload(key, DEVICE).run
+    return quartiles([timer(Launch(key, "in force", lambda: run(None))) for _ in range(3)]).median
+
+
+def layer_of(case: Case) -> Layer:
+    """A case as the tuner names it."""
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    return Layer(
+        case.out_features, case.in_features, case.tokens, names[case.dtype], case.rank, case.num_blocks
+    )
+
+
+STAGES: Mapping[str, tuple[Callable[[Job], None], float]] = {
+    "tests": (run_tests, 140.0),
+    "tune": (tune_shapes, 90.0),
+    "compare": (compare, 195.0),
+    "predict": (predict, 35.0),
+}
+"""Each stage, and the seconds that it may take, start of its process included; the page is the fifth."""

@@ -1,0 +1,94 @@
+"""What a bring-up has found so far, as one JSON file: a run of the benchmark suite with a few things more.
+
+`benchmarks.report` reads it like any run: the comparisons stand under "results" as the suite's own do.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..machine import describe
+from ..results import Result, Run, compact, write
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class State:
+    """A bring-up so far.
+
+    Attributes:
+        run: machine, commit, date, and the comparisons.
+        stages: name to status ("done", "failed", "out of time"), seconds and error.
+        findings: what a stage found beside comparisons, by stage.
+    """
+
+    run: Run
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    findings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def fresh(cls, smoke: bool) -> State:
+        """Nothing yet, on this machine and commit."""
+        return cls(Run(describe(smoke), _commit(), time.strftime("%Y-%m-%d"), ()))
+
+    @classmethod
+    def read(cls, path: Path) -> State:
+        """What :meth:`write` wrote.
+
+        Raises:
+            ValueError: the file is no bring-up.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            results = tuple(Result(**result) for result in data["results"])
+            return cls(
+                Run(data["machine"], data["commit"], data["date"], results), data["stages"], data["findings"]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a bring-up: {error!r}") from error
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        data = json.loads(compact(self.run)) | {"stages": self.stages, "findings": self.findings}
+        write(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+
+    def with_results(self, *results: Result) -> State:
+        """With more comparisons, in the place of earlier ones of the same kind and title."""
+        names = {(r.kind, r.title) for r in results}
+        kept = [r for r in self.run.results if (r.kind, r.title) not in names]
+        return replace(self, run=replace(self.run, results=(*kept, *results)))
+
+    def with_finding(self, stage: str, finding: Any) -> State:
+        """With what a stage found, in the place of what it found before."""
+        return replace(self, findings={**self.findings, stage: finding})
+
+    def with_stage(self, stage: str, **status: Any) -> State:
+        """With a stage's status."""
+        return replace(self, stages={**self.stages, stage: status})
+
+
+def path_of(out: Path, run: Run) -> Path:
+    """The JSON file of a machine's bring-up; the Markdown stands beside it."""
+    return out / f"bringup-{run.slug}.json"
+
+
+def _commit() -> str:
+    """The checkout's commit, "+" where it was edited; "unknown" where git does not tell."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
+        )
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
