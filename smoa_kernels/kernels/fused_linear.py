@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..packed import PackedAdapter
 from ._common import dot, input_precision, round_to
-from .launch import SUM_CONFIGS, FusedLinearConfig, SumConfig, rank_chunk
+from .launch import SUM_CONFIGS, FusedLinearConfig, SumConfig
 from .selection import select
 
 __all__ = ["fused_linear"]
@@ -163,7 +163,6 @@ def fused_linear(
     if y.numel() == 0:
         return y
     precision = input_precision(w.dtype, allow_tf32=allow_tf32)
-    chunk = rank_chunk(rank, w.dtype, precision)
     config = config or select(
         "fused_linear",
         x.device,
@@ -176,6 +175,7 @@ def fused_linear(
         tokens=T,
         transposed=w.stride(1) != 1,
     )
+    chunk = min(config.block_r, max(16, triton.next_power_of_2(rank)))  # `tl.dot` takes no fewer than 16
     chunks = max(1, triton.cdiv(rank, chunk))
     parts = chunks * config.split
     out = y if parts == 1 else torch.empty(parts, T, N, dtype=torch.float32, device=x.device)

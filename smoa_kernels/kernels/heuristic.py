@@ -21,7 +21,6 @@ from .launch import (
     block_grad_configs,
     block_matmul_configs,
     fused_linear_configs,
-    rank_chunk,
 )
 
 __all__ = ["CONFIGS", "DTYPES", "Key", "bucket", "fits", "heuristic", "shipped"]
@@ -38,9 +37,6 @@ CONFIGS: dict[str, type[Config]] = {
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 """What a kernel multiplies, by the audit's names; "fp32" is IEEE."""
-
-# As many ranks as the narrow tiles of fused_linear leave registers for beside any other.
-_WIDE_RANK = 32
 
 
 class Key(NamedTuple):
@@ -86,9 +82,7 @@ def shipped(key: Key, arch: str) -> tuple[Config, ...]:
     if key.kernel == "block_grad":
         return block_grad_configs(arch, dtype, precision)
     if key.kernel == "fused_linear":
-        wide = rank_chunk(key.rank, dtype, precision) > _WIDE_RANK
-        configs = fused_linear_configs(arch, dtype, precision)
-        return tuple(c for c in configs if c.block_t == 16) if wide else configs
+        return fused_linear_configs(arch, dtype, precision)
     return MODULATE_CONFIGS
 
 

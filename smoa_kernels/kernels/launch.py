@@ -6,7 +6,7 @@ Tiles are named by the dimension they cut: tokens T, rows N, columns C of W0, sl
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -41,7 +41,6 @@ __all__ = [
     "block_matmul_configs",
     "fused_linear_configs",
     "multiprocessors",
-    "rank_chunk",
 ]
 
 
@@ -67,11 +66,12 @@ class PermuteConfig:
 
 @dataclass(frozen=True)
 class FusedLinearConfig:
-    """`fused_linear.py`: one tile of y per program; `split` programs share its sum over C."""
+    """`fused_linear.py`: one tile of y and up to `block_r` ranks per program; `split` programs share its sum over C."""
 
     block_t: int
     block_n: int
     block_c: int
+    block_r: int
     split: int
     num_warps: int
     num_stages: int
@@ -132,33 +132,35 @@ PERMUTE_CONFIGS = (
     PermuteConfig(block_t=128, block_p=128, num_warps=4),
 )
 
+# More ranks or tokens than these and the registers spill.
 FUSED_LINEAR_CONFIGS = (
-    FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=4, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=2, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=1, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=32, block_n=64, block_c=64, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=4, num_stages=3),
+    FusedLinearConfig(16, 64, 64, block_r=64, split=2, num_warps=4, num_stages=3),
+    FusedLinearConfig(16, 64, 64, block_r=64, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(32, 64, 64, block_r=32, split=1, num_warps=4, num_stages=3),
 )
+_FUSED_LINEAR_SM_120_CONFIGS = tuple(replace(config, block_r=32) for config in FUSED_LINEAR_CONFIGS)
 FUSED_LINEAR_TF32_CONFIGS = (
-    FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=4, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=2, num_warps=4, num_stages=3),
-    FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(16, 64, 32, block_r=64, split=4, num_warps=4, num_stages=3),
+    FusedLinearConfig(16, 64, 32, block_r=64, split=2, num_warps=4, num_stages=3),
+    FusedLinearConfig(16, 64, 32, block_r=64, split=1, num_warps=4, num_stages=3),
 )
 # No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
 FUSED_LINEAR_IEEE_CONFIGS = (
-    FusedLinearConfig(block_t=16, block_n=16, block_c=32, split=4, num_warps=2, num_stages=3),
-    FusedLinearConfig(block_t=16, block_n=16, block_c=32, split=2, num_warps=2, num_stages=3),
-    FusedLinearConfig(block_t=16, block_n=16, block_c=32, split=1, num_warps=2, num_stages=3),
+    FusedLinearConfig(16, 16, 32, block_r=16, split=4, num_warps=2, num_stages=3),
+    FusedLinearConfig(16, 16, 32, block_r=16, split=2, num_warps=2, num_stages=3),
+    FusedLinearConfig(16, 16, 32, block_r=16, split=1, num_warps=2, num_stages=3),
 )
 # AMD's wavefronts of 64: two of them, so that a thread's share of x's tile is still 128 bits.
 FUSED_LINEAR_AMD_CONFIGS = (
-    FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=4, num_warps=2, num_stages=2),
-    FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=2, num_warps=2, num_stages=2),
-    FusedLinearConfig(block_t=16, block_n=64, block_c=64, split=1, num_warps=2, num_stages=2),
+    FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=2, num_stages=2),
+    FusedLinearConfig(16, 64, 64, block_r=64, split=2, num_warps=2, num_stages=2),
+    FusedLinearConfig(16, 64, 64, block_r=64, split=1, num_warps=2, num_stages=2),
 )
 FUSED_LINEAR_AMD_FP32_CONFIGS = (
-    FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=4, num_warps=2, num_stages=2),
-    FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=2, num_warps=2, num_stages=2),
-    FusedLinearConfig(block_t=16, block_n=64, block_c=32, split=1, num_warps=2, num_stages=2),
+    FusedLinearConfig(16, 64, 32, block_r=64, split=4, num_warps=2, num_stages=2),
+    FusedLinearConfig(16, 64, 32, block_r=64, split=2, num_warps=2, num_stages=2),
+    FusedLinearConfig(16, 64, 32, block_r=64, split=1, num_warps=2, num_stages=2),
 )
 
 # Largest tile first; each passes the audit wherever the functions below ship it.
@@ -223,14 +225,11 @@ _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def fused_linear_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[FusedLinearConfig, ...]:
-    """The shipped configurations for an architecture, operands of `dtype` and float32 `precision`.
-
-    Above rank 32 only those of 16 tokens: the rank takes the registers of the others.
-    """
+    """The shipped configurations for an architecture, operands of `dtype` and float32 `precision`."""
     if arch.startswith("gfx"):
         return FUSED_LINEAR_AMD_CONFIGS if dtype != torch.float32 else FUSED_LINEAR_AMD_FP32_CONFIGS
     if dtype != torch.float32:
-        return FUSED_LINEAR_CONFIGS
+        return _FUSED_LINEAR_SM_120_CONFIGS if arch == "sm_120" else FUSED_LINEAR_CONFIGS
     return FUSED_LINEAR_TF32_CONFIGS if precision == "tf32" else FUSED_LINEAR_IEEE_CONFIGS
 
 
@@ -259,17 +258,6 @@ def block_grad_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[B
         return BLOCK_GRAD_IEEE_CONFIGS
     shipped = BLOCK_GRAD_TF32_CONFIGS if dtype == torch.float32 else BLOCK_GRAD_CONFIGS
     return shipped if arch in _LARGE_SHARED_MEMORY else shipped[1:]
-
-
-def rank_chunk(rank: int, dtype: torch.dtype, precision: str) -> int:
-    """How much of ρ one product of `fused_linear.py` takes.
-
-    Up to 64: more would take the registers of the rest. IEEE float32, whose products hold their whole depth in
-    registers, takes 16.
-    """
-    if dtype == torch.float32 and precision == "ieee":
-        return 16
-    return min(64, max(16, int(triton.next_power_of_2(rank))))
 
 
 @functools.cache

@@ -178,13 +178,7 @@ def _sum_partials(config: Any, dtype: str, variant: str) -> Launch:
 
 
 def _shipped(kernel: str) -> Callable[[str, str, str], tuple[Any, ...]]:
-    def configurations(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
-        wide = "r64" in variant
-        if kernel == "fused_linear" and wide and dtype == "fp32":
-            return ()  # its product takes 16 ranks at a time, whatever the rank
-        return shipped(Key(kernel, dtype, 64 if wide else 16), arch)
-
-    return configurations
+    return lambda arch, dtype, variant: shipped(Key(kernel, dtype), arch)
 
 
 KERNELS: tuple[KernelSpec, ...] = (

@@ -34,6 +34,7 @@ _STEPS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     },
     "fused_linear": {
         "block_n": (16, 32, 64, 128),
+        "block_r": (16, 32, 64),
         "split": (1, 2, 4, 8),
         "num_warps": (2, 4, 8),
         "num_stages": (2, 3, 4),
@@ -48,16 +49,15 @@ _STEPS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 
 
-def search_space(kernel: str, arch: str, dtype: str, rank: int = 16) -> tuple[Config, ...]:
+def search_space(kernel: str, arch: str, dtype: str) -> tuple[Config, ...]:
     """Every configuration that may be tried, the shipped ones first.
 
     Args:
         kernel: one of `heuristic.CONFIGS`.
         arch: for example "sm_90".
         dtype: one of `heuristic.DTYPES`.
-        rank: ρ.
     """
-    ships = shipped(Key(kernel, dtype, rank), arch)
+    ships = shipped(Key(kernel, dtype), arch)
     neighbours = [neighbour for config in ships for neighbour in _neighbours(config, _STEPS[kernel])]
     return tuple(dict.fromkeys((*ships, *neighbours)))
 
@@ -76,12 +76,7 @@ def _neighbours(config: Config, steps: Mapping[str, tuple[int, ...]]) -> list[Co
 
 
 def _searched(spec: KernelSpec) -> Callable[[str, str, str], tuple[Any, ...]]:
-    def configurations(arch: str, dtype: str, variant: str) -> tuple[Any, ...]:
-        if not spec.configurations(arch, dtype, variant):
-            return ()
-        return search_space(spec.name, arch, dtype, 64 if "r64" in variant else 16)
-
-    return configurations
+    return lambda arch, dtype, variant: search_space(spec.name, arch, dtype)
 
 
 SEARCH: tuple[KernelSpec, ...] = tuple(
@@ -148,7 +143,7 @@ def kernel_job(
     if ruled_out is None:
         space: tuple[Config, ...] = shipped(key, arch)
     else:
-        space = search_space(key.kernel, stand_in or arch, key.dtype, key.rank)
+        space = search_space(key.kernel, stand_in or arch, key.dtype)
     candidates = dict.fromkeys((default, *(c for c in space if fits(c, key))))
     pruned = [(c, "does not divide the padded layout") for c in space if not fits(c, key)]
     for config in list(candidates):

@@ -27,7 +27,6 @@ from smoa_kernels.kernels.launch import (
     FUSED_LINEAR_TF32_CONFIGS,
     FusedLinearConfig,
     fused_linear_configs,
-    rank_chunk,
 )
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,18 +159,3 @@ def test_a_shard_without_columns_gives_the_bias(device: torch.device) -> None:
     y = fused_linear(problem.x[:, none], problem.bias, shard)
     assert problem.bias is not None
     assert torch.equal(y, problem.bias.expand_as(y))
-
-
-@pytest.mark.parametrize(
-    ("rank", "dtype", "precision", "chunk"),
-    [
-        (1, torch.bfloat16, "tf32", 16),
-        (33, torch.bfloat16, "tf32", 64),
-        (65, torch.float16, "tf32", 64),
-        (64, torch.float32, "tf32", 64),
-        (256, torch.float32, "tf32", 64),
-        (17, torch.float32, "ieee", 16),
-    ],
-)
-def test_rank_chunk(rank: int, dtype: torch.dtype, precision: str, chunk: int) -> None:
-    assert rank_chunk(rank, dtype, precision) == chunk
