@@ -91,8 +91,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def outcomes(text: str) -> dict[str, str]:
     """Test to outcome, from `pytest -v`."""
-    found = re.findall(r"^(\S+\.py::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", text, re.MULTILINE)
-    return {name: outcome.lower() for name, outcome in found}
+    line = r"^(\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b.*\[ *\d+%\]$"
+    return {name: outcome.lower() for name, outcome in re.findall(line, text, re.MULTILINE)}
 
 
 def failed(text: str) -> list[str]:

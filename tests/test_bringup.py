@@ -1,0 +1,307 @@
+"""The GPU bring-up (benchmarks/bringup): stages that fail alone, resume, goals and the page. CI rehearses the whole."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.bringup import __main__ as bringup
+from benchmarks.bringup import numerics, stages
+from benchmarks.bringup.cases import GOAL_CASES, SHAPES, SQUARE, SQUARE_HIRA, comparison_cases, tuned_layers
+from benchmarks.bringup.goals import COLUMNS, GOALS
+from benchmarks.bringup.job import Job, OutOfTimeError
+from benchmarks.bringup.page import page
+from benchmarks.bringup.state import State, path_of
+from benchmarks.providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
+from benchmarks.report import page as report_page
+from benchmarks.results import Result, Run, read
+from smoa_kernels.gpus import GPUS
+
+H100 = GPUS["h100"]
+MACHINE = {
+    "device": "NVIDIA H100 80GB HBM3",
+    "measured_on": "GPU",
+    "cpu": "a CPU",
+    "cores": 16,
+    "threads": 16,
+    "system": "Linux",
+    "python": "3.11",
+    "versions": {"torch": "2.13.0"},
+    "smoke": False,
+}
+
+
+def layer(case: Case, **seconds: float) -> Result:
+    """A steady comparison: five rounds of the same seconds."""
+    rounds = {name.replace("_", " "): [value] * 5 for name, value in seconds.items()}
+    phases = dict.fromkeys(("both", "forward", "backward"), rounds)
+    return Result("layer", f"layer: {case}", case.record(), FROZEN, [0.0, 0.0], phases)
+
+
+def memory(case: Case, **peaks: int) -> Result:
+    sizes = {
+        name.replace("_", " "): {"saved": 0, "peak": peak, "forward_workspace": 0, "backward_workspace": 0}
+        for name, peak in peaks.items()
+    }
+    return Result("memory", f"memory: {case}", case.record(), bytes=sizes)
+
+
+def measured() -> State:
+    """Every figure of the first column; the split form misses LoRA's goal."""
+    at_4 = layer(
+        SQUARE,
+        **{
+            FROZEN: 1.0,
+            "PEFT_LoRA": 1.4,
+            "PEFT_HiRA": 2.8,
+            PAPER: 2.8,
+            "SMoA_merged": 1.3,
+            "SMoA_split": 1.75,
+        },
+    )
+    at_1 = layer(SQUARE_HIRA, **{FROZEN: 1.0, "PEFT_HiRA": 2.8, "SMoA_merged": 1.6, "SMoA_split": 2.2})
+    peaks = memory(SQUARE, **{FROZEN: 100, "PEFT_LoRA": 200, "SMoA_split": 180})
+    state = State(Run(MACHINE, "abc", "2026-01-01", ())).with_results(at_4, at_1, peaks)
+    predict = {
+        "flops_per_second": 7e14,
+        "bytes_per_second": 3e12,
+        "block_grad": {str(SQUARE): {"seconds": 1.0, "share": 0.7}},
+    }
+    return state.with_finding("predict", predict)
+
+
+def test_the_grid_is_the_one_that_was_asked_for_and_the_goals_come_first() -> None:
+    cases = comparison_cases(False)
+    assert cases[: len(GOAL_CASES)] == GOAL_CASES
+    assert len(cases) == 72
+    assert {(c.out_features, c.in_features) for c in cases} == set(SHAPES)
+    assert {c.tokens for c in cases} == {256, 2048, 8192}
+    assert {c.num_blocks for c in cases} == {1, 2, 4, 8}
+    assert {c.dropout for c in cases} == {0.0, 0.05}
+    assert {(c.rank, c.dtype) for c in cases} == {(16, torch.bfloat16)}
+    assert len(tuned_layers(False)) == 9
+
+
+def test_all_stages_fit_into_eight_minutes() -> None:
+    assert sum(seconds + bringup.GRACE for _, seconds in stages.STAGES.values()) <= 480
+
+
+def test_who_is_compared() -> None:
+    assert set(stages.providers(SQUARE)) == {
+        FROZEN,
+        LORA,
+        HIRA,
+        PAPER,
+        SMOA,
+        f"{SMOA} merged",
+        f"{SMOA} split",
+    }
+    assert f"{SMOA} merged" not in stages.providers(replace(SQUARE, dropout=0.05))
+
+
+def test_goals_stand_with_the_prediction_and_what_was_measured() -> None:
+    state, column = measured(), COLUMNS[0]
+    rows = [goal.row(column, goal.limits[0], H100, state) for goal in GOALS]
+    assert [goal.met(row) for goal, row in zip(GOALS, rows, strict=True)] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert rows[0].measured == pytest.approx(1.3 / 1.4)
+    assert rows[0].predicted == pytest.approx(0.91, abs=0.01)
+    assert rows[6].measured == pytest.approx(0.8)
+    assert rows[7].measured == 0.7
+    for goal in GOALS:
+        assert goal.row(COLUMNS[1], goal.limits[1], H100, state).measured is None
+
+
+def test_an_unsteady_machine_is_not_judged() -> None:
+    shaky = {FROZEN: [1.0, 2.0, 3.0], LORA: [1.0] * 3, f"{SMOA} merged": [0.5] * 3}
+    result = Result("layer", "x", SQUARE.record(), FROZEN, [0.0, 0.0], {"both": shaky})
+    row = GOALS[0].row(COLUMNS[0], 1.0, H100, State(Run(MACHINE, "abc", "", (result,))))
+    assert row.measured == 0.5
+    assert GOALS[0].met(row) is None
+
+
+def test_the_page_marks_every_figure(tmp_path: Path) -> None:
+    state = measured().with_stage("tests", status="failed", seconds=3.0, error="1 failures | the first")
+    state = state.with_finding(
+        "tests", {"counts": {"passed": 4, "failed": 1}, "failures": ["a.py::b"], "unfinished": []}
+    )
+    text = page(state)
+    (merged,) = (line for line in text.splitlines() if line.startswith("| fwd+bwd over PEFT LoRA, merged"))
+    assert merged.endswith("| ≤ 1.00 | 0.91 | 0.93, met | ≤ 1.10 | 1.01 | not measured |")
+    (split,) = (line for line in text.splitlines() if line.startswith("| fwd+bwd over PEFT LoRA, split"))
+    assert "1.25, missed" in split
+    assert "| block_grad, share of the measured matmul rate | ≥ 0.65 | 1.00 | 0.70, met |" in text
+    assert "measured on GPU NVIDIA H100 80GB HBM3" in text
+    assert "1 failed, 4 passed." in text
+    assert "- failed: `a.py::b`" in text
+    assert "700 TFLOP/s" in text
+    assert "| tests | failed | 3 | 1 failures / the first |" in text
+
+
+def test_a_page_of_nothing() -> None:
+    text = page(State(Run(MACHINE, "abc", "2026-01-01", ())))
+    assert text.count("not measured") == 2 * len(GOALS)
+    assert "Nothing was compared." in text
+
+
+def test_the_file_comes_back_and_is_a_run_of_the_suite(tmp_path: Path) -> None:
+    state = measured().with_stage("compare", status="done", seconds=1.0, error="")
+    path = path_of(tmp_path, state.run)
+    assert path.name == "bringup-gpu-nvidia-h100-80gb-hbm3.json"
+    state.write(path)
+    again = State.read(path)
+    assert again.stages == state.stages
+    assert again.findings == state.findings
+    assert page(again) == page(state)
+    assert "measured on GPU NVIDIA H100 80GB HBM3" in report_page([read(path)])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"results": []}'])
+def test_a_file_that_is_no_bring_up(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json is not a bring-up"):
+        State.read(path)
+
+
+def test_a_second_comparison_takes_the_place_of_the_first() -> None:
+    state = State(Run(MACHINE, "abc", "", ())).with_results(layer(SQUARE, frozen=1.0))
+    (kept,) = state.with_results(layer(SQUARE, frozen=2.0)).run.results
+    assert kept.seconds["both"]["frozen"][0] == 2.0
+
+
+class Script:
+    """Stands for the stages' processes: what each answers, and which were asked for."""
+
+    def __init__(self, **answers: str) -> None:
+        self.answers, self.asked = answers, list[str]()
+
+    def __call__(self, name: str, out: Path, seconds: float, smoke: bool) -> dict[str, object]:
+        self.asked.append(name)
+        status = self.answers.get(name, "done")
+        return {"status": status, "seconds": 1.0, "error": "" if status == "done" else "why"}
+
+
+def test_a_stage_that_fails_does_not_stop_the_rest_and_resume_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "before"))  # restored: the command sets its own
+    script = Script(tests="failed", compare="out of time")
+    monkeypatch.setattr(bringup, "_in_process", script)
+    call = ["--smoke", "--out", str(tmp_path)]
+    assert bringup.main(call) == 1
+    assert script.asked == list(stages.STAGES)
+    (path,) = tmp_path.glob("bringup-*.json")
+    statuses = {name: found["status"] for name, found in json.loads(path.read_text())["stages"].items()}
+    assert statuses == {"tests": "failed", "tune": "done", "compare": "out of time", "predict": "done"}
+    assert "| tests | failed | 1 | why |" in path.with_suffix(".md").read_text()
+    assert "tests: failed in 1 s. why" in capsys.readouterr().out
+
+    again = Script()
+    monkeypatch.setattr(bringup, "_in_process", again)
+    assert bringup.main([*call, "--resume"]) == 0
+    assert again.asked == ["tests", "compare"]
+    fresh = Script()
+    monkeypatch.setattr(bringup, "_in_process", fresh)
+    bringup.main(call)
+    assert fresh.asked == list(stages.STAGES)
+
+
+def test_a_stage_that_hangs_or_dies_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bringup, "GRACE", 0.0)
+    assert bringup._in_process("tests", tmp_path, 0.01, True)["status"] == "out of time"
+    dead = bringup._in_process("no such stage", tmp_path, 60, True)
+    assert dead["status"] == "failed"
+    assert "no such stage" in str(dead["error"])
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(SystemExit):
+        bringup.main([])
+    assert "there is no GPU here; --smoke rehearses on the CPU" in capsys.readouterr().err
+
+
+def job(tmp_path: Path, seconds: float) -> tuple[Job, list[State]]:
+    saved: list[State] = []
+    state = State(Run(MACHINE, "abc", "", ()))
+    return Job(state, saved.append, time.monotonic() + seconds, True), saved
+
+
+def test_comparing_stops_in_time_and_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_compare_one", lambda case, smoke: ([layer(case, frozen=1.0)], {}))
+    todo, saved = job(tmp_path, 0.0)
+    with pytest.raises(OutOfTimeError, match="2 of 2 cases are left"):
+        stages.compare(todo)
+    todo, saved = job(tmp_path, 60.0)
+    stages.compare(todo)
+    assert len(saved[-1].run.results) == 2
+    again = replace(todo, state=saved[-1])
+    count = len(saved)
+    stages.compare(again)
+    assert len(saved) == count  # nothing is left to do
+
+
+def test_a_provider_that_fails_is_told_and_the_others_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(case: Case) -> torch.nn.Module:
+        raise RuntimeError("out of memory\nmore")
+
+    real = {FROZEN: stages.frozen, LORA: broken}
+    monkeypatch.setattr(stages, "providers", lambda case: real)
+    stages._gated.cache_clear()
+    todo, saved = job(tmp_path, 60.0)
+    with pytest.raises(AssertionError, match="2 providers failed"):
+        stages.compare(todo)
+    stages._gated.cache_clear()
+    assert set(saved[-1].findings["compare"].values()) == {"RuntimeError: out of memory"}
+    assert [set(r.seconds["both"]) for r in saved[-1].run.select("layer")] == [{FROZEN}] * 2
+
+
+PYTEST = """
+tests/kernels/test_a.py::test_one[Config(a=1, b=2)] PASSED               [ 25%]
+tests/kernels/test_a.py::test_two SKIPPED (no reason to)                 [ 50%]
+tests/kernels/test_a.py::test_three[x PASSED y] FAILED                   [ 75%]
+=========================== short test summary info ============================
+FAILED tests/kernels/test_a.py::test_three[x PASSED y] - assert 1 == 2
+"""
+
+
+def test_pytests_own_words_are_read() -> None:
+    found = numerics.outcomes(PYTEST)
+    assert found["tests/kernels/test_a.py::test_one[Config(a=1, b=2)]"] == "passed"
+    assert sorted(found.values()) == ["failed", "passed", "skipped"]
+    assert numerics.failed(PYTEST) == ["tests/kernels/test_a.py::test_three[x PASSED y] - assert 1 == 2"]
+
+
+WITHOUT = """
+import sys
+for name in ("typer", "rich", "hypothesis", "matplotlib"):
+    sys.modules[name] = None
+import benchmarks.bringup.page, benchmarks.bringup.stages
+"""
+
+
+def test_it_needs_neither_the_command_line_nor_hypothesis() -> None:
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
