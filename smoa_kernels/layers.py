@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from .packed import (
 )
 from .partition import BlockPartition, label_dtype
 from .sketch import TOLERANCE, sketch_distance, sketch_weight
+
+if TYPE_CHECKING:
+    from .distributed.shard import LayerShard
 
 __all__ = ["FusedSMoALinear"]
 
@@ -69,6 +72,7 @@ class FusedSMoALinear(nn.Linear):
     smoa_sketch: Tensor
     smoa_scaling: Tensor
     smoa_base_weight: Tensor | None  # W0 while the layer is merged
+    _shard: LayerShard | None = None  # where tensor parallelism has cut W0
 
     def __init__(
         self,
@@ -168,11 +172,14 @@ class FusedSMoALinear(nn.Linear):
 
     @property
     def partition(self) -> BlockPartition:
-        """Blocks of W0's rows and columns."""
+        """Blocks of W0's rows and columns; those of this process's shard under tensor parallelism."""
+        row_block, col_block = self.smoa_row_block, self.smoa_col_block
+        if self._shard is not None:
+            row_block, col_block = row_block[self._shard.rows], col_block[self._shard.cols]
         return BlockPartition.from_tensors(
             [
-                self.smoa_row_block,
-                self.smoa_col_block,
+                row_block,
+                col_block,
                 cast(Tensor, self.smoa_row_index),
                 cast(Tensor, self.smoa_col_index),
                 cast(Tensor, self.smoa_row_offsets),
@@ -183,13 +190,12 @@ class FusedSMoALinear(nn.Linear):
 
     @partition.setter
     def partition(self, partition: BlockPartition) -> None:
-        tensors = partition.to(self.weight.device).tensors()
-        for name, tensor in zip(
-            ("row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets"),
-            tensors,
-            strict=True,
-        ):
-            setattr(self, f"smoa_{name}", tensor)
+        partition = partition.to(self.weight.device)
+        self.smoa_row_block, self.smoa_col_block = partition.row_block, partition.col_block
+        if self._shard is not None:
+            partition = partition.shard(self._shard.rows, self._shard.cols)
+        for name in ("row_index", "col_index", "row_offsets", "col_offsets"):
+            setattr(self, f"smoa_{name}", getattr(partition, name))
         self._sizes = partition.sizes()
 
     @property
@@ -223,6 +229,8 @@ class FusedSMoALinear(nn.Linear):
     @torch.no_grad()
     def reset_adapter(self) -> None:
         """A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero: the layer computes what its base computes."""
+        if self._shard is not None:
+            raise RuntimeError("the layer is sharded: draw the adapter before parallelize_module")
         widths = torch.tensor(self.partition.col_sizes, dtype=self.smoa_A.dtype, device=self.smoa_A.device)
         bound = widths.clamp_min(1).rsqrt()[self.smoa_col_block.long()]
         self.smoa_A.uniform_(-1, 1).mul_(bound)
@@ -232,24 +240,34 @@ class FusedSMoALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        weight, bias = self.weight, cast("Tensor | None", self.bias)
+        A, B = cast(Tensor, self.smoa_A), cast(Tensor, self.smoa_B)
+        shard = self._shard
+        if shard is not None:
+            x, weight, (A, B) = shard.input(x), shard.weight(weight), shard.factors(A, B)
+            bias = None if bias is None else shard.bias(bias)
         if self.merged:
-            return F.linear(x, self.weight, self.bias)
-        return smoa_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.smoa_A,
-            self.smoa_B,
-            self.partition,
-            self.smoa_ranks,
-            scaling=self.smoa_scaling,
-            dropout_p=self.dropout if self.training else 0.0,
-            algorithm=self.algorithm,
-            backend=self.backend,
-        )
+            y = F.linear(x, weight, bias)
+        else:
+            y = smoa_linear(
+                x,
+                weight,
+                bias,
+                A,
+                B,
+                self.partition,
+                self.smoa_ranks,
+                scaling=self.smoa_scaling,
+                dropout_p=self.dropout if self.training else 0.0,
+                column_offset=0 if shard is None else shard.column_offset,
+                global_in_features=self.in_features,
+                algorithm=self.algorithm,
+                backend=self.backend,
+            )
+        return y if shard is None else shard.output(y)
 
     def delta_weight(self) -> Tensor:
-        """ΔW = W_eff - W0, (N, C), in W0's dtype; rounded on its own, not as a difference."""
+        """ΔW = W_eff - W0, (N, C), in W0's dtype; rounded on its own, not as a difference. A shard's is its part."""
         return eager.delta_weight(self._packed())
 
     @torch.no_grad()
@@ -258,13 +276,15 @@ class FusedSMoALinear(nn.Linear):
         if self.merged:
             warnings.warn("already merged: nothing to do", UserWarning, stacklevel=2)
             return
+        self._check_whole()
         self.smoa_base_weight = self.weight.detach().clone()
         adapter = self._packed()
         backend = resolve_backend(self.backend, self.weight.device, self.weight.dtype, self.smoa_A.shape[0])
+        weight = self.weight if self._shard is None else self._shard.weight(self.weight)
         if backend == "triton":  # in place: nothing of W0's size beside W0 and its copy
-            load_backend("triton").modulated_weight(adapter, out=self.weight)
+            load_backend("triton").modulated_weight(adapter, out=weight)
         else:
-            self.weight.copy_(eager.modulated_weight(adapter))
+            weight.copy_(eager.modulated_weight(adapter))
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -275,10 +295,17 @@ class FusedSMoALinear(nn.Linear):
         self.weight.copy_(self.smoa_base_weight)
         self.smoa_base_weight = None
 
+    def _check_whole(self) -> None:
+        if self._shard is None and hasattr(self.weight, "full_tensor"):
+            raise RuntimeError("weight is sharded by fully_shard: call unshard() on the module first")
+
     def _packed(self) -> PackedAdapter:
+        self._check_whole()
         weight = self.weight if self.smoa_base_weight is None else self.smoa_base_weight
-        A, B = self.smoa_A.detach(), self.smoa_B.detach()
-        return PackedAdapter(weight.detach(), A, B, self.partition, self.smoa_ranks, self.smoa_scaling)
+        weight, A, B = weight.detach(), self.smoa_A.detach(), self.smoa_B.detach()
+        if self._shard is not None:
+            weight, (A, B) = self._shard.weight(weight), self._shard.factors(A, B)
+        return PackedAdapter(weight, A, B, self.partition, self.smoa_ranks, self.smoa_scaling)
 
     def extra_repr(self) -> str:
         """As `nn.Linear`'s, with the adapter's settings."""
@@ -286,6 +313,13 @@ class FusedSMoALinear(nn.Linear):
             f"{super().extra_repr()}, r={self.r}, num_blocks={self.num_blocks}, alpha={self.alpha:g}, "
             f"dropout={self.dropout}, algorithm={self.algorithm!r}, backend={self.backend!r}"
         )
+
+    def _cut(self, shard: LayerShard) -> None:
+        """Compute as one part of a layer whose parameters were cut."""
+        self._shard = shard
+        if self.smoa_row_index is not None:  # else the labels are yet to be loaded
+            labels = self.smoa_row_block, self.smoa_col_block
+            self.partition = BlockPartition.from_labels(*labels, self.num_blocks)
 
     def _set_base(self, partition: BlockPartition | None) -> None:
         """Take the current weight as the base: its partition (computed unless given) and its sketch."""

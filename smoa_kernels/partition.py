@@ -8,8 +8,10 @@ move a coordinate across a block boundary and silently corrupt an adapter, so no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -95,6 +97,7 @@ class BlockPartition:
             TypeError: `weight` is not a floating-point tensor, or `num_blocks` is not an int.
             ValueError: `weight` is not a matrix or holds NaN or Inf; `num_blocks` is out of range.
         """
+        weight = whole(weight)
         _check_weight(weight)
         limit = min(weight.shape)
         _check_num_blocks(num_blocks)
@@ -103,9 +106,7 @@ class BlockPartition:
                 f"num_blocks must be at most min(out_features, in_features) = {limit} for a weight of shape "
                 f"{tuple(weight.shape)}, got {num_blocks}"
             )
-        row_score, col_score = spectral_centroids(weight.detach())
-        row_order = torch.argsort(row_score, stable=True)
-        col_order = torch.argsort(col_score, stable=True)
+        row_order, col_order = order_source.get()(weight.detach())
         labels = cls.from_labels(_cut(row_order, num_blocks), _cut(col_order, num_blocks), num_blocks)
         labels.row_order, labels.col_order = row_order, col_order
         return labels
@@ -245,6 +246,24 @@ class BlockPartition:
 def label_dtype(num_blocks: int) -> torch.dtype:
     """uint8 where it fits, else int32: gloo and NCCL cannot send int16."""
     return torch.uint8 if num_blocks <= 256 else torch.int32
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A sharded weight (`DTensor`) gathered on every process; any other as it is."""
+    gather = getattr(weight, "full_tensor", None)
+    return weight if gather is None else cast(Tensor, gather())
+
+
+def spectral_orders(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of `weight` sorted by spectral centroid: int64 (N,) and (C,)."""
+    row_score, col_score = spectral_centroids(weight)
+    return torch.argsort(row_score, stable=True), torch.argsort(col_score, stable=True)
+
+
+order_source: ContextVar[Callable[[Tensor], tuple[Tensor, Tensor]]] = ContextVar(
+    "order_source", default=spectral_orders
+)
+"""Where `BlockPartition.from_weight` has its orders from: other processes may know them."""
 
 
 def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .partition import whole
+
 __all__ = ["sketch_distance", "sketch_weight"]
 
 PROJECTIONS = 32
@@ -23,7 +25,7 @@ TOLERANCE = 0.35
 
 def sketch_weight(weight: Tensor) -> Tensor:
     """float32 (33,) on W0's device: 32 projections, then log2 of the norm. Any floating dtype and strides."""
-    weight = weight.detach().to(torch.float32)
+    weight = whole(weight).detach().to(torch.float32)
     norm = torch.linalg.vector_norm(weight).clamp_min(torch.finfo(torch.float32).tiny)
     u, v = (_signs(size, side, weight.device) for side, size in enumerate(weight.shape))
     projections = ((u.T @ weight) * v.T).sum(1)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from .config import SMoAConfig
 from .layout import blocks_size, pack_blocks, unpack_blocks
 from .offload import check_present, execution_device, gathered, present
 from .quantized import dequantized, dequantized_linear, read_weight, requantize
+
+if TYPE_CHECKING:
+    from ..distributed.shard import LayerShard
 
 __all__ = ["LayerSettings", "Linear", "SMoALayer"]
 
@@ -116,6 +119,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.backend: dict[str, str] = {}
         self._prepared: dict[str, _Prepared] = {}
         self._whole: BlockPartition | None = None
+        self._shard: LayerShard | None = None  # where tensor parallelism has cut W0
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -124,10 +128,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return cast(nn.Module, self.get_base_layer())
 
     def base_weight(self) -> Tensor:
-        """W0 (N, C), never W_eff; dequantised anew where it is quantised."""
+        """W0 (N, C), never W_eff; dequantised anew where it is quantised. This process's part where it is cut."""
         if self.quantization_backend is not None:
             return read_weight(self.quantization_backend, self._quantized_base())
-        weight = cast(Tensor, self.get_base_layer().weight)
+        weight = self._stored_weight()
         check_present(weight)
         if self._stored_base is not None:
             weight = self._stored_base.to(weight.device, weight.dtype)
@@ -135,6 +139,17 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             # FSDP's view of a flat parameter that mixes frozen weights with trained ones.
             weight = weight.detach()
         return weight.T if self.fan_in_fan_out else weight
+
+    def base_sketch(self) -> Tensor:
+        """The sketch of the whole W0."""
+        return sketch_weight(
+            self.base_weight() if self._shard is None else cast(Tensor, self.innermost().weight)
+        )
+
+    def _stored_weight(self) -> Tensor:
+        """The innermost layer's parameter as it is stored, or the storage of this process's part of it."""
+        weight = cast(Tensor, self.innermost().weight)
+        return weight if self._shard is None else self._shard.weight(weight)
 
     def _quantized_base(self) -> nn.Module:
         return self._stored_layer[0] if self._stored_layer else self.innermost()
@@ -156,6 +171,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         Raises:
             TypeError, ValueError: settings that do not fit the layer. Nothing is added.
         """
+        if self._shard is not None:
+            raise ValueError("the layer is sharded: add adapters before parallelize_module")
         config = settings.config
         ranks = resolve_ranks(settings.r, settings.num_blocks, settings.block_ranks)
         limit = min(self.out_features, self.in_features)
@@ -196,6 +213,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             raise RuntimeError(
                 f"adapter {adapter_name!r} was loaded without its block labels (smoa_blocks), and those of another "
                 "spectrum would corrupt it"
+            )
+        if self._shard is not None:
+            raise RuntimeError(
+                f"adapter {adapter_name!r} has no block labels, and a part of a weight has no spectrum: load or "
+                "initialize it before parallelize_module"
             )
         blocks = self.num_blocks[adapter_name]
         known = [p.partition for p in self._prepared.values() if p.partition.num_blocks == blocks]
@@ -243,7 +265,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     def awaits_blocks(self, adapter_name: str) -> bool:
         """Whether an adapter was injected for weights that are yet to be loaded."""
-        return not bool(self.smoa_blocks[adapter_name].any())
+        packed = self.smoa_blocks[adapter_name]
+        return packed.is_meta or not bool(packed.any())
 
     def num_adapter_parameters(self, adapter_name: str) -> int:
         """`Σ r_k (N_k + C_k)`, padding not counted."""
@@ -253,6 +276,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         """The adapter over `weight`, in autograd's sight."""
         ready = self._ready(adapter_name)
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
+        if self._shard is not None:
+            A, B = self._shard.factors(A, B)
         return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling)
 
     def _ready(self, adapter_name: str) -> _Prepared:
@@ -268,6 +293,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return self._prepare(adapter_name, partition, ranks)
 
     def _prepare(self, adapter_name: str, partition: BlockPartition, ranks: Tensor) -> _Prepared:
+        if self._shard is not None:
+            partition = partition.shard(self._shard.rows, self._shard.cols)
         for name, other in self._prepared.items():
             # One object for partitions that agree, so that forward need not compare labels.
             if (
@@ -281,6 +308,14 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         ready = _Prepared(packed, partition, ranks, scaling)
         self._prepared[adapter_name] = ready
         return ready
+
+    def _cut(self, shard: LayerShard) -> None:
+        """Compute as one part of a layer whose parameters were cut."""
+        self._shard = shard
+        self._prepared.clear()
+        for name in self.smoa_A:
+            if not self.smoa_blocks[name].is_meta:
+                self._ready(name)
 
     def whole(self, weight: Tensor) -> BlockPartition:
         """The partition of a single block on W0's device, built once."""
@@ -371,17 +406,25 @@ class Linear(SMoALayer, nn.Module):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+            return self._base_output(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         if self.merged:
-            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+            return self._base_output(x, *args, **kwargs)
         return self._adapted(x, cast("list[str]", self.active_adapters), *args, **kwargs)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shard = self._shard
+        if shard is None:
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        weight, bias = self._stored_weight(), cast("Tensor | None", self.innermost().bias)
+        y = F.linear(shard.input(x), weight.T if self.fan_in_fan_out else weight)
+        return shard.output(y if bias is None else y + shard.bias(bias))
 
     def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         names = [name for name in adapter_names if name in self.smoa_A]
         if not names or not self._reads_weight or args or kwargs:
-            y, rest = cast(Tensor, self.base_layer(x, *args, **kwargs)), names
+            y, rest = self._base_output(x, *args, **kwargs), names
         else:
             # One dropout mask for one product: adapters that drop with another probability come after it.
             p = self._dropout_p(names[0])
@@ -406,27 +449,38 @@ class Linear(SMoALayer, nn.Module):
                 algorithm=self.algorithm[names[0]],
                 backend=self.backend[names[0]],
             )
-        weight = self.base_weight()
+        weight, bias = self.base_weight(), cast("Tensor | None", base.bias)
         adapter = self._summed(weight, names)
         A, B = adapter.A, adapter.B
+        shard = self._shard
+        if shard is not None:
+            x, bias = shard.input(x), None if bias is None else shard.bias(bias)
         if A.dtype not in (x.dtype, torch.float32):
             A, B = A.to(x.dtype), B.to(x.dtype)
-        return smoa_linear(
+        y = smoa_linear(
             x,
             weight,
-            cast("Tensor | None", base.bias),
+            bias,
             A,
             B,
             adapter.partition,
             adapter.ranks,
             scaling=adapter.scaling,
             dropout_p=dropout_p,
+            column_offset=0 if shard is None else shard.column_offset,
+            global_in_features=self.in_features,
             algorithm=self.algorithm[names[0]],
             backend=self.backend[names[0]],
         )
+        return y if shard is None else shard.output(y)
 
     def _adapter_output(self, x: Tensor, name: str) -> Tensor:
         """`dropout(x) ΔWᵀ` alone, by a dense ΔW that autograd keeps: for base layers that must be called."""
+        if self._shard is not None:
+            raise RuntimeError(
+                f"adapter {name!r} drops out with another probability than the first active one, which tensor "
+                "parallelism does not take: activate adapters of one smoa_dropout"
+            )
         adapter = self.packed(name, self.base_weight())
         A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
         delta = (B @ A) * adapter.weight
@@ -437,7 +491,7 @@ class Linear(SMoALayer, nn.Module):
         self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
     ) -> Tensor:
         y: Tensor | None = None
-        for name in dict.fromkeys(adapter_names):
+        for name in dict.fromkeys(adapter_names or ("__base__",)):  # of an empty batch, for its shape
             index = torch.tensor(
                 [i for i, given in enumerate(adapter_names) if given == name], device=x.device
             )
@@ -445,7 +499,7 @@ class Linear(SMoALayer, nn.Module):
             if y is None:
                 y = part.new_empty(x.shape[0], *part.shape[1:])
             y = y.index_copy(0, index, part)
-        assert y is not None  # a batch is not empty: there are as many names as samples
+        assert y is not None
         return y
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
@@ -501,7 +555,7 @@ class Linear(SMoALayer, nn.Module):
             before = requantize(self, merged)
             self._stored_layer = self._stored_layer or (before,)
         else:
-            weight = cast(Tensor, self.innermost().weight)
+            weight = self._stored_weight()
             if self._stored_base is None:
                 self._stored_base = weight.detach().to("cpu", copy=True)
             weight.data.copy_(merged.T if self.fan_in_fan_out else merged)
@@ -513,7 +567,7 @@ class Linear(SMoALayer, nn.Module):
         if self._stored_layer:
             self.base_layer = self._stored_layer[0]
         elif self._stored_base is not None:
-            cast(Tensor, self.innermost().weight).data.copy_(self._stored_base)
+            self._stored_weight().data.copy_(self._stored_base)
         else:
             warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
         self._stored_base, self._stored_layer = None, ()
@@ -521,6 +575,10 @@ class Linear(SMoALayer, nn.Module):
 
     def _delta(self, names: Sequence[str], weight: Tensor) -> Tensor:
         """Σ ΔW (N, C), at least float32, each computed as its own product."""
+        if hasattr(weight, "full_tensor"):
+            raise RuntimeError(
+                "the base weight is sharded by fully_shard: call unshard() on the module first"
+            )
         weight = weight.detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         total = eager.delta_weight(self.packed(names[0], weight))

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["ignore_buffers", "smoa_buffers"]
+__all__ = ["agree_on_buffers", "ignore_buffers", "smoa_buffers"]
 
 
 def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -31,12 +31,19 @@ def ignore_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = N
     """
     names = smoa_buffers(model)
     if dist.is_available() and dist.is_initialized():
-        source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
-        for name, buffer in names.items():
-            owner, _, attribute = name.rpartition(".")
-            # A new tensor, which tells a layer that what it derived from the old one is stale.
-            shared = buffer.clone()
-            dist.broadcast(shared, source, process_group)
-            setattr(model.get_submodule(owner), attribute, shared)
+        agree_on_buffers(model, process_group)
     ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+
+
+def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
+    """Give every process of a group (the default one when None) the labels and ranks of its first."""
+    source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+    for name, buffer in smoa_buffers(model).items():
+        if buffer.is_meta:
+            continue
+        owner, _, attribute = name.rpartition(".")
+        # A new tensor, which tells a layer that what it derived from the old one is stale.
+        shared = buffer.clone()
+        dist.broadcast(shared, source, process_group)
+        setattr(model.get_submodule(owner), attribute, shared)

@@ -1,0 +1,93 @@
+"""One process's part of an adapted layer, and how tensors enter and leave it."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+__all__ = ["LayerShard"]
+
+
+class LayerShard:
+    """A contiguous part of W0's rows or columns, cut as `torch.chunk` cuts over a one-dimensional mesh.
+
+    Rows take B's rows and the row labels with them and need the whole x and A; columns take A's columns and the
+    column labels, and need their part of x and the whole B. The gradient of what every process holds whole is the
+    sum of what each of them computes.
+
+    Args:
+        mesh: one dimension of devices.
+        dim: 0 where W0's rows are cut, 1 where its columns are.
+        out_features: N, of the whole layer.
+        in_features: C, of the whole layer.
+
+    Attributes:
+        rows: of W0, that this process holds.
+        cols: likewise.
+        column_offset: index of the first of them.
+    """
+
+    def __init__(self, mesh: DeviceMesh, dim: int, out_features: int, in_features: int) -> None:
+        self._mesh, self._dim, self._out_features = mesh, dim, out_features
+        size = (out_features, in_features)[dim]
+        step = -(-size // mesh.size())
+        start = min(step * mesh.get_local_rank(), size)
+        part, every = slice(start, min(start + step, size)), slice(None)
+        self.rows: slice = part if dim == 0 else every
+        self.cols: slice = every if dim == 0 else part
+        self.column_offset = 0 if dim == 0 else start
+
+    def input(self, x: Tensor) -> Tensor:
+        """This process's columns of x, a DTensor."""
+        return _shared(x) if self._dim == 0 else _own(x)
+
+    def output(self, y: Tensor) -> Tensor:
+        """The layer's output, a DTensor: sharded by columns, or a sum over processes where W0's columns are cut."""
+        placement = Shard(-1) if self._dim == 0 else Partial()
+        shape = torch.Size((*y.shape[:-1], self._out_features))
+        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        return DTensor.from_local(y, self._mesh, (placement,), run_check=False, shape=shape, stride=stride)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """This process's part of W0, sharing its storage.
+
+        Raises:
+            RuntimeError: it is sharded over further dimensions, as it is outside of forward under `fully_shard`.
+        """
+        mine = _own(weight)
+        expected = tuple(
+            full if part == slice(None) else part.stop - part.start
+            for full, part in zip(weight.shape, (self.rows, self.cols), strict=True)
+        )
+        if mine.shape not in (expected, expected[::-1]):
+            raise RuntimeError("weight is sharded by fully_shard: call unshard() on the module first")
+        return mine
+
+    def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A's part beside the whole B, or B's part beside the whole A."""
+        return (_shared(A), _own(B)) if self._dim == 0 else (_own(A), _shared(B))
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """This process's part; where outputs are summed over processes, an even share."""
+        return _own(bias) if self._dim == 0 else _shared(bias) / self._mesh.size()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return cast(DTensor, tensor).to_local()
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """A replicated DTensor's values, whose gradients are summed over processes before it gets them."""
+    value = _own(tensor)
+    if not value.requires_grad:
+        return value
+    # In two steps: the gradient of `to_local` alone would be left unsummed, a Partial that every optimiser step and
+    # every norm would reduce for itself.
+    mesh = cast(DTensor, tensor).device_mesh
+    whole = DTensor.from_local(value, mesh, (Replicate(),), run_check=False)
+    return whole.to_local(grad_placements=(Partial(),))

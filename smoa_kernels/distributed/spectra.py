@@ -1,0 +1,48 @@
+"""One spectral order for all processes: computed by the first, received by the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..partition import order_source, spectral_orders
+
+__all__ = ["shared_spectra"]
+
+
+@contextmanager
+def shared_spectra(process_group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Inside the block only a group's first process computes the spectrum of a weight; the others get its order.
+
+    Inject adapters within it, on every process of the group, into the same layers in the same order. Spares the
+    other processes an eigendecomposition per layer, and the labels are one machine's.
+
+    Args:
+        process_group: the default one when None.
+
+    Example::
+
+        >>> with shared_spectra():  # doctest: +SKIP
+        ...     model = get_peft_model(base, SMoAConfig(r=8, num_blocks=2))
+    """
+    source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+    first = dist.get_rank() == source
+
+    def orders(weight: Tensor) -> tuple[Tensor, Tensor]:
+        if first:
+            rows, cols = spectral_orders(weight)
+        else:
+            rows, cols = (torch.empty(size, dtype=torch.int64, device=weight.device) for size in weight.shape)
+        for order in (rows, cols):
+            dist.broadcast(order, source, process_group)
+        return rows, cols
+
+    token = order_source.set(orders)
+    try:
+        yield
+    finally:
+        order_source.reset(token)

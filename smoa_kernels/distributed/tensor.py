@@ -1,0 +1,141 @@
+"""Tensor parallelism: `parallelize_module` styles for `FusedSMoALinear` and PEFT's SMoA layers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+from .data import agree_on_buffers
+from .shard import LayerShard
+
+__all__ = ["ColwiseSMoAParallel", "RowwiseSMoAParallel"]
+
+
+class _SMoAParallel:
+    """What the two styles share: `dim` of W0 is cut, and everything that goes with it.
+
+    Every process of the mesh holds the layer whole beforehand; values, labels and ranks become those of the first
+    (`parallelize_module`'s `src_data_rank`).
+    """
+
+    dim: int
+    src_data_rank: int | None
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not hasattr(module, "smoa_A"):
+            return cast(nn.Module, super()._apply(module, device_mesh))  # type: ignore[misc]  # torch's style is next
+        _check(module, device_mesh)
+        if self.src_data_rank is not None:
+            agree_on_buffers(module, device_mesh.get_group())
+        self._distribute(cast(Any, module), device_mesh)
+        style: Any = self
+        wanted = (Replicate() if self.dim == 0 else Shard(-1),)
+        enter = partial(style._prepare_input_fn, style.input_layouts, wanted)
+        leave = partial(style._prepare_output_fn, style.output_layouts, style.use_local_output)
+        module.register_forward_pre_hook(lambda m, inputs: enter(m, inputs, device_mesh))
+        module.register_forward_hook(lambda m, inputs, outputs: leave(m, outputs, device_mesh))
+        return module
+
+    def _distribute(self, layer: Any, mesh: DeviceMesh) -> None:
+        base = layer.innermost() if hasattr(layer, "innermost") else layer
+        stored_transposed = getattr(layer, "fan_in_fan_out", False)
+        cut = partial(self._parameter, mesh=mesh)
+        base.weight = cut(base.weight, dim=1 - self.dim if stored_transposed else self.dim)
+        if base.bias is not None:
+            base.bias = cut(base.bias, dim=0 if self.dim == 0 else None)
+        dims = (None, 0) if self.dim == 0 else (1, None)
+        for factor, dim in zip(("smoa_A", "smoa_B"), dims, strict=True):
+            value = getattr(layer, factor)
+            if isinstance(value, nn.ParameterDict):
+                for name in value:
+                    value[name] = cut(value[name], dim=dim)
+            else:
+                setattr(layer, factor, cut(value, dim=dim))
+        layer._cut(LayerShard(mesh, self.dim, layer.out_features, layer.in_features))
+
+    def _parameter(self, parameter: Tensor, *, mesh: DeviceMesh, dim: int | None) -> nn.Parameter:
+        placement = Replicate() if dim is None else Shard(dim)
+        value = distribute_tensor(parameter, mesh, (placement,), src_data_rank=self.src_data_rank)
+        return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):
+    """Cut W0's rows (the output's columns), B and the row labels; A is whole on every process.
+
+    A drop-in for torch's `ColwiseParallel`, which it is for modules without an adapter: same arguments, same layouts
+    of input (replicated) and output (sharded by its last dimension). Outputs, gradients, dropout masks and merged
+    weights are one process's. Parallelize after adapters are injected (or loaded) and before the optimiser is made;
+    then `fully_shard` over another dimension of the mesh, where there is one.
+
+    Masks agree because processes that share a layer draw the same seeds: seed those of one mesh alike.
+
+    Raises:
+        ValueError, TypeError: from `parallelize_module`, before anything of the layer has changed: it is merged,
+            quantised, or its labels are yet to be loaded; its generators differ and it has dropout.
+
+    Example::
+
+        >>> plan = {"up": ColwiseSMoAParallel(), "down": RowwiseSMoAParallel()}  # doctest: +SKIP
+        >>> parallelize_module(block, init_device_mesh("cuda", (8,)), plan)  # doctest: +SKIP
+    """
+
+    dim = 0
+
+
+class RowwiseSMoAParallel(_SMoAParallel, RowwiseParallel):
+    """Cut W0's columns (the input's), A and the column labels; B is whole on every process.
+
+    A drop-in for torch's `RowwiseParallel`: input sharded by its last dimension, output replicated (or reduced and
+    scattered, by `output_layouts`). All else as :class:`ColwiseSMoAParallel`.
+    """
+
+    dim = 1
+
+
+def _check(layer: Any, mesh: DeviceMesh) -> None:
+    """Raise where the layer cannot be cut."""
+    if getattr(layer, "_shard", None) is not None:
+        raise ValueError("the layer is parallelized already")
+    if layer.merged:
+        raise ValueError("the layer is merged: unmerge it before parallelize_module")
+    if hasattr(layer, "innermost"):
+        if layer.quantization_backend is not None or not layer._reads_weight:
+            raise TypeError(
+                "a PEFT layer must be over a plain nn.Linear or Conv1D to be cut, got one over "
+                f"{type(layer.get_base_layer()).__name__}"
+            )
+        waiting = [
+            n for n, packed in layer.smoa_blocks.items() if not packed.is_meta and layer.awaits_blocks(n)
+        ]
+        if waiting:
+            raise ValueError(
+                f"adapters {waiting} await their block labels: load them before parallelize_module"
+            )
+        drops = any(layer.smoa_dropout.values())
+    else:
+        drops = layer.dropout > 0
+    if drops and not _same_generators(mesh):
+        raise ValueError(
+            "dropout needs the generators of a mesh's processes in one state: call torch.manual_seed with one seed on "
+            "all of them before parallelize_module"
+        )
+
+
+def _same_generators(mesh: DeviceMesh) -> bool:
+    if mesh.device_type == "cpu":
+        state = torch.get_rng_state()
+    else:
+        state = torch.get_device_module(mesh.device_type).get_rng_state()
+    group = mesh.get_group()
+    first = state.to(mesh.device_type, copy=True)
+    dist.broadcast(first, dist.get_global_rank(group, 0), group)
+    differ = (first.to(state.device) != state).any().to(mesh.device_type, torch.uint8)
+    dist.all_reduce(differ, dist.ReduceOp.MAX, group)
+    return not bool(differ)

@@ -1,0 +1,85 @@
+"""The small network of these tests, and what one step of it gives."""
+
+from __future__ import annotations
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from smoa_kernels import BlockPartition, FusedSMoALinear
+from smoa_kernels.peft import SMoAConfig
+
+IN, HIDDEN, BLOCKS, RANK = 20, 30, 3, 7
+
+
+class Feedforward(nn.Module):
+    """x + down(gelu(up(norm(x)))); 30 hidden features do not divide by 4."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(IN, dtype=dtype)
+        self.up = nn.Linear(IN, HIDDEN, dtype=dtype)
+        self.down = nn.Linear(HIDDEN, IN, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def in_order(layer: nn.Linear) -> BlockPartition:
+    """Blocks of neighbours, so that a part of the rows or columns misses a block altogether."""
+    rows, cols = (torch.arange(size) * BLOCKS // size for size in layer.weight.shape)
+    return BlockPartition.from_labels(rows, cols, BLOCKS)
+
+
+def build(kind: str, dtype: torch.dtype, *, dropout: float = 0.0, spectral: bool = True) -> nn.Module:
+    """The network with adapters that do something: "fused" or "peft", the same numbers for one `kind`."""
+    torch.manual_seed(0)
+    model = Feedforward(torch.float64)
+    settings = {"r": RANK, "num_blocks": BLOCKS}
+    if kind == "fused":
+        for name in ("up", "down"):
+            linear = getattr(model, name)
+            blocks = None if spectral else in_order(linear)
+            setattr(
+                model,
+                name,
+                FusedSMoALinear.from_linear(linear, **settings, dropout=dropout, partition=blocks),
+            )
+        model.norm.requires_grad_(False)
+    else:
+        config = SMoAConfig(**settings, smoa_dropout=dropout, target_modules=["up", "down"])
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "smoa_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.double()
+    torch.manual_seed(1)
+    return model.to(dtype)
+
+
+def batch(dtype: torch.dtype, tokens: int = 24) -> tuple[Tensor, Tensor]:
+    """x and the target."""
+    generator = torch.Generator().manual_seed(2)
+    x, target = (torch.randn(4, tokens // 4, IN, dtype=torch.float64, generator=generator) for _ in range(2))
+    return x.to(dtype), target.to(dtype)
+
+
+def step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradients of x and of every factor, whole."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    nn.functional.mse_loss(y, target).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {"y": y.detach(), "x": x.grad, **grads}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def layers(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """up and down."""
+    inner = model.base_model.model if hasattr(model, "base_model") else model
+    return inner.up, inner.down

@@ -1,0 +1,240 @@
+"""`parallelize_module` with SMoA's styles: what one process computes, cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from networks import BLOCKS, HIDDEN, IN, batch, build, layers, step, whole
+from problems import relative_error
+from processes import Processes
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from smoa_kernels import partition as partition_module
+from smoa_kernels.distributed import ColwiseSMoAParallel, RowwiseSMoAParallel, shared_spectra
+
+DOUBLE = 1e-10
+
+
+def parallelize(model: nn.Module, mesh: object = None) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    prefix = "base_model.model." if hasattr(model, "base_model") else ""
+    plan = {f"{prefix}up": ColwiseSMoAParallel(), f"{prefix}down": RowwiseSMoAParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
+def assert_close(ours: dict, expected: dict, tolerance: float = DOUBLE) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(whole(ours[name]), value) < tolerance, name
+
+
+def equals_one_process(kind: str, dropout: float, spectral: bool) -> None:
+    for dtype in (torch.float64, torch.float32):
+        expected = step(build(kind, dtype, dropout=dropout, spectral=spectral), *batch(dtype))
+        model = parallelize(build(kind, dtype, dropout=dropout, spectral=spectral))
+        ours = step(model, *batch(dtype))
+        if dtype == torch.float64:
+            truth = expected
+            assert_close(ours, expected)
+        else:
+            for name, value in expected.items():
+                budget = 2 * relative_error(value, truth[name]) + 1e-7
+                assert relative_error(whole(ours[name]), truth[name]) < budget, name
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            assert isinstance(parameter.grad, DTensor), name
+            assert parameter.grad.placements == parameter.placements, name
+            whole_factor = ("up" in name) == ("smoa_A" in name)
+            assert parameter.placements == ((Replicate(),) if whole_factor else parameter.placements)
+            if whole_factor:
+                parts = [torch.empty_like(parameter.grad.to_local()) for _ in range(dist.get_world_size())]
+                dist.all_gather(parts, parameter.grad.to_local().contiguous())
+                assert all(torch.equal(part, parts[0]) for part in parts), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["fused", "peft"])
+def test_equals_one_process(group: Processes, kind: str, dropout: float) -> None:
+    group.run(equals_one_process, kind, dropout, True)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_shards_that_miss_a_block(group: Processes, dropout: float) -> None:
+    group.run(equals_one_process, "fused", dropout, False)
+
+
+def misses_a_block() -> None:
+    up, down = layers(parallelize(build("fused", torch.float64, spectral=False)))
+    assert 0 in up.partition.row_sizes
+    assert 0 in down.partition.col_sizes
+    assert up.partition.shape == up.weight.to_local().shape
+    assert len(up.smoa_row_block) == HIDDEN  # the state dict's labels are whole
+    assert down.partition.num_blocks == BLOCKS
+
+
+def test_the_shards_of_that_test_do_miss_one(four: Processes) -> None:
+    four.run(misses_a_block)
+
+
+def merges(kind: str) -> None:
+    x, _ = batch(torch.float64)
+    single, model = build(kind, torch.float64).eval(), parallelize(build(kind, torch.float64)).eval()
+    before = model(x)
+    for one, cut in zip(layers(single), layers(model), strict=True):
+        base = one if kind == "fused" else one.base_layer
+        shards = cut if kind == "fused" else cut.base_layer
+        original = shards.weight.to_local().clone()
+        one.merge()
+        cut.merge()
+        assert relative_error(whole(shards.weight), base.weight) < DOUBLE
+        assert not torch.equal(shards.weight.to_local(), original)
+    assert relative_error(model(x), before) < DOUBLE
+    for cut in layers(model):
+        cut.unmerge()
+    assert torch.equal(shards.weight.to_local(), original)
+    assert relative_error(model(x), before) == 0
+
+
+@pytest.mark.parametrize("kind", ["fused", "peft"])
+def test_merged_weights(group: Processes, kind: str) -> None:
+    group.run(merges, kind)
+
+
+def sequence_parallel() -> None:
+    expected = step(build("fused", torch.float64, dropout=0.4), *batch(torch.float64))
+    model = build("fused", torch.float64, dropout=0.4)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {
+        "up": ColwiseSMoAParallel(input_layouts=Shard(0)),
+        "down": RowwiseSMoAParallel(output_layouts=Shard(0)),
+    }
+    parallelize_module(model, mesh, plan)
+    x, target = (t.chunk(mesh.size())[mesh.get_local_rank()] for t in batch(torch.float64))
+    ours = step(model, x, target)
+    y = [torch.empty_like(ours["y"]) for _ in range(mesh.size())]
+    dist.all_gather(y, ours["y"])
+    assert relative_error(torch.cat(y), expected["y"]) < DOUBLE
+    for name in ("up.smoa_A", "up.smoa_B", "down.smoa_A", "down.smoa_B"):
+        # each process's loss is the mean over its own part of the sequence
+        assert relative_error(whole(ours[name]) / mesh.size(), expected[name]) < DOUBLE, name
+
+
+def test_sequence_parallel_layouts(group: Processes) -> None:
+    group.run(sequence_parallel)
+
+
+def two_adapters() -> None:
+    def both() -> nn.Module:
+        from peft import PeftModel
+
+        model: PeftModel = build("peft", torch.float64)
+        config = model.peft_config["default"]
+        model.add_adapter("other", type(config)(r=4, num_blocks=2, target_modules=["up", "down"]))
+        for name, parameter in model.named_parameters():
+            if "other" in name:
+                torch.manual_seed(len(name))
+                parameter.data = torch.randn_like(parameter, dtype=torch.float64)
+        model.base_model.set_adapter(["default", "other"])
+        return model
+
+    expected, ours = step(both(), *batch(torch.float64)), step(parallelize(both()), *batch(torch.float64))
+    assert sum("other" in name for name in expected) == 4
+    assert_close(ours, expected)
+
+
+def test_several_active_adapters(two: Processes) -> None:
+    two.run(two_adapters)
+
+
+def spectra_are_shared() -> int:
+    computed = []
+    original = partition_module.spectral_centroids
+
+    def counting(weight: torch.Tensor) -> object:
+        computed.append(weight)
+        return original(weight)
+
+    partition_module.spectral_centroids = counting
+    try:
+        with shared_spectra():
+            fused, peft = build("fused", torch.float64), build("peft", torch.float64)
+    finally:
+        partition_module.spectral_centroids = original
+    for layer, other in zip(layers(fused), layers(peft), strict=True):
+        assert layer.partition == other.partition("default")
+    labels = [torch.empty_like(fused.up.smoa_row_block) for _ in range(dist.get_world_size())]
+    dist.all_gather(labels, fused.up.smoa_row_block)
+    assert all(torch.equal(part, labels[0]) for part in labels)
+    return len(computed)
+
+
+def test_the_order_is_computed_once(two: Processes) -> None:
+    assert two.run(spectra_are_shared) == [4, 0]
+
+
+def labels_become_the_firsts() -> None:
+    rank = dist.get_rank()
+    model = build("fused", torch.float64, spectral=rank == 0)
+    parallelize(model)
+    x, _ = batch(torch.float64)
+    assert relative_error(model(x), build("fused", torch.float64)(x)) < DOUBLE
+
+
+def test_processes_take_the_firsts_labels(two: Processes) -> None:
+    two.run(labels_become_the_firsts)
+
+
+def refuses() -> None:
+    merged = build("fused", torch.float64)
+    merged.up.merge()
+    with pytest.raises(ValueError, match="merged: unmerge it"):
+        parallelize(merged)
+    assert not isinstance(merged.up.smoa_A, DTensor)
+    dropping = build("fused", torch.float64, dropout=0.1)
+    torch.manual_seed(dist.get_rank())
+    with pytest.raises(ValueError, match="dropout needs the generators"):
+        parallelize(dropping)
+    assert not isinstance(dropping.up.weight, DTensor)
+    cut = parallelize(build("fused", torch.float64))
+    with pytest.raises(RuntimeError, match="before parallelize_module"):
+        cut.up.reset_adapter()
+    with pytest.raises(ValueError, match="parallelized already"):
+        parallelize(cut)
+    peft = parallelize(build("peft", torch.float64))
+    with pytest.raises(ValueError, match="add adapters before"):
+        peft.add_adapter("late", peft.peft_config["default"])
+
+
+def test_what_cannot_be_cut_is_refused(two: Processes) -> None:
+    two.run(refuses)
+
+
+def falls_back() -> None:
+    model = nn.Sequential(nn.Linear(IN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, IN)).double()
+    x, _ = batch(torch.float64)
+    y = model(x)
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, {"0": ColwiseSMoAParallel(), "2": RowwiseSMoAParallel()})
+    assert relative_error(model(x), y) < DOUBLE
+
+
+def test_plain_layers_are_torchs(two: Processes) -> None:
+    two.run(falls_back)
+
+
+def compiles() -> None:
+    torch._dynamo.reset()
+    expected = step(build("fused", torch.float64, dropout=0.4), *batch(torch.float64))
+    model = parallelize(build("fused", torch.float64, dropout=0.4))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ours = step(compiled, *batch(torch.float64))
+    assert_close({name.removeprefix("_orig_mod."): value for name, value in ours.items()}, expected)
+
+
+def test_compiles_whole(two: Processes) -> None:
+    two.run(compiles)

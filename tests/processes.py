@@ -1,0 +1,85 @@
+"""Groups of processes that stay alive between tests: starting one costs more than most of what it is asked."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# gloo's: a process that failed leaves the others waiting this long.
+TIMEOUT = datetime.timedelta(seconds=30)
+
+
+class Processes:
+    """`size` processes in one gloo group, that run what they are given and raise here what it raised there."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def run(self, function: Callable[..., Any], *args: object) -> list[Any]:
+        """Call `function(*args)` in every process; what each of them returned."""
+        if not self._connections:
+            self._start()
+        for connection in self._connections:
+            connection.send((function, args))
+        results, errors = [], []
+        for rank, connection in enumerate(self._connections):
+            try:
+                error, result = connection.recv()
+            except EOFError:
+                error, result = "ended", None
+            results.append(result)
+            if error is not None:
+                errors.append(f"process {rank} of {self.size}: {error}")
+        if errors:
+            self.stop()  # the group is out of step
+            raise AssertionError("\n".join(errors))
+        return results
+
+    def stop(self) -> None:
+        """End them; the next `run` starts new ones."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(10)
+            process.kill()
+        self._connections, self._processes = [], []
+
+    def _start(self) -> None:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["smoa_kernels.peft", "torch.distributed.checkpoint"])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+
+def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT)
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((None, function(*args)))
+        except BaseException:
+            connection.send((traceback.format_exc(), None))
