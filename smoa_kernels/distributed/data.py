@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["agree_on_buffers", "ignore_buffers", "smoa_buffers"]
+__all__ = ["agree_on_buffers", "average_gradients", "ignore_buffers", "smoa_buffers"]
 
 
 def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -47,3 +49,21 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
         shared = buffer.clone()
         dist.broadcast(shared, source, process_group)
         setattr(model.get_submodule(owner), attribute, shared)
+
+
+def average_gradients(
+    parameters: Iterable[nn.Parameter], process_group: dist.ProcessGroup | None = None
+) -> None:
+    """Average the gradients of `parameters` over a group (the default one when None) in each backward.
+
+    For factors that `fully_shard` is told to leave alone (its `ignored_params`), so that every process holds them
+    whole beside its part of W0. Gradients must not be accumulated over several backwards.
+    """
+
+    def average(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # the hook runs once there is one
+        dist.all_reduce(parameter.grad, group=process_group)
+        parameter.grad /= dist.get_world_size(process_group)
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(average)

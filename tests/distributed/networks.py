@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.peft import SMoAConfig
@@ -32,21 +37,21 @@ def in_order(layer: nn.Linear) -> BlockPartition:
     return BlockPartition.from_labels(rows, cols, BLOCKS)
 
 
-def build(kind: str, dtype: torch.dtype, *, dropout: float = 0.0, spectral: bool = True) -> nn.Module:
-    """The network with adapters that do something: "fused" or "peft", the same numbers for one `kind`."""
+def build(
+    kind: str, dtype: torch.dtype, *, dropout: float = 0.0, spectral: bool = True, depth: int = 1
+) -> nn.Module:
+    """`depth` blocks with adapters that do something: "fused" or "peft", the same numbers for one `kind`."""
     torch.manual_seed(0)
-    model = Feedforward(torch.float64)
+    model = nn.Sequential(*(Feedforward(torch.float64) for _ in range(depth)))
     settings = {"r": RANK, "num_blocks": BLOCKS}
     if kind == "fused":
-        for name in ("up", "down"):
-            linear = getattr(model, name)
-            blocks = None if spectral else in_order(linear)
-            setattr(
-                model,
-                name,
-                FusedSMoALinear.from_linear(linear, **settings, dropout=dropout, partition=blocks),
-            )
-        model.norm.requires_grad_(False)
+        for block in model:
+            block.norm.requires_grad_(False)
+            for name in ("up", "down"):
+                linear = getattr(block, name)
+                blocks = None if spectral else in_order(linear)
+                adapted = FusedSMoALinear.from_linear(linear, **settings, dropout=dropout, partition=blocks)
+                setattr(block, name, adapted)
     else:
         config = SMoAConfig(**settings, smoa_dropout=dropout, target_modules=["up", "down"])
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -79,7 +84,31 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def blocks(model: nn.Module) -> nn.Sequential:
+    return model.base_model.model if hasattr(model, "base_model") else model
+
+
 def layers(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """up and down."""
-    inner = model.base_model.model if hasattr(model, "base_model") else model
-    return inner.up, inner.down
+    """up and down of the first block."""
+    return blocks(model)[0].up, blocks(model)[0].down
+
+
+class Traffic(TorchDispatchMode):
+    """Counts calls and bytes of each collective while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function.namespace in ("c10d", "_c10d_functional"):
+            name = function._opname.strip("_")
+            # what a process sends of: the second tensor where the first is the result
+            sent = args[1] if name in ("allgather_base", "reduce_scatter_base") else args[0]
+            tensors = [t for t in tree_leaves(sent) if isinstance(t, Tensor)]
+            self.calls[name] += 1
+            self.bytes[name] += sum(t.numel() * t.itemsize for t in tensors)
+        return function(*args, **(kwargs or {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from networks import BLOCKS, HIDDEN, IN, batch, build, layers, step, whole
+from networks import BLOCKS, HIDDEN, IN, batch, blocks, build, layers, step, whole
 from problems import relative_error
 from processes import Processes
 from torch import nn
@@ -21,9 +21,9 @@ DOUBLE = 1e-10
 
 def parallelize(model: nn.Module, mesh: object = None) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
-    prefix = "base_model.model." if hasattr(model, "base_model") else ""
-    plan = {f"{prefix}up": ColwiseSMoAParallel(), f"{prefix}down": RowwiseSMoAParallel()}
-    return parallelize_module(model, mesh, plan)
+    plan = {"*.up": ColwiseSMoAParallel(), "*.down": RowwiseSMoAParallel()}
+    parallelize_module(blocks(model), mesh, plan)
+    return model
 
 
 def assert_close(ours: dict, expected: dict, tolerance: float = DOUBLE) -> None:
@@ -110,8 +110,8 @@ def sequence_parallel() -> None:
     model = build("fused", torch.float64, dropout=0.4)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan = {
-        "up": ColwiseSMoAParallel(input_layouts=Shard(0)),
-        "down": RowwiseSMoAParallel(output_layouts=Shard(0)),
+        "0.up": ColwiseSMoAParallel(input_layouts=Shard(0)),
+        "0.down": RowwiseSMoAParallel(output_layouts=Shard(0)),
     }
     parallelize_module(model, mesh, plan)
     x, target = (t.chunk(mesh.size())[mesh.get_local_rank()] for t in batch(torch.float64))
@@ -119,7 +119,7 @@ def sequence_parallel() -> None:
     y = [torch.empty_like(ours["y"]) for _ in range(mesh.size())]
     dist.all_gather(y, ours["y"])
     assert relative_error(torch.cat(y), expected["y"]) < DOUBLE
-    for name in ("up.smoa_A", "up.smoa_B", "down.smoa_A", "down.smoa_B"):
+    for name in ("0.up.smoa_A", "0.up.smoa_B", "0.down.smoa_A", "0.down.smoa_B"):
         # each process's loss is the mean over its own part of the sequence
         assert relative_error(whole(ours[name]) / mesh.size(), expected[name]) < DOUBLE, name
 
@@ -167,8 +167,8 @@ def spectra_are_shared() -> int:
         partition_module.spectral_centroids = original
     for layer, other in zip(layers(fused), layers(peft), strict=True):
         assert layer.partition == other.partition("default")
-    labels = [torch.empty_like(fused.up.smoa_row_block) for _ in range(dist.get_world_size())]
-    dist.all_gather(labels, fused.up.smoa_row_block)
+    labels = [torch.empty_like(layers(fused)[0].smoa_row_block) for _ in range(dist.get_world_size())]
+    dist.all_gather(labels, layers(fused)[0].smoa_row_block)
     assert all(torch.equal(part, labels[0]) for part in labels)
     return len(computed)
 
@@ -191,18 +191,18 @@ def test_processes_take_the_firsts_labels(two: Processes) -> None:
 
 def refuses() -> None:
     merged = build("fused", torch.float64)
-    merged.up.merge()
+    layers(merged)[0].merge()
     with pytest.raises(ValueError, match="merged: unmerge it"):
         parallelize(merged)
-    assert not isinstance(merged.up.smoa_A, DTensor)
+    assert not isinstance(layers(merged)[0].smoa_A, DTensor)
     dropping = build("fused", torch.float64, dropout=0.1)
     torch.manual_seed(dist.get_rank())
     with pytest.raises(ValueError, match="dropout needs the generators"):
         parallelize(dropping)
-    assert not isinstance(dropping.up.weight, DTensor)
+    assert not isinstance(layers(dropping)[0].weight, DTensor)
     cut = parallelize(build("fused", torch.float64))
     with pytest.raises(RuntimeError, match="before parallelize_module"):
-        cut.up.reset_adapter()
+        layers(cut)[0].reset_adapter()
     with pytest.raises(ValueError, match="parallelized already"):
         parallelize(cut)
     peft = parallelize(build("peft", torch.float64))

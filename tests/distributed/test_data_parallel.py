@@ -1,0 +1,194 @@
+"""DistributedDataParallel: the joint batch's gradients, the factors' bytes and nothing else between processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from networks import Traffic, batch, blocks, build, layers, step
+from problems import relative_error
+from processes import Processes
+from test_fully_shard import assert_same_gradients, part
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from smoa_kernels import BlockPartition, FusedSMoALinear
+from smoa_kernels.distributed import ignore_buffers, smoa_buffers
+
+DEPTH = 2
+
+
+def prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): value for name, value in values.items()}
+
+
+def equals_one_process(kind: str) -> None:
+    truth = step(build(kind, torch.float64, depth=DEPTH), *batch(torch.float64))
+    model = build(kind, torch.float64, depth=DEPTH)
+    ignore_buffers(model)
+    parallel = DistributedDataParallel(model, find_unused_parameters=False)
+    for _ in range(2):  # an unused parameter would make the second iteration fail
+        ours = prefixed(step(parallel, *part(batch(torch.float64))))
+        assert_same_gradients(ours, truth)
+        parallel.zero_grad()
+    single = step(build(kind, torch.float32, depth=DEPTH), *batch(torch.float32))
+    ours = prefixed(
+        step(DistributedDataParallel(build(kind, torch.float32, depth=DEPTH)), *part(batch(torch.float32)))
+    )
+    for name in (n for n in truth if "smoa_" in n):
+        budget = 2 * relative_error(single[name], truth[name]) + 1e-7
+        assert relative_error(ours[name], truth[name]) < budget, name
+
+
+@pytest.mark.parametrize("kind", ["fused", "peft"])
+def test_gradients_are_those_of_the_joint_batch(group: Processes, kind: str) -> None:
+    group.run(equals_one_process, kind)
+
+
+def sends_the_factors() -> None:
+    model = build("fused", torch.float32, depth=DEPTH)
+    ignore_buffers(model)
+    parallel = DistributedDataParallel(model)
+    bucketed: list[Tensor] = []
+    bytes_of: list[int] = []
+
+    def count(group, bucket):  # unannotated: DDP refuses annotations that are strings
+        bucketed.extend(bucket.parameters())
+        bytes_of.append(bucket.buffer().numel() * bucket.buffer().itemsize)
+        future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0] / dist.get_world_size())
+
+    parallel.register_comm_hook(None, count)
+    factors = {id(p): p for p in model.parameters() if p.requires_grad}
+    x, target = part(batch(torch.float32))
+    with Traffic() as forward:
+        y = parallel(x)
+    assert not forward.calls  # no label, no rank, no sketch
+    with Traffic() as backward:
+        nn.functional.mse_loss(y, target).backward()
+    expected = sum(p.numel() * p.itemsize for p in factors.values())
+    assert {id(p) for p in bucketed} == factors.keys()
+    assert sum(bytes_of) == expected
+    assert backward.bytes["allreduce"] == expected
+    assert set(backward.calls) == {"allreduce"}
+
+
+def test_traffic_is_the_bytes_of_the_factors(group: Processes) -> None:
+    group.run(sends_the_factors)
+
+
+def draws_masks() -> list[Tensor]:
+    outputs = []
+    for _ in range(2):
+        model = build("fused", torch.float64, dropout=0.4)
+        parallel = DistributedDataParallel(model)
+        torch.manual_seed(100 + dist.get_rank())
+        outputs.append(parallel(batch(torch.float64)[0]).detach())
+    return outputs
+
+
+def test_dropout_differs_between_processes_and_is_reproducible(two: Processes) -> None:
+    (first, again), (other, other_again) = two.run(draws_masks)
+    assert torch.equal(first, again)
+    assert torch.equal(other, other_again)
+    assert not torch.equal(first, other)
+
+
+# Labels: agreed on once.
+
+
+class Normed(nn.Module):
+    """An adapted layer, and one with buffers that are to be broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin = FusedSMoALinear.from_linear(nn.Linear(12, 10), r=5, num_blocks=3)
+        self.norm = nn.BatchNorm1d(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.lin(x))
+
+
+def other_labels() -> BlockPartition:
+    """Labels that no spectrum of the layer gives."""
+    return BlockPartition.from_labels(torch.arange(10) % 3, torch.arange(12) % 3, 3)
+
+
+def gathered(tensor: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return parts
+
+
+def sent_buffers(model: nn.Module) -> set[int]:
+    return {id(buffer) for buffer in DistributedDataParallel(model).modules_buffers}
+
+
+def shares_labels() -> None:
+    untold = Normed()
+    assert id(untold.lin.smoa_row_block) in sent_buffers(untold)
+    model = Normed()
+    if dist.get_rank() == 1:
+        model.lin.partition = other_labels()
+    assert not torch.equal(*gathered(model.lin.smoa_row_block))
+    ignore_buffers(model)
+    for buffer in smoa_buffers(model).values():
+        assert torch.equal(*gathered(buffer))
+    assert model.lin.partition == BlockPartition.from_weight(model.lin.weight, 3)
+    sent = sent_buffers(model)
+    assert sent  # the norm's
+    assert not sent & {id(buffer) for buffer in smoa_buffers(model).values()}
+
+
+def test_labels_are_the_firsts_and_not_sent_again(two: Processes) -> None:
+    two.run(shares_labels)
+
+
+def shares_labels_of_peft() -> None:
+    from peft import get_peft_model
+
+    from smoa_kernels.peft import SMoAConfig
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 10), nn.BatchNorm1d(10))
+    # Named by the user of the base model, whose wish is kept.
+    base._ddp_params_and_buffers_to_ignore = ["1.num_batches_tracked"]
+    model = get_peft_model(base, SMoAConfig(r=5, num_blocks=3, target_modules=["0"]))
+    layer, norm = blocks(model)
+    # DDP is told by the model itself, and shares no label: here they agree already.
+    sent = sent_buffers(model)
+    assert sent
+    assert not sent & {id(buffer) for buffer in smoa_buffers(model).values()}
+    assert id(norm.num_batches_tracked) not in sent
+    if dist.get_rank() == 1:
+        layer._set_blocks("default", other_labels(), layer.ranks("default"), torch.zeros(33))
+    ignore_buffers(model)
+    assert layer.partition("default") == BlockPartition.from_weight(layer.base_weight(), 3)
+    assert "base_model.model.1.num_batches_tracked" in model._ddp_params_and_buffers_to_ignore
+
+
+def test_peft_models_tell_ddp_themselves(two: Processes) -> None:
+    two.run(shares_labels_of_peft)
+
+
+def test_without_processes_names_are_noted() -> None:
+    model = Normed()
+    ignore_buffers(model)
+    ignored = model._ddp_params_and_buffers_to_ignore
+    assert {"lin.smoa_row_block", "lin.smoa_ranks", "lin.smoa_sketch"} <= set(ignored)
+    assert not any(name.startswith("norm") for name in ignored)
+
+
+def compiles() -> None:
+    torch._dynamo.reset()
+    truth = step(build("fused", torch.float64), *batch(torch.float64))
+    parallel = DistributedDataParallel(build("fused", torch.float64))
+    ours = step(torch.compile(parallel, backend="aot_eager"), *part(batch(torch.float64)))
+    ours = {name.removeprefix("_orig_mod."): value for name, value in ours.items()}
+    assert_same_gradients(prefixed(ours), truth)
+    assert layers(parallel.module)[0].smoa_A.grad is not None
+
+
+def test_compiled(two: Processes) -> None:
+    two.run(compiles)

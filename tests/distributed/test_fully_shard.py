@@ -1,0 +1,258 @@
+"""`fully_shard`: what one process computes, one all-gather per block and pass, checkpoints for any world size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from networks import Traffic, batch, blocks, build, layers, step, whole
+from problems import relative_error
+from processes import Processes
+from test_tensor_parallel import DOUBLE, parallelize
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from smoa_kernels.distributed import average_gradients
+
+DEPTH = 3
+
+
+def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: object) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def part(tensors: tuple[Tensor, ...], rank: int | None = None, size: int | None = None) -> tuple[Tensor, ...]:
+    """This process's share of a batch."""
+    rank, size = rank if rank is not None else dist.get_rank(), size or dist.get_world_size()
+    return tuple(t.chunk(size)[rank] for t in tensors)
+
+
+def assert_same_gradients(
+    ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = DOUBLE
+) -> None:
+    factors = [name for name in expected if "smoa_" in name]
+    assert len(factors) == len([n for n in ours if "smoa_" in n]) > 0
+    for name in factors:
+        assert relative_error(whole(ours[name]), expected[name]) < tolerance, name
+
+
+def equals_one_process(kind: str) -> None:
+    truth = step(build(kind, torch.float64, depth=DEPTH), *batch(torch.float64))
+    model = shard(build(kind, torch.float64, depth=DEPTH))
+    ours = step(model, *part(batch(torch.float64)))
+    assert_same_gradients(ours, truth)
+    assert relative_error(ours["y"], part((truth["y"],))[0]) < DOUBLE
+    for parameter in model.parameters():
+        assert isinstance(parameter, DTensor)
+    single = step(build(kind, torch.float32, depth=DEPTH), *batch(torch.float32))
+    ours = step(shard(build(kind, torch.float32, depth=DEPTH)), *part(batch(torch.float32)))
+    for name in (n for n in truth if "smoa_" in n):
+        budget = 2 * relative_error(single[name], truth[name]) + 1e-7
+        assert relative_error(whole(ours[name]), truth[name]) < budget, name
+
+
+@pytest.mark.parametrize("kind", ["fused", "peft"])
+def test_gradients_are_those_of_the_joint_batch(group: Processes, kind: str) -> None:
+    group.run(equals_one_process, kind)
+
+
+def gathers_once_per_pass() -> None:
+    model = shard(build("fused", torch.float32, depth=DEPTH))
+    x, target = part(batch(torch.float32))
+    x.requires_grad_()  # or the first block has no backward of its own to gather for
+    for _ in range(2):
+        with Traffic() as forward:
+            loss = nn.functional.mse_loss(model(x), target)
+        assert forward.calls == {"allgather_base": DEPTH}
+        with Traffic() as backward:
+            loss.backward()
+        assert backward.calls == {"allgather_base": DEPTH, "reduce_scatter_base": DEPTH}
+    size = dist.get_world_size()
+    factors = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    own = sum(p.to_local().numel() * 4 for p in (*factors, *frozen))
+    padded = sum(-(-p.shape[0] // size) * size * p.shape[1:].numel() * 4 for p in factors)
+    assert own <= forward.bytes["allgather_base"]
+    assert backward.bytes["allgather_base"] == forward.bytes["allgather_base"]
+    # only the factors' gradients travel, each padded to a multiple of the processes along its first dimension
+    assert backward.bytes["reduce_scatter_base"] == padded
+
+
+def test_each_pass_gathers_a_block_once(group: Processes) -> None:
+    group.run(gathers_once_per_pass)
+
+
+def keeps_factors_whole() -> None:
+    truth = step(build("fused", torch.float64, depth=DEPTH), *batch(torch.float64))
+    model = build("fused", torch.float64, depth=DEPTH)
+    factors = {p for p in model.parameters() if p.requires_grad}
+    shard(model, ignored_params=factors)
+    average_gradients(factors)
+    with Traffic() as traffic:
+        ours = step(model, *part(batch(torch.float64)))
+    assert isinstance(layers(model)[0].weight, DTensor)
+    assert not isinstance(layers(model)[0].smoa_A, DTensor)
+    assert_same_gradients(ours, truth)
+    assert traffic.calls["reduce_scatter_base"] == 0
+    assert traffic.bytes["allreduce"] == sum(p.numel() * 8 for p in factors)
+
+
+def test_factors_may_stay_whole(two: Processes) -> None:
+    two.run(keeps_factors_whole)
+
+
+def trains_in_half_precision() -> None:
+    truth = step(build("fused", torch.float64, depth=DEPTH), *batch(torch.float64))
+    single = step(build("fused", torch.bfloat16, depth=DEPTH), *batch(torch.bfloat16))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ours = step(
+        shard(build("fused", torch.float32, depth=DEPTH), mp_policy=policy), *part(batch(torch.float32))
+    )
+    assert ours["y"].dtype == torch.bfloat16
+    for name in (n for n in truth if "smoa_" in n):
+        assert ours[name].dtype == torch.float32
+        assert relative_error(whole(ours[name]), truth[name]) < 2 * relative_error(
+            single[name], truth[name]
+        ), name
+
+
+def test_mixed_precision_policy(two: Processes) -> None:
+    two.run(trains_in_half_precision)
+
+
+def trains_wide_factors_over_a_half_base() -> None:
+    def mixed() -> nn.Module:
+        model = build("fused", torch.float32, depth=DEPTH)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        return model
+
+    single = step(mixed(), *batch(torch.bfloat16))
+    ours = step(shard(mixed()), *part(batch(torch.bfloat16)))
+    for name in (n for n in single if "smoa_" in n):
+        assert ours[name].dtype == torch.float32
+        assert relative_error(whole(ours[name]), single[name]) < 2e-2, name
+
+
+def test_float32_factors_over_a_half_precision_base(two: Processes) -> None:
+    two.run(trains_wide_factors_over_a_half_base)
+
+
+def composes_with_tensor_parallelism(kind: str) -> None:
+    truth = step(build(kind, torch.float64, depth=DEPTH), *batch(torch.float64))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = shard(parallelize(build(kind, torch.float64, depth=DEPTH), mesh["tensor"]), mesh["data"])
+    ours = step(model, *part(batch(torch.float64), mesh["data"].get_local_rank(), 2))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.device_mesh.ndim == 2, name
+    assert_same_gradients(ours, truth)
+
+
+@pytest.mark.parametrize("kind", ["fused", "peft"])
+def test_two_dimensional_mesh(four: Processes, kind: str) -> None:
+    four.run(composes_with_tensor_parallelism, kind)
+
+
+def merges_after_unshard() -> None:
+    model = shard(build("fused", torch.float64))
+    up = layers(model)[0]
+    with pytest.raises(RuntimeError, match=r"sharded by fully_shard: call unshard\(\)"):
+        up.merge()
+    assert not up.merged
+    single = layers(build("fused", torch.float64))[0]
+    single.merge()
+    blocks(model)[0].unshard()
+    up.merge()
+    assert relative_error(up.weight, single.weight) < DOUBLE
+
+
+def test_merging_needs_unshard(two: Processes) -> None:
+    two.run(merges_after_unshard)
+
+
+# Checkpoints: written by one kind of parallelism, read by any other.
+
+
+def trainer(kind: str, how: str, *, spectral: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = build(kind, torch.float64, depth=2, spectral=spectral)
+    if how == "tensor":
+        parallelize(model)
+    elif how == "shards":
+        shard(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    return model, optimizer
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, how: str) -> None:
+    x, target = batch(torch.float64)
+    if how == "shards":
+        x, target = part((x, target))
+    step(model, x, target)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+OPTIONS = StateDictOptions(ignore_frozen_params=True)
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    parameters, moments = get_state_dict(model, optimizer, options=OPTIONS)
+    return {"model": parameters, "optimizer": moments}
+
+
+def save(kind: str, how: str, folder: Path) -> None:
+    model, optimizer = trainer(kind, how)
+    train(model, optimizer, how)
+    dcp.save(state(model, optimizer), checkpoint_id=folder)
+
+
+def load(kind: str, how: str, folder: Path) -> dict[str, Tensor]:
+    """Into a model whose labels ("fused") and factors are others; one more step, then every factor, whole."""
+    model, optimizer = trainer(kind, how, spectral=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.zero_()
+    loaded = state(model, optimizer)
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=loaded["model"],
+        optim_state_dict=loaded["optimizer"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+    )
+    train(model, optimizer, how)
+    return {n: whole(p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("how", ["shards", "tensor"])
+@pytest.mark.parametrize("kind", ["fused", "peft"])
+def test_checkpoints_fit_any_world_size(
+    kind: str, how: str, two: Processes, four: Processes, tmp_path: Path
+) -> None:
+    four.run(save, kind, how, tmp_path)
+    model, optimizer = trainer(kind, "alone")
+    for _ in range(2):
+        train(model, optimizer, "alone")
+    expected = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    other = {"shards": "tensor", "tensor": "shards"}[how]
+    results = [
+        load(kind, "alone", tmp_path),
+        *two.run(load, kind, how, tmp_path),
+        two.run(load, kind, other, tmp_path)[0],
+    ]
+    for result in results:
+        assert result.keys() == expected.keys()
+        for name, value in expected.items():
+            assert relative_error(result[name], value) < DOUBLE, name
