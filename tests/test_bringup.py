@@ -220,12 +220,26 @@ def test_a_stage_that_fails_does_not_stop_the_rest_and_resume_goes_on(
     assert fresh.asked == list(stages.STAGES)
 
 
-def test_a_stage_that_hangs_or_dies_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("script", "status", "error"),
+    [
+        ("sleep 60", "out of time", ""),
+        ("echo; echo first >&2; echo last >&2; exit 1", "failed", "last"),
+        ("echo why >&2; kill -9 $$", "failed", "ended by signal 9. why"),
+        ("echo 3 of 9 are left >&2; exit 3", "out of time", "3 of 9 are left"),
+        ("echo noise >&2", "done", ""),
+    ],
+)
+def test_however_a_stages_process_ends(
+    script: str, status: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f"#!/bin/sh\n{script}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
     monkeypatch.setattr(bringup, "GRACE", 0.0)
-    assert bringup._in_process("tests", tmp_path, 0.01, True)["status"] == "out of time"
-    dead = bringup._in_process("no such stage", tmp_path, 60, True)
-    assert dead["status"] == "failed"
-    assert "no such stage" in str(dead["error"])
+    found = bringup._in_process("tests", tmp_path, 0.5 if "sleep" in script else 60.0, True)
+    assert (found["status"], found["error"]) == (status, error)
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,1 @@
-"""Launch configurations: what is shipped, what it compiles to, and which rules it must meet."""
+"""Launch configurations: what they compile to, which rules they must meet, and which were measured fastest."""

@@ -146,6 +146,8 @@ def _tune_one(
     deadline: float | None,
     progress: Progress,
 ) -> Tuned:
+    with load.precision():
+        load.prepare()
     for choice in job.candidates:
         if entry.trial(choice) is not None:
             continue

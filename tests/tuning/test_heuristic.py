@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tuning_cases import CPU, PERMUTE
+from tuning_cases import CPU, PERMUTE, needs_interpreter
 
 from smoa_kernels import FusedSMoALinear
 from smoa_kernels.kernels import selection
@@ -77,6 +77,7 @@ def step(layer: FusedSMoALinear, tokens: int, **options: object) -> None:
     layer(x).sum().backward()
 
 
+@needs_interpreter
 def test_a_training_step_asks_for_what_the_plan_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise what is tuned would never be looked up."""
     asked: set[Key] = set()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import LinearProblem, make_problem
-from tuning_cases import CPU, FORWARD, PERMUTE, entry, permute_entry, scripted
+from tuning_cases import CPU, FORWARD, PERMUTE, entry, needs_interpreter, permute_entry, scripted
 
 from smoa_kernels import triton_backend
 from smoa_kernels.kernels import selection
@@ -24,6 +24,8 @@ from smoa_kernels.partition import BlockPartition
 from smoa_kernels.tuning import autotune, identity, lookup, tables
 from smoa_kernels.tuning.entries import Choice
 from smoa_kernels.tuning.tables import read, update, user_table
+
+pytestmark = needs_interpreter
 
 FIRST, SECOND, THIRD = PERMUTE_CONFIGS
 

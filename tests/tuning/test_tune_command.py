@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tuning_cases import CPU, GRAD, PERMUTE, entry, permute_entry, scripted
+from tuning_cases import CPU, GRAD, PERMUTE, entry, needs_interpreter, permute_entry, scripted
 
 from smoa_kernels.cli import info, main, tuning
 from smoa_kernels.kernels import selection
@@ -18,6 +18,8 @@ from smoa_kernels.tuning.entries import Choice
 from smoa_kernels.tuning.models import MODELS, Decoder, read_config
 from smoa_kernels.tuning.tables import read, update, user_table
 from smoa_kernels.tuning.tuner import Run
+
+pytestmark = needs_interpreter
 
 # One kernel and both algorithms of one small layer: three problems.
 SMALL = ["--shape", "70x90", "--tokens", "17", "--dtype", "bf16", "--rank", "5", "--blocks", "2"]

@@ -1,6 +1,6 @@
 """The tuning loop in Triton's interpreter, under a scripted clock: search, resume, crashes, wrong numbers, budget."""
 
-import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from tuning_cases import CPU, FORWARD, PERMUTE, entry, permute_entry, permute_job, scripted
+from tuning_cases import CPU, FORWARD, PERMUTE, entry, needs_interpreter, permute_entry, permute_job, scripted
 
 from smoa_kernels.kernels.heuristic import Key, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
@@ -23,6 +23,8 @@ from smoa_kernels.tuning.space import algorithm_job, kernel_job, search_space
 from smoa_kernels.tuning.tables import read, user_table
 from smoa_kernels.tuning.tuner import DeviceLostError, Run, Tuned, tune
 from smoa_kernels.tuning.workloads import Workload, workload
+
+pytestmark = needs_interpreter
 
 FIRST, SECOND, THIRD = PERMUTE_CONFIGS
 SPEED = {FIRST: 3.0, SECOND: 1.0, THIRD: 2.0}
@@ -187,38 +189,28 @@ sys.path.insert(0, {here!r})
 from tuning_cases import CPU, permute_job
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.tuning import lookup
-from smoa_kernels.tuning.tables import read, user_table
 from smoa_kernels.tuning.tuner import tune
 def timer(run):
     run()
     if run.choice == PERMUTE_CONFIGS[1]:
         os.kill(os.getpid(), signal.SIGKILL)
     return 1.0
-tune([permute_job()], device=CPU, timer=timer, known=read(user_table("cpu")), save=lookup.keep)
-print("done")
+tune([permute_job()], device=CPU, timer=timer, known={{}}, save=lookup.keep)
 """
 
 
 def test_a_choice_that_kills_the_process_is_not_tried_twice() -> None:
     here = Path(__file__).resolve().parent
-    environment = {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", KILLED.format(here=str(here))]
-    runs = [
-        subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=here.parents[1],
-            env=os.environ | environment,
-        )
-        for _ in range(2)
-    ]
-    assert runs[0].returncode == -9
-    assert runs[1].stdout == "done\n", runs[1].stderr
-    found = read(user_table("cpu"))[PERMUTE]
-    assert {t.choice: t.reason for t in found.trials} == {FIRST: None, SECOND: UNFINISHED, THIRD: None}
-    assert found.complete
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here.parents[1])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    notebook = Notebook()
+    notebook.saved = list(read(user_table("cpu")).values())
+    (tuned,) = notebook.tune([permute_job()])
+    assert notebook.timed == [THIRD]
+    assert tuned.entry is not None
+    assert {t.choice: t.reason for t in tuned.entry.trials} == {FIRST: None, SECOND: UNFINISHED, THIRD: None}
+    assert tuned.entry.complete
 
 
 def test_a_lost_gpu_ends_the_run_with_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,15 +245,24 @@ def test_the_budget_ends_a_run_and_the_rest_is_told(monkeypatch: pytest.MonkeyPa
     assert (second.entry, second.problem) == (None, "no time was left")
 
 
-def test_operands_that_do_not_fit_cost_one_job() -> None:
-    def load(key: Key, device: torch.device) -> Workload:
-        if key.tokens == 16:
-            raise torch.OutOfMemoryError("out of memory")
-        return workload(key, device)
+@pytest.mark.parametrize("where", ["operands", "truth"])
+def test_what_does_not_fit_in_memory_costs_one_job_and_no_candidate_its_name(where: str) -> None:
+    def out_of_memory(dtype: torch.dtype) -> list[Tensor]:
+        raise torch.OutOfMemoryError("out of memory")
 
-    large, small = Notebook().tune([permute_job(PERMUTE._replace(tokens=16)), permute_job()], operands=load)
-    assert large.problem == "OutOfMemoryError: out of memory"
+    def load(key: Key, device: torch.device) -> Workload:
+        good = workload(key, device)
+        if key.tokens == 8:
+            return good
+        return replace(good, defined=out_of_memory) if where == "truth" else replace(good, defined=1 / 0)
+
+    notebook = Notebook()
+    large, small = notebook.tune([permute_job(PERMUTE._replace(tokens=16)), permute_job()], operands=load)
+    reason = {"truth": "OutOfMemoryError: out of memory", "operands": "ZeroDivisionError: division by zero"}
+    assert large.problem == reason[where]
+    assert large.entry is None
     assert small.entry is not None
+    assert set(notebook.known()) == {PERMUTE}
 
 
 def test_progress_sees_the_best_so_far() -> None:

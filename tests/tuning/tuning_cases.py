@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
 
 from smoa_kernels.kernels.heuristic import Key, heuristic
@@ -12,6 +13,9 @@ from smoa_kernels.tuning.identity import identity
 from smoa_kernels.tuning.tuner import Job, Run
 
 CPU = torch.device("cpu")
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="runs kernels on CPU tensors, which needs Triton's interpreter"
+)
 PERMUTE = Key("permute", "fp32", blocks=2, in_features=12, tokens=8, padded_in=64)
 GRAD = Key("block_grad", "fp32", 3, 2, 12, 10, 8, 64, 64)
 FORWARD = Key("forward", "bf16", 3, 2, 12, 10, 8)
