@@ -24,7 +24,7 @@ def inspect(
     base: Annotated[
         Path | None, typer.Option(help="Folder of a base model: does the adapter fit it? Exits 1 if not.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the same as JSON.")] = None,
 ) -> None:
     """Show an adapter: layers, ranks, blocks, parameters, fingerprints of the base weights."""
     try:
@@ -32,13 +32,13 @@ def inspect(
     except ImportError as error:
         raise ValueError(str(error)) from error
     report = inspect_adapter(folder, base)
+    if json is not None:
+        write_json(json, _as_json(report))
     out = console()
     out.print(_table(report))
     out.print(_summary(folder, report), highlight=False, soft_wrap=True)
     if report.fits is not None:
         out.print(_verdict(report.layers, base), highlight=False, soft_wrap=True)
-    if json is not None:
-        write_json(json, _as_json(report))
     if report.fits is False:
         raise typer.Exit(1)
 

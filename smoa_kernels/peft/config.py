@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..backends import ALGORITHMS, BACKENDS
@@ -112,6 +113,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self._check_format()
+        if self.block_ranks is not None and not isinstance(self.block_ranks, (list, tuple)):
+            raise TypeError(f"block_ranks must be a list of ints, got {self.block_ranks!r}")
         resolve_ranks(self.r, self.num_blocks, self.block_ranks)
         for pattern, names in (("rank_pattern", "r"), ("num_blocks_pattern", "num_blocks")):
             for key, value in _mapping(pattern, getattr(self, pattern)).items():
@@ -119,19 +122,27 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
                     raise ValueError(
                         f"{pattern}[{key!r}] must be an int of at least 1 ({names}), got {value!r}"
                     )
-        _check_finite("smoa_alpha", self.smoa_alpha)
+        if self.smoa_alpha is not None:
+            _check_finite("smoa_alpha", self.smoa_alpha)
         for key, value in _mapping("alpha_pattern", self.alpha_pattern).items():
             _check_finite(f"alpha_pattern[{key!r}]", value)
+        _check_finite("smoa_dropout", self.smoa_dropout)
         if not 0.0 <= self.smoa_dropout < 1.0:
             raise ValueError(f"smoa_dropout must lie in [0, 1), got {self.smoa_dropout}")
-        if not isinstance(self.init_weights, bool):
-            raise TypeError(f"init_weights must be True or False, got {self.init_weights!r}")
+        for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if isinstance(self.modules_to_save, str):  # whose letters PEFT would look for
+            raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
         for name, allowed in (("bias", _BIASES), ("algorithm", ALGORITHMS), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, list):
+                setattr(self, name, set(value))
+            elif isinstance(value, str):
+                _check_regex(name, value)
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
@@ -153,9 +164,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         """Write `adapter_config.json`; an interrupted save leaves the old one."""
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
-        os.makedirs(save_directory, exist_ok=True)
-        with replacing(os.path.join(save_directory, CONFIG_NAME)) as temporary:
-            super().save_pretrained(os.path.dirname(temporary), **kwargs)
+        with replacing(save_directory) as scratch:
+            super().save_pretrained(str(scratch), **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -167,10 +177,11 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
         Raises:
             ValueError: there is none, its values or format version are not allowed, or the weights beside it are
-                truncated. PEFT asks for the configuration before it touches the model, so nothing has changed.
+                truncated or in another format than safetensors. PEFT asks for the configuration before it touches the
+                model, so nothing has changed.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        _check_complete(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        _check_weights(folder)
         strict_base = kwargs.pop("strict_base", None)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if strict_base is not None:
@@ -191,9 +202,15 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             )
 
 
-def _check_complete(path: str) -> None:
-    """Whether a safetensors file and its header agree; one that is not here is not looked at."""
+def _check_weights(folder: str) -> None:
+    """Whether the safetensors file in `folder` and its header agree; one that is on a hub is not looked at."""
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(path):
+        if os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
+            raise ValueError(
+                f"SMoA adapters are read from safetensors only, got {WEIGHTS_NAME} and no {SAFETENSORS_WEIGHTS_NAME} "
+                f"in {folder}"
+            )
         return
     try:
         with safe_open(path, "pt"):
@@ -205,9 +222,18 @@ def _check_complete(path: str) -> None:
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict from layer names to values, got {value!r}")
+    for key in value:
+        _check_regex(f"a key of {name}", key)
     return dict(value)
 
 
-def _check_finite(name: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+def _check_regex(name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (TypeError, re.error) as error:
+        raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")

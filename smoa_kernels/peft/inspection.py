@@ -108,7 +108,9 @@ def inspect_adapter(
     with _opened(path) as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
     bases = None if base is None else _Weights(Path(base))
-    stems = sorted((key.removesuffix("smoa_A") for key in state if key.endswith(".smoa_A")), key=_by_number)
+    stems = sorted({f"{key.rpartition('.')[0]}." for key in state if ".smoa_" in key}, key=_by_number)
+    if not stems:
+        raise ValueError(f"{path} holds no layer of an SMoA adapter")
     layers = tuple(_layer(stem, state, bases, config) for stem in stems)
     others = tuple(sorted(key for key in state if ".smoa_" not in key))
     return AdapterReport(config, layers, path.stat().st_size, others)
@@ -135,7 +137,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
@@ -148,7 +150,7 @@ def _layer(stem: str, state: Mapping[str, Tensor], bases: _Weights | None, confi
     partition, ranks, sketch = read_blocks(name, given, layer_settings(config, name).r)
     distance = None
     if bases is not None:
-        weight = bases.get(name + ".weight")
+        weight = bases.get(f"{name}.weight")
         weight = weight.T if weight is not None and config.fan_in_fan_out else weight
         same_shape = weight is not None and tuple(weight.shape) == partition.shape
         distance = (
@@ -183,16 +185,28 @@ class _Weights:
     def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            for name, file in json.loads(index.read_text())["weight_map"].items():
-                yield name, folder / file
+            try:
+                files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                yield from ((name, folder / file) for name, file in files.items())
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
             return
         for path in sorted(folder.glob("*.safetensors")):
             with _opened(path) as file:
                 yield from ((name, path) for name in file.keys())  # noqa: SIM118  # it is no mapping
 
     def get(self, name: str) -> Tensor | None:
-        if name not in self.files:
+        """The tensor `name`. A model without its head was saved without, or with, the first part of each name."""
+        stored = name if name in self.files else self._otherwise_prefixed(name)
+        if stored is None:
             return None
-        with _opened(self.files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+        with _opened(self.files[stored]) as file:
+            tensor: Tensor = file.get_tensor(stored)
         return tensor
+
+    def _otherwise_prefixed(self, name: str) -> str | None:
+        shorter = name.partition(".")[2]
+        if shorter in self.files:
+            return shorter
+        longer = [stored for stored in self.files if stored.partition(".")[2] == name]
+        return longer[0] if len(longer) == 1 else None

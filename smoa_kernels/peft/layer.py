@@ -492,9 +492,8 @@ class Linear(SMoALayer, nn.Module):
     ) -> Tensor:
         y: Tensor | None = None
         for name in dict.fromkeys(adapter_names or ("__base__",)):  # of an empty batch, for its shape
-            index = torch.tensor(
-                [i for i, given in enumerate(adapter_names) if given == name], device=x.device
-            )
+            samples = [i for i, given in enumerate(adapter_names) if given == name]
+            index = torch.tensor(samples, dtype=torch.int64, device=x.device)
             part = self._adapted(x.index_select(0, index), [name], *args, **kwargs)
             if y is None:
                 y = part.new_empty(x.shape[0], *part.shape[1:])

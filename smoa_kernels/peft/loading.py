@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..sketch import TOLERANCE, sketch_distance, sketch_weight
+from ..sketch import TOLERANCE, sketch_distance
 from .layout import LayerBlocks, unpack_blocks
 from .offload import gathered, present
 
@@ -23,27 +23,41 @@ def check_adapter(
 ) -> None:
     """Whether `state`, keyed as the model's own state dict is, fits every SMoA layer of `model`.
 
-    A layer of which `state` holds nothing is left to PEFT, which lists it among the missing keys.
+    A `state` without any SMoA tensor is left to PEFT, unless it was to fill layers that were just put in.
 
     Raises:
         ValueError: naming the layer: a tensor is missing, corrupt or has another shape, labels or ranks are out of
-            range, or, where `strict_base`, W0 is another weight than the adapter was trained over (else a warning).
+            range, the model has no such layer, or, where `strict_base`, W0 is another weight than the adapter was
+            trained over (else a warning).
     """
     from .layer import STATE_KEYS, SMoALayer
 
-    others: list[tuple[str, float]] = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, SMoALayer) or adapter_name not in layer.smoa_A:
-            continue
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
+    }
+    places = {f"{name}.{key}.{adapter_name}" for name in layers for key in STATE_KEYS}
+    homeless = [key for key in state if ".smoa_" in key and key not in places]
+    if homeless:
+        raise ValueError(
+            f"the model has no place for {len(homeless)} tensors of the adapter, for one {homeless[0]}; nothing was "
+            "loaded"
+        )
+    holds_adapter = any(key in places for key in state)
+    sketches: dict[str, Tensor] = {}
+    for name, layer in layers.items():
         given = {key: state.get(f"{name}.{key}.{adapter_name}") for key in STATE_KEYS}
-        if all(value is None for value in given.values()):
-            continue
-        sketch = check_layer(name, layer, adapter_name, given)
-        if sketch is None:
-            continue
+        if holds_adapter or layer.awaits_blocks(adapter_name):
+            sketch = check_layer(name, layer, adapter_name, given)
+            if sketch is not None:
+                sketches[name] = sketch
+    others: list[tuple[str, float]] = []
+    for name, sketch in sketches.items():
+        layer = layers[name]
         with gathered(layer.innermost()), present(layer, layer.innermost()):
-            weight = layer.base_weight()
-            distance = 0.0 if weight.is_meta else sketch_distance(sketch, sketch_weight(weight))
+            own = layer.base_sketch()
+            distance = 0.0 if own.is_meta else sketch_distance(sketch, own)
         if not distance <= TOLERANCE:
             others.append((name, distance))
     if others:
@@ -82,9 +96,15 @@ def read_blocks(name: str, given: Mapping[str, Tensor], r: int) -> LayerBlocks:
     """Blocks, ranks and sketch of a layer whose tensors are `given` and whose rank budget is r.
 
     Raises:
-        ValueError: naming the layer, what :func:`unpack_blocks` finds wrong, or ranks that do not fit.
+        ValueError: naming the layer, what :func:`unpack_blocks` finds wrong, factors of another kind, or ranks that
+            do not fit.
     """
     A, B = given["smoa_A"], given["smoa_B"]
+    for key, factor in (("smoa_A", A), ("smoa_B", B)):
+        if factor.ndim != 2 or not factor.is_floating_point():
+            raise ValueError(
+                f"{name}: {key} must be a matrix of floating-point numbers, got {factor.dtype} {tuple(factor.shape)}"
+            )
     try:
         blocks = unpack_blocks(given["smoa_blocks"], B.shape[0], A.shape[1])
     except ValueError as error:

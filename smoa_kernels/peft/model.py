@@ -59,6 +59,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; where it fails the model is left as it was."""
+        if not adapter_name or set(adapter_name) & set("./\\"):
+            # It is part of parameters' names, and of the folder that the adapter is saved in.
+            raise ValueError(f"adapter_name must be a name without dots and slashes, got {adapter_name!r}")
         is_new = not any(adapter_name in layer.smoa_A for layer in _layers(model))
         awaits_weights = self.peft_config[adapter_name].is_from_file and not _layers(model)
         # To be restored should these weights turn out not to fit.
@@ -255,7 +258,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             if any(_awaits_blocks(layer, adapter_name) for layer in _layers(model)):
                 # Put in by the very call that was to fill it.
                 remove_adapter(model, adapter_name)
-                _forget(model, adapter_name)
+                forget_adapter(model, adapter_name)
             raise
         return remapped
 
@@ -280,13 +283,19 @@ def _combined_config(template: SMoAConfig, combined: dict[str, PackedAdapter]) -
     config = copy.deepcopy(template)
     config.r, config.num_blocks, config.block_ranks = r, num_blocks, None
     config.smoa_alpha, config.alpha_pattern, config.use_rslora, config.smoa_dropout = None, {}, False, 0.0
-    config.target_modules, config.exclude_modules = set(combined), None
+    # In full: the name of one layer may be the end of another's.
+    config.target_modules, config.exclude_modules = "|".join(map(re.escape, sorted(combined))), None
     config.layers_to_transform = config.layers_pattern = None
-    config.rank_pattern = {re.escape(name): rank for name, (rank, _) in shapes.items() if rank != r}
-    config.num_blocks_pattern = {re.escape(name): K for name, (_, K) in shapes.items() if num_blocks != K}
+    config.rank_pattern = {_whole_name(name): rank for name, (rank, _) in shapes.items() if rank != r}
+    config.num_blocks_pattern = {_whole_name(name): K for name, (_, K) in shapes.items() if num_blocks != K}
     config.inference_mode = False
     config.format_version = FORMAT_VERSION  # its labels are about to be filled in, not computed
     return config
+
+
+def _whole_name(name: str) -> str:
+    """Key of a pattern that matches this layer and none whose name ends like its."""
+    return f"^{re.escape(name)}"
 
 
 def _insert_adapter_names(
@@ -304,7 +313,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     delete_adapter(model, adapter_name, prefix=SMoAModel.prefix, layer_cls=SMoALayer)
 
 
-def _forget(model: nn.Module, adapter_name: str) -> None:
+def forget_adapter(model: nn.Module, adapter_name: str) -> None:
     """Undo what injection did beside the layers, once they no longer hold the adapter."""
     configs: Any = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)

@@ -36,7 +36,9 @@ def register() -> None:
     from .config import SMoAConfig
     from .model import SMoAModel
     from .saving import install_atomic_save
+    from .transformers_loading import install_checked_load
 
     install_atomic_save()
+    install_checked_load()
     if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="smoa", config_cls=SMoAConfig, model_cls=SMoAModel)

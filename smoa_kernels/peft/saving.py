@@ -3,47 +3,71 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from .registry import PEFT_TYPE
 
 __all__ = ["install_atomic_save", "replacing"]
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A path to write to, which becomes `path` when the block ends without an exception, and vanishes otherwise."""
-    folder, name = os.path.split(os.fspath(path))
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder or os.curdir) as scratch:
-        temporary = os.path.join(scratch, name)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder to write to, whose files move into `folder` when the block ends without an exception.
+
+    Each is on the disk before the first one moves, and then they move at once: what is in `folder` is the old files
+    or the new ones. Where an exception ends the block, `folder` stays as it was.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+        scratch = Path(name)
+        yield scratch
+        moves = [(file, folder / file.relative_to(scratch)) for file in scratch.rglob("*") if file.is_file()]
+        for file, place in moves:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        for file, place in moves:
+            os.replace(file, place)
 
 
 def install_atomic_save() -> None:
-    """Have PEFT write the weights of SMoA adapters this way; it offers no hook, and other methods' are left alone."""
-    import peft.peft_model as module
+    """Have PEFT and transformers save SMoA adapters this way; they offer no hook, and other models are left alone."""
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-    if not hasattr(module.safe_save_file, "_is_atomic_for_smoa"):
-        module.safe_save_file = _atomic_for_smoa(module.safe_save_file)
+    for model_class in (PeftModel, PreTrainedModel):
+        if not hasattr(model_class.save_pretrained, "_is_atomic_for_smoa"):
+            model_class.save_pretrained = _atomic_for_smoa(model_class.save_pretrained)
 
 
-def _atomic_for_smoa(save_file: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(save_file)
-    def save(
-        tensors: Mapping[str, Tensor], filename: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> None:
-        if any(key.endswith(".smoa_A") for key in tensors):
-            with replacing(filename) as temporary:
-                save_file(tensors, temporary, *args, **kwargs)
-        else:
-            save_file(tensors, filename, *args, **kwargs)
+def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(save)
 
-    save._is_atomic_for_smoa = True  # type: ignore[attr-defined]
-    return save
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        configs = getattr(self, "peft_config", {}).values()
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        writes = given.get("is_main_process", True) and not os.path.isfile(save_directory)
+        if not writes or not any(config.peft_type == PEFT_TYPE for config in configs):
+            save(self, save_directory, *args, **kwargs)
+            return
+        if not given.get("safe_serialization", True):
+            raise ValueError("safe_serialization must be True: SMoA adapters are saved as safetensors only")
+        if given.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with replacing(save_directory) as scratch:
+            card = Path(save_directory, "README.md")
+            if card.is_file():  # which PEFT updates
+                shutil.copy(card, scratch)
+            save(self, str(scratch), *args, **kwargs)
+
+    save_pretrained._is_atomic_for_smoa = True  # type: ignore[attr-defined]
+    return save_pretrained

@@ -1,6 +1,7 @@
 """Saves that are interrupted, what a folder holds, and the paper's own layout."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 from smoa_kernels.peft.inspection import inspect_adapter
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
-from smoa_kernels.peft.saving import _atomic_for_smoa
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -39,27 +39,84 @@ def contents(folder):
 # Saving
 
 
-def test_a_save_that_is_interrupted_leaves_the_old_adapter(make_model, folder, monkeypatch):
+def torn(tensors, filename, metadata=None):
+    Path(filename).write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+def stopped(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("call", "interrupted"),
+    [
+        ("peft.peft_model.safe_save_file", torn),
+        ("smoa_kernels.peft.SMoAConfig.save_pretrained", stopped),  # its weights are written by then
+        ("json.dumps", stopped),
+    ],
+)
+def test_a_save_that_is_interrupted_leaves_the_old_adapter(
+    make_model, folder, monkeypatch, call, interrupted
+):
     before = contents(folder)
-
-    def torn(tensors, filename, metadata=None):
-        with open(filename, "wb") as file:
-            file.write(b"half")
-        raise KeyboardInterrupt
-
+    model = adapt(make_model(), r=8, smoa_alpha=3.0)
     with monkeypatch.context() as writing:
-        writing.setattr("peft.peft_model.safe_save_file", _atomic_for_smoa(torn))
+        writing.setattr(call, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            adapt(make_model(), r=8).save_pretrained(folder)
-    after = contents(folder)
-    assert after[WEIGHTS] == before[WEIGHTS]
-    assert after["adapter_config.json"] == before["adapter_config.json"]
-    assert set(after) == set(before)
-    with monkeypatch.context() as writing:
-        writing.setattr("json.dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            SMoAConfig(r=8).save_pretrained(folder)
+            model.save_pretrained(folder)
     assert contents(folder) == before
+    model.save_pretrained(folder)
+    assert set(contents(folder)) == set(before)
+    assert PeftModel.from_pretrained(make_model(), folder).peft_config["default"].r == 8
+
+
+@pytest.mark.parametrize(
+    ("call", "interrupted"),
+    [("transformers.modeling_utils.safe_save_file", torn), ("json.dumps", stopped)],
+)
+def test_an_interrupted_save_of_transformers(llama, tmp_path, monkeypatch, call, interrupted):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
+    model = llama()
+    model.add_adapter(SMoAConfig(r=4, init_weights=False))
+    model.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    assert WEIGHTS in before
+    other = llama()
+    other.add_adapter(SMoAConfig(r=8))
+    monkeypatch.setattr(call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        other.save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_save_keeps_what_else_is_in_the_folder(llama, tmp_path):
+    model = adapt(llama())
+    model.add_adapter("other", SMoAConfig(r=4))
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text() + "\nTrained on a Tuesday.\n"
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert "Trained on a Tuesday." in (tmp_path / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        WEIGHTS,
+        "notes.txt",
+        "other",
+    ]
+    assert PeftModel.from_pretrained(llama(), tmp_path / "other").peft_config["default"].r == 4
+
+
+def test_safetensors_only(llama, folder, tmp_path):
+    with pytest.raises(ValueError, match="safe_serialization must be True"):
+        adapt(llama()).save_pretrained(tmp_path / "new", safe_serialization=False)
+    assert not (tmp_path / "new").exists()
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"from safetensors only, got adapter_model\.bin"):
+        PeftModel.from_pretrained(llama(), folder)
 
 
 def test_other_methods_files_are_written_as_before(llama, tmp_path):
@@ -136,6 +193,18 @@ def test_report_names_what_is_wrong(folder, tmp_path):
     (folder / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=WEIGHTS):
         inspect_adapter(folder)
+
+
+def test_a_base_that_was_saved_with_or_without_its_head(llama, tmp_path):
+    """The names of one begin with `model.`, which those of the other lack."""
+    llama().save_pretrained(tmp_path / "whole")
+    llama().model.save_pretrained(tmp_path / "bare")
+    adapt(llama()).save_pretrained(tmp_path / "adapter")
+    adapt(llama().model).save_pretrained(tmp_path / "bare adapter")
+    for adapter, base in (("adapter", "bare"), ("bare adapter", "whole")):
+        assert inspect_adapter(tmp_path / adapter, tmp_path / base).fits
+    llama(seed=1).model.save_pretrained(tmp_path / "other")
+    assert not inspect_adapter(tmp_path / "adapter", tmp_path / "other").fits
 
 
 # The paper's layout

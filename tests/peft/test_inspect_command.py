@@ -4,7 +4,9 @@ import json
 import math
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama
 
 from smoa_kernels.cli import main
@@ -82,8 +84,19 @@ MISTAKES = {
     ),
     "future": (lambda f: edit(f, format_version=9), "format_version 9 of the adapter is newer"),
     "other rank": (lambda f: edit(f, r=6), "layers.0.mlp.down_proj: ranks must sum to r=6"),
+    "no layers": (
+        lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS),
+        "holds no layer of an SMoA adapter",
+    ),
+    "a vector": (lambda f: put(f, "smoa_A", torch.ones(5)), "smoa_A must be a matrix of floating-point"),
     "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), "is truncated"),
 }
+
+
+def put(folder, name, tensor):
+    state = load_file(folder / WEIGHTS)
+    state[next(key for key in state if key.endswith(name))] = tensor
+    save_file(state, folder / WEIGHTS)
 
 
 def edit(folder, **values):
@@ -102,6 +115,16 @@ def test_base_that_cannot_be_read(adapter, tmp_path, capsys):
     assert_refused(capsys, "there are no safetensors files in", adapter, "--base", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
     assert_refused(capsys, "is not a readable safetensors file", adapter, "--base", tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    assert_refused(capsys, "is not an index of safetensors files", adapter, "--base", tmp_path)
+    index.write_text('{"weight_map": {"model.layers.0.mlp.down_proj.weight": "lost.safetensors"}}')
+    assert_refused(capsys, "is not a readable safetensors file", adapter, "--base", tmp_path)
+
+
+def test_json_that_cannot_be_written(adapter, tmp_path, capsys):
+    assert_refused(capsys, "is a directory", adapter, "--json", tmp_path)
+    assert_refused(capsys, "is not a folder", adapter, "--json", tmp_path / "none" / "report.json")
 
 
 def assert_refused(capsys, message, *arguments):

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.conversion import convert_to_lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from smoa_kernels import BlockPartition, eager, smoa_linear
@@ -204,7 +205,10 @@ def test_mixed_batch_bad_input(llama, tokens):
         logits(model, tokens, adapter_names=["one", "two", "three"])
     with pytest.raises(ValueError, match="training mode"):
         logits(model.train(), tokens, adapter_names=["one", "two", "one"])
-    model.eval().merge_adapter()
+    model.eval()
+    layer = next(iter(layers(model).values()))
+    assert layer(torch.ones(0, 7, layer.in_features), adapter_names=[]).shape == (0, 7, layer.out_features)
+    model.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
         logits(model, tokens, adapter_names=["one", "two", "one"])
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -242,6 +246,28 @@ def test_concatenation_over_layers_with_other_ranks(llama, tokens, tmp_path):
     expected = logits(model, tokens)
     model.save_pretrained(tmp_path, selected_adapters=["both"])
     close(logits(PeftModel.from_pretrained(llama(), tmp_path / "both").eval(), tokens), expected, 1e-6)
+
+
+def test_concatenation_adapts_no_layer_whose_name_ends_alike(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin, self.inner = nn.Linear(12, 12), nn.ModuleDict({"lin": nn.Linear(12, 12)})
+
+        def forward(self, x):
+            return self.inner["lin"](self.lin(x))
+
+    config = {"target_modules": "lin", "init_weights": False}
+    model = get_peft_model(Model(), SMoAConfig(r=4, **config), adapter_name="one").eval()
+    model.add_adapter("two", SMoAConfig(r=4, **config))
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both")
+    activate(model, "both")
+    assert set(layers(model)) == {"base_model.model.lin"}
+    x = torch.randn(3, 12)
+    expected = model(x)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    close(PeftModel.from_pretrained(Model(), tmp_path / "both").eval()(x), expected)
 
 
 def test_linear_combination_sums_the_factors(llama):
@@ -388,6 +414,60 @@ def test_transformers_adapter_methods(make_model, tokens, tmp_path, monkeypatch)
     assert torch.equal(logits(loaded.eval(), tokens), expected)
     loaded.disable_adapters()
     assert torch.equal(logits(loaded, tokens), logits(make_model(), tokens))
+
+
+def edit_blocks(folder, edit):
+    state = load_file(folder / "adapter_model.safetensors")
+    edit(state, next(key for key in state if key.endswith("smoa_blocks")))
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda f: edit_blocks(f, lambda s, k: s[k][-1:].bitwise_xor_(1)),
+            r"layers\..*smoa_blocks is corrupt",
+        ),
+        (lambda f: edit_blocks(f, lambda s, k: s.pop(k)), r"layers\..*: the adapter lacks smoa_blocks"),
+        (
+            lambda f: edit_blocks(f, lambda s, k: s.update({k.replace("0", "7"): s[k].clone()})),
+            r"no place for 1 tensors of the adapter, for one .*layers\.7",
+        ),
+        (
+            lambda f: (f / "adapter_model.safetensors").write_bytes(
+                (f / "adapter_model.safetensors").read_bytes()[:-9]
+            ),
+            "truncated or corrupt",
+        ),
+    ],
+)
+def test_transformers_loads_nothing_of_a_broken_adapter(llama, tokens, tmp_path, monkeypatch, spoil, message):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
+    get_peft_model(llama(), settings(llama())).save_pretrained(tmp_path)
+    good = llama()
+    good.load_adapter(tmp_path)
+    expected = logits(good, tokens)
+    spoil(tmp_path)
+    model = llama()
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path)
+    assert not layers(model)
+    assert not hasattr(model, "peft_config")
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(logits(model, tokens), logits(llama(), tokens))
+    with pytest.raises(ValueError, match=message):
+        good.load_adapter(tmp_path, adapter_name="second")
+    assert list(good.peft_config) == ["default"]
+    assert torch.equal(logits(good, tokens), expected)
+
+
+def test_transformers_notices_another_base(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
+    get_peft_model(llama(), settings(llama(), strict_base=True)).save_pretrained(tmp_path)
+    llama().load_adapter(tmp_path)
+    with pytest.raises(ValueError, match="another base weight in 14 layers"):
+        llama(seed=1).load_adapter(tmp_path)
 
 
 def test_copies_are_independent(llama, tokens):

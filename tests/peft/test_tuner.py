@@ -322,6 +322,15 @@ def test_generation_with_an_active_adapter(folder, make_model, tokens):
             r"format_version 1 of the adapter is older than what this release reads \(2\)",
         ),
         ({"format_version": "2"}, "format_version must be an int, got '2'"),
+        ({"block_ranks": 5}, "block_ranks must be a list of ints, got 5"),
+        ({"smoa_dropout": "0.1"}, "smoa_dropout must be a finite number, got '0.1'"),
+        ({"alpha_pattern": {"q": None}}, r"alpha_pattern\['q'\] must be a finite number, got None"),
+        ({"use_rslora": "yes"}, "use_rslora must be True or False, got 'yes'"),
+        ({"strict_base": 1}, "strict_base must be True or False, got 1"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, got 'lm_head'"),
+        ({"rank_pattern": {"(": 3}}, r"a key of rank_pattern must be a regular expression, got '\('"),
+        ({"target_modules": "*_proj"}, r"target_modules must be a regular expression, got '\*_proj'"),
+        ({"exclude_modules": "["}, r"exclude_modules must be a regular expression, got '\['"),
     ],
 )
 def test_bad_configuration(settings, message):
@@ -355,6 +364,19 @@ def test_failed_injection_leaves_the_model_alone(llama, settings, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, config(**settings))
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "../elsewhere", "/elsewhere", "a\\b"])
+def test_an_adapters_name_is_no_path(llama, name):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="adapter_name must be a name without dots and slashes, got"):
+        get_peft_model(model, config(), adapter_name=name)
+    assert_unchanged(model, before)
+    model = adapt(llama())
+    with pytest.raises(ValueError, match="adapter_name must be a name without dots and slashes, got"):
+        model.add_adapter(name, config())
+    assert list(model.peft_config) == ["default"]
 
 
 def test_weight_with_nan_is_named_and_nothing_is_wrapped(llama):
@@ -420,6 +442,11 @@ def repacked(edit):
     return apply
 
 
+def remove(state, prefix):
+    for key in [key for key in state if key.startswith(prefix)]:
+        del state[key]
+
+
 BROKEN = {
     "missing": (lambda s, p: s.pop(p + "smoa_blocks"), "the adapter lacks smoa_blocks"),
     "corrupt": (lambda s, p: s[p + "smoa_blocks"][-1:].bitwise_xor_(1), "smoa_blocks is corrupt"),
@@ -431,6 +458,18 @@ BROKEN = {
         lambda s, p: s.update({p + "smoa_blocks": s[p + "smoa_blocks"].float()}),
         "smoa_blocks must be a vector of uint8",
     ),
+    "layer": (lambda s, p: remove(s, p), "the adapter lacks smoa_A, smoa_B, smoa_blocks"),
+    "unknown": (lambda s, p: s.update({p + "smoa_C": torch.ones(2)}), "the model has no place for 1 tensors"),
+    "other layer": (
+        lambda s, p: s.update(
+            {p.replace("0", "9") + "smoa_A": torch.ones(2, 2), p + "smoa_D": torch.ones(2)}
+        ),
+        "the model has no place for 2 tensors",
+    ),
+    "integers": (
+        lambda s, p: s.update({p + "smoa_B": s[p + "smoa_B"].int()}),
+        "smoa_B must be a matrix of floating-point numbers, got torch.int32",
+    ),
     "shape": (
         lambda s, p: s.update({p + "smoa_A": s[p + "smoa_A"][:, 1:].contiguous()}),
         "size mismatch for .*smoa_A",
@@ -438,8 +477,11 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_adapter_is_named_and_nothing_is_half_loaded(folder, make_model, tokens, case):
+def test_broken_adapter_is_named_and_nothing_is_half_loaded(
+    folder, make_model, tokens, case, low_cpu_mem_usage
+):
     path, expected = folder
     edit, message = BROKEN[case]
     good = PeftModel.from_pretrained(make_model(), path).eval()
@@ -447,17 +489,25 @@ def test_broken_adapter_is_named_and_nothing_is_half_loaded(folder, make_model, 
     model = make_model()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message) as error:
-        PeftModel.from_pretrained(model, path)
+        PeftModel.from_pretrained(model, path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert layer in str(error.value)
     assert_unchanged(model, before)
     # Neither as a second adapter, nor over one that is already there.
     with pytest.raises(ValueError, match=message):
-        good.load_adapter(path, "other")
+        good.load_adapter(path, "other", low_cpu_mem_usage=low_cpu_mem_usage)
     assert "other" not in good.peft_config
     assert all(set(layer.smoa_A) == {"default"} for layer in layers(good).values())
     with pytest.raises(ValueError, match=message):
         good.load_adapter(path, "default")
     assert torch.equal(logits(good, tokens), expected)
+
+
+def test_a_base_with_fewer_or_more_layers_is_refused(llama, tmp_path):
+    adapt(llama(), target_modules=["q_proj", "up_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no place for 6 tensors of the adapter, for one .*layers\.1\."):
+        PeftModel.from_pretrained(llama(num_hidden_layers=1), tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.2\..*: the adapter lacks smoa_A, smoa_B, smoa_blocks"):
+        PeftModel.from_pretrained(llama(num_hidden_layers=3), tmp_path)
 
 
 def test_adapter_of_another_model_is_refused(folder, llama):
