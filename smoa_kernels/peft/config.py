@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..backends import ALGORITHMS, BACKENDS
@@ -177,8 +177,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
         Raises:
             ValueError: there is none, its values or format version are not allowed, or the weights beside it are
-                truncated or in another format than safetensors. PEFT asks for the configuration before it touches the
-                model, so nothing has changed.
+                truncated. PEFT asks for the configuration before it touches the model, so nothing has changed.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         _check_weights(folder)
@@ -206,11 +205,6 @@ def _check_weights(folder: str) -> None:
     """Whether the safetensors file in `folder` and its header agree; one that is on a hub is not looked at."""
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(path):
-        if os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
-            raise ValueError(
-                f"SMoA adapters are read from safetensors only, got {WEIGHTS_NAME} and no {SAFETENSORS_WEIGHTS_NAME} "
-                f"in {folder}"
-            )
         return
     try:
         with safe_open(path, "pt"):

@@ -59,8 +59,6 @@ def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
         if not writes or not any(config.peft_type == PEFT_TYPE for config in configs):
             save(self, save_directory, *args, **kwargs)
             return
-        if not given.get("safe_serialization", True):
-            raise ValueError("safe_serialization must be True: SMoA adapters are saved as safetensors only")
         if given.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with replacing(save_directory) as scratch:

@@ -109,16 +109,6 @@ def test_a_save_keeps_what_else_is_in_the_folder(llama, tmp_path):
     assert PeftModel.from_pretrained(llama(), tmp_path / "other").peft_config["default"].r == 4
 
 
-def test_safetensors_only(llama, folder, tmp_path):
-    with pytest.raises(ValueError, match="safe_serialization must be True"):
-        adapt(llama()).save_pretrained(tmp_path / "new", safe_serialization=False)
-    assert not (tmp_path / "new").exists()
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match=r"from safetensors only, got adapter_model\.bin"):
-        PeftModel.from_pretrained(llama(), folder)
-
-
 def test_other_methods_files_are_written_as_before(llama, tmp_path):
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
