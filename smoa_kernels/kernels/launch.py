@@ -229,7 +229,7 @@ def fused_linear_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple
     if arch.startswith("gfx"):
         return FUSED_LINEAR_AMD_CONFIGS if dtype != torch.float32 else FUSED_LINEAR_AMD_FP32_CONFIGS
     if dtype != torch.float32:
-        return _FUSED_LINEAR_SM_120_CONFIGS if arch == "sm_120" else FUSED_LINEAR_CONFIGS
+        return _FUSED_LINEAR_SM_120_CONFIGS if arch.startswith("sm_12") else FUSED_LINEAR_CONFIGS
     return FUSED_LINEAR_TF32_CONFIGS if precision == "tf32" else FUSED_LINEAR_IEEE_CONFIGS
 
 

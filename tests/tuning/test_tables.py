@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from tuning_cases import FORWARD, GRAD, PERMUTE, entry, permute_entry
+from tuning_cases import FORWARD, GRAD, PERMUTE, entry, needs_interpreter, permute_entry
 
 from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
 from smoa_kernels.tuning import tables
@@ -179,41 +179,45 @@ def test_what_another_machine_found_is_replaced() -> None:
     assert merged(old, new) == new
 
 
-WRITER = """
+TUNING = """
 import sys
 sys.path.insert(0, {here!r})
-from dataclasses import replace
-from tuning_cases import PERMUTE, permute_entry
-from smoa_kernels.tuning.tables import update, user_table
-for step in range(int(sys.argv[2])):
-    key = PERMUTE._replace(tokens=1 << step, blocks=int(sys.argv[1]))
-    update(user_table("shared"), [replace(permute_entry(), key=key)])
-    print(step, flush=True)
+from tuning_cases import CPU, PERMUTE, permute_job, scripted
+from smoa_kernels.tuning import lookup
+from smoa_kernels.tuning.tuner import tune
+keys = [PERMUTE._replace(tokens=1 << step, blocks={blocks}) for step in range({steps})]
+timer = scripted(lambda choice: float(choice.block_t))
+tune([permute_job(key) for key in keys], device=CPU, timer=timer, known={{}}, save=lookup.keep)
 """
 
 
-def writer(number: int, steps: int) -> subprocess.Popen[str]:
-    program = WRITER.format(here=str(HERE))
-    arguments = [sys.executable, "-c", program, str(number), str(steps)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1])
+def tuning(blocks: int, steps: int, before: str = "") -> subprocess.Popen[str]:
+    """A process that tunes problems of its own into the table of this machine."""
+    program = before + TUNING.format(here=str(HERE), blocks=blocks, steps=steps)
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]
+    )
 
 
+@needs_interpreter
 def test_two_processes_tune_into_one_table() -> None:
-    processes = [writer(number, 20) for number in (1, 2)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
-    found = read(user_table("shared"))
-    assert {(key.blocks, key.tokens) for key in found} == {(n, 1 << s) for n in (1, 2) for s in range(20)}
+    processes = [tuning(blocks, 5) for blocks in (1, 2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    found = read(user_table("cpu"))
+    assert {(key.blocks, key.tokens) for key in found} == {(n, 1 << s) for n in (1, 2) for s in range(5)}
+    for kept in found.values():
+        assert kept.complete
+        assert {t.choice: t.seconds for t in kept.trials} == {c: float(c.block_t) for c in PERMUTE_CONFIGS}
 
 
+@needs_interpreter
 def test_kill_in_the_middle_of_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at the worst moment: the new file is written, not yet renamed, and the lock is held."""
-    table = user_table("shared")
+    table = user_table("cpu")
     update(table, [permute_entry()])
     before = table.read_text()
     stopped = "import os, time\nos.replace = lambda a, b: (print('writing', flush=True), time.sleep(60))\n"
-    program = stopped + WRITER.format(here=str(HERE))
-    arguments = [sys.executable, "-c", program, "7", "1"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]) as process:
+    with tuning(7, 1, stopped) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
         os.kill(process.pid, signal.SIGKILL)

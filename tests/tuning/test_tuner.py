@@ -15,7 +15,7 @@ from tuning_cases import CPU, FORWARD, PERMUTE, entry, needs_interpreter, permut
 
 from smoa_kernels.kernels.heuristic import Key, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.tuning import space, tuner
+from smoa_kernels.tuning import audit, space, tuner
 from smoa_kernels.tuning.entries import UNFINISHED, Choice, Entry
 from smoa_kernels.tuning.plan import Layer, Target, jobs, keys
 from smoa_kernels.tuning.rules import Record
@@ -304,7 +304,7 @@ def test_what_the_audit_fails_is_pruned_with_its_reason(monkeypatch: pytest.Monk
     ships = space.shipped(key, "sm_90")
     found = search_space("block_grad", "sm_90", "bf16")
 
-    def audit(**asked: object) -> list[tuple[int, Record | None]]:
+    def compiled(**asked: object) -> list[tuple[int, Record | None]]:
         assert asked["archs"] == ["sm_90"]
         records = [
             Record(
@@ -321,7 +321,7 @@ def test_what_the_audit_fails_is_pruned_with_its_reason(monkeypatch: pytest.Monk
         ]
         return [(len(records), None), *((len(records) - 1 - i, record) for i, record in enumerate(records))]
 
-    monkeypatch.setattr(space, "run_audit", audit)
+    monkeypatch.setattr(space, "run_audit", compiled)
     told: list[tuple[int, int]] = []
     ruled_out = space.broken(
         [("block_grad", "bf16")], "sm_90", progress=lambda done, total: told.append((done, total))
@@ -338,6 +338,13 @@ def test_a_tile_that_does_not_divide_the_layout_is_pruned() -> None:
     job = kernel_job(narrow, "sm_90", 132, ruled_out={})
     assert all(config.block_n <= 64 and config.block_c <= 64 for config in job.candidates)  # type: ignore[union-attr]
     assert {reason for _, reason in job.pruned} == {"does not divide the padded layout"}
+
+
+def test_the_audit_compiles_the_whole_space() -> None:
+    """Its workers find the space by name; nothing is compiled here."""
+    found = audit.tasks("smoa_kernels.tuning.space:SEARCH", ["sm_90"], ["permute"], ["bf16"])
+    forms = {task.variant for task in found}
+    assert len(found) == len(forms) * len(search_space("permute", "sm_90", "bf16")) > len(forms) * 3
 
 
 def test_the_shipped_space_needs_no_audit() -> None:
