@@ -15,7 +15,7 @@ from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.tuning import lookup
 from smoa_kernels.tuning.identity import identity
 from smoa_kernels.tuning.plan import Layer, Target, jobs, keys
-from smoa_kernels.tuning.tables import SCHEMA, read, user_table
+from smoa_kernels.tuning.tables import SCHEMA, read, update, user_table
 from smoa_kernels.tuning.tuner import Run as Launch
 from smoa_kernels.tuning.tuner import Timer, gpu_timer, tune
 from smoa_kernels.tuning.workloads import workload
@@ -52,7 +52,7 @@ def tune_shapes(job: Job) -> None:
             planned,
             device=DEVICE,
             timer=interpreter_timer if job.smoke else gpu_timer,
-            known=read(table),
+            known=update(table, ()),
             save=lookup.keep,
             deadline=job.deadline - 5,
         )

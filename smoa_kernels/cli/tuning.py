@@ -22,11 +22,11 @@ from ..tuning.identity import identity, staleness
 from ..tuning.models import MODELS, read_config
 from ..tuning.plan import KERNELS, Layer, Target, jobs
 from ..tuning.space import broken
-from ..tuning.tables import read, user_table
-from ..tuning.tuner import DeviceLostError, Job, Timer, Tuned, gpu_timer, tune
+from ..tuning.tables import read, update, user_table
+from ..tuning.tuner import DeviceLostError, Job, Timer, Tuned, gpu_timer, left, so_far, tune
 from .output import console
 from .roofline import parse_shape
-from .tuning_tables import failures, plan_table, problem_words, result_table, so_far
+from .tuning_tables import best_words, failures, plan_table, problem_words, result_table
 
 __all__ = ["Request", "dry", "measure"]
 
@@ -121,22 +121,23 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
         )
     if (obstacle := triton_obstacle(device)) is not None:
         raise ValueError(f"the kernels cannot run here: {obstacle}")
-    planned = _plan(request, Target.of(device), processes)
     table = user_table(identity(device, "forward").gpu)
+    known = update(table, ())  # cannot be written? then before anything is compiled
+    planned = _plan(request, Target.of(device), processes)
     problems: list[Tuned] = []
     code, stopped = 0, ""
     with _bar("tuning") as bar:
-        task = bar.add_task("", total=sum(len(job.candidates) for job in planned))
+        task = bar.add_task("", total=sum(len(left(job, so_far(job, device, known))) for job in planned))
 
         def progress(job: Job, entry: Entry) -> None:
-            bar.update(task, advance=1, description=so_far(entry))
+            bar.update(task, advance=1, description=best_words(entry))
 
         try:
             done = tune(
                 planned,
                 device=device,
                 timer=timer,
-                known=read(table),
+                known=known,
                 save=lookup.keep,
                 deadline=deadline,
                 progress=progress,

@@ -12,7 +12,7 @@ from ..triton_backend import admissible
 from ..tuning.entries import Choice, Entry, Trial
 from ..tuning.tuner import Job
 
-__all__ = ["failures", "plan_table", "problem_words", "result_table", "so_far", "winner"]
+__all__ = ["best_words", "failures", "plan_table", "problem_words", "result_table", "winner"]
 
 
 def problem_words(key: Key) -> str:
@@ -38,7 +38,7 @@ def winner(entry: Entry) -> Trial | None:
     return entry.best(None if kernel in CONFIGS else admissible(kernel, dtype))
 
 
-def so_far(entry: Entry) -> str:
+def best_words(entry: Entry) -> str:
     """The best of an entry in one line."""
     best = winner(entry)
     if best is None or best.seconds is None:

@@ -19,7 +19,19 @@ from .entries import INTERRUPTED, UNFINISHED, Choice, Entry, Trial
 from .identity import identity, staleness
 from .workloads import Workload, workload
 
-__all__ = ["DeviceLostError", "Job", "Progress", "Run", "Timer", "Tuned", "gpu_timer", "tune", "tune_job"]
+__all__ = [
+    "DeviceLostError",
+    "Job",
+    "Progress",
+    "Run",
+    "Timer",
+    "Tuned",
+    "gpu_timer",
+    "left",
+    "so_far",
+    "tune",
+    "tune_job",
+]
 
 
 @dataclass(frozen=True)
@@ -112,11 +124,8 @@ def tune(
     """
     done = []
     for job in jobs:
-        now = identity(device, job.key.kernel)
-        entry = known.get(job.key)
-        if entry is None or staleness(entry.identity, now):
-            entry = Entry(job.key, now, job.default)
-        if entry.complete and all(entry.trial(choice) for choice in job.candidates):
+        entry = so_far(job, device, known)
+        if entry.complete and not left(job, entry):
             done.append(Tuned(job, entry))
             continue
         if deadline is not None and time.monotonic() >= deadline:
@@ -129,6 +138,17 @@ def tune(
         except Exception as error:  # operands that do not fit in memory, say: the other jobs go on
             done.append(Tuned(job, None, _reason(error)))
     return done
+
+
+def so_far(job: Job, device: torch.device, known: Mapping[Key, Entry]) -> Entry:
+    """A job's entry of an earlier run where it still holds on this device, else one without trials."""
+    now, entry = identity(device, job.key.kernel), known.get(job.key)
+    return Entry(job.key, now, job.default) if entry is None or staleness(entry.identity, now) else entry
+
+
+def left(job: Job, entry: Entry) -> list[Choice]:
+    """What is still to be tried."""
+    return [choice for choice in job.candidates if entry.trial(choice) is None]
 
 
 def tune_job(job: Job, *, device: torch.device, timer: Timer, deadline: float | None = None) -> Entry | None:
@@ -148,9 +168,7 @@ def _tune_one(
 ) -> Tuned:
     with load.precision():
         load.prepare()
-    for choice in job.candidates:
-        if entry.trial(choice) is not None:
-            continue
+    for choice in left(job, entry):
         if deadline is not None and time.monotonic() >= deadline:
             save(entry)
             return Tuned(job, entry, "no time was left for all candidates")

@@ -1,6 +1,7 @@
 """`smoa-kernels tune` and what `info` says of tables: the whole way in the interpreter, under a scripted clock."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,16 +109,21 @@ def script(choice: Choice) -> float:
     )  # type: ignore[union-attr]
 
 
-def test_tuning_ends_with_heuristic_against_tuned_and_is_in_force(
-    gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    timed: list[Choice] = []
+def noting(timed: list[Choice]) -> Callable[[Choice], float]:
+    """The script, its questions noted."""
 
     def seconds(choice: Choice) -> float:
         timed.append(choice)
         return script(choice)
 
-    gpu(scripted(seconds))
+    return seconds
+
+
+def test_tuning_ends_with_heuristic_against_tuned_and_is_in_force(
+    gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed: list[Choice] = []
+    gpu(scripted(noting(timed)))
     assert main(["tune", *SMALL, *KERNELS]) == 0
     out = capsys.readouterr().out
     (weight,) = (line for line in out.splitlines() if "modulated_weight 70x90" in line)
@@ -161,12 +167,7 @@ def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
     assert "modulated_weight 70x90" in out
     assert "Interrupted: what was found is kept" in out
     timed: list[Choice] = []
-
-    def seconds(choice: Choice) -> float:
-        timed.append(choice)
-        return script(choice)
-
-    gpu(scripted(seconds))
+    gpu(scripted(noting(timed)))
     assert main(["tune", *SMALL, *KERNELS]) == 0
     assert timed == ["split", "fused", "merged"]
     assert "failed" not in capsys.readouterr().out
@@ -186,6 +187,14 @@ def test_failures_and_a_spent_budget_are_told(
     assert "failed: forward 70x90 T≤32 ρ=3 K=2 bf16 at fused: RuntimeError: [out of] resources" in out
     assert main(["tune", *SMALL, "--kernel", "input_gradient", "--budget", "0"]) == 0
     assert "not done: input_gradient 70x90 T≤32 ρ=3 K=2 bf16: no time was left" in capsys.readouterr().out
+
+
+def test_a_table_that_cannot_be_written_is_told_before_anything_runs(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu(scripted(lambda choice: 1 / 0))
+    monkeypatch.setenv("SMOA_CACHE", os.devnull)
+    assert "Not a directory" in fails(capsys, *SMALL)
 
 
 def test_shapes_of_public_models() -> None:
