@@ -9,7 +9,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `smoa-kernels` and return its exit code: 0, 1 for a finding, 2 for a mistake in the call.
+    """Run `smoa-kernels` and return its exit code: 0, 1 for a finding, 2 for an error, 130 when interrupted.
 
     Args:
         arguments: of the command line, `sys.argv[1:]` where None.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from typing import Annotated
 
 import typer
 
@@ -28,24 +30,39 @@ app.command()(inspect)
 app.command()(tune)
 
 
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback too.")] = False,
+) -> None:
+    context.obj["debug"] = debug
+
+
 def run(arguments: list[str]) -> int:
-    """Run one command; its exit code."""
+    """Run one command; its exit code. An error is one line on stderr, with `--debug` after its traceback."""
+    options = {"debug": False}
     try:
-        code = app(arguments, prog_name="smoa-kernels", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+        code = app(arguments, prog_name="smoa-kernels", standalone_mode=False, obj=options)
     except typer.Exit as stop:
         return stop.exit_code
-    except (ValueError, OSError) as error:
-        return _fail(str(error))
-    except Exception as error:  # usage errors are click's, which typer bundles under a private name
-        if not hasattr(error, "format_message"):
-            raise
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
+            print(_message(error))
             return 2
-        return _fail(error.format_message())
+        if options["debug"]:
+            traceback.print_exception(error)
+        return _fail(_message(error))
     return code if isinstance(code, int) else 0
+
+
+def _message(error: Exception) -> str:
+    if hasattr(error, "format_message"):  # usage errors are click's, which typer bundles under a private name
+        return str(error.format_message())
+    if isinstance(error, (ValueError, OSError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error} (not foreseen; smoa-kernels --debug shows where)"
 
 
 def _fail(message: str, code: int = 2) -> int:

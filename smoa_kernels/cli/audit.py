@@ -15,6 +15,7 @@ from rich.table import Table
 from ..tuning.audit import AUDIT_DTYPES, DEFAULT_REGISTRY, run_audit
 from ..tuning.limits import ARCHITECTURES
 from ..tuning.rules import Record, broken_rules
+from .needs import needs_triton
 from .output import console, write_json
 
 __all__ = ["audit"]
@@ -32,6 +33,7 @@ def audit(
     registry: Annotated[str, typer.Option(hidden=True)] = DEFAULT_REGISTRY,
 ) -> None:
     """Compile every shipped configuration, without a GPU, and check it. Exits 1 if one breaks a rule."""
+    needs_triton("to compile")
     out = console()
     errors = Console(stderr=True)
     records: list[Record] = []

@@ -22,9 +22,20 @@ def console() -> Console:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write by rename: the file is the old one or the new one, never half of either."""
+    """Write by rename: the file is the old one or the new one, never half of either.
+
+    Raises:
+        ValueError: the file cannot be written, and why.
+    """
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
+    try:
+        _replace(path, data)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _replace(path: Path, data: Any) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:

@@ -39,17 +39,19 @@ LABELS = {
 
 def parse_shape(text: str) -> tuple[int, int]:
     """ "NxC" to (N, C)."""
-    match = re.fullmatch(r"(\d+)[x×](\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})[x×](\d{1,9})", text)
     if match is None:
-        raise ValueError(f"--shape must be OUTxIN, for example 4096x14336, got {text!r}")
+        raise ValueError(
+            f"--shape must be OUTxIN, up to nine digits each, for example 4096x14336, got {text!r}"
+        )
     return int(match[1]), int(match[2])
 
 
 def roofline(
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100",
-    tokens: Annotated[int, typer.Option(help="Tokens in the batch, T.")] = 8192,
+    tokens: Annotated[int, typer.Option(max=10**9, help="Tokens in the batch, T.")] = 8192,
     shape: Annotated[str, typer.Option(help="OUTxIN features of the layer, N×C.")] = "4096x4096",
-    rank: Annotated[int, typer.Option(help="Rank budget of all blocks together, r.")] = 16,
+    rank: Annotated[int, typer.Option(max=10**9, help="Rank budget of all blocks together, r.")] = 16,
     blocks: Annotated[int, typer.Option(help="Spectral blocks, K.")] = 4,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bf16",
     dropout: Annotated[float, typer.Option(help="Dropout probability of the adapter.")] = 0.0,
@@ -62,7 +64,12 @@ def roofline(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     torch_dtype, ieee = DTYPES[dtype]
-    problem = Problem(tokens, *parse_shape(shape), blocks, rank, torch_dtype, dropout)
+    out_features, in_features = parse_shape(shape)
+    problem = Problem(tokens, out_features, in_features, blocks, rank, torch_dtype, dropout)
+    if blocks > min(out_features, in_features):
+        raise ValueError(
+            f"--blocks must be at most {min(out_features, in_features)} for {shape}, got {blocks}"
+        )
     chosen = choose_algorithm(problem, GPUS[gpu], ieee)
     ways = [a for a in ALGORITHMS if not dropout or a not in ("merged", "fused", "expanded")]
     estimates = {a: estimate(problem, GPUS[gpu], a, ieee=ieee) for a in ways}
@@ -80,8 +87,8 @@ def roofline(
         inputs = {
             "gpu": gpu,
             "tokens": tokens,
-            "out_features": problem.out_features,
-            "in_features": problem.in_features,
+            "out_features": out_features,
+            "in_features": in_features,
             "rank": rank,
             "num_blocks": blocks,
             "dtype": dtype,

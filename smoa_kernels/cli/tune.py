@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from ..gpus import GPUS
 from ..tuning.models import MODELS
+from .needs import needs_triton
 
 __all__ = ["tune"]
 
@@ -41,8 +41,7 @@ def tune(
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; one per core.")] = None,
 ) -> None:
     """Measure what is fastest on this GPU, check its numbers, and keep the winners in your table."""
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError("triton is not installed: there are no kernels to tune")
+    needs_triton("to tune")
     from .tuning import Request, dry, measure
 
     request = Request.parse(

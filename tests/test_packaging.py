@@ -1,0 +1,180 @@
+"""What is published: the wheel's files, its metadata, its command, and the package on a machine without Triton."""
+
+import ast
+import email
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "smoa_kernels"
+PREFIX = "smoa_kernels/"
+
+
+def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built by the backend that pyproject.toml names, without the network."""
+    pytest.importorskip("hatchling", reason="the build backend, hatchling, is not installed")
+    folder = tmp_path_factory.mktemp("dist")
+    program = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
+    built = run("-c", program, folder, cwd=ROOT)
+    assert built.returncode == 0, built.stderr
+    return folder / built.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def dist_info(wheel: Path, name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (path for path in archive.namelist() if path.endswith(f".dist-info/{name}"))
+        return archive.read(path).decode()
+
+
+def requirements(metadata: Message, extra: str, system: str) -> set[str]:
+    """Names that `pip install smoa-kernels[extra]` asks for on an operating system."""
+    found = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+    where = {"extra": extra, "platform_system": system}
+    return {r.name for r in found if r.marker is None or r.marker.evaluate(where)}
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(names: list[str]) -> None:
+    package = {name for name in names if ".dist-info/" not in name}
+    on_disk = {
+        path.relative_to(ROOT).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert package == on_disk
+    assert {"smoa_kernels/py.typed", "smoa_kernels/tuning/tables/README.md"} <= package
+    assert {Path(name).suffix for name in package} <= {".py", ".typed", ".md", ".json"}
+
+
+def test_metadata(wheel: Path) -> None:
+    metadata = email.message_from_string(dist_info(wheel, "METADATA"))
+    assert metadata["Name"] == "smoa-kernels"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    core = {"torch", "numpy", "filelock"}
+    assert requirements(metadata, "", "Darwin") == core
+    assert requirements(metadata, "", "Linux") == core | {"triton"}
+    assert requirements(metadata, "peft", "Darwin") == core | {"peft", "transformers", "safetensors"}
+    assert requirements(metadata, "cli", "Darwin") == core | {"typer", "rich"}
+    assert dist_info(wheel, "entry_points.txt").split() == (
+        ["[console_scripts]", "smoa-kernels", "=", "smoa_kernels.cli:main"]
+    )
+
+
+@pytest.mark.parametrize(("part", "extra"), [("peft", "peft"), ("cli", "cli"), ("", "")])
+def test_every_import_is_declared(wheel: Path, names: list[str], part: str, extra: str) -> None:
+    """A package that happens to be there because another one needs it is missing on some machine."""
+    metadata = email.message_from_string(dist_info(wheel, "METADATA"))
+    allowed = requirements(metadata, extra, "Linux") | set(sys.stdlib_module_names)
+    imported = set()
+    with zipfile.ZipFile(wheel) as archive:
+        for name in names:
+            folder = name.removeprefix(PREFIX).split("/")[0]
+            here = folder == part if part else folder not in ("peft", "cli")
+            if name.endswith(".py") and here:
+                imported |= absolute_imports(archive.read(name).decode())
+    # What PEFT's classes are given to, not what ours import by themselves.
+    known = {"peft", "transformers"} if not part else set()
+    assert imported - known <= allowed
+
+
+def absolute_imports(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_the_installed_command_runs(wheel: Path, tmp_path: Path) -> None:
+    """Installed from the wheel, away from the checkout."""
+    pytest.importorskip("typer", reason="needs the cli extra")
+    target = tmp_path / "site"
+    install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, wheel]
+    installed = run(*install)
+    assert installed.returncode == 0, installed.stderr
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    program = "import smoa_kernels, smoa_kernels.tuning.tables as t; print(smoa_kernels.__file__, t.SHIPPED.is_dir())"
+    where = run("-c", program, env=environment, cwd=tmp_path)
+    assert where.stdout.split() == [str(target / "smoa_kernels" / "__init__.py"), "True"]
+    done = run(target / "bin" / "smoa-kernels", "info", env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "smoa-kernels" in done.stdout
+
+
+# A machine without Triton: macOS, Windows, or Linux where it has no wheel.
+
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None; "
+
+
+def test_a_training_step_without_triton_and_the_extras() -> None:
+    program = """
+import torch
+for extra in ("peft", "transformers", "typer", "rich"):
+    sys.modules[extra] = None
+from smoa_kernels import FusedSMoALinear
+layer = FusedSMoALinear(8, 6, r=4, num_blocks=2)
+optimizer = torch.optim.SGD([layer.smoa_A, layer.smoa_B], lr=0.1)
+layer(torch.randn(3, 8)).square().sum().backward()
+optimizer.step()
+assert layer.smoa_B.any()
+assert not torch.cuda.is_initialized()
+layer.backend = "triton"
+try:
+    layer(torch.randn(3, 8))
+except ValueError as error:
+    print(error)
+"""
+    done = run("-c", WITHOUT_TRITON + program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "backend='triton' cannot run here: triton is not installed; backend='eager' works everywhere\n"
+    )
+
+
+def test_commands_without_triton() -> None:
+    pytest.importorskip("typer", reason="needs the cli extra")
+    program = """
+from smoa_kernels.cli import main
+for arguments in (["info"], ["roofline", "--tokens", "64"], ["audit"], ["tune"]):
+    print(f"exit code of {arguments[0]}: {main(arguments)}")
+"""
+    done = run("-c", WITHOUT_TRITON + program)
+    codes = dict(re.findall(r"exit code of (\w+): (\d)", done.stdout))
+    assert codes == {"info": "0", "roofline": "0", "audit": "2", "tune": "2"}
+    assert "no: triton is not installed" in done.stdout
+    assert done.stderr == (
+        "smoa-kernels: error: triton is not installed: there are no kernels to compile\n"
+        "smoa-kernels: error: triton is not installed: there are no kernels to tune\n"
+    )
+
+
+def test_import_loads_no_optional_package() -> None:
+    script = (
+        "import sys, torch; before = set(sys.modules); import smoa_kernels;"
+        "print([m for m in ('triton', 'peft', 'transformers', 'typer', 'rich', 'matplotlib')"
+        " if m in sys.modules and m not in before])"
+    )
+    assert run("-c", script).stdout == "[]\n"
