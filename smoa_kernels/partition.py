@@ -281,7 +281,7 @@ def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     if weight.dtype in (torch.float16, torch.bfloat16):
         weight = weight.float()
-    with _one_thread():
+    with one_thread():
         largest = float(torch.linalg.vector_norm(weight, torch.inf))
         if largest and not 2.0**-30 < largest < 2.0**30:
             weight = weight / largest  # energies are quadratic in W0: keep them from overflowing or vanishing
@@ -338,7 +338,8 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Compute with one intra-op thread for a while."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

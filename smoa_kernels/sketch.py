@@ -8,12 +8,13 @@ error of relative size ε moves the projections by about ε, another weight by a
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .partition import whole
+from .partition import one_thread, whole
 
 __all__ = ["sketch_distance", "sketch_weight"]
 
@@ -22,10 +23,19 @@ SKETCH_SIZE = PROJECTIONS + 1
 # NF4 and int4 err by about 0.1, an unrelated weight by 1.4.
 TOLERANCE = 0.35
 
+# Elements below which threads cost more than they compute: beside other busy processes, hundreds of such products
+# in a row, as loading makes them, took ten times as long on two threads as on one.
+_SMALL = 2**22
+
 
 def sketch_weight(weight: Tensor) -> Tensor:
     """float32 (33,) on W0's device: 32 projections, then log2 of the norm. Any floating dtype and strides."""
-    weight = whole(weight).detach().to(torch.float32)
+    weight = whole(weight).detach()
+    with one_thread() if weight.numel() < _SMALL else nullcontext():
+        return _sketch(weight.to(torch.float32))
+
+
+def _sketch(weight: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(weight).clamp_min(torch.finfo(torch.float32).tiny)
     u, v = (_signs(size, side, weight.device) for side, size in enumerate(weight.shape))
     projections = ((u.T @ weight) * v.T).sum(1)

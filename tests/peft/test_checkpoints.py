@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from smoa_kernels import sketch
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 from smoa_kernels.peft.inspection import inspect_adapter
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
@@ -144,6 +145,25 @@ def test_size_of_the_file(llama, tmp_path, settings, over_labels, over_packed_la
     assert len(layers(model)) == 210
     assert trained < size < (1 + over_labels) * (trained + labels)
     assert size < (1 + over_packed_labels) * (trained + labels / 8)
+
+
+# Loading
+
+
+def test_small_weights_are_recognised_on_one_thread(llama, tmp_path, monkeypatch):
+    """Hundreds of small products on several threads wait for each other wherever the machine is busy."""
+    adapt(llama()).save_pretrained(tmp_path)
+    threads, original = [], sketch._sketch
+    monkeypatch.setattr(sketch, "_sketch", lambda w: threads.append(torch.get_num_threads()) or original(w))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        PeftModel.from_pretrained(llama(), tmp_path)
+        assert torch.get_num_threads() == 2
+        sketch.sketch_weight(torch.zeros(2048, 2048))
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1] * 14 + [2]
 
 
 # Inspecting
