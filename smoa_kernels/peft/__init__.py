@@ -16,7 +16,8 @@ except ImportError as error:
     ) from error
 
 from .config import SMoAConfig
-from .layer import Linear, SMoALayer
+from .layer import SMoALayer
+from .linear import Linear
 from .model import SMoAModel
 from .registry import register
 

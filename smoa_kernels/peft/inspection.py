@@ -18,7 +18,7 @@ from torch import Tensor
 from ..packed import trainable_parameters
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
 from .config import SMoAConfig
-from .layer import STATE_KEYS
+from .layout import STATE_KEYS
 from .loading import read_blocks
 from .model import layer_settings
 from .registry import PEFT_TYPE

@@ -1,36 +1,31 @@
-"""`SMoALayer`: the adapters of one layer; `Linear`: a linear layer with them (docs/definition.md)."""
+"""`SMoALayer`: the adapters of one layer, their blocks and weights (docs/definition.md)."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .. import eager
-from ..functional import smoa_linear
 from ..packed import PackedAdapter, padding_masks, resolve_ranks, scaling_tensor, trainable_parameters
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
-from .combine import single_block, sum_adapters
+from .combine import single_block
 from .config import SMoAConfig
-from .layout import blocks_size, pack_blocks, unpack_blocks
+from .layout import STATE_KEYS, blocks_size, pack_blocks, unpack_blocks
 from .offload import check_present, execution_device, gathered, present
-from .quantized import dequantized, dequantized_linear, read_weight, requantize
+from .quantized import dequantized, read_weight
 
 if TYPE_CHECKING:
     from ..distributed.shard import LayerShard
 
-__all__ = ["LayerSettings", "Linear", "SMoALayer"]
+__all__ = ["LayerSettings", "SMoALayer", "SpectralOrder", "order_of"]
 
 SpectralOrder = Callable[["SMoALayer", int], BlockPartition]
 
@@ -59,7 +54,8 @@ class LayerSettings(NamedTuple):
         return alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
 
 
-def _order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
+def order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
+    """The blocks of W0, computed."""
     return BlockPartition.from_weight(layer.base_weight(), num_blocks)
 
 
@@ -161,7 +157,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self,
         adapter_name: str,
         settings: LayerSettings,
-        spectral_order: SpectralOrder = _order_of,
+        spectral_order: SpectralOrder = order_of,
     ) -> None:
         """Add an adapter.
 
@@ -200,7 +196,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
-    def initialize(self, adapter_name: str, spectral_order: SpectralOrder = _order_of) -> BlockPartition:
+    def initialize(self, adapter_name: str, spectral_order: SpectralOrder = order_of) -> BlockPartition:
         """Compute the blocks of an adapter from W0's spectrum, and draw its weights.
 
         Blocks are shared with an adapter of this layer that has as many.
@@ -351,10 +347,6 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-# Every tensor of an adapter that a checkpoint holds.
-STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
-
-
 class _Prepared(NamedTuple):
     """What forward needs beside parameters; `packed` is the buffer that it was read from."""
 
@@ -362,238 +354,3 @@ class _Prepared(NamedTuple):
     partition: BlockPartition
     ranks: Tensor
     scaling: Tensor
-
-
-class Linear(SMoALayer, nn.Module):
-    """Linear layer `y = x W0ᵀ + b + Σ dropout(x) ΔWᵀ` over its active adapters; W0 and b stay the base layer's.
-
-    Args:
-        base_layer: `nn.Linear` or transformers' `Conv1D`, a quantised linear layer, or another tuner's layer around
-            one.
-        adapter_name: of the first adapter.
-        settings: of the first adapter.
-        fan_in_fan_out: whether the weight is stored (in, out).
-        quantization: PEFT's back end for the base layer, where that is quantised.
-        spectral_order: computes the blocks of a weight.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        settings: LayerSettings,
-        *,
-        fan_in_fan_out: bool = False,
-        quantization: QuantizationBackend | None = None,
-        spectral_order: SpectralOrder = _order_of,
-    ) -> None:
-        nn.Module.__init__(self)
-        SMoALayer.__init__(self, base_layer, fan_in_fan_out, quantization)
-        # A base layer that computes anything else than x W0ᵀ + b is called; from the usual ones W0 is read.
-        layer_type = type(base_layer)
-        forward = getattr(layer_type, "forward", None)
-        plain = layer_type is Conv1D or forward is nn.Linear.forward
-        self._reads_weight = plain or (quantization is not None and self.innermost() is base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, settings, spectral_order)
-
-    def forward(
-        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-    ) -> Tensor:
-        """(..., C) -> (..., N). `adapter_names`, in evaluation: an adapter (or "__base__") for each sample."""
-        if adapter_names is not None:
-            self._check_mixed_batch(x, adapter_names)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self._base_output(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        if self.merged:
-            return self._base_output(x, *args, **kwargs)
-        return self._adapted(x, cast("list[str]", self.active_adapters), *args, **kwargs)
-
-    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        shard = self._shard
-        if shard is None:
-            return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        weight, bias = self._stored_weight(), cast("Tensor | None", self.innermost().bias)
-        y = F.linear(shard.input(x), weight.T if self.fan_in_fan_out else weight)
-        return shard.output(y if bias is None else y + shard.bias(bias))
-
-    def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        names = [name for name in adapter_names if name in self.smoa_A]
-        if not names or not self._reads_weight or args or kwargs:
-            y, rest = self._base_output(x, *args, **kwargs), names
-        else:
-            # One dropout mask for one product: adapters that drop with another probability come after it.
-            p = self._dropout_p(names[0])
-            rest = [name for name in names if self._dropout_p(name) != p]
-            with present(self, self.innermost()):
-                y = self._linear(x, [name for name in names if name not in rest], p)
-        for name in rest:
-            with present(self, self.innermost()):
-                y = y + self._adapter_output(x, name).to(y.dtype)
-        return y
-
-    def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
-        base = self.innermost()
-        if self.quantization_backend is not None:
-            return dequantized_linear(
-                x,
-                self._dequantized,
-                cast("Tensor | None", base.bias),
-                self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names),
-                compute_dtype=cast("torch.dtype | None", getattr(base, "compute_dtype", None)),
-                dropout_p=dropout_p,
-                algorithm=self.algorithm[names[0]],
-                backend=self.backend[names[0]],
-            )
-        weight, bias = self.base_weight(), cast("Tensor | None", base.bias)
-        adapter = self._summed(weight, names)
-        A, B = adapter.A, adapter.B
-        shard = self._shard
-        if shard is not None:
-            x, bias = shard.input(x), None if bias is None else shard.bias(bias)
-        if A.dtype not in (x.dtype, torch.float32):
-            A, B = A.to(x.dtype), B.to(x.dtype)
-        y = smoa_linear(
-            x,
-            weight,
-            bias,
-            A,
-            B,
-            adapter.partition,
-            adapter.ranks,
-            scaling=adapter.scaling,
-            dropout_p=dropout_p,
-            column_offset=0 if shard is None else shard.column_offset,
-            global_in_features=self.in_features,
-            algorithm=self.algorithm[names[0]],
-            backend=self.backend[names[0]],
-        )
-        return y if shard is None else shard.output(y)
-
-    def _adapter_output(self, x: Tensor, name: str) -> Tensor:
-        """`dropout(x) ΔWᵀ` alone, by a dense ΔW that autograd keeps: for base layers that must be called."""
-        if self._shard is not None:
-            raise RuntimeError(
-                f"adapter {name!r} drops out with another probability than the first active one, which tensor "
-                "parallelism does not take: activate adapters of one smoa_dropout"
-            )
-        adapter = self.packed(name, self.base_weight())
-        A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
-        delta = (B @ A) * adapter.weight
-        x = F.dropout(x, self._dropout_p(name), training=True)
-        return F.linear(x, delta.to(x.dtype))
-
-    def _mixed_batch_forward(
-        self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        y: Tensor | None = None
-        for name in dict.fromkeys(adapter_names or ("__base__",)):  # of an empty batch, for its shape
-            samples = [i for i, given in enumerate(adapter_names) if given == name]
-            index = torch.tensor(samples, dtype=torch.int64, device=x.device)
-            part = self._adapted(x.index_select(0, index), [name], *args, **kwargs)
-            if y is None:
-                y = part.new_empty(x.shape[0], *part.shape[1:])
-            y = y.index_copy(0, index, part)
-        assert y is not None
-        return y
-
-    def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-
-    def _dropout_p(self, name: str) -> float:
-        return self.smoa_dropout[name] if self.training else 0.0
-
-    def _summed(self, weight: Tensor, names: Sequence[str]) -> PackedAdapter:
-        parts = [self.packed(name, weight) for name in names]
-        return parts[0] if len(parts) == 1 else sum_adapters(parts, self.whole(weight))
-
-    @torch.no_grad()
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter, additive: in the base weight's layout, at least float32 where the factors are."""
-        with present(self, self.innermost()):
-            delta = self._delta([adapter], self.base_weight())
-        return delta.T if self.fan_in_fan_out else delta
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W0 + Σ ΔW, rounded (or quantised) once, into the base layer; W0 is kept for :meth:`unmerge`.
-
-        Args:
-            safe_merge: raise, and change nothing, where the result is not finite.
-            adapter_names: the adapters to merge; the active ones when None.
-
-        Raises:
-            ValueError: `safe_merge` found NaN or Inf.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]
-        if not names:
-            return
-        base_weight = self.base_weight()
-        if base_weight.is_meta:
-            raise RuntimeError("the base weight is offloaded: merge the model (merge_adapter), not the layer")
-        merged = (
-            self._delta([*self.merged_adapters, *names], base_weight).add_(base_weight).to(base_weight.dtype)
-        )
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be broken"
-            )
-        if self.quantization_backend is not None:
-            before = requantize(self, merged)
-            self._stored_layer = self._stored_layer or (before,)
-        else:
-            weight = self._stored_weight()
-            if self._stored_base is None:
-                self._stored_base = weight.detach().to("cpu", copy=True)
-            weight.data.copy_(merged.T if self.fan_in_fan_out else merged)
-        self.merged_adapters.extend(names)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put W0 back, bit for bit."""
-        if self._stored_layer:
-            self.base_layer = self._stored_layer[0]
-        elif self._stored_base is not None:
-            self._stored_weight().data.copy_(self._stored_base)
-        else:
-            warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
-        self._stored_base, self._stored_layer = None, ()
-        self.merged_adapters.clear()
-
-    def _delta(self, names: Sequence[str], weight: Tensor) -> Tensor:
-        """Σ ΔW (N, C), at least float32, each computed as its own product."""
-        if hasattr(weight, "full_tensor"):
-            raise RuntimeError(
-                "the base weight is sharded by fully_shard: call unshard() on the module first"
-            )
-        weight = weight.detach()
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        total = eager.delta_weight(self.packed(names[0], weight))
-        for name in names[1:]:
-            total += eager.delta_weight(self.packed(name, weight))
-        return total
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """ΔW is additive, so PEFT can factorise it (to a rank far above r, as a rule)."""
-        return True
-
-    def extra_repr(self) -> str:
-        """K and r of each adapter."""
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        adapters = (f"{name}(r={self.r[name]}, num_blocks={self.num_blocks[name]})" for name in self.smoa_A)
-        return ", ".join([shape, *adapters])
-
-    def __repr__(self) -> str:
-        return "smoa." + super().__repr__()

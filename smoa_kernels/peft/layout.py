@@ -22,7 +22,11 @@ from torch import Tensor
 from ..partition import BlockPartition
 from ..sketch import SKETCH_SIZE
 
-__all__ = ["LayerBlocks", "blocks_size", "pack_blocks", "unpack_blocks"]
+__all__ = ["STATE_KEYS", "LayerBlocks", "blocks_size", "pack_blocks", "unpack_blocks"]
+
+
+# Every tensor of a layer's adapter that a file holds.
+STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
 
 
 class LayerBlocks(NamedTuple):

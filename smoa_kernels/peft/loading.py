@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..sketch import TOLERANCE, sketch_distance
-from .layout import LayerBlocks, unpack_blocks
+from .layout import STATE_KEYS, LayerBlocks, unpack_blocks
 from .offload import gathered, present
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def check_adapter(
             range, the model has no such layer, or, where `strict_base`, W0 is another weight than the adapter was
             trained over (else a warning).
     """
-    from .layer import STATE_KEYS, SMoALayer
+    from .layer import SMoALayer
 
     layers = {
         name: module

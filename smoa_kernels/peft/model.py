@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,11 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from ..distributed import smoa_buffers
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
-from .combine import concatenate_adapters, interpolate_factors
-from .config import FORMAT_VERSION, SMoAConfig
-from .layer import LayerSettings, Linear, SMoALayer
+from .config import SMoAConfig
+from .layer import LayerSettings, SMoALayer
+from .linear import Linear
 from .loading import check_adapter
 from .quantized import keep_packing
+from .weighted import check_combination, combined_config
 
 __all__ = ["SMoAModel"]
 
@@ -194,7 +192,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             ValueError: an unknown or taken name, another number of weights, an unknown combination, adapters that
                 train biases or further modules, or, for "linear", ones with other blocks or ranks. Nothing is added.
         """
-        combine = self._check_combination(adapters, weights, adapter_name, combination_type)
+        combine = check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         combined: dict[str, PackedAdapter] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, SMoALayer):
@@ -202,7 +200,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 if given:
                     parts = [layer.packed(a, layer.base_weight()) for a, _ in given]
                     combined[name] = combine(parts, [w for _, w in given])
-        self.peft_config[adapter_name] = _combined_config(self.peft_config[adapters[0]], combined)
+        self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], combined)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
@@ -211,31 +209,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         for name, adapter in combined.items():
             self.model.get_submodule(name).fill(adapter_name, adapter)
         self.peft_config[adapter_name].format_version = None
-
-    def _check_combination(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
-    ) -> Callable[[Sequence[PackedAdapter], Sequence[float]], PackedAdapter]:
-        if adapter_name in self.peft_config:
-            raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which exists")
-        for name in adapters:
-            if name not in self.peft_config:
-                raise ValueError(f"adapters must name existing adapters, got {name!r}")
-            config = self.peft_config[name]
-            if config.bias != "none" or config.modules_to_save:
-                raise ValueError(
-                    f"adapters must train nothing but their factors, got {name!r} with bias={config.bias!r} and "
-                    f"modules_to_save={config.modules_to_save}"
-                )
-        if not adapters or len(adapters) != len(weights):
-            raise ValueError(
-                f"weights must hold one number for each of {list(adapters)}, got {list(weights)}"
-            )
-        combinations = {"cat": concatenate_adapters, "linear": interpolate_factors}
-        if combination_type not in combinations:
-            raise ValueError(
-                f"combination_type must be one of {', '.join(combinations)}, got {combination_type!r}"
-            )
-        return combinations[combination_type]
 
     @classmethod
     def _get_adapter_state_dict(
@@ -274,28 +247,6 @@ def layer_settings(config: SMoAConfig, name: str) -> LayerSettings:
     usual = (r, num_blocks) == (config.r, config.num_blocks)
     alpha = matching(config.alpha_pattern, config.smoa_alpha)
     return LayerSettings(r, num_blocks, config.block_ranks if usual else None, alpha, config)
-
-
-def _combined_config(template: SMoAConfig, combined: dict[str, PackedAdapter]) -> SMoAConfig:
-    """A configuration that describes these adapters, layer by layer, with s = 1."""
-    shapes = {name: (int(a.ranks.sum()), a.partition.num_blocks) for name, a in combined.items()}
-    (r, num_blocks), _ = Counter(shapes.values()).most_common(1)[0]
-    config = copy.deepcopy(template)
-    config.r, config.num_blocks, config.block_ranks = r, num_blocks, None
-    config.smoa_alpha, config.alpha_pattern, config.use_rslora, config.smoa_dropout = None, {}, False, 0.0
-    # In full: the name of one layer may be the end of another's.
-    config.target_modules, config.exclude_modules = "|".join(map(re.escape, sorted(combined))), None
-    config.layers_to_transform = config.layers_pattern = None
-    config.rank_pattern = {_whole_name(name): rank for name, (rank, _) in shapes.items() if rank != r}
-    config.num_blocks_pattern = {_whole_name(name): K for name, (_, K) in shapes.items() if num_blocks != K}
-    config.inference_mode = False
-    config.format_version = FORMAT_VERSION  # its labels are about to be filled in, not computed
-    return config
-
-
-def _whole_name(name: str) -> str:
-    """Key of a pattern that matches this layer and none whose name ends like its."""
-    return f"^{re.escape(name)}"
 
 
 def _insert_adapter_names(

@@ -66,7 +66,7 @@ def test_active_adapters_add_up_and_share_the_base_product(make_model, mix, dtyp
         calls.append(1)
         return smoa_linear(*args, **kwargs)
 
-    monkeypatch.setattr("smoa_kernels.peft.layer.smoa_linear", counted)
+    monkeypatch.setattr("smoa_kernels.peft.linear.smoa_linear", counted)
     for layer in layers(model).values():
         x = torch.randn(5, layer.in_features, dtype=dtype)
         calls.clear()
