@@ -3,6 +3,7 @@
     python examples/finetune.py                     # SmolLM2-135M, TREC question classification, SMoA
     python examples/finetune.py --method lora       # the same job with PEFT's LoRA
     python examples/finetune.py --model DIR --data questions.jsonl
+    torchrun --nproc-per-node 2 examples/finetune.py --distributed fsdp     # or ddp, tp: see parallel.py
 
 Needs no network once its packages are installed.
 """
@@ -27,8 +28,10 @@ import torch
 import trec
 import typer
 from adapters import LEARNING_RATE, NAME, AdapterOptions, Method, adapt, adapted_layers, lora_parameters
+from checkpoints import Checkpoints
 from job import Job, console, run
 from options import count, natural, positive, probability
+from parallel import Kind, join, lost_process, own_device
 from questions import Encoder, read_jsonl, split
 from run_folder import RunFolder
 from safetensors import SafetensorError
@@ -77,7 +80,11 @@ def finetune(
             help="Of the adapter's initial values and the order of the questions.",
         ),
     ] = 0,
-    r: Annotated[int, typer.Option(parser=count, metavar="N", help="Rank budget of the adapter.")] = 8,
+    r: Annotated[
+        int,
+        # Two names: torchrun takes a --r after the script's name for an abbreviation of its own options.
+        typer.Option("--r", "--rank", parser=count, metavar="N", help="Rank budget of the adapter."),
+    ] = 8,
     num_blocks: Annotated[
         int | None,
         typer.Option(
@@ -102,7 +109,8 @@ def finetune(
         str, typer.Option(help="Names of the linear layers to adapt, separated by commas.")
     ] = "q_proj,k_proj,v_proj,up_proj,down_proj",
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of the frozen model; the adapter is float32.")
+        Literal["float32", "bfloat16", "float64"],
+        typer.Option(help="Of the frozen model; the adapter is float32."),
     ] = "float32",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one, else cpu.")
@@ -120,6 +128,20 @@ def finetune(
     eval_split: Annotated[
         Literal["test", "validation"], typer.Option(help="Their split. Choose settings on validation only.")
     ] = "test",
+    distributed: Annotated[
+        Kind | None,
+        typer.Option(help="How the processes that torchrun or accelerate launch started share the work."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(parser=count, metavar="N", help="Steps between checkpoints. Default: none.")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last checkpoint in --output, whatever number of processes wrote it.",
+        ),
+    ] = False,
 ) -> None:
     """Fine-tune a causal language model to answer questions with one word; show what that cost and gained."""
     lr = LEARNING_RATE[method] if lr is None else lr
@@ -128,6 +150,15 @@ def finetune(
         config = AdapterOptions(method, r, num_blocks, alpha, dropout, targets).config()
     with blaming("--device"):
         place = usable_device(device)
+    with blaming("--distributed"):
+        place = own_device(place)
+        team = join(distributed, place)
+        context.call_on_close(team.leave)
+        console.quiet = not team.leads
+    if batch_size % team.shares:
+        raise typer.BadParameter(
+            f"{team.shares} processes cannot share {batch_size} questions evenly", param_hint="--batch-size"
+        )
     with blaming("--output"):
         folder = RunFolder(output or Path("runs") / f"finetune-{method}")
     with blaming("--data"):
@@ -151,17 +182,21 @@ def finetune(
             encoder.check(questions)
         with blaming("--target-modules"):
             lora_size = lora_parameters(adapted_layers(base, targets), r)
-        with blaming("the adapter's options"):
+        with blaming("the adapter's options"), team.injecting():
             adapted = adapt(base, config)
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in context.params.items()}
+        checkpoints = Checkpoints(folder.checkpoints, options, team)
+        with blaming("--resume"):
+            checkpoints.prepare(resume)
+        with blaming("--distributed"):
+            trained = team.spread(adapted)
         name = smollm2.NAME if model is None else base_folder.name
         run(
             Job(
                 title=f"{NAME[method]} on {name}",
-                options={
-                    key: str(value) if isinstance(value, Path) else value
-                    for key, value in context.params.items()
-                },
+                options=options,
                 model=adapted,
+                trained=trained,
                 base_folder=base_folder,
                 encoder=encoder,
                 train=splits.train,
@@ -173,6 +208,10 @@ def finetune(
                 batch_size=batch_size,
                 lr=lr,
                 seed=seed,
+                team=team,
+                checkpoints=checkpoints,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
             )
         )
     except KeyboardInterrupt:
@@ -225,6 +264,18 @@ def main() -> int:
         return error.exit_code
     except (DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # which the launcher sends now: this one is ending anyway
+        print(
+            "error: another process of this run has ended, so this one cannot go on; --resume continues from the last "
+            "checkpoint",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 import typer
+from checkpoints import Checkpoints
 from machine import describe, peak_memory_bytes
+from parallel import Team
 from peft import PeftModel
 from questions import Encoder, Question
 from report import evaluation_progress, examples_table, training_progress
 from rich.console import Console
 from rich.table import Table
 from run_folder import RunFolder
+from torch import nn
 from training import Score, StopRequest, TrainingRecord, answer, score, shuffled_batches, train
 from verify import Verdict, verify_in_fresh_process
 
@@ -31,6 +34,7 @@ class Job:
     title: str
     options: dict[str, Any]  # for the record
     model: PeftModel
+    trained: nn.Module  # the same, as the team trains it
     base_folder: Path
     encoder: Encoder
     train: list[Question]
@@ -42,6 +46,10 @@ class Job:
     batch_size: int
     lr: float
     seed: int
+    team: Team
+    checkpoints: Checkpoints
+    checkpoint_every: int | None
+    resume: bool
 
 
 def run(job: Job) -> None:
@@ -82,11 +90,14 @@ def run(job: Job) -> None:
             "peak_memory_bytes": peak_memory_bytes(job.device),
             "loss": record.loss,
             "accuracy_before": _recorded(score_before),
-            "adapter_bytes": job.folder.save_adapter(job.model),
         }
-        job.folder.save_summary(summary)
-        job.folder.save_loss_curve(record.loss, job.title)
-    console.print(f"Adapter saved in {job.folder.adapter} ({summary['adapter_bytes'] / 2**20:.1f} MiB)")
+        state = job.team.whole_adapter(job.model)
+        if job.team.leads:
+            summary["adapter_bytes"] = job.folder.save_adapter(job.model, state)
+            job.folder.save_summary(summary)
+            job.folder.save_loss_curve(record.loss, job.title)
+    if job.team.leads:
+        console.print(f"Adapter saved in {job.folder.adapter} ({summary['adapter_bytes'] / 2**20:.1f} MiB)")
     if stop.signal:
         name = signal.Signals(stop.signal).name
         console.print(
@@ -97,12 +108,17 @@ def run(job: Job) -> None:
     after = _answers(job, "Answering after")
     score_after = score(after, job.held_out)
     summary["accuracy_after"] = _recorded(score_after)
-    job.folder.save_summary(summary)
+    if job.team.leads:
+        job.folder.save_summary(summary)
     console.print(examples_table(job.held_out, before, after))
 
     with console.status("Loading the adapter in a fresh process"):
         batch = job.encoder.batch(job.held_out[:VERIFIED_PROMPTS]).to(job.device)
-        verdict = verify_in_fresh_process(job.model, batch, job.base_folder, job.folder.adapter)
+        verdict = verify_in_fresh_process(
+            job.model, batch, job.base_folder, job.folder.adapter, job.team.leads
+        )
+    if verdict is None:
+        return
     summary |= {"status": "complete", "fresh_process": asdict(verdict)}
     summary["total_seconds"] = time.perf_counter() - STARTED
     job.folder.save_summary(summary)
@@ -113,10 +129,21 @@ def run(job: Job) -> None:
 
 
 def _train(job: Job, stop: StopRequest) -> TrainingRecord:
-    batches = shuffled_batches(job.train, job.encoder, job.batch_size, job.seed)
+    batches = shuffled_batches(job.train, job.encoder, job.batch_size, job.seed, job.team)
     with training_progress(console, job.steps) as show:
         return train(
-            job.model, batches, steps=job.steps, lr=job.lr, device=job.device, stop=stop, on_step=show
+            job.trained,
+            batches,
+            steps=job.steps,
+            lr=job.lr,
+            device=job.device,
+            stop=stop,
+            on_step=show,
+            seed=job.seed,
+            team=job.team,
+            checkpoints=job.checkpoints,
+            checkpoint_every=job.checkpoint_every,
+            resume=job.resume,
         )
 
 

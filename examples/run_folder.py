@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind: ``adapter/``, ``summary.json`` and ``loss.png``."""
+"""The folder that a run leaves behind: ``adapter/``, ``summary.json``, ``loss.png``, and ``checkpoints/`` if asked."""
 
 import json
 import os
@@ -29,6 +29,7 @@ class RunFolder:
         self.previous_adapter = path / "adapter.previous"
         self.summary = path / "summary.json"
         self.picture = path / "loss.png"
+        self.checkpoints = path / "checkpoints"
         self.adapter_saved = False
         existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -38,17 +39,18 @@ class RunFolder:
             self.previous_adapter / "adapter_config.json",
             self.summary,
         )
-        if path.is_dir() and any(path.iterdir()) and not any(file.is_file() for file in ours):
+        is_ours = self.checkpoints.is_dir() or any(file.is_file() for file in ours)
+        if path.is_dir() and any(path.iterdir()) and not is_ours:
             raise ValueError(
                 f"{path} holds other files; name a folder that is new, empty or an earlier run's"
             )
 
-    def save_adapter(self, model: PeftModel) -> int:
-        """Save the adapter and return its size in bytes."""
+    def save_adapter(self, model: PeftModel, state: dict[str, Any] | None = None) -> int:
+        """Save the adapter, whose tensors are ``state`` where ``model`` has but parts of them; return its bytes."""
         self.path.mkdir(parents=True, exist_ok=True)
         unfinished = self.path / "adapter.partial"
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed while saving
-        model.save_pretrained(str(unfinished))
+        model.save_pretrained(str(unfinished), **({} if state is None else {"state_dict": state}))
         if self.adapter.exists():
             shutil.rmtree(self.previous_adapter, ignore_errors=True)
             self.adapter.rename(self.previous_adapter)

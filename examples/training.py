@@ -7,14 +7,17 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from checkpoints import Checkpoints
+from parallel import Team
 from questions import Batch, Encoder, Question
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class DivergedError(RuntimeError):
@@ -95,9 +98,13 @@ class StopRequest:
 
 
 def shuffled_batches(
-    questions: Sequence[Question], encoder: Encoder, size: int, seed: int
+    questions: Sequence[Question],
+    encoder: Encoder,
+    size: int,
+    seed: int,
+    team: Team = Team(),  # noqa: B008  it is frozen
 ) -> Iterator[Batch]:
-    """Yield batches without end; each pass over the questions is in another order."""
+    """Yield batches without end; each pass over the questions is in another order. A team shares each of them."""
     shuffle = random.Random(seed).shuffle
     order: list[Question] = []
     while True:
@@ -105,7 +112,7 @@ def shuffled_batches(
             again = list(questions)
             shuffle(again)
             order += again
-        yield encoder.batch(order[:size])
+        yield encoder.batch(team.share(order[:size]))
         del order[:size]
 
 
@@ -122,6 +129,7 @@ def next_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
 
 
 def _base(model: nn.Module) -> nn.Module:
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -134,11 +142,17 @@ def train(
     device: torch.device,
     stop: StopRequest,
     on_step: Callable[[TrainingRecord], None],
+    seed: int = 0,
+    team: Team = Team(),  # noqa: B008
+    checkpoints: Checkpoints | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
 ) -> TrainingRecord:
     """Train what requires grad with AdamW: lr rises over a tenth of the steps, then falls linearly to zero.
 
     The loss is the cross-entropy of the answer's first token over the whole vocabulary, so that the adapted
-    model says the answer by itself. Ends early, after a whole step, when ``stop`` has noted a signal.
+    model says the answer by itself. Ends early, after a whole step, when ``stop`` has noted a signal, on any process
+    of ``team``. Saves ``checkpoints`` every so many steps; with ``resume`` it first goes back to the last of them.
 
     Raises:
         DivergedError: if the loss is infinite or not a number.
@@ -149,25 +163,35 @@ def train(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
     record = TrainingRecord()
+    if checkpoints is not None and resume:
+        record = TrainingRecord(**checkpoints.load(model, optimizer))
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": record.steps})
+        for _ in range(record.steps):
+            next(batches)
     model.train()
     while record.steps < steps and stop.signal is None:
         begin = time.perf_counter()
+        team.seed(seed, record.steps)
         batch = next(batches).to(device)
-        loss = F.cross_entropy(
-            next_token_scores(model, batch.input_ids, batch.attention_mask).float(), batch.targets
-        )
+        scores = next_token_scores(model, batch.input_ids, batch.attention_mask)
+        loss = F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), batch.targets)
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        record.loss.append(loss.item())  # waits for an accelerator, so the time below is the whole step's
+        # `item` waits for an accelerator, so the time below is the whole step's.
+        losses, tokens, signals = zip(*team.gather(loss.item(), batch.tokens, stop.signal or 0), strict=True)
+        record.loss.append(sum(losses) / team.size)
         record.seconds.append(time.perf_counter() - begin)
-        record.tokens.append(batch.tokens)
+        record.tokens.append(round(sum(tokens) * team.shares / team.size))
+        stop.signal = round(max(signals)) or None
         if not math.isfinite(record.loss[-1]):
             raise DivergedError(
                 f"the loss became {record.loss[-1]} at step {record.steps}; try a smaller --lr than {lr:g}"
             )
         on_step(record)
+        if checkpoints is not None and checkpoint_every and record.steps % checkpoint_every == 0:
+            checkpoints.save(model, optimizer, asdict(record))
     return record
 
 

@@ -1,0 +1,173 @@
+"""Several processes, started by torchrun or `accelerate launch`, as one run.
+
+torchrun --nproc-per-node 2 examples/finetune.py --distributed ddp     # each has the model, and a part of a batch
+torchrun --nproc-per-node 2 examples/finetune.py --distributed fsdp    # each has a part of both
+torchrun --nproc-per-node 2 examples/finetune.py --distributed tp      # each has a part of every layer
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from smoa_kernels.distributed import (
+    ColwiseSMoAParallel,
+    RowwiseSMoAParallel,
+    ignore_buffers,
+    shared_spectra,
+)
+
+Kind = Literal["ddp", "fsdp", "tp"]
+T = TypeVar("T")
+
+STYLES = {"colwise": ColwiseSMoAParallel, "rowwise": RowwiseSMoAParallel}
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run, and which of them this one is.
+
+    Attributes:
+        kind: how they share the work; ``None`` for one process alone.
+        rank: of this process.
+        size: how many they are.
+    """
+
+    kind: Kind | None = None
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that shows and writes."""
+        return self.rank == 0
+
+    @property
+    def shares(self) -> int:
+        """In how many parts a batch is cut."""
+        return 1 if self.kind == "tp" else self.size
+
+    def share(self, batch: Sequence[T]) -> Sequence[T]:
+        """This process's part of a batch."""
+        return batch[self.rank % self.shares :: self.shares]
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed dropout for a step, so that a resumed run draws what an uninterrupted one does; shares differ."""
+        torch.manual_seed((seed << 40) + (step << 16) + self.rank % self.shares)
+
+    def gather(self, *values: float) -> list[tuple[float, ...]]:
+        """Return everyone's values, in order of rank."""
+        if self.kind is None:
+            return [values]
+        place = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        own = torch.tensor(values, dtype=torch.float64, device=place)
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own)
+        return [tuple(row.tolist()) for row in everyone]
+
+    def leave(self) -> None:
+        """Part from the others."""
+        if self.kind is not None:
+            dist.destroy_process_group()
+
+    def injecting(self) -> AbstractContextManager[None]:
+        """Within it the first process alone computes the spectra of the layers that are adapted."""
+        return nullcontext() if self.kind is None else shared_spectra()
+
+    def spread(self, model: PeftModel) -> nn.Module:
+        """Spread ``model`` over the processes, in place, and return what is to be trained.
+
+        Raises:
+            ValueError: if it cannot be.
+        """
+        if self.kind == "ddp":
+            ignore_buffers(model)
+            return DistributedDataParallel(model)
+        if self.kind == "fsdp":
+            for layer in _decoder_layers(model):
+                fully_shard(layer)
+            return fully_shard(model)
+        if self.kind == "tp":
+            mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
+            parallelize_module(model.get_base_model().base_model, mesh, _plan(model, self.size))
+        return model
+
+    def whole_adapter(self, model: PeftModel) -> dict[str, Any]:
+        """Return the adapter's tensors, whole, on the process that leads; all take part."""
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=self.kind is not None, ignore_frozen_params=True
+        )
+        return get_model_state_dict(model, options=options)
+
+
+def _decoder_layers(model: PeftModel) -> nn.ModuleList:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError("--distributed fsdp shards a model by its list of layers, and this one has none")
+    return max(lists, key=len)
+
+
+def _plan(model: PeftModel, size: int) -> dict[str, Any]:
+    """How transformers says that the model's layers are to be cut, by our styles."""
+    base = model.get_base_model()
+    config = base.config.get_text_config()
+    known = {
+        name: STYLES[style] for name, style in (config.base_model_tp_plan or {}).items() if style in STYLES
+    }
+    if not known:
+        raise ValueError(
+            f"transformers has no tensor-parallel plan for {type(base).__name__}: use ddp or fsdp"
+        )
+    heads = config.num_key_value_heads
+    if heads % size:
+        raise ValueError(
+            f"{size} processes cannot share {heads} key and value heads: their number must divide it"
+        )
+    return {name: style() for name, style in known.items()}
+
+
+def join(kind: Kind | None, device: torch.device) -> Team:
+    """Join the processes that a launcher has started.
+
+    Raises:
+        ValueError: if no launcher has, or one has and ``kind`` is ``None``.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if kind is None:
+        if launched and int(os.environ["WORLD_SIZE"]) > 1:
+            raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched: say ddp, fsdp or tp")
+        return Team()
+    if not launched:
+        raise ValueError(
+            f"{kind} wants a launcher: torchrun --nproc-per-node 2 {sys.argv[0]} --distributed {kind}"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Team(kind, dist.get_rank(), dist.get_world_size())
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Return this process's GPU where each of several on a machine is to have one."""
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(local)) if local and device == torch.device("cuda") else device
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether an error says that another process of the run has ended."""
+    words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(
+        w in str(error) for w in words
+    )

@@ -1,0 +1,232 @@
+"""The fine-tuning example on several processes: one process's losses; killed, launched and resumed for real."""
+
+# ruff: noqa: F811  fixtures are imported by name
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Processes
+from test_finetune_example import ROOT, SCRIPT, animals, finish, refused, start, tiny_llama  # noqa: F401
+
+sys.path.insert(0, str(SCRIPT.parent))
+
+from adapters import AdapterOptions, adapt
+from checkpoints import Checkpoints
+from parallel import Team
+from questions import Encoder, read_jsonl, split
+from training import StopRequest, TrainingRecord, shuffled_batches, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+STEPS = 6
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Processes]:
+    group = Processes(2)
+    yield group
+    group.stop()
+
+
+class KilledError(Exception):
+    """Stands for a process that dies after a step."""
+
+
+def losses(
+    kind: str | None,
+    model: Path,
+    data: Path,
+    folder: Path,
+    *options: str,
+    dropout: float = 0.0,
+    dies_after: int | None = None,
+) -> list[float]:
+    """Train a tiny model in float64 on all processes of the group, or alone: the loss of each step."""
+    resume = "resume" in options
+    team = Team() if kind is None else Team(kind, dist.get_rank(), dist.get_world_size())
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    with team.injecting():
+        adapted = adapt(base, AdapterOptions("smoa", 4, 2, None, dropout, targets).config())
+    questions = read_jsonl(data)
+    encoder = Encoder(AutoTokenizer.from_pretrained(model), {q.answer for q in questions}, 64)
+    checkpoints = Checkpoints(folder, {"lr": 0.1}, team)
+    checkpoints.prepare(resume)
+
+    def die(record: TrainingRecord) -> None:
+        if record.steps == dies_after:
+            raise KilledError
+
+    try:
+        record = train(
+            team.spread(adapted),
+            shuffled_batches(split(questions).train, encoder, 8, 0, team),
+            steps=STEPS,
+            lr=0.1,
+            device=torch.device("cpu"),
+            stop=StopRequest(),
+            on_step=die,
+            team=team,
+            checkpoints=checkpoints,
+            checkpoint_every=2,
+            resume=resume,
+        )
+    except KilledError:
+        return []
+    return record.loss
+
+
+def dying(*arguments: object) -> list[float]:
+    return losses(*arguments, dies_after=5)
+
+
+def dropping(*arguments: object) -> list[float]:
+    return losses(*arguments, dropout=0.2)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
+    job = (tiny_llama, animals)
+    whole = losses(None, *job, tmp_path / "whole", dropout=0.2)
+    assert len(set(whole)) == STEPS
+    assert losses(None, *job, tmp_path / "cut", dropout=0.2, dies_after=5) == []
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["step-4"]
+    assert losses(None, *job, tmp_path / "cut", "resume", dropout=0.2) == whole  # every bit
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
+def test_losses_are_those_of_one_process(
+    kind: str, two: Processes, tiny_llama: Path, animals: Path, tmp_path: Path
+) -> None:
+    # Masks are those of one process where the tokens are: not where a batch is shared.
+    run = dropping if kind == "tp" else losses
+    alone = run(None, tiny_llama, animals, tmp_path / "alone")
+    for ours in two.run(run, kind, tiny_llama, animals, tmp_path / "together"):
+        assert ours == pytest.approx(alone, rel=1e-10)
+
+
+def test_dropout_differs_between_shares_and_is_reproducible(
+    two: Processes, tiny_llama: Path, animals: Path, tmp_path: Path
+) -> None:
+    first, again = (two.run(dropping, "ddp", tiny_llama, animals, tmp_path / str(i))[0] for i in range(2))
+    assert first == again
+    seeds = []
+    for rank in range(2):
+        Team("ddp", rank, 2).seed(0, 3)
+        seeds.append(torch.randint(2**60, ()).item())
+    assert seeds[0] != seeds[1]
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", "tp"), ("tp", "ddp"), ("ddp", None)])
+def test_resumes_however_the_work_is_shared(
+    before: str, after: str | None, two: Processes, tiny_llama: Path, animals: Path, tmp_path: Path
+) -> None:
+    job = (tiny_llama, animals)
+    alone = losses(None, *job, tmp_path / "alone")
+    two.run(dying, before, *job, tmp_path / "cut")
+    if after is None:
+        results = [losses(None, *job, tmp_path / "cut", "resume")]
+    else:
+        results = two.run(losses, after, *job, tmp_path / "cut", "resume")
+    for ours in results:
+        assert ours == pytest.approx(alone, rel=1e-10)
+
+
+# The command, launched
+
+
+def launch(launcher: list[str], *options: object) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [*map(str, launcher), str(SCRIPT), *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )
+
+
+TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", 2]
+ACCELERATE = [
+    *(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0),
+]
+
+
+def test_a_killed_process_ends_the_run_which_resumes_alone(
+    tiny_llama: Path, animals: Path, tmp_path: Path
+) -> None:
+    job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path, "--rank", 4, "--steps", 400)
+    job = (*job, "--batch-size", 8, "--dtype", "float64", "--checkpoint-every", 5)
+    process = launch(TORCHRUN, *job, "--distributed", "fsdp", "--device", "cpu")
+    checkpoints = tmp_path / "checkpoints"
+    while not any(path.suffix != ".partial" for path in checkpoints.glob("step-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    (victim,) = (pid for pid in children(process.pid) if environment(pid).get("RANK") == "1")
+    os.kill(victim, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "another process of this run has ended, so this one cannot go on; --resume" in err
+    assert "SIGKILL" in err  # the launcher names the process that was killed
+    assert out.count("step 1 of") == 1  # progress is the first process's alone
+    (last,) = (path for path in checkpoints.iterdir() if path.suffix != ".partial")
+    before = json.loads((last / "run.json").read_text())["figures"]["loss"]
+    assert len(before) == int(last.name.removeprefix("step-"))
+    finish(start(*job, "--resume"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    assert len(summary["loss"]) == 400
+    assert summary["loss"][: len(before)] == before
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def environment(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def test_accelerate_launches_it(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
+    job = ("--model", tiny_llama, "--data", animals, "--rank", 4, "--steps", 4, "--dtype", "float64")
+    process = launch(ACCELERATE, *job, "--output", tmp_path, "--distributed", "tp", "--device", "cpu")
+    out = finish(process)
+    assert len(re.findall("Accuracy before training", out)) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    verdict = summary["fresh_process"]
+    assert verdict["reloaded"] <= verdict["reloaded_tolerance"]
+
+
+def test_what_cannot_run_is_refused_in_one_line(
+    refused: object, tiny_llama: Path, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path / "run")
+    assert "torchrun --nproc-per-node 2" in refused(*job, "--distributed", "ddp")
+    assert "holds no checkpoint to resume from" in refused(*job, "--resume")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 processes were launched: say ddp, fsdp or tp" in refused(*job)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "step-3"
+    place.mkdir()
+    (place / "run.json").write_text(json.dumps({"options": {"lr": 0.1}, "figures": {"loss": []}}))
+    Checkpoints(tmp_path, {"lr": 0.1, "device": "cpu"}, Team()).prepare(resume=True)
+    with pytest.raises(ValueError, match=r"had lr=0.1, this one has 0.2"):
+        Checkpoints(tmp_path, {"lr": 0.2}, Team()).prepare(resume=True)
