@@ -200,7 +200,7 @@ BLOCK_MATMUL_AMD_FP32_CONFIGS = (
 # compiler makes do with 64 KiB.
 BLOCK_GRAD_CONFIGS = (
     BlockGradConfig(128, 128, 64, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(64, 128, 64, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(64, 128, 64, split=0, num_warps=8, num_stages=3),
     BlockGradConfig(128, 64, 64, split=0, num_warps=4, num_stages=3),
     BlockGradConfig(64, 64, 64, split=0, num_warps=4, num_stages=3),
 )
@@ -218,8 +218,8 @@ BLOCK_GRAD_IEEE_CONFIGS = (
 
 _LARGE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942", "gfx950")
 _WIDE_TENSOR_CORES = ("sm_90", "sm_100", "sm_103")
-# Triton 3.6 spills the largest tile of block_matmul on every NVIDIA architecture (256 tokens on sm_90, 128 on sm_80
-# and its like), 3.9 does not; between them nobody has looked.
+# Triton 3.6 spills block_matmul's tiles of 256 tokens, and those of 128 except in half types on sm_90; 3.9 does not, and
+# between them nobody has looked.
 _LARGE_TILE_TRITON = (3, 9)
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
@@ -249,7 +249,10 @@ def block_matmul_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple
     shipped: tuple[BlockMatmulConfig, ...] = BLOCK_MATMUL_TF32_CONFIGS if full else BLOCK_MATMUL_CONFIGS
     if arch in _WIDE_TENSOR_CORES:
         shipped = (_MATMUL_TF32_LARGEST if full else _MATMUL_LARGEST, *shipped)
-    return shipped if _TRITON >= _LARGE_TILE_TRITON else shipped[1:]
+    if _TRITON >= _LARGE_TILE_TRITON:
+        return shipped
+    largest = 128 if arch == "sm_90" and not full else 64
+    return tuple(config for config in shipped if config.block_t <= largest)
 
 
 def block_grad_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[BlockGradConfig, ...]:

@@ -194,15 +194,22 @@ def test_bad_input(device: torch.device) -> None:
         block_matmul(xg, wide, None, weight_blocks=delta, out=out, config=SMALL)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("version", "wide", "narrow"), [((3, 6), 128, 64), ((3, 9), 256, 128), ((4, 0), 256, 128)]
+    ("version", "arch", "dtype", "largest"),
+    [
+        ((3, 6), "sm_90", torch.bfloat16, 128),
+        ((3, 6), "sm_90", torch.float32, 64),
+        ((3, 6), "sm_100", torch.bfloat16, 64),
+        ((3, 6), "sm_80", torch.bfloat16, 64),
+        ((3, 9), "sm_90", torch.float32, 256),
+        ((3, 9), "sm_80", torch.bfloat16, 128),
+        ((4, 0), "sm_100", torch.bfloat16, 256),
+    ],
 )
-def test_the_largest_tile_ships_only_where_it_does_not_spill(
-    version: tuple[int, int], wide: int, narrow: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_large_tiles_ship_only_where_they_do_not_spill(
+    version: tuple[int, int], arch: str, dtype: torch.dtype, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "_TRITON", version)
-    for arch, largest in (("sm_90", wide), ("sm_80", narrow)):
-        shipped = launch.block_matmul_configs(arch, dtype, "tf32")
-        assert shipped[0].block_t == largest
-        assert len(shipped) >= 3
+    shipped = launch.block_matmul_configs(arch, dtype, "tf32")
+    assert shipped[0].block_t == largest
+    assert len(shipped) >= 3
