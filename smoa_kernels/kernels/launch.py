@@ -218,8 +218,8 @@ BLOCK_GRAD_IEEE_CONFIGS = (
 
 _LARGE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942", "gfx950")
 _WIDE_TENSOR_CORES = ("sm_90", "sm_100", "sm_103")
-# Triton 3.6 spills block_matmul's tiles of 256 tokens, and those of 128 except in half types on sm_90; 3.9 does not, and
-# between them nobody has looked.
+# Triton 3.6 spills block_matmul's tiles of 256 tokens, and those of 128 except in half types on sm_90; 3.9 does not.
+# Between them nobody has looked.
 _LARGE_TILE_TRITON = (3, 9)
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
