@@ -11,6 +11,7 @@ import typer
 from .audit import audit
 from .info import info
 from .inspect import inspect
+from .plan import plan
 from .roofline import roofline
 from .tune import tune
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(roofline)
+app.command()(plan)
 app.command()(audit)
 app.command()(inspect)
 app.command()(tune)

@@ -50,6 +50,7 @@ class Decoder:
 MODELS: Mapping[str, Decoder] = {
     "llama-3-8b": Decoder(4096, 14336, 32, 8),
     "llama-3-70b": Decoder(8192, 28672, 64, 8),
+    "llama-3-405b": Decoder(16384, 53248, 128, 8),
     "llama-3.2-1b": Decoder(2048, 8192, 32, 8),
     "llama-3.2-3b": Decoder(3072, 8192, 24, 8),
     "qwen3-8b": Decoder(4096, 12288, 32, 8, 128),

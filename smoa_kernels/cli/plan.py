@@ -1,0 +1,130 @@
+"""`smoa-kernels plan`: predicted memory and communication of a whole model on many GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ..gpus import GPUS
+from ..scaling import (
+    CAPACITY,
+    METHODS,
+    PARALLEL,
+    STACKS,
+    Parallel,
+    Plan,
+    Scale,
+    predict,
+    tensor_parallel_size,
+)
+from .output import console, write_json
+
+__all__ = ["plan"]
+
+HEADINGS = [
+    *(
+        "",
+        "trained, M",
+        "weights",
+        "gradients",
+        "optimizer",
+        "labels",
+        "gathered",
+        "activations",
+        "workspace",
+    ),
+    *("GB in all", "fits", "sent, GB", "compute, s", "sending, s", ""),
+]
+LABELS = {"full": "full fine-tuning", "lora": "LoRA", "smoa": "SMoA"}
+
+
+def plan(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(STACKS)}.")] = "llama-3-8b",
+    gpus: Annotated[int, typer.Option(help="How many GPUs, eight to a node.")] = 8,
+    parallel: Annotated[str, typer.Option(help=f"One of {', '.join(PARALLEL)}.")] = "fsdp",
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(CAPACITY)}.")] = "h100",
+    tokens: Annotated[int, typer.Option(help="Tokens of one replica in a step, T.")] = 8192,
+    rank: Annotated[int, typer.Option(help="Rank budget r, of LoRA and of SMoA.")] = 16,
+    blocks: Annotated[int, typer.Option(help="Spectral blocks, K.")] = 4,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A table for a document.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the same, part by part, as JSON.")] = None,
+) -> None:
+    """Predict each GPU's memory and communication for full fine-tuning, LoRA and SMoA. Nothing is measured."""
+    if gpu not in CAPACITY:
+        raise ValueError(f"--gpu must be one of {', '.join(CAPACITY)}, got {gpu!r}")
+    scale = Scale(model, gpus, cast(Parallel, parallel), tokens, rank, blocks)
+    plans = [predict(scale, method, GPUS[gpu]) for method in METHODS]
+    how = parallel.upper() if parallel != "fsdp" else "FSDP2"
+    if parallel == "tp":
+        cut = tensor_parallel_size(scale)
+        how = f"TP over {cut}, DDP over {gpus // cut}"
+    title = f"{model}, {gpus} × {gpu}, {how}, T={tokens}, r={rank}, K={blocks}"
+    rows = [_row(found, CAPACITY[gpu]) for found in plans]
+    if markdown:
+        print(f"**{title}**\n", *_markdown(rows), sep="\n")
+    else:
+        console().print(_table(title, rows))
+        console().print("GB is 10⁹ bytes. Every number is predicted, none measured (docs/scaling.md).")
+    if json is not None:
+        write_json(json, _as_json(scale, gpu, plans))
+
+
+def _row(found: Plan, capacity: int) -> list[str]:
+    memory = found.memory
+    return [
+        LABELS[found.method],
+        f"{found.trained_parameters / 1e6:,.1f}",
+        *(_gigabytes(memory[part]) for part in ("weights", "gradients", "optimizer", "labels", "gathered")),
+        _gigabytes(memory["activations"] + memory["logits"]),
+        _gigabytes(memory["workspace"]),
+        _gigabytes(found.total_memory),
+        "yes" if found.total_memory <= capacity * 1e9 else "no",
+        _gigabytes(found.total_traffic),
+        f"{found.compute_seconds:.2f}",
+        f"{found.traffic_seconds:.3f}",
+        "predicted",
+    ]
+
+
+def _table(title: str, rows: list[list[str]]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
+    for i, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    rule = ["---", *["--:"] * (len(HEADINGS) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (HEADINGS, rule, *rows)]
+
+
+def _gigabytes(size: float) -> str:
+    """Three figures; a dash for nothing."""
+    if not size:
+        return "-"
+    value = size / 1e9
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.4f}"
+
+
+def _as_json(scale: Scale, gpu: str, plans: list[Plan]) -> dict[str, Any]:
+    return {
+        "kind": "predicted",
+        **vars(scale),
+        "gpu": gpu,
+        "methods": {
+            p.method: {
+                "trained_parameters": p.trained_parameters,
+                "memory_bytes": {**p.memory, "total": p.total_memory},
+                "traffic_bytes": {**p.traffic, "total": p.total_traffic},
+                "compute_seconds": p.compute_seconds,
+                "traffic_seconds": p.traffic_seconds,
+            }
+            for p in plans
+        },
+    }

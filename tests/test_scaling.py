@@ -1,0 +1,126 @@
+"""`smoa-kernels plan` and the model behind it: totals that can be counted by hand, and the page that shows them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from smoa_kernels.cli import main
+from smoa_kernels.gpus import GPUS
+from smoa_kernels.scaling import METHODS, PARALLEL, STACKS, Scale, predict, tensor_parallel_size
+
+H100 = GPUS["h100"]
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+
+
+def plans(model: str, gpus: int, parallel: str, **options: int) -> dict:
+    return {m: predict(Scale(model, gpus, parallel, **options), m, H100) for m in METHODS}
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("llama-3-8b", 8_030_261_248),  # as their authors publish them
+        ("llama-3-70b", 70_553_706_496),
+        ("llama-3-405b", 405_853_388_800),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_counts_published_parameters(model: str, parameters: int) -> None:
+    assert plans(model, 1, "ddp")["full"].trained_parameters == parameters
+
+
+def test_one_gpu_sends_nothing_however_it_is_called() -> None:
+    for parallel in PARALLEL:
+        for plan in plans("smollm2-135m", 1, parallel).values():
+            assert plan.total_traffic == 0
+
+
+def test_ddp_sends_the_factors_bytes_twice_around() -> None:
+    found = plans("llama-3-8b", 8, "ddp")
+    for method in ("lora", "smoa"):
+        assert found[method].total_traffic == pytest.approx(2 * 7 / 8 * 4 * found[method].trained_parameters)
+    assert found["lora"].trained_parameters == 4 * found["smoa"].trained_parameters
+    # r=16 on q, k, v, o, gate, up and down of 32 layers
+    sizes = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3
+    assert found["lora"].trained_parameters == 32 * 16 * sizes
+    assert found["smoa"].memory["optimizer"] == 2 * found["smoa"].memory["gradients"]
+    assert found["smoa"].memory["labels"] == 32 * 9 * sizes
+
+
+def test_fully_sharded_memory_adds_up_to_one_copy() -> None:
+    for method, plan in plans("llama-3-70b", 64, "fsdp").items():
+        whole = plans("llama-3-70b", 64, "ddp")[method]
+        for part in ("weights", "gradients", "optimizer"):
+            assert 64 * plan.memory[part] == pytest.approx(whole.memory[part])
+        assert plan.memory["labels"] == whole.memory["labels"]  # replicated
+
+
+def test_tensor_parallelism_stays_in_a_node_and_cuts_layers() -> None:
+    scale = Scale("llama-3-70b", 64, "tp")
+    assert tensor_parallel_size(scale) == 8
+    assert tensor_parallel_size(Scale("smollm2-135m", 6, "tp")) == 3  # key and value heads
+    plan = predict(scale, "smoa", H100)
+    assert plan.traffic["reduce activations"] == 2 * 7 / 8 * 80 * 9 * 8192 * 8192 * 2
+    # A of the five that are cut by rows (4 slots), B of the two that are cut by columns
+    assert plan.traffic["reduce whole factors"] == 2 * 7 / 8 * 4 * 80 * 4 * 7 * 8192
+    assert (
+        plan.memory["weights"] < predict(Scale("llama-3-70b", 64, "ddp"), "smoa", H100).memory["weights"] / 7
+    )
+
+
+def test_more_tokens_cost_more_and_more_gpus_less() -> None:
+    few, many = (plans("llama-3-8b", 8, "fsdp", tokens=t)["smoa"] for t in (1024, 8192))
+    assert few.memory["activations"] * 8 == many.memory["activations"]
+    assert few.compute_seconds < many.compute_seconds
+    assert few.total_traffic == many.total_traffic
+    assert plans("llama-3-8b", 64, "fsdp")["smoa"].memory["weights"] * 8 == pytest.approx(
+        few.memory["weights"]
+    )
+
+
+def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    commands = re.findall(r"^    smoa-kernels (plan .*)$", page, flags=re.MULTILINE)
+    assert len(commands) == 9
+    for command in commands:
+        assert main([*command.split(), "--markdown"]) == 0
+        assert capsys.readouterr().out in page, command
+
+
+def test_the_table_and_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    command = ["plan", "--model", "llama-3-70b", "--gpus", "64", "--parallel", "fsdp", "--json", str(file)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.rstrip().endswith("predicted")]
+    assert len(rows) == len(METHODS)
+    data = json.loads(file.read_text())
+    assert data["kind"] == "predicted"
+    memory = data["methods"]["smoa"]["memory_bytes"]
+    assert memory.pop("total") == pytest.approx(sum(memory.values()))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "gpt-5"], ["model must be one of", "llama-3-8b", "'gpt-5'"]),
+        (["--parallel", "pp"], ["parallel must be one of ddp, fsdp, tp", "'pp'"]),
+        (["--gpus", "0"], ["gpus must be at least 1, got 0"]),
+        (["--gpus", "12", "--parallel", "tp"], ["gpus must be a multiple of 8", "got 12"]),
+        (["--gpu", "rtx4090"], ["--gpu must be one of h100", "rtx4090"]),
+        (["--tokens", "-5"], ["tokens must be at least 1, got -5"]),
+    ],
+)
+def test_bad_options(options: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert all(word in captured.err for word in words), captured.err
+
+
+def test_every_model_is_known_whole() -> None:
+    for model in STACKS:
+        assert all(plan.total_memory > 0 for plan in plans(model, 1, "ddp").values())
