@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -66,14 +67,20 @@ def _in_process(name: str, out: Path, seconds: float, smoke: bool) -> dict[str, 
     start = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--seconds", str(seconds)]
     command += ["--out", str(out.resolve()), *(["--smoke"] if smoke else [])]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    # A session of its own, so that what the stage started ends with it: its children hold stderr open.
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             _, errors = process.communicate(timeout=seconds + GRACE)
             status = {0: "done", 3: "out of time"}.get(process.returncode, "failed")
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             _, errors = process.communicate()
             status = "out of time"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     lines = [line for line in errors.splitlines() if line.strip()]
     error = lines[-1] if lines and status != "done" else ""
     if status == "failed" and process.returncode < 0:
