@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import eager
+from .arguments import check_number
 from .backends import ALGORITHMS, BACKENDS, load_backend, resolve_backend
 from .functional import smoa_linear
 from .packed import (
@@ -21,7 +22,7 @@ from .packed import (
     scaling_tensor,
     trainable_parameters,
 )
-from .partition import BlockPartition, label_dtype
+from .partition import BlockPartition, check_weight, label_dtype, whole
 from .sketch import TOLERANCE, sketch_distance, sketch_weight
 
 if TYPE_CHECKING:
@@ -92,8 +93,12 @@ class FusedSMoALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an int, got {size!r}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be floating point, got {dtype}")
         settings = _Settings(
             (out_features, in_features), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend
         )
@@ -127,6 +132,8 @@ class FusedSMoALinear(nn.Linear):
         settings = _Settings(
             tuple(weight.shape), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend
         )
+        if partition is not None and not isinstance(partition, BlockPartition):
+            raise TypeError(f"partition must be a BlockPartition or None, got {type(partition).__name__}")
         if partition is not None and (partition.shape, partition.num_blocks) != (weight.shape, num_blocks):
             raise ValueError(
                 f"partition must be made for a weight of shape {tuple(weight.shape)} and {num_blocks} blocks, "
@@ -205,6 +212,7 @@ class FusedSMoALinear(nn.Linear):
 
     @scaling.setter
     def scaling(self, value: float) -> None:
+        check_number("scaling", value)
         self.smoa_scaling.fill_(value)
 
     @property
@@ -361,6 +369,8 @@ class FusedSMoALinear(nn.Linear):
         if has_labels:
             partition = self._check_labels(name, given)
             self._check_base(name, given)
+        elif given["weight"] is not None:
+            check_weight(whole(given["weight"]))  # whose spectrum is asked for once it is copied
         before = len(missing_keys)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -385,6 +395,8 @@ class FusedSMoALinear(nn.Linear):
         """torch copies what fits and reports the rest afterwards; here nothing is copied unless all fits."""
         for key, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
             given = state_dict.get(prefix + key)
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"{name}: {key} must be a tensor, got {type(given).__name__}")
             if given is not None and given.shape != own.shape:
                 raise ValueError(
                     f"{name}: size mismatch for {key}: the layer's is {tuple(own.shape)}, "
@@ -439,8 +451,11 @@ class _Settings:
             raise ValueError(
                 f"num_blocks must be at most min(out_features, in_features) = {min(shape)}, got {num_blocks}"
             )
-        if alpha is not None and not math.isfinite(alpha):
-            raise ValueError(f"alpha must be finite, got {alpha}")
+        if alpha is not None:
+            check_number("alpha", alpha)
+            if not math.isfinite(alpha):
+                raise ValueError(f"alpha must be finite, got {alpha}")
+        check_number("dropout", dropout)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         if algorithm not in ALGORITHMS:

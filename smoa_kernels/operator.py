@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import check_ranks
 from .backends import load_backend
 from .dropout import Dropout
 from .packed import PackedAdapter
@@ -53,7 +54,7 @@ def _forward(
     algorithm: str,
     backend: str,
 ) -> Tensor:
-    _check_ranks(ranks, A.shape[0])
+    check_ranks(ranks, A.shape[0])
     blocks = BlockPartition.from_tensors(partition, sizes)
     # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
     adapter = PackedAdapter(weight.to(x.dtype), A, B, blocks, ranks, scaling)
@@ -189,9 +190,3 @@ for _name, _kernel, _fake, _operator, _function in (
 def _tokens(x: Tensor) -> Tensor:
     """(..., C) as (T, C); `reshape(-1, C)` cannot infer T from no elements."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _check_ranks(ranks: Tensor, rho: int) -> None:
-    """Inside the operator, and on CPU only: reading them from a GPU would wait for it. There they end at ρ."""
-    if ranks.device.type == "cpu" and not 0 <= min(ranks.tolist()) <= max(ranks.tolist()) <= rho:
-        raise ValueError(f"ranks must lie in [0, {rho}], A's rows, got {ranks.tolist()}")

@@ -175,6 +175,8 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
             raise ValueError(f"{name} must be at least 1, got {value}")
     if block_ranks is None:
         return tuple(split_rank(r, num_blocks))
+    if not isinstance(block_ranks, Sequence):
+        raise TypeError(f"block_ranks must be a list of ints, got {block_ranks!r}")
     ranks = tuple(block_ranks)
     if any(isinstance(rank, bool) or not isinstance(rank, int) for rank in ranks):
         raise TypeError(f"block_ranks must be ints, got {list(ranks)}")

@@ -98,7 +98,7 @@ class BlockPartition:
             ValueError: `weight` is not a matrix or holds NaN or Inf; `num_blocks` is out of range.
         """
         weight = whole(weight)
-        _check_weight(weight)
+        check_weight(weight)
         limit = min(weight.shape)
         _check_num_blocks(num_blocks)
         if num_blocks > limit:
@@ -194,15 +194,20 @@ class BlockPartition:
         return self.row_block.device
 
     def rows(self, block: int) -> Tensor:
-        """Rows of one block, in `row_order`."""
+        """Rows of one block, in `row_order`; ValueError for one that does not exist."""
+        self._check_block(block)
         return torch.split(self.row_order, list(self.row_sizes))[block]
 
     def cols(self, block: int) -> Tensor:
-        """Columns of one block, in `col_order`."""
+        """Columns of one block, in `col_order`; ValueError for one that does not exist."""
+        self._check_block(block)
         return torch.split(self.col_order, list(self.col_sizes))[block]
 
     def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
         """Partition of `weight[row_slice, col_slice]`: the same labels, cut. Blocks may become empty."""
+        for name, cut in (("row_slice", row_slice), ("col_slice", col_slice)):
+            if not isinstance(cut, slice):
+                raise TypeError(f"{name} must be a slice, got {cut!r}")
         return BlockPartition.from_labels(
             self.row_block[row_slice], self.col_block[col_slice], self.num_blocks
         )
@@ -223,6 +228,12 @@ class BlockPartition:
         moved = BlockPartition.from_tensors([t.to(device) for t in self.tensors()], self.sizes())
         moved.row_order, moved.col_order = self.row_order.to(device), self.col_order.to(device)
         return moved
+
+    def _check_block(self, block: int) -> None:
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise TypeError(f"block must be an int, got {block!r}")
+        if not 0 <= block < self.num_blocks:
+            raise ValueError(f"block must lie in [0, {self.num_blocks}), got {block}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPartition):
@@ -348,11 +359,16 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor) -> None:
+    """Whether `weight` has a spectrum; a whole tensor is read."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating point, got {weight.dtype}")
+    if weight.layout != torch.strided or weight.itemsize < 2:
+        raise TypeError(f"weight must be dense, of 16 bits or more, got {weight.layout} of {weight.dtype}")
+    if weight.is_meta:
+        raise ValueError("weight must hold numbers to have a spectrum, got a meta tensor")
     if weight.ndim != 2:
         raise ValueError(
             f"weight must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
@@ -369,11 +385,14 @@ def _check_num_blocks(num_blocks: int) -> None:
 
 
 def _check_labels(name: str, labels: Tensor, num_blocks: int) -> None:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+    integer = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
+    if not integer or labels.dtype == torch.bool:
         given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an integer tensor, got {given}")
     if labels.ndim != 1:
         raise ValueError(f"{name} must have one dimension, got shape {tuple(labels.shape)}")
+    if labels.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a meta tensor")
     if labels.numel():
         lowest, highest = (int(bound) for bound in labels.aminmax())
         if lowest < 0 or highest >= num_blocks:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import check_arguments, check_ranks, global_width
 from .dropout import Dropout
 from .packed import PackedAdapter
 from .partition import BlockPartition
@@ -63,15 +64,30 @@ def reference_linear(
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N).
 
-    Arguments are those of :func:`smoa_kernels.smoa_linear`; the dropout mask is the eager backend's.
+    Arguments and errors are those of :func:`smoa_kernels.smoa_linear`; the dropout mask is the eager backend's, and
+    its seed must be given.
     """
+    check_arguments(
+        x,
+        weight,
+        bias,
+        A,
+        B,
+        partition,
+        ranks,
+        scaling=scaling,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+    check_ranks(ranks, A.shape[0])
+    width = global_width(x, column_offset, global_in_features)
+    if dropout_p > 0 and dropout_seed is None:
+        raise ValueError("dropout_seed must be given where dropout_p > 0, got None")
     delta = reference_delta_weight(weight, A, B, partition, ranks, scaling=scaling)
     dropped = x
-    if dropout_p > 0:
-        if dropout_seed is None:
-            raise ValueError("dropout_seed must be given where dropout_p > 0, got None")
+    if dropout_seed is not None and dropout_p > 0:
         flat = x.reshape(-1, x.shape[-1])
-        dropout = Dropout(dropout_seed, dropout_p, column_offset, global_in_features or flat.shape[1])
+        dropout = Dropout(dropout_seed, dropout_p, column_offset, width)
         dropped = (flat * dropout.multiplier(flat)).reshape(x.shape)
     return F.linear(x, weight, bias) + F.linear(dropped, delta)
 

@@ -95,7 +95,7 @@ def test_ranks_beyond_the_factors_read_no_further(
     options: dict[str, object], guarded: Guarded, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU's ranks are not waited for, so not checked: the kernels take what lies outside as 0 or ρ."""
-    monkeypatch.setattr(operator, "_check_ranks", lambda ranks, rho: None)
+    monkeypatch.setattr(operator, "check_ranks", lambda ranks, rho: None)
     p = problem(torch.float32, device, ranks=(3, 5, 5))
     p = replace(p, A=guarded(p.A, row_padding=3), B=guarded(p.B, row_padding=3))
     inside = replace(p, ranks=torch.tensor([0, 5, 5], dtype=torch.int32, device=device))
