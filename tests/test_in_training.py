@@ -1,0 +1,131 @@
+"""What surrounds a layer in training: activation checkpointing, mixed precision with loss scaling, both compiled."""
+
+import sys
+
+import pytest
+import torch
+from problems import relative_error
+from test_operator import Block, run
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from smoa_kernels import FusedSMoALinear
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.block = block
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "compiled"])
+def test_checkpointing_recomputes_with_the_same_mask(how: str) -> None:
+    torch.manual_seed(0)
+    block, x = Block(dropout=0.3), torch.randn(12, 40, requires_grad=True)
+    torch.manual_seed(1)
+    expected = run(block, x)
+    again: nn.Module = Checkpointed(block, how == "reentrant")
+    if how == "compiled":
+        torch._dynamo.reset()
+        again = torch.compile(again, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    ours = run(again, x)
+    torch.manual_seed(2)
+    other = run(block, x)
+    for value, same, different in zip(ours, expected, other, strict=True):
+        assert torch.equal(value, same)
+        assert not torch.equal(value, different)
+
+
+def test_loss_scaling_under_autocast() -> None:
+    """float16 autocast with GradScaler: the float32 factors' step is the unscaled one's, and an overflow skips it."""
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(64, 40)
+    factors = [p for p in block.parameters() if p.requires_grad and p.ndim == 2]
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = block(x).float().square().mean()
+    plain = torch.autograd.grad(loss, factors)
+    optimizer, before = torch.optim.SGD(factors, lr=0.1), [p.detach().clone() for p in factors]
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = block(x).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    for factor, old, gradient in zip(factors, before, plain, strict=True):
+        assert factor.grad is not None
+        assert factor.grad.dtype == torch.float32
+        assert relative_error((old - factor) / 0.1, gradient) < 2e-2  # float16 gradients, scaled and not
+    changed = [p.detach().clone() for p in factors]
+    optimizer.zero_grad()
+    with torch.autocast("cpu", dtype=torch.float16):
+        scaler.scale(block(x).float().square().mean() * 1e30).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() < 256
+    assert all(torch.equal(p, old) for p, old in zip(factors, changed, strict=True))
+
+
+def test_ahead_of_time_inductor(tmp_path: object) -> None:
+    torch.manual_seed(0)
+    block, x = Block().eval(), torch.randn(9, 40)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(block, (x,), dynamic_shapes=({0: tokens},))
+    try:
+        package = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/block.pt2")
+    except Exception as error:  # no C++ compiler on this machine
+        if "compiler" not in str(error).lower():
+            raise
+        pytest.skip(f"AOTInductor needs a C++ compiler: {error}")
+    loaded = torch._inductor.aoti_load_package(package)
+    for count in (9, 64):
+        x = torch.randn(count, 40)
+        torch.testing.assert_close(loaded(x), block(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+class NothingRead(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: reading a value, or a size that depends on values."""
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "unique",
+        "bincount",
+    )
+
+    def __torch_dispatch__(
+        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        assert function._opname not in self.FORBIDDEN, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_graphs.py shows it on the GPU itself")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_kernels_path_reads_nothing_on_the_host(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="the kernels run in Triton's interpreter here")
+    torch.manual_seed(0)
+    layer = FusedSMoALinear(40, 33, r=6, num_blocks=3, dropout=dropout, backend="triton")
+    x = torch.randn(20, 40, requires_grad=True)
+    layer(x).sum().backward()  # what is done once, is done
+
+    original = Tensor.tolist
+
+    def tolist(self: Tensor) -> list[object]:
+        caller = sys._getframe(1).f_code.co_name
+        assert caller.endswith("check_ranks"), (
+            f"{caller} waits for a GPU"
+        )  # that one reads them on the CPU alone
+        return original(self)
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    with NothingRead():
+        layer(x).sum().backward()
