@@ -167,36 +167,6 @@ def test_state_dict_of_a_merged_layer_is_of_its_base() -> None:
         layer.load_state_dict(expected)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda s: s.pop("smoa_ranks"), "lacks smoa_ranks"),
-        (lambda s: s.pop("smoa_row_block"), "lacks smoa_row_block"),
-        (lambda s: s.update(smoa_row_block=s["smoa_row_block"] + 3), r"row_block must lie in \[0, 3\)"),
-        (
-            lambda s: s.update(smoa_col_block=s["smoa_col_block"][:-1]),
-            r"size mismatch for smoa_col_block: .*\(40,\), .*\(39,\)",
-        ),
-        (lambda s: s.update(smoa_ranks=torch.ones(4, dtype=torch.int32)), "size mismatch for smoa_ranks"),
-        (
-            lambda s: s.update(smoa_ranks=torch.tensor([9, 0, 0], dtype=torch.int32)),
-            "smoa_ranks must sum to r=7",
-        ),
-        (lambda s: s.update(smoa_ranks=torch.tensor([3, -1, 5], dtype=torch.int32)), "got .3, -1, 5."),
-        (lambda s: s.update(smoa_A=torch.zeros(3, 41)), "size mismatch for smoa_A"),
-        (lambda s: s.update(weight=torch.zeros(33, 41)), "size mismatch for weight"),
-    ],
-)
-def test_bad_state_dicts_change_nothing(change: object, words: str) -> None:
-    state, layer = copy.deepcopy(trained().state_dict()), FusedSMoALinear(40, 33, r=7, num_blocks=3)
-    before = copy.deepcopy(layer.state_dict())
-    change(state)  # type: ignore[operator]
-    with pytest.raises((ValueError, RuntimeError), match=words):
-        layer.load_state_dict(state)
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
 def test_another_base_is_noticed() -> None:
     adapter = {n: v for n, v in trained().state_dict().items() if n.startswith("smoa_")}
     torch.manual_seed(99)
@@ -318,49 +288,6 @@ def test_extra_repr_names_the_settings() -> None:
     text = repr(trained(dropout=0.1))
     for part in ("in_features=40", "out_features=33", "r=7", "num_blocks=3", "alpha=14", "dropout=0.1"):
         assert part in text
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "words"),
-    [
-        ({"r": 0}, ValueError, "r must be at least 1, got 0"),
-        ({"r": 2.5}, TypeError, "r must be an int, got 2.5"),
-        ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
-        ({"num_blocks": 34, "r": 40}, ValueError, "num_blocks must be at most .* = 33, got 34"),
-        ({"block_ranks": [4, 4, 0]}, ValueError, "block_ranks must have num_blocks=2 entries, got 3"),
-        ({"block_ranks": [4, 5]}, ValueError, "block_ranks must sum to r=8, got .4, 5., which sum to 9"),
-        ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
-        ({"block_ranks": [4.0, 4]}, TypeError, "block_ranks must be ints"),
-        ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
-        ({"dropout": -0.5}, ValueError, "dropout must lie in"),
-        ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
-        ({"algorithm": "fast"}, ValueError, "algorithm must be one of"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    ],
-)
-def test_bad_settings_change_nothing(settings: dict[str, object], error: type[Exception], words: str) -> None:
-    linear = nn.Linear(40, 33)
-    with pytest.raises(error, match=words):
-        FusedSMoALinear.from_linear(linear, **settings)
-    assert linear.weight.requires_grad
-    with pytest.raises(error, match=words):
-        FusedSMoALinear(40, 33, **settings)
-
-
-def test_bad_layers_change_nothing() -> None:
-    with pytest.raises(TypeError, match=r"linear must be an nn.Linear or a transformers Conv1D, got Conv2d"):
-        FusedSMoALinear.from_linear(nn.Conv2d(3, 3, 3))
-    linear = nn.Linear(40, 33)
-    with torch.no_grad():
-        linear.weight[3, 4] = float("nan")
-    with pytest.raises(ValueError, match="weight must be finite"):
-        FusedSMoALinear.from_linear(linear)
-    assert linear.weight.requires_grad
-    other = BlockPartition.from_weight(torch.randn(33, 41), 2)
-    with pytest.raises(ValueError, match=r"partition must be made for .*\(33, 40\).* 2 blocks"):
-        FusedSMoALinear.from_linear(nn.Linear(40, 33), partition=other)
-    with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
-        FusedSMoALinear(0, 33)
 
 
 def test_layer_equals_functional() -> None:

@@ -91,15 +91,3 @@ def test_packing_checks_its_blocks() -> None:
     assert ranks.tolist() == [1, 2]
     assert packed_A.tolist() == [[1, 1], [0, 1]]
     assert packed_B.tolist() == [[1, 0], [1, 0], [1, 1]]
-    with pytest.raises(
-        ValueError, match=r"block 1 takes factors of shapes \(r, 1\) and \(1, r\), got .*\(2, 2\)"
-    ):
-        pack_factors(A, [B[0], torch.ones(2, 2)], partition)
-    with pytest.raises(ValueError, match="one factor for each of 2 blocks, got 1 and 2"):
-        pack_factors(A[:1], B, partition)
-
-
-def test_reference_dropout_needs_a_seed() -> None:
-    problem = make_problem()
-    with pytest.raises(ValueError, match="dropout_seed must be given"):
-        problem.run_reference(dropout_p=0.1)

@@ -1,0 +1,453 @@
+"""Bad inputs, all in one table: what is called, the exception, the words in its message, and that nothing changed.
+
+A row's call gets a `World`: a problem, a layer and a folder, whose every bit is compared afterwards. Adapter files
+that are damaged stand in tests/peft/test_tuner.py, damaged tuning tables in tests/tuning/test_tables.py.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import LinearProblem, make_problem
+from torch import Tensor, nn
+
+from smoa_kernels import BlockPartition, FusedSMoALinear, smoa_linear
+from smoa_kernels.cost import Problem, estimate
+from smoa_kernels.gpus import GPUS
+from smoa_kernels.packed import pack_factors
+from smoa_kernels.reference import reference_linear
+
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the peft extra")
+needs_cli = pytest.mark.skipif(importlib.util.find_spec("typer") is None, reason="needs the cli extra")
+
+
+@dataclass
+class World:
+    """What a bad call must leave as it is."""
+
+    problem: LinearProblem
+    linear: nn.Linear
+    layer: FusedSMoALinear
+    folder: Path
+
+    def bits(self) -> dict[str, object]:
+        """Every tensor's bytes and requires_grad, every file's bytes."""
+        p = self.problem
+        tensors = {name: value for name, value in vars(p).items() if isinstance(value, Tensor)}
+        tensors |= {f"partition {i}": t for i, t in enumerate(p.partition.tensors())}
+        tensors |= {f"linear {name}": t for name, t in self.linear.named_parameters()}
+        tensors |= {f"layer {name}": t for name, t in self.layer.state_dict(keep_vars=True).items()}
+        files = {str(path): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+        settings = {k: v for k, v in vars(self.layer).items() if not k.startswith("_")}
+        return {
+            name: (t.detach().numpy().tobytes(), t.requires_grad) for name, t in tensors.items()
+        } | {"settings": repr(settings), "scaling": self.layer.scaling, "files": files}  # fmt: skip
+
+    def arguments(self, changed: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("x", "weight", "bias", "A", "B", "partition", "ranks", "scaling")
+        return {name: getattr(self.problem, name) for name in names} | dict(changed)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    torch.manual_seed(0)
+    layer = FusedSMoALinear(40, 33, r=7, num_blocks=3)
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return World(make_problem(dtype=torch.float32), nn.Linear(40, 33), layer, tmp_path)
+
+
+Call = Callable[[World], object]
+
+
+def check(world: World, call: Call, error: type[Exception], words: str) -> None:
+    before = world.bits()
+    with pytest.raises(error, match=words) as caught:
+        call(world)
+    assert type(caught.value) is error
+    assert world.bits() == before
+
+
+INT32 = torch.int32
+_meta = torch.randn(4, 57, device="meta")
+
+OPERATOR: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": torch.randn(4, 56)}, ValueError, r"x must have 57 features .* got shape \(4, 56\)"),
+    ({"x": torch.tensor(1.0)}, ValueError, "x must have 57 features"),
+    ({"x": torch.ones(4, 57, dtype=torch.int64)}, TypeError, "x must be floating point, got torch.int64"),
+    (
+        {"x": torch.ones(4, 57, dtype=torch.complex64)},
+        TypeError,
+        "x must be floating point, got torch.complex",
+    ),
+    ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+    ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
+    (
+        {"x": torch.randn(4, 57).to_sparse()},
+        TypeError,
+        "x must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    ({"x": torch.randn(4, 57).bfloat16()}, TypeError, "weight must have x's dtype torch.bfloat16"),
+    ({"x": _meta}, ValueError, "weight must be on x's device meta, got cpu"),
+    ({"weight": torch.randn(33, 57, requires_grad=True)}, ValueError, "weight must be frozen"),
+    ({"weight": torch.randn(57)}, ValueError, "weight must have shape"),
+    ({"weight": torch.randn(33, 57).to_sparse()}, TypeError, "weight must be a dense tensor"),
+    ({"weight": torch.randn(33, 57).to(torch.float8_e4m3fn)}, TypeError, "weight must have x's dtype"),
+    ({"bias": torch.randn(32)}, ValueError, r"bias must have shape \(33,\), got \(32,\)"),
+    ({"bias": torch.tensor(1.0)}, ValueError, r"bias must have shape \(33,\), got \(\)"),
+    ({"A": torch.randn(3, 56)}, ValueError, r"A must have shape \(ρ, 57\), got \(3, 56\)"),
+    ({"A": torch.zeros(0, 57)}, ValueError, r"B must have shape \(33, 0\) to fit A"),
+    ({"B": torch.randn(33, 2)}, ValueError, r"B must have shape \(33, 3\) to fit A, got \(33, 2\)"),
+    ({"B": torch.randn(33, 3).double()}, TypeError, "A and B must have one dtype"),
+    (
+        {"A": torch.randn(3, 57).bfloat16(), "B": torch.randn(33, 3).bfloat16()},
+        TypeError,
+        "A and B must have weight's dtype torch.float32 or float32, got torch.bfloat16",
+    ),
+    ({"partition": None}, TypeError, "partition must be a BlockPartition, got NoneType"),
+    (
+        {"partition": make_problem(in_features=56).partition},
+        ValueError,
+        r"partition must be made for a weight of shape \(33, 57\), got one for \(33, 56\)",
+    ),
+    ({"ranks": [3, 0, 2]}, TypeError, "ranks must be a tensor, got list"),
+    ({"ranks": torch.tensor([3, 0], dtype=INT32)}, ValueError, r"ranks must be int32 of shape \(3,\)"),
+    ({"ranks": torch.tensor([3, 0, 2])}, ValueError, "ranks must be int32"),
+    ({"ranks": torch.tensor([4, 0, 2], dtype=INT32)}, ValueError, r"ranks must lie in \[0, 3\]"),
+    ({"ranks": torch.tensor([-1, 0, 2], dtype=INT32)}, ValueError, r"ranks must lie in \[0, 3\]"),
+    ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p must lie in"),
+    ({"dropout_p": float("nan")}, ValueError, "dropout_p must lie in"),
+    ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number, got '0.1'"),
+    ({"dropout_p": None}, TypeError, "dropout_p must be a number, got None"),
+    ({"dropout_seed": 3}, TypeError, "dropout_seed must be an int64 tensor with one element, got 3"),
+    ({"dropout_seed": torch.ones(2, dtype=torch.int64)}, TypeError, "dropout_seed must be an int64 tensor"),
+    ({"column_offset": 1}, ValueError, "column_offset and global_in_features must hold x's 57 columns"),
+    ({"column_offset": -1}, ValueError, "got columns -1 to 56 of 57"),
+    ({"column_offset": 0.5}, TypeError, "column_offset must be an int, got 0.5"),
+    ({"global_in_features": 50}, ValueError, "got columns 0 to 57 of 50"),
+    ({"global_in_features": 57.0}, TypeError, "global_in_features must be an int, got 57.0"),
+    ({"scaling": torch.ones(2)}, ValueError, r"scaling must be a number or a 0-d tensor, got shape \(2,\)"),
+    ({"scaling": "1"}, TypeError, "scaling must be a number or a 0-d tensor, got str"),
+    ({"scaling": torch.tensor(1j)}, TypeError, "scaling must be real, got torch.complex64"),
+    ({"scaling": torch.tensor(1.0, requires_grad=True)}, ValueError, "scaling must not require grad"),
+]
+
+# What only `smoa_linear` takes.
+CHOICES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, split, expanded, fused"),
+    ({"algorithm": None}, ValueError, "algorithm must be one of .* got None"),
+    ({"algorithm": "merged", "dropout_p": 0.1}, ValueError, "'split' or 'auto' while dropout is active"),
+    ({"algorithm": "fused"}, ValueError, "merged, split, expanded on backend 'eager', got 'fused'"),
+    ({"backend": "cuda"}, ValueError, "backend must be one of auto, eager, triton, reference, got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "words"), [*OPERATOR, *CHOICES])
+def test_operator(changed: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
+    check(world, lambda w: smoa_linear(**w.arguments(changed)), error, words)
+
+
+@pytest.mark.parametrize(("changed", "error", "words"), OPERATOR)
+def test_reference(changed: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
+    """The same checks, so that one can stand for the other."""
+    check(world, lambda w: reference_linear(**w.arguments(changed)), error, words)
+
+
+def labels(rows: Any, cols: Any, num_blocks: Any) -> Call:
+    return lambda _: BlockPartition.from_labels(rows, cols, num_blocks)
+
+
+def spectrum(weight: Any, num_blocks: Any = 1) -> Call:
+    return lambda _: BlockPartition.from_weight(weight, num_blocks)
+
+
+def one(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+FUNCTIONS: list[tuple[Call, type[Exception], str]] = [
+    (spectrum([[1.0]]), TypeError, "weight must be a tensor, got list"),
+    (
+        spectrum(torch.ones(3, 3, dtype=torch.int64)),
+        TypeError,
+        "weight must be floating point, got torch.int64",
+    ),
+    (spectrum(torch.ones(3, 3, dtype=torch.complex64)), TypeError, "weight must be floating point"),
+    (
+        spectrum(torch.ones(3, 3).to(torch.float8_e4m3fn)),
+        TypeError,
+        "weight must be dense, of 16 bits or more",
+    ),
+    (spectrum(torch.ones(3, 3).to_sparse()), TypeError, "weight must be dense"),
+    (spectrum(torch.ones(3, 3, device="meta")), ValueError, "weight must hold numbers .* got a meta tensor"),
+    (spectrum(torch.ones(3)), ValueError, r"weight must be a matrix .* got shape \(3,\)"),
+    (spectrum(torch.tensor([[1.0, float("nan")]])), ValueError, "weight must be finite"),
+    (spectrum(torch.tensor([[1.0, float("inf")]])), ValueError, "weight must be finite"),
+    (spectrum(torch.ones(3, 4), 0), ValueError, "num_blocks must be at least 1, got 0"),
+    (spectrum(torch.ones(3, 4), 4), ValueError, "num_blocks must be at most .* = 3 .* got 4"),
+    (spectrum(torch.ones(3, 4), 2.0), TypeError, "num_blocks must be an int, got 2.0"),
+    (spectrum(torch.ones(0, 4)), ValueError, "num_blocks must be at most .* = 0"),
+    (labels(one(0, 2), one(0), 2), ValueError, r"row_block must lie in \[0, 2\).* 0 to 2"),
+    (labels(one(0), one(-1), 2), ValueError, r"col_block must lie in \[0, 2\)"),
+    (labels(torch.tensor([[0]]), one(0), 1), ValueError, "row_block must have one dimension"),
+    (labels(torch.tensor([0.0]), one(0), 1), TypeError, "row_block must be an integer tensor"),
+    (
+        labels(torch.tensor([0j]), one(0), 1),
+        TypeError,
+        "row_block must be an integer tensor, got torch.complex",
+    ),
+    (labels(one(0).to("meta"), one(0), 1), ValueError, "row_block must hold numbers, got a meta tensor"),
+    (labels([0], one(0), 1), TypeError, "row_block must be an integer tensor, got list"),
+    (labels(one(0), one(0), 0), ValueError, "num_blocks must be at least 1"),
+    (lambda w: w.problem.partition.rows(3), ValueError, r"block must lie in \[0, 3\), got 3"),
+    (lambda w: w.problem.partition.cols(-1), ValueError, r"block must lie in \[0, 3\), got -1"),
+    (lambda w: w.problem.partition.rows("a"), TypeError, "block must be an int, got 'a'"),  # type: ignore[arg-type]
+    (lambda w: w.problem.partition.shard(3), TypeError, "row_slice must be a slice, got 3"),  # type: ignore[arg-type]
+    (
+        lambda w: pack_factors([], [], w.problem.partition),
+        ValueError,
+        "one factor for each of 3 blocks, got 0 and 0",
+    ),
+    (
+        lambda w: pack_factors([torch.ones(1, 2)] * 3, [torch.ones(2, 1)] * 3, w.problem.partition),
+        ValueError,
+        r"block 0 takes factors of shapes \(r, 19\) and \(11, r\), got \(1, 2\) and \(2, 1\)",
+    ),
+    (lambda w: w.problem.run_reference(dropout_p=0.1), ValueError, "dropout_seed must be given"),
+    (lambda _: Problem(-1, 4, 4, 1, 1), ValueError, "tokens must be at least 0, got -1"),
+    (lambda _: Problem(1, 4, 4, 1, 1, dropout=2.0), ValueError, r"dropout must be in \[0, 1\), got 2.0"),
+    (
+        lambda _: Problem(1, 4, 4, 1, 1, torch.int8),
+        ValueError,
+        "dtype must be floating point, got torch.int8",
+    ),
+    (
+        lambda _: estimate(Problem(1, 4, 4, 1, 1), GPUS["h100"], "nope"),
+        ValueError,
+        "algorithm must be one of",
+    ),
+    # The layer's methods.
+    (lambda w: w.layer(torch.randn(3, 41)), ValueError, "x must have 40 features"),
+    (lambda w: w.layer(torch.ones(3, 40, dtype=torch.int64)), TypeError, "x must be floating point"),
+    (lambda w: setattr(w.layer, "scaling", "a"), TypeError, "scaling must be a number, got 'a'"),
+    (lambda _: FusedSMoALinear.from_linear(nn.Conv2d(3, 3, 3)), TypeError, "transformers Conv1D, got Conv2d"),
+    (lambda _: FusedSMoALinear.from_linear(None), TypeError, "got NoneType"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(0, 33), ValueError, "in_features must be at least 1, got 0"),
+    (lambda _: FusedSMoALinear("40", 33), TypeError, "in_features must be an int, got '40'"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(40, 3.0), TypeError, "out_features must be an int, got 3.0"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(40, 33, dtype=torch.int64), TypeError, "dtype must be floating point"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), FUNCTIONS, ids=[words for *_, words in FUNCTIONS])
+def test_functions(call: Call, error: type[Exception], words: str, world: World) -> None:
+    check(world, call, error, words)
+
+
+SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+    ({"r": 2.5}, TypeError, "r must be an int, got 2.5"),
+    ({"r": True}, TypeError, "r must be an int, got True"),
+    ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
+    ({"num_blocks": "2"}, TypeError, "num_blocks must be an int, got '2'"),
+    ({"num_blocks": 34, "r": 40}, ValueError, "num_blocks must be at most .* = 33, got 34"),
+    ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
+    ({"block_ranks": [4, 4, 0]}, ValueError, "block_ranks must have num_blocks=2 entries, got 3"),
+    ({"block_ranks": [4, 5]}, ValueError, "block_ranks must sum to r=8, got .4, 5., which sum to 9"),
+    ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
+    ({"block_ranks": [4.0, 4]}, TypeError, "block_ranks must be ints"),
+    ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
+    ({"dropout": -0.5}, ValueError, "dropout must lie in"),
+    ({"dropout": None}, TypeError, "dropout must be a number, got None"),
+    ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
+    ({"alpha": "1"}, TypeError, "alpha must be a number, got '1'"),
+    ({"algorithm": "fast"}, ValueError, "algorithm must be one of"),
+    ({"backend": "cuda"}, ValueError, "backend must be one of"),
+]
+BLOCKS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"partition": "x"}, TypeError, "partition must be a BlockPartition or None, got str"),
+    (
+        {"partition": make_problem().partition},
+        ValueError,
+        r"partition must be made for .*\(33, 40\).* 2 blocks",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "words"), [*SETTINGS, *BLOCKS])
+def test_from_linear(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
+    check(world, lambda w: FusedSMoALinear.from_linear(w.linear, **settings), error, words)
+
+
+@pytest.mark.parametrize(("settings", "error", "words"), SETTINGS)
+def test_layer(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
+    check(world, lambda _: FusedSMoALinear(40, 33, **settings), error, words)
+
+
+def test_from_linear_with_a_weight_that_has_no_spectrum(world: World) -> None:
+    with torch.no_grad():
+        world.linear.weight[3, 4] = float("nan")
+    check(world, lambda w: FusedSMoALinear.from_linear(w.linear), ValueError, "weight must be finite")
+
+
+STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
+    (lambda s: s.pop("smoa_ranks"), ValueError, "lacks smoa_ranks"),
+    (lambda s: s.pop("smoa_row_block"), ValueError, "lacks smoa_row_block"),
+    (
+        lambda s: s.update(smoa_row_block=s["smoa_row_block"] + 3),
+        ValueError,
+        r"row_block must lie in \[0, 3\)",
+    ),
+    (
+        lambda s: s.update(smoa_col_block=s["smoa_col_block"][:-1]),
+        ValueError,
+        r"size mismatch for smoa_col_block: .*\(40,\), .*\(39,\)",
+    ),
+    (lambda s: s.update(smoa_ranks=torch.ones(4, dtype=INT32)), ValueError, "size mismatch for smoa_ranks"),
+    (lambda s: s.update(smoa_ranks=one(9, 0, 0).int()), ValueError, "smoa_ranks must sum to r=7"),
+    (lambda s: s.update(smoa_ranks=one(3, -1, 5).int()), ValueError, "got .3, -1, 5."),
+    (lambda s: s.update(smoa_ranks=s["smoa_ranks"] + 0.5), ValueError, "smoa_ranks must sum to r=7"),
+    (lambda s: s.update(smoa_A=torch.zeros(3, 41)), ValueError, "size mismatch for smoa_A"),
+    (lambda s: s.update(smoa_A="x"), TypeError, "smoa_A must be a tensor, got str"),
+    (lambda s: s.update(weight=torch.zeros(33, 41)), ValueError, "size mismatch for weight"),
+    (
+        lambda s: [s.pop(key) for key in list(s) if key.startswith("smoa_")] and s["weight"].fill_(torch.nan),
+        ValueError,
+        "weight must be finite to have a spectrum",
+    ),
+]
+
+
+@pytest.mark.parametrize(("edit", "error", "words"), STATE, ids=[words for *_, words in STATE])
+def test_state_dict(
+    edit: Callable[[dict[str, Any]], object], error: type[Exception], words: str, world: World
+) -> None:
+    other = FusedSMoALinear(40, 33, r=7, num_blocks=3)
+    state = {name: value.clone() for name, value in other.state_dict().items()}
+    edit(state)
+    check(world, lambda w: w.layer.load_state_dict(state), error, words)
+
+
+# The command line: one line on stderr, exit code 2. FOLDER is the world's.
+COMMANDS: list[tuple[str, str]] = [
+    ("tun", "No such command 'tun'"),
+    ("--version", "No such option: --version"),
+    ("info extra", "unexpected extra argument"),
+    ("info --json", "--json"),
+    ("roofline --gpu h1000", "--gpu must be one of h100"),
+    ("roofline --shape 4096", "--shape must be OUTxIN"),
+    ("roofline --shape 0x16", "out_features must be at least 1, got 0"),
+    ("roofline --shape 99999999999x16", "up to nine digits each"),
+    ("roofline --dtype int8", "--dtype must be one of"),
+    ("roofline --tokens many", "--tokens"),
+    ("roofline --tokens 99999999999", "--tokens"),
+    ("roofline --tokens -1", "tokens must be at least 0, got -1"),
+    ("roofline --rank -1", "rank must be at least 0, got -1"),
+    ("roofline --blocks 0", "num_blocks must be at least 1, got 0"),
+    ("roofline --shape 64x8 --blocks 9", "--blocks must be at most 8 for 64x8, got 9"),
+    ("roofline --dropout 1", "dropout must be in [0, 1)"),
+    ("roofline --dropout nan", "dropout must be in [0, 1)"),
+    ("audit --arch sm_70", "arch must be one of sm_80"),
+    ("audit --dtype int8", "dtype must be one of"),
+    ("audit --jobs 0", "--jobs"),
+    ("tune --from-model FOLDER", "--from-model must be a config.json or its folder"),
+    ("tune --gpu h100", "goes with --dry-run only"),
+]
+ADAPTERS = [
+    ("inspect", "Missing argument"),
+    ("inspect /nowhere", "there is no adapter_config.json in /nowhere"),
+    ("inspect FOLDER", "an adapter of the method LORA, not SMOA"),
+]
+
+
+def run(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """What a failing command prints."""
+    from smoa_kernels.cli import main
+
+    before = world.bits()
+    capsys.readouterr()
+    assert main(command.replace("FOLDER", str(world.folder)).split()) == 2
+    assert world.bits() == before
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+@needs_cli
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [*COMMANDS, *(pytest.param(*row, marks=needs_peft) for row in ADAPTERS)],
+)
+def test_command(command: str, words: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    if command.startswith("inspect"):
+        import smoa_kernels.peft  # noqa: F401  # whose dependencies print when they are first imported
+    out, err = run(command, world, capsys)
+    assert out == ""
+    assert err.startswith("smoa-kernels: error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    _, debug = run(f"--debug {command}", world, capsys)
+    assert debug.endswith(err)
+    parsed = not command.startswith(("--", "tun "))
+    assert debug.startswith("Traceback") == (parsed and command != "tun")
+
+
+@needs_cli
+@pytest.mark.parametrize("place", ["/nowhere/at/all.json", "FOLDER"])
+@pytest.mark.parametrize("command", ["info", "roofline"])
+def test_results_that_cannot_be_written(
+    command: str, place: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table is printed first; no scratch file is left."""
+    out, err = run(f"{command} --json {place}", world, capsys)
+    assert out
+    assert err.startswith("smoa-kernels: error: cannot write ")
+    assert err.count("\n") == 1
+
+
+@needs_cli
+def test_an_error_that_nobody_foresaw_is_one_line_too(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smoa_kernels.cli.roofline.choose_algorithm", lambda *_: {}["key"])
+    _, err = run("roofline", world, capsys)
+    assert err == "smoa-kernels: error: KeyError: 'key' (not foreseen; smoa-kernels --debug shows where)\n"
+
+
+PEFT: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"r": None}, TypeError, "r must be an int, got None"),
+    ({"smoa_alpha": "1"}, ValueError, "smoa_alpha must be a finite number, got '1'"),
+    ({"smoa_dropout": None}, ValueError, "smoa_dropout must be a finite number, got None"),
+    ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
+    ({"rank_pattern": [1]}, TypeError, "rank_pattern must be a dict"),
+    ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be an int of at least 1"),
+    ({"rank_pattern": {5: 1}}, ValueError, "a key of rank_pattern must be a regular expression, got 5"),
+    ({"alpha_pattern": {"q": "x"}}, ValueError, r"alpha_pattern\['q'\] must be a finite number, got 'x'"),
+    ({"num_blocks_pattern": {"q": 1.5}}, ValueError, r"num_blocks_pattern\['q'\] must be an int"),
+    ({"target_modules": "("}, ValueError, r"target_modules must be a regular expression, got '\('"),
+    ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of names, got 'head'"),
+    ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
+    ({"format_version": 99}, ValueError, "format_version 99 of the adapter is newer"),
+    ({"format_version": "2"}, ValueError, "format_version must be an int, got '2'"),
+]
+
+
+@needs_peft
+@pytest.mark.parametrize(("settings", "error", "words"), PEFT)
+def test_configuration(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
+    from smoa_kernels.peft import SMoAConfig
+
+    check(world, lambda _: SMoAConfig(**settings), error, words)
+
+
+@needs_peft
+def test_a_configuration_is_not_saved_over_a_file(world: World) -> None:
+    from smoa_kernels.peft import SMoAConfig
+
+    file = str(world.folder / "config.json")
+    words = "save_directory must be a folder, got the file"
+    check(world, lambda _: SMoAConfig().save_pretrained(file), ValueError, words)
