@@ -65,7 +65,9 @@ class Team:
 
     def seed(self, seed: int, step: int) -> None:
         """Seed dropout for a step, so that a resumed run draws what an uninterrupted one does; shares differ."""
-        torch.manual_seed((seed << 40) + (step << 16) + self.rank % self.shares)
+        torch.manual_seed(
+            hash((seed, step, self.rank % self.shares)) % 2**63
+        )  # a hash of numbers is always the same
 
     def gather(self, *values: float) -> list[tuple[float, ...]]:
         """Return everyone's values, in order of rank."""
