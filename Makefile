@@ -51,6 +51,9 @@ test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core and kernel tests on the ol
 	$(OLDEST)/bin/python -m pytest $(CORE) $(ARGS)
 	$(BIN)/python -m pytest $(CORE) $(ARGS)
 
+trust: $(BIN)/.dev ## every result's share of its error budget, by backend and dtype (.benchmarks/trust.md)
+	$(BIN)/python tests/trust.py --out .benchmarks/trust.md $(ARGS)
+
 dist: $(BIN)/.dev ## build the wheel and the sdist, and check them as PyPI would
 	$(BIN)/python -m pip install --quiet build twine
 	$(BIN)/python -m build

@@ -38,6 +38,11 @@ class LinearProblem:
             dy=self.dy.to(dtype),
         )
 
+    def on(self, device: torch.device) -> LinearProblem:
+        """The same problem on another device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, partition=self.partition.to(device), **tensors)
+
     def run(self, **kwargs: object) -> tuple[Tensor, ...]:
         """y, dX, dA, dB and, where there is one, dbias."""
         return self._run(smoa_linear, **kwargs)
@@ -107,3 +112,12 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     norm = float(torch.linalg.vector_norm(truth))
     error = float(torch.linalg.vector_norm(value - truth))
     return error / norm if norm else error
+
+
+# Beside the same-dtype error, a floor for results that torch happens to get exactly.
+TINY = {torch.float64: 1e-13, torch.float32: 2e-7, torch.bfloat16: 1e-4, torch.float16: 1e-5}
+
+
+def error_over_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
+    """`err(ours) / (2 · err(same-dtype reference) + tiny)`, both against the float64 truth: 1 uses the budget up."""
+    return relative_error(ours, truth) / (2 * relative_error(theirs, truth) + TINY[ours.dtype])

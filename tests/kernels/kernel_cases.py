@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
-from problems import LinearProblem, relative_error
+from problems import LinearProblem, error_over_budget
 from torch import Tensor
 from vectors import Vector
 
@@ -15,9 +14,6 @@ from smoa_kernels.partition import BlockPartition
 from smoa_kernels.reference import reference_delta_weight, reference_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Beside the same-dtype error, a floor for results that torch happens to get exactly.
-TINY = {torch.float32: 2e-7, torch.bfloat16: 1e-4, torch.float16: 1e-5}
 
 
 def from_vector(vector: Vector) -> LinearProblem:
@@ -34,15 +30,6 @@ def from_vector(vector: Vector) -> LinearProblem:
         ranks=torch.from_numpy(vector.ranks).int(),
         dy=torch.from_numpy(vector.dy),
         scaling=vector.scaling,
-    )
-
-
-def to_device(problem: LinearProblem, device: torch.device) -> LinearProblem:
-    """All tensors of a problem on one device."""
-    return replace(
-        problem,
-        **{name: value.to(device) for name, value in vars(problem).items() if isinstance(value, Tensor)},
-        partition=problem.partition.to(device),
     )
 
 
@@ -70,8 +57,7 @@ def assert_within_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
     """`err(ours) ≤ 2 · err(same-dtype reference) + tiny`, both against the float64 truth."""
     assert ours.dtype == theirs.dtype
     assert ours.shape == truth.shape
-    budget = 2 * relative_error(theirs, truth) + TINY[ours.dtype]
-    assert relative_error(ours, truth) <= budget
+    assert error_over_budget(ours, theirs, truth) <= 1
 
 
 class Guarded:

@@ -25,10 +25,7 @@ NAMES = ("y", "dx", "dA", "dB", "dbias")
 
 
 def problem(dtype: torch.dtype, device: torch.device, **kwargs: object) -> LinearProblem:
-    p = make_problem(**kwargs).to(dtype)  # type: ignore[arg-type]
-    tensors = ("x", "weight", "bias", "A", "B", "ranks", "dy")
-    moved = {name: getattr(p, name).to(device) for name in tensors if getattr(p, name) is not None}
-    return replace(p, partition=p.partition.to(device), **moved)
+    return make_problem(**kwargs).to(dtype).on(device)  # type: ignore[arg-type]
 
 
 def assert_within_budget(p: LinearProblem, *, fp32_tolerance: float = 1e-5, **options: object) -> None:

@@ -11,7 +11,6 @@ from kernel_cases import (
     assert_within_budget,
     delta_weight,
     from_vector,
-    to_device,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
@@ -72,13 +71,13 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 @each_dtype
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
 def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
-    check(to_device(from_vector(vector), device), dtype)
+    check(from_vector(vector).on(device), dtype)
 
 
 def test_vectors_hold_the_truth(device: torch.device) -> None:
     """The files' own gradients, without autograd between."""
     for vector in all_vectors():
-        problem = to_device(from_vector(vector), device).to(torch.float32)
+        problem = from_vector(vector).on(device).to(torch.float32)
         stored = vector.pack_A(vector.block_dA), vector.pack_B(vector.block_dB)
         for mine, true in zip(gradients(problem), stored, strict=True):
             torch.testing.assert_close(mine.double().cpu(), torch.from_numpy(true), rtol=1e-5, atol=1e-5)
@@ -87,13 +86,13 @@ def test_vectors_hold_the_truth(device: torch.device) -> None:
 @pytest.mark.parametrize("rank", [1, 15, 16, 64, 256])
 def test_float32_factors_over_a_half_weight(rank: int, device: torch.device) -> None:
     problem = make_problem(tokens=20, ranks=(rank, max(rank // 2, 1)), random_labels=True)
-    check(to_device(problem, device), torch.bfloat16, torch.float32)
+    check(problem.on(device), torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("splits", [2, 3, 7])
 def test_split_tokens_agree_with_unsplit(splits: int, device: torch.device) -> None:
     """Linear in G: parts of T add up, also where the last parts are short or have no token at all."""
-    problem = to_device(make_problem(tokens=70, random_labels=True), device).to(torch.float32)
+    problem = make_problem(tokens=70, random_labels=True).on(device).to(torch.float32)
     truth = expected(problem.to(torch.float64))
     parts = gradients(problem, replace(SMALL, split=splits))
     for mine, whole, true in zip(parts, gradients(problem), truth, strict=True):
@@ -103,7 +102,7 @@ def test_split_tokens_agree_with_unsplit(splits: int, device: torch.device) -> N
 @pytest.mark.parametrize("config", SHIPPED, ids=str)
 def test_every_shipped_configuration(config: BlockGradConfig, device: torch.device) -> None:
     problem = make_problem(tokens=70, out_features=130, in_features=70, ranks=(5, 2))
-    problem = to_device(problem, device).to(torch.float32)
+    problem = problem.on(device).to(torch.float32)
     ours = block_grad(*gather(problem, 128), adapter_of(problem), config=config)
     truth = expected(problem.to(torch.float64))
     for mine, theirs, true in zip(ours, expected(problem), truth, strict=True):
@@ -113,7 +112,7 @@ def test_every_shipped_configuration(config: BlockGradConfig, device: torch.devi
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 def test_only_what_is_needed(needs: tuple[bool, bool], device: torch.device) -> None:
-    problem = to_device(make_problem(random_labels=True), device).to(torch.float32)
+    problem = make_problem(random_labels=True).on(device).to(torch.float32)
     both = gradients(problem)
     some = block_grad(*gather(problem), adapter_of(problem), needs_A=needs[0], needs_B=needs[1], config=SMALL)
     for gradient, full, needed in zip(some, both, needs, strict=True):
@@ -123,7 +122,7 @@ def test_only_what_is_needed(needs: tuple[bool, bool], device: torch.device) -> 
 @each_dtype
 @pytest.mark.parametrize("split", [1, 3])
 def test_reruns_are_bitwise_equal(split: int, dtype: torch.dtype, device: torch.device) -> None:
-    problem = to_device(make_problem(tokens=70, random_labels=True), device).to(dtype)
+    problem = make_problem(tokens=70, random_labels=True).on(device).to(dtype)
     config = replace(SMALL, split=split)
     for first, second in zip(gradients(problem, config), gradients(problem, config), strict=True):
         assert torch.equal(first, second)
@@ -132,7 +131,7 @@ def test_reruns_are_bitwise_equal(split: int, dtype: torch.dtype, device: torch.
 def test_no_gradient_crosses_into_padding_or_other_memory(guarded: Guarded, device: torch.device) -> None:
     """Strided inputs with NaN around them, and NaN in the factors' padding: neither is ever used."""
     problem = make_problem(tokens=21, ranks=(3, 0, 20), random_labels=True, fill_padding=False)
-    problem = to_device(problem, device).to(torch.float32)
+    problem = problem.on(device).to(torch.float32)
     whole = gradients(problem)
     used_A, used_B = padding_masks(problem.partition, problem.ranks, 20)
     problem.A[~used_A] = float("nan")
@@ -150,7 +149,7 @@ def test_no_gradient_crosses_into_padding_or_other_memory(guarded: Guarded, devi
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_column_major_weight_and_factors(transposed: bool, device: torch.device) -> None:
-    problem = to_device(make_problem(random_labels=True), device).to(torch.float32)
+    problem = make_problem(random_labels=True).on(device).to(torch.float32)
     row_major = gradients(problem)
     adapter = adapter_of(problem, lambda tensor: tensor.T.contiguous().T)
     dyg, xg = gather(problem)
@@ -168,7 +167,7 @@ def test_column_major_weight_and_factors(transposed: bool, device: torch.device)
 
 def test_offsets_beyond_int32(device: torch.device) -> None:
     """Tokens 2³¹ / 8 elements apart, in memory that is reserved and mostly never touched."""
-    problem = to_device(make_problem(tokens=12), device).to(torch.bfloat16)
+    problem = make_problem(tokens=12).on(device).to(torch.bfloat16)
     dyg, xg = gather(problem)
     stride = 2**31 // 8
     storage = torch.zeros(1, dtype=torch.bfloat16, device=device)
@@ -184,13 +183,13 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
 
 @pytest.mark.parametrize("split", [0, 1])
 def test_no_tokens(split: int, device: torch.device) -> None:
-    problem = to_device(make_problem(tokens=0), device).to(torch.float32)
+    problem = make_problem(tokens=0).on(device).to(torch.float32)
     for gradient in gradients(problem, replace(SMALL, split=split)):
         assert not gradient.any()
 
 
 def test_no_rank(device: torch.device) -> None:
-    problem = to_device(make_problem(ranks=(0, 0)), device).to(torch.float32)
+    problem = make_problem(ranks=(0, 0)).on(device).to(torch.float32)
     dA, dB = gradients(problem)
     assert dA.shape == (0, 57)
     assert dB.shape == (33, 0)
@@ -198,7 +197,7 @@ def test_no_rank(device: torch.device) -> None:
 
 def test_large_half_gradients_do_not_overflow(device: torch.device) -> None:
     """H in float32: a G beyond float16's range still gives finite factor gradients where these are small."""
-    problem = to_device(make_problem(tokens=16), device)
+    problem = make_problem(tokens=16).on(device)
     problem = replace(problem, x=problem.x * 300, dy=problem.dy * 300, weight=problem.weight * 1e-3)
     rounded = problem.to(torch.float16)
     for mine, true in zip(gradients(rounded), expected(rounded.to(torch.float64)), strict=True):
@@ -214,7 +213,7 @@ def test_token_splits() -> None:
 
 
 def test_bad_input(device: torch.device) -> None:
-    problem = to_device(make_problem(), device).to(torch.float32)
+    problem = make_problem().on(device).to(torch.float32)
     dyg, xg = gather(problem)
     adapter: PackedAdapter = adapter_of(problem)
     with pytest.raises(ValueError, match="must be multiples of the tile"):

@@ -11,7 +11,6 @@ from kernel_cases import (
     assert_within_budget,
     delta_weight,
     from_vector,
-    to_device,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
@@ -71,12 +70,12 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 @each_dtype
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
 def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
-    check(to_device(from_vector(vector), device), dtype)
+    check(from_vector(vector).on(device), dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 16, 32, 256])
 def test_float32_factors_over_a_half_weight(rank: int, device: torch.device) -> None:
-    problem = to_device(make_problem(ranks=(rank, max(rank // 2, 1)), random_labels=True), device)
+    problem = make_problem(ranks=(rank, max(rank // 2, 1)), random_labels=True).on(device)
     check(problem, torch.bfloat16, torch.float32)
 
 
@@ -84,7 +83,7 @@ def test_float32_factors_over_a_half_weight(rank: int, device: torch.device) -> 
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: torch.device) -> None:
     """dX of the adapter, dY ΔW, in block order, from ΔW's own blocks or from the transposed adapter's."""
-    problem = to_device(make_problem(tokens=19, random_labels=True), device).to(dtype)
+    problem = make_problem(tokens=19, random_labels=True).on(device).to(dtype)
     adapter = adapter_of(problem)
     delta = blocks(adapter.T) if contiguous else blocks(adapter).transpose(1, 2)
     dyg = gather(problem.dy, adapter.T, delta.shape[2])
@@ -103,7 +102,7 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
 
 @pytest.mark.parametrize("config", SHIPPED, ids=str)
 def test_every_shipped_configuration(config: BlockMatmulConfig, device: torch.device) -> None:
-    problem = to_device(make_problem(tokens=5, out_features=130, in_features=70, ranks=(5, 2)), device)
+    problem = make_problem(tokens=5, out_features=130, in_features=70, ranks=(5, 2)).on(device)
     problem = problem.to(torch.float32)
     adapter = adapter_of(problem)
     delta = blocks(adapter, 128)
@@ -115,7 +114,7 @@ def test_every_shipped_configuration(config: BlockMatmulConfig, device: torch.de
 
 def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
     """Rows of y further apart than their width, y transposed, x blocks apart: nothing outside is touched."""
-    problem = to_device(make_problem(tokens=21, random_labels=True), device).to(torch.float32)
+    problem = make_problem(tokens=21, random_labels=True).on(device).to(torch.float32)
     adapter = adapter_of(problem, lambda tensor: guarded(tensor, row_padding=3))
     expected = output(problem)
     delta = guarded(blocks(adapter))
@@ -132,7 +131,7 @@ def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
 
 def test_offsets_beyond_int32(device: torch.device) -> None:
     """Rows of y 2³¹ / 8 elements apart, in memory that is reserved and mostly never touched."""
-    problem = to_device(make_problem(tokens=12, fill_padding=False), device).to(torch.bfloat16)
+    problem = make_problem(tokens=12, fill_padding=False).on(device).to(torch.bfloat16)
     stride = 2**31 // 8
     shape = (12, problem.weight.shape[0])
     storage = torch.zeros(1, dtype=torch.bfloat16, device=device)
@@ -146,13 +145,13 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
 
 @each_dtype
 def test_reruns_are_bitwise_equal(dtype: torch.dtype, device: torch.device) -> None:
-    problem = to_device(make_problem(tokens=40, random_labels=True), device).to(dtype)
+    problem = make_problem(tokens=40, random_labels=True).on(device).to(dtype)
     assert torch.equal(output(problem), output(problem))
 
 
 def test_output_in_float32(device: torch.device) -> None:
     """The accumulator unrounded, for a base GEMM that adds onto it in float32."""
-    problem = to_device(make_problem(), device).to(torch.bfloat16)
+    problem = make_problem().on(device).to(torch.bfloat16)
     adapter = adapter_of(problem)
     delta = blocks(adapter)
     out = torch.empty(*problem.dy.shape, device=device)
@@ -161,13 +160,13 @@ def test_output_in_float32(device: torch.device) -> None:
 
 
 def test_no_tokens(device: torch.device) -> None:
-    problem = to_device(make_problem(tokens=0), device).to(torch.float32)
+    problem = make_problem(tokens=0).on(device).to(torch.float32)
     assert output(problem).shape == (0, 33)
 
 
 def test_a_choice_for_every_layout(device: torch.device) -> None:
     """Without a configuration: whatever shipped tile divides the padded widths."""
-    problem = to_device(make_problem(tokens=3), device).to(torch.float32)
+    problem = make_problem(tokens=3).on(device).to(torch.float32)
     adapter = adapter_of(problem)
     xg = gather(problem.x, adapter, 64)
     out = torch.empty(3, 33, device=device)
@@ -180,7 +179,7 @@ def test_a_choice_for_every_layout(device: torch.device) -> None:
 
 
 def test_bad_input(device: torch.device) -> None:
-    problem = to_device(make_problem(), device).to(torch.float32)
+    problem = make_problem().on(device).to(torch.float32)
     adapter = adapter_of(problem)
     delta = blocks(adapter)
     xg = gather(problem.x, adapter, delta.shape[2])

@@ -12,7 +12,6 @@ from kernel_cases import (
     delta_weight,
     from_vector,
     linear,
-    to_device,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
@@ -55,7 +54,7 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 @each_dtype
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
 def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
-    check(to_device(from_vector(vector), device), dtype)
+    check(from_vector(vector).on(device), dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 16, 64, 65, 256])
@@ -63,20 +62,20 @@ def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> No
 def test_ranks(rank: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
     """One product or a loop over chunks of the rank; float32 factors over a half weight."""
     problem = make_problem(tokens=3, ranks=(rank, max(rank // 2, 1)), random_labels=True)
-    check(to_device(problem, device), *dtypes)
+    check(problem.on(device), *dtypes)
 
 
 @pytest.mark.parametrize("config", ALL_CONFIGS, ids=str)
 def test_every_shipped_configuration(config: FusedLinearConfig, device: torch.device) -> None:
     problem = make_problem(tokens=35, out_features=70, in_features=150, ranks=(5, 2))
-    problem = to_device(problem, device).to(torch.float32)
+    problem = problem.on(device).to(torch.float32)
     y = fused_linear(problem.x, problem.bias, adapter_of(problem), config=config)
     assert_within_budget(y, linear(problem), linear(problem.to(torch.float64)))
 
 
 def test_tf32_stays_within_its_own_rounding(device: torch.device) -> None:
     """Operands of 10 explicit bits: 2⁻¹¹ each. Under the interpreter the product is exact."""
-    problem = to_device(make_problem(), device).to(torch.float32)
+    problem = make_problem().on(device).to(torch.float32)
     y = fused_linear(problem.x, problem.bias, adapter_of(problem), allow_tf32=True)
     torch.testing.assert_close(y, linear(problem), rtol=0, atol=4 * 2**-11 * float(y.abs().max()))
 
@@ -87,7 +86,7 @@ def test_strides_and_guards(
     transposed: bool, row_padding: int, guarded: Guarded, device: torch.device
 ) -> None:
     problem = make_problem(tokens=9, out_features=70, in_features=45, ranks=(3, 0, 20))
-    problem = to_device(problem, device).to(torch.float32)
+    problem = problem.on(device).to(torch.float32)
     if transposed:
         problem = replace(problem, weight=problem.weight.T.contiguous().T, x=problem.x.T.contiguous().T)
     assert problem.bias is not None
@@ -108,7 +107,7 @@ def test_strides_and_guards(
 @each_dtype
 @pytest.mark.parametrize("split", [1, 4])
 def test_two_runs_are_bitwise_equal(split: int, dtype: torch.dtype, device: torch.device) -> None:
-    problem = to_device(make_problem(in_features=200, ranks=(20, 3), dtype=dtype), device)
+    problem = make_problem(in_features=200, ranks=(20, 3), dtype=dtype).on(device)
     configs = fused_linear_configs("cpu", dtype, "ieee")
     config = next(config for config in configs if config.split == split)
     first, second = (
@@ -123,7 +122,7 @@ def test_a_tiny_adapter_arrives(dtype: torch.dtype, device: torch.device) -> Non
     problem = make_problem(tokens=64, out_features=128, in_features=256, ranks=(4, 4))
     delta, weight = delta_weight(problem), problem.weight
     shrink = 1e-4 * float(weight.norm() / delta.norm())
-    rounded = to_device(replace(problem, B=problem.B * shrink), device).to(dtype, torch.float32)
+    rounded = replace(problem, B=problem.B * shrink).on(device).to(dtype, torch.float32)
     off = replace(rounded, B=torch.zeros_like(rounded.B))
     exact = rounded.to(torch.float64)
     adapter_output = exact.x @ delta_weight(exact).T
@@ -142,12 +141,12 @@ def test_a_tiny_adapter_arrives(dtype: torch.dtype, device: torch.device) -> Non
 
 
 def test_no_tokens(device: torch.device) -> None:
-    problem = to_device(make_problem(tokens=0, dtype=torch.float32), device)
+    problem = make_problem(tokens=0, dtype=torch.float32).on(device)
     assert fused_linear(problem.x, problem.bias, adapter_of(problem)).shape == (0, 33)
 
 
 def test_a_shard_without_columns_gives_the_bias(device: torch.device) -> None:
-    problem = to_device(make_problem(dtype=torch.float32), device)
+    problem = make_problem(dtype=torch.float32).on(device)
     adapter = adapter_of(problem)
     none = slice(0)
     shard = replace(

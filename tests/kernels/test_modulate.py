@@ -11,7 +11,6 @@ from kernel_cases import (
     assert_within_budget,
     delta_weight,
     from_vector,
-    to_device,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
@@ -54,20 +53,18 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 @each_dtype
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
 def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
-    check(to_device(from_vector(vector), device), dtype)
+    check(from_vector(vector).on(device), dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 15, 16, 64, 256])
 def test_float32_factors_over_a_half_weight(rank: int, device: torch.device) -> None:
-    problem = to_device(make_problem(ranks=(rank, max(rank // 2, 1)), random_labels=True), device)
+    problem = make_problem(ranks=(rank, max(rank // 2, 1)), random_labels=True).on(device)
     check(problem, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("config", MODULATE_CONFIGS, ids=str)
 def test_every_shipped_configuration(config: ModulateConfig, device: torch.device) -> None:
-    problem = to_device(make_problem(out_features=90, in_features=150, ranks=(5, 2)), device).to(
-        torch.float32
-    )
+    problem = make_problem(out_features=90, in_features=150, ranks=(5, 2)).on(device).to(torch.float32)
     truth = problem.to(torch.float64)
     weight = modulated_weight(adapter_of(problem), config=config)
     assert_within_budget(weight, effective(problem), effective(truth))
@@ -81,7 +78,7 @@ def test_strides_and_guards(
     transposed: bool, row_padding: int, guarded: Guarded, device: torch.device
 ) -> None:
     """Rows further apart than their width, column-major weights, and nothing touched around any tensor."""
-    problem = to_device(make_problem(out_features=70, in_features=45, ranks=(3, 0, 20)), device)
+    problem = make_problem(out_features=70, in_features=45, ranks=(3, 0, 20)).on(device)
     problem = problem.to(torch.float32)
     if transposed:
         problem.weight.set_(problem.weight.T.contiguous().T)
@@ -104,21 +101,21 @@ def test_strides_and_guards(
 
 @each_dtype
 def test_merges_in_place(dtype: torch.dtype, device: torch.device) -> None:
-    adapter = adapter_of(to_device(make_problem(dtype=dtype), device))
+    adapter = adapter_of(make_problem(dtype=dtype).on(device))
     expected = modulated_weight(adapter)
     modulated_weight(adapter, out=adapter.weight)
     assert torch.equal(adapter.weight, expected)
 
 
 def test_two_runs_are_bitwise_equal(device: torch.device) -> None:
-    adapter = adapter_of(to_device(make_problem(ranks=(40, 3), dtype=torch.bfloat16), device))
+    adapter = adapter_of(make_problem(ranks=(40, 3), dtype=torch.bfloat16).on(device))
     assert torch.equal(modulated_weight(adapter), modulated_weight(adapter))
     first, second = (modulated_blocks(adapter, row_multiple=16, col_multiple=16) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_a_block_of_rank_zero_and_other_blocks_leave_the_weight_alone(device: torch.device) -> None:
-    problem = to_device(make_problem(ranks=(0, 4), dtype=torch.bfloat16), device)
+    problem = make_problem(ranks=(0, 4), dtype=torch.bfloat16).on(device)
     weight, p = modulated_weight(adapter_of(problem)), problem.partition
     adapted = (p.row_block[:, None] == p.col_block) & (p.row_block[:, None] == 1)
     assert torch.equal(weight[~adapted], problem.weight[~adapted])
@@ -127,7 +124,7 @@ def test_a_block_of_rank_zero_and_other_blocks_leave_the_weight_alone(device: to
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_empty_weights(shape: tuple[int, int], device: torch.device) -> None:
-    problem = to_device(make_problem(out_features=5, in_features=5, ranks=(2, 1)), device)
+    problem = make_problem(out_features=5, in_features=5, ranks=(2, 1)).on(device)
     problem = problem.to(torch.float32)
     rows, cols = (slice(size) for size in shape)
     adapter = adapter_of(problem)

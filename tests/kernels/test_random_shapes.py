@@ -8,7 +8,7 @@ import test_block_matmul
 import test_fused_linear
 import test_modulate
 import torch
-from kernel_cases import DTYPES, to_device
+from kernel_cases import DTYPES
 from problems import LinearProblem, make_problem
 from test_permute import gather, gathered_by_hand, random_partition, scatter
 
@@ -43,7 +43,7 @@ def problems(draw: st.DrawFn) -> LinearProblem:
 def test_random_shapes(
     check: Callable[..., None], problem: LinearProblem, dtype: torch.dtype, device: torch.device
 ) -> None:
-    check(to_device(problem, device), dtype)
+    check(problem.on(device), dtype)
 
 
 @few
