@@ -145,7 +145,7 @@ def _block_matmul(x: Tensor, adapter: PackedAdapter) -> Tensor:
             delta = _product(block.A, block.B.mul(adapter.scaling), weight).mul_(weight)
             output = _columns(x, block.cols) @ delta.to(x.dtype).T
         else:
-            output = x.new_zeros(()).expand(x.shape[0], block.B.shape[0])
+            output = x.new_zeros(x.shape[0], block.B.shape[0])  # accumulated onto where K = 1
         if block.rows is None:
             return output
         scatter_columns(y, block.rows, output)

@@ -1,5 +1,6 @@
 """Settings of the whole test process."""
 
+import importlib.util
 import os
 
 import torch
@@ -7,3 +8,11 @@ import torch
 # Triton reads it when a kernel is defined, so it is set before any kernel is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# How many problems tests/test_fuzz.py draws in all; HYPOTHESIS_PROFILE chooses.
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    settings.register_profile("ci", max_examples=300, deadline=None)
+    settings.register_profile("nightly", max_examples=10_000, deadline=None)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

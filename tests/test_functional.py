@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from problems import LinearProblem, error_over_budget, make_problem, relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -44,29 +42,6 @@ def test_equals_reference(shape: dict[str, object], algorithm: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_reference_with_dropout(shape: dict[str, object]) -> None:
     assert_equal_to_reference(make_problem(**shape), dropout_p=0.4, dropout_seed=torch.tensor(9))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    tokens=st.integers(0, 20),
-    out_features=st.integers(1, 24),
-    in_features=st.integers(1, 24),
-    ranks=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any),
-    algorithm=st.sampled_from(ALGORITHMS),
-    seed=st.integers(0, 1000),
-)
-def test_random_problems(
-    tokens: int, out_features: int, in_features: int, ranks: list[int], algorithm: str, seed: int
-) -> None:
-    problem = make_problem(
-        tokens=tokens,
-        out_features=out_features,
-        in_features=in_features,
-        ranks=tuple(ranks),
-        random_labels=True,
-        seed=seed,
-    )
-    assert_equal_to_reference(problem, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("bias", [True, False])
