@@ -21,7 +21,9 @@ from smoa_kernels.gpus import GPUS
 from smoa_kernels.packed import pack_factors
 from smoa_kernels.reference import reference_linear
 
-needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the peft extra")
+needs_peft = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="needs the peft extra"
+)
 needs_cli = pytest.mark.skipif(importlib.util.find_spec("typer") is None, reason="needs the cli extra")
 
 
@@ -451,3 +453,43 @@ def test_a_configuration_is_not_saved_over_a_file(world: World) -> None:
     file = str(world.folder / "config.json")
     words = "save_directory must be a folder, got the file"
     check(world, lambda _: SMoAConfig().save_pretrained(file), ValueError, words)
+
+
+PAPER: list[tuple[dict[str, Tensor], dict[str, Tensor], str]] = [
+    ({"x.weight": torch.zeros(1)}, {}, "x.weight is not of the form"),
+    ({"a.lora_A.x.0.weight": one(1)}, {}, "a lacks lora_B of block 0"),
+    ({"a.lora_A.x.999999999.weight": one(1)}, {}, "a lacks lora_A of block 0"),  # at once
+    ({f"a.lora_{side}.x.0.weight": torch.ones(1, 1) for side in "AB"}, {}, "weights must hold W0 of a"),
+]
+
+
+@needs_peft
+@pytest.mark.parametrize(("state", "weights", "words"), PAPER, ids=[words for *_, words in PAPER])
+def test_papers_layout(
+    state: dict[str, Tensor], weights: dict[str, Tensor], words: str, world: World
+) -> None:
+    from smoa_kernels.peft.paper import from_paper_layout
+
+    check(world, lambda _: from_paper_layout(state, weights), ValueError, words)
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "adapter_config.json must hold a JSON object, got list"),
+        ("null", "adapter_config.json must hold a JSON object, got NoneType"),
+        ("[" * 100_000, "recursion"),
+        ("{", "Expecting property name"),
+        ('{"peft_type": 5}', "an adapter of the method 5, not SMOA"),
+        ('{"peft_type": "SMOA", "r": "x"}', "r must be an int, got 'x'"),
+        ('{"peft_type": "SMOA", "format_version": 99}', "format_version 99 of the adapter is newer"),
+    ],
+    ids=range(7),
+)
+def test_inspected_configuration(text: str, words: str, world: World) -> None:
+    """The folder is named."""
+    from smoa_kernels.peft.inspection import inspect_adapter
+
+    (world.folder / "adapter_config.json").write_text(text)
+    check(world, lambda w: inspect_adapter(w.folder), ValueError, f"{world.folder}: .*{words}")

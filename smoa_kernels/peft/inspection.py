@@ -120,11 +120,14 @@ def _config(folder: Path) -> SMoAConfig:
     if not (folder / CONFIG_NAME).is_file():  # PEFT would look for it on a hub
         raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}")
     try:
-        method = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+        data = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"{CONFIG_NAME} must hold a JSON object, got {type(data).__name__}")
+        method = data.get("peft_type")
         if method != PEFT_TYPE:
             raise ValueError(f"it is an adapter of the method {method}, not {PEFT_TYPE.value}")
         return SMoAConfig.from_pretrained(os.fspath(folder))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: {error}") from error
 
 

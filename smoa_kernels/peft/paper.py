@@ -51,7 +51,9 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     result: dict[str, Tensor] = {}
     for path, factors in layers.items():
         num_blocks = 1 + max(block for _, block in factors)
-        missing = [f"lora_{s} of block {k}" for s in "AB" for k in range(num_blocks) if (s, k) not in factors]
+        # Where one is missing, one is among the first: a block's number may be anything, and is not counted up to.
+        first = range(min(num_blocks, len(factors)))
+        missing = [f"lora_{s} of block {k}" for s in "AB" for k in first if (s, k) not in factors]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
         weight = _weight(weights, path)
