@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from . import plots, protocol, tables
-from .goals import GOALS
+from .goals import GOALS, PROFILE
 from .providers import HIRA, LORA, PAPER, SMOA
 from .results import Run, compact, read, read_all, write
 
@@ -114,7 +114,7 @@ def _run_page(run: Run) -> str:
         f"## {run.machine['device']}",
         f"{tables.machine_line(run)}. {steady}.",
         "**A smoke run: tiny sizes, its figures mean nothing.**" if run.machine["smoke"] else "",
-        *([] if run.on_gpu else ["### Goals", tables.goals(run)]),
+        *([] if run.on_gpu else ["### Goals", tables.goals(run), PROFILE]),
         "### The layer, over frozen",
         _figure(run, "ratio", "ratio over frozen by the number of blocks"),
         *(tables.ratios(run, layers, phase) for phase in ("both", "forward", "backward") if layers),
