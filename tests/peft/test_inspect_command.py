@@ -73,7 +73,10 @@ MISTAKES = {
     "no folder": (lambda f: f.rename(f.parent / "elsewhere"), "there is no adapter_config.json in"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"there is no {WEIGHTS} in"),
     "no json": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter: Expecting property name"),
-    "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter: adapter_config.json must hold a JSON object, got list"),
+    "a list": (
+        lambda f: (f / "adapter_config.json").write_text("[]"),
+        "adapter: adapter_config.json must hold a JSON object, got list",
+    ),
     "other method": (
         lambda f: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(f),
         "an adapter of the method LORA, not SMOA",
