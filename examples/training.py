@@ -97,14 +97,8 @@ class StopRequest:
             self.signal = number
 
 
-def shuffled_batches(
-    questions: Sequence[Question],
-    encoder: Encoder,
-    size: int,
-    seed: int,
-    team: Team = Team(),  # noqa: B008  it is frozen
-) -> Iterator[Batch]:
-    """Yield batches without end; each pass over the questions is in another order. A team shares each of them."""
+def shuffled(questions: Sequence[Question], size: int, seed: int) -> Iterator[list[Question]]:
+    """Yield ``size`` questions at a time without end; each pass over them is in another order."""
     shuffle = random.Random(seed).shuffle
     order: list[Question] = []
     while True:
@@ -112,8 +106,28 @@ def shuffled_batches(
             again = list(questions)
             shuffle(again)
             order += again
-        yield encoder.batch(team.share(order[:size]))
+        yield order[:size]
         del order[:size]
+
+
+def shuffled_batches(
+    questions: Sequence[Question],
+    encoder: Encoder,
+    size: int,
+    seed: int,
+    team: Team = Team(),  # noqa: B008  it is frozen
+) -> Iterator[Batch]:
+    """Yield batches of :func:`shuffled` questions. A team shares each of them."""
+    for drawn in shuffled(questions, size, seed):
+        yield encoder.batch(team.share(drawn))
+
+
+def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Let the learning rate rise over a tenth of the steps, then fall linearly to zero."""
+    warmup = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
 
 
 def next_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -148,7 +162,7 @@ def train(
     checkpoint_every: int | None = None,
     resume: bool = False,
 ) -> TrainingRecord:
-    """Train what requires grad with AdamW: lr rises over a tenth of the steps, then falls linearly to zero.
+    """Train what requires grad with AdamW, at a rate that rises and falls by :func:`schedule`.
 
     The loss is the cross-entropy of the answer's first token over the whole vocabulary, so that the adapted
     model says the answer by itself. Ends early, after a whole step, when ``stop`` has noted a signal, on any process
@@ -157,15 +171,12 @@ def train(
     Raises:
         DivergedError: if the loss is infinite or not a number.
     """
-    warmup = max(1, steps // 10)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
+    rates = schedule(optimizer, steps)
     record = TrainingRecord()
     if checkpoints is not None and resume:
         record = TrainingRecord(**checkpoints.load(model, optimizer))
-        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": record.steps})
+        rates.load_state_dict(rates.state_dict() | {"last_epoch": record.steps})
         for _ in range(record.steps):
             next(batches)
     model.train()
@@ -177,7 +188,7 @@ def train(
         loss = F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), batch.targets)
         loss.backward()
         optimizer.step()
-        schedule.step()
+        rates.step()
         optimizer.zero_grad()
         # `item` waits for an accelerator, so the time below is the whole step's.
         losses, tokens, signals = zip(*team.gather(loss.item(), batch.tokens, stop.signal or 0), strict=True)

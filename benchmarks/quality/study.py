@@ -1,0 +1,168 @@
+"""One run, and the order of a slice's runs: first every learning rate on validation, then the best one on test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from questions import Question, Splits
+from torch import Tensor, nn
+from training import schedule, shuffled
+
+from . import data, store
+from .methods import LEARNING_RATES, METHODS, Method, update_ranks
+from .models import CutModel
+from .tasks import Task
+
+SEARCH_SEED = 1000  # no seed that is reported
+EVALUATION_BATCH = 64
+
+Announce = Callable[[str], None]
+
+
+def best_rate(records: Sequence[dict[str, Any]], task: str, method: str) -> float | None:
+    """Return the learning rate that did best on validation, by accuracy and then by loss; None before any was tried."""
+    tried = [r for r in records if (r["task"], r["method"], r["stage"]) == (task, method, "search")]
+    return max(tried, key=lambda r: (r["accuracy"], -r["evaluation_loss"]))["lr"] if tried else None
+
+
+class Slice:
+    """All runs of one task.
+
+    Args:
+        task: which.
+        path: the records' file. Runs that are in it are not repeated.
+        announce: is told of each run.
+        splits: other questions than the task's own, for tests.
+    """
+
+    def __init__(self, task: Task, path: Path, announce: Announce, splits: Splits | None = None) -> None:
+        self.task, self.path, self.announce = task, path, announce
+        self.splits = splits or data.prepare(task.read())
+        self.digest = data.digest(self.splits)
+        classes = sorted({question.answer for part in self.splits for question in part})
+        self.model = task.cut(classes, task.layers)
+        self.provenance = store.provenance()
+
+    def run(self, seeds: int, methods: Sequence[Method] = METHODS) -> None:
+        """Do what is missing, method by method."""
+        for method in methods:
+            self.search(method)
+            for seed in range(seeds):
+                self.final(method, seed)
+
+    def search(self, method: Method) -> None:
+        """Try every learning rate on validation. Where nothing is trained there is none to try."""
+        if self._trains(method):
+            for lr in LEARNING_RATES:
+                self._once(method, "search", lr, SEARCH_SEED, self.splits.validation)
+
+    def final(self, method: Method, seed: int) -> None:
+        """Judge the best learning rate on test."""
+        lr = best_rate(store.read(self.path), self.task.name, method.name) if self._trains(method) else 0.0
+        if lr is not None:
+            self._once(method, "final", lr, seed, self.splits.test)
+
+    def _trains(self, method: Method) -> bool:
+        return method.kind != "none" or self.model.head is not None
+
+    def _once(self, method: Method, stage: str, lr: float, seed: int, judged_on: list[Question]) -> None:
+        task = self.task
+        key = store.Key(
+            task.name, method.name, stage, lr, seed, task.steps, task.batch_size, task.layers, "float32"
+        )
+        if key in map(store.key_of, store.read(self.path)):
+            return
+        result = train_and_judge(self.model, method, task, lr, seed, self.splits.train, judged_on)
+        record = store.append(self.path, key, result | {"data": self.digest} | self.provenance)
+        self.announce(
+            f"{task.name}  {method.name:16} {stage:6} lr {lr:<6g} seed {seed:<4}"
+            f" {record['accuracy']:6.1%}  loss {record['loss_end']:.3f}  {record['seconds']:.0f} s"
+        )
+
+
+def train_and_judge(
+    cut: CutModel,
+    method: Method,
+    task: Task,
+    lr: float,
+    seed: int,
+    train: Sequence[Question],
+    judged_on: Sequence[Question],
+) -> dict[str, Any]:
+    """Adapt, train and judge; a loss that is not finite ends the training, and the model is judged as it is."""
+    begin = time.process_time()
+    base = cut.fresh(seed)
+    head = [] if cut.head is None else list(base.get_submodule(cut.head).parameters())
+    model = method.adapt(base, cut.targets, seed)
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    for parameter in head:
+        parameter.requires_grad_(True)
+    # By itself the head is what the rate is searched for; beside an adapter its rate is the same for all.
+    groups = [
+        {"params": adapter, "lr": lr},
+        {"params": head, "lr": lr if method.kind == "none" else task.head_lr},
+    ]
+    groups = [group for group in groups if group["params"]]
+    losses: list[float] = []
+    seconds: list[float] = []
+    if groups:
+        cut.batch(train)  # so that no step pays for it
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        rates = schedule(optimizer, task.steps)
+        for questions in islice(shuffled(train, task.batch_size, seed), task.steps):
+            start = time.process_time()
+            batch = cut.batch(questions)
+            loss = F.cross_entropy(cut.scores(model, batch), batch.labels)
+            loss.backward()
+            optimizer.step()
+            rates.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            seconds.append(time.process_time() - start)
+            if not torch.isfinite(loss):
+                break
+    right, evaluation_loss = judge(cut, model, judged_on)
+    rank, effective_rank = update_ranks(model)
+    return {
+        "r": method.r,
+        "num_blocks": method.num_blocks,
+        "random": method.random,
+        "right": right,
+        "questions": len(judged_on),
+        "accuracy": right / len(judged_on),
+        "evaluation_loss": evaluation_loss,
+        "loss_start": mean(losses[:10]),
+        "loss_middle": mean(losses[len(losses) // 2 - 5 : len(losses) // 2 + 5]),
+        "loss_end": mean(losses[-10:]),
+        "steps_done": len(losses),
+        "parameters": sum(p.numel() for p in adapter),
+        "head_lr": task.head_lr,
+        "step_seconds": sorted(seconds)[len(seconds) // 2] if seconds else 0.0,
+        "seconds": time.process_time() - begin,
+        "rank": rank,
+        "effective_rank": effective_rank,
+    }
+
+
+@torch.no_grad()
+def judge(cut: CutModel, model: nn.Module, questions: Sequence[Question]) -> tuple[int, float]:
+    """Return how many are answered right, and the mean loss."""
+    right, total = 0, 0.0
+    ordered = sorted(questions, key=lambda question: len(question.prompt))  # little padding
+    for start in range(0, len(ordered), EVALUATION_BATCH):
+        batch = cut.batch(ordered[start : start + EVALUATION_BATCH])
+        scores: Tensor = cut.scores(model, batch)
+        right += int((scores.argmax(-1) == batch.labels).sum())
+        total += float(F.cross_entropy(scores, batch.labels, reduction="sum"))
+    return right, total / len(questions)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean; 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0

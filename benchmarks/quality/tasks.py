@@ -1,0 +1,53 @@
+"""The tasks: which questions, which model, how long a run is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from questions import Question
+
+from . import data
+from .models import CutModel, cut_minilm, cut_smollm2
+
+
+@dataclass(frozen=True)
+class Task:
+    """One slice of the study.
+
+    Attributes:
+        name: on the command line and in records.
+        title: for a person.
+        read: its questions.
+        cut: cuts the model for these classes, so many layers from the top.
+        layers: how many are adapted.
+        steps, batch_size: of every run.
+        head_lr: of the head that is new in every run, the same for all methods; 0 where there is none.
+    """
+
+    name: str
+    title: str
+    read: Callable[[], list[Question]]
+    cut: Callable[[Sequence[str], int], CutModel]
+    layers: int
+    steps: int = 60
+    batch_size: int = 16
+    head_lr: float = 0.0
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("trec50", "TREC-50", data.trec_fine, cut_minilm, layers=2, head_lr=1e-2),
+        Task("films", "film reviews", data.films, cut_minilm, layers=2, head_lr=1e-2),
+        Task(
+            "opinions",
+            "tweets, editorials, product reviews",
+            data.opinions,
+            cut_minilm,
+            layers=2,
+            head_lr=1e-2,
+        ),
+        Task("trec6", "TREC-6", data.trec6, cut_smollm2, layers=4),
+    )
+}
