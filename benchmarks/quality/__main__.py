@@ -37,6 +37,15 @@ def run(
         Slice(TASKS[name], records, console.print).run(seeds, chosen)
 
 
+@app.command()
+def report(records: Records = RECORDS, out: Annotated[Path, typer.Option(help="Folder.")] = RESULTS) -> None:
+    """Write quality.md and its figures."""
+    from .report import generate
+
+    for path in generate(records, out):
+        console.print(f"wrote {path}")
+
+
 def _check(option: str, given: list[str], allowed: object) -> None:
     for value in given:
         if value not in list(allowed):  # type: ignore[call-overload]

@@ -16,7 +16,7 @@ from smoa_kernels.peft.layer import SMoALayer
 
 Kind = Literal["none", "lora", "hira", "smoa"]
 RANK = 8
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LEARNING_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def shuffle_blocks(model: nn.Module, seed: int) -> None:
 def update_ranks(model: nn.Module) -> tuple[float, float]:
     """Return rank and effective rank of ΔW, each over the most that is possible, mean over the layers.
 
-    The effective rank is that of Roy and Vetterli (2007): the exponential of the entropy of the singular values' shares.
+    The effective rank is Roy and Vetterli's (2007): the exponential of the entropy of the singular values' shares.
     """
     ranks, effective = [], []
     for layer in model.modules():

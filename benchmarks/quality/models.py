@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
 PREFIX_BATCH = 32
+LONGEST = 256  # tokens; nothing here has more
 
 
 @dataclass(frozen=True)
@@ -37,46 +36,64 @@ class Batch:
     labels: Tensor
 
 
+class Upper(nn.Module):
+    """The adapted layers and what reads the classes off them.
+
+    Args:
+        body: takes ``inputs_embeds`` and returns hidden states.
+        head: scores the classes.
+        causal: whether the last position answers, of rows padded on the left; else it is the mean of all positions.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Linear, causal: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.causal = body, head, causal
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return logits (questions, classes)."""
+        extra = {"position_ids": positions(mask), "use_cache": False} if self.causal else {}
+        states = self.body(inputs_embeds=hidden, attention_mask=mask, **extra).last_hidden_state
+        if self.causal:
+            pooled = states[:, -1]
+        else:
+            pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        logits: Tensor = self.head(pooled)
+        return logits
+
+
 class CutModel:
     """A model whose upper layers are adapted, and what it needs to answer.
 
     Args:
         lower: embeddings and frozen layers; its last hidden state is the upper layers' input.
-        upper: takes ``inputs_embeds`` and returns the classes' logits.
-        head: name of the new layer in ``upper`` that is trained in full; None where there is none.
-        left: whether rows are padded on the left, so that the last position is the one that answers.
+        upper: the rest.
+        tokenizer: the model's.
+        classes: in the order of the head's outputs.
+        targets: names of the linear layers that are adapted.
+        new_head: whether the head is new and trained in full.
     """
 
     def __init__(
         self,
         lower: nn.Module,
-        upper: nn.Module,
+        upper: Upper,
         tokenizer: PreTrainedTokenizerBase,
         classes: Sequence[str],
         targets: tuple[str, ...],
-        head: str | None,
-        left: bool,
+        new_head: bool,
     ) -> None:
         self.lower, self.upper = lower.eval(), upper.eval()
-        self.tokenizer, self.classes, self.targets, self.head, self.left = (
-            tokenizer,
-            list(classes),
-            targets,
-            head,
-            left,
-        )
+        self.tokenizer, self.classes = tokenizer, list(classes)
+        self.targets, self.new_head = targets, new_head
         self._known: dict[str, Tensor] = {}
 
-    def fresh(self, seed: int) -> nn.Module:
-        """Return the upper layers with a head drawn from the seed; frozen weights are shared, not copied."""
+    def fresh(self, seed: int) -> Upper:
+        """Return the upper layers, with a head drawn from the seed where it is new; weights of the body are shared."""
         torch.manual_seed(seed)
-        head = set() if self.head is None else set(self.upper.get_submodule(self.head).parameters())
-        memo = {id(p): p for p in self.upper.parameters() if p not in head}
-        model = copy.deepcopy(self.upper, memo)
-        if self.head is not None:
-            layer: Any = model.get_submodule(self.head)
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        model = copy.deepcopy(self.upper, {id(p): p for p in self.upper.body.parameters()})
+        if self.new_head:
+            nn.init.normal_(model.head.weight, std=0.02)
+            nn.init.zeros_(model.head.bias)
         return model
 
     def batch(self, questions: Sequence[Question]) -> Batch:
@@ -88,22 +105,17 @@ class CutModel:
         labels = torch.tensor([self.classes.index(question.answer) for question in questions])
         return Batch(self._pad(rows), self._pad([torch.ones(len(row)) for row in rows]).long(), labels)
 
-    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return logits (questions, classes)."""
-        extra = {"position_ids": positions(batch.mask), "logits_to_keep": 1} if self.left else {}
-        logits: Tensor = model(inputs_embeds=batch.hidden, attention_mask=batch.mask, **extra).logits
-        return logits[:, -1] if self.left else logits
-
     def _pad(self, rows: list[Tensor]) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_side="left" if self.left else "right")
+        return pad_sequence(rows, batch_first=True, padding_side="left" if self.upper.causal else "right")
 
     @torch.no_grad()
     def _compute(self, prompts: list[str]) -> None:
         rows = [
-            torch.tensor(ids) for ids in self.tokenizer(prompts, truncation=True, max_length=128).input_ids
+            torch.tensor(ids)
+            for ids in self.tokenizer(prompts, truncation=True, max_length=LONGEST).input_ids
         ]
         ids, mask = self._pad(rows), self._pad([torch.ones(len(row)) for row in rows]).long()
-        extra = {"position_ids": positions(mask)} if self.left else {}
+        extra = {"position_ids": positions(mask)} if self.upper.causal else {}
         hidden = self.lower(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
         for prompt, row, keep in zip(prompts, hidden, mask.bool(), strict=True):
             self._known[prompt] = row[keep].clone()
@@ -123,33 +135,33 @@ class Given(nn.Module):
 
 
 def cut_minilm(classes: Sequence[str], layers: int) -> CutModel:
-    """all-MiniLM-L6-v2 with a new classification head; its upper ``layers`` of 6, and the pooler, are adapted."""
+    """all-MiniLM-L6-v2, its upper ``layers`` of 6 adapted: a new head on the mean of the tokens, as it was trained."""
     folder = minilm.locate()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    lower = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    lower.encoder.layer = lower.encoder.layer[:-layers]
-    upper = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=len(classes), dtype=torch.float32
+    lower, body = (
+        AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False) for _ in range(2)
     )
-    upper.bert.encoder.layer = upper.bert.encoder.layer[-layers:]
-    upper.bert.embeddings = Given()
-    return CutModel(lower, upper, tokenizer, classes, ("query", "key", "value", "dense"), "classifier", False)
+    lower.encoder.layer = lower.encoder.layer[:-layers]
+    body.encoder.layer = body.encoder.layer[-layers:]
+    body.embeddings = Given()
+    upper = Upper(body, nn.Linear(body.config.hidden_size, len(classes)), causal=False)
+    targets = ("query", "key", "value", "dense")
+    return CutModel(lower, upper, AutoTokenizer.from_pretrained(folder), classes, targets, new_head=True)
 
 
 def cut_smollm2(classes: Sequence[str], layers: int) -> CutModel:
-    """SmolLM2-135M; its upper ``layers`` of 30 are adapted. Of the vocabulary only the answers' first tokens are scored."""
+    """SmolLM2-135M, its upper ``layers`` of 30 adapted. Of its vocabulary only the answers' first tokens are scored."""
     folder = smollm2.cached_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    lower = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    encoder = Encoder(tokenizer, set(classes), LONGEST)
+    lower, body = (AutoModel.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    head = nn.Linear(body.config.hidden_size, len(classes), bias=False)
+    head.weight = nn.Parameter(body.embed_tokens.weight[encoder.answer_tokens].detach().clone())
     lower.layers = lower.layers[:-layers]
     lower.config.num_hidden_layers = len(lower.layers)
     lower.norm = nn.Identity()
-    upper = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    upper.model.layers = upper.model.layers[-layers:]
-    upper.model.embed_tokens = Given()
-    encoder = Encoder(tokenizer, set(classes), 2048)
-    answers = nn.Linear(upper.config.hidden_size, len(classes), bias=False)
-    answers.weight = nn.Parameter(upper.lm_head.weight[encoder.answer_tokens].detach().clone())
-    upper.lm_head = answers
+    body.layers = body.layers[-layers:]
+    body.embed_tokens = nn.Identity()
     targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    return CutModel(lower, upper, tokenizer, encoder.answers, targets, None, True)
+    return CutModel(
+        lower, Upper(body, head, causal=True), tokenizer, encoder.answers, targets, new_head=False
+    )

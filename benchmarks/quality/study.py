@@ -69,7 +69,7 @@ class Slice:
             self._once(method, "final", lr, seed, self.splits.test)
 
     def _trains(self, method: Method) -> bool:
-        return method.kind != "none" or self.model.head is not None
+        return method.kind != "none" or self.model.new_head
 
     def _once(self, method: Method, stage: str, lr: float, seed: int, judged_on: list[Question]) -> None:
         task = self.task
@@ -98,7 +98,7 @@ def train_and_judge(
     """Adapt, train and judge; a loss that is not finite ends the training, and the model is judged as it is."""
     begin = time.process_time()
     base = cut.fresh(seed)
-    head = [] if cut.head is None else list(base.get_submodule(cut.head).parameters())
+    head = list(base.head.parameters()) if cut.new_head else []
     model = method.adapt(base, cut.targets, seed)
     adapter = [p for p in model.parameters() if p.requires_grad]
     for parameter in head:
@@ -118,7 +118,7 @@ def train_and_judge(
         for questions in islice(shuffled(train, task.batch_size, seed), task.steps):
             start = time.process_time()
             batch = cut.batch(questions)
-            loss = F.cross_entropy(cut.scores(model, batch), batch.labels)
+            loss = F.cross_entropy(model(batch.hidden, batch.mask), batch.labels)
             loss.backward()
             optimizer.step()
             rates.step()
@@ -157,7 +157,7 @@ def judge(cut: CutModel, model: nn.Module, questions: Sequence[Question]) -> tup
     ordered = sorted(questions, key=lambda question: len(question.prompt))  # little padding
     for start in range(0, len(ordered), EVALUATION_BATCH):
         batch = cut.batch(ordered[start : start + EVALUATION_BATCH])
-        scores: Tensor = cut.scores(model, batch)
+        scores: Tensor = model(batch.hidden, batch.mask)
         right += int((scores.argmax(-1) == batch.labels).sum())
         total += float(F.cross_entropy(scores, batch.labels, reduction="sum"))
     return right, total / len(questions)
