@@ -16,7 +16,7 @@ from smoa_kernels.peft.layer import SMoALayer
 
 Kind = Literal["none", "lora", "hira", "smoa"]
 RANK = 8
-LEARNING_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1)
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class Method:
         return adapted
 
 
-# Equal r first, then equal parameters, then the ablation.
+# Equal r first (and LoRA at SMoA's budget for K=2), then equal parameters, then the ablation.
 METHODS = (
     Method("none", "none", r=0),
     Method("LoRA", "lora"),
+    Method("LoRA, r=4", "lora", r=4),
     Method("HiRA", "hira"),
     Method("SMoA K=2", "smoa", num_blocks=2),
     Method("SMoA K=4", "smoa", num_blocks=4),

@@ -1,81 +1,238 @@
-"""Tables and figures from the records: ``benchmarks/results/quality.md`` and its SVGs."""
+"""``benchmarks/results/quality.md`` and its figures, from the records."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..results import write
-from . import plots
-from .methods import ABLATIONS, LEARNING_RATES, METHODS, RANK
-from .statistics import Mean, paired, summarize
+from ..tables import table
+from . import plots, store
+from .analysis import Study
+from .methods import ABLATIONS, BY_NAME, LEARNING_RATES
+from .statistics import Mean
 from .study import best_rate
-from .tasks import TASKS
+from .tasks import Task
 
-Records = Sequence[dict[str, Any]]
-BASELINE = "LoRA"
-HALF = "SMoA K=2"  # about half of LoRA's parameters
-EQUAL = ("SMoA K=2, r=16", "SMoA K=4, r=32")  # about LoRA's parameters
+LORA, HALF, EQUAL = "LoRA", "SMoA K=2", "SMoA K=2, r=16"
+NAMES = {"none": "no adapter"}
 
 
-class Study:
-    """The records, by task, method and seed.
+def generate(records: Path, folder: Path) -> list[Path]:
+    """Write the page and its figures; return their paths.
 
-    Args:
-        records: as they were read; a run that is there twice counts once.
+    Raises:
+        ValueError: there is no record yet.
     """
-
-    def __init__(self, records: Records) -> None:
-        self.records = records
-        self.tasks = [name for name in TASKS if any(r["task"] == name for r in records)]
-        self.methods = [m.name for m in METHODS if any(r["method"] == m.name for r in records)]
-
-    def select(self, **fields: Any) -> list[dict[str, Any]]:
-        """The records whose fields have the given values."""
-        return [r for r in self.records if all(r[name] == value for name, value in fields.items())]
-
-    def accuracies(self, task: str, method: str) -> dict[int, float]:
-        """Test accuracy by seed, at the learning rate that validation chose."""
-        rate = best_rate(self.records, task, method)
-        runs = self.select(task=task, method=method, stage="final")
-        return {r["seed"]: r["accuracy"] for r in runs if rate is None or r["lr"] == rate}
-
-    def mean(self, task: str, method: str) -> Mean | None:
-        """Mean test accuracy over the seeds."""
-        found = self.accuracies(task, method)
-        return summarize(list(found.values())) if found else None
-
-    def difference(self, task: str, ours: str, theirs: str) -> Mean | None:
-        """Mean difference in test accuracy, seed by seed."""
-        return paired(self.accuracies(task, ours), self.accuracies(task, theirs))
-
-    def overall(self, ours: str, theirs: str) -> Mean | None:
-        """Mean over the tasks of the tasks' mean differences; the interval is over all pairs of task and seed.
-
-        A task's own mean is subtracted before its spread is counted, so that the interval speaks of these tasks.
-        """
-        pairs = []
-        for task in self.tasks:
-            a, b = self.accuracies(task, ours), self.accuracies(task, theirs)
-            pairs.append([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
-        pairs = [p for p in pairs if p]
-        if not pairs:
-            return None
-        return over_tasks(pairs)
+    study = Study(store.read(records))
+    if not study.records:
+        raise ValueError(f"{records} holds no run: `python -m benchmarks.quality run --task NAME` adds some")
+    texts = {f"quality-{name}.svg": text for name, text in plots.figures(study).items()}
+    texts["quality.md"] = page(study)
+    for name, text in texts.items():
+        write(folder / name, text)
+    return [folder / name for name in texts]
 
 
-def over_tasks(differences: Sequence[Sequence[float]]) -> Mean:
-    """Mean of the tasks' means, with the t interval of seeds within tasks (variances pooled)."""
-    from .statistics import CONFIDENCE, t_quantile
+def page(study: Study) -> str:
+    """The page's text."""
+    return (
+        "\n\n".join(
+            block.strip()
+            for block in (
+                "# Quality: the paper's claim, tested",
+                "Written by `python -m benchmarks.quality report`; nothing here is typed.",
+                machine(study),
+                protocol(study),
+                "## What came out",
+                verdicts(study),
+                "## Accuracy on test",
+                "Mean ± standard error over the seeds, percent.",
+                accuracies(study),
+                "![accuracy by method and task](quality-accuracy.svg)",
+                "*Means with 95 % intervals; the line is LoRA's mean.*",
+                "## Against LoRA, seed by seed",
+                "Differences in points of accuracy with Student's 95 % interval. The last column is the mean over the tasks; its "
+                "interval counts the spread between seeds, so it speaks of these tasks.",
+                differences(study, [(name, LORA) for name in study.methods if name != LORA]),
+                "## Does the spectrum matter?",
+                "SMoA with its spectral blocks minus SMoA with as large blocks of coordinates drawn at random by the seed.",
+                differences(study, [(ours, theirs) for theirs, ours in ABLATIONS.items()]),
+                "## Learning rates",
+                f"Each method tried the same {len(LEARNING_RATES)} rates, once, on validation. The best one, and its accuracy there:",
+                chosen(study),
+                "![accuracy on validation by learning rate](quality-learning-rate.svg)",
+                "## Cost, and what the update is like",
+                "Means over the runs on test. Rank and effective rank (the exponential of the singular values' entropy) are of ΔW, "
+                "over the most that is possible, mean over the adapted layers. Seconds are CPU time of a machine that other "
+                "programs used besides: good for an order of magnitude.",
+                *(costs(study, task) for task in study.tasks),
+            )
+            if block.strip()
+        )
+        + "\n"
+    )
 
-    means = [sum(d) / len(d) for d in differences]
-    value = sum(means) / len(means)
-    freedom = sum(len(d) - 1 for d in differences)
-    count = sum(map(len, differences))
-    if not freedom:
-        return Mean(value, math.nan, math.nan, count)
-    squares = sum((x - m) ** 2 for d, m in zip(differences, means, strict=True) for x in d)
-    error = math.sqrt(squares / freedom * sum(1 / len(d) for d in differences)) / len(differences)
-    return Mean(value, error, t_quantile((1 + CONFIDENCE) / 2, freedom) * error, count)
+
+def machine(study: Study) -> str:
+    """What the runs were made with."""
+    machines = sorted({f"{r['machine']['device']}, {r['machine']['threads']} thread" for r in study.records})
+    versions = study.records[-1]["machine"]["versions"]
+    commits = sorted({r["commit"] for r in study.records})
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"**Measured on CPU: {'; '.join(machines)}; {listed}; commits {', '.join(commits)}.**"
+
+
+def protocol(study: Study) -> str:
+    """What a run is."""
+    rows = [
+        (
+            task.title,
+            task.model,
+            f"{task.layers} of {task.of_layers}",
+            f"{task.steps} × {task.batch_size}",
+            str(study.select(task=task.name, stage="final")[0]["questions"])
+            if study.select(task=task.name, stage="final")
+            else "–",
+            str(max((m.count for n in study.methods if (m := study.mean(task.name, n))), default=0)),
+        )
+        for task in study.tasks
+    ]
+    return (
+        table(("task", "model", "upper layers adapted", "steps × questions", "test questions", "seeds"), rows)
+        + "\nEvery method adapts the same linear layers in float32, with AdamW, scaling 1 (alpha = r) and no dropout. Seeds change the "
+        "initial values, the order of the questions and the random blocks. What lies under the adapted layers is frozen "
+        "and computed once per question, which changes no result; `benchmarks/quality/data.py` says where the questions come from."
+    )
+
+
+def verdicts(study: Study) -> str:
+    """The goals, as the figures answer them."""
+    lines = []
+    held = [
+        (task, ours, theirs)
+        for task in study.tasks
+        if (ours := study.mean(task.name, HALF))
+        and (theirs := study.mean(task.name, LORA))
+        and theirs.count > 1
+    ]
+    if held:
+        within = [t.title for t, ours, theirs in held if ours.value >= theirs.value - theirs.standard_error]
+        lines.append(
+            f"- **Half of LoRA's parameters** ({HALF}): mean accuracy within one standard error of LoRA's, or above, on "
+            f"{len(within)} of {len(held)} tasks{': ' + ', '.join(within) if within else ''}."
+        )
+    for name, words in (
+        (HALF, "Half of the parameters, on average"),
+        (EQUAL, "Equal parameters, on average"),
+    ):
+        if (mean := study.overall(name, LORA)) is not None:
+            lines.append(f"- **{words}** ({name} minus LoRA): {points(mean)} points, {word(mean)}.")
+    for random, ours in ABLATIONS.items():
+        if (mean := study.overall(ours, random)) is not None:
+            lines.append(
+                f"- **Spectral minus random blocks** ({ours} minus {random}): {points(mean)} points on average, {word(mean)}."
+            )
+    return "\n".join(lines)
+
+
+def word(mean: Mean) -> str:
+    """Whether an interval leaves 0 out."""
+    if math.isnan(mean.half_width):
+        return "one seed, so no interval"
+    if mean.low > 0:
+        return "above zero"
+    return "below zero" if mean.high < 0 else "not told from zero"
+
+
+def accuracies(study: Study) -> str:
+    """One row a method, one column a task."""
+    rows = []
+    for name in study.methods:
+        means = [study.mean(task.name, name) for task in study.tasks]
+        cells = [
+            "–"
+            if m is None
+            else f"{100 * m.value:.1f}" + (f" ± {100 * m.standard_error:.1f}" if m.count > 1 else "")
+            for m in means
+        ]
+        known = [m.value for m in means if m is not None]
+        average = f"{100 * sum(known) / len(known):.1f}" if len(known) == len(means) else "–"
+        rows.append((title(name), share(study, name), *cells, average))
+    return table(("method", "parameters over LoRA's", *(t.title for t in study.tasks), "average"), rows)
+
+
+def differences(study: Study, pairs: list[tuple[str, str]]) -> str:
+    """One row a pair, one column a task, and their mean."""
+    rows = []
+    for ours, theirs in pairs:
+        means = [study.difference(task.name, ours, theirs) for task in study.tasks]
+        if any(means):
+            overall = study.overall(ours, theirs)
+            cells = ["–" if mean is None else points(mean) for mean in (*means, overall)]
+            rows.append((f"{title(ours)} − {title(theirs)}", *cells))
+    return table(("difference", *(task.title for task in study.tasks), "all"), rows)
+
+
+def chosen(study: Study) -> str:
+    """The best learning rate of each method and task; a rate at the edge of what was tried is marked."""
+    rows = []
+    for name in study.methods:
+        cells = []
+        for task in study.tasks:
+            rate = best_rate(study.records, task.name, name)
+            if rate is None:
+                cells.append("–")
+            else:
+                edge = " (edge)" if study.at_an_edge(task.name, name) else ""
+                cells.append(f"{rate:g}{edge}: {100 * study.tried(task.name, name)[rate]:.1f}")
+        rows.append((title(name), *cells))
+    return table(("method", *(task.title for task in study.tasks)), rows)
+
+
+def costs(study: Study, task: Task) -> str:
+    """One row a method."""
+    rows = []
+    for name in study.methods:
+        if study.finals(task.name, name):
+            at = [
+                study.average(name, field, task.name)
+                for field in ("parameters", "step_seconds", "rank", "effective_rank")
+            ]
+            adapted = name != "none"
+            rows.append(
+                (
+                    title(name),
+                    f"{at[0]:,.0f}",
+                    f"{at[1]:.3f}",
+                    f"{at[2]:.0%}" if adapted else "–",
+                    f"{at[3]:.1%}" if adapted else "–",
+                )
+            )
+    return f"**{task.title}**\n\n" + table(
+        ("method", "adapter's parameters", "s / step", "rank of ΔW", "effective rank"), rows
+    )
+
+
+def title(name: str) -> str:
+    """A method's name in a table."""
+    method = BY_NAME[name]
+    rank = f", r={method.r}" if method.kind != "none" and "r=" not in name else ""
+    words = f"SMoA {name}" if method.random else NAMES.get(name, name)
+    return f"{words}{rank}"
+
+
+def share(study: Study, name: str) -> str:
+    """A method's parameters over LoRA's."""
+    for task in study.tasks:
+        ours, theirs = (study.average(n, "parameters", task.name) for n in (name, LORA))
+        if ours == ours and theirs == theirs:
+            return f"{ours / theirs:.2f}"
+    return "–"
+
+
+def points(mean: Mean) -> str:
+    """A difference in points of accuracy with its interval."""
+    if math.isnan(mean.half_width):
+        return f"{100 * mean.value:+.1f}"
+    return f"{100 * mean.value:+.1f} [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}]"

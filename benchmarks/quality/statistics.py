@@ -47,6 +47,21 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> Mean | None:
     return summarize([ours[seed] - theirs[seed] for seed in common]) if common else None
 
 
+def over_groups(differences: Sequence[Sequence[float]]) -> Mean:
+    """Return the mean of the groups' means; its interval counts the spread within groups alone, pooled.
+
+    So it speaks of these groups (tasks), not of others that might have been drawn.
+    """
+    means = [sum(group) / len(group) for group in differences]
+    value, count = sum(means) / len(means), sum(map(len, differences))
+    freedom = count - len(differences)
+    if not freedom:
+        return Mean(value, math.nan, math.nan, count)
+    squares = sum((x - mean) ** 2 for group, mean in zip(differences, means, strict=True) for x in group)
+    error = math.sqrt(squares / freedom * sum(1 / len(group) for group in differences)) / len(differences)
+    return Mean(value, error, t_quantile((1 + CONFIDENCE) / 2, freedom) * error, count)
+
+
 def t_quantile(probability: float, freedom: int) -> float:
     """Return Student's t quantile, for a probability above one half."""
 

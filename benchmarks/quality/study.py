@@ -25,9 +25,15 @@ EVALUATION_BATCH = 64
 Announce = Callable[[str], None]
 
 
+def searched(records: Sequence[dict[str, Any]], task: str, method: str) -> list[dict[str, Any]]:
+    """Return a method's runs on validation, by learning rate; rates outside of today's grid do not count."""
+    runs = [r for r in records if (r["task"], r["method"], r["stage"]) == (task, method, "search")]
+    return sorted((r for r in runs if r["lr"] in LEARNING_RATES), key=lambda r: r["lr"])
+
+
 def best_rate(records: Sequence[dict[str, Any]], task: str, method: str) -> float | None:
     """Return the learning rate that did best on validation, by accuracy and then by loss; None before any was tried."""
-    tried = [r for r in records if (r["task"], r["method"], r["stage"]) == (task, method, "search")]
+    tried = searched(records, task, method)
     return max(tried, key=lambda r: (r["accuracy"], -r["evaluation_loss"]))["lr"] if tried else None
 
 

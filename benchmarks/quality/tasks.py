@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import minilm
+import smollm2
 from questions import Question
 
 from . import data
@@ -20,7 +22,8 @@ class Task:
         title: for a person.
         read: its questions.
         cut: cuts the model for these classes, so many layers from the top.
-        layers: how many are adapted.
+        layers, of_layers: how many are adapted, of how many.
+        model: its name.
         steps, batch_size: of every run.
         head_lr: of the head that is new in every run, the same for all methods; 0 where there is none.
     """
@@ -29,25 +32,21 @@ class Task:
     title: str
     read: Callable[[], list[Question]]
     cut: Callable[[Sequence[str], int], CutModel]
+    model: str
+    of_layers: int
     layers: int
     steps: int = 60
     batch_size: int = 16
     head_lr: float = 0.0
 
 
+MINILM, SMOLLM2 = minilm.NAME, smollm2.NAME
 TASKS = {
     task.name: task
     for task in (
-        Task("trec50", "TREC-50", data.trec_fine, cut_minilm, layers=2, head_lr=1e-2),
-        Task("films", "film reviews", data.films, cut_minilm, layers=2, head_lr=1e-2),
-        Task(
-            "opinions",
-            "tweets, editorials, product reviews",
-            data.opinions,
-            cut_minilm,
-            layers=2,
-            head_lr=1e-2,
-        ),
-        Task("trec6", "TREC-6", data.trec6, cut_smollm2, layers=4),
+        Task("trec50", "TREC-50", data.trec_fine, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
+        Task("films", "film reviews", data.films, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
+        Task("opinions", "opinions", data.opinions, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
+        Task("trec6", "TREC-6", data.trec6, cut_smollm2, SMOLLM2, 30, layers=4),
     )
 }

@@ -1,0 +1,72 @@
+"""What the records say: accuracy by method and task, differences seed by seed, what validation chose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .methods import METHODS
+from .statistics import Mean, over_groups, paired, summarize
+from .study import best_rate, searched
+from .tasks import TASKS, Task
+
+
+class Study:
+    """The records, as questions are asked of them.
+
+    Args:
+        records: as they were read from the file.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]]) -> None:
+        self.records = records
+        found = {record["task"] for record in records}
+        self.tasks: list[Task] = [task for task in TASKS.values() if task.name in found]
+        self.methods = [m.name for m in METHODS if any(r["method"] == m.name for r in records)]
+
+    def select(self, **fields: Any) -> list[dict[str, Any]]:
+        """The records whose fields have the given values."""
+        return [r for r in self.records if all(r[name] == value for name, value in fields.items())]
+
+    def finals(self, task: str, method: str) -> list[dict[str, Any]]:
+        """Runs on test at the learning rate that validation chose."""
+        rate = best_rate(self.records, task, method)
+        runs = self.select(task=task, method=method, stage="final")
+        return [run for run in runs if rate is None or run["lr"] == rate]
+
+    def accuracies(self, task: str, method: str) -> dict[int, float]:
+        """Test accuracy by seed."""
+        return {run["seed"]: run["accuracy"] for run in self.finals(task, method)}
+
+    def mean(self, task: str, method: str) -> Mean | None:
+        """Mean test accuracy over the seeds."""
+        found = self.accuracies(task, method)
+        return summarize(list(found.values())) if found else None
+
+    def difference(self, task: str, ours: str, theirs: str) -> Mean | None:
+        """Mean difference in test accuracy, seed by seed."""
+        return paired(self.accuracies(task, ours), self.accuracies(task, theirs))
+
+    def overall(self, ours: str, theirs: str) -> Mean | None:
+        """Mean over the tasks of their mean differences, for the tasks where both were run."""
+        groups = []
+        for task in self.tasks:
+            a, b = self.accuracies(task.name, ours), self.accuracies(task.name, theirs)
+            groups.append([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+        groups = [group for group in groups if group]
+        return over_groups(groups) if groups else None
+
+    def tried(self, task: str, method: str) -> dict[float, float]:
+        """Validation accuracy by learning rate."""
+        return {run["lr"]: run["accuracy"] for run in searched(self.records, task, method)}
+
+    def at_an_edge(self, task: str, method: str) -> bool:
+        """Whether the best learning rate is the least or the greatest that was tried."""
+        rates = list(self.tried(task, method))
+        return best_rate(self.records, task, method) in (rates[:1] + rates[-1:])
+
+    def average(self, method: str, field: str, task: str) -> float:
+        """Mean of a field of the runs on test; NaN where there is none."""
+        values = [run[field] for run in self.finals(task, method)]
+        return sum(values) / len(values) if values else math.nan
