@@ -13,7 +13,7 @@ OLDEST_VERSIONS := torch==2.11.* triton==3.6.* 'numpy<2.4'
 CORE   := tests/kernels tests/tuning $(filter-out $(wildcard tests/test_benchmark_* tests/test_*_example.py tests/test_audit.py \
           tests/test_bringup.py tests/test_dead_zone.py),$(wildcard tests/test_*.py))
 
-.PHONY: help finetune classify test test-peft test-matrix trust dist lint bench bench-smoke gpu gpu-smoke audit clean
+.PHONY: help finetune classify test test-peft test-matrix trust dist lint bench bench-smoke quality quality-data quality-smoke gpu gpu-smoke audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -73,6 +73,19 @@ bench-smoke: $(BIN)/.dev ## the same, tiny, report and all: does every benchmark
 	mkdir -p .benchmarks/smoke
 	$(BIN)/python -m pytest benchmarks --smoke --benchmark-json=.benchmarks/smoke.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/smoke.json --out .benchmarks/smoke
+
+quality: $(BIN)/.dev ## one slice of the quality study: make quality TASK=trec50 (each below 30 min)
+	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) $(ARGS)
+	$(BIN)/python -m benchmarks.quality report
+
+quality-data: $(BIN)/.dev ## what the quality study's task siqa needs besides: 358 MB
+	$(BIN)/python -m pip download --no-deps --no-binary :all: --dest "$$($(BIN)/python -c \
+		'import sys; sys.path.insert(0, "examples"); import smollm2; print(smollm2.cache_folder())')" bigbench==1.0.0
+
+quality-smoke: $(BIN)/.dev ## the quality study, tiny, report and all
+	rm -rf .benchmarks/quality
+	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --records .benchmarks/quality/runs.jsonl
+	$(BIN)/python -m benchmarks.quality report --records .benchmarks/quality/runs.jsonl --out .benchmarks/quality
 
 gpu: $(BIN)/.dev ## bring a GPU up: tests, tuning, comparison, goals; 8 minutes (ARGS="--resume")
 	$(BIN)/python -m benchmarks.bringup $(ARGS)

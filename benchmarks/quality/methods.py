@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
 from peft.tuners.hira import HiraLayer
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from smoa_kernels import BlockPartition
@@ -44,7 +45,7 @@ class Method:
         if self.kind == "none":
             return model
         if self.kind == "lora":
-            adapted = get_peft_model(model, LoraConfig(**shared, lora_alpha=self.r))
+            adapted: nn.Module = get_peft_model(model, LoraConfig(**shared, lora_alpha=self.r))
         elif self.kind == "hira":
             adapted = get_peft_model(model, HiraConfig(**shared))
         else:
@@ -103,12 +104,13 @@ def update_ranks(model: nn.Module) -> tuple[float, float]:
     """
     ranks, effective = [], []
     for layer in model.modules():
-        if hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer"):
-            update = layer.get_delta_weight("default").float()
+        if isinstance(layer, SMoALayer | HiraLayer | LoraLayer):
+            adapter: Any = layer
+            update = adapter.get_delta_weight("default").float()
             if isinstance(layer, HiraLayer):  # PEFT gives the factor that W0 is modulated by
-                update = update * layer.base_layer.weight
+                update = update * adapter.base_layer.weight
             values = torch.linalg.svdvals(update)
-            noise = values[0] * max(layer.base_layer.weight.shape) * torch.finfo(values.dtype).eps
+            noise = values[0] * max(update.shape) * torch.finfo(values.dtype).eps
             shares = values / values.sum()
             ranks.append(float((values > noise).sum()) / len(values))
             effective.append(float(torch.special.entr(shares).sum().exp()) / len(values))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..plots import STYLES, svg
@@ -35,15 +38,15 @@ def accuracy(study: Study) -> Figure:
             mean = study.mean(task.name, name)
             if mean is None:
                 continue
-            spread = mean.half_width if mean.count > 1 else 0.0
+            spread = mean.half_width if mean.seeds > 1 else 0.0
             axis.errorbar(100 * mean.value, row, xerr=100 * spread, fmt="o", color=colour(name), capsize=3)
         base = study.mean(task.name, "LoRA")
         if base is not None:
             axis.axvline(100 * base.value, color=BASE["lora"], linewidth=0.8, alpha=0.5, zorder=0)
         shown = [m for n in names if n != "none" if (m := study.mean(task.name, n)) is not None]
         if shown:  # what is not adapted may lie far off, and is in the table
-            low = min(m.low if m.count > 1 else m.value for m in shown)
-            high = max(m.high if m.count > 1 else m.value for m in shown)
+            low = min(m.low if m.seeds > 1 else m.value for m in shown)
+            high = max(m.high if m.seeds > 1 else m.value for m in shown)
             axis.set_xlim(100 * low - 2, 100 * high + 2)
         axis.set(title=task.title, xlabel="accuracy on test, %", yticks=range(len(names)), yticklabels=names)
         _plain(axis)
@@ -76,13 +79,13 @@ def learning_rates(study: Study) -> Figure:
     return figure
 
 
-def _panels(study: Study, sharey: bool):  # type: ignore[no-untyped-def]
+def _panels(study: Study, sharey: bool) -> tuple[Figure, Sequence[Axes]]:
     count = len(study.tasks)
     figure = Figure(figsize=(PANEL * count + 2.0, 3.6), layout="constrained")
     return figure, figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
 
 
-def _plain(axis) -> None:  # type: ignore[no-untyped-def]
+def _plain(axis: Axes) -> None:
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)

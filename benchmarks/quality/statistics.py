@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import mpmath
+import mpmath  # torch's own requirement
 
 CONFIDENCE = 0.95
 
@@ -17,7 +17,7 @@ class Mean(NamedTuple):
     value: float
     standard_error: float
     half_width: float
-    count: int
+    seeds: int
 
     @property
     def low(self) -> float:

@@ -45,10 +45,18 @@ class Slice:
         path: the records' file. Runs that are in it are not repeated.
         announce: is told of each run.
         splits: other questions than the task's own, for tests.
+        rates: learning rates to try.
     """
 
-    def __init__(self, task: Task, path: Path, announce: Announce, splits: Splits | None = None) -> None:
-        self.task, self.path, self.announce = task, path, announce
+    def __init__(
+        self,
+        task: Task,
+        path: Path,
+        announce: Announce,
+        splits: Splits | None = None,
+        rates: Sequence[float] = LEARNING_RATES,
+    ) -> None:
+        self.task, self.path, self.announce, self.rates = task, path, announce, rates
         self.splits = splits or data.prepare(task.read())
         self.digest = data.digest(self.splits)
         classes = sorted({question.answer for part in self.splits for question in part})
@@ -65,7 +73,7 @@ class Slice:
     def search(self, method: Method) -> None:
         """Try every learning rate on validation. Where nothing is trained there is none to try."""
         if self._trains(method):
-            for lr in LEARNING_RATES:
+            for lr in self.rates:
                 self._once(method, "search", lr, SEARCH_SEED, self.splits.validation)
 
     def final(self, method: Method, seed: int) -> None:

@@ -1,0 +1,302 @@
+"""The quality study: statistics against known values, splits, random blocks, runs that resume, the report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+from typer.testing import CliRunner
+
+from benchmarks.quality import data, siqa, store
+from benchmarks.quality.__main__ import RECORDS, app
+from benchmarks.quality.analysis import Study
+from benchmarks.quality.methods import BY_NAME, LEARNING_RATES, METHODS, shuffled, update_ranks
+from benchmarks.quality.models import CutModel, Upper, cut_minilm, cut_smollm2
+from benchmarks.quality.report import generate, page
+from benchmarks.quality.statistics import over_groups, paired, summarize, t_quantile
+from benchmarks.quality.study import Slice, best_rate, train_and_judge
+from benchmarks.quality.tasks import TASKS, Task
+from smoa_kernels import BlockPartition
+
+# On the path since benchmarks.quality was imported.
+import minilm  # isort: skip
+import smollm2  # isort: skip
+from questions import Encoder, Question, Splits, same_text  # isort: skip
+from training import next_token_scores  # isort: skip
+
+COLOURS = [Question(f"what colour is {thing} number {i}", colour) for i in range(8) for thing, colour in
+           (("grass", "green"), ("sky", "blue"), ("snow", "white"))]  # fmt: skip
+
+
+def test_t_quantiles_are_those_of_the_tables() -> None:
+    for freedom, expected in ((1, 12.7062), (4, 2.7764), (9, 2.2622), (30, 2.0423)):
+        assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=5e-5)
+
+
+def test_paired_interval_against_a_worked_example() -> None:
+    """Differences 1, 2, 3, 4, 5: mean 3, standard error √(2.5 / 5), times 2.7764."""
+    theirs = {seed: float(10 * seed) for seed in range(5)}
+    difference = paired({seed: theirs[seed] + seed + 1 for seed in range(5)} | {9: 0.0}, theirs)
+    assert difference is not None
+    assert difference.seeds == 5
+    assert difference.value == pytest.approx(3.0)
+    assert difference.standard_error == pytest.approx(math.sqrt(0.5))
+    assert difference.half_width == pytest.approx(2.77645 * math.sqrt(0.5), rel=1e-5)
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert math.isnan(summarize([1.0]).half_width)
+
+
+def test_mean_over_groups_counts_the_spread_within_them() -> None:
+    mean = over_groups([[0.0, 2.0], [10.0, 12.0]])
+    assert mean.value == 6.0
+    # Pooled variance 2, two means of two values each: √(2 (1/2 + 1/2)) / 2.
+    assert mean.standard_error == pytest.approx(math.sqrt(2.0) / 2)
+    assert mean.half_width == pytest.approx(t_quantile(0.975, 2) * mean.standard_error)
+
+
+@pytest.mark.parametrize("name", ["trec50", "films", "opinions", "trec6"])
+def test_splits_are_disjoint(name: str) -> None:
+    splits = data.prepare(TASKS[name].read())
+    prompts = [{same_text(question.prompt) for question in part} for part in splits]
+    assert all(map(len, prompts))
+    assert sum(map(len, prompts)) == len(set.union(*prompts))
+    assert len(splits.train) <= data.TRAINING_QUESTIONS
+    assert {q.answer for q in splits.test} <= {q.answer for q in splits.train}
+    assert data.digest(splits) != data.digest(splits._replace(test=splits.test[1:]))
+
+
+def test_polarity() -> None:
+    assert [data.polarity(x) for x in (-4.0, -0.5, -0.49, 0.0, 0.5)] == [
+        "negative", "negative", "neutral", "neutral", "positive"
+    ]  # fmt: skip
+
+
+def test_social_iqa_is_lettered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="bigbench"):
+        siqa.locate()
+    example = {"input": "Why? ", "target_scores": {"so": 0, "because": 1, "never": 0}}
+    (tmp_path / "social_iqa.json").write_text(json.dumps({"examples": [example, example]}))
+    assert siqa.read() == [Question("Why?\nA. so\nB. because\nC. never\nAnswer:", "B")]
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 8])
+def test_random_blocks_keep_their_sizes(blocks: int) -> None:
+    spectral = BlockPartition.from_weight(torch.randn(37, 20), blocks)
+    random = shuffled(spectral, torch.Generator().manual_seed(1))
+    assert random != spectral
+    assert Counter(random.row_block.tolist()) == Counter(spectral.row_block.tolist())
+    assert Counter(random.col_block.tolist()) == Counter(spectral.col_block.tolist())
+    assert random == shuffled(spectral, torch.Generator().manual_seed(1))
+    assert random != shuffled(spectral, torch.Generator().manual_seed(2))
+
+
+class Body(nn.Module):
+    """Two linear layers in the place of a model's upper ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return BaseModelOutput(self.second(torch.relu(self.first(inputs_embeds))))
+
+
+class Words(nn.Module):
+    """Embeddings, all that lies under them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(128, 16)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return BaseModelOutput(self.words(input_ids))
+
+
+def letters(prompts: list[str], **_: Any) -> Any:
+    """A tokenizer: a token is a letter."""
+    return type("Encoding", (), {"input_ids": [[ord(c) for c in prompt] for prompt in prompts]})
+
+
+def tiny(classes: Any, layers: int) -> CutModel:
+    torch.manual_seed(0)
+    upper = Upper(Body(), nn.Linear(16, len(classes)), causal=False)
+    tokenizer: Any = letters
+    return CutModel(Words(), upper, tokenizer, classes, ("first", "second"), new_head=True)
+
+
+TINY = replace(TASKS["trec50"], read=lambda: COLOURS, cut=tiny, steps=4, batch_size=4)
+SPLITS = Splits(COLOURS[:12], COLOURS[12:18], COLOURS[18:])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_each_method_trains_its_own_parameters_only(method: Any) -> None:
+    cut = tiny(["blue", "green", "white"], 2)
+    before = {name: value.clone() for name, value in cut.upper.state_dict().items()}
+    result = train_and_judge(cut, method, TINY, 5e-2, 0, SPLITS.train, SPLITS.test)
+    after = cut.upper.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    sizes = 2 * (16 + 24)
+    assert result["parameters"] == sizes * method.r // method.num_blocks
+    assert result["steps_done"] == 4
+    assert result["loss_end"] < 1.2
+    assert (result["rank"] > 0) == (method.kind != "none")
+    assert result == train_and_judge(cut, method, TINY, 5e-2, 0, SPLITS.train, SPLITS.test) | {
+        name: result[name] for name in ("seconds", "step_seconds")
+    }
+
+
+def test_rank_of_a_lora_update() -> None:
+    cut = tiny(["a", "b"], 2)
+    model = BY_NAME["LoRA, r=4"].adapt(cut.fresh(0), cut.targets, 0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    rank, effective = update_ranks(model)
+    assert rank == pytest.approx(4 / 16)
+    assert 1 / 16 < effective <= 4 / 16
+
+
+def test_a_random_partition_changes_the_update_not_the_budget() -> None:
+    cut = tiny(["a", "b"], 2)
+    models = [BY_NAME[name].adapt(cut.fresh(0), cut.targets, 3) for name in ("SMoA K=2", "random K=2")]
+    counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in models]
+    assert counts[0] == counts[1]
+    labels = [m.get_submodule("base_model.model.body.first").partition("default") for m in models]
+    assert labels[0] != labels[1]
+
+
+def test_runs_that_are_there_are_skipped(tmp_path: Path) -> None:
+    path, told = tmp_path / "runs.jsonl", []
+    methods = [BY_NAME[name] for name in ("none", "LoRA", "SMoA K=2")]
+
+    def go(seeds: int) -> None:
+        Slice(TINY, path, told.append, SPLITS, LEARNING_RATES[:2]).run(seeds, methods)
+
+    go(1)
+    assert len(told) == 3 * (2 + 1)
+    go(1)
+    assert len(told) == 9
+    with path.open("a") as file:
+        file.write('{"task": "trec50", "meth')  # as a crash leaves it
+    go(2)
+    assert len(told) == 9 + 3
+    records = store.read(path)
+    assert len(records) == 12
+    assert len(set(map(store.key_of, records))) == 12
+    assert {r["stage"]: r["questions"] for r in records} == {"search": 6, "final": 6}
+    for field in ("commit", "machine", "data", "loss_end", "effective_rank", "r"):
+        assert all(field in r for r in records)
+
+
+def record(
+    method: str, stage: str, lr: float, seed: int, accuracy: float, loss: float = 1.0
+) -> dict[str, Any]:
+    known = BY_NAME[method]
+    return {
+        "task": "trec50", "method": method, "stage": stage, "lr": lr, "seed": seed, "accuracy": accuracy,
+        "evaluation_loss": loss, "questions": 500, "parameters": 100 * known.r // known.num_blocks, "head_lr": 0.01,
+        "step_seconds": 0.1, "rank": 0.5, "effective_rank": 0.25, "commit": "abc",
+        "machine": {"device": "a CPU", "threads": 1, "versions": {"torch": "2"}},
+    }  # fmt: skip
+
+
+def test_the_best_rate_is_chosen_on_validation() -> None:
+    runs = [
+        record("LoRA", "search", 5e-3, 1000, 0.8),
+        record("LoRA", "search", 1e-2, 1000, 0.8, loss=0.5),
+        record("LoRA", "search", 2e-2, 1000, 0.7),
+        record("LoRA", "search", 0.123, 1000, 0.9),  # no rate of the grid
+        record("LoRA", "final", 2e-2, 0, 0.99),
+        record("HiRA", "search", 2e-2, 1000, 0.95),
+    ]
+    assert best_rate(runs, "trec50", "LoRA") == 1e-2
+    assert best_rate(runs, "trec50", "SMoA K=2") is None
+    assert best_rate(runs, "films", "LoRA") is None
+    study = Study(runs)
+    assert not study.at_an_edge("trec50", "LoRA")
+    assert study.at_an_edge("trec50", "HiRA")
+    assert study.accuracies("trec50", "LoRA") == {}  # the run on test had another rate
+
+
+def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
+    runs = [
+        record(m, "search", lr, 1000, 0.5) for m in ("LoRA", "SMoA K=2", "random K=2") for lr in (1e-2, 2e-2)
+    ]
+    for seed, accuracy in enumerate((0.80, 0.81, 0.82)):
+        runs.append(record("LoRA", "final", 1e-2, seed, accuracy))
+        runs.append(record("SMoA K=2", "final", 1e-2, seed, accuracy - 0.05))
+        runs.append(record("random K=2", "final", 1e-2, seed, accuracy - 0.15))
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    names = {written.name for written in generate(path, tmp_path)}
+    assert names == {"quality.md", "quality-accuracy.svg", "quality-learning-rate.svg"}
+    text = (tmp_path / "quality.md").read_text()
+    assert "on 0 of 1 tasks" in text
+    assert "-5.0 [-5.0, -5.0] points, below zero" in text
+    assert "+10.0 [+10.0, +10.0] points, above zero" in text
+    assert "| SMoA K=2, r=8 | 0.50 | 76.0 ± 0.6 | 76.0 |" in text
+    better = [r | {"accuracy": 0.9} if r["method"] == "SMoA K=2" else r for r in runs]
+    assert "on 1 of 1 tasks: TREC-50" in page(Study(better))
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    def said(*arguments: str) -> str:
+        result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
+        assert result.exit_code == 2
+        return result.output
+
+    assert "'nope' is none of trec50" in said("run", "--task", "nope")
+    assert "'nope' is none of none, LoRA" in said("run", "--task", "trec50", "--method", "nope")
+    assert "its figures mean nothing" in said("run", "--task", "trec50", "--smoke")
+    assert "holds no run" in said("report", "--records", str(tmp_path / "none.jsonl"))
+
+
+def test_the_kept_records_are_whole() -> None:
+    records = store.read(RECORDS)
+    assert len(records) == len(RECORDS.read_text().splitlines())
+    keys = [store.key_of(record) for record in records]
+    assert len(keys) == len(set(keys))
+    assert {record["method"] for record in records} <= BY_NAME.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [cut_minilm, cut_smollm2])
+def test_a_cut_model_says_what_the_whole_one_does(cut: Any) -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    ours = cut(["blue", "green", "white"], 2)
+    questions = [Question("What colour is grass?", "green"), Question("And snow, on a clear day?", "white")]
+    batch = ours.batch(questions)
+    with torch.no_grad():
+        scores = ours.upper(batch.hidden, batch.mask)
+    folder = minilm.locate() if cut is cut_minilm else smollm2.cached_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        if cut is cut_minilm:
+            rows = tokenizer([q.prompt for q in questions], return_tensors="pt", padding=True)
+            states = AutoModel.from_pretrained(folder, dtype=torch.float32)(**rows).last_hidden_state
+            mask = rows["attention_mask"][..., None]
+            expected = ours.upper.head((states * mask).sum(1) / mask.sum(1))
+        else:
+            encoder = Encoder(tokenizer, set(ours.classes), 100)
+            whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            asked = encoder.batch(questions)
+            expected = next_token_scores(whole, asked.input_ids, asked.attention_mask)[
+                :, encoder.answer_tokens
+            ]
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    assert [ours.classes[i] for i in batch.labels] == ["green", "white"]
+
+
+def test_tasks_have_a_head_rate_where_the_head_is_new() -> None:
+    tasks: list[Task] = list(TASKS.values())
+    assert all((task.head_lr > 0) == (task.cut is cut_minilm) for task in tasks)
