@@ -31,7 +31,9 @@ Records = Annotated[Path, typer.Option(help="The runs, one JSON object a line.")
 def run(
     task: Annotated[list[str], typer.Option(help=f"One of {', '.join(TASKS)}; may be given several times.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs on test of each method.")] = 5,
-    method: Annotated[list[str] | None, typer.Option(help="Only these; all when left out.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only these, in this order; all when left out.")
+    ] = None,
     records: Records = RECORDS,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Two steps on a few questions: does every method run.")
@@ -43,7 +45,7 @@ def run(
     if smoke and records.resolve() == RECORDS:
         raise typer.BadParameter(f"--smoke: its figures mean nothing, so --records must not be {RECORDS}")
     torch.set_num_threads(1)
-    chosen = [m for m in METHODS if not method or m.name in method]
+    chosen = [BY_NAME[name] for name in method] if method else METHODS
     for name in task:
         try:
             part = smoke_slice(TASKS[name], records) if smoke else Slice(TASKS[name], records, console.print)

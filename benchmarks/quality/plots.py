@@ -16,7 +16,13 @@ from .study import best_rate
 PANEL = 3.0  # inches
 BASE = {"none": "#777777", "lora": STYLES[LORA][0], "hira": STYLES[HIRA][0], "smoa": STYLES[SMOA][0]}
 RANDOM = "#D55E00"
-BUDGETS = {"SMoA K=2": "-", "SMoA K=4": "--", "SMoA K=8": ":", "SMoA K=2, r=16": "-."}
+DASHES = {
+    "LoRA, r=4": "--",
+    "SMoA K=4": "--",
+    "SMoA K=8": ":",
+    "SMoA K=2, r=16": "-.",
+    "SMoA K=4, r=32": (0, (1, 3)),
+}
 
 
 def colour(method: str) -> str:
@@ -61,7 +67,7 @@ def learning_rates(study: Study) -> Figure:
             tried = study.tried(task.name, name)
             if not tried or name == "none":
                 continue
-            style = BUDGETS.get(name, "-")
+            style = DASHES.get(name, "-")
             axis.plot(
                 list(tried),
                 [100 * v for v in tried.values()],

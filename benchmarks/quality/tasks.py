@@ -47,7 +47,7 @@ TASKS = {
         Task("trec50", "TREC-50", data.trec_fine, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
         Task("films", "film reviews", data.films, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
         Task("opinions", "opinions", data.opinions, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
-        Task("trec6", "TREC-6", data.trec6, cut_smollm2, SMOLLM2, 30, layers=4),
-        Task("siqa", "Social IQa", siqa.read, cut_smollm2, SMOLLM2, 30, layers=4),
+        Task("trec6", "TREC-6", data.trec6, cut_smollm2, SMOLLM2, 30, layers=3),
+        Task("siqa", "Social IQa", siqa.read, cut_smollm2, SMOLLM2, 30, layers=3),
     )
 }
