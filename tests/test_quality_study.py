@@ -224,6 +224,8 @@ def test_the_best_rate_is_chosen_on_validation() -> None:
     study = Study(runs)
     assert not study.at_an_edge("trec50", "LoRA")
     assert study.at_an_edge("trec50", "HiRA")
+    assert study.plateau("trec50", "LoRA") == (5e-3, 1e-2)
+    assert study.plateau("trec50", "LoRA", points=0.11) == (5e-3, 2e-2)
     assert study.accuracies("trec50", "LoRA") == {}  # the run on test had another rate
 
 

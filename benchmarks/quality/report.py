@@ -38,8 +38,9 @@ AGAINST_LORA = """Differences in points of accuracy with Student's 95 % interval
 tasks; its interval counts the spread between seeds, so it speaks of these tasks."""
 SPECTRUM = """SMoA with its spectral blocks minus SMoA with as large blocks of coordinates drawn at random by the
 seed. Blocks are as large, so parameters are as many."""
-RATES = """Each method tried the same {} rates ({}), once each, with a seed that is not among those on test. The best
-one, and its accuracy on validation; "edge" where it is the least or the greatest that was tried:"""
+RATES = """Each method tried the same {} rates ({}), once each, with a seed that is
+not among those on test. The best one; in brackets the rates around it that lose at most two points, "edge" where the best
+is the least or the greatest that was tried; its accuracy on validation:"""
 COST = """Means over the runs on test. Rank and effective rank (the exponential of the entropy of the singular
 values' shares) are of ΔW, over the most that is possible, mean over the adapted layers. Seconds are CPU time on a
 machine that other programs used besides: good for an order of magnitude."""
@@ -193,8 +194,10 @@ def chosen(study: Study) -> str:
             if rate is None:
                 cells.append("–")
             else:
-                edge = " (edge)" if study.at_an_edge(task.name, name) else ""
-                cells.append(f"{rate:g}{edge}: {100 * study.tried(task.name, name)[rate]:.1f}")
+                low, high = study.plateau(task.name, name)
+                edge = ", edge" if study.at_an_edge(task.name, name) else ""
+                best = 100 * study.tried(task.name, name)[rate]
+                cells.append(f"{rate:g} ({low:g} to {high:g}{edge}): {best:.1f}")
         rows.append((title(name), *cells))
     return table(("method", *(task.title for task in study.tasks)), rows)
 
