@@ -39,8 +39,8 @@ tasks; its interval counts the spread between seeds, so it speaks of these tasks
 SPECTRUM = """SMoA with its spectral blocks minus SMoA with as large blocks of coordinates drawn at random by the
 seed. Blocks are as large, so parameters are as many."""
 RATES = """Each method tried the same {} rates ({}), once each, with a seed that is
-not among those on test. The best one; in brackets the rates around it that lose at most two points, "edge" where the best
-is the least or the greatest that was tried; its accuracy on validation:"""
+not among those on test. The best one; in brackets the rates around it that lose at most two points, "edge" where the
+best is the least or the greatest that was tried; its accuracy on validation:"""
 COST = """Means over the runs on test. Rank and effective rank (the exponential of the entropy of the singular
 values' shares) are of ΔW, over the most that is possible, mean over the adapted layers. Seconds are CPU time on a
 machine that other programs used besides: good for an order of magnitude."""
