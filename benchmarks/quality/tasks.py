@@ -48,6 +48,6 @@ TASKS = {
         Task("films", "film reviews", data.films, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
         Task("opinions", "opinions", data.opinions, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
         Task("trec6", "TREC-6", data.trec6, cut_smollm2, SMOLLM2, 30, layers=3),
-        Task("siqa", "Social IQa", siqa.read, cut_smollm2, SMOLLM2, 30, layers=3),
+        Task("siqa", "Social IQa", siqa.read, cut_smollm2, SMOLLM2, 30, layers=2, batch_size=8),
     )
 }
