@@ -34,6 +34,9 @@ def run(
     method: Annotated[
         list[str] | None, typer.Option(help="Only these, in this order; all when left out.")
     ] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Only these learning rates of the grid; all when left out.")
+    ] = None,
     records: Records = RECORDS,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Two steps on a few questions: does every method run.")
@@ -42,13 +45,17 @@ def run(
     """Do the runs of these tasks that are not yet in the records."""
     _check("--task", task, TASKS)
     _check("--method", method or [], BY_NAME)
+    _check("--rate", rate or [], LEARNING_RATES)
     if smoke and records.resolve() == RECORDS:
         raise typer.BadParameter(f"--smoke: its figures mean nothing, so --records must not be {RECORDS}")
     torch.set_num_threads(1)
     chosen = [BY_NAME[name] for name in method] if method else METHODS
     for name in task:
         try:
-            part = smoke_slice(TASKS[name], records) if smoke else Slice(TASKS[name], records, console.print)
+            if smoke:
+                part = smoke_slice(TASKS[name], records)
+            else:
+                part = Slice(TASKS[name], records, console.print, rates=rate or LEARNING_RATES)
         except FileNotFoundError as error:
             raise typer.BadParameter(str(error)) from error
         part.run(seeds, chosen)
@@ -71,10 +78,10 @@ def report(records: Records = RECORDS, out: Annotated[Path, typer.Option(help="F
         console.print(f"wrote {path}")
 
 
-def _check(option: str, given: list[str], allowed: Iterable[str]) -> None:
+def _check(option: str, given: Iterable[object], allowed: Iterable[object]) -> None:
     for value in given:
         if value not in allowed:
-            raise typer.BadParameter(f"{option} {value!r} is none of {', '.join(allowed)}")
+            raise typer.BadParameter(f"{option} {value!r} is none of {', '.join(map(str, allowed))}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ class Study:
     def __init__(self, records: Sequence[dict[str, Any]]) -> None:
         self.records = records
         found = {record["task"] for record in records}
-        self.tasks: list[Task] = [task for task in TASKS.values() if task.name in found]
+        tasks = [task for task in TASKS.values() if task.name in found]
+        self.tasks: list[Task] = [task for task in tasks if not task.control]
+        self.controls: list[Task] = [task for task in tasks if task.control]
         self.methods = [m.name for m in METHODS if any(r["method"] == m.name for r in records)]
 
     def select(self, **fields: Any) -> list[dict[str, Any]]:

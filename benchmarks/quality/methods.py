@@ -17,7 +17,7 @@ from smoa_kernels.peft.layer import SMoALayer
 
 Kind = Literal["none", "lora", "hira", "smoa"]
 RANK = 8
-LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1)
+LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)
 
 
 @dataclass(frozen=True)

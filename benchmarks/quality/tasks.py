@@ -26,6 +26,7 @@ class Task:
         model: its name.
         steps, batch_size: of every run.
         head_lr: of the head that is new in every run, the same for all methods; 0 where there is none.
+        control: tests a condition of another task, so it has no part in averages over tasks.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     steps: int = 60
     batch_size: int = 16
     head_lr: float = 0.0
+    control: bool = False
 
 
 MINILM, SMOLLM2 = minilm.NAME, smollm2.NAME
@@ -48,6 +50,17 @@ TASKS = {
         Task("films", "film reviews", data.films, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
         Task("opinions", "opinions", data.opinions, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
         Task("trec6", "TREC-6", data.trec6, cut_smollm2, SMOLLM2, 30, layers=3),
+        Task(
+            "trec6-long",
+            "TREC-6, three times as long",
+            data.trec6,
+            cut_smollm2,
+            SMOLLM2,
+            30,
+            layers=3,
+            steps=180,
+            control=True,
+        ),
         Task("siqa", "Social IQa", siqa.read, cut_smollm2, SMOLLM2, 30, layers=2, batch_size=8),
     )
 }
