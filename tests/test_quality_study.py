@@ -250,6 +250,21 @@ def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
     assert "on 1 of 1 tasks: TREC-50" in page(Study(better))
 
 
+def test_a_control_has_no_part_in_averages() -> None:
+    runs = [record("LoRA", "final", 1e-2, seed, 0.8) for seed in (0, 1)]
+    for seed, accuracy in enumerate((0.6, 0.7)):
+        runs.append(record("LoRA", "final", 1e-2, seed, accuracy) | {"task": "trec6-long"})
+        runs.append(record("SMoA K=2", "final", 1e-2, seed, accuracy + 0.1) | {"task": "trec6-long"})
+    runs += [
+        record(name, "search", 1e-2, 1000, 0.5) | {"task": task}
+        for name in ("LoRA", "SMoA K=2") for task in ("trec50", "trec6-long")
+    ]  # fmt: skip
+    text = page(Study(runs))
+    assert "| LoRA, r=8 | 1.00 | 80.0 ± 0.0 | 80.0 |" in text
+    assert "| SMoA K=2, r=8 | 0.01 of 0.01 | 75.0 ± 5.0 | +10.0 [+10.0, +10.0] |" in text
+    assert Study(runs).overall("SMoA K=2", "LoRA") is None
+
+
 def test_bad_input_is_named(tmp_path: Path) -> None:
     def said(*arguments: str) -> str:
         result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
@@ -258,8 +273,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 
     assert "'nope' is none of trec50" in said("run", "--task", "nope")
     assert "'nope' is none of none, LoRA" in said("run", "--task", "trec50", "--method", "nope")
+    assert "0.123 is none of 0.002" in said("run", "--task", "trec50", "--rate", "0.123")
     assert "its figures mean nothing" in said("run", "--task", "trec50", "--smoke")
-    assert "holds no run" in said("report", "--records", str(tmp_path / "none.jsonl"))
+    assert "is not there yet" in said("report", "--records", str(tmp_path / "none.jsonl"))
 
 
 def test_the_kept_records_are_whole() -> None:

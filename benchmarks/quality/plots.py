@@ -71,7 +71,7 @@ def learning_rates(study: Study) -> Figure:
             axis.plot(
                 list(tried),
                 [100 * v for v in tried.values()],
-                style,
+                linestyle=style,
                 color=colour(name),
                 label=name,
                 linewidth=1.4,

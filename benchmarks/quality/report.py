@@ -19,14 +19,8 @@ NAMES = {"none": "no adapter"}
 
 
 def generate(records: Path, folder: Path) -> list[Path]:
-    """Write the page and its figures; return their paths.
-
-    Raises:
-        ValueError: there is no record yet.
-    """
+    """Write the page and its figures from the runs in a file; return their paths."""
     study = Study(store.read(records))
-    if not study.records:
-        raise ValueError(f"{records} holds no run: `python -m benchmarks.quality run --task NAME` adds some")
     texts = {f"quality-{name}.svg": text for name, text in plots.figures(study).items()}
     texts["quality.md"] = page(study)
     for name, text in texts.items():
@@ -41,6 +35,7 @@ seed. Blocks are as large, so parameters are as many."""
 RATES = """Each method tried the same {} rates ({}), once each, with a seed that is
 not among those on test. The best one; in brackets the rates around it that lose at most two points, "edge" where the
 best is the least or the greatest that was tried; its accuracy on validation:"""
+CONTROLS = """Whether a condition of the study decides its result. They have no part in the averages above."""
 COST = """Means over the runs on test. Rank and effective rank (the exponential of the entropy of the singular
 values' shares) are of ΔW, over the most that is possible, mean over the adapted layers. Seconds are CPU time on a
 machine that other programs used besides: good for an order of magnitude."""
@@ -72,6 +67,7 @@ def page(study: Study) -> str:
         "## Does the spectrum matter?",
         SPECTRUM,
         differences(study, [(ours, theirs) for theirs, ours in ABLATIONS.items()]),
+        control(study),
         "## Learning rates",
         RATES.format(len(LEARNING_RATES), ", ".join(f"{rate:g}" for rate in LEARNING_RATES)),
         chosen(study),
@@ -146,6 +142,28 @@ def within(study: Study) -> dict[str, bool]:
     return found
 
 
+def control(study: Study) -> str:
+    """Tasks that test a condition of another one."""
+    rows = []
+    for task in study.controls:
+        for name in study.methods:
+            mean, rate = study.mean(task.name, name), best_rate(study.records, task.name, name)
+            if mean is not None:
+                difference = study.difference(task.name, name, LORA)
+                against = "–" if name == LORA or difference is None else points(difference)
+                rates = ", ".join(f"{lr:g}" for lr in study.tried(task.name, name))
+                rows.append(
+                    (task.title, f"{task.steps}", title(name), f"{rate:g} of {rates}", percent(mean), against)
+                )
+    headings = ("task", "steps", "method", "learning rate", "accuracy on test", "minus LoRA")
+    return f"## Controls\n\n{CONTROLS}\n\n{table(headings, rows)}" if rows else ""
+
+
+def percent(mean: Mean) -> str:
+    """A mean with its standard error."""
+    return f"{100 * mean.value:.1f}" + (f" ± {100 * mean.standard_error:.1f}" if mean.seeds > 1 else "")
+
+
 def word(mean: Mean) -> str:
     """Whether an interval leaves 0 out."""
     if math.isnan(mean.half_width):
@@ -160,12 +178,7 @@ def accuracies(study: Study) -> str:
     rows = []
     for name in study.methods:
         means = [study.mean(task.name, name) for task in study.tasks]
-        cells = [
-            "–"
-            if m is None
-            else f"{100 * m.value:.1f}" + (f" ± {100 * m.standard_error:.1f}" if m.seeds > 1 else "")
-            for m in means
-        ]
+        cells = ["–" if mean is None else percent(mean) for mean in means]
         known = [m.value for m in means if m is not None]
         average = f"{100 * sum(known) / len(known):.1f}" if len(known) == len(means) else "–"
         rows.append((title(name), share(study, name), *cells, average))
