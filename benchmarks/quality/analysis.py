@@ -51,13 +51,12 @@ class Study:
         return paired(self.accuracies(task, ours), self.accuracies(task, theirs))
 
     def overall(self, ours: str, theirs: str) -> Mean | None:
-        """Mean over the tasks of their mean differences, for the tasks where both were run."""
+        """Mean over the tasks of their mean differences; None unless both were run on every task."""
         groups = []
         for task in self.tasks:
             a, b = self.accuracies(task.name, ours), self.accuracies(task.name, theirs)
             groups.append([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
-        groups = [group for group in groups if group]
-        return over_groups(groups) if groups else None
+        return over_groups(groups) if groups and all(groups) else None
 
     def tried(self, task: str, method: str) -> dict[float, float]:
         """Validation accuracy by learning rate."""
