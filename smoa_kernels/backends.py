@@ -1,6 +1,10 @@
 """Which backend runs where: "eager" anywhere, "triton" on CUDA and ROCm GPUs, "reference" for tests.
 
-A backend is a module with `forward`, `backward` and `ALGORITHMS`.
+A backend is a module with three names (its `PackedAdapter` holds W0, A, B, blocks, ranks and s):
+
+    ALGORITHMS                                             those that it can be told to run
+    forward(x, bias, adapter, algorithm, dropout)          x (T, C) -> y (T, N)
+    backward(dy, x, adapter, dropout, *, needs_x)          dy (T, N), x (T, C) or None -> dX, dA, dB, each or None
 """
 
 from __future__ import annotations
@@ -25,7 +29,15 @@ _TRITON_MAX_RANK = 256
 
 @functools.cache
 def load_backend(name: str) -> ModuleType:
-    """The module of a resolved backend; the kernels, and with them triton, are imported only when asked for."""
+    """The module of a resolved backend; the kernels, and with them triton, are imported only when asked for.
+
+    Args:
+        name: "eager", "triton" or "reference".
+
+    Example:
+        >>> load_backend("eager").ALGORITHMS
+        ('merged', 'split', 'expanded')
+    """
     return importlib.import_module({"triton": ".triton_backend"}.get(name, f".{name}"), __package__)
 
 
@@ -40,6 +52,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
 
     Raises:
         ValueError: unknown, or cannot run here; the message says why and what to do.
+
+    Example:
+        >>> resolve_backend("auto", torch.device("cpu"), torch.bfloat16, rank=8)
+        'eager'
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -54,7 +70,17 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 1) -> str | None:
-    """Why the kernels cannot take a problem, or None where they can."""
+    """Why the kernels cannot take a problem, or None where they can.
+
+    Args:
+        device: of the activations.
+        dtype: that the GEMM multiplies.
+        rank: ρ, rows of A.
+
+    Example:
+        >>> triton_obstacle(torch.device("cpu"), torch.float64)
+        'the kernels take float32, bfloat16 and float16, got torch.float64'
+    """
     if dtype not in _TRITON_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, got {dtype}"
     if rank > _TRITON_MAX_RANK:

@@ -79,6 +79,11 @@ class Problem:
 
     Raises:
         ValueError: a size or probability out of range, or a dtype that is not floating point.
+
+    Example:
+        >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
+        >>> problem.max_rank, problem.unit_flops
+        (4, 274877906944)
     """
 
     tokens: int
@@ -115,13 +120,21 @@ class Problem:
         return 2 * self.tokens * self.weight_elements
 
     def padded(self, features: int) -> int:
-        """Width of the padded block-major layout of `features` evenly cut coordinates."""
+        """Width of the padded block-major layout of `features` evenly cut coordinates.
+
+        Args:
+            features: N or C.
+        """
         widest = math.ceil(features / self.num_blocks)
         multiple = BLOCK_PADDING if widest > NARROW_PADDING else NARROW_PADDING
         return self.num_blocks * math.ceil(widest / multiple) * multiple
 
     def gathers(self, features: int) -> bool:
-        """Whether the block-major layout is a copy: one block that fills its tiles is its own."""
+        """Whether the block-major layout is a copy: one block that fills its tiles is its own.
+
+        Args:
+            features: N or C.
+        """
         return self.num_blocks > 1 or self.padded(features) != features
 
 
@@ -135,6 +148,10 @@ class Part:
         flops: floating-point operations.
         bytes: to and from memory.
         efficiency: share of a large GEMM's rate at which it computes.
+
+    Example:
+        >>> [part.name for part in parts(Problem(8192, 4096, 4096, num_blocks=4, rank=16), "frozen")]
+        ['base GEMM', 'dX = dY·W']
     """
 
     name: str
@@ -144,13 +161,32 @@ class Part:
     efficiency: float = 1.0
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The longer of arithmetic and memory."""
+        """The longer of arithmetic and memory.
+
+        Args:
+            flops_per_second: a large GEMM's rate.
+            bytes_per_second: memory's bandwidth.
+        """
         return max(self.flops / (self.efficiency * flops_per_second), self.bytes / bytes_per_second)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one way to run a problem is predicted to cost on one GPU."""
+    """What one way to run a problem is predicted to cost on one GPU.
+
+    Attributes:
+        algorithm: one of :data:`ALGORITHMS`.
+        parts: forward, then backward.
+        flops_per_second: a large GEMM's rate.
+        bytes_per_second: memory's bandwidth.
+
+    Example:
+        >>> from smoa_kernels.gpus import GPUS
+        >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
+        >>> split, frozen = (estimate(problem, GPUS["h100"], way) for way in ("split", "frozen"))
+        >>> round(split.seconds() / frozen.seconds(), 2)
+        1.46
+    """
 
     algorithm: str
     parts: tuple[Part, ...]
@@ -158,19 +194,35 @@ class Estimate:
     bytes_per_second: float
 
     def select(self, stage: Pass | Literal["both"]) -> tuple[Part, ...]:
-        """The parts of the forward pass, the backward pass, or both."""
+        """The parts of the forward pass, the backward pass, or both.
+
+        Args:
+            stage: "forward", "backward" or "both".
+        """
         return tuple(p for p in self.parts if stage in ("both", p.stage))
 
     def seconds(self, stage: Pass | Literal["both"] = "both") -> float:
-        """Predicted time."""
+        """Predicted time.
+
+        Args:
+            stage: "forward", "backward" or "both".
+        """
         return sum(p.seconds(self.flops_per_second, self.bytes_per_second) for p in self.select(stage))
 
     def flops(self, stage: Pass | Literal["both"] = "both") -> int:
-        """Floating-point operations."""
+        """Floating-point operations.
+
+        Args:
+            stage: "forward", "backward" or "both".
+        """
         return sum(p.flops for p in self.select(stage))
 
     def bytes(self, stage: Pass | Literal["both"] = "both") -> int:
-        """Bytes to and from memory."""
+        """Bytes to and from memory.
+
+        Args:
+            stage: "forward", "backward" or "both".
+        """
         return sum(p.bytes for p in self.select(stage))
 
 
@@ -182,6 +234,15 @@ def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -
         gpu: one of :data:`smoa_kernels.gpus.GPUS` or :func:`smoa_kernels.gpus.match_gpu`'s answer.
         algorithm: one of :data:`ALGORITHMS`.
         ieee: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
+
+    Raises:
+        ValueError: an unknown algorithm, or a dtype that no GPU's table has.
+
+    Example:
+        >>> from smoa_kernels.gpus import GPUS
+        >>> found = estimate(Problem(8192, 4096, 4096, num_blocks=4, rank=16), GPUS["h100"], "merged")
+        >>> f"{found.seconds('forward') * 1e3:.2f} ms, predicted"
+        '0.41 ms, predicted'
     """
     rate = gpu.flops_per_second(problem.dtype, ieee)
     return Estimate(algorithm, parts(problem, algorithm), rate, gpu.bytes_per_second)
@@ -190,8 +251,17 @@ def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -
 def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
     """The kernels that `algorithm` runs on `problem`, forward then backward.
 
+    Args:
+        problem: the layer and the batch.
+        algorithm: one of :data:`ALGORITHMS`.
+
     Raises:
         ValueError: an unknown algorithm.
+
+    Example:
+        >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
+        >>> [part.name for part in parts(problem, "split") if part.stage == "forward"]
+        ['build ΔW blocks', 'gather x', 'block matmul', 'base GEMM', 'y, read to accumulate']
     """
     if algorithm not in _WAYS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
@@ -426,6 +496,14 @@ def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
         gpu: from :func:`smoa_kernels.gpus.match_gpu` or :data:`smoa_kernels.gpus.GPUS`.
         ieee: the GEMM multiplies in IEEE float32 or float64. False for half types, whatever is given here
             for them, and for float32 under TF32 or autocast.
+
+    Example:
+        >>> from smoa_kernels.gpus import GPUS
+        >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
+        >>> choose_algorithm(problem, GPUS["h100"], ieee=False)
+        'split'
+        >>> choose_algorithm(replace(problem, tokens=16), GPUS["h100"], ieee=False)
+        'fused'
     """
     if problem.dropout:
         return "split"
@@ -449,6 +527,19 @@ def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
 
     While W0's read hides its doubled arithmetic the one kernel wins, since it builds nothing; past that it
     loses and stays behind. `problem.tokens` is ignored.
+
+    Args:
+        problem: the layer; its `dtype` is the dtype that the GEMM multiplies.
+        gpu: as in :func:`choose_algorithm`.
+        ieee: likewise.
+
+    Example:
+        >>> from smoa_kernels.gpus import GPUS
+        >>> problem = Problem(0, 4096, 4096, num_blocks=4, rank=16)
+        >>> 100 < fused_token_limit(problem, GPUS["h100"], ieee=False) < 1000
+        True
+        >>> fused_token_limit(replace(problem, rank=1024), GPUS["h100"], ieee=False)
+        0
     """
     if problem.max_rank > _fused_max_rank(problem.dtype, ieee):
         return 0
@@ -486,6 +577,14 @@ def backward_workspace(problem: Problem) -> Mapping[str, int]:
 
     "factor gradients": gathered dY and x, and the partials. They are freed before "input gradient", which
     holds W_eff; under dropout it holds the ΔW blocks, dY gathered anew, and dX's share by block instead.
+
+    Args:
+        problem: the layer and the batch.
+
+    Example:
+        >>> stages = backward_workspace(Problem(8192, 14336, 4096, num_blocks=4, rank=16))
+        >>> {stage: size >> 20 for stage, size in stages.items()}
+        {'factor gradients': 302, 'input gradient': 112}
     """
     p, size = problem, problem.dtype.itemsize
     rows, cols = p.padded(p.out_features), p.padded(p.in_features)
@@ -500,7 +599,11 @@ def backward_workspace(problem: Problem) -> Mapping[str, int]:
 def backward_workspace_bytes(problem: Problem) -> int:
     """Peak bytes that a backward holds beyond its inputs and results: the larger of its two stages.
 
-    At T=8192, N=14336, C=4096, K=4, r=16 in bf16: 302 MiB for the factor gradients (288 of them gathered
-    copies), then 112 MiB for W_eff.
+    Args:
+        problem: the layer and the batch.
+
+    Example:
+        >>> backward_workspace_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) >> 20  # 288 are gathered copies
+        302
     """
     return max(backward_workspace(problem).values())

@@ -30,6 +30,11 @@ class Dropout:
         p: probability in [0, 1), rounded to a multiple of 2⁻¹⁶.
         column_offset: global index of the first column.
         width: global number of columns; the tensor's own where None. Only the generator's draw needs it.
+
+    Example:
+        >>> mask = Dropout(torch.tensor(7), p=0.5).multiplier(torch.ones(64, 64))
+        >>> sorted(set(mask.flatten().tolist()))
+        [0.0, 2.0]
     """
 
     seed: Tensor
@@ -48,7 +53,12 @@ class Dropout:
         return _LEVELS / (_LEVELS - self.threshold)
 
     def multiplier(self, like: Tensor, columns: int | None = None) -> Tensor:
-        """Mask times scale for the tokens, dtype and (unless given) columns of a 2-D tensor."""
+        """Mask times scale for the tokens, dtype and (unless given) columns of a 2-D tensor.
+
+        Args:
+            like: (T, C), whose dtype the mask takes.
+            columns: of the mask, where they are not those of `like`.
+        """
         columns = like.shape[1] if columns is None else columns
         width = columns if self.width is None else self.width
         generator = torch.Generator(device=self.seed.device)
@@ -68,5 +78,13 @@ def draw_seed(device: torch.device) -> Tensor:
 
     Drawn outside the operator: a seed drawn inside it would be drawn anew by a recomputed forward, and the
     gradients would silently be those of another mask.
+
+    Args:
+        device: of the activations.
+
+    Example:
+        >>> seed = draw_seed(torch.device("cpu"))
+        >>> seed.dtype, seed.shape
+        (torch.int64, torch.Size([]))
     """
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)

@@ -127,6 +127,9 @@ class FusedSMoALinear(nn.Linear):
             partition: blocks of the weight where they are already known; computed from its spectrum when None.
 
         The other arguments are the constructor's.
+
+        Raises:
+            TypeError, ValueError: naming the argument; `linear` is as it was.
         """
         weight, bias = _linear_parameters(linear)
         settings = _Settings(
@@ -236,7 +239,11 @@ class FusedSMoALinear(nn.Linear):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero: the layer computes what its base computes."""
+        """A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero: the layer computes what its base computes.
+
+        Raises:
+            RuntimeError: tensor parallelism has cut the layer.
+        """
         if self._shard is not None:
             raise RuntimeError("the layer is sharded: draw the adapter before parallelize_module")
         widths = torch.tensor(self.partition.col_sizes, dtype=self.smoa_A.dtype, device=self.smoa_A.device)
@@ -247,7 +254,14 @@ class FusedSMoALinear(nn.Linear):
         self.smoa_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """(..., in_features) -> (..., out_features), in x's dtype.
+
+        Args:
+            x: floating point, any strides and leading dimensions, zero tokens included.
+
+        Raises:
+            TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does.
+        """
         weight, bias = self.weight, cast("Tensor | None", self.bias)
         A, B = cast(Tensor, self.smoa_A), cast(Tensor, self.smoa_B)
         shard = self._shard

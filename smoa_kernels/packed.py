@@ -72,6 +72,14 @@ class PackedAdapter:
         partition: blocks of W0's rows and columns.
         ranks: int32 (K,) rank r_k of each block.
         scaling: 0-d tensor, s.
+
+    Example:
+        >>> halves = torch.tensor([0, 0, 1, 1])
+        >>> partition, ranks = BlockPartition.from_labels(halves, halves, 2), torch.tensor([1, 1], dtype=torch.int32)
+        >>> weight, A, B = torch.ones(4, 4), torch.ones(1, 4), torch.ones(4, 1)
+        >>> A, B = PackedAdapter(weight, A, B, partition, ranks, torch.tensor(0.5)).expanded_factors(torch.float32)
+        >>> (B @ A).tolist()[0]  # s·mask·(BA): nothing outside the block
+        [0.5, 0.5, 0.0, 0.0]
     """
 
     weight: Tensor
@@ -153,7 +161,11 @@ def scaling_tensor(value: float | Tensor, device: torch.device) -> Tensor:
 
 
 def split_rank(rank: int, num_blocks: int) -> list[int]:
-    """Share a rank budget: block k gets `rank // K + (k < rank % K)`.
+    """Share a rank budget: block k gets `rank // K + (k < rank % K)` (docs/definition.md).
+
+    Args:
+        rank: r, the budget.
+        num_blocks: K.
 
     Example:
         >>> split_rank(8, 3)
@@ -167,6 +179,15 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Args:
+        r: rank budget over all blocks, at least 1.
+        num_blocks: K, at least 1.
+        block_ranks: K numbers that sum to r, zeros allowed.
+
+    Example:
+        >>> resolve_ranks(8, 3), resolve_ranks(8, 3, [6, 2, 0])
+        ((3, 3, 2), (6, 2, 0))
     """
     for name, value in (("r", r), ("num_blocks", num_blocks)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -192,7 +213,17 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
 
 
 def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int:
-    """`Σ r_k (N_k + C_k)`: what an adapter trains, padding not counted."""
+    """`Σ r_k (N_k + C_k)`: what an adapter trains, padding not counted.
+
+    Args:
+        partition: blocks of W0.
+        ranks: r_k of each block.
+
+    Example:
+        >>> partition = BlockPartition.from_weight(torch.randn(6, 10), num_blocks=2)
+        >>> trainable_parameters(partition, [2, 1])  # 2 · (3 + 5) + 1 · (3 + 5)
+        24
+    """
     sizes = zip(ranks, partition.row_sizes, partition.col_sizes, strict=True)
     return sum(r * (rows + cols) for r, rows, cols in sizes)
 
@@ -215,6 +246,13 @@ def pack_factors(
 
     Raises:
         ValueError: a factor whose shape does not fit its block.
+
+    Example:
+        >>> partition = BlockPartition.from_labels(torch.tensor([0, 1]), torch.tensor([0, 1, 1]), num_blocks=2)
+        >>> A_blocks, B_blocks = [torch.ones(2, 1), torch.ones(1, 2)], [torch.ones(1, 2), torch.ones(1, 1)]
+        >>> A, B, ranks = pack_factors(A_blocks, B_blocks, partition)
+        >>> A.tolist(), ranks.tolist()
+        ([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], [2, 1])
     """
     if not len(A_blocks) == len(B_blocks) == partition.num_blocks:
         raise ValueError(
@@ -238,7 +276,20 @@ def pack_factors(
 def unpack_factors(
     A: Tensor, B: Tensor, partition: BlockPartition, ranks: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Inverse of :func:`pack_factors`: lists of A_k (r_k, C_k) and B_k (N_k, r_k), padding left out."""
+    """Inverse of :func:`pack_factors`: lists of A_k (r_k, C_k) and B_k (N_k, r_k), padding left out.
+
+    Args:
+        A: packed (ρ, C).
+        B: packed (N, ρ).
+        partition: the blocks.
+        ranks: int (K,), rank of each block.
+
+    Example:
+        >>> partition = BlockPartition.from_labels(torch.tensor([0, 1]), torch.tensor([0, 1, 1]), num_blocks=2)
+        >>> A_blocks, B_blocks = unpack_factors(torch.ones(2, 3), torch.ones(2, 2), partition, torch.tensor([2, 1]))
+        >>> [tuple(A.shape) for A in A_blocks], [tuple(B.shape) for B in B_blocks]
+        ([(2, 1), (1, 2)], [(1, 2), (1, 1)])
+    """
     sizes = ranks.tolist()
     return (
         [A[:r, partition.cols(k)] for k, r in enumerate(sizes)],

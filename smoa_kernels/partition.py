@@ -204,7 +204,15 @@ class BlockPartition:
         return torch.split(self.col_order, list(self.col_sizes))[block]
 
     def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
-        """Partition of `weight[row_slice, col_slice]`: the same labels, cut. Blocks may become empty."""
+        """Partition of `weight[row_slice, col_slice]`: the same labels, cut. Blocks may become empty.
+
+        Args:
+            row_slice: of the rows that stay.
+            col_slice: of the columns that stay.
+
+        Raises:
+            TypeError: one of them is no slice.
+        """
         for name, cut in (("row_slice", row_slice), ("col_slice", col_slice)):
             if not isinstance(cut, slice):
                 raise TypeError(f"{name} must be a slice, got {cut!r}")

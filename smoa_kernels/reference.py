@@ -15,7 +15,7 @@ from .dropout import Dropout
 from .packed import PackedAdapter
 from .partition import BlockPartition
 
-__all__ = ["ALGORITHMS", "backward", "forward", "reference_delta_weight", "reference_linear"]
+__all__ = ["reference_delta_weight", "reference_linear"]
 
 ALGORITHMS = (
     "merged",
@@ -37,6 +37,13 @@ def reference_delta_weight(
         partition: blocks of W0.
         ranks: int (K,), r_k ≤ ρ.
         scaling: s.
+
+    Example:
+        >>> halves = torch.tensor([0, 0, 1, 1])
+        >>> partition, ranks = BlockPartition.from_labels(halves, halves, 2), torch.tensor([1, 1])
+        >>> weight, A, B = torch.full((4, 4), 3.0), torch.ones(1, 4), torch.ones(4, 1)
+        >>> reference_delta_weight(weight, A, B, partition, ranks, scaling=2.0)[0].tolist()
+        [6.0, 6.0, 0.0, 0.0]
     """
     delta = torch.zeros_like(weight)
     for k, rank in enumerate(ranks.tolist()):
@@ -62,10 +69,20 @@ def reference_linear(
     column_offset: int = 0,
     global_in_features: int | None = None,
 ) -> Tensor:
-    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N).
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N) (docs/definition.md).
 
     Arguments and errors are those of :func:`smoa_kernels.smoa_linear`; the dropout mask is the eager backend's, and
-    its seed must be given.
+    its seed must be given. Unlike that function it has a second derivative.
+
+    Raises:
+        TypeError, ValueError: as `smoa_linear` does; a dropout without a seed.
+
+    Example:
+        >>> weight = torch.randn(6, 4)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> A, B, ranks = torch.randn(1, 4), torch.zeros(6, 1), torch.ones(2, dtype=torch.int32)
+        >>> reference_linear(torch.randn(3, 4), weight, None, A, B, partition, ranks, scaling=0.5).shape
+        torch.Size([3, 6])
     """
     check_arguments(
         x,

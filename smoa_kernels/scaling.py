@@ -91,6 +91,10 @@ class Scale:
 
     Raises:
         ValueError: naming the option, what was given and what is allowed.
+
+    Example:
+        >>> Scale("llama-3-8b", gpus=8, parallel="ddp").stack.layers
+        32
     """
 
     model: str
@@ -125,7 +129,22 @@ class Scale:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one method is predicted to cost on each GPU; memory and traffic in bytes, times in seconds."""
+    """What one method is predicted to cost on each GPU.
+
+    Attributes:
+        method: "full", "lora" or "smoa".
+        trained_parameters: of the whole model.
+        memory: bytes, by what they are for.
+        traffic: bytes that a GPU sends in a step, by collective.
+        compute_seconds: of a step's matrix products.
+        traffic_seconds: of a step's collectives.
+
+    Example:
+        >>> from smoa_kernels.gpus import GPUS
+        >>> plan = predict(Scale("llama-3-8b", gpus=8, parallel="ddp"), "smoa", GPUS["h100"])
+        >>> f"{plan.total_memory / 1e9:.0f} GB, predicted"
+        '26 GB, predicted'
+    """
 
     method: Method
     trained_parameters: int
@@ -146,7 +165,15 @@ class Plan:
 
 
 def tensor_parallel_size(scale: Scale) -> int:
-    """Over how many GPUs layers are cut: a node's, or as many as there are key and value heads or GPUs."""
+    """Over how many GPUs layers are cut: a node's, or as many as there are key and value heads or GPUs.
+
+    Args:
+        scale: the model and the GPUs.
+
+    Example:
+        >>> tensor_parallel_size(Scale("llama-3-70b", gpus=64, parallel="tp"))
+        8
+    """
     return min(NODE, scale.gpus, scale.decoder.kv_heads)
 
 
@@ -175,7 +202,20 @@ def _linears(decoder: Decoder) -> list[_Linear]:
 
 
 def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
-    """Memory, traffic and time of one GPU."""
+    """Memory, traffic and time of one GPU; all of it predicted, by the rules at the top of this file.
+
+    Args:
+        scale: the model, the batch and the GPUs.
+        method: "full", "lora" or "smoa".
+        gpu: one of :data:`smoa_kernels.gpus.GPUS`.
+
+    Example:
+        >>> from smoa_kernels.gpus import GPUS
+        >>> scale = Scale("llama-3-8b", gpus=8, parallel="ddp")
+        >>> smoa, lora = (predict(scale, method, GPUS["h100"]) for method in ("smoa", "lora"))
+        >>> lora.trained_parameters / smoa.trained_parameters  # K
+        4.0
+    """
     stack, decoder, linears = scale.stack, scale.decoder, _linears(scale.decoder)
     cut = tensor_parallel_size(scale) if scale.parallel == "tp" else 1
     replicas = scale.gpus // cut

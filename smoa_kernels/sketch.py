@@ -29,7 +29,15 @@ _SMALL = 2**22
 
 
 def sketch_weight(weight: Tensor) -> Tensor:
-    """float32 (33,) on W0's device: 32 projections, then log2 of the norm. Any floating dtype and strides."""
+    """float32 (33,) on W0's device: 32 projections, then log2 of the norm. Any floating dtype and strides.
+
+    Args:
+        weight: W0 (N, C), any floating dtype and strides.
+
+    Example:
+        >>> sketch_weight(torch.randn(6, 8)).shape
+        torch.Size([33])
+    """
     weight = whole(weight).detach()
     with one_thread() if weight.numel() < _SMALL else nullcontext():
         return _sketch(weight.to(torch.float32))
@@ -43,7 +51,19 @@ def _sketch(weight: Tensor) -> Tensor:
 
 
 def sketch_distance(first: Tensor, second: Tensor) -> float:
-    """About the relative difference of the two weights; same base when below `TOLERANCE`."""
+    """About the relative difference of the two weights; same base when below `TOLERANCE`.
+
+    Args:
+        first: float32 (33,), from :func:`sketch_weight`.
+        second: likewise.
+
+    Example:
+        >>> weight = torch.randn(64, 48)
+        >>> sketch_distance(sketch_weight(weight), sketch_weight(weight.bfloat16())) < TOLERANCE
+        True
+        >>> sketch_distance(sketch_weight(weight), sketch_weight(torch.randn(64, 48))) < TOLERANCE
+        False
+    """
     difference = first.detach().float().cpu() - second.detach().float().cpu()
     projections = difference[:-1].square().mean().sqrt()
     return float(torch.maximum(projections, difference[-1].abs()))

@@ -58,6 +58,11 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
+
+    Example:
+        >>> config = SMoAConfig(r=8, num_blocks=2, target_modules=["q_proj", "v_proj"])
+        >>> config.peft_type.value, sorted(config.target_modules)
+        ('SMOA', ['q_proj', 'v_proj'])
     """
 
     r: int = field(default=8, metadata={"help": "Rank budget of a layer over all its blocks"})
@@ -161,7 +166,14 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; an interrupted save leaves the old one."""
+        """Write `adapter_config.json`; an interrupted save leaves the old one.
+
+        Args:
+            save_directory: a folder, made where there is none.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
         with replacing(save_directory) as scratch:
@@ -173,7 +185,10 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     ) -> SMoAConfig:
         """Read `adapter_config.json` of a folder (or hub repository).
 
-        `strict_base`, where given (to `PeftModel.from_pretrained` too), wins over the file's.
+        Args:
+            pretrained_model_name_or_path: the folder, or the repository's name.
+            subfolder: of it, that holds the adapter.
+            kwargs: PEFT's. `strict_base`, where given (to `PeftModel.from_pretrained` too), wins over the file's.
 
         Raises:
             ValueError: there is none, its values or format version are not allowed, or the weights beside it are

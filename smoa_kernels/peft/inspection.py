@@ -40,6 +40,10 @@ class LayerReport:
         fingerprint: first digits of the sketch of W0, the same for the same base in the same precision.
         base_distance: about the relative difference between the base that was given and the one that the adapter was
             trained over; None without a base, infinity for a layer that it lacks or has in another shape.
+
+    Example:
+        >>> LayerReport("q_proj", (6, 8), ranks=(2, 2), parameters=28, fingerprint="0123", base_distance=0.002).fits
+        True
     """
 
     name: str
@@ -69,6 +73,10 @@ class AdapterReport:
         layers: in the order of their names, numbers by their values.
         file_size: bytes of the weights' file.
         other_tensors: what else is trained and saved in it (biases, further modules).
+
+    Example:
+        >>> AdapterReport(SMoAConfig(), layers=(), file_size=0, other_tensors=()).parameters
+        0
     """
 
     config: SMoAConfig
@@ -100,6 +108,15 @@ def inspect_adapter(
     Raises:
         ValueError, FileNotFoundError: no configuration or weights, another method's, what `SMoAConfig.from_pretrained`
             finds wrong, labels or ranks out of range or missing, no readable safetensors in `base`.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from torch import nn
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(r=4, target_modules=["0"]))
+        >>> model.save_pretrained("adapter")
+        >>> report = inspect_adapter("adapter")
+        >>> report.parameters, report.layers[0].ranks, report.fits
+        (28, (2, 2), None)
     """
     config = _config(Path(folder))
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME

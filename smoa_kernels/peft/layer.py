@@ -39,6 +39,10 @@ class LayerSettings(NamedTuple):
         block_ranks: rank of each block, or None to share r evenly.
         alpha: numerator of the scaling; r when None.
         config: everything that is the same for all layers.
+
+    Example:
+        >>> LayerSettings(r=8, num_blocks=2, block_ranks=None, alpha=16, config=SMoAConfig()).scaling
+        2.0
     """
 
     r: int
@@ -55,19 +59,44 @@ class LayerSettings(NamedTuple):
 
 
 def order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
-    """The blocks of W0, computed."""
+    """The blocks of W0, computed.
+
+    Args:
+        layer: over W0.
+        num_blocks: K.
+
+    Example:
+        >>> from smoa_kernels.peft import Linear
+        >>> layer = Linear(nn.Linear(8, 6), "default", LayerSettings(4, 2, None, None, SMoAConfig()))
+        >>> order_of(layer, 3).row_sizes
+        (2, 2, 2)
+    """
     return BlockPartition.from_weight(layer.base_weight(), num_blocks)
 
 
 class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
     """Adapters of a layer, by name: packed factors, and its blocks, their ranks and a sketch of W0 as bytes.
 
+    What :class:`smoa_kernels.peft.Linear` is beside a module: everything but its forward. `adapter_name` is always
+    that of an adapter of this layer, `spectral_order` what computes the blocks of a weight.
+
+    Args:
+        base_layer: the layer that owns W0 (N, C), or another tuner's around it.
+        fan_in_fan_out: whether the weight is stored (in, out).
+        quantization: PEFT's back end for the base layer, where that is quantised.
+
     Attributes:
-        smoa_A: parameters (ρ, C).
-        smoa_B: parameters (N, ρ).
+        smoa_A: parameters (ρ, C), by adapter.
+        smoa_B: parameters (N, ρ), by adapter.
         smoa_blocks: uint8, see :mod:`smoa_kernels.peft.layout`; zeros while they are yet to be loaded.
         in_features, out_features: C and N.
         r, num_blocks, block_ranks, scaling: by adapter.
+
+    Example:
+        >>> from smoa_kernels.peft import Linear
+        >>> layer = Linear(nn.Linear(8, 6), "default", LayerSettings(4, 2, None, None, SMoAConfig()))
+        >>> layer.num_adapter_parameters("default"), layer.ranks("default").tolist()
+        (28, [2, 2])
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
@@ -164,8 +193,14 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         Its blocks are computed from W0's spectrum now, unless weights are about to be loaded: then they come with
         them, or are computed when first needed.
 
+        Args:
+            adapter_name: of the new adapter.
+            settings: its rank, blocks and scaling.
+            spectral_order: computes the blocks of a weight.
+
         Raises:
-            TypeError, ValueError: settings that do not fit the layer. Nothing is added.
+            TypeError, ValueError: settings that do not fit the layer, or one that tensor parallelism has cut. Nothing
+                is added.
         """
         if self._shard is not None:
             raise ValueError("the layer is sharded: add adapters before parallelize_module")
@@ -269,7 +304,12 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return trainable_parameters(self.partition(adapter_name), self.ranks(adapter_name).tolist())
 
     def packed(self, adapter_name: str, weight: Tensor) -> PackedAdapter:
-        """The adapter over `weight`, in autograd's sight."""
+        """The adapter over `weight`, in autograd's sight.
+
+        Args:
+            adapter_name: which.
+            weight: W0 (N, C), or this process's part of it.
+        """
         ready = self._ready(adapter_name)
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
         if self._shard is not None:
@@ -314,7 +354,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
                 self._ready(name)
 
     def whole(self, weight: Tensor) -> BlockPartition:
-        """The partition of a single block on W0's device, built once."""
+        """The partition of a single block on W0's device, built once.
+
+        Args:
+            weight: W0 (N, C).
+        """
         if self._whole is None or self._whole.device != weight.device:
             self._whole = single_block(weight)
         return self._whole

@@ -35,6 +35,13 @@ class Linear(SMoALayer, nn.Module):
         fan_in_fan_out: whether the weight is stored (in, out).
         quantization: PEFT's back end for the base layer, where that is quantised.
         spectral_order: computes the blocks of a weight.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from smoa_kernels.peft import SMoAConfig
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(r=4, target_modules=["0"]))
+        >>> model.base_model.model[0].get_delta_weight("default").shape
+        torch.Size([6, 8])
     """
 
     def __init__(
@@ -60,7 +67,17 @@ class Linear(SMoALayer, nn.Module):
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
-        """(..., C) -> (..., N). `adapter_names`, in evaluation: an adapter (or "__base__") for each sample."""
+        """(..., C) -> (..., N), in x's dtype.
+
+        Args:
+            x: floating point, any leading dimensions.
+            adapter_names: in evaluation, an adapter (or "__base__") for each sample.
+            args, kwargs: passed to the base layer.
+
+        Raises:
+            TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does; another number of `adapter_names` than of
+                samples, or one given while adapters are merged.
+        """
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters:
@@ -181,7 +198,11 @@ class Linear(SMoALayer, nn.Module):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter, additive: in the base weight's layout, at least float32 where the factors are."""
+        """ΔW of one adapter, additive: in the base weight's layout, at least float32 where the factors are.
+
+        Args:
+            adapter: its name.
+        """
         with present(self, self.innermost()):
             delta = self._delta([adapter], self.base_weight())
         return delta.T if self.fan_in_fan_out else delta
@@ -246,7 +267,11 @@ class Linear(SMoALayer, nn.Module):
         return total
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """ΔW is additive, so PEFT can factorise it (to a rank far above r, as a rule)."""
+        """ΔW is additive, so PEFT can factorise it (to a rank far above r, as a rule).
+
+        Args:
+            adapter_name: any.
+        """
         return True
 
     def extra_repr(self) -> str:

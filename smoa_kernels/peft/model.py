@@ -39,6 +39,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         config: of the first adapter.
         adapter_name: of the first adapter.
         low_cpu_mem_usage: leave the adapter on the meta device, to be loaded.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(r=4, target_modules=["0"]))
+        >>> type(model.base_model).__name__, type(model.base_model.model[0]).__name__
+        ('SMoAModel', 'Linear')
     """
 
     prefix: str = "smoa_"
@@ -56,7 +62,11 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         return [*names, *(f"base_model.{name}" for name in names)]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; where it fails the model is left as it was."""
+        """As PEFT's; where it fails the model is left as it was.
+
+        Raises:
+            TypeError, ValueError: a name that cannot be a folder's, or what the configuration asks for does not fit.
+        """
         if not adapter_name or set(adapter_name) & set("./\\"):
             # It is part of parameters' names, and of the folder that the adapter is saved in.
             raise ValueError(f"adapter_name must be a name without dots and slashes, got {adapter_name!r}")

@@ -36,6 +36,16 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     Raises:
         ValueError: a key of another kind, more than one adapter, a layer without a base weight or with a block
             missing, or factors that do not fit the blocks of the base weight.
+
+    Example:
+        >>> import torch
+        >>> weights = {"proj": torch.randn(6, 8)}
+        >>> name = "base_model.model.proj.lora_{}.default.{}.weight"
+        >>> theirs = {name.format("A", k): torch.randn(2, 4) for k in range(2)}
+        >>> theirs |= {name.format("B", k): torch.randn(3, 2) for k in range(2)}
+        >>> ours = from_paper_layout(theirs, weights)
+        >>> [key.removeprefix("base_model.model.") for key in ours]
+        ['proj.smoa_A', 'proj.smoa_B', 'proj.smoa_blocks']
     """
     layers: defaultdict[str, dict[tuple[str, int], Tensor]] = defaultdict(dict)
     adapters = set()
@@ -73,9 +83,22 @@ def to_paper_layout(
 ) -> dict[str, Tensor]:
     """Inverse of :func:`from_paper_layout`.
 
+    Args:
+        state: tensors of an SMoA adapter, as `adapter_model.safetensors` holds them.
+        weights: W0 (N, C) of each adapted layer, by the layer's path in the base model.
+        adapter_name: that the paper's keys will hold.
+
     Raises:
         ValueError: a layer without a base weight, or whose blocks are not those of the base weight's spectrum (the
             paper's code would compute others than the adapter was trained with).
+
+    Example:
+        >>> import torch
+        >>> weights = {"proj": torch.randn(6, 8)}
+        >>> shapes = {"A": (2, 8), "B": (6, 2)}
+        >>> theirs = {f"proj.lora_{side}.default.0.weight": torch.randn(*shapes[side]) for side in "AB"}
+        >>> sorted(to_paper_layout(from_paper_layout(theirs, weights), weights))
+        ['base_model.model.proj.lora_A.default.0.weight', 'base_model.model.proj.lora_B.default.0.weight']
     """
     result = {}
     for key in state:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cache import cache_folder
 from .limits import ARCHITECTURES, Architecture, occupancy
 from .rules import Record, Traffic
 from .source import pointers_at
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .compile import Binary, Launch
     from .registry import KernelSpec
 
-__all__ = ["AUDIT_DTYPES", "Task", "cache_folder", "run_audit", "run_task", "tasks"]
+__all__ = ["AUDIT_DTYPES", "Task", "run_audit", "run_task", "tasks"]
 
 AUDIT_DTYPES = ("bf16", "fp16", "tf32", "fp32")
 """What the main loop multiplies; "fp32" is IEEE. On AMD float32 is always IEEE, so "tf32" is not compiled."""
@@ -48,14 +49,6 @@ class Task:
     config: int
     arch: str
     dtype: str
-
-
-def cache_folder() -> Path:
-    """`$SMOA_CACHE`, else `$XDG_CACHE_HOME/smoa-kernels`, else `~/.cache/smoa-kernels`."""
-    if own := os.environ.get("SMOA_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "smoa-kernels"
 
 
 def run_audit(

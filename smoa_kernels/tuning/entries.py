@@ -33,6 +33,10 @@ class Trial:
         choice: what was tried.
         seconds: median; None where it was not timed.
         reason: why not.
+
+    Example:
+        >>> Trial("split", seconds=1e-3).settled, Trial("fused", reason=INTERRUPTED).settled
+        (True, False)
     """
 
     choice: Choice
@@ -55,6 +59,13 @@ class Entry:
         default: what would run without the entry.
         trials: everything that was tried.
         complete: nothing is left to try.
+
+    Example:
+        >>> key = Key("forward", "bf16", 8, 2, 4096, 4096, 512)
+        >>> machine = Identity("a GPU", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef")
+        >>> entry = Entry(key, machine, "split", (Trial("split", seconds=2e-3), Trial("fused", seconds=1e-3)))
+        >>> entry.best().choice, Entry.from_json(entry.to_json()) == entry
+        ('fused', True)
     """
 
     key: Key
@@ -116,7 +127,19 @@ class Entry:
 
 
 def merged(older: Entry, newer: Entry) -> Entry:
-    """Of two entries for one key the newer, with the trials of the older where both hold for the same machine."""
+    """Of two entries for one key the newer, with the trials of the older where both hold for the same machine.
+
+    Args:
+        older: that is in a table.
+        newer: that is put there.
+
+    Example:
+        >>> machine = Identity("a GPU", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef")
+        >>> older = Entry(Key("forward", "bf16"), machine, "split", (Trial("split", seconds=2e-3),))
+        >>> newer = Entry(Key("forward", "bf16"), machine, "split", (Trial("fused", seconds=1e-3),))
+        >>> [trial.choice for trial in merged(older, newer).trials]
+        ['split', 'fused']
+    """
     if older.identity != newer.identity:
         return newer
     trials = {trial.choice: trial for trial in older.trials}

@@ -24,6 +24,10 @@ class Decoder:
         heads: `num_attention_heads`.
         kv_heads: `num_key_value_heads`.
         head_dim: `head_dim`, where it is not hidden / heads.
+
+    Example:
+        >>> MODELS["llama-3-8b"].shapes
+        ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
     """
 
     hidden: int
@@ -70,6 +74,12 @@ def read_config(path: Path) -> Decoder:
 
     Raises:
         ValueError: no such file, or one that lacks a size.
+
+    Example:
+        >>> sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+        >>> _ = Path("config.json").write_text(json.dumps(sizes))
+        >>> read_config(Path("config.json")) == MODELS["smollm2-135m"]
+        True
     """
     file = path / "config.json" if path.is_dir() else path
     try:

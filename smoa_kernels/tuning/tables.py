@@ -18,8 +18,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from ..cache import cache_folder
 from ..kernels.heuristic import Key
-from .audit import cache_folder
 from .entries import Entry, merged
 from .identity import slug
 
@@ -31,17 +31,38 @@ LOCK_SECONDS = 60.0
 
 
 def user_folder() -> Path:
-    """Where the user's tables are: `tuning` in the cache folder."""
+    """Where the user's tables are: `tuning` in the cache folder.
+
+    Example:
+        >>> user_folder().name
+        'tuning'
+    """
     return cache_folder() / "tuning"
 
 
 def user_table(gpu: str) -> Path:
-    """The user's table of a GPU, by the driver's name for it."""
+    """The user's table of a GPU, by the driver's name for it.
+
+    Args:
+        gpu: as the driver names it.
+
+    Example:
+        >>> user_table("NVIDIA H100 80GB HBM3").name
+        'nvidia-h100-80gb-hbm3.json'
+    """
     return user_folder() / f"{slug(gpu)}.json"
 
 
 def shipped_table(gpu: str) -> Path:
-    """The table of a GPU that comes with the package, if there is one."""
+    """The table of a GPU that comes with the package, if there is one.
+
+    Args:
+        gpu: as the driver names it.
+
+    Example:
+        >>> shipped_table("a GPU that nobody knows").exists()
+        False
+    """
     return SHIPPED / f"{slug(gpu)}.json"
 
 
@@ -50,6 +71,14 @@ def read(path: Path, *, set_aside: bool = True) -> Mapping[Key, Entry]:
 
     A file that is truncated, foreign, broken by hand or of a future schema is named in one warning and, where
     `set_aside` and the folder can be written to, renamed to `NAME.broken-1` (or -2, …).
+
+    Args:
+        path: of the table.
+        set_aside: rename one that cannot be used.
+
+    Example:
+        >>> read(user_table("a GPU that was never tuned"))
+        {}
     """
     try:
         return _parse(path)
@@ -70,8 +99,16 @@ def read(path: Path, *, set_aside: bool = True) -> Mapping[Key, Entry]:
 def update(path: Path, entries: Iterable[Entry]) -> Mapping[Key, Entry]:
     """Add entries to a table, made where there is none; returns what it then holds.
 
+    Args:
+        path: of the table.
+        entries: what was measured; one whose key is there is merged with it.
+
     Raises:
         OSError: the folder cannot be written to, or another process holds the lock for a minute.
+
+    Example:
+        >>> update(user_table("a GPU"), [])
+        {}
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path):
