@@ -14,7 +14,8 @@ PACKAGE = ROOT / "smoa_kernels"
 # A module imports from its own line or those above. A folder stands for what it holds and no other line names.
 ORDER = (
     ("_version", "backends", "cache", "dropout", "gpus", "partition", "precision"),
-    ("arguments", "cost", "packed", "sketch"),
+    ("arguments", "counts", "packed", "sketch"),
+    ("cost",),
     ("reference",),
     ("kernels",),
     ("tuning.identity", "tuning.entries", "tuning.tables", "tuning.lookup", "tuning.status"),
