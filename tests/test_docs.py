@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,11 @@ def test_the_readmes_layer_runs() -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
+def test_the_tour_ends_at_dB() -> None:
+    (code,) = examples("docs/tour.md")
+    exec(compile(code, "tour.md", "exec"), {})
+
+
 def test_the_readmes_peft_runs(
     tiny_llama: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +149,30 @@ def test_no_example_is_left_out() -> None:
     found = [
         page.relative_to(ROOT).as_posix() for page in PAGES if PYTHON.search(page.read_text(encoding="utf-8"))
     ]
-    assert found == ["README.md", "docs/distributed.md"]
+    assert found == ["README.md", "docs/distributed.md", "docs/tour.md"]
+
+
+# In an indented block or between backticks; what follows a # is for the reader.
+COMMAND = re.compile(r"(?:^ {4}|`)((?:make|smoa-kernels) [^`\n#]*)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_exist(page: Path) -> None:
+    """A target of the Makefile; a command with options that it has."""
+    pytest.importorskip("typer", reason="needs the cli extra")
+    from typer.main import get_command
+
+    from smoa_kernels.cli.app import app
+
+    commands: Any = get_command(app)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for text in COMMAND.findall(page.read_text(encoding="utf-8")):
+        program, name, *arguments = shlex.split(text)
+        if program == "make":
+            assert name in targets, text
+        else:
+            known = commands.commands[name].make_context(name, arguments)  # raises for an option that is none
+            assert known.params, text
 
 
 def test_the_readmes_picture_shows_what_it_says() -> None:
