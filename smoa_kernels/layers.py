@@ -17,7 +17,7 @@ from .backends import ALGORITHMS, BACKENDS, load_backend, resolve_backend
 from .functional import smoa_linear
 from .packed import (
     PackedAdapter,
-    padding_masks,
+    draw_A,
     resolve_ranks,
     scaling_tensor,
     trainable_parameters,
@@ -246,11 +246,7 @@ class FusedSMoALinear(nn.Linear):
         """
         if self._shard is not None:
             raise RuntimeError("the layer is sharded: draw the adapter before parallelize_module")
-        widths = torch.tensor(self.partition.col_sizes, dtype=self.smoa_A.dtype, device=self.smoa_A.device)
-        bound = widths.clamp_min(1).rsqrt()[self.smoa_col_block.long()]
-        self.smoa_A.uniform_(-1, 1).mul_(bound)
-        A_mask, _ = padding_masks(self.partition, self.smoa_ranks, self.smoa_A.shape[0])
-        self.smoa_A.mul_(A_mask)
+        draw_A(self.smoa_A, self.partition, self.smoa_ranks)
         self.smoa_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:

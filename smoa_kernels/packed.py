@@ -234,6 +234,15 @@ def padding_masks(partition: BlockPartition, ranks: Tensor, rho: int) -> tuple[T
     return slot[:, None] < ranks[partition.col_block.long()], slot < ranks[partition.row_block.long(), None]
 
 
+@torch.no_grad()
+def draw_A(A: Tensor, partition: BlockPartition, ranks: Tensor) -> None:
+    """Fill A (ρ, C) with A_k uniform in ±1/√C_k (Kaiming, a=√5), zeros in its padding (docs/definition.md)."""
+    widths = torch.tensor(partition.col_sizes, dtype=A.dtype, device=A.device)
+    bound = widths.clamp_min(1).rsqrt()[partition.col_block.long()]
+    A_mask, _ = padding_masks(partition, ranks, A.shape[0])
+    A.uniform_(-1, 1).mul_(bound).mul_(A_mask)
+
+
 def pack_factors(
     A_blocks: Sequence[Tensor], B_blocks: Sequence[Tensor], partition: BlockPartition
 ) -> tuple[Tensor, Tensor, Tensor]:

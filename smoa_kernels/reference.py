@@ -17,12 +17,8 @@ from .partition import BlockPartition
 
 __all__ = ["reference_delta_weight", "reference_linear"]
 
-ALGORITHMS = (
-    "merged",
-    "split",
-    "expanded",
-    "fused",
-)  # different ways to one number, which it computes its own way
+# Different ways to one number, which it computes its own way.
+ALGORITHMS = ("merged", "split", "expanded", "fused")
 
 
 def reference_delta_weight(

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..packed import PackedAdapter, padding_masks, resolve_ranks, scaling_tensor, trainable_parameters
+from ..packed import PackedAdapter, draw_A, padding_masks, resolve_ranks, scaling_tensor, trainable_parameters
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
 from .combine import single_block
@@ -278,12 +278,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         """A_k uniform in ±1/√C_k (Kaiming, a=√5); B zero, or normal where the adapter is to be random."""
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
         partition, ranks = self.partition(adapter_name), self.ranks(adapter_name)
-        A_mask, B_mask = padding_masks(partition, ranks, A.shape[0])
-        widths = torch.tensor(partition.col_sizes, dtype=A.dtype, device=A.device)
-        A.uniform_(-1, 1).mul_(widths.clamp_min(1).rsqrt()[partition.col_block.long()]).mul_(A_mask)
+        draw_A(A, partition, ranks)
         if self.init_weights[adapter_name]:
             B.zero_()
         else:
+            _, B_mask = padding_masks(partition, ranks, A.shape[0])
             B.normal_().mul_(B_mask)
 
     def partition(self, adapter_name: str) -> BlockPartition:
