@@ -16,12 +16,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cache import cache_folder
+from ..files import cache_folder, replace_file
 from .limits import ARCHITECTURES, Architecture, occupancy
 from .rules import Record, Traffic
 from .source import pointers_at
@@ -214,15 +214,10 @@ def _read(path: Path) -> Record | None:
 
 
 def _write(path: Path, record: Record) -> None:
-    """Write by rename, so that a reader or a crash never sees half a file. A full disk costs only the cache."""
-    try:
+    """A full disk costs only the cache."""
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(record.to_json(), stream)
-        os.replace(name, path)
-    except OSError:
-        return
+        replace_file(path, json.dumps(record.to_json()).encode())
 
 
 @contextmanager

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
-from ..cache import cache_folder
+from ..files import cache_folder, replace_file
 from ..kernels.heuristic import Key
 from .entries import Entry, merged
 from .identity import slug
@@ -116,7 +114,8 @@ def update(path: Path, entries: Iterable[Entry]) -> Mapping[Key, Entry]:
         for entry in entries:
             older = table.get(entry.key)
             table[entry.key] = entry if older is None else merged(older, entry)
-        _replace(path, {"schema": SCHEMA, "entries": [entry.to_json() for entry in table.values()]})
+        data = {"schema": SCHEMA, "entries": [entry.to_json() for entry in table.values()]}
+        replace_file(path, f"{json.dumps(data, indent=1)}\n".encode())
     return table
 
 
@@ -160,23 +159,6 @@ def _parse_or_set_aside(path: Path) -> Mapping[Key, Entry]:
 def _lock(path: Path) -> FileLock:
     """flock on POSIX, released by the system when its holder dies; a lock file where there is none."""
     return FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_SECONDS)
-
-
-def _replace(path: Path, data: Any) -> None:
-    """Write beside the file, to the disk, then rename over it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(data, stream, indent=1)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def _warn(message: str) -> None:
