@@ -1,4 +1,4 @@
-"""What is asked of a GPU, answered by one that is not here: its driver's answers are made up, the questions are real."""
+"""What is asked of a GPU that is not here: real questions, to made-up answers of its driver."""
 
 from types import SimpleNamespace
 
