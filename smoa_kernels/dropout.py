@@ -8,6 +8,7 @@ whole width and keeps its own, so tensor parallel equals one process. One 64-bit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,17 +61,24 @@ class Dropout:
             columns: of the mask, where they are not those of `like`.
         """
         columns = like.shape[1] if columns is None else columns
+        return self.stream(columns)(like.new_empty(like.shape[0], columns))
+
+    def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
+        """A function that fills a tensor (tokens, columns) with the multiplier of the tokens that come next."""
         width = columns if self.width is None else self.width
         generator = torch.Generator(device=self.seed.device)
         generator.manual_seed(int(self.seed))
-        out = torch.empty(like.shape[0], columns, dtype=like.dtype, device=self.seed.device)
         words = torch.empty(_ROWS, -(-width // _DRAWS_PER_WORD), dtype=torch.int64, device=self.seed.device)
-        for rows in out.split(_ROWS):
-            # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
-            drawn = words[: rows.shape[0]].random_(_LOWEST, None, generator=generator)
-            levels = drawn.view(torch.int16)[:, self.column_offset : self.column_offset + columns]
-            torch.ge(levels, self.threshold - _LEVELS // 2, out=rows).mul_(self.scale)
-        return out
+
+        def draw(out: Tensor) -> Tensor:
+            for rows in out.split(_ROWS):
+                # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
+                drawn = words[: rows.shape[0]].random_(_LOWEST, None, generator=generator)
+                levels = drawn.view(torch.int16)[:, self.column_offset : self.column_offset + columns]
+                torch.ge(levels, self.threshold - _LEVELS // 2, out=rows).mul_(self.scale)
+            return out
+
+        return draw
 
 
 def draw_seed(device: torch.device) -> Tensor:

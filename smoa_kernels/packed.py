@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from torch import Tensor
 from .partition import BlockPartition
 
 __all__ = [
+    "BlockOrder",
     "PackedAdapter",
+    "gather_columns",
+    "inverse",
     "pack_factors",
     "resolve_ranks",
     "split_rank",
@@ -29,36 +32,58 @@ __all__ = [
 
 # W0 is gathered this many whole rows at a time: what is read of them stays in cache.
 _ROWS = 128
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Block(NamedTuple):
-    """One diagonal block: its coordinates (None where K = 1 and they are all), A_k and B_k.
+@dataclass(frozen=True)
+class BlockOrder:
+    """An adapter with the rows and the columns of each block side by side: a block is a slice.
 
-    The factors are in `row_index` / `col_index` order and at least float32.
+    Attributes:
+        weight: W0 (N, C), as it is.
+        A: (ρ, C), columns in block order, at least float32.
+        B: (N, ρ), rows in block order, times s.
+        row_index: coordinate of each row in block order; None where K = 1 and the order is W0's own.
+        col_index: the same for columns.
+        blocks: rank, rows and columns of each block that has a rank.
+        num_blocks: K, blocks of rank zero counted.
     """
 
-    rank: int
-    rows: Tensor | None
-    cols: Tensor | None
+    weight: Tensor
     A: Tensor
     B: Tensor
+    row_index: Tensor | None
+    col_index: Tensor | None
+    blocks: Sequence[tuple[int, slice, slice]]
+    num_blocks: int
 
-    def weight(self, adapter: PackedAdapter) -> Tensor:
-        """`W0[rows_k, cols_k]`, in W0's memory order; a copy unless K = 1."""
-        if self.rows is None or self.cols is None:
-            return adapter.weight
-        if adapter.weight.stride(0) < adapter.weight.stride(1):
-            return _gather(adapter.weight.T, self.cols, self.rows).T
-        return _gather(adapter.weight, self.rows, self.cols)
+    @property
+    def T(self) -> BlockOrder:
+        """That of W_effᵀ."""
+        return BlockOrder(
+            weight=self.weight.T,
+            A=self.B.T,
+            B=self.A.T,
+            row_index=self.col_index,
+            col_index=self.row_index,
+            blocks=[(rank, cols, rows) for rank, rows, cols in self.blocks],
+            num_blocks=self.num_blocks,
+        )
 
-    def put(self, A: Tensor, A_block: Tensor, B: Tensor, B_block: Tensor) -> None:
-        """Write per-block factors into packed ones."""
-        if self.rows is None or self.cols is None:
-            A[: self.rank], B[:, : self.rank] = A_block, B_block
+    def weights(self) -> Iterator[Tensor]:
+        """`W0[rows_k, cols_k]` of every block, in W0's memory order; a copy unless K = 1."""
+        if self.row_index is None or self.col_index is None:
+            yield from (self.weight for _ in self.blocks)
+        elif self.weight.stride(0) < self.weight.stride(1):
+            yield from (block.T for block in self.T.weights())
         else:
-            A[: self.rank, self.cols] = A_block.to(A.dtype)
-            B[self.rows, : self.rank] = B_block.to(B.dtype)
+            whole = self.weight.new_empty(_ROWS, self.weight.shape[1])
+            for _, rows, cols in self.blocks:
+                index = self.col_index[cols]
+                block = self.weight.new_empty(rows.stop - rows.start, index.shape[0])
+                for some, out in zip(self.row_index[rows].split(_ROWS), block.split(_ROWS), strict=True):
+                    torch.index_select(self.weight, 0, some, out=whole[: some.shape[0]])
+                    gather_columns(whole[: some.shape[0]], index, out)
+                yield block
 
 
 @dataclass(frozen=True)
@@ -111,44 +136,44 @@ class PackedAdapter:
         B = self.B.index_select(1, t).masked_fill_(p.row_block[:, None] != block, 0).mul_(self.scaling)
         return A.to(dtype), B.to(dtype)
 
-    def blocks(self) -> Iterator[Block]:
-        """The K diagonal blocks, one by one; reads the ranks on the host."""
+    def block_order(self) -> BlockOrder:
+        """The same with each block's rows and columns side by side. Reads the ranks on the host."""
         p = self.partition
         # As wide as W0 and never narrower than float32: the factors are small, and products of them are not.
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         A, B = self.A.to(dtype), self.B.to(dtype)
-        whole = p.num_blocks == 1
-        all_rows = torch.split(p.row_index, list(p.row_sizes))
-        all_cols = torch.split(p.col_index, list(p.col_sizes))
-        for rank, rows, cols in zip(self.ranks.tolist(), all_rows, all_cols, strict=True):
-            yield Block(
-                rank=rank,
-                rows=None if whole else rows,
-                cols=None if whole else cols,
-                A=A[:rank] if whole else A[:rank].index_select(1, cols),
-                B=B[:, :rank] if whole else B[:, :rank].index_select(0, rows),
-            )
+        if p.num_blocks > 1:
+            A, B = A.index_select(1, p.col_index), B.index_select(0, p.row_index)
+        row_ends, col_ends = accumulate(p.row_sizes), accumulate(p.col_sizes)
+        return BlockOrder(
+            weight=self.weight,
+            A=A,
+            B=B * self.scaling,
+            row_index=p.row_index if p.num_blocks > 1 else None,
+            col_index=p.col_index if p.num_blocks > 1 else None,
+            blocks=[
+                (rank, slice(row_end - rows, row_end), slice(col_end - cols, col_end))
+                for rank, row_end, rows, col_end, cols in zip(
+                    self.ranks.tolist(), row_ends, p.row_sizes, col_ends, p.col_sizes, strict=True
+                )
+                if rank
+            ],
+            num_blocks=p.num_blocks,
+        )
 
 
-def _gather(weight: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """`weight[rows[:, None], cols]` of a row-major weight."""
-    bits = weight.view(_BITS[weight.itemsize])
-    block = bits.new_empty(rows.shape[0], cols.shape[0])
-    for some, out in zip(rows.split(_ROWS), block.split(_ROWS), strict=True):
-        torch.gather(bits.index_select(0, some), 1, cols.expand(some.shape[0], -1), out=out)
-    return block.view(weight.dtype)
+def gather_columns(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """`x[:, index]` of a matrix, written to `out`, by the fastest of torch's ways to copy columns."""
+    if x.itemsize > 2:
+        return torch.index_select(x, 1, index, out=out)
+    # index_select has no fast path for half types, nor gather but for integers.
+    torch.gather(x.view(torch.int16), 1, index.expand(x.shape[0], -1), out=out.view(torch.int16))
+    return out
 
 
-def gather_columns(x: Tensor, index: Tensor) -> Tensor:
-    """`x[:, index]` of a matrix. `gather` is the fastest of torch's ways to copy columns, on integers above all."""
-    bits = x.view(_BITS[x.itemsize])
-    return bits.gather(1, index.expand(x.shape[0], -1)).view(x.dtype)
-
-
-def scatter_columns(out: Tensor, index: Tensor, x: Tensor) -> None:
-    """`out[:, index] = x` of matrices."""
-    bits = _BITS[x.itemsize]
-    out.view(bits).scatter_(1, index.expand(x.shape[0], -1), x.view(bits))
+def inverse(index: Tensor) -> Tensor:
+    """The permutation that undoes another."""
+    return torch.empty_like(index).scatter_(0, index, torch.arange(index.shape[0], device=index.device))
 
 
 def scaling_tensor(value: float | Tensor, device: torch.device) -> Tensor:
