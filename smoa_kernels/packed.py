@@ -31,7 +31,7 @@ __all__ = [
 
 
 # W0 is gathered this many whole rows at a time: what is read of them stays in cache.
-_ROWS = 128
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,17 @@ class PackedAdapter:
         One slot per (block, rank): slot (k, t) of Ã is A's row t on the columns of block k, zero elsewhere.
         s is folded into B̃, which is rounded to `dtype` after that.
         """
-        p, rho = self.partition, self.A.shape[0]
-        slot = torch.arange(rho, device=self.ranks.device)
-        block, t = (slot < self.ranks[:, None]).nonzero(as_tuple=True)
-        # Filled, not multiplied by the mask: padding may hold anything, and 0 · NaN is NaN.
-        A = self.A.index_select(0, t).masked_fill_(p.col_block != block[:, None], 0)
-        B = self.B.index_select(1, t).masked_fill_(p.row_block[:, None] != block, 0).mul_(self.scaling)
+        p = self.partition
+        k = torch.arange(p.num_blocks, dtype=p.col_block.dtype, device=p.device)
+        # Chosen, not multiplied by the mask: padding may hold anything, and 0 · NaN is NaN.
+        A = torch.where((k[:, None] == p.col_block)[:, None], self.A, 0).flatten(0, 1)
+        B = torch.where((p.row_block[:, None] == k)[..., None], (self.B * self.scaling)[:, None], 0).flatten(
+            1
+        )
+        slots = torch.arange(self.A.shape[0], device=self.ranks.device) < self.ranks[:, None]
+        if not slots.all():
+            (kept,) = slots.flatten().nonzero(as_tuple=True)
+            A, B = A.index_select(0, kept), B.index_select(1, kept)
         return A.to(dtype), B.to(dtype)
 
     def block_order(self) -> BlockOrder:
