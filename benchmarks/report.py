@@ -124,7 +124,7 @@ def _run_page(run: Run) -> str:
         "### Memory of one training pass of a layer",
         _figure(run, "memory", "bytes by the number of tokens"),
         tables.memory(run),
-        "### A training step of SmolLM2-135M's shape",
+        "### A training step of a model",
         tables.steps(run),
         "### Setting up and saving",
         tables.partitions(run),

@@ -17,6 +17,7 @@ from .theory import log_log_slope
 
 MIB = 2**20
 NOISY = "noisy"
+RANDOM = "SmolLM2-135M's shape, random weights"  # what runs of before the real model's measured
 PHASES = {"both": "forward + backward"}
 NAMES = {PAPER: "the paper's dense way"}  # where a heading says it in full
 
@@ -95,7 +96,7 @@ def steps(run: Run) -> str:
             seconds = c.time(name).median
             rows.append(
                 (
-                    f"{p['batch']} × {p['length']} tokens",
+                    f"{p.get('model', RANDOM)}, {p['batch']} × {p['length']} tokens",
                     f"{name}, K={p['num_blocks']}" if name == SMOA else name,
                     f"{seconds:.3g}",
                     f"{p['batch'] * p['length'] / seconds:.0f}",

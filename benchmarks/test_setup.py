@@ -17,7 +17,7 @@ from smoa_kernels import BlockPartition
 from .cases import ONE_BILLION
 from .conftest import Measure
 from .gate import RedGateError
-from .models import RANK, adapter_configs, base_model
+from .models import RANK, adapter_configs, base_model, model_name
 from .protocol import DEVICE, Run, laps, timed
 from .providers import LORA
 
@@ -126,8 +126,8 @@ def test_life_cycle(smoke: bool, measure: Measure) -> None:
         sizes = {name: sum(f.stat().st_size for f in folders[name].iterdir()) for name in configs}
         measure(
             "adapter",
-            f"setup: an adapter of SmolLM2-135M's shape, r={RANK}, K={BLOCKS}",
-            {"rank": RANK, "num_blocks": BLOCKS},
+            f"setup: an adapter for {model_name(smoke)}, r={RANK}, K={BLOCKS}",
+            {"model": model_name(smoke), "rank": RANK, "num_blocks": BLOCKS},
             runs,
             baseline=LORA,
             budget=20,

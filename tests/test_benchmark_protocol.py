@@ -58,21 +58,34 @@ def test_a_spread_above_fifteen_percent_is_noisy(high: float, noisy: bool) -> No
     assert Comparison("base", {"base": [1.0, 1.0, 1.0, high, high]}).noisy is noisy
 
 
-def test_providers_take_turns_and_each_round_starts_with_another() -> None:
+def test_providers_take_turns_in_an_order_that_changes() -> None:
     calls: list[str] = []
 
     def run(name: str) -> dict[str, float]:
         calls.append(name)
         return {"forward": float(len(calls))}
 
-    turns = Turns({name: lambda name=name: run(name) for name in "abc"}, "a")
-    turns.warm_up(2)
-    assert calls == list("abcabc")
-    calls.clear()
-    for _ in range(3):
-        turns.round()
-    assert "".join(calls) == "abcbcacab"
-    assert turns.comparisons()["forward"].seconds == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+    def measured() -> Turns:
+        calls.clear()
+        turns = Turns({name: lambda name=name: run(name) for name in "abc"}, "a")
+        turns.warm_up(2)
+        assert calls == list("abcabc")
+        calls.clear()
+        for _ in range(20):
+            turns.round()
+        return turns
+
+    found = measured().comparisons()["forward"].seconds
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    # Each provider runs first in some round, and follows each other one in some round.
+    assert {each[0] for each in rounds} == set("abc")
+    assert {pair for each in rounds for pair in (each[:2], each[1:])} == {
+        a + b for a in "abc" for b in "abc" if a != b
+    }
+    assert found["b"] == [3 * i + each.index("b") + 1 for i, each in enumerate(rounds)]
+    measured()
+    assert rounds == ["".join(calls[i : i + 3]) for i in range(0, 60, 3)]
 
 
 def test_the_baseline_must_be_one_of_the_variants() -> None:
