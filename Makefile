@@ -70,9 +70,9 @@ lint: $(BIN)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(BIN)/.dev ## time and weigh the layer against its peers on one thread; write tables and figures (15 min)
+bench: $(BIN)/.dev ## time and weigh the layer against its peers on one thread; write tables and figures (13 min)
 	mkdir -p .benchmarks
-	$(BIN)/python -m pytest benchmarks --benchmark-json=.benchmarks/run.json $(ARGS)
+	$(BIN)/python -m pytest benchmarks -rs --benchmark-json=.benchmarks/run.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/run.json
 
 bench-smoke: $(BIN)/.dev ## the same, tiny, report and all: does every benchmark run and pass its gate

@@ -12,7 +12,8 @@ from torch import nn
 
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.memory import allocated, footprint, saved_bytes
-from benchmarks.models import adapter_configs
+from benchmarks.models import adapter_configs, base_model
+from benchmarks.profiles import BETWEEN, COPY, GEMM, KINDS, MASK, by_kind
 from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles
 from benchmarks.providers import (
     FROZEN,
@@ -191,6 +192,26 @@ def test_saved_bytes_leave_parameters_out() -> None:
     x = CASE.input()
     assert saved_bytes(layer, x) == x.nbytes  # for dW; the weight, for dX, is a parameter
     assert saved_bytes(layer.requires_grad_(False), x) == 0
+
+
+def test_a_model_that_is_not_installed_is_said_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise FileNotFoundError("pip install it")
+
+    monkeypatch.setattr("benchmarks.models.cached_model", missing)
+    with pytest.raises(pytest.skip.Exception, match="SmolLM2-135M is not installed: pip install it"):
+        base_model(smoke=False)
+    assert base_model(smoke=True).config.vocab_size == 256
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="profiles are taken on the CPU")
+def test_a_profile_tells_gemms_from_copies_and_masks() -> None:
+    found = by_kind(training_pass(frozen(CASE), CASE))
+    assert set(found) == set(KINDS)
+    assert min(found[GEMM], found[BETWEEN]) > 0 == found[COPY] == found[MASK]
+    dropped = replace(CASE, dropout=0.05)
+    ours = by_kind(training_pass(smoa()(dropped), dropped))
+    assert min(ours.values()) > 0
 
 
 def test_slope_is_the_power() -> None:
