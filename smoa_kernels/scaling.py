@@ -11,13 +11,14 @@ Memory
   Its query, key, value, gate and up share their inputs. Attention keeps no scores (flash attention).
 - Logits of all T tokens in bfloat16 and, for the loss, their gradient in float32.
 - SMoA's backward workspace is the cost model's, of the largest layer; LoRA's is one output of the widest layer.
-- FSDP2 holds two decoder layers whole, the one that computes and the next.
+- FSDP2 holds two decoder layers whole, the one that computes and the next, and from forward to the end of backward
+  what is in no decoder layer: embedding and head.
 
 Communication, per GPU and step, bytes sent by ring collectives: all-reduce 2·(g-1)/g of a tensor, all-gather and
 reduce-scatter (g-1)/g.
 - DDP: one all-reduce of the trained parameters' gradients.
-- FSDP2: parameters gathered in forward and again in backward (which also serves the recomputation), trained
-  gradients reduce-scattered.
+- FSDP2: decoder layers gathered in forward and again in backward (which also serves the recomputation), embedding
+  and head once, trained gradients reduce-scattered.
 - TP: in each decoder layer the outputs of "output" and "down" are reduced in forward and in its recomputation, and
   in backward the input gradient of each of query, key, value, gate and up, as the styles do it by themselves: 9
   all-reduces of T·h. The gradients of the factors that are whole on every process are reduced too. The embedding is
@@ -111,6 +112,11 @@ class Scale:
         for name in ("gpus", "tokens", "rank", "num_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        smallest = min(min(shape) for shape in self.decoder.shapes)
+        if self.num_blocks > smallest:
+            raise ValueError(
+                f"num_blocks must be at most {smallest}, of {self.model}'s smallest layer, got {self.num_blocks}"
+            )
         if self.parallel == "tp" and self.gpus % tensor_parallel_size(self):
             raise ValueError(
                 f"gpus must be a multiple of {tensor_parallel_size(self)}, over which layers are cut, got {self.gpus}"
@@ -223,6 +229,7 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
 
     embedding = stack.vocabulary * decoder.hidden
     head = 0 if stack.tied else embedding
+    root = _HALF * (embedding + head)  # bytes that FSDP2 gathers once and keeps through backward
     norms = (2 * stack.layers + 1) * decoder.hidden
     block = sum(math.prod(linear.part(cut)) for linear in linears)
     base = stack.layers * block + embedding + math.ceil(head / cut) + norms  # of one process under TP
@@ -242,7 +249,7 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
         "gradients": gradients,
         "optimizer": states,
         "labels": _labels(linears, stack.layers, cut) if method == "smoa" else 0,
-        "gathered": 2 * (_HALF * block + _SINGLE * factors / stack.layers) if shards > 1 else 0,
+        "gathered": root + 2 * (_HALF * block + _SINGLE * factors / stack.layers) if shards > 1 else 0,
         "activations": _activations(scale, cut),
         "logits": scale.tokens * stack.vocabulary / cut * (_HALF + _SINGLE),
         "workspace": _workspace(scale, method, linears, cut),
@@ -252,7 +259,7 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
     traffic: dict[str, float] = {}
     if scale.parallel == "fsdp":
         share = (shards - 1) / shards
-        traffic["gather"] = 2 * share * (_HALF * base + _SINGLE * factors)
+        traffic["gather"] = share * (2 * (_HALF * base + _SINGLE * factors) - root)
         traffic["reduce gradients"] = share * trained
     else:
         traffic["reduce gradients"] = 2 * (replicas - 1) / replicas * trained
@@ -266,7 +273,10 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
     outside = sum(traffic.values()) - inside
     link = NODE_BYTES_PER_SECOND if scale.gpus <= NODE else NETWORK_BYTES_PER_SECOND
     seconds = inside / NODE_BYTES_PER_SECOND + outside / link
-    trained_parameters = whole_base if full else whole_factors
+    padding = (
+        math.ceil(scale.rank / scale.num_blocks) * scale.num_blocks / scale.rank if method == "smoa" else 1
+    )
+    trained_parameters = whole_base if full else round(whole_factors / padding)
     return Plan(
         method, trained_parameters, memory, traffic, _compute(scale, method, linears, cut, gpu), seconds
     )

@@ -146,6 +146,10 @@ CHOICES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"algorithm": "merged", "dropout_p": 0.1}, ValueError, "'split' or 'auto' while dropout is active"),
     ({"algorithm": "fused"}, ValueError, "merged, split, expanded on backend 'eager', got 'fused'"),
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, eager, triton, reference, got 'cuda'"),
+    ({"block_ranks": 3}, ValueError, r"block_ranks must be the 3 numbers in ranks, in \[0, 3\], got 3"),
+    ({"block_ranks": [3, 0]}, ValueError, r"block_ranks must be the 3 numbers in ranks.* got \[3, 0\]"),
+    ({"block_ranks": [4, 0, 2]}, ValueError, r"in \[0, 3\], got \[4, 0, 2\]"),
+    ({"block_ranks": [2, 0, 2]}, ValueError, r"numbers in ranks, \[3, 0, 2\], got \[2, 0, 2\]"),
 ]
 
 
@@ -360,6 +364,23 @@ COMMANDS: list[tuple[str, str]] = [
     ("tune --from-model FOLDER", "--from-model must be a config.json or its folder"),
     ("tune --gpu h100", "goes with --dry-run only"),
 ]
+PLANS = [
+    ("plan --model gpt-5", "model must be one of llama-3-8b"),
+    ("plan --model", "--model"),
+    ("plan --parallel pp", "parallel must be one of ddp, fsdp, tp, got 'pp'"),
+    ("plan --gpu rtx4090", "--gpu must be one of h100"),
+    ("plan --gpus 0", "gpus must be at least 1, got 0"),
+    ("plan --gpus many", "--gpus"),
+    ("plan --gpus 12 --parallel tp", "gpus must be a multiple of 8, over which layers are cut, got 12"),
+    ("plan --tokens -5", "tokens must be at least 1, got -5"),
+    ("plan --rank 0", "rank must be at least 1, got 0"),
+    ("plan --blocks 0", "num_blocks must be at least 1, got 0"),
+    ("plan --blocks 1025", "num_blocks must be at most 1024, of llama-3-8b's smallest layer, got 1025"),
+    ("plan --rank 99999999999", "--rank"),
+    ("plan --gpus 99999999999", "--gpus"),
+    ("plan --tokens 99999999999", "--tokens"),
+    ("plan extra", "unexpected extra argument"),
+]
 ADAPTERS = [
     ("inspect", "Missing argument"),
     ("inspect /nowhere", "there is no adapter_config.json in /nowhere"),
@@ -382,7 +403,7 @@ def run(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> tuple
 @needs_cli
 @pytest.mark.parametrize(
     ("command", "words"),
-    [*COMMANDS, *(pytest.param(*row, marks=needs_peft) for row in ADAPTERS)],
+    [*COMMANDS, *PLANS, *(pytest.param(*row, marks=needs_peft) for row in ADAPTERS)],
 )
 def test_command(command: str, words: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     if command.startswith("inspect"):
@@ -400,7 +421,7 @@ def test_command(command: str, words: str, world: World, capsys: pytest.CaptureF
 
 @needs_cli
 @pytest.mark.parametrize("place", ["/nowhere/at/all.json", "FOLDER"])
-@pytest.mark.parametrize("command", ["info", "roofline"])
+@pytest.mark.parametrize("command", ["info", "roofline", "plan"])
 def test_results_that_cannot_be_written(
     command: str, place: str, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from networks import Traffic, batch, blocks, build, layers, step, whole
+from networks import IN, Traffic, batch, blocks, build, layers, step, whole
 from problems import relative_error
 from processes import Processes
 from test_tensor_parallel import DOUBLE, parallelize
@@ -89,6 +89,27 @@ def gathers_once_per_pass() -> None:
 
 def test_each_pass_gathers_a_block_once(group: Processes) -> None:
     group.run(gathers_once_per_pass)
+
+
+def keeps_the_root_whole() -> None:
+    """What `smoa-kernels plan` counts: parameters in no block are gathered once, and stay until backward has ended."""
+    model = nn.Sequential(build("fused", torch.float32, depth=DEPTH), nn.Linear(IN, IN).requires_grad_(False))
+    for block in model[0]:
+        fully_shard(block, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(model)
+    x, target = part(batch(torch.float32))
+    x.requires_grad_()
+    with Traffic() as forward:
+        loss = nn.functional.mse_loss(model(x), target)
+    assert forward.calls == {"allgather_base": DEPTH + 1}
+    assert not isinstance(model[1].weight, DTensor)
+    with Traffic() as backward:
+        loss.backward()
+    assert backward.calls == {"allgather_base": DEPTH, "reduce_scatter_base": DEPTH}
+
+
+def test_the_root_is_gathered_once(two: Processes) -> None:
+    two.run(keeps_the_root_whole)
 
 
 def keeps_factors_whole() -> None:
