@@ -75,7 +75,7 @@ def step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
     """The output, and the gradients of x and of every factor, whole."""
     x = x.clone().requires_grad_()
     y = model(x)
-    nn.functional.mse_loss(y, target).backward()
+    nn.functional.mse_loss(y, target.to(y.dtype)).backward()  # torch 2.11 takes one dtype alone
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     return {"y": y.detach(), "x": x.grad, **grads}
 
