@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .partition import BlockPartition
 
-__all__ = ["autocast_enabled", "check_arguments", "check_number", "check_ranks", "global_width"]
+__all__ = [
+    "autocast_enabled",
+    "check_arguments",
+    "check_block_ranks",
+    "check_number",
+    "check_ranks",
+    "global_width",
+]
 
 
 def check_arguments(
@@ -43,10 +52,26 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def check_ranks(ranks: Tensor, rho: int) -> None:
+def check_block_ranks(block_ranks: Sequence[int] | None, num_blocks: int, rho: int) -> None:
+    """Whether the host's numbers can be ranks; whether they are those of the tensor, `check_ranks` says."""
+    if block_ranks is None:
+        return
+    numbers = isinstance(block_ranks, Sequence) and all(isinstance(rank, int) for rank in block_ranks)
+    if not numbers or len(block_ranks) != num_blocks or not all(0 <= rank <= rho for rank in block_ranks):
+        raise ValueError(
+            f"block_ranks must be the {num_blocks} numbers in ranks, in [0, {rho}], got {block_ranks!r}"
+        )
+
+
+def check_ranks(ranks: Tensor, block_ranks: Sequence[int] | None, rho: int) -> None:
     """On CPU only: reading them from a GPU would wait for it. There they end at ρ."""
-    if ranks.device.type == "cpu" and not 0 <= min(ranks.tolist()) <= max(ranks.tolist()) <= rho:
-        raise ValueError(f"ranks must lie in [0, {rho}], A's rows, got {ranks.tolist()}")
+    if ranks.device.type != "cpu":
+        return
+    given = ranks.tolist()
+    if not 0 <= min(given) <= max(given) <= rho:
+        raise ValueError(f"ranks must lie in [0, {rho}], A's rows, got {given}")
+    if block_ranks is not None and list(block_ranks) != given:
+        raise ValueError(f"block_ranks must be the numbers in ranks, {given}, got {list(block_ranks)}")
 
 
 def global_width(x: Tensor, column_offset: int, global_in_features: int | None) -> int:

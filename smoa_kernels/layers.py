@@ -72,6 +72,7 @@ class FusedSMoALinear(nn.Linear):
     smoa_ranks: Tensor
     smoa_sketch: Tensor
     smoa_scaling: Tensor
+    smoa_row_index: Tensor | None  # None, as its like, while the labels are yet to be loaded
     smoa_base_weight: Tensor | None  # W0 while the layer is merged
     _shard: LayerShard | None = None  # where tensor parallelism has cut W0
 
@@ -279,6 +280,7 @@ class FusedSMoALinear(nn.Linear):
                 dropout_p=self.dropout if self.training else 0.0,
                 column_offset=0 if shard is None else shard.column_offset,
                 global_in_features=self.in_features,
+                block_ranks=self.block_ranks,
                 algorithm=self.algorithm,
                 backend=self.backend,
             )
@@ -323,7 +325,9 @@ class FusedSMoALinear(nn.Linear):
         weight, A, B = weight.detach(), self.smoa_A.detach(), self.smoa_B.detach()
         if self._shard is not None:
             weight, (A, B) = self._shard.weight(weight), self._shard.factors(A, B)
-        return PackedAdapter(weight, A, B, self.partition, self.smoa_ranks, self.smoa_scaling)
+        return PackedAdapter(
+            weight, A, B, self.partition, self.smoa_ranks, self.smoa_scaling, self.block_ranks
+        )
 
     def extra_repr(self) -> str:
         """As `nn.Linear`'s, with the adapter's settings."""
@@ -335,9 +339,15 @@ class FusedSMoALinear(nn.Linear):
     def _cut(self, shard: LayerShard) -> None:
         """Compute as one part of a layer whose parameters were cut."""
         self._shard = shard
-        if self.smoa_row_index is not None:  # else the labels are yet to be loaded
-            labels = self.smoa_row_block, self.smoa_col_block
-            self.partition = BlockPartition.from_labels(*labels, self.num_blocks)
+        self._relabel()
+
+    def _relabel(self) -> None:
+        """Derive from the labels and ranks what is kept beside them: indices, and the numbers that the host has."""
+        if self.smoa_row_index is None:
+            return
+        labels = self.smoa_row_block, self.smoa_col_block
+        self.partition = BlockPartition.from_labels(*labels, self.num_blocks)
+        self.block_ranks = tuple(self.smoa_ranks.tolist())
 
     def _set_base(self, partition: BlockPartition | None) -> None:
         """Take the current weight as the base: its partition (computed unless given) and its sketch."""

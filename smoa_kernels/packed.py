@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ class PackedAdapter:
         partition: blocks of W0's rows and columns.
         ranks: int32 (K,) rank r_k of each block.
         scaling: 0-d tensor, s.
+        block_ranks: the numbers in `ranks`, where the host has them.
 
     Example:
         >>> halves = torch.tensor([0, 0, 1, 1])
@@ -113,6 +115,7 @@ class PackedAdapter:
     partition: BlockPartition
     ranks: Tensor
     scaling: Tensor
+    block_ranks: Sequence[int] | None = None
 
     @property
     def T(self) -> PackedAdapter:
@@ -121,6 +124,12 @@ class PackedAdapter:
         What computes `x W_effᵀ` therefore also computes `dX = dY W_eff`.
         """
         return replace(self, weight=self.weight.T, A=self.B.T, B=self.A.T, partition=self.partition.T)
+
+    def host_ranks(self) -> Sequence[int]:
+        """The ranks as numbers. Waits for a GPU that alone has them, and takes what lies outside as 0 or ρ."""
+        if self.block_ranks is not None:
+            return self.block_ranks
+        return cast("list[int]", self.ranks.clamp(0, self.A.shape[0]).tolist())
 
     def expanded_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Zero-padded factors: Ã (r, C) and B̃ (N, r), r = Σ r_k, with s·B̃ Ã = s·mask·(BA).
@@ -135,14 +144,19 @@ class PackedAdapter:
         B = torch.where((p.row_block[:, None] == k)[..., None], (self.B * self.scaling)[:, None], 0).flatten(
             1
         )
-        slots = torch.arange(self.A.shape[0], device=self.ranks.device) < self.ranks[:, None]
-        if not slots.all():
-            (kept,) = slots.flatten().nonzero(as_tuple=True)
+        ranks, rho = self.host_ranks(), self.A.shape[0]
+        if min(ranks) < rho:
+            # Slot i of the sum of ranks is rank i - (ends - ranks)[k] of block k: found where the ranks are.
+            sizes = self.ranks.clamp(0, rho)
+            ends = sizes.cumsum(0)
+            slot = torch.arange(sum(ranks), device=p.device)
+            block = torch.bucketize(slot, ends, right=True)
+            kept = block * rho + slot - (ends - sizes)[block]
             A, B = A.index_select(0, kept), B.index_select(1, kept)
         return A.to(dtype), B.to(dtype)
 
     def block_order(self) -> BlockOrder:
-        """The same with each block's rows and columns side by side. Reads the ranks on the host."""
+        """The same with each block's rows and columns side by side."""
         p = self.partition
         # As wide as W0 and never narrower than float32: the factors are small, and products of them are not.
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -159,7 +173,7 @@ class PackedAdapter:
             blocks=[
                 (rank, slice(row_end - rows, row_end), slice(col_end - cols, col_end))
                 for rank, row_end, rows, col_end, cols in zip(
-                    self.ranks.tolist(), row_ends, p.row_sizes, col_ends, p.col_sizes, strict=True
+                    self.host_ranks(), row_ends, p.row_sizes, col_ends, p.col_sizes, strict=True
                 )
                 if rank
             ],

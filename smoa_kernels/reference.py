@@ -92,7 +92,7 @@ def reference_linear(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
     )
-    check_ranks(ranks, A.shape[0])
+    check_ranks(ranks, None, A.shape[0])
     width = global_width(x, column_offset, global_in_features)
     if dropout_p > 0 and dropout_seed is None:
         raise ValueError("dropout_seed must be given where dropout_p > 0, got None")

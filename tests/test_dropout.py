@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from smoa_kernels.dropout import Dropout, draw_seed
+from smoa_kernels import dropout
+from smoa_kernels.dropout import Dropout, draw_seed, hashed_words
+
+
+@pytest.fixture(autouse=True, params=["generator", "hash"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's way, and the GPU's, whose integers are the same anywhere."""
+    if request.param == "hash":
+        monkeypatch.setattr(dropout, "draws", lambda device: False)
 
 
 def multiplier(
@@ -63,6 +71,29 @@ def test_the_largest_probability_still_keeps_something() -> None:
 
 def test_empty() -> None:
     assert multiplier(tokens=0).shape == (0, 101)
+
+
+def test_the_hash_is_splitmix64() -> None:
+    """The published sequence of this seed; nothing of it may depend on how it is cut into tokens."""
+    words = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    seed = torch.tensor([1234567])
+    at_once, one_by_one = hashed_words(seed, 2), hashed_words(seed, 2)
+    assert [w % 2**64 for w in at_once(2).flatten().tolist()] == words
+    assert [w % 2**64 for _ in range(2) for w in one_by_one(1).flatten().tolist()] == words
+
+
+def test_tokens_columns_and_seeds_are_independent() -> None:
+    """Neighbouring seeds, too: the mask of one is not the other's, moved."""
+    masks = [multiplier(0.5, 200, 400, seed) != 0 for seed in (7, 8)]
+    for first, second in (
+        (masks[0][1:], masks[0][:-1]),
+        (masks[0][:, 1:], masks[0][:, :-1]),
+        (masks[0][:, 4:], masks[0][:, :-4]),
+        (masks[0], masks[1]),
+        (masks[0][:, 4:], masks[1][:, :-4]),
+    ):
+        agree = float((first == second).double().mean())
+        assert abs(agree - 0.5) < 5 * 0.5 / first.numel() ** 0.5
 
 
 def test_seed_follows_the_default_generator_and_leaves_it_to_the_caller() -> None:

@@ -133,6 +133,22 @@ def forbid_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partition_module, "spectral_centroids", never)
 
 
+def test_ranks_on_the_host_follow_the_state_dict() -> None:
+    """The layer keeps them as a buffer and as numbers, and on the CPU the operator compares the two."""
+    layer = trained()
+    other = FusedSMoALinear.from_linear(nn.Linear(40, 33), r=7, num_blocks=3, block_ranks=[2, 2, 3], alpha=14)
+    x = torch.randn(5, 40)
+    for assign in (False, True):
+        taken = copy.deepcopy(layer)
+        taken.load_state_dict(other.state_dict(), assign=assign)
+        assert taken.block_ranks == other.block_ranks != layer.block_ranks
+        assert torch.equal(taken(x), other(x))
+        assert torch.equal(copy.deepcopy(taken)(x), other(x))
+    layer.smoa_ranks = other.smoa_ranks
+    with pytest.raises(ValueError, match=r"block_ranks must be the numbers in ranks, \[2, 2, 3\]"):
+        layer(x)
+
+
 def test_adapter_alone_loads_over_the_same_base(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = trained()
     base = nn.Linear(40, 33)

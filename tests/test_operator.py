@@ -32,6 +32,7 @@ def arguments(
         A,
         B,
         p.ranks,
+        p.ranks.tolist(),
         scaling,
         seed,
         blocks,

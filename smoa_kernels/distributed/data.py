@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..layers import FusedSMoALinear
+
 __all__ = ["agree_on_buffers", "average_gradients", "ignore_buffers", "smoa_buffers"]
 
 
@@ -70,10 +72,13 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
         if buffer.is_meta:
             continue
         owner, _, attribute = name.rpartition(".")
-        # A new tensor, which tells a layer that what it derived from the old one is stale.
+        # A new tensor, which tells a PEFT layer that what it derived from the old one is stale.
         shared = buffer.clone()
         dist.broadcast(shared, source, process_group)
         setattr(model.get_submodule(owner), attribute, shared)
+    for module in model.modules():
+        if isinstance(module, FusedSMoALinear):
+            module._relabel()
 
 
 def average_gradients(

@@ -42,8 +42,10 @@ def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = 
     A = torch.cat([A.to(dtype) for A, _ in factors])
     B = torch.cat([B.to(dtype) for _, B in factors], 1)
     # Padding became zeros, which add nothing: every block may count it as rank.
-    ranks = torch.full((partition.num_blocks,), A.shape[0], dtype=torch.int32, device=device)
-    return PackedAdapter(first.weight, A, B, partition, ranks, torch.ones_like(first.scaling))
+    blocks, rank = partition.num_blocks, A.shape[0]
+    ranks = torch.full((blocks,), rank, dtype=torch.int32, device=device)
+    one = torch.ones_like(first.scaling)
+    return PackedAdapter(first.weight, A, B, partition, ranks, one, [rank] * blocks)
 
 
 def single_block(weight: Tensor) -> BlockPartition:

@@ -313,7 +313,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
         if self._shard is not None:
             A, B = self._shard.factors(A, B)
-        return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling)
+        return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling, ready.block_ranks)
 
     def _ready(self, adapter_name: str) -> _Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
@@ -340,7 +340,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
                 partition = other.partition
         packed = self.smoa_blocks[adapter_name]
         scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
-        ready = _Prepared(packed, partition, ranks, scaling)
+        ready = _Prepared(packed, partition, ranks, scaling, ranks.tolist())
         self._prepared[adapter_name] = ready
         return ready
 
@@ -397,3 +397,4 @@ class _Prepared(NamedTuple):
     partition: BlockPartition
     ranks: Tensor
     scaling: Tensor
+    block_ranks: list[int]

@@ -146,6 +146,7 @@ class Linear(SMoALayer, nn.Module):
             dropout_p=dropout_p,
             column_offset=0 if shard is None else shard.column_offset,
             global_in_features=self.in_features,
+            block_ranks=adapter.block_ranks,
             algorithm=self.algorithm[names[0]],
             backend=self.backend[names[0]],
         )

@@ -119,6 +119,7 @@ class _DequantizedLinear(torch.autograd.Function):
         needs_factors = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_factors else None, A, B, seed, adapter.ranks, adapter.scaling)
         ctx.weight, ctx.partition, ctx.settings = weight, adapter.partition, settings
+        ctx.block_ranks = adapter.block_ranks
         with torch.autocast(x.device.type, enabled=False), weight() as W0:
             return smoa_linear(
                 x,
@@ -129,6 +130,7 @@ class _DequantizedLinear(torch.autograd.Function):
                 adapter.partition,
                 adapter.ranks,
                 scaling=adapter.scaling,
+                block_ranks=adapter.block_ranks,
                 dropout_seed=seed,
                 **settings,
             )
@@ -145,6 +147,7 @@ class _DequantizedLinear(torch.autograd.Function):
                 A,
                 B,
                 ranks,
+                ctx.block_ranks,
                 scaling,
                 seed,
                 ctx.partition.tensors(),
