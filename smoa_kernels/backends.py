@@ -13,10 +13,11 @@ import functools
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import cast
 
 import torch
 
-__all__ = ["ALGORITHMS", "BACKENDS", "load_backend", "resolve_backend", "triton_obstacle"]
+__all__ = ["ALGORITHMS", "BACKENDS", "algorithms_of", "load_backend", "resolve_backend", "triton_obstacle"]
 
 BACKENDS = ("auto", "eager", "triton", "reference")
 ALGORITHMS = ("auto", "merged", "split", "expanded", "fused")
@@ -85,6 +86,18 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
         return f"the kernels take float32, bfloat16 and float16, got {dtype}"
     if rank > _TRITON_MAX_RANK:
         return f"the kernels take ranks up to {_TRITON_MAX_RANK}, got {rank}"
+    return _obstacle(device)
+
+
+# What follows is a constant to compilers: they cannot look into imports, and need not.
+@torch.compiler.assume_constant_result
+def algorithms_of(backend: str) -> tuple[str, ...]:
+    """What a resolved backend has beside "auto"."""
+    return cast("tuple[str, ...]", load_backend(backend).ALGORITHMS)
+
+
+@torch.compiler.assume_constant_result
+def _obstacle(device: torch.device) -> str | None:
     return _device_obstacle(device)
 
 

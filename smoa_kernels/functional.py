@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import autocast_enabled, check_arguments, check_block_ranks, global_width
-from .backends import ALGORITHMS, load_backend, resolve_backend
+from .backends import ALGORITHMS, algorithms_of, resolve_backend
 from .dropout import draw_seed
 from .operator import linear
 from .packed import scaling_tensor
@@ -124,7 +124,7 @@ def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if algorithm == "auto":
         return
-    allowed = load_backend(backend).ALGORITHMS
+    allowed = algorithms_of(backend)
     if algorithm not in allowed:
         raise ValueError(
             f"algorithm must be auto or one of {', '.join(allowed)} on backend {backend!r}, got {algorithm!r}"
