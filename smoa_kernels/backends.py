@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -21,6 +22,8 @@ __all__ = ["ALGORITHMS", "BACKENDS", "algorithms_of", "load_backend", "resolve_b
 
 BACKENDS = ("auto", "eager", "triton", "reference")
 ALGORITHMS = ("auto", "merged", "split", "expanded", "fused")
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _OLDEST_TRITON = (3, 6)
 _OLDEST_CAPABILITY = (8, 0)
@@ -89,14 +92,18 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
     return _obstacle(device)
 
 
-# What follows is a constant to compilers: they cannot look into imports, and need not.
-@torch.compiler.assume_constant_result
+def _constant(function: F) -> F:
+    """A constant in compiled graphs: compilers cannot look into imports, and need not."""
+    return cast(F, torch.compiler.assume_constant_result(function))
+
+
+@_constant
 def algorithms_of(backend: str) -> tuple[str, ...]:
     """What a resolved backend has beside "auto"."""
     return cast("tuple[str, ...]", load_backend(backend).ALGORITHMS)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _obstacle(device: torch.device) -> str | None:
     return _device_obstacle(device)
 

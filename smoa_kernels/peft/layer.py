@@ -143,7 +143,9 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.algorithm: dict[str, str] = {}
         self.backend: dict[str, str] = {}
         self._prepared: dict[str, _Prepared] = {}
-        self._whole: BlockPartition | None = None
+        self._whole: BlockPartition | None = (
+            None  # of a single block, where there are several adapters to sum
+        )
         self._shard: LayerShard | None = None  # where tensor parallelism has cut W0
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -338,6 +340,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
                 and other.partition == partition
             ):
                 partition = other.partition
+        if self._prepared.keys() - {adapter_name}:
+            self._whole = single_block(partition)  # now, since forward may be compiled
         packed = self.smoa_blocks[adapter_name]
         scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
         ready = _Prepared(packed, partition, ranks, scaling, ranks.tolist())
@@ -351,16 +355,6 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         for name in self.smoa_A:
             if not self.smoa_blocks[name].is_meta:
                 self._ready(name)
-
-    def whole(self, weight: Tensor) -> BlockPartition:
-        """The partition of a single block on W0's device, built once.
-
-        Args:
-            weight: W0 (N, C).
-        """
-        if self._whole is None or self._whole.device != weight.device:
-            self._whole = single_block(weight)
-        return self._whole
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

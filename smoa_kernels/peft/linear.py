@@ -195,7 +195,7 @@ class Linear(SMoALayer, nn.Module):
 
     def _summed(self, weight: Tensor, names: Sequence[str]) -> PackedAdapter:
         parts = [self.packed(name, weight) for name in names]
-        return parts[0] if len(parts) == 1 else sum_adapters(parts, self.whole(weight))
+        return parts[0] if len(parts) == 1 else sum_adapters(parts, self._whole)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_llama
+from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from smoa_kernels.peft import SMoAConfig, SMoALayer
@@ -130,6 +131,26 @@ def test_one_layer_compiles_into_one_graph():
     torch.testing.assert_close(compiled(x), layer(x))
     compiled(x).sum().backward()
     assert layer.smoa_B["default"].grad is not None
+
+
+@pytest.mark.parametrize("adapters", [1, 2])  # two of different blocks, summed
+def test_a_whole_model_compiles_into_one_graph_for_all_lengths(adapters):
+    torch._dynamo.reset()
+    counters.clear()
+    settings = {"smoa_dropout": 0.2, "init_weights": False, "target_modules": "all-linear"}
+    model = adapt(tiny_llama(num_hidden_layers=1), **settings).train()
+    if adapters == 2:
+        model.add_adapter("other", SMoAConfig(r=3, num_blocks=3, **settings))
+        model.base_model.set_adapter(["default", "other"])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (7, 12):
+        tokens = torch.randint(0, 64, (2, length))
+        torch.manual_seed(length)
+        ours = compiled(input_ids=tokens).logits
+        ours.sum().backward()
+        torch.manual_seed(length)
+        torch.testing.assert_close(ours, model(input_ids=tokens).logits)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_moving_and_casting_the_model(tokens):
