@@ -55,6 +55,11 @@ def build(
     else:
         config = SMoAConfig(**settings, smoa_dropout=dropout, target_modules=["up", "down"])
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        for layer in () if spectral else layers(model):
+            layer._set_blocks(
+                "default", in_order(layer.base_layer), layer.ranks("default"), layer.base_sketch()
+            )
+            layer.reset_adapter("default")
     for name, parameter in model.named_parameters():
         if "smoa_B" in name:
             nn.init.normal_(parameter, std=0.3)
