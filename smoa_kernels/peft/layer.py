@@ -143,9 +143,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.algorithm: dict[str, str] = {}
         self.backend: dict[str, str] = {}
         self._prepared: dict[str, _Prepared] = {}
-        self._whole: BlockPartition | None = (
-            None  # of a single block, where there are several adapters to sum
-        )
+        # The partition of a single block, once there are several adapters to sum.
+        self._whole: BlockPartition | None = None
         self._shard: LayerShard | None = None  # where tensor parallelism has cut W0
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
