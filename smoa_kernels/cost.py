@@ -7,15 +7,13 @@ over the parts that `counts.py` lists. Nothing here is measured. Every number is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Literal
 
 import torch
 
-from .counts import ALGORITHMS, FUSED_MAX_RANK, FUSED_MAX_RANK_IEEE, Part, Pass, Problem, partial_bytes, parts
+from .counts import ALGORITHMS, FUSED_MAX_RANK, FUSED_MAX_RANK_IEEE, Part, Pass, Problem, parts
 from .gpus import Gpu
 
 __all__ = [
@@ -23,8 +21,6 @@ __all__ = [
     "Estimate",
     "Part",
     "Problem",
-    "backward_workspace",
-    "backward_workspace_bytes",
     "choose_algorithm",
     "estimate",
     "fused_token_limit",
@@ -190,40 +186,3 @@ def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fused_wins(middle) else (low, middle)
     return low
-
-
-def backward_workspace(problem: Problem) -> Mapping[str, int]:
-    """Bytes that each stage of the backward holds beyond its inputs and results.
-
-    "factor gradients": gathered dY and x, and the partials. They are freed before "input gradient", which
-    holds W_eff; under dropout it holds the ΔW blocks, dY gathered anew, and dX's share by block instead.
-
-    Args:
-        problem: the layer and the batch.
-
-    Example:
-        >>> stages = backward_workspace(Problem(8192, 14336, 4096, num_blocks=4, rank=16))
-        >>> {stage: size >> 20 for stage, size in stages.items()}
-        {'factor gradients': 302, 'input gradient': 112}
-    """
-    p, size = problem, problem.dtype.itemsize
-    rows, cols = p.padded(p.out_features), p.padded(p.in_features)
-    dy = p.tokens * rows * size * p.gathers(p.out_features)
-    x = p.tokens * cols * size * (p.gathers(p.in_features) or p.dropout > 0)
-    dx = p.weight_elements * size
-    if p.dropout:
-        dx = rows * cols // p.num_blocks * size + dy + p.tokens * cols * size
-    return MappingProxyType({"factor gradients": dy + x + partial_bytes(p), "input gradient": dx})
-
-
-def backward_workspace_bytes(problem: Problem) -> int:
-    """Peak bytes that a backward holds beyond its inputs and results: the larger of its two stages.
-
-    Args:
-        problem: the layer and the batch.
-
-    Example:
-        >>> backward_workspace_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) >> 20  # 288 are gathered copies
-        302
-    """
-    return max(backward_workspace(problem).values())

@@ -35,9 +35,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .cost import Problem, backward_workspace_bytes, estimate
+from .cost import Problem, estimate
 from .gpus import Gpu
 from .tuning.models import MODELS, Decoder
+from .workspace import backward_workspace_bytes
 
 __all__ = ["CAPACITY", "METHODS", "PARALLEL", "STACKS", "Plan", "Scale", "predict", "tensor_parallel_size"]
 

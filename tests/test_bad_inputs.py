@@ -361,6 +361,18 @@ COMMANDS: list[tuple[str, str]] = [
     ("audit --arch sm_70", "arch must be one of sm_80"),
     ("audit --dtype int8", "dtype must be one of"),
     ("audit --jobs 0", "--jobs"),
+    ("tune --model llama-9", "--model must be one of llama-3-8b"),
+    ("tune --shape 4096", "--shape must be OUTxIN"),
+    ("tune --shape 0x64", "out_features must be at least 1, got 0"),
+    ("tune --dtype int8", "--dtype must be one of bf16"),
+    ("tune --kernel gemm", "--kernel must be one of modulated_weight"),
+    ("tune --tokens 0", "tokens must be at least 1, got 0"),
+    ("tune --rank 0", "rank must be at least 1, got 0"),
+    ("tune --shape 64x8 --blocks 9", "blocks must be at most 8 for a layer of 64x8, got 9"),
+    ("tune --dry-run --gpu h1000", "--gpu must be one of h100"),
+    ("tune --dry-run --gpu mi300x --dtype tf32", "--dtype tf32 is never asked for on AMD"),
+    ("tune --budget -1", "--budget"),
+    ("tune --from-model /nowhere", "--from-model must be a config.json or its folder, got /nowhere"),
     ("tune --from-model FOLDER", "--from-model must be a config.json or its folder"),
     ("tune --gpu h100", "goes with --dry-run only"),
 ]
@@ -417,6 +429,26 @@ def test_command(command: str, words: str, world: World, capsys: pytest.CaptureF
     assert debug.endswith(err)
     parsed = not command.startswith(("--", "tun "))
     assert debug.startswith("Traceback") == (parsed and command != "tun")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "must give a positive num_attention_heads, got None"),
+        ("{", "--from-model must be a config.json or its folder"),
+        ('{"num_attention_heads": 0}', "must give a positive num_attention_heads, got 0"),
+        ('{"num_attention_heads": "8"}', "must give a positive num_attention_heads, got '8'"),
+        ('{"num_attention_heads": 8, "hidden_size": -1}', "must give a positive hidden_size, got -1"),
+        ("[" * 100_000, "--from-model must be a config.json or its folder"),
+    ],
+    ids=range(6),
+)
+def test_models_whose_shapes_are_read(text: str, words: str, world: World) -> None:
+    """The file is named."""
+    from smoa_kernels.tuning.models import read_config
+
+    (world.folder / "config.json").write_text(text)
+    check(world, lambda w: read_config(w.folder), ValueError, words)
 
 
 @needs_cli

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from problems import make_problem, relative_error
+from problems import DEVICE, make_problem, relative_error
 from test_operator import Block, run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +27,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, x, use_reentrant=self.use_reentrant)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "compiled"])
 def test_checkpointing_recomputes_with_the_same_mask(how: str) -> None:
     torch.manual_seed(0)
@@ -46,17 +47,18 @@ def test_checkpointing_recomputes_with_the_same_mask(how: str) -> None:
         assert not torch.equal(value, different)
 
 
+@pytest.mark.numerical
 def test_loss_scaling_under_autocast() -> None:
     """float16 autocast with GradScaler: the float32 factors' step is the unscaled one's, and an overflow skips it."""
     torch.manual_seed(0)
     block, x = Block(), torch.randn(64, 40)
     factors = [p for p in block.parameters() if p.requires_grad and p.ndim == 2]
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
         loss = block(x).float().square().mean()
     plain = torch.autograd.grad(loss, factors)
     optimizer, before = torch.optim.SGD(factors, lr=0.1), [p.detach().clone() for p in factors]
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    with torch.autocast("cpu", dtype=torch.float16):
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=256.0)
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
         loss = block(x).float().square().mean()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -67,7 +69,7 @@ def test_loss_scaling_under_autocast() -> None:
         assert relative_error((old - factor) / 0.1, gradient) < 2e-2  # float16 gradients, scaled and not
     changed = [p.detach().clone() for p in factors]
     optimizer.zero_grad()
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
         scaler.scale(block(x).float().square().mean() * 1e30).backward()
     scaler.step(optimizer)
     scaler.update()

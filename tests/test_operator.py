@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
-from problems import LinearProblem, make_problem
+from problems import DEVICE, LinearProblem, make_problem
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from smoa_kernels import FusedSMoALinear
+from smoa_kernels.backends import triton_obstacle
 from smoa_kernels.operator import linear, linear_backward
 from smoa_kernels.packed import scaling_tensor
+
+pytestmark = pytest.mark.numerical
 
 
 def arguments(
@@ -22,7 +25,7 @@ def arguments(
 ) -> tuple:
     """The operator's own arguments, leaves that require grad where asked."""
     x, bias, A, B = (t.clone().requires_grad_(grad) for t in (p.x, p.bias, p.A, p.B))
-    seed = torch.tensor(5) if dropout else None
+    seed = torch.tensor(5, device=p.x.device) if dropout else None
     scaling = scaling_tensor(p.scaling, x.device)
     blocks, sizes = p.partition.tensors(), p.partition.sizes()
     width = x.shape[-1]
@@ -89,6 +92,31 @@ def run(block: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     y = block(x)
     y.square().sum().backward()
     return (y.detach(), *(p.grad for p in block.parameters() if p.grad is not None))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": "split"},
+        {"backend": "triton"},
+        {"backend": "triton", "algorithm": "merged"},
+        {"backend": "triton", "dropout": 0.3},
+    ],
+    ids=str,
+)
+def test_a_backend_or_algorithm_of_ones_own_compiles_whole(settings: dict[str, object]) -> None:
+    """What it takes to choose a backend, imports among it, is nothing that a compiler may look into."""
+    if (obstacle := triton_obstacle(DEVICE)) is not None and "backend" in settings:
+        pytest.skip(obstacle)
+    torch.manual_seed(0)
+    layer = FusedSMoALinear(40, 33, r=6, num_blocks=2, **settings)
+    nn.init.normal_(layer.smoa_B, std=0.1)
+    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(12, 40)
+    torch.manual_seed(1)
+    expected = run(layer, x)
+    torch.manual_seed(1)
+    for ours, eager in zip(run(compiled, x), expected, strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

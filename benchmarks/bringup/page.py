@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from smoa_kernels.cost import Estimate, parts
@@ -9,19 +11,10 @@ from smoa_kernels.gpus import GPUS, Gpu, device_gpu
 
 from .. import tables
 from ..protocol import DEVICE
-from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
+from ..providers import Case
 from ..results import Result
-from .goals import COLUMNS, GOALS, Goal, Row
+from .goals import COLUMNS, GOALS, WAYS, Goal, Row
 from .state import State
-
-_WAYS = {
-    FROZEN: "frozen",
-    LORA: "lora",
-    HIRA: "hira",
-    PAPER: "paper_dense",
-    f"{SMOA} merged": "merged",
-    f"{SMOA} split": "split",
-}
 
 
 def page(state: State) -> str:
@@ -78,7 +71,7 @@ def _goals(state: State, gpu: Gpu) -> str:
         for column, limit in zip(COLUMNS, goal.limits, strict=True):
             row = goal.row(column, limit, gpu, state)
             sign = "≥" if goal.share else "≤"
-            cells += [f"{sign} {limit:.2f}", _number(row.predicted), _measured(goal, row)]
+            cells += [f"{sign} {limit:.2f}", f"{row.predicted:.2f}", _measured(goal, row)]
         rows.append(cells)
     return tables.table(headings, rows)
 
@@ -91,16 +84,18 @@ def _measured(goal: Goal, row: Row) -> str:
 
 
 def _tests(state: State) -> str:
+    """All outcomes in one line, then what failed and what did not end."""
     found = state.findings.get("tests")
     if found is None:
         return "Not run."
-    counts = (
-        ", ".join(f"{count} {outcome}" for outcome, count in sorted(found["counts"].items())) or "none ran"
-    )
-    lines = [f"{counts}."]
-    if found["unfinished"]:
-        lines.append(f"Not finished in time: {', '.join(found['unfinished'])}.")
-    lines += [f"- failed: `{line}`" for line in found["failures"]]
+    counts: Counter[str] = Counter()
+    for file in found.values():
+        counts.update(file["counts"])
+    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none ran"
+    lines = [f"{told}, in {len(found)} files."]
+    if late := [name for name, file in found.items() if file["status"] == "out of time"]:
+        lines.append(f"Not finished in time: {', '.join(sorted(late))}.")
+    lines += [f"- failed: `{line}`" for file in found.values() for line in file["failures"]]
     return "\n".join(lines)
 
 
@@ -140,10 +135,10 @@ def _predicted(state: State) -> str:
     flops, bandwidth = found["flops_per_second"], found["bytes_per_second"]
     told = f"This device reached {flops / 1e12:.3g} TFLOP/s in a large GEMM and {bandwidth / 1e12:.3g} TB/s in a copy."
     rows = [
-        (tables.case_name(result), *(_over_predicted(result, name, flops, bandwidth) for name in _WAYS))
+        (tables.case_name(result), *(_over_predicted(result, name, flops, bandwidth) for name in WAYS))
         for result in state.run.select("layer")
     ]
-    headings = ("measured over predicted at these rates, forward + backward", *_WAYS)
+    headings = ("measured over predicted at these rates, forward + backward", *WAYS)
     return f"{told}\n\n{tables.table(headings, rows)}"
 
 
@@ -152,12 +147,8 @@ def _over_predicted(result: Result, name: str, flops: float, bandwidth: float) -
         return "–"
     case = Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])})
     problem = case.problem()
-    predicted = Estimate(_WAYS[name], parts(problem, _WAYS[name]), flops, bandwidth).seconds("both")
+    predicted = Estimate(WAYS[name], parts(problem, WAYS[name]), flops, bandwidth).seconds("both")
     return f"{result.comparison('both').time(name).median / predicted:.2f}"
-
-
-def _number(value: float | None) -> str:
-    return "no model" if value is None else f"{value:.2f}"
 
 
 def _cell(text: str) -> str:

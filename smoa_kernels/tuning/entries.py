@@ -108,8 +108,8 @@ class Entry:
         """From plain data.
 
         Raises:
-            AttributeError, KeyError, TypeError, ValueError: something is missing, unknown, of another type or out
-                of range.
+            AttributeError, KeyError, OverflowError, TypeError, ValueError: something is missing, unknown, of another
+                type or out of range.
         """
         key = Key(**data["key"])
         if key.kernel not in (*CONFIGS, *ALGORITHM_KEYS) or key.dtype not in DTYPES:
@@ -154,6 +154,11 @@ def _plain(choice: Choice) -> Any:
     return choice if isinstance(choice, str) else asdict(choice)
 
 
+# What a field of a configuration may be at most; a launch beyond it fails, which no table may bring about.
+_MOST = {"block": 8192, "group_t": 64, "split": 64, "num_warps": 16, "num_stages": 8}
+_MOST_TILE = 256
+
+
 def _choice(key: Key, data: Any) -> Choice:
     """A choice that may be launched: of the right kind, its numbers powers of two (split and stages any count)."""
     if key.kernel in ALGORITHM_KEYS:
@@ -163,8 +168,10 @@ def _choice(key: Key, data: Any) -> Choice:
     config = CONFIGS[key.kernel](**data)
     for name, value in data.items():
         least = 0 if name == "split" and key.kernel == "block_grad" else 1
+        least = 16 if name.startswith("block_") else least  # `tl.dot` takes no fewer
         free = name in ("split", "num_stages")
-        if type(value) is not int or value < least or not (free or value & (value - 1) == 0):
+        in_range = type(value) is int and least <= value <= _MOST.get(name, _MOST_TILE)
+        if not in_range or not (free or value & (value - 1) == 0):
             raise ValueError(f"{name} = {value!r} is no launch parameter of {key.kernel}")
     if not fits(config, key):
         raise ValueError(f"{config} does not divide the layout of {key}")

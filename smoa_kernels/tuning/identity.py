@@ -21,6 +21,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _FILES = {name: (name,) for name in CONFIGS} | {
     "modulated_weight": ("modulate",),
     "modulated_blocks": ("modulate",),
+    "sum_parts": ("fused_linear",),
+    "sum_partials": ("block_grad",),
 }
 
 

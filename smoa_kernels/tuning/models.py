@@ -84,7 +84,7 @@ def read_config(path: Path) -> Decoder:
     file = path / "config.json" if path.is_dir() else path
     try:
         data: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"--from-model must be a config.json or its folder, got {path}: {error}") from error
     data = data.get("text_config", data) if isinstance(data, dict) else {}
     heads = _size(file, data, "num_attention_heads")

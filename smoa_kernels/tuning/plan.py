@@ -84,7 +84,13 @@ def keys(layer: Layer) -> Iterator[Key]:
     if t <= MOST_FUSED_TOKENS:
         yield Key("fused_linear", *common, n, c, t)
         yield Key("fused_linear", *common, c, n, t, transposed=True)
+        for features in (n, c):
+            yield Key("sum_parts", copied, out_features=features, tokens=t)
     yield Key("block_grad", *common, n, c, t, rows, cols)
+    # Factors are kept in the layer's dtype, or in float32 as PEFT does.
+    for factors in (copied, "fp32"):
+        yield Key("sum_partials", factors, layer.max_rank, layer.blocks, n, c, padded_in=cols)
+        yield Key("sum_partials", factors, layer.max_rank, layer.blocks, c, n, padded_in=rows)
     yield Key("forward", *common, n, c, t)
     yield Key("input_gradient", *common, n, c, t)
 

@@ -128,7 +128,7 @@ def _parse(path: Path) -> Mapping[Key, Entry]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise _BrokenError("is not text") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _BrokenError(f"is not JSON ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
         raise _BrokenError("is not a table of smoa-kernels")
@@ -136,7 +136,7 @@ def _parse(path: Path) -> Mapping[Key, Entry]:
         raise _BrokenError(f"has schema {data['schema']}, this version knows up to {SCHEMA}")
     try:
         found = [Entry.from_json(entry) for entry in data["entries"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise _BrokenError(f"holds an entry that is none ({type(error).__name__}: {error})") from error
     return {entry.key: entry for entry in found}
 

@@ -23,4 +23,5 @@ def make_model(request):
 
 @pytest.fixture
 def tokens():
-    return torch.randint(0, 64, (3, 7), generator=torch.Generator().manual_seed(1))
+    drawn = torch.randint(0, 64, (3, 7), device="cpu", generator=torch.Generator().manual_seed(1))
+    return drawn.to(torch.get_default_device())

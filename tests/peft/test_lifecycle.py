@@ -56,6 +56,7 @@ def mix(request):
 # Several active adapters
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_active_adapters_add_up_and_share_the_base_product(make_model, mix, dtype, monkeypatch):
     model = two_adapters(make_model().to(dtype), mix)
@@ -96,6 +97,7 @@ def test_active_adapters_are_merged_into_one_weight_where_that_is_cheaper(llama,
     close(output, x @ (layer.base_weight() + delta).T)
 
 
+@pytest.mark.numerical
 def test_gradients_reach_every_active_adapter(llama, mix):
     model = two_adapters(llama(), mix)
     activate(model, "one", "two")
@@ -125,6 +127,7 @@ def test_adapters_with_different_dropout_are_each_dropped(llama):
     assert (mean - expected).norm() < 0.1 * (expected - layer.base_layer(x[0])).norm()
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("order", [["one", "two"], ["two", "one"]])
 def test_merging_several_adapters(make_model, tokens, mix, order):
     model = two_adapters(make_model(), mix)
@@ -171,6 +174,7 @@ def test_adapters_of_a_layer_share_an_order_and_nothing_else(llama):
 # Mixed batches
 
 
+@pytest.mark.numerical
 def test_each_sample_meets_its_own_adapter(make_model, tokens, mix):
     model = two_adapters(make_model(), mix)
     names = ["two", "__base__", "one"]
@@ -359,6 +363,7 @@ def test_modules_to_save(llama, tokens, tmp_path):
 # What others do with the layers
 
 
+@pytest.mark.numerical
 def test_gradient_checkpointing_changes_no_gradient(llama, tokens):
     model = get_peft_model(llama(), settings(llama(), smoa_dropout=0.3)).train()
     gradients = []

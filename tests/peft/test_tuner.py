@@ -70,6 +70,7 @@ def folder(make_model, tokens, tmp_path):
 # The layer computes the definition
 
 
+@pytest.mark.numerical
 def test_fresh_adapter_is_an_identity_and_only_its_factors_train(make_model, tokens):
     base = logits(make_model(), tokens)
     model = adapt(make_model(), init_weights=True)
@@ -79,6 +80,7 @@ def test_fresh_adapter_is_an_identity_and_only_its_factors_train(make_model, tok
     assert all(name.split(".")[-2] in ("smoa_A", "smoa_B") for name in trained)
 
 
+@pytest.mark.numerical
 def test_layer_equals_the_reference(make_model):
     model = adapt(make_model(), smoa_alpha=3.0)
     for layer in layers(model).values():
@@ -95,6 +97,7 @@ def test_layer_equals_the_reference(make_model):
         torch.testing.assert_close(stored.T if layer.fan_in_fan_out else stored, delta, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.numerical
 def test_one_block_is_hira(make_model, tokens):
     conv1d = make_model().config.model_type == "gpt2"
     ours = adapt(make_model(), r=4, num_blocks=1)
@@ -128,6 +131,7 @@ def test_one_block_is_hira(make_model, tokens):
         torch.testing.assert_close(weight, merged[1][name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.numerical
 def test_float32_factors_over_a_bf16_base_upcast_nothing(make_model, tokens):
     model = adapt(make_model().bfloat16())
     kinds = set()
@@ -143,6 +147,7 @@ def test_float32_factors_over_a_bf16_base_upcast_nothing(make_model, tokens):
     logits(model, tokens).float().square().sum().backward()
 
 
+@pytest.mark.numerical
 def test_a_dropped_input_is_the_adapters_alone(llama):
     model = adapt(llama(), smoa_dropout=0.5)
     layer = next(iter(layers(model).values()))
@@ -236,6 +241,7 @@ def test_configuration_without_weights_starts_a_new_adapter(folder, make_model, 
 # Merging
 
 
+@pytest.mark.numerical
 def test_merging_keeps_the_outputs_and_unmerging_restores_every_bit(make_model, tokens):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = adapt(make_model().to(dtype))
@@ -271,6 +277,7 @@ def test_safe_merge_refuses_a_broken_adapter(llama):
     assert torch.equal(layer.base_layer.weight, weight)
 
 
+@pytest.mark.numerical
 def test_disabled_adapter_is_the_base_model(make_model, tokens):
     base = logits(make_model(), tokens)
     model = adapt(make_model())

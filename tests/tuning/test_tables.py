@@ -67,6 +67,12 @@ def broken_by(change: str, data: dict[str, object]) -> str:
         entries[0]["key"]["kernel"] = "matmul"
     if change == "a launch that is none":
         entries[0]["trials"][1]["choice"]["num_warps"] = 3
+    if change == "more warps than there are":
+        entries[0]["trials"][1]["choice"]["num_warps"] = 64
+    if change == "a time that no float holds":
+        return json.dumps(data).replace('"seconds": 3.0', f'"seconds": {10**400}')
+    if change == "nested without end":
+        return "[" * 100_000
     if change == "a tile that does not fit":
         entries[0] = json.loads(
             json.dumps(entry(GRAD, seconds={BLOCK_GRAD_IEEE_CONFIGS[0]: 1.0}).to_json()).replace(
@@ -92,6 +98,9 @@ def broken_by(change: str, data: dict[str, object]) -> str:
         ("no entries", "holds an entry that is none"),
         ("unknown kernel", "no kernel 'matmul'"),
         ("a launch that is none", "num_warps = 3"),
+        ("more warps than there are", "num_warps = 64"),
+        ("a time that no float holds", "OverflowError"),
+        ("nested without end", "is not JSON"),
         ("a tile that does not fit", "does not divide the layout"),
         ("a negative time", "seconds must be positive"),
         ("a missing field", "holds an entry that is none"),
