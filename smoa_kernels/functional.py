@@ -124,7 +124,7 @@ def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if algorithm == "auto":
         return
-    allowed = algorithms_of(backend)
+    allowed: tuple[str, ...] = algorithms_of(backend)
     if algorithm not in allowed:
         raise ValueError(
             f"algorithm must be auto or one of {', '.join(allowed)} on backend {backend!r}, got {algorithm!r}"

@@ -127,6 +127,16 @@ def test_goals_stand_with_the_prediction_and_what_was_measured() -> None:
         assert goal.row(COLUMNS[1], goal.limits[1], H100, state).measured is None
 
 
+def test_the_documentation_shows_each_goal_with_its_prediction() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    nothing = State(Run(MACHINE, "abc", "", ()))
+    for goal in GOALS:
+        rows = [goal.row(c, limit, H100, nothing) for c, limit in zip(COLUMNS, goal.limits, strict=True)]
+        sign = "≥" if goal.share else "≤"
+        cells = [f"{sign} {row.goal:.2f} | {row.predicted:.2f}" for row in rows]
+        assert f"| {goal.text} | {' | '.join(cells)} |" in text
+
+
 def test_an_unsteady_machine_is_not_judged() -> None:
     shaky = {FROZEN: [1.0, 2.0, 3.0], LORA: [1.0] * 3, f"{SMOA} merged": [0.5] * 3}
     result = Result("layer", "x", SQUARE.record(), FROZEN, [0.0, 0.0], {"both": shaky})
