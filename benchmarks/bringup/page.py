@@ -8,6 +8,8 @@ import torch
 
 from smoa_kernels.cost import Estimate, parts
 from smoa_kernels.gpus import GPUS, Gpu, device_gpu
+from smoa_kernels.tuning.entries import Entry
+from smoa_kernels.tuning.words import choice_words, problem_words, winner
 
 from .. import tables
 from ..protocol import DEVICE
@@ -104,21 +106,17 @@ def _tuning(state: State) -> str:
     if found is None:
         return "Not run."
     rows = []
-    for entry in found["table"]["entries"]:
-        key, trials = entry["key"], [trial for trial in entry["trials"] if "seconds" in trial]
-        if not trials:
+    for entry in map(Entry.from_json, found["table"]["entries"]):
+        best, default = winner(entry), entry.trial(entry.default)
+        if best is None or best.seconds is None:
             continue
-        best = min(trials, key=lambda trial: float(trial["seconds"]))
-        default = next((t["seconds"] for t in trials if t["choice"] == entry["default"]), None)
-        choice = best["choice"]
-        words = choice if isinstance(choice, str) else " ".join(f"{k}={v}" for k, v in choice.items())
+        before = None if default is None else default.seconds
         rows.append(
             (
-                f"{key['kernel']} {key['out_features']}×{key['in_features']} T≤{key['tokens']}"
-                + (" transposed" if key["transposed"] else ""),
-                "–" if default is None else f"{default * 1e6:.1f}",
-                f"{best['seconds'] * 1e6:.1f}",
-                words,
+                problem_words(entry.key),
+                "–" if before is None else f"{before * 1e6:.1f}",
+                f"{best.seconds * 1e6:.1f}",
+                choice_words(best.choice),
             )
         )
     told = f"{len(found['problems'])} keys are not done.\n\n" if found["problems"] else ""

@@ -24,9 +24,10 @@ from ..tuning.plan import KERNELS, Layer, Target, jobs
 from ..tuning.space import broken
 from ..tuning.tables import read, update, user_table
 from ..tuning.tuner import DeviceLostError, Job, Timer, Tuned, gpu_timer, left, so_far, tune
+from ..tuning.words import problem_words
 from .output import console
 from .roofline import parse_shape
-from .tuning_tables import best_words, failures, plan_table, problem_words, result_table
+from .tuning_tables import best_words, failures, plan_table, result_table
 
 __all__ = ["Request", "dry", "measure"]
 

@@ -63,6 +63,7 @@ def test_a_dry_run_lists_what_is_timed_and_what_is_pruned_and_why(
     assert "permute 4096 columns T≤4096 K=4 bf16" in out
     assert "t=64 p=128 warps=2 stages=1" in out
     assert out.count("runs without a table") == 2
+    assert out.count("never chosen") == 1  # merged, in bf16
     assert "pruned: gather: spills 8 bytes" in out
     assert "for 2 problems on a100 (sm_80), 1 are pruned. Nothing was measured." in out
     assert not cache.exists()
