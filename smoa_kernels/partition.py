@@ -367,22 +367,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def check_weight(weight: Tensor) -> None:
-    """Whether `weight` has a spectrum; a whole tensor is read."""
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Whether `weight`, called `name`, has a spectrum; a whole tensor is read."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():
-        raise TypeError(f"weight must be floating point, got {weight.dtype}")
+        raise TypeError(f"{name} must be floating point, got {weight.dtype}")
     if weight.layout != torch.strided or weight.itemsize < 2:
-        raise TypeError(f"weight must be dense, of 16 bits or more, got {weight.layout} of {weight.dtype}")
+        raise TypeError(f"{name} must be dense, of 16 bits or more, got {weight.layout} of {weight.dtype}")
     if weight.is_meta:
-        raise ValueError("weight must hold numbers to have a spectrum, got a meta tensor")
+        raise ValueError(f"{name} must hold numbers to have a spectrum, got a meta tensor")
     if weight.ndim != 2:
         raise ValueError(
-            f"weight must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
+            f"{name} must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
         )
     if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):
-        raise ValueError("weight must be finite to have a spectrum, got NaN or Inf in it")
+        raise ValueError(f"{name} must be finite to have a spectrum, got NaN or Inf in it")
 
 
 def _check_num_blocks(num_blocks: int) -> None:

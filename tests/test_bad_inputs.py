@@ -20,6 +20,7 @@ from smoa_kernels.cost import Problem, estimate
 from smoa_kernels.gpus import GPUS
 from smoa_kernels.packed import pack_factors
 from smoa_kernels.reference import reference_linear
+from smoa_kernels.spectrum import layer_spectrum
 
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs the peft extra"
@@ -237,6 +238,21 @@ FUNCTIONS: list[tuple[Call, type[Exception], str]] = [
         ValueError,
         "algorithm must be one of",
     ),
+    (
+        lambda w: layer_spectrum(w.problem.weight, w.problem.partition, {"ours": w.problem.x}),
+        ValueError,
+        r"ours must have the partition's shape \(33, 57\), got \(11, 57\)",
+    ),
+    (
+        lambda w: layer_spectrum(w.problem.weight, w.problem.partition, {"ours": w.problem.weight / 0}),
+        ValueError,
+        "ours must be finite to have a spectrum",
+    ),
+    (
+        lambda w: layer_spectrum(w.problem.weight.int(), w.problem.partition, {}),
+        TypeError,
+        "weight must be floating point, got torch.int32",
+    ),
     # The layer's methods.
     (lambda w: w.layer(torch.randn(3, 41)), ValueError, "x must have 40 features"),
     (lambda w: w.layer(torch.ones(3, 40, dtype=torch.int64)), TypeError, "x must be floating point"),
@@ -375,6 +391,14 @@ COMMANDS: list[tuple[str, str]] = [
     ("tune --from-model /nowhere", "--from-model must be a config.json or its folder, got /nowhere"),
     ("tune --from-model FOLDER", "--from-model must be a config.json or its folder"),
     ("tune --gpu h100", "goes with --dry-run only"),
+    ("spectrum", "Missing argument"),
+    ("spectrum FOLDER --rank 0", "--rank"),
+    ("spectrum FOLDER --seed -1", "--seed"),
+    ("spectrum FOLDER --adapter FOLDER --blocks 2", "--rank and --blocks are of a random SMoA"),
+    ("spectrum FOLDER --figure a.pdf", "--figure must be a file .svg or .png, got a.pdf"),
+    ("spectrum FOLDER --layer-figures FOLDER/config.json", "--layer-figures must be a folder, got"),
+    ("spectrum FOLDER --json /nowhere/at/all.json", "cannot write /nowhere/at/all.json: /nowhere/at is not"),
+    ("spectrum FOLDER --json FOLDER", "Is a directory"),
 ]
 PLANS = [
     ("plan --model gpt-5", "model must be one of llama-3-8b"),
@@ -397,6 +421,8 @@ ADAPTERS = [
     ("inspect", "Missing argument"),
     ("inspect /nowhere", "there is no adapter_config.json in /nowhere"),
     ("inspect FOLDER", "an adapter of the method LORA, not SMOA"),
+    ("spectrum /nowhere", "there are no safetensors files in /nowhere"),
+    ("spectrum FOLDER --adapter FOLDER", "there are no safetensors files in"),
 ]
 
 
@@ -418,7 +444,7 @@ def run(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> tuple
     [*COMMANDS, *PLANS, *(pytest.param(*row, marks=needs_peft) for row in ADAPTERS)],
 )
 def test_command(command: str, words: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    if command.startswith("inspect"):
+    if command.startswith(("inspect", "spectrum")) and importlib.util.find_spec("peft") is not None:
         import smoa_kernels.peft  # noqa: F401  # whose dependencies print when they are first imported
     out, err = run(command, world, capsys)
     assert out == ""

@@ -1,4 +1,4 @@
-"""What the paper proves or implies of the update, in float64. That K = 1 is HiRA: tests/peft/test_tuner.py, with PEFT's.
+"""What the paper proves or implies of the update, in float64. That K = 1 is HiRA: tests/peft/test_tuner.py, by PEFT.
 
 The paths that are tested are those that train and merge (`eager`), with labels that nobody picked, empty blocks and
 blocks of rank 0 among them, and rubbish in the factors' padding.

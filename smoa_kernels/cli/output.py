@@ -1,4 +1,4 @@
-"""Where results go: the terminal, a pipe, or a JSON file."""
+"""Where results go: the terminal, a pipe, or a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-__all__ = ["console", "write_json"]
+__all__ = ["check_place", "console", "write_bytes", "write_json"]
 
 _PIPE_WIDTH = 160
 
@@ -22,25 +22,44 @@ def console() -> Console:
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Write as :func:`write_bytes` does.
+
+    Raises:
+        ValueError: the file cannot be written, and why.
+    """
+    write_bytes(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write by rename: the file is the old one or the new one, never half of either.
 
     Raises:
         ValueError: the file cannot be written, and why.
     """
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
+    check_place(path)
     try:
         _replace(path, data)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _replace(path: Path, data: Any) -> None:
+def check_place(path: Path) -> None:
+    """Whether there is a folder for a file, and no folder in its place; for what is computed a while before.
+
+    Raises:
+        ValueError: naming the path.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: Is a directory")
+
+
+def _replace(path: Path, data: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(data, stream, indent=1, ensure_ascii=False)
-            stream.write("\n")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

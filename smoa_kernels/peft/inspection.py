@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..packed import trainable_parameters
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
 from .config import SMoAConfig
+from .folders import PREFIX, ModelFolder, by_number, read_config, read_state
 from .layout import STATE_KEYS
 from .loading import read_blocks
 from .model import layer_settings
 from .registry import PEFT_TYPE
 
 __all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -118,14 +112,10 @@ def inspect_adapter(
         >>> report.parameters, report.layers[0].ranks, report.fits
         (28, (2, 2), None)
     """
-    config = _config(Path(folder))
-    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder}")
-    with _opened(path) as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
-    bases = None if base is None else _Weights(Path(base))
-    stems = sorted({f"{key.rpartition('.')[0]}." for key in state if ".smoa_" in key}, key=_by_number)
+    config = cast(SMoAConfig, read_config(Path(folder), (PEFT_TYPE,)))
+    path, state = read_state(Path(folder))
+    bases = None if base is None else ModelFolder(Path(base))
+    stems = sorted({f"{key.rpartition('.')[0]}." for key in state if ".smoa_" in key}, key=by_number)
     if not stems:
         raise ValueError(f"{path} holds no layer of an SMoA adapter")
     layers = tuple(_layer(stem, state, bases, config) for stem in stems)
@@ -133,36 +123,10 @@ def inspect_adapter(
     return AdapterReport(config, layers, path.stat().st_size, others)
 
 
-def _config(folder: Path) -> SMoAConfig:
-    if not (folder / CONFIG_NAME).is_file():  # PEFT would look for it on a hub
-        raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}")
-    try:
-        data = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError(f"{CONFIG_NAME} must hold a JSON object, got {type(data).__name__}")
-        method = data.get("peft_type")
-        if method != PEFT_TYPE:
-            raise ValueError(f"it is an adapter of the method {method}, not {PEFT_TYPE.value}")
-        return SMoAConfig.from_pretrained(os.fspath(folder))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}: {error}") from error
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _layer(stem: str, state: Mapping[str, Tensor], bases: _Weights | None, config: SMoAConfig) -> LayerReport:
-    name = stem.removesuffix(".").removeprefix(_PREFIX)
+def _layer(
+    stem: str, state: Mapping[str, Tensor], bases: ModelFolder | None, config: SMoAConfig
+) -> LayerReport:
+    name = stem.removesuffix(".").removeprefix(PREFIX)
     missing = [key for key in STATE_KEYS if stem + key not in state]
     if missing:
         raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}")
@@ -191,42 +155,3 @@ def _layer(stem: str, state: Mapping[str, Tensor], bases: _Weights | None, confi
 def _digits(sketch: Tensor) -> str:
     """Sixteen hexadecimal digits, four for each of the first projections."""
     return "".join(f"{round(float(value) * 4096) & 0xFFFF:04x}" for value in sketch[:4])
-
-
-class _Weights:
-    """Tensors of a model folder by name, read one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files = dict(self._scan(folder))
-        if not self.files:
-            raise FileNotFoundError(f"there are no safetensors files in {folder}")
-
-    @staticmethod
-    def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                yield from ((name, folder / file) for name, file in files.items())
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
-            return
-        for path in sorted(folder.glob("*.safetensors")):
-            with _opened(path) as file:
-                yield from ((name, path) for name in file.keys())  # noqa: SIM118  # it is no mapping
-
-    def get(self, name: str) -> Tensor | None:
-        """The tensor `name`. A model without its head was saved without, or with, the first part of each name."""
-        stored = name if name in self.files else self._otherwise_prefixed(name)
-        if stored is None:
-            return None
-        with _opened(self.files[stored]) as file:
-            tensor: Tensor = file.get_tensor(stored)
-        return tensor
-
-    def _otherwise_prefixed(self, name: str) -> str | None:
-        shorter = name.partition(".")[2]
-        if shorter in self.files:
-            return shorter
-        longer = [stored for stored in self.files if stored.partition(".")[2] == name]
-        return longer[0] if len(longer) == 1 else None
