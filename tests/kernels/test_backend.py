@@ -324,7 +324,7 @@ def test_where_the_kernels_cannot_run(prelude: str, words: str) -> None:
 def test_old_gpus_are_named(
     capability: tuple[int, int], words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backends._find_obstacle.cache_clear()
+    backends._device_obstacle.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     try:
         cuda = torch.device("cuda", 0)
@@ -333,4 +333,4 @@ def test_old_gpus_are_named(
         assert backends.resolve_backend("auto", torch.device("xpu", 0), torch.bfloat16, 8) == "eager"
         assert backends.resolve_backend("auto", cuda, torch.float64, 8) == "eager"
     finally:
-        backends._find_obstacle.cache_clear()
+        backends._device_obstacle.cache_clear()
