@@ -130,11 +130,11 @@ def _table(found: ModelSpectrum, full: bool) -> Table:
     from ..peft.model_spectrum import layer_kind
 
     table = Table(title=found.model, show_edge=False)
-    table.add_column("layer", overflow="fold", min_width=24)
-    headings = ["shape", "W0 effective", "in blocks"]
+    table.add_column("layer", overflow="fold", min_width=18)
+    headings = ["shape", "W0\neffective rank", "energy\nin blocks"]
     for source in found.sources.values():
-        name = f"{source.method}{' random' if source.random else ''}"
-        headings += [f"{name} rank", "effective", "coverage"]
+        name = f"{'random ' if source.random else ''}{source.method}"
+        headings += [f"{name}\nrank", "effective\nrank", "\ncoverage"]
     if not full:
         headings.insert(0, "layers")
     for heading in headings:

@@ -134,9 +134,9 @@ def _blocks(axis: Axes, layers: Sequence[LayerSpectrum]) -> None:
     shares, diagonal = np.zeros((count, len(places))), np.zeros(count)
     for layer in layers:
         blocks = layer.blocks
-        both = (blocks.left + blocks.right).numpy() / (2 * len(layers))
+        both = (blocks.left + blocks.right) / (2 * len(layers))
         for k, curve in enumerate(both):
-            shares[k] += [part.mean() for part in np.array_split(curve, min(len(places), len(curve)))]
+            shares[k] += np.diff(cumulated(curve, len(places) + 1)) * len(places) / len(curve)
             diagonal[k] += float(blocks.diagonal_shares[k]) / len(layers)
     axis.stackplot(places, shares, colors=matplotlib.colormaps["viridis"](np.linspace(0.25, 0.9, count)))
     edges = np.concatenate([[0], shares[:, len(places) // 2].cumsum()])
@@ -144,15 +144,13 @@ def _blocks(axis: Axes, layers: Sequence[LayerSpectrum]) -> None:
         axis.text(
             0.5,
             (edges[k] + edges[k + 1]) / 2,
-            f"block {k + 1}: {diagonal[k]:.0%} of W0's energy in its rows × columns",
+            f"block {k + 1}: {diagonal[k]:.0%} of W0's energy",
             ha="center",
             va="center",
             fontsize=7,
             color="white" if k < count / 2 else "black",
         )
-    axis.set(
-        xlabel=_PLACE, ylabel="share of a direction in each block's coordinates", xlim=(0, 1), ylim=(0, 1)
-    )
+    axis.set(xlabel=_PLACE, ylabel="share of the direction in each block", xlim=(0, 1), ylim=(0, 1))
     axis.set_title(f"{count} blocks, which hold {diagonal.sum():.0%} of W0's energy")
 
 

@@ -149,11 +149,12 @@ def test_figures(base, tmp_path, suffix, capsys):
     files = []
     for i in range(2):
         path = tmp_path / f"overview{i}{suffix}"
-        assert spectrum(base, "--target", "q_proj", "--figure", path, "--layer-figures", folder) == 0
+        assert spectrum(base, "--figure", path) == 0
         files.append(path.read_bytes())
+    assert spectrum(base, "--target", "k_proj", "--figure", path, "--layer-figures", folder) == 0
     assert files[0] == files[1]
     assert {p.name for p in folder.iterdir()} == {
-        f"model.layers.{i}.self_attn.q_proj{suffix}" for i in (0, 1)
+        f"model.layers.{i}.self_attn.k_proj{suffix}" for i in (0, 1)
     }
     if suffix == ".png":
         assert files[0].startswith(b"\x89PNG")
