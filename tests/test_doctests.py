@@ -144,7 +144,7 @@ def lacks(it: Any) -> Iterator[str]:
 
 def lacks_parts(function: Any, doc: str) -> Iterator[str]:
     """Arguments that are not named, errors that are raised and not told of."""
-    inherited = re.search(r"[Aa]rguments .*are|As `?PEFT|[Aa]s `?nn\.Linear", doc)
+    inherited = re.search(r"[Aa]rguments .*are|As `?PEFT|[Aa]s `?nn\.", doc)
     for name, parameter in inspect.signature(function).parameters.items():
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if not inherited and not variadic and name not in ("self", "cls") and not mentions(doc, name):
