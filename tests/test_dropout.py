@@ -14,6 +14,7 @@ def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param == "hash":
         monkeypatch.setattr(dropout, "draws", lambda device: False)
 
+
 pytestmark = pytest.mark.numerical
 
 
