@@ -33,9 +33,11 @@ EXPANDED_MAX_ROWS = {True: 24, False: 96}
 # stay in cache, and a fresh buffer of W0's size costs its page faults: at 4096², 5 % over a frozen forward, not 23 %.
 MERGED_PANEL = 1024
 
-# Bytes of a column that are gathered at a time, 256 tokens in float32: the copies stay in cache, and one buffer, whose
-# pages are touched once, serves all panels. At 2048², K = 8, G costs 0.13 of a frozen pass instead of 0.26.
-TOKEN_PANEL = 1024
+# Tokens whose columns are gathered at a time: the copies stay in cache, and one buffer, whose pages are touched once,
+# serves all panels. At 2048², K = 8, G costs 0.13 of a frozen pass instead of 0.26. In half precision each panel's
+# product is rounded and added to float32s, a pass over G, so panels are longer.
+TOKEN_PANEL = 128
+HALF_TOKEN_PANEL = 512
 
 
 def choose_algorithm(tokens: int, slots: int, *, ieee: bool, dropout: bool) -> str:
@@ -145,18 +147,20 @@ def _block_matmul(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = N
     product = _BlockProduct(adapter)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     draw = None if dropout is None else dropout.stream(x.shape[1])
-    mask = _Buffer()
+    mask, gathered, scratch = _Buffer(), _Buffer(), _Buffer()
     for x_part, y_part in _panels(x, y):
-        product(x_part if draw is None else draw(mask.like(x_part)).mul_(x_part), out=y_part)
+        dropped = x_part if draw is None else draw(mask.like(x_part)).mul_(x_part)
+        product(gathered.columns(dropped, product.cols), scratch, out=y_part)
     return y
 
 
 def _block_grad(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
     """`H_k = s·(dY_kᵀ X_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`; padding rows get zeros."""
-    gradient = _BlockGradient(adapter)
+    gradient, left, right = _BlockGradient(adapter), _Buffer(), _Buffer()
     # Nothing is gathered where K = 1.
     for dy_part, x_part in _panels(dy, x) if adapter.partition.num_blocks > 1 else [(dy, x)]:
-        gradient.add(dy_part, x_part)
+        gradient.add(left.columns(dy_part, gradient.rows), right.columns(x_part, gradient.cols))
+    del left, right
     return gradient.contract()
 
 
@@ -165,23 +169,26 @@ def _dropout_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """All gradients in one walk over the tokens: the mask is drawn once for dX and G."""
     width = adapter.weight.shape[1]
+    rows, cols = adapter.block_indices()
     product = _BlockProduct(adapter.T) if needs_x else None
     gradient = None if x is None else _BlockGradient(adapter)
     dx = dy.new_empty(dy.shape[0], width)
-    draw, mask = dropout.stream(width), _Buffer()
+    draw, mask, gathered, scratch = dropout.stream(width), _Buffer(), _Buffer(), _Buffer()
     for dy_part, dx_part, x_part in _panels(dy, dx, dx if x is None else x):
         multiplier = draw(mask.like(dx_part))
+        dy_part = gathered.columns(dy_part, rows)
         if product is not None:
-            product(dy_part, out=dx_part).mul_(multiplier)
+            product(dy_part, scratch, out=dx_part).mul_(multiplier)
         if gradient is not None:
-            gradient.add(dy_part, multiplier.mul_(x_part))
+            gradient.add(dy_part, scratch.columns(multiplier.mul_(x_part), cols))
+    del product, mask, gathered, scratch, multiplier, dy_part
     dA, dB = (None, None) if gradient is None else gradient.contract()
     return dx.addmm_(dy, adapter.weight) if needs_x else None, dA, dB
 
 
 def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same tokens of each tensor, some at a time."""
-    tokens = max(1, TOKEN_PANEL // tensors[0].itemsize)
+    tokens = TOKEN_PANEL if tensors[0].itemsize > 2 else HALF_TOKEN_PANEL
     return zip(*(tensor.split(tokens) for tensor in tensors), strict=True)
 
 
@@ -203,21 +210,20 @@ class _Buffer:
 
 
 class _BlockProduct:
-    """`x ΔWᵀ` for panels of tokens, block by block."""
+    """`x ΔWᵀ` for panels of tokens, block by block, x's columns in the order of `cols` (None: their own)."""
 
     def __init__(self, adapter: PackedAdapter) -> None:
         self._order = order = adapter.block_order()
+        self.cols = order.col_index
         self._deltas = [
             _product(order.A[:rank, cols], order.B[rows, :rank], weight).mul_(weight).to(weight.dtype).T
             for (rank, rows, cols), weight in zip(order.blocks, order.weights(), strict=True)
         ]
         self._back = None if order.row_index is None else inverse(order.row_index)
-        self._x, self._y = _Buffer(), _Buffer()
 
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, scratch: _Buffer, out: Tensor) -> Tensor:
         order = self._order
-        x = self._x.columns(x, order.col_index)
-        y = out if self._back is None else self._y.like(out)
+        y = out if self._back is None else scratch.like(out)
         if len(order.blocks) < order.num_blocks:
             y.zero_()  # where a block has no rank
         for (_, rows, cols), delta in zip(order.blocks, self._deltas, strict=True):
@@ -230,17 +236,16 @@ class _BlockGradient:
 
     def __init__(self, adapter: PackedAdapter) -> None:
         self._adapter = adapter
+        self.rows, self.cols = adapter.block_indices()
         # W0 is walked along its memory: where it is column-major everything is computed transposed.
         self._transposed = adapter.weight.stride(0) < adapter.weight.stride(1)
         self._order = (adapter.T if self._transposed else adapter).block_order()
         self._G: list[Tensor] = []
-        self._left, self._right = _Buffer(), _Buffer()
 
     def add(self, dy: Tensor, x: Tensor) -> None:
-        """Take a panel of tokens."""
-        order, (left, right) = self._order, (x, dy) if self._transposed else (dy, x)
-        left = self._left.columns(left, order.row_index).T
-        right = self._right.columns(right, order.col_index)
+        """Take a panel of tokens, the columns of dY in the order of `rows`, those of x in that of `cols`."""
+        order = self._order
+        left, right = (x.T, dy) if self._transposed else (dy.T, x)
         if not self._G:
             self._G = [torch.mm(left[rows], right[:, cols]) for _, rows, cols in order.blocks]
         elif right.dtype == order.A.dtype:

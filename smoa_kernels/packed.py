@@ -155,21 +155,27 @@ class PackedAdapter:
             A, B = A.index_select(0, kept), B.index_select(1, kept)
         return A.to(dtype), B.to(dtype)
 
+    def block_indices(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rows and columns block by block; None where K = 1 and the order is W0's own."""
+        p = self.partition
+        return (p.row_index, p.col_index) if p.num_blocks > 1 else (None, None)
+
     def block_order(self) -> BlockOrder:
         """The same with each block's rows and columns side by side."""
         p = self.partition
         # As wide as W0 and never narrower than float32: the factors are small, and products of them are not.
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         A, B = self.A.to(dtype), self.B.to(dtype)
-        if p.num_blocks > 1:
-            A, B = A.index_select(1, p.col_index), B.index_select(0, p.row_index)
+        row_index, col_index = self.block_indices()
+        if row_index is not None and col_index is not None:
+            A, B = A.index_select(1, col_index), B.index_select(0, row_index)
         row_ends, col_ends = accumulate(p.row_sizes), accumulate(p.col_sizes)
         return BlockOrder(
             weight=self.weight,
             A=A,
             B=B * self.scaling,
-            row_index=p.row_index if p.num_blocks > 1 else None,
-            col_index=p.col_index if p.num_blocks > 1 else None,
+            row_index=row_index,
+            col_index=col_index,
             blocks=[
                 (rank, slice(row_end - rows, row_end), slice(col_end - cols, col_end))
                 for rank, row_end, rows, col_end, cols in zip(
