@@ -18,7 +18,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["ALGORITHMS", "BACKENDS", "algorithms_of", "load_backend", "resolve_backend", "triton_obstacle"]
+__all__ = [
+    "ALGORITHMS",
+    "BACKENDS",
+    "MOST_TRITON_RANKS",
+    "algorithms_of",
+    "load_backend",
+    "resolve_backend",
+    "triton_obstacle",
+]
 
 BACKENDS = ("auto", "eager", "triton", "reference")
 ALGORITHMS = ("auto", "merged", "split", "expanded", "fused")
@@ -28,7 +36,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _OLDEST_TRITON = (3, 6)
 _OLDEST_CAPABILITY = (8, 0)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_MAX_RANK = 256
+MOST_TRITON_RANKS = 256
+"""ρ up to which the kernels take an adapter."""
 
 
 @functools.cache
@@ -38,10 +47,15 @@ def load_backend(name: str) -> ModuleType:
     Args:
         name: "eager", "triton" or "reference".
 
+    Raises:
+        ValueError: another name.
+
     Example:
         >>> load_backend("eager").ALGORITHMS
         ('merged', 'split', 'expanded')
     """
+    if name not in BACKENDS or name == "auto":
+        raise ValueError(f"name must be one of {', '.join(BACKENDS[1:])}, got {name!r}")
     return importlib.import_module({"triton": ".triton_backend"}.get(name, f".{name}"), __package__)
 
 
@@ -87,8 +101,8 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
     """
     if dtype not in _TRITON_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, got {dtype}"
-    if rank > _TRITON_MAX_RANK:
-        return f"the kernels take ranks up to {_TRITON_MAX_RANK}, got {rank}"
+    if rank > MOST_TRITON_RANKS:
+        return f"the kernels take ranks up to {MOST_TRITON_RANKS}, got {rank}"
     return _obstacle(device)
 
 

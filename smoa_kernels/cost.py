@@ -56,7 +56,12 @@ class Estimate:
 
         Args:
             stage: "forward", "backward" or "both".
+
+        Raises:
+            ValueError: another one.
         """
+        if stage not in ("forward", "backward", "both"):
+            raise ValueError(f"stage must be forward, backward or both, got {stage!r}")
         return tuple(p for p in self.parts if stage in ("both", p.stage))
 
     def seconds(self, stage: Pass | Literal["both"] = "both") -> float:
@@ -94,6 +99,7 @@ def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -
         ieee: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
 
     Raises:
+        TypeError: a problem or GPU that is none.
         ValueError: an unknown algorithm, or a dtype that no GPU's table has.
 
     Example:
@@ -102,6 +108,10 @@ def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -
         >>> f"{found.seconds('forward') * 1e3:.2f} ms, predicted"
         '0.41 ms, predicted'
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem must be a Problem, got {type(problem).__name__}")
+    if not isinstance(gpu, Gpu):
+        raise TypeError(f"gpu must be a Gpu, one of smoa_kernels.gpus.GPUS, got {type(gpu).__name__}")
     rate = gpu.flops_per_second(problem.dtype, ieee)
     return Estimate(algorithm, parts(problem, algorithm), rate, gpu.bytes_per_second)
 

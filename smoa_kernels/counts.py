@@ -27,6 +27,8 @@ from typing import Literal
 
 import torch
 
+from .arguments import check_number
+
 __all__ = ["ALGORITHMS", "Part", "Pass", "Problem", "partial_bytes", "parts"]
 
 Pass = Literal["forward", "backward"]
@@ -59,6 +61,7 @@ class Problem:
         dropout: probability, 0 where dropout is off or the layer is evaluating.
 
     Raises:
+        TypeError: a size that is no int, a probability that is no number, a dtype that is none.
         ValueError: a size or probability out of range, or a dtype that is not floating point.
 
     Example:
@@ -78,10 +81,16 @@ class Problem:
     def __post_init__(self) -> None:
         lowest = {"tokens": 0, "out_features": 1, "in_features": 1, "num_blocks": 1, "rank": 0}
         for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {self.dtype!r}")
         if not self.dtype.is_floating_point:
             raise ValueError(f"dtype must be floating point, got {self.dtype}")
 

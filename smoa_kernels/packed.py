@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .partition import BlockPartition
+from .partition import MOST_BLOCKS, MOST_RANKS, BlockPartition
 
 __all__ = [
     "BlockOrder",
@@ -217,11 +217,24 @@ def split_rank(rank: int, num_blocks: int) -> list[int]:
         rank: r, the budget.
         num_blocks: K.
 
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
     Example:
         >>> split_rank(8, 3)
         [3, 3, 2]
     """
+    _check_counts(rank, num_blocks)
     return [rank // num_blocks + (k < rank % num_blocks) for k in range(num_blocks)]
+
+
+def _check_counts(r: int, num_blocks: int) -> None:
+    for name, value, most in (("r", r, MOST_RANKS), ("num_blocks", num_blocks, MOST_BLOCKS)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if not 1 <= value <= most:
+            bound = "at least 1" if value < 1 else f"at most {most}"
+            raise ValueError(f"{name} must be {bound}, got {value}")
 
 
 def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -239,11 +252,7 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
         >>> resolve_ranks(8, 3), resolve_ranks(8, 3, [6, 2, 0])
         ((3, 3, 2), (6, 2, 0))
     """
-    for name, value in (("r", r), ("num_blocks", num_blocks)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    _check_counts(r, num_blocks)
     if block_ranks is None:
         return tuple(split_rank(r, num_blocks))
     if not isinstance(block_ranks, Sequence):
@@ -269,13 +278,24 @@ def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int
         partition: blocks of W0.
         ranks: r_k of each block.
 
+    Raises:
+        TypeError, ValueError: no partition, or another number of ranks than of blocks.
+
     Example:
         >>> partition = BlockPartition.from_weight(torch.randn(6, 10), num_blocks=2)
         >>> trainable_parameters(partition, [2, 1])  # 2 · (3 + 5) + 1 · (3 + 5)
         24
     """
+    _check_partition(partition)
+    if len(ranks) != partition.num_blocks:
+        raise ValueError(f"ranks must be {partition.num_blocks}, one for each block, got {len(ranks)}")
     sizes = zip(ranks, partition.row_sizes, partition.col_sizes, strict=True)
     return sum(r * (rows + cols) for r, rows, cols in sizes)
+
+
+def _check_partition(partition: BlockPartition) -> None:
+    if not isinstance(partition, BlockPartition):
+        raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
 
 
 def padding_masks(partition: BlockPartition, ranks: Tensor, rho: int) -> tuple[Tensor, Tensor]:
@@ -304,6 +324,7 @@ def pack_factors(
         partition: the blocks.
 
     Raises:
+        TypeError: what is no matrix of floating-point numbers, or they differ in dtype or device.
         ValueError: a factor whose shape does not fit its block.
 
     Example:
@@ -313,11 +334,17 @@ def pack_factors(
         >>> A.tolist(), ranks.tolist()
         ([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], [2, 1])
     """
+    _check_partition(partition)
     if not len(A_blocks) == len(B_blocks) == partition.num_blocks:
         raise ValueError(
             f"A_blocks and B_blocks must hold one factor for each of {partition.num_blocks} blocks, "
             f"got {len(A_blocks)} and {len(B_blocks)}"
         )
+    factors = (*A_blocks, *B_blocks)
+    if not all(isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point() for t in factors):
+        raise TypeError("A_blocks and B_blocks must hold matrices of floating-point numbers")
+    if len({(t.dtype, t.device) for t in factors}) > 1:
+        raise TypeError("A_blocks and B_blocks must have one dtype and one device")
     ranks = [A.shape[0] for A in A_blocks]
     A = A_blocks[0].new_zeros(max(ranks), partition.shape[1])
     B = B_blocks[0].new_zeros(partition.shape[0], max(ranks))
@@ -343,13 +370,30 @@ def unpack_factors(
         partition: the blocks.
         ranks: int (K,), rank of each block.
 
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
     Example:
         >>> partition = BlockPartition.from_labels(torch.tensor([0, 1]), torch.tensor([0, 1, 1]), num_blocks=2)
         >>> A_blocks, B_blocks = unpack_factors(torch.ones(2, 3), torch.ones(2, 2), partition, torch.tensor([2, 1]))
         >>> [tuple(A.shape) for A in A_blocks], [tuple(B.shape) for B in B_blocks]
         ([(2, 1), (1, 2)], [(1, 2), (1, 1)])
     """
+    _check_partition(partition)
+    shape = partition.shape
+    for name, value in (("A", A), ("B", B), ("ranks", ranks)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if A.ndim != 2 or (B.shape[0], *A.shape[1:]) != shape or B.shape[1:] != A.shape[:1]:
+        raise ValueError(
+            f"A and B must have shapes (ρ, {shape[1]}) and ({shape[0]}, ρ), "
+            f"got {tuple(A.shape)} and {tuple(B.shape)}"
+        )
     sizes = ranks.tolist()
+    if ranks.shape != (partition.num_blocks,) or not all(0 <= r <= A.shape[0] for r in sizes):
+        raise ValueError(
+            f"ranks must be {partition.num_blocks} numbers in [0, {A.shape[0]}], A's rows, got {sizes}"
+        )
     return (
         [A[:r, partition.cols(k)] for k, r in enumerate(sizes)],
         [B[partition.rows(k), :r] for k, r in enumerate(sizes)],

@@ -34,6 +34,9 @@ def reference_delta_weight(
         ranks: int (K,), r_k ≤ ρ.
         scaling: s.
 
+    Raises:
+        TypeError, ValueError: naming the argument, as :func:`reference_linear` does.
+
     Example:
         >>> halves = torch.tensor([0, 0, 1, 1])
         >>> partition, ranks = BlockPartition.from_labels(halves, halves, 2), torch.tensor([1, 1])
@@ -41,6 +44,18 @@ def reference_delta_weight(
         >>> reference_delta_weight(weight, A, B, partition, ranks, scaling=2.0)[0].tolist()
         [6.0, 6.0, 0.0, 0.0]
     """
+    if isinstance(ranks, Tensor) and ranks.dtype == torch.int64:
+        ranks = ranks.int()
+    check_arguments(
+        weight, weight, None, A, B, partition, ranks, scaling=scaling, dropout_p=0.0, dropout_seed=None
+    )
+    check_ranks(ranks, None, A.shape[0])
+    return _delta(weight, A, B, partition, ranks, scaling)
+
+
+def _delta(
+    weight: Tensor, A: Tensor, B: Tensor, partition: BlockPartition, ranks: Tensor, scaling: float | Tensor
+) -> Tensor:
     delta = torch.zeros_like(weight)
     for k, rank in enumerate(ranks.tolist()):
         rows, cols = partition.rows(k), partition.cols(k)
@@ -96,7 +111,7 @@ def reference_linear(
     width = global_width(x, column_offset, global_in_features)
     if dropout_p > 0 and dropout_seed is None:
         raise ValueError("dropout_seed must be given where dropout_p > 0, got None")
-    delta = reference_delta_weight(weight, A, B, partition, ranks, scaling=scaling)
+    delta = _delta(weight, A, B, partition, ranks, scaling)
     dropped = x
     if dropout_seed is not None and dropout_p > 0:
         flat = x.reshape(-1, x.shape[-1])
@@ -109,7 +124,7 @@ def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N)."""
-    return F.linear(x, adapter.weight, bias) + F.linear(_dropped(x, dropout), _delta(adapter))
+    return F.linear(x, adapter.weight, bias) + F.linear(_dropped(x, dropout), _delta_of(adapter))
 
 
 def backward(
@@ -118,7 +133,7 @@ def backward(
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
     dx = dA = dB = None
     if needs_x:
-        dx = dy @ adapter.weight + _dropped(dy @ _delta(adapter), dropout)
+        dx = dy @ adapter.weight + _dropped(dy @ _delta_of(adapter), dropout)
     if x is not None:
         A, B, partition = adapter.A, adapter.B, adapter.partition
         dA, dB = torch.zeros_like(A), torch.zeros_like(B)
@@ -132,9 +147,8 @@ def backward(
     return dx, dA, dB
 
 
-def _delta(adapter: PackedAdapter) -> Tensor:
-    factors = (adapter.A, adapter.B, adapter.partition, adapter.ranks)
-    return reference_delta_weight(adapter.weight, *factors, scaling=adapter.scaling)
+def _delta_of(adapter: PackedAdapter) -> Tensor:
+    return _delta(adapter.weight, adapter.A, adapter.B, adapter.partition, adapter.ranks, adapter.scaling)
 
 
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:

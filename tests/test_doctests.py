@@ -26,6 +26,7 @@ INTERNAL = {
     "_version.py": "smoa_kernels.__version__",
     "arguments.py": "checks of smoa_linear's arguments",
     "eager.py": "a backend; backends.py says what each has",
+    "layer_checks.py": "checks of FusedSMoALinear's arguments",
     "operator.py": "behind smoa_linear",
     "triton_backend.py": "a backend; backends.py says what each has",
     "cli/": "the command line; its main is public",

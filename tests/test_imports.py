@@ -15,6 +15,7 @@ PACKAGE = ROOT / "smoa_kernels"
 ORDER = (
     ("_version", "backends", "files", "dropout", "gpus", "partition", "precision"),
     ("arguments", "counts", "packed", "sketch"),
+    ("layer_checks",),
     ("cost",),
     ("reference",),
     ("kernels",),
@@ -34,6 +35,7 @@ ORDER = (
 # Imports inside a function that go up, each for a reason.
 UPWARD = {
     ("layers", "distributed.shard"): "for the type checker only",
+    ("layer_checks", "layers"): "for the type checker only",
     (
         "tuning.lookup",
         "tuning.autotune",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from ..files import replace_file
 
 __all__ = ["check_place", "console", "write_bytes", "write_json"]
 
@@ -33,12 +33,17 @@ def write_json(path: Path, data: Any) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write by rename: the file is the old one or the new one, never half of either.
 
+    What is no plain file, a pipe or /dev/stdout, is written to and stays what it is.
+
     Raises:
         ValueError: the file cannot be written, and why.
     """
     check_place(path)
     try:
-        _replace(path, data)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_bytes(data)
+        else:
+            replace_file(path, data)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
@@ -53,15 +58,3 @@ def check_place(path: Path) -> None:
         raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
     if path.is_dir():
         raise ValueError(f"cannot write {path}: Is a directory")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

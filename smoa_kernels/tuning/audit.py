@@ -38,6 +38,9 @@ AUDIT_DTYPES = ("bf16", "fp16", "tf32", "fp32")
 DEFAULT_REGISTRY = "smoa_kernels.tuning.registry:KERNELS"
 _CACHE_SCHEMA = 2  # raised whenever a record gains a field or a parser changes what it reads
 
+# More than any machine has cores for; the pool starts as many as it has work for.
+MOST_WORKERS = 1024
+
 
 @dataclass(frozen=True)
 class Task:
@@ -225,7 +228,7 @@ def _workers(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
     """Processes that compile: spawned, so that nothing imported here leaks into them."""
     with tempfile.TemporaryDirectory(prefix="smoa-audit-") as folder:
         pool = ProcessPoolExecutor(
-            jobs or os.cpu_count(),
+            min(jobs or os.cpu_count() or 1, MOST_WORKERS),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
             initargs=(folder,),

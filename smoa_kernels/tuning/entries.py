@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
@@ -117,7 +118,7 @@ class Entry:
         if any(type(size) is not int or size < 0 for size in key[2:-1]) or type(key.transposed) is not bool:
             raise ValueError(f"sizes out of range in {key}")
         trials = tuple(
-            Trial(_choice(key, trial["choice"]), _seconds(trial.get("seconds")), trial.get("reason"))
+            Trial(_choice(key, trial["choice"]), _seconds(trial.get("seconds")), _reason(trial.get("reason")))
             for trial in data["trials"]
         )
         complete = data["complete"]
@@ -181,6 +182,12 @@ def _choice(key: Key, data: Any) -> Choice:
 def _seconds(value: Any) -> float | None:
     if value is None:
         return None
-    if type(value) not in (int, float) or not value > 0:
-        raise ValueError(f"seconds must be positive, got {value!r}")
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"seconds must be positive and finite, got {value!r}")
     return float(value)
+
+
+def _reason(value: Any) -> str | None:
+    if value is not None and type(value) is not str:
+        raise ValueError(f"reason must be text, got {value!r}")
+    return value

@@ -83,6 +83,8 @@ def read_config(path: Path) -> Decoder:
     """
     file = path / "config.json" if path.is_dir() else path
     try:
+        if not file.is_file():  # a device or a pipe has no end
+            raise FileNotFoundError(f"{file} is no file")
         data: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"--from-model must be a config.json or its folder, got {path}: {error}") from error

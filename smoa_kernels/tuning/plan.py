@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backends import MOST_TRITON_RANKS
 from ..cost import Problem, choose_algorithm
 from ..gpus import Gpu, device_gpu
 from ..kernels._common import padded_width
@@ -60,6 +61,11 @@ class Layer:
             raise ValueError(
                 f"blocks must be at most {min(self.out_features, self.in_features)} for a layer of "
                 f"{self.out_features}x{self.in_features}, got {self.blocks}"
+            )
+        if self.max_rank > MOST_TRITON_RANKS:
+            raise ValueError(
+                f"rank must be at most {MOST_TRITON_RANKS * self.blocks} in {self.blocks} blocks, of which the "
+                f"kernels take {MOST_TRITON_RANKS} each, got {self.rank}"
             )
 
     @property

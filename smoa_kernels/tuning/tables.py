@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -26,6 +27,7 @@ __all__ = ["SCHEMA", "SHIPPED", "read", "shipped_table", "update", "user_folder"
 SCHEMA = 1
 SHIPPED = Path(__file__).resolve().parent / "tables"
 LOCK_SECONDS = 60.0
+MOST_BYTES = 64 * 2**20  # some ten thousand entries
 
 
 def user_folder() -> Path:
@@ -124,21 +126,26 @@ class _BrokenError(Exception):
 
 
 def _parse(path: Path) -> Mapping[Key, Entry]:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is no file")  # a pipe would be waited for
+    if found.st_size > MOST_BYTES:
+        raise _BrokenError(f"holds {found.st_size} bytes, more than any table ({MOST_BYTES})")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise _BrokenError("is not text") from error
     except (ValueError, RecursionError) as error:
         raise _BrokenError(f"is not JSON ({error})") from error
-    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+    if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] < 1:
         raise _BrokenError("is not a table of smoa-kernels")
     if data["schema"] > SCHEMA:
         raise _BrokenError(f"has schema {data['schema']}, this version knows up to {SCHEMA}")
     try:
-        found = [Entry.from_json(entry) for entry in data["entries"]]
+        entries = [Entry.from_json(entry) for entry in data["entries"]]
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise _BrokenError(f"holds an entry that is none ({type(error).__name__}: {error})") from error
-    return {entry.key: entry for entry in found}
+    return {entry.key: entry for entry in entries}
 
 
 def _parse_or_set_aside(path: Path) -> Mapping[Key, Entry]:
