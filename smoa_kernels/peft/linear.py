@@ -239,7 +239,12 @@ class Linear(SMoALayer, nn.Module):
             weight = self._stored_weight()
             if self._stored_base is None:
                 self._stored_base = weight.detach().to("cpu", copy=True)
-            weight.data.copy_(merged.T if self.fan_in_fan_out else merged)
+            try:
+                weight.data.copy_(merged.T if self.fan_in_fan_out else merged)
+            except BaseException:
+                if not self.merged_adapters:
+                    self.unmerge()
+                raise
         self.merged_adapters.extend(names)
 
     @torch.no_grad()

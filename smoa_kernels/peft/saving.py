@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .registry import PEFT_TYPE
 
 __all__ = ["install_atomic_save", "replacing"]
@@ -38,6 +40,15 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(file, place)
 
 
+@contextmanager
+def naming(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Say where a save failed: safetensors' own error says "I/O error" and is no OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot save to {folder}, which is as it was: {error}") from error
+
+
 def install_atomic_save() -> None:
     """Have PEFT and transformers save SMoA adapters this way; they offer no hook, and other models are left alone."""
     from peft import PeftModel
@@ -61,7 +72,7 @@ def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
             return
         if given.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        with replacing(save_directory) as scratch:
+        with naming(save_directory), replacing(save_directory) as scratch:
             card = Path(save_directory, "README.md")
             if card.is_file():  # which PEFT updates
                 shutil.copy(card, scratch)
