@@ -45,7 +45,7 @@ def train(function: object, steps: int, dtype: torch.dtype, **options: object) -
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= 0.9 * steps:
+        if step >= 0.9 * steps - 1:
             late.append(loss.detach().double())
     A, B = (factor.detach().double() for factor in factors)
     return B @ A, torch.stack(late).mean()
