@@ -113,7 +113,15 @@ def _constant(function: F) -> F:
 
 @_constant
 def algorithms_of(backend: str) -> tuple[str, ...]:
-    """What a resolved backend has beside "auto"."""
+    """What a resolved backend has beside "auto".
+
+    Args:
+        backend: "eager", "triton" or "reference".
+
+    Example:
+        >>> algorithms_of("eager")
+        ('merged', 'split', 'expanded')
+    """
     return cast("tuple[str, ...]", load_backend(backend).ALGORITHMS)
 
 

@@ -19,10 +19,7 @@ from torch import Tensor
 from .partition import MOST_BLOCKS, MOST_RANKS, BlockPartition
 
 __all__ = [
-    "BlockOrder",
     "PackedAdapter",
-    "gather_columns",
-    "inverse",
     "pack_factors",
     "resolve_ranks",
     "split_rank",

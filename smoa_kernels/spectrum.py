@@ -42,6 +42,13 @@ class BlockEnergies:
         diagonal_shares: (K,) share in `rows_k × cols_k`, which is what an adapter of block k modulates.
         left: (K, q) share of left singular direction j that lies in the rows of block k, `Σ_{i in rows_k} U_ij²`.
         right: (K, q) likewise of right singular directions in columns.
+
+    Example:
+        >>> weight = torch.randn(6, 8)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> found = layer_spectrum(weight, partition, {"all": 0.1 * weight})
+        >>> round(float(found.blocks.row_shares.sum()), 6)
+        1.0
     """
 
     row_shares: Tensor
@@ -62,6 +69,13 @@ class UpdateSpectrum:
         right: (q,) likewise along right ones, `ΔW v_j`.
         rank: numerical rank, as `torch.linalg.matrix_rank` counts.
         relative_norm: ‖ΔW‖ / ‖W0‖; infinite where W0 is zero and ΔW is not.
+
+    Example:
+        >>> weight = torch.randn(6, 8)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> found = layer_spectrum(weight, partition, {"all": 0.1 * weight})
+        >>> 0 < found.updates["all"].effective_rank <= 6
+        True
     """
 
     singular_values: Tensor
@@ -92,6 +106,13 @@ class LayerSpectrum:
         rank: numerical rank of W0.
         blocks: where its blocks have their energy.
         updates: what each update does.
+
+    Example:
+        >>> weight = torch.randn(6, 8)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> found = layer_spectrum(weight, partition, {"all": 0.1 * weight})
+        >>> found.shape, found.rank
+        ((6, 8), 6)
     """
 
     shape: tuple[int, int]
@@ -117,6 +138,13 @@ def layer_spectrum(weight: Tensor, partition: BlockPartition, updates: Mapping[s
     Raises:
         TypeError: `weight` or an update is not a floating-point tensor.
         ValueError: one is not a matrix, not finite, or not of W0's shape.
+
+    Example:
+        >>> weight = torch.randn(6, 8)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> found = layer_spectrum(weight, partition, {"all": 0.1 * weight})
+        >>> round(found.updates["all"].relative_norm, 6), found.updates["all"].rank
+        (0.1, 6)
     """
     for name, matrix in {"weight": weight, **updates}.items():
         check_weight(matrix, name)

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "smoa_kernels"
 # A module imports from its own line or those above. A folder stands for what it holds and no other line names.
 ORDER = (
     ("_version", "backends", "files", "dropout", "gpus", "partition", "precision"),
-    ("arguments", "counts", "packed", "sketch"),
+    ("arguments", "counts", "packed", "sketch", "spectrum"),
     ("layer_checks",),
-    ("cost",),
+    ("cost", "workspace"),
     ("reference",),
     ("kernels",),
     ("tuning.identity", "tuning.entries", "tuning.tables", "tuning.lookup", "tuning.status"),
