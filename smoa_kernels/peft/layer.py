@@ -18,9 +18,9 @@ from ..partition import BlockPartition
 from ..sketch import sketch_weight
 from .combine import single_block
 from .config import SMoAConfig
+from .dequantize import dequantized, read_weight
 from .layout import STATE_KEYS, blocks_size, pack_blocks, unpack_blocks
 from .offload import check_present, execution_device, gathered, present
-from .quantized import dequantized, read_weight
 
 if TYPE_CHECKING:
     from ..distributed.shard import LayerShard
@@ -180,8 +180,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     def _quantized_base(self) -> nn.Module:
         return self._stored_layer[0] if self._stored_layer else self.innermost()
 
-    def _dequantized(self) -> AbstractContextManager[Tensor]:
-        return dequantized(self.quantization_backend, self._quantized_base())
+    def _dequantized(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        return dequantized(self.quantization_backend, self._quantized_base(), dtype)
 
     def update_layer(
         self,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from .. import eager
@@ -109,8 +110,8 @@ class Linear(SMoALayer, nn.Module):
             with present(self, self.innermost()):
                 y = self._linear(x, [name for name in names if name not in rest], p)
         for name in rest:
-            with present(self, self.innermost()):
-                y = y + self._adapter_output(x, name).to(y.dtype)
+            # Recomputed in backward, so that neither ΔW nor a dequantised W0 is kept for it.
+            y = y + checkpoint(self._adapter_output, x, name, use_reentrant=False).to(y.dtype)
         return y
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
@@ -153,15 +154,16 @@ class Linear(SMoALayer, nn.Module):
         return y if shard is None else shard.output(y)
 
     def _adapter_output(self, x: Tensor, name: str) -> Tensor:
-        """`dropout(x) ΔWᵀ` alone, by a dense ΔW that autograd keeps: for base layers that must be called."""
+        """`dropout(x) ΔWᵀ` alone, by a dense ΔW: for base layers that must be called."""
         if self._shard is not None:
             raise RuntimeError(
                 f"adapter {name!r} drops out with another probability than the first active one, which tensor "
                 "parallelism does not take: activate adapters of one smoa_dropout"
             )
-        adapter = self.packed(name, self.base_weight())
-        A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
-        delta = (B @ A) * adapter.weight
+        with present(self, self.innermost()):
+            adapter = self.packed(name, self.base_weight())
+            A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
+            delta = (B @ A) * adapter.weight
         x = F.dropout(x, self._dropout_p(name), training=True)
         return F.linear(x, delta.to(x.dtype))
 

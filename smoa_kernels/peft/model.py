@@ -22,10 +22,10 @@ from ..distributed import smoa_buffers
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from .config import SMoAConfig
+from .dequantize import keep_packing
 from .layer import LayerSettings, SMoALayer
 from .linear import Linear
 from .loading import check_adapter
-from .quantized import keep_packing
 from .weighted import check_combination, combined_config
 
 __all__ = ["SMoAModel"]
