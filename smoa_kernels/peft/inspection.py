@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,11 +12,10 @@ from torch import Tensor
 from ..packed import trainable_parameters
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
 from .config import SMoAConfig
-from .folders import PREFIX, ModelFolder, by_number, read_config, read_state
-from .layout import STATE_KEYS
-from .loading import read_blocks
-from .model import layer_settings
+from .folders import ModelFolder, by_number, opened, read_config, read_layers, weights_of
+from .layout import LayerBlocks
 from .registry import PEFT_TYPE
+from .settings import layer_settings
 
 __all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
 
@@ -113,25 +111,19 @@ def inspect_adapter(
         (28, (2, 2), None)
     """
     config = cast(SMoAConfig, read_config(Path(folder), (PEFT_TYPE,)))
-    path, state = read_state(Path(folder))
-    bases = None if base is None else ModelFolder(Path(base))
-    stems = sorted({f"{key.rpartition('.')[0]}." for key in state if ".smoa_" in key}, key=by_number)
-    if not stems:
+    path = weights_of(Path(folder))
+    found = read_layers(path, lambda name: layer_settings(config, name).r)
+    if not found:
         raise ValueError(f"{path} holds no layer of an SMoA adapter")
-    layers = tuple(_layer(stem, state, bases, config) for stem in stems)
-    others = tuple(sorted(key for key in state if ".smoa_" not in key))
-    return AdapterReport(config, layers, path.stat().st_size, others)
+    with opened(path) as file:
+        others = sorted(key for key in file.keys() if ".smoa_" not in key)  # noqa: SIM118  # it is no mapping
+    bases = None if base is None else ModelFolder(Path(base))
+    layers = [_layer(name, found[name], bases, config) for name in sorted(found, key=by_number)]
+    return AdapterReport(config, tuple(layers), path.stat().st_size, tuple(others))
 
 
-def _layer(
-    stem: str, state: Mapping[str, Tensor], bases: ModelFolder | None, config: SMoAConfig
-) -> LayerReport:
-    name = stem.removesuffix(".").removeprefix(PREFIX)
-    missing = [key for key in STATE_KEYS if stem + key not in state]
-    if missing:
-        raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}")
-    given = {key: state[stem + key] for key in STATE_KEYS}
-    partition, ranks, sketch = read_blocks(name, given, layer_settings(config, name).r)
+def _layer(name: str, blocks: LayerBlocks, bases: ModelFolder | None, config: SMoAConfig) -> LayerReport:
+    partition, ranks, sketch = blocks
     distance = None
     if bases is not None:
         weight = bases.get(f"{name}.weight")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -13,49 +12,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..packed import PackedAdapter, draw_A, padding_masks, resolve_ranks, scaling_tensor, trainable_parameters
+from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor, trainable_parameters
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
 from .combine import single_block
-from .config import SMoAConfig
 from .dequantize import dequantized, read_weight
 from .layout import STATE_KEYS, blocks_size, pack_blocks, unpack_blocks
 from .offload import check_present, execution_device, gathered, present
+from .settings import LayerSettings
 
 if TYPE_CHECKING:
     from ..distributed.shard import LayerShard
 
-__all__ = ["LayerSettings", "SMoALayer", "SpectralOrder", "order_of"]
+__all__ = ["SMoALayer", "SpectralOrder", "order_of"]
 
 SpectralOrder = Callable[["SMoALayer", int], BlockPartition]
-
-
-class LayerSettings(NamedTuple):
-    """What a configuration says about one layer, its patterns applied.
-
-    Attributes:
-        r: rank budget.
-        num_blocks: K.
-        block_ranks: rank of each block, or None to share r evenly.
-        alpha: numerator of the scaling; r when None.
-        config: everything that is the same for all layers.
-
-    Example:
-        >>> LayerSettings(r=8, num_blocks=2, block_ranks=None, alpha=16, config=SMoAConfig()).scaling
-        2.0
-    """
-
-    r: int
-    num_blocks: int
-    block_ranks: Sequence[int] | None
-    alpha: float | None
-    config: SMoAConfig
-
-    @property
-    def scaling(self) -> float:
-        """s = alpha / r, or alpha / √r."""
-        alpha = self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
 
 
 def order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
@@ -66,7 +37,7 @@ def order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
         num_blocks: K.
 
     Example:
-        >>> from smoa_kernels.peft import Linear
+        >>> from smoa_kernels.peft import Linear, SMoAConfig
         >>> layer = Linear(nn.Linear(8, 6), "default", LayerSettings(4, 2, None, None, SMoAConfig()))
         >>> order_of(layer, 3).row_sizes
         (2, 2, 2)
@@ -93,7 +64,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         r, num_blocks, block_ranks, scaling: by adapter.
 
     Example:
-        >>> from smoa_kernels.peft import Linear
+        >>> from smoa_kernels.peft import Linear, SMoAConfig
         >>> layer = Linear(nn.Linear(8, 6), "default", LayerSettings(4, 2, None, None, SMoAConfig()))
         >>> layer.num_adapter_parameters("default"), layer.ranks("default").tolist()
         (28, [2, 2])
@@ -206,13 +177,13 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         if self._shard is not None:
             raise ValueError("the layer is sharded: add adapters before parallelize_module")
         config = settings.config
-        ranks = resolve_ranks(settings.r, settings.num_blocks, settings.block_ranks)
         limit = min(self.out_features, self.in_features)
         if settings.num_blocks > limit:
             raise ValueError(
                 f"num_blocks must be at most min(out_features, in_features) = {limit} for a layer of shape "
                 f"{(self.out_features, self.in_features)}, got {settings.num_blocks}"
             )
+        ranks = settings.ranks
         self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
         self.block_ranks[adapter_name], self.scaling[adapter_name] = ranks, settings.scaling
         self.smoa_dropout[adapter_name], self.init_weights[adapter_name] = (

@@ -18,9 +18,10 @@ from .. import eager
 from ..functional import smoa_linear
 from ..packed import PackedAdapter
 from .combine import sum_adapters
-from .layer import LayerSettings, SMoALayer, SpectralOrder, order_of
+from .layer import SMoALayer, SpectralOrder, order_of
 from .offload import present
 from .quantized import dequantized_linear, requantize
+from .settings import LayerSettings
 
 __all__ = ["Linear"]
 

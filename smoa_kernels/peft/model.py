@@ -14,7 +14,7 @@ from peft.utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,9 +23,10 @@ from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from .config import SMoAConfig
 from .dequantize import keep_packing
-from .layer import LayerSettings, SMoALayer
+from .layer import SMoALayer
 from .linear import Linear
 from .loading import check_adapter
+from .settings import LayerSettings, layer_settings
 from .weighted import check_combination, combined_config
 
 __all__ = ["SMoAModel"]
@@ -244,19 +245,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 forget_adapter(model, adapter_name)
             raise
         return remapped
-
-
-def layer_settings(config: SMoAConfig, name: str) -> LayerSettings:
-    """What `config` says about the layer `name`, its patterns applied."""
-
-    def matching(pattern: dict[str, Any], default: Any) -> Any:
-        return pattern.get(get_pattern_key(pattern.keys(), name), default)
-
-    r = matching(config.rank_pattern, config.r)
-    num_blocks = matching(config.num_blocks_pattern, config.num_blocks)
-    usual = (r, num_blocks) == (config.r, config.num_blocks)
-    alpha = matching(config.alpha_pattern, config.smoa_alpha)
-    return LayerSettings(r, num_blocks, config.block_ranks if usual else None, alpha, config)
 
 
 def _insert_adapter_names(

@@ -18,11 +18,11 @@ from torch import Tensor
 from ..packed import pack_factors, unpack_factors
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
+from .folders import PREFIX
 from .layout import pack_blocks, unpack_blocks
 
 __all__ = ["from_paper_layout", "to_paper_layout"]
 
-_PREFIX = "base_model.model."
 _PAPER_KEY = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.(\d+)\.weight")
 
 
@@ -54,7 +54,7 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
         if match is None:
             raise ValueError(f"{key} is not of the form <path>.lora_A.<adapter>.<block>.weight")
         path, side, adapter, block = match.groups()
-        layers[path.removeprefix(_PREFIX)][side, int(block)] = tensor
+        layers[path.removeprefix(PREFIX)][side, int(block)] = tensor
         adapters.add(adapter)
     if len(adapters) > 1:
         raise ValueError(f"the tensors must be those of one adapter, got {', '.join(sorted(adapters))}")
@@ -74,7 +74,7 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         tensors = {"A": A, "B": B, "blocks": pack_blocks(partition, ranks, sketch_weight(weight))}
-        result |= {f"{_PREFIX}{path}.smoa_{name}": tensor.cpu() for name, tensor in tensors.items()}
+        result |= {f"{PREFIX}{path}.smoa_{name}": tensor.cpu() for name, tensor in tensors.items()}
     return result
 
 
@@ -105,7 +105,7 @@ def to_paper_layout(
         if not key.endswith(".smoa_A"):
             continue
         stem = key.removesuffix("A")
-        path = stem.removesuffix(".smoa_").removeprefix(_PREFIX)
+        path = stem.removesuffix(".smoa_").removeprefix(PREFIX)
         A, B = state[stem + "A"], state[stem + "B"]
         stored, ranks, _ = unpack_blocks(state[stem + "blocks"], B.shape[0], A.shape[1])
         partition = BlockPartition.from_weight(_weight(weights, path).cpu(), stored.num_blocks)
@@ -116,7 +116,7 @@ def to_paper_layout(
         factors = unpack_factors(A, B, partition, ranks)
         for side, blocks in zip("AB", factors, strict=True):
             for k, factor in enumerate(blocks):
-                result[f"{_PREFIX}{path}.lora_{side}.{adapter_name}.{k}.weight"] = factor.contiguous()
+                result[f"{PREFIX}{path}.lora_{side}.{adapter_name}.{k}.weight"] = factor.contiguous()
     return result
 
 

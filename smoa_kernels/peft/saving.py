@@ -67,7 +67,10 @@ def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
         configs = getattr(self, "peft_config", {}).values()
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         writes = given.get("is_main_process", True) and not os.path.isfile(save_directory)
-        if not writes or not any(config.peft_type == PEFT_TYPE for config in configs):
+        ours = any(config.peft_type == PEFT_TYPE for config in configs)
+        if ours and not given.get("safe_serialization", True):
+            raise ValueError("safe_serialization must be True: SMoA adapters are saved as safetensors only")
+        if not writes or not ours:
             save(self, save_directory, *args, **kwargs)
             return
         if given.get("push_to_hub"):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -17,18 +17,16 @@ from ..partition import BlockPartition
 from ..reference import reference_delta_weight
 from ..sketch import sketch_weight
 from .config import SMoAConfig
-from .folders import PREFIX, by_number, read_config, read_state
-from .layout import STATE_KEYS, LayerBlocks
-from .loading import read_blocks
-from .model import layer_settings
+from .folders import PREFIX, by_number, read_config, read_layers, read_state, weights_of
+from .layout import LayerBlocks
+from .settings import layer_settings
 
 __all__ = ["NAMES", "AdapterUpdates", "LayerUpdate", "random_lora", "random_smoa", "read_updates"]
 
 # What people call PEFT's types.
 NAMES = {"SMOA": "SMoA", "LORA": "LoRA", "HIRA": "HiRA"}
-# How a layer's keys end in a file: A, B, what else there is.
+# How the keys of A and B end in a file of the others.
 _ENDINGS = {
-    "SMOA": tuple(f".{key}" for key in STATE_KEYS),
     "LORA": (".lora_A.weight", ".lora_B.weight"),
     "HIRA": (".hira_A", ".hira_B"),
 }
@@ -104,17 +102,10 @@ def read_updates(folder: Path, methods: Sequence[str] = tuple(NAMES)) -> Adapter
     config: Any = read_config(folder, methods)
     if getattr(config, "use_dora", False):
         raise ValueError(f"{folder}: it is a DoRA adapter, whose update is not a product of two factors")
-    path, state = read_state(folder)
+    path = weights_of(folder)
+    state = {key.removeprefix(PREFIX): tensor for key, tensor in read_state(path).items()}
     method = str(config.peft_type.value)
-    endings = _ENDINGS[method]
-    stems = {key.removesuffix(end) for key in state for end in endings if key.endswith(end)}
-    layers = {}
-    for stem in sorted(stems, key=by_number):
-        name = stem.removeprefix(PREFIX)
-        missing = [end[1:] for end in endings if stem + end not in state]
-        if missing:
-            raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}")
-        layers[name] = _layer(name, method, [state[stem + end] for end in endings], config)
+    layers = _smoa(path, state, config) if method == "SMOA" else _others(path, state, method, config)
     if not layers:
         raise ValueError(f"{path} holds no linear layer of an adapter of the method {method}")
     return AdapterUpdates(NAMES[method], layers, bool(config.fan_in_fan_out))
@@ -143,17 +134,31 @@ def random_lora(shape: Sequence[int], parameters: int, generator: torch.Generato
     return LayerUpdate("LoRA", torch.randn(rank, shape[1], generator=generator), B, 1.0)
 
 
-def _layer(name: str, method: str, tensors: Sequence[Tensor], config: Any) -> LayerUpdate:
-    A, B = tensors[:2]
-    if method == "SMOA":
-        settings = layer_settings(cast(SMoAConfig, config), name)
-        blocks = read_blocks(name, dict(zip(STATE_KEYS, tensors, strict=True)), settings.r)
-        return LayerUpdate("SMoA", A, B, settings.scaling, blocks)
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
-        raise ValueError(f"{name}: factors must be matrices (r, C) and (N, r), got {shapes}")
-    scaling = _lora_scaling(config, name, A.shape[0]) if method == "LORA" else 1.0
-    return LayerUpdate(NAMES[method], A, B, scaling)
+def _smoa(path: Path, state: Mapping[str, Tensor], config: SMoAConfig) -> dict[str, LayerUpdate]:
+    found = read_layers(path, lambda name: layer_settings(config, name).r)
+    layers = {}
+    for name in sorted(found, key=by_number):
+        A, B = state[f"{name}.smoa_A"], state[f"{name}.smoa_B"]
+        layers[name] = LayerUpdate("SMoA", A, B, layer_settings(config, name).scaling, found[name])
+    return layers
+
+
+def _others(path: Path, state: Mapping[str, Tensor], method: str, config: Any) -> dict[str, LayerUpdate]:
+    endings = _ENDINGS[method]
+    layers = {}
+    for name in sorted(
+        {key.removesuffix(end) for key in state for end in endings if key.endswith(end)}, key=by_number
+    ):
+        missing = [end[1:] for end in endings if name + end not in state]
+        if missing:
+            raise ValueError(f"{path}: {name}: the adapter lacks {', '.join(missing)}")
+        A, B = (state[name + end] for end in endings)
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+            raise ValueError(f"{path}: {name}: factors must be matrices (r, C) and (N, r), got {shapes}")
+        scaling = _lora_scaling(config, name, A.shape[0]) if method == "LORA" else 1.0
+        layers[name] = LayerUpdate(NAMES[method], A, B, scaling)
+    return layers
 
 
 def _lora_scaling(config: Any, name: str, rank: int) -> float:

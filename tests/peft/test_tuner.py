@@ -16,7 +16,7 @@ import smoa_kernels
 from smoa_kernels import BlockPartition
 from smoa_kernels.packed import padding_masks
 from smoa_kernels.peft import SMoAConfig, SMoALayer
-from smoa_kernels.peft.layout import blocks_size, pack_blocks, unpack_blocks
+from smoa_kernels.peft.layout import STATE_KEYS, blocks_size, pack_blocks, unpack_blocks
 from smoa_kernels.reference import reference_delta_weight
 from smoa_kernels.sketch import sketch_weight
 
@@ -468,10 +468,8 @@ BROKEN = {
     "layer": (lambda s, p: remove(s, p), "the adapter lacks smoa_A, smoa_B, smoa_blocks"),
     "unknown": (lambda s, p: s.update({p + "smoa_C": torch.ones(2)}), "the model has no place for 1 tensors"),
     "other layer": (
-        lambda s, p: s.update(
-            {p.replace("0", "9") + "smoa_A": torch.ones(2, 2), p + "smoa_D": torch.ones(2)}
-        ),
-        "the model has no place for 2 tensors",
+        lambda s, p: s.update({p.replace("0", "9") + key: s[p + key].clone() for key in STATE_KEYS}),
+        "the model has no place for 3 tensors",
     ),
     "integers": (
         lambda s, p: s.update({p + "smoa_B": s[p + "smoa_B"].int()}),
@@ -479,7 +477,7 @@ BROKEN = {
     ),
     "shape": (
         lambda s, p: s.update({p + "smoa_A": s[p + "smoa_A"][:, 1:].contiguous()}),
-        "size mismatch for .*smoa_A",
+        "size mismatch for .*smoa_A|smoa_blocks must hold the block labels",
     ),
 }
 
@@ -493,6 +491,7 @@ def test_broken_adapter_is_named_and_nothing_is_half_loaded(
     edit, message = BROKEN[case]
     good = PeftModel.from_pretrained(make_model(), path).eval()
     layer = edit_one_layer(path, edit)
+    layer = layer.replace("0", "9") if case == "other layer" else layer
     model = make_model()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message) as error:
