@@ -1,7 +1,8 @@
 """Bad inputs, all in one table: what is called, the exception, the words in its message, and that nothing changed.
 
-A row's call gets a `World`: a problem, a layer and a folder, whose every bit is compared afterwards. Adapter files
-that are damaged stand in tests/peft/test_tuner.py, damaged tuning tables in tests/tuning/test_tables.py.
+A row's call gets a `World`: a problem, a layer and a folder, whose every bit is compared afterwards. The PEFT tuner's
+rows stand in tests/test_bad_adapters.py, damaged adapter files in tests/peft/test_tuner.py and test_fuzzed_files.py,
+damaged tuning tables in tests/tuning/test_tables.py.
 """
 
 import importlib.util
@@ -824,78 +825,3 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(
     monkeypatch.setattr("smoa_kernels.cli.roofline.choose_algorithm", lambda *_: {}["key"])
     _, err = run("roofline", world, capsys)
     assert err == "smoa-kernels: error: KeyError: 'key' (not foreseen; smoa-kernels --debug shows where)\n"
-
-
-PEFT: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"r": None}, TypeError, "r must be an int, got None"),
-    ({"smoa_alpha": "1"}, ValueError, "smoa_alpha must be a finite number, got '1'"),
-    ({"smoa_dropout": None}, ValueError, "smoa_dropout must be a finite number, got None"),
-    ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
-    ({"rank_pattern": [1]}, TypeError, "rank_pattern must be a dict"),
-    ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be an int of at least 1"),
-    ({"rank_pattern": {5: 1}}, ValueError, "a key of rank_pattern must be a regular expression, got 5"),
-    ({"alpha_pattern": {"q": "x"}}, ValueError, r"alpha_pattern\['q'\] must be a finite number, got 'x'"),
-    ({"num_blocks_pattern": {"q": 1.5}}, ValueError, r"num_blocks_pattern\['q'\] must be an int"),
-    ({"target_modules": "("}, ValueError, r"target_modules must be a regular expression, got '\('"),
-    ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of names, got 'head'"),
-    ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
-    ({"format_version": 99}, ValueError, "format_version 99 of the adapter is newer"),
-    ({"format_version": "2"}, ValueError, "format_version must be an int, got '2'"),
-]
-
-
-@needs_peft
-@pytest.mark.parametrize(("settings", "error", "words"), PEFT)
-def test_configuration(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
-    from smoa_kernels.peft import SMoAConfig
-
-    check(world, lambda _: SMoAConfig(**settings), error, words)
-
-
-@needs_peft
-def test_a_configuration_is_not_saved_over_a_file(world: World) -> None:
-    from smoa_kernels.peft import SMoAConfig
-
-    file = str(world.folder / "config.json")
-    words = "save_directory must be a folder, got the file"
-    check(world, lambda _: SMoAConfig().save_pretrained(file), ValueError, words)
-
-
-PAPER: list[tuple[dict[str, Tensor], dict[str, Tensor], str]] = [
-    ({"x.weight": torch.zeros(1)}, {}, "x.weight is not of the form"),
-    ({"a.lora_A.x.0.weight": one(1)}, {}, "a lacks lora_B of block 0"),
-    ({"a.lora_A.x.999999999.weight": one(1)}, {}, "a lacks lora_A of block 0"),  # at once
-    ({f"a.lora_{side}.x.0.weight": torch.ones(1, 1) for side in "AB"}, {}, "weights must hold W0 of a"),
-]
-
-
-@needs_peft
-@pytest.mark.parametrize(("state", "weights", "words"), PAPER, ids=[words for *_, words in PAPER])
-def test_papers_layout(
-    state: dict[str, Tensor], weights: dict[str, Tensor], words: str, world: World
-) -> None:
-    from smoa_kernels.peft.paper import from_paper_layout
-
-    check(world, lambda _: from_paper_layout(state, weights), ValueError, words)
-
-
-@needs_peft
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[]", "adapter_config.json must hold a JSON object, got list"),
-        ("null", "adapter_config.json must hold a JSON object, got NoneType"),
-        ("[" * 100_000, "recursion"),
-        ("{", "Expecting property name"),
-        ('{"peft_type": 5}', "an adapter of the method 5, not SMOA"),
-        ('{"peft_type": "SMOA", "r": "x"}', "r must be an int, got 'x'"),
-        ('{"peft_type": "SMOA", "format_version": 99}', "format_version 99 of the adapter is newer"),
-    ],
-    ids=range(7),
-)
-def test_inspected_configuration(text: str, words: str, world: World) -> None:
-    """The folder is named."""
-    from smoa_kernels.peft.inspection import inspect_adapter
-
-    (world.folder / "adapter_config.json").write_text(text)
-    check(world, lambda w: inspect_adapter(w.folder), ValueError, f"{world.folder}: .*{words}")

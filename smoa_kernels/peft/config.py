@@ -20,7 +20,7 @@ from .registry import PEFT_TYPE
 from .saving import replacing
 from .settings import layer_settings
 
-__all__ = ["FORMAT_VERSION", "SMoAConfig"]
+__all__ = ["FORMAT_VERSION", "SMoAConfig", "check_finite"]
 
 # Of the adapter folder. Raised when an older release could not read what a newer one writes. Version 1 was never
 # released.
@@ -131,10 +131,10 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
                         f"{value!r}"
                     )
         if self.smoa_alpha is not None:
-            _check_finite("smoa_alpha", self.smoa_alpha)
+            check_finite("smoa_alpha", self.smoa_alpha)
         for key, value in _mapping("alpha_pattern", self.alpha_pattern).items():
-            _check_finite(f"alpha_pattern[{key!r}]", value)
-        _check_finite("smoa_dropout", self.smoa_dropout)
+            check_finite(f"alpha_pattern[{key!r}]", value)
+        check_finite("smoa_dropout", self.smoa_dropout)
         if not 0.0 <= self.smoa_dropout < 1.0:
             raise ValueError(f"smoa_dropout must lie in [0, 1), got {self.smoa_dropout}")
         for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base"):
@@ -258,7 +258,8 @@ def _check_regex(name: str, pattern: Any) -> None:
         raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
 
 
-def _check_finite(name: str, value: Any) -> None:
+def check_finite(name: str, value: Any) -> None:
+    """Raise ValueError where `value` is no number or not finite."""
     try:
         finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
     except OverflowError:  # an int that no float holds

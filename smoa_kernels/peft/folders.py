@@ -1,4 +1,4 @@
-"""What lies in the folders of adapters and base models, read with suspicion: without building either, naming the file."""
+"""What lies in folders of adapters and base models, read with suspicion and without building either."""
 
 from __future__ import annotations
 

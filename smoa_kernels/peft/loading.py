@@ -96,8 +96,8 @@ def _check_complete(name: str, given: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
 
 
-def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks:
-    """Blocks, ranks and sketch of a layer whose tensors are `given` and whose rank budget is r.
+def read_blocks(name: str, given: Mapping[str, Any], r: int | None = None) -> LayerBlocks:
+    """Blocks, ranks and sketch of a layer whose tensors are `given` and whose rank budget is r, where that is known.
 
     Raises:
         ValueError: naming the layer, a tensor that is missing, what :func:`unpack_blocks` finds wrong, factors of
@@ -115,6 +115,7 @@ def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     ranks = blocks.ranks.tolist()
+    r = sum(ranks) if r is None else r
     if min(ranks) < 0 or max(ranks) != A.shape[0] or A.shape[0] != B.shape[1] or sum(ranks) != r:
         raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {A.shape[0]}, got {ranks}")
     return blocks
