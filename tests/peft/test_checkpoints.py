@@ -141,14 +141,6 @@ def load(base, folder):
     return PeftModel.from_pretrained(base, folder)
 
 
-@pytest.mark.usefixtures("transformers_adapters")
-def test_transformers_reads_no_pickle(llama, folder):
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match="is a pickle"):
-        llama().load_adapter(folder)
-
-
 def many_layers(llama, count, **shape):
     """A model whose layers share their weights: as many adapters as a real one, at one layer's cost."""
     model = llama(num_hidden_layers=1, **shape)

@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.conversion import convert_to_lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from smoa_kernels import BlockPartition, eager, smoa_linear
@@ -403,82 +402,6 @@ def test_injection_without_a_peft_model(make_model, tokens):
     assert not torch.allclose(logits(other, tokens), logits(model, tokens))
     set_peft_model_state_dict(other, state)
     assert torch.equal(logits(other, tokens), logits(model, tokens))
-
-
-@pytest.mark.usefixtures("transformers_adapters")
-def test_transformers_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
-    model = make_model()
-    model.add_adapter(settings(model))
-    model.eval()
-    expected = logits(model, tokens)
-    model.save_pretrained(tmp_path)
-    loaded = make_model()
-    with monkeypatch.context() as loading:  # no spectral order is computed
-        loading.delattr("smoa_kernels.partition.spectral_centroids")
-        loaded.load_adapter(tmp_path)
-        logits(loaded, tokens)
-    assert torch.equal(logits(loaded.eval(), tokens), expected)
-    loaded.disable_adapters()
-    assert torch.equal(logits(loaded, tokens), logits(make_model(), tokens))
-
-
-def edit_blocks(folder, edit):
-    state = load_file(folder / "adapter_model.safetensors")
-    edit(state, next(key for key in state if key.endswith("smoa_blocks")))
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (
-            lambda f: edit_blocks(f, lambda s, k: s[k][-1:].bitwise_xor_(1)),
-            r"layers\..*smoa_blocks is corrupt",
-        ),
-        (lambda f: edit_blocks(f, lambda s, k: s.pop(k)), r"layers\..*: the adapter lacks smoa_blocks"),
-        (
-            lambda f: edit_blocks(
-                f,
-                lambda s, k: s.update(
-                    {key.replace("0", "7"): s[key].clone() for key in list(s) if k[:-6] in key}
-                ),
-            ),
-            r"no place for 3 tensors of the adapter, for one .*layers\.7",
-        ),
-        (
-            lambda f: (f / "adapter_model.safetensors").write_bytes(
-                (f / "adapter_model.safetensors").read_bytes()[:-9]
-            ),
-            "truncated or corrupt",
-        ),
-    ],
-)
-@pytest.mark.usefixtures("transformers_adapters")
-def test_transformers_loads_nothing_of_a_broken_adapter(llama, tokens, tmp_path, spoil, message):
-    get_peft_model(llama(), settings(llama())).save_pretrained(tmp_path)
-    good = llama()
-    good.load_adapter(tmp_path)
-    expected = logits(good, tokens)
-    spoil(tmp_path)
-    model = llama()
-    with pytest.raises(ValueError, match=message):
-        model.load_adapter(tmp_path)
-    assert not layers(model)
-    assert not hasattr(model, "peft_config")
-    assert all(p.requires_grad for p in model.parameters())
-    assert torch.equal(logits(model, tokens), logits(llama(), tokens))
-    with pytest.raises(ValueError, match=message):
-        good.load_adapter(tmp_path, adapter_name="second")
-    assert list(good.peft_config) == ["default"]
-    assert torch.equal(logits(good, tokens), expected)
-
-
-@pytest.mark.usefixtures("transformers_adapters")
-def test_transformers_notices_another_base(llama, tmp_path):
-    get_peft_model(llama(), settings(llama(), strict_base=True)).save_pretrained(tmp_path)
-    llama().load_adapter(tmp_path)
-    with pytest.raises(ValueError, match="another base weight in 14 layers"):
-        llama(seed=1).load_adapter(tmp_path)
 
 
 def test_copies_are_independent(llama, tokens):
