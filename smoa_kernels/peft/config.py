@@ -196,8 +196,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             kwargs: PEFT's. `strict_base`, where given (to `PeftModel.from_pretrained` too), wins over the file's.
 
         Raises:
-            ValueError: there is none, its values or format version are not allowed, or the weights beside it are a
-                pickle, truncated or corrupt, or of other ranks. PEFT asks for the configuration before it touches
+            TypeError, ValueError: there is none, its values or format version are not allowed, or the weights beside it
+                are a pickle, truncated or corrupt, or of other ranks. PEFT asks for the configuration before it touches
                 the model, so nothing has changed.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
@@ -208,7 +208,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         except (KeyError, TypeError, ValueError) as error:
             if not os.path.isfile(file) or file in str(error):
                 raise
-            raise ValueError(f"{file}: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{file}: {error}") from error
         if isinstance(config, cls):
             check_weights(folder, lambda name: layer_settings(config, name).r)
             if strict_base is not None:
@@ -218,7 +219,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """The object in a JSON file; ValueError, naming the file, where it holds something else."""
-        return read_json(path_json_file)
+        read_json(path_json_file)
+        return cast("dict[str, Any]", super().from_json_file(path_json_file, **kwargs))
 
     def _check_format(self) -> None:
         version = self.format_version
