@@ -33,6 +33,7 @@ INTERNAL = {
     "distributed/shard.py": "made by the styles of tensor parallelism",
     "kernels/": "behind the triton backend",
     "peft/combine.py": "behind several active adapters and add_weighted_adapter",
+    "peft/dequantize.py": "behind layers over a quantised base",
     "peft/folders.py": "behind the commands inspect and spectrum",
     "peft/model_spectrum.py": "behind the command spectrum",
     "peft/updates.py": "behind the command spectrum",

@@ -218,7 +218,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The object in a JSON file; ValueError, naming the file, where it holds something else."""
+        """The object in the JSON file at `path_json_file`; ValueError, naming it, where it holds something else."""
         read_json(path_json_file)
         return cast("dict[str, Any]", super().from_json_file(path_json_file, **kwargs))
 
@@ -261,7 +261,13 @@ def _check_regex(name: str, pattern: Any) -> None:
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Raise ValueError where `value` is no number or not finite."""
+    """Raise ValueError, with `name`, where `value` is no number or not finite.
+
+    Example:
+        >>> check_finite("alpha", float("nan"))
+        Traceback (most recent call last):
+        ValueError: alpha must be a finite number, got nan
+    """
     try:
         finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
     except OverflowError:  # an int that no float holds

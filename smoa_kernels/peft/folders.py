@@ -92,7 +92,7 @@ def weights_of(folder: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    path = folder / SAFETENSORS_WEIGHTS_NAME
+    path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder}")
     return path
