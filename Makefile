@@ -10,10 +10,11 @@ ARGS   ?=
 OLDEST ?= .venv-oldest
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* 'numpy<2.4'
 # The operator, the layer, the kernels and the command line: what needs neither PEFT nor a model.
-CORE   := tests/kernels tests/tuning $(filter-out $(wildcard tests/test_benchmark_* tests/test_*_example.py tests/test_audit.py \
-          tests/test_bringup.py tests/test_dead_zone.py),$(wildcard tests/test_*.py))
+CORE   := tests/kernels tests/tuning $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
+          tests/test_bringup.py tests/test_dead_zone.py tests/test_lost_work.py),$(wildcard tests/test_*.py))
 
-.PHONY: help finetune classify test test-peft test-matrix trust dist lint bench bench-smoke quality quality-data quality-smoke gpu gpu-smoke audit clean
+.PHONY: help finetune classify test coverage test-peft test-matrix trust dist lint bench bench-smoke quality quality-data \
+        quality-smoke gpu gpu-smoke audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +38,12 @@ classify: $(BIN)/.examples ## fine-tune a classifier on all-MiniLM-L6-v2 with th
 
 test: $(BIN)/.dev lint ## lint, types and all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(BIN)/.dev ## all tests, counting the lines of smoa_kernels that they and their child processes run
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 test-peft: $(BIN)/.dev ## PEFT's own test suite with SMoA's configuration
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
@@ -64,9 +71,9 @@ lint: $(BIN)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(BIN)/.dev ## time and weigh the layer against its peers on one thread; write tables and figures (15 min)
+bench: $(BIN)/.dev ## time and weigh the layer against its peers on one thread; write tables and figures (13 min)
 	mkdir -p .benchmarks
-	$(BIN)/python -m pytest benchmarks --benchmark-json=.benchmarks/run.json $(ARGS)
+	$(BIN)/python -m pytest benchmarks -rs --benchmark-json=.benchmarks/run.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/run.json
 
 bench-smoke: $(BIN)/.dev ## the same, tiny, report and all: does every benchmark run and pass its gate
@@ -100,4 +107,4 @@ audit: $(BIN)/.dev ## compile every kernel at every shipped configuration, witho
 	$(BIN)/smoa-kernels audit $(ARGS)
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) $(VENV)-data $(OLDEST) dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
+	rm -rf $(VENV) $(VENV)-data $(OLDEST) dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

@@ -62,7 +62,7 @@ def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
         variants: Mapping[str, Run],
         *,
         baseline: str,
-        budget: float = 11.0,
+        budget: float,
         least: int = 7,
         warmup: int = 2,
         verify: Callable[[], None] = lambda: None,

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from examples.smollm2 import NAME as SMOLLM2
+
 from .protocol import Quartiles
 from .providers import FROZEN, HIRA, LORA, PAPER, SMOA
 from .results import Run
@@ -93,7 +95,7 @@ def _saved(dropout: float) -> Callable[[Run], Figure | None]:
 GOALS = (
     Goal("forward + backward over frozen, float32, T=2048, 2048², r=16, K=4", 1.20, _layer(SMOA, FROZEN, 4)),
     Goal("the same, K=8", 1.14, _layer(SMOA, FROZEN, 8)),
-    Goal("the same, bfloat16 split, K=4", 1.55, _layer(f"{SMOA} split", FROZEN, 4, "bfloat16")),
+    Goal("the same, bfloat16 split, K=4", 1.55, _layer(SMOA, FROZEN, 4, "bfloat16")),
     Goal("over PEFT LoRA, float32, T=2048, 2048², K=4, dropout 0", 1.05, _layer(SMOA, LORA, 4)),
     Goal("the same, dropout 0.05 in both", 1.25, _layer(SMOA, LORA, 4, dropout=0.05)),
     Goal(
@@ -101,7 +103,7 @@ GOALS = (
         1.45,
         _time("layer", "both", SMOA, FROZEN, tokens=128, out_features=384, in_features=1536, dtype="float32"),
     ),
-    Goal("over PEFT HiRA, float32 merged, K=1 in both", 0.65, _layer(f"{SMOA} merged", HIRA, 1)),
+    Goal("over PEFT HiRA, float32 merged, K=1 in both", 0.65, _layer(SMOA, HIRA, 1)),
     Goal("over the paper's dense way, float32, K=4", 0.45, _layer(SMOA, PAPER, 4)),
     *(
         Goal(
@@ -114,9 +116,9 @@ GOALS = (
     Goal("saved for backward over PEFT LoRA, dropout 0", 1.00, _saved(0.0)),
     Goal("the same, dropout 0.05", 0.60, _saved(0.05)),
     Goal(
-        "training step of SmolLM2-135M's shape, 16 × 32 tokens, K=4, over PEFT LoRA",
+        "training step of SmolLM2-135M, 16 × 32 tokens, K=4, over PEFT LoRA",
         1.20,
-        _time("step", "step", SMOA, LORA, batch=16, length=32, num_blocks=4),
+        _time("step", "step", SMOA, LORA, model=SMOLLM2, batch=16, length=32, num_blocks=4),
     ),
     Goal(
         "partition over `torch.linalg.svd`, 4096×4096, float32",
@@ -124,12 +126,3 @@ GOALS = (
         _time("partition", "partition", "partition", "SVD", out_features=4096, in_features=4096),
     ),
 )
-
-PROFILE = """Where a CPU goal is missed, the profile shows (one thread, shares of the frozen forward + backward):
-
-- at 2048², above the floor of 1 + 1/(2K): the gathers of x and dY at memory speed 0.013, block GEMMs 5 % below a whole
-  one's rate 0.01, W_eff's panels 0.01 to 0.02, W0's blocks and the contraction 0.01; dropout's mask, drawn twice, 0.03;
-- T=128, 384×1536: the GEMMs alone are 1.37 (the products B·A of both passes 0.13, the contraction 0.08), then copies of
-  W0's rows, two passes over W_eff and some 110 small operators: torch's operators do not reach 1.45;
-- the partition: `eigh` alone is 0.37 of the SVD, whose LAPACK is faster here than where the goal was set.
-"""

@@ -1,13 +1,15 @@
-"""Models of real shapes with random weights, so that nothing is downloaded: a step's time does not depend on them."""
+"""The models of the benchmarks: the real SmolLM2-135M, and a tiny one of the same kind for `--smoke`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import peft
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from examples.smollm2 import NAME, cached_model
 from smoa_kernels.peft import SMoAConfig
 
 from .protocol import DEVICE
@@ -16,15 +18,6 @@ from .providers import HIRA, LORA, SMOA
 RANK = 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
-SMOLLM2_135M = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
 TINY = LlamaConfig(
     vocab_size=256,
     hidden_size=48,
@@ -35,10 +28,26 @@ TINY = LlamaConfig(
 )
 
 
-def base_model(smoke: bool) -> LlamaForCausalLM:
-    """A frozen SmolLM2-135M, or a tiny model of the same kind."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(TINY if smoke else SMOLLM2_135M).requires_grad_(False).to(DEVICE)
+def model_name(smoke: bool) -> str:
+    """What `base_model` returns, in words."""
+    return "a tiny model with random weights" if smoke else NAME
+
+
+def base_model(smoke: bool) -> PreTrainedModel:
+    """A frozen SmolLM2-135M from its installed package, or a tiny model of the same kind.
+
+    Skips the benchmark, saying what to install, where the package is missing: no other model takes its place.
+    """
+    if smoke:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(TINY)
+    else:
+        try:
+            folder = cached_model()
+        except FileNotFoundError as missing:
+            pytest.skip(f"SmolLM2-135M is not installed: {missing}")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.requires_grad_(False).to(DEVICE)
 
 
 def adapter_configs(num_blocks: int) -> dict[str, peft.PeftConfig]:

@@ -1,7 +1,8 @@
 """How anything is timed here, in code: the one protocol that every benchmark uses.
 
 Threads are pinned, every provider is warmed up and has passed its correctness gate; then the providers take turns,
-round by round, each round starting with another one, so that a machine whose speed drifts drifts under all of them.
+round by round, each round in another order (drawn from a fixed seed), so that a machine whose speed drifts drifts
+under all of them and what one leaves in caches and allocator is not always met by the same next one.
 A ratio is taken pair by pair: one provider's seconds over another's *of the same round*. A figure is the median of
 these ratios with its quartiles. Where the baseline's own interquartile range passes 15 % of its median, the machine
 was not steady enough: the ratios are printed, marked noisy, and not to be quoted.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -107,8 +109,8 @@ class Turns:
     def round(self) -> None:
         """Run every provider once."""
         names = list(self._variants)
-        first = len(self._rounds) % len(names)
-        found = {name: self._variants[name]() for name in names[first:] + names[:first]}
+        order = random.Random(len(self._rounds)).sample(names, len(names))
+        found = {name: self._variants[name]() for name in order}
         self._rounds.append({name: found[name] for name in names})
 
     def comparisons(self) -> dict[str, Comparison]:

@@ -7,7 +7,7 @@ and finds no other's operands in the cache.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -144,7 +144,7 @@ def smoa_delta(layer: FusedSMoALinear, weight: Tensor, A: Tensor, B: Tensor) -> 
     return reference_delta_weight(weight, A, B, layer.partition, layer.smoa_ranks, scaling=layer.smoa_scaling)
 
 
-def layer_providers(case: Case, algorithms: tuple[str, ...]) -> dict[str, Provider]:
+def layer_providers(case: Case, algorithms: Sequence[str]) -> dict[str, Provider]:
     """Everything that can run a case here: the peers, and ours by algorithm and by backend of this device.
 
     Ours under "auto" is called SMoA; a forced algorithm or backend follows the name.

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from . import plots, protocol, tables
-from .goals import GOALS, PROFILE
+from .goals import GOALS
 from .providers import HIRA, LORA, PAPER, SMOA
 from .results import Run, compact, read, read_all, write
 
@@ -114,7 +114,7 @@ def _run_page(run: Run) -> str:
         f"## {run.machine['device']}",
         f"{tables.machine_line(run)}. {steady}.",
         "**A smoke run: tiny sizes, its figures mean nothing.**" if run.machine["smoke"] else "",
-        *([] if run.on_gpu else ["### Goals", tables.goals(run), PROFILE]),
+        *([] if run.on_gpu else ["### Goals", tables.goals(run), _profile(run)]),
         "### The layer, over frozen",
         _figure(run, "ratio", "ratio over frozen by the number of blocks"),
         *(tables.ratios(run, layers, phase) for phase in ("both", "forward", "backward") if layers),
@@ -124,8 +124,10 @@ def _run_page(run: Run) -> str:
         "### Memory of one training pass of a layer",
         _figure(run, "memory", "bytes by the number of tokens"),
         tables.memory(run),
-        "### A training step of SmolLM2-135M's shape",
-        tables.steps(run),
+        "### A training step of a model",
+        "Forward, backward and AdamW on random tokens; the loss is that of the last position, as in fine-tuning on "
+        "one-word answers, so the head multiplies one position a sequence. Peak: above model and optimizer state.",
+        tables.steps(run) or "Not measured in this run.",
         "### Setting up and saving",
         tables.partitions(run),
         tables.life_cycle(run),
@@ -134,6 +136,22 @@ def _run_page(run: Run) -> str:
         tables.scaling(run),
     ]
     return "\n\n".join(block.strip() for block in blocks if block.strip())
+
+
+def _profile(run: Run) -> str:
+    """Where a run's own time goes, and what of it torch's operators cannot avoid; "" where it was not profiled."""
+    found = tables.profile(run)
+    if not found:
+        return ""
+    return (
+        "Where a goal is missed, this run's profile says what the time goes to. GEMMs are frozen's two, those of the "
+        "blocks (at least what the second column says), and the thin products with A and B; the rest above the least "
+        "is the lower rate of smaller GEMMs. No GEMM of torch reads permuted columns, so x, dY and W0's blocks are "
+        "copied first (gathers), and none multiplies its result by W0, so W_eff and G ∘ W0 are passes of their own "
+        "(other operators). Autograd, the dispatcher and Python stand between operators. A native kernel could save "
+        "the gathers and passes; torch's operators cannot. In the partition, `eigh` is LAPACK's: what it takes of "
+        "the SVD is measured below.\n\n" + found
+    )
 
 
 def _readme_run(run: Run) -> str:

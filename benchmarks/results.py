@@ -30,6 +30,7 @@ class Result:
         bytes: by provider and by what was counted.
         theory: predicted seconds by provider, where there is a prediction.
         rates: the machine's, that the prediction used.
+        profile: seconds of one profiled run by provider and kind of operator.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Result:
     bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     theory: Mapping[str, float] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
+    profile: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def comparison(self, phase: str) -> Comparison:
         """The seconds of one phase."""

@@ -10,6 +10,7 @@ from smoa_kernels.gpus import GPUS
 
 from .cases import GPU_LAYERS, ONE_BILLION
 from .goals import GOALS
+from .profiles import KINDS
 from .protocol import Comparison, Quartiles, quartiles
 from .providers import FROZEN, HIRA, LORA, PAPER, SMOA
 from .results import Result, Run
@@ -17,6 +18,8 @@ from .theory import log_log_slope
 
 MIB = 2**20
 NOISY = "noisy"
+EIGH = "eigh alone"  # of the Gram matrix that the partition decomposes
+RANDOM = "SmolLM2-135M's shape, random weights"  # what runs of before the real model's measured
 PHASES = {"both": "forward + backward"}
 NAMES = {PAPER: "the paper's dense way"}  # where a heading says it in full
 
@@ -95,7 +98,7 @@ def steps(run: Run) -> str:
             seconds = c.time(name).median
             rows.append(
                 (
-                    f"{p['batch']} × {p['length']} tokens",
+                    f"{p.get('model', RANDOM)}, {p['batch']} × {p['length']} tokens",
                     f"{name}, K={p['num_blocks']}" if name == SMOA else name,
                     f"{seconds:.3g}",
                     f"{p['batch'] * p['length'] / seconds:.0f}",
@@ -117,14 +120,15 @@ def partitions(run: Run) -> str:
                 f"{c.time('SVD').median:.3g}",
                 f"{c.time('partition').median:.3g}",
                 ratio(c.ratio("partition"), c.noisy),
+                ratio(c.ratio(EIGH), c.noisy) if EIGH in c.seconds else "–",
                 str(len(c.seconds["SVD"])),
             )
         )
     svd, ours = (one_billion(run, name) for name in ("SVD", "partition"))
     if svd is not None and ours is not None:
         name = f"all {sum(ONE_BILLION.values())} layers of Llama-3.2-1B's shape, reckoned"
-        rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}", "–"))
-    return table((run.label, "SVD, s", "partition, s", "partition over SVD", "rounds"), rows)
+        rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}", "–", "–"))
+    return table((run.label, "SVD, s", "partition, s", "partition over SVD", EIGH, "rounds"), rows)
 
 
 def one_billion(run: Run, name: str) -> float | None:
@@ -178,6 +182,20 @@ def scaling(run: Run) -> str:
             rows.append((f"{result.params['axis']}, {values[0]} to {values[-1]}{mark}", name, *cells))
     headings = (f"grows with, {run.label}", "", "time", "predicted", "time over frozen's", "predicted")
     return table(headings, rows)
+
+
+def profile(run: Run) -> str:
+    """One row a layer: what a pass of ours takes by kind of operator, over the whole of frozen's, both profiled."""
+    rows = []
+    for result in run.select("layer"):
+        if result.profile:
+            p, ours = result.params, result.profile[SMOA]
+            # Block GEMMs, each 1/K of a whole one: G; the forward's where it is split; dX's under dropout.
+            blockwise = 1 + (p["dtype"] != "float32" or p["dropout"] > 0) + (p["dropout"] > 0)
+            whole = sum(result.profile[FROZEN].values())
+            cells = (f"{ours[kind] / whole:.2f}" for kind in KINDS)
+            rows.append((case_name(result), f"{1 + blockwise / (2 * p['num_blocks']):.2f}", *cells))
+    return table((f"over frozen's pass, {run.label}, profiled", "GEMMs at least", *KINDS), rows)
 
 
 def goals(run: Run) -> str:

@@ -54,7 +54,7 @@ def test_scaling(axis: str, smoke: bool, measure: Measure) -> None:
         {"axis": axis, "values": list(cases(axis))},
         runs,
         baseline=next(iter(runs)),
-        budget=12,
+        budget=8,
         theory=theory,
         rates={"flops_per_second": flops, "bytes_per_second": bandwidth},
     )

@@ -17,9 +17,10 @@ from smoa_kernels import BlockPartition
 from .cases import ONE_BILLION
 from .conftest import Measure
 from .gate import RedGateError
-from .models import RANK, adapter_configs, base_model
+from .models import RANK, adapter_configs, base_model, model_name
 from .protocol import DEVICE, Run, laps, timed
 from .providers import LORA
+from .tables import EIGH
 
 BLOCKS = 4
 SHAPES = [(256, 256), (512, 512), (1024, 1024), *ONE_BILLION, (4096, 4096), (4096, 11008)]
@@ -76,14 +77,18 @@ def test_partition_over_svd(shape: tuple[int, int], smoke: bool, measure: Measur
         U, sigma = torch.linalg.svd(weight.double(), full_matrices=False)[:2] if small else kept["SVD"]
         check(kept["partition"], row_centroids(U, sigma))
 
+    runs = {"SVD": timed("partition", svd), "partition": timed("partition", partition)}
+    if shape[0] == shape[1]:  # how much of the partition is LAPACK's: nothing exact does without it
+        gram = weight @ weight.T
+        runs[EIGH] = timed("partition", lambda: torch.linalg.eigh(gram))
     large = min(shape) == 4096
     measure(
         "partition",
         f"setup: partition of {shape[0]}x{shape[1]}, float32, K={BLOCKS}",
         {"out_features": shape[0], "in_features": shape[1]},
-        {"SVD": timed("partition", svd), "partition": timed("partition", partition)},
+        runs,
         baseline="SVD",
-        budget=8,
+        budget=5,
         least=(1 if shape[1] > 4096 else 2) if large else 3,
         warmup=0 if min(shape) >= 2048 else 1,  # there a cold start is no part of seconds
         verify=verify,
@@ -126,8 +131,8 @@ def test_life_cycle(smoke: bool, measure: Measure) -> None:
         sizes = {name: sum(f.stat().st_size for f in folders[name].iterdir()) for name in configs}
         measure(
             "adapter",
-            f"setup: an adapter of SmolLM2-135M's shape, r={RANK}, K={BLOCKS}",
-            {"rank": RANK, "num_blocks": BLOCKS},
+            f"setup: an adapter for {model_name(smoke)}, r={RANK}, K={BLOCKS}",
+            {"model": model_name(smoke), "rank": RANK, "num_blocks": BLOCKS},
             runs,
             baseline=LORA,
             budget=20,

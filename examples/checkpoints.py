@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from parallel import Team
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -68,7 +69,11 @@ class Checkpoints:
                 raise ValueError(f"the run in {last} had {key}={theirs.get(key)!r}, this one has {value!r}")
 
     def save(self, model: nn.Module, optimizer: Optimizer, figures: dict[str, list[Any]]) -> None:
-        """Write the state after as many steps as ``figures["loss"]`` has."""
+        """Write the state after as many steps as ``figures["loss"]`` has.
+
+        Raises:
+            OSError: it cannot be written; the one before is whole.
+        """
         name = f"step-{len(figures['loss'])}"
         unfinished, place = self.folder / f"{name}.partial", self.folder / name
         if self.team.leads:
@@ -76,8 +81,20 @@ class Checkpoints:
             unfinished.mkdir(parents=True, exist_ok=True)
             run = json.dumps({"options": self.options, "figures": figures})
             (unfinished / "run.json").write_text(run, encoding="utf-8")
-        with _quiet():
-            dcp.save(self._state(model, optimizer), checkpoint_id=unfinished)  # all wait until it is written
+        try:
+            with _quiet():
+                dcp.save(
+                    self._state(model, optimizer), checkpoint_id=unfinished
+                )  # all wait until it is written
+        except CheckpointException as error:  # a BaseException of torch's, around what each process met
+            reasons = [reason for reason, _ in error.failures.values()]
+            if not all(isinstance(reason, (OSError, RuntimeError)) for reason in reasons):
+                raise
+            if self.team.leads:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(
+                f"cannot write the checkpoint {place}, the one before is whole: {reasons[0]}"
+            ) from error
         if self.team.leads:
             os.replace(unfinished, place)
             for path in self.folder.iterdir():

@@ -262,7 +262,7 @@ def main() -> int:
     except typer.TyperException as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
         return error.exit_code
-    except (DivergedError, OSError) as error:
+    except (DivergedError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:

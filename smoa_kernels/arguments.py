@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .partition import BlockPartition
+from .partition import BlockPartition, layout_of
 
-__all__ = ["autocast_enabled", "check_arguments", "check_number", "check_ranks", "global_width"]
+__all__ = [
+    "autocast_enabled",
+    "check_arguments",
+    "check_block_ranks",
+    "check_input",
+    "check_number",
+    "check_ranks",
+    "global_width",
+]
+
+# The dropout mask counts columns in 32 bits.
+_WIDEST = 2**31 - 1
 
 
 def check_arguments(
@@ -29,7 +42,7 @@ def check_arguments(
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
     _check_tensors(x, weight, bias, A, B, ranks, autocast=autocast_enabled(x))
-    _check_scaling(scaling)
+    _check_scaling(scaling, x)
     _check_partition(partition, weight, ranks)
     check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
@@ -38,15 +51,51 @@ def check_arguments(
 
 
 def check_number(name: str, value: float) -> None:
-    """Whether `value` is a real number; True and False are none."""
+    """Whether `value` is a real number that a float holds; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, int) and value.bit_length() > 1000:
+        raise ValueError(f"{name} must be a number that a float holds, got one of {value.bit_length()} bits")
 
 
-def check_ranks(ranks: Tensor, rho: int) -> None:
+def check_input(x: Tensor, weight: Tensor) -> None:
+    """Whether `x Wᵀ` can be had, outside autocast in one dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got layout {layout_of(x)}")
+    if x.device != weight.device:
+        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
+    if x.ndim < 1 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"x must have {weight.shape[-1]} features in its last dimension, got shape {tuple(x.shape)}"
+        )
+    if x.dtype != weight.dtype and not autocast_enabled(x):
+        raise TypeError(f"weight must have x's dtype {x.dtype} outside autocast, got {weight.dtype}")
+
+
+def check_block_ranks(block_ranks: Sequence[int] | None, num_blocks: int, rho: int) -> None:
+    """Whether the host's numbers can be ranks; whether they are those of the tensor, `check_ranks` says."""
+    if block_ranks is None:
+        return
+    numbers = isinstance(block_ranks, Sequence) and all(isinstance(rank, int) for rank in block_ranks)
+    if not numbers or len(block_ranks) != num_blocks or not all(0 <= rank <= rho for rank in block_ranks):
+        raise ValueError(
+            f"block_ranks must be the {num_blocks} numbers in ranks, in [0, {rho}], got {block_ranks!r}"
+        )
+
+
+def check_ranks(ranks: Tensor, block_ranks: Sequence[int] | None, rho: int) -> None:
     """On CPU only: reading them from a GPU would wait for it. There they end at ρ."""
-    if ranks.device.type == "cpu" and not 0 <= min(ranks.tolist()) <= max(ranks.tolist()) <= rho:
-        raise ValueError(f"ranks must lie in [0, {rho}], A's rows, got {ranks.tolist()}")
+    if ranks.device.type != "cpu":
+        return
+    given = ranks.tolist()
+    if not 0 <= min(given) <= max(given) <= rho:
+        raise ValueError(f"ranks must lie in [0, {rho}], A's rows, got {given}")
+    if block_ranks is not None and list(block_ranks) != given:
+        raise ValueError(f"block_ranks must be the numbers in ranks, {given}, got {list(block_ranks)}")
 
 
 def global_width(x: Tensor, column_offset: int, global_in_features: int | None) -> int:
@@ -61,6 +110,8 @@ def global_width(x: Tensor, column_offset: int, global_in_features: int | None) 
             f"column_offset and global_in_features must hold x's {x.shape[-1]} columns: "
             f"got columns {column_offset} to {column_offset + x.shape[-1]} of {width}"
         )
+    if global_in_features is not None and width > _WIDEST:
+        raise ValueError(f"global_in_features must be at most {_WIDEST}, got {width}")
     return width
 
 
@@ -81,6 +132,8 @@ def _check_tensors(
     autocast: bool,
 ) -> None:
     named = {"x": x, "weight": weight, "bias": bias, "A": A, "B": B, "ranks": ranks}
+    if not isinstance(weight, Tensor):  # before x, which `reference_delta_weight` has none of
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     for name, value in named.items():
         if value is None and name == "bias":
             continue
@@ -88,8 +141,8 @@ def _check_tensors(
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if name != "ranks" and not value.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {value.dtype}")
-        if value.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+        if value.is_nested or value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(value)}")
         if value.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
     if weight.ndim != 2:
@@ -114,6 +167,8 @@ def _check_tensors(
         raise TypeError(f"A and B must have one dtype, got {A.dtype} and {B.dtype}")
     if autocast:
         return
+    if x.itemsize < 2:
+        raise TypeError(f"x must be of 16 bits or more, got {x.dtype}")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != x.dtype:
             raise TypeError(f"{name} must have x's dtype {x.dtype} outside autocast, got {value.dtype}")
@@ -136,10 +191,14 @@ def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -
         )
 
 
-def _check_scaling(scaling: float | Tensor) -> None:
+def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
     if not isinstance(scaling, Tensor):
         if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
             raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
+        check_number("scaling", scaling)
+    elif layout_of(scaling) != "torch.strided" or (scaling.is_meta and not x.is_meta):
+        given = "a meta tensor" if scaling.is_meta else f"layout {layout_of(scaling)}"
+        raise TypeError(f"scaling must be a dense tensor that holds a number, got {given}")
     elif scaling.ndim:
         raise ValueError(f"scaling must be a number or a 0-d tensor, got shape {tuple(scaling.shape)}")
     elif scaling.is_complex() or scaling.dtype == torch.bool:

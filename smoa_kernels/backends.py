@@ -1,6 +1,10 @@
 """Which backend runs where: "eager" anywhere, "triton" on CUDA and ROCm GPUs, "reference" for tests.
 
-A backend is a module with `forward`, `backward` and `ALGORITHMS`.
+A backend is a module with three names (its `PackedAdapter` holds W0, A, B, blocks, ranks and s):
+
+    ALGORITHMS                                             those that it can be told to run
+    forward(x, bias, adapter, algorithm, dropout)          x (T, C) -> y (T, N)
+    backward(dy, x, adapter, dropout, *, needs_x)          dy (T, N), x (T, C) or None -> dX, dA, dB, each or None
 """
 
 from __future__ import annotations
@@ -8,24 +12,50 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["ALGORITHMS", "BACKENDS", "load_backend", "resolve_backend", "triton_obstacle"]
+__all__ = [
+    "ALGORITHMS",
+    "BACKENDS",
+    "MOST_TRITON_RANKS",
+    "algorithms_of",
+    "load_backend",
+    "resolve_backend",
+    "triton_obstacle",
+]
 
 BACKENDS = ("auto", "eager", "triton", "reference")
 ALGORITHMS = ("auto", "merged", "split", "expanded", "fused")
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _OLDEST_TRITON = (3, 6)
 _OLDEST_CAPABILITY = (8, 0)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_MAX_RANK = 256
+MOST_TRITON_RANKS = 256
+"""ρ up to which the kernels take an adapter."""
 
 
 @functools.cache
 def load_backend(name: str) -> ModuleType:
-    """The module of a resolved backend; the kernels, and with them triton, are imported only when asked for."""
+    """The module of a resolved backend; the kernels, and with them triton, are imported only when asked for.
+
+    Args:
+        name: "eager", "triton" or "reference".
+
+    Raises:
+        ValueError: another name.
+
+    Example:
+        >>> load_backend("eager").ALGORITHMS
+        ('merged', 'split', 'expanded')
+    """
+    if name not in BACKENDS or name == "auto":
+        raise ValueError(f"name must be one of {', '.join(BACKENDS[1:])}, got {name!r}")
     return importlib.import_module({"triton": ".triton_backend"}.get(name, f".{name}"), __package__)
 
 
@@ -40,6 +70,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
 
     Raises:
         ValueError: unknown, or cannot run here; the message says why and what to do.
+
+    Example:
+        >>> resolve_backend("auto", torch.device("cpu"), torch.bfloat16, rank=8)
+        'eager'
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -54,11 +88,45 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 1) -> str | None:
-    """Why the kernels cannot take a problem, or None where they can."""
+    """Why the kernels cannot take a problem, or None where they can.
+
+    Args:
+        device: of the activations.
+        dtype: that the GEMM multiplies.
+        rank: ρ, rows of A.
+
+    Example:
+        >>> triton_obstacle(torch.device("cpu"), torch.float64)
+        'the kernels take float32, bfloat16 and float16, got torch.float64'
+    """
     if dtype not in _TRITON_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, got {dtype}"
-    if rank > _TRITON_MAX_RANK:
-        return f"the kernels take ranks up to {_TRITON_MAX_RANK}, got {rank}"
+    if rank > MOST_TRITON_RANKS:
+        return f"the kernels take ranks up to {MOST_TRITON_RANKS}, got {rank}"
+    return _obstacle(device)
+
+
+def _constant(function: F) -> F:
+    """A constant in compiled graphs: compilers cannot look into imports, and need not."""
+    return cast(F, torch.compiler.assume_constant_result(function))
+
+
+@_constant
+def algorithms_of(backend: str) -> tuple[str, ...]:
+    """What a resolved backend has beside "auto".
+
+    Args:
+        backend: "eager", "triton" or "reference".
+
+    Example:
+        >>> algorithms_of("eager")
+        ('merged', 'split', 'expanded')
+    """
+    return cast("tuple[str, ...]", load_backend(backend).ALGORITHMS)
+
+
+@_constant
+def _obstacle(device: torch.device) -> str | None:
     return _device_obstacle(device)
 
 

@@ -4,10 +4,14 @@ The mask is a function of (seed, token, global column): a shard that holds some 
 whole width and keeps its own, so tensor parallel equals one process. One 64-bit draw serves four columns of
 16 bits each, which costs a twelfth of `F.dropout`'s draw on CPU; p is therefore rounded to a multiple of
 2⁻¹⁶, and the scale is that of the rounded p, so the mask stays unbiased.
+
+On the CPU a generator draws. On a GPU giving it the seed would wait for the GPU, and a CUDA graph would hold one
+mask for ever: there each word is a hash of seed and position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +22,12 @@ __all__ = ["Dropout", "draw_seed"]
 _LEVELS = 1 << 16
 _DRAWS_PER_WORD = 4
 _LOWEST = torch.iinfo(torch.int64).min
-_ROWS = 256  # tokens at a time: what is drawn for them stays in cache
+_ROWS = 256  # tokens at a time on the CPU: what is drawn for them stays in cache
+
+# SplitMix64's increment and multipliers (Steele, Lea and Flood 2014), as int64.
+_GAMMA, _FIRST, _SECOND = (
+    word - (1 << 64) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,11 @@ class Dropout:
         p: probability in [0, 1), rounded to a multiple of 2⁻¹⁶.
         column_offset: global index of the first column.
         width: global number of columns; the tensor's own where None. Only the generator's draw needs it.
+
+    Example:
+        >>> mask = Dropout(torch.tensor(7), p=0.5).multiplier(torch.ones(64, 64))
+        >>> sorted(set(mask.flatten().tolist()))
+        [0.0, 2.0]
     """
 
     seed: Tensor
@@ -48,19 +62,61 @@ class Dropout:
         return _LEVELS / (_LEVELS - self.threshold)
 
     def multiplier(self, like: Tensor, columns: int | None = None) -> Tensor:
-        """Mask times scale for the tokens, dtype and (unless given) columns of a 2-D tensor."""
+        """Mask times scale for the tokens, dtype and (unless given) columns of a 2-D tensor.
+
+        Args:
+            like: (T, C), whose dtype the mask takes.
+            columns: of the mask, where they are not those of `like`.
+        """
         columns = like.shape[1] if columns is None else columns
+        return self.stream(columns)(like.new_empty(like.shape[0], columns))
+
+    def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
+        """A function that fills a tensor (tokens, columns) with the multiplier of the tokens that come next."""
         width = columns if self.width is None else self.width
-        generator = torch.Generator(device=self.seed.device)
-        generator.manual_seed(int(self.seed))
-        out = torch.empty(like.shape[0], columns, dtype=like.dtype, device=self.seed.device)
-        words = torch.empty(_ROWS, -(-width // _DRAWS_PER_WORD), dtype=torch.int64, device=self.seed.device)
-        for rows in out.split(_ROWS):
-            # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
-            drawn = words[: rows.shape[0]].random_(_LOWEST, None, generator=generator)
-            levels = drawn.view(torch.int16)[:, self.column_offset : self.column_offset + columns]
-            torch.ge(levels, self.threshold - _LEVELS // 2, out=rows).mul_(self.scale)
-        return out
+        per_token = -(-width // _DRAWS_PER_WORD)
+        drawn = draws(self.seed.device)
+        words = drawn_words(self.seed, per_token) if drawn else hashed_words(self.seed, per_token)
+
+        def fill(out: Tensor) -> Tensor:
+            for rows in out.split(_ROWS) if drawn else (out,):
+                levels = words(rows.shape[0]).view(torch.int16)
+                levels = levels[:, self.column_offset : self.column_offset + columns]
+                torch.ge(levels, self.threshold - _LEVELS // 2, out=rows).mul_(self.scale)
+            return out
+
+        return fill
+
+
+def draws(device: torch.device) -> bool:
+    """Whether masks come from a generator, which reads the seed on the host."""
+    return device.type == "cpu"
+
+
+def drawn_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
+    """A function that draws int64 (tokens, per_token) for so many next tokens, at most `_ROWS`, into one buffer."""
+    generator = torch.Generator().manual_seed(int(seed))
+    words = torch.empty(_ROWS, per_token, dtype=torch.int64)
+    # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
+    return lambda tokens: words[:tokens].random_(_LOWEST, None, generator=generator)
+
+
+def hashed_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
+    """The same by SplitMix64 started at `seed`, which is read on its own device."""
+    done = 0
+
+    def hashed(tokens: int) -> Tensor:
+        nonlocal done
+        first = 1 + done * per_token
+        done += tokens
+        words = torch.arange(first, first + tokens * per_token, device=seed.device)
+        words.mul_(_GAMMA).add_(seed.reshape(()))
+        for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+            # `>>` repeats the sign: the mask makes it a shift of 64 unsigned bits.
+            words.bitwise_xor_((words >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
+        return words.view(tokens, per_token)
+
+    return hashed
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -68,5 +124,13 @@ def draw_seed(device: torch.device) -> Tensor:
 
     Drawn outside the operator: a seed drawn inside it would be drawn anew by a recomputed forward, and the
     gradients would silently be those of another mask.
+
+    Args:
+        device: of the activations.
+
+    Example:
+        >>> seed = draw_seed(torch.device("cpu"))
+        >>> seed.dtype, seed.shape
+        (torch.int64, torch.Size([]))
     """
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)

@@ -10,11 +10,14 @@ columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .packed import PackedAdapter, gather_columns, scatter_columns
+from .packed import PackedAdapter, gather_columns, inverse
 from .precision import gemm_is_ieee
 
 __all__ = ["ALGORITHMS", "backward", "choose_algorithm", "delta_weight", "forward", "modulated_weight"]
@@ -26,9 +29,15 @@ ALGORITHMS = ("merged", "split", "expanded")
 # because its alternative, split, also reads W0 twice.
 EXPANDED_MAX_ROWS = {True: 24, False: 96}
 
-# Rows of W_eff that the merged form builds at a time. Fewer make the GEMM's panels too narrow; more do not stay in
-# cache, and a fresh buffer of W0's size costs its page faults: at 4096², 5 % over a frozen forward instead of 23 %.
+# At most so many rows of W_eff the merged form builds at a time. Fewer make the GEMM's panels too narrow; more do not
+# stay in cache, and a fresh buffer of W0's size costs its page faults: at 4096², 5 % over a frozen forward, not 23 %.
 MERGED_PANEL = 1024
+
+# Tokens whose columns are gathered at a time: the copies stay in cache, and one buffer, whose pages are touched once,
+# serves all panels. At 2048², K = 8, G costs 0.13 of a frozen pass instead of 0.26. In half precision each panel's
+# product is rounded and added to float32s, a pass over G, so panels are longer.
+TOKEN_PANEL = 128
+HALF_TOKEN_PANEL = 512
 
 
 def choose_algorithm(tokens: int, slots: int, *, ieee: bool, dropout: bool) -> str:
@@ -60,7 +69,7 @@ def forward(
     elif algorithm == "expanded":
         y = _expanded(x, adapter)
     else:
-        y = _block_matmul(x if dropout is None else dropout.multiplier(x).mul_(x), adapter)
+        y = _block_matmul(x, adapter, dropout)
         y.addmm_(x, adapter.weight.T)
     # Last: added before the base GEMM a bias would round the adapter's output away.
     return y if bias is None else y.add_(bias)
@@ -75,21 +84,16 @@ def backward(
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
-    dA = dB = dx = None
     if dropout is not None:
-        multiplier = dropout.multiplier(dy, adapter.weight.shape[1])
-        if needs_x:
-            dx = _block_matmul(dy, adapter.T).mul_(multiplier).addmm_(dy, adapter.weight)
-        if x is not None:
-            dA, dB = _block_grad(dy, multiplier.mul_(x), adapter)
-        return dx, dA, dB
-    if x is not None:
-        dA, dB = _block_grad(dy, x, adapter)
-    if needs_x:
-        if choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False) == "expanded":
-            dx = _expanded(dy, adapter.T)
-        else:  # merged in every dtype: in dX a rounded W_eff is a second-order error
-            dx = _merged(dy, adapter.T)
+        return _dropout_backward(dy, x, adapter, dropout, needs_x=needs_x)
+    # dA and dB first: what they need is freed before dX needs its own.
+    dA, dB = (None, None) if x is None else _block_grad(dy, x, adapter)
+    if not needs_x:
+        dx = None
+    elif choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False) == "expanded":
+        dx = _expanded(dy, adapter.T)
+    else:  # merged in every dtype: in dX a rounded W_eff is a second-order error
+        dx = _merged(dy, adapter.T)
     return dx, dA, dB
 
 
@@ -116,12 +120,14 @@ def _merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W_effᵀ` (T, N), a panel of W_eff's rows at a time: its product meets it in cache, and it is never whole."""
     weight = adapter.weight
     A, B = adapter.expanded_factors(weight.dtype)
-    panel = torch.empty_like(weight[:MERGED_PANEL])
     y = x.new_empty(x.shape[0], weight.shape[0])
-    for rows in range(0, weight.shape[0], MERGED_PANEL):
-        part = slice(rows, rows + MERGED_PANEL)
-        W_eff = _modulated(weight[part], A, B[part], panel[: weight[part].shape[0]])
-        torch.mm(x, W_eff.T, out=y[:, part])
+    # Panels of one height: 768 rows and 768 cost less than 1024 and 512.
+    panels = max(1, math.ceil(weight.shape[0] / MERGED_PANEL))
+    parts = [weight.tensor_split(panels), B.tensor_split(panels), y.tensor_split(panels, dim=1)]
+    buffer = torch.empty_like(parts[0][0])
+    for W0, B_part, out in zip(*parts, strict=True):
+        W_eff = _modulated(W0, A, B_part, buffer[: W0.shape[0]])
+        torch.mm(x, W_eff.T, out=out)
     return y
 
 
@@ -136,35 +142,134 @@ def delta_weight(adapter: PackedAdapter) -> Tensor:
     return (B @ A).mul_(adapter.weight).to(adapter.weight.dtype)
 
 
-def _block_matmul(x: Tensor, adapter: PackedAdapter) -> Tensor:
-    """`y[:, rows_k] = x[:, cols_k] ΔW_kᵀ` for every block: the adapter's output alone, (T, N)."""
+def _block_matmul(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
+    """`y[:, rows_k] = dropout(x)[:, cols_k] ΔW_kᵀ` for every block: the adapter's output alone, (T, N)."""
+    product = _BlockProduct(adapter)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
-    for block in adapter.blocks():
-        if block.rank:
-            weight = block.weight(adapter)
-            delta = _product(block.A, block.B.mul(adapter.scaling), weight).mul_(weight)
-            output = _columns(x, block.cols) @ delta.to(x.dtype).T
-        else:
-            output = x.new_zeros(x.shape[0], block.B.shape[0])  # accumulated onto where K = 1
-        if block.rows is None:
-            return output
-        scatter_columns(y, block.rows, output)
+    draw = None if dropout is None else dropout.stream(x.shape[1])
+    mask, gathered, scratch = _Buffer(), _Buffer(), _Buffer()
+    for x_part, y_part in _panels(x, y):
+        dropped = x_part if draw is None else draw(mask.like(x_part)).mul_(x_part)
+        product(gathered.columns(dropped, product.cols), scratch, out=y_part)
     return y
 
 
 def _block_grad(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
     """`H_k = s·(dY_kᵀ X_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`; padding rows get zeros."""
-    if adapter.weight.stride(0) < adapter.weight.stride(1):
-        dB, dA = _block_grad(x, dy, adapter.T)
-        return dA.T, dB.T
-    dA, dB = torch.zeros_like(adapter.A), torch.zeros_like(adapter.B)
-    for block in adapter.blocks():
-        if block.rank:
-            G = _columns(dy, block.rows).T @ _columns(x, block.cols)
+    gradient, left, right = _BlockGradient(adapter), _Buffer(), _Buffer()
+    # Nothing is gathered where K = 1.
+    for dy_part, x_part in _panels(dy, x) if adapter.partition.num_blocks > 1 else [(dy, x)]:
+        gradient.add(left.columns(dy_part, gradient.rows), right.columns(x_part, gradient.cols))
+    del left, right
+    return gradient.contract()
+
+
+def _dropout_backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """All gradients in one walk over the tokens: the mask is drawn once for dX and G."""
+    width = adapter.weight.shape[1]
+    rows, cols = adapter.block_indices()
+    product = _BlockProduct(adapter.T) if needs_x else None
+    gradient = None if x is None else _BlockGradient(adapter)
+    dx = dy.new_empty(dy.shape[0], width)
+    draw, mask, gathered, scratch = dropout.stream(width), _Buffer(), _Buffer(), _Buffer()
+    for dy_part, dx_part, x_part in _panels(dy, dx, dx if x is None else x):
+        multiplier = draw(mask.like(dx_part))
+        dy_part = gathered.columns(dy_part, rows)
+        if product is not None:
+            product(dy_part, scratch, out=dx_part).mul_(multiplier)
+        if gradient is not None:
+            gradient.add(dy_part, scratch.columns(multiplier.mul_(x_part), cols))
+    del product, mask, gathered, scratch, multiplier, dy_part
+    dA, dB = (None, None) if gradient is None else gradient.contract()
+    return dx.addmm_(dy, adapter.weight) if needs_x else None, dA, dB
+
+
+def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same tokens of each tensor, some at a time."""
+    tokens = TOKEN_PANEL if tensors[0].itemsize > 2 else HALF_TOKEN_PANEL
+    return zip(*(tensor.split(tokens) for tensor in tensors), strict=True)
+
+
+class _Buffer:
+    """Memory that one panel after another is written to; the first is the largest."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def like(self, panel: Tensor) -> Tensor:
+        """A contiguous tensor of a panel's shape and dtype."""
+        if self._memory is None:
+            self._memory = panel.new_empty(panel.shape)
+        return self._memory[: panel.shape[0]]
+
+    def columns(self, panel: Tensor, index: Tensor | None) -> Tensor:
+        """The columns of a panel in another order; the panel itself where there is none."""
+        return panel if index is None else gather_columns(panel, index, out=self.like(panel))
+
+
+class _BlockProduct:
+    """`x ΔWᵀ` for panels of tokens, block by block, x's columns in the order of `cols` (None: their own)."""
+
+    def __init__(self, adapter: PackedAdapter) -> None:
+        self._order = order = adapter.block_order()
+        self.cols = order.col_index
+        self._deltas = [
+            _product(order.A[:rank, cols], order.B[rows, :rank], weight).mul_(weight).to(weight.dtype).T
+            for (rank, rows, cols), weight in zip(order.blocks, order.weights(), strict=True)
+        ]
+        self._back = None if order.row_index is None else inverse(order.row_index)
+
+    def __call__(self, x: Tensor, scratch: _Buffer, out: Tensor) -> Tensor:
+        order = self._order
+        y = out if self._back is None else scratch.like(out)
+        if len(order.blocks) < order.num_blocks:
+            y.zero_()  # where a block has no rank
+        for (_, rows, cols), delta in zip(order.blocks, self._deltas, strict=True):
+            torch.mm(x[:, cols], delta, out=y[:, rows])
+        return y if self._back is None else gather_columns(y, self._back, out=out)
+
+
+class _BlockGradient:
+    """`G_k = dY_kᵀ X_k`, summed over panels of tokens, then contracted with W0 and the factors."""
+
+    def __init__(self, adapter: PackedAdapter) -> None:
+        self._adapter = adapter
+        self.rows, self.cols = adapter.block_indices()
+        # W0 is walked along its memory: where it is column-major everything is computed transposed.
+        self._transposed = adapter.weight.stride(0) < adapter.weight.stride(1)
+        self._order = (adapter.T if self._transposed else adapter).block_order()
+        self._G: list[Tensor] = []
+
+    def add(self, dy: Tensor, x: Tensor) -> None:
+        """Take a panel of tokens, the columns of dY in the order of `rows`, those of x in that of `cols`."""
+        order = self._order
+        left, right = (x.T, dy) if self._transposed else (dy.T, x)
+        if not self._G:
+            self._G = [torch.mm(left[rows], right[:, cols]) for _, rows, cols in order.blocks]
+        elif right.dtype == order.A.dtype:
+            for G, (_, rows, cols) in zip(self._G, order.blocks, strict=True):
+                G.addmm_(left[rows], right[:, cols])
+        else:  # half precision: what is summed is wider
+            for k, (_, rows, cols) in enumerate(order.blocks):
+                self._G[k] = self._G[k].to(order.A.dtype).add_(left[rows] @ right[:, cols])
+
+    def contract(self) -> tuple[Tensor, Tensor]:
+        """(dA, dB); the sums are used up."""
+        order = self._order
+        dA, dB = torch.zeros_like(order.A), torch.zeros_like(order.B)
+        for (rank, rows, cols), weight in zip(order.blocks, order.weights(), strict=True):
             # Wider than half precision from here: H is contracted again, over the width of the block.
-            H = G.to(block.A.dtype).mul_(block.weight(adapter))
-            block.put(dA, block.B.mul(adapter.scaling).T @ H, dB, H @ block.A.mul(adapter.scaling).T)
-    return dA, dB
+            H = self._G.pop(0).to(dA.dtype).mul_(weight)
+            torch.mm(order.B[rows, :rank].T, H, out=dA[:rank, cols])
+            torch.mm(H, order.A[:rank, cols].T, out=dB[rows, :rank])
+        dB.mul_(self._adapter.scaling)  # order.B holds it already
+        if order.row_index is not None and order.col_index is not None:
+            dA = dA.index_select(1, inverse(order.col_index))
+            dB = dB.index_select(0, inverse(order.row_index))
+        dA, dB = (dB.T, dA.T) if self._transposed else (dA, dB)
+        return dA.to(self._adapter.A.dtype), dB.to(self._adapter.B.dtype)
 
 
 def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
@@ -174,8 +279,3 @@ def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ adapter.weight.T
     update = (products.view(A.shape[0], x.shape[0], B.shape[0]).to(wide) * B.T[:, None]).sum(0)
     return update.to(x.dtype).addmm_(x, adapter.weight.T)
-
-
-def _columns(x: Tensor, index: Tensor | None) -> Tensor:
-    """The columns of one block; all of them where K = 1."""
-    return x if index is None else gather_columns(x, index)

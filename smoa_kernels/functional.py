@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .arguments import autocast_enabled, check_arguments, global_width
-from .backends import ALGORITHMS, load_backend, resolve_backend
+from .arguments import autocast_enabled, check_arguments, check_block_ranks, global_width
+from .backends import ALGORITHMS, algorithms_of, resolve_backend
 from .dropout import draw_seed
 from .operator import linear
 from .packed import scaling_tensor
@@ -29,6 +31,7 @@ def smoa_linear(
     dropout_seed: Tensor | None = None,
     column_offset: int = 0,
     global_in_features: int | None = None,
+    block_ranks: Sequence[int] | None = None,
     algorithm: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -51,6 +54,8 @@ def smoa_linear(
         dropout_seed: int64 with one element on x's device; drawn from the default generator when None.
         column_offset: where x holds a shard of the columns, the global index of its first one.
         global_in_features: likewise, the global number of columns; C when None.
+        block_ranks: the numbers in `ranks`, where they are at hand: without them the eager backend on a GPU waits for
+            it to read them, which a CUDA graph cannot hold.
         algorithm: "merged" (one GEMM with W_eff), "split" (adapter first, the base GEMM accumulates onto it),
             "expanded" (few tokens, eager), "fused" (few tokens, triton: one kernel) or "auto": the form for few
             tokens where there are few, else merged where the GEMM multiplies in
@@ -89,6 +94,7 @@ def smoa_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     backend = resolve_backend(backend, x.device, x.dtype, A.shape[0])
     _check_algorithm(algorithm, backend, dropout_p)
+    check_block_ranks(block_ranks, partition.num_blocks, A.shape[0])
     width = global_width(x, column_offset, global_in_features)
     if dropout_p > 0 and dropout_seed is None:
         dropout_seed = draw_seed(x.device)
@@ -99,6 +105,7 @@ def smoa_linear(
         A,
         B,
         ranks,
+        None if block_ranks is None else list(block_ranks),
         scaling_tensor(scaling, x.device),
         dropout_seed if dropout_p > 0 else None,
         partition.tensors(),
@@ -117,7 +124,7 @@ def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if algorithm == "auto":
         return
-    allowed = load_backend(backend).ALGORITHMS
+    allowed: tuple[str, ...] = algorithms_of(backend)
     if algorithm not in allowed:
         raise ValueError(
             f"algorithm must be auto or one of {', '.join(allowed)} on backend {backend!r}, got {algorithm!r}"

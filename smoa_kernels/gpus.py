@@ -28,6 +28,10 @@ class Gpu:
         multiprocessors: streaming multiprocessors or compute units.
         capability: CUDA compute capability, or None for AMD.
         arch: the architecture that kernels are compiled for.
+
+    Example:
+        >>> GPUS["h100"].arch, GPUS["h100"].multiprocessors
+        ('sm_90', 132)
     """
 
     name: str
@@ -104,6 +108,12 @@ def match_gpu(
         device_name: as the driver reports it, for example "NVIDIA H100 80GB HBM3".
         capability: CUDA compute capability, None for AMD.
         multiprocessors: of the device; the published number where None.
+
+    Example:
+        >>> match_gpu("NVIDIA H100 80GB HBM3", (9, 0)).name
+        'h100'
+        >>> match_gpu("a GPU that nobody knows", (8, 0)).name
+        'a100'
     """
     for gpu in _PUBLISHED:
         pattern = rf"(?<![a-z0-9]){gpu.name.replace('rtx', 'rtx ?')}(?![a-z0-9])"
@@ -125,7 +135,15 @@ def match_gpu(
 
 @cache
 def device_gpu(device: torch.device) -> Gpu:
-    """The published GPU that stands for a device; an H100 for Triton's interpreter."""
+    """The published GPU that stands for a device; an H100 for Triton's interpreter.
+
+    Args:
+        device: of the activations.
+
+    Example:
+        >>> device_gpu(torch.device("cpu")).name
+        'h100'
+    """
     if device.type != "cuda":
         return GPUS["h100"]
     properties = torch.cuda.get_device_properties(device)

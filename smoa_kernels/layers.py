@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,25 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import eager
-from .arguments import check_number
-from .backends import ALGORITHMS, BACKENDS, load_backend, resolve_backend
+from .arguments import check_input
+from .backends import load_backend, resolve_backend
 from .functional import smoa_linear
+from .layer_checks import (
+    DTYPES,
+    LABELS,
+    Settings,
+    check_base,
+    check_blocks,
+    check_finite,
+    check_keys,
+    check_labels,
+    check_tensors,
+    linear_parameters,
+)
 from .packed import (
     PackedAdapter,
-    padding_masks,
-    resolve_ranks,
+    draw_A,
     scaling_tensor,
     trainable_parameters,
 )
-from .partition import BlockPartition, check_weight, label_dtype, whole
-from .sketch import TOLERANCE, sketch_distance, sketch_weight
+from .partition import BlockPartition, check_device, check_weight, label_dtype, whole
+from .sketch import sketch_weight
 
 if TYPE_CHECKING:
     from .distributed.shard import LayerShard
 
 __all__ = ["FusedSMoALinear"]
-
-_LABELS = ("smoa_row_block", "smoa_col_block", "smoa_ranks")
 
 
 class FusedSMoALinear(nn.Linear):
@@ -72,6 +80,7 @@ class FusedSMoALinear(nn.Linear):
     smoa_ranks: Tensor
     smoa_sketch: Tensor
     smoa_scaling: Tensor
+    smoa_row_index: Tensor | None  # None, as its like, while the labels are yet to be loaded
     smoa_base_weight: Tensor | None  # W0 while the layer is merged
     _shard: LayerShard | None = None  # where tensor parallelism has cut W0
 
@@ -97,9 +106,11 @@ class FusedSMoALinear(nn.Linear):
                 raise TypeError(f"{name} must be an int, got {size!r}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype must be floating point, got {dtype}")
-        settings = _Settings(
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype must be floating point of 16 bits or more, got {dtype}")
+        if device is not None:
+            check_device(device)
+        settings = Settings(
             (out_features, in_features), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend
         )
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
@@ -127,19 +138,17 @@ class FusedSMoALinear(nn.Linear):
             partition: blocks of the weight where they are already known; computed from its spectrum when None.
 
         The other arguments are the constructor's.
+
+        Raises:
+            TypeError, ValueError: naming the argument; `linear` is as it was.
         """
-        weight, bias = _linear_parameters(linear)
-        settings = _Settings(
+        weight, bias = linear_parameters(linear)
+        settings = Settings(
             tuple(weight.shape), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend
         )
-        if partition is not None and not isinstance(partition, BlockPartition):
-            raise TypeError(f"partition must be a BlockPartition or None, got {type(partition).__name__}")
-        if partition is not None and (partition.shape, partition.num_blocks) != (weight.shape, num_blocks):
-            raise ValueError(
-                f"partition must be made for a weight of shape {tuple(weight.shape)} and {num_blocks} blocks, "
-                f"got {partition!r}"
-            )
-        if partition is None and not weight.is_meta:
+        if partition is not None:
+            check_blocks(partition, tuple(weight.shape), num_blocks)
+        elif not weight.is_meta:
             partition = BlockPartition.from_weight(
                 weight, num_blocks
             )  # before anything of `linear` is touched
@@ -152,7 +161,7 @@ class FusedSMoALinear(nn.Linear):
         layer.train(linear.training)
         return layer
 
-    def _adapt(self, settings: _Settings, strict_base: bool, partition: BlockPartition | None = None) -> None:
+    def _adapt(self, settings: Settings, strict_base: bool, partition: BlockPartition | None = None) -> None:
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -180,6 +189,10 @@ class FusedSMoALinear(nn.Linear):
     @property
     def partition(self) -> BlockPartition:
         """Blocks of W0's rows and columns; those of this process's shard under tensor parallelism."""
+        if not self._sizes:
+            raise RuntimeError(
+                "the layer has no blocks yet: load a state dict that holds them, or call reset_parameters()"
+            )
         row_block, col_block = self.smoa_row_block, self.smoa_col_block
         if self._shard is not None:
             row_block, col_block = row_block[self._shard.rows], col_block[self._shard.cols]
@@ -197,6 +210,7 @@ class FusedSMoALinear(nn.Linear):
 
     @partition.setter
     def partition(self, partition: BlockPartition) -> None:
+        check_blocks(partition, (self.out_features, self.in_features), self.num_blocks)
         partition = partition.to(self.weight.device)
         self.smoa_row_block, self.smoa_col_block = partition.row_block, partition.col_block
         if self._shard is not None:
@@ -207,12 +221,19 @@ class FusedSMoALinear(nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """s; assigning it changes the factor in place, which recompiles nothing."""
-        return float(self.smoa_scaling)
+        """s; assigning it changes the factor in place, which recompiles nothing.
+
+        Raises:
+            TypeError, ValueError: what is assigned is no finite number.
+            RuntimeError: assigned while `weight` holds W_eff, or before the layer has left the meta device.
+        """
+        return self.alpha / self.r if self.smoa_scaling.is_meta else float(self.smoa_scaling)
 
     @scaling.setter
     def scaling(self, value: float) -> None:
-        check_number("scaling", value)
+        check_finite("scaling", value)
+        self._check_unmerged("the layer is merged", "assigning scaling")
+        self._check_values()
         self.smoa_scaling.fill_(value)
 
     @property
@@ -227,6 +248,9 @@ class FusedSMoALinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw a new base layer as `nn.Linear` does and, once the layer is built, a new adapter over it."""
+        if hasattr(self, "smoa_A"):
+            self._check_unmerged("the layer is merged", "reset_parameters()")
+            self._check_values()
         super().reset_parameters()
         if hasattr(self, "smoa_A"):
             self.weight.requires_grad_(False)
@@ -236,18 +260,27 @@ class FusedSMoALinear(nn.Linear):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero: the layer computes what its base computes."""
+        """A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero: the layer computes what its base computes.
+
+        Raises:
+            RuntimeError: tensor parallelism has cut the layer.
+        """
         if self._shard is not None:
             raise RuntimeError("the layer is sharded: draw the adapter before parallelize_module")
-        widths = torch.tensor(self.partition.col_sizes, dtype=self.smoa_A.dtype, device=self.smoa_A.device)
-        bound = widths.clamp_min(1).rsqrt()[self.smoa_col_block.long()]
-        self.smoa_A.uniform_(-1, 1).mul_(bound)
-        A_mask, _ = padding_masks(self.partition, self.smoa_ranks, self.smoa_A.shape[0])
-        self.smoa_A.mul_(A_mask)
+        self._check_unmerged("the layer is merged", "reset_adapter()")
+        self._check_values()
+        draw_A(self.smoa_A, self.partition, self.smoa_ranks)
         self.smoa_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """(..., in_features) -> (..., out_features), in x's dtype.
+
+        Args:
+            x: floating point, any strides and leading dimensions, zero tokens included.
+
+        Raises:
+            TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does.
+        """
         weight, bias = self.weight, cast("Tensor | None", self.bias)
         A, B = cast(Tensor, self.smoa_A), cast(Tensor, self.smoa_B)
         shard = self._shard
@@ -255,6 +288,7 @@ class FusedSMoALinear(nn.Linear):
             x, weight, (A, B) = shard.input(x), shard.weight(weight), shard.factors(A, B)
             bias = None if bias is None else shard.bias(bias)
         if self.merged:
+            check_input(x, weight)
             y = F.linear(x, weight, bias)
         else:
             y = smoa_linear(
@@ -269,6 +303,7 @@ class FusedSMoALinear(nn.Linear):
                 dropout_p=self.dropout if self.training else 0.0,
                 column_offset=0 if shard is None else shard.column_offset,
                 global_in_features=self.in_features,
+                block_ranks=self.block_ranks,
                 algorithm=self.algorithm,
                 backend=self.backend,
             )
@@ -280,19 +315,26 @@ class FusedSMoALinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put W_eff into `weight`, so that the layer costs what an `nn.Linear` costs; W0 is kept for `unmerge`."""
+        """Put W_eff into `weight`, so that the layer costs what an `nn.Linear` costs; W0 is kept for `unmerge`.
+
+        Whatever interrupts it, `weight` is W0 again, bit for bit.
+        """
         if self.merged:
             warnings.warn("already merged: nothing to do", UserWarning, stacklevel=2)
             return
         self._check_whole()
-        self.smoa_base_weight = self.weight.detach().clone()
-        adapter = self._packed()
         backend = resolve_backend(self.backend, self.weight.device, self.weight.dtype, self.smoa_A.shape[0])
         weight = self.weight if self._shard is None else self._shard.weight(self.weight)
-        if backend == "triton":  # in place: nothing of W0's size beside W0 and its copy
-            load_backend("triton").modulated_weight(adapter, out=weight)
-        else:
-            weight.copy_(eager.modulated_weight(adapter))
+        self.smoa_base_weight = self.weight.detach().clone()
+        try:
+            adapter = self._packed()
+            if backend == "triton":  # in place: nothing of W0's size beside W0 and its copy
+                load_backend("triton").modulated_weight(adapter, out=weight)
+            else:
+                weight.copy_(eager.modulated_weight(adapter))
+        except BaseException:
+            self.unmerge()
+            raise
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -303,7 +345,16 @@ class FusedSMoALinear(nn.Linear):
         self.weight.copy_(self.smoa_base_weight)
         self.smoa_base_weight = None
 
+    def _check_unmerged(self, what: str, before: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"{what}: call unmerge() before {before}")
+
+    def _check_values(self) -> None:
+        if self.smoa_A.is_meta:
+            raise RuntimeError("the layer is on the meta device: call to_empty() and load or draw it first")
+
     def _check_whole(self) -> None:
+        self._check_values()
         if self._shard is None and hasattr(self.weight, "full_tensor"):
             raise RuntimeError("weight is sharded by fully_shard: call unshard() on the module first")
 
@@ -313,7 +364,9 @@ class FusedSMoALinear(nn.Linear):
         weight, A, B = weight.detach(), self.smoa_A.detach(), self.smoa_B.detach()
         if self._shard is not None:
             weight, (A, B) = self._shard.weight(weight), self._shard.factors(A, B)
-        return PackedAdapter(weight, A, B, self.partition, self.smoa_ranks, self.smoa_scaling)
+        return PackedAdapter(
+            weight, A, B, self.partition, self.smoa_ranks, self.smoa_scaling, self.block_ranks
+        )
 
     def extra_repr(self) -> str:
         """As `nn.Linear`'s, with the adapter's settings."""
@@ -325,9 +378,15 @@ class FusedSMoALinear(nn.Linear):
     def _cut(self, shard: LayerShard) -> None:
         """Compute as one part of a layer whose parameters were cut."""
         self._shard = shard
-        if self.smoa_row_index is not None:  # else the labels are yet to be loaded
-            labels = self.smoa_row_block, self.smoa_col_block
-            self.partition = BlockPartition.from_labels(*labels, self.num_blocks)
+        self._relabel()
+
+    def _relabel(self) -> None:
+        """Derive from the labels and ranks what is kept beside them: indices, and the numbers that the host has."""
+        if self.smoa_row_index is None:
+            return
+        labels = self.smoa_row_block, self.smoa_col_block
+        self.partition = BlockPartition.from_labels(*labels, self.num_blocks)
+        self.block_ranks = tuple(self.smoa_ranks.tolist())
 
     def _set_base(self, partition: BlockPartition | None) -> None:
         """Take the current weight as the base: its partition (computed unless given) and its sketch."""
@@ -337,18 +396,30 @@ class FusedSMoALinear(nn.Linear):
         self.smoa_sketch = sketch_weight(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSMoALinear:
-        scaling = None if self.smoa_scaling.is_meta else self.scaling
+        scaling = self.scaling
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         # .half() would round s with the other buffers.
-        value = self.alpha / self.r if scaling is None else scaling
         if not self.smoa_scaling.is_meta:
-            self.smoa_scaling = scaling_tensor(value, self.smoa_scaling.device)
+            self.smoa_scaling = scaling_tensor(scaling, self.smoa_scaling.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # a state dict is always of W0 and its adapter, or loading it would adapt twice
             destination[prefix + "weight"] = self.smoa_base_weight
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `nn.Module`'s, but all or nothing.
+
+        Raises:
+            TypeError, ValueError: naming the tensor that is missing, left over or does not fit; nothing was loaded.
+            RuntimeError: the layer is merged, or on the meta device and `assign` is not set.
+        """
+        if strict and isinstance(state_dict, Mapping):  # a layer within a module is not told whether it is
+            check_keys("FusedSMoALinear", self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self,
@@ -360,16 +431,19 @@ class FusedSMoALinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        given = {key: state_dict.get(prefix + key) for key in (*_LABELS, "weight", "smoa_sketch")}
-        has_labels = [key for key in _LABELS if given[key] is not None]
+        given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         name = prefix.rstrip(".") or "FusedSMoALinear"
-        if self.merged:
-            raise RuntimeError(f"{name} is merged: call unmerge() before loading a state dict")
-        self._check_shapes(name, prefix, state_dict)
+        has_labels = any(key in given for key in LABELS)
+        self._check_unmerged(f"{name} is merged", "loading a state dict")
+        check_tensors(name, self, given)
         if has_labels:
-            partition = self._check_labels(name, given)
-            self._check_base(name, given)
-        elif given["weight"] is not None:
+            if self.smoa_ranks.is_meta and not local_metadata.get("assign_to_params_buffers"):
+                raise RuntimeError(
+                    f"{name} is on the meta device: load with assign=True, or call to_empty() first"
+                )
+            partition = check_labels(name, self, given)
+            check_base(name, self, given)
+        elif "weight" in given:
             check_weight(whole(given["weight"]))  # whose spectrum is asked for once it is copied
         before = len(missing_keys)
         super()._load_from_state_dict(
@@ -378,9 +452,11 @@ class FusedSMoALinear(nn.Linear):
         if has_labels:
             self.partition = partition
             self.block_ranks = tuple(self.smoa_ranks.tolist())
-            if given["smoa_sketch"] is None and given["weight"] is not None:
+            if self.smoa_scaling.is_meta:  # which no state dict holds
+                self.smoa_scaling = scaling_tensor(self.alpha / self.r, self.smoa_ranks.device)
+            if "smoa_sketch" not in given and "weight" in given:
                 self.smoa_sketch = sketch_weight(self.weight)
-        elif given["weight"] is not None and not error_msgs:
+        elif "weight" in given and not error_msgs:
             warnings.warn(
                 f"{name}: the state dict holds a weight without block labels, as a plain nn.Linear's does; the "
                 "spectral partition was recomputed from it and the adapter kept as it was",
@@ -390,88 +466,3 @@ class FusedSMoALinear(nn.Linear):
             self._set_base(None)
             # Labels were recomputed and the factors kept: neither is missing.
             missing_keys[before:] = [key for key in missing_keys[before:] if ".smoa_" not in f".{key}"]
-
-    def _check_shapes(self, name: str, prefix: str, state_dict: dict[str, Any]) -> None:
-        """torch copies what fits and reports the rest afterwards; here nothing is copied unless all fits."""
-        for key, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
-            given = state_dict.get(prefix + key)
-            if given is not None and not isinstance(given, Tensor):
-                raise TypeError(f"{name}: {key} must be a tensor, got {type(given).__name__}")
-            if given is not None and given.shape != own.shape:
-                raise ValueError(
-                    f"{name}: size mismatch for {key}: the layer's is {tuple(own.shape)}, "
-                    f"the state dict's {tuple(given.shape)}"
-                )
-
-    def _check_labels(self, name: str, given: dict[str, Any]) -> BlockPartition:
-        """The partition that a state dict holds, checked before anything is copied."""
-        missing = [key for key in _LABELS if given[key] is None]
-        if missing:
-            raise ValueError(f"{name}: the adapter's state dict lacks {', '.join(missing)}")
-        rows, cols, ranks = (given[key] for key in _LABELS)
-        if ranks.min() < 0 or ranks.max() != self.smoa_A.shape[0] or ranks.sum() != self.r:
-            raise ValueError(
-                f"{name}: smoa_ranks must sum to r={self.r} with a largest rank of {self.smoa_A.shape[0]}, "
-                f"got {ranks.tolist()}; build the layer with those block_ranks"
-            )
-        return BlockPartition.from_labels(rows, cols, self.num_blocks)
-
-    def _check_base(self, name: str, given: dict[str, Any]) -> None:
-        """Warn, or raise when `strict_base`, where the adapter was trained over another base weight."""
-        weight = self.weight if given["weight"] is None else given["weight"]
-        if given["smoa_sketch"] is None or weight.is_meta:
-            return
-        distance = sketch_distance(given["smoa_sketch"], sketch_weight(weight))
-        if distance > TOLERANCE:
-            message = (
-                f"{name}: the adapter was trained over another base weight (they differ by about {distance:.0%}, "
-                f"the same base in another precision by at most {TOLERANCE:.0%})"
-            )
-            if self.strict_base:
-                raise ValueError(f"{message}; strict_base=True refuses it")
-            warnings.warn(message, UserWarning, stacklevel=2)
-
-
-class _Settings:
-    """The adapter's settings, checked."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        r: int,
-        num_blocks: int,
-        alpha: float | None,
-        dropout: float,
-        block_ranks: Sequence[int] | None,
-        algorithm: str,
-        backend: str,
-    ) -> None:
-        self.block_ranks = resolve_ranks(r, num_blocks, block_ranks)
-        if num_blocks > min(shape):
-            raise ValueError(
-                f"num_blocks must be at most min(out_features, in_features) = {min(shape)}, got {num_blocks}"
-            )
-        if alpha is not None:
-            check_number("alpha", alpha)
-            if not math.isfinite(alpha):
-                raise ValueError(f"alpha must be finite, got {alpha}")
-        check_number("dropout", dropout)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        self.r, self.num_blocks = r, num_blocks
-        self.alpha = float(r if alpha is None else alpha)
-        self.dropout, self.algorithm, self.backend = dropout, algorithm, backend
-
-
-def _linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight (N, C) and bias of a layer: the same parameters, or a transposed view of Conv1D's (C, N) weight."""
-    if isinstance(linear, nn.Linear):
-        return cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias)
-    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):  # by its name: transformers is optional
-        weight = cast(nn.Parameter, linear.weight)
-        return nn.Parameter(weight.detach().T, requires_grad=False), cast(nn.Parameter, linear.bias)
-    raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")

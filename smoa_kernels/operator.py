@@ -2,7 +2,7 @@
 
 The operator is opaque to the compiler, so that no pass takes the order of its additions apart (the adapter's
 output survives in half precision only if it enters before the base GEMM's one rounding), and it takes tensors
-where a Python number would be baked into a graph: scaling, dropout seed, ranks. Which algorithm "auto" means is
+where a Python number would be baked into a graph: scaling, dropout seed. Which algorithm "auto" means is
 decided inside, where the graph does not see the token count.
 
 Registered through `torch.library`'s dispatcher keys with an `autograd.Function` of our own: half the Python
@@ -26,7 +26,10 @@ from .partition import BlockPartition
 __all__ = ["linear"]
 
 _LIBRARY = torch.library.Library("smoa", "DEF")
-_ADAPTER = "Tensor weight, {bias}Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor? dropout_seed"
+_ADAPTER = (
+    "Tensor weight, {bias}Tensor A, Tensor B, Tensor ranks, int[]? block_ranks, Tensor scaling, "
+    "Tensor? dropout_seed"
+)
 _SETTINGS = "Tensor[] partition, int[] sizes, float dropout_p, int column_offset, int global_in_features"
 _LIBRARY.define(
     f"linear(Tensor x, {_ADAPTER.format(bias='Tensor? bias, ')}, {_SETTINGS}, str algorithm, str backend) -> Tensor"
@@ -44,6 +47,7 @@ def _forward(
     A: Tensor,
     B: Tensor,
     ranks: Tensor,
+    block_ranks: Sequence[int] | None,
     scaling: Tensor,
     seed: Tensor | None,
     partition: Sequence[Tensor],
@@ -54,10 +58,10 @@ def _forward(
     algorithm: str,
     backend: str,
 ) -> Tensor:
-    check_ranks(ranks, A.shape[0])
+    check_ranks(ranks, block_ranks, A.shape[0])
     blocks = BlockPartition.from_tensors(partition, sizes)
     # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
-    adapter = PackedAdapter(weight.to(x.dtype), A, B, blocks, ranks, scaling)
+    adapter = PackedAdapter(weight.to(x.dtype), A, B, blocks, ranks, scaling, block_ranks)
     dropout = None if seed is None else Dropout(seed, p, column_offset, width)
     bias = None if bias is None else bias.to(x.dtype)
     y: Tensor = load_backend(backend).forward(_tokens(x), bias, adapter, algorithm, dropout)
@@ -75,6 +79,7 @@ def _backward(
     A: Tensor,
     B: Tensor,
     ranks: Tensor,
+    block_ranks: Sequence[int] | None,
     scaling: Tensor,
     seed: Tensor | None,
     partition: Sequence[Tensor],
@@ -87,7 +92,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dA, dB), empty where not needed: dX unless `needs_x`, dA and dB where x was not kept."""
     blocks = BlockPartition.from_tensors(partition, sizes)
-    adapter = PackedAdapter(weight.to(dy.dtype), A, B, blocks, ranks, scaling)
+    adapter = PackedAdapter(weight.to(dy.dtype), A, B, blocks, ranks, scaling, block_ranks)
     dropout = None if seed is None else Dropout(seed, p, column_offset, width)
     dx, dA, dB = load_backend(backend).backward(
         _tokens(dy), None if x is None else _tokens(x), adapter, dropout, needs_x=needs_x
@@ -115,10 +120,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        x, weight, bias, A, B, ranks, scaling, seed, partition, sizes, *settings, _, backend = args
+        x, weight, bias, A, B, ranks, block_ranks, scaling, seed, partition, sizes, *settings, _, backend = (
+            args
+        )
         needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         ctx.save_for_backward(x if needs_factors else None, weight, A, B, ranks, scaling, seed, *partition)
-        ctx.sizes, ctx.settings, ctx.backend = sizes, settings, backend
+        ctx.block_ranks, ctx.sizes, ctx.settings, ctx.backend = block_ranks, sizes, settings, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _below_autograd(linear, args)
 
@@ -133,6 +140,7 @@ class _Linear(torch.autograd.Function):
             A,
             B,
             ranks,
+            ctx.block_ranks,
             scaling,
             seed,
             partition,

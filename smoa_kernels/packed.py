@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .partition import BlockPartition
+from .partition import MOST_BLOCKS, MOST_RANKS, BlockPartition
 
 __all__ = [
     "PackedAdapter",
@@ -28,37 +29,59 @@ __all__ = [
 
 
 # W0 is gathered this many whole rows at a time: what is read of them stays in cache.
-_ROWS = 128
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ROWS = 64
 
 
-class Block(NamedTuple):
-    """One diagonal block: its coordinates (None where K = 1 and they are all), A_k and B_k.
+@dataclass(frozen=True)
+class BlockOrder:
+    """An adapter with the rows and the columns of each block side by side: a block is a slice.
 
-    The factors are in `row_index` / `col_index` order and at least float32.
+    Attributes:
+        weight: W0 (N, C), as it is.
+        A: (ρ, C), columns in block order, at least float32.
+        B: (N, ρ), rows in block order, times s.
+        row_index: coordinate of each row in block order; None where K = 1 and the order is W0's own.
+        col_index: the same for columns.
+        blocks: rank, rows and columns of each block that has a rank.
+        num_blocks: K, blocks of rank zero counted.
     """
 
-    rank: int
-    rows: Tensor | None
-    cols: Tensor | None
+    weight: Tensor
     A: Tensor
     B: Tensor
+    row_index: Tensor | None
+    col_index: Tensor | None
+    blocks: Sequence[tuple[int, slice, slice]]
+    num_blocks: int
 
-    def weight(self, adapter: PackedAdapter) -> Tensor:
-        """`W0[rows_k, cols_k]`, in W0's memory order; a copy unless K = 1."""
-        if self.rows is None or self.cols is None:
-            return adapter.weight
-        if adapter.weight.stride(0) < adapter.weight.stride(1):
-            return _gather(adapter.weight.T, self.cols, self.rows).T
-        return _gather(adapter.weight, self.rows, self.cols)
+    @property
+    def T(self) -> BlockOrder:
+        """That of W_effᵀ."""
+        return BlockOrder(
+            weight=self.weight.T,
+            A=self.B.T,
+            B=self.A.T,
+            row_index=self.col_index,
+            col_index=self.row_index,
+            blocks=[(rank, cols, rows) for rank, rows, cols in self.blocks],
+            num_blocks=self.num_blocks,
+        )
 
-    def put(self, A: Tensor, A_block: Tensor, B: Tensor, B_block: Tensor) -> None:
-        """Write per-block factors into packed ones."""
-        if self.rows is None or self.cols is None:
-            A[: self.rank], B[:, : self.rank] = A_block, B_block
+    def weights(self) -> Iterator[Tensor]:
+        """`W0[rows_k, cols_k]` of every block, in W0's memory order; a copy unless K = 1."""
+        if self.row_index is None or self.col_index is None:
+            yield from (self.weight for _ in self.blocks)
+        elif self.weight.stride(0) < self.weight.stride(1):
+            yield from (block.T for block in self.T.weights())
         else:
-            A[: self.rank, self.cols] = A_block.to(A.dtype)
-            B[self.rows, : self.rank] = B_block.to(B.dtype)
+            whole = self.weight.new_empty(_ROWS, self.weight.shape[1])
+            for _, rows, cols in self.blocks:
+                index = self.col_index[cols]
+                block = self.weight.new_empty(rows.stop - rows.start, index.shape[0])
+                for some, out in zip(self.row_index[rows].split(_ROWS), block.split(_ROWS), strict=True):
+                    torch.index_select(self.weight, 0, some, out=whole[: some.shape[0]])
+                    gather_columns(whole[: some.shape[0]], index, out)
+                yield block
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,15 @@ class PackedAdapter:
         partition: blocks of W0's rows and columns.
         ranks: int32 (K,) rank r_k of each block.
         scaling: 0-d tensor, s.
+        block_ranks: the numbers in `ranks`, where the host has them.
+
+    Example:
+        >>> halves = torch.tensor([0, 0, 1, 1])
+        >>> partition, ranks = BlockPartition.from_labels(halves, halves, 2), torch.tensor([1, 1], dtype=torch.int32)
+        >>> weight, A, B = torch.ones(4, 4), torch.ones(1, 4), torch.ones(4, 1)
+        >>> A, B = PackedAdapter(weight, A, B, partition, ranks, torch.tensor(0.5)).expanded_factors(torch.float32)
+        >>> (B @ A).tolist()[0]  # s·mask·(BA): nothing outside the block
+        [0.5, 0.5, 0.0, 0.0]
     """
 
     weight: Tensor
@@ -80,6 +112,7 @@ class PackedAdapter:
     partition: BlockPartition
     ranks: Tensor
     scaling: Tensor
+    block_ranks: Sequence[int] | None = None
 
     @property
     def T(self) -> PackedAdapter:
@@ -89,58 +122,80 @@ class PackedAdapter:
         """
         return replace(self, weight=self.weight.T, A=self.B.T, B=self.A.T, partition=self.partition.T)
 
+    def host_ranks(self) -> Sequence[int]:
+        """The ranks as numbers. Waits for a GPU that alone has them, and takes what lies outside as 0 or ρ."""
+        if self.block_ranks is not None:
+            return self.block_ranks
+        return cast("list[int]", self.ranks.clamp(0, self.A.shape[0]).tolist())
+
     def expanded_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Zero-padded factors: Ã (r, C) and B̃ (N, r), r = Σ r_k, with s·B̃ Ã = s·mask·(BA).
 
         One slot per (block, rank): slot (k, t) of Ã is A's row t on the columns of block k, zero elsewhere.
         s is folded into B̃, which is rounded to `dtype` after that.
         """
-        p, rho = self.partition, self.A.shape[0]
-        slot = torch.arange(rho, device=self.ranks.device)
-        block, t = (slot < self.ranks[:, None]).nonzero(as_tuple=True)
-        # Filled, not multiplied by the mask: padding may hold anything, and 0 · NaN is NaN.
-        A = self.A.index_select(0, t).masked_fill_(p.col_block != block[:, None], 0)
-        B = self.B.index_select(1, t).masked_fill_(p.row_block[:, None] != block, 0).mul_(self.scaling)
+        p = self.partition
+        k = torch.arange(p.num_blocks, dtype=p.col_block.dtype, device=p.device)
+        # Chosen, not multiplied by the mask: padding may hold anything, and 0 · NaN is NaN.
+        A = torch.where((k[:, None] == p.col_block)[:, None], self.A, 0).flatten(0, 1)
+        B = torch.where((p.row_block[:, None] == k)[..., None], (self.B * self.scaling)[:, None], 0).flatten(
+            1
+        )
+        ranks, rho = self.host_ranks(), self.A.shape[0]
+        if min(ranks) < rho:
+            # Slot i of the sum of ranks is rank i - (ends - ranks)[k] of block k: found where the ranks are.
+            sizes = self.ranks.clamp(0, rho)
+            ends = sizes.cumsum(0)
+            slot = torch.arange(sum(ranks), device=p.device)
+            block = torch.bucketize(slot, ends, right=True)
+            kept = block * rho + slot - (ends - sizes)[block]
+            A, B = A.index_select(0, kept), B.index_select(1, kept)
         return A.to(dtype), B.to(dtype)
 
-    def blocks(self) -> Iterator[Block]:
-        """The K diagonal blocks, one by one; reads the ranks on the host."""
+    def block_indices(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rows and columns block by block; None where K = 1 and the order is W0's own."""
+        p = self.partition
+        return (p.row_index, p.col_index) if p.num_blocks > 1 else (None, None)
+
+    def block_order(self) -> BlockOrder:
+        """The same with each block's rows and columns side by side."""
         p = self.partition
         # As wide as W0 and never narrower than float32: the factors are small, and products of them are not.
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         A, B = self.A.to(dtype), self.B.to(dtype)
-        whole = p.num_blocks == 1
-        all_rows = torch.split(p.row_index, list(p.row_sizes))
-        all_cols = torch.split(p.col_index, list(p.col_sizes))
-        for rank, rows, cols in zip(self.ranks.tolist(), all_rows, all_cols, strict=True):
-            yield Block(
-                rank=rank,
-                rows=None if whole else rows,
-                cols=None if whole else cols,
-                A=A[:rank] if whole else A[:rank].index_select(1, cols),
-                B=B[:, :rank] if whole else B[:, :rank].index_select(0, rows),
-            )
+        row_index, col_index = self.block_indices()
+        if row_index is not None and col_index is not None:
+            A, B = A.index_select(1, col_index), B.index_select(0, row_index)
+        row_ends, col_ends = accumulate(p.row_sizes), accumulate(p.col_sizes)
+        return BlockOrder(
+            weight=self.weight,
+            A=A,
+            B=B * self.scaling,
+            row_index=row_index,
+            col_index=col_index,
+            blocks=[
+                (rank, slice(row_end - rows, row_end), slice(col_end - cols, col_end))
+                for rank, row_end, rows, col_end, cols in zip(
+                    self.host_ranks(), row_ends, p.row_sizes, col_ends, p.col_sizes, strict=True
+                )
+                if rank
+            ],
+            num_blocks=p.num_blocks,
+        )
 
 
-def _gather(weight: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """`weight[rows[:, None], cols]` of a row-major weight."""
-    bits = weight.view(_BITS[weight.itemsize])
-    block = bits.new_empty(rows.shape[0], cols.shape[0])
-    for some, out in zip(rows.split(_ROWS), block.split(_ROWS), strict=True):
-        torch.gather(bits.index_select(0, some), 1, cols.expand(some.shape[0], -1), out=out)
-    return block.view(weight.dtype)
+def gather_columns(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """`x[:, index]` of a matrix, written to `out`, by the fastest of torch's ways to copy columns."""
+    if x.itemsize > 2:
+        return torch.index_select(x, 1, index, out=out)
+    # index_select has no fast path for half types, nor gather but for integers.
+    torch.gather(x.view(torch.int16), 1, index.expand(x.shape[0], -1), out=out.view(torch.int16))
+    return out
 
 
-def gather_columns(x: Tensor, index: Tensor) -> Tensor:
-    """`x[:, index]` of a matrix. `gather` is the fastest of torch's ways to copy columns, on integers above all."""
-    bits = x.view(_BITS[x.itemsize])
-    return bits.gather(1, index.expand(x.shape[0], -1)).view(x.dtype)
-
-
-def scatter_columns(out: Tensor, index: Tensor, x: Tensor) -> None:
-    """`out[:, index] = x` of matrices."""
-    bits = _BITS[x.itemsize]
-    out.view(bits).scatter_(1, index.expand(x.shape[0], -1), x.view(bits))
+def inverse(index: Tensor) -> Tensor:
+    """The permutation that undoes another."""
+    return torch.empty_like(index).scatter_(0, index, torch.arange(index.shape[0], device=index.device))
 
 
 def scaling_tensor(value: float | Tensor, device: torch.device) -> Tensor:
@@ -153,13 +208,30 @@ def scaling_tensor(value: float | Tensor, device: torch.device) -> Tensor:
 
 
 def split_rank(rank: int, num_blocks: int) -> list[int]:
-    """Share a rank budget: block k gets `rank // K + (k < rank % K)`.
+    """Share a rank budget: block k gets `rank // K + (k < rank % K)` (docs/definition.md).
+
+    Args:
+        rank: r, the budget.
+        num_blocks: K.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
 
     Example:
         >>> split_rank(8, 3)
         [3, 3, 2]
     """
+    _check_counts(rank, num_blocks)
     return [rank // num_blocks + (k < rank % num_blocks) for k in range(num_blocks)]
+
+
+def _check_counts(r: int, num_blocks: int) -> None:
+    for name, value, most in (("r", r, MOST_RANKS), ("num_blocks", num_blocks, MOST_BLOCKS)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if not 1 <= value <= most:
+            bound = "at least 1" if value < 1 else f"at most {most}"
+            raise ValueError(f"{name} must be {bound}, got {value}")
 
 
 def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -167,12 +239,17 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Args:
+        r: rank budget over all blocks, at least 1.
+        num_blocks: K, at least 1.
+        block_ranks: K numbers that sum to r, zeros allowed.
+
+    Example:
+        >>> resolve_ranks(8, 3), resolve_ranks(8, 3, [6, 2, 0])
+        ((3, 3, 2), (6, 2, 0))
     """
-    for name, value in (("r", r), ("num_blocks", num_blocks)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    _check_counts(r, num_blocks)
     if block_ranks is None:
         return tuple(split_rank(r, num_blocks))
     if not isinstance(block_ranks, Sequence):
@@ -192,15 +269,45 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
 
 
 def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int:
-    """`Σ r_k (N_k + C_k)`: what an adapter trains, padding not counted."""
+    """`Σ r_k (N_k + C_k)`: what an adapter trains, padding not counted.
+
+    Args:
+        partition: blocks of W0.
+        ranks: r_k of each block.
+
+    Raises:
+        TypeError, ValueError: no partition, or another number of ranks than of blocks.
+
+    Example:
+        >>> partition = BlockPartition.from_weight(torch.randn(6, 10), num_blocks=2)
+        >>> trainable_parameters(partition, [2, 1])  # 2 · (3 + 5) + 1 · (3 + 5)
+        24
+    """
+    _check_partition(partition)
+    if len(ranks) != partition.num_blocks:
+        raise ValueError(f"ranks must be {partition.num_blocks}, one for each block, got {len(ranks)}")
     sizes = zip(ranks, partition.row_sizes, partition.col_sizes, strict=True)
     return sum(r * (rows + cols) for r, rows, cols in sizes)
+
+
+def _check_partition(partition: BlockPartition) -> None:
+    if not isinstance(partition, BlockPartition):
+        raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
 
 
 def padding_masks(partition: BlockPartition, ranks: Tensor, rho: int) -> tuple[Tensor, Tensor]:
     """Bool masks of A (ρ, C) and B (N, ρ): True where an entry is a parameter, False where it is padding."""
     slot = torch.arange(rho, device=ranks.device)
     return slot[:, None] < ranks[partition.col_block.long()], slot < ranks[partition.row_block.long(), None]
+
+
+@torch.no_grad()
+def draw_A(A: Tensor, partition: BlockPartition, ranks: Tensor) -> None:
+    """Fill A (ρ, C) with A_k uniform in ±1/√C_k (Kaiming, a=√5), zeros in its padding (docs/definition.md)."""
+    widths = torch.tensor(partition.col_sizes, dtype=A.dtype, device=A.device)
+    bound = widths.clamp_min(1).rsqrt()[partition.col_block.long()]
+    A_mask, _ = padding_masks(partition, ranks, A.shape[0])
+    A.uniform_(-1, 1).mul_(bound).mul_(A_mask)
 
 
 def pack_factors(
@@ -214,13 +321,27 @@ def pack_factors(
         partition: the blocks.
 
     Raises:
+        TypeError: what is no matrix of floating-point numbers, or they differ in dtype or device.
         ValueError: a factor whose shape does not fit its block.
+
+    Example:
+        >>> partition = BlockPartition.from_labels(torch.tensor([0, 1]), torch.tensor([0, 1, 1]), num_blocks=2)
+        >>> A_blocks, B_blocks = [torch.ones(2, 1), torch.ones(1, 2)], [torch.ones(1, 2), torch.ones(1, 1)]
+        >>> A, B, ranks = pack_factors(A_blocks, B_blocks, partition)
+        >>> A.tolist(), ranks.tolist()
+        ([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], [2, 1])
     """
+    _check_partition(partition)
     if not len(A_blocks) == len(B_blocks) == partition.num_blocks:
         raise ValueError(
             f"A_blocks and B_blocks must hold one factor for each of {partition.num_blocks} blocks, "
             f"got {len(A_blocks)} and {len(B_blocks)}"
         )
+    factors = (*A_blocks, *B_blocks)
+    if not all(isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point() for t in factors):
+        raise TypeError("A_blocks and B_blocks must hold matrices of floating-point numbers")
+    if len({(t.dtype, t.device) for t in factors}) > 1:
+        raise TypeError("A_blocks and B_blocks must have one dtype and one device")
     ranks = [A.shape[0] for A in A_blocks]
     A = A_blocks[0].new_zeros(max(ranks), partition.shape[1])
     B = B_blocks[0].new_zeros(partition.shape[0], max(ranks))
@@ -238,8 +359,38 @@ def pack_factors(
 def unpack_factors(
     A: Tensor, B: Tensor, partition: BlockPartition, ranks: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Inverse of :func:`pack_factors`: lists of A_k (r_k, C_k) and B_k (N_k, r_k), padding left out."""
+    """Inverse of :func:`pack_factors`: lists of A_k (r_k, C_k) and B_k (N_k, r_k), padding left out.
+
+    Args:
+        A: packed (ρ, C).
+        B: packed (N, ρ).
+        partition: the blocks.
+        ranks: int (K,), rank of each block.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Example:
+        >>> partition = BlockPartition.from_labels(torch.tensor([0, 1]), torch.tensor([0, 1, 1]), num_blocks=2)
+        >>> A_blocks, B_blocks = unpack_factors(torch.ones(2, 3), torch.ones(2, 2), partition, torch.tensor([2, 1]))
+        >>> [tuple(A.shape) for A in A_blocks], [tuple(B.shape) for B in B_blocks]
+        ([(2, 1), (1, 2)], [(1, 2), (1, 1)])
+    """
+    _check_partition(partition)
+    shape = partition.shape
+    for name, value in (("A", A), ("B", B), ("ranks", ranks)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if A.ndim != 2 or (B.shape[0], *A.shape[1:]) != shape or B.shape[1:] != A.shape[:1]:
+        raise ValueError(
+            f"A and B must have shapes (ρ, {shape[1]}) and ({shape[0]}, ρ), "
+            f"got {tuple(A.shape)} and {tuple(B.shape)}"
+        )
     sizes = ranks.tolist()
+    if ranks.shape != (partition.num_blocks,) or not all(0 <= r <= A.shape[0] for r in sizes):
+        raise ValueError(
+            f"ranks must be {partition.num_blocks} numbers in [0, {A.shape[0]}], A's rows, got {sizes}"
+        )
     return (
         [A[:r, partition.cols(k)] for k, r in enumerate(sizes)],
         [B[partition.rows(k), :r] for k, r in enumerate(sizes)],

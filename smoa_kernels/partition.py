@@ -18,6 +18,14 @@ from torch import Tensor
 
 __all__ = ["BlockPartition"]
 
+# Of blocks, and of ranks: far above any that serves, far below those whose bookkeeping alone fills the memory.
+MOST_BLOCKS = MOST_RANKS = 2**16
+
+_INTEGERS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
+
 
 class BlockPartition:
     """K aligned blocks over the rows and columns of an (N, C) weight.
@@ -133,7 +141,8 @@ class BlockPartition:
                 f"got {row_block.device} and {col_block.device}"
             )
         dtype = label_dtype(num_blocks)
-        row_block, col_block = row_block.to(dtype), col_block.to(dtype)
+        # As int64 on the way: torch converts the wider unsigned types, and does little else with them.
+        row_block, col_block = (labels.long().to(dtype) for labels in (row_block, col_block))
         row_count = torch.bincount(row_block, minlength=num_blocks)
         col_count = torch.bincount(col_block, minlength=num_blocks)
         return cls(
@@ -149,7 +158,16 @@ class BlockPartition:
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
-        """Inverse of :meth:`tensors` and :meth:`sizes`: how a partition crosses an operator's boundary."""
+        """Inverse of :meth:`tensors` and :meth:`sizes`: how a partition crosses an operator's boundary.
+
+        Raises:
+            ValueError: another number of `tensors` or `sizes` than those give.
+        """
+        if len(tensors) != 6 or len(sizes) % 2:
+            raise ValueError(
+                "tensors and sizes must be those that `tensors()` and `sizes()` give, 6 and 2K of them, "
+                f"got {len(tensors)} and {len(sizes)}"
+            )
         num_blocks = len(sizes) // 2
         row_block, col_block, row_index, col_index, row_offsets, col_offsets = tensors
         return cls(
@@ -204,10 +222,17 @@ class BlockPartition:
         return torch.split(self.col_order, list(self.col_sizes))[block]
 
     def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
-        """Partition of `weight[row_slice, col_slice]`: the same labels, cut. Blocks may become empty."""
-        for name, cut in (("row_slice", row_slice), ("col_slice", col_slice)):
-            if not isinstance(cut, slice):
-                raise TypeError(f"{name} must be a slice, got {cut!r}")
+        """Partition of `weight[row_slice, col_slice]`: the same labels, cut. Blocks may become empty.
+
+        Args:
+            row_slice: of the rows that stay.
+            col_slice: of the columns that stay.
+
+        Raises:
+            TypeError: one of them is no slice.
+        """
+        _check_slice("row_slice", row_slice)
+        _check_slice("col_slice", col_slice)
         return BlockPartition.from_labels(
             self.row_block[row_slice], self.col_block[col_slice], self.num_blocks
         )
@@ -222,8 +247,12 @@ class BlockPartition:
         return transposed
 
     def to(self, device: torch.device | str) -> BlockPartition:
-        """The same partition on another device."""
-        if self.device == torch.device(device):
+        """The same partition on another device.
+
+        Raises:
+            ValueError: this machine has no such device.
+        """
+        if self.device == check_device(device):
             return self
         moved = BlockPartition.from_tensors([t.to(device) for t in self.tensors()], self.sizes())
         moved.row_order, moved.col_order = self.row_order.to(device), self.col_order.to(device)
@@ -359,22 +388,38 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def check_weight(weight: Tensor) -> None:
-    """Whether `weight` has a spectrum; a whole tensor is read."""
+def check_device(device: torch.device | str) -> torch.device:
+    """`device` where this machine has it; torch says it in a RuntimeError, a TypeError or an AssertionError."""
+    try:
+        return torch.empty(0, device=torch.device(device)).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that this machine has, got {device!r}: {reason}") from error
+
+
+def layout_of(value: Tensor) -> str:
+    """How a tensor lies in memory; a nested one calls itself strided."""
+    return "torch.nested" if value.is_nested else str(value.layout)
+
+
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Whether `weight`, called `name`, has a spectrum; a whole tensor is read."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():
-        raise TypeError(f"weight must be floating point, got {weight.dtype}")
-    if weight.layout != torch.strided or weight.itemsize < 2:
-        raise TypeError(f"weight must be dense, of 16 bits or more, got {weight.layout} of {weight.dtype}")
+        raise TypeError(f"{name} must be floating point, got {weight.dtype}")
+    if layout_of(weight) != "torch.strided" or weight.itemsize < 2:
+        raise TypeError(
+            f"{name} must be dense, of 16 bits or more, got {layout_of(weight)} of {weight.dtype}"
+        )
     if weight.is_meta:
-        raise ValueError("weight must hold numbers to have a spectrum, got a meta tensor")
+        raise ValueError(f"{name} must hold numbers to have a spectrum, got a meta tensor")
     if weight.ndim != 2:
         raise ValueError(
-            f"weight must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
+            f"{name} must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
         )
     if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):
-        raise ValueError("weight must be finite to have a spectrum, got NaN or Inf in it")
+        raise ValueError(f"{name} must be finite to have a spectrum, got NaN or Inf in it")
 
 
 def _check_num_blocks(num_blocks: int) -> None:
@@ -382,19 +427,31 @@ def _check_num_blocks(num_blocks: int) -> None:
         raise TypeError(f"num_blocks must be an int, got {num_blocks!r}")
     if num_blocks < 1:
         raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+    if num_blocks > MOST_BLOCKS:
+        raise ValueError(f"num_blocks must be at most {MOST_BLOCKS}, got {num_blocks}")
+
+
+def _check_slice(name: str, cut: slice) -> None:
+    if not isinstance(cut, slice):
+        raise TypeError(f"{name} must be a slice, got {cut!r}")
+    if any(end is not None and not hasattr(end, "__index__") for end in (cut.start, cut.stop, cut.step)):
+        raise TypeError(f"{name} must be a slice of ints, got {cut!r}")
+    if cut.step is not None and cut.step < 1:
+        raise ValueError(f"{name} must have a step of at least 1, got {cut!r}")
 
 
 def _check_labels(name: str, labels: Tensor, num_blocks: int) -> None:
-    integer = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
-    if not integer or labels.dtype == torch.bool:
+    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an integer tensor, got {given}")
+    if layout_of(labels) != "torch.strided":
+        raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(labels)}")
     if labels.ndim != 1:
         raise ValueError(f"{name} must have one dimension, got shape {tuple(labels.shape)}")
     if labels.is_meta:
         raise ValueError(f"{name} must hold numbers, got a meta tensor")
     if labels.numel():
-        lowest, highest = (int(bound) for bound in labels.aminmax())
+        lowest, highest = (int(bound) for bound in labels.long().aminmax())
         if lowest < 0 or highest >= num_blocks:
             raise ValueError(
                 f"{name} must lie in [0, {num_blocks}) for num_blocks={num_blocks}, "

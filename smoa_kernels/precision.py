@@ -14,6 +14,14 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
 
     What counts is what the GEMM multiplies in, not what is stored: TF32 (or bf16 in oneDNN) keeps as few bits
     of a float32 W_eff as half precision does.
+
+    Args:
+        dtype: that the operands have when they are multiplied, autocast applied.
+        device_type: "cpu", "cuda", ...
+
+    Example:
+        >>> gemm_is_ieee(torch.float64, "cpu"), gemm_is_ieee(torch.bfloat16, "cpu")
+        (True, False)
     """
     if dtype == torch.float64:
         return True

@@ -15,14 +15,10 @@ from .dropout import Dropout
 from .packed import PackedAdapter
 from .partition import BlockPartition
 
-__all__ = ["ALGORITHMS", "backward", "forward", "reference_delta_weight", "reference_linear"]
+__all__ = ["reference_delta_weight", "reference_linear"]
 
-ALGORITHMS = (
-    "merged",
-    "split",
-    "expanded",
-    "fused",
-)  # different ways to one number, which it computes its own way
+# Different ways to one number, which it computes its own way.
+ALGORITHMS = ("merged", "split", "expanded", "fused")
 
 
 def reference_delta_weight(
@@ -37,7 +33,29 @@ def reference_delta_weight(
         partition: blocks of W0.
         ranks: int (K,), r_k ≤ ρ.
         scaling: s.
+
+    Raises:
+        TypeError, ValueError: naming the argument, as :func:`reference_linear` does.
+
+    Example:
+        >>> halves = torch.tensor([0, 0, 1, 1])
+        >>> partition, ranks = BlockPartition.from_labels(halves, halves, 2), torch.tensor([1, 1])
+        >>> weight, A, B = torch.full((4, 4), 3.0), torch.ones(1, 4), torch.ones(4, 1)
+        >>> reference_delta_weight(weight, A, B, partition, ranks, scaling=2.0)[0].tolist()
+        [6.0, 6.0, 0.0, 0.0]
     """
+    if isinstance(ranks, Tensor) and ranks.dtype == torch.int64:
+        ranks = ranks.int()
+    check_arguments(
+        weight, weight, None, A, B, partition, ranks, scaling=scaling, dropout_p=0.0, dropout_seed=None
+    )
+    check_ranks(ranks, None, A.shape[0])
+    return _delta(weight, A, B, partition, ranks, scaling)
+
+
+def _delta(
+    weight: Tensor, A: Tensor, B: Tensor, partition: BlockPartition, ranks: Tensor, scaling: float | Tensor
+) -> Tensor:
     delta = torch.zeros_like(weight)
     for k, rank in enumerate(ranks.tolist()):
         rows, cols = partition.rows(k), partition.cols(k)
@@ -62,10 +80,20 @@ def reference_linear(
     column_offset: int = 0,
     global_in_features: int | None = None,
 ) -> Tensor:
-    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N).
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N) (docs/definition.md).
 
     Arguments and errors are those of :func:`smoa_kernels.smoa_linear`; the dropout mask is the eager backend's, and
-    its seed must be given.
+    its seed must be given. Unlike that function it has a second derivative.
+
+    Raises:
+        TypeError, ValueError: as `smoa_linear` does; a dropout without a seed.
+
+    Example:
+        >>> weight = torch.randn(6, 4)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> A, B, ranks = torch.randn(1, 4), torch.zeros(6, 1), torch.ones(2, dtype=torch.int32)
+        >>> reference_linear(torch.randn(3, 4), weight, None, A, B, partition, ranks, scaling=0.5).shape
+        torch.Size([3, 6])
     """
     check_arguments(
         x,
@@ -79,11 +107,11 @@ def reference_linear(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
     )
-    check_ranks(ranks, A.shape[0])
+    check_ranks(ranks, None, A.shape[0])
     width = global_width(x, column_offset, global_in_features)
     if dropout_p > 0 and dropout_seed is None:
         raise ValueError("dropout_seed must be given where dropout_p > 0, got None")
-    delta = reference_delta_weight(weight, A, B, partition, ranks, scaling=scaling)
+    delta = _delta(weight, A, B, partition, ranks, scaling)
     dropped = x
     if dropout_seed is not None and dropout_p > 0:
         flat = x.reshape(-1, x.shape[-1])
@@ -96,7 +124,7 @@ def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N)."""
-    return F.linear(x, adapter.weight, bias) + F.linear(_dropped(x, dropout), _delta(adapter))
+    return F.linear(x, adapter.weight, bias) + F.linear(_dropped(x, dropout), _delta_of(adapter))
 
 
 def backward(
@@ -105,7 +133,7 @@ def backward(
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
     dx = dA = dB = None
     if needs_x:
-        dx = dy @ adapter.weight + _dropped(dy @ _delta(adapter), dropout)
+        dx = dy @ adapter.weight + _dropped(dy @ _delta_of(adapter), dropout)
     if x is not None:
         A, B, partition = adapter.A, adapter.B, adapter.partition
         dA, dB = torch.zeros_like(A), torch.zeros_like(B)
@@ -119,9 +147,8 @@ def backward(
     return dx, dA, dB
 
 
-def _delta(adapter: PackedAdapter) -> Tensor:
-    factors = (adapter.A, adapter.B, adapter.partition, adapter.ranks)
-    return reference_delta_weight(adapter.weight, *factors, scaling=adapter.scaling)
+def _delta_of(adapter: PackedAdapter) -> Tensor:
+    return _delta(adapter.weight, adapter.A, adapter.B, adapter.partition, adapter.ranks, adapter.scaling)
 
 
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:

@@ -11,13 +11,14 @@ Memory
   Its query, key, value, gate and up share their inputs. Attention keeps no scores (flash attention).
 - Logits of all T tokens in bfloat16 and, for the loss, their gradient in float32.
 - SMoA's backward workspace is the cost model's, of the largest layer; LoRA's is one output of the widest layer.
-- FSDP2 holds two decoder layers whole, the one that computes and the next.
+- FSDP2 holds two decoder layers whole, the one that computes and the next, and from forward to the end of backward
+  what is in no decoder layer: embedding and head.
 
 Communication, per GPU and step, bytes sent by ring collectives: all-reduce 2·(g-1)/g of a tensor, all-gather and
 reduce-scatter (g-1)/g.
 - DDP: one all-reduce of the trained parameters' gradients.
-- FSDP2: parameters gathered in forward and again in backward (which also serves the recomputation), trained
-  gradients reduce-scattered.
+- FSDP2: decoder layers gathered in forward and again in backward (which also serves the recomputation), embedding
+  and head once, trained gradients reduce-scattered.
 - TP: in each decoder layer the outputs of "output" and "down" are reduced in forward and in its recomputation, and
   in backward the input gradient of each of query, key, value, gate and up, as the styles do it by themselves: 9
   all-reduces of T·h. The gradients of the factors that are whole on every process are reduced too. The embedding is
@@ -34,9 +35,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .cost import Problem, backward_workspace_bytes, estimate
+from .cost import Problem, estimate
 from .gpus import Gpu
 from .tuning.models import MODELS, Decoder
+from .workspace import backward_workspace_bytes
 
 __all__ = ["CAPACITY", "METHODS", "PARALLEL", "STACKS", "Plan", "Scale", "predict", "tensor_parallel_size"]
 
@@ -91,6 +93,10 @@ class Scale:
 
     Raises:
         ValueError: naming the option, what was given and what is allowed.
+
+    Example:
+        >>> Scale("llama-3-8b", gpus=8, parallel="ddp").stack.layers
+        32
     """
 
     model: str
@@ -107,6 +113,11 @@ class Scale:
         for name in ("gpus", "tokens", "rank", "num_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        smallest = min(min(shape) for shape in self.decoder.shapes)
+        if self.num_blocks > smallest:
+            raise ValueError(
+                f"num_blocks must be at most {smallest}, of {self.model}'s smallest layer, got {self.num_blocks}"
+            )
         if self.parallel == "tp" and self.gpus % tensor_parallel_size(self):
             raise ValueError(
                 f"gpus must be a multiple of {tensor_parallel_size(self)}, over which layers are cut, got {self.gpus}"
@@ -125,7 +136,22 @@ class Scale:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one method is predicted to cost on each GPU; memory and traffic in bytes, times in seconds."""
+    """What one method is predicted to cost on each GPU.
+
+    Attributes:
+        method: "full", "lora" or "smoa".
+        trained_parameters: of the whole model.
+        memory: bytes, by what they are for.
+        traffic: bytes that a GPU sends in a step, by collective.
+        compute_seconds: of a step's matrix products.
+        traffic_seconds: of a step's collectives.
+
+    Example:
+        >>> from smoa_kernels.gpus import GPUS
+        >>> plan = predict(Scale("llama-3-8b", gpus=8, parallel="ddp"), "smoa", GPUS["h100"])
+        >>> f"{plan.total_memory / 1e9:.0f} GB, predicted"
+        '26 GB, predicted'
+    """
 
     method: Method
     trained_parameters: int
@@ -146,7 +172,15 @@ class Plan:
 
 
 def tensor_parallel_size(scale: Scale) -> int:
-    """Over how many GPUs layers are cut: a node's, or as many as there are key and value heads or GPUs."""
+    """Over how many GPUs layers are cut: a node's, or as many as there are key and value heads or GPUs.
+
+    Args:
+        scale: the model and the GPUs.
+
+    Example:
+        >>> tensor_parallel_size(Scale("llama-3-70b", gpus=64, parallel="tp"))
+        8
+    """
     return min(NODE, scale.gpus, scale.decoder.kv_heads)
 
 
@@ -175,7 +209,20 @@ def _linears(decoder: Decoder) -> list[_Linear]:
 
 
 def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
-    """Memory, traffic and time of one GPU."""
+    """Memory, traffic and time of one GPU; all of it predicted, by the rules at the top of this file.
+
+    Args:
+        scale: the model, the batch and the GPUs.
+        method: "full", "lora" or "smoa".
+        gpu: one of :data:`smoa_kernels.gpus.GPUS`.
+
+    Example:
+        >>> from smoa_kernels.gpus import GPUS
+        >>> scale = Scale("llama-3-8b", gpus=8, parallel="ddp")
+        >>> smoa, lora = (predict(scale, method, GPUS["h100"]) for method in ("smoa", "lora"))
+        >>> lora.trained_parameters / smoa.trained_parameters  # K
+        4.0
+    """
     stack, decoder, linears = scale.stack, scale.decoder, _linears(scale.decoder)
     cut = tensor_parallel_size(scale) if scale.parallel == "tp" else 1
     replicas = scale.gpus // cut
@@ -183,6 +230,7 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
 
     embedding = stack.vocabulary * decoder.hidden
     head = 0 if stack.tied else embedding
+    root = _HALF * (embedding + head)  # bytes that FSDP2 gathers once and keeps through backward
     norms = (2 * stack.layers + 1) * decoder.hidden
     block = sum(math.prod(linear.part(cut)) for linear in linears)
     base = stack.layers * block + embedding + math.ceil(head / cut) + norms  # of one process under TP
@@ -202,7 +250,7 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
         "gradients": gradients,
         "optimizer": states,
         "labels": _labels(linears, stack.layers, cut) if method == "smoa" else 0,
-        "gathered": 2 * (_HALF * block + _SINGLE * factors / stack.layers) if shards > 1 else 0,
+        "gathered": root + 2 * (_HALF * block + _SINGLE * factors / stack.layers) if shards > 1 else 0,
         "activations": _activations(scale, cut),
         "logits": scale.tokens * stack.vocabulary / cut * (_HALF + _SINGLE),
         "workspace": _workspace(scale, method, linears, cut),
@@ -212,7 +260,7 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
     traffic: dict[str, float] = {}
     if scale.parallel == "fsdp":
         share = (shards - 1) / shards
-        traffic["gather"] = 2 * share * (_HALF * base + _SINGLE * factors)
+        traffic["gather"] = share * (2 * (_HALF * base + _SINGLE * factors) - root)
         traffic["reduce gradients"] = share * trained
     else:
         traffic["reduce gradients"] = 2 * (replicas - 1) / replicas * trained
@@ -226,7 +274,10 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
     outside = sum(traffic.values()) - inside
     link = NODE_BYTES_PER_SECOND if scale.gpus <= NODE else NETWORK_BYTES_PER_SECOND
     seconds = inside / NODE_BYTES_PER_SECOND + outside / link
-    trained_parameters = whole_base if full else whole_factors
+    padding = (
+        math.ceil(scale.rank / scale.num_blocks) * scale.num_blocks / scale.rank if method == "smoa" else 1
+    )
+    trained_parameters = whole_base if full else round(whole_factors / padding)
     return Plan(
         method, trained_parameters, memory, traffic, _compute(scale, method, linears, cut, gpu), seconds
     )

@@ -29,7 +29,23 @@ _SMALL = 2**22
 
 
 def sketch_weight(weight: Tensor) -> Tensor:
-    """float32 (33,) on W0's device: 32 projections, then log2 of the norm. Any floating dtype and strides."""
+    """float32 (33,) on W0's device: 32 projections, then log2 of the norm. Any floating dtype and strides.
+
+    Args:
+        weight: W0 (N, C), any floating dtype and strides.
+
+    Raises:
+        TypeError, ValueError: what has no sketch.
+
+    Example:
+        >>> sketch_weight(torch.randn(6, 8)).shape
+        torch.Size([33])
+    """
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        given = (
+            f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        )
+        raise TypeError(f"weight must be a matrix of floating-point numbers, got {given}")
     weight = whole(weight).detach()
     with one_thread() if weight.numel() < _SMALL else nullcontext():
         return _sketch(weight.to(torch.float32))
@@ -43,7 +59,25 @@ def _sketch(weight: Tensor) -> Tensor:
 
 
 def sketch_distance(first: Tensor, second: Tensor) -> float:
-    """About the relative difference of the two weights; same base when below `TOLERANCE`."""
+    """About the relative difference of the two weights; same base when below `TOLERANCE`.
+
+    Args:
+        first: float32 (33,), from :func:`sketch_weight`.
+        second: likewise.
+
+    Raises:
+        TypeError, ValueError: one that is no sketch.
+
+    Example:
+        >>> weight = torch.randn(64, 48)
+        >>> sketch_distance(sketch_weight(weight), sketch_weight(weight.bfloat16())) < TOLERANCE
+        True
+        >>> sketch_distance(sketch_weight(weight), sketch_weight(torch.randn(64, 48))) < TOLERANCE
+        False
+    """
+    for name, sketch in (("first", first), ("second", second)):
+        if not isinstance(sketch, Tensor) or sketch.shape != (SKETCH_SIZE,) or sketch.is_meta:
+            raise TypeError(f"{name} must be a sketch, {SKETCH_SIZE} numbers")
     difference = first.detach().float().cpu() - second.detach().float().cpu()
     projections = difference[:-1].square().mean().sqrt()
     return float(torch.maximum(projections, difference[-1].abs()))

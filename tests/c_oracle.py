@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
@@ -99,7 +100,7 @@ def library() -> ctypes.CDLL:
 
 def spectral_orders(U: ArrayLike, sigma: ArrayLike, V: ArrayLike) -> SpectralOrders:
     """Spectral centroids and orders from a thin SVD: U (N, q), sigma (q) and V (C, q), not Vᵀ."""
-    sigma = _input("sigma", sigma, np.float64, (len(np.asarray(sigma)),))
+    sigma = _input("sigma", sigma, np.float64, (len(sigma),))
     row_score, row_order = _spectral_order("U", U, sigma)
     col_score, col_order = _spectral_order("V", V, sigma)
     return SpectralOrders(row_score, col_score, row_order, col_order)
@@ -107,7 +108,7 @@ def spectral_orders(U: ArrayLike, sigma: ArrayLike, V: ArrayLike) -> SpectralOrd
 
 def block_labels(order: ArrayLike, num_blocks: int) -> IntArray:
     """The block of each coordinate when `order` (n) is cut as `torch.tensor_split` cuts."""
-    order = _input("order", order, np.int64, (len(np.asarray(order)),))
+    order = _input("order", order, np.int64, (len(order),))
     labels = np.full_like(order, -1)
     _call(library().smoa_block_labels, order.size, num_blocks, order, labels)
     return labels
@@ -145,7 +146,7 @@ def forward(
 ) -> FloatArray:
     """y (T, N) from x (T, C); the adapter sees x∘multiplier, `multiplier` (T, C) the scaled dropout mask."""
     layer = _Layer(weight, A, B, row_block, col_block, ranks, scaling)
-    tokens = len(np.asarray(x))
+    tokens = len(x)
     x = _input("x", x, np.float64, (tokens, layer.in_features))
     bias = None if bias is None else _input("bias", bias, np.float64, (layer.out_features,))
     multiplier = None if multiplier is None else _input("multiplier", multiplier, np.float64, x.shape)
@@ -169,7 +170,7 @@ def backward(
 ) -> Gradients:
     """Gradients of `sum(dy * forward(...))` with dy (T, N)."""
     layer = _Layer(weight, A, B, row_block, col_block, ranks, scaling)
-    tokens = len(np.asarray(x))
+    tokens = len(x)
     x = _input("x", x, np.float64, (tokens, layer.in_features))
     dy = _input("dy", dy, np.float64, (tokens, layer.out_features))
     multiplier = None if multiplier is None else _input("multiplier", multiplier, np.float64, x.shape)
@@ -196,7 +197,7 @@ class _Layer(CLayer):
         scaling: float,
     ) -> None:
         out_features, in_features = np.shape(weight)
-        max_rank, num_blocks = len(np.asarray(A)), len(np.asarray(ranks))
+        max_rank, num_blocks = len(A), len(ranks)
         self._arrays = (
             _input("weight", weight, np.float64, (out_features, in_features)),
             _input("A", A, np.float64, (max_rank, in_features)),
@@ -210,7 +211,7 @@ class _Layer(CLayer):
 
 
 def _spectral_order(name: str, basis: ArrayLike, sigma: FloatArray) -> tuple[FloatArray, IntArray]:
-    basis = _input(name, basis, np.float64, (len(np.asarray(basis)), sigma.size))
+    basis = _input(name, basis, np.float64, (len(basis), sigma.size))
     score, order = _output(len(basis)), np.full(len(basis), -1, dtype=np.int64)
     _call(library().smoa_spectral_order, *basis.shape, basis, sigma, score, order)
     return score, order
@@ -218,6 +219,8 @@ def _spectral_order(name: str, basis: ArrayLike, sigma: FloatArray) -> tuple[Flo
 
 def _input(name: str, value: ArrayLike, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
     """`value` as C reads it. The shape is checked here because C sees only an address."""
+    if isinstance(value, torch.Tensor):
+        value = value.cpu()
     array = np.ascontiguousarray(value, dtype=dtype)
     if np.shape(value) != shape:
         raise ValueError(f"{name} has shape {np.shape(value)}, expected {shape}")

@@ -10,6 +10,9 @@ from torch import Tensor
 from smoa_kernels import BlockPartition, smoa_linear
 from smoa_kernels.reference import reference_linear
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where numerical tests compute; the kernels run on the CPU under Triton's interpreter (conftest.py)."""
+
 
 @dataclass(frozen=True)
 class LinearProblem:
@@ -72,7 +75,35 @@ def make_problem(
     fill_padding: bool = True,
     seed: int = 0,
 ) -> LinearProblem:
-    """A problem with nonzero B. Padding rows of A and B hold rubbish unless `fill_padding` is False."""
+    """A problem with nonzero B, on `DEVICE`: drawn on the CPU, so that every device gets the same numbers.
+
+    Padding rows of A and B hold rubbish unless `fill_padding` is False.
+    """
+    with torch.device("cpu"):
+        problem = _draw(
+            tokens,
+            out_features,
+            in_features,
+            ranks,
+            bias=bias,
+            random_labels=random_labels,
+            fill_padding=fill_padding,
+            seed=seed,
+        )
+    return problem.to(dtype).on(DEVICE)
+
+
+def _draw(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    ranks: tuple[int, ...],
+    *,
+    bias: bool,
+    random_labels: bool,
+    fill_padding: bool,
+    seed: int,
+) -> LinearProblem:
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -103,7 +134,7 @@ def make_problem(
         slot = torch.arange(rho)
         problem.A[slot[:, None] >= problem.ranks[partition.col_block.long()]] = 0
         problem.B[slot >= problem.ranks[partition.row_block.long(), None]] = 0
-    return problem.to(dtype)
+    return problem
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 
 from smoa_kernels.cli import main
-from smoa_kernels.tuning.audit import cache_folder, run_audit
+from smoa_kernels.files import cache_folder
+from smoa_kernels.tuning.audit import run_audit
 from smoa_kernels.tuning.limits import ARCHITECTURES, occupancy
 from smoa_kernels.tuning.listing import parse_amdgcn, parse_sass
 from smoa_kernels.tuning.provenance import argument_offsets, argument_pointers

@@ -12,7 +12,8 @@ from torch import nn
 
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.memory import allocated, footprint, saved_bytes
-from benchmarks.models import adapter_configs
+from benchmarks.models import adapter_configs, base_model
+from benchmarks.profiles import BETWEEN, COPY, GEMM, KINDS, MASK, by_kind
 from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles
 from benchmarks.providers import (
     FROZEN,
@@ -58,21 +59,34 @@ def test_a_spread_above_fifteen_percent_is_noisy(high: float, noisy: bool) -> No
     assert Comparison("base", {"base": [1.0, 1.0, 1.0, high, high]}).noisy is noisy
 
 
-def test_providers_take_turns_and_each_round_starts_with_another() -> None:
+def test_providers_take_turns_in_an_order_that_changes() -> None:
     calls: list[str] = []
 
     def run(name: str) -> dict[str, float]:
         calls.append(name)
         return {"forward": float(len(calls))}
 
-    turns = Turns({name: lambda name=name: run(name) for name in "abc"}, "a")
-    turns.warm_up(2)
-    assert calls == list("abcabc")
-    calls.clear()
-    for _ in range(3):
-        turns.round()
-    assert "".join(calls) == "abcbcacab"
-    assert turns.comparisons()["forward"].seconds == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+    def measured() -> Turns:
+        calls.clear()
+        turns = Turns({name: lambda name=name: run(name) for name in "abc"}, "a")
+        turns.warm_up(2)
+        assert calls == list("abcabc")
+        calls.clear()
+        for _ in range(20):
+            turns.round()
+        return turns
+
+    found = measured().comparisons()["forward"].seconds
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    # Each provider runs first in some round, and follows each other one in some round.
+    assert {each[0] for each in rounds} == set("abc")
+    assert {pair for each in rounds for pair in (each[:2], each[1:])} == {
+        a + b for a in "abc" for b in "abc" if a != b
+    }
+    assert found["b"] == [3 * i + each.index("b") + 1 for i, each in enumerate(rounds)]
+    measured()
+    assert rounds == ["".join(calls[i : i + 3]) for i in range(0, 60, 3)]
 
 
 def test_the_baseline_must_be_one_of_the_variants() -> None:
@@ -178,6 +192,26 @@ def test_saved_bytes_leave_parameters_out() -> None:
     x = CASE.input()
     assert saved_bytes(layer, x) == x.nbytes  # for dW; the weight, for dX, is a parameter
     assert saved_bytes(layer.requires_grad_(False), x) == 0
+
+
+def test_a_model_that_is_not_installed_is_said_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise FileNotFoundError("pip install it")
+
+    monkeypatch.setattr("benchmarks.models.cached_model", missing)
+    with pytest.raises(pytest.skip.Exception, match="SmolLM2-135M is not installed: pip install it"):
+        base_model(smoke=False)
+    assert base_model(smoke=True).config.vocab_size == 256
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="profiles are taken on the CPU")
+def test_a_profile_tells_gemms_from_copies_and_masks() -> None:
+    found = by_kind(training_pass(frozen(CASE), CASE))
+    assert set(found) == set(KINDS)
+    assert min(found[GEMM], found[BETWEEN]) > 0 == found[COPY] == found[MASK]
+    dropped = replace(CASE, dropout=0.05)
+    ours = by_kind(training_pass(smoa()(dropped), dropped))
+    assert min(ours.values()) > 0
 
 
 def test_slope_is_the_power() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks import plots, tables
 from benchmarks.goals import GOALS, Figure
+from benchmarks.profiles import GEMM, KINDS
 from benchmarks.protocol import Quartiles
 from benchmarks.report import END, README, RESULTS, START, generate, main, page, replace_section, section
 from benchmarks.results import Result, Run, compact, read, read_all
@@ -176,6 +178,16 @@ def test_a_whole_model_is_reckoned_from_its_shapes() -> None:
 def test_slopes_stand_beside_the_theorys() -> None:
     row = tables.scaling(everything()).splitlines()[2]
     assert row == "| tokens, 1 to 2 | frozen | +1.00 | +2.00 | – | – |"
+
+
+def test_the_profile_is_the_runs_own_or_is_left_out() -> None:
+    assert "profile" not in page([make_run(layer_result())])
+    kinds = dict.fromkeys(KINDS, 0.25)
+    result = replace(layer_result(dropout=0.05), profile={"frozen": kinds, "SMoA": kinds | {GEMM: 1.75}})
+    found = tables.profile(make_run(result)).splitlines()
+    # 1 + 3/(2K) with dropout; over 5 · 0.25 seconds of frozen's.
+    assert found[2].endswith("dropout 0.05 | 1.38 | 1.40 | 0.20 | 0.20 | 0.20 | 0.20 |")
+    assert "this run's profile says" in page([make_run(result)])
 
 
 def test_two_machines_have_a_part_each() -> None:

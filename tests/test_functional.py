@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import LinearProblem, error_over_budget, make_problem, relative_error
+from problems import DEVICE, LinearProblem, error_over_budget, make_problem, relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smoa_kernels import eager, smoa_linear
 from smoa_kernels.precision import gemm_is_ieee
 from smoa_kernels.reference import reference_linear
+
+pytestmark = pytest.mark.numerical
 
 ALGORITHMS = ("merged", "split", "expanded")
 SHAPES = [
@@ -186,7 +188,7 @@ def test_error_within_twice_the_same_dtype_reference(
     exact = make_problem(tokens=96, out_features=160, in_features=192, ranks=(6, 4, 6))
     rounded = exact.to(dtype, factor_dtype)
     truth = rounded.to(torch.float64).run_reference()
-    ours, baseline = rounded.run(algorithm=algorithm), rounded.run_reference()
+    ours, baseline = rounded.run(algorithm=algorithm, backend="eager"), rounded.run_reference()
     for name, value, same_dtype, expected in zip(
         ("y", "dx", "dA", "dB", "dbias"), ours, baseline, truth, strict=True
     ):
@@ -222,7 +224,7 @@ def test_reduced_float32_precision_counts_as_half() -> None:
 def test_autocast_gradients_have_the_leaves_dtypes() -> None:
     p = make_problem(dtype=torch.float32)
     x, A, B, bias = (t.clone().requires_grad_() for t in (p.x, p.A, p.B, p.bias))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = smoa_linear(x, p.weight, bias, A, B, p.partition, p.ranks, scaling=0.7)
     y.float().sum().backward()
     assert {t.grad.dtype for t in (x, A, B, bias)} == {torch.float32}
@@ -289,7 +291,7 @@ def test_the_reference_has_a_second_derivative() -> None:
     assert A.grad is not None
 
 
-@pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.4, "dropout_seed": torch.tensor(9)}])
+@pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.4, "dropout_seed": torch.tensor(9, device=DEVICE)}])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_reference_backend_is_the_reference(shape: dict[str, object], dropout: dict[str, object]) -> None:
     """Its gradients are written out: they are those that autograd makes of the definition."""

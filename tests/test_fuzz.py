@@ -13,7 +13,7 @@ from typing import NamedTuple
 import c_oracle
 import pytest
 import torch
-from problems import LinearProblem, make_problem
+from problems import DEVICE, LinearProblem, make_problem
 from torch import Tensor
 
 from smoa_kernels import eager, smoa_linear
@@ -24,8 +24,10 @@ pytest.importorskip("hypothesis", reason="hypothesis draws these problems")
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.numerical
+
 ROUNDINGS = 8
-SEED = torch.tensor(11)
+SEED = torch.tensor(11, device=DEVICE)
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
@@ -93,7 +95,7 @@ def oracle(p: LinearProblem, mask: Tensor | None) -> tuple[Tensor, ...]:
     options = {"scaling": p.scaling, "multiplier": mask}
     y = c_oracle.forward(p.x.double(), wide[0], bias, *wide[1:], *blocks, **options)
     gradients = c_oracle.backward(p.dy.double(), p.x.double(), *wide, *blocks, **options)
-    return tuple(torch.from_numpy(value) for value in (y, *gradients))
+    return tuple(torch.from_numpy(value).to(DEVICE) for value in (y, *gradients))
 
 
 def absolute(p: LinearProblem) -> LinearProblem:
@@ -119,9 +121,8 @@ def test_eager(case: Case) -> None:
 @share(0.1)
 @given(case=cases(("merged", "split", "fused"), ALL[1:], dropout=False))
 def test_triton(case: Case) -> None:
-    obstacle = triton_obstacle(torch.device("cpu"))
-    if obstacle is not None:
-        pytest.skip(f"on CPU tensors, {obstacle}")
+    if (obstacle := triton_obstacle(DEVICE)) is not None:
+        pytest.skip(obstacle)
     assert set(load_backend("triton").ALGORITHMS) == {"merged", "split", "fused"}
     check(case, "triton")
 

@@ -1,16 +1,20 @@
 """What surrounds a layer in training: activation checkpointing, mixed precision with loss scaling, both compiled."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
-from problems import relative_error
+from problems import DEVICE, make_problem, relative_error
 from test_operator import Block, run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from smoa_kernels import FusedSMoALinear
+import smoa_kernels.dropout
+from smoa_kernels import BlockPartition, FusedSMoALinear, eager
+from smoa_kernels.dropout import Dropout
+from smoa_kernels.packed import PackedAdapter
 
 
 class Checkpointed(nn.Module):
@@ -23,6 +27,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, x, use_reentrant=self.use_reentrant)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "compiled"])
 def test_checkpointing_recomputes_with_the_same_mask(how: str) -> None:
     torch.manual_seed(0)
@@ -42,17 +47,18 @@ def test_checkpointing_recomputes_with_the_same_mask(how: str) -> None:
         assert not torch.equal(value, different)
 
 
+@pytest.mark.numerical
 def test_loss_scaling_under_autocast() -> None:
     """float16 autocast with GradScaler: the float32 factors' step is the unscaled one's, and an overflow skips it."""
     torch.manual_seed(0)
     block, x = Block(), torch.randn(64, 40)
     factors = [p for p in block.parameters() if p.requires_grad and p.ndim == 2]
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
         loss = block(x).float().square().mean()
     plain = torch.autograd.grad(loss, factors)
     optimizer, before = torch.optim.SGD(factors, lr=0.1), [p.detach().clone() for p in factors]
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    with torch.autocast("cpu", dtype=torch.float16):
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=256.0)
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
         loss = block(x).float().square().mean()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -63,7 +69,7 @@ def test_loss_scaling_under_autocast() -> None:
         assert relative_error((old - factor) / 0.1, gradient) < 2e-2  # float16 gradients, scaled and not
     changed = [p.detach().clone() for p in factors]
     optimizer.zero_grad()
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
         scaler.scale(block(x).float().square().mean() * 1e30).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -108,14 +114,35 @@ class NothingRead(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def layer_of(kind: str, backend: str, dropout: float) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "fused":
+        return FusedSMoALinear(40, 33, r=7, num_blocks=3, dropout=dropout, backend=backend)
+    peft = pytest.importorskip("peft", reason="needs the peft extra")
+    from smoa_kernels.peft import SMoAConfig
+
+    settings = {"r": 7, "smoa_dropout": dropout, "target_modules": ["0"], "backend": backend}
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(40, 33)), SMoAConfig(num_blocks=3, **settings))
+    if kind == "two adapters":
+        model.add_adapter("other", SMoAConfig(num_blocks=2, **settings))
+        model.base_model.set_adapter(["default", "other"])
+    return model
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_graphs.py shows it on the GPU itself")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_kernels_path_reads_nothing_on_the_host(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="the kernels run in Triton's interpreter here")
-    torch.manual_seed(0)
-    layer = FusedSMoALinear(40, 33, r=6, num_blocks=3, dropout=dropout, backend="triton")
-    x = torch.randn(20, 40, requires_grad=True)
+@pytest.mark.parametrize("tokens", [2, 20])  # the forms for few and for many tokens
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("kind", ["fused", "peft", "two adapters"])
+def test_nothing_is_read_on_the_host(
+    kind: str, backend: str, tokens: int, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton", reason="the kernels run in Triton's interpreter here")
+    layer = layer_of(kind, backend, dropout)
+    x = torch.randn(tokens, 40, requires_grad=True)
     layer(x).sum().backward()  # what is done once, is done
+    monkeypatch.setattr(smoa_kernels.dropout, "draws", lambda device: False)  # masks as on a GPU
 
     original = Tensor.tolist
 
@@ -129,3 +156,21 @@ def test_the_kernels_path_reads_nothing_on_the_host(dropout: float, monkeypatch:
     monkeypatch.setattr(Tensor, "tolist", tolist)
     with NothingRead():
         layer(x).sum().backward()
+
+
+@pytest.mark.parametrize("algorithm", ["merged", "split", "expanded", "dropout"])
+@pytest.mark.parametrize("host", [True, False])
+def test_eager_needs_no_values(algorithm: str, host: bool) -> None:
+    """On meta tensors, where whatever reads a value raises: as it must where the host is not told the ranks."""
+    p = make_problem(dtype=torch.float32)
+    meta = {name: t.to("meta") for name, t in vars(p).items() if isinstance(t, Tensor)}
+    x, dy = meta["x"].flatten(0, -2), meta["dy"].flatten(0, -2)
+    blocks = BlockPartition.from_tensors([t.to("meta") for t in p.partition.tensors()], p.partition.sizes())
+    scaling, seed = torch.ones((), device="meta"), torch.ones((), dtype=torch.int64, device="meta")
+    factors = (meta["weight"], meta["A"], meta["B"], blocks, meta["ranks"], scaling)
+    adapter = PackedAdapter(*factors, p.ranks.tolist() if host else None)
+    dropout = Dropout(seed, 0.3) if algorithm == "dropout" else None
+    with nullcontext() if host else pytest.raises(RuntimeError, match="meta"):
+        y = eager.forward(x, meta["bias"], adapter, "split" if dropout else algorithm, dropout)
+        gradients = eager.backward(dy, x, adapter, dropout, needs_x=True)
+        assert [t.shape for t in (y, *gradients)] == [t.shape for t in (dy, x, meta["A"], meta["B"])]

@@ -8,13 +8,15 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import relative_error
+from problems import DEVICE, relative_error
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear, smoa_linear
 from smoa_kernels import partition as partition_module
 from smoa_kernels.reference import reference_delta_weight
 from smoa_kernels.sketch import TOLERANCE, sketch_distance, sketch_weight
+
+pytestmark = pytest.mark.numerical
 
 
 def trained(**kwargs: object) -> FusedSMoALinear:
@@ -133,6 +135,22 @@ def forbid_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partition_module, "spectral_centroids", never)
 
 
+def test_ranks_on_the_host_follow_the_state_dict() -> None:
+    """The layer keeps them as a buffer and as numbers, and on the CPU the operator compares the two."""
+    layer = trained()
+    other = FusedSMoALinear.from_linear(nn.Linear(40, 33), r=7, num_blocks=3, block_ranks=[2, 2, 3], alpha=14)
+    x = torch.randn(5, 40)
+    for assign in (False, True):
+        taken = copy.deepcopy(layer)
+        taken.load_state_dict(other.state_dict(), assign=assign)
+        assert taken.block_ranks == other.block_ranks != layer.block_ranks
+        assert torch.equal(taken(x), other(x))
+        assert torch.equal(copy.deepcopy(taken)(x), other(x))
+    layer.smoa_ranks = other.smoa_ranks
+    with pytest.raises(ValueError, match=r"block_ranks must be the numbers in ranks, \[2, 2, 3\]"):
+        layer(x)
+
+
 def test_adapter_alone_loads_over_the_same_base(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = trained()
     base = nn.Linear(40, 33)
@@ -235,13 +253,13 @@ def test_meta_construction_and_materialisation() -> None:
     with torch.device("meta"):
         empty = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14)
     assert empty.smoa_A.is_meta
-    loaded = empty.to_empty(device="cpu")
+    loaded = empty.to_empty(device=DEVICE)
     loaded.load_state_dict(layer.state_dict())
     x = torch.randn(5, 40)
     assert torch.equal(loaded(x), layer(x))
     with torch.device("meta"):
         empty = FusedSMoALinear(40, 33, r=7, num_blocks=3)
-    drawn = empty.to_empty(device="cpu")
+    drawn = empty.to_empty(device=DEVICE)
     drawn.reset_parameters()
     torch.testing.assert_close(drawn(x), F.linear(x, drawn.weight, drawn.bias))
     assert not drawn.weight.requires_grad

@@ -4,12 +4,16 @@ import copy
 
 import pytest
 import torch
-from problems import LinearProblem, make_problem
+from problems import DEVICE, LinearProblem, make_problem
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from smoa_kernels import FusedSMoALinear
+from smoa_kernels.backends import triton_obstacle
 from smoa_kernels.operator import linear, linear_backward
 from smoa_kernels.packed import scaling_tensor
+
+pytestmark = pytest.mark.numerical
 
 
 def arguments(
@@ -21,7 +25,7 @@ def arguments(
 ) -> tuple:
     """The operator's own arguments, leaves that require grad where asked."""
     x, bias, A, B = (t.clone().requires_grad_(grad) for t in (p.x, p.bias, p.A, p.B))
-    seed = torch.tensor(5) if dropout else None
+    seed = torch.tensor(5, device=p.x.device) if dropout else None
     scaling = scaling_tensor(p.scaling, x.device)
     blocks, sizes = p.partition.tensors(), p.partition.sizes()
     width = x.shape[-1]
@@ -32,6 +36,7 @@ def arguments(
         A,
         B,
         p.ranks,
+        p.ranks.tolist(),
         scaling,
         seed,
         blocks,
@@ -89,6 +94,31 @@ def run(block: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     return (y.detach(), *(p.grad for p in block.parameters() if p.grad is not None))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": "split"},
+        {"backend": "triton"},
+        {"backend": "triton", "algorithm": "merged"},
+        {"backend": "triton", "dropout": 0.3},
+    ],
+    ids=str,
+)
+def test_a_backend_or_algorithm_of_ones_own_compiles_whole(settings: dict[str, object]) -> None:
+    """What it takes to choose a backend, imports among it, is nothing that a compiler may look into."""
+    if (obstacle := triton_obstacle(DEVICE)) is not None and "backend" in settings:
+        pytest.skip(obstacle)
+    torch.manual_seed(0)
+    layer = FusedSMoALinear(40, 33, r=6, num_blocks=2, **settings)
+    nn.init.normal_(layer.smoa_B, std=0.1)
+    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(12, 40)
+    torch.manual_seed(1)
+    expected = run(layer, x)
+    torch.manual_seed(1)
+    for ours, eager in zip(run(compiled, x), expected, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole_and_equals_eager(dynamic: bool, dropout: float) -> None:
@@ -118,16 +148,43 @@ def test_inductor_compiles_it() -> None:
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_scaling_seed_and_token_count_recompile_nothing() -> None:
+@pytest.mark.parametrize(
+    ("backend", "algorithm"),
+    [("eager", "split"), ("reference", "merged"), ("triton", "auto"), ("triton", "fused")],
+)
+def test_compiles_whole_whatever_is_chosen(backend: str, algorithm: str) -> None:
+    """Backend and algorithm are settled while the compiler looks on, by imports that it cannot follow."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="the kernels run in Triton's interpreter here")
+    torch.manual_seed(0)
+    layer = FusedSMoALinear(40, 33, r=6, num_blocks=2, backend=backend, algorithm=algorithm)
+    nn.init.normal_(layer.smoa_B, std=0.1)
+    x = torch.randn(7, 40)
+    expected = run(layer, x)
+    for ours, eager in zip(
+        run(torch.compile(layer, fullgraph=True, backend="aot_eager"), x), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "graphs"),
+    [(True, 1), (None, 2), (False, 1)],  # None: torch's own step from one token count to any
+)
+def test_scaling_seed_and_token_count_recompile_nothing(dynamic: bool | None, graphs: int) -> None:
+    counters.clear()
     block = Block(dropout=0.2)
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
-    run(compiled, torch.randn(8, 40))
-    run(compiled, torch.randn(11, 40))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for tokens, scaling in ((1024, 0.5), (17, 2.0), (300, 1.0)):
-            block.up.scaling = scaling
-            torch.manual_seed(tokens)
-            run(compiled, torch.randn(tokens, 40))
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens, scaling in ((8, 1.0), (8, 0.3), (8, 2.0), (1024, 0.5), (17, 2.0), (300, 1.0), (2, 1.0)):
+        block.up.scaling = scaling
+        torch.manual_seed(tokens)
+        x = torch.randn(8 if dynamic is False else tokens, 40)
+        torch.manual_seed(tokens)
+        y = run(compiled, x)[0]
+        torch.manual_seed(tokens)
+        torch.testing.assert_close(y, run(block, x)[0])
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
 
 
 def test_exports_an_inference_graph() -> None:

@@ -4,7 +4,8 @@ import c_oracle
 import numpy as np
 import pytest
 import torch
-from problems import make_problem
+from problems import DEVICE, make_problem
+from torch import Tensor
 from vectors import Vector, all_vectors
 
 from smoa_kernels import BlockPartition
@@ -12,20 +13,28 @@ from smoa_kernels.dropout import Dropout
 from smoa_kernels.packed import pack_factors, unpack_factors
 from smoa_kernels.reference import reference_delta_weight, reference_linear
 
+pytestmark = pytest.mark.numerical
+
 TOLERANCE = 1e-10
 
 
 def assert_close(value: object, expected: object) -> None:
+    if isinstance(value, Tensor):
+        value = value.cpu()
     np.testing.assert_allclose(np.asarray(value), np.asarray(expected), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).to(DEVICE)
 
 
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)
 def test_reference_equals_vectors(vector: Vector) -> None:
-    weight, x = torch.from_numpy(vector.weight), torch.from_numpy(vector.x).requires_grad_()
+    weight, x = tensor(vector.weight), tensor(vector.x).requires_grad_()
     partition = BlockPartition.from_weight(weight, vector.num_blocks)
     A, B, ranks = pack_factors(
-        [torch.from_numpy(a) for a in vector.block_A],
-        [torch.from_numpy(b) for b in vector.block_B],
+        [tensor(a) for a in vector.block_A],
+        [tensor(b) for b in vector.block_B],
         partition,
     )
     assert_close(A, vector.A)
@@ -33,11 +42,9 @@ def test_reference_equals_vectors(vector: Vector) -> None:
     A.requires_grad_(), B.requires_grad_()
     delta = reference_delta_weight(weight, A, B, partition, ranks, scaling=vector.scaling)
     assert_close(delta.detach(), vector.delta_weight)
-    y = reference_linear(
-        x, weight, torch.from_numpy(vector.bias), A, B, partition, ranks, scaling=vector.scaling
-    )
+    y = reference_linear(x, weight, tensor(vector.bias), A, B, partition, ranks, scaling=vector.scaling)
     assert_close(y.detach(), vector.y)
-    y.backward(torch.from_numpy(vector.dy))
+    y.backward(tensor(vector.dy))
     assert_close(x.grad, vector.dx)
     dA, dB = unpack_factors(A.grad, B.grad, partition, ranks)
     for ours, expected in zip((*dA, *dB), (*vector.block_dA, *vector.block_dB), strict=True):
@@ -52,7 +59,7 @@ def test_reference_equals_c_oracle(ranks: tuple[int, ...], random_labels: bool, 
     multiplier, kwargs = None, {}
     if dropout_p:
         seed = torch.tensor(1234)
-        multiplier = Dropout(seed, dropout_p).multiplier(problem.x).numpy()
+        multiplier = Dropout(seed, dropout_p).multiplier(problem.x)
         kwargs = {"dropout_p": dropout_p, "dropout_seed": seed}
     y, dx, dA, dB = problem.run_reference(**kwargs)
     arguments = (
@@ -75,7 +82,7 @@ def test_reference_equals_c_oracle(ranks: tuple[int, ...], random_labels: bool, 
 
 
 def test_spectral_order_equals_c_oracle() -> None:
-    weight = torch.randn(21, 34, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    weight = torch.randn(21, 34, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(7))
     U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
     orders = c_oracle.spectral_orders(U, sigma, Vh.T)
     partition = BlockPartition.from_weight(weight, 4)

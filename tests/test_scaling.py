@@ -57,6 +57,22 @@ def test_fully_sharded_memory_adds_up_to_one_copy() -> None:
         assert plan.memory["labels"] == whole.memory["labels"]  # replicated
 
 
+def test_fully_sharded_gathers_layers_twice_and_the_rest_once() -> None:
+    plan = plans("llama-3-8b", 8, "fsdp")["lora"]
+    layer = 2 * 4096**2 + 2 * 1024 * 4096 + 3 * 14336 * 4096
+    norms, rest = (2 * 32 + 1) * 4096, 2 * 128256 * 4096  # embedding and head
+    factors = 4 * plan.trained_parameters
+    assert plan.traffic["gather"] == 7 / 8 * (2 * (2 * (32 * layer + norms) + factors) + 2 * rest)
+    assert plan.memory["gathered"] == 2 * (2 * layer + factors / 32) + 2 * rest
+
+
+def test_padding_is_not_trained() -> None:
+    """Rank 16 over 3 blocks is 6, 5 and 5: kept and sent as 6 each."""
+    even, uneven = (plans("llama-3-8b", 8, "ddp", rank=r, num_blocks=3)["smoa"] for r in (18, 16))
+    assert uneven.total_traffic == even.total_traffic
+    assert uneven.trained_parameters == round(even.trained_parameters * 16 / 18)
+
+
 def test_tensor_parallelism_stays_in_a_node_and_cuts_layers() -> None:
     scale = Scale("llama-3-70b", 64, "tp")
     assert tensor_parallel_size(scale) == 8

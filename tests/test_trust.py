@@ -8,6 +8,8 @@ import trust
 
 from smoa_kernels import eager
 
+pytestmark = pytest.mark.numerical
+
 
 def test_every_result_is_within_its_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "reports" / "trust.md"

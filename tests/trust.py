@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import conftest  # noqa: F401  # Triton interprets where there is no GPU, decided before a kernel is defined
 import torch
-from problems import LinearProblem, error_over_budget, make_problem
+from problems import DEVICE, LinearProblem, error_over_budget, make_problem
 from torch import Tensor
 
 from smoa_kernels import eager
@@ -39,14 +39,9 @@ def cases() -> Iterator[Case]:
     """Every algorithm of every backend that runs here; float64 has no wider truth to be judged by."""
     for dtype in DTYPES:
         yield from (Case("eager", algorithm, dtype) for algorithm in (*eager.ALGORITHMS, "dropout"))
-    if triton_obstacle(device()) is None:
+    if triton_obstacle(DEVICE) is None:
         algorithms = load_backend("triton").ALGORITHMS
         yield from (Case("triton", way, dtype) for dtype in DTYPES for way in algorithms)
-
-
-def device() -> torch.device:
-    """Where the kernels run."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def shares(case: Case, problem: LinearProblem) -> dict[str, float]:
@@ -54,7 +49,7 @@ def shares(case: Case, problem: LinearProblem) -> dict[str, float]:
     options: dict[str, object] = {"algorithm": case.algorithm, "backend": case.backend}
     dropout: dict[str, object] = {}
     if case.algorithm == "dropout":
-        dropout = {"dropout_p": 0.3, "dropout_seed": torch.tensor(5)}
+        dropout = {"dropout_p": 0.3, "dropout_seed": torch.tensor(5, device=DEVICE)}
         options |= {"algorithm": "split", **dropout}
     rounded = problem.to(case.dtype)
     exact = rounded.to(torch.float64)
@@ -85,10 +80,7 @@ def report(*, quick: bool) -> dict[Case, dict[str, float]]:
     sizes = {"tokens": 24, "out_features": 48, "in_features": 64, "ranks": (3, 0, 2)}
     if not quick:
         sizes = {"tokens": 96, "out_features": 160, "in_features": 192, "ranks": (6, 4, 6)}
-    problems = [
-        make_problem(**sizes, seed=seed).on(device())  # type: ignore[arg-type]
-        for seed in range(1 if quick else 3)
-    ]
+    problems = [make_problem(**sizes, seed=seed) for seed in range(1 if quick else 3)]  # type: ignore[arg-type]
     found = {}
     for case in cases():
         each = [shares(case, problem) for problem in problems]

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 from smoa_kernels.cost import estimate
 from smoa_kernels.gpus import Gpu
+from smoa_kernels.workspace import peak_bytes
 
 from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
 from .cases import DOWN, DOWN_HIRA, SQUARE, SQUARE_HIRA
 from .state import State
 
-__all__ = ["COLUMNS", "GOALS", "Goal", "Row"]
+__all__ = ["COLUMNS", "GOALS", "WAYS", "Goal", "Row"]
 
 
 class Column(NamedTuple):
@@ -26,13 +27,15 @@ class Column(NamedTuple):
 
 COLUMNS = (Column("4096×4096", SQUARE, SQUARE_HIRA), Column("N=4096, C=14336", DOWN, DOWN_HIRA))
 
-_PREDICTED = {
+WAYS = {
+    FROZEN: "frozen",
     LORA: "lora",
     HIRA: "hira",
     PAPER: "paper_dense",
     f"{SMOA} merged": "merged",
     f"{SMOA} split": "split",
 }
+"""Every provider that the cost model knows, and its name there."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,13 @@ class Row:
 
     Attributes:
         goal: at most this, or at least where the goal is a share.
-        predicted: by the cost model; None where it says nothing.
+        predicted: by the cost model, bytes by the rules of `workspace.peak_bytes`.
         measured: None where it was not.
         noisy: the machine was too unsteady for it to be quoted.
     """
 
     goal: float
-    predicted: float | None
+    predicted: float
     measured: float | None
     noisy: bool = False
 
@@ -80,7 +83,7 @@ def _time(ours: str, peer: str, *, hira: bool = False) -> Callable[[Column, floa
 
     def row(column: Column, limit: float, gpu: Gpu, state: State) -> Row:
         case = column.one_block if hira else column.case
-        seconds = [estimate(case.problem(), gpu, _PREDICTED[name]).seconds() for name in (ours, peer)]
+        seconds = [estimate(case.problem(), gpu, WAYS[name]).seconds() for name in (ours, peer)]
         result = state.run.find("layer", **case.record())
         if result is None or not {ours, peer} <= set(result.seconds["both"]):
             return Row(limit, seconds[0] / seconds[1], None)
@@ -94,11 +97,14 @@ def _peak(ours: str) -> Callable[[Column, float, Gpu, State], Row]:
     """Peak memory beyond the frozen layer's, over LoRA's."""
 
     def row(column: Column, limit: float, gpu: Gpu, state: State) -> Row:
+        problem = column.case.problem()
+        frozen, *peaks = (peak_bytes(problem, WAYS[name]) for name in (FROZEN, ours, LORA))
+        predicted = (peaks[0] - frozen) / (peaks[1] - frozen)
         result = state.run.find("memory", **column.case.record())
         if result is None or not {ours, LORA, FROZEN} <= set(result.bytes):
-            return Row(limit, None, None)
+            return Row(limit, predicted, None)
         extra = [result.bytes[name]["peak"] - result.bytes[FROZEN]["peak"] for name in (ours, LORA)]
-        return Row(limit, None, extra[0] / extra[1] if extra[1] > 0 else None)
+        return Row(limit, predicted, extra[0] / extra[1] if extra[1] > 0 else None)
 
     return row
 

@@ -1,4 +1,8 @@
-"""Stage 1: the kernels' numerical tests on this device, a pytest process for each file."""
+"""Stage 1: every numerical test on this device, a pytest process for each file that has one.
+
+A test says that it is numerical with a mark (`numerical`, or `gpu` where it has nothing to do elsewhere): then its
+tensors are made on the GPU where there is one (tests/conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -10,69 +14,84 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .job import Job, OutOfTimeError
 from .state import ROOT
 
+TESTS = ROOT / "tests"
+MARKS = ("numerical", "gpu")
+
 # What a rehearsal runs of two files, and a few seconds of it.
-SMOKE_FILES = ("test_modulate", "test_permute")
+SMOKE_FILES = ("kernels/test_modulate.py", "kernels/test_permute.py")
 SMOKE_TESTS = ("-k", "test_merges_in_place or test_no_tokens")
+
+FileFinding = Mapping[str, Any]
+"""Of one file: "status" ("done", "failed" or "out of time"), "counts" of outcomes, "failures", a line for each."""
+
+
+def numerical_files() -> list[str]:
+    """Names of the files that hold a numerical test; the kernels', which take longest, first."""
+    marked = re.compile(rf"\bpytest\.mark\.({'|'.join(MARKS)})\b")
+    found = [path for path in TESTS.rglob("test_*.py") if marked.search(path.read_text(encoding="utf-8"))]
+    names = (path.relative_to(TESTS).as_posix() for path in found)
+    return sorted(names, key=lambda name: (not name.startswith("kernels/"), name))
 
 
 def run_tests(job: Job) -> None:
-    """Every numerical test of the kernels on this device, a process for each file.
+    """Run every file whose tests have not passed yet, as many at once as there are processors.
 
     Raises:
         AssertionError: a test failed.
         OutOfTimeError: some did not run.
     """
-    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
-    select: list[str] = []
+    names, select = numerical_files(), ["-m", " or ".join(MARKS)]
     if job.smoke:
-        files, select = [file for file in files if file.stem in SMOKE_FILES], list(SMOKE_TESTS)
-    counts: Counter[str] = Counter()
-    failures: list[str] = []
-    unfinished = []
+        names, select = list(SMOKE_FILES), list(SMOKE_TESTS)
+    state = job.state
+    known: dict[str, FileFinding] = dict(state.findings.get("tests", {}))
+    waiting = [name for name in names if known.get(name, {}).get("status") != "done"]
+    running: dict[str, subprocess.Popen[bytes]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        waiting, running = list(files), dict[Path, subprocess.Popen[bytes]]()
-        at_once = max(1, (os.cpu_count() or 2) // 2)
         while waiting or running:
-            while waiting and len(running) < at_once:
-                running[waiting[0]] = _pytest(waiting[0], select, Path(folder))
-                waiting.pop(0)
+            while waiting and len(running) < (os.cpu_count() or 1):
+                name = waiting.pop(0)
+                running[name] = _pytest(name, select, _output(folder, name))
             time.sleep(0.2)
             late = job.left < 5
-            for file, process in list(running.items()):
-                if process.poll() is None and not late:
-                    continue
+            for name, process in list(running.items()):
                 if late:
                     _stop(process)
-                    unfinished.append(file.name)
-                del running[file]
-                text = (Path(folder) / file.stem).read_text(encoding="utf-8", errors="replace")
-                counts.update(outcomes(text).values())
-                failures += failed(text)
-                if not late and process.returncode not in (0, 1, 5):
-                    failures.append(f"{file.name}: pytest ended with {process.returncode}: {text[-800:]}")
+                elif process.poll() is None:
+                    continue
+                del running[name]
+                text = _output(folder, name).read_text(encoding="utf-8", errors="replace")
+                known[name] = _finding(name, text, process.returncode, late)
+                state = state.with_finding("tests", dict(known))
+                job.save(state)
             if late:
-                unfinished += [file.name for file in waiting]
+                known |= {name: _unfinished("", []) for name in waiting}
                 waiting.clear()
-    finding = {"counts": dict(counts), "failures": failures, "unfinished": sorted(unfinished)}
-    job.save(job.state.with_finding("tests", finding))
+    job.save(state.with_finding("tests", known))
+    failures = [line for found in known.values() for line in found["failures"]]
     if failures:
         raise AssertionError(f"{len(failures)} failures, the first: {failures[0].splitlines()[0]}")
-    if unfinished:
+    if unfinished := [name for name, found in known.items() if found["status"] == "out of time"]:
         raise OutOfTimeError(f"not finished: {', '.join(sorted(unfinished))}")
 
 
-def _pytest(file: Path, select: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+def _output(folder: str, name: str) -> Path:
+    return Path(folder) / name.replace("/", ".")
+
+
+def _pytest(name: str, select: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
     options = ["-o", "addopts=--benchmark-disable", "-v", "--tb=short", "-p", "no:cacheprovider", *select]
-    with (folder / file.stem).open("wb") as stream:
+    with output.open("wb") as stream:
         return subprocess.Popen(
-            [sys.executable, "-m", "pytest", str(file.relative_to(ROOT)), *options],
+            [sys.executable, "-m", "pytest", f"tests/{name}", *options],
             cwd=ROOT,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -87,6 +106,27 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         return
     process.kill()
     process.wait()
+
+
+def _finding(name: str, text: str, code: int, late: bool) -> FileFinding:
+    failures = failed(text)
+    if late:
+        return _unfinished(text, failures)
+    if code not in (0, 1, 5):  # 5: none of the file's tests was selected, or all of it was skipped
+        failures = [*failures, f"{name}: pytest ended with {code}: {text[-800:]}"]
+    return {
+        "status": "failed" if failures else "done",
+        "counts": dict(Counter(outcomes(text).values())),
+        "failures": failures,
+    }
+
+
+def _unfinished(text: str, failures: list[str]) -> FileFinding:
+    return {
+        "status": "out of time",
+        "counts": dict(Counter(outcomes(text).values())),
+        "failures": failures,
+    }
 
 
 def outcomes(text: str) -> dict[str, str]:

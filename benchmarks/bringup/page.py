@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from smoa_kernels.cost import Estimate, parts
 from smoa_kernels.gpus import GPUS, Gpu, device_gpu
+from smoa_kernels.tuning.entries import Entry
+from smoa_kernels.tuning.words import choice_words, problem_words, winner
 
 from .. import tables
 from ..protocol import DEVICE
-from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
+from ..providers import Case
 from ..results import Result
-from .goals import COLUMNS, GOALS, Goal, Row
+from .goals import COLUMNS, GOALS, WAYS, Goal, Row
 from .state import State
-
-_WAYS = {
-    FROZEN: "frozen",
-    LORA: "lora",
-    HIRA: "hira",
-    PAPER: "paper_dense",
-    f"{SMOA} merged": "merged",
-    f"{SMOA} split": "split",
-}
 
 
 def page(state: State) -> str:
@@ -78,7 +73,7 @@ def _goals(state: State, gpu: Gpu) -> str:
         for column, limit in zip(COLUMNS, goal.limits, strict=True):
             row = goal.row(column, limit, gpu, state)
             sign = "≥" if goal.share else "≤"
-            cells += [f"{sign} {limit:.2f}", _number(row.predicted), _measured(goal, row)]
+            cells += [f"{sign} {limit:.2f}", f"{row.predicted:.2f}", _measured(goal, row)]
         rows.append(cells)
     return tables.table(headings, rows)
 
@@ -91,16 +86,18 @@ def _measured(goal: Goal, row: Row) -> str:
 
 
 def _tests(state: State) -> str:
+    """All outcomes in one line, then what failed and what did not end."""
     found = state.findings.get("tests")
     if found is None:
         return "Not run."
-    counts = (
-        ", ".join(f"{count} {outcome}" for outcome, count in sorted(found["counts"].items())) or "none ran"
-    )
-    lines = [f"{counts}."]
-    if found["unfinished"]:
-        lines.append(f"Not finished in time: {', '.join(found['unfinished'])}.")
-    lines += [f"- failed: `{line}`" for line in found["failures"]]
+    counts: Counter[str] = Counter()
+    for file in found.values():
+        counts.update(file["counts"])
+    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none ran"
+    lines = [f"{told}, in {len(found)} files."]
+    if late := [name for name, file in found.items() if file["status"] == "out of time"]:
+        lines.append(f"Not finished in time: {', '.join(sorted(late))}.")
+    lines += [f"- failed: `{line}`" for file in found.values() for line in file["failures"]]
     return "\n".join(lines)
 
 
@@ -109,21 +106,17 @@ def _tuning(state: State) -> str:
     if found is None:
         return "Not run."
     rows = []
-    for entry in found["table"]["entries"]:
-        key, trials = entry["key"], [trial for trial in entry["trials"] if "seconds" in trial]
-        if not trials:
+    for entry in map(Entry.from_json, found["table"]["entries"]):
+        best, default = winner(entry), entry.trial(entry.default)
+        if best is None or best.seconds is None:
             continue
-        best = min(trials, key=lambda trial: float(trial["seconds"]))
-        default = next((t["seconds"] for t in trials if t["choice"] == entry["default"]), None)
-        choice = best["choice"]
-        words = choice if isinstance(choice, str) else " ".join(f"{k}={v}" for k, v in choice.items())
+        before = None if default is None else default.seconds
         rows.append(
             (
-                f"{key['kernel']} {key['out_features']}×{key['in_features']} T≤{key['tokens']}"
-                + (" transposed" if key["transposed"] else ""),
-                "–" if default is None else f"{default * 1e6:.1f}",
-                f"{best['seconds'] * 1e6:.1f}",
-                words,
+                problem_words(entry.key),
+                "–" if before is None else f"{before * 1e6:.1f}",
+                f"{best.seconds * 1e6:.1f}",
+                choice_words(best.choice),
             )
         )
     told = f"{len(found['problems'])} keys are not done.\n\n" if found["problems"] else ""
@@ -140,10 +133,10 @@ def _predicted(state: State) -> str:
     flops, bandwidth = found["flops_per_second"], found["bytes_per_second"]
     told = f"This device reached {flops / 1e12:.3g} TFLOP/s in a large GEMM and {bandwidth / 1e12:.3g} TB/s in a copy."
     rows = [
-        (tables.case_name(result), *(_over_predicted(result, name, flops, bandwidth) for name in _WAYS))
+        (tables.case_name(result), *(_over_predicted(result, name, flops, bandwidth) for name in WAYS))
         for result in state.run.select("layer")
     ]
-    headings = ("measured over predicted at these rates, forward + backward", *_WAYS)
+    headings = ("measured over predicted at these rates, forward + backward", *WAYS)
     return f"{told}\n\n{tables.table(headings, rows)}"
 
 
@@ -152,12 +145,8 @@ def _over_predicted(result: Result, name: str, flops: float, bandwidth: float) -
         return "–"
     case = Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])})
     problem = case.problem()
-    predicted = Estimate(_WAYS[name], parts(problem, _WAYS[name]), flops, bandwidth).seconds("both")
+    predicted = Estimate(WAYS[name], parts(problem, WAYS[name]), flops, bandwidth).seconds("both")
     return f"{result.comparison('both').time(name).median / predicted:.2f}"
-
-
-def _number(value: float | None) -> str:
-    return "no model" if value is None else f"{value:.2f}"
 
 
 def _cell(text: str) -> str:

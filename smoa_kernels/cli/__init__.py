@@ -13,6 +13,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: of the command line, `sys.argv[1:]` where None.
+
+    Example:
+        >>> main(["roofline", "--gpu", "h999"])  # the error is one line on stderr
+        2
     """
     try:
         from .app import run

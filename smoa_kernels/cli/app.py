@@ -13,6 +13,7 @@ from .info import info
 from .inspect import inspect
 from .plan import plan
 from .roofline import roofline
+from .spectrum import spectrum
 from .tune import tune
 
 __all__ = ["run"]
@@ -29,6 +30,7 @@ app.command()(roofline)
 app.command()(plan)
 app.command()(audit)
 app.command()(inspect)
+app.command()(spectrum)
 app.command()(tune)
 
 

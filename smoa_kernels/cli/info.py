@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .._version import __version__
 from ..backends import triton_obstacle
-from ..tuning.audit import cache_folder
+from ..files import cache_folder
 from .output import console, write_json
 
 __all__ = ["backends", "info"]

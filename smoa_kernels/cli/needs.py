@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-__all__ = ["needs_triton"]
+__all__ = ["needs_matplotlib", "needs_triton"]
 
 
 def needs_triton(purpose: str) -> None:
@@ -15,3 +15,13 @@ def needs_triton(purpose: str) -> None:
     """
     if importlib.util.find_spec("triton") is None:
         raise ValueError(f"triton is not installed: there are no kernels {purpose}")
+
+
+def needs_matplotlib(option: str) -> None:
+    """Whether figures can be drawn.
+
+    Raises:
+        ValueError: matplotlib, which `option` asks for, is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{option} needs matplotlib: pip install 'smoa-kernels[plot]'")

@@ -44,11 +44,11 @@ LABELS = {"full": "full fine-tuning", "lora": "LoRA", "smoa": "SMoA"}
 
 def plan(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(STACKS)}.")] = "llama-3-8b",
-    gpus: Annotated[int, typer.Option(help="How many GPUs, eight to a node.")] = 8,
+    gpus: Annotated[int, typer.Option(max=10**9, help="How many GPUs, eight to a node.")] = 8,
     parallel: Annotated[str, typer.Option(help=f"One of {', '.join(PARALLEL)}.")] = "fsdp",
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(CAPACITY)}.")] = "h100",
-    tokens: Annotated[int, typer.Option(help="Tokens of one replica in a step, T.")] = 8192,
-    rank: Annotated[int, typer.Option(help="Rank budget r, of LoRA and of SMoA.")] = 16,
+    tokens: Annotated[int, typer.Option(max=10**9, help="Tokens of one replica in a step, T.")] = 8192,
+    rank: Annotated[int, typer.Option(max=10**9, help="Rank budget r, of LoRA and of SMoA.")] = 16,
     blocks: Annotated[int, typer.Option(help="Spectral blocks, K.")] = 4,
     markdown: Annotated[bool, typer.Option("--markdown", help="A table for a document.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the same, part by part, as JSON.")] = None,

@@ -11,8 +11,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..cost import ALGORITHMS, Estimate, Problem, backward_workspace_bytes, choose_algorithm, estimate
+from ..cost import ALGORITHMS, Estimate, Problem, choose_algorithm, estimate
 from ..gpus import GPUS
+from ..workspace import backward_workspace_bytes
 from .output import console, write_json
 
 __all__ = ["roofline"]

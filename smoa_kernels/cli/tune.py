@@ -32,12 +32,16 @@ def tune(
         list[str] | None, typer.Option(help="Repeatable; every kernel, and the algorithms, if absent.")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(min=0.0, help="Minutes; a rerun goes on where the time ran out.")
+        float | None,
+        typer.Option(min=0.0, help="Minutes, compiling included; a rerun goes on where they ran out."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be timed, what not and why. Needs no GPU.")
     ] = False,
-    gpu: Annotated[str | None, typer.Option(help=f"With --dry-run: {', '.join(GPUS)}.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help=f"With --dry-run: {', '.join(GPUS)}; the one here, else h100, if absent."),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; one per core.")] = None,
 ) -> None:
     """Measure what is fastest on this GPU, check its numbers, and keep the winners in your table."""

@@ -24,13 +24,17 @@ from ..tuning.plan import KERNELS, Layer, Target, jobs
 from ..tuning.space import broken
 from ..tuning.tables import read, update, user_table
 from ..tuning.tuner import DeviceLostError, Job, Timer, Tuned, gpu_timer, left, so_far, tune
+from ..tuning.words import problem_words
 from .output import console
 from .roofline import parse_shape
-from .tuning_tables import best_words, failures, plan_table, problem_words, result_table
+from .tuning_tables import best_words, failures, plan_table, result_table
 
 __all__ = ["Request", "dry", "measure"]
 
 timer: Timer = gpu_timer
+
+DEFAULT_GPU = "h100"
+"""What a dry run is for where there is no GPU, and none was named."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +94,14 @@ def device_here() -> torch.device | None:
 
 
 def dry(request: Request, gpu: str | None, processes: int | None) -> None:
-    """Print what would be timed on a published GPU, or the one that is here."""
+    """Print what would be timed on a published GPU, else on the one that is here, else on an H100."""
     device = device_here()
     if gpu is not None and gpu not in GPUS:
         raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
-    if gpu is not None:
-        target = Target.published(GPUS[gpu])
-    elif device is not None:
+    if gpu is None and device is not None:
         target = Target.of(device)
     else:
-        raise ValueError(f"--dry-run without a GPU here needs --gpu: one of {', '.join(GPUS)}")
+        target = Target.published(GPUS[gpu or DEFAULT_GPU])
     planned = _plan(request, target, processes)
     out = console()
     for job in planned:
@@ -117,13 +119,14 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
     device = device_here()
     if device is None:
         raise ValueError(
-            "there is no CUDA or ROCm GPU here to tune; add --dry-run --gpu h100 to list what would be timed there"
+            "there is no CUDA or ROCm GPU here to tune; add --dry-run to list what would be timed on an "
+            f"{DEFAULT_GPU}, or on another with --gpu"
         )
     if (obstacle := triton_obstacle(device)) is not None:
         raise ValueError(f"the kernels cannot run here: {obstacle}")
     table = user_table(identity(device, "forward").gpu)
     known = update(table, ())  # cannot be written? then before anything is compiled
-    planned = _plan(request, Target.of(device), processes)
+    planned = _plan(request, Target.of(device), processes, deadline)
     problems: list[Tuned] = []
     code, stopped = 0, ""
     with _bar("tuning") as bar:
@@ -167,8 +170,10 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
         raise typer.Exit(code)
 
 
-def _plan(request: Request, target: Target, processes: int | None) -> list[Job]:
-    """The jobs, what compiles badly pruned."""
+def _plan(
+    request: Request, target: Target, processes: int | None, deadline: float | None = None
+) -> list[Job]:
+    """The jobs, what compiles badly pruned; half of the time until the deadline is left for measuring."""
     if target.arch.startswith("gfx") and any(layer.dtype == "tf32" for layer in request.layers):
         raise ValueError(
             "--dtype tf32 is never asked for on AMD, which multiplies float32 in IEEE: give fp32"
@@ -180,6 +185,7 @@ def _plan(request: Request, target: Target, processes: int | None) -> list[Job]:
             {pair for pair in pairs if pair[0] in CONFIGS},
             target.audited,
             processes=processes,
+            deadline=None if deadline is None else (time.monotonic() + deadline) / 2,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     return jobs(request.layers, target, kernels=request.kernels, ruled_out=ruled_out)

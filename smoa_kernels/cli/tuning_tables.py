@@ -1,41 +1,18 @@
-"""How `smoa-kernels tune` and `info` show problems, choices and what was measured. Imports Triton."""
+"""How `smoa-kernels tune` shows what would be timed, and what was measured. Imports Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 
 from rich.table import Table
 
-from ..kernels.heuristic import CONFIGS, Key
+from ..kernels.heuristic import Key
 from ..triton_backend import admissible
-from ..tuning.entries import Choice, Entry, Trial
+from ..tuning.entries import Entry
 from ..tuning.tuner import Job
+from ..tuning.words import choice_words, problem_words, winner
 
-__all__ = ["best_words", "failures", "plan_table", "problem_words", "result_table", "winner"]
-
-
-def problem_words(key: Key) -> str:
-    """A key for a person."""
-    sizes = f"{key.out_features}x{key.in_features}" if key.out_features else f"{key.in_features} columns"
-    tokens = f" T≤{key.tokens}" if key.tokens else ""
-    rank = f" ρ={key.rank}" if key.rank else ""
-    turned = " transposed" if key.transposed else ""
-    return f"{key.kernel} {sizes}{tokens}{rank} K={key.blocks} {key.dtype}{turned}"
-
-
-def choice_words(choice: Choice) -> str:
-    """Launch parameters, or the name of an algorithm."""
-    if isinstance(choice, str):
-        return choice
-    fields = asdict(choice).items()
-    return " ".join(f"{name.removeprefix('block_').removeprefix('num_')}={value}" for name, value in fields)
-
-
-def winner(entry: Entry) -> Trial | None:
-    """The fastest trial that may be chosen: no algorithm that breaks the numbers, however fast."""
-    kernel, dtype = entry.key.kernel, entry.key.dtype
-    return entry.best(None if kernel in CONFIGS else admissible(kernel, dtype))
+__all__ = ["best_words", "failures", "plan_table", "result_table"]
 
 
 def best_words(entry: Entry) -> str:
@@ -50,9 +27,10 @@ def plan_table(job: Job) -> Table:
     """What would be timed for a problem, what not, and why."""
     table = Table(title=problem_words(job.key), title_justify="left", show_header=False)
     for choice in job.candidates:
-        table.add_row(
-            choice_words(choice), "timed" + (", runs without a table" if choice == job.default else "")
-        )
+        told = "timed" + (", runs without a table" if choice == job.default else "")
+        if isinstance(choice, str) and choice not in admissible(job.key.kernel, job.key.dtype):
+            told = "timed to compare, never chosen: a rounded W_eff loses a small update"
+        table.add_row(choice_words(choice), told)
     for choice, reason in job.pruned:
         table.add_row(choice_words(choice), f"pruned: {reason}", style="dim")
     return table

@@ -8,11 +8,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..layers import FusedSMoALinear
+
 __all__ = ["agree_on_buffers", "average_gradients", "ignore_buffers", "smoa_buffers"]
 
 
 def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers of `FusedSMoALinear` and PEFT layers (labels, ranks, indices, sketches), by name relative to `model`."""
+    """Buffers of `FusedSMoALinear` and PEFT layers (labels, ranks, indices, sketches), by name relative to `model`.
+
+    Args:
+        model: any module; what a compiler or a wrapper puts before its names stays.
+
+    Example:
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> sorted(smoa_buffers(FusedSMoALinear(8, 6)))[:2]
+        ['smoa_col_block', 'smoa_col_index']
+    """
     return {
         name: buffer
         for name, buffer in model.named_buffers()
@@ -30,6 +41,12 @@ def ignore_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = N
     Args:
         model: the module that DistributedDataParallel will be given, not a part of it.
         process_group: over which it will be parallel; the default one when None.
+
+    Example:
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> model = nn.Sequential(FusedSMoALinear(8, 6))
+        >>> ignore_buffers(model)
+        >>> model = DistributedDataParallel(model)
     """
     names = smoa_buffers(model)
     if dist.is_available() and dist.is_initialized():
@@ -39,16 +56,29 @@ def ignore_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = N
 
 
 def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
-    """Give every process of a group (the default one when None) the labels and ranks of its first."""
+    """Give every process of a group (the default one when None) the labels and ranks of its first.
+
+    Args:
+        model: any module with SMoA layers, which gets new buffers.
+        process_group: every process of which calls this.
+
+    Example:
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> model = FusedSMoALinear(8, 6)
+        >>> agree_on_buffers(model)
+    """
     source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     for name, buffer in smoa_buffers(model).items():
         if buffer.is_meta:
             continue
         owner, _, attribute = name.rpartition(".")
-        # A new tensor, which tells a layer that what it derived from the old one is stale.
+        # A new tensor, which tells a PEFT layer that what it derived from the old one is stale.
         shared = buffer.clone()
         dist.broadcast(shared, source, process_group)
         setattr(model.get_submodule(owner), attribute, shared)
+    for module in model.modules():
+        if isinstance(module, FusedSMoALinear):
+            module._relabel()
 
 
 def average_gradients(
@@ -58,6 +88,15 @@ def average_gradients(
 
     For factors that `fully_shard` is told to leave alone (its `ignored_params`), so that every process holds them
     whole beside its part of W0. Gradients must not be accumulated over several backwards.
+
+    Args:
+        parameters: factors, the same ones in the same order on every process.
+        process_group: whose size the gradients are divided by.
+
+    Example:
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> layer = FusedSMoALinear(8, 6)
+        >>> average_gradients([layer.smoa_A, layer.smoa_B])
     """
 
     def average(parameter: nn.Parameter) -> None:

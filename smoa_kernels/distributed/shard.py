@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 __all__ = ["LayerShard"]
 
@@ -44,7 +44,7 @@ class LayerShard:
 
     def input(self, x: Tensor) -> Tensor:
         """This process's columns of x, a DTensor."""
-        return _shared(x) if self._dim == 0 else _own(x)
+        return _local(x)
 
     def output(self, y: Tensor) -> Tensor:
         """The layer's output, a DTensor: sharded by columns, or a sum over processes where W0's columns are cut."""
@@ -59,7 +59,7 @@ class LayerShard:
         Raises:
             RuntimeError: it is sharded over further dimensions, as it is outside of forward under `fully_shard`.
         """
-        mine = _own(weight)
+        mine = _local(weight)
         expected = tuple(
             full if part == slice(None) else part.stop - part.start
             for full, part in zip(weight.shape, (self.rows, self.cols), strict=True)
@@ -70,24 +70,33 @@ class LayerShard:
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A's part beside the whole B, or B's part beside the whole A."""
-        return (_shared(A), _own(B)) if self._dim == 0 else (_own(A), _shared(B))
+        return _local(A), _local(B)
 
     def bias(self, bias: Tensor) -> Tensor:
         """This process's part; where outputs are summed over processes, an even share."""
-        return _own(bias) if self._dim == 0 else _shared(bias) / self._mesh.size()
+        return _local(bias) if self._dim == 0 else _local(bias) / self._mesh.size()
 
 
-def _own(tensor: Tensor) -> Tensor:
-    return cast(DTensor, tensor).to_local()
+class _Local(torch.autograd.Function):
+    """A DTensor's part on this process; its gradient gets the DTensor's layout, summed where every process has all.
+
+    `to_local` mistakes the gradient's strides where parts differ in size, and torch 2.11 then gathers it everywhere.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor) -> Tensor:
+        ctx.layout = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
+        local = tensor.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        mesh, placements, shape, stride = ctx.layout
+        held = tuple(Partial() if placement.is_replicate() else placement for placement in placements)
+        part = DTensor.from_local(gradient, mesh, held, run_check=False, shape=shape, stride=stride)
+        return part.redistribute(placements=placements)
 
 
-def _shared(tensor: Tensor) -> Tensor:
-    """A replicated DTensor's values, whose gradients are summed over processes before it gets them."""
-    value = _own(tensor)
-    if not value.requires_grad:
-        return value
-    # In two steps: the gradient of `to_local` alone would be left unsummed, a Partial that every optimiser step and
-    # every norm would reduce for itself.
-    mesh = cast(DTensor, tensor).device_mesh
-    whole = DTensor.from_local(value, mesh, (Replicate(),), run_check=False)
-    return whole.to_local(grad_placements=(Partial(),))
+def _local(tensor: Tensor) -> Tensor:
+    apply: Any = _Local.apply
+    return cast(Tensor, apply(tensor))

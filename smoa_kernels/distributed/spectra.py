@@ -24,10 +24,10 @@ def shared_spectra(process_group: dist.ProcessGroup | None = None) -> Iterator[N
     Args:
         process_group: the default one when None.
 
-    Example::
-
-        >>> with shared_spectra():  # doctest: +SKIP
-        ...     model = get_peft_model(base, SMoAConfig(r=8, num_blocks=2))
+    Example:
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> with shared_spectra():
+        ...     layer = FusedSMoALinear(8, 6, r=4, num_blocks=2)
     """
     source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     first = dist.get_rank() == source

@@ -80,10 +80,15 @@ class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):
         ValueError, TypeError: from `parallelize_module`, before anything of the layer has changed: it is merged,
             quantised, or its labels are yet to be loaded; its generators differ and it has dropout.
 
-    Example::
-
-        >>> plan = {"up": ColwiseSMoAParallel(), "down": RowwiseSMoAParallel()}  # doctest: +SKIP
-        >>> parallelize_module(block, init_device_mesh("cuda", (8,)), plan)  # doctest: +SKIP
+    Example:
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> model = nn.ModuleDict({"up": FusedSMoALinear(8, 32), "down": FusedSMoALinear(32, 8)})
+        >>> plan = {"up": ColwiseSMoAParallel(), "down": RowwiseSMoAParallel()}
+        >>> model = parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+        >>> model["down"](model["up"](torch.randn(3, 8))).shape
+        torch.Size([3, 8])
     """
 
     dim = 0
@@ -94,6 +99,16 @@ class RowwiseSMoAParallel(_SMoAParallel, RowwiseParallel):
 
     A drop-in for torch's `RowwiseParallel`: input sharded by its last dimension, output replicated (or reduced and
     scattered, by `output_layouts`). All else as :class:`ColwiseSMoAParallel`.
+
+    Example:
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor import Replicate
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        >>> style = RowwiseSMoAParallel(input_layouts=Replicate())  # the whole x comes in
+        >>> parallelize_module(FusedSMoALinear(8, 6), mesh, style)(torch.randn(3, 8)).shape
+        torch.Size([3, 6])
     """
 
     dim = 1

@@ -27,7 +27,6 @@ from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from ._common import block_slots, dot, input_precision, round_to
 from .launch import (
-    SUM_CONFIGS,
     BlockGradConfig,
     SumConfig,
     multiprocessors,
@@ -343,11 +342,21 @@ def sum_partials(
     splits: int,
     tile: int,
     *,
-    config: SumConfig = SUM_CONFIGS[0],
+    config: SumConfig | None = None,
 ) -> None:
     """Sum partials (slots, M, R) of W0's rows into out (M, ρ); dA is the transposed partition's case."""
     length, rank = out.shape
     slots, _, padded_rank = partial.shape
+    config = config or select(
+        "sum_partials",
+        out.device,
+        out.dtype,
+        rank=rank,
+        blocks=partition.num_blocks,
+        out_features=length,
+        in_features=partition.shape[1],
+        padded_in=slots // splits * tile,
+    )
     block_m = config.block // RANK_CHUNK
     grid = (triton.cdiv(length, block_m), padded_rank // RANK_CHUNK)
     sum_partials_kernel[grid](

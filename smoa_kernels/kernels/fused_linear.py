@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..packed import PackedAdapter
 from ._common import dot, input_precision, round_to
-from .launch import SUM_CONFIGS, FusedLinearConfig, SumConfig
+from .launch import FusedLinearConfig, SumConfig
 from .selection import select
 
 __all__ = ["fused_linear"]
@@ -215,15 +215,17 @@ def fused_linear(
     return y
 
 
-def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumConfig = SUM_CONFIGS[0]) -> None:
+def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumConfig | None = None) -> None:
     """`out = Σ parts + bias` in a fixed order: parts (P, T, N) float32, bias (N), out (T, N), all contiguous."""
+    tokens, out_features = out.shape
+    config = config or select("sum_parts", out.device, out.dtype, out_features=out_features, tokens=tokens)
     sum_parts_kernel[(triton.cdiv(out.numel(), config.block),)](
         parts,
         bias,
         out,
         parts.shape[0],
         out.numel(),
-        out.shape[1],
+        out_features,
         HAS_BIAS=bias is not None,
         BLOCK=config.block,
         num_warps=config.num_warps,

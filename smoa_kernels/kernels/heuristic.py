@@ -12,12 +12,14 @@ import torch
 from .launch import (
     MODULATE_CONFIGS,
     PERMUTE_CONFIGS,
+    SUM_CONFIGS,
     BlockGradConfig,
     BlockMatmulConfig,
     Config,
     FusedLinearConfig,
     ModulateConfig,
     PermuteConfig,
+    SumConfig,
     block_grad_configs,
     block_matmul_configs,
     fused_linear_configs,
@@ -32,6 +34,8 @@ CONFIGS: dict[str, type[Config]] = {
     "block_matmul": BlockMatmulConfig,
     "fused_linear": FusedLinearConfig,
     "block_grad": BlockGradConfig,
+    "sum_parts": SumConfig,
+    "sum_partials": SumConfig,
 }
 """Every kernel whose launch parameters are chosen, and what they are."""
 
@@ -77,6 +81,8 @@ def shipped(key: Key, arch: str) -> tuple[Config, ...]:
     dtype, precision = DTYPES[key.dtype], "ieee" if key.dtype == "fp32" else "tf32"
     if key.kernel == "permute":
         return PERMUTE_CONFIGS
+    if key.kernel in ("sum_parts", "sum_partials"):
+        return SUM_CONFIGS
     if key.kernel == "block_matmul":
         return block_matmul_configs(arch, dtype, precision)
     if key.kernel == "block_grad":

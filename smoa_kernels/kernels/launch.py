@@ -110,7 +110,9 @@ class SumConfig:
     num_stages: int = 1
 
 
-Config: TypeAlias = ModulateConfig | PermuteConfig | FusedLinearConfig | BlockMatmulConfig | BlockGradConfig
+Config: TypeAlias = (
+    ModulateConfig | PermuteConfig | FusedLinearConfig | BlockMatmulConfig | BlockGradConfig | SumConfig
+)
 
 MODULATE_CONFIGS = (
     ModulateConfig(block_n=64, block_c=64, num_warps=4),

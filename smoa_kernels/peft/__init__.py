@@ -1,8 +1,10 @@
 """SMoA as a PEFT method (extra `[peft]`): importing this package registers it with PEFT.
 
     >>> from peft import get_peft_model
+    >>> from torch import nn
     >>> from smoa_kernels.peft import SMoAConfig
-    >>> model = get_peft_model(model, SMoAConfig(r=8, num_blocks=2, target_modules="all-linear"))  # doctest: +SKIP
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> model = get_peft_model(model, SMoAConfig(r=4, num_blocks=2, target_modules=["0", "2"]))
 
 Afterwards `save_pretrained`, `PeftModel.from_pretrained`, `merge_and_unload` and the rest of PEFT work as they do
 for its own methods; a process that loads an SMoA adapter imports this package first.

@@ -37,18 +37,20 @@ def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = 
         partition = first.partition
         factors = [_masked(part) for part in parts]
     else:
-        partition = single_block(first.weight) if whole is None else whole
+        partition = single_block(first.partition) if whole is None else whole
         factors = [part.expanded_factors(torch.promote_types(dtype, torch.float32)) for part in parts]
     A = torch.cat([A.to(dtype) for A, _ in factors])
     B = torch.cat([B.to(dtype) for _, B in factors], 1)
     # Padding became zeros, which add nothing: every block may count it as rank.
-    ranks = torch.full((partition.num_blocks,), A.shape[0], dtype=torch.int32, device=device)
-    return PackedAdapter(first.weight, A, B, partition, ranks, torch.ones_like(first.scaling))
+    blocks, rank = partition.num_blocks, A.shape[0]
+    ranks = torch.full((blocks,), rank, dtype=torch.int32, device=device)
+    one = torch.ones_like(first.scaling)
+    return PackedAdapter(first.weight, A, B, partition, ranks, one, [rank] * blocks)
 
 
-def single_block(weight: Tensor) -> BlockPartition:
-    """The partition of K = 1: every coordinate in block 0."""
-    rows, cols = (torch.zeros(size, dtype=torch.uint8, device=weight.device) for size in weight.shape)
+def single_block(like: BlockPartition) -> BlockPartition:
+    """The partition of K = 1 over the same rows and columns: every coordinate in block 0."""
+    rows, cols = (torch.zeros(size, dtype=torch.uint8, device=like.device) for size in like.shape)
     return BlockPartition.from_labels(rows, cols, 1)
 
 
@@ -60,7 +62,7 @@ def concatenate_adapters(parts: Sequence[PackedAdapter], weights: Sequence[float
     `split_rank` does, so that a configuration of r and K describes it; where the ranks of `parts` do not add up to
     that, slots of zeros even them out.
     """
-    whole = single_block(parts[0].weight)
+    whole = single_block(parts[0].partition)
     if not all(part.partition == parts[0].partition for part in parts):
         parts = [_as_single_block(part, whole) for part in parts]
     partition = parts[0].partition

@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME
 
 from ..backends import ALGORITHMS, BACKENDS
 from ..packed import resolve_ranks
+from ..partition import MOST_RANKS
+from .folders import check_weights, read_json
 from .registry import PEFT_TYPE
 from .saving import replacing
+from .settings import layer_settings
 
-__all__ = ["FORMAT_VERSION", "SMoAConfig"]
+__all__ = ["FORMAT_VERSION", "SMoAConfig", "check_finite"]
 
 # Of the adapter folder. Raised when an older release could not read what a newer one writes. Version 1 was never
 # released.
@@ -58,6 +60,11 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
+
+    Example:
+        >>> config = SMoAConfig(r=8, num_blocks=2, target_modules=["q_proj", "v_proj"])
+        >>> config.peft_type.value, sorted(config.target_modules)
+        ('SMOA', ['q_proj', 'v_proj'])
     """
 
     r: int = field(default=8, metadata={"help": "Rank budget of a layer over all its blocks"})
@@ -118,22 +125,25 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         resolve_ranks(self.r, self.num_blocks, self.block_ranks)
         for pattern, names in (("rank_pattern", "r"), ("num_blocks_pattern", "num_blocks")):
             for key, value in _mapping(pattern, getattr(self, pattern)).items():
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_RANKS:
                     raise ValueError(
-                        f"{pattern}[{key!r}] must be an int of at least 1 ({names}), got {value!r}"
+                        f"{pattern}[{key!r}] must be an int of at least 1 ({names}) and at most {MOST_RANKS}, got "
+                        f"{value!r}"
                     )
         if self.smoa_alpha is not None:
-            _check_finite("smoa_alpha", self.smoa_alpha)
+            check_finite("smoa_alpha", self.smoa_alpha)
         for key, value in _mapping("alpha_pattern", self.alpha_pattern).items():
-            _check_finite(f"alpha_pattern[{key!r}]", value)
-        _check_finite("smoa_dropout", self.smoa_dropout)
+            check_finite(f"alpha_pattern[{key!r}]", value)
+        check_finite("smoa_dropout", self.smoa_dropout)
         if not 0.0 <= self.smoa_dropout < 1.0:
             raise ValueError(f"smoa_dropout must lie in [0, 1), got {self.smoa_dropout}")
         for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if isinstance(self.modules_to_save, str):  # whose letters PEFT would look for
-            raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            # Of a str PEFT would look for the letters, where it expects a list.
+            _check_items(name, getattr(self, name), str, alone=name != "modules_to_save")
+        _check_items("layers_to_transform", self.layers_to_transform, int, alone=True)
         for name, allowed in (("bias", _BIASES), ("algorithm", ALGORITHMS), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -161,7 +171,14 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; an interrupted save leaves the old one."""
+        """Write `adapter_config.json`; an interrupted save leaves the old one.
+
+        Args:
+            save_directory: a folder, made where there is none.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
         with replacing(save_directory) as scratch:
@@ -173,19 +190,37 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     ) -> SMoAConfig:
         """Read `adapter_config.json` of a folder (or hub repository).
 
-        `strict_base`, where given (to `PeftModel.from_pretrained` too), wins over the file's.
+        Args:
+            pretrained_model_name_or_path: the folder, or the repository's name.
+            subfolder: of it, that holds the adapter.
+            kwargs: PEFT's. `strict_base`, where given (to `PeftModel.from_pretrained` too), wins over the file's.
 
         Raises:
-            ValueError: there is none, its values or format version are not allowed, or the weights beside it are
-                truncated. PEFT asks for the configuration before it touches the model, so nothing has changed.
+            TypeError, ValueError: there is none, its values or format version are not allowed, or the weights beside it
+                are a pickle, truncated or corrupt, or of other ranks. PEFT asks for the configuration before it touches
+                the model, so nothing has changed.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        _check_weights(folder)
+        file = os.path.join(folder, CONFIG_NAME)
         strict_base = kwargs.pop("strict_base", None)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if strict_base is not None:
-            config.strict_base = strict_base
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (KeyError, TypeError, ValueError) as error:
+            if not os.path.isfile(file) or file in str(error):
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{file}: {error}") from error
+        if isinstance(config, cls):
+            check_weights(folder, lambda name: layer_settings(config, name).r)
+            if strict_base is not None:
+                config.strict_base = strict_base
         return cast(SMoAConfig, config)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The object in the JSON file at `path_json_file`; ValueError, naming it, where it holds something else."""
+        read_json(path_json_file)
+        return cast("dict[str, Any]", super().from_json_file(path_json_file, **kwargs))
 
     def _check_format(self) -> None:
         version = self.format_version
@@ -201,16 +236,13 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             )
 
 
-def _check_weights(folder: str) -> None:
-    """Whether the safetensors file in `folder` and its header agree; one that is on a hub is not looked at."""
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.isfile(path):
+def _check_items(name: str, value: Any, kind: type, *, alone: bool) -> None:
+    """Whether `value` is None or a list (set, tuple) of `kind`, or, where that may stand `alone`, one of it."""
+    if value is None or (alone and type(value) is kind):
         return
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"the adapter file {path} is truncated or corrupt: {error}") from error
+    if not isinstance(value, (list, set, tuple)) or any(type(item) is not kind for item in value):
+        what = {str: "names", int: "indices"}[kind]
+        raise TypeError(f"{name} must be a list of {what}{', or one' if alone else ''}, got {value!r}")
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
@@ -228,6 +260,17 @@ def _check_regex(name: str, pattern: Any) -> None:
         raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
 
 
-def _check_finite(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def check_finite(name: str, value: Any) -> None:
+    """Raise ValueError, with `name`, where `value` is no number or not finite.
+
+    Example:
+        >>> check_finite("alpha", float("nan"))
+        Traceback (most recent call last):
+        ValueError: alpha must be a finite number, got nan
+    """
+    try:
+        finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        finite = False
+    if not finite:
         raise ValueError(f"{name} must be a finite number, got {value!r}")

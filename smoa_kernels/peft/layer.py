@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -13,61 +12,62 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..packed import PackedAdapter, padding_masks, resolve_ranks, scaling_tensor, trainable_parameters
+from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor, trainable_parameters
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
 from .combine import single_block
-from .config import SMoAConfig
+from .dequantize import dequantized, read_weight
 from .layout import STATE_KEYS, blocks_size, pack_blocks, unpack_blocks
 from .offload import check_present, execution_device, gathered, present
-from .quantized import dequantized, read_weight
+from .settings import LayerSettings
 
 if TYPE_CHECKING:
     from ..distributed.shard import LayerShard
 
-__all__ = ["LayerSettings", "SMoALayer", "SpectralOrder", "order_of"]
+__all__ = ["SMoALayer", "SpectralOrder", "order_of"]
 
 SpectralOrder = Callable[["SMoALayer", int], BlockPartition]
 
 
-class LayerSettings(NamedTuple):
-    """What a configuration says about one layer, its patterns applied.
-
-    Attributes:
-        r: rank budget.
-        num_blocks: K.
-        block_ranks: rank of each block, or None to share r evenly.
-        alpha: numerator of the scaling; r when None.
-        config: everything that is the same for all layers.
-    """
-
-    r: int
-    num_blocks: int
-    block_ranks: Sequence[int] | None
-    alpha: float | None
-    config: SMoAConfig
-
-    @property
-    def scaling(self) -> float:
-        """s = alpha / r, or alpha / √r."""
-        alpha = self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
-
-
 def order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
-    """The blocks of W0, computed."""
+    """The blocks of W0, computed.
+
+    Args:
+        layer: over W0.
+        num_blocks: K.
+
+    Example:
+        >>> from smoa_kernels.peft import Linear, SMoAConfig
+        >>> layer = Linear(nn.Linear(8, 6), "default", LayerSettings(4, 2, None, None, SMoAConfig()))
+        >>> order_of(layer, 3).row_sizes
+        (2, 2, 2)
+    """
     return BlockPartition.from_weight(layer.base_weight(), num_blocks)
 
 
 class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
     """Adapters of a layer, by name: packed factors, and its blocks, their ranks and a sketch of W0 as bytes.
 
+    What :class:`smoa_kernels.peft.Linear` is beside a module: everything but its forward. `adapter_name` is always
+    that of an adapter of this layer, `spectral_order` what computes the blocks of a weight.
+
+    Args:
+        base_layer: the layer that owns W0 (N, C), or another tuner's around it.
+        fan_in_fan_out: whether the weight is stored (in, out).
+        quantization: PEFT's back end for the base layer, where that is quantised.
+
     Attributes:
-        smoa_A: parameters (ρ, C).
-        smoa_B: parameters (N, ρ).
+        smoa_A: parameters (ρ, C), by adapter.
+        smoa_B: parameters (N, ρ), by adapter.
         smoa_blocks: uint8, see :mod:`smoa_kernels.peft.layout`; zeros while they are yet to be loaded.
         in_features, out_features: C and N.
         r, num_blocks, block_ranks, scaling: by adapter.
+
+    Example:
+        >>> from smoa_kernels.peft import Linear, SMoAConfig
+        >>> layer = Linear(nn.Linear(8, 6), "default", LayerSettings(4, 2, None, None, SMoAConfig()))
+        >>> layer.num_adapter_parameters("default"), layer.ranks("default").tolist()
+        (28, [2, 2])
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
@@ -114,6 +114,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.algorithm: dict[str, str] = {}
         self.backend: dict[str, str] = {}
         self._prepared: dict[str, _Prepared] = {}
+        # The partition of a single block, once there are several adapters to sum.
         self._whole: BlockPartition | None = None
         self._shard: LayerShard | None = None  # where tensor parallelism has cut W0
         self._disable_adapters = False
@@ -150,8 +151,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     def _quantized_base(self) -> nn.Module:
         return self._stored_layer[0] if self._stored_layer else self.innermost()
 
-    def _dequantized(self) -> AbstractContextManager[Tensor]:
-        return dequantized(self.quantization_backend, self._quantized_base())
+    def _dequantized(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        return dequantized(self.quantization_backend, self._quantized_base(), dtype)
 
     def update_layer(
         self,
@@ -164,19 +165,25 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         Its blocks are computed from W0's spectrum now, unless weights are about to be loaded: then they come with
         them, or are computed when first needed.
 
+        Args:
+            adapter_name: of the new adapter.
+            settings: its rank, blocks and scaling.
+            spectral_order: computes the blocks of a weight.
+
         Raises:
-            TypeError, ValueError: settings that do not fit the layer. Nothing is added.
+            TypeError, ValueError: settings that do not fit the layer, or one that tensor parallelism has cut. Nothing
+                is added.
         """
         if self._shard is not None:
             raise ValueError("the layer is sharded: add adapters before parallelize_module")
         config = settings.config
-        ranks = resolve_ranks(settings.r, settings.num_blocks, settings.block_ranks)
         limit = min(self.out_features, self.in_features)
         if settings.num_blocks > limit:
             raise ValueError(
                 f"num_blocks must be at most min(out_features, in_features) = {limit} for a layer of shape "
                 f"{(self.out_features, self.in_features)}, got {settings.num_blocks}"
             )
+        ranks = settings.ranks
         self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
         self.block_ranks[adapter_name], self.scaling[adapter_name] = ranks, settings.scaling
         self.smoa_dropout[adapter_name], self.init_weights[adapter_name] = (
@@ -243,12 +250,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         """A_k uniform in ±1/√C_k (Kaiming, a=√5); B zero, or normal where the adapter is to be random."""
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
         partition, ranks = self.partition(adapter_name), self.ranks(adapter_name)
-        A_mask, B_mask = padding_masks(partition, ranks, A.shape[0])
-        widths = torch.tensor(partition.col_sizes, dtype=A.dtype, device=A.device)
-        A.uniform_(-1, 1).mul_(widths.clamp_min(1).rsqrt()[partition.col_block.long()]).mul_(A_mask)
+        draw_A(A, partition, ranks)
         if self.init_weights[adapter_name]:
             B.zero_()
         else:
+            _, B_mask = padding_masks(partition, ranks, A.shape[0])
             B.normal_().mul_(B_mask)
 
     def partition(self, adapter_name: str) -> BlockPartition:
@@ -269,12 +275,17 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return trainable_parameters(self.partition(adapter_name), self.ranks(adapter_name).tolist())
 
     def packed(self, adapter_name: str, weight: Tensor) -> PackedAdapter:
-        """The adapter over `weight`, in autograd's sight."""
+        """The adapter over `weight`, in autograd's sight.
+
+        Args:
+            adapter_name: which.
+            weight: W0 (N, C), or this process's part of it.
+        """
         ready = self._ready(adapter_name)
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
         if self._shard is not None:
             A, B = self._shard.factors(A, B)
-        return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling)
+        return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling, ready.block_ranks)
 
     def _ready(self, adapter_name: str) -> _Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
@@ -299,9 +310,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
                 and other.partition == partition
             ):
                 partition = other.partition
+        if self._prepared.keys() - {adapter_name}:
+            self._whole = single_block(partition)  # now, since forward may be compiled
         packed = self.smoa_blocks[adapter_name]
         scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
-        ready = _Prepared(packed, partition, ranks, scaling)
+        ready = _Prepared(packed, partition, ranks, scaling, ranks.tolist())
         self._prepared[adapter_name] = ready
         return ready
 
@@ -312,12 +325,6 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         for name in self.smoa_A:
             if not self.smoa_blocks[name].is_meta:
                 self._ready(name)
-
-    def whole(self, weight: Tensor) -> BlockPartition:
-        """The partition of a single block on W0's device, built once."""
-        if self._whole is None or self._whole.device != weight.device:
-            self._whole = single_block(weight)
-        return self._whole
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -354,3 +361,4 @@ class _Prepared(NamedTuple):
     partition: BlockPartition
     ranks: Tensor
     scaling: Tensor
+    block_ranks: list[int]

@@ -30,7 +30,18 @@ STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
 
 
 class LayerBlocks(NamedTuple):
-    """Blocks of a layer, int32 ranks (K,) and the float32 sketch (33,) of its W0."""
+    """What an adapter file holds of a layer beside its factors.
+
+    Attributes:
+        partition: blocks of W0's rows and columns.
+        ranks: int32 (K,).
+        sketch: float32 (33,), of W0.
+
+    Example:
+        >>> partition = BlockPartition.from_weight(torch.randn(6, 8), num_blocks=2)
+        >>> LayerBlocks(partition, torch.tensor([2, 2]), torch.zeros(33)).partition.num_blocks
+        2
+    """
 
     partition: BlockPartition
     ranks: Tensor
@@ -38,13 +49,35 @@ class LayerBlocks(NamedTuple):
 
 
 def blocks_size(out_features: int, in_features: int, num_blocks: int) -> int:
-    """Bytes of the packed form."""
+    """Bytes of the packed form.
+
+    Args:
+        out_features: N.
+        in_features: C.
+        num_blocks: K.
+
+    Example:
+        >>> blocks_size(6, 8, num_blocks=2)  # 16 of numbers and ranks, 66 of the sketch, 14 bits of labels
+        84
+    """
     bits = (out_features + in_features) * _label_bits(num_blocks)
     return 4 * (2 + num_blocks) + 2 * SKETCH_SIZE + -(-bits // 8)
 
 
 def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Tensor:
-    """uint8 vector on the CPU; a number of the sketch beyond float16's range becomes infinite."""
+    """uint8 vector on the CPU; a number of the sketch beyond float16's range becomes infinite.
+
+    Args:
+        partition: blocks of W0's rows and columns.
+        ranks: int (K,).
+        sketch: float32 (33,), from :func:`smoa_kernels.sketch.sketch_weight`.
+
+    Example:
+        >>> partition = BlockPartition.from_weight(torch.randn(6, 8), num_blocks=2)
+        >>> packed = pack_blocks(partition, torch.tensor([2, 2]), torch.zeros(33))
+        >>> packed.dtype, packed.shape
+        (torch.uint8, torch.Size([84]))
+    """
     labels = torch.cat([partition.row_block, partition.col_block]).cpu().numpy()
     shifts = np.arange(_label_bits(partition.num_blocks))
     parts = (
@@ -62,6 +95,17 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
 
     Raises:
         ValueError: another dtype or size than such a layer's, a wrong checksum, labels out of range.
+
+    Args:
+        packed: uint8 vector.
+        out_features: N.
+        in_features: C.
+
+    Example:
+        >>> partition = BlockPartition.from_weight(torch.randn(6, 8), num_blocks=2)
+        >>> packed = pack_blocks(partition, torch.tensor([2, 2]), torch.zeros(33))
+        >>> unpack_blocks(packed, 6, 8).partition == partition
+        True
     """
     if packed.dtype != torch.uint8 or packed.ndim != 1:
         raise ValueError(f"smoa_blocks must be a vector of uint8, got {packed.dtype} {tuple(packed.shape)}")

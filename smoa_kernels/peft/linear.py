@@ -11,15 +11,17 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from .. import eager
 from ..functional import smoa_linear
 from ..packed import PackedAdapter
 from .combine import sum_adapters
-from .layer import LayerSettings, SMoALayer, SpectralOrder, order_of
+from .layer import SMoALayer, SpectralOrder, order_of
 from .offload import present
 from .quantized import dequantized_linear, requantize
+from .settings import LayerSettings
 
 __all__ = ["Linear"]
 
@@ -35,6 +37,13 @@ class Linear(SMoALayer, nn.Module):
         fan_in_fan_out: whether the weight is stored (in, out).
         quantization: PEFT's back end for the base layer, where that is quantised.
         spectral_order: computes the blocks of a weight.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from smoa_kernels.peft import SMoAConfig
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(r=4, target_modules=["0"]))
+        >>> model.base_model.model[0].get_delta_weight("default").shape
+        torch.Size([6, 8])
     """
 
     def __init__(
@@ -60,7 +69,17 @@ class Linear(SMoALayer, nn.Module):
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
-        """(..., C) -> (..., N). `adapter_names`, in evaluation: an adapter (or "__base__") for each sample."""
+        """(..., C) -> (..., N), in x's dtype.
+
+        Args:
+            x: floating point, any leading dimensions.
+            adapter_names: in evaluation, an adapter (or "__base__") for each sample.
+            args, kwargs: passed to the base layer.
+
+        Raises:
+            TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does; another number of `adapter_names` than of
+                samples, or one given while adapters are merged.
+        """
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters:
@@ -92,8 +111,8 @@ class Linear(SMoALayer, nn.Module):
             with present(self, self.innermost()):
                 y = self._linear(x, [name for name in names if name not in rest], p)
         for name in rest:
-            with present(self, self.innermost()):
-                y = y + self._adapter_output(x, name).to(y.dtype)
+            # Recomputed in backward, so that neither ΔW nor a dequantised W0 is kept for it.
+            y = y + checkpoint(self._adapter_output, x, name, use_reentrant=False).to(y.dtype)
         return y
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
@@ -129,21 +148,23 @@ class Linear(SMoALayer, nn.Module):
             dropout_p=dropout_p,
             column_offset=0 if shard is None else shard.column_offset,
             global_in_features=self.in_features,
+            block_ranks=adapter.block_ranks,
             algorithm=self.algorithm[names[0]],
             backend=self.backend[names[0]],
         )
         return y if shard is None else shard.output(y)
 
     def _adapter_output(self, x: Tensor, name: str) -> Tensor:
-        """`dropout(x) ΔWᵀ` alone, by a dense ΔW that autograd keeps: for base layers that must be called."""
+        """`dropout(x) ΔWᵀ` alone, by a dense ΔW: for base layers that must be called."""
         if self._shard is not None:
             raise RuntimeError(
                 f"adapter {name!r} drops out with another probability than the first active one, which tensor "
                 "parallelism does not take: activate adapters of one smoa_dropout"
             )
-        adapter = self.packed(name, self.base_weight())
-        A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
-        delta = (B @ A) * adapter.weight
+        with present(self, self.innermost()):
+            adapter = self.packed(name, self.base_weight())
+            A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
+            delta = (B @ A) * adapter.weight
         x = F.dropout(x, self._dropout_p(name), training=True)
         return F.linear(x, delta.to(x.dtype))
 
@@ -177,11 +198,15 @@ class Linear(SMoALayer, nn.Module):
 
     def _summed(self, weight: Tensor, names: Sequence[str]) -> PackedAdapter:
         parts = [self.packed(name, weight) for name in names]
-        return parts[0] if len(parts) == 1 else sum_adapters(parts, self.whole(weight))
+        return parts[0] if len(parts) == 1 else sum_adapters(parts, self._whole)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter, additive: in the base weight's layout, at least float32 where the factors are."""
+        """ΔW of one adapter, additive: in the base weight's layout, at least float32 where the factors are.
+
+        Args:
+            adapter: its name.
+        """
         with present(self, self.innermost()):
             delta = self._delta([adapter], self.base_weight())
         return delta.T if self.fan_in_fan_out else delta
@@ -217,7 +242,12 @@ class Linear(SMoALayer, nn.Module):
             weight = self._stored_weight()
             if self._stored_base is None:
                 self._stored_base = weight.detach().to("cpu", copy=True)
-            weight.data.copy_(merged.T if self.fan_in_fan_out else merged)
+            try:
+                weight.data.copy_(merged.T if self.fan_in_fan_out else merged)
+            except BaseException:
+                if not self.merged_adapters:
+                    self.unmerge()
+                raise
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -246,7 +276,11 @@ class Linear(SMoALayer, nn.Module):
         return total
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """ΔW is additive, so PEFT can factorise it (to a rank far above r, as a rule)."""
+        """ΔW is additive, so PEFT can factorise it (to a rank far above r, as a rule).
+
+        Args:
+            adapter_name: any.
+        """
         return True
 
     def extra_repr(self) -> str:

@@ -77,9 +77,7 @@ def check_layer(name: str, layer: SMoALayer, adapter_name: str, given: Mapping[s
     Returns:
         The sketch of the base weight that the adapter was trained over; None where the tensors hold no values.
     """
-    missing = [key for key, value in given.items() if value is None]
-    if missing:
-        raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
+    _check_complete(name, given)
     for key, value in given.items():
         expected = tuple(getattr(layer, key)[adapter_name].shape)
         if tuple(value.shape) != expected:
@@ -92,13 +90,20 @@ def check_layer(name: str, layer: SMoALayer, adapter_name: str, given: Mapping[s
     return read_blocks(name, given, layer.r[adapter_name]).sketch
 
 
-def read_blocks(name: str, given: Mapping[str, Tensor], r: int) -> LayerBlocks:
-    """Blocks, ranks and sketch of a layer whose tensors are `given` and whose rank budget is r.
+def _check_complete(name: str, given: Mapping[str, Any]) -> None:
+    missing = [key for key, value in given.items() if value is None]
+    if missing:
+        raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
+
+
+def read_blocks(name: str, given: Mapping[str, Any], r: int | None = None) -> LayerBlocks:
+    """Blocks, ranks and sketch of a layer whose tensors are `given` and whose rank budget is r, where that is known.
 
     Raises:
-        ValueError: naming the layer, what :func:`unpack_blocks` finds wrong, factors of another kind, or ranks that
-            do not fit.
+        ValueError: naming the layer, a tensor that is missing, what :func:`unpack_blocks` finds wrong, factors of
+            another kind, or ranks that do not fit.
     """
+    _check_complete(name, given)
     A, B = given["smoa_A"], given["smoa_B"]
     for key, factor in (("smoa_A", A), ("smoa_B", B)):
         if factor.ndim != 2 or not factor.is_floating_point():
@@ -110,6 +115,7 @@ def read_blocks(name: str, given: Mapping[str, Tensor], r: int) -> LayerBlocks:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     ranks = blocks.ranks.tolist()
+    r = sum(ranks) if r is None else r
     if min(ranks) < 0 or max(ranks) != A.shape[0] or A.shape[0] != B.shape[1] or sum(ranks) != r:
         raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {A.shape[0]}, got {ranks}")
     return blocks

@@ -14,7 +14,7 @@ from peft.utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,10 +22,11 @@ from ..distributed import smoa_buffers
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from .config import SMoAConfig
-from .layer import LayerSettings, SMoALayer
+from .dequantize import keep_packing
+from .layer import SMoALayer
 from .linear import Linear
 from .loading import check_adapter
-from .quantized import keep_packing
+from .settings import LayerSettings, layer_settings
 from .weighted import check_combination, combined_config
 
 __all__ = ["SMoAModel"]
@@ -39,6 +40,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         config: of the first adapter.
         adapter_name: of the first adapter.
         low_cpu_mem_usage: leave the adapter on the meta device, to be loaded.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(r=4, target_modules=["0"]))
+        >>> type(model.base_model).__name__, type(model.base_model.model[0]).__name__
+        ('SMoAModel', 'Linear')
     """
 
     prefix: str = "smoa_"
@@ -56,7 +63,11 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         return [*names, *(f"base_model.{name}" for name in names)]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; where it fails the model is left as it was."""
+        """As PEFT's; where it fails the model is left as it was.
+
+        Raises:
+            TypeError, ValueError: a name that cannot be a folder's, or what the configuration asks for does not fit.
+        """
         if not adapter_name or set(adapter_name) & set("./\\"):
             # It is part of parameters' names, and of the folder that the adapter is saved in.
             raise ValueError(f"adapter_name must be a name without dots and slashes, got {adapter_name!r}")
@@ -234,19 +245,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 forget_adapter(model, adapter_name)
             raise
         return remapped
-
-
-def layer_settings(config: SMoAConfig, name: str) -> LayerSettings:
-    """What `config` says about the layer `name`, its patterns applied."""
-
-    def matching(pattern: dict[str, Any], default: Any) -> Any:
-        return pattern.get(get_pattern_key(pattern.keys(), name), default)
-
-    r = matching(config.rank_pattern, config.r)
-    num_blocks = matching(config.num_blocks_pattern, config.num_blocks)
-    usual = (r, num_blocks) == (config.r, config.num_blocks)
-    alpha = matching(config.alpha_pattern, config.smoa_alpha)
-    return LayerSettings(r, num_blocks, config.block_ranks if usual else None, alpha, config)
 
 
 def _insert_adapter_names(

@@ -18,11 +18,12 @@ from torch import Tensor
 from ..packed import pack_factors, unpack_factors
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
-from .layout import pack_blocks, unpack_blocks
+from .folders import PREFIX
+from .layout import STATE_KEYS, pack_blocks
+from .loading import read_blocks
 
 __all__ = ["from_paper_layout", "to_paper_layout"]
 
-_PREFIX = "base_model.model."
 _PAPER_KEY = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.(\d+)\.weight")
 
 
@@ -34,9 +35,22 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
         weights: W0 (N, C) of each adapted layer, by the layer's path in the base model.
 
     Raises:
+        TypeError: `state` or `weights` is no mapping of tensors.
         ValueError: a key of another kind, more than one adapter, a layer without a base weight or with a block
             missing, or factors that do not fit the blocks of the base weight.
+
+    Example:
+        >>> import torch
+        >>> weights = {"proj": torch.randn(6, 8)}
+        >>> name = "base_model.model.proj.lora_{}.default.{}.weight"
+        >>> theirs = {name.format("A", k): torch.randn(2, 4) for k in range(2)}
+        >>> theirs |= {name.format("B", k): torch.randn(3, 2) for k in range(2)}
+        >>> ours = from_paper_layout(theirs, weights)
+        >>> [key.removeprefix("base_model.model.") for key in ours]
+        ['proj.smoa_A', 'proj.smoa_B', 'proj.smoa_blocks']
     """
+    _check_tensors("state", state)
+    _check_tensors("weights", weights)
     layers: defaultdict[str, dict[tuple[str, int], Tensor]] = defaultdict(dict)
     adapters = set()
     for key, tensor in state.items():
@@ -44,7 +58,7 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
         if match is None:
             raise ValueError(f"{key} is not of the form <path>.lora_A.<adapter>.<block>.weight")
         path, side, adapter, block = match.groups()
-        layers[path.removeprefix(_PREFIX)][side, int(block)] = tensor
+        layers[path.removeprefix(PREFIX)][side, int(block)] = tensor
         adapters.add(adapter)
     if len(adapters) > 1:
         raise ValueError(f"the tensors must be those of one adapter, got {', '.join(sorted(adapters))}")
@@ -64,7 +78,7 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         tensors = {"A": A, "B": B, "blocks": pack_blocks(partition, ranks, sketch_weight(weight))}
-        result |= {f"{_PREFIX}{path}.smoa_{name}": tensor.cpu() for name, tensor in tensors.items()}
+        result |= {f"{PREFIX}{path}.smoa_{name}": tensor.cpu() for name, tensor in tensors.items()}
     return result
 
 
@@ -73,28 +87,48 @@ def to_paper_layout(
 ) -> dict[str, Tensor]:
     """Inverse of :func:`from_paper_layout`.
 
+    Args:
+        state: tensors of an SMoA adapter, as `adapter_model.safetensors` holds them.
+        weights: W0 (N, C) of each adapted layer, by the layer's path in the base model.
+        adapter_name: that the paper's keys will hold.
+
     Raises:
-        ValueError: a layer without a base weight, or whose blocks are not those of the base weight's spectrum (the
-            paper's code would compute others than the adapter was trained with).
+        TypeError: `state` or `weights` is no mapping of tensors.
+        ValueError: a layer without a base weight or with a tensor missing, or whose blocks are not those of the base
+            weight's spectrum (the paper's code would compute others than the adapter was trained with).
+
+    Example:
+        >>> import torch
+        >>> weights = {"proj": torch.randn(6, 8)}
+        >>> shapes = {"A": (2, 8), "B": (6, 2)}
+        >>> theirs = {f"proj.lora_{side}.default.0.weight": torch.randn(*shapes[side]) for side in "AB"}
+        >>> sorted(to_paper_layout(from_paper_layout(theirs, weights), weights))
+        ['base_model.model.proj.lora_A.default.0.weight', 'base_model.model.proj.lora_B.default.0.weight']
     """
+    _check_tensors("state", state)
+    _check_tensors("weights", weights)
     result = {}
-    for key in state:
-        if not key.endswith(".smoa_A"):
-            continue
-        stem = key.removesuffix("A")
-        path = stem.removesuffix(".smoa_").removeprefix(_PREFIX)
-        A, B = state[stem + "A"], state[stem + "B"]
-        stored, ranks, _ = unpack_blocks(state[stem + "blocks"], B.shape[0], A.shape[1])
+    for stem in (key.removesuffix(".smoa_A") for key in state if key.endswith(".smoa_A")):
+        path = stem.removeprefix(PREFIX)
+        given = {key: state.get(f"{stem}.{key}") for key in STATE_KEYS}
+        stored, ranks, _ = read_blocks(path, given)
         partition = BlockPartition.from_weight(_weight(weights, path).cpu(), stored.num_blocks)
         if partition != stored:
             raise ValueError(
                 f"{path}: the adapter's blocks are not those that the base weight's spectrum gives"
             )
-        factors = unpack_factors(A, B, partition, ranks)
+        factors = unpack_factors(state[f"{stem}.smoa_A"], state[f"{stem}.smoa_B"], partition, ranks)
         for side, blocks in zip("AB", factors, strict=True):
             for k, factor in enumerate(blocks):
-                result[f"{_PREFIX}{path}.lora_{side}.{adapter_name}.{k}.weight"] = factor.contiguous()
+                result[f"{PREFIX}{path}.lora_{side}.{adapter_name}.{k}.weight"] = factor.contiguous()
     return result
+
+
+def _check_tensors(name: str, tensors: object) -> None:
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    ):
+        raise TypeError(f"{name} must be a mapping from names to tensors, got {type(tensors).__name__}")
 
 
 def _weight(weights: Mapping[str, Tensor], path: str) -> Tensor:

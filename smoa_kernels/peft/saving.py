@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .registry import PEFT_TYPE
 
 __all__ = ["install_atomic_save", "replacing"]
@@ -38,6 +40,15 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(file, place)
 
 
+@contextmanager
+def naming(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Say where a save failed: safetensors' own error says "I/O error" and is no OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot save to {folder}, which is as it was: {error}") from error
+
+
 def install_atomic_save() -> None:
     """Have PEFT and transformers save SMoA adapters this way; they offer no hook, and other models are left alone."""
     from peft import PeftModel
@@ -56,12 +67,15 @@ def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
         configs = getattr(self, "peft_config", {}).values()
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         writes = given.get("is_main_process", True) and not os.path.isfile(save_directory)
-        if not writes or not any(config.peft_type == PEFT_TYPE for config in configs):
+        ours = any(config.peft_type == PEFT_TYPE for config in configs)
+        if ours and not given.get("safe_serialization", True):
+            raise ValueError("safe_serialization must be True: SMoA adapters are saved as safetensors only")
+        if not writes or not ours:
             save(self, save_directory, *args, **kwargs)
             return
         if given.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        with replacing(save_directory) as scratch:
+        with naming(save_directory), replacing(save_directory) as scratch:
             card = Path(save_directory, "README.md")
             if card.is_file():  # which PEFT updates
                 shutil.copy(card, scratch)

@@ -1,17 +1,20 @@
 """transformers' own `load_adapter`, held to what loading through PEFT promises.
 
-It fills layers without asking the tuner, so an adapter is checked once it is in place, and taken out where it does
-not fit.
+It reads the folder without asking the configuration and fills layers without asking the tuner, so the folder is checked
+before, the adapter once it is in place, and it is taken out where it does not fit.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from peft.utils import CONFIG_NAME
 
+from .config import SMoAConfig
+from .folders import read_json
 from .loading import check_adapter
 from .model import forget_adapter, remove_adapter
 from .registry import PEFT_TYPE
@@ -29,18 +32,20 @@ def install_checked_load() -> None:
 
 def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
-    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(self: Any, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
         before = set(getattr(self, "peft_config", {}))
         had_adapters, trained = self._hf_peft_config_loaded, [p for p in self.parameters() if p.requires_grad]
+        if peft_model_id is not None:
+            _check_folder(Path(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder") or ""))
         try:
-            found = load(self, *args, **kwargs)
+            found = load(self, peft_model_id, *args, **kwargs)
             for name in _added(self, before):
                 state = {key: value for key, value in self.state_dict().items() if key.endswith(f".{name}")}
                 for key in found.missing_keys:
                     state.pop(key, None)
                 state |= dict.fromkeys(found.unexpected_keys)
                 check_adapter(self, name, state, strict_base=self.peft_config[name].strict_base)
-        except Exception as error:
+        except Exception:
             added = _added(self, before)
             for name in added:
                 remove_adapter(self, name)
@@ -49,13 +54,18 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
                 self._hf_peft_config_loaded = had_adapters
                 for parameter in trained:
                     parameter.requires_grad_(True)
-                if isinstance(error, SafetensorError):
-                    raise ValueError(f"the adapter file is truncated or corrupt: {error}") from error
             raise
         return found
 
     load_adapter._is_checked_for_smoa = True  # type: ignore[attr-defined]
     return load_adapter
+
+
+def _check_folder(folder: Path) -> None:
+    """What can be checked without the model, where `folder` is one and its adapter is SMoA's."""
+    config = folder / CONFIG_NAME
+    if config.is_file() and read_json(config).get("peft_type") == PEFT_TYPE:
+        SMoAConfig.from_pretrained(str(folder))
 
 
 def _added(model: Any, before: set[str]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..packed import PackedAdapter
 from .combine import concatenate_adapters, interpolate_factors
-from .config import FORMAT_VERSION, SMoAConfig
+from .config import FORMAT_VERSION, SMoAConfig, check_finite
 
 __all__ = ["check_combination", "combined_config"]
 
@@ -39,6 +39,8 @@ def check_combination(
             )
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"weights must hold one number for each of {list(adapters)}, got {list(weights)}")
+    for weight in weights:
+        check_finite("weights", weight)
     combinations = {"cat": concatenate_adapters, "linear": interpolate_factors}
     if combination_type not in combinations:
         raise ValueError(

@@ -16,11 +16,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import cache_folder, replace_file
 from .limits import ARCHITECTURES, Architecture, occupancy
 from .rules import Record, Traffic
 from .source import pointers_at
@@ -29,13 +30,16 @@ if TYPE_CHECKING:
     from .compile import Binary, Launch
     from .registry import KernelSpec
 
-__all__ = ["AUDIT_DTYPES", "Task", "cache_folder", "run_audit", "run_task", "tasks"]
+__all__ = ["AUDIT_DTYPES", "Task", "run_audit", "run_task", "tasks"]
 
 AUDIT_DTYPES = ("bf16", "fp16", "tf32", "fp32")
 """What the main loop multiplies; "fp32" is IEEE. On AMD float32 is always IEEE, so "tf32" is not compiled."""
 
 DEFAULT_REGISTRY = "smoa_kernels.tuning.registry:KERNELS"
 _CACHE_SCHEMA = 2  # raised whenever a record gains a field or a parser changes what it reads
+
+# More than any machine has cores for; the pool starts as many as it has work for.
+MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,6 @@ class Task:
     config: int
     arch: str
     dtype: str
-
-
-def cache_folder() -> Path:
-    """`$SMOA_CACHE`, else `$XDG_CACHE_HOME/smoa-kernels`, else `~/.cache/smoa-kernels`."""
-    if own := os.environ.get("SMOA_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "smoa-kernels"
 
 
 def run_audit(
@@ -221,15 +217,10 @@ def _read(path: Path) -> Record | None:
 
 
 def _write(path: Path, record: Record) -> None:
-    """Write by rename, so that a reader or a crash never sees half a file. A full disk costs only the cache."""
-    try:
+    """A full disk costs only the cache."""
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(record.to_json(), stream)
-        os.replace(name, path)
-    except OSError:
-        return
+        replace_file(path, json.dumps(record.to_json()).encode())
 
 
 @contextmanager
@@ -237,7 +228,7 @@ def _workers(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
     """Processes that compile: spawned, so that nothing imported here leaks into them."""
     with tempfile.TemporaryDirectory(prefix="smoa-audit-") as folder:
         pool = ProcessPoolExecutor(
-            jobs or os.cpu_count(),
+            min(jobs or os.cpu_count() or 1, MOST_WORKERS),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
             initargs=(folder,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
@@ -33,6 +34,10 @@ class Trial:
         choice: what was tried.
         seconds: median; None where it was not timed.
         reason: why not.
+
+    Example:
+        >>> Trial("split", seconds=1e-3).settled, Trial("fused", reason=INTERRUPTED).settled
+        (True, False)
     """
 
     choice: Choice
@@ -55,6 +60,13 @@ class Entry:
         default: what would run without the entry.
         trials: everything that was tried.
         complete: nothing is left to try.
+
+    Example:
+        >>> key = Key("forward", "bf16", 8, 2, 4096, 4096, 512)
+        >>> machine = Identity("a GPU", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef")
+        >>> entry = Entry(key, machine, "split", (Trial("split", seconds=2e-3), Trial("fused", seconds=1e-3)))
+        >>> entry.best().choice, Entry.from_json(entry.to_json()) == entry
+        ('fused', True)
     """
 
     key: Key
@@ -97,8 +109,8 @@ class Entry:
         """From plain data.
 
         Raises:
-            AttributeError, KeyError, TypeError, ValueError: something is missing, unknown, of another type or out
-                of range.
+            AttributeError, KeyError, OverflowError, TypeError, ValueError: something is missing, unknown, of another
+                type or out of range.
         """
         key = Key(**data["key"])
         if key.kernel not in (*CONFIGS, *ALGORITHM_KEYS) or key.dtype not in DTYPES:
@@ -106,7 +118,7 @@ class Entry:
         if any(type(size) is not int or size < 0 for size in key[2:-1]) or type(key.transposed) is not bool:
             raise ValueError(f"sizes out of range in {key}")
         trials = tuple(
-            Trial(_choice(key, trial["choice"]), _seconds(trial.get("seconds")), trial.get("reason"))
+            Trial(_choice(key, trial["choice"]), _seconds(trial.get("seconds")), _reason(trial.get("reason")))
             for trial in data["trials"]
         )
         complete = data["complete"]
@@ -116,7 +128,19 @@ class Entry:
 
 
 def merged(older: Entry, newer: Entry) -> Entry:
-    """Of two entries for one key the newer, with the trials of the older where both hold for the same machine."""
+    """Of two entries for one key the newer, with the trials of the older where both hold for the same machine.
+
+    Args:
+        older: that is in a table.
+        newer: that is put there.
+
+    Example:
+        >>> machine = Identity("a GPU", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef")
+        >>> older = Entry(Key("forward", "bf16"), machine, "split", (Trial("split", seconds=2e-3),))
+        >>> newer = Entry(Key("forward", "bf16"), machine, "split", (Trial("fused", seconds=1e-3),))
+        >>> [trial.choice for trial in merged(older, newer).trials]
+        ['split', 'fused']
+    """
     if older.identity != newer.identity:
         return newer
     trials = {trial.choice: trial for trial in older.trials}
@@ -131,6 +155,11 @@ def _plain(choice: Choice) -> Any:
     return choice if isinstance(choice, str) else asdict(choice)
 
 
+# What a field of a configuration may be at most; a launch beyond it fails, which no table may bring about.
+_MOST = {"block": 8192, "group_t": 64, "split": 64, "num_warps": 16, "num_stages": 8}
+_MOST_TILE = 256
+
+
 def _choice(key: Key, data: Any) -> Choice:
     """A choice that may be launched: of the right kind, its numbers powers of two (split and stages any count)."""
     if key.kernel in ALGORITHM_KEYS:
@@ -140,8 +169,10 @@ def _choice(key: Key, data: Any) -> Choice:
     config = CONFIGS[key.kernel](**data)
     for name, value in data.items():
         least = 0 if name == "split" and key.kernel == "block_grad" else 1
+        least = 16 if name.startswith("block_") else least  # `tl.dot` takes no fewer
         free = name in ("split", "num_stages")
-        if type(value) is not int or value < least or not (free or value & (value - 1) == 0):
+        in_range = type(value) is int and least <= value <= _MOST.get(name, _MOST_TILE)
+        if not in_range or not (free or value & (value - 1) == 0):
             raise ValueError(f"{name} = {value!r} is no launch parameter of {key.kernel}")
     if not fits(config, key):
         raise ValueError(f"{config} does not divide the layout of {key}")
@@ -151,6 +182,12 @@ def _choice(key: Key, data: Any) -> Choice:
 def _seconds(value: Any) -> float | None:
     if value is None:
         return None
-    if type(value) not in (int, float) or not value > 0:
-        raise ValueError(f"seconds must be positive, got {value!r}")
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"seconds must be positive and finite, got {value!r}")
     return float(value)
+
+
+def _reason(value: Any) -> str | None:
+    if value is not None and type(value) is not str:
+        raise ValueError(f"reason must be text, got {value!r}")
+    return value

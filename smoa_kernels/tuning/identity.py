@@ -21,6 +21,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _FILES = {name: (name,) for name in CONFIGS} | {
     "modulated_weight": ("modulate",),
     "modulated_blocks": ("modulate",),
+    "sum_parts": ("fused_linear",),
+    "sum_partials": ("block_grad",),
 }
 
 
@@ -35,6 +37,10 @@ class Identity:
         torch: version.
         triton: version.
         source: hash of the kernel's source text.
+
+    Example:
+        >>> Identity("NVIDIA H100 80GB HBM3", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef").capability
+        'sm_90'
     """
 
     gpu: str
@@ -60,7 +66,16 @@ class Identity:
 
 @functools.cache
 def identity(device: torch.device, kernel: str) -> Identity:
-    """What a choice for `kernel` would be measured on here and now."""
+    """What a choice for `kernel` would be measured on here and now.
+
+    Args:
+        device: where it would run.
+        kernel: one of `heuristic.CONFIGS`, or "forward" or "input_gradient" for an algorithm.
+
+    Example:
+        >>> identity(torch.device("cpu"), "permute").gpu
+        'cpu'
+    """
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return Identity(
         name,
@@ -74,7 +89,15 @@ def identity(device: torch.device, kernel: str) -> Identity:
 
 @functools.cache
 def source_hash(kernel: str) -> str:
-    """Of the text that decides a kernel's speed: its file and what all share; for an algorithm, of every kernel's."""
+    """Of the text that decides a kernel's speed: its file and what all share; for an algorithm, of every kernel's.
+
+    Args:
+        kernel: as in :func:`identity`.
+
+    Example:
+        >>> len(source_hash("permute")), source_hash("permute") == source_hash("block_grad")
+        (16, False)
+    """
     folder = _PACKAGE / "kernels"
     names = ("_common", *_FILES[kernel]) if kernel in _FILES else ()
     paths = [folder / f"{name}.py" for name in names]
@@ -86,7 +109,18 @@ def source_hash(kernel: str) -> str:
 
 
 def staleness(then: Identity, now: Identity) -> list[str]:
-    """Why a choice made on `then` does not hold on `now`, one reason a field; empty where it does."""
+    """Why a choice made on `then` does not hold on `now`, one reason a field; empty where it does.
+
+    Args:
+        then: when it was measured.
+        now: here.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> now = identity(torch.device("cpu"), "permute")
+        >>> staleness(replace(now, multiprocessors=now.multiprocessors + 1), now)[0].split(":")[0]
+        'multiprocessors'
+    """
     return [
         f"{field.name}: {getattr(then, field.name)} then, {getattr(now, field.name)} now"
         for field in fields(Identity)
@@ -95,5 +129,13 @@ def staleness(then: Identity, now: Identity) -> list[str]:
 
 
 def slug(gpu: str) -> str:
-    """A GPU's name as a file name."""
+    """A GPU's name as a file name.
+
+    Args:
+        gpu: as the driver names it.
+
+    Example:
+        >>> slug("NVIDIA H100 80GB HBM3")
+        'nvidia-h100-80gb-hbm3'
+    """
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")

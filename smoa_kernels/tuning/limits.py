@@ -31,6 +31,10 @@ class Architecture:
         register_granule: registers per thread are allocated in multiples of this.
         warp_size: threads per warp.
         async_copies: global loads can go to shared memory without passing registers.
+
+    Example:
+        >>> ARCHITECTURES["sm_90"].tensor_core, ARCHITECTURES["gfx942"].is_amd
+        ('HGMMA', True)
     """
 
     name: str
@@ -84,6 +88,10 @@ def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) ->
         registers: per thread; on AMD vector plus accumulation registers.
         shared: bytes per block.
         warps: per block.
+
+    Example:
+        >>> occupancy(ARCHITECTURES["sm_90"], registers=128, shared=100 * 1024, warps=8)
+        2
     """
     granules = -(-max(registers, 1) // arch.register_granule)
     warps_per_scheduler = arch.registers // (granules * arch.register_granule)

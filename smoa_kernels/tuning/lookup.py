@@ -26,12 +26,20 @@ _algorithms: dict[tuple[torch.device, Key], str | None] = {}
 
 
 def install() -> None:
-    """Let launchers ask here before the heuristic."""
+    """Let launchers ask here before the heuristic.
+
+    Example:
+        >>> install()
+    """
     selection.prefer(tuned_config)
 
 
 def forget() -> None:
-    """Read the tables again at the next question: one of them has changed."""
+    """Read the tables again at the next question: one of them has changed.
+
+    Example:
+        >>> forget()
+    """
     _tables.cache_clear()
     _algorithms.clear()
     selection.forget()
@@ -40,20 +48,45 @@ def forget() -> None:
 def keep(entry: Entry) -> None:
     """Add an entry to the user's table, in force from now on.
 
+    Args:
+        entry: what was measured.
+
     Raises:
         OSError: the table cannot be written.
+
+    Example:
+            >>> from smoa_kernels.tuning.entries import Trial
+        >>> key, device = Key("forward", "bf16", 8, 2, 4096, 4096, 512), torch.device("cpu")
+        >>> trials = (Trial("split", seconds=2e-3), Trial("fused", seconds=1e-3))
+        >>> keep(Entry(key, identity(device, "forward"), "split", trials, complete=True))
+        >>> tuned_algorithm(key, device, ("split", "fused"))
+        'fused'
     """
     update(user_table(entry.identity.gpu), [entry])
     forget()
 
 
 def autotune_wanted() -> bool:
-    """Whether the user lets a training step wait for measurements, `SMOA_AUTOTUNE=1`."""
+    """Whether the user lets a training step wait for measurements, `SMOA_AUTOTUNE=1`.
+
+    Example:
+        >>> autotune_wanted()
+        False
+    """
     return os.environ.get("SMOA_AUTOTUNE") == "1"
 
 
 def tuned_config(key: Key, device: torch.device) -> Config | None:
-    """Launch parameters measured for a kernel's problem; None where there are none."""
+    """Launch parameters measured for a kernel's problem; None where there are none.
+
+    Args:
+        key: whose `kernel` is one of `heuristic.CONFIGS`.
+        device: of the operands.
+
+    Example:
+        >>> tuned_config(Key("permute", "bf16"), torch.device("cpu")) is None
+        True
+    """
     entry = _entry(key, device)
     best = None if entry is None else entry.best()
     return None if best is None or isinstance(best.choice, str) else best.choice
@@ -66,6 +99,11 @@ def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> s
         key: whose `kernel` is "forward" or "input_gradient".
         device: of the operands.
         allowed: those whose rounding the caller accepts, the same for every call with this key.
+
+    Example:
+        >>> key = Key("input_gradient", "bf16", 8, 2, 4096, 4096, 512)
+        >>> tuned_algorithm(key, torch.device("cpu"), ("merged", "fused")) is None
+        True
     """
     try:
         return _algorithms[device, key]

@@ -24,6 +24,10 @@ class Decoder:
         heads: `num_attention_heads`.
         kv_heads: `num_key_value_heads`.
         head_dim: `head_dim`, where it is not hidden / heads.
+
+    Example:
+        >>> MODELS["llama-3-8b"].shapes
+        ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
     """
 
     hidden: int
@@ -70,11 +74,19 @@ def read_config(path: Path) -> Decoder:
 
     Raises:
         ValueError: no such file, or one that lacks a size.
+
+    Example:
+        >>> sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+        >>> _ = Path("config.json").write_text(json.dumps(sizes))
+        >>> read_config(Path("config.json")) == MODELS["smollm2-135m"]
+        True
     """
     file = path / "config.json" if path.is_dir() else path
     try:
+        if not file.is_file():  # a device or a pipe has no end
+            raise FileNotFoundError(f"{file} is no file")
         data: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"--from-model must be a config.json or its folder, got {path}: {error}") from error
     data = data.get("text_config", data) if isinstance(data, dict) else {}
     heads = _size(file, data, "num_attention_heads")

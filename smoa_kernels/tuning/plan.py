@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backends import MOST_TRITON_RANKS
 from ..cost import Problem, choose_algorithm
 from ..gpus import Gpu, device_gpu
 from ..kernels._common import padded_width
@@ -61,6 +62,11 @@ class Layer:
                 f"blocks must be at most {min(self.out_features, self.in_features)} for a layer of "
                 f"{self.out_features}x{self.in_features}, got {self.blocks}"
             )
+        if self.max_rank > MOST_TRITON_RANKS:
+            raise ValueError(
+                f"rank must be at most {MOST_TRITON_RANKS * self.blocks} in {self.blocks} blocks, of which the "
+                f"kernels take {MOST_TRITON_RANKS} each, got {self.rank}"
+            )
 
     @property
     def max_rank(self) -> int:
@@ -84,7 +90,13 @@ def keys(layer: Layer) -> Iterator[Key]:
     if t <= MOST_FUSED_TOKENS:
         yield Key("fused_linear", *common, n, c, t)
         yield Key("fused_linear", *common, c, n, t, transposed=True)
+        for features in (n, c):
+            yield Key("sum_parts", copied, out_features=features, tokens=t)
     yield Key("block_grad", *common, n, c, t, rows, cols)
+    # Factors are kept in the layer's dtype, or in float32 as PEFT does.
+    for factors in (copied, "fp32"):
+        yield Key("sum_partials", factors, layer.max_rank, layer.blocks, n, c, padded_in=cols)
+        yield Key("sum_partials", factors, layer.max_rank, layer.blocks, c, n, padded_in=rows)
     yield Key("forward", *common, n, c, t)
     yield Key("input_gradient", *common, n, c, t)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..dropout import Dropout
 from ..kernels import block_grad, block_matmul, fused_linear, modulate, permute
 from ..kernels.heuristic import DTYPES, Key, shipped
-from ..kernels.launch import SUM_CONFIGS
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from .compile import Launch, capture
@@ -263,7 +262,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         fused_linear.sum_parts_kernel,
         "copy",
         ("no bias", "bias"),
-        lambda *_: SUM_CONFIGS,
+        _shipped("sum_parts"),
         _sum_parts,
         narrow={"bias_ptr": "one row, read by every token and cached"},
     ),
@@ -272,7 +271,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         block_grad.sum_partials_kernel,
         "copy",
         ("dB", "dA"),
-        lambda *_: SUM_CONFIGS,
+        _shipped("sum_partials"),
         _sum_partials,
         narrow={"label_ptr": _LABELS, "ranks_ptr": _LABELS, "other_offsets_ptr": _INDEX},
     ),

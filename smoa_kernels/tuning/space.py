@@ -6,7 +6,9 @@ or loads narrowly is known before anything is timed: the audit compiles it for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -46,6 +48,8 @@ _STEPS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     },
+    "sum_parts": {"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)},
+    "sum_partials": {"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)},
 }
 
 
@@ -90,6 +94,7 @@ def broken(
     arch: str,
     *,
     processes: int | None = None,
+    deadline: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[tuple[str, str, Config], str]:
     """(kernel, dtype, configuration) to the first audit rule that it breaks in any of the kernel's forms.
@@ -98,11 +103,20 @@ def broken(
         pairs: (kernel, dtype), names from `heuristic.CONFIGS` and `heuristic.DTYPES`.
         arch: an audited architecture.
         processes: that compile; one per core where None.
+        deadline: by `time.monotonic()`; what does not ship and is not compiled by then counts as broken, too. What
+            is compiled is kept, so that a second call comes further.
         progress: called with how many compilations are done, and how many are known of.
     """
     found: dict[tuple[str, str, Config], str] = {}
+    compiled: Counter[tuple[str, str, Config]] = Counter()
     done = total = 0
+
+    def late() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
+
     for dtype in sorted({dtype for _, dtype in pairs}):
+        if late():
+            break
         kernels = sorted(kernel for kernel, other in pairs if other == dtype)
         audit = run_audit(
             archs=[arch], kernels=kernels, dtypes=[dtype], jobs=processes, registry=f"{__name__}:SEARCH"
@@ -113,9 +127,30 @@ def broken(
                 continue
             done += 1
             progress(done, total)
+            choice = (record.kernel, dtype, _config(record))
+            compiled[choice] += 1
             if rules := broken_rules(record):
-                found.setdefault((record.kernel, dtype, _config(record)), f"{record.variant}: {rules[0]}")
+                found.setdefault(choice, f"{record.variant}: {rules[0]}")
+            if late():
+                break
+    if deadline is not None:
+        found = dict.fromkeys(_unseen(pairs, arch, compiled), _LATE) | found
     return found
+
+
+_LATE = "not compiled before half of the time was up"
+
+
+def _unseen(
+    pairs: Collection[tuple[str, str]], arch: str, compiled: Mapping[tuple[str, str, Config], int]
+) -> Iterator[tuple[str, str, Config]]:
+    """What does not ship and lacks a form."""
+    forms = {spec.name: len(spec.variants) for spec in SEARCH}
+    for kernel, dtype in pairs:
+        ships = shipped(Key(kernel, dtype), arch)
+        for config in search_space(kernel, arch, dtype):
+            if config not in ships and compiled[kernel, dtype, config] < forms[kernel]:
+                yield kernel, dtype, config
 
 
 def _config(record: Record) -> Config:

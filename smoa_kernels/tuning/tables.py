@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import stat
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
+from ..files import cache_folder, replace_file
 from ..kernels.heuristic import Key
-from .audit import cache_folder
 from .entries import Entry, merged
 from .identity import slug
 
@@ -28,20 +27,42 @@ __all__ = ["SCHEMA", "SHIPPED", "read", "shipped_table", "update", "user_folder"
 SCHEMA = 1
 SHIPPED = Path(__file__).resolve().parent / "tables"
 LOCK_SECONDS = 60.0
+MOST_BYTES = 64 * 2**20  # some ten thousand entries
 
 
 def user_folder() -> Path:
-    """Where the user's tables are: `tuning` in the cache folder."""
+    """Where the user's tables are: `tuning` in the cache folder.
+
+    Example:
+        >>> user_folder().name
+        'tuning'
+    """
     return cache_folder() / "tuning"
 
 
 def user_table(gpu: str) -> Path:
-    """The user's table of a GPU, by the driver's name for it."""
+    """The user's table of a GPU, by the driver's name for it.
+
+    Args:
+        gpu: as the driver names it.
+
+    Example:
+        >>> user_table("NVIDIA H100 80GB HBM3").name
+        'nvidia-h100-80gb-hbm3.json'
+    """
     return user_folder() / f"{slug(gpu)}.json"
 
 
 def shipped_table(gpu: str) -> Path:
-    """The table of a GPU that comes with the package, if there is one."""
+    """The table of a GPU that comes with the package, if there is one.
+
+    Args:
+        gpu: as the driver names it.
+
+    Example:
+        >>> shipped_table("a GPU that nobody knows").exists()
+        False
+    """
     return SHIPPED / f"{slug(gpu)}.json"
 
 
@@ -50,6 +71,14 @@ def read(path: Path, *, set_aside: bool = True) -> Mapping[Key, Entry]:
 
     A file that is truncated, foreign, broken by hand or of a future schema is named in one warning and, where
     `set_aside` and the folder can be written to, renamed to `NAME.broken-1` (or -2, …).
+
+    Args:
+        path: of the table.
+        set_aside: rename one that cannot be used.
+
+    Example:
+        >>> read(user_table("a GPU that was never tuned"))
+        {}
     """
     try:
         return _parse(path)
@@ -70,8 +99,16 @@ def read(path: Path, *, set_aside: bool = True) -> Mapping[Key, Entry]:
 def update(path: Path, entries: Iterable[Entry]) -> Mapping[Key, Entry]:
     """Add entries to a table, made where there is none; returns what it then holds.
 
+    Args:
+        path: of the table.
+        entries: what was measured; one whose key is there is merged with it.
+
     Raises:
         OSError: the folder cannot be written to, or another process holds the lock for a minute.
+
+    Example:
+        >>> update(user_table("a GPU"), [])
+        {}
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path):
@@ -79,7 +116,8 @@ def update(path: Path, entries: Iterable[Entry]) -> Mapping[Key, Entry]:
         for entry in entries:
             older = table.get(entry.key)
             table[entry.key] = entry if older is None else merged(older, entry)
-        _replace(path, {"schema": SCHEMA, "entries": [entry.to_json() for entry in table.values()]})
+        data = {"schema": SCHEMA, "entries": [entry.to_json() for entry in table.values()]}
+        replace_file(path, f"{json.dumps(data, indent=1)}\n".encode())
     return table
 
 
@@ -88,21 +126,26 @@ class _BrokenError(Exception):
 
 
 def _parse(path: Path) -> Mapping[Key, Entry]:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is no file")  # a pipe would be waited for
+    if found.st_size > MOST_BYTES:
+        raise _BrokenError(f"holds {found.st_size} bytes, more than any table ({MOST_BYTES})")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise _BrokenError("is not text") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _BrokenError(f"is not JSON ({error})") from error
-    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+    if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] < 1:
         raise _BrokenError("is not a table of smoa-kernels")
     if data["schema"] > SCHEMA:
         raise _BrokenError(f"has schema {data['schema']}, this version knows up to {SCHEMA}")
     try:
-        found = [Entry.from_json(entry) for entry in data["entries"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        entries = [Entry.from_json(entry) for entry in data["entries"]]
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise _BrokenError(f"holds an entry that is none ({type(error).__name__}: {error})") from error
-    return {entry.key: entry for entry in found}
+    return {entry.key: entry for entry in entries}
 
 
 def _parse_or_set_aside(path: Path) -> Mapping[Key, Entry]:
@@ -123,23 +166,6 @@ def _parse_or_set_aside(path: Path) -> Mapping[Key, Entry]:
 def _lock(path: Path) -> FileLock:
     """flock on POSIX, released by the system when its holder dies; a lock file where there is none."""
     return FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_SECONDS)
-
-
-def _replace(path: Path, data: Any) -> None:
-    """Write beside the file, to the disk, then rename over it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(data, stream, indent=1)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def _warn(message: str) -> None:

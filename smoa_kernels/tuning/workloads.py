@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import triton_backend
-from ..kernels.block_grad import block_grad
+from ..kernels.block_grad import RANK_CHUNK, block_grad, sum_partials
 from ..kernels.block_matmul import block_matmul, block_ordered
-from ..kernels.fused_linear import fused_linear
+from ..kernels.fused_linear import fused_linear, sum_parts
 from ..kernels.heuristic import DTYPES, Key
 from ..kernels.modulate import modulated_blocks, modulated_weight
 from ..kernels.permute import gather_columns
@@ -115,6 +115,9 @@ class _Operands:
         even = torch.arange(features, device=self.device) * self.key.blocks // features
         return even[torch.randperm(features, generator=self._generator, device=self.device)]
 
+    def partition(self, rows: int, cols: int) -> BlockPartition:
+        return BlockPartition.from_labels(self.labels(rows), self.labels(cols), self.key.blocks)
+
     def adapter(self) -> PackedAdapter:
         """W_eff's parts; for a transposed key those of the layer whose dX it is, seen from dX's side."""
         key = self.key
@@ -125,7 +128,7 @@ class _Operands:
             weight=self.randn(rows, cols) / cols**0.5,
             A=self.randn(key.rank, cols),
             B=self.randn(rows, key.rank) / key.rank**0.5,
-            partition=BlockPartition.from_labels(self.labels(rows), self.labels(cols), key.blocks),
+            partition=self.partition(rows, cols),
             ranks=torch.full((key.blocks,), key.rank, dtype=torch.int32, device=self.device),
             scaling=torch.ones((), device=self.device),
         )
@@ -231,6 +234,45 @@ def _block_grad(key: Key, operands: _Operands) -> Workload:
     return Workload(key, run, defined)
 
 
+# How many partial results a launch sums is decided by another kernel's parameters: a typical number.
+_PARTS, _SPLITS = 4, 2
+
+
+def _sum_parts(key: Key, operands: _Operands) -> Workload:
+    shape = (_PARTS, key.tokens, key.out_features)
+    parts = operands.randn(*shape).float()
+    out = parts.new_empty(shape[1:], dtype=operands.dtype)
+
+    def run(config: Any) -> list[Tensor]:
+        sum_parts(parts, None, out, config=config)
+        return [out]
+
+    return Workload(key, run, lambda dtype: [parts.to(dtype).sum(0)])
+
+
+def _sum_partials(key: Key, operands: _Operands) -> Workload:
+    tile = min(key.padded_in, 128)
+    tiles = key.padded_in // tile
+    p = operands.partition(key.out_features, key.in_features)
+    width = -(-key.rank // RANK_CHUNK) * RANK_CHUNK
+    partial = operands.randn(_SPLITS * tiles, key.out_features, width).float()
+    # A block writes as many tiles as its other side fills; the rest is never read.
+    sizes = p.col_offsets.diff()[p.row_block.long()]
+    written = tile * torch.arange(tiles, device=partial.device)[:, None] < sizes
+    ranks = torch.full((key.blocks,), key.rank, dtype=torch.int32, device=partial.device)
+    out = partial.new_empty(key.out_features, key.rank, dtype=operands.dtype)
+
+    def run(config: Any) -> list[Tensor]:
+        sum_partials(partial, p, ranks, out, _SPLITS, tile, config=config)
+        return [out]
+
+    def defined(dtype: torch.dtype) -> list[Tensor]:
+        summed = torch.where(written.repeat(_SPLITS, 1)[:, :, None], partial.to(dtype), 0).sum(0)
+        return [summed[:, : key.rank]]
+
+    return Workload(key, run, defined)
+
+
 def _forward(key: Key, operands: _Operands) -> Workload:
     adapter = operands.adapter()
     x = operands.randn(key.tokens, key.in_features)
@@ -262,6 +304,8 @@ _WORKLOADS: dict[str, Callable[[Key, _Operands], Workload]] = {
     "block_matmul": _block_matmul,
     "fused_linear": _fused_linear,
     "block_grad": _block_grad,
+    "sum_parts": _sum_parts,
+    "sum_partials": _sum_partials,
     "forward": _forward,
     "input_gradient": _input_gradient,
 }

@@ -55,6 +55,11 @@ def build(
     else:
         config = SMoAConfig(**settings, smoa_dropout=dropout, target_modules=["up", "down"])
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        for layer in () if spectral else layers(model):
+            layer._set_blocks(
+                "default", in_order(layer.base_layer), layer.ranks("default"), layer.base_sketch()
+            )
+            layer.reset_adapter("default")
     for name, parameter in model.named_parameters():
         if "smoa_B" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -75,7 +80,7 @@ def step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
     """The output, and the gradients of x and of every factor, whole."""
     x = x.clone().requires_grad_()
     y = model(x)
-    nn.functional.mse_loss(y, target).backward()
+    nn.functional.mse_loss(y, target.to(y.dtype)).backward()  # torch 2.11 takes one dtype alone
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     return {"y": y.detach(), "x": x.grad, **grads}
 

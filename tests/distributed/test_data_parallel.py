@@ -111,8 +111,8 @@ class Normed(nn.Module):
 
 
 def other_labels() -> BlockPartition:
-    """Labels that no spectrum of the layer gives."""
-    return BlockPartition.from_labels(torch.arange(10) % 3, torch.arange(12) % 3, 3)
+    """Labels that no spectrum of the layer gives, in blocks of other sizes."""
+    return BlockPartition.from_labels(torch.arange(10) // 4, torch.arange(12) // 5, 3)
 
 
 def gathered(tensor: Tensor) -> list[Tensor]:
@@ -131,11 +131,16 @@ def shares_labels() -> None:
     model = Normed()
     if dist.get_rank() == 1:
         model.lin.partition = other_labels()
+        model.lin.smoa_ranks = torch.tensor([1, 2, 2], dtype=torch.int32)
+        model.lin.block_ranks = (1, 2, 2)
     assert not torch.equal(*gathered(model.lin.smoa_row_block))
+    nn.init.ones_(model.lin.smoa_B)
     ignore_buffers(model)
     for buffer in smoa_buffers(model).values():
         assert torch.equal(*gathered(buffer))
     assert model.lin.partition == BlockPartition.from_weight(model.lin.weight, 3)
+    assert model.lin.block_ranks == (2, 2, 1)
+    assert torch.equal(*gathered(model.lin(torch.ones(2, 12)).detach()))
     sent = sent_buffers(model)
     assert sent  # the norm's
     assert not sent & {id(buffer) for buffer in smoa_buffers(model).values()}

@@ -63,9 +63,10 @@ def test_equals_one_process(group: Processes, kind: str, dropout: float) -> None
     group.run(equals_one_process, kind, dropout, True)
 
 
+@pytest.mark.parametrize("kind", ["fused", "peft"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_shards_that_miss_a_block(group: Processes, dropout: float) -> None:
-    group.run(equals_one_process, "fused", dropout, False)
+def test_shards_that_miss_a_block(group: Processes, kind: str, dropout: float) -> None:
+    group.run(equals_one_process, kind, dropout, False)
 
 
 def misses_a_block() -> None:
@@ -212,6 +213,71 @@ def refuses() -> None:
 
 def test_what_cannot_be_cut_is_refused(two: Processes) -> None:
     two.run(refuses)
+
+
+def refuses_quantized() -> None:
+    import bitsandbytes as bnb
+    from peft import get_peft_model
+
+    from smoa_kernels.peft import SMoAConfig
+
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4")).to("cpu")
+    assert model[0].weight.quant_state is not None
+    model = get_peft_model(model, SMoAConfig(r=4, num_blocks=2, target_modules=["0"]))
+    with pytest.raises(
+        TypeError, match=r"over a plain nn.Linear or Conv1D to be cut, got one over Linear4bit"
+    ):
+        parallelize_module(blocks(model), init_device_mesh("cpu", (2,)), {"0": ColwiseSMoAParallel()})
+    assert not isinstance(blocks(model)[0].smoa_A["default"], DTensor)
+    model(torch.randn(3, 64))
+
+
+def test_a_quantized_base_is_refused(two: Processes) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the quantized extra")
+    two.run(refuses_quantized)
+
+
+def awaits_labels() -> None:
+    from smoa_kernels.peft import SMoAConfig
+
+    model = build("peft", torch.float64)
+    config = SMoAConfig(r=4, num_blocks=2, target_modules=["up", "down"], inference_mode=True)
+    model.add_adapter("late", config)
+    with pytest.raises(ValueError, match=r"adapters \['late'\] await their block labels: load them before"):
+        parallelize(model)
+    assert not isinstance(layers(model)[0].smoa_A["default"], DTensor)
+
+
+def test_labels_that_are_yet_to_be_loaded_are_refused(two: Processes) -> None:
+    two.run(awaits_labels)
+
+
+def several_dropouts() -> None:
+    from smoa_kernels.peft import SMoAConfig
+
+    model = build("peft", torch.float64, dropout=0.1)
+    model.add_adapter("other", SMoAConfig(r=4, num_blocks=2, smoa_dropout=0.2, target_modules=["up", "down"]))
+    model.base_model.set_adapter(["default", "other"])
+    torch.manual_seed(0)
+    parallelize(model)
+    with pytest.raises(RuntimeError, match="'other' drops out with another probability"):
+        model(batch(torch.float64)[0])
+
+
+def test_adapters_that_drop_out_differently_are_refused(two: Processes) -> None:
+    two.run(several_dropouts)
+
+
+def unloads() -> None:
+    single, model = build("peft", torch.float64), parallelize(build("peft", torch.float64))
+    for one, cut in zip(layers(single.merge_and_unload()), layers(model.merge_and_unload()), strict=True):
+        assert type(cut) is nn.Linear
+        assert relative_error(cut.weight.full_tensor(), one.weight) < DOUBLE
+        assert relative_error(cut.bias.full_tensor(), one.bias) == 0
+
+
+def test_unloaded_weights_are_whole_when_gathered(two: Processes) -> None:
+    two.run(unloads)
 
 
 def falls_back() -> None:

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import Guarded
+from problems import DEVICE
 from torch import Tensor
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU where there is one, else CPU tensors under Triton's interpreter (tests/conftest.py)."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DEVICE
 
 
 @pytest.fixture(autouse=True)

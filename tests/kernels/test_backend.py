@@ -20,6 +20,8 @@ from smoa_kernels.operator import linear
 from smoa_kernels.packed import padding_masks, scaling_tensor
 from smoa_kernels.reference import reference_delta_weight
 
+pytestmark = pytest.mark.numerical
+
 ALGORITHMS = triton_backend.ALGORITHMS
 NAMES = ("y", "dx", "dA", "dB", "dbias")
 
@@ -92,7 +94,7 @@ def test_ranks_beyond_the_factors_read_no_further(
     options: dict[str, object], guarded: Guarded, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU's ranks are not waited for, so not checked: the kernels take what lies outside as 0 or ρ."""
-    monkeypatch.setattr(operator, "check_ranks", lambda ranks, rho: None)
+    monkeypatch.setattr(operator, "check_ranks", lambda *_: None)
     p = problem(torch.float32, device, ranks=(3, 5, 5))
     p = replace(p, A=guarded(p.A, row_padding=3), B=guarded(p.B, row_padding=3))
     inside = replace(p, ranks=torch.tensor([0, 5, 5], dtype=torch.int32, device=device))
@@ -257,7 +259,8 @@ def test_opcheck(device: torch.device) -> None:
     p = problem(torch.float32, device, tokens=5)
     leaves = (p.x.requires_grad_(), p.weight, p.bias, p.A.requires_grad_(), p.B.requires_grad_())
     settings = (p.partition.tensors(), p.partition.sizes(), 0.0, 0, 57, "auto", "triton")
-    torch.library.opcheck(linear, (*leaves, p.ranks, scaling_tensor(0.7, device), None, *settings))
+    ranks = (p.ranks, p.ranks.tolist())
+    torch.library.opcheck(linear, (*leaves, *ranks, scaling_tensor(0.7, device), None, *settings))
 
 
 @pytest.mark.parametrize(

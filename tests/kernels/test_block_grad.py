@@ -23,6 +23,8 @@ from smoa_kernels.kernels.launch import BlockGradConfig
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.packed import PackedAdapter, padding_masks
 
+pytestmark = pytest.mark.numerical
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 # Small enough that small problems have several tiles of each kind.

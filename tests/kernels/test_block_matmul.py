@@ -23,6 +23,8 @@ from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.packed import PackedAdapter
 
+pytestmark = pytest.mark.numerical
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 # Small enough that small problems have several tiles of each kind, and a last group of tokens that is not full.

@@ -28,6 +28,8 @@ from smoa_kernels.kernels.launch import (
     fused_linear_configs,
 )
 
+pytestmark = pytest.mark.numerical
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 ALL_CONFIGS = dict.fromkeys(

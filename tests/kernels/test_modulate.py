@@ -20,6 +20,8 @@ from smoa_kernels.kernels.launch import MODULATE_CONFIGS, ModulateConfig
 from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
 from smoa_kernels.partition import BlockPartition
 
+pytestmark = pytest.mark.numerical
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

@@ -12,6 +12,8 @@ from smoa_kernels.kernels.launch import PERMUTE_CONFIGS, PermuteConfig
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.partition import BlockPartition
 
+pytestmark = pytest.mark.numerical
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

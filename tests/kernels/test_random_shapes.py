@@ -16,6 +16,8 @@ pytest.importorskip("hypothesis", reason="hypothesis draws these problems; the o
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.numerical
+
 CHECKS = [test.check for test in (test_block_grad, test_block_matmul, test_fused_linear, test_modulate)]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,8 +1,11 @@
 """Fixtures of the PEFT tests."""
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from tiny_models import tiny_gpt2, tiny_llama
+from transformers.integrations import peft as integration
 
 
 @pytest.fixture
@@ -23,4 +26,15 @@ def make_model(request):
 
 @pytest.fixture
 def tokens():
-    return torch.randint(0, 64, (3, 7), generator=torch.Generator().manual_seed(1))
+    drawn = torch.randint(0, 64, (3, 7), device="cpu", generator=torch.Generator().manual_seed(1))
+    return drawn.to(torch.get_default_device())
+
+
+@pytest.fixture
+def transformers_adapters(monkeypatch):
+    """transformers' own adapter methods, also where they ask for a PEFT that is not released; what they call is there.
+
+    5.24.0 asks for PEFT 0.22, and the index has 0.21.2. Up to 5.23 nothing is changed here.
+    """
+    if Version(peft.__version__) < Version(integration.MIN_PEFT_VERSION):
+        monkeypatch.setattr(integration, "MIN_PEFT_VERSION", peft.__version__)

@@ -76,8 +76,8 @@ def test_a_save_that_is_interrupted_leaves_the_old_adapter(
     ("call", "interrupted"),
     [("transformers.modeling_utils.safe_save_file", torn), ("json.dumps", stopped)],
 )
+@pytest.mark.usefixtures("transformers_adapters")
 def test_an_interrupted_save_of_transformers(llama, tmp_path, monkeypatch, call, interrupted):
-    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
     model = llama()
     model.add_adapter(SMoAConfig(r=4, init_weights=False))
     model.save_pretrained(tmp_path)
@@ -114,6 +114,31 @@ def test_other_methods_files_are_written_as_before(llama, tmp_path):
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
     assert PeftModel.from_pretrained(llama(), tmp_path).peft_type == "LORA"
+
+
+def test_a_pickle_is_neither_written_nor_read(make_model, folder):
+    before = contents(folder)
+    model = adapt(make_model())
+    with pytest.raises(ValueError, match="safe_serialization must be True"):
+        model.save_pretrained(folder, safe_serialization=False)
+    with pytest.raises(ValueError, match="safe_serialization must be True"):
+        model.save_pretrained(folder.parent / "new", safe_serialization=False)
+    assert contents(folder) == before
+    assert not (folder.parent / "new").exists()
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    PeftModel.from_pretrained(make_model(), folder)  # which has both
+    (folder / WEIGHTS).unlink()
+    for base in (make_model(), model):
+        with pytest.raises(
+            ValueError, match=r"adapter_model\.bin is a pickle, and SMoA adapters are read from"
+        ):
+            load(base, folder)
+
+
+def load(base, folder):
+    if isinstance(base, PeftModel):
+        return base.load_adapter(folder, "second")
+    return PeftModel.from_pretrained(base, folder)
 
 
 def many_layers(llama, count, **shape):

@@ -72,10 +72,13 @@ def test_verdict_on_a_base(adapter, tmp_path, capsys, base, code, said):
 MISTAKES = {
     "no folder": (lambda f: f.rename(f.parent / "elsewhere"), "there is no adapter_config.json in"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"there is no {WEIGHTS} in"),
-    "no json": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter: Expecting property name"),
+    "no json": (
+        lambda f: (f / "adapter_config.json").write_text("{"),
+        "adapter_config.json is no JSON: Expecting property name",
+    ),
     "a list": (
         lambda f: (f / "adapter_config.json").write_text("[]"),
-        "adapter: adapter_config.json must hold a JSON object, got list",
+        "adapter_config.json must hold a JSON object, got list",
     ),
     "other method": (
         lambda f: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(f),
@@ -92,7 +95,10 @@ MISTAKES = {
         "holds no layer of an SMoA adapter",
     ),
     "a vector": (lambda f: put(f, "smoa_A", torch.ones(5)), "smoa_A must be a matrix of floating-point"),
-    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), "is truncated"),
+    "truncated": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]),
+        "is truncated or corrupt",
+    ),
 }
 
 
@@ -117,12 +123,12 @@ def test_mistakes_are_one_line(adapter, capsys, case):
 def test_base_that_cannot_be_read(adapter, tmp_path, capsys):
     assert_refused(capsys, "there are no safetensors files in", adapter, "--base", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    assert_refused(capsys, "is not a readable safetensors file", adapter, "--base", tmp_path)
+    assert_refused(capsys, "no readable safetensors file", adapter, "--base", tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
     assert_refused(capsys, "is not an index of safetensors files", adapter, "--base", tmp_path)
     index.write_text('{"weight_map": {"model.layers.0.mlp.down_proj.weight": "lost.safetensors"}}')
-    assert_refused(capsys, "is not a readable safetensors file", adapter, "--base", tmp_path)
+    assert_refused(capsys, "no readable safetensors file", adapter, "--base", tmp_path)
 
 
 def test_json_that_cannot_be_written(adapter, tmp_path, capsys):

@@ -99,6 +99,25 @@ def test_the_weights_values_are_not_kept_for_backward(saved):
     assert (layer.out_features, layer.in_features) not in shapes
 
 
+def test_nor_where_adapters_drop_out_differently(saved):
+    """The second one's product is a dense one, recomputed in backward."""
+    model = adapt(load(saved), smoa_dropout=0.5)
+    model.add_adapter("other", SMoAConfig(r=3, target_modules="all-linear", init_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    layer = layers(model.train())[0]
+    x, dy, shapes = torch.randn(5, layer.in_features), torch.randn(5, layer.out_features), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        y = layer(x)
+    assert (layer.out_features, layer.in_features) not in shapes
+    y.backward(dy)
+    found = [factor["other"].grad.clone() for factor in (layer.smoa_A, layer.smoa_B)]
+    model.zero_grad()
+    model.base_model.set_adapter("other")
+    layer(x).backward(dy)
+    for gradient, factor in zip(found, (layer.smoa_A, layer.smoa_B), strict=True):
+        torch.testing.assert_close(gradient, factor["other"].grad)
+
+
 def test_training_over_a_prepared_model(saved, tokens):
     model = adapt(prepare_model_for_kbit_training(load(saved)), init_weights=True, smoa_alpha=4).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_llama
+from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from smoa_kernels.peft import SMoAConfig, SMoALayer
@@ -103,6 +104,7 @@ def saved_bytes(model, tokens):
     return size
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_no_more_is_kept_for_backward_than_lora_keeps(dropout):
     tokens = torch.randint(0, 64, (4, 32))
@@ -112,11 +114,12 @@ def test_no_more_is_kept_for_backward_than_lora_keeps(dropout):
     assert saved_bytes(ours, tokens) <= saved_bytes(lora, tokens)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(tokens, dtype):
     model = adapt(tiny_llama().to(dtype), init_weights=False, smoa_alpha=0.5).eval()
     expected = model(tokens).logits.float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(tokens.device.type, torch.bfloat16):
         output = model(tokens).logits.float()
     assert (output - expected).norm() < 0.05 * expected.norm()
     output.sum().backward()
@@ -130,6 +133,26 @@ def test_one_layer_compiles_into_one_graph():
     torch.testing.assert_close(compiled(x), layer(x))
     compiled(x).sum().backward()
     assert layer.smoa_B["default"].grad is not None
+
+
+@pytest.mark.parametrize("adapters", [1, 2])  # two of different blocks, summed
+def test_a_whole_model_compiles_into_one_graph_for_all_lengths(adapters):
+    torch._dynamo.reset()
+    counters.clear()
+    settings = {"smoa_dropout": 0.2, "init_weights": False, "target_modules": "all-linear"}
+    model = adapt(tiny_llama(num_hidden_layers=1), **settings).train()
+    if adapters == 2:
+        model.add_adapter("other", SMoAConfig(r=3, num_blocks=3, **settings))
+        model.base_model.set_adapter(["default", "other"])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (7, 12):
+        tokens = torch.randint(0, 64, (2, length))
+        torch.manual_seed(length)
+        ours = compiled(input_ids=tokens).logits
+        ours.sum().backward()
+        torch.manual_seed(length)
+        torch.testing.assert_close(ours, model(input_ids=tokens).logits)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_moving_and_casting_the_model(tokens):

@@ -127,10 +127,13 @@ def _replace_tuple(metafunc, module):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep what runs with `SMoAConfig`."""
+    """Keep what runs with `SMoAConfig`; skip the tests that expect a pickle to be written."""
     kept, dropped = [], []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         (kept if SMoAConfig in [*parameters.values()] else dropped).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+    for item in kept:
+        if "save_pretrained" in item.name and "pickle" in item.name:
+            item.add_marker(pytest.mark.skip(reason="SMoA adapters are safetensors only"))

@@ -82,6 +82,7 @@ def test_a_training_step_asks_for_what_the_plan_holds(monkeypatch: pytest.Monkey
     """Otherwise what is tuned would never be looked up."""
     asked: set[Key] = set()
     monkeypatch.setattr(selection, "_source", lambda key, device: asked.add(key))
+    monkeypatch.setattr(selection, "multiprocessors", lambda device: 132)  # so few tiles are split and summed
     layer = FusedSMoALinear(90, 140, r=5, num_blocks=2, backend="triton")
     torch.nn.init.normal_(layer.smoa_B)
     for algorithm, dropout in (("split", 0.0), ("merged", 0.0), ("fused", 0.0), ("split", 0.3)):

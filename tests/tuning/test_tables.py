@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,12 @@ def broken_by(change: str, data: dict[str, object]) -> str:
         entries[0]["key"]["kernel"] = "matmul"
     if change == "a launch that is none":
         entries[0]["trials"][1]["choice"]["num_warps"] = 3
+    if change == "more warps than there are":
+        entries[0]["trials"][1]["choice"]["num_warps"] = 64
+    if change == "a time that no float holds":
+        return json.dumps(data).replace('"seconds": 3.0', f'"seconds": {10**400}')
+    if change == "nested without end":
+        return "[" * 100_000
     if change == "a tile that does not fit":
         entries[0] = json.loads(
             json.dumps(entry(GRAD, seconds={BLOCK_GRAD_IEEE_CONFIGS[0]: 1.0}).to_json()).replace(
@@ -92,6 +99,9 @@ def broken_by(change: str, data: dict[str, object]) -> str:
         ("no entries", "holds an entry that is none"),
         ("unknown kernel", "no kernel 'matmul'"),
         ("a launch that is none", "num_warps = 3"),
+        ("more warps than there are", "num_warps = 64"),
+        ("a time that no float holds", "OverflowError"),
+        ("nested without end", "is not JSON"),
         ("a tile that does not fit", "does not divide the layout"),
         ("a negative time", "seconds must be positive"),
         ("a missing field", "holds an entry that is none"),
@@ -195,7 +205,11 @@ def tuning(blocks: int, steps: int, before: str = "") -> subprocess.Popen[str]:
     """A process that tunes problems of its own into the table of this machine."""
     program = before + TUNING.format(here=str(HERE), blocks=blocks, steps=steps)
     return subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=HERE.parents[1],
     )
 
 
@@ -208,6 +222,28 @@ def test_two_processes_tune_into_one_table() -> None:
     for kept in found.values():
         assert kept.complete
         assert {t.choice: t.seconds for t in kept.trials} == {c: float(c.block_t) for c in PERMUTE_CONFIGS}
+
+
+@needs_interpreter
+def test_a_writer_waits_for_one_that_has_read_and_not_yet_written() -> None:
+    """The moment at which, without the lock, the second one's entry would be lost."""
+    paused = (
+        "import os\nreplace = os.replace\n"
+        "os.replace = lambda a, b: (print('writing', flush=True), input(), replace(a, b))\n"
+    )
+    other = permute_entry(PERMUTE._replace(tokens=16))
+    with tuning(7, 1, paused) as process, ThreadPoolExecutor(1) as pool:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "writing\n"
+        written = pool.submit(update, user_table("cpu"), [other])
+        with pytest.raises(TimeoutError):
+            written.result(timeout=0.5)
+        process.stdin.write("\n" * 20)
+        process.stdin.close()
+        written.result(timeout=60)
+        assert process.wait(timeout=60) == 0
+    assert {(key.blocks, key.tokens) for key in read(user_table("cpu"))} == {(7, 1), (2, 16)}
 
 
 @needs_interpreter

@@ -1,10 +1,11 @@
 """The tuning loop in Triton's interpreter, under a scripted clock: search, resume, crashes, wrong numbers, budget."""
 
+import itertools
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -331,6 +332,35 @@ def test_what_the_audit_fails_is_pruned_with_its_reason(monkeypatch: pytest.Monk
     assert (found[-1], "r16: spills 8 bytes") in job.pruned
     assert found[-1] not in job.candidates
     assert job.candidates[0] == job.default == ships[0]  # what runs anyway is timed anyway
+
+
+def test_what_is_not_compiled_in_time_is_not_timed_and_what_ships_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, ships = (
+        search_space("block_grad", "sm_90", "bf16"),
+        space.shipped(Key("block_grad", "bf16"), "sm_90"),
+    )
+    clock, forms = [0.0], ("r16", "r64 fp32 factors")
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def compiled(**asked: object) -> Iterator[tuple[int, Record | None]]:
+        yield len(found) * len(forms), None
+        for config, form in itertools.product((found[-2], found[-1]), forms):
+            clock[0] += 1
+            yield (
+                1,
+                Record(
+                    "block_grad", form, "copy", vars(config), "sm_90", "bf16", blocks_per_multiprocessor=1
+                ),
+            )
+
+    monkeypatch.setattr(space, "run_audit", compiled)
+    ruled_out = space.broken([("block_grad", "bf16"), ("block_grad", "fp16")], "sm_90", deadline=3.0)
+    assert clock == [3.0]  # the next dtype was not begun
+    late = {config for (_, dtype, config), reason in ruled_out.items() if dtype == "bf16"}
+    assert late == set(found) - set(ships) - {found[-2]}  # one has all its forms, the last only one of two
+    assert set(ruled_out.values()) == {"not compiled before half of the time was up"}
+    clock[0] = 0.0
+    assert space.broken([("block_grad", "bf16")], "sm_90", deadline=None) == {}
 
 
 def test_a_tile_that_does_not_divide_the_layout_is_pruned() -> None:

@@ -1,0 +1,105 @@
+"""Draw what SMoA adapts: one weight in its own order and sorted along its spectrum, and the update that results.
+
+    python -m benchmarks.blocks_figure --out docs/blocks.svg
+
+Nothing in it is schematic: a weight of random directions and a falling spectrum, the blocks that `BlockPartition` finds
+in it, a random adapter's update, and both updates' singular values.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from smoa_kernels import BlockPartition
+from smoa_kernels.reference import reference_delta_weight
+
+from .plots import svg
+
+ROWS, COLS, BLOCKS, RANK = 48, 64, 4, 8
+# Okabe and Ito's, as in the other figures; one for each block.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7"]
+GREY = "#E6E6E6"
+
+
+def example() -> tuple[BlockPartition, Tensor, Tensor]:
+    """The blocks of a weight, the update of a random SMoA adapter and that of a LoRA of the same rank budget."""
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(ROWS, ROWS) * torch.logspace(0, -1, ROWS))
+    v, _ = torch.linalg.qr(torch.randn(COLS, ROWS))
+    weight = (u * torch.logspace(0, -1.5, ROWS)) @ v.T
+    partition = BlockPartition.from_weight(weight, BLOCKS)
+    ranks = torch.full((BLOCKS,), RANK // BLOCKS, dtype=torch.int32)
+    A, B = torch.randn(RANK // BLOCKS, COLS), torch.randn(ROWS, RANK // BLOCKS)
+    delta = reference_delta_weight(weight, A, B, partition, ranks, scaling=1.0)
+    lora = torch.randn(ROWS, RANK, dtype=torch.float64) @ torch.randn(RANK, COLS, dtype=torch.float64)
+    return partition, delta, lora
+
+
+def figure() -> Figure:
+    """Three panels: labels in W0's order, the same sorted, and the singular values of the updates."""
+    partition, delta, lora = example()
+    same = partition.row_block[:, None] == partition.col_block
+    label = torch.where(same, partition.row_block[:, None].int() + 1, 0)
+    drawn = Figure(figsize=(9.0, 2.9), layout="constrained")
+    axes = drawn.subplots(1, 3, width_ratios=[1, 1, 1.15])
+    _labels(axes[0], label, "W0 in its own order:\nrow i and column j share a block")
+    ordered = label[partition.row_order][:, partition.col_order]
+    _labels(axes[1], ordered, f"sorted along the spectrum:\nK = {BLOCKS} aligned blocks")
+    for k, (rows, cols) in enumerate(_centres(partition)):
+        axes[1].text(cols, rows, f"$B_{k}A_{k}$", ha="center", va="center", fontsize=9, color="white")
+    singular = axes[2]
+    for name, update, colour, marker in (
+        ("SMoA", delta, "#009E73", "o"),
+        ("LoRA", lora, "#0072B2", "s"),
+    ):
+        values = torch.linalg.svdvals(update.double())
+        values = values[values > 1e-9 * values[0]]
+        singular.plot(range(1, len(values) + 1), values / values[0], marker, color=colour, ms=3, label=name)
+    smoa = RANK // BLOCKS * (ROWS + COLS)
+    singular.set_title(
+        f"singular values of the update, r = {RANK}:\nSMoA trains {smoa} numbers, LoRA {RANK * (ROWS + COLS)}",
+        fontsize=9,
+    )
+    singular.set_xlim(0, ROWS + 1)
+    singular.set_yscale("log")
+    singular.set_xlabel(f"of {ROWS}", fontsize=8)
+    singular.legend(frameon=False, fontsize=8)
+    singular.tick_params(labelsize=7)
+    return drawn
+
+
+def _labels(axis: Axes, label: Tensor, title: str) -> None:
+    axis.imshow(
+        label.numpy(), cmap=ListedColormap([GREY, *COLOURS]), vmin=0, vmax=BLOCKS, interpolation="none"
+    )
+    axis.set_title(title, fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_xlabel(f"{COLS} input features", fontsize=8)
+    axis.set_ylabel(f"{ROWS} output features", fontsize=8)
+
+
+def _centres(partition: BlockPartition) -> list[tuple[float, float]]:
+    rows, cols = partition.row_offsets.tolist(), partition.col_offsets.tolist()
+    return [
+        ((rows[k] + rows[k + 1] - 1) / 2, (cols[k] + cols[k + 1] - 1) / 2)
+        for k in range(partition.num_blocks)
+    ]
+
+
+def main() -> None:
+    """Write the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/blocks.svg"))
+    parser.parse_args().out.write_text(svg(figure()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

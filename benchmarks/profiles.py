@@ -1,0 +1,32 @@
+"""Where a training pass spends its time, by kind of operator: what stands between a layer and the GEMMs alone."""
+
+from __future__ import annotations
+
+from torch.profiler import ProfilerActivity, profile
+
+from .protocol import Run
+
+GEMM, COPY, MASK, REST, BETWEEN = "GEMMs", "gathers", "dropout's mask", "other operators", "between operators"
+KINDS = (GEMM, COPY, MASK, REST, BETWEEN)
+_OPERATORS = {
+    **dict.fromkeys(("mm", "addmm", "bmm", "mkldnn_linear"), GEMM),
+    **dict.fromkeys(("gather", "index_select", "scatter_"), COPY),
+    **dict.fromkeys(("random_", "ge", "bernoulli_", "native_dropout"), MASK),
+}
+PASSES = 3
+
+
+def by_kind(run: Run) -> dict[str, float]:
+    """Seconds of one run by kind of operator, the mean of a few; CPU only, and as slow as profiling makes it.
+
+    "between operators" is what autograd, the dispatcher and Python take.
+    """
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        for _ in range(PASSES):
+            run()
+    found = dict.fromkeys(KINDS, 0.0)
+    for event in profiler.key_averages():
+        namespace, _, name = event.key.partition("::")
+        kind = _OPERATORS.get(name, REST) if namespace == "aten" else BETWEEN
+        found[kind] += event.self_cpu_time_total / 1e6 / PASSES
+    return found

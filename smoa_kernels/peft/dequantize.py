@@ -1,0 +1,150 @@
+"""W0's values out of a quantised layer: for one product into a buffer that all layers share, or newly allocated.
+
+A buffer is filled a panel of rows at a time, by the library that quantised the weight. Few of its functions write where
+they are told to: what they return is then a panel, never W0, and is in cache while it is copied.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.utils.quantization_utils import (
+    Bnb4bitBackend,
+    Bnb8bitBackend,
+    QuantizationBackend,
+    TorchaoBackend,
+)
+from torch import Tensor
+
+from .scratch import ScratchPool
+
+__all__ = ["dequantized", "keep_packing", "read_weight"]
+
+# Puts rows first..last-1 of W0 into a tensor of their shape.
+Reader = Callable[[int, int, Tensor], object]
+
+_SCRATCH = ScratchPool()
+_PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}  # what a core's cache holds; few launches
+
+
+def read_weight(backend: QuantizationBackend, base: Any) -> Tensor:
+    """W0 (N, C) of a quantised layer, newly allocated, as PEFT reads it."""
+    try:
+        return cast(Tensor, backend.get_base_weight(base))
+    except NotImplementedError:
+        return _identity_product(base.weight, 0, base.weight.shape[1]).T
+
+
+@contextmanager
+def dequantized(backend: QuantizationBackend, base: Any, dtype: torch.dtype) -> Iterator[Tensor]:
+    """W0 (N, C) in `dtype` for the length of the block, which nothing may refer to afterwards.
+
+    It lies in the shared buffer, unless the layer's kind is one that PEFT knows and this module does not, or the block
+    is being compiled.
+    """
+    fill = None if torch.compiler.is_compiling() else _filler(backend, base)
+    if fill is None:
+        yield read_weight(backend, base).to(dtype)
+        return
+    with _SCRATCH.borrow((base.out_features, base.in_features), dtype, base.weight.device) as buffer:
+        with torch.inference_mode(False), torch.no_grad():  # in that mode torchao's weights cannot be cut
+            fill(buffer)
+        yield buffer
+
+
+def _filler(backend: QuantizationBackend, base: Any) -> Callable[[Tensor], None] | None:
+    """What writes W0 into a buffer (N, C)."""
+    if isinstance(backend, Bnb4bitBackend):
+        return lambda buffer: _fill(buffer, _four_bits(base.weight), base.weight.quant_state.blocksize)
+    if isinstance(backend, Bnb8bitBackend):
+        return lambda buffer: _fill(buffer, _eight_bits(base))
+    if isinstance(backend, TorchaoBackend):
+        return lambda buffer: _fill_from_torchao(buffer, base.weight)
+    return None
+
+
+def _fill(buffer: Tensor, read: Reader, block: int = 1) -> None:
+    """Read panels of rows; all rows at once where they do not consist of whole blocks of numbers."""
+    rows, width = buffer.shape
+    elements = _PANEL_ELEMENTS["cpu" if buffer.device.type == "cpu" else "gpu"]
+    step = rows if width % block else max(1, elements // width)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        read(first, last, buffer[first:last])
+
+
+def _four_bits(weight: Any) -> Reader:
+    """bitsandbytes' NF4 and FP4: two numbers in a byte, a scale for each block of consecutive numbers."""
+    state, width = weight.quant_state, weight.quant_state.shape[1]
+    scales = state.absmax
+    if state.nested:
+        functional = importlib.import_module("bitsandbytes.functional")
+        scales = functional.dequantize_blockwise(state.absmax, state.state2).add_(state.offset)
+    packed, scales = weight.data.view(torch.uint8).flatten(), scales.float()
+    operators = torch.ops.bitsandbytes.dequantize_4bit
+    writes = _takes_a_buffer(packed.device)
+
+    def read(first: int, last: int, out: Tensor) -> None:
+        begin, end = first * width, last * width
+        numbers = packed[begin // 2 : -(-end // 2)]
+        blocks = scales[begin // state.blocksize : -(-end // state.blocksize)]
+        given = (numbers, blocks, state.blocksize, state.quant_type, (last - first, width), state.dtype)
+        if writes and out.dtype == state.dtype:
+            operators.out(*given, out=out)
+        else:
+            out.copy_(operators.default(*given))
+
+    return read
+
+
+def _takes_a_buffer(device: torch.device) -> bool:
+    """Whether bitsandbytes' 4-bit dequantisation writes to a given tensor on this kind of device."""
+    key = torch._C._dispatch_key_for_device(device.type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::dequantize_4bit.out", key)
+
+
+def _eight_bits(base: Any) -> Reader:
+    """bitsandbytes' int8: a scale for each row."""
+    numbers, scales = base.weight.data, base.state.SCB
+    scales = (base.weight.SCB if scales is None else scales).to(numbers.device)
+    dequantize = importlib.import_module("bitsandbytes.functional").int8_vectorwise_dequant
+    return lambda first, last, out: out.copy_(dequantize(numbers[first:last], scales[first:last]))
+
+
+def _fill_from_torchao(buffer: Tensor, weight: Any) -> None:
+    try:
+        _fill(buffer, lambda first, last, out: out.copy_(weight[first:last].dequantize()))
+    except NotImplementedError:
+        _fill(buffer.T, lambda first, last, out: out.copy_(_identity_product(weight, first, last)))
+
+
+def _identity_product(weight: Tensor, first: int, last: int) -> Tensor:
+    """Columns first..last-1 of W0, as rows: torchao's packings for 4-bit kernels have no way back.
+
+    A kernel that multiplies has, and x = 1 rounds nothing.
+    """
+    one = torch.zeros(last - first, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    one.diagonal(first).fill_(1)
+    with torch.autocast(weight.device.type, enabled=False):
+        return F.linear(one, weight)
+
+
+def keep_packing(base: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for the CPU's own instructions, which evaluation does unasked.
+
+    What it packs so `dequantize_4bit` misreads, and the scales are rounded to bfloat16 on the way.
+    """
+    if not getattr(base, "support_avx512bf16_for_cpu", False):
+        return
+    base.support_avx512bf16_for_cpu = False
+    weight = base.weight
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        functional = importlib.import_module("bitsandbytes.functional")
+        weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(
+            weight.data, weight.quant_state
+        )

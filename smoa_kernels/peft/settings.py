@@ -1,0 +1,69 @@
+"""What a configuration says about one layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peft.utils.other import get_pattern_key
+
+from ..packed import resolve_ranks
+
+if TYPE_CHECKING:
+    from .config import SMoAConfig
+
+__all__ = ["LayerSettings", "layer_settings"]
+
+
+class LayerSettings(NamedTuple):
+    """A configuration for one layer, its patterns applied.
+
+    Attributes:
+        r: rank budget.
+        num_blocks: K.
+        block_ranks: rank of each block, or None to share r evenly.
+        alpha: numerator of the scaling; r when None.
+        config: everything that is the same for all layers.
+
+    Example:
+        >>> from smoa_kernels.peft import SMoAConfig
+        >>> LayerSettings(r=8, num_blocks=2, block_ranks=None, alpha=16, config=SMoAConfig()).scaling
+        2.0
+    """
+
+    r: int
+    num_blocks: int
+    block_ranks: Sequence[int] | None
+    alpha: float | None
+    config: SMoAConfig
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """r_k of each block."""
+        return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r, or alpha / √r."""
+        alpha = self.r if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+
+
+def layer_settings(config: SMoAConfig, name: str) -> LayerSettings:
+    """What `config` says about the layer at the path `name` of the base model.
+
+    Example:
+        >>> from smoa_kernels.peft import SMoAConfig
+        >>> layer_settings(SMoAConfig(r=8, rank_pattern={"q_proj": 4}), "layers.0.q_proj").r
+        4
+    """
+
+    def matching(pattern: Mapping[str, Any], default: Any) -> Any:
+        return pattern.get(get_pattern_key(pattern.keys(), name), default)
+
+    r = matching(config.rank_pattern, config.r)
+    num_blocks = matching(config.num_blocks_pattern, config.num_blocks)
+    usual = (r, num_blocks) == (config.r, config.num_blocks)
+    alpha = matching(config.alpha_pattern, config.smoa_alpha)
+    return LayerSettings(r, num_blocks, config.block_ranks if usual else None, alpha, config)

@@ -1,0 +1,363 @@
+"""Adapter folders that are damaged at random: an error that names the file, or what the file holds, correctly loaded.
+
+    HYPOTHESIS_PROFILE=nightly pytest tests/peft/test_fuzzed_files.py     # 10,000 folders instead of 300
+
+Nothing is half-loaded, nothing but the folder is written, no call takes more memory than twice the file beyond what the
+undamaged one takes. What PEFT itself reads before it knows whose adapter it is (a configuration without this method's
+name) is left to PEFT's words.
+"""
+
+import gc
+import json
+import pickle
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from smoa_kernels.peft import SMoAConfig, SMoALayer
+from smoa_kernels.peft.inspection import inspect_adapter
+
+pytest.importorskip("hypothesis", reason="hypothesis draws the damage")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(12, 9), nn.Linear(9, 14)
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+def adapter_files():
+    """Bytes of a good adapter's two files."""
+    config = SMoAConfig(
+        r=5,
+        num_blocks=3,
+        target_modules=["one", "two"],
+        init_weights=False,
+        rank_pattern={"two": 4},
+        alpha_pattern={"one": 2.0},
+        exclude_modules=["three"],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        get_peft_model(Model(), config).save_pretrained(folder)
+        return tuple(Path(folder, name).read_bytes() for name in (WEIGHTS, CONFIG))
+
+
+GOOD_WEIGHTS, GOOD_CONFIG = adapter_files()
+HEADER = int.from_bytes(GOOD_WEIGHTS[:8], "little")
+
+
+# Damage
+
+
+@st.composite
+def flipped(draw, data):
+    """A few bits, half of the time in the first kilobyte, where the header is."""
+    damaged = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        end = min(len(data), 1024) if draw(st.booleans()) else len(data)
+        damaged[draw(st.integers(0, end - 1))] ^= 1 << draw(st.integers(0, 7))
+    return bytes(damaged)
+
+
+@st.composite
+def cut_or_stuffed(draw, data):
+    at = draw(st.integers(0, len(data)))
+    how = draw(st.sampled_from(["cut", "remove", "insert", "zeros"]))
+    if how == "cut":
+        return data[:at]
+    size = draw(st.integers(1, 64))
+    if how == "remove":
+        return data[:at] + data[at + size :]
+    return data[:at] + (draw(st.binary(max_size=64)) if how == "insert" else bytes(size)) + data[at:]
+
+
+PATHS = [
+    "../../etc/passwd",
+    "/etc/passwd",
+    "..\\..\\x",
+    "C:\\x",
+    "a/../../b",
+    "~",
+    "\0",
+    "",
+    "." * 300,
+    "x" * 5000,
+]
+NUMBERS = [
+    0,
+    -1,
+    1,
+    2,
+    5,
+    2**16,
+    2**31,
+    2**32,
+    2**63,
+    2**64,
+    10**30,
+    -(2**63),
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+]
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.sampled_from(NUMBERS)
+    | st.sampled_from(PATHS)
+    | st.integers()
+    | st.text(max_size=8)
+)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def other_header(draw):
+    """The header's JSON with another dtype, shape, offset, name or entry, and its length right again."""
+    header = json.loads(GOOD_WEIGHTS[8 : 8 + HEADER])
+    key = draw(st.sampled_from(sorted(header)))
+    what = draw(st.sampled_from(["name", "drop", "entry", "dtype", "shape", "data_offsets"]))
+    if what == "name":
+        names = st.sampled_from([path + end for path in PATHS for end in ("", ".smoa_A", ".smoa_blocks")])
+        header[draw(names)] = header.pop(key)
+    elif what == "drop":
+        del header[key]
+    elif what == "entry":
+        header[key] = draw(anything)
+    elif what == "dtype":
+        header[key]["dtype"] = draw(
+            st.sampled_from(["F64", "F16", "BF16", "I8", "I64", "U8", "BOOL", "F8_E4M3", "X"])
+        )
+    else:
+        header[key][what] = draw(st.lists(st.sampled_from(NUMBERS[:12]), max_size=4) | anything)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + GOOD_WEIGHTS[8 + HEADER :]
+
+
+@st.composite
+def other_config(draw):
+    """The configuration with another value, or further or fewer keys."""
+    config = json.loads(GOOD_CONFIG)
+    for _ in range(draw(st.integers(1, 2))):
+        key = draw(st.sampled_from(sorted(set(config) - {"peft_type"})) | st.text(max_size=6))
+        if draw(st.integers(0, 4)) == 0:
+            config.pop(key, None)
+        else:
+            config[key] = draw(anything)
+    config["peft_type"] = "SMOA"
+    return json.dumps(config).encode()
+
+
+weights = flipped(GOOD_WEIGHTS) | cut_or_stuffed(GOOD_WEIGHTS) | other_header()
+configs = flipped(GOOD_CONFIG) | cut_or_stuffed(GOOD_CONFIG) | other_config()
+
+
+# What must come of it
+
+
+class Asked(TorchDispatchMode):
+    """Adds up the bytes of every tensor that is made: no less than what lives at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.known = 0, {}  # storages, kept so that no address is given out again
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {self.storage(tensor) for tensor in self.tensors(args)}
+        for tensor in self.tensors(result):
+            if self.storage(tensor) not in self.known and self.storage(tensor) not in given:
+                self.bytes += tensor.untyped_storage().nbytes()
+        self.known |= {self.storage(t): t.untyped_storage() for t in self.tensors((args, result))}
+        return result
+
+    @staticmethod
+    def tensors(tree):
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
+
+    @staticmethod
+    def storage(tensor):
+        return tensor.untyped_storage()._cdata
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder to write damaged adapters to, and the bytes that loading the good one asks for."""
+    folder = tmp_path_factory.mktemp("fuzz") / "adapter"
+    folder.mkdir()
+    write(folder, GOOD_WEIGHTS, GOOD_CONFIG)
+    model = Model()
+    with Asked() as asked:
+        assert isinstance(attempt(model, folder), PeftModel)
+    assert asked.bytes > len(GOOD_WEIGHTS) / 2
+    return folder, asked.bytes
+
+
+def write(folder, weights, config):
+    (folder / WEIGHTS).write_bytes(weights)
+    (folder / CONFIG).write_bytes(config)
+
+
+def attempt(model, folder):
+    """The adapted model, or the error; any other exception is a failure."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # another base, unknown keys
+        try:
+            return PeftModel.from_pretrained(model, folder)
+        except (TypeError, ValueError) as error:
+            return error
+
+
+def inspected(folder):
+    try:
+        return inspect_adapter(folder)
+    except ValueError as error:
+        return error
+
+
+def belongs_to_smoa(config):
+    """Whether PEFT can tell that the configuration is this method's."""
+    try:
+        return json.loads(config)["peft_type"] == "SMOA"
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def names_a_file(outcome):
+    return isinstance(outcome, Exception) and (WEIGHTS in str(outcome) or CONFIG in str(outcome))
+
+
+def check(place, weights, config):
+    folder, usual = place
+    write(folder, weights, config)
+    report = inspected(folder)
+    assert not isinstance(report, ValueError) or names_a_file(report)
+    if belongs_to_smoa(config):
+        model = Model()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with Asked() as asked:
+            outcome = attempt(model, folder)
+        assert asked.bytes <= usual + 2 * (len(weights) + len(config))
+        if isinstance(outcome, Exception):
+            # A sound folder may still be another model's.
+            assert names_a_file(outcome) or not isinstance(report, ValueError)
+            assert not any(isinstance(module, SMoALayer) for module in model.modules())
+        else:
+            assert not isinstance(report, ValueError)
+            loaded = outcome.state_dict()
+            for key, tensor in load_file(folder / WEIGHTS).items():
+                torch.testing.assert_close(
+                    loaded[f"{key}.default"], tensor, rtol=0, atol=0, equal_nan=True, check_dtype=False
+                )
+        state = {name.replace("base_layer.", ""): value for name, value in model.state_dict().items()}
+        assert all(torch.equal(state[name], value) for name, value in before.items())
+    else:
+        assert names_a_file(report)
+    assert sorted(path.name for path in folder.parent.rglob("*")) == ["adapter", CONFIG, WEIGHTS]
+
+
+def share(part):
+    """So much of all folders that the profile draws."""
+    return settings(max_examples=round(part * settings().max_examples))
+
+
+@share(0.6)
+@given(damaged=weights)
+def test_damaged_weights(place, damaged):
+    check(place, damaged, GOOD_CONFIG)
+
+
+@share(0.4)
+@given(damaged=configs)
+def test_damaged_configurations(place, damaged):
+    check(place, GOOD_WEIGHTS, damaged)
+
+
+class Payload:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_folder_is_run(tmp_path):
+    write(tmp_path, GOOD_WEIGHTS, GOOD_CONFIG)
+    payload = pickle.dumps(Payload(tmp_path / "was run"))
+    for name in ("adapter_model.bin", WEIGHTS):
+        (tmp_path / WEIGHTS).unlink(missing_ok=True)
+        (tmp_path / name).write_bytes(payload)
+        assert names_a_file(attempt(Model(), tmp_path)) or "adapter_model.bin" in str(
+            attempt(Model(), tmp_path)
+        )
+    assert not (tmp_path / "was run").exists()
+
+
+def resident(field):
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.parametrize(
+    "damage", ["none", "a bit of a factor", "a bit of the labels", "cut", "another rank"]
+)
+def test_memory_of_a_large_file(tmp_path, damage):
+    """The process' own high-water mark, which sees what libraries allocate and map."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        pytest.skip("the high-water mark can be reset on Linux only")
+    base = nn.ModuleDict({f"lin{i}": nn.Linear(1024, 1024, bias=False) for i in range(4)})
+    config = SMoAConfig(
+        r=2048, num_blocks=2, target_modules=["lin0", "lin1", "lin2", "lin3"], init_weights=False
+    )
+    model = get_peft_model(base, config)
+    model.save_pretrained(tmp_path)
+    base = model.unload()
+    del model
+    path = tmp_path / WEIGHTS
+    size = path.stat().st_size
+    assert size > 4 * 4 * 1024 * 2048
+    if damage.startswith("a bit"):
+        state = load_file(path)
+        name = "lin2.smoa_A" if damage.endswith("factor") else "lin2.smoa_blocks"
+        next(t for key, t in state.items() if key.endswith(name)).view(torch.uint8).view(-1)[-1] ^= 1
+        save_file(state, path)
+        del state
+    elif damage == "cut":
+        with path.open("rb+") as file:
+            file.truncate(size - 1)
+    elif damage == "another rank":
+        values = json.loads((tmp_path / CONFIG).read_text())
+        (tmp_path / CONFIG).write_text(json.dumps({**values, "r": 65536}))
+    gc.collect()
+    try:
+        reset.write_text("5")
+    except OSError as error:
+        pytest.skip(f"the high-water mark cannot be reset here: {error}")
+    before = resident("VmRSS")
+    outcome = attempt(base, tmp_path)
+    assert isinstance(outcome, PeftModel) == (damage in ("none", "a bit of a factor"))
+    assert resident("VmHWM") - before < 2 * size + (8 << 20)

@@ -1,0 +1,178 @@
+"""Bad inputs of the PEFT tuner, as tests/test_bad_inputs.py tells them for the rest."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_bad_inputs import World, check, one, world  # noqa: F401  # the last is a fixture
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="needs the peft extra")
+
+from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft.inspection import inspect_adapter
+from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
+
+NAN = float("nan")
+HUGE = 10**12
+
+CONFIGURATIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+    ({"r": None}, TypeError, "r must be an int, got None"),
+    ({"r": 4.0}, TypeError, "r must be an int, got 4.0"),
+    ({"r": HUGE}, ValueError, "r must be at most 65536, got 1000000000000"),
+    ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
+    ({"num_blocks": HUGE}, ValueError, "num_blocks must be at most 65536, got 1000000000000"),
+    ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
+    (
+        {"block_ranks": [3, 2, 3]},
+        ValueError,
+        r"block_ranks must have num_blocks=2 entries, got 3: \[3, 2, 3\]",
+    ),
+    ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
+    ({"block_ranks": [1, 1]}, ValueError, "block_ranks must sum to r=8"),
+    ({"smoa_dropout": 1.0}, ValueError, r"smoa_dropout must lie in \[0, 1\), got 1.0"),
+    ({"smoa_dropout": None}, ValueError, "smoa_dropout must be a finite number, got None"),
+    ({"smoa_dropout": "0.1"}, ValueError, "smoa_dropout must be a finite number, got '0.1'"),
+    ({"smoa_alpha": "1"}, ValueError, "smoa_alpha must be a finite number, got '1'"),
+    ({"smoa_alpha": NAN}, ValueError, "smoa_alpha must be a finite number, got nan"),
+    ({"smoa_alpha": 10**400}, ValueError, "smoa_alpha must be a finite number, got 10000"),
+    ({"rank_pattern": 4}, TypeError, "rank_pattern must be a dict"),
+    ({"rank_pattern": [1]}, TypeError, "rank_pattern must be a dict"),
+    ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be an int of at least 1"),
+    (
+        {"rank_pattern": {"q": HUGE}},
+        ValueError,
+        r"rank_pattern\['q'\] must be .* at most 65536, got 1000000000000",
+    ),
+    ({"rank_pattern": {5: 1}}, ValueError, "a key of rank_pattern must be a regular expression, got 5"),
+    ({"rank_pattern": {"(": 3}}, ValueError, r"a key of rank_pattern must be a regular expression, got '\('"),
+    ({"alpha_pattern": {"q": "x"}}, ValueError, r"alpha_pattern\['q'\] must be a finite number, got 'x'"),
+    ({"alpha_pattern": {"q": None}}, ValueError, r"alpha_pattern\['q'\] must be a finite number, got None"),
+    ({"num_blocks_pattern": {"q": 1.5}}, ValueError, r"num_blocks_pattern\['q'\] must be an int"),
+    ({"num_blocks_pattern": {"q": HUGE}}, ValueError, r"num_blocks_pattern\['q'\] must be .* at most 65536"),
+    ({"target_modules": 5}, TypeError, "target_modules must be a list of names, or one, got 5"),
+    (
+        {"target_modules": ["q_proj", 5]},
+        TypeError,
+        r"target_modules must be a list of names, or one, got \['q_proj', 5",
+    ),
+    ({"target_modules": {"q": 1}}, TypeError, "target_modules must be a list of names, or one, got {'q': 1}"),
+    ({"target_modules": "("}, ValueError, r"target_modules must be a regular expression, got '\('"),
+    ({"target_modules": "*_proj"}, ValueError, r"target_modules must be a regular expression, got '\*_proj'"),
+    ({"exclude_modules": 5}, TypeError, "exclude_modules must be a list of names, or one, got 5"),
+    ({"exclude_modules": "["}, ValueError, r"exclude_modules must be a regular expression, got '\['"),
+    ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of names, got 'head'"),
+    ({"modules_to_save": [None]}, TypeError, r"modules_to_save must be a list of names, got \[None\]"),
+    (
+        {"layers_to_transform": "1"},
+        TypeError,
+        "layers_to_transform must be a list of indices, or one, got '1'",
+    ),
+    (
+        {"layers_to_transform": [1.0]},
+        TypeError,
+        r"layers_to_transform must be a list of indices, or one, got \[1.0\]",
+    ),
+    ({"layers_pattern": 3}, TypeError, "layers_pattern must be a list of names, or one, got 3"),
+    (
+        {"layers_to_transform": [0], "target_modules": "q"},
+        ValueError,
+        "`layers_to_transform` cannot be used when `target_modules` is a str",
+    ),
+    ({"bias": "some"}, ValueError, "bias must be one of none, all, smoa_only, got 'some'"),
+    ({"bias": None}, ValueError, "bias must be one of none, all, smoa_only, got None"),
+    ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, .* got 'fast'"),
+    ({"backend": "cuda"}, ValueError, "backend must be one of .* got 'cuda'"),
+    ({"init_weights": "gaussian"}, TypeError, "init_weights must be True or False, got 'gaussian'"),
+    ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
+    ({"strict_base": 1}, TypeError, "strict_base must be True or False, got 1"),
+    ({"fan_in_fan_out": None}, TypeError, "fan_in_fan_out must be True or False, got None"),
+    ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(2\)"),
+    ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(2\)"),
+    ({"format_version": "2"}, ValueError, "format_version must be an int, got '2'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "words"), CONFIGURATIONS)
+def test_configuration(
+    settings: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    world: World,  # noqa: F811
+) -> None:
+    check(world, lambda _: SMoAConfig(**settings), error, words)
+
+
+def test_a_configuration_is_not_saved_over_a_file(world: World) -> None:  # noqa: F811
+    file = str(world.folder / "config.json")
+    words = "save_directory must be a folder, got the file"
+    check(world, lambda _: SMoAConfig().save_pretrained(file), ValueError, words)
+
+
+# What stands in an adapter_config.json: the file is named, by both who read it.
+FILES = [
+    ("[]", "adapter_config.json must hold a JSON object, got list"),
+    ("null", "adapter_config.json must hold a JSON object, got NoneType"),
+    ("5", "adapter_config.json must hold a JSON object, got int"),
+    ("", "adapter_config.json is no JSON: Expecting value"),
+    ("{", "adapter_config.json is no JSON: Expecting property name"),
+    ("[" * 100_000, "adapter_config.json is no JSON: .*recursion"),
+    ('{"peft_type": 5}', "adapter_config.json: "),
+    ('{"peft_type": "SMOA", "r": "x"}', "adapter_config.json: r must be an int, got 'x'"),
+    ('{"peft_type": "SMOA", "r": 1000000000000}', "adapter_config.json: r must be at most 65536"),
+    ('{"peft_type": "SMOA", "format_version": 99}', "adapter_config.json: format_version 99 .* is newer"),
+    ('{"peft_type": "SMOA", "task_type": 7}', "adapter_config.json: "),
+]
+
+
+@pytest.mark.parametrize("reader", [inspect_adapter, SMoAConfig.from_pretrained])
+@pytest.mark.parametrize(("text", "words"), FILES, ids=[text[:50] for text, _ in FILES])
+def test_configuration_file(reader: Any, text: str, words: str, world: World) -> None:  # noqa: F811
+    (world.folder / "adapter_config.json").write_text(text)
+    wrong_type = "must be an int" in words and reader is not inspect_adapter
+    error = TypeError if wrong_type else ValueError
+    check(world, lambda w: reader(str(w.folder)), error, f"^{world.folder}/{words}")
+
+
+def test_another_methods_adapter_is_not_inspected(world: World) -> None:  # noqa: F811
+    words = "adapter_config.json: it is an adapter of the method LORA, not SMOA"
+    check(world, lambda w: inspect_adapter(w.folder), ValueError, words)
+
+
+PAPER: list[tuple[Any, Any, type[Exception], str]] = [
+    (None, {}, TypeError, "state must be a mapping from names to tensors, got NoneType"),
+    ({"a.lora_A.x.0.weight": None}, {}, TypeError, "state must be a mapping from names to tensors"),
+    ({}, [one(1)], TypeError, "weights must be a mapping from names to tensors, got list"),
+    ({"x.weight": torch.zeros(1)}, {}, ValueError, "x.weight is not of the form"),
+    ({"a.lora_A.x.0.weight": one(1)}, {}, ValueError, "a lacks lora_B of block 0"),
+    ({"a.lora_A.x.999999999.weight": one(1)}, {}, ValueError, "a lacks lora_A of block 0"),  # at once
+    (
+        {f"a.lora_{side}.x.0.weight": torch.ones(1, 1) for side in "AB"},
+        {},
+        ValueError,
+        "weights must hold W0 of a",
+    ),
+]
+
+
+@pytest.mark.parametrize(("state", "weights", "error", "words"), PAPER, ids=[words for *_, words in PAPER])
+def test_papers_layout(
+    state: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    error: type[Exception],
+    words: str,
+    world: World,  # noqa: F811
+) -> None:
+    check(world, lambda _: from_paper_layout(state, weights), error, words)
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "words"),
+    [
+        (None, TypeError, "state must be a mapping"),
+        ({"a.smoa_A": torch.ones(1, 1)}, ValueError, "a: the adapter lacks smoa_B, smoa_blocks"),
+    ],
+)
+def test_to_the_papers_layout(state: Any, error: type[Exception], words: str, world: World) -> None:  # noqa: F811
+    check(world, lambda _: to_paper_layout(state, {}), error, words)

@@ -1,0 +1,89 @@
+"""What is asked of a GPU that is not here: real questions, to made-up answers of its driver."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from smoa_kernels import backends
+from smoa_kernels.gpus import GPUS, device_gpu
+
+GPU = torch.device("cuda", 0)
+H100 = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
+)
+MI300X = SimpleNamespace(
+    name="AMD Instinct MI300X",
+    major=9,
+    minor=4,
+    multi_processor_count=304,
+    total_memory=192 * 2**30,
+    gcnArchName="gfx942:sramecc+:xnack-",
+)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch):
+    """Put a GPU into the machine."""
+
+    def put(properties: SimpleNamespace, hip: str | None = None) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device: (properties.major, properties.minor)
+        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    return put
+
+
+def test_the_published_gpu_that_stands_for_a_device(here) -> None:
+    here(H100)
+    assert device_gpu.__wrapped__(GPU) is GPUS["h100"]
+    here(MI300X, hip="6.4")
+    assert device_gpu.__wrapped__(GPU) is GPUS["mi300x"]
+
+
+def test_the_architecture_as_the_compiler_spells_it(here) -> None:
+    launch = pytest.importorskip("smoa_kernels.kernels.launch", reason="needs triton", exc_type=ImportError)
+    here(H100)
+    assert launch.architecture.__wrapped__(GPU) == "sm_90"
+    assert launch.multiprocessors.__wrapped__(GPU) == 132
+    here(MI300X, hip="6.4")
+    assert launch.architecture.__wrapped__(GPU) == "gfx942"
+
+
+def test_float32_products_on_amd_are_ieee(here) -> None:
+    common = pytest.importorskip("smoa_kernels.kernels._common", reason="needs triton", exc_type=ImportError)
+    here(H100)
+    assert common.input_precision(torch.float32, allow_tf32=True) == "tf32"
+    here(MI300X, hip="6.4")
+    assert common.input_precision(torch.float32, allow_tf32=True) == "ieee"
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_devices_that_nobody_has_run_the_kernels_on(device: str) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    why = backends._device_obstacle.__wrapped__(torch.device(device))
+    assert why == f"x is on {device}, the kernels have been run on CUDA and ROCm only"
+    assert backends.resolve_backend("auto", torch.device(device), torch.float32, 8) == "eager"
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_the_oldest_gpu(here, capability: tuple[int, int], runs: bool) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    here(SimpleNamespace(major=capability[0], minor=capability[1]))
+    why = backends._device_obstacle.__wrapped__(GPU)
+    assert why is None if runs else "the oldest supported is 8.0" in str(why)
+
+
+def test_info_names_the_device(here, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("typer", reason="needs the cli extra")
+    from smoa_kernels.cli import info
+
+    here(H100)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(info, "triton_obstacle", lambda device: f"asked of {device}")
+    assert info._devices()["cuda:0"] == ("NVIDIA H100 80GB HBM3, capability 9.0, 132 multiprocessors, 80 GiB")
+    assert info.backends()["triton"] == "asked of cuda:0"

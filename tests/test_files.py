@@ -1,0 +1,41 @@
+"""A file is the old one or the new one, whatever happens while it is written."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from smoa_kernels.files import replace_file
+
+
+def test_the_new_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    for data in (b"old", b"new"):
+        replace_file(path, data)
+        assert path.read_bytes() == data
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # not mkstemp's, which others cannot read
+    assert os.listdir(tmp_path) == ["table.json"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path = tmp_path / "table.json"
+    path.write_bytes(b"old")
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, full)
+        with pytest.raises(OSError, match="No space left"):
+            replace_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["table.json"]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        replace_file(tmp_path / "none" / "table.json", b"")

@@ -1,0 +1,180 @@
+"""What the paper proves or implies of the update, in float64. That K = 1 is HiRA: tests/peft/test_tuner.py, by PEFT.
+
+The paths that are tested are those that train and merge (`eager`), with labels that nobody picked, empty blocks and
+blocks of rank 0 among them, and rubbish in the factors' padding.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import LinearProblem, make_problem
+from torch import Tensor, nn
+
+from smoa_kernels import BlockPartition, FusedSMoALinear, eager
+from smoa_kernels.packed import PackedAdapter, pack_factors, scaling_tensor, trainable_parameters
+
+pytest.importorskip("hypothesis", reason="hypothesis draws these problems")
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+SOME = settings(max_examples=100, deadline=None)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> LinearProblem:
+    return make_problem(
+        tokens=draw(st.integers(0, 9)),
+        out_features=draw(st.integers(1, 30)),
+        in_features=draw(st.integers(1, 30)),
+        ranks=tuple(draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))),
+        bias=False,
+        random_labels=True,
+        seed=draw(st.integers(0, 10_000)),
+    )
+
+
+def adapter(p: LinearProblem) -> PackedAdapter:
+    return PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, p.x.device))
+
+
+def delta(p: LinearProblem) -> Tensor:
+    return eager.delta_weight(adapter(p))
+
+
+def rank(matrix: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(matrix)) if matrix.numel() else 0
+
+
+def of_rank(shape: tuple[int, int], inner: int, generator: torch.Generator, *, whole: bool) -> Tensor:
+    """A product of two factors; whole numbers from -1 to 1, whose dependencies a float64 SVD finds exactly, or not."""
+
+    def factor(*size: int) -> Tensor:
+        if whole:
+            return torch.randint(-1, 2, size, generator=generator).double()
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    return factor(shape[0], inner) @ factor(inner, shape[1])
+
+
+def rank_bound(p: LinearProblem) -> int:
+    """`Σ min(r_k · rank(W0_k), N_k, C_k)`."""
+    blocks = [
+        (p.weight[p.partition.row_block == k][:, p.partition.col_block == k], r)
+        for k, r in enumerate(p.ranks.tolist())
+    ]
+    return sum(min(r * rank(block), *block.shape) for block, r in blocks)
+
+
+@SOME
+@given(p=problems(), inner=st.integers(1, 4))
+def test_rank_is_bounded_by_the_blocks(p: LinearProblem, inner: int) -> None:
+    """For factors and a W0 of many coincidences: equal rows, zero columns."""
+    generator = torch.Generator().manual_seed(inner)
+    N, C = p.weight.shape
+    p = replace(
+        p,
+        weight=of_rank((N, C), inner, generator, whole=True),
+        A=of_rank((p.A.shape[0], C), 2, generator, whole=True),
+        B=of_rank((N, p.B.shape[1]), 2, generator, whole=True),
+    )
+    assert rank(delta(p)) <= rank_bound(p)
+
+
+@SOME
+@given(p=problems(), inner=st.integers(1, 6))
+def test_the_bound_is_attained_generically(p: LinearProblem, inner: int) -> None:
+    weight = of_rank(tuple(p.weight.shape), inner, torch.Generator().manual_seed(inner), whole=False)
+    p = replace(p, weight=weight)
+    assert rank(delta(p)) == rank_bound(p)
+
+
+def test_full_rank_for_two_ranks_worth_of_parameters() -> None:
+    """A sixtieth of what LoRA needs for it."""
+    p = make_problem(out_features=60, in_features=60, ranks=(1, 1))
+    assert rank(delta(p)) == 60
+    assert trainable_parameters(p.partition, [1, 1]) * 60 == 60 * (60 + 60)
+
+
+@SOME
+@given(p=problems())
+def test_parameters_are_what_the_update_depends_on(p: LinearProblem) -> None:
+    """`Σ r_k (N_k + C_k)`, counted as entries of the factors whose change changes ΔW."""
+    sizes = zip(p.partition.row_sizes, p.partition.col_sizes, p.ranks.tolist(), strict=True)
+    A, B = p.A.clone().requires_grad_(), p.B.clone().requires_grad_()
+    direction = torch.randn(p.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (delta(replace(p, A=A, B=B)) * direction).sum().backward()
+    # A block without rows or without columns has factors that nothing depends on.
+    counted = sum(r * (n + c) for n, c, r in sizes if n and c)
+    assert int((A.grad != 0).sum() + (B.grad != 0).sum()) == counted
+    assert trainable_parameters(p.partition, p.ranks.tolist()) >= counted
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 6])
+def test_even_blocks_take_a_kth_of_loras_parameters(num_blocks: int) -> None:
+    layer = FusedSMoALinear(24, 36, r=12, num_blocks=num_blocks, bias=False)
+    assert layer.num_adapter_parameters * num_blocks == 12 * (24 + 36)
+
+
+@SOME
+@given(p=problems())
+def test_the_update_never_leaves_the_diagonal_blocks(p: LinearProblem) -> None:
+    """Exactly: not by the size of a rounding. Nor does a merged weight change elsewhere, in any bit."""
+    inside = p.partition.row_block[:, None] == p.partition.col_block
+    outside = delta(p)[~inside]
+    assert torch.equal(outside, torch.zeros_like(outside))
+    assert torch.equal(eager.modulated_weight(adapter(p))[~inside], p.weight[~inside])
+    adapted = p.ranks[p.partition.row_block.long()] > 0
+    assert bool((delta(p)[inside & adapted[:, None]] != 0).all())
+
+
+def test_nor_does_it_while_it_trains() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(30, 21, dtype=torch.float64)
+    layer = FusedSMoALinear.from_linear(linear, r=7, num_blocks=3)
+    before, inside = linear.weight.clone(), layer.partition.row_block[:, None] == layer.partition.col_block
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer(torch.randn(8, 30, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    layer.merge()
+    assert torch.equal(layer.weight[~inside], before[~inside])
+    assert bool((layer.weight[inside] != before[inside]).all())
+
+
+@SOME
+@given(p=problems(), num_blocks=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_permuting_the_coordinates_permutes_blocks_update_and_outputs(
+    p: LinearProblem, num_blocks: int, seed: int
+) -> None:
+    """Labels come from W0's spectrum, which knows no order of its rows and columns."""
+    assume(num_blocks <= min(p.weight.shape))
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(p.weight.shape[0], generator=generator)
+    cols = torch.randperm(p.weight.shape[1], generator=generator)
+    partition = BlockPartition.from_weight(p.weight, num_blocks)
+    A, B, ranks = pack_factors(
+        [torch.randn(2, n, generator=generator, dtype=torch.float64) for n in partition.col_sizes],
+        [torch.randn(n, 2, generator=generator, dtype=torch.float64) for n in partition.row_sizes],
+        partition,
+    )
+    first = replace(p, A=A, B=B, partition=partition, ranks=ranks)
+    weight = p.weight[rows][:, cols]
+    permuted = BlockPartition.from_weight(weight, num_blocks)
+    assert torch.equal(permuted.row_block, partition.row_block[rows])
+    assert torch.equal(permuted.col_block, partition.col_block[cols])
+    second = replace(
+        first,
+        x=p.x[:, cols],
+        dy=p.dy[:, rows],
+        weight=weight,
+        A=A[:, cols],
+        B=B[rows],
+        partition=permuted,
+    )
+    torch.testing.assert_close(delta(second), delta(first)[rows][:, cols], rtol=1e-12, atol=0)
+    y, dx, dA, dB = first.run()
+    expected = (y[:, rows], dx[:, cols], dA[:, cols], dB[rows])
+    for found, value in zip(second.run(), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,94 @@
+"""Predicted memory of a training pass (smoa_kernels/workspace.py): hand counts, and what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from smoa_kernels import cost
+from smoa_kernels.cost import Problem
+from smoa_kernels.workspace import backward_workspace, backward_workspace_bytes, peak_bytes
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+
+def test_backward_workspace():
+    p = Problem(8192, 14336, 4096, 4, 16)
+    stages = backward_workspace(p)
+    gathered = 2 * 8192 * (14336 + 4096)
+    partials = 4 * 16 * (14336 * 8 + 4096 * 28)  # ρ = 4 padded to 16, one slice per 128-wide tile beside it
+    assert gathered == 288 * 2**20
+    assert stages["factor gradients"] == gathered + partials
+    assert stages["input gradient"] == 112 * 2**20
+    assert backward_workspace_bytes(p) == max(stages.values()) < 400 * 2**20
+
+
+def test_backward_workspace_counts_padding_and_dropout():
+    aligned, odd = (backward_workspace(Problem(64, n, 512, 4, 16)) for n in (512, 516))
+    # 129 rows per block take 256 padded ones; dY alone doubles
+    assert odd["factor gradients"] - aligned["factor gradients"] >= 2 * 64 * 512
+    p = Problem(8192, 4096, 4096, 4, 16, dropout=0.1)
+    delta, gathered = 2 * 4096 * 4096 // 4, 2 * 8192 * 4096
+    assert backward_workspace(p)["input gradient"] == delta + 2 * gathered
+
+
+def test_one_block_that_fills_its_tiles_is_not_gathered():
+    assert backward_workspace(Problem(8192, 4096, 4096, 1, 16))["factor gradients"] == 4 * 16 * 2 * 4096 * 32
+
+
+def test_peaks_by_hand():
+    """16-bit, T=8192: 64 MiB of x and of y; LoRA holds three of them at once, and tensors of rank 16."""
+    p, mib = Problem(8192, 4096, 4096, 4, 16), 2**20
+    assert peak_bytes(p, "frozen") == 128 * mib
+    assert peak_bytes(p, "lora") == 192 * mib + 2 * 16 * 8192
+    factors = 2 * 4 * 8192
+    assert peak_bytes(p, "split") == 192 * mib + factors + 4 * 16 * 2 * 4096 * 8  # y, dY and x gathered
+
+
+def memory_results():
+    for path in sorted(RESULTS.glob("*.json")):
+        for result in json.loads(path.read_text())["results"]:
+            if result["kind"] == "memory" and not result["params"]["dropout"]:
+                yield pytest.param(result, id=f"{path.stem} {result['title']}")
+
+
+@pytest.mark.parametrize("result", list(memory_results()))
+def test_what_lora_was_measured_to_hold(result):
+    """Beyond the frozen layer: the committed figures, to a few scalars."""
+    p = Problem(**result["params"] | {"dtype": getattr(torch, result["params"]["dtype"])})
+    measured = {name: found["peak"] for name, found in result["bytes"].items()}
+    predicted = peak_bytes(p, "lora") - peak_bytes(p, "frozen")
+    assert measured["PEFT LoRA"] - measured["frozen"] == pytest.approx(predicted, abs=64)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter allocates")
+@pytest.mark.parametrize("way", ["frozen", "lora", "merged", "split"])
+@pytest.mark.parametrize("size", [(128, 512, 256), (64, 256, 512), (300, 256, 256)], ids=str)
+def test_what_a_pass_allocates(size, way, monkeypatch):
+    """The kernels too, in the interpreter; it copies its arguments, which is no part of them."""
+    pytest.importorskip("peft", reason="needs the peft extra")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    from benchmarks.memory import footprint
+    from benchmarks.providers import Case, frozen, lora, smoa
+
+    executor = interpreter.GridExecutor
+    monkeypatch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), kwargs))
+    monkeypatch.setattr(executor, "_restore_args_dev", lambda self, *args: None)
+    monkeypatch.setattr(cost, "GRAD_TILE", 64)  # block_grad's in IEEE float32
+    case = Case(*size, num_blocks=2, rank=16)
+    build = {"frozen": frozen, "lora": lora}.get(way) or smoa(way, "triton")
+    predicted = peak_bytes(case.problem(), way)
+    assert footprint(build(case), case).peak == pytest.approx(predicted, abs=64)
+
+
+@pytest.mark.parametrize(
+    ("problem", "way", "words"),
+    [
+        (Problem(1, 2, 2, 1, 1), "fused", "algorithm must be one of frozen, lora, merged, split"),
+        (Problem(1, 2, 2, 1, 1, dropout=0.1), "lora", "dropout must be 0, got 0.1"),
+    ],
+)
+def test_what_has_no_prediction(problem, way, words):
+    with pytest.raises(ValueError, match=words):
+        peak_bytes(problem, way)

@@ -1,0 +1,143 @@
+"""Tuning tables that nobody would write: an error that names the file, or a table that is right; nothing else happens.
+
+HYPOTHESIS_PROFILE=nightly pytest tests/tuning/test_fuzzed_tables.py     # 10,000 tables instead of 300
+"""
+
+import copy
+import json
+import os
+import tempfile
+import tracemalloc
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tuning_cases import FORWARD, GRAD, entry, permute_entry
+
+from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS
+from smoa_kernels.tuning import tables
+from smoa_kernels.tuning.entries import Entry
+from smoa_kernels.tuning.tables import SCHEMA, read
+
+pytest.importorskip("hypothesis", reason="hypothesis draws these tables")
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+GOOD: dict[str, Any] = {
+    "schema": SCHEMA,
+    "entries": [
+        e.to_json()
+        for e in (
+            permute_entry(),
+            entry(GRAD, seconds={BLOCK_GRAD_IEEE_CONFIGS[0]: 0.25}, complete=False),
+            entry(FORWARD, seconds={"split": 2.0, "merged": 1.0}),
+        )
+    ],
+}
+TEXT = json.dumps(GOOD, indent=1).encode()
+
+# Values that a field does not expect: other types, numbers without end, names that are paths, code, deep nesting.
+STRANGE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**80), 2**80),
+    st.sampled_from([10**400, -1, 0, 2**31, 1e308, -0.0, float("inf"), float("-inf"), float("nan")]),
+    st.sampled_from(
+        [
+            "../../etc/passwd",
+            "/dev/zero",
+            "C:\\con",
+            "a\0b",
+            "__import__('os')._exit(3)",
+            "\ud800",
+            "x" * 9999,
+        ]
+    ),
+    st.text(max_size=9),
+    st.recursive(st.just([]), lambda inner: st.lists(inner, min_size=1, max_size=3), max_leaves=9),
+    st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+)
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a value can be put, each as the keys that lead there."""
+    children = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [path, *(place for key, child in children for place in places(child, (*path, key)))]
+
+
+PLACES = [place for place in places(GOOD) if place]
+
+
+@st.composite
+def changed_values(draw: st.DrawFn) -> bytes:
+    data = copy.deepcopy(GOOD)
+    for place in draw(st.lists(st.sampled_from(PLACES), min_size=1, max_size=3)):
+        parent: Any = data
+        try:
+            for key in place[:-1]:
+                parent = parent[key]
+            if draw(st.booleans()) and isinstance(parent, dict):
+                del parent[place[-1]]
+            else:
+                parent[place[-1]] = draw(STRANGE)
+        except (KeyError, IndexError, TypeError):
+            continue  # an earlier change has taken the place away
+    return json.dumps(data).encode()
+
+
+@st.composite
+def changed_bytes(draw: st.DrawFn) -> bytes:
+    data = bytearray(TEXT)
+    for _ in range(draw(st.integers(0, 4))):
+        data[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
+    return bytes(data[: draw(st.one_of(st.just(len(data)), st.integers(0, len(data))))])
+
+
+@settings(max_examples=settings().max_examples)
+@given(text=st.one_of(changed_values(), changed_bytes(), st.binary(max_size=64)))
+@example(text=b"[" * 200_000)
+@example(text=b'{"schema": 1, "entries": ' + b"[" * 200_000)
+@example(text=b'{"schema": ' + b"9" * 5000 + b', "entries": []}')
+def test_a_table_is_right_or_named(text: bytes) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "gpu.json"
+        path.write_bytes(text)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = read(path)
+        if caught:
+            assert found == {}
+            (warning,) = caught
+            assert issubclass(warning.category, UserWarning)
+            assert str(path) in str(warning.message)
+            assert (folder / "gpu.json.broken-1").read_bytes() == text
+            left = {"gpu.json.broken-1", "gpu.json.lock"}
+        else:
+            assert path.read_bytes() == text
+            left = {"gpu.json"}
+            for key, kept in found.items():  # what was taken comes back as it is
+                assert Entry.from_json(json.loads(json.dumps(kept.to_json()))) == kept
+                assert kept.key == key
+        assert {file.name for file in folder.iterdir()} <= left | {"gpu.json.lock"}
+
+
+def test_a_table_larger_than_any_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    with path.open("wb") as stream:
+        stream.truncate(2 * tables.MOST_BYTES)  # a hole: it takes no room
+    tracemalloc.start()
+    with pytest.warns(UserWarning, match="more than any table"):
+        assert read(path) == {}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_a_pipe_in_the_tables_place_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    os.mkfifo(path)
+    with pytest.warns(UserWarning, match="cannot be read and is not used: it is no file"):
+        assert read(path) == {}
+    assert path.is_fifo()

@@ -1,0 +1,75 @@
+"""The audit compiles the launches that the launchers make; `make audit` reads the machine code of all of them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="there are no kernels to compile")
+
+# In a process that compiles: where kernels are interpreted they have no signature.
+PROGRAM = """
+import json
+from dataclasses import asdict
+from smoa_kernels.tuning.audit import AUDIT_DTYPES, DEFAULT_REGISTRY, Task, run_task
+from smoa_kernels.tuning.registry import KERNELS
+from smoa_kernels.tuning.rules import broken_rules
+
+found = []
+for spec in KERNELS:
+    for arch in ("sm_90", "gfx942"):
+        for dtype in AUDIT_DTYPES:
+            for variant in spec.variants:
+                for config in spec.configurations(arch, dtype, variant):
+                    launch = spec.launch(config, dtype, variant)
+                    found.append({
+                        "name": f"{spec.name} {variant} {dtype} {config}",
+                        "dtype": dtype,
+                        "config": asdict(config),
+                        "pointers": {n: v for n, v in launch.arguments.items() if n.endswith("_ptr")},
+                        "scalars": {n: v for n, v in launch.arguments.items() if not n.endswith("_ptr")},
+                        "constexprs": {n: v for n, v in launch.constexprs.items() if isinstance(v, int)},
+                        "options": dict(launch.options),
+                    })
+(permute,) = (spec for spec in KERNELS if spec.name == "permute")
+task = Task(DEFAULT_REGISTRY, "permute", permute.variants[0], 0, "sm_90", "bf16")
+print(json.dumps({"launches": found, "broken": broken_rules(run_task(task))}))
+"""
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["SMOA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_launches_at_every_configuration(audited: dict) -> None:
+    launches = audited["launches"]
+    assert len({launch["name"].split()[0] for launch in launches}) >= 6
+    for launch in launches:
+        kinds = launch["pointers"].values()
+        assert all(kind is None or kind.startswith("*") for kind in kinds), launch["name"]
+        wide = {"bf16": "*bf16", "fp16": "*fp16"}.get(launch["dtype"], "*fp32")
+        assert wide in kinds, launch["name"]  # the operands have the dtype that was asked for
+        assert all(isinstance(value, (int, float)) for value in launch["scalars"].values()), launch["name"]
+
+
+def test_the_configuration_reaches_the_kernel(audited: dict) -> None:
+    for launch in audited["launches"]:
+        given = {**launch["options"], **launch["constexprs"]}
+        tile = {
+            name: size for name, size in launch["config"].items() if name not in ("block", "block_r", "split")
+        }
+        # Sums divide their block by the rank, a rank is bounded, a split is the launcher's; tiles are constexprs.
+        reached = {name: given.get(name.upper(), given.get(name)) for name in tile}
+        assert reached == tile, launch["name"]
+
+
+def test_a_shipped_configuration_meets_the_rules(audited: dict) -> None:
+    """One, so that a change of Triton shows here too."""
+    assert audited["broken"] == []
