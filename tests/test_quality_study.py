@@ -24,11 +24,11 @@ from benchmarks.quality.report import generate, page
 from benchmarks.quality.statistics import over_groups, paired, summarize, t_quantile
 from benchmarks.quality.study import Slice, best_rate, train_and_judge
 from benchmarks.quality.tasks import TASKS, Task
-from smoa_kernels import BlockPartition
 
 # On the path since benchmarks.quality was imported.
-import minilm  # isort: skip
-import smollm2  # isort: skip
+from examples import minilm, smollm2
+from smoa_kernels import BlockPartition
+
 from questions import Encoder, Question, Splits, same_text  # isort: skip
 from training import next_token_scores  # isort: skip
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import minilm
-import smollm2
 import torch
 from questions import Encoder, Question
 from torch import Tensor, nn
@@ -19,6 +17,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+
+from examples import minilm, smollm2
 
 PREFIX_BATCH = 32
 LONGEST = 256  # tokens; nothing here has more

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from questions import Question, same_text
-from smollm2 import cache_folder
+
+from examples.smollm2 import cache_folder
 
 ARCHIVE = "bigbench-1.0.0.tar.gz"
 MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/social_iqa/task.json"
