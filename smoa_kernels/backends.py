@@ -107,8 +107,12 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
 
 
 def _constant(function: F) -> F:
-    """A constant in compiled graphs: compilers cannot look into imports, and need not."""
-    return cast(F, torch.compiler.assume_constant_result(function))
+    """A constant in compiled graphs: compilers cannot look into imports, and need not.
+
+    Marked as `torch.compiler.assume_constant_result` marks it, which would import the compiler, and with it triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @_constant

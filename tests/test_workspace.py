@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoa_kernels import cost
+from smoa_kernels import counts
 from smoa_kernels.cost import Problem
 from smoa_kernels.workspace import backward_workspace, backward_workspace_bytes, peak_bytes
 
@@ -75,7 +75,7 @@ def test_what_a_pass_allocates(size, way, monkeypatch):
     executor = interpreter.GridExecutor
     monkeypatch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), kwargs))
     monkeypatch.setattr(executor, "_restore_args_dev", lambda self, *args: None)
-    monkeypatch.setattr(cost, "GRAD_TILE", 64)  # block_grad's in IEEE float32
+    monkeypatch.setattr(counts, "GRAD_TILE", 64)  # block_grad's in IEEE float32
     case = Case(*size, num_blocks=2, rank=16)
     build = {"frozen": frozen, "lora": lora}.get(way) or smoa(way, "triton")
     predicted = peak_bytes(case.problem(), way)
