@@ -146,7 +146,7 @@ def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> Binary:
     signature, constants, attributes = _specialise(kernel, launch, arch)
     target = GPUTarget("hip" if arch.is_amd else "cuda", _target_arch(arch), arch.warp_size)
     source = ASTSource(kernel, signature, constants, attributes)
-    with _exact_lines():
+    with _exact_lines(kernel):
         compiled = triton.compile(source, target=target, options=dict(launch.options))
     warps = int(compiled.metadata.num_warps)
     shared = int(compiled.metadata.shared)
@@ -160,12 +160,14 @@ def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> Binary:
 
 
 @contextmanager
-def _exact_lines() -> Iterator[None]:
-    """Keep source lines true through PTX.
+def _exact_lines(kernel: Any) -> Iterator[None]:
+    """Keep source lines true through PTX, and through Triton's cache.
 
     Triton emits an unmasked load as inline assembly of several lines, and LLVM counts its line numbers on from
-    line to line: the load itself would carry the number of a later statement.
+    line to line: the load itself would carry the number of a later statement. And Triton's cache knows a kernel by
+    its text, while its lines name a file: what another checkout compiled would name that checkout's, gone perhaps.
     """
+    file = kernel.fn.__code__.co_filename
 
     def hook(
         backend: Any = None,
@@ -177,7 +179,7 @@ def _exact_lines() -> Iterator[None]:
         if stages is not None and "ptx" in stages:
             make_ptx = stages["ptx"]
             stages["ptx"] = lambda source, metadata: one_line_per_assembly(make_ptx(source, metadata))
-        return "exact lines", "exact lines"
+        return f"exact lines of {file}", "exact lines"
 
     previous = triton.knobs.runtime.add_stages_inspection_hook
     triton.knobs.runtime.add_stages_inspection_hook = hook

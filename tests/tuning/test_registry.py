@@ -2,10 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import smoa_kernels
 
 pytest.importorskip("triton", reason="there are no kernels to compile")
 
@@ -73,3 +77,26 @@ def test_the_configuration_reaches_the_kernel(audited: dict) -> None:
 def test_a_shipped_configuration_meets_the_rules(audited: dict) -> None:
     """One, so that a change of Triton shows here too."""
     assert audited["broken"] == []
+
+
+def test_what_another_checkout_compiled_says_nothing_of_this_one(tmp_path: Path) -> None:
+    """Triton's cache knows a kernel by its text; the lines of a binary name the file that it was compiled from."""
+    program = "import smoa_kernels.tuning.audit as a\n" + (
+        "from smoa_kernels.tuning.registry import KERNELS\n"
+        "(permute,) = (spec for spec in KERNELS if spec.name == 'permute')\n"
+        "task = a.Task(a.DEFAULT_REGISTRY, 'permute', permute.variants[0], 0, 'sm_90', 'bf16')\n"
+        "print(a.__file__, sorted({entry.pointer for entry in a.run_task(task).traffic}))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
+    for name in ("first", "second"):
+        checkout = tmp_path / name
+        shutil.copytree(Path(smoa_kernels.__file__).parent, checkout / "smoa_kernels")
+        environment["SMOA_CACHE"] = str(tmp_path / f"records of {name}")
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=checkout
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(str(checkout)), done.stdout
+        assert "?" not in done.stdout, name
+        shutil.rmtree(checkout)
