@@ -9,9 +9,9 @@ from .protocol import Run
 GEMM, COPY, MASK, REST, BETWEEN = "GEMMs", "gathers", "dropout's mask", "other operators", "between operators"
 KINDS = (GEMM, COPY, MASK, REST, BETWEEN)
 _OPERATORS = {
-    **dict.fromkeys(("mm", "addmm", "bmm", "mkldnn_linear"), GEMM),
-    **dict.fromkeys(("gather", "index_select", "scatter_"), COPY),
-    **dict.fromkeys(("random_", "ge", "bernoulli_", "native_dropout"), MASK),
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear"), GEMM),
+    **dict.fromkeys(("gather", "index_select", "scatter"), COPY),
+    **dict.fromkeys(("random", "ge", "bernoulli", "native_dropout"), MASK),
 }
 PASSES = 3
 
@@ -27,6 +27,7 @@ def by_kind(run: Run) -> dict[str, float]:
     found = dict.fromkeys(KINDS, 0.0)
     for event in profiler.key_averages():
         namespace, _, name = event.key.partition("::")
-        kind = _OPERATORS.get(name, REST) if namespace == "aten" else BETWEEN
+        # `addmm_` is a GEMM as `addmm` is: an underscore says where the result goes.
+        kind = _OPERATORS.get(name.rstrip("_"), REST) if namespace == "aten" else BETWEEN
         found[kind] += event.self_cpu_time_total / 1e6 / PASSES
     return found

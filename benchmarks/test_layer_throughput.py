@@ -47,4 +47,4 @@ def test_over_frozen(case: Case, smoke: bool, measure: Measure) -> None:
     check_layers(case, layers)
     runs = {name: training_pass(layer, case) for name, layer in layers.items()}
     profiles = {name: by_kind(runs[name]) for name in (FROZEN, SMOA)} if DEVICE.type == "cpu" else {}
-    measure("layer", title, params, runs, baseline=FROZEN, budget=14, warmup=1, profile=profiles)
+    measure("layer", title, params, runs, baseline=FROZEN, budget=12, warmup=1, profile=profiles)
