@@ -2,7 +2,7 @@
 
 A row's call gets a `World`: a problem, a layer and a folder, whose every bit is compared afterwards. The PEFT tuner's
 rows stand in tests/test_bad_adapters.py, damaged adapter files in tests/peft/test_tuner.py and test_fuzzed_files.py,
-damaged tuning tables in tests/tuning/test_tables.py.
+damaged tuning tables in tests/tuning/test_store.py.
 """
 
 import importlib.util

@@ -55,7 +55,7 @@ PUBLIC = {
     "tuning/lookup.py",
 } | {
     "tuning/models.py",
-    "tuning/tables.py",
+    "tuning/store.py",
 }
 
 

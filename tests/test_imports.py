@@ -19,7 +19,7 @@ ORDER = (
     ("cost", "workspace"),
     ("reference",),
     ("kernels",),
-    ("tuning.identity", "tuning.entries", "tuning.tables", "tuning.lookup", "tuning.status"),
+    ("tuning.identity", "tuning.entries", "tuning.store", "tuning.lookup", "tuning.status"),
     ("eager", "triton_backend"),
     ("operator",),
     ("functional",),
@@ -51,7 +51,7 @@ def modules() -> list[str]:
 
 def file_of(module: str) -> Path:
     path = PACKAGE / module.replace(".", "/")
-    single = path.with_suffix(".py") if module else path  # tuning/tables.py has a folder of data beside it
+    single = path.with_suffix(".py") if module else path
     return single if single.is_file() else path / "__init__.py"
 
 

@@ -251,7 +251,7 @@ def test_two_processes_convert_one_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["read-only disk", "a file in its place"])
 def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from smoa_kernels.tuning import lookup
-    from smoa_kernels.tuning.tables import read, update, user_table
+    from smoa_kernels.tuning.store import read, update, user_table
 
     cache = tmp_path / "cache"
     monkeypatch.setenv("SMOA_CACHE", str(cache))
@@ -281,7 +281,7 @@ def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch
 
 
 def test_no_room_for_a_tuning_table(full_disk: tuple[Path, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from smoa_kernels.tuning.tables import read, update, user_table
+    from smoa_kernels.tuning.store import read, update, user_table
 
     place, full = full_disk
     monkeypatch.setenv("SMOA_CACHE", str(place))

@@ -125,7 +125,7 @@ def test_the_installed_command_runs(wheel: Path, tmp_path: Path) -> None:
     installed = run(*install)
     assert installed.returncode == 0, installed.stderr
     environment = {**os.environ, "PYTHONPATH": str(target)}
-    program = "import smoa_kernels, smoa_kernels.tuning.tables as t; print(smoa_kernels.__file__, t.SHIPPED.is_dir())"
+    program = "import smoa_kernels, smoa_kernels.tuning.store as t; print(smoa_kernels.__file__, t.SHIPPED.is_dir())"
     where = run("-c", program, env=environment, cwd=tmp_path)
     assert where.stdout.split() == [str(target / "smoa_kernels" / "__init__.py"), "True"]
     done = run(target / "bin" / "smoa-kernels", "info", env=environment, cwd=tmp_path)

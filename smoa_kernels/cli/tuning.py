@@ -22,7 +22,7 @@ from ..tuning.identity import identity, staleness
 from ..tuning.models import MODELS, read_config
 from ..tuning.plan import KERNELS, Layer, Target, jobs
 from ..tuning.space import broken
-from ..tuning.tables import read, update, user_table
+from ..tuning.store import read, update, user_table
 from ..tuning.tuner import DeviceLostError, Job, Timer, Tuned, gpu_timer, left, so_far, tune
 from ..tuning.words import problem_words
 from .output import console

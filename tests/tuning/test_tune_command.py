@@ -17,7 +17,7 @@ from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
 from smoa_kernels.tuning import status
 from smoa_kernels.tuning.entries import Choice
 from smoa_kernels.tuning.models import MODELS, Decoder, read_config
-from smoa_kernels.tuning.tables import read, update, user_table
+from smoa_kernels.tuning.store import read, update, user_table
 from smoa_kernels.tuning.tuner import Run
 
 pytestmark = needs_interpreter
