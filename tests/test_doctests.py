@@ -40,6 +40,7 @@ INTERNAL = {
     "peft/loading.py": "hooks into PEFT",
     "peft/offload.py": "hooks into PEFT",
     "peft/quantized.py": "hooks into PEFT",
+    "peft/peft_type.py": "hooks into PEFT",
     "peft/registry.py": "hooks into PEFT",
     "peft/saving.py": "hooks into PEFT",
     "peft/scratch.py": "hooks into PEFT",

@@ -16,7 +16,7 @@ from ..backends import ALGORITHMS, BACKENDS
 from ..packed import resolve_ranks
 from ..partition import MOST_RANKS
 from .folders import check_weights, read_json
-from .registry import PEFT_TYPE
+from .peft_type import PEFT_TYPE
 from .saving import replacing
 from .settings import layer_settings
 

@@ -14,7 +14,7 @@ from ..sketch import TOLERANCE, sketch_distance, sketch_weight
 from .config import SMoAConfig
 from .folders import ModelFolder, by_number, opened, read_config, read_layers, weights_of
 from .layout import LayerBlocks
-from .registry import PEFT_TYPE
+from .peft_type import PEFT_TYPE
 from .settings import layer_settings
 
 __all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,17 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from ..distributed.shard import LayerShard
 from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor, trainable_parameters
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
 from .combine import single_block
 from .dequantize import dequantized, read_weight
-from .layout import STATE_KEYS, blocks_size, pack_blocks, unpack_blocks
+from .layout import STATE_KEYS, blocks_size, check_complete, pack_blocks, read_blocks, unpack_blocks
 from .offload import check_present, execution_device, gathered, present
 from .settings import LayerSettings
-
-if TYPE_CHECKING:
-    from ..distributed.shard import LayerShard
 
 __all__ = ["SMoALayer", "SpectralOrder", "order_of"]
 
@@ -270,6 +268,33 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         packed = self.smoa_blocks[adapter_name]
         return packed.is_meta or not bool(packed.any())
 
+    def check_state(self, name: str, adapter_name: str, given: Mapping[str, Any]) -> Tensor | None:
+        """Whether tensors that are about to be loaded are complete, fit this layer and are in range.
+
+        Args:
+            name: of the layer, for messages.
+            adapter_name: of the adapter that they are to fill.
+            given: tensors by `layout.STATE_KEYS`, None for one that is missing.
+
+        Returns:
+            The sketch of the base weight that the adapter was trained over; None where the tensors hold no values.
+
+        Raises:
+            ValueError: naming the layer: a tensor is missing, corrupt or has another shape, labels or ranks are out of
+                range.
+        """
+        check_complete(name, given)
+        for key, value in given.items():
+            expected = tuple(getattr(self, key)[adapter_name].shape)
+            if tuple(value.shape) != expected:
+                raise ValueError(
+                    f"size mismatch for {name}.{key}: the layer takes shape {expected}, the adapter has "
+                    f"{tuple(value.shape)}"
+                )
+        if given["smoa_blocks"].is_meta:
+            return None
+        return read_blocks(name, given, self.r[adapter_name]).sketch
+
     def num_adapter_parameters(self, adapter_name: str) -> int:
         """`Σ r_k (N_k + C_k)`, padding not counted."""
         return trainable_parameters(self.partition(adapter_name), self.ranks(adapter_name).tolist())
@@ -344,12 +369,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        from .loading import check_layer
-
         for name in self.smoa_A:
             given = {key: state_dict.get(f"{prefix}{key}.{name}") for key in STATE_KEYS}
             if any(value is not None for value in given.values()):
-                check_layer(prefix.rstrip("."), self, name, given)
+                self.check_state(prefix.rstrip("."), name, given)
                 self._prepared.pop(name, None)  # labels are copied in place, which identity does not show
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -19,8 +19,7 @@ from ..packed import pack_factors, unpack_factors
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
 from .folders import PREFIX
-from .layout import STATE_KEYS, pack_blocks
-from .loading import read_blocks
+from .layout import STATE_KEYS, pack_blocks, read_blocks
 
 __all__ = ["from_paper_layout", "to_paper_layout"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .registry import PEFT_TYPE
+from .peft_type import PEFT_TYPE
 
 __all__ = ["install_atomic_save", "replacing"]
 
