@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .partition import BlockPartition, layout_of
+from .checks import check_number, layout_of
+from .partition import BlockPartition, check_partition
 
 __all__ = [
     "autocast_enabled",
     "check_arguments",
     "check_block_ranks",
     "check_input",
-    "check_number",
     "check_ranks",
     "global_width",
 ]
@@ -48,14 +48,6 @@ def check_arguments(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     _check_seed(dropout_seed, x)
-
-
-def check_number(name: str, value: float) -> None:
-    """Whether `value` is a real number that a float holds; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if isinstance(value, int) and value.bit_length() > 1000:
-        raise ValueError(f"{name} must be a number that a float holds, got one of {value.bit_length()} bits")
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:
@@ -177,8 +169,7 @@ def _check_tensors(
 
 
 def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -> None:
-    if not isinstance(partition, BlockPartition):
-        raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
+    check_partition(partition)
     if partition.shape != weight.shape:
         raise ValueError(
             f"partition must be made for a weight of shape {tuple(weight.shape)}, got one for {partition.shape}"

@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 
-from .arguments import check_number
+from .checks import check_blocks, check_int, check_number
 
 __all__ = ["ALGORITHMS", "Part", "Pass", "Problem", "partial_bytes", "parts"]
 
@@ -79,13 +79,9 @@ class Problem:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        lowest = {"tokens": 0, "out_features": 1, "in_features": 1, "num_blocks": 1, "rank": 0}
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, least in {"tokens": 0, "out_features": 1, "in_features": 1, "rank": 0}.items():
+            check_int(name, getattr(self, name), least)
+        check_blocks(self.num_blocks)
         check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")

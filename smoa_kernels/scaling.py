@@ -35,6 +35,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from .checks import check_blocks, check_int
 from .cost import Problem, estimate
 from .gpus import Gpu
 from .tuning.models import MODELS, Decoder
@@ -92,7 +93,7 @@ class Scale:
         num_blocks: K.
 
     Raises:
-        ValueError: naming the option, what was given and what is allowed.
+        TypeError, ValueError: naming the option, what was given and what is allowed.
 
     Example:
         >>> Scale("llama-3-8b", gpus=8, parallel="ddp").stack.layers
@@ -110,14 +111,10 @@ class Scale:
         for name, given, allowed in (("model", self.model, STACKS), ("parallel", self.parallel, PARALLEL)):
             if given not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
-        for name in ("gpus", "tokens", "rank", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        smallest = min(min(shape) for shape in self.decoder.shapes)
-        if self.num_blocks > smallest:
-            raise ValueError(
-                f"num_blocks must be at most {smallest}, of {self.model}'s smallest layer, got {self.num_blocks}"
-            )
+        for name in ("gpus", "tokens", "rank"):
+            check_int(name, getattr(self, name))
+        smallest = min(self.decoder.shapes, key=min)
+        check_blocks(self.num_blocks, smallest, f"{self.model}'s smallest layer")
         if self.parallel == "tp" and self.gpus % tensor_parallel_size(self):
             raise ValueError(
                 f"gpus must be a multiple of {tensor_parallel_size(self)}, over which layers are cut, got {self.gpus}"

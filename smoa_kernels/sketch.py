@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .partition import one_thread, whole
+from .spectral_order import one_thread, whole
 
 __all__ = ["sketch_distance", "sketch_weight"]
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .partition import BlockPartition, check_weight
+from .checks import check_weight
+from .partition import BlockPartition
 
 __all__ = [
     "BlockEnergies",

@@ -13,14 +13,15 @@ PACKAGE = ROOT / "smoa_kernels"
 
 # A module imports from its own line or those above. A folder stands for what it holds and no other line names.
 ORDER = (
-    ("_version", "backends", "files", "dropout", "gpus", "partition", "precision"),
-    ("arguments", "counts", "packed", "sketch", "spectrum"),
+    ("_version", "backends", "checks", "files", "dropout", "gpus", "precision", "spectral_order"),
+    ("partition",),
+    ("arguments", "counts", "packed", "ranks", "sketch", "spectrum"),
     ("layer_checks",),
     ("cost", "workspace"),
     ("reference",),
     ("kernels",),
     ("tuning.identity", "tuning.entries", "tuning.store", "tuning.lookup", "tuning.status"),
-    ("eager", "triton_backend"),
+    ("block_order", "eager", "triton_backend"),
     ("operator",),
     ("functional",),
     ("layers",),
@@ -46,7 +47,10 @@ LATE = {
     ("peft.settings", "peft.config"): TYPES,
     ("tuning.audit", "tuning.compile"): "imports Triton, which a worker sets up before",
     ("tuning.audit", "tuning.registry"): TYPES,
-    ("tuning.lookup", "tuning.autotune"): "measuring runs the backend, which asks lookup; SMOA_AUTOTUNE=1 only",
+    (
+        "tuning.lookup",
+        "tuning.autotune",
+    ): "measuring runs the backend, which asks lookup; SMOA_AUTOTUNE=1 only",
 }
 
 
@@ -115,7 +119,9 @@ def test_no_module_imports_itself() -> None:
 
 
 def test_late_imports_have_a_reason() -> None:
-    late = {(module, other) for module in modules() for other, always in imports(module).items() if not always}
+    late = {
+        (module, other) for module in modules() for other, always in imports(module).items() if not always
+    }
     assert late == set(LATE)
 
 

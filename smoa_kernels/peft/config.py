@@ -13,8 +13,8 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..backends import ALGORITHMS, BACKENDS
-from ..packed import resolve_ranks
-from ..partition import MOST_RANKS
+from ..checks import MOST_RANKS
+from ..ranks import resolve_ranks
 from .folders import check_weights, read_json
 from .peft_type import PEFT_TYPE
 from .saving import replacing

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from .layout import STATE_KEYS, LayerBlocks, read_blocks
 
-
 __all__ = [
     "PREFIX",
     "ModelFolder",

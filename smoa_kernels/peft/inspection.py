@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from ..packed import trainable_parameters
+from ..ranks import trainable_parameters
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
 from .config import SMoAConfig
 from .folders import ModelFolder, by_number, opened, read_config, read_layers, weights_of

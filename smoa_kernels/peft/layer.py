@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from ..checks import check_blocks
 from ..distributed.shard import LayerShard
-from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor, trainable_parameters
+from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..partition import BlockPartition
+from ..ranks import trainable_parameters
 from ..sketch import sketch_weight
 from .combine import single_block
 from .dequantize import dequantized, read_weight
@@ -175,12 +177,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         if self._shard is not None:
             raise ValueError("the layer is sharded: add adapters before parallelize_module")
         config = settings.config
-        limit = min(self.out_features, self.in_features)
-        if settings.num_blocks > limit:
-            raise ValueError(
-                f"num_blocks must be at most min(out_features, in_features) = {limit} for a layer of shape "
-                f"{(self.out_features, self.in_features)}, got {settings.num_blocks}"
-            )
+        check_blocks(settings.num_blocks, (self.out_features, self.in_features), "a layer")
         ranks = settings.ranks
         self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
         self.block_ranks[adapter_name], self.scaling[adapter_name] = ranks, settings.scaling

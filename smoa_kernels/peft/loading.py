@@ -5,14 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-
 from torch import Tensor, nn
 
 from ..sketch import TOLERANCE, sketch_distance
 from .layer import SMoALayer
 from .layout import STATE_KEYS
 from .offload import gathered, present
-
 
 __all__ = ["check_adapter"]
 

@@ -1,0 +1,93 @@
+"""Checks of single values, whoever takes them: what each must be, and what was given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MOST_BLOCKS",
+    "MOST_RANKS",
+    "check_blocks",
+    "check_device",
+    "check_finite",
+    "check_int",
+    "check_number",
+    "check_weight",
+    "layout_of",
+]
+
+# Of blocks, and of ranks: far above any that serves, far below those whose bookkeeping alone fills the memory.
+MOST_BLOCKS = MOST_RANKS = 2**16
+
+
+def check_int(name: str, value: int, least: int = 1, most: int | None = None) -> None:
+    """Whether `value` is an int from `least` to `most`; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def check_blocks(num_blocks: int, shape: Sequence[int] | None = None, name: str = "a weight") -> None:
+    """Whether anything can have so many blocks and, where `shape` is given, whether `name`, of that shape, can."""
+    check_int("num_blocks", num_blocks, most=MOST_BLOCKS)
+    if shape is not None and num_blocks > min(shape):
+        raise ValueError(
+            f"num_blocks must be at most min(out_features, in_features) = {min(shape)} for {name} of shape "
+            f"{tuple(shape)}, got {num_blocks}"
+        )
+
+
+def check_number(name: str, value: float) -> None:
+    """Whether `value` is a real number that a float holds; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, int) and value.bit_length() > 1000:
+        raise ValueError(f"{name} must be a number that a float holds, got one of {value.bit_length()} bits")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Whether `value` is a number, and neither NaN nor Inf."""
+    check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """`device` where this machine has it; torch says it in a RuntimeError, a TypeError or an AssertionError."""
+    try:
+        return torch.empty(0, device=torch.device(device)).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that this machine has, got {device!r}: {reason}") from error
+
+
+def layout_of(value: Tensor) -> str:
+    """How a tensor lies in memory; a nested one calls itself strided."""
+    return "torch.nested" if value.is_nested else str(value.layout)
+
+
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Whether `weight`, called `name`, has a spectrum; a whole tensor is read."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {weight.dtype}")
+    if layout_of(weight) != "torch.strided" or weight.itemsize < 2:
+        raise TypeError(
+            f"{name} must be dense, of 16 bits or more, got {layout_of(weight)} of {weight.dtype}"
+        )
+    if weight.is_meta:
+        raise ValueError(f"{name} must hold numbers to have a spectrum, got a meta tensor")
+    if weight.ndim != 2:
+        raise ValueError(
+            f"{name} must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
+        )
+    if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):
+        raise ValueError(f"{name} must be finite to have a spectrum, got NaN or Inf in it")
