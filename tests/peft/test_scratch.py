@@ -86,8 +86,11 @@ def gradients(model, tokens):
 
 def without_a_buffer(model, tokens, monkeypatch):
     """The gradients where each call dequantises anew, as PEFT does."""
+    read = module.read_weight
     with monkeypatch.context() as allocating:
         allocating.setattr(module, "_filler", lambda *_: None)
+        # Rows side by side, as in the buffer: torchao's int4 comes transposed, which a GEMM may sum otherwise.
+        allocating.setattr(module, "read_weight", lambda *given: read(*given).contiguous())
         return gradients(model, tokens)
 
 
