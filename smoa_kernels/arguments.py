@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_number, layout_of
-from .partition import BlockPartition, check_partition
+from .checks import check_kind, check_number, layout_of
+from .partition import BlockPartition
 
 __all__ = [
     "autocast_enabled",
@@ -169,7 +169,7 @@ def _check_tensors(
 
 
 def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -> None:
-    check_partition(partition)
+    check_kind("partition", partition, BlockPartition)
     if partition.shape != weight.shape:
         raise ValueError(
             f"partition must be made for a weight of shape {tuple(weight.shape)}, got one for {partition.shape}"

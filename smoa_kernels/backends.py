@@ -18,6 +18,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from .checks import check_choice
+
 __all__ = [
     "ALGORITHMS",
     "BACKENDS",
@@ -75,8 +77,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
         >>> resolve_backend("auto", torch.device("cpu"), torch.bfloat16, rank=8)
         'eager'
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     if backend in ("eager", "reference") or (backend == "auto" and device.type != "cuda"):
         return "eager" if backend == "auto" else backend
     obstacle = triton_obstacle(device, dtype, rank)

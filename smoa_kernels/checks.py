@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ __all__ = [
     "MOST_BLOCKS",
     "MOST_RANKS",
     "check_blocks",
+    "check_choice",
+    "check_count",
     "check_device",
     "check_finite",
-    "check_int",
+    "check_kind",
     "check_number",
     "check_weight",
     "layout_of",
@@ -24,7 +26,7 @@ __all__ = [
 MOST_BLOCKS = MOST_RANKS = 2**16
 
 
-def check_int(name: str, value: int, least: int = 1, most: int | None = None) -> None:
+def check_count(name: str, value: int, least: int = 1, most: int | None = None) -> None:
     """Whether `value` is an int from `least` to `most`; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
@@ -36,12 +38,24 @@ def check_int(name: str, value: int, least: int = 1, most: int | None = None) ->
 
 def check_blocks(num_blocks: int, shape: Sequence[int] | None = None, name: str = "a weight") -> None:
     """Whether anything can have so many blocks and, where `shape` is given, whether `name`, of that shape, can."""
-    check_int("num_blocks", num_blocks, most=MOST_BLOCKS)
+    check_count("num_blocks", num_blocks, most=MOST_BLOCKS)
     if shape is not None and num_blocks > min(shape):
         raise ValueError(
             f"num_blocks must be at most min(out_features, in_features) = {min(shape)} for {name} of shape "
             f"{tuple(shape)}, got {num_blocks}"
         )
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """Whether `value` is one of the names that are allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Whether `value` is an instance of `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
 
 
 def check_number(name: str, value: float) -> None:

@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 
-from .checks import check_blocks, check_int, check_number
+from .checks import check_blocks, check_count, check_number
 
 __all__ = ["ALGORITHMS", "Part", "Pass", "Problem", "partial_bytes", "parts"]
 
@@ -80,7 +80,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name, least in {"tokens": 0, "out_features": 1, "in_features": 1, "rank": 0}.items():
-            check_int(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least)
         check_blocks(self.num_blocks)
         check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import eager
 from .arguments import check_input
 from .backends import load_backend, resolve_backend
-from .checks import check_device, check_finite, check_int, check_weight
+from .checks import check_count, check_device, check_finite, check_weight
 from .functional import smoa_linear
 from .layer_checks import (
     DTYPES,
@@ -99,7 +99,7 @@ class FusedSMoALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            check_int(name, size)
+            check_count(name, size)
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype must be floating point of 16 bits or more, got {dtype}")
         if device is not None:

@@ -15,7 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .partition import BlockPartition, check_partition
+from .checks import check_kind
+from .partition import BlockPartition
 
 __all__ = ["PackedAdapter", "pack_factors", "unpack_factors"]
 
@@ -134,7 +135,7 @@ def pack_factors(
         >>> A.tolist(), ranks.tolist()
         ([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], [2, 1])
     """
-    check_partition(partition)
+    check_kind("partition", partition, BlockPartition)
     if not len(A_blocks) == len(B_blocks) == partition.num_blocks:
         raise ValueError(
             f"A_blocks and B_blocks must hold one factor for each of {partition.num_blocks} blocks, "
@@ -179,7 +180,7 @@ def unpack_factors(
         >>> [tuple(A.shape) for A in A_blocks], [tuple(B.shape) for B in B_blocks]
         ([(2, 1), (1, 2)], [(1, 2), (1, 1)])
     """
-    check_partition(partition)
+    check_kind("partition", partition, BlockPartition)
     shape = partition.shape
     for name, value in (("A", A), ("B", B), ("ranks", ranks)):
         if not isinstance(value, Tensor):

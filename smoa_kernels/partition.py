@@ -273,12 +273,6 @@ class BlockPartition:
         )
 
 
-def check_partition(partition: BlockPartition) -> None:
-    """Whether it is one at all."""
-    if not isinstance(partition, BlockPartition):
-        raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
-
-
 def label_dtype(num_blocks: int) -> torch.dtype:
     """uint8 where it fits, else int32: gloo and NCCL cannot send int16."""
     return torch.uint8 if num_blocks <= 256 else torch.int32

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .checks import MOST_RANKS, check_blocks, check_int
-from .partition import BlockPartition, check_partition
+from .checks import MOST_RANKS, check_blocks, check_count, check_kind
+from .partition import BlockPartition
 
 __all__ = ["resolve_ranks", "split_rank", "trainable_parameters"]
 
@@ -24,7 +24,7 @@ def split_rank(r: int, num_blocks: int) -> list[int]:
         >>> split_rank(8, 3)
         [3, 3, 2]
     """
-    check_int("r", r, most=MOST_RANKS)
+    check_count("r", r, most=MOST_RANKS)
     check_blocks(num_blocks)
     return [r // num_blocks + (k < r % num_blocks) for k in range(num_blocks)]
 
@@ -79,7 +79,7 @@ def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int
         >>> trainable_parameters(partition, [2, 1])  # 2 · (3 + 5) + 1 · (3 + 5)
         24
     """
-    check_partition(partition)
+    check_kind("partition", partition, BlockPartition)
     if len(ranks) != partition.num_blocks:
         raise ValueError(f"ranks must be {partition.num_blocks}, one for each block, got {len(ranks)}")
     sizes = zip(ranks, partition.row_sizes, partition.col_sizes, strict=True)

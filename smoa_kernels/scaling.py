@@ -35,7 +35,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import check_blocks, check_int
+from .checks import check_blocks, check_count
 from .cost import Problem, estimate
 from .gpus import Gpu
 from .tuning.models import MODELS, Decoder
@@ -112,7 +112,7 @@ class Scale:
             if given not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
         for name in ("gpus", "tokens", "rank"):
-            check_int(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         smallest = min(self.decoder.shapes, key=min)
         check_blocks(self.num_blocks, smallest, f"{self.model}'s smallest layer")
         if self.parallel == "tp" and self.gpus % tensor_parallel_size(self):

@@ -47,4 +47,5 @@ def nudge(model, scale=0.3):
         for layer in layers(model).values():
             for name, B in layer.smoa_B.items():
                 _, mask = padding_masks(layer.partition(name), layer.ranks(name), B.shape[1])
-                B.copy_(torch.randn(B.shape, generator=generator) * scale * mask)
+                drawn = torch.randn(B.shape, generator=generator, device="cpu").to(B.device)
+                B.copy_(drawn * scale * mask)

@@ -46,6 +46,7 @@ def test_patterns_scaling_and_layers(llama):
     assert {name.rsplit(".", 1)[1] for name in layers(default)} == {"q_proj", "v_proj"}
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("bias", ["all", "smoa_only"])
 def test_biases_train_and_are_saved(gpt2, tokens, tmp_path, bias):
     model = get_peft_model(gpt2(), gentle(gpt2(), target_modules=["c_fc"], bias=bias))
@@ -61,6 +62,7 @@ def test_biases_train_and_are_saved(gpt2, tokens, tmp_path, bias):
     assert torch.equal(logits(loaded, tokens), logits(model.eval(), tokens))
 
 
+@pytest.mark.numerical
 def test_modules_to_save(llama, tokens, tmp_path):
     model = get_peft_model(llama(), gentle(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"]))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -93,6 +95,7 @@ def test_gradient_checkpointing_changes_no_gradient(llama, tokens):
         close(gradients[1][name], gradient)
 
 
+@pytest.mark.numerical
 def test_conversion_to_lora(llama, tokens):
     model = get_peft_model(llama(), gentle(llama(), target_modules=["q_proj", "v_proj"])).eval()
     config, state = convert_to_lora(model, rank=16)
@@ -103,6 +106,7 @@ def test_conversion_to_lora(llama, tokens):
     assert (logits(lora, tokens) - ours).norm() < 0.05 * ours.norm()
 
 
+@pytest.mark.numerical
 def test_injection_without_a_peft_model(make_model, tokens):
     config = gentle(make_model())
     model = inject_adapter_in_model(config, make_model()).eval()
@@ -116,6 +120,7 @@ def test_injection_without_a_peft_model(make_model, tokens):
     assert torch.equal(logits(other, tokens), logits(model, tokens))
 
 
+@pytest.mark.numerical
 def test_copies_are_independent(llama, tokens):
     model = get_peft_model(llama(), gentle(llama())).eval()
     expected = logits(model, tokens)
@@ -127,6 +132,7 @@ def test_copies_are_independent(llama, tokens):
     close(logits(twin, tokens), logits(llama(), tokens))
 
 
+@pytest.mark.numerical
 def test_a_layer_that_computes_something_else_is_called(tokens):
     class Doubled(nn.Linear):
         def forward(self, x):

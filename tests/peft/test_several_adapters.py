@@ -96,6 +96,7 @@ def test_gradients_reach_every_active_adapter(llama, mix):
         close(layer.smoa_B[name].grad, B.grad, 1e-4)
 
 
+@pytest.mark.numerical
 def test_adapters_with_different_dropout_are_each_dropped(llama):
     model = get_peft_model(llama(), gentle(llama(), r=4, smoa_dropout=0.5), adapter_name="one")
     model.add_adapter("two", gentle(llama(), r=4))
@@ -125,6 +126,7 @@ def test_merging_several_adapters(make_model, tokens, mix, order):
         assert torch.equal(layer.base_layer.weight, before[name])
 
 
+@pytest.mark.numerical
 def test_delete_set_and_unload(make_model, tokens):
     base = logits(make_model(), tokens)
     model = two_adapters(make_model(), "differ")
@@ -168,6 +170,7 @@ def test_each_sample_meets_its_own_adapter(make_model, tokens, mix):
         close(output[i], expected[name][i])
 
 
+@pytest.mark.numerical
 def test_mixed_batch_in_generation_with_beams(make_model, tokens):
     model = two_adapters(make_model(), "agree")
     generation = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
@@ -200,6 +203,7 @@ def test_mixed_batch_bad_input(llama, tokens):
 # Weighted adapters
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, -1.3]])
 def test_concatenation_is_the_weighted_sum(make_model, tokens, mix, weights, tmp_path):
     model = two_adapters(make_model(), mix)
@@ -220,6 +224,7 @@ def test_concatenation_is_the_weighted_sum(make_model, tokens, mix, weights, tmp
     close(logits(loaded, tokens), expected, 1e-6)
 
 
+@pytest.mark.numerical
 def test_concatenation_over_layers_with_other_ranks(llama, tokens, tmp_path):
     patterns = {"rank_pattern": {"q_proj": 3}, "num_blocks_pattern": {"layers.1.mlp.up_proj": 5}}
     model = get_peft_model(llama(), gentle(llama(), r=4, **patterns), adapter_name="one")
@@ -231,6 +236,7 @@ def test_concatenation_over_layers_with_other_ranks(llama, tokens, tmp_path):
     close(logits(PeftModel.from_pretrained(llama(), tmp_path / "both").eval(), tokens), expected, 1e-6)
 
 
+@pytest.mark.numerical
 def test_concatenation_adapts_no_layer_whose_name_ends_alike(tmp_path):
     class Model(nn.Module):
         def __init__(self):
@@ -253,6 +259,7 @@ def test_concatenation_adapts_no_layer_whose_name_ends_alike(tmp_path):
     close(PeftModel.from_pretrained(Model(), tmp_path / "both").eval()(x), expected)
 
 
+@pytest.mark.numerical
 def test_linear_combination_sums_the_factors(llama):
     model = two_adapters(llama(), "agree")
     model.add_weighted_adapter(["one"], [-2.0], "scaled", combination_type="linear")

@@ -144,6 +144,7 @@ with torch.no_grad():
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_loading_computes_no_spectral_order(
@@ -188,6 +189,7 @@ def test_packed_blocks_round_trip(num_blocks):
     assert torch.equal(found.sketch, sketch)
 
 
+@pytest.mark.numerical
 def test_configuration_without_weights_starts_a_new_adapter(folder, make_model, tokens):
     path, _ = folder
     config = SMoAConfig.from_pretrained(path)
@@ -218,6 +220,7 @@ def test_merging_keeps_the_outputs_and_unmerging_restores_every_bit(make_model, 
             assert torch.equal(layer.base_layer.weight, before[name])
 
 
+@pytest.mark.numerical
 def test_merge_and_unload_gives_the_base_class_back(folder, make_model, tokens):
     path, expected = folder
     base = make_model()
@@ -227,6 +230,7 @@ def test_merge_and_unload_gives_the_base_class_back(folder, make_model, tokens):
     torch.testing.assert_close(logits(merged, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.numerical
 def test_safe_merge_refuses_a_broken_adapter(llama):
     model = adapt(llama())
     layer = next(iter(layers(model).values()))
@@ -249,6 +253,7 @@ def test_disabled_adapter_is_the_base_model(make_model, tokens):
     assert torch.equal(logits(model, tokens), active)
 
 
+@pytest.mark.numerical
 def test_generation_with_an_active_adapter(folder, make_model, tokens):
     path, _ = folder
     model = PeftModel.from_pretrained(make_model(), path).eval()
@@ -259,6 +264,7 @@ def test_generation_with_an_active_adapter(folder, make_model, tokens):
     assert torch.equal(generated, merged)
 
 
+@pytest.mark.numerical
 def test_state_dict_of_the_whole_model(make_model, tokens):
     source, target = adapt(make_model()), adapt(make_model(seed=1))
     nudge(source)
