@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_models import write_weights
 
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 
@@ -43,7 +44,7 @@ def test_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
 def edit_blocks(folder, edit):
     state = load_file(folder / WEIGHTS)
     edit(state, next(key for key in state if key.endswith("smoa_blocks")))
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder, state)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 import torch
 from peft import HiraConfig, PeftModel, get_peft_model
 from peft.tuners.hira.layer import HiraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_models import write_weights
 
 import smoa_kernels
 from smoa_kernels import BlockPartition
@@ -388,7 +389,7 @@ def edit_one_layer(path, edit):
     state = load_file(path / WEIGHTS)
     prefix = sorted(key for key in state if key.endswith(".smoa_A"))[0].removesuffix("smoa_A")
     edit(state, prefix)
-    save_file(state, path / WEIGHTS, metadata={"format": "pt"})
+    write_weights(path, state)
     return prefix.removesuffix(".").removeprefix("base_model.model.")
 
 
