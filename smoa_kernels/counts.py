@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 
-from .arguments import check_number
+from .checks import check_choice, check_count, check_kind, check_number
 
 __all__ = ["ALGORITHMS", "Part", "Pass", "Problem", "partial_bytes", "parts"]
 
@@ -81,11 +81,7 @@ class Problem:
     def __post_init__(self) -> None:
         lowest = {"tokens": 0, "out_features": 1, "in_features": 1, "num_blocks": 1, "rank": 0}
         for name, least in lowest.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            check_count(name, getattr(self, name), least)
         check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
@@ -115,6 +111,7 @@ class Problem:
         Args:
             features: N or C.
         """
+        check_count("features", features, 1)
         widest = math.ceil(features / self.num_blocks)
         multiple = BLOCK_PADDING if widest > NARROW_PADDING else NARROW_PADDING
         return self.num_blocks * math.ceil(widest / multiple) * multiple
@@ -168,6 +165,7 @@ def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
         algorithm: one of :data:`ALGORITHMS`.
 
     Raises:
+        TypeError: no problem.
         ValueError: an unknown algorithm.
 
     Example:
@@ -175,8 +173,8 @@ def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
         >>> [part.name for part in parts(problem, "split") if part.stage == "forward"]
         ['build ΔW blocks', 'gather x', 'block matmul', 'base GEMM', 'y, read to accumulate']
     """
-    if algorithm not in _WAYS:
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    check_kind("problem", problem, Problem)
+    check_choice("algorithm", algorithm, ALGORITHMS)
     count = _Count(problem)
     _WAYS[algorithm](count)
     return tuple(sorted(count.parts, key=lambda part: part.stage != "forward"))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .arguments import check_number
 from .backends import ALGORITHMS, BACKENDS
+from .checks import check_choice, check_number
 from .packed import resolve_ranks
 from .partition import BlockPartition, layout_of
 from .sketch import TOLERANCE, sketch_distance, sketch_weight
@@ -151,10 +151,8 @@ class Settings:
         check_number("dropout", dropout)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-        if not isinstance(backend, str) or backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        check_choice("algorithm", algorithm, ALGORITHMS)
+        check_choice("backend", backend, BACKENDS)
         self.r, self.num_blocks = r, num_blocks
         self.alpha = float(r if alpha is None else alpha)
         self.dropout, self.algorithm, self.backend = dropout, algorithm, backend

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from . import eager
 from .arguments import check_input
 from .backends import load_backend, resolve_backend
+from .checks import check_count, check_kind
+from .dropout import WIDEST
 from .functional import smoa_linear
 from .layer_checks import (
     DTYPES,
@@ -102,11 +104,9 @@ class FusedSMoALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} must be an int, got {size!r}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if dtype is not None and dtype not in DTYPES:
+            check_count(name, size, 1, WIDEST)
+        check_kind("bias", bias, bool)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
             raise TypeError(f"dtype must be floating point of 16 bits or more, got {dtype}")
         if device is not None:
             check_device(device)

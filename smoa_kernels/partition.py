@@ -16,6 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .checks import check_count
+
 __all__ = ["BlockPartition"]
 
 # Of blocks, and of ranks: far above any that serves, far below those whose bookkeeping alone fills the memory.
@@ -161,8 +163,12 @@ class BlockPartition:
         """Inverse of :meth:`tensors` and :meth:`sizes`: how a partition crosses an operator's boundary.
 
         Raises:
+            TypeError: one of them is no list.
             ValueError: another number of `tensors` or `sizes` than those give.
         """
+        for name, given in (("tensors", tensors), ("sizes", sizes)):
+            if not isinstance(given, (list, tuple)):
+                raise TypeError(f"{name} must be the list that `{name}()` gives, got {given!r}")
         if len(tensors) != 6 or len(sizes) % 2:
             raise ValueError(
                 "tensors and sizes must be those that `tensors()` and `sizes()` give, 6 and 2K of them, "
@@ -392,7 +398,7 @@ def check_device(device: torch.device | str) -> torch.device:
     """`device` where this machine has it; torch says it in a RuntimeError, a TypeError or an AssertionError."""
     try:
         return torch.empty(0, device=torch.device(device)).device
-    except (AssertionError, RuntimeError, TypeError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one that this machine has, got {device!r}: {reason}") from error
 
@@ -423,12 +429,7 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
 
 
 def _check_num_blocks(num_blocks: int) -> None:
-    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
-        raise TypeError(f"num_blocks must be an int, got {num_blocks!r}")
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
-    if num_blocks > MOST_BLOCKS:
-        raise ValueError(f"num_blocks must be at most {MOST_BLOCKS}, got {num_blocks}")
+    check_count("num_blocks", num_blocks, 1, MOST_BLOCKS)
 
 
 def _check_slice(name: str, cut: slice) -> None:

@@ -25,6 +25,7 @@ PACKAGE = ROOT / "smoa_kernels"
 INTERNAL = {
     "_version.py": "smoa_kernels.__version__",
     "arguments.py": "checks of smoa_linear's arguments",
+    "checks.py": "checks of single values",
     "eager.py": "a backend; backends.py says what each has",
     "layer_checks.py": "checks of FusedSMoALinear's arguments",
     "operator.py": "behind smoa_linear",

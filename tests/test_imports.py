@@ -13,6 +13,7 @@ PACKAGE = ROOT / "smoa_kernels"
 
 # A module imports from its own line or those above. A folder stands for what it holds and no other line names.
 ORDER = (
+    ("checks",),
     ("_version", "backends", "files", "dropout", "gpus", "partition", "precision"),
     ("arguments", "counts", "packed", "sketch", "spectrum"),
     ("layer_checks",),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import make_problem
@@ -26,10 +27,27 @@ LAYER: list[Row] = [
     (lambda _: FusedSMoALinear(40, 33, dtype="half"), TypeError, "dtype must be .* got half"),  # type: ignore[arg-type]
     (lambda _: FusedSMoALinear(40, 33, dtype=torch.float8_e5m2), TypeError, "dtype must be .* 16 bits"),
     (lambda _: FusedSMoALinear(40, 33, device="nodev"), ValueError, "device must be one that this machine"),
+    (lambda _: FusedSMoALinear(HUGE, 33), ValueError, "in_features must be at most 2147483647"),
+    (
+        lambda _: FusedSMoALinear(40, 2**31),
+        ValueError,
+        "out_features must be at most 2147483647, got 2147483648",
+    ),
+    (lambda _: FusedSMoALinear(40, 33, torch.ones(33)), TypeError, "bias must be a bool, got Tensor"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(40, 33, bias=None), TypeError, "bias must be a bool, got NoneType"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(40, 33, dtype=np.ones(3)), TypeError, "dtype must be floating point of 16"),  # type: ignore[arg-type]
     (lambda _: FusedSMoALinear(40, 33, r=10**12, num_blocks=1), ValueError, "r must be at most 65536"),
     (lambda _: FusedSMoALinear(40, 33, num_blocks=10**12), ValueError, "num_blocks must be at most 65536"),
-    (lambda _: FusedSMoALinear(40, 33, alpha=HUGE), ValueError, "alpha must be a number that a float holds"),
-    (lambda w: setattr(w.layer, "scaling", HUGE), ValueError, "scaling must be a number that a float holds"),
+    (
+        lambda _: FusedSMoALinear(40, 33, alpha=HUGE),
+        ValueError,
+        "alpha must be a float, or an int of at most 63 bits",
+    ),
+    (
+        lambda w: setattr(w.layer, "scaling", HUGE),
+        ValueError,
+        "scaling must be a float, or an int of at most 63 bits",
+    ),
     (lambda w: setattr(w.layer, "scaling", float("nan")), ValueError, "scaling must be finite, got nan"),
     (lambda w: setattr(w.layer, "partition", None), TypeError, "partition must be a BlockPartition"),
     (lambda w: setattr(w.layer, "partition", w.problem.partition), ValueError, "partition must be made for"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import make_problem
@@ -82,6 +83,8 @@ OPERATOR: list[Change] = [
 CHOICES: list[Change] = [
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, split, expanded, fused"),
     ({"algorithm": None}, ValueError, "algorithm must be one of .* got None"),
+    ({"algorithm": np.ones(3)}, ValueError, "algorithm must be one of auto, merged"),
+    ({"backend": np.ones(3)}, ValueError, "backend must be one of auto, eager"),
     ({"algorithm": "merged", "dropout_p": 0.1}, ValueError, "'split' or 'auto' while dropout is active"),
     ({"algorithm": "fused"}, ValueError, "merged, split, expanded on backend 'eager', got 'fused'"),
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, eager, triton, reference, got 'cuda'"),
@@ -117,10 +120,14 @@ TENSORS: list[Change] = [
     ),
     ({"scaling": NESTED}, TypeError, "scaling must be a dense tensor .* got layout torch.nested"),
     ({"scaling": torch.ones((), device="meta")}, TypeError, "scaling must be .* holds a number, got a meta"),
-    ({"scaling": HUGE}, ValueError, "scaling must be a number that a float holds, got one of 1329 bits"),
-    ({"dropout_p": HUGE}, ValueError, "dropout_p must be a number that a float holds"),
+    ({"scaling": HUGE}, ValueError, "scaling must be a float, or an int of at most 63 bits, got 1329 bits"),
+    ({"dropout_p": HUGE}, ValueError, "dropout_p must be a float, or an int of at most 63 bits"),
     ({"global_in_features": 2**70}, ValueError, "global_in_features must be at most 2147483647, got 1180591"),
     ({"global_in_features": True}, TypeError, "global_in_features must be an int, got True"),
+    ({"scaling": 2**70}, ValueError, "scaling must be a float, or an int of at most 63 bits, got 71 bits"),
+    ({"dropout_seed": NESTED}, TypeError, "dropout_seed must be a dense tensor, got layout torch.nested"),
+    ({"column_offset": None}, TypeError, "column_offset must be an int, got None"),
+    ({"column_offset": True}, TypeError, "column_offset must be an int, got True"),
 ]
 
 
