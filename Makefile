@@ -10,7 +10,7 @@ ARGS   ?=
 OLDEST ?= .venv-oldest
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
 # The operator, the layer, the kernels, groups of processes and the command line: neither the PEFT tuner nor a model.
-CORE   := tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
+CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
           tests/test_bringup.py tests/test_dead_zone.py tests/test_lost_work.py),$(wildcard tests/test_*.py))
 
 .PHONY: help finetune classify test coverage test-peft test-matrix trust dist lint bench bench-smoke quality quality-data \

@@ -55,15 +55,18 @@ def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
 def check_kind(name: str, value: object, kind: type) -> None:
     """Whether `value` is an instance of `kind`."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+        wanted = f"torch.{kind.__name__}" if kind.__module__ == "torch" else kind.__name__
+        raise TypeError(f"{name} must be a {wanted}, got {type(value).__name__}")
 
 
 def check_number(name: str, value: float) -> None:
-    """Whether `value` is a real number that a float holds; True and False are none."""
+    """Whether `value` is a real number that torch takes as a scalar; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if isinstance(value, int) and value.bit_length() > 1000:
-        raise ValueError(f"{name} must be a number that a float holds, got one of {value.bit_length()} bits")
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(
+            f"{name} must be a float, or an int of at most 63 bits, got {value.bit_length()} bits"
+        )
 
 
 def check_finite(name: str, value: float) -> None:
@@ -77,7 +80,7 @@ def check_device(device: torch.device | str) -> torch.device:
     """`device` where this machine has it; torch says it in a RuntimeError, a TypeError or an AssertionError."""
     try:
         return torch.empty(0, device=torch.device(device)).device
-    except (AssertionError, RuntimeError, TypeError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one that this machine has, got {device!r}: {reason}") from error
 

@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 
-from .checks import check_blocks, check_count, check_number
+from .checks import check_blocks, check_choice, check_count, check_kind, check_number
 
 __all__ = ["ALGORITHMS", "Part", "Pass", "Problem", "partial_bytes", "parts"]
 
@@ -111,6 +111,7 @@ class Problem:
         Args:
             features: N or C.
         """
+        check_count("features", features, 1)
         widest = math.ceil(features / self.num_blocks)
         multiple = BLOCK_PADDING if widest > NARROW_PADDING else NARROW_PADDING
         return self.num_blocks * math.ceil(widest / multiple) * multiple
@@ -164,6 +165,7 @@ def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
         algorithm: one of :data:`ALGORITHMS`.
 
     Raises:
+        TypeError: no problem.
         ValueError: an unknown algorithm.
 
     Example:
@@ -171,8 +173,8 @@ def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
         >>> [part.name for part in parts(problem, "split") if part.stage == "forward"]
         ['build ΔW blocks', 'gather x', 'block matmul', 'base GEMM', 'y, read to accumulate']
     """
-    if algorithm not in _WAYS:
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    check_kind("problem", problem, Problem)
+    check_choice("algorithm", algorithm, ALGORITHMS)
     count = _Count(problem)
     _WAYS[algorithm](count)
     return tuple(sorted(count.parts, key=lambda part: part.stage != "forward"))

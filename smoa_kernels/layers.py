@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from . import eager
 from .arguments import check_input
 from .backends import load_backend, resolve_backend
-from .checks import check_count, check_device, check_finite, check_weight
+from .checks import check_count, check_device, check_finite, check_kind, check_weight
+from .dropout import WIDEST
 from .functional import smoa_linear
 from .layer_checks import (
     DTYPES,
@@ -99,8 +100,9 @@ class FusedSMoALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            check_count(name, size)
-        if dtype is not None and dtype not in DTYPES:
+            check_count(name, size, 1, WIDEST)
+        check_kind("bias", bias, bool)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
             raise TypeError(f"dtype must be floating point of 16 bits or more, got {dtype}")
         if device is not None:
             check_device(device)

@@ -151,8 +151,12 @@ class BlockPartition:
         """Inverse of :meth:`tensors` and :meth:`sizes`: how a partition crosses an operator's boundary.
 
         Raises:
+            TypeError: one of them is no list.
             ValueError: another number of `tensors` or `sizes` than those give.
         """
+        for name, given in (("tensors", tensors), ("sizes", sizes)):
+            if not isinstance(given, (list, tuple)):
+                raise TypeError(f"{name} must be the list that `{name}()` gives, got {given!r}")
         if len(tensors) != 6 or len(sizes) % 2:
             raise ValueError(
                 "tensors and sizes must be those that `tensors()` and `sizes()` give, 6 and 2K of them, "

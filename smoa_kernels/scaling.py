@@ -35,7 +35,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import check_blocks, check_count
+from .checks import check_blocks, check_choice, check_count, check_kind
 from .cost import Problem, estimate
 from .gpus import Gpu
 from .tuning.models import MODELS, Decoder
@@ -108,11 +108,10 @@ class Scale:
     num_blocks: int = 4
 
     def __post_init__(self) -> None:
-        for name, given, allowed in (("model", self.model, STACKS), ("parallel", self.parallel, PARALLEL)):
-            if given not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
+        check_choice("model", self.model, STACKS)
+        check_choice("parallel", self.parallel, PARALLEL)
         for name in ("gpus", "tokens", "rank"):
-            check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name), 1)
         smallest = min(self.decoder.shapes, key=min)
         check_blocks(self.num_blocks, smallest, f"{self.model}'s smallest layer")
         if self.parallel == "tp" and self.gpus % tensor_parallel_size(self):
@@ -174,10 +173,14 @@ def tensor_parallel_size(scale: Scale) -> int:
     Args:
         scale: the model and the GPUs.
 
+    Raises:
+        TypeError: it is none.
+
     Example:
         >>> tensor_parallel_size(Scale("llama-3-70b", gpus=64, parallel="tp"))
         8
     """
+    check_kind("scale", scale, Scale)
     return min(NODE, scale.gpus, scale.decoder.kv_heads)
 
 
@@ -213,6 +216,9 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
         method: "full", "lora" or "smoa".
         gpu: one of :data:`smoa_kernels.gpus.GPUS`.
 
+    Raises:
+        TypeError, ValueError: no scale, no GPU, another method.
+
     Example:
         >>> from smoa_kernels.gpus import GPUS
         >>> scale = Scale("llama-3-8b", gpus=8, parallel="ddp")
@@ -220,6 +226,9 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
         >>> lora.trained_parameters / smoa.trained_parameters  # K
         4.0
     """
+    check_kind("scale", scale, Scale)
+    check_choice("method", method, METHODS)
+    check_kind("gpu", gpu, Gpu)
     stack, decoder, linears = scale.stack, scale.decoder, _linears(scale.decoder)
     cut = tensor_parallel_size(scale) if scale.parallel == "tp" else 1
     replicas = scale.gpus // cut

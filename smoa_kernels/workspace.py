@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from .checks import check_choice, check_kind
 from .counts import Problem, partial_bytes
 
 __all__ = ["backward_workspace", "backward_workspace_bytes", "peak_bytes"]
@@ -29,6 +30,7 @@ def backward_workspace(problem: Problem) -> Mapping[str, int]:
         >>> {stage: size >> 20 for stage, size in stages.items()}
         {'factor gradients': 302, 'input gradient': 112}
     """
+    check_kind("problem", problem, Problem)
     p, size = problem, problem.dtype.itemsize
     rows, cols = p.padded(p.out_features), p.padded(p.in_features)
     dy = p.tokens * rows * size * p.gathers(p.out_features)
@@ -60,6 +62,7 @@ def peak_bytes(problem: Problem, algorithm: str) -> int:
         algorithm: "frozen", "lora", "merged" or "split".
 
     Raises:
+        TypeError: no problem.
         ValueError: another algorithm, or active dropout.
 
     Example:
@@ -67,8 +70,8 @@ def peak_bytes(problem: Problem, algorithm: str) -> int:
         >>> round(peak_bytes(problem, "split") / peak_bytes(problem, "lora"), 2)
         1.02
     """
-    if algorithm not in _MOMENTS:
-        raise ValueError(f"algorithm must be one of {', '.join(_MOMENTS)}, got {algorithm!r}")
+    check_kind("problem", problem, Problem)
+    check_choice("algorithm", algorithm, _MOMENTS)
     if problem.dropout:
         raise ValueError(f"dropout must be 0, got {problem.dropout}")
     return max(_MOMENTS[algorithm](problem))

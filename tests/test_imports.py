@@ -13,7 +13,8 @@ PACKAGE = ROOT / "smoa_kernels"
 
 # A module imports from its own line or those above. A folder stands for what it holds and no other line names.
 ORDER = (
-    ("_version", "backends", "checks", "files", "dropout", "gpus", "precision", "spectral_order"),
+    ("checks",),
+    ("_version", "backends", "files", "dropout", "gpus", "precision", "spectral_order"),
     ("partition",),
     ("arguments", "counts", "packed", "ranks", "sketch", "spectrum"),
     ("layer_checks",),

@@ -17,7 +17,7 @@ from ..checks import MOST_RANKS
 from ..ranks import resolve_ranks
 from .folders import check_weights, read_json
 from .peft_type import PEFT_TYPE
-from .saving import replacing
+from .saving import check_seal, replacing
 from .settings import layer_settings
 
 __all__ = ["FORMAT_VERSION", "SMoAConfig", "check_finite"]
@@ -57,6 +57,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         backend: likewise.
         strict_base: refuse, rather than warn about, an adapter that was trained over another base weight.
         format_version: of the file that the configuration was read from; None for a new one.
+        weights_sha256: of the weights that the file was saved with; None for a new configuration, or where any will do.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
@@ -115,6 +116,9 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     format_version: int | None = field(
         default=None, metadata={"help": "Of the file that this was read from; None for a new configuration"}
     )
+    weights_sha256: str | None = field(
+        default=None, metadata={"help": "Of the weights that the file was saved with; None where any will do"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,8 +171,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         return self.format_version is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is saved: with the format version of this release."""
-        return {**super().to_dict(), "format_version": FORMAT_VERSION}
+        """As it is saved: with the format version of this release, and not yet of any weights."""
+        return {**super().to_dict(), "format_version": FORMAT_VERSION, "weights_sha256": None}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; an interrupted save leaves the old one.
@@ -197,8 +201,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
         Raises:
             TypeError, ValueError: there is none, its values or format version are not allowed, or the weights beside it
-                are a pickle, truncated or corrupt, or of other ranks. PEFT asks for the configuration before it touches
-                the model, so nothing has changed.
+                are a pickle, truncated or corrupt, of other ranks, or a killed save's. PEFT asks for the configuration
+                before it touches the model, so nothing has changed.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         file = os.path.join(folder, CONFIG_NAME)
@@ -212,6 +216,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             raise kind(f"{file}: {error}") from error
         if isinstance(config, cls):
             check_weights(folder, lambda name: layer_settings(config, name).r)
+            check_seal(folder, config.weights_sha256)
             if strict_base is not None:
                 config.strict_base = strict_base
         return cast(SMoAConfig, config)
@@ -223,6 +228,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         return cast("dict[str, Any]", super().from_json_file(path_json_file, **kwargs))
 
     def _check_format(self) -> None:
+        if not isinstance(self.weights_sha256, (str, type(None))):
+            raise ValueError(f"weights_sha256 must be a str, got {self.weights_sha256!r}")
         version = self.format_version
         if version is None:
             return

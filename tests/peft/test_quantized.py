@@ -5,6 +5,7 @@ import torch
 from adapted import layer_list
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import get_peft_model_state_dict
+from test_faults import FailingAt, count
 from tiny_models import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
@@ -276,3 +277,55 @@ def test_torchao_int4_weight_only_on_a_gpu(saved, tokens):
     config = torchao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d")
     base = torchao_base(saved, config, device="cuda", dtype=torch.bfloat16)
     check_torchao_life_cycle(base, tokens.cuda(), tolerance=0.02, rounding=0.5)
+
+
+def quantised(saved, kind):
+    if kind == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    elif kind == "torchao":
+        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    else:
+        return load(saved, kind, double=True)
+    return AutoModelForCausalLM.from_pretrained(saved, quantization_config=config, dtype=torch.float32).eval()
+
+
+def anatomy(layer):
+    """What a quantised layer consists of: each tensor's bytes, and of which attributes."""
+    weight = layer.weight
+    found = {"attributes": sorted(vars(layer)), "of the weight": sorted(vars(weight)), "kind": type(weight)}
+    for name in ("data", "qdata", "scale", "SCB"):
+        value = getattr(weight, name, None)
+        if isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, nn.Parameter):
+            found[name] = value.contiguous().view(torch.uint8).numpy().tobytes()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao"])
+def test_a_merge_that_is_interrupted_anywhere(saved, kind):
+    """The base is what it was, whatever PEFT had taken out of it by then; after a first merge, what that left."""
+    model = adapt(quantised(saved, kind), target_modules=["q_proj"], layers_to_transform=[0], smoa_alpha=8)
+    model.add_adapter(
+        "other", SMoAConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0], init_weights=False)
+    )
+    (layer,) = layer_list(model)
+    x = torch.randn(5, layer.in_features)
+    expected = layer(x)
+    calls = count(lambda: layer.merge(adapter_names=["default"]))
+    merged = layer(x)
+    layer.unmerge()
+    assert calls > 5
+    for first, wanted in ((["default"], expected), (["other"], merged)):
+        for n in range(1, calls + 1):
+            whole, base = anatomy(layer.base_layer), layer.base_layer
+            with pytest.raises(KeyboardInterrupt), FailingAt(n, KeyboardInterrupt):
+                layer.merge(adapter_names=first)
+            assert layer.base_layer is base
+            assert anatomy(base) == whole
+            assert torch.equal(layer(x), wanted), n
+            assert layer.merged == (first == ["other"])
+        if first == ["default"]:
+            layer.merge(adapter_names=first)
+            assert torch.equal(layer(x), merged)
+    layer.unmerge()
+    assert torch.equal(layer(x), expected)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from adapted import WEIGHTS, adapt, config, layers, logits
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_models import write_weights
 
 from smoa_kernels.peft.layout import STATE_KEYS, pack_blocks, unpack_blocks
 
@@ -96,7 +97,7 @@ def edit_one_layer(path, edit):
     state = load_file(path / WEIGHTS)
     prefix = sorted(key for key in state if key.endswith(".smoa_A"))[0].removesuffix("smoa_A")
     edit(state, prefix)
-    save_file(state, path / WEIGHTS, metadata={"format": "pt"})
+    write_weights(path, state)
     return prefix.removesuffix(".").removeprefix("base_model.model.")
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from adapted import WEIGHTS, gentle, layers, logits
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_models import write_weights
 
 pytestmark = pytest.mark.usefixtures("transformers_adapters")
 
@@ -28,7 +29,7 @@ def test_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
 def edit_blocks(folder, edit):
     state = load_file(folder / WEIGHTS)
     edit(state, next(key for key in state if key.endswith("smoa_blocks")))
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder, state)
 
 
 @pytest.mark.parametrize(

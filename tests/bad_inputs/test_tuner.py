@@ -1,22 +1,22 @@
-"""Bad inputs of the PEFT tuner, as tests/test_bad_inputs.py tells them for the rest."""
+"""Bad settings of the PEFT tuner, and bad states in the paper's layout."""
 
 from typing import Any
 
 import pytest
 import torch
-from test_bad_inputs import World, check, one, world  # noqa: F401  # the last is a fixture
 from torch import Tensor
+
+from .harness import Change, World, check, one, rows
 
 pytest.importorskip("transformers", reason="needs the peft extra")
 
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.peft.inspection import inspect_adapter
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
 
 NAN = float("nan")
 HUGE = 10**12
 
-CONFIGURATIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+CONFIGURATIONS: list[Change] = [
     ({"r": 0}, ValueError, "r must be at least 1, got 0"),
     ({"r": None}, TypeError, "r must be an int, got None"),
     ({"r": 4.0}, TypeError, "r must be an int, got 4.0"),
@@ -94,50 +94,9 @@ CONFIGURATIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "error", "words"), CONFIGURATIONS)
-def test_configuration(
-    settings: dict[str, Any],
-    error: type[Exception],
-    words: str,
-    world: World,  # noqa: F811
-) -> None:
+@rows("settings", CONFIGURATIONS)
+def test_configuration(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
     check(world, lambda _: SMoAConfig(**settings), error, words)
-
-
-def test_a_configuration_is_not_saved_over_a_file(world: World) -> None:  # noqa: F811
-    file = str(world.folder / "config.json")
-    words = "save_directory must be a folder, got the file"
-    check(world, lambda _: SMoAConfig().save_pretrained(file), ValueError, words)
-
-
-# What stands in an adapter_config.json: the file is named, by both who read it.
-FILES = [
-    ("[]", "adapter_config.json must hold a JSON object, got list"),
-    ("null", "adapter_config.json must hold a JSON object, got NoneType"),
-    ("5", "adapter_config.json must hold a JSON object, got int"),
-    ("", "adapter_config.json is no JSON: Expecting value"),
-    ("{", "adapter_config.json is no JSON: Expecting property name"),
-    ("[" * 100_000, "adapter_config.json is no JSON: .*recursion"),
-    ('{"peft_type": 5}', "adapter_config.json: "),
-    ('{"peft_type": "SMOA", "r": "x"}', "adapter_config.json: r must be an int, got 'x'"),
-    ('{"peft_type": "SMOA", "r": 1000000000000}', "adapter_config.json: r must be at most 65536"),
-    ('{"peft_type": "SMOA", "format_version": 99}', "adapter_config.json: format_version 99 .* is newer"),
-    ('{"peft_type": "SMOA", "task_type": 7}', "adapter_config.json: "),
-]
-
-
-@pytest.mark.parametrize("reader", [inspect_adapter, SMoAConfig.from_pretrained])
-@pytest.mark.parametrize(("text", "words"), FILES, ids=[text[:50] for text, _ in FILES])
-def test_configuration_file(reader: Any, text: str, words: str, world: World) -> None:  # noqa: F811
-    (world.folder / "adapter_config.json").write_text(text)
-    wrong_type = "must be an int" in words and reader is not inspect_adapter
-    error = TypeError if wrong_type else ValueError
-    check(world, lambda w: reader(str(w.folder)), error, f"^{world.folder}/{words}")
-
-
-def test_another_methods_adapter_is_not_inspected(world: World) -> None:  # noqa: F811
-    words = "adapter_config.json: it is an adapter of the method LORA, not SMOA"
-    check(world, lambda w: inspect_adapter(w.folder), ValueError, words)
 
 
 PAPER: list[tuple[Any, Any, type[Exception], str]] = [
@@ -162,7 +121,7 @@ def test_papers_layout(
     weights: dict[str, Tensor],
     error: type[Exception],
     words: str,
-    world: World,  # noqa: F811
+    world: World,
 ) -> None:
     check(world, lambda _: from_paper_layout(state, weights), error, words)
 
@@ -174,5 +133,5 @@ def test_papers_layout(
         ({"a.smoa_A": torch.ones(1, 1)}, ValueError, "a: the adapter lacks smoa_B, smoa_blocks"),
     ],
 )
-def test_to_the_papers_layout(state: Any, error: type[Exception], words: str, world: World) -> None:  # noqa: F811
+def test_to_the_papers_layout(state: Any, error: type[Exception], words: str, world: World) -> None:
     check(world, lambda _: to_paper_layout(state, {}), error, words)
