@@ -16,7 +16,7 @@ ORDER = (
     ("_version", "backends", "files", "dropout", "gpus", "partition", "precision"),
     ("arguments", "counts", "packed", "sketch", "spectrum"),
     ("layer_checks",),
-    ("cost", "workspace"),
+    ("cost", "grad_share", "workspace"),
     ("reference",),
     ("kernels",),
     ("tuning.identity", "tuning.entries", "tuning.tables", "tuning.lookup", "tuning.status"),
