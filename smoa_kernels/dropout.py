@@ -121,7 +121,7 @@ def draws(device: torch.device) -> bool:
 def drawn_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
     """A function that draws int64 (tokens, per_token) for so many next tokens, at most `_ROWS`, into one buffer."""
     generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty(_ROWS, per_token, dtype=torch.int64)
+    words = torch.empty(_ROWS, per_token, dtype=torch.int64, device=seed.device)
     # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
     return lambda tokens: words[:tokens].random_(_LOWEST, None, generator=generator)
 

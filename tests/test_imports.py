@@ -18,7 +18,7 @@ ORDER = (
     ("partition",),
     ("arguments", "counts", "packed", "ranks", "sketch", "spectrum"),
     ("layer_checks",),
-    ("cost", "workspace"),
+    ("cost", "grad_share", "workspace"),
     ("reference",),
     ("kernels",),
     ("tuning.identity", "tuning.entries", "tuning.store", "tuning.lookup", "tuning.status"),
