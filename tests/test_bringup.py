@@ -22,6 +22,9 @@ from benchmarks.providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
 from benchmarks.report import page as report_page
 from benchmarks.results import Result, Run, read
 from smoa_kernels.gpus import GPUS
+from smoa_kernels.kernels.heuristic import Key
+from smoa_kernels.tuning.entries import Entry, Trial
+from smoa_kernels.tuning.identity import identity
 
 H100 = GPUS["h100"]
 MACHINE = {
@@ -165,6 +168,18 @@ def test_the_page_marks_every_figure(tmp_path: Path) -> None:
     assert "- failed: `a.py::b`" in text
     assert "700 TFLOP/s" in text
     assert "| tests | failed | 3 | 1 failures / the first |" in text
+
+
+def test_the_page_shows_every_algorithm_and_where_it_gathers() -> None:
+    key = Key("forward", "bf16", 4, 4, 4096, 4096, 8192)
+    trials = (Trial("split", 2e-4), Trial("merged", 1e-4), Trial("fused", reason="why"))
+    entry = Entry(key, identity(torch.device("cpu"), "forward"), "split", trials, complete=True)
+    finding = {"table": {"entries": [json.loads(json.dumps(entry.to_json()))]}, "problems": {}}
+    text = page(measured().with_finding("tune", finding))
+    problem = "forward 4096x4096 T≤8192 ρ=4 K=4 bf16"
+    assert f"- {problem}: split (gather before) 200.0 µs, merged (no gather) 100.0 µs" in text
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {problem}"))
+    assert row.endswith("| 200.0 | 200.0 | split (gather before) |")  # merged is no choice in bf16, however fast
 
 
 def test_a_page_of_nothing() -> None:
