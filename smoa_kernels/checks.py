@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 
-__all__ = ["check_choice", "check_count", "check_kind", "check_number"]
+__all__ = ["check_choice", "check_count", "check_kind", "check_names", "check_number", "check_path"]
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
@@ -27,7 +28,14 @@ def check_kind(name: str, value: object, kind: type) -> None:
     """Whether `value` is an instance of `kind`."""
     if not isinstance(value, kind):
         wanted = f"torch.{kind.__name__}" if kind.__module__ == "torch" else kind.__name__
-        raise TypeError(f"{name} must be a {wanted}, got {type(value).__name__}")
+        article = "an" if wanted[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} must be {article} {wanted}, got {type(value).__name__}")
+
+
+def check_names(name: str, value: object) -> None:
+    """Whether `value` is a list of strings, and no string, which would be a list of its letters."""
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name} must be a list of names, got {value!r}")
 
 
 def check_number(name: str, value: float) -> None:
@@ -38,3 +46,9 @@ def check_number(name: str, value: float) -> None:
         raise ValueError(
             f"{name} must be a float, or an int of at most 63 bits, got {value.bit_length()} bits"
         )
+
+
+def check_path(name: str, value: object) -> None:
+    """Whether `value` can be the path of a file or folder."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {value!r}")
