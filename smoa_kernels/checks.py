@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Sequence
 
 import torch
@@ -17,7 +18,9 @@ __all__ = [
     "check_device",
     "check_finite",
     "check_kind",
+    "check_names",
     "check_number",
+    "check_path",
     "check_weight",
     "layout_of",
 ]
@@ -56,7 +59,14 @@ def check_kind(name: str, value: object, kind: type) -> None:
     """Whether `value` is an instance of `kind`."""
     if not isinstance(value, kind):
         wanted = f"torch.{kind.__name__}" if kind.__module__ == "torch" else kind.__name__
-        raise TypeError(f"{name} must be a {wanted}, got {type(value).__name__}")
+        article = "an" if wanted[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} must be {article} {wanted}, got {type(value).__name__}")
+
+
+def check_names(name: str, value: object) -> None:
+    """Whether `value` is a list of strings, and no string, which would be a list of its letters."""
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name} must be a list of names, got {value!r}")
 
 
 def check_number(name: str, value: float) -> None:
@@ -108,3 +118,9 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         )
     if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):
         raise ValueError(f"{name} must be finite to have a spectrum, got NaN or Inf in it")
+
+
+def check_path(name: str, value: object) -> None:
+    """Whether `value` can be the path of a file or folder."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {value!r}")

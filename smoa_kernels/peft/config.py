@@ -13,7 +13,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..backends import ALGORITHMS, BACKENDS
-from ..checks import MOST_RANKS
+from ..checks import MOST_RANKS, check_choice, check_path
 from ..ranks import resolve_ranks
 from .folders import check_weights, read_json
 from .peft_type import PEFT_TYPE
@@ -149,8 +149,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             _check_items(name, getattr(self, name), str, alone=name != "modules_to_save")
         _check_items("layers_to_transform", self.layers_to_transform, int, alone=True)
         for name, allowed in (("bias", _BIASES), ("algorithm", ALGORITHMS), ("backend", BACKENDS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), allowed)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -181,8 +180,9 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             save_directory: a folder, made where there is none.
 
         Raises:
-            ValueError: `save_directory` is a file.
+            TypeError, ValueError: `save_directory` is no path, or a file.
         """
+        check_path("save_directory", save_directory)
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
         with replacing(save_directory) as scratch:
@@ -204,6 +204,9 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
                 are a pickle, truncated or corrupt, of other ranks, or a killed save's. PEFT asks for the configuration
                 before it touches the model, so nothing has changed.
         """
+        check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
+        if subfolder is not None:
+            check_path("subfolder", subfolder)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         file = os.path.join(folder, CONFIG_NAME)
         strict_base = kwargs.pop("strict_base", None)

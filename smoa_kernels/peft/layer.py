@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..checks import check_blocks
+from ..checks import check_blocks, check_choice
 from ..distributed.shard import LayerShard
 from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..partition import BlockPartition
@@ -253,7 +253,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             B.normal_().mul_(B_mask)
 
     def partition(self, adapter_name: str) -> BlockPartition:
-        """Blocks of an adapter; computed here where nothing was loaded that brought them."""
+        """Blocks of an adapter, computed here where nothing brought them; ValueError for one that is unknown."""
         return self._ready(adapter_name).partition
 
     def ranks(self, adapter_name: str) -> Tensor:
@@ -311,6 +311,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     def _ready(self, adapter_name: str) -> _Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
+        check_choice("adapter_name", adapter_name, cast("Collection[str]", self.smoa_A))
         packed = self.smoa_blocks[adapter_name]
         ready = self._prepared.get(adapter_name)
         if ready is not None and ready.packed is packed:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..checks import layout_of
 from ..packed import pack_factors, unpack_factors
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
@@ -128,6 +129,9 @@ def _check_tensors(name: str, tensors: object) -> None:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
     ):
         raise TypeError(f"{name} must be a mapping from names to tensors, got {type(tensors).__name__}")
+    for key, value in tensors.items():
+        if layout_of(value) != "torch.strided":
+            raise TypeError(f"{name} must hold dense tensors, got {key} of layout {layout_of(value)}")
 
 
 def _weight(weights: Mapping[str, Tensor], path: str) -> Tensor:

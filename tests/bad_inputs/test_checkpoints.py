@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from .harness import World, check
+from .harness import Call, Row, World, check, rows
 
 pytest.importorskip("transformers", reason="needs the peft extra")
 
@@ -46,3 +46,26 @@ def test_configuration_file(reader: Any, text: str, words: str, world: World) ->
 def test_another_methods_adapter_is_not_inspected(world: World) -> None:
     words = "adapter_config.json: it is an adapter of the method LORA, not SMOA"
     check(world, lambda w: inspect_adapter(w.folder), ValueError, words)
+
+
+PATHS: list[Row] = [
+    (lambda _: inspect_adapter(None), TypeError, "folder must be a path, got None"),  # type: ignore[arg-type]
+    (lambda w: inspect_adapter(w.folder, 3), TypeError, "base must be a path, got 3"),  # type: ignore[arg-type]
+    (lambda w: inspect_adapter(w.folder / "none"), FileNotFoundError, "there is no adapter_config.json in"),
+    (lambda _: SMoAConfig().save_pretrained(3), TypeError, "save_directory must be a path, got 3"),  # type: ignore[arg-type]
+    (
+        lambda _: SMoAConfig.from_pretrained(None),  # type: ignore[arg-type]
+        TypeError,
+        "pretrained_model_name_or_path must be a path, got None",
+    ),
+    (
+        lambda w: SMoAConfig.from_pretrained(str(w.folder), subfolder=0),  # type: ignore[arg-type]
+        TypeError,
+        "subfolder must be a path, got 0",
+    ),
+]
+
+
+@rows("call", PATHS)
+def test_paths(call: Call, error: type[Exception], words: str, world: World) -> None:
+    check(world, call, error, words)

@@ -1,7 +1,10 @@
 """Bad commands: one line on stderr, exit code 2, no traceback, and nothing written."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("typer") is None, reaso
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs the peft extra"
 )
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 # FOLDER is the world's.
 COMMANDS: list[tuple[str, str]] = [
@@ -144,6 +148,45 @@ def test_results_that_cannot_be_written(
     assert out
     assert err.startswith("smoa-kernels: error: cannot write ")
     assert err.count("\n") == 1
+
+
+@needs_triton
+@pytest.mark.parametrize("place", ["/nowhere/at/all.json", "FOLDER", "/dev/full"])
+def test_an_audit_that_cannot_be_written(
+    place: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can be known before minutes of compiling is; a disk that is full is met after them."""
+    compiled: list[object] = []
+    monkeypatch.setattr("smoa_kernels.cli.audit.run_audit", lambda **given: compiled.append(given) or ())
+    out, err = run(f"audit --json {place}", world, capsys)
+    assert bool(compiled) == bool(out) == (place == "/dev/full")
+    assert err.startswith("smoa-kernels: error: cannot write ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("command", ["info", "plan --markdown", "audit --json /dev/full"])
+def test_real_commands_on_a_full_disk(command: str) -> None:
+    """Standard output, or a file, has no room: exit code 2 and one line, at the exit of the process too."""
+    program = [sys.executable, "-m", "smoa_kernels.cli", *command.split()]
+    if command.startswith("audit"):
+        pytest.importorskip("triton")
+        program += ["--registry", "audit_kernels:TOYS", "--arch", "sm_90", "--dtype", "bf16", "--jobs", "1"]
+    full = Path("/dev/full" if "audit" not in command else os.devnull)
+    here = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    with full.open("w") as stdout:
+        done = subprocess.run(
+            program,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": here},
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("smoa-kernels: error: ")
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_too(

@@ -134,6 +134,7 @@ def test_base_that_cannot_be_read(adapter, tmp_path, capsys):
 def test_json_that_cannot_be_written(adapter, tmp_path, capsys):
     assert_refused(capsys, "is a directory", adapter, "--json", tmp_path)
     assert_refused(capsys, "is not a folder", adapter, "--json", tmp_path / "none" / "report.json")
+    assert_refused(capsys, "cannot write /dev/full: No space left on device", adapter, "--json", "/dev/full")
 
 
 def assert_refused(capsys, message, *arguments):
