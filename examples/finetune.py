@@ -263,7 +263,7 @@ def main() -> int:
         print(f"error: {error.format_message()}", file=sys.stderr)
         return error.exit_code
     except (DivergedError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 1
     except RuntimeError as error:
         if not lost_process(error):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 
 class RunFolder:
@@ -46,11 +47,19 @@ class RunFolder:
             )
 
     def save_adapter(self, model: PeftModel, state: dict[str, Any] | None = None) -> int:
-        """Save the adapter, whose tensors are ``state`` where ``model`` has but parts of them; return its bytes."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Save the adapter, whose tensors are ``state`` where ``model`` has but parts of them; return its bytes.
+
+        Raises:
+            OSError: it cannot be written; the one before is whole.
+        """
         unfinished = self.path / "adapter.partial"
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed while saving
-        model.save_pretrained(str(unfinished), **({} if state is None else {"state_dict": state}))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(str(unfinished), **({} if state is None else {"state_dict": state}))
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(f"cannot save the adapter in {self.adapter}: {error.__cause__ or error}") from error
         if self.adapter.exists():
             shutil.rmtree(self.previous_adapter, ignore_errors=True)
             self.adapter.rename(self.previous_adapter)
@@ -88,5 +97,9 @@ class RunFolder:
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     unfinished = path.with_name(path.name + ".partial")
-    write(unfinished)
-    os.replace(unfinished, path)
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error

@@ -7,20 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .partition import BlockPartition, layout_of
+from .checks import check_kind, check_number, layout_of
+from .dropout import WIDEST
+from .partition import BlockPartition
 
 __all__ = [
     "autocast_enabled",
     "check_arguments",
     "check_block_ranks",
     "check_input",
-    "check_number",
     "check_ranks",
     "global_width",
 ]
-
-# The dropout mask counts columns in 32 bits.
-_WIDEST = 2**31 - 1
 
 
 def check_arguments(
@@ -48,14 +46,6 @@ def check_arguments(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     _check_seed(dropout_seed, x)
-
-
-def check_number(name: str, value: float) -> None:
-    """Whether `value` is a real number that a float holds; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if isinstance(value, int) and value.bit_length() > 1000:
-        raise ValueError(f"{name} must be a number that a float holds, got one of {value.bit_length()} bits")
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:
@@ -102,7 +92,9 @@ def global_width(x: Tensor, column_offset: int, global_in_features: int | None) 
     """The global number of columns, checked to hold those of x."""
     given = {"column_offset": column_offset, "global_in_features": global_in_features}
     for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+        if value is None and name == "global_in_features":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {value!r}")
     width = x.shape[-1] if global_in_features is None else global_in_features
     if column_offset < 0 or column_offset + x.shape[-1] > width:
@@ -110,8 +102,8 @@ def global_width(x: Tensor, column_offset: int, global_in_features: int | None) 
             f"column_offset and global_in_features must hold x's {x.shape[-1]} columns: "
             f"got columns {column_offset} to {column_offset + x.shape[-1]} of {width}"
         )
-    if global_in_features is not None and width > _WIDEST:
-        raise ValueError(f"global_in_features must be at most {_WIDEST}, got {width}")
+    if global_in_features is not None and width > WIDEST:
+        raise ValueError(f"global_in_features must be at most {WIDEST}, got {width}")
     return width
 
 
@@ -131,14 +123,13 @@ def _check_tensors(
     *,
     autocast: bool,
 ) -> None:
-    named = {"x": x, "weight": weight, "bias": bias, "A": A, "B": B, "ranks": ranks}
-    if not isinstance(weight, Tensor):  # before x, which `reference_delta_weight` has none of
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
-    for name, value in named.items():
-        if value is None and name == "bias":
-            continue
-        if not isinstance(value, Tensor):
+    named = {"weight": weight, "x": x, "bias": bias, "A": A, "B": B, "ranks": ranks}
+    for name, value in named.items():  # W0 before x, which in `reference_delta_weight` is W0 too
+        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    for name, value in named.items():
+        if value is None:
+            continue
         if name != "ranks" and not value.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {value.dtype}")
         if value.is_nested or value.layout != torch.strided:
@@ -177,8 +168,7 @@ def _check_tensors(
 
 
 def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -> None:
-    if not isinstance(partition, BlockPartition):
-        raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
+    check_kind("partition", partition, BlockPartition)
     if partition.shape != weight.shape:
         raise ValueError(
             f"partition must be made for a weight of shape {tuple(weight.shape)}, got one for {partition.shape}"
@@ -210,6 +200,8 @@ def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
 def _check_seed(seed: Tensor | None, x: Tensor) -> None:
     if seed is None:
         return
+    if isinstance(seed, Tensor) and layout_of(seed) != "torch.strided":
+        raise TypeError(f"dropout_seed must be a dense tensor, got layout {layout_of(seed)}")
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
         given = f"{seed.dtype} of {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
         raise TypeError(f"dropout_seed must be an int64 tensor with one element, got {given}")

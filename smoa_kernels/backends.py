@@ -18,6 +18,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from .checks import check_choice, check_kind
+
 __all__ = [
     "ALGORITHMS",
     "BACKENDS",
@@ -69,14 +71,15 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
         rank: ρ, rows of A.
 
     Raises:
+        TypeError: no device.
         ValueError: unknown, or cannot run here; the message says why and what to do.
 
     Example:
         >>> resolve_backend("auto", torch.device("cpu"), torch.bfloat16, rank=8)
         'eager'
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
+    check_kind("device", device, torch.device)
     if backend in ("eager", "reference") or (backend == "auto" and device.type != "cuda"):
         return "eager" if backend == "auto" else backend
     obstacle = triton_obstacle(device, dtype, rank)
@@ -95,11 +98,17 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
         dtype: that the GEMM multiplies.
         rank: ρ, rows of A.
 
+    Raises:
+        TypeError: no device, no rank.
+
     Example:
         >>> triton_obstacle(torch.device("cpu"), torch.float64)
         'the kernels take float32, bfloat16 and float16, got torch.float64'
     """
-    if dtype not in _TRITON_DTYPES:
+    check_kind("device", device, torch.device)
+    if not isinstance(rank, (int, torch.SymInt)):
+        raise TypeError(f"rank must be an int, got {rank!r}")
+    if not isinstance(dtype, torch.dtype) or dtype not in _TRITON_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, got {dtype}"
     if rank > MOST_TRITON_RANKS:
         return f"the kernels take ranks up to {MOST_TRITON_RANKS}, got {rank}"

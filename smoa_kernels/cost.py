@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from .checks import check_choice, check_kind
 from .counts import ALGORITHMS, FUSED_MAX_RANK, FUSED_MAX_RANK_IEEE, Part, Pass, Problem, parts
 from .gpus import Gpu
 
@@ -60,8 +61,7 @@ class Estimate:
         Raises:
             ValueError: another one.
         """
-        if stage not in ("forward", "backward", "both"):
-            raise ValueError(f"stage must be forward, backward or both, got {stage!r}")
+        check_choice("stage", stage, ("forward", "backward", "both"))
         return tuple(p for p in self.parts if stage in ("both", p.stage))
 
     def seconds(self, stage: Pass | Literal["both"] = "both") -> float:
@@ -108,10 +108,9 @@ def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -
         >>> f"{found.seconds('forward') * 1e3:.2f} ms, predicted"
         '0.41 ms, predicted'
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(f"problem must be a Problem, got {type(problem).__name__}")
-    if not isinstance(gpu, Gpu):
-        raise TypeError(f"gpu must be a Gpu, one of smoa_kernels.gpus.GPUS, got {type(gpu).__name__}")
+    check_kind("problem", problem, Problem)
+    check_kind("gpu", gpu, Gpu)
+    check_kind("ieee", ieee, bool)
     rate = gpu.flops_per_second(problem.dtype, ieee)
     return Estimate(algorithm, parts(problem, algorithm), rate, gpu.bytes_per_second)
 
@@ -134,6 +133,9 @@ def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
         ieee: the GEMM multiplies in IEEE float32 or float64. False for half types, whatever is given here
             for them, and for float32 under TF32 or autocast.
 
+    Raises:
+        TypeError: naming the argument of another kind.
+
     Example:
         >>> from smoa_kernels.gpus import GPUS
         >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
@@ -142,6 +144,9 @@ def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
         >>> choose_algorithm(replace(problem, tokens=16), GPUS["h100"], ieee=False)
         'fused'
     """
+    check_kind("problem", problem, Problem)
+    check_kind("gpu", gpu, Gpu)
+    check_kind("ieee", ieee, bool)
     if problem.dropout:
         return "split"
     if problem.tokens <= fused_token_limit(replace(problem, tokens=0), gpu, ieee):
@@ -170,6 +175,9 @@ def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
         gpu: as in :func:`choose_algorithm`.
         ieee: likewise.
 
+    Raises:
+        TypeError: naming the argument of another kind.
+
     Example:
         >>> from smoa_kernels.gpus import GPUS
         >>> problem = Problem(0, 4096, 4096, num_blocks=4, rank=16)
@@ -178,6 +186,9 @@ def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
         >>> fused_token_limit(replace(problem, rank=1024), GPUS["h100"], ieee=False)
         0
     """
+    check_kind("problem", problem, Problem)
+    check_kind("gpu", gpu, Gpu)
+    check_kind("ieee", ieee, bool)
     if problem.max_rank > _fused_max_rank(problem.dtype, ieee):
         return 0
     other = _many_tokens(problem.dtype, ieee)

@@ -27,9 +27,9 @@ from typing import Literal
 
 import torch
 
-from .arguments import check_number
+from .checks import check_blocks, check_choice, check_count, check_kind, check_number
 
-__all__ = ["ALGORITHMS", "Part", "Pass", "Problem", "partial_bytes", "parts"]
+__all__ = ["ALGORITHMS", "Part", "Pass", "Problem", "partial_bytes", "partial_width", "parts", "token_splits"]
 
 Pass = Literal["forward", "backward"]
 
@@ -43,8 +43,12 @@ FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
 FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
 FUSED_TOKEN_TILE = 32  # the one-kernel form recomputes B·A once per tile of so many tokens
-PARTIAL_RANKS = 16  # rows of block_grad's partials are padded to so many ranks
+PARTIAL_RANKS = (
+    4  # rows of block_grad's partials are padded to a multiple of so many ranks: 128 bits of float32
+)
 GRAD_TILE = 128  # block_grad writes one rank-sized partial per tile of so many rows or columns
+GRAD_STEP = 64  # tokens of one step of its main loop
+GRAD_EPILOGUE_STEPS = 8  # what the end of a program costs, in steps: an assumption (`grad_share.py`)
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,9 @@ class Problem:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        lowest = {"tokens": 0, "out_features": 1, "in_features": 1, "num_blocks": 1, "rank": 0}
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, least in {"tokens": 0, "out_features": 1, "in_features": 1, "rank": 0}.items():
+            check_count(name, getattr(self, name), least)
+        check_blocks(self.num_blocks)
         check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
@@ -115,6 +115,7 @@ class Problem:
         Args:
             features: N or C.
         """
+        check_count("features", features, 1)
         widest = math.ceil(features / self.num_blocks)
         multiple = BLOCK_PADDING if widest > NARROW_PADDING else NARROW_PADDING
         return self.num_blocks * math.ceil(widest / multiple) * multiple
@@ -168,6 +169,7 @@ def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
         algorithm: one of :data:`ALGORITHMS`.
 
     Raises:
+        TypeError: no problem.
         ValueError: an unknown algorithm.
 
     Example:
@@ -175,8 +177,8 @@ def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
         >>> [part.name for part in parts(problem, "split") if part.stage == "forward"]
         ['build ΔW blocks', 'gather x', 'block matmul', 'base GEMM', 'y, read to accumulate']
     """
-    if algorithm not in _WAYS:
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    check_kind("problem", problem, Problem)
+    check_choice("algorithm", algorithm, ALGORITHMS)
     count = _Count(problem)
     _WAYS[algorithm](count)
     return tuple(sorted(count.parts, key=lambda part: part.stage != "forward"))
@@ -391,19 +393,50 @@ _WAYS: dict[str, Callable[[_Count], None]] = {
 }
 
 
+def partial_width(rank: int) -> int:
+    """R, the ranks that a row of block_grad's partials holds: ρ rounded up to whole stores of 128 bits.
+
+    Args:
+        rank: ρ.
+
+    Example:
+        >>> partial_width(4), partial_width(5)
+        (4, 8)
+    """
+    return math.ceil(rank / PARTIAL_RANKS) * PARTIAL_RANKS
+
+
 def partial_bytes(p: Problem) -> int:
     """float32 partials of dA and dB: one (R, tile) slice per tile of the other side, within each block.
 
-    R is ρ rounded up to 16. A problem with fewer tiles than a GPU has multiprocessors splits its tokens too and
+    R is :func:`partial_width`. A problem with fewer tiles than a GPU has multiprocessors splits its tokens too and
     writes that many times more, of a size that is small then.
 
     Args:
         p: the problem.
 
     Example:
-        >>> partial_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) >> 20
-        14
+        >>> partial_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) / 2**20
+        3.5
     """
     rows, cols = (p.padded(n) // p.num_blocks for n in (p.out_features, p.in_features))
     slices = p.out_features * math.ceil(cols / GRAD_TILE) + p.in_features * math.ceil(rows / GRAD_TILE)
-    return 4 * math.ceil(p.max_rank / PARTIAL_RANKS) * PARTIAL_RANKS * slices
+    return 4 * partial_width(p.max_rank) * slices
+
+
+def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> int:
+    """Into how many parts block_grad cuts T so that it fills a GPU: one where the tiles of G do already.
+
+    A part keeps at least as many steps of the main loop as a program's end costs.
+
+    Args:
+        tokens: T.
+        programs: tiles of G, of all blocks.
+        processors: multiprocessors of the GPU.
+        block_t: tokens of a step.
+
+    Example:
+        >>> token_splits(8192, 32, 132, 64)  # 160 programs
+        5
+    """
+    return max(1, min(-(-processors // programs), tokens // (GRAD_EPILOGUE_STEPS * block_t)))

@@ -17,7 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_kind, check_number
+
 __all__ = ["Dropout", "draw_seed"]
+
+WIDEST = 2**31 - 1  # columns are counted in 32 bits
 
 _LEVELS = 1 << 16
 _DRAWS_PER_WORD = 4
@@ -40,6 +44,9 @@ class Dropout:
         column_offset: global index of the first column.
         width: global number of columns; the tensor's own where None. Only the generator's draw needs it.
 
+    Raises:
+        TypeError, ValueError: a seed, a probability or a column that is none.
+
     Example:
         >>> mask = Dropout(torch.tensor(7), p=0.5).multiplier(torch.ones(64, 64))
         >>> sorted(set(mask.flatten().tolist()))
@@ -50,6 +57,17 @@ class Dropout:
     p: float
     column_offset: int = 0
     width: int | None = None
+
+    def __post_init__(self) -> None:
+        check_kind("seed", self.seed, Tensor)
+        if self.seed.is_nested or self.seed.dtype != torch.int64 or self.seed.numel() != 1:
+            raise TypeError(f"seed must be an int64 tensor with one element, got {self.seed!r}")
+        check_number("p", self.p)
+        if not 0.0 <= self.p < 1.0:
+            raise ValueError(f"p must lie in [0, 1), got {self.p}")
+        check_count("column_offset", self.column_offset, 0, WIDEST)
+        if self.width is not None:
+            check_count("width", self.width, 0, WIDEST)
 
     @property
     def threshold(self) -> int:
@@ -67,8 +85,15 @@ class Dropout:
         Args:
             like: (T, C), whose dtype the mask takes.
             columns: of the mask, where they are not those of `like`.
+
+        Raises:
+            TypeError: `like` is no matrix of floating-point numbers.
         """
+        check_kind("like", like, Tensor)
+        if like.is_nested or like.layout != torch.strided or like.ndim != 2 or not like.is_floating_point():
+            raise TypeError(f"like must be a matrix of floating-point numbers, got {like!r}")
         columns = like.shape[1] if columns is None else columns
+        check_count("columns", columns, 0, WIDEST)
         return self.stream(columns)(like.new_empty(like.shape[0], columns))
 
     def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
@@ -96,7 +121,7 @@ def draws(device: torch.device) -> bool:
 def drawn_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
     """A function that draws int64 (tokens, per_token) for so many next tokens, at most `_ROWS`, into one buffer."""
     generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty(_ROWS, per_token, dtype=torch.int64)
+    words = torch.empty(_ROWS, per_token, dtype=torch.int64, device=seed.device)
     # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
     return lambda tokens: words[:tokens].random_(_LOWEST, None, generator=generator)
 
@@ -128,9 +153,13 @@ def draw_seed(device: torch.device) -> Tensor:
     Args:
         device: of the activations.
 
+    Raises:
+        TypeError: it is none.
+
     Example:
         >>> seed = draw_seed(torch.device("cpu"))
         >>> seed.dtype, seed.shape
         (torch.int64, torch.Size([]))
     """
+    check_kind("device", device, torch.device)
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)

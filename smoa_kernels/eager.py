@@ -16,8 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .block_order import block_indices, block_order, inverse, select_columns
 from .dropout import Dropout
-from .packed import PackedAdapter, gather_columns, inverse
+from .packed import PackedAdapter
 from .precision import gemm_is_ieee
 
 __all__ = ["ALGORITHMS", "backward", "choose_algorithm", "delta_weight", "forward", "modulated_weight"]
@@ -169,7 +170,7 @@ def _dropout_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """All gradients in one walk over the tokens: the mask is drawn once for dX and G."""
     width = adapter.weight.shape[1]
-    rows, cols = adapter.block_indices()
+    rows, cols = block_indices(adapter)
     product = _BlockProduct(adapter.T) if needs_x else None
     gradient = None if x is None else _BlockGradient(adapter)
     dx = dy.new_empty(dy.shape[0], width)
@@ -206,14 +207,14 @@ class _Buffer:
 
     def columns(self, panel: Tensor, index: Tensor | None) -> Tensor:
         """The columns of a panel in another order; the panel itself where there is none."""
-        return panel if index is None else gather_columns(panel, index, out=self.like(panel))
+        return panel if index is None else select_columns(panel, index, out=self.like(panel))
 
 
 class _BlockProduct:
     """`x ΔWᵀ` for panels of tokens, block by block, x's columns in the order of `cols` (None: their own)."""
 
     def __init__(self, adapter: PackedAdapter) -> None:
-        self._order = order = adapter.block_order()
+        self._order = order = block_order(adapter)
         self.cols = order.col_index
         self._deltas = [
             _product(order.A[:rank, cols], order.B[rows, :rank], weight).mul_(weight).to(weight.dtype).T
@@ -228,7 +229,7 @@ class _BlockProduct:
             y.zero_()  # where a block has no rank
         for (_, rows, cols), delta in zip(order.blocks, self._deltas, strict=True):
             torch.mm(x[:, cols], delta, out=y[:, rows])
-        return y if self._back is None else gather_columns(y, self._back, out=out)
+        return y if self._back is None else select_columns(y, self._back, out=out)
 
 
 class _BlockGradient:
@@ -236,10 +237,10 @@ class _BlockGradient:
 
     def __init__(self, adapter: PackedAdapter) -> None:
         self._adapter = adapter
-        self.rows, self.cols = adapter.block_indices()
+        self.rows, self.cols = block_indices(adapter)
         # W0 is walked along its memory: where it is column-major everything is computed transposed.
         self._transposed = adapter.weight.stride(0) < adapter.weight.stride(1)
-        self._order = (adapter.T if self._transposed else adapter).block_order()
+        self._order = block_order(adapter.T if self._transposed else adapter)
         self._G: list[Tensor] = []
 
     def add(self, dy: Tensor, x: Tensor) -> None:

@@ -7,6 +7,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from .checks import check_kind
+
 __all__ = ["cache_folder", "replace_file"]
 
 
@@ -31,6 +33,7 @@ def replace_file(path: Path, data: bytes) -> None:
         data: all of its content.
 
     Raises:
+        TypeError: no path, no bytes.
         OSError: it cannot be written; nothing is left beside it.
 
     Example:
@@ -38,6 +41,8 @@ def replace_file(path: Path, data: bytes) -> None:
         >>> Path("table.json").read_bytes()
         b'{}'
     """
+    check_kind("path", path, Path)
+    check_kind("data", data, bytes)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as stream:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .arguments import autocast_enabled, check_arguments, check_block_ranks, global_width
 from .backends import ALGORITHMS, algorithms_of, resolve_backend
+from .checks import check_choice
 from .dropout import draw_seed
 from .operator import linear
 from .packed import scaling_tensor
@@ -120,8 +121,7 @@ def smoa_linear(
 
 
 def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    check_choice("algorithm", algorithm, ALGORITHMS)
     if algorithm == "auto":
         return
     allowed: tuple[str, ...] = algorithms_of(backend)

@@ -13,6 +13,8 @@ from types import MappingProxyType
 
 import torch
 
+from .checks import check_count, check_kind
+
 __all__ = ["GPUS", "Gpu", "device_gpu", "match_gpu"]
 
 
@@ -52,6 +54,8 @@ class Gpu:
 
 
 def _multiplying_name(dtype: torch.dtype, ieee: bool) -> str:
+    check_kind("dtype", dtype, torch.dtype)
+    check_kind("ieee", ieee, bool)
     if dtype == torch.float32:
         return "fp32" if ieee else "tf32"
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -95,6 +99,9 @@ GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _PUBLISHED}
 """Published figures by name; rates are the published dense peaks times the share that an H100 achieves."""
 
 
+_MOST_MULTIPROCESSORS = 10**6  # far above any, for what is no number of them
+
+
 @lru_cache(maxsize=64)
 def match_gpu(
     device_name: str, capability: tuple[int, int] | None, multiprocessors: int | None = None
@@ -109,12 +116,22 @@ def match_gpu(
         capability: CUDA compute capability, None for AMD.
         multiprocessors: of the device; the published number where None.
 
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
     Example:
         >>> match_gpu("NVIDIA H100 80GB HBM3", (9, 0)).name
         'h100'
         >>> match_gpu("a GPU that nobody knows", (8, 0)).name
         'a100'
     """
+    check_kind("device_name", device_name, str)
+    if multiprocessors is not None:
+        check_count("multiprocessors", multiprocessors, 1, _MOST_MULTIPROCESSORS)
+    if capability is not None:
+        check_kind("capability", capability, tuple)
+        if [type(part) for part in capability] != [int, int]:
+            raise ValueError(f"capability must be two ints, as (9, 0), got {capability!r}")
     for gpu in _PUBLISHED:
         pattern = rf"(?<![a-z0-9]){gpu.name.replace('rtx', 'rtx ?')}(?![a-z0-9])"
         same_size = multiprocessors is None or abs(multiprocessors / gpu.multiprocessors - 1) < 0.05
@@ -140,10 +157,14 @@ def device_gpu(device: torch.device) -> Gpu:
     Args:
         device: of the activations.
 
+    Raises:
+        TypeError: it is none.
+
     Example:
         >>> device_gpu(torch.device("cpu")).name
         'h100'
     """
+    check_kind("device", device, torch.device)
     if device.type != "cuda":
         return GPUS["h100"]
     properties = torch.cuda.get_device_properties(device)

@@ -5,7 +5,6 @@ torch copies what fits of a state dict and reports the rest afterwards; here not
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .arguments import check_number
 from .backends import ALGORITHMS, BACKENDS
-from .packed import resolve_ranks
-from .partition import BlockPartition, layout_of
+from .checks import check_blocks, check_choice, check_finite, check_number, layout_of
+from .partition import BlockPartition
+from .ranks import resolve_ranks
 from .sketch import TOLERANCE, sketch_distance, sketch_weight
 
 if TYPE_CHECKING:
@@ -28,8 +27,7 @@ __all__ = [
     "LABELS",
     "Settings",
     "check_base",
-    "check_blocks",
-    "check_finite",
+    "check_fit",
     "check_keys",
     "check_labels",
     "check_tensors",
@@ -142,32 +140,20 @@ class Settings:
         backend: str,
     ) -> None:
         self.block_ranks = resolve_ranks(r, num_blocks, block_ranks)
-        if num_blocks > min(shape):
-            raise ValueError(
-                f"num_blocks must be at most min(out_features, in_features) = {min(shape)}, got {num_blocks}"
-            )
+        check_blocks(num_blocks, shape)
         if alpha is not None:
             check_finite("alpha", alpha)
         check_number("dropout", dropout)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-        if not isinstance(backend, str) or backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        check_choice("algorithm", algorithm, ALGORITHMS)
+        check_choice("backend", backend, BACKENDS)
         self.r, self.num_blocks = r, num_blocks
         self.alpha = float(r if alpha is None else alpha)
         self.dropout, self.algorithm, self.backend = dropout, algorithm, backend
 
 
-def check_finite(name: str, value: float) -> None:
-    """Whether `value` is a number, and neither NaN nor Inf."""
-    check_number(name, value)
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
-def check_blocks(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int) -> None:
+def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int) -> None:
     """Whether a partition was made for such a weight and so many blocks."""
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition or None, got {type(partition).__name__}")

@@ -13,27 +13,25 @@ from torch import Tensor, nn
 from . import eager
 from .arguments import check_input
 from .backends import load_backend, resolve_backend
+from .checks import check_count, check_device, check_finite, check_kind, check_weight
+from .dropout import WIDEST
 from .functional import smoa_linear
 from .layer_checks import (
     DTYPES,
     LABELS,
     Settings,
     check_base,
-    check_blocks,
-    check_finite,
+    check_fit,
     check_keys,
     check_labels,
     check_tensors,
     linear_parameters,
 )
-from .packed import (
-    PackedAdapter,
-    draw_A,
-    scaling_tensor,
-    trainable_parameters,
-)
-from .partition import BlockPartition, check_device, check_weight, label_dtype, whole
+from .packed import PackedAdapter, draw_A, scaling_tensor
+from .partition import BlockPartition, label_dtype
+from .ranks import trainable_parameters
 from .sketch import sketch_weight
+from .spectral_order import whole
 
 if TYPE_CHECKING:
     from .distributed.shard import LayerShard
@@ -102,11 +100,9 @@ class FusedSMoALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} must be an int, got {size!r}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if dtype is not None and dtype not in DTYPES:
+            check_count(name, size, 1, WIDEST)
+        check_kind("bias", bias, bool)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
             raise TypeError(f"dtype must be floating point of 16 bits or more, got {dtype}")
         if device is not None:
             check_device(device)
@@ -147,7 +143,7 @@ class FusedSMoALinear(nn.Linear):
             tuple(weight.shape), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend
         )
         if partition is not None:
-            check_blocks(partition, tuple(weight.shape), num_blocks)
+            check_fit(partition, tuple(weight.shape), num_blocks)
         elif not weight.is_meta:
             partition = BlockPartition.from_weight(
                 weight, num_blocks
@@ -210,7 +206,7 @@ class FusedSMoALinear(nn.Linear):
 
     @partition.setter
     def partition(self, partition: BlockPartition) -> None:
-        check_blocks(partition, (self.out_features, self.in_features), self.num_blocks)
+        check_fit(partition, (self.out_features, self.in_features), self.num_blocks)
         partition = partition.to(self.weight.device)
         self.smoa_row_block, self.smoa_col_block = partition.row_block, partition.col_block
         if self._shard is not None:

@@ -8,80 +8,17 @@ their gradient is zero, and they are never counted as parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from .partition import MOST_BLOCKS, MOST_RANKS, BlockPartition
+from .checks import check_kind
+from .partition import BlockPartition
 
-__all__ = [
-    "PackedAdapter",
-    "pack_factors",
-    "resolve_ranks",
-    "split_rank",
-    "trainable_parameters",
-    "unpack_factors",
-]
-
-
-# W0 is gathered this many whole rows at a time: what is read of them stays in cache.
-_ROWS = 64
-
-
-@dataclass(frozen=True)
-class BlockOrder:
-    """An adapter with the rows and the columns of each block side by side: a block is a slice.
-
-    Attributes:
-        weight: W0 (N, C), as it is.
-        A: (ρ, C), columns in block order, at least float32.
-        B: (N, ρ), rows in block order, times s.
-        row_index: coordinate of each row in block order; None where K = 1 and the order is W0's own.
-        col_index: the same for columns.
-        blocks: rank, rows and columns of each block that has a rank.
-        num_blocks: K, blocks of rank zero counted.
-    """
-
-    weight: Tensor
-    A: Tensor
-    B: Tensor
-    row_index: Tensor | None
-    col_index: Tensor | None
-    blocks: Sequence[tuple[int, slice, slice]]
-    num_blocks: int
-
-    @property
-    def T(self) -> BlockOrder:
-        """That of W_effᵀ."""
-        return BlockOrder(
-            weight=self.weight.T,
-            A=self.B.T,
-            B=self.A.T,
-            row_index=self.col_index,
-            col_index=self.row_index,
-            blocks=[(rank, cols, rows) for rank, rows, cols in self.blocks],
-            num_blocks=self.num_blocks,
-        )
-
-    def weights(self) -> Iterator[Tensor]:
-        """`W0[rows_k, cols_k]` of every block, in W0's memory order; a copy unless K = 1."""
-        if self.row_index is None or self.col_index is None:
-            yield from (self.weight for _ in self.blocks)
-        elif self.weight.stride(0) < self.weight.stride(1):
-            yield from (block.T for block in self.T.weights())
-        else:
-            whole = self.weight.new_empty(_ROWS, self.weight.shape[1])
-            for _, rows, cols in self.blocks:
-                index = self.col_index[cols]
-                block = self.weight.new_empty(rows.stop - rows.start, index.shape[0])
-                for some, out in zip(self.row_index[rows].split(_ROWS), block.split(_ROWS), strict=True):
-                    torch.index_select(self.weight, 0, some, out=whole[: some.shape[0]])
-                    gather_columns(whole[: some.shape[0]], index, out)
-                yield block
+__all__ = ["PackedAdapter", "pack_factors", "unpack_factors"]
 
 
 @dataclass(frozen=True)
@@ -152,51 +89,6 @@ class PackedAdapter:
             A, B = A.index_select(0, kept), B.index_select(1, kept)
         return A.to(dtype), B.to(dtype)
 
-    def block_indices(self) -> tuple[Tensor | None, Tensor | None]:
-        """Rows and columns block by block; None where K = 1 and the order is W0's own."""
-        p = self.partition
-        return (p.row_index, p.col_index) if p.num_blocks > 1 else (None, None)
-
-    def block_order(self) -> BlockOrder:
-        """The same with each block's rows and columns side by side."""
-        p = self.partition
-        # As wide as W0 and never narrower than float32: the factors are small, and products of them are not.
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        A, B = self.A.to(dtype), self.B.to(dtype)
-        row_index, col_index = self.block_indices()
-        if row_index is not None and col_index is not None:
-            A, B = A.index_select(1, col_index), B.index_select(0, row_index)
-        row_ends, col_ends = accumulate(p.row_sizes), accumulate(p.col_sizes)
-        return BlockOrder(
-            weight=self.weight,
-            A=A,
-            B=B * self.scaling,
-            row_index=row_index,
-            col_index=col_index,
-            blocks=[
-                (rank, slice(row_end - rows, row_end), slice(col_end - cols, col_end))
-                for rank, row_end, rows, col_end, cols in zip(
-                    self.host_ranks(), row_ends, p.row_sizes, col_ends, p.col_sizes, strict=True
-                )
-                if rank
-            ],
-            num_blocks=p.num_blocks,
-        )
-
-
-def gather_columns(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """`x[:, index]` of a matrix, written to `out`, by the fastest of torch's ways to copy columns."""
-    if x.itemsize > 2:
-        return torch.index_select(x, 1, index, out=out)
-    # index_select has no fast path for half types, nor gather but for integers.
-    torch.gather(x.view(torch.int16), 1, index.expand(x.shape[0], -1), out=out.view(torch.int16))
-    return out
-
-
-def inverse(index: Tensor) -> Tensor:
-    """The permutation that undoes another."""
-    return torch.empty_like(index).scatter_(0, index, torch.arange(index.shape[0], device=index.device))
-
 
 def scaling_tensor(value: float | Tensor, device: torch.device) -> Tensor:
     """s as a 0-d tensor on `device`; a number becomes float64, which promotes nothing and rounds nothing."""
@@ -205,94 +97,6 @@ def scaling_tensor(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full(
         (), value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
     )
-
-
-def split_rank(rank: int, num_blocks: int) -> list[int]:
-    """Share a rank budget: block k gets `rank // K + (k < rank % K)` (docs/definition.md).
-
-    Args:
-        rank: r, the budget.
-        num_blocks: K.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
-
-    Example:
-        >>> split_rank(8, 3)
-        [3, 3, 2]
-    """
-    _check_counts(rank, num_blocks)
-    return [rank // num_blocks + (k < rank % num_blocks) for k in range(num_blocks)]
-
-
-def _check_counts(r: int, num_blocks: int) -> None:
-    for name, value, most in (("r", r, MOST_RANKS), ("num_blocks", num_blocks, MOST_BLOCKS)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if not 1 <= value <= most:
-            bound = "at least 1" if value < 1 else f"at most {most}"
-            raise ValueError(f"{name} must be {bound}, got {value}")
-
-
-def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Rank of each block: `block_ranks` checked, or the budget r shared by :func:`split_rank`.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
-
-    Args:
-        r: rank budget over all blocks, at least 1.
-        num_blocks: K, at least 1.
-        block_ranks: K numbers that sum to r, zeros allowed.
-
-    Example:
-        >>> resolve_ranks(8, 3), resolve_ranks(8, 3, [6, 2, 0])
-        ((3, 3, 2), (6, 2, 0))
-    """
-    _check_counts(r, num_blocks)
-    if block_ranks is None:
-        return tuple(split_rank(r, num_blocks))
-    if not isinstance(block_ranks, Sequence):
-        raise TypeError(f"block_ranks must be a list of ints, got {block_ranks!r}")
-    ranks = tuple(block_ranks)
-    if any(isinstance(rank, bool) or not isinstance(rank, int) for rank in ranks):
-        raise TypeError(f"block_ranks must be ints, got {list(ranks)}")
-    if len(ranks) != num_blocks:
-        raise ValueError(
-            f"block_ranks must have num_blocks={num_blocks} entries, got {len(ranks)}: {list(ranks)}"
-        )
-    if min(ranks) < 0:
-        raise ValueError(f"block_ranks must not be negative, got {list(ranks)}")
-    if sum(ranks) != r:
-        raise ValueError(f"block_ranks must sum to r={r}, got {list(ranks)}, which sum to {sum(ranks)}")
-    return ranks
-
-
-def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int:
-    """`Σ r_k (N_k + C_k)`: what an adapter trains, padding not counted.
-
-    Args:
-        partition: blocks of W0.
-        ranks: r_k of each block.
-
-    Raises:
-        TypeError, ValueError: no partition, or another number of ranks than of blocks.
-
-    Example:
-        >>> partition = BlockPartition.from_weight(torch.randn(6, 10), num_blocks=2)
-        >>> trainable_parameters(partition, [2, 1])  # 2 · (3 + 5) + 1 · (3 + 5)
-        24
-    """
-    _check_partition(partition)
-    if len(ranks) != partition.num_blocks:
-        raise ValueError(f"ranks must be {partition.num_blocks}, one for each block, got {len(ranks)}")
-    sizes = zip(ranks, partition.row_sizes, partition.col_sizes, strict=True)
-    return sum(r * (rows + cols) for r, rows, cols in sizes)
-
-
-def _check_partition(partition: BlockPartition) -> None:
-    if not isinstance(partition, BlockPartition):
-        raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
 
 
 def padding_masks(partition: BlockPartition, ranks: Tensor, rho: int) -> tuple[Tensor, Tensor]:
@@ -331,7 +135,7 @@ def pack_factors(
         >>> A.tolist(), ranks.tolist()
         ([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], [2, 1])
     """
-    _check_partition(partition)
+    check_kind("partition", partition, BlockPartition)
     if not len(A_blocks) == len(B_blocks) == partition.num_blocks:
         raise ValueError(
             f"A_blocks and B_blocks must hold one factor for each of {partition.num_blocks} blocks, "
@@ -376,7 +180,7 @@ def unpack_factors(
         >>> [tuple(A.shape) for A in A_blocks], [tuple(B.shape) for B in B_blocks]
         ([(2, 1), (1, 2)], [(1, 2), (1, 1)])
     """
-    _check_partition(partition)
+    check_kind("partition", partition, BlockPartition)
     shape = partition.shape
     for name, value in (("A", A), ("B", B), ("ranks", ranks)):
         if not isinstance(value, Tensor):

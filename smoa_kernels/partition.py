@@ -7,19 +7,15 @@ move a coordinate across a block boundary and silently corrupt an adapter, so no
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["BlockPartition"]
+from .checks import check_blocks, check_device, check_weight, layout_of
+from .spectral_order import order_source, whole
 
-# Of blocks, and of ranks: far above any that serves, far below those whose bookkeeping alone fills the memory.
-MOST_BLOCKS = MOST_RANKS = 2**16
+__all__ = ["BlockPartition"]
 
 _INTEGERS = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -107,13 +103,7 @@ class BlockPartition:
         """
         weight = whole(weight)
         check_weight(weight)
-        limit = min(weight.shape)
-        _check_num_blocks(num_blocks)
-        if num_blocks > limit:
-            raise ValueError(
-                f"num_blocks must be at most min(out_features, in_features) = {limit} for a weight of shape "
-                f"{tuple(weight.shape)}, got {num_blocks}"
-            )
+        check_blocks(num_blocks, weight.shape)
         row_order, col_order = order_source.get()(weight.detach())
         labels = cls.from_labels(_cut(row_order, num_blocks), _cut(col_order, num_blocks), num_blocks)
         labels.row_order, labels.col_order = row_order, col_order
@@ -132,7 +122,7 @@ class BlockPartition:
             TypeError: labels that are not integer tensors.
             ValueError: labels of another shape or out of range, or on two devices.
         """
-        _check_num_blocks(num_blocks)
+        check_blocks(num_blocks)
         for name, labels in (("row_block", row_block), ("col_block", col_block)):
             _check_labels(name, labels, num_blocks)
         if row_block.device != col_block.device:
@@ -161,8 +151,12 @@ class BlockPartition:
         """Inverse of :meth:`tensors` and :meth:`sizes`: how a partition crosses an operator's boundary.
 
         Raises:
+            TypeError: one of them is no list.
             ValueError: another number of `tensors` or `sizes` than those give.
         """
+        for name, given in (("tensors", tensors), ("sizes", sizes)):
+            if not isinstance(given, (list, tuple)):
+                raise TypeError(f"{name} must be the list that `{name}()` gives, got {given!r}")
         if len(tensors) != 6 or len(sizes) % 2:
             raise ValueError(
                 "tensors and sizes must be those that `tensors()` and `sizes()` give, 6 and 2K of them, "
@@ -288,83 +282,6 @@ def label_dtype(num_blocks: int) -> torch.dtype:
     return torch.uint8 if num_blocks <= 256 else torch.int32
 
 
-def whole(weight: Tensor) -> Tensor:
-    """A sharded weight (`DTensor`) gathered on every process; any other as it is."""
-    gather = getattr(weight, "full_tensor", None)
-    return weight if gather is None else cast(Tensor, gather())
-
-
-def spectral_orders(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of `weight` sorted by spectral centroid: int64 (N,) and (C,)."""
-    row_score, col_score = spectral_centroids(weight)
-    return torch.argsort(row_score, stable=True), torch.argsort(col_score, stable=True)
-
-
-order_source: ContextVar[Callable[[Tensor], tuple[Tensor, Tensor]]] = ContextVar(
-    "order_source", default=spectral_orders
-)
-"""Where `BlockPartition.from_weight` has its orders from: other processes may know them."""
-
-
-def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean position in the spectrum of each row's and each column's energy (docs/definition.md).
-
-    `Σ_j j·E_ij / Σ_j E_ij` with `E = (U∘σ)²` for rows and `(V∘σ)²` for columns, σ descending; a zero row or
-    column scores 0. Computed with one intra-op thread: the last bits of a threaded reduction depend on the
-    number of threads, and labels must not.
-
-    Args:
-        weight: (N, C) floating point; half types are computed in float32.
-
-    Returns:
-        Scores of rows (N,) and columns (C,), in the dtype of the computation.
-    """
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        weight = weight.float()
-    with one_thread():
-        largest = float(torch.linalg.vector_norm(weight, torch.inf))
-        if largest and not 2.0**-30 < largest < 2.0**30:
-            weight = weight / largest  # energies are quadratic in W0: keep them from overflowing or vanishing
-        tall = weight.shape[0] > weight.shape[1]
-        short_energy, long_energy = _energies(weight.T if tall else weight)
-        row_energy, col_energy = (long_energy, short_energy) if tall else (short_energy, long_energy)
-        return (
-            _centroid(row_energy, torch.linalg.vector_norm(weight, torch.inf, 1)),
-            _centroid(col_energy, torch.linalg.vector_norm(weight, torch.inf, 0)),
-        )
-
-
-def _energies(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """(U∘σ)² of shape (n, n) and (V∘σ)² of shape (m, n) for a wide (n, m) matrix, σ ascending.
-
-    The eigenvectors of the smaller Gram matrix give U, and Wᵀ U = V∘σ gives the other side without V.
-    """
-    try:
-        squared, u = torch.linalg.eigh(_lower_gram(wide))
-    except RuntimeError:  # LinAlgError: eigh gives up on some matrices that the SVD still takes
-        u, sigma, vh = torch.linalg.svd(wide, full_matrices=False)
-        return (u * sigma).square_().flip(1), (vh.T * sigma).square_().flip(1)
-    return u.square() * squared.clamp_min(0), (wide.T @ u).square_()
-
-
-def _lower_gram(wide: Tensor, panel: int = 128) -> Tensor:
-    """Lower triangle of W Wᵀ, which is all that `eigh` reads: close to half of the product's work."""
-    gram = wide.new_zeros(wide.shape[0], wide.shape[0])
-    for start in range(0, wide.shape[0], panel):
-        rows = wide[start : start + panel]
-        torch.mm(wide[start:], rows.T, out=gram[start:, start : start + panel])
-    return gram
-
-
-def _centroid(energy: Tensor, largest: Tensor) -> Tensor:
-    count = energy.shape[1]
-    position = torch.arange(count - 1, -1, -1, dtype=energy.dtype, device=energy.device)
-    total = energy.sum(1)
-    # Rounding gives a zero row a little energy from every direction; its score is 0 by definition.
-    empty = (largest == 0) | (total == 0)
-    return torch.where(empty, 0, (energy @ position) / torch.where(empty, 1, total))
-
-
 def _cut(order: Tensor, num_blocks: int) -> Tensor:
     """Labels of an order cut into contiguous chunks as `torch.tensor_split` cuts."""
     labels = torch.empty_like(order)
@@ -375,60 +292,6 @@ def _cut(order: Tensor, num_blocks: int) -> Tensor:
 
 def _offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one intra-op thread for a while."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """`device` where this machine has it; torch says it in a RuntimeError, a TypeError or an AssertionError."""
-    try:
-        return torch.empty(0, device=torch.device(device)).device
-    except (AssertionError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be one that this machine has, got {device!r}: {reason}") from error
-
-
-def layout_of(value: Tensor) -> str:
-    """How a tensor lies in memory; a nested one calls itself strided."""
-    return "torch.nested" if value.is_nested else str(value.layout)
-
-
-def check_weight(weight: Tensor, name: str = "weight") -> None:
-    """Whether `weight`, called `name`, has a spectrum; a whole tensor is read."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
-    if not weight.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {weight.dtype}")
-    if layout_of(weight) != "torch.strided" or weight.itemsize < 2:
-        raise TypeError(
-            f"{name} must be dense, of 16 bits or more, got {layout_of(weight)} of {weight.dtype}"
-        )
-    if weight.is_meta:
-        raise ValueError(f"{name} must hold numbers to have a spectrum, got a meta tensor")
-    if weight.ndim != 2:
-        raise ValueError(
-            f"{name} must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
-        )
-    if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):
-        raise ValueError(f"{name} must be finite to have a spectrum, got NaN or Inf in it")
-
-
-def _check_num_blocks(num_blocks: int) -> None:
-    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
-        raise TypeError(f"num_blocks must be an int, got {num_blocks!r}")
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
-    if num_blocks > MOST_BLOCKS:
-        raise ValueError(f"num_blocks must be at most {MOST_BLOCKS}, got {num_blocks}")
 
 
 def _check_slice(name: str, cut: slice) -> None:

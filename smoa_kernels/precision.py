@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .checks import check_kind
+
 __all__ = ["gemm_is_ieee"]
 
 
@@ -19,10 +21,15 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
         dtype: that the operands have when they are multiplied, autocast applied.
         device_type: "cpu", "cuda", ...
 
+    Raises:
+        TypeError: one of them is none.
+
     Example:
         >>> gemm_is_ieee(torch.float64, "cpu"), gemm_is_ieee(torch.bfloat16, "cpu")
         (True, False)
     """
+    check_kind("dtype", dtype, torch.dtype)
+    check_kind("device_type", device_type, str)
     if dtype == torch.float64:
         return True
     if dtype != torch.float32:

@@ -35,6 +35,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from .checks import check_blocks, check_choice, check_count, check_kind
 from .cost import Problem, estimate
 from .gpus import Gpu
 from .tuning.models import MODELS, Decoder
@@ -92,7 +93,7 @@ class Scale:
         num_blocks: K.
 
     Raises:
-        ValueError: naming the option, what was given and what is allowed.
+        TypeError, ValueError: naming the option, what was given and what is allowed.
 
     Example:
         >>> Scale("llama-3-8b", gpus=8, parallel="ddp").stack.layers
@@ -107,17 +108,12 @@ class Scale:
     num_blocks: int = 4
 
     def __post_init__(self) -> None:
-        for name, given, allowed in (("model", self.model, STACKS), ("parallel", self.parallel, PARALLEL)):
-            if given not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
-        for name in ("gpus", "tokens", "rank", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        smallest = min(min(shape) for shape in self.decoder.shapes)
-        if self.num_blocks > smallest:
-            raise ValueError(
-                f"num_blocks must be at most {smallest}, of {self.model}'s smallest layer, got {self.num_blocks}"
-            )
+        check_choice("model", self.model, STACKS)
+        check_choice("parallel", self.parallel, PARALLEL)
+        for name in ("gpus", "tokens", "rank"):
+            check_count(name, getattr(self, name), 1)
+        smallest = min(self.decoder.shapes, key=min)
+        check_blocks(self.num_blocks, smallest, f"{self.model}'s smallest layer")
         if self.parallel == "tp" and self.gpus % tensor_parallel_size(self):
             raise ValueError(
                 f"gpus must be a multiple of {tensor_parallel_size(self)}, over which layers are cut, got {self.gpus}"
@@ -177,10 +173,14 @@ def tensor_parallel_size(scale: Scale) -> int:
     Args:
         scale: the model and the GPUs.
 
+    Raises:
+        TypeError: it is none.
+
     Example:
         >>> tensor_parallel_size(Scale("llama-3-70b", gpus=64, parallel="tp"))
         8
     """
+    check_kind("scale", scale, Scale)
     return min(NODE, scale.gpus, scale.decoder.kv_heads)
 
 
@@ -216,6 +216,9 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
         method: "full", "lora" or "smoa".
         gpu: one of :data:`smoa_kernels.gpus.GPUS`.
 
+    Raises:
+        TypeError, ValueError: no scale, no GPU, another method.
+
     Example:
         >>> from smoa_kernels.gpus import GPUS
         >>> scale = Scale("llama-3-8b", gpus=8, parallel="ddp")
@@ -223,6 +226,9 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
         >>> lora.trained_parameters / smoa.trained_parameters  # K
         4.0
     """
+    check_kind("scale", scale, Scale)
+    check_choice("method", method, METHODS)
+    check_kind("gpu", gpu, Gpu)
     stack, decoder, linears = scale.stack, scale.decoder, _linears(scale.decoder)
     cut = tensor_parallel_size(scale) if scale.parallel == "tp" else 1
     replicas = scale.gpus // cut

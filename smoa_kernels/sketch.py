@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .partition import one_thread, whole
+from .checks import check_kind, layout_of
+from .spectral_order import one_thread, whole
 
 __all__ = ["sketch_distance", "sketch_weight"]
 
@@ -41,10 +42,11 @@ def sketch_weight(weight: Tensor) -> Tensor:
         >>> sketch_weight(torch.randn(6, 8)).shape
         torch.Size([33])
     """
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        given = (
-            f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        )
+    check_kind("weight", weight, Tensor)
+    if layout_of(weight) != "torch.strided":
+        raise TypeError(f"weight must be a dense tensor, got layout {layout_of(weight)}")
+    if weight.ndim != 2 or not weight.is_floating_point():
+        given = f"{weight.dtype} {tuple(weight.shape)}"
         raise TypeError(f"weight must be a matrix of floating-point numbers, got {given}")
     weight = whole(weight).detach()
     with one_thread() if weight.numel() < _SMALL else nullcontext():
@@ -76,7 +78,8 @@ def sketch_distance(first: Tensor, second: Tensor) -> float:
         False
     """
     for name, sketch in (("first", first), ("second", second)):
-        if not isinstance(sketch, Tensor) or sketch.shape != (SKETCH_SIZE,) or sketch.is_meta:
+        check_kind(name, sketch, Tensor)
+        if layout_of(sketch) != "torch.strided" or sketch.shape != (SKETCH_SIZE,) or sketch.is_meta:
             raise TypeError(f"{name} must be a sketch, {SKETCH_SIZE} numbers")
     difference = first.detach().float().cpu() - second.detach().float().cpu()
     projections = difference[:-1].square().mean().sqrt()

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .partition import BlockPartition, check_weight
+from .checks import check_count, check_kind, check_weight, layout_of
+from .partition import BlockPartition
 
 __all__ = [
     "BlockEnergies",
@@ -146,6 +147,9 @@ def layer_spectrum(weight: Tensor, partition: BlockPartition, updates: Mapping[s
         >>> round(found.updates["all"].relative_norm, 6), found.updates["all"].rank
         (0.1, 6)
     """
+    check_kind("partition", partition, BlockPartition)
+    if not isinstance(updates, Mapping):
+        raise TypeError(f"updates must be a mapping from names to tensors, got {type(updates).__name__}")
     for name, matrix in {"weight": weight, **updates}.items():
         check_weight(matrix, name)
         if matrix.shape != partition.shape:
@@ -167,10 +171,14 @@ def layer_spectrum(weight: Tensor, partition: BlockPartition, updates: Mapping[s
 def effective_number(energies: Tensor) -> float:
     """`exp(-Σ p log p)` with `p = energies / Σ energies`: how many of them count; 0 where all are zero.
 
+    Raises:
+        TypeError: no vector of numbers.
+
     Example:
         >>> round(effective_number(torch.tensor([2.0, 2.0, 0.0])), 6)
         2.0
     """
+    _check_vector("energies", energies)
     total = energies.sum()
     return float(torch.special.entr(energies / total).sum().exp()) if total > 0 else 0.0
 
@@ -178,15 +186,33 @@ def effective_number(energies: Tensor) -> float:
 def cumulated(shares: Tensor, points: int = 101) -> list[float]:
     """Sum of the first shares (q,) at `points` positions from 0 to q, evenly apart, linear between two directions.
 
+    Raises:
+        TypeError, ValueError: no vector of numbers, no number of points.
+
     Example:
         >>> cumulated(torch.tensor([0.5, 0.25, 0.125, 0.125]), 3)
         [0.0, 0.75, 1.0]
     """
+    _check_vector("shares", shares)
+    check_count("points", points, 0, 10**6)
     sums = torch.nn.functional.pad(shares.double().cumsum(0), (1, 0))
     place = torch.linspace(0, len(shares), points, dtype=torch.float64)
     below = place.floor().long().clamp(max=max(len(shares) - 1, 0))
     above = (below + 1).clamp(max=len(shares))
     return torch.lerp(sums[below], sums[above], place - below).tolist()
+
+
+def _check_vector(name: str, value: Tensor) -> None:
+    check_kind(name, value, Tensor)
+    if (
+        layout_of(value) != "torch.strided"
+        or not value.is_floating_point()
+        or value.is_meta
+        or value.ndim != 1
+    ):
+        raise TypeError(
+            f"{name} must be a vector of floating-point numbers, got {value.dtype}, {layout_of(value)}"
+        )
 
 
 def _update(delta: Tensor, U: Tensor, Vh: Tensor, weight_norm: float) -> UpdateSpectrum:

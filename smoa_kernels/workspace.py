@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from .checks import check_choice, check_kind
 from .counts import Problem, partial_bytes
 
 __all__ = ["backward_workspace", "backward_workspace_bytes", "peak_bytes"]
@@ -27,8 +28,9 @@ def backward_workspace(problem: Problem) -> Mapping[str, int]:
     Example:
         >>> stages = backward_workspace(Problem(8192, 14336, 4096, num_blocks=4, rank=16))
         >>> {stage: size >> 20 for stage, size in stages.items()}
-        {'factor gradients': 302, 'input gradient': 112}
+        {'factor gradients': 291, 'input gradient': 112}
     """
+    check_kind("problem", problem, Problem)
     p, size = problem, problem.dtype.itemsize
     rows, cols = p.padded(p.out_features), p.padded(p.in_features)
     dy = p.tokens * rows * size * p.gathers(p.out_features)
@@ -47,7 +49,7 @@ def backward_workspace_bytes(problem: Problem) -> int:
 
     Example:
         >>> backward_workspace_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) >> 20  # 288 are gathered copies
-        302
+        291
     """
     return max(backward_workspace(problem).values())
 
@@ -60,15 +62,16 @@ def peak_bytes(problem: Problem, algorithm: str) -> int:
         algorithm: "frozen", "lora", "merged" or "split".
 
     Raises:
+        TypeError: no problem.
         ValueError: another algorithm, or active dropout.
 
     Example:
         >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
         >>> round(peak_bytes(problem, "split") / peak_bytes(problem, "lora"), 2)
-        1.02
+        1.0
     """
-    if algorithm not in _MOMENTS:
-        raise ValueError(f"algorithm must be one of {', '.join(_MOMENTS)}, got {algorithm!r}")
+    check_kind("problem", problem, Problem)
+    check_choice("algorithm", algorithm, _MOMENTS)
     if problem.dropout:
         raise ValueError(f"dropout must be 0, got {problem.dropout}")
     return max(_MOMENTS[algorithm](problem))

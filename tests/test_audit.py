@@ -114,7 +114,6 @@ class TestSass:
 """
         )
         assert listing.local_bytes() == 12
-        assert listing.local_accesses() == 4
 
     @pytest.mark.parametrize(
         ("opcode", "found"),

@@ -103,7 +103,7 @@ def test_other_thread_counts_stay_within_the_budget(way: dict[str, object], dtyp
 
 
 def test_thread_counts_move_neither_masks_nor_blocks() -> None:
-    weight = torch.randn(96, 130, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(96, 130, generator=torch.Generator(DEVICE).manual_seed(2))
     masks, partitions = [], []
     for count in (1, 2, 3):
         with threads(count):

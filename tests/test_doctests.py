@@ -25,6 +25,8 @@ PACKAGE = ROOT / "smoa_kernels"
 INTERNAL = {
     "_version.py": "smoa_kernels.__version__",
     "arguments.py": "checks of smoa_linear's arguments",
+    "block_order.py": "behind the eager backend",
+    "checks.py": "checks of single values",
     "eager.py": "a backend; backends.py says what each has",
     "layer_checks.py": "checks of FusedSMoALinear's arguments",
     "operator.py": "behind smoa_linear",
@@ -35,11 +37,11 @@ INTERNAL = {
     "peft/combine.py": "behind several active adapters and add_weighted_adapter",
     "peft/dequantize.py": "behind layers over a quantised base",
     "peft/folders.py": "behind the commands inspect and spectrum",
-    "peft/model_spectrum.py": "behind the command spectrum",
     "peft/updates.py": "behind the command spectrum",
     "peft/loading.py": "hooks into PEFT",
     "peft/offload.py": "hooks into PEFT",
     "peft/quantized.py": "hooks into PEFT",
+    "peft/peft_type.py": "hooks into PEFT",
     "peft/registry.py": "hooks into PEFT",
     "peft/saving.py": "hooks into PEFT",
     "peft/scratch.py": "hooks into PEFT",
@@ -55,7 +57,7 @@ PUBLIC = {
     "tuning/lookup.py",
 } | {
     "tuning/models.py",
-    "tuning/tables.py",
+    "tuning/store.py",
 }
 
 
@@ -173,6 +175,30 @@ def fields(it: type) -> list[str]:
 
 def mentions(doc: str, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", doc) is not None
+
+
+# Pages that lead through the code, to what is internal too.
+INSIDE = {"CONTRIBUTING.md", "add_a_kernel.md", "definition.md", "gpu.md", "tour.md"}
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+
+
+def test_what_people_are_told_of_is_public() -> None:
+    """What the packages export, what any page names as one imports it, the files that a page for users names."""
+    told = set()
+    for package in ("__init__.py", "distributed/__init__.py", "peft/__init__.py"):
+        if package.startswith("peft") and importlib.util.find_spec("peft") is None:
+            continue
+        exported = (getattr(load(package), name) for name in load(package).__all__)
+        told |= {it.__module__.replace(".", "/") + ".py" for it in exported if callable(it)}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for dotted in re.findall(r"smoa_kernels(?:\.[a-z_]+)+", text):
+            told |= {dotted.replace(".", "/") + ".py", dotted.rpartition(".")[0].replace(".", "/") + ".py"}
+        if page.name not in INSIDE:
+            told |= set(re.findall(r"smoa_kernels/[a-z_/]+\.py", text))
+    told = {path.removeprefix("smoa_kernels/") for path in told if (ROOT / path).is_file()}
+    assert {"functional.py", "reference.py", "spectrum.py"} <= told
+    assert [path for path in sorted(told) if not is_public(path)] == []
 
 
 def test_what_is_called_internal_exists() -> None:

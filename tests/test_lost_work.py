@@ -3,6 +3,8 @@
 Processes are killed while they save; disks fill up; the cache folder cannot be written to; two processes share it.
 """
 
+import hashlib
+import json
 import os
 import resource
 import signal
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_distributed_example import losses
-from test_finetune_example import RunFolder, animals, smollm2, tiny_llama  # noqa: F401
+from test_finetune_example import RunFolder, animals, smollm2, start, tiny_llama  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tuning"))
 from peft import PeftModel, get_peft_model
@@ -24,16 +26,18 @@ from torch import nn
 from tuning_cases import PERMUTE, permute_entry
 
 from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft.inspection import inspect_adapter
 
+WEIGHTS = "adapter_model.safetensors"
 HERE = Path(__file__).resolve().parent
 PATHS = [str(HERE), str(HERE / "tuning"), str(HERE.parent), str(HERE.parent / "examples")]
 
 
-def python(program: str, **environment: str) -> "subprocess.Popen[str]":
+def python(program: str, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
     """A process of its own, that finds what these tests find."""
     path = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -113,8 +117,8 @@ def base() -> nn.Sequential:
     return nn.Sequential(nn.Linear(24, 20))
 
 
-def adapted(r: int) -> PeftModel:
-    config = SMoAConfig(r=r, num_blocks=2, target_modules=["0"], init_weights=False)
+def adapted(r: int, **settings: float) -> PeftModel:
+    config = SMoAConfig(r=r, num_blocks=2, target_modules=["0"], init_weights=False, **settings)
     return get_peft_model(base(), config)
 
 
@@ -145,6 +149,67 @@ def test_kill_while_an_adapter_is_saved(tmp_path: Path) -> None:
     adapted(8).save_pretrained(folder)
     loaded = PeftModel.from_pretrained(base(), folder)
     assert loaded.peft_config["default"].r == 8
+
+
+MOVING = """
+import os, time, test_lost_work
+from pathlib import Path
+folder, moved, replace = Path({folder!r}), [], os.replace
+def slow(source, place):
+    if Path(place).parent == folder:
+        if len(moved) == {count}:
+            print("moving", flush=True)
+            time.sleep(60)
+        moved.append(place)
+    replace(source, place)
+os.replace = slow
+model = test_lost_work.adapted(4, smoa_alpha=3.0)
+model.base_model.model[0].smoa_B["default"].data.mul_(2)
+model.save_pretrained({folder!r})
+"""
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_kill_between_the_files_of_an_adapter(count: int, tmp_path: Path) -> None:
+    """Of a configuration and weights that no shape tells apart: refused together, and the rest is found."""
+    folder = tmp_path / "adapter"
+    adapted(4).save_pretrained(folder)
+    before = contents(folder)
+    kill_at(python(MOVING.format(folder=str(folder), count=count)), "moving")
+    after = {name: data for name, data in contents(folder).items() if not name.startswith(".saving-")}
+    assert after.keys() == before.keys()
+    new = sorted(name for name in after if after[name] != before[name])
+    assert "adapter_config.json" not in new  # which comes last
+    (left,) = folder.glob(".saving-*/adapter_config.json")
+    if WEIGHTS in new:
+        with pytest.raises(ValueError, match=f"{folder}/{WEIGHTS} is not .* whole once {left} is moved here"):
+            PeftModel.from_pretrained(base(), folder)
+    else:
+        assert PeftModel.from_pretrained(base(), folder).peft_config["default"].smoa_alpha is None
+        os.replace(left.parent / WEIGHTS, folder / WEIGHTS)
+    os.replace(left, folder / "adapter_config.json")
+    loaded = PeftModel.from_pretrained(base(), folder)
+    assert loaded.peft_config["default"].smoa_alpha == 3.0
+    assert loaded.base_model.model[0].scaling["default"] == 3.0 / 4
+
+
+def test_weights_that_are_not_the_configurations(tmp_path: Path) -> None:
+    """Another tool's, or damaged ones that no shape tells apart: they are taken, not without a word."""
+    for name in ("one", "two"):
+        adapted(4).save_pretrained(tmp_path / name)
+    weights, config = tmp_path / "one" / WEIGHTS, tmp_path / "one" / "adapter_config.json"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert json.loads(config.read_text())["weights_sha256"] == digest
+    data = bytearray(weights.read_bytes())
+    data[8 + int.from_bytes(data[:8], "little")] ^= 1  # the first factor's first bit
+    weights.write_bytes(data)
+    for read in (lambda folder: PeftModel.from_pretrained(base(), folder), inspect_adapter):
+        with pytest.warns(UserWarning, match=f"{weights} is not the file .*Another tool wrote it"):
+            read(tmp_path / "one")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "two")
+    loaded.save_pretrained(tmp_path / "one")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert json.loads(config.read_text())["weights_sha256"] == digest
 
 
 def test_no_room_for_an_adapter(full_disk: tuple[Path, object]) -> None:
@@ -209,6 +274,43 @@ def test_no_room_for_a_checkpoint(
     assert losses(None, *job, place / "cut", "resume") == whole
 
 
+DYING = """
+import os, signal, sys, checkpoints, finetune
+save = checkpoints.Checkpoints.save
+def last(*arguments):
+    save(*arguments)
+    print("saved", flush=True)
+    signal.pause()
+checkpoints.Checkpoints.save = last
+sys.exit(finetune.main())
+"""
+
+
+def test_no_room_for_what_the_command_writes(
+    full_disk: tuple[Path, object],
+    tiny_llama: Path,  # noqa: F811
+    animals: Path,  # noqa: F811
+) -> None:
+    """`finetune.py` ends in one line that names the place, and what was saved before is as it was."""
+    place, full = full_disk
+    output = place / "run"
+    job = ("--model", tiny_llama, "--data", animals, "--output", output, "--steps", 4, "--r", 4)
+    often = ("--checkpoint-every", 2)
+    kill_at(python(DYING, *job, *often), "saved")
+    before = contents(output)
+    assert any(name.startswith("checkpoints/step-2/") for name in before)
+    for options, words in ((often, "checkpoints/step-4"), ((), "cannot save the adapter in")):
+        with full():  # type: ignore[operator]
+            process = start(*job, *options, "--resume")
+            _, err = process.communicate(timeout=300)
+        assert process.returncode == 1, err
+        (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+        assert words in line
+        assert str(output) in line
+        assert "Traceback" not in err
+        assert contents(output) == before
+
+
 CONVERTING = """
 import os, sys, time, smollm2
 from pathlib import Path
@@ -251,7 +353,7 @@ def test_two_processes_convert_one_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["read-only disk", "a file in its place"])
 def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from smoa_kernels.tuning import lookup
-    from smoa_kernels.tuning.tables import read, update, user_table
+    from smoa_kernels.tuning.store import read, update, user_table
 
     cache = tmp_path / "cache"
     monkeypatch.setenv("SMOA_CACHE", str(cache))
@@ -281,7 +383,7 @@ def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch
 
 
 def test_no_room_for_a_tuning_table(full_disk: tuple[Path, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from smoa_kernels.tuning.tables import read, update, user_table
+    from smoa_kernels.tuning.store import read, update, user_table
 
     place, full = full_disk
     monkeypatch.setenv("SMOA_CACHE", str(place))

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.message import Message
 from pathlib import Path
@@ -29,8 +30,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built by the backend that pyproject.toml names, without the network."""
     pytest.importorskip("hatchling", reason="the build backend, hatchling, is not installed")
     folder = tmp_path_factory.mktemp("dist")
-    program = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
-    built = run("-c", program, folder, cwd=ROOT)
+    return build("wheel", ROOT, folder)
+
+
+def build(kind: str, source: Path, folder: Path) -> Path:
+    program = f"import sys; from hatchling.build import build_{kind}; print(build_{kind}(sys.argv[1]))"
+    built = run("-c", program, folder, cwd=source)
     assert built.returncode == 0, built.stderr
     return folder / built.stdout.strip()
 
@@ -64,6 +69,24 @@ def test_the_wheel_holds_the_package_and_nothing_else(names: list[str]) -> None:
     assert package == on_disk
     assert {"smoa_kernels/py.typed", "smoa_kernels/tuning/tables/README.md"} <= package
     assert {Path(name).suffix for name in package} <= {".py", ".typed", ".md", ".json"}
+
+
+def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    """From the archive alone, which has the tests and the Makefile too."""
+    archive = build("sdist", ROOT, tmp_path)
+    with tarfile.open(archive) as files:
+        files.extractall(tmp_path, filter="data")
+    source = tmp_path / archive.name.removesuffix(".tar.gz")
+    assert {"Makefile", "README.md", "LICENSE", "tests", "csrc_ref"} <= {
+        path.name for path in source.iterdir()
+    }
+    again = build("wheel", source, tmp_path)
+    assert contents(again) == contents(wheel)
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
 def test_metadata(wheel: Path) -> None:
@@ -125,7 +148,7 @@ def test_the_installed_command_runs(wheel: Path, tmp_path: Path) -> None:
     installed = run(*install)
     assert installed.returncode == 0, installed.stderr
     environment = {**os.environ, "PYTHONPATH": str(target)}
-    program = "import smoa_kernels, smoa_kernels.tuning.tables as t; print(smoa_kernels.__file__, t.SHIPPED.is_dir())"
+    program = "import smoa_kernels, smoa_kernels.tuning.store as t; print(smoa_kernels.__file__, t.SHIPPED.is_dir())"
     where = run("-c", program, env=environment, cwd=tmp_path)
     assert where.stdout.split() == [str(target / "smoa_kernels" / "__init__.py"), "True"]
     done = run(target / "bin" / "smoa-kernels", "info", env=environment, cwd=tmp_path)

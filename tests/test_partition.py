@@ -7,9 +7,8 @@ import pytest
 import torch
 from vectors import Vector, all_vectors
 
-from smoa_kernels import BlockPartition
-from smoa_kernels import partition as module
-from smoa_kernels.partition import spectral_centroids
+from smoa_kernels import BlockPartition, spectral_order
+from smoa_kernels.spectral_order import spectral_centroids
 
 
 def svd_centroids(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +124,7 @@ def test_labels_rebuild_without_a_spectrum(monkeypatch: pytest.MonkeyPatch) -> N
     def never(*_: object) -> None:
         raise AssertionError("a spectrum was computed")
 
-    monkeypatch.setattr(module, "spectral_centroids", never)
+    monkeypatch.setattr(spectral_order, "spectral_centroids", never)
     again = BlockPartition.from_labels(partition.row_block, partition.col_block, 4)
     assert again == partition
     assert again.row_index.tolist() == partition.row_index.tolist()

@@ -12,7 +12,8 @@ from problems import LinearProblem, make_problem
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear, eager
-from smoa_kernels.packed import PackedAdapter, pack_factors, scaling_tensor, trainable_parameters
+from smoa_kernels.packed import PackedAdapter, pack_factors, scaling_tensor
+from smoa_kernels.ranks import trainable_parameters
 
 pytest.importorskip("hypothesis", reason="hypothesis draws these problems")
 from hypothesis import assume, given, settings

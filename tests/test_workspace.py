@@ -17,7 +17,7 @@ def test_backward_workspace():
     p = Problem(8192, 14336, 4096, 4, 16)
     stages = backward_workspace(p)
     gathered = 2 * 8192 * (14336 + 4096)
-    partials = 4 * 16 * (14336 * 8 + 4096 * 28)  # ρ = 4 padded to 16, one slice per 128-wide tile beside it
+    partials = 4 * 4 * (14336 * 8 + 4096 * 28)  # ρ = 4 of float32, one slice per 128-wide tile beside it
     assert gathered == 288 * 2**20
     assert stages["factor gradients"] == gathered + partials
     assert stages["input gradient"] == 112 * 2**20
@@ -43,7 +43,7 @@ def test_peaks_by_hand():
     assert peak_bytes(p, "frozen") == 128 * mib
     assert peak_bytes(p, "lora") == 192 * mib + 2 * 16 * 8192
     factors = 2 * 4 * 8192
-    assert peak_bytes(p, "split") == 192 * mib + factors + 4 * 16 * 2 * 4096 * 8  # y, dY and x gathered
+    assert peak_bytes(p, "split") == 192 * mib + factors + 4 * 4 * 2 * 4096 * 8  # y, dY and x gathered
 
 
 def memory_results():

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from smoa_kernels.cost import estimate
 from smoa_kernels.gpus import Gpu
+from smoa_kernels.grad_share import block_grad_share
 from smoa_kernels.workspace import peak_bytes
 
 from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
@@ -44,7 +45,7 @@ class Row:
 
     Attributes:
         goal: at most this, or at least where the goal is a share.
-        predicted: by the cost model, bytes by the rules of `workspace.peak_bytes`.
+        predicted: by the cost model, bytes by `workspace.peak_bytes`, block_grad's share by `grad_share`.
         measured: None where it was not.
         noisy: the machine was too unsteady for it to be quoted.
     """
@@ -111,12 +112,8 @@ def _peak(ours: str) -> Callable[[Column, float, Gpu, State], Row]:
 
 def _block_grad(column: Column, limit: float, gpu: Gpu, state: State) -> Row:
     problem = column.case.problem()
-    found = estimate(problem, gpu, "split")
-    (part,) = (p for p in found.select("backward") if p.name == "block gradients")
-    seconds = part.seconds(found.flops_per_second, found.bytes_per_second)
-    predicted = problem.unit_flops / problem.num_blocks / seconds / found.flops_per_second
     measured = state.findings.get("predict", {}).get("block_grad", {}).get(str(column.case), {}).get("share")
-    return Row(limit, predicted, measured)
+    return Row(limit, block_grad_share(problem, gpu).share, measured)
 
 
 GOALS = (

@@ -30,7 +30,8 @@ SMOKE_FILES = ("kernels/test_modulate.py", "kernels/test_permute.py")
 SMOKE_TESTS = ("-k", "test_merges_in_place or test_no_tokens")
 
 FileFinding = Mapping[str, Any]
-"""Of one file: "status" ("done", "failed" or "out of time"), "counts" of outcomes, "failures", a line for each."""
+"""Of one file: "status" ("done", "failed" or "out of time"), "counts" of outcomes, "selected", how many tests it has,
+and "failures", a line for each."""
 
 
 def numerical_files() -> list[str]:
@@ -46,7 +47,7 @@ def run_tests(job: Job) -> None:
 
     Raises:
         AssertionError: a test failed.
-        OutOfTimeError: some did not run.
+        OutOfTimeError: some did not run, naming the files and how far they came.
     """
     names, select = numerical_files(), ["-m", " or ".join(MARKS)]
     if job.smoke:
@@ -62,25 +63,34 @@ def run_tests(job: Job) -> None:
                 running[name] = _pytest(name, select, _output(folder, name))
             time.sleep(0.2)
             late = job.left < 5
+            stopped = [name for name, process in running.items() if late and process.poll() is None]
+            _stop([running[name] for name in stopped])
             for name, process in list(running.items()):
-                if late:
-                    _stop(process)
-                elif process.poll() is None:
+                if process.poll() is None:
                     continue
                 del running[name]
                 text = _output(folder, name).read_text(encoding="utf-8", errors="replace")
-                known[name] = _finding(name, text, process.returncode, late)
+                known[name] = _finding(name, text, process.returncode, name in stopped)
                 state = state.with_finding("tests", dict(known))
                 job.save(state)
             if late:
-                known |= {name: _unfinished("", []) for name in waiting}
+                known |= {name: _finding(name, "", 0, True) for name in waiting}
                 waiting.clear()
     job.save(state.with_finding("tests", known))
     failures = [line for found in known.values() for line in found["failures"]]
     if failures:
         raise AssertionError(f"{len(failures)} failures, the first: {failures[0].splitlines()[0]}")
-    if unfinished := [name for name, found in known.items() if found["status"] == "out of time"]:
-        raise OutOfTimeError(f"not finished: {', '.join(sorted(unfinished))}")
+    if unfinished := late_words(known):
+        raise OutOfTimeError(f"not finished: {unfinished}")
+
+
+def late_words(known: Mapping[str, FileFinding]) -> str:
+    """The files that time was too short for, each with how many of its tests ran."""
+    return ", ".join(
+        f"{name} ({sum(found['counts'].values())} of {found.get('selected') or '?'} tests ran)"
+        for name, found in sorted(known.items())
+        if found["status"] == "out of time"
+    )
 
 
 def _output(folder: str, name: str) -> Path:
@@ -98,35 +108,36 @@ def _pytest(name: str, select: Sequence[str], output: Path) -> subprocess.Popen[
         )
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does, so that pytest says what it has; then for good."""
-    process.send_signal(signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(2)
-        return
-    process.kill()
-    process.wait()
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """As Ctrl-C does, all at once, so that pytest says what it has; then for good."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    end = time.monotonic() + 2
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def _finding(name: str, text: str, code: int, late: bool) -> FileFinding:
     failures = failed(text)
-    if late:
-        return _unfinished(text, failures)
-    if code not in (0, 1, 5):  # 5: none of the file's tests was selected, or all of it was skipped
+    # 5: none of the file's tests was selected, or all of it was skipped.
+    if not late and code not in (0, 1, 5):
         failures = [*failures, f"{name}: pytest ended with {code}: {text[-800:]}"]
     return {
-        "status": "failed" if failures else "done",
+        "status": "out of time" if late else "failed" if failures else "done",
         "counts": dict(Counter(outcomes(text).values())),
+        "selected": selected(text),
         "failures": failures,
     }
 
 
-def _unfinished(text: str, failures: list[str]) -> FileFinding:
-    return {
-        "status": "out of time",
-        "counts": dict(Counter(outcomes(text).values())),
-        "failures": failures,
-    }
+def selected(text: str) -> int:
+    """How many tests a file has, from pytest's own words; 0 where it did not come so far."""
+    found = re.search(r"^collected (?:.* )?(\d+) (?:items?|selected)$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def outcomes(text: str) -> dict[str, str]:

@@ -9,13 +9,14 @@ import torch
 from smoa_kernels.cost import Estimate, parts
 from smoa_kernels.gpus import GPUS, Gpu, device_gpu
 from smoa_kernels.tuning.entries import Entry
-from smoa_kernels.tuning.words import choice_words, problem_words, winner
+from smoa_kernels.tuning.words import algorithm_words, choice_words, problem_words, winner
 
 from .. import tables
 from ..protocol import DEVICE
 from ..providers import Case
 from ..results import Result
 from .goals import COLUMNS, GOALS, WAYS, Goal, Row
+from .numerics import late_words
 from .state import State
 
 
@@ -95,8 +96,8 @@ def _tests(state: State) -> str:
         counts.update(file["counts"])
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none ran"
     lines = [f"{told}, in {len(found)} files."]
-    if late := [name for name, file in found.items() if file["status"] == "out of time"]:
-        lines.append(f"Not finished in time: {', '.join(sorted(late))}.")
+    if late := late_words(found):
+        lines.append(f"Not finished in time: {late}.")
     lines += [f"- failed: `{line}`" for file in found.values() for line in file["failures"]]
     return "\n".join(lines)
 
@@ -105,8 +106,9 @@ def _tuning(state: State) -> str:
     found = state.findings.get("tune")
     if found is None:
         return "Not run."
+    entries = [Entry.from_json(entry) for entry in found["table"]["entries"]]
     rows = []
-    for entry in map(Entry.from_json, found["table"]["entries"]):
+    for entry in entries:
         best, default = winner(entry), entry.trial(entry.default)
         if best is None or best.seconds is None:
             continue
@@ -122,7 +124,8 @@ def _tuning(state: State) -> str:
     told = f"{len(found['problems'])} keys are not done.\n\n" if found["problems"] else ""
     headings = ("problem", f"heuristic µs, {state.run.label}", f"fastest µs, {state.run.label}", "fastest")
     note = "The JSON file's `findings.tune.table` is the table itself; send it to us and it ships.\n\n"
-    return told + note + tables.table(headings, rows)
+    compared = "\n".join(f"- {line}" for line in algorithm_words(entries))
+    return f"{told}{note}{tables.table(headings, rows)}\n\nThe algorithms against each other:\n\n{compared}"
 
 
 def _predicted(state: State) -> str:

@@ -15,7 +15,7 @@ from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.tuning import lookup
 from smoa_kernels.tuning.identity import identity
 from smoa_kernels.tuning.plan import Layer, Target, jobs, keys
-from smoa_kernels.tuning.tables import SCHEMA, read, update, user_table
+from smoa_kernels.tuning.store import SCHEMA, read, update, user_table
 from smoa_kernels.tuning.tuner import Run as Launch
 from smoa_kernels.tuning.tuner import Timer, gpu_timer, tune
 from smoa_kernels.tuning.workloads import workload

@@ -16,7 +16,7 @@ from ..tuning.audit import AUDIT_DTYPES, DEFAULT_REGISTRY, run_audit
 from ..tuning.limits import ARCHITECTURES
 from ..tuning.rules import Record, broken_rules
 from .needs import needs_triton
-from .output import console, write_json
+from .output import check_place, console, write_json
 
 __all__ = ["audit"]
 
@@ -34,6 +34,8 @@ def audit(
 ) -> None:
     """Compile every shipped configuration, without a GPU, and check it. Exits 1 if one breaks a rule."""
     needs_triton("to compile")
+    if json is not None:
+        check_place(json)  # before minutes of compiling
     out = console()
     errors = Console(stderr=True)
     records: list[Record] = []

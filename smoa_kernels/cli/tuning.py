@@ -22,9 +22,9 @@ from ..tuning.identity import identity, staleness
 from ..tuning.models import MODELS, read_config
 from ..tuning.plan import KERNELS, Layer, Target, jobs
 from ..tuning.space import broken
-from ..tuning.tables import read, update, user_table
+from ..tuning.store import read, update, user_table
 from ..tuning.tuner import DeviceLostError, Job, Timer, Tuned, gpu_timer, left, so_far, tune
-from ..tuning.words import problem_words
+from ..tuning.words import algorithm_words, problem_words
 from .output import console
 from .roofline import parse_shape
 from .tuning_tables import best_words, failures, plan_table, result_table
@@ -157,6 +157,8 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
         if not staleness(entry.identity, identity(device, key.kernel))
     }
     out.print(result_table(planned, found))
+    for line in algorithm_words(found[job.key] for job in planned if job.key in found):
+        out.print(f"compared: {line}", highlight=False, markup=False, soft_wrap=True)
     for line in failures(planned, found):
         out.print(line, highlight=False, markup=False)
     for tuned in problems:

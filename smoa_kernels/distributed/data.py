@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checks import check_kind
 from ..layers import FusedSMoALinear
 
 __all__ = ["agree_on_buffers", "average_gradients", "ignore_buffers", "smoa_buffers"]
@@ -19,11 +20,15 @@ def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: any module; what a compiler or a wrapper puts before its names stays.
 
+    Raises:
+        TypeError: it is no module.
+
     Example:
         >>> from smoa_kernels import FusedSMoALinear
         >>> sorted(smoa_buffers(FusedSMoALinear(8, 6)))[:2]
         ['smoa_col_block', 'smoa_col_index']
     """
+    check_kind("model", model, nn.Module)
     return {
         name: buffer
         for name, buffer in model.named_buffers()
@@ -93,6 +98,9 @@ def average_gradients(
         parameters: factors, the same ones in the same order on every process.
         process_group: whose size the gradients are divided by.
 
+    Raises:
+        TypeError: something else than parameters.
+
     Example:
         >>> from smoa_kernels import FusedSMoALinear
         >>> layer = FusedSMoALinear(8, 6)
@@ -104,5 +112,9 @@ def average_gradients(
         dist.all_reduce(parameter.grad, group=process_group)
         parameter.grad /= dist.get_world_size(process_group)
 
+    if isinstance(parameters, Iterable) and not isinstance(parameters, Tensor):
+        parameters = list(parameters)
+    if not isinstance(parameters, list) or not all(isinstance(p, nn.Parameter) for p in parameters):
+        raise TypeError(f"parameters must be parameters, got {parameters!r}")
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(average)

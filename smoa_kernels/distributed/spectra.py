@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..partition import order_source, spectral_orders
+from ..spectral_order import order_source, spectral_orders
 
 __all__ = ["shared_spectra"]
 

@@ -13,7 +13,7 @@ the last, 1; weight (N, C), a (ρ, C), b (N, ρ) in the layer's own coordinates,
 row_index (N), col_index (C) int64 and row_offsets, col_offsets (K + 1) int32; ranks (K) int32; scaling one element;
 partial_b (splits · column tiles, N, R) and partial_a (splits · row tiles, C, R) float32, contiguous.
 
-R is ρ rounded up so that the rows of partials are 64 bytes or a multiple.
+R is ρ rounded up to a whole group of ranks: a row of partials is a multiple of 128 bits, one store.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..counts import PARTIAL_RANKS, partial_width, token_splits
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from ._common import block_slots, dot, input_precision, round_to
@@ -37,6 +38,8 @@ __all__ = ["block_grad"]
 
 # Ranks that the contraction takes at a time: the least that `tl.dot` takes, for the tile of G stays in registers.
 RANK_CHUNK = 16
+# Ranks of a group: float32 of 128 bits. Kernels are given groups, so that the compiler knows by what a row is aligned.
+GROUP = tl.constexpr(PARTIAL_RANKS)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -61,7 +64,7 @@ def block_grad_kernel(
     tiles_n,
     tiles_c,
     max_rank,
-    padded_rank,
+    rank_groups,
     stride_dyt,
     stride_dyk,
     stride_xt,
@@ -132,6 +135,7 @@ def block_grad_kernel(
         h = h + (scaling * quarters[q] * weight.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
 
     # dB_k = H_k · A_kᵀ and dA_k = B_kᵀ · H_k, a few ranks at a time.
+    width = rank_groups * GROUP
     row_start = (split * tiles_c + tile_c) * out_features
     col_start = (split * tiles_n + tile_n) * in_features
     for start in tl.range(
@@ -154,11 +158,11 @@ def block_grad_kernel(
                 db = dot(h[q], a, db, INPUT_PRECISION)
             if NEEDS_A:
                 da = dot(tl.trans(h[q]), b, tl.zeros((QUARTER, BLOCK_R), tl.float32), INPUT_PRECISION)
-                da_ptrs = partial_a_ptr + (col_start + cols)[:, None] * padded_rank + t[None, :]
-                tl.store(da_ptrs, da, mask=col_valid[:, None])
+                da_ptrs = partial_a_ptr + (col_start + cols)[:, None] * width + t[None, :]
+                tl.store(da_ptrs, da, mask=col_valid[:, None] & (t < width)[None, :])
         if NEEDS_B:
-            db_ptrs = partial_b_ptr + (row_start + rows)[:, None] * padded_rank + t[None, :]
-            tl.store(db_ptrs, db, mask=row_valid[:, None])
+            db_ptrs = partial_b_ptr + (row_start + rows)[:, None] * width + t[None, :]
+            tl.store(db_ptrs, db, mask=row_valid[:, None] & (t < width)[None, :])
 
 
 @triton.jit
@@ -178,7 +182,7 @@ def sum_partials_kernel(
     out_ptr,
     length,
     rank,
-    padded_rank,
+    rank_groups,
     splits,
     tiles,
     stride_om,
@@ -198,15 +202,16 @@ def sum_partials_kernel(
     block = tl.load(label_ptr + m, mask=inside, other=0).to(tl.int32)
     block_rank = tl.load(ranks_ptr + block)
     other_size = tl.load(other_offsets_ptr + block + 1) - tl.load(other_offsets_ptr + block)
-    # Whole chunks of ranks are written, so that only whole ones need be masked.
+    # Whole chunks of ranks are written, as far as rows are wide: a mask by rank would make every load a scalar one.
+    width = rank_groups * GROUP
     inside_rank = inside & (tl.program_id(1) * BLOCK_R < block_rank)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for split in range(splits):
         for tile in range(tiles):
             slot = (split * tiles + tile).to(tl.int64) * length
             written = inside_rank & (tile * TILE < other_size)
-            partial_ptrs = partial_ptr + (slot + m)[:, None] * padded_rank + t[None, :]
-            total += tl.load(partial_ptrs, mask=written[:, None], other=0.0)
+            partial_ptrs = partial_ptr + (slot + m)[:, None] * width + t[None, :]
+            total += tl.load(partial_ptrs, mask=written[:, None] & (t < width)[None, :], other=0.0)
     total = tl.where(t[None, :] < block_rank[:, None], total, 0.0)
     out_ptrs = out_ptr + m[:, None] * stride_om + t[None, :] * stride_or
     tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=inside[:, None] & (t < rank)[None, :])
@@ -274,12 +279,12 @@ def block_grad(
     programs = num_blocks * tiles_n * tiles_c
     splits = config.split or token_splits(tokens, programs, multiprocessors(dyg.device), config.block_t)
     tokens_per_split = triton.cdiv(triton.cdiv(tokens, splits), config.block_t) * config.block_t
-    padded_rank = triton.cdiv(rho, RANK_CHUNK) * RANK_CHUNK
+    width = partial_width(rho)
     partial_a = partial_b = None
     if needs_A:
-        partial_a = dyg.new_empty((splits * tiles_n, in_features, padded_rank), dtype=torch.float32)
+        partial_a = dyg.new_empty((splits * tiles_n, in_features, width), dtype=torch.float32)
     if needs_B:
-        partial_b = dyg.new_empty((splits * tiles_c, out_features, padded_rank), dtype=torch.float32)
+        partial_b = dyg.new_empty((splits * tiles_c, out_features, width), dtype=torch.float32)
     dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
     xg = xg if xg.stride(2) == 1 else xg.contiguous()
     block_grad_kernel[(programs, splits)](
@@ -303,7 +308,7 @@ def block_grad(
         tiles_n,
         tiles_c,
         rho,
-        padded_rank,
+        width // PARTIAL_RANKS,
         *dyg.stride()[:2],
         *xg.stride()[:2],
         *adapter.weight.stride(),
@@ -326,14 +331,6 @@ def block_grad(
     return dA, dB
 
 
-def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> int:
-    """Into how many parts T is cut so that the launch fills the device: one where the tiles of G do already.
-
-    A part keeps at least eight steps of the main loop, which is what the contraction at its end costs.
-    """
-    return max(1, min(-(-processors // programs), tokens // (8 * block_t)))
-
-
 def sum_partials(
     partial: Tensor,
     partition: BlockPartition,
@@ -346,7 +343,7 @@ def sum_partials(
 ) -> None:
     """Sum partials (slots, M, R) of W0's rows into out (M, ρ); dA is the transposed partition's case."""
     length, rank = out.shape
-    slots, _, padded_rank = partial.shape
+    slots, _, width = partial.shape
     config = config or select(
         "sum_partials",
         out.device,
@@ -358,7 +355,7 @@ def sum_partials(
         padded_in=slots // splits * tile,
     )
     block_m = config.block // RANK_CHUNK
-    grid = (triton.cdiv(length, block_m), padded_rank // RANK_CHUNK)
+    grid = (triton.cdiv(length, block_m), triton.cdiv(width, RANK_CHUNK))
     sum_partials_kernel[grid](
         partial,
         partition.row_block,
@@ -367,7 +364,7 @@ def sum_partials(
         out,
         length,
         rank,
-        padded_rank,
+        width // PARTIAL_RANKS,
         splits,
         slots // splits,
         *out.stride(),

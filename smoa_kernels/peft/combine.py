@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..packed import PackedAdapter, pack_factors, padding_masks, split_rank, unpack_factors
+from ..packed import PackedAdapter, pack_factors, padding_masks, unpack_factors
 from ..partition import BlockPartition
+from ..ranks import split_rank
 
 __all__ = ["concatenate_adapters", "interpolate_factors", "single_block", "sum_adapters"]
 

@@ -13,11 +13,11 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..backends import ALGORITHMS, BACKENDS
-from ..packed import resolve_ranks
-from ..partition import MOST_RANKS
+from ..checks import MOST_RANKS, check_choice, check_path
+from ..ranks import resolve_ranks
 from .folders import check_weights, read_json
-from .registry import PEFT_TYPE
-from .saving import replacing
+from .peft_type import PEFT_TYPE
+from .saving import check_seal, replacing
 from .settings import layer_settings
 
 __all__ = ["FORMAT_VERSION", "SMoAConfig", "check_finite"]
@@ -57,6 +57,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         backend: likewise.
         strict_base: refuse, rather than warn about, an adapter that was trained over another base weight.
         format_version: of the file that the configuration was read from; None for a new one.
+        weights_sha256: of the weights that the file was saved with; None for a new configuration, or where any will do.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
@@ -115,6 +116,9 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     format_version: int | None = field(
         default=None, metadata={"help": "Of the file that this was read from; None for a new configuration"}
     )
+    weights_sha256: str | None = field(
+        default=None, metadata={"help": "Of the weights that the file was saved with; None where any will do"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,8 +149,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             _check_items(name, getattr(self, name), str, alone=name != "modules_to_save")
         _check_items("layers_to_transform", self.layers_to_transform, int, alone=True)
         for name, allowed in (("bias", _BIASES), ("algorithm", ALGORITHMS), ("backend", BACKENDS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), allowed)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -167,8 +170,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         return self.format_version is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is saved: with the format version of this release."""
-        return {**super().to_dict(), "format_version": FORMAT_VERSION}
+        """As it is saved: with the format version of this release, and not yet of any weights."""
+        return {**super().to_dict(), "format_version": FORMAT_VERSION, "weights_sha256": None}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; an interrupted save leaves the old one.
@@ -177,8 +180,9 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             save_directory: a folder, made where there is none.
 
         Raises:
-            ValueError: `save_directory` is a file.
+            TypeError, ValueError: `save_directory` is no path, or a file.
         """
+        check_path("save_directory", save_directory)
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
         with replacing(save_directory) as scratch:
@@ -197,9 +201,12 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
         Raises:
             TypeError, ValueError: there is none, its values or format version are not allowed, or the weights beside it
-                are a pickle, truncated or corrupt, or of other ranks. PEFT asks for the configuration before it touches
-                the model, so nothing has changed.
+                are a pickle, truncated or corrupt, of other ranks, or a killed save's. PEFT asks for the configuration
+                before it touches the model, so nothing has changed.
         """
+        check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
+        if subfolder is not None:
+            check_path("subfolder", subfolder)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         file = os.path.join(folder, CONFIG_NAME)
         strict_base = kwargs.pop("strict_base", None)
@@ -212,6 +219,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             raise kind(f"{file}: {error}") from error
         if isinstance(config, cls):
             check_weights(folder, lambda name: layer_settings(config, name).r)
+            check_seal(folder, config.weights_sha256)
             if strict_base is not None:
                 config.strict_base = strict_base
         return cast(SMoAConfig, config)
@@ -223,6 +231,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         return cast("dict[str, Any]", super().from_json_file(path_json_file, **kwargs))
 
     def _check_format(self) -> None:
+        if not isinstance(self.weights_sha256, (str, type(None))):
+            raise ValueError(f"weights_sha256 must be a str, got {self.weights_sha256!r}")
         version = self.format_version
         if version is None:
             return

@@ -17,8 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .layout import STATE_KEYS, LayerBlocks
-from .loading import read_blocks
+from .layout import STATE_KEYS, LayerBlocks, read_blocks
 
 __all__ = [
     "PREFIX",

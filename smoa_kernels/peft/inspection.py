@@ -9,12 +9,13 @@ from typing import cast
 
 from torch import Tensor
 
-from ..packed import trainable_parameters
+from ..checks import check_path
+from ..ranks import trainable_parameters
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
 from .config import SMoAConfig
 from .folders import ModelFolder, by_number, opened, read_config, read_layers, weights_of
 from .layout import LayerBlocks
-from .registry import PEFT_TYPE
+from .peft_type import PEFT_TYPE
 from .settings import layer_settings
 
 __all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
@@ -98,6 +99,7 @@ def inspect_adapter(
         base: folder of a base model in safetensors files, sharded or not.
 
     Raises:
+        TypeError: one of them is no path.
         ValueError, FileNotFoundError: no configuration or weights, another method's, what `SMoAConfig.from_pretrained`
             finds wrong, labels or ranks out of range or missing, no readable safetensors in `base`.
 
@@ -110,6 +112,9 @@ def inspect_adapter(
         >>> report.parameters, report.layers[0].ranks, report.fits
         (28, (2, 2), None)
     """
+    check_path("folder", folder)
+    if base is not None:
+        check_path("base", base)
     config = cast(SMoAConfig, read_config(Path(folder), (PEFT_TYPE,)))
     path = weights_of(Path(folder))
     found = read_layers(path, lambda name: layer_settings(config, name).r)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,17 +12,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor, trainable_parameters
+from ..checks import check_blocks, check_choice
+from ..distributed.shard import LayerShard
+from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..partition import BlockPartition
+from ..ranks import trainable_parameters
 from ..sketch import sketch_weight
 from .combine import single_block
 from .dequantize import dequantized, read_weight
-from .layout import STATE_KEYS, blocks_size, pack_blocks, unpack_blocks
+from .layout import STATE_KEYS, blocks_size, check_complete, pack_blocks, read_blocks, unpack_blocks
 from .offload import check_present, execution_device, gathered, present
 from .settings import LayerSettings
-
-if TYPE_CHECKING:
-    from ..distributed.shard import LayerShard
 
 __all__ = ["SMoALayer", "SpectralOrder", "order_of"]
 
@@ -177,12 +177,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         if self._shard is not None:
             raise ValueError("the layer is sharded: add adapters before parallelize_module")
         config = settings.config
-        limit = min(self.out_features, self.in_features)
-        if settings.num_blocks > limit:
-            raise ValueError(
-                f"num_blocks must be at most min(out_features, in_features) = {limit} for a layer of shape "
-                f"{(self.out_features, self.in_features)}, got {settings.num_blocks}"
-            )
+        check_blocks(settings.num_blocks, (self.out_features, self.in_features), "a layer")
         ranks = settings.ranks
         self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
         self.block_ranks[adapter_name], self.scaling[adapter_name] = ranks, settings.scaling
@@ -258,7 +253,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             B.normal_().mul_(B_mask)
 
     def partition(self, adapter_name: str) -> BlockPartition:
-        """Blocks of an adapter; computed here where nothing was loaded that brought them."""
+        """Blocks of an adapter, computed here where nothing brought them; ValueError for one that is unknown."""
         return self._ready(adapter_name).partition
 
     def ranks(self, adapter_name: str) -> Tensor:
@@ -269,6 +264,33 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         """Whether an adapter was injected for weights that are yet to be loaded."""
         packed = self.smoa_blocks[adapter_name]
         return packed.is_meta or not bool(packed.any())
+
+    def check_state(self, name: str, adapter_name: str, given: Mapping[str, Any]) -> Tensor | None:
+        """Whether tensors that are about to be loaded are complete, fit this layer and are in range.
+
+        Args:
+            name: of the layer, for messages.
+            adapter_name: of the adapter that they are to fill.
+            given: tensors by `layout.STATE_KEYS`, None for one that is missing.
+
+        Returns:
+            The sketch of the base weight that the adapter was trained over; None where the tensors hold no values.
+
+        Raises:
+            ValueError: naming the layer: a tensor is missing, corrupt or has another shape, labels or ranks are out of
+                range.
+        """
+        check_complete(name, given)
+        for key, value in given.items():
+            expected = tuple(getattr(self, key)[adapter_name].shape)
+            if tuple(value.shape) != expected:
+                raise ValueError(
+                    f"size mismatch for {name}.{key}: the layer takes shape {expected}, the adapter has "
+                    f"{tuple(value.shape)}"
+                )
+        if given["smoa_blocks"].is_meta:
+            return None
+        return read_blocks(name, given, self.r[adapter_name]).sketch
 
     def num_adapter_parameters(self, adapter_name: str) -> int:
         """`Σ r_k (N_k + C_k)`, padding not counted."""
@@ -289,6 +311,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     def _ready(self, adapter_name: str) -> _Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
+        check_choice("adapter_name", adapter_name, cast("Collection[str]", self.smoa_A))
         packed = self.smoa_blocks[adapter_name]
         ready = self._prepared.get(adapter_name)
         if ready is not None and ready.packed is packed:
@@ -344,12 +367,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        from .loading import check_layer
-
         for name in self.smoa_A:
             given = {key: state_dict.get(f"{prefix}{key}.{name}") for key in STATE_KEYS}
             if any(value is not None for value in given.values()):
-                check_layer(prefix.rstrip("."), self, name, given)
+                self.check_state(prefix.rstrip("."), name, given)
                 self._prepared.pop(name, None)  # labels are copied in place, which identity does not show
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

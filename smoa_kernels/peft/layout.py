@@ -13,7 +13,8 @@ Zeros stand for blocks that are yet to be loaded.
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from ..partition import BlockPartition
 from ..sketch import SKETCH_SIZE
 
-__all__ = ["STATE_KEYS", "LayerBlocks", "blocks_size", "pack_blocks", "unpack_blocks"]
+__all__ = ["STATE_KEYS", "LayerBlocks", "blocks_size", "pack_blocks", "read_blocks", "unpack_blocks"]
 
 
 # Every tensor of a layer's adapter that a file holds.
@@ -131,6 +132,49 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
         torch.from_numpy(ranks.view("<u4").astype(np.int32)).to(packed.device),
         torch.from_numpy(sketch.view("<f2").astype(np.float32)).to(packed.device),
     )
+
+
+def read_blocks(name: str, given: Mapping[str, Any], r: int | None = None) -> LayerBlocks:
+    """Blocks, ranks and sketch out of the tensors of one layer, which are checked against each other.
+
+    Args:
+        name: of the layer, for messages.
+        given: tensors by `STATE_KEYS`, None for one that is missing.
+        r: the rank budget, where it is known.
+
+    Raises:
+        ValueError: naming the layer: a tensor that is missing, what :func:`unpack_blocks` finds wrong, factors of
+            another kind, or ranks that do not fit.
+
+    Example:
+        >>> partition = BlockPartition.from_weight(torch.randn(6, 8), num_blocks=2)
+        >>> blocks = pack_blocks(partition, torch.tensor([2, 2]), torch.zeros(33))
+        >>> read_blocks("proj", {"smoa_A": torch.ones(2, 8), "smoa_B": torch.ones(6, 2), "smoa_blocks": blocks}).ranks
+        tensor([2, 2], dtype=torch.int32)
+    """
+    check_complete(name, given)
+    A, B = given["smoa_A"], given["smoa_B"]
+    for key, factor in (("smoa_A", A), ("smoa_B", B)):
+        if factor.ndim != 2 or not factor.is_floating_point():
+            raise ValueError(
+                f"{name}: {key} must be a matrix of floating-point numbers, got {factor.dtype} {tuple(factor.shape)}"
+            )
+    try:
+        blocks = unpack_blocks(given["smoa_blocks"], B.shape[0], A.shape[1])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    ranks = blocks.ranks.tolist()
+    r = sum(ranks) if r is None else r
+    if min(ranks) < 0 or max(ranks) != A.shape[0] or A.shape[0] != B.shape[1] or sum(ranks) != r:
+        raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {A.shape[0]}, got {ranks}")
+    return blocks
+
+
+def check_complete(name: str, given: Mapping[str, Any]) -> None:
+    """Whether none of a layer's tensors is missing."""
+    missing = [key for key, value in given.items() if value is None]
+    if missing:
+        raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
 
 
 def _label_bits(num_blocks: int) -> int:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from .. import eager
+from ..checks import check_kind, check_names
 from ..functional import smoa_linear
 from ..packed import PackedAdapter
 from .combine import sum_adapters
@@ -80,6 +81,7 @@ class Linear(SMoALayer, nn.Module):
             TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does; another number of `adapter_names` than of
                 samples, or one given while adapters are merged.
         """
+        check_kind("x", x, Tensor)
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters:
@@ -183,6 +185,7 @@ class Linear(SMoALayer, nn.Module):
         return y
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        check_names("adapter_names", adapter_names)
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -206,6 +209,9 @@ class Linear(SMoALayer, nn.Module):
 
         Args:
             adapter: its name.
+
+        Raises:
+            ValueError: the layer has no such adapter.
         """
         with present(self, self.innermost()):
             delta = self._delta([adapter], self.base_weight())
@@ -220,8 +226,11 @@ class Linear(SMoALayer, nn.Module):
             adapter_names: the adapters to merge; the active ones when None.
 
         Raises:
+            TypeError: `adapter_names` is no list of names.
             ValueError: `safe_merge` found NaN or Inf.
         """
+        if adapter_names is not None:
+            check_names("adapter_names", adapter_names)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]
         if not names:
             return

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..sketch import TOLERANCE, sketch_distance
-from .layout import STATE_KEYS, LayerBlocks, unpack_blocks
+from .layer import SMoALayer
+from .layout import STATE_KEYS
 from .offload import gathered, present
 
-if TYPE_CHECKING:
-    from .layer import SMoALayer
-
-__all__ = ["check_adapter", "check_layer", "read_blocks"]
+__all__ = ["check_adapter"]
 
 
 def check_adapter(
@@ -30,8 +27,6 @@ def check_adapter(
             range, the model has no such layer, or, where `strict_base`, W0 is another weight than the adapter was
             trained over (else a warning).
     """
-    from .layer import SMoALayer
-
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -49,7 +44,7 @@ def check_adapter(
     for name, layer in layers.items():
         given = {key: state.get(f"{name}.{key}.{adapter_name}") for key in STATE_KEYS}
         if holds_adapter or layer.awaits_blocks(adapter_name):
-            sketch = check_layer(name, layer, adapter_name, given)
+            sketch = layer.check_state(name, adapter_name, given)
             if sketch is not None:
                 sketches[name] = sketch
     others: list[tuple[str, float]] = []
@@ -69,53 +64,3 @@ def check_adapter(
         if strict_base:
             raise ValueError(f"{message}; strict_base=True refuses it")
         warnings.warn(message, UserWarning, stacklevel=2)
-
-
-def check_layer(name: str, layer: SMoALayer, adapter_name: str, given: Mapping[str, Any]) -> Tensor | None:
-    """Whether the tensors of one layer's adapter are complete, fit the layer and are in range.
-
-    Returns:
-        The sketch of the base weight that the adapter was trained over; None where the tensors hold no values.
-    """
-    _check_complete(name, given)
-    for key, value in given.items():
-        expected = tuple(getattr(layer, key)[adapter_name].shape)
-        if tuple(value.shape) != expected:
-            raise ValueError(
-                f"size mismatch for {name}.{key}: the layer takes shape {expected}, the adapter has "
-                f"{tuple(value.shape)}"
-            )
-    if given["smoa_blocks"].is_meta:
-        return None
-    return read_blocks(name, given, layer.r[adapter_name]).sketch
-
-
-def _check_complete(name: str, given: Mapping[str, Any]) -> None:
-    missing = [key for key, value in given.items() if value is None]
-    if missing:
-        raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
-
-
-def read_blocks(name: str, given: Mapping[str, Any], r: int | None = None) -> LayerBlocks:
-    """Blocks, ranks and sketch of a layer whose tensors are `given` and whose rank budget is r, where that is known.
-
-    Raises:
-        ValueError: naming the layer, a tensor that is missing, what :func:`unpack_blocks` finds wrong, factors of
-            another kind, or ranks that do not fit.
-    """
-    _check_complete(name, given)
-    A, B = given["smoa_A"], given["smoa_B"]
-    for key, factor in (("smoa_A", A), ("smoa_B", B)):
-        if factor.ndim != 2 or not factor.is_floating_point():
-            raise ValueError(
-                f"{name}: {key} must be a matrix of floating-point numbers, got {factor.dtype} {tuple(factor.shape)}"
-            )
-    try:
-        blocks = unpack_blocks(given["smoa_blocks"], B.shape[0], A.shape[1])
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    ranks = blocks.ranks.tolist()
-    r = sum(ranks) if r is None else r
-    if min(ranks) < 0 or max(ranks) != A.shape[0] or A.shape[0] != B.shape[1] or sum(ranks) != r:
-        raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {A.shape[0]}, got {ranks}")
-    return blocks

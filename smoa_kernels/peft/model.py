@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checks import check_kind
 from ..distributed import smoa_buffers
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
@@ -68,6 +69,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         Raises:
             TypeError, ValueError: a name that cannot be a folder's, or what the configuration asks for does not fit.
         """
+        check_kind("adapter_name", adapter_name, str)
         if not adapter_name or set(adapter_name) & set("./\\"):
             # It is part of parameters' names, and of the folder that the adapter is saved in.
             raise ValueError(f"adapter_name must be a name without dots and slashes, got {adapter_name!r}")
@@ -200,6 +202,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 rank that the adapters share.
 
         Raises:
+            TypeError: names that are none.
             ValueError: an unknown or taken name, another number of weights, an unknown combination, adapters that
                 train biases or further modules, or, for "linear", ones with other blocks or ranks. Nothing is added.
         """
@@ -210,7 +213,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa_A]
                 if given:
                     parts = [layer.packed(a, layer.base_weight()) for a, _ in given]
-                    combined[name] = combine(parts, [w for _, w in given])
+                    combined[name] = combine(parts, [float(w) for _, w in given])
         self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], combined)
         try:
             self.inject_adapter(self.model, adapter_name)

@@ -14,8 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..packed import resolve_ranks
-from ..partition import check_weight
+from ..checks import check_weight
+from ..ranks import resolve_ranks
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
 from ..spectrum import LayerSpectrum, layer_spectrum
 from .folders import ModelFolder
@@ -35,6 +35,10 @@ class Source:
         num_blocks: numbers of blocks that occur, ascending; 1 for methods without.
         parameters: of all layers.
         folder: of the saved adapter; None where the factors are random.
+
+    Example:
+        >>> Source("SMoA", ranks=(8,), num_blocks=(2,), parameters=1024, folder=None).label
+        'SMoA r=8, K=2, random'
     """
 
     method: str
@@ -75,6 +79,11 @@ class ModelSpectrum:
         sources: by the name of an update in `layers`: "ours" is SMoA's, "theirs" what it is compared with.
         layers: by name, numbers by their values.
         left_out: layers that only one of two adapters adapts.
+
+    Example:
+        >>> source = Source("LoRA", ranks=(4, 8), num_blocks=(1,), parameters=1024, folder=Path("adapter"))
+        >>> ModelSpectrum("model", sources={"theirs": source}, layers={}, left_out=0).sources["theirs"].label
+        'LoRA r=4…8'
     """
 
     model: str
@@ -85,6 +94,9 @@ class ModelSpectrum:
 
 def layer_kind(name: str) -> str:
     """What a layer has in common with its like in other blocks of the model.
+
+    Args:
+        name: of the layer, dotted.
 
     Example:
         >>> layer_kind("model.layers.11.self_attn.q_proj")
@@ -121,6 +133,14 @@ def model_spectrum(
     Raises:
         ValueError, OSError: naming the folder or the layer: something cannot be read, does not fit the model, or was
             trained over another base weight.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape)).save_pretrained("model")
+        >>> found = model_spectrum("model", rank=4, targets=["q_proj", "down_proj"])
+        >>> found.sources["ours"].label, sorted(layer_kind(name) for name in found.layers)
+        ('SMoA r=4, K=2, random', ['mlp.down_proj', 'self_attn.q_proj'])
     """
     ranks = resolve_ranks(rank, num_blocks)
     folder = ModelFolder(Path(model))

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..checks import layout_of
 from ..packed import pack_factors, unpack_factors
 from ..partition import BlockPartition
 from ..sketch import sketch_weight
 from .folders import PREFIX
-from .layout import STATE_KEYS, pack_blocks
-from .loading import read_blocks
+from .layout import STATE_KEYS, pack_blocks, read_blocks
 
 __all__ = ["from_paper_layout", "to_paper_layout"]
 
@@ -129,6 +129,9 @@ def _check_tensors(name: str, tensors: object) -> None:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
     ):
         raise TypeError(f"{name} must be a mapping from names to tensors, got {type(tensors).__name__}")
+    for key, value in tensors.items():
+        if layout_of(value) != "torch.strided":
+            raise TypeError(f"{name} must hold dense tensors, got {key} of layout {layout_of(value)}")
 
 
 def _weight(weights: Mapping[str, Tensor], path: str) -> Tensor:

@@ -128,14 +128,28 @@ class _DequantizedLinear(torch.autograd.Function):
 
 
 def requantize(layer: Any, weight: Tensor) -> nn.Module:
-    """Quantise `weight` into a tuner layer's base layer by PEFT's rules; returns a layer over what was there."""
-    base = layer.get_base_layer()
+    """Quantise `weight` into a tuner layer's base layer by PEFT's rules; returns a layer over what was there.
+
+    Where that is interrupted, the base layer is what it was: PEFT takes the old weight away before it has the new one.
+    """
+    base, holder = layer.get_base_layer(), layer.base_layer
     before, stored = twin(base), getattr(base, "weight", None)
     attributes = dict(vars(stored)) if stored is not None else {}
-    layer.quantization_backend.set_base_weight(layer, weight)
-    if stored is not None:
-        vars(stored).update(attributes)  # PEFT marks the old parameter as not quantised in passing
+    try:
+        layer.quantization_backend.set_base_weight(layer, weight)
+    except BaseException:
+        layer.base_layer = holder
+        _replace(vars(base), vars(before))
+        raise
+    finally:
+        if stored is not None:
+            _replace(vars(stored), attributes)  # PEFT marks the old parameter as not quantised in passing
     return before
+
+
+def _replace(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    found.clear()
+    found.update(wanted)
 
 
 def twin(layer: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft.utils.other import get_pattern_key
 
-from ..packed import resolve_ranks
+from ..ranks import resolve_ranks
 
 if TYPE_CHECKING:
     from .config import SMoAConfig

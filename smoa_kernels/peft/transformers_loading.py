@@ -17,7 +17,7 @@ from .config import SMoAConfig
 from .folders import read_json
 from .loading import check_adapter
 from .model import forget_adapter, remove_adapter
-from .registry import PEFT_TYPE
+from .peft_type import PEFT_TYPE
 
 __all__ = ["install_checked_load"]
 

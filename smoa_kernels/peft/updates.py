@@ -12,8 +12,9 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from ..packed import pack_factors, trainable_parameters
+from ..packed import pack_factors
 from ..partition import BlockPartition
+from ..ranks import trainable_parameters
 from ..reference import reference_delta_weight
 from ..sketch import sketch_weight
 from .config import SMoAConfig

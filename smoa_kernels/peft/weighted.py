@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from ..checks import check_choice, check_kind, check_names
 from ..packed import PackedAdapter
 from .combine import concatenate_adapters, interpolate_factors
 from .config import FORMAT_VERSION, SMoAConfig, check_finite
@@ -24,8 +25,12 @@ def check_combination(
     """The function that combines, if `configs` (by adapter) allow it.
 
     Raises:
-        ValueError: as `SMoAModel.add_weighted_adapter` says.
+        TypeError, ValueError: as `SMoAModel.add_weighted_adapter` says.
     """
+    check_kind("adapter_name", adapter_name, str)
+    check_names("adapters", adapters)
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"weights must be a list of numbers, got {weights!r}")
     if adapter_name in configs:
         raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which exists")
     for name in adapters:
@@ -42,10 +47,7 @@ def check_combination(
     for weight in weights:
         check_finite("weights", weight)
     combinations = {"cat": concatenate_adapters, "linear": interpolate_factors}
-    if combination_type not in combinations:
-        raise ValueError(
-            f"combination_type must be one of {', '.join(combinations)}, got {combination_type!r}"
-        )
+    check_choice("combination_type", combination_type, combinations)
     return combinations[combination_type]
 
 

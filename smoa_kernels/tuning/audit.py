@@ -36,7 +36,7 @@ AUDIT_DTYPES = ("bf16", "fp16", "tf32", "fp32")
 """What the main loop multiplies; "fp32" is IEEE. On AMD float32 is always IEEE, so "tf32" is not compiled."""
 
 DEFAULT_REGISTRY = "smoa_kernels.tuning.registry:KERNELS"
-_CACHE_SCHEMA = 2  # raised whenever a record gains a field or a parser changes what it reads
+_CACHE_SCHEMA = 3  # raised whenever a record gains a field or a parser changes what it reads
 
 # More than any machine has cores for; the pool starts as many as it has work for.
 MOST_WORKERS = 1024
@@ -187,6 +187,8 @@ def _record(blank: Record, binary: Binary, arch: Architecture) -> Record:
             arch, registers=binary.registers, shared=binary.shared, warps=binary.warps
         ),
         "binary_bytes": binary.size,
+        "instructions": len(listing.instructions),
+        "loop_instructions": len(main_loop),
         "tensor_cores": dict(tensor_cores),
         "traffic": tuple(Traffic(*key, count) for key, count in sorted(traffic.items())),
     }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 
+from ..checks import check_kind
 from ..kernels.heuristic import CONFIGS
 from ..kernels.launch import architecture, multiprocessors
 
@@ -72,10 +73,14 @@ def identity(device: torch.device, kernel: str) -> Identity:
         device: where it would run.
         kernel: one of `heuristic.CONFIGS`, or "forward" or "input_gradient" for an algorithm.
 
+    Raises:
+        TypeError: no device.
+
     Example:
         >>> identity(torch.device("cpu"), "permute").gpu
         'cpu'
     """
+    check_kind("device", device, torch.device)
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return Identity(
         name,
@@ -134,8 +139,12 @@ def slug(gpu: str) -> str:
     Args:
         gpu: as the driver names it.
 
+    Raises:
+        TypeError: it is no string.
+
     Example:
         >>> slug("NVIDIA H100 80GB HBM3")
         'nvidia-h100-80gb-hbm3'
     """
+    check_kind("gpu", gpu, str)
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")

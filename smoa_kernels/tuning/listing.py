@@ -103,11 +103,6 @@ class Listing:
             spilled.update((base, offset + byte) for byte in range(_sass_bits(instruction.opcode) // 8))
         return len(spilled)
 
-    def local_accesses(self) -> int:
-        """Instructions that touch local (scratch) memory."""
-        stems = ("scratch_load", "scratch_store") if self.amd else ("STL", "LDL")
-        return sum(i.opcode.startswith(stems) for i in self.instructions)
-
     def _multiply_add(self, instruction: Instruction) -> bool:
         stems = ("v_fma", "v_pk_fma", "v_fmac", "v_mac") if self.amd else ("FFMA", "DFMA", "HFMA2")
         return instruction.opcode.startswith(stems)

@@ -18,7 +18,7 @@ from ..kernels.heuristic import Key
 from ..kernels.launch import Config
 from .entries import Entry
 from .identity import identity, staleness
-from .tables import read, shipped_table, update, user_table
+from .store import read, shipped_table, update, user_table
 
 __all__ = ["autotune_wanted", "forget", "install", "keep", "tuned_algorithm", "tuned_config"]
 
@@ -55,7 +55,7 @@ def keep(entry: Entry) -> None:
         OSError: the table cannot be written.
 
     Example:
-            >>> from smoa_kernels.tuning.entries import Trial
+        >>> from smoa_kernels.tuning.entries import Trial
         >>> key, device = Key("forward", "bf16", 8, 2, 4096, 4096, 512), torch.device("cpu")
         >>> trials = (Trial("split", seconds=2e-3), Trial("fused", seconds=1e-3))
         >>> keep(Entry(key, identity(device, "forward"), "split", trials, complete=True))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_kind
+
 __all__ = ["MODELS", "Decoder", "read_config"]
 
 
@@ -73,6 +75,7 @@ def read_config(path: Path) -> Decoder:
             under "text_config".
 
     Raises:
+        TypeError: no path.
         ValueError: no such file, or one that lacks a size.
 
     Example:
@@ -81,6 +84,7 @@ def read_config(path: Path) -> Decoder:
         >>> read_config(Path("config.json")) == MODELS["smollm2-135m"]
         True
     """
+    check_kind("path", path, Path)
     file = path / "config.json" if path.is_dir() else path
     try:
         if not file.is_file():  # a device or a pipe has no end

@@ -5,6 +5,7 @@ Imports Triton and the kernels. Everything else about the audit can be imported 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counts import partial_width
 from ..dropout import Dropout
 from ..kernels import block_grad, block_matmul, fused_linear, modulate, permute
 from ..kernels.heuristic import DTYPES, Key, shipped
@@ -51,8 +53,9 @@ _TOKENS, _ROWS, _COLS, _BLOCKS = 512, 1024, 2048, 2
 
 
 def _adapter(dtype: str, variant: str) -> PackedAdapter:
-    """A representative layer; the variant may name ρ = 64, and the float32 factors that PEFT keeps."""
-    rank = 64 if "r64" in variant else 16
+    """A representative layer; the variant may name ρ, else 16, and the float32 factors that PEFT keeps."""
+    named = re.search(r"\br(\d+)\b", variant)
+    rank = int(named[1]) if named else 16
     weight = torch.empty(_ROWS, _COLS, dtype=DTYPES[dtype])
     factors = torch.float32 if "fp32 factors" in variant else DTYPES[dtype]
     return PackedAdapter(
@@ -168,8 +171,9 @@ def _sum_parts(config: Any, dtype: str, variant: str) -> Launch:
 
 def _sum_partials(config: Any, dtype: str, variant: str) -> Launch:
     adapter = _adapter(dtype, variant)
-    partition, out = (adapter.partition, adapter.B) if variant == "dB" else (adapter.partition.T, adapter.A.T)
-    partial = torch.empty(8, out.shape[0], 16)
+    of_rows = variant.startswith("dB")
+    partition, out = (adapter.partition, adapter.B) if of_rows else (adapter.partition.T, adapter.A.T)
+    partial = torch.empty(8, out.shape[0], partial_width(out.shape[1]))
     return capture(
         block_grad.sum_partials_kernel,
         lambda: block_grad.sum_partials(partial, partition, adapter.ranks, out, 2, 128, config=config),

@@ -55,6 +55,8 @@ class Record:
         warps: per block.
         blocks_per_multiprocessor: from the published limits.
         binary_bytes: size of the device binary.
+        instructions: of a warp, in the listing.
+        loop_instructions: of these, in the main loop.
         tensor_cores: class to count of tensor-core instructions in the main loop.
         traffic: global-memory instructions.
         narrow: pointers that may be accessed below 128 bits, each with its reason.
@@ -74,6 +76,8 @@ class Record:
     warps: int = 0
     blocks_per_multiprocessor: int = 0
     binary_bytes: int = 0
+    instructions: int = 0
+    loop_instructions: int = 0
     tensor_cores: Mapping[str, int] = field(default_factory=dict)
     traffic: tuple[Traffic, ...] = ()
     narrow: Mapping[str, str] = field(default_factory=dict)

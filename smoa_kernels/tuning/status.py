@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from . import tables
+from . import store
 from .identity import identity, slug, staleness
-from .tables import read, user_folder
+from .store import read, user_folder
 
 __all__ = ["table_states"]
 
@@ -25,7 +25,7 @@ def table_states(devices: Sequence[torch.device]) -> dict[str, str]:
     states: dict[str, str] = {}
     here = {slug(identity(device, "forward").gpu): device for device in devices}
     seen = set()
-    for owner, folder in (("yours", user_folder()), ("shipped", tables.SHIPPED)):
+    for owner, folder in (("yours", user_folder()), ("shipped", store.SHIPPED)):
         for path in sorted(folder.glob("*.json")):
             states[str(path)] = f"{owner}; {_state(path, here.get(path.stem))}"
             seen.add(path.stem)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import triton_backend
-from ..kernels.block_grad import RANK_CHUNK, block_grad, sum_partials
+from ..counts import partial_width
+from ..kernels.block_grad import block_grad, sum_partials
 from ..kernels.block_matmul import block_matmul, block_ordered
 from ..kernels.fused_linear import fused_linear, sum_parts
 from ..kernels.heuristic import DTYPES, Key
@@ -254,8 +255,7 @@ def _sum_partials(key: Key, operands: _Operands) -> Workload:
     tile = min(key.padded_in, 128)
     tiles = key.padded_in // tile
     p = operands.partition(key.out_features, key.in_features)
-    width = -(-key.rank // RANK_CHUNK) * RANK_CHUNK
-    partial = operands.randn(_SPLITS * tiles, key.out_features, width).float()
+    partial = operands.randn(_SPLITS * tiles, key.out_features, partial_width(key.rank)).float()
     # A block writes as many tiles as its other side fills; the rest is never read.
     sizes = p.col_offsets.diff()[p.row_block.long()]
     written = tile * torch.arange(tiles, device=partial.device)[:, None] < sizes

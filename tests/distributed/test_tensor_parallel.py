@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from smoa_kernels import partition as partition_module
+from smoa_kernels import spectral_order
 from smoa_kernels.distributed import ColwiseSMoAParallel, RowwiseSMoAParallel, shared_spectra
 
 DOUBLE = 1e-10
@@ -154,18 +154,18 @@ def test_several_active_adapters(two: Processes) -> None:
 
 def spectra_are_shared() -> int:
     computed = []
-    original = partition_module.spectral_centroids
+    original = spectral_order.spectral_centroids
 
     def counting(weight: torch.Tensor) -> object:
         computed.append(weight)
         return original(weight)
 
-    partition_module.spectral_centroids = counting
+    spectral_order.spectral_centroids = counting
     try:
         with shared_spectra():
             fused, peft = build("fused", torch.float64), build("peft", torch.float64)
     finally:
-        partition_module.spectral_centroids = original
+        spectral_order.spectral_centroids = original
     for layer, other in zip(layers(fused), layers(peft), strict=True):
         assert layer.partition == other.partition("default")
     labels = [torch.empty_like(layers(fused)[0].smoa_row_block) for _ in range(dist.get_world_size())]

@@ -19,6 +19,10 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what `torch.empty` and its relatives return with NaN: an element left unwritten shows."""
+    with torch.device("cpu"):
+        torch.empty(
+            0
+        )  # what a default device applies to, torch notes once: the functions that are replaced here
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def filled(*args: Any, **kwargs: Any) -> Tensor:

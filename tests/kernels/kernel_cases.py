@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
+import pytest
 import torch
-from problems import LinearProblem, error_over_budget
+from problems import DEVICE, LinearProblem, error_over_budget, relative_error
 from torch import Tensor
 from vectors import Vector
 
+from smoa_kernels.kernels.heuristic import DTYPES as NAMES
+from smoa_kernels.kernels.heuristic import Key, shipped
+from smoa_kernels.kernels.launch import Config, architecture
 from smoa_kernels.packed import PackedAdapter
 from smoa_kernels.partition import BlockPartition
 from smoa_kernels.reference import reference_delta_weight, reference_linear
+from smoa_kernels.tuning.limits import ARCHITECTURES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,6 +64,32 @@ def assert_within_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
     assert ours.dtype == theirs.dtype
     assert ours.shape == truth.shape
     assert error_over_budget(ours, theirs, truth) <= 1
+
+
+def shipped_here(kernel: str) -> list[tuple[Config, str]]:
+    """A kernel's configurations for this GPU, each with what it multiplies; in the interpreter everyone's, in float32.
+
+    Another architecture's, or another dtype's, may want more shared memory than there is.
+    """
+    if DEVICE.type == "cpu":
+        everyones = (shipped(Key(kernel, dtype), arch) for arch in ARCHITECTURES for dtype in NAMES)
+        return [(config, "fp32") for config in dict.fromkeys(chain.from_iterable(everyones))]
+    dtypes = [name for name in NAMES if name != "tf32" or torch.version.hip is None]
+    return [(config, name) for name in dtypes for config in shipped(Key(kernel, name), architecture(DEVICE))]
+
+
+def assert_within_its_rounding(dtype: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
+    """Within the budget; TF32 keeps 10 bits of each operand, all of which torch's own product has."""
+    if dtype == "tf32":
+        assert relative_error(ours, truth) < 2**-9
+    else:
+        assert_within_budget(ours, theirs, truth)
+
+
+def need_memory(device: torch.device, gigabytes: float) -> None:
+    """Skip where a GPU has not so much left; on the CPU pages that nobody touches cost nothing."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < gigabytes * 1e9:
+        pytest.skip(f"needs {gigabytes} GB of the GPU's memory")
 
 
 class Guarded:

@@ -9,16 +9,20 @@ from kernel_cases import (
     Guarded,
     adapter_of,
     assert_within_budget,
+    assert_within_its_rounding,
     delta_weight,
     from_vector,
+    need_memory,
+    shipped_here,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
-from smoa_kernels.kernels import launch
+from smoa_kernels.counts import token_splits
+from smoa_kernels.kernels import heuristic
 from smoa_kernels.kernels._common import padded_width
-from smoa_kernels.kernels.block_grad import block_grad, token_splits
+from smoa_kernels.kernels.block_grad import block_grad
 from smoa_kernels.kernels.launch import BlockGradConfig
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.packed import PackedAdapter, padding_masks
@@ -30,7 +34,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Small enough that small problems have several tiles of each kind.
 TILE = 32
 SMALL = BlockGradConfig(block_n=16, block_c=TILE, block_t=16, split=1, num_warps=4, num_stages=2)
-SHIPPED = (*launch.BLOCK_GRAD_CONFIGS, *launch.BLOCK_GRAD_TF32_CONFIGS, *launch.BLOCK_GRAD_IEEE_CONFIGS)
 
 
 def gather(problem: LinearProblem, multiple: int = TILE) -> tuple[Tensor, Tensor]:
@@ -101,15 +104,16 @@ def test_split_tokens_agree_with_unsplit(splits: int, device: torch.device) -> N
         assert_within_budget(mine, whole, true)
 
 
-@pytest.mark.parametrize("config", SHIPPED, ids=str)
-def test_every_shipped_configuration(config: BlockGradConfig, device: torch.device) -> None:
+@pytest.mark.parametrize(("config", "dtype"), shipped_here("block_grad"), ids=str)
+def test_every_shipped_configuration(config: BlockGradConfig, dtype: str, device: torch.device) -> None:
     problem = make_problem(tokens=70, out_features=130, in_features=70, ranks=(5, 2))
-    problem = problem.on(device).to(torch.float32)
-    ours = block_grad(*gather(problem, 128), adapter_of(problem), config=config)
+    problem = problem.on(device).to(heuristic.DTYPES[dtype])
+    settings = {"allow_tf32": dtype == "tf32", "config": config}
+    ours = block_grad(*gather(problem, 128), adapter_of(problem), **settings)
     truth = expected(problem.to(torch.float64))
     for mine, theirs, true in zip(ours, expected(problem), truth, strict=True):
         assert mine is not None
-        assert_within_budget(mine, theirs, true)
+        assert_within_its_rounding(dtype, mine, theirs, true)
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
@@ -169,6 +173,7 @@ def test_column_major_weight_and_factors(transposed: bool, device: torch.device)
 
 def test_offsets_beyond_int32(device: torch.device) -> None:
     """Tokens 2³¹ / 8 elements apart, in memory that is reserved and mostly never touched."""
+    need_memory(device, 8)
     problem = make_problem(tokens=12).on(device).to(torch.bfloat16)
     dyg, xg = gather(problem)
     stride = 2**31 // 8

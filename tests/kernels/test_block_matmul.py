@@ -9,14 +9,17 @@ from kernel_cases import (
     Guarded,
     adapter_of,
     assert_within_budget,
+    assert_within_its_rounding,
     delta_weight,
     from_vector,
+    need_memory,
+    shipped_here,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
-from smoa_kernels.kernels import launch
+from smoa_kernels.kernels import heuristic, launch
 from smoa_kernels.kernels.block_matmul import block_matmul, block_ordered
 from smoa_kernels.kernels.launch import BlockMatmulConfig
 from smoa_kernels.kernels.modulate import modulated_blocks
@@ -30,13 +33,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Small enough that small problems have several tiles of each kind, and a last group of tokens that is not full.
 TILE = 16
 SMALL = BlockMatmulConfig(block_t=16, block_n=TILE, block_c=TILE, group_t=2, num_warps=4, num_stages=2)
-SHIPPED = (
-    *launch.BLOCK_MATMUL_CONFIGS,
-    *launch.BLOCK_MATMUL_TF32_CONFIGS,
-    *launch.BLOCK_MATMUL_IEEE_CONFIGS,
-    *launch.BLOCK_MATMUL_AMD_CONFIGS,
-    *launch.BLOCK_MATMUL_AMD_FP32_CONFIGS,
-)
 
 
 def blocks(adapter: PackedAdapter, multiple: int = TILE) -> Tensor:
@@ -102,16 +98,17 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
     assert torch.equal(block_matmul(dyg, adapter.T, delta, out=natural, config=SMALL), dx)
 
 
-@pytest.mark.parametrize("config", SHIPPED, ids=str)
-def test_every_shipped_configuration(config: BlockMatmulConfig, device: torch.device) -> None:
+@pytest.mark.parametrize(("config", "dtype"), shipped_here("block_matmul"), ids=str)
+def test_every_shipped_configuration(config: BlockMatmulConfig, dtype: str, device: torch.device) -> None:
     problem = make_problem(tokens=5, out_features=130, in_features=70, ranks=(5, 2)).on(device)
-    problem = problem.to(torch.float32)
+    problem = problem.to(heuristic.DTYPES[dtype])
     adapter = adapter_of(problem)
     delta = blocks(adapter, 128)
-    out = torch.empty(5, 130, device=device)
-    block_matmul(gather(problem.x, adapter, 128), adapter, delta, out=out, config=config)
+    out = torch.empty(5, 130, dtype=problem.x.dtype, device=device)
+    settings = {"allow_tf32": dtype == "tf32", "config": config}
+    block_matmul(gather(problem.x, adapter, 128), adapter, delta, out=out, **settings)
     truth = problem.x.double() @ delta_weight(problem.to(torch.float64)).T
-    assert_within_budget(out, problem.x @ delta_weight(problem).T, truth)
+    assert_within_its_rounding(dtype, out, problem.x @ delta_weight(problem).T, truth)
 
 
 def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
@@ -133,6 +130,7 @@ def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
 
 def test_offsets_beyond_int32(device: torch.device) -> None:
     """Rows of y 2³¹ / 8 elements apart, in memory that is reserved and mostly never touched."""
+    need_memory(device, 8)
     problem = make_problem(tokens=12, fill_padding=False).on(device).to(torch.bfloat16)
     stride = 2**31 // 8
     shape = (12, problem.weight.shape[0])

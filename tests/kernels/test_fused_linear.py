@@ -9,21 +9,19 @@ from kernel_cases import (
     Guarded,
     adapter_of,
     assert_within_budget,
+    assert_within_its_rounding,
     delta_weight,
     from_vector,
     linear,
+    shipped_here,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
+from smoa_kernels.kernels import heuristic
 from smoa_kernels.kernels.fused_linear import fused_linear
 from smoa_kernels.kernels.launch import (
-    FUSED_LINEAR_AMD_CONFIGS,
-    FUSED_LINEAR_AMD_FP32_CONFIGS,
-    FUSED_LINEAR_CONFIGS,
-    FUSED_LINEAR_IEEE_CONFIGS,
-    FUSED_LINEAR_TF32_CONFIGS,
     FusedLinearConfig,
     fused_linear_configs,
 )
@@ -31,14 +29,6 @@ from smoa_kernels.kernels.launch import (
 pytestmark = pytest.mark.numerical
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-ALL_CONFIGS = dict.fromkeys(
-    FUSED_LINEAR_CONFIGS
-    + FUSED_LINEAR_TF32_CONFIGS
-    + FUSED_LINEAR_IEEE_CONFIGS
-    + FUSED_LINEAR_AMD_CONFIGS
-    + FUSED_LINEAR_AMD_FP32_CONFIGS
-)
 
 
 def dx(problem: LinearProblem) -> Tensor:
@@ -67,12 +57,13 @@ def test_ranks(rank: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch
     check(problem.on(device), *dtypes)
 
 
-@pytest.mark.parametrize("config", ALL_CONFIGS, ids=str)
-def test_every_shipped_configuration(config: FusedLinearConfig, device: torch.device) -> None:
+@pytest.mark.parametrize(("config", "dtype"), shipped_here("fused_linear"), ids=str)
+def test_every_shipped_configuration(config: FusedLinearConfig, dtype: str, device: torch.device) -> None:
     problem = make_problem(tokens=35, out_features=70, in_features=150, ranks=(5, 2))
-    problem = problem.on(device).to(torch.float32)
-    y = fused_linear(problem.x, problem.bias, adapter_of(problem), config=config)
-    assert_within_budget(y, linear(problem), linear(problem.to(torch.float64)))
+    problem = problem.on(device).to(heuristic.DTYPES[dtype])
+    settings = {"allow_tf32": dtype == "tf32", "config": config}
+    y = fused_linear(problem.x, problem.bias, adapter_of(problem), **settings)
+    assert_within_its_rounding(dtype, y, linear(problem), linear(problem.to(torch.float64)))
 
 
 def test_tf32_stays_within_its_own_rounding(device: torch.device) -> None:

@@ -139,3 +139,10 @@ def test_empty_weights(shape: tuple[int, int], device: torch.device) -> None:
     )
     assert modulated_weight(shard).shape == shape
     assert modulated_blocks(shard, row_multiple=16, col_multiple=16).numel() == 0
+
+
+def test_poisoned_memory_is_where_a_default_device_has_it() -> None:
+    """As on a GPU, where these tests run in one; first of a process, too."""
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta
+        assert torch.nn.Linear(2, 2).weight.is_meta

@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from adapted import adapt, logits, nudge
 from packaging.version import Version
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers.integrations import peft as integration
@@ -28,6 +29,16 @@ def make_model(request):
 def tokens():
     drawn = torch.randint(0, 64, (3, 7), device="cpu", generator=torch.Generator().manual_seed(1))
     return drawn.to(torch.get_default_device())
+
+
+@pytest.fixture
+def folder(make_model, tokens, tmp_path):
+    """A saved adapter with random weights, and the outputs that it gave."""
+    model = adapt(make_model())
+    nudge(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        return tmp_path / "adapter", logits(model, tokens)
 
 
 @pytest.fixture

@@ -5,26 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import WEIGHTS, adapt, layers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from smoa_kernels import sketch
-from smoa_kernels.peft import SMoAConfig, SMoALayer
+from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.inspection import inspect_adapter
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
-
-WEIGHTS = "adapter_model.safetensors"
-
-
-def adapt(model, **settings):
-    conv1d = model.config.model_type == "gpt2"
-    defaults = {"r": 5, "num_blocks": 3, "target_modules": "all-linear", "init_weights": False}
-    return get_peft_model(model, SMoAConfig(**{**defaults, "fan_in_fan_out": conv1d, **settings})).eval()
-
-
-def layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, SMoALayer)}
 
 
 @pytest.fixture

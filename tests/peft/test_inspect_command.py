@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llama
+from safetensors.torch import load_file
+from tiny_models import tiny_llama, write_weights
 
 from smoa_kernels.cli import main
 from smoa_kernels.peft import SMoAConfig
@@ -91,7 +91,7 @@ MISTAKES = {
     "future": (lambda f: edit(f, format_version=9), "format_version 9 of the adapter is newer"),
     "other rank": (lambda f: edit(f, r=6), "layers.0.mlp.down_proj: ranks must sum to r=6"),
     "no layers": (
-        lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS),
+        lambda f: write_weights(f, {"x": torch.ones(1)}),
         "holds no layer of an SMoA adapter",
     ),
     "a vector": (lambda f: put(f, "smoa_A", torch.ones(5)), "smoa_A must be a matrix of floating-point"),
@@ -105,7 +105,7 @@ MISTAKES = {
 def put(folder, name, tensor):
     state = load_file(folder / WEIGHTS)
     state[next(key for key in state if key.endswith(name))] = tensor
-    save_file(state, folder / WEIGHTS)
+    write_weights(folder, state)
 
 
 def edit(folder, **values):
@@ -134,6 +134,7 @@ def test_base_that_cannot_be_read(adapter, tmp_path, capsys):
 def test_json_that_cannot_be_written(adapter, tmp_path, capsys):
     assert_refused(capsys, "is a directory", adapter, "--json", tmp_path)
     assert_refused(capsys, "is not a folder", adapter, "--json", tmp_path / "none" / "report.json")
+    assert_refused(capsys, "cannot write /dev/full: No space left on device", adapter, "--json", "/dev/full")
 
 
 def assert_refused(capsys, message, *arguments):

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from adapted import layer_list
 from peft import PeftModel, get_peft_model
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from smoa_kernels.peft import SMoAConfig, SMoALayer
+from smoa_kernels.peft import SMoAConfig
 
 
 def adapt(model, conv1d=False):
@@ -41,20 +42,16 @@ def expected(tokens, tmp_path):
         return model(tokens).logits
 
 
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, SMoALayer)]
-
-
 def test_injection_reads_the_offloaded_weight(offload, tokens, expected):
     model = adapt(offload(tiny_llama()))
     assert all(
-        layer.base_layer.weight.is_meta and not layer.smoa_A["default"].is_meta for layer in layers(model)
+        layer.base_layer.weight.is_meta and not layer.smoa_A["default"].is_meta for layer in layer_list(model)
     )
     assert torch.equal(model(tokens).logits, expected)
     plain = adapt(tiny_llama())
     model(tokens).logits.square().sum().backward()
     plain(tokens).logits.square().sum().backward()
-    for ours, theirs in zip(layers(model), layers(plain), strict=True):
+    for ours, theirs in zip(layer_list(model), layer_list(plain), strict=True):
         assert torch.equal(ours.smoa_B["default"].grad, theirs.smoa_B["default"].grad)
     torch.testing.assert_close(model.merge_and_unload()(tokens).logits, expected)
 
@@ -71,7 +68,7 @@ def test_offloading_an_adapted_model(offload, tokens, expected, tmp_path):
     offload(model.base_model.model)
     assert torch.equal(model(tokens).logits, expected)
     with pytest.raises(RuntimeError, match="the base weight is offloaded"):
-        layers(model)[0].merge()
+        layer_list(model)[0].merge()
     trained = adapt(tiny_llama())
     offload(trained.base_model.model)
     with pytest.raises(RuntimeError, match="the adapter's weights are offloaded and cannot be trained"):
@@ -120,7 +117,7 @@ def zero3(monkeypatch):
 def test_injection_gathers_a_partitioned_weight(zero3, make_base, tmp_path):
     settings = {"conv1d": make_base is tiny_gpt2}
     plain, partitioned = adapt(make_base(), **settings), adapt(zero3(make_base()), **settings)
-    for ours, theirs in zip(layers(partitioned), layers(plain), strict=True):
+    for ours, theirs in zip(layer_list(partitioned), layer_list(plain), strict=True):
         assert ours.base_layer.weight.numel() == 0
         assert torch.equal(ours.smoa_blocks["default"], theirs.smoa_blocks["default"])
     # The base weight of a loaded adapter is gathered too, to be recognised.
@@ -131,4 +128,4 @@ def test_injection_gathers_a_partitioned_weight(zero3, make_base, tmp_path):
     with pytest.raises(ValueError, match="another base weight"):
         PeftModel.from_pretrained(zero3(make_base(seed=1)), tmp_path, strict_base=True)
     with pytest.raises(RuntimeError, match="W0 is partitioned by DeepSpeed ZeRO-3"):
-        layers(partitioned)[0](torch.randn(2, layers(partitioned)[0].in_features))
+        layer_list(partitioned)[0](torch.randn(2, layer_list(partitioned)[0].in_features))

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from adapted import layer_list
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import get_peft_model_state_dict
+from test_faults import FailingAt, count
 from tiny_models import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from smoa_kernels import BlockPartition, smoa_linear
-from smoa_kernels.peft import SMoAConfig, SMoALayer
+from smoa_kernels.peft import SMoAConfig
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra of quantised bases is not installed")
 
@@ -46,10 +48,6 @@ def adapt(model, **settings):
     return get_peft_model(model, SMoAConfig(**{**defaults, **settings}))
 
 
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, SMoALayer)]
-
-
 def dequantized(layer):
     return bnb.functional.dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state)
 
@@ -58,7 +56,7 @@ def dequantized(layer):
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_outputs_and_gradients_are_those_over_the_dequantised_weight(saved, kind, double, dropout):
     model = adapt(load(saved, kind, double), smoa_dropout=dropout).train()
-    for layer in layers(model):
+    for layer in layer_list(model):
         assert isinstance(layer.base_layer, bnb.nn.Linear4bit)
         assert layer.smoa_A["default"].dtype == torch.float32
         weight = dequantized(layer).float()
@@ -92,7 +90,7 @@ def test_outputs_and_gradients_are_those_over_the_dequantised_weight(saved, kind
 
 def test_the_weights_values_are_not_kept_for_backward(saved):
     model = adapt(load(saved)).train()
-    layer = layers(model)[0]
+    layer = layer_list(model)[0]
     shapes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
         layer(torch.randn(5, layer.in_features))
@@ -104,7 +102,7 @@ def test_nor_where_adapters_drop_out_differently(saved):
     model = adapt(load(saved), smoa_dropout=0.5)
     model.add_adapter("other", SMoAConfig(r=3, target_modules="all-linear", init_weights=False))
     model.base_model.set_adapter(["default", "other"])
-    layer = layers(model.train())[0]
+    layer = layer_list(model.train())[0]
     x, dy, shapes = torch.randn(5, layer.in_features), torch.randn(5, layer.out_features), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
         y = layer(x)
@@ -135,16 +133,16 @@ def test_training_over_a_prepared_model(saved, tokens):
 def test_merging_requantises_and_unmerging_restores_every_bit(saved, tokens, compute):
     model = adapt(load(saved, compute=compute), smoa_alpha=8).eval()
     expected = model(tokens).logits
-    before = [layer.base_layer.weight.data.clone() for layer in layers(model)]
+    before = [layer.base_layer.weight.data.clone() for layer in layer_list(model)]
     saved_before = get_peft_model_state_dict(model)
     model.merge_adapter()
     merged = model(tokens).logits
     assert (merged - expected).norm() < 0.3 * expected.norm()  # the rounding of NF4
     assert get_peft_model_state_dict(model).keys() == saved_before.keys()
-    for layer, packed in zip(layers(model), before, strict=True):
+    for layer, packed in zip(layer_list(model), before, strict=True):
         assert not torch.equal(layer.base_layer.weight.data, packed)
     model.unmerge_adapter()
-    for layer, packed in zip(layers(model), before, strict=True):
+    for layer, packed in zip(layer_list(model), before, strict=True):
         assert torch.equal(layer.base_layer.weight.data, packed)
     assert torch.equal(model(tokens).logits, expected)
     unloaded = model.merge_and_unload()
@@ -183,7 +181,7 @@ def test_several_adapters_and_mixed_batches(saved, tokens):
     for i, expected in enumerate((default, other, base)):
         torch.testing.assert_close(mixed[i], expected[i], rtol=1e-4, atol=1e-4)
     model.base_model.set_adapter(["default", "other"])
-    layer = layers(model)[0]
+    layer = layer_list(model)[0]
     x = torch.randn(4, layer.in_features)
     delta = layer.get_delta_weight("default") + layer.get_delta_weight("other")
     torch.testing.assert_close(
@@ -200,17 +198,17 @@ def test_eight_bits(saved, tokens):
     assert (model.eval()(tokens).logits - expected).norm() < 0.03 * expected.norm()
     model.train()(tokens).logits.sum().backward()
     with torch.no_grad():
-        for layer in layers(model):
+        for layer in layer_list(model):
             assert isinstance(layer.base_layer, bnb.nn.Linear8bitLt)
             assert layer.smoa_B["default"].grad.any()
             layer.smoa_B["default"].normal_()
     adapted = model.eval()(tokens).logits
-    before = [(layer.base_layer.weight.data.clone(), layer.base_weight()) for layer in layers(model)]
+    before = [(layer.base_layer.weight.data.clone(), layer.base_weight()) for layer in layer_list(model)]
     model.merge_adapter()
     merged = model(tokens).logits
     assert (merged - adapted).norm() < 0.03 * adapted.norm()
     model.unmerge_adapter()
-    for layer, (packed, weight) in zip(layers(model), before, strict=True):
+    for layer, (packed, weight) in zip(layer_list(model), before, strict=True):
         assert torch.equal(layer.base_layer.weight.data, packed)
         assert torch.equal(layer.base_weight(), weight)
     assert torch.equal(model(tokens).logits, adapted)
@@ -230,16 +228,18 @@ def check_torchao_life_cycle(base, tokens, tolerance, rounding):
     assert (model(tokens).logits - expected).norm() <= tolerance * expected.norm()
     model(tokens).logits.sum().backward()
     with torch.no_grad():
-        for layer in layers(model):
+        for layer in layer_list(model):
             assert layer.smoa_B["default"].grad.any()
             layer.smoa_B["default"].normal_()
     adapted = model(tokens).logits
-    weights = [layer.base_weight() for layer in layers(model)]
+    weights = [layer.base_weight() for layer in layer_list(model)]
     model.merge_adapter()
     merged = model(tokens).logits
     assert (merged - adapted).norm() < rounding * adapted.norm()
     model.unmerge_adapter()
-    assert all(torch.equal(layer.base_weight(), w) for layer, w in zip(layers(model), weights, strict=True))
+    assert all(
+        torch.equal(layer.base_weight(), w) for layer, w in zip(layer_list(model), weights, strict=True)
+    )
     assert torch.equal(model.merge_and_unload()(tokens).logits, merged)
 
 
@@ -277,3 +277,55 @@ def test_torchao_int4_weight_only_on_a_gpu(saved, tokens):
     config = torchao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d")
     base = torchao_base(saved, config, device="cuda", dtype=torch.bfloat16)
     check_torchao_life_cycle(base, tokens.cuda(), tolerance=0.02, rounding=0.5)
+
+
+def quantised(saved, kind):
+    if kind == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    elif kind == "torchao":
+        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    else:
+        return load(saved, kind, double=True)
+    return AutoModelForCausalLM.from_pretrained(saved, quantization_config=config, dtype=torch.float32).eval()
+
+
+def anatomy(layer):
+    """What a quantised layer consists of: each tensor's bytes, and of which attributes."""
+    weight = layer.weight
+    found = {"attributes": sorted(vars(layer)), "of the weight": sorted(vars(weight)), "kind": type(weight)}
+    for name in ("data", "qdata", "scale", "SCB"):
+        value = getattr(weight, name, None)
+        if isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, nn.Parameter):
+            found[name] = value.contiguous().view(torch.uint8).numpy().tobytes()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao"])
+def test_a_merge_that_is_interrupted_anywhere(saved, kind):
+    """The base is what it was, whatever PEFT had taken out of it by then; after a first merge, what that left."""
+    model = adapt(quantised(saved, kind), target_modules=["q_proj"], layers_to_transform=[0], smoa_alpha=8)
+    model.add_adapter(
+        "other", SMoAConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0], init_weights=False)
+    )
+    (layer,) = layer_list(model)
+    x = torch.randn(5, layer.in_features)
+    expected = layer(x)
+    calls = count(lambda: layer.merge(adapter_names=["default"]))
+    merged = layer(x)
+    layer.unmerge()
+    assert calls > 5
+    for first, wanted in ((["default"], expected), (["other"], merged)):
+        for n in range(1, calls + 1):
+            whole, base = anatomy(layer.base_layer), layer.base_layer
+            with pytest.raises(KeyboardInterrupt), FailingAt(n, KeyboardInterrupt):
+                layer.merge(adapter_names=first)
+            assert layer.base_layer is base
+            assert anatomy(base) == whole
+            assert torch.equal(layer(x), wanted), n
+            assert layer.merged == (first == ["other"])
+        if first == ["default"]:
+            layer.merge(adapter_names=first)
+            assert torch.equal(layer(x), merged)
+    layer.unmerge()
+    assert torch.equal(layer(x), expected)

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from adapted import layer_list
 from peft import get_peft_model
 from peft.utils.quantization_utils import Bnb4bitBackend
 from tiny_models import tiny_llama
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from smoa_kernels.peft import SMoAConfig, SMoALayer
+from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft import dequantize as module
 from smoa_kernels.peft.scratch import ScratchPool
 
@@ -76,10 +77,6 @@ def buffers(pool):
     return [buffer for free in pool._free.values() for buffer in free]
 
 
-def layers(model):
-    return [layer for layer in model.modules() if isinstance(layer, SMoALayer)]
-
-
 def gradients(model, tokens):
     torch.manual_seed(1)
     model.zero_grad()
@@ -89,14 +86,17 @@ def gradients(model, tokens):
 
 def without_a_buffer(model, tokens, monkeypatch):
     """The gradients where each call dequantises anew, as PEFT does."""
+    read = module.read_weight
     with monkeypatch.context() as allocating:
         allocating.setattr(module, "_filler", lambda *_: None)
+        # Rows side by side, as in the buffer: torchao's int4 comes transposed, which a GEMM may sum otherwise.
+        allocating.setattr(module, "read_weight", lambda *given: read(*given).contiguous())
         return gradients(model, tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_buffer_holds_what_peft_reads(make_model, pool, dtype):
-    for layer in layers(make_model()):
+    for layer in layer_list(make_model()):
         with layer._dequantized(dtype) as weight:
             found = weight.clone()
         assert weight.data_ptr() == buffers(pool)[0].data_ptr()
@@ -135,7 +135,7 @@ def test_nothing_of_the_weights_size_is_allocated(make_model, pool):
                         self.elements = max(self.elements, storage.nbytes() // tensor.element_size())
             return result
 
-    for layer in layers(make_model()):
+    for layer in layer_list(make_model()):
         with layer._dequantized(torch.float32) as weight:
             place, size = weight.untyped_storage().data_ptr(), weight.numel()
         with Largest() as largest, layer._dequantized(torch.float32) as weight:
@@ -144,7 +144,7 @@ def test_nothing_of_the_weights_size_is_allocated(make_model, pool):
 
 
 def test_forwards_and_backwards_of_two_layers_interleave(make_model, pool):
-    first, *_, second = layers(make_model())
+    first, *_, second = layer_list(make_model())
     assert first.base_weight().shape != second.base_weight().shape
     inputs = [torch.randn(5, layer.in_features, requires_grad=True) for layer in (first, second)]
 

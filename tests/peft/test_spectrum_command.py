@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +280,19 @@ def test_model_folders_that_cannot_be_measured(base, tmp_path, capsys):
     assert_refused(capsys, "config.json", base)
     (base / "config.json").unlink()
     assert_refused(capsys, f"there is no config.json in {base}", base)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("option", ["--json", "--figure"])
+def test_results_on_a_full_disk(base, tmp_path, capsys, option):
+    if option == "--figure":
+        pytest.importorskip("matplotlib", reason="draws it")
+    place = tmp_path / "full.svg"
+    place.symlink_to("/dev/full")
+    capsys.readouterr()
+    assert spectrum(base, "--target", "q_proj", option, place) == 2
+    assert capsys.readouterr().err == f"smoa-kernels: error: cannot write {place}: No space left on device\n"
+    assert place.is_symlink()
 
 
 def assert_refused(capsys, message, *arguments):

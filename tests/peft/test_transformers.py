@@ -2,37 +2,23 @@
 
 import pytest
 import torch
+from adapted import WEIGHTS, gentle, layers, logits
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_models import write_weights
 
-from smoa_kernels.peft import SMoAConfig, SMoALayer
-
-WEIGHTS = "adapter_model.safetensors"
 pytestmark = pytest.mark.usefixtures("transformers_adapters")
-
-
-def settings(model, **given):
-    defaults = {"target_modules": "all-linear", "init_weights": False, "smoa_alpha": 0.5}
-    return SMoAConfig(**{**defaults, "fan_in_fan_out": model.config.model_type == "gpt2", **given})
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, SMoALayer)]
-
-
-def logits(model, tokens):
-    return model(tokens).logits
 
 
 def test_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
     model = make_model()
-    model.add_adapter(settings(model))
+    model.add_adapter(gentle(model))
     model.eval()
     expected = logits(model, tokens)
     model.save_pretrained(tmp_path)
     loaded = make_model()
     with monkeypatch.context() as loading:  # no spectral order is computed
-        loading.delattr("smoa_kernels.partition.spectral_centroids")
+        loading.delattr("smoa_kernels.spectral_order.spectral_centroids")
         loaded.load_adapter(tmp_path)
         logits(loaded, tokens)
     assert torch.equal(logits(loaded.eval(), tokens), expected)
@@ -43,7 +29,7 @@ def test_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
 def edit_blocks(folder, edit):
     state = load_file(folder / WEIGHTS)
     edit(state, next(key for key in state if key.endswith("smoa_blocks")))
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder, state)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +56,7 @@ def edit_blocks(folder, edit):
     ],
 )
 def test_nothing_of_a_broken_adapter_is_loaded(llama, tokens, tmp_path, spoil, message):
-    get_peft_model(llama(), settings(llama())).save_pretrained(tmp_path)
+    get_peft_model(llama(), gentle(llama())).save_pretrained(tmp_path)
     good = llama()
     good.load_adapter(tmp_path)
     expected = logits(good, tokens)
@@ -89,14 +75,14 @@ def test_nothing_of_a_broken_adapter_is_loaded(llama, tokens, tmp_path, spoil, m
 
 
 def test_another_base_is_noticed(llama, tmp_path):
-    get_peft_model(llama(), settings(llama(), strict_base=True)).save_pretrained(tmp_path)
+    get_peft_model(llama(), gentle(llama(), strict_base=True)).save_pretrained(tmp_path)
     llama().load_adapter(tmp_path)
     with pytest.raises(ValueError, match="another base weight in 14 layers"):
         llama(seed=1).load_adapter(tmp_path)
 
 
 def test_no_pickle_is_read(llama, tmp_path):
-    get_peft_model(llama(), settings(llama())).save_pretrained(tmp_path)
+    get_peft_model(llama(), gentle(llama())).save_pretrained(tmp_path)
     torch.save(load_file(tmp_path / WEIGHTS), tmp_path / "adapter_model.bin")
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(ValueError, match="is a pickle"):

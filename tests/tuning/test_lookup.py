@@ -21,9 +21,9 @@ from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.partition import BlockPartition
-from smoa_kernels.tuning import autotune, identity, lookup, tables
+from smoa_kernels.tuning import autotune, identity, lookup, store
 from smoa_kernels.tuning.entries import Choice
-from smoa_kernels.tuning.tables import read, update, user_table
+from smoa_kernels.tuning.store import read, update, user_table
 
 pytestmark = needs_interpreter
 
@@ -42,7 +42,7 @@ def test_without_tables_the_heuristic_answers(cache: Path) -> None:
 def test_the_users_table_comes_before_the_shipped_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
     update(tmp_path / "shipped" / "cpu.json", [entry(seconds={THIRD: 1.0})])
     assert ask() == THIRD
     update(user_table("cpu"), [permute_entry()])

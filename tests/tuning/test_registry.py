@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import smoa_kernels
+from smoa_kernels.counts import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE
+from smoa_kernels.tuning.rules import Record, broken_rules
 
 pytest.importorskip("triton", reason="there are no kernels to compile")
 
@@ -39,7 +41,13 @@ for spec in KERNELS:
                     })
 (permute,) = (spec for spec in KERNELS if spec.name == "permute")
 task = Task(DEFAULT_REGISTRY, "permute", permute.variants[0], 0, "sm_90", "bf16")
-print(json.dumps({"launches": found, "broken": broken_rules(run_task(task))}))
+narrow_rank = [Task(DEFAULT_REGISTRY, "block_grad", "r4", 0, arch, "bf16") for arch in ("sm_90", "gfx942")]
+narrow_rank += [Task(DEFAULT_REGISTRY, "sum_partials", "dB r4", 0, "sm_90", "bf16")]
+print(json.dumps({
+    "launches": found,
+    "broken": broken_rules(run_task(task)),
+    "narrow rank": [run_task(task).to_json() for task in narrow_rank],
+}))
 """
 
 
@@ -77,6 +85,33 @@ def test_the_configuration_reaches_the_kernel(audited: dict) -> None:
 def test_a_shipped_configuration_meets_the_rules(audited: dict) -> None:
     """One, so that a change of Triton shows here too."""
     assert audited["broken"] == []
+
+
+def test_partials_of_few_ranks_are_stored_and_read_as_wide_as_those_of_many(audited: dict) -> None:
+    """ρ = 4, as K = 4 at r = 16 has it. A row is one store of 128 bits; Hopper gives dA's tile two threads a group."""
+    hopper, amd, summed = map(Record.from_json, audited["narrow rank"])
+
+    def widths(record: Record) -> dict[str, int]:
+        return {t.pointer: t.bits for t in record.traffic if t.pointer.startswith("partial")}
+
+    assert widths(hopper) == {"partial_a_ptr": 64, "partial_b_ptr": 128}
+    assert widths(amd) == {"partial_a_ptr": 128, "partial_b_ptr": 128}
+    assert widths(summed) == {"partial_ptr": 128}
+    assert not broken_rules(hopper)
+    assert not broken_rules(amd)
+
+
+def test_what_the_predicted_rate_of_block_grad_assumes(audited: dict) -> None:
+    """On an H100, whose multiprocessor has four schedulers and multiplies 4096 bf16 flops a clock (docs/gpu.md)."""
+    hopper = Record.from_json(audited["narrow rank"][0])
+    tile = hopper.config["block_n"], hopper.config["block_c"], hopper.config["block_t"]
+    assert tile == (GRAD_TILE, GRAD_TILE, GRAD_STEP)
+    clocks = 2 * GRAD_TILE**2 * GRAD_STEP / 4096
+    warps = hopper.warps / 4
+    assert hopper.blocks_per_multiprocessor == 1
+    assert warps * hopper.loop_instructions < 0.6 * clocks  # the loop is not short of instruction slots
+    end = warps * (hopper.instructions - hopper.loop_instructions) / clocks
+    assert end == pytest.approx(GRAD_EPILOGUE_STEPS, rel=0.2)
 
 
 def test_what_another_checkout_compiled_says_nothing_of_this_one(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
 from smoa_kernels.tuning import status
 from smoa_kernels.tuning.entries import Choice
 from smoa_kernels.tuning.models import MODELS, Decoder, read_config
-from smoa_kernels.tuning.tables import read, update, user_table
+from smoa_kernels.tuning.store import read, update, user_table
 from smoa_kernels.tuning.tuner import Run
 
 pytestmark = needs_interpreter
@@ -64,6 +64,8 @@ def test_a_dry_run_lists_what_is_timed_and_what_is_pruned_and_why(
     assert "t=64 p=128 warps=2 stages=1" in out
     assert out.count("runs without a table") == 2
     assert out.count("never chosen") == 1  # merged, in bf16
+    assert "split (gather before)" in out
+    assert "fused (one kernel, gather inside)" in out
     assert "pruned: gather: spills 8 bytes" in out
     assert "for 2 problems on a100 (sm_80), 1 are pruned. Nothing was measured." in out
     assert not cache.exists()
@@ -112,7 +114,11 @@ def test_tuning_ends_with_heuristic_against_tuned_and_is_in_force(
     assert "64.0" in weight
     assert "16.0" in weight
     assert "0.25" in weight
-    (forward,) = (line for line in out.splitlines() if "forward 70x90 T≤32" in line)
+    forward, compared = (line for line in out.splitlines() if "forward 70x90 T≤32" in line)
+    times = (
+        "split (gather before) 2.0 µs, merged (no gather) 3.0 µs, fused (one kernel, gather inside) 1.0 µs"
+    )
+    assert compared == f"compared: forward 70x90 T≤32 ρ=3 K=2 bf16: {times}"
     assert "fused" in forward
     assert f"Kept in {user_table('cpu')}" in out
     config = selection.select(
@@ -130,7 +136,7 @@ def test_the_table_shows_no_winner_that_breaks_the_numbers(
 ) -> None:
     gpu(scripted(lambda choice: {"merged": 1e-6, "split": 2e-6, "fused": 3e-6}[choice]))  # type: ignore[index]
     assert main(["tune", *SMALL, "--kernel", "forward"]) == 0
-    (forward,) = (line for line in capsys.readouterr().out.splitlines() if "forward 70x90" in line)
+    forward, _ = (line for line in capsys.readouterr().out.splitlines() if "forward 70x90" in line)
     assert "split" in forward
 
 
@@ -165,7 +171,8 @@ def test_failures_and_a_spent_budget_are_told(
     gpu(timer)
     assert main(["tune", *SMALL, "--kernel", "forward"]) == 0
     out = capsys.readouterr().out
-    assert "failed: forward 70x90 T≤32 ρ=3 K=2 bf16 at fused: RuntimeError: [out of] resources" in out
+    told = "at fused (one kernel, gather inside): RuntimeError: [out of] resources"
+    assert f"failed: forward 70x90 T≤32 ρ=3 K=2 bf16 {told}" in out
     assert main(["tune", *SMALL, "--kernel", "input_gradient", "--budget", "0"]) == 0
     assert "not done: input_gradient 70x90 T≤32 ρ=3 K=2 bf16: no time was left" in capsys.readouterr().out
 

@@ -21,7 +21,7 @@ from smoa_kernels.tuning.entries import UNFINISHED, Choice, Entry
 from smoa_kernels.tuning.plan import Layer, Target, jobs, keys
 from smoa_kernels.tuning.rules import Record
 from smoa_kernels.tuning.space import algorithm_job, kernel_job, search_space
-from smoa_kernels.tuning.tables import read, user_table
+from smoa_kernels.tuning.store import read, user_table
 from smoa_kernels.tuning.tuner import DeviceLostError, Run, Tuned, tune
 from smoa_kernels.tuning.workloads import Workload, workload
 

@@ -14,9 +14,9 @@ import pytest
 from tuning_cases import FORWARD, GRAD, PERMUTE, entry, needs_interpreter, permute_entry
 
 from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
-from smoa_kernels.tuning import tables
+from smoa_kernels.tuning import store
 from smoa_kernels.tuning.entries import Entry, Trial, merged
-from smoa_kernels.tuning.tables import SCHEMA, read, update, user_table
+from smoa_kernels.tuning.store import SCHEMA, read, update, user_table
 
 HERE = Path(__file__).resolve().parent
 
@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_written_to(table: Path, monkeypatch: pytest.Mon
 
     table.parent.mkdir(parents=True)
     table.write_text("{")
-    monkeypatch.setattr(tables, "_lock", refuse)
+    monkeypatch.setattr(store, "_lock", refuse)
     with pytest.warns(UserWarning, match="it is not used"):
         assert read(table) == {}
     with pytest.raises(PermissionError):

@@ -1,22 +1,26 @@
-"""Bad inputs of the PEFT tuner, as tests/test_bad_inputs.py tells them for the rest."""
+"""Bad settings of the PEFT tuner, and bad states in the paper's layout."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from test_bad_inputs import World, check, one, world  # noqa: F401  # the last is a fixture
-from torch import Tensor
+from torch import Tensor, nn
+
+from .harness import NESTED, Change, World, check, one, rows
 
 pytest.importorskip("transformers", reason="needs the peft extra")
 
+from peft import get_peft_model
+
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.peft.inspection import inspect_adapter
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
 
 NAN = float("nan")
 HUGE = 10**12
 
-CONFIGURATIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+CONFIGURATIONS: list[Change] = [
     ({"r": 0}, ValueError, "r must be at least 1, got 0"),
     ({"r": None}, TypeError, "r must be an int, got None"),
     ({"r": 4.0}, TypeError, "r must be an int, got 4.0"),
@@ -82,6 +86,9 @@ CONFIGURATIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"bias": "some"}, ValueError, "bias must be one of none, all, smoa_only, got 'some'"),
     ({"bias": None}, ValueError, "bias must be one of none, all, smoa_only, got None"),
+    ({"bias": np.ones(3)}, ValueError, "bias must be one of none, all, smoa_only"),
+    ({"backend": ["eager"]}, ValueError, "backend must be one of .* got .'eager'"),
+    ({"weights_sha256": 5}, ValueError, "weights_sha256 must be a str, got 5"),
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, .* got 'fast'"),
     ({"backend": "cuda"}, ValueError, "backend must be one of .* got 'cuda'"),
     ({"init_weights": "gaussian"}, TypeError, "init_weights must be True or False, got 'gaussian'"),
@@ -94,56 +101,126 @@ CONFIGURATIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "error", "words"), CONFIGURATIONS)
-def test_configuration(
-    settings: dict[str, Any],
-    error: type[Exception],
-    words: str,
-    world: World,  # noqa: F811
-) -> None:
+@rows("settings", CONFIGURATIONS)
+def test_configuration(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
     check(world, lambda _: SMoAConfig(**settings), error, words)
 
 
-def test_a_configuration_is_not_saved_over_a_file(world: World) -> None:  # noqa: F811
-    file = str(world.folder / "config.json")
-    words = "save_directory must be a folder, got the file"
-    check(world, lambda _: SMoAConfig().save_pretrained(file), ValueError, words)
+def model() -> Any:
+    torch.manual_seed(0)
+    config = SMoAConfig(r=4, num_blocks=2, target_modules=["0"], init_weights=False)
+    return get_peft_model(nn.Sequential(nn.Linear(8, 6)), config).eval()
 
 
-# What stands in an adapter_config.json: the file is named, by both who read it.
-FILES = [
-    ("[]", "adapter_config.json must hold a JSON object, got list"),
-    ("null", "adapter_config.json must hold a JSON object, got NoneType"),
-    ("5", "adapter_config.json must hold a JSON object, got int"),
-    ("", "adapter_config.json is no JSON: Expecting value"),
-    ("{", "adapter_config.json is no JSON: Expecting property name"),
-    ("[" * 100_000, "adapter_config.json is no JSON: .*recursion"),
-    ('{"peft_type": 5}', "adapter_config.json: "),
-    ('{"peft_type": "SMOA", "r": "x"}', "adapter_config.json: r must be an int, got 'x'"),
-    ('{"peft_type": "SMOA", "r": 1000000000000}', "adapter_config.json: r must be at most 65536"),
-    ('{"peft_type": "SMOA", "format_version": 99}', "adapter_config.json: format_version 99 .* is newer"),
-    ('{"peft_type": "SMOA", "task_type": 7}', "adapter_config.json: "),
+X = torch.ones(2, 8)
+COMBINE = {"adapters": ["default"], "weights": [1.0], "adapter_name": "new"}
+
+LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
+    (lambda m: m.base_model.model[0](None), TypeError, "x must be a torch.Tensor, got NoneType"),
+    (lambda m: m.base_model.model[0]("x"), TypeError, "x must be a torch.Tensor, got str"),
+    (
+        lambda m: m.base_model.model[0](X, adapter_names=3),
+        TypeError,
+        "adapter_names must be a list of names, got 3",
+    ),
+    (
+        lambda m: m.base_model.model[0](X, adapter_names="ab"),
+        TypeError,
+        "adapter_names must be a list .* got 'ab'",
+    ),
+    (
+        lambda m: m.base_model.model[0](X, adapter_names=["default"]),
+        ValueError,
+        "Length of `adapter_names` should be the same as the number of inputs",
+    ),
+    (
+        lambda m: m.base_model.model[0].get_delta_weight("a"),
+        ValueError,
+        "adapter_name must be one of default, got 'a'",
+    ),
+    (
+        lambda m: m.base_model.model[0].get_delta_weight([]),
+        ValueError,
+        r"adapter_name must be one of .* got \[\]",
+    ),
+    (
+        lambda m: m.base_model.model[0].partition(None),
+        ValueError,
+        "adapter_name must be one of default, got None",
+    ),
+    (lambda m: m.base_model.model[0].ranks("b"), ValueError, "adapter_name must be one of default, got 'b'"),
+    (
+        lambda m: m.base_model.model[0].num_adapter_parameters(0),
+        ValueError,
+        "adapter_name must be one of .* got 0",
+    ),
+    # Of a string PEFT would look for the letters, and merge nothing.
+    (
+        lambda m: m.base_model.model[0].merge(adapter_names="default"),
+        TypeError,
+        "adapter_names must be a list of names, got 'default'",
+    ),
+    (
+        lambda m: m.base_model.model[0].merge(adapter_names=3),
+        TypeError,
+        "adapter_names must be a list of names, got 3",
+    ),
+    (
+        lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapters": "default"}),
+        TypeError,
+        "adapters must be a list of names, got 'default'",
+    ),
+    (
+        lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapters": ["a"]}),
+        ValueError,
+        "adapters must name",
+    ),
+    (
+        lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"weights": 1.0}),
+        TypeError,
+        "weights must be a list of numbers, got 1.0",
+    ),
+    (
+        lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"weights": [float("nan")]}),
+        ValueError,
+        "weights must be a finite number, got nan",
+    ),
+    (
+        lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapter_name": 3}),
+        TypeError,
+        "adapter_name must be a str, got int",
+    ),
+    (
+        lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"combination_type": ["cat"]}),
+        ValueError,
+        r"combination_type must be one of cat, linear, got \['cat'\]",
+    ),
+    (
+        lambda m: m.add_adapter("a.b", SMoAConfig(r=4, target_modules=["0"])),
+        ValueError,
+        "adapter_name must be a name without dots and slashes, got 'a.b'",
+    ),
 ]
 
 
-@pytest.mark.parametrize("reader", [inspect_adapter, SMoAConfig.from_pretrained])
-@pytest.mark.parametrize(("text", "words"), FILES, ids=[text[:50] for text, _ in FILES])
-def test_configuration_file(reader: Any, text: str, words: str, world: World) -> None:  # noqa: F811
-    (world.folder / "adapter_config.json").write_text(text)
-    wrong_type = "must be an int" in words and reader is not inspect_adapter
-    error = TypeError if wrong_type else ValueError
-    check(world, lambda w: reader(str(w.folder)), error, f"^{world.folder}/{words}")
-
-
-def test_another_methods_adapter_is_not_inspected(world: World) -> None:  # noqa: F811
-    words = "adapter_config.json: it is an adapter of the method LORA, not SMOA"
-    check(world, lambda w: inspect_adapter(w.folder), ValueError, words)
+@rows("call", LAYERS)
+def test_adapted_layers(
+    call: Callable[[Any], object], error: type[Exception], words: str, world: World
+) -> None:
+    adapted = model()
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    check(world, lambda _: call(adapted), error, words)
+    found = adapted.state_dict()
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+    assert not adapted.base_model.model[0].merged
 
 
 PAPER: list[tuple[Any, Any, type[Exception], str]] = [
     (None, {}, TypeError, "state must be a mapping from names to tensors, got NoneType"),
     ({"a.lora_A.x.0.weight": None}, {}, TypeError, "state must be a mapping from names to tensors"),
     ({}, [one(1)], TypeError, "weights must be a mapping from names to tensors, got list"),
+    ({}, {"a": NESTED}, TypeError, "weights must hold dense tensors, got a of layout torch.nested"),
     ({"x.weight": torch.zeros(1)}, {}, ValueError, "x.weight is not of the form"),
     ({"a.lora_A.x.0.weight": one(1)}, {}, ValueError, "a lacks lora_B of block 0"),
     ({"a.lora_A.x.999999999.weight": one(1)}, {}, ValueError, "a lacks lora_A of block 0"),  # at once
@@ -162,7 +239,7 @@ def test_papers_layout(
     weights: dict[str, Tensor],
     error: type[Exception],
     words: str,
-    world: World,  # noqa: F811
+    world: World,
 ) -> None:
     check(world, lambda _: from_paper_layout(state, weights), error, words)
 
@@ -171,8 +248,13 @@ def test_papers_layout(
     ("state", "error", "words"),
     [
         (None, TypeError, "state must be a mapping"),
+        (
+            {"a.smoa_A": NESTED},
+            TypeError,
+            "state must hold dense tensors, got a.smoa_A of layout torch.nested",
+        ),
         ({"a.smoa_A": torch.ones(1, 1)}, ValueError, "a: the adapter lacks smoa_B, smoa_blocks"),
     ],
 )
-def test_to_the_papers_layout(state: Any, error: type[Exception], words: str, world: World) -> None:  # noqa: F811
+def test_to_the_papers_layout(state: Any, error: type[Exception], words: str, world: World) -> None:
     check(world, lambda _: to_paper_layout(state, {}), error, words)

@@ -1,6 +1,6 @@
 """Tuning tables that nobody would write: an error that names the file, or a table that is right; nothing else happens.
 
-HYPOTHESIS_PROFILE=nightly pytest tests/tuning/test_fuzzed_tables.py     # 10,000 tables instead of 300
+HYPOTHESIS_PROFILE=nightly pytest tests/tuning/test_fuzzed_store.py     # 10,000 tables instead of 300
 """
 
 import copy
@@ -16,9 +16,9 @@ import pytest
 from tuning_cases import FORWARD, GRAD, entry, permute_entry
 
 from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS
-from smoa_kernels.tuning import tables
+from smoa_kernels.tuning import store
 from smoa_kernels.tuning.entries import Entry
-from smoa_kernels.tuning.tables import SCHEMA, read
+from smoa_kernels.tuning.store import SCHEMA, read
 
 pytest.importorskip("hypothesis", reason="hypothesis draws these tables")
 from hypothesis import example, given, settings
@@ -126,7 +126,7 @@ def test_a_table_is_right_or_named(text: bytes) -> None:
 def test_a_table_larger_than_any_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     with path.open("wb") as stream:
-        stream.truncate(2 * tables.MOST_BYTES)  # a hole: it takes no room
+        stream.truncate(2 * store.MOST_BYTES)  # a hole: it takes no room
     tracemalloc.start()
     with pytest.warns(UserWarning, match="more than any table"):
         assert read(path) == {}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ..checks import check_kind
 from ..files import cache_folder, replace_file
 from ..kernels.heuristic import Key
 from .entries import Entry, merged
@@ -76,10 +77,14 @@ def read(path: Path, *, set_aside: bool = True) -> Mapping[Key, Entry]:
         path: of the table.
         set_aside: rename one that cannot be used.
 
+    Raises:
+        TypeError: no path.
+
     Example:
         >>> read(user_table("a GPU that was never tuned"))
         {}
     """
+    check_kind("path", path, Path)
     try:
         return _parse(path)
     except FileNotFoundError:
@@ -104,12 +109,19 @@ def update(path: Path, entries: Iterable[Entry]) -> Mapping[Key, Entry]:
         entries: what was measured; one whose key is there is merged with it.
 
     Raises:
+        TypeError: no path, or something else than entries.
         OSError: the folder cannot be written to, or another process holds the lock for a minute.
 
     Example:
         >>> update(user_table("a GPU"), [])
         {}
     """
+    check_kind("path", path, Path)
+    if not isinstance(entries, Iterable):
+        raise TypeError(f"entries must be entries of a table, got {entries!r}")
+    entries = list(entries)
+    for entry in entries:
+        check_kind("entries", entry, Entry)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path):
         table = dict(_parse_or_set_aside(path))

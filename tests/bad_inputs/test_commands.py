@@ -1,0 +1,197 @@
+"""Bad commands: one line on stderr, exit code 2, no traceback, and nothing written."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .harness import World
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("typer") is None, reason="needs the cli extra")
+needs_peft = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="needs the peft extra"
+)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+# FOLDER is the world's.
+COMMANDS: list[tuple[str, str]] = [
+    ("tun", "No such command 'tun'"),
+    ("--version", "No such option: --version"),
+    ("info extra", "unexpected extra argument"),
+    ("info --json", "--json"),
+    ("roofline --gpu h1000", "--gpu must be one of h100"),
+    ("roofline --shape 4096", "--shape must be OUTxIN"),
+    ("roofline --shape 0x16", "out_features must be at least 1, got 0"),
+    ("roofline --shape 99999999999x16", "up to nine digits each"),
+    ("roofline --dtype int8", "--dtype must be one of"),
+    ("roofline --tokens many", "--tokens"),
+    ("roofline --tokens 99999999999", "--tokens"),
+    ("roofline --tokens -1", "tokens must be at least 0, got -1"),
+    ("roofline --rank -1", "rank must be at least 0, got -1"),
+    ("roofline --blocks 0", "num_blocks must be at least 1, got 0"),
+    ("roofline --shape 64x8 --blocks 9", "--blocks must be at most 8 for 64x8, got 9"),
+    ("roofline --dropout 1", "dropout must be in [0, 1)"),
+    ("roofline --dropout nan", "dropout must be in [0, 1)"),
+    ("audit --arch sm_70", "arch must be one of sm_80"),
+    ("audit --dtype int8", "dtype must be one of"),
+    ("audit --jobs 0", "--jobs"),
+    ("tune --model llama-9", "--model must be one of llama-3-8b"),
+    ("tune --shape 4096", "--shape must be OUTxIN"),
+    ("tune --shape 0x64", "out_features must be at least 1, got 0"),
+    ("tune --dtype int8", "--dtype must be one of bf16"),
+    ("tune --kernel gemm", "--kernel must be one of modulated_weight"),
+    ("tune --tokens 0", "tokens must be at least 1, got 0"),
+    ("tune --rank 0", "rank must be at least 1, got 0"),
+    ("tune --shape 64x8 --blocks 9", "blocks must be at most 8 for a layer of 64x8, got 9"),
+    ("tune --dry-run --gpu h1000", "--gpu must be one of h100"),
+    ("tune --dry-run --gpu mi300x --dtype tf32", "--dtype tf32 is never asked for on AMD"),
+    ("tune --budget -1", "--budget"),
+    ("tune --from-model /nowhere", "--from-model must be a config.json or its folder, got /nowhere"),
+    ("tune --from-model FOLDER", "--from-model must be a config.json or its folder"),
+    ("tune --gpu h100", "goes with --dry-run only"),
+    ("spectrum", "Missing argument"),
+    ("spectrum FOLDER --rank 0", "--rank"),
+    ("spectrum FOLDER --seed -1", "--seed"),
+    ("spectrum FOLDER --adapter FOLDER --blocks 2", "--rank and --blocks are of a random SMoA"),
+    ("spectrum FOLDER --figure a.pdf", "--figure must be a file .svg or .png, got a.pdf"),
+    ("spectrum FOLDER --layer-figures FOLDER/config.json", "--layer-figures must be a folder, got"),
+    ("spectrum FOLDER --json /nowhere/at/all.json", "cannot write /nowhere/at/all.json: /nowhere/at is not"),
+    ("spectrum FOLDER --json FOLDER", "Is a directory"),
+    ("tune --dry-run --gpu h100 --rank 99999999999", "rank must be at most 1024 in 4 blocks"),
+    ("tune --dry-run --gpu h100 --rank 0", "rank must be at least 1, got 0"),
+    ("tune --dry-run --gpu h100 --blocks 99999", "blocks must be at most"),
+    ("tune --dry-run --gpu h100 --tokens -1", "tokens must be at least 1, got -1"),
+    ("tune --dry-run --gpu h100 --shape 0x8", "out_features must be at least 1, got 0"),
+    ("tune --dry-run --gpu h100 --from-model FOLDER/deep.json", "--from-model must be .* recursion"),
+    ("tune --dry-run --gpu h100 --from-model FOLDER/list.json", "must give a positive num_attention_heads"),
+    ("tune --dry-run --gpu h100 --from-model FOLDER/noise.json", "--from-model must be .* decode"),
+    ("tune --dry-run --gpu h100 --from-model /dev/zero", "/dev/zero is no file"),
+    ("tune --budget nan", "--budget"),
+    ("tune --budget -1", "--budget"),
+    ("audit --kernel matmul", "kernel must be one of modulated_weight"),
+    ("audit --jobs -1", "--jobs"),
+    ("roofline --rank 1e5", "--rank"),
+    ("roofline --dropout inf", "dropout must be in [0, 1)"),
+    ("--json", "No such option"),
+]
+PLANS = [
+    ("plan --model gpt-5", "model must be one of llama-3-8b"),
+    ("plan --model", "--model"),
+    ("plan --parallel pp", "parallel must be one of ddp, fsdp, tp, got 'pp'"),
+    ("plan --gpu rtx4090", "--gpu must be one of h100"),
+    ("plan --gpus 0", "gpus must be at least 1, got 0"),
+    ("plan --gpus many", "--gpus"),
+    ("plan --gpus 12 --parallel tp", "gpus must be a multiple of 8, over which layers are cut, got 12"),
+    ("plan --tokens -5", "tokens must be at least 1, got -5"),
+    ("plan --rank 0", "rank must be at least 1, got 0"),
+    ("plan --blocks 0", "num_blocks must be at least 1, got 0"),
+    (
+        "plan --blocks 1025",
+        "num_blocks must be at most .* = 1024 for llama-3-8b's smallest layer .*, got 1025",
+    ),
+    ("plan --rank 99999999999", "--rank"),
+    ("plan --gpus 99999999999", "--gpus"),
+    ("plan --tokens 99999999999", "--tokens"),
+    ("plan extra", "unexpected extra argument"),
+]
+ADAPTERS = [
+    ("inspect", "Missing argument"),
+    ("inspect /nowhere", "there is no adapter_config.json in /nowhere"),
+    ("inspect FOLDER", "an adapter of the method LORA, not SMOA"),
+    ("spectrum /nowhere", "there are no safetensors files in /nowhere"),
+    ("spectrum FOLDER --adapter FOLDER", "there are no safetensors files in"),
+]
+
+
+def run(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """What a failing command prints."""
+    from smoa_kernels.cli import main
+
+    before = world.bits()
+    capsys.readouterr()
+    assert main(command.replace("FOLDER", str(world.folder)).split()) == 2
+    assert world.bits() == before
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [*COMMANDS, *PLANS, *(pytest.param(*row, marks=needs_peft) for row in ADAPTERS)],
+)
+def test_command(command: str, words: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    if command.startswith(("inspect", "spectrum")) and importlib.util.find_spec("peft") is not None:
+        import smoa_kernels.peft  # noqa: F401  # whose dependencies print when they are first imported
+    out, err = run(command, world, capsys)
+    assert out == ""
+    assert err.startswith("smoa-kernels: error: ")
+    assert err.count("\n") == 1
+    assert words in err or re.search(words, err)
+    _, debug = run(f"--debug {command}", world, capsys)
+    assert debug.endswith(err)
+    parsed = not command.startswith(("--", "tun "))
+    assert ("Traceback" in debug) == (parsed and command != "tun")
+
+
+@pytest.mark.parametrize("place", ["/nowhere/at/all.json", "FOLDER", "/dev/full"])
+@pytest.mark.parametrize("command", ["info", "roofline", "plan"])
+def test_results_that_cannot_be_written(
+    command: str, place: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table is printed first; no scratch file is left, and a device is still one."""
+    out, err = run(f"{command} --json {place}", world, capsys)
+    assert place != "/dev/full" or Path(place).is_char_device()
+    assert out
+    assert err.startswith("smoa-kernels: error: cannot write ")
+    assert err.count("\n") == 1
+
+
+@needs_triton
+@pytest.mark.parametrize("place", ["/nowhere/at/all.json", "FOLDER", "/dev/full"])
+def test_an_audit_that_cannot_be_written(
+    place: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can be known before minutes of compiling is; a disk that is full is met after them."""
+    compiled: list[object] = []
+    monkeypatch.setattr("smoa_kernels.cli.audit.run_audit", lambda **given: compiled.append(given) or ())
+    out, err = run(f"audit --json {place}", world, capsys)
+    assert bool(compiled) == bool(out) == (place == "/dev/full")
+    assert err.startswith("smoa-kernels: error: cannot write ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("command", ["info", "plan --markdown", "audit --json /dev/full"])
+def test_real_commands_on_a_full_disk(command: str) -> None:
+    """Standard output, or a file, has no room: exit code 2 and one line, at the exit of the process too."""
+    program = [sys.executable, "-m", "smoa_kernels.cli", *command.split()]
+    if command.startswith("audit"):
+        pytest.importorskip("triton")
+        program += ["--registry", "audit_kernels:TOYS", "--arch", "sm_90", "--dtype", "bf16", "--jobs", "1"]
+    full = Path("/dev/full" if "audit" not in command else os.devnull)
+    here = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    with full.open("w") as stdout:
+        done = subprocess.run(
+            program,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": here},
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("smoa-kernels: error: ")
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_too(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smoa_kernels.cli.roofline.choose_algorithm", lambda *_: {}["key"])
+    _, err = run("roofline", world, capsys)
+    assert err == "smoa-kernels: error: KeyError: 'key' (not foreseen; smoa-kernels --debug shows where)\n"

@@ -1,0 +1,301 @@
+"""Bad arguments of `FusedSMoALinear`, layers that it cannot adapt, and state dicts that it must refuse."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import make_problem
+from torch import nn
+from torch.nn.utils import prune
+
+from smoa_kernels import FusedSMoALinear
+
+from .harness import HUGE, NESTED, Call, Change, Row, World, check, one, rows
+
+LAYER: list[Row] = [
+    (lambda w: w.layer(torch.randn(3, 41)), ValueError, "x must have 40 features"),
+    (lambda w: w.layer(torch.ones(3, 40, dtype=torch.int64)), TypeError, "x must be floating point"),
+    (lambda w: setattr(w.layer, "scaling", "a"), TypeError, "scaling must be a number, got 'a'"),
+    (lambda _: FusedSMoALinear.from_linear(nn.Conv2d(3, 3, 3)), TypeError, "transformers Conv1D, got Conv2d"),
+    (lambda _: FusedSMoALinear.from_linear(None), TypeError, "got NoneType"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(0, 33), ValueError, "in_features must be at least 1, got 0"),
+    (lambda _: FusedSMoALinear("40", 33), TypeError, "in_features must be an int, got '40'"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(40, 3.0), TypeError, "out_features must be an int, got 3.0"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(40, 33, dtype=torch.int64), TypeError, "dtype must be floating point"),
+    (lambda _: FusedSMoALinear(40, 33, dtype="half"), TypeError, "dtype must be .* got half"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(40, 33, dtype=torch.float8_e5m2), TypeError, "dtype must be .* 16 bits"),
+    (lambda _: FusedSMoALinear(40, 33, device="nodev"), ValueError, "device must be one that this machine"),
+    (lambda _: FusedSMoALinear(HUGE, 33), ValueError, "in_features must be at most 2147483647"),
+    (
+        lambda _: FusedSMoALinear(40, 2**31),
+        ValueError,
+        "out_features must be at most 2147483647, got 2147483648",
+    ),
+    (lambda _: FusedSMoALinear(40, 33, torch.ones(33)), TypeError, "bias must be a bool, got Tensor"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(40, 33, bias=None), TypeError, "bias must be a bool, got NoneType"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(40, 33, dtype=np.ones(3)), TypeError, "dtype must be floating point of 16"),  # type: ignore[arg-type]
+    (lambda _: FusedSMoALinear(40, 33, r=10**12, num_blocks=1), ValueError, "r must be at most 65536"),
+    (lambda _: FusedSMoALinear(40, 33, num_blocks=10**12), ValueError, "num_blocks must be at most 65536"),
+    (
+        lambda _: FusedSMoALinear(40, 33, alpha=HUGE),
+        ValueError,
+        "alpha must be a float, or an int of at most 63 bits",
+    ),
+    (
+        lambda w: setattr(w.layer, "scaling", HUGE),
+        ValueError,
+        "scaling must be a float, or an int of at most 63 bits",
+    ),
+    (lambda w: setattr(w.layer, "scaling", float("nan")), ValueError, "scaling must be finite, got nan"),
+    (lambda w: setattr(w.layer, "partition", None), TypeError, "partition must be a BlockPartition"),
+    (lambda w: setattr(w.layer, "partition", w.problem.partition), ValueError, "partition must be made for"),
+    (lambda w: w.layer(NESTED), TypeError, "x must be a dense tensor, got layout torch.nested"),
+    (lambda w: w.layer.load_state_dict([]), TypeError, "state_dict to be dict-like"),  # type: ignore[arg-type]
+    (lambda w: w.layer.load_state_dict({5: one(1)}), TypeError, "keys of a state dict must be strings"),  # type: ignore[dict-item]
+    (lambda w: w.layer.load_state_dict({}), ValueError, "the state dict lacks bias, weight"),
+    (
+        lambda w: FusedSMoALinear.from_linear(w.layer),
+        TypeError,
+        "linear must be without an adapter, got a FusedSMoALinear",
+    ),
+    (lambda _: FusedSMoALinear.from_linear(nn.LazyLinear(3)), TypeError, "linear must .* got LazyLinear"),
+    (
+        lambda _: FusedSMoALinear.from_linear(type("Double", (nn.Linear,), {"forward": abs})(4, 4)),
+        TypeError,
+        "linear must compute what nn.Linear computes, got Double",
+    ),
+]
+
+
+@rows("call", LAYER)
+def test_methods(call: Call, error: type[Exception], words: str, world: World) -> None:
+    check(world, call, error, words)
+
+
+SETTINGS: list[Change] = [
+    ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+    ({"r": 2.5}, TypeError, "r must be an int, got 2.5"),
+    ({"r": True}, TypeError, "r must be an int, got True"),
+    ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
+    ({"num_blocks": "2"}, TypeError, "num_blocks must be an int, got '2'"),
+    ({"num_blocks": 34, "r": 40}, ValueError, "num_blocks must be at most .* = 33 .*, got 34"),
+    ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
+    ({"block_ranks": [4, 4, 0]}, ValueError, "block_ranks must have num_blocks=2 entries, got 3"),
+    ({"block_ranks": [4, 5]}, ValueError, "block_ranks must sum to r=8, got .4, 5., which sum to 9"),
+    ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
+    ({"block_ranks": [4.0, 4]}, TypeError, "block_ranks must be ints"),
+    ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
+    ({"dropout": -0.5}, ValueError, "dropout must lie in"),
+    ({"dropout": None}, TypeError, "dropout must be a number, got None"),
+    ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
+    ({"alpha": "1"}, TypeError, "alpha must be a number, got '1'"),
+    ({"algorithm": "fast"}, ValueError, "algorithm must be one of"),
+    ({"backend": "cuda"}, ValueError, "backend must be one of"),
+]
+BLOCKS: list[Change] = [
+    ({"partition": "x"}, TypeError, "partition must be a BlockPartition or None, got str"),
+    (
+        {"partition": make_problem().partition},
+        ValueError,
+        r"partition must be made for .*\(33, 40\).* 2 blocks",
+    ),
+]
+
+
+@rows("settings", [*SETTINGS, *BLOCKS])
+def test_from_linear(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
+    check(world, lambda w: FusedSMoALinear.from_linear(w.linear, **settings), error, words)
+
+
+@rows("settings", SETTINGS)
+def test_layer(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
+    check(world, lambda _: FusedSMoALinear(40, 33, **settings), error, words)
+
+
+def test_from_linear_with_a_weight_that_has_no_spectrum(world: World) -> None:
+    with torch.no_grad():
+        world.linear.weight[3, 4] = float("nan")
+    check(world, lambda w: FusedSMoALinear.from_linear(w.linear), ValueError, "weight must be finite")
+
+
+STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
+    (lambda s: s.pop("smoa_ranks"), ValueError, "lacks smoa_ranks"),
+    (lambda s: s.pop("smoa_row_block"), ValueError, "lacks smoa_row_block"),
+    (
+        lambda s: s.update(smoa_row_block=s["smoa_row_block"] + 3),
+        ValueError,
+        r"row_block must lie in \[0, 3\)",
+    ),
+    (
+        lambda s: s.update(smoa_col_block=s["smoa_col_block"][:-1]),
+        ValueError,
+        r"size mismatch for smoa_col_block: .*\(40,\), .*\(39,\)",
+    ),
+    (
+        lambda s: s.update(smoa_ranks=torch.ones(4, dtype=torch.int32)),
+        ValueError,
+        "size mismatch for smoa_ranks",
+    ),
+    (lambda s: s.update(smoa_ranks=one(9, 0, 0).int()), ValueError, "smoa_ranks must sum to r=7"),
+    (lambda s: s.update(smoa_ranks=one(3, -1, 5).int()), ValueError, "got .3, -1, 5."),
+    (lambda s: s.update(smoa_ranks=s["smoa_ranks"] + 0.5), TypeError, "smoa_ranks must be an integer tensor"),
+    (lambda s: s.update(smoa_A=torch.zeros(3, 41)), ValueError, "size mismatch for smoa_A"),
+    (lambda s: s.update(smoa_A="x"), TypeError, "smoa_A must be a tensor, got str"),
+    (lambda s: s.update(weight=torch.zeros(33, 41)), ValueError, "size mismatch for weight"),
+    (
+        lambda s: [s.pop(key) for key in list(s) if key.startswith("smoa_")] and s["weight"].fill_(torch.nan),
+        ValueError,
+        "weight must be finite to have a spectrum",
+    ),
+    (lambda s: s.update(weight=None), TypeError, "weight must be a tensor, got NoneType"),
+    (lambda s: s.update(smoa_ranks=None), TypeError, "smoa_ranks must be a tensor, got NoneType"),
+    (lambda s: s.update(weight=s["weight"].to_sparse()), TypeError, "weight must be a dense tensor"),
+    (
+        lambda s: s.update(weight=s["weight"] + 0j),
+        TypeError,
+        "weight must be floating point, got .*complex64",
+    ),
+    (lambda s: s.update(bias=s["bias"].long()), TypeError, "bias must be floating point, got torch.int64"),
+    (lambda s: s.update(smoa_B=s["smoa_B"].to("meta")), ValueError, "smoa_B must hold numbers, got a meta"),
+    (
+        lambda s: s.update(smoa_col_block=s["smoa_col_block"] / 1),
+        TypeError,
+        "smoa_col_block must be an integer",
+    ),
+    (lambda s: s.update(smoa_ranks=s["smoa_ranks"].to("meta")), ValueError, "smoa_ranks must hold numbers"),
+    (
+        lambda s: s.update(smoa_sketch=s["smoa_sketch"].long()),
+        TypeError,
+        "smoa_sketch must be floating point",
+    ),
+    (lambda s: s.pop("bias"), ValueError, "the state dict lacks bias; strict=False loads the others"),
+    (lambda s: s.pop("smoa_A"), ValueError, "the state dict lacks smoa_A"),
+    (lambda s: s.pop("smoa_sketch"), ValueError, "the state dict lacks smoa_sketch"),
+    (lambda s: s.update(extra=one(1)), ValueError, "the state dict must not hold extra"),
+]
+
+
+@rows("edit", STATE)
+def test_state_dict(
+    edit: Callable[[dict[str, Any]], object], error: type[Exception], words: str, world: World
+) -> None:
+    other = FusedSMoALinear(40, 33, r=7, num_blocks=3)
+    state = {name: value.clone() for name, value in other.state_dict().items()}
+    edit(state)
+    check(world, lambda w: w.layer.load_state_dict(state), error, words)
+
+
+def test_a_sketch_of_nan_is_no_likeness(world: World) -> None:
+    state = world.layer.state_dict() | {"smoa_sketch": torch.full((33,), torch.nan)}
+    with pytest.warns(UserWarning, match="trained over another base weight"):
+        world.layer.load_state_dict(state)
+    world.layer.strict_base = True
+    with pytest.raises(ValueError, match="strict_base=True refuses it"):
+        world.layer.load_state_dict(state)
+
+
+def without_weight(linear: nn.Linear) -> None:
+    del linear.weight
+
+
+LINEARS: list[tuple[Callable[[nn.Linear], object], type[Exception], str]] = [
+    (without_weight, TypeError, "linear must hold its weight as an initialised parameter"),
+    (lambda linear: setattr(linear, "weight", None), TypeError, "linear must hold its weight"),
+    (nn.utils.parametrizations.weight_norm, TypeError, "linear must"),
+    (
+        lambda linear: prune.random_unstructured(linear, "weight", 0.5),
+        TypeError,
+        "linear must hold its weight",
+    ),
+    (
+        lambda linear: setattr(linear, "weight", nn.Parameter(torch.ones(3))),
+        ValueError,
+        "weight must be a matrix",
+    ),
+    (
+        lambda linear: setattr(linear, "bias", nn.Parameter(torch.ones(3))),
+        ValueError,
+        r"bias must have shape \(33,\)",
+    ),
+    (lambda linear: linear.to(torch.float8_e4m3fn), TypeError, "weight must be dense, of 16 bits"),
+]
+
+
+@rows("spoil", LINEARS)
+def test_layers_to_adapt(
+    spoil: Callable[[nn.Linear], object], error: type[Exception], words: str, world: World
+) -> None:
+    linear = nn.Linear(40, 33)
+    spoil(linear)
+    before = {name: (id(p), p.requires_grad) for name, p in linear.named_parameters()}
+    check(world, lambda _: FusedSMoALinear.from_linear(linear), error, words)
+    assert before == {name: (id(p), p.requires_grad) for name, p in linear.named_parameters()}
+
+
+MERGED: list[tuple[Callable[[FusedSMoALinear], object], type[Exception], str]] = [
+    (
+        lambda layer: layer.reset_parameters(),
+        RuntimeError,
+        r"is merged: call unmerge\(\) before reset_parameters",
+    ),
+    (lambda layer: layer.reset_adapter(), RuntimeError, r"is merged: call unmerge\(\) before reset_adapter"),
+    (
+        lambda layer: setattr(layer, "scaling", 2.0),
+        RuntimeError,
+        r"is merged: call unmerge\(\) before assigning",
+    ),
+    (lambda layer: layer.load_state_dict(layer.state_dict()), RuntimeError, r"is merged: call unmerge\(\)"),
+    (lambda layer: layer(None), TypeError, "x must be a tensor, got NoneType"),
+    (lambda layer: layer(torch.tensor(1.0)), ValueError, "x must have 40 features"),
+    (lambda layer: layer(torch.ones(2, 41)), ValueError, "x must have 40 features"),
+    (lambda layer: layer(torch.ones(2, 40).half()), TypeError, "weight must have x's dtype torch.float16"),
+    (lambda layer: layer(torch.ones(2, 40, device="meta")), ValueError, "weight must be on x's device meta"),
+    (lambda layer: layer(torch.ones(2, 40, dtype=torch.int64)), TypeError, "x must be floating point"),
+    (lambda layer: layer(NESTED), TypeError, "x must be a dense tensor"),
+]
+
+
+@rows("call", MERGED)
+def test_merged_layers(
+    call: Callable[[FusedSMoALinear], object], error: type[Exception], words: str, world: World
+) -> None:
+    world.layer.smoa_B.data.normal_()
+    base = world.layer.weight.clone()
+    world.layer.merge()
+    check(world, lambda w: call(w.layer), error, words)
+    with pytest.warns(UserWarning, match="already merged"):
+        world.layer.merge()
+    world.layer.unmerge()
+    assert torch.equal(world.layer.weight, base)
+    with pytest.warns(UserWarning, match="not merged"):
+        world.layer.unmerge()
+
+
+ON_META: list[tuple[Callable[[FusedSMoALinear], object], str]] = [
+    (lambda layer: layer.merge(), "the layer is on the meta device"),
+    (lambda layer: layer.delta_weight(), "the layer is on the meta device"),
+    (lambda layer: layer.reset_adapter(), "the layer is on the meta device"),
+    (lambda layer: layer.reset_parameters(), "the layer is on the meta device"),
+    (lambda layer: setattr(layer, "scaling", 2.0), "the layer is on the meta device"),
+    (lambda layer: layer(torch.ones(2, 40)), "the layer has no blocks yet"),
+    (lambda layer: layer.num_adapter_parameters, "the layer has no blocks yet"),
+    (lambda layer: layer.to_empty(device="cpu")(torch.ones(2, 40)), "the layer has no blocks yet"),
+    (
+        lambda layer: layer.load_state_dict(FusedSMoALinear(40, 33).state_dict()),
+        "meta device: load with assign=True",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), ON_META, ids=range(len(ON_META)))
+def test_layers_without_values(call: Callable[[FusedSMoALinear], object], words: str) -> None:
+    layer = FusedSMoALinear(40, 33, device="meta")
+    with pytest.raises(RuntimeError, match=words):
+        call(layer)
+    layer = FusedSMoALinear(40, 33, alpha=3.0, device="meta")
+    assert layer.scaling == 3.0 / 8
+    layer.load_state_dict(FusedSMoALinear(40, 33).state_dict(), assign=True)
+    assert layer.scaling == 3.0 / 8
+    assert layer(torch.ones(2, 40)).shape == (2, 33)

@@ -1,0 +1,50 @@
+"""Bad tables of launch parameters, and models whose shapes cannot be read."""
+
+import pytest
+
+from .harness import Call, Row, World, check, rows
+
+pytest.importorskip("triton", reason="tables are of its kernels")
+
+from smoa_kernels.tuning import store
+from smoa_kernels.tuning.identity import identity
+from smoa_kernels.tuning.models import read_config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "must give a positive num_attention_heads, got None"),
+        ("{", "--from-model must be a config.json or its folder"),
+        ('{"num_attention_heads": 0}', "must give a positive num_attention_heads, got 0"),
+        ('{"num_attention_heads": "8"}', "must give a positive num_attention_heads, got '8'"),
+        ('{"num_attention_heads": 8, "hidden_size": -1}', "must give a positive hidden_size, got -1"),
+        ("[" * 100_000, "--from-model must be a config.json or its folder"),
+    ],
+    ids=range(6),
+)
+def test_models_whose_shapes_are_read(text: str, words: str, world: World) -> None:
+    """The file is named."""
+    (world.folder / "config.json").write_text(text)
+    check(world, lambda w: read_config(w.folder), ValueError, words)
+
+
+TABLES: list[Row] = [
+    (lambda _: read_config("config.json"), TypeError, "path must be a Path, got str"),  # type: ignore[arg-type]
+    (lambda w: read_config(w.folder / "list.json"), ValueError, "must give a positive num_attention_heads"),
+    (lambda _: store.read(None), TypeError, "path must be a Path, got NoneType"),  # type: ignore[arg-type]
+    (lambda _: store.update("table.json", []), TypeError, "path must be a Path, got str"),  # type: ignore[arg-type]
+    (
+        lambda w: store.update(w.folder / "t.json", None),
+        TypeError,
+        "entries must be entries of a table, got None",
+    ),  # type: ignore[arg-type]
+    (lambda w: store.update(w.folder / "t.json", [1.5]), TypeError, "entries must be an Entry, got float"),  # type: ignore[list-item]
+    (lambda _: store.user_table(None), TypeError, "gpu must be a str, got NoneType"),  # type: ignore[arg-type]
+    (lambda _: identity("cpu", "forward"), TypeError, "device must be a torch.device, got str"),  # type: ignore[arg-type]
+]
+
+
+@rows("call", TABLES)
+def test_tables(call: Call, error: type[Exception], words: str, world: World) -> None:
+    check(world, call, error, words)

@@ -1,0 +1,51 @@
+"""What the tests of the tuner share: models with random adapters, their layers and their outputs."""
+
+import torch
+from peft import get_peft_model
+
+from smoa_kernels.packed import padding_masks
+from smoa_kernels.peft import SMoAConfig, SMoALayer
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def config(**settings):
+    defaults = {"r": 5, "num_blocks": 3, "target_modules": "all-linear", "init_weights": False}
+    return SMoAConfig(**{**defaults, "fan_in_fan_out": settings.pop("conv1d", False), **settings})
+
+
+def adapt(model, **settings):
+    return get_peft_model(model, config(conv1d=model.config.model_type == "gpt2", **settings)).eval()
+
+
+def gentle(model, **settings):
+    """A configuration whose random adapters change the model's outputs a little."""
+    defaults = {"target_modules": "all-linear", "init_weights": False, "smoa_alpha": 0.5}
+    return SMoAConfig(**{**defaults, "fan_in_fan_out": model.config.model_type == "gpt2", **settings})
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, SMoALayer)}
+
+
+def layer_list(model):
+    return list(layers(model).values())
+
+
+def logits(model, tokens, **kwargs):
+    return model(tokens, **kwargs).logits
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def nudge(model, scale=0.3):
+    """Weights such as training could have given, padding left at zero."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in layers(model).values():
+            for name, B in layer.smoa_B.items():
+                _, mask = padding_masks(layer.partition(name), layer.ranks(name), B.shape[1])
+                drawn = torch.randn(B.shape, generator=generator, device="cpu").to(B.device)
+                B.copy_(drawn * scale * mask)

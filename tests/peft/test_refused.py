@@ -1,0 +1,204 @@
+"""What the tuner refuses: adapters, folders, names and models that do not fit, named, and nothing is changed."""
+
+import pytest
+import torch
+from adapted import WEIGHTS, adapt, config, layers, logits
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import write_weights
+
+from smoa_kernels.peft.layout import STATE_KEYS, pack_blocks, unpack_blocks
+
+
+def snapshot(model):
+    names = [(name, type(module)) for name, module in model.named_modules()]
+    names += [(name, p.requires_grad) for name, p in model.named_parameters()]
+    return names, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    names, state = snapshot(model)
+    assert names == before[0]
+    assert all(torch.equal(value, before[1][key]) for key, value in state.items())
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_blocks": 33, "r": 64}, "num_blocks must be at most .* = 32 .*, got 33"),
+        ({"target_modules": ["q_proj", "input_layernorm"]}, "is not supported"),
+    ],
+)
+def test_failed_injection_leaves_the_model_alone(llama, settings, message):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config(**settings))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "../elsewhere", "/elsewhere", "a\\b"])
+def test_an_adapters_name_is_no_path(llama, name):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="adapter_name must be a name without dots and slashes, got"):
+        get_peft_model(model, config(), adapter_name=name)
+    assert_unchanged(model, before)
+    model = adapt(llama())
+    with pytest.raises(ValueError, match="adapter_name must be a name without dots and slashes, got"):
+        model.add_adapter(name, config())
+    assert list(model.peft_config) == ["default"]
+
+
+def test_weight_with_nan_is_named_and_nothing_is_wrapped(llama):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: weight must be finite"):
+        get_peft_model(model, config())
+    assert not layers(model)
+
+
+def test_missing_folder(llama, tmp_path):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json' at .*nowhere"):
+        PeftModel.from_pretrained(model, str(tmp_path / "nowhere"))
+    assert_unchanged(model, before)
+
+
+SPOILED = {
+    "empty": lambda data: b"",
+    "cut in its length": lambda data: data[:7],
+    "cut in its header": lambda data: data[:100],
+    "cut in its tensors": lambda data: data[:-1],
+    "longer": lambda data: data + b"x",
+    "no JSON": lambda data: data[:8] + b"[" + data[9:],
+    "unknown dtype": lambda data: data.replace(b'"F32"', b'"F99"', 1),
+    "misspelt header": lambda data: data.replace(b"data_offsets", b"dota_offsets", 1),
+    "immense header": lambda data: b"\xff" * 8 + data[8:],
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_truncated_or_corrupt_file(folder, make_model, case):
+    path, _ = folder
+    file = path / WEIGHTS
+    file.write_bytes(SPOILED[case](file.read_bytes()))
+    model = make_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is truncated or corrupt"):
+        PeftModel.from_pretrained(model, path)
+    assert_unchanged(model, before)
+
+
+def edit_one_layer(path, edit):
+    state = load_file(path / WEIGHTS)
+    prefix = sorted(key for key in state if key.endswith(".smoa_A"))[0].removesuffix("smoa_A")
+    edit(state, prefix)
+    write_weights(path, state)
+    return prefix.removesuffix(".").removeprefix("base_model.model.")
+
+
+def repacked(edit):
+    """Edit a layer's labels and ranks as numbers; the checksum is right again afterwards."""
+
+    def apply(state, prefix):
+        key = prefix + "smoa_blocks"
+        shape = state[prefix + "smoa_B"].shape[0], state[prefix + "smoa_A"].shape[1]
+        blocks = unpack_blocks(state[key], *shape)
+        edit(blocks)
+        state[key] = pack_blocks(*blocks)
+
+    return apply
+
+
+def remove(state, prefix):
+    for key in [key for key in state if key.startswith(prefix)]:
+        del state[key]
+
+
+BROKEN = {
+    "missing": (lambda s, p: s.pop(p + "smoa_blocks"), "the adapter lacks smoa_blocks"),
+    "corrupt": (lambda s, p: s[p + "smoa_blocks"][-1:].bitwise_xor_(1), "smoa_blocks is corrupt"),
+    "zero": (lambda s, p: s[p + "smoa_blocks"].zero_(), "bytes that say num_blocks=0"),
+    "range": (repacked(lambda b: b.partition.col_block.__setitem__(2, 3)), r"col_block must lie in \[0, 3\)"),
+    "rank": (repacked(lambda b: b.ranks.__setitem__(0, -1)), "ranks must sum to r=5"),
+    "sum": (repacked(lambda b: b.ranks.__setitem__(2, 0)), "ranks must sum to r=5"),
+    "dtype": (
+        lambda s, p: s.update({p + "smoa_blocks": s[p + "smoa_blocks"].float()}),
+        "smoa_blocks must be a vector of uint8",
+    ),
+    "layer": (lambda s, p: remove(s, p), "the adapter lacks smoa_A, smoa_B, smoa_blocks"),
+    "unknown": (lambda s, p: s.update({p + "smoa_C": torch.ones(2)}), "the model has no place for 1 tensors"),
+    "other layer": (
+        lambda s, p: s.update({p.replace("0", "9") + key: s[p + key].clone() for key in STATE_KEYS}),
+        "the model has no place for 3 tensors",
+    ),
+    "integers": (
+        lambda s, p: s.update({p + "smoa_B": s[p + "smoa_B"].int()}),
+        "smoa_B must be a matrix of floating-point numbers, got torch.int32",
+    ),
+    "shape": (
+        lambda s, p: s.update({p + "smoa_A": s[p + "smoa_A"][:, 1:].contiguous()}),
+        "size mismatch for .*smoa_A|smoa_blocks must hold the block labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_adapter_is_named_and_nothing_is_half_loaded(
+    folder, make_model, tokens, case, low_cpu_mem_usage
+):
+    path, expected = folder
+    edit, message = BROKEN[case]
+    good = PeftModel.from_pretrained(make_model(), path).eval()
+    layer = edit_one_layer(path, edit)
+    layer = layer.replace("0", "9") if case == "other layer" else layer
+    model = make_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message) as error:
+        PeftModel.from_pretrained(model, path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert layer in str(error.value)
+    assert_unchanged(model, before)
+    # Neither as a second adapter, nor over one that is already there.
+    with pytest.raises(ValueError, match=message):
+        good.load_adapter(path, "other", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert "other" not in good.peft_config
+    assert all(set(layer.smoa_A) == {"default"} for layer in layers(good).values())
+    with pytest.raises(ValueError, match=message):
+        good.load_adapter(path, "default")
+    assert torch.equal(logits(good, tokens), expected)
+
+
+def test_a_base_with_fewer_or_more_layers_is_refused(llama, tmp_path):
+    adapt(llama(), target_modules=["q_proj", "up_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no place for 6 tensors of the adapter, for one .*layers\.1\."):
+        PeftModel.from_pretrained(llama(num_hidden_layers=1), tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.2\..*: the adapter lacks smoa_A, smoa_B, smoa_blocks"):
+        PeftModel.from_pretrained(llama(num_hidden_layers=3), tmp_path)
+
+
+def test_adapter_of_another_model_is_refused(folder, llama):
+    path, _ = folder
+    model = llama(hidden_size=64)
+    # GPT-2's adapter names no module of Llama's; Llama's names the same modules in other shapes.
+    with pytest.raises(ValueError, match=r"size mismatch|not found in the base model"):
+        PeftModel.from_pretrained(model, path)
+    assert not layers(model)
+
+
+def test_another_base_weight_is_noticed(folder, make_model, tokens):
+    path, expected = folder
+    with pytest.warns(UserWarning, match="trained over another base weight in"):
+        PeftModel.from_pretrained(make_model(seed=1), path)
+    model = make_model(seed=1)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"another base weight .* strict_base=True refuses it"):
+        PeftModel.from_pretrained(model, path, strict_base=True)
+    assert_unchanged(model, before)
+    same = PeftModel.from_pretrained(make_model().bfloat16(), path, strict_base=True).eval()
+    close = logits(same, tokens).float()
+    assert (close - expected).norm() < 0.03 * expected.norm()

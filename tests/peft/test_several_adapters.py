@@ -1,0 +1,289 @@
+"""Several adapters in one model: active at once, a batch of many, weighted sums of them."""
+
+import pytest
+import torch
+from adapted import close, gentle, layers, logits
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from smoa_kernels import eager, smoa_linear
+from smoa_kernels.peft import SMoAConfig
+
+MIXES = {
+    "agree": ({"r": 6, "num_blocks": 3}, {"r": 4, "num_blocks": 3, "smoa_alpha": 2}),
+    "uneven": ({"r": 5, "num_blocks": 3}, {"r": 7, "num_blocks": 3, "block_ranks": [0, 4, 3]}),
+    "differ": ({"r": 5, "num_blocks": 3}, {"r": 4, "num_blocks": 2}),
+}
+
+
+def two_adapters(model, mix, **common):
+    first, second = MIXES[mix]
+    peft_model = get_peft_model(model, gentle(model, **first, **common), adapter_name="one")
+    peft_model.add_adapter("two", gentle(model, **second, **common))
+    return peft_model.eval()
+
+
+def activate(model, *names):
+    model.base_model.set_adapter(list(names))
+
+
+@pytest.fixture(params=MIXES)
+def mix(request):
+    return request.param
+
+
+# Several active adapters
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_active_adapters_add_up_and_share_the_base_product(make_model, mix, dtype, monkeypatch):
+    model = two_adapters(make_model().to(dtype), mix)
+    activate(model, "one", "two")
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return smoa_linear(*args, **kwargs)
+
+    monkeypatch.setattr("smoa_kernels.peft.linear.smoa_linear", counted)
+    for layer in layers(model).values():
+        x = torch.randn(5, layer.in_features, dtype=dtype)
+        calls.clear()
+        output = layer(x)
+        assert len(calls) == 1
+        wide = layer.base_weight().double()
+        delta = sum(layer.get_delta_weight(name).double() for name in ("one", "two"))
+        delta = delta.T if layer.fan_in_fan_out else delta
+        expected = x.double() @ (wide + delta).T
+        bias = layer.base_layer.bias
+        expected = expected if bias is None else expected + bias.double()
+        # One rounding, or two with a bias.
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8 if bias is None else 2**-7}[dtype]
+        close(output.double(), expected, tolerance)
+
+
+def test_active_adapters_are_merged_into_one_weight_where_that_is_cheaper(llama, mix, monkeypatch):
+    model = two_adapters(llama(), mix)
+    activate(model, "one", "two")
+    calls, merged = [], eager._merged
+    monkeypatch.setattr(eager, "_merged", lambda *args: calls.append(1) or merged(*args))
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(400, layer.in_features)
+    output = layer(x)
+    assert len(calls) == 1
+    delta = sum(layer.get_delta_weight(name) for name in ("one", "two"))
+    close(output, x @ (layer.base_weight() + delta).T)
+
+
+@pytest.mark.numerical
+def test_gradients_reach_every_active_adapter(llama, mix):
+    model = two_adapters(llama(), mix)
+    activate(model, "one", "two")
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(6, layer.in_features)
+    dy = torch.randn(6, layer.out_features)
+    (layer(x) * dy).sum().backward()
+    for name in ("one", "two"):
+        A, B = (factor[name].detach().clone().requires_grad_() for factor in (layer.smoa_A, layer.smoa_B))
+        mask = layer.partition(name).row_block[:, None] == layer.partition(name).col_block
+        ranks = layer.ranks(name)
+        t = torch.arange(A.shape[0])
+        padded = A * (t[:, None] < ranks[layer.partition(name).col_block.long()])
+        delta = layer.scaling[name] * (B @ padded) * mask * layer.base_weight()
+        ((x @ delta.T) * dy).sum().backward()
+        close(layer.smoa_A[name].grad, A.grad, 1e-4)
+        close(layer.smoa_B[name].grad, B.grad, 1e-4)
+
+
+@pytest.mark.numerical
+def test_adapters_with_different_dropout_are_each_dropped(llama):
+    model = get_peft_model(llama(), gentle(llama(), r=4, smoa_dropout=0.5), adapter_name="one")
+    model.add_adapter("two", gentle(llama(), r=4))
+    activate(model, "one", "two")
+    layer = next(iter(layers(model).values())).train()
+    x = torch.randn(4000, layer.in_features)[:1].expand(4000, -1)
+    mean, expected = layer(x).mean(0), layer.eval()(x[0])
+    assert (mean - expected).norm() < 0.1 * (expected - layer.base_layer(x[0])).norm()
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("order", [["one", "two"], ["two", "one"]])
+def test_merging_several_adapters(make_model, tokens, mix, order):
+    model = two_adapters(make_model(), mix)
+    before = {name: layer.base_layer.weight.clone() for name, layer in layers(model).items()}
+    activate(model, "one", "two")
+    expected = logits(model, tokens)
+    model.merge_adapter(adapter_names=order[:1])
+    with pytest.warns(UserWarning, match="Already following adapters were merged"):
+        model.merge_adapter(adapter_names=order)
+    assert all(layer.merged_adapters == order for layer in layers(model).values())
+    close(logits(model, tokens), expected)
+    for layer in layers(model).values():  # ΔW is of W0, not of what is merged into it
+        stored = layer._stored_base.to(tokens.device)
+        assert layer.base_weight().equal(stored.T if layer.fan_in_fan_out else stored)
+    model.unmerge_adapter()
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.base_layer.weight, before[name])
+
+
+@pytest.mark.numerical
+def test_delete_set_and_unload(make_model, tokens):
+    base = logits(make_model(), tokens)
+    model = two_adapters(make_model(), "differ")
+    activate(model, "one")
+    one = logits(model, tokens)
+    activate(model, "two")
+    two = logits(model, tokens)
+    assert not torch.allclose(one, two)
+    model.delete_adapter("two")
+    assert model.active_adapters == ["one"]
+    assert torch.equal(logits(model, tokens), one)
+    for layer in layers(model).values():
+        assert all(
+            "two" not in getattr(layer, name) for name in layer.adapter_layer_names + layer.other_param_names
+        )
+    assert torch.equal(logits(model.unload(), tokens), base)
+
+
+def test_adapters_of_a_layer_share_an_order_and_nothing_else(llama):
+    model = two_adapters(llama(), "agree")
+    for layer in layers(model).values():
+        assert layer.partition("one") is layer.partition("two")
+        assert layer.smoa_blocks["one"].data_ptr() != layer.smoa_blocks["two"].data_ptr()
+
+
+# Mixed batches
+
+
+@pytest.mark.numerical
+def test_each_sample_meets_its_own_adapter(make_model, tokens, mix):
+    model = two_adapters(make_model(), mix)
+    names = ["two", "__base__", "one"]
+    with model.disable_adapter():
+        base = logits(model, tokens)
+    expected = {"__base__": base}
+    for name in ("one", "two"):
+        activate(model, name)
+        expected[name] = logits(model, tokens)
+    output = logits(model, tokens, adapter_names=names)
+    for i, name in enumerate(names):
+        close(output[i], expected[name][i])
+
+
+@pytest.mark.numerical
+def test_mixed_batch_in_generation_with_beams(make_model, tokens):
+    model = two_adapters(make_model(), "agree")
+    generation = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(tokens)
+    names = ["one", "two", "__base__"]
+    mixed = model.generate(input_ids=tokens, attention_mask=mask, adapter_names=names, **generation)
+    for i, name in enumerate(names[:2]):
+        activate(model, name)
+        alone = model.generate(input_ids=tokens[i : i + 1], attention_mask=mask[:1], **generation)
+        assert torch.equal(mixed[i, : alone.shape[1]], alone[0])
+
+
+def test_mixed_batch_bad_input(llama, tokens):
+    model = two_adapters(llama(), "agree")
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        logits(model, tokens, adapter_names=["one"])
+    with pytest.raises(ValueError, match=r"non-existing adapter.*: three"):
+        logits(model, tokens, adapter_names=["one", "two", "three"])
+    with pytest.raises(ValueError, match="training mode"):
+        logits(model.train(), tokens, adapter_names=["one", "two", "one"])
+    model.eval()
+    layer = next(iter(layers(model).values()))
+    assert layer(torch.ones(0, 7, layer.in_features), adapter_names=[]).shape == (0, 7, layer.out_features)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged adapters"):
+        logits(model, tokens, adapter_names=["one", "two", "one"])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# Weighted adapters
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, -1.3]])
+def test_concatenation_is_the_weighted_sum(make_model, tokens, mix, weights, tmp_path):
+    model = two_adapters(make_model(), mix)
+    model.add_weighted_adapter(["one", "two"], weights, "both")
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".both"))
+    for layer in layers(model).values():
+        expected = sum(
+            w * layer.get_delta_weight(name) for w, name in zip(weights, ("one", "two"), strict=True)
+        )
+        close(layer.get_delta_weight("both"), expected)
+    activate(model, "both")
+    expected = logits(model, tokens)
+    if weights == [1.0, 1.0]:
+        activate(model, "one", "two")
+        close(logits(model, tokens), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "both").eval()
+    close(logits(loaded, tokens), expected, 1e-6)
+
+
+@pytest.mark.numerical
+def test_concatenation_over_layers_with_other_ranks(llama, tokens, tmp_path):
+    patterns = {"rank_pattern": {"q_proj": 3}, "num_blocks_pattern": {"layers.1.mlp.up_proj": 5}}
+    model = get_peft_model(llama(), gentle(llama(), r=4, **patterns), adapter_name="one")
+    model.add_adapter("two", gentle(llama(), r=6, target_modules=["q_proj", "up_proj"]))
+    model.eval().add_weighted_adapter(["one", "two"], [1.0, 2.0], "both")
+    activate(model, "both")
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    close(logits(PeftModel.from_pretrained(llama(), tmp_path / "both").eval(), tokens), expected, 1e-6)
+
+
+@pytest.mark.numerical
+def test_concatenation_adapts_no_layer_whose_name_ends_alike(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin, self.inner = nn.Linear(12, 12), nn.ModuleDict({"lin": nn.Linear(12, 12)})
+
+        def forward(self, x):
+            return self.inner["lin"](self.lin(x))
+
+    config = {"target_modules": "lin", "init_weights": False}
+    model = get_peft_model(Model(), SMoAConfig(r=4, **config), adapter_name="one").eval()
+    model.add_adapter("two", SMoAConfig(r=4, **config))
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both")
+    activate(model, "both")
+    assert set(layers(model)) == {"base_model.model.lin"}
+    x = torch.randn(3, 12)
+    expected = model(x)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    close(PeftModel.from_pretrained(Model(), tmp_path / "both").eval()(x), expected)
+
+
+@pytest.mark.numerical
+def test_linear_combination_sums_the_factors(llama):
+    model = two_adapters(llama(), "agree")
+    model.add_weighted_adapter(["one"], [-2.0], "scaled", combination_type="linear")
+    for layer in layers(model).values():
+        close(layer.get_delta_weight("scaled"), -2.0 * layer.get_delta_weight("one"))
+    with pytest.raises(ValueError, match="same blocks and ranks"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="linear")
+    assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["one", "three"], [1, 1], "new"), "existing adapters, got 'three'"),
+        ((["one"], [1, 1], "new"), "weights must hold one number for each"),
+        ((["one"], ["1"], "new"), "weights must be a finite number, got '1'"),
+        ((["one"], [float("nan")], "new"), "weights must be a finite number, got nan"),
+        ((["one"], [1], "two"), "adapter_name must be a new name, got 'two'"),
+        ((["one"], [1], "new", "svd"), "combination_type must be one of cat, linear, got 'svd'"),
+    ],
+)
+def test_weighted_adapter_bad_input(llama, arguments, message):
+    model = two_adapters(llama(), "agree")
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(*arguments)
+    assert set(model.peft_config) == {"one", "two"}
