@@ -21,7 +21,8 @@ def tune(
         Path | None, typer.Option(help="Shapes of a model on disk: its config.json or folder.")
     ] = None,
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens in a batch, repeatable; 256, 2048 and 8192 if absent.")
+        list[int] | None,
+        typer.Option(max=10**9, help="Tokens in a batch, repeatable; 256, 2048 and 8192 if absent."),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="Repeatable: bf16, fp16, tf32, fp32; bf16 if absent.")

@@ -311,7 +311,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     def _ready(self, adapter_name: str) -> _Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
-        check_choice("adapter_name", adapter_name, cast("Collection[str]", self.smoa_A))
+        check_choice("adapter_name", adapter_name, self.r)
         packed = self.smoa_blocks[adapter_name]
         ready = self._prepared.get(adapter_name)
         if ready is not None and ready.packed is packed:

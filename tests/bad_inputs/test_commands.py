@@ -65,6 +65,7 @@ COMMANDS: list[tuple[str, str]] = [
     ("tune --dry-run --gpu h100 --rank 0", "rank must be at least 1, got 0"),
     ("tune --dry-run --gpu h100 --blocks 99999", "blocks must be at most"),
     ("tune --dry-run --gpu h100 --tokens -1", "tokens must be at least 1, got -1"),
+    ("tune --dry-run --gpu h100 --tokens 99999999999", "--tokens"),
     ("tune --dry-run --gpu h100 --shape 0x8", "out_features must be at least 1, got 0"),
     ("tune --dry-run --gpu h100 --from-model FOLDER/deep.json", "--from-model must be .* recursion"),
     ("tune --dry-run --gpu h100 --from-model FOLDER/list.json", "must give a positive num_attention_heads"),
