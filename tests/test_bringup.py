@@ -179,7 +179,9 @@ def test_the_page_shows_every_algorithm_and_where_it_gathers() -> None:
     problem = "forward 4096x4096 T≤8192 ρ=4 K=4 bf16"
     assert f"- {problem}: split (gather before) 200.0 µs, merged (no gather) 100.0 µs" in text
     (row,) = (line for line in text.splitlines() if line.startswith(f"| {problem}"))
-    assert row.endswith("| 200.0 | 200.0 | split (gather before) |")  # merged is no choice in bf16, however fast
+    assert row.endswith(
+        "| 200.0 | 200.0 | split (gather before) |"
+    )  # merged is no choice in bf16, however fast
 
 
 def test_a_page_of_nothing() -> None:
