@@ -411,7 +411,7 @@ def test_the_numerical_tests_are_all_of_them() -> None:
     names = numerics.numerical_files()
     kernels = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
     assert names[: len(kernels)] == [f"kernels/{path.name}" for path in kernels]
-    others = "cuda_graphs dead_zone determinism dropout functional fuzz in_training layers operator reference trust"
+    others = "cuda_graphs dead_zone determinism dropout functional fuzz in_training layers operator reference soak trust"
     assert {f"test_{name}.py" for name in others.split()} <= set(names)
     assert {"peft/test_tuner.py", "peft/test_lifecycle.py", "peft/test_training.py"} <= set(names)
 
