@@ -411,8 +411,8 @@ def test_the_numerical_tests_are_all_of_them() -> None:
     names = numerics.numerical_files()
     kernels = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
     assert names[: len(kernels)] == [f"kernels/{path.name}" for path in kernels]
-    others = "cuda_graphs dead_zone determinism dropout functional fuzz in_training layers operator reference trust"
-    assert {f"test_{name}.py" for name in others.split()} <= set(names)
+    others = "cuda_graphs dead_zone determinism dropout functional fuzz in_training layers operator reference"
+    assert {f"test_{name}.py" for name in (*others.split(), "soak", "trust")} <= set(names)
     assert {"peft/test_tuner.py", "peft/test_lifecycle.py", "peft/test_training.py"} <= set(names)
 
 

@@ -19,9 +19,11 @@ pytest.importorskip("triton", reason="there are no kernels to compile")
 PROGRAM = """
 import json
 from dataclasses import asdict
+from smoa_kernels.kernels.launch import BLOCK_GRAD_CONFIGS
 from smoa_kernels.tuning.audit import AUDIT_DTYPES, DEFAULT_REGISTRY, Task, run_task
 from smoa_kernels.tuning.registry import KERNELS
 from smoa_kernels.tuning.rules import broken_rules
+from smoa_kernels.tuning.space import search_space
 
 found = []
 for spec in KERNELS:
@@ -43,10 +45,14 @@ for spec in KERNELS:
 task = Task(DEFAULT_REGISTRY, "permute", permute.variants[0], 0, "sm_90", "bf16")
 narrow_rank = [Task(DEFAULT_REGISTRY, "block_grad", "r4", 0, arch, "bf16") for arch in ("sm_90", "gfx942")]
 narrow_rank += [Task(DEFAULT_REGISTRY, "sum_partials", "dB r4", 0, "sm_90", "bf16")]
+space = search_space("block_grad", "sm_86", "bf16")
+large = space.index(BLOCK_GRAD_CONFIGS[0])
+large = Task("smoa_kernels.tuning.space:SEARCH", "block_grad", "r16", large, "sm_86", "bf16")
 print(json.dumps({
     "launches": found,
     "broken": broken_rules(run_task(task)),
     "narrow rank": [run_task(task).to_json() for task in narrow_rank],
+    "searched": broken_rules(run_task(large)),
 }))
 """
 
@@ -85,6 +91,11 @@ def test_the_configuration_reaches_the_kernel(audited: dict) -> None:
 def test_a_shipped_configuration_meets_the_rules(audited: dict) -> None:
     """One, so that a change of Triton shows here too."""
     assert audited["broken"] == []
+
+
+def test_a_neighbour_of_what_ships_that_does_not_fit_is_pruned(audited: dict) -> None:
+    """What ships on an A100 and is one step away on an A40, whose multiprocessors have 99 KiB."""
+    assert any("shared memory" in rule for rule in audited["searched"]), audited["searched"]
 
 
 def test_partials_of_few_ranks_are_stored_and_read_as_wide_as_those_of_many(audited: dict) -> None:

@@ -116,7 +116,7 @@ def test_tuning_ends_with_heuristic_against_tuned_and_is_in_force(
     assert "0.25" in weight
     forward, compared = (line for line in out.splitlines() if "forward 70x90 T≤32" in line)
     times = (
-        "split (gather before) 2.0 µs, merged (no gather) 3.0 µs, fused (one kernel, gather inside) 1.0 µs"
+        "fused (one kernel, gather inside) 1.0 µs, merged (no gather) 3.0 µs, split (gather before) 2.0 µs"
     )
     assert compared == f"compared: forward 70x90 T≤32 ρ=3 K=2 bf16: {times}"
     assert "fused" in forward

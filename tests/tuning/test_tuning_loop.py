@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from tuning_cases import CPU, FORWARD, PERMUTE, entry, needs_interpreter, permute_entry, permute_job, scripted
 
-from smoa_kernels.kernels.heuristic import Key, heuristic
+from smoa_kernels.gpus import match_gpu
+from smoa_kernels.kernels.heuristic import CONFIGS, Key, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.tuning import audit, space, tuner
 from smoa_kernels.tuning.entries import UNFINISHED, Choice, Entry
+from smoa_kernels.tuning.limits import ARCHITECTURES
 from smoa_kernels.tuning.plan import Layer, Target, jobs, keys
 from smoa_kernels.tuning.rules import Record
 from smoa_kernels.tuning.space import algorithm_job, kernel_job, search_space
@@ -370,11 +372,32 @@ def test_a_tile_that_does_not_divide_the_layout_is_pruned() -> None:
     assert {reason for _, reason in job.pruned} == {"does not divide the padded layout"}
 
 
-def test_the_audit_compiles_the_whole_space() -> None:
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_audit_compiles_the_whole_space_of_every_kernel(arch: str) -> None:
     """Its workers find the space by name; nothing is compiled here."""
-    found = audit.tasks("smoa_kernels.tuning.space:SEARCH", ["sm_90"], ["permute"], ["bf16"])
-    forms = {task.variant for task in found}
-    assert len(found) == len(forms) * len(search_space("permute", "sm_90", "bf16")) > len(forms) * 3
+    dtypes = [dtype for dtype in audit.AUDIT_DTYPES if not (dtype == "tf32" and arch.startswith("gfx"))]
+    found = audit.tasks("smoa_kernels.tuning.space:SEARCH", [arch], None, dtypes)
+    assert len(set(found)) == len(found)
+    for kernel, dtype in itertools.product(CONFIGS, dtypes):
+        own = [task for task in found if (task.kernel, task.dtype) == (kernel, dtype)]
+        forms, size = {task.variant for task in own}, len(search_space(kernel, arch, dtype))
+        assert len(own) == len(forms) * size > len(forms) * len(space.shipped(Key(kernel, dtype), arch))
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "stand_in"),
+    [
+        ("sm_87", (8, 7), "sm_86"),
+        ("sm_103", (10, 3), "sm_100"),
+        ("sm_121", (12, 1), "sm_120"),
+        ("gfx950", None, "gfx942"),
+        ("sm_89", (8, 9), "sm_89"),
+    ],
+)
+def test_an_architecture_that_nobody_audited_is_pruned_by_its_nearest(
+    arch: str, capability: tuple[int, int] | None, stand_in: str
+) -> None:
+    assert Target(match_gpu("another", capability, 20), arch, 20).audited == stand_in
 
 
 def test_the_shipped_space_needs_no_audit() -> None:
