@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .checks import check_kind
+from .checks import check_kind, layout_of
 from .partition import BlockPartition
 
 __all__ = ["PackedAdapter", "pack_factors", "unpack_factors"]
@@ -114,6 +114,13 @@ def draw_A(A: Tensor, partition: BlockPartition, ranks: Tensor) -> None:
     A.uniform_(-1, 1).mul_(bound).mul_(A_mask)
 
 
+def _is_factor(value: object) -> bool:
+    """Whether it is a dense matrix of floating-point numbers."""
+    if not isinstance(value, Tensor) or layout_of(value) != "torch.strided":
+        return False
+    return value.ndim == 2 and value.is_floating_point()
+
+
 def pack_factors(
     A_blocks: Sequence[Tensor], B_blocks: Sequence[Tensor], partition: BlockPartition
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,14 +143,17 @@ def pack_factors(
         ([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], [2, 1])
     """
     check_kind("partition", partition, BlockPartition)
+    for name, blocks in (("A_blocks", A_blocks), ("B_blocks", B_blocks)):
+        if not isinstance(blocks, Sequence):
+            raise TypeError(f"{name} must be a list of matrices, got {type(blocks).__name__}")
     if not len(A_blocks) == len(B_blocks) == partition.num_blocks:
         raise ValueError(
             f"A_blocks and B_blocks must hold one factor for each of {partition.num_blocks} blocks, "
             f"got {len(A_blocks)} and {len(B_blocks)}"
         )
     factors = (*A_blocks, *B_blocks)
-    if not all(isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point() for t in factors):
-        raise TypeError("A_blocks and B_blocks must hold matrices of floating-point numbers")
+    if not all(map(_is_factor, factors)):
+        raise TypeError("A_blocks and B_blocks must hold dense matrices of floating-point numbers")
     if len({(t.dtype, t.device) for t in factors}) > 1:
         raise TypeError("A_blocks and B_blocks must have one dtype and one device")
     ranks = [A.shape[0] for A in A_blocks]
@@ -185,7 +195,12 @@ def unpack_factors(
     for name, value in (("A", A), ("B", B), ("ranks", ranks)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if A.ndim != 2 or (B.shape[0], *A.shape[1:]) != shape or B.shape[1:] != A.shape[:1]:
+        if layout_of(value) != "torch.strided":
+            raise TypeError(f"{name} must be dense, got {layout_of(value)}")
+    if ranks.is_floating_point() or ranks.is_complex() or ranks.dtype == torch.bool or ranks.is_meta:
+        kind = "a meta tensor" if ranks.is_meta else str(ranks.dtype)
+        raise TypeError(f"ranks must be an integer tensor that holds numbers, got {kind}")
+    if A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != shape or B.shape[1] != A.shape[0]:
         raise ValueError(
             f"A and B must have shapes (ρ, {shape[1]}) and ({shape[0]}, ρ), "
             f"got {tuple(A.shape)} and {tuple(B.shape)}"

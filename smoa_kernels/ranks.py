@@ -80,7 +80,11 @@ def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int
         24
     """
     check_kind("partition", partition, BlockPartition)
+    if not isinstance(ranks, Sequence):
+        raise TypeError(f"ranks must be a list of ints, got {ranks!r}")
     if len(ranks) != partition.num_blocks:
         raise ValueError(f"ranks must be {partition.num_blocks}, one for each block, got {len(ranks)}")
+    for k, rank in enumerate(ranks):
+        check_count(f"ranks[{k}]", rank, least=0, most=MOST_RANKS)
     sizes = zip(ranks, partition.row_sizes, partition.col_sizes, strict=True)
     return sum(r * (rows + cols) for r, rows, cols in sizes)

@@ -139,8 +139,12 @@ PACKING: list[Row] = [
         r"block 0 takes factors of shapes \(r, 19\) and \(11, r\), got \(1, 2\) and \(2, 1\)",
     ),
     (lambda w: w.problem.run_reference(dropout_p=0.1), ValueError, "dropout_seed must be given"),
-    (packed(1, 2), TypeError, "A_blocks and B_blocks must hold matrices"),
-    (packed(torch.tensor(1.0), torch.tensor(1.0)), TypeError, "A_blocks and B_blocks must hold matrices"),
+    (packed(1, 2), TypeError, "A_blocks and B_blocks must hold dense matrices"),
+    (
+        packed(torch.tensor(1.0), torch.tensor(1.0)),
+        TypeError,
+        "A_blocks and B_blocks must hold dense matrices",
+    ),
     (packed(torch.ones(1, 19), torch.ones(11, 1).double()), TypeError, "must have one dtype"),
     (lambda _: pack_factors([], [], None), TypeError, "partition must be a BlockPartition"),  # type: ignore[arg-type]
     (unpacked(A=None), TypeError, "A must be a tensor, got NoneType"),
@@ -153,6 +157,18 @@ PACKING: list[Row] = [
     (unpacked(ranks=[3, 0, 2]), TypeError, "ranks must be a tensor, got list"),
     (unpacked(ranks=one(1, 1)), ValueError, r"ranks must be 3 numbers in \[0, 3\], A's rows, got \[1, 1\]"),
     (unpacked(ranks=one(4, 0, 0)), ValueError, "ranks must be 3 numbers"),
+    (unpacked(ranks=torch.ones(3)), TypeError, "ranks must be an integer tensor .* got torch.float32"),
+    (unpacked(ranks=one(3, 0, 2).to("meta")), TypeError, "ranks must be an integer .* got a meta tensor"),
+    (unpacked(A=torch.ones(3, 57).to_sparse()), TypeError, "A must be dense, got torch.sparse_coo"),
+    (unpacked(B=torch.tensor(1.0)), ValueError, r"A and B must have shapes .* and \(\)"),
+    (lambda w: pack_factors(None, [], w.problem.partition), TypeError, "A_blocks must be a list"),  # type: ignore[arg-type]
+    (packed(NESTED, NESTED), TypeError, "A_blocks and B_blocks must hold dense matrices"),
+    (lambda w: trainable_parameters(w.problem.partition, None), TypeError, "ranks must be a list of ints"),  # type: ignore[arg-type]
+    (
+        lambda w: trainable_parameters(w.problem.partition, [1, -1, 2]),
+        ValueError,
+        r"ranks\[1\] must be at least 0, got -1",
+    ),
     (lambda _: split_rank(0, 3), ValueError, "r must be at least 1, got 0"),
     (lambda _: split_rank(8, 10**9), ValueError, "num_blocks must be at most 65536"),
     (lambda w: trainable_parameters(w.problem.partition, [1]), ValueError, "ranks must be 3, .* got 1"),
