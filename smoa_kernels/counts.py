@@ -43,9 +43,7 @@ FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
 FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
 FUSED_TOKEN_TILE = 32  # the one-kernel form recomputes B·A once per tile of so many tokens
-PARTIAL_RANKS = (
-    4  # rows of block_grad's partials are padded to a multiple of so many ranks: 128 bits of float32
-)
+PARTIAL_RANKS = 4  # block_grad's partials are padded to a multiple of so many ranks: 128 bits of float32
 GRAD_TILE = 128  # block_grad writes one rank-sized partial per tile of so many rows or columns
 GRAD_STEP = 64  # tokens of one step of its main loop
 GRAD_EPILOGUE_STEPS = 8  # what the end of a program costs, in steps: an assumption (`grad_share.py`)
