@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,26 @@ from typer.testing import CliRunner
 from benchmarks.quality import data, siqa, store
 from benchmarks.quality.__main__ import RECORDS, app
 from benchmarks.quality.analysis import Study
-from benchmarks.quality.methods import BY_NAME, LEARNING_RATES, METHODS, shuffled, update_ranks
-from benchmarks.quality.models import CutModel, Upper, cut_minilm, cut_smollm2
+from benchmarks.quality.methods import (
+    ALL,
+    BY_NAME,
+    LADDER,
+    LEARNING_RATES,
+    METHODS,
+    MODULES,
+    RANKS,
+    shuffled,
+    update_ranks,
+    width,
+)
+from benchmarks.quality.models import (
+    MINILM_TARGETS,
+    SMOLLM2_TARGETS,
+    CutModel,
+    Upper,
+    cut_minilm,
+    cut_smollm2,
+)
 from benchmarks.quality.report import generate, page
 from benchmarks.quality.statistics import over_groups, paired, summarize, t_quantile
 from benchmarks.quality.study import Slice, best_rate, train_and_judge
@@ -126,11 +145,19 @@ def letters(prompts: list[str], **_: Any) -> Any:
     return type("Encoding", (), {"input_ids": [[ord(c) for c in prompt] for prompt in prompts]})
 
 
+TARGETS = {
+    ALL: r".*\.(first|second)",
+    "query and value": r".*\.first",
+    "attention": r".*\.first",
+    "MLP": r".*\.second",
+}
+
+
 def tiny(classes: Any, layers: int) -> CutModel:
     torch.manual_seed(0)
     upper = Upper(Body(), nn.Linear(16, len(classes)), causal=False)
     tokenizer: Any = letters
-    return CutModel(Words(), upper, tokenizer, classes, ("first", "second"), new_head=True)
+    return CutModel(Words(), upper, tokenizer, classes, TARGETS, new_head=True)
 
 
 TINY = replace(TASKS["trec50"], read=lambda: COLOURS, cut=tiny, steps=4, batch_size=4)
@@ -152,6 +179,90 @@ def test_each_method_trains_its_own_parameters_only(method: Any) -> None:
     assert result == train_and_judge(cut, method, TINY, 5e-2, 0, SPLITS.train, SPLITS.test) | {
         name: result[name] for name in ("seconds", "step_seconds")
     }
+
+
+def test_scaling_multiplies_the_update() -> None:
+    cut = tiny(["a", "b"], 2)
+    updates = []
+    for name in ("SMoA K=2", "SMoA K=2, alpha=16r", "LoRA", "LoRA, alpha=16r"):
+        model = BY_NAME[name].adapt(cut.fresh(0), cut.targets, 0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.manual_seed(1)
+                nn.init.normal_(parameter)
+        layer: Any = model.get_submodule("base_model.model.body.first")
+        updates.append(layer.get_delta_weight("default"))
+    for plain, scaled in (updates[:2], updates[2:]):
+        torch.testing.assert_close(scaled, 16 * plain)
+
+
+@pytest.mark.parametrize("method", MODULES, ids=lambda method: method.name)
+def test_modules_are_adapted_at_the_budget_that_is_said(method: Any) -> None:
+    cut = tiny(["a", "b"], 2)
+    base = cut.fresh(0)
+    sized = method.sized(base, cut.targets)
+    model = sized.adapt(base, cut.targets, 0)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    wanted = "second" if method.modules == "MLP" else "first"
+    assert trained
+    assert all(f".{wanted}." in name for name in trained)
+    # Both layers are 16 by 24 or 24 by 16: one of them has half of the parameters at the same rank.
+    assert sized.r == (16 if method.as_large else 8)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == (
+        sized.r * 40 // method.num_blocks
+    )
+
+
+def test_targets_of_the_real_models() -> None:
+    names = {
+        "minilm": [f"body.encoder.layer.1.{part}" for part in (
+            "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+            "intermediate.dense", "output.dense")],
+        "smollm2": [f"body.layers.0.{part}_proj" for part in (
+            "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")],
+    }  # fmt: skip
+
+    def count(targets: dict[str, str], model: str) -> dict[str, int]:
+        return {
+            key: sum(bool(re.fullmatch(pattern, name)) for name in names[model])
+            for key, pattern in targets.items()
+        }
+
+    assert count(MINILM_TARGETS, "minilm") == {ALL: 6, "query and value": 2, "attention": 4, "MLP": 2}
+    assert count(SMOLLM2_TARGETS, "smollm2") == {ALL: 5, "query and value": 2, "attention": 4, "MLP": 3}
+    assert width(nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(5, 6)}), "a") == 7
+
+
+def test_a_search_goes_on_while_the_best_rate_is_at_an_end(tmp_path: Path) -> None:
+    def search(best: float, first: tuple[float, ...]) -> list[float]:
+        path = tmp_path / f"{best}.jsonl"
+        part = Slice(TINY, path, str, SPLITS, first)
+
+        def once(method: Any, stage: str, lr: float, *rest: Any) -> None:
+            accuracy = -abs(math.log(lr / best))
+            store.append(path, store.Key("trec50", method.name, stage, lr, 0, 4, 4, 2, "float32"), {
+                "accuracy": accuracy, "evaluation_loss": 0.0})  # fmt: skip
+
+        part._once = once  # type: ignore[method-assign]
+        part.search(BY_NAME["LoRA"])
+        return sorted(record["lr"] for record in store.read(path))
+
+    assert search(2e-2, (1e-2, 2e-2, 5e-2)) == [1e-2, 2e-2, 5e-2]
+    assert search(5e-3, (2e-2, 5e-2)) == [2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
+    assert search(1e3, (5e-1,)) == [5e-1, 1.0, LADDER[-1]]
+
+
+def test_a_method_may_take_the_rate_of_another(tmp_path: Path) -> None:
+    path, told = tmp_path / "runs.jsonl", []
+    part = Slice(TINY, path, told.append, SPLITS, LEARNING_RATES[:1], further=False)
+    part.run(1, [BY_NAME["SMoA K=2"], RANKS[1]])
+    assert [(r["method"], r["stage"], r["r"]) for r in store.read(path)] == [
+        ("SMoA K=2", "search", 8),
+        ("SMoA K=2", "final", 8),
+        (RANKS[1].name, "final", 4),
+    ]
+    # alpha = √(8r) is rank-stabilised LoRA's rule: the scaling falls with √r, and is 1 at r=8.
+    assert [round(m.scaling, 3) for m in RANKS] == [1, 1.414, 2, 1, 0.5, 0.25]
 
 
 def test_rank_of_a_lora_update() -> None:
@@ -179,7 +290,7 @@ def test_runs_that_are_there_are_skipped(tmp_path: Path) -> None:
     methods = [BY_NAME[name] for name in ("none", "LoRA", "SMoA K=2")]
 
     def go(seeds: int) -> None:
-        Slice(TINY, path, told.append, SPLITS, LEARNING_RATES[:2]).run(seeds, methods)
+        Slice(TINY, path, told.append, SPLITS, LEARNING_RATES[:2], further=False).run(seeds, methods)
 
     go(1)
     assert len(told) == 3 * (2 + 1)
@@ -214,7 +325,7 @@ def test_the_best_rate_is_chosen_on_validation() -> None:
         record("LoRA", "search", 5e-3, 1000, 0.8),
         record("LoRA", "search", 1e-2, 1000, 0.8, loss=0.5),
         record("LoRA", "search", 2e-2, 1000, 0.7),
-        record("LoRA", "search", 0.123, 1000, 0.9),  # no rate of the grid
+        record("LoRA", "search", 0.123, 1000, 0.9),  # no rate of the ladder
         record("LoRA", "final", 2e-2, 0, 0.99),
         record("HiRA", "search", 2e-2, 1000, 0.95),
     ]
@@ -273,7 +384,8 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 
     assert "'nope' is none of trec50" in said("run", "--task", "nope")
     assert "'nope' is none of none, LoRA" in said("run", "--task", "trec50", "--method", "nope")
-    assert "0.123 is none of 0.002" in said("run", "--task", "trec50", "--rate", "0.123")
+    assert "'nope' is none of methods, alpha" in said("run", "--task", "trec50", "--sweep", "nope")
+    assert "0.123 is none of 0.0001" in said("run", "--task", "trec50", "--rate", "0.123")
     assert "its figures mean nothing" in said("run", "--task", "trec50", "--smoke")
     assert "is not there yet" in said("report", "--records", str(tmp_path / "none.jsonl"))
 

@@ -13,7 +13,7 @@ from questions import Splits
 from rich.console import Console
 
 from . import data
-from .methods import BY_NAME, LEARNING_RATES, METHODS
+from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
 from .study import Slice
 from .tasks import TASKS, Task
@@ -32,10 +32,14 @@ def run(
     task: Annotated[list[str], typer.Option(help=f"One of {', '.join(TASKS)}; may be given several times.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs on test of each method.")] = 5,
     method: Annotated[
-        list[str] | None, typer.Option(help="Only these, in this order; all when left out.")
+        list[str] | None, typer.Option(help="Only these, in this order; the whole sweep when left out.")
     ] = None,
+    sweep: Annotated[str, typer.Option(help=f"What is varied, one of {', '.join(SWEEPS)}.")] = "methods",
     rate: Annotated[
-        list[float] | None, typer.Option(help="Only these learning rates of the grid; all when left out.")
+        list[float] | None,
+        typer.Option(
+            help="Learning rates to begin with; the whole grid when left out. The search goes on from them."
+        ),
     ] = None,
     records: Records = RECORDS,
     smoke: Annotated[
@@ -45,11 +49,12 @@ def run(
     """Do the runs of these tasks that are not yet in the records."""
     _check("--task", task, TASKS)
     _check("--method", method or [], BY_NAME)
-    _check("--rate", rate or [], LEARNING_RATES)
+    _check("--sweep", [sweep], SWEEPS)
+    _check("--rate", rate or [], LADDER)
     if smoke and records.resolve() == RECORDS:
         raise typer.BadParameter(f"--smoke: its figures mean nothing, so --records must not be {RECORDS}")
     torch.set_num_threads(1)
-    chosen = [BY_NAME[name] for name in method] if method else METHODS
+    chosen = [BY_NAME[name] for name in method] if method else SWEEPS[sweep]
     for name in task:
         try:
             if smoke:
@@ -64,7 +69,8 @@ def run(
 def smoke_slice(task: Task, records: Path) -> Slice:
     """A task in seconds."""
     splits = Splits(*(part[:SMOKE_QUESTIONS] for part in data.prepare(task.read())))
-    return Slice(replace(task, steps=2, batch_size=4), records, console.print, splits, LEARNING_RATES[:1])
+    short = replace(task, steps=2, batch_size=4)
+    return Slice(short, records, console.print, splits, LEARNING_RATES[:1], further=False)
 
 
 @app.command()

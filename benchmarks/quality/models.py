@@ -20,8 +20,22 @@ from transformers import (
 
 from examples import minilm, smollm2
 
+from .methods import ALL
+
 PREFIX_BATCH = 32
 LONGEST = 256  # tokens; nothing here has more
+MINILM_TARGETS = {
+    ALL: r".*\.(query|key|value|dense)",
+    "query and value": r".*\.(query|value)",
+    "attention": r".*\.attention\..*\.(query|key|value|dense)",
+    "MLP": r".*\.\d+\.(intermediate|output)\.dense",
+}
+SMOLLM2_TARGETS = {
+    ALL: r".*\.(q|k|v|up|down)_proj",
+    "query and value": r".*\.(q|v)_proj",
+    "attention": r".*\.(q|k|v|o)_proj",
+    "MLP": r".*\.(gate|up|down)_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class CutModel:
         upper: the rest.
         tokenizer: the model's.
         classes: in the order of the head's outputs.
-        targets: names of the linear layers that are adapted.
+        targets: sets of linear layers, by their names; each a pattern of the layers' names.
         new_head: whether the head is new and trained in full.
     """
 
@@ -79,7 +93,7 @@ class CutModel:
         upper: Upper,
         tokenizer: PreTrainedTokenizerBase,
         classes: Sequence[str],
-        targets: tuple[str, ...],
+        targets: dict[str, str],
         new_head: bool,
     ) -> None:
         self.lower, self.upper = lower.eval(), upper.eval()
@@ -144,8 +158,9 @@ def cut_minilm(classes: Sequence[str], layers: int) -> CutModel:
     body.encoder.layer = body.encoder.layer[-layers:]
     body.embeddings = Given()
     upper = Upper(body, nn.Linear(body.config.hidden_size, len(classes)), causal=False)
-    targets = ("query", "key", "value", "dense")
-    return CutModel(lower, upper, AutoTokenizer.from_pretrained(folder), classes, targets, new_head=True)
+    return CutModel(
+        lower, upper, AutoTokenizer.from_pretrained(folder), classes, MINILM_TARGETS, new_head=True
+    )
 
 
 def cut_smollm2(classes: Sequence[str], layers: int) -> CutModel:
@@ -161,7 +176,6 @@ def cut_smollm2(classes: Sequence[str], layers: int) -> CutModel:
     lower.norm = nn.Identity()
     body.layers = body.layers[-layers:]
     body.embed_tokens = nn.Identity()
-    targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     return CutModel(
-        lower, Upper(body, head, causal=True), tokenizer, encoder.answers, targets, new_head=False
+        lower, Upper(body, head, causal=True), tokenizer, encoder.answers, SMOLLM2_TARGETS, new_head=False
     )
