@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from benchmarks.quality import data, siqa, store
 from benchmarks.quality.__main__ import RECORDS, app
 from benchmarks.quality.analysis import Study
+from benchmarks.quality.choice import Choice
 from benchmarks.quality.methods import (
     ALL,
     BY_NAME,
@@ -34,10 +36,14 @@ from benchmarks.quality.methods import (
 from benchmarks.quality.models import (
     MINILM_TARGETS,
     SMOLLM2_TARGETS,
+    ChoiceModel,
+    ChoiceUpper,
     CutModel,
     Upper,
     cut_minilm,
     cut_smollm2,
+    rows_of,
+    vocabulary,
 )
 from benchmarks.quality.report import generate, page
 from benchmarks.quality.statistics import over_groups, paired, summarize, t_quantile
@@ -83,7 +89,7 @@ def test_mean_over_groups_counts_the_spread_within_them() -> None:
 
 @pytest.mark.parametrize("name", ["trec50", "films", "opinions", "trec6"])
 def test_splits_are_disjoint(name: str) -> None:
-    splits = data.prepare(TASKS[name].read())
+    splits = data.prepare(TASKS[name].read(), TASKS[name].held_out)
     prompts = [{same_text(question.prompt) for question in part} for part in splits]
     assert all(map(len, prompts))
     assert sum(map(len, prompts)) == len(set.union(*prompts))
@@ -407,7 +413,7 @@ def test_a_cut_model_says_what_the_whole_one_does(cut: Any) -> None:
     questions = [Question("What colour is grass?", "green"), Question("And snow, on a clear day?", "white")]
     batch = ours.batch(questions)
     with torch.no_grad():
-        scores = ours.upper(batch.hidden, batch.mask)
+        scores = ours.upper(batch.hidden, batch.layout)
     folder = minilm.locate() if cut is cut_minilm else smollm2.cached_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
@@ -425,6 +431,50 @@ def test_a_cut_model_says_what_the_whole_one_does(cut: Any) -> None:
             ]
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     assert [ours.classes[i] for i in batch.labels] == ["green", "white"]
+
+
+def test_answers_in_one_row_score_as_they_do_alone() -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    whole = LlamaModel(config).eval()
+    lower, body = copy.deepcopy(whole), copy.deepcopy(whole)
+    lower.layers, lower.norm = lower.layers[:1], nn.Identity()  # type: ignore[assignment]
+    lower.config.num_hidden_layers = 1
+    body.layers, body.embed_tokens = body.layers[1:], nn.Identity()  # type: ignore[assignment]
+    questions = [
+        Choice("Where is it?", "at sea", ("home", "at sea", "up")),
+        Choice("Why not?", "so it is", ("a cat", "so it is")),
+    ]
+    classes = sorted({answer for question in questions for answer in question.choices})
+    tokenizer: Any = spelled
+    tokens = list(vocabulary(tokenizer, tuple(classes)))
+    upper = ChoiceUpper(body, rows_of(whole.embed_tokens.weight, tokens), causal=True)
+    cut = ChoiceModel(lower, upper, tokenizer, classes, {}, new_head=False)
+    batch = cut.batch(questions)
+    with torch.no_grad():
+        scores = upper(batch.hidden, batch.layout)
+        for question, row in zip(questions, scores, strict=True):
+            for answer, score in zip(question.choices, row, strict=False):
+                text = torch.tensor([[ord(c) for c in f"{question.prompt} {answer}"]])
+                states = whole(input_ids=text).last_hidden_state[0]
+                said = upper.head(states).log_softmax(-1)[len(question.prompt) - 1 : -1]
+                expected = [said[at, tokens.index(ord(c))] for at, c in enumerate(f" {answer}")]
+                torch.testing.assert_close(score, torch.stack(expected).mean())
+    assert scores[1, 2] == -torch.inf
+    assert batch.labels.tolist() == [1, 1]
+
+
+def spelled(texts: Any, **_: Any) -> Any:
+    """A tokenizer of one text or several: a token is a letter."""
+    one = isinstance(texts, str)
+    return type(
+        "Encoding",
+        (),
+        {"input_ids": [ord(c) for c in texts] if one else [[ord(c) for c in t] for t in texts]},
+    )
 
 
 def test_tasks_have_a_head_rate_where_the_head_is_new() -> None:

@@ -68,7 +68,7 @@ def run(
 
 def smoke_slice(task: Task, records: Path) -> Slice:
     """A task in seconds."""
-    splits = Splits(*(part[:SMOKE_QUESTIONS] for part in data.prepare(task.read())))
+    splits = Splits(*(part[:SMOKE_QUESTIONS] for part in data.prepare(task.read(), task.held_out)))
     short = replace(task, steps=2, batch_size=4)
     return Slice(short, records, console.print, splits, LEARNING_RATES[:1], further=False)
 

@@ -60,7 +60,7 @@ class Slice:
         further: bool = True,
     ) -> None:
         self.task, self.path, self.announce, self.rates, self.further = task, path, announce, rates, further
-        self.splits = splits or data.prepare(task.read())
+        self.splits = splits or data.prepare(task.read(), task.held_out)
         self.digest = data.digest(self.splits)
         classes = sorted({question.answer for part in self.splits for question in part})
         self.model = task.cut(classes, task.layers)
@@ -146,7 +146,7 @@ def train_and_judge(
         for questions in islice(shuffled(train, task.batch_size, seed), task.steps):
             start = time.process_time()
             batch = cut.batch(questions)
-            loss = F.cross_entropy(model(batch.hidden, batch.mask), batch.labels)
+            loss = F.cross_entropy(model(batch.hidden, batch.layout), batch.labels)
             loss.backward()
             optimizer.step()
             rates.step()
@@ -187,7 +187,7 @@ def judge(cut: CutModel, model: nn.Module, questions: Sequence[Question]) -> tup
     ordered = sorted(questions, key=lambda question: len(question.prompt))  # little padding
     for start in range(0, len(ordered), EVALUATION_BATCH):
         batch = cut.batch(ordered[start : start + EVALUATION_BATCH])
-        scores: Tensor = model(batch.hidden, batch.mask)
+        scores: Tensor = model(batch.hidden, batch.layout)
         right += int((scores.argmax(-1) == batch.labels).sum())
         total += float(F.cross_entropy(scores, batch.labels, reduction="sum"))
     return right, total / len(questions)

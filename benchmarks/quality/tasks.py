@@ -26,6 +26,7 @@ class Task:
         model: its name.
         steps, batch_size: of every run.
         head_lr: of the head that is new in every run, the same for all methods; 0 where there is none.
+        held_out: one question in so many is for validation, and as many for the test.
         control: tests a condition of another task, so it has no part in averages over tasks.
     """
 
@@ -39,6 +40,7 @@ class Task:
     steps: int = 60
     batch_size: int = 16
     head_lr: float = 0.0
+    held_out: int = 10
     control: bool = False
 
 
