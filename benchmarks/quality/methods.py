@@ -50,6 +50,11 @@ class Method:
     as_large: bool = False
     rate_of: str | None = None
 
+    @property
+    def base(self) -> str:
+        """The name of the method that this one is a variation of."""
+        return self.name.partition(",")[0]
+
     def sized(self, model: nn.Module, targets: dict[str, str]) -> Method:
         """Return the method with the rank that it has on this model."""
         if not self.as_large:
