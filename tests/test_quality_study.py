@@ -322,7 +322,7 @@ def record(
     return {
         "task": "trec50", "method": method, "stage": stage, "lr": lr, "seed": seed, "accuracy": accuracy,
         "evaluation_loss": loss, "questions": 500, "r": known.r, "parameters": 100 * known.r // known.num_blocks,
-        "head_lr": 0.01, "step_seconds": 0.1, "rank": 0.5, "effective_rank": 0.25, "commit": "abc",
+        "head_lr": 0.01, "step_seconds": 0.1, "seconds": 6.0, "rank": 0.5, "effective_rank": 0.25, "commit": "abc",
         "machine": {"device": "a CPU", "threads": 1, "versions": {"torch": "2"}},
     }  # fmt: skip
 
@@ -379,8 +379,43 @@ def test_a_control_has_no_part_in_averages() -> None:
     ]  # fmt: skip
     text = page(Study(runs))
     assert "| LoRA, r=8 | 1.00 | 80.0 ± 0.0 | 80.0 |" in text
-    assert "| SMoA K=2, r=8 | 0.01 of 0.01 | 75.0 ± 5.0 | +10.0 [+10.0, +10.0] |" in text
+    assert "| SMoA K=2 | 180 | 0.01 of 0.01 | 75.0 ± 5.0 | 2 | +10.0 [+10.0, +10.0] |" in text
     assert Study(runs).overall("SMoA K=2", "LoRA") is None
+
+
+def test_the_methods_are_shared_between_processes(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    arguments = ["run", "--task", "trec50", "--smoke", "--seeds", "1", "--records", str(path)]
+    chosen = ["--method", "none", "--method", "LoRA", "--method", "SMoA K=2"]
+    result = CliRunner().invoke(app, [*arguments, *chosen, "--jobs", "2"])
+    assert result.exit_code == 0, result.output
+    records = store.read(path)
+    assert sorted((r["method"], r["stage"]) for r in records) == [
+        (name, stage) for name in ("LoRA", "SMoA K=2", "none") for stage in ("final", "search")
+    ]
+
+
+def test_a_sweep_is_compared_with_its_base() -> None:
+    def runs(task: str, method: str, gain: float, lr: float) -> list[dict[str, Any]]:
+        found = [record(method, "search", lr, 1000, 0.5)]
+        found += [record(method, "final", lr, seed, 0.7 + 0.01 * seed + gain) for seed in range(3)]
+        return [run | {"task": task} for run in found]
+
+    records = [
+        *runs("trec50", "SMoA K=2", 0.0, 1e-1), *runs("films", "SMoA K=2", 0.0, 5e-2),
+        *runs("trec50", "SMoA K=2, alpha=16r", 0.02, 2e-2), *runs("films", "SMoA K=2, alpha=16r", -0.04, 1e-2),
+        *runs("trec50", "SMoA K=2, attention", -0.01, 1e-1),
+    ]  # fmt: skip
+    text = page(Study(records))
+    assert (
+        "| TREC-50 | SMoA K=2, alpha=16r | 8 | 400 | 0.02 of 0.02 | 73.0 ± 0.6 | 3 | +2.0 [+2.0, +2.0] |"
+        in text
+    )
+    assert "| mean of 2 | SMoA K=2, alpha=16r |  |  |  |  |  | -1.0 [-1.0, -1.0] |" in text
+    assert (
+        "| TREC-50 | SMoA K=2, attention | 8 | 400 | 0.1 of 0.1 | 72.0 ± 0.6 | 3 | -1.0 [-1.0, -1.0] |" in text
+    )
+    assert "alpha=16r" not in text[text.index("## Accuracy on test") : text.index("## Alpha")]
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
@@ -480,6 +515,9 @@ def test_commonsense_questions_are_read_once_with_all_of_their_answers(
         file.writelines(json.dumps(row) + "\n" for row in rows)
     monkeypatch.setattr(choice, "locate", lambda: tmp_path)
     assert choice.read("part") == [Choice("Where?\nAnswer:", "there", ("here", "there"))]
+    offered = Splits(choice.read("part"), COLOURS[:1], [])
+    assert data.answers(offered) == ["green", "here", "there"]
+    assert data.digest(offered) != data.digest(offered._replace(train=[Question("Where?\nAnswer:", "there")]))
     monkeypatch.undo()
     monkeypatch.setattr(choice, "PACKAGE", "no-such-package")
     with pytest.raises(FileNotFoundError, match="make quality-data"):

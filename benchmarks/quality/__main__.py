@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +43,7 @@ def run(
             help="Learning rates to begin with; the whole grid when left out. The search goes on from them."
         ),
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the methods, one thread each.")] = 1,
     records: Records = RECORDS,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Two steps on a few questions: does every method run.")
@@ -53,17 +56,29 @@ def run(
     _check("--rate", rate or [], LADDER)
     if smoke and records.resolve() == RECORDS:
         raise typer.BadParameter(f"--smoke: its figures mean nothing, so --records must not be {RECORDS}")
-    torch.set_num_threads(1)
-    chosen = [BY_NAME[name] for name in method] if method else SWEEPS[sweep]
+    chosen = method or [m.name for m in SWEEPS[sweep]]
     for name in task:
+        shares = [(name, records, smoke, rate or LEARNING_RATES, seeds, chosen[k::jobs]) for k in range(jobs)]
         try:
-            if smoke:
-                part = smoke_slice(TASKS[name], records)
+            if jobs == 1:
+                run_share(*shares[0])
             else:
-                part = Slice(TASKS[name], records, console.print, rates=rate or LEARNING_RATES)
+                with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+                    list(pool.map(run_share, *zip(*shares, strict=True)))
         except FileNotFoundError as error:
             raise typer.BadParameter(str(error)) from error
-        part.run(seeds, chosen)
+
+
+def run_share(
+    name: str, records: Path, smoke: bool, rates: Sequence[float], seeds: int, methods: Sequence[str]
+) -> None:
+    """A task's runs of some methods, on one thread."""
+    torch.set_num_threads(1)
+    if smoke:
+        part = smoke_slice(TASKS[name], records)
+    else:
+        part = Slice(TASKS[name], records, console.print, rates=rates)
+    part.run(seeds, [BY_NAME[method] for method in methods])
 
 
 def smoke_slice(task: Task, records: Path) -> Slice:

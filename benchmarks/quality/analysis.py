@@ -90,6 +90,10 @@ class Study:
             high += 1
         return rates[low], rates[high]
 
+    def minutes(self, task: str) -> float:
+        """Of CPU, for all runs of the methods on one thread."""
+        return sum(run["seconds"] for run in self.select(task=task) if run["method"] in self.methods) / 60
+
     def average(self, method: str, field: str, task: str) -> float:
         """Mean of a field of the runs on test; NaN where there is none."""
         values = [run[field] for run in self.finals(task, method)]

@@ -24,6 +24,11 @@ def prepare(questions: list[Question], held_out: int) -> Splits:
     return splits._replace(train=splits.train[:TRAINING_QUESTIONS])
 
 
+def answers(splits: Splits) -> list[str]:
+    """Every answer that a question has or offers."""
+    return sorted({a for part in splits for q in part for a in (getattr(q, "choices", ()) or (q.answer,))})
+
+
 def digest(splits: Splits) -> str:
     """What tells one set of splits from another, in twelve hexadecimal digits."""
     rows = [[(q.prompt, q.answer, *getattr(q, "choices", ())) for q in part] for part in splits]

@@ -61,7 +61,9 @@ machine that other programs used besides: good for an order of magnitude."""
 PROTOCOL = """Every method adapts the same linear layers in float32, with AdamW, scaling 1 (alpha = r) and no dropout.
 Seeds change the initial values, the order of the questions and the random blocks. The layers under the adapted ones are
 frozen and computed once per question, which changes no result. MiniLM's new head has one learning rate ({:g}) beside
-every adapter. `benchmarks/quality/data.py` and `benchmarks/quality/siqa.py` say where the questions come from."""
+every adapter. Minutes of CPU are those of all runs of the table below, one thread each: `make quality` shares a task's
+methods between two processes, so it takes about half of that. `data.py`, `choice.py` and `siqa.py` in
+`benchmarks/quality/` say where the questions come from."""
 
 
 def page(study: Study) -> str:
@@ -124,9 +126,18 @@ def protocol(study: Study) -> str:
                 f"{task.steps} × {task.batch_size}",
                 str(judged[0]["questions"]) if judged else "–",
                 str(len({run["seed"] for run in judged})),
+                f"{study.minutes(task.name):.0f}",
             )
         )
-    headings = ("task", "model", "upper layers adapted", "steps × questions", "test questions", "seeds")
+    headings = (
+        "task",
+        "model",
+        "upper layers adapted",
+        "steps × questions",
+        "test questions",
+        "seeds",
+        "minutes of CPU",
+    )
     heads = {run["head_lr"] for run in study.records if run["head_lr"]}
     return f"{table(headings, rows)}\n{PROTOCOL.format(max(heads, default=0))}"
 

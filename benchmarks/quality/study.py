@@ -62,8 +62,7 @@ class Slice:
         self.task, self.path, self.announce, self.rates, self.further = task, path, announce, rates, further
         self.splits = splits or data.prepare(task.read(), task.held_out)
         self.digest = data.digest(self.splits)
-        classes = sorted({question.answer for part in self.splits for question in part})
-        self.model = task.cut(classes, task.layers)
+        self.model = task.cut(data.answers(self.splits), task.layers)
         self.provenance = store.provenance()
 
     def run(self, seeds: int, methods: Sequence[Method] = METHODS) -> None:
