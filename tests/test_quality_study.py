@@ -379,7 +379,7 @@ def test_a_control_has_no_part_in_averages() -> None:
     ]  # fmt: skip
     text = page(Study(runs))
     assert "| LoRA, r=8 | 1.00 | 80.0 ± 0.0 | 80.0 |" in text
-    assert "| SMoA K=2 | 180 | 0.01 of 0.01 | 75.0 ± 5.0 | 2 | +10.0 [+10.0, +10.0] |" in text
+    assert "| SMoA K=2 | 180 | 0.01 (0.01 to 0.01) | 75.0 ± 5.0 | 2 | +10.0 [+10.0, +10.0] |" in text
     assert Study(runs).overall("SMoA K=2", "LoRA") is None
 
 
@@ -408,12 +408,13 @@ def test_a_sweep_is_compared_with_its_base() -> None:
     ]  # fmt: skip
     text = page(Study(records))
     assert (
-        "| TREC-50 | SMoA K=2, alpha=16r | 8 | 400 | 0.02 of 0.02 | 73.0 ± 0.6 | 3 | +2.0 [+2.0, +2.0] |"
+        "| TREC-50 | SMoA K=2, alpha=16r | 8 | 400 | 0.02 (0.02 to 0.02) | 73.0 ± 0.6 | 3 | +2.0 [+2.0, +2.0] |"
         in text
     )
     assert "| mean of 2 | SMoA K=2, alpha=16r |  |  |  |  |  | -1.0 [-1.0, -1.0] |" in text
     assert (
-        "| TREC-50 | SMoA K=2, attention | 8 | 400 | 0.1 of 0.1 | 72.0 ± 0.6 | 3 | -1.0 [-1.0, -1.0] |" in text
+        "| TREC-50 | SMoA K=2, attention | 8 | 400 | 0.1 (0.1 to 0.1) | 70.0 ± 0.6 | 3 | -1.0 [-1.0, -1.0] |"
+        in text
     )
     assert "alpha=16r" not in text[text.index("## Accuracy on test") : text.index("## Alpha")]
 

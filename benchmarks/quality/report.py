@@ -184,7 +184,7 @@ def control(study: Study) -> str:
         for name in study.methods
         for row in line(study, task, name, LORA)
     ]
-    headings = ("task", "method", "steps", "learning rate", "accuracy on test", "seeds", "minus LoRA")
+    headings = ("task", "method", "steps", "learning rate (tried)", "accuracy on test", "seeds", "minus LoRA")
     return f"## Controls\n\n{CONTROLS}\n\n{table(headings, rows)}" if rows else ""
 
 
@@ -219,7 +219,7 @@ def line(study: Study, task: Task, name: str, base: str) -> list[tuple[str, ...]
     mean, rate = study.mean(task.name, name), best_rate(study.records, task.name, name)
     if mean is None or rate is None:
         return []
-    rates = ", ".join(f"{lr:g}" for lr in study.tried(task.name, name))
+    rates = list(study.tried(task.name, name))
     difference = None if name == base else study.difference(task.name, name, base)
     return [
         (
@@ -227,7 +227,9 @@ def line(study: Study, task: Task, name: str, base: str) -> list[tuple[str, ...]
             name,
             f"{study.average(name, 'r', task.name):.0f}",
             f"{study.average(name, 'parameters', task.name):,.0f}",
-            f"{rate:g}, that of {base}" if BY_NAME[name].rate_of else f"{rate:g} of {rates}",
+            f"{rate:g}, that of {base}"
+            if BY_NAME[name].rate_of
+            else f"{rate:g} ({rates[0]:g} to {rates[-1]:g})",
             percent(mean),
             f"{mean.seeds}",
             "–" if difference is None else points(difference),
