@@ -71,6 +71,11 @@ class Study:
         """Validation accuracy by learning rate."""
         return {run["lr"]: run["accuracy"] for run in searched(self.records, task, method)}
 
+    def shared_rates(self, task: str) -> list[float]:
+        """The rates that every method tried which has runs on test."""
+        tried = [set(self.tried(task, name)) for name in self.methods if self.finals(task, name)]
+        return sorted(set.intersection(*filter(None, tried))) if any(tried) else []
+
     def at_an_edge(self, task: str, method: str) -> bool:
         """Whether the best learning rate is the least or the greatest that was tried."""
         rates = list(self.tried(task, method))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..results import write
@@ -32,8 +33,8 @@ AGAINST_LORA = """Differences in points of accuracy with Student's 95 % interval
 tasks; its interval counts the spread between seeds, so it speaks of these tasks."""
 SPECTRUM = """SMoA with its spectral blocks minus SMoA with as large blocks of coordinates drawn at random by the
 seed. Blocks are as large, so parameters are as many."""
-RATES = """Each method tried the same {} rates ({}), once each, with a seed that is
-not among those on test, and where the best was at an end of them, further ones while it was. The best one; in brackets
+RATES = """Each method tried the same rates ({}), once each, with a seed that is not
+among those on test, and where the best was at an end of them, further ones while it was{}. The best one; in brackets
 the rates around it that lose at most two points, "edge" where the best is the least or the greatest that was tried; its
 accuracy on validation:"""
 LIMITS = """What limits it: runs are short and adapt the upper layers only, the rate is chosen by one run each on
@@ -91,7 +92,7 @@ def page(study: Study) -> str:
         differences(study, [(ours, theirs) for theirs, ours in ABLATIONS.items()]),
         control(study),
         "## Learning rates",
-        RATES.format(len(LEARNING_RATES), ", ".join(f"{rate:g}" for rate in LEARNING_RATES)),
+        RATES.format(listed(LEARNING_RATES), fewer(study)),
         chosen(study),
         "![accuracy on validation by learning rate](quality-learning-rate.svg)",
         variations(study, "alpha", ALPHA),
@@ -273,6 +274,21 @@ def differences(study: Study, pairs: list[tuple[str, str]]) -> str:
             cells = ["–" if mean is None else points(mean) for mean in (*means, overall)]
             rows.append((f"{title(ours)} − {title(theirs)}", *cells))
     return table(("difference", *(task.title for task in study.tasks), "all"), rows)
+
+
+def listed(rates: Iterable[float]) -> str:
+    """Rates in a sentence."""
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
+def fewer(study: Study) -> str:
+    """The tasks whose methods shared fewer rates than the whole grid."""
+    shared = {task.title: study.shared_rates(task.name) for task in study.tasks}
+    return "".join(
+        f" ({title}: {listed(rates)})"
+        for title, rates in shared.items()
+        if rates and len(rates) < len(LEARNING_RATES)
+    )
 
 
 def chosen(study: Study) -> str:
