@@ -97,7 +97,8 @@ class Study:
 
     def minutes(self, task: str) -> float:
         """Of CPU, for all runs of the methods on one thread."""
-        return sum(run["seconds"] for run in self.select(task=task) if run["method"] in self.methods) / 60
+        spent: list[float] = [r["seconds"] for r in self.select(task=task) if r["method"] in self.methods]
+        return sum(spent) / 60
 
     def average(self, method: str, field: str, task: str) -> float:
         """Mean of a field of the runs on test; NaN where there is none."""

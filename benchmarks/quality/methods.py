@@ -70,8 +70,7 @@ class Method:
         shared: dict[str, Any] = {"r": self.r, "target_modules": targets[self.modules]}
         alpha = self.scaling * self.r
         if self.kind == "lora":
-            # PEFT's type says int, its arithmetic does not need one.
-            adapted: nn.Module = get_peft_model(model, LoraConfig(**shared, lora_alpha=alpha))  # type: ignore[arg-type]
+            adapted: nn.Module = get_peft_model(model, LoraConfig(**shared, lora_alpha=alpha))
         elif self.kind == "hira":
             adapted = get_peft_model(model, HiraConfig(**shared))
         else:

@@ -77,14 +77,14 @@ class Slice:
         if self._trains(method) and method.rate_of is None:
             for lr in self.rates:
                 self._once(method, "search", lr, SEARCH_SEED, self.splits.validation)
-            while self.further and (lr := self._next(method)) is not None:
-                self._once(method, "search", lr, SEARCH_SEED, self.splits.validation)
+            while self.further and (beyond := self._next(method)) is not None:
+                self._once(method, "search", beyond, SEARCH_SEED, self.splits.validation)
 
     def _next(self, method: Method) -> float | None:
         """The rate beyond the best one, where the best is at an end of those tried and the ladder goes on."""
         records = store.read(self.path)
         tried = [LADDER.index(r["lr"]) for r in searched(records, self.task.name, method.name)]
-        best = LADDER.index(best_rate(records, self.task.name, method.name))
+        best = LADDER.index(best_rate(records, self.task.name, method.name) or 0.0)  # some rate was tried
         beyond = {tried[0]: best - 1, tried[-1]: best + 1}.get(best, -1)
         return LADDER[beyond] if 0 <= beyond < len(LADDER) else None
 
