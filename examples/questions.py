@@ -82,8 +82,12 @@ def _parse_line(raw: bytes) -> Question:
     return Question(record["prompt"].rstrip(), record["answer"].strip())
 
 
-def split(questions: Sequence[Question]) -> Splits:
+def split(questions: Sequence[Question], one_in: int = 10) -> Splits:
     """Shuffle with a fixed seed and hold out a tenth, at most 500, for validation and as many for the test.
+
+    Args:
+        questions: all there are.
+        one_in: 10 holds out a tenth, 4 a quarter.
 
     Raises:
         ValueError: if there are fewer than ten questions.
@@ -92,7 +96,7 @@ def split(questions: Sequence[Question]) -> Splits:
         raise ValueError(f"{len(questions)} different questions; at least {FEWEST_QUESTIONS} are needed")
     shuffled = list(questions)
     random.Random(SPLIT_SEED).shuffle(shuffled)
-    held_out = min(len(shuffled) // 10, MOST_HELD_OUT)
+    held_out = min(len(shuffled) // one_in, MOST_HELD_OUT)
     return Splits(shuffled[2 * held_out :], shuffled[:held_out], shuffled[held_out : 2 * held_out])
 
 

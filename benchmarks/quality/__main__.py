@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +15,7 @@ from questions import Splits
 from rich.console import Console
 
 from . import data
-from .methods import BY_NAME, LEARNING_RATES, METHODS
+from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
 from .study import Slice
 from .tasks import TASKS, Task
@@ -32,11 +34,16 @@ def run(
     task: Annotated[list[str], typer.Option(help=f"One of {', '.join(TASKS)}; may be given several times.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs on test of each method.")] = 5,
     method: Annotated[
-        list[str] | None, typer.Option(help="Only these, in this order; all when left out.")
+        list[str] | None, typer.Option(help="Only these, in this order; the whole sweep when left out.")
     ] = None,
+    sweep: Annotated[str, typer.Option(help=f"What is varied, one of {', '.join(SWEEPS)}.")] = "methods",
     rate: Annotated[
-        list[float] | None, typer.Option(help="Only these learning rates of the grid; all when left out.")
+        list[float] | None,
+        typer.Option(
+            help="Learning rates to begin with; the whole grid when left out. The search goes on from them."
+        ),
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the methods, one thread each.")] = 1,
     records: Records = RECORDS,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Two steps on a few questions: does every method run.")
@@ -45,26 +52,40 @@ def run(
     """Do the runs of these tasks that are not yet in the records."""
     _check("--task", task, TASKS)
     _check("--method", method or [], BY_NAME)
-    _check("--rate", rate or [], LEARNING_RATES)
+    _check("--sweep", [sweep], SWEEPS)
+    _check("--rate", rate or [], LADDER)
     if smoke and records.resolve() == RECORDS:
         raise typer.BadParameter(f"--smoke: its figures mean nothing, so --records must not be {RECORDS}")
-    torch.set_num_threads(1)
-    chosen = [BY_NAME[name] for name in method] if method else METHODS
+    chosen = method or [m.name for m in SWEEPS[sweep]]
     for name in task:
+        shares = [(name, records, smoke, rate or LEARNING_RATES, seeds, chosen[k::jobs]) for k in range(jobs)]
         try:
-            if smoke:
-                part = smoke_slice(TASKS[name], records)
+            if jobs == 1:
+                run_share(*shares[0])
             else:
-                part = Slice(TASKS[name], records, console.print, rates=rate or LEARNING_RATES)
+                with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+                    list(pool.map(run_share, *zip(*shares, strict=True)))
         except FileNotFoundError as error:
             raise typer.BadParameter(str(error)) from error
-        part.run(seeds, chosen)
+
+
+def run_share(
+    name: str, records: Path, smoke: bool, rates: Sequence[float], seeds: int, methods: Sequence[str]
+) -> None:
+    """A task's runs of some methods, on one thread."""
+    torch.set_num_threads(1)
+    if smoke:
+        part = smoke_slice(TASKS[name], records)
+    else:
+        part = Slice(TASKS[name], records, console.print, rates=rates)
+    part.run(seeds, [BY_NAME[method] for method in methods])
 
 
 def smoke_slice(task: Task, records: Path) -> Slice:
     """A task in seconds."""
-    splits = Splits(*(part[:SMOKE_QUESTIONS] for part in data.prepare(task.read())))
-    return Slice(replace(task, steps=2, batch_size=4), records, console.print, splits, LEARNING_RATES[:1])
+    splits = Splits(*(part[:SMOKE_QUESTIONS] for part in data.prepare(task.read(), task.held_out)))
+    short = replace(task, steps=2, batch_size=4)
+    return Slice(short, records, console.print, splits, LEARNING_RATES[:1], further=False)
 
 
 @app.command()

@@ -52,15 +52,29 @@ class Study:
 
     def overall(self, ours: str, theirs: str) -> Mean | None:
         """Mean over the tasks of their mean differences; None unless both were run on every task."""
-        groups = []
+        groups = self._differences(ours, theirs)
+        return over_groups(groups) if groups and all(groups) else None
+
+    def over_tasks_run(self, ours: str, theirs: str) -> tuple[Mean, int] | None:
+        """The same over those tasks alone on which both were run, and how many they are; None for fewer than two."""
+        groups = [group for group in self._differences(ours, theirs) if group]
+        return (over_groups(groups), len(groups)) if len(groups) > 1 else None
+
+    def _differences(self, ours: str, theirs: str) -> list[list[float]]:
+        found = []
         for task in self.tasks:
             a, b = self.accuracies(task.name, ours), self.accuracies(task.name, theirs)
-            groups.append([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
-        return over_groups(groups) if groups and all(groups) else None
+            found.append([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+        return found
 
     def tried(self, task: str, method: str) -> dict[float, float]:
         """Validation accuracy by learning rate."""
         return {run["lr"]: run["accuracy"] for run in searched(self.records, task, method)}
+
+    def shared_rates(self, task: str) -> list[float]:
+        """The rates that every method tried which has runs on test."""
+        tried = [set(self.tried(task, name)) for name in self.methods if self.finals(task, name)]
+        return sorted(set.intersection(*filter(None, tried))) if any(tried) else []
 
     def at_an_edge(self, task: str, method: str) -> bool:
         """Whether the best learning rate is the least or the greatest that was tried."""
@@ -80,6 +94,11 @@ class Study:
         while high + 1 < len(rates) and tried[rates[high + 1]] >= tried[best] - points:
             high += 1
         return rates[low], rates[high]
+
+    def minutes(self, task: str) -> float:
+        """Of CPU, for all runs of the methods on one thread."""
+        spent: list[float] = [r["seconds"] for r in self.select(task=task) if r["method"] in self.methods]
+        return sum(spent) / 60
 
     def average(self, method: str, field: str, task: str) -> float:
         """Mean of a field of the runs on test; NaN where there is none."""

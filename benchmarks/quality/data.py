@@ -17,15 +17,21 @@ FEWEST_PER_CLASS = 30
 LONGEST_SENTENCE = 100  # characters: what a run costs grows with them
 
 
-def prepare(questions: list[Question]) -> Splits:
-    """Split by the examples' fixed shuffle; keep the first of the training questions."""
-    splits = split(questions)
+def prepare(questions: list[Question], held_out: int) -> Splits:
+    """Split by the examples' fixed shuffle, one in so many for each of validation and test; keep the first of the
+    training questions."""
+    splits = split(questions, held_out)
     return splits._replace(train=splits.train[:TRAINING_QUESTIONS])
+
+
+def answers(splits: Splits) -> list[str]:
+    """Every answer that a question has or offers."""
+    return sorted({a for part in splits for q in part for a in (getattr(q, "choices", ()) or (q.answer,))})
 
 
 def digest(splits: Splits) -> str:
     """What tells one set of splits from another, in twelve hexadecimal digits."""
-    rows = [[(q.prompt, q.answer) for q in part] for part in splits]
+    rows = [[(q.prompt, q.answer, *getattr(q, "choices", ())) for q in part] for part in splits]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +18,10 @@ from smoa_kernels.peft.layer import SMoALayer
 
 Kind = Literal["none", "lora", "hira", "smoa"]
 RANK = 8
+# What every method tries; where the best is at an end, the search goes on along the ladder (`study.Slice.search`).
 LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)
+LADDER = (1e-4, 2e-4, 5e-4, 1e-3, *LEARNING_RATES, 1.0, 2.0)
+ALL = "all"  # the modules that the study adapts where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,13 @@ class Method:
     Attributes:
         name: in records and tables.
         kind: whose adapter.
-        r: rank budget; scaling is 1 for all (alpha = r; HiRA has none).
+        r: rank budget.
         num_blocks: K, for SMoA.
         random: SMoA with as large blocks of coordinates drawn by the run's seed, in place of the spectral ones.
+        scaling: what the update is multiplied by, alpha / r; HiRA has none.
+        modules: which of the model's linear layers, by a name in its ``CutModel.targets``.
+        as_large: r is not as given, but what gives these modules as many parameters as ``r`` gives all of them.
+        rate_of: the method whose learning rate is taken; None to search for its own.
     """
 
     name: str
@@ -37,19 +45,38 @@ class Method:
     r: int = RANK
     num_blocks: int = 1
     random: bool = False
+    scaling: float = 1.0
+    modules: str = ALL
+    as_large: bool = False
+    rate_of: str | None = None
 
-    def adapt(self, model: nn.Module, targets: tuple[str, ...], seed: int) -> nn.Module:
+    @property
+    def base(self) -> str:
+        """The name of the method that this one is a variation of."""
+        return self.name.partition(",")[0]
+
+    def sized(self, model: nn.Module, targets: dict[str, str]) -> Method:
+        """Return the method with the rank that it has on this model."""
+        if not self.as_large:
+            return self
+        rank = round(self.r * width(model, targets[ALL]) / width(model, targets[self.modules]))
+        return replace(self, r=rank, as_large=False)
+
+    def adapt(self, model: nn.Module, targets: dict[str, str], seed: int) -> nn.Module:
         """Return the model with this adapter, its factors drawn from torch's generator, its base frozen."""
         model.requires_grad_(False)
-        shared: dict[str, Any] = {"r": self.r, "target_modules": list(targets)}
         if self.kind == "none":
             return model
+        shared: dict[str, Any] = {"r": self.r, "target_modules": targets[self.modules]}
+        alpha = self.scaling * self.r
         if self.kind == "lora":
-            adapted: nn.Module = get_peft_model(model, LoraConfig(**shared, lora_alpha=self.r))
+            adapted: nn.Module = get_peft_model(model, LoraConfig(**shared, lora_alpha=alpha))
         elif self.kind == "hira":
             adapted = get_peft_model(model, HiraConfig(**shared))
         else:
-            adapted = get_peft_model(model, SMoAConfig(**shared, num_blocks=self.num_blocks))
+            adapted = get_peft_model(
+                model, SMoAConfig(**shared, smoa_alpha=alpha, num_blocks=self.num_blocks)
+            )
         if self.random:
             shuffle_blocks(adapted, seed)
         return adapted
@@ -69,9 +96,34 @@ METHODS = (
     Method("random K=2", "smoa", num_blocks=2, random=True),
     Method("random K=4, r=32", "smoa", r=32, num_blocks=4, random=True),
 )
-BY_NAME = {method.name: method for method in METHODS}
+_LORA, _SMOA = METHODS[1], METHODS[4]
+# What one thing does, everything else as above. Which learning rate goes with which alpha:
+SCALINGS = (
+    *(replace(_SMOA, name=f"SMoA K=2, alpha={s}r", scaling=s) for s in (4, 16, 64)),
+    *(replace(_SMOA, name=f"SMoA K={k}, alpha=16r", num_blocks=k, scaling=16) for k in (4, 8)),
+    replace(_LORA, name="LoRA, alpha=16r", scaling=16),
+)
+# Whether another rank can keep r=8's learning rate: alpha as large as r, growing as √r (`use_rslora`), and constant.
+RULES = {"alpha=r": 0.0, "alpha=√(8r)": -0.5, "alpha=8": -1.0}
+RANKS = tuple(
+    replace(_SMOA, name=f"SMoA K=2, r={r}, {rule}", r=r, scaling=(r / RANK) ** power, rate_of=_SMOA.name)
+    for r in (4, 32) for rule, power in RULES.items()
+)  # fmt: skip
+# Which modules to adapt, at equal r and at equal parameters:
+MODULES = tuple(
+    replace(base, name=f"{base.name}, {modules}{', as large' * large}", modules=modules, as_large=large)
+    for base in (_LORA, _SMOA) for large in (False, True) for modules in ("query and value", "attention", "MLP")
+)  # fmt: skip
+SWEEPS = {"methods": METHODS, "alpha": SCALINGS, "rank": RANKS, "modules": MODULES}
+BY_NAME = {method.name: method for sweep in SWEEPS.values() for method in sweep}
 # Which spectral method each random one is the ablation of.
 ABLATIONS = {"random K=2": "SMoA K=2", "random K=4, r=32": "SMoA K=4, r=32"}
+
+
+def width(model: nn.Module, pattern: str) -> int:
+    """Return how many parameters rank 1 costs in the linear layers whose names match."""
+    layers = [m for name, m in model.named_modules() if re.fullmatch(pattern, name)]
+    return sum(m.in_features + m.out_features for m in layers if isinstance(m, nn.Linear))
 
 
 def shuffled(partition: BlockPartition, generator: torch.Generator) -> BlockPartition:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,19 +22,36 @@ from transformers import (
 
 from examples import minilm, smollm2
 
+from .choice import Choice
+from .methods import ALL
+
 PREFIX_BATCH = 32
+PROMPT = 1  # in a layout, where padding is 0 and answer k is k + 2
 LONGEST = 256  # tokens; nothing here has more
+MINILM_TARGETS = {
+    ALL: r".*\.(query|key|value|dense)",
+    "query and value": r".*\.(query|value)",
+    "attention": r".*\.attention\..*\.(query|key|value|dense)",
+    "MLP": r".*\.\d+\.(intermediate|output)\.dense",
+}
+SMOLLM2_TARGETS = {
+    ALL: r".*\.(q|k|v|up|down)_proj",
+    "query and value": r".*\.(q|v)_proj",
+    "attention": r".*\.(q|k|v|o)_proj",
+    "MLP": r".*\.(gate|up|down)_proj",
+}
 
 
 @dataclass(frozen=True)
 class Batch:
     """Questions as the adapted layers take them.
 
-    Shapes: ``hidden`` (questions, longest, width), ``mask`` (questions, longest), ``labels`` (questions,).
+    Shapes: ``hidden`` (questions, longest, width), ``layout`` (questions, longest) or (questions, longest, 2), see
+    :meth:`CutModel.tokens`, ``labels`` (questions,).
     """
 
     hidden: Tensor
-    mask: Tensor
+    layout: Tensor
     labels: Tensor
 
 
@@ -49,16 +68,64 @@ class Upper(nn.Module):
         super().__init__()
         self.body, self.head, self.causal = body, head, causal
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    @property
+    def padding_side(self) -> str:
+        """Where rows are padded."""
+        return "left" if self.causal else "right"
+
+    def attention(self, layout: Tensor) -> dict[str, Any]:
+        """Return what the layers are told of who sees whom, and where each token stands."""
+        extra = {"position_ids": positions(layout), "use_cache": False} if self.causal else {}
+        return {"attention_mask": layout, **extra}
+
+    def forward(self, hidden: Tensor, layout: Tensor) -> Tensor:
         """Return logits (questions, classes)."""
-        extra = {"position_ids": positions(mask), "use_cache": False} if self.causal else {}
-        states = self.body(inputs_embeds=hidden, attention_mask=mask, **extra).last_hidden_state
+        states = self.body(inputs_embeds=hidden, **self.attention(layout)).last_hidden_state
         if self.causal:
             pooled = states[:, -1]
         else:
-            pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            pooled = (states * layout[..., None]).sum(1) / layout.sum(1, keepdim=True)
         logits: Tensor = self.head(pooled)
         return logits
+
+
+class ChoiceUpper(Upper):
+    """The adapted layers of a language model that says how likely each answer of a question is.
+
+    A row holds the prompt and then every answer. An answer's tokens see the prompt and their own answer alone, and
+    stand where they would if the others were not there: one pass scores all answers as single ones would.
+    """
+
+    @property
+    def padding_side(self) -> str:
+        """Where rows are padded."""
+        return "right"
+
+    def attention(self, layout: Tensor) -> dict[str, Any]:
+        """Return what the layers are told of who sees whom, and where each token stands."""
+        part = layout[..., 0]
+        mine, theirs = part[:, :, None], part[:, None, :]
+        longest = part.shape[1]
+        seen = (mine == theirs) | (theirs == PROMPT)
+        seen &= torch.ones(longest, longest, dtype=torch.bool).tril()
+        # Causal, so a token stands after as many as it sees; padding, the same part for all, sees something too.
+        return {"attention_mask": seen[:, None], "position_ids": seen.sum(-1) - 1, "use_cache": False}
+
+    def forward(self, hidden: Tensor, layout: Tensor) -> Tensor:
+        """Return the mean log-probability of each answer's tokens, (questions, most answers)."""
+        states = self.body(inputs_embeds=hidden, **self.attention(layout)).last_hidden_state
+        part, token = layout.unbind(-1)
+        row, at = (part > PROMPT).nonzero(as_tuple=True)
+        prompts = (part == PROMPT).sum(-1)
+        begins = part[row, at] != part[row, at - 1]
+        before = torch.where(begins, prompts[row] - 1, at - 1)
+        scores = self.head(states[row, before]).log_softmax(-1)
+        said = scores.gather(-1, token[row, at, None])[:, 0]
+        answer = part[row, at] - PROMPT - 1
+        shape = (len(part), int(answer.max()) + 1)
+        total = said.new_zeros(shape).index_put((row, answer), said, accumulate=True)
+        count = said.new_zeros(shape).index_put((row, answer), torch.ones_like(said), accumulate=True)
+        return torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
 
 
 class CutModel:
@@ -69,7 +136,7 @@ class CutModel:
         upper: the rest.
         tokenizer: the model's.
         classes: in the order of the head's outputs.
-        targets: names of the linear layers that are adapted.
+        targets: sets of linear layers, by their names; each a pattern of the layers' names.
         new_head: whether the head is new and trained in full.
     """
 
@@ -79,13 +146,13 @@ class CutModel:
         upper: Upper,
         tokenizer: PreTrainedTokenizerBase,
         classes: Sequence[str],
-        targets: tuple[str, ...],
+        targets: dict[str, str],
         new_head: bool,
     ) -> None:
         self.lower, self.upper = lower.eval(), upper.eval()
         self.tokenizer, self.classes = tokenizer, list(classes)
         self.targets, self.new_head = targets, new_head
-        self._known: dict[str, Tensor] = {}
+        self._known: dict[Question, tuple[Tensor, Tensor]] = {}
 
     def fresh(self, seed: int) -> Upper:
         """Return the upper layers, with a head drawn from the seed where it is new; weights of the body are shared."""
@@ -98,27 +165,83 @@ class CutModel:
 
     def batch(self, questions: Sequence[Question]) -> Batch:
         """Look the questions up, or compute what is new, and pad."""
-        new = [q.prompt for q in questions if q.prompt not in self._known]
+        new = [question for question in questions if question not in self._known]
         for start in range(0, len(new), PREFIX_BATCH):
             self._compute(new[start : start + PREFIX_BATCH])
-        rows = [self._known[question.prompt] for question in questions]
-        labels = torch.tensor([self.classes.index(question.answer) for question in questions])
-        return Batch(self._pad(rows), self._pad([torch.ones(len(row)) for row in rows]).long(), labels)
+        hidden, layouts = zip(*(self._known[question] for question in questions), strict=True)
+        labels = torch.tensor([self.label(question) for question in questions])
+        return Batch(self._pad(hidden), self._pad(layouts), labels)
 
-    def _pad(self, rows: list[Tensor]) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_side="left" if self.upper.causal else "right")
+    def label(self, question: Question) -> int:
+        """Return which of the scores is the right answer's."""
+        return self.classes.index(question.answer)
+
+    def tokens(self, questions: Sequence[Question]) -> list[tuple[Tensor, Tensor]]:
+        """Return each question's tokens, and their layout: 1 for each (padding has 0)."""
+        rows = self.tokenizer([q.prompt for q in questions], truncation=True, max_length=LONGEST).input_ids
+        return [(torch.tensor(row), torch.ones(len(row), dtype=torch.long)) for row in rows]
+
+    def _pad(self, rows: Sequence[Tensor]) -> Tensor:
+        return pad_sequence(list(rows), batch_first=True, padding_side=self.upper.padding_side)
 
     @torch.no_grad()
-    def _compute(self, prompts: list[str]) -> None:
-        rows = [
-            torch.tensor(ids)
-            for ids in self.tokenizer(prompts, truncation=True, max_length=LONGEST).input_ids
-        ]
-        ids, mask = self._pad(rows), self._pad([torch.ones(len(row)) for row in rows]).long()
-        extra = {"position_ids": positions(mask)} if self.upper.causal else {}
-        hidden = self.lower(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
-        for prompt, row, keep in zip(prompts, hidden, mask.bool(), strict=True):
-            self._known[prompt] = row[keep].clone()
+    def _compute(self, questions: list[Question]) -> None:
+        ids, layouts = zip(*self.tokens(questions), strict=True)
+        layout = self._pad(layouts)
+        hidden = self.lower(input_ids=self._pad(ids), **self.upper.attention(layout)).last_hidden_state
+        first = layout if layout.dim() == 2 else layout[..., 0]
+        for question, row, keep, own in zip(questions, hidden, first.bool(), layouts, strict=True):
+            self._known[question] = row[keep].clone(), own
+
+
+class ChoiceModel(CutModel):
+    """A cut language model whose questions carry their answers; ``classes`` are all the answers that occur."""
+
+    upper: ChoiceUpper
+
+    def label(self, question: Question) -> int:
+        """Return which of the scores is the right answer's."""
+        return choices(question).index(question.answer)
+
+    def tokens(self, questions: Sequence[Question]) -> list[tuple[Tensor, Tensor]]:
+        """Return each question's tokens, prompt and answers, and their layout: part (1 is the prompt, k + 2 answer k,
+        0 padding), and the token's place in the cut vocabulary."""
+        return [self._tokens(question) for question in questions]
+
+    def _tokens(self, question: Question) -> tuple[Tensor, Tensor]:
+        prompt: list[int] = self.tokenizer(question.prompt).input_ids
+        rows = [prompt, *answer_tokens(self.tokenizer, choices(question))]
+        part = torch.tensor([PROMPT + k for k, row in enumerate(rows) for _ in row])
+        ids = torch.tensor([token for row in rows for token in row])
+        place = torch.tensor([0 if k == 0 else self.place[t] for k, row in enumerate(rows) for t in row])
+        return ids, torch.stack([part, place], dim=-1)
+
+    @property
+    def place(self) -> dict[int, int]:
+        """Where each token of an answer stands in the cut vocabulary."""
+        return vocabulary(self.tokenizer, tuple(self.classes))
+
+
+def choices(question: Question) -> tuple[str, ...]:
+    """Return a question's answers."""
+    assert isinstance(question, Choice)  # what the tasks of such models read
+    return question.choices
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each answer, as they follow a prompt after one space."""
+    rows: list[list[int]] = tokenizer(
+        [f" {answer}" for answer in answers], add_special_tokens=False
+    ).input_ids
+    return rows
+
+
+@cache
+def vocabulary(tokenizer: PreTrainedTokenizerBase, answers: tuple[str, ...]) -> dict[int, int]:
+    """Return the tokens that occur in answers, each with its place."""
+    return {
+        token: place for place, token in enumerate(sorted(set(chain(*answer_tokens(tokenizer, answers)))))
+    }
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -144,24 +267,41 @@ def cut_minilm(classes: Sequence[str], layers: int) -> CutModel:
     body.encoder.layer = body.encoder.layer[-layers:]
     body.embeddings = Given()
     upper = Upper(body, nn.Linear(body.config.hidden_size, len(classes)), causal=False)
-    targets = ("query", "key", "value", "dense")
-    return CutModel(lower, upper, AutoTokenizer.from_pretrained(folder), classes, targets, new_head=True)
+    return CutModel(
+        lower, upper, AutoTokenizer.from_pretrained(folder), classes, MINILM_TARGETS, new_head=True
+    )
 
 
 def cut_smollm2(classes: Sequence[str], layers: int) -> CutModel:
     """SmolLM2-135M, its upper ``layers`` of 30 adapted. Of its vocabulary only the answers' first tokens are scored."""
-    folder = smollm2.cached_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lower, body, embeddings, tokenizer = halves_of_smollm2(layers)
     encoder = Encoder(tokenizer, set(classes), LONGEST)
+    upper = Upper(body, rows_of(embeddings, encoder.answer_tokens.tolist()), causal=True)
+    return CutModel(lower, upper, tokenizer, encoder.answers, SMOLLM2_TARGETS, new_head=False)
+
+
+def cut_smollm2_choices(classes: Sequence[str], layers: int) -> CutModel:
+    """The same for questions with answers of their own: scored are all tokens that occur in one."""
+    lower, body, embeddings, tokenizer = halves_of_smollm2(layers)
+    upper = ChoiceUpper(body, rows_of(embeddings, list(vocabulary(tokenizer, tuple(classes)))), causal=True)
+    return ChoiceModel(lower, upper, tokenizer, classes, SMOLLM2_TARGETS, new_head=False)
+
+
+def halves_of_smollm2(layers: int) -> tuple[nn.Module, nn.Module, Tensor, PreTrainedTokenizerBase]:
+    """The model below its upper layers, those, its embeddings (which are its head too) and its tokenizer."""
+    folder = smollm2.cached_model()
     lower, body = (AutoModel.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
-    head = nn.Linear(body.config.hidden_size, len(classes), bias=False)
-    head.weight = nn.Parameter(body.embed_tokens.weight[encoder.answer_tokens].detach().clone())
+    embeddings = body.embed_tokens.weight
     lower.layers = lower.layers[:-layers]
     lower.config.num_hidden_layers = len(lower.layers)
     lower.norm = nn.Identity()
     body.layers = body.layers[-layers:]
     body.embed_tokens = nn.Identity()
-    targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    return CutModel(
-        lower, Upper(body, head, causal=True), tokenizer, encoder.answers, targets, new_head=False
-    )
+    return lower, body, embeddings, AutoTokenizer.from_pretrained(folder)
+
+
+def rows_of(embeddings: Tensor, tokens: Sequence[int]) -> nn.Linear:
+    """A head that scores these tokens."""
+    head = nn.Linear(embeddings.shape[1], len(tokens), bias=False)
+    head.weight = nn.Parameter(embeddings[list(tokens)].detach().clone())
+    return head

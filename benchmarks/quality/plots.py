@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from ..plots import STYLES, svg
 from ..providers import HIRA, LORA, SMOA
 from .analysis import Study
-from .methods import BY_NAME, METHODS
+from .methods import BY_NAME, METHODS, SCALINGS
 from .study import best_rate
+from .tasks import Task
 
 PANEL = 3.0  # inches
 BASE = {"none": "#777777", "lora": STYLES[LORA][0], "hira": STYLES[HIRA][0], "smoa": STYLES[SMOA][0]}
@@ -22,6 +23,9 @@ DASHES = {
     "SMoA K=8": ":",
     "SMoA K=2, r=16": "-.",
     "SMoA K=4, r=32": (0, (1, 3)),
+    "SMoA K=2, alpha=4r": "--",
+    "SMoA K=2, alpha=16r": ":",
+    "SMoA K=2, alpha=64r": "-.",
 }
 
 
@@ -32,12 +36,17 @@ def colour(method: str) -> str:
 
 def figures(study: Study) -> dict[str, str]:
     """SVG text by the end of its file's name."""
-    return {"accuracy": svg(accuracy(study)), "learning-rate": svg(learning_rates(study))}
+    texts = {"accuracy": svg(accuracy(study)), "learning-rate": svg(learning_rates(study))}
+    scaled = [task for task in study.tasks if any(study.tried(task.name, m.name) for m in SCALINGS)]
+    if scaled:
+        names = ["SMoA K=2", *(m.name for m in SCALINGS)]
+        texts["alpha"] = svg(learning_rates(study, scaled, names))
+    return texts
 
 
 def accuracy(study: Study) -> Figure:
     """Mean test accuracy with its interval: a panel a task, a row a method."""
-    figure, axes = _panels(study, sharey=True)
+    figure, axes = _panels(len(study.tasks), sharey=True)
     names = [m.name for m in METHODS if m.name in study.methods][::-1]
     for axis, task in zip(axes, study.tasks, strict=True):
         for row, name in enumerate(names):
@@ -59,11 +68,14 @@ def accuracy(study: Study) -> Figure:
     return figure
 
 
-def learning_rates(study: Study) -> Figure:
+def learning_rates(
+    study: Study, tasks: Sequence[Task] | None = None, names: Sequence[str] | None = None
+) -> Figure:
     """Accuracy on validation by learning rate: a panel a task, a line a method."""
-    figure, axes = _panels(study, sharey=False)
-    for axis, task in zip(axes, study.tasks, strict=True):
-        for name in study.methods:
+    tasks = tasks or study.tasks
+    figure, axes = _panels(len(tasks), sharey=False)
+    for axis, task in zip(axes, tasks, strict=True):
+        for name in names or study.methods:
             tried = study.tried(task.name, name)
             if not tried or name == "none":
                 continue
@@ -85,8 +97,7 @@ def learning_rates(study: Study) -> Figure:
     return figure
 
 
-def _panels(study: Study, sharey: bool) -> tuple[Figure, Sequence[Axes]]:
-    count = len(study.tasks)
+def _panels(count: int, sharey: bool) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(PANEL * count + 2.0, 3.6), layout="constrained")
     return figure, figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..results import write
 from ..tables import table
 from . import plots, store
 from .analysis import Study
-from .methods import ABLATIONS, BY_NAME, LEARNING_RATES
+from .methods import ABLATIONS, BY_NAME, LEARNING_RATES, SWEEPS
 from .statistics import Mean
 from .study import best_rate
 from .tasks import Task
@@ -32,20 +33,38 @@ AGAINST_LORA = """Differences in points of accuracy with Student's 95 % interval
 tasks; its interval counts the spread between seeds, so it speaks of these tasks."""
 SPECTRUM = """SMoA with its spectral blocks minus SMoA with as large blocks of coordinates drawn at random by the
 seed. Blocks are as large, so parameters are as many."""
-RATES = """Each method tried the same {} rates ({}), once each, with a seed that is
-not among those on test. The best one; in brackets the rates around it that lose at most two points, "edge" where the
-best is the least or the greatest that was tried; its accuracy on validation:"""
+RATES = """Each method tried the same rates ({}), once each, with a seed that is not
+among those on test, and where the best was at an end of them, further ones while it was{}. The best one; in brackets
+the rates around it that lose at most two points, "edge" where the best is the least or the greatest that was tried; its
+accuracy on validation:"""
 LIMITS = """What limits it: runs are short and adapt the upper layers only, the rate is chosen by one run each on
 validation, and intervals count seeds, not the draw of the test questions, which all methods share. Float32 throughout:
 bfloat16 was no faster at these sizes."""
 CONTROLS = """Whether a condition of the study decides its result. They have no part in the averages above."""
+ALPHA = """## Alpha
+
+The update is multiplied by alpha / r, 1 in all runs above. With another alpha the best learning rate is another one.
+
+![accuracy on validation by learning rate and alpha](quality-alpha.svg)"""
+RANKS = """## Another rank at the same learning rate
+
+SMoA K=2 at r=4 and r=32 with the learning rate that was best at r=8, and three rules for alpha that agree at r=8: as
+large as r (the scaling stays 1), growing as √r (it falls with √r: `use_rslora`), constant (it falls with r)."""
+MODULES = """## Modules
+
+Which linear layers of the adapted blocks carry an adapter. The base has all that the study adapts (MiniLM: query, key,
+value, attention's output and both of the MLP; SmolLM2: q, k, v, up, down). "As large" has the base's number of
+parameters, by a larger r. The search began with three rates around the base's best and went on while the best was at an
+end."""
 COST = """Means over the runs on test. Rank and effective rank (the exponential of the entropy of the singular
 values' shares) are of ΔW, over the most that is possible, mean over the adapted layers. Seconds are CPU time on a
 machine that other programs used besides: good for an order of magnitude."""
 PROTOCOL = """Every method adapts the same linear layers in float32, with AdamW, scaling 1 (alpha = r) and no dropout.
 Seeds change the initial values, the order of the questions and the random blocks. The layers under the adapted ones are
 frozen and computed once per question, which changes no result. MiniLM's new head has one learning rate ({:g}) beside
-every adapter. `benchmarks/quality/data.py` and `benchmarks/quality/siqa.py` say where the questions come from."""
+every adapter. Minutes of CPU are those of all runs of the table below, one thread each: `make quality` shares a task's
+methods between two processes, so it takes about half of that. `data.py`, `choice.py` and `siqa.py` in
+`benchmarks/quality/` say where the questions come from."""
 
 
 def page(study: Study) -> str:
@@ -73,9 +92,12 @@ def page(study: Study) -> str:
         differences(study, [(ours, theirs) for theirs, ours in ABLATIONS.items()]),
         control(study),
         "## Learning rates",
-        RATES.format(len(LEARNING_RATES), ", ".join(f"{rate:g}" for rate in LEARNING_RATES)),
+        RATES.format(listed(LEARNING_RATES), fewer(study)),
         chosen(study),
         "![accuracy on validation by learning rate](quality-learning-rate.svg)",
+        variations(study, "alpha", ALPHA),
+        variations(study, "rank", RANKS),
+        variations(study, "modules", MODULES),
         "## Cost, and what the update is like",
         COST,
         *(costs(study, task) for task in study.tasks),
@@ -105,9 +127,18 @@ def protocol(study: Study) -> str:
                 f"{task.steps} × {task.batch_size}",
                 str(judged[0]["questions"]) if judged else "–",
                 str(len({run["seed"] for run in judged})),
+                f"{study.minutes(task.name):.0f}",
             )
         )
-    headings = ("task", "model", "upper layers adapted", "steps × questions", "test questions", "seeds")
+    headings = (
+        "task",
+        "model",
+        "upper layers adapted",
+        "steps × questions",
+        "test questions",
+        "seeds",
+        "minutes of CPU",
+    )
     heads = {run["head_lr"] for run in study.records if run["head_lr"]}
     return f"{table(headings, rows)}\n{PROTOCOL.format(max(heads, default=0))}"
 
@@ -148,19 +179,63 @@ def within(study: Study) -> dict[str, bool]:
 
 def control(study: Study) -> str:
     """Tasks that test a condition of another one."""
-    rows = []
-    for task in study.controls:
-        for name in study.methods:
-            mean, rate = study.mean(task.name, name), best_rate(study.records, task.name, name)
-            if mean is not None:
-                difference = study.difference(task.name, name, LORA)
-                against = "–" if name == LORA or difference is None else points(difference)
-                rates = ", ".join(f"{lr:g}" for lr in study.tried(task.name, name))
-                rows.append(
-                    (task.title, f"{task.steps}", title(name), f"{rate:g} of {rates}", percent(mean), against)
-                )
-    headings = ("task", "steps", "method", "learning rate", "accuracy on test", "minus LoRA")
+    rows = [
+        (*row[:2], f"{task.steps}", *row[4:])
+        for task in study.controls
+        for name in study.methods
+        for row in line(study, task, name, LORA)
+    ]
+    headings = ("task", "method", "steps", "learning rate (tried)", "accuracy on test", "seeds", "minus LoRA")
     return f"## Controls\n\n{CONTROLS}\n\n{table(headings, rows)}" if rows else ""
+
+
+def variations(study: Study, sweep: str, words: str) -> str:
+    """A sweep: each method beside the one that it is a variation of, task by task."""
+    rows: list[tuple[str, ...]] = []
+    for base in dict.fromkeys(method.base for method in SWEEPS[sweep]):
+        names = [method.name for method in SWEEPS[sweep] if method.base == base]
+        for task in study.tasks:
+            found = [row for name in names for row in line(study, task, name, base)]
+            if found:
+                rows += [*line(study, task, base, base), *found]
+        for name in names:
+            overall = study.over_tasks_run(name, base)
+            if overall:
+                rows.append((f"mean of {overall[1]}", name, "", "", "", "", "", points(overall[0])))
+    headings = (
+        "task",
+        "method",
+        "r",
+        "parameters",
+        "learning rate",
+        "accuracy on test",
+        "seeds",
+        "minus its base",
+    )
+    return f"{words}\n\n{table(headings, rows)}" if rows else ""
+
+
+def line(study: Study, task: Task, name: str, base: str) -> list[tuple[str, ...]]:
+    """A method's row in a task, none where it has no run on test."""
+    mean, rate = study.mean(task.name, name), best_rate(study.records, task.name, name)
+    if mean is None or rate is None:
+        return []
+    rates = list(study.tried(task.name, name))
+    difference = None if name == base else study.difference(task.name, name, base)
+    return [
+        (
+            task.title,
+            name,
+            f"{study.average(name, 'r', task.name):.0f}",
+            f"{study.average(name, 'parameters', task.name):,.0f}",
+            f"{rate:g}, that of {base}"
+            if BY_NAME[name].rate_of
+            else f"{rate:g} ({rates[0]:g} to {rates[-1]:g})",
+            percent(mean),
+            f"{mean.seeds}",
+            "–" if difference is None else points(difference),
+        )
+    ]
 
 
 def percent(mean: Mean) -> str:
@@ -199,6 +274,21 @@ def differences(study: Study, pairs: list[tuple[str, str]]) -> str:
             cells = ["–" if mean is None else points(mean) for mean in (*means, overall)]
             rows.append((f"{title(ours)} − {title(theirs)}", *cells))
     return table(("difference", *(task.title for task in study.tasks), "all"), rows)
+
+
+def listed(rates: Iterable[float]) -> str:
+    """Rates in a sentence."""
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
+def fewer(study: Study) -> str:
+    """The tasks whose methods shared fewer rates than the whole grid."""
+    shared = {task.title: study.shared_rates(task.name) for task in study.tasks}
+    return "".join(
+        f" ({title}: {listed(rates)})"
+        for title, rates in shared.items()
+        if rates and len(rates) < len(LEARNING_RATES)
+    )
 
 
 def chosen(study: Study) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training import schedule, shuffled
 
 from . import data, store
-from .methods import LEARNING_RATES, METHODS, Method, update_ranks
+from .methods import BY_NAME, LADDER, LEARNING_RATES, METHODS, Method, update_ranks
 from .models import CutModel
 from .tasks import Task
 
@@ -26,9 +26,10 @@ Announce = Callable[[str], None]
 
 
 def searched(records: Sequence[dict[str, Any]], task: str, method: str) -> list[dict[str, Any]]:
-    """Return a method's runs on validation, by learning rate; rates outside of today's grid do not count."""
-    runs = [r for r in records if (r["task"], r["method"], r["stage"]) == (task, method, "search")]
-    return sorted((r for r in runs if r["lr"] in LEARNING_RATES), key=lambda r: r["lr"])
+    """Return a method's runs on validation, by learning rate, or those of the method whose rate it takes."""
+    name = BY_NAME[method].rate_of or method
+    runs = [r for r in records if (r["task"], r["method"], r["stage"]) == (task, name, "search")]
+    return sorted((r for r in runs if r["lr"] in LADDER), key=lambda r: r["lr"])
 
 
 def best_rate(records: Sequence[dict[str, Any]], task: str, method: str) -> float | None:
@@ -46,6 +47,7 @@ class Slice:
         announce: is told of each run.
         splits: other questions than the task's own, for tests.
         rates: learning rates to try.
+        further: whether to go on along the ladder while the best rate is the least or the greatest of those tried.
     """
 
     def __init__(
@@ -55,12 +57,12 @@ class Slice:
         announce: Announce,
         splits: Splits | None = None,
         rates: Sequence[float] = LEARNING_RATES,
+        further: bool = True,
     ) -> None:
-        self.task, self.path, self.announce, self.rates = task, path, announce, rates
-        self.splits = splits or data.prepare(task.read())
+        self.task, self.path, self.announce, self.rates, self.further = task, path, announce, rates, further
+        self.splits = splits or data.prepare(task.read(), task.held_out)
         self.digest = data.digest(self.splits)
-        classes = sorted({question.answer for part in self.splits for question in part})
-        self.model = task.cut(classes, task.layers)
+        self.model = task.cut(data.answers(self.splits), task.layers)
         self.provenance = store.provenance()
 
     def run(self, seeds: int, methods: Sequence[Method] = METHODS) -> None:
@@ -71,10 +73,20 @@ class Slice:
                 self.final(method, seed)
 
     def search(self, method: Method) -> None:
-        """Try every learning rate on validation. Where nothing is trained there is none to try."""
-        if self._trains(method):
+        """Try every learning rate on validation, and further ones. Where nothing is trained there is none to try."""
+        if self._trains(method) and method.rate_of is None:
             for lr in self.rates:
                 self._once(method, "search", lr, SEARCH_SEED, self.splits.validation)
+            while self.further and (beyond := self._next(method)) is not None:
+                self._once(method, "search", beyond, SEARCH_SEED, self.splits.validation)
+
+    def _next(self, method: Method) -> float | None:
+        """The rate beyond the best one, where the best is at an end of those tried and the ladder goes on."""
+        records = store.read(self.path)
+        tried = [LADDER.index(r["lr"]) for r in searched(records, self.task.name, method.name)]
+        best = LADDER.index(best_rate(records, self.task.name, method.name) or 0.0)  # some rate was tried
+        beyond = {tried[0]: best - 1, tried[-1]: best + 1}.get(best, -1)
+        return LADDER[beyond] if 0 <= beyond < len(LADDER) else None
 
     def final(self, method: Method, seed: int) -> None:
         """Judge the best learning rate on test."""
@@ -113,6 +125,7 @@ def train_and_judge(
     begin = time.process_time()
     base = cut.fresh(seed)
     head = list(base.head.parameters()) if cut.new_head else []
+    method = method.sized(base, cut.targets)
     model = method.adapt(base, cut.targets, seed)
     adapter = [p for p in model.parameters() if p.requires_grad]
     for parameter in head:
@@ -132,7 +145,7 @@ def train_and_judge(
         for questions in islice(shuffled(train, task.batch_size, seed), task.steps):
             start = time.process_time()
             batch = cut.batch(questions)
-            loss = F.cross_entropy(model(batch.hidden, batch.mask), batch.labels)
+            loss = F.cross_entropy(model(batch.hidden, batch.layout), batch.labels)
             loss.backward()
             optimizer.step()
             rates.step()
@@ -147,6 +160,8 @@ def train_and_judge(
         "r": method.r,
         "num_blocks": method.num_blocks,
         "random": method.random,
+        "scaling": method.scaling,
+        "modules": method.modules,
         "right": right,
         "questions": len(judged_on),
         "accuracy": right / len(judged_on),
@@ -171,7 +186,7 @@ def judge(cut: CutModel, model: nn.Module, questions: Sequence[Question]) -> tup
     ordered = sorted(questions, key=lambda question: len(question.prompt))  # little padding
     for start in range(0, len(ordered), EVALUATION_BATCH):
         batch = cut.batch(ordered[start : start + EVALUATION_BATCH])
-        scores: Tensor = model(batch.hidden, batch.mask)
+        scores: Tensor = model(batch.hidden, batch.layout)
         right += int((scores.argmax(-1) == batch.labels).sum())
         total += float(F.cross_entropy(scores, batch.labels, reduction="sum"))
     return right, total / len(questions)

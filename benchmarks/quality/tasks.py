@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from questions import Question
 
 from examples import minilm, smollm2
 
-from . import data, siqa
-from .models import CutModel, cut_minilm, cut_smollm2
+from . import choice, data, siqa
+from .models import CutModel, cut_minilm, cut_smollm2, cut_smollm2_choices
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Task:
         model: its name.
         steps, batch_size: of every run.
         head_lr: of the head that is new in every run, the same for all methods; 0 where there is none.
+        held_out: one question in so many is for validation, and as many for the test.
         control: tests a condition of another task, so it has no part in averages over tasks.
     """
 
@@ -39,6 +41,7 @@ class Task:
     steps: int = 60
     batch_size: int = 16
     head_lr: float = 0.0
+    held_out: int = 10
     control: bool = False
 
 
@@ -60,6 +63,17 @@ TASKS = {
             layers=3,
             steps=180,
             control=True,
+        ),
+        Task(
+            "csqa",
+            "CommonsenseQA",
+            partial(choice.read, choice.COMMONSENSEQA),
+            cut_smollm2_choices,
+            SMOLLM2,
+            30,
+            layers=3,
+            batch_size=8,
+            held_out=4,
         ),
         Task("siqa", "Social IQa", siqa.read, cut_smollm2, SMOLLM2, 30, layers=2, batch_size=8),
     )
