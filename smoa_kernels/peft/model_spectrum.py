@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checks import check_weight
 from ..ranks import resolve_ranks
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
+from ..spectral_order import one_thread
 from ..spectrum import LayerSpectrum, layer_spectrum
 from .folders import ModelFolder
 from .layout import LayerBlocks
@@ -165,7 +166,9 @@ def model_spectrum(
                 else theirs.layers[name]
             )
             deltas = {key: _delta(update, weight) for key, update in (("ours", smoa), ("theirs", other))}
-            layers[name] = layer_spectrum(weight, cast(LayerBlocks, smoa.blocks).partition, deltas)
+            # LAPACK's SVDs gain little from a second thread, and lose half of their speed where its core is busy.
+            with one_thread():
+                layers[name] = layer_spectrum(weight, cast(LayerBlocks, smoa.blocks).partition, deltas)
         used["ours"].append(smoa)
         used["theirs"].append(other)
     progress(len(layers), len(chosen))
