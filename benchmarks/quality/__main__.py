@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from questions import Splits
-from rich.console import Console
 
-from . import data
 from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
-from .study import Slice
-from .tasks import TASKS, Task
+from .shares import console, run_share
+from .tasks import TASKS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RECORDS = RESULTS / "quality.jsonl"
-SMOKE_QUESTIONS = 40
 
 app = typer.Typer(add_completion=False, help=__doc__)
-console = Console(highlight=False)
 Records = Annotated[Path, typer.Option(help="The runs, one JSON object a line.")]
 
 
@@ -67,25 +60,6 @@ def run(
                     list(pool.map(run_share, *zip(*shares, strict=True)))
         except FileNotFoundError as error:
             raise typer.BadParameter(str(error)) from error
-
-
-def run_share(
-    name: str, records: Path, smoke: bool, rates: Sequence[float], seeds: int, methods: Sequence[str]
-) -> None:
-    """A task's runs of some methods, on one thread."""
-    torch.set_num_threads(1)
-    if smoke:
-        part = smoke_slice(TASKS[name], records)
-    else:
-        part = Slice(TASKS[name], records, console.print, rates=rates)
-    part.run(seeds, [BY_NAME[method] for method in methods])
-
-
-def smoke_slice(task: Task, records: Path) -> Slice:
-    """A task in seconds."""
-    splits = Splits(*(part[:SMOKE_QUESTIONS] for part in data.prepare(task.read(), task.held_out)))
-    short = replace(task, steps=2, batch_size=4)
-    return Slice(short, records, console.print, splits, LEARNING_RATES[:1], further=False)
 
 
 @app.command()
