@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from .packed import PackedAdapter
 
-__all__ = ["BlockOrder", "block_indices", "block_order", "inverse", "select_columns"]
+__all__ = ["BlockOrder", "block_indices", "block_order", "inverse", "panels", "select_columns"]
 
 # W0 is gathered this many whole rows at a time: what is read of them stays in cache.
 _ROWS = 64
@@ -27,8 +26,9 @@ class BlockOrder:
         B: (N, ρ), rows in block order, times s.
         row_index: coordinate of each row in block order; None where K = 1 and the order is W0's own.
         col_index: the same for columns.
-        blocks: rank, rows and columns of each block that has a rank.
-        num_blocks: K, blocks of rank zero counted.
+        ranks: rank of each block; those of rank zero are left out of all that is listed block by block.
+        row_sizes: rows of each block.
+        col_sizes: columns of each block.
     """
 
     weight: Tensor
@@ -36,8 +36,9 @@ class BlockOrder:
     B: Tensor
     row_index: Tensor | None
     col_index: Tensor | None
-    blocks: Sequence[tuple[int, slice, slice]]
-    num_blocks: int
+    ranks: Sequence[int]
+    row_sizes: Sequence[int]
+    col_sizes: Sequence[int]
 
     @property
     def T(self) -> BlockOrder:
@@ -48,24 +49,52 @@ class BlockOrder:
             B=self.A.T,
             row_index=self.col_index,
             col_index=self.row_index,
-            blocks=[(rank, cols, rows) for rank, rows, cols in self.blocks],
-            num_blocks=self.num_blocks,
+            ranks=self.ranks,
+            row_sizes=self.col_sizes,
+            col_sizes=self.row_sizes,
         )
+
+    @property
+    def full(self) -> bool:
+        """Whether every block has rank ρ: what is written block by block is then written everywhere."""
+        return min(self.ranks) == self.A.shape[0]
+
+    def rows(self, tensor: Tensor, dim: int = 0) -> list[Tensor]:
+        """The blocks' rows, of a tensor that has all of them along `dim`."""
+        return self._parts(tensor, self.row_sizes, dim)
+
+    def cols(self, tensor: Tensor, dim: int = 1) -> list[Tensor]:
+        """The same for columns."""
+        return self._parts(tensor, self.col_sizes, dim)
+
+    def _parts(self, tensor: Tensor, sizes: Sequence[int], dim: int) -> list[Tensor]:
+        parts = torch.split_with_sizes(tensor, sizes, dim)
+        return [part for part, rank in zip(parts, self.ranks, strict=True) if rank]
+
+    def factors(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """`A_k` (r_k, C_k) and `B_k` (N_k, r_k), views without the padding."""
+        parts = list(zip(self.cols(A), self.rows(B), strict=True))
+        if self.full:
+            return parts
+        return [
+            (A_k[:rank], B_k[:, :rank])
+            for (A_k, B_k), rank in zip(parts, filter(None, self.ranks), strict=True)
+        ]
 
     def weights(self) -> Iterator[Tensor]:
         """`W0[rows_k, cols_k]` of every block, in W0's memory order; a copy unless K = 1."""
         if self.row_index is None or self.col_index is None:
-            yield from (self.weight for _ in self.blocks)
+            yield from self.rows(self.weight)
         elif self.weight.stride(0) < self.weight.stride(1):
             yield from (block.T for block in self.T.weights())
         else:
             whole = self.weight.new_empty(_ROWS, self.weight.shape[1])
-            for _, rows, cols in self.blocks:
-                index = self.col_index[cols]
-                block = self.weight.new_empty(rows.stop - rows.start, index.shape[0])
-                for some, out in zip(self.row_index[rows].split(_ROWS), block.split(_ROWS), strict=True):
-                    torch.index_select(self.weight, 0, some, out=whole[: some.shape[0]])
-                    select_columns(whole[: some.shape[0]], index, out)
+            indices = zip(self.rows(self.row_index), self.cols(self.col_index, 0), strict=True)
+            for rows, index in indices:
+                block = self.weight.new_empty(rows.shape[0], index.shape[0])
+                for some, out in zip(panels(rows, _ROWS), panels(block, _ROWS), strict=True):
+                    found = torch.index_select(self.weight, 0, some, out=whole[: some.shape[0]])
+                    select_columns(found, index, out)
                 yield block
 
 
@@ -84,22 +113,22 @@ def block_order(adapter: PackedAdapter) -> BlockOrder:
     row_index, col_index = block_indices(adapter)
     if row_index is not None and col_index is not None:
         A, B = A.index_select(1, col_index), B.index_select(0, row_index)
-    row_ends, col_ends = accumulate(p.row_sizes), accumulate(p.col_sizes)
     return BlockOrder(
         weight=adapter.weight,
         A=A,
         B=B * adapter.scaling,
         row_index=row_index,
         col_index=col_index,
-        blocks=[
-            (rank, slice(row_end - rows, row_end), slice(col_end - cols, col_end))
-            for rank, row_end, rows, col_end, cols in zip(
-                adapter.host_ranks(), row_ends, p.row_sizes, col_ends, p.col_sizes, strict=True
-            )
-            if rank
-        ],
-        num_blocks=p.num_blocks,
+        ranks=adapter.host_ranks(),
+        row_sizes=p.row_sizes,
+        col_sizes=p.col_sizes,
     )
+
+
+def panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:
+    """A tensor's rows, at most so many at a time."""
+    # `split` is Python, which small layers feel.
+    return (tensor,) if tensor.shape[0] <= rows else tensor.split(rows)
 
 
 def select_columns(x: Tensor, index: Tensor, out: Tensor) -> Tensor:

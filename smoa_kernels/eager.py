@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .block_order import block_indices, block_order, inverse, select_columns
+from .block_order import block_indices, block_order, inverse, panels, select_columns
 from .dropout import Dropout
 from .packed import PackedAdapter
 from .precision import gemm_is_ieee
@@ -121,10 +121,12 @@ def _merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W_effᵀ` (T, N), a panel of W_eff's rows at a time: its product meets it in cache, and it is never whole."""
     weight = adapter.weight
     A, B = adapter.expanded_factors(weight.dtype)
-    y = x.new_empty(x.shape[0], weight.shape[0])
     # Panels of one height: 768 rows and 768 cost less than 1024 and 512.
-    panels = max(1, math.ceil(weight.shape[0] / MERGED_PANEL))
-    parts = [weight.tensor_split(panels), B.tensor_split(panels), y.tensor_split(panels, dim=1)]
+    count = math.ceil(weight.shape[0] / MERGED_PANEL)
+    if count <= 1:
+        return torch.mm(x, _modulated(weight, A, B, torch.empty_like(weight)).T)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    parts = [weight.tensor_split(count), B.tensor_split(count), y.tensor_split(count, dim=1)]
     buffer = torch.empty_like(parts[0][0])
     for W0, B_part, out in zip(*parts, strict=True):
         W_eff = _modulated(W0, A, B_part, buffer[: W0.shape[0]])
@@ -190,7 +192,7 @@ def _dropout_backward(
 def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same tokens of each tensor, some at a time."""
     tokens = TOKEN_PANEL if tensors[0].itemsize > 2 else HALF_TOKEN_PANEL
-    return zip(*(tensor.split(tokens) for tensor in tensors), strict=True)
+    return zip(*(panels(tensor, tokens) for tensor in tensors), strict=True)
 
 
 class _Buffer:
@@ -217,18 +219,18 @@ class _BlockProduct:
         self._order = order = block_order(adapter)
         self.cols = order.col_index
         self._deltas = [
-            _product(order.A[:rank, cols], order.B[rows, :rank], weight).mul_(weight).to(weight.dtype).T
-            for (rank, rows, cols), weight in zip(order.blocks, order.weights(), strict=True)
+            _product(A, B, weight).mul_(weight).to(weight.dtype).T
+            for (A, B), weight in zip(order.factors(order.A, order.B), order.weights(), strict=True)
         ]
         self._back = None if order.row_index is None else inverse(order.row_index)
 
     def __call__(self, x: Tensor, scratch: _Buffer, out: Tensor) -> Tensor:
         order = self._order
         y = out if self._back is None else scratch.like(out)
-        if len(order.blocks) < order.num_blocks:
+        if not all(order.ranks):
             y.zero_()  # where a block has no rank
-        for (_, rows, cols), delta in zip(order.blocks, self._deltas, strict=True):
-            torch.mm(x[:, cols], delta, out=y[:, rows])
+        for x_k, delta, y_k in zip(order.cols(x), self._deltas, order.rows(y, 1), strict=True):
+            torch.mm(x_k, delta, out=y_k)
         return y if self._back is None else select_columns(y, self._back, out=out)
 
 
@@ -247,24 +249,27 @@ class _BlockGradient:
         """Take a panel of tokens, the columns of dY in the order of `rows`, those of x in that of `cols`."""
         order = self._order
         left, right = (x.T, dy) if self._transposed else (dy.T, x)
+        pairs = zip(order.rows(left), order.cols(right), strict=True)
         if not self._G:
-            self._G = [torch.mm(left[rows], right[:, cols]) for _, rows, cols in order.blocks]
+            self._G = [torch.mm(left_k, right_k) for left_k, right_k in pairs]
         elif right.dtype == order.A.dtype:
-            for G, (_, rows, cols) in zip(self._G, order.blocks, strict=True):
-                G.addmm_(left[rows], right[:, cols])
+            for G, (left_k, right_k) in zip(self._G, pairs, strict=True):
+                G.addmm_(left_k, right_k)
         else:  # half precision: what is summed is wider
-            for k, (_, rows, cols) in enumerate(order.blocks):
-                self._G[k] = self._G[k].to(order.A.dtype).add_(left[rows] @ right[:, cols])
+            for k, (left_k, right_k) in enumerate(pairs):
+                self._G[k] = self._G[k].to(order.A.dtype).add_(left_k @ right_k)
 
     def contract(self) -> tuple[Tensor, Tensor]:
         """(dA, dB); the sums are used up."""
         order = self._order
-        dA, dB = torch.zeros_like(order.A), torch.zeros_like(order.B)
-        for (rank, rows, cols), weight in zip(order.blocks, order.weights(), strict=True):
+        like = torch.empty_like if order.full else torch.zeros_like
+        dA, dB = like(order.A), like(order.B)
+        factors, gradients = order.factors(order.A, order.B), order.factors(dA, dB)
+        for (A, B), (dA_k, dB_k), weight in zip(factors, gradients, order.weights(), strict=True):
             # Wider than half precision from here: H is contracted again, over the width of the block.
             H = self._G.pop(0).to(dA.dtype).mul_(weight)
-            torch.mm(order.B[rows, :rank].T, H, out=dA[:rank, cols])
-            torch.mm(H, order.A[:rank, cols].T, out=dB[rows, :rank])
+            torch.mm(B.T, H, out=dA_k)
+            torch.mm(H, A.T, out=dB_k)
         dB.mul_(self._adapter.scaling)  # order.B holds it already
         if order.row_index is not None and order.col_index is not None:
             dA = dA.index_select(1, inverse(order.col_index))

@@ -65,25 +65,31 @@ class PackedAdapter:
             return self.block_ranks
         return cast("list[int]", self.ranks.clamp(0, self.A.shape[0]).tolist())
 
+    def _slots(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """ρ slots for each block: (K·ρ, C) and (N, K·ρ), zero but in a coordinate's own block."""
+        p, rho = self.partition, A.shape[0]
+        if p.num_blocks == 1:
+            return A, B
+        # Put there, not multiplied by a mask: padding may hold anything, and 0 · NaN is NaN.
+        cols = p.col_block.long().expand(1, rho, -1)
+        rows = p.row_block.long()[:, None, None].expand(-1, 1, rho)
+        wide = A.new_zeros(p.num_blocks, *A.shape).scatter_(0, cols, A[None])
+        tall = B.new_zeros(B.shape[0], p.num_blocks, rho).scatter_(1, rows, B[:, None])
+        return wide.flatten(0, 1), tall.flatten(1)
+
     def expanded_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Zero-padded factors: Ã (r, C) and B̃ (N, r), r = Σ r_k, with s·B̃ Ã = s·mask·(BA).
 
         One slot per (block, rank): slot (k, t) of Ã is A's row t on the columns of block k, zero elsewhere.
         s is folded into B̃, which is rounded to `dtype` after that.
         """
-        p = self.partition
-        k = torch.arange(p.num_blocks, dtype=p.col_block.dtype, device=p.device)
-        # Chosen, not multiplied by the mask: padding may hold anything, and 0 · NaN is NaN.
-        A = torch.where((k[:, None] == p.col_block)[:, None], self.A, 0).flatten(0, 1)
-        B = torch.where((p.row_block[:, None] == k)[..., None], (self.B * self.scaling)[:, None], 0).flatten(
-            1
-        )
+        A, B = self._slots(self.A, self.B * self.scaling)
         ranks, rho = self.host_ranks(), self.A.shape[0]
         if min(ranks) < rho:
             # Slot i of the sum of ranks is rank i - (ends - ranks)[k] of block k: found where the ranks are.
             sizes = self.ranks.clamp(0, rho)
             ends = sizes.cumsum(0)
-            slot = torch.arange(sum(ranks), device=p.device)
+            slot = torch.arange(sum(ranks), device=A.device)
             block = torch.bucketize(slot, ends, right=True)
             kept = block * rho + slot - (ends - sizes)[block]
             A, B = A.index_select(0, kept), B.index_select(1, kept)

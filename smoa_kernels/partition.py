@@ -234,9 +234,16 @@ class BlockPartition:
     @property
     def T(self) -> BlockPartition:
         """Partition of the transposed weight."""
-        rows, cols = self.tensors()[0::2], self.tensors()[1::2]
-        swapped = [tensor for pair in zip(cols, rows, strict=True) for tensor in pair]
-        transposed = BlockPartition.from_tensors(swapped, [*self.col_sizes, *self.row_sizes])
+        transposed = BlockPartition(
+            row_block=self.col_block,
+            col_block=self.row_block,
+            row_index=self.col_index,
+            col_index=self.row_index,
+            row_offsets=self.col_offsets,
+            col_offsets=self.row_offsets,
+            row_sizes=self.col_sizes,
+            col_sizes=self.row_sizes,
+        )
         transposed.row_order, transposed.col_order = self.col_order, self.row_order
         return transposed
 
