@@ -84,7 +84,7 @@ bench-smoke: $(BIN)/.dev ## the same, tiny, report and all: does every benchmark
 	$(BIN)/python -m benchmarks.report .benchmarks/smoke.json --out .benchmarks/smoke
 
 quality: $(BIN)/.dev ## one slice of the quality study: make quality TASK=trec50 (each below 30 min on two cores)
-	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) --jobs 2 $(ARGS)
+	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) $(ARGS)
 	$(BIN)/python -m benchmarks.quality report
 
 # Newer versions of pip refuse bigbench for a dependency that is not even wanted here.
@@ -97,7 +97,7 @@ quality-data: $(BIN)/.dev ## what the quality study's multiple-choice tasks need
 
 quality-smoke: $(BIN)/.dev ## the quality study, tiny, report and all
 	rm -rf .benchmarks/quality
-	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --jobs 2 --records .benchmarks/quality/runs.jsonl
+	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --records .benchmarks/quality/runs.jsonl
 	$(BIN)/python -m benchmarks.quality report --records .benchmarks/quality/runs.jsonl --out .benchmarks/quality
 
 gpu: $(BIN)/.dev ## bring a GPU up: tests, tuning, comparison, goals; 8 minutes (ARGS="--resume")

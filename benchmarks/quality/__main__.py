@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -36,7 +37,12 @@ def run(
             help="Learning rates to begin with; the whole grid when left out. The search goes on from them."
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the methods, one thread each.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that share the methods, one thread each; left out, one a processor."
+        ),
+    ] = None,
     records: Records = RECORDS,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Two steps on a few questions: does every method run.")
@@ -50,6 +56,7 @@ def run(
     if smoke and records.resolve() == RECORDS:
         raise typer.BadParameter(f"--smoke: its figures mean nothing, so --records must not be {RECORDS}")
     chosen = method or [m.name for m in SWEEPS[sweep]]
+    jobs = min(jobs or os.cpu_count() or 1, len(chosen))
     for name in task:
         shares = [(name, records, smoke, rate or LEARNING_RATES, seeds, chosen[k::jobs]) for k in range(jobs)]
         try:
