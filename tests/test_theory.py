@@ -174,7 +174,8 @@ def test_permuting_the_coordinates_permutes_blocks_update_and_outputs(
         B=B[rows],
         partition=permuted,
     )
-    torch.testing.assert_close(delta(second), delta(first)[rows][:, cols], rtol=1e-12, atol=0)
+    # Where the two terms of BA cancel, an entry keeps the rounding of terms of order 1.
+    torch.testing.assert_close(delta(second), delta(first)[rows][:, cols], rtol=1e-12, atol=1e-15)
     y, dx, dA, dB = first.run()
     expected = (y[:, rows], dx[:, cols], dA[:, cols], dB[rows])
     for found, value in zip(second.run(), expected, strict=True):
