@@ -262,20 +262,21 @@ class _BlockGradient:
     def contract(self) -> tuple[Tensor, Tensor]:
         """(dA, dB); the sums are used up."""
         order = self._order
-        like = torch.empty_like if order.full else torch.zeros_like
-        dA, dB = like(order.A), like(order.B)
+        new = order.A.new_empty if order.full else order.A.new_zeros
+        # As its transpose, which costs half: a GEMM with few columns is slower than one with few rows.
+        dA, dB = new(order.A.shape), new(order.B.T.shape).T
         factors, gradients = order.factors(order.A, order.B), order.factors(dA, dB)
         for (A, B), (dA_k, dB_k), weight in zip(factors, gradients, order.weights(), strict=True):
             # Wider than half precision from here: H is contracted again, over the width of the block.
             H = self._G.pop(0).to(dA.dtype).mul_(weight)
             torch.mm(B.T, H, out=dA_k)
-            torch.mm(H, A.T, out=dB_k)
+            torch.mm(A, H.T, out=dB_k.T)
         dB.mul_(self._adapter.scaling)  # order.B holds it already
         if order.row_index is not None and order.col_index is not None:
             dA = dA.index_select(1, inverse(order.col_index))
             dB = dB.index_select(0, inverse(order.row_index))
         dA, dB = (dB.T, dA.T) if self._transposed else (dA, dB)
-        return dA.to(self._adapter.A.dtype), dB.to(self._adapter.B.dtype)
+        return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
 
 
 def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
