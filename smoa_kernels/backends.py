@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from .checks import check_choice, check_kind
+from .checks import cached, check_choice, check_kind
 
 __all__ = [
     "ALGORITHMS",
@@ -42,7 +42,7 @@ MOST_TRITON_RANKS = 256
 """ρ up to which the kernels take an adapter."""
 
 
-@functools.cache
+@cached
 def load_backend(name: str) -> ModuleType:
     """The module of a resolved backend; the kernels, and with them triton, are imported only when asked for.
 
@@ -56,8 +56,7 @@ def load_backend(name: str) -> ModuleType:
         >>> load_backend("eager").ALGORITHMS
         ('merged', 'split', 'expanded')
     """
-    if name not in BACKENDS or name == "auto":
-        raise ValueError(f"name must be one of {', '.join(BACKENDS[1:])}, got {name!r}")
+    check_choice("name", name, BACKENDS[1:])
     return importlib.import_module({"triton": ".triton_backend"}.get(name, f".{name}"), __package__)
 
 

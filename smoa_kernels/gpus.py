@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
 from types import MappingProxyType
 
 import torch
 
-from .checks import check_count, check_kind
+from .checks import cached, check_count, check_kind
 
 __all__ = ["GPUS", "Gpu", "device_gpu", "match_gpu"]
 
@@ -102,7 +101,6 @@ GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _PUBLISHED}
 _MOST_MULTIPROCESSORS = 10**6  # far above any, for what is no number of them
 
 
-@lru_cache(maxsize=64)
 def match_gpu(
     device_name: str, capability: tuple[int, int] | None, multiprocessors: int | None = None
 ) -> Gpu:
@@ -150,7 +148,7 @@ def match_gpu(
     )
 
 
-@cache
+@cached
 def device_gpu(device: torch.device) -> Gpu:
     """The published GPU that stands for a device; an H100 for Triton's interpreter.
 

@@ -5,12 +5,13 @@ Tiles are named by the dimension they cut: tokens T, rows N, columns C of W0, sl
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 import triton
+
+from ..checks import cached, check_kind
 
 __all__ = [
     "BLOCK_GRAD_CONFIGS",
@@ -265,9 +266,10 @@ def block_grad_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[B
     return shipped if arch in _LARGE_SHARED_MEMORY else shipped[1:]
 
 
-@functools.cache
+@cached
 def architecture(device: torch.device) -> str:
     """Name of a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter."""
+    check_kind("device", device, torch.device)
     if device.type == "cpu":
         return "cpu"
     properties = torch.cuda.get_device_properties(device)
@@ -276,7 +278,8 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-@functools.cache
+@cached
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors (compute units) of a device; 1 for the interpreter."""
+    check_kind("device", device, torch.device)
     return 1 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)

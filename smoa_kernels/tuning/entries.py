@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
-from ..kernels.heuristic import CONFIGS, DTYPES, Key, fits
+from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key, check_key, fits
 from ..kernels.launch import Config
 from .identity import Identity
 
-__all__ = ["ALGORITHM_KEYS", "INTERRUPTED", "UNFINISHED", "Choice", "Entry", "Trial", "merged"]
+__all__ = ["INTERRUPTED", "UNFINISHED", "Choice", "Entry", "Trial", "merged"]
 
 Choice: TypeAlias = Config | str
 """Launch parameters of a kernel, or the name of an algorithm."""
 
 INTERRUPTED = "interrupted"
 UNFINISHED = "did not finish: the process ended while it ran"
-
-ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
-    "forward": ("merged", "split", "fused"),
-    "input_gradient": ("merged", "fused"),
-}
-"""Keys whose choice is an algorithm, and which there are."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +107,7 @@ class Entry:
                 type or out of range.
         """
         key = Key(**data["key"])
-        if key.kernel not in (*CONFIGS, *ALGORITHM_KEYS) or key.dtype not in DTYPES:
-            raise ValueError(f"no kernel {key.kernel!r} in {key.dtype!r}")
-        if any(type(size) is not int or size < 0 for size in key[2:-1]) or type(key.transposed) is not bool:
-            raise ValueError(f"sizes out of range in {key}")
+        check_key(key)
         trials = tuple(
             Trial(_choice(key, trial["choice"]), _seconds(trial.get("seconds")), _reason(trial.get("reason")))
             for trial in data["trials"]

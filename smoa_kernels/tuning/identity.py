@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from dataclasses import dataclass, fields
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 import triton
 
-from ..checks import check_kind
-from ..kernels.heuristic import CONFIGS
+from ..checks import cached, check_choice, check_kind
+from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS
 from ..kernels.launch import architecture, multiprocessors
 
 __all__ = ["Identity", "identity", "slug", "source_hash", "staleness"]
@@ -65,16 +64,17 @@ class Identity:
         return found
 
 
-@functools.cache
+@cached
 def identity(device: torch.device, kernel: str) -> Identity:
     """What a choice for `kernel` would be measured on here and now.
 
     Args:
         device: where it would run.
-        kernel: one of `heuristic.CONFIGS`, or "forward" or "input_gradient" for an algorithm.
+        kernel: one of `heuristic.CONFIGS`, or of `heuristic.ALGORITHM_KEYS` for an algorithm.
 
     Raises:
         TypeError: no device.
+        ValueError: another kernel.
 
     Example:
         >>> identity(torch.device("cpu"), "permute").gpu
@@ -92,17 +92,21 @@ def identity(device: torch.device, kernel: str) -> Identity:
     )
 
 
-@functools.cache
+@cached
 def source_hash(kernel: str) -> str:
     """Of the text that decides a kernel's speed: its file and what all share; for an algorithm, of every kernel's.
 
     Args:
         kernel: as in :func:`identity`.
 
+    Raises:
+        ValueError: another one.
+
     Example:
         >>> len(source_hash("permute")), source_hash("permute") == source_hash("block_grad")
         (16, False)
     """
+    check_choice("kernel", kernel, (*CONFIGS, *ALGORITHM_KEYS))
     folder = _PACKAGE / "kernels"
     names = ("_common", *_FILES[kernel]) if kernel in _FILES else ()
     paths = [folder / f"{name}.py" for name in names]
@@ -120,12 +124,17 @@ def staleness(then: Identity, now: Identity) -> list[str]:
         then: when it was measured.
         now: here.
 
+    Raises:
+        TypeError: one of them is no identity.
+
     Example:
         >>> from dataclasses import replace
         >>> now = identity(torch.device("cpu"), "permute")
         >>> staleness(replace(now, multiprocessors=now.multiprocessors + 1), now)[0].split(":")[0]
         'multiprocessors'
     """
+    check_kind("then", then, Identity)
+    check_kind("now", now, Identity)
     return [
         f"{field.name}: {getattr(then, field.name)} then, {getattr(now, field.name)} now"
         for field in fields(Identity)

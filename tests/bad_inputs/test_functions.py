@@ -1,12 +1,13 @@
 """Bad arguments of functions: partitions, packing, the reference, sketches, spectra, the cost model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.backends import load_backend, resolve_backend, triton_obstacle
+from smoa_kernels.backends import algorithms_of, load_backend, resolve_backend, triton_obstacle
 from smoa_kernels.cost import Problem, choose_algorithm, estimate, fused_token_limit, parts
 from smoa_kernels.distributed import average_gradients, ignore_buffers, smoa_buffers
 from smoa_kernels.dropout import Dropout, draw_seed
@@ -194,6 +195,15 @@ def test_packing_and_the_reference(call: Call, error: type[Exception], words: st
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(16, 64, 64, 2, 8)
+
+
+def equal(function: Callable[..., object], *arguments: Any) -> object:
+    """The good call, then one whose last argument only equals the good one's: 1 for True, True for 1."""
+    *others, last = arguments
+    function(*arguments)
+    return function(*others, int(last) if isinstance(last, bool) else bool(last))
+
+
 SCALE = Scale("llama-3-8b", 8, "fsdp")
 
 MODELS: list[Row] = [
@@ -309,6 +319,29 @@ MODELS: list[Row] = [
         ValueError,
         "algorithm must be one of frozen, lora, merged, split",
     ),
+    # What is kept for the next call cannot be a list, nor what only equals an argument.
+    (lambda _: choose_algorithm([], GPUS["h100"], True), TypeError, "problem must be a Problem, got list"),  # type: ignore[arg-type]
+    (lambda _: choose_algorithm(PROBLEM, [], True), TypeError, "gpu must be a Gpu, got list"),  # type: ignore[arg-type]
+    (lambda _: choose_algorithm(PROBLEM, GPUS["h100"], []), TypeError, "ieee must be a bool, got list"),  # type: ignore[arg-type]
+    (
+        lambda _: equal(choose_algorithm, PROBLEM, GPUS["h100"], True),
+        TypeError,
+        "ieee must be a bool, got int",
+    ),
+    (lambda _: fused_token_limit([], GPUS["h100"], True), TypeError, "problem must be a Problem, got list"),  # type: ignore[arg-type]
+    (lambda _: fused_token_limit(PROBLEM, {}, True), TypeError, "gpu must be a Gpu, got dict"),  # type: ignore[arg-type]
+    (
+        lambda _: equal(fused_token_limit, PROBLEM, GPUS["h100"], True),
+        TypeError,
+        "ieee must be a bool, got int",
+    ),
+    (lambda _: load_backend([]), ValueError, r"name must be one of eager, triton, reference, got \[\]"),  # type: ignore[arg-type]
+    (lambda _: algorithms_of([]), ValueError, r"name must be one of eager, triton, reference, got \[\]"),  # type: ignore[arg-type]
+    (lambda _: device_gpu([]), TypeError, "device must be a torch.device, got list"),  # type: ignore[arg-type]
+    (lambda _: match_gpu([], None), TypeError, "device_name must be a str, got list"),  # type: ignore[arg-type]
+    (lambda _: match_gpu("x", [9, 0]), TypeError, "capability must be a tuple, got list"),  # type: ignore[arg-type]
+    (lambda _: match_gpu("x", None, []), TypeError, r"multiprocessors must be an int, got \[\]"),  # type: ignore[arg-type]
+    (lambda _: equal(match_gpu, "x", (9, 0), 1), TypeError, "multiprocessors must be an int, got True"),
     (lambda _: device_gpu(None), TypeError, "device must be a torch.device, got NoneType"),  # type: ignore[arg-type]
     (lambda _: match_gpu(None, None), TypeError, "device_name must be a str, got NoneType"),  # type: ignore[arg-type]
     (lambda _: match_gpu("x", 9), TypeError, "capability must be a tuple, got int"),  # type: ignore[arg-type]

@@ -1,13 +1,17 @@
 """Bad tables of launch parameters, and models whose shapes cannot be read."""
 
 import pytest
+import torch
 
 from .harness import Call, Row, World, check, rows
 
 pytest.importorskip("triton", reason="tables are of its kernels")
 
+from smoa_kernels.kernels.heuristic import Key
+from smoa_kernels.kernels.launch import architecture, multiprocessors
 from smoa_kernels.tuning import store
-from smoa_kernels.tuning.identity import identity
+from smoa_kernels.tuning.identity import identity, source_hash, staleness
+from smoa_kernels.tuning.lookup import keep, tuned_algorithm, tuned_config
 from smoa_kernels.tuning.models import read_config
 
 
@@ -29,6 +33,9 @@ def test_models_whose_shapes_are_read(text: str, words: str, world: World) -> No
     check(world, lambda w: read_config(w.folder), ValueError, words)
 
 
+CPU = torch.device("cpu")
+KEY = Key("forward", "bf16")
+
 TABLES: list[Row] = [
     (lambda _: read_config("config.json"), TypeError, "path must be a Path, got str"),  # type: ignore[arg-type]
     (lambda w: read_config(w.folder / "list.json"), ValueError, "must give a positive num_attention_heads"),
@@ -42,6 +49,25 @@ TABLES: list[Row] = [
     (lambda w: store.update(w.folder / "t.json", [1.5]), TypeError, "entries must be an Entry, got float"),  # type: ignore[list-item]
     (lambda _: store.user_table(None), TypeError, "gpu must be a str, got NoneType"),  # type: ignore[arg-type]
     (lambda _: identity("cpu", "forward"), TypeError, "device must be a torch.device, got str"),  # type: ignore[arg-type]
+    (lambda _: identity([], "forward"), TypeError, "device must be a torch.device, got list"),  # type: ignore[arg-type]
+    (lambda _: identity(CPU, []), ValueError, r"kernel must be one of modulated_weight, .* got \[\]"),  # type: ignore[arg-type]
+    (lambda _: source_hash({}), ValueError, r"kernel must be one of modulated_weight, .* got {}"),  # type: ignore[arg-type]
+    (lambda _: source_hash("matmul"), ValueError, "kernel must be one of .* got 'matmul'"),
+    (lambda _: staleness([], identity(CPU, "forward")), TypeError, "then must be an Identity, got list"),  # type: ignore[arg-type]
+    (lambda _: architecture([]), TypeError, "device must be a torch.device, got list"),  # type: ignore[arg-type]
+    (lambda _: multiprocessors("cpu"), TypeError, "device must be a torch.device, got str"),  # type: ignore[arg-type]
+    (lambda _: tuned_algorithm([], CPU, ()), TypeError, "key must be a Key, got list"),  # type: ignore[arg-type]
+    (lambda _: tuned_algorithm(KEY, [], ()), TypeError, "device must be a torch.device, got list"),  # type: ignore[arg-type]
+    (
+        lambda _: tuned_algorithm(KEY._replace(kernel=[]), CPU, ()),
+        ValueError,
+        r"kernel must be one of .* got \[\]",
+    ),
+    (lambda _: tuned_algorithm(KEY, CPU, "split"), TypeError, "allowed must be a list of names, got 'split'"),
+    (lambda _: tuned_config("permute", CPU), TypeError, "key must be a Key, got str"),  # type: ignore[arg-type]
+    (lambda _: tuned_config(KEY._replace(rank=-1), CPU), ValueError, "rank must be at least 0, got -1"),
+    (lambda _: tuned_config(KEY._replace(dtype={}), CPU), ValueError, "dtype must be one of bf16, .* got {}"),
+    (lambda _: keep(None), TypeError, "entry must be an Entry, got NoneType"),  # type: ignore[arg-type]
 ]
 
 
