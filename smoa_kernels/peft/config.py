@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -13,14 +12,14 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..backends import ALGORITHMS, BACKENDS
-from ..checks import MOST_RANKS, check_choice, check_path
+from ..checks import MOST_RANKS, check_choice, check_finite, check_path
 from ..ranks import resolve_ranks
 from .folders import check_weights, read_json
 from .peft_type import PEFT_TYPE
 from .saving import check_seal, replacing
 from .settings import layer_settings
 
-__all__ = ["FORMAT_VERSION", "SMoAConfig", "check_finite"]
+__all__ = ["FORMAT_VERSION", "SMoAConfig"]
 
 # Of the adapter folder. Raised when an older release could not read what a newer one writes. Version 1 was never
 # released.
@@ -268,19 +267,3 @@ def _check_regex(name: str, pattern: Any) -> None:
         re.compile(pattern)
     except (TypeError, re.error) as error:
         raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
-
-
-def check_finite(name: str, value: Any) -> None:
-    """Raise ValueError, with `name`, where `value` is no number or not finite.
-
-    Example:
-        >>> check_finite("alpha", float("nan"))
-        Traceback (most recent call last):
-        ValueError: alpha must be a finite number, got nan
-    """
-    try:
-        finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # an int that no float holds
-        finite = False
-    if not finite:
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
