@@ -157,7 +157,10 @@ def _device_obstacle(device: torch.device) -> str | None:
         return "x is on the CPU, where kernels run only under Triton's interpreter (TRITON_INTERPRET=1)"
     if device.type != "cuda":
         return f"x is on {device.type}, the kernels have been run on CUDA and ROCm only"
-    capability = torch.cuda.get_device_capability(device)
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError) as error:
+        return f"x is on {device}, which this machine does not have: {str(error).splitlines()[0]}"
     if torch.version.hip is None and capability < _OLDEST_CAPABILITY:
         return f"the GPU's compute capability is {capability[0]}.{capability[1]}, the oldest supported is 8.0"
     return None

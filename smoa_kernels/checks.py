@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "MOST_BLOCKS",
     "MOST_RANKS",
+    "MOST_SIZE",
     "cached",
     "check_blocks",
     "check_choice",
@@ -33,6 +34,8 @@ T = TypeVar("T")
 
 # Of blocks, and of ranks: far above any that serves, far below those whose bookkeeping alone fills the memory.
 MOST_BLOCKS = MOST_RANKS = 2**16
+# Of tokens, features and GPUs that something is predicted for: products of a few still fit into a float.
+MOST_SIZE = 10**12
 
 
 def cached(function: Callable[P, T]) -> Callable[P, T]:

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from ..checks import cached, check_kind
+from ..gpus import gpu_properties
 
 __all__ = [
     "BLOCK_GRAD_CONFIGS",
@@ -272,7 +273,7 @@ def architecture(device: torch.device) -> str:
     check_kind("device", device, torch.device)
     if device.type == "cpu":
         return "cpu"
-    properties = torch.cuda.get_device_properties(device)
+    properties = gpu_properties(device)
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
@@ -282,4 +283,4 @@ def architecture(device: torch.device) -> str:
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors (compute units) of a device; 1 for the interpreter."""
     check_kind("device", device, torch.device)
-    return 1 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 1 if device.type == "cpu" else int(gpu_properties(device).multi_processor_count)

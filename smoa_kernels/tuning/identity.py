@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import triton
 
-from ..checks import cached, check_choice, check_kind
+from ..checks import cached, check_choice, check_count, check_kind
+from ..gpus import gpu_properties
 from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS
 from ..kernels.launch import architecture, multiprocessors
 
@@ -38,6 +39,9 @@ class Identity:
         triton: version.
         source: hash of the kernel's source text.
 
+    Raises:
+        TypeError, ValueError: naming the attribute, what was given and what is allowed.
+
     Example:
         >>> Identity("NVIDIA H100 80GB HBM3", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef").capability
         'sm_90'
@@ -50,6 +54,11 @@ class Identity:
     triton: str
     source: str
 
+    def __post_init__(self) -> None:
+        for name in ("gpu", "capability", "torch", "triton", "source"):
+            check_kind(name, getattr(self, name), str)
+        check_count("multiprocessors", self.multiprocessors)
+
     @classmethod
     def from_json(cls, data: Any) -> Identity:
         """From plain data.
@@ -57,11 +66,8 @@ class Identity:
         Raises:
             TypeError, ValueError: a field is missing, unknown or of another type.
         """
-        found = cls(**data)
-        for name, kind in ((f.name, int if f.name == "multiprocessors" else str) for f in fields(cls)):
-            if type(getattr(found, name)) is not kind:
-                raise ValueError(f"{name} must be of type {kind.__name__}, got {getattr(found, name)!r}")
-        return found
+        check_kind("data", data, dict)
+        return cls(**data)
 
 
 @cached
@@ -74,19 +80,19 @@ def identity(device: torch.device, kernel: str) -> Identity:
 
     Raises:
         TypeError: no device.
-        ValueError: another kernel.
+        ValueError: another kernel, or a GPU that this machine does not have.
 
     Example:
         >>> identity(torch.device("cpu"), "permute").gpu
         'cpu'
     """
     check_kind("device", device, torch.device)
-    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    name = "cpu" if device.type == "cpu" else gpu_properties(device).name
     return Identity(
         name,
         architecture(device),
         multiprocessors(device),
-        torch.__version__,
+        str(torch.__version__),  # a class of its own, which no file holds
         triton.__version__,
         source_hash(kernel),
     )

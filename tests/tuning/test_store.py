@@ -96,7 +96,7 @@ def broken_by(change: str, data: dict[str, object]) -> str:
         ("future schema", f"has schema {SCHEMA + 1}, this version knows up to {SCHEMA}"),
         ("foreign", "is not a table of smoa-kernels"),
         ("foreign schema", "is not a table of smoa-kernels"),
-        ("no entries", "holds an entry that is none"),
+        ("no entries", "holds no list of entries"),
         ("unknown kernel", "kernel must be one of .* got 'matmul'"),
         ("a launch that is none", "num_warps = 3"),
         ("more warps than there are", "num_warps = 64"),
