@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .backends import ALGORITHMS, BACKENDS
-from .checks import check_blocks, check_choice, check_finite, check_number, layout_of
+from .checks import check_blocks, check_choice, check_finite, check_kind, check_number, layout_of
 from .partition import BlockPartition
 from .ranks import resolve_ranks
 from .sketch import TOLERANCE, sketch_distance, sketch_weight
@@ -138,6 +138,7 @@ class Settings:
         block_ranks: Sequence[int] | None,
         algorithm: str,
         backend: str,
+        strict_base: bool,
     ) -> None:
         self.block_ranks = resolve_ranks(r, num_blocks, block_ranks)
         check_blocks(num_blocks, shape)
@@ -148,9 +149,11 @@ class Settings:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         check_choice("algorithm", algorithm, ALGORITHMS)
         check_choice("backend", backend, BACKENDS)
+        check_kind("strict_base", strict_base, bool)
         self.r, self.num_blocks = r, num_blocks
         self.alpha = float(r if alpha is None else alpha)
         self.dropout, self.algorithm, self.backend = dropout, algorithm, backend
+        self.strict_base = strict_base
 
 
 def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int) -> None:

@@ -140,9 +140,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         check_finite("smoa_dropout", self.smoa_dropout)
         if not 0.0 <= self.smoa_dropout < 1.0:
             raise ValueError(f"smoa_dropout must lie in [0, 1), got {self.smoa_dropout}")
-        for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode"):
+            _check_bool(name, getattr(self, name))
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             # Of a str PEFT would look for the letters, where it expects a list.
             _check_items(name, getattr(self, name), str, alone=name != "modules_to_save")
@@ -209,6 +208,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         file = os.path.join(folder, CONFIG_NAME)
         strict_base = kwargs.pop("strict_base", None)
+        if strict_base is not None:
+            _check_bool("strict_base", strict_base)
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (KeyError, TypeError, ValueError) as error:
@@ -243,6 +244,11 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
                 f"format_version {version} of the adapter is {'newer' if newer else 'older'} than what this release "
                 f"reads ({FORMAT_VERSION}): {'update smoa-kernels' if newer else 'train the adapter anew'}"
             )
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_items(name: str, value: Any, kind: type, *, alone: bool) -> None:

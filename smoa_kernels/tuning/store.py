@@ -79,13 +79,14 @@ def read(path: Path, *, set_aside: bool = True) -> Mapping[Key, Entry]:
         set_aside: rename one that cannot be used.
 
     Raises:
-        TypeError: no path.
+        TypeError: no path, or `set_aside` no bool.
 
     Example:
         >>> read(user_table("a GPU that was never tuned"))
         {}
     """
     check_kind("path", path, Path)
+    check_kind("set_aside", set_aside, bool)
     try:
         return _parse(path)
     except FileNotFoundError:

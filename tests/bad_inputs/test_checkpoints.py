@@ -63,6 +63,11 @@ PATHS: list[Row] = [
         TypeError,
         "subfolder must be a path, got 0",
     ),
+    (
+        lambda w: SMoAConfig.from_pretrained(str(w.folder), strict_base="no"),
+        TypeError,
+        "strict_base must be True or False, got 'no'",
+    ),
 ]
 
 

@@ -93,6 +93,7 @@ SETTINGS: list[Change] = [
     ({"alpha": "1"}, TypeError, "alpha must be a number, got '1'"),
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ({"strict_base": "no"}, TypeError, "strict_base must be a bool, got str"),
 ]
 BLOCKS: list[Change] = [
     ({"partition": "x"}, TypeError, "partition must be a BlockPartition or None, got str"),

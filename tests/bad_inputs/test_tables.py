@@ -46,6 +46,11 @@ TABLES: list[Row] = [
     (lambda _: read_config("config.json"), TypeError, "path must be a Path, got str"),  # type: ignore[arg-type]
     (lambda w: read_config(w.folder / "list.json"), ValueError, "must give a positive num_attention_heads"),
     (lambda _: store.read(None), TypeError, "path must be a Path, got NoneType"),  # type: ignore[arg-type]
+    (
+        lambda w: store.read(w.folder / "list.json", set_aside="no"),
+        TypeError,
+        "set_aside must be a bool, got str",
+    ),  # type: ignore[arg-type]
     (lambda _: store.update("table.json", []), TypeError, "path must be a Path, got str"),  # type: ignore[arg-type]
     (
         lambda w: store.update(w.folder / "t.json", None),

@@ -12,7 +12,7 @@ from .harness import NESTED, Change, World, check, one, rows
 
 pytest.importorskip("transformers", reason="needs the peft extra")
 
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
@@ -94,6 +94,7 @@ CONFIGURATIONS: list[Change] = [
     ({"init_weights": "gaussian"}, TypeError, "init_weights must be True or False, got 'gaussian'"),
     ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
     ({"strict_base": 1}, TypeError, "strict_base must be True or False, got 1"),
+    ({"inference_mode": "no"}, TypeError, "inference_mode must be True or False, got 'no'"),
     ({"fan_in_fan_out": None}, TypeError, "fan_in_fan_out must be True or False, got None"),
     ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(2\)"),
     ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(2\)"),
@@ -110,6 +111,12 @@ def model() -> Any:
     torch.manual_seed(0)
     config = SMoAConfig(r=4, num_blocks=2, target_modules=["0"], init_weights=False)
     return get_peft_model(nn.Sequential(nn.Linear(8, 6)), config).eval()
+
+
+def load(model: Any, value: Any) -> object:
+    """The model's own state, but for one tensor."""
+    state = get_peft_model_state_dict(model)
+    return set_peft_model_state_dict(model, state | {"base_model.model.0.smoa_A": value})
 
 
 X = torch.ones(2, 8)
@@ -165,6 +172,8 @@ LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
         TypeError,
         "adapter_names must be a list of names, got 3",
     ),
+    (lambda m: m.base_model.model[0].merge(safe_merge=X), TypeError, "safe_merge must be a bool, got Tensor"),
+    (lambda m: load(m, []), TypeError, "base_model.model.0.smoa_A must be a torch.Tensor, got list"),
     (
         lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapters": "default"}),
         TypeError,
