@@ -421,8 +421,8 @@ class FusedSMoALinear(nn.Linear):
             TypeError, ValueError: naming the tensor that is missing, left over or does not fit; nothing was loaded.
             RuntimeError: the layer is merged, or on the meta device and `assign` is not set.
         """
-        if strict and isinstance(state_dict, Mapping):  # a layer within a module is not told whether it is
-            check_keys("FusedSMoALinear", self, state_dict)
+        if isinstance(state_dict, Mapping):  # a layer within a module is not told whether the load is strict
+            check_keys("FusedSMoALinear", self, state_dict, strict=strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
