@@ -10,7 +10,13 @@ import torch
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import algorithms_of, load_backend, resolve_backend, triton_obstacle
 from smoa_kernels.cost import Problem, choose_algorithm, estimate, fused_token_limit, parts
-from smoa_kernels.distributed import average_gradients, ignore_buffers, smoa_buffers
+from smoa_kernels.distributed import (
+    agree_on_buffers,
+    average_gradients,
+    ignore_buffers,
+    shared_spectra,
+    smoa_buffers,
+)
 from smoa_kernels.dropout import Dropout, draw_seed
 from smoa_kernels.files import replace_file
 from smoa_kernels.gpus import GPUS, device_gpu, match_gpu
@@ -338,6 +344,16 @@ MODELS: list[Row] = [
     (lambda w: replace_file(w.folder / "a", "text"), TypeError, "data must be a bytes, got str"),  # type: ignore[arg-type]
     (lambda _: smoa_buffers(None), TypeError, "model must be a Module, got NoneType"),  # type: ignore[arg-type]
     (lambda _: ignore_buffers("layer"), TypeError, "model must be a Module, got str"),  # type: ignore[arg-type]
+    # Before its hooks are registered, which would raise in the middle of a backward.
+    (
+        lambda w: average_gradients([w.layer.smoa_A], "gloo"),
+        TypeError,
+        "process_group must be a ProcessGroup, got str",
+    ),  # type: ignore[arg-type]
+    (lambda w: ignore_buffers(w.layer, []), TypeError, "process_group must be a ProcessGroup, got list"),  # type: ignore[arg-type]
+    (lambda w: agree_on_buffers(w.layer, 0), TypeError, "process_group must be a ProcessGroup, got int"),  # type: ignore[arg-type]
+    (lambda _: shared_spectra({}).__enter__(), TypeError, "process_group must be a ProcessGroup, got dict"),  # type: ignore[arg-type]
+    (lambda _: average_gradients(np.array(3)), TypeError, "parameters must be parameters, got array"),  # type: ignore[arg-type]
     (lambda w: average_gradients(w.layer.smoa_A), TypeError, "parameters must be parameters"),
     (lambda _: average_gradients([None]), TypeError, r"parameters must be parameters, got \[None\]"),  # type: ignore[list-item]
     # What it would cost.
