@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from .checks import check_choice, check_kind
+from .checks import cached, check_choice, check_kind
 
 __all__ = [
     "ALGORITHMS",
@@ -42,7 +42,7 @@ MOST_TRITON_RANKS = 256
 """ρ up to which the kernels take an adapter."""
 
 
-@functools.cache
+@cached
 def load_backend(name: str) -> ModuleType:
     """The module of a resolved backend; the kernels, and with them triton, are imported only when asked for.
 
@@ -56,8 +56,7 @@ def load_backend(name: str) -> ModuleType:
         >>> load_backend("eager").ALGORITHMS
         ('merged', 'split', 'expanded')
     """
-    if name not in BACKENDS or name == "auto":
-        raise ValueError(f"name must be one of {', '.join(BACKENDS[1:])}, got {name!r}")
+    check_choice("name", name, BACKENDS[1:])
     return importlib.import_module({"triton": ".triton_backend"}.get(name, f".{name}"), __package__)
 
 
@@ -158,7 +157,10 @@ def _device_obstacle(device: torch.device) -> str | None:
         return "x is on the CPU, where kernels run only under Triton's interpreter (TRITON_INTERPRET=1)"
     if device.type != "cuda":
         return f"x is on {device.type}, the kernels have been run on CUDA and ROCm only"
-    capability = torch.cuda.get_device_capability(device)
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError) as error:
+        return f"x is on {device}, which this machine does not have: {str(error).splitlines()[0]}"
     if torch.version.hip is None and capability < _OLDEST_CAPABILITY:
         return f"the GPU's compute capability is {capability[0]}.{capability[1]}, the oldest supported is 8.0"
     return None

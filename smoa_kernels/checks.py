@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from torch import Tensor
 __all__ = [
     "MOST_BLOCKS",
     "MOST_RANKS",
+    "MOST_SIZE",
+    "cached",
     "check_blocks",
     "check_choice",
     "check_count",
@@ -25,8 +29,31 @@ __all__ = [
     "layout_of",
 ]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 # Of blocks, and of ranks: far above any that serves, far below those whose bookkeeping alone fills the memory.
 MOST_BLOCKS = MOST_RANKS = 2**16
+# Of tokens, features and GPUs that something is predicted for: products of a few still fit into a float.
+MOST_SIZE = 10**12
+
+
+def cached(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep the answers of a function that checks its arguments, which `functools.cache` may keep from it.
+
+    An argument that cannot be hashed gets the function's own error, and 1 is not answered with what True was.
+    """
+    kept = functools.lru_cache(maxsize=4096, typed=True)(function)
+
+    @functools.wraps(function)
+    def answer(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return kept(*args, **kwargs)  # type: ignore[arg-type]  # typeshed asks for what can be hashed
+        except TypeError:  # of the hash or of the function, which then says it again
+            pass
+        return function(*args, **kwargs)
+
+    return answer
 
 
 def check_count(name: str, value: int, least: int = 1, most: int | None = None) -> None:

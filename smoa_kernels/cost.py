@@ -8,12 +8,11 @@ over the parts that `counts.py` lists. Nothing here is measured. Every number is
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 import torch
 
-from .checks import check_choice, check_kind
+from .checks import cached, check_choice, check_kind
 from .counts import ALGORITHMS, FUSED_MAX_RANK, FUSED_MAX_RANK_IEEE, Part, Pass, Problem, parts
 from .gpus import Gpu
 
@@ -115,7 +114,7 @@ def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -
     return Estimate(algorithm, parts(problem, algorithm), rate, gpu.bytes_per_second)
 
 
-@lru_cache(maxsize=4096)
+@cached
 def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
     """What `algorithm="auto"` runs on the triton backend: "merged", "split" or "fused".
 
@@ -163,7 +162,7 @@ def _fused_max_rank(dtype: torch.dtype, ieee: bool) -> int:
     return FUSED_MAX_RANK_IEEE if ieee and dtype.itemsize >= 4 else FUSED_MAX_RANK
 
 
-@lru_cache(maxsize=1024)
+@cached
 def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
     """Most tokens at which one kernel's forward is predicted no slower than merged's or split's; 0 if none.
 

@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 
-from .checks import check_blocks, check_choice, check_count, check_kind, check_number
+from .checks import MOST_SIZE, check_blocks, check_choice, check_count, check_kind, check_number
 
 __all__ = ["ALGORITHMS", "Part", "Pass", "Problem", "partial_bytes", "partial_width", "parts", "token_splits"]
 
@@ -82,7 +82,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name, least in {"tokens": 0, "out_features": 1, "in_features": 1, "rank": 0}.items():
-            check_count(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least, MOST_SIZE)
         check_blocks(self.num_blocks)
         check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
@@ -113,7 +113,7 @@ class Problem:
         Args:
             features: N or C.
         """
-        check_count("features", features, 1)
+        check_count("features", features, 1, MOST_SIZE)
         widest = math.ceil(features / self.num_blocks)
         multiple = BLOCK_PADDING if widest > NARROW_PADDING else NARROW_PADDING
         return self.num_blocks * math.ceil(widest / multiple) * multiple

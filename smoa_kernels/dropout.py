@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_kind, check_number
+from .checks import check_count, check_device, check_kind, check_number
 
 __all__ = ["Dropout", "draw_seed"]
 
@@ -88,12 +88,20 @@ class Dropout:
 
         Raises:
             TypeError: `like` is no matrix of floating-point numbers.
+            ValueError: it is not where the seed is, or has more columns than the whole width.
         """
         check_kind("like", like, Tensor)
         if like.is_nested or like.layout != torch.strided or like.ndim != 2 or not like.is_floating_point():
             raise TypeError(f"like must be a matrix of floating-point numbers, got {like!r}")
         columns = like.shape[1] if columns is None else columns
+        width = columns if self.width is None else self.width
         check_count("columns", columns, 0, WIDEST)
+        if self.column_offset + columns > width:
+            raise ValueError(
+                f"columns must lie in the width {width}, got {self.column_offset} to {self.column_offset + columns}"
+            )
+        if like.device != self.seed.device:
+            raise ValueError(f"like must be on the seed's device {self.seed.device}, got {like.device}")
         return self.stream(columns)(like.new_empty(like.shape[0], columns))
 
     def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
@@ -155,6 +163,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
     Raises:
         TypeError: it is none.
+        ValueError: this machine does not have it.
 
     Example:
         >>> seed = draw_seed(torch.device("cpu"))
@@ -162,4 +171,8 @@ def draw_seed(device: torch.device) -> Tensor:
         (torch.int64, torch.Size([]))
     """
     check_kind("device", device, torch.device)
-    return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
+    try:
+        return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
+    except (AssertionError, RuntimeError):
+        check_device(device)
+        raise

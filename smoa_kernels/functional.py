@@ -69,6 +69,7 @@ def smoa_linear(
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed; nothing was computed.
+        RuntimeError: a second or a forward-mode derivative is asked for.
 
     Example:
         >>> weight = torch.randn(6, 4)

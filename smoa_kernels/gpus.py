@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
-from .checks import check_count, check_kind
+from .checks import cached, check_count, check_finite, check_kind
 
 __all__ = ["GPUS", "Gpu", "device_gpu", "match_gpu"]
 
@@ -31,6 +31,9 @@ class Gpu:
         capability: CUDA compute capability, or None for AMD.
         arch: the architecture that kernels are compiled for.
 
+    Raises:
+        TypeError, ValueError: naming the attribute, what was given and what is allowed.
+
     Example:
         >>> GPUS["h100"].arch, GPUS["h100"].multiprocessors
         ('sm_90', 132)
@@ -43,6 +46,21 @@ class Gpu:
     capability: tuple[int, int] | None
     arch: str
 
+    def __post_init__(self) -> None:
+        check_kind("name", self.name, str)
+        check_kind("arch", self.arch, str)
+        if not isinstance(self.matmul_tflops, Mapping) or set(self.matmul_tflops) != set(_MULTIPLYING):
+            raise TypeError(
+                f"matmul_tflops must be a mapping of {', '.join(_MULTIPLYING)}, got {self.matmul_tflops!r}"
+            )
+        rates = {f"matmul_tflops[{name!r}]": rate for name, rate in self.matmul_tflops.items()}
+        for name, rate in {**rates, "memory_tbps": self.memory_tbps}.items():
+            check_finite(name, rate)
+            if rate <= 0:
+                raise ValueError(f"{name} must be above 0, got {rate}")
+        check_count("multiprocessors", self.multiprocessors, 1, _MOST_MULTIPROCESSORS)
+        _check_capability(self.capability)
+
     def flops_per_second(self, dtype: torch.dtype, ieee: bool) -> float:
         """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`."""
         return self.matmul_tflops[_multiplying_name(dtype, ieee)] * 1e12
@@ -51,6 +69,18 @@ class Gpu:
     def bytes_per_second(self) -> float:
         """Memory bandwidth."""
         return self.memory_tbps * 1e12
+
+
+_MULTIPLYING = ("bf16", "fp16", "tf32", "fp32", "fp64")
+_MOST_MULTIPROCESSORS = 10**6  # far above any, for what is no number of them
+
+
+def _check_capability(capability: tuple[int, int] | None) -> None:
+    if capability is None:
+        return
+    check_kind("capability", capability, tuple)
+    if [type(part) for part in capability] != [int, int]:
+        raise ValueError(f"capability must be two ints, as (9, 0), got {capability!r}")
 
 
 def _multiplying_name(dtype: torch.dtype, ieee: bool) -> str:
@@ -78,7 +108,7 @@ def _gpu(
     arch: str,
 ) -> Gpu:
     half, tf32, fp32, fp64 = (rate * _ACHIEVED for rate in peak)
-    rates = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32, "fp64": fp64}
+    rates = dict(zip(_MULTIPLYING, (half, half, tf32, fp32, fp64), strict=True))
     return Gpu(name, MappingProxyType(rates), memory_tbps, multiprocessors, capability, arch)
 
 
@@ -99,10 +129,6 @@ GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _PUBLISHED}
 """Published figures by name; rates are the published dense peaks times the share that an H100 achieves."""
 
 
-_MOST_MULTIPROCESSORS = 10**6  # far above any, for what is no number of them
-
-
-@lru_cache(maxsize=64)
 def match_gpu(
     device_name: str, capability: tuple[int, int] | None, multiprocessors: int | None = None
 ) -> Gpu:
@@ -128,10 +154,7 @@ def match_gpu(
     check_kind("device_name", device_name, str)
     if multiprocessors is not None:
         check_count("multiprocessors", multiprocessors, 1, _MOST_MULTIPROCESSORS)
-    if capability is not None:
-        check_kind("capability", capability, tuple)
-        if [type(part) for part in capability] != [int, int]:
-            raise ValueError(f"capability must be two ints, as (9, 0), got {capability!r}")
+    _check_capability(capability)
     for gpu in _PUBLISHED:
         pattern = rf"(?<![a-z0-9]){gpu.name.replace('rtx', 'rtx ?')}(?![a-z0-9])"
         same_size = multiprocessors is None or abs(multiprocessors / gpu.multiprocessors - 1) < 0.05
@@ -150,7 +173,7 @@ def match_gpu(
     )
 
 
-@cache
+@cached
 def device_gpu(device: torch.device) -> Gpu:
     """The published GPU that stands for a device; an H100 for Triton's interpreter.
 
@@ -159,6 +182,7 @@ def device_gpu(device: torch.device) -> Gpu:
 
     Raises:
         TypeError: it is none.
+        ValueError: it is a GPU that this machine does not have.
 
     Example:
         >>> device_gpu(torch.device("cpu")).name
@@ -167,9 +191,20 @@ def device_gpu(device: torch.device) -> Gpu:
     check_kind("device", device, torch.device)
     if device.type != "cuda":
         return GPUS["h100"]
-    properties = torch.cuda.get_device_properties(device)
+    properties = gpu_properties(device)
     capability = None if torch.version.hip else (properties.major, properties.minor)
     return match_gpu(properties.name, capability, properties.multi_processor_count)
+
+
+def gpu_properties(device: torch.device) -> Any:
+    """What the driver says of a CUDA or ROCm GPU; ValueError for any other device, or where there is none."""
+    try:
+        return torch.cuda.get_device_properties(device)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be a CUDA or ROCm GPU that this machine has, got {str(device)!r}: {reason}"
+        ) from error
 
 
 def _nearest(capability: tuple[int, int] | None) -> Gpu:

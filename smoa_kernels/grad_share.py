@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .checks import check_count, check_kind
 from .counts import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE, Problem, token_splits
 from .gpus import Gpu
 
@@ -60,6 +61,7 @@ def block_grad_share(problem: Problem, gpu: Gpu, *, ieee: bool = True) -> GradSh
         ieee: likewise.
 
     Raises:
+        TypeError: a problem or GPU that is none.
         ValueError: no tokens.
 
     Example:
@@ -68,8 +70,10 @@ def block_grad_share(problem: Problem, gpu: Gpu, *, ieee: bool = True) -> GradSh
         >>> round(found.waves, 2), round(found.main_loop, 2), round(found.share, 2)
         (0.97, 0.94, 0.84)
     """
-    if problem.tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {problem.tokens}")
+    check_kind("problem", problem, Problem)
+    check_kind("gpu", gpu, Gpu)
+    check_kind("ieee", ieee, bool)
+    check_count("tokens", problem.tokens)
     p, tile = problem, GRAD_TILE
     rows, cols = (p.padded(n) // p.num_blocks for n in (p.out_features, p.in_features))
     tiles = p.num_blocks * math.ceil(rows / tile) * math.ceil(cols / tile)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .backends import ALGORITHMS, BACKENDS
-from .checks import check_blocks, check_choice, check_finite, check_number, layout_of
+from .checks import check_blocks, check_choice, check_finite, check_kind, check_number, layout_of
 from .partition import BlockPartition
 from .ranks import resolve_ranks
 from .sketch import TOLERANCE, sketch_distance, sketch_weight
@@ -38,16 +38,19 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LABELS = ("smoa_row_block", "smoa_col_block", "smoa_ranks")
 
 
-def check_keys(name: str, layer: FusedSMoALinear, given: Mapping[str, Any]) -> None:
-    """Whether a strict load finds every tensor of the layer, of a plain Linear's its weight and bias, and no other.
+def check_keys(name: str, layer: FusedSMoALinear, given: Mapping[str, Any], *, strict: bool) -> None:
+    """Whether a `strict` load finds every tensor of the layer, of a plain Linear's its weight and bias, and no other.
 
     Raises:
         TypeError: a key that is no string.
         ValueError: naming the keys.
     """
+    for key in given:
+        if not isinstance(key, str):
+            raise TypeError(f"{name}: the keys of a state dict must be strings, got {key!r}")
+    if not strict:
+        return
     own = {key for key, _ in _own(layer)}
-    if not all(isinstance(key, str) for key in given):
-        raise TypeError(f"{name}: the keys of a state dict must be strings")
     adapted = any(key.startswith("smoa_") for key in given)
     missing = [key for key in own - given.keys() if adapted or not key.startswith("smoa_")]
     for verb, keys in (("lacks", missing), ("must not hold", given.keys() - own)):
@@ -138,6 +141,7 @@ class Settings:
         block_ranks: Sequence[int] | None,
         algorithm: str,
         backend: str,
+        strict_base: bool,
     ) -> None:
         self.block_ranks = resolve_ranks(r, num_blocks, block_ranks)
         check_blocks(num_blocks, shape)
@@ -148,9 +152,11 @@ class Settings:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         check_choice("algorithm", algorithm, ALGORITHMS)
         check_choice("backend", backend, BACKENDS)
+        check_kind("strict_base", strict_base, bool)
         self.r, self.num_blocks = r, num_blocks
         self.alpha = float(r if alpha is None else alpha)
         self.dropout, self.algorithm, self.backend = dropout, algorithm, backend
+        self.strict_base = strict_base
 
 
 def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int) -> None:

@@ -107,10 +107,18 @@ class FusedSMoALinear(nn.Linear):
         if device is not None:
             check_device(device)
         settings = Settings(
-            (out_features, in_features), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend
+            (out_features, in_features),
+            r,
+            num_blocks,
+            alpha,
+            dropout,
+            block_ranks,
+            algorithm,
+            backend,
+            strict_base,
         )
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adapt(settings, strict_base)
+        self._adapt(settings)
 
     @classmethod
     def from_linear(
@@ -140,7 +148,7 @@ class FusedSMoALinear(nn.Linear):
         """
         weight, bias = linear_parameters(linear)
         settings = Settings(
-            tuple(weight.shape), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend
+            tuple(weight.shape), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend, strict_base
         )
         if partition is not None:
             check_fit(partition, tuple(weight.shape), num_blocks)
@@ -153,17 +161,17 @@ class FusedSMoALinear(nn.Linear):
         layer.out_features, layer.in_features = weight.shape
         layer.register_parameter("weight", weight)
         layer.register_parameter("bias", bias)
-        layer._adapt(settings, strict_base, partition)
+        layer._adapt(settings, partition)
         layer.train(linear.training)
         return layer
 
-    def _adapt(self, settings: Settings, strict_base: bool, partition: BlockPartition | None = None) -> None:
+    def _adapt(self, settings: Settings, partition: BlockPartition | None = None) -> None:
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.r, self.num_blocks, self.alpha = settings.r, settings.num_blocks, settings.alpha
         self.dropout, self.algorithm, self.backend = settings.dropout, settings.algorithm, settings.backend
-        self.strict_base = strict_base
+        self.strict_base = settings.strict_base
         self.block_ranks = settings.block_ranks
         rho, device = max(self.block_ranks), self.weight.device
         self.smoa_A = nn.Parameter(self.weight.new_empty(rho, self.in_features))
@@ -413,8 +421,8 @@ class FusedSMoALinear(nn.Linear):
             TypeError, ValueError: naming the tensor that is missing, left over or does not fit; nothing was loaded.
             RuntimeError: the layer is merged, or on the meta device and `assign` is not set.
         """
-        if strict and isinstance(state_dict, Mapping):  # a layer within a module is not told whether it is
-            check_keys("FusedSMoALinear", self, state_dict)
+        if isinstance(state_dict, Mapping):  # a layer within a module is not told whether the load is strict
+            check_keys("FusedSMoALinear", self, state_dict, strict=strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(

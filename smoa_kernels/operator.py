@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .arguments import check_ranks
 from .backends import load_backend
@@ -173,10 +174,20 @@ def _below_autograd(operator: Any, args: tuple[Any, ...]) -> Any:
         return operator(*args)
 
 
+def _has_tangent(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+
+
 def _recorded(operator: Any, function: type[torch.autograd.Function]) -> Any:
     """The operator's autograd form: recorded where a gradient can be asked for, else called straight through."""
 
     def dispatch(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            # Called straight through, the result would have none, which counts as zero.
+            raise RuntimeError(
+                "smoa_linear has no forward-mode derivative: smoa_kernels.reference.reference_linear, "
+                "plain PyTorch, has"
+            )
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             return function.apply(*args)
         return _below_autograd(operator, args)

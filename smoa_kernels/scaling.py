@@ -35,7 +35,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import check_blocks, check_choice, check_count, check_kind
+from .checks import MOST_SIZE, check_blocks, check_choice, check_count, check_kind
 from .cost import Problem, estimate
 from .gpus import Gpu
 from .tuning.models import MODELS, Decoder
@@ -111,7 +111,7 @@ class Scale:
         check_choice("model", self.model, STACKS)
         check_choice("parallel", self.parallel, PARALLEL)
         for name in ("gpus", "tokens", "rank"):
-            check_count(name, getattr(self, name), 1)
+            check_count(name, getattr(self, name), 1, MOST_SIZE)
         smallest = min(self.decoder.shapes, key=min)
         check_blocks(self.num_blocks, smallest, f"{self.model}'s smallest layer")
         if self.parallel == "tp" and self.gpus % tensor_parallel_size(self):

@@ -10,6 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .checks import check_weight
+
 __all__ = ["spectral_centroids", "spectral_orders"]
 
 
@@ -23,7 +25,7 @@ def spectral_orders(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of `weight` sorted by spectral centroid: int64 (N,) and (C,).
 
     Args:
-        weight: (N, C), as :func:`spectral_centroids` takes it.
+        weight: (N, C), as :func:`spectral_centroids` takes it; the same errors.
 
     Example:
         >>> rows, cols = spectral_orders(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
@@ -50,6 +52,9 @@ def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         weight: (N, C) floating point; half types are computed in float32.
 
+    Raises:
+        TypeError, ValueError: it is none, or not finite, or has no elements.
+
     Returns:
         Scores of rows (N,) and columns (C,), in the dtype of the computation.
 
@@ -57,6 +62,9 @@ def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
         >>> [scores.tolist() for scores in spectral_centroids(torch.diag(torch.tensor([1.0, 3.0, 2.0])))]
         [[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
     """
+    check_weight(weight)
+    if not weight.numel():
+        raise ValueError(f"weight must have rows and columns, got shape {tuple(weight.shape)}")
     if weight.dtype in (torch.float16, torch.bfloat16):
         weight = weight.float()
     with one_thread():

@@ -87,3 +87,12 @@ def test_info_names_the_device(here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "triton_obstacle", lambda device: f"asked of {device}")
     assert info._devices()["cuda:0"] == ("NVIDIA H100 80GB HBM3, capability 9.0, 132 multiprocessors, 80 GiB")
     assert info.backends()["triton"] == "asked of cuda:0"
+
+
+def test_a_gpu_that_is_not_here_is_an_obstacle() -> None:
+    """Of an unusual machine: a tensor that pretends to be on one, say, goes to the eager backend."""
+    pytest.importorskip("triton", reason="needs triton")
+    absent = torch.device("cuda", 99)
+    why = backends.triton_obstacle(absent)
+    assert str(why).startswith("x is on cuda:99, which this machine does not have: ")
+    assert backends.resolve_backend("auto", absent, torch.float32, 8) == "eager"

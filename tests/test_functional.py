@@ -7,6 +7,7 @@ import pytest
 import torch
 from problems import DEVICE, LinearProblem, error_over_budget, make_problem, relative_error
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from smoa_kernels import eager, smoa_linear
@@ -280,6 +281,29 @@ def test_double_backward_says_what_to_do() -> None:
         RuntimeError, match=r"no second derivative: smoa_kernels\.reference\.reference_linear"
     ):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["x", "bias", "A", "B"])
+@pytest.mark.parametrize("others_train", [False, True])
+def test_a_forward_mode_derivative_is_refused(name: str, others_train: bool) -> None:
+    """Not zero, which is what a result without a tangent stands for; the reference has one."""
+    p = make_problem()
+    given = {key: getattr(p, key) for key in ("x", "weight", "bias", "A", "B", "partition", "ranks")}
+    given = {
+        key: t.clone().requires_grad_() if others_train and key in "AB" else t for key, t in given.items()
+    }
+
+    def along(function: Callable[..., Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(getattr(p, name), getattr(p, name))
+            y = function(**given | {name: dual}, scaling=p.scaling)
+            return forward_ad.unpack_dual(y).tangent
+
+    assert along(reference_linear).any()
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative: smoa_kernels\.reference"):
+        along(smoa_linear)
+    with forward_ad.dual_level():  # of something else
+        assert smoa_linear(**given, scaling=p.scaling).isfinite().all()
 
 
 def test_the_reference_has_a_second_derivative() -> None:

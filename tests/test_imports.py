@@ -42,7 +42,7 @@ LATE = {
     ("cli.inspect", "peft.inspection"): "PEFT is an extra",
     ("cli.spectrum", "cli.spectrum_figure"): "matplotlib is an extra",
     ("cli.spectrum", "peft.model_spectrum"): "PEFT is an extra",
-    ("cli.tune", "cli.tuning"): "imports Triton",
+    ("cli.tune", "cli.tune_run"): "imports Triton",
     ("layer_checks", "layers"): TYPES,
     ("layers", "distributed.shard"): TYPES,
     ("peft.settings", "peft.config"): TYPES,

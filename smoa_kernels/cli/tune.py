@@ -1,4 +1,4 @@
-"""`smoa-kernels tune`: its options. What they do is in `tuning.py`, which imports Triton."""
+"""`smoa-kernels tune`: its options. What they do is in `tune_run.py`, which imports Triton."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tune(
 ) -> None:
     """Measure what is fastest on this GPU, check its numbers, and keep the winners in your table."""
     needs_triton("to tune")
-    from .tuning import Request, dry, measure
+    from .tune_run import Request, dry, measure
 
     request = Request.parse(
         models=model or [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,6 +13,12 @@ from ..checks import check_kind
 from ..layers import FusedSMoALinear
 
 __all__ = ["agree_on_buffers", "average_gradients", "ignore_buffers", "smoa_buffers"]
+
+
+def check_group(process_group: dist.ProcessGroup | None) -> None:
+    """Whether it is a process group, or None, which stands for the default one."""
+    if process_group is not None:
+        check_kind("process_group", process_group, dist.ProcessGroup)
 
 
 def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -47,12 +54,16 @@ def ignore_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = N
         model: the module that DistributedDataParallel will be given, not a part of it.
         process_group: over which it will be parallel; the default one when None.
 
+    Raises:
+        TypeError: no module, no process group.
+
     Example:
         >>> from smoa_kernels import FusedSMoALinear
         >>> model = nn.Sequential(FusedSMoALinear(8, 6))
         >>> ignore_buffers(model)
         >>> model = DistributedDataParallel(model)
     """
+    check_group(process_group)
     names = smoa_buffers(model)
     if dist.is_available() and dist.is_initialized():
         agree_on_buffers(model, process_group)
@@ -67,11 +78,15 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
         model: any module with SMoA layers, which gets new buffers.
         process_group: every process of which calls this.
 
+    Raises:
+        TypeError: no module, no process group.
+
     Example:
         >>> from smoa_kernels import FusedSMoALinear
         >>> model = FusedSMoALinear(8, 6)
         >>> agree_on_buffers(model)
     """
+    check_group(process_group)
     source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     for name, buffer in smoa_buffers(model).items():
         if buffer.is_meta:
@@ -99,7 +114,7 @@ def average_gradients(
         process_group: whose size the gradients are divided by.
 
     Raises:
-        TypeError: something else than parameters.
+        TypeError: something else than parameters, or than a process group.
 
     Example:
         >>> from smoa_kernels import FusedSMoALinear
@@ -112,9 +127,10 @@ def average_gradients(
         dist.all_reduce(parameter.grad, group=process_group)
         parameter.grad /= dist.get_world_size(process_group)
 
-    if isinstance(parameters, Iterable) and not isinstance(parameters, Tensor):
-        parameters = list(parameters)
+    with suppress(TypeError):
+        parameters = parameters if isinstance(parameters, Tensor) else list(parameters)
     if not isinstance(parameters, list) or not all(isinstance(p, nn.Parameter) for p in parameters):
         raise TypeError(f"parameters must be parameters, got {parameters!r}")
+    check_group(process_group)
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(average)

@@ -5,10 +5,12 @@ It always answers, and only with a shipped configuration (`launch.py`), which th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
+from ..checks import check_choice, check_count, check_kind
 from .launch import (
     MODULATE_CONFIGS,
     PERMUTE_CONFIGS,
@@ -25,7 +27,17 @@ from .launch import (
     fused_linear_configs,
 )
 
-__all__ = ["CONFIGS", "DTYPES", "Key", "bucket", "fits", "heuristic", "shipped"]
+__all__ = [
+    "ALGORITHM_KEYS",
+    "CONFIGS",
+    "DTYPES",
+    "Key",
+    "bucket",
+    "check_key",
+    "fits",
+    "heuristic",
+    "shipped",
+]
 
 CONFIGS: dict[str, type[Config]] = {
     "modulated_weight": ModulateConfig,
@@ -39,6 +51,12 @@ CONFIGS: dict[str, type[Config]] = {
 }
 """Every kernel whose launch parameters are chosen, and what they are."""
 
+ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
+    "forward": ("merged", "split", "fused"),
+    "input_gradient": ("merged", "fused"),
+}
+"""Keys whose choice is an algorithm, and which there are."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 """What a kernel multiplies, by the audit's names; "fp32" is IEEE."""
 
@@ -47,7 +65,7 @@ class Key(NamedTuple):
     """What a choice depends on beside the GPU; 0 where a kernel does not see a size.
 
     Attributes:
-        kernel: one of `CONFIGS`, or "forward" or "input_gradient" where the choice is an algorithm.
+        kernel: one of `CONFIGS`, or of `ALGORITHM_KEYS` where the choice is an algorithm.
         dtype: one of `DTYPES`.
         rank: ρ, rows of A.
         blocks: K.
@@ -69,6 +87,20 @@ class Key(NamedTuple):
     padded_out: int = 0
     padded_in: int = 0
     transposed: bool = False
+
+
+def check_key(key: Key) -> None:
+    """Whether a choice can be kept for `key`.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was given and what is allowed.
+    """
+    check_kind("key", key, Key)
+    check_choice("kernel", key.kernel, (*CONFIGS, *ALGORITHM_KEYS))
+    check_choice("dtype", key.dtype, DTYPES)
+    for name in key._fields[2:-1]:
+        check_count(name, getattr(key, name), 0)
+    check_kind("transposed", key.transposed, bool)
 
 
 def bucket(tokens: int) -> int:

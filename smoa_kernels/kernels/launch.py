@@ -5,12 +5,14 @@ Tiles are named by the dimension they cut: tokens T, rows N, columns C of W0, sl
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 import triton
+
+from ..checks import cached, check_kind
+from ..gpus import gpu_properties
 
 __all__ = [
     "BLOCK_GRAD_CONFIGS",
@@ -265,18 +267,20 @@ def block_grad_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[B
     return shipped if arch in _LARGE_SHARED_MEMORY else shipped[1:]
 
 
-@functools.cache
+@cached
 def architecture(device: torch.device) -> str:
     """Name of a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter."""
+    check_kind("device", device, torch.device)
     if device.type == "cpu":
         return "cpu"
-    properties = torch.cuda.get_device_properties(device)
+    properties = gpu_properties(device)
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
 
 
-@functools.cache
+@cached
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors (compute units) of a device; 1 for the interpreter."""
-    return 1 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+    check_kind("device", device, torch.device)
+    return 1 if device.type == "cpu" else int(gpu_properties(device).multi_processor_count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -13,14 +12,14 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..backends import ALGORITHMS, BACKENDS
-from ..checks import MOST_RANKS, check_choice, check_path
+from ..checks import MOST_RANKS, check_choice, check_finite, check_path
 from ..ranks import resolve_ranks
 from .folders import check_weights, read_json
 from .peft_type import PEFT_TYPE
 from .saving import check_seal, replacing
 from .settings import layer_settings
 
-__all__ = ["FORMAT_VERSION", "SMoAConfig", "check_finite"]
+__all__ = ["FORMAT_VERSION", "SMoAConfig"]
 
 # Of the adapter folder. Raised when an older release could not read what a newer one writes. Version 1 was never
 # released.
@@ -141,9 +140,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         check_finite("smoa_dropout", self.smoa_dropout)
         if not 0.0 <= self.smoa_dropout < 1.0:
             raise ValueError(f"smoa_dropout must lie in [0, 1), got {self.smoa_dropout}")
-        for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode"):
+            _check_bool(name, getattr(self, name))
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             # Of a str PEFT would look for the letters, where it expects a list.
             _check_items(name, getattr(self, name), str, alone=name != "modules_to_save")
@@ -210,6 +208,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         file = os.path.join(folder, CONFIG_NAME)
         strict_base = kwargs.pop("strict_base", None)
+        if strict_base is not None:
+            _check_bool("strict_base", strict_base)
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (KeyError, TypeError, ValueError) as error:
@@ -246,6 +246,11 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             )
 
 
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def _check_items(name: str, value: Any, kind: type, *, alone: bool) -> None:
     """Whether `value` is None or a list (set, tuple) of `kind`, or, where that may stand `alone`, one of it."""
     if value is None or (alone and type(value) is kind):
@@ -268,19 +273,3 @@ def _check_regex(name: str, pattern: Any) -> None:
         re.compile(pattern)
     except (TypeError, re.error) as error:
         raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
-
-
-def check_finite(name: str, value: Any) -> None:
-    """Raise ValueError, with `name`, where `value` is no number or not finite.
-
-    Example:
-        >>> check_finite("alpha", float("nan"))
-        Traceback (most recent call last):
-        ValueError: alpha must be a finite number, got nan
-    """
-    try:
-        finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # an int that no float holds
-        finite = False
-    if not finite:
-        raise ValueError(f"{name} must be a finite number, got {value!r}")

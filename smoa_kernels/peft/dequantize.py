@@ -36,7 +36,7 @@ def read_weight(backend: QuantizationBackend, base: Any) -> Tensor:
     """W0 (N, C) of a quantised layer, newly allocated, as PEFT reads it."""
     try:
         return cast(Tensor, backend.get_base_weight(base))
-    except NotImplementedError:
+    except NotImplementedError:  # torchao's own answer, by PEFT, for a layout that it cannot dequantise
         return _identity_product(base.weight, 0, base.weight.shape[1]).T
 
 
@@ -119,7 +119,7 @@ def _eight_bits(base: Any) -> Reader:
 def _fill_from_torchao(buffer: Tensor, weight: Any) -> None:
     try:
         _fill(buffer, lambda first, last, out: out.copy_(weight[first:last].dequantize()))
-    except NotImplementedError:
+    except NotImplementedError:  # torchao's own answer for a layout that it cannot dequantise
         _fill(buffer.T, lambda first, last, out: out.copy_(_identity_product(weight, first, last)))
 
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..checks import check_blocks, check_choice
+from ..checks import check_blocks, check_choice, check_kind
 from ..distributed.shard import LayerShard
 from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..partition import BlockPartition
@@ -277,11 +277,12 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             The sketch of the base weight that the adapter was trained over; None where the tensors hold no values.
 
         Raises:
-            ValueError: naming the layer: a tensor is missing, corrupt or has another shape, labels or ranks are out of
-                range.
+            TypeError, ValueError: naming the layer: a tensor is missing, none, corrupt or has another shape, labels or
+                ranks are out of range.
         """
         check_complete(name, given)
         for key, value in given.items():
+            check_kind(f"{name}.{key}", value, Tensor)
             expected = tuple(getattr(self, key)[adapter_name].shape)
             if tuple(value.shape) != expected:
                 raise ValueError(

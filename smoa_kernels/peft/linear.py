@@ -226,9 +226,10 @@ class Linear(SMoALayer, nn.Module):
             adapter_names: the adapters to merge; the active ones when None.
 
         Raises:
-            TypeError: `adapter_names` is no list of names.
+            TypeError: `adapter_names` is no list of names, or `safe_merge` no bool.
             ValueError: `safe_merge` found NaN or Inf.
         """
+        check_kind("safe_merge", safe_merge, bool)
         if adapter_names is not None:
             check_names("adapter_names", adapter_names)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..checks import check_weight
+from ..checks import check_count, check_kind, check_names, check_path, check_weight
 from ..ranks import resolve_ranks
 from ..sketch import TOLERANCE, sketch_distance, sketch_weight
 from ..spectral_order import one_thread
@@ -99,10 +99,14 @@ def layer_kind(name: str) -> str:
     Args:
         name: of the layer, dotted.
 
+    Raises:
+        TypeError: it is no string.
+
     Example:
         >>> layer_kind("model.layers.11.self_attn.q_proj")
         'self_attn.q_proj'
     """
+    check_kind("name", name, str)
     return re.split(r"(?:^|\.)\d+\.", name)[-1]
 
 
@@ -132,6 +136,7 @@ def model_spectrum(
         progress: called with how many layers are done, and how many there are.
 
     Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
         ValueError, OSError: naming the folder or the layer: something cannot be read, does not fit the model, or was
             trained over another base weight.
 
@@ -144,6 +149,11 @@ def model_spectrum(
         ('SMoA r=4, K=2, random', ['mlp.down_proj', 'self_attn.q_proj'])
     """
     ranks = resolve_ranks(rank, num_blocks)
+    for argument, path in (("model", model), ("adapter", adapter), ("compare", compare)):
+        if argument == "model" or path is not None:
+            check_path(argument, path)
+    check_names("targets", targets)
+    check_count("seed", seed, 0, torch.iinfo(torch.int64).max)
     folder = ModelFolder(Path(model))
     ours = None if adapter is None else read_updates(Path(adapter), ("SMOA",))
     theirs = None if compare is None else read_updates(Path(compare))

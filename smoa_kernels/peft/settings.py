@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft.utils.other import get_pattern_key
 
+from ..checks import check_kind
 from ..ranks import resolve_ranks
 
 if TYPE_CHECKING:
@@ -51,13 +52,15 @@ class LayerSettings(NamedTuple):
 
 
 def layer_settings(config: SMoAConfig, name: str) -> LayerSettings:
-    """What `config` says about the layer at the path `name` of the base model.
+    """What `config` says about the layer at the path `name`, a string, of the base model.
 
     Example:
         >>> from smoa_kernels.peft import SMoAConfig
         >>> layer_settings(SMoAConfig(r=8, rank_pattern={"q_proj": 4}), "layers.0.q_proj").r
         4
     """
+
+    check_kind("name", name, str)
 
     def matching(pattern: Mapping[str, Any], default: Any) -> Any:
         return pattern.get(get_pattern_key(pattern.keys(), name), default)

@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from ..checks import check_choice, check_kind, check_names
+from ..checks import check_choice, check_finite, check_kind, check_names
 from ..packed import PackedAdapter
 from .combine import concatenate_adapters, interpolate_factors
-from .config import FORMAT_VERSION, SMoAConfig, check_finite
+from .config import FORMAT_VERSION, SMoAConfig
 
 __all__ = ["check_combination", "combined_config"]
 

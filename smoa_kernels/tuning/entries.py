@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
-from ..kernels.heuristic import CONFIGS, DTYPES, Key, fits
+from ..checks import check_kind
+from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key, check_key, fits
 from ..kernels.launch import Config
 from .identity import Identity
 
-__all__ = ["ALGORITHM_KEYS", "INTERRUPTED", "UNFINISHED", "Choice", "Entry", "Trial", "merged"]
+__all__ = ["INTERRUPTED", "UNFINISHED", "Choice", "Entry", "Trial", "merged"]
 
 Choice: TypeAlias = Config | str
 """Launch parameters of a kernel, or the name of an algorithm."""
 
 INTERRUPTED = "interrupted"
 UNFINISHED = "did not finish: the process ended while it ran"
-
-ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
-    "forward": ("merged", "split", "fused"),
-    "input_gradient": ("merged", "fused"),
-}
-"""Keys whose choice is an algorithm, and which there are."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,9 @@ class Entry:
         trials: everything that was tried.
         complete: nothing is left to try.
 
+    Raises:
+        TypeError, ValueError: naming the attribute, what was given and what is allowed.
+
     Example:
         >>> key = Key("forward", "bf16", 8, 2, 4096, 4096, 512)
         >>> machine = Identity("a GPU", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef")
@@ -75,6 +73,12 @@ class Entry:
     trials: tuple[Trial, ...] = ()
     complete: bool = False
 
+    def __post_init__(self) -> None:
+        check_key(self.key)
+        check_kind("identity", self.identity, Identity)
+        check_kind("trials", self.trials, tuple)
+        check_kind("complete", self.complete, bool)
+
     def best(self, allowed: Sequence[Choice] | None = None) -> Trial | None:
         """The fastest trial, among `allowed` choices where given; None where nothing was timed."""
         timed = [t for t in self.trials if t.seconds is not None and (allowed is None or t.choice in allowed)]
@@ -86,6 +90,7 @@ class Entry:
 
     def with_trial(self, trial: Trial) -> Entry:
         """The entry with one more trial, in the place of an earlier one of the same choice."""
+        check_kind("trial", trial, Trial)
         others = tuple(t for t in self.trials if t.choice != trial.choice)
         return replace(self, trials=(*others, trial))
 
@@ -113,18 +118,13 @@ class Entry:
                 type or out of range.
         """
         key = Key(**data["key"])
-        if key.kernel not in (*CONFIGS, *ALGORITHM_KEYS) or key.dtype not in DTYPES:
-            raise ValueError(f"no kernel {key.kernel!r} in {key.dtype!r}")
-        if any(type(size) is not int or size < 0 for size in key[2:-1]) or type(key.transposed) is not bool:
-            raise ValueError(f"sizes out of range in {key}")
+        check_key(key)
         trials = tuple(
             Trial(_choice(key, trial["choice"]), _seconds(trial.get("seconds")), _reason(trial.get("reason")))
             for trial in data["trials"]
         )
-        complete = data["complete"]
-        if type(complete) is not bool:
-            raise ValueError(f"complete must be true or false, got {complete!r}")
-        return cls(key, Identity.from_json(data["identity"]), _choice(key, data["default"]), trials, complete)
+        identity = Identity.from_json(data["identity"])
+        return cls(key, identity, _choice(key, data["default"]), trials, data["complete"])
 
 
 def merged(older: Entry, newer: Entry) -> Entry:
@@ -134,6 +134,9 @@ def merged(older: Entry, newer: Entry) -> Entry:
         older: that is in a table.
         newer: that is put there.
 
+    Raises:
+        TypeError: one of them is no entry.
+
     Example:
         >>> machine = Identity("a GPU", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef")
         >>> older = Entry(Key("forward", "bf16"), machine, "split", (Trial("split", seconds=2e-3),))
@@ -141,6 +144,8 @@ def merged(older: Entry, newer: Entry) -> Entry:
         >>> [trial.choice for trial in merged(older, newer).trials]
         ['split', 'fused']
     """
+    check_kind("older", older, Entry)
+    check_kind("newer", newer, Entry)
     if older.identity != newer.identity:
         return newer
     trials = {trial.choice: trial for trial in older.trials}

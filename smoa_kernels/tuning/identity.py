@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from dataclasses import dataclass, fields
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 import triton
 
-from ..checks import check_kind
-from ..kernels.heuristic import CONFIGS
+from ..checks import cached, check_choice, check_count, check_kind
+from ..gpus import gpu_properties
+from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS
 from ..kernels.launch import architecture, multiprocessors
 
 __all__ = ["Identity", "identity", "slug", "source_hash", "staleness"]
@@ -39,6 +39,9 @@ class Identity:
         triton: version.
         source: hash of the kernel's source text.
 
+    Raises:
+        TypeError, ValueError: naming the attribute, what was given and what is allowed.
+
     Example:
         >>> Identity("NVIDIA H100 80GB HBM3", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef").capability
         'sm_90'
@@ -51,6 +54,11 @@ class Identity:
     triton: str
     source: str
 
+    def __post_init__(self) -> None:
+        for name in ("gpu", "capability", "torch", "triton", "source"):
+            check_kind(name, getattr(self, name), str)
+        check_count("multiprocessors", self.multiprocessors)
+
     @classmethod
     def from_json(cls, data: Any) -> Identity:
         """From plain data.
@@ -58,51 +66,53 @@ class Identity:
         Raises:
             TypeError, ValueError: a field is missing, unknown or of another type.
         """
-        found = cls(**data)
-        for name, kind in ((f.name, int if f.name == "multiprocessors" else str) for f in fields(cls)):
-            if type(getattr(found, name)) is not kind:
-                raise ValueError(f"{name} must be of type {kind.__name__}, got {getattr(found, name)!r}")
-        return found
+        check_kind("data", data, dict)
+        return cls(**data)
 
 
-@functools.cache
+@cached
 def identity(device: torch.device, kernel: str) -> Identity:
     """What a choice for `kernel` would be measured on here and now.
 
     Args:
         device: where it would run.
-        kernel: one of `heuristic.CONFIGS`, or "forward" or "input_gradient" for an algorithm.
+        kernel: one of `heuristic.CONFIGS`, or of `heuristic.ALGORITHM_KEYS` for an algorithm.
 
     Raises:
         TypeError: no device.
+        ValueError: another kernel, or a GPU that this machine does not have.
 
     Example:
         >>> identity(torch.device("cpu"), "permute").gpu
         'cpu'
     """
     check_kind("device", device, torch.device)
-    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    name = "cpu" if device.type == "cpu" else gpu_properties(device).name
     return Identity(
         name,
         architecture(device),
         multiprocessors(device),
-        torch.__version__,
+        str(torch.__version__),  # a class of its own, which no file holds
         triton.__version__,
         source_hash(kernel),
     )
 
 
-@functools.cache
+@cached
 def source_hash(kernel: str) -> str:
     """Of the text that decides a kernel's speed: its file and what all share; for an algorithm, of every kernel's.
 
     Args:
         kernel: as in :func:`identity`.
 
+    Raises:
+        ValueError: another one.
+
     Example:
         >>> len(source_hash("permute")), source_hash("permute") == source_hash("block_grad")
         (16, False)
     """
+    check_choice("kernel", kernel, (*CONFIGS, *ALGORITHM_KEYS))
     folder = _PACKAGE / "kernels"
     names = ("_common", *_FILES[kernel]) if kernel in _FILES else ()
     paths = [folder / f"{name}.py" for name in names]
@@ -120,12 +130,17 @@ def staleness(then: Identity, now: Identity) -> list[str]:
         then: when it was measured.
         now: here.
 
+    Raises:
+        TypeError: one of them is no identity.
+
     Example:
         >>> from dataclasses import replace
         >>> now = identity(torch.device("cpu"), "permute")
         >>> staleness(replace(now, multiprocessors=now.multiprocessors + 1), now)[0].split(":")[0]
         'multiprocessors'
     """
+    check_kind("then", then, Identity)
+    check_kind("now", now, Identity)
     return [
         f"{field.name}: {getattr(then, field.name)} then, {getattr(now, field.name)} now"
         for field in fields(Identity)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ..checks import check_count, check_kind
+
 __all__ = ["ARCHITECTURES", "Architecture", "occupancy"]
 
 _KIB = 1024
@@ -89,10 +91,16 @@ def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) ->
         shared: bytes per block.
         warps: per block.
 
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
     Example:
         >>> occupancy(ARCHITECTURES["sm_90"], registers=128, shared=100 * 1024, warps=8)
         2
     """
+    check_kind("arch", arch, Architecture)
+    for name, value, least in (("registers", registers, 0), ("shared", shared, 0), ("warps", warps, 1)):
+        check_count(name, value, least)
     granules = -(-max(registers, 1) // arch.register_granule)
     warps_per_scheduler = arch.registers // (granules * arch.register_granule)
     resident_warps = min(arch.max_warps, warps_per_scheduler * arch.schedulers)

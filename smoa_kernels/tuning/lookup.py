@@ -13,8 +13,9 @@ from functools import cache
 
 import torch
 
+from ..checks import check_kind, check_names
 from ..kernels import selection
-from ..kernels.heuristic import Key
+from ..kernels.heuristic import Key, check_key
 from ..kernels.launch import Config
 from .entries import Entry
 from .identity import identity, staleness
@@ -52,6 +53,7 @@ def keep(entry: Entry) -> None:
         entry: what was measured.
 
     Raises:
+        TypeError: it is none.
         OSError: the table cannot be written.
 
     Example:
@@ -62,6 +64,7 @@ def keep(entry: Entry) -> None:
         >>> tuned_algorithm(key, device, ("split", "fused"))
         'fused'
     """
+    check_kind("entry", entry, Entry)
     update(user_table(entry.identity.gpu), [entry])
     forget()
 
@@ -83,6 +86,9 @@ def tuned_config(key: Key, device: torch.device) -> Config | None:
         key: whose `kernel` is one of `heuristic.CONFIGS`.
         device: of the operands.
 
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
     Example:
         >>> tuned_config(Key("permute", "bf16"), torch.device("cpu")) is None
         True
@@ -100,6 +106,9 @@ def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> s
         device: of the operands.
         allowed: those whose rounding the caller accepts, the same for every call with this key.
 
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
     Example:
         >>> key = Key("input_gradient", "bf16", 8, 2, 4096, 4096, 512)
         >>> tuned_algorithm(key, torch.device("cpu"), ("merged", "fused")) is None
@@ -107,14 +116,20 @@ def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> s
     """
     try:
         return _algorithms[device, key]
-    except KeyError:
-        entry = _entry(key, device)
-        best = None if entry is None else entry.best(allowed)
-        _algorithms[device, key] = found = None if best is None else str(best.choice)
-        return found
+    except (
+        KeyError,
+        TypeError,
+    ):  # not asked yet, or what cannot be hashed: then `_entry` says what it must be
+        pass
+    check_names("allowed", allowed)
+    entry = _entry(key, device)
+    best = None if entry is None else entry.best(allowed)
+    _algorithms[device, key] = found = None if best is None else str(best.choice)
+    return found
 
 
 def _entry(key: Key, device: torch.device) -> Entry | None:
+    check_key(key)
     now = identity(device, key.kernel)
     for table in _tables(device):
         entry = table.get(key)

@@ -11,10 +11,9 @@ from ..backends import MOST_TRITON_RANKS
 from ..cost import Problem, choose_algorithm
 from ..gpus import Gpu, device_gpu
 from ..kernels._common import padded_width
-from ..kernels.heuristic import CONFIGS, DTYPES, Key, bucket
+from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, DTYPES, Key, bucket
 from ..kernels.launch import Config, architecture, multiprocessors
 from ..triton_backend import padding_multiple
-from .entries import ALGORITHM_KEYS
 from .limits import ARCHITECTURES
 from .space import algorithm_job, kernel_job
 from .tuner import Job

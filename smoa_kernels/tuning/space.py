@@ -12,10 +12,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from ..kernels.heuristic import CONFIGS, Key, fits, heuristic, shipped
+from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key, fits, heuristic, shipped
 from ..kernels.launch import Config
 from .audit import run_audit
-from .entries import ALGORITHM_KEYS
 from .registry import KERNELS, KernelSpec
 from .rules import Record, broken_rules
 from .tuner import Job

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -78,13 +79,14 @@ def read(path: Path, *, set_aside: bool = True) -> Mapping[Key, Entry]:
         set_aside: rename one that cannot be used.
 
     Raises:
-        TypeError: no path.
+        TypeError: no path, or `set_aside` no bool.
 
     Example:
         >>> read(user_table("a GPU that was never tuned"))
         {}
     """
     check_kind("path", path, Path)
+    check_kind("set_aside", set_aside, bool)
     try:
         return _parse(path)
     except FileNotFoundError:
@@ -110,6 +112,7 @@ def update(path: Path, entries: Iterable[Entry]) -> Mapping[Key, Entry]:
 
     Raises:
         TypeError: no path, or something else than entries.
+        ValueError: an entry that could not be read back.
         OSError: the folder cannot be written to, or another process holds the lock for a minute.
 
     Example:
@@ -117,11 +120,16 @@ def update(path: Path, entries: Iterable[Entry]) -> Mapping[Key, Entry]:
         {}
     """
     check_kind("path", path, Path)
-    if not isinstance(entries, Iterable):
-        raise TypeError(f"entries must be entries of a table, got {entries!r}")
-    entries = list(entries)
+    try:
+        entries = list(entries)
+    except TypeError as error:
+        raise TypeError(f"entries must be entries of a table, got {entries!r}") from error
     for entry in entries:
         check_kind("entries", entry, Entry)
+        try:
+            _entry(entry.to_json())  # a table that holds another is set aside by whoever reads it
+        except (_BrokenError, AttributeError, TypeError) as error:
+            raise ValueError(f"entries must be such as a table holds, got {entry}: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path):
         table = dict(_parse_or_set_aside(path))
@@ -153,11 +161,16 @@ def _parse(path: Path) -> Mapping[Key, Entry]:
         raise _BrokenError("is not a table of smoa-kernels")
     if data["schema"] > SCHEMA:
         raise _BrokenError(f"has schema {data['schema']}, this version knows up to {SCHEMA}")
+    if not isinstance(data.get("entries"), list):
+        raise _BrokenError("holds no list of entries")
+    return {entry.key: entry for entry in map(_entry, data["entries"])}
+
+
+def _entry(data: Any) -> Entry:
     try:
-        entries = [Entry.from_json(entry) for entry in data["entries"]]
+        return Entry.from_json(data)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise _BrokenError(f"holds an entry that is none ({type(error).__name__}: {error})") from error
-    return {entry.key: entry for entry in entries}
 
 
 def _parse_or_set_aside(path: Path) -> Mapping[Key, Entry]:

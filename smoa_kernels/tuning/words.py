@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
-from ..kernels.heuristic import CONFIGS, Key
+from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key
 from ..triton_backend import admissible
-from .entries import ALGORITHM_KEYS, Choice, Entry, Trial
+from .entries import Choice, Entry, Trial
 
 __all__ = ["algorithm_words", "choice_words", "problem_words", "winner"]
 

@@ -10,6 +10,8 @@ pytest.importorskip("transformers", reason="needs the peft extra")
 
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.inspection import inspect_adapter
+from smoa_kernels.peft.model_spectrum import layer_kind, model_spectrum
+from smoa_kernels.peft.settings import layer_settings
 
 
 def test_a_configuration_is_not_saved_over_a_file(world: World) -> None:
@@ -52,6 +54,18 @@ PATHS: list[Row] = [
     (lambda _: inspect_adapter(None), TypeError, "folder must be a path, got None"),  # type: ignore[arg-type]
     (lambda w: inspect_adapter(w.folder, 3), TypeError, "base must be a path, got 3"),  # type: ignore[arg-type]
     (lambda w: inspect_adapter(w.folder / "none"), FileNotFoundError, "there is no adapter_config.json in"),
+    (lambda _: model_spectrum(None), TypeError, "model must be a path, got None"),  # type: ignore[arg-type]
+    (lambda w: model_spectrum(w.folder, 3), TypeError, "adapter must be a path, got 3"),  # type: ignore[arg-type]
+    (lambda w: model_spectrum(w.folder, compare=[]), TypeError, r"compare must be a path, got \[\]"),  # type: ignore[arg-type]
+    (
+        lambda w: model_spectrum(w.folder, targets="q_proj"),
+        TypeError,
+        "targets must be a list of names, got 'q_proj'",
+    ),
+    (lambda w: model_spectrum(w.folder, seed=2**70), ValueError, "seed must be at most 9223372036854775807"),
+    (lambda w: model_spectrum(w.folder, seed=None), TypeError, "seed must be an int, got None"),  # type: ignore[arg-type]
+    (lambda _: layer_kind(None), TypeError, "name must be a str, got NoneType"),  # type: ignore[arg-type]
+    (lambda _: layer_settings(SMoAConfig(), []), TypeError, "name must be a str, got list"),  # type: ignore[arg-type]
     (lambda _: SMoAConfig().save_pretrained(3), TypeError, "save_directory must be a path, got 3"),  # type: ignore[arg-type]
     (
         lambda _: SMoAConfig.from_pretrained(None),  # type: ignore[arg-type]
@@ -62,6 +76,11 @@ PATHS: list[Row] = [
         lambda w: SMoAConfig.from_pretrained(str(w.folder), subfolder=0),  # type: ignore[arg-type]
         TypeError,
         "subfolder must be a path, got 0",
+    ),
+    (
+        lambda w: SMoAConfig.from_pretrained(str(w.folder), strict_base="no"),
+        TypeError,
+        "strict_base must be True or False, got 'no'",
     ),
 ]
 

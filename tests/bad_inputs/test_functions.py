@@ -1,23 +1,33 @@
 """Bad arguments of functions: partitions, packing, the reference, sketches, spectra, the cost model."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.backends import load_backend, resolve_backend, triton_obstacle
+from smoa_kernels.backends import algorithms_of, load_backend, resolve_backend, triton_obstacle
 from smoa_kernels.cost import Problem, choose_algorithm, estimate, fused_token_limit, parts
-from smoa_kernels.distributed import average_gradients, ignore_buffers, smoa_buffers
+from smoa_kernels.distributed import (
+    agree_on_buffers,
+    average_gradients,
+    ignore_buffers,
+    shared_spectra,
+    smoa_buffers,
+)
 from smoa_kernels.dropout import Dropout, draw_seed
 from smoa_kernels.files import replace_file
 from smoa_kernels.gpus import GPUS, device_gpu, match_gpu
+from smoa_kernels.grad_share import block_grad_share
 from smoa_kernels.packed import pack_factors, unpack_factors
 from smoa_kernels.precision import gemm_is_ieee
 from smoa_kernels.ranks import split_rank, trainable_parameters
 from smoa_kernels.reference import reference_delta_weight
 from smoa_kernels.scaling import Scale, predict, tensor_parallel_size
 from smoa_kernels.sketch import sketch_distance, sketch_weight
+from smoa_kernels.spectral_order import spectral_centroids, spectral_orders
 from smoa_kernels.spectrum import cumulated, effective_number, layer_spectrum
 from smoa_kernels.workspace import backward_workspace, peak_bytes
 
@@ -54,6 +64,18 @@ PARTITIONS: list[Row] = [
     (spectrum(torch.ones(3, 4), 4), ValueError, "num_blocks must be at most .* = 3 .* got 4"),
     (spectrum(torch.ones(3, 4), 2.0), TypeError, "num_blocks must be an int, got 2.0"),
     (spectrum(torch.ones(0, 4)), ValueError, "num_blocks must be at most .* = 0"),
+    (lambda _: spectral_orders([[1.0]]), TypeError, "weight must be a tensor, got list"),  # type: ignore[arg-type]
+    (
+        lambda _: spectral_centroids(torch.ones(3, dtype=torch.int64)),
+        TypeError,
+        "weight must be floating point",
+    ),
+    (lambda _: spectral_centroids(torch.ones(3)), ValueError, r"weight must be a matrix .* got shape \(3,\)"),
+    (
+        lambda _: spectral_centroids(torch.ones(0, 4)),
+        ValueError,
+        r"weight must have rows and columns, got shape \(0, 4\)",
+    ),
     (labels(one(0, 2), one(0), 2), ValueError, r"row_block must lie in \[0, 2\).* 0 to 2"),
     (labels(one(0), one(-1), 2), ValueError, r"col_block must lie in \[0, 2\)"),
     (labels(torch.tensor([[0]]), one(0), 1), ValueError, "row_block must have one dimension"),
@@ -193,7 +215,17 @@ def test_packing_and_the_reference(call: Call, error: type[Exception], words: st
 
 
 CPU = torch.device("cpu")
+NOWHERE = torch.device("cuda", 99)
 PROBLEM = Problem(16, 64, 64, 2, 8)
+
+
+def equal(function: Callable[..., object], *arguments: Any) -> object:
+    """The good call, then one whose last argument only equals the good one's: 1 for True, True for 1."""
+    *others, last = arguments
+    function(*arguments)
+    return function(*others, int(last) if isinstance(last, bool) else bool(last))
+
+
 SCALE = Scale("llama-3-8b", 8, "fsdp")
 
 MODELS: list[Row] = [
@@ -288,10 +320,40 @@ MODELS: list[Row] = [
         ValueError,
         "columns must be at least 0, got -1",
     ),
+    (
+        lambda _: Dropout(one(7), 0.5).multiplier(torch.ones(2, 2, device="meta")),
+        ValueError,
+        "like must be on the seed's device cpu, got meta",
+    ),
+    (
+        lambda _: Dropout(one(7), 0.5, 3, 4).multiplier(torch.ones(2, 2)),
+        ValueError,
+        "columns must lie in the width 4, got 3 to 5",
+    ),
+    (
+        lambda _: Dropout(one(7), 0.5, 3).multiplier(torch.ones(2, 2)),
+        ValueError,
+        "columns must lie in the width 2, got 3 to 5",
+    ),
+    (
+        lambda _: draw_seed(torch.device("xpu")),
+        ValueError,
+        "device must be one that this machine has, got .*xpu",
+    ),
     (lambda _: replace_file("a", b""), TypeError, "path must be a Path, got str"),  # type: ignore[arg-type]
     (lambda w: replace_file(w.folder / "a", "text"), TypeError, "data must be a bytes, got str"),  # type: ignore[arg-type]
     (lambda _: smoa_buffers(None), TypeError, "model must be a Module, got NoneType"),  # type: ignore[arg-type]
     (lambda _: ignore_buffers("layer"), TypeError, "model must be a Module, got str"),  # type: ignore[arg-type]
+    # Before its hooks are registered, which would raise in the middle of a backward.
+    (
+        lambda w: average_gradients([w.layer.smoa_A], "gloo"),
+        TypeError,
+        "process_group must be a ProcessGroup, got str",
+    ),  # type: ignore[arg-type]
+    (lambda w: ignore_buffers(w.layer, []), TypeError, "process_group must be a ProcessGroup, got list"),  # type: ignore[arg-type]
+    (lambda w: agree_on_buffers(w.layer, 0), TypeError, "process_group must be a ProcessGroup, got int"),  # type: ignore[arg-type]
+    (lambda _: shared_spectra({}).__enter__(), TypeError, "process_group must be a ProcessGroup, got dict"),  # type: ignore[arg-type]
+    (lambda _: average_gradients(np.array(3)), TypeError, "parameters must be parameters, got array"),  # type: ignore[arg-type]
     (lambda w: average_gradients(w.layer.smoa_A), TypeError, "parameters must be parameters"),
     (lambda _: average_gradients([None]), TypeError, r"parameters must be parameters, got \[None\]"),  # type: ignore[list-item]
     # What it would cost.
@@ -303,17 +365,78 @@ MODELS: list[Row] = [
     (lambda _: choose_algorithm(None, GPUS["h100"], True), TypeError, "problem must be a Problem, got None"),  # type: ignore[arg-type]
     (lambda _: choose_algorithm(PROBLEM, "h100", True), TypeError, "gpu must be a Gpu, got str"),  # type: ignore[arg-type]
     (lambda _: fused_token_limit(PROBLEM, GPUS["h100"], 1), TypeError, "ieee must be a bool, got int"),  # type: ignore[arg-type]
+    (lambda _: block_grad_share(None, GPUS["h100"]), TypeError, "problem must be a Problem, got NoneType"),  # type: ignore[arg-type]
+    (lambda _: block_grad_share(PROBLEM, "h100"), TypeError, "gpu must be a Gpu, got str"),  # type: ignore[arg-type]
+    (lambda _: block_grad_share(PROBLEM, GPUS["h100"], ieee=1), TypeError, "ieee must be a bool, got int"),
+    (
+        lambda _: block_grad_share(replace(PROBLEM, tokens=0), GPUS["h100"]),
+        ValueError,
+        "tokens must be at least 1, got 0",
+    ),
+    (lambda _: Problem(10**400, 4, 4, 1, 1), ValueError, "tokens must be at most 1000000000000"),
+    (lambda _: PROBLEM.padded(10**400), ValueError, "features must be at most 1000000000000"),
     (lambda _: backward_workspace(None), TypeError, "problem must be a Problem, got NoneType"),  # type: ignore[arg-type]
     (
         lambda _: peak_bytes(PROBLEM, "fused"),
         ValueError,
         "algorithm must be one of frozen, lora, merged, split",
     ),
+    # What is kept for the next call cannot be a list, nor what only equals an argument.
+    (lambda _: choose_algorithm([], GPUS["h100"], True), TypeError, "problem must be a Problem, got list"),  # type: ignore[arg-type]
+    (lambda _: choose_algorithm(PROBLEM, [], True), TypeError, "gpu must be a Gpu, got list"),  # type: ignore[arg-type]
+    (lambda _: choose_algorithm(PROBLEM, GPUS["h100"], []), TypeError, "ieee must be a bool, got list"),  # type: ignore[arg-type]
+    (
+        lambda _: equal(choose_algorithm, PROBLEM, GPUS["h100"], True),
+        TypeError,
+        "ieee must be a bool, got int",
+    ),
+    (lambda _: fused_token_limit([], GPUS["h100"], True), TypeError, "problem must be a Problem, got list"),  # type: ignore[arg-type]
+    (lambda _: fused_token_limit(PROBLEM, {}, True), TypeError, "gpu must be a Gpu, got dict"),  # type: ignore[arg-type]
+    (
+        lambda _: equal(fused_token_limit, PROBLEM, GPUS["h100"], True),
+        TypeError,
+        "ieee must be a bool, got int",
+    ),
+    (lambda _: load_backend([]), ValueError, r"name must be one of eager, triton, reference, got \[\]"),  # type: ignore[arg-type]
+    (lambda _: algorithms_of([]), ValueError, r"name must be one of eager, triton, reference, got \[\]"),  # type: ignore[arg-type]
+    (lambda _: device_gpu([]), TypeError, "device must be a torch.device, got list"),  # type: ignore[arg-type]
+    (lambda _: match_gpu([], None), TypeError, "device_name must be a str, got list"),  # type: ignore[arg-type]
+    (lambda _: match_gpu("x", [9, 0]), TypeError, "capability must be a tuple, got list"),  # type: ignore[arg-type]
+    (lambda _: match_gpu("x", None, []), TypeError, r"multiprocessors must be an int, got \[\]"),  # type: ignore[arg-type]
+    (lambda _: equal(match_gpu, "x", (9, 0), 1), TypeError, "multiprocessors must be an int, got True"),
     (lambda _: device_gpu(None), TypeError, "device must be a torch.device, got NoneType"),  # type: ignore[arg-type]
     (lambda _: match_gpu(None, None), TypeError, "device_name must be a str, got NoneType"),  # type: ignore[arg-type]
     (lambda _: match_gpu("x", 9), TypeError, "capability must be a tuple, got int"),  # type: ignore[arg-type]
     (lambda _: match_gpu("x", (9,)), ValueError, r"capability must be two ints, as \(9, 0\), got \(9,\)"),  # type: ignore[arg-type]
     (lambda _: match_gpu("x", (9, 0), 0), ValueError, "multiprocessors must be at least 1, got 0"),
+    (
+        lambda _: device_gpu(NOWHERE),
+        ValueError,
+        "device must be a CUDA or ROCm GPU that this machine has, got 'cuda:99'",
+    ),
+    (lambda _: replace(GPUS["h100"], name=1), TypeError, "name must be a str, got int"),
+    (
+        lambda _: replace(GPUS["h100"], matmul_tflops={}),
+        TypeError,
+        "matmul_tflops must be a mapping of bf16, .* got {}",
+    ),
+    (
+        lambda _: replace(GPUS["h100"], matmul_tflops=dict.fromkeys(GPUS["h100"].matmul_tflops, 0)),
+        ValueError,
+        r"matmul_tflops\['bf16'\] must be above 0, got 0",
+    ),
+    (
+        lambda _: replace(GPUS["h100"], memory_tbps=float("nan")),
+        ValueError,
+        "memory_tbps must be finite, got nan",
+    ),
+    (lambda _: replace(GPUS["h100"], memory_tbps="3"), TypeError, "memory_tbps must be a number, got '3'"),
+    (
+        lambda _: replace(GPUS["h100"], multiprocessors=0),
+        ValueError,
+        "multiprocessors must be at least 1, got 0",
+    ),
+    (lambda _: replace(GPUS["h100"], capability=[9, 0]), TypeError, "capability must be a tuple, got list"),
     (
         lambda _: GPUS["h100"].flops_per_second("bf16", True),
         TypeError,
@@ -322,6 +445,7 @@ MODELS: list[Row] = [
     (lambda _: Scale("gpt-5", 8, "fsdp"), ValueError, "model must be one of llama-3-8b, .* got 'gpt-5'"),
     (lambda _: Scale([], 8, "fsdp"), ValueError, r"model must be one of .* got \[\]"),  # type: ignore[arg-type]
     (lambda _: Scale("llama-3-8b", "a", "fsdp"), TypeError, "gpus must be an int, got 'a'"),  # type: ignore[arg-type]
+    (lambda _: Scale("llama-3-8b", 10**400, "fsdp"), ValueError, "gpus must be at most 1000000000000"),
     (lambda _: Scale("llama-3-8b", True, "fsdp"), TypeError, "gpus must be an int, got True"),
     (lambda _: Scale("llama-3-8b", 8, "fsdp", tokens=2.0), TypeError, "tokens must be an int, got 2.0"),  # type: ignore[arg-type]
     (

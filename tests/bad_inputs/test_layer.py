@@ -54,6 +54,11 @@ LAYER: list[Row] = [
     (lambda w: w.layer(NESTED), TypeError, "x must be a dense tensor, got layout torch.nested"),
     (lambda w: w.layer.load_state_dict([]), TypeError, "state_dict to be dict-like"),  # type: ignore[arg-type]
     (lambda w: w.layer.load_state_dict({5: one(1)}), TypeError, "keys of a state dict must be strings"),  # type: ignore[dict-item]
+    (
+        lambda w: w.layer.load_state_dict({5: one(1)}, strict=False),
+        TypeError,
+        "keys of a state dict must be strings, got",
+    ),  # type: ignore[dict-item]
     (lambda w: w.layer.load_state_dict({}), ValueError, "the state dict lacks bias, weight"),
     (
         lambda w: FusedSMoALinear.from_linear(w.layer),
@@ -93,6 +98,7 @@ SETTINGS: list[Change] = [
     ({"alpha": "1"}, TypeError, "alpha must be a number, got '1'"),
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ({"strict_base": "no"}, TypeError, "strict_base must be a bool, got str"),
 ]
 BLOCKS: list[Change] = [
     ({"partition": "x"}, TypeError, "partition must be a BlockPartition or None, got str"),

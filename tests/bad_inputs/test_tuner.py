@@ -12,7 +12,7 @@ from .harness import NESTED, Change, World, check, one, rows
 
 pytest.importorskip("transformers", reason="needs the peft extra")
 
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
@@ -36,11 +36,11 @@ CONFIGURATIONS: list[Change] = [
     ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
     ({"block_ranks": [1, 1]}, ValueError, "block_ranks must sum to r=8"),
     ({"smoa_dropout": 1.0}, ValueError, r"smoa_dropout must lie in \[0, 1\), got 1.0"),
-    ({"smoa_dropout": None}, ValueError, "smoa_dropout must be a finite number, got None"),
-    ({"smoa_dropout": "0.1"}, ValueError, "smoa_dropout must be a finite number, got '0.1'"),
-    ({"smoa_alpha": "1"}, ValueError, "smoa_alpha must be a finite number, got '1'"),
-    ({"smoa_alpha": NAN}, ValueError, "smoa_alpha must be a finite number, got nan"),
-    ({"smoa_alpha": 10**400}, ValueError, "smoa_alpha must be a finite number, got 10000"),
+    ({"smoa_dropout": None}, TypeError, "smoa_dropout must be a number, got None"),
+    ({"smoa_dropout": "0.1"}, TypeError, "smoa_dropout must be a number, got '0.1'"),
+    ({"smoa_alpha": "1"}, TypeError, "smoa_alpha must be a number, got '1'"),
+    ({"smoa_alpha": NAN}, ValueError, "smoa_alpha must be finite, got nan"),
+    ({"smoa_alpha": 10**400}, ValueError, "smoa_alpha must be a float, or an int of at most 63 bits"),
     ({"rank_pattern": 4}, TypeError, "rank_pattern must be a dict"),
     ({"rank_pattern": [1]}, TypeError, "rank_pattern must be a dict"),
     ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be an int of at least 1"),
@@ -51,8 +51,8 @@ CONFIGURATIONS: list[Change] = [
     ),
     ({"rank_pattern": {5: 1}}, ValueError, "a key of rank_pattern must be a regular expression, got 5"),
     ({"rank_pattern": {"(": 3}}, ValueError, r"a key of rank_pattern must be a regular expression, got '\('"),
-    ({"alpha_pattern": {"q": "x"}}, ValueError, r"alpha_pattern\['q'\] must be a finite number, got 'x'"),
-    ({"alpha_pattern": {"q": None}}, ValueError, r"alpha_pattern\['q'\] must be a finite number, got None"),
+    ({"alpha_pattern": {"q": "x"}}, TypeError, r"alpha_pattern\['q'\] must be a number, got 'x'"),
+    ({"alpha_pattern": {"q": None}}, TypeError, r"alpha_pattern\['q'\] must be a number, got None"),
     ({"num_blocks_pattern": {"q": 1.5}}, ValueError, r"num_blocks_pattern\['q'\] must be an int"),
     ({"num_blocks_pattern": {"q": HUGE}}, ValueError, r"num_blocks_pattern\['q'\] must be .* at most 65536"),
     ({"target_modules": 5}, TypeError, "target_modules must be a list of names, or one, got 5"),
@@ -94,6 +94,7 @@ CONFIGURATIONS: list[Change] = [
     ({"init_weights": "gaussian"}, TypeError, "init_weights must be True or False, got 'gaussian'"),
     ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
     ({"strict_base": 1}, TypeError, "strict_base must be True or False, got 1"),
+    ({"inference_mode": "no"}, TypeError, "inference_mode must be True or False, got 'no'"),
     ({"fan_in_fan_out": None}, TypeError, "fan_in_fan_out must be True or False, got None"),
     ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(2\)"),
     ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(2\)"),
@@ -110,6 +111,12 @@ def model() -> Any:
     torch.manual_seed(0)
     config = SMoAConfig(r=4, num_blocks=2, target_modules=["0"], init_weights=False)
     return get_peft_model(nn.Sequential(nn.Linear(8, 6)), config).eval()
+
+
+def load(model: Any, value: Any) -> object:
+    """The model's own state, but for one tensor."""
+    state = get_peft_model_state_dict(model)
+    return set_peft_model_state_dict(model, state | {"base_model.model.0.smoa_A": value})
 
 
 X = torch.ones(2, 8)
@@ -165,6 +172,8 @@ LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
         TypeError,
         "adapter_names must be a list of names, got 3",
     ),
+    (lambda m: m.base_model.model[0].merge(safe_merge=X), TypeError, "safe_merge must be a bool, got Tensor"),
+    (lambda m: load(m, []), TypeError, "base_model.model.0.smoa_A must be a torch.Tensor, got list"),
     (
         lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapters": "default"}),
         TypeError,
@@ -183,7 +192,12 @@ LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
     (
         lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"weights": [float("nan")]}),
         ValueError,
-        "weights must be a finite number, got nan",
+        "weights must be finite, got nan",
+    ),
+    (
+        lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"weights": ["1"]}),
+        TypeError,
+        "weights must be a number, got '1'",
     ),
     (
         lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapter_name": 3}),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tuning_cases import CPU, GRAD, PERMUTE, entry, needs_interpreter, permute_entry, scripted
 
-from smoa_kernels.cli import info, main, tuning
+from smoa_kernels.cli import info, main, tune_run
 from smoa_kernels.kernels import selection
 from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
@@ -55,7 +55,7 @@ def test_a_dry_run_lists_what_is_timed_and_what_is_pruned_and_why(
         asked.append((pairs, arch))
         return {("permute", "bf16", replace(PERMUTE_CONFIGS[0], num_warps=4)): "gather: spills 8 bytes"}
 
-    monkeypatch.setattr(tuning, "broken", broken)
+    monkeypatch.setattr(tune_run, "broken", broken)
     arguments = ["--shape", "4096x4096", "--tokens", "3000", "--kernel", "permute", "--kernel", "forward"]
     assert main(["tune", "--dry-run", "--gpu", "a100", *arguments]) == 0
     out = capsys.readouterr().out
@@ -76,9 +76,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Run], float]], N
     """The interpreter in the place of a GPU, with a given timer."""
 
     def prepare(timer: Callable[[Run], float]) -> None:
-        monkeypatch.setattr(tuning, "device_here", lambda: CPU)
-        monkeypatch.setattr(tuning, "broken", lambda pairs, arch, **options: {})
-        monkeypatch.setattr(tuning, "timer", timer)
+        monkeypatch.setattr(tune_run, "device_here", lambda: CPU)
+        monkeypatch.setattr(tune_run, "broken", lambda pairs, arch, **options: {})
+        monkeypatch.setattr(tune_run, "timer", timer)
 
     return prepare
 

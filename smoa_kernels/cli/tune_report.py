@@ -1,4 +1,4 @@
-"""How `smoa-kernels tune` shows what would be timed, and what was measured. Imports Triton."""
+"""What `smoa-kernels tune` prints of what would be timed, and of what was measured. Imports Triton."""
 
 from __future__ import annotations
 

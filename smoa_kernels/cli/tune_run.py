@@ -27,7 +27,7 @@ from ..tuning.tuner import DeviceLostError, Job, Timer, Tuned, gpu_timer, left, 
 from ..tuning.words import algorithm_words, problem_words
 from .output import console
 from .roofline import parse_shape
-from .tuning_tables import best_words, failures, plan_table, result_table
+from .tune_report import best_words, failures, plan_table, result_table
 
 __all__ = ["Request", "dry", "measure"]
 
