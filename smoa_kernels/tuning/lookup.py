@@ -116,10 +116,8 @@ def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> s
     """
     try:
         return _algorithms[device, key]
-    except (
-        KeyError,
-        TypeError,
-    ):  # not asked yet, or what cannot be hashed: then `_entry` says what it must be
+    except (KeyError, TypeError):
+        # Not asked yet, or what cannot be hashed: then `_entry` says what it must be.
         pass
     check_names("allowed", allowed)
     entry = _entry(key, device)
