@@ -432,7 +432,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 
     assert "'nope' is none of trec50" in said("run", "--task", "nope")
     assert "'nope' is none of none, LoRA" in said("run", "--task", "trec50", "--method", "nope")
-    assert "'nope' is none of methods, alpha" in said("run", "--task", "trec50", "--sweep", "nope")
+    assert "'nope' is none of methods, larger" in said("run", "--task", "trec50", "--sweep", "nope")
     assert "0.123 is none of 0.0001" in said("run", "--task", "trec50", "--rate", "0.123")
     assert "its figures mean nothing" in said("run", "--task", "trec50", "--smoke")
     assert "is not there yet" in said("report", "--records", str(tmp_path / "none.jsonl"))
