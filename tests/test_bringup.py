@@ -124,9 +124,9 @@ def test_goals_stand_with_the_prediction_and_what_was_measured() -> None:
     assert rows[0].measured == pytest.approx(1.3 / 1.4)
     assert rows[0].predicted == pytest.approx(0.91, abs=0.01)
     assert rows[6].measured == pytest.approx(0.8)
-    assert rows[6].predicted == pytest.approx(1.01, abs=0.005)
+    assert rows[6].predicted == pytest.approx(0.50, abs=0.005)
     assert rows[7].measured == 0.7
-    assert rows[7].predicted == pytest.approx(0.84, abs=0.01)
+    assert rows[7].predicted == pytest.approx(0.79, abs=0.01)
     for goal in GOALS:
         assert goal.row(COLUMNS[1], goal.limits[1], H100, state).measured is None
 
@@ -161,7 +161,7 @@ def test_the_page_marks_every_figure(tmp_path: Path) -> None:
     assert merged.endswith("| ≤ 1.00 | 0.91 | 0.93, met | ≤ 1.10 | 1.01 | not measured |")
     (split,) = (line for line in text.splitlines() if line.startswith("| fwd+bwd over PEFT LoRA, split"))
     assert "1.25, missed" in split
-    assert "| block_grad, share of the measured matmul rate | ≥ 0.65 | 0.84 | 0.70, met |" in text
+    assert "| block_grad, share of the measured matmul rate | ≥ 0.65 | 0.79 | 0.70, met |" in text
     assert "measured on GPU NVIDIA H100 80GB HBM3" in text
     assert "1 failed, 4 passed, in 2 files." in text
     assert "Not finished in time: b.py (1 of 7 tests ran)." in text
