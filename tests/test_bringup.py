@@ -414,6 +414,19 @@ def test_the_numerical_tests_are_all_of_them() -> None:
     others = "cuda_graphs dead_zone determinism dropout functional fuzz in_training layers operator reference"
     assert {f"test_{name}.py" for name in (*others.split(), "soak", "trust")} <= set(names)
     assert {"peft/test_tuner.py", "peft/test_lifecycle.py", "peft/test_training.py"} <= set(names)
+    assert {"test_theory.py", "test_partition.py", "test_spectrum.py"} <= set(names)
+
+
+def test_a_file_without_a_numerical_test_says_why() -> None:
+    """A new file is marked or listed; an entry whose files are all marked or gone is dropped."""
+    files = {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    marked, reasons = set(numerics.numerical_files()), numerics.NOT_NUMERICAL
+    covered = {
+        name: [f for f in files if f == name or f.startswith(name.rstrip("/") + "/")] for name in reasons
+    }
+    assert files - marked == {file for found in covered.values() for file in found} - marked
+    assert all(set(found) - marked for found in covered.values())
+    assert all(reasons.values())
 
 
 # What a GPU machine has beside Python: torch, triton, numpy, pytest, pytest-benchmark, peft, transformers.
@@ -455,6 +468,7 @@ def test_the_numerical_tests_need_no_more_either() -> None:
     assert {Path(file).stem for file in skipped} == {
         "test_random_shapes",
         "test_fuzz",
+        "test_theory",
         "test_quantized",
         "test_scratch",
     }
