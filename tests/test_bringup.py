@@ -468,7 +468,32 @@ def test_the_numerical_tests_need_no_more_either() -> None:
     assert {Path(file).stem for file in skipped} == {
         "test_random_shapes",
         "test_fuzz",
-        "test_theory",
         "test_quantized",
         "test_scratch",
     }
+
+
+def test_the_theory_is_checked_without_hypothesis() -> None:
+    """From seeds (tests/draws.py), as often: a draw that breaks a test is told by its seed."""
+    options = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-o", "addopts="]
+    done = without("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *options, "tests/test_theory.py")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "skipped" not in done.stdout
+    wrong = """
+import draws
+drawn = []
+@draws.settings(max_examples=50, deadline=None)
+@draws.given(n=draws.st.integers(0, 9), m=draws.st.lists(draws.st.integers(1, 3), min_size=1, max_size=2))
+def check(n, m):
+    draws.assume(n > 2)
+    drawn.append(n)
+    assert n < 9 and 0 < len(m) < 3
+try:
+    check()
+except AssertionError as error:
+    print(*error.__notes__, set(drawn) <= set(range(3, 10)))
+"""
+    told = without("sys.path.insert(0, 'tests')" + wrong)
+    assert re.fullmatch(r"drawn by seed \d+: \{'n': 9, 'm': \[.*\]\} True\n", told.stdout), (
+        told.stdout + told.stderr
+    )

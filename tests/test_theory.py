@@ -4,20 +4,19 @@ The paths that are tested are those that train and merge (`eager`), with labels 
 blocks of rank 0 among them, and rubbish in the factors' padding.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import pytest
 import torch
+from draws import assume, given, settings, st
 from problems import DEVICE, LinearProblem, make_problem
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear, eager
 from smoa_kernels.packed import PackedAdapter, pack_factors, scaling_tensor
 from smoa_kernels.ranks import trainable_parameters
-
-pytest.importorskip("hypothesis", reason="hypothesis draws these problems")
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.numerical
 
