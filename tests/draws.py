@@ -58,8 +58,8 @@ def _given(**strategies: _Strategy) -> Callable[[Any], Any]:
                     suitable += 1
                 except _UnsuitableError:
                     continue
-                except BaseException as error:
-                    error.add_note(f"drawn by seed {seed}: {drawn}")
+                except BaseException:
+                    print(f"drawn by seed {seed}: {drawn}")
                     raise
             assert suitable, "nothing that was drawn is what the test is about"
 
