@@ -253,6 +253,52 @@ def test_a_stage_that_fails_does_not_stop_the_rest_and_resume_goes_on(
     assert fresh.asked == list(stages.STAGES)
 
 
+def test_ctrl_c_keeps_what_was_found_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "before"))
+    script = Script()
+
+    def interrupted(name: str, *rest: object) -> dict[str, object]:
+        if name == "compare":
+            raise KeyboardInterrupt
+        return script(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bringup, "_in_process", interrupted)
+    call = ["--smoke", "--out", str(tmp_path)]
+    assert bringup.main(call) == 130
+    (path,) = tmp_path.glob("bringup-*.json")
+    assert "| compare | interrupted | 0 | by Ctrl-C |" in path.with_suffix(".md").read_text()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("with --resume goes on from here.")
+    again = Script()
+    monkeypatch.setattr(bringup, "_in_process", again)
+    assert bringup.main([*call, "--resume"]) == 0
+    assert again.asked == ["compare", "predict"]
+
+
+def test_resume_goes_on_with_the_same_commits_bring_up_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "before"))
+    monkeypatch.setattr(bringup, "_in_process", Script())
+    call = ["--smoke", "--out", str(tmp_path)]
+    bringup.main(call)
+    (path,) = tmp_path.glob("bringup-*.json")
+    data = json.loads(path.read_text())
+    for commit, asked in ((data["commit"].rstrip("+") + "+", []), ("0123456789", list(stages.STAGES))):
+        path.write_text(json.dumps(data | {"commit": commit}))
+        script = Script()
+        monkeypatch.setattr(bringup, "_in_process", script)
+        assert bringup.main([*call, "--resume"]) == 0
+        assert script.asked == asked
+    assert "is of commit 0123456789, here is" in capsys.readouterr().out
+    path.write_text("{")
+    with pytest.raises(SystemExit, match="2"):
+        bringup.main([*call, "--resume"])
+    assert "is not a bring-up" in capsys.readouterr().err
+    assert path.read_text() == "{"
+
+
 @pytest.mark.parametrize(
     ("script", "status", "error"),
     [
