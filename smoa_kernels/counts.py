@@ -29,7 +29,18 @@ import torch
 
 from .checks import MOST_SIZE, check_blocks, check_choice, check_count, check_kind, check_number
 
-__all__ = ["ALGORITHMS", "Part", "Pass", "Problem", "partial_bytes", "partial_width", "parts", "token_splits"]
+__all__ = [
+    "ALGORITHMS",
+    "Part",
+    "Pass",
+    "Problem",
+    "grad_tiles",
+    "gradient_parts",
+    "partial_bytes",
+    "partial_width",
+    "parts",
+    "token_splits",
+]
 
 Pass = Literal["forward", "backward"]
 
@@ -47,6 +58,9 @@ PARTIAL_RANKS = 4  # block_grad's partials are padded to a multiple of so many r
 GRAD_TILE = 128  # block_grad writes one rank-sized partial per tile of so many rows or columns
 GRAD_STEP = 64  # tokens of one step of its main loop
 GRAD_EPILOGUE_STEPS = 8  # what the end of a program costs, in steps: an assumption (`grad_share.py`)
+# Fewest tokens that the backward gathers at a time, if not all: in a loop of 64 steps a program's end takes a ninth.
+GRAD_PART_TOKENS = 64 * GRAD_STEP
+GRAD_PART_TILES = 128  # and fewest tiles of G: about a large GPU's multiprocessors, which each launch fills
 
 
 @dataclass(frozen=True)
@@ -233,15 +247,18 @@ class _Count:
             self.elementwise(name, self.p.tokens * features, self.p.tokens * self.p.padded(features))
 
     def factor_gradients(self) -> None:
-        """Gather dY and x, accumulate G tile by tile, contract, and sum the rank-sized partials."""
-        p = self.p
+        """Gather dY and x, accumulate G tile by tile, contract, and sum the rank-sized partials.
+
+        Each part of the tokens reads W0 and the factors, contracts, and writes partials of its own.
+        """
+        p, launches = self.p, len(gradient_parts(self.p))
         self.gather("gather dY", p.out_features)
         self.gather("gather x", p.in_features, dropout=p.dropout > 0)
         partials = partial_bytes(p)
         self.add(
             "block gradients",
-            p.unit_flops // p.num_blocks + 4 * self.block_w * p.max_rank,
-            self.x_blocks + self.y_blocks + self.block_w + self.factors,
+            p.unit_flops // p.num_blocks + launches * 4 * self.block_w * p.max_rank,
+            self.x_blocks + self.y_blocks + launches * (self.block_w + self.factors),
             partials,
         )
         self.add("sum partials", partials // 4, self.factors, partials)
@@ -407,19 +424,64 @@ def partial_width(rank: int) -> int:
 def partial_bytes(p: Problem) -> int:
     """float32 partials of dA and dB: one (R, tile) slice per tile of the other side, within each block.
 
-    R is :func:`partial_width`. A problem with fewer tiles than a GPU has multiprocessors splits its tokens too and
-    writes that many times more, of a size that is small then.
+    R is :func:`partial_width`. Every one of :func:`gradient_parts` writes its own. A problem with fewer tiles than a
+    GPU has multiprocessors splits its tokens among programs too and writes that many times more, of a size that is
+    small then.
 
     Args:
         p: the problem.
 
     Example:
-        >>> partial_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) / 2**20
-        3.5
+        >>> partial_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) / 2**20  # two parts of 3.5 MiB
+        7.0
     """
+    check_kind("p", p, Problem)
     rows, cols = (p.padded(n) // p.num_blocks for n in (p.out_features, p.in_features))
     slices = p.out_features * math.ceil(cols / GRAD_TILE) + p.in_features * math.ceil(rows / GRAD_TILE)
-    return 4 * partial_width(p.max_rank) * slices
+    return 4 * partial_width(p.max_rank) * slices * len(gradient_parts(p))
+
+
+def gradient_parts(p: Problem) -> tuple[int, ...]:
+    """How many tokens the backward gathers at a time for dA and dB, which are sums over tokens: all, or parts in turn.
+
+    In so many parts that the gathered copies of dY and x take no more memory than dX and its W_eff do afterwards, but
+    of no fewer tokens than `GRAD_PART_TOKENS`, for each part runs the end of every program anew, and only where G has
+    `GRAD_PART_TILES`. Under dropout dX comes with gathered copies of its own, and there is nothing to save.
+
+    Args:
+        p: the problem.
+
+    Example:
+        >>> gradient_parts(Problem(8192, 4096, 4096, num_blocks=4, rank=16))
+        (4096, 4096)
+        >>> gradient_parts(Problem(8192, 4096, 14336, num_blocks=4, rank=16))  # dX alone is 224 MiB
+        (8192,)
+    """
+    check_kind("p", p, Problem)
+    most = p.tokens // GRAD_PART_TOKENS
+    if most < 2 or p.dropout or grad_tiles(p) < GRAD_PART_TILES:
+        return (p.tokens,)
+    copies = p.tokens * sum(p.padded(n) for n in (p.out_features, p.in_features) if p.gathers(n))
+    wanted = math.ceil(copies / (p.weight_elements + p.tokens * p.in_features))
+    # Whole steps, so that only the last part has one that is not full.
+    each = math.ceil(p.tokens / max(1, min(wanted, most)) / GRAD_STEP) * GRAD_STEP
+    whole, rest = divmod(p.tokens, each)
+    return (each,) * whole + ((rest,) if rest else ())
+
+
+def grad_tiles(p: Problem) -> int:
+    """Tiles of G of all blocks: programs of a launch of block_grad that need not share them.
+
+    Args:
+        p: the problem.
+
+    Example:
+        >>> grad_tiles(Problem(8192, 4096, 4096, num_blocks=4, rank=16))
+        256
+    """
+    check_kind("p", p, Problem)
+    rows, cols = (p.padded(n) // p.num_blocks for n in (p.out_features, p.in_features))
+    return p.num_blocks * math.ceil(rows / GRAD_TILE) * math.ceil(cols / GRAD_TILE)
 
 
 def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> int:

@@ -17,7 +17,15 @@ import math
 from dataclasses import dataclass
 
 from .checks import check_count, check_kind
-from .counts import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE, Problem, token_splits
+from .counts import (
+    GRAD_EPILOGUE_STEPS,
+    GRAD_STEP,
+    GRAD_TILE,
+    Problem,
+    grad_tiles,
+    gradient_parts,
+    token_splits,
+)
 from .gpus import Gpu
 
 __all__ = ["GradShare", "block_grad_share"]
@@ -68,22 +76,25 @@ def block_grad_share(problem: Problem, gpu: Gpu, *, ieee: bool = True) -> GradSh
         >>> from smoa_kernels.gpus import GPUS
         >>> found = block_grad_share(Problem(8192, 4096, 4096, num_blocks=4, rank=16), GPUS["h100"])
         >>> round(found.waves, 2), round(found.main_loop, 2), round(found.share, 2)
-        (0.97, 0.94, 0.84)
+        (0.97, 0.89, 0.79)
     """
     check_kind("problem", problem, Problem)
     check_kind("gpu", gpu, Gpu)
     check_kind("ieee", ieee, bool)
     check_count("tokens", problem.tokens)
     p, tile = problem, GRAD_TILE
-    rows, cols = (p.padded(n) // p.num_blocks for n in (p.out_features, p.in_features))
-    tiles = p.num_blocks * math.ceil(rows / tile) * math.ceil(cols / tile)
-    programs = tiles * token_splits(p.tokens, tiles, gpu.multiprocessors, GRAD_STEP)
-    steps = math.ceil(p.tokens * tiles / programs / GRAD_STEP)
+    tiles = grad_tiles(p)
+    launches = gradient_parts(p)  # one for each part of the tokens, all like the first
+    programs = tiles * token_splits(launches[0], tiles, gpu.multiprocessors, GRAD_STEP)
+    steps = math.ceil(launches[0] * tiles / programs / GRAD_STEP)
     waves = programs / gpu.multiprocessors
     # A step loads a tile of each operand: tile / itemsize products and sums for each byte of them.
     fed = tile / p.dtype.itemsize * CACHE_OVER_MEMORY * gpu.bytes_per_second
     return GradShare(
-        tiles=p.tokens * p.weight_elements / p.num_blocks / (programs * steps * GRAD_STEP * tile**2),
+        tiles=p.tokens
+        * p.weight_elements
+        / p.num_blocks
+        / (len(launches) * programs * steps * GRAD_STEP * tile**2),
         waves=waves / math.ceil(waves),
         main_loop=steps / (steps + GRAD_EPILOGUE_STEPS),
         cache=min(1.0, fed / gpu.flops_per_second(p.dtype, ieee)),

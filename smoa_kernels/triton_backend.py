@@ -5,8 +5,9 @@
   onto it and rounds once;
 - fused: for few tokens, base and adapter in one pass over W0, nothing built.
 
-Backward: `block_grad` for dA and dB, whose gathered copies are freed before dX needs its workspace; dX merged in
-every dtype (a rounded W_eff is a second-order error there), split under dropout, fused for few tokens.
+Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`counts.gradient_parts`) and nothing
+is left before dX needs its workspace; dX merged in every dtype (a rounded W_eff is a second-order error there), split
+under dropout, fused for few tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cost import Problem, choose_algorithm
+from .counts import gradient_parts
 from .dropout import Dropout
 from .gpus import device_gpu
 from .kernels._common import padded_width
-from .kernels.block_grad import block_grad
+from .kernels.block_grad import block_grad_in_parts
 from .kernels.block_matmul import block_matmul
 from .kernels.fused_linear import fused_linear
 from .kernels.heuristic import Key, bucket
@@ -76,13 +78,25 @@ def backward(
     dA = dB = dx = None
     # The factors first: their gathered copies are gone before dX takes its workspace.
     if x is not None:
-        dyg = _by_block(dy, adapter.T.partition)
-        xg = _by_block(x, adapter.partition, dropout)
-        dA, dB = block_grad(dyg, xg, adapter, needs_A=True, needs_B=True, allow_tf32=allow_tf32)
-        del dyg, xg
+        dA, dB = _factor_gradients(dy, x, adapter, dropout, allow_tf32)
     if needs_x:
         dx = input_gradient(dy, adapter, "auto", dropout)
     return dx, dA, dB
+
+
+def _factor_gradients(
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    problem = _problem(dy.shape[0], adapter, dy.dtype, 0.0 if dropout is None else dropout.p)
+    parts = gradient_parts(problem)
+    pieces = list(zip(dy.split(parts), x.split(parts), strict=True))
+
+    def gathered(part: int) -> tuple[Tensor, Tensor]:
+        dy_part, x_part = pieces[part]
+        # Under dropout there is one part: the mask counts tokens from the first.
+        return _by_block(dy_part, adapter.T.partition), _by_block(x_part, adapter.partition, dropout)
+
+    return block_grad_in_parts(len(parts), gathered, adapter, allow_tf32=allow_tf32)
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
@@ -145,14 +159,22 @@ def admissible(stage: str, dtype: str) -> tuple[str, ...]:
 
 def _choose(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
     """What "auto" means without dropout, for "forward" or "input_gradient": as measured, else as predicted."""
-    out_features, in_features = adapter.weight.shape
-    tokens, rank, num_blocks = x.shape[0], adapter.A.shape[0], adapter.partition.num_blocks
-    ieee = x.dtype == torch.float32 and not allow_tf32
+    tokens, ieee = x.shape[0], x.dtype == torch.float32 and not allow_tf32
     dtype = name_of(x.dtype, "ieee" if ieee else "tf32")
+    out_features, in_features = adapter.weight.shape
+    rank, num_blocks = adapter.A.shape[0], adapter.partition.num_blocks
     key = Key(stage, dtype, rank, num_blocks, out_features, in_features, bucket(tokens))
     measured = lookup.tuned_algorithm(key, x.device, admissible(stage, dtype))
     if measured is not None:
         return measured
-    problem = Problem(tokens, out_features, in_features, num_blocks, rank * num_blocks, x.dtype)
+    problem = _problem(tokens, adapter, x.dtype)
     # dX is merged in every dtype, so its alternative to fused is predicted as IEEE float32's.
     return choose_algorithm(problem, device_gpu(x.device), ieee or stage == "input_gradient")
+
+
+def _problem(tokens: int, adapter: PackedAdapter, dtype: torch.dtype, dropout: float = 0.0) -> Problem:
+    """The layer and a batch as the cost model names them: blocks of one size and one rank."""
+    out_features, in_features = adapter.weight.shape
+    num_blocks = adapter.partition.num_blocks
+    rank = adapter.A.shape[0] * num_blocks
+    return Problem(tokens, out_features, in_features, num_blocks, rank, dtype, dropout)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from .checks import check_choice, check_kind
-from .counts import Problem, partial_bytes
+from .counts import Problem, gradient_parts, partial_bytes
 
 __all__ = ["backward_workspace", "backward_workspace_bytes", "peak_bytes"]
 
@@ -19,8 +19,9 @@ __all__ = ["backward_workspace", "backward_workspace_bytes", "peak_bytes"]
 def backward_workspace(problem: Problem) -> Mapping[str, int]:
     """Bytes that each stage of the backward holds beyond its inputs and results.
 
-    "factor gradients": gathered dY and x, and the partials. They are freed before "input gradient", which
-    holds W_eff; under dropout it holds the ΔW blocks, dY gathered anew, and dX's share by block instead.
+    "factor gradients": gathered dY and x of one part of the tokens (`counts.gradient_parts`), and all partials. They
+    are freed before "input gradient", which holds W_eff; under dropout it holds the ΔW blocks, dY gathered anew, and
+    dX's share by block instead.
 
     Args:
         problem: the layer and the batch.
@@ -28,15 +29,16 @@ def backward_workspace(problem: Problem) -> Mapping[str, int]:
     Example:
         >>> stages = backward_workspace(Problem(8192, 14336, 4096, num_blocks=4, rank=16))
         >>> {stage: size >> 20 for stage, size in stages.items()}
-        {'factor gradients': 291, 'input gradient': 112}
+        {'factor gradients': 151, 'input gradient': 112}
     """
     check_kind("problem", problem, Problem)
     p, size = problem, problem.dtype.itemsize
     rows, cols = p.padded(p.out_features), p.padded(p.in_features)
-    dy = p.tokens * rows * size * p.gathers(p.out_features)
-    x = p.tokens * cols * size * (p.gathers(p.in_features) or p.dropout > 0)
+    at_once = max(gradient_parts(p))
+    dy = at_once * rows * size * p.gathers(p.out_features)
+    x = at_once * cols * size * (p.gathers(p.in_features) or p.dropout > 0)
     dx = p.weight_elements * size
-    if p.dropout:
+    if p.dropout:  # one part: dY is gathered as a whole both times
         dx = rows * cols // p.num_blocks * size + dy + p.tokens * cols * size
     return MappingProxyType({"factor gradients": dy + x + partial_bytes(p), "input gradient": dx})
 
@@ -48,8 +50,8 @@ def backward_workspace_bytes(problem: Problem) -> int:
         problem: the layer and the batch.
 
     Example:
-        >>> backward_workspace_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) >> 20  # 288 are gathered copies
-        291
+        >>> backward_workspace_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) >> 20  # 144 are gathered copies
+        151
     """
     return max(backward_workspace(problem).values())
 
@@ -68,7 +70,7 @@ def peak_bytes(problem: Problem, algorithm: str) -> int:
     Example:
         >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
         >>> round(peak_bytes(problem, "split") / peak_bytes(problem, "lora"), 2)
-        1.0
+        0.83
     """
     check_kind("problem", problem, Problem)
     check_choice("algorithm", algorithm, _MOMENTS)

@@ -3,7 +3,10 @@
 Imported by audit workers only, where Triton compiles.
 """
 
+import os
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import triton
 import triton.language as tl
@@ -90,4 +93,25 @@ COPY = KernelSpec(
     copy_launch,
     narrow={"x_ptr": "strided on purpose"},
 )
+
+
+def crashing_launch(config: ToyConfig, dtype: str, variant: str) -> Launch:
+    """What a compiler does that crashes: always at the block of 64, once at the block of 256."""
+    first = Path(os.environ["SMOA_CACHE"]) / "crashed"
+    if config.block == 64 or (config.block == 256 and not first.exists()):
+        first.touch()
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return copy_launch(config, dtype, variant)
+
+
+CRASHING = KernelSpec(
+    "toy_crashing",
+    toy_copy,
+    "copy",
+    ("strided",),
+    lambda arch, dtype, variant: tuple(ToyConfig(block, 4) for block in (256, 128, 64, 512, 1024, 2048)),
+    crashing_launch,
+    narrow={"x_ptr": "strided on purpose"},
+)
+CRASHES = (CRASHING,)
 TOYS = (MATMUL, MISALIGNED, COPY)

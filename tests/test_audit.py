@@ -21,6 +21,7 @@ from smoa_kernels.tuning.rules import Record, Traffic, broken_rules
 from smoa_kernels.tuning.source import pointers_by_line
 
 TOYS = "audit_kernels:TOYS"
+CRASHES = "audit_kernels:CRASHES"
 
 HOPPER_LOOP = """
 	//## File "kernel.py", line 3
@@ -390,6 +391,16 @@ class TestRealCompiles:
         (entry,) = json.loads(path.read_text())
         assert entry["kernel"] == "toy_misaligned"
         assert entry["broken_rules"]
+
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_a_compiler_that_crashes_is_a_finding(self, cache, jobs):
+        """Alone of its kind; one that crashed only once counts as what it compiled to."""
+        found = list(run_audit(registry=CRASHES, archs=("sm_80",), dtypes=("bf16",), jobs=jobs))
+        assert [left for left, _ in found] == [6, 5, 4, 3, 2, 1, 0]
+        records = {record.config["block"]: record for _, record in found if record}
+        assert set(records) == {256, 128, 64, 512, 1024, 2048}
+        assert records.pop(64).error == "the compiler ended its process"
+        assert all(record.error is None for record in records.values())
 
     def test_unknown_kernel(self, cache, capsys):
         assert main(["audit", "--registry", TOYS, "--kernel", "toy"]) == 2

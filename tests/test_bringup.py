@@ -124,9 +124,9 @@ def test_goals_stand_with_the_prediction_and_what_was_measured() -> None:
     assert rows[0].measured == pytest.approx(1.3 / 1.4)
     assert rows[0].predicted == pytest.approx(0.91, abs=0.01)
     assert rows[6].measured == pytest.approx(0.8)
-    assert rows[6].predicted == pytest.approx(1.01, abs=0.005)
+    assert rows[6].predicted == pytest.approx(0.50, abs=0.005)
     assert rows[7].measured == 0.7
-    assert rows[7].predicted == pytest.approx(0.84, abs=0.01)
+    assert rows[7].predicted == pytest.approx(0.79, abs=0.01)
     for goal in GOALS:
         assert goal.row(COLUMNS[1], goal.limits[1], H100, state).measured is None
 
@@ -161,7 +161,7 @@ def test_the_page_marks_every_figure(tmp_path: Path) -> None:
     assert merged.endswith("| ≤ 1.00 | 0.91 | 0.93, met | ≤ 1.10 | 1.01 | not measured |")
     (split,) = (line for line in text.splitlines() if line.startswith("| fwd+bwd over PEFT LoRA, split"))
     assert "1.25, missed" in split
-    assert "| block_grad, share of the measured matmul rate | ≥ 0.65 | 0.84 | 0.70, met |" in text
+    assert "| block_grad, share of the measured matmul rate | ≥ 0.65 | 0.79 | 0.70, met |" in text
     assert "measured on GPU NVIDIA H100 80GB HBM3" in text
     assert "1 failed, 4 passed, in 2 files." in text
     assert "Not finished in time: b.py (1 of 7 tests ran)." in text
@@ -251,6 +251,52 @@ def test_a_stage_that_fails_does_not_stop_the_rest_and_resume_goes_on(
     monkeypatch.setattr(bringup, "_in_process", fresh)
     bringup.main(call)
     assert fresh.asked == list(stages.STAGES)
+
+
+def test_ctrl_c_keeps_what_was_found_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "before"))
+    script = Script()
+
+    def interrupted(name: str, *rest: object) -> dict[str, object]:
+        if name == "compare":
+            raise KeyboardInterrupt
+        return script(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bringup, "_in_process", interrupted)
+    call = ["--smoke", "--out", str(tmp_path)]
+    assert bringup.main(call) == 130
+    (path,) = tmp_path.glob("bringup-*.json")
+    assert "| compare | interrupted | 0 | by Ctrl-C |" in path.with_suffix(".md").read_text()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("with --resume goes on from here.")
+    again = Script()
+    monkeypatch.setattr(bringup, "_in_process", again)
+    assert bringup.main([*call, "--resume"]) == 0
+    assert again.asked == ["compare", "predict"]
+
+
+def test_resume_goes_on_with_the_same_commits_bring_up_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "before"))
+    monkeypatch.setattr(bringup, "_in_process", Script())
+    call = ["--smoke", "--out", str(tmp_path)]
+    bringup.main(call)
+    (path,) = tmp_path.glob("bringup-*.json")
+    data = json.loads(path.read_text())
+    for commit, asked in ((data["commit"].rstrip("+") + "+", []), ("0123456789", list(stages.STAGES))):
+        path.write_text(json.dumps(data | {"commit": commit}))
+        script = Script()
+        monkeypatch.setattr(bringup, "_in_process", script)
+        assert bringup.main([*call, "--resume"]) == 0
+        assert script.asked == asked
+    assert "is of commit 0123456789, here is" in capsys.readouterr().out
+    path.write_text("{")
+    with pytest.raises(SystemExit, match="2"):
+        bringup.main([*call, "--resume"])
+    assert "is not a bring-up" in capsys.readouterr().err
+    assert path.read_text() == "{"
 
 
 @pytest.mark.parametrize(
@@ -414,6 +460,19 @@ def test_the_numerical_tests_are_all_of_them() -> None:
     others = "cuda_graphs dead_zone determinism dropout functional fuzz in_training layers operator reference"
     assert {f"test_{name}.py" for name in (*others.split(), "soak", "trust")} <= set(names)
     assert {"peft/test_tuner.py", "peft/test_lifecycle.py", "peft/test_training.py"} <= set(names)
+    assert {"test_theory.py", "test_partition.py", "test_spectrum.py"} <= set(names)
+
+
+def test_a_file_without_a_numerical_test_says_why() -> None:
+    """A new file is marked or listed; an entry whose files are all marked or gone is dropped."""
+    files = {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    marked, reasons = set(numerics.numerical_files()), numerics.NOT_NUMERICAL
+    covered = {
+        name: [f for f in files if f == name or f.startswith(name.rstrip("/") + "/")] for name in reasons
+    }
+    assert files - marked == {file for found in covered.values() for file in found} - marked
+    assert all(set(found) - marked for found in covered.values())
+    assert all(reasons.values())
 
 
 # What a GPU machine has beside Python: torch, triton, numpy, pytest, pytest-benchmark, peft, transformers.
@@ -458,3 +517,29 @@ def test_the_numerical_tests_need_no_more_either() -> None:
         "test_quantized",
         "test_scratch",
     }
+
+
+def test_the_theory_is_checked_without_hypothesis() -> None:
+    """From seeds (tests/draws.py), as often: a draw that breaks a test is told by its seed."""
+    options = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-o", "addopts="]
+    done = without("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *options, "tests/test_theory.py")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "skipped" not in done.stdout
+    wrong = """
+import draws
+drawn = []
+@draws.settings(max_examples=50, deadline=None)
+@draws.given(n=draws.st.integers(0, 9), m=draws.st.lists(draws.st.integers(1, 3), min_size=1, max_size=2))
+def check(n, m):
+    draws.assume(n > 2)
+    drawn.append(n)
+    assert n < 9 and 0 < len(m) < 3
+try:
+    check()
+except AssertionError:
+    print(set(drawn) <= set(range(3, 10)))
+"""
+    told = without("sys.path.insert(0, 'tests')" + wrong)
+    assert re.fullmatch(r"drawn by seed \d+: \{'n': 9, 'm': \[.*\]\}\nTrue\n", told.stdout), (
+        told.stdout + told.stderr
+    )

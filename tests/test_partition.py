@@ -5,10 +5,17 @@ import sys
 
 import pytest
 import torch
+from problems import DEVICE
 from vectors import Vector, all_vectors
 
 from smoa_kernels import BlockPartition, spectral_order
 from smoa_kernels.spectral_order import spectral_centroids
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """On the CPU, so that every device gets the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=dtype, generator=generator, device="cpu").to(DEVICE)
 
 
 def svd_centroids(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,34 +30,38 @@ def svd_centroids(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scores[0], scores[1]
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)
 def test_equals_vectors(vector: Vector) -> None:
-    weight = torch.from_numpy(vector.weight)
+    weight = torch.from_numpy(vector.weight).to(DEVICE)
     partition = BlockPartition.from_weight(weight, vector.num_blocks)
     row_score, col_score = spectral_centroids(weight)
-    torch.testing.assert_close(row_score, torch.from_numpy(vector.row_score), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(col_score, torch.from_numpy(vector.col_score), rtol=1e-9, atol=1e-9)
+    for score, true in ((row_score, vector.row_score), (col_score, vector.col_score)):
+        torch.testing.assert_close(score.cpu(), torch.from_numpy(true), rtol=1e-9, atol=1e-9)
     assert partition.row_order.tolist() == vector.row_order.tolist()
     assert partition.col_order.tolist() == vector.col_order.tolist()
     assert partition.row_block.tolist() == vector.row_block.tolist()
     assert partition.col_block.tolist() == vector.col_block.tolist()
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("shape", [(37, 19), (19, 37), (23, 23), (1, 5), (5, 1)])
 def test_gram_route_equals_svd(shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = drawn(*shape, seed=0)
     for ours, expected in zip(spectral_centroids(weight), svd_centroids(weight), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_extreme_magnitudes_keep_the_order(scale: float) -> None:
     """Squared in float32 these entries would overflow or vanish."""
-    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
+    weight = drawn(24, 40, seed=1, dtype=torch.float32)
     expected = BlockPartition.from_weight(weight, 3)
     assert BlockPartition.from_weight(weight * scale, 3) == expected
 
 
+@pytest.mark.numerical
 def test_svd_takes_over_where_eigh_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(12, 30, dtype=torch.float64)
     expected = BlockPartition.from_weight(weight, 4)
@@ -62,6 +73,7 @@ def test_svd_takes_over_where_eigh_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     assert BlockPartition.from_weight(weight, 4) == expected
 
 
+@pytest.mark.numerical
 def test_zero_rows_score_zero_and_rank_deficiency_works() -> None:
     weight = (
         torch.randn(10, 6, dtype=torch.float64)
@@ -79,17 +91,20 @@ def test_zero_rows_score_zero_and_rank_deficiency_works() -> None:
     torch.testing.assert_close(row_score[others], expected_rows[others], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.numerical
 def test_zero_matrix_keeps_the_natural_order() -> None:
     partition = BlockPartition.from_weight(torch.zeros(5, 7), 2)
     assert partition.row_order.tolist() == [0, 1, 2, 3, 4]
     assert partition.col_block.tolist() == [0, 0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.numerical
 def test_half_types_are_computed_in_float32() -> None:
     weight = torch.randn(30, 20).bfloat16()
     assert BlockPartition.from_weight(weight, 3) == BlockPartition.from_weight(weight.float(), 3)
 
 
+@pytest.mark.numerical
 def test_blocks_are_cut_as_tensor_split_cuts() -> None:
     partition = BlockPartition.from_weight(torch.randn(11, 8), 3)
     assert partition.row_sizes == (4, 4, 3)
@@ -99,6 +114,7 @@ def test_blocks_are_cut_as_tensor_split_cuts() -> None:
         assert (partition.row_block[chunk] == k).all()
 
 
+# Of the CPU's threads: not numerical.
 def test_thread_setting_is_restored_and_does_not_matter() -> None:
     """One intra-op thread inside, the caller's setting after, also when it raises."""
     weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(3))
@@ -118,6 +134,7 @@ def test_thread_setting_is_restored_and_does_not_matter() -> None:
     assert outputs == {f"{partition.row_block.tolist()} {partition.col_block.tolist()}\n"}
 
 
+@pytest.mark.numerical
 def test_labels_rebuild_without_a_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
     partition = BlockPartition.from_weight(torch.randn(13, 9), 4)
 
@@ -132,6 +149,7 @@ def test_labels_rebuild_without_a_spectrum(monkeypatch: pytest.MonkeyPatch) -> N
     assert again.row_offsets.tolist() == [0, 4, 7, 10, 13]
 
 
+@pytest.mark.numerical
 def test_label_dtypes() -> None:
     assert (
         BlockPartition.from_labels(torch.arange(256), torch.arange(256), 256).row_block.dtype == torch.uint8
@@ -141,6 +159,7 @@ def test_label_dtypes() -> None:
     assert wide.num_blocks == 257
 
 
+@pytest.mark.numerical
 def test_shards_keep_labels_and_may_miss_blocks() -> None:
     partition = BlockPartition.from_labels(torch.tensor([0, 0, 1, 2]), torch.tensor([2, 1, 0]), 3)
     shard = partition.shard(slice(0, 2), slice(1, 3))
@@ -151,6 +170,7 @@ def test_shards_keep_labels_and_may_miss_blocks() -> None:
     assert shard == BlockPartition.from_labels(partition.row_block[:2], partition.col_block[1:], 3)
 
 
+@pytest.mark.numerical
 def test_equality_is_by_labels() -> None:
     rows, cols = torch.tensor([0, 1]), torch.tensor([1, 0])
     partition = BlockPartition.from_labels(rows, cols, 2)
@@ -162,10 +182,10 @@ def test_equality_is_by_labels() -> None:
     assert partition.T.shape == (2, 2)
 
 
+@pytest.mark.numerical
 def test_permuting_the_weight_permutes_the_partition() -> None:
-    generator = torch.Generator().manual_seed(5)
-    weight = torch.randn(18, 25, dtype=torch.float64, generator=generator)
-    rows, cols = torch.randperm(18, generator=generator), torch.randperm(25, generator=generator)
+    weight = drawn(18, 25, seed=5)
+    rows, cols = torch.randperm(18), torch.randperm(25)
     partition, permuted = (BlockPartition.from_weight(w, 3) for w in (weight, weight[rows][:, cols]))
     assert permuted.row_block.tolist() == partition.row_block[rows].tolist()
     assert permuted.col_block.tolist() == partition.col_block[cols].tolist()

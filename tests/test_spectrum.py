@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from problems import make_problem
+from problems import DEVICE, make_problem
 from torch import Tensor
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.reference import reference_delta_weight
 from smoa_kernels.spectrum import LayerSpectrum, cumulated, effective_number, layer_spectrum
+
+pytestmark = pytest.mark.numerical
 
 DIAGONAL = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64))
 
@@ -22,7 +24,8 @@ def unit(*places: tuple[int, int]) -> Tensor:
 
 
 def measured(weight: Tensor, update: Tensor, num_blocks: int = 1) -> LayerSpectrum:
-    return layer_spectrum(weight, BlockPartition.from_weight(weight, num_blocks), {"it": update})
+    weight = weight.to(DEVICE)
+    return layer_spectrum(weight, BlockPartition.from_weight(weight, num_blocks), {"it": update.to(DEVICE)})
 
 
 @pytest.mark.parametrize(
@@ -99,12 +102,13 @@ def test_the_definition_in_loops(shape: tuple[int, int]) -> None:
 def test_random_low_rank_touches_many_directions_in_few_ways() -> None:
     """Shares like χ² of r degrees of freedom: coverage `r/2 · e^-ψ(r/2 + 1)` at every size, effective rank below r."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(400, 400, generator=generator, dtype=torch.float64)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    weight = randn(400, 400)
     for r in (1, 4, 16):
-        B = torch.randn(400, r, generator=generator, dtype=torch.float64)
-        found = measured(weight, B @ torch.randn(r, 400, generator=generator, dtype=torch.float64)).updates[
-            "it"
-        ]
+        found = measured(weight, randn(400, r) @ randn(r, 400)).updates["it"]
         expected = r / 2 * math.exp(-float(torch.special.digamma(torch.tensor(r / 2 + 1))))
         assert found.coverage == pytest.approx(expected, rel=0.08)
         assert found.rank == r

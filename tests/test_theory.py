@@ -4,20 +4,21 @@ The paths that are tested are those that train and merge (`eager`), with labels 
 blocks of rank 0 among them, and rubbish in the factors' padding.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import pytest
 import torch
-from problems import LinearProblem, make_problem
+from draws import assume, given, settings, st
+from problems import DEVICE, LinearProblem, make_problem
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear, eager
 from smoa_kernels.packed import PackedAdapter, pack_factors, scaling_tensor
 from smoa_kernels.ranks import trainable_parameters
 
-pytest.importorskip("hypothesis", reason="hypothesis draws these problems")
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+pytestmark = pytest.mark.numerical
 
 SOME = settings(max_examples=100, deadline=None)
 
@@ -52,10 +53,15 @@ def of_rank(shape: tuple[int, int], inner: int, generator: torch.Generator, *, w
 
     def factor(*size: int) -> Tensor:
         if whole:
-            return torch.randint(-1, 2, size, generator=generator).double()
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
+            return torch.randint(-1, 2, size, generator=generator, device="cpu").double()
+        return randn(*size, generator=generator)
 
-    return factor(shape[0], inner) @ factor(inner, shape[1])
+    return factor(shape[0], inner).to(DEVICE) @ factor(inner, shape[1]).to(DEVICE)
+
+
+def randn(*size: int, generator: torch.Generator) -> Tensor:
+    """Drawn on the CPU, so that every device gets the same numbers."""
+    return torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
 
 
 def rank_bound(p: LinearProblem) -> int:
@@ -103,7 +109,7 @@ def test_parameters_are_what_the_update_depends_on(p: LinearProblem) -> None:
     """`Σ r_k (N_k + C_k)`, counted as entries of the factors whose change changes ΔW."""
     sizes = zip(p.partition.row_sizes, p.partition.col_sizes, p.ranks.tolist(), strict=True)
     A, B = p.A.clone().requires_grad_(), p.B.clone().requires_grad_()
-    direction = torch.randn(p.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    direction = randn(*p.weight.shape, generator=torch.Generator().manual_seed(1))
     (delta(replace(p, A=A, B=B)) * direction).sum().backward()
     # A block without rows or without columns has factors that nothing depends on.
     counted = sum(r * (n + c) for n, c, r in sizes if n and c)
@@ -152,12 +158,11 @@ def test_permuting_the_coordinates_permutes_blocks_update_and_outputs(
     """Labels come from W0's spectrum, which knows no order of its rows and columns."""
     assume(num_blocks <= min(p.weight.shape))
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(p.weight.shape[0], generator=generator)
-    cols = torch.randperm(p.weight.shape[1], generator=generator)
+    rows, cols = (torch.randperm(n, generator=generator, device="cpu").to(DEVICE) for n in p.weight.shape)
     partition = BlockPartition.from_weight(p.weight, num_blocks)
     A, B, ranks = pack_factors(
-        [torch.randn(2, n, generator=generator, dtype=torch.float64) for n in partition.col_sizes],
-        [torch.randn(n, 2, generator=generator, dtype=torch.float64) for n in partition.row_sizes],
+        [randn(2, n, generator=generator) for n in partition.col_sizes],
+        [randn(n, 2, generator=generator) for n in partition.row_sizes],
         partition,
     )
     first = replace(p, A=A, B=B, partition=partition, ranks=ranks)

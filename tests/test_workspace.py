@@ -1,6 +1,7 @@
 """Predicted memory of a training pass (smoa_kernels/workspace.py): hand counts, and what was measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,46 @@ def test_backward_workspace():
     gathered = 2 * 8192 * (14336 + 4096)
     partials = 4 * 4 * (14336 * 8 + 4096 * 28)  # ρ = 4 of float32, one slice per 128-wide tile beside it
     assert gathered == 288 * 2**20
-    assert stages["factor gradients"] == gathered + partials
+    assert stages["factor gradients"] == gathered // 2 + 2 * partials  # tokens in two parts
     assert stages["input gradient"] == 112 * 2**20
     assert backward_workspace_bytes(p) == max(stages.values()) < 400 * 2**20
+    assert (
+        backward_workspace(replace(p, tokens=8191))["factor gradients"] == gathered // 8192 * 8191 + partials
+    )
+
+
+@pytest.mark.parametrize(
+    ("problem", "parts"),
+    [
+        (Problem(8192, 4096, 4096, 4, 16), (4096, 4096)),  # 128 MiB of copies, W_eff and dX take 96
+        (Problem(8191, 4096, 4096, 4, 16), (8191,)),  # parts would be shorter than 64 steps
+        (Problem(8193, 4096, 4096, 4, 16), (4160, 4033)),  # whole steps but for the last
+        (Problem(8192, 4096, 14336, 4, 16), (8192,)),  # W_eff and dX take more than the copies
+        (Problem(32768, 14336, 4096, 4, 16), (8192, 8192, 8192, 8192)),  # 1152 MiB over 368
+        (Problem(8192, 4096, 4096, 4, 16, dropout=0.05), (8192,)),  # dX comes with copies of its own
+        (Problem(8192, 4096, 4096, 1, 16), (8192,)),  # nothing is copied
+        (Problem(8192, 4096, 4096, 8, 16), (4096, 4096)),  # 128 tiles fill a GPU
+        (Problem(8192, 4096, 3072, 8, 16), (8192,)),  # 96 do not: programs share their tokens already
+        (Problem(0, 4096, 4096, 4, 16), (0,)),
+    ],
+    ids=str,
+)
+def test_into_how_many_parts_a_backward_gathers(problem, parts):
+    assert counts.gradient_parts(problem) == parts
+
+
+def test_parts_take_no_more_than_dx_where_they_may_be_short_enough():
+    for tokens in (8192, 16384, 100_001, 1 << 20):
+        for shape in ((4096, 4096), (14336, 4096), (28672, 1024), (1024, 28672), (16390, 590)):
+            p = Problem(tokens, *shape, 4, 16)
+            parts = counts.gradient_parts(p)
+            assert sum(parts) == tokens
+            assert min(parts[:-1], default=tokens) == max(parts)
+            stages, dx = backward_workspace(p), 2 * tokens * p.in_features
+            copies = stages["factor gradients"] - counts.partial_bytes(p)
+            step = 2 * counts.GRAD_STEP * sum(p.padded(n) for n in shape)  # parts are whole steps
+            if len(parts) < tokens // counts.GRAD_PART_TOKENS:
+                assert copies <= stages["input gradient"] + dx + step
 
 
 def test_backward_workspace_counts_padding_and_dropout():
@@ -43,7 +81,10 @@ def test_peaks_by_hand():
     assert peak_bytes(p, "frozen") == 128 * mib
     assert peak_bytes(p, "lora") == 192 * mib + 2 * 16 * 8192
     factors = 2 * 4 * 8192
-    assert peak_bytes(p, "split") == 192 * mib + factors + 4 * 4 * 2 * 4096 * 8  # y, dY and x gathered
+    assert peak_bytes(p, "split") == 160 * mib + factors  # y, dX and W_eff
+    short = Problem(4096, 4096, 4096, 4, 16)
+    # y, dY and x gathered, the partials: as much as dX and W_eff, and a mebibyte
+    assert peak_bytes(short, "split") == 96 * mib + factors + 4 * 4 * 2 * 4096 * 8
 
 
 def memory_results():

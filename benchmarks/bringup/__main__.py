@@ -17,7 +17,7 @@ GRACE = 3.0  # seconds between a stage's own deadline and its end by force
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; 0 when every stage is done, 1 when one is not, 2 for a mistake in the call."""
+    """Run; 0 when every stage is done, 1 when one is not, 2 for a mistake in the call, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bringup", description=__doc__)
     parser.add_argument(
         "--out", type=Path, help="folder of the JSON and the Markdown (default benchmarks/results)"
@@ -42,24 +42,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _stage(options.stage, out, options.seconds, options.smoke)
     fresh = State.fresh(options.smoke)
     path = path_of(out, fresh.run)
-    if not (options.resume and path.is_file()):
+    try:
+        known = State.read(path) if options.resume and path.is_file() else None
+    except ValueError as error:
+        parser.error(f"{error}; without --resume it is written anew")
+    if known is not None and _code(known) != _code(fresh):
+        print(f"{path} is of commit {known.run.commit}, here is {fresh.run.commit}: every stage runs anew")
+        known = None
+    if known is None:
         fresh.write(path)
     for name, (_, seconds) in STAGES.items():
         state = State.read(path)
         if options.resume and state.stages.get(name, {}).get("status") == "done":
             print(f"{name}: done before", flush=True)
             continue
-        status = _in_process(name, out, seconds, options.smoke)
+        start = time.monotonic()
+        try:
+            status = _in_process(name, out, seconds, options.smoke)
+        except KeyboardInterrupt:
+            taken = round(time.monotonic() - start, 1)
+            status = {"status": "interrupted", "seconds": taken, "error": "by Ctrl-C"}
         state = State.read(path).with_stage(name, **status)
         state.write(path)
         _write(path.with_suffix(".md"), page(state))
         print(
             f"{name}: {status['status']} in {status['seconds']:.0f} s. {status['error']}".rstrip(), flush=True
         )
+        if status["status"] == "interrupted":
+            print(f"What was found is kept in {path}; the same command with --resume goes on from here.")
+            return 130
     state = State.read(path)
     _write(path.with_suffix(".md"), page(state))
     print(f"written: {path} and {path.with_suffix('.md').name}")
     return 0 if all(found["status"] == "done" for found in state.stages.values()) else 1
+
+
+def _code(state: State) -> str:
+    """The commit; that it was edited does not count, for the page itself may be a file of it."""
+    return str(state.run.commit).rstrip("+")
 
 
 def _in_process(name: str, out: Path, seconds: float, smoke: bool) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """Stage 1: every numerical test on this device, a pytest process for each file that has one.
 
 A test says that it is numerical with a mark (`numerical`, or `gpu` where it has nothing to do elsewhere): then its
-tensors are made on the GPU where there is one (tests/conftest.py).
+tensors are made on the GPU where there is one (tests/conftest.py). Every file without such a test is in `NOT_NUMERICAL`
+with the reason.
 """
 
 from __future__ import annotations
@@ -24,6 +25,42 @@ from .state import ROOT
 
 TESTS = ROOT / "tests"
 MARKS = ("numerical", "gpu")
+
+# Files or folders of tests none of whose tests a GPU could make fail in another way than the CPU does; a test compares
+# the list with the files.
+NOT_NUMERICAL = {
+    "bad_inputs/": "errors that are raised before anything is computed",
+    "distributed/": "processes in a gloo group on the CPU: NCCL takes a GPU for each",
+    "tuning/": "the tuner under a scripted clock, in the interpreter; stage 2 tunes for real",
+    "peft/test_checkpoints.py": "files and their layout",
+    "peft/test_fuzzed_files.py": "files and their layout",
+    "peft/test_inspect_command.py": "a command that reads files on the CPU",
+    "peft/test_offload.py": "base weights that wait on the CPU or on disk, for a computation on the CPU",
+    "peft/test_refused.py": "errors that are raised before anything is computed",
+    "peft/test_spectrum_command.py": "a command that reads files on the CPU; its numbers: test_spectrum.py",
+    "test_audit.py": "compiles for every architecture, without a GPU",
+    "test_benchmark_protocol.py": "the clock and the gates of the benchmarks, on the CPU",
+    "test_benchmark_report.py": "tables of made-up runs",
+    "test_bringup.py": "the bring-up itself: stages, resume, page",
+    "test_c_oracle.py": "an oracle that shares no code with the package",
+    "test_classify_example.py": "an example that needs a model's package; the Trainer: peft/test_training.py",
+    "test_cli.py": "what commands print",
+    "test_cost.py": "the cost model's arithmetic",
+    "test_devices.py": "a GPU's driver that is made up",
+    "test_distributed_example.py": "processes in a gloo group on the CPU: NCCL takes a GPU for each",
+    "test_docs.py": "links, names, and examples written for any machine",
+    "test_doctests.py": "examples written for any machine",
+    "test_faults.py": "exceptions at every operator of torch, which are those of any device",
+    "test_files.py": "files",
+    "test_finetune_example.py": "an example that needs a model's package, and files",
+    "test_grad_share.py": "the cost model's arithmetic",
+    "test_imports.py": "the source's text",
+    "test_lost_work.py": "processes that are killed, and files",
+    "test_packaging.py": "the wheel",
+    "test_quality_study.py": "the quality study's statistics, data and files",
+    "test_scaling.py": "the cost model's arithmetic",
+    "test_workspace.py": "bytes that the interpreter allocates; a GPU's are stage 3's",
+}
 
 # What a rehearsal runs of two files, and a few seconds of it.
 SMOKE_FILES = ("kernels/test_modulate.py", "kernels/test_permute.py")

@@ -6,17 +6,20 @@
 G never exists in memory. One program accumulates one tile of G_k over its tokens in registers, multiplies it by
 the tile of W0 and contracts it with the tile's rows of B and columns of A: what it writes is rank-sized. A second
 kernel adds these partials in a fixed order: no atomics, and two runs agree bit for bit. The contraction is linear
-in G, so the tokens can be split among programs too.
+in G, so the tokens can be split among programs too, and among launches.
 
 Layout of the pointers: dy (T, K, P_n) and x (T, K, P_c) padded block-major with zeros in padding, any strides but
 the last, 1; weight (N, C), a (ρ, C), b (N, ρ) in the layer's own coordinates, any strides, reached through
 row_index (N), col_index (C) int64 and row_offsets, col_offsets (K + 1) int32; ranks (K) int32; scaling one element;
-partial_b (splits · column tiles, N, R) and partial_a (splits · row tiles, C, R) float32, contiguous.
+partial_b (splits · column tiles, N, R) and partial_a (splits · row tiles, C, R) float32, contiguous, those of one
+launch after the other's.
 
 R is ρ rounded up to a whole group of ranks: a row of partials is a multiple of 128 bits, one store.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -34,7 +37,7 @@ from .launch import (
 )
 from .selection import select
 
-__all__ = ["block_grad"]
+__all__ = ["block_grad", "block_grad_in_parts"]
 
 # Ranks that the contraction takes at a time: the least that `tl.dot` takes, for the tile of G stays in registers.
 RANK_CHUNK = 16
@@ -242,11 +245,40 @@ def block_grad(
     Raises:
         ValueError: shapes that do not fit each other or the tile.
     """
-    partition = adapter.partition
+    return block_grad_in_parts(
+        1,
+        lambda _: (dyg, xg),
+        adapter,
+        needs_A=needs_A,
+        needs_B=needs_B,
+        allow_tf32=allow_tf32,
+        config=config,
+    )
+
+
+def block_grad_in_parts(
+    parts: int,
+    gathered: Callable[[int], tuple[Tensor, Tensor]],
+    adapter: PackedAdapter,
+    *,
+    needs_A: bool = True,
+    needs_B: bool = True,
+    allow_tf32: bool = False,
+    config: BlockGradConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`block_grad` of tokens that are gathered a part at a time; float32 until the parts are summed.
+
+    Args:
+        parts: how many, at least 1.
+        gathered: from a part's number, its dyg and xg; the part before is freed by then. None is longer than the
+            first.
+        adapter: as in :func:`block_grad`, like the rest.
+    """
+    dyg, xg = gathered(0)
+    partition, rho = adapter.partition, adapter.A.shape[0]
+    out_features, in_features = partition.shape
     tokens, num_blocks, padded_rows = dyg.shape
     padded_cols = xg.shape[2]
-    out_features, in_features = partition.shape
-    rho = adapter.A.shape[0]
     if xg.shape[:2] != dyg.shape[:2] or num_blocks != partition.num_blocks:
         raise ValueError(
             f"dyg {tuple(dyg.shape)} and xg {tuple(xg.shape)} must share T and K = {partition.num_blocks}"
@@ -282,52 +314,59 @@ def block_grad(
     width = partial_width(rho)
     partial_a = partial_b = None
     if needs_A:
-        partial_a = dyg.new_empty((splits * tiles_n, in_features, width), dtype=torch.float32)
+        partial_a = dyg.new_empty((parts, splits * tiles_n, in_features, width), dtype=torch.float32)
     if needs_B:
-        partial_b = dyg.new_empty((splits * tiles_c, out_features, width), dtype=torch.float32)
-    dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
-    xg = xg if xg.stride(2) == 1 else xg.contiguous()
-    block_grad_kernel[(programs, splits)](
-        dyg,
-        xg,
-        adapter.weight,
-        adapter.A,
-        adapter.B,
-        adapter.scaling,
-        adapter.ranks,
-        partition.row_index,
-        partition.col_index,
-        partition.row_offsets,
-        partition.col_offsets,
-        partial_a,
-        partial_b,
-        tokens,
-        tokens_per_split,
-        out_features,
-        in_features,
-        tiles_n,
-        tiles_c,
-        rho,
-        width // PARTIAL_RANKS,
-        *dyg.stride()[:2],
-        *xg.stride()[:2],
-        *adapter.weight.stride(),
-        *adapter.A.stride(),
-        *adapter.B.stride(),
-        NEEDS_A=needs_A,
-        NEEDS_B=needs_B,
-        INPUT_PRECISION=precision,
-        BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
-        BLOCK_T=config.block_t,
-        BLOCK_R=RANK_CHUNK,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        partial_b = dyg.new_empty((parts, splits * tiles_c, out_features, width), dtype=torch.float32)
+    for part in range(parts):
+        if part > 0:
+            del dyg, xg  # before the next are gathered
+            dyg, xg = gathered(part)
+        dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
+        xg = xg if xg.stride(2) == 1 else xg.contiguous()
+        block_grad_kernel[(programs, splits)](
+            dyg,
+            xg,
+            adapter.weight,
+            adapter.A,
+            adapter.B,
+            adapter.scaling,
+            adapter.ranks,
+            partition.row_index,
+            partition.col_index,
+            partition.row_offsets,
+            partition.col_offsets,
+            None if partial_a is None else partial_a[part],
+            None if partial_b is None else partial_b[part],
+            dyg.shape[0],
+            tokens_per_split,
+            out_features,
+            in_features,
+            tiles_n,
+            tiles_c,
+            rho,
+            width // PARTIAL_RANKS,
+            *dyg.stride()[:2],
+            *xg.stride()[:2],
+            *adapter.weight.stride(),
+            *adapter.A.stride(),
+            *adapter.B.stride(),
+            NEEDS_A=needs_A,
+            NEEDS_B=needs_B,
+            INPUT_PRECISION=precision,
+            BLOCK_N=config.block_n,
+            BLOCK_C=config.block_c,
+            BLOCK_T=config.block_t,
+            BLOCK_R=RANK_CHUNK,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    del dyg, xg
     if dA is not None and partial_a is not None:
-        sum_partials(partial_a, partition.T, adapter.ranks, dA.T, splits, config.block_n)
+        slots = partial_a.flatten(0, 1)
+        sum_partials(slots, partition.T, adapter.ranks, dA.T, parts * splits, config.block_n)
     if dB is not None and partial_b is not None:
-        sum_partials(partial_b, partition, adapter.ranks, dB, splits, config.block_c)
+        slots = partial_b.flatten(0, 1)
+        sum_partials(slots, partition, adapter.ranks, dB, parts * splits, config.block_c)
     return dA, dB
 
 

@@ -217,7 +217,7 @@ BLOCK_GRAD_TF32_CONFIGS = (
 BLOCK_GRAD_IEEE_CONFIGS = (
     BlockGradConfig(64, 64, 32, split=0, num_warps=8, num_stages=3),
     BlockGradConfig(64, 64, 16, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(32, 64, 32, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(32, 64, 32, split=0, num_warps=4, num_stages=2),
 )
 
 _LARGE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100", "sm_103", "gfx942", "gfx950")

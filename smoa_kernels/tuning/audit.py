@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def run_audit(
     jobs: int | None = None,
     registry: str = DEFAULT_REGISTRY,
 ) -> Iterator[tuple[int, Record | None]]:
-    """Audit in worker processes.
+    """Audit in worker processes. A compilation that ends its process twice is one that failed.
 
     Args:
         archs: names from :data:`~smoa_kernels.tuning.limits.ARCHITECTURES`.
@@ -79,16 +80,39 @@ def run_audit(
     """
     _check_names("arch", archs, ARCHITECTURES)
     _check_names("dtype", dtypes, AUDIT_DTYPES)
-    with _workers(jobs) as pool:
+    with _workers(1) as pool:
         work = pool.submit(tasks, registry, tuple(archs), kernels, tuple(dtypes)).result()
-        yield len(work), None
-        pending = [pool.submit(run_task, task) for task in work]
-        try:
-            for left, done in zip(range(len(work) - 1, -1, -1), as_completed(pending), strict=True):
-                yield left, done.result()
-        finally:
-            for future in pending:
-                future.cancel()
+    yield len(work), None
+    yield from zip(range(len(work) - 1, -1, -1), _records(work, _count(jobs)), strict=True)
+
+
+def _records(work: Sequence[Task], jobs: int) -> Iterator[Record]:
+    """Each task's, as they finish. A compiler that crashes takes its process with it, and so the whole pool."""
+    waiting = dict.fromkeys(work)
+    while waiting:
+        # Until one crashes; which of those that were begun it was, nobody says.
+        with _workers(jobs) as pool, suppress(BrokenProcessPool):
+            pending = {pool.submit(run_task, task): task for task in waiting}
+            for future in as_completed(pending):
+                record = future.result()
+                del waiting[pending[future]]
+                yield record
+        suspects = list(waiting)[
+            : 2 * jobs + 1
+        ]  # workers take tasks in order, the pool hands them out one ahead
+        for task in suspects:
+            del waiting[task]
+            yield _alone(task)
+
+
+def _alone(task: Task) -> Record:
+    try:
+        with _workers(1) as pool:
+            return pool.submit(run_task, task).result()
+    except BrokenProcessPool:
+        with _workers(1) as pool:
+            blank = pool.submit(_blank, task).result()
+        return Record(**{**vars(blank), "error": "the compiler ended its process"})
 
 
 def tasks(
@@ -114,20 +138,9 @@ def run_task(task: Task) -> Record:
     """Compile one configuration, or take it from the cache. Runs where Triton compiles."""
     from .compile import compile_launch
 
-    (spec,) = (s for s in _load(task.registry) if s.name == task.kernel)
-    arch = ARCHITECTURES[task.arch]
-    config = spec.configurations(task.arch, task.dtype, task.variant)[task.config]
-    blank = Record(
-        kernel=spec.name,
-        variant=task.variant,
-        role=spec.role,
-        config=asdict(config),
-        arch=task.arch,
-        dtype=task.dtype,
-        narrow=dict(spec.narrow),
-    )
+    spec, arch, blank = _spec(task), ARCHITECTURES[task.arch], _blank(task)
     try:
-        launch = _for_arch(spec.launch(config, task.dtype, task.variant), arch)
+        launch = _for_arch(spec.launch(_config(task), task.dtype, task.variant), arch)
         path = cache_folder() / "audit" / f"{_key(spec, launch, blank)}.json"
         cached = _read(path)
         if cached is not None:
@@ -140,6 +153,29 @@ def run_task(task: Task) -> Record:
         return Record(**{**vars(blank), "error": f"{type(error).__name__}: {first[-1].strip()}"})
     _write(path, record)
     return record
+
+
+def _spec(task: Task) -> KernelSpec:
+    (spec,) = (s for s in _load(task.registry) if s.name == task.kernel)
+    return spec
+
+
+def _config(task: Task) -> Any:
+    return _spec(task).configurations(task.arch, task.dtype, task.variant)[task.config]
+
+
+def _blank(task: Task) -> Record:
+    """What is known before anything is compiled."""
+    spec = _spec(task)
+    return Record(
+        kernel=spec.name,
+        variant=task.variant,
+        role=spec.role,
+        config=asdict(_config(task)),
+        arch=task.arch,
+        dtype=task.dtype,
+        narrow=dict(spec.narrow),
+    )
 
 
 def _load(registry: str) -> Sequence[KernelSpec]:
@@ -225,12 +261,16 @@ def _write(path: Path, record: Record) -> None:
         replace_file(path, json.dumps(record.to_json()).encode())
 
 
+def _count(jobs: int | None) -> int:
+    return min(jobs or os.cpu_count() or 1, MOST_WORKERS)
+
+
 @contextmanager
-def _workers(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that compile: spawned, so that nothing imported here leaks into them."""
     with tempfile.TemporaryDirectory(prefix="smoa-audit-") as folder:
         pool = ProcessPoolExecutor(
-            min(jobs or os.cpu_count() or 1, MOST_WORKERS),
+            jobs,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
             initargs=(folder,),

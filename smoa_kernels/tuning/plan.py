@@ -9,6 +9,7 @@ import torch
 
 from ..backends import MOST_TRITON_RANKS
 from ..cost import Problem, choose_algorithm
+from ..counts import gradient_parts
 from ..gpus import Gpu, device_gpu
 from ..kernels._common import padded_width
 from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, DTYPES, Key, bucket
@@ -80,10 +81,14 @@ def keys(layer: Layer) -> Iterator[Key]:
     common = (layer.dtype, layer.max_rank, layer.blocks)
     # What copies knows float32, not how it is multiplied.
     copied = "fp32" if layer.dtype == "tf32" else layer.dtype
+    # The backward gathers a long batch in parts, but under dropout.
+    problem = Problem(layer.tokens, n, c, layer.blocks, layer.rank, DTYPES[layer.dtype])
+    parts = gradient_parts(problem)
     yield Key("modulated_weight", *common, n, c)
     yield Key("modulated_blocks", *common, n, c, 0, rows, cols)
-    yield Key("permute", copied, 0, layer.blocks, 0, c, t, 0, cols)
-    yield Key("permute", copied, 0, layer.blocks, 0, n, t, 0, rows)
+    for tokens in dict.fromkeys((t, *map(bucket, parts))):
+        yield Key("permute", copied, 0, layer.blocks, 0, c, tokens, 0, cols)
+        yield Key("permute", copied, 0, layer.blocks, 0, n, tokens, 0, rows)
     yield Key("block_matmul", *common, n, c, t, rows, cols)
     yield Key("block_matmul", *common, c, n, t, cols, rows, True)
     if t <= MOST_FUSED_TOKENS:
@@ -91,7 +96,8 @@ def keys(layer: Layer) -> Iterator[Key]:
         yield Key("fused_linear", *common, c, n, t, transposed=True)
         for features in (n, c):
             yield Key("sum_parts", copied, out_features=features, tokens=t)
-    yield Key("block_grad", *common, n, c, t, rows, cols)
+    for tokens in dict.fromkeys((t, bucket(parts[0]))):
+        yield Key("block_grad", *common, n, c, tokens, rows, cols)
     # Factors are kept in the layer's dtype, or in float32 as PEFT does.
     for factors in (copied, "fp32"):
         yield Key("sum_partials", factors, layer.max_rank, layer.blocks, n, c, padded_in=cols)

@@ -12,7 +12,7 @@ from kernel_cases import Guarded
 from problems import LinearProblem, make_problem, relative_error
 from torch import Tensor, nn
 
-from smoa_kernels import FusedSMoALinear, backends, operator, smoa_linear, triton_backend
+from smoa_kernels import FusedSMoALinear, backends, counts, operator, smoa_linear, triton_backend
 from smoa_kernels.dropout import Dropout
 from smoa_kernels.kernels._common import padded_width
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
@@ -67,6 +67,32 @@ def test_error_budget(dtype: torch.dtype, algorithm: str, device: torch.device) 
 )
 def test_shapes(shape: dict[str, object], algorithm: str, device: torch.device) -> None:
     assert_within_budget(problem(torch.float32, device, **shape), algorithm=algorithm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_long_batch_is_gathered_in_parts(
+    dtype: torch.dtype, dropout: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What 4096 tokens and 128 tiles are to a GPU, 64 and one are here; dropout keeps all tokens together."""
+    p = problem(dtype, device, tokens=150, out_features=90, in_features=70, ranks=(3, 2), random_labels=True)
+    seed = torch.tensor(3, device=device)
+    whole = p.run(backend="triton", algorithm="split", dropout_p=dropout, dropout_seed=seed)
+    monkeypatch.setattr(counts, "GRAD_PART_TOKENS", 64)
+    monkeypatch.setattr(counts, "GRAD_PART_TILES", 1)
+    gathered: list[int] = []
+    by_block = triton_backend._by_block
+    monkeypatch.setattr(
+        triton_backend, "_by_block", lambda x, *rest: gathered.append(x.shape[0]) or by_block(x, *rest)
+    )
+    parts = p.run(backend="triton", algorithm="split", dropout_p=dropout, dropout_seed=seed)
+    # x in the forward, then dY and x of each part; dX under dropout gathers dY anew
+    assert gathered == ([150] * 4 if dropout else [150, 128, 128, 22, 22])
+    for name, ours, theirs in zip(NAMES, parts, whole, strict=True):
+        error = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+        assert relative_error(ours, theirs) <= (error if name in ("dA", "dB") else 0.0), name
+    if not dropout:
+        assert_within_budget(p, algorithm="split")
 
 
 @pytest.mark.parametrize("rubbish", [7.0, float("nan"), float("inf")])

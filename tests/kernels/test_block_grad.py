@@ -1,5 +1,6 @@
 """block_grad: dB_k = H_k A_kᵀ and dA_k = B_kᵀ H_k with H_k = s · (dyg_kᵀ xg_k) ∘ W0_k, G never in memory."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from vectors import Vector, all_vectors
 from smoa_kernels.counts import token_splits
 from smoa_kernels.kernels import heuristic
 from smoa_kernels.kernels._common import padded_width
-from smoa_kernels.kernels.block_grad import block_grad
+from smoa_kernels.kernels.block_grad import block_grad, block_grad_in_parts
 from smoa_kernels.kernels.launch import BlockGradConfig
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.packed import PackedAdapter, padding_masks
@@ -102,6 +103,35 @@ def test_split_tokens_agree_with_unsplit(splits: int, device: torch.device) -> N
     parts = gradients(problem, replace(SMALL, split=splits))
     for mine, whole, true in zip(parts, gradients(problem), truth, strict=True):
         assert_within_budget(mine, whole, true)
+
+
+@pytest.mark.parametrize("split", [0, 1, 3])
+@pytest.mark.parametrize("sizes", [(70,), (32, 32, 6), (48, 22), (35, 35)], ids=str)
+@each_dtype
+def test_launches_in_parts_agree_with_one(
+    dtype: torch.dtype, sizes: tuple[int, ...], split: int, device: torch.device
+) -> None:
+    """Rounded once, after the last: partials of every part are float32. A part is freed before the next is gathered."""
+    problem = make_problem(tokens=70, random_labels=True).on(device).to(dtype)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def gathered(part: int) -> tuple[Tensor, Tensor]:
+        assert not any(tensor() is not None for tensor in alive)
+        first = sum(sizes[:part])
+        tokens = slice(first, first + sizes[part])
+        found = gather(replace(problem, x=problem.x[tokens], dy=problem.dy[tokens]))
+        alive.extend(map(weakref.ref, found))
+        return found
+
+    config = replace(SMALL, split=split)
+    parts = block_grad_in_parts(len(sizes), gathered, adapter_of(problem), config=config)
+    assert len(alive) == 2 * len(sizes)
+    truth = expected(problem.to(torch.float64))
+    for mine, theirs, true in zip(parts, expected(problem), truth, strict=True):
+        assert mine is not None
+        assert_within_budget(mine, theirs, true)
+    if len(sizes) == 1:
+        assert all(map(torch.equal, parts, gradients(problem, config)))
 
 
 @pytest.mark.parametrize(("config", "dtype"), shipped_here("block_grad"), ids=str)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from problems import DEVICE
 from tiny_models import tiny_llama
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
@@ -18,7 +19,7 @@ def adapt(model, **settings):
 
 def samples(count=24):
     generator = torch.Generator().manual_seed(2)
-    rows = torch.randint(0, 64, (count, 6), generator=generator)
+    rows = torch.randint(0, 64, (count, 6), generator=generator, device="cpu")
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
@@ -31,7 +32,7 @@ def trainer(folder, model, **settings):
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "report_to": [],
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
         "seed": 3,
         "disable_tqdm": True,
         "save_strategy": "no",
@@ -44,6 +45,15 @@ def losses(run):
     return {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
 
 
+@pytest.fixture
+def as_scripts_do():
+    """Nothing is made on the GPU but by the Trainer, whose data loader draws on the CPU."""
+    with torch.device("cpu"):
+        yield
+
+
+@pytest.mark.numerical
+@pytest.mark.usefixtures("as_scripts_do")
 def test_trainer_learns_and_resumes_on_the_same_curve(tmp_path):
     torch.manual_seed(0)
     whole = trainer(tmp_path, adapt(tiny_llama(), smoa_dropout=0.1), save_strategy="steps", save_steps=3)
@@ -58,6 +68,8 @@ def test_trainer_learns_and_resumes_on_the_same_curve(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.numerical
+@pytest.mark.usefixtures("as_scripts_do")
 def test_trainer_ends_with_the_best_checkpoint(tmp_path):
     run = trainer(
         tmp_path,
@@ -71,8 +83,8 @@ def test_trainer_ends_with_the_best_checkpoint(tmp_path):
         metric_for_best_model="eval_loss",
     )
     run.train()
-    best = PeftModel.from_pretrained(tiny_llama(), run.state.best_model_checkpoint).eval()
-    x = samples(1)[0]["input_ids"][None]
+    best = PeftModel.from_pretrained(tiny_llama(), run.state.best_model_checkpoint).eval().to(run.args.device)
+    x = samples(1)[0]["input_ids"][None].to(run.args.device)
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-5)
     assert torch.equal(run.model.eval()(x).logits, best(x).logits)
 

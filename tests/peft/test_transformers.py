@@ -10,6 +10,7 @@ from tiny_models import write_weights
 pytestmark = pytest.mark.usefixtures("transformers_adapters")
 
 
+@pytest.mark.numerical
 def test_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
     model = make_model()
     model.add_adapter(gentle(model))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tuning_cases import CPU, PERMUTE, needs_interpreter
 
-from smoa_kernels import FusedSMoALinear
+from smoa_kernels import FusedSMoALinear, counts
 from smoa_kernels.kernels import selection
 from smoa_kernels.kernels.heuristic import CONFIGS, DTYPES, Key, bucket, fits, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS, PermuteConfig
@@ -78,8 +78,11 @@ def step(layer: FusedSMoALinear, tokens: int, **options: object) -> None:
 
 
 @needs_interpreter
-def test_a_training_step_asks_for_what_the_plan_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise what is tuned would never be looked up."""
+@pytest.mark.parametrize("tokens", [19, 150])
+def test_a_training_step_asks_for_what_the_plan_holds(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise what is tuned would never be looked up. The backward of 150 tokens takes 128 and then 22."""
+    monkeypatch.setattr(counts, "GRAD_PART_TOKENS", 64)
+    monkeypatch.setattr(counts, "GRAD_PART_TILES", 1)
     asked: set[Key] = set()
     monkeypatch.setattr(selection, "_source", lambda key, device: asked.add(key))
     monkeypatch.setattr(selection, "multiprocessors", lambda device: 132)  # so few tiles are split and summed
@@ -88,9 +91,12 @@ def test_a_training_step_asks_for_what_the_plan_holds(monkeypatch: pytest.Monkey
     for algorithm, dropout in (("split", 0.0), ("merged", 0.0), ("fused", 0.0), ("split", 0.3)):
         layer.algorithm, layer.dropout = algorithm, dropout
         selection.forget()
-        step(layer, 19)
-    planned = {key for key in keys(Layer(140, 90, 19, "fp32", 5, 2)) if key.kernel in CONFIGS}
-    assert asked == planned
+        step(layer, tokens)
+    planned = {key for key in keys(Layer(140, 90, tokens, "fp32", 5, 2)) if key.kernel in CONFIGS}
+    assert asked <= planned
+    # dX of 150 tokens is predicted to be faster merged than fused.
+    left = set() if tokens == 19 else {"fused_linear", "sum_parts"}
+    assert {key.kernel for key in planned - asked} == left
 
 
 def test_answers_are_kept_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
