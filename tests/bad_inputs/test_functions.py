@@ -10,6 +10,7 @@ import torch
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import algorithms_of, load_backend, resolve_backend, triton_obstacle
 from smoa_kernels.cost import Problem, choose_algorithm, estimate, fused_token_limit, parts
+from smoa_kernels.counts import grad_tiles, gradient_parts, partial_bytes
 from smoa_kernels.distributed import (
     agree_on_buffers,
     average_gradients,
@@ -365,6 +366,9 @@ MODELS: list[Row] = [
     (lambda _: choose_algorithm(None, GPUS["h100"], True), TypeError, "problem must be a Problem, got None"),  # type: ignore[arg-type]
     (lambda _: choose_algorithm(PROBLEM, "h100", True), TypeError, "gpu must be a Gpu, got str"),  # type: ignore[arg-type]
     (lambda _: fused_token_limit(PROBLEM, GPUS["h100"], 1), TypeError, "ieee must be a bool, got int"),  # type: ignore[arg-type]
+    (lambda _: gradient_parts(None), TypeError, "p must be a Problem, got NoneType"),  # type: ignore[arg-type]
+    (lambda _: grad_tiles(8192), TypeError, "p must be a Problem, got int"),  # type: ignore[arg-type]
+    (lambda _: partial_bytes("4"), TypeError, "p must be a Problem, got str"),  # type: ignore[arg-type]
     (lambda _: block_grad_share(None, GPUS["h100"]), TypeError, "problem must be a Problem, got NoneType"),  # type: ignore[arg-type]
     (lambda _: block_grad_share(PROBLEM, "h100"), TypeError, "gpu must be a Gpu, got str"),  # type: ignore[arg-type]
     (lambda _: block_grad_share(PROBLEM, GPUS["h100"], ieee=1), TypeError, "ieee must be a bool, got int"),
