@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .packed import PackedAdapter
 
-__all__ = ["BlockOrder", "block_indices", "block_order", "inverse", "panels", "select_columns"]
+__all__ = ["BlockOrder", "block_indices", "block_order", "inverse", "row_panels", "select_columns"]
 
 # Bytes of W0 that are gathered as whole rows at a time: what columns are then taken of is still in a cache. Of 64 rows
 # a block of 2048² in four costs 318 us, of 256 278; of 256 at 4096x11008 (11 MB) 11 % more than of 64.
@@ -95,7 +95,7 @@ class BlockOrder:
             indices = zip(self.rows(self.row_index), self.cols(self.col_index, 0), strict=True)
             for rows, index in indices:
                 block = self.weight.new_empty(rows.shape[0], index.shape[0])
-                for some, out in zip(panels(rows, count), panels(block, count), strict=True):
+                for some, out in zip(row_panels(rows, count), row_panels(block, count), strict=True):
                     found = torch.index_select(self.weight, 0, some, out=whole[: some.shape[0]])
                     select_columns(found, index, out)
                 yield block
@@ -128,7 +128,7 @@ def block_order(adapter: PackedAdapter) -> BlockOrder:
     )
 
 
-def panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:
+def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:
     """A tensor's rows, at most so many at a time."""
     # `split` is Python, which small layers feel.
     return (tensor,) if tensor.shape[0] <= rows else tensor.split(rows)

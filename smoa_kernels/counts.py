@@ -431,25 +431,35 @@ def partial_bytes(p: Problem) -> int:
     Args:
         p: the problem.
 
+    Raises:
+        TypeError: it is none.
+
     Example:
         >>> partial_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) / 2**20  # two parts of 3.5 MiB
         7.0
     """
-    check_kind("p", p, Problem)
+    return len(gradient_parts(p)) * _partial_bytes_of_one(p)
+
+
+def _partial_bytes_of_one(p: Problem) -> int:
     rows, cols = (p.padded(n) // p.num_blocks for n in (p.out_features, p.in_features))
     slices = p.out_features * math.ceil(cols / GRAD_TILE) + p.in_features * math.ceil(rows / GRAD_TILE)
-    return 4 * partial_width(p.max_rank) * slices * len(gradient_parts(p))
+    return 4 * partial_width(p.max_rank) * slices
 
 
 def gradient_parts(p: Problem) -> tuple[int, ...]:
     """How many tokens the backward gathers at a time for dA and dB, which are sums over tokens: all, or parts in turn.
 
     In so many parts that the gathered copies of dY and x take no more memory than dX and its W_eff do afterwards, but
-    of no fewer tokens than `GRAD_PART_TOKENS`, for each part runs the end of every program anew, and only where G has
+    no more than their own partials are worth (n parts hold 1/n of the copies, and n times the partials of one), of no
+    fewer tokens than `GRAD_PART_TOKENS`, for each part runs the end of every program anew, and only where G has
     `GRAD_PART_TILES`. Under dropout dX comes with gathered copies of its own, and there is nothing to save.
 
     Args:
         p: the problem.
+
+    Raises:
+        TypeError: it is none.
 
     Example:
         >>> gradient_parts(Problem(8192, 4096, 4096, num_blocks=4, rank=16))
@@ -463,8 +473,10 @@ def gradient_parts(p: Problem) -> tuple[int, ...]:
         return (p.tokens,)
     copies = p.tokens * sum(p.padded(n) for n in (p.out_features, p.in_features) if p.gathers(n))
     wanted = math.ceil(copies / (p.weight_elements + p.tokens * p.in_features))
+    # Where c / n + n q is least.
+    worth = math.isqrt(copies * p.dtype.itemsize // max(1, _partial_bytes_of_one(p)))
     # Whole steps, so that only the last part has one that is not full.
-    each = math.ceil(p.tokens / max(1, min(wanted, most)) / GRAD_STEP) * GRAD_STEP
+    each = math.ceil(p.tokens / max(1, min(wanted, most, worth)) / GRAD_STEP) * GRAD_STEP
     whole, rest = divmod(p.tokens, each)
     return (each,) * whole + ((rest,) if rest else ())
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .block_order import block_indices, block_order, inverse, panels, select_columns
+from .block_order import block_indices, block_order, inverse, row_panels, select_columns
 from .dropout import Dropout
 from .packed import PackedAdapter
 from .precision import gemm_is_ieee
@@ -120,11 +120,11 @@ def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
 def _merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W_effᵀ` (T, N), a panel of W_eff's rows at a time: its product meets it in cache, and it is never whole."""
     weight = adapter.weight
-    A, B = adapter.expanded_factors(weight.dtype)
     # Panels of one height: 768 rows and 768 cost less than 1024 and 512.
     count = math.ceil(weight.shape[0] / MERGED_PANEL)
     if count <= 1:
-        return torch.mm(x, _modulated(weight, A, B, torch.empty_like(weight)).T)
+        return torch.mm(x, modulated_weight(adapter).T)
+    A, B = adapter.expanded_factors(weight.dtype)
     y = x.new_empty(x.shape[0], weight.shape[0])
     parts = [weight.tensor_split(count), B.tensor_split(count), y.tensor_split(count, dim=1)]
     buffer = torch.empty_like(parts[0][0])
@@ -192,7 +192,7 @@ def _dropout_backward(
 def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same tokens of each tensor, some at a time."""
     tokens = TOKEN_PANEL if tensors[0].itemsize > 2 else HALF_TOKEN_PANEL
-    return zip(*(panels(tensor, tokens) for tensor in tensors), strict=True)
+    return zip(*(row_panels(tensor, tokens) for tensor in tensors), strict=True)
 
 
 class _Buffer:

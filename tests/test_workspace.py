@@ -37,6 +37,7 @@ def test_backward_workspace():
         (Problem(8192, 4096, 14336, 4, 16), (8192,)),  # W_eff and dX take more than the copies
         (Problem(32768, 14336, 4096, 4, 16), (8192, 8192, 8192, 8192)),  # 1152 MiB over 368
         (Problem(8192, 4096, 4096, 4, 16, dropout=0.05), (8192,)),  # dX comes with copies of its own
+        (Problem(8192, 14336, 4096, 2, 256), (8192,)),  # partials of 224 MiB, copies of 288
         (Problem(8192, 4096, 4096, 1, 16), (8192,)),  # nothing is copied
         (Problem(8192, 4096, 4096, 8, 16), (4096, 4096)),  # 128 tiles fill a GPU
         (Problem(8192, 4096, 3072, 8, 16), (8192,)),  # 96 do not: programs share their tokens already
@@ -48,18 +49,26 @@ def test_into_how_many_parts_a_backward_gathers(problem, parts):
     assert counts.gradient_parts(problem) == parts
 
 
-def test_parts_take_no_more_than_dx_where_they_may_be_short_enough():
+@pytest.mark.parametrize(("num_blocks", "rank"), [(4, 16), (2, 256), (4, 1024), (2, 0)])
+def test_parts_take_no_more_than_dx_where_they_may_be_short_enough(num_blocks, rank, monkeypatch):
     for tokens in (8192, 16384, 100_001, 1 << 20):
         for shape in ((4096, 4096), (14336, 4096), (28672, 1024), (1024, 28672), (16390, 590)):
-            p = Problem(tokens, *shape, 4, 16)
+            p = Problem(tokens, *shape, num_blocks, rank)
             parts = counts.gradient_parts(p)
             assert sum(parts) == tokens
             assert min(parts[:-1], default=tokens) == max(parts)
             stages, dx = backward_workspace(p), 2 * tokens * p.in_features
-            copies = stages["factor gradients"] - counts.partial_bytes(p)
+            partials = counts.partial_bytes(p)
+            copies = stages["factor gradients"] - partials
             step = 2 * counts.GRAD_STEP * sum(p.padded(n) for n in shape)  # parts are whole steps
-            if len(parts) < tokens // counts.GRAD_PART_TOKENS:
+            one = partials // len(parts)
+            worth_more = len(parts) * copies >= (len(parts) + 1) ** 2 * one  # than another part's partials
+            if len(parts) < tokens // counts.GRAD_PART_TOKENS and worth_more:
                 assert copies <= stages["input gradient"] + dx + step
+            with monkeypatch.context() as patch:
+                patch.setattr(counts, "GRAD_PART_TOKENS", tokens)  # as a whole
+                whole = backward_workspace(p)["factor gradients"]
+            assert stages["factor gradients"] <= whole + step
 
 
 def test_backward_workspace_counts_padding_and_dropout():
