@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import eager
 from .cost import Problem, choose_algorithm
 from .counts import gradient_parts
 from .dropout import Dropout
@@ -55,6 +56,8 @@ def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
+    if not adapter.weight.numel():  # no tile for a kernel
+        return eager.forward(x, bias, adapter, "auto", dropout)
     allow_tf32 = not gemm_is_ieee(x.dtype, "cuda")
     if algorithm == "auto":
         algorithm = "split" if dropout is not None else _choose("forward", x, adapter, allow_tf32)
@@ -74,6 +77,8 @@ def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
+    if not adapter.weight.numel():
+        return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
     allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     dA = dB = dx = None
     # The factors first: their gathered copies are gone before dX takes its workspace.

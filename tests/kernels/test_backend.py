@@ -12,7 +12,15 @@ from kernel_cases import Guarded
 from problems import LinearProblem, make_problem, relative_error
 from torch import Tensor, nn
 
-from smoa_kernels import FusedSMoALinear, backends, counts, operator, smoa_linear, triton_backend
+from smoa_kernels import (
+    BlockPartition,
+    FusedSMoALinear,
+    backends,
+    counts,
+    operator,
+    smoa_linear,
+    triton_backend,
+)
 from smoa_kernels.dropout import Dropout
 from smoa_kernels.kernels._common import padded_width
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
@@ -113,6 +121,32 @@ def test_padding_may_hold_anything(options: dict[str, object], rubbish: float, d
         strict=True,
     ):
         assert torch.equal(ours, expected), name
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (6, 0)])
+@pytest.mark.parametrize("options", [*({"algorithm": a} for a in ALGORITHMS), {"dropout_p": 0.4}], ids=str)
+def test_a_weight_without_elements(
+    options: dict[str, object], shape: tuple[int, int], device: torch.device
+) -> None:
+    labels = (torch.zeros(size, dtype=torch.int64, device=device) for size in shape)
+    p = problem(torch.float32, device)
+    A, B = torch.ones(2, shape[1], device=device), torch.ones(shape[0], 2, device=device)
+    empty = replace(
+        p,
+        x=torch.ones(3, shape[1], device=device),
+        dy=torch.ones(3, shape[0], device=device),
+        weight=torch.ones(shape, device=device),
+        bias=torch.ones(shape[0], device=device),
+        A=A,
+        B=B,
+        partition=BlockPartition.from_labels(*labels, num_blocks=1),
+        ranks=torch.full((1,), 2, dtype=torch.int32, device=device),
+    )
+    y, dx, dA, dB, dbias = empty.run(backend="triton", **options)
+    expected = torch.ones(3, shape[0]), torch.zeros(3, shape[1]), torch.zeros_like(A), torch.zeros_like(B)
+    for name, ours, value in zip(NAMES, (y, dx, dA, dB), expected, strict=False):
+        assert torch.equal(ours, value.to(device)), name
+    assert torch.equal(dbias, torch.full((shape[0],), 3.0, device=device))
 
 
 @pytest.mark.parametrize("options", [*({"algorithm": a} for a in ALGORITHMS), {"dropout_p": 0.4}], ids=str)
