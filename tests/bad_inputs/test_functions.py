@@ -336,6 +336,8 @@ MODELS: list[Row] = [
         ValueError,
         "columns must lie in the width 2, got 3 to 5",
     ),
+    (lambda _: Dropout(one(7), 0.5, 3).stream(2), ValueError, "columns must lie in the width 2, got 3 to 5"),
+    (lambda _: Dropout(one(7), 0.5).stream(2.0), TypeError, "columns must be an int, got 2.0"),  # type: ignore[arg-type]
     (
         lambda _: draw_seed(torch.device("xpu")),
         ValueError,
