@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .checks import cached, check_count, check_finite, check_kind
+from .checks import cached, check_count, check_finite, check_kind, first_line
 
 __all__ = ["GPUS", "Gpu", "device_gpu", "match_gpu"]
 
@@ -201,9 +201,8 @@ def gpu_properties(device: torch.device) -> Any:
     try:
         return torch.cuda.get_device_properties(device)
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"device must be a CUDA or ROCm GPU that this machine has, got {str(device)!r}: {reason}"
+            f"device must be a CUDA or ROCm GPU that this machine has, got {str(device)!r}: {first_line(error)}"
         ) from error
 
 
