@@ -62,7 +62,12 @@ class Gpu:
         _check_capability(self.capability)
 
     def flops_per_second(self, dtype: torch.dtype, ieee: bool) -> float:
-        """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`."""
+        """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`.
+
+        Raises:
+            TypeError: no dtype, or `ieee` no bool.
+            ValueError: a dtype that no rate is published for.
+        """
         return self.matmul_tflops[_multiplying_name(dtype, ieee)] * 1e12
 
     @property
