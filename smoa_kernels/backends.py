@@ -18,7 +18,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from .checks import cached, check_choice, check_kind
+from .checks import cached, check_choice, check_kind, first_line
+from .gpus import gpu_properties
 
 __all__ = [
     "ALGORITHMS",
@@ -158,9 +159,11 @@ def _device_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"x is on {device.type}, the kernels have been run on CUDA and ROCm only"
     try:
-        capability = torch.cuda.get_device_capability(device)
-    except (AssertionError, RuntimeError) as error:
-        return f"x is on {device}, which this machine does not have: {str(error).splitlines()[0]}"
+        properties = gpu_properties(device)
+    except ValueError as error:
+        reason = first_line(error.__cause__ or error)
+        return f"x is on {device}, which this machine does not have: {reason}"
+    capability = properties.major, properties.minor
     if torch.version.hip is None and capability < _OLDEST_CAPABILITY:
         return f"the GPU's compute capability is {capability[0]}.{capability[1]}, the oldest supported is 8.0"
     return None

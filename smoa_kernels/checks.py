@@ -26,6 +26,7 @@ __all__ = [
     "check_number",
     "check_path",
     "check_weight",
+    "first_line",
     "layout_of",
 ]
 
@@ -118,8 +119,14 @@ def check_device(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=torch.device(device)).device
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be one that this machine has, got {device!r}: {reason}") from error
+        raise ValueError(
+            f"device must be one that this machine has, got {device!r}: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message, below which torch puts hints; the name of its type where it has no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def layout_of(value: Tensor) -> str:

@@ -126,6 +126,9 @@ class Problem:
 
         Args:
             features: N or C.
+
+        Raises:
+            TypeError, ValueError: no number of features.
         """
         check_count("features", features, 1, MOST_SIZE)
         widest = math.ceil(features / self.num_blocks)
@@ -486,6 +489,9 @@ def grad_tiles(p: Problem) -> int:
 
     Args:
         p: the problem.
+
+    Raises:
+        TypeError: no problem.
 
     Example:
         >>> grad_tiles(Problem(8192, 4096, 4096, num_blocks=4, rank=16))

@@ -42,7 +42,8 @@ class Dropout:
         seed: int64 with one element, on the activations' device.
         p: probability in [0, 1), rounded to a multiple of 2⁻¹⁶.
         column_offset: global index of the first column.
-        width: global number of columns; the tensor's own where None. Only the generator's draw needs it.
+        width: global number of columns; the tensor's own where None. With a column_offset the masks of this class
+            need it, by generator or hash; the kernels do not.
 
     Raises:
         TypeError, ValueError: a seed, a probability or a column that is none.
@@ -88,25 +89,31 @@ class Dropout:
 
         Raises:
             TypeError: `like` is no matrix of floating-point numbers.
-            ValueError: it is not where the seed is, or has more columns than the whole width.
+            ValueError: it is not where the seed is, or the columns do not lie in the whole width.
         """
         check_kind("like", like, Tensor)
         if like.is_nested or like.layout != torch.strided or like.ndim != 2 or not like.is_floating_point():
             raise TypeError(f"like must be a matrix of floating-point numbers, got {like!r}")
         columns = like.shape[1] if columns is None else columns
+        if like.device != self.seed.device:
+            raise ValueError(f"like must be on the seed's device {self.seed.device}, got {like.device}")
+        return self.stream(columns)(like.new_empty(like.shape[0], columns))
+
+    def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
+        """A function that fills a tensor (tokens, columns) with the multiplier of the tokens that come next.
+
+        Args:
+            columns: of the tensors, from column_offset on.
+
+        Raises:
+            TypeError, ValueError: no number of columns, or they do not lie in the whole width.
+        """
         width = columns if self.width is None else self.width
         check_count("columns", columns, 0, WIDEST)
         if self.column_offset + columns > width:
             raise ValueError(
                 f"columns must lie in the width {width}, got {self.column_offset} to {self.column_offset + columns}"
             )
-        if like.device != self.seed.device:
-            raise ValueError(f"like must be on the seed's device {self.seed.device}, got {like.device}")
-        return self.stream(columns)(like.new_empty(like.shape[0], columns))
-
-    def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
-        """A function that fills a tensor (tokens, columns) with the multiplier of the tokens that come next."""
-        width = columns if self.width is None else self.width
         per_token = -(-width // _DRAWS_PER_WORD)
         drawn = draws(self.seed.device)
         words = drawn_words(self.seed, per_token) if drawn else hashed_words(self.seed, per_token)

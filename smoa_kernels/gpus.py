@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .checks import cached, check_count, check_finite, check_kind
+from .checks import cached, check_count, check_finite, check_kind, first_line
 
 __all__ = ["GPUS", "Gpu", "device_gpu", "match_gpu"]
 
@@ -62,7 +62,12 @@ class Gpu:
         _check_capability(self.capability)
 
     def flops_per_second(self, dtype: torch.dtype, ieee: bool) -> float:
-        """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`."""
+        """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`.
+
+        Raises:
+            TypeError: no dtype, or `ieee` no bool.
+            ValueError: a dtype that no rate is published for.
+        """
         return self.matmul_tflops[_multiplying_name(dtype, ieee)] * 1e12
 
     @property
@@ -201,9 +206,8 @@ def gpu_properties(device: torch.device) -> Any:
     try:
         return torch.cuda.get_device_properties(device)
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"device must be a CUDA or ROCm GPU that this machine has, got {str(device)!r}: {reason}"
+            f"device must be a CUDA or ROCm GPU that this machine has, got {str(device)!r}: {first_line(error)}"
         ) from error
 
 

@@ -26,6 +26,9 @@ def backward_workspace(problem: Problem) -> Mapping[str, int]:
     Args:
         problem: the layer and the batch.
 
+    Raises:
+        TypeError: no problem.
+
     Example:
         >>> stages = backward_workspace(Problem(8192, 14336, 4096, num_blocks=4, rank=16))
         >>> {stage: size >> 20 for stage, size in stages.items()}
@@ -48,6 +51,9 @@ def backward_workspace_bytes(problem: Problem) -> int:
 
     Args:
         problem: the layer and the batch.
+
+    Raises:
+        TypeError: no problem.
 
     Example:
         >>> backward_workspace_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) >> 20  # 144 are gathered copies

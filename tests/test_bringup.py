@@ -285,18 +285,26 @@ def test_resume_goes_on_with_the_same_commits_bring_up_only(
     bringup.main(call)
     (path,) = tmp_path.glob("bringup-*.json")
     data = json.loads(path.read_text())
-    for commit, asked in ((data["commit"].rstrip("+") + "+", []), ("0123456789", list(stages.STAGES))):
-        path.write_text(json.dumps(data | {"commit": commit}))
-        script = Script()
-        monkeypatch.setattr(bringup, "_in_process", script)
-        assert bringup.main([*call, "--resume"]) == 0
-        assert script.asked == asked
-    assert "is of commit 0123456789, here is" in capsys.readouterr().out
-    path.write_text("{")
-    with pytest.raises(SystemExit, match="2"):
-        bringup.main([*call, "--resume"])
-    assert "is not a bring-up" in capsys.readouterr().err
-    assert path.read_text() == "{"
+    path.write_text(json.dumps(data | {"commit": data["commit"].rstrip("+") + "+"}))
+    script = Script()
+    monkeypatch.setattr(bringup, "_in_process", script)
+    assert bringup.main([*call, "--resume"]) == 0
+    assert script.asked == []
+    for text, words in (
+        (json.dumps(data | {"commit": "0123456789"}), f"{path} is of commit 0123456789, here is"),
+        ("{", f"{path} is not a bring-up"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            bringup.main([*call, "--resume"])
+        told = capsys.readouterr().err
+        assert words in told
+        assert told.endswith("without --resume it is written anew\n")
+        assert path.read_text() == text  # what a GPU took half an hour for is not lost by a wrong option
+        assert script.asked == []
+    assert bringup.main(call) == 0
+    assert script.asked == list(stages.STAGES)
+    assert json.loads(path.read_text())["commit"] == data["commit"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smoa_kernels import backends
-from smoa_kernels.gpus import GPUS, device_gpu
+from smoa_kernels.gpus import GPUS, device_gpu, gpu_properties
 
 GPU = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -28,9 +28,6 @@ def here(monkeypatch: pytest.MonkeyPatch):
 
     def put(properties: SimpleNamespace, hip: str | None = None) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda device: (properties.major, properties.minor)
-        )
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.version, "hip", hip)
@@ -87,6 +84,18 @@ def test_info_names_the_device(here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "triton_obstacle", lambda device: f"asked of {device}")
     assert info._devices()["cuda:0"] == ("NVIDIA H100 80GB HBM3, capability 9.0, 132 multiprocessors, 80 GiB")
     assert info.backends()["triton"] == "asked of cuda:0"
+
+
+def test_a_driver_that_does_not_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(device: torch.device) -> object:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", silent)
+    with pytest.raises(ValueError, match=r"that this machine has, got 'cuda:0': AssertionError$"):
+        gpu_properties(GPU)
+    pytest.importorskip("triton", reason="needs triton")
+    why = backends._device_obstacle.__wrapped__(GPU)
+    assert why == "x is on cuda:0, which this machine does not have: AssertionError"
 
 
 def test_a_gpu_that_is_not_here_is_an_obstacle() -> None:

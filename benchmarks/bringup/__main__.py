@@ -1,4 +1,7 @@
-"""`python -m benchmarks.bringup`: runs the stages, each in a process of its own, and writes the page after each."""
+"""`python -m benchmarks.bringup`: runs the stages, each in a process of its own, and writes the page after each.
+
+`--resume` goes on with a bring-up of the same commit; edits that are not committed do not count.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="folder of the JSON and the Markdown (default benchmarks/results)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with what is not done")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what is not done, at the same commit"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, in Triton's interpreter on a CPU")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
@@ -42,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _stage(options.stage, out, options.seconds, options.smoke)
     fresh = State.fresh(options.smoke)
     path = path_of(out, fresh.run)
-    try:
-        known = State.read(path) if options.resume and path.is_file() else None
-    except ValueError as error:
-        parser.error(f"{error}; without --resume it is written anew")
-    if known is not None and _code(known) != _code(fresh):
-        print(f"{path} is of commit {known.run.commit}, here is {fresh.run.commit}: every stage runs anew")
-        known = None
-    if known is None:
+    if options.resume and path.is_file():
+        try:
+            known = State.read(path)
+            if _code(known) != _code(fresh):
+                raise ValueError(f"{path} is of commit {known.run.commit}, here is {fresh.run.commit}")
+        except ValueError as error:
+            parser.error(f"{error}; without --resume it is written anew")
+    else:
         fresh.write(path)
     for name, (_, seconds) in STAGES.items():
         state = State.read(path)

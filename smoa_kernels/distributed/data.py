@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -127,8 +126,10 @@ def average_gradients(
         dist.all_reduce(parameter.grad, group=process_group)
         parameter.grad /= dist.get_world_size(process_group)
 
-    with suppress(TypeError):
+    try:
         parameters = parameters if isinstance(parameters, Tensor) else list(parameters)
+    except TypeError as error:  # of what is no iterable, or of a generator's own
+        raise TypeError(f"parameters must be parameters, got {parameters!r}") from error
     if not isinstance(parameters, list) or not all(isinstance(p, nn.Parameter) for p in parameters):
         raise TypeError(f"parameters must be parameters, got {parameters!r}")
     check_group(process_group)

@@ -270,19 +270,23 @@ def block_grad_in_parts(
 
     Args:
         parts: how many, at least 1.
-        gathered: from a part's number, its dyg and xg; the part before is freed by then. None is longer than the
-            first.
+        gathered: from a part's number, its dyg (T_part, K, P_n) and xg (T_part, K, P_c), as in :func:`block_grad`;
+            the part before is freed by then. No T_part is larger than the first.
         adapter: as in :func:`block_grad`, like the rest.
+
+    Returns:
+        dA (ρ, C) and dB (N, ρ), each None where it is not needed.
+
+    Raises:
+        ValueError: shapes of a part that do not fit each other, the first part's or the tile.
     """
     dyg, xg = gathered(0)
     partition, rho = adapter.partition, adapter.A.shape[0]
     out_features, in_features = partition.shape
+    first = dyg.shape, xg.shape
+    _check_part(dyg, xg, first, partition.num_blocks)
     tokens, num_blocks, padded_rows = dyg.shape
     padded_cols = xg.shape[2]
-    if xg.shape[:2] != dyg.shape[:2] or num_blocks != partition.num_blocks:
-        raise ValueError(
-            f"dyg {tuple(dyg.shape)} and xg {tuple(xg.shape)} must share T and K = {partition.num_blocks}"
-        )
     precision = input_precision(adapter.weight.dtype, allow_tf32=allow_tf32)
     config = config or select(
         "block_grad",
@@ -321,6 +325,7 @@ def block_grad_in_parts(
         if part > 0:
             del dyg, xg  # before the next are gathered
             dyg, xg = gathered(part)
+            _check_part(dyg, xg, first, num_blocks)
         dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
         xg = xg if xg.stride(2) == 1 else xg.contiguous()
         block_grad_kernel[(programs, splits)](
@@ -368,6 +373,20 @@ def block_grad_in_parts(
         slots = partial_b.flatten(0, 1)
         sum_partials(slots, partition, adapter.ranks, dB, parts * splits, config.block_c)
     return dA, dB
+
+
+def _check_part(dyg: Tensor, xg: Tensor, first: tuple[torch.Size, torch.Size], num_blocks: int) -> None:
+    """Whether a part's dyg and xg share T and K, and are as wide as those of shapes `first`.
+
+    The first part's tokens decide how many a program takes: the last of a longer part would be left out.
+    """
+    if dyg.shape[:2] != xg.shape[:2] or dyg.shape[1] != num_blocks:
+        raise ValueError(f"dyg {tuple(dyg.shape)} and xg {tuple(xg.shape)} must share T and K = {num_blocks}")
+    if dyg.shape[0] > first[0][0] or (dyg.shape[2:], xg.shape[2:]) != (first[0][2:], first[1][2:]):
+        raise ValueError(
+            f"dyg {tuple(dyg.shape)} and xg {tuple(xg.shape)} must be as wide as the first part's and no longer: "
+            f"{tuple(first[0])} and {tuple(first[1])}"
+        )
 
 
 def sum_partials(

@@ -94,6 +94,11 @@ def check_key(key: Key) -> None:
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
+
+    Example:
+        >>> check_key(Key("permute", "bf16", tokens=-1))
+        Traceback (most recent call last):
+        ValueError: tokens must be at least 0, got -1
     """
     check_kind("key", key, Key)
     check_choice("kernel", key.kernel, (*CONFIGS, *ALGORITHM_KEYS))

@@ -269,7 +269,16 @@ def block_grad_configs(arch: str, dtype: torch.dtype, precision: str) -> tuple[B
 
 @cached
 def architecture(device: torch.device) -> str:
-    """Name of a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter."""
+    """Name of a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter.
+
+    Raises:
+        TypeError: no device.
+        ValueError: neither the CPU nor a GPU that this machine has.
+
+    Example:
+        >>> architecture(torch.device("cpu"))
+        'cpu'
+    """
     check_kind("device", device, torch.device)
     if device.type == "cpu":
         return "cpu"
@@ -281,6 +290,15 @@ def architecture(device: torch.device) -> str:
 
 @cached
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors (compute units) of a device; 1 for the interpreter."""
+    """Multiprocessors (compute units) of a device; 1 for the interpreter.
+
+    Raises:
+        TypeError: no device.
+        ValueError: neither the CPU nor a GPU that this machine has.
+
+    Example:
+        >>> multiprocessors(torch.device("cpu"))
+        1
+    """
     check_kind("device", device, torch.device)
     return 1 if device.type == "cpu" else int(gpu_properties(device).multi_processor_count)

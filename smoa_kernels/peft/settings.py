@@ -54,6 +54,9 @@ class LayerSettings(NamedTuple):
 def layer_settings(config: SMoAConfig, name: str) -> LayerSettings:
     """What `config` says about the layer at the path `name`, a string, of the base model.
 
+    Raises:
+        TypeError: the name is no string.
+
     Example:
         >>> from smoa_kernels.peft import SMoAConfig
         >>> layer_settings(SMoAConfig(r=8, rank_pattern={"q_proj": 4}), "layers.0.q_proj").r

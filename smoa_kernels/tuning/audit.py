@@ -97,10 +97,9 @@ def _records(work: Sequence[Task], jobs: int) -> Iterator[Record]:
                 record = future.result()
                 del waiting[pending[future]]
                 yield record
-        suspects = list(waiting)[
-            : 2 * jobs + 1
-        ]  # workers take tasks in order, the pool hands them out one ahead
-        for task in suspects:
+        # In order: one in each worker, and in the pool's queue as many and one more.
+        begun = 2 * jobs + 1
+        for task in list(waiting)[:begun]:
             del waiting[task]
             yield _alone(task)
 

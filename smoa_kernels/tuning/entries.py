@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
-from ..checks import check_kind
+from ..checks import check_choice, check_kind
 from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key, check_key, fits
 from ..kernels.launch import Config
 from .identity import Identity
@@ -30,6 +30,9 @@ class Trial:
         seconds: median; None where it was not timed.
         reason: why not.
 
+    Raises:
+        TypeError, ValueError: naming the attribute, what was given and what is allowed.
+
     Example:
         >>> Trial("split", seconds=1e-3).settled, Trial("fused", reason=INTERRUPTED).settled
         (True, False)
@@ -38,6 +41,13 @@ class Trial:
     choice: Choice
     seconds: float | None = None
     reason: str | None = None
+
+    def __post_init__(self) -> None:
+        value = self.seconds
+        if value is not None and (type(value) not in (int, float) or not 0 < value <= sys.float_info.max):
+            raise ValueError(f"seconds must be positive and finite, got {value!r}")
+        if self.reason is not None and type(self.reason) is not str:
+            raise ValueError(f"reason must be text, got {self.reason!r}")
 
     @property
     def settled(self) -> bool:
@@ -78,6 +88,11 @@ class Entry:
         check_kind("identity", self.identity, Identity)
         check_kind("trials", self.trials, tuple)
         check_kind("complete", self.complete, bool)
+        # A table with another choice would be set aside, with all that it holds, by whoever reads it.
+        _check_choice("default", self.key, self.default)
+        for trial in self.trials:
+            check_kind("trials", trial, Trial)
+            _check_choice("choice", self.key, trial.choice)
 
     def best(self, allowed: Sequence[Choice] | None = None) -> Trial | None:
         """The fastest trial, among `allowed` choices where given; None where nothing was timed."""
@@ -114,13 +129,13 @@ class Entry:
         """From plain data.
 
         Raises:
-            AttributeError, KeyError, OverflowError, TypeError, ValueError: something is missing, unknown, of another
-                type or out of range.
+            AttributeError, KeyError, TypeError, ValueError: something is missing, unknown, of another type or out of
+                range.
         """
         key = Key(**data["key"])
         check_key(key)
         trials = tuple(
-            Trial(_choice(key, trial["choice"]), _seconds(trial.get("seconds")), _reason(trial.get("reason")))
+            Trial(_choice(key, trial["choice"]), trial.get("seconds"), trial.get("reason"))
             for trial in data["trials"]
         )
         identity = Identity.from_json(data["identity"])
@@ -166,33 +181,24 @@ _MOST_TILE = 256
 
 
 def _choice(key: Key, data: Any) -> Choice:
-    """A choice that may be launched: of the right kind, its numbers powers of two (split and stages any count)."""
+    """From plain data; :func:`_plain` is its inverse."""
+    choice: Choice = data if key.kernel in ALGORITHM_KEYS else CONFIGS[key.kernel](**data)
+    return choice
+
+
+def _check_choice(name: str, key: Key, choice: Choice) -> None:
+    """Whether it may be launched: of the right kind, its numbers powers of two (split and stages any count)."""
     if key.kernel in ALGORITHM_KEYS:
-        if data not in ALGORITHM_KEYS[key.kernel]:
-            raise ValueError(f"no algorithm {data!r} for {key.kernel}")
-        return str(data)
-    config = CONFIGS[key.kernel](**data)
-    for name, value in data.items():
-        least = 0 if name == "split" and key.kernel == "block_grad" else 1
-        least = 16 if name.startswith("block_") else least  # `tl.dot` takes no fewer
-        free = name in ("split", "num_stages")
-        in_range = type(value) is int and least <= value <= _MOST.get(name, _MOST_TILE)
+        check_choice(name, choice, ALGORITHM_KEYS[key.kernel])  # type: ignore[arg-type]  # which is what it checks
+        return
+    check_kind(name, choice, CONFIGS[key.kernel])
+    assert not isinstance(choice, str)
+    for field, value in vars(choice).items():
+        least = 0 if field == "split" and key.kernel == "block_grad" else 1
+        least = 16 if field.startswith("block_") else least  # `tl.dot` takes no fewer
+        free = field in ("split", "num_stages")
+        in_range = type(value) is int and least <= value <= _MOST.get(field, _MOST_TILE)
         if not in_range or not (free or value & (value - 1) == 0):
-            raise ValueError(f"{name} = {value!r} is no launch parameter of {key.kernel}")
-    if not fits(config, key):
-        raise ValueError(f"{config} does not divide the layout of {key}")
-    return config
-
-
-def _seconds(value: Any) -> float | None:
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"seconds must be positive and finite, got {value!r}")
-    return float(value)
-
-
-def _reason(value: Any) -> str | None:
-    if value is not None and type(value) is not str:
-        raise ValueError(f"reason must be text, got {value!r}")
-    return value
+            raise ValueError(f"{name}: {field} = {value!r} is no launch parameter of {key.kernel}")
+    if not fits(choice, key):
+        raise ValueError(f"{name}: {choice} does not divide the layout of {key}")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from smoa_kernels import BlockPartition
@@ -336,6 +337,8 @@ MODELS: list[Row] = [
         ValueError,
         "columns must lie in the width 2, got 3 to 5",
     ),
+    (lambda _: Dropout(one(7), 0.5, 3).stream(2), ValueError, "columns must lie in the width 2, got 3 to 5"),
+    (lambda _: Dropout(one(7), 0.5).stream(2.0), TypeError, "columns must be an int, got 2.0"),  # type: ignore[arg-type]
     (
         lambda _: draw_seed(torch.device("xpu")),
         ValueError,
@@ -466,3 +469,9 @@ MODELS: list[Row] = [
 @rows("call", MODELS)
 def test_sketches_spectra_and_costs(call: Call, error: type[Exception], words: str, world: World) -> None:
     check(world, call, error, words)
+
+
+def test_what_the_callers_own_generator_raised_is_told() -> None:
+    with pytest.raises(TypeError, match="parameters must be parameters, got <map") as caught:
+        average_gradients(map(len, [3]))  # type: ignore[arg-type]
+    assert str(caught.value.__cause__) == "object of type 'int' has no len()"

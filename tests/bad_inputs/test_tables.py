@@ -10,7 +10,7 @@ from .harness import Call, Row, World, check, rows
 pytest.importorskip("triton", reason="tables are of its kernels")
 
 from smoa_kernels.kernels.heuristic import Key
-from smoa_kernels.kernels.launch import architecture, multiprocessors
+from smoa_kernels.kernels.launch import PermuteConfig, architecture, multiprocessors
 from smoa_kernels.tuning import store
 from smoa_kernels.tuning.entries import Entry, Trial, merged
 from smoa_kernels.tuning.identity import identity, source_hash, staleness
@@ -105,22 +105,35 @@ TABLES: list[Row] = [
     (
         lambda w: store.update(w.folder / "t.json", [replace(GOOD, default="fast")]),
         ValueError,
-        "entries must be such as a table holds, .* no algorithm 'fast'",
+        "default must be one of merged, split, fused, got 'fast'",
     ),
     (
         lambda w: store.update(w.folder / "t.json", [GOOD.with_trial(Trial("split", float("nan")))]),
         ValueError,
-        "entries must be such .* seconds must be positive and finite, got nan",
+        "seconds must be positive and finite, got nan",
+    ),
+    (lambda _: Trial("split", 10**400), ValueError, "seconds must be positive and finite, got 1000"),
+    (lambda _: Trial("split", "1"), ValueError, "seconds must be positive and finite, got '1'"),  # type: ignore[arg-type]
+    (lambda _: Trial("split", reason=3), ValueError, "reason must be text, got 3"),  # type: ignore[arg-type]
+    (
+        lambda w: store.update(w.folder / "t.json", [GOOD.with_trial(Trial(object(), 1.0))]),  # type: ignore[arg-type]
+        ValueError,
+        "choice must be one of merged, split, fused, got <object",
     ),
     (
-        lambda w: store.update(w.folder / "t.json", [GOOD.with_trial(Trial(object(), 1.0))]),
-        ValueError,
-        "entries must be such as a table holds",
-    ),  # type: ignore[arg-type]
-    (
         lambda w: store.update(w.folder / "t.json", [replace(GOOD, trials=("split",))]),
+        TypeError,
+        "trials must be a Trial, got str",
+    ),
+    (
+        lambda _: replace(GOOD, key=Key("permute", "bf16")),
+        TypeError,
+        "default must be a PermuteConfig, got str",
+    ),
+    (
+        lambda _: replace(GOOD, key=Key("permute", "bf16"), default=PermuteConfig(64, 128, num_warps=3)),
         ValueError,
-        "entries must be such as a table holds",
+        "default: num_warps = 3 is no launch parameter of permute",
     ),
     (
         lambda _: occupancy("sm_90", registers=8, shared=8, warps=8),

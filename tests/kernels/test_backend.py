@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -385,7 +386,8 @@ def test_old_gpus_are_named(
     capability: tuple[int, int], words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backends._device_obstacle.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     try:
         cuda = torch.device("cuda", 0)
         assert backends.triton_obstacle(cuda, torch.bfloat16, 8) == words

@@ -100,7 +100,7 @@ def broken_by(change: str, data: dict[str, object]) -> str:
         ("unknown kernel", "kernel must be one of .* got 'matmul'"),
         ("a launch that is none", "num_warps = 3"),
         ("more warps than there are", "num_warps = 64"),
-        ("a time that no float holds", "OverflowError"),
+        ("a time that no float holds", "seconds must be positive and finite, got 1000"),
         ("nested without end", "is not JSON"),
         ("a tile that does not fit", "does not divide the layout"),
         ("a negative time", "seconds must be positive"),
