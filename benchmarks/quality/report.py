@@ -63,9 +63,9 @@ PROTOCOL = """Every method adapts the same linear layers in float32, with AdamW,
 Seeds change the initial values, the order of the questions and the random blocks. The layers under the adapted ones are
 frozen and computed once per question, which changes no result. MiniLM's new head has one learning rate ({:g}) beside
 every adapter. Minutes of CPU are those of all runs of the table below, one thread each: `make quality` shares a task's
-methods between as many processes as there are processors: on two it takes about half of that. K=4 with r=32 is a sweep of
-its own (`--sweep larger`), done on TREC-50. `data.py`, `choice.py` and `siqa.py` in
-`benchmarks/quality/` say where the questions come from."""
+methods between as many processes as there are processors: on two it takes about half of that. K=4 with r=32 is a sweep
+of its own (`--sweep larger`), done on TREC-50. `data.py`, `choice.py` and `siqa.py` in `benchmarks/quality/` say where
+the questions come from."""
 
 
 def page(study: Study) -> str:
