@@ -77,6 +77,7 @@ def load(path: str) -> Any:
     needs = {
         "peft/": "peft",
         "cli/": "typer",
+        "cli/spectrum_figure.py": "matplotlib",
         "kernels/": "triton",
         "tuning/": "triton",
         "triton_backend.py": "triton",
