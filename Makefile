@@ -73,7 +73,7 @@ lint: $(BIN)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(BIN)/.dev ## time and weigh the layer against its peers on one thread; write tables and figures (13 min)
+bench: $(BIN)/.dev ## time and weigh the layer against its peers on one thread; write tables and figures (15 min)
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -rs --benchmark-json=.benchmarks/run.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/run.json

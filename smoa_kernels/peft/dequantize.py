@@ -29,6 +29,9 @@ __all__ = ["dequantized", "keep_packing", "read_weight"]
 Reader = Callable[[int, int, Tensor], object]
 
 _SCRATCH = ScratchPool()
+# What torchao raises, and PEFT passes on, where a packing has no operator that gives W0 back: then W0 is read as a
+# product with the identity.
+_LACKS_OPERATOR = NotImplementedError
 _PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}  # what a core's cache holds; few launches
 
 
@@ -36,7 +39,7 @@ def read_weight(backend: QuantizationBackend, base: Any) -> Tensor:
     """W0 (N, C) of a quantised layer, newly allocated, as PEFT reads it."""
     try:
         return cast(Tensor, backend.get_base_weight(base))
-    except NotImplementedError:  # torchao's own answer, by PEFT, for a layout that it cannot dequantise
+    except _LACKS_OPERATOR:
         return _identity_product(base.weight, 0, base.weight.shape[1]).T
 
 
@@ -119,7 +122,7 @@ def _eight_bits(base: Any) -> Reader:
 def _fill_from_torchao(buffer: Tensor, weight: Any) -> None:
     try:
         _fill(buffer, lambda first, last, out: out.copy_(weight[first:last].dequantize()))
-    except NotImplementedError:  # torchao's own answer for a layout that it cannot dequantise
+    except _LACKS_OPERATOR:
         _fill(buffer.T, lambda first, last, out: out.copy_(_identity_product(weight, first, last)))
 
 
