@@ -329,6 +329,7 @@ def test_panels_of_the_merged_form(
 ) -> None:
     """W_eff a few rows at a time: panels that divide its rows or columns, and that do not."""
     monkeypatch.setattr(eager, "MERGED_PANEL", 4)
+    monkeypatch.setattr(eager, "MERGED_ALIGNMENT", 3)
     problem = make_problem(out_features=shape[0], in_features=shape[1], ranks=(2, 1), random_labels=True)
     if transposed:
         problem = replace(problem, weight=problem.weight.T.contiguous().T)
