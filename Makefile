@@ -15,7 +15,7 @@ OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 
 CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
           tests/test_bringup.py tests/test_dead_zone.py tests/test_lost_work.py),$(wildcard tests/test_*.py))
 
-.PHONY: help finetune classify test coverage test-peft test-matrix trust dist lint bench bench-smoke quality quality-data \
+.PHONY: help finetune main-job classify test coverage test-peft test-matrix trust dist lint bench bench-smoke quality quality-data \
         quality-smoke gpu gpu-smoke audit clean
 
 help: ## list the targets
@@ -34,6 +34,10 @@ $(BIN)/.dev: $(BIN)/.examples
 
 finetune: $(BIN)/.examples ## fine-tune SmolLM2-135M with SMoA on question classification (ARGS="--help")
 	$(BIN)/python examples/finetune.py $(ARGS)
+
+main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, one after the other: the README's table (15 min)
+	for method in lora hira smoa; do $(BIN)/python examples/finetune.py --method $$method || exit 1; done
+	$(BIN)/python -m benchmarks.main_job runs/finetune-lora runs/finetune-hira runs/finetune-smoa
 
 classify: $(BIN)/.examples ## fine-tune a classifier on all-MiniLM-L6-v2 with the Trainer (ARGS="--help")
 	$(BIN)/python examples/classify.py $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ def describe(smoke: bool) -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "smoke": smoke,
     }
+
+
+def commit() -> str:
+    """The checkout's commit, "+" where it was edited; "unknown" where git does not tell."""
+    describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def load() -> float:

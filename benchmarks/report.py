@@ -17,12 +17,12 @@ import typer
 from . import plots, protocol, tables
 from .goals import GOALS
 from .providers import HIRA, LORA, PAPER, SMOA
+from .readme import README, Section
 from .results import Run, compact, read, read_all, write
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
-START, END = "<!-- written by benchmarks/report.py: -->", "<!-- :written by benchmarks/report.py -->"
+SECTION = Section("benchmarks/report.py")
 NONE_YET = "No run has been kept yet: `make bench` measures and writes what belongs here.\n"
 
 
@@ -46,20 +46,8 @@ def page(runs: list[Run]) -> str:
 
 
 def section(runs: list[Run]) -> str:
-    """What stands between the README's markers."""
+    """What the README says of the runs."""
     return "\n\n".join(_readme_run(run).strip() for run in runs) + "\n" if runs else NONE_YET
-
-
-def replace_section(text: str, content: str) -> str:
-    """The README with new text between its markers.
-
-    Raises:
-        ValueError: the markers are not there, once each and in order.
-    """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"the README must hold {START} and then {END}, once each")
-    before, _, rest = text.partition(START)
-    return f"{before}{START}\n\n{content.strip()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def generate(folder: Path, readme: Path | None) -> list[Path]:
@@ -69,7 +57,7 @@ def generate(folder: Path, readme: Path | None) -> list[Path]:
     for run in runs:
         files |= {folder / f"{run.slug}-{name}.svg": text for name, text in plots.figures(run).items()}
     if readme is not None:
-        files[readme] = replace_section(readme.read_text(encoding="utf-8"), section(runs))
+        files[readme] = SECTION.replace(readme.read_text(encoding="utf-8"), section(runs))
     for path, text in files.items():
         write(path, text)
     return list(files)

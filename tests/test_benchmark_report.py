@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import plots, tables
+from benchmarks import main_job, plots, tables
 from benchmarks.goals import GOALS, Figure
 from benchmarks.profiles import GEMM, KINDS
 from benchmarks.protocol import Quartiles
-from benchmarks.report import END, README, RESULTS, START, generate, main, page, replace_section, section
+from benchmarks.readme import README, Section
+from benchmarks.report import RESULTS, SECTION, generate, main, page, section
 from benchmarks.results import Result, Run, compact, read, read_all
 
 LAYER = {
@@ -227,7 +229,7 @@ def test_another_json_is_refused(tmp_path: Path) -> None:
 
 def test_runs_are_added_and_everything_is_written(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    readme.write_text(f"before\n{SECTION.start}\nold\n{SECTION.end}\nafter\n")
     raw = write_benchmark_json(tmp_path / "raw.json", everything())
     out = tmp_path / "out"
     assert run_report([str(raw), "--out", str(out), "--readme", str(readme)]).exit_code == 0
@@ -236,7 +238,10 @@ def test_runs_are_added_and_everything_is_written(tmp_path: Path) -> None:
         "cpu-amd-epyc.json",
         *(f"cpu-amd-epyc-{name}.svg" for name in ("ratio", "few-tokens", "memory", "scaling")),
     }
-    assert readme.read_text() == f"before\n{START}\n\n{section(read_all(out)).strip()}\n\n{END}\nafter\n"
+    assert (
+        readme.read_text()
+        == f"before\n{SECTION.start}\n\n{section(read_all(out)).strip()}\n\n{SECTION.end}\nafter\n"
+    )
     before = {path: path.read_bytes() for path in out.iterdir()}
     generate(out, readme)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
@@ -250,20 +255,49 @@ def test_a_smoke_run_is_kept_out_of_the_results(tmp_path: Path) -> None:
     assert "its figures mean nothing" in page([make_run(smoke=True)])
 
 
-@pytest.mark.parametrize("text", ["", START, END + START, START + END + END, START + START + END])
+@pytest.mark.parametrize("text", ["", "<a>", "</a><a>", "<a></a></a>", "<a><a></a>"])
 def test_a_readme_without_its_markers_is_refused(text: str) -> None:
+    section = Section("program.py")
+    text = text.replace("</a>", section.end).replace("<a>", section.start)
     with pytest.raises(ValueError, match="once each"):
-        replace_section(text, "new")
+        section.replace(text, "new")
 
 
 def test_readme_and_results_are_what_the_kept_runs_say() -> None:
     runs = read_all(RESULTS)
     assert not any(run.machine["smoke"] for run in runs)
     readme = README.read_text(encoding="utf-8")
-    assert readme == replace_section(readme, section(runs)), "run `python -m benchmarks.report`"
+    assert readme == SECTION.replace(readme, section(runs)), "run `python -m benchmarks.report`"
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == page(runs), (
         "run `python -m benchmarks.report`"
     )
+
+
+def test_the_main_jobs_table_is_what_the_kept_runs_say() -> None:
+    readme = README.read_text(encoding="utf-8")
+    assert readme == main_job.SECTION.replace(readme, main_job.section()), (
+        "run `python -m benchmarks.main_job`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "options", "words"),
+    [
+        ("interrupted", {}, "its status is 'interrupted'"),
+        ("complete", {"lr": 0.1}, "not run as `make finetune` runs it"),
+        ("complete", {"eval_split": "validation"}, "not run as `make finetune` runs it"),
+    ],
+)
+def test_only_a_finished_run_at_the_defaults_is_kept(
+    status: str, options: dict[str, object], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main_job, "KEPT", tmp_path / "kept")
+    summary = json.loads((RESULTS / "main-job" / "smoa.json").read_text(encoding="utf-8"))["summary"]
+    changed = summary | {"status": status, "options": summary["options"] | options}
+    (tmp_path / "summary.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        main_job.keep(tmp_path)
+    assert not (tmp_path / "kept").exists()
 
 
 def run_report(arguments: list[str]) -> Any:

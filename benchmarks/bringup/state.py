@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..machine import describe
+from ..machine import commit, describe
 from ..results import Result, Run, compact, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +35,7 @@ class State:
     @classmethod
     def fresh(cls, smoke: bool) -> State:
         """Nothing yet, on this machine and commit."""
-        return cls(Run(describe(smoke), _commit(), time.strftime("%Y-%m-%d"), ()))
+        return cls(Run(describe(smoke), commit(), time.strftime("%Y-%m-%d"), ()))
 
     @classmethod
     def read(cls, path: Path) -> State:
@@ -77,18 +76,3 @@ class State:
 def path_of(out: Path, run: Run) -> Path:
     """The JSON file of a machine's bring-up; the Markdown stands beside it."""
     return out / f"bringup-{run.slug}.json"
-
-
-def _commit() -> str:
-    """The checkout's commit, "+" where it was edited; "unknown" where git does not tell."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
-        )
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
