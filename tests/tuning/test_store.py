@@ -214,11 +214,12 @@ def tuning(blocks: int, steps: int, before: str = "") -> subprocess.Popen[str]:
 
 
 @needs_interpreter
-def test_two_processes_tune_into_one_table() -> None:
-    processes = [tuning(blocks, 5) for blocks in (1, 2)]
+@pytest.mark.parametrize("of", [(1, 2), (1, 1)], ids=["different problems", "the same problems"])
+def test_two_processes_tune_into_one_table(of: tuple[int, int]) -> None:
+    processes = [tuning(blocks, 5) for blocks in of]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     found = read(user_table("cpu"))
-    assert {(key.blocks, key.tokens) for key in found} == {(n, 1 << s) for n in (1, 2) for s in range(5)}
+    assert {(key.blocks, key.tokens) for key in found} == {(n, 1 << s) for n in of for s in range(5)}
     for kept in found.values():
         assert kept.complete
         assert {t.choice: t.seconds for t in kept.trials} == {c: float(c.block_t) for c in PERMUTE_CONFIGS}
