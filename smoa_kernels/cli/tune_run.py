@@ -1,4 +1,7 @@
-"""What `smoa-kernels tune` does: check the request, prune, measure under a bar, report what won."""
+"""What `smoa-kernels tune` does: check the request, prune, measure under a bar, report what won.
+
+Where standard error is no terminal, a line for each problem that is done takes the bar's place.
+"""
 
 from __future__ import annotations
 
@@ -134,6 +137,8 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
 
         def progress(job: Job, entry: Entry) -> None:
             bar.update(task, advance=1, description=best_words(entry))
+            if bar.disable and not left(job, entry):  # a log has no bar, but should not stand still
+                bar.console.print(best_words(entry), highlight=False, markup=False, soft_wrap=True)
 
         try:
             done = tune(

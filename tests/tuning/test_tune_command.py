@@ -1,7 +1,9 @@
 """`smoa-kernels tune` and what `info` says of tables: the whole way in the interpreter, under a scripted clock."""
 
+import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +160,46 @@ def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
     assert main(["tune", *SMALL, *KERNELS]) == 0
     assert timed == ["split", "fused", "merged"]
     assert "failed" not in capsys.readouterr().out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_shows_how_far_it_is_and_the_best_so_far(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Merged is the fastest, and may not be chosen in bf16. What is shown when Ctrl-C comes is drawn for certain."""
+
+    def timer(run: Run) -> float:
+        if run.choice == "split":
+            raise KeyboardInterrupt
+        return {"fused": 3e-6, "merged": 2e-6}[str(run.choice)]
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    for name, value in {"TERM": "xterm", "COLUMNS": "200", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
+    gpu(timer)
+    assert main(["tune", *SMALL, "--kernel", "forward"]) == 130
+    line = [line for line in screen.getvalue().splitlines() if "tuning" in line][-1]
+    assert "2/3" in line
+    assert "forward 70x90 T≤32 ρ=3 K=2 bf16: 3.0 µs, fused (one kernel, gather inside)" in line
+
+
+def test_without_a_terminal_each_problem_that_is_done_is_told(
+    gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu(scripted(script))
+    assert main(["tune", *SMALL, *KERNELS]) == 0
+    weight, forward, gradient = capsys.readouterr().err.splitlines()
+    assert weight.startswith("modulated_weight 70x90 ρ=3 K=2 bf16: 16.0 µs, n=16 c=")
+    assert forward == "forward 70x90 T≤32 ρ=3 K=2 bf16: 1.0 µs, fused (one kernel, gather inside)"
+    assert gradient.startswith("input_gradient 70x90 T≤32 ρ=3 K=2 bf16: 1.0 µs, fused")
+    assert main(["tune", *SMALL, *KERNELS]) == 0
+    assert capsys.readouterr().err == ""  # nothing was left to do
 
 
 def test_failures_and_a_spent_budget_are_told(
