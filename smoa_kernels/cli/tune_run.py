@@ -21,7 +21,7 @@ from ..gpus import GPUS
 from ..kernels.heuristic import CONFIGS, DTYPES
 from ..tuning import lookup
 from ..tuning.entries import Entry
-from ..tuning.identity import identity, staleness
+from ..tuning.identity import identity
 from ..tuning.models import MODELS, read_config
 from ..tuning.plan import KERNELS, Layer, Target, jobs
 from ..tuning.space import broken
@@ -156,11 +156,9 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
         except DeviceLostError as error:
             code, stopped = 1, str(error)
     out = console()
-    found = {
-        key: entry
-        for key, entry in read(table).items()
-        if not staleness(entry.identity, identity(device, key.kernel))
-    }
+    known = read(table)
+    entries = (so_far(job, device, known) for job in planned)
+    found = {entry.key: entry for entry in entries if entry.trials}
     out.print(result_table(planned, found))
     for line in algorithm_words(found[job.key] for job in planned if job.key in found):
         out.print(f"compared: {line}", highlight=False, markup=False, soft_wrap=True)

@@ -120,7 +120,7 @@ def _completed(entry: Entry | None, key: Key, device: torch.device, budget: Budg
                 [planned],
                 device=device,
                 timer=timer,
-                known={} if entry is None else {key: entry},
+                known={} if entry is None else {(key, entry.identity): entry},
                 save=lambda entry: None,  # once, at the end
                 deadline=time.monotonic() + min(SECONDS, budget.left),
                 operands=lambda key, device: load,

@@ -150,7 +150,7 @@ class Entry:
 
 
 def merged(older: Entry, newer: Entry) -> Entry:
-    """Of two entries for one key the newer, with the trials of the older where both hold for the same machine.
+    """Of two entries for one key and identity the newer, with the trials of the older.
 
     Of two trials of one choice the newer, unless the older knows more: a time before a failure, which comes before the
     mark that a process leaves where it begins, or was interrupted.
@@ -161,6 +161,7 @@ def merged(older: Entry, newer: Entry) -> Entry:
 
     Raises:
         TypeError: one of them is no entry.
+        ValueError: they are of different keys or identities.
 
     Example:
         >>> machine = Identity("a GPU", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef")
@@ -171,8 +172,11 @@ def merged(older: Entry, newer: Entry) -> Entry:
     """
     check_kind("older", older, Entry)
     check_kind("newer", newer, Entry)
-    if older.identity != newer.identity:
-        return newer
+    for name in ("key", "identity"):
+        if getattr(older, name) != getattr(newer, name):
+            raise ValueError(
+                f"newer must have the {name} of older, {getattr(older, name)}, got {getattr(newer, name)}"
+            )
     trials = {trial.choice: trial for trial in older.trials}
     for trial in newer.trials:
         known = trials.get(trial.choice)

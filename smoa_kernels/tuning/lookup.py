@@ -1,14 +1,14 @@
 """Which measured choice is in force: the user's table, then the shipped one; the heuristic answers for neither.
 
-Tables are read once per process and GPU. An entry that was measured on something else (`identity.staleness`) is not
-used. With `SMOA_AUTOTUNE=1` a problem without a complete entry is measured when it first comes up; without it nothing
-is ever timed here.
+Tables are read once per process and GPU. An entry that was measured on something else, by its `Identity`, is not used.
+With `SMOA_AUTOTUNE=1` a problem without a complete entry is measured when it first comes up; without it nothing is ever
+timed here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -18,8 +18,8 @@ from ..kernels import selection
 from ..kernels.heuristic import Key, check_key
 from ..kernels.launch import Config
 from .entries import Entry, Trial
-from .identity import identity, staleness
-from .store import read, shipped_table, update, user_table
+from .identity import identity
+from .store import Table, read, shipped_table, update, user_table
 
 __all__ = ["autotune_wanted", "forget", "install", "keep", "known", "tuned_algorithm", "tuned_config"]
 
@@ -142,8 +142,7 @@ def known(key: Key, device: torch.device) -> list[Entry]:
     """
     check_key(key)
     now = identity(device, key.kernel)
-    entries = [table[key] for table in _tables(device) if key in table]
-    return [entry for entry in entries if not staleness(entry.identity, now)]
+    return [table[key, now] for table in _tables(device) if (key, now) in table]
 
 
 def _best(key: Key, device: torch.device, allowed: Sequence[str] | None) -> Trial | None:
@@ -161,6 +160,6 @@ def _best(key: Key, device: torch.device, allowed: Sequence[str] | None) -> Tria
 
 
 @cache
-def _tables(device: torch.device) -> tuple[Mapping[Key, Entry], ...]:
+def _tables(device: torch.device) -> tuple[Table, ...]:
     gpu = identity(device, "forward").gpu
     return read(user_table(gpu)), read(shipped_table(gpu), set_aside=False)

@@ -9,7 +9,7 @@ problem's candidates have one: of a process that a candidate kills nothing is le
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -18,7 +18,8 @@ import torch
 
 from ..kernels.heuristic import Key
 from .entries import GIVEN_UP, INTERRUPTED, UNFINISHED, Choice, Entry, Trial
-from .identity import identity, staleness
+from .identity import identity
+from .store import Table
 from .workloads import Workload, workload
 
 __all__ = [
@@ -101,7 +102,7 @@ def tune(
     *,
     device: torch.device,
     timer: Timer,
-    known: Mapping[Key, Entry],
+    known: Table,
     save: Callable[[Entry], object],
     deadline: float | None = None,
     progress: Progress = lambda job, entry: None,
@@ -113,7 +114,7 @@ def tune(
         jobs: kernels before the algorithms that are made of them.
         device: where to run.
         timer: :func:`gpu_timer`, or a scripted one.
-        known: entries of an earlier run.
+        known: entries of earlier runs.
         save: called before each trial, which it marks, and after it, so that nothing found is ever lost.
         deadline: by `time.monotonic()`; None knows no end.
         progress: called after each trial.
@@ -141,10 +142,10 @@ def tune(
     return done
 
 
-def so_far(job: Job, device: torch.device, known: Mapping[Key, Entry]) -> Entry:
-    """A job's entry of an earlier run where it still holds on this device, else one without trials."""
-    now, entry = identity(device, job.key.kernel), known.get(job.key)
-    return Entry(job.key, now, job.default) if entry is None or staleness(entry.identity, now) else entry
+def so_far(job: Job, device: torch.device, known: Table) -> Entry:
+    """A job's entry of an earlier run that holds on this device, else one without trials."""
+    now = identity(device, job.key.kernel)
+    return known.get((job.key, now)) or Entry(job.key, now, job.default)
 
 
 def left(job: Job, entry: Entry) -> list[Choice]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from problems import make_problem
-from tuning_cases import CPU, FORWARD, PERMUTE, entry, needs_interpreter, permute_entry, scripted
+from tuning_cases import CPU, FORWARD, PERMUTE, entry, kept, needs_interpreter, permute_entry, scripted
 
 from smoa_kernels.kernels import selection
 from smoa_kernels.kernels.heuristic import CONFIGS
@@ -20,7 +20,7 @@ from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.tuning import autotune, lookup
 from smoa_kernels.tuning.autotune import Budget
 from smoa_kernels.tuning.entries import Choice
-from smoa_kernels.tuning.store import read, update, user_table
+from smoa_kernels.tuning.store import update, user_table
 
 pytestmark = needs_interpreter
 
@@ -61,7 +61,7 @@ def test_autotune_measures_each_problem_once_and_keeps_it(monkeypatch: pytest.Mo
     selection.forget()
     ask()
     assert len(timed) == 3
-    assert read(user_table("cpu"))[PERMUTE].complete
+    assert kept()[PERMUTE].complete
     monkeypatch.delenv("SMOA_AUTOTUNE")
     autotune.measured.cache_clear()
     lookup.forget()
@@ -79,7 +79,7 @@ def test_autotune_goes_on_where_an_earlier_run_stopped(monkeypatch: pytest.Monke
     selection.forget()
     assert ask() == SECOND
     assert timed == [SECOND, THIRD]
-    assert read(user_table("cpu"))[PERMUTE].complete
+    assert kept()[PERMUTE].complete
 
 
 def test_algorithms_are_compared_however_long_their_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,8 +96,8 @@ def test_algorithms_are_compared_however_long_their_kernels_take(monkeypatch: py
     monkeypatch.setattr(autotune, "timer", scripted(seconds))
     assert lookup.tuned_algorithm(FORWARD, CPU, ("split", "fused")) == "fused"
     assert set(timed[-3:]) == {"split", "merged", "fused"}
-    assert read(user_table("cpu"))[FORWARD].complete
-    assert {key.kernel for key in read(user_table("cpu"))} & set(CONFIGS)
+    assert kept()[FORWARD].complete
+    assert {key.kernel for key in kept()} & set(CONFIGS)
 
 
 def test_what_is_first_asked_under_capture_is_measured_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_rank_0_measures_no_longer_than_the_others_can_wait(monkeypatch: pytest.
     finally:
         dist.destroy_process_group()
     assert clock == [60.0]  # one candidate each of two problems
-    assert {key.tokens for key in read(user_table("cpu"))} == {8, 16}
+    assert {key.tokens for key in kept()} == {8, 16}
 
 
 class Waiting:

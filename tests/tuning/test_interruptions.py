@@ -14,6 +14,7 @@ from tuning_cases import (
     SPEED,
     Notebook,
     entry,
+    kept,
     needs_interpreter,
     permute_job,
     scripted,
@@ -22,7 +23,7 @@ from tuning_cases import (
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.tuning import lookup
 from smoa_kernels.tuning.entries import GIVEN_UP, INTERRUPTED, UNFINISHED, Choice, Entry, Trial
-from smoa_kernels.tuning.store import read, update, user_table
+from smoa_kernels.tuning.store import update, user_table
 from smoa_kernels.tuning.tuner import DeviceLostError, Run, tune
 
 pytestmark = needs_interpreter
@@ -30,8 +31,8 @@ pytestmark = needs_interpreter
 FIRST, SECOND, THIRD = PERMUTE_CONFIGS
 
 
-def reasons(kept: Entry) -> dict[Choice, str | None]:
-    return {trial.choice: trial.reason for trial in kept.trials}
+def reasons(entry: Entry) -> dict[Choice, str | None]:
+    return {trial.choice: trial.reason for trial in entry.trials}
 
 
 def test_a_rerun_after_an_interruption_does_only_what_is_left() -> None:
@@ -44,9 +45,9 @@ def test_a_rerun_after_an_interruption_does_only_what_is_left() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         notebook.tune([permute_job()], timer=interrupted)
-    kept = notebook.saved[-1]
-    assert [t.choice for t in kept.trials if t.settled] == [FIRST]
-    assert not kept.complete
+    last = notebook.saved[-1]
+    assert [t.choice for t in last.trials if t.settled] == [FIRST]
+    assert not last.complete
     notebook.timed.clear()
     (tuned,) = notebook.tune([permute_job()])
     assert notebook.timed == [SECOND, THIRD]
@@ -60,11 +61,11 @@ class Interrupted:
     def __init__(self, notebook: Notebook, call: int) -> None:
         self.notebook, self.call, self.calls = notebook, call, 0
 
-    def __call__(self, kept: Entry) -> None:
+    def __call__(self, entry: Entry) -> None:
         self.calls += 1
         if self.calls == self.call:
             raise KeyboardInterrupt
-        self.notebook.saved.append(kept)
+        self.notebook.saved.append(entry)
 
 
 # The third and fourth are the second candidate's: its mark, and its time.
@@ -85,10 +86,10 @@ def test_ctrl_c_ends_the_run_where_nothing_can_be_written_any_more() -> None:
     notebook = Notebook()
     full: list[bool] = []
 
-    def save(kept: Entry) -> None:
+    def save(entry: Entry) -> None:
         if full:
             raise OSError("No space left on device")
-        notebook.saved.append(kept)
+        notebook.saved.append(entry)
 
     def timer(run: Run) -> float:
         full.append(True)
@@ -125,7 +126,7 @@ def killed(by: signal.Signals) -> Entry:
     command = [sys.executable, "-c", KILLED.format(here=str(here), signal=by.name)]
     process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here.parents[1])
     assert process.returncode == -by, process.stderr
-    return read(user_table("cpu"))[PERMUTE]
+    return kept()[PERMUTE]
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
@@ -165,9 +166,14 @@ def test_a_mark_that_another_process_has_replaced_does_not_come_back(found: Tria
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune([permute_job()], device=CPU, timer=timer, known={PERMUTE: known}, save=lookup.keep)
-    kept = read(user_table("cpu"))[PERMUTE]
-    assert {t.choice: t for t in kept.trials}[THIRD] == found
+        tune(
+            [permute_job()],
+            device=CPU,
+            timer=timer,
+            known={(PERMUTE, known.identity): known},
+            save=lookup.keep,
+        )
+    assert {t.choice: t for t in kept()[PERMUTE].trials}[THIRD] == found
 
 
 def test_a_mark_does_not_hide_what_another_process_found() -> None:
@@ -176,7 +182,7 @@ def test_a_mark_does_not_hide_what_another_process_found() -> None:
     update(user_table("cpu"), [done])
     for mark in (UNFINISHED, GIVEN_UP, INTERRUPTED):
         update(user_table("cpu"), [replace(done, trials=(Trial(SECOND, reason=mark),))])
-    assert read(user_table("cpu"))[PERMUTE] == done
+    assert kept()[PERMUTE] == done
 
 
 def test_a_lost_gpu_ends_the_run_with_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,12 @@ def test_a_stale_entry_is_not_used_and_says_why(changed: dict[str, object]) -> N
     assert reason.startswith(f"{name}: {value} then, ")
 
 
+def test_two_environments_share_a_table() -> None:
+    for added in (permute_entry(), entry(seconds={THIRD: 1.0}, torch="1.0")):
+        update(user_table("cpu"), [added])
+    assert ask() == SECOND
+
+
 def test_any_edit_of_a_kernels_source_makes_its_entries_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from smoa_kernels.kernels.heuristic import Key, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.tuning.entries import Choice, Entry, Trial
 from smoa_kernels.tuning.identity import identity
+from smoa_kernels.tuning.store import Table, read, user_table
 from smoa_kernels.tuning.tuner import Job, Run, Tuned, tune
 
 CPU = torch.device("cpu")
@@ -40,6 +42,14 @@ def permute_job(key: Key = PERMUTE) -> Job:
     return Job(key, heuristic(key, "cpu", 1), PERMUTE_CONFIGS)
 
 
+def kept(table: Path | None = None) -> dict[Key, Entry]:
+    """What a table holds, this machine's unless it is named; where it has one entry for each problem."""
+    entries = read(table or user_table("cpu")).values()
+    found = {e.key: e for e in entries}
+    assert len(found) == len(entries)
+    return found
+
+
 def scripted(seconds: Callable[[Choice], float]) -> Callable[[Run], float]:
     """A timer that runs what it times and answers by script."""
 
@@ -60,8 +70,8 @@ class Notebook:
         self.saved: list[Entry] = []
         self.timed: list[Choice] = []
 
-    def known(self) -> dict[Key, Entry]:
-        return {e.key: e for e in self.saved}
+    def known(self) -> Table:
+        return {(e.key, e.identity): e for e in self.saved}
 
     def seconds(self, choice: Choice) -> float:
         self.timed.append(choice)
