@@ -17,7 +17,7 @@ from smoa_kernels.tuning.identity import identity
 from smoa_kernels.tuning.plan import Layer, Target, jobs, keys
 from smoa_kernels.tuning.store import SCHEMA, read, update, user_table
 from smoa_kernels.tuning.tuner import Run as Launch
-from smoa_kernels.tuning.tuner import Timer, gpu_timer, tune
+from smoa_kernels.tuning.tuner import Timer, gpu_timer, so_far, tune
 from smoa_kernels.tuning.workloads import workload
 
 from ..gate import check_layers
@@ -59,7 +59,7 @@ def tune_shapes(job: Job) -> None:
         problems = {str(tuple(tuned.job.key)): tuned.problem for tuned in done if tuned.problem}
     finally:  # what a lost GPU leaves, too
         found = read(table)
-        entries = [found[j.key].to_json() for j in planned if j.key in found]
+        entries = [e.to_json() for e in (so_far(j, DEVICE, found) for j in planned) if e.trials]
         finding = {"table": {"schema": SCHEMA, "entries": entries}, "problems": problems}
         job.save(job.state.with_finding("tune", finding))
     if problems:

@@ -45,7 +45,7 @@ def result_table(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Table:
         table.add_column(heading, justify="right")
     for job in jobs:
         entry = found.get(job.key)
-        if entry is None or not entry.trials:
+        if entry is None:
             continue
         best, default = winner(entry), entry.trial(job.default)
         before = None if default is None else default.seconds

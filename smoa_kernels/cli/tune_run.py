@@ -1,4 +1,7 @@
-"""What `smoa-kernels tune` does: check the request, prune, measure under a bar, report what won."""
+"""What `smoa-kernels tune` does: check the request, prune, measure under a bar, report what won.
+
+Where standard error is no terminal, a line for each problem that is done takes the bar's place.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from ..gpus import GPUS
 from ..kernels.heuristic import CONFIGS, DTYPES
 from ..tuning import lookup
 from ..tuning.entries import Entry
-from ..tuning.identity import identity, staleness
+from ..tuning.identity import identity
 from ..tuning.models import MODELS, read_config
 from ..tuning.plan import KERNELS, Layer, Target, jobs
 from ..tuning.space import broken
@@ -134,6 +137,8 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
 
         def progress(job: Job, entry: Entry) -> None:
             bar.update(task, advance=1, description=best_words(entry))
+            if bar.disable and not left(job, entry):  # a log has no bar, but should not stand still
+                bar.console.print(best_words(entry), highlight=False, markup=False, soft_wrap=True)
 
         try:
             done = tune(
@@ -151,11 +156,9 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
         except DeviceLostError as error:
             code, stopped = 1, str(error)
     out = console()
-    found = {
-        key: entry
-        for key, entry in read(table).items()
-        if not staleness(entry.identity, identity(device, key.kernel))
-    }
+    known = read(table)
+    entries = (so_far(job, device, known) for job in planned)
+    found = {entry.key: entry for entry in entries if entry.trials}
     out.print(result_table(planned, found))
     for line in algorithm_words(found[job.key] for job in planned if job.key in found):
         out.print(f"compared: {line}", highlight=False, markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ import torch
 from .heuristic import Key, bucket, heuristic
 from .launch import Config, architecture, multiprocessors
 
-__all__ = ["forget", "name_of", "prefer", "select"]
+__all__ = ["capturing", "forget", "name_of", "prefer", "select"]
 
 Source = Callable[[Key, torch.device], Config | None]
 
@@ -33,6 +33,11 @@ def prefer(source: Source | None) -> None:
 def forget() -> None:
     """Choose anew at the next launch, for what was tuned has changed."""
     _selected.clear()
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is captured: nothing can be measured, and what is answered meanwhile is not kept."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def name_of(dtype: torch.dtype, precision: str) -> str:
@@ -81,5 +86,6 @@ def select(
         found = None if _source is None else _source(key, device)
         if found is None:
             found = heuristic(key, architecture(device), multiprocessors(device))
-        _selected[device, key] = found
+        if not capturing():
+            _selected[device, key] = found
     return found

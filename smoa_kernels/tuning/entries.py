@@ -12,13 +12,15 @@ from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key, check_key, fits
 from ..kernels.launch import Config
 from .identity import Identity
 
-__all__ = ["INTERRUPTED", "UNFINISHED", "Choice", "Entry", "Trial", "merged"]
+__all__ = ["GIVEN_UP", "INTERRUPTED", "UNFINISHED", "Choice", "Entry", "Trial", "merged"]
 
 Choice: TypeAlias = Config | str
 """Launch parameters of a kernel, or the name of an algorithm."""
 
 INTERRUPTED = "interrupted"
 UNFINISHED = "did not finish: the process ended while it ran"
+GIVEN_UP = "did not finish, twice: the process ended while it ran"
+_MARKS = (INTERRUPTED, UNFINISHED, GIVEN_UP)
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ class Trial:
 
     @property
     def settled(self) -> bool:
-        """Whether it need not be tried again."""
-        return self.reason != INTERRUPTED
+        """Whether it need not be tried again; the process may have ended once for a reason of its own."""
+        return self.reason not in (INTERRUPTED, UNFINISHED)
+
+    @property
+    def found(self) -> bool:
+        """Whether it ran to its end: a time, or what is wrong with it."""
+        return self.reason not in _MARKS
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,10 @@ class Entry:
 
 
 def merged(older: Entry, newer: Entry) -> Entry:
-    """Of two entries for one key the newer, with the trials of the older where both hold for the same machine.
+    """Of two entries for one key and identity the newer, with the trials of the older.
+
+    Of two trials of one choice the newer, unless the older knows more: a time before a failure, which comes before the
+    mark that a process leaves where it begins, or was interrupted.
 
     Args:
         older: that is in a table.
@@ -151,6 +161,7 @@ def merged(older: Entry, newer: Entry) -> Entry:
 
     Raises:
         TypeError: one of them is no entry.
+        ValueError: they are of different keys or identities.
 
     Example:
         >>> machine = Identity("a GPU", "sm_90", 132, "2.13.0", "3.9.0", "0123456789abcdef")
@@ -161,14 +172,21 @@ def merged(older: Entry, newer: Entry) -> Entry:
     """
     check_kind("older", older, Entry)
     check_kind("newer", newer, Entry)
-    if older.identity != newer.identity:
-        return newer
+    for name in ("key", "identity"):
+        if getattr(older, name) != getattr(newer, name):
+            raise ValueError(
+                f"newer must have the {name} of older, {getattr(older, name)}, got {getattr(newer, name)}"
+            )
     trials = {trial.choice: trial for trial in older.trials}
     for trial in newer.trials:
         known = trials.get(trial.choice)
-        if known is None or known.seconds is None or trial.seconds is not None:
+        if known is None or _knowledge(trial) >= _knowledge(known):
             trials[trial.choice] = trial
     return replace(newer, trials=tuple(trials.values()), complete=older.complete or newer.complete)
+
+
+def _knowledge(trial: Trial) -> tuple[bool, bool]:
+    return trial.seconds is not None, trial.found
 
 
 def _plain(choice: Choice) -> Any:

@@ -1,14 +1,14 @@
 """Which measured choice is in force: the user's table, then the shipped one; the heuristic answers for neither.
 
-Tables are read once per process and GPU. An entry that was measured on something else (`identity.staleness`) is not
-used. With `SMOA_AUTOTUNE=1` a problem without an entry is measured when it first comes up; without it nothing is ever
+Tables are read once per process and GPU. An entry that was measured on something else, by its `Identity`, is not used.
+With `SMOA_AUTOTUNE=1` a problem without a complete entry is measured when it first comes up; without it nothing is ever
 timed here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -17,11 +17,11 @@ from ..checks import check_kind, check_names
 from ..kernels import selection
 from ..kernels.heuristic import Key, check_key
 from ..kernels.launch import Config
-from .entries import Entry
-from .identity import identity, staleness
-from .store import read, shipped_table, update, user_table
+from .entries import Entry, Trial
+from .identity import identity
+from .store import Table, read, shipped_table, update, user_table
 
-__all__ = ["autotune_wanted", "forget", "install", "keep", "tuned_algorithm", "tuned_config"]
+__all__ = ["autotune_wanted", "forget", "install", "keep", "known", "tuned_algorithm", "tuned_config"]
 
 _algorithms: dict[tuple[torch.device, Key], str | None] = {}
 
@@ -93,8 +93,7 @@ def tuned_config(key: Key, device: torch.device) -> Config | None:
         >>> tuned_config(Key("permute", "bf16"), torch.device("cpu")) is None
         True
     """
-    entry = _entry(key, device)
-    best = None if entry is None else entry.best()
+    best = _best(key, device, None)
     return None if best is None or isinstance(best.choice, str) else best.choice
 
 
@@ -117,30 +116,50 @@ def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> s
     try:
         return _algorithms[device, key]
     except (KeyError, TypeError):
-        # Not asked yet, or what cannot be hashed: then `_entry` says what it must be.
+        # Not asked yet, or what cannot be hashed: then `known` says what it must be.
         pass
     check_names("allowed", allowed)
-    entry = _entry(key, device)
-    best = None if entry is None else entry.best(allowed)
-    _algorithms[device, key] = found = None if best is None else str(best.choice)
+    best = _best(key, device, allowed)
+    found = None if best is None else str(best.choice)
+    if not selection.capturing():
+        _algorithms[device, key] = found
     return found
 
 
-def _entry(key: Key, device: torch.device) -> Entry | None:
+def known(key: Key, device: torch.device) -> list[Entry]:
+    """The entries of both tables that hold for a problem here, the user's first.
+
+    Args:
+        key: the problem.
+        device: of the operands.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Example:
+        >>> known(Key("permute", "bf16"), torch.device("cpu"))
+        []
+    """
     check_key(key)
     now = identity(device, key.kernel)
-    for table in _tables(device):
-        entry = table.get(key)
-        if entry is not None and not staleness(entry.identity, now) and entry.best() is not None:
-            return entry
-    if autotune_wanted():
+    return [table[key, now] for table in _tables(device) if (key, now) in table]
+
+
+def _best(key: Key, device: torch.device, allowed: Sequence[str] | None) -> Trial | None:
+    """The fastest of the first entry that timed something allowed."""
+    entries = known(key, device)
+    if autotune_wanted() and not selection.capturing():
         from .autotune import measured  # measures through the backend, which asks here
 
-        return measured(key, device)
-    return None
+        # Asked even where the table answers: the other ranks hear of it.
+        shared = measured(key, device)
+        if shared is not None and not any(entry.complete for entry in entries[:1]):
+            entries.insert(0, shared)
+    best = (entry.best(allowed) for entry in entries)
+    return next((trial for trial in best if trial is not None), None)
 
 
 @cache
-def _tables(device: torch.device) -> tuple[Mapping[Key, Entry], ...]:
+def _tables(device: torch.device) -> tuple[Table, ...]:
     gpu = identity(device, "forward").gpu
     return read(user_table(gpu)), read(shipped_table(gpu), set_aside=False)

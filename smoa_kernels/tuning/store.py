@@ -1,8 +1,9 @@
 """Tables of measured choices, one JSON file per GPU: the user's in the cache folder, the shipped ones in the package.
 
 A table is never in the way: one that cannot be read is named in a warning and set aside, and what it would have
-chosen is the heuristic's. Writers hold a lock, read again, add what they found and replace the file in one step, so
-that two of them lose nothing and a reader never sees half a file.
+chosen is the heuristic's. What was measured with other software, or on another slice of the GPU, stands beside: two
+environments with one cache folder do not undo each other's work. Writers hold a lock, read again, add what they found
+and replace the file in one step, so that two of them lose nothing and a reader never sees half a file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from filelock import FileLock
 
@@ -22,9 +23,12 @@ from ..checks import check_kind
 from ..files import cache_folder, replace_file
 from ..kernels.heuristic import Key
 from .entries import Entry, merged
-from .identity import slug
+from .identity import Identity, slug
 
-__all__ = ["SCHEMA", "SHIPPED", "read", "shipped_table", "update", "user_folder", "user_table"]
+__all__ = ["SCHEMA", "SHIPPED", "Table", "read", "shipped_table", "update", "user_folder", "user_table"]
+
+Table: TypeAlias = Mapping[tuple[Key, Identity], Entry]
+"""Entries by problem and by what they were measured on."""
 
 SCHEMA = 1
 SHIPPED = Path(__file__).resolve().parent / "tables"
@@ -68,7 +72,7 @@ def shipped_table(gpu: str) -> Path:
     return SHIPPED / f"{slug(gpu)}.json"
 
 
-def read(path: Path, *, set_aside: bool = True) -> Mapping[Key, Entry]:
+def read(path: Path, *, set_aside: bool = True) -> Table:
     """The entries of a table; none where there is no file, or one that cannot be used.
 
     A file that is truncated, foreign, broken by hand or of a future schema is named in one warning and, where
@@ -103,12 +107,12 @@ def read(path: Path, *, set_aside: bool = True) -> Mapping[Key, Entry]:
         return {}
 
 
-def update(path: Path, entries: Iterable[Entry]) -> Mapping[Key, Entry]:
+def update(path: Path, entries: Iterable[Entry]) -> Table:
     """Add entries to a table, made where there is none; returns what it then holds.
 
     Args:
         path: of the table.
-        entries: what was measured; one whose key is there is merged with it.
+        entries: what was measured; where the table has one of the same key and identity, the two are merged.
 
     Raises:
         TypeError: no path, or something else than entries.
@@ -129,8 +133,8 @@ def update(path: Path, entries: Iterable[Entry]) -> Mapping[Key, Entry]:
     with _lock(path):
         table = dict(_parse_or_set_aside(path))
         for entry in entries:
-            older = table.get(entry.key)
-            table[entry.key] = entry if older is None else merged(older, entry)
+            older = table.get(_index(entry))
+            table[_index(entry)] = entry if older is None else merged(older, entry)
         data = {"schema": SCHEMA, "entries": [entry.to_json() for entry in table.values()]}
         replace_file(path, f"{json.dumps(data, indent=1)}\n".encode())
     return table
@@ -140,7 +144,11 @@ class _BrokenError(Exception):
     """Why a file is no table."""
 
 
-def _parse(path: Path) -> Mapping[Key, Entry]:
+def _index(entry: Entry) -> tuple[Key, Identity]:
+    return entry.key, entry.identity
+
+
+def _parse(path: Path) -> Table:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError("it is no file")  # a pipe would be waited for
@@ -158,7 +166,7 @@ def _parse(path: Path) -> Mapping[Key, Entry]:
         raise _BrokenError(f"has schema {data['schema']}, this version knows up to {SCHEMA}")
     if not isinstance(data.get("entries"), list):
         raise _BrokenError("holds no list of entries")
-    return {entry.key: entry for entry in map(_entry, data["entries"])}
+    return {_index(entry): entry for entry in map(_entry, data["entries"])}
 
 
 def _entry(data: Any) -> Entry:
@@ -168,7 +176,7 @@ def _entry(data: Any) -> Entry:
         raise _BrokenError(f"holds an entry that is none ({type(error).__name__}: {error})") from error
 
 
-def _parse_or_set_aside(path: Path) -> Mapping[Key, Entry]:
+def _parse_or_set_aside(path: Path) -> Table:
     """Under the lock: another process may have set the file aside, or written a good one, in the meantime."""
     try:
         return _parse(path)

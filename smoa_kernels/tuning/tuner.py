@@ -1,22 +1,25 @@
 """The loop that tunes: check each candidate, time it, write down what was found, go on where an earlier run stopped.
 
 The timer and what is run are arguments, so that the loop is the same on a GPU, in Triton's interpreter and under a
-scripted clock. Triton's own autotuner has no such seams: it times inside a launch, keeps no numbers to compare, checks
-none, and a configuration that kills the process is tried again by the next one.
+scripted clock. Triton's own autotuner times inside the launch of one kernel, and so no algorithm that is made of
+several. It compares no candidate's numbers with anything. Its times reach the disk (`cache_results`) once all of a
+problem's candidates have one: of a process that a candidate kills nothing is left, and the next one tries it again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from ..kernels.heuristic import Key
-from .entries import INTERRUPTED, UNFINISHED, Choice, Entry, Trial
-from .identity import identity, staleness
+from .entries import GIVEN_UP, INTERRUPTED, UNFINISHED, Choice, Entry, Trial
+from .identity import identity
+from .store import Table
 from .workloads import Workload, workload
 
 __all__ = [
@@ -30,7 +33,6 @@ __all__ = [
     "left",
     "so_far",
     "tune",
-    "tune_job",
 ]
 
 
@@ -100,7 +102,7 @@ def tune(
     *,
     device: torch.device,
     timer: Timer,
-    known: Mapping[Key, Entry],
+    known: Table,
     save: Callable[[Entry], object],
     deadline: float | None = None,
     progress: Progress = lambda job, entry: None,
@@ -112,8 +114,8 @@ def tune(
         jobs: kernels before the algorithms that are made of them.
         device: where to run.
         timer: :func:`gpu_timer`, or a scripted one.
-        known: entries of an earlier run.
-        save: called with the entry before each trial and after it, so that nothing found is ever lost.
+        known: entries of earlier runs.
+        save: called before each trial, which it marks, and after it, so that nothing found is ever lost.
         deadline: by `time.monotonic()`; None knows no end.
         progress: called after each trial.
         operands: what to run for a key.
@@ -140,21 +142,15 @@ def tune(
     return done
 
 
-def so_far(job: Job, device: torch.device, known: Mapping[Key, Entry]) -> Entry:
-    """A job's entry of an earlier run where it still holds on this device, else one without trials."""
-    now, entry = identity(device, job.key.kernel), known.get(job.key)
-    return Entry(job.key, now, job.default) if entry is None or staleness(entry.identity, now) else entry
+def so_far(job: Job, device: torch.device, known: Table) -> Entry:
+    """A job's entry of an earlier run that holds on this device, else one without trials."""
+    now = identity(device, job.key.kernel)
+    return known.get((job.key, now)) or Entry(job.key, now, job.default)
 
 
 def left(job: Job, entry: Entry) -> list[Choice]:
     """What is still to be tried."""
     return [choice for choice in job.candidates if entry.trial(choice) is None]
-
-
-def tune_job(job: Job, *, device: torch.device, timer: Timer, deadline: float | None = None) -> Entry | None:
-    """Tune one job and keep nothing on disk."""
-    (tuned,) = tune([job], device=device, timer=timer, known={}, save=lambda entry: None, deadline=deadline)
-    return tuned.entry
 
 
 def _tune_one(
@@ -168,18 +164,26 @@ def _tune_one(
 ) -> Tuned:
     with load.precision():
         load.prepare()
+    unfinished = [trial.choice for trial in entry.trials if trial.reason == UNFINISHED]
+    # The marks of another run stay in the table, where that run may still replace them by what it found.
+    entry = replace(entry, trials=tuple(trial for trial in entry.trials if trial.settled))
     for choice in left(job, entry):
         if deadline is not None and time.monotonic() >= deadline:
             save(entry)
             return Tuned(job, entry, "no time was left for all candidates")
-        # Written before it runs: a choice that takes the process with it is not tried a second time.
-        save(entry.with_trial(Trial(choice, reason=UNFINISHED)))
+        # Written before it runs: what takes the process with it is tried once more, for something else may have
+        # ended the process, and then no more.
+        mark = GIVEN_UP if choice in unfinished else UNFINISHED
         try:
+            save(entry.with_trial(Trial(choice, reason=mark)))
             entry = entry.with_trial(_try(choice, load, timer))
+            save(entry)
         except BaseException:
-            save(entry.with_trial(Trial(choice, reason=INTERRUPTED)))
+            if entry.trial(choice) is None:
+                entry = entry.with_trial(Trial(choice, reason=INTERRUPTED))
+            with suppress(Exception):  # what ended the loop is what the caller must hear of
+                save(entry)
             raise
-        save(entry)
         progress(job, entry)
         _check_device(load, choice)
     entry = replace(entry, complete=True)

@@ -100,6 +100,16 @@ TABLES: list[Row] = [
     (lambda _: replace(GOOD, trials=[]), TypeError, "trials must be a tuple, got list"),
     (lambda _: replace(GOOD, complete=1), TypeError, "complete must be a bool, got int"),
     (lambda _: GOOD.with_trial("split"), TypeError, "trial must be a Trial, got str"),  # type: ignore[arg-type]
+    (
+        lambda _: merged(GOOD, replace(GOOD, key=Key("forward", "fp16"))),
+        ValueError,
+        "newer must have the key of older, .*'bf16'.*, got .*'fp16'",
+    ),
+    (
+        lambda _: merged(GOOD, replace(GOOD, identity=replace(GOOD.identity, torch="1.0"))),
+        ValueError,
+        "newer must have the identity of older, .* got .*torch='1.0'",
+    ),
     (lambda _: merged(GOOD, None), TypeError, "newer must be an Entry, got NoneType"),  # type: ignore[arg-type]
     # Such a table would be set aside, with all that it holds, by whoever reads it next.
     (

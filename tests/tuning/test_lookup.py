@@ -1,10 +1,5 @@
-"""Which choice is in force: user's table, shipped table, heuristic; when something is timed, and by whom."""
+"""Which choice is in force: user's table, shipped table, heuristic."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 import timeit
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import LinearProblem, make_problem
-from tuning_cases import CPU, FORWARD, PERMUTE, entry, needs_interpreter, permute_entry, scripted
+from tuning_cases import CPU, FORWARD, PERMUTE, entry, needs_interpreter, permute_entry
 
 from smoa_kernels import triton_backend
 from smoa_kernels.kernels import selection
@@ -21,9 +16,8 @@ from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.partition import BlockPartition
-from smoa_kernels.tuning import autotune, identity, lookup, store
-from smoa_kernels.tuning.entries import Choice
-from smoa_kernels.tuning.store import read, update, user_table
+from smoa_kernels.tuning import identity, lookup, store
+from smoa_kernels.tuning.store import update, user_table
 
 pytestmark = needs_interpreter
 
@@ -78,6 +72,12 @@ def test_a_stale_entry_is_not_used_and_says_why(changed: dict[str, object]) -> N
     (reason,) = identity.staleness(stale.identity, identity.identity(CPU, "permute"))
     ((name, value),) = changed.items()
     assert reason.startswith(f"{name}: {value} then, ")
+
+
+def test_two_environments_share_a_table() -> None:
+    for added in (permute_entry(), entry(seconds={THIRD: 1.0}, torch="1.0")):
+        update(user_table("cpu"), [added])
+    assert ask() == SECOND
 
 
 def test_any_edit_of_a_kernels_source_makes_its_entries_stale(
@@ -181,126 +181,19 @@ def test_measured_winners_replace_the_cost_models_thresholds(monkeypatch: pytest
     assert taken_by(problem, monkeypatch) == {"forward": "split", "input_gradient": "merged"}
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
-    timed: list[Choice] = []
-
-    def seconds(choice: Choice) -> float:
-        timed.append(choice)
-        return float(len(timed))
-
-    monkeypatch.setattr(autotune, "timer", scripted(seconds))
-    return timed
-
-
-@pytest.mark.parametrize("value", [None, "0", "", "true"])
-def test_nothing_is_timed_unless_asked(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = count_calls(monkeypatch)
-    if value is not None:
-        monkeypatch.setenv("SMOA_AUTOTUNE", value)
-    make_problem(tokens=5, dtype=torch.float32).run(backend="triton")
-    assert timed == []
-    assert not user_table("cpu").exists()
-
-
-def test_autotune_measures_each_problem_once_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = count_calls(monkeypatch)
-    monkeypatch.setenv("SMOA_AUTOTUNE", "1")
-    assert ask() == FIRST  # the script makes the first the fastest
-    assert timed == [FIRST, SECOND, THIRD]
-    selection.forget()
-    ask()
-    assert len(timed) == 3
-    assert read(user_table("cpu"))[PERMUTE].complete
-    monkeypatch.delenv("SMOA_AUTOTUNE")
-    autotune.measured.cache_clear()
-    lookup.forget()
-    ask()  # from the table
-    assert len(timed) == 3
-
-
-def test_autotune_that_fails_leaves_the_heuristic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMOA_AUTOTUNE", "1")
-    monkeypatch.setattr(autotune, "timer", scripted(lambda choice: 1 / 0))
-    assert ask() == FIRST
-    assert not user_table("cpu").exists()
-
-
-def test_autotune_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMOA_AUTOTUNE", "1")
-    monkeypatch.setenv("SMOA_CACHE", os.devnull)
-    count_calls(monkeypatch)
-    with pytest.warns(UserWarning, match="cannot be read"), pytest.warns(UserWarning, match="is not kept"):
-        assert ask() == FIRST
-
-
-RANK = """
-import os, sys
-sys.path[:0] = [{here!r}]
-from datetime import timedelta
-import torch, torch.distributed as dist
-from tuning_cases import scripted
-from smoa_kernels.kernels import selection
-from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.tuning import autotune, lookup
-rank = int(sys.argv[1])
-os.environ |= {{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2], "SMOA_CACHE": sys.argv[3] + str(rank)}}
-lookup.install()
-dist.init_process_group("gloo", rank=rank, world_size=2)
-timed = []
-def seconds(choice):
-    timed.append(choice)
-    return float(choice != PERMUTE_CONFIGS[2]) + 1
-autotune.timer = scripted(seconds)
-def ask(tokens):
-    cpu = torch.device("cpu")
-    return selection.select("permute", cpu, torch.float32, blocks=2, in_features=12, tokens=tokens, padded_in=64)
-shared = ask(8)
-autotune.WAIT = timedelta(seconds=0.3)
-alone = ask(16) if rank == 1 else None
-dist.barrier()
-print(PERMUTE_CONFIGS.index(shared), len(timed), alone == PERMUTE_CONFIGS[0])
-dist.destroy_process_group()
-"""
-
-
-def test_autotune_runs_on_rank_0_and_all_ranks_take_its_choice(tmp_path: Path) -> None:
-    """No shared disk; and a problem that only rank 1 has makes it wait a moment, not for ever."""
-    here = Path(__file__).resolve().parent
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program = RANK.format(here=str(here))
-    environment = os.environ | {"SMOA_AUTOTUNE": "1", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(port), str(tmp_path / "cache")],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=here.parents[1],
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=90)[0].split() for process in processes]
-    assert outputs == [["2", "3", "False"], ["2", "0", "True"]]
-    assert not (tmp_path / "cache1").exists()
-
-
-def test_another_gpu_than_rank_0s_goes_by_its_own_heuristic() -> None:
-    class Store:
-        def wait(self, names: list[str], timeout: object) -> None:
-            pass
-
-        def get(self, name: str) -> str:
-            return json.dumps(permute_entry(capability="sm_90").to_json())
-
-    assert autotune._published(Store(), "any", PERMUTE, CPU) is None
-
-
 def test_an_answer_from_the_cache_takes_microseconds() -> None:
     """A lookup is a tuple and a dictionary; the bound is an order of magnitude above what it takes here."""
     ask()
     assert min(timeit.repeat(ask, number=2000, repeat=5)) / 2000 < 50e-6
+
+
+def test_what_may_not_be_chosen_is_looked_for_in_the_next_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
+    update(user_table("cpu"), [entry(FORWARD, seconds={"merged": 1.0})])
+    update(tmp_path / "shipped" / "cpu.json", [entry(FORWARD, seconds={"split": 2.0, "fused": 3.0})])
+    assert lookup.tuned_algorithm(FORWARD, CPU, ("split", "fused")) == "split"
 
 
 def test_a_forward_key_is_no_kernels(cache: Path) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import pytest
-from tuning_cases import FORWARD, GRAD, PERMUTE, entry, needs_interpreter, permute_entry
+from tuning_cases import FORWARD, GRAD, PERMUTE, entry, kept, needs_interpreter, permute_entry
 
 from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
 from smoa_kernels.tuning import store
@@ -36,7 +36,7 @@ def test_a_table_comes_back_as_it_was_written(table: Path) -> None:
     ]
     update(table, entries)
     assert table.name == "nvidia-h100-80gb-hbm3.json"
-    assert read(table) == {e.key: e for e in entries}
+    assert kept(table) == {e.key: e for e in entries}
     assert json.loads(table.read_text())["schema"] == SCHEMA
 
 
@@ -121,7 +121,7 @@ def test_a_broken_file_is_named_set_aside_and_never_fatal(change: str, words: st
         warnings.simplefilter("error")
         assert read(table) == {}  # named once
         update(table, [permute_entry()])
-        assert set(read(table)) == {PERMUTE}
+        assert set(kept(table)) == {PERMUTE}
     table.write_text("{")
     with pytest.warns(UserWarning, match="broken-2"):
         read(table)
@@ -140,7 +140,7 @@ def test_a_writer_sets_a_broken_table_aside_too(table: Path) -> None:
     table.write_text("{")
     with pytest.warns(UserWarning, match="set aside as .*broken-1"):
         update(table, [permute_entry()])
-    assert set(read(table)) == {PERMUTE}
+    assert set(kept(table)) == {PERMUTE}
 
 
 def test_what_is_not_ours_is_not_moved(table: Path) -> None:
@@ -176,17 +176,24 @@ def test_what_two_writers_found_for_one_key_is_joined(table: Path) -> None:
     first, second, third = PERMUTE_CONFIGS
     update(table, [entry(seconds={first: 3.0}, complete=False).with_trial(Trial(second, reason="died"))])
     update(table, [entry(seconds={first: 3.5, third: 2.0}, complete=False).with_trial(Trial(second, 1.0))])
-    found = read(table)[PERMUTE]
+    found = kept(table)[PERMUTE]
     assert {t.choice: t.seconds for t in found.trials} == {first: 3.5, second: 1.0, third: 2.0}
     update(table, [entry(seconds={first: 4.0}, complete=True).with_trial(Trial(second, reason="died"))])
-    found = read(table)[PERMUTE]
+    found = kept(table)[PERMUTE]
     assert {t.choice: t.seconds for t in found.trials} == {first: 4.0, second: 1.0, third: 2.0}
     assert found.complete
 
 
-def test_what_another_machine_found_is_replaced() -> None:
-    old, new = permute_entry(torch="1.0"), permute_entry()
-    assert merged(old, new) == new
+@pytest.mark.parametrize("changed", [{"torch": "1.0"}, {"triton": "2.0"}, {"multiprocessors": 7}], ids=str)
+def test_what_another_environment_or_slice_found_stands_beside(
+    changed: dict[str, object], table: Path
+) -> None:
+    first, second, _ = PERMUTE_CONFIGS
+    here, there = entry(seconds={first: 1.0}, complete=False), permute_entry(**changed)
+    for added in (here, there, entry(seconds={second: 2.0})):
+        update(table, [added])
+    ours = merged(here, entry(seconds={second: 2.0}))
+    assert list(read(table).values()) == [ours, there]
 
 
 TUNING = """
@@ -214,14 +221,15 @@ def tuning(blocks: int, steps: int, before: str = "") -> subprocess.Popen[str]:
 
 
 @needs_interpreter
-def test_two_processes_tune_into_one_table() -> None:
-    processes = [tuning(blocks, 5) for blocks in (1, 2)]
+@pytest.mark.parametrize("of", [(1, 2), (1, 1)], ids=["different problems", "the same problems"])
+def test_two_processes_tune_into_one_table(of: tuple[int, int]) -> None:
+    processes = [tuning(blocks, 5) for blocks in of]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    found = read(user_table("cpu"))
-    assert {(key.blocks, key.tokens) for key in found} == {(n, 1 << s) for n in (1, 2) for s in range(5)}
-    for kept in found.values():
-        assert kept.complete
-        assert {t.choice: t.seconds for t in kept.trials} == {c: float(c.block_t) for c in PERMUTE_CONFIGS}
+    found = kept()
+    assert {(key.blocks, key.tokens) for key in found} == {(n, 1 << s) for n in of for s in range(5)}
+    for tuned in found.values():
+        assert tuned.complete
+        assert {t.choice: t.seconds for t in tuned.trials} == {c: float(c.block_t) for c in PERMUTE_CONFIGS}
 
 
 @needs_interpreter
@@ -243,7 +251,7 @@ def test_a_writer_waits_for_one_that_has_read_and_not_yet_written() -> None:
         process.stdin.close()
         written.result(timeout=60)
         assert process.wait(timeout=60) == 0
-    assert {(key.blocks, key.tokens) for key in read(user_table("cpu"))} == {(7, 1), (2, 16)}
+    assert {(key.blocks, key.tokens) for key in kept()} == {(7, 1), (2, 16)}
 
 
 @needs_interpreter
@@ -262,7 +270,7 @@ def test_kill_in_the_middle_of_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     update(table, [permute_entry(PERMUTE._replace(tokens=16))])
     assert time.monotonic() - start < 5  # the lock went with its holder
-    assert {key.tokens for key in read(table)} == {8, 16}
+    assert {key.tokens for key in kept(table)} == {8, 16}
 
 
 def test_an_entry_that_holds_nothing_timed_has_no_best() -> None:

@@ -1,7 +1,8 @@
-"""Entries made by hand, and a clock that follows a script."""
+"""Entries made by hand, a clock that follows a script, and a notebook of what was saved and timed."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from smoa_kernels.kernels.heuristic import Key, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.tuning.entries import Choice, Entry, Trial
 from smoa_kernels.tuning.identity import identity
-from smoa_kernels.tuning.tuner import Job, Run
+from smoa_kernels.tuning.store import Table, read, user_table
+from smoa_kernels.tuning.tuner import Job, Run, Tuned, tune
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(
@@ -40,6 +42,14 @@ def permute_job(key: Key = PERMUTE) -> Job:
     return Job(key, heuristic(key, "cpu", 1), PERMUTE_CONFIGS)
 
 
+def kept(table: Path | None = None) -> dict[Key, Entry]:
+    """What a table holds, this machine's unless it is named; where it has one entry for each problem."""
+    entries = read(table or user_table("cpu")).values()
+    found = {e.key: e for e in entries}
+    assert len(found) == len(entries)
+    return found
+
+
 def scripted(seconds: Callable[[Choice], float]) -> Callable[[Run], float]:
     """A timer that runs what it times and answers by script."""
 
@@ -48,3 +58,31 @@ def scripted(seconds: Callable[[Choice], float]) -> Callable[[Run], float]:
         return seconds(run.choice)
 
     return timer
+
+
+SPEED = dict(zip(PERMUTE_CONFIGS, (3.0, 1.0, 2.0), strict=True))
+
+
+class Notebook:
+    """What was saved, last state first to last, and what was timed."""
+
+    def __init__(self) -> None:
+        self.saved: list[Entry] = []
+        self.timed: list[Choice] = []
+
+    def known(self) -> Table:
+        return {(e.key, e.identity): e for e in self.saved}
+
+    def seconds(self, choice: Choice) -> float:
+        self.timed.append(choice)
+        return SPEED[choice]
+
+    def tune(
+        self, jobs: list[Job], timer: Callable[[Run], float] | None = None, **options: object
+    ) -> list[Tuned]:
+        return tune(
+            jobs,
+            device=CPU,
+            timer=timer or scripted(self.seconds),
+            **{"known": self.known(), "save": self.saved.append} | options,  # type: ignore[arg-type]
+        )
