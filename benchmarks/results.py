@@ -49,9 +49,9 @@ class Result:
         return Comparison(self.baseline, self.seconds[phase])
 
     @property
-    def noisy(self) -> bool:
-        """Whether the machine was too unsteady in any phase."""
-        return any(self.comparison(phase).noisy for phase in self.seconds)
+    def doubt(self) -> str:
+        """The first phase's reason not to be quoted or judged; "" where none has one."""
+        return next(filter(None, (self.comparison(phase).doubt for phase in self.seconds)), "")
 
 
 @dataclass(frozen=True)
