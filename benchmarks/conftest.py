@@ -106,7 +106,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     for title, phases in _RESULTS:
         for phase, comparison in phases.items():
-            mark = "  NOISY, do not quote" if comparison.noisy else ""
+            mark = f"  {comparison.doubt.upper()}, do not quote" if comparison.doubt else ""
             over = f"over {comparison.baseline}, spread {comparison.spread:.0%}"
             terminalreporter.line("")
             terminalreporter.line(f"{title}, {phase}   ({over}){mark}")

@@ -19,12 +19,12 @@ class Figure:
 
     Attributes:
         ratio: median with quartiles.
-        noisy: the machine was too unsteady for it to be quoted.
+        doubt: why it is not judged; "" where it is.
         parts: the same ratio in the phases that it is made of, where it is.
     """
 
     ratio: Quartiles
-    noisy: bool = False
+    doubt: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -37,11 +37,11 @@ class Goal:
     measure: Callable[[Run], Figure | None]
 
     def verdict(self, figure: Figure | None) -> str:
-        """Met, or missed by how much; nothing is judged on a noisy machine."""
+        """Met, or missed by how much; nothing is judged on a noisy machine or by a single round."""
         if figure is None:
             return "not measured"
-        if figure.noisy:
-            return "noisy, not judged"
+        if figure.doubt:
+            return f"{figure.doubt}, not judged"
         value = figure.ratio.median
         if value <= self.limit:
             return "met"
@@ -58,7 +58,7 @@ def _time(kind: str, phase: str, name: str, over: str, **params: Any) -> Callabl
         comparison = result.comparison(phase)
         others = [p for p in result.seconds if p != phase] if phase == "both" else []
         parts = {p: result.comparison(p).ratio(name, over).median for p in others}
-        return Figure(comparison.ratio(name, over), comparison.noisy, parts)
+        return Figure(comparison.ratio(name, over), comparison.doubt, parts)
 
     return measure
 

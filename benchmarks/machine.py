@@ -14,6 +14,7 @@ import torch
 
 from .protocol import DEVICE
 
+EDITED = "+"  # ends the commit of what ran on code that was not committed
 PACKAGES = ("torch", "triton", "peft", "transformers", "smoa-kernels")
 
 
@@ -34,15 +35,22 @@ def describe(smoke: bool) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, "+" where it was edited; "unknown" where git does not tell."""
-    describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
+    """The checkout's commit, with `EDITED` behind it where code is not committed; "unknown" where git does not tell.
+
+    What benchmarks have added to their results is no such edit.
+    """
     try:
-        found = subprocess.run(
-            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        changed = _git("status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results")
+        return _git("rev-parse", "--short=10", "HEAD") + (EDITED if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    return subprocess.run(
+        ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def load() -> float:

@@ -5,7 +5,8 @@ round by round, each round in another order (drawn from a fixed seed), so that a
 under all of them and what one leaves in caches and allocator is not always met by the same next one.
 A ratio is taken pair by pair: one provider's seconds over another's *of the same round*. A figure is the median of
 these ratios with its quartiles. Where the baseline's own interquartile range passes 15 % of its median, the machine
-was not steady enough: the ratios are printed, marked noisy, and not to be quoted.
+was not steady enough: the ratios are printed, marked noisy, and neither quoted nor judged. Nor is what took so long
+that it ran in one round only, which has no spread to tell by.
 
 Forward and backward are laps of one training pass: the backward's clock starts when the forward, graph and all, is
 there. On a GPU the laps are CUDA events, and the L2 cache is overwritten before each pass, as another layer's
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_SPREAD = 0.15
+NOISY, ONE_ROUND = "noisy", "one round"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Run = Callable[[], Mapping[str, float]]
@@ -76,6 +78,13 @@ class Comparison:
     def noisy(self) -> bool:
         """Whether the machine was too unsteady for the ratios to be quoted."""
         return self.spread > MAX_SPREAD
+
+    @property
+    def doubt(self) -> str:
+        """Why the ratios are neither quoted nor judged; "" where nothing speaks against it."""
+        if len(self.seconds[self.baseline]) < 2:
+            return ONE_ROUND
+        return NOISY if self.noisy else ""
 
     def _pairs(self, name: str, over: str | None, combine: Callable[[float, float], float]) -> Quartiles:
         pairs = zip(self.seconds[name], self.seconds[over or self.baseline], strict=True)

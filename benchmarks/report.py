@@ -86,17 +86,21 @@ def _protocol_text() -> str:
     words = inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2]
     return (
         f"{words}\n\nA layer passes its gate (`benchmarks/gate.py`) when its output and gradients are within twice the "
-        "error of the same formula in its own dtype, both against float64; a red gate reports no time. Memory "
-        "is counted to the byte by PyTorch's allocator (`benchmarks/memory.py`)."
+        "error of the same formula in its own dtype, both against float64; a red gate reports no time. Dropout is on "
+        "in the gate only for ours on the eager backend, whose mask can be drawn again outside the layer; PEFT's "
+        "layers, the paper's dense way and our kernels are judged with dropout off. A model's step passes when the "
+        "gradients of each adapter err at most twice as much against float64 as the worse of the two others' do. A "
+        "partition passes when no row and no column stands in another block than an SVD puts it, but for rounding at a "
+        "boundary. Memory is counted to the byte by PyTorch's allocator (`benchmarks/memory.py`)."
     )
 
 
 def _run_page(run: Run) -> str:
     timed = [result for result in run.results if result.seconds]
-    noisy = [result.title for result in timed if result.noisy]
-    steady = f"{len(timed) - len(noisy)} of {len(timed)} comparisons are steady"
-    if noisy:
-        steady += f"; noisy, not to be quoted: {'; '.join(noisy)}"
+    doubtful = [f"{result.title} ({result.doubt})" for result in timed if result.doubt]
+    steady = f"{len(timed) - len(doubtful)} of {len(timed)} comparisons are steady"
+    if doubtful:
+        steady += f"; the others are not to be quoted: {'; '.join(doubtful)}"
     layers, few = run.select("layer"), run.select("few tokens")
     blocks = [
         f"## {run.machine['device']}",
@@ -133,12 +137,14 @@ def _profile(run: Run) -> str:
         return ""
     return (
         "Where a goal is missed, this run's profile says what the time goes to. GEMMs are frozen's two, those of the "
-        "blocks (at least what the second column says), and the thin products with A and B; the rest above the least "
-        "is the lower rate of smaller GEMMs. No GEMM of torch reads permuted columns, so x, dY and W0's blocks are "
+        "blocks, and the thin products that build W_eff and ΔW and contract G with A and B; the second column is what "
+        "all of these would take if they multiplied as fast as frozen's two, so that the difference is the rate of "
+        "smaller and thinner ones. No GEMM of torch reads permuted columns, so x, dY and W0's blocks are "
         "copied first (gathers), and none multiplies its result by W0, so W_eff and G ∘ W0 are passes of their own "
         "(other operators). Autograd, the dispatcher and Python stand between operators. A native kernel could save "
-        "the gathers and passes; torch's operators cannot. In the partition, `eigh` is LAPACK's: what it takes of "
-        "the SVD is measured below.\n\n" + found
+        "the gathers and passes; torch's operators cannot. What the partition takes of the SVD's time is below: "
+        "`eigh` is LAPACK's; its GEMMs are the Gram matrix W0 W0ᵀ (its lower half) and W0ᵀ U, whose squares are the "
+        "columns' energies; the rest squares, sums and sorts.\n\n" + found
     )
 
 

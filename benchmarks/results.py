@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .machine import EDITED
 from .protocol import Comparison
 
 DIGITS = 5  # of each second that is kept
@@ -49,9 +50,9 @@ class Result:
         return Comparison(self.baseline, self.seconds[phase])
 
     @property
-    def noisy(self) -> bool:
-        """Whether the machine was too unsteady in any phase."""
-        return any(self.comparison(phase).noisy for phase in self.seconds)
+    def doubt(self) -> str:
+        """The first phase's reason not to be quoted or judged; "" where none has one."""
+        return next(filter(None, (self.comparison(phase).doubt for phase in self.seconds)), "")
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def write(path: Path, text: str) -> None:
 
 
 def _commit(info: Mapping[str, Any]) -> str:
-    return str(info.get("id", "unknown"))[:10] + ("+" if info.get("dirty") else "")
+    return str(info.get("id", "unknown"))[:10] + (EDITED if info.get("dirty") else "")
 
 
 def _rounded(value: Any) -> Any:

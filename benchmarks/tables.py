@@ -8,17 +8,17 @@ from collections.abc import Iterable, Sequence
 from smoa_kernels.cost import estimate
 from smoa_kernels.gpus import GPUS
 
+from .arithmetic import over_frozen
 from .cases import GPU_LAYERS, ONE_BILLION
 from .goals import GOALS
-from .profiles import KINDS
-from .protocol import Comparison, Quartiles, quartiles
+from .profiles import EIGH, GEMM, KINDS
+from .protocol import ONE_ROUND, Comparison, Quartiles, quartiles
 from .providers import FROZEN, HIRA, LORA, PAPER, SMOA
 from .results import Result, Run
 from .theory import log_log_slope
 
 MIB = 2**20
-NOISY = "noisy"
-EIGH = "eigh alone"  # of the Gram matrix that the partition decomposes
+EIGH_ALONE = "eigh alone"  # a provider in runs of before the partition was profiled
 RANDOM = "SmolLM2-135M's shape, random weights"  # what runs of before the real model's measured
 PHASES = {"both": "forward + backward"}
 NAMES = {PAPER: "the paper's dense way"}  # where a heading says it in full
@@ -33,9 +33,15 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def ratio(q: Quartiles, noisy: bool = False) -> str:
-    """A median with its quartiles."""
-    return f"{q.median:.2f} [{q.low:.2f}, {q.high:.2f}]" + (f" {NOISY}" if noisy else "")
+def ratio(q: Quartiles, doubt: str = "") -> str:
+    """A median with its quartiles, which one round has not."""
+    spread = "" if doubt == ONE_ROUND else f" [{q.low:.2f}, {q.high:.2f}]"
+    return marked(f"{q.median:.2f}{spread}", doubt)
+
+
+def marked(text: str, doubt: str) -> str:
+    """A figure, and why it is not judged."""
+    return f"{text}, {doubt}, not judged" if doubt else text
 
 
 def case_name(result: Result) -> str:
@@ -56,7 +62,7 @@ def ratios(run: Run, results: Sequence[Result], phase: str, names: Sequence[str]
         (
             case_name(result),
             f"{c.time(c.baseline).median * 1e3:.3g} ms, {c.spread:.0%}",
-            *(ratio(c.ratio(name), c.noisy) if name in c.seconds else "–" for name in names),
+            *(ratio(c.ratio(name), c.doubt) if name in c.seconds else "–" for name in names),
         )
         for result, c in found
     ]
@@ -102,7 +108,7 @@ def steps(run: Run) -> str:
                     f"{name}, K={p['num_blocks']}" if name == SMOA else name,
                     f"{seconds:.3g}",
                     f"{p['batch'] * p['length'] / seconds:.0f}",
-                    ratio(c.ratio(name), c.noisy),
+                    ratio(c.ratio(name), c.doubt),
                     f"{result.bytes[name]['peak'] / MIB:.0f}",
                 )
             )
@@ -119,16 +125,35 @@ def partitions(run: Run) -> str:
                 f"{p['out_features']}×{p['in_features']}",
                 f"{c.time('SVD').median:.3g}",
                 f"{c.time('partition').median:.3g}",
-                ratio(c.ratio("partition"), c.noisy),
-                ratio(c.ratio(EIGH), c.noisy) if EIGH in c.seconds else "–",
+                ratio(c.ratio("partition"), c.doubt),
+                *_parts(result),
                 str(len(c.seconds["SVD"])),
             )
         )
     svd, ours = (one_billion(run, name) for name in ("SVD", "partition"))
     if svd is not None and ours is not None:
         name = f"all {sum(ONE_BILLION.values())} layers of Llama-3.2-1B's shape, reckoned"
-        rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}", "–", "–"))
-    return table((run.label, "SVD, s", "partition, s", "partition over SVD", EIGH, "rounds"), rows)
+        rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}", "–", "–", "–", "–"))
+    headings = (
+        "SVD, s",
+        "partition, s",
+        "partition over SVD",
+        f"its {EIGH}",
+        f"its {GEMM}",
+        "its rest",
+        "rounds",
+    )
+    return table((run.label, *headings), rows)
+
+
+def _parts(result: Result) -> tuple[str, str, str]:
+    """What of the SVD's time the partition's eigenvectors, its products and everything else take, as profiled."""
+    c, found = result.comparison("partition"), result.profile.get("partition")
+    if not found:
+        return (ratio(c.ratio(EIGH_ALONE), c.doubt) if EIGH_ALONE in c.seconds else "–", "–", "–")
+    rest = sum(found.values()) - found[EIGH] - found[GEMM]
+    eigh, products, others = (f"{s / c.time('SVD').median:.2f}" for s in (found[EIGH], found[GEMM], rest))
+    return eigh, products, others
 
 
 def one_billion(run: Run, name: str) -> float | None:
@@ -147,8 +172,9 @@ def life_cycle(run: Run) -> str:
     rows = []
     for result in run.select("adapter"):
         for name, sizes in result.bytes.items():
-            times = (result.comparison(phase).time(name).median for phase in ("inject", "save", "load"))
-            rows.append((name, *(f"{t:.3g}" for t in times), f"{sizes['files'] / MIB:.2f}"))
+            phases = [result.comparison(phase) for phase in ("inject", "save", "load")]
+            times = (marked(f"{c.time(name).median:.3g}", c.doubt) for c in phases)
+            rows.append((name, *times, f"{sizes['files'] / MIB:.2f}"))
     return table((run.label, "inject, s", "save, s", "load, s", "on disk, MiB"), rows)
 
 
@@ -178,24 +204,25 @@ def scaling(run: Run) -> str:
                 ]
             cells = ["–" if math.isnan(slope) else f"{slope:+.2f}" for slope in slopes]
             cells += ["–"] * (4 - len(cells))
-            mark = f", {NOISY}" if result.noisy else ""
-            rows.append((f"{result.params['axis']}, {values[0]} to {values[-1]}{mark}", name, *cells))
+            axis = marked(f"{result.params['axis']}, {values[0]} to {values[-1]}", result.doubt)
+            rows.append((axis, name, *cells))
     headings = (f"grows with, {run.label}", "", "time", "predicted", "time over frozen's", "predicted")
     return table(headings, rows)
 
 
 def profile(run: Run) -> str:
-    """One row a layer: what a pass of ours takes by kind of operator, over the whole of frozen's, both profiled."""
+    """One row a layer: what a pass of ours takes by kind of operator, over the whole of frozen's, both profiled.
+
+    Beside it what its GEMMs would take if they multiplied as fast as frozen's.
+    """
     rows = []
     for result in run.select("layer"):
         if result.profile:
-            p, ours = result.params, result.profile[SMOA]
-            # Block GEMMs, each 1/K of a whole one: G; the forward's where it is split; dX's under dropout.
-            blockwise = 1 + (p["dtype"] != "float32" or p["dropout"] > 0) + (p["dropout"] > 0)
+            ours = result.profile[SMOA]
             whole = sum(result.profile[FROZEN].values())
             cells = (f"{ours[kind] / whole:.2f}" for kind in KINDS)
-            rows.append((case_name(result), f"{1 + blockwise / (2 * p['num_blocks']):.2f}", *cells))
-    return table((f"over frozen's pass, {run.label}, profiled", "GEMMs at least", *KINDS), rows)
+            rows.append((case_name(result), f"{over_frozen(result.params):.2f}", *cells))
+    return table((f"over frozen's pass, {run.label}, profiled", "GEMMs at frozen's rate", *KINDS), rows)
 
 
 def goals(run: Run) -> str:
@@ -203,7 +230,7 @@ def goals(run: Run) -> str:
     rows = []
     for goal in GOALS:
         figure = goal.measure(run)
-        value = "–" if figure is None else ratio(figure.ratio, figure.noisy)
+        value = "–" if figure is None else ratio(figure.ratio, figure.doubt)
         rows.append((goal.text, f"≤ {goal.limit:.2f}", value, goal.verdict(figure)))
     return table((f"ratio, {run.label}", "goal", "median [quartiles]", ""), rows)
 

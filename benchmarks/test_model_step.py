@@ -21,7 +21,7 @@ from .gate import RedGateError
 from .memory import allocated
 from .models import RANK, adapter_configs, base_model, model_name
 from .protocol import DEVICE, timed
-from .providers import LORA, SMOA
+from .providers import LORA
 
 
 def adapted(config: peft.PeftConfig, smoke: bool) -> nn.Module:
@@ -71,11 +71,17 @@ def gradient_error(model: nn.Module, tokens: Tensor) -> float:
 
 
 def check_gradients(models: dict[str, nn.Module], tokens: Tensor) -> None:
-    """The gate: our gradients err at most twice as much as the worse of PEFT's adapters' own."""
+    """The gate: the gradients of each adapter err at most twice as much as the worst of the others' do.
+
+    What rounding does to thirty layers no formula says, so they judge each other: whoever is wrong stands alone.
+    """
     errors = {name: gradient_error(model, tokens) for name, model in models.items()}
-    budget = max(error for name, error in errors.items() if name != SMOA)
-    if not errors[SMOA] <= 2 * budget:
-        raise RedGateError(f"gradients err by {errors[SMOA]:.1e}, more than twice PEFT's own {budget:.1e}")
+    for name, error in errors.items():
+        budget = max(other for peer, other in errors.items() if peer != name)
+        if not error <= 2 * budget:
+            raise RedGateError(
+                f"gradients of {name} err by {error:.1e}, more than twice the others' own {budget:.1e}"
+            )
 
 
 @pytest.mark.parametrize(("batch", "length", "blocks"), [(16, 32, 4)])
@@ -89,7 +95,7 @@ def test_step(batch: int, length: int, blocks: int, smoke: bool, measure: Measur
     check_gradients(models, tokens[:2])
     steps = {name: training_step(model, tokens) for name, model in models.items()}
     for step in steps.values():
-        step()  # the optimizer's state is there before memory is counted
+        step()  # the optimizer's state is there before memory is counted; nor does the clock need another warm-up
     peaks = {name: allocated(step)[0] for name, step in steps.items()}
     measure(
         "step",
@@ -105,6 +111,6 @@ def test_step(batch: int, length: int, blocks: int, smoke: bool, measure: Measur
         baseline=LORA,
         budget=25,
         least=5,
-        warmup=1,
+        warmup=0,
         bytes={name: {"peak": peak} for name, peak in peaks.items()},
     )

@@ -6,11 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
+from benchmarks.arithmetic import over_frozen
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.memory import allocated, footprint, saved_bytes
 from benchmarks.models import adapter_configs, base_model
@@ -18,6 +21,7 @@ from benchmarks.profiles import BETWEEN, COPY, GEMM, KINDS, MASK, by_kind
 from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles
 from benchmarks.providers import (
     FROZEN,
+    HIRA,
     LORA,
     SMOA,
     Case,
@@ -29,9 +33,10 @@ from benchmarks.providers import (
 )
 from benchmarks.test_layer_throughput import training_pass
 from benchmarks.test_model_step import adapted, check_gradients
-from benchmarks.test_setup import check, row_centroids
+from benchmarks.test_setup import centroids, check
 from benchmarks.theory import log_log_slope, seconds
-from smoa_kernels import BlockPartition
+from smoa_kernels import BlockPartition, eager
+from smoa_kernels.dropout import Dropout
 
 CASE = Case(24, 96, 80, 4, 16)
 BF16 = torch.bfloat16
@@ -57,7 +62,13 @@ def test_a_ratio_is_taken_within_its_round() -> None:
 @pytest.mark.parametrize(("high", "noisy"), [(1.14, False), (1.16, True)])
 def test_a_spread_above_fifteen_percent_is_noisy(high: float, noisy: bool) -> None:
     # Quartiles of [1, 1, 1, h, h] are 1 and h around a median of 1.
-    assert Comparison("base", {"base": [1.0, 1.0, 1.0, high, high]}).noisy is noisy
+    found = Comparison("base", {"base": [1.0, 1.0, 1.0, high, high]})
+    assert found.noisy is noisy
+    assert found.doubt == ("noisy" if noisy else "")
+
+
+def test_one_round_has_no_spread_to_be_judged_by() -> None:
+    assert Comparison("base", {"base": [1.0]}).doubt == "one round"
 
 
 def test_providers_take_turns_in_an_order_that_changes() -> None:
@@ -144,27 +155,48 @@ def test_another_mask_turns_the_gate_red() -> None:
         check_layers(case, {"wrong": layer})
 
 
-def test_a_models_wrong_gradient_turns_the_gate_red() -> None:
+@pytest.mark.parametrize(("provider", "factor_name"), [(SMOA, "smoa_B"), (LORA, "lora_B"), (HIRA, "hira_B")])
+def test_a_models_wrong_gradient_turns_the_gate_red(provider: str, factor_name: str) -> None:
     models = {name: adapted(config, smoke=True) for name, config in adapter_configs(2).items()}
     tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     check_gradients(models, tokens)
-    factor = next(p for n, p in models[SMOA].named_parameters() if "smoa_B" in n)
+    factor = next(p for n, p in models[provider].named_parameters() if factor_name in n)
     factor.register_hook(lambda gradient: gradient * 1.01 if gradient.dtype == torch.float32 else gradient)
-    with pytest.raises(RedGateError, match="gradients err by"):
+    with pytest.raises(RedGateError, match=f"gradients of {provider} err by"):
         check_gradients(models, tokens)
 
 
-def test_rows_in_the_wrong_block_turn_the_partitions_gate_red() -> None:
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_what_stands_in_the_wrong_block_turns_the_partitions_gate_red(side: str) -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     partition = BlockPartition.from_weight(weight, 4)
-    centroids = row_centroids(*torch.linalg.svd(weight.double(), full_matrices=False)[:2])
-    check(partition, centroids)
-    labels = partition.row_block.clone()
-    first, last = centroids.argmin(), centroids.argmax()
-    labels[first], labels[last] = partition.row_block[last], partition.row_block[first]
-    swapped = BlockPartition.from_labels(labels, partition.col_block, 4)
-    with pytest.raises(RedGateError, match="2 rows stand in another block"):
-        check(swapped, centroids)
+    exact = torch.linalg.svd(weight.double(), full_matrices=False)
+    check(partition, *exact)
+    labels = {"rows": partition.row_block.clone(), "columns": partition.col_block.clone()}
+    score = centroids(exact.U if side == "rows" else exact.Vh.T, exact.S)
+    ends = torch.stack([score.argmin(), score.argmax()])
+    labels[side][ends] = labels[side][ends.flip(0)]
+    with pytest.raises(RedGateError, match=f"2 {side} stand in another block"):
+        check(BlockPartition.from_labels(labels["rows"], labels["columns"], 4), *exact)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [CASE, replace(CASE, num_blocks=1), replace(CASE, dtype=BF16), replace(CASE, dropout=0.05)],
+    ids=str,
+)
+def test_multiplications_are_counted_as_the_eager_backend_makes_them(case: Case) -> None:
+    """Every product of a pass, as torch's own counter sees it."""
+    adapter, x, dy = smoa()(case)._packed(), case.input().detach(), case.output_gradient()
+    mask = Dropout(torch.tensor(7), case.dropout) if case.dropout else None
+    in_place: dict[Any, Any] = {
+        torch.ops.aten.addmm_: lambda y, a, b, out_shape=None, **_: addmm_flop(y, a, b)
+    }
+    with FlopCounterMode(display=False, custom_mapping=in_place) as ours:
+        eager.forward(x, None, adapter, "auto", mask)
+        eager.backward(dy, x, adapter, mask, needs_x=True)
+    frozen_flops = 2 * 2 * case.tokens * case.out_features * case.in_features
+    assert ours.get_total_flops() / frozen_flops == pytest.approx(over_frozen(case.record()))
 
 
 def test_allocations_are_counted_to_the_byte() -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from benchmarks import main_job, plots, tables
 from benchmarks.goals import GOALS, Figure
-from benchmarks.profiles import GEMM, KINDS
+from benchmarks.profiles import BETWEEN, EIGH, GEMM, KINDS, REST
 from benchmarks.protocol import Quartiles
 from benchmarks.readme import README, Section
 from benchmarks.report import RESULTS, SECTION, generate, main, page, section
@@ -140,8 +140,26 @@ def test_a_goal_is_met_or_missed_by_how_much() -> None:
 def test_a_noisy_run_is_marked_and_not_judged() -> None:
     run = make_run(layer_result([1.0, 2.0, 3.0]))
     assert SMOA_OVER_FROZEN.verdict(SMOA_OVER_FROZEN.measure(run)) == "noisy, not judged"
-    assert "1.30 [1.30, 1.30] noisy" in tables.ratios(run, run.results, "both")
-    assert "0 of 1 comparisons are steady; noisy, not to be quoted: layer: made up" in page([run])
+    assert "1.30 [1.30, 1.30], noisy, not judged" in tables.ratios(run, run.results, "both")
+    said = "0 of 1 comparisons are steady; the others are not to be quoted: layer: made up (noisy)"
+    assert said in page([run])
+
+
+def test_one_round_is_not_judged_nor_counted_as_steady() -> None:
+    run = make_run(layer_result([1.0]))
+    assert SMOA_OVER_FROZEN.verdict(SMOA_OVER_FROZEN.measure(run)) == "one round, not judged"
+    assert "| 1.30, one round, not judged |" in tables.ratios(run, run.results, "both")
+    said = "0 of 1 comparisons are steady; the others are not to be quoted: layer: made up (one round)"
+    assert said in page([run])
+
+
+def test_a_noisy_phase_of_the_life_cycle_is_marked_in_its_table() -> None:
+    steady, cold = [1.0, 1.0, 1.0], [9.0, 1.0, 1.0]
+    seconds = {"inject": cold, "save": steady, "load": steady}
+    phases = {phase: {"PEFT LoRA": s} for phase, s in seconds.items()}
+    result = Result("adapter", "", {}, "PEFT LoRA", (), phases, bytes={"PEFT LoRA": {"files": 1 << 20}})
+    row = tables.life_cycle(make_run(result)).splitlines()[2]
+    assert row == "| PEFT LoRA | 1, noisy, not judged | 1 | 1 | 1.00 |"
 
 
 def test_what_was_not_measured_is_said() -> None:
@@ -177,6 +195,29 @@ def test_a_whole_model_is_reckoned_from_its_shapes() -> None:
     assert tables.one_billion(make_run(), "SVD") is None
 
 
+def test_what_a_partition_takes_is_named_or_left_open() -> None:
+    def row(**profile: float) -> str:
+        seconds = {"partition": {"SVD": [2.0, 2.0], "partition": [1.0, 1.0]}}
+        found = {"partition": profile} if profile else {}
+        shape = {"out_features": 64, "in_features": 64}
+        result = Result("partition", "", shape, "SVD", (), seconds, profile=found)
+        return tables.partitions(make_run(result)).splitlines()[2]
+
+    named = row(**{EIGH: 0.5, GEMM: 0.3, REST: 0.1, BETWEEN: 0.1})
+    assert named == "| 64×64 | 2 | 1 | 0.50 [0.50, 0.50] | 0.25 | 0.15 | 0.10 | 2 |"
+    assert row() == "| 64×64 | 2 | 1 | 0.50 [0.50, 0.50] | – | – | – | 2 |"
+
+
+def test_the_readme_says_of_small_layers_what_the_profile_does() -> None:
+    """Less than half of what a pass adds to a frozen one at T=128 are GEMMs."""
+    assert "Less than half of what SMoA adds there are GEMMs" in " ".join(README.read_text("utf-8").split())
+    for run in read_all(RESULTS):
+        for result in run.select("layer", tokens=128):
+            frozen, ours = (sum(result.profile[name].values()) for name in ("frozen", "SMoA"))
+            gemms = result.profile["SMoA"][GEMM] - result.profile["frozen"][GEMM]
+            assert 0 < gemms < (ours - frozen) / 2
+
+
 def test_slopes_stand_beside_the_theorys() -> None:
     row = tables.scaling(everything()).splitlines()[2]
     assert row == "| tokens, 1 to 2 | frozen | +1.00 | +2.00 | – | – |"
@@ -187,7 +228,7 @@ def test_the_profile_is_the_runs_own_or_is_left_out() -> None:
     kinds = dict.fromkeys(KINDS, 0.25)
     result = replace(layer_result(dropout=0.05), profile={"frozen": kinds, "SMoA": kinds | {GEMM: 1.75}})
     found = tables.profile(make_run(result)).splitlines()
-    # 1 + 3/(2K) with dropout; over 5 · 0.25 seconds of frozen's.
+    # 1 + 3/(2K) with dropout, and 4 r/K² of thin products over 2T, 0.001; over 5 · 0.25 seconds of frozen's.
     assert found[2].endswith("dropout 0.05 | 1.38 | 1.40 | 0.20 | 0.20 | 0.20 | 0.20 |")
     assert "this run's profile says" in page([make_run(result)])
 

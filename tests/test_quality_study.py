@@ -20,6 +20,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from typer.testing import CliRunner
 
+from benchmarks import machine
 from benchmarks.quality import choice, data, siqa, store
 from benchmarks.quality.__main__ import RECORDS, app
 from benchmarks.quality.analysis import Study
@@ -49,9 +50,11 @@ from benchmarks.quality.models import (
     vocabulary,
 )
 from benchmarks.quality.report import generate, page
-from benchmarks.quality.statistics import over_groups, paired, summarize, t_quantile
+from benchmarks.quality.statistics import Mean, over_groups, paired, summarize, t_quantile
 from benchmarks.quality.study import Slice, best_rate, train_and_judge
 from benchmarks.quality.tasks import TASKS, Task
+from benchmarks.quality.verdicts import verdicts, without_one_task
+from benchmarks.quality.words import word
 
 # On the path since benchmarks.quality was imported.
 from examples import minilm, smollm2
@@ -249,8 +252,9 @@ def test_a_search_goes_on_while_the_best_rate_is_at_an_end(tmp_path: Path) -> No
 
         def once(method: Any, stage: str, lr: float, *rest: Any) -> None:
             accuracy = -abs(math.log(lr / best))
-            store.append(path, store.Key("trec50", method.name, stage, lr, 0, 4, 4, 2, "float32"), {
-                "accuracy": accuracy, "evaluation_loss": 0.0})  # fmt: skip
+            store.append(
+                path, part.key(method, stage, lr, 1000), {"accuracy": accuracy, "evaluation_loss": 0.0}
+            )
 
         part._once = once  # type: ignore[method-assign]
         part.search(BY_NAME["LoRA"])
@@ -317,6 +321,64 @@ def test_runs_that_are_there_are_skipped(tmp_path: Path) -> None:
         assert all(field in r for r in records)
 
 
+@pytest.mark.parametrize("changed", ["data", "rank", "scaling", "modules", "head's rate"])
+def test_a_run_is_made_anew_where_its_name_means_something_else(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, told = tmp_path / "runs.jsonl", []
+    lora = BY_NAME["LoRA"]
+
+    def go(task: Task, splits: Splits, method: Any) -> None:
+        monkeypatch.setitem(BY_NAME, "LoRA", method)
+        Slice(task, path, told.append, splits, LEARNING_RATES[:1], further=False).run(1, [method])
+
+    go(TINY, SPLITS, lora)
+    assert len(told) == 2
+    go(
+        replace(TINY, head_lr=0.5) if changed == "head's rate" else TINY,
+        SPLITS._replace(train=SPLITS.train[1:]) if changed == "data" else SPLITS,
+        replace(
+            lora,
+            **{"rank": {"r": 2}, "scaling": {"scaling": 2.0}, "modules": {"modules": "MLP"}}.get(changed, {}),
+        ),
+    )
+    assert len(told) == 4
+    go(TINY, SPLITS, lora)
+    assert len(told) == 4
+    with pytest.raises(ValueError, match="a report is of one setting"):
+        store.check_one_setting(store.read(path))
+
+
+def test_a_search_counts_only_what_was_tried_in_its_own_setting(tmp_path: Path) -> None:
+    """Else a rate that won with other questions would be judged on these."""
+    path, told = tmp_path / "runs.jsonl", []
+    part = Slice(TINY, path, told.append, SPLITS, LEARNING_RATES[:1], further=False)
+    lora = BY_NAME["LoRA"]
+    other = replace(part.key(lora, "search", LEARNING_RATES[1], 1000), data="others")
+    store.append(path, other, {"accuracy": 1.0, "evaluation_loss": 0.0})
+    part.run(1, [lora])
+    assert [r["lr"] for r in store.read(path) if r["stage"] == "final"] == [LEARNING_RATES[0]]
+
+
+def test_a_commit_says_whether_code_was_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records that have grown are no change of code: each run adds to a file that is committed."""
+    folder = tmp_path / "benchmarks"
+    (folder / "results").mkdir(parents=True)
+    code, records = folder / "code.py", folder / "results" / "runs.jsonl"
+    code.write_text("1\n")
+    records.write_text("1\n")
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=b commit -q -m c"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    monkeypatch.setattr(machine, "__file__", str(code))
+    commit = machine.commit()
+    records.write_text("2\n")
+    assert machine.commit() == commit
+    code.write_text("2\n")
+    assert machine.commit() == commit + machine.EDITED
+
+
 def record(
     method: str, stage: str, lr: float, seed: int, accuracy: float, loss: float = 1.0
 ) -> dict[str, Any]:
@@ -324,7 +386,9 @@ def record(
     return {
         "task": "trec50", "method": method, "stage": stage, "lr": lr, "seed": seed, "accuracy": accuracy,
         "evaluation_loss": loss, "questions": 500, "r": known.r, "parameters": 100 * known.r // known.num_blocks,
-        "head_lr": 0.01, "step_seconds": 0.1, "seconds": 6.0, "rank": 0.5, "effective_rank": 0.25, "commit": "abc",
+        "steps": 60, "batch_size": 16, "layers": 2, "dtype": "float32", "data": "abc", "num_blocks": known.num_blocks,
+        "random": known.random, "head_lr": 0.01,
+        "step_seconds": 0.1, "seconds": 6.0, "rank": 0.5, "effective_rank": 0.25, "commit": "abc",
         "machine": {"device": "a CPU", "threads": 1, "versions": {"torch": "2"}},
     }  # fmt: skip
 
@@ -369,6 +433,49 @@ def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
     assert "| SMoA K=2, r=8 | 0.50 | 76.0 ± 0.6 | 76.0 |" in text
     better = [r | {"accuracy": 0.9} if r["method"] == "SMoA K=2" else r for r in runs]
     assert "on 1 of 1 tasks: TREC-50" in page(Study(better))
+
+
+def test_one_task_that_decides_is_left_out_in_turn() -> None:
+    """LoRA and SMoA differ by 9 points on one task of three, in two of which something was learned."""
+    runs = []
+    for task, gain, learned in (("trec50", 0.0, 0.2), ("films", 0.0, 0.0), ("trec6", 0.09, 0.2)):
+        for method, accuracy in (("none", 0.5), ("LoRA", 0.5 + learned), ("SMoA K=2", 0.5 + learned + gain)):
+            runs.append(record(method, "search", 1e-2, 1000, 0.5) | {"task": task})
+            runs += [
+                record(method, "final", 1e-2, seed, accuracy + spread * (method != "none")) | {"task": task}
+                for seed, spread in enumerate((-0.01, 0.0, 0.01))
+            ]
+    study = Study(runs)
+    rows = without_one_task(study).splitlines()
+    assert rows[0] == "| difference | all tasks | without TREC-50 | without film reviews | without TREC-6 |"
+    assert rows[2].startswith("| SMoA K=2, r=8 − LoRA, r=8 | +3.0 [+3.0, +3.0] | +4.5 [+4.5, +4.5] | +4.5 ")
+    assert re.search(r"\| [+-]0\.0 \[[+-]0\.0, [+-]0\.0\] \|$", rows[2])
+    assert "on 3 of 3 tasks: TREC-50, film reviews, TREC-6; of the 2 where any method learned" in verdicts(
+        study
+    )
+    assert "(told from no adapter), on 2. Asked for were 3 of five: reached." in verdicts(study)
+
+
+def test_what_was_not_judged_is_listed_and_no_search_of_it_shown() -> None:
+    runs = [
+        record("LoRA", "search", 1e-2, 1000, 0.7), record("LoRA", "final", 1e-2, 0, 0.7),
+        record("SMoA K=4, r=32", "search", 5e-2, 1000, 0.7123) | {"commit": "abc+"},
+        record("SMoA K=4, r=32", "search", 5e-2, 1000, 0.7) | {"task": "films"},
+        record("SMoA K=4, r=32", "final", 5e-2, 0, 0.7) | {"task": "films"},
+    ]  # fmt: skip
+    text = page(Study(runs))
+    assert "- LoRA, r=8: film reviews\n- SMoA K=4, r=32: TREC-50 (1 rates tried, none judged on test)" in text
+    assert "71.2" not in text
+    assert (
+        "1 of 5 runs were made while something was not committed (+ behind the commit); 1 of these had"
+        in text
+    )
+
+
+def test_an_interval_around_zero_says_on_which_side_its_mean_is() -> None:
+    assert word(Mean(0.004, 0.002, 0.008, 5)) == "nominally above, not told from zero"
+    assert word(Mean(-0.004, 0.002, 0.008, 5)) == "nominally below, not told from zero"
+    assert word(Mean(0.004, 0.002, 0.003, 5)) == "above zero"
 
 
 def test_a_control_has_no_part_in_averages() -> None:
@@ -424,7 +531,7 @@ def test_a_sweep_is_compared_with_its_base() -> None:
     assert "alpha=16r" not in text[text.index("## Accuracy on test") : text.index("## Alpha")]
 
 
-def test_bad_input_is_named(tmp_path: Path) -> None:
+def test_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(*arguments: str) -> str:
         result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
         assert result.exit_code == 2
@@ -435,6 +542,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     assert "'nope' is none of methods, larger" in said("run", "--task", "trec50", "--sweep", "nope")
     assert "0.123 is none of 0.0001" in said("run", "--task", "trec50", "--rate", "0.123")
     assert "its figures mean nothing" in said("run", "--task", "trec50", "--smoke")
+    monkeypatch.setattr("benchmarks.quality.__main__.commit", lambda: f"abc{machine.EDITED}")
+    elsewhere = str(tmp_path / "runs.jsonl")
+    assert "commit it, or --allow-dirty" in said("run", "--task", "trec50", "--records", elsewhere)
     assert "is not there yet" in said("report", "--records", str(tmp_path / "none.jsonl"))
 
 
@@ -444,6 +554,18 @@ def test_the_kept_records_are_whole() -> None:
     keys = [store.key_of(record) for record in records]
     assert len(keys) == len(set(keys))
     assert {record["method"] for record in records} <= BY_NAME.keys()
+    store.check_one_setting(records)
+    # They are of the study as it is: a resumed slice finds them.
+    for record in records:
+        task, method = TASKS[record["task"]], BY_NAME[record["method"]]
+        assert [record[name] for name in ("steps", "batch_size", "layers", "head_lr")] == [
+            task.steps, task.batch_size, task.layers, task.head_lr
+        ]  # fmt: skip
+        key = store.key_of(record)
+        assert (key.num_blocks, key.random, key.scaling, key.modules) == (
+            method.num_blocks, method.random, method.scaling, method.modules
+        )  # fmt: skip
+        assert key.r == method.r or method.as_large
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ NOT_NUMERICAL = {
     "test_lost_work.py": "processes that are killed, and files",
     "test_packaging.py": "the wheel",
     "test_quality_study.py": "the quality study's statistics, data and files",
+    "test_quality_words.py": "figures on pages, against records",
     "test_scaling.py": "the cost model's arithmetic",
     "test_workspace.py": "bytes that the interpreter allocates; a GPU's are stage 3's",
 }

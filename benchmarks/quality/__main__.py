@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ..machine import EDITED, commit
 from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
 from .shares import console, run_share
@@ -44,6 +45,9 @@ def run(
         ),
     ] = None,
     records: Records = RECORDS,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Run although code is not committed; the records say so.")
+    ] = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Two steps on a few questions: does every method run.")
     ] = False,
@@ -55,6 +59,10 @@ def run(
     _check("--rate", rate or [], LADDER)
     if smoke and records.resolve() == RECORDS:
         raise typer.BadParameter(f"--smoke: its figures mean nothing, so --records must not be {RECORDS}")
+    if not (smoke or allow_dirty) and commit().endswith(EDITED):
+        raise typer.BadParameter(
+            "code is not committed, so nobody could repeat these runs: commit it, or --allow-dirty"
+        )
     chosen = method or [m.name for m in SWEEPS[sweep]]
     jobs = min(jobs or os.cpu_count() or 1, len(chosen))
     for name in task:

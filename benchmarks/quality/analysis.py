@@ -50,9 +50,14 @@ class Study:
         """Mean difference in test accuracy, seed by seed."""
         return paired(self.accuracies(task, ours), self.accuracies(task, theirs))
 
-    def overall(self, ours: str, theirs: str) -> Mean | None:
-        """Mean over the tasks of their mean differences; None unless both were run on every task."""
-        groups = self._differences(ours, theirs)
+    def learned(self, task: str) -> bool:
+        """Whether any adapter is told from no adapter there, and above it."""
+        gains = [self.difference(task, name, "none") for name in self.methods if name != "none"]
+        return any(gain is not None and gain.low > 0 for gain in gains)
+
+    def overall(self, ours: str, theirs: str, without: str = "") -> Mean | None:
+        """Mean over the tasks, but for one, of their mean differences; None unless both were run on each of them."""
+        groups = self._differences(ours, theirs, without)
         return over_groups(groups) if groups and all(groups) else None
 
     def over_tasks_run(self, ours: str, theirs: str) -> tuple[Mean, int] | None:
@@ -60,9 +65,11 @@ class Study:
         groups = [group for group in self._differences(ours, theirs) if group]
         return (over_groups(groups), len(groups)) if len(groups) > 1 else None
 
-    def _differences(self, ours: str, theirs: str) -> list[list[float]]:
+    def _differences(self, ours: str, theirs: str, without: str = "") -> list[list[float]]:
         found = []
         for task in self.tasks:
+            if task.name == without:
+                continue
             a, b = self.accuracies(task.name, ours), self.accuracies(task.name, theirs)
             found.append([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
         return found

@@ -15,6 +15,7 @@ from torch import nn
 from smoa_kernels import BlockPartition
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.layer import SMoALayer
+from smoa_kernels.spectrum import effective_number
 
 Kind = Literal["none", "lora", "hira", "smoa"]
 RANK = 8
@@ -155,7 +156,7 @@ def shuffle_blocks(model: nn.Module, seed: int) -> None:
 def update_ranks(model: nn.Module) -> tuple[float, float]:
     """Return rank and effective rank of ΔW, each over the most that is possible, mean over the layers.
 
-    The effective rank is Roy and Vetterli's (2007): the exponential of the entropy of the singular values' shares.
+    The effective rank is Roy and Vetterli's (2007), `e^H(τ / Σ τ)` of the singular values τ, not of their energies.
     """
     ranks, effective = [], []
     for layer in model.modules():
@@ -166,7 +167,6 @@ def update_ranks(model: nn.Module) -> tuple[float, float]:
                 update = update * adapter.base_layer.weight
             values = torch.linalg.svdvals(update)
             noise = values[0] * max(update.shape) * torch.finfo(values.dtype).eps
-            shares = values / values.sum()
             ranks.append(float((values > noise).sum()) / len(values))
-            effective.append(float(torch.special.entr(shares).sum().exp()) / len(values))
+            effective.append(effective_number(values) / len(values))
     return (sum(ranks) / len(ranks), sum(effective) / len(effective)) if ranks else (0.0, 0.0)

@@ -77,7 +77,7 @@ def learning_rates(
     for axis, task in zip(axes, tasks, strict=True):
         for name in names or study.methods:
             tried = study.tried(task.name, name)
-            if not tried or name == "none":
+            if not tried or name == "none" or (names is None and not study.finals(task.name, name)):
                 continue
             style = DASHES.get(name, "-")
             axis.plot(

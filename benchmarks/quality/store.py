@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from ..machine import describe
+from ..machine import commit, describe
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a run is: two runs with one key are the same run."""
+    """What a run is: two runs with one key are the same run.
+
+    Names are labels. What they stand for is here too, so that a run is made anew where that has changed.
+    """
 
     task: str
     method: str
@@ -28,6 +30,18 @@ class Key:
     batch_size: int
     layers: int
     dtype: str
+    data: str  # the questions' digest
+    head_lr: float
+    r: int
+    num_blocks: int
+    random: bool
+    scaling: float = 1.0  # as it was before records said so
+    modules: str = "all"  # likewise
+
+
+# Which fields of a key are the same in all runs of a task, and which in all of a method's in it.
+OF_A_TASK = ("steps", "batch_size", "layers", "dtype", "data", "head_lr")
+OF_A_METHOD = ("r", "num_blocks", "random", "scaling", "modules")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -45,7 +59,27 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def key_of(record: dict[str, Any]) -> Key:
     """Return which run a record is of."""
-    return Key(**{field.name: record[field.name] for field in fields(Key)})
+    given = (field for field in fields(Key) if field.default is MISSING or field.name in record)
+    return Key(**{field.name: record[field.name] for field in given})
+
+
+def check_one_setting(records: Iterable[dict[str, Any]]) -> None:
+    """Refuse records of which some were made with other questions, or with another method of the same name.
+
+    Raises:
+        ValueError: naming the task or the method, and what differs.
+    """
+    found: dict[tuple[str, str], Any] = {}
+    for key in map(key_of, records):
+        for owner, names in ((key.task, OF_A_TASK), (f"{key.method} on {key.task}", OF_A_METHOD)):
+            for name in names:
+                value = getattr(key, name)
+                first = found.setdefault((owner, name), value)
+                if value != first:
+                    raise ValueError(
+                        f"runs of {owner} have {name} {first!r} and {value!r}: a report is of one setting, so the "
+                        "records of the other must go to a file of their own"
+                    )
 
 
 def append(path: Path, key: Key, result: dict[str, Any]) -> dict[str, Any]:
@@ -70,21 +104,6 @@ def provenance() -> dict[str, Any]:
     """The commit and the machine that a run was made with."""
     machine = describe(smoke=False)
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "machine": {name: machine[name] for name in ("device", "threads", "python", "versions")},
     }
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    try:
-        text = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return text

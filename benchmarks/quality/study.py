@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class Slice:
 
     def _next(self, method: Method) -> float | None:
         """The rate beyond the best one, where the best is at an end of those tried and the ladder goes on."""
-        records = store.read(self.path)
+        records = self._searches(method)
         tried = [LADDER.index(r["lr"]) for r in searched(records, self.task.name, method.name)]
         best = LADDER.index(best_rate(records, self.task.name, method.name) or 0.0)  # some rate was tried
         beyond = {tried[0]: best - 1, tried[-1]: best + 1}.get(best, -1)
@@ -90,24 +91,48 @@ class Slice:
 
     def final(self, method: Method, seed: int) -> None:
         """Judge the best learning rate on test."""
-        lr = best_rate(store.read(self.path), self.task.name, method.name) if self._trains(method) else 0.0
+        lr = best_rate(self._searches(method), self.task.name, method.name) if self._trains(method) else 0.0
         if lr is not None:
             self._once(method, "final", lr, seed, self.splits.test)
+
+    def key(self, method: Method, stage: str, lr: float, seed: int) -> store.Key:
+        """What a run of this slice is."""
+        task, sized = self.task, method.sized(self.model.upper, self.model.targets)
+        return store.Key(
+            task=task.name,
+            method=sized.name,
+            stage=stage,
+            lr=lr,
+            seed=seed,
+            steps=task.steps,
+            batch_size=task.batch_size,
+            layers=task.layers,
+            dtype="float32",
+            data=self.digest,
+            head_lr=task.head_lr,
+            r=sized.r,
+            num_blocks=sized.num_blocks,
+            random=sized.random,
+            scaling=sized.scaling,
+            modules=sized.modules,
+        )
+
+    def _searches(self, method: Method) -> list[dict[str, Any]]:
+        """The records of the method's search, or of that whose rate it takes, as it would be made now."""
+        wanted = self.key(BY_NAME[method.rate_of] if method.rate_of else method, "search", 0.0, SEARCH_SEED)
+        return [r for r in store.read(self.path) if replace(store.key_of(r), lr=0.0) == wanted]
 
     def _trains(self, method: Method) -> bool:
         return method.kind != "none" or self.model.new_head
 
     def _once(self, method: Method, stage: str, lr: float, seed: int, judged_on: list[Question]) -> None:
-        task = self.task
-        key = store.Key(
-            task.name, method.name, stage, lr, seed, task.steps, task.batch_size, task.layers, "float32"
-        )
+        key = self.key(method, stage, lr, seed)
         if key in map(store.key_of, store.read(self.path)):
             return
-        result = train_and_judge(self.model, method, task, lr, seed, self.splits.train, judged_on)
-        record = store.append(self.path, key, result | {"data": self.digest} | self.provenance)
+        result = train_and_judge(self.model, method, self.task, lr, seed, self.splits.train, judged_on)
+        record = store.append(self.path, key, result | self.provenance)
         self.announce(
-            f"{task.name}  {method.name:16} {stage:6} lr {lr:<6g} seed {seed:<4}"
+            f"{key.task}  {method.name:16} {stage:6} lr {lr:<6g} seed {seed:<4}"
             f" {record['accuracy']:6.1%}  loss {record['loss_end']:.3f}  {record['seconds']:.0f} s"
         )
 
@@ -157,11 +182,6 @@ def train_and_judge(
     right, evaluation_loss = judge(cut, model, judged_on)
     rank, effective_rank = update_ranks(model)
     return {
-        "r": method.r,
-        "num_blocks": method.num_blocks,
-        "random": method.random,
-        "scaling": method.scaling,
-        "modules": method.modules,
         "right": right,
         "questions": len(judged_on),
         "accuracy": right / len(judged_on),
@@ -171,7 +191,6 @@ def train_and_judge(
         "loss_end": mean(losses[-10:]),
         "steps_done": len(losses),
         "parameters": sum(p.numel() for p in adapter),
-        "head_lr": task.head_lr,
         "step_seconds": sorted(seconds)[len(seconds) // 2] if seconds else 0.0,
         "seconds": time.process_time() - begin,
         "rank": rank,

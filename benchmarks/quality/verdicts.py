@@ -1,0 +1,83 @@
+"""What came out: how the study's two goals stand, how much one task decides of that, and what was not run."""
+
+from __future__ import annotations
+
+from ..tables import table
+from .analysis import Study
+from .methods import ABLATIONS
+from .words import points, title, word
+
+LORA, LORA_HALF, HALF, EQUAL = "LoRA", "LoRA, r=4", "SMoA K=2", "SMoA K=2, r=16"
+ENOUGH = 3  # of five tasks: the goal was set before there was a sixth
+
+
+def verdicts(study: Study) -> str:
+    """The goals, as the figures answer them, and the averages beside them."""
+    lines = [f"- **Goal, half of LoRA's parameters** ({HALF}): {at_half(study)}"] if within(study) else []
+    for words, ours, theirs in (
+        ("Goal, equal parameters: above LoRA on the average", EQUAL, LORA),
+        *(("Goal, spectral against random blocks", ours, random) for random, ours in ABLATIONS.items()),
+        ("Half of the parameters, on average", HALF, LORA),
+        ("Equal parameters at half of the budget, on average", HALF, LORA_HALF),
+    ):
+        difference = study.overall(ours, theirs)
+        if difference is not None:
+            lines.append(
+                f"- **{words}** ({ours} minus {theirs}): {points(difference)} points, {word(difference)}."
+            )
+    return "\n".join(lines)
+
+
+def at_half(study: Study) -> str:
+    """On how many tasks SMoA at half of LoRA's parameters is within LoRA's standard error, or above LoRA."""
+    held = within(study)
+    good = [name for name, is_within in held.items() if is_within]
+    learned = [task.title for task in study.tasks if task.title in held and study.learned(task.name)]
+    both = [name for name in good if name in learned]
+    return (
+        "mean accuracy within one standard error of LoRA's, or above, "
+        f"on {len(good)} of {len(held)} tasks{': ' + ', '.join(good) if good else ''}; "
+        f"of the {len(learned)} where any method learned something (told from no adapter), on {len(both)}. "
+        f"Asked for were {ENOUGH} of five: {'reached' if len(good) >= ENOUGH else 'missed'}."
+    )
+
+
+def within(study: Study) -> dict[str, bool]:
+    """By task: whether SMoA at half of LoRA's parameters is within LoRA's standard error, or above LoRA."""
+    found = {}
+    for task in study.tasks:
+        ours, theirs = study.mean(task.name, HALF), study.mean(task.name, LORA)
+        if ours and theirs and theirs.seeds > 1:
+            found[task.title] = ours.value >= theirs.value - theirs.standard_error
+    return found
+
+
+def without_one_task(study: Study) -> str:
+    """The averages with each task left out in turn."""
+    rows = []
+    for ours, theirs in (
+        (HALF, LORA),
+        (EQUAL, LORA),
+        *((ours, random) for random, ours in ABLATIONS.items()),
+    ):
+        means = [
+            study.overall(ours, theirs, without) for without in ("", *(task.name for task in study.tasks))
+        ]
+        cells = [points(mean) for mean in means if mean is not None]
+        if cells and len(cells) == len(means):
+            rows.append((f"{title(ours)} − {title(theirs)}", *cells))
+    return table(("difference", "all tasks", *(f"without {task.title}" for task in study.tasks)), rows)
+
+
+def not_run(study: Study) -> str:
+    """By method: the tasks on which it was not judged, and how many rates were tried on them all the same."""
+    lines = []
+    for name in study.methods:
+        holes = []
+        for task in study.tasks:
+            if not study.finals(task.name, name):
+                tried = len(study.tried(task.name, name))
+                holes.append(task.title + (f" ({tried} rates tried, none judged on test)" if tried else ""))
+        if holes:
+            lines.append(f"- {title(name)}: {', '.join(holes)}")
+    return "\n".join(lines)
