@@ -15,7 +15,10 @@ OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 
 CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
           tests/test_bringup.py tests/test_dead_zone.py tests/test_lost_work.py),$(wildcard tests/test_*.py))
 
-.PHONY: help finetune main-job classify test coverage test-peft test-matrix trust dist lint bench bench-smoke quality quality-data \
+# The tests that draw as many examples as the profile says (tests/conftest.py).
+FUZZED  = $(shell grep -rl --include='test_*.py' 'settings().max_examples' tests)
+
+.PHONY: help finetune main-job classify test nightly coverage test-peft test-matrix trust dist lint bench bench-smoke quality quality-data \
         quality-smoke gpu gpu-smoke audit clean
 
 help: ## list the targets
@@ -45,6 +48,9 @@ classify: $(BIN)/.examples ## fine-tune a classifier on all-MiniLM-L6-v2 with th
 test: $(BIN)/.dev lint ## lint, types and all tests
 	$(BIN)/python -m pytest $(ARGS)
 
+nightly: $(BIN)/.dev ## the fuzz tests on 10,000 problems, adapter folders and tuning tables, not 300 (hours)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(FUZZED) $(ARGS)
+
 coverage: $(BIN)/.dev ## all tests, counting the lines of smoa_kernels that they and their child processes run
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(ARGS)
@@ -67,10 +73,12 @@ test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core, kernel and distributed te
 trust: $(BIN)/.dev ## every result's share of its error budget, by backend and dtype (.benchmarks/trust.md)
 	$(BIN)/python tests/trust.py --out .benchmarks/trust.md $(ARGS)
 
-dist: $(BIN)/.dev ## build the wheel and the sdist, and check them as PyPI would
+dist: $(BIN)/.dev ## build wheel and sdist, check them as PyPI would, train a step with each in a fresh environment
 	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/installed.py dist/*
 
 lint: $(BIN)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

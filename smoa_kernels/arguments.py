@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,20 +50,10 @@ def check_arguments(
 
 def check_input(x: Tensor, weight: Tensor) -> None:
     """Whether `x Wᵀ` can be had, outside autocast in one dtype."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.is_nested or x.layout != torch.strided:
-        raise TypeError(f"x must be a dense tensor, got layout {layout_of(x)}")
-    if x.device != weight.device:
-        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
-    if x.ndim < 1 or x.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"x must have {weight.shape[-1]} features in its last dimension, got shape {tuple(x.shape)}"
-        )
-    if x.dtype != weight.dtype and not autocast_enabled(x):
-        raise TypeError(f"weight must have x's dtype {x.dtype} outside autocast, got {weight.dtype}")
+    _check_dense(x, {"x": x, "weight": weight})
+    _check_features(x, weight)
+    if not autocast_enabled(x):
+        _check_dtype(x, "weight", weight)
 
 
 def check_block_ranks(block_ranks: Sequence[int] | None, num_blocks: int, rho: int) -> None:
@@ -123,26 +113,12 @@ def _check_tensors(
     *,
     autocast: bool,
 ) -> None:
-    named = {"weight": weight, "x": x, "bias": bias, "A": A, "B": B, "ranks": ranks}
-    for name, value in named.items():  # W0 before x, which in `reference_delta_weight` is W0 too
-        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    for name, value in named.items():
-        if value is None:
-            continue
-        if name != "ranks" and not value.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {value.dtype}")
-        if value.is_nested or value.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(value)}")
-        if value.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+    # W0 before x, which in `reference_delta_weight` is W0 too.
+    _check_dense(x, {"weight": weight, "x": x, "bias": bias, "A": A, "B": B, "ranks": ranks})
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (out_features, in_features), got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
-    if x.ndim < 1 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"x must have {in_features} features in its last dimension, got shape {tuple(x.shape)}"
-        )
+    _check_features(x, weight)
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
     if A.ndim != 2 or A.shape[1] != in_features:
@@ -160,11 +136,39 @@ def _check_tensors(
         return
     if x.itemsize < 2:
         raise TypeError(f"x must be of 16 bits or more, got {x.dtype}")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != x.dtype:
-            raise TypeError(f"{name} must have x's dtype {x.dtype} outside autocast, got {value.dtype}")
+    _check_dtype(x, "weight", weight)
+    if bias is not None:
+        _check_dtype(x, "bias", bias)
     if A.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"A and B must have weight's dtype {weight.dtype} or float32, got {A.dtype}")
+
+
+def _check_dense(x: Tensor, named: Mapping[str, Tensor | None]) -> None:
+    """Whether all but a bias that is None are dense tensors on x's device, and all but ranks floating point."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    for name, value in named.items():
+        if value is None:
+            continue
+        if name != "ranks" and not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {value.dtype}")
+        if value.is_nested or value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(value)}")
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+
+
+def _check_features(x: Tensor, weight: Tensor) -> None:
+    if x.ndim < 1 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"x must have {weight.shape[-1]} features in its last dimension, got shape {tuple(x.shape)}"
+        )
+
+
+def _check_dtype(x: Tensor, name: str, value: Tensor) -> None:
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype} outside autocast, got {value.dtype}")
 
 
 def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -> None:

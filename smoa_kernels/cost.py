@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 from .checks import cached, check_choice, check_kind
-from .counts import ALGORITHMS, FUSED_MAX_RANK, FUSED_MAX_RANK_IEEE, Part, Pass, Problem, parts
+from .counts import ALGORITHMS, FUSED_MAX_RANK, FUSED_MAX_RANK_IEEE, Part, Pass, parts
 from .gpus import Gpu
+from .problem import Problem
 
 __all__ = [
     "ALGORITHMS",

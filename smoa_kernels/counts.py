@@ -25,123 +25,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
+from .checks import check_choice, check_kind
+from .grad_tiling import gradient_parts, partial_bytes
+from .problem import Problem
 
-from .checks import MOST_SIZE, check_blocks, check_choice, check_count, check_kind, check_number
-
-__all__ = [
-    "ALGORITHMS",
-    "Part",
-    "Pass",
-    "Problem",
-    "grad_tiles",
-    "gradient_parts",
-    "partial_bytes",
-    "partial_width",
-    "parts",
-    "token_splits",
-]
+__all__ = ["ALGORITHMS", "Part", "Pass", "parts"]
 
 Pass = Literal["forward", "backward"]
 
 ALGORITHMS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused", "expanded")
 """The frozen layer, the peers, and our four ways."""
 
-BLOCK_PADDING = 128  # the padded block-major layout rounds each block up to a multiple of the widest tile,
-NARROW_PADDING = 64  # or of this where no block is larger
 FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
 # above these ρ the one-kernel form cuts the rank into chunks and reads W0 for each of them
 FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
 FUSED_TOKEN_TILE = 32  # the one-kernel form recomputes B·A once per tile of so many tokens
-PARTIAL_RANKS = 4  # block_grad's partials are padded to a multiple of so many ranks: 128 bits of float32
-GRAD_TILE = 128  # block_grad writes one rank-sized partial per tile of so many rows or columns
-GRAD_STEP = 64  # tokens of one step of its main loop
-GRAD_EPILOGUE_STEPS = 8  # what the end of a program costs, in steps: an assumption (`grad_share.py`)
-# Fewest tokens that the backward gathers at a time, if not all: in a loop of 64 steps a program's end takes a ninth.
-GRAD_PART_TOKENS = 64 * GRAD_STEP
-GRAD_PART_TILES = 128  # and fewest tiles of G: about a large GPU's multiprocessors, which each launch fills
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One adapted linear layer and one batch.
-
-    Attributes:
-        tokens: T, rows of x.
-        out_features: N.
-        in_features: C.
-        num_blocks: K.
-        rank: r, the budget of all blocks together.
-        dtype: of x, W0 and the factors.
-        dropout: probability, 0 where dropout is off or the layer is evaluating.
-
-    Raises:
-        TypeError: a size that is no int, a probability that is no number, a dtype that is none.
-        ValueError: a size or probability out of range, or a dtype that is not floating point.
-
-    Example:
-        >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
-        >>> problem.max_rank, problem.unit_flops
-        (4, 274877906944)
-    """
-
-    tokens: int
-    out_features: int
-    in_features: int
-    num_blocks: int
-    rank: int
-    dtype: torch.dtype = torch.bfloat16
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, least in {"tokens": 0, "out_features": 1, "in_features": 1, "rank": 0}.items():
-            check_count(name, getattr(self, name), least, MOST_SIZE)
-        check_blocks(self.num_blocks)
-        check_number("dropout", self.dropout)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not isinstance(self.dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, got {self.dtype!r}")
-        if not self.dtype.is_floating_point:
-            raise ValueError(f"dtype must be floating point, got {self.dtype}")
-
-    @property
-    def max_rank(self) -> int:
-        """ρ, the rank of the largest block under the default split."""
-        return math.ceil(self.rank / self.num_blocks)
-
-    @property
-    def weight_elements(self) -> int:
-        """N·C."""
-        return self.out_features * self.in_features
-
-    @property
-    def unit_flops(self) -> int:
-        """2·T·N·C, one base GEMM."""
-        return 2 * self.tokens * self.weight_elements
-
-    def padded(self, features: int) -> int:
-        """Width of the padded block-major layout of `features` evenly cut coordinates.
-
-        Args:
-            features: N or C.
-
-        Raises:
-            TypeError, ValueError: no number of features.
-        """
-        check_count("features", features, 1, MOST_SIZE)
-        widest = math.ceil(features / self.num_blocks)
-        multiple = BLOCK_PADDING if widest > NARROW_PADDING else NARROW_PADDING
-        return self.num_blocks * math.ceil(widest / multiple) * multiple
-
-    def gathers(self, features: int) -> bool:
-        """Whether the block-major layout is a copy: one block that fills its tiles is its own.
-
-        Args:
-            features: N or C.
-        """
-        return self.num_blocks > 1 or self.padded(features) != features
 
 
 @dataclass(frozen=True)
@@ -409,112 +308,3 @@ _WAYS: dict[str, Callable[[_Count], None]] = {
     "fused": _fused,
     "expanded": _expanded,
 }
-
-
-def partial_width(rank: int) -> int:
-    """R, the ranks that a row of block_grad's partials holds: ρ rounded up to whole stores of 128 bits.
-
-    Args:
-        rank: ρ.
-
-    Example:
-        >>> partial_width(4), partial_width(5)
-        (4, 8)
-    """
-    return math.ceil(rank / PARTIAL_RANKS) * PARTIAL_RANKS
-
-
-def partial_bytes(p: Problem) -> int:
-    """float32 partials of dA and dB: one (R, tile) slice per tile of the other side, within each block.
-
-    R is :func:`partial_width`. Every one of :func:`gradient_parts` writes its own. A problem with fewer tiles than a
-    GPU has multiprocessors splits its tokens among programs too and writes that many times more, of a size that is
-    small then.
-
-    Args:
-        p: the problem.
-
-    Raises:
-        TypeError: it is none.
-
-    Example:
-        >>> partial_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) / 2**20  # two parts of 3.5 MiB
-        7.0
-    """
-    return len(gradient_parts(p)) * _partial_bytes_of_one(p)
-
-
-def _partial_bytes_of_one(p: Problem) -> int:
-    rows, cols = (p.padded(n) // p.num_blocks for n in (p.out_features, p.in_features))
-    slices = p.out_features * math.ceil(cols / GRAD_TILE) + p.in_features * math.ceil(rows / GRAD_TILE)
-    return 4 * partial_width(p.max_rank) * slices
-
-
-def gradient_parts(p: Problem) -> tuple[int, ...]:
-    """How many tokens the backward gathers at a time for dA and dB, which are sums over tokens: all, or parts in turn.
-
-    In so many parts that the gathered copies of dY and x take no more memory than dX and its W_eff do afterwards, but
-    no more than their own partials are worth (n parts hold 1/n of the copies, and n times the partials of one), of no
-    fewer tokens than `GRAD_PART_TOKENS`, for each part runs the end of every program anew, and only where G has
-    `GRAD_PART_TILES`. Under dropout dX comes with gathered copies of its own, and there is nothing to save.
-
-    Args:
-        p: the problem.
-
-    Raises:
-        TypeError: it is none.
-
-    Example:
-        >>> gradient_parts(Problem(8192, 4096, 4096, num_blocks=4, rank=16))
-        (4096, 4096)
-        >>> gradient_parts(Problem(8192, 4096, 14336, num_blocks=4, rank=16))  # dX alone is 224 MiB
-        (8192,)
-    """
-    check_kind("p", p, Problem)
-    most = p.tokens // GRAD_PART_TOKENS
-    if most < 2 or p.dropout or grad_tiles(p) < GRAD_PART_TILES:
-        return (p.tokens,)
-    copies = p.tokens * sum(p.padded(n) for n in (p.out_features, p.in_features) if p.gathers(n))
-    wanted = math.ceil(copies / (p.weight_elements + p.tokens * p.in_features))
-    # Where c / n + n q is least.
-    worth = math.isqrt(copies * p.dtype.itemsize // max(1, _partial_bytes_of_one(p)))
-    # Whole steps, so that only the last part has one that is not full.
-    each = math.ceil(p.tokens / max(1, min(wanted, most, worth)) / GRAD_STEP) * GRAD_STEP
-    whole, rest = divmod(p.tokens, each)
-    return (each,) * whole + ((rest,) if rest else ())
-
-
-def grad_tiles(p: Problem) -> int:
-    """Tiles of G of all blocks: programs of a launch of block_grad that need not share them.
-
-    Args:
-        p: the problem.
-
-    Raises:
-        TypeError: no problem.
-
-    Example:
-        >>> grad_tiles(Problem(8192, 4096, 4096, num_blocks=4, rank=16))
-        256
-    """
-    check_kind("p", p, Problem)
-    rows, cols = (p.padded(n) // p.num_blocks for n in (p.out_features, p.in_features))
-    return p.num_blocks * math.ceil(rows / GRAD_TILE) * math.ceil(cols / GRAD_TILE)
-
-
-def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> int:
-    """Into how many parts block_grad cuts T so that it fills a GPU: one where the tiles of G do already.
-
-    A part keeps at least as many steps of the main loop as a program's end costs.
-
-    Args:
-        tokens: T.
-        programs: tiles of G, of all blocks.
-        processors: multiprocessors of the GPU.
-        block_t: tokens of a step.
-
-    Example:
-        >>> token_splits(8192, 32, 132, 64)  # 160 programs
-        5
-    """
-    return max(1, min(-(-processors // programs), tokens // (GRAD_EPILOGUE_STEPS * block_t)))

@@ -177,7 +177,8 @@ def _dropout_backward(
     rows, cols = block_indices(adapter)
     product = _BlockProduct(adapter.T) if needs_x else None
     gradient = None if x is None else _BlockGradient(adapter)
-    dx = dy.new_empty(dy.shape[0], width)
+    # Of dX and x one stands in for the other where that is not there; a stand-in is neither written nor read.
+    dx = dy.new_empty(dy.shape[0], width) if needs_x or x is None else x
     draw, mask, gathered, scratch = dropout.stream(width), _Buffer(), _Buffer(), _Buffer()
     for dy_part, dx_part, x_part in _panels(dy, dx, dx if x is None else x):
         multiplier = draw(mask.like(dx_part))

@@ -17,16 +17,16 @@ import math
 from dataclasses import dataclass
 
 from .checks import check_count, check_kind
-from .counts import (
+from .gpus import Gpu
+from .grad_tiling import (
     GRAD_EPILOGUE_STEPS,
     GRAD_STEP,
     GRAD_TILE,
-    Problem,
     grad_tiles,
     gradient_parts,
     token_splits,
 )
-from .gpus import Gpu
+from .problem import Problem
 
 __all__ = ["GradShare", "block_grad_share"]
 

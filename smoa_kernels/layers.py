@@ -192,7 +192,12 @@ class FusedSMoALinear(nn.Linear):
 
     @property
     def partition(self) -> BlockPartition:
-        """Blocks of W0's rows and columns; those of this process's shard under tensor parallelism."""
+        """Blocks of W0's rows and columns; those of this process's shard under tensor parallelism.
+
+        Raises:
+            RuntimeError: there are none yet: the layer was made on the meta device, and nothing was loaded.
+            TypeError, ValueError: what is assigned is no partition, or one of another weight or number of blocks.
+        """
         if not self._sizes:
             raise RuntimeError(
                 "the layer has no blocks yet: load a state dict that holds them, or call reset_parameters()"
@@ -247,14 +252,21 @@ class FusedSMoALinear(nn.Linear):
 
     @property
     def num_adapter_parameters(self) -> int:
-        """`Σ r_k (N_k + C_k)`, padding not counted."""
+        """`Σ r_k (N_k + C_k)`, padding not counted.
+
+        Raises:
+            RuntimeError: as :attr:`partition` does.
+        """
         return trainable_parameters(self.partition, self.block_ranks)
 
     def reset_parameters(self) -> None:
-        """Draw a new base layer as `nn.Linear` does and, once the layer is built, a new adapter over it."""
+        """Draw a new base layer as `nn.Linear` does and, once the layer is built, a new adapter over it.
+
+        Raises:
+            RuntimeError: the layer is merged, on the meta device, or cut by tensor parallelism; nothing was drawn.
+        """
         if hasattr(self, "smoa_A"):
-            self._check_unmerged("the layer is merged", "reset_parameters()")
-            self._check_values()
+            self._check_can_draw("reset_parameters()")
         super().reset_parameters()
         if hasattr(self, "smoa_A"):
             self.weight.requires_grad_(False)
@@ -267,12 +279,9 @@ class FusedSMoALinear(nn.Linear):
         """A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero: the layer computes what its base computes.
 
         Raises:
-            RuntimeError: tensor parallelism has cut the layer.
+            RuntimeError: tensor parallelism has cut the layer, it is merged, or on the meta device; nothing was drawn.
         """
-        if self._shard is not None:
-            raise RuntimeError("the layer is sharded: draw the adapter before parallelize_module")
-        self._check_unmerged("the layer is merged", "reset_adapter()")
-        self._check_values()
+        self._check_can_draw("reset_adapter()")
         draw_A(self.smoa_A, self.partition, self.smoa_ranks)
         self.smoa_B.zero_()
 
@@ -314,14 +323,22 @@ class FusedSMoALinear(nn.Linear):
         return y if shard is None else shard.output(y)
 
     def delta_weight(self) -> Tensor:
-        """ΔW = W_eff - W0, (N, C), in W0's dtype; rounded on its own, not as a difference. A shard's is its part."""
+        """ΔW = W_eff - W0, (N, C), in W0's dtype; rounded on its own, not as a difference. A shard's is its part.
+
+        Raises:
+            RuntimeError: the layer is on the meta device or has no blocks yet, or `fully_shard` has W0 in parts.
+        """
         return eager.delta_weight(self._packed())
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put W_eff into `weight`, so that the layer costs what an `nn.Linear` costs; W0 is kept for `unmerge`.
 
-        Whatever interrupts it, `weight` is W0 again, bit for bit.
+        Whatever interrupts it, `weight` is W0 again, bit for bit. A layer that is merged already stays so, and warns.
+
+        Raises:
+            RuntimeError: as :meth:`delta_weight` does.
+            ValueError: `backend` cannot run here.
         """
         if self.merged:
             warnings.warn("already merged: nothing to do", UserWarning, stacklevel=2)
@@ -342,7 +359,7 @@ class FusedSMoALinear(nn.Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put W0 back, bit for bit."""
+        """Put W0 back, bit for bit; a layer that is not merged stays as it is, and warns."""
         if self.smoa_base_weight is None:
             warnings.warn("not merged: nothing to do", UserWarning, stacklevel=2)
             return
@@ -352,6 +369,12 @@ class FusedSMoALinear(nn.Linear):
     def _check_unmerged(self, what: str, before: str) -> None:
         if self.merged:
             raise RuntimeError(f"{what}: call unmerge() before {before}")
+
+    def _check_can_draw(self, caller: str) -> None:
+        if self._shard is not None:
+            raise RuntimeError(f"the layer is sharded: call {caller} before parallelize_module")
+        self._check_unmerged("the layer is merged", caller)
+        self._check_values()
 
     def _check_values(self) -> None:
         if self.smoa_A.is_meta:

@@ -108,7 +108,7 @@ def _backward(
 def _backward_fake(
     dy: Tensor, x: Tensor | None, weight: Tensor, A: Tensor, B: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs_x = rest[-2]
+    *_, needs_x, _backend = rest
     return (
         dy.new_empty(*dy.shape[:-1], weight.shape[1]) if needs_x else dy.new_empty(0),
         A.new_empty(0 if x is None else A.shape),
@@ -121,12 +121,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        x, weight, bias, A, B, ranks, block_ranks, scaling, seed, partition, sizes, *settings, _, backend = (
-            args
-        )
+        x, weight, bias, A, B, ranks, block_ranks, scaling, seed, partition, sizes, *others = args
+        p, column_offset, width, _algorithm, backend = others
         needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         ctx.save_for_backward(x if needs_factors else None, weight, A, B, ranks, scaling, seed, *partition)
-        ctx.block_ranks, ctx.sizes, ctx.settings, ctx.backend = block_ranks, sizes, settings, backend
+        ctx.block_ranks, ctx.sizes, ctx.backend = block_ranks, sizes, backend
+        ctx.settings = p, column_offset, width
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _below_autograd(linear, args)
 

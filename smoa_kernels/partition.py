@@ -27,7 +27,7 @@ class BlockPartition:
     """K aligned blocks over the rows and columns of an (N, C) weight.
 
     Build one with :meth:`from_weight` (from the spectrum) or :meth:`from_labels` (from stored labels). All
-    tensors live on one device; instances are immutable, equal when their labels are, and not hashable.
+    tensors live on one device. No method changes an instance. They are equal when their labels are, and not hashable.
 
     Attributes:
         row_order: int64 (N,), rows sorted by spectral centroid and cut into blocks in that order. Rebuilt
@@ -105,9 +105,8 @@ class BlockPartition:
         check_weight(weight)
         check_blocks(num_blocks, weight.shape)
         row_order, col_order = order_source.get()(weight.detach())
-        labels = cls.from_labels(_cut(row_order, num_blocks), _cut(col_order, num_blocks), num_blocks)
-        labels.row_order, labels.col_order = row_order, col_order
-        return labels
+        labels = _cut(row_order, num_blocks), _cut(col_order, num_blocks)
+        return cls.from_labels(*labels, num_blocks)._in_order(row_order, col_order)
 
     @classmethod
     def from_labels(cls, row_block: Tensor, col_block: Tensor, num_blocks: int) -> BlockPartition:
@@ -234,7 +233,7 @@ class BlockPartition:
     @property
     def T(self) -> BlockPartition:
         """Partition of the transposed weight."""
-        transposed = BlockPartition(
+        return BlockPartition(
             row_block=self.col_block,
             col_block=self.row_block,
             row_index=self.col_index,
@@ -243,9 +242,9 @@ class BlockPartition:
             col_offsets=self.row_offsets,
             row_sizes=self.col_sizes,
             col_sizes=self.row_sizes,
+            row_order=self.col_order,
+            col_order=self.row_order,
         )
-        transposed.row_order, transposed.col_order = self.col_order, self.row_order
-        return transposed
 
     def to(self, device: torch.device | str) -> BlockPartition:
         """The same partition on another device.
@@ -256,8 +255,12 @@ class BlockPartition:
         if self.device == check_device(device):
             return self
         moved = BlockPartition.from_tensors([t.to(device) for t in self.tensors()], self.sizes())
-        moved.row_order, moved.col_order = self.row_order.to(device), self.col_order.to(device)
-        return moved
+        return moved._in_order(self.row_order.to(device), self.col_order.to(device))
+
+    def _in_order(self, row_order: Tensor, col_order: Tensor) -> BlockPartition:
+        """The same blocks, with the orders that they were cut from."""
+        parts = {name: getattr(self, name) for name in self.__slots__}
+        return BlockPartition(**parts | {"row_order": row_order, "col_order": col_order})
 
     def _check_block(self, block: int) -> None:
         if isinstance(block, bool) or not isinstance(block, int):

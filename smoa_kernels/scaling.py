@@ -36,8 +36,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .checks import MOST_SIZE, check_blocks, check_choice, check_count, check_kind
-from .cost import Problem, estimate
+from .cost import estimate
 from .gpus import Gpu
+from .problem import Problem
 from .tuning.models import MODELS, Decoder
 from .workspace import backward_workspace_bytes
 

@@ -5,9 +5,9 @@
   onto it and rounds once;
 - fused: for few tokens, base and adapter in one pass over W0, nothing built.
 
-Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`counts.gradient_parts`) and nothing
-is left before dX needs its workspace; dX merged in every dtype (a rounded W_eff is a second-order error there), split
-under dropout, fused for few tokens.
+Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`grad_tiling.gradient_parts`) and
+nothing is left before dX needs its workspace; dX merged in every dtype (a rounded W_eff is a second-order error there),
+split under dropout, fused for few tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import eager
-from .cost import Problem, choose_algorithm
-from .counts import gradient_parts
+from .cost import choose_algorithm
 from .dropout import Dropout
 from .gpus import device_gpu
+from .grad_tiling import gradient_parts
 from .kernels._common import padded_width
 from .kernels.block_grad import block_grad_in_parts
 from .kernels.block_matmul import block_matmul
@@ -32,6 +32,7 @@ from .kernels.selection import name_of
 from .packed import PackedAdapter
 from .partition import BlockPartition
 from .precision import gemm_is_ieee
+from .problem import Problem, padding_multiple
 from .tuning import lookup
 
 __all__ = [
@@ -41,15 +42,13 @@ __all__ = [
     "forward",
     "input_gradient",
     "modulated_weight",
-    "padding_multiple",
 ]
 
 ALGORITHMS = ("merged", "split", "fused")
 
+# Launchers know no tables, which stand above the kernels in the order of imports: the first module above both tells
+# them to ask there before the heuristic.
 lookup.install()
-
-# Padded widths: every shipped tile divides the wide one, and a block too small for it takes the narrow one.
-_WIDE, _NARROW = 128, 64
 
 
 def forward(
@@ -140,11 +139,6 @@ def _delta_blocks(adapter: PackedAdapter, allow_tf32: bool) -> Tensor:
         col_multiple=padding_multiple(p.col_sizes),
         allow_tf32=allow_tf32,
     )
-
-
-def padding_multiple(sizes: tuple[int, ...]) -> int:
-    """What the widths of blocks of these sizes are rounded up to."""
-    return _WIDE if max(sizes) > _NARROW else _NARROW
 
 
 def admissible(stage: str, dtype: str) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from .checks import check_choice, check_kind
-from .counts import Problem, gradient_parts, partial_bytes
+from .grad_tiling import gradient_parts, partial_bytes
+from .problem import Problem
 
 __all__ = ["backward_workspace", "backward_workspace_bytes", "peak_bytes"]
 
@@ -19,9 +20,9 @@ __all__ = ["backward_workspace", "backward_workspace_bytes", "peak_bytes"]
 def backward_workspace(problem: Problem) -> Mapping[str, int]:
     """Bytes that each stage of the backward holds beyond its inputs and results.
 
-    "factor gradients": gathered dY and x of one part of the tokens (`counts.gradient_parts`), and all partials. They
-    are freed before "input gradient", which holds W_eff; under dropout it holds the ΔW blocks, dY gathered anew, and
-    dX's share by block instead.
+    "factor gradients": gathered dY and x of one part of the tokens (`grad_tiling.gradient_parts`), and all partials.
+    They are freed before "input gradient", which holds W_eff; under dropout it holds the ΔW blocks, dY gathered anew,
+    and dX's share by block instead.
 
     Args:
         problem: the layer and the batch.

@@ -24,7 +24,7 @@ def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
 
 
-# How many problems tests/test_fuzz.py draws in all; HYPOTHESIS_PROFILE chooses.
+# How many problems, folders or tables a fuzzed file draws in all: `make nightly` takes the second.
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import settings
 

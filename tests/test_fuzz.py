@@ -3,7 +3,7 @@
 A result may differ from the oracle's by a few roundings of its own dtype, measured against what the oracle gives for
 the absolute values of all inputs: sums that cancel are judged by the size of their terms.
 
-    HYPOTHESIS_PROFILE=nightly pytest tests/test_fuzz.py     # 10,000 problems instead of 300 (tests/conftest.py)
+    make nightly     # 10,000 problems instead of 300
 """
 
 from collections.abc import Callable

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "smoa_kernels"
 # A module imports from its own line or those above. A folder stands for what it holds and no other line names.
 ORDER = (
     ("checks",),
-    ("_version", "backends", "files", "dropout", "gpus", "precision", "spectral_order"),
+    ("_version", "backends", "files", "dropout", "gpus", "precision", "problem", "spectral_order"),
     ("partition",),
-    ("arguments", "counts", "packed", "ranks", "sketch", "spectrum"),
+    ("arguments", "counts", "grad_tiling", "packed", "ranks", "sketch", "spectrum"),
     ("layer_checks",),
     ("cost", "grad_share", "workspace"),
     ("reference",),

@@ -174,3 +174,27 @@ def test_eager_needs_no_values(algorithm: str, host: bool) -> None:
         y = eager.forward(x, meta["bias"], adapter, "split" if dropout else algorithm, dropout)
         gradients = eager.backward(dy, x, adapter, dropout, needs_x=True)
         assert [t.shape for t in (y, *gradients)] == [t.shape for t in (dy, x, meta["A"], meta["B"])]
+
+
+class Made(TorchDispatchMode):
+    """Collects the shapes of what operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[torch.Size] = set()
+
+    def __torch_dispatch__(
+        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        result = function(*args, **(kwargs or {}))
+        self.shapes |= {result.shape} if isinstance(result, Tensor) else set()
+        return result
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_under_dropout_an_x_without_gradient_takes_no_room_for_one(needs_x: bool) -> None:
+    p = make_problem(tokens=300, dtype=torch.float32)  # more than are gathered at a time
+    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, torch.tensor(p.scaling))
+    with Made() as made:
+        eager.backward(p.dy, p.x, adapter, Dropout(torch.tensor(3), 0.3), needs_x=needs_x)
+    assert (p.x.shape in made.shapes) == needs_x

@@ -2,7 +2,6 @@
 
 import ast
 import email
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import zipfile
 from email.message import Message
 from pathlib import Path
 
+import installed
 import pytest
 from packaging.requirements import Requirement
 
@@ -140,20 +140,23 @@ def absolute_imports(source: str) -> set[str]:
     return found
 
 
-def test_the_installed_command_runs(wheel: Path, tmp_path: Path) -> None:
-    """Installed from the wheel, away from the checkout."""
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_what_is_installed_trains_and_its_command_runs(kind: str, wheel: Path, tmp_path: Path) -> None:
+    """What `make dist` does with either archive, away from the checkout."""
     pytest.importorskip("typer", reason="needs the cli extra")
-    target = tmp_path / "site"
-    install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, wheel]
-    installed = run(*install)
-    assert installed.returncode == 0, installed.stderr
-    environment = {**os.environ, "PYTHONPATH": str(target)}
-    program = "import smoa_kernels, smoa_kernels.tuning.store as t; print(smoa_kernels.__file__, t.SHIPPED.is_dir())"
-    where = run("-c", program, env=environment, cwd=tmp_path)
-    assert where.stdout.split() == [str(target / "smoa_kernels" / "__init__.py"), "True"]
-    done = run(target / "bin" / "smoa-kernels", "info", env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "smoa-kernels" in done.stdout
+    printed = installed.use(wheel if kind == "wheel" else build("sdist", ROOT, tmp_path))
+    assert "a step of training was done" in printed
+    assert "smoa-kernels" in printed
+
+
+def test_an_archive_that_lacks_a_module_is_found_out(wheel: Path, tmp_path: Path) -> None:
+    lacking = tmp_path / wheel.name
+    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(lacking, "w") as rest:
+        for name in whole.namelist():
+            if name != "smoa_kernels/ranks.py":
+                rest.writestr(name, whole.read(name))
+    with pytest.raises(RuntimeError, match=r"No module named 'smoa_kernels.ranks'"):
+        installed.use(lacking)
 
 
 # A machine without Triton: macOS, Windows, or Linux where it has no wheel.

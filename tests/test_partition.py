@@ -189,3 +189,13 @@ def test_permuting_the_weight_permutes_the_partition() -> None:
     partition, permuted = (BlockPartition.from_weight(w, 3) for w in (weight, weight[rows][:, cols]))
     assert permuted.row_block.tolist() == partition.row_block[rows].tolist()
     assert permuted.col_block.tolist() == partition.col_block[cols].tolist()
+
+
+@pytest.mark.numerical
+def test_the_order_goes_with_a_partition() -> None:
+    partition = BlockPartition.from_weight(torch.randn(11, 8), 3)
+    turned, moved = partition.T, partition.to("meta")
+    assert torch.equal(turned.row_order, partition.col_order)
+    assert torch.equal(turned.col_order, partition.row_order)
+    assert (moved.row_order.device.type, moved.row_order.shape) == ("meta", (11,))
+    assert (moved.row_sizes, moved.col_sizes) == (partition.row_sizes, partition.col_sizes)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoa_kernels import counts
+from smoa_kernels import grad_tiling
 from smoa_kernels.cost import Problem
 from smoa_kernels.workspace import backward_workspace, backward_workspace_bytes, peak_bytes
 
@@ -46,7 +46,7 @@ def test_backward_workspace():
     ids=str,
 )
 def test_into_how_many_parts_a_backward_gathers(problem, parts):
-    assert counts.gradient_parts(problem) == parts
+    assert grad_tiling.gradient_parts(problem) == parts
 
 
 @pytest.mark.parametrize(("num_blocks", "rank"), [(4, 16), (2, 256), (4, 1024), (2, 0)])
@@ -54,19 +54,19 @@ def test_parts_take_no_more_than_dx_where_they_may_be_short_enough(num_blocks, r
     for tokens in (8192, 16384, 100_001, 1 << 20):
         for shape in ((4096, 4096), (14336, 4096), (28672, 1024), (1024, 28672), (16390, 590)):
             p = Problem(tokens, *shape, num_blocks, rank)
-            parts = counts.gradient_parts(p)
+            parts = grad_tiling.gradient_parts(p)
             assert sum(parts) == tokens
             assert min(parts[:-1], default=tokens) == max(parts)
             stages, dx = backward_workspace(p), 2 * tokens * p.in_features
-            partials = counts.partial_bytes(p)
+            partials = grad_tiling.partial_bytes(p)
             copies = stages["factor gradients"] - partials
-            step = 2 * counts.GRAD_STEP * sum(p.padded(n) for n in shape)  # parts are whole steps
+            step = 2 * grad_tiling.GRAD_STEP * sum(p.padded(n) for n in shape)  # parts are whole steps
             one = partials // len(parts)
             worth_more = len(parts) * copies >= (len(parts) + 1) ** 2 * one  # than another part's partials
-            if len(parts) < tokens // counts.GRAD_PART_TOKENS and worth_more:
+            if len(parts) < tokens // grad_tiling.GRAD_PART_TOKENS and worth_more:
                 assert copies <= stages["input gradient"] + dx + step
             with monkeypatch.context() as patch:
-                patch.setattr(counts, "GRAD_PART_TOKENS", tokens)  # as a whole
+                patch.setattr(grad_tiling, "GRAD_PART_TOKENS", tokens)  # as a whole
                 whole = backward_workspace(p)["factor gradients"]
             assert stages["factor gradients"] <= whole + step
 
@@ -125,7 +125,7 @@ def test_what_a_pass_allocates(size, way, monkeypatch):
     executor = interpreter.GridExecutor
     monkeypatch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), kwargs))
     monkeypatch.setattr(executor, "_restore_args_dev", lambda self, *args: None)
-    monkeypatch.setattr(counts, "GRAD_TILE", 64)  # block_grad's in IEEE float32
+    monkeypatch.setattr(grad_tiling, "GRAD_TILE", 64)  # block_grad's in IEEE float32
     case = Case(*size, num_blocks=2, rank=16)
     build = {"frozen": frozen, "lora": lora}.get(way) or smoa(way, "triton")
     predicted = peak_bytes(case.problem(), way)

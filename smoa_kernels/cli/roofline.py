@@ -11,8 +11,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..cost import ALGORITHMS, Estimate, Problem, choose_algorithm, estimate
+from ..cost import ALGORITHMS, Estimate, choose_algorithm, estimate
 from ..gpus import GPUS
+from ..problem import Problem
 from ..workspace import backward_workspace_bytes
 from .output import console, write_json
 

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
+from ..checks import check_kind
 from .data import agree_on_buffers
 from .shard import LayerShard
 
@@ -31,11 +32,13 @@ class _SMoAParallel:
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not hasattr(module, "smoa_A"):
             return cast(nn.Module, super()._apply(module, device_mesh))  # type: ignore[misc]  # torch's style is next
+        style: Any = self
+        for name in ("input_layouts", "output_layouts"):
+            check_kind(name, getattr(style, name)[0], Placement)
         _check(module, device_mesh)
         if self.src_data_rank is not None:
             agree_on_buffers(module, device_mesh.get_group())
         self._distribute(cast(Any, module), device_mesh)
-        style: Any = self
         wanted = (Replicate() if self.dim == 0 else Shard(-1),)
         enter = partial(style._prepare_input_fn, style.input_layouts, wanted)
         leave = partial(style._prepare_output_fn, style.output_layouts, style.use_local_output)
@@ -77,8 +80,8 @@ class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):
     Masks agree because processes that share a layer draw the same seeds: seed those of one mesh alike.
 
     Raises:
-        ValueError, TypeError: from `parallelize_module`, before anything of the layer has changed: it is merged,
-            quantised, or its labels are yet to be loaded; its generators differ and it has dropout.
+        ValueError, TypeError: from `parallelize_module`, before anything of the layer has changed: a layout is none;
+            the layer is merged, quantised, or its labels are yet to be loaded; it has dropout and generators differ.
 
     Example:
         >>> from torch.distributed.device_mesh import init_device_mesh

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..counts import PARTIAL_RANKS, partial_width, token_splits
+from ..grad_tiling import PARTIAL_RANKS, partial_width, token_splits
 from ..packed import PackedAdapter
 from ..partition import BlockPartition
 from ._common import block_slots, dot, input_precision, round_to

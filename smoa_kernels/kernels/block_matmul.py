@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packed import PackedAdapter
+from ..problem import WIDE_PADDING
 from ._common import block_slots, dot, input_precision, padded_width, round_to
 from .launch import BlockMatmulConfig
 from .selection import select
@@ -29,7 +30,6 @@ __all__ = ["block_matmul", "block_ordered"]
 
 # R. More would cost more than reading ΔW does; with less, eight warps' loads of A would be narrower than 128 bits.
 MAX_MODULATED_RANK = 32
-_WIDEST_TILE = 128
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -160,7 +160,7 @@ def block_matmul(
     if delta is None:
         weight = weight_blocks
         if weight is None:
-            weight = block_ordered(adapter, row_multiple=_WIDEST_TILE, col_multiple=padded_cols)
+            weight = block_ordered(adapter, row_multiple=WIDE_PADDING, col_multiple=padded_cols)
     else:
         weight = delta
     padded_rows = weight.shape[1]

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..checks import check_blocks, check_choice, check_kind
+from ..checks import check_blocks, check_choice, check_kind, layout_of
 from ..distributed.shard import LayerShard
 from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..partition import BlockPartition
@@ -36,12 +36,16 @@ def order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
         layer: over W0.
         num_blocks: K.
 
+    Raises:
+        TypeError, ValueError: no layer, or as :meth:`BlockPartition.from_weight` does.
+
     Example:
         >>> from smoa_kernels.peft import Linear, SMoAConfig
         >>> layer = Linear(nn.Linear(8, 6), "default", LayerSettings(4, 2, None, None, SMoAConfig()))
         >>> order_of(layer, 3).row_sizes
         (2, 2, 2)
     """
+    check_kind("layer", layer, SMoALayer)
     return BlockPartition.from_weight(layer.base_weight(), num_blocks)
 
 
@@ -283,6 +287,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         check_complete(name, given)
         for key, value in given.items():
             check_kind(f"{name}.{key}", value, Tensor)
+            if layout_of(value) != "torch.strided":
+                raise TypeError(f"{name}.{key} must be a dense tensor, got layout {layout_of(value)}")
             expected = tuple(getattr(self, key)[adapter_name].shape)
             if tuple(value.shape) != expected:
                 raise ValueError(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import MOST_TRITON_RANKS
-from ..cost import Problem, choose_algorithm
-from ..counts import gradient_parts
+from ..cost import choose_algorithm
 from ..gpus import Gpu, device_gpu
+from ..grad_tiling import gradient_parts
 from ..kernels._common import padded_width
 from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, DTYPES, Key, bucket
 from ..kernels.launch import Config, architecture, multiprocessors
-from ..triton_backend import padding_multiple
+from ..problem import Problem, padding_multiple
 from .limits import ARCHITECTURES
 from .space import algorithm_job, kernel_job
 from .tuner import Job

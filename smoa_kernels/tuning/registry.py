@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..counts import partial_width
 from ..dropout import Dropout
+from ..grad_tiling import partial_width
 from ..kernels import block_grad, block_matmul, fused_linear, modulate, permute
 from ..kernels.heuristic import DTYPES, Key, shipped
 from ..packed import PackedAdapter

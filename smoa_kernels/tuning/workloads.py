@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_backend
-from ..counts import partial_width
+from ..grad_tiling import partial_width
 from ..kernels.block_grad import block_grad, sum_partials
 from ..kernels.block_matmul import block_matmul, block_ordered
 from ..kernels.fused_linear import fused_linear, sum_parts

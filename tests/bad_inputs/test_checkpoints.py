@@ -1,15 +1,22 @@
-"""Adapter folders whose configuration cannot be read; damaged weights are in tests/peft."""
+"""Adapter folders whose configuration cannot be read, and bad arguments of what reads a layer's blocks.
+
+Damaged weights are in tests/peft.
+"""
 
 from typing import Any
 
 import pytest
+import torch
 
-from .harness import Call, Row, World, check, rows
+from smoa_kernels import BlockPartition
+
+from .harness import Call, Row, World, check, one, rows
 
 pytest.importorskip("transformers", reason="needs the peft extra")
 
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.inspection import inspect_adapter
+from smoa_kernels.peft.layout import blocks_size, pack_blocks, read_blocks, unpack_blocks
 from smoa_kernels.peft.model_spectrum import layer_kind, model_spectrum
 from smoa_kernels.peft.settings import layer_settings
 
@@ -87,4 +94,73 @@ PATHS: list[Row] = [
 
 @rows("call", PATHS)
 def test_paths(call: Call, error: type[Exception], words: str, world: World) -> None:
+    check(world, call, error, words)
+
+
+PARTITION = BlockPartition.from_labels(one(0, 1), one(0, 1, 1), 2)
+RANKS, SKETCH = one(1, 2), torch.zeros(33)
+PACKED = pack_blocks(PARTITION, RANKS, SKETCH)
+LAYER: dict[str, Any] = {"smoa_A": torch.zeros(2, 3), "smoa_B": torch.zeros(2, 2), "smoa_blocks": PACKED}
+
+LAYOUT: list[Row] = [
+    (lambda _: blocks_size("6", 8, 2), TypeError, "out_features must be an int, got '6'"),  # type: ignore[arg-type]
+    (lambda _: blocks_size(6, 0, 2), ValueError, "in_features must be at least 1, got 0"),
+    (lambda _: blocks_size(6, 8, 10**9), ValueError, "num_blocks must be at most 65536, got 1000000000"),
+    (lambda _: pack_blocks(None, RANKS, SKETCH), TypeError, "partition must be a BlockPartition, got None"),  # type: ignore[arg-type]
+    (lambda _: pack_blocks(PARTITION, [1, 2], SKETCH), TypeError, "ranks must be a torch.Tensor, got list"),  # type: ignore[arg-type]
+    (lambda _: pack_blocks(PARTITION, one(1), SKETCH), ValueError, r"ranks must be 2 ints, got .* \(1,\)"),
+    (
+        lambda _: pack_blocks(PARTITION, RANKS / 1, SKETCH),
+        ValueError,
+        "ranks must be 2 ints, got torch.float32",
+    ),
+    (
+        lambda _: pack_blocks(PARTITION, RANKS, one(3)),
+        ValueError,
+        "sketch must be 33 floating-point numbers, got torch.int64",
+    ),
+    (
+        lambda _: pack_blocks(PARTITION, RANKS, SKETCH.to("meta")),
+        ValueError,
+        "sketch must hold numbers, got a meta",
+    ),
+    (lambda _: unpack_blocks(None, 6, 8), TypeError, "smoa_blocks must be a torch.Tensor, got NoneType"),  # type: ignore[arg-type]
+    (
+        lambda _: unpack_blocks(PACKED.to_sparse(), 2, 3),
+        TypeError,
+        "smoa_blocks must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    (
+        lambda _: unpack_blocks(PACKED.to("meta"), 2, 3),
+        ValueError,
+        "smoa_blocks must hold numbers, got a meta",
+    ),
+    (lambda _: unpack_blocks(PACKED, "2", 3), TypeError, "out_features must be an int, got '2'"),  # type: ignore[arg-type]
+    (
+        lambda _: unpack_blocks(PACKED, 2, 10**4),
+        ValueError,
+        "smoa_blocks must hold the block labels of 2 rows and 10000 columns",
+    ),
+    (lambda _: read_blocks("proj", None), TypeError, "given must be a Mapping, got NoneType"),  # type: ignore[arg-type]
+    (lambda _: read_blocks("proj", {}), ValueError, "proj: the adapter lacks smoa_A, smoa_B, smoa_blocks"),
+    (
+        lambda _: read_blocks("proj", LAYER | {"smoa_A": [1.0]}),
+        TypeError,
+        "proj: smoa_A must be a torch.Tensor, got list",
+    ),
+    (
+        lambda _: read_blocks("proj", LAYER | {"smoa_blocks": "x"}),
+        TypeError,
+        "proj: smoa_blocks must be a torch.Tensor, got str",
+    ),
+    (
+        lambda _: read_blocks("proj", LAYER, r=7),
+        ValueError,
+        "proj: ranks must sum to r=7 with a largest rank",
+    ),
+]
+
+
+@rows("call", LAYOUT)
+def test_blocks_of_a_layer(call: Call, error: type[Exception], words: str, world: World) -> None:
     check(world, call, error, words)

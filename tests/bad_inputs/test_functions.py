@@ -11,7 +11,6 @@ import torch
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import algorithms_of, load_backend, resolve_backend, triton_obstacle
 from smoa_kernels.cost import Problem, choose_algorithm, estimate, fused_token_limit, parts
-from smoa_kernels.counts import grad_tiles, gradient_parts, partial_bytes
 from smoa_kernels.distributed import (
     agree_on_buffers,
     average_gradients,
@@ -21,17 +20,18 @@ from smoa_kernels.distributed import (
 )
 from smoa_kernels.dropout import Dropout, draw_seed
 from smoa_kernels.files import replace_file
-from smoa_kernels.gpus import GPUS, device_gpu, match_gpu
+from smoa_kernels.gpus import GPUS, Gpu, device_gpu, match_gpu
 from smoa_kernels.grad_share import block_grad_share
+from smoa_kernels.grad_tiling import grad_tiles, gradient_parts, partial_bytes, partial_width, token_splits
 from smoa_kernels.packed import pack_factors, unpack_factors
 from smoa_kernels.precision import gemm_is_ieee
-from smoa_kernels.ranks import split_rank, trainable_parameters
+from smoa_kernels.ranks import resolve_ranks, split_rank, trainable_parameters
 from smoa_kernels.reference import reference_delta_weight
 from smoa_kernels.scaling import Scale, predict, tensor_parallel_size
 from smoa_kernels.sketch import sketch_distance, sketch_weight
 from smoa_kernels.spectral_order import spectral_centroids, spectral_orders
 from smoa_kernels.spectrum import cumulated, effective_number, layer_spectrum
-from smoa_kernels.workspace import backward_workspace, peak_bytes
+from smoa_kernels.workspace import backward_workspace, backward_workspace_bytes, peak_bytes
 
 from .harness import NESTED, Call, Row, World, check, one, rows
 
@@ -195,6 +195,9 @@ PACKING: list[Row] = [
     ),
     (lambda _: split_rank(0, 3), ValueError, "r must be at least 1, got 0"),
     (lambda _: split_rank(8, 10**9), ValueError, "num_blocks must be at most 65536"),
+    (lambda _: resolve_ranks(8, 3, 5), TypeError, "block_ranks must be a list of ints, got 5"),  # type: ignore[arg-type]
+    (lambda _: resolve_ranks(8, 2, [9, -1]), ValueError, r"block_ranks must not be negative, got \[9, -1\]"),
+    (lambda _: resolve_ranks("8", 2), TypeError, "r must be an int, got '8'"),  # type: ignore[arg-type]
     (lambda w: trainable_parameters(w.problem.partition, [1]), ValueError, "ranks must be 3, .* got 1"),
     (delta(weight=None), TypeError, "weight must be a tensor, got NoneType"),
     (delta(A=torch.ones(3, 4)), ValueError, r"A must have shape \(ρ, 57\)"),
@@ -371,6 +374,12 @@ MODELS: list[Row] = [
     (lambda _: fused_token_limit(PROBLEM, GPUS["h100"], 1), TypeError, "ieee must be a bool, got int"),  # type: ignore[arg-type]
     (lambda _: gradient_parts(None), TypeError, "p must be a Problem, got NoneType"),  # type: ignore[arg-type]
     (lambda _: grad_tiles(8192), TypeError, "p must be a Problem, got int"),  # type: ignore[arg-type]
+    (lambda _: partial_width("4"), TypeError, "rank must be an int, got '4'"),  # type: ignore[arg-type]
+    (lambda _: partial_width(-1), ValueError, "rank must be at least 0, got -1"),
+    (lambda _: token_splits(1, 0, 1, 1), ValueError, "programs must be at least 1, got 0"),
+    (lambda _: token_splits(-1, 1, 1, 1), ValueError, "tokens must be at least 0, got -1"),
+    (lambda _: token_splits(1, 1, None, 1), TypeError, "processors must be an int, got None"),  # type: ignore[arg-type]
+    (lambda _: token_splits(1, 1, 1, 0), ValueError, "block_t must be at least 1, got 0"),
     (lambda _: partial_bytes("4"), TypeError, "p must be a Problem, got str"),  # type: ignore[arg-type]
     (lambda _: block_grad_share(None, GPUS["h100"]), TypeError, "problem must be a Problem, got NoneType"),  # type: ignore[arg-type]
     (lambda _: block_grad_share(PROBLEM, "h100"), TypeError, "gpu must be a Gpu, got str"),  # type: ignore[arg-type]
@@ -382,6 +391,7 @@ MODELS: list[Row] = [
     ),
     (lambda _: Problem(10**400, 4, 4, 1, 1), ValueError, "tokens must be at most 1000000000000"),
     (lambda _: PROBLEM.padded(10**400), ValueError, "features must be at most 1000000000000"),
+    (lambda _: backward_workspace_bytes([]), TypeError, "problem must be a Problem, got list"),  # type: ignore[arg-type]
     (lambda _: backward_workspace(None), TypeError, "problem must be a Problem, got NoneType"),  # type: ignore[arg-type]
     (
         lambda _: peak_bytes(PROBLEM, "fused"),
@@ -421,6 +431,7 @@ MODELS: list[Row] = [
         ValueError,
         "device must be a CUDA or ROCm GPU that this machine has, got 'cuda:99'",
     ),
+    (lambda _: Gpu(None, {}, 1.0, 1, None, "sm_90"), TypeError, "name must be a str, got NoneType"),  # type: ignore[arg-type]
     (lambda _: replace(GPUS["h100"], name=1), TypeError, "name must be a str, got int"),
     (
         lambda _: replace(GPUS["h100"], matmul_tflops={}),

@@ -13,7 +13,7 @@ from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.kernels.launch import PermuteConfig, architecture, multiprocessors
 from smoa_kernels.tuning import store
 from smoa_kernels.tuning.entries import Entry, Trial, merged
-from smoa_kernels.tuning.identity import identity, source_hash, staleness
+from smoa_kernels.tuning.identity import Identity, identity, slug, source_hash, staleness
 from smoa_kernels.tuning.limits import ARCHITECTURES, occupancy
 from smoa_kernels.tuning.lookup import keep, tuned_algorithm, tuned_config
 from smoa_kernels.tuning.models import read_config
@@ -58,6 +58,14 @@ TABLES: list[Row] = [
         "entries must be entries of a table, got None",
     ),  # type: ignore[arg-type]
     (lambda w: store.update(w.folder / "t.json", [1.5]), TypeError, "entries must be an Entry, got float"),  # type: ignore[list-item]
+    (lambda _: store.shipped_table(None), TypeError, "gpu must be a str, got NoneType"),  # type: ignore[arg-type]
+    (lambda _: slug(5), TypeError, "gpu must be a str, got int"),  # type: ignore[arg-type]
+    (lambda _: Entry(KEY, None, "split"), TypeError, "identity must be an Identity, got NoneType"),  # type: ignore[arg-type]
+    (
+        lambda _: Identity("H100", "sm_90", 132.0, "2.13", "3.9", "0"),  # type: ignore[arg-type]
+        TypeError,
+        "multiprocessors must be an int, got 132.0",
+    ),
     (lambda _: store.user_table(None), TypeError, "gpu must be a str, got NoneType"),  # type: ignore[arg-type]
     (lambda _: identity("cpu", "forward"), TypeError, "device must be a torch.device, got str"),  # type: ignore[arg-type]
     (lambda _: identity([], "forward"), TypeError, "device must be a torch.device, got list"),  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ pytest.importorskip("transformers", reason="needs the peft extra")
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft.layer import order_of
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
 
 NAN = float("nan")
@@ -174,6 +175,14 @@ LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
     ),
     (lambda m: m.base_model.model[0].merge(safe_merge=X), TypeError, "safe_merge must be a bool, got Tensor"),
     (lambda m: load(m, []), TypeError, "base_model.model.0.smoa_A must be a torch.Tensor, got list"),
+    (
+        lambda m: load(m, torch.ones(2, 8).to_sparse()),
+        TypeError,
+        "base_model.model.0.smoa_A must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    (lambda m: load(m, NESTED), TypeError, "base_model.model.0.smoa_A must be a dense tensor"),
+    (lambda _: order_of(None, 2), TypeError, "layer must be a SMoALayer, got NoneType"),  # type: ignore[arg-type]
+    (lambda m: order_of(m.base_model.model[0], 7), ValueError, "num_blocks must be at most .* = 6"),
     (
         lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapters": "default"}),
         TypeError,

@@ -17,7 +17,7 @@ from smoa_kernels import (
     BlockPartition,
     FusedSMoALinear,
     backends,
-    counts,
+    grad_tiling,
     operator,
     smoa_linear,
     triton_backend,
@@ -87,8 +87,8 @@ def test_a_long_batch_is_gathered_in_parts(
     p = problem(dtype, device, tokens=150, out_features=90, in_features=70, ranks=(3, 2), random_labels=True)
     seed = torch.tensor(3, device=device)
     whole = p.run(backend="triton", algorithm="split", dropout_p=dropout, dropout_seed=seed)
-    monkeypatch.setattr(counts, "GRAD_PART_TOKENS", 64)
-    monkeypatch.setattr(counts, "GRAD_PART_TILES", 1)
+    monkeypatch.setattr(grad_tiling, "GRAD_PART_TOKENS", 64)
+    monkeypatch.setattr(grad_tiling, "GRAD_PART_TILES", 1)
     gathered: list[int] = []
     by_block = triton_backend._by_block
     monkeypatch.setattr(

@@ -21,7 +21,7 @@ from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
-from smoa_kernels.counts import token_splits
+from smoa_kernels.grad_tiling import token_splits
 from smoa_kernels.kernels import heuristic
 from smoa_kernels.kernels._common import padded_width
 from smoa_kernels.kernels.block_grad import block_grad, block_grad_in_parts

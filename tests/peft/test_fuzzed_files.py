@@ -1,6 +1,6 @@
 """Adapter folders that are damaged at random: an error that names the file, or what the file holds, correctly loaded.
 
-    HYPOTHESIS_PROFILE=nightly pytest tests/peft/test_fuzzed_files.py     # 10,000 folders instead of 300
+    make nightly     # 10,000 folders instead of 300
 
 Nothing is half-loaded, nothing but the folder is written, no call takes more memory than twice the file beyond what the
 undamaged one takes. What PEFT itself reads before it knows whose adapter it is (a configuration without this method's

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tuning_cases import CPU, PERMUTE, needs_interpreter
 
-from smoa_kernels import FusedSMoALinear, counts
+from smoa_kernels import FusedSMoALinear, grad_tiling
 from smoa_kernels.kernels import selection
 from smoa_kernels.kernels.heuristic import CONFIGS, DTYPES, Key, bucket, fits, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS, PermuteConfig
@@ -81,8 +81,8 @@ def step(layer: FusedSMoALinear, tokens: int, **options: object) -> None:
 @pytest.mark.parametrize("tokens", [19, 150])
 def test_a_training_step_asks_for_what_the_plan_holds(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise what is tuned would never be looked up. The backward of 150 tokens takes 128 and then 22."""
-    monkeypatch.setattr(counts, "GRAD_PART_TOKENS", 64)
-    monkeypatch.setattr(counts, "GRAD_PART_TILES", 1)
+    monkeypatch.setattr(grad_tiling, "GRAD_PART_TOKENS", 64)
+    monkeypatch.setattr(grad_tiling, "GRAD_PART_TILES", 1)
     asked: set[Key] = set()
     monkeypatch.setattr(selection, "_source", lambda key, device: asked.add(key))
     monkeypatch.setattr(selection, "multiprocessors", lambda device: 132)  # so few tiles are split and summed

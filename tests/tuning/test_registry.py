@@ -11,7 +11,7 @@ import pytest
 from packaging.version import Version
 
 import smoa_kernels
-from smoa_kernels.counts import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE
+from smoa_kernels.grad_tiling import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE
 from smoa_kernels.tuning.rules import Record, broken_rules
 
 triton = pytest.importorskip("triton", reason="there are no kernels to compile")
