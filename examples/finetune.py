@@ -161,6 +161,8 @@ def finetune(
         )
     with blaming("--output"):
         folder = RunFolder(output or Path("runs") / f"finetune-{method}")
+        if team.leads:
+            folder.recover()
     with blaming("--data"):
         questions = trec.read(trec.locate()) if data is None else read_jsonl(data)
         splits = split(questions)

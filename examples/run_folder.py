@@ -15,7 +15,8 @@ class RunFolder:
     """The output of a fine-tuning run.
 
     Everything is written beside its place and then renamed: whenever the process dies, there is the old one or the
-    new one, whole. The adapter of an earlier run is kept as ``adapter.previous``.
+    new one, whole. The adapter of an earlier run is kept as ``adapter.previous``. No file system puts one folder in
+    another's place in one step: where a kill came between two, :meth:`recover` takes the rest of them.
 
     Args:
         path: a folder that is new, empty, or an earlier run's.
@@ -28,6 +29,8 @@ class RunFolder:
         self.path = path
         self.adapter = path / "adapter"
         self.previous_adapter = path / "adapter.previous"
+        self._unfinished_adapter = path / "adapter.partial"
+        self._new_adapter = path / "adapter.new"  # whole, and not yet in its place
         self.summary = path / "summary.json"
         self.picture = path / "loss.png"
         self.checkpoints = path / "checkpoints"
@@ -36,15 +39,27 @@ class RunFolder:
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise ValueError(f"{existing} is not a folder that can be written")
         ours = (
+            self._new_adapter
+            / "adapter_config.json",  # first: another process may be moving it to the next one
             self.adapter / "adapter_config.json",
             self.previous_adapter / "adapter_config.json",
             self.summary,
         )
-        is_ours = self.checkpoints.is_dir() or any(file.is_file() for file in ours)
+        folders = (self.checkpoints, self._unfinished_adapter)
+        is_ours = any(file.is_file() for file in ours) or any(folder.is_dir() for folder in folders)
         if path.is_dir() and any(path.iterdir()) and not is_ours:
             raise ValueError(
                 f"{path} holds other files; name a folder that is new, empty or an earlier run's"
             )
+
+    def recover(self) -> None:
+        """Put an adapter in its place that a killed process had written; by one process of a run."""
+        if not self._new_adapter.exists():
+            return
+        if self.adapter.exists():
+            shutil.rmtree(self.previous_adapter, ignore_errors=True)
+            self.adapter.rename(self.previous_adapter)
+        self._new_adapter.rename(self.adapter)
 
     def save_adapter(self, model: PeftModel, state: dict[str, Any] | None = None) -> int:
         """Save the adapter, whose tensors are ``state`` where ``model`` has but parts of them; return its bytes.
@@ -52,7 +67,8 @@ class RunFolder:
         Raises:
             OSError: it cannot be written; the one before is whole.
         """
-        unfinished = self.path / "adapter.partial"
+        self.recover()
+        unfinished = self._unfinished_adapter
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed while saving
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -60,10 +76,8 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"cannot save the adapter in {self.adapter}: {error.__cause__ or error}") from error
-        if self.adapter.exists():
-            shutil.rmtree(self.previous_adapter, ignore_errors=True)
-            self.adapter.rename(self.previous_adapter)
-        unfinished.rename(self.adapter)
+        unfinished.rename(self._new_adapter)
+        self.recover()
         self.adapter_saved = True
         return sum(file.stat().st_size for file in self.adapter.iterdir())
 

@@ -34,7 +34,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
     Raises:
         TypeError: no path, no bytes.
-        OSError: it cannot be written; nothing is left beside it.
+        OSError: it cannot be written, naming `path`; nothing is left beside it.
 
     Example:
         >>> replace_file(Path("table.json"), b"{}")
@@ -43,15 +43,18 @@ def replace_file(path: Path, data: bytes) -> None:
     """
     check_kind("path", path, Path)
     check_kind("data", data, bytes)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:  # a full disk's names no file, others the one beside it
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -18,7 +18,7 @@ def test_the_new_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["table.json"]
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("step", ["open", "fsync", "chmod", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -30,12 +30,14 @@ def test_a_write_that_fails_leaves_the_old_file_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, step, full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=f"No space left on device: '{path}'$") as caught:
             replace_file(path, b"new")
+    assert (caught.value.errno, caught.value.filename) == (28, str(path))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["table.json"]
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        replace_file(tmp_path / "none" / "table.json", b"")
+    path = tmp_path / "none" / "table.json"
+    with pytest.raises(FileNotFoundError, match=f"'{path}'$"):
+        replace_file(path, b"")

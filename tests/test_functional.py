@@ -334,3 +334,24 @@ def test_panels_of_the_merged_form(
     if transposed:
         problem = replace(problem, weight=problem.weight.T.contiguous().T)
     assert_equal_to_reference(problem, algorithm="merged")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.4, "dropout_seed": torch.tensor(9, device=DEVICE)}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_panels_of_tokens(
+    dtype: torch.dtype, dropout: dict[str, object], transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are summed over panels of tokens, of which the last is short, in either memory order of W0."""
+    for name in ("TOKEN_PANEL", "HALF_TOKEN_PANEL"):
+        monkeypatch.setattr(eager, name, 4)
+    problem = make_problem(tokens=11, ranks=(3, 0, 2), random_labels=True).to(dtype)
+    if transposed:
+        problem = replace(problem, weight=problem.weight.T.contiguous().T)
+    truth = problem.to(torch.float64).run_reference(**dropout)
+    baseline = problem.run_reference(**dropout)
+    ours = problem.run(algorithm="split", backend="eager", **dropout)
+    for name, value, same_dtype, exact in zip(
+        ("y", "dx", "dA", "dB", "dbias"), ours, baseline, truth, strict=True
+    ):
+        assert error_over_budget(value, same_dtype, exact) <= 1, name

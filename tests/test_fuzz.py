@@ -6,7 +6,7 @@ the absolute values of all inputs: sums that cancel are judged by the size of th
     make nightly     # 10,000 problems instead of 300
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -106,6 +106,15 @@ def absolute(p: LinearProblem) -> LinearProblem:
 def share(part: float) -> settings:
     """So much of all problems that the profile draws; one in the interpreter takes as long as fifty on torch."""
     return settings(max_examples=round(part * settings().max_examples))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _panels_of_four_tokens() -> Iterator[None]:
+    """Problems this small would all be one panel of the eager backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TOKEN_PANEL", "HALF_TOKEN_PANEL"):
+            patch.setattr(eager, name, 4)
+        yield
 
 
 ALL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -55,6 +55,7 @@ NOT_NUMERICAL = {
     "test_finetune_example.py": "an example that needs a model's package, and files",
     "test_grad_share.py": "the cost model's arithmetic",
     "test_imports.py": "the source's text",
+    "test_lost_runs.py": "processes that are killed, and files",
     "test_lost_work.py": "processes that are killed, and files",
     "test_packaging.py": "the wheel",
     "test_quality_study.py": "the quality study's statistics, data and files",

@@ -32,28 +32,30 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Each is on the disk before the first one moves, and then they move at once, configurations last: what is in
     `folder` is the old files or the new ones; a kill between two moves leaves what :func:`check_seal` finds. Where
     an exception ends the block, `folder` stays as it was.
+
+    Raises:
+        OSError: naming `folder`, of what the block could not write.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as name:
         scratch = Path(name)
-        yield scratch
-        moves = [(file, folder / file.relative_to(scratch)) for file in scratch.rglob("*") if file.is_file()]
-        for file, place in moves:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
+        try:
+            yield scratch
+            moves = [
+                (file, folder / file.relative_to(scratch)) for file in scratch.rglob("*") if file.is_file()
+            ]
+            for file, place in moves:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+        # A full disk's error names no file, or the one in the scratch folder; safetensors' own is no OSError.
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", 0) is None:  # a hub's, or that of a block inside this one
+                raise
+            raise OSError(f"cannot save to {folder}, which is as it was: {error}") from error
         for file, place in sorted(moves, key=lambda move: move[0].name == CONFIG_NAME):
             os.replace(file, place)
-
-
-@contextmanager
-def naming(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Say where a save failed: safetensors' own error says "I/O error" and is no OSError."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"cannot save to {folder}, which is as it was: {error}") from error
 
 
 def seal(folder: Path) -> None:
@@ -128,7 +130,7 @@ def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
             return
         if given.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        with naming(save_directory), replacing(save_directory) as scratch:
+        with replacing(save_directory) as scratch:
             card = Path(save_directory, "README.md")
             if card.is_file():  # which PEFT updates
                 shutil.copy(card, scratch)
