@@ -157,6 +157,7 @@ def _readme_run(run: Run) -> str:
         tables.ratios(run, layers, "both", [SMOA, LORA, HIRA, PAPER]) if layers else "",
         tables.ratios(run, few, "forward", [SMOA, LORA]) if few else "",
         tables.steps(run),
+        tables.partition_words(run),
         ""
         if run.on_gpu
         else f"{sum(met)} of {len(met)} goals are met; the others, by how much they are missed, "
