@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +21,9 @@ from smoa_kernels.cost import Problem
 from smoa_kernels.reference import reference_delta_weight
 
 from .protocol import DEVICE
+
+if TYPE_CHECKING:
+    import peft  # takes seconds to import, which only a process that compares need spend
 
 FROZEN, LORA, HIRA, PAPER, SMOA = "frozen", "PEFT LoRA", "PEFT HiRA", "paper, dense", "SMoA"
 
@@ -92,12 +94,16 @@ def frozen(case: Case) -> nn.Module:
 
 def lora(case: Case) -> nn.Module:
     """PEFT's LoRA at the same rank."""
-    return _inject(case, peft.LoraConfig(r=case.rank, target_modules=["0"], lora_dropout=case.dropout))
+    from peft import LoraConfig
+
+    return _inject(case, LoraConfig(r=case.rank, target_modules=["0"], lora_dropout=case.dropout))
 
 
 def hira(case: Case) -> nn.Module:
     """PEFT's HiRA at the same rank; its K is 1."""
-    return _inject(case, peft.HiraConfig(r=case.rank, target_modules=["0"], hira_dropout=case.dropout))
+    from peft import HiraConfig
+
+    return _inject(case, HiraConfig(r=case.rank, target_modules=["0"], hira_dropout=case.dropout))
 
 
 class PaperDense(nn.Module):
@@ -169,7 +175,9 @@ def _kernels_run(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def _inject(case: Case, config: peft.PeftConfig) -> nn.Module:
-    model: nn.Module = peft.inject_adapter_in_model(config, nn.Sequential(case.base()))
+    from peft import inject_adapter_in_model
+
+    model: nn.Module = inject_adapter_in_model(config, nn.Sequential(case.base()))
     # PEFT keeps the adapter in float32 unless told; the same dtype is what ours are compared in.
     model.to(case.dtype)
     _fill(model)

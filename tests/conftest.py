@@ -24,10 +24,10 @@ def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
 
 
-# How many problems, folders or tables a fuzzed file draws in all: `make nightly` takes the second.
 if importlib.util.find_spec("hypothesis") is not None:
+    from draws import PROFILES
     from hypothesis import settings
 
-    settings.register_profile("ci", max_examples=300, deadline=None)
-    settings.register_profile("nightly", max_examples=10_000, deadline=None)
+    for profile, number in PROFILES.items():
+        settings.register_profile(profile, max_examples=number, deadline=None)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -1,8 +1,7 @@
-"""What test_theory.py takes from hypothesis, and where that is not installed the same kinds of problems from seeds.
+"""What tests take from hypothesis, and where that is not installed the same kinds of problems from seeds.
 
-A machine that brings a GPU up has torch, triton and pytest, and is to check the theory all the same. Seeds draw no
-extremes on purpose and nothing is made smaller; test_fuzz.py and kernels/test_random_shapes.py, each of whose problems
-compiles kernels on a GPU, are skipped there.
+A machine that brings a GPU up has torch, triton and pytest, and is to check problems that nobody picked all the same.
+Seeds draw no extremes on purpose and nothing is made smaller.
 """
 
 from __future__ import annotations
@@ -10,12 +9,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["assume", "given", "settings", "st"]
+__all__ = ["PROFILES", "HealthCheck", "assume", "example", "given", "settings", "st"]
+
+PROFILES = {"ci": 300, "nightly": 10_000}
+"""How many problems test_fuzz.py draws in all; the variable HYPOTHESIS_PROFILE chooses."""
 
 
 class _UnsuitableError(Exception):
@@ -29,17 +32,37 @@ def _integers(low: int, high: int) -> _Strategy:
     return lambda rng: rng.randint(low, high)
 
 
-def _lists(element: _Strategy, *, min_size: int, max_size: int) -> _Strategy:
+def _lists(element: _Strategy, *, min_size: int = 0, max_size: int) -> _Strategy:
     return lambda rng: [element(rng) for _ in range(rng.randint(min_size, max_size))]
 
 
 def _composite(build: Callable[..., Any]) -> Callable[..., _Strategy]:
-    return lambda *args: lambda rng: build(lambda strategy: strategy(rng), *args)
+    return lambda *args, **kwargs: lambda rng: build(lambda strategy: strategy(rng), *args, **kwargs)
 
 
-def _settings(*, max_examples: int, deadline: None) -> Callable[[Any], Any]:
+def _sampled_from(values: Sequence[Any]) -> _Strategy:
+    return lambda rng: rng.choice(values)
+
+
+def _booleans() -> _Strategy:
+    return lambda rng: rng.random() < 0.5
+
+
+class _Settings:
+    """Of what hypothesis knows only how many problems are drawn."""
+
+    def __init__(self, *, max_examples: int | None = None, **of_hypothesis: object) -> None:
+        profile = PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
+        self.max_examples = profile if max_examples is None else max_examples
+
+    def __call__(self, test: Any) -> Any:
+        test.max_examples = self.max_examples
+        return test
+
+
+def _example(**values: Any) -> Callable[[Any], Any]:
     def applied(test: Any) -> Any:
-        test.max_examples = max_examples
+        test.examples = [values, *getattr(test, "examples", ())]
         return test
 
     return applied
@@ -49,6 +72,8 @@ def _given(**strategies: _Strategy) -> Callable[[Any], Any]:
     def drawing(test: Any) -> Any:
         @functools.wraps(test)
         def run(*args: Any, **kwargs: Any) -> None:
+            for values in getattr(run, "examples", ()):
+                test(*args, **kwargs, **values)
             suitable = 0
             for seed in range(run.max_examples):  # type: ignore[attr-defined]
                 rng = random.Random(seed)
@@ -78,8 +103,15 @@ def _assume(condition: object) -> None:
 
 
 if importlib.util.find_spec("hypothesis") is not None:
-    from hypothesis import assume, given, settings
+    from hypothesis import HealthCheck, assume, example, given, settings
     from hypothesis import strategies as st
 else:
-    assume, given, settings = _assume, _given, _settings
-    st = SimpleNamespace(composite=_composite, integers=_integers, lists=_lists)
+    assume, example, given, settings = _assume, _example, _given, _Settings
+    HealthCheck = SimpleNamespace(function_scoped_fixture=None)
+    st = SimpleNamespace(
+        booleans=_booleans,
+        composite=_composite,
+        integers=_integers,
+        lists=_lists,
+        sampled_from=_sampled_from,
+    )

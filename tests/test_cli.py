@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
-from smoa_kernels.cli import main
+from smoa_kernels.cli import info, main
 from smoa_kernels.cost import ALGORITHMS, Problem, estimate
 from smoa_kernels.gpus import GPUS
 
@@ -73,6 +75,80 @@ def test_info(tmp_path, capsys):
     found = json.loads(path.read_text())
     assert found["backends"]["eager"] == "works"
     assert found["versions"]["torch"].startswith("2.")
+    assert found["versions"].keys() >= {"torch is built for", "GPU driver"}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "words"),
+    [("13.0", None, "CUDA 13.0"), (None, "7.1", "ROCm 7.1"), (None, None, "the CPU only")],
+)
+def test_info_says_what_torch_is_built_for(cuda, hip, words, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert info._runtime() == words
+
+
+def test_info_shows_the_environment_but_no_secrets(tmp_path, monkeypatch):
+    shown = {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "CUDA_LAUNCH_BLOCKING": "1",
+        "HSA_OVERRIDE_GFX_VERSION": "11.0.0",
+        "ROCR_VISIBLE_DEVICES": "0",
+        "HIP_VISIBLE_DEVICES": "1",
+    }
+    for name, value in (shown | {"CUDA_API_TOKEN": "s3cret", "AWS_REGION": "elsewhere"}).items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "info.json"
+    assert main(["info", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["environment"]
+    assert found.items() >= shown.items()
+    assert found["CUDA_API_TOKEN"] == "set, not shown"
+    assert "s3cret" not in path.read_text()
+    assert "AWS_REGION" not in found
+
+
+def test_info_asks_the_drivers_files_then_their_command(tmp_path, monkeypatch):
+    nvidia, amd = tmp_path / "nvidia" / "version", tmp_path / "amdgpu" / "version"
+    monkeypatch.setattr(info, "_DRIVERS", (nvidia, amd))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert info._driver() == "not found"
+    command = tmp_path / "nvidia-smi"
+    for script, words in (
+        ("echo 580.65.06", "nvidia: 580.65.06"),
+        ("exit 9", "not found"),
+        ("true", "not found"),
+    ):
+        command.write_text(f"#!/bin/sh\n{script}\n")
+        command.chmod(0o755)
+        assert info._driver() == words
+    for path, text in ((nvidia, "NVRM version: x86_64  580.65.06\nGCC version: 12\n"), (amd, "6.14.14\n")):
+        path.parent.mkdir()
+        path.write_text(text)
+    assert info._driver() == "nvidia: NVRM version: x86_64  580.65.06; amdgpu: 6.14.14"
+
+
+@pytest.mark.parametrize("number", [0, 3, 7])
+def test_info_names_stale_entries_where_they_are_few(number, tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="tables are of kernels")
+    from smoa_kernels.kernels.heuristic import Key
+    from smoa_kernels.tuning.entries import Entry, Trial
+    from smoa_kernels.tuning.identity import identity
+    from smoa_kernels.tuning.store import update, user_table
+
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
+    cpu = torch.device("cpu")
+    now = identity(cpu, "forward")
+    old = replace(now, torch="1.0")
+    keys = [Key("forward", "bf16", 4, 4, 64 * n, 64, 16) for n in range(1, 9)]
+    entries = [Entry(key, old, "split", (Trial("split", 1e-3),)) for key in keys[:number]]
+    update(user_table("cpu"), [*entries, Entry(keys[-1], now, "split", (Trial("split", 1e-3),))])
+    found = info._stale_entries([cpu])
+    named = {f"forward {64 * n}x64 T≤16 ρ=4 K=4 bf16" for n in range(1, min(number, 5) + 1)}
+    assert set(found) == named | ({"and"} if number > 5 else set())
+    assert all(found[name] == f"torch: 1.0 then, {torch.__version__} now" for name in named)
+    assert found.get("and") == ("2 more" if number > 5 else None)
+    user_table("cpu").write_text("{")
+    assert info._stale_entries([cpu]) == {}  # and no warning: the table's own state tells
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

@@ -3,8 +3,10 @@
 A result may differ from the oracle's by a few roundings of its own dtype, measured against what the oracle gives for
 the absolute values of all inputs: sums that cancel are judged by the size of their terms.
 
-    make nightly     # 10,000 problems instead of 300
+    make nightly     # 10,000 problems instead of 300 (tests/draws.py)
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,16 +15,13 @@ from typing import NamedTuple
 import c_oracle
 import pytest
 import torch
+from draws import example, given, settings, st
 from problems import DEVICE, LinearProblem, make_problem
 from torch import Tensor
 
 from smoa_kernels import eager, smoa_linear
 from smoa_kernels.backends import load_backend, triton_obstacle
 from smoa_kernels.dropout import Dropout
-
-pytest.importorskip("hypothesis", reason="hypothesis draws these problems")
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.numerical
 

@@ -38,7 +38,10 @@ ORDER = (
 TYPES = "for the type checker only"
 LATE = {
     ("cli", "cli.app"): "typer and rich are an extra",
+    ("cli.info", "tuning.identity"): "imports Triton",
     ("cli.info", "tuning.status"): "imports Triton",
+    ("cli.info", "tuning.store"): "imports Triton",
+    ("cli.info", "tuning.words"): "imports Triton",
     ("cli.inspect", "peft.inspection"): "PEFT is an extra",
     ("cli.spectrum", "cli.spectrum_figure"): "matplotlib is an extra",
     ("cli.spectrum", "peft.model_spectrum"): "PEFT is an extra",

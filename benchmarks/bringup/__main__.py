@@ -12,15 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .state import ROOT, State, path_of
 
-GRACE = 3.0  # seconds between a stage's own deadline and its end by force
+GRACE = 3.0  # seconds from a stage's own deadline to being interrupted, and from there to its end by force
+PATIENCE = 10.0  # from Ctrl-C to the end by force: a compiler or a launch may have to end first
+# Of one processor, for a rehearsal: as long as it takes alone on a machine, however many others it shares it with.
+SMOKE_SECONDS = 120.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; 0 when every stage is done, 1 when one is not, 2 for a mistake in the call, 130 after Ctrl-C."""
+    """Run; 0 when every stage is done (and a rehearsal in its time), else 1, 2 for a wrong call, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bringup", description=__doc__)
     parser.add_argument(
         "--out", type=Path, help="folder of the JSON and the Markdown (default benchmarks/results)"
@@ -30,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, in Triton's interpreter on a CPU")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    before = _children_seconds()
     out = options.out or ROOT / (".benchmarks/bringup" if options.smoke else "benchmarks/results")
     if options.smoke:
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -44,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .stages import STAGES
 
     if options.stage is not None:
-        return _stage(options.stage, out, options.seconds, options.smoke)
+        return _stage(options.stage, out, options.until, options.smoke)
     fresh = State.fresh(options.smoke)
     path = path_of(out, fresh.run)
     if options.resume and path.is_file():
@@ -79,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = State.read(path)
     _write(path.with_suffix(".md"), page(state))
     print(f"written: {path} and {path.with_suffix('.md').name}")
+    used = _children_seconds() - before
+    if options.smoke and used > SMOKE_SECONDS:
+        print(f"a rehearsal may take {SMOKE_SECONDS:.0f} s of processor time, this one took {used:.0f}")
+        return 1
     return 0 if all(found["status"] == "done" for found in state.stages.values()) else 1
 
 
@@ -87,24 +96,29 @@ def _code(state: State) -> str:
     return str(state.run.commit).rstrip("+")
 
 
+def _children_seconds() -> float:
+    """Processor time of all processes that this one started and that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def _in_process(name: str, out: Path, seconds: float, smoke: bool) -> dict[str, object]:
     """Run a stage; its status, seconds and error."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--seconds", str(seconds)]
-    command += ["--out", str(out.resolve()), *(["--smoke"] if smoke else [])]
+    command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--out", str(out.resolve())]
+    command += ["--until", str(time.time() + seconds), *(["--smoke"] if smoke else [])]
     # A session of its own, so that what the stage started ends with it: its children hold stderr open.
     with subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
-            _, errors = process.communicate(timeout=seconds + GRACE)
+            _, errors = process.communicate(timeout=seconds)
             status = {0: "done", 3: "out of time"}.get(process.returncode, "failed")
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            _, errors = process.communicate()
+            errors = _end(process, GRACE)
             status = "out of time"
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            _end(process, PATIENCE)
             raise
     lines = [line for line in errors.splitlines() if line.strip()]
     error = lines[-1] if lines and status != "done" else ""
@@ -113,9 +127,28 @@ def _in_process(name: str, out: Path, seconds: float, smoke: bool) -> dict[str, 
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "error": error}
 
 
-def _stage(name: str, out: Path, seconds: float, smoke: bool) -> int:
+def _end(process: subprocess.Popen[str], seconds: float) -> str:
+    """Interrupt a stage and all that it started, so that it notes what it was at, and end what is left; its stderr."""
+    try:
+        _signal(process, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=seconds)
+    finally:  # a second Ctrl-C, too
+        _signal(process, signal.SIGKILL)
+    _, errors = process.communicate()
+    return errors
+
+
+def _signal(process: subprocess.Popen[str], number: int) -> None:
+    with suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(process.pid, number)
+
+
+def _stage(name: str, out: Path, until: float, smoke: bool) -> int:
     """In the stage's own process: 0 done, 3 out of time, 1 failed; the reason is the last line of stderr."""
-    deadline = time.monotonic() + seconds - GRACE
+    deadline = time.monotonic() + until - time.time() - GRACE
+    # A shell that starts the bring-up in the background has it, and what it starts, ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from .job import Job, OutOfTimeError
     from .stages import STAGES
 
@@ -126,6 +159,9 @@ def _stage(name: str, out: Path, seconds: float, smoke: bool) -> int:
     except OutOfTimeError as error:
         print(error, file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("interrupted at work", file=sys.stderr)
+        return 130
     except Exception as error:
         import traceback
 

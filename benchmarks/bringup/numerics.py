@@ -20,6 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..protocol import DEVICE
 from .job import Job, OutOfTimeError
 from .state import ROOT
 
@@ -41,7 +44,9 @@ NOT_NUMERICAL = {
     "test_audit.py": "compiles for every architecture, without a GPU",
     "test_benchmark_protocol.py": "the clock and the gates of the benchmarks, on the CPU",
     "test_benchmark_report.py": "tables of made-up runs",
-    "test_bringup.py": "the bring-up itself: stages, resume, page",
+    "test_bringup.py": "the bring-up itself: stages, Ctrl-C, resume",
+    "test_bringup_numerics.py": "the bring-up itself: this stage",
+    "test_bringup_page.py": "the bring-up itself: cases, goals, page",
     "test_c_oracle.py": "an oracle that shares no code with the package",
     "test_classify_example.py": "an example that needs a model's package; the Trainer: peft/test_training.py",
     "test_cli.py": "what commands print",
@@ -68,9 +73,11 @@ NOT_NUMERICAL = {
 SMOKE_FILES = ("kernels/test_modulate.py", "kernels/test_permute.py")
 SMOKE_TESTS = ("-k", "test_merges_in_place or test_no_tokens")
 
+GPU_BYTES = 2 * 2**30  # of one process of tests: the context, the kernels that it loads, and its tensors
+
 FileFinding = Mapping[str, Any]
-"""Of one file: "status" ("done", "failed" or "out of time"), "counts" of outcomes, "selected", how many tests it has,
-and "failures", a line for each."""
+"""Of one file: "status" ("done", "failed", "out of time" or "nothing ran"), "counts" of outcomes, "selected", how many
+tests it has, "failures", a line for each, and "skipped", the reasons."""
 
 
 def numerical_files() -> list[str]:
@@ -82,7 +89,7 @@ def numerical_files() -> list[str]:
 
 
 def run_tests(job: Job) -> None:
-    """Run every file whose tests have not passed yet, as many at once as there are processors.
+    """Run every file whose tests have not passed yet, some at once.
 
     Raises:
         AssertionError: a test failed.
@@ -95,9 +102,10 @@ def run_tests(job: Job) -> None:
     known: dict[str, FileFinding] = dict(state.findings.get("tests", {}))
     waiting = [name for name in names if known.get(name, {}).get("status") != "done"]
     running: dict[str, subprocess.Popen[bytes]] = {}
+    most = at_once()
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
+            while waiting and len(running) < most:
                 name = waiting.pop(0)
                 running[name] = _pytest(name, select, _output(folder, name))
             time.sleep(0.2)
@@ -123,6 +131,17 @@ def run_tests(job: Job) -> None:
         raise OutOfTimeError(f"not finished: {unfinished}")
 
 
+def at_once() -> int:
+    """How many files: one a processor that this process may use, and as many as the GPU has memory for now."""
+    # Not everywhere; a container may be given a few of many.
+    affinity = getattr(os, "sched_getaffinity", None)
+    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    if DEVICE.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(DEVICE)
+        processors = min(processors, free // GPU_BYTES)
+    return max(1, processors)
+
+
 def late_words(known: Mapping[str, FileFinding]) -> str:
     """The files that time was too short for, each with how many of its tests ran."""
     return ", ".join(
@@ -132,15 +151,24 @@ def late_words(known: Mapping[str, FileFinding]) -> str:
     )
 
 
+def idle_words(known: Mapping[str, FileFinding]) -> str:
+    """The files none of whose tests ran, each with the reason."""
+    return ", ".join(
+        f"{name} ({'; '.join(found['skipped']) or 'no test of it is selected'})"
+        for name, found in sorted(known.items())
+        if found["status"] == "nothing ran"
+    )
+
+
 def _output(folder: str, name: str) -> Path:
     return Path(folder) / name.replace("/", ".")
 
 
 def _pytest(name: str, select: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
-    options = ["-o", "addopts=--benchmark-disable", "-v", "--tb=short", "-p", "no:cacheprovider", *select]
+    options = ["-o", "addopts=--benchmark-disable", "-p", "no:cacheprovider", "-v", "-rfEs", "--tb=short"]
     with output.open("wb") as stream:
         return subprocess.Popen(
-            [sys.executable, "-m", "pytest", f"tests/{name}", *options],
+            [sys.executable, "-m", "pytest", f"tests/{name}", *options, *select],
             cwd=ROOT,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -161,15 +189,17 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _finding(name: str, text: str, code: int, late: bool) -> FileFinding:
-    failures = failed(text)
+    failures, counts = failed(text), Counter(outcomes(text).values())
     # 5: none of the file's tests was selected, or all of it was skipped.
     if not late and code not in (0, 1, 5):
         failures = [*failures, f"{name}: pytest ended with {code}: {text[-800:]}"]
+    ran = set(counts) - {"skipped"}
     return {
-        "status": "out of time" if late else "failed" if failures else "done",
-        "counts": dict(Counter(outcomes(text).values())),
+        "status": "out of time" if late else "failed" if failures else "done" if ran else "nothing ran",
+        "counts": dict(counts),
         "selected": selected(text),
         "failures": failures,
+        "skipped": skipped(text),
     }
 
 
@@ -188,3 +218,8 @@ def outcomes(text: str) -> dict[str, str]:
 def failed(text: str) -> list[str]:
     """A line for each test that failed, from pytest's summary."""
     return re.findall(r"^(?:FAILED|ERROR) (\S+\.py.*)$", text, re.MULTILINE)
+
+
+def skipped(text: str) -> list[str]:
+    """Why tests or whole files were skipped, each reason once, from pytest's summary."""
+    return list(dict.fromkeys(re.findall(r"^SKIPPED \[\d+\] \S+?\.py(?::\d+)?: (.+)$", text, re.MULTILINE)))

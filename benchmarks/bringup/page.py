@@ -16,7 +16,7 @@ from ..protocol import DEVICE
 from ..providers import Case
 from ..results import Result
 from .goals import COLUMNS, GOALS, WAYS, Goal, Row
-from .numerics import late_words
+from .numerics import idle_words, late_words
 from .state import State
 
 
@@ -95,9 +95,12 @@ def _tests(state: State) -> str:
     for file in found.values():
         counts.update(file["counts"])
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none ran"
-    lines = [f"{told}, in {len(found)} files."]
+    ran = sum(bool(set(file["counts"]) - {"skipped"}) for file in found.values())
+    lines = [f"{told}, in {ran} files."]
     if late := late_words(found):
         lines.append(f"Not finished in time: {late}.")
+    if idle := idle_words(found):
+        lines.append(f"Nothing ran of: {idle}.")
     lines += [f"- failed: `{line}`" for file in found.values() for line in file["failures"]]
     return "\n".join(lines)
 

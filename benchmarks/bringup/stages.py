@@ -76,30 +76,35 @@ def interpreter_timer(launch: Launch) -> float:
 def compare(job: Job) -> None:
     """Forward, backward, both and peak memory against the peers, in turns, the goals' cases first.
 
+    A case in which something failed is compared again by the next call, after those that no call has come to: in turns
+    with all of its providers, for only times of one sitting may be divided by each other.
+
     Raises:
         OutOfTimeError: some cases were not compared.
         AssertionError: a provider failed its gate or crashed.
     """
-    state, errors = job.state, dict(job.state.findings.get("compare", {}))
+    state = job.state
+    errors: dict[str, dict[str, str]] = dict(state.findings.get("compare", {}))
     cases = comparison_cases(job.smoke)
-    for case in cases:
-        if state.run.find("layer", **case.record()):
-            continue
+    new = [case for case in cases if not (state.run.find("layer", **case.record()) or str(case) in errors)]
+    todo = [*new, *(case for case in cases if str(case) in errors)]
+    for done, case in enumerate(todo):
         if job.left < 4 * SECONDS_PER_CASE:
-            left = sum(not state.run.find("layer", **c.record()) for c in cases)
-            raise OutOfTimeError(f"{left} of {len(cases)} cases are left")
+            raise OutOfTimeError(f"{len(todo) - done} of {len(cases)} cases are left")
+        errors.pop(str(case), None)
         try:
             results, red = _compare_one(case, job.smoke)
             state = state.with_results(*results)
         except Exception as error:  # a case that does not fit in memory, say: the others go on
-            red = {"": f"{type(error).__name__}: {error}".splitlines()[0]}
-        errors |= {f"{case} {name}".strip(): reason for name, reason in red.items()}
-        state = state.with_finding("compare", errors)
+            red = {"all of them": f"{type(error).__name__}: {error}".splitlines()[0]}
+        if red:
+            errors[str(case)] = red
+        state = state.with_finding("compare", dict(errors))
         job.save(state)
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
-    if errors:
-        raise AssertionError(f"{len(errors)} providers failed, the first: {next(iter(errors.items()))}")
+    if told := [f"{name} at {at}: {reason}" for at, red in errors.items() for name, reason in red.items()]:
+        raise AssertionError(f"{len(told)} providers failed, the first: {told[0]}")
 
 
 def providers(case: Case) -> dict[str, Provider]:

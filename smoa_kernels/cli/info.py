@@ -6,6 +6,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
+import subprocess
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,11 +31,19 @@ _OURS = ("SMOA_AUTOTUNE", "SMOA_CACHE")
 _VARIABLES = (
     "SMOA_",
     "TRITON_",
-    "CUDA_VISIBLE_DEVICES",
-    "HIP_VISIBLE_DEVICES",
+    "PYTORCH_",
+    "CUDA_",
+    "HIP_",
+    "HSA_",
+    "ROCR_",
     "NVIDIA_TF32_OVERRIDE",
     "XDG_CACHE_HOME",
 )
+# A report is public: what a name says is secret is not shown, whosever prefix it has.
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+# Where drivers say their version; one that comes with Linux has no other than Linux's.
+_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
+_NAMED = 5  # stale entries up to which each is named
 
 
 def backends() -> dict[str, str | None]:
@@ -66,14 +79,47 @@ def _collect() -> dict[str, dict[str, str]]:
             "python": platform.python_version(),
             "platform": platform.platform(),
             **{name: _version(name) for name in _PACKAGES},
+            "torch is built for": _runtime(),
+            "GPU driver": _driver(),
         },
         "devices": _devices(),
         "backends": {name: f"no: {why}" if why else "works" for name, why in backends().items()},
         "tuning tables": _tables(),
+        "stale entries": _stale_entries(_gpus()),
         "folders": {"cache": str(cache_folder())},
-        "environment": dict.fromkeys(_OURS, "not set")
-        | {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "environment": dict.fromkeys(_OURS, "not set") | _environment(),
     }
+
+
+def _environment() -> dict[str, str]:
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
+    return {
+        name: "set, not shown" if any(word in name for word in _SECRET) else value
+        for name, value in found.items()
+    }
+
+
+def _runtime() -> str:
+    """The runtime of GPUs that torch was compiled against, which need not be the one installed."""
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+
+
+def _driver() -> str:
+    """Of the kernel module's own file, else of the driver's command: there is no such file under Windows, say."""
+    told = {}
+    for path in _DRIVERS:
+        with suppress(OSError):
+            told[path.parent.name] = path.read_text(errors="replace")
+    command = None if told else shutil.which("nvidia-smi")
+    if command is not None:
+        query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
+            told["nvidia"] = done.stdout
+    lines = (f"{name}: {text.splitlines()[0]}" for name, text in told.items() if text.strip())
+    return "; ".join(lines) or "not found"
 
 
 def _tables() -> dict[str, str]:
@@ -81,8 +127,35 @@ def _tables() -> dict[str, str]:
         return {"none": "triton is not installed"}
     from ..tuning.status import table_states  # imports Triton
 
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return table_states(devices) or {"none": "no GPU here, and no table on disk"}
+    return table_states(_gpus()) or {"none": "no GPU here, and no table on disk"}
+
+
+def _stale_entries(devices: Sequence[torch.device]) -> dict[str, str]:
+    """Of these devices' tables, each by its key with what it is stale in; of many, the first."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from ..tuning.identity import identity, staleness
+    from ..tuning.store import read, shipped_table, user_table
+    from ..tuning.words import problem_words
+
+    told: dict[str, str] = {}
+    for device in devices:
+        gpu = identity(device, "forward").gpu
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a broken table its own state tells
+            entries = [
+                *read(user_table(gpu), set_aside=False).values(),
+                *read(shipped_table(gpu), set_aside=False).values(),
+            ]
+        for entry in entries:
+            if reasons := staleness(entry.identity, identity(device, entry.key.kernel)):
+                told[problem_words(entry.key)] = "; ".join(reasons)
+    named = dict(list(told.items())[:_NAMED])
+    return named | ({"and": f"{len(told) - _NAMED} more"} if len(told) > _NAMED else {})
+
+
+def _gpus() -> list[torch.device]:
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def _version(package: str) -> str:

@@ -1,5 +1,7 @@
 """Every kernel on small problems that nobody picked: uneven and empty blocks, uneven and zero ranks, one token."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import pytest
@@ -8,13 +10,10 @@ import test_block_matmul
 import test_fused_linear
 import test_modulate
 import torch
+from draws import HealthCheck, given, settings, st
 from kernel_cases import DTYPES
 from problems import LinearProblem, make_problem
 from test_permute import gather, gathered_by_hand, random_partition, scatter
-
-pytest.importorskip("hypothesis", reason="hypothesis draws these problems; the other files do without it")
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.numerical
 
