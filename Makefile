@@ -13,12 +13,12 @@ OLDEST ?= .venv-oldest
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
 # The operator, the layer, the kernels, groups of processes and the command line: neither the PEFT tuner nor a model.
 CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
-          tests/test_bringup*.py tests/test_dead_zone.py tests/test_lost_work.py),$(wildcard tests/test_*.py))
+          tests/test_bringup*.py tests/test_dead_zone.py $(wildcard tests/test_lost_*)),$(wildcard tests/test_*.py))
 
 # The tests that draw as many examples as the profile says (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' 'settings().max_examples' tests)
 
-.PHONY: help finetune main-job classify test nightly coverage test-peft test-matrix trust dist lint bench bench-smoke quality quality-data \
+.PHONY: help finetune main-job classify test nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke quality quality-data \
         quality-smoke gpu gpu-smoke audit clean
 
 help: ## list the targets
@@ -72,6 +72,9 @@ test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core, kernel and distributed te
 
 trust: $(BIN)/.dev ## every result's share of its error budget, by backend and dtype (.benchmarks/trust.md)
 	$(BIN)/python tests/trust.py --out .benchmarks/trust.md $(ARGS)
+
+soak: $(BIN)/.dev ## 2,000 steps of training in bfloat16 on the triton backend too, in the interpreter (35 min)
+	SMOA_SOAK_STEPS=2000 $(BIN)/python -m pytest -rP tests/test_soak.py $(ARGS)
 
 dist: $(BIN)/.dev ## build wheel and sdist, check them as PyPI would, train a step with each in a fresh environment
 	$(BIN)/python -m pip install --quiet build twine
