@@ -13,6 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from .machine import describe, load
 from .protocol import Comparison, Run, Turns
 
+_BEGIN = time.monotonic()
 _RESULTS: list[tuple[str, dict[str, Comparison]]] = []
 
 Measure = Callable[..., dict[str, Comparison]]
@@ -38,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.clear()
     machine_info.update(describe(config.option.smoke))
+    # At the end, when the JSON is written: gates and warm-ups included, what `make bench` is bounded by.
+    machine_info["suite_seconds"] = round(time.monotonic() - _BEGIN)
 
 
 @pytest.fixture(scope="session")

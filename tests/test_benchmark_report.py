@@ -288,6 +288,13 @@ def test_runs_are_added_and_everything_is_written(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_run_that_counted_its_seconds_says_so() -> None:
+    run = make_run(layer_result())
+    assert "The suite took" not in page([run])
+    timed = replace(run, machine={**run.machine, "suite_seconds": 877})
+    assert "1 of 1 comparisons are steady. The suite took 877 s." in page([timed])
+
+
 def test_a_smoke_run_is_kept_out_of_the_results(tmp_path: Path) -> None:
     raw = write_benchmark_json(tmp_path / "raw.json", make_run(smoke=True))
     refused = run_report([str(raw)])
