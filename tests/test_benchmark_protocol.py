@@ -17,8 +17,8 @@ from benchmarks.arithmetic import over_frozen
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.memory import allocated, footprint, saved_bytes
 from benchmarks.models import adapter_configs, base_model
-from benchmarks.profiles import BETWEEN, COPY, GEMM, KINDS, MASK, by_kind
-from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles
+from benchmarks.profiles import BETWEEN, COPY, EIGH, GEMM, KINDS, MASK, by_kind
+from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles, timed
 from benchmarks.providers import (
     FROZEN,
     HIRA,
@@ -261,6 +261,14 @@ def test_a_gemm_is_one_wherever_its_result_goes(product: str) -> None:
         "baddbmm_": lambda: batch.baddbmm_(batch, batch),
     }
     assert by_kind(lambda: {"": float(runs[product]() is None)})[GEMM] > 0
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="profiles are taken on the CPU")
+def test_a_profile_of_the_partition_names_its_eigh_and_its_products() -> None:
+    weight = torch.randn(64, 64)
+    found = by_kind(timed("partition", lambda: BlockPartition.from_weight(weight, 4)), passes=1)
+    assert set(found) == {*KINDS, EIGH}
+    assert min(found[EIGH], found[GEMM]) > 0
 
 
 def test_slope_is_the_power() -> None:
