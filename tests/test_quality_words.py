@@ -10,6 +10,7 @@ from benchmarks.quality import store
 from benchmarks.quality.__main__ import RECORDS, RESULTS
 from benchmarks.quality.analysis import Study
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.report import page as page_of
 from benchmarks.quality.statistics import Mean
 from benchmarks.quality.study import best_rate
 from benchmarks.quality.verdicts import EQUAL, HALF, LORA, within
@@ -156,6 +157,11 @@ def test_every_other_figure_is_on_the_results_page(page: str, phrases: list[str]
     figures = re.compile(r"(?<![\d.])\d+\.\d(?!\d)")
     known = set(figures.findall(PAGE))
     assert not [figure for figure in figures.findall(page) if figure not in known]
+
+
+def test_the_results_page_is_what_the_records_say() -> None:
+    written = (RESULTS / "quality.md").read_text("utf-8")
+    assert written == page_of(STUDY), "run `python -m benchmarks.quality report`"
 
 
 def test_five_seeds_were_judged_of_everything_that_is_compared() -> None:
