@@ -15,7 +15,7 @@ from smoa_kernels.tuning import store
 from smoa_kernels.tuning.entries import Entry, Trial, merged
 from smoa_kernels.tuning.identity import Identity, identity, slug, source_hash, staleness
 from smoa_kernels.tuning.limits import ARCHITECTURES, occupancy
-from smoa_kernels.tuning.lookup import keep, tuned_algorithm, tuned_config
+from smoa_kernels.tuning.lookup import keep, known, tuned_algorithm, tuned_config
 from smoa_kernels.tuning.models import read_config
 
 
@@ -96,6 +96,8 @@ TABLES: list[Row] = [
     (lambda _: tuned_config("permute", CPU), TypeError, "key must be a Key, got str"),  # type: ignore[arg-type]
     (lambda _: tuned_config(KEY._replace(rank=-1), CPU), ValueError, "rank must be at least 0, got -1"),
     (lambda _: tuned_config(KEY._replace(dtype={}), CPU), ValueError, "dtype must be one of bf16, .* got {}"),
+    (lambda _: known(KEY._replace(kernel="nope"), CPU), ValueError, "kernel must be one of .* got 'nope'"),
+    (lambda _: known(KEY, "cpu"), TypeError, "device must be a torch.device, got str"),  # type: ignore[arg-type]
     (lambda _: keep(None), TypeError, "entry must be an Entry, got NoneType"),  # type: ignore[arg-type]
     (lambda _: replace(identity(CPU, "forward"), torch=2.13), TypeError, "torch must be a str, got float"),
     (
