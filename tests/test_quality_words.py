@@ -94,8 +94,8 @@ IN_README = [
     f"SMoA leads by {points(OVER[HALF, LORA], '')} points, 95 % interval over seeds {interval(OVER[HALF, LORA])}",
     f"(r=4) by {points(OVER[HALF, LORA_HALF], '')}, {interval(OVER[HALF, LORA_HALF])};",
     f"(r=16) by {points(OVER[EQUAL, LORA], '')}, {interval(OVER[EQUAL, LORA])}, which is not told from zero",
-    f"without TREC-6 the first and the last are {points(WITHOUT[HALF])} {interval(WITHOUT[HALF])} and {points(WITHOUT[EQUAL])} "
-    f"{interval(WITHOUT[EQUAL])}",
+    f"without TREC-6 the first and the last are {points(WITHOUT[HALF])} {interval(WITHOUT[HALF])} and "
+    f"{points(WITHOUT[EQUAL])} {interval(WITHOUT[EQUAL])}",
     f"spectral ones: {points(OVER[HALF, RANDOM])} points, {interval(OVER[HALF, RANDOM])}",
 ]
 
