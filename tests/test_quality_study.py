@@ -34,7 +34,7 @@ from benchmarks.quality.methods import (
     MODULES,
     RANKS,
     shuffled,
-    update_ranks,
+    update_spectrum,
     width,
 )
 from benchmarks.quality.models import (
@@ -284,9 +284,10 @@ def test_rank_of_a_lora_update() -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
-    rank, effective = update_ranks(model)
-    assert rank == pytest.approx(4 / 16)
-    assert 1 / 16 < effective <= 4 / 16
+    found = update_spectrum(model)
+    assert found["rank"] == pytest.approx(4 / 16)
+    assert 1 / 16 < found["effective_rank"] <= 4 / 16
+    assert 1 / 4 < found["energy_1"] < found["energy_8"] == pytest.approx(1) == found["energy_64"]
 
 
 def test_a_random_partition_changes_the_update_not_the_budget() -> None:

@@ -108,6 +108,6 @@ class Study:
         return sum(spent) / 60
 
     def average(self, method: str, field: str, task: str) -> float:
-        """Mean of a field of the runs on test; NaN where there is none."""
-        values = [run[field] for run in self.finals(task, method)]
+        """Mean of a field of the runs on test; NaN where there is none, or where records did not say it yet."""
+        values = [run.get(field, math.nan) for run in self.finals(task, method)]
         return sum(values) / len(values) if values else math.nan

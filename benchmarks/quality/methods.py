@@ -22,6 +22,7 @@ RANK = 8
 # What every method tries; where the best is at an end, the search goes on along the ladder (`study.Slice.search`).
 LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)
 LADDER = (1e-4, 2e-4, 5e-4, 1e-3, *LEARNING_RATES, 1.0, 2.0)
+LEADING = (1, 8, 64)  # how many singular values of ΔW have their share of its energy kept
 ALL = "all"  # the modules that the study adapts where nothing else is said
 
 
@@ -153,12 +154,13 @@ def shuffle_blocks(model: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def update_ranks(model: nn.Module) -> tuple[float, float]:
-    """Return rank and effective rank of ΔW, each over the most that is possible, mean over the layers.
+def update_spectrum(model: nn.Module) -> dict[str, float]:
+    """Return what the singular values of ΔW are like, the mean over the layers; zeros where there is no adapter.
 
-    The effective rank is Roy and Vetterli's (2007), `e^H(τ / Σ τ)` of the singular values τ, not of their energies.
+    "rank" and "effective_rank" are over the most that is possible; the latter is Roy and Vetterli's (2007),
+    `e^H(τ / Σ τ)` of the singular values τ, not of their energies. "energy_8" is the share of `Σ τ²` in the first 8.
     """
-    ranks, effective = [], []
+    found = []
     for layer in model.modules():
         if isinstance(layer, SMoALayer | HiraLayer | LoraLayer):
             adapter: Any = layer
@@ -167,6 +169,13 @@ def update_ranks(model: nn.Module) -> tuple[float, float]:
                 update = update * adapter.base_layer.weight
             values = torch.linalg.svdvals(update)
             noise = values[0] * max(update.shape) * torch.finfo(values.dtype).eps
-            ranks.append(float((values > noise).sum()) / len(values))
-            effective.append(effective_number(values) / len(values))
-    return (sum(ranks) / len(ranks), sum(effective) / len(effective)) if ranks else (0.0, 0.0)
+            energies = values.double().square()
+            found.append(
+                {
+                    "rank": float((values > noise).sum()) / len(values),
+                    "effective_rank": effective_number(values) / len(values),
+                    **{f"energy_{n}": float(energies[:n].sum() / energies.sum()) for n in LEADING},
+                }
+            )
+    names = ("rank", "effective_rank", *(f"energy_{n}" for n in LEADING))
+    return {name: sum(one[name] for one in found) / max(1, len(found)) for name in names}

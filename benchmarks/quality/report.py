@@ -9,7 +9,7 @@ from ..results import write
 from ..tables import table
 from . import plots, store, texts
 from .analysis import Study
-from .methods import ABLATIONS, BY_NAME, LEARNING_RATES, SWEEPS
+from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, SWEEPS
 from .study import best_rate
 from .tasks import Task
 from .verdicts import HALF, LORA, LORA_HALF, not_run, verdicts, without_one_task
@@ -246,23 +246,29 @@ def costs(study: Study, task: Task) -> str:
     rows = []
     for name in study.methods:
         if study.finals(task.name, name):
-            at = [
+            parameters, seconds, rank, effective, *energies = (
                 study.average(name, field, task.name)
-                for field in ("parameters", "step_seconds", "rank", "effective_rank")
-            ]
+                for field in (
+                    "parameters",
+                    "step_seconds",
+                    "rank",
+                    "effective_rank",
+                    *(f"energy_{n}" for n in LEADING),
+                )
+            )
+            shares = [f"{rank:.0%}", f"{effective:.1%}", *("–" if e != e else f"{e:.0%}" for e in energies)]
             adapted = name != "none"
             rows.append(
                 (
                     title(name),
-                    f"{at[0]:,.0f}",
-                    f"{at[1]:.3f}",
-                    f"{at[2]:.0%}" if adapted else "–",
-                    f"{at[3]:.1%}" if adapted else "–",
+                    f"{parameters:,.0f}",
+                    f"{seconds:.3f}",
+                    *(shares if adapted else ["–"] * len(shares)),
                 )
             )
-    return f"**{task.title}**\n\n" + table(
-        ("method", "adapter's parameters", "s / step", "rank of ΔW", "effective rank"), rows
-    )
+    first = (f"energy in first {n}" for n in LEADING)
+    headings = ("method", "adapter's parameters", "s / step", "rank of ΔW", "effective rank", *first)
+    return f"**{task.title}**\n\n" + table(headings, rows)
 
 
 def share(study: Study, name: str) -> str:

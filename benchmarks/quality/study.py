@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from training import schedule, shuffled
 
 from . import data, store
-from .methods import BY_NAME, LADDER, LEARNING_RATES, METHODS, Method, update_ranks
+from .methods import BY_NAME, LADDER, LEARNING_RATES, METHODS, Method, update_spectrum
 from .models import CutModel
 from .tasks import Task
 
@@ -180,7 +180,7 @@ def train_and_judge(
             if not torch.isfinite(loss):
                 break
     right, evaluation_loss = judge(cut, model, judged_on)
-    rank, effective_rank = update_ranks(model)
+    spectrum = update_spectrum(model)
     return {
         "right": right,
         "questions": len(judged_on),
@@ -193,8 +193,7 @@ def train_and_judge(
         "parameters": sum(p.numel() for p in adapter),
         "step_seconds": sorted(seconds)[len(seconds) // 2] if seconds else 0.0,
         "seconds": time.process_time() - begin,
-        "rank": rank,
-        "effective_rank": effective_rank,
+        **spectrum,
     }
 
 

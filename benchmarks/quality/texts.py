@@ -35,8 +35,10 @@ parameters, by a larger r. The search began with three rates around the base's b
 end."""
 COST = """Means over the runs on test. Parameters are the adapter's. Rank and effective rank are of ΔW, over the most
 that is possible, mean over the adapted layers; effective rank is Roy and Vetterli's (2007), the exponential of the
-entropy of τ / Σ τ, τ the singular values ([beside the one of energies](../../docs/spectrum.md#definitions)). Seconds
-are CPU time on a machine that other programs used besides: good for an order of magnitude."""
+entropy of τ / Σ τ, τ the singular values ([beside the one of energies](../../docs/spectrum.md#definitions)). The last
+columns are the shares of `Σ τ²` in the first singular values, which runs on test made before 25 November 2026 did not
+keep ([whole spectra of two updates](../../docs/spectrum.md#smollm2-135m-on-trec)). Seconds are CPU time on a machine
+that other programs used besides: good for an order of magnitude."""
 PROTOCOL = """Every method adapts the same linear layers in float32, with AdamW, scaling 1 (alpha = r) and no dropout.
 Seeds change the initial values, the order of the questions and the random blocks. The layers under the adapted ones are
 frozen and computed once per question, which changes no result. MiniLM's new head is trained in full: beside every
