@@ -85,6 +85,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         assert keeper.stderr is not None
         with keeper:
             if keeper.stdout.readline() == "mounted\n":
+                # Linux's name for the folder as that process, which has mounts of its own, sees it.
                 yield Path(f"/proc/{keeper.pid}/root{folder}")
                 return
             refusals.append(keeper.stderr.read().strip())

@@ -1,0 +1,184 @@
+"""The quality study: its questions, and the real models that are cut to their upper layers."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.quality import choice, data, siqa
+from benchmarks.quality.choice import Choice
+from benchmarks.quality.methods import (
+    ALL,
+    width,
+)
+from benchmarks.quality.models import (
+    MINILM_TARGETS,
+    SMOLLM2_TARGETS,
+    ChoiceModel,
+    ChoiceUpper,
+    cut_minilm,
+    cut_smollm2,
+    rows_of,
+    vocabulary,
+)
+from benchmarks.quality.tasks import TASKS, Task
+
+# On the path since benchmarks.quality was imported.
+from examples import minilm, smollm2
+
+from questions import Encoder, Question, Splits, same_text  # isort: skip
+from training import next_token_scores  # isort: skip
+from quality_cases import COLOURS
+
+
+@pytest.mark.parametrize("name", ["trec50", "films", "opinions", "trec6"])
+def test_splits_are_disjoint(name: str) -> None:
+    splits = data.prepare(TASKS[name].read(), TASKS[name].held_out)
+    prompts = [{same_text(question.prompt) for question in part} for part in splits]
+    assert all(map(len, prompts))
+    assert sum(map(len, prompts)) == len(set.union(*prompts))
+    assert len(splits.train) <= data.TRAINING_QUESTIONS
+    assert {q.answer for q in splits.test} <= {q.answer for q in splits.train}
+    assert data.digest(splits) != data.digest(splits._replace(test=splits.test[1:]))
+
+
+def test_polarity() -> None:
+    assert [data.polarity(x) for x in (-4.0, -0.5, -0.49, 0.0, 0.5)] == [
+        "negative", "negative", "neutral", "neutral", "positive"
+    ]  # fmt: skip
+
+
+def test_social_iqa_is_lettered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="bigbench"):
+        siqa.locate()
+    example = {"input": "Why? ", "target_scores": {"so": 0, "because": 1, "never": 0}}
+    (tmp_path / "social_iqa.json").write_text(json.dumps({"examples": [example, example]}))
+    assert siqa.read() == [Question("Why?\nA. so\nB. because\nC. never\nAnswer:", "B")]
+
+
+def test_targets_of_the_real_models() -> None:
+    names = {
+        "minilm": [f"body.encoder.layer.1.{part}" for part in (
+            "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+            "intermediate.dense", "output.dense")],
+        "smollm2": [f"body.layers.0.{part}_proj" for part in (
+            "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")],
+    }  # fmt: skip
+
+    def count(targets: dict[str, str], model: str) -> dict[str, int]:
+        return {
+            key: sum(bool(re.fullmatch(pattern, name)) for name in names[model])
+            for key, pattern in targets.items()
+        }
+
+    assert count(MINILM_TARGETS, "minilm") == {ALL: 6, "query and value": 2, "attention": 4, "MLP": 2}
+    assert count(SMOLLM2_TARGETS, "smollm2") == {ALL: 5, "query and value": 2, "attention": 4, "MLP": 3}
+    assert width(nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(5, 6)}), "a") == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [cut_minilm, cut_smollm2])
+def test_a_cut_model_says_what_the_whole_one_does(cut: Any) -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    ours = cut(["blue", "green", "white"], 2)
+    questions = [Question("What colour is grass?", "green"), Question("And snow, on a clear day?", "white")]
+    batch = ours.batch(questions)
+    with torch.no_grad():
+        scores = ours.upper(batch.hidden, batch.layout)
+    folder = minilm.locate() if cut is cut_minilm else smollm2.cached_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        if cut is cut_minilm:
+            rows = tokenizer([q.prompt for q in questions], return_tensors="pt", padding=True)
+            states = AutoModel.from_pretrained(folder, dtype=torch.float32)(**rows).last_hidden_state
+            mask = rows["attention_mask"][..., None]
+            expected = ours.upper.head((states * mask).sum(1) / mask.sum(1))
+        else:
+            encoder = Encoder(tokenizer, set(ours.classes), 100)
+            whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            asked = encoder.batch(questions)
+            expected = next_token_scores(whole, asked.input_ids, asked.attention_mask)[
+                :, encoder.answer_tokens
+            ]
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    assert [ours.classes[i] for i in batch.labels] == ["green", "white"]
+
+
+def test_answers_in_one_row_score_as_they_do_alone() -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    whole = LlamaModel(config).eval()
+    lower, body = copy.deepcopy(whole), copy.deepcopy(whole)
+    lower.layers, lower.norm = lower.layers[:1], nn.Identity()  # type: ignore[assignment]
+    lower.config.num_hidden_layers = 1
+    body.layers, body.embed_tokens = body.layers[1:], nn.Identity()  # type: ignore[assignment]
+    questions = [
+        Choice("Where is it?", "at sea", ("home", "at sea", "up")),
+        Choice("Why not?", "so it is", ("a cat", "so it is")),
+    ]
+    classes = sorted({answer for question in questions for answer in question.choices})
+    tokenizer: Any = spelled
+    tokens = list(vocabulary(tokenizer, tuple(classes)))
+    upper = ChoiceUpper(body, rows_of(whole.embed_tokens.weight, tokens), causal=True)
+    cut = ChoiceModel(lower, upper, tokenizer, classes, {}, new_head=False)
+    batch = cut.batch(questions)
+    with torch.no_grad():
+        scores = upper(batch.hidden, batch.layout)
+        for question, row in zip(questions, scores, strict=True):
+            for answer, score in zip(question.choices, row, strict=False):
+                text = torch.tensor([[ord(c) for c in f"{question.prompt} {answer}"]])
+                states = whole(input_ids=text).last_hidden_state[0]
+                said = upper.head(states).log_softmax(-1)[len(question.prompt) - 1 : -1]
+                expected = [said[at, tokens.index(ord(c))] for at, c in enumerate(f" {answer}")]
+                torch.testing.assert_close(score, torch.stack(expected).mean())
+    assert scores[1, 2] == -torch.inf
+    assert batch.labels.tolist() == [1, 1]
+
+
+def test_commonsense_questions_are_read_once_with_all_of_their_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doc(query: str, choices: list[str], gold: int) -> dict[str, Any]:
+        return {"doc": {"query": query, "choices": choices, "gold": gold}}
+
+    rows = [doc("Where?\nAnswer:", ["here", " there"], 1)] * 2 + [doc("Who?\nAnswer:", ["he", "he"], 0)]
+    (tmp_path / "part").mkdir()
+    with gzip.open(tmp_path / "part" / "requests.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    monkeypatch.setattr(choice, "locate", lambda: tmp_path)
+    assert choice.read("part") == [Choice("Where?\nAnswer:", "there", ("here", "there"))]
+    offered = Splits(choice.read("part"), COLOURS[:1], [])
+    assert data.answers(offered) == ["green", "here", "there"]
+    assert data.digest(offered) != data.digest(offered._replace(train=[Question("Where?\nAnswer:", "there")]))
+    monkeypatch.undo()
+    monkeypatch.setattr(choice, "PACKAGE", "no-such-package")
+    with pytest.raises(FileNotFoundError, match="make quality-data"):
+        choice.locate()
+
+
+def spelled(texts: Any, **_: Any) -> Any:
+    """A tokenizer of one text or several: a token is a letter."""
+    one = isinstance(texts, str)
+    return type(
+        "Encoding",
+        (),
+        {"input_ids": [ord(c) for c in texts] if one else [[ord(c) for c in t] for t in texts]},
+    )
+
+
+def test_tasks_have_a_head_rate_where_the_head_is_new() -> None:
+    tasks: list[Task] = list(TASKS.values())
+    assert all((task.head_lr > 0) == (task.cut is cut_minilm) for task in tasks)

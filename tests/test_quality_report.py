@@ -1,0 +1,197 @@
+"""The quality study: its statistics, its verdicts and its page, from made-up records."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# On the path since benchmarks.quality was imported.
+from quality_cases import record
+
+from benchmarks.quality import store
+from benchmarks.quality.__main__ import RECORDS
+from benchmarks.quality.analysis import Study
+from benchmarks.quality.methods import (
+    BY_NAME,
+)
+from benchmarks.quality.report import generate, page
+from benchmarks.quality.statistics import Mean, over_groups, paired, summarize, t_quantile
+from benchmarks.quality.study import best_rate
+from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.verdicts import verdicts, without_one_task
+from benchmarks.quality.words import word
+
+
+def test_t_quantiles_are_those_of_the_tables() -> None:
+    for freedom, expected in ((1, 12.7062), (4, 2.7764), (9, 2.2622), (30, 2.0423)):
+        assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=5e-5)
+
+
+def test_paired_interval_against_a_worked_example() -> None:
+    """Differences 1, 2, 3, 4, 5: mean 3, standard error √(2.5 / 5), times 2.7764."""
+    theirs = {seed: float(10 * seed) for seed in range(5)}
+    difference = paired({seed: theirs[seed] + seed + 1 for seed in range(5)} | {9: 0.0}, theirs)
+    assert difference is not None
+    assert difference.seeds == 5
+    assert difference.value == pytest.approx(3.0)
+    assert difference.standard_error == pytest.approx(math.sqrt(0.5))
+    assert difference.half_width == pytest.approx(2.77645 * math.sqrt(0.5), rel=1e-5)
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert math.isnan(summarize([1.0]).half_width)
+
+
+def test_mean_over_groups_counts_the_spread_within_them() -> None:
+    mean = over_groups([[0.0, 2.0], [10.0, 12.0]])
+    assert mean.value == 6.0
+    # Pooled variance 2, two means of two values each: √(2 (1/2 + 1/2)) / 2.
+    assert mean.standard_error == pytest.approx(math.sqrt(2.0) / 2)
+    assert mean.half_width == pytest.approx(t_quantile(0.975, 2) * mean.standard_error)
+
+
+def test_the_best_rate_is_chosen_on_validation() -> None:
+    runs = [
+        record("LoRA", "search", 5e-3, 1000, 0.8),
+        record("LoRA", "search", 1e-2, 1000, 0.8, loss=0.5),
+        record("LoRA", "search", 2e-2, 1000, 0.7),
+        record("LoRA", "search", 0.123, 1000, 0.9),  # no rate of the ladder
+        record("LoRA", "final", 2e-2, 0, 0.99),
+        record("HiRA", "search", 2e-2, 1000, 0.95),
+    ]
+    assert best_rate(runs, "trec50", "LoRA") == 1e-2
+    assert best_rate(runs, "trec50", "SMoA K=2") is None
+    assert best_rate(runs, "films", "LoRA") is None
+    study = Study(runs)
+    assert not study.at_an_edge("trec50", "LoRA")
+    assert study.at_an_edge("trec50", "HiRA")
+    assert study.plateau("trec50", "LoRA") == (5e-3, 1e-2)
+    assert study.plateau("trec50", "LoRA", points=0.11) == (5e-3, 2e-2)
+    assert study.accuracies("trec50", "LoRA") == {}  # the run on test had another rate
+
+
+def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
+    runs = [
+        record(m, "search", lr, 1000, 0.5) for m in ("LoRA", "SMoA K=2", "random K=2") for lr in (1e-2, 2e-2)
+    ]
+    for seed, accuracy in enumerate((0.80, 0.81, 0.82)):
+        runs.append(record("LoRA", "final", 1e-2, seed, accuracy))
+        runs.append(record("SMoA K=2", "final", 1e-2, seed, accuracy - 0.05))
+        runs.append(record("random K=2", "final", 1e-2, seed, accuracy - 0.15))
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    names = {written.name for written in generate(path, tmp_path)}
+    assert names == {"quality.md", "quality-accuracy.svg", "quality-learning-rate.svg"}
+    text = (tmp_path / "quality.md").read_text()
+    assert "on 0 of 1 tasks" in text
+    assert "further ones while it was (TREC-50: 0.01, 0.02)." in text
+    assert "-5.0 [-5.0, -5.0] points, below zero" in text
+    assert "+10.0 [+10.0, +10.0] points, above zero" in text
+    assert "| SMoA K=2, r=8 | 0.50 | 76.0 ± 0.6 | 76.0 |" in text
+    better = [r | {"accuracy": 0.9} if r["method"] == "SMoA K=2" else r for r in runs]
+    assert "on 1 of 1 tasks: TREC-50" in page(Study(better))
+
+
+def test_one_task_that_decides_is_left_out_in_turn() -> None:
+    """LoRA and SMoA differ by 9 points on one task of three, in two of which something was learned."""
+    runs = []
+    for task, gain, learned in (("trec50", 0.0, 0.2), ("films", 0.0, 0.0), ("trec6", 0.09, 0.2)):
+        for method, accuracy in (("none", 0.5), ("LoRA", 0.5 + learned), ("SMoA K=2", 0.5 + learned + gain)):
+            runs.append(record(method, "search", 1e-2, 1000, 0.5) | {"task": task})
+            runs += [
+                record(method, "final", 1e-2, seed, accuracy + spread * (method != "none")) | {"task": task}
+                for seed, spread in enumerate((-0.01, 0.0, 0.01))
+            ]
+    study = Study(runs)
+    rows = without_one_task(study).splitlines()
+    assert rows[0] == "| difference | all tasks | without TREC-50 | without film reviews | without TREC-6 |"
+    assert rows[2].startswith("| SMoA K=2, r=8 − LoRA, r=8 | +3.0 [+3.0, +3.0] | +4.5 [+4.5, +4.5] | +4.5 ")
+    assert re.search(r"\| [+-]0\.0 \[[+-]0\.0, [+-]0\.0\] \|$", rows[2])
+    assert "on 3 of 3 tasks: TREC-50, film reviews, TREC-6; of the 2 where any method learned" in verdicts(
+        study
+    )
+    assert "(told from no adapter), on 2. Asked for were 3 of five: reached." in verdicts(study)
+
+
+def test_what_was_not_judged_is_listed_and_no_search_of_it_shown() -> None:
+    runs = [
+        record("LoRA", "search", 1e-2, 1000, 0.7), record("LoRA", "final", 1e-2, 0, 0.7),
+        record("SMoA K=4, r=32", "search", 5e-2, 1000, 0.7123) | {"commit": "abc+"},
+        record("SMoA K=4, r=32", "search", 5e-2, 1000, 0.7) | {"task": "films"},
+        record("SMoA K=4, r=32", "final", 5e-2, 0, 0.7) | {"task": "films"},
+    ]  # fmt: skip
+    text = page(Study(runs))
+    assert "- LoRA, r=8: film reviews\n- SMoA K=4, r=32: TREC-50 (1 rates tried, none judged on test)" in text
+    assert "71.2" not in text
+    assert (
+        "1 of 5 runs were made while something was not committed (+ behind the commit); 1 of these had"
+        in text
+    )
+
+
+def test_an_interval_around_zero_says_on_which_side_its_mean_is() -> None:
+    assert word(Mean(0.004, 0.002, 0.008, 5)) == "nominally above, not told from zero"
+    assert word(Mean(-0.004, 0.002, 0.008, 5)) == "nominally below, not told from zero"
+    assert word(Mean(0.004, 0.002, 0.003, 5)) == "above zero"
+
+
+def test_a_control_has_no_part_in_averages() -> None:
+    runs = [record("LoRA", "final", 1e-2, seed, 0.8) for seed in (0, 1)]
+    for seed, accuracy in enumerate((0.6, 0.7)):
+        runs.append(record("LoRA", "final", 1e-2, seed, accuracy) | {"task": "trec6-long"})
+        runs.append(record("SMoA K=2", "final", 1e-2, seed, accuracy + 0.1) | {"task": "trec6-long"})
+    runs += [
+        record(name, "search", 1e-2, 1000, 0.5) | {"task": task}
+        for name in ("LoRA", "SMoA K=2") for task in ("trec50", "trec6-long")
+    ]  # fmt: skip
+    text = page(Study(runs))
+    assert "| LoRA, r=8 | 1.00 | 80.0 ± 0.0 | 80.0 |" in text
+    assert "| SMoA K=2 | 180 | 0.01 (0.01 to 0.01) | 75.0 ± 5.0 | 2 | +10.0 [+10.0, +10.0] |" in text
+    assert Study(runs).overall("SMoA K=2", "LoRA") is None
+
+
+def test_a_sweep_is_compared_with_its_base() -> None:
+    def runs(task: str, method: str, gain: float, lr: float) -> list[dict[str, Any]]:
+        found = [record(method, "search", lr, 1000, 0.5)]
+        found += [record(method, "final", lr, seed, 0.7 + 0.01 * seed + gain) for seed in range(3)]
+        return [run | {"task": task} for run in found]
+
+    records = [
+        *runs("trec50", "SMoA K=2", 0.0, 1e-1), *runs("films", "SMoA K=2", 0.0, 5e-2),
+        *runs("trec50", "SMoA K=2, alpha=16r", 0.02, 2e-2), *runs("films", "SMoA K=2, alpha=16r", -0.04, 1e-2),
+        *runs("trec50", "SMoA K=2, attention", -0.01, 1e-1),
+    ]  # fmt: skip
+    text = page(Study(records))
+    assert (
+        "| TREC-50 | SMoA K=2, alpha=16r | 8 | 400 | 0.02 (0.02 to 0.02) | 73.0 ± 0.6 | 3 | +2.0 [+2.0, +2.0] |"
+        in text
+    )
+    assert "| mean of 2 | SMoA K=2, alpha=16r |  |  |  |  |  | -1.0 [-1.0, -1.0] |" in text
+    assert (
+        "| TREC-50 | SMoA K=2, attention | 8 | 400 | 0.1 (0.1 to 0.1) | 70.0 ± 0.6 | 3 | -1.0 [-1.0, -1.0] |"
+        in text
+    )
+    assert "alpha=16r" not in text[text.index("## Accuracy on test") : text.index("## Alpha")]
+
+
+def test_the_kept_records_are_whole() -> None:
+    records = store.read(RECORDS)
+    assert len(records) == len(RECORDS.read_text().splitlines())
+    keys = [store.key_of(record) for record in records]
+    assert len(keys) == len(set(keys))
+    assert {record["method"] for record in records} <= BY_NAME.keys()
+    store.check_one_setting(records)
+    # They are of the study as it is: a resumed slice finds them.
+    for kept in records:
+        task, method = TASKS[kept["task"]], BY_NAME[kept["method"]]
+        assert [kept[name] for name in ("steps", "batch_size", "layers", "head_lr")] == [
+            task.steps, task.batch_size, task.layers, task.head_lr
+        ]  # fmt: skip
+        key = store.key_of(kept)
+        assert (key.num_blocks, key.random, key.scaling, key.modules) == (
+            method.num_blocks, method.random, method.scaling, method.modules
+        )  # fmt: skip
+        assert key.r == method.r or method.as_large
