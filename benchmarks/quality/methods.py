@@ -95,6 +95,7 @@ METHODS = (
     Method("SMoA K=8", "smoa", num_blocks=8),
     Method("SMoA K=2, r=16", "smoa", r=16, num_blocks=2),
     Method("SMoA K=4, r=32", "smoa", r=32, num_blocks=4),
+    Method("SMoA K=8, r=64", "smoa", r=64, num_blocks=8),
     Method("random K=2", "smoa", num_blocks=2, random=True),
     Method("random K=4, r=32", "smoa", r=32, num_blocks=4, random=True),
 )
@@ -116,7 +117,7 @@ MODULES = tuple(
     replace(base, name=f"{base.name}, {modules}{', as large' * large}", modules=modules, as_large=large)
     for base in (_LORA, _SMOA) for large in (False, True) for modules in ("query and value", "attention", "MLP")
 )  # fmt: skip
-# K=4 at LoRA's size is a sweep of its own: without it a task's slice stays below 30 minutes of two cores.
+# K=4 and 8 at LoRA's size are a sweep of their own: without them a task's slice stays below 30 minutes of two cores.
 _LARGE = tuple(method for method in METHODS if method.r > 2 * RANK)
 _COMPARED = tuple(method for method in METHODS if method not in _LARGE)
 SWEEPS = {"methods": _COMPARED, "larger": _LARGE, "alpha": SCALINGS, "rank": RANKS, "modules": MODULES}
