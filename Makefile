@@ -24,7 +24,8 @@ FUZZED  = $(shell grep -rl --include='test_*.py' 'settings().max_examples' tests
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-$(BIN)/.examples: pyproject.toml Makefile
+# The editable installation compiles native/linear.c where there is a C compiler.
+$(BIN)/.examples: pyproject.toml Makefile hatch_build.py smoa_kernels/native/linear.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[examples]'
@@ -60,7 +61,7 @@ coverage: $(BIN)/.dev ## all tests, counting the lines of smoa_kernels that they
 test-peft: $(BIN)/.dev ## PEFT's own test suite with SMoA's configuration
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
 
-$(OLDEST)/.installed: pyproject.toml Makefile
+$(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py smoa_kernels/native/linear.c
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) pytest pytest-benchmark hypothesis
 	$(OLDEST)/bin/python -m pip install --quiet --editable '.[cli,peft]'

@@ -101,7 +101,8 @@ def check_layers(case: Case, layers: Mapping[str, nn.Module]) -> None:
 def _mask_is_known(layer: nn.Module, case: Case) -> bool:
     if not isinstance(layer, FusedSMoALinear):
         return False
-    return resolve_backend(layer.backend, DEVICE, case.dtype, layer.smoa_A.shape[0]) == "eager"
+    backend = resolve_backend(layer.backend, DEVICE, case.dtype, layer.smoa_A.shape[0])
+    return backend in ("eager", "native")
 
 
 def _multiplier(case: Case) -> Tensor:

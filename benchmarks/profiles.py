@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch.profiler import ProfilerActivity, profile
 
+from smoa_kernels.native_backend import GRADIENT, LINEAR
+
 from .protocol import Run
 
 GEMM, COPY, MASK, REST, BETWEEN = "GEMMs", "gathers", "dropout's mask", "other operators", "between operators"
@@ -30,6 +32,10 @@ def by_kind(run: Run, passes: int = PASSES) -> dict[str, float]:
     for event in profiler.key_averages():
         namespace, _, name = event.key.partition("::")
         # `addmm_` is a GEMM as `addmm` is: an underscore says where the result goes.
-        kind = _OPERATORS.get(name.rstrip("_"), REST) if namespace == "aten" else BETWEEN
+        kind = BETWEEN
+        if namespace == "aten":
+            kind = _OPERATORS.get(name.rstrip("_"), REST)
+        elif event.key in (LINEAR, GRADIENT):  # what they gather and modulate they do within the GEMM
+            kind = GEMM
         found[kind] = found.get(kind, 0.0) + event.self_cpu_time_total / 1e6 / passes
     return found

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
-from smoa_kernels.backends import triton_obstacle
+from smoa_kernels.backends import native_obstacle, triton_obstacle
 from smoa_kernels.cost import Problem
 from smoa_kernels.reference import reference_delta_weight
 
@@ -159,7 +159,8 @@ def layer_providers(case: Case, algorithms: Sequence[str]) -> dict[str, Provider
     for algorithm in algorithms:
         name = SMOA if algorithm == "auto" else f"{SMOA} {algorithm}"
         providers[name] = smoa(algorithm)
-        if _kernels_run(case.dtype) and algorithm in ("auto", "merged", "split"):
+        kernels = _kernels_run(case.dtype) and algorithm in ("auto", "merged", "split")
+        if kernels or (algorithm == "auto" and native_obstacle(DEVICE, case.dtype) is None):
             providers[f"{name}, eager"] = smoa(algorithm, "eager")
     return providers
 

@@ -1,4 +1,4 @@
-"""Which backend runs where: "eager" anywhere, "triton" on CUDA and ROCm GPUs, "reference" for tests.
+"""Which backend runs where: "eager" anywhere, "native" in float32 on x86 CPUs, "triton" on GPUs, "reference" for tests.
 
 A backend is a module with three names (its `PackedAdapter` holds W0, A, B, blocks, ranks and s):
 
@@ -20,6 +20,8 @@ import torch
 
 from .checks import cached, check_choice, check_kind, first_line
 from .gpus import gpu_properties
+from .native import obstacle as library_obstacle
+from .precision import gemm_is_ieee
 
 __all__ = [
     "ALGORITHMS",
@@ -27,11 +29,12 @@ __all__ = [
     "MOST_TRITON_RANKS",
     "algorithms_of",
     "load_backend",
+    "native_obstacle",
     "resolve_backend",
     "triton_obstacle",
 ]
 
-BACKENDS = ("auto", "eager", "triton", "reference")
+BACKENDS = ("auto", "eager", "native", "triton", "reference")
 ALGORITHMS = ("auto", "merged", "split", "expanded", "fused")
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,7 +51,7 @@ def load_backend(name: str) -> ModuleType:
     """The module of a resolved backend; the kernels, and with them triton, are imported only when asked for.
 
     Args:
-        name: "eager", "triton" or "reference".
+        name: "eager", "native", "triton" or "reference".
 
     Raises:
         ValueError: another name.
@@ -58,7 +61,8 @@ def load_backend(name: str) -> ModuleType:
         ('merged', 'split', 'expanded')
     """
     check_choice("name", name, BACKENDS[1:])
-    return importlib.import_module({"triton": ".triton_backend"}.get(name, f".{name}"), __package__)
+    module = f".{name}_backend" if name in ("native", "triton") else f".{name}"
+    return importlib.import_module(module, __package__)
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
@@ -80,14 +84,39 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
     """
     check_choice("backend", backend, BACKENDS)
     check_kind("device", device, torch.device)
-    if backend in ("eager", "reference") or (backend == "auto" and device.type != "cuda"):
-        return "eager" if backend == "auto" else backend
-    obstacle = triton_obstacle(device, dtype, rank)
+    if backend in ("eager", "reference"):
+        return backend
+    name = backend if backend != "auto" else "triton" if device.type == "cuda" else "native"
+    obstacle = triton_obstacle(device, dtype, rank) if name == "triton" else native_obstacle(device, dtype)
     if obstacle is None:
-        return "triton"
+        return name
     if backend == "auto":
         return "eager"
-    raise ValueError(f"backend='triton' cannot run here: {obstacle}; backend='eager' works everywhere")
+    raise ValueError(f"backend={name!r} cannot run here: {obstacle}; backend='eager' works everywhere")
+
+
+def native_obstacle(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the compiled CPU code cannot take a problem, or None where it can.
+
+    Args:
+        device: of the activations.
+        dtype: that the GEMM multiplies.
+
+    Raises:
+        TypeError: no device.
+
+    Example:
+        >>> native_obstacle(torch.device("cpu"), torch.bfloat16)
+        'the compiled code takes float32, got torch.bfloat16'
+    """
+    check_kind("device", device, torch.device)
+    if dtype != torch.float32:
+        return f"the compiled code takes float32, got {dtype}"
+    if device.type != "cpu":
+        return f"x is on {device.type}, the compiled code runs on CPUs"
+    if not gemm_is_ieee(dtype, device.type):
+        return "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
+    return _library_obstacle()
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 1) -> str | None:
@@ -129,13 +158,18 @@ def algorithms_of(backend: str) -> tuple[str, ...]:
     """What a resolved backend has beside "auto".
 
     Args:
-        backend: "eager", "triton" or "reference".
+        backend: "eager", "native", "triton" or "reference".
 
     Example:
         >>> algorithms_of("eager")
         ('merged', 'split', 'expanded')
     """
     return cast("tuple[str, ...]", load_backend(backend).ALGORITHMS)
+
+
+@_constant
+def _library_obstacle() -> str | None:
+    return library_obstacle()
 
 
 @_constant

@@ -11,7 +11,8 @@ columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,20 +61,33 @@ def choose_algorithm(tokens: int, slots: int, *, ieee: bool, dropout: bool) -> s
     return "merged" if ieee else "split"
 
 
+class Gemms(NamedTuple):
+    """The GEMMs with W0: torch's here, compiled ones in :mod:`native_backend`."""
+
+    merged: Callable[[Tensor, PackedAdapter], Tensor]  # x (T, C), adapter -> x W_effᵀ (T, N)
+    add_base: Callable[[Tensor, Tensor, Tensor], Tensor]  # y (T, N), x, W0 -> y + x W0ᵀ, written over y
+    gradient: Callable[[Tensor, Tensor, PackedAdapter], tuple[Tensor, Tensor]]  # dy, x, adapter -> dA, dB
+
+
 def forward(
-    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
+    x: Tensor,
+    bias: Tensor | None,
+    adapter: PackedAdapter,
+    algorithm: str,
+    dropout: Dropout | None,
+    gemms: Gemms | None = None,
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
+    gemms = gemms or TORCH
     if algorithm == "auto":
         ieee = gemm_is_ieee(x.dtype, x.device.type)
-        algorithm = choose_algorithm(x.shape[0], _slots(adapter), ieee=ieee, dropout=dropout is not None)
+        algorithm = choose_algorithm(x.shape[0], slots(adapter), ieee=ieee, dropout=dropout is not None)
     if algorithm == "merged":
-        y = _merged(x, adapter)
+        y = gemms.merged(x, adapter)
     elif algorithm == "expanded":
         y = _expanded(x, adapter)
     else:
-        y = _block_matmul(x, adapter, dropout)
-        y.addmm_(x, adapter.weight.T)
+        y = gemms.add_base(_block_matmul(x, adapter, dropout), x, adapter.weight)
     # Last: added before the base GEMM a bias would round the adapter's output away.
     return y if bias is None else y.add_(bias)
 
@@ -85,22 +99,25 @@ def backward(
     dropout: Dropout | None,
     *,
     needs_x: bool,
+    gemms: Gemms | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
+    gemms = gemms or TORCH
     if dropout is not None:
-        return _dropout_backward(dy, x, adapter, dropout, needs_x=needs_x)
+        dx, dA, dB = _dropout_backward(dy, x, adapter, dropout, needs_x=needs_x)
+        return None if dx is None else gemms.add_base(dx, dy, adapter.weight.T), dA, dB
     # dA and dB first: what they need is freed before dX needs its own.
-    dA, dB = (None, None) if x is None else _block_grad(dy, x, adapter)
+    dA, dB = (None, None) if x is None else gemms.gradient(dy, x, adapter)
     if not needs_x:
         dx = None
-    elif choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False) == "expanded":
+    elif choose_algorithm(dy.shape[0], slots(adapter), ieee=True, dropout=False) == "expanded":
         dx = _expanded(dy, adapter.T)
     else:  # merged in every dtype: in dX a rounded W_eff is a second-order error
-        dx = _merged(dy, adapter.T)
+        dx = gemms.merged(dy, adapter.T)
     return dx, dA, dB
 
 
-def _slots(adapter: PackedAdapter) -> int:
+def slots(adapter: PackedAdapter) -> int:
     """K·ρ: how many rows the expanded factors have at most."""
     return adapter.A.shape[0] * adapter.partition.num_blocks
 
@@ -172,7 +189,7 @@ def _block_grad(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, 
 def _dropout_backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """All gradients in one walk over the tokens: the mask is drawn once for dX and G."""
+    """All gradients in one walk over the tokens, but for dY W0 in dX: the mask is drawn once for dX and G."""
     width = adapter.weight.shape[1]
     rows, cols = block_indices(adapter)
     product = _BlockProduct(adapter.T) if needs_x else None
@@ -189,7 +206,7 @@ def _dropout_backward(
             gradient.add(dy_part, scratch.columns(multiplier.mul_(x_part), cols))
     del product, mask, gathered, scratch, multiplier, dy_part
     dA, dB = (None, None) if gradient is None else gradient.contract()
-    return dx.addmm_(dy, adapter.weight) if needs_x else None, dA, dB
+    return dx if needs_x else None, dA, dB
 
 
 def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -282,6 +299,10 @@ class _BlockGradient:
         return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
 
 
+def _add_base(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return y.addmm_(x, weight.T)
+
+
 def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W0ᵀ + Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`, (T, N), without a temporary of W0's size."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -289,3 +310,6 @@ def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ adapter.weight.T
     update = (products.view(A.shape[0], x.shape[0], B.shape[0]).to(wide) * B.T[:, None]).sum(0)
     return update.to(x.dtype).addmm_(x, adapter.weight.T)
+
+
+TORCH = Gemms(_merged, _add_base, _block_grad)

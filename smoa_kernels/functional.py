@@ -62,7 +62,8 @@ def smoa_linear(
             tokens where there are few, else merged where the GEMM multiplies in
             IEEE float32/64, split in half precision and TF32, where a rounded W_eff would lose a small update,
             and whenever dropout is active.
-        backend: "eager" (torch operators), "triton", "reference" (the definition, slow) or "auto".
+        backend: "eager" (torch operators), "native" (compiled, float32 on x86 CPUs), "triton", "reference" (the
+            definition, slow) or "auto".
 
     Returns:
         y (..., N) in x's dtype.

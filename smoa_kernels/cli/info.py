@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .._version import __version__
-from ..backends import triton_obstacle
+from ..backends import native_obstacle, triton_obstacle
 from ..files import cache_folder
 from .output import console, write_json
 
@@ -48,7 +48,12 @@ _NAMED = 5  # stale entries up to which each is named
 
 def backends() -> dict[str, str | None]:
     """Backend to the reason why it does not work here, None where it does."""
-    return {"eager": None, "reference": None, "triton": _why_not_triton()}
+    return {
+        "eager": None,
+        "native": native_obstacle(torch.device("cpu")),
+        "reference": None,
+        "triton": _why_not_triton(),
+    }
 
 
 def _why_not_triton() -> str | None:

@@ -1,0 +1,86 @@
+"""Loads what `linear.c` was compiled to, or says why it cannot: SMoA's float32 GEMMs on x86 processors.
+
+Compiled when the package is built (`hatch_build.py`), never when it runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+__all__ = ["library", "obstacle"]
+
+_FOLDER = Path(__file__).parent
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+# What each function takes: p a pointer, i an int64, f a float.
+_SIGNATURES = {
+    "smoa_linear": "iiipipiipppipiipiifpipi",
+    "smoa_gradient": "iiipipipiippppipippfpppi",
+    "smoa_linear_workspace": "iiii",
+    "smoa_gradient_workspace": "ipiii",
+}
+_TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}
+
+
+def obstacle() -> str | None:
+    """Why the compiled code cannot run here, or None where it can. ``SMOA_NATIVE=0`` in the environment forbids it.
+
+    Example:
+        >>> reason = obstacle()
+        >>> reason is None or isinstance(reason, str)
+        True
+    """
+    if os.environ.get("SMOA_NATIVE", "1") == "0":
+        return "SMOA_NATIVE=0 forbids it"
+    found = _load()
+    if isinstance(found, str):
+        return found
+    if torch.get_num_threads() > 1 and not found.smoa_has_threads():
+        return f"no OpenMP runtime of torch's was found for its {torch.get_num_threads()} threads"
+    return None
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library, its functions declared.
+
+    Raises:
+        RuntimeError: there is an :func:`obstacle`.
+
+    Example:
+        >>> obstacle() is not None or library().smoa_source() is not None
+        True
+    """
+    found = _load()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    path = _FOLDER / f"linear_{capability.lower()}.so"
+    if not path.is_file():
+        built = sorted(one.stem.removeprefix("linear_").upper() for one in _FOLDER.glob("linear_*.so"))
+        return (
+            f"it was compiled for {' and '.join(built)}, this processor is {capability}" if built
+            else "it was not compiled: the wheel is for another machine, or was built without a C compiler"
+        )  # fmt: skip
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path} cannot be loaded: {error}"
+    found.smoa_source.restype = ctypes.c_char_p
+    source = hashlib.sha256((_FOLDER / "linear.c").read_bytes()).hexdigest()[:16]
+    if found.smoa_source() != source.encode():
+        return f"{path} was compiled from another linear.c: install the package again"
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes = [_TYPES[argument] for argument in arguments]
+        function.restype = _INT if name.endswith("workspace") else None
+    return found

@@ -1,0 +1,130 @@
+"""Backend "native": the eager one, whose float32 GEMMs on a CPU are those of `native/linear.c`.
+
+They modulate W0 and read permuted columns while they copy panels, which every GEMM does: no W_eff, no gathered
+activations, no passes of their own. What has no such form, few tokens and ΔW under dropout, stays torch's.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from . import eager
+from .dropout import Dropout
+from .native import library
+from .packed import PackedAdapter
+
+__all__ = ["ALGORITHMS", "GRADIENT", "LINEAR", "backward", "forward"]
+
+ALGORITHMS = eager.ALGORITHMS
+LINEAR, GRADIENT = "smoa::compiled_linear", "smoa::compiled_gradient"
+"""What the compiled functions are called in a profile."""
+
+
+def forward(
+    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
+) -> Tensor:
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) float32 on the CPU."""
+    return eager.forward(x, bias, adapter, algorithm, dropout, gemms=GEMMS)
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients (dX, dA, dB) of :func:`forward`, as :func:`eager.backward`."""
+    return eager.backward(dy, x, adapter, dropout, needs_x=needs_x, gemms=GEMMS)
+
+
+def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
+    """`x W_effᵀ` (T, N)."""
+    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    if not x.numel():
+        return y.zero_()
+    p = adapter.partition
+    _linear(x, adapter.weight, y, p.row_block.int(), p.col_block.int(), adapter)
+    return y
+
+
+def add_base(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`y + x W0ᵀ`, written over y (T, N)."""
+    if x.numel():
+        _linear(x, weight, y, None, None, None)
+    return y
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    row_block: Tensor | None,
+    col_block: Tensor | None,
+    adapter: PackedAdapter | None,
+) -> None:
+    """`y = x W_effᵀ`, or `y += x W0ᵀ` without an adapter; some tokens, some columns."""
+    code, threads = library(), torch.get_num_threads()
+    x, weight = _rows(x), _along_memory(weight)
+    if not y.numel():
+        return
+    if adapter is None or row_block is None or col_block is None:
+        rank, A, B, scaling, labels = 0, weight, weight, 0.0, (None, None, None)
+    else:
+        A, B, ranks = _wide(adapter.A), _wide(adapter.B), _ranks(adapter)
+        rank, scaling = A.shape[0], float(adapter.scaling)
+        labels = row_block.data_ptr(), col_block.data_ptr(), ranks.data_ptr()
+    workspace = x.new_empty(code.smoa_linear_workspace(*weight.shape, rank, threads))
+    with _named(LINEAR):
+        code.smoa_linear(
+            x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride(), *labels, rank,
+            A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), scaling, y.data_ptr(), adapter is None,
+            workspace.data_ptr(), threads,
+        )  # fmt: skip
+
+
+def gradient(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
+    """(dA, dB); padding rows get zeros."""
+    code, threads, p, ranks = library(), torch.get_num_threads(), adapter.partition, _ranks(adapter)
+    weight, A, B = _along_memory(adapter.weight), _wide(adapter.A).contiguous(), _wide(adapter.B).contiguous()
+    dA, dB = A.new_zeros(threads, *A.shape), torch.zeros_like(B)
+    if x.shape[0]:
+        dy, x, offsets = _rows(dy), _rows(x), p.col_offsets.data_ptr()
+        blocks, rank = p.num_blocks, A.shape[0]
+        workspace = x.new_empty(code.smoa_gradient_workspace(x.shape[0], offsets, blocks, rank, threads))
+        with _named(GRADIENT):
+            code.smoa_gradient(
+                x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0),
+                weight.data_ptr(), *weight.stride(), p.row_index.data_ptr(), p.col_index.data_ptr(),
+                p.row_offsets.data_ptr(), offsets, blocks, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(),
+                float(adapter.scaling), dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(), threads,
+            )  # fmt: skip
+    total = dA[0] if threads == 1 else dA.sum(0)
+    return total.to(adapter.A.dtype), dB.to(adapter.B.dtype)
+
+
+GEMMS = eager.Gemms(merged, add_base, gradient)
+"""What :mod:`eager` multiplies with here."""
+
+
+def _named(name: str) -> AbstractContextManager[object]:
+    """Seen by the profiler, where one runs: it knows operators, not what is called beside them."""
+    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+
+
+def _along_memory(matrix: Tensor) -> Tensor:
+    """With one stride 1: a copy where neither is."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """With contiguous rows."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _wide(factor: Tensor) -> Tensor:
+    return factor.to(torch.float32)
+
+
+def _ranks(adapter: PackedAdapter) -> Tensor:
+    return adapter.ranks.clamp(0, adapter.A.shape[0]).to(torch.int32)

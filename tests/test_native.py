@@ -1,0 +1,213 @@
+"""The compiled GEMMs: every shape, stride and number of threads against the definition; and why they may be absent."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import hatch_build
+import pytest
+import torch
+from problems import TINY, LinearProblem, make_problem, relative_error
+from torch import Tensor
+
+from smoa_kernels import native, smoa_linear
+from smoa_kernels.backends import native_obstacle, resolve_backend
+from smoa_kernels.native_backend import GRADIENT, LINEAR
+
+CPU = torch.device("cpu")
+needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def on_cpu(**options: object) -> LinearProblem:
+    return make_problem(**options).on(CPU)  # type: ignore[arg-type]
+
+
+def check(p: LinearProblem, **options: object) -> None:
+    """Every result within twice the error of torch operators in float32, both against float64."""
+    single = p.to(torch.float32)
+    found = single.run(backend="native", **options)
+    beside = single.run(backend="eager", **options)
+    for name, ours, theirs, truth in zip(
+        ("y", "dX", "dA", "dB"), found, beside, p.run_reference(), strict=False
+    ):
+        allowed = 2 * relative_error(theirs, truth) + TINY[torch.float32]
+        assert relative_error(ours, truth) <= allowed, name
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "in_features", "ranks"),
+    [
+        (1, 1, 1, (1,)),
+        (13, 31, 29, (2, 1)),  # below every tile
+        (14, 32, 8, (2,)),  # just one tile of AVX-512
+        (6, 16, 16, (3, 3)),  # of AVX2
+        (200, 97, 401, (3, 0, 2)),  # several panels of tokens, two of terms, prime sizes
+        (37, 2111, 23, (1, 2)),  # two panels of rows
+        (23, 19, 2111, (4, 4)),
+        (900, 600, 16, (2,)),  # two slabs of G, three panels of tokens
+        (5, 40, 40, (17,)),
+        (64, 5, 7, (1,) * 5),  # blocks of one row
+    ],
+)
+def test_every_shape(
+    tokens: int, out_features: int, in_features: int, ranks: tuple[int, ...], threads: int
+) -> None:
+    p = on_cpu(tokens=tokens, out_features=out_features, in_features=in_features, ranks=ranks)
+    check(p, algorithm="merged")
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["x", "weight", "dy", "A", "B"])
+def test_every_memory_order(name: str) -> None:
+    p = on_cpu(tokens=50, out_features=33, in_features=57, random_labels=True)
+    whole = getattr(p, name)
+    for other in (whole.T.contiguous().T, whole.repeat_interleave(3, 1)[:, ::3], torch.cat([whole, whole], 1)):
+        check(replace(p, **{name: other[:, : whole.shape[1]]}), algorithm="merged")
+
+
+@needs_library
+def test_blocks_without_rows_or_columns() -> None:
+    p = on_cpu(tokens=20, out_features=3, in_features=4, ranks=(1, 2, 1, 2, 1, 1), random_labels=True)
+    assert 0 in p.partition.row_sizes + p.partition.col_sizes
+    check(p, algorithm="merged")
+
+
+@needs_library
+@pytest.mark.parametrize(("tokens", "out_features", "in_features"), [(0, 5, 6), (4, 0, 6), (4, 5, 0)])
+def test_nothing_to_multiply(tokens: int, out_features: int, in_features: int) -> None:
+    whole = on_cpu(tokens=4, out_features=5, in_features=6, ranks=(1,)).to(torch.float32)
+    cut = replace(
+        whole,
+        x=whole.x[:tokens, :in_features],
+        weight=whole.weight[:out_features, :in_features],
+        bias=None,
+        A=whole.A[:, :in_features],
+        B=whole.B[:out_features],
+        partition=whole.partition.shard(slice(0, out_features), slice(0, in_features)),
+        dy=whole.dy[:tokens, :out_features],
+    )
+    for ours, theirs in zip(cut.run(backend="native"), cut.run(backend="eager"), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_library
+def test_one_thread_and_three_give_the_same_output() -> None:
+    p = on_cpu(tokens=100, out_features=90, in_features=500, random_labels=True).to(torch.float32)
+    before = torch.get_num_threads()
+    found: list[tuple[Tensor, ...]] = []
+    try:
+        for count in (1, 3, 3):
+            torch.set_num_threads(count)
+            found.append(p.run(backend="native", algorithm="merged"))
+    finally:
+        torch.set_num_threads(before)
+    for name, one, three, again in zip(("y", "dX", "dA", "dB"), *found, strict=False):
+        assert torch.equal(three, again), name
+        if name != "dA":  # summed over rows, which the threads share
+            assert torch.equal(one, three), name
+
+
+@needs_library
+def test_a_profile_names_what_was_called() -> None:
+    p = on_cpu(tokens=50).to(torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        p.run(backend="native", algorithm="merged")
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert (counts[LINEAR], counts[GRADIENT]) == (2, 1)
+
+
+def test_auto_takes_what_is_there() -> None:
+    there = native_obstacle(CPU) is None
+    assert resolve_backend("auto", CPU, torch.float32, 4) == ("native" if there else "eager")
+    assert resolve_backend("auto", CPU, torch.float64, 4) == "eager"
+    assert resolve_backend("auto", CPU, torch.bfloat16, 4) == "eager"
+
+
+def test_a_variable_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_NATIVE", "0")
+    assert resolve_backend("auto", CPU, torch.float32, 4) == "eager"
+    with pytest.raises(ValueError, match="backend='native' cannot run here: SMOA_NATIVE=0 forbids it; backend='eager'"):
+        smoa_linear(*_arguments(), scaling=1.0, backend="native")
+
+
+def test_less_than_float32_is_eagers() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert native_obstacle(CPU) == "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def _arguments() -> tuple[object, ...]:
+    p = on_cpu().to(torch.float32)
+    return p.x, p.weight, p.bias, p.A, p.B, p.partition, p.ranks
+
+
+# What a process says of a package whose folder it is given.
+PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from smoa_kernels import native; print(native.obstacle())"
+
+
+def said(package: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(package)], capture_output=True, text=True, check=True, cwd=package
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of smoa_kernels, to spoil."""
+    shutil.copytree(Path(native.__file__).parent.parent, tmp_path / "smoa_kernels")
+    return tmp_path
+
+
+def test_a_library_that_is_not_there(package: Path) -> None:
+    for path in (package / "smoa_kernels" / "native").glob("*.so"):
+        path.unlink()
+    assert said(package).startswith("it was not compiled: the wheel is for another machine, or was built without")
+
+
+@needs_library
+def test_a_library_of_another_source(package: Path) -> None:
+    with (package / "smoa_kernels" / "native" / "linear.c").open("a") as file:
+        file.write("/* edited */\n")
+    assert said(package).endswith("was compiled from another linear.c: install the package again")
+
+
+@needs_library
+def test_a_library_that_is_broken(package: Path) -> None:
+    for path in (package / "smoa_kernels" / "native").glob("*.so"):
+        path.unlink()
+        path.write_bytes(b"no library")
+    assert "cannot be loaded" in said(package)
+
+
+@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
+def test_it_compiles_without_warnings(tmp_path: Path) -> None:
+    assert [path.name for path in hatch_build.compile_library(tmp_path)] == ["linear_avx2.so", "linear_avx512.so"]
+    for flags in hatch_build.VARIANTS.values():
+        command = [str(hatch_build.compiler()), "-fsyntax-only", "-Wall", "-Wextra", "-Werror", '-DSOURCE=""', *flags]
+        done = subprocess.run([*command, str(hatch_build.SOURCE)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_without_a_compiler_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "no such compiler")
+    assert hatch_build.compiler() is None
+    assert hatch_build.compile_library(tmp_path) == []
+    assert not os.listdir(tmp_path)
