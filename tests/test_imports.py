@@ -14,7 +14,7 @@ PACKAGE = ROOT / "smoa_kernels"
 # A module imports from its own line or those above. A folder stands for what it holds and no other line names.
 ORDER = (
     ("checks",),
-    ("_version", "backends", "files", "dropout", "gpus", "precision", "problem", "spectral_order"),
+    ("_version", "backends", "files", "dropout", "gpus", "native", "precision", "problem", "spectral_order"),
     ("partition",),
     ("arguments", "counts", "grad_tiling", "packed", "ranks", "sketch", "spectrum"),
     ("layer_checks",),
@@ -22,7 +22,7 @@ ORDER = (
     ("reference",),
     ("kernels",),
     ("tuning.identity", "tuning.entries", "tuning.store", "tuning.lookup", "tuning.status"),
-    ("block_order", "eager", "triton_backend"),
+    ("block_order", "eager", "native_backend", "triton_backend"),
     ("operator",),
     ("functional",),
     ("layers",),

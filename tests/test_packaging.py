@@ -3,13 +3,16 @@
 import ast
 import email
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.message import Message
 from pathlib import Path
 
+import hatch_build
 import installed
 import pytest
 from packaging.requirements import Requirement
@@ -68,7 +71,22 @@ def test_the_wheel_holds_the_package_and_nothing_else(names: list[str]) -> None:
     }
     assert package == on_disk
     assert {"smoa_kernels/py.typed", "smoa_kernels/tuning/tables/README.md"} <= package
-    assert {Path(name).suffix for name in package} <= {".py", ".typed", ".md", ".json"}
+    assert {Path(name).suffix for name in package} <= {".py", ".typed", ".md", ".json", ".c", ".so"}
+
+
+def test_a_wheel_with_compiled_code_is_for_its_machine_and_one_without_for_any(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if hatch_build.compiler() is not None:
+        assert wheel.stem.endswith(f"-py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}")
+        assert "Root-Is-Purelib: false" in dist_info(wheel, "WHEEL")
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "*.so"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    pure = build("wheel", source, tmp_path)
+    assert pure.stem.endswith("-py3-none-any")
+    with zipfile.ZipFile(pure) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
 
 
 def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
