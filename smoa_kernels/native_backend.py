@@ -68,9 +68,9 @@ def _linear(
     x, weight = _rows(x), _along_memory(weight)
     if not y.numel():
         return
-    if adapter is None or row_block is None or col_block is None:
-        rank, A, B, scaling, labels = 0, weight, weight, 0.0, (None, None, None)
-    else:
+    labels: tuple[int | None, int | None, int | None] = None, None, None
+    rank, A, B, scaling = 0, weight, weight, 0.0
+    if adapter is not None and row_block is not None and col_block is not None:
         A, B, ranks = _wide(adapter.A), _wide(adapter.B), _ranks(adapter)
         rank, scaling = A.shape[0], float(adapter.scaling)
         labels = row_block.data_ptr(), col_block.data_ptr(), ranks.data_ptr()
@@ -109,7 +109,7 @@ GEMMS = eager.Gemms(merged, add_base, gradient)
 
 def _named(name: str) -> AbstractContextManager[object]:
     """Seen by the profiler, where one runs: it knows operators, not what is called beside them."""
-    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+    return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
 
 
 def _along_memory(matrix: Tensor) -> Tensor:

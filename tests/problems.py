@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from smoa_kernels import BlockPartition, smoa_linear
+from smoa_kernels.backends import resolve_backend
 from smoa_kernels.reference import reference_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,6 +136,15 @@ def _draw(
         problem.A[slot[:, None] >= problem.ranks[partition.col_block.long()]] = 0
         problem.B[slot >= problem.ranks[partition.row_block.long(), None]] = 0
     return problem
+
+
+def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a backend does not take a dtype on `DEVICE`, in its own words; None where it does."""
+    try:
+        resolve_backend(backend, DEVICE, dtype, 1)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import DEVICE, LinearProblem, error_over_budget, make_problem
+from problems import DEVICE, LinearProblem, error_over_budget, make_problem, obstacle
 from torch import Tensor
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.backends import triton_obstacle
 from smoa_kernels.dropout import Dropout
 
 pytestmark = pytest.mark.numerical
@@ -26,7 +25,8 @@ DROPOUT = {"dropout_p": 0.3, "dropout_seed": torch.tensor(7, device=DEVICE)}
 WAYS: list[dict[str, object]] = [
     *({"backend": "eager", "algorithm": algorithm} for algorithm in ("merged", "split", "expanded")),
     *({"backend": "triton", "algorithm": algorithm} for algorithm in ("merged", "split", "fused")),
-    *({"backend": backend, **DROPOUT} for backend in ("eager", "triton")),
+    {"backend": "native", "algorithm": "merged"},
+    *({"backend": backend, **DROPOUT} for backend in ("eager", "native", "triton")),
 ]
 
 each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, list(way.values())[:2])))
@@ -35,10 +35,12 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def runs_here(request: pytest.FixtureRequest) -> None:
-    way = request.node.callspec.params.get("way", {}) if hasattr(request.node, "callspec") else {}
-    obstacle = triton_obstacle(DEVICE)
-    if way.get("backend") == "triton" and obstacle is not None:
-        pytest.skip(obstacle)
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    reason = (
+        obstacle(params["way"]["backend"], params.get("dtype", torch.float32)) if "way" in params else None
+    )
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def problem(dtype: torch.dtype) -> LinearProblem:
@@ -76,7 +78,7 @@ def digest() -> str:
     found = hashlib.sha256()
     with threads(1):
         for way in WAYS:
-            if way["backend"] == "eager" or triton_obstacle(DEVICE) is None:
+            if obstacle(str(way["backend"])) is None:
                 for value in problem(torch.float32).run(**way):
                     found.update(value.cpu().numpy().tobytes())
     return found.hexdigest()
@@ -94,7 +96,7 @@ def test_two_processes_are_bitwise_equal() -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("way", [way for way in WAYS if way["backend"] == "eager"], ids=str)
+@pytest.mark.parametrize("way", [way for way in WAYS if way["backend"] != "triton"], ids=str)
 def test_other_thread_counts_stay_within_the_budget(way: dict[str, object], dtype: torch.dtype) -> None:
     p = problem(dtype)
     for count in (1, 2, 3):

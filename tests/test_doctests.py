@@ -28,6 +28,7 @@ INTERNAL = {
     "block_order.py": "behind the eager backend",
     "checks.py": "checks of single values",
     "eager.py": "a backend; backends.py says what each has",
+    "native_backend.py": "a backend; backends.py says what each has",
     "layer_checks.py": "checks of FusedSMoALinear's arguments",
     "operator.py": "behind smoa_linear",
     "triton_backend.py": "a backend; backends.py says what each has",
@@ -179,7 +180,7 @@ def mentions(doc: str, name: str) -> bool:
 
 
 # Pages that lead through the code, to what is internal too.
-INSIDE = {"CONTRIBUTING.md", "add_a_kernel.md", "definition.md", "gpu.md", "tour.md"}
+INSIDE = {"CONTRIBUTING.md", "add_a_kernel.md", "cpu.md", "definition.md", "gpu.md", "tour.md"}
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 
 

@@ -132,12 +132,17 @@ def test_honours_needs_input_grad(wanted: str | None, monkeypatch: pytest.Monkey
     tensors = {"x": p.x, "A": p.A, "B": p.B, "bias": p.bias}
     tensors = {name: t.clone().requires_grad_(name == wanted) for name, t in tensors.items()}
     calls = []
-    monkeypatch.setattr(eager, "_block_grad", _recording(eager._block_grad, "factors", calls))
-    monkeypatch.setattr(eager, "_merged", _recording(eager._merged, "weight", calls))
+    gemms = eager.TORCH
+    recording = gemms._replace(
+        gradient=_recording(gemms.gradient, "factors", calls),
+        merged=_recording(gemms.merged, "weight", calls),
+    )
+    monkeypatch.setattr(eager, "TORCH", recording)
     monkeypatch.setattr(eager, "EXPANDED_MAX_ROWS", {True: 0, False: 0})
     y = smoa_linear(
-        tensors["x"], p.weight, tensors["bias"], tensors["A"], tensors["B"], p.partition, p.ranks, scaling=0.7
-    )
+        tensors["x"], p.weight, tensors["bias"], tensors["A"], tensors["B"], p.partition, p.ranks, scaling=0.7,
+        backend="eager",
+    )  # fmt: skip
     calls.clear()
     assert y.requires_grad == (wanted is not None)
     if wanted is not None:

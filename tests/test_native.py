@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import hatch_build
 import pytest
 import torch
 from problems import TINY, LinearProblem, make_problem, relative_error
 from torch import Tensor
 
+import hatch_build
 from smoa_kernels import native, smoa_linear
 from smoa_kernels.backends import native_obstacle, resolve_backend
 from smoa_kernels.native_backend import GRADIENT, LINEAR
@@ -74,7 +74,11 @@ def test_every_shape(
 def test_every_memory_order(name: str) -> None:
     p = on_cpu(tokens=50, out_features=33, in_features=57, random_labels=True)
     whole = getattr(p, name)
-    for other in (whole.T.contiguous().T, whole.repeat_interleave(3, 1)[:, ::3], torch.cat([whole, whole], 1)):
+    for other in (
+        whole.T.contiguous().T,
+        whole.repeat_interleave(3, 1)[:, ::3],
+        torch.cat([whole, whole], 1),
+    ):
         check(replace(p, **{name: other[:, : whole.shape[1]]}), algorithm="merged")
 
 
@@ -139,7 +143,9 @@ def test_auto_takes_what_is_there() -> None:
 def test_a_variable_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOA_NATIVE", "0")
     assert resolve_backend("auto", CPU, torch.float32, 4) == "eager"
-    with pytest.raises(ValueError, match="backend='native' cannot run here: SMOA_NATIVE=0 forbids it; backend='eager'"):
+    with pytest.raises(
+        ValueError, match="backend='native' cannot run here: SMOA_NATIVE=0 forbids it; backend='eager'"
+    ):
         smoa_linear(*_arguments(), scaling=1.0, backend="native")
 
 
@@ -147,7 +153,9 @@ def test_less_than_float32_is_eagers() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
-        assert native_obstacle(CPU) == "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
+        assert (
+            native_obstacle(CPU) == "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
+        )
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
 
@@ -158,7 +166,9 @@ def _arguments() -> tuple[object, ...]:
 
 
 # What a process says of a package whose folder it is given.
-PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from smoa_kernels import native; print(native.obstacle())"
+PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from smoa_kernels import native; print(native.obstacle())"
+)
 
 
 def said(package: Path) -> str:
@@ -178,7 +188,9 @@ def package(tmp_path: Path) -> Path:
 def test_a_library_that_is_not_there(package: Path) -> None:
     for path in (package / "smoa_kernels" / "native").glob("*.so"):
         path.unlink()
-    assert said(package).startswith("it was not compiled: the wheel is for another machine, or was built without")
+    assert said(package).startswith(
+        "it was not compiled: the wheel is for another machine, or was built without"
+    )
 
 
 @needs_library
@@ -198,10 +210,23 @@ def test_a_library_that_is_broken(package: Path) -> None:
 
 @pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
 def test_it_compiles_without_warnings(tmp_path: Path) -> None:
-    assert [path.name for path in hatch_build.compile_library(tmp_path)] == ["linear_avx2.so", "linear_avx512.so"]
+    assert [path.name for path in hatch_build.compile_library(tmp_path)] == [
+        "linear_avx2.so",
+        "linear_avx512.so",
+    ]
     for flags in hatch_build.VARIANTS.values():
-        command = [str(hatch_build.compiler()), "-fsyntax-only", "-Wall", "-Wextra", "-Werror", '-DSOURCE=""', *flags]
-        done = subprocess.run([*command, str(hatch_build.SOURCE)], capture_output=True, text=True, check=False)
+        command = [
+            str(hatch_build.compiler()),
+            "-fsyntax-only",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            '-DSOURCE=""',
+            *flags,
+        ]
+        done = subprocess.run(
+            [*command, str(hatch_build.SOURCE)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import DEVICE, LinearProblem, make_problem
+from problems import DEVICE, LinearProblem, make_problem, obstacle
 from torch import Tensor, nn
 
 from smoa_kernels import FusedSMoALinear
@@ -17,6 +17,8 @@ needs_triton = pytest.mark.skipif(OBSTACLE is not None, reason=f"on {DEVICE}, {O
 WAYS = [
     *(("eager", algorithm, 0.0) for algorithm in ("merged", "split", "expanded")),
     ("eager", "split", 0.3),
+    ("native", "merged", 0.0),
+    ("native", "split", 0.3),
     *(
         pytest.param("triton", algorithm, 0.0, marks=needs_triton)
         for algorithm in ("merged", "split", "fused")
@@ -56,6 +58,8 @@ def check_hides_nothing(ours: Tensor, theirs: Tensor, poison: str, what: str) ->
 def test_what_is_not_finite_is_not_hidden(
     backend: str, algorithm: str, dropout: float, name: str, value: float, block: int, dtype: torch.dtype
 ) -> None:
+    if (reason := obstacle(backend, dtype)) is not None:
+        pytest.skip(reason)
     p = poisoned(name, value, block, dtype)
     mask = {"dropout_p": dropout, "dropout_seed": torch.tensor(3)} if dropout else {}
     found = p.run(backend=backend, algorithm=algorithm, **mask)

@@ -12,10 +12,11 @@ import zipfile
 from email.message import Message
 from pathlib import Path
 
-import hatch_build
 import installed
 import pytest
 from packaging.requirements import Requirement
+
+import hatch_build
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "smoa_kernels"
@@ -78,7 +79,9 @@ def test_a_wheel_with_compiled_code_is_for_its_machine_and_one_without_for_any(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if hatch_build.compiler() is not None:
-        assert wheel.stem.endswith(f"-py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}")
+        assert wheel.stem.endswith(
+            f"-py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        )
         assert "Root-Is-Purelib: false" in dist_info(wheel, "WHEEL")
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "*.so"))

@@ -9,7 +9,7 @@ import trust
 from problems import DEVICE
 
 from smoa_kernels import eager
-from smoa_kernels.backends import triton_obstacle
+from smoa_kernels.backends import native_obstacle, triton_obstacle
 
 pytestmark = pytest.mark.numerical
 
@@ -36,6 +36,8 @@ def test_every_backend_has_its_dtypes_and_dropout() -> None:
     dtypes = {"reference": 4, "eager": 4}
     if triton_obstacle(DEVICE) is None:
         dtypes["triton"] = 3  # it takes no float64
+    if native_obstacle(DEVICE) is None:
+        dtypes["native"] = 1  # float32
     assert Counter(case.backend for case in found if case.algorithm == "dropout") == dtypes
     for backend, count in dtypes.items():
         assert len({case.dtype for case in found if case.backend == backend}) == count
@@ -46,14 +48,14 @@ def test_a_wrong_result_shows(
     spoilt: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the last of several problems, too, and by its name."""
-    block_grad, calls = eager._block_grad, []
+    block_grad, calls = eager.TORCH.gradient, []
 
     def wrong(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
         dA, dB = block_grad(*arguments)  # type: ignore[arg-type]
         calls.append(dA)
         return dA * (spoilt if len(calls) == 3 else 1), dB
 
-    monkeypatch.setattr(eager, "_block_grad", wrong)
+    monkeypatch.setattr(eager, "TORCH", eager.TORCH._replace(gradient=wrong))
     monkeypatch.setattr(trust, "cases", lambda: [FLOAT32])
     assert trust.main([]) == 1
     (complaint,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("eager"))

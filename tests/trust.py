@@ -18,7 +18,7 @@ from typing import NamedTuple
 import conftest  # noqa: F401  # Triton interprets where there is no GPU, decided before a kernel is defined
 import torch
 import torch.nn.functional as F
-from problems import DEVICE, TINY, LinearProblem, make_problem
+from problems import DEVICE, TINY, LinearProblem, make_problem, obstacle
 from torch import Tensor
 
 from smoa_kernels.backends import load_backend, triton_obstacle
@@ -48,12 +48,12 @@ class Found(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """Every algorithm of every backend that runs here, in every dtype that it takes; the reference has one."""
-    algorithms = {"reference": ("auto",), "eager": load_backend("eager").ALGORITHMS}
+    algorithms = {"reference": ("auto",), "eager": load_backend("eager").ALGORITHMS, "native": ("merged",)}
     if triton_obstacle(DEVICE) is None:
         algorithms["triton"] = load_backend("triton").ALGORITHMS
     for backend, ways in algorithms.items():
         for dtype in DTYPES:
-            if backend != "triton" or triton_obstacle(DEVICE, dtype) is None:
+            if obstacle(backend, dtype) is None:
                 yield from (Case(backend, way, dtype) for way in (*ways, "dropout"))
 
 

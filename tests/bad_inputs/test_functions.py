@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.backends import algorithms_of, load_backend, resolve_backend, triton_obstacle
+from smoa_kernels.backends import (
+    algorithms_of,
+    load_backend,
+    native_obstacle,
+    resolve_backend,
+    triton_obstacle,
+)
 from smoa_kernels.cost import Problem, choose_algorithm, estimate, fused_token_limit, parts
 from smoa_kernels.distributed import (
     agree_on_buffers,
@@ -267,7 +273,12 @@ MODELS: list[Row] = [
         r"weight must be a matrix .* got torch.float32 \(3,\)",
     ),
     (lambda w: sketch_distance(w.layer.smoa_sketch, torch.ones(3)), TypeError, "second must be a sketch"),
-    (lambda _: load_backend("cuda"), ValueError, "name must be one of eager, triton, reference, got 'cuda'"),
+    (lambda _: native_obstacle("cpu"), TypeError, "device must be a torch.device, got str"),  # type: ignore[arg-type]
+    (
+        lambda _: load_backend("cuda"),
+        ValueError,
+        "name must be one of eager, native, triton, reference, got 'cuda'",
+    ),
     (lambda _: Problem("1", 4, 4, 1, 1), TypeError, "tokens must be an int, got '1'"),  # type: ignore[arg-type]
     (lambda _: Problem(1, 4, 4, 1.5, 1), TypeError, "num_blocks must be an int, got 1.5"),  # type: ignore[arg-type]
     (lambda _: Problem(1, 4, 4, 1, 1, "bf16"), TypeError, "dtype must be a torch.dtype, got 'bf16'"),  # type: ignore[arg-type]
@@ -414,8 +425,16 @@ MODELS: list[Row] = [
         TypeError,
         "ieee must be a bool, got int",
     ),
-    (lambda _: load_backend([]), ValueError, r"name must be one of eager, triton, reference, got \[\]"),  # type: ignore[arg-type]
-    (lambda _: algorithms_of([]), ValueError, r"name must be one of eager, triton, reference, got \[\]"),  # type: ignore[arg-type]
+    (
+        lambda _: load_backend([]),
+        ValueError,
+        r"name must be one of eager, native, triton, reference, got \[\]",
+    ),  # type: ignore[arg-type]
+    (
+        lambda _: algorithms_of([]),
+        ValueError,
+        r"name must be one of eager, native, triton, reference, got \[\]",
+    ),  # type: ignore[arg-type]
     (lambda _: device_gpu([]), TypeError, "device must be a torch.device, got list"),  # type: ignore[arg-type]
     (lambda _: match_gpu([], None), TypeError, "device_name must be a str, got list"),  # type: ignore[arg-type]
     (lambda _: match_gpu("x", [9, 0]), TypeError, "capability must be a tuple, got list"),  # type: ignore[arg-type]
