@@ -21,8 +21,9 @@ FUZZED  = $(shell grep -rl --include='test_*.py' 'settings().max_examples' tests
 .PHONY: help finetune main-job classify test nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke quality quality-data \
         quality-smoke gpu gpu-smoke audit clean
 
-help: ## list the targets
+help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@test ! -e .ci/run || echo "  .ci/run calls     $$(sed -n 's/^make //p' .ci/run | paste -sd ' ' -)"
 
 $(BIN)/.examples: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
