@@ -31,7 +31,7 @@ def base_of(p: LinearProblem, conv1d: bool) -> nn.Module:
     return nn.Sequential(layer)
 
 
-@share(0.04)
+@share(0.15)
 @given(p=problems(DTYPES, of_a_layer=True), conv1d=st.booleans(), safe=st.booleans())
 def test_a_merged_layer(p: LinearProblem, conv1d: bool, safe: bool) -> None:
     ranks = p.ranks.tolist()
