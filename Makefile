@@ -16,7 +16,7 @@ CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter
           tests/test_bringup*.py tests/test_dead_zone.py $(wildcard tests/test_lost_*)),$(wildcard tests/test_*.py))
 
 # The tests that draw as many examples as the profile says (tests/conftest.py).
-FUZZED  = $(shell grep -rl --include='test_*.py' 'settings().max_examples' tests)
+FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune main-job classify test nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke quality quality-data \
         quality-smoke gpu gpu-smoke audit clean
