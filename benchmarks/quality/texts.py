@@ -3,7 +3,8 @@
 AGAINST_LORA = """Differences in points of accuracy with Student's 95 % interval. The last column is the mean over the
 tasks; its interval counts the spread between seeds, so it speaks of these tasks."""
 SPECTRUM = """SMoA with its spectral blocks minus SMoA with as large blocks of coordinates drawn at random by the
-seed. Blocks are as large, so parameters are as many. Random blocks were drawn for K=2 at r=8 and for K=4 at r=32 only."""
+seed. Blocks are as large, so parameters are as many. Random blocks were drawn for K=2 at r=8 and for K=4 at r=32
+only."""
 DECIDED = """How much one task decides: the same averages with each task left out in turn, in points with 95 %
 intervals."""
 GAPS = "The comparison has holes. Not judged on test:"
