@@ -16,13 +16,14 @@ CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter
           tests/test_bringup*.py tests/test_dead_zone.py $(wildcard tests/test_lost_*)),$(wildcard tests/test_*.py))
 
 # The tests that draw as many examples as the profile says (tests/conftest.py).
-FUZZED  = $(shell grep -rl --include='test_*.py' 'settings().max_examples' tests)
+FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune main-job classify test nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke quality quality-data \
         quality-smoke gpu gpu-smoke audit clean
 
-help: ## list the targets
+help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@test ! -e .ci/run || echo "  .ci/run calls     $$(sed -n 's/^make //p' .ci/run | paste -sd ' ' -)"
 
 # The editable installation compiles native/linear.c where there is a C compiler.
 $(BIN)/.examples: pyproject.toml Makefile hatch_build.py smoa_kernels/native/linear.c

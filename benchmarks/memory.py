@@ -82,6 +82,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
+    kept.clear()  # the graph's nodes hold `pack`, which holds this: nothing would ever be released
     return sum(storages.values())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -14,14 +16,23 @@ from .gate import check_layers
 from .profiles import by_kind
 from .protocol import DEVICE, Run, laps
 from .providers import FROZEN, SMOA, Case, layer_providers
+from .rotation import Inputs
 
 
-def training_pass(layer: nn.Module, case: Case) -> Run:
-    """Seconds of a forward that records for backward, of the backward alone, and of both."""
-    x, dy = case.input(), case.output_gradient()
-    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+def training_pass(layer: nn.Module, case: Case, inputs: Inputs | None = None) -> Run:
+    """Seconds of a forward that records for backward, of the backward alone, and of both.
+
+    Args:
+        layer: what is run.
+        case: its problem.
+        inputs: each pass takes the next; left out, every pass takes the same.
+    """
+    turns = inputs or itertools.repeat((case.input(), case.output_gradient()))
+    trained = [p for p in layer.parameters() if p.requires_grad]
 
     def run() -> dict[str, float]:
+        x, dy = next(turns)
+        wanted = [x, *trained]
         outputs: list[torch.Tensor] = []
         forward, backward = laps(
             lambda: outputs.append(layer(x)), lambda: torch.autograd.grad(outputs[0], wanted, dy)

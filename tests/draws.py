@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["PROFILES", "HealthCheck", "assume", "example", "given", "settings", "st"]
+__all__ = ["PROFILES", "HealthCheck", "assume", "example", "given", "settings", "share", "st"]
 
 PROFILES = {"ci": 300, "nightly": 10_000}
-"""How many problems test_fuzz.py draws in all; the variable HYPOTHESIS_PROFILE chooses."""
+"""How many problems are drawn for the C oracle in all (test_fuzz.py, test_fuzz_layers.py, peft/test_fuzzed_merge.py),
+how many adapter folders, how many tuning tables; the variable HYPOTHESIS_PROFILE chooses."""
 
 
 class _UnsuitableError(Exception):
@@ -115,3 +116,8 @@ else:
         lists=_lists,
         sampled_from=_sampled_from,
     )
+
+
+def share(part: float) -> Any:
+    """So much of all that the profile draws."""
+    return settings(max_examples=round(part * settings().max_examples))

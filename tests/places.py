@@ -47,6 +47,14 @@ def kill_at(process: "subprocess.Popen[str]", line: str) -> None:
         assert process.returncode == -signal.SIGKILL, process.stderr and process.stderr.read()
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Interrupts arrive, here and in children: a shell that starts tests in the background has them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
     """No file may become larger, as on a disk that is full: writing beyond it is an error of the system."""

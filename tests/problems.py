@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,18 +49,23 @@ class LinearProblem:
         return replace(self, partition=self.partition.to(device), **tensors)
 
     def run(self, **kwargs: object) -> tuple[Tensor, ...]:
-        """y, dX, dA, dB and, where there is one, dbias."""
+        """y, dX, dA, dB and, where there is one, dbias. `autocast`, a dtype, is on in the forward, as is usual."""
         return self._run(smoa_linear, **kwargs)
 
     def run_reference(self, **kwargs: object) -> tuple[Tensor, ...]:
         """The same by the definition in the problem's own dtype, gradients by autograd."""
         return self._run(reference_linear, **kwargs)
 
-    def _run(self, function: object, **kwargs: object) -> tuple[Tensor, ...]:
+    def _run(
+        self, function: object, *, autocast: torch.dtype | None = None, **kwargs: object
+    ) -> tuple[Tensor, ...]:
         leaves = [t.detach().clone().requires_grad_() for t in (self.x, self.A, self.B)]
         x, A, B = leaves
         bias = None if self.bias is None else self.bias.detach().clone().requires_grad_()
-        y = function(x, self.weight, bias, A, B, self.partition, self.ranks, scaling=self.scaling, **kwargs)  # type: ignore[operator]
+        with nullcontext() if autocast is None else torch.autocast(DEVICE.type, autocast):
+            y = function(  # type: ignore[operator]
+                x, self.weight, bias, A, B, self.partition, self.ranks, scaling=self.scaling, **kwargs
+            )
         y.backward(self.dy)
         return (y.detach(), *(leaf.grad for leaf in leaves), *(() if bias is None else (bias.grad,)))
 

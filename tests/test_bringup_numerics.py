@@ -186,8 +186,9 @@ def test_the_numerical_tests_are_all_of_them() -> None:
     kernels = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
     assert names[: len(kernels)] == [f"kernels/{path.name}" for path in kernels]
     others = "cuda_graphs dead_zone determinism dropout functional fuzz in_training layers operator reference"
-    assert {f"test_{name}.py" for name in (*others.split(), "soak", "trust")} <= set(names)
-    assert {"peft/test_tuner.py", "peft/test_lifecycle.py", "peft/test_training.py"} <= set(names)
+    assert {f"test_{name}.py" for name in (*others.split(), "fuzz_layers", "soak", "trust")} <= set(names)
+    tuner = "fuzzed_merge lifecycle training tuner"
+    assert {f"peft/test_{name}.py" for name in tuner.split()} <= set(names)
     assert {"test_theory.py", "test_partition.py", "test_spectrum.py"} <= set(names)
 
 
@@ -251,6 +252,7 @@ DRAWN = (
     "tests/test_theory.py",
     "tests/test_fuzz.py::test_eager",
     "tests/test_fuzz.py::test_leading_dimensions",
+    "tests/test_fuzz_layers.py::test_eager",
     "tests/kernels/test_random_shapes.py::test_gather_and_scatter",
     "tests/kernels/test_random_shapes.py::test_random_shapes[test_modulate-torch.float32]",
 )

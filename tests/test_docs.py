@@ -175,6 +175,16 @@ def test_commands_exist(page: Path) -> None:
             assert known.params, text
 
 
+def test_contributing_says_what_ci_runs() -> None:
+    script = ROOT / ".ci" / "run"
+    if not script.is_file():
+        pytest.skip("not a checkout: an sdist has no .ci")
+    called = re.findall(r"^make ([a-z-]+)$", script.read_text(encoding="utf-8"), re.MULTILINE)
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (told,) = re.findall(r"^`\.ci/run`,[^`]* calls ([^.]*)\.$", page, re.MULTILINE)
+    assert CODE.findall(told) == called
+
+
 def test_the_readmes_picture_shows_what_it_says() -> None:
     pytest.importorskip("matplotlib", reason="the figures need matplotlib")
     import torch

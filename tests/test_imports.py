@@ -21,7 +21,10 @@ ORDER = (
     ("cost", "grad_share", "workspace"),
     ("reference",),
     ("kernels",),
-    ("tuning.identity", "tuning.entries", "tuning.store", "tuning.lookup", "tuning.status"),
+    (
+        *("tuning.identity", "tuning.entries", "tuning.json_reader"),
+        *("tuning.store", "tuning.lookup", "tuning.status"),
+    ),
     ("block_order", "eager", "native_backend", "triton_backend"),
     ("operator",),
     ("functional",),

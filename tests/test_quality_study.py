@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ctrl_c  # noqa: F401
 from typer.testing import CliRunner
 
 from benchmarks import machine
@@ -156,6 +162,50 @@ def test_the_methods_are_shared_between_processes(tmp_path: Path) -> None:
     assert sorted((r["method"], r["stage"]) for r in records) == [
         (name, stage) for name in ("LoRA", "SMoA K=2", "none") for stage in ("final", "search")
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [
+        (signal.SIGTERM, os.kill),
+        (signal.SIGKILL, os.kill),
+        (signal.SIGINT, os.kill),
+        (signal.SIGINT, os.killpg),  # a terminal's Ctrl-C reaches all of them
+    ],
+)
+@pytest.mark.usefixtures("ctrl_c")
+def test_what_ends_the_command_ends_its_processes_and_keeps_the_runs(
+    number: signal.Signals, send: Callable[[int, int], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "runs.jsonl"
+    arguments = ["run", "--task", "trec50", "--smoke", "--seeds", "100000", "--records", str(path)]
+    command = [sys.executable, "-m", "benchmarks.quality", *arguments, "--method", "none", "--method", "LoRA"]
+    with subprocess.Popen(
+        [*command, "--jobs", "2"],
+        cwd=RECORDS.parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            said: set[str] = set()
+            while not said >= {"none", "LoRA"}:  # both processes are at it
+                assert process.stdout is not None
+                line = process.stdout.readline()
+                assert line, process.stderr and process.stderr.read()
+                said.add(line.split()[1])
+            before = store.read(path)
+            send(process.pid, number)
+            # Both hold the pipes open for as long as they run, which would be for days.
+            _, errors = process.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == (130 if number is signal.SIGINT else -number)
+    assert "Traceback" not in errors
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines[: len(before)]] == before
 
 
 def test_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

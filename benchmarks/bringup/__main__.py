@@ -19,7 +19,8 @@ from .state import ROOT, State, path_of
 
 GRACE = 3.0  # seconds from a stage's own deadline to being interrupted, and from there to its end by force
 PATIENCE = 10.0  # from Ctrl-C to the end by force: a compiler or a launch may have to end first
-# Of one processor, for a rehearsal: as long as it takes alone on a machine, however many others it shares it with.
+# Of one processor, for a rehearsal: as long as it takes alone on a machine, however many others it shares it with. The
+# clock is told beside it; it judges nothing, for others make it run.
 SMOKE_SECONDS = 120.0
 
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    before = _children_seconds()
+    begin = _seconds()
     out = options.out or ROOT / (".benchmarks/bringup" if options.smoke else "benchmarks/results")
     if options.smoke:
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -84,10 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = State.read(path)
     _write(path.with_suffix(".md"), page(state))
     print(f"written: {path} and {path.with_suffix('.md').name}")
-    used = _children_seconds() - before
-    if options.smoke and used > SMOKE_SECONDS:
-        print(f"a rehearsal may take {SMOKE_SECONDS:.0f} s of processor time, this one took {used:.0f}")
-        return 1
+    if options.smoke:
+        used, elapsed = (now - then for now, then in zip(_seconds(), begin, strict=True))
+        print(
+            f"a rehearsal may take {SMOKE_SECONDS:.0f} s of processor time, this one took {used:.0f};"
+            f" by the clock {elapsed:.0f}"
+        )
+        if used > SMOKE_SECONDS:
+            return 1
     return 0 if all(found["status"] == "done" for found in state.stages.values()) else 1
 
 
@@ -96,10 +101,10 @@ def _code(state: State) -> str:
     return str(state.run.commit).rstrip("+")
 
 
-def _children_seconds() -> float:
-    """Processor time of all processes that this one started and that have ended."""
+def _seconds() -> tuple[float, float]:
+    """Processor time of all processes that this one started and that have ended, and the clock."""
     times = os.times()
-    return times.children_user + times.children_system
+    return times.children_user + times.children_system, times.elapsed
 
 
 def _in_process(name: str, out: Path, seconds: float, smoke: bool) -> dict[str, object]:

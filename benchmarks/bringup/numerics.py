@@ -45,6 +45,7 @@ NOT_NUMERICAL = {
     "test_benchmark_protocol.py": "the clock and the gates of the benchmarks, on the CPU",
     "test_benchmark_report.py": "tables of made-up runs",
     "test_bringup.py": "the bring-up itself: stages, Ctrl-C, resume",
+    "test_bringup_inputs.py": "the bring-up itself: which copies of the inputs a timed pass takes",
     "test_bringup_numerics.py": "the bring-up itself: this stage",
     "test_bringup_page.py": "the bring-up itself: cases, goals, page",
     "test_c_oracle.py": "an oracle that shares no code with the package",

@@ -26,6 +26,7 @@ from ..memory import footprint
 from ..protocol import DEVICE, Turns, quartiles
 from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case, PaperDense, Provider, frozen, hira, lora, smoa
 from ..results import Result
+from ..rotation import cache_bytes, rotated
 from ..test_layer_throughput import training_pass
 from ..theory import rates
 from .cases import GOAL_CASES, comparison_cases, tuned_layers
@@ -121,14 +122,20 @@ def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]
     if case in GOAL_CASES:
         layers, more = _passing(case, layers)
         red = red | more
-    turns = Turns({name: training_pass(layer, case) for name, layer in layers.items()}, FROZEN)
+    timed = _timed(case, layers, smoke)  # first, for it leaves nothing in memory
+    sizes = {name: footprint(layer, case).record() for name, layer in layers.items()}
+    return [timed, Result("memory", f"memory: {case}", case.record(), bytes=sizes)], red
+
+
+def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
+    """Every provider in turns, each pass on the next copy of the inputs, which all providers share."""
+    inputs = rotated(case, cache_bytes())
+    turns = Turns({name: training_pass(layer, case, inputs) for name, layer in layers.items()}, FROZEN)
     before, one = load(), turns.warm_up(1 if smoke else 2)
     for _ in range(2 if smoke else max(5, min(MOST_ROUNDS, int(SECONDS_PER_CASE / one)))):
         turns.round()
     seconds = {phase: dict(found.seconds) for phase, found in turns.comparisons().items()}
-    timed = Result("layer", f"layer: {case}", case.record(), FROZEN, [before, load()], seconds)
-    sizes = {name: footprint(layer, case).record() for name, layer in layers.items()}
-    return [timed, Result("memory", f"memory: {case}", case.record(), bytes=sizes)], red
+    return Result("layer", f"layer: {case}", case.record(), FROZEN, [before, load()], seconds)
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +12,7 @@ import typer
 from ..machine import EDITED, commit
 from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
-from .shares import console, run_share
+from .shares import Share, console, run_shares
 from .tasks import TASKS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -52,7 +50,7 @@ def run(
         bool, typer.Option("--smoke", help="Two steps on a few questions: does every method run.")
     ] = False,
 ) -> None:
-    """Do the runs of these tasks that are not yet in the records."""
+    """Do the runs of these tasks that are not yet in the records; those that are done outlive Ctrl-C and kills."""
     _check("--task", task, TASKS)
     _check("--method", method or [], BY_NAME)
     _check("--sweep", [sweep], SWEEPS)
@@ -66,13 +64,9 @@ def run(
     chosen = method or [m.name for m in SWEEPS[sweep]]
     jobs = min(jobs or os.cpu_count() or 1, len(chosen))
     for name in task:
-        shares = [(name, records, smoke, rate or LEARNING_RATES, seeds, chosen[k::jobs]) for k in range(jobs)]
+        rates = rate or LEARNING_RATES
         try:
-            if jobs == 1:
-                run_share(*shares[0])
-            else:
-                with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-                    list(pool.map(run_share, *zip(*shares, strict=True)))
+            run_shares([Share(name, records, smoke, rates, seeds, chosen[k::jobs]) for k in range(jobs)])
         except FileNotFoundError as error:
             raise typer.BadParameter(str(error)) from error
 

@@ -23,6 +23,7 @@ DASHES = {
     "SMoA K=8": ":",
     "SMoA K=2, r=16": "-.",
     "SMoA K=4, r=32": (0, (1, 3)),
+    "SMoA K=8, r=64": (0, (5, 1, 1, 1, 1, 1)),
     "SMoA K=2, alpha=4r": "--",
     "SMoA K=2, alpha=16r": ":",
     "SMoA K=2, alpha=64r": "-.",

@@ -1,10 +1,20 @@
-"""A share of a task's methods, run by one process; one that is spawned finds nothing that stands in `__main__`."""
+"""A task's methods in shares, each run by one process; one that is spawned finds nothing that stands in `__main__`.
+
+However the command ends, by Ctrl-C, SIGTERM or SIGKILL, its processes end with it, at once: a run that is under way is
+lost, and those that are done are in the records.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
 
 import torch
 from questions import Splits
@@ -20,16 +30,52 @@ SMOKE_QUESTIONS = 40
 console = Console(highlight=False)
 
 
-def run_share(
-    name: str, records: Path, smoke: bool, rates: Sequence[float], seeds: int, methods: Sequence[str]
-) -> None:
-    """A task's runs of some methods, on one thread."""
+class Share(NamedTuple):
+    """Some methods' runs of a task, as `python -m benchmarks.quality run` is asked for them."""
+
+    task: str
+    records: Path
+    smoke: bool
+    rates: Sequence[float]
+    seeds: int
+    methods: Sequence[str]
+
+
+def run_shares(shares: Sequence[Share]) -> None:
+    """Run them side by side, in a process each; a single one in this process."""
+    if len(shares) == 1:
+        run_share(shares[0])
+        return
+    with ProcessPoolExecutor(len(shares), get_context("spawn"), initializer=end_with_parent) as pool:
+        try:
+            list(pool.map(run_share, shares))
+        except KeyboardInterrupt:  # which the pool would have wait until every share is done
+            for process in active_children():
+                process.terminate()
+            raise
+
+
+def end_with_parent() -> None:
+    """Have this process, which another has spawned, end when that one does, whatever it ends by."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to both; it is the parent's
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def run_share(share: Share) -> None:
+    """Do its runs, on one thread."""
     torch.set_num_threads(1)
-    if smoke:
-        part = smoke_slice(TASKS[name], records)
+    if share.smoke:
+        part = smoke_slice(TASKS[share.task], share.records)
     else:
-        part = Slice(TASKS[name], records, console.print, rates=rates)
-    part.run(seeds, [BY_NAME[method] for method in methods])
+        part = Slice(TASKS[share.task], share.records, console.print, rates=share.rates)
+    part.run(share.seeds, [BY_NAME[method] for method in share.methods])
 
 
 def smoke_slice(task: Task, records: Path) -> Slice:

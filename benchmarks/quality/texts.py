@@ -3,12 +3,11 @@
 AGAINST_LORA = """Differences in points of accuracy with Student's 95 % interval. The last column is the mean over the
 tasks; its interval counts the spread between seeds, so it speaks of these tasks."""
 SPECTRUM = """SMoA with its spectral blocks minus SMoA with as large blocks of coordinates drawn at random by the
-seed. Blocks are as large, so parameters are as many."""
+seed. Blocks are as large, so parameters are as many. Random blocks were drawn for K=2 at r=8 and for K=4 at r=32
+only."""
 DECIDED = """How much one task decides: the same averages with each task left out in turn, in points with 95 %
 intervals."""
-GAPS = """The comparison has holes. At LoRA's size SMoA was compared with K=2 (r=16) and, on few tasks, with K=4
-(r=32); K=8 at that size (r=64) was never run. Random blocks were drawn for K=2 and, at r=32 only, for K=4. Not judged
-on test:"""
+GAPS = "The comparison has holes. Not judged on test:"
 RATES = """Each method tried the same rates ({}), once each, with a seed that is not
 among those on test, and where the best was at an end of them, further ones while it was{}. The rates were not fixed
 beforehand: they ended at 0.1, then at 0.2, then at 0.5, since SMoA still gained at the end; every method then tried
@@ -45,5 +44,6 @@ frozen and computed once per question, which changes no result. MiniLM's new hea
 adapter at one learning rate ({:g}), and by "no adapter", which trains it alone, at one searched for. No number of
 parameters counts it. SmolLM2 has no new head, so there "no adapter" trains nothing. Minutes of CPU are those of all
 runs of the table below, one thread each: `make quality` shares a task's methods between as many processes as there are
-processors: on two it takes about half of that. K=4 with r=32 is a sweep of its own (`--sweep larger`). `data.py`,
-`choice.py` and `siqa.py` in `benchmarks/quality/` say where the questions come from."""
+processors: on two it takes about half of that. K=4 with r=32 and K=8 with r=64, which have as many parameters as LoRA,
+are a sweep of their own (`--sweep larger`). `data.py`, `choice.py` and `siqa.py` in `benchmarks/quality/` say where the
+questions come from."""

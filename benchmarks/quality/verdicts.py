@@ -8,6 +8,7 @@ from .methods import ABLATIONS
 from .words import points, title, word
 
 LORA, LORA_HALF, HALF, EQUAL = "LoRA", "LoRA, r=4", "SMoA K=2", "SMoA K=2, r=16"
+EQUALS = (EQUAL, "SMoA K=4, r=32", "SMoA K=8, r=64")  # as many parameters as LoRA
 ENOUGH = 3  # of five tasks: the goal was set before there was a sixth
 
 
@@ -15,7 +16,7 @@ def verdicts(study: Study) -> str:
     """The goals, as the figures answer them, and the averages beside them."""
     lines = [f"- **Goal, half of LoRA's parameters** ({HALF}): {at_half(study)}"] if within(study) else []
     for words, ours, theirs in (
-        ("Goal, equal parameters: above LoRA on the average", EQUAL, LORA),
+        *(("Goal, equal parameters: above LoRA on the average", ours, LORA) for ours in EQUALS),
         *(("Goal, spectral against random blocks", ours, random) for random, ours in ABLATIONS.items()),
         ("Half of the parameters, on average", HALF, LORA),
         ("Equal parameters at half of the budget, on average", HALF, LORA_HALF),
@@ -57,7 +58,7 @@ def without_one_task(study: Study) -> str:
     rows = []
     for ours, theirs in (
         (HALF, LORA),
-        (EQUAL, LORA),
+        *((ours, LORA) for ours in EQUALS),
         *((ours, random) for random, ours in ABLATIONS.items()),
     ):
         means = [

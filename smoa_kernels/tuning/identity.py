@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import triton
@@ -67,7 +68,12 @@ class Identity:
             TypeError, ValueError: a field is missing, unknown or of another type.
         """
         check_kind("data", data, dict)
-        return cls(**data)
+        found = cls(**data)
+        return _IN_USE.setdefault(found, found)
+
+
+# One object for what a table repeats in every entry, as long as it is in use.
+_IN_USE: WeakValueDictionary[Identity, Identity] = WeakValueDictionary()
 
 
 @cached

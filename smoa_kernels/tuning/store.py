@@ -4,10 +4,15 @@ A table is never in the way: one that cannot be read is named in a warning and s
 chosen is the heuristic's. What was measured with other software, or on another slice of the GPU, stands beside: two
 environments with one cache folder do not undo each other's work. Writers hold a lock, read again, add what they found
 and replace the file in one step, so that two of them lose nothing and a reader never sees half a file.
+
+A file is read an entry at a time (`json_reader`): one that is no table is known by the first value that no table has,
+whose objects take 4 MiB at most, and one of more than `MOST_BYTES` is not opened. What is kept of a table as `update`
+writes it takes less than twice the file.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -24,6 +29,7 @@ from ..files import cache_folder, replace_file
 from ..kernels.heuristic import Key
 from .entries import Entry, merged
 from .identity import Identity, slug
+from .json_reader import MOST_CHARACTERS, JsonReader
 
 __all__ = ["SCHEMA", "SHIPPED", "Table", "read", "shipped_table", "update", "user_folder", "user_table"]
 
@@ -33,7 +39,7 @@ Table: TypeAlias = Mapping[tuple[Key, Identity], Entry]
 SCHEMA = 1
 SHIPPED = Path(__file__).resolve().parent / "tables"
 LOCK_SECONDS = 60.0
-MOST_BYTES = 64 * 2**20  # some ten thousand entries
+MOST_BYTES = 64 * 2**20  # tens of thousands of entries
 
 
 def user_folder() -> Path:
@@ -75,8 +81,9 @@ def shipped_table(gpu: str) -> Path:
 def read(path: Path, *, set_aside: bool = True) -> Table:
     """The entries of a table; none where there is no file, or one that cannot be used.
 
-    A file that is truncated, foreign, broken by hand or of a future schema is named in one warning and, where
-    `set_aside` and the folder can be written to, renamed to `NAME.broken-1` (or -2, …).
+    A file that is truncated, foreign, broken by hand, of a future schema or of more than `MOST_BYTES` (64 MiB) is named
+    in one warning and, where `set_aside` and the folder can be written to, renamed to `NAME.broken-1` (or -2, …).
+    Whatever is in it, reading takes no more memory than twice the file and 4 MiB.
 
     Args:
         path: of the table.
@@ -99,12 +106,13 @@ def read(path: Path, *, set_aside: bool = True) -> Table:
         _warn(f"tuning table {path} cannot be read and is not used: {error}")
         return {}
     except _BrokenError as error:
-        with suppress(OSError):
-            if set_aside:
-                with _lock(path):
-                    return _parse_or_set_aside(path)
-        _warn(f"tuning table {path} {error}; it is not used")
-        return {}
+        words = str(error)  # alone: with the error goes what was read of the file
+    with suppress(OSError):
+        if set_aside:
+            with _lock(path):
+                return _parse_or_set_aside(path)
+    _warn(f"tuning table {path} {words}; it is not used")
+    return {}
 
 
 def update(path: Path, entries: Iterable[Entry]) -> Table:
@@ -116,7 +124,9 @@ def update(path: Path, entries: Iterable[Entry]) -> Table:
 
     Raises:
         TypeError: no path, or something else than entries.
-        OSError: the folder cannot be written to, or another process holds the lock for a minute.
+        ValueError: an entry is longer than any that is read back; nothing was written.
+        OSError: the folder cannot be written to, the table would be larger than any that is read back, or another
+            process holds the lock for a minute.
 
     Example:
         >>> update(user_table("a GPU"), [])
@@ -135,13 +145,24 @@ def update(path: Path, entries: Iterable[Entry]) -> Table:
         for entry in entries:
             older = table.get(_index(entry))
             table[_index(entry)] = entry if older is None else merged(older, entry)
+            _check_length(table[_index(entry)])
         data = {"schema": SCHEMA, "entries": [entry.to_json() for entry in table.values()]}
-        replace_file(path, f"{json.dumps(data, indent=1)}\n".encode())
+        text = f"{json.dumps(data, indent=1)}\n".encode()
+        if len(text) > MOST_BYTES:
+            words = f"it would hold {len(text)} bytes, more than any table that is read ({MOST_BYTES})"
+            raise OSError(errno.EFBIG, words, str(path))
+        replace_file(path, text)
     return table
 
 
 class _BrokenError(Exception):
-    """Why a file is no table."""
+    """Why a file is no table, cut: a value that is told of may be as long as an entry."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words[:500])
+
+
+_FOREIGN = "is not a table of smoa-kernels"
 
 
 def _index(entry: Entry) -> tuple[Key, Identity]:
@@ -154,19 +175,48 @@ def _parse(path: Path) -> Table:
         raise OSError("it is no file")  # a pipe would be waited for
     if found.st_size > MOST_BYTES:
         raise _BrokenError(f"holds {found.st_size} bytes, more than any table ({MOST_BYTES})")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise _BrokenError("is not text") from error
-    except (ValueError, RecursionError) as error:
-        raise _BrokenError(f"is not JSON ({error})") from error
-    if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] < 1:
-        raise _BrokenError("is not a table of smoa-kernels")
-    if data["schema"] > SCHEMA:
-        raise _BrokenError(f"has schema {data['schema']}, this version knows up to {SCHEMA}")
-    if not isinstance(data.get("entries"), list):
+    with path.open(encoding="utf-8") as stream:
+        try:
+            return _table(JsonReader(stream))
+        except UnicodeDecodeError as error:
+            raise _BrokenError("is not text") from error
+        except (ValueError, RecursionError) as error:
+            raise _BrokenError(f"is not JSON as tables are ({error})") from error
+
+
+def _table(reader: JsonReader) -> Table:
+    schema: int | None = None
+    table: dict[tuple[Key, Identity], Entry] | None = None
+    for name in reader.members():
+        if name == "schema" and schema is None:
+            schema = _schema(reader.value())
+        elif name == "entries" and table is None:
+            table = {_index(entry): entry for entry in map(_entry, reader.items())}
+        else:  # not skipped: there may be millions
+            raise _BrokenError(_FOREIGN)
+    reader.end()
+    if schema is None:
+        raise _BrokenError(_FOREIGN)
+    if table is None:
         raise _BrokenError("holds no list of entries")
-    return {_index(entry): entry for entry in map(_entry, data["entries"])}
+    return table
+
+
+def _schema(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise _BrokenError(_FOREIGN)
+    if value > SCHEMA:
+        raise _BrokenError(f"has schema {value}, this version knows up to {SCHEMA}")
+    return value
+
+
+def _check_length(entry: Entry) -> None:
+    # As deep in lists as in a table, by which its lines are indented.
+    length = len(json.dumps([[entry.to_json()]], indent=1))
+    if length > MOST_CHARACTERS:
+        raise ValueError(
+            f"entries must each have at most {MOST_CHARACTERS} characters as JSON, got {length} for {entry.key}"
+        )
 
 
 def _entry(data: Any) -> Entry:

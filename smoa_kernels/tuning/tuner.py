@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 
+# Characters of a reason: a compiler's may be as long as its source, and every later save writes it again.
+MOST_WORDS = 400
+
+
 @dataclass(frozen=True)
 class Run:
     """One candidate, ready to be timed: call it to launch it."""
@@ -217,4 +221,5 @@ def _check_device(load: Workload, choice: Choice) -> None:
 
 def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".removeprefix("WrongNumbersError: ")
+    first = lines[0][:MOST_WORDS] if lines else ""
+    return f"{type(error).__name__}: {first}".removeprefix("WrongNumbersError: ")

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tuning_cases import FORWARD, GRAD, PERMUTE, entry, kept, needs_interpreter,
 from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
 from smoa_kernels.tuning import store
 from smoa_kernels.tuning.entries import Entry, Trial, merged
+from smoa_kernels.tuning.json_reader import MOST_CHARACTERS
 from smoa_kernels.tuning.store import SCHEMA, read, update, user_table
 
 HERE = Path(__file__).resolve().parent
@@ -64,6 +66,10 @@ def broken_by(change: str, data: dict[str, object]) -> str:
         return json.dumps({"schema": "https://json-schema.org"})
     if change == "no entries":
         return json.dumps({"schema": SCHEMA})
+    if change == "entries twice":
+        return json.dumps(data)[:-1] + ', "entries": []}'
+    if change == "another member":
+        return json.dumps(data | {"more": 1})
     if change == "unknown kernel":
         entries[0]["key"]["kernel"] = "matmul"
     if change == "a launch that is none":
@@ -73,7 +79,7 @@ def broken_by(change: str, data: dict[str, object]) -> str:
     if change == "a time that no float holds":
         return json.dumps(data).replace('"seconds": 3.0', f'"seconds": {10**400}')
     if change == "nested without end":
-        return "[" * 100_000
+        return f'{{"schema": {SCHEMA}, "entries": {"[" * 100_000}'
     if change == "a tile that does not fit":
         entries[0] = json.loads(
             json.dumps(entry(GRAD, seconds={BLOCK_GRAD_IEEE_CONFIGS[0]: 1.0}).to_json()).replace(
@@ -94,9 +100,11 @@ def broken_by(change: str, data: dict[str, object]) -> str:
     [
         ("truncated", "is not JSON"),
         ("future schema", f"has schema {SCHEMA + 1}, this version knows up to {SCHEMA}"),
-        ("foreign", "is not a table of smoa-kernels"),
+        ("foreign", "is not JSON as tables are .Expecting '{' at character 0"),
         ("foreign schema", "is not a table of smoa-kernels"),
         ("no entries", "holds no list of entries"),
+        ("entries twice", "is not a table of smoa-kernels"),
+        ("another member", "is not a table of smoa-kernels"),
         ("unknown kernel", "kernel must be one of .* got 'matmul'"),
         ("a launch that is none", "num_warps = 3"),
         ("more warps than there are", "num_warps = 64"),
@@ -141,6 +149,38 @@ def test_a_writer_sets_a_broken_table_aside_too(table: Path) -> None:
     with pytest.warns(UserWarning, match="set aside as .*broken-1"):
         update(table, [permute_entry()])
     assert set(kept(table)) == {PERMUTE}
+
+
+def test_nothing_is_written_that_would_not_be_read(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it would set the whole table aside."""
+    update(table, [permute_entry()])
+    before = table.read_text()
+    other = permute_entry(PERMUTE._replace(tokens=16))
+    wordy = other.with_trial(Trial(PERMUTE_CONFIGS[0], reason="x" * MOST_CHARACTERS))
+    with pytest.raises(ValueError, match=f"entries must each have at most {MOST_CHARACTERS} characters"):
+        update(table, [wordy])
+    monkeypatch.setattr(store, "MOST_BYTES", len(before) + 100)
+    with pytest.raises(OSError, match="more than any table that is read") as caught:
+        update(table, [other])
+    assert caught.value.filename == str(table)
+    assert table.read_text() == before
+    assert kept(table) == {PERMUTE: permute_entry()}
+
+
+def test_the_longest_entry_that_is_written_is_read(table: Path) -> None:
+    """Wherever in the table it stands: what is held of the file at a time begins anywhere."""
+    short = [permute_entry(PERMUTE._replace(tokens=1 << step)) for step in range(9)]
+    empty = permute_entry().with_trial(Trial(PERMUTE_CONFIGS[0], reason=""))
+    length = MOST_CHARACTERS - len(json.dumps([[empty.to_json()]], indent=1))
+    for before in range(len(short)):
+        key = PERMUTE._replace(tokens=9)
+        wordy = replace(empty, key=key).with_trial(Trial(PERMUTE_CONFIGS[0], reason="x" * length))
+        entries = [*short[:before], wordy, *short[before:]]
+        table.unlink(missing_ok=True)
+        update(table, entries)
+        assert list(read(table).values()) == entries
+    with pytest.raises(ValueError, match="entries must each have at most"):
+        update(table, [wordy.with_trial(Trial(PERMUTE_CONFIGS[0], reason="x" * (length + 1)))])
 
 
 def test_what_is_not_ours_is_not_moved(table: Path) -> None:

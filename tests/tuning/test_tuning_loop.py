@@ -30,7 +30,7 @@ from smoa_kernels.tuning.limits import ARCHITECTURES
 from smoa_kernels.tuning.plan import Layer, Target, jobs, keys
 from smoa_kernels.tuning.rules import Record
 from smoa_kernels.tuning.space import algorithm_job, kernel_job, search_space
-from smoa_kernels.tuning.tuner import Run
+from smoa_kernels.tuning.tuner import MOST_WORDS, Run
 from smoa_kernels.tuning.workloads import Workload, workload
 
 pytestmark = needs_interpreter
@@ -121,6 +121,17 @@ def test_a_choice_that_fails_is_recorded_and_skipped() -> None:
         THIRD: None,
     }
     assert tuned.entry.best().choice == THIRD  # type: ignore[union-attr]
+
+
+def test_a_reason_of_many_words_is_cut() -> None:
+    """It is written with every later save, and a table that is too large is not read."""
+
+    def timer(run: Run) -> float:
+        raise ValueError("x" * 10**6)
+
+    (tuned,) = Notebook().tune([permute_job()], timer=timer)
+    assert tuned.entry is not None
+    assert {t.reason for t in tuned.entry.trials} == {f"ValueError: {'x' * MOST_WORDS}"}
 
 
 @pytest.mark.parametrize("spoil", ["scaled", "nan"])

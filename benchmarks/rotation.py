@@ -1,0 +1,42 @@
+"""x and dY of a timed pass, another copy at each: when a copy's turn comes again, it has left the L2 cache.
+
+Inside a network a layer's inputs come from another layer, not from where its own last pass left them. The weights are
+not copied, for each provider has its own and the cache is overwritten before each pass (protocol.py): they are cold as
+a model's are, between whose uses all its other layers run. Taking turns alone would not do that: a weight of 32 MiB
+is still in a cache of 50 MB when its provider comes last in one round and first in the next.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .protocol import DEVICE
+from .providers import Case
+
+Inputs = Iterator[tuple[Tensor, Tensor]]
+"""x (T, C), which wants a gradient, and dY (T, N) of one pass after another, without end."""
+
+
+def cache_bytes() -> int:
+    """Size of the GPU's L2 cache; 0 on the CPU, of whose caches torch says nothing."""
+    return torch.cuda.get_device_properties(DEVICE).L2_cache_size if DEVICE.type == "cuda" else 0
+
+
+def rotated(case: Case, past: int) -> Inputs:
+    """Copies of a case's inputs in turn, equal in value.
+
+    They are two at least, and so many that all but one are larger than the cache together: so much is read between two
+    turns of one copy. In all they take no more than the cache and two copies.
+
+    Args:
+        case: the problem.
+        past: bytes of the cache.
+    """
+    x, dy = case.input(), case.output_gradient()
+    others = past // (x.nbytes + dy.nbytes) + 1
+    copies = [(x, dy), *((case.input(), case.output_gradient()) for _ in range(others))]
+    return itertools.cycle(copies)

@@ -1,0 +1,110 @@
+"""Problems that nobody picked, and the C oracle's answers to them.
+
+A result may differ from the oracle's by a few roundings of its own dtype, measured against what the oracle gives for
+the absolute values of all inputs: sums that cancel are judged by the size of their terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import pairwise
+
+import c_oracle
+import numpy as np
+import torch
+from draws import st
+from problems import DEVICE, LinearProblem, make_problem
+from torch import Tensor
+
+from smoa_kernels import BlockPartition
+
+ROUNDINGS = 8
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "column-major": lambda t: t.T.contiguous().T,
+    "padded rows": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "strided columns": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+    "offset": lambda t: torch.cat([t[:1], t])[-t.shape[0] or t.shape[0] + 1 :],
+}
+
+
+@st.composite
+def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bool = False) -> LinearProblem:
+    """In its dtypes and strides; its blocks are those of W0's spectrum or any.
+
+    A layer has no more blocks than rows or columns, and some rank.
+    """
+    out_features, in_features = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    random_labels = draw(st.booleans())
+    most = 5 if random_labels and not of_a_layer else min(5, out_features, in_features)
+    ranks = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 17]), min_size=1, max_size=most))
+    exact = make_problem(
+        tokens=draw(st.integers(0, 20)),
+        out_features=out_features,
+        in_features=in_features,
+        ranks=(ranks[0] or 1, *ranks[1:]) if of_a_layer else tuple(ranks),
+        bias=draw(st.booleans()),
+        random_labels=random_labels,
+        seed=draw(st.integers(0, 10_000)),
+    )
+    dtype = draw(st.sampled_from(dtypes))
+    rounded = exact.to(dtype, draw(st.sampled_from([dtype, torch.promote_types(dtype, torch.float32)])))
+    layout = st.sampled_from(sorted(LAYOUTS))
+    strided = {
+        name: LAYOUTS[draw(layout)](getattr(rounded, name)) for name in ("x", "weight", "A", "B", "dy")
+    }
+    for name, value in strided.items():
+        assert torch.equal(value, getattr(rounded, name))
+    return replace(rounded, **strided)
+
+
+def oracle(p: LinearProblem, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """y, dX, dA, dB and, where there is a bias, dbias in float64: by the C code, dbias the sum that it is."""
+    wide = [t.detach().double() for t in (p.weight, p.A, p.B)]
+    blocks = (p.partition.row_block, p.partition.col_block, p.ranks)
+    bias = None if p.bias is None else p.bias.double()
+    options = {"scaling": p.scaling, "multiplier": mask}
+    y = c_oracle.forward(p.x.double(), wide[0], bias, *wide[1:], *blocks, **options)
+    gradients = c_oracle.backward(p.dy.double(), p.x.double(), *wide, *blocks, **options)
+    found = tuple(torch.from_numpy(value).to(DEVICE) for value in (y, *gradients))
+    return found if bias is None else (*found, p.dy.double().sum(0))
+
+
+def absolute(p: LinearProblem) -> LinearProblem:
+    names = ("x", "weight", "bias", "A", "B", "dy")
+    return replace(p, **{n: getattr(p, n).abs() for n in names if getattr(p, n) is not None})
+
+
+def compare(found: Iterable[Tensor], p: LinearProblem, mask: Tensor | None = None) -> None:
+    """As many of y, dX, dA, dB and dbias as there are with what the oracle makes of the problem."""
+    truth, size = oracle(p, mask), oracle(absolute(p), mask)
+    for name, ours, exact, terms in zip(("y", "dX", "dA", "dB", "dbias"), found, truth, size, strict=False):
+        assert ours.shape == exact.shape, name
+        assert ((ours.double() - exact).abs() <= allowed(terms, ours.dtype, p.x.dtype)).all(), name
+
+
+def allowed(terms: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """What a result may be off that passed through these dtypes, of terms of that size."""
+    infos = [torch.finfo(dtype) for dtype in dtypes]
+    least = max(info.eps * info.smallest_normal for info in infos)
+    return ROUNDINGS * (max(info.eps for info in infos) * terms + least)
+
+
+def compare_blocks(partition: BlockPartition, weight: Tensor) -> None:
+    """A partition with the oracle's centroids: cut where it cuts, and sorted but for what rounding may exchange."""
+    U, sigma, Vh = np.linalg.svd(weight.detach().double().cpu().numpy(), full_matrices=False)
+    orders = c_oracle.spectral_orders(U, sigma, Vh.T)
+    rounding = 1e-8 if weight.dtype == torch.float64 else 1e-2
+    for labels, scores, order in (
+        (partition.row_block, orders.row_score, orders.row_order),
+        (partition.col_block, orders.col_score, orders.col_order),
+    ):
+        ours = labels.cpu().numpy()
+        expected = c_oracle.block_labels(order, partition.num_blocks)
+        np.testing.assert_array_equal(np.bincount(ours), np.bincount(expected))
+        blocks = [scores[ours == k] for k in range(partition.num_blocks)]
+        for lower, upper in pairwise(blocks):
+            assert lower.max() <= upper.min() + rounding
