@@ -36,12 +36,22 @@ __all__ = [
 PREFIX = "base_model.model."
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a JSON file.
+# Of an adapter's configuration: even a list of fifty thousand modules is shorter. As Python's objects a file may be
+# 27 times as large (`{"":{}},` again and again).
+MOST_BYTES = 4 * 2**20
+# Of an index of weights, which names every one of them.
+MOST_INDEX_BYTES = 64 * 2**20
+
+
+def read_json(path: str | os.PathLike[str], most: int = MOST_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it holds something else, or is longer, which is seen before it is read.
     """
+    size = Path(path).stat().st_size
+    if size > most:
+        raise ValueError(f"{path} has {size} bytes, more than any such file ({most})")
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (RecursionError, ValueError) as error:
@@ -169,7 +179,7 @@ class ModelFolder:
     def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = read_json(index).get("weight_map")
+            files = read_json(index, MOST_INDEX_BYTES).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise ValueError(f"{index} is not an index of safetensors files: it has no weight_map")
             yield from ((name, folder / file) for name, file in files.items())

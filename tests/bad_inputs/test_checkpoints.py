@@ -35,6 +35,7 @@ FILES = [
     ("", "adapter_config.json is no JSON: Expecting value"),
     ("{", "adapter_config.json is no JSON: Expecting property name"),
     ("[" * 100_000, "adapter_config.json is no JSON: .*recursion"),
+    (" " * 4_194_305, r"adapter_config.json has 4194305 bytes, more than any such file \(4194304\)"),
     ('{"peft_type": 5}', "adapter_config.json: "),
     ('{"peft_type": "SMOA", "r": "x"}', "adapter_config.json: r must be an int, got 'x'"),
     ('{"peft_type": "SMOA", "r": 1000000000000}', "adapter_config.json: r must be at most 65536"),
