@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import reprlib
 from collections.abc import Callable, Collection, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_weight",
     "first_line",
     "layout_of",
+    "shown",
 ]
 
 P = ParamSpec("P")
@@ -57,10 +59,25 @@ def cached(function: Callable[P, T]) -> Callable[P, T]:
     return answer
 
 
+# As Python shows values, but the middle of long ones left out: a message is read by people.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+
+
+def shown(value: object) -> str:
+    """What was given, in a message: like `repr`, and no page of it, however large the value is.
+
+    Example:
+        >>> shown([1, 2]), shown(list(range(1000)))
+        ('[1, 2]', '[0, 1, 2, 3, 4, 5, ...]')
+    """
+    return _SHORT.repr(value)
+
+
 def check_count(name: str, value: int, least: int = 1, most: int | None = None) -> None:
     """Whether `value` is an int from `least` to `most`; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     if most is not None and value > most:
@@ -80,7 +97,7 @@ def check_blocks(num_blocks: int, shape: Sequence[int] | None = None, name: str 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
     """Whether `value` is one of the names that are allowed."""
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
@@ -94,13 +111,13 @@ def check_kind(name: str, value: object, kind: type) -> None:
 def check_names(name: str, value: object) -> None:
     """Whether `value` is a list of strings, and no string, which would be a list of its letters."""
     if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{name} must be a list of names, got {value!r}")
+        raise TypeError(f"{name} must be a list of names, got {shown(value)}")
 
 
 def check_number(name: str, value: float) -> None:
     """Whether `value` is a real number that torch takes as a scalar; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     if isinstance(value, int) and value.bit_length() > 63:
         raise ValueError(
             f"{name} must be a float, or an int of at most 63 bits, got {value.bit_length()} bits"
@@ -120,7 +137,7 @@ def check_device(device: torch.device | str) -> torch.device:
         return torch.empty(0, device=torch.device(device)).device
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"device must be one that this machine has, got {device!r}: {first_line(error)}"
+            f"device must be one that this machine has, got {shown(device)}: {first_line(error)}"
         ) from error
 
 
@@ -157,4 +174,4 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
 def check_path(name: str, value: object) -> None:
     """Whether `value` can be the path of a file or folder."""
     if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a path, got {value!r}")
+        raise TypeError(f"{name} must be a path, got {shown(value)}")

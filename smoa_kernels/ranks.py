@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .checks import MOST_RANKS, check_blocks, check_count, check_kind
+from .checks import MOST_RANKS, check_blocks, check_count, check_kind, shown
 from .partition import BlockPartition
 
 __all__ = ["resolve_ranks", "split_rank", "trainable_parameters"]
@@ -48,18 +48,20 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
     if block_ranks is None:
         return tuple(even)
     if not isinstance(block_ranks, Sequence):
-        raise TypeError(f"block_ranks must be a list of ints, got {block_ranks!r}")
+        raise TypeError(f"block_ranks must be a list of ints, got {shown(block_ranks)}")
     ranks = tuple(block_ranks)
     if any(isinstance(rank, bool) or not isinstance(rank, int) for rank in ranks):
-        raise TypeError(f"block_ranks must be ints, got {list(ranks)}")
+        raise TypeError(f"block_ranks must be ints, got {shown(list(ranks))}")
     if len(ranks) != num_blocks:
         raise ValueError(
-            f"block_ranks must have num_blocks={num_blocks} entries, got {len(ranks)}: {list(ranks)}"
+            f"block_ranks must have num_blocks={num_blocks} entries, got {len(ranks)}: {shown(list(ranks))}"
         )
     if min(ranks) < 0:
-        raise ValueError(f"block_ranks must not be negative, got {list(ranks)}")
+        raise ValueError(f"block_ranks must not be negative, got {shown(list(ranks))}")
     if sum(ranks) != r:
-        raise ValueError(f"block_ranks must sum to r={r}, got {list(ranks)}, which sum to {sum(ranks)}")
+        raise ValueError(
+            f"block_ranks must sum to r={r}, got {shown(list(ranks))}, which sum to {sum(ranks)}"
+        )
     return ranks
 
 
@@ -81,7 +83,7 @@ def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int
     """
     check_kind("partition", partition, BlockPartition)
     if not isinstance(ranks, Sequence):
-        raise TypeError(f"ranks must be a list of ints, got {ranks!r}")
+        raise TypeError(f"ranks must be a list of ints, got {shown(ranks)}")
     if len(ranks) != partition.num_blocks:
         raise ValueError(f"ranks must be {partition.num_blocks}, one for each block, got {len(ranks)}")
     for k, rank in enumerate(ranks):

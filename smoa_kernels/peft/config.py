@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..backends import ALGORITHMS, BACKENDS
-from ..checks import MOST_RANKS, check_choice, check_finite, check_path
+from ..checks import MOST_RANKS, check_choice, check_finite, check_path, shown
 from ..ranks import resolve_ranks
 from .folders import check_weights, read_json
 from .peft_type import PEFT_TYPE
@@ -124,19 +124,19 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         self.peft_type = PEFT_TYPE
         self._check_format()
         if self.block_ranks is not None and not isinstance(self.block_ranks, (list, tuple)):
-            raise TypeError(f"block_ranks must be a list of ints, got {self.block_ranks!r}")
+            raise TypeError(f"block_ranks must be a list of ints, got {shown(self.block_ranks)}")
         resolve_ranks(self.r, self.num_blocks, self.block_ranks)
         for pattern, names in (("rank_pattern", "r"), ("num_blocks_pattern", "num_blocks")):
             for key, value in _mapping(pattern, getattr(self, pattern)).items():
                 if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_RANKS:
                     raise ValueError(
-                        f"{pattern}[{key!r}] must be an int of at least 1 ({names}) and at most {MOST_RANKS}, got "
-                        f"{value!r}"
+                        f"{pattern}[{shown(key)}] must be an int of at least 1 ({names}) and at most {MOST_RANKS}, got "
+                        f"{shown(value)}"
                     )
         if self.smoa_alpha is not None:
             check_finite("smoa_alpha", self.smoa_alpha)
         for key, value in _mapping("alpha_pattern", self.alpha_pattern).items():
-            check_finite(f"alpha_pattern[{key!r}]", value)
+            check_finite(f"alpha_pattern[{shown(key)}]", value)
         check_finite("smoa_dropout", self.smoa_dropout)
         if not 0.0 <= self.smoa_dropout < 1.0:
             raise ValueError(f"smoa_dropout must lie in [0, 1), got {self.smoa_dropout}")
@@ -232,12 +232,12 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
     def _check_format(self) -> None:
         if not isinstance(self.weights_sha256, (str, type(None))):
-            raise ValueError(f"weights_sha256 must be a str, got {self.weights_sha256!r}")
+            raise ValueError(f"weights_sha256 must be a str, got {shown(self.weights_sha256)}")
         version = self.format_version
         if version is None:
             return
         if isinstance(version, bool) or not isinstance(version, int):
-            raise ValueError(f"format_version must be an int, got {version!r}")
+            raise ValueError(f"format_version must be an int, got {shown(version)}")
         if version != FORMAT_VERSION:
             newer = version > FORMAT_VERSION
             raise ValueError(
@@ -248,7 +248,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
 def _check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def _check_items(name: str, value: Any, kind: type, *, alone: bool) -> None:
@@ -257,12 +257,12 @@ def _check_items(name: str, value: Any, kind: type, *, alone: bool) -> None:
         return
     if not isinstance(value, (list, set, tuple)) or any(type(item) is not kind for item in value):
         what = {str: "names", int: "indices"}[kind]
-        raise TypeError(f"{name} must be a list of {what}{', or one' if alone else ''}, got {value!r}")
+        raise TypeError(f"{name} must be a list of {what}{', or one' if alone else ''}, got {shown(value)}")
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict from layer names to values, got {value!r}")
+        raise TypeError(f"{name} must be a dict from layer names to values, got {shown(value)}")
     for key in value:
         _check_regex(f"a key of {name}", key)
     return dict(value)
@@ -272,4 +272,4 @@ def _check_regex(name: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
     except (TypeError, re.error) as error:
-        raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
+        raise ValueError(f"{name} must be a regular expression, got {shown(pattern)}: {error}") from error

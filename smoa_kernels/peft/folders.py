@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..checks import shown
 from .layout import STATE_KEYS, LayerBlocks, read_blocks
 
 __all__ = [
@@ -36,29 +37,39 @@ __all__ = [
 PREFIX = "base_model.model."
 
 
-# Of an adapter's configuration: even a list of fifty thousand modules is shorter. As Python's objects a file may be
-# 27 times as large (`{"":{}},` again and again).
-MOST_BYTES = 4 * 2**20
+# Of an adapter's configuration: a list of eight thousand modules, each with its rank, is shorter.
+MOST_BYTES = 2**20
 # Of an index of weights, which names every one of them.
 MOST_INDEX_BYTES = 64 * 2**20
+# Python makes up to 110 bytes of an object of three characters: a file may hold one value for each 64 bytes that its
+# kind may have at most.
+_BYTES_A_VALUE = 64
 
 
 def read_json(path: str | os.PathLike[str], most: int = MOST_BYTES) -> dict[str, Any]:
-    """The object in a JSON file of at most so many bytes.
+    """The object in a JSON file of at most so many bytes. Reading it takes at most twice the file and 8 times `most`.
 
     Raises:
-        ValueError: it holds something else, or is longer, which is seen before it is read.
+        ValueError: it holds something else, or is longer, or would make more objects than such a file has, which is
+            seen before it is read or they are made.
     """
     size = Path(path).stat().st_size
     if size > most:
         raise ValueError(f"{path} has {size} bytes, more than any such file ({most})")
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    values = sum(map(text.count, ",:[{"))
+    if values > most // _BYTES_A_VALUE:
+        raise ValueError(f"{path} has {values} values, more than any such file ({most // _BYTES_A_VALUE})")
+    try:
+        found = json.loads(text)
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found
 
 
 @contextmanager
@@ -87,7 +98,7 @@ def read_config(folder: Path, methods: Sequence[str]) -> PeftConfig:
     method = read_json(path).get("peft_type")
     if method not in methods:
         allowed = " or ".join(str(getattr(name, "value", name)) for name in methods)
-        raise ValueError(f"{path}: it is an adapter of the method {method}, not {allowed}")
+        raise ValueError(f"{path}: it is an adapter of the method {shown(method)}, not {allowed}")
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(os.fspath(folder))
     except (TypeError, ValueError) as error:  # SMoA's names the file, which may be that of the weights

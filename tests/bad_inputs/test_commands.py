@@ -102,7 +102,7 @@ PLANS = [
 ADAPTERS = [
     ("inspect", "Missing argument"),
     ("inspect /nowhere", "there is no adapter_config.json in /nowhere"),
-    ("inspect FOLDER", "an adapter of the method LORA, not SMOA"),
+    ("inspect FOLDER", "an adapter of the method 'LORA', not SMOA"),
     ("spectrum /nowhere", "there are no safetensors files in /nowhere"),
     ("spectrum FOLDER --adapter FOLDER", "there are no safetensors files in"),
 ]

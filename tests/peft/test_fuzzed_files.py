@@ -3,8 +3,9 @@
     make nightly     # 10,000 folders instead of 300
 
 Nothing is half-loaded, nothing but the folder is written, every call ends and takes no more memory than twice the file
-beyond what the undamaged one takes, of tensors and of Python's objects. What PEFT itself reads before it knows whose
-adapter it is (a configuration without this method's name) is left to PEFT's words.
+beyond what the undamaged one takes, of tensors and of Python's objects, and 8 MiB where a configuration is a thousand
+times as long as any. What PEFT itself reads before it knows whose adapter it is (a configuration without this method's
+name) is left to PEFT's words and limits.
 """
 
 import gc
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smoa_kernels.peft import SMoAConfig, SMoALayer
+from smoa_kernels.peft.folders import MOST_BYTES
 from smoa_kernels.peft.inspection import inspect_adapter
 
 pytest.importorskip("hypothesis", reason="hypothesis draws the damage")
@@ -296,10 +298,61 @@ def test_damaged_weights(place, damaged):
     check(place, damaged, GOOD_CONFIG)
 
 
-@share(0.4)
+@share(0.3)
 @given(damaged=configs)
 def test_damaged_configurations(place, damaged):
     check(place, GOOD_WEIGHTS, damaged)
+
+
+# What a reader makes much of: empty and small containers, boxed numbers, one wide character that widens all of a text.
+UNITS = [
+    '{"":{}},',
+    "[[]],",
+    '{"a":1},',
+    "300,",
+    '"ab",',
+    f'"{"x" * 70}",',
+    f'"{"x" * 66}😀",',
+    f'"{"x" * 60}\\ud83d\\ude00",',
+]
+
+
+@st.composite
+def large_config(draw):
+    """The configuration with a list of very many values, or a pattern for each of very many modules."""
+    key = draw(
+        st.sampled_from(["target_modules", "layers_to_transform", "rank_pattern", "r", "peft_version", "x"])
+    )
+    size = int(MOST_BYTES * draw(st.floats(0, 1.1)))
+    if draw(st.booleans()):
+        unit = draw(st.sampled_from(UNITS))
+        text = f"[{unit * (size // len(unit.encode()))}0]"
+    else:
+        width = draw(st.sampled_from([1, 40, 100]))
+        most = 1000 if key == "rank_pattern" else size  # PEFT compiles each for each layer
+        names = (f'"{i:0{width}}": 3, ' for i in range(min(size // (width + 6), most)))
+        text = "{" + "".join(names) + '"last": 3}'
+    config = json.dumps({**json.loads(GOOD_CONFIG), key: None})
+    return config.replace(f'"{key}": null', f'"{key}": {text}').encode()
+
+
+@share(0.1)
+@given(config=large_config())
+def test_large_configurations(place, config):
+    """Of what PEFT's loading reads, only its peek at the method's name is not bounded so."""
+    folder, _, to_inspect, _ = place
+    write(folder, GOOD_WEIGHTS, config)
+    most = to_inspect + 2 * len(config) + 8 * MOST_BYTES
+    for reader in (inspect_adapter, SMoAConfig.from_pretrained):
+        with warnings.catch_warnings(), takes_at_most(most):
+            warnings.simplefilter("ignore")  # unknown keys
+            words = ""
+            try:
+                reader(folder)
+            except (TypeError, ValueError) as error:
+                words = str(error)
+        assert not words or CONFIG in words or WEIGHTS in words
+        assert len(words) < 2000
 
 
 class Payload:

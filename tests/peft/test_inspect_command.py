@@ -82,7 +82,7 @@ MISTAKES = {
     ),
     "other method": (
         lambda f: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(f),
-        "an adapter of the method LORA, not SMOA",
+        "an adapter of the method 'LORA', not SMOA",
     ),
     "wrong value": (
         lambda f: edit(f, num_blocks="three"),

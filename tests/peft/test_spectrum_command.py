@@ -210,10 +210,10 @@ def without(path, ending):
 
 
 MISTAKES = {
-    "method": (lambda f: edit(f / "smoa", peft_type="LORA"), "an adapter of the method LORA, not SMOA"),
+    "method": (lambda f: edit(f / "smoa", peft_type="LORA"), "an adapter of the method 'LORA', not SMOA"),
     "other method": (
         lambda f: edit(f / "lora", peft_type="VERA"),
-        "an adapter of the method VERA, not SMOA or LORA or HIRA",
+        "an adapter of the method 'VERA', not SMOA or LORA or HIRA",
     ),
     "DoRA": (lambda f: edit(f / "lora", use_dora=True), "it is a DoRA adapter"),
     "no blocks": (lambda f: without(f / "smoa" / WEIGHTS, "smoa_blocks"), "the adapter lacks smoa_blocks"),
