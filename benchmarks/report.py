@@ -133,7 +133,7 @@ def _run_page(run: Run) -> str:
 
 
 def _profile(run: Run) -> str:
-    """Where a run's own time goes, and what of it torch's operators cannot avoid; "" where it was not profiled."""
+    """Where a run's own time goes, beside the GEMMs; "" where it was not profiled."""
     found = tables.profile(run)
     if not found:
         return ""
@@ -141,10 +141,11 @@ def _profile(run: Run) -> str:
         "Where a goal is missed, this run's profile says what the time goes to. GEMMs are frozen's two, those of the "
         "blocks, and the thin products that build W_eff and ΔW and contract G with A and B; the second column is what "
         "all of these would take if they multiplied as fast as frozen's two, so that the difference is the rate of "
-        "smaller and thinner ones. No GEMM of torch reads permuted columns, so x, dY and W0's blocks are "
-        "copied first (gathers), and none multiplies its result by W0, so W_eff and G ∘ W0 are passes of their own "
-        "(other operators). Autograd, the dispatcher and Python stand between operators. A native kernel could save "
-        "the gathers and passes; torch's operators cannot. What the partition takes of the SVD's time is below: "
+        "smaller and thinner ones. The [compiled float32 GEMMs](../../docs/cpu.md) modulate W0 and read permuted "
+        "columns while they copy panels, which is in their time here. In torch's operators, that is in bfloat16, under "
+        "dropout and where nothing was compiled, x, dY and W0's blocks are copied first (gathers), and what multiplies "
+        "by W0 is a pass of its own (other operators). Autograd, the dispatcher and Python stand between operators. "
+        "What the partition takes of the SVD's time is below: "
         "`eigh` is LAPACK's; its GEMMs are the Gram matrix W0 W0ᵀ (its lower half) and W0ᵀ U, whose squares are the "
         "columns' energies; the rest squares, sums and sorts.\n\n" + found
     )

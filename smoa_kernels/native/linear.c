@@ -29,6 +29,7 @@ enum {
     /* Rows of the left panel (in the L2 cache) and of the right one (in the L3). */
     MC = MR * 12,
     NC = 2048,
+    BESIDE = 4, /* columns modulated at a time, so that what is loaded of B serves them all */
     TRANSPOSED = 8, /* floats beyond the last panel that packing may write */
 };
 
@@ -161,6 +162,30 @@ static void pack(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, f
 
 static inline vf chosen(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
 
+/* Some columns of a panel, of blocks of one rank; `factor` (rank, NR) is s B. */
+static inline __attribute__((always_inline)) void modulate_columns(int some, const adapter *m, i64 k, i64 rank, vi left,
+                                                                   vi right, const float *factor, float *panel) {
+    const float *A = m->A + k * m->A_col;
+    vf low[BESIDE] = {{0}}, high[BESIDE] = {{0}};
+    for (i64 t = 0; t < rank; t++) {
+        vf first = load(factor + t * NR), second = load(factor + t * NR + LANES);
+#pragma GCC unroll 4
+        for (int c = 0; c < some; c++) {
+            float a = A[c * m->A_col + t * m->A_rank];
+            low[c] += first * a;
+            high[c] += second * a;
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < some; c++) {
+        int32_t block = m->col_block[k + c];
+        float *w = panel + c * NR;
+        vf a = load(w), b = load(w + LANES);
+        store(w, chosen(left == block, a + a * low[c], a));
+        store(w + LANES, chosen(right == block, b + b * high[c], b));
+    }
+}
+
 /* What `pack` made of W0's rows first to first + count becomes W_eff = W0 ∘ (1 + s Σ_t B[t] A[t]), where labels agree. */
 static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *panels, float *scratch) {
     for (i64 top = 0; top < count; top += NR, panels += depth * NR) {
@@ -173,19 +198,16 @@ static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, f
         vi left, right;
         memcpy(&left, label, sizeof left);
         memcpy(&right, label + LANES, sizeof right);
-        for (i64 p = 0; p < depth; p++) {
-            int32_t block = m->col_block[k + p];
-            i64 rank = m->ranks[block];
-            const float *A = m->A + (k + p) * m->A_col;
-            vf low = {0}, high = {0};
-            for (i64 t = 0; t < rank; t++) {
-                low += load(scratch + t * NR) * A[t * m->A_rank];
-                high += load(scratch + t * NR + LANES) * A[t * m->A_rank];
-            }
-            float *w = panels + p * NR;
-            vf a = load(w), b = load(w + LANES);
-            store(w, chosen(left == block, a + a * low, a));
-            store(w + LANES, chosen(right == block, b + b * high, b));
+        for (i64 p = 0; p < depth;) {
+            const int32_t *block = m->col_block + k + p;
+            i64 rank = m->ranks[block[0]];
+            int alike = p + BESIDE <= depth;
+            for (int c = 1; alike && c < BESIDE; c++) alike = m->ranks[block[c]] == rank;
+            if (alike)
+                modulate_columns(BESIDE, m, k + p, rank, left, right, scratch, panels + p * NR);
+            else
+                modulate_columns(1, m, k + p, rank, left, right, scratch, panels + p * NR);
+            p += alike ? BESIDE : 1;
         }
     }
 }
