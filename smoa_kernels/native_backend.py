@@ -43,41 +43,36 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     if not x.numel():
         return y.zero_()
-    p = adapter.partition
-    _linear(x, adapter.weight, y, p.row_block.int(), p.col_block.int(), adapter)
+    _linear(x, adapter.weight, y, adapter)
     return y
 
 
 def add_base(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`y + x W0ᵀ`, written over y (T, N)."""
     if x.numel():
-        _linear(x, weight, y, None, None, None)
+        _linear(x, weight, y, None)
     return y
 
 
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    row_block: Tensor | None,
-    col_block: Tensor | None,
-    adapter: PackedAdapter | None,
-) -> None:
+def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None) -> None:
     """`y = x W_effᵀ`, or `y += x W0ᵀ` without an adapter; some tokens, some columns."""
     code, threads = library(), torch.get_num_threads()
     x, weight = _rows(x), _along_memory(weight)
     if not y.numel():
         return
-    labels: tuple[int | None, int | None, int | None] = None, None, None
     rank, A, B, scaling = 0, weight, weight, 0.0
-    if adapter is not None and row_block is not None and col_block is not None:
+    blocks: tuple[int | None, int | None, int, int | None] = None, None, 0, None
+    if adapter is not None:
         A, B, ranks = _wide(adapter.A), _wide(adapter.B), _ranks(adapter)
         rank, scaling = A.shape[0], float(adapter.scaling)
-        labels = row_block.data_ptr(), col_block.data_ptr(), ranks.data_ptr()
+        labels = adapter.partition.row_block, adapter.partition.col_block
+        narrow = all(one.dtype == torch.uint8 for one in labels)
+        row_block, col_block = (one.to(torch.uint8 if narrow else torch.int32).contiguous() for one in labels)
+        blocks = row_block.data_ptr(), col_block.data_ptr(), int(not narrow), ranks.data_ptr()
     workspace = x.new_empty(code.smoa_linear_workspace(*weight.shape, rank, threads))
     with _named(LINEAR):
         code.smoa_linear(
-            x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride(), *labels, rank,
+            x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride(), *blocks, rank,
             A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), scaling, y.data_ptr(), adapter is None,
             workspace.data_ptr(), threads,
         )  # fmt: skip
@@ -127,4 +122,4 @@ def _wide(factor: Tensor) -> Tensor:
 
 
 def _ranks(adapter: PackedAdapter) -> Tensor:
-    return adapter.ranks.clamp(0, adapter.A.shape[0]).to(torch.int32)
+    return adapter.ranks.to(torch.int32).contiguous()

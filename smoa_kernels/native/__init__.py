@@ -19,7 +19,7 @@ _FOLDER = Path(__file__).parent
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 # What each function takes: p a pointer, i an int64, f a float.
 _SIGNATURES = {
-    "smoa_linear": "iiipipiipppipiipiifpipi",
+    "smoa_linear": "iiipipiippipipiipiifpipi",
     "smoa_gradient": "iiipipipiippppipippfpppi",
     "smoa_linear_workspace": "iiii",
     "smoa_gradient_workspace": "ipiii",

@@ -41,14 +41,28 @@ typedef struct {
     const i64 *rows;
 } matrix;
 
+/* Which block each row, or column, is in. */
+typedef struct {
+    const void *of;
+    i64 wide; /* int32, not uint8 */
+} labels;
+
+static inline int32_t label(labels blocks, i64 i) {
+    return blocks.wide ? ((const int32_t *)blocks.of)[i] : ((const uint8_t *)blocks.of)[i];
+}
+
 /* The adapter of a weight (rows, cols): block k has ranks[k] of at most `rank`, what A and B hold beyond is not read.
  * A (rank, cols) and B (rows, rank) have any strides, so that swapped they are those of the weight's transpose. */
 typedef struct {
     const float *A, *B;
     i64 A_rank, A_col, B_row, B_rank, rank;
-    const int32_t *row_block, *col_block, *ranks;
+    labels row_block, col_block;
+    const int32_t *ranks;
     float scaling;
 } adapter;
+
+/* Of block k, whatever `ranks` says. */
+static inline i64 rank_of(const int32_t *ranks, i64 k, i64 most) { return ranks[k] < most ? ranks[k] : most; }
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
@@ -63,34 +77,47 @@ static inline vf load(const float *p) {
 
 static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
-/* c (+)= Σ_k a_k b_kᵀ, an (MR, NR) tile of which (height, width) is there; a is (depth, MR), b is (depth, NR). */
-static void tile(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
+#define INLINE static inline __attribute__((always_inline))
+
+/* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is there; a is (depth, MR), b is (depth, NR). */
+INLINE void tile_of(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
+                    int add) {
     vf sum[MR][2];
-    for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vf){0};
+    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
     for (i64 k = 0; k < depth; k++, a += MR, b += NR) {
         vf left = load(b), right = load(b + LANES);
 #pragma GCC unroll 14
-        for (int i = 0; i < MR; i++) {
+        for (int i = 0; i < rows; i++) {
             sum[i][0] += left * a[i];
             sum[i][1] += right * a[i];
         }
     }
     float part[MR * NR];
-    int whole = height == MR && width == NR;
+    int whole = height == rows && width == NR;
     float *to = whole ? c : part;
     i64 step = whole ? stride : NR;
     if (whole && add)
-        for (int i = 0; i < MR; i++) {
+        for (int i = 0; i < rows; i++) {
             sum[i][0] += load(c + i * stride);
             sum[i][1] += load(c + i * stride + LANES);
         }
-    for (int i = 0; i < MR; i++) {
+    for (int i = 0; i < rows; i++) {
         store(to + i * step, sum[i][0]);
         store(to + i * step + LANES, sum[i][1]);
     }
     if (!whole)
         for (i64 i = 0; i < height; i++)
             for (i64 j = 0; j < width; j++) c[i * stride + j] = part[i * NR + j] + (add ? c[i * stride + j] : 0);
+}
+
+/* Of the last rows no more are computed than some: of 128 tokens the last two are not worth fourteen. */
+static void tile(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
+    if (height > MR / 2)
+        tile_of(MR, depth, a, b, c, stride, height, width, add);
+    else if (height > MR / 4)
+        tile_of(MR / 2, depth, a, b, c, stride, height, width, add);
+    else
+        tile_of(MR / 4, depth, a, b, c, stride, height, width, add);
 }
 
 /* out (8, 8) = the transpose of 8 floats at each of `rows`; rows of `out` are `stride` apart, the first written first. */
@@ -163,8 +190,8 @@ static void pack(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, f
 static inline vf chosen(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
 
 /* Some columns of a panel, of blocks of one rank; `factor` (rank, NR) is s B. */
-static inline __attribute__((always_inline)) void modulate_columns(int some, const adapter *m, i64 k, i64 rank, vi left,
-                                                                   vi right, const float *factor, float *panel) {
+INLINE void modulate_columns(int some, const adapter *m, i64 k, i64 rank, vi left, vi right, const float *factor,
+                             float *panel) {
     const float *A = m->A + k * m->A_col;
     vf low[BESIDE] = {{0}}, high[BESIDE] = {{0}};
     for (i64 t = 0; t < rank; t++) {
@@ -178,7 +205,7 @@ static inline __attribute__((always_inline)) void modulate_columns(int some, con
     }
 #pragma GCC unroll 4
     for (int c = 0; c < some; c++) {
-        int32_t block = m->col_block[k + c];
+        int32_t block = label(m->col_block, k + c);
         float *w = panel + c * NR;
         vf a = load(w), b = load(w + LANES);
         store(w, chosen(left == block, a + a * low[c], a));
@@ -189,20 +216,20 @@ static inline __attribute__((always_inline)) void modulate_columns(int some, con
 /* What `pack` made of W0's rows first to first + count becomes W_eff = W0 ∘ (1 + s Σ_t B[t] A[t]), where labels agree. */
 static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *panels, float *scratch) {
     for (i64 top = 0; top < count; top += NR, panels += depth * NR) {
-        int32_t label[NR];
+        int32_t block[NR];
         for (i64 i = 0; i < NR; i++) {
             i64 row = first + top + least(i, count - top - 1);
-            label[i] = m->row_block[row];
+            block[i] = label(m->row_block, row);
             for (i64 t = 0; t < m->rank; t++) scratch[t * NR + i] = m->scaling * m->B[row * m->B_row + t * m->B_rank];
         }
         vi left, right;
-        memcpy(&left, label, sizeof left);
-        memcpy(&right, label + LANES, sizeof right);
+        memcpy(&left, block, sizeof left);
+        memcpy(&right, block + LANES, sizeof right);
         for (i64 p = 0; p < depth;) {
-            const int32_t *block = m->col_block + k + p;
-            i64 rank = m->ranks[block[0]];
+            i64 rank = rank_of(m->ranks, label(m->col_block, k + p), m->rank);
             int alike = p + BESIDE <= depth;
-            for (int c = 1; alike && c < BESIDE; c++) alike = m->ranks[block[c]] == rank;
+            for (int c = 1; alike && c < BESIDE; c++)
+                alike = rank_of(m->ranks, label(m->col_block, k + p + c), m->rank) == rank;
             if (alike)
                 modulate_columns(BESIDE, m, k + p, rank, left, right, scratch, panels + p * NR);
             else
@@ -293,10 +320,10 @@ static void linear_part(void *it, i64 part) {
 /* y (tokens, rows) = x W_effᵀ, or y plus that where `add`: x (tokens, cols) with contiguous rows, W0 (rows, cols) in
  * either memory order; with W0 for W_eff where rank is 0. No dimension is 0. */
 void smoa_linear(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, const float *weight, i64 row_stride,
-                 i64 col_stride, const int32_t *row_block, const int32_t *col_block, const int32_t *ranks, i64 rank,
+                 i64 col_stride, const void *row_block, const void *col_block, i64 wide, const int32_t *ranks, i64 rank,
                  const float *A, i64 A_rank, i64 A_col, const float *B, i64 B_row, i64 B_rank, float scaling, float *y,
                  i64 add, float *workspace, i64 threads) {
-    adapter m = {A, B, A_rank, A_col, B_row, B_rank, rank, row_block, col_block, ranks, scaling};
+    adapter m = {A, B, A_rank, A_col, B_row, B_rank, rank, {row_block, wide}, {col_block, wide}, ranks, scaling};
     linear_job job = {tokens, rows, cols, threads, {x, x_stride, 1, NULL}, {weight, row_stride, col_stride, NULL},
                       rank ? &m : NULL, y, from_a_line(workspace), add != 0};
     in_parallel(linear_part, &job, threads);
@@ -321,11 +348,17 @@ enum {
 /* dA_k += B_kᵀ H and dB_k = H A_kᵀ for some rows of block k: H = s G ∘ W0 is written over G, A and dA (ranks[k], width)
  * are in block order. */
 static void contract(const gradient_job *j, float *H, i64 k, i64 first, i64 count, const float *A, float *dA) {
-    i64 rank = j->ranks[k], width = j->col_offsets[k + 1] - j->col_offsets[k];
+    i64 rank = rank_of(j->ranks, k, j->rank), width = j->col_offsets[k + 1] - j->col_offsets[k];
+    i64 step = j->weight.col_stride;
     const i64 *rows = j->row_index + first, *cols = j->col_index + j->col_offsets[k];
+    float scaling = j->scaling;
     for (i64 i = 0; i < count; i++) {
-        const float *weight = j->weight.data + rows[i] * j->weight.row_stride;
-        for (i64 c = 0; c < width; c++) H[i * width + c] *= j->scaling * weight[cols[c] * j->weight.col_stride];
+        const float *restrict weight = j->weight.data + rows[i] * j->weight.row_stride;
+        float *restrict h = H + i * width;
+        if (step == 1)
+            for (i64 c = 0; c < width; c++) h[c] *= scaling * weight[cols[c]];
+        else
+            for (i64 c = 0; c < width; c++) h[c] *= scaling * weight[cols[c] * step];
     }
     for (i64 top = 0; top < count; top += TOGETHER)
         for (i64 t = 0; t < rank; t++) {
@@ -367,9 +400,9 @@ static i64 gradient_size(i64 tokens, i64 widest, i64 rank) {
 
 /* Some rows of block k, from `first` to `end`. */
 static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, float *dA, float *workspace) {
-    i64 col = j->col_offsets[k], width = j->col_offsets[k + 1] - col, rank = j->ranks[k];
+    i64 col = j->col_offsets[k], width = j->col_offsets[k + 1] - col, rank = rank_of(j->ranks, k, j->rank);
     const i64 *cols = j->col_index + col;
-    if (first >= end || !width || !rank) return;
+    if (first >= end || !width || rank < 1) return;
     float *G = workspace, *A = G + lines(SLAB * j->widest), *sum = A + lines(rank * width);
     for (i64 t = 0; t < rank; t++)
         for (i64 c = 0; c < width; c++) {
