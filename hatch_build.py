@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,29 +24,34 @@ VARIANTS = {
 }
 
 
-def compiler() -> str | None:
-    """CC of the environment, or the first that is found; none on processors without these instruction sets."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or sys.platform == "win32":
+def compiler() -> list[str] | None:
+    """CC of the environment, or the first that is found; none where the wheel is for other instruction sets."""
+    if not sysconfig.get_platform().endswith("x86_64"):
         return None
-    names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    commands = (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"])
+    return next((command for command in commands if command and shutil.which(command[0])), None)
 
 
 def compile_library(into: Path) -> list[Path]:
-    """Compile every variant into a folder; nothing where there is no compiler, or where it fails."""
+    """Compile every variant into a folder; none where there is no compiler, nor those that it fails at."""
     cc, made = compiler(), []
     if cc is None:
         return []
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     for name, flags in VARIANTS.items():
         library = into / f"linear_{name.lower()}.so"
-        command = [cc, "-O3", "-shared", "-fPIC", *flags, f'-DSOURCE="{digest}"', str(SOURCE), "-ldl"]
+        command = [*cc, "-O3", "-shared", "-fPIC", *flags, f'-DSOURCE="{digest}"', str(SOURCE), "-ldl"]
         # Under another name first: a process may have the old one loaded, or look for it now.
         unfinished = library.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"smoa_kernels/native is left out, {cc} failed: {done.stderr}", file=sys.stderr)
-            return []
+        try:
+            subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", error)
+            print(
+                f"smoa_kernels/native is left out for {name}, {shlex.join(cc)} failed: {reason}",
+                file=sys.stderr,
+            )
+            continue
         unfinished.replace(library)
         made.append(library)
     return made

@@ -81,7 +81,7 @@ def forward(
     gemms = gemms or TORCH
     if algorithm == "auto":
         ieee = gemm_is_ieee(x.dtype, x.device.type)
-        algorithm = choose_algorithm(x.shape[0], slots(adapter), ieee=ieee, dropout=dropout is not None)
+        algorithm = choose_algorithm(x.shape[0], _slots(adapter), ieee=ieee, dropout=dropout is not None)
     if algorithm == "merged":
         y = gemms.merged(x, adapter)
     elif algorithm == "expanded":
@@ -110,14 +110,14 @@ def backward(
     dA, dB = (None, None) if x is None else gemms.gradient(dy, x, adapter)
     if not needs_x:
         dx = None
-    elif choose_algorithm(dy.shape[0], slots(adapter), ieee=True, dropout=False) == "expanded":
+    elif choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False) == "expanded":
         dx = _expanded(dy, adapter.T)
     else:  # merged in every dtype: in dX a rounded W_eff is a second-order error
         dx = gemms.merged(dy, adapter.T)
     return dx, dA, dB
 
 
-def slots(adapter: PackedAdapter) -> int:
+def _slots(adapter: PackedAdapter) -> int:
     """K·ρ: how many rows the expanded factors have at most."""
     return adapter.A.shape[0] * adapter.partition.num_blocks
 

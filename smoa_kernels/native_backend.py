@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from . import eager
+from .backends import native_obstacle
 from .dropout import Dropout
 from .native import library
 from .packed import PackedAdapter
@@ -28,14 +29,19 @@ def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) float32 on the CPU."""
-    return eager.forward(x, bias, adapter, algorithm, dropout, gemms=GEMMS)
+    return eager.forward(x, bias, adapter, algorithm, dropout, gemms=_gemms(x))
 
 
 def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dX, dA, dB) of :func:`forward`, as :func:`eager.backward`."""
-    return eager.backward(dy, x, adapter, dropout, needs_x=needs_x, gemms=GEMMS)
+    return eager.backward(dy, x, adapter, dropout, needs_x=needs_x, gemms=_gemms(dy))
+
+
+def _gemms(x: Tensor) -> eager.Gemms:
+    """Torch's where an exported program, which names its backend, meets another machine, device or dtype."""
+    return GEMMS if native_obstacle(x.device, x.dtype) is None else eager.TORCH
 
 
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
@@ -84,14 +90,22 @@ def gradient(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Ten
     weight, A, B = _along_memory(adapter.weight), _wide(adapter.A).contiguous(), _wide(adapter.B).contiguous()
     dA, dB = A.new_zeros(threads, *A.shape), torch.zeros_like(B)
     if x.shape[0]:
-        dy, x, offsets = _rows(dy), _rows(x), p.col_offsets.data_ptr()
+        dy, x = _rows(dy), _rows(x)
+        row_index, col_index = (index.to(torch.int64).contiguous() for index in (p.row_index, p.col_index))
+        row_offsets, col_offsets = (
+            ends.to(torch.int32).contiguous() for ends in (p.row_offsets, p.col_offsets)
+        )
+        offsets = col_offsets.data_ptr()
         blocks, rank = p.num_blocks, A.shape[0]
-        workspace = x.new_empty(code.smoa_gradient_workspace(x.shape[0], offsets, blocks, rank, threads))
+        size = code.smoa_gradient_workspace(
+            x.shape[0], row_offsets.data_ptr(), offsets, blocks, rank, threads
+        )
+        workspace = x.new_empty(size)
         with _named(GRADIENT):
             code.smoa_gradient(
                 x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0),
-                weight.data_ptr(), *weight.stride(), p.row_index.data_ptr(), p.col_index.data_ptr(),
-                p.row_offsets.data_ptr(), offsets, blocks, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(),
+                weight.data_ptr(), *weight.stride(), row_index.data_ptr(), col_index.data_ptr(),
+                row_offsets.data_ptr(), offsets, blocks, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(),
                 float(adapter.scaling), dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(), threads,
             )  # fmt: skip
     total = dA[0] if threads == 1 else dA.sum(0)

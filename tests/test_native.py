@@ -14,7 +14,7 @@ from problems import TINY, LinearProblem, make_problem, relative_error
 from torch import Tensor
 
 import hatch_build
-from smoa_kernels import native, smoa_linear
+from smoa_kernels import BlockPartition, native, smoa_linear
 from smoa_kernels.backends import native_obstacle, resolve_backend
 from smoa_kernels.native_backend import GRADIENT, LINEAR
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 2, 3, 8])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -78,8 +78,37 @@ def test_every_memory_order(name: str) -> None:
         whole.T.contiguous().T,
         whole.repeat_interleave(3, 1)[:, ::3],
         torch.cat([whole, whole], 1),
+        torch.randn(whole.numel(), dtype=whole.dtype).unfold(0, whole.shape[1], 1),  # windows: both strides 1
     ):
-        check(replace(p, **{name: other[:, : whole.shape[1]]}), algorithm="merged")
+        check(replace(p, **{name: other[: whole.shape[0], : whole.shape[1]]}), algorithm="merged")
+
+
+@needs_library
+def test_indices_of_any_kind() -> None:
+    p = on_cpu(tokens=50, out_features=33, in_features=57, random_labels=True).to(torch.float32)
+    labels, indices = p.partition.tensors()[:2], p.partition.tensors()[2:]
+    strided = [torch.stack([index, index], 1)[:, 0] for index in indices]
+    other = BlockPartition.from_tensors([*(one.long() for one in labels), *strided], p.partition.sizes())
+    for one, two in zip(
+        p.run(backend="native"), replace(p, partition=other).run(backend="native"), strict=True
+    ):
+        assert torch.equal(one, two)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_operator_in_another_dtype_is_eagers(dtype: torch.dtype) -> None:
+    """An exported program names the backend that was chosen where it was exported."""
+    p = on_cpu(tokens=50).to(dtype)
+    blocks, scaling = p.partition, torch.tensor(p.scaling, dtype=torch.float64)
+    adapter = p.A, p.B, p.ranks, None, scaling, None, blocks.tensors(), blocks.sizes()
+    settings = 0.0, 0, p.x.shape[1]
+    for operator, args in (
+        (torch.ops.smoa.linear, (p.x, p.weight, None, *adapter, *settings, "merged")),
+        (torch.ops.smoa.linear_backward, (p.dy, p.x, p.weight, *adapter, *settings, True)),
+    ):
+        found, expected = operator(*args, "native"), operator(*args, "eager")
+        assert all(map(torch.equal, found, expected))
 
 
 @needs_library
@@ -208,6 +237,22 @@ def test_a_library_that_is_broken(package: Path) -> None:
     assert "cannot be loaded" in said(package)
 
 
+@needs_library
+def test_a_library_of_something_else(package: Path, tmp_path: Path) -> None:
+    source = tmp_path / "other.c"
+    source.write_text("int other(void) { return 0; }\n")
+    for path in (package / "smoa_kernels" / "native").glob("*.so"):
+        path.unlink()
+        subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    assert "cannot be loaded" in said(package)
+
+
+@needs_library
+def test_a_library_without_its_source(package: Path) -> None:
+    (package / "smoa_kernels" / "native" / "linear.c").unlink()
+    assert "cannot be loaded" in said(package)
+
+
 @pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
 def test_it_compiles_without_warnings(tmp_path: Path) -> None:
     assert [path.name for path in hatch_build.compile_library(tmp_path)] == [
@@ -216,7 +261,7 @@ def test_it_compiles_without_warnings(tmp_path: Path) -> None:
     ]
     for flags in hatch_build.VARIANTS.values():
         command = [
-            str(hatch_build.compiler()),
+            *(hatch_build.compiler() or []),
             "-fsyntax-only",
             "-Wall",
             "-Wextra",
@@ -236,3 +281,20 @@ def test_without_a_compiler_nothing_is_made(tmp_path: Path, monkeypatch: pytest.
     assert hatch_build.compiler() is None
     assert hatch_build.compile_library(tmp_path) == []
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
+def test_a_compiler_that_takes_options_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cc,) = hatch_build.compiler() or []
+    monkeypatch.setenv("CC", f"{cc} -DOTHER")
+    assert hatch_build.compiler() == [cc, "-DOTHER"]
+    (tmp_path / "broken").write_bytes(b"\0")
+    (tmp_path / "broken").chmod(0o755)
+    for broken in (str(tmp_path / "broken"), f"{cc} --no-such-option"):
+        monkeypatch.setenv("CC", broken)
+        assert hatch_build.compile_library(tmp_path) == []
+
+
+def test_another_machines_wheel_has_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-aarch64")
+    assert hatch_build.compiler() is None

@@ -86,6 +86,7 @@ def test_a_wheel_with_compiled_code_is_for_its_machine_and_one_without_for_any(
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "*.so"))
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
     pure = build("wheel", source, tmp_path)
     assert pure.stem.endswith("-py3-none-any")
     with zipfile.ZipFile(pure) as archive:

@@ -32,18 +32,19 @@ Which linear layers of the adapted blocks carry an adapter. The base has all tha
 value, attention's output and both of the MLP; SmolLM2: q, k, v, up, down). "As large" has the base's number of
 parameters, by a larger r. The search began with three rates around the base's best and went on while the best was at an
 end."""
-COST = """Means over the runs on test. Parameters are the adapter's. Rank and effective rank are of ΔW, over the most
-that is possible, mean over the adapted layers; effective rank is Roy and Vetterli's (2007), the exponential of the
-entropy of τ / Σ τ, τ the singular values ([beside the one of energies](../../docs/spectrum.md#definitions)). The last
-columns are the shares of `Σ τ²` in the first singular values ([whole spectra of two updates](../../docs/spectrum.md#smollm2-135m-on-trec)). Seconds are CPU time on a machine
-that other programs used besides: good for an order of magnitude."""
+COST = """Means over the runs on test. Parameters are the adapter's. Rank and effective rank are of ΔW, over the most that
+is possible, mean over the adapted layers; effective rank is Roy and Vetterli's (2007), the exponential of the entropy
+of τ / Σ τ, τ the singular values ([beside the one of energies](../../docs/spectrum.md#definitions)). The last
+columns are the shares of `Σ τ²` in the first singular values ([whole spectra of two
+updates](../../docs/spectrum.md#smollm2-135m-on-trec)). Seconds are CPU time on a machine that other programs used
+besides: good for an order of magnitude."""
 PROTOCOL = """Every method adapts the same linear layers in float32, with AdamW, scaling 1 (alpha = r) and no dropout.
 Seeds change the initial values, the order of the questions and the random blocks. The layers under the adapted ones are
 frozen and computed once per question, which changes no result. MiniLM's new head is trained in full: beside every
 adapter at one learning rate ({:g}), and by "no adapter", which trains it alone, at one searched for. No number of
 parameters counts it. SmolLM2 has no new head, so there "no adapter" trains nothing. Minutes of CPU are those of all
-runs of the table below, one thread each: `make quality` shares a task's methods between as many processes as there are
-processors: on two it takes about half of that. K=4 with r=32 and K=8 with r=64, which have as many parameters as LoRA,
-are a sweep of their own (`--sweep larger`). Rounding differs between processors: when TREC-6's and Social IQa's runs on test
-were repeated on another one, a method's mean moved by up to 1.0 and 1.7 points. `data.py`, `choice.py` and `siqa.py` in `benchmarks/quality/` say where the
-questions come from."""
+runs of the table below, one thread each: `make quality` shares a task's methods between as many processes as there
+are processors: on two it takes about half of that. K=4 with r=32 and K=8 with r=64, which have as many parameters
+as LoRA, are a sweep of their own (`--sweep larger`). Rounding differs between processors: when TREC-6's and Social
+IQa's runs on test were repeated on another one, a method's mean moved by up to 1.0 and 1.7 points. `data.py`,
+`choice.py` and `siqa.py` in `benchmarks/quality/` say where the questions come from."""

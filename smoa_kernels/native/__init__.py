@@ -22,7 +22,7 @@ _SIGNATURES = {
     "smoa_linear": "iiipipiippipipiipiifpipi",
     "smoa_gradient": "iiipipipiippppipippfpppi",
     "smoa_linear_workspace": "iiii",
-    "smoa_gradient_workspace": "ipiii",
+    "smoa_gradient_workspace": "ippiii",
 }
 _TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}
 
@@ -72,15 +72,15 @@ def _load() -> ctypes.CDLL | str:
             else "it was not compiled: the wheel is for another machine, or was built without a C compiler"
         )  # fmt: skip
     try:
+        source = hashlib.sha256((_FOLDER / "linear.c").read_bytes()).hexdigest()[:16]
         found = ctypes.CDLL(str(path))
-    except OSError as error:
+        found.smoa_source.restype = ctypes.c_char_p
+        if found.smoa_source() != source.encode():
+            return f"{path} was compiled from another linear.c: install the package again"
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(found, name)
+            function.argtypes = [_TYPES[argument] for argument in arguments]
+            function.restype = _INT if name.endswith("workspace") else None
+    except (AttributeError, OSError) as error:  # another library, or none for this system
         return f"{path} cannot be loaded: {error}"
-    found.smoa_source.restype = ctypes.c_char_p
-    source = hashlib.sha256((_FOLDER / "linear.c").read_bytes()).hexdigest()[:16]
-    if found.smoa_source() != source.encode():
-        return f"{path} was compiled from another linear.c: install the package again"
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.argtypes = [_TYPES[argument] for argument in arguments]
-        function.restype = _INT if name.endswith("workspace") else None
     return found

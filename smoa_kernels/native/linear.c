@@ -7,7 +7,8 @@
  *
  * Compiled once for each instruction set (hatch_build.py), which VECTOR_BYTES tells. No function allocates memory or
  * keeps anything between calls: panels lie in a workspace of the caller's. Sums run over the same terms in the same
- * order for every number of threads, but those of dA, which are cut where the threads' rows are.
+ * order for every number of threads, but those of dA, which are cut where the rows of the threads asked for are, however
+ * many a runtime starts.
  */
 #define _GNU_SOURCE /* RTLD_DEFAULT */
 #include <stdint.h>
@@ -184,7 +185,7 @@ static void pack_columns(matrix m, i64 first, i64 count, i64 k, i64 depth, int h
 /* Rows first to first + count, columns k to k + depth, as panels of `height` rows, each (depth, height). What lies below
  * the last row is anything: it is multiplied and not stored. */
 static void pack(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
-    (m.col_stride == 1 ? pack_rows : pack_columns)(m, first, count, k, depth, height, out);
+    (m.col_stride == 1 && !m.rows ? pack_rows : pack_columns)(m, first, count, k, depth, height, out);
 }
 
 static inline vf chosen(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
@@ -289,7 +290,7 @@ static void in_parallel(void (*run)(void *, i64), void *job, i64 parts) {
 }
 
 typedef struct {
-    i64 tokens, rows, cols, parts;
+    i64 tokens, rows, cols, parts, bands; /* bands of tokens, each for parts / bands threads */
     matrix x, weight;
     const adapter *m;
     float *y, *workspace;
@@ -303,18 +304,28 @@ i64 smoa_linear_workspace(i64 rows, i64 cols, i64 rank, i64 threads) {
 
 static float *from_a_line(float *p) { return p + (16 - (uintptr_t)p / 4 % 16) % 16; }
 
+/* Where part `part` of `parts` begins, in whole units. */
+static i64 share_of(i64 all, i64 unit, i64 part, i64 parts) {
+    return least(all, (all + unit - 1) / unit * part / parts * unit);
+}
+
 static void linear_part(void *it, i64 part) {
     linear_job *j = it;
     if (part >= j->parts) return;
-    /* The longer side is cut, in whole tiles: what is packed of the other one every thread packs for itself. */
-    int by_tokens = j->tokens > j->rows;
-    i64 all = by_tokens ? j->tokens : j->rows, unit = by_tokens ? MR : NR, tiles = (all + unit - 1) / unit;
-    i64 first = least(all, tiles * part / j->parts * unit), count = least(all, tiles * (part + 1) / j->parts * unit) - first;
-    float *workspace = j->workspace + part * product_size(j->rows, j->cols, j->m ? j->m->rank : 0);
-    if (by_tokens)
-        product(j->x, first, count, j->weight, 0, j->rows, j->cols, j->m, j->y + first * j->rows, j->rows, j->add, workspace);
-    else
-        product(j->x, 0, j->tokens, j->weight, first, count, j->cols, j->m, j->y + first, j->rows, j->add, workspace);
+    i64 sides = j->parts / j->bands, band = part / sides, side = part % sides;
+    i64 top = share_of(j->tokens, MR, band, j->bands), height = share_of(j->tokens, MR, band + 1, j->bands) - top;
+    i64 left = share_of(j->rows, NR, side, sides), width = share_of(j->rows, NR, side + 1, sides) - left;
+    if (!height || !width) return;
+    product(j->x, top, height, j->weight, left, width, j->cols, j->m, j->y + top * j->rows + left, j->rows, j->add,
+            j->workspace + part * product_size(j->rows, j->cols, j->m ? j->m->rank : 0));
+}
+
+/* Every thread packs what it multiplies: of x `tokens / bands` rows, of W0 as many as `bands / parts` leaves it. */
+static i64 bands_of(i64 tokens, i64 rows, i64 parts) {
+    i64 best = 1;
+    for (i64 bands = 2; bands <= parts; bands++)
+        if (parts % bands == 0 && tokens / bands + rows * bands / parts < tokens / best + rows * best / parts) best = bands;
+    return best;
 }
 
 /* y (tokens, rows) = x W_effᵀ, or y plus that where `add`: x (tokens, cols) with contiguous rows, W0 (rows, cols) in
@@ -324,7 +335,7 @@ void smoa_linear(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, c
                  const float *A, i64 A_rank, i64 A_col, const float *B, i64 B_row, i64 B_rank, float scaling, float *y,
                  i64 add, float *workspace, i64 threads) {
     adapter m = {A, B, A_rank, A_col, B_row, B_rank, rank, {row_block, wide}, {col_block, wide}, ranks, scaling};
-    linear_job job = {tokens, rows, cols, threads, {x, x_stride, 1, NULL}, {weight, row_stride, col_stride, NULL},
+    linear_job job = {tokens, rows, cols, threads, bands_of(tokens, rows, threads), {x, x_stride, 1, NULL}, {weight, row_stride, col_stride, NULL},
                       rank ? &m : NULL, y, from_a_line(workspace), add != 0};
     in_parallel(linear_part, &job, threads);
 }
@@ -337,11 +348,11 @@ typedef struct {
     const float *A, *B;
     float scaling, *dA, *dB; /* dA (parts, rank, cols), dB (rows, rank) */
     float *workspace;
-    i64 widest; /* columns of a block */
+    i64 widest, slab; /* columns of a block; rows of it whose G is held at a time */
 } gradient_job;
 
 enum {
-    SLAB = 504,  /* rows of a block whose G is held at a time, a multiple of both MR */
+    SLAB = 504,  /* of these rows at most, a multiple of both MR and TOGETHER */
     TOGETHER = 8 /* rows of H that are contracted at a time, so that sums stay in registers and are short */
 };
 
@@ -394,8 +405,8 @@ static void contract(const gradient_job *j, float *H, i64 k, i64 first, i64 coun
         }
 }
 
-static i64 gradient_size(i64 tokens, i64 widest, i64 rank) {
-    return lines(SLAB * widest) + 2 * lines(rank * widest) + product_size(widest, tokens, 0);
+static i64 gradient_size(i64 tokens, i64 widest, i64 slab, i64 rank) {
+    return lines(slab * widest) + 2 * lines(rank * widest) + product_size(widest, tokens, 0);
 }
 
 /* Some rows of block k, from `first` to `end`. */
@@ -403,7 +414,7 @@ static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, flo
     i64 col = j->col_offsets[k], width = j->col_offsets[k + 1] - col, rank = rank_of(j->ranks, k, j->rank);
     const i64 *cols = j->col_index + col;
     if (first >= end || !width || rank < 1) return;
-    float *G = workspace, *A = G + lines(SLAB * j->widest), *sum = A + lines(rank * width);
+    float *G = workspace, *A = G + lines(j->slab * j->widest), *sum = A + lines(rank * width);
     for (i64 t = 0; t < rank; t++)
         for (i64 c = 0; c < width; c++) {
             A[t * width + c] = j->A[t * j->cols + cols[c]];
@@ -411,8 +422,8 @@ static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, flo
         }
     matrix dy = j->dy, x = j->x;
     dy.rows = j->row_index, x.rows = j->col_index;
-    for (; first < end; first += SLAB) {
-        i64 count = least(SLAB, end - first);
+    for (; first < end; first += j->slab) {
+        i64 count = least(j->slab, end - first);
         product(dy, first, count, x, col, width, j->tokens, NULL, G, width, 0, sum + lines(rank * width));
         contract(j, G, k, first, count, A, sum);
     }
@@ -424,27 +435,35 @@ static void gradient_part(void *it, i64 part) {
     gradient_job *j = it;
     if (part >= j->parts) return;
     float *dA = j->dA + part * j->rank * j->cols;
-    float *workspace = j->workspace + part * gradient_size(j->tokens, j->widest, j->rank);
+    float *workspace = j->workspace + part * gradient_size(j->tokens, j->widest, j->slab, j->rank);
     for (i64 k = 0; k < j->blocks; k++) {
         i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top;
-        /* In whole groups, so that a row of dB is summed in the same order however many threads there are. */
-        i64 groups = (height + TOGETHER - 1) / TOGETHER;
-        i64 first = least(height, groups * part / j->parts * TOGETHER);
-        i64 end = least(height, groups * (part + 1) / j->parts * TOGETHER);
+        /* In whole groups, so that a row of dB is summed in the same order however many threads there are; where a block
+         * has fewer than threads, others take the next block's. */
+        i64 turn = (part + k) % j->parts;
+        i64 first = share_of(height, TOGETHER, turn, j->parts), end = share_of(height, TOGETHER, turn + 1, j->parts);
         block_gradient(j, k, top + first, top + end, dA, workspace);
     }
 }
 
-static i64 widest_of(const int32_t *offsets, i64 blocks) {
-    i64 widest = 0;
+static i64 largest_of(const int32_t *offsets, i64 blocks) {
+    i64 largest = 0;
     for (i64 k = 0; k < blocks; k++)
-        if (offsets[k + 1] - offsets[k] > widest) widest = offsets[k + 1] - offsets[k];
-    return widest;
+        if (offsets[k + 1] - offsets[k] > largest) largest = offsets[k + 1] - offsets[k];
+    return largest;
+}
+
+/* No more rows than a thread has of a block. */
+static i64 slab_of(const int32_t *row_offsets, i64 blocks, i64 threads) {
+    i64 groups = (largest_of(row_offsets, blocks) + TOGETHER - 1) / TOGETHER;
+    return least(SLAB, (groups + threads - 1) / threads * TOGETHER);
 }
 
 /* Floats that smoa_gradient needs. */
-i64 smoa_gradient_workspace(i64 tokens, const int32_t *col_offsets, i64 blocks, i64 rank, i64 threads) {
-    return threads * gradient_size(tokens, widest_of(col_offsets, blocks), rank) + 16;
+i64 smoa_gradient_workspace(i64 tokens, const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 rank,
+                            i64 threads) {
+    i64 slab = slab_of(row_offsets, blocks, threads);
+    return threads * gradient_size(tokens, largest_of(col_offsets, blocks), slab, rank) + 16;
 }
 
 /* dA (threads, rank, cols), still to be summed, and dB (rows, rank), zeros before: of dy (tokens, rows) and x (tokens,
@@ -455,7 +474,8 @@ void smoa_gradient(i64 tokens, i64 rows, i64 cols, const float *dy, i64 dy_strid
                    const float *A, const float *B, float scaling, float *dA, float *dB, float *workspace, i64 threads) {
     gradient_job job = {tokens, rows, cols, blocks, rank, threads, {dy, 1, dy_stride, NULL}, {x, 1, x_stride, NULL},
                         {weight, row_stride, col_stride, NULL}, row_index, col_index, row_offsets, col_offsets, ranks,
-                        A, B, scaling, dA, dB, from_a_line(workspace), widest_of(col_offsets, blocks)};
+                        A, B, scaling, dA, dB, from_a_line(workspace), largest_of(col_offsets, blocks),
+                        slab_of(row_offsets, blocks, threads)};
     in_parallel(gradient_part, &job, threads);
 }
 
