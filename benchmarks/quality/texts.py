@@ -33,8 +33,8 @@ value, attention's output and both of the MLP; SmolLM2: q, k, v, up, down). "As 
 parameters, by a larger r. The search began with three rates around the base's best and went on while the best was at an
 end."""
 COST = """Means over the runs on test. Parameters are the adapter's. Rank and effective rank are of ΔW, over the most
-that is possible, mean over the adapted layers; effective rank is Roy and Vetterli's (2007), the exponential of the entropy
-of τ / Σ τ, τ the singular values ([beside the one of energies](../../docs/spectrum.md#definitions)). The last
+that is possible, mean over the adapted layers; effective rank is Roy and Vetterli's (2007), the exponential of the
+entropy of τ / Σ τ, τ the singular values ([beside the one of energies](../../docs/spectrum.md#definitions)). The last
 columns are the shares of `Σ τ²` in the first singular values ([whole spectra of two
 updates](../../docs/spectrum.md#smollm2-135m-on-trec)). Seconds are CPU time on a machine that other programs used
 besides: good for an order of magnitude."""
