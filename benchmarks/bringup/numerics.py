@@ -63,6 +63,7 @@ NOT_NUMERICAL = {
     "test_imports.py": "the source's text",
     "test_lost_runs.py": "processes that are killed, and files",
     "test_lost_work.py": "processes that are killed, and files",
+    "test_native.py": "code compiled for CPUs",
     "test_packaging.py": "the wheel",
     "test_quality_data.py": "the quality study's questions and models",
     "test_quality_methods.py": "what the quality study trains",

@@ -277,7 +277,7 @@ def test_info_without_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = json.loads(path.read_text())
     assert found["environment"]["SMOA_AUTOTUNE"] == "1"
     assert found["tuning tables"]
-    assert set(found["backends"]) == {"eager", "reference", "triton"}
+    assert set(found["backends"]) == {"eager", "native", "reference", "triton"}
 
 
 def test_why_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
