@@ -55,7 +55,7 @@ def section() -> str:
     lines = [
         f"**The main job, {machine['label']}** ({machine['cpu']}, {machine['threads']} threads, "
         f"{options['dtype']}, seed {options['seed']}, commit {', '.join(sorted(commits))}; `make main-job`, one run "
-        f"of each after the other). Learning rates are the best of four each on the validation split: {rates}.",
+        f"of each after the other). Learning rates, chosen among four each on the validation split: {rates}.",
         table(
             [
                 f"SmolLM2-135M (dequantised Q4_1) on TREC, {options['steps']} steps of {options['batch_size']}, "
