@@ -22,7 +22,7 @@ NAME: dict[Method, str] = {"smoa": "SMoA", "lora": "LoRA", "hira": "HiRA"}
 # The best on 300 of TREC's validation questions (never the test split), SmolLM2-135M, 60 steps of 16, r=8, K=2:
 #   SMoA 1e-2 75.7 %, 2e-2 84.0, 3e-2 84.3 (second seed 88.0), 5e-2 86.3 (second seed 88.3)
 #   LoRA 2e-3 81.0, 3e-3 83.3, 5e-3 86.3, 1e-2 71.3;  HiRA 5e-3 72.3, 1e-2 82.3, 2e-2 82.0, 5e-2 58.7
-# SMoA and HiRA scale weights far below 1 instead of adding to them, hence their larger steps. SMoA's is not the largest:
+# SMoA and HiRA scale weights far below 1 instead of adding to them, hence their larger steps. SMoA is not at its best:
 # at 5e-2 the rounding of a GEMM decides whether a run recovers from a spike of the loss (docs/choosing.md).
 LEARNING_RATE: dict[Method, float] = {"smoa": 3e-2, "lora": 5e-3, "hira": 1e-2}
 
