@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from peft.utils import CONFIG_NAME
 from ..backends import ALGORITHMS, BACKENDS
 from ..checks import MOST_RANKS, check_choice, check_finite, check_path, shown
 from ..ranks import resolve_ranks
-from .folders import check_weights, read_json
+from .folders import MOST_BYTES, check_weights, excess, read_json
 from .peft_type import PEFT_TYPE
 from .saving import check_seal, replacing
 from .settings import layer_settings
@@ -24,6 +25,9 @@ __all__ = ["FORMAT_VERSION", "SMoAConfig"]
 # Of the adapter folder. Raised when an older release could not read what a newer one writes. Version 1 was never
 # released.
 FORMAT_VERSION = 2
+
+# Of a file's bytes, what is left to a save, which names the weights, and to PEFT, which fills in names in training.
+_SAVING, _TRAINING = 2**10, 2**16
 
 _BIASES = ("none", "all", "smoa_only")
 
@@ -161,6 +165,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
             )
+        self.check_size()
 
     @property
     def is_from_file(self) -> bool:
@@ -171,6 +176,24 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         """As it is saved: with the format version of this release, and not yet of any weights."""
         return {**super().to_dict(), "format_version": FORMAT_VERSION, "weights_sha256": None}
 
+    def check_size(self, *, saving: bool = False) -> None:
+        """Whether the file that this is saved as would be read; asked before anything is trained with it.
+
+        Args:
+            saving: nothing will be added by training, or has been for a configuration that was read from a file.
+
+        Raises:
+            ValueError: it would be longer, or hold more values, than is read.
+        """
+        values = self.to_dict()
+        words = excess(_json(values), MOST_BYTES - (_SAVING if saving or self.is_from_file else _TRAINING))
+        if words:
+            longest = max(values, key=lambda name: len(_json(values[name])))
+            raise ValueError(
+                f"{longest} is too long: {CONFIG_NAME} would have {words}. Name layers by regular expressions that "
+                "match many"
+            )
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; an interrupted save leaves the old one.
 
@@ -178,9 +201,10 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             save_directory: a folder, made where there is none.
 
         Raises:
-            TypeError, ValueError: `save_directory` is no path, or a file.
+            TypeError, ValueError: `save_directory` is no path, or a file; or the file would be too long to be read.
         """
         check_path("save_directory", save_directory)
+        self.check_size(saving=True)
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
         with replacing(save_directory) as scratch:
@@ -244,6 +268,11 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
                 f"format_version {version} of the adapter is {'newer' if newer else 'older'} than what this release "
                 f"reads ({FORMAT_VERSION}): {'update smoa-kernels' if newer else 'train the adapter anew'}"
             )
+
+
+def _json(value: Any) -> str:
+    """As PEFT writes it."""
+    return json.dumps(value, indent=2, default=lambda odd: list(odd) if isinstance(odd, set) else str(odd))
 
 
 def _check_bool(name: str, value: Any) -> None:

@@ -21,10 +21,12 @@ from ..checks import shown
 from .layout import STATE_KEYS, LayerBlocks, read_blocks
 
 __all__ = [
+    "MOST_BYTES",
     "PREFIX",
     "ModelFolder",
     "by_number",
     "check_weights",
+    "excess",
     "opened",
     "read_config",
     "read_json",
@@ -37,7 +39,7 @@ __all__ = [
 PREFIX = "base_model.model."
 
 
-# Of an adapter's configuration: a list of eight thousand modules, each with its rank, is shorter.
+# Of an adapter's configuration: eight thousand modules, each with its rank, are shorter. `SMoAConfig` asks for less.
 MOST_BYTES = 2**20
 # Of an index of weights, which names every one of them.
 MOST_INDEX_BYTES = 64 * 2**20
@@ -55,14 +57,13 @@ def read_json(path: str | os.PathLike[str], most: int = MOST_BYTES) -> dict[str,
     """
     size = Path(path).stat().st_size
     if size > most:
-        raise ValueError(f"{path} has {size} bytes, more than any such file ({most})")
+        raise ValueError(f"{path} has {_bytes_beyond(size, most)}")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    values = sum(map(text.count, ",:[{"))
-    if values > most // _BYTES_A_VALUE:
-        raise ValueError(f"{path} has {values} values, more than any such file ({most // _BYTES_A_VALUE})")
+    if words := excess(text, most):
+        raise ValueError(f"{path} has {words}")
     try:
         found = json.loads(text)
     except (RecursionError, ValueError) as error:
@@ -70,6 +71,20 @@ def read_json(path: str | os.PathLike[str], most: int = MOST_BYTES) -> dict[str,
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
     return found
+
+
+def excess(text: str, most: int) -> str:
+    """What there is too much of in the JSON `text` of a file of at most so many bytes; "" where nothing is."""
+    size, values = len(text.encode()), sum(map(text.count, ",:[{"))
+    if size > most:
+        return _bytes_beyond(size, most)
+    if values > most // _BYTES_A_VALUE:
+        return f"{values} values, more than any such file ({most // _BYTES_A_VALUE})"
+    return ""
+
+
+def _bytes_beyond(size: int, most: int) -> str:
+    return f"{size} bytes, more than any such file ({most})"
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         if not adapter_name or set(adapter_name) & set("./\\"):
             # It is part of parameters' names, and of the folder that the adapter is saved in.
             raise ValueError(f"adapter_name must be a name without dots and slashes, got {adapter_name!r}")
+        self.peft_config[adapter_name].check_size()  # it may have been changed since it was made
         is_new = not any(adapter_name in layer.smoa_A for layer in _layers(model))
         awaits_weights = self.peft_config[adapter_name].is_from_file and not _layers(model)
         # To be restored should these weights turn out not to fit.

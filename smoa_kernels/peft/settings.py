@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from peft.utils.other import get_pattern_key
 
 from ..checks import check_kind
 from ..ranks import resolve_ranks
@@ -66,10 +66,17 @@ def layer_settings(config: SMoAConfig, name: str) -> LayerSettings:
     check_kind("name", name, str)
 
     def matching(pattern: Mapping[str, Any], default: Any) -> Any:
-        return pattern.get(get_pattern_key(pattern.keys(), name), default)
+        found = (value for key, value in pattern.items() if _end(key).match(name))
+        return next(found, pattern.get(name, default))
 
     r = matching(config.rank_pattern, config.r)
     num_blocks = matching(config.num_blocks_pattern, config.num_blocks)
     usual = (r, num_blocks) == (config.r, config.num_blocks)
     alpha = matching(config.alpha_pattern, config.smoa_alpha)
     return LayerSettings(r, num_blocks, config.block_ranks if usual else None, alpha, config)
+
+
+@functools.lru_cache(maxsize=4096)  # every layer asks for every key
+def _end(key: str) -> re.Pattern[str]:
+    """What a layer's path must match for a pattern's key, as PEFT's `get_pattern_key` has it."""
+    return re.compile(rf"(.*\.)?({key})$")

@@ -100,12 +100,28 @@ CONFIGURATIONS: list[Change] = [
     ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(2\)"),
     ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(2\)"),
     ({"format_version": "2"}, ValueError, "format_version must be an int, got '2'"),
+    (
+        {"target_modules": ["0"], "rank_pattern": {f"{i}": 3 for i in range(9000)}},
+        ValueError,
+        r"rank_pattern is too long: adapter_config.json would have 180\d\d values, more than any such file \(15360\)",
+    ),
+    (
+        {"target_modules": "0" * 2**20},
+        ValueError,
+        r"target_modules is too long: adapter_config.json would have \d{7} bytes, more .* \(983040\)",
+    ),
 ]
 
 
 @rows("settings", CONFIGURATIONS)
 def test_configuration(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
     check(world, lambda _: SMoAConfig(**settings), error, words)
+
+
+def lengthened(config: SMoAConfig) -> SMoAConfig:
+    """Changed after it was made, when it was short enough."""
+    config.rank_pattern = {f"{i}": 3 for i in range(9000)}
+    return config
 
 
 def model() -> Any:
@@ -222,6 +238,11 @@ LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
         lambda m: m.add_adapter("a.b", SMoAConfig(r=4, target_modules=["0"])),
         ValueError,
         "adapter_name must be a name without dots and slashes, got 'a.b'",
+    ),
+    (
+        lambda m: m.add_adapter("long", lengthened(SMoAConfig(r=4, target_modules=["0"]))),
+        ValueError,
+        "rank_pattern is too long: adapter_config.json would have",
     ),
 ]
 

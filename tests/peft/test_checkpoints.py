@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted import WEIGHTS, adapt, layers
+from adapted import WEIGHTS, adapt, config, layers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,6 +15,7 @@ from smoa_kernels import sketch
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.inspection import inspect_adapter
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
+from smoa_kernels.peft.settings import layer_settings
 
 
 @pytest.fixture
@@ -36,6 +38,55 @@ def torn(tensors, filename, metadata=None):
 
 def stopped(*args, **kwargs):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("characters", [8, 300])  # more values, or bytes, than a file may have
+def test_what_is_trained_with_a_configuration_can_be_read(llama, tmp_path, characters):
+    def names(n):
+        return [f"{i:0{characters}}" for i in range(n)]
+
+    few, many = 1, 20_000
+    while many - few > 1:
+        n = (few + many) // 2
+        try:
+            config(exclude_modules=names(n))
+            few = n
+        except ValueError:
+            many = n
+    assert few > 3000
+    model = adapt(llama(), exclude_modules=names(few))
+    model.peft_config["default"].revision = "0" * 2**14  # filled in since
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert loaded.peft_config["default"].exclude_modules == set(names(few))
+    state = loaded.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_configuration_that_grew_is_not_saved(make_model, folder):
+    before = contents(folder)
+    model = adapt(make_model(), r=8)
+    model.peft_config["default"].alpha_pattern = {str(i): 3.0 for i in range(9000)}
+    with pytest.raises(ValueError, match=r"alpha_pattern is too long: adapter_config\.json would have"):
+        model.save_pretrained(folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("patterns", "name", "rank"),
+    [
+        ({"q_proj": 1, "layers.0.q_proj": 2}, "layers.0.q_proj", 1),  # the first one
+        ({"layers.0.q_proj": 2, "q_proj": 1}, "layers.0.q_proj", 2),
+        ({"proj": 1}, "layers.0.q_proj", 8),  # not part of a name
+        ({"^q_proj": 1}, "layers.0.q_proj", 8),
+        ({r"layers\.\d+\.(q|k)_proj": 3}, "model.layers.17.k_proj", 3),
+        ({"a|b": 3}, "x.b", 3),
+        ({"experts[0]": 5}, "experts[0]", 5),  # as it stands
+    ],
+)
+def test_patterns_match_as_pefts_do(patterns, name, rank):
+    assert patterns.get(get_pattern_key(patterns.keys(), name), 8) == rank
+    assert layer_settings(SMoAConfig(r=8, rank_pattern=patterns), name).r == rank
 
 
 @pytest.mark.parametrize(
