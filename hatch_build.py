@@ -37,7 +37,8 @@ def compile_library(into: Path) -> list[Path]:
     cc, made = compiler(), []
     if cc is None:
         return []
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    sources = sorted(FOLDER.glob("*.[ch]"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     for name, flags in VARIANTS.items():
         library = into / f"linear_{name.lower()}.so"
         command = [*cc, "-O3", "-shared", "-fPIC", *flags, f'-DSOURCE="{digest}"', str(SOURCE), "-ldl"]

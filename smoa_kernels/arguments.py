@@ -148,6 +148,7 @@ def _check_dense(x: Tensor, named: Mapping[str, Tensor | None]) -> None:
     for name, value in named.items():
         if not isinstance(value, Tensor) and not (value is None and name == "bias"):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    device = x.device
     for name, value in named.items():
         if value is None:
             continue
@@ -155,8 +156,8 @@ def _check_dense(x: Tensor, named: Mapping[str, Tensor | None]) -> None:
             raise TypeError(f"{name} must be floating point, got {value.dtype}")
         if value.is_nested or value.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(value)}")
-        if value.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on x's device {device}, got {value.device}")
 
 
 def _check_features(x: Tensor, weight: Tensor) -> None:
@@ -190,7 +191,7 @@ def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
         if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
             raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
         check_number("scaling", scaling)
-    elif layout_of(scaling) != "torch.strided" or (scaling.is_meta and not x.is_meta):
+    elif scaling.is_nested or scaling.layout != torch.strided or (scaling.is_meta and not x.is_meta):
         given = "a meta tensor" if scaling.is_meta else f"layout {layout_of(scaling)}"
         raise TypeError(f"scaling must be a dense tensor that holds a number, got {given}")
     elif scaling.ndim:

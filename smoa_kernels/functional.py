@@ -11,7 +11,7 @@ from .arguments import autocast_enabled, check_arguments, check_block_ranks, glo
 from .backends import ALGORITHMS, algorithms_of, resolve_backend
 from .checks import check_choice
 from .dropout import draw_seed
-from .operator import linear
+from .operator import call_linear
 from .packed import scaling_tensor
 from .partition import BlockPartition
 
@@ -101,7 +101,7 @@ def smoa_linear(
     width = global_width(x, column_offset, global_in_features)
     if dropout_p > 0 and dropout_seed is None:
         dropout_seed = draw_seed(x.device)
-    y: Tensor = linear(
+    return call_linear(
         x,
         weight,
         bias,
@@ -119,7 +119,6 @@ def smoa_linear(
         algorithm,
         backend,
     )
-    return y
 
 
 def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:

@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedSMoALinear"]
 
+# Buffers, in the order of `BlockPartition.tensors`.
+_PARTITION = tuple(
+    f"smoa_{name}"
+    for name in ("row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets")
+)
+
 
 class FusedSMoALinear(nn.Linear):
     """Linear layer `y = x W0ᵀ + b + dropout(x) ΔWᵀ` with frozen W0 and b and a trainable SMoA adapter.
@@ -202,20 +208,11 @@ class FusedSMoALinear(nn.Linear):
             raise RuntimeError(
                 "the layer has no blocks yet: load a state dict that holds them, or call reset_parameters()"
             )
-        row_block, col_block = self.smoa_row_block, self.smoa_col_block
+        buffers = self._buffers  # nn.Module's own way to them is Python, which small layers feel
+        tensors = [cast(Tensor, buffers[name]) for name in _PARTITION]
         if self._shard is not None:
-            row_block, col_block = row_block[self._shard.rows], col_block[self._shard.cols]
-        return BlockPartition.from_tensors(
-            [
-                row_block,
-                col_block,
-                cast(Tensor, self.smoa_row_index),
-                cast(Tensor, self.smoa_col_index),
-                cast(Tensor, self.smoa_row_offsets),
-                cast(Tensor, self.smoa_col_offsets),
-            ],
-            self._sizes,
-        )
+            tensors[:2] = tensors[0][self._shard.rows], tensors[1][self._shard.cols]
+        return BlockPartition.from_tensors(tensors, self._sizes)
 
     @partition.setter
     def partition(self, partition: BlockPartition) -> None:

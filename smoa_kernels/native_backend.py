@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from . import eager
-from .backends import native_obstacle
 from .dropout import Dropout
-from .native import library
+from .native import library, obstacle
 from .packed import PackedAdapter
 
 __all__ = ["ALGORITHMS", "GRADIENT", "LINEAR", "backward", "forward"]
@@ -41,7 +40,7 @@ def backward(
 
 def _gemms(x: Tensor) -> eager.Gemms:
     """Torch's where an exported program, which names its backend, meets another machine, device or dtype."""
-    return GEMMS if native_obstacle(x.device, x.dtype) is None else eager.TORCH
+    return GEMMS if x.dtype == torch.float32 and x.is_cpu and obstacle() is None else eager.TORCH
 
 
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
@@ -69,13 +68,13 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None)
     rank, A, B, scaling = 0, weight, weight, 0.0
     blocks: tuple[int | None, int | None, int, int | None] = None, None, 0, None
     if adapter is not None:
-        A, B, ranks = _wide(adapter.A), _wide(adapter.B), _ranks(adapter)
-        rank, scaling = A.shape[0], float(adapter.scaling)
-        labels = adapter.partition.row_block, adapter.partition.col_block
-        narrow = all(one.dtype == torch.uint8 for one in labels)
-        row_block, col_block = (one.to(torch.uint8 if narrow else torch.int32).contiguous() for one in labels)
-        blocks = row_block.data_ptr(), col_block.data_ptr(), int(not narrow), ranks.data_ptr()
-    workspace = x.new_empty(code.smoa_linear_workspace(*weight.shape, rank, threads))
+        A, B, p = adapter.A.to(torch.float32), adapter.B.to(torch.float32), adapter.partition
+        rank, scaling = A.shape[0], adapter.scaling.item()
+        label = torch.uint8 if p.row_block.dtype == p.col_block.dtype == torch.uint8 else torch.int32
+        row_block, col_block = _dense(p.row_block, label), _dense(p.col_block, label)
+        ranks = _dense(adapter.ranks, torch.int32)
+        blocks = row_block.data_ptr(), col_block.data_ptr(), int(label == torch.int32), ranks.data_ptr()
+    workspace = x.new_empty(code.smoa_linear_workspace(x.shape[0], weight.shape[1], rank, threads))
     with _named(LINEAR):
         code.smoa_linear(
             x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride(), *blocks, rank,
@@ -86,30 +85,29 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None)
 
 def gradient(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
     """(dA, dB); padding rows get zeros."""
-    code, threads, p, ranks = library(), torch.get_num_threads(), adapter.partition, _ranks(adapter)
-    weight, A, B = _along_memory(adapter.weight), _wide(adapter.A).contiguous(), _wide(adapter.B).contiguous()
-    dA, dB = A.new_zeros(threads, *A.shape), torch.zeros_like(B)
+    code, threads, p = library(), torch.get_num_threads(), adapter.partition
+    weight, ranks = _along_memory(adapter.weight), _dense(adapter.ranks, torch.int32)
+    A, B = _dense(adapter.A, torch.float32), _dense(adapter.B, torch.float32)
+    dA, dB = A.new_zeros(A.shape if threads == 1 else (threads, *A.shape)), torch.zeros_like(B)
     if x.shape[0]:
         dy, x = _rows(dy), _rows(x)
-        row_index, col_index = (index.to(torch.int64).contiguous() for index in (p.row_index, p.col_index))
-        row_offsets, col_offsets = (
-            ends.to(torch.int32).contiguous() for ends in (p.row_offsets, p.col_offsets)
-        )
+        row_index, col_index = _dense(p.row_index, torch.int64), _dense(p.col_index, torch.int64)
+        row_offsets, col_offsets = _dense(p.row_offsets, torch.int32), _dense(p.col_offsets, torch.int32)
         offsets = col_offsets.data_ptr()
         blocks, rank = p.num_blocks, A.shape[0]
-        size = code.smoa_gradient_workspace(
+        floats = code.smoa_gradient_workspace(
             x.shape[0], row_offsets.data_ptr(), offsets, blocks, rank, threads
         )
-        workspace = x.new_empty(size)
+        workspace = x.new_empty(floats)
         with _named(GRADIENT):
             code.smoa_gradient(
                 x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0),
                 weight.data_ptr(), *weight.stride(), row_index.data_ptr(), col_index.data_ptr(),
                 row_offsets.data_ptr(), offsets, blocks, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(),
-                float(adapter.scaling), dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(), threads,
+                adapter.scaling.item(), dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(), threads,
             )  # fmt: skip
-    total = dA[0] if threads == 1 else dA.sum(0)
-    return total.to(adapter.A.dtype), dB.to(adapter.B.dtype)
+    dA = dA if threads == 1 else dA.sum(0)
+    return (dA, dB) if adapter.A.dtype == dA.dtype else (dA.to(adapter.A.dtype), dB.to(adapter.A.dtype))
 
 
 GEMMS = eager.Gemms(merged, add_base, gradient)
@@ -131,9 +129,6 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _wide(factor: Tensor) -> Tensor:
-    return factor.to(torch.float32)
-
-
-def _ranks(adapter: PackedAdapter) -> Tensor:
-    return adapter.ranks.to(torch.int32).contiguous()
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the compiled code reads it: mostly itself, which is asked first because torch's conversions cost more."""
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()

@@ -9,7 +9,7 @@ their gradient is zero, and they are never counted as parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -57,7 +57,9 @@ class PackedAdapter:
 
         What computes `x W_effᵀ` therefore also computes `dX = dY W_eff`.
         """
-        return replace(self, weight=self.weight.T, A=self.B.T, B=self.A.T, partition=self.partition.T)
+        return PackedAdapter(
+            self.weight.T, self.B.T, self.A.T, self.partition.T, self.ranks, self.scaling, self.block_ranks
+        )
 
     def host_ranks(self) -> Sequence[int]:
         """The ranks as numbers. Waits for a GPU that alone has them, and takes what lies outside as 0 or ρ."""

@@ -1,14 +1,18 @@
 """The `smoa::linear` operator: what the compiler and the exporter see."""
 
 import copy
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from problems import DEVICE, LinearProblem, make_problem
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from smoa_kernels import FusedSMoALinear
+from smoa_kernels import FusedSMoALinear, operator, smoa_linear
 from smoa_kernels.backends import triton_obstacle
 from smoa_kernels.operator import linear, linear_backward
 from smoa_kernels.packed import scaling_tensor
@@ -64,6 +68,95 @@ def test_opcheck_backward(needs_x: bool, keeps_x: bool, backend: str) -> None:
     x, weight, _, *rest = arguments(p, grad=False)
     settings = (*rest[:-2], needs_x, backend)
     torch.library.opcheck(linear_backward, (p.dy, x if keeps_x else None, weight, *settings))
+
+
+# Without the dispatcher
+
+
+class Seen(Exception):
+    """An operator was called."""
+
+
+class Mode(TorchDispatchMode):
+    """Sees every operator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Special(Tensor):
+    """A class that could have its own way with operators."""
+
+
+def call(p: LinearProblem, x: Tensor, **settings: Any) -> Tensor:
+    return smoa_linear(
+        x, p.weight, p.bias, p.A, p.B, p.partition, p.ranks, scaling=p.scaling, backend="eager", **settings
+    )
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(*_: Any) -> Any:
+        raise Seen
+
+    for name in ("linear", "linear_backward"):
+        monkeypatch.setattr(operator, name, seen)
+
+
+@pytest.mark.usefixtures("watched")
+def test_a_plain_call_takes_no_dispatcher() -> None:
+    p = make_problem(dtype=torch.float32)
+    call(p, p.x)
+    x = p.x.clone().requires_grad_()
+    y = call(p, x)
+    with Mode(), pytest.raises(Seen):
+        torch.autograd.grad(y, x, p.dy, retain_graph=True)
+    torch.autograd.grad(y, x, p.dy)
+
+
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("watcher", ["mode", "profile", "trace", "transform", "class", "meta"])
+def test_what_watches_operators_sees_it(watcher: str, grad: bool) -> None:
+    p = make_problem(dtype=torch.float32)
+    x = p.x.clone().requires_grad_(grad)
+    with ExitStack() as watching:
+        watching.enter_context(pytest.raises(Seen))
+        if watcher == "mode":
+            watching.enter_context(Mode())
+        elif watcher == "profile":
+            watching.enter_context(torch.profiler.profile())
+        elif watcher == "trace":
+            torch.jit.trace(lambda y: call(p, y), x, check_trace=False)
+        elif watcher == "transform":
+            torch.func.vjp(lambda y: call(p, y), x)
+        elif watcher == "class":
+            call(p, x.as_subclass(Special))
+        else:
+            p = replace(p.to("meta"), ranks=p.ranks.to("meta"), partition=p.partition.to("meta"))
+            x = p.x.requires_grad_(grad)
+        call(p, x)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(6, 40), (2, 3, 40)])
+def test_both_ways_give_the_same(
+    shape: tuple[int, ...], dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = FusedSMoALinear(40, 33, r=6, num_blocks=2, dropout=dropout)
+    nn.init.normal_(layer.smoa_B, std=0.1)
+    x = torch.randn(shape)
+    found = []
+    for unseen in (True, False):
+        monkeypatch.setattr(operator, "_unseen", lambda *_, answer=unseen: answer)
+        torch.manual_seed(1)
+        wanted = [x.clone().requires_grad_(), *layer.parameters()]
+        y = layer(wanted[0])
+        y.add_(1)  # an output like any other, no view that must not be written to
+        wanted = [one for one in wanted if one.requires_grad]
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), wanted)))
+    assert all(map(torch.equal, *found))
 
 
 class Block(nn.Module):

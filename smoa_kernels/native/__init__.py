@@ -72,11 +72,12 @@ def _load() -> ctypes.CDLL | str:
             else "it was not compiled: the wheel is for another machine, or was built without a C compiler"
         )  # fmt: skip
     try:
-        source = hashlib.sha256((_FOLDER / "linear.c").read_bytes()).hexdigest()[:16]
+        sources = sorted(_FOLDER.glob("*.[ch]"))
+        source = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
         found = ctypes.CDLL(str(path))
         found.smoa_source.restype = ctypes.c_char_p
         if found.smoa_source() != source.encode():
-            return f"{path} was compiled from another linear.c: install the package again"
+            return f"{path} was compiled from other sources: install the package again"
         for name, arguments in _SIGNATURES.items():
             function = getattr(found, name)
             function.argtypes = [_TYPES[argument] for argument in arguments]

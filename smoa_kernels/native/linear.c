@@ -2,8 +2,8 @@
  *
  * A GEMM on a CPU copies its operands into panels before it multiplies them (Goto and van de Geijn 2008, "Anatomy of
  * High-Performance Matrix Multiplication"). What SMoA adds to a frozen layer is done in these copies, where it costs
- * next to nothing: a weight's panel is modulated (`modulate`), permuted columns are read in their order (`pack`).
- * Neither W_eff nor gathered activations are ever written to memory.
+ * next to nothing: a weight's panel is modulated (`modulate`), permuted columns are read in their order (`pack`,
+ * panels.h). Neither W_eff nor gathered activations are ever written to memory.
  *
  * Compiled once for each instruction set (hatch_build.py), which VECTOR_BYTES tells. No function allocates memory or
  * keeps anything between calls: panels lie in a workspace of the caller's. Sums run over the same terms in the same
@@ -11,36 +11,11 @@
  * many a runtime starts.
  */
 #define _GNU_SOURCE /* RTLD_DEFAULT */
-#include <stdint.h>
-#include <string.h>
 #include <dlfcn.h>
-#include <immintrin.h>
 
-typedef int64_t i64;
-typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
-typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
+#include "panels.h"
 
-enum {
-    LANES = VECTOR_BYTES / 4,
-    /* A tile of the result is held in registers: 14 × 2 of 32 vectors, or 6 × 2 of 16; the others hold operands. */
-    MR = VECTOR_BYTES == 64 ? 14 : 6,
-    NR = 2 * LANES,
-    /* Terms summed in registers before they are added to memory: short sums round little, long ones save additions. */
-    KC = 384,
-    /* Rows of the left panel (in the L2 cache) and of the right one (in the L3). */
-    MC = MR * 12,
-    NC = 2048,
-    BESIDE = 4, /* columns modulated at a time, so that what is loaded of B serves them all */
-    TRANSPOSED = 8, /* floats beyond the last panel that packing may write */
-};
-
-/* A matrix (rows, cols), its element (i, k) at data[rows[i] * row_stride + k * col_stride], one of the strides 1. `rows`
- * is NULL, in order, unless row_stride is 1. */
-typedef struct {
-    const float *data;
-    i64 row_stride, col_stride;
-    const i64 *rows;
-} matrix;
+enum { BESIDE = 4 /* columns modulated at a time, so that what is loaded of B serves them all */ };
 
 /* Which block each row, or column, is in. */
 typedef struct {
@@ -64,129 +39,6 @@ typedef struct {
 
 /* Of block k, whatever `ranks` says. */
 static inline i64 rank_of(const int32_t *ranks, i64 k, i64 most) { return ranks[k] < most ? ranks[k] : most; }
-
-static i64 least(i64 a, i64 b) { return a < b ? a : b; }
-
-/* Floats in whole cache lines. */
-static i64 lines(i64 count) { return (count + 15) / 16 * 16; }
-
-static inline vf load(const float *p) {
-    vf v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is there; a is (depth, MR), b is (depth, NR). */
-INLINE void tile_of(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
-                    int add) {
-    vf sum[MR][2];
-    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
-    for (i64 k = 0; k < depth; k++, a += MR, b += NR) {
-        vf left = load(b), right = load(b + LANES);
-#pragma GCC unroll 14
-        for (int i = 0; i < rows; i++) {
-            sum[i][0] += left * a[i];
-            sum[i][1] += right * a[i];
-        }
-    }
-    float part[MR * NR];
-    int whole = height == rows && width == NR;
-    float *to = whole ? c : part;
-    i64 step = whole ? stride : NR;
-    if (whole && add)
-        for (int i = 0; i < rows; i++) {
-            sum[i][0] += load(c + i * stride);
-            sum[i][1] += load(c + i * stride + LANES);
-        }
-    for (int i = 0; i < rows; i++) {
-        store(to + i * step, sum[i][0]);
-        store(to + i * step + LANES, sum[i][1]);
-    }
-    if (!whole)
-        for (i64 i = 0; i < height; i++)
-            for (i64 j = 0; j < width; j++) c[i * stride + j] = part[i * NR + j] + (add ? c[i * stride + j] : 0);
-}
-
-/* Of the last rows no more are computed than some: of 128 tokens the last two are not worth fourteen. */
-static void tile(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
-    if (height > MR / 2)
-        tile_of(MR, depth, a, b, c, stride, height, width, add);
-    else if (height > MR / 4)
-        tile_of(MR / 2, depth, a, b, c, stride, height, width, add);
-    else
-        tile_of(MR / 4, depth, a, b, c, stride, height, width, add);
-}
-
-/* out (8, 8) = the transpose of 8 floats at each of `rows`; rows of `out` are `stride` apart, the first written first. */
-static inline void transpose(const float *const *rows, i64 at, float *out, i64 stride) {
-    __m256 r[8], t[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(rows[i] + at);
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4)
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            r[i + 2 * half] = _mm256_shuffle_ps(t[i + half], t[i + 2 + half], 0x44);
-            r[i + 2 * half + 1] = _mm256_shuffle_ps(t[i + half], t[i + 2 + half], 0xee);
-        }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + i * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-}
-
-/* Panels of rows that are contiguous: transposed. */
-static void pack_rows(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
-    for (i64 top = 0; top < count; top += height, out += depth * height) {
-        int there = (int)least(height, count - top);
-        const float *row[NR + 8];
-        for (int i = 0; i < NR + 8; i++)
-            row[i] = m.data + (first + top + least(i, there - 1)) * m.row_stride + k;
-        i64 p = 0;
-        /* Eight rows at a time; the last eight overlap where the height is no multiple. Of a panel lower than eight the
-         * transposes reach into the next column, which is written after, or beyond the panel (TRANSPOSED). */
-        for (; p + 8 <= depth; p += 8)
-            for (int i = 0; i < height; i += 8) {
-                int start = i + 8 > height && height >= 8 ? height - 8 : i;
-                transpose(row + start, p, out + p * height + start, height);
-            }
-        for (; p < depth; p++)
-            for (int i = 0; i < height; i++) out[p * height + i] = row[i][p];
-    }
-}
-
-/* Panels of rows whose columns are contiguous, in the order of m.rows: a column is read once, for all panels. */
-static void pack_columns(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
-    for (i64 p = 0; p < depth; p++) {
-        const float *column = m.data + (k + p) * m.col_stride;
-        for (i64 top = 0; top < count; top += height) {
-            float *to = out + top * depth + p * height;
-            i64 there = least(height, count - top);
-            if (m.rows)
-                for (i64 i = 0; i < there; i++) to[i] = column[m.rows[first + top + i]];
-            else if (there == NR) { /* of a length known here: no call */
-                store(to, load(column + first + top));
-                store(to + LANES, load(column + first + top + LANES));
-            } else
-                memcpy(to, column + first + top, (size_t)there * 4);
-        }
-    }
-}
-
-/* Rows first to first + count, columns k to k + depth, as panels of `height` rows, each (depth, height). What lies below
- * the last row is anything: it is multiplied and not stored. */
-static void pack(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
-    (m.col_stride == 1 && !m.rows ? pack_rows : pack_columns)(m, first, count, k, depth, height, out);
-}
 
 static inline vf chosen(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
 
@@ -240,31 +92,30 @@ static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, f
     }
 }
 
-static i64 right_size(i64 count, i64 depth) { return lines(least(NC, count + NR) * least(KC, depth) + TRANSPOSED); }
-
-static i64 left_size(i64 depth) { return lines(MC * least(KC, depth) + TRANSPOSED); }
-
-static i64 product_size(i64 b_count, i64 depth, i64 rank) {
-    return right_size(b_count, depth) + left_size(depth) + lines(rank * NR);
+static i64 product_size(i64 a_count, i64 depth, i64 rank) {
+    return right_size(depth) + left_size(a_count, depth) + lines(rank * NR);
 }
 
 /* y (rows of a, rows of b) = a bᵀ over `depth` columns, for some rows of each, or y plus that where `add`; b modulated
  * where `m` is given. */
 static void product(matrix a, i64 a_first, i64 a_count, matrix b, i64 b_first, i64 b_count, i64 depth, const adapter *m,
                     float *y, i64 stride, int add, float *workspace) {
-    float *right = workspace, *left = right + right_size(b_count, depth), *scratch = left + left_size(depth);
-    for (i64 j = 0; j < b_count; j += NC)
+    float *right = workspace, *left = right + right_size(depth), *scratch = left + left_size(a_count, depth);
+    for (i64 i = 0; i < a_count; i += MC)
         for (i64 k = 0; k < depth; k += KC) {
-            i64 width = least(NC, b_count - j), deep = least(KC, depth - k);
-            pack(b, b_first + j, width, k, deep, NR, right);
-            if (m) modulate(m, b_first + j, width, k, deep, right, scratch);
-            for (i64 i = 0; i < a_count; i += MC) {
-                i64 height = least(MC, a_count - i);
-                pack(a, a_first + i, height, k, deep, MR, left);
-                for (i64 s = 0; s < width; s += NR)
-                    for (i64 r = 0; r < height; r += MR)
+            i64 height = least(MC, a_count - i), deep = least(KC, depth - k);
+            pack(a, a_first + i, height, k, deep, MR, left);
+            for (i64 j = 0; j < b_count; j += NC) {
+                i64 width = least(NC, b_count - j), last = j + NC >= b_count;
+                pack(b, b_first + j, width, k, deep, NR, right);
+                if (m) modulate(m, b_first + j, width, k, deep, right, scratch);
+                i64 next = last ? 0 : j + NC, after = last ? k + KC : k, further = least(KC, depth - after);
+                for (i64 r = 0; r < height; r += MR) {
+                    if (further > 0) ask_for(b, b_first + next, least(NC, b_count - next), after, further, r, height);
+                    for (i64 s = 0; s < width; s += NR)
                         tile(deep, left + r * deep, right + s * deep, y + (i + r) * stride + j + s, stride,
                              least(MR, height - r), least(NR, width - s), add || k > 0);
+                }
             }
         }
 }
@@ -298,8 +149,8 @@ typedef struct {
 } linear_job;
 
 /* Floats that smoa_linear needs. */
-i64 smoa_linear_workspace(i64 rows, i64 cols, i64 rank, i64 threads) {
-    return threads * product_size(rows, cols, rank) + 16;
+i64 smoa_linear_workspace(i64 tokens, i64 cols, i64 rank, i64 threads) {
+    return threads * product_size(tokens, cols, rank) + 16;
 }
 
 static float *from_a_line(float *p) { return p + (16 - (uintptr_t)p / 4 % 16) % 16; }
@@ -317,7 +168,7 @@ static void linear_part(void *it, i64 part) {
     i64 left = share_of(j->rows, NR, side, sides), width = share_of(j->rows, NR, side + 1, sides) - left;
     if (!height || !width) return;
     product(j->x, top, height, j->weight, left, width, j->cols, j->m, j->y + top * j->rows + left, j->rows, j->add,
-            j->workspace + part * product_size(j->rows, j->cols, j->m ? j->m->rank : 0));
+            j->workspace + part * product_size(j->tokens, j->cols, j->m ? j->m->rank : 0));
 }
 
 /* Every thread packs what it multiplies: of x `tokens / bands` rows, of W0 as many as `bands / parts` leaves it. */
@@ -353,60 +204,90 @@ typedef struct {
 
 enum {
     SLAB = 504,  /* of these rows at most, a multiple of both MR and TOGETHER */
-    TOGETHER = 8 /* rows of H that are contracted at a time, so that sums stay in registers and are short */
+    /* Rows of H that are contracted at a time, with so many ranks of the factors: they stay in the L1 cache, sums stay in
+     * registers and are short. */
+    TOGETHER = 4,
+    RANKS = 2,
 };
 
+/* dA[t] += Σ_i B[i][t] h[i], dB[i][t] = Σ_c h[i][c] A[t][c] for `height` rows h (height, width) and some ranks t, whose
+ * rows of A and dA are `width` apart; B[i] and dB[i] are at rows[i] * stride. */
+INLINE void contract_ranks(int some, const float *h, i64 height, i64 width, const float *A, float *dA, const float *B,
+                           float *dB, const i64 *rows, i64 stride) {
+    float b[RANKS][TOGETHER] = {{0}}, sum[RANKS][TOGETHER] = {{0}};
+    for (int t = 0; t < some; t++)
+        for (int i = 0; i < height; i++) b[t][i] = B[rows[i] * stride + t];
+    i64 c = 0;
+    if (height == TOGETHER) {
+        vf sums[RANKS][TOGETHER] = {{{0}}};
+        for (; c + LANES <= width; c += LANES) {
+            vf one[TOGETHER];
+#pragma GCC unroll 4
+            for (int i = 0; i < TOGETHER; i++) one[i] = load(h + i * width + c);
+#pragma GCC unroll 2
+            for (int t = 0; t < some; t++) {
+                vf factor = load(A + t * width + c), added = {0};
+#pragma GCC unroll 4
+                for (int i = 0; i < TOGETHER; i++) {
+                    sums[t][i] += one[i] * factor;
+                    added += one[i] * b[t][i];
+                }
+                store(dA + t * width + c, load(dA + t * width + c) + added);
+            }
+        }
+        for (int t = 0; t < some; t++)
+            for (int i = 0; i < TOGETHER; i++)
+                for (int l = 0; l < LANES; l++) sum[t][i] += sums[t][i][l];
+    }
+    for (; c < width; c++)
+        for (int t = 0; t < some; t++) {
+            float added = 0;
+            for (int i = 0; i < height; i++) {
+                sum[t][i] += h[i * width + c] * A[t * width + c];
+                added += h[i * width + c] * b[t][i];
+            }
+            dA[t * width + c] += added;
+        }
+    for (int t = 0; t < some; t++)
+        for (int i = 0; i < height; i++) dB[rows[i] * stride + t] = sum[t][i];
+}
+
 /* dA_k += B_kᵀ H and dB_k = H A_kᵀ for some rows of block k: H = s G ∘ W0 is written over G, A and dA (ranks[k], width)
- * are in block order. */
-static void contract(const gradient_job *j, float *H, i64 k, i64 first, i64 count, const float *A, float *dA) {
+ * are in block order, as is a row of W0 in `line`. */
+static void contract(const gradient_job *j, float *H, i64 k, i64 first, i64 count, const float *A, float *dA,
+                     const piece *pieces, i64 some, float *restrict line) {
     i64 rank = rank_of(j->ranks, k, j->rank), width = j->col_offsets[k + 1] - j->col_offsets[k];
     i64 step = j->weight.col_stride;
     const i64 *rows = j->row_index + first, *cols = j->col_index + j->col_offsets[k];
     float scaling = j->scaling;
-    for (i64 i = 0; i < count; i++) {
-        const float *restrict weight = j->weight.data + rows[i] * j->weight.row_stride;
-        float *restrict h = H + i * width;
-        if (step == 1)
-            for (i64 c = 0; c < width; c++) h[c] *= scaling * weight[cols[c]];
-        else
-            for (i64 c = 0; c < width; c++) h[c] *= scaling * weight[cols[c] * step];
-    }
-    for (i64 top = 0; top < count; top += TOGETHER)
-        for (i64 t = 0; t < rank; t++) {
-            int there = (int)least(TOGETHER, count - top);
-            const float *h = H + top * width, *a = A + t * width;
-            float *out = dA + t * width, b[TOGETHER] = {0}, sum[TOGETHER] = {0};
-            for (int i = 0; i < there; i++) b[i] = j->B[rows[top + i] * j->rank + t];
-            i64 c = 0;
-            if (there == TOGETHER) {
-                vf sums[TOGETHER] = {{0}};
-                for (; c + LANES <= width; c += LANES) {
-                    vf factor = load(a + c), added = {0};
-#pragma GCC unroll 8
-                    for (int i = 0; i < TOGETHER; i++) {
-                        vf one = load(h + i * width + c);
-                        sums[i] += one * factor;
-                        added += one * b[i];
-                    }
-                    store(out + c, load(out + c) + added);
-                }
-                for (int i = 0; i < TOGETHER; i++)
-                    for (int l = 0; l < LANES; l++) sum[i] += sums[i][l];
-            }
-            for (; c < width; c++) {
-                float added = 0;
-                for (int i = 0; i < there; i++) {
-                    sum[i] += h[i * width + c] * a[c];
-                    added += h[i * width + c] * b[i];
-                }
-                out[c] += added;
-            }
-            for (int i = 0; i < there; i++) j->dB[rows[top + i] * j->rank + t] = sum[i];
+    for (i64 top = 0; top < count; top += TOGETHER, rows += TOGETHER) {
+        i64 height = least(TOGETHER, count - top);
+        float *group = H + top * width;
+        for (i64 i = 0; i < height; i++) {
+            const float *weight = j->weight.data + rows[i] * j->weight.row_stride;
+            float *restrict h = group + i * width;
+            if (step == 1)
+                gather(weight, cols, width, pieces, some, line);
+            else
+                for (i64 c = 0; c < width; c++) line[c] = weight[cols[c] * step];
+            for (i64 c = 0; c < width; c++) h[c] *= scaling * line[c];
         }
+        for (i64 t = 0; t < rank; t += RANKS)
+            if (t + RANKS <= rank)
+                contract_ranks(RANKS, group, height, width, A + t * width, dA + t * width, j->B + t, j->dB + t, rows,
+                               j->rank);
+            else
+                contract_ranks(1, group, height, width, A + t * width, dA + t * width, j->B + t, j->dB + t, rows,
+                               j->rank);
+    }
 }
 
+/* Floats that the pieces of so many columns take. */
+static i64 pieces_size(i64 count) { return lines(count * (i64)(sizeof(piece) / sizeof(float))); }
+
 static i64 gradient_size(i64 tokens, i64 widest, i64 slab, i64 rank) {
-    return lines(slab * widest) + 2 * lines(rank * widest) + product_size(widest, tokens, 0);
+    return lines(slab * widest) + 2 * lines(rank * widest) + lines(widest + LANES) + pieces_size(widest) +
+           product_size(slab, tokens, 0);
 }
 
 /* Some rows of block k, from `first` to `end`. */
@@ -415,6 +296,10 @@ static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, flo
     const i64 *cols = j->col_index + col;
     if (first >= end || !width || rank < 1) return;
     float *G = workspace, *A = G + lines(j->slab * j->widest), *sum = A + lines(rank * width);
+    float *line = sum + lines(rank * width), *rest = line + lines(width + LANES);
+    piece *pieces = (piece *)rest;
+    i64 some = pieces_of(cols, width, pieces);
+    rest += pieces_size(width);
     for (i64 t = 0; t < rank; t++)
         for (i64 c = 0; c < width; c++) {
             A[t * width + c] = j->A[t * j->cols + cols[c]];
@@ -424,8 +309,8 @@ static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, flo
     dy.rows = j->row_index, x.rows = j->col_index;
     for (; first < end; first += j->slab) {
         i64 count = least(j->slab, end - first);
-        product(dy, first, count, x, col, width, j->tokens, NULL, G, width, 0, sum + lines(rank * width));
-        contract(j, G, k, first, count, A, sum);
+        product(dy, first, count, x, col, width, j->tokens, NULL, G, width, 0, rest);
+        contract(j, G, k, first, count, A, sum, pieces, some, line);
     }
     for (i64 t = 0; t < rank; t++)
         for (i64 c = 0; c < width; c++) dA[t * j->cols + cols[c]] = sum[t * width + c];

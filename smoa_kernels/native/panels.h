@@ -1,0 +1,228 @@
+/* What a GEMM on a CPU is made of: panels, copied as the processor reads them, and tiles that are multiplied from them.
+ *
+ * Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication". Nothing here knows of adapters.
+ */
+#include <stdint.h>
+#include <string.h>
+#include <immintrin.h>
+
+typedef int64_t i64;
+typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
+
+enum {
+    LANES = VECTOR_BYTES / 4,
+    /* A tile of the result is held in registers: 14 × 2 of 32 vectors, or 6 × 2 of 16; the others hold operands. */
+    MR = VECTOR_BYTES == 64 ? 14 : 6,
+    NR = 2 * LANES,
+    /* Terms summed in registers before they are added to memory: short sums round little, long ones save additions. */
+    KC = 384,
+    /* Rows of the left panel, which stays for all of the right matrix (in the L3 cache, or of few tokens the L2), and of
+     * the right one, which is packed, modulated and multiplied while it is in the L2. */
+    MC = MR * 144,
+    NC = NR * 4,
+    TRANSPOSED = 8, /* floats beyond the last panel that packing may write */
+    /* So many floats along a row, or columns, before it reads them packing asks the memory for them: they are short runs
+     * far apart, which no processor sees coming. */
+    AHEAD = 64,
+    COLUMNS_AHEAD = 4,
+};
+
+/* A matrix (rows, cols), its element (i, k) at data[rows[i] * row_stride + k * col_stride], one of the strides 1. `rows`
+ * is NULL, in order, unless row_stride is 1. */
+typedef struct {
+    const float *data;
+    i64 row_stride, col_stride;
+    const i64 *rows;
+} matrix;
+
+static i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+/* Floats in whole cache lines. */
+static i64 lines(i64 count) { return (count + 15) / 16 * 16; }
+
+static inline vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is there; a is (depth, MR), b is (depth, NR). */
+INLINE void tile_of(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
+                    int add) {
+    vf sum[MR][2];
+    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
+    for (i64 k = 0; k < depth; k++, a += MR, b += NR) {
+        vf left = load(b), right = load(b + LANES);
+#pragma GCC unroll 14
+        for (int i = 0; i < rows; i++) {
+            sum[i][0] += left * a[i];
+            sum[i][1] += right * a[i];
+        }
+    }
+    float part[MR * NR];
+    int whole = height == rows && width == NR;
+    float *to = whole ? c : part;
+    i64 step = whole ? stride : NR;
+    if (whole && add)
+        for (int i = 0; i < rows; i++) {
+            sum[i][0] += load(c + i * stride);
+            sum[i][1] += load(c + i * stride + LANES);
+        }
+    for (int i = 0; i < rows; i++) {
+        store(to + i * step, sum[i][0]);
+        store(to + i * step + LANES, sum[i][1]);
+    }
+    if (!whole)
+        for (i64 i = 0; i < height; i++)
+            for (i64 j = 0; j < width; j++) c[i * stride + j] = part[i * NR + j] + (add ? c[i * stride + j] : 0);
+}
+
+/* Of the last rows no more are computed than some: of 128 tokens the last two are not worth fourteen. */
+static void tile(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
+    if (height > MR / 2)
+        tile_of(MR, depth, a, b, c, stride, height, width, add);
+    else if (height > MR / 4)
+        tile_of(MR / 2, depth, a, b, c, stride, height, width, add);
+    else
+        tile_of(MR / 4, depth, a, b, c, stride, height, width, add);
+}
+
+/* out (8, 8) = the transpose of 8 floats at each of `rows`; rows of `out` are `stride` apart, the first written first. */
+static inline void transpose(const float *const *rows, i64 at, float *out, i64 stride) {
+    __m256 r[8], t[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(rows[i] + at);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            r[i + 2 * half] = _mm256_shuffle_ps(t[i + half], t[i + 2 + half], 0x44);
+            r[i + 2 * half + 1] = _mm256_shuffle_ps(t[i + half], t[i + 2 + half], 0xee);
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + i * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+}
+
+/* Panels of rows that are contiguous: transposed. */
+static void pack_rows(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
+    for (i64 top = 0; top < count; top += height, out += depth * height) {
+        int there = (int)least(height, count - top);
+        const float *row[NR + 8];
+        for (int i = 0; i < NR + 8; i++)
+            row[i] = m.data + (first + top + least(i, there - 1)) * m.row_stride + k;
+        i64 p = 0;
+        /* Eight rows at a time; the last eight overlap where the height is no multiple. Of a panel lower than eight the
+         * transposes reach into the next column, which is written after, or beyond the panel (TRANSPOSED). */
+        for (; p + 8 <= depth; p += 8)
+            for (int i = 0; i < height; i += 8) {
+                int start = i + 8 > height && height >= 8 ? height - 8 : i;
+                if (p % 16 == 0)
+                    for (int l = 0; l < 8; l++) __builtin_prefetch(row[start + l] + p + AHEAD);
+                transpose(row + start, p, out + p * height + start, height);
+            }
+        for (; p < depth; p++)
+            for (int i = 0; i < height; i++) out[p * height + i] = row[i][p];
+    }
+}
+
+/* Of LANES floats from `at`, those that `taken` has a bit for: the coordinates of a block that lie there. */
+typedef struct {
+    i64 at, taken;
+} piece;
+
+/* The coordinates index[0] to index[count - 1] as pieces, of which there are no more than coordinates; 0 where reading
+ * one at a time is as fast: they lie too far apart, or this processor cannot move some lanes of a vector together. */
+static i64 pieces_of(const i64 *index, i64 count, piece *pieces) {
+#if VECTOR_BYTES == 64
+    i64 some = 0, last = -1;
+    for (i64 i = 0; i < count; last = index[i++]) {
+        i64 at = index[i] / LANES * LANES, bit = 1 << index[i] % LANES;
+        if (some && index[i] > last && pieces[some - 1].at == at)
+            pieces[some - 1].taken |= bit;
+        else if (3 * some < count)
+            pieces[some++] = (piece){at, bit};
+        else
+            return 0;
+    }
+    return some;
+#else
+    (void)index, (void)count, (void)pieces;
+    return 0;
+#endif
+}
+
+/* out = the values at `count` coordinates, by their pieces where there are; up to LANES floats more are written. */
+INLINE void gather(const float *from, const i64 *index, i64 count, const piece *pieces, i64 some, float *out) {
+#if VECTOR_BYTES == 64
+    for (i64 i = 0; i < some; i++) { /* masked: what is not taken may lie beyond the matrix */
+        __mmask16 taken = (__mmask16)pieces[i].taken;
+        _mm512_storeu_ps(out, _mm512_maskz_compress_ps(taken, _mm512_maskz_loadu_ps(taken, from + pieces[i].at)));
+        out += __builtin_popcountll((unsigned long long)taken);
+    }
+#else
+    (void)pieces;
+#endif
+    if (!some)
+        for (i64 i = 0; i < count; i++) out[i] = from[index[i]];
+}
+
+/* Panels of rows whose columns are contiguous, in the order of m.rows: a column is read once, for all panels. */
+static void pack_columns(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
+    float line[MC + LANES];
+    piece pieces[MC];
+    i64 some = m.rows ? pieces_of(m.rows + first, count, pieces) : 0;
+    for (i64 p = 0; p < depth; p++) {
+        const float *column = m.data + (k + p) * m.col_stride + (m.rows ? 0 : first);
+        const float *later = column + (p + COLUMNS_AHEAD < depth ? COLUMNS_AHEAD * m.col_stride : 0);
+        if (m.rows) {
+            for (i64 i = 0; i < some; i++) __builtin_prefetch(later + pieces[i].at);
+            gather(column, m.rows + first, count, pieces, some, line);
+            column = line;
+        } else
+            for (i64 i = 0; i < count; i += 16) __builtin_prefetch(later + i);
+        for (i64 top = 0; top < count; top += height) {
+            float *to = out + top * depth + p * height;
+            i64 there = least(height, count - top);
+            /* Of a length known here: no call. */
+            if (there == NR)
+                memcpy(to, column + top, NR * 4);
+            else if (there == MR)
+                memcpy(to, column + top, MR * 4);
+            else
+                memcpy(to, column + top, (size_t)there * 4);
+        }
+    }
+}
+
+/* Rows first to first + count, columns k to k + depth, as panels of `height` rows, each (depth, height). What lies below
+ * the last row is anything: it is multiplied and not stored. */
+static void pack(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
+    (m.col_stride == 1 && !m.rows ? pack_rows : pack_columns)(m, first, count, k, depth, height, out);
+}
+
+/* Ask the memory, which is idle while tiles are computed, for what `pack` will read: what belongs to the MR of `height`
+ * rows of the left panel that are multiplied next. */
+static void ask_for(matrix m, i64 first, i64 count, i64 k, i64 depth, i64 row, i64 height) {
+    if (m.rows) return; /* activations, just written or read */
+    int along = m.col_stride == 1;
+    const float *data = m.data + first * m.row_stride + k * m.col_stride;
+    i64 runs = along ? count : depth, length = along ? depth : count, stride = along ? m.row_stride : m.col_stride;
+    for (i64 run = runs * row / height; run < runs * least(height, row + MR) / height; run++)
+        for (i64 i = 0; i < length; i += 16) __builtin_prefetch(data + run * stride + i, 0, 2);
+}
+
+static i64 right_size(i64 depth) { return lines(NC * least(KC, depth) + TRANSPOSED); }
+
+static i64 left_size(i64 count, i64 depth) { return lines(least(MC, count + MR) * least(KC, depth) + TRANSPOSED); }
