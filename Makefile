@@ -48,8 +48,8 @@ main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, one after the other:
 classify: $(BIN)/.examples ## fine-tune a classifier on all-MiniLM-L6-v2 with the Trainer (ARGS="--help")
 	$(BIN)/python examples/classify.py $(ARGS)
 
-test: $(BIN)/.dev lint ## lint, types and all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(BIN)/.dev lint ## lint, types and all tests, two files at a time (one, with ARGS="-n 0")
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 nightly: $(BIN)/.dev ## the fuzz tests on 10,000 problems, adapter folders and tuning tables, not 300 (hours)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(FUZZED) $(ARGS)

@@ -72,7 +72,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(names: list[str]) -> None:
     }
     assert package == on_disk
     assert {"smoa_kernels/py.typed", "smoa_kernels/tuning/tables/README.md"} <= package
-    assert {Path(name).suffix for name in package} <= {".py", ".typed", ".md", ".json", ".c", ".so"}
+    assert {Path(name).suffix for name in package} <= {".py", ".typed", ".md", ".json", ".c", ".h", ".so"}
 
 
 def test_a_wheel_with_compiled_code_is_for_its_machine_and_one_without_for_any(
