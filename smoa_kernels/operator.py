@@ -11,6 +11,7 @@ overhead of `custom_op`, which small layers feel. Where nothing would see the di
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -139,7 +140,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, ranks, scaling, seed, *partition = ctx.saved_tensors
         _, needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:6]
-        run = _backward_recorded if _unseen(dy, x, weight, A, B, ranks, scaling, seed) else linear_backward
+        run = _backward_recorded if _unseen(dy, x, weight, A, B) else linear_backward
         dx, dA, dB = run(
             dy,
             x,
@@ -229,22 +230,37 @@ def call_linear(
 
 
 def _unseen(*tensors: Tensor | None) -> bool:
-    """Whether no compiler, trace, mode, transform or profile is on, and all tensors are plain ones that hold values."""
+    """Whether no compiler, trace, mode, transform or profiler is on, and all tensors are plain memory."""
     if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    for one in tensors:  # noqa: SIM110  # `all` makes a generator, which costs more
-        if one is not None and (type(one) not in _PLAIN or one.is_meta):
+    for one in tensors:
+        if one is None:
+            continue
+        # A conjugate's imaginary part is negated by the dispatcher, its zeros are made by it, and so on.
+        keys = torch._C._dispatch_keys(one).raw_repr()
+        if type(one) not in _PLAIN or one.is_meta or keys not in _plain_keys(one.device.type):
             return False
     return True
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> frozenset[int]:
+    """What the dispatcher looks at in a tensor that is no more than its values, one of inference mode or not."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+    return frozenset(found)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -124,6 +124,31 @@ def test_a_block_in_another_order(num_blocks: int) -> None:
     check(replace(p, partition=BlockPartition.from_tensors(tensors, sizes)), algorithm="merged")
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512" or native_obstacle(CPU) is not None,
+    reason="needs a processor that has both instruction sets",
+)
+def test_the_same_on_older_processors() -> None:
+    names = "every or another_order or without_rows or threads"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+        "-n",
+        "0",
+        __file__,
+        "-k",
+        names,
+    ]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+
+
 @needs_library
 def test_blocks_without_rows_or_columns() -> None:
     p = on_cpu(tokens=20, out_features=3, in_features=4, ranks=(1, 2, 1, 2, 1, 1), random_labels=True)

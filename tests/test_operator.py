@@ -10,10 +10,11 @@ import torch
 from problems import DEVICE, LinearProblem, make_problem
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoa_kernels import FusedSMoALinear, operator, smoa_linear
-from smoa_kernels.backends import triton_obstacle
+from smoa_kernels.backends import resolve_backend, triton_obstacle
 from smoa_kernels.operator import linear, linear_backward
 from smoa_kernels.packed import scaling_tensor
 
@@ -88,9 +89,9 @@ class Special(Tensor):
     """A class that could have its own way with operators."""
 
 
-def call(p: LinearProblem, x: Tensor, **settings: Any) -> Tensor:
+def call(p: LinearProblem, x: Tensor, backend: str = "eager") -> Tensor:
     return smoa_linear(
-        x, p.weight, p.bias, p.A, p.B, p.partition, p.ranks, scaling=p.scaling, backend="eager", **settings
+        x, p.weight, p.bias, p.A, p.B, p.partition, p.ranks, scaling=p.scaling, backend=backend
     )
 
 
@@ -116,7 +117,9 @@ def test_a_plain_call_takes_no_dispatcher() -> None:
 
 @pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("watcher", ["mode", "profile", "trace", "transform", "class", "meta"])
+@pytest.mark.parametrize(
+    "watcher", ["mode", "function mode", "profile", "trace", "transform", "class", "meta"]
+)
 def test_what_watches_operators_sees_it(watcher: str, grad: bool) -> None:
     p = make_problem(dtype=torch.float32)
     x = p.x.clone().requires_grad_(grad)
@@ -124,6 +127,8 @@ def test_what_watches_operators_sees_it(watcher: str, grad: bool) -> None:
         watching.enter_context(pytest.raises(Seen))
         if watcher == "mode":
             watching.enter_context(Mode())
+        elif watcher == "function mode":
+            watching.enter_context(BaseTorchFunctionMode())
         elif watcher == "profile":
             watching.enter_context(torch.profiler.profile())
         elif watcher == "trace":
@@ -136,6 +141,42 @@ def test_what_watches_operators_sees_it(watcher: str, grad: bool) -> None:
             p = replace(p.to("meta"), ranks=p.ranks.to("meta"), partition=p.partition.to("meta"))
             x = p.x.requires_grad_(grad)
         call(p, x)
+
+
+def imaginary(x: Tensor) -> Tensor:
+    """Equal to x, but stored negated: a lazy conjugate's imaginary part."""
+    return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+
+@pytest.mark.parametrize("backend", ["eager", "native", "triton", "reference"])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "A", "B", "dy"])
+def test_a_tensor_that_is_stored_negated(backend: str, name: str) -> None:
+    p = make_problem(dtype=torch.float32, tokens=40, bias=True)
+    try:
+        resolve_backend(backend, p.x.device, torch.float32, p.A.shape[0])
+    except ValueError as error:
+        pytest.skip(str(error))
+    negated = imaginary(getattr(p, name))
+    assert negated.is_neg()
+    for form in (negated, torch._neg_view(-getattr(p, name))):
+        found, expected = (
+            (
+                call(q, q.x, backend=backend),
+                *q.run(backend=backend),
+            )  # whose leaves are copies, stored as they are
+            for q in (replace(p, **{name: form}), p)
+        )
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+def test_a_gradient_of_zeros_that_are_nowhere() -> None:
+    p = make_problem(dtype=torch.float32, tokens=40)
+    x = p.x.clone().requires_grad_()
+    y = smoa_linear(x, p.weight, None, p.A, p.B, p.partition, p.ranks, scaling=p.scaling)
+    zeros = torch._efficientzerotensor(y.shape, device=y.device)
+    (dx,) = torch.autograd.grad(y, x, zeros)
+    assert torch.equal(dx, torch.zeros_like(dx))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -183,12 +183,14 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             saving: nothing will be added by training, or has been for a configuration that was read from a file.
 
         Raises:
+            TypeError: a field holds what JSON cannot.
             ValueError: it would be longer, or hold more values, than is read.
         """
-        values = self.to_dict()
-        words = excess(_json(values), MOST_BYTES - (_SAVING if saving or self.is_from_file else _TRAINING))
+        fields = {name: _json(name, value) for name, value in self.to_dict().items()}
+        room = _SAVING if saving or self.is_from_file else _TRAINING
+        words = excess(",".join(f"{name}:{text}" for name, text in fields.items()), MOST_BYTES - room)
         if words:
-            longest = max(values, key=lambda name: len(_json(values[name])))
+            longest = max(fields, key=lambda name: len(fields[name]))
             raise ValueError(
                 f"{longest} is too long: {CONFIG_NAME} would have {words}. Name layers by regular expressions that "
                 "match many"
@@ -270,9 +272,15 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             )
 
 
-def _json(value: Any) -> str:
-    """As PEFT writes it."""
-    return json.dumps(value, indent=2, default=lambda odd: list(odd) if isinstance(odd, set) else str(odd))
+def _json(name: str, value: Any) -> str:
+    """As PEFT writes it, a level deeper."""
+    try:
+        text = json.dumps(
+            [value], indent=2, default=lambda odd: list(odd) if isinstance(odd, set) else str(odd)
+        )
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be what JSON can hold, got {shown(value)}: {error}") from error
+    return text
 
 
 def _check_bool(name: str, value: Any) -> None:

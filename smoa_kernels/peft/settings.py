@@ -76,7 +76,8 @@ def layer_settings(config: SMoAConfig, name: str) -> LayerSettings:
     return LayerSettings(r, num_blocks, config.block_ranks if usual else None, alpha, config)
 
 
-@functools.lru_cache(maxsize=4096)  # every layer asks for every key
+# Every layer asks for every key, of which a configuration has fewer than half as many.
+@functools.lru_cache(maxsize=2**14)
 def _end(key: str) -> re.Pattern[str]:
     """What a layer's path must match for a pattern's key, as PEFT's `get_pattern_key` has it."""
     return re.compile(rf"(.*\.)?({key})$")

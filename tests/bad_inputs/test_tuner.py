@@ -100,6 +100,7 @@ CONFIGURATIONS: list[Change] = [
     ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(2\)"),
     ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(2\)"),
     ({"format_version": "2"}, ValueError, "format_version must be an int, got '2'"),
+    ({"auto_mapping": {(1, 2): 3}}, TypeError, "auto_mapping must be what JSON can hold, got {.1, 2.: 3}"),
     (
         {"target_modules": ["0"], "rank_pattern": {f"{i}": 3 for i in range(9000)}},
         ValueError,
