@@ -73,7 +73,13 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None)
         label = torch.uint8 if p.row_block.dtype == p.col_block.dtype == torch.uint8 else torch.int32
         row_block, col_block = _dense(p.row_block, label), _dense(p.col_block, label)
         ranks = _dense(adapter.ranks, torch.int32)
-        blocks = row_block.data_ptr(), col_block.data_ptr(), int(label == torch.int32), ranks.data_ptr()
+        wide, count = int(label == torch.int32), p.num_blocks
+        fits = (row_block.numel(), col_block.numel(), ranks.numel()) == (*weight.shape, count)
+        if not fits or not code.smoa_labels_fit(
+            *weight.shape, row_block.data_ptr(), col_block.data_ptr(), wide, count
+        ):
+            raise _no_fit(weight, count)
+        blocks = row_block.data_ptr(), col_block.data_ptr(), wide, ranks.data_ptr()
     workspace = x.new_empty(code.smoa_linear_workspace(x.shape[0], weight.shape[1], rank, threads))
     with _named(LINEAR):
         code.smoa_linear(
@@ -95,6 +101,11 @@ def gradient(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Ten
         row_offsets, col_offsets = _dense(p.row_offsets, torch.int32), _dense(p.col_offsets, torch.int32)
         offsets = col_offsets.data_ptr()
         blocks, rank = p.num_blocks, A.shape[0]
+        given = row_index.numel(), col_index.numel(), row_offsets.numel(), col_offsets.numel(), ranks.numel()
+        if given != (*weight.shape, blocks + 1, blocks + 1, blocks) or not code.smoa_indices_fit(
+            *weight.shape, row_index.data_ptr(), col_index.data_ptr(), row_offsets.data_ptr(), offsets, blocks
+        ):
+            raise _no_fit(weight, blocks)
         floats = code.smoa_gradient_workspace(
             x.shape[0], row_offsets.data_ptr(), offsets, blocks, rank, threads
         )
@@ -112,6 +123,14 @@ def gradient(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Ten
 
 GEMMS = eager.Gemms(merged, add_base, gradient)
 """What :mod:`eager` multiplies with here."""
+
+
+def _no_fit(weight: Tensor, num_blocks: int) -> ValueError:
+    """What others find out by an index that is out of range, where compiled code would read on."""
+    return ValueError(
+        f"partition must have all rows and columns of weight {tuple(weight.shape)} in its {num_blocks} blocks, got "
+        "labels, indices or offsets that do not"
+    )
 
 
 def _named(name: str) -> AbstractContextManager[object]:

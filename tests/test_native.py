@@ -150,6 +150,22 @@ def test_the_same_on_older_processors() -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("value", [-1, 90, 2**31])
+@pytest.mark.parametrize(
+    "which", range(6), ids=["row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets"]
+)
+def test_a_partition_that_is_broken(which: int, value: int) -> None:
+    """`from_tensors` takes what it is given, and compiled code would follow it anywhere."""
+    p = on_cpu(tokens=50, out_features=33, in_features=57).to(torch.float32)
+    for broken in (lambda t: t.long().index_fill(0, torch.tensor([2]), value), lambda t: t[:-1]):
+        tensors = p.partition.tensors()
+        tensors[which] = broken(tensors[which])
+        other = BlockPartition.from_tensors(tensors, p.partition.sizes())
+        with pytest.raises(ValueError, match="partition must"):
+            replace(p, partition=other).run(backend="native", algorithm="merged")
+
+
+@needs_library
 def test_blocks_without_rows_or_columns() -> None:
     p = on_cpu(tokens=20, out_features=3, in_features=4, ranks=(1, 2, 1, 2, 1, 1), random_labels=True)
     assert 0 in p.partition.row_sizes + p.partition.col_sizes

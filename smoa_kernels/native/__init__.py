@@ -21,6 +21,8 @@ _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
     "smoa_linear": "iiipipiippipipiipiifpipi",
     "smoa_gradient": "iiipipipiippppipippfpppi",
+    "smoa_labels_fit": "iippii",
+    "smoa_indices_fit": "iippppi",
     "smoa_linear_workspace": "iiii",
     "smoa_gradient_workspace": "ippiii",
 }
@@ -81,7 +83,7 @@ def _load() -> ctypes.CDLL | str:
         for name, arguments in _SIGNATURES.items():
             function = getattr(found, name)
             function.argtypes = [_TYPES[argument] for argument in arguments]
-            function.restype = _INT if name.endswith("workspace") else None
+            function.restype = _INT if name.endswith(("workspace", "fit")) else None
     except (AttributeError, OSError) as error:  # another library, or none for this system
         return f"{path} cannot be loaded: {error}"
     return found

@@ -364,6 +364,30 @@ void smoa_gradient(i64 tokens, i64 rows, i64 cols, const float *dy, i64 dy_strid
     in_parallel(gradient_part, &job, threads);
 }
 
+static int labelled(labels of, i64 count, i64 blocks) {
+    int found = 1;
+    for (i64 i = 0; i < count; i++) found &= label(of, i) >= 0 && label(of, i) < blocks;
+    return found;
+}
+
+/* Whether every row and column is of one of the blocks: what smoa_linear takes for granted. */
+i64 smoa_labels_fit(i64 rows, i64 cols, const void *row_block, const void *col_block, i64 wide, i64 blocks) {
+    return labelled((labels){row_block, wide}, rows, blocks) && labelled((labels){col_block, wide}, cols, blocks);
+}
+
+static int indexed(const i64 *index, const int32_t *offsets, i64 count, i64 blocks) {
+    int found = offsets[0] == 0 && offsets[blocks] == count;
+    for (i64 k = 0; k < blocks; k++) found &= offsets[k] <= offsets[k + 1];
+    for (i64 i = 0; i < count; i++) found &= index[i] >= 0 && index[i] < count;
+    return found;
+}
+
+/* Whether the blocks share all rows and all columns: what smoa_gradient takes for granted. */
+i64 smoa_indices_fit(i64 rows, i64 cols, const i64 *row_index, const i64 *col_index, const int32_t *row_offsets,
+                     const int32_t *col_offsets, i64 blocks) {
+    return indexed(row_index, row_offsets, rows, blocks) && indexed(col_index, col_offsets, cols, blocks);
+}
+
 /* Whether there are threads to be had: without, one thread does it all. */
 int smoa_has_threads(void) { return dlsym(RTLD_DEFAULT, "GOMP_parallel") != NULL; }
 
