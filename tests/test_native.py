@@ -137,8 +137,6 @@ def test_the_same_on_older_processors() -> None:
         "-p",
         "no:cacheprovider",
         "-rs",
-        "-n",
-        "0",
         __file__,
         "-k",
         names,
