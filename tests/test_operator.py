@@ -112,6 +112,8 @@ def test_a_plain_call_takes_no_dispatcher() -> None:
     y = call(p, x)
     with Mode(), pytest.raises(Seen):
         torch.autograd.grad(y, x, p.dy, retain_graph=True)
+    with pytest.raises(Seen):  # by a vmap older than functorch
+        torch.autograd.grad(y, x, torch.stack([p.dy, p.dy]), retain_graph=True, is_grads_batched=True)
     torch.autograd.grad(y, x, p.dy)
 
 
