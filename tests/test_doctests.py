@@ -46,6 +46,7 @@ INTERNAL = {
     "peft/registry.py": "hooks into PEFT",
     "peft/saving.py": "hooks into PEFT",
     "peft/scratch.py": "hooks into PEFT",
+    "peft/peek.py": "hooks into PEFT",
     "peft/transformers_loading.py": "hooks into PEFT",
     "peft/weighted.py": "behind add_weighted_adapter",
     "tuning/": "behind the commands audit and tune; what remains is below",

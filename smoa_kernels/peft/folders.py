@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import shown
 from .layout import STATE_KEYS, LayerBlocks, read_blocks
+from .peft_type import PEFT_TYPE
 
 __all__ = [
     "MOST_BYTES",
@@ -27,6 +28,7 @@ __all__ = [
     "by_number",
     "check_weights",
     "excess",
+    "is_smoa",
     "opened",
     "read_config",
     "read_json",
@@ -46,6 +48,23 @@ MOST_INDEX_BYTES = 64 * 2**20
 # Python makes up to 110 bytes of an object of three characters: a file may hold one value for each 64 bytes that its
 # kind may have at most.
 _BYTES_A_VALUE = 64
+
+
+def _spelled(word: str) -> str:
+    """A regular expression of the JSON strings that are `word`: each character itself or escaped."""
+    return '"' + "".join(rf"(?:{char}|\\u(?i:{ord(char):04x}))" for char in word) + '"'
+
+
+_METHOD_NAMED = re.compile(rf"{_spelled('peft_type')}\s*:\s*{_spelled(PEFT_TYPE.value)}".encode())
+
+
+def is_smoa(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that it is the configuration of an SMoA adapter, in no more memory than the file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return _METHOD_NAMED.search(Path(path).read_bytes()) is not None
 
 
 def read_json(path: str | os.PathLike[str], most: int = MOST_BYTES) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 
 from .config import SMoAConfig
-from .folders import read_json
+from .folders import is_smoa
 from .loading import check_adapter
 from .model import forget_adapter, remove_adapter
 from .peft_type import PEFT_TYPE
@@ -64,7 +64,7 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
 def _check_folder(folder: Path) -> None:
     """What can be checked without the model, where `folder` is one and its adapter is SMoA's."""
     config = folder / CONFIG_NAME
-    if config.is_file() and read_json(config).get("peft_type") == PEFT_TYPE:
+    if config.is_file() and is_smoa(config):
         SMoAConfig.from_pretrained(str(folder))
 
 

@@ -4,8 +4,7 @@
 
 Nothing is half-loaded, nothing but the folder is written, every call ends and takes no more memory than twice the file
 beyond what the undamaged one takes, of tensors and of Python's objects, and 8 MiB where a configuration is a thousand
-times as long as any. What PEFT itself reads before it knows whose adapter it is (a configuration without this method's
-name) is left to PEFT's words and limits.
+times as long as any. A configuration that does not name this method is left to PEFT's words and limits.
 """
 
 import gc
@@ -19,7 +18,7 @@ import pytest
 import torch
 from bounds import measured, takes_at_most
 from draws import share
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -336,14 +335,21 @@ def large_config(draw):
     return config.replace(f'"{key}": null', f'"{key}": {text}').encode()
 
 
+READERS = (
+    inspect_adapter,
+    SMoAConfig.from_pretrained,
+    PeftConfig.from_pretrained,
+    lambda folder: PeftModel.from_pretrained(Model(), folder),
+)
+
+
 @share(0.1)
 @given(config=large_config())
 def test_large_configurations(place, config):
-    """Of what PEFT's loading reads, only its peek at the method's name is not bounded so."""
-    folder, _, to_inspect, _ = place
+    folder, _, to_inspect, to_load = place
     write(folder, GOOD_WEIGHTS, config)
-    most = to_inspect + 2 * len(config) + 8 * MOST_BYTES
-    for reader in (inspect_adapter, SMoAConfig.from_pretrained):
+    most = max(to_inspect, to_load) + 2 * len(config) + 8 * MOST_BYTES
+    for reader in READERS:
         with warnings.catch_warnings(), takes_at_most(most):
             warnings.simplefilter("ignore")  # unknown keys
             words = ""
@@ -351,8 +357,32 @@ def test_large_configurations(place, config):
                 reader(folder)
             except (TypeError, ValueError) as error:
                 words = str(error)
-        assert not words or CONFIG in words or WEIGHTS in words
-        assert len(words) < 2000
+        # A sound folder may still be another model's: PEFT shows all the modules that it looked for.
+        others = "in the base model. Please check" in words
+        assert others or len(words) < 2000
+        if reader != PeftConfig.from_pretrained:  # which makes our class without asking its own reader
+            assert not words or others or CONFIG in words or WEIGHTS in words
+
+
+@pytest.mark.parametrize("spelled", ['"peft_type": "SMOA"', r'"\u0070eft_type"' + ' \n :"SM\\u004FA"'])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_huge_configuration(tmp_path, reader, last, spelled):
+    """Wherever it names the method, and however: PEFT would make 200 MB of objects of this to see it."""
+    values = '"x": [' + "[]," * 2**21 + "0]"
+    text = ", ".join([values, spelled] if last else [spelled, values])
+    write(tmp_path, GOOD_WEIGHTS, f"{{{text}}}".encode())
+    with takes_at_most(2 * len(text) + 8 * MOST_BYTES), pytest.raises(ValueError, match="bytes, more than any"):
+        reader(tmp_path)
+
+
+@pytest.mark.parametrize("reader", [LoraConfig.from_pretrained, PeftConfig.from_pretrained])
+def test_a_long_configuration_of_another_method(tmp_path, reader):
+    """It has the limits of its own method, which are none."""
+    ranks = {f"layer{i:090}": 4 for i in range(20000)}
+    LoraConfig(target_modules=["one"], rank_pattern=ranks).save_pretrained(tmp_path)
+    assert (tmp_path / CONFIG).stat().st_size > MOST_BYTES
+    assert reader(tmp_path).rank_pattern == ranks
 
 
 class Payload:
