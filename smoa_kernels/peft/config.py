@@ -158,6 +158,10 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
                 setattr(self, name, set(value))
             elif isinstance(value, str):
                 _check_regex(name, value)
+        for name in self.modules_to_save or ():
+            _check_regex("modules_to_save", name)  # PEFT looks for it as one, and as the end of a module's name
+            if not name:
+                raise ValueError("modules_to_save must hold names of modules, got ''")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,11 +79,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         # To be restored should these weights turn out not to fit.
         self.trainable_before = [p for p in model.parameters() if p.requires_grad] if awaits_weights else []
         self._orders: dict[tuple[Any, ...], BlockPartition] = {}  # of this injection
+        undo = _undo(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
+        except BaseException:  # Ctrl-C too: it takes minutes to sort a large model
             if is_new:
-                remove_adapter(model, adapter_name)
+                undo()
             raise
         finally:
             self._orders.clear()
@@ -264,6 +265,23 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
     delete_adapter(model, adapter_name, prefix=SMoAModel.prefix, layer_cls=SMoALayer)
+
+
+def _undo(model: nn.Module, adapter_name: str) -> Callable[[], None]:
+    """What puts a model back as it is now, once an adapter that it lacks has been put in, whole or in part."""
+    modules = [(module, dict(module._modules)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def undo() -> None:
+        for module, children in modules:
+            for name, child in children.items():
+                if module._modules.get(name) is not child:  # adapted, or wrapped to be saved
+                    setattr(module, name, child)
+        delete_adapter(model, adapter_name, prefix=SMoAModel.prefix, layer_cls=SMoALayer)
+        for parameter, before in trainable:
+            parameter.requires_grad_(before)
+
+    return undo
 
 
 def forget_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from tiny_models import write_weights
 
 from smoa_kernels.peft.layout import STATE_KEYS, pack_blocks, unpack_blocks
+from smoa_kernels.spectral_order import order_source
 
 
 def snapshot(model):
@@ -28,13 +29,43 @@ def assert_unchanged(model, before):
     [
         ({"num_blocks": 33, "r": 64}, "num_blocks must be at most .* = 32 .*, got 33"),
         ({"target_modules": ["q_proj", "input_layernorm"]}, "is not supported"),
+        # PEFT wraps the embedding and the norms before it comes to a layer that has an adapter.
+        ({"modules_to_save": ["embed_tokens", "norm", "j"]}, "modules_to_save cannot be applied to modules"),
     ],
 )
 def test_failed_injection_leaves_the_model_alone(llama, settings, message):
     model = llama()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         get_peft_model(model, config(**settings))
+    assert_unchanged(model, before)
+    adapted = adapt(llama(), modules_to_save=["lm_head"])
+    before, trained = snapshot(adapted)[0], adapted.active_adapters
+    with pytest.raises((TypeError, ValueError), match=message):
+        adapted.add_adapter("other", config(**settings))
+    assert snapshot(adapted)[0] == before
+    assert adapted.active_adapters == trained
+
+
+def test_an_interrupted_injection_leaves_the_model_alone(llama):
+    """Ctrl-C at the third of its spectra."""
+    count = iter(range(3))
+    sort = order_source.get()
+
+    def interrupted(weight):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return sort(weight)
+
+    model = llama()
+    before = snapshot(model)
+    token = order_source.set(interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            get_peft_model(model, config())
+    finally:
+        order_source.reset(token)
+    assert next(count, None) is None
     assert_unchanged(model, before)
 
 
