@@ -158,8 +158,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
                 setattr(self, name, set(value))
             elif isinstance(value, str):
                 _check_regex(name, value)
-        for name in self.modules_to_save or ():
-            _check_regex("modules_to_save", name)  # PEFT looks for it as one, and as the end of a module's name
+        for name in self.modules_to_save or ():  # PEFT looks for it as an expression and as the end of a name
+            _check_regex("modules_to_save", name)
             if not name:
                 raise ValueError("modules_to_save must hold names of modules, got ''")
         for name in ("layers_to_transform", "layers_pattern"):

@@ -29,4 +29,4 @@ def install_limited_peek() -> None:
         return read(cls, path_json_file, **kwargs)
 
     from_json_file._is_limited_for_smoa = True  # type: ignore[attr-defined]
-    PeftConfig.from_json_file = classmethod(from_json_file)
+    PeftConfig.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]

@@ -70,7 +70,11 @@ CONFIGURATIONS: list[Change] = [
     ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of names, got 'head'"),
     ({"modules_to_save": [None]}, TypeError, r"modules_to_save must be a list of names, got \[None\]"),
     ({"modules_to_save": [""]}, ValueError, "modules_to_save must hold names of modules, got ''"),
-    ({"modules_to_save": ["a\\x"]}, ValueError, r"modules_to_save must be a regular expression, got 'a\\\\x'"),
+    (
+        {"modules_to_save": ["a\\x"]},
+        ValueError,
+        r"modules_to_save must be a regular expression, got 'a\\\\x'",
+    ),
     (
         {"layers_to_transform": "1"},
         TypeError,

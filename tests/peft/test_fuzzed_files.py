@@ -372,7 +372,10 @@ def test_a_huge_configuration(tmp_path, reader, last, spelled):
     values = '"x": [' + "[]," * 2**21 + "0]"
     text = ", ".join([values, spelled] if last else [spelled, values])
     write(tmp_path, GOOD_WEIGHTS, f"{{{text}}}".encode())
-    with takes_at_most(2 * len(text) + 8 * MOST_BYTES), pytest.raises(ValueError, match="bytes, more than any"):
+    with (
+        takes_at_most(2 * len(text) + 8 * MOST_BYTES),
+        pytest.raises(ValueError, match="bytes, more than any"),
+    ):
         reader(tmp_path)
 
 
