@@ -26,7 +26,7 @@ WIDEST = 2**31 - 1  # columns are counted in 32 bits
 _LEVELS = 1 << 16
 _DRAWS_PER_WORD = 4
 _LOWEST = torch.iinfo(torch.int64).min
-_ROWS = 256  # tokens at a time on the CPU: what is drawn for them stays in cache
+ROWS = 256  # tokens at a time on the CPU: what is drawn for them stays in cache
 
 # SplitMix64's increment and multipliers (Steele, Lea and Flood 2014), as int64.
 _GAMMA, _FIRST, _SECOND = (
@@ -80,6 +80,11 @@ class Dropout:
         """What a kept element is multiplied with: that of the rounded p, so that the mask is unbiased."""
         return _LEVELS / (_LEVELS - self.threshold)
 
+    @property
+    def least_kept(self) -> int:
+        """The threshold as a signed level: see :meth:`levels`."""
+        return self.threshold - _LEVELS // 2
+
     def multiplier(self, like: Tensor, columns: int | None = None) -> Tensor:
         """Mask times scale for the tokens, dtype and (unless given) columns of a 2-D tensor.
 
@@ -108,6 +113,22 @@ class Dropout:
         Raises:
             TypeError, ValueError: no number of columns, or they do not lie in the whole width.
         """
+        levels = self.levels(columns)
+
+        def fill(out: Tensor) -> Tensor:
+            for rows in out.split(ROWS) if draws(self.seed.device) else (out,):
+                torch.ge(levels(rows.shape[0]), self.least_kept, out=rows).mul_(self.scale)
+            return out
+
+        return fill
+
+    def levels(self, columns: int) -> Callable[[int], Tensor]:
+        """A function that draws int16 (tokens, columns) for so many tokens that come next, on the CPU at most 256.
+
+        An element is kept whose level is `least_kept` or above. What is drawn next may be written over it.
+
+        Args, Raises: as :meth:`stream`.
+        """
         width = columns if self.width is None else self.width
         check_count("columns", columns, 0, WIDEST)
         if self.column_offset + columns > width:
@@ -115,17 +136,9 @@ class Dropout:
                 f"columns must lie in the width {width}, got {self.column_offset} to {self.column_offset + columns}"
             )
         per_token = -(-width // _DRAWS_PER_WORD)
-        drawn = draws(self.seed.device)
-        words = drawn_words(self.seed, per_token) if drawn else hashed_words(self.seed, per_token)
-
-        def fill(out: Tensor) -> Tensor:
-            for rows in out.split(_ROWS) if drawn else (out,):
-                levels = words(rows.shape[0]).view(torch.int16)
-                levels = levels[:, self.column_offset : self.column_offset + columns]
-                torch.ge(levels, self.threshold - _LEVELS // 2, out=rows).mul_(self.scale)
-            return out
-
-        return fill
+        words = (drawn_words if draws(self.seed.device) else hashed_words)(self.seed, per_token)
+        kept = slice(self.column_offset, self.column_offset + columns)
+        return lambda tokens: words(tokens).view(torch.int16)[:, kept]
 
 
 def draws(device: torch.device) -> bool:
@@ -134,9 +147,9 @@ def draws(device: torch.device) -> bool:
 
 
 def drawn_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
-    """A function that draws int64 (tokens, per_token) for so many next tokens, at most `_ROWS`, into one buffer."""
+    """A function that draws int64 (tokens, per_token) for so many next tokens, at most `ROWS`, into one buffer."""
     generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty(_ROWS, per_token, dtype=torch.int64, device=seed.device)
+    words = torch.empty(ROWS, per_token, dtype=torch.int64, device=seed.device)
     # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
     return lambda tokens: words[:tokens].random_(_LOWEST, None, generator=generator)
 

@@ -61,12 +61,24 @@ def choose_algorithm(tokens: int, slots: int, *, ieee: bool, dropout: bool) -> s
     return "merged" if ieee else "split"
 
 
-class Gemms(NamedTuple):
-    """The GEMMs with W0: torch's here, compiled ones in :mod:`native_backend`."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""(dX, dA, dB), None where not needed."""
 
-    merged: Callable[[Tensor, PackedAdapter], Tensor]  # x (T, C), adapter -> x W_effᵀ (T, N)
-    add_base: Callable[[Tensor, Tensor, Tensor], Tensor]  # y (T, N), x, W0 -> y + x W0ᵀ, written over y
-    gradient: Callable[[Tensor, Tensor, PackedAdapter], tuple[Tensor, Tensor]]  # dy, x, adapter -> dA, dB
+
+class Gemms(NamedTuple):
+    """What multiplies by W0 and its blocks: torch's operators here, compiled code in :mod:`native_backend`.
+
+    Attributes:
+        merged: x (T, C), adapter -> `x W_effᵀ` (T, N).
+        split: x, adapter, dropout -> `x W0ᵀ + dropout(x) ΔWᵀ`.
+        gradient: dy, x, adapter -> (dA, dB).
+        dropout_backward: dy, x or None, adapter, dropout, whether dX is needed -> (dX, dA, dB), those that are.
+    """
+
+    merged: Callable[[Tensor, PackedAdapter], Tensor]
+    split: Callable[[Tensor, PackedAdapter, Dropout | None], Tensor]
+    gradient: Callable[[Tensor, Tensor, PackedAdapter], tuple[Tensor, Tensor]]
+    dropout_backward: Callable[[Tensor, Tensor | None, PackedAdapter, Dropout, bool], Gradients]
 
 
 def forward(
@@ -87,7 +99,7 @@ def forward(
     elif algorithm == "expanded":
         y = _expanded(x, adapter)
     else:
-        y = gemms.add_base(_block_matmul(x, adapter, dropout), x, adapter.weight)
+        y = gemms.split(x, adapter, dropout)
     # Last: added before the base GEMM a bias would round the adapter's output away.
     return y if bias is None else y.add_(bias)
 
@@ -100,12 +112,11 @@ def backward(
     *,
     needs_x: bool,
     gemms: Gemms | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
     gemms = gemms or TORCH
     if dropout is not None:
-        dx, dA, dB = _dropout_backward(dy, x, adapter, dropout, needs_x=needs_x)
-        return None if dx is None else gemms.add_base(dx, dy, adapter.weight.T), dA, dB
+        return gemms.dropout_backward(dy, x, adapter, dropout, needs_x)
     # dA and dB first: what they need is freed before dX needs its own.
     dA, dB = (None, None) if x is None else gemms.gradient(dy, x, adapter)
     if not needs_x:
@@ -164,6 +175,10 @@ def delta_weight(adapter: PackedAdapter) -> Tensor:
     return (B @ A).mul_(adapter.weight).to(adapter.weight.dtype)
 
 
+def _split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
+    return _block_matmul(x, adapter, dropout).addmm_(x, adapter.weight.T)
+
+
 def _block_matmul(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
     """`y[:, rows_k] = dropout(x)[:, cols_k] ΔW_kᵀ` for every block: the adapter's output alone, (T, N)."""
     product = _BlockProduct(adapter)
@@ -187,8 +202,8 @@ def _block_grad(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, 
 
 
 def _dropout_backward(
-    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, *, needs_x: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, needs_x: bool
+) -> Gradients:
     """All gradients in one walk over the tokens, but for dY W0 in dX: the mask is drawn once for dX and G."""
     width = adapter.weight.shape[1]
     rows, cols = block_indices(adapter)
@@ -206,7 +221,7 @@ def _dropout_backward(
             gradient.add(dy_part, scratch.columns(multiplier.mul_(x_part), cols))
     del product, mask, gathered, scratch, multiplier, dy_part
     dA, dB = (None, None) if gradient is None else gradient.contract()
-    return dx if needs_x else None, dA, dB
+    return dx.addmm_(dy, adapter.weight) if needs_x else None, dA, dB
 
 
 def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -299,10 +314,6 @@ class _BlockGradient:
         return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
 
 
-def _add_base(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return y.addmm_(x, weight.T)
-
-
 def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W0ᵀ + Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`, (T, N), without a temporary of W0's size."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -312,4 +323,4 @@ def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     return update.to(x.dtype).addmm_(x, adapter.weight.T)
 
 
-TORCH = Gemms(_merged, _add_base, _block_grad)
+TORCH = Gemms(_merged, _split, _block_grad, _dropout_backward)

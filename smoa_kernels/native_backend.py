@@ -1,7 +1,7 @@
 """Backend "native": the eager one, whose float32 GEMMs on a CPU are those of `native/linear.c`.
 
-They modulate W0 and read permuted columns while they copy panels, which every GEMM does: no W_eff, no gathered
-activations, no passes of their own. What has no such form, few tokens and ΔW under dropout, stays torch's.
+They modulate W0, read permuted columns and drop elements while they copy panels, which every GEMM does: no W_eff, no
+gathered or masked activations, no passes of their own. Few tokens, which has no such form, stays torch's.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from . import eager
-from .dropout import Dropout
+from .dropout import ROWS, Dropout
 from .native import library, obstacle
 from .packed import PackedAdapter
 
-__all__ = ["ALGORITHMS", "GRADIENT", "LINEAR", "backward", "forward"]
+__all__ = ["ALGORITHMS", "GRADIENT", "LINEAR", "UPDATE", "backward", "forward"]
 
 ALGORITHMS = eager.ALGORITHMS
-LINEAR, GRADIENT = "smoa::compiled_linear", "smoa::compiled_gradient"
+LINEAR, UPDATE, GRADIENT = (f"smoa::compiled_{name}" for name in ("linear", "update", "gradient"))
 """What the compiled functions are called in a profile."""
 
 
@@ -46,25 +46,50 @@ def _gemms(x: Tensor) -> eager.Gemms:
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W_effᵀ` (T, N)."""
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
-    if not x.numel():
-        return y.zero_()
-    _linear(x, adapter.weight, y, adapter)
-    return y
+    return _linear(x, adapter.weight, y, adapter) if x.numel() else y.zero_()
 
 
-def add_base(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`y + x W0ᵀ`, written over y (T, N)."""
-    if x.numel():
-        _linear(x, weight, y, None)
-    return y
+def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
+    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N)."""
+    keep, scale = (None, 1.0) if dropout is None else (_kept(x, dropout), dropout.scale)
+    return _linear(x, adapter.weight, _update(x, adapter, scale, x_keep=keep))
 
 
-def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None) -> None:
-    """`y = x W_effᵀ`, or `y += x W0ᵀ` without an adapter; some tokens, some columns."""
+def gradient(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
+    """(dA, dB); padding rows get zeros."""
+    return _gradient(dy, x, adapter, 1.0, None)
+
+
+def dropout_backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, needs_x: bool
+) -> eager.Gradients:
+    """All gradients of :func:`split`: the mask is drawn once, and kept as one bit for each element of x."""
+    keep = _kept(dy if x is None else x, dropout, adapter.weight.shape[1])
+    dA, dB = (None, None) if x is None else _gradient(dy, x, adapter, dropout.scale, keep)
+    if not needs_x:
+        return None, dA, dB
+    dx = _update(dy, adapter.T, dropout.scale, y_keep=keep)
+    return _linear(dy, adapter.weight.T, dx), dA, dB
+
+
+def _kept(x: Tensor, dropout: Dropout, columns: int | None = None) -> Tensor:
+    """A bit for each element that is not dropped of x's tokens and (unless given) columns, in words of 16."""
+    columns = x.shape[1] if columns is None else columns
+    keep, levels = x.new_empty(x.shape[0], -(-columns // 16), dtype=torch.int16), dropout.levels(columns)
+    for some in keep.split(ROWS):
+        drawn = levels(some.shape[0])
+        library().smoa_keep(
+            *drawn.shape, drawn.data_ptr(), drawn.stride(0), dropout.least_kept, some.data_ptr()
+        )
+    return keep
+
+
+def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None = None) -> Tensor:
+    """y, which has become `x W_effᵀ`, or `y + x W0ᵀ` without an adapter."""
+    if not x.numel() or not y.numel():
+        return y
     code, threads = library(), torch.get_num_threads()
     x, weight = _rows(x), _along_memory(weight)
-    if not y.numel():
-        return
     rank, A, B, scaling = 0, weight, weight, 0.0
     blocks: tuple[int | None, int | None, int, int | None] = None, None, 0, None
     if adapter is not None:
@@ -87,42 +112,84 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None)
             A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), scaling, y.data_ptr(), adapter is None,
             workspace.data_ptr(), threads,
         )  # fmt: skip
+    return y
 
 
-def gradient(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
-    """(dA, dB); padding rows get zeros."""
-    code, threads, p = library(), torch.get_num_threads(), adapter.partition
-    weight, ranks = _along_memory(adapter.weight), _dense(adapter.ranks, torch.int32)
+def _update(
+    x: Tensor,
+    adapter: PackedAdapter,
+    scale: float,
+    x_keep: Tensor | None = None,
+    y_keep: Tensor | None = None,
+) -> Tensor:
+    """`scale x ΔWᵀ` (T, N), but for what is not kept of x or of it."""
+    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    blocks, (code, threads) = _blocks(adapter), (library(), torch.get_num_threads())
+    if not x.numel() or not y.numel():
+        return y.zero_()
+    x, weight = _rows(x), _along_memory(adapter.weight)
+    A, B = adapter.A.to(torch.float32), adapter.B.to(torch.float32)
+    count, rank, scaling = adapter.partition.num_blocks, A.shape[0], scale * adapter.scaling.item()
+    *indices, ranks = (tensor.data_ptr() for tensor in blocks)
+    workspace = x.new_empty(
+        code.smoa_update_workspace(x.shape[0], *weight.shape, *indices[2:], count, rank, threads)
+    )
+    with _named(UPDATE):
+        code.smoa_update(
+            x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), _pointer(x_keep), weight.data_ptr(),
+            *weight.stride(), *indices, count, ranks, rank, A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(),
+            scaling, y.data_ptr(), _pointer(y_keep), workspace.data_ptr(), threads,
+        )  # fmt: skip
+    return y
+
+
+def _gradient(
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, scale: float, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(dA, dB) times `scale`, of what is kept of x."""
+    blocks, (code, threads) = _blocks(adapter), (library(), torch.get_num_threads())
     A, B = _dense(adapter.A, torch.float32), _dense(adapter.B, torch.float32)
     dA, dB = A.new_zeros(A.shape if threads == 1 else (threads, *A.shape)), torch.zeros_like(B)
     if x.shape[0]:
-        dy, x = _rows(dy), _rows(x)
-        row_index, col_index = _dense(p.row_index, torch.int64), _dense(p.col_index, torch.int64)
-        row_offsets, col_offsets = _dense(p.row_offsets, torch.int32), _dense(p.col_offsets, torch.int32)
-        offsets = col_offsets.data_ptr()
-        blocks, rank = p.num_blocks, A.shape[0]
-        given = row_index.numel(), col_index.numel(), row_offsets.numel(), col_offsets.numel(), ranks.numel()
-        if given != (*weight.shape, blocks + 1, blocks + 1, blocks) or not code.smoa_indices_fit(
-            *weight.shape, row_index.data_ptr(), col_index.data_ptr(), row_offsets.data_ptr(), offsets, blocks
-        ):
-            raise _no_fit(weight, blocks)
-        floats = code.smoa_gradient_workspace(
-            x.shape[0], row_offsets.data_ptr(), offsets, blocks, rank, threads
-        )
+        dy, x, weight = _rows(dy), _rows(x), _along_memory(adapter.weight)
+        count, rank, scaling = adapter.partition.num_blocks, A.shape[0], scale * adapter.scaling.item()
+        *indices, ranks = (tensor.data_ptr() for tensor in blocks)
+        floats = code.smoa_gradient_workspace(x.shape[0], *indices[2:], count, rank, threads)
         workspace = x.new_empty(floats)
         with _named(GRADIENT):
             code.smoa_gradient(
-                x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0),
-                weight.data_ptr(), *weight.stride(), row_index.data_ptr(), col_index.data_ptr(),
-                row_offsets.data_ptr(), offsets, blocks, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(),
-                adapter.scaling.item(), dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(), threads,
+                x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), _pointer(keep),
+                weight.data_ptr(), *weight.stride(), *indices, count, ranks, rank, A.data_ptr(), B.data_ptr(), scaling,
+                dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(), threads,
             )  # fmt: skip
     dA = dA if threads == 1 else dA.sum(0)
     return (dA, dB) if adapter.A.dtype == dA.dtype else (dA.to(adapter.A.dtype), dB.to(adapter.A.dtype))
 
 
-GEMMS = eager.Gemms(merged, add_base, gradient)
+GEMMS = eager.Gemms(merged, split, gradient, dropout_backward)
 """What :mod:`eager` multiplies with here."""
+
+
+def _blocks(adapter: PackedAdapter) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Indices and offsets of rows and columns, and the ranks, as the compiled code reads and follows them.
+
+    Raises:
+        ValueError: they are not those of the weight.
+    """
+    p, count = adapter.partition, adapter.partition.num_blocks
+    row_index, col_index = _dense(p.row_index, torch.int64), _dense(p.col_index, torch.int64)
+    row_offsets, col_offsets = _dense(p.row_offsets, torch.int32), _dense(p.col_offsets, torch.int32)
+    found = row_index, col_index, row_offsets, col_offsets, _dense(adapter.ranks, torch.int32)
+    indices = (one.data_ptr() for one in found[:4])
+    if tuple(one.numel() for one in found) != (*adapter.weight.shape, count + 1, count + 1, count) or not (
+        library().smoa_indices_fit(*adapter.weight.shape, *indices, count)
+    ):
+        raise _no_fit(adapter.weight, count)
+    return found
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _no_fit(weight: Tensor, num_blocks: int) -> ValueError:

@@ -16,7 +16,8 @@ from torch import Tensor
 import hatch_build
 from smoa_kernels import BlockPartition, native, smoa_linear
 from smoa_kernels.backends import native_obstacle, resolve_backend
-from smoa_kernels.native_backend import GRADIENT, LINEAR
+from smoa_kernels.dropout import Dropout
+from smoa_kernels.native_backend import GRADIENT, LINEAR, UPDATE, _kept
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
@@ -34,14 +35,22 @@ def on_cpu(**options: object) -> LinearProblem:
     return make_problem(**options).on(CPU)  # type: ignore[arg-type]
 
 
-def check(p: LinearProblem, **options: object) -> None:
+# W_eff's GEMMs, and those of W0 and ΔW: of all of x, and of what is not dropped.
+FORMS: dict[str, dict[str, object]] = {
+    "merged": {"algorithm": "merged"},
+    "split": {"algorithm": "split"},
+    "dropout": {"dropout_p": 0.4, "dropout_seed": torch.tensor(9)},
+}
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def check(p: LinearProblem, form: str) -> None:
     """Every result within twice the error of torch operators in float32, both against float64."""
-    single = p.to(torch.float32)
+    single, options = p.to(torch.float32), FORMS[form]
     found = single.run(backend="native", **options)
     beside = single.run(backend="eager", **options)
-    for name, ours, theirs, truth in zip(
-        ("y", "dX", "dA", "dB"), found, beside, p.run_reference(), strict=False
-    ):
+    truths = p.run_reference(**(options if form == "dropout" else {}))
+    for name, ours, theirs, truth in zip(("y", "dX", "dA", "dB"), found, beside, truths, strict=False):
         allowed = 2 * relative_error(theirs, truth) + TINY[torch.float32]
         assert relative_error(ours, truth) <= allowed, name
 
@@ -62,18 +71,21 @@ def check(p: LinearProblem, **options: object) -> None:
         (64, 5, 7, (1,) * 5),  # blocks of one row
         (2100, 40, 400, (5, 2)),  # two left panels, two of terms, blocks that are gathered as pieces
         (30, 300, 290, (3, 0, 4)),  # three right panels
+        (300, 30, 790, (2, 1)),  # two bands of tokens, two panels of terms in a block
     ],
 )
+@each_form
 def test_every_shape(
-    tokens: int, out_features: int, in_features: int, ranks: tuple[int, ...], threads: int
+    tokens: int, out_features: int, in_features: int, ranks: tuple[int, ...], threads: int, form: str
 ) -> None:
     p = on_cpu(tokens=tokens, out_features=out_features, in_features=in_features, ranks=ranks)
-    check(p, algorithm="merged")
+    check(p, form)
 
 
 @needs_library
 @pytest.mark.parametrize("name", ["x", "weight", "dy", "A", "B"])
-def test_every_memory_order(name: str) -> None:
+@each_form
+def test_every_memory_order(name: str, form: str) -> None:
     p = on_cpu(tokens=50, out_features=33, in_features=57, random_labels=True)
     whole = getattr(p, name)
     for other in (
@@ -82,19 +94,19 @@ def test_every_memory_order(name: str) -> None:
         torch.cat([whole, whole], 1),
         torch.randn(whole.numel(), dtype=whole.dtype).unfold(0, whole.shape[1], 1),  # windows: both strides 1
     ):
-        check(replace(p, **{name: other[: whole.shape[0], : whole.shape[1]]}), algorithm="merged")
+        check(replace(p, **{name: other[: whole.shape[0], : whole.shape[1]]}), form)
 
 
 @needs_library
-def test_indices_of_any_kind() -> None:
+@each_form
+def test_indices_of_any_kind(form: str) -> None:
     p = on_cpu(tokens=50, out_features=33, in_features=57, random_labels=True).to(torch.float32)
     labels, indices = p.partition.tensors()[:2], p.partition.tensors()[2:]
     strided = [torch.stack([index, index], 1)[:, 0] for index in indices]
     other = BlockPartition.from_tensors([*(one.long() for one in labels), *strided], p.partition.sizes())
-    for one, two in zip(
-        p.run(backend="native"), replace(p, partition=other).run(backend="native"), strict=True
-    ):
-        assert torch.equal(one, two)
+    first = p.run(backend="native", **FORMS[form])
+    again = replace(p, partition=other).run(backend="native", **FORMS[form])
+    assert all(map(torch.equal, first, again))
 
 
 @needs_library
@@ -115,13 +127,14 @@ def test_the_operator_in_another_dtype_is_eagers(dtype: torch.dtype) -> None:
 
 @needs_library
 @pytest.mark.parametrize("num_blocks", [2, 3, 9])
-def test_a_block_in_another_order(num_blocks: int) -> None:
+@each_form
+def test_a_block_in_another_order(num_blocks: int, form: str) -> None:
     """Nothing says that what a block lists ascends, which its pieces make use of."""
     p = on_cpu(tokens=50, out_features=90, in_features=170, ranks=(3,) * num_blocks, random_labels=True)
     tensors, sizes = p.partition.tensors(), p.partition.sizes()
     for axis, parts in ((2, sizes[:num_blocks]), (3, sizes[num_blocks:])):
         tensors[axis] = torch.cat([block.flip(0) for block in tensors[axis].split(parts)])
-    check(replace(p, partition=BlockPartition.from_tensors(tensors, sizes)), algorithm="merged")
+    check(replace(p, partition=BlockPartition.from_tensors(tensors, sizes)), form)
 
 
 @pytest.mark.skipif(
@@ -129,7 +142,7 @@ def test_a_block_in_another_order(num_blocks: int) -> None:
     reason="needs a processor that has both instruction sets",
 )
 def test_the_same_on_older_processors() -> None:
-    names = "every or another_order or without_rows or threads"
+    names = "every or another_order or without_rows or threads or mask or dropped"
     command = [
         sys.executable,
         "-m",
@@ -148,31 +161,36 @@ def test_the_same_on_older_processors() -> None:
 
 
 @needs_library
+@each_form
 @pytest.mark.parametrize("value", [-1, 90, 2**31])
 @pytest.mark.parametrize(
     "which", range(6), ids=["row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets"]
 )
-def test_a_partition_that_is_broken(which: int, value: int) -> None:
+def test_a_partition_that_is_broken(which: int, value: int, form: str) -> None:
     """`from_tensors` takes what it is given, and compiled code would follow it anywhere."""
+    if which < 2 and form != "merged":
+        pytest.skip("only W_eff asks for labels")
     p = on_cpu(tokens=50, out_features=33, in_features=57).to(torch.float32)
     for broken in (lambda t: t.long().index_fill(0, torch.tensor([2]), value), lambda t: t[:-1]):
         tensors = p.partition.tensors()
         tensors[which] = broken(tensors[which])
         other = BlockPartition.from_tensors(tensors, p.partition.sizes())
         with pytest.raises(ValueError, match="partition must"):
-            replace(p, partition=other).run(backend="native", algorithm="merged")
+            replace(p, partition=other).run(backend="native", **FORMS[form])
 
 
 @needs_library
-def test_blocks_without_rows_or_columns() -> None:
+@each_form
+def test_blocks_without_rows_or_columns(form: str) -> None:
     p = on_cpu(tokens=20, out_features=3, in_features=4, ranks=(1, 2, 1, 2, 1, 1), random_labels=True)
     assert 0 in p.partition.row_sizes + p.partition.col_sizes
-    check(p, algorithm="merged")
+    check(p, form)
 
 
 @needs_library
+@each_form
 @pytest.mark.parametrize(("tokens", "out_features", "in_features"), [(0, 5, 6), (4, 0, 6), (4, 5, 0)])
-def test_nothing_to_multiply(tokens: int, out_features: int, in_features: int) -> None:
+def test_nothing_to_multiply(tokens: int, out_features: int, in_features: int, form: str) -> None:
     whole = on_cpu(tokens=4, out_features=5, in_features=6, ranks=(1,)).to(torch.float32)
     cut = replace(
         whole,
@@ -184,19 +202,20 @@ def test_nothing_to_multiply(tokens: int, out_features: int, in_features: int) -
         partition=whole.partition.shard(slice(0, out_features), slice(0, in_features)),
         dy=whole.dy[:tokens, :out_features],
     )
-    for ours, theirs in zip(cut.run(backend="native"), cut.run(backend="eager"), strict=True):
-        assert torch.equal(ours, theirs)
+    found, expected = (cut.run(backend=backend, **FORMS[form]) for backend in ("native", "eager"))
+    assert all(map(torch.equal, found, expected))
 
 
 @needs_library
-def test_one_thread_and_three_give_the_same_output() -> None:
+@each_form
+def test_one_thread_and_three_give_the_same_output(form: str) -> None:
     p = on_cpu(tokens=100, out_features=90, in_features=500, random_labels=True).to(torch.float32)
     before = torch.get_num_threads()
     found: list[tuple[Tensor, ...]] = []
     try:
         for count in (1, 3, 3):
             torch.set_num_threads(count)
-            found.append(p.run(backend="native", algorithm="merged"))
+            found.append(p.run(backend="native", **FORMS[form]))
     finally:
         torch.set_num_threads(before)
     for name, one, three, again in zip(("y", "dX", "dA", "dB"), *found, strict=False):
@@ -206,12 +225,43 @@ def test_one_thread_and_three_give_the_same_output() -> None:
 
 
 @needs_library
-def test_a_profile_names_what_was_called() -> None:
+@pytest.mark.parametrize(
+    ("form", "expected"), [("merged", (2, 0, 1)), ("split", (2, 1, 1)), ("dropout", (2, 2, 1))]
+)
+def test_a_profile_names_what_was_called(form: str, expected: tuple[int, ...]) -> None:
     p = on_cpu(tokens=50).to(torch.float32)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        p.run(backend="native", algorithm="merged")
+        p.run(backend="native", **FORMS[form])
     counts = {event.key: event.count for event in profile.key_averages()}
-    assert (counts[LINEAR], counts[GRADIENT]) == (2, 1)
+    assert tuple(counts.get(name, 0) for name in (LINEAR, UPDATE, GRADIENT)) == expected
+
+
+@needs_library
+@pytest.mark.parametrize("shard", [None, (5, 100)])
+def test_the_mask_is_eagers(shard: tuple[int, int] | None) -> None:
+    """The very bits, of a part of the columns too."""
+    offset, width = shard or (0, None)
+    mask = Dropout(torch.tensor(7), 0.3, offset, width)
+    x = torch.randn(600, 37)
+    keep = _kept(x, mask)
+    bits = keep[:, torch.arange(37) // 16] >> (torch.arange(37) % 16) & 1
+    assert torch.equal(bits.float() * mask.scale, mask.multiplier(x))
+
+
+@needs_library
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_dropped_is_still_seen_where_it_is_not_finite(value: float) -> None:
+    """0 · NaN is NaN, by the definition and in torch's operators."""
+    p = on_cpu(tokens=40, out_features=33, in_features=57, random_labels=True).to(torch.float32)
+    dropped = Dropout(torch.tensor(9), 0.4).multiplier(p.x) == 0
+    for place in dropped.nonzero()[:3].tolist():
+        x = p.x.clone()
+        x[tuple(place)] = value
+        found, expected = (
+            replace(p, x=x).run(backend=backend, **FORMS["dropout"]) for backend in ("native", "eager")
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours.isfinite(), theirs.isfinite())
 
 
 def test_auto_takes_what_is_there() -> None:
@@ -275,7 +325,7 @@ def test_a_library_that_is_not_there(package: Path) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["linear.c", "panels.h"])
+@pytest.mark.parametrize("name", ["linear.c", "panels.h", "update.h"])
 @pytest.mark.parametrize(
     "edit", [lambda path: path.write_text(path.read_text() + "\n"), Path.unlink], ids=["edited", "lost"]
 )

@@ -20,10 +20,13 @@ _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 # What each function takes: p a pointer, i an int64, f a float.
 _SIGNATURES = {
     "smoa_linear": "iiipipiippipipiipiifpipi",
-    "smoa_gradient": "iiipipipiippppipippfpppi",
+    "smoa_update": "iiipippiippppipipiipiifpppi",
+    "smoa_gradient": "iiipipippiippppipippfpppi",
+    "smoa_keep": "iipiip",
     "smoa_labels_fit": "iippii",
     "smoa_indices_fit": "iippppi",
     "smoa_linear_workspace": "iiii",
+    "smoa_update_workspace": "iiippiii",
     "smoa_gradient_workspace": "ippiii",
 }
 _TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}

@@ -2,11 +2,12 @@
  *
  * Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication". Nothing here knows of adapters.
  */
-#include <stdint.h>
-#include <string.h>
-#include <immintrin.h>
+#pragma once
 
-typedef int64_t i64;
+#include <string.h>
+
+#include "pieces.h"
+
 typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
 
@@ -28,18 +29,27 @@ enum {
     COLUMNS_AHEAD = 4,
 };
 
-/* A matrix (rows, cols), its element (i, k) at data[rows[i] * row_stride + k * col_stride], one of the strides 1. `rows`
- * is NULL, in order, unless row_stride is 1. */
+/* A matrix (rows, cols), its element (i, k) at data[rows[i] * row_stride + cols[k] * col_stride], one of the strides 1;
+ * NULL is in order. `rows` without `cols` asks for a row_stride of 1. Of an order along the memory some elements may be
+ * dropped: `keep` has a bit for each, and `kept` words of 16 for each row or column that is contiguous. */
 typedef struct {
     const float *data;
     i64 row_stride, col_stride;
-    const i64 *rows;
+    const i64 *rows, *cols;
+    const uint16_t *keep;
+    i64 kept;
 } matrix;
 
-static i64 least(i64 a, i64 b) { return a < b ? a : b; }
+static matrix matrix_of(const float *data, i64 row_stride, i64 col_stride) {
+    return (matrix){.data = data, .row_stride = row_stride, .col_stride = col_stride};
+}
 
-/* Floats in whole cache lines. */
-static i64 lines(i64 count) { return (count + 15) / 16 * 16; }
+/* A matrix of which `keep`, where it is not NULL, drops some of each `width` that are contiguous. */
+static matrix some_of(const float *data, i64 row_stride, i64 col_stride, const uint16_t *keep, i64 width) {
+    matrix m = matrix_of(data, row_stride, col_stride);
+    m.keep = keep, m.kept = words(width);
+    return m;
+}
 
 static inline vf load(const float *p) {
     vf v;
@@ -48,8 +58,6 @@ static inline vf load(const float *p) {
 }
 
 static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is there; a is (depth, MR), b is (depth, NR). */
 INLINE void tile_of(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
@@ -82,8 +90,9 @@ INLINE void tile_of(int rows, i64 depth, const float *a, const float *b, float *
             for (i64 j = 0; j < width; j++) c[i * stride + j] = part[i * NR + j] + (add ? c[i * stride + j] : 0);
 }
 
-/* Of the last rows no more are computed than some: of 128 tokens the last two are not worth fourteen. */
-static void tile(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
+/* Of the last rows no more are computed than some: of 128 tokens the last two are not worth fourteen. A function of its
+ * own: inlined where registers are scarce it would keep sums in memory. */
+static __attribute__((noinline)) void tile(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
     if (height > MR / 2)
         tile_of(MR, depth, a, b, c, stride, height, width, add);
     else if (height > MR / 4)
@@ -115,13 +124,22 @@ static inline void transpose(const float *const *rows, i64 at, float *out, i64 s
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
 }
 
-/* Panels of rows that are contiguous: transposed. */
+/* Panels of rows that are contiguous: transposed; their columns are put in order before, in a buffer. */
 static void pack_rows(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
+    float ordered[NR * (KC + PIECE)];
+    piece pieces[KC];
+    i64 some = m.cols ? pieces_of(m.cols + k, depth, pieces) : 0;
     for (i64 top = 0; top < count; top += height, out += depth * height) {
         int there = (int)least(height, count - top);
         const float *row[NR + 8];
-        for (int i = 0; i < NR + 8; i++)
-            row[i] = m.data + (first + top + least(i, there - 1)) * m.row_stride + k;
+        for (int i = 0; i < NR + 8; i++) {
+            i64 at = first + top + least(i, there - 1);
+            row[i] = m.data + (m.rows ? m.rows[at] : at) * m.row_stride + (m.cols ? 0 : k);
+            if (!m.cols) continue;
+            float *to = ordered + least(i, there - 1) * (KC + PIECE);
+            if (i < there) gather(row[i], m.cols + k, depth, pieces, some, NULL, to);
+            row[i] = to;
+        }
         i64 p = 0;
         /* Eight rows at a time; the last eight overlap where the height is no multiple. Of a panel lower than eight the
          * transposes reach into the next column, which is written after, or beyond the panel (TRANSPOSED). */
@@ -137,58 +155,18 @@ static void pack_rows(matrix m, i64 first, i64 count, i64 k, i64 depth, int heig
     }
 }
 
-/* Of LANES floats from `at`, those that `taken` has a bit for: the coordinates of a block that lie there. */
-typedef struct {
-    i64 at, taken;
-} piece;
-
-/* The coordinates index[0] to index[count - 1] as pieces, of which there are no more than coordinates; 0 where reading
- * one at a time is as fast: they lie too far apart, or this processor cannot move some lanes of a vector together. */
-static i64 pieces_of(const i64 *index, i64 count, piece *pieces) {
-#if VECTOR_BYTES == 64
-    i64 some = 0, last = -1;
-    for (i64 i = 0; i < count; last = index[i++]) {
-        i64 at = index[i] / LANES * LANES, bit = 1 << index[i] % LANES;
-        if (some && index[i] > last && pieces[some - 1].at == at)
-            pieces[some - 1].taken |= bit;
-        else if (3 * some < count)
-            pieces[some++] = (piece){at, bit};
-        else
-            return 0;
-    }
-    return some;
-#else
-    (void)index, (void)count, (void)pieces;
-    return 0;
-#endif
-}
-
-/* out = the values at `count` coordinates, by their pieces where there are; up to LANES floats more are written. */
-INLINE void gather(const float *from, const i64 *index, i64 count, const piece *pieces, i64 some, float *out) {
-#if VECTOR_BYTES == 64
-    for (i64 i = 0; i < some; i++) { /* masked: what is not taken may lie beyond the matrix */
-        __mmask16 taken = (__mmask16)pieces[i].taken;
-        _mm512_storeu_ps(out, _mm512_maskz_compress_ps(taken, _mm512_maskz_loadu_ps(taken, from + pieces[i].at)));
-        out += __builtin_popcountll((unsigned long long)taken);
-    }
-#else
-    (void)pieces;
-#endif
-    if (!some)
-        for (i64 i = 0; i < count; i++) out[i] = from[index[i]];
-}
-
 /* Panels of rows whose columns are contiguous, in the order of m.rows: a column is read once, for all panels. */
 static void pack_columns(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
-    float line[MC + LANES];
+    float line[MC + PIECE];
     piece pieces[MC];
     i64 some = m.rows ? pieces_of(m.rows + first, count, pieces) : 0;
     for (i64 p = 0; p < depth; p++) {
-        const float *column = m.data + (k + p) * m.col_stride + (m.rows ? 0 : first);
-        const float *later = column + (p + COLUMNS_AHEAD < depth ? COLUMNS_AHEAD * m.col_stride : 0);
+        i64 at = k + p, further = k + least(p + COLUMNS_AHEAD, depth - 1), start = m.rows ? 0 : first;
+        const float *column = m.data + (m.cols ? m.cols[at] : at) * m.col_stride + start;
+        const float *later = m.data + (m.cols ? m.cols[further] : further) * m.col_stride + start;
         if (m.rows) {
             for (i64 i = 0; i < some; i++) __builtin_prefetch(later + pieces[i].at);
-            gather(column, m.rows + first, count, pieces, some, line);
+            gather(column, m.rows + first, count, pieces, some, m.keep ? m.keep + at * m.kept : NULL, line);
             column = line;
         } else
             for (i64 i = 0; i < count; i += 16) __builtin_prefetch(later + i);
@@ -209,13 +187,13 @@ static void pack_columns(matrix m, i64 first, i64 count, i64 k, i64 depth, int h
 /* Rows first to first + count, columns k to k + depth, as panels of `height` rows, each (depth, height). What lies below
  * the last row is anything: it is multiplied and not stored. */
 static void pack(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
-    (m.col_stride == 1 && !m.rows ? pack_rows : pack_columns)(m, first, count, k, depth, height, out);
+    (m.col_stride == 1 && (m.cols || !m.rows) ? pack_rows : pack_columns)(m, first, count, k, depth, height, out);
 }
 
 /* Ask the memory, which is idle while tiles are computed, for what `pack` will read: what belongs to the MR of `height`
  * rows of the left panel that are multiplied next. */
 static void ask_for(matrix m, i64 first, i64 count, i64 k, i64 depth, i64 row, i64 height) {
-    if (m.rows) return; /* activations, just written or read */
+    if (m.rows || m.cols) return; /* activations, just written or read; blocks, of which little is asked at a time */
     int along = m.col_stride == 1;
     const float *data = m.data + first * m.row_stride + k * m.col_stride;
     i64 runs = along ? count : depth, length = along ? depth : count, stride = along ? m.row_stride : m.col_stride;

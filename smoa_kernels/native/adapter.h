@@ -1,0 +1,128 @@
+/* What makes a GEMM SMoA's: a packed panel of W0 becomes W_eff or ΔW before it is multiplied. */
+#pragma once
+
+#include "panels.h"
+
+enum { BESIDE = 4 /* columns modulated at a time, so that what is loaded of B serves them all */ };
+
+/* Which block each row, or column, is in. */
+typedef struct {
+    const void *of;
+    i64 wide; /* int32, not uint8 */
+} labels;
+
+static inline int32_t label(labels blocks, i64 i) {
+    return blocks.wide ? ((const int32_t *)blocks.of)[i] : ((const uint8_t *)blocks.of)[i];
+}
+
+/* The adapter of a weight (rows, cols): block k has ranks[k] of at most `rank`, what A and B hold beyond is not read.
+ * A (rank, cols) and B (rows, rank) have any strides, so that swapped they are those of the weight's transpose. The
+ * weight is all of W0, whose rows and columns have labels, or one block: its `rows` and `cols` of W0, all of one rank. */
+typedef struct {
+    const float *A, *B;
+    i64 A_rank, A_col, B_row, B_rank, rank;
+    float scaling;
+    labels row_block, col_block;
+    const int32_t *ranks;
+    const i64 *rows, *cols;
+} adapter;
+
+/* Of block k, whatever `ranks` says. */
+static inline i64 rank_of(const int32_t *ranks, i64 k, i64 most) { return ranks[k] < most ? ranks[k] : most; }
+
+static inline vf chosen(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
+
+/* Some columns of a panel, of blocks of one rank: W0 ∘ (1 + s B A) where labels agree, or, of one block, W0 ∘ s B A.
+ * `factor` (rank, NR) is s B. */
+INLINE void modulate_columns(int some, const adapter *m, i64 k, i64 rank, vi left, vi right, const float *factor,
+                             float *panel) {
+    const float *A[BESIDE];
+    vf low[BESIDE] = {{0}}, high[BESIDE] = {{0}};
+    for (int c = 0; c < some; c++) A[c] = m->A + (m->cols ? m->cols[k + c] : k + c) * m->A_col;
+    for (i64 t = 0; t < rank; t++) {
+        vf first = load(factor + t * NR), second = load(factor + t * NR + LANES);
+#pragma GCC unroll 4
+        for (int c = 0; c < some; c++) {
+            float a = A[c][t * m->A_rank];
+            low[c] += first * a;
+            high[c] += second * a;
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < some; c++) {
+        float *w = panel + c * NR;
+        vf a = load(w), b = load(w + LANES);
+        if (!m->cols) {
+            int32_t block = label(m->col_block, k + c);
+            low[c] = chosen(left == block, a + a * low[c], a);
+            high[c] = chosen(right == block, b + b * high[c], b);
+        }
+        store(w, m->cols ? a * low[c] : low[c]);
+        store(w + LANES, m->cols ? b * high[c] : high[c]);
+    }
+}
+
+static i64 rank_at(const adapter *m, i64 col) {
+    return m->cols ? m->rank : rank_of(m->ranks, label(m->col_block, col), m->rank);
+}
+
+/* What `pack` made of the weight's rows first to first + count becomes W_eff, or ΔW of one block. */
+static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *panels, float *scratch) {
+    for (i64 top = 0; top < count; top += NR, panels += depth * NR) {
+        int32_t block[NR] = {0};
+        for (i64 i = 0; i < NR; i++) {
+            i64 at = first + top + least(i, count - top - 1);
+            const float *B = m->B + (m->rows ? m->rows[at] : at) * m->B_row;
+            if (!m->rows) block[i] = label(m->row_block, at);
+            for (i64 t = 0; t < m->rank; t++) scratch[t * NR + i] = m->scaling * B[t * m->B_rank];
+        }
+        vi left, right;
+        memcpy(&left, block, sizeof left);
+        memcpy(&right, block + LANES, sizeof right);
+        for (i64 p = 0; p < depth;) {
+            i64 rank = rank_at(m, k + p);
+            int alike = p + BESIDE <= depth;
+            for (int c = 1; alike && c < BESIDE; c++) alike = rank_at(m, k + p + c) == rank;
+            if (alike)
+                modulate_columns(BESIDE, m, k + p, rank, left, right, scratch, panels + p * NR);
+            else
+                modulate_columns(1, m, k + p, rank, left, right, scratch, panels + p * NR);
+            p += alike ? BESIDE : 1;
+        }
+    }
+}
+
+static i64 product_size(i64 a_count, i64 depth, i64 rank) {
+    return right_size(depth) + left_size(a_count, depth) + lines(rank * NR);
+}
+
+/* y (rows of a, rows of b) = a bᵀ over `depth` columns, for some rows of each, or y plus that where `add`; b modulated
+ * where `m` is given. */
+static void product(matrix a, i64 a_first, i64 a_count, matrix b, i64 b_first, i64 b_count, i64 depth, const adapter *m,
+                    float *y, i64 stride, int add, float *workspace) {
+    float *right = workspace, *left = right + right_size(depth), *scratch = left + left_size(a_count, depth);
+    for (i64 i = 0; i < a_count; i += MC)
+        for (i64 k = 0; k < depth; k += KC) {
+            i64 height = least(MC, a_count - i), deep = least(KC, depth - k);
+            pack(a, a_first + i, height, k, deep, MR, left);
+            for (i64 j = 0; j < b_count; j += NC) {
+                i64 width = least(NC, b_count - j), last = j + NC >= b_count;
+                pack(b, b_first + j, width, k, deep, NR, right);
+                if (m) modulate(m, b_first + j, width, k, deep, right, scratch);
+                i64 next = last ? 0 : j + NC, after = last ? k + KC : k, further = least(KC, depth - after);
+                for (i64 r = 0; r < height; r += MR) {
+                    if (further > 0) ask_for(b, b_first + next, least(NC, b_count - next), after, further, r, height);
+                    for (i64 s = 0; s < width; s += NR)
+                        tile(deep, left + r * deep, right + s * deep, y + (i + r) * stride + j + s, stride,
+                             least(MR, height - r), least(NR, width - s), add || k > 0);
+                }
+            }
+        }
+}
+
+static i64 largest_of(const int32_t *offsets, i64 blocks) {
+    i64 largest = 0;
+    for (i64 k = 0; k < blocks; k++)
+        if (offsets[k + 1] - offsets[k] > largest) largest = offsets[k + 1] - offsets[k];
+    return largest;
+}

@@ -1,0 +1,169 @@
+/* dA and dB: a block's G = dYᵀ X, some rows at a time, contracted with W0 and the factors while it is in the cache. */
+#pragma once
+
+#include "adapter.h"
+#include "threads.h"
+
+typedef struct {
+    i64 tokens, rows, cols, blocks, rank, parts;
+    matrix dy, x, weight;
+    const i64 *row_index, *col_index;
+    const int32_t *row_offsets, *col_offsets, *ranks;
+    const float *A, *B;
+    float scaling, *dA, *dB; /* dA (parts, rank, cols), dB (rows, rank) */
+    float *workspace;
+    i64 widest, slab; /* columns of a block; rows of it whose G is held at a time */
+} gradient_job;
+
+enum {
+    SLAB = 504,  /* of these rows at most, a multiple of both MR and TOGETHER */
+    /* Rows of H that are contracted at a time, with so many ranks of the factors: they stay in the L1 cache, sums stay in
+     * registers and are short. */
+    TOGETHER = 4,
+    RANKS = 2,
+};
+
+/* dA[t] += Σ_i B[i][t] h[i], dB[i][t] = Σ_c h[i][c] A[t][c] for `height` rows h (height, width) and some ranks t, whose
+ * rows of A and dA are `width` apart; B[i] and dB[i] are at rows[i] * stride. */
+INLINE void contract_ranks(int some, const float *h, i64 height, i64 width, const float *A, float *dA, const float *B,
+                           float *dB, const i64 *rows, i64 stride) {
+    float b[RANKS][TOGETHER] = {{0}}, sum[RANKS][TOGETHER] = {{0}};
+    for (int t = 0; t < some; t++)
+        for (int i = 0; i < height; i++) b[t][i] = B[rows[i] * stride + t];
+    i64 c = 0;
+    if (height == TOGETHER) {
+        vf sums[RANKS][TOGETHER] = {{{0}}};
+        for (; c + LANES <= width; c += LANES) {
+            vf one[TOGETHER];
+#pragma GCC unroll 4
+            for (int i = 0; i < TOGETHER; i++) one[i] = load(h + i * width + c);
+#pragma GCC unroll 2
+            for (int t = 0; t < some; t++) {
+                vf factor = load(A + t * width + c), added = {0};
+#pragma GCC unroll 4
+                for (int i = 0; i < TOGETHER; i++) {
+                    sums[t][i] += one[i] * factor;
+                    added += one[i] * b[t][i];
+                }
+                store(dA + t * width + c, load(dA + t * width + c) + added);
+            }
+        }
+        for (int t = 0; t < some; t++)
+            for (int i = 0; i < TOGETHER; i++)
+                for (int l = 0; l < LANES; l++) sum[t][i] += sums[t][i][l];
+    }
+    for (; c < width; c++)
+        for (int t = 0; t < some; t++) {
+            float added = 0;
+            for (int i = 0; i < height; i++) {
+                sum[t][i] += h[i * width + c] * A[t * width + c];
+                added += h[i * width + c] * b[t][i];
+            }
+            dA[t * width + c] += added;
+        }
+    for (int t = 0; t < some; t++)
+        for (int i = 0; i < height; i++) dB[rows[i] * stride + t] = sum[t][i];
+}
+
+/* dA_k += B_kᵀ H and dB_k = H A_kᵀ for some rows of block k: H = s G ∘ W0 is written over G, A and dA (ranks[k], width)
+ * are in block order, as is a row of W0 in `line`. */
+static void contract(const gradient_job *j, float *H, i64 k, i64 first, i64 count, const float *A, float *dA,
+                     const piece *pieces, i64 some, float *restrict line) {
+    i64 rank = rank_of(j->ranks, k, j->rank), width = j->col_offsets[k + 1] - j->col_offsets[k];
+    i64 step = j->weight.col_stride;
+    const i64 *rows = j->row_index + first, *cols = j->col_index + j->col_offsets[k];
+    float scaling = j->scaling;
+    for (i64 top = 0; top < count; top += TOGETHER, rows += TOGETHER) {
+        i64 height = least(TOGETHER, count - top);
+        float *group = H + top * width;
+        for (i64 i = 0; i < height; i++) {
+            const float *weight = j->weight.data + rows[i] * j->weight.row_stride;
+            float *restrict h = group + i * width;
+            if (step == 1)
+                gather(weight, cols, width, pieces, some, NULL, line);
+            else
+                for (i64 c = 0; c < width; c++) line[c] = weight[cols[c] * step];
+            for (i64 c = 0; c < width; c++) h[c] *= scaling * line[c];
+        }
+        for (i64 t = 0; t < rank; t += RANKS)
+            if (t + RANKS <= rank)
+                contract_ranks(RANKS, group, height, width, A + t * width, dA + t * width, j->B + t, j->dB + t, rows,
+                               j->rank);
+            else
+                contract_ranks(1, group, height, width, A + t * width, dA + t * width, j->B + t, j->dB + t, rows,
+                               j->rank);
+    }
+}
+
+static i64 gradient_size(i64 tokens, i64 widest, i64 slab, i64 rank) {
+    return lines(slab * widest) + 2 * lines(rank * widest) + lines(widest + PIECE) + pieces_size(widest) +
+           product_size(slab, tokens, 0);
+}
+
+/* Some rows of block k, from `first` to `end`. */
+static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, float *dA, float *workspace) {
+    i64 col = j->col_offsets[k], width = j->col_offsets[k + 1] - col, rank = rank_of(j->ranks, k, j->rank);
+    const i64 *cols = j->col_index + col;
+    if (first >= end || !width || rank < 1) return;
+    float *G = workspace, *A = G + lines(j->slab * j->widest), *sum = A + lines(rank * width);
+    float *line = sum + lines(rank * width), *rest = line + lines(width + PIECE);
+    piece *pieces = (piece *)rest;
+    i64 some = pieces_of(cols, width, pieces);
+    rest += pieces_size(width);
+    for (i64 t = 0; t < rank; t++)
+        for (i64 c = 0; c < width; c++) {
+            A[t * width + c] = j->A[t * j->cols + cols[c]];
+            sum[t * width + c] = 0;
+        }
+    matrix dy = j->dy, x = j->x;
+    dy.rows = j->row_index, x.rows = j->col_index;
+    for (; first < end; first += j->slab) {
+        i64 count = least(j->slab, end - first);
+        product(dy, first, count, x, col, width, j->tokens, NULL, G, width, 0, rest);
+        contract(j, G, k, first, count, A, sum, pieces, some, line);
+    }
+    for (i64 t = 0; t < rank; t++)
+        for (i64 c = 0; c < width; c++) dA[t * j->cols + cols[c]] = sum[t * width + c];
+}
+
+static void gradient_part(void *it, i64 part) {
+    gradient_job *j = it;
+    if (part >= j->parts) return;
+    float *dA = j->dA + part * j->rank * j->cols;
+    float *workspace = j->workspace + part * gradient_size(j->tokens, j->widest, j->slab, j->rank);
+    for (i64 k = 0; k < j->blocks; k++) {
+        i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top;
+        /* In whole groups, so that a row of dB is summed in the same order however many threads there are; where a block
+         * has fewer than threads, others take the next block's. */
+        i64 turn = (part + k) % j->parts;
+        i64 first = share_of(height, TOGETHER, turn, j->parts), end = share_of(height, TOGETHER, turn + 1, j->parts);
+        block_gradient(j, k, top + first, top + end, dA, workspace);
+    }
+}
+
+/* No more rows than a thread has of a block. */
+static i64 slab_of(const int32_t *row_offsets, i64 blocks, i64 threads) {
+    i64 groups = (largest_of(row_offsets, blocks) + TOGETHER - 1) / TOGETHER;
+    return least(SLAB, (groups + threads - 1) / threads * TOGETHER);
+}
+
+/* Floats that smoa_gradient needs. */
+i64 smoa_gradient_workspace(i64 tokens, const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 rank,
+                            i64 threads) {
+    i64 slab = slab_of(row_offsets, blocks, threads);
+    return threads * gradient_size(tokens, largest_of(col_offsets, blocks), slab, rank) + 16;
+}
+
+/* dA (threads, rank, cols), still to be summed, and dB (rows, rank), zeros before: of dy (tokens, rows) and x (tokens,
+ * cols) with contiguous rows, A and B contiguous; of x some may be dropped, as in smoa_update. There is at least one
+ * token. */
+void smoa_gradient(i64 tokens, i64 rows, i64 cols, const float *dy, i64 dy_stride, const float *x, i64 x_stride,
+                   const uint16_t *keep, const float *weight, i64 row_stride, i64 col_stride, const i64 *row_index, const i64 *col_index,
+                   const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, const int32_t *ranks, i64 rank,
+                   const float *A, const float *B, float scaling, float *dA, float *dB, float *workspace, i64 threads) {
+    gradient_job job = {tokens, rows, cols, blocks, rank, threads, matrix_of(dy, 1, dy_stride),
+                        some_of(x, 1, x_stride, keep, cols), matrix_of(weight, row_stride, col_stride), row_index, col_index, row_offsets, col_offsets, ranks,
+                        A, B, scaling, dA, dB, from_a_line(workspace), largest_of(col_offsets, blocks),
+                        slab_of(row_offsets, blocks, threads)};
+    in_parallel(gradient_part, &job, threads);
+}

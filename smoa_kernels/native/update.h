@@ -1,0 +1,158 @@
+/* y = x ΔWᵀ, for x of which some was dropped, which no W_eff can stand for.
+ *
+ * ΔW is packed once, as panels of its blocks. A band of tokens at a time, x is put in block order, multiplied, and y put
+ * back in its own order, while all of it is in the cache: of each row every block has a share of every cache line, so
+ * that block after block would read and write x and y once for each.
+ */
+#pragma once
+
+#include "adapter.h"
+#include "threads.h"
+
+static i64 whole(i64 count, i64 unit) { return (count + unit - 1) / unit * unit; }
+
+/* keep (tokens, words(cols)) = a bit for each of `levels` (tokens, cols), rows `stride` apart, that is `least_kept` or
+ * above. */
+void smoa_keep(i64 tokens, i64 cols, const int16_t *levels, i64 stride, i64 least_kept, uint16_t *keep) {
+    for (i64 t = 0; t < tokens; t++, levels += stride)
+        for (i64 c = 0; c < cols; c += PIECE, keep++) {
+            unsigned bits = 0;
+            for (i64 i = 0; i < least(PIECE, cols - c); i++) bits |= (unsigned)(levels[c + i] >= least_kept) << i;
+            *keep = (uint16_t)bits;
+        }
+}
+
+/* Tokens whose columns are in block order at a time, those of x and of y. */
+enum { BAND = MR * 18 };
+
+typedef struct {
+    i64 tokens, rows, cols, blocks, parts;
+    matrix x, weight;
+    adapter m;
+    const i64 *row_index, *col_index;
+    const int32_t *row_offsets, *col_offsets;
+    float *y, *deltas, *workspace;
+    const uint16_t *keep;
+} update_job;
+
+static i64 delta_size(i64 rows, i64 cols) { return lines(whole(rows, NR) * cols); }
+
+/* Floats of a band of x as panels: those of each block and KC columns apart. */
+static i64 band_size(i64 height, i64 cols, i64 blocks) {
+    return whole(height, MR) * cols + (blocks + cols / KC) * (TRANSPOSED + 16);
+}
+
+/* Of one part, beside what all share. */
+static i64 update_size(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 rank) {
+    i64 multiplied = band_size(least(BAND, tokens), cols, blocks) + MR * lines(cols + PIECE) + lines(rows + PIECE) +
+                     pieces_size(cols) + pieces_size(rows);
+    return multiplied > lines(rank * NR) ? multiplied : lines(rank * NR);
+}
+
+/* ΔW_k of every block as panels of rows, a part of each: KC columns after KC columns. */
+static void delta_part(void *it, i64 part) {
+    update_job *j = it;
+    if (part >= j->parts) return;
+    float *to = j->deltas, *scratch = j->workspace + part * update_size(j->tokens, j->rows, j->cols, j->blocks, j->m.rank);
+    matrix weight = j->weight;
+    adapter m = j->m;
+    for (i64 k = 0; k < j->blocks; k++) {
+        i64 rows = j->row_offsets[k + 1] - j->row_offsets[k], cols = j->col_offsets[k + 1] - j->col_offsets[k];
+        i64 first = share_of(rows, NR, part, j->parts), count = share_of(rows, NR, part + 1, j->parts) - first;
+        m.rows = weight.rows = j->row_index + j->row_offsets[k];
+        m.cols = weight.cols = j->col_index + j->col_offsets[k];
+        m.rank = rank_of(j->m.ranks, k, j->m.rank);
+        for (i64 p = 0; p < cols && count > 0 && m.rank > 0; p += KC) {
+            i64 deep = least(KC, cols - p);
+            float *panels = to + whole(rows, NR) * p + first * deep;
+            for (i64 r = 0; r < count; r += NC, panels += NC * deep) { /* modulated while it is in the cache */
+                i64 height = least(NC, count - r);
+                pack(weight, first + r, height, p, deep, NR, panels);
+                modulate(&m, first + r, height, p, deep, panels, scratch);
+            }
+        }
+        to += delta_size(rows, cols);
+    }
+}
+
+/* y (height, rows) = x ΔWᵀ, all columns in block order: x (height, cols) as panels in `band`. */
+static void multiply_blocks(const update_job *j, i64 height, const float *band, float *y) {
+    const float *deltas = j->deltas;
+    for (i64 k = 0; k < j->blocks; k++) {
+        i64 rows = j->row_offsets[k + 1] - j->row_offsets[k], cols = j->col_offsets[k + 1] - j->col_offsets[k];
+        int there = cols > 0 && rank_of(j->m.ranks, k, j->m.rank) > 0;
+        for (i64 t = 0; t < height && !there; t++) memset(y + t * j->rows, 0, (size_t)rows * sizeof *y);
+        for (i64 p = 0; p < cols; p += KC) {
+            i64 deep = least(KC, cols - p);
+            const float *right = deltas + whole(rows, NR) * p;
+            for (i64 r = 0; r < rows && there; r += NC)
+                for (i64 t = 0; t < height; t += MR)
+                    for (i64 s = r; s < least(rows, r + NC); s += NR)
+                        tile(deep, band + t * deep, right + s * deep, y + t * j->rows + s, j->rows,
+                             least(MR, height - t), least(NR, rows - s), p > 0);
+            band += lines(whole(height, MR) * deep + TRANSPOSED);
+        }
+        deltas += delta_size(rows, cols), y += rows;
+    }
+}
+
+static void update_part(void *it, i64 part) {
+    update_job *j = it;
+    if (part >= j->parts) return;
+    i64 first = share_of(j->tokens, MR, part, j->parts), end = share_of(j->tokens, MR, part + 1, j->parts);
+    i64 stride = lines(j->cols + PIECE);
+    float *band = j->workspace + part * update_size(j->tokens, j->rows, j->cols, j->blocks, j->m.rank);
+    float *ordered = band + band_size(least(BAND, j->tokens), j->cols, j->blocks), *line = ordered + MR * stride;
+    piece *of_cols = (piece *)(line + lines(j->rows + PIECE)), *of_rows = of_cols + j->cols;
+    i64 some = pieces_of(j->col_index, j->cols, of_cols), others = pieces_of(j->row_index, j->rows, of_rows);
+    for (; first < end; first += BAND) {
+        i64 height = least(BAND, end - first);
+        for (i64 t = 0; t < height; t += MR) {
+            i64 high = least(MR, height - t);
+            for (i64 i = 0; i < high; i++) {
+                i64 at = first + t + i;
+                gather(j->x.data + at * j->x.row_stride, j->col_index, j->cols, of_cols, some,
+                       j->x.keep ? j->x.keep + at * j->x.kept : NULL, ordered + i * stride);
+            }
+            float *to = band;
+            for (i64 k = 0; k < j->blocks; k++)
+                for (i64 p = j->col_offsets[k]; p < j->col_offsets[k + 1]; p += KC) {
+                    i64 deep = least(KC, j->col_offsets[k + 1] - p);
+                    pack(matrix_of(ordered, stride, 1), 0, high, p, deep, MR, to + t * deep);
+                    to += lines(whole(height, MR) * deep + TRANSPOSED);
+                }
+        }
+        float *y = j->y + first * j->rows;
+        multiply_blocks(j, height, band, y);
+        for (i64 t = 0; t < height; t++, y += j->rows) {
+            memcpy(line, y, (size_t)j->rows * sizeof *y);
+            scatter(line, j->row_index, j->rows, of_rows, others, j->keep ? j->keep + (first + t) * words(j->rows) : NULL, y);
+        }
+    }
+}
+
+/* Floats that smoa_update needs. */
+i64 smoa_update_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, const int32_t *col_offsets,
+                          i64 blocks, i64 rank, i64 threads) {
+    i64 deltas = 0;
+    for (i64 k = 0; k < blocks; k++)
+        deltas += delta_size(row_offsets[k + 1] - row_offsets[k], col_offsets[k + 1] - col_offsets[k]);
+    return deltas + threads * update_size(tokens, rows, cols, blocks, rank) + 16;
+}
+
+/* y (tokens, rows) = x ΔWᵀ, x with contiguous rows. Of x some may be dropped, or of y: `x_keep` and `y_keep` have a bit
+ * for each element, a row of it in whole words, or are NULL. No dimension is 0. */
+void smoa_update(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, const uint16_t *x_keep,
+                 const float *weight, i64 row_stride, i64 col_stride, const i64 *row_index, const i64 *col_index,
+                 const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, const int32_t *ranks, i64 rank,
+                 const float *A, i64 A_rank, i64 A_col, const float *B, i64 B_row, i64 B_rank, float scaling, float *y,
+                 const uint16_t *y_keep, float *workspace, i64 threads) {
+    float *own = from_a_line(workspace);
+    update_job job = {tokens, rows, cols, blocks, threads, some_of(x, x_stride, 1, x_keep, cols),
+                      matrix_of(weight, row_stride, col_stride),
+                      {A, B, A_rank, A_col, B_row, B_rank, rank, scaling, {NULL, 0}, {NULL, 0}, ranks, NULL, NULL},
+                      row_index, col_index, row_offsets, col_offsets, y,
+                      own + threads * update_size(tokens, rows, cols, blocks, rank), own, y_keep};
+    in_parallel(delta_part, &job, threads);
+    in_parallel(update_part, &job, threads);
+}
