@@ -61,8 +61,16 @@ def load() -> float:
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    # A virtual machine's name may be that of many processors, some twice as fast as others.
+    numbers = [
+        f"{field.removeprefix('cpu ')} {fields[field]}"
+        for field in ("cpu family", "model")
+        if field in fields
+    ]
+    return ", ".join([fields["model name"].strip(), *numbers])
 
 
 def _version(name: str) -> str | None:

@@ -9,6 +9,7 @@ A run is kept as compact JSON named after its device: the next run on the same d
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -46,8 +47,10 @@ def page(runs: list[Run]) -> str:
 
 
 def section(runs: list[Run]) -> str:
-    """What the README says of the runs."""
-    return "\n\n".join(_readme_run(run).strip() for run in runs) + "\n" if runs else NONE_YET
+    """What the README says of the runs: of the newest on a CPU, of all on GPUs, and a word of the others."""
+    others = [run for run in runs if not run.on_gpu][1:]
+    parts = [_readme_run(run) for run in runs if run not in others] + [_readme_word(run) for run in others]
+    return "\n\n".join(part.strip() for part in parts) + "\n" if parts else NONE_YET
 
 
 def generate(folder: Path, readme: Path | None) -> list[Path]:
@@ -168,6 +171,21 @@ def _readme_run(run: Run) -> str:
         f"![ratio over frozen by the number of blocks](benchmarks/results/{run.slug}-ratio.svg)",
     ]
     return "\n\n".join(line.strip() for line in lines if line.strip())
+
+
+def _readme_word(run: Run) -> str:
+    """A sentence about a run on another machine, whose tables are among the results."""
+    met = sum(goal.verdict(goal.measure(run)) == "met" for goal in GOALS)
+    ratios = (f"{goal.text} {figure.ratio.median:.2f}" for goal in GOALS[:2] if (figure := goal.measure(run)))
+    return (
+        f"Another processor, {tables.machine_line(run)}: {met} of {len(GOALS)} goals met; {'; '.join(ratios)} "
+        f"([its tables](benchmarks/results/README.md#{_anchor(run)}))."
+    )
+
+
+def _anchor(run: Run) -> str:
+    """GitHub's, of the run's heading."""
+    return re.sub(r"[^a-z0-9 -]", "", str(run.machine["device"]).lower()).replace(" ", "-")
 
 
 def _figure(run: Run, name: str, words: str) -> str:

@@ -105,7 +105,7 @@ def read(path: Path) -> Run:
             return Run(
                 machine=data["machine_info"],
                 commit=_commit(data["commit_info"]),
-                date=data["datetime"][:10],
+                date=data["datetime"][:16].replace("T", " "),
                 results=tuple(Result(**b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]),
             )
         return Run(data["machine"], data["commit"], data["date"], tuple(Result(**r) for r in data["results"]))
@@ -114,8 +114,11 @@ def read(path: Path) -> Run:
 
 
 def read_all(folder: Path) -> list[Run]:
-    """Every run in a folder, CPUs first."""
-    return sorted((read(path) for path in folder.glob("*.json")), key=lambda run: run.slug)
+    """Every run in a folder, CPUs first, of each kind the newest."""
+    runs = sorted(
+        (read(path) for path in folder.glob("*.json")), key=lambda run: (run.date, run.slug), reverse=True
+    )
+    return sorted(runs, key=lambda run: run.on_gpu)
 
 
 def compact(run: Run) -> str:

@@ -69,14 +69,20 @@ class Gemms(NamedTuple):
     """What multiplies by W0 and its blocks: torch's operators here, compiled code in :mod:`native_backend`.
 
     Attributes:
-        merged: x (T, C), adapter -> `x W_effᵀ` (T, N).
+        choose: x (T, C), adapter, dropout -> what "auto" means.
+        merged: x, adapter -> `x W_effᵀ` (T, N).
+        expanded: the same for few tokens.
         split: x, adapter, dropout -> `x W0ᵀ + dropout(x) ΔWᵀ`.
-        gradient: dy, x, adapter -> (dA, dB).
+        input_gradient: dy, adapter -> dX without dropout.
+        gradient: dy, x, adapter -> (dA, dB) without.
         dropout_backward: dy, x or None, adapter, dropout, whether dX is needed -> (dX, dA, dB), those that are.
     """
 
+    choose: Callable[[Tensor, PackedAdapter, Dropout | None], str]
     merged: Callable[[Tensor, PackedAdapter], Tensor]
+    expanded: Callable[[Tensor, PackedAdapter], Tensor]
     split: Callable[[Tensor, PackedAdapter, Dropout | None], Tensor]
+    input_gradient: Callable[[Tensor, PackedAdapter], Tensor]
     gradient: Callable[[Tensor, Tensor, PackedAdapter], tuple[Tensor, Tensor]]
     dropout_backward: Callable[[Tensor, Tensor | None, PackedAdapter, Dropout, bool], Gradients]
 
@@ -92,12 +98,11 @@ def forward(
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
     gemms = gemms or TORCH
     if algorithm == "auto":
-        ieee = gemm_is_ieee(x.dtype, x.device.type)
-        algorithm = choose_algorithm(x.shape[0], _slots(adapter), ieee=ieee, dropout=dropout is not None)
+        algorithm = gemms.choose(x, adapter, dropout)
     if algorithm == "merged":
         y = gemms.merged(x, adapter)
     elif algorithm == "expanded":
-        y = _expanded(x, adapter)
+        y = gemms.expanded(x, adapter)
     else:
         y = gemms.split(x, adapter, dropout)
     # Last: added before the base GEMM a bias would round the adapter's output away.
@@ -119,13 +124,18 @@ def backward(
         return gemms.dropout_backward(dy, x, adapter, dropout, needs_x)
     # dA and dB first: what they need is freed before dX needs its own.
     dA, dB = (None, None) if x is None else gemms.gradient(dy, x, adapter)
-    if not needs_x:
-        dx = None
-    elif choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False) == "expanded":
-        dx = _expanded(dy, adapter.T)
-    else:  # merged in every dtype: in dX a rounded W_eff is a second-order error
-        dx = gemms.merged(dy, adapter.T)
-    return dx, dA, dB
+    return gemms.input_gradient(dy, adapter) if needs_x else None, dA, dB
+
+
+def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
+    ieee = gemm_is_ieee(x.dtype, x.device.type)
+    return choose_algorithm(x.shape[0], _slots(adapter), ieee=ieee, dropout=dropout is not None)
+
+
+def _input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
+    # merged in every dtype: in dX a rounded W_eff is a second-order error
+    algorithm = choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False)
+    return (_expanded if algorithm == "expanded" else _merged)(dy, adapter.T)
 
 
 def _slots(adapter: PackedAdapter) -> int:
@@ -323,4 +333,4 @@ def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     return update.to(x.dtype).addmm_(x, adapter.weight.T)
 
 
-TORCH = Gemms(_merged, _split, _block_grad, _dropout_backward)
+TORCH = Gemms(_choose, _merged, _expanded, _split, _input_gradient, _block_grad, _dropout_backward)

@@ -1,7 +1,7 @@
 """Backend "native": the eager one, whose float32 GEMMs on a CPU are those of `native/linear.c`.
 
 They modulate W0, read permuted columns and drop elements while they copy panels, which every GEMM does: no W_eff, no
-gathered or masked activations, no passes of their own. Few tokens, which has no such form, stays torch's.
+gathered or masked activations, no passes of their own. Few tokens are multiplied while W0 is read, without packing.
 """
 
 from __future__ import annotations
@@ -43,16 +43,58 @@ def _gemms(x: Tensor) -> eager.Gemms:
     return GEMMS if x.dtype == torch.float32 and x.is_cpu and obstacle() is None else eager.TORCH
 
 
+# Up to so many tokens are few: W0 is read once for them all, and packing it costs more than a second look at it.
+FEW = 8
+
+
+def choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
+    """What "auto" means on this backend."""
+    if dropout is not None:
+        return "split"
+    return "expanded" if x.shape[0] <= FEW and adapter.weight.stride(1) == 1 else "merged"
+
+
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W_effᵀ` (T, N)."""
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     return _linear(x, adapter.weight, y, adapter) if x.numel() else y.zero_()
 
 
+def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
+    """The same for few tokens: W_eff a vector at a time, in registers, while W0 is read."""
+    if adapter.weight.stride(1) != 1:  # which is read along its rows
+        return merged(x, adapter)
+    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    row_index, _, row_offsets, _, ranks = _blocks(adapter)
+    if not x.numel() or not y.numel():
+        return y.zero_()
+    code, threads, col_block = (
+        library(),
+        torch.get_num_threads(),
+        _dense(adapter.partition.col_block, torch.int32),
+    )
+    x, A, B = _rows(x), _rows(adapter.A.to(torch.float32)), adapter.B.to(torch.float32)
+    workspace = x.new_empty(code.smoa_few_workspace(A.shape[0], threads))
+    with _named(LINEAR):
+        code.smoa_few(
+            x.shape[0], *adapter.weight.shape, x.data_ptr(), x.stride(0), adapter.weight.data_ptr(),
+            adapter.weight.stride(0), row_index.data_ptr(), row_offsets.data_ptr(), col_block.data_ptr(),
+            adapter.partition.num_blocks, ranks.data_ptr(), A.shape[0], A.data_ptr(), A.stride(0), B.data_ptr(),
+            *B.stride(), adapter.scaling.item(), y.data_ptr(), workspace.data_ptr(), threads,
+        )  # fmt: skip
+    return y
+
+
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
     """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N)."""
     keep, scale = (None, 1.0) if dropout is None else (_kept(x, dropout), dropout.scale)
     return _linear(x, adapter.weight, _update(x, adapter, scale, x_keep=keep))
+
+
+def input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
+    """dX without dropout."""
+    transposed = adapter.T
+    return (expanded if choose(dy, transposed, None) == "expanded" else merged)(dy, transposed)
 
 
 def gradient(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
@@ -166,7 +208,7 @@ def _gradient(
     return (dA, dB) if adapter.A.dtype == dA.dtype else (dA.to(adapter.A.dtype), dB.to(adapter.A.dtype))
 
 
-GEMMS = eager.Gemms(merged, split, gradient, dropout_backward)
+GEMMS = eager.Gemms(choose, merged, expanded, split, input_gradient, gradient, dropout_backward)
 """What :mod:`eager` multiplies with here."""
 
 

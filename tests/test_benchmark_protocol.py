@@ -36,6 +36,7 @@ from benchmarks.test_model_step import adapted, check_gradients
 from benchmarks.test_setup import centroids, check
 from benchmarks.theory import log_log_slope, seconds
 from smoa_kernels import BlockPartition, eager
+from smoa_kernels.backends import resolve_backend
 from smoa_kernels.dropout import Dropout
 
 NAP = 0.5  # seconds, beside which nothing else here takes long, however busy the machine
@@ -244,8 +245,11 @@ def test_a_profile_tells_gemms_from_copies_and_masks() -> None:
     assert set(found) == set(KINDS)
     assert min(found[GEMM], found[BETWEEN]) > 0 == found[COPY] == found[MASK]
     dropped = replace(CASE, dropout=0.05)
-    ours = by_kind(training_pass(smoa()(dropped), dropped))
-    assert min(ours.values()) > 0
+    for backend in ("eager", "auto"):
+        ours = by_kind(training_pass(smoa(backend=backend)(dropped), dropped))
+        copied = ours.pop(COPY)
+        assert min(ours.values()) > 0
+        assert (copied > 0) == (resolve_backend(backend, DEVICE, dropped.dtype, dropped.rank) == "eager")
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="profiles are taken on the CPU")

@@ -135,10 +135,9 @@ def test_honours_needs_input_grad(wanted: str | None, monkeypatch: pytest.Monkey
     gemms = eager.TORCH
     recording = gemms._replace(
         gradient=_recording(gemms.gradient, "factors", calls),
-        merged=_recording(gemms.merged, "weight", calls),
+        input_gradient=_recording(gemms.input_gradient, "weight", calls),
     )
     monkeypatch.setattr(eager, "TORCH", recording)
-    monkeypatch.setattr(eager, "EXPANDED_MAX_ROWS", {True: 0, False: 0})
     y = smoa_linear(
         tensors["x"], p.weight, tensors["bias"], tensors["A"], tensors["B"], p.partition, p.ranks, scaling=0.7,
         backend="eager",

@@ -35,9 +35,10 @@ def on_cpu(**options: object) -> LinearProblem:
     return make_problem(**options).on(CPU)  # type: ignore[arg-type]
 
 
-# W_eff's GEMMs, and those of W0 and ΔW: of all of x, and of what is not dropped.
+# W_eff's GEMMs, by packing it and by not; those of W0 and ΔW: of all of x, and of what is not dropped.
 FORMS: dict[str, dict[str, object]] = {
     "merged": {"algorithm": "merged"},
+    "expanded": {"algorithm": "expanded"},
     "split": {"algorithm": "split"},
     "dropout": {"dropout_p": 0.4, "dropout_seed": torch.tensor(9)},
 }
@@ -63,6 +64,7 @@ def check(p: LinearProblem, form: str) -> None:
         (13, 31, 29, (2, 1)),  # below every tile
         (14, 32, 8, (2,)),  # just one tile of AVX-512
         (6, 16, 16, (3, 3)),  # of AVX2
+        *((tokens, 23, 41, (3, 0, 2)) for tokens in range(2, 10)),  # few, and one more
         (200, 97, 401, (3, 0, 2)),  # several panels of tokens, two of terms, prime sizes
         (37, 2111, 23, (1, 2)),  # two panels of rows
         (23, 19, 2111, (4, 4)),
@@ -168,8 +170,8 @@ def test_the_same_on_older_processors() -> None:
 )
 def test_a_partition_that_is_broken(which: int, value: int, form: str) -> None:
     """`from_tensors` takes what it is given, and compiled code would follow it anywhere."""
-    if which < 2 and form != "merged":
-        pytest.skip("only W_eff asks for labels")
+    if which == 0 and form != "merged" or which == 1 and form not in ("merged", "expanded"):
+        pytest.skip("only W_eff asks for labels, and only for the columns' where it is not packed")
     p = on_cpu(tokens=50, out_features=33, in_features=57).to(torch.float32)
     for broken in (lambda t: t.long().index_fill(0, torch.tensor([2]), value), lambda t: t[:-1]):
         tensors = p.partition.tensors()
@@ -226,7 +228,8 @@ def test_one_thread_and_three_give_the_same_output(form: str) -> None:
 
 @needs_library
 @pytest.mark.parametrize(
-    ("form", "expected"), [("merged", (2, 0, 1)), ("split", (2, 1, 1)), ("dropout", (2, 2, 1))]
+    ("form", "expected"),
+    [("merged", (2, 0, 1)), ("expanded", (2, 0, 1)), ("split", (2, 1, 1)), ("dropout", (2, 2, 1))],
 )
 def test_a_profile_names_what_was_called(form: str, expected: tuple[int, ...]) -> None:
     p = on_cpu(tokens=50).to(torch.float32)

@@ -22,10 +22,12 @@ _SIGNATURES = {
     "smoa_linear": "iiipipiippipipiipiifpipi",
     "smoa_update": "iiipippiippppipipiipiifpppi",
     "smoa_gradient": "iiipipippiippppipippfpppi",
+    "smoa_few": "iiipipipppipipipiifppi",
     "smoa_keep": "iipiip",
     "smoa_labels_fit": "iippii",
     "smoa_indices_fit": "iippppi",
     "smoa_linear_workspace": "iiii",
+    "smoa_few_workspace": "ii",
     "smoa_update_workspace": "iiippiii",
     "smoa_gradient_workspace": "ippiii",
 }

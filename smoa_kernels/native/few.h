@@ -1,0 +1,106 @@
+/* y = x W_effᵀ for a few tokens, which do not pay for packing W0: some rows of it are read once, become W_eff in
+ * registers, a vector at a time, and are multiplied by every token there. */
+#pragma once
+
+#include "adapter.h"
+#include "threads.h"
+
+enum {
+    FEW = 8,  /* tokens for which W0 is read at a time */
+    ROWS = 4, /* of it at most side by side, so that what is loaded of x and A serves them all */
+};
+
+typedef struct {
+    i64 tokens, rows, cols, blocks, parts, x_stride, weight_stride, A_stride, B_row, B_rank, rank;
+    const float *x, *weight, *A, *B;
+    const i64 *row_index;
+    const int32_t *row_offsets, *col_block, *ranks;
+    float scaling, *y, *workspace;
+} few_job;
+
+/* y[token, rows[i]] of some tokens and some rows of block k; `factor` (rank, some) is to hold s B. */
+INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64 k, const i64 *rows, float *y,
+                     float *factor) {
+    i64 rank = rank_of(j->ranks, k, j->rank), c = 0;
+    const float *weight[ROWS];
+    float sum[ROWS][FEW] = {{0}};
+    vf sums[ROWS][FEW];
+    for (int i = 0; i < some; i++) {
+        weight[i] = j->weight + rows[i] * j->weight_stride;
+        for (int t = 0; t < tokens; t++) sums[i][t] = (vf){0};
+        for (i64 t = 0; t < rank; t++) factor[t * some + i] = j->scaling * j->B[rows[i] * j->B_row + t * j->B_rank];
+    }
+    for (; c + LANES <= j->cols; c += LANES) {
+        vi labels;
+        memcpy(&labels, j->col_block + c, sizeof labels);
+        vf update[ROWS] = {{0}};
+        for (i64 t = 0; t < rank; t++) {
+            vf A = load(j->A + t * j->A_stride + c);
+#pragma GCC unroll 4
+            for (int i = 0; i < some; i++) update[i] += A * factor[t * some + i];
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < some; i++) {
+            vf w = load(weight[i] + c);
+            w = chosen(labels == (int32_t)k, w + w * update[i], w);
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++) sums[i][t] += w * load(x + t * j->x_stride + c);
+        }
+    }
+    for (int i = 0; i < some; i++)
+        for (int t = 0; t < tokens; t++)
+            for (int l = 0; l < LANES; l++) sum[i][t] += sums[i][t][l];
+    for (; c < j->cols; c++)
+        for (int i = 0; i < some; i++) {
+            float update = 0, w = weight[i][c];
+            for (i64 t = 0; t < rank; t++) update += j->A[t * j->A_stride + c] * factor[t * some + i];
+            if (j->col_block[c] == k) w += w * update;
+            for (int t = 0; t < tokens; t++) sum[i][t] += w * x[t * j->x_stride + c];
+        }
+    for (int i = 0; i < some; i++)
+        for (int t = 0; t < tokens; t++) y[t * j->rows + rows[i]] = sum[i][t];
+}
+
+/* Of rows[first] to rows[end - 1]; sums of as many side by side as registers hold. */
+INLINE void few_of_block(int tokens, const few_job *j, const float *x, i64 k, const i64 *rows, i64 first, i64 end,
+                         float *y, float *factor) {
+    const int side = tokens * 4 <= LANES ? 4 : tokens * 2 <= LANES ? 2 : 1;
+    for (; first + side <= end; first += side) few_rows(tokens, side, j, x, k, rows + first, y, factor);
+    for (; first < end; first++) few_rows(tokens, 1, j, x, k, rows + first, y, factor);
+}
+
+static void few_part(void *it, i64 part) {
+    few_job *j = it;
+    if (part >= j->parts) return;
+    float *factor = j->workspace + part * lines(j->rank * ROWS);
+    for (i64 token = 0; token < j->tokens; token += FEW) {
+        const float *x = j->x + token * j->x_stride;
+        float *y = j->y + token * j->rows;
+        for (i64 k = 0; k < j->blocks; k++) {
+            const i64 *rows = j->row_index + j->row_offsets[k];
+            i64 count = j->row_offsets[k + 1] - j->row_offsets[k];
+            i64 first = share_of(count, ROWS, part, j->parts), end = share_of(count, ROWS, part + 1, j->parts);
+            switch (least(FEW, j->tokens - token)) {
+#define CASE(tokens)                                                  \
+    case tokens:                                                      \
+        few_of_block(tokens, j, x, k, rows, first, end, y, factor); \
+        break;
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+            }
+        }
+    }
+}
+
+/* Floats that smoa_few needs. */
+i64 smoa_few_workspace(i64 rank, i64 threads) { return threads * lines(rank * ROWS) + 16; }
+
+/* y (tokens, rows) = x W_effᵀ: x, W0 (rows, cols) and A (rank, cols) with contiguous rows, B (rows, rank). */
+void smoa_few(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, const float *weight, i64 weight_stride,
+              const i64 *row_index, const int32_t *row_offsets, const int32_t *col_block, i64 blocks,
+              const int32_t *ranks, i64 rank, const float *A, i64 A_stride, const float *B, i64 B_row, i64 B_rank,
+              float scaling, float *y, float *workspace, i64 threads) {
+    few_job job = {tokens, rows, cols, blocks, threads, x_stride, weight_stride, A_stride, B_row, B_rank, rank,
+                   x, weight, A, B, row_index, row_offsets, col_block, ranks, scaling, y, from_a_line(workspace)};
+    in_parallel(few_part, &job, threads);
+}
