@@ -68,18 +68,19 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     row_index, _, row_offsets, _, ranks = _blocks(adapter)
     if not x.numel() or not y.numel():
         return y.zero_()
-    code, threads, col_block = (
-        library(),
-        torch.get_num_threads(),
-        _dense(adapter.partition.col_block, torch.int32),
-    )
+    code, threads, count = library(), torch.get_num_threads(), adapter.partition.num_blocks
+    columns, col_block = adapter.weight.shape[1], _dense(adapter.partition.col_block, torch.int32)
+    if col_block.numel() != columns or not code.smoa_labels_fit(
+        0, columns, None, col_block.data_ptr(), 1, count
+    ):
+        raise _no_fit(adapter.weight, count)
     x, A, B = _rows(x), _rows(adapter.A.to(torch.float32)), adapter.B.to(torch.float32)
     workspace = x.new_empty(code.smoa_few_workspace(A.shape[0], threads))
     with _named(LINEAR):
         code.smoa_few(
             x.shape[0], *adapter.weight.shape, x.data_ptr(), x.stride(0), adapter.weight.data_ptr(),
             adapter.weight.stride(0), row_index.data_ptr(), row_offsets.data_ptr(), col_block.data_ptr(),
-            adapter.partition.num_blocks, ranks.data_ptr(), A.shape[0], A.data_ptr(), A.stride(0), B.data_ptr(),
+            count, ranks.data_ptr(), A.shape[0], A.data_ptr(), A.stride(0), B.data_ptr(),
             *B.stride(), adapter.scaling.item(), y.data_ptr(), workspace.data_ptr(), threads,
         )  # fmt: skip
     return y
