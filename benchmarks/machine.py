@@ -22,9 +22,9 @@ def describe(smoke: bool) -> dict[str, Any]:
     """The machine and the versions that a figure depends on, as JSON holds them."""
     gpu = DEVICE.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name() if gpu else cpu_name(),
         "measured_on": "GPU" if gpu else "CPU",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -58,8 +58,8 @@ def load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's, with its numbers where the system tells them."""
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
     if "model name" not in fields:

@@ -157,10 +157,15 @@ def _profile(run: Run) -> str:
 def _readme_run(run: Run) -> str:
     layers, few = run.select("layer"), run.select("few tokens", tokens=1)
     met = [goal.verdict(goal.measure(run)) == "met" for goal in GOALS]
+    first = GOALS[0].measure(run)
+    faster = first is not None and not first.doubt and first.ratio.median < 1
     lines = [
         f"**The layer, {tables.machine_line(run)}.** Medians of ratios over a frozen `nn.Linear` with interquartile "
         "ranges; `make bench`.",
         tables.ratios(run, layers, "both", [SMOA, LORA, HIRA, PAPER]) if layers else "",
+        "Below 1 are layers whose compiled GEMMs are faster than torch's ([why](docs/cpu.md))."
+        if faster
+        else "",
         tables.ratios(run, few, "forward", [SMOA, LORA]) if few else "",
         tables.steps(run),
         tables.partition_words(run),

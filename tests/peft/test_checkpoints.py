@@ -13,9 +13,10 @@ from torch import nn
 
 from smoa_kernels import sketch
 from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft.folders import _BYTES_A_VALUE, MOST_BYTES
 from smoa_kernels.peft.inspection import inspect_adapter
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
-from smoa_kernels.peft.settings import layer_settings
+from smoa_kernels.peft.settings import _end, layer_settings
 
 
 @pytest.fixture
@@ -87,6 +88,11 @@ def test_a_configuration_that_grew_is_not_saved(make_model, folder):
 def test_patterns_match_as_pefts_do(patterns, name, rank):
     assert patterns.get(get_pattern_key(patterns.keys(), name), 8) == rank
     assert layer_settings(SMoAConfig(r=8, rank_pattern=patterns), name).r == rank
+
+
+def test_every_pattern_of_a_configuration_is_compiled_once():
+    """A cache that holds fewer than a file may have would compile each anew for each layer: hours, not seconds."""
+    assert _end.cache_parameters()["maxsize"] >= MOST_BYTES // _BYTES_A_VALUE
 
 
 @pytest.mark.parametrize(
