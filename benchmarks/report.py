@@ -145,9 +145,9 @@ def _profile(run: Run) -> str:
         "blocks, and the thin products that build W_eff and ΔW and contract G with A and B; the second column is what "
         "all of these would take if they multiplied as fast as frozen's two, so that the difference is the rate of "
         "smaller and thinner ones. The [compiled float32 GEMMs](../../docs/cpu.md) modulate W0 and read permuted "
-        "columns while they copy panels, which is in their time here. In torch's operators, that is in bfloat16, under "
-        "dropout and where nothing was compiled, x, dY and W0's blocks are copied first (gathers), and what multiplies "
-        "by W0 is a pass of its own (other operators). Autograd, the dispatcher and Python stand between operators. "
+        "columns while they copy panels, which is in their time here. In torch's operators, that is in bfloat16, "
+        "where nothing was compiled and where gathers are not 0.00, x, dY and W0's blocks are copied first, and what "
+        "multiplies by W0 is a pass of its own (other operators). Autograd, the dispatcher and Python stand between operators. "
         "What the partition takes of the SVD's time is below: "
         "`eigh` is LAPACK's; its GEMMs are the Gram matrix W0 W0ᵀ (its lower half) and W0ᵀ U, whose squares are the "
         "columns' energies; the rest squares, sums and sorts.\n\n" + found

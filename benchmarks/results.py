@@ -114,7 +114,7 @@ def read(path: Path) -> Run:
 
 
 def read_all(folder: Path) -> list[Run]:
-    """Every run in a folder, CPUs first, of each kind the newest."""
+    """Every run in a folder, those on CPUs first, the newest of each kind before the others."""
     runs = sorted(
         (read(path) for path in folder.glob("*.json")), key=lambda run: (run.date, run.slug), reverse=True
     )

@@ -28,30 +28,36 @@ def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) float32 on the CPU."""
-    return eager.forward(x, bias, adapter, algorithm, dropout, gemms=_gemms(x))
+    return eager.forward(x, bias, adapter, algorithm, dropout, gemms=_gemms(adapter, x, None))
 
 
 def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dX, dA, dB) of :func:`forward`, as :func:`eager.backward`."""
-    return eager.backward(dy, x, adapter, dropout, needs_x=needs_x, gemms=_gemms(dy))
+    return eager.backward(dy, x, adapter, dropout, needs_x=needs_x, gemms=_gemms(adapter, x, dy))
 
 
-def _gemms(x: Tensor) -> eager.Gemms:
-    """Torch's where an exported program, which names its backend, meets another machine, device or dtype."""
-    return GEMMS if x.dtype == torch.float32 and x.is_cpu and obstacle() is None else eager.TORCH
+def _gemms(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None) -> eager.Gemms:
+    """Torch's where an exported program, which names its backend, meets another machine, device or dtype.
 
-
-# Up to so many tokens are few: W0 is read once for them all, and packing it costs more than a second look at it.
-FEW = 8
+    Torch's too for operands of other shapes, which compiled code would follow beyond their end: they raise there.
+    """
+    rank, (rows, cols) = adapter.A.shape[0], adapter.weight.shape
+    fits = adapter.A.shape == (rank, cols) and adapter.B.shape == (rows, rank)
+    for given, width in ((x, cols), (dy, rows)):
+        if given is not None:
+            fits = fits and given.dtype == torch.float32 and given.is_cpu and given.shape[1] == width
+    fits = fits and (x is None or dy is None or x.shape[0] == dy.shape[0])
+    return GEMMS if fits and obstacle() is None else eager.TORCH
 
 
 def choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
     """What "auto" means on this backend."""
     if dropout is not None:
         return "split"
-    return "expanded" if x.shape[0] <= FEW and adapter.weight.stride(1) == 1 else "merged"
+    few = adapter.weight.stride(1) == 1 and library().smoa_few_fit(x.shape[0], adapter.A.shape[0])
+    return "expanded" if few else "merged"
 
 
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
@@ -61,8 +67,11 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
 
 
 def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
-    """The same for few tokens: W_eff a vector at a time, in registers, while W0 is read."""
-    if adapter.weight.stride(1) != 1:  # which is read along its rows
+    """The same for few tokens: W_eff a vector at a time, in registers, while W0's rows are read.
+
+    Of a W0 whose columns are contiguous it is :func:`merged`.
+    """
+    if adapter.weight.stride(1) != 1:
         return merged(x, adapter)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     row_index, _, row_offsets, _, ranks = _blocks(adapter)

@@ -233,17 +233,17 @@ def test_the_readme_says_of_small_layers_what_the_profile_does() -> None:
     assert not all(outruns)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "words", "low", "high"),
-    [
-        ("float32", "a frozen one's and half as much again in float32", 1.3, 1.7),
-        ("bfloat16", "twice as much in bfloat16", 1.8, 2.3),
-    ],
-)
-def test_the_readme_says_what_a_token_costs(dtype: str, words: str, low: float, high: float) -> None:
-    assert words in " ".join(README.read_text("utf-8").split())
-    (result,) = read_all(RESULTS)[0].select("few tokens", tokens=1, dtype=dtype)
-    assert low < result.comparison("forward").ratio(SMOA, FROZEN).median < high
+def test_the_readme_says_what_a_token_costs() -> None:
+    single, half = (
+        read_all(RESULTS)[0].find("few tokens", tokens=1, dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
+    assert single is not None
+    assert half is not None
+    ratios = [one.comparison("forward").ratio(SMOA, FROZEN).median for one in (single, half)]
+    words = (
+        "{:.2f} times a frozen one's time in float32 and {:.2f} times in bfloat16 (measured on CPU, r=8, K=4)"
+    )
+    assert words.format(*ratios) in " ".join(README.read_text("utf-8").split())
 
 
 def test_slopes_stand_beside_the_theorys() -> None:

@@ -128,6 +128,48 @@ def test_the_operator_in_another_dtype_is_eagers(dtype: torch.dtype) -> None:
 
 
 @needs_library
+@each_form
+@pytest.mark.parametrize("what", ["x", "A", "B", "dy", "fewer dy", "dtype"])
+def test_the_operator_asks_torch_to_refuse_other_shapes(what: str, form: str) -> None:
+    """`smoa_linear` checks what it is given, its operators do not, and compiled code would read beyond the end."""
+    p = on_cpu(tokens=50, out_features=33, in_features=57).to(torch.float32)
+    x, A, B, dy = p.x, p.A, p.B, p.dy
+    x, dy = x[:, :-9] if what == "x" else x, {"dy": dy[:, :-9], "fewer dy": dy[:-9]}.get(what, dy)
+    A, B = A[:, :-9] if what == "A" else A, B[:-9] if what == "B" else B
+    x = x.bfloat16() if what == "dtype" else x
+    dropped = form == "dropout"
+    scaling = torch.tensor(p.scaling, dtype=torch.float64)
+    seed = torch.tensor(9) if dropped else None
+    rest = p.partition.tensors(), p.partition.sizes(), 0.4 if dropped else 0.0, 0, 57
+    adapter = A, B, p.ranks, None, scaling, seed, *rest
+    algorithm = "auto" if dropped else form
+    operators = {
+        torch.ops.smoa.linear: (x, p.weight, None, *adapter, algorithm),
+        torch.ops.smoa.linear_backward: (dy, x, p.weight, *adapter, True),
+    }
+    raised = []
+    for operator, arguments in operators.items():
+        found = []
+        for backend in ("native", "eager"):
+            try:
+                found.append(operator(*arguments, backend))
+            except (RuntimeError, IndexError) as error:
+                found.append(type(error))
+        raised.append(isinstance(found[0], type))
+        assert found[0] is found[1] if raised[-1] else all(map(torch.equal, *found))
+    assert any(raised) or what == "dtype"  # under dropout torch's operators promote one
+
+
+@needs_library
+def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
+    few = native.library().smoa_few_fit
+    ranks = [max((rank for rank in range(1, 40) if few(tokens, rank)), default=0) for tokens in range(1, 10)]
+    assert ranks == sorted(ranks, reverse=True)
+    assert ranks[0] == 16
+    assert ranks[-1] == 0
+
+
+@needs_library
 @pytest.mark.parametrize("num_blocks", [2, 3, 9])
 @each_form
 def test_a_block_in_another_order(num_blocks: int, form: str) -> None:
@@ -174,7 +216,10 @@ def test_a_partition_that_is_broken(which: int, value: int, form: str) -> None:
         pytest.skip("only W_eff asks for labels")
     asked = {"merged": (0, 1), "expanded": (1, 2, 4)}.get(form, (2, 3, 4, 5))
     p = on_cpu(tokens=50, out_features=33, in_features=57).to(torch.float32)
-    for broken in (lambda t: t.long().index_fill(0, torch.tensor([2]), value), lambda t: t[:-1]):
+    ways = [lambda t: t.long().index_fill(0, torch.tensor([2]), value), lambda t: t[:-1]]
+    if which in (2, 3):  # one twice, another never
+        ways.append(lambda t: t.index_copy(0, torch.tensor([5]), t[6:7]))
+    for broken in ways:
         tensors = p.partition.tensors()
         tensors[which] = broken(tensors[which])
         other = BlockPartition.from_tensors(tensors, p.partition.sizes())
@@ -332,7 +377,7 @@ def test_a_library_that_is_not_there(package: Path) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["linear.c", "panels.h", "update.h"])
+@pytest.mark.parametrize("name", sorted(path.name for path in hatch_build.FOLDER.glob("*.[ch]")))
 @pytest.mark.parametrize(
     "edit", [lambda path: path.write_text(path.read_text() + "\n"), Path.unlink], ids=["edited", "lost"]
 )

@@ -25,6 +25,7 @@ _SIGNATURES = {
     "smoa_few": "iiipipipppipipipiifppi",
     "smoa_keep": "iipiip",
     "smoa_labels_fit": "iippii",
+    "smoa_few_fit": "ii",
     "smoa_indices_fit": "iippppi",
     "smoa_linear_workspace": "iiii",
     "smoa_few_workspace": "ii",

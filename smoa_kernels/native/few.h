@@ -61,10 +61,13 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
         for (int t = 0; t < tokens; t++) y[t * j->rows + rows[i]] = sum[i][t];
 }
 
-/* Of rows[first] to rows[end - 1]; sums of as many side by side as registers hold. */
+/* Rows side by side whose sums registers hold. */
+INLINE int rows_of(i64 tokens) { return tokens * 4 <= LANES ? 4 : tokens * 2 <= LANES ? 2 : 1; }
+
+/* Of rows[first] to rows[end - 1]. */
 INLINE void few_of_block(int tokens, const few_job *j, const float *x, i64 k, const i64 *rows, i64 first, i64 end,
                          float *y, float *factor) {
-    const int side = tokens * 4 <= LANES ? 4 : tokens * 2 <= LANES ? 2 : 1;
+    const int side = rows_of(tokens);
     for (; first + side <= end; first += side) few_rows(tokens, side, j, x, k, rows + first, y, factor);
     for (; first < end; first++) few_rows(tokens, 1, j, x, k, rows + first, y, factor);
 }
@@ -91,6 +94,10 @@ static void few_part(void *it, i64 part) {
         }
     }
 }
+
+/* Whether W_eff is made in registers faster than it is packed, measured at 1024² and 2048²: A, of so many ranks, is read
+ * again for every few rows. */
+i64 smoa_few_fit(i64 tokens, i64 rank) { return tokens <= FEW && rank <= rows_of(tokens) * rows_of(tokens); }
 
 /* Floats that smoa_few needs. */
 i64 smoa_few_workspace(i64 rank, i64 threads) { return threads * lines(rank * ROWS) + 16; }

@@ -74,14 +74,27 @@ i64 smoa_labels_fit(i64 rows, i64 cols, const void *row_block, const void *col_b
     return labelled((labels){row_block, wide}, rows, blocks) && labelled((labels){col_block, wide}, cols, blocks);
 }
 
+enum { SEEN = 1 << 16 /* coordinates that are looked for at a time: a bit for each, on the stack */ };
+
 static int indexed(const i64 *index, const int32_t *offsets, i64 count, i64 blocks) {
     int found = offsets[0] == 0 && offsets[blocks] == count;
     for (i64 k = 0; k < blocks; k++) found &= offsets[k] <= offsets[k + 1];
-    for (i64 i = 0; i < count; i++) found &= index[i] >= 0 && index[i] < count;
+    for (i64 first = 0; first < count; first += SEEN) {
+        uint64_t seen[SEEN / 64];
+        memset(seen, 0, (size_t)least(SEEN, count - first + 63) / 64 * 8);
+        for (i64 i = 0; i < count; i++) {
+            if (index[i] < 0 || index[i] >= count) return 0;
+            uint64_t at = (uint64_t)(index[i] - first), bit = (uint64_t)1 << at % 64;
+            if (at >= SEEN) continue;
+            if (seen[at / 64] & bit) return 0;
+            seen[at / 64] |= bit;
+        }
+    }
     return found;
 }
 
-/* Whether the blocks share all rows and all columns: what smoa_gradient and smoa_update take for granted. */
+/* Whether the blocks share all rows and all columns, each once: what smoa_gradient, smoa_update and smoa_few take for
+ * granted. */
 i64 smoa_indices_fit(i64 rows, i64 cols, const i64 *row_index, const i64 *col_index, const int32_t *row_offsets,
                      const int32_t *col_offsets, i64 blocks) {
     return indexed(row_index, row_offsets, rows, blocks) && indexed(col_index, col_offsets, cols, blocks);

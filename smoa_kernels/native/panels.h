@@ -30,8 +30,8 @@ enum {
 };
 
 /* A matrix (rows, cols), its element (i, k) at data[rows[i] * row_stride + cols[k] * col_stride], one of the strides 1;
- * NULL is in order. `rows` without `cols` asks for a row_stride of 1. Of an order along the memory some elements may be
- * dropped: `keep` has a bit for each, and `kept` words of 16 for each row or column that is contiguous. */
+ * NULL is in order. `rows` without `cols` asks for a row_stride of 1. Of a matrix with that, columns contiguous, some
+ * elements may be dropped: `keep` has a bit for each, and `kept` words of 16 for each column. */
 typedef struct {
     const float *data;
     i64 row_stride, col_stride;

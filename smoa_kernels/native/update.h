@@ -39,7 +39,7 @@ static i64 delta_size(i64 rows, i64 cols) { return lines(whole(rows, NR) * cols)
 
 /* Floats of a band of x as panels: those of each block and KC columns apart. */
 static i64 band_size(i64 height, i64 cols, i64 blocks) {
-    return whole(height, MR) * cols + (blocks + cols / KC) * (TRANSPOSED + 16);
+    return lines(whole(height, MR) * cols + (blocks + cols / KC) * (TRANSPOSED + 16));
 }
 
 /* Of one part, beside what all share. */

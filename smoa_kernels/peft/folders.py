@@ -59,7 +59,7 @@ _METHOD_NAMED = re.compile(rf"{_spelled('peft_type')}\s*:\s*{_spelled(PEFT_TYPE.
 
 
 def is_smoa(path: str | os.PathLike[str]) -> bool:
-    """Whether a file says that it is the configuration of an SMoA adapter, in no more memory than the file.
+    """Whether a file says anywhere that it is the configuration of an SMoA adapter, in no more memory than the file.
 
     Raises:
         OSError: it cannot be read.

@@ -82,9 +82,11 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         undo = _undo(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:  # Ctrl-C too: it takes minutes to sort a large model
+        except BaseException as error:  # Ctrl-C too: it takes minutes to sort a large model
             if is_new:
                 undo()
+                if not isinstance(error, Exception):  # of which alone PEFT forgets the configuration
+                    self.peft_config.pop(adapter_name, None)
             raise
         finally:
             self._orders.clear()
@@ -219,8 +221,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], combined)
         try:
             self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
+        except BaseException:  # Ctrl-C too
+            self.peft_config.pop(adapter_name, None)
             raise
         for name, adapter in combined.items():
             self.model.get_submodule(name).fill(adapter_name, adapter)

@@ -24,7 +24,12 @@ def install_limited_peek() -> None:
 
     @functools.wraps(read)
     def from_json_file(cls: type[PeftConfig], path_json_file: str | os.PathLike[str], **kwargs: Any) -> Any:
-        if is_smoa(path_json_file):
+        # PEFT opens what `open` takes; a descriptor or a pipe can be read once only.
+        if (
+            isinstance(path_json_file, (str, os.PathLike))
+            and os.path.isfile(path_json_file)
+            and is_smoa(path_json_file)
+        ):
             read_json(path_json_file)
         return read(cls, path_json_file, **kwargs)
 

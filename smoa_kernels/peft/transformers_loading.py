@@ -45,7 +45,7 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
                     state.pop(key, None)
                 state |= dict.fromkeys(found.unexpected_keys)
                 check_adapter(self, name, state, strict_base=self.peft_config[name].strict_base)
-        except Exception:
+        except BaseException:  # Ctrl-C too
             added = _added(self, before)
             for name in added:
                 remove_adapter(self, name)

@@ -9,6 +9,7 @@ times as long as any. A configuration that does not name this method is left to 
 
 import gc
 import json
+import os
 import pickle
 import tempfile
 import warnings
@@ -391,6 +392,23 @@ def test_a_long_configuration_of_another_method(tmp_path, reader):
     LoraConfig(target_modules=["one"], rank_pattern=ranks).save_pretrained(tmp_path)
     assert (tmp_path / CONFIG).stat().st_size > MOST_BYTES
     assert reader(tmp_path).rank_pattern == ranks
+
+
+def test_what_pefts_reader_opens_it_still_does(tmp_path):
+    """A path in bytes, a descriptor, and a pipe, which can be read once only."""
+    path = tmp_path / CONFIG
+    path.write_bytes(GOOD_CONFIG)
+    values = json.loads(GOOD_CONFIG)
+    assert PeftConfig.from_json_file(os.fsencode(path)) == values
+    with path.open() as file:
+        assert PeftConfig.from_json_file(os.dup(file.fileno())) == values
+    if not Path("/dev/fd").is_dir():
+        return
+    reader, writer = os.pipe()
+    os.write(writer, GOOD_CONFIG)
+    os.close(writer)
+    assert PeftConfig.from_json_file(f"/dev/fd/{reader}") == values
+    os.close(reader)
 
 
 class Payload:

@@ -1,5 +1,7 @@
 """What the tuner refuses: adapters, folders, names and models that do not fit, named, and nothing is changed."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from adapted import WEIGHTS, adapt, config, layers, logits
@@ -7,8 +9,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import write_weights
 
+from smoa_kernels.peft import SMoALayer
 from smoa_kernels.peft.layout import STATE_KEYS, pack_blocks, unpack_blocks
-from smoa_kernels.spectral_order import order_source
 
 
 def snapshot(model):
@@ -47,26 +49,40 @@ def test_failed_injection_leaves_the_model_alone(llama, settings, message):
     assert adapted.active_adapters == trained
 
 
-def test_an_interrupted_injection_leaves_the_model_alone(llama):
-    """Ctrl-C at the third of its spectra."""
-    count = iter(range(3))
-    sort = order_source.get()
+@contextmanager
+def ctrl_c_at(name, call, monkeypatch):
+    """The user's, at a certain call of a layer's method."""
+    count, method = iter(range(call + 1)), getattr(SMoALayer, name)
 
-    def interrupted(weight):
-        if next(count) == 2:
+    def interrupted(self, *args, **kwargs):
+        if next(count) == call:
             raise KeyboardInterrupt
-        return sort(weight)
+        return method(self, *args, **kwargs)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(SMoALayer, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    assert next(count, None) is None
+
+
+def test_an_interrupted_injection_leaves_the_model_alone(llama, monkeypatch):
     model = llama()
     before = snapshot(model)
-    token = order_source.set(interrupted)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            get_peft_model(model, config())
-    finally:
-        order_source.reset(token)
-    assert next(count, None) is None
+    with ctrl_c_at("update_layer", 2, monkeypatch):
+        get_peft_model(model, config())
     assert_unchanged(model, before)
+    adapted = get_peft_model(model, config())
+    before = snapshot(adapted)[0]
+    for add in (
+        lambda name: adapted.add_adapter(name, config()),
+        lambda name: adapted.add_weighted_adapter(["default"], [0.5], name),
+    ):
+        with ctrl_c_at("update_layer", 2, monkeypatch):
+            add("other")
+        assert snapshot(adapted)[0] == before
+        add("other")  # the name is free
+        adapted.delete_adapter("other")
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "../elsewhere", "/elsewhere", "a\\b"])
