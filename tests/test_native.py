@@ -147,6 +147,8 @@ def test_the_operator_asks_torch_to_refuse_other_shapes(what: str, form: str) ->
         torch.ops.smoa.linear: (x, p.weight, None, *adapter, algorithm),
         torch.ops.smoa.linear_backward: (dy, x, p.weight, *adapter, True),
     }
+    if what.endswith("dy"):
+        operators.pop(torch.ops.smoa.linear)
     raised = []
     for operator, arguments in operators.items():
         found = []
