@@ -21,13 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from ..checks import check_kind
 from ..distributed import smoa_buffers
 from ..packed import PackedAdapter
-from ..partition import BlockPartition
 from .config import SMoAConfig
 from .dequantize import keep_packing
 from .layer import SMoALayer
 from .linear import Linear
 from .loading import check_adapter
 from .settings import LayerSettings, layer_settings
+from .sorting import Sorting
 from .weighted import check_combination, combined_config
 
 __all__ = ["SMoAModel"]
@@ -78,10 +78,10 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         awaits_weights = self.peft_config[adapter_name].is_from_file and not _layers(model)
         # To be restored should these weights turn out not to fit.
         self.trainable_before = [p for p in model.parameters() if p.requires_grad] if awaits_weights else []
-        self._orders: dict[tuple[Any, ...], BlockPartition] = {}  # of this injection
         undo = _undo(model, adapter_name)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with Sorting(lambda: self._to_be_sorted(model, adapter_name)) as self._spectral_order:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException as error:  # Ctrl-C too: it takes minutes to sort a large model
             if is_new:
                 undo()
@@ -89,7 +89,16 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     self.peft_config.pop(adapter_name, None)
             raise
         finally:
-            self._orders.clear()
+            del self._spectral_order  # with the blocks that it holds
+
+    def _to_be_sorted(self, model: nn.Module, adapter_name: str) -> Iterator[tuple[nn.Linear | Conv1D, int]]:
+        """Layers that the first adapter goes into; a further one most often shares its blocks."""
+        if _layers(model):
+            return
+        config = self.peft_config[adapter_name]
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and self._check_target_module_exists(config, name):
+                yield module, layer_settings(config, name).num_blocks
 
     def _create_and_replace(
         self,
@@ -121,14 +130,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-    def _spectral_order(self, layer: SMoALayer, num_blocks: int) -> BlockPartition:
-        """Blocks of a weight, computed once for layers that share it."""
-        stored: Any = layer.innermost()
-        key = (getattr(stored, "weight", stored), num_blocks)
-        if key not in self._orders:
-            self._orders[key] = BlockPartition.from_weight(layer.base_weight(), num_blocks)
-        return self._orders[key]
 
     def _new_layer(self, target: nn.Module, adapter_name: str, settings: LayerSettings) -> Linear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target

@@ -32,6 +32,7 @@ WITHOUT_ROW = {
     "peft.model_spectrum.ModelSpectrum": A_RESULT,
     "peft.model_spectrum.Source": A_RESULT,
     "peft.settings.LayerSettings": A_RESULT,
+    "peft.sorting.Sorting": "made by the tuner for an injection",
     "scaling.Plan": A_RESULT,
     "spectrum.BlockEnergies": A_RESULT,
     "spectrum.LayerSpectrum": A_RESULT,

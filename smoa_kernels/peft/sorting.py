@@ -1,0 +1,94 @@
+"""`Sorting`: the spectral orders that an injection asks for, several weights at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..partition import BlockPartition
+from ..spectral_order import one_thread, order_source, spectral_orders
+from .layer import SMoALayer
+
+__all__ = ["Sorting"]
+
+# Sorting takes some four times a weight's bytes in float32, and that for each of them, beside the whole model.
+MAX_AT_ONCE = 8
+
+
+class Sorting:
+    """Blocks of weights, each computed once; those that later layers will ask for while the first one waits.
+
+    Labels must not depend on the number of threads, so each weight is sorted on one; as many weights as there are
+    intra-op threads are sorted at once. Leaving the context gives up what nothing has asked for.
+
+    Args:
+        expected: called when a layer first asks: the linear layers whose weights will be asked for, in that order,
+            each with its number of blocks. What it misses is sorted when it is asked for, and so is a weight that is
+            not in the CPU's memory.
+
+    Example:
+        >>> from smoa_kernels.peft import Linear, SMoAConfig
+        >>> from smoa_kernels.peft.settings import LayerSettings
+        >>> bases, settings = [nn.Linear(8, 6), nn.Linear(8, 6)], LayerSettings(4, 3, None, None, SMoAConfig())
+        >>> with Sorting(lambda: [(base, 3) for base in bases]) as sorting:
+        ...     layers = [Linear(base, "default", settings, spectral_order=sorting) for base in bases]
+        >>> [layer.partition("default").row_sizes for layer in layers]
+        [(2, 2, 2), (2, 2, 2)]
+    """
+
+    def __init__(self, expected: Callable[[], Iterable[tuple[nn.Linear | Conv1D, int]]]) -> None:
+        self._expected = expected
+        self._has_begun = False
+        # By the stored weight, or the layer that holds it quantised, and the number of blocks.
+        self._blocks: dict[tuple[object, int], Future[BlockPartition]] = {}
+        self._until_exit = ExitStack()
+
+    def __enter__(self) -> Sorting:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for blocks in self._blocks.values():
+            blocks.cancel()
+        self._until_exit.close()
+
+    def __call__(self, layer: SMoALayer, num_blocks: int) -> BlockPartition:
+        """The blocks of a layer's W0; layers that share a weight share them.
+
+        Raises:
+            TypeError, ValueError: as :meth:`BlockPartition.from_weight` does.
+        """
+        if not self._has_begun:
+            self._has_begun = True
+            self._begin()
+        base: Any = layer.innermost()
+        key = (getattr(base, "weight", base), num_blocks)
+        if key not in self._blocks:
+            partition = BlockPartition.from_weight(layer.base_weight(), num_blocks)
+            self._blocks[key] = Future()
+            self._blocks[key].set_result(partition)
+        return self._blocks[key].result()
+
+    def _begin(self) -> None:
+        at_once = min(torch.get_num_threads(), MAX_AT_ONCE)
+        # Within `shared_spectra` all processes ask for one weight after another, in one order.
+        if at_once == 1 or order_source.get() is not spectral_orders:
+            return
+        # New threads take over the setting; their own would last beyond them, in others that start later.
+        self._until_exit.enter_context(one_thread())
+        pool = self._until_exit.enter_context(ThreadPoolExecutor(at_once, "smoa-sorting"))
+        for base, num_blocks in self._expected():
+            stored = base.weight
+            if _is_at_hand(stored) and (stored, num_blocks) not in self._blocks:
+                weight = stored.T if isinstance(base, Conv1D) else stored
+                self._blocks[stored, num_blocks] = pool.submit(BlockPartition.from_weight, weight, num_blocks)
+
+
+def _is_at_hand(weight: object) -> bool:
+    """Whether a weight can be read as it is: not quantised, offloaded, partitioned or a `DTensor`."""
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and not hasattr(weight, "ds_id")

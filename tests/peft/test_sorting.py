@@ -1,0 +1,169 @@
+"""Several weights are sorted at once, and nothing but the time shows it."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from adapted import adapt, config
+from peft import get_peft_model
+from peft.utils import get_peft_model_state_dict
+from tiny_models import tiny_gpt2, tiny_llama
+
+from smoa_kernels import BlockPartition, spectral_order
+from smoa_kernels.spectral_order import order_source, spectral_centroids, spectral_orders
+
+LINEARS = {tiny_llama: 14, tiny_gpt2: 8}  # of the two layers, without lm_head
+
+
+@pytest.fixture(autouse=True)
+def in_memory():
+    """Weights in the CPU's memory, whatever device the tests run on: no others are sorted at once."""
+    with torch.device("cpu"):
+        yield
+
+
+@pytest.fixture(params=[2, 5])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sorted_in(monkeypatch):
+    """Threads that weights were sorted in, and the intra-op threads each had."""
+    found = []
+
+    def recording(weight):
+        found.append((threading.current_thread(), torch.get_num_threads()))
+        return spectral_centroids(weight)
+
+    monkeypatch.setattr(spectral_order, "spectral_centroids", recording)
+    return found
+
+
+def adapter(make_model, **settings):
+    """Tensors of an adapter, for a given seed."""
+    model = make_model()
+    torch.manual_seed(7)
+    return get_peft_model_state_dict(get_peft_model(model, config(target_modules="all-linear", **settings)))
+
+
+def test_the_adapter_is_the_one_that_one_by_one_gives(make_model, threads, sorted_in, monkeypatch):
+    several = adapter(make_model, init_weights=False)
+    assert {count for _, count in sorted_in} == {1}
+    assert threading.current_thread() not in {thread for thread, _ in sorted_in}
+    assert len(sorted_in) == LINEARS[make_model]
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    sorted_in.clear()
+    single = adapter(make_model, init_weights=False)
+    assert sorted_in == [(threading.current_thread(), 1)] * LINEARS[make_model]
+    assert several.keys() == single.keys()
+    assert all(torch.equal(value, single[key]) for key, value in several.items())
+
+
+def test_as_many_at_once_as_there_are_threads(llama, threads, monkeypatch):
+    waiting = threading.Barrier(threads)  # broken, with an error, unless so many meet
+    first = iter(range(threads))
+
+    def meeting(weight):
+        if next(first, None) is not None:
+            waiting.wait(timeout=60)
+        return spectral_centroids(weight)
+
+    monkeypatch.setattr(spectral_order, "spectral_centroids", meeting)
+    get_peft_model(llama(), config())
+    assert next(first, None) is None
+    assert not waiting.broken
+
+
+def test_not_too_many_at_once(llama, monkeypatch):
+    """Every one takes memory."""
+    monkeypatch.setattr("smoa_kernels.peft.sorting.MAX_AT_ONCE", 1)
+    before = threading.active_count()
+    counts = []
+    monkeypatch.setattr(
+        spectral_order,
+        "spectral_centroids",
+        lambda weight: (counts.append(threading.active_count()), spectral_centroids(weight))[1],
+    )
+    get_peft_model(llama(), config())
+    assert counts
+    assert set(counts) == {before}
+
+
+def test_a_shared_weight_is_sorted_once(llama, threads, sorted_in):
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    get_peft_model(model, config(target_modules=["up_proj"]))
+    assert len(sorted_in) == 1
+
+
+def test_only_what_the_adapter_is_for_is_sorted(llama, threads, sorted_in):
+    model = adapt(llama(), target_modules=["q_proj", "up_proj"], exclude_modules=["layers.0.mlp.up_proj"])
+    assert len(sorted_in) == 3
+    sorted_in.clear()
+    model.add_adapter("same", config(target_modules=["q_proj"]))
+    assert not sorted_in  # it has the first one's blocks
+    model.add_adapter("other", config(target_modules=["q_proj"], num_blocks=4))
+    assert len(sorted_in) == 2
+
+
+def test_layers_with_other_numbers_of_blocks(llama, threads, sorted_in):
+    settings = {
+        "target_modules": ["q_proj", "up_proj"],
+        "num_blocks": 2,
+        "num_blocks_pattern": {"up_proj": 4},
+    }
+    model = get_peft_model(llama(), config(**settings))
+    layer = model.base_model.model.model.layers[1]
+    assert layer.self_attn.q_proj.partition("default").num_blocks == 2
+    assert layer.mlp.up_proj.partition("default").num_blocks == 4
+    assert len(sorted_in) == 4
+
+
+def test_one_after_another_where_the_orders_come_from_elsewhere(llama, threads):
+    """Other processes ask in the same order, each for one weight (`shared_spectra`)."""
+    asked = []
+
+    def elsewhere(weight):
+        asked.append(threading.current_thread())
+        return spectral_orders(weight)
+
+    token = order_source.set(elsewhere)
+    try:
+        get_peft_model(llama(), config())
+    finally:
+        order_source.reset(token)
+    assert asked
+    assert set(asked) == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("error", [ValueError("this one"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_what_is_not_asked_for_is_given_up(llama, threads, monkeypatch, error):
+    model = llama(num_hidden_layers=8)
+    begun, leaving = [], threading.Event()
+    from_weight, shutdown = BlockPartition.from_weight, ThreadPoolExecutor.shutdown
+
+    def failing(weight, num_blocks):
+        begun.append(weight)
+        if len(begun) == 1:
+            raise error
+        assert leaving.wait(timeout=60)
+        return from_weight(weight, num_blocks)
+
+    def left(pool, *args, **kwargs):
+        leaving.set()
+        shutdown(pool, *args, **kwargs)
+
+    monkeypatch.setattr(BlockPartition, "from_weight", failing)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", left)
+    with pytest.raises(type(error)):
+        get_peft_model(model, config())
+    assert len(begun) <= 1 + threads  # of 56
+    assert not [thread for thread in threading.enumerate() if "smoa-sorting" in thread.name]
+    assert torch.get_num_threads() == threads
+    assert not hasattr(model, "peft_config")
