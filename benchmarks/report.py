@@ -149,7 +149,7 @@ def _profile(run: Run) -> str:
         "where nothing was compiled and where gathers are not 0.00, x, dY and W0's blocks are copied first, and what "
         "multiplies by W0 is a pass of its own (other operators). Autograd, the dispatcher and Python stand between "
         "operators. "
-        "What the partition takes of the SVD's time is below: "
+        "What the partition takes of the SVD's time is below, profiled in the rounds that were timed: "
         "`eigh` is LAPACK's; its GEMMs are the Gram matrix W0 W0ᵀ (its lower half) and W0ᵀ U, whose squares are the "
         "columns' energies; the rest squares, sums and sorts.\n\n" + found
     )

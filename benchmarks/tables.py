@@ -18,7 +18,6 @@ from .results import Result, Run
 from .theory import log_log_slope
 
 MIB = 2**20
-EIGH_ALONE = "eigh alone"  # a provider in runs of before the partition was profiled
 RANDOM = "SmolLM2-135M's shape, random weights"  # what runs of before the real model's measured
 PHASES = {"both": "forward + backward"}
 NAMES = {PAPER: "the paper's dense way"}  # where a heading says it in full
@@ -153,17 +152,26 @@ def partition_words(run: Run) -> str:
     if largest is None or model is None:
         return ""
     seconds = largest.comparison("partition").time("partition").median
-    return (
-        f"Injecting an adapter computes each weight's spectrum, once, on one thread: {seconds:.0f} s for 4096×4096, "
-        f"{model / 60:.1f} minutes for all layers of a model of 1B parameters (reckoned from one of each shape)."
+    words = (
+        f"Injecting an adapter computes each weight's spectrum, once, as many at once as there are threads. On one: "
+        f"{seconds:.0f} s for 4096×4096, {model / 60:.1f} minutes for all layers of a model of 1B parameters (reckoned "
+        "from one of each shape)"
     )
+    for result in run.select("adapter"):
+        inject = result.comparison("inject")
+        waits = {
+            n: marked(f"{inject.time(n).median:.1f} s", inject.doubt) for n in inject.seconds if SMOA in n
+        }
+        words += f"; {waits.pop(SMOA)} for {result.params['model']}"
+        words += "".join(f", on {name.removeprefix(f'{SMOA}, ')} {wait}" for name, wait in waits.items())
+    return f"{words}."
 
 
 def _parts(result: Result) -> tuple[str, str, str]:
     """What of the SVD's time the partition's eigenvectors, its products and everything else take, as profiled."""
     c, found = result.comparison("partition"), result.profile.get("partition")
     if not found:
-        return (ratio(c.ratio(EIGH_ALONE), c.doubt) if EIGH_ALONE in c.seconds else "–", "–", "–")
+        return "–", "–", "–"
     rest = sum(found.values()) - found[EIGH] - found[GEMM]
     eigh, products, others = (f"{s / c.time('SVD').median:.2f}" for s in (found[EIGH], found[GEMM], rest))
     return eigh, products, others

@@ -99,10 +99,13 @@ def everything() -> Run:
         Result(
             "adapter",
             "",
-            {},
+            {"model": "a model"},
             "SMoA",
             (),
-            {phase: {"SMoA": [1.0]} for phase in ("inject", "save", "load")},
+            {
+                phase: {"PEFT LoRA": [0.1, 0.1], "SMoA": [1.0, 1.0], "SMoA, 8 threads": [0.25, 0.25]}
+                for phase in ("inject", "save", "load")
+            },
             bytes={"SMoA": {"files": 1 << 20}},
         ),
         Result(
@@ -195,6 +198,22 @@ def test_a_whole_model_is_reckoned_from_its_shapes() -> None:
         everything()
     )
     assert tables.one_billion(make_run(), "SVD") is None
+
+
+def test_what_an_injection_waits_for_is_said_of_one_thread_and_of_several() -> None:
+    run = everything()
+    largest = Result(
+        "partition",
+        "",
+        {"out_features": 4096, "in_features": 4096},
+        "SVD",
+        (),
+        {"partition": {"SVD": [9.0, 9.0], "partition": [3.0, 3.0]}},
+    )
+    words = tables.partition_words(make_run(*run.results, largest))
+    assert "On one: 3 s for 4096×4096, 1.9 minutes for all layers" in words
+    assert words.endswith("; 1.0 s for a model, on 8 threads 0.2 s.")
+    assert tables.partition_words(run) == ""
 
 
 def test_what_a_partition_takes_is_named_or_left_open() -> None:
