@@ -150,8 +150,9 @@ def _profile(run: Run) -> str:
         "multiplies by W0 is a pass of its own (other operators). Autograd, the dispatcher and Python stand between "
         "operators. "
         "What the partition takes of the SVD's time is below, profiled in the rounds that were timed: "
-        "`eigh` is LAPACK's; its GEMMs are the Gram matrix W0 W0ᵀ (its lower half) and W0ᵀ U, whose squares are the "
-        "columns' energies; the rest squares, sums and sorts.\n\n" + found
+        "`eigh` is LAPACK's ([what it does](../../docs/cpu.md#what-an-injection-waits-for)); its GEMMs are the Gram "
+        "matrix W0 W0ᵀ (its lower half) and W0ᵀ U, whose squares are the columns' energies; the rest squares, sums and sorts.\n\n"
+        + found
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -265,6 +266,43 @@ def test_the_readme_says_what_a_token_costs() -> None:
     assert words.format(*ratios) in " ".join(README.read_text("utf-8").split())
 
 
+def test_what_compiled_code_brings_and_an_injection_takes_are_the_newest_runs() -> None:
+    run = read_all(RESULTS)[0]
+
+    def ratio(phase: str, name: str, over: str, kind: str, **params: object) -> float:
+        result = run.find(kind, **params)
+        assert result is not None
+        return result.comparison(phase).ratio(name, over).median
+
+    layer = {"num_blocks": 4, "dtype": "float32"}
+    ratios = [
+        ratio(phase, name, FROZEN, kind, **layer, **params)
+        for phase, kind, params in (
+            ("both", "layer", {"tokens": 2048, "dropout": 0.05}),
+            ("forward", "few tokens", {"tokens": 1}),
+            ("forward", "few tokens", {"tokens": 8}),
+        )
+        for name in (SMOA, f"{SMOA}, eager")
+    ]
+    square = {"out_features": 4096, "in_features": 4096}
+    partition = run.find("partition", **square)
+    assert partition is not None
+    found = partition.profile["partition"]
+    of_svd = [seconds / partition.comparison("partition").time("SVD").median for seconds in found.values()]
+    eigh, products = (of_svd[list(found).index(kind)] for kind in (EIGH, GEMM))
+    threaded = next(name for name in run.select("adapter")[0].seconds["inject"] if "threads" in name)
+    sentences = (
+        "dropout 0.05, r=16, takes {:.2f}, in torch's operators {:.2f}; one token, r=8, {:.2f} and {:.2f}; "
+        "eight {:.2f} and {:.2f}.".format(*ratios),
+        f"partition, in turn {ratio('partition', 'partition', 'SVD', 'partition', **square):.2f} of an SVD's time, "
+        f"`eigh` is {eigh:.2f}, the Gram matrix and W0ᵀ U are {products:.2f}, all else is "
+        f"{sum(of_svd) - eigh - products:.2f}",
+        f"On two cores SmolLM2-135M takes {ratio('inject', threaded, SMOA, 'adapter'):.2f} of the time",
+    )
+    text = " ".join((README.parent / "docs" / "cpu.md").read_text("utf-8").split())
+    assert [sentence for sentence in sentences if sentence not in text] == []
+
+
 def test_slopes_stand_beside_the_theorys() -> None:
     row = tables.scaling(everything()).splitlines()[2]
     assert row == "| tokens, 1 to 2 | frozen | +1.00 | +2.00 | – | – |"
@@ -356,7 +394,16 @@ def test_a_processor_is_named_with_its_numbers(cpuinfo: str, name: str, tmp_path
     """Virtual machines call processors "AMD EPYC" of which one is twice as fast as another."""
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     assert cpu_name(tmp_path / "cpuinfo") == name
-    assert cpu_name(tmp_path / "none")
+
+
+def test_a_processor_without_cpuinfo_has_the_platforms_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    assert cpu_name(tmp_path / "none") == "arm64"
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
+    assert cpu_name(tmp_path / "none") == "arm"
 
 
 def test_runs_are_added_and_everything_is_written(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from .layer import SMoALayer
 
 __all__ = ["Sorting"]
 
-# Sorting takes some four times a weight's bytes in float32, and that for each of them, beside the whole model.
+# Each takes two to four times its bytes in float32 meanwhile, beside the whole model.
 MAX_AT_ONCE = 8
 
 
@@ -79,16 +79,20 @@ class Sorting:
         # Within `shared_spectra` all processes ask for one weight after another, in one order.
         if at_once == 1 or order_source.get() is not spectral_orders:
             return
-        # New threads take over the setting; their own would last beyond them, in others that start later.
+        at_hand = [(base, num_blocks) for base, num_blocks in self._expected() if _is_at_hand(base)]
+        if not at_hand:
+            return
+        # New threads take over the setting; one of their own would outlast them, in all that start later.
         self._until_exit.enter_context(one_thread())
         pool = self._until_exit.enter_context(ThreadPoolExecutor(at_once, "smoa-sorting"))
-        for base, num_blocks in self._expected():
-            stored = base.weight
-            if _is_at_hand(stored) and (stored, num_blocks) not in self._blocks:
-                weight = stored.T if isinstance(base, Conv1D) else stored
-                self._blocks[stored, num_blocks] = pool.submit(BlockPartition.from_weight, weight, num_blocks)
+        for base, num_blocks in at_hand:
+            key = base.weight, num_blocks
+            if key not in self._blocks:  # layers may share a weight
+                weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+                self._blocks[key] = pool.submit(BlockPartition.from_weight, weight, num_blocks)
 
 
-def _is_at_hand(weight: object) -> bool:
-    """Whether a weight can be read as it is: not quantised, offloaded, partitioned or a `DTensor`."""
+def _is_at_hand(base: nn.Module) -> bool:
+    """Whether a layer's weight can be read as it is: not quantised, offloaded, partitioned or a `DTensor`."""
+    weight = getattr(base, "weight", None)
     return type(weight) is nn.Parameter and weight.device.type == "cpu" and not hasattr(weight, "ds_id")
