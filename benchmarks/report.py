@@ -151,8 +151,8 @@ def _profile(run: Run) -> str:
         "operators. "
         "What the partition takes of the SVD's time is below, profiled in the rounds that were timed: "
         "`eigh` is LAPACK's ([what it does](../../docs/cpu.md#what-an-injection-waits-for)); its GEMMs are the Gram "
-        "matrix W0 W0ᵀ (its lower half) and W0ᵀ U, whose squares are the columns' energies; the rest squares, sums and sorts.\n\n"
-        + found
+        "matrix W0 W0ᵀ (its lower half) and W0ᵀ U, whose squares are the columns' energies; the rest squares, sums and "
+        "sorts.\n\n" + found
     )
 
 
