@@ -100,7 +100,12 @@ def _protocol_text() -> str:
 
 def _run_page(run: Run) -> str:
     timed = [result for result in run.results if result.seconds]
-    doubtful = [f"{result.title} ({result.doubt})" for result in timed if result.doubt]
+    doubtful = [
+        f"{result.title}{'' if len(result.doubts) == len(result.seconds) else ', ' + ' and '.join(result.doubts)} "
+        f"({result.doubt})"
+        for result in timed
+        if result.doubt
+    ]
     steady = f"{len(timed) - len(doubtful)} of {len(timed)} comparisons are steady"
     if doubtful:
         steady += f"; the others are not to be quoted: {'; '.join(doubtful)}"

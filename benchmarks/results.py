@@ -50,9 +50,14 @@ class Result:
         return Comparison(self.baseline, self.seconds[phase])
 
     @property
+    def doubts(self) -> dict[str, str]:
+        """Why a phase is neither to be quoted nor judged, by each of which that is so."""
+        return {phase: doubt for phase in self.seconds if (doubt := self.comparison(phase).doubt)}
+
+    @property
     def doubt(self) -> str:
-        """The first phase's reason not to be quoted or judged; "" where none has one."""
-        return next(filter(None, (self.comparison(phase).doubt for phase in self.seconds)), "")
+        """The first of `doubts`; "" where there is none."""
+        return next(iter(self.doubts.values()), "")
 
 
 @dataclass(frozen=True)

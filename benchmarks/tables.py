@@ -153,7 +153,8 @@ def partition_words(run: Run) -> str:
         return ""
     seconds = largest.comparison("partition").time("partition").median
     words = (
-        f"Injecting an adapter computes each weight's spectrum, once, as many at once as there are threads. On one: "
+        f"Injecting an adapter computes each weight's spectrum, once, up to eight at once on as many threads. On one "
+        "thread: "
         f"{seconds:.0f} s for 4096×4096, {model / 60:.1f} minutes for all layers of a model of 1B parameters (reckoned "
         "from one of each shape)"
     )

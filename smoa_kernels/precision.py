@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checks import check_kind
 
-__all__ = ["gemm_is_ieee"]
+__all__ = ["gemm_is_ieee", "without_autocast"]
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Multiply in the operands' own dtype where `tensor` is: what autocast may not round.
+
+    Args:
+        tensor: any; nothing is multiplied on the meta device, which knows no autocast.
+
+    Raises:
+        TypeError: it is none.
+
+    Example:
+        >>> x = torch.randn(2, 2)
+        >>> with torch.autocast("cpu", torch.bfloat16), without_autocast(x):
+        ...     (x @ x).dtype
+        torch.float32
+    """
+    check_kind("tensor", tensor, Tensor)
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_kind, layout_of
+from .precision import without_autocast
 from .spectral_order import one_thread, whole
 
 __all__ = ["sketch_distance", "sketch_weight"]
@@ -49,7 +50,7 @@ def sketch_weight(weight: Tensor) -> Tensor:
         given = f"{weight.dtype} {tuple(weight.shape)}"
         raise TypeError(f"weight must be a matrix of floating-point numbers, got {given}")
     weight = whole(weight).detach()
-    with one_thread() if weight.numel() < _SMALL else nullcontext():
+    with one_thread() if weight.numel() < _SMALL else nullcontext(), without_autocast(weight):
         return _sketch(weight.to(torch.float32))
 
 

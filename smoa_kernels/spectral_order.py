@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_weight
+from .precision import without_autocast
 
 __all__ = ["spectral_centroids", "spectral_orders"]
 
@@ -46,8 +48,8 @@ def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Mean position in the spectrum of each row's and each column's energy (docs/definition.md).
 
     `Σ_j j·E_ij / Σ_j E_ij` with `E = (U∘σ)²` for rows and `(V∘σ)²` for columns, σ descending; a zero row or
-    column scores 0. Computed with one intra-op thread: the last bits of a threaded reduction depend on the
-    number of threads, and labels must not.
+    column scores 0. Computed with one intra-op thread and without autocast: the last bits of a threaded
+    reduction depend on the number of threads, and labels must depend on nothing but the weight.
 
     Args:
         weight: (N, C) floating point; half types are computed in float32.
@@ -67,7 +69,7 @@ def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"weight must have rows and columns, got shape {tuple(weight.shape)}")
     if weight.dtype in (torch.float16, torch.bfloat16):
         weight = weight.float()
-    with one_thread():
+    with one_thread(), without_autocast(weight):
         largest = float(torch.linalg.vector_norm(weight, torch.inf))
         if largest and not 2.0**-30 < largest < 2.0**30:
             weight = weight / largest  # energies are quadratic in W0: keep them from overflowing or vanishing
@@ -111,12 +113,23 @@ def _centroid(energy: Tensor, largest: Tensor) -> Tensor:
     return torch.where(empty, 0, (energy @ position) / torch.where(empty, 1, total))
 
 
+_SETTING = threading.RLock()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one intra-op thread for a while."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    """Compute with one intra-op thread for a while; another Python thread that also wants to waits meanwhile.
+
+    The setting is the process's as well as each thread's own. One that began under another's single thread has no
+    other setting to go back to, and leaves the process's alone.
+    """
+    if torch.get_num_threads() == 1:
         yield
-    finally:
-        torch.set_num_threads(threads)
+        return
+    with _SETTING:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)

@@ -212,7 +212,7 @@ def test_what_an_injection_waits_for_is_said_of_one_thread_and_of_several() -> N
         {"partition": {"SVD": [9.0, 9.0], "partition": [3.0, 3.0]}},
     )
     words = tables.partition_words(make_run(*run.results, largest))
-    assert "On one: 3 s for 4096×4096, 1.9 minutes for all layers" in words
+    assert "On one thread: 3 s for 4096×4096, 1.9 minutes for all layers" in words
     assert words.endswith("; 1.0 s for a model, on 8 threads 0.2 s.")
     assert tables.partition_words(run) == ""
 
@@ -290,14 +290,14 @@ def test_what_compiled_code_brings_and_an_injection_takes_are_the_newest_runs() 
     found = partition.profile["partition"]
     of_svd = [seconds / partition.comparison("partition").time("SVD").median for seconds in found.values()]
     eigh, products = (of_svd[list(found).index(kind)] for kind in (EIGH, GEMM))
-    threaded = next(name for name in run.select("adapter")[0].seconds["inject"] if "threads" in name)
+    injected = run.select("adapter")[0].comparison("inject").ratio(f"{SMOA}, 2 threads", SMOA)
     sentences = (
         "dropout 0.05, r=16, takes {:.2f}, in torch's operators {:.2f}; one token, r=8, {:.2f} and {:.2f}; "
         "eight {:.2f} and {:.2f}.".format(*ratios),
         f"partition, in turn {ratio('partition', 'partition', 'SVD', 'partition', **square):.2f} of an SVD's time, "
         f"`eigh` is {eigh:.2f}, the Gram matrix and W0ᵀ U are {products:.2f}, all else is "
         f"{sum(of_svd) - eigh - products:.2f}",
-        f"On two cores SmolLM2-135M takes {ratio('inject', threaded, SMOA, 'adapter'):.2f} of the time",
+        f"SmolLM2-135M takes {injected.median:.2f} [{injected.low:.2f}, {injected.high:.2f}] of the time",
     )
     text = " ".join((README.parent / "docs" / "cpu.md").read_text("utf-8").split())
     assert [sentence for sentence in sentences if sentence not in text] == []

@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ from problems import DEVICE
 from vectors import Vector, all_vectors
 
 from smoa_kernels import BlockPartition, spectral_order
-from smoa_kernels.spectral_order import spectral_centroids
+from smoa_kernels.sketch import sketch_weight
+from smoa_kernels.spectral_order import one_thread, spectral_centroids
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -132,6 +136,67 @@ def test_thread_setting_is_restored_and_does_not_matter() -> None:
     }
     partition = BlockPartition.from_weight(weight, 5)
     assert outputs == {f"{partition.row_block.tolist()} {partition.col_block.tolist()}\n"}
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_thread_that_began_under_anothers_setting_leaves_it_alone() -> None:
+    entered, left = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with one_thread():
+            entered.set()
+            assert left.wait(timeout=60)
+
+    with ThreadPoolExecutor(1) as pool:
+        with one_thread():
+            done = pool.submit(second)
+            assert entered.wait(timeout=60)
+        left.set()
+        done.result()
+    assert torch.get_num_threads() == in_a_new_thread() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_another_thread_waits_for_its_turn() -> None:
+    """Or the first to leave would give the second its threads back while it computes."""
+    entered = threading.Event()
+
+    def second() -> int:
+        with one_thread():
+            entered.set()
+            assert torch.get_num_threads() == 1
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2  # from here on its own setting
+        with one_thread():
+            done = pool.submit(second)
+            assert not entered.wait(timeout=0.2)
+        assert done.result() == 2
+    assert in_a_new_thread() == 2
+
+
+@pytest.mark.numerical
+def test_autocast_rounds_neither_labels_nor_sketch() -> None:
+    weight = torch.randn(200, 300, generator=torch.Generator(torch.get_default_device()).manual_seed(3))
+    partition, sketch = BlockPartition.from_weight(weight, 5), sketch_weight(weight)
+    with torch.autocast(weight.device.type, torch.bfloat16):
+        assert (weight @ weight.T).dtype == torch.bfloat16
+        assert BlockPartition.from_weight(weight, 5) == partition
+        assert torch.equal(sketch_weight(weight), sketch)
 
 
 @pytest.mark.numerical

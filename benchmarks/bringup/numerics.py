@@ -40,6 +40,7 @@ NOT_NUMERICAL = {
     "peft/test_inspect_command.py": "a command that reads files on the CPU",
     "peft/test_offload.py": "base weights that wait on the CPU or on disk, for a computation on the CPU",
     "peft/test_refused.py": "errors that are raised before anything is computed",
+    "peft/test_sorting.py": "weights in the CPU's memory: no others are sorted at once",
     "peft/test_spectrum_command.py": "a command that reads files on the CPU; its numbers: test_spectrum.py",
     "test_audit.py": "compiles for every architecture, without a GPU",
     "test_benchmark_protocol.py": "the clock and the gates of the benchmarks, on the CPU",

@@ -80,7 +80,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         self.trainable_before = [p for p in model.parameters() if p.requires_grad] if awaits_weights else []
         undo = _undo(model, adapter_name)
         try:
-            with Sorting(lambda: self._to_be_sorted(model, adapter_name)) as self._spectral_order:
+            with Sorting(lambda: self._to_be_sorted(model, adapter_name, **kwargs)) as self._spectral_order:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException as error:  # Ctrl-C too: it takes minutes to sort a large model
             if is_new:
@@ -91,13 +91,19 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         finally:
             del self._spectral_order  # with the blocks that it holds
 
-    def _to_be_sorted(self, model: nn.Module, adapter_name: str) -> Iterator[tuple[nn.Linear | Conv1D, int]]:
-        """Layers that the first adapter goes into; a further one most often shares its blocks."""
-        if _layers(model):
+    def _to_be_sorted(
+        self, model: nn.Module, adapter_name: str, *, state_dict: object = None, **kwargs: object
+    ) -> Iterator[tuple[nn.Linear | Conv1D, int]]:
+        """Layers without an adapter that, going by its configuration, are to have this one."""
+        if state_dict is not None:  # whose names say which instead
             return
         config = self.peft_config[adapter_name]
+        adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        within = {part for layer in adapted for part in layer.modules()}
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and self._check_target_module_exists(config, name):
+            if not isinstance(module, (nn.Linear, Conv1D)) or module in within:
+                continue
+            if self._check_target_module_exists(config, name):
                 yield module, layer_settings(config, name).num_blocks
 
     def _create_and_replace(

@@ -17,7 +17,7 @@ from .layer import SMoALayer
 
 __all__ = ["Sorting"]
 
-# Each takes two to four times its bytes in float32 meanwhile, beside the whole model.
+# A square weight takes five to seven times its bytes in float32 meanwhile, beside the whole model, a wide one less.
 MAX_AT_ONCE = 8
 
 
@@ -45,8 +45,8 @@ class Sorting:
     def __init__(self, expected: Callable[[], Iterable[tuple[nn.Linear | Conv1D, int]]]) -> None:
         self._expected = expected
         self._has_begun = False
-        # By the stored weight, or the layer that holds it quantised, and the number of blocks.
-        self._blocks: dict[tuple[object, int], Future[BlockPartition]] = {}
+        # By the stored weight, or the layer that holds it quantised, whether as (C, N), and the number of blocks.
+        self._blocks: dict[tuple[object, bool, int], Future[BlockPartition]] = {}
         self._until_exit = ExitStack()
 
     def __enter__(self) -> Sorting:
@@ -56,6 +56,7 @@ class Sorting:
         for blocks in self._blocks.values():
             blocks.cancel()
         self._until_exit.close()
+        self._blocks.clear()  # an error in one of them refers to the frames that refer to this
 
     def __call__(self, layer: SMoALayer, num_blocks: int) -> BlockPartition:
         """The blocks of a layer's W0; layers that share a weight share them.
@@ -67,7 +68,7 @@ class Sorting:
             self._has_begun = True
             self._begin()
         base: Any = layer.innermost()
-        key = (getattr(base, "weight", base), num_blocks)
+        key = (getattr(base, "weight", base), layer.fan_in_fan_out, num_blocks)
         if key not in self._blocks:
             partition = BlockPartition.from_weight(layer.base_weight(), num_blocks)
             self._blocks[key] = Future()
@@ -86,13 +87,14 @@ class Sorting:
         self._until_exit.enter_context(one_thread())
         pool = self._until_exit.enter_context(ThreadPoolExecutor(at_once, "smoa-sorting"))
         for base, num_blocks in at_hand:
-            key = base.weight, num_blocks
+            stored_transposed = isinstance(base, Conv1D)
+            key = base.weight, stored_transposed, num_blocks
             if key not in self._blocks:  # layers may share a weight
-                weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+                weight = base.weight.T if stored_transposed else base.weight
                 self._blocks[key] = pool.submit(BlockPartition.from_weight, weight, num_blocks)
 
 
 def _is_at_hand(base: nn.Module) -> bool:
     """Whether a layer's weight can be read as it is: not quantised, offloaded, partitioned or a `DTensor`."""
-    weight = getattr(base, "weight", None)
+    weight = base._parameters.get("weight")  # a parametrised one would be computed anew
     return type(weight) is nn.Parameter and weight.device.type == "cpu" and not hasattr(weight, "ds_id")

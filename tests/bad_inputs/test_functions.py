@@ -30,7 +30,7 @@ from smoa_kernels.gpus import GPUS, Gpu, device_gpu, match_gpu
 from smoa_kernels.grad_share import block_grad_share
 from smoa_kernels.grad_tiling import grad_tiles, gradient_parts, partial_bytes, partial_width, token_splits
 from smoa_kernels.packed import pack_factors, unpack_factors
-from smoa_kernels.precision import gemm_is_ieee
+from smoa_kernels.precision import gemm_is_ieee, without_autocast
 from smoa_kernels.ranks import resolve_ranks, split_rank, trainable_parameters
 from smoa_kernels.reference import reference_delta_weight
 from smoa_kernels.scaling import Scale, predict, tensor_parallel_size
@@ -319,6 +319,7 @@ MODELS: list[Row] = [
     (lambda _: triton_obstacle(None), TypeError, "device must be a torch.device, got NoneType"),  # type: ignore[arg-type]
     (lambda _: triton_obstacle(CPU, torch.float32, "8"), TypeError, "rank must be an int, got '8'"),  # type: ignore[arg-type]
     (lambda _: gemm_is_ieee("float32", "cpu"), TypeError, "dtype must be a torch.dtype, got str"),  # type: ignore[arg-type]
+    (lambda _: without_autocast("cpu"), TypeError, "tensor must be a torch.Tensor, got str"),  # type: ignore[arg-type]
     (lambda _: gemm_is_ieee(torch.float32, ["cpu"]), TypeError, "device_type must be a str, got list"),  # type: ignore[arg-type]
     (lambda _: draw_seed("nodev"), TypeError, "device must be a torch.device, got str"),  # type: ignore[arg-type]
     (lambda _: Dropout(None, 0.5), TypeError, "seed must be a torch.Tensor, got NoneType"),  # type: ignore[arg-type]

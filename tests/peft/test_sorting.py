@@ -1,16 +1,22 @@
 """Several weights are sorted at once, and nothing but the time shows it."""
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from adapted import adapt, config
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from tiny_models import tiny_gpt2, tiny_llama
+from torch.nn.utils.parametrizations import spectral_norm
+from transformers.pytorch_utils import Conv1D
 
 from smoa_kernels import BlockPartition, spectral_order
+from smoa_kernels.peft import Linear, sorting
+from smoa_kernels.peft.settings import LayerSettings
 from smoa_kernels.spectral_order import order_source, spectral_centroids, spectral_orders
 
 LINEARS = {tiny_llama: 14, tiny_gpt2: 8}  # of the two layers, without lm_head
@@ -48,7 +54,7 @@ def adapter(make_model, **settings):
     """Tensors of an adapter, for a given seed."""
     model = make_model()
     torch.manual_seed(7)
-    return get_peft_model_state_dict(get_peft_model(model, config(target_modules="all-linear", **settings)))
+    return get_peft_model_state_dict(adapt(model, **settings))
 
 
 def test_the_adapter_is_the_one_that_one_by_one_gives(make_model, threads, sorted_in, monkeypatch):
@@ -80,19 +86,11 @@ def test_as_many_at_once_as_there_are_threads(llama, threads, monkeypatch):
     assert not waiting.broken
 
 
-def test_not_too_many_at_once(llama, monkeypatch):
+def test_not_too_many_at_once(llama, threads, sorted_in, monkeypatch):
     """Every one takes memory."""
-    monkeypatch.setattr("smoa_kernels.peft.sorting.MAX_AT_ONCE", 1)
-    before = threading.active_count()
-    counts = []
-    monkeypatch.setattr(
-        spectral_order,
-        "spectral_centroids",
-        lambda weight: (counts.append(threading.active_count()), spectral_centroids(weight))[1],
-    )
+    monkeypatch.setattr(sorting, "MAX_AT_ONCE", 1)
     get_peft_model(llama(), config())
-    assert counts
-    assert set(counts) == {before}
+    assert {thread for thread, _ in sorted_in} == {threading.current_thread()}
 
 
 def test_a_shared_weight_is_sorted_once(llama, threads, sorted_in):
@@ -102,6 +100,19 @@ def test_a_shared_weight_is_sorted_once(llama, threads, sorted_in):
     assert len(sorted_in) == 1
 
 
+def test_a_shared_square_weight_that_one_layer_stores_transposed(threads):
+    base, transposed = torch.nn.Linear(12, 12), Conv1D(12, 12)
+    transposed.weight = base.weight
+    settings = LayerSettings(4, 3, None, None, config())
+    with sorting.Sorting(lambda: [(base, 3), (transposed, 3)]) as order:
+        rows, cols = (
+            Linear(layer, "default", settings, fan_in_fan_out=layer is transposed, spectral_order=order)
+            for layer in (base, transposed)
+        )
+    assert rows.partition("default") == BlockPartition.from_weight(base.weight, 3)
+    assert cols.partition("default") == BlockPartition.from_weight(base.weight.T, 3)
+
+
 def test_only_what_the_adapter_is_for_is_sorted(llama, threads, sorted_in):
     model = adapt(llama(), target_modules=["q_proj", "up_proj"], exclude_modules=["layers.0.mlp.up_proj"])
     assert len(sorted_in) == 3
@@ -109,7 +120,72 @@ def test_only_what_the_adapter_is_for_is_sorted(llama, threads, sorted_in):
     model.add_adapter("same", config(target_modules=["q_proj"]))
     assert not sorted_in  # it has the first one's blocks
     model.add_adapter("other", config(target_modules=["q_proj"], num_blocks=4))
-    assert len(sorted_in) == 2
+    assert [thread for thread, _ in sorted_in] == [
+        threading.current_thread()
+    ] * 2  # what has an adapter: one by one
+    sorted_in.clear()
+    model.add_adapter("elsewhere", config(target_modules=["q_proj", "k_proj", "v_proj"]))
+    assert len(sorted_in) == 4
+    assert threading.current_thread() not in {thread for thread, _ in sorted_in}
+
+
+def test_only_what_a_state_dict_names_is_sorted(llama, threads, sorted_in):
+    names = ["model.layers.1.mlp.up_proj.smoa_A"]
+    inject_adapter_in_model(config(), llama(), state_dict=dict.fromkeys(names))
+    assert len(sorted_in) == 1
+
+
+def test_what_is_not_in_the_cpus_memory_is_not_at_hand():
+    assert sorting._is_at_hand(torch.nn.Linear(2, 2))
+    assert not sorting._is_at_hand(torch.nn.Linear(2, 2, device="meta"))
+    assert not sorting._is_at_hand(spectral_norm(torch.nn.Linear(2, 2)))  # computed, each time anew
+    offloaded = torch.nn.Linear(2, 2)
+    offloaded.weight.ds_id = 0
+    assert not sorting._is_at_hand(offloaded)
+
+
+def test_autocast_rounds_no_label(make_model, threads):
+    """It is a thread's, and the threads that sort have none."""
+    expected = adapter(make_model)
+    with torch.autocast("cpu", torch.bfloat16):
+        several = adapter(make_model)
+        torch.set_num_threads(1)
+        single = adapter(make_model)
+    for found in (several, single):
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_injections_in_two_threads_leave_the_setting_alone(llama, threads):
+    models = [llama(seed) for seed in range(2)]
+    meeting = threading.Barrier(2)
+
+    def inject(model):
+        assert (
+            torch.get_num_threads() == threads
+        )  # a new thread asks for the process's setting when it first needs it
+        meeting.wait(timeout=60)
+        get_peft_model(model, config())
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(inject, models)) == [threads] * 2
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == threads
+
+
+def test_a_failed_injection_keeps_nothing_alive(llama, threads):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    kept = weakref.ref(model.model.layers[1].mlp.up_proj.weight)
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="must be finite"):
+            get_peft_model(model, config(target_modules=["up_proj"]))
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_layers_with_other_numbers_of_blocks(llama, threads, sorted_in):
