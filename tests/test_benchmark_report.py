@@ -294,7 +294,7 @@ def test_what_compiled_code_brings_and_an_injection_takes_are_the_newest_runs() 
     sentences = (
         "dropout 0.05, r=16, takes {:.2f}, in torch's operators {:.2f}; one token, r=8, {:.2f} and {:.2f}; "
         "eight {:.2f} and {:.2f}.".format(*ratios),
-        f"partition, in turn {ratio('partition', 'partition', 'SVD', 'partition', **square):.2f} of an SVD's time, "
+        f"partition takes {ratio('partition', 'partition', 'SVD', 'partition', **square):.2f} of an SVD's time: "
         f"`eigh` is {eigh:.2f}, the Gram matrix and W0ᵀ U are {products:.2f}, all else is "
         f"{sum(of_svd) - eigh - products:.2f}",
         f"SmolLM2-135M takes {injected.median:.2f} [{injected.low:.2f}, {injected.high:.2f}] of the time",
