@@ -179,8 +179,8 @@ def test_life_cycle(smoke: bool, measure: Measure) -> None:
             {"model": model_name(smoke), "rank": RANK, "num_blocks": BLOCKS},
             runs,
             baseline=SMOA,  # LoRA's tenths of a second would call every figure noisy
-            budget=20,
-            least=3,
+            budget=40,
+            least=5,
             warmup=0,
             bytes={name: {"files": size} for name, size in sizes.items()},
         )
