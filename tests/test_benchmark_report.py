@@ -201,6 +201,22 @@ def test_a_whole_model_is_reckoned_from_its_shapes() -> None:
     assert tables.one_billion(make_run(), "SVD") is None
 
 
+def test_a_page_names_the_phases_that_are_not_to_be_quoted() -> None:
+    steady, noisy = {"SMoA": [1.0, 1.0, 1.0]}, {"SMoA": [1.0, 2.0, 3.0]}
+    one = Result(
+        "adapter", "an adapter", {"model": "m"}, "SMoA", (), {"inject": steady, "save": noisy, "load": noisy}
+    )
+    every = Result(
+        "adapter", "another", {"model": "m"}, "SMoA", (), {"inject": noisy, "save": noisy, "load": noisy}
+    )
+    text = page([make_run(one, every)])
+    assert (
+        "0 of 2 comparisons are steady; the others are not to be quoted: an adapter, save and load (noisy)"
+        in text
+    )
+    assert "; another (noisy)" in text
+
+
 def test_what_an_injection_waits_for_is_said_of_one_thread_and_of_several() -> None:
     run = everything()
     largest = Result(
