@@ -21,6 +21,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor
 
+from ..precision import without_autocast
 from .scratch import ScratchPool
 
 __all__ = ["dequantized", "keep_packing", "read_weight"]
@@ -133,7 +134,7 @@ def _identity_product(weight: Tensor, first: int, last: int) -> Tensor:
     """
     one = torch.zeros(last - first, weight.shape[1], dtype=weight.dtype, device=weight.device)
     one.diagonal(first).fill_(1)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         return F.linear(one, weight)
 
 

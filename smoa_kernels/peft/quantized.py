@@ -19,6 +19,7 @@ from ..dropout import draw_seed
 from ..functional import smoa_linear
 from ..operator import linear_backward
 from ..packed import PackedAdapter
+from ..precision import without_autocast
 
 __all__ = ["dequantized_linear", "requantize"]
 
@@ -84,7 +85,7 @@ class _DequantizedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if needs_factors else None, A, B, seed, adapter.ranks, adapter.scaling)
         ctx.weight, ctx.partition, ctx.settings = weight, adapter.partition, settings
         ctx.block_ranks = adapter.block_ranks
-        with torch.autocast(x.device.type, enabled=False), weight(x.dtype) as W0:
+        with without_autocast(x), weight(x.dtype) as W0:
             return smoa_linear(
                 x,
                 W0,
