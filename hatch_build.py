@@ -1,4 +1,4 @@
-"""Compiles `smoa_kernels/native/linear.c` where there is a C compiler: hatchling's hook, and `python hatch_build.py`.
+"""Compiles `backends/native/linear.c` where there is a C compiler: hatchling's hook, and `python hatch_build.py`.
 
 Without one, or on another processor, the package is pure Python and layers run in torch operators.
 """
@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent / "smoa_kernels" / "native"
+FOLDER = Path(__file__).resolve().parent / "smoa_kernels" / "backends" / "native"
 SOURCE = FOLDER / "linear.c"
 # By torch.backends.cpu.get_cpu_capability(): each instruction set is a library of its own, and one is loaded.
 VARIANTS = {
@@ -49,7 +49,7 @@ def compile_library(into: Path) -> list[Path]:
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", error)
             print(
-                f"smoa_kernels/native is left out for {name}, {shlex.join(cc)} failed: {reason}",
+                f"backends/native is left out for {name}, {shlex.join(cc)} failed: {reason}",
                 file=sys.stderr,
             )
             continue

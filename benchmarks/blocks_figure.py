@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.reference import reference_delta_weight
+from smoa_kernels.definition.reference import reference_delta_weight
 
 from .plots import svg
 

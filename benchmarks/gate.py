@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smoa_kernels import FusedSMoALinear
 from smoa_kernels.backends import resolve_backend
-from smoa_kernels.dropout import Dropout, draw_seed
+from smoa_kernels.definition.dropout import Dropout, draw_seed
 
 from .protocol import DEVICE
 from .providers import Case, PaperDense, smoa_delta

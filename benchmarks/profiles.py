@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.profiler import ProfilerActivity, profile
 
-from smoa_kernels.native_backend import GRADIENT, LINEAR, UPDATE
+from smoa_kernels.backends.native.backend import GRADIENT, LINEAR, UPDATE
 
 from .protocol import Run
 

@@ -39,8 +39,8 @@ def page(runs: list[Run]) -> str:
         *(_run_page(run) for run in runs),
         *([] if runs else [NONE_YET]),
         "## Predicted, not measured",
-        "By the cost model (`smoa_kernels/cost.py`, `smoa-kernels roofline`), ours and the peers' counted by the same "
-        "rules, to be replaced by what the first H100 measures.",
+        "By the cost model (`smoa_kernels/cost/estimate.py`, `smoa-kernels roofline`), ours and the peers' counted by "
+        "the same rules, to be replaced by what the first H100 measures.",
         tables.predicted(),
     ]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from smoa_kernels.cost import estimate
-from smoa_kernels.gpus import GPUS
+from smoa_kernels.cost.estimate import estimate
+from smoa_kernels.cost.gpus import GPUS
 
 from .arithmetic import over_frozen
 from .cases import GPU_LAYERS, ONE_BILLION

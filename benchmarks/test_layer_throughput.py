@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from smoa_kernels.eager import choose_algorithm
+from smoa_kernels.backends.eager import choose_algorithm
 
 from .cases import BF16, LAYERS
 from .conftest import Measure

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from smoa_kernels.cost import Estimate, parts
+from smoa_kernels.cost.estimate import Estimate, parts
 
 from .protocol import DEVICE, laps, quartiles
 from .providers import Case

@@ -1,8 +1,8 @@
 """Fast, lean and exact SMoA (Spectrum Modulation Adapter, arXiv 2605.21147) for PyTorch and PEFT."""
 
 from ._version import __version__
+from .definition.partition import BlockPartition
 from .functional import smoa_linear
 from .layers import FusedSMoALinear
-from .partition import BlockPartition
 
 __all__ = ["BlockPartition", "FusedSMoALinear", "__version__", "smoa_linear"]

@@ -7,13 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arguments import autocast_enabled, check_arguments, check_block_ranks, global_width
 from .backends import ALGORITHMS, algorithms_of, resolve_backend
 from .checks import check_choice
-from .dropout import draw_seed
+from .definition.arguments import (
+    autocast_enabled,
+    check_arguments,
+    check_block_ranks,
+    global_width,
+)
+from .definition.dropout import draw_seed
+from .definition.packed import scaling_tensor
+from .definition.partition import BlockPartition
 from .operator import call_linear
-from .packed import scaling_tensor
-from .partition import BlockPartition
 
 __all__ = ["smoa_linear"]
 

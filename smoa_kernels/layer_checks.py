@@ -14,10 +14,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .backends import ALGORITHMS, BACKENDS
-from .checks import check_blocks, check_choice, check_finite, check_kind, check_number, layout_of
-from .partition import BlockPartition
-from .ranks import resolve_ranks
-from .sketch import TOLERANCE, sketch_distance, sketch_weight
+from .checks import (
+    check_blocks,
+    check_choice,
+    check_finite,
+    check_kind,
+    check_number,
+    layout_of,
+)
+from .definition.partition import BlockPartition
+from .definition.ranks import resolve_ranks
+from .definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 
 if TYPE_CHECKING:
     from .layers import FusedSMoALinear

@@ -10,11 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import eager
-from .arguments import check_input
-from .backends import load_backend, resolve_backend
-from .checks import check_count, check_device, check_finite, check_kind, check_weight
-from .dropout import WIDEST
+from .backends import eager, load_backend, resolve_backend
+from .checks import (
+    check_count,
+    check_device,
+    check_finite,
+    check_kind,
+    check_weight,
+)
+from .definition.arguments import check_input
+from .definition.dropout import WIDEST
+from .definition.packed import PackedAdapter, draw_A, scaling_tensor
+from .definition.partition import BlockPartition, label_dtype
+from .definition.ranks import trainable_parameters
+from .definition.sketch import sketch_weight
+from .definition.spectral_order import whole
 from .functional import smoa_linear
 from .layer_checks import (
     DTYPES,
@@ -27,14 +37,9 @@ from .layer_checks import (
     check_tensors,
     linear_parameters,
 )
-from .packed import PackedAdapter, draw_A, scaling_tensor
-from .partition import BlockPartition, label_dtype
-from .ranks import trainable_parameters
-from .sketch import sketch_weight
-from .spectral_order import whole
 
 if TYPE_CHECKING:
-    from .distributed.shard import LayerShard
+    from .definition.shard import LayerShard
 
 __all__ = ["FusedSMoALinear"]
 

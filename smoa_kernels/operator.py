@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .arguments import check_ranks
 from .backends import load_backend
-from .dropout import Dropout
-from .packed import PackedAdapter
-from .partition import BlockPartition
+from .definition.arguments import check_ranks
+from .definition.dropout import Dropout
+from .definition.packed import PackedAdapter
+from .definition.partition import BlockPartition
 
 __all__ = ["call_linear", "linear", "linear_backward"]
 
@@ -173,7 +173,8 @@ class _LinearBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            "smoa_linear has no second derivative: smoa_kernels.reference.reference_linear, plain PyTorch, has"
+            "smoa_linear has no second derivative: smoa_kernels.definition.reference.reference_linear, "
+            "plain PyTorch, has"
         )
 
 
@@ -193,7 +194,7 @@ def _recorded(run: Kernel, function: type[torch.autograd.Function]) -> Kernel:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             # Called straight through, the result would have none, which counts as zero.
             raise RuntimeError(
-                "smoa_linear has no forward-mode derivative: smoa_kernels.reference.reference_linear, "
+                "smoa_linear has no forward-mode derivative: smoa_kernels.definition.reference.reference_linear, "
                 "plain PyTorch, has"
             )
         # No other argument of the two operators may.

@@ -11,8 +11,8 @@ from pathlib import Path
 import triton
 import triton.language as tl
 
-from smoa_kernels.tuning.compile import Launch
-from smoa_kernels.tuning.registry import KernelSpec
+from smoa_kernels.audit.compile import Launch
+from smoa_kernels.audit.registry import KernelSpec
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smoa_kernels import BlockPartition, smoa_linear
 from smoa_kernels.backends import resolve_backend
-from smoa_kernels.reference import reference_linear
+from smoa_kernels.definition.reference import reference_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where numerical tests compute; the kernels run on the CPU under Triton's interpreter (conftest.py)."""

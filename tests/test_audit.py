@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import pytest
 
+from smoa_kernels.audit.listing import parse_amdgcn, parse_sass
+from smoa_kernels.audit.provenance import argument_offsets, argument_pointers
+from smoa_kernels.audit.rules import Record, Traffic, broken_rules
+from smoa_kernels.audit.run import run_audit
+from smoa_kernels.audit.source import pointers_by_line
 from smoa_kernels.cli import main
+from smoa_kernels.cost.architectures import ARCHITECTURES, occupancy
 from smoa_kernels.files import cache_folder
-from smoa_kernels.tuning.audit import run_audit
-from smoa_kernels.tuning.limits import ARCHITECTURES, occupancy
-from smoa_kernels.tuning.listing import parse_amdgcn, parse_sass
-from smoa_kernels.tuning.provenance import argument_offsets, argument_pointers
-from smoa_kernels.tuning.rules import Record, Traffic, broken_rules
-from smoa_kernels.tuning.source import pointers_by_line
 
 TOYS = "audit_kernels:TOYS"
 CRASHES = "audit_kernels:CRASHES"
@@ -419,7 +419,7 @@ def test_the_audits_parent_never_imports_triton():
     """It may interpret: only workers compile."""
     program = (
         "import sys; sys.modules['triton'] = None; "
-        "import smoa_kernels.tuning.audit, smoa_kernels.tuning.rules, smoa_kernels.cli.app"
+        "import smoa_kernels.audit.run, smoa_kernels.audit.rules, smoa_kernels.cli.app"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr

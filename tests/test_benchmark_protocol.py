@@ -35,9 +35,9 @@ from benchmarks.test_layer_throughput import training_pass
 from benchmarks.test_model_step import adapted, check_gradients
 from benchmarks.test_setup import centroids, check
 from benchmarks.theory import log_log_slope, seconds
-from smoa_kernels import BlockPartition, eager
-from smoa_kernels.backends import resolve_backend
-from smoa_kernels.dropout import Dropout
+from smoa_kernels import BlockPartition
+from smoa_kernels.backends import eager, resolve_backend
+from smoa_kernels.definition.dropout import Dropout
 
 NAP = 0.5  # seconds, beside which nothing else here takes long, however busy the machine
 CASE = Case(24, 96, 80, 4, 16)

@@ -23,7 +23,7 @@ from benchmarks.bringup.job import OutOfTimeError
 from benchmarks.bringup.state import ROOT
 from benchmarks.providers import FROZEN, LORA, Case
 from benchmarks.results import Result
-from smoa_kernels.tuning.entries import INTERRUPTED, UNFINISHED
+from smoa_kernels.kernels.entries import INTERRUPTED, UNFINISHED
 
 
 def test_all_stages_fit_into_eight_minutes() -> None:

@@ -16,10 +16,10 @@ from benchmarks.bringup.state import ROOT, State, path_of
 from benchmarks.providers import FROZEN, HIRA, LORA, PAPER, SMOA
 from benchmarks.report import page as report_page
 from benchmarks.results import Result, Run, read
-from smoa_kernels.gpus import GPUS
+from smoa_kernels.cost.gpus import GPUS
+from smoa_kernels.kernels.entries import Entry, Trial
 from smoa_kernels.kernels.heuristic import Key
-from smoa_kernels.tuning.entries import Entry, Trial
-from smoa_kernels.tuning.identity import identity
+from smoa_kernels.kernels.identity import identity
 from smoa_kernels.tuning.plan import keys
 
 H100 = GPUS["h100"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from smoa_kernels.cli import info, main
-from smoa_kernels.cost import ALGORITHMS, Problem, estimate
-from smoa_kernels.gpus import GPUS
+from smoa_kernels.cost.estimate import ALGORITHMS, Problem, estimate
+from smoa_kernels.cost.gpus import GPUS
 
 DEFAULT = ["roofline", "--gpu", "h100", "--tokens", "8192", "--shape", "4096x4096", "--rank", "16"]
 
@@ -130,10 +130,10 @@ def test_info_asks_the_drivers_files_then_their_command(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [0, 3, 7])
 def test_info_names_stale_entries_where_they_are_few(number, tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="tables are of kernels")
+    from smoa_kernels.kernels.entries import Entry, Trial
     from smoa_kernels.kernels.heuristic import Key
-    from smoa_kernels.tuning.entries import Entry, Trial
-    from smoa_kernels.tuning.identity import identity
-    from smoa_kernels.tuning.store import update, user_table
+    from smoa_kernels.kernels.identity import identity
+    from smoa_kernels.kernels.store import update, user_table
 
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
     cpu = torch.device("cpu")

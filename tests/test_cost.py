@@ -1,4 +1,4 @@
-"""The cost model (smoa_kernels/cost.py): totals known beforehand, hand counts, and the choice of `auto`."""
+"""The cost model (smoa_kernels/cost/estimate.py): totals known beforehand, hand counts, and the choice of `auto`."""
 
 import itertools
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smoa_kernels.cost import (
+from smoa_kernels.cost.estimate import (
     ALGORITHMS,
     Problem,
     choose_algorithm,
@@ -14,7 +14,7 @@ from smoa_kernels.cost import (
     fused_token_limit,
     parts,
 )
-from smoa_kernels.gpus import GPUS, match_gpu
+from smoa_kernels.cost.gpus import GPUS, match_gpu
 
 H100 = GPUS["h100"]
 SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)

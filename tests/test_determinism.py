@@ -15,7 +15,7 @@ from problems import DEVICE, LinearProblem, error_over_budget, make_problem, obs
 from torch import Tensor
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.dropout import Dropout
+from smoa_kernels.definition.dropout import Dropout
 
 pytestmark = pytest.mark.numerical
 

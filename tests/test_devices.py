@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smoa_kernels import backends
-from smoa_kernels.gpus import GPUS, device_gpu, gpu_properties
+from smoa_kernels.cost.gpus import GPUS, device_gpu, gpu_properties
 
 GPU = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -52,7 +52,7 @@ def test_the_architecture_as_the_compiler_spells_it(here) -> None:
 
 
 def test_float32_products_on_amd_are_ieee(here) -> None:
-    common = pytest.importorskip("smoa_kernels.kernels._common", reason="needs triton", exc_type=ImportError)
+    common = pytest.importorskip("smoa_kernels.kernels.common", reason="needs triton", exc_type=ImportError)
     here(H100)
     assert common.input_precision(torch.float32, allow_tf32=True) == "tf32"
     here(MI300X, hip="6.4")

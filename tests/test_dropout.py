@@ -4,8 +4,8 @@ import pytest
 import torch
 from problems import DEVICE
 
-from smoa_kernels import dropout
-from smoa_kernels.dropout import Dropout, draw_seed, hashed_words
+from smoa_kernels.definition import dropout
+from smoa_kernels.definition.dropout import Dropout, draw_seed, hashed_words
 
 
 @pytest.fixture(autouse=True, params=["generator", "hash"])

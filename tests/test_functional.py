@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from smoa_kernels import eager, smoa_linear
-from smoa_kernels.precision import gemm_is_ieee
-from smoa_kernels.reference import reference_linear
+from smoa_kernels import smoa_linear
+from smoa_kernels.backends import eager
+from smoa_kernels.definition.precision import gemm_is_ieee
+from smoa_kernels.definition.reference import reference_linear
 
 pytestmark = pytest.mark.numerical
 

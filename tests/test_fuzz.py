@@ -16,9 +16,14 @@ from fuzzed import DTYPES, compare, problems
 from problems import DEVICE, LinearProblem, make_problem
 from trust import kept
 
-from smoa_kernels import eager, smoa_linear
-from smoa_kernels.backends import load_backend, native_obstacle, triton_obstacle
-from smoa_kernels.dropout import Dropout
+from smoa_kernels import smoa_linear
+from smoa_kernels.backends import (
+    eager,
+    load_backend,
+    native_obstacle,
+    triton_obstacle,
+)
+from smoa_kernels.definition.dropout import Dropout
 
 pytestmark = pytest.mark.numerical
 

@@ -1,12 +1,12 @@
-"""block_grad's predicted share of a large GEMM's rate (smoa_kernels/grad_share.py), each limit by hand."""
+"""block_grad's predicted share of a large GEMM's rate (smoa_kernels/cost/grad_share.py), each limit by hand."""
 
 from dataclasses import replace
 
 import pytest
 
-from smoa_kernels.cost import Problem
-from smoa_kernels.gpus import GPUS
-from smoa_kernels.grad_share import block_grad_share
+from smoa_kernels.cost.estimate import Problem
+from smoa_kernels.cost.gpus import GPUS
+from smoa_kernels.cost.grad_share import block_grad_share
 
 H100 = GPUS["h100"]
 SQUARE = Problem(8192, 4096, 4096, num_blocks=4, rank=16)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import smoa_kernels.dropout
-from smoa_kernels import BlockPartition, FusedSMoALinear, eager
-from smoa_kernels.dropout import Dropout
-from smoa_kernels.packed import PackedAdapter
+import smoa_kernels.definition.dropout
+from smoa_kernels import BlockPartition, FusedSMoALinear
+from smoa_kernels.backends import eager
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.packed import PackedAdapter
 
 
 class Checkpointed(nn.Module):
@@ -142,7 +143,7 @@ def test_nothing_is_read_on_the_host(
     layer = layer_of(kind, backend, dropout)
     x = torch.randn(tokens, 40, requires_grad=True)
     layer(x).sum().backward()  # what is done once, is done
-    monkeypatch.setattr(smoa_kernels.dropout, "draws", lambda device: False)  # masks as on a GPU
+    monkeypatch.setattr(smoa_kernels.definition.dropout, "draws", lambda device: False)  # masks as on a GPU
 
     original = Tensor.tolist
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from problems import DEVICE, relative_error
 from torch import Tensor, nn
 
-from smoa_kernels import BlockPartition, FusedSMoALinear, smoa_linear, spectral_order
-from smoa_kernels.reference import reference_delta_weight
-from smoa_kernels.sketch import TOLERANCE, sketch_distance, sketch_weight
+from smoa_kernels import BlockPartition, FusedSMoALinear, smoa_linear
+from smoa_kernels.definition import spectral_order
+from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 
 pytestmark = pytest.mark.numerical
 

@@ -148,8 +148,8 @@ def test_no_room_for_an_adapter(full_disk: FullDisk) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("way", ["read-only disk", "a file in its place"])
 def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smoa_kernels.tuning import lookup
-    from smoa_kernels.tuning.store import read, update, user_table
+    from smoa_kernels.kernels import lookup
+    from smoa_kernels.kernels.store import read, update, user_table
 
     cache = tmp_path / "cache"
     monkeypatch.setattr(smollm2, "locate", lambda: (tmp_path / "model.gguf", "1.0"))
@@ -179,7 +179,7 @@ def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch
 
 
 def test_no_room_for_a_tuning_table(full_disk: FullDisk, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    from smoa_kernels.tuning.store import read, update, user_table
+    from smoa_kernels.kernels.store import read, update, user_table
 
     place, full = full_disk
     monkeypatch.setenv("SMOA_CACHE", str(place))

@@ -14,10 +14,16 @@ from problems import TINY, LinearProblem, make_problem, relative_error
 from torch import Tensor
 
 import hatch_build
-from smoa_kernels import BlockPartition, native, smoa_linear
+from smoa_kernels import BlockPartition, smoa_linear
 from smoa_kernels.backends import native_obstacle, resolve_backend
-from smoa_kernels.dropout import Dropout
-from smoa_kernels.native_backend import GRADIENT, LINEAR, UPDATE, _kept
+from smoa_kernels.backends.native import library as native
+from smoa_kernels.backends.native.backend import (
+    GRADIENT,
+    LINEAR,
+    UPDATE,
+    _kept,
+)
+from smoa_kernels.definition.dropout import Dropout
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoa_kernels import FusedSMoALinear, operator, smoa_linear
 from smoa_kernels.backends import resolve_backend, triton_obstacle
+from smoa_kernels.definition.packed import scaling_tensor
 from smoa_kernels.operator import linear, linear_backward
-from smoa_kernels.packed import scaling_tensor
 
 pytestmark = pytest.mark.numerical
 

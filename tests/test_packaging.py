@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(names: list[str]) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert package == on_disk
-    assert {"smoa_kernels/py.typed", "smoa_kernels/tuning/tables/README.md"} <= package
+    assert {"smoa_kernels/py.typed", "smoa_kernels/kernels/tables/README.md"} <= package
     assert {Path(name).suffix for name in package} <= {".py", ".typed", ".md", ".json", ".c", ".h", ".so"}
 
 
@@ -175,9 +175,9 @@ def test_an_archive_that_lacks_a_module_is_found_out(wheel: Path, tmp_path: Path
     lacking = tmp_path / wheel.name
     with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(lacking, "w") as rest:
         for name in whole.namelist():
-            if name != "smoa_kernels/ranks.py":
+            if name != "smoa_kernels/definition/ranks.py":
                 rest.writestr(name, whole.read(name))
-    with pytest.raises(RuntimeError, match=r"No module named 'smoa_kernels.ranks'"):
+    with pytest.raises(RuntimeError, match=r"No module named 'smoa_kernels.definition.ranks'"):
         installed.use(lacking)
 
 

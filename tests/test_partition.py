@@ -11,9 +11,10 @@ import torch
 from problems import DEVICE
 from vectors import Vector, all_vectors
 
-from smoa_kernels import BlockPartition, spectral_order
-from smoa_kernels.sketch import sketch_weight
-from smoa_kernels.spectral_order import one_thread, spectral_centroids
+from smoa_kernels import BlockPartition
+from smoa_kernels.definition import spectral_order
+from smoa_kernels.definition.sketch import sketch_weight
+from smoa_kernels.definition.spectral_order import one_thread, spectral_centroids
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

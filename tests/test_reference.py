@@ -9,9 +9,9 @@ from torch import Tensor
 from vectors import Vector, all_vectors
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.dropout import Dropout
-from smoa_kernels.packed import pack_factors, unpack_factors
-from smoa_kernels.reference import reference_delta_weight, reference_linear
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.packed import pack_factors, unpack_factors
+from smoa_kernels.definition.reference import reference_delta_weight, reference_linear
 
 pytestmark = pytest.mark.numerical
 

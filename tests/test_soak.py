@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smoa_kernels import smoa_linear
 from smoa_kernels.backends import triton_obstacle
-from smoa_kernels.reference import reference_linear
+from smoa_kernels.definition.reference import reference_linear
 
 pytestmark = pytest.mark.numerical
 

@@ -8,8 +8,13 @@ from problems import DEVICE, make_problem
 from torch import Tensor
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.reference import reference_delta_weight
-from smoa_kernels.spectrum import LayerSpectrum, cumulated, effective_number, layer_spectrum
+from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.spectrum.layer import (
+    LayerSpectrum,
+    cumulated,
+    effective_number,
+    layer_spectrum,
+)
 
 pytestmark = pytest.mark.numerical
 

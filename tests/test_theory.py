@@ -14,9 +14,10 @@ from draws import assume, given, settings, st
 from problems import DEVICE, LinearProblem, make_problem
 from torch import Tensor, nn
 
-from smoa_kernels import BlockPartition, FusedSMoALinear, eager
-from smoa_kernels.packed import PackedAdapter, pack_factors, scaling_tensor
-from smoa_kernels.ranks import trainable_parameters
+from smoa_kernels import BlockPartition, FusedSMoALinear
+from smoa_kernels.backends import eager
+from smoa_kernels.definition.packed import PackedAdapter, pack_factors, scaling_tensor
+from smoa_kernels.definition.ranks import trainable_parameters
 
 pytestmark = pytest.mark.numerical
 

@@ -8,8 +8,7 @@ import torch
 import trust
 from problems import DEVICE
 
-from smoa_kernels import eager
-from smoa_kernels.backends import native_obstacle, triton_obstacle
+from smoa_kernels.backends import eager, native_obstacle, triton_obstacle
 
 pytestmark = pytest.mark.numerical
 

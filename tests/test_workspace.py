@@ -1,4 +1,4 @@
-"""Predicted memory of a training pass (smoa_kernels/workspace.py): hand counts, and what was measured."""
+"""Predicted memory of a training pass (smoa_kernels/cost/workspace.py): hand counts, and what was measured."""
 
 import json
 from dataclasses import replace
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoa_kernels import grad_tiling
-from smoa_kernels.cost import Problem
-from smoa_kernels.workspace import backward_workspace, backward_workspace_bytes, peak_bytes
+from smoa_kernels.cost import grad_tiling
+from smoa_kernels.cost.estimate import Problem
+from smoa_kernels.cost.workspace import backward_workspace, backward_workspace_bytes, peak_bytes
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 

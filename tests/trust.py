@@ -22,10 +22,10 @@ from problems import DEVICE, TINY, LinearProblem, make_problem, obstacle
 from torch import Tensor
 
 from smoa_kernels.backends import load_backend, triton_obstacle
-from smoa_kernels.dropout import Dropout
-from smoa_kernels.packed import PackedAdapter, scaling_tensor
-from smoa_kernels.problem import padding_multiple
-from smoa_kernels.reference import reference_delta_weight
+from smoa_kernels.cost.problem import padding_multiple
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
+from smoa_kernels.definition.reference import reference_delta_weight
 
 QUANTITIES = ("y", "dX", "dA", "dB", "dbias", "merged W")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +94,7 @@ def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
     ones = torch.ones_like(problem.x)
     if backend != "triton":
         return (dropout.multiplier(ones) != 0).double()
-    from smoa_kernels.kernels._common import padded_width  # which need triton
+    from smoa_kernels.kernels.common import padded_width  # which need triton
     from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 
     blocks = problem.partition

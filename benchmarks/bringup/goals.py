@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from smoa_kernels.cost import estimate
-from smoa_kernels.gpus import Gpu
-from smoa_kernels.grad_share import block_grad_share
-from smoa_kernels.workspace import peak_bytes
+from smoa_kernels.cost.estimate import estimate
+from smoa_kernels.cost.gpus import Gpu
+from smoa_kernels.cost.grad_share import block_grad_share
+from smoa_kernels.cost.workspace import peak_bytes
 
 from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
 from .cases import DOWN, DOWN_HIRA, SQUARE, SQUARE_HIRA

@@ -6,10 +6,15 @@ from collections import Counter
 
 import torch
 
-from smoa_kernels.cost import Estimate, parts
-from smoa_kernels.gpus import GPUS, Gpu, device_gpu
-from smoa_kernels.tuning.entries import Entry
-from smoa_kernels.tuning.words import algorithm_words, choice_words, problem_words, winner
+from smoa_kernels.cost.estimate import Estimate, parts
+from smoa_kernels.cost.gpus import GPUS, Gpu, device_gpu
+from smoa_kernels.kernels.entries import Entry
+from smoa_kernels.tuning.words import (
+    algorithm_words,
+    choice_words,
+    problem_words,
+    winner,
+)
 
 from .. import tables
 from ..protocol import DEVICE

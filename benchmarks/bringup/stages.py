@@ -11,13 +11,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from smoa_kernels.kernels import lookup
 from smoa_kernels.kernels.heuristic import Key
-from smoa_kernels.tuning import lookup
-from smoa_kernels.tuning.identity import identity
-from smoa_kernels.tuning.plan import Layer, Target, jobs, keys
-from smoa_kernels.tuning.store import SCHEMA, read, update, user_table
+from smoa_kernels.kernels.identity import identity
+from smoa_kernels.kernels.store import (
+    SCHEMA,
+    read,
+    update,
+    user_table,
+)
+from smoa_kernels.tuning.plan import (
+    Layer,
+    Target,
+    jobs,
+    keys,
+)
 from smoa_kernels.tuning.tuner import Run as Launch
-from smoa_kernels.tuning.tuner import Timer, gpu_timer, so_far, tune
+from smoa_kernels.tuning.tuner import (
+    Timer,
+    gpu_timer,
+    so_far,
+    tune,
+)
 from smoa_kernels.tuning.workloads import workload
 
 from ..gate import check_layers

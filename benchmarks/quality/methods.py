@@ -15,7 +15,7 @@ from torch import nn
 from smoa_kernels import BlockPartition
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.layer import SMoALayer
-from smoa_kernels.spectrum import effective_number
+from smoa_kernels.spectrum.layer import effective_number
 
 Kind = Literal["none", "lora", "hira", "smoa"]
 RANK = 8

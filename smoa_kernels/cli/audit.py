@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..tuning.audit import AUDIT_DTYPES, DEFAULT_REGISTRY, run_audit
-from ..tuning.limits import ARCHITECTURES
-from ..tuning.rules import Record, broken_rules
+from ..audit.rules import Record, broken_rules
+from ..audit.run import AUDIT_DTYPES, DEFAULT_REGISTRY, run_audit
+from ..cost.architectures import ARCHITECTURES
 from .needs import needs_triton
 from .output import check_place, console, write_json
 

@@ -130,7 +130,7 @@ def _driver() -> str:
 def _tables() -> dict[str, str]:
     if importlib.util.find_spec("triton") is None:
         return {"none": "triton is not installed"}
-    from ..tuning.status import table_states  # imports Triton
+    from ..kernels.status import table_states  # imports Triton
 
     return table_states(_gpus()) or {"none": "no GPU here, and no table on disk"}
 
@@ -139,8 +139,8 @@ def _stale_entries(devices: Sequence[torch.device]) -> dict[str, str]:
     """Of these devices' tables, each by its key with what it is stale in; of many, the first."""
     if importlib.util.find_spec("triton") is None:
         return {}
-    from ..tuning.identity import identity, staleness
-    from ..tuning.store import read, shipped_table, user_table
+    from ..kernels.identity import identity, staleness
+    from ..kernels.store import read, shipped_table, user_table
     from ..tuning.words import problem_words
 
     told: dict[str, str] = {}

@@ -9,8 +9,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..gpus import GPUS
-from ..scaling import (
+from ..cost.gpus import GPUS
+from ..cost.scaling import (
     CAPACITY,
     METHODS,
     PARALLEL,

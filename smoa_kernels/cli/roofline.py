@@ -11,10 +11,10 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..cost import ALGORITHMS, Estimate, choose_algorithm, estimate
-from ..gpus import GPUS
-from ..problem import Problem
-from ..workspace import backward_workspace_bytes
+from ..cost.estimate import ALGORITHMS, Estimate, choose_algorithm, estimate
+from ..cost.gpus import GPUS
+from ..cost.problem import Problem
+from ..cost.workspace import backward_workspace_bytes
 from .output import console, write_json
 
 __all__ = ["roofline"]

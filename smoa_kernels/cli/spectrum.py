@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..spectrum import LayerSpectrum, UpdateSpectrum, cumulated
+from ..spectrum.layer import LayerSpectrum, UpdateSpectrum, cumulated
 from .needs import needs_matplotlib
 from .output import check_place, console, write_bytes, write_json
 
 if TYPE_CHECKING:
-    from ..peft.model_spectrum import ModelSpectrum, Source
+    from ..spectrum.model import ModelSpectrum, Source
 
 __all__ = ["spectrum"]
 
@@ -68,7 +68,7 @@ def spectrum(
         raise ValueError("--rank and --blocks are of a random SMoA; --adapter has its own")
     _check_places(figure, layer_figures, json)
     try:
-        from ..peft.model_spectrum import model_spectrum
+        from ..spectrum.model import model_spectrum
     except ImportError as error:
         raise ValueError(str(error)) from error
     errors = Console(stderr=True)
@@ -116,7 +116,7 @@ def _check_places(figure: Path | None, layer_figures: Path | None, json: Path | 
 
 
 def _draw(found: ModelSpectrum, figure: Path | None, layer_figures: Path | None) -> None:
-    from .spectrum_figure import layer_figure, overview, rendered
+    from ..spectrum.figure import layer_figure, overview, rendered
 
     suffix = _FORMATS[0] if figure is None else figure.suffix
     if figure is not None:
@@ -127,7 +127,7 @@ def _draw(found: ModelSpectrum, figure: Path | None, layer_figures: Path | None)
 
 
 def _table(found: ModelSpectrum, full: bool) -> Table:
-    from ..peft.model_spectrum import layer_kind
+    from ..spectrum.model import layer_kind
 
     table = Table(title=found.model, show_edge=False)
     table.add_column("layer", overflow="fold", min_width=18)

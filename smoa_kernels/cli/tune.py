@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..gpus import GPUS
-from ..tuning.models import MODELS
+from ..cost.gpus import GPUS
+from ..cost.models import MODELS
 from .needs import needs_triton
 
 __all__ = ["tune"]

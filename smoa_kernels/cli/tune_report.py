@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table
 
+from ..backends.triton import admissible
+from ..kernels.entries import Entry
 from ..kernels.heuristic import Key
-from ..triton_backend import admissible
-from ..tuning.entries import Entry
 from ..tuning.tuner import Job
 from ..tuning.words import choice_words, problem_words, winner
 

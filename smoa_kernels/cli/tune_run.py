@@ -17,16 +17,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..backends import triton_obstacle
-from ..gpus import GPUS
+from ..cost.gpus import GPUS
+from ..cost.models import MODELS, read_config
+from ..kernels import lookup
+from ..kernels.entries import Entry
 from ..kernels.heuristic import CONFIGS, DTYPES
-from ..tuning import lookup
-from ..tuning.entries import Entry
-from ..tuning.identity import identity
-from ..tuning.models import MODELS, read_config
+from ..kernels.identity import identity
+from ..kernels.store import read, update, user_table
 from ..tuning.plan import KERNELS, Layer, Target, jobs
 from ..tuning.space import broken
-from ..tuning.store import read, update, user_table
-from ..tuning.tuner import DeviceLostError, Job, Timer, Tuned, gpu_timer, left, so_far, tune
+from ..tuning.tuner import (
+    DeviceLostError,
+    Job,
+    Timer,
+    Tuned,
+    gpu_timer,
+    left,
+    so_far,
+    tune,
+)
 from ..tuning.words import algorithm_words, problem_words
 from .output import console
 from .roofline import parse_shape

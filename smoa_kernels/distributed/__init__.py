@@ -1,6 +1,11 @@
 """PyTorch's own distributed engine, and the little that SMoA adds to it (docs/distributed.md)."""
 
-from .data import agree_on_buffers, average_gradients, ignore_buffers, smoa_buffers
+from .data import (
+    agree_on_buffers,
+    average_gradients,
+    ignore_buffers,
+    smoa_buffers,
+)
 from .spectra import shared_spectra
 from .tensor import ColwiseSMoAParallel, RowwiseSMoAParallel
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..spectral_order import order_source, spectral_orders
+from ..definition.spectral_order import order_source, spectral_orders
 from .data import check_group
 
 __all__ = ["shared_spectra"]

@@ -13,8 +13,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ..checks import check_kind
+from ..definition.shard import LayerShard
 from .data import agree_on_buffers
-from .shard import LayerShard
 
 __all__ = ["ColwiseSMoAParallel", "RowwiseSMoAParallel"]
 

@@ -26,15 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..grad_tiling import PARTIAL_RANKS, partial_width, token_splits
-from ..packed import PackedAdapter
-from ..partition import BlockPartition
-from ._common import block_slots, dot, input_precision, round_to
-from .launch import (
-    BlockGradConfig,
-    SumConfig,
-    multiprocessors,
-)
+from ..cost.grad_tiling import PARTIAL_RANKS, partial_width, token_splits
+from ..definition.packed import PackedAdapter
+from ..definition.partition import BlockPartition
+from .common import block_slots, dot, input_precision, round_to
+from .launch import BlockGradConfig, SumConfig, multiprocessors
 from .selection import select
 
 __all__ = ["block_grad", "block_grad_in_parts"]

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packed import PackedAdapter
-from ..problem import WIDE_PADDING
-from ._common import block_slots, dot, input_precision, padded_width, round_to
+from ..cost.problem import WIDE_PADDING
+from ..definition.packed import PackedAdapter
+from .common import block_slots, dot, input_precision, padded_width, round_to
 from .launch import BlockMatmulConfig
 from .selection import select
 

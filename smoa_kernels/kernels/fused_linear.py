@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packed import PackedAdapter
-from ._common import dot, input_precision, round_to
+from ..definition.packed import PackedAdapter
+from .common import dot, input_precision, round_to
 from .launch import FusedLinearConfig, SumConfig
 from .selection import select
 

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from ..checks import cached, check_kind
-from ..gpus import gpu_properties
+from ..cost.gpus import gpu_properties
 
 __all__ = [
     "BLOCK_GRAD_CONFIGS",

@@ -18,8 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packed import PackedAdapter
-from ._common import block_slots, input_precision, padded_width, rank_block, rank_product, round_to
+from ..definition.packed import PackedAdapter
+from .common import (
+    block_slots,
+    input_precision,
+    padded_width,
+    rank_block,
+    rank_product,
+    round_to,
+)
 from .launch import ModulateConfig
 from .selection import select
 

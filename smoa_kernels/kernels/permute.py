@@ -18,8 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dropout import Dropout
-from ._common import TOKENS_PER_DRAW, block_slots, dropout_draws, dropout_multiplier, round_to
+from ..definition.dropout import Dropout
+from .common import (
+    TOKENS_PER_DRAW,
+    block_slots,
+    dropout_draws,
+    dropout_multiplier,
+    round_to,
+)
 from .launch import PermuteConfig
 from .selection import select
 

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..packed import PackedAdapter, pack_factors, padding_masks, unpack_factors
-from ..partition import BlockPartition
-from ..ranks import split_rank
+from ..definition.packed import PackedAdapter, pack_factors, padding_masks, unpack_factors
+from ..definition.partition import BlockPartition
+from ..definition.ranks import split_rank
 
 __all__ = ["concatenate_adapters", "interpolate_factors", "single_block", "sum_adapters"]
 

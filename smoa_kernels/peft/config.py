@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME
 
 from ..backends import ALGORITHMS, BACKENDS
 from ..checks import MOST_RANKS, check_choice, check_finite, check_path, shown
-from ..ranks import resolve_ranks
+from ..definition.ranks import resolve_ranks
 from .folders import MOST_BYTES, check_weights, excess, read_json
 from .peft_type import PEFT_TYPE
 from .saving import check_seal, replacing

@@ -21,7 +21,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor
 
-from ..precision import without_autocast
+from ..definition.precision import without_autocast
 from .scratch import ScratchPool
 
 __all__ = ["dequantized", "keep_packing", "read_weight"]

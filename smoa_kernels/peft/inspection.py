@@ -10,10 +10,17 @@ from typing import cast
 from torch import Tensor
 
 from ..checks import check_path
-from ..ranks import trainable_parameters
-from ..sketch import TOLERANCE, sketch_distance, sketch_weight
+from ..definition.ranks import trainable_parameters
+from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 from .config import SMoAConfig
-from .folders import ModelFolder, by_number, opened, read_config, read_layers, weights_of
+from .folders import (
+    ModelFolder,
+    by_number,
+    opened,
+    read_config,
+    read_layers,
+    weights_of,
+)
 from .layout import LayerBlocks
 from .peft_type import PEFT_TYPE
 from .settings import layer_settings

@@ -13,14 +13,21 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from ..checks import check_blocks, check_choice, check_kind, layout_of
-from ..distributed.shard import LayerShard
-from ..packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
-from ..partition import BlockPartition
-from ..ranks import trainable_parameters
-from ..sketch import sketch_weight
+from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
+from ..definition.partition import BlockPartition
+from ..definition.ranks import trainable_parameters
+from ..definition.shard import LayerShard
+from ..definition.sketch import sketch_weight
 from .combine import single_block
 from .dequantize import dequantized, read_weight
-from .layout import STATE_KEYS, blocks_size, check_complete, pack_blocks, read_blocks, unpack_blocks
+from .layout import (
+    STATE_KEYS,
+    blocks_size,
+    check_complete,
+    pack_blocks,
+    read_blocks,
+    unpack_blocks,
+)
 from .offload import check_present, execution_device, gathered, present
 from .settings import LayerSettings
 

@@ -20,9 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import MOST_BLOCKS, MOST_SIZE, check_blocks, check_count, check_kind, layout_of
-from ..partition import BlockPartition
-from ..sketch import SKETCH_SIZE
+from ..checks import (
+    MOST_BLOCKS,
+    MOST_SIZE,
+    check_blocks,
+    check_count,
+    check_kind,
+    layout_of,
+)
+from ..definition.partition import BlockPartition
+from ..definition.sketch import SKETCH_SIZE
 
 __all__ = ["STATE_KEYS", "LayerBlocks", "blocks_size", "pack_blocks", "read_blocks", "unpack_blocks"]
 
@@ -78,7 +85,7 @@ def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Ten
     Args:
         partition: blocks of W0's rows and columns.
         ranks: int (K,).
-        sketch: float32 (33,), from :func:`smoa_kernels.sketch.sketch_weight`.
+        sketch: float32 (33,), from :func:`smoa_kernels.definition.sketch.sketch_weight`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from .. import eager
+from ..backends import eager
 from ..checks import check_kind, check_names
+from ..definition.packed import PackedAdapter
 from ..functional import smoa_linear
-from ..packed import PackedAdapter
 from .combine import sum_adapters
 from .layer import SMoALayer, SpectralOrder, order_of
 from .offload import present

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..sketch import TOLERANCE, sketch_distance
+from ..definition.sketch import TOLERANCE, sketch_distance
 from .layer import SMoALayer
 from .layout import STATE_KEYS
 from .offload import gathered, present

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checks import check_kind
+from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
-from ..packed import PackedAdapter
 from .config import SMoAConfig
 from .dequantize import keep_packing
 from .layer import SMoALayer

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..checks import layout_of
-from ..packed import pack_factors, unpack_factors
-from ..partition import BlockPartition
-from ..sketch import sketch_weight
+from ..definition.packed import pack_factors, unpack_factors
+from ..definition.partition import BlockPartition
+from ..definition.sketch import sketch_weight
 from .folders import PREFIX
 from .layout import STATE_KEYS, pack_blocks, read_blocks
 

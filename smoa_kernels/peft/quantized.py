@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import resolve_backend
-from ..dropout import draw_seed
+from ..definition.dropout import draw_seed
+from ..definition.packed import PackedAdapter
+from ..definition.precision import without_autocast
 from ..functional import smoa_linear
 from ..operator import linear_backward
-from ..packed import PackedAdapter
-from ..precision import without_autocast
 
 __all__ = ["dequantized_linear", "requantize"]
 

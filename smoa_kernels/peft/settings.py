@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checks import check_kind
-from ..ranks import resolve_ranks
+from ..definition.ranks import resolve_ranks
 
 if TYPE_CHECKING:
     from .config import SMoAConfig

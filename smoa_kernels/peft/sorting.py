@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..partition import BlockPartition
-from ..spectral_order import one_thread, order_source, spectral_orders
+from ..definition.partition import BlockPartition
+from ..definition.spectral_order import one_thread, order_source, spectral_orders
 from .layer import SMoALayer
 
 __all__ = ["Sorting"]

@@ -12,13 +12,20 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from ..packed import pack_factors
-from ..partition import BlockPartition
-from ..ranks import trainable_parameters
-from ..reference import reference_delta_weight
-from ..sketch import sketch_weight
+from ..definition.packed import pack_factors
+from ..definition.partition import BlockPartition
+from ..definition.ranks import trainable_parameters
+from ..definition.reference import reference_delta_weight
+from ..definition.sketch import sketch_weight
 from .config import SMoAConfig
-from .folders import PREFIX, by_number, read_config, read_layers, read_state, weights_of
+from .folders import (
+    PREFIX,
+    by_number,
+    read_config,
+    read_layers,
+    read_state,
+    weights_of,
+)
 from .layout import LayerBlocks
 from .settings import layer_settings
 

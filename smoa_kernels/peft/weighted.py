@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from ..checks import check_choice, check_finite, check_kind, check_names
-from ..packed import PackedAdapter
+from ..definition.packed import PackedAdapter
 from .combine import concatenate_adapters, interpolate_factors
 from .config import FORMAT_VERSION, SMoAConfig
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..kernels.entries import Choice, Entry
 from ..kernels.heuristic import ALGORITHM_KEYS, Key
-from .entries import Choice, Entry
-from .identity import identity, staleness
-from .lookup import keep, known
+from ..kernels.identity import identity, staleness
+from ..kernels.lookup import keep, known
 from .plan import Target, job
 from .tuner import Timer, gpu_timer, tune
 from .workloads import Workload, workload

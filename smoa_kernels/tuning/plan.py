@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import MOST_TRITON_RANKS
-from ..cost import choose_algorithm
-from ..gpus import Gpu, device_gpu
-from ..grad_tiling import gradient_parts
-from ..kernels._common import padded_width
+from ..cost.architectures import ARCHITECTURES
+from ..cost.estimate import choose_algorithm
+from ..cost.gpus import Gpu, device_gpu
+from ..cost.grad_tiling import gradient_parts
+from ..cost.problem import Problem, padding_multiple
+from ..kernels.common import padded_width
 from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, DTYPES, Key, bucket
 from ..kernels.launch import Config, architecture, multiprocessors
-from ..problem import Problem, padding_multiple
-from .limits import ARCHITECTURES
 from .space import algorithm_job, kernel_job
 from .tuner import Job
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from ..audit.registry import KERNELS, KernelSpec
+from ..audit.rules import Record, broken_rules
+from ..audit.run import run_audit
 from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key, fits, heuristic, shipped
 from ..kernels.launch import Config
-from .audit import run_audit
-from .registry import KERNELS, KernelSpec
-from .rules import Record, broken_rules
 from .tuner import Job
 
 __all__ = ["SEARCH", "algorithm_job", "broken", "kernel_job", "search_space"]

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ..kernels.entries import GIVEN_UP, INTERRUPTED, UNFINISHED, Choice, Entry, Trial
 from ..kernels.heuristic import Key
-from .entries import GIVEN_UP, INTERRUPTED, UNFINISHED, Choice, Entry, Trial
-from .identity import identity
-from .store import Table
+from ..kernels.identity import identity
+from ..kernels.store import Table
 from .workloads import Workload, workload
 
 __all__ = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
+from ..backends.triton import admissible
+from ..kernels.entries import Choice, Entry, Trial
 from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key
-from ..triton_backend import admissible
-from .entries import Choice, Entry, Trial
 
 __all__ = ["algorithm_words", "choice_words", "problem_words", "winner"]
 

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import triton_backend
-from ..grad_tiling import partial_width
+from ..backends import triton as triton_backend
+from ..cost.grad_tiling import partial_width
+from ..definition.packed import PackedAdapter
+from ..definition.partition import BlockPartition
+from ..definition.reference import backward as reference_backward
+from ..definition.reference import forward as reference_forward
+from ..definition.reference import reference_delta_weight
 from ..kernels.block_grad import block_grad, sum_partials
 from ..kernels.block_matmul import block_matmul, block_ordered
 from ..kernels.fused_linear import fused_linear, sum_parts
 from ..kernels.heuristic import DTYPES, Key
 from ..kernels.modulate import modulated_blocks, modulated_weight
 from ..kernels.permute import gather_columns
-from ..packed import PackedAdapter
-from ..partition import BlockPartition
-from ..reference import backward as reference_backward
-from ..reference import forward as reference_forward
-from ..reference import reference_delta_weight
 
 __all__ = ["Workload", "WrongNumbersError", "workload"]
 

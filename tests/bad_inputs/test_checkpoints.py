@@ -16,9 +16,14 @@ pytest.importorskip("transformers", reason="needs the peft extra")
 
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.inspection import inspect_adapter
-from smoa_kernels.peft.layout import blocks_size, pack_blocks, read_blocks, unpack_blocks
-from smoa_kernels.peft.model_spectrum import layer_kind, model_spectrum
+from smoa_kernels.peft.layout import (
+    blocks_size,
+    pack_blocks,
+    read_blocks,
+    unpack_blocks,
+)
 from smoa_kernels.peft.settings import layer_settings
+from smoa_kernels.spectrum.model import layer_kind, model_spectrum
 
 
 def test_a_configuration_is_not_saved_over_a_file(world: World) -> None:

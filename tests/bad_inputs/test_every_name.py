@@ -84,11 +84,11 @@ def test_what_has_no_row_is_of_a_public_module() -> None:
 def test_a_name_without_a_row_would_show(tmp_path: Path) -> None:
     table = tmp_path / "test_table.py"
     table.write_text(
-        "from smoa_kernels.ranks import resolve_ranks, split_rank\n"
+        "from smoa_kernels.definition.ranks import resolve_ranks, split_rank\n"
         "GOOD = resolve_ranks(8, 3)\n"
         "ROWS = [(lambda _: split_rank(0, 3), ValueError, 'r must be')]\n"
     )
-    from smoa_kernels.ranks import resolve_ranks, split_rank
+    from smoa_kernels.definition.ranks import resolve_ranks, split_rank
 
     found = list(called(table))
     assert any(it is split_rank for it in found)

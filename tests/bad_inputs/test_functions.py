@@ -16,7 +16,36 @@ from smoa_kernels.backends import (
     resolve_backend,
     triton_obstacle,
 )
-from smoa_kernels.cost import Problem, choose_algorithm, estimate, fused_token_limit, parts
+from smoa_kernels.cost.estimate import (
+    Problem,
+    choose_algorithm,
+    estimate,
+    fused_token_limit,
+    parts,
+)
+from smoa_kernels.cost.gpus import (
+    GPUS,
+    Gpu,
+    device_gpu,
+    match_gpu,
+)
+from smoa_kernels.cost.grad_share import block_grad_share
+from smoa_kernels.cost.grad_tiling import (
+    grad_tiles,
+    gradient_parts,
+    partial_bytes,
+    partial_width,
+    token_splits,
+)
+from smoa_kernels.cost.scaling import Scale, predict, tensor_parallel_size
+from smoa_kernels.cost.workspace import backward_workspace, backward_workspace_bytes, peak_bytes
+from smoa_kernels.definition.dropout import Dropout, draw_seed
+from smoa_kernels.definition.packed import pack_factors, unpack_factors
+from smoa_kernels.definition.precision import gemm_is_ieee, without_autocast
+from smoa_kernels.definition.ranks import resolve_ranks, split_rank, trainable_parameters
+from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.sketch import sketch_distance, sketch_weight
+from smoa_kernels.definition.spectral_order import spectral_centroids, spectral_orders
 from smoa_kernels.distributed import (
     agree_on_buffers,
     average_gradients,
@@ -24,20 +53,8 @@ from smoa_kernels.distributed import (
     shared_spectra,
     smoa_buffers,
 )
-from smoa_kernels.dropout import Dropout, draw_seed
 from smoa_kernels.files import replace_file
-from smoa_kernels.gpus import GPUS, Gpu, device_gpu, match_gpu
-from smoa_kernels.grad_share import block_grad_share
-from smoa_kernels.grad_tiling import grad_tiles, gradient_parts, partial_bytes, partial_width, token_splits
-from smoa_kernels.packed import pack_factors, unpack_factors
-from smoa_kernels.precision import gemm_is_ieee, without_autocast
-from smoa_kernels.ranks import resolve_ranks, split_rank, trainable_parameters
-from smoa_kernels.reference import reference_delta_weight
-from smoa_kernels.scaling import Scale, predict, tensor_parallel_size
-from smoa_kernels.sketch import sketch_distance, sketch_weight
-from smoa_kernels.spectral_order import spectral_centroids, spectral_orders
-from smoa_kernels.spectrum import cumulated, effective_number, layer_spectrum
-from smoa_kernels.workspace import backward_workspace, backward_workspace_bytes, peak_bytes
+from smoa_kernels.spectrum.layer import cumulated, effective_number, layer_spectrum
 
 from .harness import NESTED, Call, Row, World, check, one, rows
 

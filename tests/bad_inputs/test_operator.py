@@ -10,7 +10,7 @@ from problems import make_problem
 from torch import Tensor
 
 from smoa_kernels import smoa_linear
-from smoa_kernels.reference import reference_linear
+from smoa_kernels.definition.reference import reference_linear
 
 from .harness import FLOAT8, HUGE, NESTED, Change, World, check, rows
 

@@ -9,14 +9,25 @@ from .harness import Call, Row, World, check, rows
 
 pytest.importorskip("triton", reason="tables are of its kernels")
 
+from smoa_kernels.cost.architectures import ARCHITECTURES, occupancy
+from smoa_kernels.cost.models import read_config
+from smoa_kernels.kernels import store
+from smoa_kernels.kernels.entries import Entry, Trial, merged
 from smoa_kernels.kernels.heuristic import Key
+from smoa_kernels.kernels.identity import (
+    Identity,
+    identity,
+    slug,
+    source_hash,
+    staleness,
+)
 from smoa_kernels.kernels.launch import PermuteConfig, architecture, multiprocessors
-from smoa_kernels.tuning import store
-from smoa_kernels.tuning.entries import Entry, Trial, merged
-from smoa_kernels.tuning.identity import Identity, identity, slug, source_hash, staleness
-from smoa_kernels.tuning.limits import ARCHITECTURES, occupancy
-from smoa_kernels.tuning.lookup import keep, known, tuned_algorithm, tuned_config
-from smoa_kernels.tuning.models import read_config
+from smoa_kernels.kernels.lookup import (
+    keep,
+    known,
+    tuned_algorithm,
+    tuned_config,
+)
 
 
 @pytest.mark.parametrize(

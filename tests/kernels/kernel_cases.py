@@ -11,13 +11,13 @@ from problems import DEVICE, LinearProblem, error_over_budget, relative_error
 from torch import Tensor
 from vectors import Vector
 
+from smoa_kernels.cost.architectures import ARCHITECTURES
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.definition.reference import reference_delta_weight, reference_linear
 from smoa_kernels.kernels.heuristic import DTYPES as NAMES
 from smoa_kernels.kernels.heuristic import Key, shipped
 from smoa_kernels.kernels.launch import Config, architecture
-from smoa_kernels.packed import PackedAdapter
-from smoa_kernels.partition import BlockPartition
-from smoa_kernels.reference import reference_delta_weight, reference_linear
-from smoa_kernels.tuning.limits import ARCHITECTURES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

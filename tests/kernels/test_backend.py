@@ -17,17 +17,17 @@ from smoa_kernels import (
     BlockPartition,
     FusedSMoALinear,
     backends,
-    grad_tiling,
     operator,
     smoa_linear,
-    triton_backend,
 )
-from smoa_kernels.dropout import Dropout
-from smoa_kernels.kernels._common import padded_width
+from smoa_kernels.backends import triton as triton_backend
+from smoa_kernels.cost import grad_tiling
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.packed import padding_masks, scaling_tensor
+from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.operator import linear
-from smoa_kernels.packed import padding_masks, scaling_tensor
-from smoa_kernels.reference import reference_delta_weight
 
 pytestmark = pytest.mark.numerical
 

@@ -21,13 +21,13 @@ from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
-from smoa_kernels.grad_tiling import token_splits
+from smoa_kernels.cost.grad_tiling import token_splits
+from smoa_kernels.definition.packed import PackedAdapter, padding_masks
 from smoa_kernels.kernels import heuristic
-from smoa_kernels.kernels._common import padded_width
 from smoa_kernels.kernels.block_grad import block_grad, block_grad_in_parts
+from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.launch import BlockGradConfig
 from smoa_kernels.kernels.permute import gather_columns
-from smoa_kernels.packed import PackedAdapter, padding_masks
 
 pytestmark = pytest.mark.numerical
 

@@ -19,12 +19,12 @@ from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
+from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import heuristic, launch
 from smoa_kernels.kernels.block_matmul import block_matmul, block_ordered
 from smoa_kernels.kernels.launch import BlockMatmulConfig
 from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
-from smoa_kernels.packed import PackedAdapter
 
 pytestmark = pytest.mark.numerical
 

@@ -21,10 +21,7 @@ from vectors import Vector, all_vectors
 
 from smoa_kernels.kernels import heuristic
 from smoa_kernels.kernels.fused_linear import fused_linear
-from smoa_kernels.kernels.launch import (
-    FusedLinearConfig,
-    fused_linear_configs,
-)
+from smoa_kernels.kernels.launch import FusedLinearConfig, fused_linear_configs
 
 pytestmark = pytest.mark.numerical
 

@@ -16,9 +16,9 @@ from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
+from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.launch import MODULATE_CONFIGS, ModulateConfig
 from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
-from smoa_kernels.partition import BlockPartition
 
 pytestmark = pytest.mark.numerical
 

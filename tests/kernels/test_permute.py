@@ -8,11 +8,11 @@ import torch
 from kernel_cases import DTYPES, Guarded, need_memory
 from torch import Tensor
 
-from smoa_kernels.dropout import Dropout
-from smoa_kernels.kernels._common import padded_width
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS, PermuteConfig
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
-from smoa_kernels.partition import BlockPartition
 
 pytestmark = pytest.mark.numerical
 

@@ -3,7 +3,7 @@
 import torch
 from peft import get_peft_model
 
-from smoa_kernels.packed import padding_masks
+from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 
 WEIGHTS = "adapter_model.safetensors"

@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from smoa_kernels import sketch
+from smoa_kernels.definition import sketch
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.folders import _BYTES_A_VALUE, MOST_BYTES
 from smoa_kernels.peft.inspection import inspect_adapter

@@ -11,7 +11,7 @@ from problems import LinearProblem
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smoa_kernels.packed import PackedAdapter, scaling_tensor
+from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.peft import SMoAConfig
 
 pytestmark = pytest.mark.numerical

@@ -6,7 +6,8 @@ from adapted import close, gentle, layers, logits
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from smoa_kernels import eager, smoa_linear
+from smoa_kernels import smoa_linear
+from smoa_kernels.backends import eager
 from smoa_kernels.peft import SMoAConfig
 
 MIXES = {

@@ -14,10 +14,11 @@ from tiny_models import tiny_gpt2, tiny_llama
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers.pytorch_utils import Conv1D
 
-from smoa_kernels import BlockPartition, spectral_order
+from smoa_kernels import BlockPartition
+from smoa_kernels.definition import spectral_order
+from smoa_kernels.definition.spectral_order import order_source, spectral_centroids, spectral_orders
 from smoa_kernels.peft import Linear, sorting
 from smoa_kernels.peft.settings import LayerSettings
-from smoa_kernels.spectral_order import order_source, spectral_centroids, spectral_orders
 
 LINEARS = {tiny_llama: 14, tiny_gpt2: 8}  # of the two layers, without lm_head
 

@@ -14,7 +14,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 
 from smoa_kernels.cli import main
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.peft.model_spectrum import layer_kind, model_spectrum
+from smoa_kernels.spectrum.model import layer_kind, model_spectrum
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIGS = {

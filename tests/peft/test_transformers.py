@@ -19,7 +19,7 @@ def test_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     loaded = make_model()
     with monkeypatch.context() as loading:  # no spectral order is computed
-        loading.delattr("smoa_kernels.spectral_order.spectral_centroids")
+        loading.delattr("smoa_kernels.definition.spectral_order.spectral_centroids")
         loaded.load_adapter(tmp_path)
         logits(loaded, tokens)
     assert torch.equal(logits(loaded.eval(), tokens), expected)

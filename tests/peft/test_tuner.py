@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 
 import smoa_kernels
 from smoa_kernels import BlockPartition
+from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.sketch import sketch_weight
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.layout import blocks_size, pack_blocks, unpack_blocks
-from smoa_kernels.reference import reference_delta_weight
-from smoa_kernels.sketch import sketch_weight
 
 
 def refuse_spectra(monkeypatch):
     def refuse(*_):
         raise AssertionError("a spectral order was computed")
 
-    monkeypatch.setattr("smoa_kernels.spectral_order.spectral_centroids", refuse)
+    monkeypatch.setattr("smoa_kernels.definition.spectral_order.spectral_centroids", refuse)
 
 
 # The layer computes the definition

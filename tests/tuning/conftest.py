@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from smoa_kernels.tuning import autotune, lookup
+from smoa_kernels.kernels import lookup
+from smoa_kernels.tuning import autotune
 
 
 @pytest.fixture(autouse=True)

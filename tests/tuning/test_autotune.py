@@ -14,13 +14,13 @@ import torch.distributed as dist
 from problems import make_problem
 from tuning_cases import CPU, FORWARD, PERMUTE, entry, kept, needs_interpreter, permute_entry, scripted
 
-from smoa_kernels.kernels import selection
+from smoa_kernels.kernels import lookup, selection
+from smoa_kernels.kernels.entries import Choice
 from smoa_kernels.kernels.heuristic import CONFIGS
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.tuning import autotune, lookup
+from smoa_kernels.kernels.store import update, user_table
+from smoa_kernels.tuning import autotune
 from smoa_kernels.tuning.autotune import Budget
-from smoa_kernels.tuning.entries import Choice
-from smoa_kernels.tuning.store import update, user_table
 
 pytestmark = needs_interpreter
 
@@ -212,7 +212,8 @@ import torch, torch.distributed as dist
 from tuning_cases import scripted
 from smoa_kernels.kernels import selection
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.tuning import autotune, lookup
+from smoa_kernels.tuning import autotune
+from smoa_kernels.kernels import lookup
 rank = int(sys.argv[1])
 os.environ |= {{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2], "SMOA_CACHE": sys.argv[3] + str(rank)}}
 lookup.install()

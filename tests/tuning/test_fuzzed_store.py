@@ -20,10 +20,10 @@ from bounds import ends, within
 from draws import share
 from tuning_cases import FORWARD, GRAD, entry, permute_entry
 
+from smoa_kernels.kernels import store
+from smoa_kernels.kernels.entries import Entry
 from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS
-from smoa_kernels.tuning import store
-from smoa_kernels.tuning.entries import Entry
-from smoa_kernels.tuning.store import SCHEMA, read
+from smoa_kernels.kernels.store import SCHEMA, read
 
 pytest.importorskip("hypothesis", reason="hypothesis draws these tables")
 from hypothesis import example, given

@@ -6,13 +6,21 @@ import pytest
 import torch
 from tuning_cases import CPU, PERMUTE, needs_interpreter
 
-from smoa_kernels import FusedSMoALinear, grad_tiling
+from smoa_kernels import FusedSMoALinear
+from smoa_kernels.audit.registry import KERNELS
+from smoa_kernels.cost import grad_tiling
+from smoa_kernels.cost.architectures import ARCHITECTURES
 from smoa_kernels.kernels import selection
-from smoa_kernels.kernels.heuristic import CONFIGS, DTYPES, Key, bucket, fits, heuristic
+from smoa_kernels.kernels.heuristic import (
+    CONFIGS,
+    DTYPES,
+    Key,
+    bucket,
+    fits,
+    heuristic,
+)
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS, PermuteConfig
-from smoa_kernels.tuning.limits import ARCHITECTURES
 from smoa_kernels.tuning.plan import Layer, keys
-from smoa_kernels.tuning.registry import KERNELS
 
 SPECS = {spec.name: spec for spec in KERNELS}
 

@@ -20,10 +20,17 @@ from tuning_cases import (
     scripted,
 )
 
+from smoa_kernels.kernels import lookup
+from smoa_kernels.kernels.entries import (
+    GIVEN_UP,
+    INTERRUPTED,
+    UNFINISHED,
+    Choice,
+    Entry,
+    Trial,
+)
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.tuning import lookup
-from smoa_kernels.tuning.entries import GIVEN_UP, INTERRUPTED, UNFINISHED, Choice, Entry, Trial
-from smoa_kernels.tuning.store import update, user_table
+from smoa_kernels.kernels.store import update, user_table
 from smoa_kernels.tuning.tuner import DeviceLostError, Run, tune
 
 pytestmark = needs_interpreter
@@ -108,8 +115,8 @@ import os, signal, sys
 sys.path.insert(0, {here!r})
 from tuning_cases import CPU, permute_job
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.tuning import lookup
-from smoa_kernels.tuning.store import read, user_table
+from smoa_kernels.kernels import lookup
+from smoa_kernels.kernels.store import read, user_table
 from smoa_kernels.tuning.tuner import tune
 def timer(run):
     run()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from draws import share
 
-from smoa_kernels.tuning import json_reader
-from smoa_kernels.tuning.json_reader import MOST_CHARACTERS, JsonReader
+from smoa_kernels.kernels import json_reader
+from smoa_kernels.kernels.json_reader import MOST_CHARACTERS, JsonReader
 
 pytest.importorskip("hypothesis", reason="hypothesis draws the values")
 from hypothesis import given

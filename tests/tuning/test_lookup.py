@@ -10,14 +10,13 @@ import torch
 from problems import LinearProblem, make_problem
 from tuning_cases import CPU, FORWARD, PERMUTE, entry, needs_interpreter, permute_entry
 
-from smoa_kernels import triton_backend
-from smoa_kernels.kernels import selection
+from smoa_kernels.backends import triton as triton_backend
+from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.kernels import identity, lookup, selection, store
 from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.kernels.permute import gather_columns
-from smoa_kernels.partition import BlockPartition
-from smoa_kernels.tuning import identity, lookup, store
-from smoa_kernels.tuning.store import update, user_table
+from smoa_kernels.kernels.store import update, user_table
 
 pytestmark = needs_interpreter
 

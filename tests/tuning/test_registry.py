@@ -11,8 +11,8 @@ import pytest
 from packaging.version import Version
 
 import smoa_kernels
-from smoa_kernels.grad_tiling import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE
-from smoa_kernels.tuning.rules import Record, broken_rules
+from smoa_kernels.audit.rules import Record, broken_rules
+from smoa_kernels.cost.grad_tiling import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE
 
 triton = pytest.importorskip("triton", reason="there are no kernels to compile")
 
@@ -21,9 +21,9 @@ PROGRAM = """
 import json
 from dataclasses import asdict
 from smoa_kernels.kernels.launch import BLOCK_GRAD_CONFIGS
-from smoa_kernels.tuning.audit import AUDIT_DTYPES, DEFAULT_REGISTRY, Task, run_task
-from smoa_kernels.tuning.registry import KERNELS
-from smoa_kernels.tuning.rules import broken_rules
+from smoa_kernels.audit.run import (AUDIT_DTYPES, DEFAULT_REGISTRY, Task, run_task,)
+from smoa_kernels.audit.registry import KERNELS
+from smoa_kernels.audit.rules import broken_rules
 from smoa_kernels.tuning.space import search_space
 
 found = []
@@ -130,8 +130,8 @@ def test_what_the_predicted_rate_of_block_grad_assumes(audited: dict) -> None:
 
 def test_what_another_checkout_compiled_says_nothing_of_this_one(tmp_path: Path) -> None:
     """Triton's cache knows a kernel by its text; the lines of a binary name the file that it was compiled from."""
-    program = "import smoa_kernels.tuning.audit as a\n" + (
-        "from smoa_kernels.tuning.registry import KERNELS\n"
+    program = "import smoa_kernels.audit.run as a\n" + (
+        "from smoa_kernels.audit.registry import KERNELS\n"
         "(permute,) = (spec for spec in KERNELS if spec.name == 'permute')\n"
         "task = a.Task(a.DEFAULT_REGISTRY, 'permute', permute.variants[0], 0, 'sm_90', 'bf16')\n"
         "print(a.__file__, sorted({entry.pointer for entry in a.run_task(task).traffic}))\n"

@@ -14,11 +14,16 @@ from pathlib import Path
 import pytest
 from tuning_cases import FORWARD, GRAD, PERMUTE, entry, kept, needs_interpreter, permute_entry
 
+from smoa_kernels.kernels import store
+from smoa_kernels.kernels.entries import Entry, Trial, merged
+from smoa_kernels.kernels.json_reader import MOST_CHARACTERS
 from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
-from smoa_kernels.tuning import store
-from smoa_kernels.tuning.entries import Entry, Trial, merged
-from smoa_kernels.tuning.json_reader import MOST_CHARACTERS
-from smoa_kernels.tuning.store import SCHEMA, read, update, user_table
+from smoa_kernels.kernels.store import (
+    SCHEMA,
+    read,
+    update,
+    user_table,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -240,7 +245,7 @@ TUNING = """
 import sys
 sys.path.insert(0, {here!r})
 from tuning_cases import CPU, PERMUTE, permute_job, scripted
-from smoa_kernels.tuning import lookup
+from smoa_kernels.kernels import lookup
 from smoa_kernels.tuning.tuner import tune
 keys = [PERMUTE._replace(tokens=1 << step, blocks={blocks}) for step in range({steps})]
 timer = scripted(lambda choice: float(choice.block_t))

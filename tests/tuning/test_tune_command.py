@@ -13,13 +13,12 @@ import torch
 from tuning_cases import CPU, GRAD, entry, needs_interpreter, permute_entry, scripted
 
 from smoa_kernels.cli import info, main, tune_run
-from smoa_kernels.kernels import selection
+from smoa_kernels.cost.models import MODELS, Decoder, read_config
+from smoa_kernels.kernels import selection, status
+from smoa_kernels.kernels.entries import Choice
 from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
-from smoa_kernels.tuning import status
-from smoa_kernels.tuning.entries import Choice
-from smoa_kernels.tuning.models import MODELS, Decoder, read_config
-from smoa_kernels.tuning.store import read, update, user_table
+from smoa_kernels.kernels.store import read, update, user_table
 from smoa_kernels.tuning.tuner import Run
 
 pytestmark = needs_interpreter

@@ -21,14 +21,20 @@ from tuning_cases import (
     scripted,
 )
 
-from smoa_kernels.gpus import match_gpu
+from smoa_kernels.audit import run as audit
+from smoa_kernels.audit.rules import Record
+from smoa_kernels.cost.architectures import ARCHITECTURES
+from smoa_kernels.cost.gpus import match_gpu
+from smoa_kernels.kernels.entries import Choice
 from smoa_kernels.kernels.heuristic import CONFIGS, Key, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.tuning import audit, space
-from smoa_kernels.tuning.entries import Choice
-from smoa_kernels.tuning.limits import ARCHITECTURES
-from smoa_kernels.tuning.plan import Layer, Target, jobs, keys
-from smoa_kernels.tuning.rules import Record
+from smoa_kernels.tuning import space
+from smoa_kernels.tuning.plan import (
+    Layer,
+    Target,
+    jobs,
+    keys,
+)
 from smoa_kernels.tuning.space import algorithm_job, kernel_job, search_space
 from smoa_kernels.tuning.tuner import MOST_WORDS, Run
 from smoa_kernels.tuning.workloads import Workload, workload

@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from smoa_kernels.kernels.entries import Choice, Entry, Trial
 from smoa_kernels.kernels.heuristic import Key, heuristic
+from smoa_kernels.kernels.identity import identity
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.tuning.entries import Choice, Entry, Trial
-from smoa_kernels.tuning.identity import identity
-from smoa_kernels.tuning.store import Table, read, user_table
-from smoa_kernels.tuning.tuner import Job, Run, Tuned, tune
+from smoa_kernels.kernels.store import Table, read, user_table
+from smoa_kernels.tuning.tuner import (
+    Job,
+    Run,
+    Tuned,
+    tune,
+)
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(

@@ -1,0 +1,290 @@
+# mypy: allow-untyped-calls
+"""Ahead-of-time compilation of a launch for an architecture that need not be present.
+
+A launch is captured from the kernel's own launcher, called with tensors that have no data, so what is compiled
+here is what a launch compiles: the same constexprs, the same specialisation of pointers, strides and sizes.
+Imports Triton; the process must not interpret (`TRITON_INTERPRET`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..cost.architectures import Architecture
+from .listing import Listing, parse_amdgcn, parse_sass
+from .provenance import argument_offsets, argument_pointers
+
+__all__ = ["Binary", "Launch", "capture", "compile_launch"]
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Arguments of one kernel launch, without a device.
+
+    Attributes:
+        arguments: parameter name to a pointer type ("*bf16") or to a representative number.
+        constexprs: parameter name to its compile-time value.
+        options: `num_warps`, `num_stages` and the like.
+    """
+
+    arguments: Mapping[str, str | int | float | None]
+    constexprs: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel: its resources and its machine code.
+
+    Attributes:
+        registers: per thread; on AMD vector and accumulation registers together.
+        spilled: bytes of registers spilled to memory, per thread.
+        stack: bytes of stack per thread, spills included.
+        shared: bytes of shared memory per block.
+        warps: per block.
+        size: bytes of the device binary.
+        listing: the machine code.
+        pointers: per instruction the pointer arguments of its address, where the machine code tells (AMD).
+    """
+
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+    warps: int
+    size: int
+    listing: Listing
+    pointers: Sequence[frozenset[str]] = ()
+
+
+def capture(kernel: Any, launcher: Callable[[], object]) -> Launch:
+    """What `launcher()` would launch `kernel` with. No kernel of its module runs.
+
+    Raises:
+        LookupError: the launcher did not launch it.
+    """
+    launches: list[Launch] = []
+
+    def record(*args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        names = {p.name: p.is_constexpr for p in kernel.params}
+        launches.append(
+            Launch(
+                {n: _argument(v) for n, v in bound.items() if n in names and not names[n]},
+                {n: v for n, v in bound.items() if names.get(n)},
+                {n: v for n, v in bound.items() if n not in names},
+            )
+        )
+
+    with ExitStack() as stack:
+        for other in _kernels_beside(kernel):
+            stack.enter_context(_replaced_run(other, record if other is kernel else _ignore))
+        launcher()
+    if not launches:
+        raise LookupError(f"{kernel.__name__} was not launched by its launcher")
+    return launches[0]
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stands in for the launches of other kernels."""
+
+
+def _kernels_beside(kernel: Any) -> Iterable[Any]:
+    found = {id(value): value for value in kernel.fn.__globals__.values() if hasattr(value, "cache_key")}
+    return {**found, id(kernel): kernel}.values()
+
+
+@contextmanager
+def _replaced_run(kernel: Any, run: Callable[..., None]) -> Iterator[None]:
+    original = kernel.run
+    kernel.run = run
+    try:
+        yield
+    finally:
+        kernel.run = original
+
+
+def _argument(value: Any) -> str | int | float | None:
+    if isinstance(value, torch.Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    return value  # type: ignore[no-any-return]
+
+
+def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> Binary:
+    """Compile a captured launch.
+
+    Args:
+        kernel: the `@triton.jit` function.
+        launch: from :func:`capture`, or written by hand.
+        arch: what to compile for.
+    """
+    signature, constants, attributes = _specialise(kernel, launch, arch)
+    target = GPUTarget("hip" if arch.is_amd else "cuda", _target_arch(arch), arch.warp_size)
+    source = ASTSource(kernel, signature, constants, attributes)
+    with _exact_lines(kernel):
+        compiled = triton.compile(source, target=target, options=dict(launch.options))
+    warps = int(compiled.metadata.num_warps)
+    shared = int(compiled.metadata.shared)
+    if arch.is_amd:
+        arguments = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
+        return _read_amd(compiled.asm["amdgcn"], shared, warps, len(compiled.asm["hsaco"]), arguments)
+    # Warp-specialised kernels run more warps than num_warps; PTX knows the true number.
+    threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"])
+    warps = int(threads[1]) // 32 if threads else warps
+    return _read_nvidia(compiled.asm["cubin"], shared, warps)
+
+
+@contextmanager
+def _exact_lines(kernel: Any) -> Iterator[None]:
+    """Keep source lines true through PTX, and through Triton's cache.
+
+    Triton emits an unmasked load as inline assembly of several lines, and LLVM counts its line numbers on from
+    line to line: the load itself would carry the number of a later statement. And Triton's cache knows a kernel by
+    its text, while its lines name a file: what another checkout compiled would name that checkout's, gone perhaps.
+    """
+    file = kernel.fn.__code__.co_filename
+
+    def hook(
+        backend: Any = None,
+        stages: Any = None,
+        options: Any = None,
+        language: Any = None,
+        capability: Any = None,
+    ) -> tuple[str, str]:
+        if stages is not None and "ptx" in stages:
+            make_ptx = stages["ptx"]
+            stages["ptx"] = lambda source, metadata: one_line_per_assembly(make_ptx(source, metadata))
+        return "exact lines", "exact lines"
+
+    knobs = triton.knobs
+    previous = knobs.runtime.add_stages_inspection_hook
+    knobs.runtime.add_stages_inspection_hook = hook
+    try:
+        with knobs.cache.scope():
+            # A folder of its own: Triton 3.6 does not take what the hook returns into the key.
+            name = hashlib.sha256(f"exact lines of {file}".encode()).hexdigest()[:16]
+            knobs.cache.dir = str(Path(knobs.cache.dir) / name)
+            yield
+    finally:
+        knobs.runtime.add_stages_inspection_hook = previous
+
+
+def one_line_per_assembly(ptx: str) -> str:
+    """Drop all but the first `.loc` of each inline assembly block."""
+    kept: list[str] = []
+    locations: int | None = None  # seen in the present block; None outside
+    for line in ptx.splitlines():
+        code = line.strip()
+        if code.startswith("// begin inline asm"):
+            locations = 0
+        elif code.startswith("// end inline asm"):
+            locations = None
+        elif locations is not None and code.startswith(".loc"):
+            locations += 1
+            if locations > 1:
+                continue
+        kept.append(line)
+    return "\n".join(kept) + "\n"
+
+
+def _target_arch(arch: Architecture) -> str | int:
+    return arch.name if arch.is_amd else int(arch.name.removeprefix("sm_"))
+
+
+_Path = tuple[int, ...]
+
+
+def _specialise(
+    kernel: Any, launch: Launch, arch: Architecture
+) -> tuple[dict[str, str], dict[_Path, Any], dict[_Path, list[list[Any]]]]:
+    """What Triton's own launch makes of the arguments: 1 and None become constants, 16 | n an attribute."""
+    signature: dict[str, str] = {}
+    constants: dict[_Path, Any] = {}
+    attributes: dict[_Path, list[list[Any]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            value = launch.constexprs.get(name, parameter.default if parameter.has_default else None)
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        value = launch.arguments[name]
+        specialise = not parameter.do_not_specialize
+        aligned = specialise and not parameter.do_not_specialize_on_alignment
+        if value is None or (specialise and isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, str):
+            signature[name] = value
+            if aligned and value.startswith("*"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+                if arch.is_amd:  # every tensor of a representative launch is below 2 GiB
+                    attributes[(i,)].append(["tt.pointer_range", 32])
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if aligned and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return signature, constants, attributes
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _read_nvidia(cubin: bytes, shared: int, warps: int) -> Binary:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _output(_tool("cuobjdump"), "--dump-resource-usage", str(path))
+        listing = parse_sass(_output(_tool("nvdisasm"), "-g", "-c", str(path)))
+    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
+    return Binary(registers, listing.local_bytes(), stack, shared, warps, len(cubin), listing)
+
+
+def _read_amd(text: str, shared: int, warps: int, size: int, arguments: Sequence[tuple[str, str]]) -> Binary:
+    count = {
+        key: int(re.findall(rf"\.{key}:\s+(\d+)", text)[-1])
+        for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    }
+    # vgpr_count is the unified file's: accumulation registers are in it.
+    spilled = 4 * count["vgpr_spill_count"]  # scalar registers spill into lanes of vector ones, not to memory
+    stack = count["private_segment_fixed_size"]
+    listing = parse_amdgcn(text)
+    names = argument_pointers(arguments)
+    pointers = [
+        frozenset(names[offset] for offset in offsets if offset in names)
+        for offsets in argument_offsets([(i.opcode, i.operands) for i in listing.instructions])
+    ]
+    return Binary(count["vgpr_count"], spilled, stack, shared, warps, size, listing, pointers)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,342 @@
+"""Backend "eager": forward and backward in torch operators, for CPUs and wherever Triton is absent.
+
+All functions take 2-D activations and a `PackedAdapter`. Since W_effᵀ has the form of W_eff with rows and
+columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three algorithms:
+
+- merged: build `W_eff = W0 ∘ (1 + s·B̃Ã)` from zero-padded factors, a panel at a time, and multiply by it;
+- split: the adapter's output block by block, then the base GEMM accumulates onto it and rounds once;
+- expanded: for few tokens, `s·Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`: reads W0 and builds nothing of its size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..definition.dropout import Dropout
+from ..definition.packed import PackedAdapter
+from ..definition.precision import gemm_is_ieee
+from .block_order import (
+    block_indices,
+    block_order,
+    inverse,
+    row_panels,
+    select_columns,
+)
+
+__all__ = ["ALGORITHMS", "backward", "choose_algorithm", "delta_weight", "forward", "modulated_weight"]
+
+ALGORITHMS = ("merged", "split", "expanded")
+
+# The expanded form multiplies slots·T further rows by W0 (one slot per block and rank). Up to this many of them
+# it is the cheapest: measured on CPU at 2048² by benchmarks/test_few_tokens.py. Half precision stays longer
+# because its alternative, split, also reads W0 twice.
+EXPANDED_MAX_ROWS = {True: 24, False: 96}
+
+# About so many rows of W_eff the merged form builds at a time. Fewer make the GEMM's panels too narrow; more do not
+# stay in cache, and a fresh buffer of W0's size costs its page faults: at 4096², 1 % over a frozen forward, not 11 %.
+# A panel that is no multiple of 64 rows (2048 in three equal parts) slows its GEMM by a tenth.
+MERGED_PANEL = 768
+MERGED_ALIGNMENT = 64
+
+# Tokens whose columns are gathered at a time: the copies stay in cache, and one buffer, whose pages are touched once,
+# serves all panels. At 2048², K = 8, G costs 0.13 of a frozen pass instead of 0.26. In half precision each panel's
+# product is rounded and added to float32s, a pass over G, so panels are longer.
+TOKEN_PANEL = 128
+HALF_TOKEN_PANEL = 512
+
+
+def choose_algorithm(tokens: int, slots: int, *, ieee: bool, dropout: bool) -> str:
+    """What "auto" means on this backend.
+
+    Args:
+        tokens: T.
+        slots: K·ρ, at least the adapter's rank.
+        ieee: whether the GEMM multiplies in IEEE float32 or float64.
+        dropout: whether the adapter sees another x than the base layer.
+    """
+    if dropout:
+        return "split"
+    if tokens * slots <= EXPANDED_MAX_ROWS[ieee]:
+        return "expanded"
+    # A W_eff rounded to half precision loses an update smaller than W0's last bit.
+    return "merged" if ieee else "split"
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""(dX, dA, dB), None where not needed."""
+
+
+class Gemms(NamedTuple):
+    """What multiplies by W0 and its blocks: torch's operators here, compiled code in :mod:`native_backend`.
+
+    Attributes:
+        choose: x (T, C), adapter, dropout -> what "auto" means.
+        merged: x, adapter -> `x W_effᵀ` (T, N).
+        expanded: the same for few tokens.
+        split: x, adapter, dropout -> `x W0ᵀ + dropout(x) ΔWᵀ`.
+        input_gradient: dy, adapter -> dX without dropout.
+        gradient: dy, x, adapter -> (dA, dB) without.
+        dropout_backward: dy, x or None, adapter, dropout, whether dX is needed -> (dX, dA, dB), those that are.
+    """
+
+    choose: Callable[[Tensor, PackedAdapter, Dropout | None], str]
+    merged: Callable[[Tensor, PackedAdapter], Tensor]
+    expanded: Callable[[Tensor, PackedAdapter], Tensor]
+    split: Callable[[Tensor, PackedAdapter, Dropout | None], Tensor]
+    input_gradient: Callable[[Tensor, PackedAdapter], Tensor]
+    gradient: Callable[[Tensor, Tensor, PackedAdapter], tuple[Tensor, Tensor]]
+    dropout_backward: Callable[[Tensor, Tensor | None, PackedAdapter, Dropout, bool], Gradients]
+
+
+def forward(
+    x: Tensor,
+    bias: Tensor | None,
+    adapter: PackedAdapter,
+    algorithm: str,
+    dropout: Dropout | None,
+    gemms: Gemms | None = None,
+) -> Tensor:
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
+    gemms = gemms or TORCH
+    if algorithm == "auto":
+        algorithm = gemms.choose(x, adapter, dropout)
+    if algorithm == "merged":
+        y = gemms.merged(x, adapter)
+    elif algorithm == "expanded":
+        y = gemms.expanded(x, adapter)
+    else:
+        y = gemms.split(x, adapter, dropout)
+    # Last: added before the base GEMM a bias would round the adapter's output away.
+    return y if bias is None else y.add_(bias)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    adapter: PackedAdapter,
+    dropout: Dropout | None,
+    *,
+    needs_x: bool,
+    gemms: Gemms | None = None,
+) -> Gradients:
+    """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
+    gemms = gemms or TORCH
+    if dropout is not None:
+        return gemms.dropout_backward(dy, x, adapter, dropout, needs_x)
+    # dA and dB first: what they need is freed before dX needs its own.
+    dA, dB = (None, None) if x is None else gemms.gradient(dy, x, adapter)
+    return gemms.input_gradient(dy, adapter) if needs_x else None, dA, dB
+
+
+def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
+    ieee = gemm_is_ieee(x.dtype, x.device.type)
+    return choose_algorithm(x.shape[0], _slots(adapter), ieee=ieee, dropout=dropout is not None)
+
+
+def _input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
+    # merged in every dtype: in dX a rounded W_eff is a second-order error
+    algorithm = choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False)
+    return (_expanded if algorithm == "expanded" else _merged)(dy, adapter.T)
+
+
+def _slots(adapter: PackedAdapter) -> int:
+    """K·ρ: how many rows the expanded factors have at most."""
+    return adapter.A.shape[0] * adapter.partition.num_blocks
+
+
+def modulated_weight(adapter: PackedAdapter) -> Tensor:
+    """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order."""
+    A, B = adapter.expanded_factors(adapter.weight.dtype)
+    return _modulated(adapter.weight, A, B, torch.empty_like(adapter.weight))
+
+
+def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
+    """`out = weight ∘ (1 + B A)`, all in one memory order."""
+    if weight.stride(0) < weight.stride(1):  # column-major: walk it along its memory
+        return _modulated(weight.T, B.T, A.T, out.T).T
+    torch.mm(B, A, out=out)
+    return torch.addcmul(weight, weight, out, out=out)
+
+
+def _merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
+    """`x W_effᵀ` (T, N), a panel of W_eff's rows at a time: its product meets it in cache, and it is never whole."""
+    weight = adapter.weight
+    count = math.ceil(weight.shape[0] / MERGED_PANEL)
+    if count <= 1:
+        return torch.mm(x, modulated_weight(adapter).T)
+    A, B = adapter.expanded_factors(weight.dtype)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    height = MERGED_ALIGNMENT * math.ceil(weight.shape[0] / (MERGED_ALIGNMENT * count))
+    parts = [weight.split(height), B.split(height), y.split(height, dim=1)]
+    buffer = torch.empty_like(parts[0][0])
+    for W0, B_part, out in zip(*parts, strict=True):
+        W_eff = _modulated(W0, A, B_part, buffer[: W0.shape[0]])
+        torch.mm(x, W_eff.T, out=out)
+    return y
+
+
+def _product(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
+    """`B A` in the memory order of a weight, with which it is then multiplied."""
+    return (A.T @ B.T).T if like.stride(0) < like.stride(1) else B @ A
+
+
+def delta_weight(adapter: PackedAdapter) -> Tensor:
+    """`ΔW`, (N, C) in W0's dtype, zero outside the diagonal blocks; rounded once."""
+    A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
+    return (B @ A).mul_(adapter.weight).to(adapter.weight.dtype)
+
+
+def _split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
+    return _block_matmul(x, adapter, dropout).addmm_(x, adapter.weight.T)
+
+
+def _block_matmul(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
+    """`y[:, rows_k] = dropout(x)[:, cols_k] ΔW_kᵀ` for every block: the adapter's output alone, (T, N)."""
+    product = _BlockProduct(adapter)
+    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    draw = None if dropout is None else dropout.stream(x.shape[1])
+    mask, gathered, scratch = _Buffer(), _Buffer(), _Buffer()
+    for x_part, y_part in _panels(x, y):
+        dropped = x_part if draw is None else draw(mask.like(x_part)).mul_(x_part)
+        product(gathered.columns(dropped, product.cols), scratch, out=y_part)
+    return y
+
+
+def _block_grad(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
+    """`H_k = s·(dY_kᵀ X_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`; padding rows get zeros."""
+    gradient, left, right = _BlockGradient(adapter), _Buffer(), _Buffer()
+    # Nothing is gathered where K = 1.
+    for dy_part, x_part in _panels(dy, x) if adapter.partition.num_blocks > 1 else [(dy, x)]:
+        gradient.add(left.columns(dy_part, gradient.rows), right.columns(x_part, gradient.cols))
+    del left, right
+    return gradient.contract()
+
+
+def _dropout_backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, needs_x: bool
+) -> Gradients:
+    """All gradients in one walk over the tokens, but for dY W0 in dX: the mask is drawn once for dX and G."""
+    width = adapter.weight.shape[1]
+    rows, cols = block_indices(adapter)
+    product = _BlockProduct(adapter.T) if needs_x else None
+    gradient = None if x is None else _BlockGradient(adapter)
+    # Of dX and x one stands in for the other where that is not there; a stand-in is neither written nor read.
+    dx = dy.new_empty(dy.shape[0], width) if needs_x or x is None else x
+    draw, mask, gathered, scratch = dropout.stream(width), _Buffer(), _Buffer(), _Buffer()
+    for dy_part, dx_part, x_part in _panels(dy, dx, dx if x is None else x):
+        multiplier = draw(mask.like(dx_part))
+        dy_part = gathered.columns(dy_part, rows)
+        if product is not None:
+            product(dy_part, scratch, out=dx_part).mul_(multiplier)
+        if gradient is not None:
+            gradient.add(dy_part, scratch.columns(multiplier.mul_(x_part), cols))
+    del product, mask, gathered, scratch, multiplier, dy_part
+    dA, dB = (None, None) if gradient is None else gradient.contract()
+    return dx.addmm_(dy, adapter.weight) if needs_x else None, dA, dB
+
+
+def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same tokens of each tensor, some at a time."""
+    tokens = TOKEN_PANEL if tensors[0].itemsize > 2 else HALF_TOKEN_PANEL
+    return zip(*(row_panels(tensor, tokens) for tensor in tensors), strict=True)
+
+
+class _Buffer:
+    """Memory that one panel after another is written to; the first is the largest."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def like(self, panel: Tensor) -> Tensor:
+        """A contiguous tensor of a panel's shape and dtype."""
+        if self._memory is None:
+            self._memory = panel.new_empty(panel.shape)
+        return self._memory[: panel.shape[0]]
+
+    def columns(self, panel: Tensor, index: Tensor | None) -> Tensor:
+        """The columns of a panel in another order; the panel itself where there is none."""
+        return panel if index is None else select_columns(panel, index, out=self.like(panel))
+
+
+class _BlockProduct:
+    """`x ΔWᵀ` for panels of tokens, block by block, x's columns in the order of `cols` (None: their own)."""
+
+    def __init__(self, adapter: PackedAdapter) -> None:
+        self._order = order = block_order(adapter)
+        self.cols = order.col_index
+        self._deltas = [
+            _product(A, B, weight).mul_(weight).to(weight.dtype).T
+            for (A, B), weight in zip(order.factors(order.A, order.B), order.weights(), strict=True)
+        ]
+        self._back = None if order.row_index is None else inverse(order.row_index)
+
+    def __call__(self, x: Tensor, scratch: _Buffer, out: Tensor) -> Tensor:
+        order = self._order
+        y = out if self._back is None else scratch.like(out)
+        if not all(order.ranks):
+            y.zero_()  # where a block has no rank
+        for x_k, delta, y_k in zip(order.cols(x), self._deltas, order.rows(y, 1), strict=True):
+            torch.mm(x_k, delta, out=y_k)
+        return y if self._back is None else select_columns(y, self._back, out=out)
+
+
+class _BlockGradient:
+    """`G_k = dY_kᵀ X_k`, summed over panels of tokens, then contracted with W0 and the factors."""
+
+    def __init__(self, adapter: PackedAdapter) -> None:
+        self._adapter = adapter
+        self.rows, self.cols = block_indices(adapter)
+        # W0 is walked along its memory: where it is column-major everything is computed transposed.
+        self._transposed = adapter.weight.stride(0) < adapter.weight.stride(1)
+        self._order = block_order(adapter.T if self._transposed else adapter)
+        self._G: list[Tensor] = []
+
+    def add(self, dy: Tensor, x: Tensor) -> None:
+        """Take a panel of tokens, the columns of dY in the order of `rows`, those of x in that of `cols`."""
+        order = self._order
+        left, right = (x.T, dy) if self._transposed else (dy.T, x)
+        pairs = zip(order.rows(left), order.cols(right), strict=True)
+        if not self._G:
+            self._G = [torch.mm(left_k, right_k) for left_k, right_k in pairs]
+        elif right.dtype == order.A.dtype:
+            for G, (left_k, right_k) in zip(self._G, pairs, strict=True):
+                G.addmm_(left_k, right_k)
+        else:  # half precision: what is summed is wider
+            for k, (left_k, right_k) in enumerate(pairs):
+                self._G[k] = self._G[k].to(order.A.dtype).add_(left_k @ right_k)
+
+    def contract(self) -> tuple[Tensor, Tensor]:
+        """(dA, dB); the sums are used up."""
+        order = self._order
+        new = order.A.new_empty if order.full else order.A.new_zeros
+        # As its transpose, which costs half: a GEMM with few columns is slower than one with few rows.
+        dA, dB = new(order.A.shape), new(order.B.T.shape).T
+        factors, gradients = order.factors(order.A, order.B), order.factors(dA, dB)
+        for (A, B), (dA_k, dB_k), weight in zip(factors, gradients, order.weights(), strict=True):
+            # Wider than half precision from here: H is contracted again, over the width of the block.
+            H = self._G.pop(0).to(dA.dtype).mul_(weight)
+            torch.mm(B.T, H, out=dA_k)
+            torch.mm(A, H.T, out=dB_k.T)
+        dB.mul_(self._adapter.scaling)  # order.B holds it already
+        if order.row_index is not None and order.col_index is not None:
+            dA = dA.index_select(1, inverse(order.col_index))
+            dB = dB.index_select(0, inverse(order.row_index))
+        dA, dB = (dB.T, dA.T) if self._transposed else (dA, dB)
+        return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
+
+
+def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
+    """`x W0ᵀ + Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`, (T, N), without a temporary of W0's size."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    A, B = adapter.expanded_factors(wide)
+    products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ adapter.weight.T
+    update = (products.view(A.shape[0], x.shape[0], B.shape[0]).to(wide) * B.T[:, None]).sum(0)
+    return update.to(x.dtype).addmm_(x, adapter.weight.T)
+
+
+TORCH = Gemms(_choose, _merged, _expanded, _split, _input_gradient, _block_grad, _dropout_backward)

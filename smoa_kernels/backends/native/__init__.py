@@ -1,0 +1,1 @@
+"""Compiled CPU code, and what calls it."""

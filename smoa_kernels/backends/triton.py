@@ -1,0 +1,179 @@
+"""Backend "triton": forward and backward composed of the kernels and of cuBLAS's plain GEMMs.
+
+- merged: `modulate` builds W_eff, one GEMM;
+- split: `permute` gathers x by block, `block_matmul` writes the adapter's output, and the base GEMM accumulates
+  onto it and rounds once;
+- fused: for few tokens, base and adapter in one pass over W0, nothing built.
+
+Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`grad_tiling.gradient_parts`) and
+nothing is left before dX needs its workspace; dX merged in every dtype (a rounded W_eff is a second-order error there),
+split under dropout, fused for few tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cost.estimate import choose_algorithm
+from ..cost.gpus import device_gpu
+from ..cost.grad_tiling import gradient_parts
+from ..cost.problem import Problem, padding_multiple
+from ..definition.dropout import Dropout
+from ..definition.packed import PackedAdapter
+from ..definition.partition import BlockPartition
+from ..definition.precision import gemm_is_ieee
+from ..kernels import lookup
+from ..kernels.block_grad import block_grad_in_parts
+from ..kernels.block_matmul import block_matmul
+from ..kernels.common import padded_width
+from ..kernels.fused_linear import fused_linear
+from ..kernels.heuristic import Key, bucket
+from ..kernels.modulate import modulated_blocks, modulated_weight
+from ..kernels.permute import gather_columns, scatter_columns
+from ..kernels.selection import name_of
+from . import eager
+
+__all__ = [
+    "ALGORITHMS",
+    "admissible",
+    "backward",
+    "forward",
+    "input_gradient",
+    "modulated_weight",
+]
+
+ALGORITHMS = ("merged", "split", "fused")
+
+# Launchers know no tables, which stand above the kernels in the order of imports: the first module above both tells
+# them to ask there before the heuristic.
+lookup.install()
+
+
+def forward(
+    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
+) -> Tensor:
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
+    if not adapter.weight.numel():  # no tile for a kernel
+        return eager.forward(x, bias, adapter, "auto", dropout)
+    allow_tf32 = not gemm_is_ieee(x.dtype, "cuda")
+    if algorithm == "auto":
+        algorithm = "split" if dropout is not None else _choose("forward", x, adapter, allow_tf32)
+    if algorithm == "merged":
+        return F.linear(x, modulated_weight(adapter, allow_tf32=allow_tf32), bias)
+    if algorithm == "fused":
+        return fused_linear(x, bias, adapter, allow_tf32=allow_tf32)
+    xg = _by_block(x, adapter.partition, dropout)
+    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    block_matmul(xg, adapter, _delta_blocks(adapter, allow_tf32), out=y, allow_tf32=allow_tf32)
+    y.addmm_(x, adapter.weight.T)
+    # Last: added before the base GEMM a bias would round the adapter's output away.
+    return y if bias is None else y.add_(bias)
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
+    if not adapter.weight.numel():
+        return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
+    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
+    dA = dB = dx = None
+    # The factors first: their gathered copies are gone before dX takes its workspace.
+    if x is not None:
+        dA, dB = _factor_gradients(dy, x, adapter, dropout, allow_tf32)
+    if needs_x:
+        dx = input_gradient(dy, adapter, "auto", dropout)
+    return dx, dA, dB
+
+
+def _factor_gradients(
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    problem = _problem(dy.shape[0], adapter, dy.dtype, 0.0 if dropout is None else dropout.p)
+    parts = gradient_parts(problem)
+    pieces = list(zip(dy.split(parts), x.split(parts), strict=True))
+
+    def gathered(part: int) -> tuple[Tensor, Tensor]:
+        dy_part, x_part = pieces[part]
+        # Under dropout there is one part: the mask counts tokens from the first.
+        return _by_block(dy_part, adapter.T.partition), _by_block(x_part, adapter.partition, dropout)
+
+    return block_grad_in_parts(len(parts), gathered, adapter, allow_tf32=allow_tf32)
+
+
+def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
+    """`dX = dY W0 + dropoutᵀ(dY ΔW)`: dY (T, N) -> dX (T, C); "auto", "merged" or "fused", split under dropout."""
+    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
+    if dropout is None:
+        if algorithm == "auto":
+            algorithm = _choose("input_gradient", dy, adapter, allow_tf32)
+        if algorithm == "fused":
+            return fused_linear(dy, None, adapter.T, allow_tf32=allow_tf32)
+        return dy @ modulated_weight(adapter, allow_tf32=allow_tf32)
+    dyg = _by_block(dy, adapter.T.partition)
+    delta = _delta_blocks(adapter, allow_tf32)
+    dxg = dy.new_empty(dy.shape[0], delta.shape[0], delta.shape[2])
+    block_matmul(dyg, adapter.T, delta.mT, out=dxg, allow_tf32=allow_tf32)
+    dx = dy.new_empty(dy.shape[0], adapter.weight.shape[1])
+    p = adapter.partition
+    scatter_columns(dxg, p.col_index, p.col_offsets, dx, dropout=dropout)
+    return dx.addmm_(dy, adapter.weight)
+
+
+def _by_block(x: Tensor, partition: BlockPartition, dropout: Dropout | None = None) -> Tensor:
+    """x's columns grouped by block, (T, K, P); a view where there is one block that fills its tiles."""
+    width = padded_width(partition.col_sizes, padding_multiple(partition.col_sizes))
+    if partition.num_blocks == 1 and width == x.shape[1] and dropout is None and x.is_contiguous():
+        return x[:, None]
+    return gather_columns(x, partition.col_index, partition.col_offsets, width, dropout=dropout)
+
+
+def _delta_blocks(adapter: PackedAdapter, allow_tf32: bool) -> Tensor:
+    """ΔW by block, (K, P_n, P_c)."""
+    p = adapter.partition
+    return modulated_blocks(
+        adapter,
+        row_multiple=padding_multiple(p.row_sizes),
+        col_multiple=padding_multiple(p.col_sizes),
+        allow_tf32=allow_tf32,
+    )
+
+
+def admissible(stage: str, dtype: str) -> tuple[str, ...]:
+    """What may be chosen for speed.
+
+    A W_eff rounded to half, or multiplied in TF32, loses a small update in the forward; in dX that is a second-order
+    error.
+
+    Args:
+        stage: "forward" or "input_gradient".
+        dtype: that the GEMM multiplies, one of `heuristic.DTYPES`.
+    """
+    if stage == "input_gradient":
+        return ("merged", "fused")
+    return ALGORITHMS if dtype == "fp32" else ("split", "fused")
+
+
+def _choose(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
+    """What "auto" means without dropout, for "forward" or "input_gradient": as measured, else as predicted."""
+    tokens, ieee = x.shape[0], x.dtype == torch.float32 and not allow_tf32
+    dtype = name_of(x.dtype, "ieee" if ieee else "tf32")
+    out_features, in_features = adapter.weight.shape
+    rank, num_blocks = adapter.A.shape[0], adapter.partition.num_blocks
+    key = Key(stage, dtype, rank, num_blocks, out_features, in_features, bucket(tokens))
+    measured = lookup.tuned_algorithm(key, x.device, admissible(stage, dtype))
+    if measured is not None:
+        return measured
+    problem = _problem(tokens, adapter, x.dtype)
+    # dX is merged in every dtype, so its alternative to fused is predicted as IEEE float32's.
+    return choose_algorithm(problem, device_gpu(x.device), ieee or stage == "input_gradient")
+
+
+def _problem(tokens: int, adapter: PackedAdapter, dtype: torch.dtype, dropout: float = 0.0) -> Problem:
+    """The layer and a batch as the cost model names them: blocks of one size and one rank."""
+    out_features, in_features = adapter.weight.shape
+    num_blocks = adapter.partition.num_blocks
+    rank = adapter.A.shape[0] * num_blocks
+    return Problem(tokens, out_features, in_features, num_blocks, rank, dtype, dropout)

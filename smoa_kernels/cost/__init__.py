@@ -1,0 +1,1 @@
+"""What a layer costs: counted, predicted, extrapolated to many GPUs."""

@@ -1,0 +1,220 @@
+"""What the cost model knows of GPUs: published rates and bandwidths, and which one stands for a device.
+
+Nothing here is measured by us. A rate is a published dense peak times the share of it that an H100 achieves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..checks import cached, check_count, check_finite, check_kind, first_line
+
+__all__ = ["GPUS", "Gpu", "device_gpu", "match_gpu"]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the model knows of a GPU.
+
+    Attributes:
+        name: short lower-case name.
+        matmul_tflops: achieved TFLOP/s of a large GEMM by multiplying dtype: "bf16", "fp16", "tf32", "fp32"
+            (IEEE), "fp64".
+        memory_tbps: memory bandwidth, TB/s.
+        multiprocessors: streaming multiprocessors or compute units.
+        capability: CUDA compute capability, or None for AMD.
+        arch: the architecture that kernels are compiled for.
+
+    Raises:
+        TypeError, ValueError: naming the attribute, what was given and what is allowed.
+
+    Example:
+        >>> GPUS["h100"].arch, GPUS["h100"].multiprocessors
+        ('sm_90', 132)
+    """
+
+    name: str
+    matmul_tflops: Mapping[str, float] = field(hash=False)
+    memory_tbps: float
+    multiprocessors: int
+    capability: tuple[int, int] | None
+    arch: str
+
+    def __post_init__(self) -> None:
+        check_kind("name", self.name, str)
+        check_kind("arch", self.arch, str)
+        if not isinstance(self.matmul_tflops, Mapping) or set(self.matmul_tflops) != set(_MULTIPLYING):
+            raise TypeError(
+                f"matmul_tflops must be a mapping of {', '.join(_MULTIPLYING)}, got {self.matmul_tflops!r}"
+            )
+        rates = {f"matmul_tflops[{name!r}]": rate for name, rate in self.matmul_tflops.items()}
+        for name, rate in {**rates, "memory_tbps": self.memory_tbps}.items():
+            check_finite(name, rate)
+            if rate <= 0:
+                raise ValueError(f"{name} must be above 0, got {rate}")
+        check_count("multiprocessors", self.multiprocessors, 1, _MOST_MULTIPROCESSORS)
+        _check_capability(self.capability)
+
+    def flops_per_second(self, dtype: torch.dtype, ieee: bool) -> float:
+        """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`.
+
+        Raises:
+            TypeError: no dtype, or `ieee` no bool.
+            ValueError: a dtype that no rate is published for.
+        """
+        return self.matmul_tflops[_multiplying_name(dtype, ieee)] * 1e12
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Memory bandwidth."""
+        return self.memory_tbps * 1e12
+
+
+_MULTIPLYING = ("bf16", "fp16", "tf32", "fp32", "fp64")
+_MOST_MULTIPROCESSORS = 10**6  # far above any, for what is no number of them
+
+
+def _check_capability(capability: tuple[int, int] | None) -> None:
+    if capability is None:
+        return
+    check_kind("capability", capability, tuple)
+    if [type(part) for part in capability] != [int, int]:
+        raise ValueError(f"capability must be two ints, as (9, 0), got {capability!r}")
+
+
+def _multiplying_name(dtype: torch.dtype, ieee: bool) -> str:
+    check_kind("dtype", dtype, torch.dtype)
+    check_kind("ieee", ieee, bool)
+    if dtype == torch.float32:
+        return "fp32" if ieee else "tf32"
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+    if dtype not in names:
+        raise ValueError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+    return names[dtype]
+
+
+# A large bf16 GEMM on an H100 SXM reaches about 700 of its published 989 dense TFLOP/s. The same share of the
+# published rate is assumed for every dtype and GPU until someone measures; AMD's usually reach less.
+_ACHIEVED = 700 / 989
+
+
+def _gpu(
+    name: str,
+    peak: tuple[float, float, float, float],
+    memory_tbps: float,
+    multiprocessors: int,
+    capability: tuple[int, int] | None,
+    arch: str,
+) -> Gpu:
+    half, tf32, fp32, fp64 = (rate * _ACHIEVED for rate in peak)
+    rates = dict(zip(_MULTIPLYING, (half, half, tf32, fp32, fp64), strict=True))
+    return Gpu(name, MappingProxyType(rates), memory_tbps, multiprocessors, capability, arch)
+
+
+_PUBLISHED = (
+    # name, dense peak TFLOP/s (bf16 and fp16 with fp32 accumulation, TF32, fp32, fp64), TB/s, multiprocessors
+    _gpu("h100", (989, 495, 67, 67), 3.35, 132, (9, 0), "sm_90"),
+    _gpu("h200", (989, 495, 67, 67), 4.8, 132, (9, 0), "sm_90"),
+    _gpu("a100", (312, 156, 19.5, 19.5), 2.04, 108, (8, 0), "sm_80"),
+    _gpu("a40", (150, 75, 37.4, 0.58), 0.696, 84, (8, 6), "sm_86"),
+    _gpu("l40s", (362, 183, 91.6, 1.43), 0.864, 142, (8, 9), "sm_89"),
+    _gpu("rtx4090", (165, 82.6, 82.6, 1.29), 1.008, 128, (8, 9), "sm_89"),
+    _gpu("b200", (2250, 1125, 75, 37), 7.7, 148, (10, 0), "sm_100"),
+    _gpu("rtx5090", (210, 105, 105, 1.64), 1.792, 170, (12, 0), "sm_120"),
+    _gpu("mi300x", (1307, 654, 163, 163), 5.3, 304, None, "gfx942"),
+)
+
+GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _PUBLISHED})
+"""Published figures by name; rates are the published dense peaks times the share that an H100 achieves."""
+
+
+def match_gpu(
+    device_name: str, capability: tuple[int, int] | None, multiprocessors: int | None = None
+) -> Gpu:
+    """The published GPU that stands for a device; always answers.
+
+    By name where the device's own name holds a published one and its multiprocessors agree within 5 %, else
+    the published GPU of the nearest capability (or AMD's), scaled by the number of multiprocessors.
+
+    Args:
+        device_name: as the driver reports it, for example "NVIDIA H100 80GB HBM3".
+        capability: CUDA compute capability, None for AMD.
+        multiprocessors: of the device; the published number where None.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Example:
+        >>> match_gpu("NVIDIA H100 80GB HBM3", (9, 0)).name
+        'h100'
+        >>> match_gpu("a GPU that nobody knows", (8, 0)).name
+        'a100'
+    """
+    check_kind("device_name", device_name, str)
+    if multiprocessors is not None:
+        check_count("multiprocessors", multiprocessors, 1, _MOST_MULTIPROCESSORS)
+    _check_capability(capability)
+    for gpu in _PUBLISHED:
+        pattern = rf"(?<![a-z0-9]){gpu.name.replace('rtx', 'rtx ?')}(?![a-z0-9])"
+        same_size = multiprocessors is None or abs(multiprocessors / gpu.multiprocessors - 1) < 0.05
+        if same_size and re.search(pattern, device_name.lower()):
+            return gpu
+    stand_in = _nearest(capability)
+    if multiprocessors is None:
+        return stand_in
+    share = multiprocessors / stand_in.multiprocessors
+    return replace(
+        stand_in,
+        name=device_name,
+        matmul_tflops=MappingProxyType({k: v * share for k, v in stand_in.matmul_tflops.items()}),
+        memory_tbps=stand_in.memory_tbps * share,
+        multiprocessors=multiprocessors,
+    )
+
+
+@cached
+def device_gpu(device: torch.device) -> Gpu:
+    """The published GPU that stands for a device; an H100 for Triton's interpreter.
+
+    Args:
+        device: of the activations.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is a GPU that this machine does not have.
+
+    Example:
+        >>> device_gpu(torch.device("cpu")).name
+        'h100'
+    """
+    check_kind("device", device, torch.device)
+    if device.type != "cuda":
+        return GPUS["h100"]
+    properties = gpu_properties(device)
+    capability = None if torch.version.hip else (properties.major, properties.minor)
+    return match_gpu(properties.name, capability, properties.multi_processor_count)
+
+
+def gpu_properties(device: torch.device) -> Any:
+    """What the driver says of a CUDA or ROCm GPU; ValueError for any other device, or where there is none."""
+    try:
+        return torch.cuda.get_device_properties(device)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"device must be a CUDA or ROCm GPU that this machine has, got {str(device)!r}: {first_line(error)}"
+        ) from error
+
+
+def _nearest(capability: tuple[int, int] | None) -> Gpu:
+    if capability is None:
+        return next(gpu for gpu in _PUBLISHED if gpu.capability is None)
+    known = [gpu for gpu in _PUBLISHED if gpu.capability is not None]
+    # max keeps the first of equals: the table lists the plainest GPU of a capability first.
+    at_most = [gpu for gpu in known if gpu.capability is not None and gpu.capability <= capability]
+    return max(at_most or known, key=lambda gpu: gpu.capability or (0, 0))

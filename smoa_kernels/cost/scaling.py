@@ -1,0 +1,336 @@
+"""What fine-tuning a whole model costs on many GPUs: memory of each, and what each sends in a step.
+
+Full fine-tuning, LoRA and SMoA are counted by the same rules. Nothing here is measured: every number is a
+prediction. The rules, with T the tokens of one replica in a step, h the hidden size and g GPUs in a group:
+
+Memory
+- The base is bfloat16. Adapters are float32, and so are their gradients and AdamW's two moments: 16 bytes each.
+  Full fine-tuning keeps a float32 copy of the weights and two moments beside bfloat16 weights and gradients: 16 bytes.
+- SMoA's labels and indices: 9 bytes for each row and column of an adapted layer, whole on every process.
+- Each decoder layer is checkpointed: its input stays, and one layer's activations are alive while it is recomputed.
+  Its query, key, value, gate and up share their inputs. Attention keeps no scores (flash attention).
+- Logits of all T tokens in bfloat16 and, for the loss, their gradient in float32.
+- SMoA's backward workspace is the cost model's, of the largest layer; LoRA's is one output of the widest layer.
+- FSDP2 holds two decoder layers whole, the one that computes and the next, and from forward to the end of backward
+  what is in no decoder layer: embedding and head.
+
+Communication, per GPU and step, bytes sent by ring collectives: all-reduce 2·(g-1)/g of a tensor, all-gather and
+reduce-scatter (g-1)/g.
+- DDP: one all-reduce of the trained parameters' gradients.
+- FSDP2: decoder layers gathered in forward and again in backward (which also serves the recomputation), embedding
+  and head once, trained gradients reduce-scattered.
+- TP: in each decoder layer the outputs of "output" and "down" are reduced in forward and in its recomputation, and
+  in backward the input gradient of each of query, key, value, gate and up, as the styles do it by themselves: 9
+  all-reduces of T·h. The gradients of the factors that are whole on every process are reduced too. The embedding is
+  whole, the head cut by its rows, its loss's small reductions not counted. DDP over the remaining dimension.
+
+Time: matrix products of the adapted layers and the head by the cost model, forward twice; communication at the
+link's published rate, no overlap with anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ..checks import (
+    MOST_SIZE,
+    check_blocks,
+    check_choice,
+    check_count,
+    check_kind,
+)
+from .estimate import estimate
+from .gpus import Gpu
+from .models import MODELS, Decoder
+from .problem import Problem
+from .workspace import backward_workspace_bytes
+
+__all__ = ["CAPACITY", "METHODS", "PARALLEL", "STACKS", "Plan", "Scale", "predict", "tensor_parallel_size"]
+
+Parallel = Literal["ddp", "fsdp", "tp"]
+Method = Literal["full", "lora", "smoa"]
+
+PARALLEL: tuple[Parallel, ...] = ("ddp", "fsdp", "tp")
+METHODS: tuple[Method, ...] = ("full", "lora", "smoa")
+
+CAPACITY: Mapping[str, int] = {"h100": 80, "h200": 141, "a100": 80, "b200": 180, "mi300x": 192}
+"""Memory of the GPUs that are found in such numbers, 10⁹ bytes, as published."""
+
+NODE = 8  # GPUs that share the fast links, in which tensor parallelism stays
+NODE_BYTES_PER_SECOND = 450e9  # NVLink 4, one direction
+NETWORK_BYTES_PER_SECOND = 50e9  # 400 Gb/s for each GPU
+
+_HALF, _SINGLE = 2, 4
+_TRAINED = 12  # bytes of a trained parameter beyond its stored weight and gradient, full: master and moments
+_LABELS = 9  # a uint8 label and an int64 index
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a model has beside the layers of one decoder block: `config.json`'s `num_hidden_layers`, `vocab_size`."""
+
+    layers: int
+    vocabulary: int
+    tied: bool = False
+
+
+STACKS: Mapping[str, Stack] = {
+    "llama-3-8b": Stack(32, 128256),
+    "llama-3-70b": Stack(80, 128256),
+    "llama-3-405b": Stack(126, 128256),
+    "llama-3.2-1b": Stack(16, 128256, tied=True),
+    "llama-3.2-3b": Stack(28, 128256, tied=True),
+    "smollm2-135m": Stack(30, 49152, tied=True),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model, a batch and an adapter on a number of GPUs.
+
+    Attributes:
+        model: one of `STACKS`.
+        gpus: how many.
+        parallel: "ddp", "fsdp" or "tp".
+        tokens: of one replica in a step.
+        rank: r, of LoRA and of SMoA.
+        num_blocks: K.
+
+    Raises:
+        TypeError, ValueError: naming the option, what was given and what is allowed.
+
+    Example:
+        >>> Scale("llama-3-8b", gpus=8, parallel="ddp").stack.layers
+        32
+    """
+
+    model: str
+    gpus: int
+    parallel: Parallel
+    tokens: int = 8192
+    rank: int = 16
+    num_blocks: int = 4
+
+    def __post_init__(self) -> None:
+        check_choice("model", self.model, STACKS)
+        check_choice("parallel", self.parallel, PARALLEL)
+        for name in ("gpus", "tokens", "rank"):
+            check_count(name, getattr(self, name), 1, MOST_SIZE)
+        smallest = min(self.decoder.shapes, key=min)
+        check_blocks(self.num_blocks, smallest, f"{self.model}'s smallest layer")
+        if self.parallel == "tp" and self.gpus % tensor_parallel_size(self):
+            raise ValueError(
+                f"gpus must be a multiple of {tensor_parallel_size(self)}, over which layers are cut, got {self.gpus}"
+            )
+
+    @property
+    def decoder(self) -> Decoder:
+        """The shapes of a decoder block."""
+        return MODELS[self.model]
+
+    @property
+    def stack(self) -> Stack:
+        """What is around it."""
+        return STACKS[self.model]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one method is predicted to cost on each GPU.
+
+    Attributes:
+        method: "full", "lora" or "smoa".
+        trained_parameters: of the whole model.
+        memory: bytes, by what they are for.
+        traffic: bytes that a GPU sends in a step, by collective.
+        compute_seconds: of a step's matrix products.
+        traffic_seconds: of a step's collectives.
+
+    Example:
+        >>> from smoa_kernels.cost.gpus import GPUS
+        >>> plan = predict(Scale("llama-3-8b", gpus=8, parallel="ddp"), "smoa", GPUS["h100"])
+        >>> f"{plan.total_memory / 1e9:.0f} GB, predicted"
+        '26 GB, predicted'
+    """
+
+    method: Method
+    trained_parameters: int
+    memory: Mapping[str, float]
+    traffic: Mapping[str, float]
+    compute_seconds: float
+    traffic_seconds: float
+
+    @property
+    def total_memory(self) -> float:
+        """Sum of all parts."""
+        return sum(self.memory.values())
+
+    @property
+    def total_traffic(self) -> float:
+        """Sum of all collectives."""
+        return sum(self.traffic.values())
+
+
+def tensor_parallel_size(scale: Scale) -> int:
+    """Over how many GPUs layers are cut: a node's, or as many as there are key and value heads or GPUs.
+
+    Args:
+        scale: the model and the GPUs.
+
+    Raises:
+        TypeError: it is none.
+
+    Example:
+        >>> tensor_parallel_size(Scale("llama-3-70b", gpus=64, parallel="tp"))
+        8
+    """
+    check_kind("scale", scale, Scale)
+    return min(NODE, scale.gpus, scale.decoder.kv_heads)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    out_features: int
+    in_features: int
+    cuts_rows: bool  # by tensor parallelism; else its columns
+
+    def part(self, size: int) -> tuple[int, int]:
+        """(N, C) of one process's part."""
+        if self.cuts_rows:
+            return math.ceil(self.out_features / size), self.in_features
+        return self.out_features, math.ceil(self.in_features / size)
+
+
+def _linears(decoder: Decoder) -> list[_Linear]:
+    dim = decoder.head_dim or decoder.hidden // decoder.heads
+    query, key = decoder.heads * dim, decoder.kv_heads * dim
+    rows = [query, key, key, decoder.intermediate, decoder.intermediate]
+    return [
+        *(_Linear(out, decoder.hidden, cuts_rows=True) for out in rows),
+        _Linear(decoder.hidden, query, cuts_rows=False),
+        _Linear(decoder.hidden, decoder.intermediate, cuts_rows=False),
+    ]
+
+
+def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
+    """Memory, traffic and time of one GPU; all of it predicted, by the rules at the top of this file.
+
+    Args:
+        scale: the model, the batch and the GPUs.
+        method: "full", "lora" or "smoa".
+        gpu: one of :data:`smoa_kernels.cost.gpus.GPUS`.
+
+    Raises:
+        TypeError, ValueError: no scale, no GPU, another method.
+
+    Example:
+        >>> from smoa_kernels.cost.gpus import GPUS
+        >>> scale = Scale("llama-3-8b", gpus=8, parallel="ddp")
+        >>> smoa, lora = (predict(scale, method, GPUS["h100"]) for method in ("smoa", "lora"))
+        >>> lora.trained_parameters / smoa.trained_parameters  # K
+        4.0
+    """
+    check_kind("scale", scale, Scale)
+    check_choice("method", method, METHODS)
+    check_kind("gpu", gpu, Gpu)
+    stack, decoder, linears = scale.stack, scale.decoder, _linears(scale.decoder)
+    cut = tensor_parallel_size(scale) if scale.parallel == "tp" else 1
+    replicas = scale.gpus // cut
+    shards = scale.gpus if scale.parallel == "fsdp" else 1
+
+    embedding = stack.vocabulary * decoder.hidden
+    head = 0 if stack.tied else embedding
+    root = _HALF * (embedding + head)  # bytes that FSDP2 gathers once and keeps through backward
+    norms = (2 * stack.layers + 1) * decoder.hidden
+    block = sum(math.prod(linear.part(cut)) for linear in linears)
+    base = stack.layers * block + embedding + math.ceil(head / cut) + norms  # of one process under TP
+    width = {"full": 0, "lora": scale.rank, "smoa": math.ceil(scale.rank / scale.num_blocks)}[method]
+    factors = stack.layers * width * sum(sum(linear.part(cut)) for linear in linears)
+    whole_factors = stack.layers * width * sum(n.out_features + n.in_features for n in linears)
+    whole_base = (
+        stack.layers * sum(n.out_features * n.in_features for n in linears) + embedding + head + norms
+    )
+    full = method == "full"
+
+    weights = (_HALF * base + _SINGLE * factors) / shards
+    gradients = (_HALF * base if full else _SINGLE * factors) / shards
+    states = (_TRAINED * base if full else (_TRAINED - _SINGLE) * factors) / shards
+    memory = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": states,
+        "labels": _labels(linears, stack.layers, cut) if method == "smoa" else 0,
+        "gathered": root + 2 * (_HALF * block + _SINGLE * factors / stack.layers) if shards > 1 else 0,
+        "activations": _activations(scale, cut),
+        "logits": scale.tokens * stack.vocabulary / cut * (_HALF + _SINGLE),
+        "workspace": _workspace(scale, method, linears, cut),
+    }
+
+    trained = _HALF * base if full else _SINGLE * factors
+    traffic: dict[str, float] = {}
+    if scale.parallel == "fsdp":
+        share = (shards - 1) / shards
+        traffic["gather"] = share * (2 * (_HALF * base + _SINGLE * factors) - root)
+        traffic["reduce gradients"] = share * trained
+    else:
+        traffic["reduce gradients"] = 2 * (replicas - 1) / replicas * trained
+    inside = 0.0
+    if cut > 1:
+        ring = 2 * (cut - 1) / cut
+        whole = stack.layers * width * sum(n.in_features if n.cuts_rows else n.out_features for n in linears)
+        traffic["reduce activations"] = ring * stack.layers * 9 * scale.tokens * decoder.hidden * _HALF
+        traffic["reduce whole factors"] = ring * _SINGLE * whole
+        inside = traffic["reduce activations"] + traffic["reduce whole factors"]
+    outside = sum(traffic.values()) - inside
+    link = NODE_BYTES_PER_SECOND if scale.gpus <= NODE else NETWORK_BYTES_PER_SECOND
+    seconds = inside / NODE_BYTES_PER_SECOND + outside / link
+    padding = (
+        math.ceil(scale.rank / scale.num_blocks) * scale.num_blocks / scale.rank if method == "smoa" else 1
+    )
+    trained_parameters = whole_base if full else round(whole_factors / padding)
+    return Plan(
+        method, trained_parameters, memory, traffic, _compute(scale, method, linears, cut, gpu), seconds
+    )
+
+
+def _labels(linears: list[_Linear], layers: int, cut: int) -> float:
+    return float(layers * _LABELS * sum(sum(linear.part(cut)) for linear in linears))
+
+
+def _activations(scale: Scale, cut: int) -> float:
+    """Inputs of all decoder layers, and what one of them keeps: norms and inputs (4 h), queries and attention's
+    output, keys, values, gate, up and their product."""
+    d = scale.decoder
+    dim = d.head_dim or d.hidden // d.heads
+    inner = (2 * d.heads * dim + 2 * d.kv_heads * dim + 3 * d.intermediate) / cut
+    return scale.tokens * _HALF * (scale.stack.layers * d.hidden + 4 * d.hidden + inner)
+
+
+def _problems(scale: Scale, linears: list[_Linear], cut: int) -> list[Problem]:
+    return [Problem(scale.tokens, *linear.part(cut), scale.num_blocks, scale.rank) for linear in linears]
+
+
+def _workspace(scale: Scale, method: Method, linears: list[_Linear], cut: int) -> float:
+    problems = _problems(scale, linears, cut)
+    if method == "smoa":
+        return max(backward_workspace_bytes(problem) for problem in problems)
+    if method == "lora":
+        return scale.tokens * _HALF * max(problem.out_features for problem in problems)
+    return 0.0
+
+
+def _compute(scale: Scale, method: Method, linears: list[_Linear], cut: int, gpu: Gpu) -> float:
+    seconds = 0.0
+    way = {"full": "frozen", "lora": "lora", "smoa": "split"}[method]
+    for problem in _problems(scale, linears, cut):
+        found = estimate(problem, gpu, way)
+        seconds += 2 * found.seconds("forward") + found.seconds("backward")
+        if method == "full":  # dW, a product of the same size
+            seconds += found.seconds("forward")
+    head = Problem(scale.tokens, math.ceil(scale.stack.vocabulary / cut), scale.decoder.hidden, 1, 1)
+    found = estimate(head, gpu, "frozen")
+    trained_head = found.seconds("forward") if method == "full" else 0.0
+    return scale.stack.layers * seconds + found.seconds() + trained_head

@@ -1,0 +1,1 @@
+"""What SMoA is: the partition, the packed adapter, the reference."""

@@ -1,0 +1,214 @@
+"""Checks of the operator's arguments, all before anything is computed: what each must be, and what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import check_kind, check_number, layout_of
+from .dropout import WIDEST
+from .partition import BlockPartition
+
+__all__ = [
+    "autocast_enabled",
+    "check_arguments",
+    "check_block_ranks",
+    "check_input",
+    "check_ranks",
+    "global_width",
+]
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    partition: BlockPartition,
+    ranks: Tensor,
+    *,
+    scaling: float | Tensor,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> None:
+    """All but the choice of algorithm and backend, and the range of ranks.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+    """
+    _check_tensors(x, weight, bias, A, B, ranks, autocast=autocast_enabled(x))
+    _check_scaling(scaling, x)
+    _check_partition(partition, weight, ranks)
+    check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    _check_seed(dropout_seed, x)
+
+
+def check_input(x: Tensor, weight: Tensor) -> None:
+    """Whether `x Wᵀ` can be had, outside autocast in one dtype."""
+    _check_dense(x, {"x": x, "weight": weight})
+    _check_features(x, weight)
+    if not autocast_enabled(x):
+        _check_dtype(x, "weight", weight)
+
+
+def check_block_ranks(block_ranks: Sequence[int] | None, num_blocks: int, rho: int) -> None:
+    """Whether the host's numbers can be ranks; whether they are those of the tensor, `check_ranks` says."""
+    if block_ranks is None:
+        return
+    numbers = isinstance(block_ranks, Sequence) and all(isinstance(rank, int) for rank in block_ranks)
+    if not numbers or len(block_ranks) != num_blocks or not all(0 <= rank <= rho for rank in block_ranks):
+        raise ValueError(
+            f"block_ranks must be the {num_blocks} numbers in ranks, in [0, {rho}], got {block_ranks!r}"
+        )
+
+
+def check_ranks(ranks: Tensor, block_ranks: Sequence[int] | None, rho: int) -> None:
+    """On CPU only: reading them from a GPU would wait for it. There they end at ρ."""
+    if ranks.device.type != "cpu":
+        return
+    given = ranks.tolist()
+    if not 0 <= min(given) <= max(given) <= rho:
+        raise ValueError(f"ranks must lie in [0, {rho}], A's rows, got {given}")
+    if block_ranks is not None and list(block_ranks) != given:
+        raise ValueError(f"block_ranks must be the numbers in ranks, {given}, got {list(block_ranks)}")
+
+
+def global_width(x: Tensor, column_offset: int, global_in_features: int | None) -> int:
+    """The global number of columns, checked to hold those of x."""
+    given = {"column_offset": column_offset, "global_in_features": global_in_features}
+    for name, value in given.items():
+        if value is None and name == "global_in_features":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+    width = x.shape[-1] if global_in_features is None else global_in_features
+    if column_offset < 0 or column_offset + x.shape[-1] > width:
+        raise ValueError(
+            f"column_offset and global_in_features must hold x's {x.shape[-1]} columns: "
+            f"got columns {column_offset} to {column_offset + x.shape[-1]} of {width}"
+        )
+    if global_in_features is not None and width > WIDEST:
+        raise ValueError(f"global_in_features must be at most {WIDEST}, got {width}")
+    return width
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    # Meta tensors know no autocast, and asking whether a device does breaks the graph in torch 2.11.
+    return isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _check_tensors(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    *,
+    autocast: bool,
+) -> None:
+    # W0 before x, which in `reference_delta_weight` is W0 too.
+    _check_dense(x, {"weight": weight, "x": x, "bias": bias, "A": A, "B": B, "ranks": ranks})
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape (out_features, in_features), got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    _check_features(x, weight)
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
+    if A.ndim != 2 or A.shape[1] != in_features:
+        raise ValueError(f"A must have shape (ρ, {in_features}), got {tuple(A.shape)}")
+    if B.shape != (out_features, A.shape[0]):
+        raise ValueError(f"B must have shape ({out_features}, {A.shape[0]}) to fit A, got {tuple(B.shape)}")
+    if weight.requires_grad:
+        raise ValueError(
+            "weight must be frozen, since SMoA trains A and B only: got requires_grad=True; "
+            "call weight.requires_grad_(False)"
+        )
+    if A.dtype != B.dtype:
+        raise TypeError(f"A and B must have one dtype, got {A.dtype} and {B.dtype}")
+    if autocast:
+        return
+    if x.itemsize < 2:
+        raise TypeError(f"x must be of 16 bits or more, got {x.dtype}")
+    _check_dtype(x, "weight", weight)
+    if bias is not None:
+        _check_dtype(x, "bias", bias)
+    if A.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"A and B must have weight's dtype {weight.dtype} or float32, got {A.dtype}")
+
+
+def _check_dense(x: Tensor, named: Mapping[str, Tensor | None]) -> None:
+    """Whether all but a bias that is None are dense tensors on x's device, and all but ranks floating point."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    device = x.device
+    for name, value in named.items():
+        if value is None:
+            continue
+        if name != "ranks" and not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {value.dtype}")
+        if value.is_nested or value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(value)}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on x's device {device}, got {value.device}")
+
+
+def _check_features(x: Tensor, weight: Tensor) -> None:
+    if x.ndim < 1 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"x must have {weight.shape[-1]} features in its last dimension, got shape {tuple(x.shape)}"
+        )
+
+
+def _check_dtype(x: Tensor, name: str, value: Tensor) -> None:
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype} outside autocast, got {value.dtype}")
+
+
+def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -> None:
+    check_kind("partition", partition, BlockPartition)
+    if partition.shape != weight.shape:
+        raise ValueError(
+            f"partition must be made for a weight of shape {tuple(weight.shape)}, got one for {partition.shape}"
+        )
+    if partition.device != weight.device:
+        raise ValueError(f"partition must be on weight's device {weight.device}, got {partition.device}")
+    if ranks.dtype != torch.int32 or ranks.shape != (partition.num_blocks,):
+        raise ValueError(
+            f"ranks must be int32 of shape ({partition.num_blocks},), got {ranks.dtype} of {tuple(ranks.shape)}"
+        )
+
+
+def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
+    if not isinstance(scaling, Tensor):
+        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+            raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
+        check_number("scaling", scaling)
+    elif scaling.is_nested or scaling.layout != torch.strided or (scaling.is_meta and not x.is_meta):
+        given = "a meta tensor" if scaling.is_meta else f"layout {layout_of(scaling)}"
+        raise TypeError(f"scaling must be a dense tensor that holds a number, got {given}")
+    elif scaling.ndim:
+        raise ValueError(f"scaling must be a number or a 0-d tensor, got shape {tuple(scaling.shape)}")
+    elif scaling.is_complex() or scaling.dtype == torch.bool:
+        raise TypeError(f"scaling must be real, got {scaling.dtype}")
+    elif scaling.requires_grad:
+        raise ValueError("scaling must not require grad: it is not trained")
+
+
+def _check_seed(seed: Tensor | None, x: Tensor) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, Tensor) and layout_of(seed) != "torch.strided":
+        raise TypeError(f"dropout_seed must be a dense tensor, got layout {layout_of(seed)}")
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        given = f"{seed.dtype} of {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
+        raise TypeError(f"dropout_seed must be an int64 tensor with one element, got {given}")
+    if seed.device != x.device:
+        raise ValueError(f"dropout_seed must be on x's device {x.device}, got {seed.device}")

@@ -1,0 +1,224 @@
+"""The packed form of an adapter: one A (ρ, C) and one B (N, ρ) in the layer's own coordinates.
+
+    W_eff[i, j] = W0[i, j] · (1 + s · [b(i) = c(j)] · Σ_t B[i, t] A[t, j])     (docs/definition.md)
+
+Column j of A holds its block's A_k, so ρ = max r_k and rows t ≥ r_k are padding: they never reach an output,
+their gradient is zero, and they are never counted as parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..checks import check_kind, layout_of
+from .partition import BlockPartition
+
+__all__ = ["PackedAdapter", "pack_factors", "unpack_factors"]
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """Everything that defines W_eff: W0, the factors, the partition and the scaling.
+
+    Attributes:
+        weight: W0 (N, C), any strides.
+        A: (ρ, C).
+        B: (N, ρ).
+        partition: blocks of W0's rows and columns.
+        ranks: int32 (K,) rank r_k of each block.
+        scaling: 0-d tensor, s.
+        block_ranks: the numbers in `ranks`, where the host has them.
+
+    Example:
+        >>> halves = torch.tensor([0, 0, 1, 1])
+        >>> partition, ranks = BlockPartition.from_labels(halves, halves, 2), torch.tensor([1, 1], dtype=torch.int32)
+        >>> weight, A, B = torch.ones(4, 4), torch.ones(1, 4), torch.ones(4, 1)
+        >>> A, B = PackedAdapter(weight, A, B, partition, ranks, torch.tensor(0.5)).expanded_factors(torch.float32)
+        >>> (B @ A).tolist()[0]  # s·mask·(BA): nothing outside the block
+        [0.5, 0.5, 0.0, 0.0]
+    """
+
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    partition: BlockPartition
+    ranks: Tensor
+    scaling: Tensor
+    block_ranks: Sequence[int] | None = None
+
+    @property
+    def T(self) -> PackedAdapter:
+        """The adapter of W_effᵀ: with rows and columns swapped the same formula holds.
+
+        What computes `x W_effᵀ` therefore also computes `dX = dY W_eff`.
+        """
+        return PackedAdapter(
+            self.weight.T, self.B.T, self.A.T, self.partition.T, self.ranks, self.scaling, self.block_ranks
+        )
+
+    def host_ranks(self) -> Sequence[int]:
+        """The ranks as numbers. Waits for a GPU that alone has them, and takes what lies outside as 0 or ρ."""
+        if self.block_ranks is not None:
+            return self.block_ranks
+        return cast("list[int]", self.ranks.clamp(0, self.A.shape[0]).tolist())
+
+    def _slots(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """ρ slots for each block: (K·ρ, C) and (N, K·ρ), zero but in a coordinate's own block."""
+        p, rho = self.partition, A.shape[0]
+        if p.num_blocks == 1:
+            return A, B
+        # Put there, not multiplied by a mask: padding may hold anything, and 0 · NaN is NaN.
+        cols = p.col_block.long().expand(1, rho, -1)
+        rows = p.row_block.long()[:, None, None].expand(-1, 1, rho)
+        wide = A.new_zeros(p.num_blocks, *A.shape).scatter_(0, cols, A[None])
+        tall = B.new_zeros(B.shape[0], p.num_blocks, rho).scatter_(1, rows, B[:, None])
+        return wide.flatten(0, 1), tall.flatten(1)
+
+    def expanded_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Zero-padded factors: Ã (r, C) and B̃ (N, r), r = Σ r_k, with s·B̃ Ã = s·mask·(BA).
+
+        One slot per (block, rank): slot (k, t) of Ã is A's row t on the columns of block k, zero elsewhere.
+        s is folded into B̃, which is rounded to `dtype` after that.
+        """
+        A, B = self._slots(self.A, self.B * self.scaling)
+        ranks, rho = self.host_ranks(), self.A.shape[0]
+        if min(ranks) < rho:
+            # Slot i of the sum of ranks is rank i - (ends - ranks)[k] of block k: found where the ranks are.
+            sizes = self.ranks.clamp(0, rho)
+            ends = sizes.cumsum(0)
+            slot = torch.arange(sum(ranks), device=A.device)
+            block = torch.bucketize(slot, ends, right=True)
+            kept = block * rho + slot - (ends - sizes)[block]
+            A, B = A.index_select(0, kept), B.index_select(1, kept)
+        return A.to(dtype), B.to(dtype)
+
+
+def scaling_tensor(value: float | Tensor, device: torch.device) -> Tensor:
+    """s as a 0-d tensor on `device`; a number becomes float64, which promotes nothing and rounds nothing."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return torch.full(
+        (), value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+    )
+
+
+def padding_masks(partition: BlockPartition, ranks: Tensor, rho: int) -> tuple[Tensor, Tensor]:
+    """Bool masks of A (ρ, C) and B (N, ρ): True where an entry is a parameter, False where it is padding."""
+    slot = torch.arange(rho, device=ranks.device)
+    return slot[:, None] < ranks[partition.col_block.long()], slot < ranks[partition.row_block.long(), None]
+
+
+@torch.no_grad()
+def draw_A(A: Tensor, partition: BlockPartition, ranks: Tensor) -> None:
+    """Fill A (ρ, C) with A_k uniform in ±1/√C_k (Kaiming, a=√5), zeros in its padding (docs/definition.md)."""
+    widths = torch.tensor(partition.col_sizes, dtype=A.dtype, device=A.device)
+    bound = widths.clamp_min(1).rsqrt()[partition.col_block.long()]
+    A_mask, _ = padding_masks(partition, ranks, A.shape[0])
+    A.uniform_(-1, 1).mul_(bound).mul_(A_mask)
+
+
+def _is_factor(value: object) -> bool:
+    """Whether it is a dense matrix of floating-point numbers."""
+    if not isinstance(value, Tensor) or layout_of(value) != "torch.strided":
+        return False
+    return value.ndim == 2 and value.is_floating_point()
+
+
+def pack_factors(
+    A_blocks: Sequence[Tensor], B_blocks: Sequence[Tensor], partition: BlockPartition
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pack per-block factors, as the paper's code keeps them, into A (ρ, C), B (N, ρ) and ranks (K,).
+
+    Args:
+        A_blocks: K tensors A_k (r_k, C_k), columns as `partition.cols(k)` lists them.
+        B_blocks: K tensors B_k (N_k, r_k), rows as `partition.rows(k)` lists them.
+        partition: the blocks.
+
+    Raises:
+        TypeError: what is no matrix of floating-point numbers, or they differ in dtype or device.
+        ValueError: a factor whose shape does not fit its block.
+
+    Example:
+        >>> partition = BlockPartition.from_labels(torch.tensor([0, 1]), torch.tensor([0, 1, 1]), num_blocks=2)
+        >>> A_blocks, B_blocks = [torch.ones(2, 1), torch.ones(1, 2)], [torch.ones(1, 2), torch.ones(1, 1)]
+        >>> A, B, ranks = pack_factors(A_blocks, B_blocks, partition)
+        >>> A.tolist(), ranks.tolist()
+        ([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], [2, 1])
+    """
+    check_kind("partition", partition, BlockPartition)
+    for name, blocks in (("A_blocks", A_blocks), ("B_blocks", B_blocks)):
+        if not isinstance(blocks, Sequence):
+            raise TypeError(f"{name} must be a list of matrices, got {type(blocks).__name__}")
+    if not len(A_blocks) == len(B_blocks) == partition.num_blocks:
+        raise ValueError(
+            f"A_blocks and B_blocks must hold one factor for each of {partition.num_blocks} blocks, "
+            f"got {len(A_blocks)} and {len(B_blocks)}"
+        )
+    factors = (*A_blocks, *B_blocks)
+    if not all(map(_is_factor, factors)):
+        raise TypeError("A_blocks and B_blocks must hold dense matrices of floating-point numbers")
+    if len({(t.dtype, t.device) for t in factors}) > 1:
+        raise TypeError("A_blocks and B_blocks must have one dtype and one device")
+    ranks = [A.shape[0] for A in A_blocks]
+    A = A_blocks[0].new_zeros(max(ranks), partition.shape[1])
+    B = B_blocks[0].new_zeros(partition.shape[0], max(ranks))
+    for k, (A_k, B_k, r) in enumerate(zip(A_blocks, B_blocks, ranks, strict=True)):
+        if A_k.shape != (r, partition.col_sizes[k]) or B_k.shape != (partition.row_sizes[k], r):
+            raise ValueError(
+                f"block {k} takes factors of shapes (r, {partition.col_sizes[k]}) and "
+                f"({partition.row_sizes[k]}, r), got {tuple(A_k.shape)} and {tuple(B_k.shape)}"
+            )
+        A[:r, partition.cols(k)] = A_k
+        B[partition.rows(k), :r] = B_k
+    return A, B, torch.tensor(ranks, dtype=torch.int32, device=A.device)
+
+
+def unpack_factors(
+    A: Tensor, B: Tensor, partition: BlockPartition, ranks: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inverse of :func:`pack_factors`: lists of A_k (r_k, C_k) and B_k (N_k, r_k), padding left out.
+
+    Args:
+        A: packed (ρ, C).
+        B: packed (N, ρ).
+        partition: the blocks.
+        ranks: int (K,), rank of each block.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Example:
+        >>> partition = BlockPartition.from_labels(torch.tensor([0, 1]), torch.tensor([0, 1, 1]), num_blocks=2)
+        >>> A_blocks, B_blocks = unpack_factors(torch.ones(2, 3), torch.ones(2, 2), partition, torch.tensor([2, 1]))
+        >>> [tuple(A.shape) for A in A_blocks], [tuple(B.shape) for B in B_blocks]
+        ([(2, 1), (1, 2)], [(1, 2), (1, 1)])
+    """
+    check_kind("partition", partition, BlockPartition)
+    shape = partition.shape
+    for name, value in (("A", A), ("B", B), ("ranks", ranks)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if layout_of(value) != "torch.strided":
+            raise TypeError(f"{name} must be dense, got {layout_of(value)}")
+    if ranks.is_floating_point() or ranks.is_complex() or ranks.dtype == torch.bool or ranks.is_meta:
+        kind = "a meta tensor" if ranks.is_meta else str(ranks.dtype)
+        raise TypeError(f"ranks must be an integer tensor that holds numbers, got {kind}")
+    if A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != shape or B.shape[1] != A.shape[0]:
+        raise ValueError(
+            f"A and B must have shapes (ρ, {shape[1]}) and ({shape[0]}, ρ), "
+            f"got {tuple(A.shape)} and {tuple(B.shape)}"
+        )
+    sizes = ranks.tolist()
+    if ranks.shape != (partition.num_blocks,) or not all(0 <= r <= A.shape[0] for r in sizes):
+        raise ValueError(
+            f"ranks must be {partition.num_blocks} numbers in [0, {A.shape[0]}], A's rows, got {sizes}"
+        )
+    return (
+        [A[:r, partition.cols(k)] for k, r in enumerate(sizes)],
+        [B[partition.rows(k), :r] for k, r in enumerate(sizes)],
+    )

@@ -1,0 +1,332 @@
+"""Spectral order and aligned blocks of a weight matrix (docs/definition.md).
+
+A `BlockPartition` says which block each row and each column of W0 belongs to. It is computed once, from
+the spectrum of W0, and then travels as labels: two small integer vectors. Recomputing it elsewhere could
+move a coordinate across a block boundary and silently corrupt an adapter, so nothing here ever does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import check_blocks, check_device, check_weight, layout_of
+from .spectral_order import order_source, whole
+
+__all__ = ["BlockPartition"]
+
+_INTEGERS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
+
+
+class BlockPartition:
+    """K aligned blocks over the rows and columns of an (N, C) weight.
+
+    Build one with :meth:`from_weight` (from the spectrum) or :meth:`from_labels` (from stored labels). All
+    tensors live on one device. No method changes an instance. They are equal when their labels are, and not hashable.
+
+    Attributes:
+        row_order: int64 (N,), rows sorted by spectral centroid and cut into blocks in that order. Rebuilt
+            from labels, where the centroids are no longer known, it is `row_index`.
+        col_order: int64 (C,), the same for columns.
+        row_block: (N,) block of each row, uint8, or int32 above 256 blocks.
+        col_block: (C,) block of each column, same dtypes.
+        row_index: int64 (N,), rows grouped by block, ascending within each: a function of the labels alone,
+            so that a loaded adapter computes bit for bit what the saved one did.
+        col_index: int64 (C,), the same for columns.
+        row_offsets: int32 (K + 1,), where each block starts in `row_index`.
+        col_offsets: int32 (K + 1,), where each block starts in `col_index`.
+        row_sizes: rows per block, K numbers known on the host; a block may be empty.
+        col_sizes: columns per block.
+
+    Example:
+        >>> weight = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> partition.row_block.tolist(), partition.col_block.tolist()
+        ([0, 0, 1, 1], [0, 0, 1, 1])
+    """
+
+    __slots__ = (
+        "col_block",
+        "col_index",
+        "col_offsets",
+        "col_order",
+        "col_sizes",
+        "row_block",
+        "row_index",
+        "row_offsets",
+        "row_order",
+        "row_sizes",
+    )
+
+    def __init__(
+        self,
+        *,
+        row_block: Tensor,
+        col_block: Tensor,
+        row_index: Tensor,
+        col_index: Tensor,
+        row_offsets: Tensor,
+        col_offsets: Tensor,
+        row_sizes: tuple[int, ...],
+        col_sizes: tuple[int, ...],
+        row_order: Tensor | None = None,
+        col_order: Tensor | None = None,
+    ) -> None:
+        """Assemble parts that are already consistent; nothing is checked or computed here."""
+        self.row_block = row_block
+        self.col_block = col_block
+        self.row_index = row_index
+        self.col_index = col_index
+        self.row_offsets = row_offsets
+        self.col_offsets = col_offsets
+        self.row_sizes = row_sizes
+        self.col_sizes = col_sizes
+        self.row_order = row_index if row_order is None else row_order
+        self.col_order = col_index if col_order is None else col_order
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, num_blocks: int) -> BlockPartition:
+        """Compute the spectral order of `weight` and cut it into `num_blocks` aligned blocks.
+
+        Args:
+            weight: (N, C) floating point, any device. Half types are computed in float32.
+            num_blocks: K, from 1 to min(N, C).
+
+        Raises:
+            TypeError: `weight` is not a floating-point tensor, or `num_blocks` is not an int.
+            ValueError: `weight` is not a matrix or holds NaN or Inf; `num_blocks` is out of range.
+        """
+        weight = whole(weight)
+        check_weight(weight)
+        check_blocks(num_blocks, weight.shape)
+        row_order, col_order = order_source.get()(weight.detach())
+        labels = _cut(row_order, num_blocks), _cut(col_order, num_blocks)
+        return cls.from_labels(*labels, num_blocks)._in_order(row_order, col_order)
+
+    @classmethod
+    def from_labels(cls, row_block: Tensor, col_block: Tensor, num_blocks: int) -> BlockPartition:
+        """Rebuild a partition from stored labels. No spectrum is computed; blocks may be empty.
+
+        Args:
+            row_block: (N,) integer block of each row, in [0, num_blocks).
+            col_block: (C,) integer block of each column, on the same device.
+            num_blocks: K, at least 1. Stored, not inferred: a shard may hold no coordinate of a block.
+
+        Raises:
+            TypeError: labels that are not integer tensors.
+            ValueError: labels of another shape or out of range, or on two devices.
+        """
+        check_blocks(num_blocks)
+        for name, labels in (("row_block", row_block), ("col_block", col_block)):
+            _check_labels(name, labels, num_blocks)
+        if row_block.device != col_block.device:
+            raise ValueError(
+                "row_block and col_block must be on one device, "
+                f"got {row_block.device} and {col_block.device}"
+            )
+        dtype = label_dtype(num_blocks)
+        # As int64 on the way: torch converts the wider unsigned types, and does little else with them.
+        row_block, col_block = (labels.long().to(dtype) for labels in (row_block, col_block))
+        row_count = torch.bincount(row_block, minlength=num_blocks)
+        col_count = torch.bincount(col_block, minlength=num_blocks)
+        return cls(
+            row_block=row_block,
+            col_block=col_block,
+            row_index=torch.argsort(row_block, stable=True),
+            col_index=torch.argsort(col_block, stable=True),
+            row_offsets=_offsets(row_count),
+            col_offsets=_offsets(col_count),
+            row_sizes=tuple(row_count.tolist()),
+            col_sizes=tuple(col_count.tolist()),
+        )
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
+        """Inverse of :meth:`tensors` and :meth:`sizes`: how a partition crosses an operator's boundary.
+
+        Raises:
+            TypeError: one of them is no list.
+            ValueError: another number of `tensors` or `sizes` than those give.
+        """
+        for name, given in (("tensors", tensors), ("sizes", sizes)):
+            if not isinstance(given, (list, tuple)):
+                raise TypeError(f"{name} must be the list that `{name}()` gives, got {given!r}")
+        if len(tensors) != 6 or len(sizes) % 2:
+            raise ValueError(
+                "tensors and sizes must be those that `tensors()` and `sizes()` give, 6 and 2K of them, "
+                f"got {len(tensors)} and {len(sizes)}"
+            )
+        num_blocks = len(sizes) // 2
+        row_block, col_block, row_index, col_index, row_offsets, col_offsets = tensors
+        return cls(
+            row_block=row_block,
+            col_block=col_block,
+            row_index=row_index,
+            col_index=col_index,
+            row_offsets=row_offsets,
+            col_offsets=col_offsets,
+            row_sizes=tuple(sizes[:num_blocks]),
+            col_sizes=tuple(sizes[num_blocks:]),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Labels, indices and offsets, rows before columns."""
+        return [
+            self.row_block,
+            self.col_block,
+            self.row_index,
+            self.col_index,
+            self.row_offsets,
+            self.col_offsets,
+        ]
+
+    def sizes(self) -> list[int]:
+        """Rows of each block, then columns of each: 2K numbers."""
+        return [*self.row_sizes, *self.col_sizes]
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return len(self.row_sizes)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, C) of the weight that the partition was made for."""
+        return self.row_block.shape[0], self.col_block.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the labels live."""
+        return self.row_block.device
+
+    def rows(self, block: int) -> Tensor:
+        """Rows of one block, in `row_order`; ValueError for one that does not exist."""
+        self._check_block(block)
+        return torch.split(self.row_order, list(self.row_sizes))[block]
+
+    def cols(self, block: int) -> Tensor:
+        """Columns of one block, in `col_order`; ValueError for one that does not exist."""
+        self._check_block(block)
+        return torch.split(self.col_order, list(self.col_sizes))[block]
+
+    def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
+        """Partition of `weight[row_slice, col_slice]`: the same labels, cut. Blocks may become empty.
+
+        Args:
+            row_slice: of the rows that stay.
+            col_slice: of the columns that stay.
+
+        Raises:
+            TypeError: one of them is no slice.
+        """
+        _check_slice("row_slice", row_slice)
+        _check_slice("col_slice", col_slice)
+        return BlockPartition.from_labels(
+            self.row_block[row_slice], self.col_block[col_slice], self.num_blocks
+        )
+
+    @property
+    def T(self) -> BlockPartition:
+        """Partition of the transposed weight."""
+        return BlockPartition(
+            row_block=self.col_block,
+            col_block=self.row_block,
+            row_index=self.col_index,
+            col_index=self.row_index,
+            row_offsets=self.col_offsets,
+            col_offsets=self.row_offsets,
+            row_sizes=self.col_sizes,
+            col_sizes=self.row_sizes,
+            row_order=self.col_order,
+            col_order=self.row_order,
+        )
+
+    def to(self, device: torch.device | str) -> BlockPartition:
+        """The same partition on another device.
+
+        Raises:
+            ValueError: this machine has no such device.
+        """
+        if self.device == check_device(device):
+            return self
+        moved = BlockPartition.from_tensors([t.to(device) for t in self.tensors()], self.sizes())
+        return moved._in_order(self.row_order.to(device), self.col_order.to(device))
+
+    def _in_order(self, row_order: Tensor, col_order: Tensor) -> BlockPartition:
+        """The same blocks, with the orders that they were cut from."""
+        parts = {name: getattr(self, name) for name in self.__slots__}
+        return BlockPartition(**parts | {"row_order": row_order, "col_order": col_order})
+
+    def _check_block(self, block: int) -> None:
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise TypeError(f"block must be an int, got {block!r}")
+        if not 0 <= block < self.num_blocks:
+            raise ValueError(f"block must lie in [0, {self.num_blocks}), got {block}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlockPartition):
+            return NotImplemented
+        return (
+            self.shape == other.shape
+            and self.num_blocks == other.num_blocks
+            and torch.equal(self.row_block.cpu(), other.row_block.cpu())
+            and torch.equal(self.col_block.cpu(), other.col_block.cpu())
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # equality compares tensors, which have no stable hash
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockPartition(shape={self.shape}, num_blocks={self.num_blocks}, row_sizes={self.row_sizes}, "
+            f"col_sizes={self.col_sizes}, device={str(self.device)!r})"
+        )
+
+
+def label_dtype(num_blocks: int) -> torch.dtype:
+    """uint8 where it fits, else int32: gloo and NCCL cannot send int16."""
+    return torch.uint8 if num_blocks <= 256 else torch.int32
+
+
+def _cut(order: Tensor, num_blocks: int) -> Tensor:
+    """Labels of an order cut into contiguous chunks as `torch.tensor_split` cuts."""
+    labels = torch.empty_like(order)
+    for block, chunk in enumerate(order.tensor_split(num_blocks)):
+        labels[chunk] = block
+    return labels
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def _check_slice(name: str, cut: slice) -> None:
+    if not isinstance(cut, slice):
+        raise TypeError(f"{name} must be a slice, got {cut!r}")
+    if any(end is not None and not hasattr(end, "__index__") for end in (cut.start, cut.stop, cut.step)):
+        raise TypeError(f"{name} must be a slice of ints, got {cut!r}")
+    if cut.step is not None and cut.step < 1:
+        raise ValueError(f"{name} must have a step of at least 1, got {cut!r}")
+
+
+def _check_labels(name: str, labels: Tensor, num_blocks: int) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
+        given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {given}")
+    if layout_of(labels) != "torch.strided":
+        raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(labels)}")
+    if labels.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {tuple(labels.shape)}")
+    if labels.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a meta tensor")
+    if labels.numel():
+        lowest, highest = (int(bound) for bound in labels.long().aminmax())
+        if lowest < 0 or highest >= num_blocks:
+            raise ValueError(
+                f"{name} must lie in [0, {num_blocks}) for num_blocks={num_blocks}, "
+                f"got labels from {lowest} to {highest}"
+            )

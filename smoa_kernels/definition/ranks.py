@@ -1,0 +1,92 @@
+"""Ranks: how a layer's budget r is shared by its blocks, and how many parameters that makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..checks import MOST_RANKS, check_blocks, check_count, check_kind, shown
+from .partition import BlockPartition
+
+__all__ = ["resolve_ranks", "split_rank", "trainable_parameters"]
+
+
+def split_rank(r: int, num_blocks: int) -> list[int]:
+    """Share a rank budget: block k gets `r // K + (k < r % K)` (docs/definition.md).
+
+    Args:
+        r: the budget, at least 1.
+        num_blocks: K, at least 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Example:
+        >>> split_rank(8, 3)
+        [3, 3, 2]
+    """
+    check_count("r", r, most=MOST_RANKS)
+    check_blocks(num_blocks)
+    return [r // num_blocks + (k < r % num_blocks) for k in range(num_blocks)]
+
+
+def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Rank of each block: `block_ranks` checked, or the budget r shared by :func:`split_rank`.
+
+    Args:
+        r: rank budget over all blocks, at least 1.
+        num_blocks: K, at least 1.
+        block_ranks: K numbers that sum to r, zeros allowed.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+    Example:
+        >>> resolve_ranks(8, 3), resolve_ranks(8, 3, [6, 2, 0])
+        ((3, 3, 2), (6, 2, 0))
+    """
+    even = split_rank(r, num_blocks)  # which checks both
+    if block_ranks is None:
+        return tuple(even)
+    if not isinstance(block_ranks, Sequence):
+        raise TypeError(f"block_ranks must be a list of ints, got {shown(block_ranks)}")
+    ranks = tuple(block_ranks)
+    if any(isinstance(rank, bool) or not isinstance(rank, int) for rank in ranks):
+        raise TypeError(f"block_ranks must be ints, got {shown(list(ranks))}")
+    if len(ranks) != num_blocks:
+        raise ValueError(
+            f"block_ranks must have num_blocks={num_blocks} entries, got {len(ranks)}: {shown(list(ranks))}"
+        )
+    if min(ranks) < 0:
+        raise ValueError(f"block_ranks must not be negative, got {shown(list(ranks))}")
+    if sum(ranks) != r:
+        raise ValueError(
+            f"block_ranks must sum to r={r}, got {shown(list(ranks))}, which sum to {sum(ranks)}"
+        )
+    return ranks
+
+
+def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int:
+    """`Σ r_k (N_k + C_k)`: what an adapter trains, padding not counted.
+
+    Args:
+        partition: blocks of W0.
+        ranks: r_k of each block.
+
+    Raises:
+        TypeError, ValueError: no partition, or another number of ranks than of blocks.
+
+    Example:
+        >>> import torch
+        >>> partition = BlockPartition.from_weight(torch.randn(6, 10), num_blocks=2)
+        >>> trainable_parameters(partition, [2, 1])  # 2 · (3 + 5) + 1 · (3 + 5)
+        24
+    """
+    check_kind("partition", partition, BlockPartition)
+    if not isinstance(ranks, Sequence):
+        raise TypeError(f"ranks must be a list of ints, got {shown(ranks)}")
+    if len(ranks) != partition.num_blocks:
+        raise ValueError(f"ranks must be {partition.num_blocks}, one for each block, got {len(ranks)}")
+    for k, rank in enumerate(ranks):
+        check_count(f"ranks[{k}]", rank, least=0, most=MOST_RANKS)
+    sizes = zip(ranks, partition.row_sizes, partition.col_sizes, strict=True)
+    return sum(r * (rows + cols) for r, rows, cols in sizes)

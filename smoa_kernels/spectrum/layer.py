@@ -1,0 +1,250 @@
+"""What an update does in W0's spectrum: its own singular values, and how it spreads over W0's singular directions.
+
+With the thin SVD `W0 = U diag(σ) Vᵀ`, q = min(N, C), energies squared Frobenius norms, and `e^H(p)` the exponential of
+the entropy of shares p, which is n where n of them are equal and the rest are zero:
+
+    left_j = ‖u_jᵀ ΔW‖² / ‖ΔW‖²          right_j = ‖ΔW v_j‖² / ‖ΔW‖²
+    coverage       = √(e^H(left) · e^H(right)) / q,  left and right each over their sum
+    effective rank = e^H(τ² / Σ τ²),  τ the singular values of ΔW
+
+Coverage counts the directions of W0 that the update touches: 1 where its energy lies on all of them alike. Effective
+rank counts the directions that it moves independently of each other: at most r for LoRA, however many it touches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count, check_kind, check_weight, layout_of
+from ..definition.partition import BlockPartition
+
+__all__ = [
+    "BlockEnergies",
+    "LayerSpectrum",
+    "UpdateSpectrum",
+    "cumulated",
+    "effective_number",
+    "layer_spectrum",
+]
+
+
+@dataclass(frozen=True)
+class BlockEnergies:
+    """Where the K blocks have W0's energy; every tensor float64.
+
+    Attributes:
+        row_shares: (K,) share of W0's energy in the rows of each block.
+        col_shares: (K,) likewise its columns.
+        diagonal_shares: (K,) share in `rows_k × cols_k`, which is what an adapter of block k modulates.
+        left: (K, q) share of left singular direction j that lies in the rows of block k, `Σ_{i in rows_k} U_ij²`.
+        right: (K, q) likewise of right singular directions in columns.
+
+    Example:
+        >>> weight = torch.randn(6, 8)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> found = layer_spectrum(weight, partition, {"all": 0.1 * weight})
+        >>> round(float(found.blocks.row_shares.sum()), 6)
+        1.0
+    """
+
+    row_shares: Tensor
+    col_shares: Tensor
+    diagonal_shares: Tensor
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class UpdateSpectrum:
+    """An update ΔW of one layer; every tensor float64.
+
+    Attributes:
+        singular_values: (q,) of ΔW, descending.
+        left: (q,) share of ΔW's energy along each left singular direction of W0, `u_jᵀ ΔW`. They sum to 1 where
+            N ≤ C; where N > C, what is missing lies in directions that W0 never writes to.
+        right: (q,) likewise along right ones, `ΔW v_j`.
+        rank: numerical rank, as `torch.linalg.matrix_rank` counts.
+        relative_norm: ‖ΔW‖ / ‖W0‖; infinite where W0 is zero and ΔW is not.
+
+    Example:
+        >>> weight = torch.randn(6, 8)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> found = layer_spectrum(weight, partition, {"all": 0.1 * weight})
+        >>> 0 < found.updates["all"].effective_rank <= 6
+        True
+    """
+
+    singular_values: Tensor
+    left: Tensor
+    right: Tensor
+    rank: int
+    relative_norm: float
+
+    @property
+    def effective_rank(self) -> float:
+        """`e^H` of the shares of energy of the singular values; 0 for a zero update."""
+        return effective_number(self.singular_values.square())
+
+    @property
+    def coverage(self) -> float:
+        """Share of W0's directions that the update touches, from 0 (a zero update) to 1."""
+        count = self.left.shape[0]
+        return math.sqrt(effective_number(self.left) * effective_number(self.right)) / max(count, 1)
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One layer: W0, its blocks, and updates by their names.
+
+    Attributes:
+        shape: (N, C).
+        singular_values: float64 (q,) of W0, descending.
+        rank: numerical rank of W0.
+        blocks: where its blocks have their energy.
+        updates: what each update does.
+
+    Example:
+        >>> weight = torch.randn(6, 8)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> found = layer_spectrum(weight, partition, {"all": 0.1 * weight})
+        >>> found.shape, found.rank
+        ((6, 8), 6)
+    """
+
+    shape: tuple[int, int]
+    singular_values: Tensor
+    rank: int
+    blocks: BlockEnergies
+    updates: Mapping[str, UpdateSpectrum]
+
+    @property
+    def effective_rank(self) -> float:
+        """Of W0."""
+        return effective_number(self.singular_values.square())
+
+
+def layer_spectrum(weight: Tensor, partition: BlockPartition, updates: Mapping[str, Tensor]) -> LayerSpectrum:
+    """Measure updates of one layer against its W0, in float64.
+
+    Args:
+        weight: W0 (N, C), floating point.
+        partition: blocks of W0.
+        updates: ΔW (N, C) by name.
+
+    Raises:
+        TypeError: `weight` or an update is not a floating-point tensor.
+        ValueError: one is not a matrix, not finite, or not of W0's shape.
+
+    Example:
+        >>> weight = torch.randn(6, 8)
+        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
+        >>> found = layer_spectrum(weight, partition, {"all": 0.1 * weight})
+        >>> round(found.updates["all"].relative_norm, 6), found.updates["all"].rank
+        (0.1, 6)
+    """
+    check_kind("partition", partition, BlockPartition)
+    if not isinstance(updates, Mapping):
+        raise TypeError(f"updates must be a mapping from names to tensors, got {type(updates).__name__}")
+    for name, matrix in {"weight": weight, **updates}.items():
+        check_weight(matrix, name)
+        if matrix.shape != partition.shape:
+            raise ValueError(
+                f"{name} must have the partition's shape {partition.shape}, got {tuple(matrix.shape)}"
+            )
+    wide = weight.detach().double()
+    U, sigma, Vh = torch.linalg.svd(wide, full_matrices=False)
+    norm = float(torch.linalg.vector_norm(sigma))
+    return LayerSpectrum(
+        shape=partition.shape,
+        singular_values=sigma,
+        rank=_rank(sigma, partition.shape),
+        blocks=_block_energies(wide, U, Vh, partition),
+        updates={name: _update(delta.detach().double(), U, Vh, norm) for name, delta in updates.items()},
+    )
+
+
+def effective_number(energies: Tensor) -> float:
+    """`exp(-Σ p log p)` with `p = energies / Σ energies`: how many of them count; 0 where all are zero.
+
+    Raises:
+        TypeError: no vector of numbers.
+
+    Example:
+        >>> round(effective_number(torch.tensor([2.0, 2.0, 0.0])), 6)
+        2.0
+    """
+    _check_vector("energies", energies)
+    total = energies.sum()
+    return float(torch.special.entr(energies / total).sum().exp()) if total > 0 else 0.0
+
+
+def cumulated(shares: Tensor, points: int = 101) -> list[float]:
+    """Sum of the first shares (q,) at `points` positions from 0 to q, evenly apart, linear between two directions.
+
+    Raises:
+        TypeError, ValueError: no vector of numbers, no number of points.
+
+    Example:
+        >>> cumulated(torch.tensor([0.5, 0.25, 0.125, 0.125]), 3)
+        [0.0, 0.75, 1.0]
+    """
+    _check_vector("shares", shares)
+    check_count("points", points, 0, 10**6)
+    sums = torch.nn.functional.pad(shares.double().cumsum(0), (1, 0))
+    place = torch.linspace(0, len(shares), points, dtype=torch.float64)
+    below = place.floor().long().clamp(max=max(len(shares) - 1, 0))
+    above = (below + 1).clamp(max=len(shares))
+    return torch.lerp(sums[below], sums[above], place - below).tolist()
+
+
+def _check_vector(name: str, value: Tensor) -> None:
+    check_kind(name, value, Tensor)
+    if (
+        layout_of(value) != "torch.strided"
+        or not value.is_floating_point()
+        or value.is_meta
+        or value.ndim != 1
+    ):
+        raise TypeError(
+            f"{name} must be a vector of floating-point numbers, got {value.dtype}, {layout_of(value)}"
+        )
+
+
+def _update(delta: Tensor, U: Tensor, Vh: Tensor, weight_norm: float) -> UpdateSpectrum:
+    energy = float(delta.square().sum()) or 1.0  # shares of nothing are zero
+    singular_values = torch.linalg.svdvals(delta)
+    norm = float(torch.linalg.vector_norm(singular_values))
+    return UpdateSpectrum(
+        singular_values=singular_values,
+        left=(U.T @ delta).square().sum(1) / energy,
+        right=(delta @ Vh.T).square().sum(0) / energy,
+        rank=_rank(singular_values, delta.shape),
+        relative_norm=norm / weight_norm if weight_norm else (math.inf if norm else 0.0),
+    )
+
+
+def _block_energies(weight: Tensor, U: Tensor, Vh: Tensor, partition: BlockPartition) -> BlockEnergies:
+    count = partition.num_blocks
+    rows = torch.nn.functional.one_hot(partition.row_block.long(), count).double()
+    cols = torch.nn.functional.one_hot(partition.col_block.long(), count).double()
+    energy = weight.square()
+    shares = rows.T @ energy @ cols / (float(energy.sum()) or 1.0)
+    return BlockEnergies(
+        row_shares=shares.sum(1),
+        col_shares=shares.sum(0),
+        diagonal_shares=shares.diagonal(),
+        left=rows.T @ U.square(),
+        right=(Vh.square() @ cols).T,
+    )
+
+
+def _rank(singular_values: Tensor, shape: Sequence[int]) -> int:
+    if not singular_values.numel():
+        return 0
+    tolerance = singular_values[0] * max(shape) * torch.finfo(singular_values.dtype).eps
+    return int((singular_values > tolerance).sum())

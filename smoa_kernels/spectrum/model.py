@@ -1,0 +1,251 @@
+"""Spectra of a whole model: every layer's W0, its update by SMoA, and LoRA's beside it (spectrum/layer.py)."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..checks import (
+    check_count,
+    check_kind,
+    check_names,
+    check_path,
+    check_weight,
+)
+from ..definition.ranks import resolve_ranks
+from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
+from ..definition.spectral_order import one_thread
+from ..peft.folders import ModelFolder
+from ..peft.layout import LayerBlocks
+from ..peft.updates import (
+    AdapterUpdates,
+    LayerUpdate,
+    random_lora,
+    random_smoa,
+    read_updates,
+)
+from .layer import LayerSpectrum, layer_spectrum
+
+__all__ = ["ModelSpectrum", "Source", "layer_kind", "model_spectrum"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the updates come from that are compared.
+
+    Attributes:
+        method: SMoA, LoRA or HiRA.
+        ranks: rank budgets that occur among the layers, ascending.
+        num_blocks: numbers of blocks that occur, ascending; 1 for methods without.
+        parameters: of all layers.
+        folder: of the saved adapter; None where the factors are random.
+
+    Example:
+        >>> Source("SMoA", ranks=(8,), num_blocks=(2,), parameters=1024, folder=None).label
+        'SMoA r=8, K=2, random'
+    """
+
+    method: str
+    ranks: tuple[int, ...]
+    num_blocks: tuple[int, ...]
+    parameters: int
+    folder: Path | None
+
+    @classmethod
+    def of(cls, updates: Sequence[LayerUpdate], folder: str | os.PathLike[str] | None) -> Source:
+        """What the updates of all layers add up to."""
+        return cls(
+            method=updates[0].method,
+            ranks=tuple(sorted({sum(update.ranks) for update in updates})),
+            num_blocks=tuple(sorted({len(update.ranks) for update in updates})),
+            parameters=sum(update.parameters for update in updates),
+            folder=None if folder is None else Path(folder),
+        )
+
+    @property
+    def random(self) -> bool:
+        """Whether nothing was trained: factors from a normal distribution."""
+        return self.folder is None
+
+    @property
+    def label(self) -> str:
+        """Method, rank and blocks for a person."""
+        blocks = f", K={_span(self.num_blocks)}" if self.method == "SMoA" else ""
+        return f"{self.method} r={_span(self.ranks)}{blocks}{', random' if self.random else ''}"
+
+
+@dataclass(frozen=True)
+class ModelSpectrum:
+    """Layers of a model.
+
+    Attributes:
+        model: name of its folder.
+        sources: by the name of an update in `layers`: "ours" is SMoA's, "theirs" what it is compared with.
+        layers: by name, numbers by their values.
+        left_out: layers that only one of two adapters adapts.
+
+    Example:
+        >>> source = Source("LoRA", ranks=(4, 8), num_blocks=(1,), parameters=1024, folder=Path("adapter"))
+        >>> ModelSpectrum("model", sources={"theirs": source}, layers={}, left_out=0).sources["theirs"].label
+        'LoRA r=4…8'
+    """
+
+    model: str
+    sources: Mapping[str, Source]
+    layers: Mapping[str, LayerSpectrum]
+    left_out: int
+
+
+def layer_kind(name: str) -> str:
+    """What a layer has in common with its like in other blocks of the model.
+
+    Args:
+        name: of the layer, dotted.
+
+    Raises:
+        TypeError: it is no string.
+
+    Example:
+        >>> layer_kind("model.layers.11.self_attn.q_proj")
+        'self_attn.q_proj'
+    """
+    check_kind("name", name, str)
+    return re.split(r"(?:^|\.)\d+\.", name)[-1]
+
+
+def model_spectrum(
+    model: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    compare: str | os.PathLike[str] | None = None,
+    *,
+    rank: int = 8,
+    num_blocks: int = 2,
+    targets: Sequence[str] = (),
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ModelSpectrum:
+    """Measure every adapted layer of a model.
+
+    Args:
+        model: folder of a base model in safetensors files.
+        adapter: folder of an SMoA adapter; random factors where None.
+        compare: folder of a LoRA, HiRA or further SMoA adapter; where None, LoRA with random factors and, layer by
+            layer, the rank whose parameters come closest to SMoA's.
+        rank: r of the random SMoA adapter.
+        num_blocks: K of it.
+        targets: last parts of the names of layers to measure; where empty, those that the adapters adapt, without any
+            all linear layers but the model's head.
+        seed: of the random factors, whatever other layers there are.
+        progress: called with how many layers are done, and how many there are.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        ValueError, OSError: naming the folder or the layer: something cannot be read, does not fit the model, or was
+            trained over another base weight.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape)).save_pretrained("model")
+        >>> found = model_spectrum("model", rank=4, targets=["q_proj", "down_proj"])
+        >>> found.sources["ours"].label, sorted(layer_kind(name) for name in found.layers)
+        ('SMoA r=4, K=2, random', ['mlp.down_proj', 'self_attn.q_proj'])
+    """
+    ranks = resolve_ranks(rank, num_blocks)
+    for argument, path in (("model", model), ("adapter", adapter), ("compare", compare)):
+        if argument == "model" or path is not None:
+            check_path(argument, path)
+    check_names("targets", targets)
+    check_count("seed", seed, 0, torch.iinfo(torch.int64).max)
+    folder = ModelFolder(Path(model))
+    ours = None if adapter is None else read_updates(Path(adapter), ("SMOA",))
+    theirs = None if compare is None else read_updates(Path(compare))
+    stored, left_out = _layers(folder, [given for given in (ours, theirs) if given is not None])
+    chosen = {name: swapped for name, swapped in stored.items() if _is_target(name, targets)}
+    if not chosen:
+        kinds = ", ".join(sorted({layer_kind(name) for name in stored}))
+        raise ValueError(f"no layer's name ends with {' or '.join(targets)}; the layers are {kinds}")
+    layers: dict[str, LayerSpectrum] = {}
+    used: dict[str, list[LayerUpdate]] = {"ours": [], "theirs": []}
+    for name, swapped in chosen.items():
+        progress(len(layers), len(chosen))
+        weight = _weight(folder, name, swapped)
+        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+        with _named(name):
+            smoa = random_smoa(weight, ranks, generator) if ours is None else ours.layers[name]
+            other = (
+                random_lora(weight.shape, smoa.parameters, generator)
+                if theirs is None
+                else theirs.layers[name]
+            )
+            deltas = {key: _delta(update, weight) for key, update in (("ours", smoa), ("theirs", other))}
+            # LAPACK's SVDs gain little from a second thread, and lose half of their speed where its core is busy.
+            with one_thread():
+                layers[name] = layer_spectrum(weight, cast(LayerBlocks, smoa.blocks).partition, deltas)
+        used["ours"].append(smoa)
+        used["theirs"].append(other)
+    progress(len(layers), len(chosen))
+    folders = {"ours": adapter, "theirs": compare}
+    sources = {key: Source.of(updates, folders[key]) for key, updates in used.items()}
+    return ModelSpectrum(Path(model).resolve().name, sources, layers, left_out)
+
+
+def _layers(folder: ModelFolder, adapters: Sequence[AdapterUpdates]) -> tuple[dict[str, bool], int]:
+    """Names of the layers that every adapter adapts, whether each is stored (C, N), and how many only one adapts."""
+    if not adapters:
+        return folder.linear_layers(), 0
+    common = [name for name in adapters[0].layers if all(name in a.layers for a in adapters)]
+    if not common:
+        raise ValueError("the two adapters have no layer in common")
+    every = {name for a in adapters for name in a.layers}
+    return dict.fromkeys(common, adapters[0].fan_in_fan_out), len(every) - len(common)
+
+
+def _is_target(name: str, targets: Sequence[str]) -> bool:
+    return not targets or any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _weight(folder: ModelFolder, name: str, swapped: bool) -> Tensor:
+    """W0 (N, C) of a layer."""
+    weight = folder.get(f"{name}.weight")
+    if weight is None:
+        raise ValueError(f"{folder.folder} has no layer {name}, which the adapter adapts")
+    with _named(name):
+        check_weight(weight)
+    return weight.T if swapped else weight
+
+
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """Errors say which layer."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{layer}: {error}") from error
+
+
+def _delta(update: LayerUpdate, weight: Tensor) -> Tensor:
+    if update.shape != tuple(weight.shape):
+        raise ValueError(
+            f"the {update.method} adapter is for {update.shape}, the model has {tuple(weight.shape)}"
+        )
+    if update.blocks is not None:
+        distance = sketch_distance(update.blocks.sketch, sketch_weight(weight))
+        if not distance <= TOLERANCE:
+            raise ValueError(
+                f"the adapter was trained over another base weight, which differs by about {distance:.0%}"
+            )
+    return update.delta(weight)
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]}…{values[-1]}"
