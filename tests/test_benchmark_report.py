@@ -23,6 +23,8 @@ from benchmarks.readme import README, Section
 from benchmarks.report import RESULTS, SECTION, generate, main, page, section
 from benchmarks.results import Result, Run, compact, read, read_all
 
+pytestmark = pytest.mark.slow
+
 LAYER = {
     "tokens": 2048,
     "out_features": 2048,

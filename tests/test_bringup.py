@@ -25,6 +25,8 @@ from benchmarks.providers import FROZEN, LORA, Case
 from benchmarks.results import Result
 from smoa_kernels.kernels.entries import INTERRUPTED, UNFINISHED
 
+pytestmark = pytest.mark.slow
+
 
 def test_all_stages_fit_into_eight_minutes() -> None:
     assert sum(seconds + bringup.GRACE for _, seconds in stages.STAGES.values()) <= 480

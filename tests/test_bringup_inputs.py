@@ -15,6 +15,8 @@ from benchmarks.protocol import DEVICE
 from benchmarks.providers import FROZEN, LORA, Case
 from benchmarks.rotation import rotated
 
+pytestmark = pytest.mark.slow
+
 CASE = Case(9, 48, 40, 2, 4)
 PAIR = 4 * 9 * (48 + 40)  # bytes of x and dY
 CACHES = (0, 3 * PAIR - 1, 3 * PAIR, 1_000_000)

@@ -17,6 +17,8 @@ from benchmarks.bringup.job import OutOfTimeError
 from benchmarks.bringup.page import page
 from benchmarks.bringup.state import ROOT
 
+pytestmark = pytest.mark.slow
+
 PYTEST = """
 collected 20 items / 17 deselected / 3 selected
 tests/kernels/test_a.py::test_one[Config(a=1, b=2)] PASSED               [ 25%]

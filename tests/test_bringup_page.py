@@ -22,6 +22,8 @@ from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.kernels.identity import identity
 from smoa_kernels.tuning.plan import keys
 
+pytestmark = pytest.mark.slow
+
 H100 = GPUS["h100"]
 
 

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import classify
 import minilm
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--steps", "6", "--save-every", "3", "--batch-size", "8", "--eval-questions", "40"]
 
 

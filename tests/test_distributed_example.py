@@ -26,6 +26,8 @@ from questions import Encoder, read_jsonl, split
 from training import StopRequest, TrainingRecord, shuffled_batches, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 BIN = Path(sys.executable).parent
 

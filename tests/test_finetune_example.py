@@ -29,6 +29,8 @@ from training import Score, next_token_scores
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+pytestmark = pytest.mark.slow
+
 ANSWERS = ("bird", "fish", "stone")
 WORDS = (
     "robin",
@@ -462,7 +464,6 @@ def test_interruption_saves_what_was_trained(
     load(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "adapter")
 
 
-@pytest.mark.slow
 def test_smollm2_from_the_packages(tmp_path: Path) -> None:
     options = ("--steps", 2, "--eval-questions", 16, "--output", tmp_path / "run")
     out = finish(start(*options, SMOA_CACHE=str(tmp_path / "cache")))

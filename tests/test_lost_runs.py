@@ -14,6 +14,8 @@ from test_distributed_example import losses
 from test_finetune_example import RunFolder, animals, refused, start, tiny_llama  # noqa: F401
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 FINETUNING = """
 import os, time, test_distributed_example
 from pathlib import Path

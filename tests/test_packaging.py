@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 
 import hatch_build
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "smoa_kernels"
 PREFIX = "smoa_kernels/"

@@ -38,6 +38,8 @@ from questions import Encoder, Question, Splits, same_text  # isort: skip
 from training import next_token_scores  # isort: skip
 from quality_cases import COLOURS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["trec50", "films", "opinions", "trec6"])
 def test_splits_are_disjoint(name: str) -> None:
@@ -85,7 +87,6 @@ def test_targets_of_the_real_models() -> None:
     assert width(nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(5, 6)}), "a") == 7
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cut", [cut_minilm, cut_smollm2])
 def test_a_cut_model_says_what_the_whole_one_does(cut: Any) -> None:
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer

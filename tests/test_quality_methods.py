@@ -20,6 +20,8 @@ from benchmarks.quality.methods import (
 from benchmarks.quality.study import train_and_judge
 from smoa_kernels import BlockPartition
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("blocks", [2, 3, 8])
 def test_random_blocks_keep_their_sizes(blocks: int) -> None:

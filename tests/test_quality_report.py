@@ -26,6 +26,8 @@ from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.verdicts import verdicts, without_one_task
 from benchmarks.quality.words import word
 
+pytestmark = pytest.mark.slow
+
 
 def test_t_quantiles_are_those_of_the_tables() -> None:
     for freedom, expected in ((1, 12.7062), (4, 2.7764), (9, 2.2622), (30, 2.0423)):

@@ -35,6 +35,8 @@ from benchmarks.quality.tasks import Task
 from questions import Splits  # isort: skip
 from quality_cases import SPLITS, TINY
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_search_goes_on_while_the_best_rate_is_at_an_end(tmp_path: Path) -> None:
     def search(best: float, first: tuple[float, ...]) -> list[float]:

@@ -15,6 +15,8 @@ from benchmarks.quality.statistics import Mean
 from benchmarks.quality.study import best_rate
 from benchmarks.quality.verdicts import EQUAL, EQUALS, HALF, LORA, LORA_HALF, within
 
+pytestmark = pytest.mark.slow
+
 ROOT = RESULTS.parents[1]
 STUDY = Study(store.read(RECORDS))
 TITLES = {task.title: task.name for task in STUDY.tasks}
