@@ -16,7 +16,7 @@ OLDEST ?= .venv-oldest
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
 # The operator, the layer, the kernels, groups of processes and the command line: neither the PEFT tuner nor a model.
 CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
-          tests/test_bringup*.py tests/test_dead_zone.py $(wildcard tests/test_lost_*)),$(wildcard tests/test_*.py))
+          tests/test_bringup.py tests/test_dead_zone.py $(wildcard tests/test_lost_*)),$(wildcard tests/test_*.py))
 
 # The tests that draw as many examples as the profile says (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
@@ -125,10 +125,10 @@ quality-smoke: $(BIN)/.dev ## the quality study, tiny, report and all
 	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --records .benchmarks/quality/runs.jsonl
 	$(BIN)/python -m benchmarks.quality report --records .benchmarks/quality/runs.jsonl --out .benchmarks/quality
 
-gpu: $(BIN)/.dev ## bring a GPU up: tests, tuning, comparison, goals; 8 minutes (ARGS="--resume")
+gpu: $(BIN)/.dev ## on a GPU: numerical tests, tuning, comparison, goals; 8 minutes (ARGS="--resume")
 	$(BIN)/python -m benchmarks.bringup $(ARGS)
 
-gpu-smoke: $(BIN)/.dev ## the same without a GPU, tiny, in Triton's interpreter; fails beyond two minutes of processor time
+gpu-smoke: $(BIN)/.dev ## the same without a GPU, tiny, in Triton's interpreter
 	$(BIN)/python -m benchmarks.bringup --smoke $(ARGS)
 
 audit: $(BIN)/.dev ## compile every kernel at every shipped configuration, without a GPU

@@ -1,43 +1,46 @@
-"""`python -m benchmarks.bringup`: runs the stages, each in a process of its own, and writes the page after each.
+"""`python -m benchmarks.bringup`: runs each stage in a process of its own and writes the files after each.
 
-`--resume` goes on with a bring-up of the same commit; edits that are not committed do not count.
+`--resume` continues a bring-up of the same commit; uncommitted edits do not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .state import ROOT, State, path_of
 
-GRACE = 3.0  # seconds from a stage's own deadline to being interrupted, and from there to its end by force
-PATIENCE = 10.0  # from Ctrl-C to the end by force: a compiler or a launch may have to end first
-# Of one processor, for a rehearsal: as long as it takes alone on a machine, however many others it shares it with. The
-# clock is told beside it; it judges nothing, for others make it run.
-SMOKE_SECONDS = 120.0
+GRACE = 5.0  # seconds between interrupting a stage and killing it
+SECONDS = {"tests": 140.0, "tune": 85.0, "compare": 190.0, "predict": 35.0}
+"""The stages in order, each with its time limit, which includes the start of its process."""
+OUT_OF_TIME = 3  # exit code of a stage that noticed by itself that its time was short
+
+GPU_BYTES = 2 * 2**30  # GPU memory of one test process: the context, its kernels and its tensors
+SMOKE_TESTS = ("tests/kernels/test_permute.py",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; 0 when every stage is done (and a rehearsal in its time), else 1, 2 for a wrong call, 130 after Ctrl-C."""
+    """Run all stages; 0 when every stage is done, else 1; 2 for a wrong call, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bringup", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, help="folder of the JSON and the Markdown (default benchmarks/results)"
+        "--out", type=Path, help="folder for the JSON, Markdown and log (default benchmarks/results)"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with what is not done, at the same commit"
+        "--resume", action="store_true", help="run the stages that are not done, at the same commit"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, in Triton's interpreter on a CPU")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    begin = _seconds()
     out = options.out or ROOT / (".benchmarks/bringup" if options.smoke else "benchmarks/results")
     if options.smoke:
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -46,133 +49,121 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if not (options.smoke or torch.cuda.is_available()):
         parser.error("there is no GPU here; --smoke rehearses on the CPU")
-    from .page import page
-    from .stages import STAGES
-
+    state = State.fresh(options.smoke)
+    path = path_of(out, state.run)
     if options.stage is not None:
-        return _stage(options.stage, out, options.until, options.smoke)
-    fresh = State.fresh(options.smoke)
-    path = path_of(out, fresh.run)
+        return _in_stage(options.stage, path, options.until, options.smoke)
     if options.resume and path.is_file():
         try:
             known = State.read(path)
-            if _code(known) != _code(fresh):
-                raise ValueError(f"{path} is of commit {known.run.commit}, here is {fresh.run.commit}")
+            if known.code != state.code:
+                raise ValueError(f"{path} is of commit {known.run.commit}, here is {state.run.commit}")
         except ValueError as error:
-            parser.error(f"{error}; without --resume it is written anew")
-    else:
-        fresh.write(path)
-    for name, (_, seconds) in STAGES.items():
-        state = State.read(path)
-        if options.resume and state.stages.get(name, {}).get("status") == "done":
+            parser.error(f"{error}; without --resume it is overwritten")
+        state = known
+    state.write(path)
+    from .page import page
+
+    for name in SECONDS:
+        if state.stages.get(name, {}).get("status") == "done":
             print(f"{name}: done before", flush=True)
             continue
-        start = time.monotonic()
-        try:
-            status = _in_process(name, out, seconds, options.smoke)
-        except KeyboardInterrupt:
-            taken = round(time.monotonic() - start, 1)
-            status = {"status": "interrupted", "seconds": taken, "error": "by Ctrl-C"}
+        status, output = run_stage(
+            _command(name, out, options.smoke), path.with_suffix(".log"), SECONDS[name]
+        )
         state = State.read(path).with_stage(name, **status)
+        if name == "tests":
+            state = state.with_finding("tests", pytest_finding(output))
         state.write(path)
         _write(path.with_suffix(".md"), page(state))
         print(
             f"{name}: {status['status']} in {status['seconds']:.0f} s. {status['error']}".rstrip(), flush=True
         )
         if status["status"] == "interrupted":
-            print(f"What was found is kept in {path}; the same command with --resume goes on from here.")
+            print(f"What was found is in {path}; run the same command with --resume to continue.")
             return 130
-    state = State.read(path)
-    _write(path.with_suffix(".md"), page(state))
-    print(f"written: {path} and {path.with_suffix('.md').name}")
-    if options.smoke:
-        used, elapsed = (now - then for now, then in zip(_seconds(), begin, strict=True))
-        print(
-            f"a rehearsal may take {SMOKE_SECONDS:.0f} s of processor time, this one took {used:.0f};"
-            f" by the clock {elapsed:.0f}"
-        )
-        if used > SMOKE_SECONDS:
-            return 1
+    print(f"written: {path}, and .md and .log beside it")
     return 0 if all(found["status"] == "done" for found in state.stages.values()) else 1
 
 
-def _code(state: State) -> str:
-    """The commit; that it was edited does not count, for the page itself may be a file of it."""
-    return str(state.run.commit).rstrip("+")
+def _command(name: str, out: Path, smoke: bool) -> list[str]:
+    """What runs in a stage's process: pytest for the tests, else this module again."""
+    if name != "tests":
+        until = str(time.time() + SECONDS[name] - GRACE)
+        command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--out", str(out.resolve())]
+        return [*command, "--until", until, *(["--smoke"] if smoke else [])]
+    import torch
+
+    workers = 2
+    if torch.cuda.is_available():
+        workers = max(1, torch.cuda.get_device_properties(0).total_memory // GPU_BYTES)
+    parallel = ["-n", "auto", "--maxprocesses", str(workers), "--dist", "worksteal"]
+    chosen = SMOKE_TESTS if smoke else ("-m", "numerical or gpu")
+    return [sys.executable, "-m", "pytest", *parallel, "-vv", "-rfEs", "--tb=short", *chosen]
 
 
-def _seconds() -> tuple[float, float]:
-    """Processor time of all processes that this one started and that have ended, and the clock."""
-    times = os.times()
-    return times.children_user + times.children_system, times.elapsed
+def run_stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[str, Any], str]:
+    """Run a command with a time limit, appending what it prints to a log.
 
-
-def _in_process(name: str, out: Path, seconds: float, smoke: bool) -> dict[str, object]:
-    """Run a stage; its status, seconds and error."""
+    Returns:
+        Its status ("done", "failed", "out of time" or "interrupted"), seconds and error, and what it printed.
+    """
     start = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--out", str(out.resolve())]
-    command += ["--until", str(time.time() + seconds), *(["--smoke"] if smoke else [])]
-    # A session of its own, so that what the stage started ends with it: its children hold stderr open.
-    with subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    with log.open("ab") as stream:
+        begin = stream.tell()
+        # A session of its own, so that the stage's own child processes end with it.
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            _, errors = process.communicate(timeout=seconds)
-            status = {0: "done", 3: "out of time"}.get(process.returncode, "failed")
+            code = process.wait(seconds)
+            status = {0: "done", OUT_OF_TIME: "out of time"}.get(code, "failed")
         except subprocess.TimeoutExpired:
-            errors = _end(process, GRACE)
             status = "out of time"
-        except BaseException:
-            _end(process, PATIENCE)
-            raise
-    lines = [line for line in errors.splitlines() if line.strip()]
-    error = lines[-1] if lines and status != "done" else ""
+        except KeyboardInterrupt:
+            status = "interrupted"
+        finally:
+            _end(process)
+    output = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line for line in output.splitlines() if line.strip()]
+    error = lines[-1].strip("= ") if lines and status != "done" else ""
     if status == "failed" and process.returncode < 0:
         error = f"ended by signal {-process.returncode}. {error}".strip()
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), "error": error}
+    return {"status": status, "seconds": round(time.monotonic() - start, 1), "error": error}, output
 
 
-def _end(process: subprocess.Popen[str], seconds: float) -> str:
-    """Interrupt a stage and all that it started, so that it notes what it was at, and end what is left; its stderr."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process and its children, so that they can save what they have, then kill what is left."""
     try:
-        _signal(process, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=seconds)
-    finally:  # a second Ctrl-C, too
-        _signal(process, signal.SIGKILL)
-    _, errors = process.communicate()
-    return errors
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(GRACE)
+    finally:  # after a second Ctrl-C, too
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def _signal(process: subprocess.Popen[str], number: int) -> None:
-    with suppress(ProcessLookupError):  # all of them have ended
-        os.killpg(process.pid, number)
+def pytest_finding(output: str) -> Mapping[str, Any]:
+    """Pytest's last line, the tests that failed, and the reasons of skipped ones, from what pytest printed."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    return {
+        "summary": lines[-1].strip("= ") if lines else "pytest printed nothing",
+        "failed": re.findall(r"^(?:FAILED|ERROR) (\S+\.py.*)$", output, re.MULTILINE),
+        "skipped": re.findall(r"^SKIPPED (\[\d+\] .+)$", output, re.MULTILINE),
+    }
 
 
-def _stage(name: str, out: Path, until: float, smoke: bool) -> int:
-    """In the stage's own process: 0 done, 3 out of time, 1 failed; the reason is the last line of stderr."""
-    deadline = time.monotonic() + until - time.time() - GRACE
-    # A shell that starts the bring-up in the background has it, and what it starts, ignore interrupts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    from .job import Job, OutOfTimeError
-    from .stages import STAGES
+def _in_stage(name: str, path: Path, until: float, smoke: bool) -> int:
+    """Run a stage in its own process; an exception ends the process, and its text is the stage's error."""
+    from .stages import STAGES, Job, OutOfTimeError
 
-    path = path_of(out, State.fresh(smoke).run)
-    run, _ = STAGES[name]
+    deadline = time.monotonic() + until - time.time()
     try:
-        run(Job(State.read(path), lambda state: state.write(path), deadline, smoke))
+        STAGES[name](Job(State.read(path), lambda state: state.write(path), deadline, smoke))
     except OutOfTimeError as error:
         print(error, file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print("interrupted at work", file=sys.stderr)
-        return 130
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
-        return 1
+        return OUT_OF_TIME
     return 0
 
 
@@ -183,4 +174,6 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
+    # A shell that starts this in the background makes it, and what it starts, ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

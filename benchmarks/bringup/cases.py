@@ -18,7 +18,7 @@ GOAL_CASES = (SQUARE, DOWN, SQUARE_HIRA, DOWN_HIRA)
 
 
 def comparison_cases(smoke: bool) -> tuple[Case, ...]:
-    """The goals' cases first, then the grid, those of one weight and partition together."""
+    """The goals' cases, then the grid; cases with the same weight and partition follow each other."""
     if smoke:
         return (Case(9, 48, 40, 2, 4), Case(9, 48, 40, 2, 4, dropout=0.05))
     grid = (

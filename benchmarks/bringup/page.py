@@ -1,8 +1,6 @@
-"""Stage 5: the Markdown of a bring-up. Every figure is marked as goal, predicted or measured."""
+"""The Markdown page of a bring-up. Every figure is marked as goal, predicted or measured."""
 
 from __future__ import annotations
-
-from collections import Counter
 
 import torch
 
@@ -21,7 +19,6 @@ from ..protocol import DEVICE
 from ..providers import Case
 from ..results import Result
 from .goals import COLUMNS, GOALS, WAYS, Goal, Row
-from .numerics import idle_words, late_words
 from .state import State
 
 
@@ -92,21 +89,11 @@ def _measured(goal: Goal, row: Row) -> str:
 
 
 def _tests(state: State) -> str:
-    """All outcomes in one line, then what failed and what did not end."""
     found = state.findings.get("tests")
     if found is None:
         return "Not run."
-    counts: Counter[str] = Counter()
-    for file in found.values():
-        counts.update(file["counts"])
-    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none ran"
-    ran = sum(bool(set(file["counts"]) - {"skipped"}) for file in found.values())
-    lines = [f"{told}, in {ran} files."]
-    if late := late_words(found):
-        lines.append(f"Not finished in time: {late}.")
-    if idle := idle_words(found):
-        lines.append(f"Nothing ran of: {idle}.")
-    lines += [f"- failed: `{line}`" for file in found.values() for line in file["failures"]]
+    lines = [f"{found['summary']}."]
+    lines += [f"- {kind}: `{line}`" for kind in ("failed", "skipped") for line in found[kind]]
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
-"""The stages that measure, and all of them in order. What a stage finds is saved as it goes."""
+"""The stages that measure on the GPU. Each saves what it finds as it goes."""
 
 from __future__ import annotations
 
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,13 +45,38 @@ from ..rotation import cache_bytes, rotated
 from ..test_layer_throughput import training_pass
 from ..theory import rates
 from .cases import GOAL_CASES, comparison_cases, tuned_layers
-from .job import Job, OutOfTimeError
-from .numerics import run_tests
+from .state import State
 
 SECONDS_PER_CASE = 1.2
 MOST_ROUNDS = 20
-# The definition in float64 at 8192 tokens takes longer than all that is timed: there only for the goals' cases.
+# The float64 definition at 8192 tokens takes longer than all that is timed, so only the goals' cases are checked there.
 GATE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage is given.
+
+    Attributes:
+        state: of the bring-up so far.
+        save: writes a newer one.
+        deadline: by `time.monotonic()`.
+        smoke: tiny sizes.
+    """
+
+    state: State
+    save: Callable[[State], None]
+    deadline: float
+    smoke: bool
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+
+class OutOfTimeError(RuntimeError):
+    """A stage stopped before all of its work was done."""
 
 
 def tune_shapes(job: Job) -> None:
@@ -73,7 +98,7 @@ def tune_shapes(job: Job) -> None:
             deadline=job.deadline - 5,
         )
         problems = {str(tuple(tuned.job.key)): tuned.problem for tuned in done if tuned.problem}
-    finally:  # what a lost GPU leaves, too
+    finally:  # also when the GPU is lost
         found = read(table)
         entries = [e.to_json() for e in (so_far(j, DEVICE, found) for j in planned) if e.trials]
         finding = {"table": {"schema": SCHEMA, "entries": entries}, "problems": problems}
@@ -83,44 +108,49 @@ def tune_shapes(job: Job) -> None:
 
 
 def interpreter_timer(launch: Launch) -> float:
-    """Seconds of one launch: a number to rehearse with, no measurement."""
+    """Seconds of one launch: not a measurement, but it stands in for one in a rehearsal."""
     start = time.perf_counter()
     launch()
     return time.perf_counter() - start
 
 
 def compare(job: Job) -> None:
-    """Forward, backward, both and peak memory against the peers, in turns, the goals' cases first.
+    """Time forward, backward and both, and weigh the peak memory, of every provider; the goals' cases come first.
 
-    A case in which something failed is compared again by the next call, after those that no call has come to: in turns
-    with all of its providers, for only times of one sitting may be divided by each other.
+    A case that failed, wholly or for one provider, is compared again by the next call: with all of its providers, for
+    only times that were taken in turns may be divided by each other.
 
     Raises:
         OutOfTimeError: some cases were not compared.
-        AssertionError: a provider failed its gate or crashed.
+        RuntimeError: a provider failed its gate or crashed.
     """
     state = job.state
     errors: dict[str, dict[str, str]] = dict(state.findings.get("compare", {}))
     cases = comparison_cases(job.smoke)
-    new = [case for case in cases if not (state.run.find("layer", **case.record()) or str(case) in errors)]
-    todo = [*new, *(case for case in cases if str(case) in errors)]
+    todo = [case for case in cases if str(case) in errors or not state.run.find("layer", **case.record())]
     for done, case in enumerate(todo):
         if job.left < 4 * SECONDS_PER_CASE:
             raise OutOfTimeError(f"{len(todo) - done} of {len(cases)} cases are left")
         errors.pop(str(case), None)
         try:
-            results, red = _compare_one(case, job.smoke)
+            results, failed = _compare_one(case, job.smoke)
             state = state.with_results(*results)
         except Exception as error:  # a case that does not fit in memory, say: the others go on
-            red = {"all of them": f"{type(error).__name__}: {error}".splitlines()[0]}
-        if red:
-            errors[str(case)] = red
+            failed = {"all of them": _first_line(error)}
+        if failed:
+            errors[str(case)] = failed
         state = state.with_finding("compare", dict(errors))
         job.save(state)
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
-    if told := [f"{name} at {at}: {reason}" for at, red in errors.items() for name, reason in red.items()]:
-        raise AssertionError(f"{len(told)} providers failed, the first: {told[0]}")
+    if told := [
+        f"{name} at {at}: {reason}" for at, failed in errors.items() for name, reason in failed.items()
+    ]:
+        raise RuntimeError(f"{len(told)} providers failed, the first: {told[0]}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def providers(case: Case) -> dict[str, Provider]:
@@ -132,18 +162,18 @@ def providers(case: Case) -> dict[str, Provider]:
 
 
 def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]:
-    """The case's results, and the providers that are not in them with the reason."""
-    layers, red = _gated(replace(case, tokens=min(case.tokens, GATE_TOKENS)))
+    """The case's results, and why some providers are not in them."""
+    layers, failed = _gated(replace(case, tokens=min(case.tokens, GATE_TOKENS)))
     if case in GOAL_CASES:
         layers, more = _passing(case, layers)
-        red = red | more
+        failed = failed | more
     timed = _timed(case, layers, smoke)  # first, for it leaves nothing in memory
     sizes = {name: footprint(layer, case).record() for name, layer in layers.items()}
-    return [timed, Result("memory", f"memory: {case}", case.record(), bytes=sizes)], red
+    return [timed, Result("memory", f"memory: {case}", case.record(), bytes=sizes)], failed
 
 
 def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
-    """Every provider in turns, each pass on the next copy of the inputs, which all providers share."""
+    """Time every provider in turns, each pass on the next copy of the inputs, which all providers share."""
     inputs = rotated(case, cache_bytes())
     turns = Turns({name: training_pass(layer, case, inputs) for name, layer in layers.items()}, FROZEN)
     before, one = load(), turns.warm_up(1 if smoke else 2)
@@ -157,36 +187,36 @@ def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
 def _gated(case: Case) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers that pass their gate, which serve any number of tokens, and why the others do not."""
     layers: dict[str, nn.Module] = {}
-    red: dict[str, str] = {}
+    failed: dict[str, str] = {}
     for name, build in providers(case).items():
         try:
             layers[name] = build(case)
         except Exception as error:
-            red[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            failed[name] = _first_line(error)
     passing, more = _passing(case, layers)
-    return passing, red | more
+    return passing, failed | more
 
 
 def _passing(case: Case, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Those that compute their definition at a case's size, and why the others do not."""
-    passing, red = {}, {}
+    """The layers that compute their definition at a case's size, and why the others do not."""
+    passing, failed = {}, {}
     for name, layer in layers.items():
         try:
             check_layers(case, {name: layer})
             passing[name] = layer
         except Exception as error:
-            red[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return passing, red
+            failed[name] = _first_line(error)
+    return passing, failed
 
 
 def predict(job: Job) -> None:
-    """This device's own rates, and block_grad's share of the measured one; the page sets them beside the model's."""
+    """Measure this device's own rates, and block_grad's share of its matmul rate."""
     dtype = torch.float32 if job.smoke else torch.bfloat16
     flops, bandwidth = rates(dtype, 256 if job.smoke else 8192)
     finding: dict[str, Any] = {"flops_per_second": flops, "bytes_per_second": bandwidth, "block_grad": {}}
     timer: Timer = interpreter_timer if job.smoke else gpu_timer
     for case in comparison_cases(True)[:1] if job.smoke else GOAL_CASES:
-        # Of as many tokens as one launch takes without dropout: the fewest that are asked for.
+        # One launch takes a part of the tokens: the key with the fewest is that of dropout 0.
         key = min(
             (key for key in keys(layer_of(case)) if key.kernel == "block_grad"), key=lambda key: key.tokens
         )
@@ -210,10 +240,5 @@ def layer_of(case: Case) -> Layer:
     )
 
 
-STAGES: Mapping[str, tuple[Callable[[Job], None], float]] = {
-    "tests": (run_tests, 140.0),
-    "tune": (tune_shapes, 90.0),
-    "compare": (compare, 195.0),
-    "predict": (predict, 35.0),
-}
-"""Each stage, and the seconds that it may take, start of its process included; the page is the fifth."""
+STAGES: Mapping[str, Callable[[Job], None]] = {"tune": tune_shapes, "compare": compare, "predict": predict}
+"""The stages of this file; pytest itself is the first stage, the tests."""

@@ -1,6 +1,6 @@
-"""What a bring-up has found so far, as one JSON file: a run of the benchmark suite with a few things more.
+"""The JSON file of a bring-up: a run of the benchmark suite, with each stage's status and findings.
 
-`benchmarks.report` reads it like any run: the comparisons stand under "results" as the suite's own do.
+`benchmarks.report` reads it like any run: the comparisons are under "results", as the suite's own are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..machine import commit, describe
+from ..machine import EDITED, commit, describe
 from ..results import Result, Run, compact, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,13 +24,18 @@ class State:
 
     Attributes:
         run: machine, commit, date, and the comparisons.
-        stages: name to status ("done", "failed", "out of time"), seconds and error.
+        stages: name to status ("done", "failed", "out of time", "interrupted"), seconds and error.
         findings: what a stage found beside comparisons, by stage.
     """
 
     run: Run
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     findings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def code(self) -> str:
+        """The commit without its mark for uncommitted edits: the page itself may be one."""
+        return str(self.run.commit).removesuffix(EDITED)
 
     @classmethod
     def fresh(cls, smoke: bool) -> State:
