@@ -1,43 +1,155 @@
-"""Sections of the README that a program writes, between markers that name it."""
+"""The README's table of measurements, from the kept runs: it stands between two markers, and nobody types it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-__all__ = ["README", "Section"]
+from .goals import GOALS
+from .providers import HIRA, LORA, SMOA
+from .results import Result, Run, read_all, write
+from .tables import marked, one_billion, ratios, table
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+__all__ = ["MAIN_JOB", "README", "RESULTS", "section", "with_section", "write_readme"]
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MAIN_JOB = RESULTS / "main-job"
+METHODS = {"smoa": SMOA, "lora": LORA, "hira": HIRA}
+START, END = "<!-- written by python -m benchmarks.report: -->", "<!-- :written -->"
+
+SQUARE = {"tokens": 2048, "out_features": 2048, "rank": 16, "dropout": 0.0}
+TOKEN = {"tokens": 1, "num_blocks": 4}
+# Words, kind of benchmark, phase, and the parameters that tell the case from others.
+LAYERS = (
+    (
+        "**One layer, time over a frozen `nn.Linear`**: forward + backward of 2048 tokens, 2048×2048, r=16, "
+        "float32, K=4",
+        "layer",
+        "both",
+        SQUARE | {"num_blocks": 4, "dtype": "float32"},
+    ),
+    ("float32, K=1 (HiRA)", "layer", "both", SQUARE | {"num_blocks": 1, "dtype": "float32"}),
+    ("bfloat16, K=4", "layer", "both", SQUARE | {"num_blocks": 4, "dtype": "bfloat16"}),
+    ("one token, forward, float32, r=8, K=4", "few tokens", "forward", TOKEN | {"dtype": "float32"}),
+    ("one token, forward, bfloat16, r=8, K=4", "few tokens", "forward", TOKEN | {"dtype": "bfloat16"}),
+)
 
 
-@dataclass(frozen=True)
-class Section:
-    """What one program writes.
+def with_section(text: str, content: str) -> str:
+    """The README with new text between the markers.
 
-    Attributes:
-        author: the program's path, as the markers name it.
+    Raises:
+        ValueError: the markers are not there, once each and in order.
     """
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"the README must hold {START} and then {END}, once each")
+    before, _, rest = text.partition(START)
+    return f"{before}{START}\n\n{content.strip()}\n\n{END}{rest.partition(END)[2]}"
 
-    author: str
 
-    @property
-    def start(self) -> str:
-        """The marker above."""
-        return f"<!-- written by {self.author}: -->"
+def write_readme(readme: Path = README) -> None:
+    """Write the table anew from all runs that are kept."""
+    write(readme, with_section(readme.read_text(encoding="utf-8"), section(read_all(RESULTS))))
 
-    @property
-    def end(self) -> str:
-        """The marker below."""
-        return f"<!-- :written by {self.author} -->"
 
-    def replace(self, text: str, content: str) -> str:
-        """The README with new text between this section's markers.
+def section(runs: list[Run]) -> str:
+    """One table of the main job and of the layer on CPUs; a table for each GPU that was measured; what they ran on."""
+    jobs = {name: json.loads((MAIN_JOB / f"{name}.json").read_text(encoding="utf-8")) for name in METHODS}
+    on_cpu = [run for run in runs if not run.on_gpu]
+    rows = _job_rows({name: job["summary"] for name, job in jobs.items()})
+    if on_cpu:
+        rows += [_layer_row(on_cpu[0], *case) for case in LAYERS]
+    rows += [
+        _layer_row(run, f"float32, K=4, on another processor ({run.machine['device']})", *LAYERS[0][1:])
+        for run in on_cpu[1:]
+    ]
+    parts = [
+        table(("Measured on CPU", *METHODS.values()), rows),
+        *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
+        _machines(jobs, runs),
+        _injection(on_cpu[0]) if on_cpu else "",
+    ]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
-        Raises:
-            ValueError: the markers are not there, once each and in order.
-        """
-        start, end = self.start, self.end
-        if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-            raise ValueError(f"the README must hold {start} and then {end}, once each")
-        before, _, rest = text.partition(start)
-        return f"{before}{start}\n\n{content.strip()}\n\n{end}{rest.partition(end)[2]}"
+
+def _job_rows(summaries: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    before, options = summaries["smoa"]["accuracy_before"], summaries["smoa"]["options"]
+    parameters = [f"{s['trainable_parameters']:,}" for s in summaries.values()]
+    accuracies = [_percent(s["accuracy_after"]) for s in summaries.values()]
+    seconds = [f"{s['median_step_seconds']:.2f}" for s in summaries.values()]
+    peaks = [f"{s['peak_memory_bytes'] / 2**30:.2f} GiB" for s in summaries.values()]
+    job = f"SmolLM2-135M on TREC, {options['steps']} steps, r={options['r']}, SMoA with K=2"
+    return [
+        (f"**{job}**: trained parameters", *parameters),
+        (f"accuracy on {before['questions']} test questions ({_percent(before)} untrained)", *accuracies),
+        ("seconds per step", *seconds),
+        ("peak memory", *peaks),
+    ]
+
+
+def _layer_row(run: Run, words: str, kind: str, phase: str, params: Mapping[str, Any]) -> tuple[str, ...]:
+    result = run.find(kind, **params)
+    return words, *(_ratio(result, phase, name) for name in METHODS.values())
+
+
+def _ratio(result: Result | None, phase: str, name: str) -> str:
+    if result is None or name not in result.seconds[phase]:
+        return "–"
+    comparison = result.comparison(phase)
+    return marked(f"{comparison.ratio(name).median:.2f}", comparison.doubt)
+
+
+def _percent(found: Mapping[str, float]) -> str:
+    return f"{100 * found['accuracy']:.1f} % ± {100 * found['standard_error']:.1f}"
+
+
+def _machines(jobs: Mapping[str, dict[str, Any]], runs: list[Run]) -> str:
+    """What the figures were measured on, and where the rest of them stands."""
+    smoa = jobs["smoa"]["summary"]
+    rates = ", ".join(f"{METHODS[name]} {job['summary']['learning_rate']:g}" for name, job in jobs.items())
+    commits = ", ".join(sorted({job["commit"] for job in jobs.values()}))
+    layers = "; ".join(
+        f"{run.machine['device']}, {run.machine['threads']} thread, commit {run.commit}, {_goals(run)}"
+        f"[tables](benchmarks/results/README.md#{anchor(run)})"
+        for run in runs
+    )
+    return (
+        "The first four rows are the main job (`make main-job`; one seed, our own split of the TREC questions, "
+        f"{smoa['options']['dtype']}, {smoa['machine']['cpu']}, {smoa['machine']['threads']} threads, commit "
+        f"{commits}). Its learning rates were chosen on a validation split: {rates}. The other rows are medians of "
+        f"`make bench` ({layers})."
+    )
+
+
+def _goals(run: Run) -> str:
+    """How many of the goals for CPUs a run met."""
+    met = sum(goal.verdict(goal.measure(run)) == "met" for goal in GOALS)
+    return "" if run.on_gpu else f"{met} of {len(GOALS)} goals met, "
+
+
+def _injection(run: Run) -> str:
+    """How long adding an adapter to a model takes; "" where it was not measured."""
+    model = one_billion(run, "partition")
+    times = []
+    for result in run.select("adapter"):
+        inject = result.comparison("inject")
+        times.append(
+            f"{marked(f'{inject.time(SMOA).median:.1f} s', inject.doubt)} for {result.params['model']}"
+        )
+    if model is None or not times:
+        return ""
+    return (
+        f"Adding an adapter computes each weight's spectrum once. On one thread that takes {', '.join(times)} and "
+        f"{model / 60:.1f} minutes for a model of 1B parameters (measured on CPU; the time for the 1B model is "
+        "extrapolated from one layer of each shape)."
+    )
+
+
+def anchor(run: Run) -> str:
+    """The anchor that a Markdown viewer gives to the run's heading on the results page."""
+    return re.sub(r"[^a-z0-9 -]", "", str(run.machine["device"]).lower()).replace(" ", "-")

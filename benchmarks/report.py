@@ -9,21 +9,15 @@ A run is kept as compact JSON named after its device: the next run on the same d
 from __future__ import annotations
 
 import inspect
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import plots, protocol, tables
-from .goals import GOALS
-from .providers import HIRA, LORA, PAPER, SMOA
-from .readme import README, Section
+from .readme import README, RESULTS, section, with_section
 from .results import Run, compact, read, read_all, write
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-SECTION = Section("benchmarks/report.py")
 NONE_YET = "No run has been kept yet: `make bench` measures and writes what belongs here.\n"
 
 
@@ -46,13 +40,6 @@ def page(runs: list[Run]) -> str:
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
-def section(runs: list[Run]) -> str:
-    """What the README says of the runs: of the newest on a CPU, of all on GPUs, and a word of the others."""
-    others = [run for run in runs if not run.on_gpu][1:]
-    parts = [_readme_run(run) for run in runs if run not in others] + [_readme_word(run) for run in others]
-    return "\n\n".join(part.strip() for part in parts) + "\n" if parts else NONE_YET
-
-
 def generate(folder: Path, readme: Path | None) -> list[Path]:
     """Write every page and figure of the runs in a folder; returns what was written."""
     runs = read_all(folder)
@@ -60,7 +47,7 @@ def generate(folder: Path, readme: Path | None) -> list[Path]:
     for run in runs:
         files |= {folder / f"{run.slug}-{name}.svg": text for name, text in plots.figures(run).items()}
     if readme is not None:
-        files[readme] = SECTION.replace(readme.read_text(encoding="utf-8"), section(runs))
+        files[readme] = with_section(readme.read_text(encoding="utf-8"), section(runs))
     for path, text in files.items():
         write(path, text)
     return list(files)
@@ -159,45 +146,6 @@ def _profile(run: Run) -> str:
         "matrix W0 W0ᵀ (its lower half) and W0ᵀ U, whose squares are the columns' energies; the rest squares, sums and "
         "sorts.\n\n" + found
     )
-
-
-def _readme_run(run: Run) -> str:
-    layers, few = run.select("layer"), run.select("few tokens", tokens=1)
-    met = [goal.verdict(goal.measure(run)) == "met" for goal in GOALS]
-    first = GOALS[0].measure(run)
-    faster = first is not None and not first.doubt and first.ratio.median < 1
-    lines = [
-        f"**The layer, {tables.machine_line(run)}.** Medians of ratios over a frozen `nn.Linear` with interquartile "
-        "ranges; `make bench`.",
-        tables.ratios(run, layers, "both", [SMOA, LORA, HIRA, PAPER]) if layers else "",
-        "Below 1 are layers whose compiled GEMMs are faster than torch's ([why](docs/cpu.md))."
-        if faster
-        else "",
-        tables.ratios(run, few, "forward", [SMOA, LORA]) if few else "",
-        tables.steps(run),
-        tables.partition_words(run),
-        ""
-        if run.on_gpu
-        else f"{sum(met)} of {len(met)} goals are met; the others, by how much they are missed, "
-        f"memory, setup and scaling: [all results](benchmarks/results/README.md).",
-        f"![ratio over frozen by the number of blocks](benchmarks/results/{run.slug}-ratio.svg)",
-    ]
-    return "\n\n".join(line.strip() for line in lines if line.strip())
-
-
-def _readme_word(run: Run) -> str:
-    """A sentence about a run on another machine, whose tables are among the results."""
-    met = sum(goal.verdict(goal.measure(run)) == "met" for goal in GOALS)
-    ratios = (f"{goal.text} {figure.ratio.median:.2f}" for goal in GOALS[:2] if (figure := goal.measure(run)))
-    return (
-        f"Another processor, {tables.machine_line(run)}: {met} of {len(GOALS)} goals met; {'; '.join(ratios)} "
-        f"([its tables](benchmarks/results/README.md#{_anchor(run)}))."
-    )
-
-
-def _anchor(run: Run) -> str:
-    """GitHub's, of the run's heading."""
-    return re.sub(r"[^a-z0-9 -]", "", str(run.machine["device"]).lower()).replace(" ", "-")
 
 
 def _figure(run: Run, name: str, words: str) -> str:

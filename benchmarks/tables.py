@@ -115,7 +115,7 @@ def steps(run: Run) -> str:
 
 
 def partitions(run: Run) -> str:
-    """One row a shape; the last one is a whole model, reckoned from its distinct shapes."""
+    """One row a shape; the last one is a whole model, extrapolated from its distinct shapes."""
     rows = []
     for result in run.select("partition"):
         p, c = result.params, result.comparison("partition")
@@ -131,7 +131,7 @@ def partitions(run: Run) -> str:
         )
     svd, ours = (one_billion(run, name) for name in ("SVD", "partition"))
     if svd is not None and ours is not None:
-        name = f"all {sum(ONE_BILLION.values())} layers of Llama-3.2-1B's shape, reckoned"
+        name = f"all {sum(ONE_BILLION.values())} layers of Llama-3.2-1B's shape, extrapolated"
         rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}", "–", "–", "–", "–"))
     headings = (
         "SVD, s",
@@ -143,29 +143,6 @@ def partitions(run: Run) -> str:
         "rounds",
     )
     return table((run.label, *headings), rows)
-
-
-def partition_words(run: Run) -> str:
-    """What injecting an adapter waits for, in a sentence; "" where it was not measured."""
-    largest = run.find("partition", out_features=4096, in_features=4096)
-    model = one_billion(run, "partition")
-    if largest is None or model is None:
-        return ""
-    seconds = largest.comparison("partition").time("partition").median
-    words = (
-        f"Injecting an adapter computes each weight's spectrum, once, up to eight at once on as many threads. On one "
-        "thread: "
-        f"{seconds:.0f} s for 4096×4096, {model / 60:.1f} minutes for all layers of a model of 1B parameters (reckoned "
-        "from one of each shape)"
-    )
-    for result in run.select("adapter"):
-        inject = result.comparison("inject")
-        waits = {
-            n: marked(f"{inject.time(n).median:.1f} s", inject.doubt) for n in inject.seconds if SMOA in n
-        }
-        words += f"; {waits.pop(SMOA)} for {result.params['model']}"
-        words += "".join(f", on {name.removeprefix(f'{SMOA}, ')} {wait}" for name, wait in waits.items())
-    return f"{words}."
 
 
 def _parts(result: Result) -> tuple[str, str, str]:

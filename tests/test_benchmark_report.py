@@ -18,9 +18,9 @@ from benchmarks.goals import GOALS, Figure
 from benchmarks.machine import cpu_name
 from benchmarks.profiles import BETWEEN, EIGH, GEMM, KINDS, REST
 from benchmarks.protocol import Quartiles
-from benchmarks.providers import FROZEN, LORA, SMOA
-from benchmarks.readme import README, Section
-from benchmarks.report import RESULTS, SECTION, generate, main, page, section
+from benchmarks.providers import FROZEN, SMOA
+from benchmarks.readme import END, README, RESULTS, START, section, with_section
+from benchmarks.report import generate, main, page
 from benchmarks.results import Result, Run, compact, read, read_all
 
 pytestmark = pytest.mark.slow
@@ -195,10 +195,11 @@ def test_goals_over_a_peer_are_pairs_of_the_same_rounds() -> None:
     assert figure.ratio.median == pytest.approx(1.3 / 1.1)
 
 
-def test_a_whole_model_is_reckoned_from_its_shapes() -> None:
+def test_a_whole_model_is_extrapolated_from_its_shapes() -> None:
     assert tables.one_billion(everything(), "SVD") == 2.0 * (32 + 32 + 48)
-    assert "| all 112 layers of Llama-3.2-1B's shape, reckoned | 224 | 112 | 0.50 | – |" in tables.partitions(
-        everything()
+    assert (
+        "| all 112 layers of Llama-3.2-1B's shape, extrapolated | 224 | 112 | 0.50 | – |"
+        in tables.partitions(everything())
     )
     assert tables.one_billion(make_run(), "SVD") is None
 
@@ -219,22 +220,6 @@ def test_a_page_names_the_phases_that_are_not_to_be_quoted() -> None:
     assert "; another (noisy)" in text
 
 
-def test_what_an_injection_waits_for_is_said_of_one_thread_and_of_several() -> None:
-    run = everything()
-    largest = Result(
-        "partition",
-        "",
-        {"out_features": 4096, "in_features": 4096},
-        "SVD",
-        (),
-        {"partition": {"SVD": [9.0, 9.0], "partition": [3.0, 3.0]}},
-    )
-    words = tables.partition_words(make_run(*run.results, largest))
-    assert "On one thread: 3 s for 4096×4096, 1.9 minutes for all layers" in words
-    assert words.endswith("; 1.0 s for a model, on 8 threads 0.2 s.")
-    assert tables.partition_words(run) == ""
-
-
 def test_what_a_partition_takes_is_named_or_left_open() -> None:
     def row(**profile: float) -> str:
         seconds = {"partition": {"SVD": [2.0, 2.0], "partition": [1.0, 1.0]}}
@@ -246,42 +231,6 @@ def test_what_a_partition_takes_is_named_or_left_open() -> None:
     named = row(**{EIGH: 0.5, GEMM: 0.3, REST: 0.1, BETWEEN: 0.1})
     assert named == "| 64×64 | 2 | 1 | 0.50 [0.50, 0.50] | 0.25 | 0.15 | 0.10 | 2 |"
     assert row() == "| 64×64 | 2 | 1 | 0.50 [0.50, 0.50] | – | – | – | 2 |"
-
-
-def test_the_readme_says_of_small_layers_what_the_profile_does() -> None:
-    """Of what a pass adds to a frozen one at T=128; where it adds nothing, compiled GEMMs are faster than torch's."""
-    readme = " ".join(README.read_text("utf-8").split())
-    assert "unless the compiled code outruns torch's GEMMs, as below: elsewhere LoRA is cheaper" in readme
-    assert "More than half of what SMoA adds there are GEMMs, most of the rest is Python" in readme
-    outruns = []
-    for run in read_all(RESULTS):
-        for result in run.select("layer", tokens=128):
-            frozen, ours = (sum(result.profile[name].values()) for name in ("frozen", "SMoA"))
-            seconds = result.comparison("both")
-            outruns.append(seconds.ratio(SMOA, LORA).median < 1)
-            if outruns[-1]:
-                assert result.profile["SMoA"][GEMM] < result.profile["frozen"][GEMM]
-                continue
-            gemms, between = (
-                result.profile["SMoA"][kind] - result.profile["frozen"][kind] for kind in (GEMM, BETWEEN)
-            )
-            assert gemms > (ours - frozen) / 2
-            assert between > (ours - frozen - gemms) / 2
-    assert outruns[0]
-    assert not all(outruns)
-
-
-def test_the_readme_says_what_a_token_costs() -> None:
-    single, half = (
-        read_all(RESULTS)[0].find("few tokens", tokens=1, dtype=dtype) for dtype in ("float32", "bfloat16")
-    )
-    assert single is not None
-    assert half is not None
-    ratios = [one.comparison("forward").ratio(SMOA, FROZEN).median for one in (single, half)]
-    words = (
-        "{:.2f} times a frozen one's time in float32 and {:.2f} times in bfloat16 (measured on CPU, r=8, K=4)"
-    )
-    assert words.format(*ratios) in " ".join(README.read_text("utf-8").split())
 
 
 def test_what_compiled_code_brings_and_an_injection_takes_are_the_newest_runs() -> None:
@@ -371,33 +320,6 @@ def test_another_json_is_refused(tmp_path: Path) -> None:
         read(other)
 
 
-def test_the_readme_shows_the_newest_cpu_and_names_the_others(tmp_path: Path) -> None:
-    """Runs of processors come newest first; a link leads to the heading of each that is only named."""
-    older = make_run(layer_result(), device="AMD EPYC, family 25")
-    newer = replace(make_run(layer_result(), device="Xeon (R)"), date="2099-01-02 03:04")
-    gpu = make_run(layer_result(), device="H100", on="GPU")
-    for run in (older, newer, gpu):
-        (tmp_path / f"{run.slug}.json").write_text(compact(run))
-    runs = read_all(tmp_path)
-    assert [run.machine["device"] for run in runs] == ["Xeon (R)", "AMD EPYC, family 25", "H100"]
-    text = section(runs)
-    assert text.count("| forward + backward over frozen") == 2  # the GPU's too
-    word = next(line for line in text.splitlines() if line.startswith("Another processor"))
-    assert "AMD EPYC, family 25" in word
-    assert "0 of 14 goals met; forward + backward over frozen" in word
-    assert "K=4 1.30; the same" not in word  # K=8 was not measured
-    assert "(benchmarks/results/README.md#amd-epyc-family-25)" in word
-    assert "\n## AMD EPYC, family 25\n" in page(runs)
-
-
-def test_a_layer_faster_than_a_frozen_one_is_explained() -> None:
-    ways = {"frozen": [1.0, 1.01, 0.99], "SMoA": [0.6, 0.61, 0.59], "PEFT LoRA": [1.1, 1.11, 1.09]}
-    fast = replace(layer_result(), seconds=dict.fromkeys(("forward", "backward", "both"), ways))
-    words = "compiled GEMMs are faster than torch's ([why](docs/cpu.md))"
-    assert words in section([make_run(fast)])
-    assert words not in section([make_run(layer_result())])
-
-
 @pytest.mark.parametrize(
     ("cpuinfo", "name"),
     [
@@ -426,7 +348,7 @@ def test_a_processor_without_cpuinfo_has_the_platforms_name(
 
 def test_runs_are_added_and_everything_is_written(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{SECTION.start}\nold\n{SECTION.end}\nafter\n")
+    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
     raw = write_benchmark_json(tmp_path / "raw.json", everything())
     out = tmp_path / "out"
     assert run_report([str(raw), "--out", str(out), "--readme", str(readme)]).exit_code == 0
@@ -435,10 +357,7 @@ def test_runs_are_added_and_everything_is_written(tmp_path: Path) -> None:
         "cpu-amd-epyc.json",
         *(f"cpu-amd-epyc-{name}.svg" for name in ("ratio", "few-tokens", "memory", "scaling")),
     }
-    assert (
-        readme.read_text()
-        == f"before\n{SECTION.start}\n\n{section(read_all(out)).strip()}\n\n{SECTION.end}\nafter\n"
-    )
+    assert readme.read_text() == f"before\n{START}\n\n{section(read_all(out)).strip()}\n\n{END}\nafter\n"
     before = {path: path.read_bytes() for path in out.iterdir()}
     generate(out, readme)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
@@ -459,29 +378,41 @@ def test_a_smoke_run_is_kept_out_of_the_results(tmp_path: Path) -> None:
     assert "its figures mean nothing" in page([make_run(smoke=True)])
 
 
-@pytest.mark.parametrize("text", ["", "<a>", "</a><a>", "<a></a></a>", "<a><a></a>"])
+def test_the_readme_shows_the_newest_cpu_a_row_of_each_other_and_a_table_of_each_gpu(tmp_path: Path) -> None:
+    older = make_run(layer_result([1.0, 2.0, 3.0]), device="AMD EPYC, family 25")
+    newer = replace(make_run(layer_result(), layer_result(num_blocks=1)), date="2099-01-02 03:04")
+    gpu = make_run(layer_result(), device="H100", on="GPU")
+    for run in (older, newer, gpu):
+        (tmp_path / f"{run.slug}.json").write_text(compact(run))
+    runs = read_all(tmp_path)
+    assert [run.machine["device"] for run in runs] == ["AMD EPYC", "AMD EPYC, family 25", "H100"]
+    text = section(runs)
+    assert "r=16, float32, K=4 | 1.30 | 1.10 | – |\n| float32, K=1 (HiRA) | 1.30 | 1.10 | – |" in text
+    doubtful = "1.30, noisy, not judged | 1.10, noisy, not judged | – |"
+    assert f"| float32, K=4, on another processor (AMD EPYC, family 25) | {doubtful}" in text
+    assert text.count("| forward + backward over frozen, measured on GPU H100 |") == 1
+    assert "(benchmarks/results/README.md#amd-epyc-family-25)" in text
+    assert "\n## AMD EPYC, family 25\n" in page(runs)
+
+
+def test_the_readme_says_how_long_adding_an_adapter_takes() -> None:
+    text = section([everything()])
+    assert "takes 1.0 s for a model and 1.9 minutes for a model of 1B parameters" in text
+    assert "Adding an adapter" not in section([make_run(layer_result())])
+
+
+@pytest.mark.parametrize("text", ["", START, END + START, START + END + END])
 def test_a_readme_without_its_markers_is_refused(text: str) -> None:
-    section = Section("program.py")
-    text = text.replace("</a>", section.end).replace("<a>", section.start)
     with pytest.raises(ValueError, match="once each"):
-        section.replace(text, "new")
+        with_section(text, "new")
 
 
 def test_readme_and_results_are_what_the_kept_runs_say() -> None:
     runs = read_all(RESULTS)
-    assert not any(run.machine["smoke"] for run in runs)
     readme = README.read_text(encoding="utf-8")
-    assert readme == SECTION.replace(readme, section(runs)), "run `python -m benchmarks.report`"
-    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page(runs), (
-        "run `python -m benchmarks.report`"
-    )
-
-
-def test_the_main_jobs_table_is_what_the_kept_runs_say() -> None:
-    readme = README.read_text(encoding="utf-8")
-    assert readme == main_job.SECTION.replace(readme, main_job.section()), (
-        "run `python -m benchmarks.main_job`"
-    )
+    assert readme == with_section(readme, section(runs)), "run `python -m benchmarks.report`"
+    results = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert results == page(runs), "run `python -m benchmarks.report`"
 
 
 @pytest.mark.parametrize(
@@ -495,7 +426,7 @@ def test_the_main_jobs_table_is_what_the_kept_runs_say() -> None:
 def test_only_a_finished_run_at_the_defaults_is_kept(
     status: str, options: dict[str, object], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main_job, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(main_job, "MAIN_JOB", tmp_path / "kept")
     summary = json.loads((RESULTS / "main-job" / "smoa.json").read_text(encoding="utf-8"))["summary"]
     changed = summary | {"status": status, "options": summary["options"] | options}
     (tmp_path / "summary.json").write_text(json.dumps(changed))
