@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from .layers import FusedSMoALinear
 
 __all__ = [
-    "DTYPES",
     "LABELS",
     "Settings",
     "check_base",
@@ -41,7 +39,6 @@ __all__ = [
     "linear_parameters",
 ]
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LABELS = ("smoa_row_block", "smoa_col_block", "smoa_ranks")
 
 

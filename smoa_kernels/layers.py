@@ -22,12 +22,12 @@ from .definition.arguments import check_input
 from .definition.dropout import WIDEST
 from .definition.packed import PackedAdapter, draw_A, scaling_tensor
 from .definition.partition import BlockPartition, label_dtype
+from .definition.precision import DTYPES
 from .definition.ranks import trainable_parameters
 from .definition.sketch import sketch_weight
 from .definition.spectral_order import whole
 from .functional import smoa_linear
 from .layer_checks import (
-    DTYPES,
     LABELS,
     Settings,
     check_base,

@@ -24,23 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..cost.architectures import Architecture
+from ..definition.precision import precision_of
 from .listing import Listing, parse_amdgcn, parse_sass
 from .provenance import argument_offsets, argument_pointers
 
 __all__ = ["Binary", "Launch", "capture", "compile_launch"]
-
-_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.bool: "i1",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 
 
 @dataclass(frozen=True)
@@ -132,7 +120,10 @@ def _replaced_run(kernel: Any, run: Callable[..., None]) -> Iterator[None]:
 
 def _argument(value: Any) -> str | int | float | None:
     if isinstance(value, torch.Tensor):
-        return f"*{_TYPES[value.dtype]}"
+        dtype = value.dtype
+        if dtype.is_floating_point:
+            return f"*{precision_of(dtype, ieee=True).triton}"
+        return f"*{'i' if dtype.is_signed else 'u'}{8 * dtype.itemsize}"
     return value  # type: ignore[no-any-return]
 
 

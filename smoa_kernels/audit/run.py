@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cost.architectures import ARCHITECTURES, Architecture, occupancy
+from ..definition.precision import KERNEL_PRECISIONS
 from ..files import cache_folder, replace_file
 from .rules import Record, Traffic
 from .source import pointers_at
@@ -31,10 +32,7 @@ if TYPE_CHECKING:
     from .compile import Binary, Launch
     from .registry import KernelSpec
 
-__all__ = ["AUDIT_DTYPES", "Task", "run_audit", "run_task", "tasks"]
-
-AUDIT_DTYPES = ("bf16", "fp16", "tf32", "fp32")
-"""What the main loop multiplies; "fp32" is IEEE. On AMD float32 is always IEEE, so "tf32" is not compiled."""
+__all__ = ["Task", "run_audit", "run_task", "tasks"]
 
 DEFAULT_REGISTRY = "smoa_kernels.audit.registry:KERNELS"
 _CACHE_SCHEMA = 3  # raised whenever a record gains a field or a parser changes what it reads
@@ -59,7 +57,7 @@ def run_audit(
     *,
     archs: Sequence[str] = tuple(ARCHITECTURES),
     kernels: Sequence[str] | None = None,
-    dtypes: Sequence[str] = AUDIT_DTYPES,
+    dtypes: Sequence[str] = KERNEL_PRECISIONS,
     jobs: int | None = None,
     registry: str = DEFAULT_REGISTRY,
 ) -> Iterator[tuple[int, Record | None]]:
@@ -68,7 +66,7 @@ def run_audit(
     Args:
         archs: names from :data:`~smoa_kernels.cost.architectures.ARCHITECTURES`.
         kernels: names from the registry; all where None.
-        dtypes: some of :data:`AUDIT_DTYPES`.
+        dtypes: some of :data:`~smoa_kernels.definition.precision.KERNEL_PRECISIONS`.
         jobs: worker processes; one per core where None.
         registry: "module:attribute" of a sequence of `KernelSpec`.
 
@@ -79,7 +77,7 @@ def run_audit(
         ValueError: a name that is not known.
     """
     _check_names("arch", archs, ARCHITECTURES)
-    _check_names("dtype", dtypes, AUDIT_DTYPES)
+    _check_names("dtype", dtypes, KERNEL_PRECISIONS)
     with _workers(1) as pool:
         work = pool.submit(tasks, registry, tuple(archs), kernels, tuple(dtypes)).result()
     yield len(work), None
@@ -127,7 +125,7 @@ def tasks(
         for spec in specs
         if kernels is None or spec.name in kernels
         for dtype in dtypes
-        if not (dtype == "tf32" and ARCHITECTURES[arch].is_amd)
+        if not (dtype == "tf32" and ARCHITECTURES[arch].is_amd)  # AMD multiplies float32 in IEEE
         for variant in spec.variants
         for index in range(len(spec.configurations(arch, dtype, variant)))
     ]

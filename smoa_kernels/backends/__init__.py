@@ -20,7 +20,7 @@ import torch
 
 from ..checks import cached, check_choice, check_kind, first_line
 from ..cost.gpus import gpu_properties
-from ..definition.precision import gemm_is_ieee
+from ..definition.precision import KERNEL_DTYPES, dtype_names, gemm_is_ieee
 from .native.library import obstacle as library_obstacle
 
 __all__ = [
@@ -48,7 +48,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _OLDEST_TRITON = (3, 6)
 _OLDEST_CAPABILITY = (8, 0)
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TRITON_RANKS = 256
 """ρ up to which the kernels take an adapter."""
 
@@ -136,13 +135,13 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
 
     Example:
         >>> triton_obstacle(torch.device("cpu"), torch.float64)
-        'the kernels take float32, bfloat16 and float16, got torch.float64'
+        'the kernels take bfloat16, float16, float32, got torch.float64'
     """
     check_kind("device", device, torch.device)
     if not isinstance(rank, (int, torch.SymInt)):
         raise TypeError(f"rank must be an int, got {rank!r}")
-    if not isinstance(dtype, torch.dtype) or dtype not in _TRITON_DTYPES:
-        return f"the kernels take float32, bfloat16 and float16, got {dtype}"
+    if not isinstance(dtype, torch.dtype) or dtype not in KERNEL_DTYPES:
+        return f"the kernels take {dtype_names(KERNEL_DTYPES)}, got {dtype}"
     if rank > MOST_TRITON_RANKS:
         return f"the kernels take ranks up to {MOST_TRITON_RANKS}, got {rank}"
     return _obstacle(device)

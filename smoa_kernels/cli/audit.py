@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..audit.rules import Record, broken_rules
-from ..audit.run import AUDIT_DTYPES, DEFAULT_REGISTRY, run_audit
+from ..audit.run import DEFAULT_REGISTRY, run_audit
 from ..cost.architectures import ARCHITECTURES
+from ..definition.precision import KERNEL_PRECISIONS
 from .needs import needs_triton
 from .output import check_place, console, write_json
 
@@ -24,7 +25,9 @@ __all__ = ["audit"]
 def audit(
     arch: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(ARCHITECTURES)}.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Repeatable; every kernel if absent.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(AUDIT_DTYPES)}.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable: {', '.join(KERNEL_PRECISIONS)}.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if absent.")] = None,
     full: Annotated[
         bool, typer.Option("--full", help="A row per configuration, not only the summary.")
@@ -45,7 +48,7 @@ def audit(
         for count, record in run_audit(
             archs=arch or tuple(ARCHITECTURES),
             kernels=kernel or None,
-            dtypes=dtype or AUDIT_DTYPES,
+            dtypes=dtype or KERNEL_PRECISIONS,
             jobs=jobs,
             registry=registry,
         ):
@@ -76,7 +79,7 @@ def _order(record: Record) -> tuple[object, ...]:
     return (
         record.kernel,
         list(ARCHITECTURES).index(record.arch),
-        AUDIT_DTYPES.index(record.dtype),
+        KERNEL_PRECISIONS.index(record.dtype),
         record.variant,
         str(record.config),
     )

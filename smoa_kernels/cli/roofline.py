@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -15,17 +14,11 @@ from ..cost.estimate import ALGORITHMS, Estimate, choose_algorithm, estimate
 from ..cost.gpus import GPUS
 from ..cost.problem import Problem
 from ..cost.workspace import backward_workspace_bytes
+from ..definition.precision import PRECISIONS
 from .output import console, write_json
 
 __all__ = ["roofline"]
 
-DTYPES = {
-    "bf16": (torch.bfloat16, False),
-    "fp16": (torch.float16, False),
-    "tf32": (torch.float32, False),
-    "fp32": (torch.float32, True),
-    "fp64": (torch.float64, True),
-}
 STAGES = ("forward", "backward", "both")
 LABELS = {
     "frozen": "frozen",
@@ -55,7 +48,7 @@ def roofline(
     shape: Annotated[str, typer.Option(help="OUTxIN features of the layer, N×C.")] = "4096x4096",
     rank: Annotated[int, typer.Option(max=10**9, help="Rank budget of all blocks together, r.")] = 16,
     blocks: Annotated[int, typer.Option(help="Spectral blocks, K.")] = 4,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "bf16",
     dropout: Annotated[float, typer.Option(help="Dropout probability of the adapter.")] = 0.0,
     parts: Annotated[bool, typer.Option("--parts", help="List every kernel that is counted.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None,
@@ -63,9 +56,9 @@ def roofline(
     """Predict time, bytes and flops of one layer for each way to run it. Nothing is measured."""
     if gpu not in GPUS:
         raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    torch_dtype, ieee = DTYPES[dtype]
+    if dtype not in PRECISIONS:
+        raise ValueError(f"--dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
+    torch_dtype, ieee = PRECISIONS[dtype].dtype, PRECISIONS[dtype].ieee
     out_features, in_features = parse_shape(shape)
     problem = Problem(tokens, out_features, in_features, blocks, rank, torch_dtype, dropout)
     if blocks > min(out_features, in_features):

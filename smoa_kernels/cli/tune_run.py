@@ -19,9 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..backends import triton_obstacle
 from ..cost.gpus import GPUS
 from ..cost.models import MODELS, read_config
+from ..definition.precision import KERNEL_PRECISIONS
 from ..kernels import lookup
 from ..kernels.entries import Entry
-from ..kernels.heuristic import CONFIGS, DTYPES
+from ..kernels.heuristic import CONFIGS
 from ..kernels.identity import identity
 from ..kernels.store import read, update, user_table
 from ..tuning.plan import KERNELS, Layer, Target, jobs
@@ -75,7 +76,7 @@ class Request:
             ValueError: naming the option, what was given and what is allowed.
         """
         _check("--model", models, MODELS)
-        _check("--dtype", dtypes, DTYPES)
+        _check("--dtype", dtypes, KERNEL_PRECISIONS)
         _check("--kernel", kernels, KERNELS)
         decoders = [MODELS[name] for name in models]
         if from_model is not None:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from ..checks import cached, check_choice, check_kind
+from ..definition.precision import precision_of
 from .counts import (
     ALGORITHMS,
     FUSED_MAX_RANK,
@@ -162,8 +163,7 @@ def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
 
 
 def _many_tokens(dtype: torch.dtype, ieee: bool) -> str:
-    half = dtype in (torch.bfloat16, torch.float16)
-    return "merged" if ieee and not half else "split"
+    return "merged" if precision_of(dtype, ieee).ieee else "split"
 
 
 def _fused_max_rank(dtype: torch.dtype, ieee: bool) -> int:

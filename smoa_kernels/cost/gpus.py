@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..checks import cached, check_count, check_finite, check_kind, first_line
+from ..definition.precision import PRECISIONS, precision_of
 
 __all__ = ["GPUS", "Gpu", "device_gpu", "match_gpu"]
 
@@ -25,7 +26,7 @@ class Gpu:
     Attributes:
         name: short lower-case name.
         matmul_tflops: achieved TFLOP/s of a large GEMM by multiplying dtype: "bf16", "fp16", "tf32", "fp32"
-            (IEEE), "fp64".
+            (IEEE), "fp64", as in `precision.PRECISIONS`.
         memory_tbps: memory bandwidth, TB/s.
         multiprocessors: streaming multiprocessors or compute units.
         capability: CUDA compute capability, or None for AMD.
@@ -49,9 +50,9 @@ class Gpu:
     def __post_init__(self) -> None:
         check_kind("name", self.name, str)
         check_kind("arch", self.arch, str)
-        if not isinstance(self.matmul_tflops, Mapping) or set(self.matmul_tflops) != set(_MULTIPLYING):
+        if not isinstance(self.matmul_tflops, Mapping) or set(self.matmul_tflops) != set(PRECISIONS):
             raise TypeError(
-                f"matmul_tflops must be a mapping of {', '.join(_MULTIPLYING)}, got {self.matmul_tflops!r}"
+                f"matmul_tflops must be a mapping of {', '.join(PRECISIONS)}, got {self.matmul_tflops!r}"
             )
         rates = {f"matmul_tflops[{name!r}]": rate for name, rate in self.matmul_tflops.items()}
         for name, rate in {**rates, "memory_tbps": self.memory_tbps}.items():
@@ -65,10 +66,9 @@ class Gpu:
         """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`.
 
         Raises:
-            TypeError: no dtype, or `ieee` no bool.
-            ValueError: a dtype that no rate is published for.
+            ValueError: no rate is published for `dtype`.
         """
-        return self.matmul_tflops[_multiplying_name(dtype, ieee)] * 1e12
+        return self.matmul_tflops[precision_of(dtype, ieee).name] * 1e12
 
     @property
     def bytes_per_second(self) -> float:
@@ -76,7 +76,6 @@ class Gpu:
         return self.memory_tbps * 1e12
 
 
-_MULTIPLYING = ("bf16", "fp16", "tf32", "fp32", "fp64")
 _MOST_MULTIPROCESSORS = 10**6  # far above any, for what is no number of them
 
 
@@ -86,17 +85,6 @@ def _check_capability(capability: tuple[int, int] | None) -> None:
     check_kind("capability", capability, tuple)
     if [type(part) for part in capability] != [int, int]:
         raise ValueError(f"capability must be two ints, as (9, 0), got {capability!r}")
-
-
-def _multiplying_name(dtype: torch.dtype, ieee: bool) -> str:
-    check_kind("dtype", dtype, torch.dtype)
-    check_kind("ieee", ieee, bool)
-    if dtype == torch.float32:
-        return "fp32" if ieee else "tf32"
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-    if dtype not in names:
-        raise ValueError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
-    return names[dtype]
 
 
 # A large bf16 GEMM on an H100 SXM reaches about 700 of its published 989 dense TFLOP/s. The same share of the
@@ -113,7 +101,7 @@ def _gpu(
     arch: str,
 ) -> Gpu:
     half, tf32, fp32, fp64 = (rate * _ACHIEVED for rate in peak)
-    rates = dict(zip(_MULTIPLYING, (half, half, tf32, fp32, fp64), strict=True))
+    rates = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32, "fp64": fp64}
     return Gpu(name, MappingProxyType(rates), memory_tbps, multiprocessors, capability, arch)
 
 

@@ -1,8 +1,11 @@
-"""What a GEMM multiplies in: the fact that decides between merged and split."""
+"""The ways of multiplying: one table of them, and which one a GEMM uses."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,17 +13,108 @@ from torch import Tensor
 
 from ..checks import check_kind
 
-__all__ = ["gemm_is_ieee", "without_autocast"]
+__all__ = [
+    "DTYPES",
+    "KERNEL_DTYPES",
+    "KERNEL_PRECISIONS",
+    "PRECISIONS",
+    "Precision",
+    "dtype_names",
+    "gemm_is_ieee",
+    "precision_of",
+    "without_autocast",
+]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One way of multiplying: how operands are stored and how their products round.
+
+    Attributes:
+        name: what options, tuning tables and audit records call it.
+        dtype: of the operands in memory.
+        ieee: the operands are multiplied in float32 or float64 as IEEE 754 defines them, so nothing of a float32 weight
+            is lost.
+        triton: what Triton calls `dtype`.
+        kernels: the Triton kernels take it: it is audited and tuned.
+        floor: relative error that the tuner allows beside twice the same-dtype error. TF32 keeps 10 bits of each
+            operand, which the product that it is compared with may not round.
+
+    Example:
+        >>> PRECISIONS["tf32"].dtype, PRECISIONS["tf32"].ieee
+        (torch.float32, False)
+    """
+
+    name: str
+    dtype: torch.dtype
+    ieee: bool
+    triton: str
+    kernels: bool = True
+    floor: float = 0.0
+
+
+PRECISIONS: Mapping[str, Precision] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            Precision("bf16", torch.bfloat16, ieee=False, triton="bf16", floor=1e-4),
+            Precision("fp16", torch.float16, ieee=False, triton="fp16", floor=1e-5),
+            Precision("tf32", torch.float32, ieee=False, triton="fp32", floor=2e-3),
+            Precision("fp32", torch.float32, ieee=True, triton="fp32", floor=1e-6),
+            Precision("fp64", torch.float64, ieee=True, triton="fp64", kernels=False),
+        )
+    }
+)
+"""Every way of multiplying, by name. "fp32" is IEEE float32."""
+
+DTYPES = tuple(dict.fromkeys(row.dtype for row in PRECISIONS.values()))
+"""What a layer may compute in."""
+
+KERNEL_PRECISIONS = tuple(row.name for row in PRECISIONS.values() if row.kernels)
+"""Names of what the Triton kernels multiply in."""
+
+KERNEL_DTYPES = tuple(dict.fromkeys(PRECISIONS[name].dtype for name in KERNEL_PRECISIONS))
+"""What the Triton kernels take."""
+
+# Only float32 has a row for each value of `ieee`.
+_ROWS = {(row.dtype, ieee): row for row in PRECISIONS.values() for ieee in (False, True)}
+_ROWS |= {(row.dtype, row.ieee): row for row in PRECISIONS.values()}
+
+
+def precision_of(dtype: torch.dtype, ieee: bool) -> Precision:
+    """The row of operands in `dtype`; `ieee` decides between "tf32" and "fp32", and nothing else.
+
+    Raises:
+        ValueError: no row has this dtype.
+
+    Example:
+        >>> precision_of(torch.float32, ieee=False).name, precision_of(torch.bfloat16, ieee=True).name
+        ('tf32', 'bf16')
+    """
+    row = _ROWS.get((dtype, ieee))
+    if row is None:
+        raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
+    return row
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """The names of dtypes, for messages.
+
+    Example:
+        >>> dtype_names(KERNEL_DTYPES)
+        'bfloat16, float16, float32'
+    """
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Multiply in the operands' own dtype where `tensor` is: what autocast may not round.
+    """Turn autocast off on `tensor`'s device, so that products keep the operands' dtype.
 
     Args:
-        tensor: any; nothing is multiplied on the meta device, which knows no autocast.
+        tensor: any. On the meta device, which knows no autocast, nothing is turned off.
 
     Raises:
-        TypeError: it is none.
+        TypeError: `tensor` is not a Tensor.
 
     Example:
         >>> x = torch.randn(2, 2)
@@ -35,15 +129,15 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
     """Whether a GEMM on operands of `dtype` multiplies them in IEEE float32 or float64.
 
-    What counts is what the GEMM multiplies in, not what is stored: TF32 (or bf16 in oneDNN) keeps as few bits
-    of a float32 W_eff as half precision does.
+    This decides between merged and split. TF32 (or bf16 in oneDNN) keeps as few bits of a float32 W_eff as half
+    precision does.
 
     Args:
-        dtype: that the operands have when they are multiplied, autocast applied.
+        dtype: of the operands when they are multiplied, after autocast.
         device_type: "cpu", "cuda", ...
 
     Raises:
-        TypeError: one of them is none.
+        TypeError: `dtype` is not a torch.dtype or `device_type` is not a str.
 
     Example:
         >>> gemm_is_ieee(torch.float64, "cpu"), gemm_is_ieee(torch.bfloat16, "cpu")
@@ -51,10 +145,8 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
     """
     check_kind("dtype", dtype, torch.dtype)
     check_kind("device_type", device_type, str)
-    if dtype == torch.float64:
-        return True
     if dtype != torch.float32:
-        return False
+        return (dtype, True) in _ROWS and _ROWS[dtype, True].ieee
     backends: Any = torch.backends  # whose annotations lack mkldnn's matmul settings
     settings = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}
     return device_type not in settings or settings[device_type].fp32_precision in ("ieee", "none")

@@ -67,7 +67,7 @@ def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
     check_weight(weight)
     if not weight.numel():
         raise ValueError(f"weight must have rows and columns, got shape {tuple(weight.shape)}")
-    if weight.dtype in (torch.float16, torch.bfloat16):
+    if weight.dtype.itemsize < 4:
         weight = weight.float()
     with one_thread(), without_autocast(weight):
         largest = float(torch.linalg.vector_norm(weight, torch.inf))

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-
 from ..checks import check_choice, check_count, check_kind
+from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from .launch import (
     MODULATE_CONFIGS,
     PERMUTE_CONFIGS,
@@ -57,7 +56,7 @@ ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
 }
 """Keys whose choice is an algorithm, and which there are."""
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+DTYPES = {name: PRECISIONS[name].dtype for name in KERNEL_PRECISIONS}
 """What a kernel multiplies, by the audit's names; "fp32" is IEEE."""
 
 

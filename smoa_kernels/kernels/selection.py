@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..definition.precision import precision_of
 from .heuristic import Key, bucket, heuristic
 from .launch import Config, architecture, multiprocessors
 
@@ -20,7 +21,6 @@ Source = Callable[[Key, torch.device], Config | None]
 
 _source: Source | None = None
 _selected: dict[tuple[torch.device, Key], Config] = {}
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def prefer(source: Source | None) -> None:
@@ -42,7 +42,7 @@ def capturing() -> bool:
 
 def name_of(dtype: torch.dtype, precision: str) -> str:
     """`Key.dtype` of operands whose float32 products have a precision, "tf32" or "ieee"."""
-    return _NAMES.get(dtype) or ("tf32" if precision == "tf32" else "fp32")
+    return precision_of(dtype, ieee=precision == "ieee").name
 
 
 def select(

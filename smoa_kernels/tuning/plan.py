@@ -13,8 +13,9 @@ from ..cost.estimate import choose_algorithm
 from ..cost.gpus import Gpu, device_gpu
 from ..cost.grad_tiling import gradient_parts
 from ..cost.problem import Problem, padding_multiple
+from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels.common import padded_width
-from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, DTYPES, Key, bucket
+from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key, bucket
 from ..kernels.launch import Config, architecture, multiprocessors
 from .space import algorithm_job, kernel_job
 from .tuner import Job
@@ -36,7 +37,7 @@ class Layer:
         out_features: N.
         in_features: C.
         tokens: T.
-        dtype: one of `heuristic.DTYPES`.
+        dtype: one of `precision.KERNEL_PRECISIONS`.
         rank: r, the budget of all blocks.
         blocks: K.
 
@@ -55,8 +56,8 @@ class Layer:
         for name in ("out_features", "in_features", "tokens", "rank", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in KERNEL_PRECISIONS:
+            raise ValueError(f"dtype must be one of {', '.join(KERNEL_PRECISIONS)}, got {self.dtype!r}")
         if self.blocks > min(self.out_features, self.in_features):
             raise ValueError(
                 f"blocks must be at most {min(self.out_features, self.in_features)} for a layer of "
@@ -82,7 +83,7 @@ def keys(layer: Layer) -> Iterator[Key]:
     # What copies knows float32, not how it is multiplied.
     copied = "fp32" if layer.dtype == "tf32" else layer.dtype
     # The backward gathers a long batch in parts, but under dropout.
-    problem = Problem(layer.tokens, n, c, layer.blocks, layer.rank, DTYPES[layer.dtype])
+    problem = Problem(layer.tokens, n, c, layer.blocks, layer.rank, PRECISIONS[layer.dtype].dtype)
     parts = gradient_parts(problem)
     yield Key("modulated_weight", *common, n, c)
     yield Key("modulated_blocks", *common, n, c, 0, rows, cols)
@@ -177,7 +178,12 @@ def _predicted(key: Key, gpu: Gpu) -> str:
     """What the cost model would run."""
     ieee = key.dtype == "fp32" or key.kernel == "input_gradient"
     problem = Problem(
-        key.tokens, key.out_features, key.in_features, key.blocks, key.rank * key.blocks, DTYPES[key.dtype]
+        key.tokens,
+        key.out_features,
+        key.in_features,
+        key.blocks,
+        key.rank * key.blocks,
+        PRECISIONS[key.dtype].dtype,
     )
     chosen = choose_algorithm(problem, gpu, ieee)
     return chosen if chosen in ALGORITHM_KEYS[key.kernel] else "merged"

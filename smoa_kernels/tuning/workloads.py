@@ -19,21 +19,18 @@ from ..backends import triton as triton_backend
 from ..cost.grad_tiling import partial_width
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
+from ..definition.precision import PRECISIONS
 from ..definition.reference import backward as reference_backward
 from ..definition.reference import forward as reference_forward
 from ..definition.reference import reference_delta_weight
 from ..kernels.block_grad import block_grad, sum_partials
 from ..kernels.block_matmul import block_matmul, block_ordered
 from ..kernels.fused_linear import fused_linear, sum_parts
-from ..kernels.heuristic import DTYPES, Key
+from ..kernels.heuristic import Key
 from ..kernels.modulate import modulated_blocks, modulated_weight
 from ..kernels.permute import gather_columns
 
 __all__ = ["Workload", "WrongNumbersError", "workload"]
-
-# Beside twice the same-dtype error, for results that the baseline happens to get exactly. TF32 keeps 10 bits of each
-# operand, which the baseline's products may not round.
-_FLOOR = {"bf16": 1e-4, "fp16": 1e-5, "tf32": 2e-3, "fp32": 1e-6}
 
 
 class WrongNumbersError(ArithmeticError):
@@ -83,10 +80,9 @@ class Workload:
     @cached_property
     def _expected(self) -> tuple[Sequence[Tensor], Sequence[float]]:
         exact = self.defined(torch.float64)
-        same = self.defined(DTYPES[self.key.dtype])
-        budgets = [
-            2 * _relative(s.double(), t) + _FLOOR[self.key.dtype] for s, t in zip(same, exact, strict=True)
-        ]
+        precision = PRECISIONS[self.key.dtype]
+        same = self.defined(precision.dtype)
+        budgets = [2 * _relative(s.double(), t) + precision.floor for s, t in zip(same, exact, strict=True)]
         return exact, budgets
 
 
@@ -106,7 +102,7 @@ class _Operands:
 
     def __init__(self, key: Key, device: torch.device) -> None:
         self.key, self.device = key, device
-        self.dtype, self.allow_tf32 = DTYPES[key.dtype], key.dtype == "tf32"
+        self.dtype, self.allow_tf32 = PRECISIONS[key.dtype].dtype, key.dtype == "tf32"
         self._generator = torch.Generator(device).manual_seed(0)
 
     def randn(self, *shape: int) -> Tensor:

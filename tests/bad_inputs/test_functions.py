@@ -492,11 +492,6 @@ MODELS: list[Row] = [
         "multiprocessors must be at least 1, got 0",
     ),
     (lambda _: replace(GPUS["h100"], capability=[9, 0]), TypeError, "capability must be a tuple, got list"),
-    (
-        lambda _: GPUS["h100"].flops_per_second("bf16", True),
-        TypeError,
-        "dtype must be a torch.dtype, got str",
-    ),  # type: ignore[arg-type]
     (lambda _: Scale("gpt-5", 8, "fsdp"), ValueError, "model must be one of llama-3-8b, .* got 'gpt-5'"),
     (lambda _: Scale([], 8, "fsdp"), ValueError, r"model must be one of .* got \[\]"),  # type: ignore[arg-type]
     (lambda _: Scale("llama-3-8b", "a", "fsdp"), TypeError, "gpus must be an int, got 'a'"),  # type: ignore[arg-type]

@@ -21,7 +21,8 @@ PROGRAM = """
 import json
 from dataclasses import asdict
 from smoa_kernels.kernels.launch import BLOCK_GRAD_CONFIGS
-from smoa_kernels.audit.run import (AUDIT_DTYPES, DEFAULT_REGISTRY, Task, run_task,)
+from smoa_kernels.audit.run import DEFAULT_REGISTRY, Task, run_task
+from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.audit.registry import KERNELS
 from smoa_kernels.audit.rules import broken_rules
 from smoa_kernels.tuning.space import search_space
@@ -29,7 +30,7 @@ from smoa_kernels.tuning.space import search_space
 found = []
 for spec in KERNELS:
     for arch in ("sm_90", "gfx942"):
-        for dtype in AUDIT_DTYPES:
+        for dtype in KERNEL_PRECISIONS:
             for variant in spec.variants:
                 for config in spec.configurations(arch, dtype, variant):
                     launch = spec.launch(config, dtype, variant)

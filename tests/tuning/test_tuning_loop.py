@@ -25,6 +25,7 @@ from smoa_kernels.audit import run as audit
 from smoa_kernels.audit.rules import Record
 from smoa_kernels.cost.architectures import ARCHITECTURES
 from smoa_kernels.cost.gpus import match_gpu
+from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.entries import Choice
 from smoa_kernels.kernels.heuristic import CONFIGS, Key, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
@@ -306,7 +307,7 @@ def test_a_tile_that_does_not_divide_the_layout_is_pruned() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_audit_compiles_the_whole_space_of_every_kernel(arch: str) -> None:
     """Its workers find the space by name; nothing is compiled here."""
-    dtypes = [dtype for dtype in audit.AUDIT_DTYPES if not (dtype == "tf32" and arch.startswith("gfx"))]
+    dtypes = [dtype for dtype in KERNEL_PRECISIONS if not (dtype == "tf32" and arch.startswith("gfx"))]
     found = audit.tasks("smoa_kernels.tuning.space:SEARCH", [arch], None, dtypes)
     assert len(set(found)) == len(found)
     for kernel, dtype in itertools.product(CONFIGS, dtypes):
