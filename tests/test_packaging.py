@@ -12,7 +12,6 @@ import zipfile
 from email.message import Message
 from pathlib import Path
 
-import installed
 import pytest
 from packaging.requirements import Requirement
 
@@ -162,25 +161,6 @@ def absolute_imports(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
             found.add(node.module.split(".")[0])
     return found
-
-
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_what_is_installed_trains_and_its_command_runs(kind: str, wheel: Path, tmp_path: Path) -> None:
-    """What `make dist` does with either archive, away from the checkout."""
-    pytest.importorskip("typer", reason="needs the cli extra")
-    printed = installed.use(wheel if kind == "wheel" else build("sdist", ROOT, tmp_path))
-    assert "a step of training was done" in printed
-    assert "smoa-kernels" in printed
-
-
-def test_an_archive_that_lacks_a_module_is_found_out(wheel: Path, tmp_path: Path) -> None:
-    lacking = tmp_path / wheel.name
-    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(lacking, "w") as rest:
-        for name in whole.namelist():
-            if name != "smoa_kernels/definition/ranks.py":
-                rest.writestr(name, whole.read(name))
-    with pytest.raises(RuntimeError, match=r"No module named 'smoa_kernels.definition.ranks'"):
-        installed.use(lacking)
 
 
 # A machine without Triton: macOS, Windows, or Linux where it has no wheel.

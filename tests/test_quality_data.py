@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gzip
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.quality import choice, data, siqa
+from benchmarks.quality import choice, data
 from benchmarks.quality.choice import Choice
-from benchmarks.quality.methods import (
-    ALL,
-    width,
-)
 from benchmarks.quality.models import (
-    MINILM_TARGETS,
-    SMOLLM2_TARGETS,
     ChoiceModel,
     ChoiceUpper,
     cut_minilm,
@@ -29,7 +22,7 @@ from benchmarks.quality.models import (
     rows_of,
     vocabulary,
 )
-from benchmarks.quality.tasks import TASKS, Task
+from benchmarks.quality.tasks import TASKS
 
 # On the path since benchmarks.quality was imported.
 from examples import minilm, smollm2
@@ -50,41 +43,6 @@ def test_splits_are_disjoint(name: str) -> None:
     assert len(splits.train) <= data.TRAINING_QUESTIONS
     assert {q.answer for q in splits.test} <= {q.answer for q in splits.train}
     assert data.digest(splits) != data.digest(splits._replace(test=splits.test[1:]))
-
-
-def test_polarity() -> None:
-    assert [data.polarity(x) for x in (-4.0, -0.5, -0.49, 0.0, 0.5)] == [
-        "negative", "negative", "neutral", "neutral", "positive"
-    ]  # fmt: skip
-
-
-def test_social_iqa_is_lettered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="bigbench"):
-        siqa.locate()
-    example = {"input": "Why? ", "target_scores": {"so": 0, "because": 1, "never": 0}}
-    (tmp_path / "social_iqa.json").write_text(json.dumps({"examples": [example, example]}))
-    assert siqa.read() == [Question("Why?\nA. so\nB. because\nC. never\nAnswer:", "B")]
-
-
-def test_targets_of_the_real_models() -> None:
-    names = {
-        "minilm": [f"body.encoder.layer.1.{part}" for part in (
-            "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-            "intermediate.dense", "output.dense")],
-        "smollm2": [f"body.layers.0.{part}_proj" for part in (
-            "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")],
-    }  # fmt: skip
-
-    def count(targets: dict[str, str], model: str) -> dict[str, int]:
-        return {
-            key: sum(bool(re.fullmatch(pattern, name)) for name in names[model])
-            for key, pattern in targets.items()
-        }
-
-    assert count(MINILM_TARGETS, "minilm") == {ALL: 6, "query and value": 2, "attention": 4, "MLP": 2}
-    assert count(SMOLLM2_TARGETS, "smollm2") == {ALL: 5, "query and value": 2, "attention": 4, "MLP": 3}
-    assert width(nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(5, 6)}), "a") == 7
 
 
 @pytest.mark.parametrize("cut", [cut_minilm, cut_smollm2])
@@ -178,8 +136,3 @@ def spelled(texts: Any, **_: Any) -> Any:
         (),
         {"input_ids": [ord(c) for c in texts] if one else [[ord(c) for c in t] for t in texts]},
     )
-
-
-def test_tasks_have_a_head_rate_where_the_head_is_new() -> None:
-    tasks: list[Task] = list(TASKS.values())
-    assert all((task.head_lr > 0) == (task.cut is cut_minilm) for task in tasks)

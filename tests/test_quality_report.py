@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,9 @@ from benchmarks.quality.methods import (
     BY_NAME,
 )
 from benchmarks.quality.report import generate, page
-from benchmarks.quality.statistics import Mean, over_groups, paired, summarize, t_quantile
+from benchmarks.quality.statistics import over_groups, paired, summarize, t_quantile
 from benchmarks.quality.study import best_rate
 from benchmarks.quality.tasks import TASKS
-from benchmarks.quality.verdicts import verdicts, without_one_task
-from benchmarks.quality.words import word
 
 pytestmark = pytest.mark.slow
 
@@ -95,64 +92,6 @@ def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
     assert "| SMoA K=2, r=8 | 0.50 | 76.0 ± 0.6 | 76.0 |" in text
     better = [r | {"accuracy": 0.9} if r["method"] == "SMoA K=2" else r for r in runs]
     assert "on 1 of 1 tasks: TREC-50" in page(Study(better))
-
-
-def test_one_task_that_decides_is_left_out_in_turn() -> None:
-    """LoRA and SMoA differ by 9 points on one task of three, in two of which something was learned."""
-    runs = []
-    for task, gain, learned in (("trec50", 0.0, 0.2), ("films", 0.0, 0.0), ("trec6", 0.09, 0.2)):
-        for method, accuracy in (("none", 0.5), ("LoRA", 0.5 + learned), ("SMoA K=2", 0.5 + learned + gain)):
-            runs.append(record(method, "search", 1e-2, 1000, 0.5) | {"task": task})
-            runs += [
-                record(method, "final", 1e-2, seed, accuracy + spread * (method != "none")) | {"task": task}
-                for seed, spread in enumerate((-0.01, 0.0, 0.01))
-            ]
-    study = Study(runs)
-    rows = without_one_task(study).splitlines()
-    assert rows[0] == "| difference | all tasks | without TREC-50 | without film reviews | without TREC-6 |"
-    assert rows[2].startswith("| SMoA K=2, r=8 − LoRA, r=8 | +3.0 [+3.0, +3.0] | +4.5 [+4.5, +4.5] | +4.5 ")
-    assert re.search(r"\| [+-]0\.0 \[[+-]0\.0, [+-]0\.0\] \|$", rows[2])
-    assert "on 3 of 3 tasks: TREC-50, film reviews, TREC-6; of the 2 where any method learned" in verdicts(
-        study
-    )
-    assert "(told from no adapter), on 2. Asked for were 3 of five: reached." in verdicts(study)
-
-
-def test_what_was_not_judged_is_listed_and_no_search_of_it_shown() -> None:
-    runs = [
-        record("LoRA", "search", 1e-2, 1000, 0.7), record("LoRA", "final", 1e-2, 0, 0.7),
-        record("SMoA K=4, r=32", "search", 5e-2, 1000, 0.7123) | {"commit": "abc+"},
-        record("SMoA K=4, r=32", "search", 5e-2, 1000, 0.7) | {"task": "films"},
-        record("SMoA K=4, r=32", "final", 5e-2, 0, 0.7) | {"task": "films"},
-    ]  # fmt: skip
-    text = page(Study(runs))
-    assert "- LoRA, r=8: film reviews\n- SMoA K=4, r=32: TREC-50 (1 rates tried, none judged on test)" in text
-    assert "71.2" not in text
-    assert (
-        "1 of 5 runs were made while something was not committed (+ behind the commit); 1 of these had"
-        in text
-    )
-
-
-def test_an_interval_around_zero_says_on_which_side_its_mean_is() -> None:
-    assert word(Mean(0.004, 0.002, 0.008, 5)) == "nominally above, not told from zero"
-    assert word(Mean(-0.004, 0.002, 0.008, 5)) == "nominally below, not told from zero"
-    assert word(Mean(0.004, 0.002, 0.003, 5)) == "above zero"
-
-
-def test_a_control_has_no_part_in_averages() -> None:
-    runs = [record("LoRA", "final", 1e-2, seed, 0.8) for seed in (0, 1)]
-    for seed, accuracy in enumerate((0.6, 0.7)):
-        runs.append(record("LoRA", "final", 1e-2, seed, accuracy) | {"task": "trec6-long"})
-        runs.append(record("SMoA K=2", "final", 1e-2, seed, accuracy + 0.1) | {"task": "trec6-long"})
-    runs += [
-        record(name, "search", 1e-2, 1000, 0.5) | {"task": task}
-        for name in ("LoRA", "SMoA K=2") for task in ("trec50", "trec6-long")
-    ]  # fmt: skip
-    text = page(Study(runs))
-    assert "| LoRA, r=8 | 1.00 | 80.0 ± 0.0 | 80.0 |" in text
-    assert "| SMoA K=2 | 180 | 0.01 (0.01 to 0.01) | 75.0 ± 5.0 | 2 | +10.0 [+10.0, +10.0] |" in text
-    assert Study(runs).overall("SMoA K=2", "LoRA") is None
 
 
 def test_a_sweep_is_compared_with_its_base() -> None:

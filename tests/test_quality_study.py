@@ -25,7 +25,6 @@ from benchmarks.quality.methods import (
     BY_NAME,
     LADDER,
     LEARNING_RATES,
-    RANKS,
 )
 from benchmarks.quality.study import Slice
 from benchmarks.quality.tasks import Task
@@ -56,19 +55,6 @@ def test_a_search_goes_on_while_the_best_rate_is_at_an_end(tmp_path: Path) -> No
     assert search(2e-2, (1e-2, 2e-2, 5e-2)) == [1e-2, 2e-2, 5e-2]
     assert search(5e-3, (2e-2, 5e-2)) == [2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
     assert search(1e3, (5e-1,)) == [5e-1, 1.0, LADDER[-1]]
-
-
-def test_a_method_may_take_the_rate_of_another(tmp_path: Path) -> None:
-    path, told = tmp_path / "runs.jsonl", []
-    part = Slice(TINY, path, told.append, SPLITS, LEARNING_RATES[:1], further=False)
-    part.run(1, [BY_NAME["SMoA K=2"], RANKS[1]])
-    assert [(r["method"], r["stage"], r["r"]) for r in store.read(path)] == [
-        ("SMoA K=2", "search", 8),
-        ("SMoA K=2", "final", 8),
-        (RANKS[1].name, "final", 4),
-    ]
-    # alpha = √(8r) is rank-stabilised LoRA's rule: the scaling falls with √r, and is 1 at r=8.
-    assert [round(m.scaling, 3) for m in RANKS] == [1, 1.414, 2, 1, 0.5, 0.25]
 
 
 def test_runs_that_are_there_are_skipped(tmp_path: Path) -> None:
@@ -120,17 +106,6 @@ def test_a_run_is_made_anew_where_its_name_means_something_else(
     assert len(told) == 4
     with pytest.raises(ValueError, match="a report is of one setting"):
         store.check_one_setting(store.read(path))
-
-
-def test_a_search_counts_only_what_was_tried_in_its_own_setting(tmp_path: Path) -> None:
-    """Else a rate that won with other questions would be judged on these."""
-    path, told = tmp_path / "runs.jsonl", []
-    part = Slice(TINY, path, told.append, SPLITS, LEARNING_RATES[:1], further=False)
-    lora = BY_NAME["LoRA"]
-    other = replace(part.key(lora, "search", LEARNING_RATES[1], 1000), data="others")
-    store.append(path, other, {"accuracy": 1.0, "evaluation_loss": 0.0})
-    part.run(1, [lora])
-    assert [r["lr"] for r in store.read(path) if r["stage"] == "final"] == [LEARNING_RATES[0]]
 
 
 def test_a_commit_says_whether_code_was_not_committed(
