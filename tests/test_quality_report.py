@@ -86,7 +86,7 @@ def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
     assert names == {"quality.md", "quality-accuracy.svg", "quality-learning-rate.svg"}
     text = (tmp_path / "quality.md").read_text()
     assert "on 0 of 1 tasks" in text
-    assert "further ones while it was (TREC-50: 0.01, 0.02)." in text
+    assert "; on TREC-50 only 0.01, 0.02)" in text
     assert "-5.0 [-5.0, -5.0] points, below zero" in text
     assert "+10.0 [+10.0, +10.0] points, above zero" in text
     assert "| SMoA K=2, r=8 | 0.50 | 76.0 ± 0.6 | 76.0 |" in text
@@ -136,3 +136,8 @@ def test_the_kept_records_are_whole() -> None:
             method.num_blocks, method.random, method.scaling, method.modules
         )  # fmt: skip
         assert key.r == method.r or method.as_large
+
+
+def test_the_results_page_is_what_the_records_say() -> None:
+    written = (RECORDS.parent / "quality.md").read_text("utf-8")
+    assert written == page(Study(store.read(RECORDS))), "run `python -m benchmarks.quality report`"

@@ -217,7 +217,7 @@ def fewer(study: Study) -> str:
     """The tasks whose methods shared fewer rates than the whole grid."""
     shared = {task.title: study.shared_rates(task.name) for task in study.tasks}
     return "".join(
-        f" ({title}: {listed(rates)})"
+        f"; on {title} only {listed(rates)}"
         for title, rates in shared.items()
         if rates and len(rates) < len(LEARNING_RATES)
     )

@@ -16,10 +16,10 @@ def verdicts(study: Study) -> str:
     """The goals, as the figures answer them, and the averages beside them."""
     lines = [f"- **Goal, half of LoRA's parameters** ({HALF}): {at_half(study)}"] if within(study) else []
     for words, ours, theirs in (
-        *(("Goal, equal parameters: above LoRA on the average", ours, LORA) for ours in EQUALS),
+        *(("Goal, equal parameters: above LoRA on average", ours, LORA) for ours in EQUALS),
         *(("Goal, spectral against random blocks", ours, random) for random, ours in ABLATIONS.items()),
         ("Half of the parameters, on average", HALF, LORA),
-        ("Equal parameters at half of the budget, on average", HALF, LORA_HALF),
+        ("Half of the parameters, against a LoRA of that size, on average", HALF, LORA_HALF),
     ):
         difference = study.overall(ours, theirs)
         if difference is not None:
@@ -38,8 +38,8 @@ def at_half(study: Study) -> str:
     return (
         "mean accuracy within one standard error of LoRA's, or above, "
         f"on {len(good)} of {len(held)} tasks{': ' + ', '.join(good) if good else ''}; "
-        f"of the {len(learned)} where any method learned something (told from no adapter), on {len(both)}. "
-        f"Asked for were {ENOUGH} of five: {'reached' if len(good) >= ENOUGH else 'missed'}."
+        f"of the {len(learned)} where some method is significantly better than no adapter, on {len(both)}. "
+        f"The goal was {ENOUGH} of five: {'met' if len(good) >= ENOUGH else 'missed'}."
     )
 
 

@@ -32,14 +32,14 @@ def points(mean: Mean) -> str:
 
 
 def word(mean: Mean) -> str:
-    """Whether an interval leaves 0 out."""
+    """Whether an interval lies above zero, below zero or around it."""
     if math.isnan(mean.half_width):
         return "one seed, so no interval"
     if mean.low > 0:
         return "above zero"
     if mean.high < 0:
         return "below zero"
-    return f"nominally {'above' if mean.value > 0 else 'below'}, not told from zero"
+    return "not significantly different from zero"
 
 
 def listed(rates: Iterable[float]) -> str:
