@@ -1,16 +1,16 @@
-"""How anything is timed here, in code: the one protocol that every benchmark uses.
+"""How everything is timed here: the one protocol that every benchmark uses.
 
-Threads are pinned, every provider is warmed up and has passed its correctness gate; then the providers take turns,
-round by round, each round in another order (drawn from a fixed seed), so that a machine whose speed drifts drifts
-under all of them and what one leaves in caches and allocator is not always met by the same next one.
-A ratio is taken pair by pair: one provider's seconds over another's *of the same round*. A figure is the median of
-these ratios with its quartiles. Where the baseline's own interquartile range passes 15 % of its median, the machine
-was not steady enough: the ratios are printed, marked noisy, and neither quoted nor judged. Nor is what took so long
-that it ran in one round only, which has no spread to tell by.
+Threads are pinned. Every provider has passed its correctness gate and is warmed up. Then the providers take turns,
+round by round, each round in another order (drawn from a fixed seed): if the machine's speed drifts, it drifts for
+all of them, and no provider always runs after the same other one. A ratio divides the seconds of two providers *of
+the same round*; a figure is the median of these ratios, with its quartiles. Where the interquartile range of the
+baseline is above 15 % of its median, the machine was too unsteady: the ratios are printed and marked noisy, but
+neither quoted nor judged. The same holds for what took so long that it ran in one round only.
 
-Forward and backward are laps of one training pass: the backward's clock starts when the forward, graph and all, is
-there. On a GPU the laps are CUDA events, and the L2 cache is overwritten before each pass, as another layer's
-operands would overwrite it; on the CPU every provider has a weight of its own, which does the same to large layers.
+Forward and backward are two laps of one training pass: the clock of the backward starts when the forward has ended
+and its graph is there. On a GPU the laps are CUDA events, and the L2 cache is overwritten before each pass, as the
+operands of other layers would overwrite it. On a CPU every provider has a weight of its own, which does the same to
+large layers.
 """
 
 from __future__ import annotations

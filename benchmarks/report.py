@@ -1,7 +1,7 @@
 """Write the report of one or more runs: tables and figures in benchmarks/results, and the README's section.
 
-    python -m benchmarks.report RUN.json …     # adds runs (pytest --benchmark-json), then writes everything anew
-    python -m benchmarks.report                # writes everything anew from the runs that are there
+    python -m benchmarks.report RUN.json …     # adds runs (pytest --benchmark-json), then writes everything
+    python -m benchmarks.report                # writes everything from the runs that are kept
 
 A run is kept as compact JSON named after its device: the next run on the same device takes its place.
 """
@@ -25,16 +25,16 @@ def page(runs: list[Run]) -> str:
     """The text of results/README.md."""
     parts = [
         "# Benchmark results",
-        "Written by `python -m benchmarks.report` from the JSON files beside it (`make bench` measures and writes). "
-        "Every figure is **measured on CPU**, **measured on GPU** with the card's name, or **predicted**; a run "
+        "Written by `python -m benchmarks.report` from the JSON files in this folder, which `make bench` measures. "
+        "Every figure is **measured on CPU**, **measured on GPU** with the card's name, or **predicted**. A run "
         "belongs to one commit and one machine.",
         "## How it was measured",
         _protocol_text(),
         *(_run_page(run) for run in runs),
         *([] if runs else [NONE_YET]),
         "## Predicted, not measured",
-        "By the cost model (`smoa_kernels/cost/estimate.py`, `smoa-kernels roofline`), ours and the peers' counted by "
-        "the same rules, to be replaced by what the first H100 measures.",
+        "By the cost model (`smoa_kernels/cost/estimate.py`, `smoa-kernels roofline`), which counts our work and the "
+        "peers' by the same rules. What the first H100 measures will replace it.",
         tables.predicted(),
     ]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
@@ -72,16 +72,17 @@ def main(
 
 
 def _protocol_text() -> str:
-    """The protocol's own words: its docstring, without the line that says it is code."""
+    """The protocol module's docstring without its first line, and what the gates check."""
     words = inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2]
     return (
-        f"{words}\n\nA layer passes its gate (`benchmarks/gate.py`) when its output and gradients are within twice the "
-        "error of the same formula in its own dtype, both against float64; a red gate reports no time. Dropout is on "
-        "in the gate only for ours on the eager backend, whose mask can be drawn again outside the layer; PEFT's "
-        "layers, the paper's dense way and our kernels are judged with dropout off. A model's step passes when the "
-        "gradients of each adapter err at most twice as much against float64 as the worse of the two others' do. A "
-        "partition passes when no row and no column stands in another block than an SVD puts it, but for rounding at a "
-        "boundary. Memory is counted to the byte by PyTorch's allocator (`benchmarks/memory.py`)."
+        f"{words}\n\nA layer passes its gate (`benchmarks/gate.py`) when its output and gradients have at most twice "
+        "the error of the same formula in the same dtype, both compared with float64. A provider that fails its gate "
+        "is not timed. The gate checks dropout only for ours on the eager backend, whose mask can be drawn again "
+        "outside the layer; PEFT's layers, the paper's dense way and our kernels are checked with dropout off. A "
+        "model's step passes when the gradients of each adapter have at most twice the error of the worse of the two "
+        "others, compared with float64. A partition passes when every row and column is in the block that an SVD puts "
+        "it into, except where rounding decides at a boundary. PyTorch's allocator counts memory to the byte "
+        "(`benchmarks/memory.py`)."
     )
 
 
@@ -114,8 +115,9 @@ def _run_page(run: Run) -> str:
         _figure(run, "memory", "bytes by the number of tokens"),
         tables.memory(run),
         "### A training step of a model",
-        "Forward, backward and AdamW on random tokens; the loss is that of the last position, as in fine-tuning on "
-        "one-word answers, so the head multiplies one position a sequence. Peak: above model and optimizer state.",
+        "Forward, backward and AdamW on random tokens. The loss is that of the last position, as in fine-tuning on "
+        "one-word answers, so the head multiplies one position per sequence. The peak is that above model and "
+        "optimizer state.",
         tables.steps(run) or "Not measured in this run.",
         "### Setting up and saving",
         tables.partitions(run),
@@ -133,18 +135,18 @@ def _profile(run: Run) -> str:
     if not found:
         return ""
     return (
-        "Where a goal is missed, this run's profile says what the time goes to. GEMMs are frozen's two, those of the "
-        "blocks, and the thin products that build W_eff and ΔW and contract G with A and B; the second column is what "
-        "all of these would take if they multiplied as fast as frozen's two, so that the difference is the rate of "
-        "smaller and thinner ones. The [compiled float32 GEMMs](../../docs/cpu.md) modulate W0 and read permuted "
-        "columns while they copy panels, which is in their time here. In torch's operators, that is in bfloat16, "
-        "where nothing was compiled and where gathers are not 0.00, x, dY and W0's blocks are copied first, and what "
-        "multiplies by W0 is a pass of its own (other operators). Autograd, the dispatcher and Python stand between "
-        "operators. "
-        "What the partition takes of the SVD's time is below, profiled in the rounds that were timed: "
-        "`eigh` is LAPACK's ([what it does](../../docs/cpu.md#what-an-injection-waits-for)); its GEMMs are the Gram "
-        "matrix W0 W0ᵀ (its lower half) and W0ᵀ U, whose squares are the columns' energies; the rest squares, sums and "
-        "sorts.\n\n" + found
+        "Where a goal is missed, this run's profile says where the time goes. GEMMs are the frozen layer's two, those "
+        "of the blocks, and the thin products that build W_eff and ΔW and contract G with A and B. The second column "
+        "is the time that all of these would take at the rate of the frozen layer's two, so the difference to the "
+        "third is what smaller and thinner products lose. The [compiled float32 GEMMs](../../docs/cpu.md) modulate W0 "
+        "and read permuted columns while they copy panels, which counts as GEMM time. Where nothing was compiled (in "
+        "bfloat16, where gathers are not 0.00), torch's operators first copy x, dY and W0's blocks and multiply by W0 "
+        "in a pass of its own (other operators). Time between operators is spent in autograd, the dispatcher and "
+        "Python.\n\n"
+        "The parts of the partition's time are below, profiled in the rounds that were timed. `eigh` is LAPACK's "
+        "([what it does](../../docs/cpu.md#what-an-injection-waits-for)); its GEMMs are the Gram matrix W0 W0ᵀ (the "
+        "lower half) and W0ᵀ U, whose squares are the columns' energies; the rest squares, sums and sorts."
+        "\n\n" + found
     )
 
 

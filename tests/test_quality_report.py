@@ -22,6 +22,7 @@ from benchmarks.quality.report import generate, page
 from benchmarks.quality.statistics import over_groups, paired, summarize, t_quantile
 from benchmarks.quality.study import best_rate
 from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.verdicts import EQUALS, LORA
 
 pytestmark = pytest.mark.slow
 
@@ -141,3 +142,12 @@ def test_the_kept_records_are_whole() -> None:
 def test_the_results_page_is_what_the_records_say() -> None:
     written = (RECORDS.parent / "quality.md").read_text("utf-8")
     assert written == page(Study(store.read(RECORDS))), "run `python -m benchmarks.quality report`"
+
+
+def test_at_equal_size_no_k_differs_significantly_from_lora() -> None:
+    """The README says so."""
+    study = Study(store.read(RECORDS))
+    for ours in EQUALS:
+        difference = study.overall(ours, LORA)
+        assert difference is not None
+        assert difference.low < 0 < difference.high
