@@ -1,23 +1,20 @@
-"""Bad arguments of `smoa_linear`, and of the reference, which checks as it does."""
+"""Bad arguments of `smoa_linear`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from problems import make_problem
-from torch import Tensor
 
 from smoa_kernels import smoa_linear
-from smoa_kernels.definition.reference import reference_linear
 
 from .harness import FLOAT8, HUGE, NESTED, Change, World, check, rows
 
 INT32 = torch.int32
 _meta = torch.randn(4, 57, device="meta")
 
-OPERATOR: list[Change] = [
+ARGUMENTS: list[Change] = [
     ({"x": torch.randn(4, 56)}, ValueError, r"x must have 57 features .* got shape \(4, 56\)"),
     ({"x": torch.tensor(1.0)}, ValueError, "x must have 57 features"),
     ({"x": torch.ones(4, 57, dtype=torch.int64)}, TypeError, "x must be floating point, got torch.int64"),
@@ -79,7 +76,6 @@ OPERATOR: list[Change] = [
     ({"scaling": torch.tensor(1.0, requires_grad=True)}, ValueError, "scaling must not require grad"),
 ]
 
-# What only `smoa_linear` takes.
 CHOICES: list[Change] = [
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, split, expanded, fused"),
     ({"algorithm": None}, ValueError, "algorithm must be one of .* got None"),
@@ -97,18 +93,6 @@ CHOICES: list[Change] = [
     ({"block_ranks": [4, 0, 2]}, ValueError, r"in \[0, 3\], got \[4, 0, 2\]"),
     ({"block_ranks": [2, 0, 2]}, ValueError, r"numbers in ranks, \[3, 0, 2\], got \[2, 0, 2\]"),
 ]
-
-
-@rows("changed", [*OPERATOR, *CHOICES])
-def test_operator(changed: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
-    check(world, lambda w: smoa_linear(**w.arguments(changed)), error, words)
-
-
-@rows("changed", OPERATOR)
-def test_reference(changed: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
-    """The same checks, so that one can stand for the other."""
-    check(world, lambda w: reference_linear(**w.arguments(changed)), error, words)
-
 
 TENSORS: list[Change] = [
     *(
@@ -135,13 +119,6 @@ TENSORS: list[Change] = [
 ]
 
 
-@rows("changed", TENSORS)
-@pytest.mark.parametrize("function", [smoa_linear, reference_linear])
-def test_tensors(
-    function: Callable[..., Tensor],
-    changed: dict[str, Any],
-    error: type[Exception],
-    words: str,
-    world: World,
-) -> None:
-    check(world, lambda w: function(**w.arguments(changed)), error, words)
+@rows("changed", [*ARGUMENTS, *CHOICES, *TENSORS])
+def test_arguments(changed: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
+    check(world, lambda w: smoa_linear(**w.arguments(changed)), error, words)
