@@ -1,4 +1,4 @@
-"""Files that smoa-kernels writes: where its cache is, and how a file is replaced so that nobody sees half of it."""
+"""Where smoa-kernels keeps its cache, and how it replaces a file so that nobody ever sees half of one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from .checks import check_kind
-
 __all__ = ["cache_folder", "replace_file"]
 
 
 def cache_folder() -> Path:
-    """`$SMOA_CACHE`, else `$XDG_CACHE_HOME/smoa-kernels`, else `~/.cache/smoa-kernels`; made by whoever writes.
+    """Return `$SMOA_CACHE`, else `$XDG_CACHE_HOME/smoa-kernels`, else `~/.cache/smoa-kernels`; it may not exist yet.
 
     Example:
         >>> cache_folder() == Path(os.environ["SMOA_CACHE"])
@@ -26,23 +24,20 @@ def cache_folder() -> Path:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write beside the file, to the disk, then rename over it: what is there is the old file or the new one.
+    """Replace a file: write a new one beside it, flush it to the disk, and rename it over the old one.
 
     Args:
-        path: in a folder that exists.
-        data: all of its content.
+        path: the file, in a folder that exists.
+        data: its new content.
 
     Raises:
-        TypeError: no path, no bytes.
-        OSError: it cannot be written, naming `path`; nothing is left beside it.
+        OSError: the file cannot be written. The error names `path`; the old file and the folder are as before.
 
     Example:
         >>> replace_file(Path("table.json"), b"{}")
         >>> Path("table.json").read_bytes()
         b'{}'
     """
-    check_kind("path", path, Path)
-    check_kind("data", data, bytes)
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         try:
@@ -56,5 +51,5 @@ def replace_file(path: Path, data: bytes) -> None:
             with suppress(OSError):
                 os.unlink(name)
             raise
-    except OSError as error:  # a full disk's names no file, others the one beside it
+    except OSError as error:  # it names no file where the disk is full, and the temporary one elsewhere
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,32 +1,34 @@
-"""What a `FusedSMoALinear` checks before anything changes: its settings, the layer it adapts, a state dict.
+"""What a `FusedSMoALinear` checks before it changes anything: its settings, the layer it adapts, a state dict.
 
-torch copies what fits of a state dict and reports the rest afterwards; here nothing is copied unless all of it fits.
+torch copies what fits of a state dict and then reports the rest. Here nothing is copied unless all of it fits.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .backends import ALGORITHMS, BACKENDS
 from .checks import (
-    check_blocks,
     check_choice,
+    check_count,
+    check_device,
     check_finite,
     check_kind,
     check_number,
     layout_of,
 )
+from .definition.dropout import WIDEST
 from .definition.partition import BlockPartition
+from .definition.precision import DTYPES
 from .definition.ranks import resolve_ranks
 from .definition.sketch import TOLERANCE, sketch_distance, sketch_weight
-
-if TYPE_CHECKING:
-    from .layers import FusedSMoALinear
 
 __all__ = [
     "LABELS",
@@ -34,139 +36,61 @@ __all__ = [
     "check_base",
     "check_fit",
     "check_keys",
-    "check_labels",
+    "check_linear",
     "check_tensors",
     "linear_parameters",
+    "partition_in",
 ]
 
 LABELS = ("smoa_row_block", "smoa_col_block", "smoa_ranks")
 
 
-def check_keys(name: str, layer: FusedSMoALinear, given: Mapping[str, Any], *, strict: bool) -> None:
-    """Whether a `strict` load finds every tensor of the layer, of a plain Linear's its weight and bias, and no other.
-
-    Raises:
-        TypeError: a key that is no string.
-        ValueError: naming the keys.
-    """
-    for key in given:
-        if not isinstance(key, str):
-            raise TypeError(f"{name}: the keys of a state dict must be strings, got {key!r}")
-    if not strict:
-        return
-    own = {key for key, _ in _own(layer)}
-    adapted = any(key.startswith("smoa_") for key in given)
-    missing = [key for key in own - given.keys() if adapted or not key.startswith("smoa_")]
-    for verb, keys in (("lacks", missing), ("must not hold", given.keys() - own)):
-        if keys:
-            raise ValueError(
-                f"{name}: the state dict {verb} {', '.join(sorted(keys))}; strict=False loads the others"
-            )
-
-
-def check_tensors(name: str, layer: FusedSMoALinear, given: Mapping[str, Any]) -> None:
-    """Whether what is given for the layer's own tensors is alike in kind and shape.
-
-    Raises:
-        TypeError, ValueError: naming the tensor.
-    """
-    for key, own in _own(layer):
-        if key not in given:
-            continue
-        value = given[key]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: {key} must be a tensor, got {type(value).__name__}")
-        if layout_of(value) != "torch.strided":
-            raise TypeError(f"{name}: {key} must be a dense tensor, got layout {layout_of(value)}")
-        if value.is_complex() or value.is_floating_point() != own.is_floating_point():
-            kind = "floating point" if own.is_floating_point() else "an integer tensor"
-            raise TypeError(f"{name}: {key} must be {kind}, got {value.dtype}")
-        if value.shape != own.shape:
-            raise ValueError(
-                f"{name}: size mismatch for {key}: the layer's is {tuple(own.shape)}, "
-                f"the state dict's {tuple(value.shape)}"
-            )
-        if value.is_meta and not own.is_meta:
-            raise ValueError(f"{name}: {key} must hold numbers, got a meta tensor")
-
-
-def check_labels(name: str, layer: FusedSMoALinear, given: Mapping[str, Tensor]) -> BlockPartition:
-    """The partition that a state dict holds.
-
-    Raises:
-        ValueError: labels or ranks are missing, out of range, or other than the layer's settings.
-    """
-    missing = [key for key in LABELS if key not in given]
-    if missing:
-        raise ValueError(f"{name}: the adapter's state dict lacks {', '.join(missing)}")
-    rows, cols, ranks = (given[key] for key in LABELS)
-    if ranks.min() < 0 or ranks.max() != layer.smoa_A.shape[0] or ranks.sum() != layer.r:
-        raise ValueError(
-            f"{name}: smoa_ranks must sum to r={layer.r} with a largest rank of {layer.smoa_A.shape[0]}, "
-            f"got {ranks.tolist()}; build the layer with those block_ranks"
-        )
-    return BlockPartition.from_labels(rows, cols, layer.num_blocks)
-
-
-def check_base(name: str, layer: FusedSMoALinear, given: Mapping[str, Tensor]) -> None:
-    """Warn, or raise where the layer is `strict_base`, if the adapter was trained over another base weight."""
-    weight = given.get("weight", layer.weight)
-    if "smoa_sketch" not in given or weight.is_meta:
-        return
-    distance = sketch_distance(given["smoa_sketch"], sketch_weight(weight))
-    if not distance <= TOLERANCE:  # NaN is no likeness
-        message = (
-            f"{name}: the adapter was trained over another base weight (they differ by about {distance:.0%}, "
-            f"the same base in another precision by at most {TOLERANCE:.0%})"
-        )
-        if layer.strict_base:
-            raise ValueError(f"{message}; strict_base=True refuses it")
-        warnings.warn(message, UserWarning, stacklevel=2)
-
-
-def _own(layer: FusedSMoALinear) -> Iterator[tuple[str, Tensor]]:
-    """What the layer's state dict holds, without the hooks of whoever wraps it."""
-    yield from layer.named_parameters(recurse=False)
-    for key, buffer in layer.named_buffers(recurse=False):
-        if key not in layer._non_persistent_buffers_set:
-            yield key, buffer
-
-
+@dataclass(frozen=True)
 class Settings:
-    """The adapter's settings, checked."""
+    """An adapter's settings, as `FusedSMoALinear` takes them."""
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        r: int,
-        num_blocks: int,
-        alpha: float | None,
-        dropout: float,
-        block_ranks: Sequence[int] | None,
-        algorithm: str,
-        backend: str,
-        strict_base: bool,
-    ) -> None:
-        self.block_ranks = resolve_ranks(r, num_blocks, block_ranks)
-        check_blocks(num_blocks, shape)
-        if alpha is not None:
-            check_finite("alpha", alpha)
-        check_number("dropout", dropout)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        check_choice("algorithm", algorithm, ALGORITHMS)
-        check_choice("backend", backend, BACKENDS)
-        check_kind("strict_base", strict_base, bool)
-        self.r, self.num_blocks = r, num_blocks
-        self.alpha = float(r if alpha is None else alpha)
-        self.dropout, self.algorithm, self.backend = dropout, algorithm, backend
-        self.strict_base = strict_base
+    r: int
+    num_blocks: int
+    alpha: float | None
+    dropout: float
+    block_ranks: Sequence[int] | None
+    algorithm: str
+    backend: str
+    strict_base: bool
+
+    def __post_init__(self) -> None:
+        resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+        if self.alpha is not None:
+            check_finite("alpha", self.alpha)
+        check_number("dropout", self.dropout)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        check_choice("algorithm", self.algorithm, ALGORITHMS)
+        check_choice("backend", self.backend, BACKENDS)
+        check_kind("strict_base", self.strict_base, bool)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each block."""
+        return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+
+
+def check_linear(
+    in_features: int, out_features: int, bias: bool, device: torch.device | str | None, dtype: Any
+) -> None:
+    """Check the arguments that `nn.Linear` takes too."""
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        check_count(name, size, 1, WIDEST)
+    check_kind("bias", bias, bool)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
+        raise TypeError(f"dtype must be floating point of 16 bits or more, got {dtype}")
+    if device is not None:
+        check_device(device)
 
 
 def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int) -> None:
-    """Whether a partition was made for such a weight and so many blocks."""
-    if not isinstance(partition, BlockPartition):
-        raise TypeError(f"partition must be a BlockPartition or None, got {type(partition).__name__}")
+    """Check that a partition was made for a weight of this shape and for so many blocks."""
+    check_kind("partition", partition, BlockPartition)
     if (partition.shape, partition.num_blocks) != (shape, num_blocks):
         raise ValueError(
             f"partition must be made for a weight of shape {tuple(shape)} and {num_blocks} blocks, got {partition!r}"
@@ -174,7 +98,7 @@ def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int
 
 
 def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight (N, C) and bias of a layer: the same parameters, or a transposed view of Conv1D's (C, N) weight."""
+    """Weight (N, C) and bias of the layer to adapt: its own parameters, but a transposed view of Conv1D's weight."""
     kind = type(linear)
     conv1d = kind.__name__ == "Conv1D" and hasattr(linear, "nf")  # by its name: transformers is optional
     if not conv1d and not isinstance(linear, nn.Linear):
@@ -205,3 +129,74 @@ def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
             f"got {tuple(bias.shape)} of {bias.dtype}"
         )
     return weight, bias
+
+
+# A state dict: `name` is the layer's in messages, `own` holds its tensors by key, `given` those of the state dict.
+
+
+def check_keys(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any], *, strict: bool) -> None:
+    """Check the keys: a `strict` load takes all of the layer's, or weight and bias alone, and no other."""
+    for key in given:
+        if not isinstance(key, str):
+            raise TypeError(f"{name}: the keys of a state dict must be strings, got {key!r}")
+    if not strict:
+        return
+    adapted = any(key.startswith("smoa_") for key in given)
+    missing = [key for key in own.keys() - given.keys() if adapted or not key.startswith("smoa_")]
+    for verb, keys in (("lacks", missing), ("must not hold", given.keys() - own.keys())):
+        if keys:
+            raise ValueError(
+                f"{name}: the state dict {verb} {', '.join(sorted(keys))}; strict=False loads the others"
+            )
+
+
+def check_tensors(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any]) -> None:
+    """Check that each tensor that is given is of the kind and shape of the layer's."""
+    for key, mine in own.items():
+        if key not in given:
+            continue
+        value = given[key]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {key} must be a tensor, got {type(value).__name__}")
+        if layout_of(value) != "torch.strided":
+            raise TypeError(f"{name}: {key} must be a dense tensor, got layout {layout_of(value)}")
+        if value.is_complex() or value.is_floating_point() != mine.is_floating_point():
+            kind = "floating point" if mine.is_floating_point() else "an integer tensor"
+            raise TypeError(f"{name}: {key} must be {kind}, got {value.dtype}")
+        if value.shape != mine.shape:
+            raise ValueError(
+                f"{name}: size mismatch for {key}: the layer's is {tuple(mine.shape)}, "
+                f"the state dict's {tuple(value.shape)}"
+            )
+        if value.is_meta and not mine.is_meta:
+            raise ValueError(f"{name}: {key} must hold numbers, got a meta tensor")
+
+
+def partition_in(
+    name: str, given: Mapping[str, Tensor], *, r: int, num_blocks: int, max_rank: int
+) -> BlockPartition:
+    """The partition that a state dict holds, after checking that labels and ranks are there and fit the layer."""
+    missing = [key for key in LABELS if key not in given]
+    if missing:
+        raise ValueError(f"{name}: the adapter's state dict lacks {', '.join(missing)}")
+    rows, cols, ranks = (given[key] for key in LABELS)
+    if ranks.min() < 0 or ranks.max() != max_rank or ranks.sum() != r:
+        raise ValueError(
+            f"{name}: smoa_ranks must sum to r={r} with a largest rank of {max_rank}, "
+            f"got {ranks.tolist()}; build the layer with those block_ranks"
+        )
+    return BlockPartition.from_labels(rows, cols, num_blocks)
+
+
+def check_base(name: str, weight: Tensor, sketch: Tensor, *, strict: bool) -> None:
+    """Warn, or raise an error where `strict`, if an adapter with this sketch was trained over another weight."""
+    distance = sketch_distance(sketch, sketch_weight(weight))
+    if distance <= TOLERANCE:  # false for NaN too
+        return
+    message = (
+        f"{name}: the adapter was trained over another base weight (they differ by about {distance:.0%}, "
+        f"the same base in another precision by at most {TOLERANCE:.0%})"
+    )
+    if strict:
+        raise ValueError(f"{message}; strict_base=True refuses it")
+    warnings.warn(message, UserWarning, stacklevel=2)

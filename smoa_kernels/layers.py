@@ -11,18 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import eager, load_backend, resolve_backend
-from .checks import (
-    check_count,
-    check_device,
-    check_finite,
-    check_kind,
-    check_weight,
-)
+from .checks import check_blocks, check_finite, check_weight
 from .definition.arguments import check_input
-from .definition.dropout import WIDEST
 from .definition.packed import PackedAdapter, draw_A, scaling_tensor
 from .definition.partition import BlockPartition, label_dtype
-from .definition.precision import DTYPES
 from .definition.ranks import trainable_parameters
 from .definition.sketch import sketch_weight
 from .definition.spectral_order import whole
@@ -33,9 +25,10 @@ from .layer_checks import (
     check_base,
     check_fit,
     check_keys,
-    check_labels,
+    check_linear,
     check_tensors,
     linear_parameters,
+    partition_in,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedSMoALinear"]
 
-# Buffers, in the order of `BlockPartition.tensors`.
+# The buffers that hold the partition, in the order of `BlockPartition.tensors`.
 _PARTITION = tuple(
     f"smoa_{name}"
     for name in ("row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets")
@@ -51,30 +44,30 @@ _PARTITION = tuple(
 
 
 class FusedSMoALinear(nn.Linear):
-    """Linear layer `y = x W0ᵀ + b + dropout(x) ΔWᵀ` with frozen W0 and b and a trainable SMoA adapter.
+    """A linear layer with an SMoA adapter: `y = x W0ᵀ + b + dropout(x) ΔWᵀ`.
 
-    Only `smoa_A` (ρ, in_features) and `smoa_B` (out_features, ρ) train. The block labels, the ranks and a
-    sketch of W0 are buffers in the state dict: loading an adapter never recomputes them, and one that was
-    trained over another base is noticed. Loading a plain Linear's state dict (weight without labels)
-    recomputes the partition and warns.
+    W0 and b are frozen. `smoa_A` (ρ, in_features) and `smoa_B` (out_features, ρ) train. The state dict also holds the
+    block labels, the ranks and a sketch of W0. So loading an adapter never recomputes the labels, and loading one that
+    was trained over another base weight warns. Loading a plain Linear's state dict (a weight without labels) computes
+    a new partition, and warns.
 
     Args:
         in_features: C.
         out_features: N.
-        bias: whether the base layer has a (frozen) bias.
-        r: rank budget over all blocks, at least 1.
-        num_blocks: K, from 1 (HiRA) to min(N, C).
-        alpha: the update is scaled by alpha / r; r when None.
-        dropout: probability of dropping an element of the adapter's input in training.
-        block_ranks: rank of each block, K numbers that sum to r; shared evenly when None.
-        algorithm: see :func:`smoa_kernels.smoa_linear`.
-        backend: likewise.
-        strict_base: refuse, rather than warn about, an adapter that was trained over another base.
-        device: of the layer.
-        dtype: of the layer.
+        bias: whether the base layer has a bias.
+        r: the rank budget, shared by all blocks; at least 1.
+        num_blocks: K, from 1 (which is HiRA) to min(N, C).
+        alpha: the update is scaled by alpha / r. Where alpha is None it is r, and the scale is 1.
+        dropout: probability that an element of the adapter's input is dropped in training.
+        block_ranks: the rank of each block, K numbers that sum to r; where None, r is shared evenly.
+        algorithm: how the layer is computed; see :func:`smoa_kernels.smoa_linear`.
+        backend: what computes it; see :func:`smoa_kernels.smoa_linear`.
+        strict_base: raise an error, instead of a warning, for an adapter that was trained over another base weight.
+        device: device of all tensors.
+        dtype: dtype of weight, bias and factors.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        TypeError, ValueError: an argument is wrong; the message says which, what was given and what is allowed.
 
     Example:
         >>> layer = FusedSMoALinear.from_linear(nn.Linear(8, 6), r=4, num_blocks=2)
@@ -89,9 +82,9 @@ class FusedSMoALinear(nn.Linear):
     smoa_ranks: Tensor
     smoa_sketch: Tensor
     smoa_scaling: Tensor
-    smoa_row_index: Tensor | None  # None, as its like, while the labels are yet to be loaded
+    smoa_row_index: Tensor | None  # None until there are labels, as the other indices and offsets
     smoa_base_weight: Tensor | None  # W0 while the layer is merged
-    _shard: LayerShard | None = None  # where tensor parallelism has cut W0
+    _shard: LayerShard | None = None  # this process's part, under tensor parallelism
 
     def __init__(
         self,
@@ -110,24 +103,18 @@ class FusedSMoALinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            check_count(name, size, 1, WIDEST)
-        check_kind("bias", bias, bool)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
-            raise TypeError(f"dtype must be floating point of 16 bits or more, got {dtype}")
-        if device is not None:
-            check_device(device)
+        check_linear(in_features, out_features, bias, device, dtype)
         settings = Settings(
-            (out_features, in_features),
-            r,
-            num_blocks,
-            alpha,
-            dropout,
-            block_ranks,
-            algorithm,
-            backend,
-            strict_base,
+            r=r,
+            num_blocks=num_blocks,
+            alpha=alpha,
+            dropout=dropout,
+            block_ranks=block_ranks,
+            algorithm=algorithm,
+            backend=backend,
+            strict_base=strict_base,
         )
+        check_blocks(num_blocks, (out_features, in_features))
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._adapt(settings)
 
@@ -146,27 +133,34 @@ class FusedSMoALinear(nn.Linear):
         strict_base: bool = False,
         partition: BlockPartition | None = None,
     ) -> FusedSMoALinear:
-        """Adapt an existing layer; its weight and bias are shared, not copied, and frozen.
+        """Adapt an existing layer. Its weight and bias are frozen, and shared rather than copied.
 
         Args:
-            linear: `nn.Linear`, or Hugging Face's `Conv1D`, whose (in, out) weight is viewed transposed.
-            partition: blocks of the weight where they are already known; computed from its spectrum when None.
+            linear: an `nn.Linear`, or a `Conv1D` of transformers, whose (in, out) weight is viewed transposed.
+            partition: the blocks of the weight, if they are known; where None, they are computed from its spectrum.
 
         The other arguments are the constructor's.
 
         Raises:
-            TypeError, ValueError: naming the argument; `linear` is as it was.
+            TypeError, ValueError: an argument is wrong; the message says which. `linear` is as it was before.
         """
         weight, bias = linear_parameters(linear)
         settings = Settings(
-            tuple(weight.shape), r, num_blocks, alpha, dropout, block_ranks, algorithm, backend, strict_base
+            r=r,
+            num_blocks=num_blocks,
+            alpha=alpha,
+            dropout=dropout,
+            block_ranks=block_ranks,
+            algorithm=algorithm,
+            backend=backend,
+            strict_base=strict_base,
         )
+        check_blocks(num_blocks, weight.shape)
         if partition is not None:
             check_fit(partition, tuple(weight.shape), num_blocks)
         elif not weight.is_meta:
-            partition = BlockPartition.from_weight(
-                weight, num_blocks
-            )  # before anything of `linear` is touched
+            # Before anything of `linear` is changed: a weight may have no spectrum.
+            partition = BlockPartition.from_weight(weight, num_blocks)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = weight.shape
@@ -180,10 +174,10 @@ class FusedSMoALinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.r, self.num_blocks, self.alpha = settings.r, settings.num_blocks, settings.alpha
-        self.dropout, self.algorithm, self.backend = settings.dropout, settings.algorithm, settings.backend
-        self.strict_base = settings.strict_base
-        self.block_ranks = settings.block_ranks
+        self.r, self.num_blocks, self.block_ranks = settings.r, settings.num_blocks, settings.ranks
+        self.alpha = float(settings.r if settings.alpha is None else settings.alpha)
+        self.dropout, self.strict_base = settings.dropout, settings.strict_base
+        self.algorithm, self.backend = settings.algorithm, settings.backend
         rho, device = max(self.block_ranks), self.weight.device
         self.smoa_A = nn.Parameter(self.weight.new_empty(rho, self.in_features))
         self.smoa_B = nn.Parameter(self.weight.new_empty(self.out_features, rho))
@@ -203,17 +197,17 @@ class FusedSMoALinear(nn.Linear):
 
     @property
     def partition(self) -> BlockPartition:
-        """Blocks of W0's rows and columns; those of this process's shard under tensor parallelism.
+        """The blocks of W0's rows and columns; under tensor parallelism, of this process's rows and columns.
 
         Raises:
-            RuntimeError: there are none yet: the layer was made on the meta device, and nothing was loaded.
-            TypeError, ValueError: what is assigned is no partition, or one of another weight or number of blocks.
+            RuntimeError: the layer has no blocks yet: it was made on the meta device, and nothing was loaded.
+            TypeError, ValueError: the assigned value is not a partition, or does not fit the weight and `num_blocks`.
         """
         if not self._sizes:
             raise RuntimeError(
                 "the layer has no blocks yet: load a state dict that holds them, or call reset_parameters()"
             )
-        buffers = self._buffers  # nn.Module's own way to them is Python, which small layers feel
+        buffers = self._buffers  # nn.Module's attribute access is slow enough to show in small layers
         tensors = [cast(Tensor, buffers[name]) for name in _PARTITION]
         if self._shard is not None:
             tensors[:2] = tensors[0][self._shard.rows], tensors[1][self._shard.cols]
@@ -232,11 +226,11 @@ class FusedSMoALinear(nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """s; assigning it changes the factor in place, which recompiles nothing.
+        """s, the scale of the update. Assigning changes a tensor in place, so a compiled model stays compiled.
 
         Raises:
-            TypeError, ValueError: what is assigned is no finite number.
-            RuntimeError: assigned while `weight` holds W_eff, or before the layer has left the meta device.
+            TypeError, ValueError: the assigned value is not a finite number.
+            RuntimeError: assigned while the layer is merged or on the meta device.
         """
         return self.alpha / self.r if self.smoa_scaling.is_meta else float(self.smoa_scaling)
 
@@ -249,25 +243,25 @@ class FusedSMoALinear(nn.Linear):
 
     @property
     def merged(self) -> bool:
-        """Whether `weight` holds W_eff."""
+        """Whether `weight` holds W_eff, the base weight with the update."""
         return self.smoa_base_weight is not None
 
     @property
     def num_adapter_parameters(self) -> int:
-        """`Σ r_k (N_k + C_k)`, padding not counted.
+        """The number of trainable parameters, `Σ r_k (N_k + C_k)`. Padding is not counted.
 
         Raises:
-            RuntimeError: as :attr:`partition` does.
+            RuntimeError: the layer has no blocks yet.
         """
         return trainable_parameters(self.partition, self.block_ranks)
 
     def reset_parameters(self) -> None:
-        """Draw a new base layer as `nn.Linear` does and, once the layer is built, a new adapter over it.
+        """Draw a new base layer, as `nn.Linear` does, and a new adapter for it.
 
         Raises:
-            RuntimeError: the layer is merged, on the meta device, or cut by tensor parallelism; nothing was drawn.
+            RuntimeError: the layer is merged, on the meta device, or cut by tensor parallelism; nothing was changed.
         """
-        if hasattr(self, "smoa_A"):
+        if hasattr(self, "smoa_A"):  # not while nn.Linear's constructor calls this
             self._check_can_draw("reset_parameters()")
         super().reset_parameters()
         if hasattr(self, "smoa_A"):
@@ -278,20 +272,20 @@ class FusedSMoALinear(nn.Linear):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero: the layer computes what its base computes.
+        """Restart the adapter: A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero, so that the update is zero.
 
         Raises:
-            RuntimeError: tensor parallelism has cut the layer, it is merged, or on the meta device; nothing was drawn.
+            RuntimeError: the layer is merged, on the meta device, or cut by tensor parallelism; nothing was changed.
         """
         self._check_can_draw("reset_adapter()")
         draw_A(self.smoa_A, self.partition, self.smoa_ranks)
         self.smoa_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), in x's dtype.
+        """Apply the layer: (..., in_features) -> (..., out_features), in x's dtype.
 
         Args:
-            x: floating point, any strides and leading dimensions, zero tokens included.
+            x: floating point, with any strides and leading dimensions; it may have no tokens.
 
         Raises:
             TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does.
@@ -325,21 +319,23 @@ class FusedSMoALinear(nn.Linear):
         return y if shard is None else shard.output(y)
 
     def delta_weight(self) -> Tensor:
-        """ΔW = W_eff - W0, (N, C), in W0's dtype; rounded on its own, not as a difference. A shard's is its part.
+        """Compute the update ΔW (N, C) in W0's dtype; under tensor parallelism, this process's part of it.
+
+        It is computed by itself, more exactly than the difference of W_eff and W0.
 
         Raises:
-            RuntimeError: the layer is on the meta device or has no blocks yet, or `fully_shard` has W0 in parts.
+            RuntimeError: the layer is on the meta device, has no blocks yet, or is sharded by `fully_shard`.
         """
         return eager.delta_weight(self._packed())
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put W_eff into `weight`, so that the layer costs what an `nn.Linear` costs; W0 is kept for `unmerge`.
+        """Write W_eff into `weight`, so that the layer is as fast as an `nn.Linear`. W0 is kept for :meth:`unmerge`.
 
-        Whatever interrupts it, `weight` is W0 again, bit for bit. A layer that is merged already stays so, and warns.
+        If this is interrupted, `weight` is W0 again, bit for bit. Merging a merged layer warns and changes nothing.
 
         Raises:
-            RuntimeError: as :meth:`delta_weight` does.
+            RuntimeError: the layer is on the meta device, has no blocks yet, or is sharded by `fully_shard`.
             ValueError: `backend` cannot run here.
         """
         if self.merged:
@@ -351,7 +347,7 @@ class FusedSMoALinear(nn.Linear):
         self.smoa_base_weight = self.weight.detach().clone()
         try:
             adapter = self._packed()
-            if backend == "triton":  # in place: nothing of W0's size beside W0 and its copy
+            if backend == "triton":  # in place: W0's copy is the only memory of W0's size that this takes
                 load_backend("triton").modulated_weight(adapter, out=weight)
             else:
                 weight.copy_(eager.modulated_weight(adapter))
@@ -361,7 +357,7 @@ class FusedSMoALinear(nn.Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put W0 back, bit for bit; a layer that is not merged stays as it is, and warns."""
+        """Restore W0, bit for bit. Unmerging a layer that is not merged warns and changes nothing."""
         if self.smoa_base_weight is None:
             warnings.warn("not merged: nothing to do", UserWarning, stacklevel=2)
             return
@@ -398,19 +394,19 @@ class FusedSMoALinear(nn.Linear):
         )
 
     def extra_repr(self) -> str:
-        """As `nn.Linear`'s, with the adapter's settings."""
+        """Describe the layer as `nn.Linear` does, with the adapter's settings."""
         return (
             f"{super().extra_repr()}, r={self.r}, num_blocks={self.num_blocks}, alpha={self.alpha:g}, "
             f"dropout={self.dropout}, algorithm={self.algorithm!r}, backend={self.backend!r}"
         )
 
     def _cut(self, shard: LayerShard) -> None:
-        """Compute as one part of a layer whose parameters were cut."""
+        """Compute as one process's part of the layer from now on; its parameters were cut before."""
         self._shard = shard
         self._relabel()
 
     def _relabel(self) -> None:
-        """Derive from the labels and ranks what is kept beside them: indices, and the numbers that the host has."""
+        """Derive anew what depends on the labels and ranks: the indices, and the sizes that Python knows."""
         if self.smoa_row_index is None:
             return
         labels = self.smoa_row_block, self.smoa_col_block
@@ -418,7 +414,7 @@ class FusedSMoALinear(nn.Linear):
         self.block_ranks = tuple(self.smoa_ranks.tolist())
 
     def _set_base(self, partition: BlockPartition | None) -> None:
-        """Take the current weight as the base: its partition (computed unless given) and its sketch."""
+        """Take the current weight as the base: store its sketch and its partition, which is computed if None."""
         if partition is None:
             partition = BlockPartition.from_weight(self.weight, self.num_blocks)
         self.partition = partition
@@ -427,28 +423,36 @@ class FusedSMoALinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSMoALinear:
         scaling = self.scaling
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        # .half() would round s with the other buffers.
+        # Restore s: .half() would have rounded it with the other buffers.
         if not self.smoa_scaling.is_meta:
             self.smoa_scaling = scaling_tensor(scaling, self.smoa_scaling.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:  # a state dict is always of W0 and its adapter, or loading it would adapt twice
+        if self.merged:  # a state dict always holds W0: with W_eff, loading it would apply the update twice
             destination[prefix + "weight"] = self.smoa_base_weight
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As `nn.Module`'s, but all or nothing.
+        """Load a state dict as `nn.Module` does, but all of it or nothing.
 
         Raises:
-            TypeError, ValueError: naming the tensor that is missing, left over or does not fit; nothing was loaded.
-            RuntimeError: the layer is merged, or on the meta device and `assign` is not set.
+            TypeError, ValueError: a tensor is missing, unexpected or does not fit. The message names it.
+            RuntimeError: the layer is merged, or on the meta device without `assign`.
         """
-        if isinstance(state_dict, Mapping):  # a layer within a module is not told whether the load is strict
-            check_keys("FusedSMoALinear", self, state_dict, strict=strict)
+        if isinstance(
+            state_dict, Mapping
+        ):  # here, since _load_from_state_dict is not told whether it is strict
+            check_keys("FusedSMoALinear", self._own_tensors(), state_dict, strict=strict)
         return super().load_state_dict(state_dict, strict, assign)
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the layer's state dict; `state_dict()` itself would run the hooks of whoever wraps it."""
+        buffers = self.named_buffers(recurse=False)
+        kept = {key: buffer for key, buffer in buffers if key not in self._non_persistent_buffers_set}
+        return {**dict(self.named_parameters(recurse=False)), **kept}
 
     def _load_from_state_dict(
         self,
@@ -464,16 +468,20 @@ class FusedSMoALinear(nn.Linear):
         name = prefix.rstrip(".") or "FusedSMoALinear"
         has_labels = any(key in given for key in LABELS)
         self._check_unmerged(f"{name} is merged", "loading a state dict")
-        check_tensors(name, self, given)
+        check_tensors(name, self._own_tensors(), given)
         if has_labels:
             if self.smoa_ranks.is_meta and not local_metadata.get("assign_to_params_buffers"):
                 raise RuntimeError(
                     f"{name} is on the meta device: load with assign=True, or call to_empty() first"
                 )
-            partition = check_labels(name, self, given)
-            check_base(name, self, given)
+            partition = partition_in(
+                name, given, r=self.r, num_blocks=self.num_blocks, max_rank=self.smoa_A.shape[0]
+            )
+            weight = given.get("weight", self.weight)
+            if "smoa_sketch" in given and not weight.is_meta:
+                check_base(name, weight, given["smoa_sketch"], strict=self.strict_base)
         elif "weight" in given:
-            check_weight(whole(given["weight"]))  # whose spectrum is asked for once it is copied
+            check_weight(whole(given["weight"]))  # before it is copied and sorted
         before = len(missing_keys)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -481,7 +489,7 @@ class FusedSMoALinear(nn.Linear):
         if has_labels:
             self.partition = partition
             self.block_ranks = tuple(self.smoa_ranks.tolist())
-            if self.smoa_scaling.is_meta:  # which no state dict holds
+            if self.smoa_scaling.is_meta:  # it is not in the state dict
                 self.smoa_scaling = scaling_tensor(self.alpha / self.r, self.smoa_ranks.device)
             if "smoa_sketch" not in given and "weight" in given:
                 self.smoa_sketch = sketch_weight(self.weight)
@@ -493,5 +501,5 @@ class FusedSMoALinear(nn.Linear):
                 stacklevel=2,
             )
             self._set_base(None)
-            # Labels were recomputed and the factors kept: neither is missing.
+            # Neither is missing: the labels were recomputed, and the factors kept.
             missing_keys[before:] = [key for key in missing_keys[before:] if ".smoa_" not in f".{key}"]

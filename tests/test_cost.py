@@ -208,25 +208,6 @@ def test_match_gpu():
     assert slice_.matmul_tflops["bf16"] < 100
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tokens": -1}, "tokens must be at least 0, got -1"),
-        ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
-        ({"dtype": torch.int8}, "dtype must be floating point"),
-    ],
-)
-def test_bad_problems(change, message):
-    with pytest.raises(ValueError, match=message):
-        replace(SQUARE, **change)
-
-
-def test_unknown_algorithm():
-    with pytest.raises(ValueError, match="algorithm must be one of frozen, "):
-        parts(SQUARE, "magic")
-
-
 def test_no_tokens():
     empty = replace(SQUARE, tokens=0)
     assert estimate(empty, H100, "frozen").flops() == 0

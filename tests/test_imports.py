@@ -40,7 +40,6 @@ LATE = {
     ("cli.spectrum", "spectrum.model"): "PEFT is an extra",
     ("cli.tune", "cli.tune_run"): "imports Triton",
     ("kernels.lookup", "tuning.autotune"): "to be opened: SMOA_AUTOTUNE=1 becomes a hook",
-    ("layer_checks", "layers"): "to be opened: checks take facts, not the layer",
     ("layers", "definition.shard"): "for the type checker only",
     ("peft.settings", "peft.config"): "to be opened: one file",
 }

@@ -1,17 +1,12 @@
-"""Predicted memory of a training pass (smoa_kernels/cost/workspace.py): hand counts, and what was measured."""
+"""Predicted memory of the backward (smoa_kernels/cost/workspace.py), counted by hand."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 
 from smoa_kernels.cost import grad_tiling
 from smoa_kernels.cost.estimate import Problem
-from smoa_kernels.cost.workspace import backward_workspace, backward_workspace_bytes, peak_bytes
-
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+from smoa_kernels.cost.workspace import backward_workspace, backward_workspace_bytes
 
 
 def test_backward_workspace():
@@ -82,63 +77,3 @@ def test_backward_workspace_counts_padding_and_dropout():
 
 def test_one_block_that_fills_its_tiles_is_not_gathered():
     assert backward_workspace(Problem(8192, 4096, 4096, 1, 16))["factor gradients"] == 4 * 16 * 2 * 4096 * 32
-
-
-def test_peaks_by_hand():
-    """16-bit, T=8192: 64 MiB of x and of y; LoRA holds three of them at once, and tensors of rank 16."""
-    p, mib = Problem(8192, 4096, 4096, 4, 16), 2**20
-    assert peak_bytes(p, "frozen") == 128 * mib
-    assert peak_bytes(p, "lora") == 192 * mib + 2 * 16 * 8192
-    factors = 2 * 4 * 8192
-    assert peak_bytes(p, "split") == 160 * mib + factors  # y, dX and W_eff
-    short = Problem(4096, 4096, 4096, 4, 16)
-    # y, dY and x gathered, the partials: as much as dX and W_eff, and a mebibyte
-    assert peak_bytes(short, "split") == 96 * mib + factors + 4 * 4 * 2 * 4096 * 8
-
-
-def memory_results():
-    for path in sorted(RESULTS.glob("*.json")):
-        for result in json.loads(path.read_text())["results"]:
-            if result["kind"] == "memory" and not result["params"]["dropout"]:
-                yield pytest.param(result, id=f"{path.stem} {result['title']}")
-
-
-@pytest.mark.parametrize("result", list(memory_results()))
-def test_what_lora_was_measured_to_hold(result):
-    """Beyond the frozen layer: the committed figures, to a few scalars."""
-    p = Problem(**result["params"] | {"dtype": getattr(torch, result["params"]["dtype"])})
-    measured = {name: found["peak"] for name, found in result["bytes"].items()}
-    predicted = peak_bytes(p, "lora") - peak_bytes(p, "frozen")
-    assert measured["PEFT LoRA"] - measured["frozen"] == pytest.approx(predicted, abs=64)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter allocates")
-@pytest.mark.parametrize("way", ["frozen", "lora", "merged", "split"])
-@pytest.mark.parametrize("size", [(128, 512, 256), (64, 256, 512), (300, 256, 256)], ids=str)
-def test_what_a_pass_allocates(size, way, monkeypatch):
-    """The kernels too, in the interpreter; it copies its arguments, which is no part of them."""
-    pytest.importorskip("peft", reason="needs the peft extra")
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    from benchmarks.memory import footprint
-    from benchmarks.providers import Case, frozen, lora, smoa
-
-    executor = interpreter.GridExecutor
-    monkeypatch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), kwargs))
-    monkeypatch.setattr(executor, "_restore_args_dev", lambda self, *args: None)
-    monkeypatch.setattr(grad_tiling, "GRAD_TILE", 64)  # block_grad's in IEEE float32
-    case = Case(*size, num_blocks=2, rank=16)
-    build = {"frozen": frozen, "lora": lora}.get(way) or smoa(way, "triton")
-    predicted = peak_bytes(case.problem(), way)
-    assert footprint(build(case), case).peak == pytest.approx(predicted, abs=64)
-
-
-@pytest.mark.parametrize(
-    ("problem", "way", "words"),
-    [
-        (Problem(1, 2, 2, 1, 1), "fused", "algorithm must be one of frozen, lora, merged, split"),
-        (Problem(1, 2, 2, 1, 1, dropout=0.1), "lora", "dropout must be 0, got 0.1"),
-    ],
-)
-def test_what_has_no_prediction(problem, way, words):
-    with pytest.raises(ValueError, match=words):
-        peak_bytes(problem, way)

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 from smoa_kernels.cost.estimate import estimate
 from smoa_kernels.cost.gpus import Gpu
-from smoa_kernels.cost.grad_share import block_grad_share
-from smoa_kernels.cost.workspace import peak_bytes
 
 from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
 from .cases import DOWN, DOWN_HIRA, SQUARE, SQUARE_HIRA
+from .predictions import block_grad_share, peak_bytes
 from .state import State
 
 __all__ = ["COLUMNS", "GOALS", "WAYS", "Goal", "Row"]
@@ -45,7 +44,7 @@ class Row:
 
     Attributes:
         goal: at most this, or at least where the goal is a share.
-        predicted: by the cost model, bytes by `workspace.peak_bytes`, block_grad's share by `grad_share`.
+        predicted: by the cost model; bytes and block_grad's share by `predictions.py`.
         measured: None where it was not.
         noisy: the machine was too unsteady for it to be quoted.
     """

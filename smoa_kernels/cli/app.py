@@ -1,4 +1,4 @@
-"""The typer application: commands, and errors as one line on stderr."""
+"""The typer application: its commands, and errors as one line on stderr."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["run"]
 
 app = typer.Typer(
     name="smoa-kernels",
-    help="Kernels for SMoA: what they would cost, what they compile to, where they run, how to tune them; adapters.",
+    help="SMoA's kernels: where they run, what they cost, what they compile to, how to tune them. And its adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,7 +43,7 @@ def _options(
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; its exit code. An error is one line on stderr, with `--debug` after its traceback."""
+    """Run one command and return its exit code. An error is one line on stderr; `--debug` shows its traceback first."""
     options = {"debug": False}
     try:
         code = app(arguments, prog_name="smoa-kernels", standalone_mode=False, obj=options)
@@ -62,11 +62,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _message(error: Exception) -> str:
-    if hasattr(error, "format_message"):  # usage errors are click's, which typer bundles under a private name
+    if hasattr(error, "format_message"):  # a usage error of click, whose classes typer keeps private
         return str(error.format_message())
     if isinstance(error, (ValueError, OSError)) and str(error):
         return str(error)
-    return f"{type(error).__name__}: {error} (not foreseen; smoa-kernels --debug shows where)"
+    return f"{type(error).__name__}: {error} (unexpected; smoa-kernels --debug shows where)"
 
 
 def _fail(message: str, code: int = 2) -> int:

@@ -26,7 +26,7 @@ def inspect(
     ] = None,
     json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the same as JSON.")] = None,
 ) -> None:
-    """Show an adapter: layers, ranks, blocks, parameters, fingerprints of the base weights."""
+    """Show an adapter's layers, ranks, blocks, parameters, and the fingerprints of the base weights."""
     try:
         from ..peft.inspection import inspect_adapter
     except ImportError as error:

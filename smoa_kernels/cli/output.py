@@ -1,4 +1,4 @@
-"""Where results go: the terminal, a pipe, or a file."""
+"""Writes results to the terminal, a pipe, or a file."""
 
 from __future__ import annotations
 
@@ -16,27 +16,21 @@ _PIPE_WIDTH = 160
 
 
 def console() -> Console:
-    """Standard output; wide enough for every column where it is not a terminal."""
+    """Standard output. Where it is not a terminal it is wide enough for every column."""
     out = Console()
     return out if out.is_terminal else Console(width=_PIPE_WIDTH)
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write as :func:`write_bytes` does.
-
-    Raises:
-        ValueError: the file cannot be written, and why.
-    """
+    """Write JSON as :func:`write_bytes` writes."""
     write_bytes(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write by rename: the file is the old one or the new one, never half of either.
-
-    What is no plain file, a pipe or /dev/stdout, is written to and stays what it is.
+    """Write a file so that nobody ever sees half of it. Into a pipe or device, such as /dev/stdout, write as usual.
 
     Raises:
-        ValueError: the file cannot be written, and why.
+        ValueError: the file cannot be written; the message says why.
     """
     check_place(path)
     try:
@@ -49,11 +43,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Whether there is a folder for a file, and no folder in its place; for what is computed a while before.
-
-    Raises:
-        ValueError: naming the path.
-    """
+    """Raise a ValueError if a file cannot be at `path`; commands ask before they compute for a while."""
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
     if path.is_dir():

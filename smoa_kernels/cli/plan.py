@@ -9,6 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..checks import check_choice
 from ..cost.gpus import GPUS
 from ..cost.scaling import (
     CAPACITY,
@@ -44,23 +45,29 @@ LABELS = {"full": "full fine-tuning", "lora": "LoRA", "smoa": "SMoA"}
 
 def plan(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(STACKS)}.")] = "llama-3-8b",
-    gpus: Annotated[int, typer.Option(max=10**9, help="How many GPUs, eight to a node.")] = 8,
+    gpus: Annotated[int, typer.Option(min=1, max=10**9, help="How many GPUs, eight to a node.")] = 8,
     parallel: Annotated[str, typer.Option(help=f"One of {', '.join(PARALLEL)}.")] = "fsdp",
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(CAPACITY)}.")] = "h100",
-    tokens: Annotated[int, typer.Option(max=10**9, help="Tokens of one replica in a step, T.")] = 8192,
-    rank: Annotated[int, typer.Option(max=10**9, help="Rank budget r, of LoRA and of SMoA.")] = 16,
-    blocks: Annotated[int, typer.Option(help="Spectral blocks, K.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, max=10**9, help="Tokens of one replica in a step, T.")] = 8192,
+    rank: Annotated[int, typer.Option(min=1, max=10**9, help="Rank budget r, of LoRA and of SMoA.")] = 16,
+    blocks: Annotated[int, typer.Option(min=1, help="Spectral blocks, K.")] = 4,
     markdown: Annotated[bool, typer.Option("--markdown", help="A table for a document.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the same, part by part, as JSON.")] = None,
 ) -> None:
     """Predict each GPU's memory and communication for full fine-tuning, LoRA and SMoA. Nothing is measured."""
-    if gpu not in CAPACITY:
-        raise ValueError(f"--gpu must be one of {', '.join(CAPACITY)}, got {gpu!r}")
+    check_choice("--model", model, STACKS)
+    check_choice("--parallel", parallel, PARALLEL)
+    check_choice("--gpu", gpu, CAPACITY)
     scale = Scale(model, gpus, cast(Parallel, parallel), tokens, rank, blocks)
+    smallest = min(min(shape) for shape in scale.decoder.shapes)
+    if blocks > smallest:
+        raise ValueError(f"--blocks must be at most {smallest}, the narrowest layer of {model}, got {blocks}")
+    cut = tensor_parallel_size(scale) if parallel == "tp" else 1
+    if gpus % cut:
+        raise ValueError(f"--gpus must be a multiple of {cut}, which share each layer, got {gpus}")
     plans = [predict(scale, method, GPUS[gpu]) for method in METHODS]
     how = parallel.upper() if parallel != "fsdp" else "FSDP2"
     if parallel == "tp":
-        cut = tensor_parallel_size(scale)
         how = f"TP over {cut}, DDP over {gpus // cut}"
     title = f"{model}, {gpus} × {gpu}, {how}, T={tokens}, r={rank}, K={blocks}"
     rows = [_row(found, CAPACITY[gpu]) for found in plans]
@@ -105,7 +112,7 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 def _gigabytes(size: float) -> str:
-    """Three figures; a dash for nothing."""
+    """In 10⁹ bytes, to three digits; a dash for zero."""
     if not size:
         return "-"
     value = size / 1e9

@@ -10,6 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..checks import check_choice
 from ..cost.estimate import ALGORITHMS, Estimate, choose_algorithm, estimate
 from ..cost.gpus import GPUS
 from ..cost.problem import Problem
@@ -34,30 +35,30 @@ LABELS = {
 
 def parse_shape(text: str) -> tuple[int, int]:
     """ "NxC" to (N, C)."""
-    match = re.fullmatch(r"(\d{1,9})[x×](\d{1,9})", text)
+    match = re.fullmatch(r"0*([1-9]\d{0,8})[x×]0*([1-9]\d{0,8})", text)
     if match is None:
         raise ValueError(
-            f"--shape must be OUTxIN, up to nine digits each, for example 4096x14336, got {text!r}"
+            f"--shape must be OUTxIN, two numbers from 1 to 999999999, for example 4096x14336, got {text!r}"
         )
     return int(match[1]), int(match[2])
 
 
 def roofline(
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100",
-    tokens: Annotated[int, typer.Option(max=10**9, help="Tokens in the batch, T.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=0, max=10**9, help="Tokens in the batch, T.")] = 8192,
     shape: Annotated[str, typer.Option(help="OUTxIN features of the layer, N×C.")] = "4096x4096",
-    rank: Annotated[int, typer.Option(max=10**9, help="Rank budget of all blocks together, r.")] = 16,
-    blocks: Annotated[int, typer.Option(help="Spectral blocks, K.")] = 4,
+    rank: Annotated[int, typer.Option(min=0, max=10**9, help="Rank budget of all blocks together, r.")] = 16,
+    blocks: Annotated[int, typer.Option(min=1, help="Spectral blocks, K.")] = 4,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "bf16",
     dropout: Annotated[float, typer.Option(help="Dropout probability of the adapter.")] = 0.0,
     parts: Annotated[bool, typer.Option("--parts", help="List every kernel that is counted.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None,
 ) -> None:
     """Predict time, bytes and flops of one layer for each way to run it. Nothing is measured."""
-    if gpu not in GPUS:
-        raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
-    if dtype not in PRECISIONS:
-        raise ValueError(f"--dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
+    check_choice("--gpu", gpu, GPUS)
+    check_choice("--dtype", dtype, PRECISIONS)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--dropout must lie in [0, 1), got {dropout}")
     torch_dtype, ieee = PRECISIONS[dtype].dtype, PRECISIONS[dtype].ieee
     out_features, in_features = parse_shape(shape)
     problem = Problem(tokens, out_features, in_features, blocks, rank, torch_dtype, dropout)
@@ -74,7 +75,7 @@ def roofline(
     workspace = backward_workspace_bytes(problem) / 2**20
     out.print(f"Workspace of our backward: {workspace:.0f} MiB. Every number is predicted, none measured.")
     if dropout:
-        out.print("With dropout the adapter sees another x than the base: only split exists.")
+        out.print("With dropout the adapter sees another x than the base, so SMoA can only run split.")
     if parts:
         for name, found in estimates.items():
             out.print(_parts_table(name, found))

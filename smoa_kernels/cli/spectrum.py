@@ -1,4 +1,4 @@
-"""`smoa-kernels spectrum`: what updates do in the spectra of a model's weights."""
+"""`smoa-kernels spectrum`: how updates spread over the singular directions of a model's weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def spectrum(
             help="Last part of the names of layers to measure, repeatable; every adapted layer if absent."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of random factors.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of random factors.")] = 0,
     figure: Annotated[Path | None, typer.Option(help="Draw the overview: a file .svg or .png.")] = None,
     layer_figures: Annotated[
         Path | None, typer.Option(help="Draw every layer: a folder, for files of the overview's format.")
@@ -65,7 +65,7 @@ def spectrum(
 ) -> None:
     """Measure how SMoA's update spreads over the spectra of a model's weights, beside LoRA's."""
     if adapter is not None and not rank is blocks is None:
-        raise ValueError("--rank and --blocks are of a random SMoA; --adapter has its own")
+        raise ValueError("--rank and --blocks are for a random SMoA adapter; they do not go with --adapter")
     _check_places(figure, layer_figures, json)
     try:
         from ..spectrum.model import model_spectrum
@@ -91,7 +91,7 @@ def spectrum(
         out.print(_source(source), highlight=False, soft_wrap=True)
     if found.left_out:
         out.print(
-            f"{found.left_out} layers that only one of the adapters adapts are left out.", highlight=False
+            f"{found.left_out} layers are left out: only one of the adapters adapts them.", highlight=False
         )
     out.print(_DEFINITIONS, highlight=False, style="dim")
     if json is not None:
@@ -101,7 +101,7 @@ def spectrum(
 
 
 def _check_places(figure: Path | None, layer_figures: Path | None, json: Path | None) -> None:
-    """Before minutes of computing."""
+    """Check where results go before minutes of computing."""
     if figure is not None:
         if figure.suffix not in _FORMATS:
             raise ValueError(f"--figure must be a file {' or '.join(_FORMATS)}, got {figure}")
@@ -225,5 +225,5 @@ def _shortened(values: Sequence[float]) -> list[float]:
 
 
 def _short(value: float) -> float:
-    """Six digits, as many as a figure could ever show."""
+    """Rounded to six digits."""
     return float(f"{value:.6g}")

@@ -1,21 +1,19 @@
-"""What each way to run one layer computes and moves: floating-point operations and bytes, kernel by kernel.
+"""Floating-point operations and bytes of each way to run one layer, counted kernel by kernel.
 
-Every way is a list of parts, one per kernel that a GPU would run, and every part is counted by the same rules, ours and
-the peers' alike:
+A way is a list of parts, one for each kernel that a GPU would run. The same rules hold for ours and for the others:
 
 - A matrix product (m, k)·(k, n) costs 2·m·k·n flops, reads each operand once and writes its result once.
-- An elementwise pass reads each of its inputs and writes each of its outputs once. Eager layers are counted
-  as their authors wrote them: PEFT's `result + lora_B(lora_A(x)) * scaling` is two products and two passes.
-- A GEMM that accumulates onto its output reads that output in its epilogue, after the last multiplication.
-  The achieved rate was measured on GEMMs without such a read, so it is a part of its own that hides behind
-  nothing.
-- Gathers and builds of W_eff run at full bandwidth, products at the rate of a large GEMM, except those of the
-  one-kernel form, which computes an operand inside its main loop (`FUSED_EFFICIENCY`). Launches cost nothing:
-  at a few tokens, where they dominate, that flatters whatever has many parts, so the threshold for the
-  one-kernel form errs on the low side.
+- An elementwise pass reads each of its inputs and writes each of its outputs once. Eager layers are counted as
+  their authors wrote them: PEFT's `result + lora_B(lora_A(x)) * scaling` is two products and two passes.
+- A GEMM that accumulates onto its output reads that output after its last multiplication. The rate of a large
+  GEMM was measured without such a read, so the read is a part of its own and overlaps with nothing.
+- Gathers and builds of W_eff run at full bandwidth, and products at the rate of a large GEMM. The one-kernel form
+  is slower, since it computes an operand in its main loop (`FUSED_EFFICIENCY`).
+- Launches cost nothing. That favours ways of many parts where launches dominate, at a few tokens, so the number of
+  tokens up to which the one-kernel form wins is an underestimate.
 
-Counting the adapter's y traffic (one write, one read) in full would give split 1.49 over frozen for 4096² where
-this gives 1.46: by the rules above the write hides behind the block product.
+By these rules the write of the adapter's y hides behind the block product: split takes 1.46 times as long as frozen for
+4096². Counting the write and the read in full would give 1.49.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..checks import check_choice, check_kind
 from .grad_tiling import gradient_parts, partial_bytes
 from .problem import Problem
 
@@ -34,18 +31,18 @@ __all__ = ["ALGORITHMS", "Part", "Pass", "parts"]
 Pass = Literal["forward", "backward"]
 
 ALGORITHMS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused", "expanded")
-"""The frozen layer, the peers, and our four ways."""
+"""The frozen layer, the methods we compare with, and our four ways."""
 
 FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
-# above these ρ the one-kernel form cuts the rank into chunks and reads W0 for each of them
+# Above these ρ the one-kernel form cuts the rank into chunks, and reads W0 again for each.
 FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
-FUSED_TOKEN_TILE = 32  # the one-kernel form recomputes B·A once per tile of so many tokens
+FUSED_TOKEN_TILE = 32  # the one-kernel form recomputes B·A for each tile of this many tokens
 
 
 @dataclass(frozen=True)
 class Part:
-    """One kernel's worth of work.
+    """The work of one kernel.
 
     Attributes:
         name: what it computes.
@@ -66,12 +63,7 @@ class Part:
     efficiency: float = 1.0
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The longer of arithmetic and memory.
-
-        Args:
-            flops_per_second: a large GEMM's rate.
-            bytes_per_second: memory's bandwidth.
-        """
+        """Time at a large GEMM's rate and the memory's bandwidth: the longer of arithmetic and memory."""
         return max(self.flops / (self.efficiency * flops_per_second), self.bytes / bytes_per_second)
 
 
@@ -82,17 +74,11 @@ def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
         problem: the layer and the batch.
         algorithm: one of :data:`ALGORITHMS`.
 
-    Raises:
-        TypeError: no problem.
-        ValueError: an unknown algorithm.
-
     Example:
         >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
         >>> [part.name for part in parts(problem, "split") if part.stage == "forward"]
         ['build ΔW blocks', 'gather x', 'block matmul', 'base GEMM', 'y, read to accumulate']
     """
-    check_kind("problem", problem, Problem)
-    check_choice("algorithm", algorithm, ALGORITHMS)
     count = _Count(problem)
     _WAYS[algorithm](count)
     return tuple(sorted(count.parts, key=lambda part: part.stage != "forward"))
@@ -100,7 +86,7 @@ def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
 
 @dataclass
 class _Count:
-    """Collects parts by the rules at the top of this file; sizes are in elements."""
+    """Collects parts by the rules at the top of this file. Sizes are in elements."""
 
     p: Problem
     parts: list[Part] = field(default_factory=list)
@@ -135,7 +121,7 @@ class _Count:
         self.gemm("dX = dY·W", self.p.tokens, self.p.in_features, self.p.out_features)
 
     def build_weight(self) -> None:
-        """W_eff = W0 ∘ (1 + s·mask·BA): one read, one write."""
+        """W_eff = W0 ∘ (1 + s·mask·BA): reads W0 once and writes W_eff once."""
         self.add("build W_eff", 2 * self.w * self.p.max_rank, 2 * self.w + self.factors)
 
     def build_blocks(self) -> None:
@@ -149,9 +135,9 @@ class _Count:
             self.elementwise(name, self.p.tokens * features, self.p.tokens * self.p.padded(features))
 
     def factor_gradients(self) -> None:
-        """Gather dY and x, accumulate G tile by tile, contract, and sum the rank-sized partials.
+        """Gather dY and x, accumulate G tile by tile, contract it with the factors, and sum the partials.
 
-        Each part of the tokens reads W0 and the factors, contracts, and writes partials of its own.
+        Each part of the tokens reads W0 and the factors again, and writes partials of its own.
         """
         p, launches = self.p, len(gradient_parts(self.p))
         self.gather("gather dY", p.out_features)
@@ -199,7 +185,7 @@ def _lora(c: _Count) -> None:
 
 
 def _hira(c: _Count) -> None:
-    """PEFT: `result + F.linear(dropout(x), W0 * (Aᵀ Bᵀ)ᵀ)`, K = 1 whatever the problem says."""
+    """PEFT: `result + F.linear(dropout(x), W0 * (Aᵀ Bᵀ)ᵀ)`; one block, whatever the problem's K."""
     N, C, r = c.p.out_features, c.p.in_features, c.p.rank
     c.base_forward()
     c.gemm("BA", N, C, r)
@@ -211,7 +197,7 @@ def _hira(c: _Count) -> None:
 
 
 def _paper_dense(c: _Count) -> None:
-    """The paper's: zeros (N, C), one scatter of s·B_k A_k ∘ W0_k per block, then a second dense GEMM."""
+    """The paper's code: zeros (N, C), a scatter of s·B_k A_k ∘ W0_k for each block, then a second dense GEMM."""
     p = c.p
     c.base_forward()
     c.elementwise("zero ΔW", 0, c.w)
@@ -245,7 +231,7 @@ def _dense_delta(c: _Count) -> None:
 
 
 def _merged(c: _Count) -> None:
-    """One GEMM with W_eff, forward and for dX; dropout has no merged form, so it is ignored."""
+    """One GEMM with W_eff, in forward and for dX. Dropout is ignored: it has no merged form."""
     c.build_weight()
     c.base_forward()
     c.stage = "backward"
@@ -254,7 +240,7 @@ def _merged(c: _Count) -> None:
 
 
 def _split(c: _Count) -> None:
-    """Adapter first, block by block, then the base GEMM accumulates onto it."""
+    """The adapter first, block by block; then the base GEMM accumulates onto its result."""
     c.build_blocks()
     c.gather("gather x", c.p.in_features, dropout=c.p.dropout > 0)
     c.block_matmul("block matmul", c.x_blocks, c.y)
@@ -274,7 +260,7 @@ def _split(c: _Count) -> None:
 
 
 def _fused(c: _Count) -> None:
-    """Base and adapter in one kernel: two accumulations for each chunk of ranks, B·A anew for each tile of tokens."""
+    """Base and adapter in one kernel: two products for each chunk of ranks, and B·A again for each tile of tokens."""
     p = c.p
     tiles, chunks = math.ceil(p.tokens / FUSED_TOKEN_TILE), math.ceil(p.max_rank / FUSED_MAX_RANK)
     flops = 2 * p.unit_flops * chunks + 2 * c.w * p.max_rank * tiles
@@ -286,7 +272,7 @@ def _fused(c: _Count) -> None:
 
 
 def _expanded(c: _Count) -> None:
-    """One GEMM over (1 + r)·T rows, W0 read once; factor gradients as elsewhere."""
+    """One GEMM over (1 + r)·T rows, which reads W0 once; the factors' gradients are as in the other ways."""
     T, N, C, r = c.p.tokens, c.p.out_features, c.p.in_features, c.p.rank
     c.elementwise("x ∘ Ã", c.x + r * C, r * c.x)
     c.gemm("expanded GEMM", (1 + r) * T, N, C)

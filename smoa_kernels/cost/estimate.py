@@ -1,18 +1,18 @@
-"""Cost model: predicted time and memory of each way to run one layer, and the choice between ours.
+"""The cost model: predicted time of each way to run one layer, and the choice that `algorithm="auto"` makes.
 
     time(part) = max(flops / rate, bytes / bandwidth),   time(way) = Σ time(part)
 
-over the parts that `counts.py` lists. Nothing here is measured. Every number is a prediction.
+summed over the parts that `counts.py` lists. Nothing here is measured: every number is a prediction.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
 
-from ..checks import cached, check_choice, check_kind
 from ..definition.precision import precision_of
 from .counts import (
     ALGORITHMS,
@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one way to run a problem is predicted to cost on one GPU.
+    """The predicted cost of one way to run a problem on one GPU.
 
     Attributes:
         algorithm: one of :data:`ALGORITHMS`.
@@ -61,54 +61,33 @@ class Estimate:
     bytes_per_second: float
 
     def select(self, stage: Pass | Literal["both"]) -> tuple[Part, ...]:
-        """The parts of the forward pass, the backward pass, or both.
-
-        Args:
-            stage: "forward", "backward" or "both".
-
-        Raises:
-            ValueError: another one.
-        """
-        check_choice("stage", stage, ("forward", "backward", "both"))
+        """The parts of the forward pass, the backward pass, or both."""
         return tuple(p for p in self.parts if stage in ("both", p.stage))
 
     def seconds(self, stage: Pass | Literal["both"] = "both") -> float:
-        """Predicted time.
-
-        Args:
-            stage: "forward", "backward" or "both".
-        """
+        """Predicted time of the forward pass, the backward pass, or both."""
         return sum(p.seconds(self.flops_per_second, self.bytes_per_second) for p in self.select(stage))
 
     def flops(self, stage: Pass | Literal["both"] = "both") -> int:
-        """Floating-point operations.
-
-        Args:
-            stage: "forward", "backward" or "both".
-        """
+        """Floating-point operations."""
         return sum(p.flops for p in self.select(stage))
 
     def bytes(self, stage: Pass | Literal["both"] = "both") -> int:
-        """Bytes to and from memory.
-
-        Args:
-            stage: "forward", "backward" or "both".
-        """
+        """Bytes to and from memory."""
         return sum(p.bytes for p in self.select(stage))
 
 
 def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -> Estimate:
-    """Predict one algorithm on one GPU.
+    """Predict the cost of one algorithm on one GPU.
 
     Args:
         problem: the layer and the batch.
-        gpu: one of :data:`smoa_kernels.cost.gpus.GPUS` or :func:`smoa_kernels.cost.gpus.match_gpu`'s answer.
+        gpu: from :data:`smoa_kernels.cost.gpus.GPUS` or :func:`smoa_kernels.cost.gpus.match_gpu`.
         algorithm: one of :data:`ALGORITHMS`.
         ieee: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
 
     Raises:
-        TypeError: a problem or GPU that is none.
-        ValueError: an unknown algorithm, or a dtype that no GPU's table has.
+        ValueError: no rate is published for the problem's dtype.
 
     Example:
         >>> from smoa_kernels.cost.gpus import GPUS
@@ -116,33 +95,25 @@ def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -
         >>> f"{found.seconds('forward') * 1e3:.2f} ms, predicted"
         '0.41 ms, predicted'
     """
-    check_kind("problem", problem, Problem)
-    check_kind("gpu", gpu, Gpu)
-    check_kind("ieee", ieee, bool)
     rate = gpu.flops_per_second(problem.dtype, ieee)
     return Estimate(algorithm, parts(problem, algorithm), rate, gpu.bytes_per_second)
 
 
-@cached
+@lru_cache(maxsize=4096)
 def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
-    """What `algorithm="auto"` runs on the triton backend: "merged", "split" or "fused".
+    """Choose what `algorithm="auto"` runs on the triton backend: "merged", "split" or "fused".
 
-    1. Dropout active: "split". The adapter sees another x than the base, so no single weight stands for both.
-    2. At most :func:`fused_token_limit` tokens: "fused", one kernel that reads W0 once. Never above the ranks at
-       which its loop over W0 is still pipelined (64; 16 where float32 multiplies in IEEE): such a launch is no
-       shipped configuration, though a user can force it.
-    3. The GEMM multiplies in IEEE float32 or float64: "merged", one GEMM.
-    4. Otherwise (bf16, fp16, TF32): "split". W_eff rounded to a half type loses a small update altogether, so
-       "merged" is never chosen there; only a user can force it.
+    1. With dropout: "split". The adapter sees another x than the base, so one weight cannot stand for both.
+    2. Up to :func:`fused_token_limit` tokens: "fused", one kernel that reads W0 once. Above a rank of 64 (of 16
+       where float32 multiplies in IEEE) its loop over W0 is not pipelined: there it runs only if a user asks for it.
+    3. Where the GEMM multiplies in IEEE float32 or float64: "merged", one GEMM.
+    4. Otherwise (bf16, fp16, TF32): "split". A small update is lost when W_eff is rounded to a half type, so there
+       "merged" runs only if a user asks for it.
 
     Args:
         problem: the layer and the batch; `dtype` is the dtype that the GEMM multiplies.
-        gpu: from :func:`smoa_kernels.cost.gpus.match_gpu` or :data:`smoa_kernels.cost.gpus.GPUS`.
-        ieee: the GEMM multiplies in IEEE float32 or float64. False for half types, whatever is given here
-            for them, and for float32 under TF32 or autocast.
-
-    Raises:
-        TypeError: naming the argument of another kind.
+        gpu: from :data:`smoa_kernels.cost.gpus.GPUS` or :func:`smoa_kernels.cost.gpus.match_gpu`.
+        ieee: the GEMM multiplies in IEEE float32 or float64, not in TF32 or under autocast. Half types ignore it.
 
     Example:
         >>> from smoa_kernels.cost.gpus import GPUS
@@ -152,9 +123,6 @@ def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
         >>> choose_algorithm(replace(problem, tokens=16), GPUS["h100"], ieee=False)
         'fused'
     """
-    check_kind("problem", problem, Problem)
-    check_kind("gpu", gpu, Gpu)
-    check_kind("ieee", ieee, bool)
     if problem.dropout:
         return "split"
     if problem.tokens <= fused_token_limit(replace(problem, tokens=0), gpu, ieee):
@@ -170,20 +138,17 @@ def _fused_max_rank(dtype: torch.dtype, ieee: bool) -> int:
     return FUSED_MAX_RANK_IEEE if ieee and dtype.itemsize >= 4 else FUSED_MAX_RANK
 
 
-@cached
+@lru_cache(maxsize=4096)
 def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
-    """Most tokens at which one kernel's forward is predicted no slower than merged's or split's; 0 if none.
+    """Predict up to how many tokens the one-kernel form is no slower than "merged" or "split" in forward; 0 if never.
 
-    While W0's read hides its doubled arithmetic the one kernel wins, since it builds nothing; past that it
-    loses and stays behind. `problem.tokens` is ignored.
+    At few tokens reading W0 takes longer than the one kernel's doubled arithmetic. It wins there, since it builds no
+    weight. With more tokens it loses, and keeps losing. `problem.tokens` is ignored.
 
     Args:
         problem: the layer; its `dtype` is the dtype that the GEMM multiplies.
         gpu: as in :func:`choose_algorithm`.
-        ieee: likewise.
-
-    Raises:
-        TypeError: naming the argument of another kind.
+        ieee: as in :func:`choose_algorithm`.
 
     Example:
         >>> from smoa_kernels.cost.gpus import GPUS
@@ -193,9 +158,6 @@ def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
         >>> fused_token_limit(replace(problem, rank=1024), GPUS["h100"], ieee=False)
         0
     """
-    check_kind("problem", problem, Problem)
-    check_kind("gpu", gpu, Gpu)
-    check_kind("ieee", ieee, bool)
     if problem.max_rank > _fused_max_rank(problem.dtype, ieee):
         return 0
     other = _many_tokens(problem.dtype, ieee)

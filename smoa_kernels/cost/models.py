@@ -1,6 +1,6 @@
-"""Shapes of the linear layers of public models, and of any model whose `config.json` is at hand.
+"""Shapes of the linear layers of public models, and of a model on disk, from its `config.json`.
 
-Sources: the `config.json` that each model's authors publish beside its weights.
+Source of the table: the `config.json` that each model's authors publish beside its weights.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_kind
-
 __all__ = ["MODELS", "Decoder", "read_config"]
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What fixes the layers of a decoder block with gated feed-forward and grouped-query attention.
+    """The sizes of a decoder block with gated feed-forward and grouped-query attention.
 
     Attributes:
         hidden: `hidden_size`.
@@ -68,15 +66,13 @@ MODELS: Mapping[str, Decoder] = {
 
 
 def read_config(path: Path) -> Decoder:
-    """The layers of a model on disk.
+    """Read the sizes of a model on disk.
 
     Args:
-        path: a `config.json`, or the folder that holds one. Models of text and something else keep the text part
-            under "text_config".
+        path: a `config.json`, or the folder that holds one. Of a multimodal model its "text_config" counts.
 
     Raises:
-        TypeError: no path.
-        ValueError: no such file, or one that lacks a size.
+        ValueError: the file cannot be read, or lacks a size.
 
     Example:
         >>> sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -84,11 +80,10 @@ def read_config(path: Path) -> Decoder:
         >>> read_config(Path("config.json")) == MODELS["smollm2-135m"]
         True
     """
-    check_kind("path", path, Path)
     file = path / "config.json" if path.is_dir() else path
     try:
-        if not file.is_file():  # a device or a pipe has no end
-            raise FileNotFoundError(f"{file} is no file")
+        if not file.is_file():  # reading a device or a pipe might never end
+            raise FileNotFoundError(f"{file} is not a file")
         data: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"--from-model must be a config.json or its folder, got {path}: {error}") from error

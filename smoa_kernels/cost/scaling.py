@@ -1,31 +1,31 @@
-"""What fine-tuning a whole model costs on many GPUs: memory of each, and what each sends in a step.
+"""Predicts what fine-tuning a whole model on many GPUs costs: each GPU's memory, and the bytes it sends in a step.
 
-Full fine-tuning, LoRA and SMoA are counted by the same rules. Nothing here is measured: every number is a
-prediction. The rules, with T the tokens of one replica in a step, h the hidden size and g GPUs in a group:
+Full fine-tuning, LoRA and SMoA are counted by the same rules. Nothing here is measured: every number is a prediction.
+In the rules T is the number of tokens of one replica in a step, h the hidden size and g the GPUs in a group.
 
 Memory
 - The base is bfloat16. Adapters are float32, and so are their gradients and AdamW's two moments: 16 bytes each.
   Full fine-tuning keeps a float32 copy of the weights and two moments beside bfloat16 weights and gradients: 16 bytes.
 - SMoA's labels and indices: 9 bytes for each row and column of an adapted layer, whole on every process.
-- Each decoder layer is checkpointed: its input stays, and one layer's activations are alive while it is recomputed.
-  Its query, key, value, gate and up share their inputs. Attention keeps no scores (flash attention).
-- Logits of all T tokens in bfloat16 and, for the loss, their gradient in float32.
-- SMoA's backward workspace is the cost model's, of the largest layer; LoRA's is one output of the widest layer.
-- FSDP2 holds two decoder layers whole, the one that computes and the next, and from forward to the end of backward
-  what is in no decoder layer: embedding and head.
+- Each decoder layer is checkpointed: its input is kept, and the activations of one layer at a time are recomputed.
+  Query, key and value share an input, gate and up another. Attention keeps no scores (flash attention).
+- Logits of all T tokens in bfloat16, and their gradient in float32.
+- SMoA's backward workspace is the cost model's for the largest layer; LoRA's is one output of the widest layer.
+- FSDP2 holds two decoder layers whole: the one that computes and the next. What is in no decoder layer (embedding and
+  head) it holds whole from forward to the end of backward.
 
-Communication, per GPU and step, bytes sent by ring collectives: all-reduce 2·(g-1)/g of a tensor, all-gather and
-reduce-scatter (g-1)/g.
+Communication is the bytes that a GPU sends in a step, with ring collectives: an all-reduce sends 2·(g-1)/g of a
+tensor, an all-gather or a reduce-scatter (g-1)/g.
 - DDP: one all-reduce of the trained parameters' gradients.
-- FSDP2: decoder layers gathered in forward and again in backward (which also serves the recomputation), embedding
-  and head once, trained gradients reduce-scattered.
-- TP: in each decoder layer the outputs of "output" and "down" are reduced in forward and in its recomputation, and
-  in backward the input gradient of each of query, key, value, gate and up, as the styles do it by themselves: 9
-  all-reduces of T·h. The gradients of the factors that are whole on every process are reduced too. The embedding is
-  whole, the head cut by its rows, its loss's small reductions not counted. DDP over the remaining dimension.
+- FSDP2: decoder layers are gathered in forward and again in backward, before the recomputation; embedding and head are
+  gathered once; gradients of trained parameters are reduce-scattered.
+- TP: a decoder layer makes 9 all-reduces of T·h: the outputs of "output" and "down" in forward and again in the
+  recomputation, and in backward the input gradients of query, key, value, gate and up. The gradients of factors that
+  every process holds whole are reduced too. The embedding is whole, the head is cut by its rows, and the loss's small
+  reductions are not counted. The remaining dimension is DDP.
 
-Time: matrix products of the adapted layers and the head by the cost model, forward twice; communication at the
-link's published rate, no overlap with anything.
+Time is that of the matrix products of the adapted layers and the head by the cost model, forward counted twice, and of
+the communication at the link's published rate. Nothing overlaps.
 """
 
 from __future__ import annotations
@@ -35,13 +35,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checks import (
-    MOST_SIZE,
-    check_blocks,
-    check_choice,
-    check_count,
-    check_kind,
-)
 from .estimate import estimate
 from .gpus import Gpu
 from .models import MODELS, Decoder
@@ -57,14 +50,16 @@ PARALLEL: tuple[Parallel, ...] = ("ddp", "fsdp", "tp")
 METHODS: tuple[Method, ...] = ("full", "lora", "smoa")
 
 CAPACITY: Mapping[str, int] = {"h100": 80, "h200": 141, "a100": 80, "b200": 180, "mi300x": 192}
-"""Memory of the GPUs that are found in such numbers, 10⁹ bytes, as published."""
+"""Published memory of the GPUs that are deployed in such numbers, in 10⁹ bytes."""
 
-NODE = 8  # GPUs that share the fast links, in which tensor parallelism stays
+NODE = 8  # GPUs that share the fast links; tensor parallelism stays within them
 NODE_BYTES_PER_SECOND = 450e9  # NVLink 4, one direction
 NETWORK_BYTES_PER_SECOND = 50e9  # 400 Gb/s for each GPU
 
 _HALF, _SINGLE = 2, 4
-_TRAINED = 12  # bytes of a trained parameter beyond its stored weight and gradient, full: master and moments
+_TRAINED = (
+    12  # bytes of a parameter in full fine-tuning beyond weight and gradient: float32 copy, two moments
+)
 _LABELS = 9  # a uint8 label and an int64 index
 
 
@@ -99,9 +94,6 @@ class Scale:
         rank: r, of LoRA and of SMoA.
         num_blocks: K.
 
-    Raises:
-        TypeError, ValueError: naming the option, what was given and what is allowed.
-
     Example:
         >>> Scale("llama-3-8b", gpus=8, parallel="ddp").stack.layers
         32
@@ -114,18 +106,6 @@ class Scale:
     rank: int = 16
     num_blocks: int = 4
 
-    def __post_init__(self) -> None:
-        check_choice("model", self.model, STACKS)
-        check_choice("parallel", self.parallel, PARALLEL)
-        for name in ("gpus", "tokens", "rank"):
-            check_count(name, getattr(self, name), 1, MOST_SIZE)
-        smallest = min(self.decoder.shapes, key=min)
-        check_blocks(self.num_blocks, smallest, f"{self.model}'s smallest layer")
-        if self.parallel == "tp" and self.gpus % tensor_parallel_size(self):
-            raise ValueError(
-                f"gpus must be a multiple of {tensor_parallel_size(self)}, over which layers are cut, got {self.gpus}"
-            )
-
     @property
     def decoder(self) -> Decoder:
         """The shapes of a decoder block."""
@@ -133,19 +113,19 @@ class Scale:
 
     @property
     def stack(self) -> Stack:
-        """What is around it."""
+        """What stands around the decoder blocks."""
         return STACKS[self.model]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one method is predicted to cost on each GPU.
+    """The predicted cost of one method on each GPU.
 
     Attributes:
         method: "full", "lora" or "smoa".
         trained_parameters: of the whole model.
         memory: bytes, by what they are for.
-        traffic: bytes that a GPU sends in a step, by collective.
+        traffic: bytes that a GPU sends in a step, by what they are for.
         compute_seconds: of a step's matrix products.
         traffic_seconds: of a step's collectives.
 
@@ -175,19 +155,12 @@ class Plan:
 
 
 def tensor_parallel_size(scale: Scale) -> int:
-    """Over how many GPUs layers are cut: a node's, or as many as there are key and value heads or GPUs.
-
-    Args:
-        scale: the model and the GPUs.
-
-    Raises:
-        TypeError: it is none.
+    """The number of GPUs that tensor parallelism cuts a layer over: at most a node, one for each key and value head.
 
     Example:
         >>> tensor_parallel_size(Scale("llama-3-70b", gpus=64, parallel="tp"))
         8
     """
-    check_kind("scale", scale, Scale)
     return min(NODE, scale.gpus, scale.decoder.kv_heads)
 
 
@@ -216,15 +189,12 @@ def _linears(decoder: Decoder) -> list[_Linear]:
 
 
 def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
-    """Memory, traffic and time of one GPU; all of it predicted, by the rules at the top of this file.
+    """Predict memory, traffic and time of one GPU, by the rules at the top of this file.
 
     Args:
-        scale: the model, the batch and the GPUs.
+        scale: the model, the batch and the GPUs. Under "tp", `gpus` is a multiple of :func:`tensor_parallel_size`.
         method: "full", "lora" or "smoa".
         gpu: one of :data:`smoa_kernels.cost.gpus.GPUS`.
-
-    Raises:
-        TypeError, ValueError: no scale, no GPU, another method.
 
     Example:
         >>> from smoa_kernels.cost.gpus import GPUS
@@ -233,9 +203,6 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
         >>> lora.trained_parameters / smoa.trained_parameters  # K
         4.0
     """
-    check_kind("scale", scale, Scale)
-    check_choice("method", method, METHODS)
-    check_kind("gpu", gpu, Gpu)
     stack, decoder, linears = scale.stack, scale.decoder, _linears(scale.decoder)
     cut = tensor_parallel_size(scale) if scale.parallel == "tp" else 1
     replicas = scale.gpus // cut
@@ -301,8 +268,8 @@ def _labels(linears: list[_Linear], layers: int, cut: int) -> float:
 
 
 def _activations(scale: Scale, cut: int) -> float:
-    """Inputs of all decoder layers, and what one of them keeps: norms and inputs (4 h), queries and attention's
-    output, keys, values, gate, up and their product."""
+    """Inputs of all decoder layers, and what one of them keeps: norms and inputs (4 h), queries, attention's output,
+    keys, values, gate, up and the product of these two."""
     d = scale.decoder
     dim = d.head_dim or d.hidden // d.heads
     inner = (2 * d.heads * dim + 2 * d.kv_heads * dim + 3 * d.intermediate) / cut

@@ -1,8 +1,8 @@
 """Spectral order and aligned blocks of a weight matrix (docs/definition.md).
 
-A `BlockPartition` says which block each row and each column of W0 belongs to. It is computed once, from
-the spectrum of W0, and then travels as labels: two small integer vectors. Recomputing it elsewhere could
-move a coordinate across a block boundary and silently corrupt an adapter, so nothing here ever does.
+A `BlockPartition` says which block each row and each column of W0 belongs to. It is computed once, from the
+spectrum of W0. From then on it is stored and sent as labels: two small integer vectors. It is never recomputed,
+since another machine could put a coordinate into another block and silently corrupt an adapter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_blocks, check_device, check_weight, layout_of
+from ..checks import check_blocks, check_weight, layout_of
 from .spectral_order import order_source, whole
 
 __all__ = ["BlockPartition"]
@@ -27,16 +27,17 @@ class BlockPartition:
     """K aligned blocks over the rows and columns of an (N, C) weight.
 
     Build one with :meth:`from_weight` (from the spectrum) or :meth:`from_labels` (from stored labels). All
-    tensors live on one device. No method changes an instance. They are equal when their labels are, and not hashable.
+    tensors live on one device. No method changes an instance. Two partitions are equal if their labels are; they
+    cannot be hashed.
 
     Attributes:
-        row_order: int64 (N,), rows sorted by spectral centroid and cut into blocks in that order. Rebuilt
-            from labels, where the centroids are no longer known, it is `row_index`.
+        row_order: int64 (N,), rows sorted by spectral centroid; the blocks are consecutive pieces of it. A
+            partition built from labels does not know the centroids: there it is `row_index`.
         col_order: int64 (C,), the same for columns.
         row_block: (N,) block of each row, uint8, or int32 above 256 blocks.
         col_block: (C,) block of each column, same dtypes.
-        row_index: int64 (N,), rows grouped by block, ascending within each: a function of the labels alone,
-            so that a loaded adapter computes bit for bit what the saved one did.
+        row_index: int64 (N,), rows grouped by block, ascending within each. It depends on nothing but the labels,
+            so a loaded adapter computes bit for bit what the saved one did.
         col_index: int64 (C,), the same for columns.
         row_offsets: int32 (K + 1,), where each block starts in `row_index`.
         col_offsets: int32 (K + 1,), where each block starts in `col_index`.
@@ -98,7 +99,7 @@ class BlockPartition:
             num_blocks: K, from 1 to min(N, C).
 
         Raises:
-            TypeError: `weight` is not a floating-point tensor, or `num_blocks` is not an int.
+            TypeError: `weight` is not a dense floating-point tensor, or `num_blocks` is not an int.
             ValueError: `weight` is not a matrix or holds NaN or Inf; `num_blocks` is out of range.
         """
         weight = whole(weight)
@@ -115,11 +116,11 @@ class BlockPartition:
         Args:
             row_block: (N,) integer block of each row, in [0, num_blocks).
             col_block: (C,) integer block of each column, on the same device.
-            num_blocks: K, at least 1. Stored, not inferred: a shard may hold no coordinate of a block.
+            num_blocks: K, at least 1. It cannot be inferred: blocks may be empty.
 
         Raises:
-            TypeError: labels that are not integer tensors.
-            ValueError: labels of another shape or out of range, or on two devices.
+            TypeError: the labels are not dense integer tensors.
+            ValueError: the labels are not vectors, out of range, or on two devices.
         """
         check_blocks(num_blocks)
         for name, labels in (("row_block", row_block), ("col_block", col_block)):
@@ -130,7 +131,7 @@ class BlockPartition:
                 f"got {row_block.device} and {col_block.device}"
             )
         dtype = label_dtype(num_blocks)
-        # As int64 on the way: torch converts the wider unsigned types, and does little else with them.
+        # By way of int64: torch can do little more with uint16, uint32 and uint64 than convert them.
         row_block, col_block = (labels.long().to(dtype) for labels in (row_block, col_block))
         row_count = torch.bincount(row_block, minlength=num_blocks)
         col_count = torch.bincount(col_block, minlength=num_blocks)
@@ -147,20 +148,12 @@ class BlockPartition:
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
-        """Inverse of :meth:`tensors` and :meth:`sizes`: how a partition crosses an operator's boundary.
+        """Rebuild a partition from :meth:`tensors` and :meth:`sizes`, as a custom operator receives it.
 
-        Raises:
-            TypeError: one of them is no list.
-            ValueError: another number of `tensors` or `sizes` than those give.
+        Args:
+            tensors: what :meth:`tensors` returned.
+            sizes: what :meth:`sizes` returned.
         """
-        for name, given in (("tensors", tensors), ("sizes", sizes)):
-            if not isinstance(given, (list, tuple)):
-                raise TypeError(f"{name} must be the list that `{name}()` gives, got {given!r}")
-        if len(tensors) != 6 or len(sizes) % 2:
-            raise ValueError(
-                "tensors and sizes must be those that `tensors()` and `sizes()` give, 6 and 2K of them, "
-                f"got {len(tensors)} and {len(sizes)}"
-            )
         num_blocks = len(sizes) // 2
         row_block, col_block, row_index, col_index, row_offsets, col_offsets = tensors
         return cls(
@@ -205,27 +198,22 @@ class BlockPartition:
         return self.row_block.device
 
     def rows(self, block: int) -> Tensor:
-        """Rows of one block, in `row_order`; ValueError for one that does not exist."""
-        self._check_block(block)
+        """Rows of one block, in the order of `row_order`."""
         return torch.split(self.row_order, list(self.row_sizes))[block]
 
     def cols(self, block: int) -> Tensor:
-        """Columns of one block, in `col_order`; ValueError for one that does not exist."""
-        self._check_block(block)
+        """Columns of one block, in the order of `col_order`."""
         return torch.split(self.col_order, list(self.col_sizes))[block]
 
     def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
-        """Partition of `weight[row_slice, col_slice]`: the same labels, cut. Blocks may become empty.
+        """Partition of `weight[row_slice, col_slice]`, with the labels of those rows and columns.
+
+        Blocks may become empty.
 
         Args:
-            row_slice: of the rows that stay.
-            col_slice: of the columns that stay.
-
-        Raises:
-            TypeError: one of them is no slice.
+            row_slice: rows to keep.
+            col_slice: columns to keep.
         """
-        _check_slice("row_slice", row_slice)
-        _check_slice("col_slice", col_slice)
         return BlockPartition.from_labels(
             self.row_block[row_slice], self.col_block[col_slice], self.num_blocks
         )
@@ -247,26 +235,16 @@ class BlockPartition:
         )
 
     def to(self, device: torch.device | str) -> BlockPartition:
-        """The same partition on another device.
-
-        Raises:
-            ValueError: this machine has no such device.
-        """
-        if self.device == check_device(device):
+        """The same partition on another device."""
+        if self.device == torch.device(device):
             return self
         moved = BlockPartition.from_tensors([t.to(device) for t in self.tensors()], self.sizes())
         return moved._in_order(self.row_order.to(device), self.col_order.to(device))
 
     def _in_order(self, row_order: Tensor, col_order: Tensor) -> BlockPartition:
-        """The same blocks, with the orders that they were cut from."""
+        """The same blocks, with the orders they were cut from."""
         parts = {name: getattr(self, name) for name in self.__slots__}
         return BlockPartition(**parts | {"row_order": row_order, "col_order": col_order})
-
-    def _check_block(self, block: int) -> None:
-        if isinstance(block, bool) or not isinstance(block, int):
-            raise TypeError(f"block must be an int, got {block!r}")
-        if not 0 <= block < self.num_blocks:
-            raise ValueError(f"block must lie in [0, {self.num_blocks}), got {block}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPartition):
@@ -293,7 +271,7 @@ def label_dtype(num_blocks: int) -> torch.dtype:
 
 
 def _cut(order: Tensor, num_blocks: int) -> Tensor:
-    """Labels of an order cut into contiguous chunks as `torch.tensor_split` cuts."""
+    """Labels of an order that is cut into consecutive pieces, as `torch.tensor_split` cuts."""
     labels = torch.empty_like(order)
     for block, chunk in enumerate(order.tensor_split(num_blocks)):
         labels[chunk] = block
@@ -302,15 +280,6 @@ def _cut(order: Tensor, num_blocks: int) -> Tensor:
 
 def _offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-
-
-def _check_slice(name: str, cut: slice) -> None:
-    if not isinstance(cut, slice):
-        raise TypeError(f"{name} must be a slice, got {cut!r}")
-    if any(end is not None and not hasattr(end, "__index__") for end in (cut.start, cut.stop, cut.step)):
-        raise TypeError(f"{name} must be a slice of ints, got {cut!r}")
-    if cut.step is not None and cut.step < 1:
-        raise ValueError(f"{name} must have a step of at least 1, got {cut!r}")
 
 
 def _check_labels(name: str, labels: Tensor, num_blocks: int) -> None:

@@ -1,36 +1,31 @@
-"""Ranks: how a layer's budget r is shared by its blocks, and how many parameters that makes."""
+"""How the blocks of a layer share its rank budget r, and how many parameters that makes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..checks import MOST_RANKS, check_blocks, check_count, check_kind, shown
+from ..checks import MOST_RANKS, check_blocks, check_count, shown
 from .partition import BlockPartition
 
 __all__ = ["resolve_ranks", "split_rank", "trainable_parameters"]
 
 
 def split_rank(r: int, num_blocks: int) -> list[int]:
-    """Share a rank budget: block k gets `r // K + (k < r % K)` (docs/definition.md).
+    """Share a rank budget evenly: block k gets `r // K + (k < r % K)` (docs/definition.md).
 
     Args:
-        r: the budget, at least 1.
-        num_blocks: K, at least 1.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        r: the budget.
+        num_blocks: K.
 
     Example:
         >>> split_rank(8, 3)
         [3, 3, 2]
     """
-    check_count("r", r, most=MOST_RANKS)
-    check_blocks(num_blocks)
     return [r // num_blocks + (k < r % num_blocks) for k in range(num_blocks)]
 
 
 def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Rank of each block: `block_ranks` checked, or the budget r shared by :func:`split_rank`.
+    """Return the rank of each block: `block_ranks` after checking it, or an even split of r where it is None.
 
     Args:
         r: rank budget over all blocks, at least 1.
@@ -44,9 +39,10 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
         >>> resolve_ranks(8, 3), resolve_ranks(8, 3, [6, 2, 0])
         ((3, 3, 2), (6, 2, 0))
     """
-    even = split_rank(r, num_blocks)  # which checks both
+    check_count("r", r, most=MOST_RANKS)
+    check_blocks(num_blocks)
     if block_ranks is None:
-        return tuple(even)
+        return tuple(split_rank(r, num_blocks))
     if not isinstance(block_ranks, Sequence):
         raise TypeError(f"block_ranks must be a list of ints, got {shown(block_ranks)}")
     ranks = tuple(block_ranks)
@@ -66,14 +62,11 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
 
 
 def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int:
-    """`Σ r_k (N_k + C_k)`: what an adapter trains, padding not counted.
+    """Count an adapter's trainable parameters, `Σ r_k (N_k + C_k)`; padding is not counted.
 
     Args:
         partition: blocks of W0.
         ranks: r_k of each block.
-
-    Raises:
-        TypeError, ValueError: no partition, or another number of ranks than of blocks.
 
     Example:
         >>> import torch
@@ -81,12 +74,5 @@ def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int
         >>> trainable_parameters(partition, [2, 1])  # 2 · (3 + 5) + 1 · (3 + 5)
         24
     """
-    check_kind("partition", partition, BlockPartition)
-    if not isinstance(ranks, Sequence):
-        raise TypeError(f"ranks must be a list of ints, got {shown(ranks)}")
-    if len(ranks) != partition.num_blocks:
-        raise ValueError(f"ranks must be {partition.num_blocks}, one for each block, got {len(ranks)}")
-    for k, rank in enumerate(ranks):
-        check_count(f"ranks[{k}]", rank, least=0, most=MOST_RANKS)
     sizes = zip(ranks, partition.row_sizes, partition.col_sizes, strict=True)
     return sum(r * (rows + cols) for r, rows, cols in sizes)

@@ -1,4 +1,4 @@
-"""One process's part of an adapted layer, and how tensors enter and leave it."""
+"""One process's part of a layer under tensor parallelism, and how tensors enter and leave it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["LayerShard"]
 class LayerShard:
     """A contiguous part of W0's rows or columns, cut as `torch.chunk` cuts over a one-dimensional mesh.
 
-    Rows take B's rows and the row labels with them and need the whole x and A; columns take A's columns and the
-    column labels, and need their part of x and the whole B. The gradient of what every process holds whole is the
-    sum of what each of them computes.
+    Where rows are cut, B's rows and the row labels are cut with them; x and A stay whole. Where columns are cut, A's
+    columns, the column labels and x are cut with them; B stays whole. The gradient of a tensor that every process
+    holds whole is the sum of what the processes compute.
 
     Args:
         mesh: one dimension of devices.
@@ -27,9 +27,9 @@ class LayerShard:
         in_features: C, of the whole layer.
 
     Attributes:
-        rows: of W0, that this process holds.
-        cols: likewise.
-        column_offset: index of the first of them.
+        rows: the rows of W0 that this process holds.
+        cols: the columns of W0 that this process holds.
+        column_offset: index of the first of these columns.
     """
 
     def __init__(self, mesh: DeviceMesh, dim: int, out_features: int, in_features: int) -> None:
@@ -47,7 +47,7 @@ class LayerShard:
         return _local(x)
 
     def output(self, y: Tensor) -> Tensor:
-        """The layer's output, a DTensor: sharded by columns, or a sum over processes where W0's columns are cut."""
+        """The layer's output, a DTensor: sharded where W0's rows are cut, else yet to be summed over processes."""
         placement = Shard(-1) if self._dim == 0 else Partial()
         shape = torch.Size((*y.shape[:-1], self._out_features))
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -57,7 +57,7 @@ class LayerShard:
         """This process's part of W0, sharing its storage.
 
         Raises:
-            RuntimeError: it is sharded over further dimensions, as it is outside of forward under `fully_shard`.
+            RuntimeError: `fully_shard` has sharded it too, and it is not gathered at the moment.
         """
         mine = _local(weight)
         expected = tuple(
@@ -73,14 +73,14 @@ class LayerShard:
         return _local(A), _local(B)
 
     def bias(self, bias: Tensor) -> Tensor:
-        """This process's part; where outputs are summed over processes, an even share."""
+        """This process's part of the bias; an equal share of all of it where outputs are summed over processes."""
         return _local(bias) if self._dim == 0 else _local(bias) / self._mesh.size()
 
 
 class _Local(torch.autograd.Function):
-    """A DTensor's part on this process; its gradient gets the DTensor's layout, summed where every process has all.
+    """This process's part of a DTensor. The gradient gets the DTensor's layout; where it is replicated, it is summed.
 
-    `to_local` mistakes the gradient's strides where parts differ in size, and torch 2.11 then gathers it everywhere.
+    `to_local` gets the gradient's strides wrong where parts differ in size, and torch 2.11 then gathers it everywhere.
     """
 
     @staticmethod

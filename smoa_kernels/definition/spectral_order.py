@@ -1,4 +1,4 @@
-"""The spectral order: rows and columns of W0 sorted by where in its spectrum they have their energy."""
+"""The spectral order: rows and columns of W0, sorted by where in W0's spectrum their energy lies."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..checks import check_weight
 from .precision import without_autocast
 
 __all__ = ["spectral_centroids", "spectral_orders"]
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A sharded weight (`DTensor`) gathered on every process; any other as it is."""
+    """Gather a sharded weight (`DTensor`) on every process; return any other weight as it is."""
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else cast(Tensor, gather())
 
 
 def spectral_orders(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of `weight` sorted by spectral centroid: int64 (N,) and (C,).
+    """Sort the rows and columns of `weight` by spectral centroid: int64 (N,) and (C,).
 
     Args:
-        weight: (N, C), as :func:`spectral_centroids` takes it; the same errors.
+        weight: (N, C), as :func:`spectral_centroids` takes it.
 
     Example:
         >>> rows, cols = spectral_orders(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
@@ -41,21 +40,18 @@ def spectral_orders(weight: Tensor) -> tuple[Tensor, Tensor]:
 order_source: ContextVar[Callable[[Tensor], tuple[Tensor, Tensor]]] = ContextVar(
     "order_source", default=spectral_orders
 )
-"""Where `BlockPartition.from_weight` has its orders from: other processes may know them."""
+"""What `BlockPartition.from_weight` calls for the orders; another process may have computed them already."""
 
 
 def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean position in the spectrum of each row's and each column's energy (docs/definition.md).
+    """Compute where in W0's spectrum the energy of each row and column lies on average (docs/definition.md).
 
-    `Σ_j j·E_ij / Σ_j E_ij` with `E = (U∘σ)²` for rows and `(V∘σ)²` for columns, σ descending; a zero row or
-    column scores 0. Computed with one intra-op thread and without autocast: the last bits of a threaded
-    reduction depend on the number of threads, and labels must depend on nothing but the weight.
+    The score of row i is `Σ_j j·E_ij / Σ_j E_ij` with `E = (U∘σ)²`, σ descending; columns use `(V∘σ)²`. A zero row
+    or column scores 0. It is computed on one intra-op thread and without autocast, since labels must depend on
+    nothing but the weight, and the last bits of a threaded reduction depend on the number of threads.
 
     Args:
-        weight: (N, C) floating point; half types are computed in float32.
-
-    Raises:
-        TypeError, ValueError: it is none, or not finite, or has no elements.
+        weight: (N, C) floating point, finite, not empty; half types are computed in float32.
 
     Returns:
         Scores of rows (N,) and columns (C,), in the dtype of the computation.
@@ -64,15 +60,12 @@ def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
         >>> [scores.tolist() for scores in spectral_centroids(torch.diag(torch.tensor([1.0, 3.0, 2.0])))]
         [[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
     """
-    check_weight(weight)
-    if not weight.numel():
-        raise ValueError(f"weight must have rows and columns, got shape {tuple(weight.shape)}")
     if weight.dtype.itemsize < 4:
         weight = weight.float()
     with one_thread(), without_autocast(weight):
         largest = float(torch.linalg.vector_norm(weight, torch.inf))
         if largest and not 2.0**-30 < largest < 2.0**30:
-            weight = weight / largest  # energies are quadratic in W0: keep them from overflowing or vanishing
+            weight = weight / largest  # energies are quadratic in W0 and would overflow or vanish
         tall = weight.shape[0] > weight.shape[1]
         short_energy, long_energy = _energies(weight.T if tall else weight)
         row_energy, col_energy = (long_energy, short_energy) if tall else (short_energy, long_energy)
@@ -96,7 +89,7 @@ def _energies(wide: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lower_gram(wide: Tensor, panel: int = 128) -> Tensor:
-    """Lower triangle of W Wᵀ, which is all that `eigh` reads: close to half of the product's work."""
+    """Lower triangle of W Wᵀ: `eigh` reads no more, and it is close to half of the product's work."""
     gram = wide.new_zeros(wide.shape[0], wide.shape[0])
     for start in range(0, wide.shape[0], panel):
         rows = wide[start : start + panel]
@@ -108,7 +101,7 @@ def _centroid(energy: Tensor, largest: Tensor) -> Tensor:
     count = energy.shape[1]
     position = torch.arange(count - 1, -1, -1, dtype=energy.dtype, device=energy.device)
     total = energy.sum(1)
-    # Rounding gives a zero row a little energy from every direction; its score is 0 by definition.
+    # Rounding gives a zero row a little energy in every direction, but its score is 0 by definition.
     empty = (largest == 0) | (total == 0)
     return torch.where(empty, 0, (energy @ position) / torch.where(empty, 1, total))
 
@@ -118,10 +111,10 @@ _SETTING = threading.RLock()
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one intra-op thread for a while; another Python thread that also wants to waits meanwhile.
+    """Run the block with one intra-op thread; only one Python thread at a time changes the setting.
 
-    The setting is the process's as well as each thread's own. One that began under another's single thread has no
-    other setting to go back to, and leaves the process's alone.
+    torch keeps the setting for the process and for each thread. A Python thread that starts while another is in this
+    block starts with one intra-op thread. It has no other setting to go back to, and changes nothing.
     """
     if torch.get_num_threads() == 1:
         yield

@@ -1,13 +1,13 @@
-"""PyTorch's own distributed engine, and the little that SMoA adds to it (docs/distributed.md)."""
+"""What SMoA adds to PyTorch's own distributed training (docs/distributed.md)."""
 
-from .data import (
+from .data_parallel import (
     agree_on_buffers,
     average_gradients,
     ignore_buffers,
     smoa_buffers,
 )
-from .spectra import shared_spectra
-from .tensor import ColwiseSMoAParallel, RowwiseSMoAParallel
+from .shared_sorting import shared_spectra
+from .tensor_parallel import ColwiseSMoAParallel, RowwiseSMoAParallel
 
 __all__ = [
     "ColwiseSMoAParallel",

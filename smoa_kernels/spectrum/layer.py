@@ -1,14 +1,14 @@
-"""What an update does in W0's spectrum: its own singular values, and how it spreads over W0's singular directions.
+"""Measures an update of a layer: its singular values, and how it spreads over W0's singular directions.
 
-With the thin SVD `W0 = U diag(σ) Vᵀ`, q = min(N, C), energies squared Frobenius norms, and `e^H(p)` the exponential of
-the entropy of shares p, which is n where n of them are equal and the rest are zero:
+W0 = U diag(σ) Vᵀ is the thin SVD, q = min(N, C), and an energy is a squared Frobenius norm. `e^H(p)` is the exponential
+of the entropy of the shares p; it is n where n of the shares are equal and the rest are zero.
 
     left_j = ‖u_jᵀ ΔW‖² / ‖ΔW‖²          right_j = ‖ΔW v_j‖² / ‖ΔW‖²
     coverage       = √(e^H(left) · e^H(right)) / q,  left and right each over their sum
     effective rank = e^H(τ² / Σ τ²),  τ the singular values of ΔW
 
-Coverage counts the directions of W0 that the update touches: 1 where its energy lies on all of them alike. Effective
-rank counts the directions that it moves independently of each other: at most r for LoRA, however many it touches.
+Coverage is the share of W0's directions that the update touches: 1 where its energy is equal on all of them. Effective
+rank counts the directions that the update moves independently: at most r for LoRA, however many it touches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_kind, check_weight, layout_of
 from ..definition.partition import BlockPartition
 
 __all__ = [
@@ -35,14 +34,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BlockEnergies:
-    """Where the K blocks have W0's energy; every tensor float64.
+    """How W0's energy is shared by the K blocks. Every tensor is float64.
 
     Attributes:
         row_shares: (K,) share of W0's energy in the rows of each block.
-        col_shares: (K,) likewise its columns.
-        diagonal_shares: (K,) share in `rows_k × cols_k`, which is what an adapter of block k modulates.
-        left: (K, q) share of left singular direction j that lies in the rows of block k, `Σ_{i in rows_k} U_ij²`.
-        right: (K, q) likewise of right singular directions in columns.
+        col_shares: (K,) share of W0's energy in the columns of each block.
+        diagonal_shares: (K,) share in `rows_k × cols_k`, the part of W0 that block k of an adapter changes.
+        left: (K, q) share of left singular direction j in the rows of block k, `Σ_{i in rows_k} U_ij²`.
+        right: (K, q) share of right singular direction j in the columns of block k.
 
     Example:
         >>> weight = torch.randn(6, 8)
@@ -61,14 +60,14 @@ class BlockEnergies:
 
 @dataclass(frozen=True)
 class UpdateSpectrum:
-    """An update ΔW of one layer; every tensor float64.
+    """The measures of an update ΔW of one layer. Every tensor is float64.
 
     Attributes:
         singular_values: (q,) of ΔW, descending.
-        left: (q,) share of ΔW's energy along each left singular direction of W0, `u_jᵀ ΔW`. They sum to 1 where
-            N ≤ C; where N > C, what is missing lies in directions that W0 never writes to.
-        right: (q,) likewise along right ones, `ΔW v_j`.
-        rank: numerical rank, as `torch.linalg.matrix_rank` counts.
+        left: (q,) share of ΔW's energy along each left singular direction of W0, `u_jᵀ ΔW`. The shares sum to 1
+            where N ≤ C. Where N > C, the rest lies in directions that W0 never writes to.
+        right: (q,) share of ΔW's energy along each right singular direction, `ΔW v_j`.
+        rank: numerical rank, as `torch.linalg.matrix_rank` counts it.
         relative_norm: ‖ΔW‖ / ‖W0‖; infinite where W0 is zero and ΔW is not.
 
     Example:
@@ -99,14 +98,14 @@ class UpdateSpectrum:
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """One layer: W0, its blocks, and updates by their names.
+    """The measures of one layer: W0, its blocks, and its updates by name.
 
     Attributes:
         shape: (N, C).
         singular_values: float64 (q,) of W0, descending.
         rank: numerical rank of W0.
-        blocks: where its blocks have their energy.
-        updates: what each update does.
+        blocks: how its blocks share its energy.
+        updates: the measures of each update.
 
     Example:
         >>> weight = torch.randn(6, 8)
@@ -124,7 +123,7 @@ class LayerSpectrum:
 
     @property
     def effective_rank(self) -> float:
-        """Of W0."""
+        """`e^H` of the shares of energy of W0's singular values."""
         return effective_number(self.singular_values.square())
 
 
@@ -134,11 +133,7 @@ def layer_spectrum(weight: Tensor, partition: BlockPartition, updates: Mapping[s
     Args:
         weight: W0 (N, C), floating point.
         partition: blocks of W0.
-        updates: ΔW (N, C) by name.
-
-    Raises:
-        TypeError: `weight` or an update is not a floating-point tensor.
-        ValueError: one is not a matrix, not finite, or not of W0's shape.
+        updates: ΔW (N, C) by name, finite.
 
     Example:
         >>> weight = torch.randn(6, 8)
@@ -147,15 +142,6 @@ def layer_spectrum(weight: Tensor, partition: BlockPartition, updates: Mapping[s
         >>> round(found.updates["all"].relative_norm, 6), found.updates["all"].rank
         (0.1, 6)
     """
-    check_kind("partition", partition, BlockPartition)
-    if not isinstance(updates, Mapping):
-        raise TypeError(f"updates must be a mapping from names to tensors, got {type(updates).__name__}")
-    for name, matrix in {"weight": weight, **updates}.items():
-        check_weight(matrix, name)
-        if matrix.shape != partition.shape:
-            raise ValueError(
-                f"{name} must have the partition's shape {partition.shape}, got {tuple(matrix.shape)}"
-            )
     wide = weight.detach().double()
     U, sigma, Vh = torch.linalg.svd(wide, full_matrices=False)
     norm = float(torch.linalg.vector_norm(sigma))
@@ -169,32 +155,18 @@ def layer_spectrum(weight: Tensor, partition: BlockPartition, updates: Mapping[s
 
 
 def effective_number(energies: Tensor) -> float:
-    """`exp(-Σ p log p)` with `p = energies / Σ energies`: how many of them count; 0 where all are zero.
-
-    Raises:
-        TypeError: no vector of numbers.
-
-    Example:
-        >>> round(effective_number(torch.tensor([2.0, 2.0, 0.0])), 6)
-        2.0
-    """
-    _check_vector("energies", energies)
+    """How many of the energies count: `exp(-Σ p log p)` with `p = energies / Σ energies`, 0 where all are zero."""
     total = energies.sum()
     return float(torch.special.entr(energies / total).sum().exp()) if total > 0 else 0.0
 
 
 def cumulated(shares: Tensor, points: int = 101) -> list[float]:
-    """Sum of the first shares (q,) at `points` positions from 0 to q, evenly apart, linear between two directions.
-
-    Raises:
-        TypeError, ValueError: no vector of numbers, no number of points.
+    """Cumulated sums of the shares (q,) at `points` even positions from 0 to q, interpolated linearly.
 
     Example:
         >>> cumulated(torch.tensor([0.5, 0.25, 0.125, 0.125]), 3)
         [0.0, 0.75, 1.0]
     """
-    _check_vector("shares", shares)
-    check_count("points", points, 0, 10**6)
     sums = torch.nn.functional.pad(shares.double().cumsum(0), (1, 0))
     place = torch.linspace(0, len(shares), points, dtype=torch.float64)
     below = place.floor().long().clamp(max=max(len(shares) - 1, 0))
@@ -202,21 +174,8 @@ def cumulated(shares: Tensor, points: int = 101) -> list[float]:
     return torch.lerp(sums[below], sums[above], place - below).tolist()
 
 
-def _check_vector(name: str, value: Tensor) -> None:
-    check_kind(name, value, Tensor)
-    if (
-        layout_of(value) != "torch.strided"
-        or not value.is_floating_point()
-        or value.is_meta
-        or value.ndim != 1
-    ):
-        raise TypeError(
-            f"{name} must be a vector of floating-point numbers, got {value.dtype}, {layout_of(value)}"
-        )
-
-
 def _update(delta: Tensor, U: Tensor, Vh: Tensor, weight_norm: float) -> UpdateSpectrum:
-    energy = float(delta.square().sum()) or 1.0  # shares of nothing are zero
+    energy = float(delta.square().sum()) or 1.0  # a zero update has shares of zero
     singular_values = torch.linalg.svdvals(delta)
     norm = float(torch.linalg.vector_norm(singular_values))
     return UpdateSpectrum(

@@ -1,4 +1,4 @@
-"""Spectra of a whole model: every layer's W0, its update by SMoA, and LoRA's beside it (spectrum/layer.py)."""
+"""Measures every adapted layer of a model: W0, its update by SMoA, and another update to compare it with."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..checks import (
-    check_count,
-    check_kind,
-    check_names,
-    check_path,
-    check_weight,
-)
+from ..checks import check_weight
 from ..definition.ranks import resolve_ranks
 from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 from ..definition.spectral_order import one_thread
@@ -40,14 +34,14 @@ __all__ = ["ModelSpectrum", "Source", "layer_kind", "model_spectrum"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the updates come from that are compared.
+    """The adapter, saved or random, that one of the compared updates comes from.
 
     Attributes:
         method: SMoA, LoRA or HiRA.
-        ranks: rank budgets that occur among the layers, ascending.
-        num_blocks: numbers of blocks that occur, ascending; 1 for methods without.
-        parameters: of all layers.
-        folder: of the saved adapter; None where the factors are random.
+        ranks: the layers' different rank budgets, ascending.
+        num_blocks: the layers' different numbers of blocks, ascending; 1 for methods without blocks.
+        parameters: trainable parameters of all layers.
+        folder: folder of the saved adapter; None where the factors are random.
 
     Example:
         >>> Source("SMoA", ranks=(8,), num_blocks=(2,), parameters=1024, folder=None).label
@@ -62,7 +56,7 @@ class Source:
 
     @classmethod
     def of(cls, updates: Sequence[LayerUpdate], folder: str | os.PathLike[str] | None) -> Source:
-        """What the updates of all layers add up to."""
+        """Summarise the updates of all layers."""
         return cls(
             method=updates[0].method,
             ranks=tuple(sorted({sum(update.ranks) for update in updates})),
@@ -73,25 +67,25 @@ class Source:
 
     @property
     def random(self) -> bool:
-        """Whether nothing was trained: factors from a normal distribution."""
+        """Whether the factors are random rather than trained."""
         return self.folder is None
 
     @property
     def label(self) -> str:
-        """Method, rank and blocks for a person."""
+        """Method, rank and blocks, as text."""
         blocks = f", K={_span(self.num_blocks)}" if self.method == "SMoA" else ""
         return f"{self.method} r={_span(self.ranks)}{blocks}{', random' if self.random else ''}"
 
 
 @dataclass(frozen=True)
 class ModelSpectrum:
-    """Layers of a model.
+    """The measures of a model's layers.
 
     Attributes:
         model: name of its folder.
-        sources: by the name of an update in `layers`: "ours" is SMoA's, "theirs" what it is compared with.
-        layers: by name, numbers by their values.
-        left_out: layers that only one of two adapters adapts.
+        sources: where the updates in `layers` come from: "ours" is SMoA, "theirs" what it is compared with.
+        layers: measures by layer name, in the model's order.
+        left_out: how many layers were left out because only one of the two adapters adapts them.
 
     Example:
         >>> source = Source("LoRA", ranks=(4, 8), num_blocks=(1,), parameters=1024, folder=Path("adapter"))
@@ -106,19 +100,12 @@ class ModelSpectrum:
 
 
 def layer_kind(name: str) -> str:
-    """What a layer has in common with its like in other blocks of the model.
-
-    Args:
-        name: of the layer, dotted.
-
-    Raises:
-        TypeError: it is no string.
+    """The part of a layer's name that is the same in every decoder block.
 
     Example:
         >>> layer_kind("model.layers.11.self_attn.q_proj")
         'self_attn.q_proj'
     """
-    check_kind("name", name, str)
     return re.split(r"(?:^|\.)\d+\.", name)[-1]
 
 
@@ -138,19 +125,18 @@ def model_spectrum(
     Args:
         model: folder of a base model in safetensors files.
         adapter: folder of an SMoA adapter; random factors where None.
-        compare: folder of a LoRA, HiRA or further SMoA adapter; where None, LoRA with random factors and, layer by
-            layer, the rank whose parameters come closest to SMoA's.
+        compare: folder of a LoRA, HiRA or other SMoA adapter. Where None, a LoRA with random factors; in each layer it
+            has the rank whose number of parameters comes closest to SMoA's.
         rank: r of the random SMoA adapter.
-        num_blocks: K of it.
-        targets: last parts of the names of layers to measure; where empty, those that the adapters adapt, without any
-            all linear layers but the model's head.
-        seed: of the random factors, whatever other layers there are.
-        progress: called with how many layers are done, and how many there are.
+        num_blocks: K of the random SMoA adapter.
+        targets: last parts of the names of the layers to measure. Where empty, all layers that the adapters adapt, or
+            without adapters all linear layers but the head.
+        seed: seed of the random factors. A layer's factors do not depend on which other layers are measured.
+        progress: called with the number of finished layers, and of all layers.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
-        ValueError, OSError: naming the folder or the layer: something cannot be read, does not fit the model, or was
-            trained over another base weight.
+        ValueError, OSError: a file cannot be read, or an adapter does not fit the model or was trained over another
+            base weight. The message names the folder or the layer.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -161,11 +147,6 @@ def model_spectrum(
         ('SMoA r=4, K=2, random', ['mlp.down_proj', 'self_attn.q_proj'])
     """
     ranks = resolve_ranks(rank, num_blocks)
-    for argument, path in (("model", model), ("adapter", adapter), ("compare", compare)):
-        if argument == "model" or path is not None:
-            check_path(argument, path)
-    check_names("targets", targets)
-    check_count("seed", seed, 0, torch.iinfo(torch.int64).max)
     folder = ModelFolder(Path(model))
     ours = None if adapter is None else read_updates(Path(adapter), ("SMOA",))
     theirs = None if compare is None else read_updates(Path(compare))
@@ -188,7 +169,7 @@ def model_spectrum(
                 else theirs.layers[name]
             )
             deltas = {key: _delta(update, weight) for key, update in (("ours", smoa), ("theirs", other))}
-            # LAPACK's SVDs gain little from a second thread, and lose half of their speed where its core is busy.
+            # A second thread speeds LAPACK's SVD up little, and halves its speed where that core is busy.
             with one_thread():
                 layers[name] = layer_spectrum(weight, cast(LayerBlocks, smoa.blocks).partition, deltas)
         used["ours"].append(smoa)
@@ -200,7 +181,7 @@ def model_spectrum(
 
 
 def _layers(folder: ModelFolder, adapters: Sequence[AdapterUpdates]) -> tuple[dict[str, bool], int]:
-    """Names of the layers that every adapter adapts, whether each is stored (C, N), and how many only one adapts."""
+    """The layers that every adapter adapts, and whether each is stored (C, N); the number that only one adapts."""
     if not adapters:
         return folder.linear_layers(), 0
     common = [name for name in adapters[0].layers if all(name in a.layers for a in adapters)]
@@ -226,7 +207,7 @@ def _weight(folder: ModelFolder, name: str, swapped: bool) -> Tensor:
 
 @contextmanager
 def _named(layer: str) -> Iterator[None]:
-    """Errors say which layer."""
+    """Put the layer's name before the message of an error."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -244,7 +225,9 @@ def _delta(update: LayerUpdate, weight: Tensor) -> Tensor:
             raise ValueError(
                 f"the adapter was trained over another base weight, which differs by about {distance:.0%}"
             )
-    return update.delta(weight)
+    delta = update.delta(weight)
+    check_weight(delta, f"the {update.method} adapter's update")
+    return delta
 
 
 def _span(values: Sequence[int]) -> str:

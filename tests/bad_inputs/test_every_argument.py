@@ -38,5 +38,5 @@ def test_the_configurations() -> None:
 
     from . import test_tuner
 
-    own = set(SMoAConfig.__dict__["__annotations__"])
+    own = set(inspect.get_annotations(SMoAConfig))
     assert own <= changed(test_tuner.CONFIGURATIONS)

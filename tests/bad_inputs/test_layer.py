@@ -101,7 +101,7 @@ SETTINGS: list[Change] = [
     ({"strict_base": "no"}, TypeError, "strict_base must be a bool, got str"),
 ]
 BLOCKS: list[Change] = [
-    ({"partition": "x"}, TypeError, "partition must be a BlockPartition or None, got str"),
+    ({"partition": "x"}, TypeError, "partition must be a BlockPartition, got str"),
     (
         {"partition": make_problem().partition},
         ValueError,

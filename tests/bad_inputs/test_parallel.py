@@ -1,4 +1,4 @@
-"""Bad uses of the tensor-parallel styles: layouts and layers that cannot be cut, in a group of one process."""
+"""Layers that the tensor-parallel styles cannot cut, in a group of one process."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from smoa_kernels import FusedSMoALinear
 from smoa_kernels.distributed import ColwiseSMoAParallel, RowwiseSMoAParallel
 
-from .harness import Change, World, check, rows
+from .harness import World, check
 
 STYLES = pytest.mark.parametrize("style", [ColwiseSMoAParallel, RowwiseSMoAParallel])
 
@@ -24,33 +24,15 @@ def mesh() -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
-def cut(world: World, style: type[Any], mesh: DeviceMesh, **layouts: Any) -> object:
-    return parallelize_module(world.layer, mesh, style(**layouts))
-
-
-LAYOUTS: list[Change] = [
-    ({"input_layouts": "replicate"}, TypeError, "input_layouts must be a Placement, got str"),
-    ({"output_layouts": 1}, TypeError, "output_layouts must be a Placement, got int"),
-]
-
-
-@STYLES
-@rows("layouts", LAYOUTS)
-def test_layouts(
-    layouts: dict[str, Any],
-    error: type[Exception],
-    words: str,
-    style: type[Any],
-    world: World,
-    mesh: DeviceMesh,
-) -> None:
-    check(world, lambda w: cut(w, style, mesh, **layouts), error, words)
-
-
 @STYLES
 def test_a_merged_layer(style: type[Any], world: World, mesh: DeviceMesh) -> None:
     world.layer.merge()
-    check(world, lambda w: cut(w, style, mesh), ValueError, "the layer is merged: unmerge it before")
+    check(
+        world,
+        lambda w: parallelize_module(w.layer, mesh, style()),
+        ValueError,
+        "the layer is merged: unmerge it before",
+    )
 
 
 @pytest.mark.parametrize("style", [ColwiseSMoAParallel(), RowwiseSMoAParallel()])

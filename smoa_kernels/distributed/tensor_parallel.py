@@ -9,20 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from ..checks import check_kind
 from ..definition.shard import LayerShard
-from .data import agree_on_buffers
+from .data_parallel import agree_on_buffers
 
 __all__ = ["ColwiseSMoAParallel", "RowwiseSMoAParallel"]
 
 
 class _SMoAParallel:
-    """What the two styles share: `dim` of W0 is cut, and everything that goes with it.
+    """Cuts dimension `dim` of W0, and all that belongs to it.
 
-    Every process of the mesh holds the layer whole beforehand; values, labels and ranks become those of the first
+    Every process of the mesh holds the whole layer before. Values, labels and ranks become those of the first process
     (`parallelize_module`'s `src_data_rank`).
     """
 
@@ -33,8 +32,6 @@ class _SMoAParallel:
         if not hasattr(module, "smoa_A"):
             return cast(nn.Module, super()._apply(module, device_mesh))  # type: ignore[misc]  # torch's style is next
         style: Any = self
-        for name in ("input_layouts", "output_layouts"):
-            check_kind(name, getattr(style, name)[0], Placement)
         _check(module, device_mesh)
         if self.src_data_rank is not None:
             agree_on_buffers(module, device_mesh.get_group())
@@ -70,18 +67,18 @@ class _SMoAParallel:
 
 
 class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):
-    """Cut W0's rows (the output's columns), B and the row labels; A is whole on every process.
+    """Cut W0's rows (the output's columns), B and the row labels; every process holds A whole.
 
-    A drop-in for torch's `ColwiseParallel`, which it is for modules without an adapter: same arguments, same layouts
-    of input (replicated) and output (sharded by its last dimension). Outputs, gradients, dropout masks and merged
-    weights are one process's. Parallelize after adapters are injected (or loaded) and before the optimiser is made;
-    then `fully_shard` over another dimension of the mesh, where there is one.
+    It replaces torch's `ColwiseParallel`: same arguments, same layouts of input (replicated) and output (sharded by
+    its last dimension), same behaviour for modules without an adapter. Outputs, gradients, dropout masks and merged
+    weights are those of one process. Parallelize after adapters are injected or loaded and before the optimiser is
+    made; then use `fully_shard` over another dimension of the mesh, if at all.
 
-    Masks agree because processes that share a layer draw the same seeds: seed those of one mesh alike.
+    With dropout, all processes of the mesh must be seeded alike, since each of them draws the masks.
 
     Raises:
-        ValueError, TypeError: from `parallelize_module`, before anything of the layer has changed: a layout is none;
-            the layer is merged, quantised, or its labels are yet to be loaded; it has dropout and generators differ.
+        ValueError, TypeError: by `parallelize_module`, before the layer was changed: it is merged or quantised, its
+            labels are not loaded yet, or it has dropout and the processes' random generators differ.
 
     Example:
         >>> from torch.distributed.device_mesh import init_device_mesh
@@ -98,10 +95,10 @@ class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):
 
 
 class RowwiseSMoAParallel(_SMoAParallel, RowwiseParallel):
-    """Cut W0's columns (the input's), A and the column labels; B is whole on every process.
+    """Cut W0's columns (the input's), A and the column labels; every process holds B whole.
 
-    A drop-in for torch's `RowwiseParallel`: input sharded by its last dimension, output replicated (or reduced and
-    scattered, by `output_layouts`). All else as :class:`ColwiseSMoAParallel`.
+    It replaces torch's `RowwiseParallel`: the input is sharded by its last dimension, the output is replicated, or
+    sharded by `output_layouts`. All else is as for :class:`ColwiseSMoAParallel`.
 
     Example:
         >>> from torch.distributed.device_mesh import init_device_mesh
@@ -118,7 +115,7 @@ class RowwiseSMoAParallel(_SMoAParallel, RowwiseParallel):
 
 
 def _check(layer: Any, mesh: DeviceMesh) -> None:
-    """Raise where the layer cannot be cut."""
+    """Raise an error if the layer cannot be cut."""
     if getattr(layer, "_shard", None) is not None:
         raise ValueError("the layer is parallelized already")
     if layer.merged:
@@ -141,8 +138,8 @@ def _check(layer: Any, mesh: DeviceMesh) -> None:
         drops = layer.dropout > 0
     if drops and not _same_generators(mesh):
         raise ValueError(
-            "dropout needs the generators of a mesh's processes in one state: call torch.manual_seed with one seed on "
-            "all of them before parallelize_module"
+            "dropout needs the random generators of all processes in one state: call torch.manual_seed with the same "
+            "seed on each of them before parallelize_module"
         )
 
 

@@ -1,4 +1,4 @@
-"""One spectral order for all processes: computed by the first, received by the others."""
+"""Spectral orders in a process group: the first process computes them, the others receive them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..definition.spectral_order import order_source, spectral_orders
-from .data import check_group
 
 __all__ = ["shared_spectra"]
 
 
 @contextmanager
 def shared_spectra(process_group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Inside the block only a group's first process computes the spectrum of a weight; the others get its order.
+    """Within this context only the first process of a group sorts weights; the others receive its order.
 
-    Inject adapters within it, on every process of the group, into the same layers in the same order. Spares the
-    other processes an eigendecomposition per layer, and the labels are one machine's.
+    Inject adapters within it, on every process of the group, into the same layers in the same order. It saves the
+    other processes an eigendecomposition per layer, and all labels come from one machine.
 
     Args:
         process_group: the default one when None.
-
-    Raises:
-        TypeError: no process group.
 
     Example:
         >>> from smoa_kernels import FusedSMoALinear
         >>> with shared_spectra():
         ...     layer = FusedSMoALinear(8, 6, r=4, num_blocks=2)
     """
-    check_group(process_group)
     source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     first = dist.get_rank() == source
 

@@ -1,0 +1,108 @@
+"""Data parallelism: processes agree on labels and ranks once, instead of sending them with every forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..layers import FusedSMoALinear
+
+__all__ = ["agree_on_buffers", "average_gradients", "ignore_buffers", "smoa_buffers"]
+
+
+def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return SMoA's buffers (labels, ranks, indices, sketches) by their names in `model`.
+
+    Args:
+        model: any module with `FusedSMoALinear` or PEFT layers, compiled or wrapped.
+
+    Example:
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> sorted(smoa_buffers(FusedSMoALinear(8, 6)))[:2]
+        ['smoa_col_block', 'smoa_col_index']
+    """
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if any(part.startswith("smoa_") for part in name.split(".")[-2:])
+    }
+
+
+def ignore_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
+    """Keep `DistributedDataParallel` from broadcasting SMoA's buffers at each forward.
+
+    Call it on every process, after the adapters are injected and before `model` is wrapped. In a process group it
+    gives all processes the labels of the first one, since another kind of machine may sort a coordinate into another
+    block. Names that `model` told DistributedDataParallel to ignore before stay ignored.
+
+    Args:
+        model: the module that will be wrapped, not a part of it.
+        process_group: the group that it will be wrapped for; the default one when None.
+
+    Example:
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> model = nn.Sequential(FusedSMoALinear(8, 6))
+        >>> ignore_buffers(model)
+        >>> model = DistributedDataParallel(model)
+    """
+    names = smoa_buffers(model)
+    if dist.is_available() and dist.is_initialized():
+        agree_on_buffers(model, process_group)
+    ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+
+
+def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
+    """Give every process of a group the labels and ranks of its first process. All of them must call it.
+
+    Args:
+        model: any module with SMoA layers. It gets new buffers.
+        process_group: the default one when None.
+
+    Example:
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> model = FusedSMoALinear(8, 6)
+        >>> agree_on_buffers(model)
+    """
+    source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+    for name, buffer in smoa_buffers(model).items():
+        if buffer.is_meta:
+            continue
+        owner, _, attribute = name.rpartition(".")
+        # A new tensor: it tells a PEFT layer that what was derived from the old one is stale.
+        shared = buffer.clone()
+        dist.broadcast(shared, source, process_group)
+        setattr(model.get_submodule(owner), attribute, shared)
+    for module in model.modules():
+        if isinstance(module, FusedSMoALinear):
+            module._relabel()
+
+
+def average_gradients(
+    parameters: Iterable[nn.Parameter], process_group: dist.ProcessGroup | None = None
+) -> None:
+    """Average the gradients of `parameters` over a process group in each backward.
+
+    It is for factors that `fully_shard` leaves alone (its `ignored_params`), so that every process holds them whole
+    beside its part of W0. Gradients must not be accumulated over several backwards.
+
+    Args:
+        parameters: the factors, the same ones in the same order on every process.
+        process_group: the default one when None.
+
+    Example:
+        >>> from smoa_kernels import FusedSMoALinear
+        >>> layer = FusedSMoALinear(8, 6)
+        >>> average_gradients([layer.smoa_A, layer.smoa_B])
+    """
+
+    def average(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # the hook runs after it was set
+        dist.all_reduce(parameter.grad, group=process_group)
+        parameter.grad /= dist.get_world_size(process_group)
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(average)

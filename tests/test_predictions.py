@@ -1,0 +1,98 @@
+"""What the bring-up's goals predict (benchmarks/bringup/predictions.py), by hand, and beside what was measured."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.bringup.predictions import block_grad_share, peak_bytes
+from smoa_kernels.cost import grad_tiling
+from smoa_kernels.cost.gpus import GPUS
+from smoa_kernels.cost.problem import Problem
+
+pytestmark = pytest.mark.slow
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+H100 = GPUS["h100"]
+SQUARE = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
+
+
+def test_the_goals_case_by_hand():
+    """4 blocks of 8 × 8 tiles in two waves over 132, twice, each over half of the tokens: 64 steps and 8 for the end;
+    64 flops a byte at 10.05 TB/s."""
+    found = block_grad_share(SQUARE, H100)
+    assert found.tiles == 1
+    assert found.waves == pytest.approx(256 / (2 * 132))
+    assert found.main_loop == pytest.approx(64 / 72)
+    assert found.cache == pytest.approx(64 * 3 * 3.35e12 / 700e12)
+    assert found.share == pytest.approx(found.waves * found.main_loop * found.cache)
+
+
+def test_each_limit_moves_with_what_it_depends_on():
+    found = block_grad_share(SQUARE, H100)
+    assert block_grad_share(SQUARE, replace(H100, multiprocessors=128)).waves == 1
+    assert block_grad_share(replace(SQUARE, tokens=1024), H100).main_loop == pytest.approx(16 / 24)
+    assert block_grad_share(replace(SQUARE, tokens=8191), H100).main_loop == pytest.approx(128 / 136)
+    assert block_grad_share(SQUARE, replace(H100, memory_tbps=4.8)).cache == 1 > found.cache
+    # 129 rows and columns of a block fill two tiles each; 8193 tokens begin another step.
+    odd = Problem(512, 516, 516, num_blocks=4, rank=16)
+    assert block_grad_share(odd, H100).tiles == pytest.approx((129 / 256) ** 2)
+    assert block_grad_share(replace(SQUARE, tokens=8193), H100).tiles == pytest.approx(8193 / (2 * 65 * 64))
+
+
+def test_few_tiles_share_their_tokens():
+    """4 × 1 × 2 tiles: T in 16 parts of 512, for a part keeps as many steps as its end costs."""
+    found = block_grad_share(Problem(8192, 512, 1024, num_blocks=4, rank=16), H100)
+    assert found.waves == pytest.approx(128 / 132)
+    assert found.main_loop == pytest.approx(0.5)
+
+
+def test_peaks_by_hand():
+    """16-bit, T=8192: 64 MiB of x and of y; LoRA holds three of them at once, and tensors of rank 16."""
+    p, mib = Problem(8192, 4096, 4096, 4, 16), 2**20
+    assert peak_bytes(p, "frozen") == 128 * mib
+    assert peak_bytes(p, "lora") == 192 * mib + 2 * 16 * 8192
+    factors = 2 * 4 * 8192
+    assert peak_bytes(p, "split") == 160 * mib + factors  # y, dX and W_eff
+    short = Problem(4096, 4096, 4096, 4, 16)
+    # y, dY and x gathered, the partials: as much as dX and W_eff, and a mebibyte
+    assert peak_bytes(short, "split") == 96 * mib + factors + 4 * 4 * 2 * 4096 * 8
+
+
+def memory_results():
+    for path in sorted(RESULTS.glob("*.json")):
+        for result in json.loads(path.read_text())["results"]:
+            if result["kind"] == "memory" and not result["params"]["dropout"]:
+                yield pytest.param(result, id=f"{path.stem} {result['title']}")
+
+
+@pytest.mark.parametrize("result", list(memory_results()))
+def test_what_lora_was_measured_to_hold(result):
+    """Beyond the frozen layer: the committed figures, to a few scalars."""
+    p = Problem(**result["params"] | {"dtype": getattr(torch, result["params"]["dtype"])})
+    measured = {name: found["peak"] for name, found in result["bytes"].items()}
+    predicted = peak_bytes(p, "lora") - peak_bytes(p, "frozen")
+    assert measured["PEFT LoRA"] - measured["frozen"] == pytest.approx(predicted, abs=64)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter allocates")
+@pytest.mark.parametrize("way", ["frozen", "lora", "merged", "split"])
+@pytest.mark.parametrize("size", [(128, 512, 256), (64, 256, 512), (300, 256, 256)], ids=str)
+def test_what_a_pass_allocates(size, way, monkeypatch):
+    """The kernels too, in the interpreter; it copies its arguments, which is no part of them."""
+    pytest.importorskip("peft", reason="needs the peft extra")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    from benchmarks.memory import footprint
+    from benchmarks.providers import Case, frozen, lora, smoa
+
+    executor = interpreter.GridExecutor
+    monkeypatch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), kwargs))
+    monkeypatch.setattr(executor, "_restore_args_dev", lambda self, *args: None)
+    monkeypatch.setattr(grad_tiling, "GRAD_TILE", 64)  # block_grad's in IEEE float32
+    case = Case(*size, num_blocks=2, rank=16)
+    build = {"frozen": frozen, "lora": lora}.get(way) or smoa(way, "triton")
+    predicted = peak_bytes(case.problem(), way)
+    assert footprint(build(case), case).peak == pytest.approx(predicted, abs=64)
