@@ -144,8 +144,8 @@ def _profile(run: Run) -> str:
         "in a pass of its own (other operators). Time between operators is spent in autograd, the dispatcher and "
         "Python.\n\n"
         "The parts of the partition's time are below, profiled in the rounds that were timed. `eigh` is LAPACK's "
-        "([what it does](../../docs/cpu.md#how-long-adding-an-adapter-takes)); its GEMMs are the Gram matrix W0 W0ᵀ (the "
-        "lower half) and W0ᵀ U, whose squares are the columns' energies; the rest squares, sums and sorts."
+        "([what it does](../../docs/cpu.md#how-long-adding-an-adapter-takes)); its GEMMs are the Gram matrix W0 W0ᵀ "
+        "(the lower half) and W0ᵀ U, whose squares are the columns' energies; the rest squares, sums and sorts."
         "\n\n" + found
     )
 
