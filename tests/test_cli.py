@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -125,30 +124,6 @@ def test_info_asks_the_drivers_files_then_their_command(tmp_path, monkeypatch):
         path.parent.mkdir()
         path.write_text(text)
     assert info._driver() == "nvidia: NVRM version: x86_64  580.65.06; amdgpu: 6.14.14"
-
-
-@pytest.mark.parametrize("number", [0, 3, 7])
-def test_info_names_stale_entries_where_they_are_few(number, tmp_path, monkeypatch):
-    pytest.importorskip("triton", reason="tables are of kernels")
-    from smoa_kernels.kernels.entries import Entry, Trial
-    from smoa_kernels.kernels.heuristic import Key
-    from smoa_kernels.kernels.identity import identity
-    from smoa_kernels.kernels.store import update, user_table
-
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    cpu = torch.device("cpu")
-    now = identity(cpu, "forward")
-    old = replace(now, torch="1.0")
-    keys = [Key("forward", "bf16", 4, 4, 64 * n, 64, 16) for n in range(1, 9)]
-    entries = [Entry(key, old, "split", (Trial("split", 1e-3),)) for key in keys[:number]]
-    update(user_table("cpu"), [*entries, Entry(keys[-1], now, "split", (Trial("split", 1e-3),))])
-    found = info._stale_entries([cpu])
-    named = {f"forward {64 * n}x64 T≤16 ρ=4 K=4 bf16" for n in range(1, min(number, 5) + 1)}
-    assert set(found) == named | ({"and"} if number > 5 else set())
-    assert all(found[name] == f"torch: 1.0 then, {torch.__version__} now" for name in named)
-    assert found.get("and") == ("2 more" if number > 5 else None)
-    user_table("cpu").write_text("{")
-    assert info._stale_entries([cpu]) == {}  # and no warning: the table's own state tells
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

@@ -30,16 +30,13 @@ ORDER = (
 LATE = {
     ("audit.run", "audit.compile"): "imports Triton, which a worker sets up before",
     ("audit.run", "audit.registry"): "for the type checker only",
+    ("backends.triton", "tuning.autotune"): "a hook of SMOA_AUTOTUNE=1, which measures through this backend",
     ("cli", "cli.app"): "typer and rich are an extra",
-    ("cli.info", "kernels.identity"): "imports Triton",
-    ("cli.info", "kernels.status"): "imports Triton",
-    ("cli.info", "kernels.store"): "imports Triton",
-    ("cli.info", "tuning.words"): "imports Triton",
+    ("cli.info", "kernels.table"): "imports Triton",
     ("cli.inspect", "peft.inspection"): "PEFT is an extra",
     ("cli.spectrum", "spectrum.figure"): "matplotlib is an extra",
     ("cli.spectrum", "spectrum.model"): "PEFT is an extra",
     ("cli.tune", "cli.tune_run"): "imports Triton",
-    ("kernels.lookup", "tuning.autotune"): "to be opened: SMOA_AUTOTUNE=1 becomes a hook",
     ("layers", "definition.shard"): "for the type checker only",
     ("peft.settings", "peft.config"): "to be opened: one file",
 }

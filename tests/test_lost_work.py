@@ -17,7 +17,7 @@ from places import FullDisk, adapted, base, contents, full_disk, kill_at, mounte
 from test_finetune_example import smollm2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tuning"))
-from tuning_cases import PERMUTE, permute_entry
+from tuning_cases import PERMUTE, forget, permute_entry
 
 from smoa_kernels.peft.inspection import inspect_adapter
 
@@ -148,18 +148,17 @@ def test_no_room_for_an_adapter(full_disk: FullDisk) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("way", ["read-only disk", "a file in its place"])
 def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smoa_kernels.kernels import lookup
-    from smoa_kernels.kernels.store import read, update, user_table
+    from smoa_kernels.kernels.table import read, update, user_table
 
     cache = tmp_path / "cache"
     monkeypatch.setattr(smollm2, "locate", lambda: (tmp_path / "model.gguf", "1.0"))
 
     def check(cache: Path) -> None:
         monkeypatch.setenv("SMOA_CACHE", str(cache))
-        lookup.forget()
+        forget()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert read(user_table("cpu")) == {}
+            assert not read(user_table("cpu")).entries
         for write in (lambda: update(user_table("cpu"), [permute_entry()]), smollm2.cached_model):
             with pytest.raises(OSError, match=str(cache)):
                 write()
@@ -179,7 +178,7 @@ def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch
 
 
 def test_no_room_for_a_tuning_table(full_disk: FullDisk, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    from smoa_kernels.kernels.store import read, update, user_table
+    from smoa_kernels.kernels.table import read, update, user_table
 
     place, full = full_disk
     monkeypatch.setenv("SMOA_CACHE", str(place))
@@ -191,4 +190,4 @@ def test_no_room_for_a_tuning_table(full_disk: FullDisk, monkeypatch: pytest.Mon
         update(table, many)
     assert contents(table.parent) == before
     update(table, many)
-    assert len(read(table)) == 10
+    assert len(read(table).entries) == 10

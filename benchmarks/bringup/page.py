@@ -6,13 +6,8 @@ import torch
 
 from smoa_kernels.cost.estimate import Estimate, parts
 from smoa_kernels.cost.gpus import GPUS, Gpu, device_gpu
-from smoa_kernels.kernels.entries import Entry
-from smoa_kernels.tuning.words import (
-    algorithm_words,
-    choice_words,
-    problem_words,
-    winner,
-)
+from smoa_kernels.kernels.table import Entry, describe
+from smoa_kernels.tuning.format import describe_algorithms, describe_choice, winner
 
 from .. import tables
 from ..protocol import DEVICE
@@ -110,16 +105,16 @@ def _tuning(state: State) -> str:
         before = None if default is None else default.seconds
         rows.append(
             (
-                problem_words(entry.key),
+                describe(entry.key),
                 "–" if before is None else f"{before * 1e6:.1f}",
                 f"{best.seconds * 1e6:.1f}",
-                choice_words(best.choice),
+                describe_choice(best.choice),
             )
         )
     told = f"{len(found['problems'])} keys are not done.\n\n" if found["problems"] else ""
     headings = ("problem", f"heuristic µs, {state.run.label}", f"fastest µs, {state.run.label}", "fastest")
     note = "The JSON file's `findings.tune.table` is the table itself; send it to us and it ships.\n\n"
-    compared = "\n".join(f"- {line}" for line in algorithm_words(entries))
+    compared = "\n".join(f"- {line}" for line in describe_algorithms(entries))
     return f"{told}{note}{tables.table(headings, rows)}\n\nThe algorithms against each other:\n\n{compared}"
 
 

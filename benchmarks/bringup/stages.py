@@ -11,15 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from smoa_kernels.kernels import lookup
 from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.kernels.identity import identity
-from smoa_kernels.kernels.store import (
-    SCHEMA,
-    read,
-    update,
-    user_table,
-)
+from smoa_kernels.kernels.table import SCHEMA, keep, read, update, user_table
 from smoa_kernels.tuning.plan import (
     Layer,
     Target,
@@ -94,7 +88,7 @@ def tune_shapes(job: Job) -> None:
             device=DEVICE,
             timer=interpreter_timer if job.smoke else gpu_timer,
             known=update(table, ()),
-            save=lookup.keep,
+            save=keep,
             deadline=job.deadline - 5,
         )
         problems = {str(tuple(tuned.job.key)): tuned.problem for tuned in done if tuned.problem}

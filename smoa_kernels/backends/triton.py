@@ -12,6 +12,8 @@ split under dropout, fused for few tokens.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,8 +25,8 @@ from ..cost.problem import Problem, padding_multiple
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import gemm_is_ieee
-from ..kernels import lookup
+from ..definition.precision import gemm_is_ieee, precision_of
+from ..kernels import table
 from ..kernels.block_grad import block_grad_in_parts
 from ..kernels.block_matmul import block_matmul
 from ..kernels.common import padded_width
@@ -32,7 +34,7 @@ from ..kernels.fused_linear import fused_linear
 from ..kernels.heuristic import Key, bucket
 from ..kernels.modulate import modulated_blocks, modulated_weight
 from ..kernels.permute import gather_columns, scatter_columns
-from ..kernels.selection import name_of
+from ..kernels.table import Entry
 from . import eager
 
 __all__ = [
@@ -46,9 +48,15 @@ __all__ = [
 
 ALGORITHMS = ("merged", "split", "fused")
 
-# Launchers know no tables, which stand above the kernels in the order of imports: the first module above both tells
-# them to ask there before the heuristic.
-lookup.install()
+
+def _autotune(key: Key, device: torch.device, begun: Entry | None) -> Entry | None:
+    from ..tuning.autotune import measure  # which measures through this backend
+
+    return measure(key, device, begun)
+
+
+if os.environ.get("SMOA_AUTOTUNE") == "1":
+    table.measure_unknown = _autotune
 
 
 def forward(
@@ -159,11 +167,11 @@ def admissible(stage: str, dtype: str) -> tuple[str, ...]:
 def _choose(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
     """What "auto" means without dropout, for "forward" or "input_gradient": as measured, else as predicted."""
     tokens, ieee = x.shape[0], x.dtype == torch.float32 and not allow_tf32
-    dtype = name_of(x.dtype, "ieee" if ieee else "tf32")
+    dtype = precision_of(x.dtype, ieee).name
     out_features, in_features = adapter.weight.shape
     rank, num_blocks = adapter.A.shape[0], adapter.partition.num_blocks
     key = Key(stage, dtype, rank, num_blocks, out_features, in_features, bucket(tokens))
-    measured = lookup.tuned_algorithm(key, x.device, admissible(stage, dtype))
+    measured = table.tuned_algorithm(key, x.device, admissible(stage, dtype))
     if measured is not None:
         return measured
     problem = _problem(tokens, adapter, x.dtype)

@@ -8,8 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +41,6 @@ _VARIABLES = (
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 # Where drivers say their version; one that comes with Linux has no other than Linux's.
 _DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
-_NAMED = 5  # stale entries up to which each is named
 
 
 def backends() -> dict[str, str | None]:
@@ -90,7 +87,6 @@ def _collect() -> dict[str, dict[str, str]]:
         "devices": _devices(),
         "backends": {name: f"no: {why}" if why else "works" for name, why in backends().items()},
         "tuning tables": _tables(),
-        "stale entries": _stale_entries(_gpus()),
         "folders": {"cache": str(cache_folder())},
         "environment": dict.fromkeys(_OURS, "not set") | _environment(),
     }
@@ -130,33 +126,9 @@ def _driver() -> str:
 def _tables() -> dict[str, str]:
     if importlib.util.find_spec("triton") is None:
         return {"none": "triton is not installed"}
-    from ..kernels.status import table_states  # imports Triton
+    from ..kernels.table import states  # imports Triton
 
-    return table_states(_gpus()) or {"none": "no GPU here, and no table on disk"}
-
-
-def _stale_entries(devices: Sequence[torch.device]) -> dict[str, str]:
-    """Of these devices' tables, each by its key with what it is stale in; of many, the first."""
-    if importlib.util.find_spec("triton") is None:
-        return {}
-    from ..kernels.identity import identity, staleness
-    from ..kernels.store import read, shipped_table, user_table
-    from ..tuning.words import problem_words
-
-    told: dict[str, str] = {}
-    for device in devices:
-        gpu = identity(device, "forward").gpu
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a broken table its own state tells
-            entries = [
-                *read(user_table(gpu), set_aside=False).values(),
-                *read(shipped_table(gpu), set_aside=False).values(),
-            ]
-        for entry in entries:
-            if reasons := staleness(entry.identity, identity(device, entry.key.kernel)):
-                told[problem_words(entry.key)] = "; ".join(reasons)
-    named = dict(list(told.items())[:_NAMED])
-    return named | ({"and": f"{len(told) - _NAMED} more"} if len(told) > _NAMED else {})
+    return states(_gpus()) or {"none": "no GPU here, and no table on disk"}
 
 
 def _gpus() -> list[torch.device]:

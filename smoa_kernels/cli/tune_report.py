@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.table import Table
 
 from ..backends.triton import admissible
-from ..kernels.entries import Entry
 from ..kernels.heuristic import Key
+from ..kernels.table import INTERRUPTED, Entry, describe
+from ..tuning.format import describe_choice, winner
 from ..tuning.tuner import Job
-from ..tuning.words import choice_words, problem_words, winner
 
 __all__ = ["best_words", "failures", "plan_table", "result_table"]
 
@@ -19,20 +19,20 @@ def best_words(entry: Entry) -> str:
     """The best of an entry in one line."""
     best = winner(entry)
     if best is None or best.seconds is None:
-        return f"{problem_words(entry.key)}: nothing yet"
-    return f"{problem_words(entry.key)}: {best.seconds * 1e6:.1f} µs, {choice_words(best.choice)}"
+        return f"{describe(entry.key)}: nothing yet"
+    return f"{describe(entry.key)}: {best.seconds * 1e6:.1f} µs, {describe_choice(best.choice)}"
 
 
 def plan_table(job: Job) -> Table:
     """What would be timed for a problem, what not, and why."""
-    table = Table(title=problem_words(job.key), title_justify="left", show_header=False)
+    table = Table(title=describe(job.key), title_justify="left", show_header=False)
     for choice in job.candidates:
         told = "timed" + (", runs without a table" if choice == job.default else "")
         if isinstance(choice, str) and choice not in admissible(job.key.kernel, job.key.dtype):
             told = "timed to compare, never chosen: a rounded W_eff loses a small update"
-        table.add_row(choice_words(choice), told)
+        table.add_row(describe_choice(choice), told)
     for choice, reason in job.pruned:
-        table.add_row(choice_words(choice), f"pruned: {reason}", style="dim")
+        table.add_row(describe_choice(choice), f"pruned: {reason}", style="dim")
     return table
 
 
@@ -51,8 +51,8 @@ def result_table(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Table:
         before = None if default is None else default.seconds
         after = None if best is None else best.seconds
         table.add_row(
-            problem_words(job.key),
-            "-" if best is None else choice_words(best.choice),
+            describe(job.key),
+            "-" if best is None else describe_choice(best.choice),
             f"{len(entry.trials)} of {len(job.candidates)}",
             "-" if before is None else f"{before * 1e6:.1f}",
             "-" if after is None else f"{after * 1e6:.1f}",
@@ -65,5 +65,5 @@ def failures(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Iterator[str]:
     """A line for every candidate that was tried and not timed."""
     for job in jobs:
         for trial in found[job.key].trials if job.key in found else ():
-            if trial.seconds is None and trial.settled:
-                yield f"failed: {problem_words(job.key)} at {choice_words(trial.choice)}: {trial.reason}"
+            if trial.seconds is None and trial.reason != INTERRUPTED:
+                yield f"failed: {describe(job.key)} at {describe_choice(trial.choice)}: {trial.reason}"

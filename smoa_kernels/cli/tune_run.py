@@ -1,43 +1,28 @@
-"""What `smoa-kernels tune` does: check the request, prune, measure under a bar, report what won.
-
-Where standard error is no terminal, a line for each problem that is done takes the bar's place.
-"""
+"""What `smoa-kernels tune` does: check the request, prune, measure, report what won. Imports Triton."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from ..backends import triton_obstacle
 from ..cost.gpus import GPUS
 from ..cost.models import MODELS, read_config
 from ..definition.precision import KERNEL_PRECISIONS
-from ..kernels import lookup
-from ..kernels.entries import Entry
 from ..kernels.heuristic import CONFIGS
 from ..kernels.identity import identity
-from ..kernels.store import read, update, user_table
+from ..kernels.table import Entry, describe, keep, read, update, user_table
+from ..tuning.format import describe_algorithms
 from ..tuning.plan import KERNELS, Layer, Target, jobs
 from ..tuning.space import broken
-from ..tuning.tuner import (
-    DeviceLostError,
-    Job,
-    Timer,
-    Tuned,
-    gpu_timer,
-    left,
-    so_far,
-    tune,
-)
-from ..tuning.words import algorithm_words, problem_words
+from ..tuning.tuner import DeviceLostError, Job, Timer, gpu_timer, left, so_far, tune
 from .output import console
 from .roofline import parse_shape
 from .tune_report import best_words, failures, plan_table, result_table
@@ -102,7 +87,7 @@ def _check(option: str, given: Sequence[str], known: Collection[str]) -> None:
 
 
 def device_here() -> torch.device | None:
-    """The GPU that is tuned: the current one."""
+    """Return the GPU that is tuned: the current one."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
@@ -137,50 +122,45 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
         )
     if (obstacle := triton_obstacle(device)) is not None:
         raise ValueError(f"the kernels cannot run here: {obstacle}")
-    table = user_table(identity(device, "forward").gpu)
-    known = update(table, ())  # cannot be written? then before anything is compiled
+    path = user_table(identity(device, "forward").gpu)
+    known = update(path, ())  # cannot be written? then before anything is compiled
     planned = _plan(request, Target.of(device), processes, deadline)
-    problems: list[Tuned] = []
-    code, stopped = 0, ""
-    with _bar("tuning") as bar:
-        task = bar.add_task("", total=sum(len(left(job, so_far(job, device, known))) for job in planned))
+    unfinished = [job for job in planned if left(job, so_far(job, device, known))]
 
-        def progress(job: Job, entry: Entry) -> None:
-            bar.update(task, advance=1, description=best_words(entry))
-            if bar.disable and not left(job, entry):  # a log has no bar, but should not stand still
-                bar.console.print(best_words(entry), highlight=False, markup=False, soft_wrap=True)
+    def progress(job: Job, entry: Entry) -> None:
+        if not left(job, entry):
+            typer.echo(f"{unfinished.index(job) + 1}/{len(unfinished)} {best_words(entry)}", err=True)
 
-        try:
-            done = tune(
-                planned,
-                device=device,
-                timer=timer,
-                known=known,
-                save=lookup.keep,
-                deadline=deadline,
-                progress=progress,
-            )
-            problems = [tuned for tuned in done if tuned.problem]
-        except KeyboardInterrupt:
-            code, stopped = 130, "Interrupted: what was found is kept, the same command goes on from here."
-        except DeviceLostError as error:
-            code, stopped = 1, str(error)
-    out = console()
-    known = read(table)
+    code, problems, stopped = 0, [], ""
+    try:
+        done = tune(
+            planned,
+            device=device,
+            timer=timer,
+            known=known,
+            save=keep,
+            deadline=deadline,
+            progress=progress,
+        )
+        problems = [tuned for tuned in done if tuned.problem]
+    except KeyboardInterrupt:
+        code, stopped = 130, "Interrupted: what was found is kept, the same command goes on from here."
+    except DeviceLostError as error:
+        code, stopped = 1, str(error)
+    known = read(path)
     entries = (so_far(job, device, known) for job in planned)
     found = {entry.key: entry for entry in entries if entry.trials}
-    out.print(result_table(planned, found))
-    for line in algorithm_words(found[job.key] for job in planned if job.key in found):
-        out.print(f"compared: {line}", highlight=False, markup=False, soft_wrap=True)
-    for line in failures(planned, found):
-        out.print(line, highlight=False, markup=False)
-    for tuned in problems:
-        out.print(f"not done: {problem_words(tuned.job.key)}: {tuned.problem}", highlight=False, markup=False)
-    out.print(f"Kept in {table}", highlight=False, soft_wrap=True)
-    if stopped:
-        out.print(stopped, highlight=False, markup=False)
-    elif problems:
-        out.print("The same command goes on with what is not done.")
+    console().print(result_table(planned, found))
+    lines = [
+        *(f"compared: {line}" for line in describe_algorithms(found.values())),
+        *failures(planned, found),
+        *(f"not done: {describe(tuned.job.key)}: {tuned.problem}" for tuned in problems),
+        f"Kept in {path}",
+    ]
+    if stopped or problems:
+        lines.append(stopped or "The same command goes on with what is not done.")
+    for line in lines:
+        typer.echo(line)
     if code:
         raise typer.Exit(code)
 
@@ -194,8 +174,9 @@ def _plan(
             "--dtype tf32 is never asked for on AMD, which multiplies float32 in IEEE: give fp32"
         )
     pairs = {(j.key.kernel, j.key.dtype) for j in jobs(request.layers, target, kernels=request.kernels)}
-    with _bar("compiling") as bar:
-        task = bar.add_task("", total=None)
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("compiling", total=None)
         ruled_out = broken(
             {pair for pair in pairs if pair[0] in CONFIGS},
             target.audited,
@@ -204,17 +185,3 @@ def _plan(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     return jobs(request.layers, target, kernels=request.kernels, ruled_out=ruled_out)
-
-
-@contextmanager
-def _bar(doing: str) -> Iterator[Progress]:
-    errors = Console(stderr=True)
-    columns = (
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        yield bar

@@ -31,7 +31,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from .common import block_slots, dot, input_precision, round_to
 from .launch import BlockGradConfig, SumConfig, multiprocessors
-from .selection import select
+from .table import select
 
 __all__ = ["block_grad", "block_grad_in_parts"]
 

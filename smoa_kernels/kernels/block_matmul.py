@@ -24,7 +24,7 @@ from ..cost.problem import WIDE_PADDING
 from ..definition.packed import PackedAdapter
 from .common import block_slots, dot, input_precision, padded_width, round_to
 from .launch import BlockMatmulConfig
-from .selection import select
+from .table import select
 
 __all__ = ["block_matmul", "block_ordered"]
 

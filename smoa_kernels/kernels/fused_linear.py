@@ -26,7 +26,7 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from .common import dot, input_precision, round_to
 from .launch import FusedLinearConfig, SumConfig
-from .selection import select
+from .table import select
 
 __all__ = ["fused_linear"]
 

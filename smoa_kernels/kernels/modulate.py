@@ -28,7 +28,7 @@ from .common import (
     round_to,
 )
 from .launch import ModulateConfig
-from .selection import select
+from .table import select
 
 __all__ = ["modulated_blocks", "modulated_weight"]
 

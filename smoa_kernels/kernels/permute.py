@@ -27,7 +27,7 @@ from .common import (
     round_to,
 )
 from .launch import PermuteConfig
-from .selection import select
+from .table import select
 
 __all__ = ["gather_columns", "scatter_columns"]
 

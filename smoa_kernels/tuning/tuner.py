@@ -12,20 +12,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..kernels.entries import GIVEN_UP, INTERRUPTED, UNFINISHED, Choice, Entry, Trial
 from ..kernels.heuristic import Key
 from ..kernels.identity import identity
-from ..kernels.store import Table
+from ..kernels.table import INTERRUPTED, UNFINISHED, Choice, Entry, Table, Trial
 from .workloads import Workload, workload
 
 __all__ = [
     "DeviceLostError",
     "Job",
-    "Progress",
     "Run",
     "Timer",
     "Tuned",
@@ -83,13 +81,6 @@ class Tuned:
     problem: str | None = None
 
 
-class Progress(Protocol):
-    """Told of every trial as it ends: its job, and the entry so far."""
-
-    def __call__(self, job: Job, entry: Entry) -> None:
-        """Show it."""
-
-
 class DeviceLostError(RuntimeError):
     """A candidate took the GPU's context with it: nothing more can run in this process."""
 
@@ -109,7 +100,7 @@ def tune(
     known: Table,
     save: Callable[[Entry], object],
     deadline: float | None = None,
-    progress: Progress = lambda job, entry: None,
+    progress: Callable[[Job, Entry], object] = lambda job, entry: None,
     operands: Callable[[Key, torch.device], Workload] = workload,
 ) -> list[Tuned]:
     """Tune jobs in order until the deadline; what is done and not stale is not done again.
@@ -119,9 +110,9 @@ def tune(
         device: where to run.
         timer: :func:`gpu_timer`, or a scripted one.
         known: entries of earlier runs.
-        save: called before each trial, which it marks, and after it, so that nothing found is ever lost.
+        save: called with an entry of one trial, before it runs and when it has ended: adds it to the table.
         deadline: by `time.monotonic()`; None knows no end.
-        progress: called after each trial.
+        progress: called after each trial with the entry so far.
         operands: what to run for a key.
 
     Raises:
@@ -149,7 +140,7 @@ def tune(
 def so_far(job: Job, device: torch.device, known: Table) -> Entry:
     """A job's entry of an earlier run that holds on this device, else one without trials."""
     now = identity(device, job.key.kernel)
-    return known.get((job.key, now)) or Entry(job.key, now, job.default)
+    return known.entries.get((job.key, now)) or Entry(job.key, now, job.default)
 
 
 def left(job: Job, entry: Entry) -> list[Choice]:
@@ -164,34 +155,29 @@ def _tune_one(
     timer: Timer,
     save: Callable[[Entry], object],
     deadline: float | None,
-    progress: Progress,
+    progress: Callable[[Job, Entry], object],
 ) -> Tuned:
     with load.precision():
         load.prepare()
-    unfinished = [trial.choice for trial in entry.trials if trial.reason == UNFINISHED]
-    # The marks of another run stay in the table, where that run may still replace them by what it found.
-    entry = replace(entry, trials=tuple(trial for trial in entry.trials if trial.settled))
     for choice in left(job, entry):
         if deadline is not None and time.monotonic() >= deadline:
-            save(entry)
             return Tuned(job, entry, "no time was left for all candidates")
-        # Written before it runs: what takes the process with it is tried once more, for something else may have
-        # ended the process, and then no more.
-        mark = GIVEN_UP if choice in unfinished else UNFINISHED
+        # Only the new trial is saved: another process may know more of the others than was read at the start.
+        trial = Trial(choice, reason=INTERRUPTED)
         try:
-            save(entry.with_trial(Trial(choice, reason=mark)))
-            entry = entry.with_trial(_try(choice, load, timer))
-            save(entry)
+            # What ends the process leaves this behind, and is not tried again.
+            save(replace(entry, trials=(Trial(choice, reason=UNFINISHED),)))
+            trial = _try(choice, load, timer)
+            save(replace(entry, trials=(trial,)))
         except BaseException:
-            if entry.trial(choice) is None:
-                entry = entry.with_trial(Trial(choice, reason=INTERRUPTED))
             with suppress(Exception):  # what ended the loop is what the caller must hear of
-                save(entry)
+                save(replace(entry, trials=(trial,)))
             raise
+        entry = entry.add(trial)
         progress(job, entry)
         _check_device(load, choice)
     entry = replace(entry, complete=True)
-    save(entry)
+    save(replace(entry, trials=()))
     return Tuned(job, entry)
 
 

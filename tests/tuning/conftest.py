@@ -1,21 +1,18 @@
-"""A cache folder of its own for each test, and lookups that start from nothing."""
+"""A cache folder of its own for each test, and tables that nobody has read yet."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tuning_cases import forget
 
-from smoa_kernels.kernels import lookup
-from smoa_kernels.tuning import autotune
+from smoa_kernels.kernels import table
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("SMOA_AUTOTUNE", raising=False)
-    lookup.install()
-    lookup.forget()
-    autotune.measured.cache_clear()
+    monkeypatch.setattr(table, "measure_unknown", None)
+    forget()
     yield tmp_path / "cache"
-    lookup.forget()
-    autotune.measured.cache_clear()
+    forget()

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from tuning_cases import CPU, PERMUTE, needs_interpreter
+from tuning_cases import forget, needs_interpreter
 
 from smoa_kernels import FusedSMoALinear
 from smoa_kernels.audit.registry import KERNELS
 from smoa_kernels.cost import grad_tiling
 from smoa_kernels.cost.architectures import ARCHITECTURES
-from smoa_kernels.kernels import selection
+from smoa_kernels.kernels import table
 from smoa_kernels.kernels.heuristic import (
     CONFIGS,
     DTYPES,
@@ -19,7 +19,6 @@ from smoa_kernels.kernels.heuristic import (
     fits,
     heuristic,
 )
-from smoa_kernels.kernels.launch import PERMUTE_CONFIGS, PermuteConfig
 from smoa_kernels.tuning.plan import Layer, keys
 
 SPECS = {spec.name: spec for spec in KERNELS}
@@ -92,36 +91,17 @@ def test_a_training_step_asks_for_what_the_plan_holds(tokens: int, monkeypatch: 
     monkeypatch.setattr(grad_tiling, "GRAD_PART_TOKENS", 64)
     monkeypatch.setattr(grad_tiling, "GRAD_PART_TILES", 1)
     asked: set[Key] = set()
-    monkeypatch.setattr(selection, "_source", lambda key, device: asked.add(key))
-    monkeypatch.setattr(selection, "multiprocessors", lambda device: 132)  # so few tiles are split and summed
+    monkeypatch.setattr(table, "measure_unknown", lambda key, device, begun: asked.add(key))
+    monkeypatch.setattr(table, "multiprocessors", lambda device: 132)  # so few tiles are split and summed
     layer = FusedSMoALinear(90, 140, r=5, num_blocks=2, backend="triton")
     torch.nn.init.normal_(layer.smoa_B)
     for algorithm, dropout in (("split", 0.0), ("merged", 0.0), ("fused", 0.0), ("split", 0.3)):
         layer.algorithm, layer.dropout = algorithm, dropout
-        selection.forget()
+        forget()
         step(layer, tokens)
     planned = {key for key in keys(Layer(140, 90, tokens, "fp32", 5, 2)) if key.kernel in CONFIGS}
+    asked = {key for key in asked if key.kernel in CONFIGS}
     assert asked <= planned
     # dX of 150 tokens is predicted to be faster merged than fused.
     left = set() if tokens == 19 else {"fused_linear", "sum_parts"}
     assert {key.kernel for key in planned - asked} == left
-
-
-def test_answers_are_kept_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Key] = []
-    answers: list[PermuteConfig | None] = [PERMUTE_CONFIGS[2], None]
-
-    def source(key: Key, device: torch.device) -> PermuteConfig | None:
-        calls.append(key)
-        return answers[len(calls) - 1]
-
-    monkeypatch.setattr(selection, "_source", source)
-
-    def ask() -> object:
-        sizes = {"blocks": 2, "in_features": 12, "tokens": 7, "padded_in": 64}
-        return selection.select("permute", CPU, torch.float32, **sizes)
-
-    assert [ask(), ask()] == [PERMUTE_CONFIGS[2]] * 2
-    assert calls == [PERMUTE]  # 7 tokens are in the bucket of 8
-    selection.forget()
-    assert ask() == heuristic(PERMUTE, "cpu", 1)

@@ -1,9 +1,8 @@
-"""What ends a run, Ctrl-C, a kill, a lost GPU, another process: nothing found is lost, nothing healthy ruled out."""
+"""Ctrl-C, a kill, a lost GPU: what was found is kept, and a candidate that ends the process is not tried for ever."""
 
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,18 @@ from tuning_cases import (
     scripted,
 )
 
-from smoa_kernels.kernels import lookup
-from smoa_kernels.kernels.entries import (
-    GIVEN_UP,
+from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
+from smoa_kernels.kernels.table import (
     INTERRUPTED,
     UNFINISHED,
     Choice,
     Entry,
     Trial,
+    keep,
+    read,
+    update,
+    user_table,
 )
-from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.kernels.store import update, user_table
 from smoa_kernels.tuning.tuner import DeviceLostError, Run, tune
 
 pytestmark = needs_interpreter
@@ -42,120 +42,82 @@ def reasons(entry: Entry) -> dict[Choice, str | None]:
     return {trial.choice: trial.reason for trial in entry.trials}
 
 
-def test_a_rerun_after_an_interruption_does_only_what_is_left() -> None:
+def interrupt(run: Run) -> float:
+    raise KeyboardInterrupt
+
+
+def test_a_rerun_after_ctrl_c_does_only_what_is_left() -> None:
     notebook = Notebook()
 
-    def interrupted(run: Run) -> float:
-        if run.choice == SECOND:
-            raise KeyboardInterrupt
-        return scripted(notebook.seconds)(run)
+    def timer(run: Run) -> float:
+        return (interrupt if run.choice == SECOND else scripted(notebook.seconds))(run)
 
     with pytest.raises(KeyboardInterrupt):
-        notebook.tune([permute_job()], timer=interrupted)
-    last = notebook.saved[-1]
-    assert [t.choice for t in last.trials if t.settled] == [FIRST]
-    assert not last.complete
+        notebook.tune([permute_job()], timer=timer)
+    assert reasons(notebook.entry()) == {FIRST: None, SECOND: INTERRUPTED}
+    assert not notebook.entry().complete
     notebook.timed.clear()
-    (tuned,) = notebook.tune([permute_job()])
+    notebook.tune([permute_job()])
     assert notebook.timed == [SECOND, THIRD]
-    assert tuned.entry is not None
-    assert tuned.entry.best().choice == SECOND  # type: ignore[union-attr]
-
-
-class Interrupted:
-    """A notebook's `save` that Ctrl-C meets at one call, before anything of that call is written."""
-
-    def __init__(self, notebook: Notebook, call: int) -> None:
-        self.notebook, self.call, self.calls = notebook, call, 0
-
-    def __call__(self, entry: Entry) -> None:
-        self.calls += 1
-        if self.calls == self.call:
-            raise KeyboardInterrupt
-        self.notebook.saved.append(entry)
+    assert {t.choice: t.seconds for t in notebook.entry().trials} == SPEED
 
 
 # The third and fourth are the second candidate's: its mark, and its time.
 @pytest.mark.parametrize(("call", "expected"), [(3, INTERRUPTED), (4, None)])
 def test_ctrl_c_while_the_table_is_written(call: int, expected: str | None) -> None:
     notebook = Notebook()
+    calls: list[Entry] = []
+
+    def save(entry: Entry) -> None:
+        calls.append(entry)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        notebook.table.add(entry)
+
     with pytest.raises(KeyboardInterrupt):
-        notebook.tune([permute_job()], save=Interrupted(notebook, call))
-    assert reasons(notebook.saved[-1]) == {FIRST: None, SECOND: expected}
-    notebook.timed.clear()
-    (tuned,) = notebook.tune([permute_job()])
-    assert notebook.timed == ([SECOND, THIRD] if expected else [THIRD])
-    assert tuned.entry is not None
-    assert {t.choice: t.seconds for t in tuned.entry.trials} == SPEED
+        notebook.tune([permute_job()], save=save)
+    assert reasons(notebook.entry()) == {FIRST: None, SECOND: expected}
 
 
 def test_ctrl_c_ends_the_run_where_nothing_can_be_written_any_more() -> None:
-    notebook = Notebook()
-    full: list[bool] = []
+    saved: list[Entry] = []
 
     def save(entry: Entry) -> None:
-        if full:
+        if saved:
             raise OSError("No space left on device")
-        notebook.saved.append(entry)
-
-    def timer(run: Run) -> float:
-        full.append(True)
-        raise KeyboardInterrupt
+        saved.append(entry)
 
     with pytest.raises(KeyboardInterrupt):
-        notebook.tune([permute_job()], timer=timer, save=save)
-    assert reasons(notebook.saved[-1]) == {FIRST: UNFINISHED}
-    full.clear()
-    notebook.tune([permute_job()])
-    assert notebook.timed == [FIRST, SECOND, THIRD]
+        Notebook().tune([permute_job()], timer=interrupt, save=save)
 
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}]
 from tuning_cases import CPU, permute_job
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.kernels import lookup
-from smoa_kernels.kernels.store import read, user_table
+from smoa_kernels.kernels.table import keep, read, user_table
 from smoa_kernels.tuning.tuner import tune
 def timer(run):
     run()
     if run.choice == PERMUTE_CONFIGS[1]:
-        os.kill(os.getpid(), signal.{signal})
+        os.kill(os.getpid(), signal.SIGKILL)
     return 1.0
-tune([permute_job()], device=CPU, timer=timer, known=read(user_table("cpu")), save=lookup.keep)
+tune([permute_job()], device=CPU, timer=timer, known=read(user_table("cpu")), save=keep)
 """
 
 
-def killed(by: signal.Signals) -> Entry:
-    """What is in the table of a process that a signal ended at the second candidate."""
-    here = Path(__file__).resolve().parent
-    command = [sys.executable, "-c", KILLED.format(here=str(here), signal=by.name)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here.parents[1])
-    assert process.returncode == -by, process.stderr
-    return kept()[PERMUTE]
-
-
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
-def test_a_candidate_at_which_the_process_ended_is_tried_once_more(by: signal.Signals) -> None:
-    notebook = Notebook()
-    notebook.saved = [killed(by)]
-    assert reasons(notebook.saved[-1]) == {FIRST: None, SECOND: UNFINISHED}
-    (tuned,) = notebook.tune([permute_job()])
-    assert notebook.timed == [SECOND, THIRD]
-    assert tuned.entry is not None
-    assert reasons(tuned.entry) == dict.fromkeys(PERMUTE_CONFIGS)
-
-
 def test_a_candidate_that_kills_the_process_is_not_tried_for_ever() -> None:
-    killed(signal.SIGKILL)
-    notebook = Notebook()
-    notebook.saved = [killed(signal.SIGKILL)]
-    (tuned,) = notebook.tune([permute_job()])
+    here = Path(__file__).resolve().parent
+    command = [sys.executable, "-c", KILLED.format(here=str(here))]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here.parents[1])
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    notebook = Notebook(kept()[PERMUTE])
+    assert reasons(notebook.entry()) == {FIRST: None, SECOND: UNFINISHED}
+    notebook.tune([permute_job()])
     assert notebook.timed == [THIRD]
-    assert tuned.entry is not None
-    assert reasons(tuned.entry) == {FIRST: None, SECOND: GIVEN_UP, THIRD: None}
-    assert tuned.entry.complete
+    assert reasons(notebook.entry()) == {FIRST: None, SECOND: UNFINISHED, THIRD: None}
+    assert notebook.entry().complete
 
 
 @pytest.mark.parametrize(
@@ -165,31 +127,16 @@ def test_a_candidate_that_kills_the_process_is_not_tried_for_ever() -> None:
 )
 def test_a_mark_that_another_process_has_replaced_does_not_come_back(found: Trial) -> None:
     """This one read the table while the other was at its third candidate."""
-    known = entry(seconds={FIRST: 3.0}, complete=False).with_trial(Trial(THIRD, reason=UNFINISHED))
+    known = entry(seconds={FIRST: 3.0}, complete=False).add(Trial(THIRD, reason=UNFINISHED))
     update(user_table("cpu"), [known])
 
     def timer(run: Run) -> float:
-        update(user_table("cpu"), [entry(seconds={FIRST: 3.0}, complete=False).with_trial(found)])
+        update(user_table("cpu"), [entry(seconds={FIRST: 3.0}, complete=False).add(found)])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(
-            [permute_job()],
-            device=CPU,
-            timer=timer,
-            known={(PERMUTE, known.identity): known},
-            save=lookup.keep,
-        )
+        tune([permute_job()], device=CPU, timer=timer, known=read(user_table("cpu")), save=keep)
     assert {t.choice: t for t in kept()[PERMUTE].trials}[THIRD] == found
-
-
-def test_a_mark_does_not_hide_what_another_process_found() -> None:
-    """Both are at one candidate: one ends it, then the other is interrupted or killed."""
-    done = entry(seconds={FIRST: 3.0}, complete=False).with_trial(Trial(SECOND, reason="wrong numbers"))
-    update(user_table("cpu"), [done])
-    for mark in (UNFINISHED, GIVEN_UP, INTERRUPTED):
-        update(user_table("cpu"), [replace(done, trials=(Trial(SECOND, reason=mark),))])
-    assert kept()[PERMUTE] == done
 
 
 def test_a_lost_gpu_ends_the_run_with_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,4 +150,4 @@ def test_a_lost_gpu_ends_the_run_with_what_was_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(DeviceLostError, match=r"illegal memory access.*run the same command again"):
         notebook.tune([permute_job()])
-    assert [t.choice for t in notebook.saved[-1].trials] == [FIRST, SECOND]
+    assert [t.choice for t in notebook.entry().trials] == [FIRST, SECOND]

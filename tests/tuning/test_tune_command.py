@@ -1,24 +1,19 @@
 """`smoa-kernels tune` and what `info` says of tables: the whole way in the interpreter, under a scripted clock."""
 
-import io
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tuning_cases import CPU, GRAD, entry, needs_interpreter, permute_entry, scripted
+from tuning_cases import CPU, needs_interpreter, scripted
 
 from smoa_kernels.cli import info, main, tune_run
 from smoa_kernels.cost.models import MODELS, Decoder, read_config
-from smoa_kernels.kernels import selection, status
-from smoa_kernels.kernels.entries import Choice
-from smoa_kernels.kernels.heuristic import Key
-from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
-from smoa_kernels.kernels.store import read, update, user_table
+from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
+from smoa_kernels.kernels.table import Choice, select, user_table
 from smoa_kernels.tuning.tuner import Run
 
 pytestmark = needs_interpreter
@@ -122,7 +117,7 @@ def test_tuning_ends_with_heuristic_against_tuned_and_is_in_force(
     assert compared == f"compared: forward 70x90 T≤32 ρ=3 K=2 bf16: {times}"
     assert "fused" in forward
     assert f"Kept in {user_table('cpu')}" in out
-    config = selection.select(
+    config = select(
         "modulated_weight", CPU, torch.bfloat16, rank=3, blocks=2, out_features=70, in_features=90
     )
     assert config.block_n == 16
@@ -161,42 +156,15 @@ def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
     assert "failed" not in capsys.readouterr().out
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_bar_shows_how_far_it_is_and_the_best_so_far(
-    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Merged is the fastest, and may not be chosen in bf16. What is shown when Ctrl-C comes is drawn for certain."""
-
-    def timer(run: Run) -> float:
-        if run.choice == "split":
-            raise KeyboardInterrupt
-        return {"fused": 3e-6, "merged": 2e-6}[str(run.choice)]
-
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    for name, value in {"TERM": "xterm", "COLUMNS": "200", "NO_COLOR": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
-    gpu(timer)
-    assert main(["tune", *SMALL, "--kernel", "forward"]) == 130
-    line = [line for line in screen.getvalue().splitlines() if "tuning" in line][-1]
-    assert "2/3" in line
-    assert "forward 70x90 T≤32 ρ=3 K=2 bf16: 3.0 µs, fused (one kernel, gather inside)" in line
-
-
-def test_without_a_terminal_each_problem_that_is_done_is_told(
+def test_each_problem_that_is_done_is_told(
     gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu(scripted(script))
     assert main(["tune", *SMALL, *KERNELS]) == 0
     weight, forward, gradient = capsys.readouterr().err.splitlines()
-    assert weight.startswith("modulated_weight 70x90 ρ=3 K=2 bf16: 16.0 µs, n=16 c=")
-    assert forward == "forward 70x90 T≤32 ρ=3 K=2 bf16: 1.0 µs, fused (one kernel, gather inside)"
-    assert gradient.startswith("input_gradient 70x90 T≤32 ρ=3 K=2 bf16: 1.0 µs, fused")
+    assert weight.startswith("1/3 modulated_weight 70x90 ρ=3 K=2 bf16: 16.0 µs, n=16 c=")
+    assert forward == "2/3 forward 70x90 T≤32 ρ=3 K=2 bf16: 1.0 µs, fused (one kernel, gather inside)"
+    assert gradient.startswith("3/3 input_gradient 70x90 T≤32 ρ=3 K=2 bf16: 1.0 µs, fused")
     assert main(["tune", *SMALL, *KERNELS]) == 0
     assert capsys.readouterr().err == ""  # nothing was left to do
 
@@ -245,31 +213,7 @@ def test_shapes_of_a_model_on_disk(nested: bool, tmp_path: Path) -> None:
     assert read_config(tmp_path) == read_config(tmp_path / "config.json") == Decoder(64, 160, 4, 4)
 
 
-def test_info_says_which_entries_are_in_force_and_why_others_are_not(cache: Path) -> None:
-    other = Key("permute", "bf16", blocks=2, in_features=12, tokens=8, padded_in=64)
-    stale = permute_entry(other, torch="1.0", source="old")
-    unfinished = entry(GRAD, seconds={BLOCK_GRAD_IEEE_CONFIGS[0]: 1.0}, complete=False)
-    beside = permute_entry(torch="1.0")  # another environment's, for a problem that has one of this one's
-    update(user_table("cpu"), [permute_entry(), stale, unfinished, beside])
-    update(user_table("NVIDIA H100"), [permute_entry()])
-    (user_table("cpu").parent / "old.json").write_text("{")
-    (user_table("cpu").parent / "older.json.broken-1").write_text("{")
-    states = {Path(name).name: state for name, state in status.table_states([CPU]).items()}
-    assert states["cpu.json"].startswith(
-        "yours; 2 of 4 entries in force, 1 not finished, 2 stale: source: old then,"
-    )
-    assert f"torch: 1.0 then, {torch.__version__} now (2)" in states["cpu.json"]
-    assert states["nvidia-h100.json"] == "yours; 1 entries, for a GPU that is not here"
-    assert "is not JSON" in states["old.json"]
-    assert states["older.json.broken-1"] == "yours; set aside, not used"
-    assert (user_table("cpu").parent / "old.json").exists()  # a question moves nothing
-    assert len(read(user_table("cpu"))) == 4
-
-
-def test_info_without_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert status.table_states([CPU]) == {
-        "cpu": "no table: the heuristic chooses; smoa-kernels tune measures"
-    }
+def test_info_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOA_AUTOTUNE", "1")
     path = tmp_path / "info.json"
     assert main(["info", "--json", str(path)]) == 0

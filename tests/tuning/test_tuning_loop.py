@@ -26,9 +26,9 @@ from smoa_kernels.audit.rules import Record
 from smoa_kernels.cost.architectures import ARCHITECTURES
 from smoa_kernels.cost.gpus import match_gpu
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
-from smoa_kernels.kernels.entries import Choice
 from smoa_kernels.kernels.heuristic import CONFIGS, Key, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
+from smoa_kernels.kernels.table import Choice
 from smoa_kernels.tuning import space
 from smoa_kernels.tuning.plan import (
     Layer,
@@ -53,7 +53,7 @@ def test_the_fastest_wins_and_every_time_is_kept() -> None:
     assert tuned.entry.best().choice == SECOND  # type: ignore[union-attr]
     assert {t.choice: t.seconds for t in tuned.entry.trials} == SPEED
     assert tuned.entry.default == heuristic(PERMUTE, "cpu", 1) == FIRST
-    assert notebook.saved[-1] == tuned.entry
+    assert notebook.entry() == tuned.entry
 
 
 def test_every_kernel_and_algorithm_is_checked_and_timed() -> None:
@@ -73,7 +73,7 @@ def test_a_rerun_repeats_nothing() -> None:
     notebook.timed.clear()
     (tuned,) = notebook.tune([permute_job()])
     assert notebook.timed == []
-    assert tuned.entry == notebook.saved[-1]
+    assert tuned.entry == notebook.entry()
 
 
 @pytest.mark.parametrize(
@@ -88,15 +88,13 @@ def test_a_rerun_repeats_nothing() -> None:
     ids=str,
 )
 def test_what_is_stale_is_measured_again(changed: dict[str, object]) -> None:
-    notebook = Notebook()
-    notebook.saved.append(permute_entry(**changed))
+    notebook = Notebook(permute_entry(**changed))
     notebook.tune([permute_job()])
     assert notebook.timed == list(PERMUTE_CONFIGS)
 
 
 def test_a_wider_space_than_last_time_is_searched() -> None:
-    notebook = Notebook()
-    notebook.saved.append(entry(seconds={FIRST: 3.0}))
+    notebook = Notebook(entry(seconds={FIRST: 3.0}))
     notebook.tune([permute_job()])
     assert notebook.timed == [SECOND, THIRD]
 
@@ -197,7 +195,7 @@ def test_what_does_not_fit_in_memory_costs_one_job_and_no_candidate_its_name(whe
     assert large.problem == reason[where]
     assert large.entry is None
     assert small.entry is not None
-    assert {key for key, _ in notebook.known()} == {PERMUTE}
+    assert {key for key, _ in notebook.table.entries} == {PERMUTE}
 
 
 def test_progress_sees_the_best_so_far() -> None:

@@ -7,17 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoa_kernels.kernels.entries import Choice, Entry, Trial
+from smoa_kernels.kernels import table
 from smoa_kernels.kernels.heuristic import Key, heuristic
 from smoa_kernels.kernels.identity import identity
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
-from smoa_kernels.kernels.store import Table, read, user_table
-from smoa_kernels.tuning.tuner import (
-    Job,
-    Run,
-    Tuned,
-    tune,
-)
+from smoa_kernels.kernels.table import Choice, Entry, Table, Trial, read, select, user_table
+from smoa_kernels.tuning.tuner import Job, Run, Tuned, tune
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(
@@ -47,12 +42,24 @@ def permute_job(key: Key = PERMUTE) -> Job:
     return Job(key, heuristic(key, "cpu", 1), PERMUTE_CONFIGS)
 
 
-def kept(table: Path | None = None) -> dict[Key, Entry]:
+def kept(path: Path | None = None) -> dict[Key, Entry]:
     """What a table holds, this machine's unless it is named; where it has one entry for each problem."""
-    entries = read(table or user_table("cpu")).values()
+    entries = read(path or user_table("cpu")).entries.values()
     found = {e.key: e for e in entries}
     assert len(found) == len(entries)
     return found
+
+
+def ask(tokens: int = 8) -> object:
+    """The launch parameters in force for `PERMUTE`, or for another number of tokens."""
+    sizes = {"blocks": 2, "in_features": 12, "padded_in": 64}
+    return select("permute", CPU, torch.float32, tokens=tokens, **sizes)
+
+
+def forget() -> None:
+    """As in a new process: no table has been read, nothing has been answered."""
+    table._tables.cache_clear()
+    table._answers.clear()
 
 
 def scripted(seconds: Callable[[Choice], float]) -> Callable[[Run], float]:
@@ -69,18 +76,18 @@ SPEED = dict(zip(PERMUTE_CONFIGS, (3.0, 1.0, 2.0), strict=True))
 
 
 class Notebook:
-    """What was saved, last state first to last, and what was timed."""
+    """A table in memory, and what was timed."""
 
-    def __init__(self) -> None:
-        self.saved: list[Entry] = []
+    def __init__(self, *entries: Entry) -> None:
+        self.table = Table({(e.key, e.identity): e for e in entries})
         self.timed: list[Choice] = []
-
-    def known(self) -> Table:
-        return {(e.key, e.identity): e for e in self.saved}
 
     def seconds(self, choice: Choice) -> float:
         self.timed.append(choice)
         return SPEED[choice]
+
+    def entry(self, key: Key = PERMUTE) -> Entry:
+        return self.table.entries[key, identity(CPU, key.kernel)]
 
     def tune(
         self, jobs: list[Job], timer: Callable[[Run], float] | None = None, **options: object
@@ -89,5 +96,5 @@ class Notebook:
             jobs,
             device=CPU,
             timer=timer or scripted(self.seconds),
-            **{"known": self.known(), "save": self.saved.append} | options,  # type: ignore[arg-type]
+            **{"known": self.table, "save": self.table.add} | options,  # type: ignore[arg-type]
         )

@@ -1,0 +1,462 @@
+"""The table of measured choices: what is in force, what is skipped or set aside, and that writers lose nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bounds import ends
+from problems import LinearProblem, make_problem
+from tuning_cases import (
+    CPU,
+    FORWARD,
+    GRAD,
+    PERMUTE,
+    ask,
+    entry,
+    forget,
+    kept,
+    needs_interpreter,
+    permute_entry,
+)
+
+from smoa_kernels.backends import triton as triton_backend
+from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.kernels import identity, table
+from smoa_kernels.kernels.heuristic import Key
+from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
+from smoa_kernels.kernels.permute import gather_columns
+from smoa_kernels.kernels.table import (
+    SCHEMA,
+    Entry,
+    Trial,
+    keep,
+    read,
+    states,
+    tuned_algorithm,
+    update,
+    user_table,
+)
+
+pytestmark = needs_interpreter
+
+HERE = Path(__file__).resolve().parent
+FIRST, SECOND, THIRD = PERMUTE_CONFIGS
+
+
+@pytest.fixture
+def path() -> Path:
+    """Of this machine's table, in a folder that exists."""
+    found = user_table("cpu")
+    found.parent.mkdir(parents=True)
+    return found
+
+
+# Which choice is in force
+
+
+def test_without_tables_the_heuristic_answers_and_nothing_is_written(cache: Path) -> None:
+    assert ask() == FIRST
+    assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) is None
+    assert not cache.exists()
+
+
+def test_the_users_table_comes_before_the_shipped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
+    shipped = [entry(seconds={THIRD: 1.0}), entry(FORWARD, seconds={"split": 2.0, "fused": 3.0})]
+    update(tmp_path / "shipped" / "cpu.json", shipped)
+    assert ask() == THIRD
+    update(user_table("cpu"), [permute_entry(), entry(FORWARD, seconds={"merged": 1.0})])
+    assert ask() == THIRD  # read once per process
+    forget()
+    assert ask() == SECOND
+    # What may not be chosen is looked for in the next table.
+    assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) == "split"
+
+
+def test_what_is_kept_is_in_force_at_once() -> None:
+    assert ask() == FIRST
+    keep(permute_entry())
+    assert ask() == SECOND
+
+
+def test_another_problem_does_not_borrow_an_entry() -> None:
+    keep(permute_entry(PERMUTE._replace(tokens=16)))
+    keep(permute_entry(PERMUTE._replace(blocks=3)))
+    assert ask() == FIRST
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"gpu": "another"},
+        {"capability": "sm_90"},
+        {"multiprocessors": 66},
+        {"torch": "1.0"},
+        {"triton": "2.0"},
+        {"source": "edited"},
+    ],
+    ids=str,
+)
+def test_a_stale_entry_is_not_used_says_why_and_stays(changed: dict[str, object], path: Path) -> None:
+    stale = permute_entry(**changed)
+    update(path, [stale])
+    assert ask() == FIRST
+    ((name, value),) = changed.items()
+    now = getattr(identity.identity(CPU, "permute"), name)
+    said = states([CPU])[str(path)]
+    assert said.startswith("yours; 0 of 1 entries in force, 1 stale: permute 12 columns T≤8 K=2 fp32: ")
+    assert said.endswith(f"{name}: {value} then, {now} now")
+    update(path, [entry(seconds={THIRD: 1.0})])  # two environments share a table
+    forget()
+    assert ask() == THIRD
+    assert stale in read(path).entries.values()
+
+
+def test_an_edit_of_a_kernels_source_makes_its_entries_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(identity.__file__).resolve().parent.parent
+    for file in (*(package / "kernels").glob("*.py"), package / "backends" / "triton.py"):
+        copy = tmp_path / file.relative_to(package)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    monkeypatch.setattr(identity, "_PACKAGE", tmp_path)
+    fresh = identity.source_hash.__wrapped__
+
+    def edited(file: str) -> set[str]:
+        """What goes stale by an edit."""
+        before = {kernel: fresh(kernel) for kernel in ("permute", "block_grad", "forward")}
+        with (tmp_path / file).open("a") as stream:
+            stream.write("# edited\n")
+        return {kernel for kernel, value in before.items() if fresh(kernel) != value}
+
+    assert edited("kernels/permute.py") == {"permute", "forward"}
+    assert edited("kernels/common.py") == {"permute", "block_grad", "forward"}
+    assert edited("backends/triton.py") == {"forward"}
+    assert edited("kernels/table.py") == set()  # how choices are kept makes no kernel faster
+
+
+def test_a_launch_uses_what_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(permute_entry())
+    labels = torch.arange(12) % 2
+    p = BlockPartition.from_labels(labels, labels, 2)
+    launched: list[object] = []
+
+    class Recorder:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **options: launched.append((options["BLOCK_T"], options["BLOCK_P"]))
+
+    monkeypatch.setattr("smoa_kernels.kernels.permute.permute_kernel", Recorder())
+    gather_columns(torch.zeros(5, 12), p.col_index, p.col_offsets, 64)
+    assert launched == [(SECOND.block_t, SECOND.block_p)]
+
+
+def algorithm_entry(dtype: str, kernel: str = "forward") -> None:
+    """In the order of the names, the first was measured fastest."""
+    problem = make_problem(ranks=(3, 2), tokens=8)
+    key = Key(kernel, dtype, 3, 2, *problem.weight.shape, 8)
+    names = ("merged", "split", "fused") if kernel == "forward" else ("merged", "fused")
+    keep(entry(key, seconds={name: float(i + 1) for i, name in enumerate(names)}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "dropout", "expected"),
+    [
+        (torch.bfloat16, "none", False, "split"),
+        (torch.float16, "none", False, "split"),
+        (torch.float32, "tf32", False, "split"),
+        (torch.float32, "ieee", False, "merged"),
+        (torch.float32, "ieee", True, "split"),
+    ],
+)
+def test_a_table_never_chooses_what_breaks_the_numbers(
+    dtype: torch.dtype, precision: str, dropout: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "merged" was measured fastest in all of them: it is taken where W_eff keeps its bits, and under no dropout."""
+    for name in ("bf16", "fp16", "tf32", "fp32"):
+        algorithm_entry(name)
+    problem = make_problem(ranks=(3, 2), tokens=8).to(dtype)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        taken = taken_by(problem, monkeypatch, dropout_p=0.3 if dropout else 0.0)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert taken["forward"] == expected
+
+
+def taken_by(problem: LinearProblem, monkeypatch: pytest.MonkeyPatch, **options: object) -> dict[str, str]:
+    """The algorithms that a training step ran, seen by the kernels it called."""
+    calls: list[str] = []
+    for name in ("modulated_weight", "fused_linear", "block_matmul"):
+        original = getattr(triton_backend, name)
+
+        def seen(
+            *args: object, name: str = name, original: Callable[..., object] = original, **kwargs: object
+        ) -> object:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(triton_backend, name, seen)
+    if options.get("dropout_p"):
+        options["dropout_seed"] = torch.tensor(3)
+    problem.run(backend="triton", **options)
+    names = {"modulated_weight": "merged", "fused_linear": "fused", "block_matmul": "split"}
+    return {"forward": names[calls[0]], "input_gradient": names[calls[-1]]}
+
+
+def test_measured_winners_replace_the_cost_models_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(ranks=(3, 2), tokens=8).to(torch.bfloat16)
+    assert taken_by(problem, monkeypatch) == {"forward": "fused", "input_gradient": "fused"}  # as predicted
+    algorithm_entry("bf16")
+    algorithm_entry("bf16", "input_gradient")
+    assert taken_by(problem, monkeypatch) == {"forward": "split", "input_gradient": "merged"}
+
+
+# What is read
+
+
+ENTRIES = [
+    permute_entry(),
+    entry(GRAD, seconds={BLOCK_GRAD_IEEE_CONFIGS[0]: 0.25}, complete=False).add(
+        Trial(BLOCK_GRAD_IEEE_CONFIGS[1], reason="wrong numbers")
+    ),
+    entry(FORWARD, seconds={"split": 2.0, "merged": 1.0}),
+]
+
+
+def test_a_table_comes_back_as_it_was_written() -> None:
+    path = user_table("NVIDIA H100 80GB HBM3")
+    update(path, ENTRIES)
+    assert path.name == "nvidia-h100-80gb-hbm3.json"
+    assert kept(path) == {e.key: e for e in ENTRIES}
+    assert json.loads(path.read_text())["schema"] == SCHEMA
+
+
+def spoiled(change: Callable[[dict[str, Any]], object], path: Path) -> dict[str, Any]:
+    """Writes a table of three entries, of which the second was changed; returns that one."""
+    update(path, ENTRIES)
+    data = json.loads(path.read_text())
+    change(data["entries"][1])
+    path.write_text(json.dumps(data))
+    bad: dict[str, Any] = data["entries"][1]
+    return bad
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda e: e["key"].update(kernel="matmul"), "kernel must be one of .* got 'matmul'"),
+        (lambda e: e["identity"].pop("torch"), "the Identity has no field 'torch'"),
+        (lambda e: e.update(note="mine"), "an entry has an unknown field 'note'"),
+        (lambda e: e["key"].update(tokens="8"), "tokens must be of type int, got '8'"),
+        (lambda e: e["key"].update(rank=-1), "rank must be at least 0, got -1"),
+        (lambda e: e["key"].update(padded_out=16), "does not divide the layout"),
+        (lambda e: e["trials"][0]["choice"].update(num_warps=3), "num_warps = 3 is no launch parameter"),
+        (lambda e: e["trials"][0]["choice"].update(num_warps=64), "num_warps = 64 is no launch parameter"),
+        (lambda e: e["trials"][0].update(seconds=-1), "seconds must be positive and finite, got -1"),
+        (lambda e: e["trials"][0].update(seconds=10**400), "seconds must be positive and finite, got 1000"),
+        (lambda e: e["trials"][1].update(reason=3), "reason must be a str, got int"),
+        (lambda e: e.update(trials={}), "trials must be a list, got dict"),
+        (lambda e: e.update(default="split"), "the BlockGradConfig must be an object, got 'split'"),
+    ],
+)
+def test_a_bad_entry_is_skipped_and_named_and_the_others_stay_in_force(
+    change: Callable[[dict[str, Any]], object], words: str, path: Path
+) -> None:
+    bad = spoiled(change, path)
+    with pytest.warns(UserWarning, match=f"{path}: 1 skipped: entry 2: .*{words}") as caught:
+        assert ask() == SECOND
+    assert len(caught) == 1
+    assert len(str(caught[0].message)) < 500 + len(str(path))
+    assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) == "split"
+    said = states([CPU])[str(path)]
+    assert said.startswith("yours; 2 of 2 entries in force, 1 skipped: entry 2: ")
+    keep(entry(seconds={THIRD: 0.5}))  # another version may know the one that was skipped
+    assert bad in json.loads(path.read_text())["entries"]
+
+
+def test_of_many_skipped_entries_the_first_are_named(path: Path) -> None:
+    path.write_text(json.dumps({"schema": SCHEMA, "entries": [None] * 9}))
+    with pytest.warns(UserWarning, match="9 skipped: entry 1: .*; entry 5: .*; and 4 more; the others"):
+        assert read(path).entries == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b'{"schema": 1, "entries": ' + b"[" * 100_000, "is not JSON"),
+        (b"[1, 2]", "is not a table of smoa-kernels"),
+        (b'{"schema": "https://json-schema.org"}', "is not a table of smoa-kernels"),
+        (b'{"schema": 1}', "holds no list of entries"),
+        (b'{"schema": 2}', "has schema 2, this version knows up to 1"),
+        (None, "more than any table"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_table_is_named_and_set_aside_by_the_next_writer(
+    text: bytes | None, words: str, path: Path
+) -> None:
+    if text is None:
+        with path.open("wb") as stream:
+            stream.truncate(table.MOST_BYTES + 1)  # a hole: it takes no room
+    else:
+        path.write_bytes(text)
+    with pytest.warns(UserWarning, match=f"{path} .*{words}.*; it is not used") as caught:
+        assert ask() == FIRST
+    assert len(caught) == 1
+    assert words in states([CPU])[str(path)]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # a question moves nothing
+    with pytest.warns(UserWarning, match=f"{words}.*; set aside as cpu.json.broken-1"):
+        update(path, [permute_entry()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(kept(path)) == {PERMUTE}
+    aside = path.with_name("cpu.json.broken-1")
+    assert text is None or aside.read_bytes() == text
+    assert states([CPU])[str(aside)] == "yours; set aside, not used"
+    path.write_text("{")
+    with pytest.warns(UserWarning, match="broken-2"):
+        update(path, [])
+
+
+def test_nothing_is_written_that_would_not_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update(path, [permute_entry()])
+    before = path.read_text()
+    monkeypatch.setattr(table, "MOST_BYTES", len(before) + 100)
+    with pytest.raises(OSError, match="more than any table that is read") as caught:
+        update(path, [permute_entry(PERMUTE._replace(tokens=16))])
+    assert caught.value.filename == str(path)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe"])
+def test_something_else_in_the_tables_place(kind: str, path: Path) -> None:
+    path.mkdir() if kind == "a folder" else os.mkfifo(path)
+    with pytest.warns(UserWarning, match="cannot be read: .* is not a file"), ends():
+        assert ask() == FIRST
+    with pytest.raises(OSError, match="is not a file"):
+        update(path, [])
+
+
+# Writers
+
+
+def test_what_two_writers_found_for_one_key_is_joined(path: Path) -> None:
+    update(path, [entry(seconds={FIRST: 3.0}, complete=False).add(Trial(SECOND, reason="died"))])
+    update(path, [entry(seconds={FIRST: 3.5, THIRD: 2.0}, complete=False).add(Trial(SECOND, 1.0))])
+    found = kept(path)[PERMUTE]
+    assert {t.choice: t.seconds for t in found.trials} == {FIRST: 3.5, SECOND: 1.0, THIRD: 2.0}
+    update(path, [entry(seconds={FIRST: 4.0}, complete=True).add(Trial(SECOND, reason="died"))])
+    found = kept(path)[PERMUTE]
+    assert {t.choice: t.seconds for t in found.trials} == {FIRST: 4.0, SECOND: 1.0, THIRD: 2.0}
+    assert found.complete
+
+
+TUNING = """
+import sys
+sys.path[:0] = [{here!r}]
+from tuning_cases import CPU, PERMUTE, permute_job, scripted
+from smoa_kernels.kernels.table import Table, keep
+from smoa_kernels.tuning.tuner import tune
+keys = [PERMUTE._replace(tokens=1 << step, blocks={blocks}) for step in range({steps})]
+timer = scripted(lambda choice: float(choice.block_t))
+tune([permute_job(key) for key in keys], device=CPU, timer=timer, known=Table(), save=keep)
+"""
+
+
+def tuning(blocks: int, steps: int, before: str = "") -> subprocess.Popen[str]:
+    """A process that tunes problems of its own into the table of this machine."""
+    program = before + TUNING.format(here=str(HERE), blocks=blocks, steps=steps)
+    command = [sys.executable, "-c", program]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]
+    )
+
+
+@pytest.mark.parametrize("of", [(1, 2), (1, 1)], ids=["different problems", "the same problems"])
+def test_two_processes_tune_into_one_table(of: tuple[int, int]) -> None:
+    processes = [tuning(blocks, 5) for blocks in of]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    found = kept()
+    assert {(key.blocks, key.tokens) for key in found} == {(n, 1 << s) for n in of for s in range(5)}
+    for tuned in found.values():
+        assert tuned.complete
+        assert {t.choice: t.seconds for t in tuned.trials} == {c: float(c.block_t) for c in PERMUTE_CONFIGS}
+
+
+def test_a_writer_waits_for_one_that_has_read_and_not_yet_written() -> None:
+    """The moment at which, without the lock, the second one's entry would be lost."""
+    paused = (
+        "import os\nreplace = os.replace\n"
+        "os.replace = lambda a, b: (print('writing', flush=True), input(), replace(a, b))\n"
+    )
+    other = permute_entry(PERMUTE._replace(tokens=16))
+    with tuning(7, 1, paused) as process, ThreadPoolExecutor(1) as pool:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "writing\n"
+        written = pool.submit(update, user_table("cpu"), [other])
+        with pytest.raises(TimeoutError):
+            written.result(timeout=0.5)
+        process.stdin.write("\n" * 20)
+        process.stdin.close()
+        written.result(timeout=60)
+        assert process.wait(timeout=60) == 0
+    assert {(key.blocks, key.tokens) for key in kept()} == {(7, 1), (2, 16)}
+
+
+def test_kill_in_the_middle_of_a_write(path: Path) -> None:
+    """Killed at the worst moment: the new file is written, not yet renamed, and the lock is held."""
+    update(path, [permute_entry()])
+    before = path.read_text()
+    stopped = "import os, time\nos.replace = lambda a, b: (print('writing', flush=True), time.sleep(60))\n"
+    with tuning(7, 1, stopped) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+    assert path.read_text() == before
+    update(path, [permute_entry(PERMUTE._replace(tokens=16))])  # the lock went with its holder
+    assert {key.tokens for key in kept(path)} == {8, 16}
+
+
+# What `smoa-kernels info` says
+
+
+def test_info_says_which_entries_are_in_force_and_why_others_are_not(path: Path) -> None:
+    other = Key("permute", "bf16", blocks=2, in_features=12, tokens=8, padded_in=64)
+    beside = permute_entry(torch="1.0")  # another environment's, for a problem that has one of this one's
+    update(path, [*ENTRIES[:2], permute_entry(other, torch="1.0"), beside])
+    update(user_table("NVIDIA H100"), [permute_entry()])
+    said = {Path(name).name: state for name, state in states([CPU]).items()}
+    assert said["cpu.json"] == (
+        "yours; 2 of 4 entries in force, 1 not finished, 2 stale: "
+        f"permute 12 columns T≤8 K=2 bf16: torch: 1.0 then, {torch.__version__} now; "
+        f"permute 12 columns T≤8 K=2 fp32: torch: 1.0 then, {torch.__version__} now"
+    )
+    assert said["nvidia-h100.json"] == "yours; 1 entries, for a GPU that is not here"
+
+
+def test_info_without_a_table() -> None:
+    assert states([CPU]) == {"cpu": "no table: the heuristic chooses; smoa-kernels tune measures"}
+
+
+def test_an_entry_that_holds_nothing_timed_has_no_best() -> None:
+    empty = Entry(PERMUTE, permute_entry().identity, FIRST)
+    assert empty.add(Trial(FIRST, reason="died")).best() is None
+    assert replace(permute_entry(), trials=()).best() is None
