@@ -129,7 +129,7 @@ def _machines(jobs: Mapping[str, dict[str, Any]], runs: list[Run]) -> str:
 def _goals(run: Run) -> str:
     """How many of the goals for CPUs a run met."""
     met = sum(goal.verdict(goal.measure(run)) == "met" for goal in GOALS)
-    return "" if run.on_gpu else f"{met} of {len(GOALS)} goals met, "
+    return "" if run.on_gpu else f"{met} of {len(GOALS)} performance goals met, "
 
 
 def _injection(run: Run) -> str:
