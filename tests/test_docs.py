@@ -38,8 +38,11 @@ def names(source: str) -> set[str]:
 
 def anchors(page: Path) -> set[str]:
     """The anchors that a Markdown viewer gives to a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        found.add(next(a for a in (anchor, *(f"{anchor}-{i}" for i in range(1, 99))) if a not in found))
+    return found
 
 
 @every_page
