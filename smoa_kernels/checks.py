@@ -1,4 +1,4 @@
-"""Checks of single values, whoever takes them: what each must be, and what was given."""
+"""Checks of what users give. Each raises a TypeError or ValueError that names the argument, its value and its limits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Of blocks, and of ranks: far above any that serves, far below those whose bookkeeping alone fills the memory.
+# The most blocks and ranks: far more than anyone needs, far fewer than would fill the memory with bookkeeping alone.
 MOST_BLOCKS = MOST_RANKS = 2**16
 # Of tokens, features and GPUs that something is predicted for: products of a few still fit into a float.
 MOST_SIZE = 10**12
@@ -59,13 +59,12 @@ def cached(function: Callable[P, T]) -> Callable[P, T]:
     return answer
 
 
-# As Python shows values, but the middle of long ones left out: a message is read by people.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def shown(value: object) -> str:
-    """What was given, in a message: like `repr`, and no page of it, however large the value is.
+    """Show a value in a message, like `repr` but with long values cut short.
 
     Example:
         >>> shown([1, 2]), shown(list(range(1000)))
@@ -75,7 +74,7 @@ def shown(value: object) -> str:
 
 
 def check_count(name: str, value: int, least: int = 1, most: int | None = None) -> None:
-    """Whether `value` is an int from `least` to `most`; True and False are none."""
+    """`value` must be an int from `least` to `most`. True and False are not ints here."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {shown(value)}")
     if value < least:
@@ -85,7 +84,7 @@ def check_count(name: str, value: int, least: int = 1, most: int | None = None) 
 
 
 def check_blocks(num_blocks: int, shape: Sequence[int] | None = None, name: str = "a weight") -> None:
-    """Whether anything can have so many blocks and, where `shape` is given, whether `name`, of that shape, can."""
+    """`num_blocks` must be a number of blocks that `name`, of this `shape`, can be cut into."""
     check_count("num_blocks", num_blocks, most=MOST_BLOCKS)
     if shape is not None and num_blocks > min(shape):
         raise ValueError(
@@ -95,13 +94,13 @@ def check_blocks(num_blocks: int, shape: Sequence[int] | None = None, name: str 
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
-    """Whether `value` is one of the names that are allowed."""
+    """`value` must be one of the allowed names."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
-    """Whether `value` is an instance of `kind`."""
+    """`value` must be an instance of `kind`."""
     if not isinstance(value, kind):
         wanted = f"torch.{kind.__name__}" if kind.__module__ == "torch" else kind.__name__
         article = "an" if wanted[0] in "AEIOU" else "a"
@@ -109,13 +108,13 @@ def check_kind(name: str, value: object, kind: type) -> None:
 
 
 def check_names(name: str, value: object) -> None:
-    """Whether `value` is a list of strings, and no string, which would be a list of its letters."""
+    """`value` must be a list, tuple or set of strings; a string would be taken for a list of its letters."""
     if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
         raise TypeError(f"{name} must be a list of names, got {shown(value)}")
 
 
 def check_number(name: str, value: float) -> None:
-    """Whether `value` is a real number that torch takes as a scalar; True and False are none."""
+    """`value` must be a real number that torch takes as a scalar. True and False are not numbers here."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     if isinstance(value, int) and value.bit_length() > 63:
@@ -125,14 +124,14 @@ def check_number(name: str, value: float) -> None:
 
 
 def check_finite(name: str, value: float) -> None:
-    """Whether `value` is a number, and neither NaN nor Inf."""
+    """`value` must be a number, and neither NaN nor Inf."""
     check_number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """`device` where this machine has it; torch says it in a RuntimeError, a TypeError or an AssertionError."""
+    """Return `device`, which this machine must have. torch raises errors of several kinds where it does not."""
     try:
         return torch.empty(0, device=torch.device(device)).device
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -142,17 +141,17 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message, below which torch puts hints; the name of its type where it has no message."""
+    """The first line of an error's message, without the hints that torch adds; or its type's name if it is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def layout_of(value: Tensor) -> str:
-    """How a tensor lies in memory; a nested one calls itself strided."""
+    """A tensor's memory layout. A nested tensor is told from a strided one, which torch's `layout` does not do."""
     return "torch.nested" if value.is_nested else str(value.layout)
 
 
 def check_weight(weight: Tensor, name: str = "weight") -> None:
-    """Whether `weight`, called `name`, has a spectrum; a whole tensor is read."""
+    """`weight` must be a dense, finite floating-point matrix with values, so that it has a spectrum. Reads all of it."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():
@@ -172,6 +171,6 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
 
 
 def check_path(name: str, value: object) -> None:
-    """Whether `value` can be the path of a file or folder."""
+    """`value` must be the path of a file or folder."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a path, got {shown(value)}")

@@ -1,4 +1,4 @@
-"""The figures of `smoa-kernels spectrum`. Imports matplotlib."""
+"""Draws the figures of `smoa-kernels spectrum`. Imports matplotlib."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _SETTINGS: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-# Okabe and Ito's, safe for colour-blind readers; the marker tells them apart besides.
+# Okabe and Ito's colours, safe for colour-blind readers; markers differ too.
 _STYLES = {"ours": ("#009E73", "o"), "theirs": ("#0072B2", "s")}
 _KINDS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#D55E00", "#999999", "#7B5E00", "#4B0092")
 _POINTS = 101
 _SHARES = [i / (_POINTS - 1) for i in range(_POINTS)]
 _PLACE = "position in W0's spectrum, j / q"
-_FLOOR = 1e-4  # of the largest singular value: lower ones are not drawn
+_FLOOR = 1e-4  # singular values below this share of the largest are not drawn
 
 
 def overview(found: ModelSpectrum) -> Figure:
-    """All layers: W0's spectra, its blocks, the updates' spectra, where they lie in W0's, coverage and rank."""
+    """Draw all layers: W0's spectra and blocks, the updates' spectra and their energy along W0's, coverage and rank."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(12.5, 7.4), layout="constrained")
         axes = figure.subplots(2, 3)
@@ -68,7 +68,7 @@ def overview(found: ModelSpectrum) -> Figure:
 
 
 def layer_figure(found: ModelSpectrum, name: str) -> Figure:
-    """One layer: its spectrum, its blocks, the updates' spectra, where they lie in W0's."""
+    """Draw one layer: W0's spectrum and blocks, the updates' spectra and their energy along W0's."""
     layer = found.layers[name]
     one = ModelSpectrum(found.model, found.sources, {name: layer}, 0)
     with matplotlib.rc_context(_SETTINGS):
@@ -88,7 +88,7 @@ def layer_figure(found: ModelSpectrum, name: str) -> Figure:
 
 
 def rendered(figure: Figure, suffix: str) -> bytes:
-    """The file of a figure, ".svg" or ".png", the same for the same figure."""
+    """The bytes of a figure's file, ".svg" or ".png". The same figure gives the same bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(_SETTINGS):
         if suffix == ".png":
@@ -115,7 +115,7 @@ def _kinds(found: ModelSpectrum) -> dict[str, list[LayerSpectrum]]:
 
 
 def _weights(axis: Axes, found: ModelSpectrum) -> None:
-    """Singular values of W0, a line per kind of layer."""
+    """Singular values of W0, one line for each kind of layer."""
     kinds = _kinds(found)
     for i, (kind, layers) in enumerate(kinds.items()):
         curves = [_along(layer.singular_values.numpy(), _SHARES) for layer in layers]
@@ -128,7 +128,7 @@ def _weights(axis: Axes, found: ModelSpectrum) -> None:
 
 
 def _blocks(axis: Axes, layers: Sequence[LayerSpectrum]) -> None:
-    """To which block W0's singular directions belong, along its spectrum: means over the layers."""
+    """Shares of the blocks in W0's singular directions, along its spectrum: means over the layers."""
     count = max(len(layer.blocks.diagonal_shares) for layer in layers)
     places = np.linspace(0, 1, 32)
     shares, diagonal = np.zeros((count, len(places))), np.zeros(count)
@@ -155,7 +155,7 @@ def _blocks(axis: Axes, layers: Sequence[LayerSpectrum]) -> None:
 
 
 def _updates(axis: Axes, found: ModelSpectrum, layers: Sequence[LayerSpectrum]) -> None:
-    """Singular values of ΔW; each line falls where the rank of half of the layers ends."""
+    """Singular values of ΔW. A line falls where half of the layers have no more of them."""
     places = np.geomspace(1 / max(len(layer.singular_values) for layer in layers), 1, _POINTS)
     for key, source in found.sources.items():
         colour, _ = _STYLES[key]
@@ -183,7 +183,7 @@ def _updates(axis: Axes, found: ModelSpectrum, layers: Sequence[LayerSpectrum]) 
 
 
 def _cumulated(axis: Axes, found: ModelSpectrum, layers: Sequence[LayerSpectrum]) -> None:
-    """Energy of ΔW along W0's first directions, of what lies along any."""
+    """Share of ΔW's energy along W0's first directions, in its energy along all of them."""
     for key, source in found.sources.items():
         colour, _ = _STYLES[key]
         for side, style in (("left", "-"), ("right", (0, (4, 2)))):
@@ -212,7 +212,7 @@ def _cumulated(axis: Axes, found: ModelSpectrum, layers: Sequence[LayerSpectrum]
 
 
 def _by_kind(axis: Axes, found: ModelSpectrum, quantity: str) -> None:
-    """A dot per layer, the first on top; a row per kind of layer and source."""
+    """A dot for each layer, the first on top, and a row for each kind of layer and source."""
     kinds = _kinds(found)
     for (key, source), offset in zip(found.sources.items(), (-0.2, 0.2), strict=True):
         colour, marker = _STYLES[key]
@@ -248,7 +248,7 @@ def _band(axis: Axes, x: Any, curves: NDArray[np.float64], colour: str) -> None:
 
 
 def _along(values: NDArray[np.float64], places: Any) -> NDArray[np.float64]:
-    """Singular values over the largest at shares j / q of the spectrum, the first at everything below."""
+    """Singular values over the largest, interpolated at shares j / q of the spectrum."""
     index = np.arange(1, len(values) + 1) / len(values)
     found: NDArray[np.float64] = np.interp(places, index, values / (values[0] or 1.0))
     return found

@@ -198,12 +198,13 @@ def refuses() -> None:
     assert not isinstance(layers(merged)[0].smoa_A, DTensor)
     dropping = build("fused", torch.float64, dropout=0.1)
     torch.manual_seed(dist.get_rank())
-    with pytest.raises(ValueError, match="dropout needs the generators"):
+    with pytest.raises(ValueError, match="dropout needs the random generators"):
         parallelize(dropping)
     assert not isinstance(layers(dropping)[0].weight, DTensor)
     cut = parallelize(build("fused", torch.float64))
-    with pytest.raises(RuntimeError, match="before parallelize_module"):
-        layers(cut)[0].reset_adapter()
+    for reset in ("reset_adapter", "reset_parameters"):
+        with pytest.raises(RuntimeError, match=rf"the layer is sharded: call {reset}\(\) before"):
+            getattr(layers(cut)[0], reset)()
     with pytest.raises(ValueError, match="parallelized already"):
         parallelize(cut)
     peft = parallelize(build("peft", torch.float64))
