@@ -1,4 +1,4 @@
-"""Checks of what users give. Each raises a TypeError or ValueError that names the argument, its value and its limits."""
+"""Checks of what users give. Each raises a TypeError or ValueError that names the argument and what is allowed."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def layout_of(value: Tensor) -> str:
 
 
 def check_weight(weight: Tensor, name: str = "weight") -> None:
-    """`weight` must be a dense, finite floating-point matrix with values, so that it has a spectrum. Reads all of it."""
+    """`weight` must be a dense, finite floating-point matrix that holds numbers. This reads all of it."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from .definition.arguments import check_input
 from .definition.packed import PackedAdapter, draw_A, scaling_tensor
 from .definition.partition import BlockPartition, label_dtype
 from .definition.ranks import trainable_parameters
+from .definition.shard import LayerShard
 from .definition.sketch import sketch_weight
 from .definition.spectral_order import whole
 from .functional import smoa_linear
@@ -30,9 +31,6 @@ from .layer_checks import (
     linear_parameters,
     partition_in,
 )
-
-if TYPE_CHECKING:
-    from .definition.shard import LayerShard
 
 __all__ = ["FusedSMoALinear"]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Shard
+
+if TYPE_CHECKING:  # torch.distributed.tensor takes about a second to import, and only a shard's methods need it
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["LayerShard"]
 
@@ -48,6 +50,8 @@ class LayerShard:
 
     def output(self, y: Tensor) -> Tensor:
         """The layer's output, a DTensor: sharded where W0's rows are cut, else yet to be summed over processes."""
+        from torch.distributed.tensor import DTensor, Partial, Shard
+
         placement = Shard(-1) if self._dim == 0 else Partial()
         shape = torch.Size((*y.shape[:-1], self._out_features))
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -91,6 +95,8 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Partial
+
         mesh, placements, shape, stride = ctx.layout
         held = tuple(Partial() if placement.is_replicate() else placement for placement in placements)
         part = DTensor.from_local(gradient, mesh, held, run_check=False, shape=shape, stride=stride)
