@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,8 @@ SECONDS = {"tests": 140.0, "tune": 85.0, "compare": 190.0, "predict": 35.0}
 OUT_OF_TIME = 3  # exit code of a stage that noticed by itself that its time was short
 
 GPU_BYTES = 2 * 2**30  # GPU memory of one test process: the context, its kernels and its tensors
-SMOKE_TESTS = ("tests/kernels/test_permute.py",)
+SMOKE_TESTS = ("tests/test_reference.py",)
+SMOKE_PATIENCE = 4  # a rehearsal's limits are longer, for it may share the machine with others
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if state.stages.get(name, {}).get("status") == "done":
             print(f"{name}: done before", flush=True)
             continue
-        status, output = run_stage(
-            _command(name, out, options.smoke), path.with_suffix(".log"), SECONDS[name]
-        )
+        seconds = SECONDS[name] * (SMOKE_PATIENCE if options.smoke else 1)
+        command = _command(name, out, seconds, options.smoke)
+        status, output = run_stage(command, path.with_suffix(".log"), seconds)
         state = State.read(path).with_stage(name, **status)
         if name == "tests":
             state = state.with_finding("tests", pytest_finding(output))
@@ -86,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(found["status"] == "done" for found in state.stages.values()) else 1
 
 
-def _command(name: str, out: Path, smoke: bool) -> list[str]:
+def _command(name: str, out: Path, seconds: float, smoke: bool) -> list[str]:
     """What runs in a stage's process: pytest for the tests, else this module again."""
     if name != "tests":
-        until = str(time.time() + SECONDS[name] - GRACE)
+        until = str(time.time() + seconds - GRACE)
         command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--out", str(out.resolve())]
         return [*command, "--until", until, *(["--smoke"] if smoke else [])]
     import torch
@@ -108,7 +110,7 @@ def run_stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[s
     Returns:
         Its status ("done", "failed", "out of time" or "interrupted"), seconds and error, and what it printed.
     """
-    start = time.monotonic()
+    start, limit_passed = time.monotonic(), False
     with log.open("ab") as stream:
         begin = stream.tell()
         # A session of its own, so that the stage's own child processes end with it.
@@ -119,15 +121,17 @@ def run_stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[s
             code = process.wait(seconds)
             status = {0: "done", OUT_OF_TIME: "out of time"}.get(code, "failed")
         except subprocess.TimeoutExpired:
-            status = "out of time"
+            status, limit_passed = "out of time", True
         except KeyboardInterrupt:
             status = "interrupted"
         finally:
             _end(process)
     output = log.read_bytes()[begin:].decode(errors="replace")
-    lines = [line for line in output.splitlines() if line.strip()]
-    error = lines[-1].strip("= ") if lines and status != "done" else ""
-    if status == "failed" and process.returncode < 0:
+    lines = [line for line in output.splitlines() if line.strip()] or [""]
+    error = "" if status == "done" else lines[-1].strip("= ")
+    if limit_passed:
+        error = f"stopped after {seconds:.0f} s"
+    elif status == "failed" and process.returncode < 0:
         error = f"ended by signal {-process.returncode}. {error}".strip()
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "error": error}, output
 
@@ -145,11 +149,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def pytest_finding(output: str) -> Mapping[str, Any]:
-    """Pytest's last line, the tests that failed, and the reasons of skipped ones, from what pytest printed."""
-    lines = [line for line in output.splitlines() if line.strip()]
+    """How many tests had each outcome, which failed and why others were skipped, from what pytest printed."""
+    outcomes = re.findall(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (\S.*)$", output, re.MULTILINE)
+    counts = Counter(outcome.lower() for outcome, _ in outcomes)
+    reasons = re.findall(r"^(?:FAILED|ERROR) (\S.*)$", output, re.MULTILINE)  # of a run that came to its end
     return {
-        "summary": lines[-1].strip("= ") if lines else "pytest printed nothing",
-        "failed": re.findall(r"^(?:FAILED|ERROR) (\S+\.py.*)$", output, re.MULTILINE),
+        "counts": dict(sorted(counts.items())),
+        "failed": reasons or [name for outcome, name in outcomes if outcome in ("FAILED", "ERROR")],
         "skipped": re.findall(r"^SKIPPED (\[\d+\] .+)$", output, re.MULTILINE),
     }
 

@@ -87,7 +87,7 @@ def _tests(state: State) -> str:
     found = state.findings.get("tests")
     if found is None:
         return "Not run."
-    lines = [f"{found['summary']}."]
+    lines = [", ".join(f"{number} {outcome}" for outcome, number in found["counts"].items()) or "None ran."]
     lines += [f"- {kind}: `{line}`" for kind in ("failed", "skipped") for line in found[kind]]
     return "\n".join(lines)
 
