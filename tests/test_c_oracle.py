@@ -15,6 +15,8 @@ from c_oracle import FloatArray, IntArray, OracleError, Status
 from numpy.typing import ArrayLike
 from vectors import Vector, all_vectors
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-10
 
 each_vector = pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)

@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 from smoa_kernels import FusedSMoALinear, operator
 from smoa_kernels.backends import load_backend, triton_obstacle
 
+pytestmark = pytest.mark.slow
+
 OBSTACLE = triton_obstacle(torch.device("cpu"))
 needs_interpreter = pytest.mark.skipif(OBSTACLE is not None, reason=f"on CPU tensors, {OBSTACLE}")
 TRITON = pytest.param("triton", marks=needs_interpreter)

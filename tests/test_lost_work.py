@@ -21,6 +21,8 @@ from tuning_cases import PERMUTE, forget, permute_entry
 
 from smoa_kernels.peft.inspection import inspect_adapter
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 
 

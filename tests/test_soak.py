@@ -18,7 +18,7 @@ from smoa_kernels import smoa_linear
 from smoa_kernels.backends import triton_obstacle
 from smoa_kernels.definition.reference import reference_linear
 
-pytestmark = pytest.mark.numerical
+pytestmark = [pytest.mark.numerical, pytest.mark.slow]
 
 # (N, C) of two layers in a row: what the first one learns comes through the dX of the second.
 SHAPES = ((10, 12), (8, 10))

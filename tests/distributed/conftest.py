@@ -20,6 +20,6 @@ def four() -> Iterator[Processes]:
     group.stop()
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def group(request: pytest.FixtureRequest) -> Processes:
     return request.getfixturevalue({2: "two", 4: "four"}[request.param])

@@ -73,6 +73,7 @@ def sends_the_factors() -> None:
     assert set(backward.calls) == {"allreduce"}
 
 
+@pytest.mark.slow
 def test_traffic_is_the_bytes_of_the_factors(group: Processes) -> None:
     group.run(sends_the_factors)
 
@@ -87,6 +88,7 @@ def draws_masks() -> list[Tensor]:
     return outputs
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_processes_and_is_reproducible(two: Processes) -> None:
     (first, again), (other, other_again) = two.run(draws_masks)
     assert torch.equal(first, again)
@@ -195,5 +197,6 @@ def compiles() -> None:
     assert layers(parallel.module)[0].smoa_A.grad is not None
 
 
+@pytest.mark.slow
 def test_compiled(two: Processes) -> None:
     two.run(compiles)

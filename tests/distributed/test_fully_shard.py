@@ -87,6 +87,7 @@ def gathers_once_per_pass() -> None:
     assert backward.bytes["reduce_scatter_base"] == padded
 
 
+@pytest.mark.slow
 def test_each_pass_gathers_a_block_once(group: Processes) -> None:
     group.run(gathers_once_per_pass)
 
@@ -108,6 +109,7 @@ def keeps_the_root_whole() -> None:
     assert backward.calls == {"allgather_base": DEPTH, "reduce_scatter_base": DEPTH}
 
 
+@pytest.mark.slow
 def test_the_root_is_gathered_once(two: Processes) -> None:
     two.run(keeps_the_root_whole)
 
@@ -127,6 +129,7 @@ def keeps_factors_whole() -> None:
     assert traffic.bytes["allreduce"] == sum(p.numel() * 8 for p in factors)
 
 
+@pytest.mark.slow
 def test_factors_may_stay_whole(two: Processes) -> None:
     two.run(keeps_factors_whole)
 
@@ -146,6 +149,7 @@ def trains_in_half_precision() -> None:
         ), name
 
 
+@pytest.mark.slow
 def test_mixed_precision_policy(two: Processes) -> None:
     two.run(trains_in_half_precision)
 
@@ -165,6 +169,7 @@ def trains_wide_factors_over_a_half_base() -> None:
         assert relative_error(whole(ours[name]), single[name]) < 2e-2, name
 
 
+@pytest.mark.slow
 def test_float32_factors_over_a_half_precision_base(two: Processes) -> None:
     two.run(trains_wide_factors_over_a_half_base)
 
@@ -184,6 +189,7 @@ def composes_with_tensor_parallelism(kind: str) -> None:
                 assert error < (DOUBLE if dtype == torch.float64 else budget), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fused", "peft"])
 def test_two_dimensional_mesh(four: Processes, kind: str) -> None:
     four.run(composes_with_tensor_parallelism, kind)
@@ -205,6 +211,7 @@ def merges_after_unshard() -> None:
     assert relative_error(up.weight, single.weight) < DOUBLE
 
 
+@pytest.mark.slow
 def test_merging_needs_unshard(two: Processes) -> None:
     two.run(merges_after_unshard)
 
@@ -264,6 +271,7 @@ def load(kind: str, how: str, folder: Path) -> dict[str, Tensor]:
     return {n: whole(p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["shards", "tensor"])
 @pytest.mark.parametrize("kind", ["fused", "peft"])
 def test_checkpoints_fit_any_world_size(

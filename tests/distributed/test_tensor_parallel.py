@@ -63,6 +63,7 @@ def test_equals_one_process(group: Processes, kind: str, dropout: float) -> None
     group.run(equals_one_process, kind, dropout, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fused", "peft"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_shards_that_miss_a_block(group: Processes, kind: str, dropout: float) -> None:
@@ -78,6 +79,7 @@ def misses_a_block() -> None:
     assert down.partition.num_blocks == BLOCKS
 
 
+@pytest.mark.slow
 def test_the_shards_of_that_test_do_miss_one(four: Processes) -> None:
     four.run(misses_a_block)
 
@@ -101,6 +103,7 @@ def merges(kind: str) -> None:
     assert relative_error(model(x), before) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fused", "peft"])
 def test_merged_weights(group: Processes, kind: str) -> None:
     group.run(merges, kind)
@@ -125,6 +128,7 @@ def sequence_parallel() -> None:
         assert relative_error(whole(ours[name]) / mesh.size(), expected[name]) < DOUBLE, name
 
 
+@pytest.mark.slow
 def test_sequence_parallel_layouts(group: Processes) -> None:
     group.run(sequence_parallel)
 
@@ -148,6 +152,7 @@ def two_adapters() -> None:
     assert_close(ours, expected)
 
 
+@pytest.mark.slow
 def test_several_active_adapters(two: Processes) -> None:
     two.run(two_adapters)
 
@@ -174,6 +179,7 @@ def spectra_are_shared() -> int:
     return len(computed)
 
 
+@pytest.mark.slow
 def test_the_order_is_computed_once(two: Processes) -> None:
     assert two.run(spectra_are_shared) == [4, 0]
 
@@ -265,6 +271,7 @@ def several_dropouts() -> None:
         model(batch(torch.float64)[0])
 
 
+@pytest.mark.slow
 def test_adapters_that_drop_out_differently_are_refused(two: Processes) -> None:
     two.run(several_dropouts)
 
@@ -277,6 +284,7 @@ def unloads() -> None:
         assert relative_error(cut.bias.full_tensor(), one.bias) == 0
 
 
+@pytest.mark.slow
 def test_unloaded_weights_are_whole_when_gathered(two: Processes) -> None:
     two.run(unloads)
 
@@ -303,5 +311,6 @@ def compiles() -> None:
     assert_close({name.removeprefix("_orig_mod."): value for name, value in ours.items()}, expected)
 
 
+@pytest.mark.slow
 def test_compiles_whole(two: Processes) -> None:
     two.run(compiles)

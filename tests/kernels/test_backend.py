@@ -78,6 +78,7 @@ def test_shapes(shape: dict[str, object], algorithm: str, device: torch.device) 
     assert_within_budget(problem(torch.float32, device, **shape), algorithm=algorithm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_long_batch_is_gathered_in_parts(
@@ -104,6 +105,7 @@ def test_a_long_batch_is_gathered_in_parts(
         assert_within_budget(p, algorithm="split")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rubbish", [7.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("options", [*({"algorithm": a} for a in ALGORITHMS), {"dropout_p": 0.4}], ids=str)
 def test_padding_may_hold_anything(options: dict[str, object], rubbish: float, device: torch.device) -> None:
@@ -245,6 +247,7 @@ def test_reruns_are_bitwise_equal(algorithm: str, device: torch.device) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("algorithm", ["split", "fused", "auto"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -106,6 +106,7 @@ def test_split_tokens_agree_with_unsplit(splits: int, device: torch.device) -> N
         assert_within_budget(mine, whole, true)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [0, 1, 3])
 @pytest.mark.parametrize("sizes", [(70,), (32, 32, 6), (48, 22), (35, 35)], ids=str)
 @each_dtype
@@ -135,6 +136,7 @@ def test_launches_in_parts_agree_with_one(
         assert all(map(torch.equal, parts, gradients(problem, config)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "dtype"), shipped_here("block_grad"), ids=str)
 def test_every_shipped_configuration(config: BlockGradConfig, dtype: str, device: torch.device) -> None:
     problem = make_problem(tokens=70, out_features=130, in_features=70, ranks=(5, 2))

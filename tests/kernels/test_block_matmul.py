@@ -98,6 +98,7 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
     assert torch.equal(block_matmul(dyg, adapter.T, delta, out=natural, config=SMALL), dx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "dtype"), shipped_here("block_matmul"), ids=str)
 def test_every_shipped_configuration(config: BlockMatmulConfig, dtype: str, device: torch.device) -> None:
     problem = make_problem(tokens=5, out_features=130, in_features=70, ranks=(5, 2)).on(device)

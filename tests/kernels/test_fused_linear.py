@@ -54,6 +54,7 @@ def test_ranks(rank: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch
     check(problem.on(device), *dtypes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "dtype"), shipped_here("fused_linear"), ids=str)
 def test_every_shipped_configuration(config: FusedLinearConfig, dtype: str, device: torch.device) -> None:
     problem = make_problem(tokens=35, out_features=70, in_features=150, ranks=(5, 2))

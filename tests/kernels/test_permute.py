@@ -60,6 +60,7 @@ def seed(value: int, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.int64, device=device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", PERMUTE_CONFIGS, ids=str)
 def test_every_shipped_configuration(config: PermuteConfig, device: torch.device) -> None:
     partition = random_partition(400, 3, device)
@@ -106,6 +107,7 @@ def test_dropout_zeroes_or_scales(dtype: torch.dtype, device: torch.device) -> N
     )
 
 
+@pytest.mark.slow
 def test_dropout_is_unbiased_and_independent(device: torch.device) -> None:
     partition = random_partition(64, 4, device)
     p, tokens = 0.3, 2000

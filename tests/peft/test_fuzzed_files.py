@@ -36,7 +36,10 @@ from hypothesis import strategies as st
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # What is said of weights whose digest is not the configuration's, before anything else is found or not.
-pytestmark = pytest.mark.filterwarnings("ignore:.* is not the file that adapter_config.json:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* is not the file that adapter_config.json:UserWarning"),
+    pytest.mark.slow,
+]
 
 
 class Model(nn.Module):

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.peft import SMoAConfig
 
-pytestmark = pytest.mark.numerical
+pytestmark = [pytest.mark.numerical, pytest.mark.slow]
 
 
 def base_of(p: LinearProblem, conv1d: bool) -> nn.Module:
