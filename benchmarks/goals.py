@@ -1,4 +1,4 @@
-"""The goals that the layer was given, for a CPU and one thread, and how a run stands to them."""
+"""The goals for the layer on one CPU thread, and whether a run meets them."""
 
 from __future__ import annotations
 

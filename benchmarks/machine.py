@@ -35,9 +35,9 @@ def describe(smoke: bool) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `EDITED` behind it where code is not committed; "unknown" where git does not tell.
+    """The checkout's commit, with `EDITED` appended if code is not committed; "unknown" if git fails.
 
-    What benchmarks have added to their results is no such edit.
+    Changes in benchmarks/results do not count.
     """
     try:
         changed = _git("status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results")
@@ -59,7 +59,7 @@ def load() -> float:
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's, with its numbers where the system tells them."""
+    """The processor's name, with its family and model numbers where the system gives them."""
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
     if "model name" not in fields:

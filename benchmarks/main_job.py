@@ -40,7 +40,7 @@ def keep(run: Path) -> None:
 def main(
     runs: Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs to keep.")] = None,
 ) -> None:
-    """Keep runs of the main job and write the README's table anew."""
+    """Keep runs of the main job and write the README's table."""
     for run in runs or []:
         keep(run)
     write_readme()

@@ -1,4 +1,4 @@
-"""Where a training pass spends its time, by kind of operator: what stands between a layer and the GEMMs alone."""
+"""Where a training pass spends its time, by kind of operator: what a layer takes beyond its GEMMs."""
 
 from __future__ import annotations
 

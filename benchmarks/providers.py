@@ -179,7 +179,7 @@ def _inject(case: Case, config: peft.PeftConfig) -> nn.Module:
     from peft import inject_adapter_in_model
 
     model: nn.Module = inject_adapter_in_model(config, nn.Sequential(case.base()))
-    # PEFT keeps the adapter in float32 unless told; the same dtype is what ours are compared in.
+    # PEFT keeps the adapter in float32 by default; all providers are compared in the same dtype.
     model.to(case.dtype)
     _fill(model)
     return model

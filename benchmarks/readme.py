@@ -1,4 +1,4 @@
-"""The README's table of measurements, from the kept runs: it stands between two markers, and nobody types it."""
+"""The README's table of measurements, written from the kept runs between two markers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_section(text: str, content: str) -> str:
 
 
 def write_readme(readme: Path = README) -> None:
-    """Write the table anew from all runs that are kept."""
+    """Write the table from all runs that are kept."""
     write(readme, with_section(readme.read_text(encoding="utf-8"), section(read_all(RESULTS))))
 
 
@@ -109,7 +109,7 @@ def _percent(found: Mapping[str, float]) -> str:
 
 
 def _machines(jobs: Mapping[str, dict[str, Any]], runs: list[Run]) -> str:
-    """What the figures were measured on, and where the rest of them stands."""
+    """What the figures were measured on, and links to the full tables."""
     smoa = jobs["smoa"]["summary"]
     rates = ", ".join(f"{METHODS[name]} {job['summary']['learning_rate']:g}" for name, job in jobs.items())
     commits = ", ".join(sorted({job["commit"] for job in jobs.values()}))

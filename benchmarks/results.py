@@ -51,7 +51,7 @@ class Result:
 
     @property
     def doubts(self) -> dict[str, str]:
-        """Why a phase is neither to be quoted nor judged, by each of which that is so."""
+        """By phase, why its ratios are neither quoted nor judged; phases without a doubt are left out."""
         return {phase: doubt for phase in self.seconds if (doubt := self.comparison(phase).doubt)}
 
     @property

@@ -1,4 +1,4 @@
-"""x and dY of a timed pass, another copy at each: when a copy's turn comes again, it has left the L2 cache.
+"""Give each timed pass another copy of x and dY, so that a copy has left the L2 cache when its turn comes again.
 
 Inside a network a layer's inputs come from another layer, not from where its own last pass left them. The weights are
 not copied, for each provider has its own and the cache is overwritten before each pass (protocol.py): they are cold as
@@ -22,7 +22,7 @@ Inputs = Iterator[tuple[Tensor, Tensor]]
 
 
 def cache_bytes() -> int:
-    """Size of the GPU's L2 cache; 0 on the CPU, of whose caches torch says nothing."""
+    """Size of the GPU's L2 cache; 0 on the CPU, whose cache sizes torch does not report."""
     return torch.cuda.get_device_properties(DEVICE).L2_cache_size if DEVICE.type == "cuda" else 0
 
 

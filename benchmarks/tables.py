@@ -33,13 +33,13 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def ratio(q: Quartiles, doubt: str = "") -> str:
-    """A median with its quartiles, which one round has not."""
+    """A median with its quartiles, or alone after a single round."""
     spread = "" if doubt == ONE_ROUND else f" [{q.low:.2f}, {q.high:.2f}]"
     return marked(f"{q.median:.2f}{spread}", doubt)
 
 
 def marked(text: str, doubt: str) -> str:
-    """A figure, and why it is not judged."""
+    """A figure, followed by the reason why it is not judged, if any."""
     return f"{text}, {doubt}, not judged" if doubt else text
 
 
@@ -146,7 +146,7 @@ def partitions(run: Run) -> str:
 
 
 def _parts(result: Result) -> tuple[str, str, str]:
-    """What of the SVD's time the partition's eigenvectors, its products and everything else take, as profiled."""
+    """The profiled times of the partition's eigenvectors, its products and everything else, over the SVD's time."""
     c, found = result.comparison("partition"), result.profile.get("partition")
     if not found:
         return "–", "–", "–"
@@ -178,7 +178,7 @@ def life_cycle(run: Run) -> str:
 
 
 def points(result: Result, name: str) -> Comparison:
-    """The providers of one scaling benchmark as they stand at each value: `NAME @ VALUE`."""
+    """The providers of one scaling benchmark at each value: `NAME @ VALUE`."""
     kept = {f"{n} @ {v}" for n in (name, FROZEN) for v in result.params["values"]}
     seconds = {key: value for key, value in result.seconds["both"].items() if key in kept}
     return Comparison(result.baseline, seconds)

@@ -66,7 +66,7 @@ def check(partition: BlockPartition, U: Tensor, sigma: Tensor, Vh: Tensor) -> No
         if bool((distance[moved] > tolerance).any()):
             worst = float(distance[moved].max())
             raise RedGateError(
-                f"{partition.shape}: {int(moved.sum())} {side} stand in another block than the SVD's, one of them "
+                f"{partition.shape}: {int(moved.sum())} {side} are in another block than the SVD's, one of them "
                 f"{worst:.1e} from the boundary, {tolerance:.1e} allowed"
             )
 

@@ -171,7 +171,7 @@ def test_what_stands_in_the_wrong_block_turns_the_partitions_gate_red(side: str)
     score = centroids(exact.U if side == "rows" else exact.Vh.T, exact.S)
     ends = torch.stack([score.argmin(), score.argmax()])
     labels[side][ends] = labels[side][ends.flip(0)]
-    with pytest.raises(RedGateError, match=f"2 {side} stand in another block"):
+    with pytest.raises(RedGateError, match=f"2 {side} are in another block"):
         check(BlockPartition.from_labels(labels["rows"], labels["columns"], 4), *exact)
 
 

@@ -1,4 +1,4 @@
-"""The goals for an H100, what the cost model says of them on a GPU, and what a bring-up measured."""
+"""The goals for an H100, each with the cost model's prediction and what a bring-up measured."""
 
 from __future__ import annotations
 

@@ -79,5 +79,5 @@ class State:
 
 
 def path_of(out: Path, run: Run) -> Path:
-    """The JSON file of a machine's bring-up; the Markdown stands beside it."""
+    """The JSON file of a machine's bring-up; the page and the log are beside it."""
     return out / f"bringup-{run.slug}.json"

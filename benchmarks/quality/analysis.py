@@ -51,7 +51,7 @@ class Study:
         return paired(self.accuracies(task, ours), self.accuracies(task, theirs))
 
     def learned(self, task: str) -> bool:
-        """Whether any adapter is told from no adapter there, and above it."""
+        """Whether some adapter is significantly better than no adapter there."""
         gains = [self.difference(task, name, "none") for name in self.methods if name != "none"]
         return any(gain is not None and gain.low > 0 for gain in gains)
 

@@ -143,7 +143,7 @@ def shuffled(partition: BlockPartition, generator: torch.Generator) -> BlockPart
 
 
 def shuffle_blocks(model: nn.Module, seed: int) -> None:
-    """Give every SMoA layer random blocks, and factors drawn anew for them."""
+    """Give every SMoA layer random blocks, and new factors for them."""
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
         if isinstance(layer, SMoALayer):

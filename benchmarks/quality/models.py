@@ -74,7 +74,7 @@ class Upper(nn.Module):
         return "left" if self.causal else "right"
 
     def attention(self, layout: Tensor) -> dict[str, Any]:
-        """Return what the layers are told of who sees whom, and where each token stands."""
+        """Return the attention mask and the position of each token."""
         extra = {"position_ids": positions(layout), "use_cache": False} if self.causal else {}
         return {"attention_mask": layout, **extra}
 
@@ -102,7 +102,7 @@ class ChoiceUpper(Upper):
         return "right"
 
     def attention(self, layout: Tensor) -> dict[str, Any]:
-        """Return what the layers are told of who sees whom, and where each token stands."""
+        """Return the attention mask and the position of each token."""
         part = layout[..., 0]
         mine, theirs = part[:, :, None], part[:, None, :]
         longest = part.shape[1]
@@ -218,7 +218,7 @@ class ChoiceModel(CutModel):
 
     @property
     def place(self) -> dict[int, int]:
-        """Where each token of an answer stands in the cut vocabulary."""
+        """The index of each token of an answer in the cut vocabulary."""
         return vocabulary(self.tokenizer, tuple(self.classes))
 
 

@@ -83,7 +83,7 @@ def machine(study: Study) -> str:
 
 
 def uncommitted(study: Study) -> str:
-    """How many runs nobody can repeat from their commit alone; "" for none."""
+    """How many runs cannot be repeated from their commit alone; "" for none."""
     dirty, clean = [], set()
     for run in study.records:
         if run["commit"].endswith(EDITED):

@@ -1,4 +1,4 @@
-"""A task's methods in shares, each run by one process; one that is spawned finds nothing that stands in `__main__`.
+"""A task's methods in shares, each run by one process. A spawned process cannot import from `__main__`.
 
 However the command ends, by Ctrl-C, SIGTERM or SIGKILL, its processes end with it, at once: a run that is under way is
 lost, and those that are done are in the records.
