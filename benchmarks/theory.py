@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from smoa_kernels.cost.estimate import Estimate, parts
+from smoa_kernels.cost.counts import parts
+from smoa_kernels.cost.estimate import Estimate
 
 from .protocol import DEVICE, laps, quartiles
 from .providers import Case

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from smoa_kernels.cli import info, main
-from smoa_kernels.cost.estimate import ALGORITHMS, Problem, estimate
+from smoa_kernels.cost.counts import WAYS
+from smoa_kernels.cost.estimate import estimate
 from smoa_kernels.cost.gpus import GPUS
+from smoa_kernels.cost.problem import Problem
 
 DEFAULT = ["roofline", "--gpu", "h100", "--tokens", "8192", "--shape", "4096x4096", "--rank", "16"]
 
@@ -18,7 +20,7 @@ def test_roofline_prints_every_way_as_predicted(capsys):
     assert main([*DEFAULT, "--blocks", "4"]) == 0
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.strip().endswith("predicted")]
-    assert len(rows) == len(ALGORITHMS)
+    assert len(rows) == len(WAYS)
     (chosen,) = (row for row in rows if "*" in row)
     assert "SMoA split*" in chosen
     assert "1.46" in chosen

@@ -6,15 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smoa_kernels.cost.estimate import (
-    ALGORITHMS,
-    Problem,
-    choose_algorithm,
-    estimate,
-    fused_token_limit,
-    parts,
-)
+from smoa_kernels.cost.counts import WAYS, parts
+from smoa_kernels.cost.estimate import choose_algorithm, estimate, fused_token_limit
 from smoa_kernels.cost.gpus import GPUS, match_gpu
+from smoa_kernels.cost.problem import Problem
 
 H100 = GPUS["h100"]
 SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)
@@ -105,7 +100,7 @@ def test_peers_pay_for_dropout_and_ours_for_a_split_dx():
 
 
 def test_cost_grows_with_tokens_and_rank():
-    for algorithm in ALGORITHMS:
+    for algorithm in WAYS:
         costs = [
             estimate(replace(SQUARE, tokens=t), H100, algorithm).seconds() for t in (0, 1, 64, 1024, 8192)
         ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from smoa_kernels.cost import grad_tiling
-from smoa_kernels.cost.estimate import Problem
+from smoa_kernels.cost.problem import Problem
 from smoa_kernels.cost.workspace import backward_workspace, backward_workspace_bytes
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from smoa_kernels.cost.estimate import Estimate, parts
+from smoa_kernels.cost.counts import parts
+from smoa_kernels.cost.estimate import Estimate
 from smoa_kernels.cost.gpus import GPUS, Gpu, device_gpu
 from smoa_kernels.kernels.table import Entry, describe
 from smoa_kernels.tuning.format import describe_algorithms, describe_choice, winner

@@ -11,7 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..checks import check_choice
-from ..cost.estimate import ALGORITHMS, Estimate, choose_algorithm, estimate
+from ..cost.counts import WAYS
+from ..cost.estimate import Estimate, choose_algorithm, estimate
 from ..cost.gpus import GPUS
 from ..cost.problem import Problem
 from ..cost.workspace import backward_workspace_bytes
@@ -67,7 +68,7 @@ def roofline(
             f"--blocks must be at most {min(out_features, in_features)} for {shape}, got {blocks}"
         )
     chosen = choose_algorithm(problem, GPUS[gpu], ieee)
-    ways = [a for a in ALGORITHMS if not dropout or a not in ("merged", "fused", "expanded")]
+    ways = [a for a in WAYS if not dropout or a not in ("merged", "fused", "expanded")]
     estimates = {a: estimate(problem, GPUS[gpu], a, ieee=ieee) for a in ways}
 
     out = console()

@@ -26,11 +26,11 @@ from typing import Literal
 from .grad_tiling import gradient_parts, partial_bytes
 from .problem import Problem
 
-__all__ = ["ALGORITHMS", "Part", "Pass", "parts"]
+__all__ = ["WAYS", "Part", "Pass", "parts"]
 
 Pass = Literal["forward", "backward"]
 
-ALGORITHMS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused", "expanded")
+WAYS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused", "expanded")
 """The frozen layer, the methods we compare with, and our four ways."""
 
 FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
@@ -50,10 +50,6 @@ class Part:
         flops: floating-point operations.
         bytes: to and from memory.
         efficiency: share of a large GEMM's rate at which it computes.
-
-    Example:
-        >>> [part.name for part in parts(Problem(8192, 4096, 4096, num_blocks=4, rank=16), "frozen")]
-        ['base GEMM', 'dX = dY·W']
     """
 
     name: str
@@ -72,7 +68,7 @@ def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
 
     Args:
         problem: the layer and the batch.
-        algorithm: one of :data:`ALGORITHMS`.
+        algorithm: one of :data:`WAYS`.
 
     Example:
         >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
@@ -80,7 +76,7 @@ def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
         ['build ΔW blocks', 'gather x', 'block matmul', 'base GEMM', 'y, read to accumulate']
     """
     count = _Count(problem)
-    _WAYS[algorithm](count)
+    _COUNTED[algorithm](count)
     return tuple(sorted(count.parts, key=lambda part: part.stage != "forward"))
 
 
@@ -284,7 +280,7 @@ def _expanded(c: _Count) -> None:
     c.elementwise("Σ Ã ∘", (1 + r) * c.x + r * C, c.x)
 
 
-_WAYS: dict[str, Callable[[_Count], None]] = {
+_COUNTED: dict[str, Callable[[_Count], None]] = {
     "frozen": _frozen,
     "lora": _lora,
     "hira": _hira,

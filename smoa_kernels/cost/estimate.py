@@ -14,27 +14,11 @@ from typing import Literal
 import torch
 
 from ..definition.precision import precision_of
-from .counts import (
-    ALGORITHMS,
-    FUSED_MAX_RANK,
-    FUSED_MAX_RANK_IEEE,
-    Part,
-    Pass,
-    parts,
-)
+from .counts import FUSED_MAX_RANK, FUSED_MAX_RANK_IEEE, Part, Pass, parts
 from .gpus import Gpu
 from .problem import Problem
 
-__all__ = [
-    "ALGORITHMS",
-    "Estimate",
-    "Part",
-    "Problem",
-    "choose_algorithm",
-    "estimate",
-    "fused_token_limit",
-    "parts",
-]
+__all__ = ["Estimate", "choose_algorithm", "estimate", "fused_token_limit"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +26,10 @@ class Estimate:
     """The predicted cost of one way to run a problem on one GPU.
 
     Attributes:
-        algorithm: one of :data:`ALGORITHMS`.
+        algorithm: one of :data:`smoa_kernels.cost.counts.WAYS`.
         parts: forward, then backward.
         flops_per_second: a large GEMM's rate.
         bytes_per_second: memory's bandwidth.
-
-    Example:
-        >>> from smoa_kernels.cost.gpus import GPUS
-        >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
-        >>> split, frozen = (estimate(problem, GPUS["h100"], way) for way in ("split", "frozen"))
-        >>> round(split.seconds() / frozen.seconds(), 2)
-        1.46
     """
 
     algorithm: str
@@ -83,7 +60,7 @@ def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -
     Args:
         problem: the layer and the batch.
         gpu: from :data:`smoa_kernels.cost.gpus.GPUS` or :func:`smoa_kernels.cost.gpus.match_gpu`.
-        algorithm: one of :data:`ALGORITHMS`.
+        algorithm: one of :data:`smoa_kernels.cost.counts.WAYS`.
         ieee: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
 
     Raises:

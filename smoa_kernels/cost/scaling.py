@@ -93,10 +93,6 @@ class Scale:
         tokens: of one replica in a step.
         rank: r, of LoRA and of SMoA.
         num_blocks: K.
-
-    Example:
-        >>> Scale("llama-3-8b", gpus=8, parallel="ddp").stack.layers
-        32
     """
 
     model: str
@@ -128,12 +124,6 @@ class Plan:
         traffic: bytes that a GPU sends in a step, by what they are for.
         compute_seconds: of a step's matrix products.
         traffic_seconds: of a step's collectives.
-
-    Example:
-        >>> from smoa_kernels.cost.gpus import GPUS
-        >>> plan = predict(Scale("llama-3-8b", gpus=8, parallel="ddp"), "smoa", GPUS["h100"])
-        >>> f"{plan.total_memory / 1e9:.0f} GB, predicted"
-        '26 GB, predicted'
     """
 
     method: Method
@@ -155,12 +145,7 @@ class Plan:
 
 
 def tensor_parallel_size(scale: Scale) -> int:
-    """The number of GPUs that tensor parallelism cuts a layer over: at most a node, one for each key and value head.
-
-    Example:
-        >>> tensor_parallel_size(Scale("llama-3-70b", gpus=64, parallel="tp"))
-        8
-    """
+    """The number of GPUs that tensor parallelism cuts a layer over: at most a node, one for each key and value head."""
     return min(NODE, scale.gpus, scale.decoder.kv_heads)
 
 

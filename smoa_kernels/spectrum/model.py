@@ -42,10 +42,6 @@ class Source:
         num_blocks: the layers' different numbers of blocks, ascending; 1 for methods without blocks.
         parameters: trainable parameters of all layers.
         folder: folder of the saved adapter; None where the factors are random.
-
-    Example:
-        >>> Source("SMoA", ranks=(8,), num_blocks=(2,), parameters=1024, folder=None).label
-        'SMoA r=8, K=2, random'
     """
 
     method: str
@@ -86,11 +82,6 @@ class ModelSpectrum:
         sources: where the updates in `layers` come from: "ours" is SMoA, "theirs" what it is compared with.
         layers: measures by layer name, in the model's order.
         left_out: how many layers were left out because only one of the two adapters adapts them.
-
-    Example:
-        >>> source = Source("LoRA", ranks=(4, 8), num_blocks=(1,), parameters=1024, folder=Path("adapter"))
-        >>> ModelSpectrum("model", sources={"theirs": source}, layers={}, left_out=0).sources["theirs"].label
-        'LoRA r=4…8'
     """
 
     model: str
