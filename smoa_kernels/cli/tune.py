@@ -47,21 +47,15 @@ def tune(
 ) -> None:
     """Measure what is fastest on this GPU, check its numbers, and keep the winners in your table."""
     needs_triton("to tune")
-    from .tune_run import Request, dry, measure
+    from .tune_run import dry, kernels_of, layers_of, measure
 
-    request = Request.parse(
-        models=model or [],
-        shapes=shape or [],
-        from_model=from_model,
-        tokens=tokens or [256, 2048, 8192],
-        dtypes=dtype or ["bf16"],
-        rank=rank,
-        blocks=blocks,
-        kernels=kernel or [],
+    layers = layers_of(
+        model or [], shape or [], from_model, tokens or [256, 2048, 8192], dtype or ["bf16"], rank, blocks
     )
+    kernels = kernels_of(kernel or [])
     if dry_run:
-        dry(request, gpu, jobs)
+        dry(layers, kernels, gpu, jobs)
     elif gpu is not None:
         raise ValueError("--gpu names a GPU that is not here, so it goes with --dry-run only")
     else:
-        measure(request, budget, jobs)
+        measure(layers, kernels, budget, jobs)

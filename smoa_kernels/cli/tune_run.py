@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from ..backends import triton_obstacle
+from ..backends.triton import admissible
 from ..cost.gpus import GPUS
 from ..cost.models import MODELS, read_config
 from ..definition.precision import KERNEL_PRECISIONS
-from ..kernels.heuristic import CONFIGS
+from ..kernels.heuristic import CONFIGS, Key
 from ..kernels.identity import identity
-from ..kernels.table import Entry, describe, keep, read, update, user_table
-from ..tuning.format import describe_algorithms
+from ..kernels.table import INTERRUPTED, Entry, describe, keep, read, update, user_table
+from ..tuning.format import describe_algorithms, describe_choice, winner
 from ..tuning.plan import KERNELS, Layer, Target, jobs
 from ..tuning.space import broken
 from ..tuning.tuner import DeviceLostError, Job, Timer, gpu_timer, left, so_far, tune
 from .output import console
 from .roofline import parse_shape
-from .tune_report import best_words, failures, plan_table, result_table
 
-__all__ = ["Request", "dry", "measure"]
+__all__ = ["dry", "kernels_of", "layers_of", "measure"]
 
 timer: Timer = gpu_timer
 
@@ -35,49 +35,44 @@ DEFAULT_GPU = "h100"
 """What a dry run is for where there is no GPU, and none was named."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for."""
+def layers_of(
+    models: Sequence[str],
+    shapes: Sequence[str],
+    from_model: Path | None,
+    tokens: Sequence[int],
+    dtypes: Sequence[str],
+    rank: int,
+    blocks: int,
+) -> list[Layer]:
+    """Return the layers that the options name, those of llama-3-8b where they name none.
 
-    layers: tuple[Layer, ...]
-    kernels: tuple[str, ...]
+    Raises:
+        ValueError: naming the option, what was given and what is allowed.
+    """
+    _check("--model", models, MODELS)
+    _check("--dtype", dtypes, KERNEL_PRECISIONS)
+    decoders = [MODELS[name] for name in models]
+    if from_model is not None:
+        decoders.append(read_config(from_model))
+    if not decoders and not shapes:
+        decoders = [MODELS["llama-3-8b"]]
+    sizes = [size for decoder in decoders for size in decoder.shapes] + [parse_shape(text) for text in shapes]
+    return [
+        Layer(n, c, t, dtype, rank, blocks)
+        for n, c in dict.fromkeys(sizes)
+        for t in tokens
+        for dtype in dtypes
+    ]
 
-    @classmethod
-    def parse(
-        cls,
-        *,
-        models: Sequence[str],
-        shapes: Sequence[str],
-        from_model: Path | None,
-        tokens: Sequence[int],
-        dtypes: Sequence[str],
-        rank: int,
-        blocks: int,
-        kernels: Sequence[str],
-    ) -> Request:
-        """Check and combine; llama-3-8b where no layer is named.
 
-        Raises:
-            ValueError: naming the option, what was given and what is allowed.
-        """
-        _check("--model", models, MODELS)
-        _check("--dtype", dtypes, KERNEL_PRECISIONS)
-        _check("--kernel", kernels, KERNELS)
-        decoders = [MODELS[name] for name in models]
-        if from_model is not None:
-            decoders.append(read_config(from_model))
-        if not decoders and not shapes:
-            decoders = [MODELS["llama-3-8b"]]
-        sizes = [size for decoder in decoders for size in decoder.shapes] + [
-            parse_shape(text) for text in shapes
-        ]
-        layers = tuple(
-            Layer(n, c, t, dtype, rank, blocks)
-            for n, c in dict.fromkeys(sizes)
-            for t in tokens
-            for dtype in dtypes
-        )
-        return cls(layers, tuple(kernels) or KERNELS)
+def kernels_of(names: Sequence[str]) -> Sequence[str]:
+    """Return the kernels and algorithms that are named, all of them where none is.
+
+    Raises:
+        ValueError: naming the option, what was given and what is allowed.
+    """
+    _check("--kernel", names, KERNELS)
+    return names or KERNELS
 
 
 def _check(option: str, given: Sequence[str], known: Collection[str]) -> None:
@@ -91,7 +86,7 @@ def device_here() -> torch.device | None:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
-def dry(request: Request, gpu: str | None, processes: int | None) -> None:
+def dry(layers: Sequence[Layer], kernels: Sequence[str], gpu: str | None, processes: int | None) -> None:
     """Print what would be timed on a published GPU, else on the one that is here, else on an H100."""
     device = device_here()
     if gpu is not None and gpu not in GPUS:
@@ -100,10 +95,10 @@ def dry(request: Request, gpu: str | None, processes: int | None) -> None:
         target = Target.of(device)
     else:
         target = Target.published(GPUS[gpu or DEFAULT_GPU])
-    planned = _plan(request, target, processes)
+    planned = _plan(layers, kernels, target, processes)
     out = console()
     for job in planned:
-        out.print(plan_table(job))
+        out.print(_plan_table(job))
     timed, pruned = sum(len(job.candidates) for job in planned), sum(len(job.pruned) for job in planned)
     where = f"{len(planned)} problems on {target.gpu.name} ({target.arch})"
     out.print(
@@ -111,7 +106,9 @@ def dry(request: Request, gpu: str | None, processes: int | None) -> None:
     )
 
 
-def measure(request: Request, budget: float | None, processes: int | None) -> None:
+def measure(
+    layers: Sequence[Layer], kernels: Sequence[str], budget: float | None, processes: int | None
+) -> None:
     """Tune on the GPU that is here; exits 130 when interrupted, with what was found kept."""
     deadline = None if budget is None else time.monotonic() + 60 * budget
     device = device_here()
@@ -124,12 +121,12 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
         raise ValueError(f"the kernels cannot run here: {obstacle}")
     path = user_table(identity(device, "forward").gpu)
     known = update(path, ())  # cannot be written? then before anything is compiled
-    planned = _plan(request, Target.of(device), processes, deadline)
+    planned = _plan(layers, kernels, Target.of(device), processes, deadline)
     unfinished = [job for job in planned if left(job, so_far(job, device, known))]
 
     def progress(job: Job, entry: Entry) -> None:
         if not left(job, entry):
-            typer.echo(f"{unfinished.index(job) + 1}/{len(unfinished)} {best_words(entry)}", err=True)
+            typer.echo(f"{unfinished.index(job) + 1}/{len(unfinished)} {_best_words(entry)}", err=True)
 
     code, problems, stopped = 0, [], ""
     try:
@@ -150,10 +147,10 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
     known = read(path)
     entries = (so_far(job, device, known) for job in planned)
     found = {entry.key: entry for entry in entries if entry.trials}
-    console().print(result_table(planned, found))
+    console().print(_result_table(planned, found))
     lines = [
         *(f"compared: {line}" for line in describe_algorithms(found.values())),
-        *failures(planned, found),
+        *_failures(planned, found),
         *(f"not done: {describe(tuned.job.key)}: {tuned.problem}" for tuned in problems),
         f"Kept in {path}",
     ]
@@ -166,14 +163,18 @@ def measure(request: Request, budget: float | None, processes: int | None) -> No
 
 
 def _plan(
-    request: Request, target: Target, processes: int | None, deadline: float | None = None
+    layers: Sequence[Layer],
+    kernels: Sequence[str],
+    target: Target,
+    processes: int | None,
+    deadline: float | None = None,
 ) -> list[Job]:
     """The jobs, what compiles badly pruned; half of the time until the deadline is left for measuring."""
-    if target.arch.startswith("gfx") and any(layer.dtype == "tf32" for layer in request.layers):
+    if target.arch.startswith("gfx") and any(layer.dtype == "tf32" for layer in layers):
         raise ValueError(
             "--dtype tf32 is never asked for on AMD, which multiplies float32 in IEEE: give fp32"
         )
-    pairs = {(j.key.kernel, j.key.dtype) for j in jobs(request.layers, target, kernels=request.kernels)}
+    pairs = {(j.key.kernel, j.key.dtype) for j in jobs(layers, target, kernels=kernels)}
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("compiling", total=None)
@@ -184,4 +185,58 @@ def _plan(
             deadline=None if deadline is None else (time.monotonic() + deadline) / 2,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    return jobs(request.layers, target, kernels=request.kernels, ruled_out=ruled_out)
+    return jobs(layers, target, kernels=kernels, ruled_out=ruled_out)
+
+
+def _best_words(entry: Entry) -> str:
+    """The best of an entry in one line."""
+    best = winner(entry)
+    if best is None or best.seconds is None:
+        return f"{describe(entry.key)}: nothing yet"
+    return f"{describe(entry.key)}: {best.seconds * 1e6:.1f} µs, {describe_choice(best.choice)}"
+
+
+def _plan_table(job: Job) -> Table:
+    """What would be timed for a problem, what not, and why."""
+    table = Table(title=describe(job.key), title_justify="left", show_header=False)
+    for choice in job.candidates:
+        told = "timed" + (", runs without a table" if choice == job.default else "")
+        if isinstance(choice, str) and choice not in admissible(job.key.kernel, job.key.dtype):
+            told = "timed to compare, never chosen: a rounded W_eff loses a small update"
+        table.add_row(describe_choice(choice), told)
+    for choice, reason in job.pruned:
+        table.add_row(describe_choice(choice), f"pruned: {reason}", style="dim")
+    return table
+
+
+def _result_table(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Table:
+    """Heuristic against tuned time of every problem that has an entry."""
+    table = Table(title="Heuristic against tuned, medians")
+    for heading in ("problem", "choice", "tried"):
+        table.add_column(heading)
+    for heading in ("heuristic µs", "tuned µs", "ratio"):
+        table.add_column(heading, justify="right")
+    for job in jobs:
+        entry = found.get(job.key)
+        if entry is None:
+            continue
+        best, default = winner(entry), entry.trial(job.default)
+        before = None if default is None else default.seconds
+        after = None if best is None else best.seconds
+        table.add_row(
+            describe(job.key),
+            "-" if best is None else describe_choice(best.choice),
+            f"{len(entry.trials)} of {len(job.candidates)}",
+            "-" if before is None else f"{before * 1e6:.1f}",
+            "-" if after is None else f"{after * 1e6:.1f}",
+            "-" if before is None or after is None else f"{after / before:.2f}",
+        )
+    return table
+
+
+def _failures(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Iterator[str]:
+    """A line for every candidate that was tried and not timed."""
+    for job in jobs:
+        for trial in found[job.key].trials if job.key in found else ():
+            if trial.seconds is None and trial.reason != INTERRUPTED:
+                yield f"failed: {describe(job.key)} at {describe_choice(trial.choice)}: {trial.reason}"

@@ -52,15 +52,7 @@ class Identity:
 
 @cache
 def identity(device: torch.device, kernel: str) -> Identity:
-    """Return what a choice for `kernel` would be measured on here and now.
-
-    Args:
-        device: where it would run.
-        kernel: one of `heuristic.CONFIGS`, or of `heuristic.ALGORITHM_KEYS` for an algorithm.
-
-    Raises:
-        ValueError: this machine does not have the GPU.
-    """
+    """Return what a choice for a kernel, or for the algorithm of a stage, would be measured on here and now."""
     return Identity(
         "cpu" if device.type == "cpu" else gpu_properties(device).name,
         architecture(device),

@@ -17,16 +17,16 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, get_type_hints
+from typing import Any, TypeAlias
 
 import torch
 from filelock import FileLock
 
-from ..checks import check_choice, check_kind
+from ..checks import check_choice, check_count, shown
 from ..definition.precision import precision_of
 from ..files import cache_folder, replace_file
 from .heuristic import ALGORITHM_KEYS, CONFIGS, Key, bucket, check_key, fits, heuristic
@@ -52,7 +52,6 @@ __all__ = [
 
 SCHEMA = 1
 SHIPPED = Path(__file__).resolve().parent / "tables"
-LOCK_SECONDS = 60.0
 MOST_BYTES = 16 * 2**20  # thousands of entries
 
 Choice: TypeAlias = Config | str
@@ -225,16 +224,19 @@ class Entry:
         """Make an entry of plain data that anybody may have written.
 
         Raises:
-            TypeError, ValueError: a field is missing, unknown, of another type or out of range.
+            AttributeError, KeyError, TypeError, ValueError: what it lacks, or what is wrong.
         """
-        _check_fields("an entry", data, [f.name for f in fields(cls)])
-        key = _flat(Key, data["key"])
+        key = Key(**data["key"])
         check_key(key)
-        check_kind("complete", data["complete"], bool)
-        check_kind("trials", data["trials"], list)
-        default = _choice("default", key, data["default"])
-        trials = tuple(_trial(key, trial) for trial in data["trials"])
-        return cls(key, _flat(Identity, data["identity"]), default, trials, data["complete"])
+        trials = tuple(
+            Trial(_choice(key, trial["choice"]), _seconds(trial.get("seconds")), trial.get("reason"))
+            for trial in data["trials"]
+        )
+        identity = Identity(**data["identity"])
+        entry = cls(key, identity, _choice(key, data["default"]), trials, data["complete"])
+        if entry.to_json() != data:
+            raise ValueError("a field is unknown, or of another type")
+        return entry
 
 
 @dataclass
@@ -265,63 +267,32 @@ _MOST = {"block": 8192, "group_t": 64, "split": 64, "num_warps": 16, "num_stages
 _MOST_TILE = 256
 
 
-def _trial(key: Key, data: Any) -> Trial:
-    timed = isinstance(data, dict) and "seconds" in data
-    _check_fields("a trial", data, ("choice", "seconds" if timed else "reason"))
-    choice = _choice("choice", key, data["choice"])
-    if not timed:
-        check_kind("reason", data["reason"], str)
-        return Trial(choice, reason=data["reason"])
-    seconds = data["seconds"]
-    if type(seconds) not in (int, float) or not 0 < seconds <= sys.float_info.max:
-        raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
-    return Trial(choice, seconds)
+def _seconds(value: Any) -> float | None:
+    if value is not None and (type(value) not in (int, float) or not 0 < value <= sys.float_info.max):
+        raise ValueError(f"seconds must be positive and finite, got {shown(value)}")
+    seconds: float | None = value
+    return seconds
 
 
-def _choice(name: str, key: Key, data: Any) -> Choice:
+def _choice(key: Key, data: Any) -> Choice:
     """A choice that may be launched: its numbers are powers of two, except `split` and `num_stages`."""
     if key.kernel in ALGORITHM_KEYS:
-        check_choice(name, data, ALGORITHM_KEYS[key.kernel])
+        check_choice("choice", data, ALGORITHM_KEYS[key.kernel])
         return str(data)
-    config = _flat(CONFIGS[key.kernel], data)
-    for parameter, value in vars(config).items():
-        least = 0 if parameter == "split" and key.kernel == "block_grad" else 1
-        least = 16 if parameter.startswith("block_") else least  # `tl.dot` takes no fewer
-        free = parameter in ("split", "num_stages")
-        in_range = least <= value <= _MOST.get(parameter, _MOST_TILE)
-        if not in_range or not (free or value & (value - 1) == 0):
-            raise ValueError(f"{name}: {parameter} = {value} is no launch parameter of {key.kernel}")
+    config = CONFIGS[key.kernel](**data)
+    for name, value in vars(config).items():
+        least = 0 if name == "split" and key.kernel == "block_grad" else 1
+        least = 16 if name.startswith("block_") else least  # `tl.dot` takes no fewer
+        check_count(name, value, least, _MOST.get(name, _MOST_TILE))
+        if name not in ("split", "num_stages") and value & (value - 1):
+            raise ValueError(f"{name} must be a power of two, got {value}")
     if not fits(config, key):
-        raise ValueError(f"{name}: {config} does not divide the layout of {key}")
+        raise ValueError(f"{config} does not divide the layout of {key}")
     return config
 
 
 def _plain(choice: Choice) -> Any:
     return choice if isinstance(choice, str) else asdict(choice)
-
-
-T = TypeVar("T")
-
-
-def _flat(kind: type[T], data: Any) -> T:
-    """Make an object of plain data that has exactly its fields, each of its type."""
-    hints = get_type_hints(kind)
-    _check_fields(f"the {kind.__name__}", data, hints)
-    for name, value in data.items():
-        if type(value) is not hints[name]:
-            raise TypeError(f"{name} must be of type {hints[name].__name__}, got {value!r}")
-    return kind(**data)
-
-
-def _check_fields(what: str, data: Any, wanted: Collection[str]) -> None:
-    if not isinstance(data, dict):
-        raise TypeError(f"{what} must be an object, got {data!r}")
-    for name in wanted:
-        if name not in data:
-            raise ValueError(f"{what} has no field {name!r}")
-    for name in data:
-        if name not in wanted:
-            raise ValueError(f"{what} has an unknown field {name!r}")
 
 
 # Files
@@ -358,7 +329,7 @@ def update(path: Path, entries: Iterable[Entry]) -> Table:
             process holds the lock for a minute.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path):
+    with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # which goes with a process that dies
         table = _parse(path)
         if table.broken:
             _set_aside(path, table.broken)
@@ -405,9 +376,10 @@ def _parse(path: Path) -> Table:
     for number, raw in enumerate(data["entries"], start=1):
         try:
             table.add(Entry.from_json(raw))
-        except (TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             # Cut, for a value that an error shows may be as long as the file.
-            table.skipped.append((f"entry {number}: {error}"[:300], raw))
+            why = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            table.skipped.append((f"entry {number}: {why}"[:300], raw))
     return table
 
 
@@ -417,11 +389,6 @@ def _set_aside(path: Path, why: str) -> None:
         number += 1
     os.replace(path, aside)
     warnings.warn(f"tuning table {path} {why}; set aside as {aside.name}", stacklevel=3)
-
-
-def _lock(path: Path) -> FileLock:
-    """flock on POSIX, released by the system when its holder dies; a lock file where there is none."""
-    return FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_SECONDS)
 
 
 def _slug(gpu: str) -> str:

@@ -1,9 +1,8 @@
-"""The loop that tunes: check each candidate, time it, write down what was found, go on where an earlier run stopped.
+"""The loop that tunes: check each candidate, time it, save what was found, go on where an earlier run stopped.
 
-The timer and what is run are arguments, so that the loop is the same on a GPU, in Triton's interpreter and under a
-scripted clock. Triton's own autotuner times inside the launch of one kernel, and so no algorithm that is made of
-several. It compares no candidate's numbers with anything. Its times reach the disk (`cache_results`) once all of a
-problem's candidates have one: of a process that a candidate kills nothing is left, and the next one tries it again.
+Two promises hold. Ctrl-C keeps what was found. A candidate that ends the process is not tried for ever: it is saved as
+unfinished before it runs, and whatever comes after replaces that. Triton's own autotuner compares no numbers with
+anything, times no algorithm that is made of several kernels, and tries a candidate that kills the process again.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..checks import first_line
 from ..kernels.heuristic import Key
 from ..kernels.identity import identity
 from ..kernels.table import INTERRUPTED, UNFINISHED, Choice, Entry, Table, Trial
@@ -34,8 +34,7 @@ __all__ = [
 ]
 
 
-# Characters of a reason: a compiler's may be as long as its source, and every later save writes it again.
-MOST_WORDS = 400
+MOST_CHARACTERS = 400  # of a reason: a compiler's may be as long as its source
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,6 @@ def tune(
     save: Callable[[Entry], object],
     deadline: float | None = None,
     progress: Callable[[Job, Entry], object] = lambda job, entry: None,
-    operands: Callable[[Key, torch.device], Workload] = workload,
 ) -> list[Tuned]:
     """Tune jobs in order until the deadline; what is done and not stale is not done again.
 
@@ -113,7 +111,6 @@ def tune(
         save: called with an entry of one trial, before it runs and when it has ended: adds it to the table.
         deadline: by `time.monotonic()`; None knows no end.
         progress: called after each trial with the entry so far.
-        operands: what to run for a key.
 
     Raises:
         KeyboardInterrupt: what was found is saved.
@@ -129,7 +126,7 @@ def tune(
             done.append(Tuned(job, entry if entry.trials else None, "no time was left"))
             continue
         try:
-            done.append(_tune_one(job, entry, operands(job.key, device), timer, save, deadline, progress))
+            done.append(_tune_one(job, entry, workload(job.key, device), timer, save, deadline, progress))
         except (DeviceLostError, KeyboardInterrupt):
             raise
         except Exception as error:  # operands that do not fit in memory, say: the other jobs go on
@@ -206,6 +203,5 @@ def _check_device(load: Workload, choice: Choice) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0][:MOST_WORDS] if lines else ""
-    return f"{type(error).__name__}: {first}".removeprefix("WrongNumbersError: ")
+    line = first_line(error).strip()[:MOST_CHARACTERS]
+    return f"{type(error).__name__}: {line}".removeprefix("WrongNumbersError: ")

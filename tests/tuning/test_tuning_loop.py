@@ -29,7 +29,7 @@ from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.heuristic import CONFIGS, Key, heuristic
 from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.kernels.table import Choice
-from smoa_kernels.tuning import space
+from smoa_kernels.tuning import space, tuner
 from smoa_kernels.tuning.plan import (
     Layer,
     Target,
@@ -37,7 +37,7 @@ from smoa_kernels.tuning.plan import (
     keys,
 )
 from smoa_kernels.tuning.space import algorithm_job, kernel_job, search_space
-from smoa_kernels.tuning.tuner import MOST_WORDS, Run
+from smoa_kernels.tuning.tuner import MOST_CHARACTERS, Run
 from smoa_kernels.tuning.workloads import Workload, workload
 
 pytestmark = needs_interpreter
@@ -45,7 +45,7 @@ pytestmark = needs_interpreter
 FIRST, SECOND, THIRD = PERMUTE_CONFIGS
 
 
-def test_the_fastest_wins_and_every_time_is_kept() -> None:
+def test_the_fastest_wins_every_time_is_kept_and_a_rerun_repeats_nothing() -> None:
     notebook = Notebook()
     (tuned,) = notebook.tune([permute_job()])
     assert tuned.entry is not None
@@ -54,6 +54,10 @@ def test_the_fastest_wins_and_every_time_is_kept() -> None:
     assert {t.choice: t.seconds for t in tuned.entry.trials} == SPEED
     assert tuned.entry.default == heuristic(PERMUTE, "cpu", 1) == FIRST
     assert notebook.entry() == tuned.entry
+    notebook.timed.clear()
+    (again,) = notebook.tune([permute_job()])
+    assert notebook.timed == []
+    assert again.entry == tuned.entry
 
 
 def test_every_kernel_and_algorithm_is_checked_and_timed() -> None:
@@ -67,39 +71,13 @@ def test_every_kernel_and_algorithm_is_checked_and_timed() -> None:
         assert [t.reason for t in tuned.entry.trials] == [None] * len(job.candidates), job.key
 
 
-def test_a_rerun_repeats_nothing() -> None:
-    notebook = Notebook()
-    notebook.tune([permute_job()])
-    notebook.timed.clear()
-    (tuned,) = notebook.tune([permute_job()])
-    assert notebook.timed == []
-    assert tuned.entry == notebook.entry()
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"torch": "1.0"},
-        {"triton": "2.0"},
-        {"source": "other"},
-        {"multiprocessors": 7},
-        {"capability": "sm_1"},
-    ],
-    ids=str,
-)
-def test_what_is_stale_is_measured_again(changed: dict[str, object]) -> None:
-    notebook = Notebook(permute_entry(**changed))
-    notebook.tune([permute_job()])
-    assert notebook.timed == list(PERMUTE_CONFIGS)
-
-
-def test_a_wider_space_than_last_time_is_searched() -> None:
-    notebook = Notebook(entry(seconds={FIRST: 3.0}))
+def test_a_wider_space_than_last_time_is_searched_and_what_is_stale_measured_again() -> None:
+    notebook = Notebook(permute_entry(torch="1.0"), entry(seconds={FIRST: 3.0}))
     notebook.tune([permute_job()])
     assert notebook.timed == [SECOND, THIRD]
 
 
-def test_a_choice_that_fails_is_recorded_and_skipped() -> None:
+def test_a_choice_that_fails_is_recorded_and_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not compile, it crashes when launched, the timer dies: three times the same to the loop."""
 
     def load(key: Key, device: torch.device) -> Workload:
@@ -114,33 +92,23 @@ def test_a_choice_that_fails_is_recorded_and_skipped() -> None:
 
     def timer(run: Run) -> float:
         if run.choice == SECOND:
-            raise ValueError("clock stopped")
+            raise ValueError("x" * 10**6)  # the reason is cut
         return 2.0
 
-    (tuned,) = Notebook().tune([permute_job()], timer=timer, operands=load)
+    monkeypatch.setattr(tuner, "workload", load)
+    (tuned,) = Notebook().tune([permute_job()], timer=timer)
     assert tuned.entry is not None
     assert tuned.entry.complete
     assert {t.choice: t.reason for t in tuned.entry.trials} == {
         FIRST: "RuntimeError: out of resource: shared memory",
-        SECOND: "ValueError: clock stopped",
+        SECOND: f"ValueError: {'x' * MOST_CHARACTERS}",
         THIRD: None,
     }
     assert tuned.entry.best().choice == THIRD  # type: ignore[union-attr]
 
 
-def test_a_reason_of_many_words_is_cut() -> None:
-    """It is written with every later save, and a table that is too large is not read."""
-
-    def timer(run: Run) -> float:
-        raise ValueError("x" * 10**6)
-
-    (tuned,) = Notebook().tune([permute_job()], timer=timer)
-    assert tuned.entry is not None
-    assert {t.reason for t in tuned.entry.trials} == {f"ValueError: {'x' * MOST_WORDS}"}
-
-
 @pytest.mark.parametrize("spoil", ["scaled", "nan"])
-def test_a_choice_with_wrong_numbers_is_never_timed(spoil: str) -> None:
+def test_a_choice_with_wrong_numbers_is_never_timed(spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(key: Key, device: torch.device) -> Workload:
         good = workload(key, device)
 
@@ -151,7 +119,8 @@ def test_a_choice_with_wrong_numbers_is_never_timed(spoil: str) -> None:
         return replace(good, run=run)
 
     notebook = Notebook()
-    (tuned,) = notebook.tune([permute_job()], operands=load)
+    monkeypatch.setattr(tuner, "workload", load)
+    (tuned,) = notebook.tune([permute_job()])
     assert notebook.timed == [FIRST, THIRD]
     assert tuned.entry is not None
     wrong = tuned.entry.trial(SECOND)
@@ -179,7 +148,9 @@ def test_the_budget_ends_a_run_and_the_rest_is_told(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("where", ["operands", "truth"])
-def test_what_does_not_fit_in_memory_costs_one_job_and_no_candidate_its_name(where: str) -> None:
+def test_what_does_not_fit_in_memory_costs_one_job_and_no_candidate_its_name(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def out_of_memory(dtype: torch.dtype) -> list[Tensor]:
         raise torch.OutOfMemoryError("out of memory")
 
@@ -190,18 +161,13 @@ def test_what_does_not_fit_in_memory_costs_one_job_and_no_candidate_its_name(whe
         return replace(good, defined=out_of_memory) if where == "truth" else replace(good, defined=1 / 0)
 
     notebook = Notebook()
-    large, small = notebook.tune([permute_job(PERMUTE._replace(tokens=16)), permute_job()], operands=load)
+    monkeypatch.setattr(tuner, "workload", load)
+    large, small = notebook.tune([permute_job(PERMUTE._replace(tokens=16)), permute_job()])
     reason = {"truth": "OutOfMemoryError: out of memory", "operands": "ZeroDivisionError: division by zero"}
     assert large.problem == reason[where]
     assert large.entry is None
     assert small.entry is not None
     assert {key for key, _ in notebook.table.entries} == {PERMUTE}
-
-
-def test_progress_sees_the_best_so_far() -> None:
-    seen: list[float | None] = []
-    Notebook().tune([permute_job()], progress=lambda job, e: seen.append(e.best().seconds))  # type: ignore[union-attr]
-    assert seen == [3.0, 1.0, 1.0]
 
 
 def test_algorithms_come_after_the_kernels_they_are_made_of() -> None:
