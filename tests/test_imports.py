@@ -37,7 +37,6 @@ LATE = {
     ("cli.spectrum", "spectrum.figure"): "matplotlib is an extra",
     ("cli.spectrum", "spectrum.model"): "PEFT is an extra",
     ("cli.tune", "cli.tune_run"): "imports Triton",
-    ("peft.settings", "peft.config"): "to be opened: one file",
 }
 
 

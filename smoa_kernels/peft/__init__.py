@@ -11,18 +11,24 @@ for its own methods; a process that loads an SMoA adapter imports this package f
 """
 
 try:
-    import peft as _peft  # noqa: F401  # whether it is there
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import register_peft_method
 except ImportError as error:
     raise ImportError(
         "smoa_kernels.peft needs PEFT and transformers: pip install 'smoa-kernels[peft]'"
     ) from error
 
 from .config import SMoAConfig
+from .injection import SMoAModel
 from .layer import SMoALayer
 from .linear import Linear
-from .model import SMoAModel
-from .registry import register
+from .loading import install_checked_load
+from .peft_type import PEFT_TYPE
+from .saving import install_atomic_save
 
 __all__ = ["Linear", "SMoAConfig", "SMoALayer", "SMoAModel"]
 
-register()
+install_atomic_save()
+install_checked_load()
+if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(name="smoa", config_cls=SMoAConfig, model_cls=SMoAModel)

@@ -1,4 +1,4 @@
-"""Several adapters over one weight as one, exactly.
+"""Combines several adapters over one weight into one, for layers with several active ones and weighted sums of them.
 
 `Σ_i ΔW_i` is an adapter itself: where the partitions agree its factors are the concatenated ones; where they do
 not, it is one of a single block (HiRA) whose factors are zero outside the blocks that they came from. The layer
@@ -7,25 +7,37 @@ therefore multiplies by W0 once, however many adapters are active.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_finite
 from ..definition.packed import PackedAdapter, pack_factors, padding_masks, unpack_factors
 from ..definition.partition import BlockPartition
 from ..definition.ranks import split_rank
+from .config import FORMAT_VERSION, SMoAConfig
 
-__all__ = ["concatenate_adapters", "interpolate_factors", "single_block", "sum_adapters"]
+__all__ = [
+    "check_combination",
+    "combined_config",
+    "concatenate_adapters",
+    "interpolate_factors",
+    "single_block",
+    "sum_adapters",
+]
 
 
 def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = None) -> PackedAdapter:
     """The adapter whose ΔW is the sum of `parts`'; differentiable in their factors.
 
     Args:
-        parts: adapters over one weight, at least one. Partitions that agree are one object.
-        whole: the partition of a single block, where it is at hand.
+        parts: adapters over one weight, at least one. Partitions that agree must be the same object.
+        whole: the partition of a single block, where the caller has it.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -57,11 +69,10 @@ def single_block(like: BlockPartition) -> BlockPartition:
 
 @torch.no_grad()
 def concatenate_adapters(parts: Sequence[PackedAdapter], weights: Sequence[float]) -> PackedAdapter:
-    """An adapter with s = 1 whose ΔW is `Σ_i w_i ΔW_i`: ranks add up block by block.
+    """Make the adapter with s = 1 whose ΔW is `Σ_i w_i ΔW_i`; its ranks add up block by block.
 
-    Where the partitions do not agree it has a single block of rank `Σ_i r_i`. Its rank is shared among blocks as
-    `split_rank` does, so that a configuration of r and K describes it; where the ranks of `parts` do not add up to
-    that, slots of zeros even them out.
+    Where the partitions do not agree, it has a single block of rank `Σ_i r_i`. Ranks that `split_rank` would not give
+    are padded with zeros, since the combined configuration names only r and K.
     """
     whole = single_block(parts[0].partition)
     if not all(part.partition == parts[0].partition for part in parts):
@@ -88,13 +99,10 @@ def concatenate_adapters(parts: Sequence[PackedAdapter], weights: Sequence[float
 
 @torch.no_grad()
 def interpolate_factors(parts: Sequence[PackedAdapter], weights: Sequence[float]) -> PackedAdapter:
-    """An adapter with s = 1 of the parts' rank, its factors the weighted sums of theirs.
+    """Make an adapter with s = 1 whose factors are the weighted sums of the parts'; ValueError where blocks differ.
 
     Each factor takes the root of w_i·s_i, as in LoRA's "linear" combination: exact for one adapter, a heuristic
     for several, since a product of sums is not the sum of products.
-
-    Raises:
-        ValueError: partitions or ranks differ.
     """
     first = parts[0]
     for part in parts:
@@ -127,6 +135,60 @@ def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def _masked(part: PackedAdapter) -> tuple[Tensor, Tensor]:
-    """Factors with zeros for padding and s folded into B."""
+    """The factors, with padding set to zero and s folded into B."""
     A_mask, B_mask = padding_masks(part.partition, part.ranks, part.A.shape[0])
     return part.A * A_mask, part.B * B_mask * part.scaling.to(part.B.dtype)
+
+
+def check_combination(
+    configs: Mapping[str, SMoAConfig],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+) -> Callable[[Sequence[PackedAdapter], Sequence[float]], PackedAdapter]:
+    """Choose the function that combines, where `configs` (by adapter) allow it.
+
+    Raises:
+        ValueError: as `SMoAModel.add_weighted_adapter` says.
+    """
+    if adapter_name in configs:
+        raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which exists")
+    for name in adapters:
+        if name not in configs:
+            raise ValueError(f"adapters must name existing adapters, got {name!r}")
+        config = configs[name]
+        if config.bias != "none" or config.modules_to_save:
+            raise ValueError(
+                f"adapters must train nothing but their factors, got {name!r} with bias={config.bias!r} and "
+                f"modules_to_save={config.modules_to_save}"
+            )
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"weights must hold one number for each of {list(adapters)}, got {list(weights)}")
+    for weight in weights:
+        check_finite("weights", weight)
+    combinations = {"cat": concatenate_adapters, "linear": interpolate_factors}
+    check_choice("combination_type", combination_type, combinations)
+    return combinations[combination_type]
+
+
+def combined_config(template: SMoAConfig, combined: dict[str, PackedAdapter]) -> SMoAConfig:
+    """Make the configuration that describes the combined adapters, by layer, with s = 1."""
+    shapes = {name: (int(a.ranks.sum()), a.partition.num_blocks) for name, a in combined.items()}
+    (r, num_blocks), _ = Counter(shapes.values()).most_common(1)[0]
+    config = copy.deepcopy(template)
+    config.r, config.num_blocks, config.block_ranks = r, num_blocks, None
+    config.smoa_alpha, config.alpha_pattern, config.use_rslora, config.smoa_dropout = None, {}, False, 0.0
+    # Whole names, since the name of one layer may be the end of another's.
+    config.target_modules, config.exclude_modules = "|".join(map(re.escape, sorted(combined))), None
+    config.layers_to_transform = config.layers_pattern = None
+    config.rank_pattern = {_whole_name(name): rank for name, (rank, _) in shapes.items() if rank != r}
+    config.num_blocks_pattern = {_whole_name(name): K for name, (_, K) in shapes.items() if num_blocks != K}
+    config.inference_mode = False
+    config.format_version = FORMAT_VERSION  # so that block labels are filled in, not computed
+    return config
+
+
+def _whole_name(name: str) -> str:
+    """A pattern's key that matches this layer, and no layer whose name only ends with it."""
+    return f"^{re.escape(name)}"

@@ -1,13 +1,14 @@
-"""`SMoAConfig`: what PEFT saves as `adapter_config.json`."""
+"""`SMoAConfig`, which PEFT saves as `adapter_config.json`, and `LayerSettings`, what it says about one layer."""
 
 from __future__ import annotations
 
-import json
+import functools
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
@@ -15,21 +16,50 @@ from peft.utils import CONFIG_NAME
 from ..backends import ALGORITHMS, BACKENDS
 from ..checks import MOST_RANKS, check_choice, check_finite, check_path, shown
 from ..definition.ranks import resolve_ranks
-from .folders import MOST_BYTES, check_weights, excess, read_json
+from .folders import check_weights, read_json
 from .peft_type import PEFT_TYPE
 from .saving import check_seal, replacing
-from .settings import layer_settings
 
-__all__ = ["FORMAT_VERSION", "SMoAConfig"]
+__all__ = ["FORMAT_VERSION", "LayerSettings", "SMoAConfig"]
 
-# Of the adapter folder. Raised when an older release could not read what a newer one writes. Version 1 was never
-# released.
+# Version of the adapter folder's format, raised when older releases cannot read what newer ones write. Version 1 was
+# never released.
 FORMAT_VERSION = 2
 
-# Of a file's bytes, what is left to a save, which names the weights, and to PEFT, which fills in names in training.
-_SAVING, _TRAINING = 2**10, 2**16
-
 _BIASES = ("none", "all", "smoa_only")
+
+
+class LayerSettings(NamedTuple):
+    """A configuration's settings for one layer, its patterns applied.
+
+    Attributes:
+        r: rank budget.
+        num_blocks: K.
+        block_ranks: rank of each block, or None to share r evenly.
+        alpha: numerator of the scaling; r when None.
+        config: everything that is the same for all layers.
+
+    Example:
+        >>> LayerSettings(r=8, num_blocks=2, block_ranks=None, alpha=16, config=SMoAConfig()).scaling
+        2.0
+    """
+
+    r: int
+    num_blocks: int
+    block_ranks: Sequence[int] | None
+    alpha: float | None
+    config: SMoAConfig
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """r_k of each block."""
+        return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r, or alpha / √r."""
+        alpha = self.r if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
 
 
 @dataclass
@@ -59,11 +89,12 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         algorithm: see :func:`smoa_kernels.smoa_linear`.
         backend: likewise.
         strict_base: refuse, rather than warn about, an adapter that was trained over another base weight.
-        format_version: of the file that the configuration was read from; None for a new one.
-        weights_sha256: of the weights that the file was saved with; None for a new configuration, or where any will do.
+        format_version: format version of the file that the configuration was read from; None for a new one.
+        weights_sha256: SHA-256 of the weights that the file was saved with; None for a new configuration, and where any
+            weights will do.
 
     Raises:
-        TypeError, ValueError: naming the field, what was given and what is allowed.
+        TypeError, ValueError: a field has a value that is not allowed; the message names both.
 
     Example:
         >>> config = SMoAConfig(r=8, num_blocks=2, target_modules=["q_proj", "v_proj"])
@@ -117,10 +148,12 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         default=False, metadata={"help": "Refuse an adapter that was trained over another base weight"}
     )
     format_version: int | None = field(
-        default=None, metadata={"help": "Of the file that this was read from; None for a new configuration"}
+        default=None,
+        metadata={"help": "Format version of the file that this was read from; None for a new one"},
     )
     weights_sha256: str | None = field(
-        default=None, metadata={"help": "Of the weights that the file was saved with; None where any will do"}
+        default=None,
+        metadata={"help": "SHA-256 of the weights that the file was saved with; None where any will do"},
     )
 
     def __post_init__(self) -> None:
@@ -147,7 +180,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode"):
             _check_bool(name, getattr(self, name))
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            # Of a str PEFT would look for the letters, where it expects a list.
+            # Where PEFT expects a list, it would look for the single letters of a str.
             _check_items(name, getattr(self, name), str, alone=name != "modules_to_save")
         _check_items("layers_to_transform", self.layers_to_transform, int, alone=True)
         for name, allowed in (("bias", _BIASES), ("algorithm", ALGORITHMS), ("backend", BACKENDS)):
@@ -158,7 +191,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
                 setattr(self, name, set(value))
             elif isinstance(value, str):
                 _check_regex(name, value)
-        for name in self.modules_to_save or ():  # PEFT looks for it as an expression and as the end of a name
+        for name in self.modules_to_save or ():  # PEFT matches it as a regular expression and as a suffix
             _check_regex("modules_to_save", name)
             if not name:
                 raise ValueError("modules_to_save must hold names of modules, got ''")
@@ -169,36 +202,31 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
             )
-        self.check_size()
 
     @property
     def is_from_file(self) -> bool:
-        """Whether an adapter's weights, labels among them, are about to be loaded for this configuration."""
+        """Whether this came from a saved adapter, whose weights and block labels are about to be loaded."""
         return self.format_version is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is saved: with the format version of this release, and not yet of any weights."""
+        """The fields to save, with this release's format version; saving the weights fills in their SHA-256."""
         return {**super().to_dict(), "format_version": FORMAT_VERSION, "weights_sha256": None}
 
-    def check_size(self, *, saving: bool = False) -> None:
-        """Whether the file that this is saved as would be read; asked before anything is trained with it.
+    def for_layer(self, name: str) -> LayerSettings:
+        """The settings of one layer.
 
         Args:
-            saving: nothing will be added by training, or has been for a configuration that was read from a file.
+            name: path of the layer in the base model.
 
-        Raises:
-            TypeError: a field holds what JSON cannot.
-            ValueError: it would be longer, or hold more values, than is read.
+        Example:
+            >>> SMoAConfig(r=8, rank_pattern={"q_proj": 4}).for_layer("layers.0.q_proj").r
+            4
         """
-        fields = {name: _json(name, value) for name, value in self.to_dict().items()}
-        room = _SAVING if saving or self.is_from_file else _TRAINING
-        words = excess(",".join(f"{name}:{text}" for name, text in fields.items()), MOST_BYTES - room)
-        if words:
-            longest = max(fields, key=lambda name: len(fields[name]))
-            raise ValueError(
-                f"{longest} is too long: {CONFIG_NAME} would have {words}. Name layers by regular expressions that "
-                "match many"
-            )
+        r = _matching(self.rank_pattern, name, self.r)
+        num_blocks = _matching(self.num_blocks_pattern, name, self.num_blocks)
+        usual = (r, num_blocks) == (self.r, self.num_blocks)
+        alpha = _matching(self.alpha_pattern, name, self.smoa_alpha)
+        return LayerSettings(r, num_blocks, self.block_ranks if usual else None, alpha, self)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; an interrupted save leaves the old one.
@@ -207,10 +235,9 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             save_directory: a folder, made where there is none.
 
         Raises:
-            TypeError, ValueError: `save_directory` is no path, or a file; or the file would be too long to be read.
+            TypeError, ValueError: `save_directory` is not a path, or is a file.
         """
         check_path("save_directory", save_directory)
-        self.check_size(saving=True)
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
         with replacing(save_directory) as scratch:
@@ -224,13 +251,13 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
         Args:
             pretrained_model_name_or_path: the folder, or the repository's name.
-            subfolder: of it, that holds the adapter.
+            subfolder: the folder inside it that holds the adapter.
             kwargs: PEFT's. `strict_base`, where given (to `PeftModel.from_pretrained` too), wins over the file's.
 
         Raises:
-            TypeError, ValueError: there is none, its values or format version are not allowed, or the weights beside it
-                are a pickle, truncated or corrupt, of other ranks, or a killed save's. PEFT asks for the configuration
-                before it touches the model, so nothing has changed.
+            TypeError, ValueError: the file is missing, is too large or has values or a format version that are not
+                allowed; or the weights beside it are a pickle, truncated, corrupt, of other ranks, or left by a save
+                that was killed. PEFT reads the configuration before it touches the model, so nothing has changed.
         """
         check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         if subfolder is not None:
@@ -248,7 +275,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{file}: {error}") from error
         if isinstance(config, cls):
-            check_weights(folder, lambda name: layer_settings(config, name).r)
+            check_weights(folder, lambda name: config.for_layer(name).r)
             check_seal(folder, config.weights_sha256)
             if strict_base is not None:
                 config.strict_base = strict_base
@@ -256,9 +283,12 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The object in the JSON file at `path_json_file`; ValueError, naming it, where it holds something else."""
-        read_json(path_json_file)
-        return cast("dict[str, Any]", super().from_json_file(path_json_file, **kwargs))
+        """Read the JSON object in the file `path_json_file`.
+
+        Raises:
+            ValueError: the file is too large, or does not hold a JSON object.
+        """
+        return read_json(path_json_file)
 
     def _check_format(self) -> None:
         if not isinstance(self.weights_sha256, (str, type(None))):
@@ -276,15 +306,16 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             )
 
 
-def _json(name: str, value: Any) -> str:
-    """As PEFT writes it, a level deeper."""
-    try:
-        text = json.dumps(
-            [value], indent=2, default=lambda odd: list(odd) if isinstance(odd, set) else str(odd)
-        )
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be what JSON can hold, got {shown(value)}: {error}") from error
-    return text
+def _matching(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    found = (value for key, value in pattern.items() if _end(key).match(name))
+    return next(found, pattern.get(name, default))
+
+
+# Every layer asks for every key of every pattern: compiled once, it takes seconds and not hours.
+@functools.lru_cache(maxsize=2**16)
+def _end(key: str) -> re.Pattern[str]:
+    """The expression that PEFT's `get_pattern_key` matches layer names with."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _check_bool(name: str, value: Any) -> None:
@@ -293,7 +324,7 @@ def _check_bool(name: str, value: Any) -> None:
 
 
 def _check_items(name: str, value: Any, kind: type, *, alone: bool) -> None:
-    """Whether `value` is None or a list (set, tuple) of `kind`, or, where that may stand `alone`, one of it."""
+    """Raise unless `value` is None, a list (set, tuple) of `kind`, or, where it may stand `alone`, a single one."""
     if value is None or (alone and type(value) is kind):
         return
     if not isinstance(value, (list, set, tuple)) or any(type(item) is not kind for item in value):

@@ -1,13 +1,15 @@
-"""W0's values out of a quantised layer: for one product into a buffer that all layers share, or newly allocated.
+"""Reads W0 out of a quantised layer: newly allocated, or for one product into a buffer that all layers share.
 
-A buffer is filled a panel of rows at a time, by the library that quantised the weight. Few of its functions write where
-they are told to: what they return is then a panel, never W0, and is in cache while it is copied.
+A buffer is filled a panel of rows at a time, by the library that quantised the weight. Few of its functions write into
+a given tensor; what the others return is a panel, never the whole W0, and is in cache while it is copied.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -22,15 +24,49 @@ from peft.utils.quantization_utils import (
 from torch import Tensor
 
 from ..definition.precision import without_autocast
-from .scratch import ScratchPool
 
-__all__ = ["dequantized", "keep_packing", "read_weight"]
+__all__ = ["ScratchPool", "dequantized", "keep_packing", "read_weight"]
 
 # Puts rows first..last-1 of W0 into a tensor of their shape.
 Reader = Callable[[int, int, Tensor], object]
 
+
+class ScratchPool:
+    """Lends buffers by device, stream and dtype, and keeps them: as many as were lent at once, as large as asked for.
+
+    While a buffer is lent, nobody else gets it: a product inside another's block (a recomputation in backward) or in
+    another thread gets its own. A returned buffer is lent again on its stream only, after the work that read it.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[tuple[object, ...], list[Tensor]] = defaultdict(list)
+
+    @contextmanager
+    def borrow(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+        """Lend an uninitialised contiguous tensor, which nothing may refer to after the block."""
+        free = self._free[device, dtype, _stream(device)]
+        size = math.prod(shape)
+        try:
+            buffer = free.pop()
+        except IndexError:
+            buffer = None
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):  # a buffer made in that mode cannot be written outside of it
+                buffer = torch.empty(size, dtype=dtype, device=device)
+        try:
+            yield buffer[:size].view(*shape)
+        finally:
+            free.append(buffer)
+
+
+def _stream(device: torch.device) -> object:
+    if device.type not in ("cuda", "xpu"):
+        return None
+    return torch.get_device_module(device).current_stream(device).stream_id
+
+
 _SCRATCH = ScratchPool()
-# What torchao raises, and PEFT passes on, where a packing has no operator that gives W0 back: then W0 is read as a
+# torchao raises it, and PEFT passes it on, where a packing has no operator that gives W0 back. Then W0 is read as a
 # product with the identity.
 _LACKS_OPERATOR = NotImplementedError
 _PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}  # what a core's cache holds; few launches
@@ -46,23 +82,25 @@ def read_weight(backend: QuantizationBackend, base: Any) -> Tensor:
 
 @contextmanager
 def dequantized(backend: QuantizationBackend, base: Any, dtype: torch.dtype) -> Iterator[Tensor]:
-    """W0 (N, C) in `dtype` for the length of the block, which nothing may refer to afterwards.
+    """Give W0 (N, C) in `dtype` for the length of the block; nothing may refer to it afterwards.
 
-    It lies in the shared buffer, unless the layer's kind is one that PEFT knows and this module does not, or the block
-    is being compiled.
+    It lies in the shared buffer, unless the block is being compiled or this module does not know the layer's kind.
     """
     fill = None if torch.compiler.is_compiling() else _filler(backend, base)
     if fill is None:
         yield read_weight(backend, base).to(dtype)
         return
     with _SCRATCH.borrow((base.out_features, base.in_features), dtype, base.weight.device) as buffer:
-        with torch.inference_mode(False), torch.no_grad():  # in that mode torchao's weights cannot be cut
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # in inference mode torchao's weights cannot be sliced
             fill(buffer)
         yield buffer
 
 
 def _filler(backend: QuantizationBackend, base: Any) -> Callable[[Tensor], None] | None:
-    """What writes W0 into a buffer (N, C)."""
+    """Choose the function that writes W0 into a buffer (N, C); None for an unknown kind of layer."""
     if isinstance(backend, Bnb4bitBackend):
         return lambda buffer: _fill(buffer, _four_bits(base.weight), base.weight.quant_state.blocksize)
     if isinstance(backend, Bnb8bitBackend):
@@ -73,7 +111,7 @@ def _filler(backend: QuantizationBackend, base: Any) -> Callable[[Tensor], None]
 
 
 def _fill(buffer: Tensor, read: Reader, block: int = 1) -> None:
-    """Read panels of rows; all rows at once where they do not consist of whole blocks of numbers."""
+    """Fill a buffer panel by panel; in one step where a row is no multiple of the quantisation's `block`."""
     rows, width = buffer.shape
     elements = _PANEL_ELEMENTS["cpu" if buffer.device.type == "cpu" else "gpu"]
     step = rows if width % block else max(1, elements // width)
@@ -128,9 +166,9 @@ def _fill_from_torchao(buffer: Tensor, weight: Any) -> None:
 
 
 def _identity_product(weight: Tensor, first: int, last: int) -> Tensor:
-    """Columns first..last-1 of W0, as rows: torchao's packings for 4-bit kernels have no way back.
+    """Compute columns first..last-1 of W0, as rows, by multiplying with the identity, which rounds nothing.
 
-    A kernel that multiplies has, and x = 1 rounds nothing.
+    torchao's packings for 4-bit kernels can be multiplied with, but not dequantised.
     """
     one = torch.zeros(last - first, weight.shape[1], dtype=weight.dtype, device=weight.device)
     one.diagonal(first).fill_(1)
@@ -139,9 +177,9 @@ def _identity_product(weight: Tensor, first: int, last: int) -> Tensor:
 
 
 def keep_packing(base: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for the CPU's own instructions, which evaluation does unasked.
+    """Keep bitsandbytes from repacking 4-bit weights for the CPU, which it does in the first evaluation.
 
-    What it packs so `dequantize_4bit` misreads, and the scales are rounded to bfloat16 on the way.
+    `dequantize_4bit` misreads the repacked weights, whose scales are also rounded to bfloat16.
     """
     if not getattr(base, "support_avx512bf16_for_cpu", False):
         return

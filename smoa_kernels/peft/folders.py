@@ -1,4 +1,4 @@
-"""What lies in folders of adapters and base models, read with suspicion and without building either."""
+"""Reads the folders of adapters and base models from disk: files may be damaged, and no model is built."""
 
 from __future__ import annotations
 
@@ -18,17 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..checks import shown
-from .layout import STATE_KEYS, LayerBlocks, read_blocks
-from .peft_type import PEFT_TYPE
+from .file_format import STATE_KEYS, LayerBlocks, read_blocks
 
 __all__ = [
-    "MOST_BYTES",
+    "MOST_JSON_BYTES",
     "PREFIX",
     "ModelFolder",
     "by_number",
     "check_weights",
-    "excess",
-    "is_smoa",
     "opened",
     "read_config",
     "read_json",
@@ -37,54 +34,24 @@ __all__ = [
     "weights_of",
 ]
 
-# PEFT's, before the path of a layer in every key of an adapter's file.
+# PEFT puts it before the path of a layer in every key of an adapter's file.
 PREFIX = "base_model.model."
 
-
-# Of an adapter's configuration: eight thousand modules, each with its rank, are shorter. `SMoAConfig` asks for less.
-MOST_BYTES = 2**20
-# Of an index of weights, which names every one of them.
-MOST_INDEX_BYTES = 64 * 2**20
-# Python makes up to 110 bytes of an object of three characters: a file may hold one value for each 64 bytes that its
-# kind may have at most.
-_BYTES_A_VALUE = 64
+# A larger JSON file is not read. The index of a model with hundreds of experts a layer has some 20 MB.
+MOST_JSON_BYTES = 64 * 2**20
 
 
-def _spelled(word: str) -> str:
-    """A regular expression of the JSON strings that are `word`: each character itself or escaped."""
-    return '"' + "".join(rf"(?:{char}|\\u(?i:{ord(char):04x}))" for char in word) + '"'
-
-
-_METHOD_NAMED = re.compile(rf"{_spelled('peft_type')}\s*:\s*{_spelled(PEFT_TYPE.value)}".encode())
-
-
-def is_smoa(path: str | os.PathLike[str]) -> bool:
-    """Whether a file says anywhere that it is the configuration of an SMoA adapter, in no more memory than the file.
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the object in a JSON file.
 
     Raises:
-        OSError: it cannot be read.
-    """
-    return _METHOD_NAMED.search(Path(path).read_bytes()) is not None
-
-
-def read_json(path: str | os.PathLike[str], most: int = MOST_BYTES) -> dict[str, Any]:
-    """The object in a JSON file of at most so many bytes. Reading it takes at most twice the file and 8 times `most`.
-
-    Raises:
-        ValueError: it holds something else, or is longer, or would make more objects than such a file has, which is
-            seen before it is read or they are made.
+        ValueError: the file is larger than `MOST_JSON_BYTES`, which is seen before it is read, or holds something else.
     """
     size = Path(path).stat().st_size
-    if size > most:
-        raise ValueError(f"{path} has {_bytes_beyond(size, most)}")
+    if size > MOST_JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes; at most {MOST_JSON_BYTES} are read")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if words := excess(text, most):
-        raise ValueError(f"{path} has {words}")
-    try:
-        found = json.loads(text)
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
@@ -92,26 +59,12 @@ def read_json(path: str | os.PathLike[str], most: int = MOST_BYTES) -> dict[str,
     return found
 
 
-def excess(text: str, most: int) -> str:
-    """What there is too much of in the JSON `text` of a file of at most so many bytes; "" where nothing is."""
-    size, values = len(text.encode()), sum(map(text.count, ",:[{"))
-    if size > most:
-        return _bytes_beyond(size, most)
-    if values > most // _BYTES_A_VALUE:
-        return f"{values} values, more than any such file ({most // _BYTES_A_VALUE})"
-    return ""
-
-
-def _bytes_beyond(size: int, most: int) -> str:
-    return f"{size} bytes, more than any such file ({most})"
-
-
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A safetensors file, whose header has been checked against its length.
+    """Open a safetensors file, whose header safetensors checks against the file's length.
 
     Raises:
-        ValueError: it is truncated, corrupt or cannot be read.
+        ValueError: the file is truncated, corrupt or cannot be read.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -121,10 +74,11 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def read_config(folder: Path, methods: Sequence[str]) -> PeftConfig:
-    """The configuration of an adapter of one of `methods`, as PEFT names them.
+    """Read the configuration of an adapter of one of `methods` (PEFT's names).
 
     Raises:
-        ValueError, FileNotFoundError: naming the file; there is none, it is another method's, or it is wrong.
+        FileNotFoundError: the folder has no configuration.
+        ValueError: it is another method's, or its values are not allowed. The message names the file.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():  # PEFT would look for it on a hub
@@ -135,17 +89,16 @@ def read_config(folder: Path, methods: Sequence[str]) -> PeftConfig:
         raise ValueError(f"{path}: it is an adapter of the method {shown(method)}, not {allowed}")
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(os.fspath(folder))
-    except (TypeError, ValueError) as error:  # SMoA's names the file, which may be that of the weights
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # SMoAConfig's errors name the file already, or that of the weights
         named = any(name in str(error) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
         raise ValueError(str(error) if named else f"{path}: {error}") from error
 
 
 def weights_of(folder: Path) -> Path:
-    """The file of an adapter's weights.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The path of an adapter's weights; FileNotFoundError where there are none."""
     path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder}")
@@ -153,22 +106,16 @@ def weights_of(folder: Path) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """All tensors in a safetensors file. Their values are mapped, not read.
-
-    Raises:
-        ValueError: it is no safetensors file.
-    """
+    """All tensors of a safetensors file, mapped into memory; ValueError where it cannot be read."""
     with opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
 
 
 def check_weights(folder: str, rank_of: Callable[[str], int]) -> None:
-    """Whether the weights in `folder` are what `read_layers` can read.
-
-    A folder without weights, or one that is on a hub, is not looked at.
+    """Raise unless the weights in `folder` can be read; a folder without weights, or on a hub, passes.
 
     Raises:
-        ValueError: the weights are a pickle, or what `read_layers` finds wrong.
+        ValueError: the weights are a pickle, or `read_layers` finds a fault.
     """
     path, pickled = (Path(folder, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
     if path.is_file():
@@ -178,15 +125,15 @@ def check_weights(folder: str, rank_of: Callable[[str], int]) -> None:
 
 
 def read_layers(path: Path, rank_of: Callable[[str], int]) -> dict[str, LayerBlocks]:
-    """Blocks, ranks and sketch of every SMoA layer in a file of weights, by the layer's path in the base model.
+    """Read blocks, ranks and sketch of every SMoA layer in an adapter's file, by the layer's path in the base model.
 
     Args:
-        path: of the file.
-        rank_of: the rank budget that the configuration gives a layer. Layers take memory by it, so it is compared
-            before there are any.
+        path: the file.
+        rank_of: gives the rank budget that the configuration has for a layer. A layer's memory goes by it, so it is
+            compared with the file before any layer is made.
 
     Raises:
-        ValueError: naming the file and the layer, what is missing or what `read_blocks` finds wrong.
+        ValueError: a tensor is missing, or `read_blocks` finds a fault. The message names the file and the layer.
     """
     with opened(path) as file:
         keys = [key for key in file.keys() if ".smoa_" in key]  # noqa: SIM118  # it is no mapping
@@ -203,15 +150,15 @@ def read_layers(path: Path, rank_of: Callable[[str], int]) -> dict[str, LayerBlo
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 behind layer 9."""
+    """Sorting key of a layer's name that puts layer 10 after layer 9."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 class ModelFolder:
-    """Tensors of a model folder by name, read one at a time.
+    """Reads single tensors of a base model's folder.
 
     Raises:
-        ValueError, FileNotFoundError: there are no safetensors files, or they cannot be read.
+        ValueError, FileNotFoundError: the folder has no safetensors files, or they cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -224,7 +171,7 @@ class ModelFolder:
     def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = read_json(index, MOST_INDEX_BYTES).get("weight_map")
+            files = read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise ValueError(f"{index} is not an index of safetensors files: it has no weight_map")
             yield from ((name, folder / file) for name, file in files.items())
@@ -234,7 +181,10 @@ class ModelFolder:
                 yield from ((name, path) for name in file.keys())  # noqa: SIM118  # it is no mapping
 
     def get(self, name: str) -> Tensor | None:
-        """The tensor `name`. A model without its head was saved without, or with, the first part of each name."""
+        """Read a tensor; None where the model lacks it.
+
+        A model saved without its head may lack the first part of each name, or have one more.
+        """
         stored = self._stored(name)
         if stored is None:
             return None
@@ -243,10 +193,10 @@ class ModelFolder:
         return tensor
 
     def linear_layers(self) -> dict[str, bool]:
-        """Linear layers of the model without its head, as its files name them; whether they are stored (C, N).
+        """Name the model's linear layers but its head, as the files do; with each, whether it is stored (C, N).
 
         Raises:
-            ValueError, OSError: transformers finds no configuration that it knows.
+            ValueError, OSError: transformers does not know the model's configuration.
         """
         from transformers import AutoConfig, AutoModel
         from transformers.pytorch_utils import Conv1D

@@ -1,4 +1,4 @@
-"""What an adapter folder holds, and whether it fits a base model, without building either."""
+"""Reports what an adapter folder holds, and whether it fits a base model, without building a model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,9 @@ from ..checks import check_path
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 from .config import SMoAConfig
-from .folders import (
-    ModelFolder,
-    by_number,
-    opened,
-    read_config,
-    read_layers,
-    weights_of,
-)
-from .layout import LayerBlocks
+from .file_format import LayerBlocks
+from .folders import ModelFolder, by_number, opened, read_config, read_layers, weights_of
 from .peft_type import PEFT_TYPE
-from .settings import layer_settings
 
 __all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
 
@@ -38,8 +30,8 @@ class LayerReport:
         ranks: r_k of each block.
         parameters: `Σ r_k (N_k + C_k)`.
         fingerprint: first digits of the sketch of W0, the same for the same base in the same precision.
-        base_distance: about the relative difference between the base that was given and the one that the adapter was
-            trained over; None without a base, infinity for a layer that it lacks or has in another shape.
+        base_distance: estimate of the relative difference between the given base and the one that the adapter was
+            trained over; None without a base, infinity for a layer that the base lacks or has in another shape.
 
     Example:
         >>> LayerReport("q_proj", (6, 8), ranks=(2, 2), parameters=28, fingerprint="0123", base_distance=0.002).fits
@@ -60,7 +52,7 @@ class LayerReport:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the base that was given is the one that the adapter was trained over, in whatever precision."""
+        """Whether the given base is the one that the adapter was trained over, in any precision."""
         return None if self.base_distance is None else self.base_distance <= TOLERANCE
 
 
@@ -70,9 +62,9 @@ class AdapterReport:
 
     Attributes:
         config: its configuration.
-        layers: in the order of their names, numbers by their values.
-        file_size: bytes of the weights' file.
-        other_tensors: what else is trained and saved in it (biases, further modules).
+        layers: its layers, sorted by name, with numbers by value.
+        file_size: bytes of the file of weights.
+        other_tensors: names of further tensors in the file (biases, modules that are saved in full).
 
     Example:
         >>> AdapterReport(SMoAConfig(), layers=(), file_size=0, other_tensors=()).parameters
@@ -86,12 +78,12 @@ class AdapterReport:
 
     @property
     def parameters(self) -> int:
-        """Of all SMoA layers."""
+        """Trained parameters of all SMoA layers."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
     def fits(self) -> bool | None:
-        """Whether every layer fits the base that was given."""
+        """Whether every layer fits the given base; None without one."""
         verdicts = [layer.fits for layer in self.layers]
         return None if None in verdicts else all(verdicts)
 
@@ -102,13 +94,13 @@ def inspect_adapter(
     """Read an adapter folder, and compare it with a base model's.
 
     Args:
-        folder: as `save_pretrained` left it.
+        folder: the adapter, as `save_pretrained` wrote it.
         base: folder of a base model in safetensors files, sharded or not.
 
     Raises:
-        TypeError: one of them is no path.
-        ValueError, FileNotFoundError: no configuration or weights, another method's, what `SMoAConfig.from_pretrained`
-            finds wrong, labels or ranks out of range or missing, no readable safetensors in `base`.
+        TypeError: `folder` or `base` is not a path.
+        ValueError, FileNotFoundError: a file is missing or cannot be read, the adapter is another method's,
+            `SMoAConfig.from_pretrained` finds a fault, or labels or ranks are missing or out of range.
 
     Example:
         >>> from peft import get_peft_model
@@ -124,7 +116,7 @@ def inspect_adapter(
         check_path("base", base)
     config = cast(SMoAConfig, read_config(Path(folder), (PEFT_TYPE,)))
     path = weights_of(Path(folder))
-    found = read_layers(path, lambda name: layer_settings(config, name).r)
+    found = read_layers(path, lambda name: config.for_layer(name).r)
     if not found:
         raise ValueError(f"{path} holds no layer of an SMoA adapter")
     with opened(path) as file:
@@ -138,14 +130,12 @@ def _layer(name: str, blocks: LayerBlocks, bases: ModelFolder | None, config: SM
     partition, ranks, sketch = blocks
     distance = None
     if bases is not None:
+        distance = float("inf")
         weight = bases.get(f"{name}.weight")
-        weight = weight.T if weight is not None and config.fan_in_fan_out else weight
-        same_shape = weight is not None and tuple(weight.shape) == partition.shape
-        distance = (
-            sketch_distance(sketch, sketch_weight(weight))
-            if weight is not None and same_shape
-            else float("inf")
-        )
+        if weight is not None:
+            weight = weight.T if config.fan_in_fan_out else weight
+            if tuple(weight.shape) == partition.shape:
+                distance = sketch_distance(sketch, sketch_weight(weight))
     return LayerReport(
         name=name,
         shape=partition.shape,
@@ -157,5 +147,5 @@ def _layer(name: str, blocks: LayerBlocks, bases: ModelFolder | None, config: SM
 
 
 def _digits(sketch: Tensor) -> str:
-    """Sixteen hexadecimal digits, four for each of the first projections."""
+    """Sixteen hexadecimal digits of a sketch, four for each of its first four numbers."""
     return "".join(f"{round(float(value) * 4096) & 0xFFFF:04x}" for value in sketch[:4])

@@ -1,4 +1,4 @@
-"""`SMoALayer`: the adapters of one layer, their blocks and weights (docs/definition.md)."""
+"""`SMoALayer` holds the adapters of one layer: their factors, blocks and settings (docs/definition.md)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..checks import check_blocks, check_choice, check_kind, layout_of
+from ..checks import check_blocks
 from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
 from ..definition.sketch import sketch_weight
 from .combine import single_block
+from .config import LayerSettings
 from .dequantize import dequantized, read_weight
-from .layout import (
+from .file_format import (
     STATE_KEYS,
     blocks_size,
     check_complete,
@@ -29,7 +30,6 @@ from .layout import (
     unpack_blocks,
 )
 from .offload import check_present, execution_device, gathered, present
-from .settings import LayerSettings
 
 __all__ = ["SMoALayer", "SpectralOrder", "order_of"]
 
@@ -37,30 +37,26 @@ SpectralOrder = Callable[["SMoALayer", int], BlockPartition]
 
 
 def order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
-    """The blocks of W0, computed.
+    """Compute the blocks of a layer's W0.
 
     Args:
-        layer: over W0.
+        layer: the layer over W0.
         num_blocks: K.
-
-    Raises:
-        TypeError, ValueError: no layer, or as :meth:`BlockPartition.from_weight` does.
 
     Example:
         >>> from smoa_kernels.peft import Linear, SMoAConfig
-        >>> layer = Linear(nn.Linear(8, 6), "default", LayerSettings(4, 2, None, None, SMoAConfig()))
+        >>> layer = Linear(nn.Linear(8, 6), "default", SMoAConfig(r=4).for_layer(""))
         >>> order_of(layer, 3).row_sizes
         (2, 2, 2)
     """
-    check_kind("layer", layer, SMoALayer)
     return BlockPartition.from_weight(layer.base_weight(), num_blocks)
 
 
 class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
-    """Adapters of a layer, by name: packed factors, and its blocks, their ranks and a sketch of W0 as bytes.
+    """Everything of :class:`smoa_kernels.peft.Linear` but its forward: a layer's adapters, by name.
 
-    What :class:`smoa_kernels.peft.Linear` is beside a module: everything but its forward. `adapter_name` is always
-    that of an adapter of this layer, `spectral_order` what computes the blocks of a weight.
+    In its methods `adapter_name` names an adapter of this layer, and `spectral_order` is the function that computes
+    the blocks of a weight.
 
     Args:
         base_layer: the layer that owns W0 (N, C), or another tuner's around it.
@@ -70,13 +66,13 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     Attributes:
         smoa_A: parameters (ρ, C), by adapter.
         smoa_B: parameters (N, ρ), by adapter.
-        smoa_blocks: uint8, see :mod:`smoa_kernels.peft.layout`; zeros while they are yet to be loaded.
+        smoa_blocks: uint8, see :mod:`smoa_kernels.peft.file_format`; zeros while they are yet to be loaded.
         in_features, out_features: C and N.
         r, num_blocks, block_ranks, scaling: by adapter.
 
     Example:
         >>> from smoa_kernels.peft import Linear, SMoAConfig
-        >>> layer = Linear(nn.Linear(8, 6), "default", LayerSettings(4, 2, None, None, SMoAConfig()))
+        >>> layer = Linear(nn.Linear(8, 6), "default", SMoAConfig(r=4).for_layer(""))
         >>> layer.num_adapter_parameters("default"), layer.ranks("default").tolist()
         (28, [2, 2])
     """
@@ -105,12 +101,12 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.fan_in_fan_out = fan_in_fan_out
         self.quantization_backend = quantization
         base: Any = self.innermost()
-        if fan_in_fan_out:  # not its weight's shape, which ZeRO-3 empties
+        if fan_in_fan_out:  # the weight's own shape is empty under ZeRO-3
             self.in_features, self.out_features = base.nx, base.nf
         else:
             self.in_features, self.out_features = base.in_features, base.out_features
-        # W0 while the base layer holds W_eff: its values, or a layer over its quantised ones (in a tuple, since a
-        # module assigned as it is would become a child, and be saved).
+        # W0 while the base layer holds W_eff: its values, or a layer over its quantised values (in a tuple, since a
+        # module that is assigned directly becomes a child and is saved).
         self._stored_base: Tensor | None = None
         self._stored_layer: tuple[nn.Module, ...] = ()
         self.smoa_A = nn.ParameterDict()
@@ -125,18 +121,18 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.algorithm: dict[str, str] = {}
         self.backend: dict[str, str] = {}
         self._prepared: dict[str, _Prepared] = {}
-        # The partition of a single block, once there are several adapters to sum.
+        # The partition of a single block, made once there are several adapters to sum.
         self._whole: BlockPartition | None = None
         self._shard: LayerShard | None = None  # where tensor parallelism has cut W0
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     def innermost(self) -> nn.Module:
-        """The layer that owns W0, beneath any other tuner's layers."""
+        """The layer that owns W0, below the layers of other tuners."""
         return cast(nn.Module, self.get_base_layer())
 
     def base_weight(self) -> Tensor:
-        """W0 (N, C), never W_eff; dequantised anew where it is quantised. This process's part where it is cut."""
+        """W0 (N, C), never W_eff; newly dequantised where it is quantised, this process's part where it is sharded."""
         if self.quantization_backend is not None:
             return read_weight(self.quantization_backend, self._quantized_base())
         weight = self._stored_weight()
@@ -144,18 +140,18 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         if self._stored_base is not None:
             weight = self._stored_base.to(weight.device, weight.dtype)
         if weight.grad_fn is not None:
-            # FSDP's view of a flat parameter that mixes frozen weights with trained ones.
+            # A view by FSDP of a flat parameter that mixes frozen weights with trained ones.
             weight = weight.detach()
         return weight.T if self.fan_in_fan_out else weight
 
     def base_sketch(self) -> Tensor:
-        """The sketch of the whole W0."""
+        """Sketch the whole W0."""
         return sketch_weight(
             self.base_weight() if self._shard is None else cast(Tensor, self.innermost().weight)
         )
 
     def _stored_weight(self) -> Tensor:
-        """The innermost layer's parameter as it is stored, or the storage of this process's part of it."""
+        """The innermost layer's parameter as it is stored; where it is sharded, this process's part."""
         weight = cast(Tensor, self.innermost().weight)
         return weight if self._shard is None else self._shard.weight(weight)
 
@@ -173,17 +169,16 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     ) -> None:
         """Add an adapter.
 
-        Its blocks are computed from W0's spectrum now, unless weights are about to be loaded: then they come with
-        them, or are computed when first needed.
+        Its blocks are computed from W0's spectrum now, unless weights are about to be loaded. Then the blocks come with
+        the weights, or are computed when first needed.
 
         Args:
-            adapter_name: of the new adapter.
+            adapter_name: the new adapter's name.
             settings: its rank, blocks and scaling.
             spectral_order: computes the blocks of a weight.
 
         Raises:
-            TypeError, ValueError: settings that do not fit the layer, or one that tensor parallelism has cut. Nothing
-                is added.
+            TypeError, ValueError: the settings do not fit the layer, or it is sharded. Nothing is added.
         """
         if self._shard is not None:
             raise ValueError("the layer is sharded: add adapters before parallelize_module")
@@ -212,10 +207,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     def initialize(self, adapter_name: str, spectral_order: SpectralOrder = order_of) -> BlockPartition:
         """Compute the blocks of an adapter from W0's spectrum, and draw its weights.
 
-        Blocks are shared with an adapter of this layer that has as many.
+        Adapters of this layer with as many blocks share them.
 
         Raises:
-            RuntimeError: the adapter has weights, so its labels should have come with them.
+            RuntimeError: the adapter has weights already, so its labels should have come with them, or the layer is
+                sharded.
         """
         A = self.smoa_A[adapter_name]
         if not A.is_meta and bool(A.any()):
@@ -240,7 +236,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     @torch.no_grad()
     def fill(self, adapter_name: str, adapter: PackedAdapter) -> None:
-        """Put the factors, blocks and ranks of `adapter` into one that was just added, shaped alike."""
+        """Copy the factors, blocks and ranks of `adapter` into one of the same shapes that was just added."""
         self.smoa_A[adapter_name] = nn.Parameter(adapter.A, requires_grad=False)
         self.smoa_B[adapter_name] = nn.Parameter(adapter.B, requires_grad=False)
         self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch_weight(adapter.weight))
@@ -253,7 +249,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     @torch.no_grad()
     def reset_adapter(self, adapter_name: str) -> None:
-        """A_k uniform in ±1/√C_k (Kaiming, a=√5); B zero, or normal where the adapter is to be random."""
+        """Draw A_k uniform in ±1/√C_k (Kaiming, a=√5); set B to zero, or draw it where the adapter is to be random."""
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
         partition, ranks = self.partition(adapter_name), self.ranks(adapter_name)
         draw_A(A, partition, ranks)
@@ -264,38 +260,36 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             B.normal_().mul_(B_mask)
 
     def partition(self, adapter_name: str) -> BlockPartition:
-        """Blocks of an adapter, computed here where nothing brought them; ValueError for one that is unknown."""
+        """The blocks of an adapter; computed now where no weights brought them."""
         return self._ready(adapter_name).partition
 
     def ranks(self, adapter_name: str) -> Tensor:
-        """int32 (K,), the rank of each block."""
+        """The rank of each block, int32 (K,)."""
         return self._ready(adapter_name).ranks
 
     def awaits_blocks(self, adapter_name: str) -> bool:
-        """Whether an adapter was injected for weights that are yet to be loaded."""
+        """Whether an adapter's blocks are yet to be loaded."""
         packed = self.smoa_blocks[adapter_name]
         return packed.is_meta or not bool(packed.any())
 
     def check_state(self, name: str, adapter_name: str, given: Mapping[str, Any]) -> Tensor | None:
-        """Whether tensors that are about to be loaded are complete, fit this layer and are in range.
+        """Raise unless tensors that are about to be loaded are complete, fit this layer and are in range.
 
         Args:
-            name: of the layer, for messages.
-            adapter_name: of the adapter that they are to fill.
-            given: tensors by `layout.STATE_KEYS`, None for one that is missing.
+            name: the layer's name, for messages.
+            adapter_name: the adapter that they are to fill.
+            given: tensors by `STATE_KEYS`, None for one that is missing.
 
         Returns:
-            The sketch of the base weight that the adapter was trained over; None where the tensors hold no values.
+            The sketch of the base weight that the adapter was trained over; None where the tensors are on the meta
+            device.
 
         Raises:
-            TypeError, ValueError: naming the layer: a tensor is missing, none, corrupt or has another shape, labels or
-                ranks are out of range.
+            ValueError: naming the layer: a tensor is missing, corrupt or has another shape, or labels or ranks are out
+                of range.
         """
         check_complete(name, given)
         for key, value in given.items():
-            check_kind(f"{name}.{key}", value, Tensor)
-            if layout_of(value) != "torch.strided":
-                raise TypeError(f"{name}.{key} must be a dense tensor, got layout {layout_of(value)}")
             expected = tuple(getattr(self, key)[adapter_name].shape)
             if tuple(value.shape) != expected:
                 raise ValueError(
@@ -307,16 +301,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return read_blocks(name, given, self.r[adapter_name]).sketch
 
     def num_adapter_parameters(self, adapter_name: str) -> int:
-        """`Σ r_k (N_k + C_k)`, padding not counted."""
+        """Count the trained parameters, `Σ r_k (N_k + C_k)`, without padding."""
         return trainable_parameters(self.partition(adapter_name), self.ranks(adapter_name).tolist())
 
     def packed(self, adapter_name: str, weight: Tensor) -> PackedAdapter:
-        """The adapter over `weight`, in autograd's sight.
-
-        Args:
-            adapter_name: which.
-            weight: W0 (N, C), or this process's part of it.
-        """
+        """Pair an adapter with W0 (N, C), or this process's part of it; autograd sees the factors."""
         ready = self._ready(adapter_name)
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
         if self._shard is not None:
@@ -325,7 +314,6 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     def _ready(self, adapter_name: str) -> _Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
-        check_choice("adapter_name", adapter_name, self.r)
         packed = self.smoa_blocks[adapter_name]
         ready = self._prepared.get(adapter_name)
         if ready is not None and ready.packed is packed:
@@ -340,7 +328,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         if self._shard is not None:
             partition = partition.shard(self._shard.rows, self._shard.cols)
         for name, other in self._prepared.items():
-            # One object for partitions that agree, so that forward need not compare labels.
+            # Partitions that agree become one object, so that forward need not compare labels.
             if (
                 name != adapter_name
                 and other.partition.device == partition.device
@@ -348,7 +336,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             ):
                 partition = other.partition
         if self._prepared.keys() - {adapter_name}:
-            self._whole = single_block(partition)  # now, since forward may be compiled
+            self._whole = single_block(partition)  # made now, since forward may be compiled
         packed = self.smoa_blocks[adapter_name]
         scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
         ready = _Prepared(packed, partition, ranks, scaling, ranks.tolist())
@@ -356,7 +344,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return ready
 
     def _cut(self, shard: LayerShard) -> None:
-        """Compute as one part of a layer whose parameters were cut."""
+        """Compute from now on as one part of a layer whose parameters were sharded."""
         self._shard = shard
         self._prepared.clear()
         for name in self.smoa_A:
@@ -367,7 +355,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         super()._apply(fn, recurse)
         for name in list(self._prepared):
             if self.smoa_blocks[name].is_meta:
-                del self._prepared[name]  # values are gone; what comes next is loaded
+                del self._prepared[name]  # the values are gone, and new ones will be loaded
             else:
                 self._ready(name)  # now rather than in the next forward, which may be compiled
         return self
@@ -385,12 +373,12 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             given = {key: state_dict.get(f"{prefix}{key}.{name}") for key in STATE_KEYS}
             if any(value is not None for value in given.values()):
                 self.check_state(prefix.rstrip("."), name, given)
-                self._prepared.pop(name, None)  # labels are copied in place, which identity does not show
+                self._prepared.pop(name, None)  # labels are copied in place, into the same object
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class _Prepared(NamedTuple):
-    """What forward needs beside parameters; `packed` is the buffer that it was read from."""
+    """What forward needs beside parameters, read from the buffer `packed`."""
 
     packed: Tensor
     partition: BlockPartition

@@ -1,4 +1,4 @@
-"""`Linear`: a linear layer with SMoA adapters, what it computes and how they are merged."""
+"""`Linear`: a linear layer with SMoA adapters; its forward, and how adapters are merged and unmerged."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from ..backends import eager
-from ..checks import check_kind, check_names
 from ..definition.packed import PackedAdapter
 from ..functional import smoa_linear
 from .combine import sum_adapters
+from .config import LayerSettings
 from .layer import SMoALayer, SpectralOrder, order_of
 from .offload import present
 from .quantized import dequantized_linear, requantize
-from .settings import LayerSettings
 
 __all__ = ["Linear"]
 
@@ -33,8 +32,8 @@ class Linear(SMoALayer, nn.Module):
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D`, a quantised linear layer, or another tuner's layer around
             one.
-        adapter_name: of the first adapter.
-        settings: of the first adapter.
+        adapter_name: the first adapter's name.
+        settings: the first adapter's settings.
         fan_in_fan_out: whether the weight is stored (in, out).
         quantization: PEFT's back end for the base layer, where that is quantised.
         spectral_order: computes the blocks of a weight.
@@ -59,7 +58,7 @@ class Linear(SMoALayer, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         SMoALayer.__init__(self, base_layer, fan_in_fan_out, quantization)
-        # A base layer that computes anything else than x W0ᵀ + b is called; from the usual ones W0 is read.
+        # Of the usual base layers W0 is read; one that may compute anything else than x W0ᵀ + b is called.
         layer_type = type(base_layer)
         forward = getattr(layer_type, "forward", None)
         plain = layer_type is Conv1D or forward is nn.Linear.forward
@@ -70,7 +69,7 @@ class Linear(SMoALayer, nn.Module):
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
-        """(..., C) -> (..., N), in x's dtype.
+        """Compute (..., C) -> (..., N), in x's dtype.
 
         Args:
             x: floating point, any leading dimensions.
@@ -78,10 +77,9 @@ class Linear(SMoALayer, nn.Module):
             args, kwargs: passed to the base layer.
 
         Raises:
-            TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does; another number of `adapter_names` than of
-                samples, or one given while adapters are merged.
+            TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does; or `adapter_names` has another length than
+                x has samples, or is given while adapters are merged.
         """
-        check_kind("x", x, Tensor)
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters:
@@ -157,7 +155,7 @@ class Linear(SMoALayer, nn.Module):
         return y if shard is None else shard.output(y)
 
     def _adapter_output(self, x: Tensor, name: str) -> Tensor:
-        """`dropout(x) ΔWᵀ` alone, by a dense ΔW: for base layers that must be called."""
+        """Compute `dropout(x) ΔWᵀ` by a dense ΔW, to be added to the output of a base layer that was called."""
         if self._shard is not None:
             raise RuntimeError(
                 f"adapter {name!r} drops out with another probability than the first active one, which tensor "
@@ -174,7 +172,9 @@ class Linear(SMoALayer, nn.Module):
         self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
     ) -> Tensor:
         y: Tensor | None = None
-        for name in dict.fromkeys(adapter_names or ("__base__",)):  # of an empty batch, for its shape
+        for name in dict.fromkeys(
+            adapter_names or ("__base__",)
+        ):  # an empty batch needs one product, for the shape
             samples = [i for i, given in enumerate(adapter_names) if given == name]
             index = torch.tensor(samples, dtype=torch.int64, device=x.device)
             part = self._adapted(x.index_select(0, index), [name], *args, **kwargs)
@@ -185,7 +185,6 @@ class Linear(SMoALayer, nn.Module):
         return y
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
-        check_names("adapter_names", adapter_names)
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -205,13 +204,10 @@ class Linear(SMoALayer, nn.Module):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter, additive: in the base weight's layout, at least float32 where the factors are.
+        """Compute ΔW of one adapter, to be added to W0: in the base weight's layout, at least float32.
 
         Args:
             adapter: its name.
-
-        Raises:
-            ValueError: the layer has no such adapter.
         """
         with present(self, self.innermost()):
             delta = self._delta([adapter], self.base_weight())
@@ -226,12 +222,9 @@ class Linear(SMoALayer, nn.Module):
             adapter_names: the adapters to merge; the active ones when None.
 
         Raises:
-            TypeError: `adapter_names` is no list of names, or `safe_merge` no bool.
             ValueError: `safe_merge` found NaN or Inf.
+            RuntimeError: the base weight is offloaded.
         """
-        check_kind("safe_merge", safe_merge, bool)
-        if adapter_names is not None:
-            check_names("adapter_names", adapter_names)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]
         if not names:
             return
@@ -273,7 +266,7 @@ class Linear(SMoALayer, nn.Module):
         self.merged_adapters.clear()
 
     def _delta(self, names: Sequence[str], weight: Tensor) -> Tensor:
-        """Σ ΔW (N, C), at least float32, each computed as its own product."""
+        """Compute Σ ΔW (N, C), at least float32, each ΔW as its own product."""
         if hasattr(weight, "full_tensor"):
             raise RuntimeError(
                 "the base weight is sharded by fully_shard: call unshard() on the module first"
@@ -286,7 +279,7 @@ class Linear(SMoALayer, nn.Module):
         return total
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """ΔW is additive, so PEFT can factorise it (to a rank far above r, as a rule).
+        """Say that PEFT can factorise the additive ΔW; as a rule that takes a rank far above r.
 
         Args:
             adapter_name: any.
@@ -294,7 +287,7 @@ class Linear(SMoALayer, nn.Module):
         return True
 
     def extra_repr(self) -> str:
-        """K and r of each adapter."""
+        """Show K and r of each adapter."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         adapters = (f"{name}(r={self.r[name]}, num_blocks={self.num_blocks[name]})" for name in self.smoa_A)
         return ", ".join([shape, *adapters])

@@ -1,24 +1,39 @@
-"""Checks of an adapter that is being loaded, all of them before the first tensor is copied."""
+"""Checks an adapter that is being loaded, by PEFT or by transformers, and takes it out again where it does not fit.
+
+PEFT's loading asks the configuration and the tuner, which check before the first tensor is copied. transformers' own
+`load_adapter` asks neither: there the folder is checked before, the adapter once it is in the model.
+"""
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
+from peft.tuners.tuners_utils import delete_adapter
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from ..definition.sketch import TOLERANCE, sketch_distance
+from .config import SMoAConfig
+from .file_format import STATE_KEYS
+from .folders import read_json
 from .layer import SMoALayer
-from .layout import STATE_KEYS
 from .offload import gathered, present
+from .peft_type import PEFT_TYPE
 
-__all__ = ["check_adapter"]
+__all__ = ["PARAMETER_PREFIX", "check_adapter", "forget_adapter", "install_checked_load", "remove_adapter"]
+
+# What the names of an adapter's parameters begin with.
+PARAMETER_PREFIX = "smoa_"
 
 
 def check_adapter(
     model: nn.Module, adapter_name: str, state: Mapping[str, Tensor], *, strict_base: bool
 ) -> None:
-    """Whether `state`, keyed as the model's own state dict is, fits every SMoA layer of `model`.
+    """Raise unless `state`, keyed as the model's own state dict is, fits every SMoA layer of `model`.
 
     A `state` without any SMoA tensor is left to PEFT, unless it was to fill layers that were just put in.
 
@@ -33,34 +48,104 @@ def check_adapter(
         if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
     }
     places = {f"{name}.{key}.{adapter_name}" for name in layers for key in STATE_KEYS}
-    homeless = [key for key in state if ".smoa_" in key and key not in places]
+    homeless = [key for key in state if f".{PARAMETER_PREFIX}" in key and key not in places]
     if homeless:
         raise ValueError(
             f"the model has no place for {len(homeless)} tensors of the adapter, for one {homeless[0]}; nothing was "
             "loaded"
         )
     holds_adapter = any(key in places for key in state)
-    sketches: dict[str, Tensor] = {}
+    others: dict[str, float] = {}
     for name, layer in layers.items():
         given = {key: state.get(f"{name}.{key}.{adapter_name}") for key in STATE_KEYS}
         if holds_adapter or layer.awaits_blocks(adapter_name):
             sketch = layer.check_state(name, adapter_name, given)
-            if sketch is not None:
-                sketches[name] = sketch
-    others: list[tuple[str, float]] = []
-    for name, sketch in sketches.items():
-        layer = layers[name]
-        with gathered(layer.innermost()), present(layer, layer.innermost()):
-            own = layer.base_sketch()
-            distance = 0.0 if own.is_meta else sketch_distance(sketch, own)
-        if not distance <= TOLERANCE:
-            others.append((name, distance))
+            distance = 0.0 if sketch is None else _base_distance(layer, sketch)
+            if not distance <= TOLERANCE:
+                others[name] = distance
     if others:
-        name, distance = max(others, key=lambda other: other[1])
+        name = max(others, key=lambda name: others[name])
         message = (
             f"the adapter was trained over another base weight in {len(others)} layers, for one {name} (it differs "
-            f"by about {distance:.0%}, the same base in another precision by at most {TOLERANCE:.0%})"
+            f"by about {others[name]:.0%}, the same base in another precision by at most {TOLERANCE:.0%})"
         )
         if strict_base:
             raise ValueError(f"{message}; strict_base=True refuses it")
         warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _base_distance(layer: SMoALayer, sketch: Tensor) -> float:
+    with gathered(layer.innermost()), present(layer, layer.innermost()):
+        own = layer.base_sketch()
+        return 0.0 if own.is_meta else sketch_distance(sketch, own)
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of every layer, and layers that hold no other adapter out of the model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SMoALayer) and set(module.smoa_A) <= {adapter_name}:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
+    delete_adapter(model, adapter_name, prefix=PARAMETER_PREFIX, layer_cls=SMoALayer)
+
+
+def forget_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Undo what an injection changed beside the layers, once they no longer hold the adapter."""
+    configs: Any = getattr(model, "peft_config", {})
+    configs.pop(adapter_name, None)
+    if configs:
+        return
+    for module in list(model.modules()):
+        own = vars(module)
+        if "trainable_before" in own:  # the tuner
+            for parameter in own["trainable_before"]:
+                parameter.requires_grad_(True)
+        elif own.get("peft_config") is configs:
+            del module.peft_config
+
+
+def install_checked_load() -> None:
+    """Wrap transformers' `load_adapter`, which offers no hook; adapters of other methods are left alone."""
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    if not hasattr(PeftAdapterMixin.load_adapter, "_is_checked_for_smoa"):
+        PeftAdapterMixin.load_adapter = _checked(PeftAdapterMixin.load_adapter)
+
+
+def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def load_adapter(self: Any, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        before = set(getattr(self, "peft_config", {}))
+        had_adapters, trained = self._hf_peft_config_loaded, [p for p in self.parameters() if p.requires_grad]
+        if peft_model_id is not None:
+            folder = Path(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder") or "")
+            config = folder / CONFIG_NAME
+            if config.is_file() and read_json(config).get("peft_type") == PEFT_TYPE:
+                SMoAConfig.from_pretrained(str(folder))  # which checks all that needs no model
+        try:
+            found = load(self, peft_model_id, *args, **kwargs)
+            for name in _added(self, before):
+                state = {key: value for key, value in self.state_dict().items() if key.endswith(f".{name}")}
+                for key in found.missing_keys:
+                    state.pop(key, None)
+                state |= dict.fromkeys(found.unexpected_keys)
+                check_adapter(self, name, state, strict_base=self.peft_config[name].strict_base)
+        except BaseException:  # Ctrl-C too
+            added = _added(self, before)
+            for name in added:
+                remove_adapter(self, name)
+                forget_adapter(self, name)
+            if added:
+                self._hf_peft_config_loaded = had_adapters
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+            raise
+        return found
+
+    load_adapter._is_checked_for_smoa = True  # type: ignore[attr-defined]
+    return load_adapter
+
+
+def _added(model: Any, before: set[str]) -> list[str]:
+    configs = getattr(model, "peft_config", {})
+    return [name for name in configs if name not in before and configs[name].peft_type == PEFT_TYPE]

@@ -1,6 +1,6 @@
-"""Base weights that are not where they seem: offloaded by accelerate, or partitioned by DeepSpeed ZeRO-3.
+"""Brings base weights that are elsewhere: offloaded by accelerate, or partitioned by DeepSpeed ZeRO-3.
 
-SMoA reads W0 itself, past the hooks that would bring it when the base layer is called.
+SMoA reads W0 itself, without calling the base layer, whose hooks would bring it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["check_present", "execution_device", "gathered", "present"]
 
 
 def present(layer: nn.Module, base: nn.Module) -> AbstractContextManager[None]:
-    """Bring what accelerate has offloaded of a tuner layer, its base's weight and its adapters', for a while."""
+    """Load what accelerate offloaded of a tuner layer, its base's weight and its adapters', for the block."""
     weight = getattr(base, "weight", None)
     if weight is None or not weight.is_meta:
         return nullcontext()
@@ -26,7 +26,7 @@ def present(layer: nn.Module, base: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _onloaded(modules: list[nn.Module]) -> Iterator[None]:
-    # A parameter that comes and goes is another object each time, which no optimiser would see the gradient of.
+    # Each time it is loaded, a parameter is a new object, whose gradient no optimiser would see.
     if torch.is_grad_enabled() and any(p.requires_grad for m in modules for p in m.parameters(recurse=False)):
         raise RuntimeError(
             "the adapter's weights are offloaded and cannot be trained so: inject the adapter after the base model "
@@ -43,19 +43,19 @@ def _onloaded(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def execution_device(base: nn.Module) -> torch.device | None:
-    """Where an offloaded base layer computes; None for one that is not offloaded."""
+    """The device on which an offloaded base layer computes; None for one that is not offloaded."""
     hook = _hook(base)
     return None if hook is None else torch.device(hook.execution_device)
 
 
 def gathered(base: nn.Module) -> AbstractContextManager[None]:
-    """Have the whole weight of a layer that ZeRO-3 partitions, for reading."""
+    """Gather the weight of a layer that ZeRO-3 partitions, for reading it in the block."""
     context: AbstractContextManager[None] = gather_params_ctx(list(base.parameters(recurse=False)), None)
     return context
 
 
 def check_present(weight: torch.Tensor) -> None:
-    """Raise where W0 is partitioned: it would read as empty."""
+    """Raise where W0 is partitioned and would read as empty."""
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise RuntimeError(
             "W0 is partitioned by DeepSpeed ZeRO-3, and SMoA needs it whole in forward and backward: use ZeRO-2, or "
@@ -64,7 +64,7 @@ def check_present(weight: torch.Tensor) -> None:
 
 
 def _hook(module: nn.Module) -> Any:
-    """accelerate's hook that loads a module's weights for its forward, where it has one."""
+    """The hook of accelerate that loads a module's weights for its forward; None where it has none."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", [hook]):
         if getattr(part, "offload", False):

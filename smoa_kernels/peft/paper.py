@@ -1,10 +1,10 @@
-"""Adapters in the layout of the paper's own code: a pair of factors for each block of each layer.
+"""Converts adapters from and to the layout of the paper's own code: a pair of factors for each block of each layer.
 
     <path>.lora_A.<adapter>.<k>.weight   A_k (r_k, C_k)
     <path>.lora_B.<adapter>.<k>.weight   B_k (N_k, r_k)
 
-with the coordinates of a block in spectral order. The blocks themselves are not in it (that code computes them anew
-at each load), so both directions need the base weights.
+The coordinates of a block are in spectral order. The blocks themselves are not in the file, since that code computes
+them at each load, so both directions need the base weights.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..checks import layout_of
 from ..definition.packed import pack_factors, unpack_factors
 from ..definition.partition import BlockPartition
 from ..definition.sketch import sketch_weight
+from .file_format import STATE_KEYS, pack_blocks, read_blocks
 from .folders import PREFIX
-from .layout import STATE_KEYS, pack_blocks, read_blocks
 
 __all__ = ["from_paper_layout", "to_paper_layout"]
 
@@ -28,16 +27,15 @@ _PAPER_KEY = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.(\d+)\.weight")
 
 
 def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of an SMoA adapter, as `adapter_model.safetensors` holds them, from the paper's.
+    """Convert the paper's tensors into those that an SMoA adapter's `adapter_model.safetensors` holds.
 
     Args:
-        state: tensors in the paper's layout, of one adapter.
+        state: tensors of one adapter in the paper's layout.
         weights: W0 (N, C) of each adapted layer, by the layer's path in the base model.
 
     Raises:
-        TypeError: `state` or `weights` is no mapping of tensors.
-        ValueError: a key of another kind, more than one adapter, a layer without a base weight or with a block
-            missing, or factors that do not fit the blocks of the base weight.
+        ValueError: a key has another form, there is more than one adapter, a layer lacks its base weight or a block, or
+            factors do not fit the blocks of the base weight.
 
     Example:
         >>> import torch
@@ -49,8 +47,6 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
         >>> [key.removeprefix("base_model.model.") for key in ours]
         ['proj.smoa_A', 'proj.smoa_B', 'proj.smoa_blocks']
     """
-    _check_tensors("state", state)
-    _check_tensors("weights", weights)
     layers: defaultdict[str, dict[tuple[str, int], Tensor]] = defaultdict(dict)
     adapters = set()
     for key, tensor in state.items():
@@ -65,7 +61,7 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     result: dict[str, Tensor] = {}
     for path, factors in layers.items():
         num_blocks = 1 + max(block for _, block in factors)
-        # Where one is missing, one is among the first: a block's number may be anything, and is not counted up to.
+        # A file may give a block any number: only as many are looked for as there are factors.
         first = range(min(num_blocks, len(factors)))
         missing = [f"lora_{s} of block {k}" for s in "AB" for k in first if (s, k) not in factors]
         if missing:
@@ -85,17 +81,16 @@ def from_paper_layout(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 def to_paper_layout(
     state: Mapping[str, Tensor], weights: Mapping[str, Tensor], adapter_name: str = "default"
 ) -> dict[str, Tensor]:
-    """Inverse of :func:`from_paper_layout`.
+    """Convert an SMoA adapter's tensors into the paper's; the inverse of :func:`from_paper_layout`.
 
     Args:
         state: tensors of an SMoA adapter, as `adapter_model.safetensors` holds them.
         weights: W0 (N, C) of each adapted layer, by the layer's path in the base model.
-        adapter_name: that the paper's keys will hold.
+        adapter_name: the name to write into the paper's keys.
 
     Raises:
-        TypeError: `state` or `weights` is no mapping of tensors.
-        ValueError: a layer without a base weight or with a tensor missing, or whose blocks are not those of the base
-            weight's spectrum (the paper's code would compute others than the adapter was trained with).
+        ValueError: a layer lacks its base weight or a tensor, or its blocks are not those of the base weight's
+            spectrum (the paper's code would compute other blocks than the adapter was trained with).
 
     Example:
         >>> import torch
@@ -105,8 +100,6 @@ def to_paper_layout(
         >>> sorted(to_paper_layout(from_paper_layout(theirs, weights), weights))
         ['base_model.model.proj.lora_A.default.0.weight', 'base_model.model.proj.lora_B.default.0.weight']
     """
-    _check_tensors("state", state)
-    _check_tensors("weights", weights)
     result = {}
     for stem in (key.removesuffix(".smoa_A") for key in state if key.endswith(".smoa_A")):
         path = stem.removeprefix(PREFIX)
@@ -122,16 +115,6 @@ def to_paper_layout(
             for k, factor in enumerate(blocks):
                 result[f"{PREFIX}{path}.lora_{side}.{adapter_name}.{k}.weight"] = factor.contiguous()
     return result
-
-
-def _check_tensors(name: str, tensors: object) -> None:
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
-    ):
-        raise TypeError(f"{name} must be a mapping from names to tensors, got {type(tensors).__name__}")
-    for key, value in tensors.items():
-        if layout_of(value) != "torch.strided":
-            raise TypeError(f"{name} must hold dense tensors, got {key} of layout {layout_of(value)}")
 
 
 def _weight(weights: Mapping[str, Tensor], path: str) -> Tensor:

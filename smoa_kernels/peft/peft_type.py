@@ -1,4 +1,4 @@
-"""SMoA's member of PEFT's `PeftType`: PEFT looks methods up by that enum and has no plug-in point to add one."""
+"""Adds SMOA to PEFT's enum `PeftType`, by which PEFT looks methods up and which offers no hook for new ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["PEFT_TYPE"]
 
 
 def _enum_member(enum: Any, name: str) -> Any:
-    """Member `name` (its own value) of a string enum, added where the enum lacks it."""
+    """Give the member `name` of a string enum, with the name as its value; add it where the enum lacks it."""
     if name not in enum.__members__:
         member = str.__new__(enum, name)
         member._name_ = member._value_ = name

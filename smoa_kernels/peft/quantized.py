@@ -1,7 +1,7 @@
-"""Linear layers over a quantised base (QSMoA): W0 is dequantised for a product and dropped after it.
+"""Linear layers over a quantised base (QSMoA): W0 is dequantised for each product and dropped after it.
 
-Forward and backward each dequantise for themselves, so what is kept for backward is x, the factors and the seed,
-as over a plain base: never W0's values.
+Forward and backward each dequantise W0, so that only x, the factors and the seed are kept for backward, as over a
+plain base.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..operator import linear_backward
 
 __all__ = ["dequantized_linear", "requantize"]
 
-# W0 (N, C) in a dtype, for a while.
+# Gives W0 (N, C) in a dtype for the length of a block.
 Dequantized = Callable[[torch.dtype], AbstractContextManager[Tensor]]
 
 
@@ -42,10 +42,10 @@ def dequantized_linear(
 
     Args:
         x: (..., C).
-        weight: gives W0 (N, C) in a dtype for a while, to forward and backward each.
+        weight: gives W0 (N, C) in a dtype, once in forward and once in backward.
         bias: (N,) or None.
-        adapter: whose `weight` is not looked at.
-        compute_dtype: that the product multiplies in; autocast's, or x's, when None.
+        adapter: the adapter; its `weight` is not used.
+        compute_dtype: the dtype to multiply in; autocast's, or x's, when None.
 
     Returns:
         (..., N) in x's dtype.
@@ -129,9 +129,9 @@ class _DequantizedLinear(torch.autograd.Function):
 
 
 def requantize(layer: Any, weight: Tensor) -> nn.Module:
-    """Quantise `weight` into a tuner layer's base layer by PEFT's rules; returns a layer over what was there.
+    """Quantise `weight` into a tuner layer's base layer as PEFT does; return a layer over the old quantised weight.
 
-    Where that is interrupted, the base layer is what it was: PEFT takes the old weight away before it has the new one.
+    Where that is interrupted, the base layer is restored: PEFT removes the old weight before it has the new one.
     """
     base, holder = layer.get_base_layer(), layer.base_layer
     before, stored = twin(base), getattr(base, "weight", None)
@@ -144,7 +144,7 @@ def requantize(layer: Any, weight: Tensor) -> nn.Module:
         raise
     finally:
         if stored is not None:
-            _replace(vars(stored), attributes)  # PEFT marks the old parameter as not quantised in passing
+            _replace(vars(stored), attributes)  # PEFT marks the old parameter as not quantised
     return before
 
 
@@ -154,7 +154,7 @@ def _replace(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def twin(layer: nn.Module) -> nn.Module:
-    """A second module over the same quantised tensors, which stays as it is when the first is requantised."""
+    """Copy a layer without copying its quantised tensors; the copy keeps them when the original is requantised."""
     other = copy.copy(layer)
     other._parameters = layer._parameters.copy()
     other._buffers = layer._buffers.copy()

@@ -1,4 +1,4 @@
-"""Saves that an interruption cannot leave half-done: files are written beside their place and moved into it."""
+"""Saves adapters so that an interruption leaves the old files or the new ones: written elsewhere, then moved."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SCRATCH = ".saving-"
 
 @contextmanager
 def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder to write to, whose files move into `folder` when the block ends without an exception.
+    """Give a new folder to write to, whose files move into `folder` when the block ends without an exception.
 
-    Each is on the disk before the first one moves, and then they move at once, configurations last: what is in
-    `folder` is the old files or the new ones; a kill between two moves leaves what :func:`check_seal` finds. Where
-    an exception ends the block, `folder` stays as it was.
+    All files are on the disk before the first one moves, and configurations move last. Where an exception ends the
+    block, `folder` stays as it was. A kill between two moves leaves files of both saves, which :func:`check_seal`
+    notices.
 
     Raises:
-        OSError: naming `folder`, of what the block could not write.
+        OSError: the files could not be written; the message names `folder`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,9 +49,11 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with file.open("rb+") as stream:
                     os.fsync(stream.fileno())
-        # A full disk's error names no file, or the one in the scratch folder; safetensors' own is no OSError.
+        # The error of a full disk names no file, or the one in the scratch folder; that of safetensors is no OSError.
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", 0) is None:  # a hub's, or that of a block inside this one
+            if (
+                getattr(error, "errno", 0) is None
+            ):  # raised by the hub's client, or by a block inside this one
                 raise
             raise OSError(f"cannot save to {folder}, which is as it was: {error}") from error
         for file, place in sorted(moves, key=lambda move: move[0].name == CONFIG_NAME):
@@ -59,25 +61,24 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Have each configuration of an SMoA adapter under `folder` name the weights beside it, by their SHA-256.
+    """Write the SHA-256 of the weights into the configuration beside them, for each SMoA adapter under `folder`.
 
-    No file system renames two files at once, so one may be left of each save, and ranks and shapes may well agree.
+    No file system renames two files at once, so a kill may leave one file of each save, with ranks and shapes that
+    agree.
     """
     for path in folder.rglob(CONFIG_NAME):
-        weights, values = (
-            path.with_name(SAFETENSORS_WEIGHTS_NAME),
-            json.loads(path.read_text(encoding="utf-8")),
-        )
+        weights = path.with_name(SAFETENSORS_WEIGHTS_NAME)
+        values = json.loads(path.read_text(encoding="utf-8"))
         if weights.is_file() and values["peft_type"] == PEFT_TYPE:
             values["weights_sha256"] = _sha256(weights)
             path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def check_seal(folder: str, expected: str | None) -> None:
-    """Warn where the weights in `folder` are not those that its configuration names; one that names none takes any.
+    """Warn where the weights in `folder` are not the `expected` ones, by SHA-256; None expects any.
 
     Raises:
-        ValueError: they are those of a killed save, whose configuration is still where it was written.
+        ValueError: a save was killed after it moved the weights and before it moved their configuration.
     """
     weights = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     if expected is None or not weights.is_file():
@@ -86,7 +87,7 @@ def check_seal(folder: str, expected: str | None) -> None:
     if found == expected:
         return
     message = f"{weights} is not the file that {CONFIG_NAME} beside it was saved with: its SHA-256 is another"
-    # Adapters that are not the first have a folder of their own.
+    # An adapter with another name than "default" has a folder of its own in the one that was saved to.
     for place in (weights.parent, weights.parent.parent):
         for path in place.glob(f"{_SCRATCH}*/**/{CONFIG_NAME}"):
             if found in path.read_text(encoding="utf-8", errors="replace"):
@@ -105,7 +106,7 @@ def _sha256(path: Path) -> str:
 
 
 def install_atomic_save() -> None:
-    """Have PEFT and transformers save SMoA adapters this way; they offer no hook, and other models are left alone."""
+    """Wrap the saving of PEFT and transformers, which offer no hook; models without SMoA adapters are left alone."""
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -132,7 +133,7 @@ def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with replacing(save_directory) as scratch:
             card = Path(save_directory, "README.md")
-            if card.is_file():  # which PEFT updates
+            if card.is_file():  # PEFT updates the old card
                 shutil.copy(card, scratch)
             save(self, str(scratch), *args, **kwargs)
             seal(scratch)

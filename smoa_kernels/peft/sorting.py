@@ -1,4 +1,4 @@
-"""`Sorting`: the spectral orders that an injection asks for, several weights at once."""
+"""`Sorting`: sorts the weights of an injection by their spectra, several at once."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from .layer import SMoALayer
 
 __all__ = ["Sorting"]
 
-# A square weight takes five to seven times its bytes in float32 meanwhile, beside the whole model, a wide one less.
+# While it is sorted, a square weight takes five to seven times its bytes in float32; a wide one takes less.
 MAX_AT_ONCE = 8
 
 
 class Sorting:
-    """Blocks of weights, each computed once; those that later layers will ask for while the first one waits.
+    """Computes the blocks of weights, each once, and those of later layers while the first one waits.
 
     Labels must not depend on the number of threads, so each weight is sorted on one; as many weights as there are
     intra-op threads are sorted at once. Leaving the context gives up what nothing has asked for.
 
     Args:
         expected: called when a layer first asks: the linear layers whose weights will be asked for, in that order,
-            each with its number of blocks. What it misses is sorted when it is asked for, and so is a weight that is
-            not in the CPU's memory.
+            each with its number of blocks. A weight that it misses, or that is not in the CPU's memory, is sorted when
+            it is asked for.
 
     Example:
         >>> from smoa_kernels.peft import Linear, SMoAConfig
-        >>> from smoa_kernels.peft.settings import LayerSettings
-        >>> bases, settings = [nn.Linear(8, 6), nn.Linear(8, 6)], LayerSettings(4, 3, None, None, SMoAConfig())
+        >>> bases, settings = [nn.Linear(8, 6), nn.Linear(8, 6)], SMoAConfig(r=4, num_blocks=3).for_layer("")
         >>> with Sorting(lambda: [(base, 3) for base in bases]) as sorting:
         ...     layers = [Linear(base, "default", settings, spectral_order=sorting) for base in bases]
         >>> [layer.partition("default").row_sizes for layer in layers]
@@ -45,7 +44,7 @@ class Sorting:
     def __init__(self, expected: Callable[[], Iterable[tuple[nn.Linear | Conv1D, int]]]) -> None:
         self._expected = expected
         self._has_begun = False
-        # By the stored weight, or the layer that holds it quantised, whether as (C, N), and the number of blocks.
+        # Keys: the stored weight, or the layer that holds it quantised; whether it is stored (C, N); K.
         self._blocks: dict[tuple[object, bool, int], Future[BlockPartition]] = {}
         self._until_exit = ExitStack()
 
@@ -56,10 +55,10 @@ class Sorting:
         for blocks in self._blocks.values():
             blocks.cancel()
         self._until_exit.close()
-        self._blocks.clear()  # an error in one of them refers to the frames that refer to this
+        self._blocks.clear()  # the traceback of an error in one of them refers back to this object
 
     def __call__(self, layer: SMoALayer, num_blocks: int) -> BlockPartition:
-        """The blocks of a layer's W0; layers that share a weight share them.
+        """Give the blocks of a layer's W0, shared by layers that share a weight.
 
         Raises:
             TypeError, ValueError: as :meth:`BlockPartition.from_weight` does.
@@ -77,13 +76,13 @@ class Sorting:
 
     def _begin(self) -> None:
         at_once = min(torch.get_num_threads(), MAX_AT_ONCE)
-        # Within `shared_spectra` all processes ask for one weight after another, in one order.
+        # Within `shared_spectra` all processes must ask for one weight after another, in the same order.
         if at_once == 1 or order_source.get() is not spectral_orders:
             return
         at_hand = [(base, num_blocks) for base, num_blocks in self._expected() if _is_at_hand(base)]
         if not at_hand:
             return
-        # New threads take over the setting; one of their own would outlast them, in all that start later.
+        # New threads inherit this setting. Set by the new threads themselves, it would outlast them.
         self._until_exit.enter_context(one_thread())
         pool = self._until_exit.enter_context(ThreadPoolExecutor(at_once, "smoa-sorting"))
         for base, num_blocks in at_hand:
@@ -96,5 +95,5 @@ class Sorting:
 
 def _is_at_hand(base: nn.Module) -> bool:
     """Whether a layer's weight can be read as it is: not quantised, offloaded, partitioned or a `DTensor`."""
-    weight = base._parameters.get("weight")  # a parametrised one would be computed anew
+    weight = base._parameters.get("weight")  # not a parametrised one, which is computed at each access
     return type(weight) is nn.Parameter and weight.device.type == "cpu" and not hasattr(weight, "ds_id")

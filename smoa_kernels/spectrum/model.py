@@ -18,16 +18,16 @@ from ..checks import check_weight
 from ..definition.ranks import resolve_ranks
 from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 from ..definition.spectral_order import one_thread
+from ..peft.file_format import LayerBlocks
 from ..peft.folders import ModelFolder
-from ..peft.layout import LayerBlocks
-from ..peft.updates import (
+from .layer import LayerSpectrum, layer_spectrum
+from .updates import (
     AdapterUpdates,
     LayerUpdate,
     random_lora,
     random_smoa,
     read_updates,
 )
-from .layer import LayerSpectrum, layer_spectrum
 
 __all__ = ["ModelSpectrum", "Source", "layer_kind", "model_spectrum"]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from .harness import NESTED, Change, World, check, one, rows
+from .harness import Change, World, check, one, rows
 
 pytest.importorskip("transformers", reason="needs the peft extra")
 
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model
 
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.layer import order_of
@@ -106,17 +106,6 @@ CONFIGURATIONS: list[Change] = [
     ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(2\)"),
     ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(2\)"),
     ({"format_version": "2"}, ValueError, "format_version must be an int, got '2'"),
-    ({"auto_mapping": {(1, 2): 3}}, TypeError, "auto_mapping must be what JSON can hold, got {.1, 2.: 3}"),
-    (
-        {"target_modules": ["0"], "rank_pattern": {f"{i}": 3 for i in range(9000)}},
-        ValueError,
-        r"rank_pattern is too long: adapter_config.json would have 180\d\d values, more than any such file \(15360\)",
-    ),
-    (
-        {"target_modules": "0" * 2**20},
-        ValueError,
-        r"target_modules is too long: adapter_config.json would have \d{7} bytes, more .* \(983040\)",
-    ),
 ]
 
 
@@ -125,101 +114,26 @@ def test_configuration(settings: dict[str, Any], error: type[Exception], words: 
     check(world, lambda _: SMoAConfig(**settings), error, words)
 
 
-def lengthened(config: SMoAConfig) -> SMoAConfig:
-    """Changed after it was made, when it was short enough."""
-    config.rank_pattern = {f"{i}": 3 for i in range(9000)}
-    return config
-
-
 def model() -> Any:
     torch.manual_seed(0)
     config = SMoAConfig(r=4, num_blocks=2, target_modules=["0"], init_weights=False)
     return get_peft_model(nn.Sequential(nn.Linear(8, 6)), config).eval()
 
 
-def load(model: Any, value: Any) -> object:
-    """The model's own state, but for one tensor."""
-    state = get_peft_model_state_dict(model)
-    return set_peft_model_state_dict(model, state | {"base_model.model.0.smoa_A": value})
-
-
 X = torch.ones(2, 8)
 COMBINE = {"adapters": ["default"], "weights": [1.0], "adapter_name": "new"}
 
 LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
-    (lambda m: m.base_model.model[0](None), TypeError, "x must be a torch.Tensor, got NoneType"),
-    (lambda m: m.base_model.model[0]("x"), TypeError, "x must be a torch.Tensor, got str"),
-    (
-        lambda m: m.base_model.model[0](X, adapter_names=3),
-        TypeError,
-        "adapter_names must be a list of names, got 3",
-    ),
-    (
-        lambda m: m.base_model.model[0](X, adapter_names="ab"),
-        TypeError,
-        "adapter_names must be a list .* got 'ab'",
-    ),
     (
         lambda m: m.base_model.model[0](X, adapter_names=["default"]),
         ValueError,
         "Length of `adapter_names` should be the same as the number of inputs",
     ),
-    (
-        lambda m: m.base_model.model[0].get_delta_weight("a"),
-        ValueError,
-        "adapter_name must be one of default, got 'a'",
-    ),
-    (
-        lambda m: m.base_model.model[0].get_delta_weight([]),
-        ValueError,
-        r"adapter_name must be one of .* got \[\]",
-    ),
-    (
-        lambda m: m.base_model.model[0].partition(None),
-        ValueError,
-        "adapter_name must be one of default, got None",
-    ),
-    (lambda m: m.base_model.model[0].ranks("b"), ValueError, "adapter_name must be one of default, got 'b'"),
-    (
-        lambda m: m.base_model.model[0].num_adapter_parameters(0),
-        ValueError,
-        "adapter_name must be one of .* got 0",
-    ),
-    # Of a string PEFT would look for the letters, and merge nothing.
-    (
-        lambda m: m.base_model.model[0].merge(adapter_names="default"),
-        TypeError,
-        "adapter_names must be a list of names, got 'default'",
-    ),
-    (
-        lambda m: m.base_model.model[0].merge(adapter_names=3),
-        TypeError,
-        "adapter_names must be a list of names, got 3",
-    ),
-    (lambda m: m.base_model.model[0].merge(safe_merge=X), TypeError, "safe_merge must be a bool, got Tensor"),
-    (lambda m: load(m, []), TypeError, "base_model.model.0.smoa_A must be a torch.Tensor, got list"),
-    (
-        lambda m: load(m, torch.ones(2, 8).to_sparse()),
-        TypeError,
-        "base_model.model.0.smoa_A must be a dense tensor, got layout torch.sparse_coo",
-    ),
-    (lambda m: load(m, NESTED), TypeError, "base_model.model.0.smoa_A must be a dense tensor"),
-    (lambda _: order_of(None, 2), TypeError, "layer must be a SMoALayer, got NoneType"),  # type: ignore[arg-type]
     (lambda m: order_of(m.base_model.model[0], 7), ValueError, "num_blocks must be at most .* = 6"),
-    (
-        lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapters": "default"}),
-        TypeError,
-        "adapters must be a list of names, got 'default'",
-    ),
     (
         lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapters": ["a"]}),
         ValueError,
         "adapters must name",
-    ),
-    (
-        lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"weights": 1.0}),
-        TypeError,
-        "weights must be a list of numbers, got 1.0",
     ),
     (
         lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"weights": [float("nan")]}),
@@ -232,11 +146,6 @@ LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
         "weights must be a number, got '1'",
     ),
     (
-        lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapter_name": 3}),
-        TypeError,
-        "adapter_name must be a str, got int",
-    ),
-    (
         lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"combination_type": ["cat"]}),
         ValueError,
         r"combination_type must be one of cat, linear, got \['cat'\]",
@@ -245,11 +154,6 @@ LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
         lambda m: m.add_adapter("a.b", SMoAConfig(r=4, target_modules=["0"])),
         ValueError,
         "adapter_name must be a name without dots and slashes, got 'a.b'",
-    ),
-    (
-        lambda m: m.add_adapter("long", lengthened(SMoAConfig(r=4, target_modules=["0"]))),
-        ValueError,
-        "rank_pattern is too long: adapter_config.json would have",
     ),
 ]
 
@@ -268,10 +172,6 @@ def test_adapted_layers(
 
 
 PAPER: list[tuple[Any, Any, type[Exception], str]] = [
-    (None, {}, TypeError, "state must be a mapping from names to tensors, got NoneType"),
-    ({"a.lora_A.x.0.weight": None}, {}, TypeError, "state must be a mapping from names to tensors"),
-    ({}, [one(1)], TypeError, "weights must be a mapping from names to tensors, got list"),
-    ({}, {"a": NESTED}, TypeError, "weights must hold dense tensors, got a of layout torch.nested"),
     ({"x.weight": torch.zeros(1)}, {}, ValueError, "x.weight is not of the form"),
     ({"a.lora_A.x.0.weight": one(1)}, {}, ValueError, "a lacks lora_B of block 0"),
     ({"a.lora_A.x.999999999.weight": one(1)}, {}, ValueError, "a lacks lora_A of block 0"),  # at once
@@ -295,17 +195,6 @@ def test_papers_layout(
     check(world, lambda _: from_paper_layout(state, weights), error, words)
 
 
-@pytest.mark.parametrize(
-    ("state", "error", "words"),
-    [
-        (None, TypeError, "state must be a mapping"),
-        (
-            {"a.smoa_A": NESTED},
-            TypeError,
-            "state must hold dense tensors, got a.smoa_A of layout torch.nested",
-        ),
-        ({"a.smoa_A": torch.ones(1, 1)}, ValueError, "a: the adapter lacks smoa_B, smoa_blocks"),
-    ],
-)
-def test_to_the_papers_layout(state: Any, error: type[Exception], words: str, world: World) -> None:
-    check(world, lambda _: to_paper_layout(state, {}), error, words)
+def test_to_the_papers_layout(world: World) -> None:
+    state, words = {"a.smoa_A": torch.ones(1, 1)}, "a: the adapter lacks smoa_B, smoa_blocks"
+    check(world, lambda _: to_paper_layout(state, {}), ValueError, words)

@@ -1,4 +1,4 @@
-"""The updates ΔW of SMoA, LoRA or HiRA: of a saved adapter, without building a model, or of random factors."""
+"""Reads the updates ΔW of a saved SMoA, LoRA or HiRA adapter without building a model, or draws random ones."""
 
 from __future__ import annotations
 
@@ -17,23 +17,15 @@ from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.reference import reference_delta_weight
 from ..definition.sketch import sketch_weight
-from .config import SMoAConfig
-from .folders import (
-    PREFIX,
-    by_number,
-    read_config,
-    read_layers,
-    read_state,
-    weights_of,
-)
-from .layout import LayerBlocks
-from .settings import layer_settings
+from ..peft.config import SMoAConfig
+from ..peft.file_format import LayerBlocks
+from ..peft.folders import PREFIX, by_number, read_config, read_layers, read_state, weights_of
 
 __all__ = ["NAMES", "AdapterUpdates", "LayerUpdate", "random_lora", "random_smoa", "read_updates"]
 
-# What people call PEFT's types.
+# The methods' own spelling, by PEFT's names of its types.
 NAMES = {"SMOA": "SMoA", "LORA": "LoRA", "HIRA": "HiRA"}
-# How the keys of A and B end in a file of the others.
+# The endings of the keys of A and B in files of the other methods.
 _ENDINGS = {
     "LORA": (".lora_A.weight", ".lora_B.weight"),
     "HIRA": (".hira_A", ".hira_B"),
@@ -65,12 +57,12 @@ class LayerUpdate:
 
     @property
     def ranks(self) -> list[int]:
-        """Of each block."""
+        """The rank of each block."""
         return [self.A.shape[0]] if self.blocks is None else self.blocks.ranks.tolist()
 
     @property
     def parameters(self) -> int:
-        """What was trained, padding not counted."""
+        """The number of trained parameters, without padding."""
         if self.blocks is None:
             return self.A.numel() + self.B.numel()
         return trainable_parameters(self.blocks.partition, self.ranks)
@@ -91,7 +83,7 @@ class AdapterUpdates:
 
     Attributes:
         method: SMoA, LoRA or HiRA.
-        layers: in the order of their names, numbers by their values.
+        layers: sorted by name, with numbers by value.
         fan_in_fan_out: the base stores its weights (C, N).
     """
 
@@ -101,11 +93,12 @@ class AdapterUpdates:
 
 
 def read_updates(folder: Path, methods: Sequence[str] = tuple(NAMES)) -> AdapterUpdates:
-    """Read an adapter of one of `methods` (PEFT's names), as `save_pretrained` left it.
+    """Read an adapter of one of `methods` (PEFT's names), as `save_pretrained` wrote it.
 
     Raises:
-        ValueError, FileNotFoundError: no configuration or weights, another method's, no layers, factors missing or of
-            shapes that do not fit, labels or ranks out of range, or DoRA, whose update is no product of factors.
+        ValueError, FileNotFoundError: a file is missing, the adapter is another method's or DoRA's (whose update is no
+            product of factors), it has no layers, factors are missing or do not fit each other, or labels or ranks are
+            out of range.
     """
     config: Any = read_config(folder, methods)
     if getattr(config, "use_dora", False):
@@ -120,11 +113,7 @@ def read_updates(folder: Path, methods: Sequence[str] = tuple(NAMES)) -> Adapter
 
 
 def random_smoa(weight: Tensor, ranks: Sequence[int], generator: torch.Generator) -> LayerUpdate:
-    """An SMoA adapter of W0 (N, C) whose factors are all drawn from a normal distribution, a block for each rank.
-
-    Raises:
-        ValueError: there are more blocks than rows or columns.
-    """
+    """Draw the factors of an SMoA adapter of W0 (N, C) from a normal distribution; `ranks` has one rank a block."""
     partition = BlockPartition.from_weight(weight, len(ranks))
     sizes = list(zip(ranks, partition.row_sizes, partition.col_sizes, strict=True))
     A, B, packed_ranks = pack_factors(
@@ -136,18 +125,18 @@ def random_smoa(weight: Tensor, ranks: Sequence[int], generator: torch.Generator
 
 
 def random_lora(shape: Sequence[int], parameters: int, generator: torch.Generator) -> LayerUpdate:
-    """A LoRA adapter with factors from a normal distribution, of the rank that comes closest to `parameters`."""
+    """Draw the factors of a LoRA adapter from a normal distribution, at the rank that comes closest to `parameters`."""
     rank = max(1, round(parameters / sum(shape)))
     B = torch.randn(shape[0], rank, generator=generator)
     return LayerUpdate("LoRA", torch.randn(rank, shape[1], generator=generator), B, 1.0)
 
 
 def _smoa(path: Path, state: Mapping[str, Tensor], config: SMoAConfig) -> dict[str, LayerUpdate]:
-    found = read_layers(path, lambda name: layer_settings(config, name).r)
+    found = read_layers(path, lambda name: config.for_layer(name).r)
     layers = {}
     for name in sorted(found, key=by_number):
         A, B = state[f"{name}.smoa_A"], state[f"{name}.smoa_B"]
-        layers[name] = LayerUpdate("SMoA", A, B, layer_settings(config, name).scaling, found[name])
+        layers[name] = LayerUpdate("SMoA", A, B, config.for_layer(name).scaling, found[name])
     return layers
 
 

@@ -1,4 +1,4 @@
-"""`SMoAModel`: puts SMoA layers into a model, and everything that concerns all of them."""
+"""`SMoAModel`, PEFT's tuner for SMoA: injects the layers into a model, and does what concerns all of them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..checks import check_kind
 from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
-from .config import SMoAConfig
+from .combine import check_combination, combined_config
+from .config import LayerSettings, SMoAConfig
 from .dequantize import keep_packing
 from .layer import SMoALayer
 from .linear import Linear
-from .loading import check_adapter
-from .settings import LayerSettings, layer_settings
+from .loading import PARAMETER_PREFIX, check_adapter, forget_adapter, remove_adapter
 from .sorting import Sorting
-from .weighted import check_combination, combined_config
 
 __all__ = ["SMoAModel"]
 
@@ -38,8 +36,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     Args:
         model: the model to adapt, changed in place.
-        config: of the first adapter.
-        adapter_name: of the first adapter.
+        config: the first adapter's configuration.
+        adapter_name: its name.
         low_cpu_mem_usage: leave the adapter on the meta device, to be loaded.
 
     Example:
@@ -49,34 +47,32 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         ('SMoAModel', 'Linear')
     """
 
-    prefix: str = "smoa_"
+    prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = SMoALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel, given this model or the `PeftModel` around it, need not broadcast.
+        """Names of the buffers that DistributedDataParallel need not broadcast.
 
-        It asks the module that it wraps for this attribute; a `PeftModel` passes the question on to here.
+        It asks the module that it wraps for this attribute; a `PeftModel` passes the question on to this model.
         """
         theirs = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
         names = [f"model.{name}" for name in (*theirs, *smoa_buffers(self.model))]
         return [*names, *(f"base_model.{name}" for name in names)]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; where it fails the model is left as it was.
+        """As PEFT's: put an adapter into a model. Where that fails, the model is as it was.
 
         Raises:
-            TypeError, ValueError: a name that cannot be a folder's, or what the configuration asks for does not fit.
+            TypeError, ValueError: `adapter_name` cannot name a folder, or the configuration does not fit the model.
         """
-        check_kind("adapter_name", adapter_name, str)
         if not adapter_name or set(adapter_name) & set("./\\"):
-            # It is part of parameters' names, and of the folder that the adapter is saved in.
+            # The name is part of the parameters' names, and of the folder that the adapter is saved in.
             raise ValueError(f"adapter_name must be a name without dots and slashes, got {adapter_name!r}")
-        self.peft_config[adapter_name].check_size()  # it may have been changed since it was made
         is_new = not any(adapter_name in layer.smoa_A for layer in _layers(model))
         awaits_weights = self.peft_config[adapter_name].is_from_file and not _layers(model)
-        # To be restored should these weights turn out not to fit.
+        # Restored by `forget_adapter` where the weights turn out not to fit.
         self.trainable_before = [p for p in model.parameters() if p.requires_grad] if awaits_weights else []
         undo = _undo(model, adapter_name)
         try:
@@ -94,8 +90,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     def _to_be_sorted(
         self, model: nn.Module, adapter_name: str, *, state_dict: object = None, **kwargs: object
     ) -> Iterator[tuple[nn.Linear | Conv1D, int]]:
-        """Layers without an adapter that, going by its configuration, are to have this one."""
-        if state_dict is not None:  # whose names say which instead
+        """Layers that will get their first adapter, by the configuration."""
+        if state_dict is not None:  # its keys say which layers, and bring their blocks
             return
         config = self.peft_config[adapter_name]
         adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -104,7 +100,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             if not isinstance(module, (nn.Linear, Conv1D)) or module in within:
                 continue
             if self._check_target_module_exists(config, name):
-                yield module, layer_settings(config, name).num_blocks
+                yield module, config.for_layer(name).num_blocks
 
     def _create_and_replace(
         self,
@@ -116,7 +112,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        settings = layer_settings(peft_config, current_key)
+        settings = peft_config.for_layer(current_key)
         try:
             if isinstance(target, SMoALayer):
                 target.update_layer(adapter_name, settings, self._spectral_order)
@@ -132,7 +128,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         if isinstance(new_module, SMoALayer):
-            # Its adapter is where the layer computes; PEFT would move it to where an offloaded weight is, nowhere.
+            # The adapter is already where the layer computes; PEFT would move it to an offloaded weight's meta device.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -207,15 +203,13 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         Args:
             adapters: names of the adapters to combine.
             weights: a factor for each.
-            adapter_name: of the new one.
-            combination_type: "cat": `ΔW = Σ w_i ΔW_i`, exactly, with the ranks added up (a layer whose adapters have
-                other blocks than each other gets a single block). "linear": the factors are summed instead, at the
-                rank that the adapters share.
+            adapter_name: the new adapter's name.
+            combination_type: "cat" gives `ΔW = Σ w_i ΔW_i` exactly and adds the ranks up (a layer whose adapters have
+                different blocks gets a single block). "linear" sums the factors, at the rank that the adapters share.
 
         Raises:
-            TypeError: names that are none.
-            ValueError: an unknown or taken name, another number of weights, an unknown combination, adapters that
-                train biases or further modules, or, for "linear", ones with other blocks or ranks. Nothing is added.
+            ValueError: a name is unknown or taken, the number of weights is another, the combination is unknown, an
+                adapter trains biases or further modules, or, for "linear", blocks or ranks differ. Nothing is added.
         """
         combine = check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         combined: dict[str, PackedAdapter] = {}
@@ -254,7 +248,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             check_adapter(model, adapter_name, remapped, strict_base=config.strict_base)
         except ValueError:
             if any(_awaits_blocks(layer, adapter_name) for layer in _layers(model)):
-                # Put in by the very call that was to fill it.
+                # The call that was to fill the adapter also put it in.
                 remove_adapter(model, adapter_name)
                 forget_adapter(model, adapter_name)
             raise
@@ -267,17 +261,8 @@ def _insert_adapter_names(
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of every layer, and layers that hold no other adapter out of the model."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SMoALayer) and set(module.smoa_A) <= {adapter_name}:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base_layer)
-    delete_adapter(model, adapter_name, prefix=SMoAModel.prefix, layer_cls=SMoALayer)
-
-
 def _undo(model: nn.Module, adapter_name: str) -> Callable[[], None]:
-    """What puts a model back as it is now, once an adapter that it lacks has been put in, whole or in part."""
+    """Make the function that restores the model as it is now, after a new adapter was put in, whole or in part."""
     modules = [(module, dict(module._modules)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
@@ -291,20 +276,6 @@ def _undo(model: nn.Module, adapter_name: str) -> Callable[[], None]:
             parameter.requires_grad_(before)
 
     return undo
-
-
-def forget_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Undo what injection did beside the layers, once they no longer hold the adapter."""
-    configs: Any = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
-    if configs:
-        return
-    for module in list(model.modules()):
-        if isinstance(module, SMoAModel):
-            for parameter in module.trainable_before:
-                parameter.requires_grad_(True)
-        elif module.__dict__.get("peft_config") is configs:
-            del module.peft_config
 
 
 def _layers(model: nn.Module) -> list[SMoALayer]:

@@ -1,0 +1,140 @@
+"""The format of an adapter's file: its tensors of each layer, and the row of bytes that holds blocks, ranks and sketch.
+
+An entry of a safetensors file costs some 120 bytes of header, as much as the labels of a small layer, so these share
+one (`smoa_blocks`, uint8, little-endian):
+
+    uint32   K, the CRC-32 of all that follows, the rank of each block
+    float16  the sketch of W0, 33 numbers
+    bits     the block of each row, then of each column: ceil(log2 K) bits each, the lowest first
+
+Zeros stand for blocks that are yet to be loaded.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import MOST_BLOCKS
+from ..definition.partition import BlockPartition
+from ..definition.sketch import SKETCH_SIZE
+
+__all__ = [
+    "STATE_KEYS",
+    "LayerBlocks",
+    "blocks_size",
+    "check_complete",
+    "pack_blocks",
+    "read_blocks",
+    "unpack_blocks",
+]
+
+
+# The tensors of a layer's adapter.
+STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
+
+
+class LayerBlocks(NamedTuple):
+    """What an adapter's file holds of a layer beside its factors."""
+
+    partition: BlockPartition
+    ranks: Tensor  # int32 (K,)
+    sketch: Tensor  # float32 (33,), of W0
+
+
+def blocks_size(out_features: int, in_features: int, num_blocks: int) -> int:
+    """Count the bytes of `smoa_blocks` for a layer of this shape with K blocks."""
+    bits = (out_features + in_features) * _label_bits(num_blocks)
+    return 4 * (2 + num_blocks) + 2 * SKETCH_SIZE + -(-bits // 8)
+
+
+def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Tensor:
+    """Pack blocks, ranks and sketch into uint8 bytes on the CPU; a sketch beyond float16's range becomes infinite."""
+    labels = torch.cat([partition.row_block, partition.col_block]).cpu().numpy()
+    shifts = np.arange(_label_bits(partition.num_blocks))
+    parts = (
+        ranks.cpu().numpy().astype("<u4"),
+        sketch.cpu().numpy().astype("<f2"),
+        np.packbits((labels[:, None] >> shifts & 1).astype(np.uint8), bitorder="little"),
+    )
+    body = b"".join(part.tobytes() for part in parts)
+    head = np.array([partition.num_blocks, zlib.crc32(body)], dtype="<u4").tobytes()
+    return torch.frombuffer(bytearray(head + body), dtype=torch.uint8)
+
+
+def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks:
+    """Unpack what :func:`pack_blocks` packed for a layer of this shape, on the same device.
+
+    Raises:
+        ValueError: `packed` has another dtype or size than such a layer's, a wrong checksum, or labels out of range.
+    """
+    if packed.dtype != torch.uint8 or packed.ndim != 1:
+        raise ValueError(f"smoa_blocks must be a vector of uint8, got {packed.dtype} {tuple(packed.shape)}")
+    data = packed.detach().cpu().contiguous().numpy()
+    num_blocks, checksum = (int(n) for n in data[:8].view("<u4")) if len(data) >= 8 else (0, 0)
+    if not 1 <= num_blocks <= MOST_BLOCKS or len(data) != blocks_size(out_features, in_features, num_blocks):
+        raise ValueError(
+            f"smoa_blocks must hold the block labels of {out_features} rows and {in_features} columns, got "
+            f"{len(data)} bytes that say num_blocks={num_blocks}"
+        )
+    body = data[8:]
+    if zlib.crc32(body.tobytes()) != checksum:
+        raise ValueError("smoa_blocks is corrupt: its labels, ranks and sketch do not match its checksum")
+    ranks, sketch, bits = np.split(body, [4 * num_blocks, 4 * num_blocks + 2 * SKETCH_SIZE])
+    width = _label_bits(num_blocks)
+    count = out_features + in_features
+    planes = np.unpackbits(bits, count=count * width, bitorder="little").reshape(count, width)
+    labels = torch.from_numpy(planes.astype(np.int32) @ (1 << np.arange(width, dtype=np.int32)))
+    rows, cols = labels.to(packed.device).split([out_features, in_features])
+    partition = BlockPartition.from_labels(rows, cols, num_blocks)
+    return LayerBlocks(
+        partition,
+        torch.from_numpy(ranks.view("<u4").astype(np.int32)).to(packed.device),
+        torch.from_numpy(sketch.view("<f2").astype(np.float32)).to(packed.device),
+    )
+
+
+def read_blocks(name: str, given: Mapping[str, Any], r: int | None = None) -> LayerBlocks:
+    """Read blocks, ranks and sketch out of the tensors of one layer, after checking these against each other.
+
+    Args:
+        name: the layer's name, for messages.
+        given: tensors by `STATE_KEYS`, None for one that is missing.
+        r: the rank budget, where it is known.
+
+    Raises:
+        ValueError: naming the layer: a tensor is missing, factors are no matrices of floating-point numbers,
+            :func:`unpack_blocks` finds a fault, or the ranks do not fit.
+    """
+    check_complete(name, given)
+    A, B = given["smoa_A"], given["smoa_B"]
+    for key, factor in (("smoa_A", A), ("smoa_B", B)):
+        if factor.ndim != 2 or not factor.is_floating_point():
+            raise ValueError(
+                f"{name}: {key} must be a matrix of floating-point numbers, got {factor.dtype} {tuple(factor.shape)}"
+            )
+    try:
+        blocks = unpack_blocks(given["smoa_blocks"], B.shape[0], A.shape[1])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    ranks = blocks.ranks.tolist()
+    r = sum(ranks) if r is None else r
+    if min(ranks) < 0 or max(ranks) != A.shape[0] or A.shape[0] != B.shape[1] or sum(ranks) != r:
+        raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {A.shape[0]}, got {ranks}")
+    return blocks
+
+
+def check_complete(name: str, given: Mapping[str, Any]) -> None:
+    """Raise unless every tensor of the layer `name` is given."""
+    missing = [key for key in STATE_KEYS if given.get(key) is None]
+    if missing:
+        raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
+
+
+def _label_bits(num_blocks: int) -> int:
+    return (num_blocks - 1).bit_length()
