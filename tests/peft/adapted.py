@@ -1,12 +1,16 @@
-"""What the tests of the tuner share: models with random adapters, their layers and their outputs."""
+"""What the tests of the tuner share: models with random adapters, their layers and outputs, edits of saved folders."""
+
+import json
 
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 
 
 def config(**settings):
@@ -49,3 +53,37 @@ def nudge(model, scale=0.3):
                 _, mask = padding_masks(layer.partition(name), layer.ranks(name), B.shape[1])
                 drawn = torch.randn(B.shape, generator=generator, device="cpu").to(B.device)
                 B.copy_(drawn * scale * mask)
+
+
+def snapshot(model):
+    names = [(name, type(module)) for name, module in model.named_modules()]
+    names += [(name, p.requires_grad) for name, p in model.named_parameters()]
+    return names, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def edit_config(folder, **values):
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def edit_weights(folder, edit):
+    """Change the tensors of a saved adapter; its configuration then takes any digest."""
+    state = load_file(folder / WEIGHTS)
+    edit(state)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    edit_config(folder, weights_sha256=None)
+
+
+def assert_refused(capsys, command, message, *arguments):
+    """The command prints one line, and exits with 2."""
+    capsys.readouterr()
+    assert command(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("smoa-kernels: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err

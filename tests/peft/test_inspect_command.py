@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
+from adapted import CONFIG, WEIGHTS, adapt, assert_refused, edit_config, edit_weights, layers
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from tiny_models import tiny_llama, write_weights
+from tiny_models import tiny_llama
 
 from smoa_kernels.cli import main
 from smoa_kernels.peft import SMoAConfig
-
-WEIGHTS = "adapter_model.safetensors"
+from smoa_kernels.peft.inspection import inspect_adapter
 
 
 @pytest.fixture
@@ -69,32 +68,57 @@ def test_verdict_on_a_base(adapter, tmp_path, capsys, base, code, said):
         assert math.isclose(first["base_distance"], 0, abs_tol=1e-3)
 
 
+def test_report_of_a_folder(make_model, folder, tmp_path):
+    path, _ = folder
+    report = inspect_adapter(path)
+    model = adapt(make_model())
+    assert [f"base_model.model.{layer.name}" for layer in report.layers] == sorted(layers(model))
+    for layer in report.layers:
+        module = layers(model)[f"base_model.model.{layer.name}"]
+        assert layer.shape == (module.out_features, module.in_features)
+        assert layer.ranks == (2, 2, 1)
+        assert layer.parameters == module.num_adapter_parameters("default")
+        assert len(layer.fingerprint) == 16
+        assert layer.fits is None
+    assert report.file_size == (path / WEIGHTS).stat().st_size
+    assert not report.other_tensors
+    make_model().bfloat16().save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert inspect_adapter(path, tmp_path / "sharded").fits
+    make_model(seed=1).save_pretrained(tmp_path / "other")
+    other = inspect_adapter(path, tmp_path / "other")
+    assert not other.fits
+    assert all(1.0 < layer.base_distance < 2.0 for layer in other.layers)
+
+
+def test_a_base_that_was_saved_with_or_without_its_head(llama, tmp_path):
+    """The names of one begin with `model.`, which those of the other lack."""
+    llama().save_pretrained(tmp_path / "whole")
+    llama().model.save_pretrained(tmp_path / "bare")
+    adapt(llama()).save_pretrained(tmp_path / "adapter")
+    adapt(llama().model).save_pretrained(tmp_path / "bare adapter")
+    for adapter, base in (("adapter", "bare"), ("bare adapter", "whole")):
+        assert inspect_adapter(tmp_path / adapter, tmp_path / base).fits
+    llama(seed=1).model.save_pretrained(tmp_path / "other")
+    assert not inspect_adapter(tmp_path / "adapter", tmp_path / "other").fits
+
+
 MISTAKES = {
     "no folder": (lambda f: f.rename(f.parent / "elsewhere"), "there is no adapter_config.json in"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"there is no {WEIGHTS} in"),
-    "no json": (
-        lambda f: (f / "adapter_config.json").write_text("{"),
-        "adapter_config.json is no JSON: Expecting property name",
-    ),
-    "a list": (
-        lambda f: (f / "adapter_config.json").write_text("[]"),
-        "adapter_config.json must hold a JSON object, got list",
-    ),
+    "no json": (lambda f: (f / CONFIG).write_text("{"), f"{CONFIG} is no JSON: Expecting property name"),
     "other method": (
         lambda f: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(f),
         "an adapter of the method 'LORA', not SMOA",
     ),
-    "wrong value": (
-        lambda f: edit(f, num_blocks="three"),
-        "num_blocks must be an int, got 'three'",
+    "wrong value": (lambda f: edit_config(f, num_blocks="three"), "num_blocks must be an int, got 'three'"),
+    "future": (lambda f: edit_config(f, format_version=9), "format_version 9 of the adapter is newer"),
+    "other rank": (lambda f: edit_config(f, r=6), "layers.0.mlp.down_proj: ranks must sum to r=6"),
+    "no layers": (lambda f: edit_weights(f, only_x), "holds no layer of an SMoA adapter"),
+    "no blocks": (lambda f: edit_weights(f, lambda s: s.pop(first(s, "smoa_blocks"))), "lacks smoa_blocks"),
+    "a vector": (
+        lambda f: edit_weights(f, lambda s: s.update({first(s, "smoa_A"): torch.ones(5)})),
+        "smoa_A must be a matrix of floating-point",
     ),
-    "future": (lambda f: edit(f, format_version=9), "format_version 9 of the adapter is newer"),
-    "other rank": (lambda f: edit(f, r=6), "layers.0.mlp.down_proj: ranks must sum to r=6"),
-    "no layers": (
-        lambda f: write_weights(f, {"x": torch.ones(1)}),
-        "holds no layer of an SMoA adapter",
-    ),
-    "a vector": (lambda f: put(f, "smoa_A", torch.ones(5)), "smoa_A must be a matrix of floating-point"),
     "truncated": (
         lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]),
         "is truncated or corrupt",
@@ -102,46 +126,36 @@ MISTAKES = {
 }
 
 
-def put(folder, name, tensor):
-    state = load_file(folder / WEIGHTS)
-    state[next(key for key in state if key.endswith(name))] = tensor
-    write_weights(folder, state)
+def only_x(state):
+    state.clear()
+    state["x"] = torch.ones(1)
 
 
-def edit(folder, **values):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+def first(state, ending):
+    return next(key for key in state if key.endswith(ending))
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_one_line(adapter, capsys, case):
     spoil, message = MISTAKES[case]
     spoil(adapter)
-    assert_refused(capsys, message, adapter)
+    assert_refused(capsys, inspect, message, adapter)
 
 
 def test_base_that_cannot_be_read(adapter, tmp_path, capsys):
-    assert_refused(capsys, "there are no safetensors files in", adapter, "--base", tmp_path)
+    assert_refused(capsys, inspect, "there are no safetensors files in", adapter, "--base", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    assert_refused(capsys, "no readable safetensors file", adapter, "--base", tmp_path)
+    assert_refused(capsys, inspect, "no readable safetensors file", adapter, "--base", tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
-    assert_refused(capsys, "is not an index of safetensors files", adapter, "--base", tmp_path)
+    assert_refused(capsys, inspect, "is not an index of safetensors files", adapter, "--base", tmp_path)
     index.write_text('{"weight_map": {"model.layers.0.mlp.down_proj.weight": "lost.safetensors"}}')
-    assert_refused(capsys, "no readable safetensors file", adapter, "--base", tmp_path)
+    assert_refused(capsys, inspect, "no readable safetensors file", adapter, "--base", tmp_path)
 
 
 def test_json_that_cannot_be_written(adapter, tmp_path, capsys):
-    assert_refused(capsys, "is a directory", adapter, "--json", tmp_path)
-    assert_refused(capsys, "is not a folder", adapter, "--json", tmp_path / "none" / "report.json")
-    assert_refused(capsys, "cannot write /dev/full: No space left on device", adapter, "--json", "/dev/full")
-
-
-def assert_refused(capsys, message, *arguments):
-    capsys.readouterr()
-    assert inspect(*arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("smoa-kernels: error: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
+    assert_refused(capsys, inspect, "is a directory", adapter, "--json", tmp_path)
+    assert_refused(capsys, inspect, "is not a folder", adapter, "--json", tmp_path / "none" / "report.json")
+    assert_refused(
+        capsys, inspect, "cannot write /dev/full: No space left on device", adapter, "--json", "/dev/full"
+    )

@@ -10,7 +10,6 @@ from peft.tuners.lora.conversion import convert_to_lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from smoa_kernels import BlockPartition
 from smoa_kernels.peft import SMoAConfig
 
 # Configuration by layer
@@ -152,21 +151,3 @@ def test_a_layer_that_computes_something_else_is_called(tokens):
     model = get_peft_model(base, SMoAConfig(r=4, target_modules=["lin"], init_weights=False)).eval()
     layer = next(iter(layers(model).values()))
     close(model(x), expected + x @ layer.get_delta_weight("default").T)
-
-
-def test_one_order_for_a_weight_that_layers_share(monkeypatch):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Linear(12, 9), nn.Linear(12, 9)
-            self.two.weight = self.one.weight
-
-        def forward(self, x):
-            return self.one(x) + self.two(x)
-
-    calls = []
-    original = BlockPartition.from_weight.__func__
-    counted = classmethod(lambda cls, *args: calls.append(1) or original(cls, *args))
-    monkeypatch.setattr(BlockPartition, "from_weight", counted)
-    get_peft_model(Model(), SMoAConfig(target_modules=["one", "two"]))
-    assert len(calls) == 1

@@ -1,21 +1,52 @@
-"""A quantised base on the CPU: bitsandbytes' NF4, FP4 and int8, torchao's int8 weight-only."""
+"""A quantised base: bitsandbytes' NF4, FP4 and int8, torchao's int8 and int4; and the buffer W0 is dequantised into."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from adapted import layer_list
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import get_peft_model_state_dict
+from peft.utils.quantization_utils import Bnb4bitBackend
 from test_faults import FailingAt, count
 from tiny_models import tiny_llama
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from smoa_kernels import BlockPartition, smoa_linear
 from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft import dequantize as module
+from smoa_kernels.peft.dequantize import ScratchPool
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra of quantised bases is not installed")
+torchao = pytest.importorskip("torchao.quantization", reason="the extra of quantised bases is not installed")
+int4 = pytest.importorskip(
+    "torchao.prototype.quantization.int4", reason="torchao lacks its 4-bit kernel for CPUs"
+)
+CPU = torch.device("cpu")
+PANEL = 700
 
-KINDS = [("nf4", False), ("nf4", True), ("fp4", False)]
+
+def four_bits(kind, double=False, compute=torch.float32):
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+KINDS = {
+    "nf4": four_bits("nf4"),
+    "nf4, double": four_bits("nf4", double=True),
+    "fp4": four_bits("fp4"),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+    "torchao int8": TorchAoConfig(torchao.Int8WeightOnlyConfig()),
+    "torchao int4": TorchAoConfig(int4.PrototypeInt4WeightOnlyConfig(group_size=32)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,86 +56,67 @@ def saved(tmp_path_factory):
     return folder
 
 
-def load(folder, kind="nf4", double=False, compute=torch.float32):
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=compute,
-    )
+def load(folder, config, dtype=torch.float32, device="cpu"):
+    """The base in the folder `saved`, quantised."""
     return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, dtype=torch.float32
+        folder, quantization_config=config, dtype=dtype, device_map=device
     ).eval()
 
 
 def adapt(model, **settings):
-    defaults = {
-        "r": 4,
-        "num_blocks": 2,
-        "target_modules": "all-linear",
-        "init_weights": False,
-        "smoa_alpha": 0.5,
-    }
+    defaults = {"r": 4, "target_modules": "all-linear", "init_weights": False, "smoa_alpha": 0.5}
+    torch.manual_seed(0)
     return get_peft_model(model, SMoAConfig(**{**defaults, **settings}))
 
 
-def dequantized(layer):
-    return bnb.functional.dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state)
+@pytest.fixture(params=KINDS)
+def model(request, saved):
+    """An adapted model over a base of each kind, in training mode."""
+    return adapt(load(saved, KINDS[request.param])).train()
 
 
-@pytest.mark.parametrize(("kind", "double"), KINDS)
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_outputs_and_gradients_are_those_over_the_dequantised_weight(saved, kind, double, dropout):
-    model = adapt(load(saved, kind, double), smoa_dropout=dropout).train()
+@pytest.fixture
+def nf4(saved):
+    return adapt(load(saved, KINDS["nf4"])).train()
+
+
+# What a layer computes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_are_those_over_the_dequantised_weight(saved, kind):
+    model = adapt(load(saved, KINDS[kind]), smoa_dropout=0.4).train()
     for layer in layer_list(model):
-        assert isinstance(layer.base_layer, bnb.nn.Linear4bit)
         assert layer.smoa_A["default"].dtype == torch.float32
-        weight = dequantized(layer).float()
-        partition = layer.partition("default")
+        weight, partition = layer.base_weight().float(), layer.partition("default")
         assert partition == BlockPartition.from_weight(weight, 2)
         x = torch.randn(7, layer.in_features, requires_grad=True)
         dy = torch.randn(7, layer.out_features)
         torch.manual_seed(1)
         y = layer(x)
         y.backward(dy)
-        ours = [x.grad, layer.smoa_A["default"].grad, layer.smoa_B["default"].grad]
-        theirs = [
-            t.detach().clone().requires_grad_() for t in (x, layer.smoa_A["default"], layer.smoa_B["default"])
-        ]
+        ours = [x, layer.smoa_A["default"], layer.smoa_B["default"]]
+        theirs = [t.detach().clone().requires_grad_() for t in ours]
+        settings = {"scaling": layer.scaling["default"], "dropout_p": 0.4}
         torch.manual_seed(1)
         expected = smoa_linear(
-            theirs[0],
-            weight,
-            None,
-            *theirs[1:],
-            partition,
-            layer.ranks("default"),
-            scaling=layer.scaling["default"],
-            dropout_p=dropout,
+            theirs[0], weight, None, *theirs[1:], partition, layer.ranks("default"), **settings
         )
         expected.backward(dy)
         torch.testing.assert_close(y, expected)
-        for gradient, reference in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(gradient, reference.grad)
+        for mine, reference in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine.grad, reference.grad)
 
 
 def test_the_weights_values_are_not_kept_for_backward(saved):
-    model = adapt(load(saved)).train()
-    layer = layer_list(model)[0]
-    shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
-        layer(torch.randn(5, layer.in_features))
-    assert (layer.out_features, layer.in_features) not in shapes
-
-
-def test_nor_where_adapters_drop_out_differently(saved):
-    """The second one's product is a dense one, recomputed in backward."""
-    model = adapt(load(saved), smoa_dropout=0.5)
+    """Not either where a second adapter drops out differently: its product is a dense one, recomputed in backward."""
+    model = adapt(load(saved, KINDS["nf4"]), smoa_dropout=0.5)
     model.add_adapter("other", SMoAConfig(r=3, target_modules="all-linear", init_weights=False))
-    model.base_model.set_adapter(["default", "other"])
     layer = layer_list(model.train())[0]
     x, dy, shapes = torch.randn(5, layer.in_features), torch.randn(5, layer.out_features), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        layer(x)
+        model.base_model.set_adapter(["default", "other"])
         y = layer(x)
     assert (layer.out_features, layer.in_features) not in shapes
     y.backward(dy)
@@ -116,60 +128,8 @@ def test_nor_where_adapters_drop_out_differently(saved):
         torch.testing.assert_close(gradient, factor["other"].grad)
 
 
-def test_training_over_a_prepared_model(saved, tokens):
-    model = adapt(prepare_model_for_kbit_training(load(saved)), init_weights=True, smoa_alpha=4).train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    first = None
-    for _ in range(8):
-        loss = model(tokens, labels=tokens).loss
-        first = loss.item() if first is None else first
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss.item() < first
-
-
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_merging_requantises_and_unmerging_restores_every_bit(saved, tokens, compute):
-    model = adapt(load(saved, compute=compute), smoa_alpha=8).eval()
-    expected = model(tokens).logits
-    before = [layer.base_layer.weight.data.clone() for layer in layer_list(model)]
-    saved_before = get_peft_model_state_dict(model)
-    model.merge_adapter()
-    merged = model(tokens).logits
-    assert (merged - expected).norm() < 0.3 * expected.norm()  # the rounding of NF4
-    assert get_peft_model_state_dict(model).keys() == saved_before.keys()
-    for layer, packed in zip(layer_list(model), before, strict=True):
-        assert not torch.equal(layer.base_layer.weight.data, packed)
-    model.unmerge_adapter()
-    for layer, packed in zip(layer_list(model), before, strict=True):
-        assert torch.equal(layer.base_layer.weight.data, packed)
-    assert torch.equal(model(tokens).logits, expected)
-    unloaded = model.merge_and_unload()
-    assert torch.equal(unloaded(tokens).logits, merged)
-
-
-def test_adapters_move_between_a_base_and_its_quantised_form(saved, tokens, tmp_path, recwarn):
-    model = adapt(load(saved)).eval()
-    expected = model(tokens).logits
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(load(saved), tmp_path, strict_base=True).eval()
-    assert torch.equal(again(tokens).logits, expected)
-    plain = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
-    over_plain = PeftModel.from_pretrained(plain, tmp_path, strict_base=True).eval()
-    assert (over_plain(tokens).logits - expected).norm() < 0.3 * expected.norm()
-    assert not [w for w in recwarn if "another base weight" in str(w.message)]
-
-
-def test_a_base_that_was_evaluated_before(saved, tokens):
-    base = load(saved)
-    expected = base(tokens).logits  # on some CPUs this packs the weights anew
-    model = adapt(base, init_weights=True).eval()
-    assert (model(tokens).logits - expected).norm() < 0.02 * expected.norm()
-
-
-def test_several_adapters_and_mixed_batches(saved, tokens):
-    model = adapt(load(saved))
+def test_several_adapters_and_mixed_batches(nf4, tokens):
+    model = nf4
     model.add_adapter("other", SMoAConfig(r=6, num_blocks=3, target_modules="all-linear", init_weights=False))
     model.eval()
     default = model(tokens).logits
@@ -184,46 +144,16 @@ def test_several_adapters_and_mixed_batches(saved, tokens):
     layer = layer_list(model)[0]
     x = torch.randn(4, layer.in_features)
     delta = layer.get_delta_weight("default") + layer.get_delta_weight("other")
-    torch.testing.assert_close(
-        layer(x), nn.functional.linear(x, dequantized(layer) + delta), rtol=1e-4, atol=1e-5
-    )
+    expected = nn.functional.linear(x, layer.base_weight() + delta)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_eight_bits(saved, tokens):
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    base = AutoModelForCausalLM.from_pretrained(saved, quantization_config=config, dtype=torch.float32).eval()
-    expected = base(tokens).logits
-    model = adapt(base, init_weights=True, smoa_alpha=8)
-    # Its own product rounds x to int8 as well, ours does not.
-    assert (model.eval()(tokens).logits - expected).norm() < 0.03 * expected.norm()
-    model.train()(tokens).logits.sum().backward()
-    with torch.no_grad():
-        for layer in layer_list(model):
-            assert isinstance(layer.base_layer, bnb.nn.Linear8bitLt)
-            assert layer.smoa_B["default"].grad.any()
-            layer.smoa_B["default"].normal_()
-    adapted = model.eval()(tokens).logits
-    before = [(layer.base_layer.weight.data.clone(), layer.base_weight()) for layer in layer_list(model)]
-    model.merge_adapter()
-    merged = model(tokens).logits
-    assert (merged - adapted).norm() < 0.03 * adapted.norm()
-    model.unmerge_adapter()
-    for layer, (packed, weight) in zip(layer_list(model), before, strict=True):
-        assert torch.equal(layer.base_layer.weight.data, packed)
-        assert torch.equal(layer.base_weight(), weight)
-    assert torch.equal(model(tokens).logits, adapted)
-    assert torch.equal(model.merge_and_unload()(tokens).logits, merged)
+# The life of an adapter
 
 
-def torchao_base(folder, config, device="cpu", dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=TorchAoConfig(config), dtype=dtype, device_map=device
-    ).eval()
-
-
-def check_torchao_life_cycle(base, tokens, tolerance, rounding):
+def check_life_cycle(base, tokens, tolerance, rounding):
     """A fresh adapter changes little, trains, merges by requantising, and unmerges exactly."""
-    expected = base(tokens).logits
+    expected = base(tokens).logits  # on some CPUs this packs bitsandbytes' weights anew
     model = adapt(base, init_weights=True, smoa_alpha=8).eval()
     assert (model(tokens).logits - expected).norm() <= tolerance * expected.norm()
     model(tokens).logits.sum().backward()
@@ -231,63 +161,17 @@ def check_torchao_life_cycle(base, tokens, tolerance, rounding):
         for layer in layer_list(model):
             assert layer.smoa_B["default"].grad.any()
             layer.smoa_B["default"].normal_()
-    adapted = model(tokens).logits
-    weights = [layer.base_weight() for layer in layer_list(model)]
+    adapted, keys = model(tokens).logits, get_peft_model_state_dict(model).keys()
+    bases = [anatomy(layer.base_layer) for layer in layer_list(model)]
     model.merge_adapter()
     merged = model(tokens).logits
     assert (merged - adapted).norm() < rounding * adapted.norm()
+    assert get_peft_model_state_dict(model).keys() == keys
     model.unmerge_adapter()
-    assert all(
-        torch.equal(layer.base_weight(), w) for layer, w in zip(layer_list(model), weights, strict=True)
-    )
+    for layer, before in zip(layer_list(model), bases, strict=True):
+        assert anatomy(layer.base_layer) == before
+    assert torch.equal(model(tokens).logits, adapted)
     assert torch.equal(model.merge_and_unload()(tokens).logits, merged)
-
-
-def test_torchao_int8_weight_only(saved, tokens):
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    base = torchao_base(saved, torchao.Int8WeightOnlyConfig())
-    check_torchao_life_cycle(base, tokens, tolerance=1e-5, rounding=0.03)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torchao_int4_weight_only_on_the_cpu(saved, tokens, dtype):
-    """torchao's 4-bit kernel for CPUs: its packing cannot be dequantised, so W0 comes out of its product."""
-    torchao = pytest.importorskip(
-        "torchao.prototype.quantization.int4", reason="torchao lacks its 4-bit kernel for CPUs"
-    )
-    plain = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)
-    base = torchao_base(saved, torchao.PrototypeInt4WeightOnlyConfig(group_size=32), dtype=dtype)
-    name = "model.layers.0.mlp.up_proj"
-    with pytest.raises(NotImplementedError):  # torchao's own answer for a layout that it cannot dequantise
-        base.get_submodule(name).weight.dequantize()
-    model = adapt(base)
-    for layer_name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
-        weight = plain.get_submodule(layer_name).weight
-        found = model.base_model.model.get_submodule(layer_name).base_weight()
-        assert 0.01 < (found - weight).norm() / weight.norm() < 0.15  # what 4 bits lose
-    model.unload()
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
-    check_torchao_life_cycle(base, tokens, tolerance, rounding=0.5)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torchao's tile-packed 4-bit kernel needs a GPU")
-def test_torchao_int4_weight_only_on_a_gpu(saved, tokens):
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    config = torchao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d")
-    base = torchao_base(saved, config, device="cuda", dtype=torch.bfloat16)
-    check_torchao_life_cycle(base, tokens.cuda(), tolerance=0.02, rounding=0.5)
-
-
-def quantised(saved, kind):
-    if kind == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    elif kind == "torchao":
-        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-        config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
-    else:
-        return load(saved, kind, double=True)
-    return AutoModelForCausalLM.from_pretrained(saved, quantization_config=config, dtype=torch.float32).eval()
 
 
 def anatomy(layer):
@@ -301,13 +185,73 @@ def anatomy(layer):
     return found
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao"])
+@pytest.mark.parametrize(
+    ("config", "dtype", "tolerance", "rounding"),
+    [
+        pytest.param(KINDS["nf4"], torch.float32, 0.02, 0.3, id="nf4"),
+        pytest.param(four_bits("nf4", compute=torch.bfloat16), torch.float32, 0.02, 0.3, id="nf4 in bf16"),
+        # bitsandbytes' own product rounds x to int8 as well, ours does not.
+        pytest.param(KINDS["int8"], torch.float32, 0.03, 0.03, id="int8"),
+        pytest.param(KINDS["torchao int8"], torch.float32, 1e-5, 0.03, id="torchao int8"),
+        pytest.param(KINDS["torchao int4"], torch.float32, 1e-5, 0.5, id="torchao int4"),
+        pytest.param(KINDS["torchao int4"], torch.bfloat16, 0.02, 0.5, id="torchao int4, bf16"),
+    ],
+)
+def test_life_cycle(saved, tokens, config, dtype, tolerance, rounding):
+    check_life_cycle(load(saved, config, dtype), tokens, tolerance, rounding)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torchao's tile-packed 4-bit kernel needs a GPU")
+def test_life_cycle_of_torchao_int4_on_a_gpu(saved, tokens):
+    config = torchao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d")
+    base = load(saved, TorchAoConfig(config), torch.bfloat16, "cuda")
+    check_life_cycle(base, tokens.cuda(), tolerance=0.02, rounding=0.5)
+
+
+def test_a_packing_that_cannot_be_dequantised(saved):
+    """torchao's 4-bit kernel for CPUs: W0 comes out of its product."""
+    plain = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    model = adapt(load(saved, KINDS["torchao int4"])).base_model.model
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
+        weight, layer = plain.get_submodule(name).weight, model.get_submodule(name)
+        with pytest.raises(NotImplementedError):
+            layer.base_layer.weight.dequantize()
+        assert 0.01 < (layer.base_weight() - weight).norm() / weight.norm() < 0.15  # what 4 bits lose
+
+
+def test_training_over_a_prepared_model(saved, tokens):
+    base = prepare_model_for_kbit_training(load(saved, KINDS["nf4"]))
+    model = adapt(base, init_weights=True, smoa_alpha=4).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(8):
+        loss = model(tokens, labels=tokens).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+
+
+def test_adapters_move_between_a_base_and_its_quantised_form(saved, nf4, tokens, tmp_path, recwarn):
+    model = nf4.eval()
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(saved, KINDS["nf4"]), tmp_path, strict_base=True).eval()
+    assert torch.equal(again(tokens).logits, expected)
+    plain = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    over_plain = PeftModel.from_pretrained(plain, tmp_path, strict_base=True).eval()
+    assert (over_plain(tokens).logits - expected).norm() < 0.3 * expected.norm()
+    assert not [w for w in recwarn if "another base weight" in str(w.message)]
+
+
+@pytest.mark.parametrize("kind", ["nf4, double", "int8", "torchao int8"])
 def test_a_merge_that_is_interrupted_anywhere(saved, kind):
     """The base is what it was, whatever PEFT had taken out of it by then; after a first merge, what that left."""
-    model = adapt(quantised(saved, kind), target_modules=["q_proj"], layers_to_transform=[0], smoa_alpha=8)
-    model.add_adapter(
-        "other", SMoAConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0], init_weights=False)
-    )
+    one_layer = {"target_modules": ["q_proj"], "layers_to_transform": [0], "init_weights": False}
+    model = adapt(load(saved, KINDS[kind]), smoa_alpha=8, **one_layer)
+    model.add_adapter("other", SMoAConfig(r=4, **one_layer))
     (layer,) = layer_list(model)
     x = torch.randn(5, layer.in_features)
     expected = layer(x)
@@ -329,3 +273,216 @@ def test_a_merge_that_is_interrupted_anywhere(saved, kind):
             assert torch.equal(layer(x), merged)
     layer.unmerge()
     assert torch.equal(layer(x), expected)
+
+
+# The buffer that W0 is dequantised into: used again, never by two at once, never referred to later
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """A pool of the test's own, and panels of some rows."""
+    fresh = ScratchPool()
+    monkeypatch.setattr(module, "_SCRATCH", fresh)
+    monkeypatch.setattr(module, "_PANEL_ELEMENTS", {"cpu": PANEL, "gpu": PANEL})
+    return fresh
+
+
+def buffers(pool):
+    return [buffer for free in pool._free.values() for buffer in free]
+
+
+def gradients(model, tokens, before_backward=lambda: None):
+    torch.manual_seed(1)
+    model.zero_grad()
+    loss = model(tokens).logits.square().sum()
+    before_backward()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def without_a_buffer(model, tokens, monkeypatch):
+    """The gradients where each call dequantises anew, as PEFT does."""
+    read = module.read_weight
+    with monkeypatch.context() as allocating:
+        allocating.setattr(module, "_filler", lambda *_: None)
+        # Rows side by side, as in the buffer: torchao's int4 comes transposed, which a GEMM may sum otherwise.
+        allocating.setattr(module, "read_weight", lambda *given: read(*given).contiguous())
+        return gradients(model, tokens)
+
+
+def test_the_buffer_holds_what_peft_reads(model, pool):
+    for dtype in (torch.float32, torch.bfloat16):
+        for layer in layer_list(model):
+            with layer._dequantized(dtype) as weight:
+                found = weight.clone()
+            assert weight.data_ptr() == buffers(pool)[-1].data_ptr()
+            assert torch.equal(found, layer.base_weight().to(dtype))
+    assert {buffer.dtype for buffer in buffers(pool)} == {torch.float32, torch.bfloat16}
+    assert len(buffers(pool)) == 2
+
+
+def test_one_buffer_serves_every_layer_and_nothing_needs_it_later(model, tokens, pool, monkeypatch):
+    expected = without_a_buffer(model, tokens, monkeypatch)
+    assert not buffers(pool)
+    places = []
+
+    def spoil():
+        (buffer,) = buffers(pool)
+        assert buffer.numel() == 128 * 64
+        places.append(buffer.fill_(torch.nan).data_ptr())
+
+    for name, gradient in gradients(model, tokens, spoil).items():
+        assert torch.equal(gradient, expected[name])
+    assert [buffer.data_ptr() for buffer in buffers(pool)] == places
+
+
+def test_nothing_of_the_weights_size_is_allocated(model, pool):
+    """What a library returns is a panel of it."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if type(tensor) is torch.Tensor and tensor.is_floating_point():
+                    storage = tensor.untyped_storage()
+                    if storage.data_ptr() != place:
+                        self.elements = max(self.elements, storage.nbytes() // tensor.element_size())
+            return result
+
+    for layer in layer_list(model):
+        with layer._dequantized(torch.float32) as weight:
+            place, size = weight.untyped_storage().data_ptr(), weight.numel()
+        with Largest() as largest, layer._dequantized(torch.float32) as weight:
+            assert weight.data_ptr() == place
+        assert 0 < largest.elements <= 2 * PANEL < size  # torchao's int4 takes one panel and returns one
+
+
+def test_forwards_and_backwards_of_two_layers_interleave(nf4, pool):
+    first, *_, second = layer_list(nf4)
+    assert first.base_weight().shape != second.base_weight().shape
+    inputs = [torch.randn(5, layer.in_features, requires_grad=True) for layer in (first, second)]
+
+    def alone(layer, x):
+        layer(x).square().sum().backward()
+        found = [x.grad, layer.smoa_A["default"].grad, layer.smoa_B["default"].grad]
+        x.grad = layer.smoa_A["default"].grad = layer.smoa_B["default"].grad = None
+        return found
+
+    expected = [alone(first, inputs[0]), alone(second, inputs[1])]
+
+    @torch.enable_grad()
+    def inside(gradient):  # a forward and a backward while the other layer's backward is under way
+        assert all(map(torch.equal, alone(second, inputs[1]), expected[1]))
+        return gradient
+
+    outputs = [first(inputs[0]), second(inputs[1]).detach()]
+    outputs[0].register_hook(inside)
+    outputs[0].square().sum().backward()
+    found = [inputs[0].grad, first.smoa_A["default"].grad, first.smoa_B["default"].grad]
+    assert all(map(torch.equal, found, expected[0]))
+    assert len(buffers(pool)) == 1
+
+
+def test_recomputation_inference_and_merging_leave_the_gradients_alone(nf4, tokens, pool):
+    with torch.inference_mode():  # a buffer made in that mode serves training
+        nf4(tokens)
+    expected = gradients(nf4, tokens)
+    nf4.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recomputed = gradients(nf4, tokens)
+    nf4.gradient_checkpointing_disable()
+    assert len(buffers(pool)) == 1
+    over_merged = gradients(nf4, tokens, nf4.merge_adapter)  # a backward after a merge is still of W0
+    for name, gradient in expected.items():
+        torch.testing.assert_close(recomputed[name], gradient)
+        torch.testing.assert_close(over_merged[name], gradient)
+
+
+def test_an_unlent_buffer_is_lent_again_and_grows():
+    pool = ScratchPool()
+    with pool.borrow((3, 4), torch.float32, CPU) as first:
+        assert first.shape == (3, 4)
+        place = first.data_ptr()
+    with pool.borrow((6, 2), torch.float32, CPU) as again:
+        assert again.data_ptr() == place
+    with pool.borrow((5, 5), torch.float32, CPU) as larger:
+        assert larger.is_contiguous()
+    with pytest.raises(RuntimeError), pool.borrow((5, 5), torch.float32, CPU):
+        raise RuntimeError
+    assert [buffer.numel() for buffer in buffers(pool)] == [25]
+
+
+def test_nested_and_threaded_use_never_shares():
+    pool = ScratchPool()
+    with (
+        pool.borrow((4,), torch.float32, CPU) as outer,
+        pool.borrow((4,), torch.float32, CPU) as inner,
+    ):
+        outer.fill_(1)
+        inner.fill_(2)
+        assert outer.tolist() == [1] * 4
+    assert len(buffers(pool)) == 2
+    barrier, seen = threading.Barrier(4), []
+
+    def use(value):
+        for _ in range(50):
+            with pool.borrow((64,), torch.float32, CPU) as buffer:
+                buffer.fill_(value)
+                barrier.wait(timeout=10)
+                seen.append(bool((buffer == value).all()))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, range(4)))
+    assert seen == [True] * 200
+    assert len(buffers(pool)) == 4
+
+
+# bitsandbytes' 4-bit kernels for GPUs write where they are told to
+
+
+def four_bit_layer(kind="nf4", width=64):
+    layer = bnb.nn.Linear4bit(width, 96, bias=False, quant_type=kind)
+    weight = torch.randn(96, width, generator=torch.Generator().manual_seed(0))
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("width", [64, 1216, 63, 96, 100])  # of the last three no row is whole blocks
+def test_panels_of_four_bit_weights_are_whole_blocks(kind, width, pool):
+    layer = four_bit_layer(kind, width).to("cpu")
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    with module.dequantized(Bnb4bitBackend(), layer, torch.float32) as weight:
+        assert torch.equal(weight, expected)
+
+
+def test_a_kernel_that_takes_a_buffer_is_given_it(pool):
+    """The CPU's gets that form, for the length of the test."""
+    layer, places = four_bit_layer().to("cpu"), []
+
+    def fill(*given):
+        *args, out = given
+        places.append(out.data_ptr())
+        out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*args))
+
+    with torch.library._scoped_library("bitsandbytes", "IMPL") as library:
+        library.impl("dequantize_4bit.out", fill, "CPU")
+        for dtype in (torch.float32, torch.bfloat16):  # the second is not the weight's: it is cast
+            with module.dequantized(Bnb4bitBackend(), layer, dtype) as weight:
+                assert torch.equal(weight, module.read_weight(Bnb4bitBackend(), layer).to(dtype))
+    (buffer, _) = sorted(buffers(pool), key=lambda buffer: -buffer.element_size())
+    assert places[0] == buffer.data_ptr()
+    assert len(places) == len(set(places)) == 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes' own kernel for it is CUDA's")
+def test_the_gpus_kernel_fills_the_buffer(pool):
+    layer = four_bit_layer().cuda()
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    for _ in range(2):
+        with module.dequantized(Bnb4bitBackend(), layer, torch.float32) as weight:
+            assert torch.equal(weight, expected)
+            assert len(buffers(pool)) == 0
+    assert [buffer.data_ptr() for buffer in buffers(pool)] == [weight.data_ptr()]

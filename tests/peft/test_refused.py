@@ -4,19 +4,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from adapted import WEIGHTS, adapt, config, layers, logits
+from adapted import WEIGHTS, adapt, config, edit_weights, layers, logits, snapshot
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
-from tiny_models import write_weights
 
 from smoa_kernels.peft import SMoALayer
-from smoa_kernels.peft.layout import STATE_KEYS, pack_blocks, unpack_blocks
-
-
-def snapshot(model):
-    names = [(name, type(module)) for name, module in model.named_modules()]
-    names += [(name, p.requires_grad) for name, p in model.named_parameters()]
-    return names, {key: value.clone() for key, value in model.state_dict().items()}
+from smoa_kernels.peft.file_format import STATE_KEYS, pack_blocks, unpack_blocks
 
 
 def assert_unchanged(model, before):
@@ -141,11 +133,15 @@ def test_truncated_or_corrupt_file(folder, make_model, case):
 
 
 def edit_one_layer(path, edit):
-    state = load_file(path / WEIGHTS)
-    prefix = sorted(key for key in state if key.endswith(".smoa_A"))[0].removesuffix("smoa_A")
-    edit(state, prefix)
-    write_weights(path, state)
-    return prefix.removesuffix(".").removeprefix("base_model.model.")
+    """Change the first layer's tensors in a saved adapter; gives the layer's name."""
+    names = []
+
+    def first(state):
+        names.append(sorted(key for key in state if key.endswith(".smoa_A"))[0].removesuffix("smoa_A"))
+        edit(state, names[0])
+
+    edit_weights(path, first)
+    return names[0].removesuffix(".").removeprefix("base_model.model.")
 
 
 def repacked(edit):
@@ -161,11 +157,6 @@ def repacked(edit):
     return apply
 
 
-def remove(state, prefix):
-    for key in [key for key in state if key.startswith(prefix)]:
-        del state[key]
-
-
 BROKEN = {
     "missing": (lambda s, p: s.pop(p + "smoa_blocks"), "the adapter lacks smoa_blocks"),
     "corrupt": (lambda s, p: s[p + "smoa_blocks"][-1:].bitwise_xor_(1), "smoa_blocks is corrupt"),
@@ -177,7 +168,10 @@ BROKEN = {
         lambda s, p: s.update({p + "smoa_blocks": s[p + "smoa_blocks"].float()}),
         "smoa_blocks must be a vector of uint8",
     ),
-    "layer": (lambda s, p: remove(s, p), "the adapter lacks smoa_A, smoa_B, smoa_blocks"),
+    "layer": (
+        lambda s, p: [s.pop(p + key) for key in STATE_KEYS],
+        "the adapter lacks smoa_A, smoa_B, smoa_blocks",
+    ),
     "unknown": (lambda s, p: s.update({p + "smoa_C": torch.ones(2)}), "the model has no place for 1 tensors"),
     "other layer": (
         lambda s, p: s.update({p.replace("0", "9") + key: s[p + key].clone() for key in STATE_KEYS}),

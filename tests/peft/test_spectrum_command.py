@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import WEIGHTS, assert_refused, edit_config
 from peft import HiraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_gpt2, tiny_llama
@@ -16,7 +17,6 @@ from smoa_kernels.cli import main
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.spectrum.model import layer_kind, model_spectrum
 
-WEIGHTS = "adapter_model.safetensors"
 CONFIGS = {
     "SMoA": lambda targets: SMoAConfig(
         r=5,
@@ -199,23 +199,21 @@ def test_kinds():
     assert layer_kind("classifier") == "classifier"
 
 
-def edit(folder, **values):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 def without(path, ending):
     state = {k: v for k, v in load_file(path).items() if not k.endswith(ending)}
     save_file(state or {"x": torch.ones(1)}, path)
 
 
 MISTAKES = {
-    "method": (lambda f: edit(f / "smoa", peft_type="LORA"), "an adapter of the method 'LORA', not SMOA"),
+    "method": (
+        lambda f: edit_config(f / "smoa", peft_type="LORA"),
+        "an adapter of the method 'LORA', not SMOA",
+    ),
     "other method": (
-        lambda f: edit(f / "lora", peft_type="VERA"),
+        lambda f: edit_config(f / "lora", peft_type="VERA"),
         "an adapter of the method 'VERA', not SMOA or LORA or HIRA",
     ),
-    "DoRA": (lambda f: edit(f / "lora", use_dora=True), "it is a DoRA adapter"),
+    "DoRA": (lambda f: edit_config(f / "lora", use_dora=True), "it is a DoRA adapter"),
     "no blocks": (lambda f: without(f / "smoa" / WEIGHTS, "smoa_blocks"), "the adapter lacks smoa_blocks"),
     "one factor": (
         lambda f: without(f / "lora" / WEIGHTS, "lora_A.weight"),
@@ -260,15 +258,18 @@ def test_mistakes_are_one_line(base, tmp_path, capsys, case):
     saved(tmp_path / "lora", "LoRA")
     spoil, message = MISTAKES[case]
     spoil(tmp_path)
-    assert_refused(capsys, message, base, "--adapter", tmp_path / "smoa", "--compare", tmp_path / "lora")
+    assert_refused(
+        capsys, spectrum, message, base, "--adapter", tmp_path / "smoa", "--compare", tmp_path / "lora"
+    )
 
 
 def test_model_folders_that_cannot_be_measured(base, tmp_path, capsys):
     assert_refused(
-        capsys, "no layer's name ends with q; the layers are mlp.down_proj, ", base, "--target", "q"
+        capsys, spectrum, "no layer's name ends with q; the layers are mlp.down_proj, ", base, "--target", "q"
     )
     assert_refused(
         capsys,
+        spectrum,
         "num_blocks must be at most min(out_features, in_features) = 16",
         base,
         "--blocks",
@@ -277,9 +278,9 @@ def test_model_folders_that_cannot_be_measured(base, tmp_path, capsys):
         17,
     )
     (base / "config.json").write_text("{")
-    assert_refused(capsys, "config.json", base)
+    assert_refused(capsys, spectrum, "config.json", base)
     (base / "config.json").unlink()
-    assert_refused(capsys, f"there is no config.json in {base}", base)
+    assert_refused(capsys, spectrum, f"there is no config.json in {base}", base)
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
@@ -293,16 +294,6 @@ def test_results_on_a_full_disk(base, tmp_path, capsys, option):
     assert spectrum(base, "--target", "q_proj", option, place) == 2
     assert capsys.readouterr().err == f"smoa-kernels: error: cannot write {place}: No space left on device\n"
     assert place.is_symlink()
-
-
-def assert_refused(capsys, message, *arguments):
-    capsys.readouterr()
-    assert spectrum(*arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("smoa-kernels: error: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from smoa_kernels import BlockPartition
 from smoa_kernels.definition.reference import reference_delta_weight
 from smoa_kernels.definition.sketch import sketch_weight
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.peft.layout import blocks_size, pack_blocks, unpack_blocks
+from smoa_kernels.peft.file_format import blocks_size, pack_blocks, unpack_blocks
 
 
 def refuse_spectra(monkeypatch):
@@ -125,6 +125,7 @@ def test_a_dropped_input_is_the_adapters_alone(llama):
 # Saving and loading
 
 
+@pytest.mark.slow
 def test_second_process_gives_the_same_outputs(folder, make_model, tokens, tmp_path):
     path, expected = folder
     torch.save(tokens, tmp_path / "tokens.pt")

@@ -1,9 +1,6 @@
 """Tiny models made from a config: nothing is downloaded."""
 
-import json
-
 import torch
-from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 LLAMA = {
@@ -26,10 +23,3 @@ def tiny_llama(seed=0, **settings):
 def tiny_gpt2(seed=0):
     torch.manual_seed(seed)
     return GPT2LMHeadModel(GPT2Config(**GPT2, **GPT2_QUIET)).eval()
-
-
-def write_weights(folder, state):
-    """An adapter's weights anew, which its configuration then takes whatever their digest."""
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = folder / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"weights_sha256": None}))
