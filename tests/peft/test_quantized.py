@@ -47,6 +47,10 @@ KINDS = {
     "torchao int8": TorchAoConfig(torchao.Int8WeightOnlyConfig()),
     "torchao int4": TorchAoConfig(int4.PrototypeInt4WeightOnlyConfig(group_size=32)),
 }
+# `make test` meets a kind of each library.
+EACH = [
+    pytest.param(kind, marks=[] if kind in ("nf4", "torchao int8") else pytest.mark.slow) for kind in KINDS
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def adapt(model, **settings):
     return get_peft_model(model, SMoAConfig(**{**defaults, **settings}))
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH)
 def model(request, saved):
     """An adapted model over a base of each kind, in training mode."""
     return adapt(load(saved, KINDS[request.param])).train()
@@ -83,7 +87,7 @@ def nf4(saved):
 # What a layer computes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_outputs_and_gradients_are_those_over_the_dequantised_weight(saved, kind):
     model = adapt(load(saved, KINDS[kind]), smoa_dropout=0.4).train()
     for layer in layer_list(model):
@@ -189,12 +193,23 @@ def anatomy(layer):
     ("config", "dtype", "tolerance", "rounding"),
     [
         pytest.param(KINDS["nf4"], torch.float32, 0.02, 0.3, id="nf4"),
-        pytest.param(four_bits("nf4", compute=torch.bfloat16), torch.float32, 0.02, 0.3, id="nf4 in bf16"),
+        pytest.param(
+            four_bits("nf4", compute=torch.bfloat16),
+            torch.float32,
+            0.02,
+            0.3,
+            id="nf4 in bf16",
+            marks=pytest.mark.slow,
+        ),
         # bitsandbytes' own product rounds x to int8 as well, ours does not.
-        pytest.param(KINDS["int8"], torch.float32, 0.03, 0.03, id="int8"),
+        pytest.param(KINDS["int8"], torch.float32, 0.03, 0.03, id="int8", marks=pytest.mark.slow),
         pytest.param(KINDS["torchao int8"], torch.float32, 1e-5, 0.03, id="torchao int8"),
-        pytest.param(KINDS["torchao int4"], torch.float32, 1e-5, 0.5, id="torchao int4"),
-        pytest.param(KINDS["torchao int4"], torch.bfloat16, 0.02, 0.5, id="torchao int4, bf16"),
+        pytest.param(
+            KINDS["torchao int4"], torch.float32, 1e-5, 0.5, id="torchao int4", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            KINDS["torchao int4"], torch.bfloat16, 0.02, 0.5, id="torchao int4, bf16", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_life_cycle(saved, tokens, config, dtype, tolerance, rounding):
@@ -220,6 +235,7 @@ def test_a_packing_that_cannot_be_dequantised(saved):
         assert 0.01 < (layer.base_weight() - weight).norm() / weight.norm() < 0.15  # what 4 bits lose
 
 
+@pytest.mark.slow
 def test_training_over_a_prepared_model(saved, tokens):
     base = prepare_model_for_kbit_training(load(saved, KINDS["nf4"]))
     model = adapt(base, init_weights=True, smoa_alpha=4).train()
@@ -246,6 +262,7 @@ def test_adapters_move_between_a_base_and_its_quantised_form(saved, nf4, tokens,
     assert not [w for w in recwarn if "another base weight" in str(w.message)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4, double", "int8", "torchao int8"])
 def test_a_merge_that_is_interrupted_anywhere(saved, kind):
     """The base is what it was, whatever PEFT had taken out of it by then; after a first merge, what that left."""
@@ -448,6 +465,7 @@ def four_bit_layer(kind="nf4", width=64):
     return layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("width", [64, 1216, 63, 96, 100])  # of the last three no row is whole blocks
 def test_panels_of_four_bit_weights_are_whole_blocks(kind, width, pool):
