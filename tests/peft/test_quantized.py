@@ -47,10 +47,9 @@ KINDS = {
     "torchao int8": TorchAoConfig(torchao.Int8WeightOnlyConfig()),
     "torchao int4": TorchAoConfig(int4.PrototypeInt4WeightOnlyConfig(group_size=32)),
 }
+SLOW = pytest.mark.slow
 # `make test` meets a kind of each library.
-EACH = [
-    pytest.param(kind, marks=[] if kind in ("nf4", "torchao int8") else pytest.mark.slow) for kind in KINDS
-]
+EACH = [pytest.param(kind, marks=[] if kind in ("nf4", "torchao int8") else SLOW) for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +201,7 @@ def anatomy(layer):
             marks=pytest.mark.slow,
         ),
         # bitsandbytes' own product rounds x to int8 as well, ours does not.
-        pytest.param(KINDS["int8"], torch.float32, 0.03, 0.03, id="int8", marks=pytest.mark.slow),
+        pytest.param(KINDS["int8"], torch.float32, 0.03, 0.03, id="int8", marks=SLOW),
         pytest.param(KINDS["torchao int8"], torch.float32, 1e-5, 0.03, id="torchao int8"),
         pytest.param(
             KINDS["torchao int4"], torch.float32, 1e-5, 0.5, id="torchao int4", marks=pytest.mark.slow

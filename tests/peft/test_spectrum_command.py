@@ -124,7 +124,7 @@ def test_json_and_full_table(base, tmp_path, capsys):
     options = ("--adapter", tmp_path / "smoa", "--compare", tmp_path / "lora", "--full", "--json", path)
     assert spectrum(base, *options) == 0
     out = capsys.readouterr().out
-    assert "4 layers that only one of the adapters adapts are left out" in out
+    assert "4 layers are left out: only one of the adapters adapts them" in out
     assert "model.layers.1.mlp.down_proj" in out
     report = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     found = model_spectrum(base, tmp_path / "smoa", tmp_path / "lora")
