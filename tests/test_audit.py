@@ -346,7 +346,12 @@ class TestRealCompiles:
     """Toy kernels (audit_kernels.py), compiled for GPUs that are not here, even where this process interprets."""
 
     @pytest.mark.parametrize(
-        ("arch", "core"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "MFMA")]
+        ("arch", "core"),
+        [
+            ("sm_90", "HGMMA"),
+            pytest.param("sm_100", "UTCHMMA", marks=pytest.mark.slow),
+            pytest.param("gfx942", "MFMA", marks=pytest.mark.slow),
+        ],
     )
     def test_good_and_bad_kernels(self, cache, monkeypatch, arch, core):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -362,12 +367,14 @@ class TestRealCompiles:
         broken = broken_rules(bad)
         assert any("loads of 16 bits through x_ptr" in rule for rule in broken), broken
 
+    @pytest.mark.slow
     def test_declared_narrow_side(self, cache):
         (record,) = audited(archs=("sm_80",), kernels=("toy_copy",)).values()
         assert broken_rules(record) == ()
         assert {t.bits for t in record.traffic if t.pointer == "x_ptr"} == {16}
         assert broken_rules(replace(record, narrow={})) == ("8 loads of 16 bits through x_ptr",)
 
+    @pytest.mark.slow
     def test_cache(self, cache):
         first = audited(archs=("sm_80",), kernels=("toy_copy",))
         (path,) = (cache / "audit").glob("*")
@@ -392,6 +399,7 @@ class TestRealCompiles:
         assert entry["kernel"] == "toy_misaligned"
         assert entry["broken_rules"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("jobs", [1, 2])
     def test_a_compiler_that_crashes_is_a_finding(self, cache, jobs):
         """Alone of its kind; one that crashed only once counts as what it compiled to."""
