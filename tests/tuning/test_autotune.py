@@ -40,6 +40,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "on"), [(None, False), ("0", False), ("", False), ("true", False), ("1", True)]
 )

@@ -41,6 +41,7 @@ def audited(kernel: str, arch: str, dtype: str, rank: int) -> set[object]:
     return {config for v in variants for config in spec.configurations(arch, dtype, v)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_answer_is_an_audited_configuration(arch: str, dtype: str) -> None:
@@ -84,6 +85,7 @@ def step(layer: FusedSMoALinear, tokens: int, **options: object) -> None:
     layer(x).sum().backward()
 
 
+@pytest.mark.slow
 @needs_interpreter
 @pytest.mark.parametrize("tokens", [19, 150])
 def test_a_training_step_asks_for_what_the_plan_holds(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -390,6 +390,7 @@ def tuning(blocks: int, steps: int, before: str = "") -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [(1, 2), (1, 1)], ids=["different problems", "the same problems"])
 def test_two_processes_tune_into_one_table(of: tuple[int, int]) -> None:
     processes = [tuning(blocks, 5) for blocks in of]
