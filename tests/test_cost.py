@@ -40,15 +40,6 @@ def test_totals_of_the_design(problem, algorithm, design):
     assert over_frozen(problem, algorithm) == pytest.approx(design, rel=0.02)
 
 
-@pytest.mark.parametrize(("problem", "design"), [(SQUARE, 1.49), (DOWN, 1.42)])
-def test_split_differs_from_the_design_by_the_adapters_y_written(problem, design):
-    frozen = estimate(problem, H100, "frozen").seconds()
-    y_bytes = problem.tokens * problem.out_features * 2
-    assert over_frozen(problem, "split") + y_bytes / H100.bytes_per_second / frozen == pytest.approx(
-        design, abs=0.008
-    )
-
-
 def test_flop_floors():
     """Without memory traffic: 1 + 1/(2K) merged, 1 + 1/K split."""
     infinite = replace(H100, memory_tbps=1e9)
@@ -82,11 +73,6 @@ def test_bytes_counted_by_hand():
     assert part(p, "split", "y, read to accumulate").bytes == size * y
     # gathers read what is there and write the padded layout: one block of 4 columns padded to 64
     assert part(p, "split", "gather x").bytes == size * (x + 8 * 64)
-
-
-def test_both_builds_of_the_effective_weight_are_counted():
-    builds = [p.stage for p in parts(SQUARE, "merged") if p.name == "build W_eff"]
-    assert builds == ["forward", "backward"]
 
 
 def test_peers_pay_for_dropout_and_ours_for_a_split_dx():

@@ -249,15 +249,6 @@ def test_equality_is_by_labels() -> None:
 
 
 @pytest.mark.numerical
-def test_permuting_the_weight_permutes_the_partition() -> None:
-    weight = drawn(18, 25, seed=5)
-    rows, cols = torch.randperm(18), torch.randperm(25)
-    partition, permuted = (BlockPartition.from_weight(w, 3) for w in (weight, weight[rows][:, cols]))
-    assert permuted.row_block.tolist() == partition.row_block[rows].tolist()
-    assert permuted.col_block.tolist() == partition.col_block[cols].tolist()
-
-
-@pytest.mark.numerical
 def test_the_order_goes_with_a_partition() -> None:
     partition = BlockPartition.from_weight(torch.randn(11, 8), 3)
     turned, moved = partition.T, partition.to("meta")
