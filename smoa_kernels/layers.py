@@ -17,7 +17,7 @@ from .definition.packed import PackedAdapter, draw_A, scaling_tensor
 from .definition.partition import BlockPartition, label_dtype
 from .definition.ranks import trainable_parameters
 from .definition.shard import LayerShard
-from .definition.sketch import sketch_weight
+from .definition.sketch import SKETCH_SIZE, sketch_weight
 from .definition.spectral_order import whole
 from .functional import smoa_linear
 from .layer_checks import (
@@ -183,7 +183,7 @@ class FusedSMoALinear(nn.Linear):
         self.register_buffer("smoa_row_block", torch.zeros(self.out_features, dtype=dtype, device=device))
         self.register_buffer("smoa_col_block", torch.zeros(self.in_features, dtype=dtype, device=device))
         self.register_buffer("smoa_ranks", torch.tensor(self.block_ranks, dtype=torch.int32, device=device))
-        self.register_buffer("smoa_sketch", torch.zeros(33, device=device))
+        self.register_buffer("smoa_sketch", torch.zeros(SKETCH_SIZE, device=device))
         self.register_buffer("smoa_scaling", scaling_tensor(self.alpha / self.r, device), persistent=False)
         self.register_buffer("smoa_base_weight", None, persistent=False)
         for name in ("row_index", "col_index", "row_offsets", "col_offsets"):
