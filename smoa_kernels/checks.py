@@ -15,7 +15,6 @@ from torch import Tensor
 __all__ = [
     "MOST_BLOCKS",
     "MOST_RANKS",
-    "MOST_SIZE",
     "cached",
     "check_blocks",
     "check_choice",
@@ -23,7 +22,6 @@ __all__ = [
     "check_device",
     "check_finite",
     "check_kind",
-    "check_names",
     "check_number",
     "check_path",
     "check_weight",
@@ -37,8 +35,6 @@ T = TypeVar("T")
 
 # The most blocks and ranks: far more than anyone needs, far fewer than would fill the memory with bookkeeping alone.
 MOST_BLOCKS = MOST_RANKS = 2**16
-# Of tokens, features and GPUs that something is predicted for: products of a few still fit into a float.
-MOST_SIZE = 10**12
 
 
 def cached(function: Callable[P, T]) -> Callable[P, T]:
@@ -105,12 +101,6 @@ def check_kind(name: str, value: object, kind: type) -> None:
         wanted = f"torch.{kind.__name__}" if kind.__module__ == "torch" else kind.__name__
         article = "an" if wanted[0] in "AEIOU" else "a"
         raise TypeError(f"{name} must be {article} {wanted}, got {type(value).__name__}")
-
-
-def check_names(name: str, value: object) -> None:
-    """`value` must be a list, tuple or set of strings; a string would be taken for a list of its letters."""
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{name} must be a list of names, got {shown(value)}")
 
 
 def check_number(name: str, value: float) -> None:
