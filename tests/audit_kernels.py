@@ -5,21 +5,22 @@ Imported by audit workers only, where Triton compiles.
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 import triton
 import triton.language as tl
 
-from smoa_kernels.audit.compile import Launch
-from smoa_kernels.audit.registry import KernelSpec
+from smoa_kernels.kernels.spec import Config, Kernel, Operands, Work
 
 
 @dataclass(frozen=True)
-class ToyConfig:
+class ToyConfig(Config):
     block: int
     num_warps: int
-    num_stages: int = 3
 
 
 @triton.jit
@@ -42,76 +43,73 @@ def toy_copy(x_ptr, y_ptr, stride_x, BLOCK: tl.constexpr):
     tl.store(y_ptr + slots, tl.load(x_ptr + slots * stride_x))
 
 
-def matmul_launch(config: ToyConfig, dtype: str, variant: str) -> Launch:
-    pointer = f"*{dtype}"
-    stride = 4096 if variant == "aligned" else 4095
-    return Launch(
-        {
-            "x_ptr": pointer,
-            "w_ptr": pointer,
-            "y_ptr": pointer,
-            "C": 4096,
-            "stride_x": stride,
-            "stride_w": stride,
-            "stride_y": 4096,
-        },
-        {"BLOCK": config.block},
-        {"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
+def matmul_work(operands: Operands) -> Work:
+    x = w = y = operands.tensor(64, 64)
+    stride = 4096 if operands.form == "aligned" else 4095
+
+    def run(config: Any) -> list[torch.Tensor]:
+        toy_matmul[(1, 1)](
+            x, w, y, 4096, stride, stride, 4096, BLOCK=config.block, num_warps=config.num_warps, num_stages=3
+        )
+        return [y]
+
+    return run, lambda dtype: []
 
 
-def copy_launch(config: ToyConfig, dtype: str, variant: str) -> Launch:
-    return Launch(
-        {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "stride_x": 3},
-        {"BLOCK": config.block},
-        {"num_warps": config.num_warps},
-    )
+def copy_work(operands: Operands) -> Work:
+    x = y = operands.tensor(64)
+
+    def run(config: Any) -> list[torch.Tensor]:
+        toy_copy[(1,)](x, y, 3, BLOCK=config.block, num_warps=config.num_warps)
+        return [y]
+
+    return run, lambda dtype: []
 
 
-MATMUL = KernelSpec(
-    "toy_matmul",
-    toy_matmul,
-    "matmul",
-    ("aligned",),
-    lambda arch, dtype, variant: (ToyConfig(64, 4),),
-    matmul_launch,
-)
-MISALIGNED = KernelSpec(
-    "toy_misaligned",
-    toy_matmul,
-    "matmul",
-    ("misaligned",),
-    lambda arch, dtype, variant: (ToyConfig(64, 4),),
-    matmul_launch,
-)
-COPY = KernelSpec(
-    "toy_copy",
-    toy_copy,
-    "copy",
-    ("strided",),
-    lambda arch, dtype, variant: (ToyConfig(1024, 4),),
-    copy_launch,
-    narrow={"x_ptr": "strided on purpose"},
-)
-
-
-def crashing_launch(config: ToyConfig, dtype: str, variant: str) -> Launch:
+def crashing_work(operands: Operands) -> Work:
     """What a compiler does that crashes: always at the block of 64, once at the block of 256."""
+    run, truth = copy_work(operands)
     first = Path(os.environ["SMOA_CACHE"]) / "crashed"
-    if config.block == 64 or (config.block == 256 and not first.exists()):
-        first.touch()
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return copy_launch(config, dtype, variant)
+
+    def crash(config: Any) -> Any:
+        if config.block == 64 or (config.block == 256 and not first.exists()):
+            first.touch()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return run(config)
+
+    return crash, truth
 
 
-CRASHING = KernelSpec(
-    "toy_crashing",
-    toy_copy,
-    "copy",
-    ("strided",),
-    lambda arch, dtype, variant: tuple(ToyConfig(block, 4) for block in (256, 128, 64, 512, 1024, 2048)),
-    crashing_launch,
-    narrow={"x_ptr": "strided on purpose"},
-)
-CRASHES = (CRASHING,)
-TOYS = (MATMUL, MISALIGNED, COPY)
+def toy(
+    name: str,
+    fn: Any,
+    role: Literal["matmul", "copy"],
+    form: str,
+    work: Callable[[Operands], Work],
+    *blocks: int,
+    **narrow: str,
+) -> Kernel:
+    configs = tuple(ToyConfig(block, 4) for block in blocks)
+    return Kernel(name, fn, ToyConfig, role, lambda arch, precision: configs, {}, work, (form,), narrow)
+
+
+REASON = "strided on purpose"
+TOYS = {
+    kernel.name: kernel
+    for kernel in (
+        toy("toy_matmul", toy_matmul, "matmul", "aligned", matmul_work, 64),
+        toy("toy_misaligned", toy_matmul, "matmul", "misaligned", matmul_work, 64),
+        toy("toy_copy", toy_copy, "copy", "strided", copy_work, 1024, x_ptr=REASON),
+    )
+}
+CRASHES = {
+    "toy_crashing": toy(
+        "toy_crashing",
+        toy_copy,
+        "copy",
+        "strided",
+        crashing_work,
+        *(256, 128, 64, 512, 1024, 2048),
+        x_ptr=REASON,
+    )
+}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smoa_kernels import backends
-from smoa_kernels.cost.gpus import GPUS, device_gpu, gpu_properties
+from smoa_kernels.cost.gpus import GPUS, architecture, device_gpu, gpu_properties, multiprocessors
 
 GPU = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -43,12 +43,11 @@ def test_the_published_gpu_that_stands_for_a_device(here) -> None:
 
 
 def test_the_architecture_as_the_compiler_spells_it(here) -> None:
-    launch = pytest.importorskip("smoa_kernels.kernels.launch", reason="needs triton", exc_type=ImportError)
     here(H100)
-    assert launch.architecture.__wrapped__(GPU) == "sm_90"
-    assert launch.multiprocessors.__wrapped__(GPU) == 132
+    assert architecture.__wrapped__(GPU) == "sm_90"
+    assert multiprocessors.__wrapped__(GPU) == 132
     here(MI300X, hip="6.4")
-    assert launch.architecture.__wrapped__(GPU) == "gfx942"
+    assert architecture.__wrapped__(GPU) == "gfx942"
 
 
 def test_float32_products_on_amd_are_ieee(here) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smoa_kernels.kernels.heuristic import Key
 from smoa_kernels.kernels.identity import identity
+from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import SCHEMA, keep, read, update, user_table
 from smoa_kernels.tuning.plan import (
     Layer,

@@ -12,9 +12,9 @@ import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from ..cost.architectures import Architecture
 from ..definition.precision import precision_of
+from ..kernels.spec import Config, Kernel, Operands
 from .listing import Listing, parse_amdgcn, parse_sass
 from .provenance import argument_offsets, argument_pointers
 
-__all__ = ["Binary", "Launch", "capture", "compile_launch"]
+__all__ = ["Binary", "Launch", "capture", "compile_launch", "representative_launch"]
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,16 @@ class Binary:
 
 
 def capture(kernel: Any, launcher: Callable[[], object]) -> Launch:
-    """What `launcher()` would launch `kernel` with. No kernel of its module runs.
+    """What `launcher()` launches `kernel` with. No kernel runs.
 
     Raises:
-        LookupError: the launcher did not launch it.
+        LookupError: it did not launch `kernel`.
     """
     launches: list[Launch] = []
 
-    def record(*args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+    def record(launched: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        if launched is not kernel:
+            return
         bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         names = {p.name: p.is_constexpr for p in kernel.params}
         launches.append(
@@ -90,32 +94,33 @@ def capture(kernel: Any, launcher: Callable[[], object]) -> Launch:
             )
         )
 
-    with ExitStack() as stack:
-        for other in _kernels_beside(kernel):
-            stack.enter_context(_replaced_run(other, record if other is kernel else _ignore))
+    run = JITFunction.run
+    try:
+        JITFunction.run = record
         launcher()
+    finally:
+        JITFunction.run = run
     if not launches:
-        raise LookupError(f"{kernel.__name__} was not launched by its launcher")
+        raise LookupError(f"{kernel.__name__} was not launched")
     return launches[0]
 
 
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stands in for the launches of other kernels."""
+def representative_launch(
+    kernel: Kernel, config: Config, dtype: str, form: str, arch: Architecture
+) -> Launch:
+    """What a launch of one of the kernel's forms compiles."""
 
+    def launcher() -> object:
+        operands = Operands(kernel.representative(dtype, form), form, torch.device("cpu"), filled=False)
+        run, _ = kernel.workload(operands)
+        return run(config)
 
-def _kernels_beside(kernel: Any) -> Iterable[Any]:
-    found = {id(value): value for value in kernel.fn.__globals__.values() if hasattr(value, "cache_key")}
-    return {**found, id(kernel): kernel}.values()
-
-
-@contextmanager
-def _replaced_run(kernel: Any, run: Callable[..., None]) -> Iterator[None]:
-    original = kernel.run
-    kernel.run = run
-    try:
-        yield
-    finally:
-        kernel.run = original
+    launch = capture(kernel.fn, launcher)
+    if not arch.is_amd:
+        return launch
+    # AMD multiplies float32 in IEEE, whatever a launcher on another machine chose.
+    constexprs = {name: "ieee" if value == "tf32" else value for name, value in launch.constexprs.items()}
+    return replace(launch, constexprs=constexprs)
 
 
 def _argument(value: Any) -> str | int | float | None:

@@ -14,7 +14,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -23,18 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cost.architectures import ARCHITECTURES, Architecture, occupancy
-from ..definition.precision import KERNEL_PRECISIONS
+from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..files import cache_folder, replace_file
 from .rules import Record, Traffic
 from .source import pointers_at
 
 if TYPE_CHECKING:
+    from ..kernels.spec import Config, Kernel
     from .compile import Binary, Launch
-    from .registry import KernelSpec
 
 __all__ = ["Task", "run_audit", "run_task", "tasks"]
 
-DEFAULT_REGISTRY = "smoa_kernels.audit.registry:KERNELS"
+DEFAULT_REGISTRY = "smoa_kernels.kernels:KERNELS"
 _CACHE_SCHEMA = 3  # raised whenever a record gains a field or a parser changes what it reads
 
 # More than any machine has cores for; the pool starts as many as it has work for.
@@ -68,7 +68,7 @@ def run_audit(
         kernels: names from the registry; all where None.
         dtypes: some of :data:`~smoa_kernels.definition.precision.KERNEL_PRECISIONS`.
         jobs: worker processes; one per core where None.
-        registry: "module:attribute" of a sequence of `KernelSpec`.
+        registry: "module:attribute" of a mapping from names to `spec.Kernel`.
 
     Yields:
         First (number of compilations, None), then (how many are left, record) as they finish.
@@ -116,35 +116,34 @@ def tasks(
     registry: str, archs: Sequence[str], kernels: Sequence[str] | None, dtypes: Sequence[str]
 ) -> list[Task]:
     """Every compilation asked for, dearest architectures first."""
-    specs = _load(registry)
-    if kernels is not None:
-        _check_names("kernel", kernels, [spec.name for spec in specs])
+    known = _load(registry)
+    _check_names("kernel", kernels or (), known)
     return [
-        Task(registry, spec.name, variant, index, arch, dtype)
+        Task(registry, kernel.name, form, index, arch, dtype)
         for arch in archs
-        for spec in specs
-        if kernels is None or spec.name in kernels
+        for kernel in known.values()
+        if kernels is None or kernel.name in kernels
         for dtype in dtypes
         if not (dtype == "tf32" and ARCHITECTURES[arch].is_amd)  # AMD multiplies float32 in IEEE
-        for variant in spec.variants
-        for index in range(len(spec.configurations(arch, dtype, variant)))
+        for form in kernel.forms
+        for index in range(len(kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])))
     ]
 
 
 def run_task(task: Task) -> Record:
     """Compile one configuration, or take it from the cache. Runs where Triton compiles."""
-    from .compile import compile_launch
+    from .compile import compile_launch, representative_launch
 
-    spec, arch, blank = _spec(task), ARCHITECTURES[task.arch], _blank(task)
+    kernel, arch, blank = _kernel(task), ARCHITECTURES[task.arch], _blank(task)
     try:
-        launch = _for_arch(spec.launch(_config(task), task.dtype, task.variant), arch)
-        path = cache_folder() / "audit" / f"{_key(spec, launch, blank)}.json"
+        launch = representative_launch(kernel, _config(task), task.dtype, task.variant, arch)
+        path = cache_folder() / "audit" / f"{_key(kernel, launch, blank)}.json"
         cached = _read(path)
         if cached is not None:
             return cached
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Triton's notices about its own future
-            record = _record(blank, compile_launch(spec.fn, launch, arch), arch)
+            record = _record(blank, compile_launch(kernel.fn, launch, arch), arch)
     except Exception as error:  # whatever a compiler throws is a finding about this configuration
         first = str(error).strip().splitlines() or [""]
         return Record(**{**vars(blank), "error": f"{type(error).__name__}: {first[-1].strip()}"})
@@ -152,47 +151,38 @@ def run_task(task: Task) -> Record:
     return record
 
 
-def _spec(task: Task) -> KernelSpec:
-    (spec,) = (s for s in _load(task.registry) if s.name == task.kernel)
-    return spec
+def _kernel(task: Task) -> Kernel:
+    return _load(task.registry)[task.kernel]
 
 
-def _config(task: Task) -> Any:
-    return _spec(task).configurations(task.arch, task.dtype, task.variant)[task.config]
+def _config(task: Task) -> Config:
+    return _kernel(task).shipped(ARCHITECTURES[task.arch], PRECISIONS[task.dtype])[task.config]
 
 
 def _blank(task: Task) -> Record:
     """What is known before anything is compiled."""
-    spec = _spec(task)
+    kernel = _kernel(task)
     return Record(
-        kernel=spec.name,
+        kernel=kernel.name,
         variant=task.variant,
-        role=spec.role,
+        role=kernel.role,
         config=asdict(_config(task)),
         arch=task.arch,
         dtype=task.dtype,
-        narrow=dict(spec.narrow),
+        narrow=dict(kernel.narrow),
     )
 
 
-def _load(registry: str) -> Sequence[KernelSpec]:
+def _load(registry: str) -> Mapping[str, Kernel]:
     module, _, attribute = registry.partition(":")
-    specs: Sequence[KernelSpec] = getattr(importlib.import_module(module), attribute)
-    return specs
+    known: Mapping[str, Kernel] = getattr(importlib.import_module(module), attribute)
+    return known
 
 
 def _check_names(what: str, given: Sequence[str], known: Any) -> None:
     for name in given:
         if name not in known:
             raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
-
-
-def _for_arch(launch: Launch, arch: Architecture) -> Launch:
-    """AMD multiplies float32 in IEEE whatever a launcher on another machine chose."""
-    if not arch.is_amd:
-        return launch
-    constexprs = {k: "ieee" if v == "tf32" else v for k, v in launch.constexprs.items()}
-    return type(launch)(launch.arguments, constexprs, launch.options)
 
 
 def _record(blank: Record, binary: Binary, arch: Architecture) -> Record:
@@ -228,14 +218,14 @@ def _record(blank: Record, binary: Binary, arch: Architecture) -> Record:
     return Record(**{**vars(blank), **filled})
 
 
-def _key(spec: KernelSpec, launch: Launch, blank: Record) -> str:
+def _key(kernel: Kernel, launch: Launch, blank: Record) -> str:
     """Hash of everything that decides a record: source, launch, architecture, dtype, Triton, this schema."""
     import triton
 
     parts = [
         _CACHE_SCHEMA,
         triton.__version__,
-        spec.fn.cache_key,
+        kernel.fn.cache_key,
         sorted(launch.arguments.items()),
         sorted(launch.constexprs.items()),
         sorted(launch.options.items()),

@@ -27,13 +27,13 @@ from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import gemm_is_ieee, precision_of
 from ..kernels import table
-from ..kernels.block_grad import block_grad_in_parts
+from ..kernels.block_grad import block_grad
 from ..kernels.block_matmul import block_matmul
 from ..kernels.common import padded_width
 from ..kernels.fused_linear import fused_linear
-from ..kernels.heuristic import Key, bucket
 from ..kernels.modulate import modulated_blocks, modulated_weight
 from ..kernels.permute import gather_columns, scatter_columns
+from ..kernels.spec import Key, bucket
 from ..kernels.table import Entry
 from . import eager
 
@@ -108,7 +108,7 @@ def _factor_gradients(
         # Under dropout there is one part: the mask counts tokens from the first.
         return _by_block(dy_part, adapter.T.partition), _by_block(x_part, adapter.partition, dropout)
 
-    return block_grad_in_parts(len(parts), gathered, adapter, allow_tf32=allow_tf32)
+    return block_grad(len(parts), gathered, adapter, allow_tf32=allow_tf32)
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
@@ -157,7 +157,7 @@ def admissible(stage: str, dtype: str) -> tuple[str, ...]:
 
     Args:
         stage: "forward" or "input_gradient".
-        dtype: that the GEMM multiplies, one of `heuristic.DTYPES`.
+        dtype: that the GEMM multiplies, one of `precision.KERNEL_PRECISIONS`.
     """
     if stage == "input_gradient":
         return ("merged", "fused")

@@ -17,11 +17,12 @@ from ..backends.triton import admissible
 from ..cost.gpus import GPUS
 from ..cost.models import MODELS, read_config
 from ..definition.precision import KERNEL_PRECISIONS
-from ..kernels.heuristic import CONFIGS, Key
+from ..kernels import KERNELS
 from ..kernels.identity import identity
+from ..kernels.spec import Key
 from ..kernels.table import INTERRUPTED, Entry, describe, keep, read, update, user_table
 from ..tuning.format import describe_algorithms, describe_choice, winner
-from ..tuning.plan import KERNELS, Layer, Target, jobs
+from ..tuning.plan import TUNABLE, Layer, Target, jobs
 from ..tuning.space import broken
 from ..tuning.tuner import DeviceLostError, Job, Timer, gpu_timer, left, so_far, tune
 from .output import console
@@ -71,8 +72,8 @@ def kernels_of(names: Sequence[str]) -> Sequence[str]:
     Raises:
         ValueError: naming the option, what was given and what is allowed.
     """
-    _check("--kernel", names, KERNELS)
-    return names or KERNELS
+    _check("--kernel", names, TUNABLE)
+    return names or TUNABLE
 
 
 def _check(option: str, given: Sequence[str], known: Collection[str]) -> None:
@@ -179,7 +180,7 @@ def _plan(
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("compiling", total=None)
         ruled_out = broken(
-            {pair for pair in pairs if pair[0] in CONFIGS},
+            {pair for pair in pairs if pair[0] in KERNELS},
             target.audited,
             processes=processes,
             deadline=None if deadline is None else (time.monotonic() + deadline) / 2,

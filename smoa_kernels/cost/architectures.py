@@ -1,4 +1,4 @@
-"""Published per-multiprocessor limits of the audited architectures, and the occupancy that follows from them.
+"""One table of GPU architectures: their published limits, and the occupancy that follows from them.
 
 Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide.
 """
@@ -6,12 +6,10 @@ Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capab
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from ..checks import check_count, check_kind
-
-__all__ = ["ARCHITECTURES", "Architecture", "occupancy"]
+__all__ = ["ARCHITECTURES", "Architecture", "facts", "occupancy"]
 
 _KIB = 1024
 
@@ -33,6 +31,7 @@ class Architecture:
         register_granule: registers per thread are allocated in multiples of this.
         warp_size: threads per warp.
         async_copies: global loads can go to shared memory without passing registers.
+        same: names of architectures that nobody audits and that have at least these limits.
 
     Example:
         >>> ARCHITECTURES["sm_90"].tensor_core, ARCHITECTURES["gfx942"].is_amd
@@ -51,6 +50,12 @@ class Architecture:
     register_granule: int = 8
     warp_size: int = 32
     async_copies: bool = True
+    same: tuple[str, ...] = ()
+
+    @property
+    def has_wide_tensor_cores(self) -> bool:
+        """A tensor-core instruction takes 64 rows or more, so larger tiles pay."""
+        return self.tensor_core in ("HGMMA", "UTCHMMA")
 
     @property
     def is_amd(self) -> bool:
@@ -63,8 +68,8 @@ _ALL = (
     Architecture("sm_86", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=16),
     Architecture("sm_89", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=24),
     Architecture("sm_90", "HGMMA", 227 * _KIB, 228 * _KIB, max_warps=64, max_blocks=32),
-    Architecture("sm_100", "UTCHMMA", 227 * _KIB, 228 * _KIB, max_warps=64, max_blocks=32),
-    Architecture("sm_120", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=24),
+    Architecture("sm_100", "UTCHMMA", 227 * _KIB, 228 * _KIB, max_warps=64, max_blocks=32, same=("sm_103",)),
+    Architecture("sm_120", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=24, same=("sm_121",)),
     Architecture(
         "gfx942",
         "MFMA",
@@ -75,11 +80,26 @@ _ALL = (
         shared_reserved=0,
         warp_size=64,
         async_copies=False,
+        same=("gfx950",),
     ),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.name: arch for arch in _ALL})
 """Every audited architecture by name."""
+
+_FACTS = {name: arch for arch in _ALL for name in (arch.name, *arch.same)}
+# What any GPU offers.
+_UNKNOWN = Architecture("", "HMMA", 48 * _KIB, 48 * _KIB, max_warps=32, max_blocks=16)
+
+
+def facts(name: str) -> Architecture:
+    """The row of an architecture; for one that nobody knows, the least that any offers.
+
+    Example:
+        >>> facts("sm_103").name, facts("sm_75").shared_per_block // 1024
+        ('sm_100', 48)
+    """
+    return _FACTS.get(name) or replace(_UNKNOWN, name=name)
 
 
 def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) -> int:
@@ -91,16 +111,10 @@ def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) ->
         shared: bytes per block.
         warps: per block.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
-
     Example:
         >>> occupancy(ARCHITECTURES["sm_90"], registers=128, shared=100 * 1024, warps=8)
         2
     """
-    check_kind("arch", arch, Architecture)
-    for name, value, least in (("registers", registers, 0), ("shared", shared, 0), ("warps", warps, 1)):
-        check_count(name, value, least)
     granules = -(-max(registers, 1) // arch.register_granule)
     warps_per_scheduler = arch.registers // (granules * arch.register_granule)
     resident_warps = min(arch.max_warps, warps_per_scheduler * arch.schedulers)

@@ -16,7 +16,7 @@ import torch
 from ..checks import cached, check_count, check_finite, check_kind, first_line
 from ..definition.precision import PRECISIONS, precision_of
 
-__all__ = ["GPUS", "Gpu", "device_gpu", "match_gpu"]
+__all__ = ["GPUS", "Gpu", "architecture", "device_gpu", "gpu_properties", "match_gpu", "multiprocessors"]
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,39 @@ def device_gpu(device: torch.device) -> Gpu:
     properties = gpu_properties(device)
     capability = None if torch.version.hip else (properties.major, properties.minor)
     return match_gpu(properties.name, capability, properties.multi_processor_count)
+
+
+@cached
+def architecture(device: torch.device) -> str:
+    """A device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter.
+
+    Raises:
+        ValueError: neither the CPU nor a GPU that this machine has.
+
+    Example:
+        >>> architecture(torch.device("cpu"))
+        'cpu'
+    """
+    if device.type == "cpu":
+        return "cpu"
+    properties = gpu_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cached
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors (compute units) of a device; 1 for the interpreter.
+
+    Raises:
+        ValueError: neither the CPU nor a GPU that this machine has.
+
+    Example:
+        >>> multiprocessors(torch.device("cpu"))
+        1
+    """
+    return 1 if device.type == "cpu" else int(gpu_properties(device).multi_processor_count)
 
 
 def gpu_properties(device: torch.device) -> Any:

@@ -1,1 +1,27 @@
-"""Triton kernels, one file each. Imported only where they are launched: the package works without Triton."""
+"""Triton kernels, one file each. Imported only where they are launched: the package works without Triton.
+
+`KERNELS` is the one list of them.
+"""
+
+from .block_grad import BLOCK_GRAD, SUM_PARTIALS
+from .block_matmul import BLOCK_MATMUL
+from .fused_linear import FUSED_LINEAR, SUM_PARTS
+from .modulate import MODULATED_BLOCKS, MODULATED_WEIGHT
+from .permute import PERMUTE
+from .spec import KERNELS
+
+__all__ = ["KERNELS"]
+
+KERNELS.update(
+    (kernel.name, kernel)
+    for kernel in (
+        MODULATED_WEIGHT,
+        MODULATED_BLOCKS,
+        PERMUTE,
+        BLOCK_MATMUL,
+        FUSED_LINEAR,
+        BLOCK_GRAD,
+        SUM_PARTS,
+        SUM_PARTIALS,
+    )
+)

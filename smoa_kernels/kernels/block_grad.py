@@ -20,20 +20,40 @@ R is ρ rounded up to a whole group of ranks: a row of partials is a multiple of
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cost.architectures import Architecture
+from ..cost.gpus import multiprocessors
 from ..cost.grad_tiling import PARTIAL_RANKS, partial_width, token_splits
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from .common import block_slots, dot, input_precision, round_to
-from .launch import BlockGradConfig, SumConfig, multiprocessors
+from ..definition.precision import Precision
+from ..definition.reference import backward as reference_backward
+from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, block_slots, dot, input_precision, round_to
+from .permute import gather_columns
+from .spec import INDEX, LABELS, Config, Kernel, Operands, Work, in_dtype, tile_divides
 from .table import select
 
-__all__ = ["block_grad", "block_grad_in_parts"]
+__all__ = ["BLOCK_GRAD", "SUM_PARTIALS", "BlockGradConfig", "block_grad", "sum_partials"]
+
+
+@dataclass(frozen=True)
+class BlockGradConfig(Config):
+    """One tile of G per program; `split` programs share its sum over T, as many as fill the device where it is 0."""
+
+    block_n: int
+    block_c: int
+    block_t: int
+    split: int
+    num_warps: int
+    num_stages: int
+
 
 # Ranks that the contraction takes at a time: the least that `tl.dot` takes, for the tile of G stays in registers.
 RANK_CHUNK = 16
@@ -74,8 +94,6 @@ def block_grad_kernel(
     stride_ac,
     stride_bn,
     stride_br,
-    NEEDS_A: tl.constexpr,
-    NEEDS_B: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -142,26 +160,21 @@ def block_grad_kernel(
     ):  # prefetched factors would not fit in the registers
         t = start + tl.arange(0, BLOCK_R)
         row_rank_valid = row_valid[:, None] & (t < rank)[None, :]
-        if NEEDS_A:
-            b = tl.load(
-                b_ptr + rows[:, None] * stride_bn + t[None, :] * stride_br, mask=row_rank_valid, other=0.0
-            ).to(tl.float32)
+        b_ptrs = b_ptr + rows[:, None] * stride_bn + t[None, :] * stride_br
+        b = tl.load(b_ptrs, mask=row_rank_valid, other=0.0).to(tl.float32)
         db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         for q in tl.static_range(4):
             slots = tile_c * BLOCK_C + q * QUARTER + tl.arange(0, QUARTER)
             cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots)
             col_rank_valid = col_valid[:, None] & (t < rank)[None, :]
-            if NEEDS_B:
-                a_ptrs = a_ptr + cols[:, None] * stride_ac + t[None, :] * stride_ar
-                a = tl.load(a_ptrs, mask=col_rank_valid, other=0.0).to(tl.float32)
-                db = dot(h[q], a, db, INPUT_PRECISION)
-            if NEEDS_A:
-                da = dot(tl.trans(h[q]), b, tl.zeros((QUARTER, BLOCK_R), tl.float32), INPUT_PRECISION)
-                da_ptrs = partial_a_ptr + (col_start + cols)[:, None] * width + t[None, :]
-                tl.store(da_ptrs, da, mask=col_valid[:, None] & (t < width)[None, :])
-        if NEEDS_B:
-            db_ptrs = partial_b_ptr + (row_start + rows)[:, None] * width + t[None, :]
-            tl.store(db_ptrs, db, mask=row_valid[:, None] & (t < width)[None, :])
+            a_ptrs = a_ptr + cols[:, None] * stride_ac + t[None, :] * stride_ar
+            a = tl.load(a_ptrs, mask=col_rank_valid, other=0.0).to(tl.float32)
+            db = dot(h[q], a, db, INPUT_PRECISION)
+            da = dot(tl.trans(h[q]), b, tl.zeros((QUARTER, BLOCK_R), tl.float32), INPUT_PRECISION)
+            da_ptrs = partial_a_ptr + (col_start + cols)[:, None] * width + t[None, :]
+            tl.store(da_ptrs, da, mask=col_valid[:, None] & (t < width)[None, :])
+        db_ptrs = partial_b_ptr + (row_start + rows)[:, None] * width + t[None, :]
+        tl.store(db_ptrs, db, mask=row_valid[:, None] & (t < width)[None, :])
 
 
 @triton.jit
@@ -217,61 +230,26 @@ def sum_partials_kernel(
 
 
 def block_grad(
-    dyg: Tensor,
-    xg: Tensor,
-    adapter: PackedAdapter,
-    *,
-    needs_A: bool = True,
-    needs_B: bool = True,
-    allow_tf32: bool = False,
-    config: BlockGradConfig | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dA (ρ, C) and dB (N, ρ) of all blocks, in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
-
-    Args:
-        dyg: dY (T, K, P_n) in W0's dtype, gathered by rows of W0: `permute.gather_columns`.
-        xg: (T, K, P_c), the adapter's input gathered by columns, its dropout mask applied.
-        adapter: weight, factors, partition, ranks and scaling.
-        needs_A: compute dA; None is returned for it otherwise.
-        needs_B: likewise dB.
-        allow_tf32: let float32 products round their operands to TF32. Under a half weight the contraction
-            always may.
-        config: launch parameters; the tile must divide P_n and P_c.
-
-    Raises:
-        ValueError: shapes that do not fit each other or the tile.
-    """
-    return block_grad_in_parts(
-        1,
-        lambda _: (dyg, xg),
-        adapter,
-        needs_A=needs_A,
-        needs_B=needs_B,
-        allow_tf32=allow_tf32,
-        config=config,
-    )
-
-
-def block_grad_in_parts(
     parts: int,
     gathered: Callable[[int], tuple[Tensor, Tensor]],
     adapter: PackedAdapter,
     *,
-    needs_A: bool = True,
-    needs_B: bool = True,
     allow_tf32: bool = False,
     config: BlockGradConfig | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """:func:`block_grad` of tokens that are gathered a part at a time; float32 until the parts are summed.
+) -> tuple[Tensor, Tensor]:
+    """dA (ρ, C) and dB (N, ρ) of all blocks, in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
+
+    The tokens come a part at a time, and their partials stay float32 until the parts are summed.
 
     Args:
         parts: how many, at least 1.
-        gathered: from a part's number, its dyg (T_part, K, P_n) and xg (T_part, K, P_c), as in :func:`block_grad`;
-            the part before is freed by then. No T_part is larger than the first.
-        adapter: as in :func:`block_grad`, like the rest.
-
-    Returns:
-        dA (ρ, C) and dB (N, ρ), each None where it is not needed.
+        gathered: from a part's number to its dyg and xg, both from `permute.gather_columns`: dY (T_part, K, P_n) in
+            W0's dtype, gathered by rows of W0, and the adapter's input (T_part, K, P_c), gathered by columns, its
+            dropout mask applied. The part before is freed by then. No T_part is larger than the first.
+        adapter: weight, factors, partition, ranks and scaling.
+        allow_tf32: let float32 products round their operands to TF32. Under a half weight the contraction
+            always may.
+        config: launch parameters; the tile must divide P_n and P_c.
 
     Raises:
         ValueError: shapes of a part that do not fit each other, the first part's or the tile.
@@ -302,9 +280,9 @@ def block_grad_in_parts(
             f"padded widths must be multiples of the tile ({config.block_n}, {config.block_c}), "
             f"got ({padded_rows}, {padded_cols})"
         )
-    dA = torch.empty(adapter.A.shape, dtype=adapter.A.dtype, device=dyg.device) if needs_A else None
-    dB = torch.empty(adapter.B.shape, dtype=adapter.B.dtype, device=dyg.device) if needs_B else None
-    if rho == 0 or (dA is None and dB is None):
+    dA = torch.empty(adapter.A.shape, dtype=adapter.A.dtype, device=dyg.device)
+    dB = torch.empty(adapter.B.shape, dtype=adapter.B.dtype, device=dyg.device)
+    if rho == 0:
         return dA, dB
 
     tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
@@ -312,11 +290,8 @@ def block_grad_in_parts(
     splits = config.split or token_splits(tokens, programs, multiprocessors(dyg.device), config.block_t)
     tokens_per_split = triton.cdiv(triton.cdiv(tokens, splits), config.block_t) * config.block_t
     width = partial_width(rho)
-    partial_a = partial_b = None
-    if needs_A:
-        partial_a = dyg.new_empty((parts, splits * tiles_n, in_features, width), dtype=torch.float32)
-    if needs_B:
-        partial_b = dyg.new_empty((parts, splits * tiles_c, out_features, width), dtype=torch.float32)
+    partial_a = dyg.new_empty((parts, splits * tiles_n, in_features, width), dtype=torch.float32)
+    partial_b = dyg.new_empty((parts, splits * tiles_c, out_features, width), dtype=torch.float32)
     for part in range(parts):
         if part > 0:
             del dyg, xg  # before the next are gathered
@@ -325,34 +300,37 @@ def block_grad_in_parts(
         dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
         xg = xg if xg.stride(2) == 1 else xg.contiguous()
         block_grad_kernel[(programs, splits)](
-            dyg,
-            xg,
-            adapter.weight,
-            adapter.A,
-            adapter.B,
-            adapter.scaling,
-            adapter.ranks,
-            partition.row_index,
-            partition.col_index,
-            partition.row_offsets,
-            partition.col_offsets,
-            None if partial_a is None else partial_a[part],
-            None if partial_b is None else partial_b[part],
-            dyg.shape[0],
-            tokens_per_split,
-            out_features,
-            in_features,
-            tiles_n,
-            tiles_c,
-            rho,
-            width // PARTIAL_RANKS,
-            *dyg.stride()[:2],
-            *xg.stride()[:2],
-            *adapter.weight.stride(),
-            *adapter.A.stride(),
-            *adapter.B.stride(),
-            NEEDS_A=needs_A,
-            NEEDS_B=needs_B,
+            dy_ptr=dyg,
+            x_ptr=xg,
+            weight_ptr=adapter.weight,
+            a_ptr=adapter.A,
+            b_ptr=adapter.B,
+            scaling_ptr=adapter.scaling,
+            ranks_ptr=adapter.ranks,
+            row_index_ptr=partition.row_index,
+            col_index_ptr=partition.col_index,
+            row_offsets_ptr=partition.row_offsets,
+            col_offsets_ptr=partition.col_offsets,
+            partial_a_ptr=partial_a[part],
+            partial_b_ptr=partial_b[part],
+            tokens=dyg.shape[0],
+            tokens_per_split=tokens_per_split,
+            out_features=out_features,
+            in_features=in_features,
+            tiles_n=tiles_n,
+            tiles_c=tiles_c,
+            max_rank=rho,
+            rank_groups=width // PARTIAL_RANKS,
+            stride_dyt=dyg.stride(0),
+            stride_dyk=dyg.stride(1),
+            stride_xt=xg.stride(0),
+            stride_xk=xg.stride(1),
+            stride_wn=adapter.weight.stride(0),
+            stride_wc=adapter.weight.stride(1),
+            stride_ar=adapter.A.stride(0),
+            stride_ac=adapter.A.stride(1),
+            stride_bn=adapter.B.stride(0),
+            stride_br=adapter.B.stride(1),
             INPUT_PRECISION=precision,
             BLOCK_N=config.block_n,
             BLOCK_C=config.block_c,
@@ -362,12 +340,9 @@ def block_grad_in_parts(
             num_stages=config.num_stages,
         )
     del dyg, xg
-    if dA is not None and partial_a is not None:
-        slots = partial_a.flatten(0, 1)
-        sum_partials(slots, partition.T, adapter.ranks, dA.T, parts * splits, config.block_n)
-    if dB is not None and partial_b is not None:
-        slots = partial_b.flatten(0, 1)
-        sum_partials(slots, partition, adapter.ranks, dB, parts * splits, config.block_c)
+    slots_a, slots_b = partial_a.flatten(0, 1), partial_b.flatten(0, 1)
+    sum_partials(slots_a, partition.T, adapter.ranks, dA.T, parts * splits, config.block_n)
+    sum_partials(slots_b, partition, adapter.ranks, dB, parts * splits, config.block_c)
     return dA, dB
 
 
@@ -411,20 +386,127 @@ def sum_partials(
     block_m = config.block // RANK_CHUNK
     grid = (triton.cdiv(length, block_m), triton.cdiv(width, RANK_CHUNK))
     sum_partials_kernel[grid](
-        partial,
-        partition.row_block,
-        ranks,
-        partition.col_offsets,
-        out,
-        length,
-        rank,
-        width // PARTIAL_RANKS,
-        splits,
-        slots // splits,
-        *out.stride(),
+        partial_ptr=partial,
+        label_ptr=partition.row_block,
+        ranks_ptr=ranks,
+        other_offsets_ptr=partition.col_offsets,
+        out_ptr=out,
+        length=length,
+        rank=rank,
+        rank_groups=width // PARTIAL_RANKS,
+        splits=splits,
+        tiles=slots // splits,
+        stride_om=out.stride(0),
+        stride_or=out.stride(1),
         TILE=tile,
         BLOCK_M=block_m,
         BLOCK_R=RANK_CHUNK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+_KIB = 1024
+# The first needs up to 138 KiB of shared memory on NVIDIA, for H transposed; AMD's compiler makes do with 64 KiB.
+_LARGEST_NEEDS, _LARGEST_NEEDS_AMD = 138 * _KIB, 64 * _KIB
+_SHIPPED = (
+    BlockGradConfig(128, 128, 64, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(64, 128, 64, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(128, 64, 64, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(64, 64, 64, split=0, num_warps=4, num_stages=3),
+)
+_SHIPPED_FP32 = (
+    BlockGradConfig(128, 128, 32, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(64, 128, 32, split=0, num_warps=4, num_stages=3),
+    BlockGradConfig(128, 64, 32, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(64, 64, 32, split=0, num_warps=4, num_stages=2),
+)
+# IEEE float32 without tensor cores: on NVIDIA.
+_SHIPPED_IEEE = (
+    BlockGradConfig(64, 64, 32, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(64, 64, 16, split=0, num_warps=8, num_stages=3),
+    BlockGradConfig(32, 64, 32, split=0, num_warps=4, num_stages=2),
+)
+
+
+def _shipped(arch: Architecture, precision: Precision) -> tuple[BlockGradConfig, ...]:
+    if precision.ieee and not arch.is_amd:
+        return _SHIPPED_IEEE
+    shipped = _SHIPPED_FP32 if precision.dtype == torch.float32 else _SHIPPED
+    needed = _LARGEST_NEEDS_AMD if arch.is_amd else _LARGEST_NEEDS
+    return shipped if arch.shared_per_block >= needed else shipped[1:]
+
+
+def _workload(operands: Operands) -> Work:
+    key, adapter = operands.key, operands.adapter()
+    p = adapter.partition
+    x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
+    dyg = gather_columns(dy, p.row_index, p.row_offsets, key.padded_out)
+    xg = gather_columns(x, p.col_index, p.col_offsets, key.padded_in)
+
+    def run(config: Any) -> tuple[Tensor, Tensor]:
+        return block_grad(1, lambda _: (dyg, xg), adapter, allow_tf32=operands.allow_tf32, config=config)
+
+    def defined(dtype: torch.dtype) -> list[Tensor]:
+        of_dtype = in_dtype(adapter, dtype)
+        _, dA, dB = reference_backward(dy.to(dtype), x.to(dtype), of_dtype, None, needs_x=False)
+        assert dA is not None
+        assert dB is not None
+        return [dA, dB]
+
+    return run, defined
+
+
+def _sum_workload(operands: Operands) -> Work:
+    key = operands.key
+    # How many parts there are, another kernel's configuration decides: a typical number.
+    splits, tile = 2, min(key.padded_in, 128)
+    tiles = key.padded_in // tile
+    p = operands.partition(key.out_features, key.in_features)
+    partial = operands.tensor(splits * tiles, key.out_features, partial_width(key.rank), dtype=torch.float32)
+    ranks, out = operands.ranks(), operands.tensor(key.out_features, key.rank)
+    if key.transposed:
+        out = operands.tensor(key.rank, key.out_features).T
+    # A block writes as many tiles as its other side fills; the rest is never read.
+    sizes = p.col_offsets.diff()[p.row_block.long()]
+    written = tile * torch.arange(tiles, device=operands.device)[:, None] < sizes
+
+    def run(config: Any) -> list[Tensor]:
+        sum_partials(partial, p, ranks, out, splits, tile, config=config)
+        return [out]
+
+    def defined(dtype: torch.dtype) -> list[Tensor]:
+        summed = torch.where(written.repeat(splits, 1)[:, :, None], partial.to(dtype), 0).sum(0)
+        return [summed[:, : key.rank]]
+
+    return run, defined
+
+
+BLOCK_GRAD = Kernel(
+    "block_grad",
+    block_grad_kernel,
+    BlockGradConfig,
+    role="matmul",
+    shipped=_shipped,
+    steps={
+        "block_n": (32, 64, 128),
+        "block_c": (64, 128),
+        "block_t": (16, 32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    workload=_workload,
+    forms=("r16", "r64 fp32 factors"),
+    fits=tile_divides,
+)
+SUM_PARTIALS = Kernel(
+    "sum_partials",
+    sum_partials_kernel,
+    SumConfig,
+    role="copy",
+    shipped=lambda arch, precision: SUM_CONFIGS,
+    steps=SUM_STEPS,
+    workload=_sum_workload,
+    forms=("dB", "dA transposed"),
+    narrow={"label_ptr": LABELS, "ranks_ptr": LABELS, "other_offsets_ptr": INDEX},
+)

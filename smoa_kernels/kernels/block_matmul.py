@@ -3,42 +3,53 @@
 
     y[:, rows_k] = xg_k · ΔW_kᵀ for every block k;  rows of blocks without rank or columns get 0      (T, N)
 
-ΔW_k is either loaded or modulated in registers, ΔW_k = s · (B_k A_k) ∘ W0_k: as the left operand of the product
-it never touches memory, which is why a tile of yᵀ is what accumulates, in float32. The transposed product, dX
-under dropout, is the same kernel: dxg_k = dyg_k · ΔW_k is `adapter.T` with ΔWᵀ.
+ΔW is the left operand, so a tile of yᵀ is what accumulates, in float32. The transposed product, dX under dropout, is
+the same kernel: dxg_k = dyg_k · ΔW_k is `adapter.T` with ΔWᵀ.
 
 Layout of the pointers, every block padded with zeros to one width P_n or P_c, a multiple of the tile, so that
-only tokens need a mask: x (T, K, P_c), last stride 1; weight, which is ΔW or W0 in block order, (K, P_n, P_c), any
-strides; b (K, P_n, R) and a (K, P_c, R) contiguous, zero from rank r_k on; out (T, N) or padded (T, K, P_n), any
-strides; row_index (N) int64, row_offsets and col_offsets (K + 1) int32, ranks (K) int32; scaling one element.
+only tokens need a mask: x (T, K, P_c), last stride 1; delta, ΔW in block order, (K, P_n, P_c), any strides; out (T, N)
+or padded (T, K, P_n), any strides; row_index (N) int64, row_offsets and col_offsets (K + 1) int32, ranks (K) int32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cost.problem import WIDE_PADDING
+from ..cost.architectures import Architecture
 from ..definition.packed import PackedAdapter
-from .common import block_slots, dot, input_precision, padded_width, round_to
-from .launch import BlockMatmulConfig
+from ..definition.precision import Precision
+from .common import block_slots, dot, input_precision, round_to
+from .modulate import modulated_blocks
+from .permute import gather_columns
+from .spec import Config, Kernel, Key, Operands, Work, delta_weight, tile_divides
 from .table import select
 
-__all__ = ["block_matmul", "block_ordered"]
+__all__ = ["BLOCK_MATMUL", "BlockMatmulConfig", "block_matmul"]
 
-# R. More would cost more than reading ΔW does; with less, eight warps' loads of A would be narrower than 128 bits.
-MAX_MODULATED_RANK = 32
+
+@dataclass(frozen=True)
+class BlockMatmulConfig(Config):
+    """One tile of y per program, `group_t` row tiles walked together for the L2 cache."""
+
+    block_t: int
+    block_n: int
+    block_c: int
+    group_t: int
+    num_warps: int
+    num_stages: int
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def block_matmul_kernel(
     x_ptr,
-    weight_ptr,
-    b_ptr,
-    a_ptr,
-    scaling_ptr,
+    delta_ptr,
     ranks_ptr,
     row_index_ptr,
     row_offsets_ptr,
@@ -50,17 +61,15 @@ def block_matmul_kernel(
     padded_cols,
     stride_xt,
     stride_xk,
-    stride_wk,
-    stride_wn,
-    stride_wc,
+    stride_dk,
+    stride_dn,
+    stride_dc,
     stride_ot,
     stride_ok,
     stride_on,
-    MODULATE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SCATTER: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    RANK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -91,29 +100,20 @@ def block_matmul_kernel(
     token_valid = tokens_here < tokens
     col_slots = tl.arange(0, BLOCK_C)
     x_ptrs = x_ptr + block * stride_xk + tokens_here[None, :].to(tl.int64) * stride_xt + col_slots[:, None]
-    weight_ptrs = weight_ptr + block * stride_wk + row_slots[:, None].to(tl.int64) * stride_wn
-    weight_ptrs += col_slots[None, :] * stride_wc
-    step = tl.full((), BLOCK_C, tl.int64) * stride_wc
-    if MODULATE:
-        slots_r = tl.arange(0, RANK)
-        b = tl.load(b_ptr + (block * padded_rows + row_slots)[:, None] * RANK + slots_r[None, :])
-        a_ptrs = a_ptr + (block * padded_cols + col_slots)[None, :] * RANK + slots_r[:, None]
-        scaling = tl.load(scaling_ptr).to(tl.float32)
+    delta_ptrs = delta_ptr + block * stride_dk + row_slots[:, None].to(tl.int64) * stride_dn
+    delta_ptrs += col_slots[None, :] * stride_dc
+    step = tl.full((), BLOCK_C, tl.int64) * stride_dc
 
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for _ in range(steps):
         x = tl.load(x_ptrs, mask=token_valid[None, :], other=0.0)
-        delta = tl.load(weight_ptrs)
-        if MODULATE:
-            product = dot(b, tl.load(a_ptrs), tl.zeros((BLOCK_N, BLOCK_C), tl.float32), INPUT_PRECISION)
-            delta = round_to(scaling * product * delta.to(tl.float32), x.dtype)
-            a_ptrs += BLOCK_C * RANK
-        elif TRANSPOSED and delta.dtype == tl.float32 and INPUT_PRECISION == "tf32":
+        delta = tl.load(delta_ptrs)
+        if TRANSPOSED and delta.dtype == tl.float32 and INPUT_PRECISION == "tf32":
             # Changes nothing: keeps the copy to shared memory 16 bytes wide, as in block_grad.
             delta = tl.where((row_slots < padded_rows)[:, None], delta, 0.0)
         acc = dot(delta, x, acc, INPUT_PRECISION)
         x_ptrs += BLOCK_C
-        weight_ptrs += step
+        delta_ptrs += step
 
     if SCATTER:
         columns, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots)
@@ -130,10 +130,9 @@ def block_matmul_kernel(
 def block_matmul(
     xg: Tensor,
     adapter: PackedAdapter,
-    delta: Tensor | None,
+    delta: Tensor,
     *,
     out: Tensor,
-    weight_blocks: Tensor | None = None,
     allow_tf32: bool = False,
     config: BlockMatmulConfig | None = None,
 ) -> Tensor:
@@ -143,27 +142,18 @@ def block_matmul(
         xg: (T, K, P_c) in W0's dtype, columns in block order, zero in padding: `permute.gather_columns`.
         adapter: whose ΔW; `adapter.T` with dY gathered by rows computes dY ΔW.
         delta: ΔW (K, P_n, P_c) in W0's dtype, zero in padding: `modulate.modulated_blocks`, or that of the
-            transposed adapter with its last two dimensions swapped. None modulates W0 in registers instead, for
-            ranks up to 32: worth it where `weight_blocks` is kept, and ΔW then needs no memory.
+            transposed adapter with its last two dimensions swapped.
         out: (T, N) for y in the layer's own order, or (T, K, P_n) for block order with zeros in padding; any
             strides and any float dtype.
-        weight_blocks: W0 in block order, from :func:`block_ordered`; made here where `delta` is None and it is
-            not given. W0 is frozen, so a caller may keep it: 1/K of W0's memory.
         allow_tf32: let float32 products round their operands to TF32.
         config: launch parameters; the tile must divide P_n and P_c.
 
     Raises:
-        ValueError: shapes that do not fit each other or the tile; a rank above 32 with `delta=None`.
+        ValueError: shapes that do not fit each other or the tile.
     """
     partition = adapter.partition
     tokens, num_blocks, padded_cols = xg.shape
-    if delta is None:
-        weight = weight_blocks
-        if weight is None:
-            weight = block_ordered(adapter, row_multiple=WIDE_PADDING, col_multiple=padded_cols)
-    else:
-        weight = delta
-    padded_rows = weight.shape[1]
+    padded_rows = delta.shape[1]
     precision = input_precision(xg.dtype, allow_tf32=allow_tf32)
     config = config or select(
         "block_matmul",
@@ -177,13 +167,13 @@ def block_matmul(
         tokens=tokens,
         padded_out=padded_rows,
         padded_in=padded_cols,
-        transposed=weight.stride(2) != 1,
+        transposed=delta.stride(2) != 1,
     )
     natural = out.ndim == 2
     expected = (tokens, partition.shape[0]) if natural else (tokens, num_blocks, padded_rows)
-    if weight.shape[2] != padded_cols or weight.shape[0] != num_blocks or out.shape != expected:
+    if delta.shape[2] != padded_cols or delta.shape[0] != num_blocks or out.shape != expected:
         raise ValueError(
-            f"xg {tuple(xg.shape)}, ΔW or W0 in blocks {tuple(weight.shape)} and out {tuple(out.shape)} "
+            f"xg {tuple(xg.shape)}, ΔW in blocks {tuple(delta.shape)} and out {tuple(out.shape)} "
             f"do not fit: out must be {expected}"
         )
     if padded_rows % config.block_n or padded_cols % config.block_c:
@@ -193,34 +183,31 @@ def block_matmul(
         )
     if out.numel() == 0:
         return out
-    a, b = _block_factors(adapter, padded_rows, padded_cols) if delta is None else (None, None)
     xg = xg if xg.stride(2) == 1 else xg.contiguous()
     tiles = triton.cdiv(tokens, config.block_t) * num_blocks * (padded_rows // config.block_n)
     block_matmul_kernel[(tiles,)](
-        xg,
-        weight,
-        b,
-        a,
-        adapter.scaling,
-        adapter.ranks,
-        partition.row_index,
-        partition.row_offsets,
-        partition.col_offsets,
-        out,
-        tokens,
-        num_blocks,
-        padded_rows,
-        padded_cols,
-        *xg.stride()[:2],
-        *weight.stride(),
-        out.stride(0),
-        0 if natural else out.stride(1),
-        out.stride(-1),
-        MODULATE=delta is None,
-        TRANSPOSED=weight.stride(2) != 1,
+        x_ptr=xg,
+        delta_ptr=delta,
+        ranks_ptr=adapter.ranks,
+        row_index_ptr=partition.row_index,
+        row_offsets_ptr=partition.row_offsets,
+        col_offsets_ptr=partition.col_offsets,
+        out_ptr=out,
+        tokens=tokens,
+        num_blocks=num_blocks,
+        padded_rows=padded_rows,
+        padded_cols=padded_cols,
+        stride_xt=xg.stride(0),
+        stride_xk=xg.stride(1),
+        stride_dk=delta.stride(0),
+        stride_dn=delta.stride(1),
+        stride_dc=delta.stride(2),
+        stride_ot=out.stride(0),
+        stride_ok=0 if natural else out.stride(1),
+        stride_on=out.stride(-1),
+        TRANSPOSED=delta.stride(2) != 1,
         SCATTER=natural,
         INPUT_PRECISION=precision,
-        RANK=MAX_MODULATED_RANK,
         BLOCK_T=config.block_t,
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
@@ -231,44 +218,99 @@ def block_matmul(
     return out
 
 
-def block_ordered(adapter: PackedAdapter, *, row_multiple: int, col_multiple: int) -> Tensor:
-    """W0 in block order, (K, P_n, P_c) in its dtype, zero in padding: what `block_matmul` modulates.
+# Largest tile first; each passes the audit wherever `_shipped` ships it.
+_LARGEST = BlockMatmulConfig(256, 128, 64, group_t=8, num_warps=8, num_stages=3)
+_LARGEST_TF32 = BlockMatmulConfig(256, 128, 32, group_t=8, num_warps=8, num_stages=3)
+_SHIPPED = (
+    BlockMatmulConfig(128, 128, 64, group_t=8, num_warps=8, num_stages=3),
+    BlockMatmulConfig(64, 128, 64, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 64, 64, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(32, 64, 64, group_t=8, num_warps=4, num_stages=3),
+)
+_SHIPPED_TF32 = (
+    BlockMatmulConfig(128, 128, 32, group_t=8, num_warps=8, num_stages=3),
+    BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=8, num_stages=3),
+    BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(32, 64, 32, group_t=8, num_warps=4, num_stages=3),
+)
+# IEEE float32 has no tensor cores on NVIDIA: smaller tiles, for each thread holds its operands in registers.
+_SHIPPED_IEEE = (
+    BlockMatmulConfig(64, 64, 16, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 32, 16, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(32, 64, 32, group_t=8, num_warps=4, num_stages=3),
+)
+# AMD: 64 threads a warp, 64 KiB of shared memory; float32 has tensor cores in IEEE.
+_SHIPPED_AMD = (
+    BlockMatmulConfig(128, 128, 64, group_t=8, num_warps=4, num_stages=2),
+    BlockMatmulConfig(64, 128, 64, group_t=8, num_warps=4, num_stages=2),
+    BlockMatmulConfig(64, 64, 64, group_t=8, num_warps=4, num_stages=3),
+)
+_SHIPPED_AMD_FP32 = (
+    BlockMatmulConfig(128, 128, 32, group_t=8, num_warps=4, num_stages=2),
+    BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
+)
+# Triton 3.6 spills tiles of 256 tokens, and those of 128 except in half types on sm_90; 3.9 does not. Between them
+# nobody has looked.
+_OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
-    Args:
-        adapter: whose weight and partition.
-        row_multiple: P_n is the largest block of rows, rounded up to this.
-        col_multiple: likewise P_c.
-    """
-    partition = adapter.partition
-    padded_rows = padded_width(partition.row_sizes, row_multiple)
-    padded_cols = padded_width(partition.col_sizes, col_multiple)
-    rows, row_valid = _padded_index(partition.row_index, partition.row_offsets, padded_rows)
-    cols, col_valid = _padded_index(partition.col_index, partition.col_offsets, padded_cols)
-    blocks = adapter.weight[rows[:, :, None], cols[:, None, :]]
-    return blocks.masked_fill_(~(row_valid[:, :, None] & col_valid[:, None, :]), 0)
+
+def _shipped(arch: Architecture, precision: Precision) -> tuple[BlockMatmulConfig, ...]:
+    full = precision.dtype == torch.float32
+    if arch.is_amd:
+        return _SHIPPED_AMD_FP32 if full else _SHIPPED_AMD
+    if full and precision.ieee:
+        return _SHIPPED_IEEE
+    shipped: tuple[BlockMatmulConfig, ...] = _SHIPPED_TF32 if full else _SHIPPED
+    if arch.has_wide_tensor_cores:
+        shipped = (_LARGEST_TF32 if full else _LARGEST, *shipped)
+    if _OLD_TRITON:
+        most = 128 if arch.name == "sm_90" and not full else 64
+        return tuple(config for config in shipped if config.block_t <= most)
+    return shipped
 
 
-def _block_factors(adapter: PackedAdapter, padded_rows: int, padded_cols: int) -> tuple[Tensor, Tensor]:
-    """A (K, P_c, R) and B (K, P_n, R) in block order, zero past each block's rank; R = 32."""
-    rho = adapter.A.shape[0]
-    if rho > MAX_MODULATED_RANK:
-        raise ValueError(
-            f"ΔW is modulated in registers up to rank {MAX_MODULATED_RANK}, got {rho}: pass delta"
-        )
-    partition = adapter.partition
-    below = torch.arange(rho, device=adapter.ranks.device) < adapter.ranks[:, None, None]
+def _choose(fitting: Sequence[BlockMatmulConfig], key: Key, multiprocessors: int) -> BlockMatmulConfig:
+    """The largest tile that still fills the device, else the smallest."""
 
-    def ordered(factor: Tensor, index: Tensor, offsets: Tensor, width: int) -> Tensor:
-        slots, valid = _padded_index(index, offsets, width)
-        blocks = factor[slots].masked_fill_(~(valid[:, :, None] & below), 0)
-        return torch.nn.functional.pad(blocks, (0, MAX_MODULATED_RANK - rho)).contiguous()
+    def tiles(config: BlockMatmulConfig) -> int:
+        return -(-key.tokens // config.block_t) * key.blocks * (key.padded_out // config.block_n)
 
-    a = ordered(adapter.A.T, partition.col_index, partition.col_offsets, padded_cols)
-    return a, ordered(adapter.B, partition.row_index, partition.row_offsets, padded_rows)
+    return next((config for config in fitting if tiles(config) >= multiprocessors), fitting[-1])
 
 
-def _padded_index(index: Tensor, offsets: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Coordinates (K, width) that the slots of each block hold, and which of the slots are not padding."""
-    slots = torch.arange(width, device=index.device)
-    valid = slots < offsets.diff()[:, None]
-    return index[torch.where(valid, offsets[:-1, None] + slots, 0)], valid
+def _workload(operands: Operands) -> Work:
+    key, adapter = operands.key, operands.adapter()
+    p = adapter.partition
+    x = operands.tensor(key.tokens, key.in_features)
+    xg = gather_columns(x, p.col_index, p.col_offsets, key.padded_in)
+    y = operands.tensor(key.tokens, key.out_features)
+    if key.transposed:
+        delta = modulated_blocks(adapter.T, row_multiple=key.padded_in, col_multiple=key.padded_out).mT
+    else:
+        delta = modulated_blocks(adapter, row_multiple=key.padded_out, col_multiple=key.padded_in)
+
+    def run(config: Any) -> list[Tensor]:
+        return [block_matmul(xg, adapter, delta, out=y, allow_tf32=operands.allow_tf32, config=config)]
+
+    return run, lambda dtype: [x.to(dtype) @ delta_weight(adapter, dtype).T]
+
+
+BLOCK_MATMUL = Kernel(
+    "block_matmul",
+    block_matmul_kernel,
+    BlockMatmulConfig,
+    role="matmul",
+    shipped=_shipped,
+    steps={
+        "block_t": (32, 64, 128, 256),
+        "block_n": (32, 64, 128),
+        "group_t": (4, 8, 16),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    workload=_workload,
+    forms=("as stored", "transposed"),
+    fits=tile_divides,
+    choose=_choose,
+)

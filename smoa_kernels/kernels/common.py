@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""What the kernels share: the padded block-major layout, the rank product, the dot, the dropout mask.
+"""What the kernels share: the padded block-major layout, the rank product, the dot, the dropout mask, sums of parts.
 
 **Layout.** Coordinates of one side of W0 (rows or columns) are grouped by block and every block is padded to
 one width P, a multiple of the tile, so that tiles never straddle blocks and their loads are 128 bits wide:
@@ -18,14 +18,20 @@ and seed are read through pointers: they are tensors on the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from .spec import Config
+
 __all__ = [
     "INTERPRETED",
+    "SUM_CONFIGS",
+    "SUM_STEPS",
     "TOKENS_PER_DRAW",
+    "SumConfig",
     "block_slots",
     "dot",
     "dropout_draws",
@@ -42,6 +48,24 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # One Philox call serves this many consecutive tokens of a column, 16 bits each.
 TOKENS_PER_DRAW = tl.constexpr(8)
+
+
+@dataclass(frozen=True)
+class SumConfig(Config):
+    """Of the kernels that add partial results: `block` results per program."""
+
+    block: int
+    num_warps: int
+    num_stages: int = 1
+
+
+# Eight results for each thread of 64-wide wavefronts too: 128 bits of half types.
+SUM_CONFIGS = (
+    SumConfig(block=2048, num_warps=4),
+    SumConfig(block=4096, num_warps=8),
+    SumConfig(block=1024, num_warps=2),
+)
+SUM_STEPS = {"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)}
 
 
 def padded_width(sizes: Sequence[int], multiple: int) -> int:

@@ -18,17 +18,37 @@ dtype or the parts (chunks · split, T, N) in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cost.architectures import Architecture
 from ..definition.packed import PackedAdapter
-from .common import dot, input_precision, round_to
-from .launch import FusedLinearConfig, SumConfig
+from ..definition.precision import Precision
+from ..definition.reference import forward as reference_forward
+from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, dot, input_precision, round_to
+from .spec import LABELS, ONE_NUMBER, Config, Kernel, Key, Operands, Work, in_dtype
 from .table import select
 
-__all__ = ["fused_linear"]
+__all__ = ["FUSED_LINEAR", "SUM_PARTS", "FusedLinearConfig", "fused_linear", "sum_parts"]
+
+
+@dataclass(frozen=True)
+class FusedLinearConfig(Config):
+    """One tile of y and up to `block_r` ranks per program; `split` programs share its sum over C."""
+
+    block_t: int
+    block_n: int
+    block_c: int
+    block_r: int
+    split: int
+    num_warps: int
+    num_stages: int
 
 
 @triton.jit
@@ -181,24 +201,28 @@ def fused_linear(
     out = y if parts == 1 else torch.empty(parts, T, N, dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(T, config.block_t) * triton.cdiv(N, config.block_n)
     fused_linear_kernel[(tiles * config.split, chunks)](
-        x,
-        w,
-        bias,
-        a,
-        b,
-        partition.row_block,
-        partition.col_block,
-        adapter.ranks,
-        adapter.scaling,
-        out,
-        T,
-        N,
-        C,
-        rank,
-        *x.stride(),
-        *w.stride(),
-        *a.stride(),
-        *b.stride(),
+        x_ptr=x,
+        w_ptr=w,
+        bias_ptr=bias,
+        a_ptr=a,
+        b_ptr=b,
+        row_block_ptr=partition.row_block,
+        col_block_ptr=partition.col_block,
+        ranks_ptr=adapter.ranks,
+        scaling_ptr=adapter.scaling,
+        out_ptr=out,
+        T=T,
+        N=N,
+        C=C,
+        rank=rank,
+        stride_xt=x.stride(0),
+        stride_xc=x.stride(1),
+        stride_wn=w.stride(0),
+        stride_wc=w.stride(1),
+        stride_ar=a.stride(0),
+        stride_ac=a.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
         INPUT_PRECISION=precision,
         W_TRANSPOSED=w.stride(1) != 1,
         HAS_BIAS=bias is not None and parts == 1,
@@ -220,14 +244,122 @@ def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumCon
     tokens, out_features = out.shape
     config = config or select("sum_parts", out.device, out.dtype, out_features=out_features, tokens=tokens)
     sum_parts_kernel[(triton.cdiv(out.numel(), config.block),)](
-        parts,
-        bias,
-        out,
-        parts.shape[0],
-        out.numel(),
-        out_features,
+        parts_ptr=parts,
+        bias_ptr=bias,
+        out_ptr=out,
+        parts=parts.shape[0],
+        size=out.numel(),
+        N=out_features,
         HAS_BIAS=bias is not None,
         BLOCK=config.block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+# More ranks or tokens than these and the registers spill.
+_SHIPPED = (
+    FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=4, num_stages=3),
+    FusedLinearConfig(16, 64, 64, block_r=64, split=2, num_warps=4, num_stages=3),
+    FusedLinearConfig(16, 64, 64, block_r=64, split=1, num_warps=4, num_stages=3),
+    FusedLinearConfig(32, 64, 64, block_r=32, split=1, num_warps=4, num_stages=3),
+)
+_SHIPPED_SM_120 = tuple(replace(config, block_r=32) for config in _SHIPPED)
+_SHIPPED_TF32 = (
+    FusedLinearConfig(16, 64, 32, block_r=64, split=4, num_warps=4, num_stages=3),
+    FusedLinearConfig(16, 64, 32, block_r=64, split=2, num_warps=4, num_stages=3),
+    FusedLinearConfig(16, 64, 32, block_r=64, split=1, num_warps=4, num_stages=3),
+)
+# No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
+_SHIPPED_IEEE = (
+    FusedLinearConfig(16, 16, 32, block_r=16, split=4, num_warps=2, num_stages=3),
+    FusedLinearConfig(16, 16, 32, block_r=16, split=2, num_warps=2, num_stages=3),
+    FusedLinearConfig(16, 16, 32, block_r=16, split=1, num_warps=2, num_stages=3),
+)
+# AMD's wavefronts of 64: two of them, so that a thread's share of x's tile is still 128 bits.
+_SHIPPED_AMD = (
+    FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=2, num_stages=2),
+    FusedLinearConfig(16, 64, 64, block_r=64, split=2, num_warps=2, num_stages=2),
+    FusedLinearConfig(16, 64, 64, block_r=64, split=1, num_warps=2, num_stages=2),
+)
+_SHIPPED_AMD_FP32 = tuple(replace(config, block_c=32) for config in _SHIPPED_AMD)
+
+
+def _shipped(arch: Architecture, precision: Precision) -> tuple[FusedLinearConfig, ...]:
+    full = precision.dtype == torch.float32
+    if arch.is_amd:
+        return _SHIPPED_AMD_FP32 if full else _SHIPPED_AMD
+    if full:
+        return _SHIPPED_IEEE if precision.ieee else _SHIPPED_TF32
+    return _SHIPPED_SM_120 if arch.name == "sm_120" else _SHIPPED
+
+
+def _choose(fitting: Sequence[FusedLinearConfig], key: Key, multiprocessors: int) -> FusedLinearConfig:
+    """The narrowest tile that takes all tokens, its sum over C split where y has few tiles."""
+    widths = {config.block_t for config in fitting}
+    block_t = min((width for width in widths if width >= key.tokens), default=max(widths))
+    narrowest = [config for config in fitting if config.block_t == block_t]
+    tiles = -(-key.tokens // block_t) * -(-key.out_features // narrowest[0].block_n)
+    few = tiles < 2 * multiprocessors
+    return max(narrowest, key=lambda config: config.split if few else -config.split)
+
+
+def _workload(operands: Operands) -> Work:
+    key, adapter = operands.key, operands.adapter()
+    x = operands.tensor(key.tokens, key.in_features)
+
+    def run(config: Any) -> list[Tensor]:
+        return [fused_linear(x, None, adapter, allow_tf32=operands.allow_tf32, config=config)]
+
+    return run, lambda dtype: [reference_forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", None)]
+
+
+def _sum_workload(operands: Operands) -> Work:
+    key = operands.key
+    # How many parts there are, another kernel's configuration decides: a typical number.
+    parts = operands.tensor(4, key.tokens, key.out_features, dtype=torch.float32)
+    bias = operands.tensor(key.out_features) if operands.form == "bias" else None
+    out = operands.tensor(key.tokens, key.out_features)
+
+    def run(config: Any) -> list[Tensor]:
+        sum_parts(parts, bias, out, config=config)
+        return [out]
+
+    return run, lambda dtype: [parts.to(dtype).sum(0)]
+
+
+FUSED_LINEAR = Kernel(
+    "fused_linear",
+    fused_linear_kernel,
+    FusedLinearConfig,
+    role="matmul",
+    shipped=_shipped,
+    steps={
+        "block_n": (16, 32, 64, 128),
+        "block_r": (16, 32, 64),
+        "split": (1, 2, 4, 8),
+        "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    workload=_workload,
+    forms=("r16", "r16 transposed", "r64 fp32 factors"),
+    narrow={
+        "scaling_ptr": ONE_NUMBER,
+        "col_block_ptr": LABELS,
+        "ranks_ptr": LABELS,
+        "a_ptr": "factor tile, as wide as the rank, cached",
+        "b_ptr": "factor tile, as wide as the rank, cached",
+    },
+    choose=_choose,
+)
+SUM_PARTS = Kernel(
+    "sum_parts",
+    sum_parts_kernel,
+    SumConfig,
+    role="copy",
+    shipped=lambda arch, precision: SUM_CONFIGS,
+    steps=SUM_STEPS,
+    workload=_sum_workload,
+    forms=("no bias", "bias"),
+    narrow={"bias_ptr": "one row, read by every token and cached"},
+)

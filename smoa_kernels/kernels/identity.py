@@ -10,23 +10,12 @@ from pathlib import Path
 import torch
 import triton
 
-from ..cost.gpus import gpu_properties
-from .launch import architecture, multiprocessors
+from ..cost.gpus import architecture, gpu_properties, multiprocessors
+from .spec import KERNELS
 
 __all__ = ["Identity", "identity", "source_hash", "staleness"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-# The file of each kernel. An algorithm is made of all of them, and of the backend that composes them.
-_FILES = {
-    "modulated_weight": "modulate",
-    "modulated_blocks": "modulate",
-    "permute": "permute",
-    "block_matmul": "block_matmul",
-    "fused_linear": "fused_linear",
-    "block_grad": "block_grad",
-    "sum_parts": "fused_linear",
-    "sum_partials": "block_grad",
-}
 
 
 @dataclass(frozen=True)
@@ -66,9 +55,11 @@ def identity(device: torch.device, kernel: str) -> Identity:
 @cache
 def source_hash(kernel: str) -> str:
     """Hash the source that decides the speed of a kernel or an algorithm; how choices are kept is no part of it."""
-    own = [_FILES[kernel]] if kernel in _FILES else sorted(set(_FILES.values()))
-    paths = [_PACKAGE / "kernels" / f"{name}.py" for name in ("common", *own)]
-    if kernel not in _FILES:
+    # An algorithm is made of all kernels, and of the backend that composes them.
+    own = [KERNELS[kernel]] if kernel in KERNELS else KERNELS.values()
+    names = ["common.py", *sorted({spec.file for spec in own})]
+    paths = [_PACKAGE / "kernels" / name for name in names]
+    if kernel not in KERNELS:
         paths.append(_PACKAGE / "backends" / "triton.py")
     digest = hashlib.sha256()
     for path in paths:

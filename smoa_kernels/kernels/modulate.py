@@ -13,6 +13,9 @@ ranks (K) int32; scaling one element; the blocks' out (K, P_n, P_c) contiguous.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,10 +30,20 @@ from .common import (
     rank_product,
     round_to,
 )
-from .launch import ModulateConfig
+from .spec import INDEX, LABELS, ONE_NUMBER, Config, Kernel, Operands, Work, delta_weight
 from .table import select
 
-__all__ = ["modulated_blocks", "modulated_weight"]
+__all__ = ["MODULATED_BLOCKS", "MODULATED_WEIGHT", "ModulateConfig", "modulated_blocks", "modulated_weight"]
+
+
+@dataclass(frozen=True)
+class ModulateConfig(Config):
+    """One tile of W0 per program."""
+
+    block_n: int
+    block_c: int
+    num_warps: int
+    num_stages: int = 1
 
 
 @triton.jit
@@ -133,21 +146,25 @@ def modulated_weight(
     config = config or _config("modulated_weight", adapter, allow_tf32)
     grid = (triton.cdiv(N, config.block_n) * triton.cdiv(C, config.block_c),)
     modulated_weight_kernel[grid](
-        w,
-        a,
-        b,
-        partition.row_block,
-        partition.col_block,
-        adapter.ranks,
-        adapter.scaling,
-        out,
-        N,
-        C,
-        a.shape[0],
-        *w.stride(),
-        *a.stride(),
-        *b.stride(),
-        *out.stride(),
+        w_ptr=w,
+        a_ptr=a,
+        b_ptr=b,
+        row_block_ptr=partition.row_block,
+        col_block_ptr=partition.col_block,
+        ranks_ptr=adapter.ranks,
+        scaling_ptr=adapter.scaling,
+        out_ptr=out,
+        N=N,
+        C=C,
+        rank=a.shape[0],
+        stride_wn=w.stride(0),
+        stride_wc=w.stride(1),
+        stride_ar=a.stride(0),
+        stride_ac=a.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        stride_on=out.stride(0),
+        stride_oc=out.stride(1),
         INPUT_PRECISION=input_precision(w.dtype, allow_tf32=allow_tf32),
         RANK_BLOCK=rank_block(a.shape[0]),
         BLOCK_N=config.block_n,
@@ -246,22 +263,25 @@ def modulated_blocks(
     config = config or _config("modulated_blocks", adapter, allow_tf32, padded_rows, padded_cols)
     tiles = triton.cdiv(padded_rows, config.block_n) * triton.cdiv(padded_cols, config.block_c)
     modulated_blocks_kernel[(partition.num_blocks * tiles,)](
-        w,
-        a,
-        b,
-        partition.row_index,
-        partition.col_index,
-        partition.row_offsets,
-        partition.col_offsets,
-        adapter.ranks,
-        adapter.scaling,
-        out,
-        a.shape[0],
-        padded_rows,
-        padded_cols,
-        *w.stride(),
-        *a.stride(),
-        *b.stride(),
+        w_ptr=w,
+        a_ptr=a,
+        b_ptr=b,
+        row_index_ptr=partition.row_index,
+        col_index_ptr=partition.col_index,
+        row_offsets_ptr=partition.row_offsets,
+        col_offsets_ptr=partition.col_offsets,
+        ranks_ptr=adapter.ranks,
+        scaling_ptr=adapter.scaling,
+        out_ptr=out,
+        max_rank=a.shape[0],
+        padded_rows=padded_rows,
+        padded_cols=padded_cols,
+        stride_wn=w.stride(0),
+        stride_wc=w.stride(1),
+        stride_ar=a.stride(0),
+        stride_ac=a.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
         INPUT_PRECISION=input_precision(w.dtype, allow_tf32=allow_tf32),
         RANK_BLOCK=rank_block(a.shape[0]),
         BLOCK_N=config.block_n,
@@ -289,3 +309,81 @@ def _config(
         padded_in=padded_in,
     )
     return config
+
+
+_SHIPPED = (
+    ModulateConfig(block_n=64, block_c=64, num_warps=4),
+    ModulateConfig(block_n=16, block_c=128, num_warps=4),
+    ModulateConfig(block_n=32, block_c=128, num_warps=8),
+)
+_STEPS = {"block_n": (16, 32, 64), "block_c": (64, 128, 256), "num_warps": (4, 8)}
+_FORMS = ("r16", "r64 fp32 factors")
+
+
+def _weight_workload(operands: Operands) -> Work:
+    adapter = operands.adapter()
+
+    def run(config: Any) -> list[Tensor]:
+        return [modulated_weight(adapter, allow_tf32=operands.allow_tf32, config=config)]
+
+    return run, lambda dtype: [adapter.weight.to(dtype) + delta_weight(adapter, dtype)]
+
+
+def _blocks_workload(operands: Operands) -> Work:
+    key, adapter = operands.key, operands.adapter()
+    p = adapter.partition
+    # A multiple that the width already is: the layout that the key names, whatever multiple made it.
+    widths = {"row_multiple": key.padded_out, "col_multiple": key.padded_in}
+
+    def run(config: Any) -> list[Tensor]:
+        return [modulated_blocks(adapter, **widths, allow_tf32=operands.allow_tf32, config=config)]
+
+    def defined(dtype: torch.dtype) -> list[Tensor]:
+        delta = delta_weight(adapter, dtype)
+        blocks = delta.new_zeros(key.blocks, key.padded_out, key.padded_in)
+        for k in range(key.blocks):
+            blocks[k, : p.row_sizes[k], : p.col_sizes[k]] = delta[p.rows(k)][:, p.cols(k)]
+        return [blocks]
+
+    return run, defined
+
+
+MODULATED_WEIGHT = Kernel(
+    "modulated_weight",
+    modulated_weight_kernel,
+    ModulateConfig,
+    role="copy",
+    shipped=lambda arch, precision: _SHIPPED,
+    steps=_STEPS,
+    workload=_weight_workload,
+    forms=_FORMS,
+    narrow={
+        "scaling_ptr": ONE_NUMBER,
+        "row_block_ptr": LABELS,
+        "col_block_ptr": LABELS,
+        "ranks_ptr": LABELS,
+        "b_ptr": "factor rows are as wide as the rank, and cached",
+        "a_ptr": "read in the layout of tl.dot's right operand, and cached",
+    },
+)
+MODULATED_BLOCKS = Kernel(
+    "modulated_blocks",
+    modulated_blocks_kernel,
+    ModulateConfig,
+    role="copy",
+    shipped=lambda arch, precision: _SHIPPED,
+    steps=_STEPS,
+    workload=_blocks_workload,
+    forms=_FORMS,
+    narrow={
+        "scaling_ptr": ONE_NUMBER,
+        "w_ptr": "gathered by rows and columns of W0",
+        "row_index_ptr": INDEX,
+        "col_index_ptr": INDEX,
+        "row_offsets_ptr": INDEX,
+        "col_offsets_ptr": INDEX,
+        "ranks_ptr": LABELS,
+        "b_ptr": "gathered by rows",
+        "a_ptr": "gathered by columns",
+    },
+)

@@ -13,6 +13,9 @@ Layout of the pointers: x (T, C) with any strides; blocked (T, K, P) contiguous;
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,10 +29,20 @@ from .common import (
     dropout_multiplier,
     round_to,
 )
-from .launch import PermuteConfig
+from .spec import INDEX, ONE_NUMBER, Config, Kernel, Operands, Work
 from .table import select
 
-__all__ = ["gather_columns", "scatter_columns"]
+__all__ = ["PERMUTE", "PermuteConfig", "gather_columns", "scatter_columns"]
+
+
+@dataclass(frozen=True)
+class PermuteConfig(Config):
+    """One tile of gathered columns per program."""
+
+    block_t: int
+    block_p: int
+    num_warps: int
+    num_stages: int = 1
 
 
 @triton.jit(do_not_specialize=["T", "column_offset", "threshold"])
@@ -147,18 +160,19 @@ def _launch(
     )
     tiles = triton.cdiv(tokens, config.block_t) * num_blocks * triton.cdiv(width, config.block_p)
     permute_kernel[(tiles,)](
-        x,
-        index,
-        offsets,
-        index if dropout is None else dropout.seed,
-        blocked,
-        tokens,
-        num_blocks,
-        width,
-        *x.stride(),
-        0 if dropout is None else dropout.column_offset,
-        0 if dropout is None else dropout.threshold,
-        1.0 if dropout is None else dropout.scale,
+        x_ptr=x,
+        index_ptr=index,
+        offsets_ptr=offsets,
+        seed_ptr=index if dropout is None else dropout.seed,
+        blocked_ptr=blocked,
+        T=tokens,
+        num_blocks=num_blocks,
+        padded=width,
+        stride_xt=x.stride(0),
+        stride_xc=x.stride(1),
+        column_offset=0 if dropout is None else dropout.column_offset,
+        threshold=0 if dropout is None else dropout.threshold,
+        scale=1.0 if dropout is None else dropout.scale,
         SCATTER=scatter,
         DROPOUT=dropout is not None,
         BLOCK_T=config.block_t,
@@ -166,3 +180,54 @@ def _launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+# Large enough for 128-bit accesses by 64-wide wavefronts too, in each of the tile's interleaved parts.
+_SHIPPED = (
+    PermuteConfig(block_t=64, block_p=128, num_warps=2),
+    PermuteConfig(block_t=128, block_p=64, num_warps=2),
+    PermuteConfig(block_t=128, block_p=128, num_warps=4),
+)
+
+
+def _workload(operands: Operands) -> Work:
+    key = operands.key
+    x = operands.tensor(key.tokens, key.in_features)
+    p = operands.partition(key.in_features, key.in_features)
+    dropout = None
+    if "dropout" in operands.form:
+        dropout = Dropout(torch.zeros(1, dtype=torch.int64, device=operands.device), 0.1)
+
+    if "scatter" in operands.form:
+        blocked = operands.tensor(key.tokens, key.blocks, key.padded_in)
+
+    def run(config: Any) -> list[Tensor]:
+        if "scatter" in operands.form:
+            return [scatter_columns(blocked, p.col_index, p.col_offsets, x, dropout=dropout, config=config)]
+        return [gather_columns(x, p.col_index, p.col_offsets, key.padded_in, dropout=dropout, config=config)]
+
+    def defined(dtype: torch.dtype) -> list[Tensor]:
+        gathered = x.new_zeros(key.tokens, key.blocks, key.padded_in, dtype=dtype)
+        for k in range(key.blocks):
+            gathered[:, k, : p.col_sizes[k]] = x[:, p.cols(k)].to(dtype)
+        return [gathered]
+
+    return run, defined
+
+
+PERMUTE = Kernel(
+    "permute",
+    permute_kernel,
+    PermuteConfig,
+    role="copy",
+    shipped=lambda arch, precision: _SHIPPED,
+    steps={"block_t": (32, 64, 128), "block_p": (64, 128, 256), "num_warps": (2, 4, 8)},
+    workload=_workload,
+    forms=("gather", "gather dropout", "scatter", "scatter dropout"),
+    narrow={
+        "x_ptr": "gathered by columns",
+        "index_ptr": INDEX,
+        "offsets_ptr": INDEX,
+        "seed_ptr": ONE_NUMBER,
+    },
+)

@@ -27,11 +27,11 @@ import torch
 from filelock import FileLock
 
 from ..checks import check_choice, check_count, shown
+from ..cost.gpus import architecture, multiprocessors
 from ..definition.precision import precision_of
 from ..files import cache_folder, replace_file
-from .heuristic import ALGORITHM_KEYS, CONFIGS, Key, bucket, check_key, fits, heuristic
 from .identity import Identity, identity, staleness
-from .launch import Config, architecture, multiprocessors
+from .spec import ALGORITHM_KEYS, KERNELS, Config, Key, bucket, check_key
 
 __all__ = [
     "INTERRUPTED",
@@ -83,7 +83,7 @@ def select(
     """Return the launch parameters of `kernel`: those measured fastest for its problem, else the heuristic's.
 
     Args:
-        kernel: one of `heuristic.CONFIGS`; the answer is of its configuration class.
+        kernel: one of `KERNELS`; the answer is of its configuration class.
         device: of the operands.
         dtype: of the operands that the kernel multiplies or copies.
         precision: how float32 products round, "tf32" or "ieee".
@@ -95,7 +95,10 @@ def select(
     return _answer(
         key,
         device,
-        lambda: _fastest(key, device) or heuristic(key, architecture(device), multiprocessors(device)),
+        lambda: (
+            _fastest(key, device)
+            or KERNELS[kernel].default(key, architecture(device), multiprocessors(device))
+        ),
     )
 
 
@@ -103,7 +106,7 @@ def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> s
     """Return the algorithm measured fastest among `allowed`; None where none was measured.
 
     Args:
-        key: the problem; its `kernel` is one of `heuristic.ALGORITHM_KEYS`.
+        key: the problem; its `kernel` is one of `spec.ALGORITHM_KEYS`.
         device: of the operands.
         allowed: whose rounding the caller accepts, the same at every call with this key.
     """
@@ -279,14 +282,14 @@ def _choice(key: Key, data: Any) -> Choice:
     if key.kernel in ALGORITHM_KEYS:
         check_choice("choice", data, ALGORITHM_KEYS[key.kernel])
         return str(data)
-    config = CONFIGS[key.kernel](**data)
+    config = KERNELS[key.kernel].config(**data)
     for name, value in vars(config).items():
         least = 0 if name == "split" and key.kernel == "block_grad" else 1
         least = 16 if name.startswith("block_") else least  # `tl.dot` takes no fewer
         check_count(name, value, least, _MOST.get(name, _MOST_TILE))
         if name not in ("split", "num_stages") and value & (value - 1):
             raise ValueError(f"{name} must be a power of two, got {value}")
-    if not fits(config, key):
+    if not KERNELS[key.kernel].fits(config, key):
         raise ValueError(f"{config} does not divide the layout of {key}")
     return config
 

@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from ..kernels.heuristic import Key
+from ..kernels.spec import Key
 from ..kernels.table import Entry, Table, keep
 from .plan import Target, job
 from .tuner import Timer, gpu_timer, tune

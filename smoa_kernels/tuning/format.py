@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 from ..backends.triton import admissible
-from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS
+from ..kernels.spec import ALGORITHM_KEYS
 from ..kernels.table import Choice, Entry, Trial, describe
 
 __all__ = ["describe_algorithms", "describe_choice", "winner"]
@@ -26,7 +26,7 @@ def describe_choice(choice: Choice) -> str:
 def winner(entry: Entry) -> Trial | None:
     """Return the fastest trial that may be chosen: no algorithm that breaks the numbers, however fast."""
     kernel, dtype = entry.key.kernel, entry.key.dtype
-    return entry.best(None if kernel in CONFIGS else admissible(kernel, dtype))
+    return entry.best(None if kernel not in ALGORITHM_KEYS else admissible(kernel, dtype))
 
 
 def describe_algorithms(entries: Iterable[Entry]) -> Iterator[str]:

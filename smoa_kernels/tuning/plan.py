@@ -10,19 +10,19 @@ import torch
 from ..backends import MOST_TRITON_RANKS
 from ..cost.architectures import ARCHITECTURES
 from ..cost.estimate import choose_algorithm
-from ..cost.gpus import Gpu, device_gpu
+from ..cost.gpus import Gpu, architecture, device_gpu, multiprocessors
 from ..cost.grad_tiling import gradient_parts
 from ..cost.problem import Problem, padding_multiple
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
+from ..kernels import KERNELS
 from ..kernels.common import padded_width
-from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key, bucket
-from ..kernels.launch import Config, architecture, multiprocessors
+from ..kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
 from .space import algorithm_job, kernel_job
 from .tuner import Job
 
-__all__ = ["KERNELS", "Layer", "Target", "job", "jobs", "keys"]
+__all__ = ["TUNABLE", "Layer", "Target", "job", "jobs", "keys"]
 
-KERNELS = (*CONFIGS, *ALGORITHM_KEYS)
+TUNABLE = (*KERNELS, *ALGORITHM_KEYS)
 """What can be tuned, algorithms last: they are timed with the launch parameters that won."""
 
 # Far above where the one-kernel form can win; at more tokens its launch parameters do not matter.
@@ -145,7 +145,7 @@ def jobs(
     layers: Sequence[Layer],
     target: Target,
     *,
-    kernels: Sequence[str] = KERNELS,
+    kernels: Sequence[str] = TUNABLE,
     ruled_out: RuledOut | None = None,
 ) -> list[Job]:
     """One job a distinct key, kernels before algorithms.
@@ -153,7 +153,7 @@ def jobs(
     Args:
         layers: from whose keys to take.
         target: what to tune for.
-        kernels: some of `KERNELS`.
+        kernels: some of `TUNABLE`.
         ruled_out: what not to time; None tries the shipped configurations only.
     """
     wanted = dict.fromkeys(key for layer in layers for key in keys(layer) if key.kernel in kernels)

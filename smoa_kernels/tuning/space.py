@@ -12,80 +12,56 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from ..audit.registry import KERNELS, KernelSpec
-from ..audit.rules import Record, broken_rules
+from ..audit.rules import broken_rules
 from ..audit.run import run_audit
-from ..kernels.heuristic import ALGORITHM_KEYS, CONFIGS, Key, fits, heuristic, shipped
-from ..kernels.launch import Config
+from ..cost.architectures import Architecture, facts
+from ..definition.precision import PRECISIONS, Precision
+from ..kernels import KERNELS
+from ..kernels.spec import ALGORITHM_KEYS, Config, Kernel, Key
 from .tuner import Job
 
 __all__ = ["SEARCH", "algorithm_job", "broken", "kernel_job", "search_space"]
 
-# Numbers that a field may take; what is not listed stays as it ships.
-_STEPS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    "modulated_weight": {"block_n": (16, 32, 64), "block_c": (64, 128, 256), "num_warps": (4, 8)},
-    "modulated_blocks": {"block_n": (16, 32, 64), "block_c": (64, 128, 256), "num_warps": (4, 8)},
-    "permute": {"block_t": (32, 64, 128), "block_p": (64, 128, 256), "num_warps": (2, 4, 8)},
-    "block_matmul": {
-        "block_t": (32, 64, 128, 256),
-        "block_n": (32, 64, 128),
-        "group_t": (4, 8, 16),
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
-    },
-    "fused_linear": {
-        "block_n": (16, 32, 64, 128),
-        "block_r": (16, 32, 64),
-        "split": (1, 2, 4, 8),
-        "num_warps": (2, 4, 8),
-        "num_stages": (2, 3, 4),
-    },
-    "block_grad": {
-        "block_n": (32, 64, 128),
-        "block_c": (64, 128),
-        "block_t": (16, 32, 64),
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
-    },
-    "sum_parts": {"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)},
-    "sum_partials": {"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)},
-}
+
+def _searched(kernel: Kernel) -> Kernel:
+    """The kernel with every configuration that may be tried in place of what ships."""
+
+    def space(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
+        ships = kernel.shipped(arch, precision)
+        neighbours = (neighbour for config in ships for neighbour in _neighbours(config, kernel.steps))
+        return tuple(dict.fromkeys((*ships, *neighbours)))
+
+    return replace(kernel, shipped=space)
+
+
+def _neighbours(config: Any, steps: Mapping[str, tuple[int, ...]]) -> list[Config]:
+    found: list[Config] = []
+    for field in fields(config):
+        values, here = steps.get(field.name, ()), getattr(config, field.name)
+        if here in values:
+            at = values.index(here)
+            changes = (value for value in values[max(at - 1, 0) : at + 2] if value != here)
+            found += [replace(config, **{field.name: value}) for value in changes]
+    return found
+
+
+SEARCH: Mapping[str, Kernel] = {name: _searched(kernel) for name, kernel in KERNELS.items()}
+"""The kernels for the audit, with the whole search space in place of what ships."""
 
 
 def search_space(kernel: str, arch: str, dtype: str) -> tuple[Config, ...]:
     """Every configuration that may be tried, the shipped ones first.
 
     Args:
-        kernel: one of `heuristic.CONFIGS`.
+        kernel: one of `KERNELS`.
         arch: for example "sm_90".
-        dtype: one of `heuristic.DTYPES`.
+        dtype: one of `precision.KERNEL_PRECISIONS`.
     """
-    ships = shipped(Key(kernel, dtype), arch)
-    neighbours = [neighbour for config in ships for neighbour in _neighbours(config, _STEPS[kernel])]
-    return tuple(dict.fromkeys((*ships, *neighbours)))
+    return SEARCH[kernel].shipped(facts(arch), PRECISIONS[dtype])
 
 
-def _neighbours(config: Config, steps: Mapping[str, tuple[int, ...]]) -> list[Config]:
-    found: list[Config] = []
-    for field in fields(config):
-        values, here = steps.get(field.name, ()), getattr(config, field.name)
-        if here in values:
-            at = values.index(here)
-            changes: list[Any] = [
-                {field.name: value} for value in values[max(at - 1, 0) : at + 2] if value != here
-            ]
-            found += [replace(config, **change) for change in changes]
-    return found
-
-
-def _searched(spec: KernelSpec) -> Callable[[str, str, str], tuple[Any, ...]]:
-    return lambda arch, dtype, variant: search_space(spec.name, arch, dtype)
-
-
-SEARCH: tuple[KernelSpec, ...] = tuple(
-    replace(spec, configurations=_searched(spec)) for spec in KERNELS if spec.name in CONFIGS
-)
-"""The registry of kernels for the audit, with the whole search space in place of what ships."""
+def _ships(kernel: str, arch: str, dtype: str) -> tuple[Config, ...]:
+    return KERNELS[kernel].shipped(facts(arch), PRECISIONS[dtype])
 
 
 def broken(
@@ -99,7 +75,7 @@ def broken(
     """(kernel, dtype, configuration) to the first audit rule that it breaks in any of the kernel's forms.
 
     Args:
-        pairs: (kernel, dtype), names from `heuristic.CONFIGS` and `heuristic.DTYPES`.
+        pairs: (kernel, dtype), names from `KERNELS` and `precision.KERNEL_PRECISIONS`.
         arch: an audited architecture.
         processes: that compile; one per core where None.
         deadline: by `time.monotonic()`; what does not ship and is not compiled by then counts as broken, too. What
@@ -126,7 +102,7 @@ def broken(
                 continue
             done += 1
             progress(done, total)
-            choice = (record.kernel, dtype, _config(record))
+            choice = (record.kernel, dtype, KERNELS[record.kernel].config(**record.config))
             compiled[choice] += 1
             if rules := broken_rules(record):
                 found.setdefault(choice, f"{record.variant}: {rules[0]}")
@@ -144,16 +120,11 @@ def _unseen(
     pairs: Collection[tuple[str, str]], arch: str, compiled: Mapping[tuple[str, str, Config], int]
 ) -> Iterator[tuple[str, str, Config]]:
     """What does not ship and lacks a form."""
-    forms = {spec.name: len(spec.variants) for spec in SEARCH}
     for kernel, dtype in pairs:
-        ships = shipped(Key(kernel, dtype), arch)
+        ships = _ships(kernel, arch, dtype)
         for config in search_space(kernel, arch, dtype):
-            if config not in ships and compiled[kernel, dtype, config] < forms[kernel]:
+            if config not in ships and compiled[kernel, dtype, config] < len(KERNELS[kernel].forms):
                 yield kernel, dtype, config
-
-
-def _config(record: Record) -> Config:
-    return CONFIGS[record.kernel](**record.config)
 
 
 def kernel_job(
@@ -173,13 +144,14 @@ def kernel_job(
         ruled_out: from :func:`broken`; None tries the shipped configurations only, which the audit has passed.
         stand_in: the audited architecture that stands for `arch`, whose space is searched.
     """
-    default = heuristic(key, arch, multiprocessors)
+    kernel = KERNELS[key.kernel]
+    default = kernel.default(key, arch, multiprocessors)
     if ruled_out is None:
-        space: tuple[Config, ...] = shipped(key, arch)
+        space = _ships(key.kernel, arch, key.dtype)
     else:
         space = search_space(key.kernel, stand_in or arch, key.dtype)
-    candidates = dict.fromkeys((default, *(c for c in space if fits(c, key))))
-    pruned = [(c, "does not divide the padded layout") for c in space if not fits(c, key)]
+    candidates = dict.fromkeys((default, *(c for c in space if kernel.fits(c, key))))
+    pruned = [(c, "does not divide the padded layout") for c in space if not kernel.fits(c, key)]
     for config in list(candidates):
         reason = (ruled_out or {}).get((key.kernel, key.dtype, config))
         if reason is not None and config != default:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..checks import first_line
-from ..kernels.heuristic import Key
 from ..kernels.identity import identity
+from ..kernels.spec import Key
 from ..kernels.table import INTERRUPTED, UNFINISHED, Choice, Entry, Table, Trial
 from .workloads import Workload, workload
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 
 import pytest
 import torch
@@ -11,15 +10,16 @@ from problems import DEVICE, LinearProblem, error_over_budget, relative_error
 from torch import Tensor
 from vectors import Vector
 
-from smoa_kernels.cost.architectures import ARCHITECTURES
+from smoa_kernels.cost.architectures import ARCHITECTURES, facts
+from smoa_kernels.cost.gpus import architecture
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.definition.precision import KERNEL_DTYPES, KERNEL_PRECISIONS, PRECISIONS, Precision
 from smoa_kernels.definition.reference import reference_delta_weight, reference_linear
-from smoa_kernels.kernels.heuristic import DTYPES as NAMES
-from smoa_kernels.kernels.heuristic import Key, shipped
-from smoa_kernels.kernels.launch import Config, architecture
+from smoa_kernels.kernels import KERNELS
+from smoa_kernels.kernels.spec import Config
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 
 def from_vector(vector: Vector) -> LinearProblem:
@@ -66,21 +66,27 @@ def assert_within_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
     assert error_over_budget(ours, theirs, truth) <= 1
 
 
-def shipped_here(kernel: str) -> list[tuple[Config, str]]:
+def shipped_here(kernel: str) -> list[tuple[Config, Precision]]:
     """A kernel's configurations for this GPU, each with what it multiplies; in the interpreter everyone's, in float32.
 
     Another architecture's, or another dtype's, may want more shared memory than there is.
     """
+    here = [architecture(DEVICE)] if DEVICE.type != "cpu" else list(ARCHITECTURES)
+    pairs = [
+        (config, PRECISIONS[name])
+        for name in KERNEL_PRECISIONS
+        if name != "tf32" or torch.version.hip is None
+        for arch in here
+        for config in KERNELS[kernel].shipped(facts(arch), PRECISIONS[name])
+    ]
     if DEVICE.type == "cpu":
-        everyones = (shipped(Key(kernel, dtype), arch) for arch in ARCHITECTURES for dtype in NAMES)
-        return [(config, "fp32") for config in dict.fromkeys(chain.from_iterable(everyones))]
-    dtypes = [name for name in NAMES if name != "tf32" or torch.version.hip is None]
-    return [(config, name) for name in dtypes for config in shipped(Key(kernel, name), architecture(DEVICE))]
+        pairs = [(config, PRECISIONS["fp32"]) for config, _ in pairs]
+    return list(dict.fromkeys(pairs))
 
 
-def assert_within_its_rounding(dtype: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
+def assert_within_its_rounding(precision: Precision, ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
     """Within the budget; TF32 keeps 10 bits of each operand, all of which torch's own product has."""
-    if dtype == "tf32":
+    if precision.name == "tf32":
         assert relative_error(ours, truth) < 2**-9
     else:
         assert_within_budget(ours, theirs, truth)

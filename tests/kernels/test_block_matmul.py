@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import (
-    DTYPES,
     Guarded,
     adapter_of,
     assert_within_budget,
     assert_within_its_rounding,
     delta_weight,
+    each_dtype,
     from_vector,
     need_memory,
     shipped_here,
@@ -19,16 +19,15 @@ from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
+from smoa_kernels.cost.architectures import ARCHITECTURES
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.kernels import heuristic, launch
-from smoa_kernels.kernels.block_matmul import block_matmul, block_ordered
-from smoa_kernels.kernels.launch import BlockMatmulConfig
+from smoa_kernels.definition.precision import PRECISIONS, Precision
+from smoa_kernels.kernels import block_matmul as module
+from smoa_kernels.kernels.block_matmul import BLOCK_MATMUL, BlockMatmulConfig, block_matmul
 from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 
 pytestmark = pytest.mark.numerical
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 # Small enough that small problems have several tiles of each kind, and a last group of tokens that is not full.
 TILE = 16
@@ -56,13 +55,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
     delta, true_delta = delta_weight(rounded), delta_weight(rounded.to(torch.float64))
     same, truth = rounded.x @ delta.T, rounded.x.double() @ true_delta.T
     assert_within_budget(output(rounded), same, truth)
-    if rounded.A.shape[0] <= 32:
-        adapter = adapter_of(rounded)
-        weight_blocks = block_ordered(adapter, row_multiple=TILE, col_multiple=TILE)
-        xg = gather(rounded.x, adapter, weight_blocks.shape[2])
-        out = torch.empty_like(same)
-        block_matmul(xg, adapter, None, weight_blocks=weight_blocks, out=out, config=SMALL)
-        assert_within_budget(out, same, truth)
 
 
 @each_dtype
@@ -99,17 +91,19 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "dtype"), shipped_here("block_matmul"), ids=str)
-def test_every_shipped_configuration(config: BlockMatmulConfig, dtype: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("config", "precision"), shipped_here("block_matmul"), ids=str)
+def test_every_shipped_configuration(
+    config: BlockMatmulConfig, precision: Precision, device: torch.device
+) -> None:
     problem = make_problem(tokens=5, out_features=130, in_features=70, ranks=(5, 2)).on(device)
-    problem = problem.to(heuristic.DTYPES[dtype])
+    problem = problem.to(precision.dtype)
     adapter = adapter_of(problem)
     delta = blocks(adapter, 128)
     out = torch.empty(5, 130, dtype=problem.x.dtype, device=device)
-    settings = {"allow_tf32": dtype == "tf32", "config": config}
+    settings = {"allow_tf32": not precision.ieee, "config": config}
     block_matmul(gather(problem.x, adapter, 128), adapter, delta, out=out, **settings)
     truth = problem.x.double() @ delta_weight(problem.to(torch.float64)).T
-    assert_within_its_rounding(dtype, out, problem.x @ delta_weight(problem).T, truth)
+    assert_within_its_rounding(precision, out, problem.x @ delta_weight(problem).T, truth)
 
 
 def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
@@ -144,39 +138,9 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
     assert torch.equal(out, output(problem))
 
 
-@each_dtype
-def test_reruns_are_bitwise_equal(dtype: torch.dtype, device: torch.device) -> None:
-    problem = make_problem(tokens=40, random_labels=True).on(device).to(dtype)
-    assert torch.equal(output(problem), output(problem))
-
-
-def test_output_in_float32(device: torch.device) -> None:
-    """The accumulator unrounded, for a base GEMM that adds onto it in float32."""
-    problem = make_problem().on(device).to(torch.bfloat16)
-    adapter = adapter_of(problem)
-    delta = blocks(adapter)
-    out = torch.empty(*problem.dy.shape, device=device)
-    block_matmul(gather(problem.x, adapter, delta.shape[2]), adapter, delta, out=out, config=SMALL)
-    assert torch.equal(out.bfloat16(), output(problem))
-
-
 def test_no_tokens(device: torch.device) -> None:
     problem = make_problem(tokens=0).on(device).to(torch.float32)
     assert output(problem).shape == (0, 33)
-
-
-def test_a_choice_for_every_layout(device: torch.device) -> None:
-    """Without a configuration: whatever shipped tile divides the padded widths."""
-    problem = make_problem(tokens=3).on(device).to(torch.float32)
-    adapter = adapter_of(problem)
-    xg = gather(problem.x, adapter, 64)
-    out = torch.empty(3, 33, device=device)
-    block_matmul(xg, adapter, None, out=out)
-    loaded = torch.empty(3, 33, device=device)
-    block_matmul(xg, adapter, blocks(adapter, 64), out=loaded)
-    truth = problem.x.double() @ delta_weight(problem.to(torch.float64)).T
-    for y in (out, loaded):
-        assert_within_budget(y, problem.x @ delta_weight(problem).T, truth)
 
 
 def test_bad_input(device: torch.device) -> None:
@@ -189,27 +153,23 @@ def test_bad_input(device: torch.device) -> None:
         block_matmul(xg, adapter, delta, out=out, config=replace(SMALL, block_c=64))
     with pytest.raises(ValueError, match="do not fit"):
         block_matmul(xg, adapter, delta, out=out[:, :32], config=SMALL)
-    wide = replace(adapter, A=torch.zeros(33, 57, device=device), B=torch.zeros(33, 33, device=device))
-    with pytest.raises(ValueError, match="up to rank 32, got 33: pass delta"):
-        block_matmul(xg, wide, None, weight_blocks=delta, out=out, config=SMALL)
 
 
 @pytest.mark.parametrize(
-    ("version", "arch", "dtype", "largest"),
+    ("old", "arch", "dtype", "largest"),
     [
-        ((3, 6), "sm_90", torch.bfloat16, 128),
-        ((3, 6), "sm_90", torch.float32, 64),
-        ((3, 6), "sm_100", torch.bfloat16, 64),
-        ((3, 6), "sm_80", torch.bfloat16, 64),
-        ((3, 9), "sm_90", torch.float32, 256),
-        ((3, 9), "sm_80", torch.bfloat16, 128),
-        ((4, 0), "sm_100", torch.bfloat16, 256),
+        (True, "sm_90", "bf16", 128),
+        (True, "sm_90", "tf32", 64),
+        (True, "sm_100", "bf16", 64),
+        (False, "sm_90", "tf32", 256),
+        (False, "sm_80", "bf16", 128),
+        (False, "sm_100", "bf16", 256),
     ],
 )
 def test_large_tiles_ship_only_where_they_do_not_spill(
-    version: tuple[int, int], arch: str, dtype: torch.dtype, largest: int, monkeypatch: pytest.MonkeyPatch
+    old: bool, arch: str, dtype: str, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_TRITON", version)
-    shipped = launch.block_matmul_configs(arch, dtype, "tf32")
-    assert shipped[0].block_t == largest
+    monkeypatch.setattr(module, "_OLD_TRITON", old)
+    shipped = BLOCK_MATMUL.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])
+    assert shipped[0].block_t == largest  # type: ignore[attr-defined]
     assert len(shipped) >= 3

@@ -5,24 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import (
-    DTYPES,
     Guarded,
     adapter_of,
     assert_within_budget,
     delta_weight,
+    each_dtype,
     from_vector,
+    shipped_here,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
 from vectors import Vector, all_vectors
 
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.kernels.launch import MODULATE_CONFIGS, ModulateConfig
-from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
+from smoa_kernels.kernels.modulate import ModulateConfig, modulated_blocks, modulated_weight
 
 pytestmark = pytest.mark.numerical
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def effective(problem: LinearProblem) -> Tensor:
@@ -64,7 +62,7 @@ def test_float32_factors_over_a_half_weight(rank: int, device: torch.device) -> 
     check(problem, torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("config", MODULATE_CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [config for config, _ in shipped_here("modulated_weight")], ids=str)
 def test_every_shipped_configuration(config: ModulateConfig, device: torch.device) -> None:
     problem = make_problem(out_features=90, in_features=150, ranks=(5, 2)).on(device).to(torch.float32)
     truth = problem.to(torch.float64)
@@ -109,13 +107,6 @@ def test_merges_in_place(dtype: torch.dtype, device: torch.device) -> None:
     assert torch.equal(adapter.weight, expected)
 
 
-def test_two_runs_are_bitwise_equal(device: torch.device) -> None:
-    adapter = adapter_of(make_problem(ranks=(40, 3), dtype=torch.bfloat16).on(device))
-    assert torch.equal(modulated_weight(adapter), modulated_weight(adapter))
-    first, second = (modulated_blocks(adapter, row_multiple=16, col_multiple=16) for _ in range(2))
-    assert torch.equal(first, second)
-
-
 def test_a_block_of_rank_zero_and_other_blocks_leave_the_weight_alone(device: torch.device) -> None:
     problem = make_problem(ranks=(0, 4), dtype=torch.bfloat16).on(device)
     weight, p = modulated_weight(adapter_of(problem)), problem.partition
@@ -139,10 +130,3 @@ def test_empty_weights(shape: tuple[int, int], device: torch.device) -> None:
     )
     assert modulated_weight(shard).shape == shape
     assert modulated_blocks(shard, row_multiple=16, col_multiple=16).numel() == 0
-
-
-def test_poisoned_memory_is_where_a_default_device_has_it() -> None:
-    """As on a GPU, where these tests run in one; first of a process, too."""
-    with torch.device("meta"):
-        assert torch.empty(2).is_meta
-        assert torch.nn.Linear(2, 2).weight.is_meta

@@ -5,18 +5,17 @@ import functools
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DTYPES, Guarded, need_memory
+from kernel_cases import Guarded, each_dtype, need_memory, shipped_here
 from torch import Tensor
 
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.common import padded_width
-from smoa_kernels.kernels.launch import PERMUTE_CONFIGS, PermuteConfig
-from smoa_kernels.kernels.permute import gather_columns, scatter_columns
+from smoa_kernels.kernels.permute import PermuteConfig, gather_columns, scatter_columns
 
 pytestmark = pytest.mark.numerical
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CONFIGS = [config for config, _ in shipped_here("permute")]
 
 
 def random_partition(columns: int, num_blocks: int, device: torch.device, seed: int = 0) -> BlockPartition:
@@ -61,7 +60,7 @@ def seed(value: int, device: torch.device) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", PERMUTE_CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_shipped_configuration(config: PermuteConfig, device: torch.device) -> None:
     partition = random_partition(400, 3, device)
     x = torch.randn(130, 400, device=device)
@@ -131,7 +130,7 @@ def test_dropout_mask_is_a_function_of_seed_token_and_global_column(device: torc
     shard = partition.shard(col_slice=slice(40, 110))
     assert torch.equal(mask(Dropout(dropout.seed, 0.5, column_offset=40), 70, shard), whole[:, 40:110])
     ones = torch.ones(70, 150, device=device)
-    for config in PERMUTE_CONFIGS:
+    for config in CONFIGS:
         again = gather(ones, partition, dropout=dropout, config=config)
         assert torch.equal(again, gather(ones, partition, dropout=dropout))
     for other in (4, -3 + (1 << 32)):  # the seed's upper half counts too

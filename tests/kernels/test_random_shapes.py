@@ -11,7 +11,7 @@ import test_fused_linear
 import test_modulate
 import torch
 from draws import HealthCheck, given, settings, st
-from kernel_cases import DTYPES
+from kernel_cases import each_dtype
 from problems import LinearProblem, make_problem
 from test_permute import gather, gathered_by_hand, random_partition, scatter
 
@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.numerical, pytest.mark.slow]
 
 CHECKS = [test.check for test in (test_block_grad, test_block_matmul, test_fused_linear, test_modulate)]
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -8,15 +8,23 @@ import time
 import pytest
 import torch
 from problems import make_problem
-from tuning_cases import CPU, FORWARD, PERMUTE, ask, entry, forget, kept, needs_interpreter, scripted
+from tuning_cases import (
+    CPU,
+    FORWARD,
+    PERMUTE,
+    PERMUTE_CONFIGS,
+    ask,
+    entry,
+    forget,
+    kept,
+    needs_interpreter,
+    scripted,
+)
 
 from smoa_kernels.kernels import table
-from smoa_kernels.kernels.launch import (
-    PERMUTE_CONFIGS,
-    BlockMatmulConfig,
-    FusedLinearConfig,
-    ModulateConfig,
-)
+from smoa_kernels.kernels.block_matmul import BlockMatmulConfig
+from smoa_kernels.kernels.fused_linear import FusedLinearConfig
+from smoa_kernels.kernels.modulate import ModulateConfig
 from smoa_kernels.kernels.table import Choice, tuned_algorithm, update, user_table
 from smoa_kernels.tuning import autotune, tuner
 

@@ -7,21 +7,12 @@ import torch
 from tuning_cases import forget, needs_interpreter
 
 from smoa_kernels import FusedSMoALinear
-from smoa_kernels.audit.registry import KERNELS
 from smoa_kernels.cost import grad_tiling
 from smoa_kernels.cost.architectures import ARCHITECTURES
-from smoa_kernels.kernels import table
-from smoa_kernels.kernels.heuristic import (
-    CONFIGS,
-    DTYPES,
-    Key,
-    bucket,
-    fits,
-    heuristic,
-)
+from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
+from smoa_kernels.kernels import KERNELS, table
+from smoa_kernels.kernels.spec import Key, bucket
 from smoa_kernels.tuning.plan import Layer, keys
-
-SPECS = {spec.name: spec for spec in KERNELS}
 
 
 @pytest.mark.parametrize(
@@ -32,18 +23,9 @@ def test_bucket_edges(tokens: int, expected: int) -> None:
     assert bucket(tokens) == expected
 
 
-def audited(kernel: str, arch: str, dtype: str, rank: int) -> set[object]:
-    """What `smoa-kernels audit` compiles for a rank's forms of a kernel."""
-    spec = SPECS[kernel]
-    # fused_linear takes wide ranks in 64s, except in IEEE float32, whose products take 16 whatever the rank.
-    wide = kernel == "fused_linear" and rank > 32 and dtype != "fp32"
-    variants = [v for v in spec.variants if not wide or "r64" in v]
-    return {config for v in variants for config in spec.configurations(arch, dtype, v)}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KERNEL_PRECISIONS)
 def test_every_answer_is_an_audited_configuration(arch: str, dtype: str) -> None:
     """Whatever the rank, the blocks, the tokens, the device's size and the layer's."""
     if dtype == "tf32" and arch.startswith("gfx"):
@@ -57,10 +39,11 @@ def test_every_answer_is_an_audited_configuration(arch: str, dtype: str) -> None
         ((4096, 14336), (576, 1536), (320, 320)),
     ):
         for key in keys(Layer(n, c, tokens, dtype, rank * blocks, blocks)):
-            if key.kernel in CONFIGS:
-                config = heuristic(key, arch, processors)
-                assert config in audited(key.kernel, arch, key.dtype, rank), key
-                assert fits(config, key), key
+            if key.kernel in KERNELS:
+                kernel = KERNELS[key.kernel]
+                config = kernel.default(key, arch, processors)
+                assert config in kernel.shipped(ARCHITECTURES[arch], PRECISIONS[key.dtype]), key
+                assert kernel.fits(config, key), key
                 asked += 1
     assert asked > 10_000
 
@@ -68,16 +51,19 @@ def test_every_answer_is_an_audited_configuration(arch: str, dtype: str) -> None
 @pytest.mark.parametrize("arch", ["cpu", "sm_87", "sm_103", "sm_121", "gfx950"])
 def test_architectures_that_nobody_audited_get_an_answer(arch: str) -> None:
     for key in keys(Layer(4096, 4096, 2048)):
-        if key.kernel in CONFIGS:
-            assert isinstance(heuristic(key, arch, 100), CONFIGS[key.kernel])
+        if key.kernel in KERNELS:
+            kernel = KERNELS[key.kernel]
+            assert isinstance(kernel.default(key, arch, 100), kernel.config)
 
 
 def test_the_device_decides_how_large_a_tile_is() -> None:
     key = Key("block_matmul", "bf16", 4, 4, 4096, 4096, 2048, 1024, 1024)
-    few, many = (heuristic(key, "sm_90", processors) for processors in (64, 4000))
-    assert few.block_t * few.block_n > many.block_t * many.block_n  # type: ignore[union-attr]
+    few, many = (KERNELS["block_matmul"].default(key, "sm_90", processors) for processors in (64, 4000))
+    assert few.block_t * few.block_n > many.block_t * many.block_n  # type: ignore[attr-defined]
     one_token = Key("fused_linear", "bf16", 4, 4, 4096, 4096, 1)
-    assert [heuristic(one_token, "sm_90", processors).split for processors in (16, 132)] == [1, 4]  # type: ignore[union-attr]
+    assert [
+        KERNELS["fused_linear"].default(one_token, "sm_90", processors).split for processors in (16, 132)
+    ] == [1, 4]  # type: ignore[attr-defined]
 
 
 def step(layer: FusedSMoALinear, tokens: int, **options: object) -> None:
@@ -101,8 +87,8 @@ def test_a_training_step_asks_for_what_the_plan_holds(tokens: int, monkeypatch: 
         layer.algorithm, layer.dropout = algorithm, dropout
         forget()
         step(layer, tokens)
-    planned = {key for key in keys(Layer(140, 90, tokens, "fp32", 5, 2)) if key.kernel in CONFIGS}
-    asked = {key for key in asked if key.kernel in CONFIGS}
+    planned = {key for key in keys(Layer(140, 90, tokens, "fp32", 5, 2)) if key.kernel in KERNELS}
+    asked = {key for key in asked if key.kernel in KERNELS}
     assert asked <= planned
     # dX of 150 tokens is predicted to be faster merged than fused.
     left = set() if tokens == 19 else {"fused_linear", "sum_parts"}

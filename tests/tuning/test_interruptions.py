@@ -10,6 +10,7 @@ import torch
 from tuning_cases import (
     CPU,
     PERMUTE,
+    PERMUTE_CONFIGS,
     SPEED,
     Notebook,
     entry,
@@ -19,7 +20,6 @@ from tuning_cases import (
     scripted,
 )
 
-from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.kernels.table import (
     INTERRUPTED,
     UNFINISHED,
@@ -94,8 +94,7 @@ def test_ctrl_c_ends_the_run_where_nothing_can_be_written_any_more() -> None:
 KILLED = """
 import os, signal, sys
 sys.path[:0] = [{here!r}]
-from tuning_cases import CPU, permute_job
-from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
+from tuning_cases import CPU, PERMUTE_CONFIGS, permute_job
 from smoa_kernels.kernels.table import keep, read, user_table
 from smoa_kernels.tuning.tuner import tune
 def timer(run):

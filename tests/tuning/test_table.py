@@ -21,20 +21,21 @@ from tuning_cases import (
     FORWARD,
     GRAD,
     PERMUTE,
+    PERMUTE_CONFIGS,
     ask,
     entry,
     forget,
     kept,
     needs_interpreter,
     permute_entry,
+    shipped,
 )
 
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels import identity, table
-from smoa_kernels.kernels.heuristic import Key
-from smoa_kernels.kernels.launch import BLOCK_GRAD_IEEE_CONFIGS, PERMUTE_CONFIGS
 from smoa_kernels.kernels.permute import gather_columns
+from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import (
     SCHEMA,
     Entry,
@@ -230,8 +231,8 @@ def test_measured_winners_replace_the_cost_models_thresholds(monkeypatch: pytest
 
 ENTRIES = [
     permute_entry(),
-    entry(GRAD, seconds={BLOCK_GRAD_IEEE_CONFIGS[0]: 0.25}, complete=False).add(
-        Trial(BLOCK_GRAD_IEEE_CONFIGS[1], reason="wrong numbers")
+    entry(GRAD, seconds={shipped("block_grad")[0]: 0.25}, complete=False).add(
+        Trial(shipped("block_grad")[1], reason="wrong numbers")
     ),
     entry(FORWARD, seconds={"split": 2.0, "merged": 1.0}),
 ]

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tuning_cases import CPU, needs_interpreter, scripted
+from tuning_cases import (
+    CPU,
+    PERMUTE_CONFIGS,
+    needs_interpreter,
+    scripted,
+)
 
 from smoa_kernels.cli import info, main, tune_run
 from smoa_kernels.cost.models import MODELS, Decoder, read_config
-from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
 from smoa_kernels.kernels.table import Choice, select, user_table
 from smoa_kernels.tuning.tuner import Run
 

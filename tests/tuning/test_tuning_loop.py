@@ -12,6 +12,7 @@ from tuning_cases import (
     CPU,
     FORWARD,
     PERMUTE,
+    PERMUTE_CONFIGS,
     SPEED,
     Notebook,
     entry,
@@ -26,8 +27,8 @@ from smoa_kernels.audit.rules import Record
 from smoa_kernels.cost.architectures import ARCHITECTURES
 from smoa_kernels.cost.gpus import match_gpu
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
-from smoa_kernels.kernels.heuristic import CONFIGS, Key, heuristic
-from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
+from smoa_kernels.kernels import KERNELS
+from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import Choice
 from smoa_kernels.tuning import space, tuner
 from smoa_kernels.tuning.plan import (
@@ -52,7 +53,7 @@ def test_the_fastest_wins_every_time_is_kept_and_a_rerun_repeats_nothing() -> No
     assert tuned.entry.complete
     assert tuned.entry.best().choice == SECOND  # type: ignore[union-attr]
     assert {t.choice: t.seconds for t in tuned.entry.trials} == SPEED
-    assert tuned.entry.default == heuristic(PERMUTE, "cpu", 1) == FIRST
+    assert tuned.entry.default == KERNELS["permute"].default(PERMUTE, "cpu", 1) == FIRST
     assert notebook.entry() == tuned.entry
     notebook.timed.clear()
     (again,) = notebook.tune([permute_job()])
@@ -274,7 +275,7 @@ def test_the_audit_compiles_the_whole_space_of_every_kernel(arch: str) -> None:
     dtypes = [dtype for dtype in KERNEL_PRECISIONS if not (dtype == "tf32" and arch.startswith("gfx"))]
     found = audit.tasks("smoa_kernels.tuning.space:SEARCH", [arch], None, dtypes)
     assert len(set(found)) == len(found)
-    for kernel, dtype in itertools.product(CONFIGS, dtypes):
+    for kernel, dtype in itertools.product(KERNELS, dtypes):
         own = [task for task in found if (task.kernel, task.dtype) == (kernel, dtype)]
         forms, size = {task.variant for task in own}, len(search_space(kernel, arch, dtype))
         assert len(own) == len(forms) * size > len(forms) * len(space.shipped(Key(kernel, dtype), arch))

@@ -7,14 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoa_kernels.kernels import table
-from smoa_kernels.kernels.heuristic import Key, heuristic
+from smoa_kernels.cost.architectures import facts
+from smoa_kernels.definition.precision import PRECISIONS
+from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.identity import identity
-from smoa_kernels.kernels.launch import PERMUTE_CONFIGS
+from smoa_kernels.kernels.spec import Config, Key
 from smoa_kernels.kernels.table import Choice, Entry, Table, Trial, read, select, user_table
 from smoa_kernels.tuning.tuner import Job, Run, Tuned, tune
 
 CPU = torch.device("cpu")
+
+
+def shipped(kernel: str) -> tuple[Config, ...]:
+    """What ships for the interpreter, in float32."""
+    return KERNELS[kernel].shipped(facts("cpu"), PRECISIONS["fp32"])
+
+
+PERMUTE_CONFIGS = shipped("permute")
 needs_interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="runs kernels on CPU tensors, which needs Triton's interpreter"
 )
@@ -39,7 +48,7 @@ def permute_entry(key: Key = PERMUTE, **changed: object) -> Entry:
 
 
 def permute_job(key: Key = PERMUTE) -> Job:
-    return Job(key, heuristic(key, "cpu", 1), PERMUTE_CONFIGS)
+    return Job(key, KERNELS["permute"].default(key, "cpu", 1), PERMUTE_CONFIGS)
 
 
 def kept(path: Path | None = None) -> dict[Key, Entry]:

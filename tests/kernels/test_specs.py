@@ -20,22 +20,23 @@ triton = pytest.importorskip("triton", reason="there are no kernels to compile")
 PROGRAM = """
 import json
 from dataclasses import asdict
-from smoa_kernels.kernels.launch import BLOCK_GRAD_CONFIGS
+from smoa_kernels.audit.compile import representative_launch
 from smoa_kernels.audit.run import DEFAULT_REGISTRY, Task, run_task
-from smoa_kernels.definition.precision import KERNEL_PRECISIONS
-from smoa_kernels.audit.registry import KERNELS
 from smoa_kernels.audit.rules import broken_rules
+from smoa_kernels.cost.architectures import ARCHITECTURES
+from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
+from smoa_kernels.kernels import KERNELS
 from smoa_kernels.tuning.space import search_space
 
 found = []
-for spec in KERNELS:
-    for arch in ("sm_90", "gfx942"):
+for kernel in KERNELS.values():
+    for arch in map(ARCHITECTURES.__getitem__, ("sm_90", "gfx942")):
         for dtype in KERNEL_PRECISIONS:
-            for variant in spec.variants:
-                for config in spec.configurations(arch, dtype, variant):
-                    launch = spec.launch(config, dtype, variant)
+            for form in kernel.forms:
+                for config in kernel.shipped(arch, PRECISIONS[dtype]):
+                    launch = representative_launch(kernel, config, dtype, form, arch)
                     found.append({
-                        "name": f"{spec.name} {variant} {dtype} {config}",
+                        "name": f"{kernel.name} {form} {dtype} {config}",
                         "dtype": dtype,
                         "config": asdict(config),
                         "pointers": {n: v for n, v in launch.arguments.items() if n.endswith("_ptr")},
@@ -43,12 +44,11 @@ for spec in KERNELS:
                         "constexprs": {n: v for n, v in launch.constexprs.items() if isinstance(v, int)},
                         "options": dict(launch.options),
                     })
-(permute,) = (spec for spec in KERNELS if spec.name == "permute")
-task = Task(DEFAULT_REGISTRY, "permute", permute.variants[0], 0, "sm_90", "bf16")
+task = Task(DEFAULT_REGISTRY, "permute", "gather", 0, "sm_90", "bf16")
 narrow_rank = [Task(DEFAULT_REGISTRY, "block_grad", "r4", 0, arch, "bf16") for arch in ("sm_90", "gfx942")]
 narrow_rank += [Task(DEFAULT_REGISTRY, "sum_partials", "dB r4", 0, "sm_90", "bf16")]
-space = search_space("block_grad", "sm_86", "bf16")
-large = space.index(BLOCK_GRAD_CONFIGS[0])
+largest = KERNELS["block_grad"].shipped(ARCHITECTURES["sm_90"], PRECISIONS["bf16"])[0]
+large = search_space("block_grad", "sm_86", "bf16").index(largest)
 large = Task("smoa_kernels.tuning.space:SEARCH", "block_grad", "r16", large, "sm_86", "bf16")
 print(json.dumps({
     "launches": found,
@@ -134,9 +134,7 @@ def test_what_the_predicted_rate_of_block_grad_assumes(audited: dict) -> None:
 def test_what_another_checkout_compiled_says_nothing_of_this_one(tmp_path: Path) -> None:
     """Triton's cache knows a kernel by its text; the lines of a binary name the file that it was compiled from."""
     program = "import smoa_kernels.audit.run as a\n" + (
-        "from smoa_kernels.audit.registry import KERNELS\n"
-        "(permute,) = (spec for spec in KERNELS if spec.name == 'permute')\n"
-        "task = a.Task(a.DEFAULT_REGISTRY, 'permute', permute.variants[0], 0, 'sm_90', 'bf16')\n"
+        "task = a.Task(a.DEFAULT_REGISTRY, 'permute', 'gather', 0, 'sm_90', 'bf16')\n"
         "print(a.__file__, sorted({entry.pointer for entry in a.run_task(task).traffic}))\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -1,0 +1,258 @@
+"""What is known of a kernel beside its code: one `Kernel` in the kernel's own file, read by launches, tuner and audit.
+
+Tiles are named by the dimension they cut: tokens T, rows N, columns C of W0, slots P of a padded block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_count, check_kind
+from ..cost.architectures import Architecture, facts
+from ..definition.packed import PackedAdapter
+from ..definition.partition import BlockPartition
+from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS, Precision
+from ..definition.reference import reference_delta_weight
+
+__all__ = [
+    "ALGORITHM_KEYS",
+    "INDEX",
+    "KERNELS",
+    "LABELS",
+    "ONE_NUMBER",
+    "Config",
+    "Kernel",
+    "Key",
+    "Operands",
+    "Work",
+    "bucket",
+    "check_key",
+    "delta_weight",
+    "in_dtype",
+    "tile_divides",
+]
+
+ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
+    "forward": ("merged", "split", "fused"),
+    "input_gradient": ("merged", "fused"),
+}
+"""Keys whose choice is an algorithm, and which there are."""
+
+
+class Key(NamedTuple):
+    """What a choice depends on beside the GPU; 0 where a kernel does not see a size.
+
+    Attributes:
+        kernel: one of `KERNELS`, or of `ALGORITHM_KEYS` where the choice is an algorithm.
+        dtype: one of `precision.KERNEL_PRECISIONS`.
+        rank: ρ, rows of A.
+        blocks: K.
+        out_features: N.
+        in_features: C.
+        tokens: T, from :func:`bucket`.
+        padded_out: width that each block of rows is padded to.
+        padded_in: likewise for columns.
+        transposed: the kernel reads W0 or ΔW along the other side, as dX does.
+    """
+
+    kernel: str
+    dtype: str
+    rank: int = 0
+    blocks: int = 0
+    out_features: int = 0
+    in_features: int = 0
+    tokens: int = 0
+    padded_out: int = 0
+    padded_in: int = 0
+    transposed: bool = False
+
+
+def check_key(key: Key) -> None:
+    """Whether a choice can be kept for `key`.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was given and what is allowed.
+
+    Example:
+        >>> check_key(Key("permute", "bf16", tokens=-1))
+        Traceback (most recent call last):
+        ValueError: tokens must be at least 0, got -1
+    """
+    check_choice("kernel", key.kernel, (*KERNELS, *ALGORITHM_KEYS))
+    check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
+    for name in key._fields[2:-1]:
+        check_count(name, getattr(key, name), 0)
+    check_kind("transposed", key.transposed, bool)
+
+
+def bucket(tokens: int) -> int:
+    """The next power of two: one choice serves 2049 to 4096 tokens, and was made for 4096."""
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
+class Operands:
+    """A layer of a key's sizes, its blocks cut evenly from coordinates in random order, and activations.
+
+    Args:
+        key: the sizes.
+        form: which of the kernel's forms a launch should take.
+        device: where.
+        filled: with random numbers, the same at each call; False leaves memory as it is, for launches that are only
+            captured.
+    """
+
+    def __init__(self, key: Key, form: str, device: torch.device, *, filled: bool = True) -> None:
+        self.key, self.form, self.device, self.filled = key, form, device, filled
+        self.dtype, self.allow_tf32 = PRECISIONS[key.dtype].dtype, key.dtype == "tf32"
+        self.factor_dtype = torch.float32 if "fp32 factors" in form else self.dtype
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Standard normal numbers in the key's dtype, or another."""
+        dtype = dtype or self.dtype
+        if not self.filled:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.randn(shape, generator=self._generator, device=self.device).to(dtype)
+
+    def labels(self, features: int) -> Tensor:
+        """A block for each of `features` coordinates."""
+        even = torch.arange(features, device=self.device) * self.key.blocks // features
+        return even[torch.randperm(features, generator=self._generator, device=self.device)]
+
+    def partition(self, rows: int, cols: int) -> BlockPartition:
+        """Of a weight of so many rows and columns."""
+        return BlockPartition.from_labels(self.labels(rows), self.labels(cols), self.key.blocks)
+
+    def ranks(self) -> Tensor:
+        """Of each block: the key's."""
+        return torch.full((self.key.blocks,), self.key.rank, dtype=torch.int32, device=self.device)
+
+    def adapter(self) -> PackedAdapter:
+        """The parts of W_eff; for a transposed key those of the layer whose dX it is, seen from dX's side."""
+        key = self.key
+        rows, cols = key.out_features, key.in_features
+        if key.transposed:
+            rows, cols = cols, rows
+        adapter = PackedAdapter(
+            weight=self.tensor(rows, cols) / cols**0.5,
+            A=self.tensor(key.rank, cols, dtype=self.factor_dtype),
+            B=self.tensor(rows, key.rank, dtype=self.factor_dtype) / key.rank**0.5,
+            partition=self.partition(rows, cols),
+            ranks=self.ranks(),
+            scaling=torch.ones((), device=self.device),
+        )
+        return adapter.T if key.transposed else adapter
+
+
+def in_dtype(adapter: PackedAdapter, dtype: torch.dtype) -> PackedAdapter:
+    """The adapter with its weight and factors in `dtype`."""
+    return replace(adapter, weight=adapter.weight.to(dtype), A=adapter.A.to(dtype), B=adapter.B.to(dtype))
+
+
+def delta_weight(adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
+    """ΔW (N, C) by the definition, computed in `dtype`."""
+    a = in_dtype(adapter, dtype)
+    return reference_delta_weight(a.weight, a.A, a.B, a.partition, a.ranks, scaling=a.scaling)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch parameters of a kernel; a subclass per kernel names its tiles, `num_warps` and `num_stages`."""
+
+
+Work: TypeAlias = tuple[Callable[[Any], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
+"""Launches with a configuration and returns what was computed; the same by the definition, in a dtype."""
+
+
+def tile_divides(config: Any, key: Key) -> bool:
+    """Whether tiles of `block_n` rows and `block_c` columns divide the padded blocks."""
+    return bool(key.padded_out % config.block_n == 0 and key.padded_in % config.block_c == 0)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as launches, the tuner and the audit see it.
+
+    Attributes:
+        name: in options, tuning tables and audit records.
+        fn: the `@triton.jit` function.
+        config: the class of its launch parameters.
+        role: "matmul" or "copy": which rules of the audit apply.
+        shipped: the configurations that ship for an architecture and a precision, largest tile first.
+        steps: the numbers that a field of the configuration may take when tuned; what is not named stays as it ships.
+        workload: what to launch and to compare with, over the operands of a key.
+        forms: names of the constexpr paths of a launch. The audit compiles each, the tuner times the first. "r64" in a
+            name is ρ, else 16; "fp32 factors" are those that PEFT keeps; "transposed" reads along the other side.
+        narrow: pointers that may be accessed below 128 bits, each with its reason.
+        fits: whether a configuration can run a key.
+        choose: the one to launch where nothing was measured, of those that fit: from these, the key and the device's
+            multiprocessors.
+    """
+
+    name: str
+    fn: Any
+    config: type[Config]
+    role: Literal["matmul", "copy"]
+    shipped: Callable[[Architecture, Precision], tuple[Config, ...]]
+    steps: Mapping[str, tuple[int, ...]]
+    workload: Callable[[Operands], Work]
+    forms: tuple[str, ...]
+    narrow: Mapping[str, str] = field(default_factory=dict)
+    fits: Callable[[Any, Key], bool] = lambda config, key: True
+    choose: Callable[[Sequence[Any], Key, int], Config] = lambda fitting, key, multiprocessors: fitting[0]
+
+    def default(self, key: Key, arch: str, multiprocessors: int) -> Config:
+        """Launch parameters where nothing was measured. Always answers, with a configuration that the audit compiles.
+
+        Args:
+            key: the problem, its tokens bucketed.
+            arch: as the compiler spells it, for example "sm_90".
+            multiprocessors: of the device.
+        """
+        configs = self.shipped(facts(arch), PRECISIONS[key.dtype])
+        fitting = [config for config in configs if self.fits(config, key)]
+        return self.choose(fitting, key, multiprocessors) if fitting else configs[-1]
+
+    def representative(self, dtype: str, form: str) -> Key:
+        """A key that makes a launch take `form`, and compiles to what keys of real sizes do.
+
+        Its sizes are multiples of 16 and more than one tile of each kind.
+        """
+        rank = re.search(r"\br(\d+)\b", form)
+        rows, cols, transposed = 1024, 2048, "transposed" in form
+        if transposed:
+            rows, cols = cols, rows
+        blocks = 2
+        return Key(
+            self.name,
+            dtype,
+            int(rank[1]) if rank else 16,
+            blocks,
+            rows,
+            cols,
+            512,
+            rows // blocks,
+            cols // blocks,
+            transposed,
+        )
+
+    @property
+    def file(self) -> str:
+        """Name of the file with the kernel's code: when it changes, what was measured no longer holds."""
+        return Path(self.fn.fn.__code__.co_filename).name
+
+
+KERNELS: dict[str, Kernel] = {}
+"""Every kernel whose launch parameters are chosen, by name: filled from the list in `kernels/__init__.py`."""
+
+# Why a pointer may be narrow.
+LABELS = "labels and ranks: a few bytes per coordinate, looked up"
+INDEX = "indices and offsets: one per coordinate or block"
+ONE_NUMBER = "one number"
