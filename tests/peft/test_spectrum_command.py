@@ -142,6 +142,7 @@ def test_json_and_full_table(base, tmp_path, capsys):
         assert sum(written["blocks"]["row_shares"]) == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_figures(base, tmp_path, suffix, capsys):
     pytest.importorskip("matplotlib", reason="draws them")
@@ -296,6 +297,7 @@ def test_results_on_a_full_disk(base, tmp_path, capsys, option):
     assert place.is_symlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "words"),
     [

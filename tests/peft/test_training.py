@@ -149,6 +149,7 @@ def test_one_layer_compiles_into_one_graph():
     assert layer.smoa_B["default"].grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.numerical
 @pytest.mark.parametrize("adapters", [1, 2])  # two of different blocks, summed
 def test_a_whole_model_compiles_into_one_graph_for_all_lengths(adapters):
