@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import (
     SCHEMA,
-    Entry,
     Trial,
     keep,
     read,
@@ -86,16 +84,12 @@ def test_the_users_table_comes_before_the_shipped_one(
     assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) == "split"
 
 
-def test_what_is_kept_is_in_force_at_once() -> None:
-    assert ask() == FIRST
-    keep(permute_entry())
-    assert ask() == SECOND
-
-
 def test_another_problem_does_not_borrow_an_entry() -> None:
     keep(permute_entry(PERMUTE._replace(tokens=16)))
     keep(permute_entry(PERMUTE._replace(blocks=3)))
     assert ask() == FIRST
+    keep(permute_entry())
+    assert ask() == SECOND  # what is kept is in force at once
 
 
 @pytest.mark.parametrize(
@@ -458,9 +452,3 @@ def test_info_says_which_entries_are_in_force_and_why_others_are_not(path: Path)
 
 def test_info_without_a_table() -> None:
     assert states([CPU]) == {"cpu": "no table: the heuristic chooses; smoa-kernels tune measures"}
-
-
-def test_an_entry_that_holds_nothing_timed_has_no_best() -> None:
-    empty = Entry(PERMUTE, permute_entry().identity, FIRST)
-    assert empty.add(Trial(FIRST, reason="died")).best() is None
-    assert replace(permute_entry(), trials=()).best() is None
