@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from problems import make_problem
 from tuning_cases import (
     CPU,
     FORWARD,
@@ -21,6 +20,7 @@ from tuning_cases import (
     scripted,
 )
 
+from smoa_kernels.backends import triton as backend
 from smoa_kernels.kernels import table
 from smoa_kernels.kernels.block_matmul import BlockMatmulConfig
 from smoa_kernels.kernels.fused_linear import FusedLinearConfig
@@ -44,14 +44,12 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
 
     monkeypatch.setattr(autotune, "timer", scripted(seconds))
     monkeypatch.setattr(autotune, "_spent", 0.0)
-    monkeypatch.setattr(table, "measure_unknown", autotune.measure)
+    monkeypatch.setattr(table, "measure_unknown", backend._autotune)
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("value", "on"), [(None, False), ("0", False), ("1", True)]
-)
+@pytest.mark.parametrize(("value", "on"), [(None, False), ("0", False), ("1", True)])
 def test_only_the_variable_hooks_the_tuner_into_the_table(value: str | None, on: bool) -> None:
     program = (
         "import sys; from smoa_kernels.kernels import table; import smoa_kernels.backends.triton as backend\n"
@@ -64,15 +62,6 @@ def test_only_the_variable_hooks_the_tuner_into_the_table(value: str | None, on:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == f"{on}\n"
-
-
-def test_a_step_measures_through_the_hook(timed: list[Choice], monkeypatch: pytest.MonkeyPatch) -> None:
-    from smoa_kernels.backends import triton as backend
-
-    monkeypatch.setattr(table, "measure_unknown", backend._autotune)
-    make_problem(tokens=5, dtype=torch.float32).run(backend="triton")
-    assert timed
-    assert all(tuned.complete for tuned in kept().values())
 
 
 def test_each_problem_is_measured_once_and_kept(timed: list[Choice]) -> None:
