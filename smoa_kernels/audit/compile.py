@@ -28,7 +28,7 @@ from ..cost.architectures import Architecture
 from ..definition.precision import precision_of
 from ..kernels.spec import Config, Kernel, Operands
 from .listing import Listing, parse_amdgcn, parse_sass
-from .provenance import argument_offsets, argument_pointers
+from .pointers import argument_offsets, argument_pointers
 
 __all__ = ["Binary", "Launch", "capture", "compile_launch", "representative_launch"]
 

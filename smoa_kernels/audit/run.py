@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 from ..cost.architectures import ARCHITECTURES, Architecture, occupancy
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..files import cache_folder, replace_file
+from .pointers import pointers_at
 from .rules import Record, Traffic
-from .source import pointers_at
 
 if TYPE_CHECKING:
     from ..kernels.spec import Config, Kernel

@@ -35,7 +35,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import Precision
 from ..definition.reference import backward as reference_backward
-from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, block_slots, dot, input_precision, round_to
+from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, block_slots, check_tile, dot, input_precision, round_to
 from .permute import gather_columns
 from .spec import INDEX, LABELS, Config, Kernel, Operands, Work, in_dtype, tile_divides
 from .table import select
@@ -252,13 +252,11 @@ def block_grad(
         config: launch parameters; the tile must divide P_n and P_c.
 
     Raises:
-        ValueError: shapes of a part that do not fit each other, the first part's or the tile.
+        ValueError: the tile does not divide P_n and P_c.
     """
     dyg, xg = gathered(0)
     partition, rho = adapter.partition, adapter.A.shape[0]
     out_features, in_features = partition.shape
-    first = dyg.shape, xg.shape
-    _check_part(dyg, xg, first, partition.num_blocks)
     tokens, num_blocks, padded_rows = dyg.shape
     padded_cols = xg.shape[2]
     precision = input_precision(adapter.weight.dtype, allow_tf32=allow_tf32)
@@ -275,11 +273,7 @@ def block_grad(
         padded_out=padded_rows,
         padded_in=padded_cols,
     )
-    if padded_rows % config.block_n or padded_cols % config.block_c:
-        raise ValueError(
-            f"padded widths must be multiples of the tile ({config.block_n}, {config.block_c}), "
-            f"got ({padded_rows}, {padded_cols})"
-        )
+    check_tile(config, padded_rows, padded_cols)
     dA = torch.empty(adapter.A.shape, dtype=adapter.A.dtype, device=dyg.device)
     dB = torch.empty(adapter.B.shape, dtype=adapter.B.dtype, device=dyg.device)
     if rho == 0:
@@ -296,7 +290,6 @@ def block_grad(
         if part > 0:
             del dyg, xg  # before the next are gathered
             dyg, xg = gathered(part)
-            _check_part(dyg, xg, first, num_blocks)
         dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
         xg = xg if xg.stride(2) == 1 else xg.contiguous()
         block_grad_kernel[(programs, splits)](
@@ -344,20 +337,6 @@ def block_grad(
     sum_partials(slots_a, partition.T, adapter.ranks, dA.T, parts * splits, config.block_n)
     sum_partials(slots_b, partition, adapter.ranks, dB, parts * splits, config.block_c)
     return dA, dB
-
-
-def _check_part(dyg: Tensor, xg: Tensor, first: tuple[torch.Size, torch.Size], num_blocks: int) -> None:
-    """Whether a part's dyg and xg share T and K, and are as wide as those of shapes `first`.
-
-    The first part's tokens decide how many a program takes: the last of a longer part would be left out.
-    """
-    if dyg.shape[:2] != xg.shape[:2] or dyg.shape[1] != num_blocks:
-        raise ValueError(f"dyg {tuple(dyg.shape)} and xg {tuple(xg.shape)} must share T and K = {num_blocks}")
-    if dyg.shape[0] > first[0][0] or (dyg.shape[2:], xg.shape[2:]) != (first[0][2:], first[1][2:]):
-        raise ValueError(
-            f"dyg {tuple(dyg.shape)} and xg {tuple(xg.shape)} must be as wide as the first part's and no longer: "
-            f"{tuple(first[0])} and {tuple(first[1])}"
-        )
 
 
 def sum_partials(

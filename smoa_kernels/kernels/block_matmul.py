@@ -25,7 +25,7 @@ from torch import Tensor
 from ..cost.architectures import Architecture
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
-from .common import block_slots, dot, input_precision, round_to
+from .common import block_slots, check_tile, dot, input_precision, round_to
 from .modulate import modulated_blocks
 from .permute import gather_columns
 from .spec import Config, Kernel, Key, Operands, Work, delta_weight, tile_divides
@@ -149,7 +149,7 @@ def block_matmul(
         config: launch parameters; the tile must divide P_n and P_c.
 
     Raises:
-        ValueError: shapes that do not fit each other or the tile.
+        ValueError: the tile does not divide P_n and P_c.
     """
     partition = adapter.partition
     tokens, num_blocks, padded_cols = xg.shape
@@ -170,17 +170,7 @@ def block_matmul(
         transposed=delta.stride(2) != 1,
     )
     natural = out.ndim == 2
-    expected = (tokens, partition.shape[0]) if natural else (tokens, num_blocks, padded_rows)
-    if delta.shape[2] != padded_cols or delta.shape[0] != num_blocks or out.shape != expected:
-        raise ValueError(
-            f"xg {tuple(xg.shape)}, ΔW in blocks {tuple(delta.shape)} and out {tuple(out.shape)} "
-            f"do not fit: out must be {expected}"
-        )
-    if padded_rows % config.block_n or padded_cols % config.block_c:
-        raise ValueError(
-            f"padded widths must be multiples of the tile ({config.block_n}, {config.block_c}), "
-            f"got ({padded_rows}, {padded_cols})"
-        )
+    check_tile(config, padded_rows, padded_cols)
     if out.numel() == 0:
         return out
     xg = xg if xg.stride(2) == 1 else xg.contiguous()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -33,6 +34,7 @@ __all__ = [
     "TOKENS_PER_DRAW",
     "SumConfig",
     "block_slots",
+    "check_tile",
     "dot",
     "dropout_draws",
     "dropout_multiplier",
@@ -66,6 +68,19 @@ SUM_CONFIGS = (
     SumConfig(block=1024, num_warps=2),
 )
 SUM_STEPS = {"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)}
+
+
+def check_tile(config: Any, padded_rows: int, padded_cols: int) -> None:
+    """Refuse a tile that would reach past the padded blocks.
+
+    Raises:
+        ValueError: the tile does not divide them.
+    """
+    if padded_rows % config.block_n or padded_cols % config.block_c:
+        raise ValueError(
+            f"padded widths must be multiples of the tile ({config.block_n}, {config.block_c}), "
+            f"got ({padded_rows}, {padded_cols})"
+        )
 
 
 def padded_width(sizes: Sequence[int], multiple: int) -> int:

@@ -257,31 +257,21 @@ def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumCon
     )
 
 
+def _split(config: FusedLinearConfig) -> tuple[FusedLinearConfig, ...]:
+    return tuple(replace(config, split=split) for split in (4, 2, 1))
+
+
 # More ranks or tokens than these and the registers spill.
 _SHIPPED = (
-    FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=4, num_stages=3),
-    FusedLinearConfig(16, 64, 64, block_r=64, split=2, num_warps=4, num_stages=3),
-    FusedLinearConfig(16, 64, 64, block_r=64, split=1, num_warps=4, num_stages=3),
+    *_split(FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=4, num_stages=3)),
     FusedLinearConfig(32, 64, 64, block_r=32, split=1, num_warps=4, num_stages=3),
 )
 _SHIPPED_SM_120 = tuple(replace(config, block_r=32) for config in _SHIPPED)
-_SHIPPED_TF32 = (
-    FusedLinearConfig(16, 64, 32, block_r=64, split=4, num_warps=4, num_stages=3),
-    FusedLinearConfig(16, 64, 32, block_r=64, split=2, num_warps=4, num_stages=3),
-    FusedLinearConfig(16, 64, 32, block_r=64, split=1, num_warps=4, num_stages=3),
-)
+_SHIPPED_TF32 = _split(FusedLinearConfig(16, 64, 32, block_r=64, split=4, num_warps=4, num_stages=3))
 # No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
-_SHIPPED_IEEE = (
-    FusedLinearConfig(16, 16, 32, block_r=16, split=4, num_warps=2, num_stages=3),
-    FusedLinearConfig(16, 16, 32, block_r=16, split=2, num_warps=2, num_stages=3),
-    FusedLinearConfig(16, 16, 32, block_r=16, split=1, num_warps=2, num_stages=3),
-)
+_SHIPPED_IEEE = _split(FusedLinearConfig(16, 16, 32, block_r=16, split=4, num_warps=2, num_stages=3))
 # AMD's wavefronts of 64: two of them, so that a thread's share of x's tile is still 128 bits.
-_SHIPPED_AMD = (
-    FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=2, num_stages=2),
-    FusedLinearConfig(16, 64, 64, block_r=64, split=2, num_warps=2, num_stages=2),
-    FusedLinearConfig(16, 64, 64, block_r=64, split=1, num_warps=2, num_stages=2),
-)
+_SHIPPED_AMD = _split(FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=2, num_stages=2))
 _SHIPPED_AMD_FP32 = tuple(replace(config, block_c=32) for config in _SHIPPED_AMD)
 
 

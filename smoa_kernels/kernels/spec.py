@@ -225,23 +225,12 @@ class Kernel:
 
         Its sizes are multiples of 16 and more than one tile of each kind.
         """
-        rank = re.search(r"\br(\d+)\b", form)
-        rows, cols, transposed = 1024, 2048, "transposed" in form
-        if transposed:
-            rows, cols = cols, rows
-        blocks = 2
-        return Key(
-            self.name,
-            dtype,
-            int(rank[1]) if rank else 16,
-            blocks,
-            rows,
-            cols,
-            512,
-            rows // blocks,
-            cols // blocks,
-            transposed,
-        )
+        named = re.search(r"\br(\d+)\b", form)
+        rank, blocks, tokens = int(named[1]) if named else 16, 2, 512
+        transposed = "transposed" in form
+        rows, cols = (2048, 1024) if transposed else (1024, 2048)
+        padded = rows // blocks, cols // blocks
+        return Key(self.name, dtype, rank, blocks, rows, cols, tokens, *padded, transposed)
 
     @property
     def file(self) -> str:

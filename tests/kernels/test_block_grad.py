@@ -1,7 +1,6 @@
 """block_grad: dB_k = H_k A_kᵀ and dA_k = B_kᵀ H_k with H_k = s · (dyg_kᵀ xg_k) ∘ W0_k, G never in memory."""
 
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -205,30 +204,3 @@ def test_bad_input(device: torch.device) -> None:
     adapter: PackedAdapter = adapter_of(problem)
     with pytest.raises(ValueError, match="must be multiples of the tile"):
         in_one_part(dyg, xg, adapter, config=replace(SMALL, block_c=64))
-    with pytest.raises(ValueError, match="must share T and K"):
-        in_one_part(dyg[:5], xg, adapter)
-
-
-@pytest.mark.parametrize(
-    ("second", "words"),
-    [
-        (
-            lambda dyg, xg: (dyg, xg),
-            r"as wide as the first part's and no longer: \(5, 3, 32\) and \(5, 3, 32\)",
-        ),
-        (lambda dyg, xg: (dyg[:3], xg[:4]), "must share T and K = 3"),
-        (lambda dyg, xg: (dyg[:3, :2], xg[:3, :2]), "must share T and K = 3"),
-        (lambda dyg, xg: (dyg[:3, :, :16], xg[:3]), "as wide as the first part's"),
-        (lambda dyg, xg: (dyg[:3], xg[:3, :, :16]), "as wide as the first part's"),
-    ],
-    ids=["longer", "unequal tokens", "fewer blocks", "narrower dyg", "narrower xg"],
-)
-def test_a_later_part_that_does_not_fit_the_first(
-    second: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], words: str, device: torch.device
-) -> None:
-    """Before its launch, which would leave tokens out or read past the end."""
-    problem = make_problem().on(device).to(torch.float32)
-    dyg, xg = gather(problem)
-    parts = [(dyg[:5], xg[:5]), second(dyg, xg)]
-    with pytest.raises(ValueError, match=words):
-        block_grad(2, parts.__getitem__, adapter_of(problem), config=SMALL)

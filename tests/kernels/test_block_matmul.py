@@ -151,8 +151,6 @@ def test_bad_input(device: torch.device) -> None:
     out = torch.empty(11, 33, device=device)
     with pytest.raises(ValueError, match="must be multiples of the tile"):
         block_matmul(xg, adapter, delta, out=out, config=replace(SMALL, block_c=64))
-    with pytest.raises(ValueError, match="do not fit"):
-        block_matmul(xg, adapter, delta, out=out[:, :32], config=SMALL)
 
 
 @pytest.mark.parametrize(
