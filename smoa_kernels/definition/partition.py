@@ -8,6 +8,7 @@ since another machine could put a coordinate into another block and silently cor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ _INTEGERS = (
 )
 
 
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class BlockPartition:
     """K aligned blocks over the rows and columns of an (N, C) weight.
 
@@ -51,44 +53,16 @@ class BlockPartition:
         ([0, 0, 1, 1], [0, 0, 1, 1])
     """
 
-    __slots__ = (
-        "col_block",
-        "col_index",
-        "col_offsets",
-        "col_order",
-        "col_sizes",
-        "row_block",
-        "row_index",
-        "row_offsets",
-        "row_order",
-        "row_sizes",
-    )
-
-    def __init__(
-        self,
-        *,
-        row_block: Tensor,
-        col_block: Tensor,
-        row_index: Tensor,
-        col_index: Tensor,
-        row_offsets: Tensor,
-        col_offsets: Tensor,
-        row_sizes: tuple[int, ...],
-        col_sizes: tuple[int, ...],
-        row_order: Tensor | None = None,
-        col_order: Tensor | None = None,
-    ) -> None:
-        """Assemble parts that are already consistent; nothing is checked or computed here."""
-        self.row_block = row_block
-        self.col_block = col_block
-        self.row_index = row_index
-        self.col_index = col_index
-        self.row_offsets = row_offsets
-        self.col_offsets = col_offsets
-        self.row_sizes = row_sizes
-        self.col_sizes = col_sizes
-        self.row_order = row_index if row_order is None else row_order
-        self.col_order = col_index if col_order is None else col_order
+    row_block: Tensor
+    col_block: Tensor
+    row_index: Tensor
+    col_index: Tensor
+    row_offsets: Tensor
+    col_offsets: Tensor
+    row_sizes: tuple[int, ...]
+    col_sizes: tuple[int, ...]
+    row_order: Tensor
+    col_order: Tensor
 
     @classmethod
     def from_weight(cls, weight: Tensor, num_blocks: int) -> BlockPartition:
@@ -107,7 +81,7 @@ class BlockPartition:
         check_blocks(num_blocks, weight.shape)
         row_order, col_order = order_source.get()(weight.detach())
         labels = _cut(row_order, num_blocks), _cut(col_order, num_blocks)
-        return cls.from_labels(*labels, num_blocks)._in_order(row_order, col_order)
+        return replace(cls.from_labels(*labels, num_blocks), row_order=row_order, col_order=col_order)
 
     @classmethod
     def from_labels(cls, row_block: Tensor, col_block: Tensor, num_blocks: int) -> BlockPartition:
@@ -135,15 +109,19 @@ class BlockPartition:
         row_block, col_block = (labels.long().to(dtype) for labels in (row_block, col_block))
         row_count = torch.bincount(row_block, minlength=num_blocks)
         col_count = torch.bincount(col_block, minlength=num_blocks)
+        row_index = torch.argsort(row_block, stable=True)
+        col_index = torch.argsort(col_block, stable=True)
         return cls(
             row_block=row_block,
             col_block=col_block,
-            row_index=torch.argsort(row_block, stable=True),
-            col_index=torch.argsort(col_block, stable=True),
+            row_index=row_index,
+            col_index=col_index,
             row_offsets=_offsets(row_count),
             col_offsets=_offsets(col_count),
             row_sizes=tuple(row_count.tolist()),
             col_sizes=tuple(col_count.tolist()),
+            row_order=row_index,
+            col_order=col_index,
         )
 
     @classmethod
@@ -165,6 +143,8 @@ class BlockPartition:
             col_offsets=col_offsets,
             row_sizes=tuple(sizes[:num_blocks]),
             col_sizes=tuple(sizes[num_blocks:]),
+            row_order=row_index,
+            col_order=col_index,
         )
 
     def tensors(self) -> list[Tensor]:
@@ -239,12 +219,7 @@ class BlockPartition:
         if self.device == torch.device(device):
             return self
         moved = BlockPartition.from_tensors([t.to(device) for t in self.tensors()], self.sizes())
-        return moved._in_order(self.row_order.to(device), self.col_order.to(device))
-
-    def _in_order(self, row_order: Tensor, col_order: Tensor) -> BlockPartition:
-        """The same blocks, with the orders they were cut from."""
-        parts = {name: getattr(self, name) for name in self.__slots__}
-        return BlockPartition(**parts | {"row_order": row_order, "col_order": col_order})
+        return replace(moved, row_order=self.row_order.to(device), col_order=self.col_order.to(device))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPartition):
