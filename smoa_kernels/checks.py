@@ -136,7 +136,7 @@ def first_line(error: BaseException) -> str:
 
 
 def layout_of(value: Tensor) -> str:
-    """A tensor's memory layout. A nested tensor is told from a strided one, which torch's `layout` does not do."""
+    """The name of a tensor's memory layout. torch calls a nested tensor strided; here it is "torch.nested"."""
     return "torch.nested" if value.is_nested else str(value.layout)
 
 

@@ -404,7 +404,7 @@ class FusedSMoALinear(nn.Linear):
         self._relabel()
 
     def _relabel(self) -> None:
-        """Derive anew what depends on the labels and ranks: the indices, and the sizes that Python knows."""
+        """Recompute what depends on the labels and ranks: the indices, and the sizes that Python holds."""
         if self.smoa_row_index is None:
             return
         labels = self.smoa_row_block, self.smoa_col_block
@@ -447,7 +447,7 @@ class FusedSMoALinear(nn.Linear):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _own_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the layer's state dict; `state_dict()` itself would run the hooks of whoever wraps it."""
+        """The tensors of the layer's state dict; `state_dict()` would also run the hooks of wrappers such as FSDP."""
         buffers = self.named_buffers(recurse=False)
         kept = {key: buffer for key, buffer in buffers if key not in self._non_persistent_buffers_set}
         return {**dict(self.named_parameters(recurse=False)), **kept}

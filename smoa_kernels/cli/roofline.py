@@ -1,4 +1,4 @@
-"""`smoa-kernels roofline`: predicted cost of one layer, ours beside the peers'."""
+"""`smoa-kernels roofline`: the predicted cost of one layer, for SMoA and the methods it is compared with."""
 
 from __future__ import annotations
 

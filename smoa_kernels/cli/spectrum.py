@@ -63,7 +63,7 @@ def spectrum(
     json: Annotated[Path | None, typer.Option(help="Write every layer's numbers as JSON.")] = None,
     full: Annotated[bool, typer.Option("--full", help="A row per layer, not per kind of layer.")] = False,
 ) -> None:
-    """Measure how SMoA's update spreads over the spectra of a model's weights, beside LoRA's."""
+    """Measure how an SMoA update spreads over the spectra of a model's weights, and compare it with LoRA's."""
     if adapter is not None and not rank is blocks is None:
         raise ValueError("--rank and --blocks are for a random SMoA adapter; they do not go with --adapter")
     _check_places(figure, layer_figures, json)

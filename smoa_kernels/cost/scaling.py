@@ -65,7 +65,7 @@ _LABELS = 9  # a uint8 label and an int64 index
 
 @dataclass(frozen=True)
 class Stack:
-    """What a model has beside the layers of one decoder block: `config.json`'s `num_hidden_layers`, `vocab_size`."""
+    """The rest of a model: how many decoder blocks (`num_hidden_layers`), and its embedding and head."""
 
     layers: int
     vocabulary: int

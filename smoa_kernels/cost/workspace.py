@@ -1,4 +1,4 @@
-"""Predicted memory of the backward of one layer, beyond what is there before and what it returns.
+"""Predicted memory that the backward of one layer takes, beyond its inputs and its results.
 
 x, dY, weights and factors are there before and are not counted. Nor is what a BLAS library allocates for itself.
 """
@@ -6,7 +6,6 @@ x, dY, weights and factors are there before and are not counted. Nor is what a B
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from .grad_tiling import gradient_parts, partial_bytes
 from .problem import Problem
@@ -34,7 +33,7 @@ def backward_workspace(problem: Problem) -> Mapping[str, int]:
     dx = p.weight_elements * size
     if p.dropout:  # the tokens are one part, so dy is all of dY
         dx = rows * cols // p.num_blocks * size + dy + p.tokens * cols * size
-    return MappingProxyType({"factor gradients": dy + x + partial_bytes(p), "input gradient": dx})
+    return {"factor gradients": dy + x + partial_bytes(p), "input gradient": dx}
 
 
 def backward_workspace_bytes(problem: Problem) -> int:
