@@ -69,7 +69,7 @@ def read_config(path: Path) -> Decoder:
     """Read the sizes of a model on disk.
 
     Args:
-        path: a `config.json`, or the folder that holds one. If it has a "text_config", as multimodal models do, that is read.
+        path: a `config.json`, or the folder that holds one. Of a multimodal model the "text_config" is read.
 
     Raises:
         ValueError: the file cannot be read, or lacks a size.
