@@ -384,6 +384,7 @@ def test_a_library_that_is_not_there(package: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize("name", sorted(path.name for path in hatch_build.FOLDER.glob("*.[ch]")))
 @pytest.mark.parametrize(
