@@ -413,6 +413,7 @@ def test_a_library_of_something_else(package: Path, tmp_path: Path) -> None:
     assert "cannot be loaded" in said(package)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
 def test_it_compiles_without_warnings(tmp_path: Path) -> None:
     assert [path.name for path in hatch_build.compile_library(tmp_path)] == [

@@ -269,6 +269,7 @@ def test_compiles_whole_and_equals_eager(dynamic: bool, dropout: float) -> None:
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_it() -> None:
     torch.manual_seed(0)
     block = Block()
@@ -303,6 +304,7 @@ def test_compiles_whole_whatever_is_chosen(backend: str, algorithm: str) -> None
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dynamic", "graphs"),
     [(True, 1), (None, 2), (False, 1)],  # None: torch's own step from one token count to any
