@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import ALGORITHMS, algorithms_of, resolve_backend
+from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES, algorithms_of, resolve_backend
 from .checks import check_choice
 from .definition.arguments import (
     autocast_enabled,
@@ -15,10 +15,10 @@ from .definition.arguments import (
     check_block_ranks,
     global_width,
 )
-from .definition.dropout import draw_seed
-from .definition.packed import scaling_tensor
+from .definition.dropout import Dropout, draw_seed
+from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
-from .operator import call_linear
+from .operator import LinearCall, call_linear
 
 __all__ = ["smoa_linear"]
 
@@ -99,37 +99,26 @@ def smoa_linear(
     )
     if autocast_enabled(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    check_choice("backend", backend, BACKEND_CHOICES)
     backend = resolve_backend(backend, x.device, x.dtype, A.shape[0])
     _check_algorithm(algorithm, backend, dropout_p)
     check_block_ranks(block_ranks, partition.num_blocks, A.shape[0])
     width = global_width(x, column_offset, global_in_features)
-    if dropout_p > 0 and dropout_seed is None:
-        dropout_seed = draw_seed(x.device)
-    return call_linear(
-        x,
-        weight,
-        bias,
-        A,
-        B,
-        ranks,
-        None if block_ranks is None else list(block_ranks),
-        scaling_tensor(scaling, x.device),
-        dropout_seed if dropout_p > 0 else None,
-        partition.tensors(),
-        partition.sizes(),
-        dropout_p,
-        column_offset,
-        width,
-        algorithm,
-        backend,
+    adapter = PackedAdapter(
+        weight, A, B, partition, ranks, scaling_tensor(scaling, x.device), block_ranks=block_ranks
     )
+    dropout = None
+    if dropout_p > 0:
+        seed = draw_seed(x.device) if dropout_seed is None else dropout_seed
+        dropout = Dropout(seed, dropout_p, column_offset, width)
+    return call_linear(x, bias, algorithm, LinearCall(adapter, dropout, backend))
 
 
 def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
-    check_choice("algorithm", algorithm, ALGORITHMS)
+    check_choice("algorithm", algorithm, ALGORITHM_CHOICES)
     if algorithm == "auto":
         return
-    allowed: tuple[str, ...] = algorithms_of(backend)
+    allowed = algorithms_of(backend)
     if algorithm not in allowed:
         raise ValueError(
             f"algorithm must be auto or one of {', '.join(allowed)} on backend {backend!r}, got {algorithm!r}"

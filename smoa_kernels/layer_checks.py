@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .backends import ALGORITHMS, BACKENDS
+from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES
 from .checks import (
     check_choice,
     check_count,
@@ -65,8 +65,8 @@ class Settings:
         check_number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        check_choice("algorithm", self.algorithm, ALGORITHMS)
-        check_choice("backend", self.backend, BACKENDS)
+        check_choice("algorithm", self.algorithm, ALGORITHM_CHOICES)
+        check_choice("backend", self.backend, BACKEND_CHOICES)
         check_kind("strict_base", self.strict_base, bool)
 
     @property

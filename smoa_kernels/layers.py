@@ -344,11 +344,7 @@ class FusedSMoALinear(nn.Linear):
         weight = self.weight if self._shard is None else self._shard.weight(self.weight)
         self.smoa_base_weight = self.weight.detach().clone()
         try:
-            adapter = self._packed()
-            if backend == "triton":  # in place: W0's copy is the only memory of W0's size that this takes
-                load_backend("triton").modulated_weight(adapter, out=weight)
-            else:
-                weight.copy_(eager.modulated_weight(adapter))
+            load_backend(backend).modulated_weight(self._packed(), out=weight)
         except BaseException:
             self.unmerge()
             raise

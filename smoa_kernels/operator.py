@@ -1,19 +1,20 @@
 """The `smoa::linear` operator, its gradient and their fake forms.
 
-The operator is opaque to the compiler, so that no pass takes the order of its additions apart (the adapter's
-output survives in half precision only if it enters before the base GEMM's one rounding), and it takes tensors
-where a Python number would be baked into a graph: scaling, dropout seed. Which algorithm "auto" means is
-decided inside, where the graph does not see the token count.
+The operator is opaque to compilers, for two reasons. No pass may reorder its additions: in half precision the
+adapter's output survives only if it enters before the base GEMM's one rounding. And no graph bakes in what may
+change between calls: scaling and dropout seed cross as tensors, and "auto" is decided inside, where the graph
+does not see the token count.
 
-Registered through `torch.library`'s dispatcher keys with an `autograd.Function` of our own: half the Python
-overhead of `custom_op`, which small layers feel. Where nothing would see the dispatcher, it is left out altogether.
+It is registered through `torch.library`'s dispatcher keys with an `autograd.Function` of our own, which has half the
+Python overhead of `custom_op`; small layers feel it. Where nothing watches operators, the dispatcher is left out.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,212 +26,128 @@ from .definition.dropout import Dropout
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 
-__all__ = ["call_linear", "linear", "linear_backward"]
+__all__ = ["LinearCall", "call_linear", "call_linear_backward", "linear", "linear_backward"]
 
-Kernel = Callable[..., Any]
-"""An operator, or the Python function that does its work."""
 
-_view: Any = torch.ops.aten._unsafe_view.default
+class LinearCall(NamedTuple):
+    """What forward and backward of one call share.
+
+    Attributes:
+        adapter: W0, the factors, their blocks and ranks, and s.
+        dropout: the active one, or None.
+        backend: the name of a resolved backend.
+    """
+
+    adapter: PackedAdapter
+    dropout: Dropout | None
+    backend: str
+
+    def flatten(self) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """The tensors and then the settings of `SCHEMA`: an operator takes only tensors and plain types."""
+        adapter, dropout = self.adapter, self.dropout
+        partition, block_ranks = adapter.partition, adapter.block_ranks
+        seed = None if dropout is None else dropout.seed
+        tensors = (adapter.weight, adapter.A, adapter.B, adapter.ranks, adapter.scaling, seed)
+        settings = (
+            None if block_ranks is None else list(block_ranks),
+            partition.sizes(),
+            0.0 if dropout is None else dropout.p,
+            0 if dropout is None else dropout.column_offset,
+            None if dropout is None else dropout.width,
+            self.backend,
+        )
+        return (*tensors, *partition.tensors()), settings
+
+    @staticmethod
+    def unflatten(
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        ranks: Tensor,
+        scaling: Tensor,
+        dropout_seed: Tensor | None,
+        row_block: Tensor,
+        col_block: Tensor,
+        row_index: Tensor,
+        col_index: Tensor,
+        row_offsets: Tensor,
+        col_offsets: Tensor,
+        block_ranks: list[int] | None,
+        block_sizes: list[int],
+        dropout_p: float,
+        column_offset: int,
+        global_in_features: int | None,
+        backend: str,
+    ) -> LinearCall:
+        """Inverse of :meth:`flatten`."""
+        blocks = row_block, col_block, row_index, col_index, row_offsets, col_offsets
+        partition = BlockPartition.from_tensors(blocks, block_sizes)
+        dropout = None
+        if dropout_seed is not None:
+            dropout = Dropout(dropout_seed, dropout_p, column_offset, global_in_features)
+        adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, block_ranks)
+        return LinearCall(adapter, dropout, backend)
+
+
+_SCHEMA_TYPES = {
+    "Tensor | None": "Tensor?",
+    "list[int]": "int[]",
+    "list[int] | None": "int[]?",
+    "int | None": "int?",
+}
+SCHEMA = ", ".join(
+    f"{_SCHEMA_TYPES.get(kind, kind)} {name}"
+    for name, kind in LinearCall.unflatten.__annotations__.items()
+    if name != "return"
+)
+"""A `LinearCall` as arguments of an operator: those of :meth:`LinearCall.unflatten`."""
+
+_unsafe_view: Any = torch.ops.aten._unsafe_view.default
 
 _LIBRARY = torch.library.Library("smoa", "DEF")
-_ADAPTER = (
-    "Tensor weight, {bias}Tensor A, Tensor B, Tensor ranks, int[]? block_ranks, Tensor scaling, "
-    "Tensor? dropout_seed"
-)
-_SETTINGS = "Tensor[] partition, int[] sizes, float dropout_p, int column_offset, int global_in_features"
+_LIBRARY.define(f"linear(Tensor x, Tensor? bias, str algorithm, {SCHEMA}) -> Tensor")
 _LIBRARY.define(
-    f"linear(Tensor x, {_ADAPTER.format(bias='Tensor? bias, ')}, {_SETTINGS}, str algorithm, str backend) -> Tensor"
+    f"linear_backward(Tensor dy, Tensor? x, bool needs_x, {SCHEMA}) -> (Tensor dx, Tensor dA, Tensor dB)"
 )
-_LIBRARY.define(
-    f"linear_backward(Tensor dy, Tensor? x, {_ADAPTER.format(bias='')}, {_SETTINGS}, bool needs_x, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    block_ranks: Sequence[int] | None,
-    scaling: Tensor,
-    seed: Tensor | None,
-    partition: Sequence[Tensor],
-    sizes: Sequence[int],
-    p: float,
-    column_offset: int,
-    width: int,
-    algorithm: str,
-    backend: str,
-) -> Tensor:
-    check_ranks(ranks, block_ranks, A.shape[0])
-    blocks = BlockPartition.from_tensors(partition, sizes)
-    # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
-    adapter = PackedAdapter(weight.to(x.dtype), A, B, blocks, ranks, scaling, block_ranks)
-    dropout = None if seed is None else Dropout(seed, p, column_offset, width)
-    bias = None if bias is None else bias.to(x.dtype)
-    y: Tensor = load_backend(backend).forward(_tokens(x), bias, adapter, algorithm, dropout)
-    return _like(y, x)
-
-
-def _forward_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    block_ranks: Sequence[int] | None,
-    scaling: Tensor,
-    seed: Tensor | None,
-    partition: Sequence[Tensor],
-    sizes: Sequence[int],
-    p: float,
-    column_offset: int,
-    width: int,
-    needs_x: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX, dA, dB), empty where not needed: dX unless `needs_x`, dA and dB where x was not kept."""
-    blocks = BlockPartition.from_tensors(partition, sizes)
-    adapter = PackedAdapter(weight.to(dy.dtype), A, B, blocks, ranks, scaling, block_ranks)
-    dropout = None if seed is None else Dropout(seed, p, column_offset, width)
-    dx, dA, dB = load_backend(backend).backward(
-        _tokens(dy), None if x is None else _tokens(x), adapter, dropout, needs_x=needs_x
-    )
-    return (
-        dy.new_empty(0) if dx is None else _like(dx, dy),
-        A.new_empty(0) if dA is None else dA,
-        B.new_empty(0) if dB is None else dB,
-    )
-
-
-def _backward_fake(
-    dy: Tensor, x: Tensor | None, weight: Tensor, A: Tensor, B: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs_x, _backend = rest
-    return (
-        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if needs_x else dy.new_empty(0),
-        A.new_empty(0 if x is None else A.shape),
-        B.new_empty(0 if x is None else B.shape),
-    )
-
-
-class _Linear(torch.autograd.Function):
-    """Saves x, the factors, the seed and references to frozen tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Kernel, *args: Any) -> Any:
-        x, weight, bias, A, B, ranks, block_ranks, scaling, seed, partition, sizes, *others = args
-        p, column_offset, width, _algorithm, backend = others
-        needs_factors = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        ctx.save_for_backward(x if needs_factors else None, weight, A, B, ranks, scaling, seed, *partition)
-        ctx.block_ranks, ctx.sizes, ctx.backend = block_ranks, sizes, backend
-        ctx.settings = p, column_offset, width
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _below_autograd(run, args)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, ranks, scaling, seed, *partition = ctx.saved_tensors
-        _, needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:6]
-        run = _backward_recorded if _unseen(dy, x, weight, A, B) else linear_backward
-        dx, dA, dB = run(
-            dy,
-            x,
-            weight,
-            A,
-            B,
-            ranks,
-            ctx.block_ranks,
-            scaling,
-            seed,
-            partition,
-            ctx.sizes,
-            *ctx.settings,
-            needs_x,
-            ctx.backend,
-        )
-        dbias = _tokens(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
-        factors = dA if needs_A else None, dB if needs_B else None
-        gradients = (None, dx if needs_x else None, None, dbias, *factors)
-        return gradients + (None,) * (len(ctx.needs_input_grad) - len(gradients))
-
-
-class _LinearBackward(torch.autograd.Function):
-    """Says that there is no second derivative, when one is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Kernel, *args: Any) -> Any:
-        return _below_autograd(run, args)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "smoa_linear has no second derivative: smoa_kernels.definition.reference.reference_linear, "
-            "plain PyTorch, has"
-        )
-
-
-def _below_autograd(run: Kernel, args: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return run(*args)
-
-
-def _has_tangent(arg: Any) -> bool:
-    return isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None
-
-
-def _recorded(run: Kernel, function: type[torch.autograd.Function]) -> Kernel:
-    """Autograd's form of an operator or its kernel: recorded where a gradient can be asked for, else called through."""
-
-    def dispatch(*args: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
-            # Called straight through, the result would have none, which counts as zero.
-            raise RuntimeError(
-                "smoa_linear has no forward-mode derivative: smoa_kernels.definition.reference.reference_linear, "
-                "plain PyTorch, has"
-            )
-        # No other argument of the two operators may.
-        if torch.is_grad_enabled() and any(arg is not None and arg.requires_grad for arg in args[:5]):
-            return function.apply(run, *args)
-        return _below_autograd(run, args)
-
-    return dispatch
-
-
 linear: Any = torch.ops.smoa.linear.default
 linear_backward: Any = torch.ops.smoa.linear_backward.default
-for _name, _kernel, _fake, _operator, _function in (
-    ("linear", _forward, _forward_fake, linear, _Linear),
-    ("linear_backward", _backward, _backward_fake, linear_backward, _LinearBackward),
-):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _recorded(_operator, _function), "Autograd")
-    torch.library.register_fake(f"smoa::{_name}", _fake, lib=_LIBRARY)
-_forward_recorded = _recorded(_forward, _Linear)
-_backward_recorded = _recorded(_backward, _LinearBackward)
+
+Pass = Callable[[Any, Any, Any, LinearCall], Any]
+"""Computes the forward from (x, bias, algorithm, call), or the backward from (dy, x, needs_x, call)."""
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def call_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *settings: Any
-) -> Tensor:
-    """What the operator `linear` gives for these arguments, without the dispatcher where nothing would see it.
+def call_linear(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Tensor:
+    """Compute what the operator `linear` computes, without the dispatcher where nothing would see it.
 
-    Its two passes, each converting every argument, are 3 % of a small layer's time (measured on CPU, T=128, 384x1536).
+    The dispatcher's two passes convert every argument: 3 % of a small layer's time (CPU, T=128, 384x1536).
+
+    Args:
+        x: (..., C); y is (..., N) in its dtype.
+        bias: (N,) or None.
+        algorithm: "auto" or one that the call's backend has.
+        call: the rest.
     """
-    unseen = _unseen(x, weight, bias, A, B)
-    y: Tensor = (_forward_recorded if unseen else linear)(x, weight, bias, A, B, *settings)
+    skip = can_skip_dispatcher(x, call.adapter.weight, bias, call.adapter.A, call.adapter.B)
+    y: Tensor = (_recorded_forward if skip else _dispatched_forward)(x, bias, algorithm, call)
     return y
 
 
-def _unseen(*tensors: Tensor | None) -> bool:
+def call_linear_backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: LinearCall) -> Gradients:
+    """Compute what the operator `linear_backward` computes: (dX, dA, dB), empty where not needed.
+
+    Args:
+        dy: (..., N).
+        x: (..., C), or None where neither dA nor dB is needed.
+        needs_x: whether dX is needed.
+        call: that of the forward.
+    """
+    skip = can_skip_dispatcher(dy, x, call.adapter.weight, call.adapter.A, call.adapter.B)
+    found: Gradients = (_recorded_backward if skip else _dispatched_backward)(dy, x, needs_x, call)
+    return found
+
+
+def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether no compiler, trace, mode, transform or profiler is on, and all tensors are plain memory."""
     if (
         torch.compiler.is_compiling()
@@ -244,19 +161,18 @@ def _unseen(*tensors: Tensor | None) -> bool:
     for one in tensors:
         if one is None:
             continue
-        # A conjugate's imaginary part is negated by the dispatcher, its zeros are made by it, and so on.
+        # The dispatcher does work of its own for others: it negates a conjugate's imaginary part, makes its zeros, ...
         keys = torch._C._dispatch_keys(one).raw_repr()
-        if type(one) not in _PLAIN or one.is_meta or keys not in _plain_keys(one.device.type):
+        if type(one) not in (Tensor, torch.nn.Parameter) or one.is_meta:
+            return False
+        if keys not in _plain_keys(one.device.type):
             return False
     return True
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 @functools.cache
 def _plain_keys(device_type: str) -> frozenset[int]:
-    """What the dispatcher looks at in a tensor that is no more than its values, one of inference mode or not."""
+    """The dispatch keys of a tensor that is no more than its values, made in inference mode or not."""
     found = set()
     for inference in (False, True):
         with torch.inference_mode(inference):
@@ -264,12 +180,153 @@ def _plain_keys(device_type: str) -> frozenset[int]:
     return frozenset(found)
 
 
-def _tokens(x: Tensor) -> Tensor:
+def _forward(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Tensor:
+    adapter = call.adapter
+    check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
+    if adapter.weight.dtype != x.dtype:
+        # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
+        adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    y = load_backend(call.backend).forward(_as_matrix(x), bias, adapter, algorithm, call.dropout)
+    return _with_leading_dimensions(y, x)
+
+
+def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: LinearCall) -> Gradients:
+    adapter = call.adapter
+    if adapter.weight.dtype != dy.dtype:
+        adapter = replace(adapter, weight=adapter.weight.to(dy.dtype))
+    dx, dA, dB = load_backend(call.backend).backward(
+        _as_matrix(dy), None if x is None else _as_matrix(x), adapter, call.dropout, needs_x=needs_x
+    )
+    return (
+        dy.new_empty(0) if dx is None else _with_leading_dimensions(dx, dy),
+        adapter.A.new_empty(0) if dA is None else dA,
+        adapter.B.new_empty(0) if dB is None else dB,
+    )
+
+
+def _forward_fake(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Tensor:
+    return x.new_empty(*x.shape[:-1], call.adapter.weight.shape[0])
+
+
+def _backward_fake(dy: Tensor, x: Tensor | None, needs_x: bool, call: LinearCall) -> Gradients:
+    weight, A, B = call.adapter.weight, call.adapter.A, call.adapter.B
+    return (
+        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if needs_x else dy.new_empty(0),
+        A.new_empty(0 if x is None else A.shape),
+        B.new_empty(0 if x is None else B.shape),
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """Saves x, the factors, the seed and references to frozen tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compute: Pass,
+        x: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        algorithm: str,
+        call: LinearCall,
+    ) -> Any:
+        """A and B are the call's: autograd sees only tensors that are arguments of their own."""
+        tensors, ctx.settings = call.flatten()
+        needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        ctx.save_for_backward(x if needs_factors else None, *tensors)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _below_autograd(compute, x, bias, algorithm, call)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        _, needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        call = LinearCall.unflatten(*tensors, *ctx.settings)
+        dx, dA, dB = call_linear_backward(dy, x, needs_x, call)
+        dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
+        factors = dA if needs_A else None, dB if needs_B else None
+        return None, dx if needs_x else None, dbias, *factors, None, None
+
+
+class _LinearBackward(torch.autograd.Function):
+    """Says that there is no second derivative, when one is asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, compute: Pass, dy: Tensor, x: Tensor | None, A: Tensor, B: Tensor, *rest: Any
+    ) -> Any:
+        return _below_autograd(compute, dy, x, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "smoa_linear has no second derivative; smoa_kernels.definition.reference.reference_linear, in plain "
+            "PyTorch, has one"
+        )
+
+
+def _below_autograd(compute: Pass, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return compute(*args)
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _recorded(compute: Pass, function: type[torch.autograd.Function]) -> Pass:
+    """The same for autograd: recorded as `function` where a gradient can be asked for."""
+
+    def record(first: Tensor, second: Tensor | None, option: Any, call: LinearCall) -> Any:
+        A, B = call.adapter.A, call.adapter.B
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, (first, second, *call.flatten()[0]))):
+            # Computed all the same, the result would have no tangent, which counts as zero.
+            raise RuntimeError(
+                "smoa_linear has no forward-mode derivative; smoa_kernels.definition.reference.reference_linear, in "
+                "plain PyTorch, has one"
+            )
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, second, A, B)):
+            return function.apply(compute, first, second, A, B, option, call)
+        return _below_autograd(compute, first, second, option, call)
+
+    return record
+
+
+def _dispatched(operator: Any) -> Pass:
+    """A pass that calls an operator."""
+
+    def dispatch(first: Tensor, second: Tensor | None, option: Any, call: LinearCall) -> Any:
+        tensors, settings = call.flatten()
+        return operator(first, second, option, *tensors, *settings)
+
+    return dispatch
+
+
+def _kernel(compute: Pass) -> Callable[..., Any]:
+    """A pass as an operator's kernel, which takes the operator's arguments."""
+    return lambda first, second, option, *flat: compute(first, second, option, LinearCall.unflatten(*flat))
+
+
+_recorded_forward = _recorded(_forward, _Linear)
+_recorded_backward = _recorded(_backward, _LinearBackward)
+_dispatched_forward, _dispatched_backward = _dispatched(linear), _dispatched(linear_backward)
+for _name, _compute, _fake, _recorded_operator in (
+    ("linear", _forward, _forward_fake, _recorded(_dispatched_forward, _Linear)),
+    ("linear_backward", _backward, _backward_fake, _recorded(_dispatched_backward, _LinearBackward)),
+):
+    _LIBRARY.impl(_name, _kernel(_compute), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _kernel(_recorded_operator), "Autograd")
+    torch.library.register_fake(f"smoa::{_name}", _kernel(_fake), lib=_LIBRARY)
+
+
+def _as_matrix(x: Tensor) -> Tensor:
     """(..., C) as (T, C); `reshape(-1, C)` cannot infer T from no elements."""
     return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """(T, N) as (..., N), x's leading dimensions."""
-    # No view to autograd: what a Function returns may be written to.
-    return y if x.ndim == 2 else _view(y, [*x.shape[:-1], y.shape[1]])
+def _with_leading_dimensions(y: Tensor, x: Tensor) -> Tensor:
+    """(T, N) as (..., N), with x's leading dimensions."""
+    # Autograd must not see a view here: what a Function returns may be written to.
+    return y if x.ndim == 2 else _unsafe_view(y, [*x.shape[:-1], y.shape[1]])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smoa_kernels import BlockPartition, smoa_linear
 from smoa_kernels.backends import resolve_backend
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.definition.reference import reference_linear
+from smoa_kernels.operator import LinearCall
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where numerical tests compute; the kernels run on the CPU under Triton's interpreter (conftest.py)."""
@@ -151,6 +155,14 @@ def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def flat_call(p: LinearProblem, dropout: Dropout | None = None, backend: str = "eager") -> tuple[Any, ...]:
+    """The arguments that both operators share, flattened as they take them."""
+    scaling = scaling_tensor(p.scaling, p.x.device)
+    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling, p.ranks.tolist())
+    tensors, settings = LinearCall(adapter, dropout, backend).flatten()
+    return *tensors, *settings
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import TINY, LinearProblem, make_problem, relative_error
+from problems import TINY, LinearProblem, flat_call, make_problem, relative_error
 from torch import Tensor
 
 import hatch_build
@@ -21,7 +21,7 @@ from smoa_kernels.backends.native.backend import (
     GRADIENT,
     LINEAR,
     UPDATE,
-    _kept,
+    _drawn,
 )
 from smoa_kernels.definition.dropout import Dropout
 
@@ -122,14 +122,11 @@ def test_indices_of_any_kind(form: str) -> None:
 def test_the_operator_in_another_dtype_is_eagers(dtype: torch.dtype) -> None:
     """An exported program names the backend that was chosen where it was exported."""
     p = on_cpu(tokens=50).to(dtype)
-    blocks, scaling = p.partition, torch.tensor(p.scaling, dtype=torch.float64)
-    adapter = p.A, p.B, p.ranks, None, scaling, None, blocks.tensors(), blocks.sizes()
-    settings = 0.0, 0, p.x.shape[1]
     for operator, args in (
-        (torch.ops.smoa.linear, (p.x, p.weight, None, *adapter, *settings, "merged")),
-        (torch.ops.smoa.linear_backward, (p.dy, p.x, p.weight, *adapter, *settings, True)),
+        (torch.ops.smoa.linear, (p.x, None, "merged")),
+        (torch.ops.smoa.linear_backward, (p.dy, p.x, True)),
     ):
-        found, expected = operator(*args, "native"), operator(*args, "eager")
+        found, expected = (operator(*args, *flat_call(p, backend=backend)) for backend in ("native", "eager"))
         assert all(map(torch.equal, found, expected))
 
 
@@ -144,14 +141,10 @@ def test_the_operator_asks_torch_to_refuse_other_shapes(what: str, form: str) ->
     A, B = A[:, :-9] if what == "A" else A, B[:-9] if what == "B" else B
     x = x.bfloat16() if what == "dtype" else x
     dropped = form == "dropout"
-    scaling = torch.tensor(p.scaling, dtype=torch.float64)
-    seed = torch.tensor(9) if dropped else None
-    rest = p.partition.tensors(), p.partition.sizes(), 0.4 if dropped else 0.0, 0, 57
-    adapter = A, B, p.ranks, None, scaling, seed, *rest
-    algorithm = "auto" if dropped else form
+    dropout = Dropout(torch.tensor(9), 0.4, 0, 57) if dropped else None
     operators = {
-        torch.ops.smoa.linear: (x, p.weight, None, *adapter, algorithm),
-        torch.ops.smoa.linear_backward: (dy, x, p.weight, *adapter, True),
+        torch.ops.smoa.linear: (x, None, "auto" if dropped else form),
+        torch.ops.smoa.linear_backward: (dy, x, True),
     }
     if what.endswith("dy"):
         operators.pop(torch.ops.smoa.linear)
@@ -160,7 +153,7 @@ def test_the_operator_asks_torch_to_refuse_other_shapes(what: str, form: str) ->
         found = []
         for backend in ("native", "eager"):
             try:
-                found.append(operator(*arguments, backend))
+                found.append(operator(*arguments, *flat_call(replace(p, A=A, B=B), dropout, backend)))
             except (RuntimeError, IndexError) as error:
                 found.append(type(error))
         raised.append(isinstance(found[0], type))
@@ -304,8 +297,7 @@ def test_the_mask_is_eagers(shard: tuple[int, int] | None) -> None:
     offset, width = shard or (0, None)
     mask = Dropout(torch.tensor(7), 0.3, offset, width)
     x = torch.randn(600, 37)
-    keep = _kept(x, mask)
-    bits = keep[:, torch.arange(37) // 16] >> (torch.arange(37) % 16) & 1
+    bits = _drawn(mask, x, 37).kept[:, torch.arange(37) // 16] >> (torch.arange(37) % 16) & 1
     assert torch.equal(bits.float() * mask.scale, mask.multiplier(x))
 
 

@@ -1,13 +1,14 @@
 """The `smoa::linear` operator: what the compiler and the exporter see."""
 
 import copy
+import inspect
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from problems import DEVICE, LinearProblem, make_problem
+from problems import DEVICE, LinearProblem, flat_call, make_problem
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.overrides import BaseTorchFunctionMode
@@ -15,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoa_kernels import FusedSMoALinear, operator, smoa_linear
 from smoa_kernels.backends import resolve_backend, triton_obstacle
-from smoa_kernels.definition.packed import scaling_tensor
-from smoa_kernels.operator import linear, linear_backward
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.operator import LinearCall, linear, linear_backward
 
 pytestmark = pytest.mark.numerical
 
@@ -30,28 +31,30 @@ def arguments(
 ) -> tuple:
     """The operator's own arguments, leaves that require grad where asked."""
     x, bias, A, B = (t.clone().requires_grad_(grad) for t in (p.x, p.bias, p.A, p.B))
-    seed = torch.tensor(5, device=p.x.device) if dropout else None
-    scaling = scaling_tensor(p.scaling, x.device)
-    blocks, sizes = p.partition.tensors(), p.partition.sizes()
-    width = x.shape[-1]
-    return (
-        x,
-        p.weight,
-        bias,
-        A,
-        B,
-        p.ranks,
-        p.ranks.tolist(),
-        scaling,
-        seed,
-        blocks,
-        sizes,
-        dropout,
-        0,
-        width,
-        algorithm,
-        backend,
-    )
+    active = Dropout(torch.tensor(5, device=x.device), dropout, 0, x.shape[-1]) if dropout else None
+    return x, bias, algorithm, *flat_call(replace(p, A=A, B=B), active, backend)
+
+
+def test_schema_and_bundle_agree() -> None:
+    """Names and types are `unflatten`'s; what `flatten` gives must stand in their order."""
+    p = make_problem()
+    arguments = [a.name for a in linear._schema.arguments[3:]]
+    assert arguments == list(inspect.signature(LinearCall.unflatten).parameters)
+    assert arguments == [a.name for a in linear_backward._schema.arguments[3:]]
+    dropout = Dropout(torch.tensor(5), 0.25, 7, 400)
+    partition = p.partition
+    expected = {name: getattr(partition, name) for name in arguments if hasattr(partition, name)}
+    expected |= {"weight": p.weight, "A": p.A, "B": p.B, "ranks": p.ranks, "block_ranks": p.ranks.tolist()}
+    expected |= {"dropout_seed": dropout.seed, "dropout_p": 0.25, "column_offset": 7}
+    expected |= {"global_in_features": 400, "backend": "eager", "block_sizes": partition.sizes()}
+    given = dict(zip(arguments, flat_call(p, dropout), strict=True))
+    assert given.pop("scaling") == p.scaling
+    assert given.keys() == expected.keys()
+    for name, value in given.items():
+        assert value is expected[name] or value == expected[name], name
+    flat = flat_call(p, dropout)
+    tensors, settings = LinearCall.unflatten(*flat).flatten()
+    assert all(a is b or a == b for a, b in zip((*tensors, *settings), flat, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])
@@ -66,9 +69,8 @@ def test_opcheck(algorithm: str, backend: str) -> None:
 @pytest.mark.parametrize("keeps_x", [True, False])
 def test_opcheck_backward(needs_x: bool, keeps_x: bool, backend: str) -> None:
     p = make_problem(dtype=torch.float32)
-    x, weight, _, *rest = arguments(p, grad=False)
-    settings = (*rest[:-2], needs_x, backend)
-    torch.library.opcheck(linear_backward, (p.dy, x if keeps_x else None, weight, *settings))
+    x, _, _, *call = arguments(p, grad=False, backend=backend)
+    torch.library.opcheck(linear_backward, (p.dy, x if keeps_x else None, needs_x, *call))
 
 
 # Without the dispatcher
@@ -100,7 +102,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     def seen(*_: Any) -> Any:
         raise Seen
 
-    for name in ("linear", "linear_backward"):
+    for name in ("_dispatched_forward", "_dispatched_backward"):
         monkeypatch.setattr(operator, name, seen)
 
 
@@ -191,8 +193,8 @@ def test_both_ways_give_the_same(
     nn.init.normal_(layer.smoa_B, std=0.1)
     x = torch.randn(shape)
     found = []
-    for unseen in (True, False):
-        monkeypatch.setattr(operator, "_unseen", lambda *_, answer=unseen: answer)
+    for skip in (True, False):
+        monkeypatch.setattr(operator, "can_skip_dispatcher", lambda *_, answer=skip: answer)
         torch.manual_seed(1)
         wanted = [x.clone().requires_grad_(), *layer.parameters()]
         y = layer(wanted[0])

@@ -47,14 +47,14 @@ def test_a_wrong_result_shows(
     spoilt: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the last of several problems, too, and by its name."""
-    block_grad, calls = eager.TORCH.gradient, []
+    gradients, calls = eager.factor_gradients, []
 
     def wrong(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
-        dA, dB = block_grad(*arguments)  # type: ignore[arg-type]
+        dA, dB = gradients(*arguments)  # type: ignore[arg-type]
         calls.append(dA)
         return dA * (spoilt if len(calls) == 3 else 1), dB
 
-    monkeypatch.setattr(eager, "TORCH", eager.TORCH._replace(gradient=wrong))
+    monkeypatch.setattr(eager, "factor_gradients", wrong)
     monkeypatch.setattr(trust, "cases", lambda: [FLOAT32])
     assert trust.main([]) == 1
     (complaint,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("eager"))

@@ -1,10 +1,7 @@
 """Which backend runs where: "eager" anywhere, "native" in float32 on x86 CPUs, "triton" on GPUs, "reference" for tests.
 
-A backend is a module with three names (its `PackedAdapter` holds W0, A, B, blocks, ranks and s):
-
-    ALGORITHMS                                             those that it can be told to run
-    forward(x, bias, adapter, algorithm, dropout)          x (T, C) -> y (T, N)
-    backward(dy, x, adapter, dropout, *, needs_x)          dy (T, N), x (T, C) or None -> dX, dA, dB, each or None
+A backend is a module that obeys :class:`Backend`. In each of them the function that computes dA and dB is called
+`factor_gradients`, and the one that computes dX `input_gradient`.
 """
 
 from __future__ import annotations
@@ -13,20 +10,24 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
+from torch import Tensor
 
-from ..checks import cached, check_choice, check_kind, first_line
+from ..checks import first_line
 from ..cost.gpus import gpu_properties
+from ..definition.dropout import Dropout
+from ..definition.packed import PackedAdapter
 from ..definition.precision import KERNEL_DTYPES, dtype_names, gemm_is_ieee
 from .native.library import obstacle as library_obstacle
 
 __all__ = [
-    "ALGORITHMS",
-    "BACKENDS",
+    "ALGORITHM_CHOICES",
+    "BACKEND_CHOICES",
     "MOST_TRITON_RANKS",
+    "Backend",
+    "Gradients",
     "algorithms_of",
     "load_backend",
     "native_obstacle",
@@ -34,15 +35,8 @@ __all__ = [
     "triton_obstacle",
 ]
 
-BACKENDS = ("auto", "eager", "native", "triton", "reference")
-ALGORITHMS = ("auto", "merged", "split", "expanded", "fused")
-
-_MODULES = {
-    "eager": ".eager",
-    "native": ".native.backend",
-    "triton": ".triton",
-    "reference": "..definition.reference",
-}
+BACKEND_CHOICES = ("auto", "eager", "native", "triton", "reference")
+ALGORITHM_CHOICES = ("auto", "merged", "split", "expanded", "fused")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,44 +45,75 @@ _OLDEST_CAPABILITY = (8, 0)
 MOST_TRITON_RANKS = 256
 """ρ up to which the kernels take an adapter."""
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""(dX, dA, dB), None where not needed."""
 
-@cached
-def load_backend(name: str) -> ModuleType:
-    """The module of a resolved backend; the kernels, and with them triton, are imported only when asked for.
+
+class Backend(Protocol):
+    """What the rest of the package asks of a backend; the adapter brings W0, factors, blocks, ranks and s."""
+
+    @property
+    def ALGORITHMS(self) -> tuple[str, ...]:
+        """Those that it can be told to run, beside "auto"."""
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        adapter: PackedAdapter,
+        algorithm: str,
+        dropout: Dropout | None,
+    ) -> Tensor:
+        """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        adapter: PackedAdapter,
+        dropout: Dropout | None,
+        *,
+        needs_x: bool,
+    ) -> Gradients:
+        """Gradients of `forward` for dy (T, N): dX where `needs_x`, dA and dB where x (T, C) is given."""
+
+    def modulated_weight(self, adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
+        """`W_eff`, (N, C) in W0's dtype; written to `out`, which is not W0, where that is given."""
+
+
+_MODULES = {"eager": ".eager", "native": ".native.backend", "triton": ".triton", "reference": ".reference"}
+
+
+@functools.cache
+def load_backend(name: str) -> Backend:
+    """Import the module of a resolved backend; the kernels, and with them Triton, are imported only when asked for.
 
     Args:
         name: "eager", "native", "triton" or "reference".
-
-    Raises:
-        ValueError: another name.
 
     Example:
         >>> load_backend("eager").ALGORITHMS
         ('merged', 'split', 'expanded')
     """
-    check_choice("name", name, BACKENDS[1:])
-    return importlib.import_module(_MODULES[name], __package__)
+    return cast(Backend, importlib.import_module(_MODULES[name], __package__))
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
-    """The backend that "auto" means for a problem; raises where the one asked for cannot take it.
+    """Name the backend that `backend` means for a problem: "auto" is the fastest that can run it.
 
     Args:
-        backend: one of `BACKENDS`.
+        backend: one of `BACKEND_CHOICES`.
         device: of the activations.
         dtype: that the GEMM multiplies.
         rank: ρ, rows of A.
 
     Raises:
-        TypeError: no device.
-        ValueError: unknown, or cannot run here; the message says why and what to do.
+        ValueError: the backend asked for cannot run here; the message says why and what to do.
 
     Example:
         >>> resolve_backend("auto", torch.device("cpu"), torch.bfloat16, rank=8)
         'eager'
     """
-    check_choice("backend", backend, BACKENDS)
-    check_kind("device", device, torch.device)
     if backend in ("eager", "reference"):
         return backend
     name = backend if backend != "auto" else "triton" if device.type == "cuda" else "native"
@@ -101,20 +126,16 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
 
 
 def native_obstacle(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why the compiled CPU code cannot take a problem, or None where it can.
+    """Say why the compiled CPU code cannot take a problem; None where it can.
 
     Args:
         device: of the activations.
         dtype: that the GEMM multiplies.
 
-    Raises:
-        TypeError: no device.
-
     Example:
         >>> native_obstacle(torch.device("cpu"), torch.bfloat16)
         'the compiled code takes float32, got torch.bfloat16'
     """
-    check_kind("device", device, torch.device)
     if dtype != torch.float32:
         return f"the compiled code takes float32, got {dtype}"
     if device.type != "cpu":
@@ -123,34 +144,28 @@ def native_obstacle(device: torch.device, dtype: torch.dtype = torch.float32) ->
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 1) -> str | None:
-    """Why the kernels cannot take a problem, or None where they can.
+    """Say why the kernels cannot take a problem; None where they can.
 
     Args:
         device: of the activations.
         dtype: that the GEMM multiplies.
         rank: ρ, rows of A.
 
-    Raises:
-        TypeError: no device, no rank.
-
     Example:
         >>> triton_obstacle(torch.device("cpu"), torch.float64)
         'the kernels take bfloat16, float16, float32, got torch.float64'
     """
-    check_kind("device", device, torch.device)
-    if not isinstance(rank, (int, torch.SymInt)):
-        raise TypeError(f"rank must be an int, got {rank!r}")
-    if not isinstance(dtype, torch.dtype) or dtype not in KERNEL_DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"the kernels take {dtype_names(KERNEL_DTYPES)}, got {dtype}"
     if rank > MOST_TRITON_RANKS:
         return f"the kernels take ranks up to {MOST_TRITON_RANKS}, got {rank}"
-    return _obstacle(device)
+    return _kernel_obstacle(device)
 
 
 def _constant(function: F) -> F:
     """A constant in compiled graphs: compilers cannot look into imports, and need not.
 
-    Marked as `torch.compiler.assume_constant_result` marks it, which would import the compiler, and with it triton.
+    Marked as `torch.compiler.assume_constant_result` marks it, which would import the compiler, and with it Triton.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -158,7 +173,7 @@ def _constant(function: F) -> F:
 
 @_constant
 def algorithms_of(backend: str) -> tuple[str, ...]:
-    """What a resolved backend has beside "auto".
+    """Name the algorithms that a resolved backend has beside "auto".
 
     Args:
         backend: "eager", "native", "triton" or "reference".
@@ -167,7 +182,7 @@ def algorithms_of(backend: str) -> tuple[str, ...]:
         >>> algorithms_of("eager")
         ('merged', 'split', 'expanded')
     """
-    return cast("tuple[str, ...]", load_backend(backend).ALGORITHMS)
+    return load_backend(backend).ALGORITHMS
 
 
 @_constant
@@ -178,7 +193,7 @@ def _library_obstacle() -> str | None:
 
 
 @_constant
-def _obstacle(device: torch.device) -> str | None:
+def _kernel_obstacle(device: torch.device) -> str | None:
     return _device_obstacle(device)
 
 

@@ -11,8 +11,7 @@ columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
 from ..definition.precision import gemm_is_ieee
+from . import Gradients
 from .block_order import (
     block_indices,
     block_order,
@@ -67,92 +67,56 @@ def choose_algorithm(tokens: int, slots: int, *, ieee: bool, dropout: bool) -> s
     return "merged" if ieee else "split"
 
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""(dX, dA, dB), None where not needed."""
-
-
-class Gemms(NamedTuple):
-    """What multiplies by W0 and its blocks: torch's operators here, compiled code in :mod:`native_backend`.
-
-    Attributes:
-        choose: x (T, C), adapter, dropout -> what "auto" means.
-        merged: x, adapter -> `x W_effᵀ` (T, N).
-        expanded: the same for few tokens.
-        split: x, adapter, dropout -> `x W0ᵀ + dropout(x) ΔWᵀ`.
-        input_gradient: dy, adapter -> dX without dropout.
-        gradient: dy, x, adapter -> (dA, dB) without.
-        dropout_backward: dy, x or None, adapter, dropout, whether dX is needed -> (dX, dA, dB), those that are.
-    """
-
-    choose: Callable[[Tensor, PackedAdapter, Dropout | None], str]
-    merged: Callable[[Tensor, PackedAdapter], Tensor]
-    expanded: Callable[[Tensor, PackedAdapter], Tensor]
-    split: Callable[[Tensor, PackedAdapter, Dropout | None], Tensor]
-    input_gradient: Callable[[Tensor, PackedAdapter], Tensor]
-    gradient: Callable[[Tensor, Tensor, PackedAdapter], tuple[Tensor, Tensor]]
-    dropout_backward: Callable[[Tensor, Tensor | None, PackedAdapter, Dropout, bool], Gradients]
-
-
 def forward(
-    x: Tensor,
-    bias: Tensor | None,
-    adapter: PackedAdapter,
-    algorithm: str,
-    dropout: Dropout | None,
-    gemms: Gemms | None = None,
+    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
-    gemms = gemms or TORCH
     if algorithm == "auto":
-        algorithm = gemms.choose(x, adapter, dropout)
+        algorithm = _choose(x, adapter, dropout)
     if algorithm == "merged":
-        y = gemms.merged(x, adapter)
+        y = merged(x, adapter)
     elif algorithm == "expanded":
-        y = gemms.expanded(x, adapter)
+        y = expanded(x, adapter)
     else:
-        y = gemms.split(x, adapter, dropout)
+        y = split(x, adapter, dropout)
     # Last: added before the base GEMM a bias would round the adapter's output away.
     return y if bias is None else y.add_(bias)
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    adapter: PackedAdapter,
-    dropout: Dropout | None,
-    *,
-    needs_x: bool,
-    gemms: Gemms | None = None,
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
-    gemms = gemms or TORCH
     if dropout is not None:
-        return gemms.dropout_backward(dy, x, adapter, dropout, needs_x)
+        return _dropout_backward(dy, x, adapter, dropout, needs_x)
     # dA and dB first: what they need is freed before dX needs its own.
-    dA, dB = (None, None) if x is None else gemms.gradient(dy, x, adapter)
-    return gemms.input_gradient(dy, adapter) if needs_x else None, dA, dB
+    dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter)
+    return input_gradient(dy, adapter) if needs_x else None, dA, dB
 
 
 def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
+    """What "auto" means for a forward."""
     ieee = gemm_is_ieee(x.dtype, x.device.type)
-    return choose_algorithm(x.shape[0], _slots(adapter), ieee=ieee, dropout=dropout is not None)
+    return choose_algorithm(x.shape[0], _expanded_rows(adapter), ieee=ieee, dropout=dropout is not None)
 
 
-def _input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
-    # merged in every dtype: in dX a rounded W_eff is a second-order error
-    algorithm = choose_algorithm(dy.shape[0], _slots(adapter), ieee=True, dropout=False)
-    return (_expanded if algorithm == "expanded" else _merged)(dy, adapter.T)
+def input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
+    """`dX = dY W_eff` (T, C), without dropout."""
+    # Merged in every dtype: in dX a rounded W_eff is a second-order error.
+    algorithm = choose_algorithm(dy.shape[0], _expanded_rows(adapter), ieee=True, dropout=False)
+    return (expanded if algorithm == "expanded" else merged)(dy, adapter.T)
 
 
-def _slots(adapter: PackedAdapter) -> int:
+def _expanded_rows(adapter: PackedAdapter) -> int:
     """K·ρ: how many rows the expanded factors have at most."""
     return adapter.A.shape[0] * adapter.partition.num_blocks
 
 
-def modulated_weight(adapter: PackedAdapter) -> Tensor:
-    """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order."""
+def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
+    """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order; copied to `out` where that is given."""
     A, B = adapter.expanded_factors(adapter.weight.dtype)
-    return _modulated(adapter.weight, A, B, torch.empty_like(adapter.weight))
+    W_eff = _modulated(adapter.weight, A, B, torch.empty_like(adapter.weight))
+    return W_eff if out is None else out.copy_(W_eff)
 
 
 def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
@@ -163,7 +127,7 @@ def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
     return torch.addcmul(weight, weight, out, out=out)
 
 
-def _merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
+def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W_effᵀ` (T, N), a panel of W_eff's rows at a time: its product meets it in cache, and it is never whole."""
     weight = adapter.weight
     count = math.ceil(weight.shape[0] / MERGED_PANEL)
@@ -191,11 +155,11 @@ def delta_weight(adapter: PackedAdapter) -> Tensor:
     return (B @ A).mul_(adapter.weight).to(adapter.weight.dtype)
 
 
-def _split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
-    return _block_matmul(x, adapter, dropout).addmm_(x, adapter.weight.T)
+def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
+    return _adapter_output(x, adapter, dropout).addmm_(x, adapter.weight.T)
 
 
-def _block_matmul(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
+def _adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
     """`y[:, rows_k] = dropout(x)[:, cols_k] ΔW_kᵀ` for every block: the adapter's output alone, (T, N)."""
     product = _BlockProduct(adapter)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
@@ -207,8 +171,11 @@ def _block_matmul(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = N
     return y
 
 
-def _block_grad(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
-    """`H_k = s·(dY_kᵀ X_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`; padding rows get zeros."""
+def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
+    """(dA, dB) without dropout: `H_k = s·(dY_kᵀ X_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`.
+
+    Padding rows get zeros.
+    """
     gradient, left, right = _BlockGradient(adapter), _Buffer(), _Buffer()
     # Nothing is gathered where K = 1.
     for dy_part, x_part in _panels(dy, x) if adapter.partition.num_blocks > 1 else [(dy, x)]:
@@ -330,13 +297,10 @@ class _BlockGradient:
         return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
 
 
-def _expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
+def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W0ᵀ + Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`, (T, N), without a temporary of W0's size."""
     wide = torch.promote_types(x.dtype, torch.float32)
     A, B = adapter.expanded_factors(wide)
     products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ adapter.weight.T
     update = (products.view(A.shape[0], x.shape[0], B.shape[0]).to(wide) * B.T[:, None]).sum(0)
     return update.to(x.dtype).addmm_(x, adapter.weight.T)
-
-
-TORCH = Gemms(_choose, _merged, _expanded, _split, _input_gradient, _block_grad, _dropout_backward)

@@ -35,7 +35,7 @@ from ..kernels.modulate import modulated_blocks, modulated_weight
 from ..kernels.permute import gather_columns, scatter_columns
 from ..kernels.spec import Key, bucket
 from ..kernels.table import Entry
-from . import eager
+from . import Gradients, eager
 
 __all__ = [
     "ALGORITHMS",
@@ -82,7 +82,7 @@ def forward(
 
 def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
     if not adapter.weight.numel():
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
@@ -90,15 +90,16 @@ def backward(
     dA = dB = dx = None
     # The factors first: their gathered copies are gone before dX takes its workspace.
     if x is not None:
-        dA, dB = _factor_gradients(dy, x, adapter, dropout, allow_tf32)
+        dA, dB = factor_gradients(dy, x, adapter, dropout, allow_tf32)
     if needs_x:
         dx = input_gradient(dy, adapter, "auto", dropout)
     return dx, dA, dB
 
 
-def _factor_gradients(
+def factor_gradients(
     dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    """(dA, dB) by the kernels of `kernels/block_grad.py`, which takes a long batch in parts."""
     problem = _problem(dy.shape[0], adapter, dy.dtype, 0.0 if dropout is None else dropout.p)
     parts = gradient_parts(problem)
     pieces = list(zip(dy.split(parts), x.split(parts), strict=True))

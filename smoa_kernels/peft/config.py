@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ..backends import ALGORITHMS, BACKENDS
+from ..backends import ALGORITHM_CHOICES, BACKEND_CHOICES
 from ..checks import MOST_RANKS, check_choice, check_finite, check_path, shown
 from ..definition.ranks import resolve_ranks
 from .folders import check_weights, read_json
@@ -142,8 +142,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     num_blocks_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "num_blocks of the layers whose names match a key"}
     )
-    algorithm: str = field(default="auto", metadata={"help": f"One of {', '.join(ALGORITHMS)}"})
-    backend: str = field(default="auto", metadata={"help": f"One of {', '.join(BACKENDS)}"})
+    algorithm: str = field(default="auto", metadata={"help": f"One of {', '.join(ALGORITHM_CHOICES)}"})
+    backend: str = field(default="auto", metadata={"help": f"One of {', '.join(BACKEND_CHOICES)}"})
     strict_base: bool = field(
         default=False, metadata={"help": "Refuse an adapter that was trained over another base weight"}
     )
@@ -183,7 +183,11 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             # Where PEFT expects a list, it would look for the single letters of a str.
             _check_items(name, getattr(self, name), str, alone=name != "modules_to_save")
         _check_items("layers_to_transform", self.layers_to_transform, int, alone=True)
-        for name, allowed in (("bias", _BIASES), ("algorithm", ALGORITHMS), ("backend", BACKENDS)):
+        for name, allowed in (
+            ("bias", _BIASES),
+            ("algorithm", ALGORITHM_CHOICES),
+            ("backend", BACKEND_CHOICES),
+        ):
             check_choice(name, getattr(self, name), allowed)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

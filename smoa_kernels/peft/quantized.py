@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import resolve_backend
-from ..definition.dropout import draw_seed
+from ..definition.dropout import Dropout, draw_seed
 from ..definition.packed import PackedAdapter
 from ..definition.precision import without_autocast
 from ..functional import smoa_linear
-from ..operator import linear_backward
+from ..operator import LinearCall, call_linear_backward
 
 __all__ = ["dequantized_linear", "requantize"]
 
@@ -104,25 +104,11 @@ class _DequantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, seed, ranks, scaling = ctx.saved_tensors
         needs_x, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
+        backend = resolve_backend(ctx.settings["backend"], dy.device, dy.dtype, A.shape[0])
         with ctx.weight(dy.dtype) as W0:
-            dx, dA, dB = linear_backward(
-                dy,
-                x,
-                W0,
-                A,
-                B,
-                ranks,
-                ctx.block_ranks,
-                scaling,
-                seed,
-                ctx.partition.tensors(),
-                ctx.partition.sizes(),
-                ctx.settings["dropout_p"],
-                0,
-                W0.shape[1],
-                needs_x,
-                resolve_backend(ctx.settings["backend"], dy.device, dy.dtype, A.shape[0]),
-            )
+            adapter = PackedAdapter(W0, A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
+            dropout = None if seed is None else Dropout(seed, ctx.settings["dropout_p"], 0, W0.shape[1])
+            dx, dA, dB = call_linear_backward(dy, x, needs_x, LinearCall(adapter, dropout, backend))
         dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
         gradients = (dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None)
         return (*gradients, None, None, None, None)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kernel_cases import Guarded
-from problems import LinearProblem, make_problem, relative_error
+from problems import LinearProblem, flat_call, make_problem, relative_error
 from torch import Tensor, nn
 
 from smoa_kernels import (
@@ -321,10 +321,8 @@ def test_saves_x_factors_and_frozen_tensors_only(device: torch.device) -> None:
 
 def test_opcheck(device: torch.device) -> None:
     p = problem(torch.float32, device, tokens=5)
-    leaves = (p.x.requires_grad_(), p.weight, p.bias, p.A.requires_grad_(), p.B.requires_grad_())
-    settings = (p.partition.tensors(), p.partition.sizes(), 0.0, 0, 57, "auto", "triton")
-    ranks = (p.ranks, p.ranks.tolist())
-    torch.library.opcheck(linear, (*leaves, *ranks, scaling_tensor(0.7, device), None, *settings))
+    p = replace(p, A=p.A.requires_grad_(), B=p.B.requires_grad_())
+    torch.library.opcheck(linear, (p.x.requires_grad_(), p.bias, "auto", *flat_call(p, backend="triton")))
 
 
 @pytest.mark.parametrize(

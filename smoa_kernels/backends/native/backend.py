@@ -1,47 +1,75 @@
-"""Backend "native": the eager one, whose float32 GEMMs on a CPU are those of `native/linear.c`.
+"""Backend "native": the eager backend's algorithms, their float32 GEMMs on a CPU compiled from `linear.c`.
 
-They modulate W0, read permuted columns and drop elements while they copy panels, which every GEMM does: no W_eff, no
-gathered or masked activations, no passes of their own. Few tokens are multiplied while W0 is read, without packing.
+A GEMM copies its operands into panels anyway. While it does, these modulate W0, read permuted columns and drop
+elements: no W_eff, no gathered or masked activations, no passes of their own. Few tokens are multiplied while W0 is
+read, without packing.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ...definition.dropout import ROWS, Dropout
+from ...definition.dropout import MASK_ROWS, Dropout
 from ...definition.packed import PackedAdapter
-from .. import eager
+from .. import Gradients, eager
+from ..eager import ALGORITHMS, modulated_weight
 from .library import library, obstacle
 
-__all__ = ["ALGORITHMS", "GRADIENT", "LINEAR", "UPDATE", "backward", "forward"]
+__all__ = ["ALGORITHMS", "GRADIENT", "LINEAR", "UPDATE", "backward", "forward", "modulated_weight"]
 
-ALGORITHMS = eager.ALGORITHMS
 LINEAR, UPDATE, GRADIENT = (f"smoa::compiled_{name}" for name in ("linear", "update", "gradient"))
 """What the compiled functions are called in a profile."""
+
+
+class Mask(NamedTuple):
+    """A dropout mask, drawn.
+
+    Attributes:
+        kept: int16 (T, ⌈C / 16⌉), a bit for each element of x that is not dropped.
+        scale: what a kept element is multiplied by.
+    """
+
+    kept: Tensor
+    scale: float
 
 
 def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) float32 on the CPU."""
-    return eager.forward(x, bias, adapter, algorithm, dropout, gemms=_gemms(adapter, x, None))
+    if not _fits(adapter, x, None):
+        return eager.forward(x, bias, adapter, algorithm, dropout)
+    if algorithm == "auto":
+        algorithm = _choose(x, adapter, dropout)
+    if algorithm == "merged":
+        y = merged(x, adapter)
+    elif algorithm == "expanded":
+        y = expanded(x, adapter)
+    else:
+        y = split(x, adapter, dropout)
+    return y if bias is None else y.add_(bias)
 
 
 def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients (dX, dA, dB) of :func:`forward`, as :func:`eager.backward`."""
-    return eager.backward(dy, x, adapter, dropout, needs_x=needs_x, gemms=_gemms(adapter, x, dy))
+) -> Gradients:
+    """Gradients (dX, dA, dB) of :func:`forward`, as :func:`eager.backward`; one mask serves them all."""
+    if not _fits(adapter, x, dy):
+        return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
+    mask = None if dropout is None else _drawn(dropout, dy, adapter.weight.shape[1])
+    dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter, mask)
+    return input_gradient(dy, adapter, mask) if needs_x else None, dA, dB
 
 
-def _gemms(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None) -> eager.Gemms:
-    """Torch's where an exported program, which names its backend, meets another machine, device or dtype.
+def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None) -> bool:
+    """Whether compiled code can run: an exported program, which names its backend, may meet another machine or dtype.
 
-    Torch's too for operands of other shapes, which compiled code would follow beyond their end: they raise there.
+    Nor does it run for operands of other shapes, which it would follow beyond their end: torch's operators raise there.
     """
     rank, (rows, cols) = adapter.A.shape[0], adapter.weight.shape
     fits = adapter.A.shape == (rank, cols) and adapter.B.shape == (rows, rank)
@@ -49,10 +77,10 @@ def _gemms(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None) -> eager
         if given is not None:
             fits = fits and given.dtype == torch.float32 and given.is_cpu and given.shape[1] == width
     fits = fits and (x is None or dy is None or x.shape[0] == dy.shape[0])
-    return GEMMS if fits and obstacle() is None else eager.TORCH
+    return fits and obstacle() is None
 
 
-def choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
+def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
     """What "auto" means on this backend."""
     if dropout is not None:
         return "split"
@@ -67,9 +95,9 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
 
 
 def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
-    """The same for few tokens: W_eff a vector at a time, in registers, while W0's rows are read.
+    """`x W_effᵀ` (T, N) of few tokens: makes W_eff in registers, a vector at a time, while it reads W0's rows.
 
-    Of a W0 whose columns are contiguous it is :func:`merged`.
+    Where W0's columns are contiguous, not its rows, this is :func:`merged`.
     """
     if adapter.weight.stride(1) != 1:
         return merged(x, adapter)
@@ -97,47 +125,34 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
 
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
     """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N)."""
-    keep, scale = (None, 1.0) if dropout is None else (_kept(x, dropout), dropout.scale)
-    return _linear(x, adapter.weight, _update(x, adapter, scale, x_keep=keep))
+    mask = None if dropout is None else _drawn(dropout, x, x.shape[1])
+    return _linear(x, adapter.weight, _update(x, adapter, x_mask=mask))
 
 
-def input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
-    """dX without dropout."""
+def input_gradient(dy: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
+    """`dX = dY W0 + dropoutᵀ(dY ΔW)`; merged, or expanded for few tokens, where there is no mask."""
+    if mask is not None:
+        return _linear(dy, adapter.weight.T, _update(dy, adapter.T, y_mask=mask))
     transposed = adapter.T
-    return (expanded if choose(dy, transposed, None) == "expanded" else merged)(dy, transposed)
+    return (expanded if _choose(dy, transposed, None) == "expanded" else merged)(dy, transposed)
 
 
-def gradient(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
-    """(dA, dB); padding rows get zeros."""
-    return _gradient(dy, x, adapter, 1.0, None)
-
-
-def dropout_backward(
-    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, needs_x: bool
-) -> eager.Gradients:
-    """All gradients of :func:`split`: the mask is drawn once, and kept as one bit for each element of x."""
-    keep = _kept(dy if x is None else x, dropout, adapter.weight.shape[1])
-    dA, dB = (None, None) if x is None else _gradient(dy, x, adapter, dropout.scale, keep)
-    if not needs_x:
-        return None, dA, dB
-    dx = _update(dy, adapter.T, dropout.scale, y_keep=keep)
-    return _linear(dy, adapter.weight.T, dx), dA, dB
-
-
-def _kept(x: Tensor, dropout: Dropout, columns: int | None = None) -> Tensor:
-    """A bit for each element that is not dropped of x's tokens and (unless given) columns, in words of 16."""
-    columns = x.shape[1] if columns is None else columns
-    keep, levels = x.new_empty(x.shape[0], -(-columns // 16), dtype=torch.int16), dropout.levels(columns)
-    for some in keep.split(ROWS):
+def _drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
+    """The mask of x, which has the rows of `tokens`."""
+    kept, levels = (
+        tokens.new_empty(tokens.shape[0], -(-columns // 16), dtype=torch.int16),
+        dropout.levels(columns),
+    )
+    for some in kept.split(MASK_ROWS):
         drawn = levels(some.shape[0])
         library().smoa_keep(
             *drawn.shape, drawn.data_ptr(), drawn.stride(0), dropout.least_kept, some.data_ptr()
         )
-    return keep
+    return Mask(kept, dropout.scale)
 
 
 def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None = None) -> Tensor:
-    """y, which has become `x W_effᵀ`, or `y + x W0ᵀ` without an adapter."""
+    """Write `x W_effᵀ` to y, or add `x W0ᵀ` to it where there is no adapter; returns y."""
     if not x.numel() or not y.numel():
         return y
     code, threads = library(), torch.get_num_threads()
@@ -170,11 +185,12 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None 
 def _update(
     x: Tensor,
     adapter: PackedAdapter,
-    scale: float,
-    x_keep: Tensor | None = None,
-    y_keep: Tensor | None = None,
+    x_mask: Mask | None = None,
+    y_mask: Mask | None = None,
 ) -> Tensor:
-    """`scale x ΔWᵀ` (T, N), but for what is not kept of x or of it."""
+    """`x ΔWᵀ` (T, N), with a mask on x or on the result."""
+    mask = x_mask or y_mask
+    scale = 1.0 if mask is None else mask.scale
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     blocks, (code, threads) = _blocks(adapter), (library(), torch.get_num_threads())
     if not x.numel() or not y.numel():
@@ -188,17 +204,21 @@ def _update(
     )
     with _named(UPDATE):
         code.smoa_update(
-            x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), _pointer(x_keep), weight.data_ptr(),
+            x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), _kept(x_mask), weight.data_ptr(),
             *weight.stride(), *indices, count, ranks, rank, A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(),
-            scaling, y.data_ptr(), _pointer(y_keep), workspace.data_ptr(), threads,
+            scaling, y.data_ptr(), _kept(y_mask), workspace.data_ptr(), threads,
         )  # fmt: skip
     return y
 
 
-def _gradient(
-    dy: Tensor, x: Tensor, adapter: PackedAdapter, scale: float, keep: Tensor | None
+def factor_gradients(
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, mask: Mask | None
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB) times `scale`, of what is kept of x."""
+    """(dA, dB) by `gradient.h`: `H_k = s·(dY_kᵀ dropout(x)_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`.
+
+    Padding rows get zeros.
+    """
+    scale = 1.0 if mask is None else mask.scale
     blocks, (code, threads) = _blocks(adapter), (library(), torch.get_num_threads())
     A, B = _dense(adapter.A, torch.float32), _dense(adapter.B, torch.float32)
     dA, dB = A.new_zeros(A.shape if threads == 1 else (threads, *A.shape)), torch.zeros_like(B)
@@ -210,7 +230,7 @@ def _gradient(
         workspace = x.new_empty(floats)
         with _named(GRADIENT):
             code.smoa_gradient(
-                x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), _pointer(keep),
+                x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), _kept(mask),
                 weight.data_ptr(), *weight.stride(), *indices, count, ranks, rank, A.data_ptr(), B.data_ptr(), scaling,
                 dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(), threads,
             )  # fmt: skip
@@ -218,15 +238,11 @@ def _gradient(
     return (dA, dB) if adapter.A.dtype == dA.dtype else (dA.to(adapter.A.dtype), dB.to(adapter.A.dtype))
 
 
-GEMMS = eager.Gemms(choose, merged, expanded, split, input_gradient, gradient, dropout_backward)
-"""What :mod:`eager` multiplies with here."""
-
-
 def _blocks(adapter: PackedAdapter) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Indices and offsets of rows and columns, and the ranks, as the compiled code reads and follows them.
+    """Row and column indices, their offsets, and the ranks, as the compiled code reads them.
 
     Raises:
-        ValueError: they are not those of the weight.
+        ValueError: they do not fit the weight.
     """
     p, count = adapter.partition, adapter.partition.num_blocks
     row_index, col_index = _dense(p.row_index, torch.int64), _dense(p.col_index, torch.int64)
@@ -240,12 +256,13 @@ def _blocks(adapter: PackedAdapter) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     return found
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _kept(mask: Mask | None) -> int | None:
+    """The address of a mask's bits; without a mask nothing is dropped."""
+    return None if mask is None else mask.kept.data_ptr()
 
 
 def _no_fit(weight: Tensor, num_blocks: int) -> ValueError:
-    """What others find out by an index that is out of range, where compiled code would read on."""
+    """The error where torch's operators would meet an index out of range, and compiled code would read on."""
     return ValueError(
         f"partition must have all rows and columns of weight {tuple(weight.shape)} in its {num_blocks} blocks, got "
         "labels, indices or offsets that do not"
@@ -253,20 +270,20 @@ def _no_fit(weight: Tensor, num_blocks: int) -> ValueError:
 
 
 def _named(name: str) -> AbstractContextManager[object]:
-    """Seen by the profiler, where one runs: it knows operators, not what is called beside them."""
+    """Name what runs within for the profiler, where one is on: by itself it sees operators only."""
     return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
 
 
 def _along_memory(matrix: Tensor) -> Tensor:
-    """With one stride 1: a copy where neither is."""
+    """The matrix where one of its strides is 1, else a contiguous copy."""
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 def _rows(matrix: Tensor) -> Tensor:
-    """With contiguous rows."""
+    """The matrix where its rows are contiguous, else a copy."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the compiled code reads it: mostly itself, which is asked first because torch's conversions cost more."""
+    """The tensor contiguous and in `dtype`: mostly itself, which is asked first because torch's conversions cost."""
     return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
