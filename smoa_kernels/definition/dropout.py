@@ -111,7 +111,7 @@ def draws(device: torch.device) -> bool:
 
 
 def drawn_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
-    """Return a function that draws int64 (tokens, per_token) for the next tokens, at most `MASK_ROWS`, into a buffer."""
+    """Return a function that draws int64 (tokens, per_token), at most `MASK_ROWS` tokens at a time, into one buffer."""
     generator = torch.Generator().manual_seed(int(seed))
     words = torch.empty(MASK_ROWS, per_token, dtype=torch.int64, device=seed.device)
     # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
