@@ -123,41 +123,36 @@ class Listing:
 
 
 def _strongly_connected(successors: list[list[int]]) -> list[list[int]]:
-    """Tarjan's algorithm, with its own stack: a listing is longer than Python's."""
-    order: dict[int, int] = {}
-    low: dict[int, int] = {}
-    open_nodes: list[int] = []
-    is_open: set[int] = set()
-    components: list[list[int]] = []
+    """Kosaraju's algorithm: walk forwards from every node, then backwards from the one that was left last."""
+    predecessors: list[list[int]] = [[] for _ in successors]
+    for node, targets in enumerate(successors):
+        for target in targets:
+            predecessors[target].append(node)
+    left: list[int] = []
+    seen: set[int] = set()
     for root in range(len(successors)):
-        if root in order:
-            continue
-        order[root] = low[root] = len(order)
-        open_nodes.append(root)
-        is_open.add(root)
-        work = [(root, iter(successors[root]))]
-        while work:
-            node, edges = work[-1]
-            for target in edges:
-                if target not in order:
-                    order[target] = low[target] = len(order)
-                    open_nodes.append(target)
-                    is_open.add(target)
-                    work.append((target, iter(successors[target])))
-                    break
-                if target in is_open:
-                    low[node] = min(low[node], order[target])
-            else:
-                work.pop()
-                if work:
-                    low[work[-1][0]] = min(low[work[-1][0]], low[node])
-                if low[node] == order[node]:
-                    start = open_nodes.index(node)
-                    component = open_nodes[start:]
-                    del open_nodes[start:]
-                    is_open.difference_update(component)
-                    components.append(component)
-    return components
+        left += _walk(root, successors, seen)
+    seen = set()
+    return [_walk(root, predecessors, seen) for root in reversed(left)]
+
+
+def _walk(root: int, edges: list[list[int]], seen: set[int]) -> list[int]:
+    """What `root` reaches of the unseen, each after what it reaches itself. A listing is too long for recursion."""
+    if root in seen:
+        return []
+    seen.add(root)
+    left: list[int] = []
+    path = [(root, iter(edges[root]))]
+    while path:
+        node, targets = path[-1]
+        target = next((target for target in targets if target not in seen), None)
+        if target is None:
+            left.append(node)
+            path.pop()
+        else:
+            seen.add(target)
+            path.append((target, iter(edges[target])))
+    return left
 
 
 _SASS_LINE = re.compile(r'//## File "([^"]*)", line (\d+)')

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_kind
-
 __all__ = [
     "DTYPES",
     "KERNEL_DTYPES",
@@ -82,7 +80,7 @@ _ROWS |= {(row.dtype, row.ieee): row for row in PRECISIONS.values()}
 
 
 def precision_of(dtype: torch.dtype, ieee: bool) -> Precision:
-    """The row of operands in `dtype`; `ieee` decides between "tf32" and "fp32", and nothing else.
+    """Find the row of operands in `dtype`; `ieee` decides between "tf32" and "fp32", and nothing else.
 
     Raises:
         ValueError: no row has this dtype.
@@ -98,23 +96,14 @@ def precision_of(dtype: torch.dtype, ieee: bool) -> Precision:
 
 
 def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
-    """The names of dtypes, for messages.
-
-    Example:
-        >>> dtype_names(KERNEL_DTYPES)
-        'bfloat16, float16, float32'
-    """
+    """Name dtypes in a message: "bfloat16, float16, float32"."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Turn autocast off on `tensor`'s device, so that products keep the operands' dtype.
 
-    Args:
-        tensor: any. On the meta device, which knows no autocast, nothing is turned off.
-
-    Raises:
-        TypeError: `tensor` is not a Tensor.
+    The meta device knows no autocast: there nothing is turned off.
 
     Example:
         >>> x = torch.randn(2, 2)
@@ -122,7 +111,6 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
         ...     (x @ x).dtype
         torch.float32
     """
-    check_kind("tensor", tensor, Tensor)
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -136,15 +124,10 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
         dtype: of the operands when they are multiplied, after autocast.
         device_type: "cpu", "cuda", ...
 
-    Raises:
-        TypeError: `dtype` is not a torch.dtype or `device_type` is not a str.
-
     Example:
         >>> gemm_is_ieee(torch.float64, "cpu"), gemm_is_ieee(torch.bfloat16, "cpu")
         (True, False)
     """
-    check_kind("dtype", dtype, torch.dtype)
-    check_kind("device_type", device_type, str)
     if dtype != torch.float32:
         return (dtype, True) in _ROWS and _ROWS[dtype, True].ieee
     backends: Any = torch.backends  # whose annotations lack mkldnn's matmul settings

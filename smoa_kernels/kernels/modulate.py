@@ -13,7 +13,7 @@ ranks (K) int32; scaling one element; the blocks' out (K, P_n, P_c) contiguous.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -316,8 +316,6 @@ _SHIPPED = (
     ModulateConfig(block_n=16, block_c=128, num_warps=4),
     ModulateConfig(block_n=32, block_c=128, num_warps=8),
 )
-_STEPS = {"block_n": (16, 32, 64), "block_c": (64, 128, 256), "num_warps": (4, 8)}
-_FORMS = ("r16", "r64 fp32 factors")
 
 
 def _weight_workload(operands: Operands) -> Work:
@@ -354,9 +352,9 @@ MODULATED_WEIGHT = Kernel(
     ModulateConfig,
     role="copy",
     shipped=lambda arch, precision: _SHIPPED,
-    steps=_STEPS,
+    steps={"block_n": (16, 32, 64), "block_c": (64, 128, 256), "num_warps": (4, 8)},
     workload=_weight_workload,
-    forms=_FORMS,
+    forms=("r16", "r64 fp32 factors"),
     narrow={
         "scaling_ptr": ONE_NUMBER,
         "row_block_ptr": LABELS,
@@ -366,15 +364,11 @@ MODULATED_WEIGHT = Kernel(
         "a_ptr": "read in the layout of tl.dot's right operand, and cached",
     },
 )
-MODULATED_BLOCKS = Kernel(
-    "modulated_blocks",
-    modulated_blocks_kernel,
-    ModulateConfig,
-    role="copy",
-    shipped=lambda arch, precision: _SHIPPED,
-    steps=_STEPS,
+MODULATED_BLOCKS = replace(
+    MODULATED_WEIGHT,
+    name="modulated_blocks",
+    fn=modulated_blocks_kernel,
     workload=_blocks_workload,
-    forms=_FORMS,
     narrow={
         "scaling_ptr": ONE_NUMBER,
         "w_ptr": "gathered by rows and columns of W0",
