@@ -13,13 +13,11 @@ from kernel_cases import (
     assert_within_its_rounding,
     delta_weight,
     each_dtype,
-    from_vector,
     need_memory,
     shipped_here,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
-from vectors import Vector, all_vectors
 
 from smoa_kernels.cost.grad_tiling import token_splits
 from smoa_kernels.definition.packed import PackedAdapter, padding_masks
@@ -71,27 +69,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
         for mine, theirs, true, used in zip(ours, expected(rounded), truth, padding, strict=True):
             assert_within_budget(mine, theirs, true)
             assert not mine[~used].any()
-
-
-@each_dtype
-@pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
-def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
-    check(from_vector(vector).on(device), dtype)
-
-
-def test_vectors_hold_the_truth(device: torch.device) -> None:
-    """The files' own gradients, without autograd between."""
-    for vector in all_vectors():
-        problem = from_vector(vector).on(device).to(torch.float32)
-        stored = vector.pack_A(vector.block_dA), vector.pack_B(vector.block_dB)
-        for mine, true in zip(gradients(problem), stored, strict=True):
-            torch.testing.assert_close(mine.double().cpu(), torch.from_numpy(true), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("rank", [1, 15, 16, 64, 256])
-def test_float32_factors_over_a_half_weight(rank: int, device: torch.device) -> None:
-    problem = make_problem(tokens=20, ranks=(rank, max(rank // 2, 1)), random_labels=True)
-    check(problem.on(device), torch.bfloat16, torch.float32)
 
 
 @pytest.mark.slow

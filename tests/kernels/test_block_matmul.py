@@ -11,13 +11,11 @@ from kernel_cases import (
     assert_within_its_rounding,
     delta_weight,
     each_dtype,
-    from_vector,
     need_memory,
     shipped_here,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
-from vectors import Vector, all_vectors
 
 from smoa_kernels.cost.architectures import ARCHITECTURES
 from smoa_kernels.definition.packed import PackedAdapter
@@ -55,18 +53,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
     delta, true_delta = delta_weight(rounded), delta_weight(rounded.to(torch.float64))
     same, truth = rounded.x @ delta.T, rounded.x.double() @ true_delta.T
     assert_within_budget(output(rounded), same, truth)
-
-
-@each_dtype
-@pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
-def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
-    check(from_vector(vector).on(device), dtype)
-
-
-@pytest.mark.parametrize("rank", [1, 16, 32, 256])
-def test_float32_factors_over_a_half_weight(rank: int, device: torch.device) -> None:
-    problem = make_problem(ranks=(rank, max(rank // 2, 1)), random_labels=True).on(device)
-    check(problem, torch.bfloat16, torch.float32)
 
 
 @each_dtype

@@ -10,14 +10,11 @@ from kernel_cases import (
     assert_within_budget,
     assert_within_its_rounding,
     delta_weight,
-    each_dtype,
-    from_vector,
     linear,
     shipped_here,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
-from vectors import Vector, all_vectors
 
 from smoa_kernels.definition.precision import Precision
 from smoa_kernels.kernels.fused_linear import FusedLinearConfig, fused_linear
@@ -35,20 +32,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
     adapter = adapter_of(rounded)
     assert_within_budget(fused_linear(rounded.x, rounded.bias, adapter), linear(same), linear(truth))
     assert_within_budget(fused_linear(rounded.dy, None, adapter.T), dx(same), dx(truth))
-
-
-@each_dtype
-@pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
-def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
-    check(from_vector(vector).on(device), dtype)
-
-
-@pytest.mark.parametrize("rank", [1, 16, 64, 65, 256])
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)], ids=str)
-def test_ranks(rank: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
-    """One product or a loop over chunks of the rank; float32 factors over a half weight."""
-    problem = make_problem(tokens=3, ranks=(rank, max(rank // 2, 1)), random_labels=True)
-    check(problem.on(device), *dtypes)
 
 
 @pytest.mark.slow

@@ -10,12 +10,10 @@ from kernel_cases import (
     assert_within_budget,
     delta_weight,
     each_dtype,
-    from_vector,
     shipped_here,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
-from vectors import Vector, all_vectors
 
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.modulate import ModulateConfig, modulated_blocks, modulated_weight
@@ -48,18 +46,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
     assert_within_budget(weight, effective(same), effective(truth))
     blocks = modulated_blocks(adapter, row_multiple=16, col_multiple=32)
     assert_within_budget(from_blocks(blocks, rounded.partition), delta_weight(same), delta_weight(truth))
-
-
-@each_dtype
-@pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
-def test_vectors(vector: Vector, dtype: torch.dtype, device: torch.device) -> None:
-    check(from_vector(vector).on(device), dtype)
-
-
-@pytest.mark.parametrize("rank", [1, 15, 16, 64, 256])
-def test_float32_factors_over_a_half_weight(rank: int, device: torch.device) -> None:
-    problem = make_problem(ranks=(rank, max(rank // 2, 1)), random_labels=True).on(device)
-    check(problem, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("config", [config for config, _ in shipped_here("modulated_weight")], ids=str)

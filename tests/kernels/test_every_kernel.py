@@ -1,4 +1,7 @@
-"""Every kernel on small problems that nobody picked: uneven and empty blocks, uneven and zero ranks, one token."""
+"""Every kernel on the definition's vectors, at every rank, and on small problems that nobody picked.
+
+These have uneven and empty blocks, uneven and zero ranks, one token.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,38 @@ import test_fused_linear
 import test_modulate
 import torch
 from draws import HealthCheck, given, settings, st
-from kernel_cases import each_dtype
+from kernel_cases import each_dtype, from_vector
 from problems import LinearProblem, make_problem
 from test_permute import gather, gathered_by_hand, random_partition, scatter
+from vectors import Vector, all_vectors
 
-pytestmark = [pytest.mark.numerical, pytest.mark.slow]
+pytestmark = pytest.mark.numerical
 
 CHECKS = [test.check for test in (test_block_grad, test_block_matmul, test_fused_linear, test_modulate)]
 
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__module__)
+
+
+@each_dtype
+@pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
+@each_check
+def test_vectors(
+    check: Callable[..., None], vector: Vector, dtype: torch.dtype, device: torch.device
+) -> None:
+    check(from_vector(vector).on(device), dtype)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 65, 256])
+@each_check
+def test_float32_factors_over_a_half_weight(
+    check: Callable[..., None], rank: int, device: torch.device
+) -> None:
+    """At ranks of one product, of several, and of as many as the kernels take."""
+    problem = make_problem(tokens=5, ranks=(rank, max(rank // 2, 1)), random_labels=True)
+    check(problem.on(device), torch.bfloat16, torch.float32)
 
 
 @st.composite
@@ -36,16 +62,18 @@ def problems(draw: st.DrawFn) -> LinearProblem:
     )
 
 
+@pytest.mark.slow
 @few
 @given(problem=problems())
 @each_dtype
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__module__)
+@each_check
 def test_random_shapes(
     check: Callable[..., None], problem: LinearProblem, dtype: torch.dtype, device: torch.device
 ) -> None:
     check(problem.on(device), dtype)
 
 
+@pytest.mark.slow
 @few
 @given(
     tokens=st.integers(1, 70),
