@@ -372,6 +372,8 @@ MODULATED_BLOCKS = replace(
     narrow={
         "scaling_ptr": ONE_NUMBER,
         "w_ptr": "gathered by rows and columns of W0",
+        "index_ptr": INDEX,  # as block_slots names them
+        "offsets_ptr": INDEX,
         "row_index_ptr": INDEX,
         "col_index_ptr": INDEX,
         "row_offsets_ptr": INDEX,
