@@ -120,12 +120,8 @@ def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
     """Predict up to how many tokens the one-kernel form is no slower than "merged" or "split" in forward; 0 if never.
 
     At few tokens reading W0 takes longer than the one kernel's doubled arithmetic. It wins there, since it builds no
-    weight. With more tokens it loses, and keeps losing. `problem.tokens` is ignored.
-
-    Args:
-        problem: the layer; its `dtype` is the dtype that the GEMM multiplies.
-        gpu: as in :func:`choose_algorithm`.
-        ieee: as in :func:`choose_algorithm`.
+    weight. With more tokens it loses, and keeps losing. `problem.tokens` is ignored; the rest is as for
+    :func:`choose_algorithm`.
 
     Example:
         >>> from smoa_kernels.cost.gpus import GPUS

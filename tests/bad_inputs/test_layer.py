@@ -24,17 +24,10 @@ LAYER: list[Row] = [
     (lambda _: FusedSMoALinear("40", 33), TypeError, "in_features must be an int, got '40'"),  # type: ignore[arg-type]
     (lambda _: FusedSMoALinear(40, 3.0), TypeError, "out_features must be an int, got 3.0"),  # type: ignore[arg-type]
     (lambda _: FusedSMoALinear(40, 33, dtype=torch.int64), TypeError, "dtype must be floating point"),
-    (lambda _: FusedSMoALinear(40, 33, dtype="half"), TypeError, "dtype must be .* got half"),  # type: ignore[arg-type]
     (lambda _: FusedSMoALinear(40, 33, dtype=torch.float8_e5m2), TypeError, "dtype must be .* 16 bits"),
     (lambda _: FusedSMoALinear(40, 33, device="nodev"), ValueError, "device must be one that this machine"),
     (lambda _: FusedSMoALinear(HUGE, 33), ValueError, "in_features must be at most 2147483647"),
-    (
-        lambda _: FusedSMoALinear(40, 2**31),
-        ValueError,
-        "out_features must be at most 2147483647, got 2147483648",
-    ),
     (lambda _: FusedSMoALinear(40, 33, torch.ones(33)), TypeError, "bias must be a bool, got Tensor"),  # type: ignore[arg-type]
-    (lambda _: FusedSMoALinear(40, 33, bias=None), TypeError, "bias must be a bool, got NoneType"),  # type: ignore[arg-type]
     (lambda _: FusedSMoALinear(40, 33, dtype=np.ones(3)), TypeError, "dtype must be floating point of 16"),  # type: ignore[arg-type]
     (lambda _: FusedSMoALinear(40, 33, r=10**12, num_blocks=1), ValueError, "r must be at most 65536"),
     (lambda _: FusedSMoALinear(40, 33, num_blocks=10**12), ValueError, "num_blocks must be at most 65536"),
@@ -43,22 +36,12 @@ LAYER: list[Row] = [
         ValueError,
         "alpha must be a float, or an int of at most 63 bits",
     ),
-    (
-        lambda w: setattr(w.layer, "scaling", HUGE),
-        ValueError,
-        "scaling must be a float, or an int of at most 63 bits",
-    ),
     (lambda w: setattr(w.layer, "scaling", float("nan")), ValueError, "scaling must be finite, got nan"),
     (lambda w: setattr(w.layer, "partition", None), TypeError, "partition must be a BlockPartition"),
     (lambda w: setattr(w.layer, "partition", w.problem.partition), ValueError, "partition must be made for"),
     (lambda w: w.layer(NESTED), TypeError, "x must be a dense tensor, got layout torch.nested"),
     (lambda w: w.layer.load_state_dict([]), TypeError, "state_dict to be dict-like"),  # type: ignore[arg-type]
     (lambda w: w.layer.load_state_dict({5: one(1)}), TypeError, "keys of a state dict must be strings"),  # type: ignore[dict-item]
-    (
-        lambda w: w.layer.load_state_dict({5: one(1)}, strict=False),
-        TypeError,
-        "keys of a state dict must be strings, got",
-    ),  # type: ignore[dict-item]
     (lambda w: w.layer.load_state_dict({}), ValueError, "the state dict lacks bias, weight"),
     (
         lambda w: FusedSMoALinear.from_linear(w.layer),
@@ -82,9 +65,7 @@ def test_methods(call: Call, error: type[Exception], words: str, world: World) -
 SETTINGS: list[Change] = [
     ({"r": 0}, ValueError, "r must be at least 1, got 0"),
     ({"r": 2.5}, TypeError, "r must be an int, got 2.5"),
-    ({"r": True}, TypeError, "r must be an int, got True"),
     ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
-    ({"num_blocks": "2"}, TypeError, "num_blocks must be an int, got '2'"),
     ({"num_blocks": 34, "r": 40}, ValueError, "num_blocks must be at most .* = 33 .*, got 34"),
     ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
     ({"block_ranks": [4, 4, 0]}, ValueError, "block_ranks must have num_blocks=2 entries, got 3"),
@@ -92,7 +73,6 @@ SETTINGS: list[Change] = [
     ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
     ({"block_ranks": [4.0, 4]}, TypeError, "block_ranks must be ints"),
     ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
-    ({"dropout": -0.5}, ValueError, "dropout must lie in"),
     ({"dropout": None}, TypeError, "dropout must be a number, got None"),
     ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
     ({"alpha": "1"}, TypeError, "alpha must be a number, got '1'"),
@@ -139,11 +119,6 @@ STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
         ValueError,
         r"size mismatch for smoa_col_block: .*\(40,\), .*\(39,\)",
     ),
-    (
-        lambda s: s.update(smoa_ranks=torch.ones(4, dtype=torch.int32)),
-        ValueError,
-        "size mismatch for smoa_ranks",
-    ),
     (lambda s: s.update(smoa_ranks=one(9, 0, 0).int()), ValueError, "smoa_ranks must sum to r=7"),
     (lambda s: s.update(smoa_ranks=one(3, -1, 5).int()), ValueError, "got .3, -1, 5."),
     (lambda s: s.update(smoa_ranks=s["smoa_ranks"] + 0.5), TypeError, "smoa_ranks must be an integer tensor"),
@@ -156,20 +131,13 @@ STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
         "weight must be finite to have a spectrum",
     ),
     (lambda s: s.update(weight=None), TypeError, "weight must be a tensor, got NoneType"),
-    (lambda s: s.update(smoa_ranks=None), TypeError, "smoa_ranks must be a tensor, got NoneType"),
     (lambda s: s.update(weight=s["weight"].to_sparse()), TypeError, "weight must be a dense tensor"),
     (
         lambda s: s.update(weight=s["weight"] + 0j),
         TypeError,
         "weight must be floating point, got .*complex64",
     ),
-    (lambda s: s.update(bias=s["bias"].long()), TypeError, "bias must be floating point, got torch.int64"),
     (lambda s: s.update(smoa_B=s["smoa_B"].to("meta")), ValueError, "smoa_B must hold numbers, got a meta"),
-    (
-        lambda s: s.update(smoa_col_block=s["smoa_col_block"] / 1),
-        TypeError,
-        "smoa_col_block must be an integer",
-    ),
     (lambda s: s.update(smoa_ranks=s["smoa_ranks"].to("meta")), ValueError, "smoa_ranks must hold numbers"),
     (
         lambda s: s.update(smoa_sketch=s["smoa_sketch"].long()),
@@ -177,7 +145,6 @@ STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
         "smoa_sketch must be floating point",
     ),
     (lambda s: s.pop("bias"), ValueError, "the state dict lacks bias; strict=False loads the others"),
-    (lambda s: s.pop("smoa_A"), ValueError, "the state dict lacks smoa_A"),
     (lambda s: s.pop("smoa_sketch"), ValueError, "the state dict lacks smoa_sketch"),
     (lambda s: s.update(extra=one(1)), ValueError, "the state dict must not hold extra"),
 ]
@@ -254,11 +221,9 @@ MERGED: list[tuple[Callable[[FusedSMoALinear], object], type[Exception], str]] =
     ),
     (lambda layer: layer.load_state_dict(layer.state_dict()), RuntimeError, r"is merged: call unmerge\(\)"),
     (lambda layer: layer(None), TypeError, "x must be a tensor, got NoneType"),
-    (lambda layer: layer(torch.tensor(1.0)), ValueError, "x must have 40 features"),
     (lambda layer: layer(torch.ones(2, 41)), ValueError, "x must have 40 features"),
     (lambda layer: layer(torch.ones(2, 40).half()), TypeError, "weight must have x's dtype torch.float16"),
     (lambda layer: layer(torch.ones(2, 40, device="meta")), ValueError, "weight must be on x's device meta"),
-    (lambda layer: layer(torch.ones(2, 40, dtype=torch.int64)), TypeError, "x must be floating point"),
     (lambda layer: layer(NESTED), TypeError, "x must be a dense tensor"),
 ]
 

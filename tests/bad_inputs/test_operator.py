@@ -23,7 +23,6 @@ ARGUMENTS: list[Change] = [
         "x must be floating point, got torch.complex",
     ),
     ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
-    ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
     (
         {"x": torch.randn(4, 57).to_sparse()},
         TypeError,
@@ -36,9 +35,7 @@ ARGUMENTS: list[Change] = [
     ({"weight": torch.randn(33, 57).to_sparse()}, TypeError, "weight must be a dense tensor"),
     ({"weight": torch.randn(33, 57).to(torch.float8_e4m3fn)}, TypeError, "weight must have x's dtype"),
     ({"bias": torch.randn(32)}, ValueError, r"bias must have shape \(33,\), got \(32,\)"),
-    ({"bias": torch.tensor(1.0)}, ValueError, r"bias must have shape \(33,\), got \(\)"),
     ({"A": torch.randn(3, 56)}, ValueError, r"A must have shape \(ρ, 57\), got \(3, 56\)"),
-    ({"A": torch.zeros(0, 57)}, ValueError, r"B must have shape \(33, 0\) to fit A"),
     ({"B": torch.randn(33, 2)}, ValueError, r"B must have shape \(33, 3\) to fit A, got \(33, 2\)"),
     ({"B": torch.randn(33, 3).double()}, TypeError, "A and B must have one dtype"),
     (
@@ -54,19 +51,16 @@ ARGUMENTS: list[Change] = [
     ),
     ({"ranks": [3, 0, 2]}, TypeError, "ranks must be a tensor, got list"),
     ({"ranks": torch.tensor([3, 0], dtype=INT32)}, ValueError, r"ranks must be int32 of shape \(3,\)"),
-    ({"ranks": torch.tensor([3, 0, 2])}, ValueError, "ranks must be int32"),
     ({"ranks": torch.tensor([4, 0, 2], dtype=INT32)}, ValueError, r"ranks must lie in \[0, 3\]"),
     ({"ranks": torch.tensor([-1, 0, 2], dtype=INT32)}, ValueError, r"ranks must lie in \[0, 3\]"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p must lie in"),
     ({"dropout_p": float("nan")}, ValueError, "dropout_p must lie in"),
-    ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number, got '0.1'"),
     ({"dropout_p": None}, TypeError, "dropout_p must be a number, got None"),
     ({"dropout_seed": 3}, TypeError, "dropout_seed must be an int64 tensor with one element, got 3"),
     ({"dropout_seed": torch.ones(2, dtype=torch.int64)}, TypeError, "dropout_seed must be an int64 tensor"),
     ({"column_offset": 1}, ValueError, "column_offset and global_in_features must hold x's 57 columns"),
     ({"column_offset": -1}, ValueError, "got columns -1 to 56 of 57"),
-    ({"column_offset": 0.5}, TypeError, "column_offset must be an int, got 0.5"),
     ({"global_in_features": 50}, ValueError, "got columns 0 to 57 of 50"),
     ({"global_in_features": 57.0}, TypeError, "global_in_features must be an int, got 57.0"),
     ({"scaling": torch.ones(2)}, ValueError, r"scaling must be a number or a 0-d tensor, got shape \(2,\)"),
@@ -98,8 +92,6 @@ TENSORS: list[Change] = [
         ({name: NESTED}, TypeError, f"{name} must be a dense tensor, got layout torch.nested")
         for name in ("x", "weight", "bias", "A", "B")
     ),
-    ({"ranks": NESTED}, TypeError, "ranks must be a dense tensor"),
-    ({"weight": "a"}, TypeError, "weight must be a tensor, got str"),
     (
         {"x": FLOAT8, "weight": FLOAT8[:1].expand(33, 57), "bias": None},
         TypeError,
@@ -110,11 +102,8 @@ TENSORS: list[Change] = [
     ({"scaling": HUGE}, ValueError, "scaling must be a float, or an int of at most 63 bits, got 1329 bits"),
     ({"dropout_p": HUGE}, ValueError, "dropout_p must be a float, or an int of at most 63 bits"),
     ({"global_in_features": 2**70}, ValueError, "global_in_features must be at most 2147483647, got 1180591"),
-    ({"global_in_features": True}, TypeError, "global_in_features must be an int, got True"),
-    ({"scaling": 2**70}, ValueError, "scaling must be a float, or an int of at most 63 bits, got 71 bits"),
     ({"dropout_seed": NESTED}, TypeError, "dropout_seed must be a dense tensor, got layout torch.nested"),
     ({"column_offset": None}, TypeError, "column_offset must be an int, got None"),
-    ({"column_offset": True}, TypeError, "column_offset must be an int, got True"),
 ]
 
 
