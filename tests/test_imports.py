@@ -30,7 +30,6 @@ ORDER = (
 HOOK = ("backends.triton", "tuning.autotune")
 LATE = {
     ("audit.run", "audit.compile"): "imports Triton, which a worker sets up before",
-    ("audit.run", "kernels.spec"): "for the type checker only",
     HOOK: "the hook of SMOA_AUTOTUNE=1, which measures through this backend",
     ("cli", "cli.app"): "typer and rich are an extra",
     ("cli.info", "kernels.table"): "imports Triton",

@@ -30,7 +30,8 @@ from ..kernels.spec import Config, Kernel, Operands
 from .listing import Listing, parse_amdgcn, parse_sass
 from .pointers import argument_offsets, argument_pointers
 
-__all__ = ["Binary", "Launch", "capture", "compile_launch", "representative_launch"]
+# `Config` and `Kernel` for audit.run, which imports nothing else that imports Triton.
+__all__ = ["Binary", "Config", "Kernel", "Launch", "capture", "compile_launch", "representative_launch"]
 
 
 @dataclass(frozen=True)

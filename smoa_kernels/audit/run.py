@@ -29,8 +29,7 @@ from .pointers import pointers_at
 from .rules import Record, Traffic
 
 if TYPE_CHECKING:
-    from ..kernels.spec import Config, Kernel
-    from .compile import Binary, Launch
+    from .compile import Binary, Config, Kernel, Launch
 
 __all__ = ["Task", "run_audit", "run_task", "tasks"]
 

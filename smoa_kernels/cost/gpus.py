@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from ..checks import cached, first_line
+from ..checks import first_line
 from ..definition.precision import precision_of
 
 __all__ = ["GPUS", "Gpu", "architecture", "device_gpu", "gpu_properties", "match_gpu", "multiprocessors"]
@@ -133,7 +134,7 @@ def match_gpu(
     )
 
 
-@cached
+@cache
 def device_gpu(device: torch.device) -> Gpu:
     """Find the published GPU that stands for a device; an H100 stands for Triton's interpreter.
 
@@ -151,7 +152,7 @@ def device_gpu(device: torch.device) -> Gpu:
     return match_gpu(properties.name, capability, properties.multi_processor_count)
 
 
-@cached
+@cache
 def architecture(device: torch.device) -> str:
     """Name a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter.
 
@@ -170,7 +171,7 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-@cached
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Count a device's multiprocessors (compute units); 1 for the interpreter.
 
