@@ -223,7 +223,7 @@ def predict(job: Job) -> None:
 def _block_grad(key: Key, timer: Timer) -> float:
     """Median seconds with the launch parameters in force."""
     run = workload(key, DEVICE).run
-    return quartiles([timer(Launch(key, "in force", lambda: run(None))) for _ in range(3)]).median
+    return quartiles([timer(Launch("in force", lambda: run(None))) for _ in range(3)]).median
 
 
 def layer_of(case: Case) -> Layer:

@@ -44,7 +44,7 @@ _DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/versio
 
 
 def backends() -> dict[str, str | None]:
-    """Backend to the reason why it does not work here, None where it does."""
+    """Return for each backend why it does not work here; None where it does."""
     return {
         "eager": None,
         "native": native_obstacle(torch.device("cpu")),
@@ -108,7 +108,7 @@ def _runtime() -> str:
 
 
 def _driver() -> str:
-    """Of the kernel module's own file, else of the driver's command: there is no such file under Windows, say."""
+    """The driver's version: from the kernel module's file, else from the driver's command."""
     told = {}
     for path in _DRIVERS:
         with suppress(OSError):

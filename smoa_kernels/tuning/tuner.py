@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -41,7 +40,6 @@ MOST_CHARACTERS = 400  # of a reason: a compiler's may be as long as its source
 class Run:
     """One candidate, ready to be timed: call it to launch it."""
 
-    key: Key
     choice: Choice
     launch: Callable[[], object]
 
@@ -85,7 +83,7 @@ class DeviceLostError(RuntimeError):
 
 
 def gpu_timer(run: Run) -> float:
-    """Median seconds by Triton's own benchmark, the L2 cache cleared before each launch."""
+    """Measure the median seconds with Triton's own benchmark, which clears the L2 cache before each launch."""
     from triton.testing import do_bench
 
     return float(do_bench(run, warmup=10, rep=50, return_mode="median")) / 1e3
@@ -135,13 +133,13 @@ def tune(
 
 
 def so_far(job: Job, device: torch.device, known: Table) -> Entry:
-    """A job's entry of an earlier run that holds on this device, else one without trials."""
+    """Return the entry of an earlier run that holds for a job on this device, else one without trials."""
     now = identity(device, job.key.kernel)
     return known.entries.get((job.key, now)) or Entry(job.key, now, job.default)
 
 
 def left(job: Job, entry: Entry) -> list[Choice]:
-    """What is still to be tried."""
+    """Return the candidates that are still to be tried."""
     return [choice for choice in job.candidates if entry.trial(choice) is None]
 
 
@@ -179,13 +177,10 @@ def _tune_one(
 
 
 def _try(choice: Choice, load: Workload, timer: Timer) -> Trial:
-    def launch() -> Any:
-        return load.run(choice)
-
     try:
         with load.precision():
             load.check(choice)
-            return Trial(choice, seconds=timer(Run(load.key, choice, launch)))
+            return Trial(choice, seconds=timer(Run(choice, lambda: load.run(choice))))
     except Exception as error:  # whatever a compiler or a driver throws is a finding about this choice
         return Trial(choice, reason=_reason(error))
 
