@@ -185,8 +185,7 @@ def test_algorithms_come_after_the_kernels_they_are_made_of() -> None:
     "kernel", ["modulated_weight", "permute", "block_matmul", "fused_linear", "block_grad"]
 )
 def test_the_space_is_what_ships_and_one_step_around_it(kernel: str, arch: str) -> None:
-    key = Key(kernel, "bf16", 16)
-    ships = space.shipped(key, arch)
+    ships = space._ships(kernel, arch, "bf16")
     found = search_space(kernel, arch, "bf16")
     assert found[: len(ships)] == ships
     assert 10 <= len(found) <= 40
@@ -201,7 +200,7 @@ def test_the_space_is_what_ships_and_one_step_around_it(kernel: str, arch: str) 
 def test_what_the_audit_fails_is_pruned_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """The audit in its own processes, replaced by its records: one neighbour spills, the shipped default too."""
     key = Key("block_grad", "bf16", 16, 2, 256, 256, 512, 128, 128)
-    ships = space.shipped(key, "sm_90")
+    ships = space._ships("block_grad", "sm_90", "bf16")
     found = search_space("block_grad", "sm_90", "bf16")
 
     def compiled(**asked: object) -> list[tuple[int, Record | None]]:
@@ -236,7 +235,7 @@ def test_what_the_audit_fails_is_pruned_with_its_reason(monkeypatch: pytest.Monk
 def test_what_is_not_compiled_in_time_is_not_timed_and_what_ships_is(monkeypatch: pytest.MonkeyPatch) -> None:
     found, ships = (
         search_space("block_grad", "sm_90", "bf16"),
-        space.shipped(Key("block_grad", "bf16"), "sm_90"),
+        space._ships("block_grad", "sm_90", "bf16"),
     )
     clock, forms = [0.0], ("r16", "r64 fp32 factors")
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
@@ -278,7 +277,7 @@ def test_the_audit_compiles_the_whole_space_of_every_kernel(arch: str) -> None:
     for kernel, dtype in itertools.product(KERNELS, dtypes):
         own = [task for task in found if (task.kernel, task.dtype) == (kernel, dtype)]
         forms, size = {task.variant for task in own}, len(search_space(kernel, arch, dtype))
-        assert len(own) == len(forms) * size > len(forms) * len(space.shipped(Key(kernel, dtype), arch))
+        assert len(own) == len(forms) * size > len(forms) * len(space._ships(kernel, arch, dtype))
 
 
 @pytest.mark.parametrize(
