@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import reprlib
-from collections.abc import Callable, Collection, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +13,6 @@ from torch import Tensor
 __all__ = [
     "MOST_BLOCKS",
     "MOST_RANKS",
-    "cached",
     "check_blocks",
     "check_choice",
     "check_count",
@@ -30,29 +27,8 @@ __all__ = [
     "shown",
 ]
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 # The most blocks and ranks: far more than anyone needs, far fewer than would fill the memory with bookkeeping alone.
 MOST_BLOCKS = MOST_RANKS = 2**16
-
-
-def cached(function: Callable[P, T]) -> Callable[P, T]:
-    """Keep the answers of a function that checks its arguments, which `functools.cache` may keep from it.
-
-    An argument that cannot be hashed gets the function's own error, and 1 is not answered with what True was.
-    """
-    kept = functools.lru_cache(maxsize=4096, typed=True)(function)
-
-    @functools.wraps(function)
-    def answer(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return kept(*args, **kwargs)  # type: ignore[arg-type]  # typeshed asks for what can be hashed
-        except TypeError:  # of the hash or of the function, which then says it again
-            pass
-        return function(*args, **kwargs)
-
-    return answer
 
 
 _SHORT = reprlib.Repr()
