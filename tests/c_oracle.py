@@ -6,7 +6,6 @@ compiler is skipped. Shapes: N = out_features, C = in_features, K = blocks, T = 
 """
 
 import ctypes
-import enum
 import functools
 import shutil
 import subprocess
@@ -25,26 +24,6 @@ IntArray = NDArray[np.int64]
 
 SOURCE_DIR = Path(__file__).parent.parent / "csrc_ref"
 COMPILE = ("cc", "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O2")
-
-
-class Status(enum.IntEnum):
-    """`smoa_status` of `smoa_ref.h`."""
-
-    OK = 0
-    NULL = 1
-    SIZE = 2
-    LABEL = 3
-    RANK = 4
-    ORDER = 5
-    NOT_FINITE = 6
-
-
-class OracleError(ValueError):
-    """The C library refused its arguments; `status` says why."""
-
-    def __init__(self, function: str, status: Status) -> None:
-        super().__init__(f"{function} returned {status.name}")
-        self.status = status
 
 
 class CLayer(ctypes.Structure):
@@ -234,6 +213,5 @@ def _output(*shape: int) -> FloatArray:
 
 def _call(function: Callable[..., int], *arguments: Any) -> None:
     raw = [item.ctypes.data if isinstance(item, np.ndarray) else item for item in arguments]
-    status = Status(function(*raw))
-    if status is not Status.OK:
-        raise OracleError(function.__name__, status)
+    if status := function(*raw):
+        raise ValueError(f"{function.__name__} returned {status}, a smoa_status of csrc_ref/smoa_ref.h")

@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 # Triton reads it when a kernel is defined, so it is set before any kernel is imported.
 if not torch.cuda.is_available():
@@ -22,6 +24,29 @@ def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         with DEVICE:
             yield
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what `torch.empty` and its relatives return with NaN: an element left unwritten shows."""
+    with torch.device("cpu"):
+        torch.empty(0)  # torch notes once what a default device applies to: the functions replaced here
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return filled
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (Tensor, "new_empty"),
+        (Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 if importlib.util.find_spec("hypothesis") is not None:

@@ -1,9 +1,7 @@
 """The C oracle against the vectors, closed forms and finite differences, so that other tests may trust it."""
 
-import ctypes
 import os
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +9,7 @@ import c_oracle
 import numpy as np
 import pytest
 import torch
-from c_oracle import FloatArray, IntArray, OracleError, Status
-from numpy.typing import ArrayLike
+from c_oracle import FloatArray, IntArray
 from vectors import Vector, all_vectors
 
 pytestmark = pytest.mark.slow
@@ -121,16 +118,6 @@ def test_gradients_match_the_vectors(vector: Vector) -> None:
         assert_close(actual, expected)
     for actual, expected in zip(vector.unpack_B(dB), vector.block_dB, strict=True):
         assert_close(actual, expected)
-
-
-@each_vector
-def test_packing_loses_nothing(vector: Vector) -> None:
-    for unpacked, original in (
-        (vector.unpack_A(vector.A), vector.block_A),
-        (vector.unpack_B(vector.B), vector.block_B),
-    ):
-        for actual, expected in zip(unpacked, original, strict=True):
-            np.testing.assert_array_equal(actual, expected)
 
 
 # ---- order and blocks
@@ -251,101 +238,6 @@ def test_zero_tokens() -> None:
     assert not gradients.dB.any()
 
 
-def test_takes_tensors_of_narrower_types() -> None:
-    case = CASES["uneven_with_zero_rank"]
-    x, weight, A, B = (torch.from_numpy(array).float() for array in (case.x, case.weight, case.A, case.B))
-    row_block, col_block = (torch.from_numpy(labels).byte() for labels in (case.row_block, case.col_block))
-    ranks = torch.from_numpy(case.ranks).int()
-    y = c_oracle.forward(x, weight, None, A, B, row_block, col_block, ranks, scaling=1.0)
-    x, weight, A, B = (tensor.double() for tensor in (x, weight, A, B))
-    expected = c_oracle.forward(x, weight, None, A, B, *case.adapter[2:], scaling=1.0)
-    np.testing.assert_array_equal(y, expected)
-
-
-# ---- bad arguments
-
-
-def refused(call: Callable[[], object]) -> Status:
-    with pytest.raises(OracleError) as caught:
-        call()
-    return caught.value.status
-
-
-@pytest.mark.parametrize(
-    ("position", "value", "status"),
-    [
-        (2, [0, 1, 2, 0, 1, 0], Status.LABEL),
-        (2, [0, 1, -1, 0, 1, 0], Status.LABEL),
-        (3, [1, 0, 0, 1, 1, 0, 1, 0, 2], Status.LABEL),
-        (4, [2, 3], Status.RANK),
-        (4, [-1, 2], Status.RANK),
-        (4, [], Status.SIZE),
-    ],
-)
-def test_bad_layers_are_refused(position: int, value: list[int], status: Status) -> None:
-    case = CASES["even"]
-    adapter: list[ArrayLike] = list(case.adapter)
-    adapter[position] = value
-    assert refused(lambda: c_oracle.delta_weight(case.weight, *adapter, scaling=1.0)) is status
-    assert refused(lambda: c_oracle.forward(case.x, case.weight, None, *adapter, scaling=1.0)) is status
-    assert refused(lambda: c_oracle.backward(case.dy, case.x, case.weight, *adapter, scaling=1.0)) is status
-
-
-def test_bad_orders_are_refused() -> None:
-    assert refused(lambda: c_oracle.block_labels([0, 1, 1], 2)) is Status.ORDER
-    assert refused(lambda: c_oracle.block_labels([0, 1, 3], 2)) is Status.ORDER
-    assert refused(lambda: c_oracle.block_labels([0, -1, 2], 2)) is Status.ORDER
-    assert refused(lambda: c_oracle.block_labels([0, 1, 2], 0)) is Status.SIZE
-    assert refused(lambda: c_oracle.spectral_orders([[np.nan]], [1.0], [[1.0]])) is Status.NOT_FINITE
-
-
-def test_null_pointers_and_negative_sizes_are_refused() -> None:
-    """What the numpy functions can't be made to pass."""
-    library, data = c_oracle.library(), np.zeros(8).ctypes.data
-    pointers = ("weight", "a", "b", "row_block", "col_block", "ranks")
-    layer = c_oracle.CLayer(2, 2, 1, 1, *[data] * 6, 1.0)
-
-    def changed(field: str, value: int | None) -> c_oracle.CLayer:
-        copy = c_oracle.CLayer.from_buffer_copy(layer)
-        setattr(copy, field, value)
-        return copy
-
-    for name in pointers:
-        assert library.smoa_delta_weight(changed(name, None), data) == Status.NULL
-    for name in ("out_features", "in_features", "num_blocks", "max_rank"):
-        assert library.smoa_delta_weight(changed(name, -1), data) == Status.SIZE
-    null_layer = ctypes.POINTER(c_oracle.CLayer)()
-    assert library.smoa_delta_weight(null_layer, data) == Status.NULL
-    assert library.smoa_delta_weight(layer, None) == Status.NULL
-
-    assert library.smoa_forward(layer, -1, data, None, None, data) == Status.SIZE
-    assert library.smoa_forward(layer, 1, None, None, None, data) == Status.NULL
-    assert library.smoa_forward(layer, 1, data, None, None, None) == Status.NULL
-    assert library.smoa_backward(layer, -1, data, None, data, data, data, data) == Status.SIZE
-    for position in (0, 2, 3, 4, 5):
-        arguments = [data, None, data, data, data, data]
-        arguments[position] = None
-        assert library.smoa_backward(layer, 1, *arguments) == Status.NULL
-
-    assert library.smoa_spectral_order(-1, 1, data, data, data, data) == Status.SIZE
-    assert library.smoa_spectral_order(1, -1, data, data, data, data) == Status.SIZE
-    for position in range(4):
-        arguments = [data] * 4
-        arguments[position] = None
-        assert library.smoa_spectral_order(1, 1, *arguments) == Status.NULL
-    assert library.smoa_block_labels(-1, 1, data, data) == Status.SIZE
-    assert library.smoa_block_labels(1, 1, None, data) == Status.NULL
-    assert library.smoa_block_labels(1, 1, data, None) == Status.NULL
-
-
-def test_wrong_shapes_are_refused_before_c_sees_them() -> None:
-    case = CASES["even"]
-    with pytest.raises(ValueError, match=r"x has shape \(4, 8\), expected \(4, 9\)"):
-        c_oracle.forward(case.x[:, 1:], case.weight, None, *case.adapter, scaling=1.0)
-    with pytest.raises(ValueError, match=r"B has shape \(5, 2\), expected \(6, 2\)"):
-        c_oracle.delta_weight(case.weight, case.A, case.B[1:], *case.adapter[2:], scaling=1.0)
-
-
 def test_clean_under_the_sanitizers(tmp_path: Path) -> None:
     c_oracle.require_compiler()
     compile_sanitized = [*c_oracle.COMPILE, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -362,4 +254,4 @@ def test_clean_under_the_sanitizers(tmp_path: Path) -> None:
     sources = [c_oracle.SOURCE_DIR / name for name in ("smoa_ref.c", "smoa_ref_check.c")]
     subprocess.run([*compile_sanitized, *sources, "-o", program], check=True)
     ran = subprocess.run([program], env=environment, capture_output=True, text=True)
-    assert ran.returncode == Status.OK, ran.stderr
+    assert ran.returncode == 0, ran.stderr

@@ -58,23 +58,8 @@ def test_fewer_tokens_are_a_prefix() -> None:
     assert torch.equal(multiplier(tokens=10), multiplier()[:10])
 
 
-def test_thread_count_does_not_matter() -> None:
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = multiplier(tokens=500, columns=1000)
-        torch.set_num_threads(2)
-        assert torch.equal(one, multiplier(tokens=500, columns=1000))
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_the_largest_probability_still_keeps_something() -> None:
     assert Dropout(torch.tensor(1), 0.9999999).scale == 2**16
-
-
-def test_empty() -> None:
-    assert multiplier(tokens=0).shape == (0, 101)
 
 
 def test_the_hash_is_splitmix64() -> None:

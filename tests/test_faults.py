@@ -124,9 +124,7 @@ class LaunchError(RuntimeError):
 # Which launchers a step goes through, by algorithm and dropout, and whether one raises after it has written.
 LAUNCHERS = [
     ("gather_columns", "split", 0.0, False),
-    ("modulated_blocks", "split", 0.0, False),
     ("block_matmul", "split", 0.0, True),
-    ("block_grad", "split", 0.0, False),
     ("block_grad", "split", 0.0, True),
     ("modulated_weight", "merged", 0.0, False),
     ("fused_linear", "fused", 0.0, True),

@@ -12,23 +12,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from draws import example, given, share, st
-from fuzzed import DTYPES, compare, problems
-from problems import DEVICE, LinearProblem, make_problem
-from trust import kept
+from fuzzed import compare, problems
+from problems import DEVICE, DTYPES, LinearProblem, kept, make_problem, obstacle
 
-from smoa_kernels import smoa_linear
-from smoa_kernels.backends import (
-    eager,
-    load_backend,
-    native_obstacle,
-    triton_obstacle,
-)
+from smoa_kernels.backends import algorithms_of, eager
 from smoa_kernels.definition.dropout import Dropout
 
 pytestmark = pytest.mark.numerical
 
 SEED = torch.tensor(11, device=DEVICE)
-TRITON = ("merged", "split", "fused")
 
 
 class Case(NamedTuple):
@@ -92,39 +84,17 @@ def test_eager(case: Case) -> None:
 @given(case=cases(eager.ALGORITHMS, (torch.float32,)))
 def test_native(case: Case) -> None:
     """Autocast would make it another dtype, which the compiled code does not take."""
-    if (reason := native_obstacle(DEVICE)) is not None:
+    if (reason := obstacle("native")) is not None:
         pytest.skip(reason)
     check(case._replace(autocast=None), "native")
 
 
 @share(0.1)
-@given(case=cases(TRITON, DTYPES[1:]))
+@given(case=cases(("merged", "split", "fused"), DTYPES[1:]))
+@pytest.mark.slow
 def test_triton(case: Case) -> None:
     """An example in the interpreter takes as long as fifty on torch."""
-    if (obstacle := triton_obstacle(DEVICE)) is not None:
-        pytest.skip(obstacle)
-    assert set(load_backend("triton").ALGORITHMS) == set(TRITON)
+    if (reason := obstacle("triton")) is not None:
+        pytest.skip(reason)
+    assert algorithms_of("triton") == ("merged", "split", "fused")
     check(case, "triton")
-
-
-@share(0.06)
-@given(
-    leading=st.lists(st.integers(0, 3), max_size=3),
-    algorithm=st.sampled_from(("auto", *eager.ALGORITHMS)),
-    seed=st.integers(0, 100),
-)
-def test_leading_dimensions(leading: list[int], algorithm: str, seed: int) -> None:
-    p = make_problem(tokens=int(torch.Size(leading).numel()), out_features=6, in_features=5, seed=seed)
-    flat = p.run(algorithm=algorithm)[0]
-    y = smoa_linear(
-        p.x.view(*leading, 5),
-        p.weight,
-        p.bias,
-        p.A,
-        p.B,
-        p.partition,
-        p.ranks,
-        scaling=p.scaling,
-        algorithm=algorithm,
-    )
-    assert torch.equal(y, flat.view(*leading, 6))

@@ -8,28 +8,11 @@ import c_oracle
 import pytest
 import torch
 from draws import given, share, st
-from fuzzed import DTYPES, absolute, allowed, compare, compare_blocks, problems
-from problems import DEVICE, LinearProblem
-from torch import Tensor, nn
-
-from smoa_kernels import FusedSMoALinear
-from smoa_kernels.backends import triton_obstacle
+from fuzzed import absolute, allowed, compare, compare_blocks, problems
+from problems import DEVICE, DTYPES, LinearProblem, obstacle
+from torch import Tensor
 
 pytestmark = pytest.mark.numerical
-
-
-def layer_of(p: LinearProblem, **settings: object) -> FusedSMoALinear:
-    """A layer that computes the problem, with blocks of its own."""
-    base = nn.Linear(p.x.shape[1], p.dy.shape[1], bias=p.bias is not None, dtype=p.x.dtype)
-    base.weight = nn.Parameter(p.weight)
-    if p.bias is not None:
-        base.bias = nn.Parameter(p.bias)
-    ranks = p.ranks.tolist()
-    layer = FusedSMoALinear.from_linear(
-        base, r=sum(ranks), num_blocks=len(ranks), alpha=p.scaling * sum(ranks), block_ranks=ranks, **settings
-    )
-    layer.smoa_A, layer.smoa_B = nn.Parameter(p.A), nn.Parameter(p.B)
-    return layer
 
 
 def definition(p: LinearProblem) -> Tensor:
@@ -40,7 +23,7 @@ def definition(p: LinearProblem) -> Tensor:
 
 
 def check(p: LinearProblem, *, spectral: bool, **settings: object) -> None:
-    layer = layer_of(p, **settings)
+    layer = p.layer(**settings)
     p = replace(p, weight=p.weight.clone())  # the layer's own is merged in place
     compare_blocks(layer.partition, p.weight)
     if spectral:
@@ -68,7 +51,8 @@ def test_eager(p: LinearProblem, spectral: bool) -> None:
 
 @share(0.03)
 @given(p=problems(DTYPES[1:], of_a_layer=True), spectral=st.booleans())
+@pytest.mark.slow
 def test_triton(p: LinearProblem, spectral: bool) -> None:
-    if (obstacle := triton_obstacle(DEVICE)) is not None:
-        pytest.skip(obstacle)
+    if (reason := obstacle("triton")) is not None:
+        pytest.skip(reason)
     check(p, spectral=spectral, backend="triton")

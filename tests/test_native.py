@@ -1,65 +1,50 @@
-"""The compiled GEMMs: every shape, stride and number of threads against the definition; and why they may be absent."""
+"""The compiled GEMMs: panels, threads, instruction sets, what they refuse to follow; and why they may be absent.
+
+What they promise beside the other backends: tests/test_contract.py.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from problems import TINY, LinearProblem, flat_call, make_problem, relative_error
+from problems import Case, LinearProblem, assert_within_budget, make_problem
 from torch import Tensor
 
 import hatch_build
-from smoa_kernels import BlockPartition, smoa_linear
-from smoa_kernels.backends import native_obstacle, resolve_backend
-from smoa_kernels.backends.native import library as native
-from smoa_kernels.backends.native.backend import (
-    GRADIENT,
-    LINEAR,
-    UPDATE,
-    _drawn,
-)
+from smoa_kernels import BlockPartition
+from smoa_kernels.backends import load_backend, native_obstacle, resolve_backend
+from smoa_kernels.backends.native import backend, library
 from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
 
 
-@pytest.fixture(params=[1, 2, 3, 8])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def on_cpu(**options: object) -> LinearProblem:
-    return make_problem(**options).on(CPU)  # type: ignore[arg-type]
+    return make_problem(dtype=torch.float32, **options).on(CPU)  # type: ignore[arg-type]
 
 
 # W_eff's GEMMs, by packing it and by not; those of W0 and ΔW: of all of x, and of what is not dropped.
-FORMS: dict[str, dict[str, object]] = {
-    "merged": {"algorithm": "merged"},
-    "expanded": {"algorithm": "expanded"},
-    "split": {"algorithm": "split"},
-    "dropout": {"dropout_p": 0.4, "dropout_seed": torch.tensor(9)},
-}
+FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "expanded", "split", "dropout")}
 each_form = pytest.mark.parametrize("form", FORMS)
-
-
-def check(p: LinearProblem, form: str) -> None:
-    """Every result within twice the error of torch operators in float32, both against float64."""
-    single, options = p.to(torch.float32), FORMS[form]
-    found = single.run(backend="native", **options)
-    beside = single.run(backend="eager", **options)
-    truths = p.run_reference(**(options if form == "dropout" else {}))
-    for name, ours, theirs, truth in zip(("y", "dX", "dA", "dB"), found, beside, truths, strict=False):
-        allowed = 2 * relative_error(theirs, truth) + TINY[torch.float32]
-        assert relative_error(ours, truth) <= allowed, name
 
 
 @needs_library
@@ -82,123 +67,80 @@ def check(p: LinearProblem, form: str) -> None:
         (300, 30, 790, (2, 1)),  # two bands of tokens, two panels of terms in a block
     ],
 )
+@pytest.mark.parametrize(
+    "threads", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)]
+)
 @each_form
 def test_every_shape(
     tokens: int, out_features: int, in_features: int, ranks: tuple[int, ...], threads: int, form: str
 ) -> None:
     p = on_cpu(tokens=tokens, out_features=out_features, in_features=in_features, ranks=ranks)
-    check(p, form)
+    with on_threads(threads):
+        assert_within_budget(p.run(**FORMS[form].options), FORMS[form], p)
 
 
-@needs_library
-@pytest.mark.parametrize("name", ["x", "weight", "dy", "A", "B"])
-@each_form
-def test_every_memory_order(name: str, form: str) -> None:
-    p = on_cpu(tokens=50, out_features=33, in_features=57, random_labels=True)
-    whole = getattr(p, name)
-    for other in (
-        whole.T.contiguous().T,
-        whole.repeat_interleave(3, 1)[:, ::3],
-        torch.cat([whole, whole], 1),
-        torch.randn(whole.numel(), dtype=whole.dtype).unfold(0, whole.shape[1], 1),  # windows: both strides 1
-    ):
-        check(replace(p, **{name: other[: whole.shape[0], : whole.shape[1]]}), form)
+def in_backend(name: str, p: LinearProblem, form: str) -> list[tuple[Tensor, ...] | type]:
+    """What `forward` and `backward` of a backend return, or the kind of error that they raise."""
+    dropout = FORMS[form].dropout
+    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
+    module = load_backend(name)
+    calls = (
+        lambda: (module.forward(p.x, None, adapter, "split" if dropout else form, dropout),),
+        lambda: module.backward(p.dy, p.x, adapter, dropout, needs_x=True),
+    )
+    found: list[tuple[Tensor, ...] | type] = []
+    for call in calls:
+        try:
+            found.append(call())
+        except (RuntimeError, IndexError) as error:
+            found.append(type(error))
+    return found
 
 
-@needs_library
-@each_form
-def test_indices_of_any_kind(form: str) -> None:
-    p = on_cpu(tokens=50, out_features=33, in_features=57, random_labels=True).to(torch.float32)
-    labels, indices = p.partition.tensors()[:2], p.partition.tensors()[2:]
-    strided = [torch.stack([index, index], 1)[:, 0] for index in indices]
-    other = BlockPartition.from_tensors([*(one.long() for one in labels), *strided], p.partition.sizes())
-    first = p.run(backend="native", **FORMS[form])
-    again = replace(p, partition=other).run(backend="native", **FORMS[form])
-    assert all(map(torch.equal, first, again))
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_operator_in_another_dtype_is_eagers(dtype: torch.dtype) -> None:
-    """An exported program names the backend that was chosen where it was exported."""
-    p = on_cpu(tokens=50).to(dtype)
-    for operator, args in (
-        (torch.ops.smoa.linear, (p.x, None, "merged")),
-        (torch.ops.smoa.linear_backward, (p.dy, p.x, True)),
-    ):
-        found, expected = (operator(*args, *flat_call(p, backend=backend)) for backend in ("native", "eager"))
-        assert all(map(torch.equal, found, expected))
+CHANGES: dict[str, Callable[[LinearProblem], LinearProblem]] = {
+    "float64": lambda p: p.to(torch.float64),
+    "bfloat16": lambda p: p.to(torch.bfloat16),
+    "x": lambda p: replace(p, x=p.x[:, :-9]),
+    "A": lambda p: replace(p, A=p.A[:, :-9]),
+    "B": lambda p: replace(p, B=p.B[:-9]),
+    "dy": lambda p: replace(p, dy=p.dy[:, :-9]),
+    "fewer dy": lambda p: replace(p, dy=p.dy[:-9]),
+    "dtype of x": lambda p: replace(p, x=p.x.bfloat16()),
+}
 
 
 @needs_library
 @each_form
-@pytest.mark.parametrize("what", ["x", "A", "B", "dy", "fewer dy", "dtype"])
-def test_the_operator_asks_torch_to_refuse_other_shapes(what: str, form: str) -> None:
-    """`smoa_linear` checks what it is given, its operators do not, and compiled code would read beyond the end."""
-    p = on_cpu(tokens=50, out_features=33, in_features=57).to(torch.float32)
-    x, A, B, dy = p.x, p.A, p.B, p.dy
-    x, dy = x[:, :-9] if what == "x" else x, {"dy": dy[:, :-9], "fewer dy": dy[:-9]}.get(what, dy)
-    A, B = A[:, :-9] if what == "A" else A, B[:-9] if what == "B" else B
-    x = x.bfloat16() if what == "dtype" else x
-    dropped = form == "dropout"
-    dropout = Dropout(torch.tensor(9), 0.4, 0, 57) if dropped else None
-    operators = {
-        torch.ops.smoa.linear: (x, None, "auto" if dropped else form),
-        torch.ops.smoa.linear_backward: (dy, x, True),
-    }
-    if what.endswith("dy"):
-        operators.pop(torch.ops.smoa.linear)
-    raised = []
-    for operator, arguments in operators.items():
-        found = []
-        for backend in ("native", "eager"):
-            try:
-                found.append(operator(*arguments, *flat_call(replace(p, A=A, B=B), dropout, backend)))
-            except (RuntimeError, IndexError) as error:
-                found.append(type(error))
-        raised.append(isinstance(found[0], type))
-        assert found[0] is found[1] if raised[-1] else all(map(torch.equal, *found))
-    assert any(raised) or what == "dtype"  # under dropout torch's operators promote one
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_it_does_not_take_is_eagers(change: str, form: str) -> None:
+    """An exported program names its backend whatever it meets; and compiled code would read beyond the end."""
+    p = CHANGES[change](on_cpu(tokens=50))
+    found, expected = in_backend("native", p, form), in_backend("eager", p, form)
+    first = 1 if change.endswith("dy") else 0  # which the forward does not take
+    for ours, theirs in zip(found[first:], expected[first:], strict=True):
+        assert ours is theirs if isinstance(theirs, type) else all(map(torch.equal, ours, theirs))
+    assert any(isinstance(one, type) for one in found) or change in ("float64", "bfloat16", "dtype of x")
 
 
 @needs_library
 def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
-    few = native.library().smoa_few_fit
+    few = library.library().smoa_few_fit
     ranks = [max((rank for rank in range(1, 40) if few(tokens, rank)), default=0) for tokens in range(1, 10)]
     assert ranks == sorted(ranks, reverse=True)
     assert ranks[0] == 16
     assert ranks[-1] == 0
 
 
-@needs_library
-@pytest.mark.parametrize("num_blocks", [2, 3, 9])
-@each_form
-def test_a_block_in_another_order(num_blocks: int, form: str) -> None:
-    """Nothing says that what a block lists ascends, which its pieces make use of."""
-    p = on_cpu(tokens=50, out_features=90, in_features=170, ranks=(3,) * num_blocks, random_labels=True)
-    tensors, sizes = p.partition.tensors(), p.partition.sizes()
-    for axis, parts in ((2, sizes[:num_blocks]), (3, sizes[num_blocks:])):
-        tensors[axis] = torch.cat([block.flip(0) for block in tensors[axis].split(parts)])
-    check(replace(p, partition=BlockPartition.from_tensors(tensors, sizes)), form)
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512" or native_obstacle(CPU) is not None,
     reason="needs a processor that has both instruction sets",
 )
 def test_the_same_on_older_processors() -> None:
-    names = "every or another_order or without_rows or threads or mask or dropped"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-rs",
-        __file__,
-        "-k",
-        names,
-    ]
+    here = Path(__file__)
+    names = "native or every_shape or threads or mask or dropped"
+    files = [str(here), str(here.with_name("test_contract.py"))]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *files, "-k", names]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -216,7 +158,7 @@ def test_a_partition_that_is_broken(which: int, value: int, form: str) -> None:
     if form == "dropout" and which < 2:
         pytest.skip("only W_eff asks for labels")
     asked = {"merged": (0, 1), "expanded": (1, 2, 4)}.get(form, (2, 3, 4, 5))
-    p = on_cpu(tokens=50, out_features=33, in_features=57).to(torch.float32)
+    p = on_cpu(tokens=50)
     ways = [lambda t: t.long().index_fill(0, torch.tensor([2]), value), lambda t: t[:-1]]
     if which in (2, 3):  # one twice, another never
         ways.append(lambda t: t.index_copy(0, torch.tensor([5]), t[6:7]))
@@ -226,51 +168,19 @@ def test_a_partition_that_is_broken(which: int, value: int, form: str) -> None:
         other = BlockPartition.from_tensors(tensors, p.partition.sizes())
         broken_one = replace(p, partition=other)
         with pytest.raises(ValueError, match="partition must"):
-            broken_one.run(backend="native", **FORMS[form])
+            broken_one.run(**FORMS[form].options)
         if which in asked:  # by the forward alone
             with pytest.raises(ValueError, match="partition must"):
-                smoa_linear(*_arguments(broken_one), scaling=1.0, backend="native", **FORMS[form])
-
-
-@needs_library
-@each_form
-def test_blocks_without_rows_or_columns(form: str) -> None:
-    p = on_cpu(tokens=20, out_features=3, in_features=4, ranks=(1, 2, 1, 2, 1, 1), random_labels=True)
-    assert 0 in p.partition.row_sizes + p.partition.col_sizes
-    check(p, form)
-
-
-@needs_library
-@each_form
-@pytest.mark.parametrize(("tokens", "out_features", "in_features"), [(0, 5, 6), (4, 0, 6), (4, 5, 0)])
-def test_nothing_to_multiply(tokens: int, out_features: int, in_features: int, form: str) -> None:
-    whole = on_cpu(tokens=4, out_features=5, in_features=6, ranks=(1,)).to(torch.float32)
-    cut = replace(
-        whole,
-        x=whole.x[:tokens, :in_features],
-        weight=whole.weight[:out_features, :in_features],
-        bias=None,
-        A=whole.A[:, :in_features],
-        B=whole.B[:out_features],
-        partition=whole.partition.shard(slice(0, out_features), slice(0, in_features)),
-        dy=whole.dy[:tokens, :out_features],
-    )
-    found, expected = (cut.run(backend=backend, **FORMS[form]) for backend in ("native", "eager"))
-    assert all(map(torch.equal, found, expected))
+                broken_one.forward(**FORMS[form].options)
 
 
 @needs_library
 @each_form
 def test_one_thread_and_three_give_the_same_output(form: str) -> None:
-    p = on_cpu(tokens=100, out_features=90, in_features=500, random_labels=True).to(torch.float32)
-    before = torch.get_num_threads()
-    found: list[tuple[Tensor, ...]] = []
-    try:
-        for count in (1, 3, 3):
-            torch.set_num_threads(count)
-            found.append(p.run(backend="native", **FORMS[form]))
-    finally:
-        torch.set_num_threads(before)
+    p, found = on_cpu(tokens=100, out_features=90, in_features=500, random_labels=True), []
+    for count in (1, 3, 3):
+        with on_threads(count):
+            found.append(p.run(**FORMS[form].options))
     for name, one, three, again in zip(("y", "dX", "dA", "dB"), *found, strict=False):
         assert torch.equal(three, again), name
         if name != "dA":  # summed over rows, which the threads share
@@ -283,11 +193,13 @@ def test_one_thread_and_three_give_the_same_output(form: str) -> None:
     [("merged", (2, 0, 1)), ("expanded", (2, 0, 1)), ("split", (2, 1, 1)), ("dropout", (2, 2, 1))],
 )
 def test_a_profile_names_what_was_called(form: str, expected: tuple[int, ...]) -> None:
-    p = on_cpu(tokens=50).to(torch.float32)
+    p = on_cpu(tokens=50)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        p.run(backend="native", **FORMS[form])
+        p.run(**FORMS[form].options)
     counts = {event.key: event.count for event in profile.key_averages()}
-    assert tuple(counts.get(name, 0) for name in (LINEAR, UPDATE, GRADIENT)) == expected
+    assert (
+        tuple(counts.get(name, 0) for name in (backend.LINEAR, backend.UPDATE, backend.GRADIENT)) == expected
+    )
 
 
 @needs_library
@@ -297,7 +209,7 @@ def test_the_mask_is_eagers(shard: tuple[int, int] | None) -> None:
     offset, width = shard or (0, None)
     mask = Dropout(torch.tensor(7), 0.3, offset, width)
     x = torch.randn(600, 37)
-    bits = _drawn(mask, x, 37).kept[:, torch.arange(37) // 16] >> (torch.arange(37) % 16) & 1
+    bits = backend._drawn(mask, x, 37).kept[:, torch.arange(37) // 16] >> (torch.arange(37) % 16) & 1
     assert torch.equal(bits.float() * mask.scale, mask.multiplier(x))
 
 
@@ -305,14 +217,12 @@ def test_the_mask_is_eagers(shard: tuple[int, int] | None) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_dropped_is_still_seen_where_it_is_not_finite(value: float) -> None:
     """0 · NaN is NaN, by the definition and in torch's operators."""
-    p = on_cpu(tokens=40, out_features=33, in_features=57, random_labels=True).to(torch.float32)
-    dropped = Dropout(torch.tensor(9), 0.4).multiplier(p.x) == 0
+    p, options = on_cpu(tokens=40, random_labels=True), FORMS["dropout"].options
+    dropped = FORMS["dropout"].dropout.multiplier(p.x) == 0
     for place in dropped.nonzero()[:3].tolist():
         x = p.x.clone()
         x[tuple(place)] = value
-        found, expected = (
-            replace(p, x=x).run(backend=backend, **FORMS["dropout"]) for backend in ("native", "eager")
-        )
+        found, expected = (replace(p, x=x).run(**options | {"backend": name}) for name in ("native", "eager"))
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours.isfinite(), theirs.isfinite())
 
@@ -330,7 +240,7 @@ def test_a_variable_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match="backend='native' cannot run here: SMOA_NATIVE=0 forbids it; backend='eager'"
     ):
-        smoa_linear(*_arguments(on_cpu().to(torch.float32)), scaling=1.0, backend="native")
+        on_cpu().forward(backend="native")
 
 
 def test_less_than_float32_is_eagers() -> None:
@@ -344,65 +254,47 @@ def test_less_than_float32_is_eagers() -> None:
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
-def _arguments(p: LinearProblem) -> tuple[object, ...]:
-    return p.x, p.weight, p.bias, p.A, p.B, p.partition, p.ranks
-
-
-# What a process says of a package whose folder it is given.
-PROGRAM = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from smoa_kernels import native; print(native.obstacle())"
-)
-
-
-def said(package: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(package)], capture_output=True, text=True, check=True, cwd=package
-    )
-    return done.stdout.strip()
-
-
 @pytest.fixture
-def package(tmp_path: Path) -> Path:
-    """A copy of smoa_kernels, to spoil."""
-    shutil.copytree(Path(native.__file__).parent.parent, tmp_path / "smoa_kernels")
-    return tmp_path
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the compiled code and its sources, to spoil; it is there that :func:`said` looks."""
+    shutil.copytree(hatch_build.FOLDER, tmp_path / "native")
+    monkeypatch.setattr(library, "_FOLDER", tmp_path / "native")
+    return tmp_path / "native"
 
 
-def test_a_library_that_is_not_there(package: Path) -> None:
-    for path in (package / "smoa_kernels" / "native").glob("*.so"):
+def said() -> str:
+    return str(library._load.__wrapped__())
+
+
+def test_a_library_that_is_not_there(folder: Path) -> None:
+    for path in folder.glob("*.so"):
         path.unlink()
-    assert said(package).startswith(
-        "it was not compiled: the wheel is for another machine, or was built without"
-    )
-
-
-@pytest.mark.slow
-@needs_library
-@pytest.mark.parametrize("name", sorted(path.name for path in hatch_build.FOLDER.glob("*.[ch]")))
-@pytest.mark.parametrize(
-    "edit", [lambda path: path.write_text(path.read_text() + "\n"), Path.unlink], ids=["edited", "lost"]
-)
-def test_a_library_of_another_source(package: Path, name: str, edit: Callable[[Path], object]) -> None:
-    edit(package / "smoa_kernels" / "native" / name)
-    assert said(package).endswith("was compiled from other sources: install the package again")
+    assert said().startswith("it was not compiled: the wheel is for another machine, or was built without")
 
 
 @needs_library
-def test_a_library_that_is_broken(package: Path) -> None:
-    for path in (package / "smoa_kernels" / "native").glob("*.so"):
+def test_a_library_of_another_source(folder: Path) -> None:
+    for path in sorted(folder.glob("*.[ch]")):
+        text = path.read_text()
+        path.write_text(text + "\n")
+        assert said().endswith("was compiled from other sources: install the package again")
+        path.unlink()
+        assert said().endswith("was compiled from other sources: install the package again")
+        path.write_text(text)
+
+
+@needs_library
+def test_a_library_that_is_broken_or_of_something_else(folder: Path) -> None:
+    source = folder.parent / "other.c"
+    source.write_text("int other(void) { return 0; }\n")
+    for path in folder.glob("*.so"):
         path.unlink()
         path.write_bytes(b"no library")
-    assert "cannot be loaded" in said(package)
-
-
-@needs_library
-def test_a_library_of_something_else(package: Path, tmp_path: Path) -> None:
-    source = tmp_path / "other.c"
-    source.write_text("int other(void) { return 0; }\n")
-    for path in (package / "smoa_kernels" / "native").glob("*.so"):
+    assert "cannot be loaded" in said()
+    for path in folder.glob("*.so"):
         path.unlink()
         subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
-    assert "cannot be loaded" in said(package)
+    assert "cannot be loaded" in said()
 
 
 @pytest.mark.slow

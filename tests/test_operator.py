@@ -8,69 +8,39 @@ from typing import Any
 
 import pytest
 import torch
-from problems import DEVICE, LinearProblem, flat_call, make_problem
+from problems import LinearProblem, make_problem
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smoa_kernels import FusedSMoALinear, operator, smoa_linear
-from smoa_kernels.backends import resolve_backend, triton_obstacle
+from smoa_kernels import FusedSMoALinear, operator
 from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.operator import LinearCall, linear, linear_backward
 
 pytestmark = pytest.mark.numerical
 
 
-def arguments(
-    p: LinearProblem,
-    algorithm: str = "auto",
-    dropout: float = 0.0,
-    grad: bool = True,
-    backend: str = "eager",
-) -> tuple:
-    """The operator's own arguments, leaves that require grad where asked."""
-    x, bias, A, B = (t.clone().requires_grad_(grad) for t in (p.x, p.bias, p.A, p.B))
-    active = Dropout(torch.tensor(5, device=x.device), dropout, 0, x.shape[-1]) if dropout else None
-    return x, bias, algorithm, *flat_call(replace(p, A=A, B=B), active, backend)
-
-
 def test_schema_and_bundle_agree() -> None:
     """Names and types are `unflatten`'s; what `flatten` gives must stand in their order."""
-    p = make_problem()
+    p, dropout = make_problem(), Dropout(torch.tensor(5), 0.25, 7, 400)
+    partition, scaling = p.partition, scaling_tensor(p.scaling, p.x.device)
+    adapter = PackedAdapter(p.weight, p.A, p.B, partition, p.ranks, scaling, p.ranks.tolist())
+    tensors, settings = LinearCall(adapter, dropout, "eager").flatten()
     arguments = [a.name for a in linear._schema.arguments[3:]]
     assert arguments == list(inspect.signature(LinearCall.unflatten).parameters)
     assert arguments == [a.name for a in linear_backward._schema.arguments[3:]]
-    dropout = Dropout(torch.tensor(5), 0.25, 7, 400)
-    partition = p.partition
     expected = {name: getattr(partition, name) for name in arguments if hasattr(partition, name)}
     expected |= {"weight": p.weight, "A": p.A, "B": p.B, "ranks": p.ranks, "block_ranks": p.ranks.tolist()}
-    expected |= {"dropout_seed": dropout.seed, "dropout_p": 0.25, "column_offset": 7}
+    expected |= {"dropout_seed": dropout.seed, "dropout_p": 0.25, "column_offset": 7, "scaling": scaling}
     expected |= {"global_in_features": 400, "backend": "eager", "block_sizes": partition.sizes()}
-    given = dict(zip(arguments, flat_call(p, dropout), strict=True))
-    assert given.pop("scaling") == p.scaling
+    given = dict(zip(arguments, (*tensors, *settings), strict=True))
     assert given.keys() == expected.keys()
     for name, value in given.items():
         assert value is expected[name] or value == expected[name], name
-    flat = flat_call(p, dropout)
-    tensors, settings = LinearCall.unflatten(*flat).flatten()
-    assert all(a is b or a == b for a, b in zip((*tensors, *settings), flat, strict=True))
-
-
-@pytest.mark.parametrize("backend", ["eager", "reference"])
-@pytest.mark.parametrize("algorithm", ["auto", "merged", "split", "expanded", "dropout"])
-def test_opcheck(algorithm: str, backend: str) -> None:
-    options = {"dropout": 0.3} if algorithm == "dropout" else {"algorithm": algorithm}
-    torch.library.opcheck(linear, arguments(make_problem(dtype=torch.float32), backend=backend, **options))
-
-
-@pytest.mark.parametrize("backend", ["eager", "reference"])
-@pytest.mark.parametrize("needs_x", [True, False])
-@pytest.mark.parametrize("keeps_x", [True, False])
-def test_opcheck_backward(needs_x: bool, keeps_x: bool, backend: str) -> None:
-    p = make_problem(dtype=torch.float32)
-    x, _, _, *call = arguments(p, grad=False, backend=backend)
-    torch.library.opcheck(linear_backward, (p.dy, x if keeps_x else None, needs_x, *call))
+    again = LinearCall.unflatten(*tensors, *settings).flatten()
+    assert all(a is b or a == b for a, b in zip((*again[0], *again[1]), given.values(), strict=True))
 
 
 # Without the dispatcher
@@ -91,10 +61,8 @@ class Special(Tensor):
     """A class that could have its own way with operators."""
 
 
-def call(p: LinearProblem, x: Tensor, backend: str = "eager") -> Tensor:
-    return smoa_linear(
-        x, p.weight, p.bias, p.A, p.B, p.partition, p.ranks, scaling=p.scaling, backend=backend
-    )
+def call(p: LinearProblem, x: Tensor) -> Tensor:
+    return replace(p, x=x).forward(backend="eager")
 
 
 @pytest.fixture
@@ -142,42 +110,15 @@ def test_what_watches_operators_sees_it(watcher: str, grad: bool) -> None:
         elif watcher == "class":
             call(p, x.as_subclass(Special))
         else:
-            p = replace(p.to("meta"), ranks=p.ranks.to("meta"), partition=p.partition.to("meta"))
+            p = p.on("meta")
             x = p.x.requires_grad_(grad)
         call(p, x)
-
-
-def imaginary(x: Tensor) -> Tensor:
-    """Equal to x, but stored negated: a lazy conjugate's imaginary part."""
-    return torch.complex(torch.zeros_like(x), -x).conj().imag
-
-
-@pytest.mark.parametrize("backend", ["eager", "native", "triton", "reference"])
-@pytest.mark.parametrize("name", ["x", "weight", "bias", "A", "B", "dy"])
-def test_a_tensor_that_is_stored_negated(backend: str, name: str) -> None:
-    p = make_problem(dtype=torch.float32, tokens=40, bias=True)
-    try:
-        resolve_backend(backend, p.x.device, torch.float32, p.A.shape[0])
-    except ValueError as error:
-        pytest.skip(str(error))
-    negated = imaginary(getattr(p, name))
-    assert negated.is_neg()
-    for form in (negated, torch._neg_view(-getattr(p, name))):
-        found, expected = (
-            (
-                call(q, q.x, backend=backend),
-                *q.run(backend=backend),
-            )  # whose leaves are copies, stored as they are
-            for q in (replace(p, **{name: form}), p)
-        )
-        for one, two in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, two)
 
 
 def test_a_gradient_of_zeros_that_are_nowhere() -> None:
     p = make_problem(dtype=torch.float32, tokens=40)
     x = p.x.clone().requires_grad_()
-    y = smoa_linear(x, p.weight, None, p.A, p.B, p.partition, p.ranks, scaling=p.scaling)
+    y = replace(p, x=x).forward()
     zeros = torch._efficientzerotensor(y.shape, device=y.device)
     (dx,) = torch.autograd.grad(y, x, zeros)
     assert torch.equal(dx, torch.zeros_like(dx))
@@ -232,31 +173,6 @@ def run(block: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     return (y.detach(), *(p.grad for p in block.parameters() if p.grad is not None))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"algorithm": "split"},
-        {"backend": "triton"},
-        {"backend": "triton", "algorithm": "merged"},
-        {"backend": "triton", "dropout": 0.3},
-    ],
-    ids=str,
-)
-def test_a_backend_or_algorithm_of_ones_own_compiles_whole(settings: dict[str, object]) -> None:
-    """What it takes to choose a backend, imports among it, is nothing that a compiler may look into."""
-    if (obstacle := triton_obstacle(DEVICE)) is not None and "backend" in settings:
-        pytest.skip(obstacle)
-    torch.manual_seed(0)
-    layer = FusedSMoALinear(40, 33, r=6, num_blocks=2, **settings)
-    nn.init.normal_(layer.smoa_B, std=0.1)
-    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(12, 40)
-    torch.manual_seed(1)
-    expected = run(layer, x)
-    torch.manual_seed(1)
-    for ours, eager in zip(run(compiled, x), expected, strict=True):
-        torch.testing.assert_close(ours, eager)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole_and_equals_eager(dynamic: bool, dropout: float) -> None:
@@ -285,25 +201,6 @@ def test_inductor_compiles_it() -> None:
         pytest.skip(f"inductor needs a C++ compiler: {error}")
     for ours, eager in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("backend", "algorithm"),
-    [("eager", "split"), ("reference", "merged"), ("triton", "auto"), ("triton", "fused")],
-)
-def test_compiles_whole_whatever_is_chosen(backend: str, algorithm: str) -> None:
-    """Backend and algorithm are settled while the compiler looks on, by imports that it cannot follow."""
-    if backend == "triton":
-        pytest.importorskip("triton", reason="the kernels run in Triton's interpreter here")
-    torch.manual_seed(0)
-    layer = FusedSMoALinear(40, 33, r=6, num_blocks=2, backend=backend, algorithm=algorithm)
-    nn.init.normal_(layer.smoa_B, std=0.1)
-    x = torch.randn(7, 40)
-    expected = run(layer, x)
-    for ours, eager in zip(
-        run(torch.compile(layer, fullgraph=True, backend="aot_eager"), x), expected, strict=True
-    ):
-        torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.slow

@@ -81,16 +81,6 @@ def test_reference_equals_c_oracle(ranks: tuple[int, ...], random_labels: bool, 
     assert_close(delta, c_oracle.delta_weight(*arguments, scaling=0.7))
 
 
-def test_spectral_order_equals_c_oracle() -> None:
-    weight = torch.randn(21, 34, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(7))
-    U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
-    orders = c_oracle.spectral_orders(U, sigma, Vh.T)
-    partition = BlockPartition.from_weight(weight, 4)
-    assert partition.row_order.tolist() == orders.row_order.tolist()
-    assert partition.col_order.tolist() == orders.col_order.tolist()
-    assert partition.row_block.tolist() == c_oracle.block_labels(orders.row_order, 4).tolist()
-
-
 def test_packing_checks_its_blocks() -> None:
     partition = BlockPartition.from_labels(torch.tensor([0, 0, 1]), torch.tensor([0, 1]), 2)
     A, B = [torch.ones(1, 1), torch.ones(2, 1)], [torch.ones(2, 1), torch.ones(1, 2)]

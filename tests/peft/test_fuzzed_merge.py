@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from draws import given, share, st
-from fuzzed import DTYPES, compare, problems
+from fuzzed import compare, problems
 from peft import get_peft_model
-from problems import LinearProblem
+from problems import DTYPES, LinearProblem
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

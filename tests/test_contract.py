@@ -1,0 +1,385 @@
+"""What every backend promises of every algorithm in every dtype, each promise once.
+
+The cases are `problems.all_cases`: an axis that is added there reaches every test. What is special to one backend,
+to the operator or to the layer has its own file; single kernels are tests/kernels/'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from problems import (
+    DEVICE,
+    HALF,
+    LAYOUTS,
+    LEAVES,
+    NAMES,
+    SLOW,
+    Case,
+    LinearProblem,
+    assert_within_budget,
+    cases,
+    each,
+    error_over_budget,
+    relative_error,
+    small_update,
+    some,
+    survival,
+    widest,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from smoa_kernels import BlockPartition
+from smoa_kernels.definition.packed import padding_masks
+from smoa_kernels.definition.reference import reference_linear
+
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("poisoned_memory")]
+
+each_case = each(lambda backend: list(cases(backend)))
+each_way = each(widest)
+each_slowly = each(widest, interpreted=False)
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "uneven, one of rank 0": {"random_labels": True},
+    "one block": {"ranks": (4,), "bias": False},  # K = 1 is HiRA
+    "more blocks than rows": {"ranks": (2,) * 9, "random_labels": True, "out_features": 7, "in_features": 5},
+    "primes": {"tokens": 13, "out_features": 31, "in_features": 29, "ranks": (2, 1)},
+    "one token": {"tokens": 1, "ranks": (0, 0, 1)},
+    "one of everything": {"tokens": 1, "out_features": 1, "in_features": 1, "ranks": (1,)},
+    "no rank": {"ranks": (0, 0)},
+    "high rank": {"tokens": 3, "ranks": (40, 1)},
+}
+
+
+def equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for name, ours, theirs in zip(NAMES, found, expected, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@each_way
+def test_results_of_every_shape(case: Case, shape: str) -> None:
+    p = case.problem(**SHAPES[shape])
+    assert_within_budget(p.run(**case.options), case, p)
+
+
+@each_slowly
+def test_results_of_several_panels(case: Case) -> None:
+    """More tokens and rows than any backend works on at a time."""
+    p = case.problem(tokens=530, out_features=800, in_features=24, ranks=(2, 1))
+    assert_within_budget(p.run(**case.options), case, p)
+
+
+@each_case
+def test_results_in_every_dtype(case: Case) -> None:
+    """Factors in W0's dtype, and in float32 over a half base."""
+    p = case.problem(tokens=40, out_features=70, in_features=90, ranks=(3, 2))
+    wide = case.dtype if case.backend == "reference" else torch.promote_types(case.dtype, torch.float32)
+    for factor_dtype in {case.dtype, wide}:  # written out, the definition rounds once more than autograd's
+        mixed = p.to(case.dtype, factor_dtype)
+        assert_within_budget(mixed.run(**case.options), case, mixed)
+
+
+@each(lambda backend: list(cases(backend)), interpreted=False)
+def test_two_runs_are_bitwise_equal(case: Case) -> None:
+    p = case.problem(random_labels=True)
+    equal(p.run(**case.options), p.run(**case.options))
+
+
+@pytest.mark.parametrize("layout", [*list(LAYOUTS)[1:], "expanded", "windows"])
+@each_slowly
+def test_any_strides(case: Case, layout: str) -> None:
+    p = case.problem(random_labels=True)
+    if layout == "expanded":  # one row for all: what sum() hands to backward
+        p = replace(p, x=p.x[:1].expand_as(p.x), dy=p.dy[:1].expand_as(p.dy))
+    elif layout == "windows":  # both strides 1
+        line = torch.randn(sum(p.x.shape), dtype=case.dtype)
+        p = replace(p, x=line.unfold(0, p.x.shape[1], 1)[: p.x.shape[0]])
+    else:
+        p = p.stored(LAYOUTS[layout])
+    assert_within_budget(p.run(**case.options), case, p)
+
+
+@each_slowly
+def test_blocks_listed_in_any_order_and_integer_dtype(case: Case) -> None:
+    """Nothing says that what a block lists ascends, or how its integers are stored."""
+    p = case.problem(random_labels=True)
+    labels, indices = p.partition.tensors()[:2], p.partition.tensors()[2:]
+    strided = [torch.stack([index, index], 1)[:, 0] for index in indices]
+    other = BlockPartition.from_tensors([*(one.long() for one in labels), *strided], p.partition.sizes())
+    equal(replace(p, partition=other).run(**case.options), p.run(**case.options))
+    sizes = p.partition.sizes()
+    for axis, parts in ((0, sizes[: len(sizes) // 2]), (1, sizes[len(sizes) // 2 :])):
+        indices[axis] = torch.cat([block.flip(0) for block in indices[axis].split(parts)])
+    turned = replace(p, partition=BlockPartition.from_tensors([*labels, *indices], sizes))
+    assert_within_budget(turned.run(**case.options), case, turned)
+
+
+@pytest.mark.parametrize("leading", [(), (2, 3), (0,), (3, 0)])
+@each_way
+def test_any_leading_dimensions(case: Case, leading: tuple[int, ...]) -> None:
+    flat = case.problem(tokens=torch.Size(leading).numel())
+    folded = replace(flat, x=flat.x.view(*leading, 57), dy=flat.dy.view(*leading, 33))
+    y, dx, *others = folded.run(**case.options)
+    assert (y.shape, dx.shape) == ((*leading, 33), (*leading, 57))
+    equal((y.reshape(-1, 33), dx.reshape(-1, 57), *others), flat.run(**case.options))
+    assert flat.x.numel() or not any(map(Tensor.any, others))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(0, 6), (6, 0)])
+@each_way
+def test_a_weight_without_elements(case: Case, rows: int, cols: int) -> None:
+    p = case.problem(tokens=3, out_features=6, in_features=6, ranks=(2,))
+    cut = replace(
+        p, x=p.x[:, :cols], weight=p.weight[:rows, :cols], bias=p.bias[:rows], A=p.A[:, :cols], B=p.B[:rows],
+        dy=p.dy[:, :rows], partition=p.partition.shard(slice(0, rows), slice(0, cols)),
+    )  # fmt: skip
+    y, dx, dA, dB, dbias = cut.run(**case.options)
+    assert torch.equal(y, p.bias[:rows].expand(3, -1))
+    assert torch.equal(dbias, p.dy[:, :rows].sum(0))
+    assert not any(map(Tensor.any, (dx, dA, dB)))
+
+
+@pytest.mark.parametrize(
+    "rubbish", [float("nan"), *(pytest.param(x, marks=SLOW) for x in (7.0, float("inf")))]
+)
+@each_way
+def test_padding_is_ignored_and_its_gradient_is_zero(case: Case, rubbish: float) -> None:
+    """Memory that nobody initialised, or an optimiser that divided by zero there, must not reach a result."""
+    clean, dirty = (case.problem(ranks=(3, 0, 20), fill_padding=False) for _ in range(2))
+    used_A, used_B = padding_masks(dirty.partition, dirty.ranks, 20)
+    dirty.A[~used_A], dirty.B[~used_B] = rubbish, rubbish
+    found = dirty.run(**case.options)
+    equal(found, clean.run(**case.options))
+    assert not found[2][~used_A].any()
+    assert not found[3][~used_B].any()
+
+
+NAN, INF = float("nan"), float("inf")
+POISONS = [("x", NAN), ("x", INF), ("weight", NAN), ("weight", INF), ("A", NAN), ("B", INF), ("dy", NAN)]
+
+
+def poisoned(case: Case, name: str, value: float, block: int) -> LinearProblem:
+    """One poisoned number in the part of a tensor that belongs to a block; block 1 has rank zero."""
+    p = case.problem(tokens=6, out_features=21, in_features=26)
+    row, col = int(p.partition.rows(block)[1]), int(p.partition.cols(block)[1])
+    place = {"x": (2, col), "dy": (2, row), "weight": (row, col), "A": (0, col), "B": (row, 0)}[name]
+    getattr(p, name)[place] = value
+    return p
+
+
+def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
+    """Not finite wherever the definition's is not, and nowhere else; the rest is the definition's."""
+    finite = ours.isfinite()
+    assert not (finite & ~theirs.isfinite()).any()
+    # A broken factor meets the zeros of other blocks in merged and expanded, and 0 · NaN is NaN: it may spread.
+    assert poison in "AB" or torch.equal(finite, theirs.isfinite())
+    rtol, atol = (4e-2, 4e-2) if ours.dtype in HALF else (2e-4, 2e-5)
+    torch.testing.assert_close(ours[finite], theirs[finite], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("poison", POISONS, ids=str)
+@each(lambda backend: some(backend, torch.float32, torch.bfloat16), interpreted=False)
+def test_what_is_not_finite_is_not_hidden(case: Case, poison: tuple[str, float], block: int) -> None:
+    p = poisoned(case, *poison, block)
+    for ours, theirs in zip(p.run(**case.options), case.definition(p), strict=True):
+        assert_nothing_hidden(ours, theirs, poison[0])
+
+
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=SLOW)])
+@each(lambda backend: some(backend, *HALF) if backend != "reference" else [], interpreted=False)
+def test_a_small_update_survives(case: Case, bias: bool) -> None:
+    """An update far below the last bit of half precision arrives, for base and bias are added to it.
+
+    A merged weight is rounded itself and delivers nothing; the definition (left out) rounds the base's output first.
+    """
+    p = small_update(case, 256 if case.backend == "triton" else 4096, bias)  # few in the interpreter
+
+    def autocast(p: LinearProblem) -> Tensor:
+        with torch.autocast(DEVICE.type, case.dtype):
+            return p.to(torch.float32).forward(backend=case.backend)
+
+    ways = [partial(LinearProblem.forward, **case.options | more) for more in ({}, {"algorithm": "auto"})]
+    for run in (*ways, *([] if case.dropout else [autocast])):
+        share, noise = survival(case, p, run)
+        expected = 0 if case.algorithm == "merged" and run is ways[0] else 1
+        if expected or case.dtype == torch.bfloat16:  # in float16 some of it survives
+            assert abs(share - expected) < max(0.05, 4 * noise)
+
+
+# Autograd
+
+
+@each_way
+def test_only_the_gradients_that_are_asked_for(case: Case) -> None:
+    p = case.problem(tokens=5)
+    whole = dict(zip(LEAVES, p.run(**case.options)[1:], strict=True))
+    for wanted in ((), *((name,) for name in LEAVES), ("x", "B")):
+        leaves = p.leaves(*wanted)
+        y = leaves.forward(**case.options)
+        assert y.requires_grad == bool(wanted)
+        if wanted:
+            y.backward(p.dy)
+        for name in LEAVES:
+            gradient = getattr(leaves, name).grad
+            assert (gradient is not None) == (name in wanted), wanted
+            assert gradient is None or torch.equal(gradient, whole[name]), (wanted, name)
+
+
+@each_way
+def test_saves_x_the_factors_and_frozen_tensors_only(case: Case) -> None:
+    p, options = case.problem(), case.options
+    p = replace(p, scaling=torch.tensor(0.7, dtype=torch.float64))
+    known = [p.x, p.A, p.B, p.weight, p.ranks, p.scaling, *p.partition.tensors()]
+    known += [value for value in options.values() if isinstance(value, Tensor)]
+    saved: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    for wanted in (LEAVES, ("x",)):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            p.leaves(*wanted).forward(**options)
+        found = {t.data_ptr() for t in saved}
+        assert found <= {t.data_ptr() for t in known}
+        assert (p.x.data_ptr() in found) == ("A" in wanted)  # frozen factors do not keep x
+
+
+@each(lambda backend: some(backend, torch.bfloat16) if backend != "reference" else [])
+def test_autocast_is_a_cast_of_x_and_the_frozen_tensors(case: Case) -> None:
+    stored = case.problem().to(torch.float32)
+    cast = stored.to(torch.bfloat16, torch.float32)
+    found = replace(stored, dy=cast.dy).run(autocast=torch.bfloat16, **case.options)
+    assert [t.dtype for t in found] == [torch.bfloat16, *(torch.float32,) * 4]
+    dtypes = [t.dtype for t in case.definition(cast)]
+    assert_within_budget(tuple(map(Tensor.to, found, dtypes)), case, cast)
+
+
+# Dropout
+
+
+each_dropout = each(lambda backend: [case for case in widest(backend) if case.dropout])
+
+
+@each_dropout
+def test_a_mask_is_drawn_by_seed_and_recomputed(case: Case) -> None:
+    p = case.problem()
+    drawn = {"backend": case.backend, "dropout_p": 0.4}
+
+    def run(how: bool | None) -> tuple[Tensor, ...]:
+        torch.manual_seed(11)
+        leaves = p.leaves(*LEAVES)
+
+        def call(x: Tensor) -> Tensor:
+            return replace(leaves, x=x).forward(**drawn)
+
+        y = call(leaves.x) if how is None else checkpoint(call, leaves.x, use_reentrant=how)
+        y.backward(p.dy)
+        return (y.detach(), *(getattr(leaves, name).grad for name in LEAVES))
+
+    for how in (None, True, False):  # without checkpointing, and both kinds of it
+        equal(run(how), run(None))
+    assert not torch.equal(run(None)[0], p.run(**drawn)[0])
+
+
+@each_dropout
+def test_a_shard_draws_its_columns_of_the_whole_mask(case: Case) -> None:
+    p = case.problem(random_labels=True)
+    whole, parts = p.run(**case.options), []
+    for first, last in ((0, 23), (23, 57)):
+        cols = slice(first, last)
+        shard = replace(
+            p, x=p.x[:, cols], weight=p.weight[:, cols], A=p.A[:, cols], bias=p.bias if first == 0 else None,
+            partition=p.partition.shard(col_slice=cols),
+        )  # fmt: skip
+        parts.append(shard.run(column_offset=first, global_in_features=57, **case.options))
+    (y, dx, dA, dB, dbias), others = parts
+    dx, dA = (torch.cat([left, right], 1) for left, right in ((dx, others[1]), (dA, others[2])))
+    joined = y + others[0], dx, dA, dB + others[3], dbias
+    for name, ours, theirs in zip(NAMES, joined, whole, strict=True):
+        assert relative_error(ours, theirs) < 1e-6, name
+
+
+# Compilers
+
+
+class Recording(TorchDispatchMode):
+    """Collects the calls of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "smoa":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "wanted", [LEAVES, pytest.param(("x",), marks=SLOW), pytest.param(("A",), marks=SLOW)]
+)
+@each_way
+def test_opcheck(case: Case, wanted: tuple[str, ...]) -> None:
+    """Forward, and backward with all gradients, with dX alone and with the factors' alone."""
+    p = case.problem(tokens=5)
+    with Recording() as recording:
+        p.leaves(*wanted).forward(**case.options).backward(p.dy)
+    (linear, arguments), (backward, others) = recording.calls
+    assert (linear, backward) == (torch.ops.smoa.linear.default, torch.ops.smoa.linear_backward.default)
+    torch.library.opcheck(linear, arguments)
+    # A gradient of the backward's own is refused: tests/test_functional.py.
+    torch.library.opcheck(backward, tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, others))
+
+
+@each_way
+def test_compiles_whole(case: Case) -> None:
+    """Backend and algorithm are settled while the compiler looks on, by imports that it cannot follow."""
+    torch._dynamo.reset()
+    p = case.problem(ranks=(3, 1, 2))
+    dropout = case.dropout
+    settings = {"dropout": dropout.p} if dropout else {"algorithm": case.algorithm}
+    layer = p.layer(backend=case.backend, **settings)
+
+    def run(module: nn.Module) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        x = p.x.clone().requires_grad_()
+        y = module(x)
+        return (y.detach(), *torch.autograd.grad(y, (x, layer.smoa_A, layer.smoa_B), p.dy))
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled), run(layer))
+
+
+# The merged weight
+
+
+@each(lambda backend: [case for case in cases(backend) if case.algorithm == "merged"])
+def test_merge_is_delta_weight_and_unmerge_restores_every_bit(case: Case) -> None:
+    p = case.problem(random_labels=True)
+    exact, same = p.to(torch.float64), p.weight + p.delta_weight()
+    layer = replace(p, weight=p.weight.clone()).layer(partition=p.partition, backend=case.backend)
+    assert error_over_budget(layer.delta_weight(), p.delta_weight(), exact.delta_weight()) <= 1
+    layer.merge()
+    assert error_over_budget(layer.weight, same, exact.weight + exact.delta_weight()) <= 1
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[case.dtype.itemsize]
+    for poison in (("x", 1.0), *POISONS[2:-1]):
+        p = poisoned(case, *poison, 0)
+        layer = replace(p, weight=p.weight.clone()).layer(partition=p.partition, backend=case.backend)
+        layer.merge()
+        assert_nothing_hidden(layer(p.x), p.forward(reference_linear), poison[0])
+        layer.unmerge()
+        assert torch.equal(layer.weight.view(bits), p.weight.view(bits))
