@@ -43,7 +43,7 @@ class BlockOrder:
 
     @property
     def T(self) -> BlockOrder:
-        """That of W_effᵀ."""
+        """The same for W_effᵀ: rows and columns swapped."""
         return BlockOrder(
             weight=self.weight.T,
             A=self.B.T,
@@ -108,7 +108,7 @@ def block_indices(adapter: PackedAdapter) -> tuple[Tensor | None, Tensor | None]
 
 
 def block_order(adapter: PackedAdapter) -> BlockOrder:
-    """Of an adapter: its factors are copied, W0 is not."""
+    """Build an adapter's BlockOrder; copies the factors, references W0."""
     p = adapter.partition
     # As wide as W0 and never narrower than float32: the factors are small, and products of them are not.
     dtype = torch.promote_types(adapter.weight.dtype, torch.float32)

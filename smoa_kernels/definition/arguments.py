@@ -1,4 +1,4 @@
-"""Checks of the operator's arguments, all before anything is computed: what each must be, and what was given."""
+"""Checks of the operator's arguments, made before anything is computed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_arguments(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> None:
-    """All but the choice of algorithm and backend, and the range of ranks.
+    """Check all arguments but the algorithm, the backend and the range of the ranks.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -49,7 +49,7 @@ def check_arguments(
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:
-    """Whether `x Wᵀ` can be had, outside autocast in one dtype."""
+    """Check that `x Wᵀ` can be computed; outside autocast both must have one dtype."""
     _check_dense(x, {"x": x, "weight": weight})
     _check_features(x, weight)
     if not autocast_enabled(x):
@@ -57,7 +57,7 @@ def check_input(x: Tensor, weight: Tensor) -> None:
 
 
 def check_block_ranks(block_ranks: Sequence[int] | None, num_blocks: int, rho: int) -> None:
-    """Whether the host's numbers can be ranks; whether they are those of the tensor, `check_ranks` says."""
+    """Check that `block_ranks` can be ranks; `check_ranks` compares them with the tensor's."""
     if block_ranks is None:
         return
     numbers = isinstance(block_ranks, Sequence) and all(isinstance(rank, int) for rank in block_ranks)
@@ -68,7 +68,7 @@ def check_block_ranks(block_ranks: Sequence[int] | None, num_blocks: int, rho: i
 
 
 def check_ranks(ranks: Tensor, block_ranks: Sequence[int] | None, rho: int) -> None:
-    """On CPU only: reading them from a GPU would wait for it. There they end at ρ."""
+    """Check the ranks' range on a CPU. On a GPU reading them would wait; there the kernels cut them off at ρ."""
     if ranks.device.type != "cpu":
         return
     given = ranks.tolist()
@@ -144,7 +144,7 @@ def _check_tensors(
 
 
 def _check_dense(x: Tensor, named: Mapping[str, Tensor | None]) -> None:
-    """Whether all but a bias that is None are dense tensors on x's device, and all but ranks floating point."""
+    """Check that all (a bias may be None) are dense tensors on x's device, and all but ranks floating point."""
     for name, value in named.items():
         if not isinstance(value, Tensor) and not (value is None and name == "bias"):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")

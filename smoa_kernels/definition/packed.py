@@ -62,7 +62,7 @@ class PackedAdapter:
         )
 
     def host_ranks(self) -> Sequence[int]:
-        """The ranks as numbers. Waits for a GPU that alone has them, and takes what lies outside as 0 or ρ."""
+        """The ranks as numbers, cut off at 0 and ρ. Waits for the GPU if only the GPU has them."""
         if self.block_ranks is not None:
             return self.block_ranks
         return cast("list[int]", self.ranks.clamp(0, self.A.shape[0]).tolist())
@@ -140,7 +140,7 @@ def pack_factors(
         partition: the blocks.
 
     Raises:
-        TypeError: what is no matrix of floating-point numbers, or they differ in dtype or device.
+        TypeError: a factor is not a matrix of floating-point numbers, or factors differ in dtype or device.
         ValueError: a factor whose shape does not fit its block.
 
     Example:
