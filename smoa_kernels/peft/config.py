@@ -38,10 +38,6 @@ class LayerSettings(NamedTuple):
         block_ranks: rank of each block, or None to share r evenly.
         alpha: numerator of the scaling; r when None.
         config: everything that is the same for all layers.
-
-    Example:
-        >>> LayerSettings(r=8, num_blocks=2, block_ranks=None, alpha=16, config=SMoAConfig()).scaling
-        2.0
     """
 
     r: int
@@ -102,59 +98,28 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         ('SMOA', ['q_proj', 'v_proj'])
     """
 
-    r: int = field(default=8, metadata={"help": "Rank budget of a layer over all its blocks"})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of the modules to adapt, a regular expression, or 'all-linear'"},
-    )
-    num_blocks: int = field(default=2, metadata={"help": "Number of aligned blocks; 1 is HiRA"})
-    block_ranks: list[int] | None = field(
-        default=None, metadata={"help": "Rank of each block (num_blocks numbers that sum to r)"}
-    )
-    smoa_alpha: float | None = field(
-        default=None, metadata={"help": "The update is scaled by alpha / r; r when None"}
-    )
-    smoa_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input"})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)"})
-    init_weights: bool = field(
-        default=True, metadata={"help": "True: start as an identity; False: random weights, for tests"}
-    )
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored (in, out)"})
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'smoa_only'"})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained and saved in full"}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules not to adapt, named as in target_modules"}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt"}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in"}
-    )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "r of the layers whose names match a key"}
-    )
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "alpha of the layers whose names match a key"}
-    )
-    num_blocks_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "num_blocks of the layers whose names match a key"}
-    )
-    algorithm: str = field(default="auto", metadata={"help": f"One of {', '.join(ALGORITHM_CHOICES)}"})
-    backend: str = field(default="auto", metadata={"help": f"One of {', '.join(BACKEND_CHOICES)}"})
-    strict_base: bool = field(
-        default=False, metadata={"help": "Refuse an adapter that was trained over another base weight"}
-    )
-    format_version: int | None = field(
-        default=None,
-        metadata={"help": "Format version of the file that this was read from; None for a new one"},
-    )
-    weights_sha256: str | None = field(
-        default=None,
-        metadata={"help": "SHA-256 of the weights that the file was saved with; None where any will do"},
-    )
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    num_blocks: int = 2
+    block_ranks: list[int] | None = None
+    smoa_alpha: float | None = None
+    smoa_dropout: float = 0.0
+    use_rslora: bool = False
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    num_blocks_pattern: dict[str, int] = field(default_factory=dict)
+    algorithm: str = "auto"
+    backend: str = "auto"
+    strict_base: bool = False
+    format_version: int | None = None
+    weights_sha256: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,10 +32,6 @@ class LayerReport:
         fingerprint: first digits of the sketch of W0, the same for the same base in the same precision.
         base_distance: estimate of the relative difference between the given base and the one that the adapter was
             trained over; None without a base, infinity for a layer that the base lacks or has in another shape.
-
-    Example:
-        >>> LayerReport("q_proj", (6, 8), ranks=(2, 2), parameters=28, fingerprint="0123", base_distance=0.002).fits
-        True
     """
 
     name: str
@@ -65,10 +61,6 @@ class AdapterReport:
         layers: its layers, sorted by name, with numbers by value.
         file_size: bytes of the file of weights.
         other_tensors: names of further tensors in the file (biases, modules that are saved in full).
-
-    Example:
-        >>> AdapterReport(SMoAConfig(), layers=(), file_size=0, other_tensors=()).parameters
-        0
     """
 
     config: SMoAConfig

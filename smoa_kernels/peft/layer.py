@@ -37,18 +37,7 @@ SpectralOrder = Callable[["SMoALayer", int], BlockPartition]
 
 
 def order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
-    """Compute the blocks of a layer's W0.
-
-    Args:
-        layer: the layer over W0.
-        num_blocks: K.
-
-    Example:
-        >>> from smoa_kernels.peft import Linear, SMoAConfig
-        >>> layer = Linear(nn.Linear(8, 6), "default", SMoAConfig(r=4).for_layer(""))
-        >>> order_of(layer, 3).row_sizes
-        (2, 2, 2)
-    """
+    """Compute K blocks of a layer's W0."""
     return BlockPartition.from_weight(layer.base_weight(), num_blocks)
 
 
@@ -187,10 +176,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         ranks = settings.ranks
         self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
         self.block_ranks[adapter_name], self.scaling[adapter_name] = ranks, settings.scaling
-        self.smoa_dropout[adapter_name], self.init_weights[adapter_name] = (
-            config.smoa_dropout,
-            config.init_weights,
-        )
+        self.smoa_dropout[adapter_name] = config.smoa_dropout
+        self.init_weights[adapter_name] = config.init_weights
         self.algorithm[adapter_name], self.backend[adapter_name] = config.algorithm, config.backend
         rho = max(ranks)
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(rho, self.in_features))

@@ -31,14 +31,6 @@ class Sorting:
         expected: called when a layer first asks: the linear layers whose weights will be asked for, in that order,
             each with its number of blocks. A weight that it misses, or that is not in the CPU's memory, is sorted when
             it is asked for.
-
-    Example:
-        >>> from smoa_kernels.peft import Linear, SMoAConfig
-        >>> bases, settings = [nn.Linear(8, 6), nn.Linear(8, 6)], SMoAConfig(r=4, num_blocks=3).for_layer("")
-        >>> with Sorting(lambda: [(base, 3) for base in bases]) as sorting:
-        ...     layers = [Linear(base, "default", settings, spectral_order=sorting) for base in bases]
-        >>> [layer.partition("default").row_sizes for layer in layers]
-        [(2, 2, 2), (2, 2, 2)]
     """
 
     def __init__(self, expected: Callable[[], Iterable[tuple[nn.Linear | Conv1D, int]]]) -> None:
