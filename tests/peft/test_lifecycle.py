@@ -137,17 +137,9 @@ def test_a_layer_that_computes_something_else_is_called(tokens):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin = Doubled(12, 9)
-
-        def forward(self, x):
-            return self.lin(x)
-
-    base = Model()
+    base = nn.Sequential(Doubled(12, 9))
     x = torch.randn(4, 12)
     expected = base(x)
-    model = get_peft_model(base, SMoAConfig(r=4, target_modules=["lin"], init_weights=False)).eval()
+    model = get_peft_model(base, SMoAConfig(r=4, target_modules=["0"], init_weights=False)).eval()
     layer = next(iter(layers(model).values()))
     close(model(x), expected + x @ layer.get_delta_weight("default").T)

@@ -99,23 +99,11 @@ def test_weight_with_nan_is_named_and_nothing_is_wrapped(llama):
     assert not layers(model)
 
 
-def test_missing_folder(llama, tmp_path):
-    model = llama()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json' at .*nowhere"):
-        PeftModel.from_pretrained(model, str(tmp_path / "nowhere"))
-    assert_unchanged(model, before)
-
-
 SPOILED = {
     "empty": lambda data: b"",
-    "cut in its length": lambda data: data[:7],
     "cut in its header": lambda data: data[:100],
     "cut in its tensors": lambda data: data[:-1],
     "longer": lambda data: data + b"x",
-    "no JSON": lambda data: data[:8] + b"[" + data[9:],
-    "unknown dtype": lambda data: data.replace(b'"F32"', b'"F99"', 1),
-    "misspelt header": lambda data: data.replace(b"data_offsets", b"dota_offsets", 1),
     "immense header": lambda data: b"\xff" * 8 + data[8:],
 }
 
@@ -220,15 +208,6 @@ def test_a_base_with_fewer_or_more_layers_is_refused(llama, tmp_path):
         PeftModel.from_pretrained(llama(num_hidden_layers=1), tmp_path)
     with pytest.raises(ValueError, match=r"layers\.2\..*: the adapter lacks smoa_A, smoa_B, smoa_blocks"):
         PeftModel.from_pretrained(llama(num_hidden_layers=3), tmp_path)
-
-
-def test_adapter_of_another_model_is_refused(folder, llama):
-    path, _ = folder
-    model = llama(hidden_size=64)
-    # GPT-2's adapter names no module of Llama's; Llama's names the same modules in other shapes.
-    with pytest.raises(ValueError, match=r"size mismatch|not found in the base model"):
-        PeftModel.from_pretrained(model, path)
-    assert not layers(model)
 
 
 def test_another_base_weight_is_noticed(folder, make_model, tokens):

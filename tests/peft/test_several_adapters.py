@@ -1,5 +1,7 @@
 """Several adapters in one model: active at once, a batch of many, weighted sums of them."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from adapted import close, gentle, layers, logits
@@ -226,17 +228,13 @@ def test_concatenation_over_layers_with_other_ranks(llama, tokens, tmp_path):
 
 @pytest.mark.numerical
 def test_concatenation_adapts_no_layer_whose_name_ends_alike(tmp_path):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.lin, self.inner = nn.Linear(12, 12), nn.ModuleDict({"lin": nn.Linear(12, 12)})
-
-        def forward(self, x):
-            return self.inner["lin"](self.lin(x))
+    def base():
+        torch.manual_seed(0)
+        inner = nn.Sequential(OrderedDict(lin=nn.Linear(12, 12)))
+        return nn.Sequential(OrderedDict(lin=nn.Linear(12, 12), inner=inner))
 
     config = {"target_modules": "lin", "init_weights": False}
-    model = get_peft_model(Model(), SMoAConfig(r=4, **config), adapter_name="one").eval()
+    model = get_peft_model(base(), SMoAConfig(r=4, **config), adapter_name="one").eval()
     model.add_adapter("two", SMoAConfig(r=4, **config))
     model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both")
     activate(model, "both")
@@ -244,7 +242,7 @@ def test_concatenation_adapts_no_layer_whose_name_ends_alike(tmp_path):
     x = torch.randn(3, 12)
     expected = model(x)
     model.save_pretrained(tmp_path, selected_adapters=["both"])
-    close(PeftModel.from_pretrained(Model(), tmp_path / "both").eval()(x), expected)
+    close(PeftModel.from_pretrained(base(), tmp_path / "both").eval()(x), expected)
 
 
 @pytest.mark.numerical

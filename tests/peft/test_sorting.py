@@ -86,13 +86,6 @@ def test_as_many_at_once_as_there_are_threads(llama, threads, monkeypatch):
     assert not waiting.broken
 
 
-def test_not_too_many_at_once(llama, threads, sorted_in, monkeypatch):
-    """Every one takes memory."""
-    monkeypatch.setattr(sorting, "MAX_AT_ONCE", 1)
-    get_peft_model(llama(), config())
-    assert {thread for thread, _ in sorted_in} == {threading.current_thread()}
-
-
 def test_a_shared_weight_is_sorted_once(llama, threads, sorted_in):
     model = llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
@@ -184,19 +177,6 @@ def test_a_failed_injection_keeps_nothing_alive(llama, threads):
         assert kept() is None
     finally:
         gc.enable()
-
-
-def test_layers_with_other_numbers_of_blocks(llama, threads, sorted_in):
-    settings = {
-        "target_modules": ["q_proj", "up_proj"],
-        "num_blocks": 2,
-        "num_blocks_pattern": {"up_proj": 4},
-    }
-    model = get_peft_model(llama(), config(**settings))
-    layer = model.base_model.model.model.layers[1]
-    assert layer.self_attn.q_proj.partition("default").num_blocks == 2
-    assert layer.mlp.up_proj.partition("default").num_blocks == 4
-    assert len(sorted_in) == 4
 
 
 def test_one_after_another_where_the_orders_come_from_elsewhere(llama, threads):

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 
 from smoa_kernels.cli import main
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.spectrum.model import layer_kind, model_spectrum
+from smoa_kernels.spectrum.model import model_spectrum
 
 CONFIGS = {
     "SMoA": lambda targets: SMoAConfig(
@@ -171,14 +170,6 @@ def test_figures(base, tmp_path, suffix, capsys):
         assert words in text
 
 
-def test_models_saved_without_their_head(tmp_path):
-    """Whose names lack the first part."""
-    tiny_llama().model.save_pretrained(tmp_path / "base")
-    saved(tmp_path / "smoa", "SMoA")
-    assert len(model_spectrum(tmp_path / "base").layers) == 14
-    assert len(model_spectrum(tmp_path / "base", tmp_path / "smoa").layers) == 4
-
-
 def test_untrained_and_zero(base, tmp_path, capsys):
     """A fresh adapter's update is zero: its numbers are zeros, and its figure is drawn."""
     pytest.importorskip("matplotlib", reason="draws it")
@@ -192,12 +183,6 @@ def test_untrained_and_zero(base, tmp_path, capsys):
     assert {
         (u.rank, u.coverage, u.effective_rank) for u in (la.updates["ours"] for la in found.layers.values())
     } == {(0, 0.0, 0.0)}
-
-
-def test_kinds():
-    assert layer_kind("transformer.h.3.attn.c_attn") == "attn.c_attn"
-    assert layer_kind("3.mlp.experts.5.up") == "up"
-    assert layer_kind("classifier") == "classifier"
 
 
 def without(path, ending):
@@ -282,19 +267,6 @@ def test_model_folders_that_cannot_be_measured(base, tmp_path, capsys):
     assert_refused(capsys, spectrum, "config.json", base)
     (base / "config.json").unlink()
     assert_refused(capsys, spectrum, f"there is no config.json in {base}", base)
-
-
-@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
-@pytest.mark.parametrize("option", ["--json", "--figure"])
-def test_results_on_a_full_disk(base, tmp_path, capsys, option):
-    if option == "--figure":
-        pytest.importorskip("matplotlib", reason="draws it")
-    place = tmp_path / "full.svg"
-    place.symlink_to("/dev/full")
-    capsys.readouterr()
-    assert spectrum(base, "--target", "q_proj", option, place) == 2
-    assert capsys.readouterr().err == f"smoa-kernels: error: cannot write {place}: No space left on device\n"
-    assert place.is_symlink()
 
 
 @pytest.mark.slow

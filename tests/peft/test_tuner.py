@@ -277,26 +277,3 @@ def test_state_dict_of_the_whole_model(make_model, tokens):
     state[key] = state[key] ^ 1
     with pytest.raises(ValueError, match=f"{key.split('.smoa')[0]}: smoa_blocks"):
         target.load_state_dict(state)
-
-
-def test_without_peft_the_import_says_what_to_install():
-    script = """
-import sys
-sys.modules["peft"] = None
-import smoa_kernels
-try:
-    import smoa_kernels.peft
-except ImportError as error:
-    print(error)
-"""
-    root = str(Path(smoa_kernels.__file__).parents[1])
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        check=True,
-        env={**os.environ, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout.strip() == (
-        "smoa_kernels.peft needs PEFT and transformers: pip install 'smoa-kernels[peft]'"
-    )
