@@ -198,17 +198,13 @@ def anatomy(layer):
             0.02,
             0.3,
             id="nf4 in bf16",
-            marks=pytest.mark.slow,
+            marks=SLOW,
         ),
         # bitsandbytes' own product rounds x to int8 as well, ours does not.
         pytest.param(KINDS["int8"], torch.float32, 0.03, 0.03, id="int8", marks=SLOW),
         pytest.param(KINDS["torchao int8"], torch.float32, 1e-5, 0.03, id="torchao int8"),
-        pytest.param(
-            KINDS["torchao int4"], torch.float32, 1e-5, 0.5, id="torchao int4", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            KINDS["torchao int4"], torch.bfloat16, 0.02, 0.5, id="torchao int4, bf16", marks=pytest.mark.slow
-        ),
+        pytest.param(KINDS["torchao int4"], torch.float32, 1e-5, 0.5, id="torchao int4", marks=SLOW),
+        pytest.param(KINDS["torchao int4"], torch.bfloat16, 0.02, 0.5, id="torchao int4, bf16", marks=SLOW),
     ],
 )
 def test_life_cycle(saved, tokens, config, dtype, tolerance, rounding):
@@ -234,7 +230,7 @@ def test_a_packing_that_cannot_be_dequantised(saved):
         assert 0.01 < (layer.base_weight() - weight).norm() / weight.norm() < 0.15  # what 4 bits lose
 
 
-@pytest.mark.slow
+@SLOW
 def test_training_over_a_prepared_model(saved, tokens):
     base = prepare_model_for_kbit_training(load(saved, KINDS["nf4"]))
     model = adapt(base, init_weights=True, smoa_alpha=4).train()
@@ -261,7 +257,7 @@ def test_adapters_move_between_a_base_and_its_quantised_form(saved, nf4, tokens,
     assert not [w for w in recwarn if "another base weight" in str(w.message)]
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("kind", ["nf4, double", "int8", "torchao int8"])
 def test_a_merge_that_is_interrupted_anywhere(saved, kind):
     """The base is what it was, whatever PEFT had taken out of it by then; after a first merge, what that left."""
@@ -464,7 +460,7 @@ def four_bit_layer(kind="nf4", width=64):
     return layer
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("width", [64, 1216, 63, 96, 100])  # of the last three no row is whole blocks
 def test_panels_of_four_bit_weights_are_whole_blocks(kind, width, pool):
