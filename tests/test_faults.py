@@ -2,7 +2,7 @@
 
 What is promised: the exception comes through, W0 has every bit, A and B each have a whole gradient or none, and once
 the gradients are zeroed the same step gives the same bits. Nothing that the failed step allocated stays alive. A GPU's
-own faults, after which nothing can be promised: tests/test_gpu_faults.py. NaN and Inf: tests/test_not_finite.py.
+own faults, after which nothing can be promised: tests/test_gpu_faults.py. NaN and Inf: tests/test_contract.py.
 """
 
 import copy
