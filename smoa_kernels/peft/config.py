@@ -257,7 +257,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         Raises:
             ValueError: the file is too large, or does not hold a JSON object.
         """
-        return read_json(path_json_file)
+        read_json(path_json_file)  # which checks it
+        return cast("dict[str, Any]", super().from_json_file(path_json_file, **kwargs))
 
     def _check_format(self) -> None:
         if not isinstance(self.weights_sha256, (str, type(None))):
