@@ -102,7 +102,7 @@ class BlockOrder:
 
 
 def block_indices(adapter: PackedAdapter) -> tuple[Tensor | None, Tensor | None]:
-    """Rows and columns block by block; None where K = 1 and the order is W0's own."""
+    """The indices that list rows and columns block by block; None where K = 1: the order is W0's own."""
     p = adapter.partition
     return (p.row_index, p.col_index) if p.num_blocks > 1 else (None, None)
 
@@ -129,7 +129,7 @@ def block_order(adapter: PackedAdapter) -> BlockOrder:
 
 
 def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:
-    """A tensor's rows, at most so many at a time."""
+    """Cut a tensor into panels of at most `rows` rows."""
     # `split` is Python, which small layers feel.
     return (tensor,) if tensor.shape[0] <= rows else tensor.split(rows)
 
