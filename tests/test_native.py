@@ -123,6 +123,18 @@ def test_what_it_does_not_take_is_eagers(change: str, form: str) -> None:
 
 
 @needs_library
+@each_form
+def test_indices_of_any_kind(form: str) -> None:
+    """The kernels take contiguous ones alone, which a partition makes; the compiled code makes its own."""
+    p = on_cpu(tokens=50, random_labels=True)
+    labels, indices = p.partition.tensors()[:2], p.partition.tensors()[2:]
+    strided = [torch.stack([index, index], 1)[:, 0] for index in indices]
+    other = BlockPartition.from_tensors([*(one.long() for one in labels), *strided], p.partition.sizes())
+    options = FORMS[form].options
+    assert all(map(torch.equal, replace(p, partition=other).run(**options), p.run(**options)))
+
+
+@needs_library
 def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
     few = library.library().smoa_few_fit
     ranks = [max((rank for rank in range(1, 40) if few(tokens, rank)), default=0) for tokens in range(1, 10)]
