@@ -15,6 +15,7 @@ __all__ = [
     "MOST_RANKS",
     "check_blocks",
     "check_choice",
+    "check_choices",
     "check_count",
     "check_device",
     "check_finite",
@@ -36,12 +37,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def shown(value: object) -> str:
-    """Show a value in a message, like `repr` but with long values cut short.
-
-    Example:
-        >>> shown([1, 2]), shown(list(range(1000)))
-        ('[1, 2]', '[0, 1, 2, 3, 4, 5, ...]')
-    """
+    """Show a value in a message, like `repr` but with long values cut short."""
     return _SHORT.repr(value)
 
 
@@ -69,6 +65,12 @@ def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
     """`value` must be one of the allowed names."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
+
+
+def check_choices(name: str, values: Collection[str], allowed: Collection[str]) -> None:
+    """Each of `values` must be one of the allowed names."""
+    for value in values:
+        check_choice(name, value, allowed)
 
 
 def check_kind(name: str, value: object, kind: type) -> None:

@@ -11,12 +11,7 @@ __all__ = ["cache_folder", "replace_file"]
 
 
 def cache_folder() -> Path:
-    """Return `$SMOA_CACHE`, else `$XDG_CACHE_HOME/smoa-kernels`, else `~/.cache/smoa-kernels`; it may not exist yet.
-
-    Example:
-        >>> cache_folder() == Path(os.environ["SMOA_CACHE"])
-        True
-    """
+    """Return `$SMOA_CACHE`, else `$XDG_CACHE_HOME/smoa-kernels`, else `~/.cache/smoa-kernels`; it may not exist yet."""
     if own := os.environ.get("SMOA_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -26,17 +21,8 @@ def cache_folder() -> Path:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a file: write a new one beside it, flush it to the disk, and rename it over the old one.
 
-    Args:
-        path: the file, in a folder that exists.
-        data: its new content.
-
     Raises:
         OSError: the file cannot be written. The error names `path`; the old file and the folder are as before.
-
-    Example:
-        >>> replace_file(Path("table.json"), b"{}")
-        >>> Path("table.json").read_bytes()
-        b'{}'
     """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")

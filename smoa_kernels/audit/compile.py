@@ -75,11 +75,7 @@ class Binary:
 
 
 def capture(kernel: Any, launcher: Callable[[], object]) -> Launch:
-    """What `launcher()` launches `kernel` with. No kernel runs.
-
-    Raises:
-        LookupError: it did not launch `kernel`.
-    """
+    """What `launcher()` launches `kernel` with; a LookupError if it does not. No kernel runs."""
     launches: list[Launch] = []
 
     def record(launched: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -134,13 +130,7 @@ def _argument(value: Any) -> str | int | float | None:
 
 
 def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> Binary:
-    """Compile a captured launch.
-
-    Args:
-        kernel: the `@triton.jit` function.
-        launch: from :func:`capture`, or written by hand.
-        arch: what to compile for.
-    """
+    """Compile a launch, captured or written by hand."""
     signature, constants, attributes = _specialise(kernel, launch, arch)
     target = GPUTarget("hip" if arch.is_amd else "cuda", _target_arch(arch), arch.warp_size)
     source = ASTSource(kernel, signature, constants, attributes)

@@ -20,8 +20,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..checks import check_choices
 from ..cost.architectures import ARCHITECTURES, Architecture, occupancy
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..files import cache_folder, replace_file
@@ -62,21 +63,13 @@ def run_audit(
 ) -> Iterator[tuple[int, Record | None]]:
     """Audit in worker processes. A compilation that ends its process twice is one that failed.
 
-    Args:
-        archs: names from :data:`~smoa_kernels.cost.architectures.ARCHITECTURES`.
-        kernels: names from the registry; all where None.
-        dtypes: some of :data:`~smoa_kernels.definition.precision.KERNEL_PRECISIONS`.
-        jobs: worker processes; one per core where None.
-        registry: "module:attribute" of a mapping from names to `spec.Kernel`.
+    `registry` is the "module:attribute" of a mapping from names to `spec.Kernel`; `kernels` are some of its names.
 
     Yields:
         First (number of compilations, None), then (how many are left, record) as they finish.
-
-    Raises:
-        ValueError: a name that is not known.
     """
-    _check_names("arch", archs, ARCHITECTURES)
-    _check_names("dtype", dtypes, KERNEL_PRECISIONS)
+    check_choices("arch", archs, ARCHITECTURES)
+    check_choices("dtype", dtypes, KERNEL_PRECISIONS)
     with _workers(1) as pool:
         work = pool.submit(tasks, registry, tuple(archs), kernels, tuple(dtypes)).result()
     yield len(work), None
@@ -116,7 +109,7 @@ def tasks(
 ) -> list[Task]:
     """Every compilation asked for, dearest architectures first."""
     known = _load(registry)
-    _check_names("kernel", kernels or (), known)
+    check_choices("kernel", kernels or (), known)
     return [
         Task(registry, kernel.name, form, index, arch, dtype)
         for arch in archs
@@ -176,12 +169,6 @@ def _load(registry: str) -> Mapping[str, Kernel]:
     module, _, attribute = registry.partition(":")
     known: Mapping[str, Kernel] = getattr(importlib.import_module(module), attribute)
     return known
-
-
-def _check_names(what: str, given: Sequence[str], known: Any) -> None:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
 
 
 def _record(blank: Record, binary: Binary, arch: Architecture) -> Record:

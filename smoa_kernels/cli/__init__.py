@@ -11,9 +11,6 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `smoa-kernels` and return its exit code: 0, 1 for a finding, 2 for an error, 130 when interrupted.
 
-    Args:
-        arguments: of the command line, `sys.argv[1:]` where None.
-
     Example:
         >>> main(["roofline", "--gpu", "h999"])  # the error is one line on stderr
         2

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..audit.rules import Record, broken_rules
@@ -17,7 +16,7 @@ from ..audit.run import DEFAULT_REGISTRY, run_audit
 from ..cost.architectures import ARCHITECTURES
 from ..definition.precision import KERNEL_PRECISIONS
 from .needs import needs_triton
-from .output import check_place, console, write_json
+from .output import check_place, console, progress_bar, write_json
 
 __all__ = ["audit"]
 
@@ -40,10 +39,8 @@ def audit(
     if json is not None:
         check_place(json)  # before minutes of compiling
     out = console()
-    errors = Console(stderr=True)
     records: list[Record] = []
-    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    with progress_bar("compiling") as progress:
         bar = progress.add_task("", total=None)
         for count, record in run_audit(
             archs=arch or tuple(ARCHITECTURES),

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import replace_file
 
-__all__ = ["check_place", "console", "write_bytes", "write_json"]
+__all__ = ["check_place", "console", "progress_bar", "write_bytes", "write_json"]
 
 _PIPE_WIDTH = 160
 
@@ -19,6 +20,13 @@ def console() -> Console:
     """Standard output. Where it is not a terminal it is wide enough for every column."""
     out = Console()
     return out if out.is_terminal else Console(width=_PIPE_WIDTH)
+
+
+def progress_bar(doing: str) -> Progress:
+    """A bar on stderr, which goes away at the end; none where stderr is not a terminal."""
+    errors = Console(stderr=True)
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
 
 
 def write_json(path: Path, data: Any) -> None:

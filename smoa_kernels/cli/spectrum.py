@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..spectrum.layer import LayerSpectrum, UpdateSpectrum, cumulated
 from .needs import needs_matplotlib
-from .output import check_place, console, write_bytes, write_json
+from .output import check_place, console, progress_bar, write_bytes, write_json
 
 if TYPE_CHECKING:
     from ..spectrum.model import ModelSpectrum, Source
@@ -71,9 +69,7 @@ def spectrum(
         from ..spectrum.model import model_spectrum
     except ImportError as error:
         raise ValueError(str(error)) from error
-    errors = Console(stderr=True)
-    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    with progress_bar("measuring") as progress:
         bar = progress.add_task("", total=None)
         found = model_spectrum(
             model,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..checks import check_choices
 from ..cost.gpus import GPUS
 from ..cost.models import MODELS
 from .needs import needs_triton
@@ -47,12 +48,13 @@ def tune(
 ) -> None:
     """Measure what is fastest on this GPU, check its numbers, and keep the winners in your table."""
     needs_triton("to tune")
-    from .tune_run import dry, kernels_of, layers_of, measure
+    from .tune_run import TUNABLE, dry, layers_of, measure
 
     layers = layers_of(
         model or [], shape or [], from_model, tokens or [256, 2048, 8192], dtype or ["bf16"], rank, blocks
     )
-    kernels = kernels_of(kernel or [])
+    check_choices("--kernel", kernel or [], TUNABLE)
+    kernels = kernel or TUNABLE
     if dry_run:
         dry(layers, kernels, gpu, jobs)
     elif gpu is not None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ..backends import triton_obstacle
 from ..backends.triton import admissible
+from ..checks import check_choice, check_choices
 from ..cost.gpus import GPUS
 from ..cost.models import MODELS, read_config
 from ..definition.precision import KERNEL_PRECISIONS
@@ -25,10 +24,10 @@ from ..tuning.format import describe_algorithms, describe_choice, winner
 from ..tuning.plan import TUNABLE, Layer, Target, jobs
 from ..tuning.space import broken
 from ..tuning.tuner import DeviceLostError, Job, Timer, gpu_timer, left, so_far, tune
-from .output import console
+from .output import console, progress_bar
 from .roofline import parse_shape
 
-__all__ = ["dry", "kernels_of", "layers_of", "measure"]
+__all__ = ["TUNABLE", "dry", "layers_of", "measure"]
 
 timer: Timer = gpu_timer
 
@@ -45,13 +44,9 @@ def layers_of(
     rank: int,
     blocks: int,
 ) -> list[Layer]:
-    """Return the layers that the options name, those of llama-3-8b where they name none.
-
-    Raises:
-        ValueError: naming the option, what was given and what is allowed.
-    """
-    _check("--model", models, MODELS)
-    _check("--dtype", dtypes, KERNEL_PRECISIONS)
+    """Return the layers that the options name, those of llama-3-8b where they name none."""
+    check_choices("--model", models, MODELS)
+    check_choices("--dtype", dtypes, KERNEL_PRECISIONS)
     decoders = [MODELS[name] for name in models]
     if from_model is not None:
         decoders.append(read_config(from_model))
@@ -66,22 +61,6 @@ def layers_of(
     ]
 
 
-def kernels_of(names: Sequence[str]) -> Sequence[str]:
-    """Return the kernels and algorithms that are named, all of them where none is.
-
-    Raises:
-        ValueError: naming the option, what was given and what is allowed.
-    """
-    _check("--kernel", names, TUNABLE)
-    return names or TUNABLE
-
-
-def _check(option: str, given: Sequence[str], known: Collection[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{option} must be one of {', '.join(known)}, got {name!r}")
-
-
 def device_here() -> torch.device | None:
     """Return the GPU that is tuned: the current one."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
@@ -90,8 +69,8 @@ def device_here() -> torch.device | None:
 def dry(layers: Sequence[Layer], kernels: Sequence[str], gpu: str | None, processes: int | None) -> None:
     """Print what would be timed on a published GPU, else on the one that is here, else on an H100."""
     device = device_here()
-    if gpu is not None and gpu not in GPUS:
-        raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
+    if gpu is not None:
+        check_choice("--gpu", gpu, GPUS)
     if gpu is None and device is not None:
         target = Target.of(device)
     else:
@@ -176,9 +155,8 @@ def _plan(
             "--dtype tf32 is never asked for on AMD, which multiplies float32 in IEEE: give fp32"
         )
     pairs = {(j.key.kernel, j.key.dtype) for j in jobs(layers, target, kernels=kernels)}
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task("compiling", total=None)
+    with progress_bar("compiling") as bar:
+        task = bar.add_task("", total=None)
         ruled_out = broken(
             {pair for pair in pairs if pair[0] in KERNELS},
             target.audited,

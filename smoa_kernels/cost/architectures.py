@@ -32,10 +32,6 @@ class Architecture:
         warp_size: threads per warp.
         async_copies: global loads can go to shared memory without passing registers.
         same: names of architectures that nobody audits and that have at least these limits.
-
-    Example:
-        >>> ARCHITECTURES["sm_90"].tensor_core, ARCHITECTURES["gfx942"].is_amd
-        ('HGMMA', True)
     """
 
     name: str
@@ -93,27 +89,14 @@ _UNKNOWN = Architecture("", "HMMA", 48 * _KIB, 48 * _KIB, max_warps=32, max_bloc
 
 
 def facts(name: str) -> Architecture:
-    """The row of an architecture; for one that nobody knows, the least that any offers.
-
-    Example:
-        >>> facts("sm_103").name, facts("sm_75").shared_per_block // 1024
-        ('sm_100', 48)
-    """
+    """The row of an architecture; for one that nobody knows, the least that any offers."""
     return _FACTS.get(name) or replace(_UNKNOWN, name=name)
 
 
 def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) -> int:
     """Blocks that one multiprocessor holds at once; 0 where not even one fits.
 
-    Args:
-        arch: one of :data:`ARCHITECTURES`.
-        registers: per thread; on AMD vector plus accumulation registers.
-        shared: bytes per block.
-        warps: per block.
-
-    Example:
-        >>> occupancy(ARCHITECTURES["sm_90"], registers=128, shared=100 * 1024, warps=8)
-        2
+    `registers` is per thread, on AMD vector plus accumulation registers; `shared` is bytes per block.
     """
     granules = -(-max(registers, 1) // arch.register_granule)
     warps_per_scheduler = arch.registers // (granules * arch.register_granule)

@@ -64,17 +64,7 @@ class Part:
 
 
 def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
-    """The kernels that `algorithm` runs on `problem`, forward then backward.
-
-    Args:
-        problem: the layer and the batch.
-        algorithm: one of :data:`WAYS`.
-
-    Example:
-        >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
-        >>> [part.name for part in parts(problem, "split") if part.stage == "forward"]
-        ['build ΔW blocks', 'gather x', 'block matmul', 'base GEMM', 'y, read to accumulate']
-    """
+    """The kernels that `algorithm`, one of :data:`WAYS`, runs on `problem`: forward, then backward."""
     count = _Count(problem)
     _COUNTED[algorithm](count)
     return tuple(sorted(count.parts, key=lambda part: part.stage != "forward"))

@@ -57,20 +57,7 @@ class Estimate:
 def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -> Estimate:
     """Predict the cost of one algorithm on one GPU.
 
-    Args:
-        problem: the layer and the batch.
-        gpu: from :data:`smoa_kernels.cost.gpus.GPUS` or :func:`smoa_kernels.cost.gpus.match_gpu`.
-        algorithm: one of :data:`smoa_kernels.cost.counts.WAYS`.
-        ieee: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
-
-    Raises:
-        ValueError: no rate is published for the problem's dtype.
-
-    Example:
-        >>> from smoa_kernels.cost.gpus import GPUS
-        >>> found = estimate(Problem(8192, 4096, 4096, num_blocks=4, rank=16), GPUS["h100"], "merged")
-        >>> f"{found.seconds('forward') * 1e3:.2f} ms, predicted"
-        '0.41 ms, predicted'
+    `ieee`: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
     """
     rate = gpu.flops_per_second(problem.dtype, ieee)
     return Estimate(algorithm, parts(problem, algorithm), rate, gpu.bytes_per_second)
@@ -87,18 +74,8 @@ def choose_algorithm(problem: Problem, gpu: Gpu, ieee: bool) -> str:
     4. Otherwise (bf16, fp16, TF32): "split". A small update is lost when W_eff is rounded to a half type, so there
        "merged" runs only if a user asks for it.
 
-    Args:
-        problem: the layer and the batch; `dtype` is the dtype that the GEMM multiplies.
-        gpu: from :data:`smoa_kernels.cost.gpus.GPUS` or :func:`smoa_kernels.cost.gpus.match_gpu`.
-        ieee: the GEMM multiplies in IEEE float32 or float64, not in TF32 or under autocast. Half types ignore it.
-
-    Example:
-        >>> from smoa_kernels.cost.gpus import GPUS
-        >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
-        >>> choose_algorithm(problem, GPUS["h100"], ieee=False)
-        'split'
-        >>> choose_algorithm(replace(problem, tokens=16), GPUS["h100"], ieee=False)
-        'fused'
+    `problem.dtype` is the dtype that the GEMM multiplies. `ieee` says that it does so in IEEE float32 or float64, not
+    in TF32 or under autocast; half types ignore it.
     """
     if problem.dropout:
         return "split"
@@ -122,14 +99,6 @@ def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool) -> int:
     At few tokens reading W0 takes longer than the one kernel's doubled arithmetic. It wins there, since it builds no
     weight. With more tokens it loses, and keeps losing. `problem.tokens` is ignored; the rest is as for
     :func:`choose_algorithm`.
-
-    Example:
-        >>> from smoa_kernels.cost.gpus import GPUS
-        >>> problem = Problem(0, 4096, 4096, num_blocks=4, rank=16)
-        >>> 100 < fused_token_limit(problem, GPUS["h100"], ieee=False) < 1000
-        True
-        >>> fused_token_limit(replace(problem, rank=1024), GPUS["h100"], ieee=False)
-        0
     """
     if problem.max_rank > _fused_max_rank(problem.dtype, ieee):
         return 0

@@ -31,10 +31,6 @@ class Gpu:
         memory_tbps: memory bandwidth, TB/s.
         multiprocessors: streaming multiprocessors or compute units.
         arch: the architecture that kernels are compiled for.
-
-    Example:
-        >>> GPUS["h100"].arch, GPUS["h100"].multiprocessors
-        ('sm_90', 132)
     """
 
     name: str
@@ -50,11 +46,7 @@ class Gpu:
         return None if found is None else (int(found[1]), int(found[2]))
 
     def flops_per_second(self, dtype: torch.dtype, ieee: bool) -> float:
-        """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`.
-
-        Raises:
-            ValueError: no rate is published for `dtype`.
-        """
+        """Achieved rate of a GEMM over `dtype`; float32 multiplies in TF32 unless `ieee`."""
         return self.matmul_tflops[precision_of(dtype, ieee).name] * 1e12
 
     @property
@@ -105,11 +97,6 @@ def match_gpu(
     By name where the device's own name holds a published one and its multiprocessors agree within 5 %, else
     the published GPU of the nearest capability (or AMD's), scaled by the number of multiprocessors.
 
-    Args:
-        device_name: as the driver reports it, for example "NVIDIA H100 80GB HBM3".
-        capability: CUDA compute capability, None for AMD.
-        multiprocessors: of the device; the published number where None.
-
     Example:
         >>> match_gpu("NVIDIA H100 80GB HBM3", (9, 0)).name
         'h100'
@@ -136,15 +123,7 @@ def match_gpu(
 
 @cache
 def device_gpu(device: torch.device) -> Gpu:
-    """Find the published GPU that stands for a device; an H100 stands for Triton's interpreter.
-
-    Raises:
-        ValueError: this machine does not have the GPU.
-
-    Example:
-        >>> device_gpu(torch.device("cpu")).name
-        'h100'
-    """
+    """Find the published GPU that stands for a device; an H100 stands for Triton's interpreter."""
     if device.type != "cuda":
         return GPUS["h100"]
     properties = gpu_properties(device)
@@ -154,15 +133,7 @@ def device_gpu(device: torch.device) -> Gpu:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """Name a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter.
-
-    Raises:
-        ValueError: `device` is neither the CPU nor a GPU that this machine has.
-
-    Example:
-        >>> architecture(torch.device("cpu"))
-        'cpu'
-    """
+    """Name a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter."""
     if device.type == "cpu":
         return "cpu"
     properties = gpu_properties(device)
@@ -173,15 +144,7 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Count a device's multiprocessors (compute units); 1 for the interpreter.
-
-    Raises:
-        ValueError: `device` is neither the CPU nor a GPU that this machine has.
-
-    Example:
-        >>> multiprocessors(torch.device("cpu"))
-        1
-    """
+    """Count a device's multiprocessors (compute units); 1 for the interpreter."""
     return 1 if device.type == "cpu" else int(gpu_properties(device).multi_processor_count)
 
 

@@ -23,12 +23,7 @@ GRAD_PART_TILES = (
 
 
 def partial_width(rank: int) -> int:
-    """R, the width of block_grad's partials: the rank ρ rounded up to whole stores of 128 bits.
-
-    Example:
-        >>> partial_width(4), partial_width(5)
-        (4, 8)
-    """
+    """R, the width of block_grad's partials: the rank ρ rounded up to whole stores of 128 bits."""
     return math.ceil(rank / PARTIAL_RANKS) * PARTIAL_RANKS
 
 
@@ -38,10 +33,6 @@ def partial_bytes(p: Problem) -> int:
     Within each block there is one slice of (R, tile) for each tile of the other side; R is :func:`partial_width`.
     Each of :func:`gradient_parts` writes its own partials. Not counted: a problem with fewer tiles than the GPU has
     multiprocessors also splits its tokens among programs, and each split writes partials. They are small then.
-
-    Example:
-        >>> partial_bytes(Problem(8192, 14336, 4096, num_blocks=4, rank=16)) / 2**20  # two parts of 3.5 MiB
-        7.0
     """
     return len(gradient_parts(p)) * _partial_bytes_of_one(p)
 

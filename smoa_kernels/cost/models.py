@@ -24,10 +24,6 @@ class Decoder:
         heads: `num_attention_heads`.
         kv_heads: `num_key_value_heads`.
         head_dim: `head_dim`, where it is not hidden / heads.
-
-    Example:
-        >>> MODELS["llama-3-8b"].shapes
-        ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
     """
 
     hidden: int
@@ -66,19 +62,10 @@ MODELS: Mapping[str, Decoder] = {
 
 
 def read_config(path: Path) -> Decoder:
-    """Read the sizes of a model on disk.
-
-    Args:
-        path: a `config.json`, or the folder that holds one. Of a multimodal model the "text_config" is read.
+    """Read the sizes of a model on disk from its `config.json` or folder; of a multimodal model, from "text_config".
 
     Raises:
         ValueError: the file cannot be read, or lacks a size.
-
-    Example:
-        >>> sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-        >>> _ = Path("config.json").write_text(json.dumps(sizes))
-        >>> read_config(Path("config.json")) == MODELS["smollm2-135m"]
-        True
     """
     file = path / "config.json" if path.is_dir() else path
     try:

@@ -32,11 +32,6 @@ class Problem:
         rank: r, the budget of all blocks together.
         dtype: of x, W0 and the factors.
         dropout: probability, 0 where dropout is off or the layer is evaluating.
-
-    Example:
-        >>> problem = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
-        >>> problem.max_rank, problem.unit_flops
-        (4, 274877906944)
     """
 
     tokens: int

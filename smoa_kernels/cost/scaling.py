@@ -176,17 +176,7 @@ def _linears(decoder: Decoder) -> list[_Linear]:
 def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
     """Predict memory, traffic and time of one GPU, by the rules at the top of this file.
 
-    Args:
-        scale: the model, the batch and the GPUs. Under "tp", `gpus` is a multiple of :func:`tensor_parallel_size`.
-        method: "full", "lora" or "smoa".
-        gpu: one of :data:`smoa_kernels.cost.gpus.GPUS`.
-
-    Example:
-        >>> from smoa_kernels.cost.gpus import GPUS
-        >>> scale = Scale("llama-3-8b", gpus=8, parallel="ddp")
-        >>> smoa, lora = (predict(scale, method, GPUS["h100"]) for method in ("smoa", "lora"))
-        >>> lora.trained_parameters / smoa.trained_parameters  # K
-        4.0
+    Under "tp", `scale.gpus` is a multiple of :func:`tensor_parallel_size`.
     """
     stack, decoder, linears = scale.stack, scale.decoder, _linears(scale.decoder)
     cut = tensor_parallel_size(scale) if scale.parallel == "tp" else 1

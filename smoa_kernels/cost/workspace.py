@@ -19,11 +19,6 @@ def backward_workspace(problem: Problem) -> Mapping[str, int]:
     "factor gradients" holds dY and x of one part of the tokens, gathered (`grad_tiling.gradient_parts`), and all
     partials. They are freed before "input gradient", which holds W_eff. Under dropout it holds the ΔW blocks, dY
     gathered again, and the adapter's dX by block.
-
-    Example:
-        >>> stages = backward_workspace(Problem(8192, 14336, 4096, num_blocks=4, rank=16))
-        >>> {stage: size >> 20 for stage, size in stages.items()}
-        {'factor gradients': 151, 'input gradient': 112}
     """
     p, size = problem, problem.dtype.itemsize
     rows, cols = p.padded(p.out_features), p.padded(p.in_features)

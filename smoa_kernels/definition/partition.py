@@ -126,12 +126,7 @@ class BlockPartition:
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
-        """Rebuild a partition from :meth:`tensors` and :meth:`sizes`, as a custom operator receives it.
-
-        Args:
-            tensors: what :meth:`tensors` returned.
-            sizes: what :meth:`sizes` returned.
-        """
+        """Rebuild a partition from :meth:`tensors` and :meth:`sizes`, as a custom operator receives it."""
         num_blocks = len(sizes) // 2
         row_block, col_block, row_index, col_index, row_offsets, col_offsets = tensors
         return cls(
@@ -189,10 +184,6 @@ class BlockPartition:
         """Partition of `weight[row_slice, col_slice]`, with the labels of those rows and columns.
 
         Blocks may become empty.
-
-        Args:
-            row_slice: rows to keep.
-            col_slice: columns to keep.
         """
         return BlockPartition.from_labels(
             self.row_block[row_slice], self.col_block[col_slice], self.num_blocks

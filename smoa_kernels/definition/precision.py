@@ -37,10 +37,6 @@ class Precision:
         kernels: the Triton kernels take it: it is audited and tuned.
         floor: relative error that the tuner allows beside twice the same-dtype error. TF32 keeps 10 bits of each
             operand, which the product that it is compared with may not round.
-
-    Example:
-        >>> PRECISIONS["tf32"].dtype, PRECISIONS["tf32"].ieee
-        (torch.float32, False)
     """
 
     name: str
@@ -80,15 +76,7 @@ _ROWS |= {(row.dtype, row.ieee): row for row in PRECISIONS.values()}
 
 
 def precision_of(dtype: torch.dtype, ieee: bool) -> Precision:
-    """Find the row of operands in `dtype`; `ieee` decides between "tf32" and "fp32", and nothing else.
-
-    Raises:
-        ValueError: no row has this dtype.
-
-    Example:
-        >>> precision_of(torch.float32, ieee=False).name, precision_of(torch.bfloat16, ieee=True).name
-        ('tf32', 'bf16')
-    """
+    """Find the row of operands in `dtype`; `ieee` decides between "tf32" and "fp32", and nothing else."""
     row = _ROWS.get((dtype, ieee))
     if row is None:
         raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
@@ -104,12 +92,6 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Turn autocast off on `tensor`'s device, so that products keep the operands' dtype.
 
     The meta device knows no autocast: there nothing is turned off.
-
-    Example:
-        >>> x = torch.randn(2, 2)
-        >>> with torch.autocast("cpu", torch.bfloat16), without_autocast(x):
-        ...     (x @ x).dtype
-        torch.float32
     """
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
@@ -119,14 +101,6 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
 
     This decides between merged and split. TF32 (or bf16 in oneDNN) keeps as few bits of a float32 W_eff as half
     precision does.
-
-    Args:
-        dtype: of the operands when they are multiplied, after autocast.
-        device_type: "cpu", "cuda", ...
-
-    Example:
-        >>> gemm_is_ieee(torch.float64, "cpu"), gemm_is_ieee(torch.bfloat16, "cpu")
-        (True, False)
     """
     if dtype != torch.float32:
         return (dtype, True) in _ROWS and _ROWS[dtype, True].ieee

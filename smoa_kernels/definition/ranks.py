@@ -13,10 +13,6 @@ __all__ = ["resolve_ranks", "split_rank", "trainable_parameters"]
 def split_rank(r: int, num_blocks: int) -> list[int]:
     """Share a rank budget evenly: block k gets `r // K + (k < r % K)` (docs/definition.md).
 
-    Args:
-        r: the budget.
-        num_blocks: K.
-
     Example:
         >>> split_rank(8, 3)
         [3, 3, 2]
@@ -26,14 +22,6 @@ def split_rank(r: int, num_blocks: int) -> list[int]:
 
 def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = None) -> tuple[int, ...]:
     """Return the rank of each block: `block_ranks` after checking it, or an even split of r where it is None.
-
-    Args:
-        r: rank budget over all blocks, at least 1.
-        num_blocks: K, at least 1.
-        block_ranks: K numbers that sum to r, zeros allowed.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
 
     Example:
         >>> resolve_ranks(8, 3), resolve_ranks(8, 3, [6, 2, 0])
@@ -62,17 +50,6 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
 
 
 def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int:
-    """Count an adapter's trainable parameters, `Σ r_k (N_k + C_k)`; padding is not counted.
-
-    Args:
-        partition: blocks of W0.
-        ranks: r_k of each block.
-
-    Example:
-        >>> import torch
-        >>> partition = BlockPartition.from_weight(torch.randn(6, 10), num_blocks=2)
-        >>> trainable_parameters(partition, [2, 1])  # 2 · (3 + 5) + 1 · (3 + 5)
-        24
-    """
+    """Count an adapter's trainable parameters, `Σ r_k (N_k + C_k)`; padding is not counted."""
     sizes = zip(ranks, partition.row_sizes, partition.col_sizes, strict=True)
     return sum(r * (rows + cols) for r, rows, cols in sizes)

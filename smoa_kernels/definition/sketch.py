@@ -30,15 +30,7 @@ _SMALL = 2**22
 
 
 def sketch_weight(weight: Tensor) -> Tensor:
-    """Compute the sketch of a weight: float32 (33,) on its device, 32 projections and log2 of the norm.
-
-    Args:
-        weight: W0 (N, C), any floating dtype and strides.
-
-    Example:
-        >>> sketch_weight(torch.randn(6, 8)).shape
-        torch.Size([33])
-    """
+    """Compute the sketch of a weight: float32 (33,) on its device, 32 projections and log2 of the norm."""
     weight = whole(weight).detach()
     with one_thread() if weight.numel() < _SMALL else nullcontext(), without_autocast(weight):
         return _sketch(weight.to(torch.float32))
@@ -52,19 +44,7 @@ def _sketch(weight: Tensor) -> Tensor:
 
 
 def sketch_distance(first: Tensor, second: Tensor) -> float:
-    """Estimate the relative difference of two weights from their sketches; up to `TOLERANCE` they are one base.
-
-    Args:
-        first: float32 (33,), from :func:`sketch_weight`.
-        second: likewise.
-
-    Example:
-        >>> weight = torch.randn(64, 48)
-        >>> sketch_distance(sketch_weight(weight), sketch_weight(weight.bfloat16())) < TOLERANCE
-        True
-        >>> sketch_distance(sketch_weight(weight), sketch_weight(torch.randn(64, 48))) < TOLERANCE
-        False
-    """
+    """Estimate the relative difference of two weights from their sketches; up to `TOLERANCE` they are one base."""
     difference = first.detach().float().cpu() - second.detach().float().cpu()
     projections = difference[:-1].square().mean().sqrt()
     return float(torch.maximum(projections, difference[-1].abs()))

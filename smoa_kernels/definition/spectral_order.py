@@ -23,16 +23,7 @@ def whole(weight: Tensor) -> Tensor:
 
 
 def spectral_orders(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort the rows and columns of `weight` by spectral centroid: int64 (N,) and (C,).
-
-    Args:
-        weight: (N, C), as :func:`spectral_centroids` takes it.
-
-    Example:
-        >>> rows, cols = spectral_orders(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
-        >>> rows.tolist(), cols.tolist()
-        ([1, 2, 0], [1, 2, 0])
-    """
+    """Sort the rows and columns of `weight` by spectral centroid: int64 (N,) and (C,)."""
     row_score, col_score = spectral_centroids(weight)
     return torch.argsort(row_score, stable=True), torch.argsort(col_score, stable=True)
 
@@ -52,9 +43,6 @@ def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: (N, C) floating point, finite, not empty; half types are computed in float32.
-
-    Returns:
-        Scores of rows (N,) and columns (C,), in the dtype of the computation.
 
     Example:
         >>> [scores.tolist() for scores in spectral_centroids(torch.diag(torch.tensor([1.0, 3.0, 2.0])))]

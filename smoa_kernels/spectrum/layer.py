@@ -107,20 +107,7 @@ class LayerSpectrum:
 
 
 def layer_spectrum(weight: Tensor, partition: BlockPartition, updates: Mapping[str, Tensor]) -> LayerSpectrum:
-    """Measure updates of one layer against its W0, in float64.
-
-    Args:
-        weight: W0 (N, C), floating point.
-        partition: blocks of W0.
-        updates: ΔW (N, C) by name, finite.
-
-    Example:
-        >>> weight = torch.randn(6, 8)
-        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
-        >>> found = layer_spectrum(weight, partition, {"all": 0.1 * weight})
-        >>> round(found.updates["all"].relative_norm, 6), found.updates["all"].rank
-        (0.1, 6)
-    """
+    """Measure updates of one layer against its W0, in float64."""
     wide = weight.detach().double()
     U, sigma, Vh = torch.linalg.svd(wide, full_matrices=False)
     norm = float(torch.linalg.vector_norm(sigma))
@@ -140,12 +127,7 @@ def effective_number(energies: Tensor) -> float:
 
 
 def cumulated(shares: Tensor, points: int = 101) -> list[float]:
-    """Cumulated sums of the shares (q,) at `points` even positions from 0 to q, interpolated linearly.
-
-    Example:
-        >>> cumulated(torch.tensor([0.5, 0.25, 0.125, 0.125]), 3)
-        [0.0, 0.75, 1.0]
-    """
+    """Cumulated sums of the shares (q,) at `points` even positions from 0 to q, interpolated linearly."""
     sums = torch.nn.functional.pad(shares.double().cumsum(0), (1, 0))
     place = torch.linspace(0, len(shares), points, dtype=torch.float64)
     below = place.floor().long().clamp(max=max(len(shares) - 1, 0))

@@ -128,14 +128,6 @@ def model_spectrum(
     Raises:
         ValueError, OSError: a file cannot be read, or an adapter does not fit the model or was trained over another
             base weight. The message names the folder or the layer.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        >>> LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape)).save_pretrained("model")
-        >>> found = model_spectrum("model", rank=4, targets=["q_proj", "down_proj"])
-        >>> found.sources["ours"].label, sorted(layer_kind(name) for name in found.layers)
-        ('SMoA r=4, K=2, random', ['mlp.down_proj', 'self_attn.q_proj'])
     """
     ranks = resolve_ranks(rank, num_blocks)
     folder = ModelFolder(Path(model))

@@ -27,10 +27,7 @@ _spent = 0.0
 def measure(key: Key, device: torch.device, begun: Entry | None) -> Entry | None:
     """Measure a key and keep what was found; return None, with a warning, where nothing was.
 
-    Args:
-        key: the problem.
-        device: where to measure.
-        begun: what an earlier run found, which is not measured again.
+    `begun` is what an earlier run found, which is not measured again.
     """
     global _spent
     start, spent = time.monotonic(), _spent

@@ -40,9 +40,6 @@ class Layer:
         dtype: one of `precision.KERNEL_PRECISIONS`.
         rank: r, the budget of all blocks.
         blocks: K.
-
-    Raises:
-        ValueError: a size out of range.
     """
 
     out_features: int
@@ -148,13 +145,9 @@ def jobs(
     kernels: Sequence[str] = TUNABLE,
     ruled_out: RuledOut | None = None,
 ) -> list[Job]:
-    """One job a distinct key, kernels before algorithms.
+    """One job a distinct key of the layers, kernels before algorithms.
 
-    Args:
-        layers: from whose keys to take.
-        target: what to tune for.
-        kernels: some of `TUNABLE`.
-        ruled_out: what not to time; None tries the shipped configurations only.
+    What is in `ruled_out` is not timed. Where it is None, only the shipped configurations are tried.
     """
     wanted = dict.fromkeys(key for layer in layers for key in keys(layer) if key.kernel in kernels)
     ordered = sorted(wanted, key=lambda key: key.kernel in ALGORITHM_KEYS)
@@ -162,7 +155,7 @@ def jobs(
 
 
 def job(key: Key, target: Target, ruled_out: RuledOut | None = None) -> Job:
-    """What to try for one key; arguments as :func:`jobs`."""
+    """What to try for one key; arguments as for :func:`jobs`."""
     if key.kernel in ALGORITHM_KEYS:
         return algorithm_job(key, _predicted(key, target.gpu))
     return kernel_job(key, target.arch, target.multiprocessors, ruled_out=ruled_out, stand_in=target.audited)

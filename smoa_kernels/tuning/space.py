@@ -50,13 +50,7 @@ SEARCH: Mapping[str, Kernel] = {name: _searched(kernel) for name, kernel in KERN
 
 
 def search_space(kernel: str, arch: str, dtype: str) -> tuple[Config, ...]:
-    """Every configuration that may be tried, the shipped ones first.
-
-    Args:
-        kernel: one of `KERNELS`.
-        arch: for example "sm_90".
-        dtype: one of `precision.KERNEL_PRECISIONS`.
-    """
+    """Every configuration that may be tried, the shipped ones first."""
     return SEARCH[kernel].shipped(facts(arch), PRECISIONS[dtype])
 
 
@@ -135,14 +129,10 @@ def kernel_job(
     ruled_out: Mapping[tuple[str, str, Config], str] | None = None,
     stand_in: str | None = None,
 ) -> Job:
-    """What to try for a kernel's key.
+    """What to try for a kernel's key on a device of the architecture `arch`.
 
-    Args:
-        key: the problem.
-        arch: of the device.
-        multiprocessors: of the device.
-        ruled_out: from :func:`broken`; None tries the shipped configurations only, which the audit has passed.
-        stand_in: the audited architecture that stands for `arch`, whose space is searched.
+    `ruled_out` is from :func:`broken`. Where it is None, only the shipped configurations are tried, which the audit has
+    passed; else those of `stand_in`, the audited architecture that stands for `arch`.
     """
     kernel = KERNELS[key.kernel]
     default = kernel.default(key, arch, multiprocessors)
