@@ -13,7 +13,7 @@
  */
 #define _GNU_SOURCE /* RTLD_DEFAULT */
 #include "adapter.h"
-#include "few.h"
+#include "few_tokens.h"
 #include "gradient.h"
 #include "threads.h"
 #include "update.h"
