@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import DEVICE, Case, all_cases, assert_within_budget, error_over_budget
+from problems import DEVICE, Case, all_cases, assert_within_budget, each, error_over_budget
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.dropout import Dropout
@@ -76,7 +76,10 @@ def test_thread_counts_move_neither_masks_nor_blocks() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 17])
-@pytest.mark.parametrize("case", [case for case in CASES if not case.dropout], ids=str)
+@each(
+    lambda backend: [case for case in CASES if case.backend == backend and not case.dropout],
+    interpreted=False,
+)
 def test_a_batch_in_two_parts_stays_within_the_budget(case: Case, cut: int) -> None:
     """A GEMM of fewer rows may sum in another order: no bit is promised."""
     p = case.problem(**SIZES)

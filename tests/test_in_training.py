@@ -119,7 +119,7 @@ def layer_of(kind: str, backend: str, dropout: float) -> nn.Module:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_graphs.py shows it on the GPU itself")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("tokens", [2, 20])  # the forms for few and for many tokens
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["fused", "peft", "two adapters"])
 def test_nothing_is_read_on_the_host(
     kind: str, backend: str, tokens: int, dropout: float, monkeypatch: pytest.MonkeyPatch

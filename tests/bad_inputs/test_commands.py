@@ -151,7 +151,13 @@ def test_an_audit_that_cannot_be_written(
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
-@pytest.mark.parametrize("command", ["info", "plan --markdown", "audit --json /dev/full"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plan --markdown",
+        *(pytest.param(it, marks=pytest.mark.slow) for it in ("info", "audit --json /dev/full")),
+    ],
+)
 def test_real_commands_on_a_full_disk(command: str) -> None:
     """Standard output, or a file, has no room: exit code 2 and one line, at the exit of the process too."""
     program = [sys.executable, "-m", "smoa_kernels.cli", *command.split()]

@@ -29,7 +29,13 @@ few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck
 each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__module__)
 
 
-@each_dtype
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16)),
+    ],
+)
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
 @each_check
 def test_vectors(
@@ -38,7 +44,7 @@ def test_vectors(
     check(from_vector(vector).on(device), dtype)
 
 
-@pytest.mark.parametrize("rank", [1, 16, 65, 256])
+@pytest.mark.parametrize("rank", [1, 16, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (65, 256))])
 @each_check
 def test_float32_factors_over_a_half_weight(
     check: Callable[..., None], rank: int, device: torch.device

@@ -15,6 +15,7 @@ from smoa_kernels.audit.rules import Record, broken_rules
 from smoa_kernels.cost.grad_tiling import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE
 
 triton = pytest.importorskip("triton", reason="there are no kernels to compile")
+pytestmark = pytest.mark.slow  # all read one run of a process that compiles
 
 # In a process that compiles: where kernels are interpreted they have no signature.
 PROGRAM = """
@@ -68,7 +69,6 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
 def test_every_kernel_launches_at_every_configuration(audited: dict) -> None:
     launches = audited["launches"]
     assert len({launch["name"].split()[0] for launch in launches}) >= 6
@@ -130,7 +130,6 @@ def test_what_the_predicted_rate_of_block_grad_assumes(audited: dict) -> None:
     assert end == pytest.approx(GRAD_EPILOGUE_STEPS, rel=slack)
 
 
-@pytest.mark.slow
 def test_what_another_checkout_compiled_says_nothing_of_this_one(tmp_path: Path) -> None:
     """Triton's cache knows a kernel by its text; the lines of a binary name the file that it was compiled from."""
     program = "import smoa_kernels.audit.run as a\n" + (
