@@ -1,6 +1,6 @@
 """Decode: one layer's forward for a few tokens, where building anything of W0's size would dominate.
 
-Measures the thresholds up to which `auto` takes the expanded form (smoa_kernels/{eager,native_backend}.py).
+Measures the thresholds up to which `auto` takes the expanded form (in `backends/`: `eager.py`, `native/backend.py`).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Task", "run_audit", "run_task", "tasks"]
 
 DEFAULT_REGISTRY = "smoa_kernels.kernels:KERNELS"
-_CACHE_SCHEMA = 3  # raised whenever a record gains a field or a parser changes what it reads
+_CACHE_SCHEMA = 4  # raised whenever a record gains a field or a parser changes what it reads
 
 # More than any machine has cores for; the pool starts as many as it has work for.
 MOST_WORKERS = 1024
@@ -107,7 +107,7 @@ def _alone(task: Task) -> Record:
 def tasks(
     registry: str, archs: Sequence[str], kernels: Sequence[str] | None, dtypes: Sequence[str]
 ) -> list[Task]:
-    """Every compilation asked for, dearest architectures first."""
+    """Every compilation asked for, in the order of `archs`."""
     known = _load(registry)
     check_choices("kernel", kernels or (), known)
     return [

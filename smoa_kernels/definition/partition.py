@@ -128,6 +128,8 @@ class BlockPartition:
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
         """Rebuild a partition from :meth:`tensors` and :meth:`sizes`, as a custom operator receives it."""
         num_blocks = len(sizes) // 2
+        if len(tensors) != 6 or len(sizes) % 2:
+            raise ValueError(f"a partition is 6 tensors and 2K sizes, got {len(tensors)} and {len(sizes)}")
         row_block, col_block, row_index, col_index, row_offsets, col_offsets = tensors
         return cls(
             row_block=row_block,

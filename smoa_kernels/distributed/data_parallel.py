@@ -8,9 +8,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checks import check_kind
 from ..layers import FusedSMoALinear
 
-__all__ = ["agree_on_buffers", "average_gradients", "ignore_buffers", "smoa_buffers"]
+__all__ = ["agree_on_buffers", "average_gradients", "check_group", "ignore_buffers", "smoa_buffers"]
+
+
+def check_group(process_group: dist.ProcessGroup | None) -> None:
+    """Raise a TypeError for what `dist.new_group` gives a process outside the group: a number, -100."""
+    if process_group is not None:
+        check_kind("process_group", process_group, dist.ProcessGroup)
 
 
 def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +73,11 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
         >>> from smoa_kernels import FusedSMoALinear
         >>> model = FusedSMoALinear(8, 6)
         >>> agree_on_buffers(model)
+
+    Raises:
+        TypeError: this process is not in the group.
     """
+    check_group(process_group)
     source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     for name, buffer in smoa_buffers(model).items():
         if buffer.is_meta:
@@ -97,7 +108,11 @@ def average_gradients(
         >>> from smoa_kernels import FusedSMoALinear
         >>> layer = FusedSMoALinear(8, 6)
         >>> average_gradients([layer.smoa_A, layer.smoa_B])
+
+    Raises:
+        TypeError: this process is not in the group.
     """
+    check_group(process_group)
 
     def average(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None  # the hook runs after it was set

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..definition.spectral_order import order_source, spectral_orders
+from .data_parallel import check_group
 
 __all__ = ["shared_spectra"]
 
@@ -28,7 +29,11 @@ def shared_spectra(process_group: dist.ProcessGroup | None = None) -> Iterator[N
         >>> from smoa_kernels import FusedSMoALinear
         >>> with shared_spectra():
         ...     layer = FusedSMoALinear(8, 6, r=4, num_blocks=2)
+
+    Raises:
+        TypeError: this process is not in the group.
     """
+    check_group(process_group)
     source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     first = dist.get_rank() == source
 

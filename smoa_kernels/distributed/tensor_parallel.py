@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
+from ..checks import check_kind
 from ..definition.shard import LayerShard
 from .data_parallel import agree_on_buffers
 
@@ -32,6 +33,8 @@ class _SMoAParallel:
         if not hasattr(module, "smoa_A"):
             return cast(nn.Module, super()._apply(module, device_mesh))  # type: ignore[misc]  # torch's style is next
         style: Any = self
+        for name in ("input_layouts", "output_layouts"):
+            check_kind(name, getattr(style, name)[0], Placement)
         _check(module, device_mesh)
         if self.src_data_rank is not None:
             agree_on_buffers(module, device_mesh.get_group())
@@ -78,7 +81,8 @@ class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):
 
     Raises:
         ValueError, TypeError: by `parallelize_module`, before the layer was changed: it is merged or quantised, its
-            labels are not loaded yet, or it has dropout and the processes' random generators differ.
+            labels are not loaded yet, or it has dropout and the processes' random generators differ; or a layout is
+            not a `Placement`.
 
     Example:
         >>> from torch.distributed.device_mesh import init_device_mesh

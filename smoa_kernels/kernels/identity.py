@@ -1,4 +1,4 @@
-"""What a choice was measured on: the GPU, the software and the kernel's source. Else it is stale."""
+"""What a choice was measured on: the GPU, the software and the kernel's source. On anything else it is stale."""
 
 from __future__ import annotations
 

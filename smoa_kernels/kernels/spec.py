@@ -1,4 +1,4 @@
-"""What is known of a kernel beside its code: one `Kernel` in the kernel's own file, read by launches, tuner and audit.
+"""What is known of a kernel besides its code: one `Kernel` in the kernel's own file, read by launches, tuner and audit.
 
 Tiles are named by the dimension they cut: tokens T, rows N, columns C of W0, slots P of a padded block.
 """
@@ -47,7 +47,7 @@ ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
 
 
 class Key(NamedTuple):
-    """What a choice depends on beside the GPU; 0 where a kernel does not see a size.
+    """What a choice depends on besides the GPU; 0 where a kernel does not see a size.
 
     Attributes:
         kernel: one of `KERNELS`, or of `ALGORITHM_KEYS` where the choice is an algorithm.
@@ -75,7 +75,7 @@ class Key(NamedTuple):
 
 
 def check_key(key: Key) -> None:
-    """Whether a choice can be kept for `key`.
+    """Check that a choice can be kept for `key`.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
@@ -127,11 +127,11 @@ class Operands:
         return even[torch.randperm(features, generator=self._generator, device=self.device)]
 
     def partition(self, rows: int, cols: int) -> BlockPartition:
-        """Of a weight of so many rows and columns."""
+        """A partition of a weight of this shape into the key's blocks."""
         return BlockPartition.from_labels(self.labels(rows), self.labels(cols), self.key.blocks)
 
     def ranks(self) -> Tensor:
-        """Of each block: the key's."""
+        """The rank of each block: all have the key's."""
         return torch.full((self.key.blocks,), self.key.rank, dtype=torch.int32, device=self.device)
 
     def adapter(self) -> PackedAdapter:

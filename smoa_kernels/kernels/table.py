@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from filelock import FileLock
 
-from ..checks import check_choice, check_count, shown
+from ..checks import check_choice, check_count, check_kind, shown
 from ..cost.gpus import architecture, multiprocessors
 from ..definition.precision import precision_of
 from ..files import cache_folder, replace_file
@@ -122,8 +122,7 @@ def keep(entry: Entry) -> None:
     """
     update(user_table(entry.identity.gpu), [entry])
     _tables.cache_clear()
-    for index in [index for index in _answers if index[1] == entry.key]:
-        del _answers[index]
+    _answers.clear()  # the table may hold what others wrote meanwhile
 
 
 def _answer(key: Key, device: torch.device, find: Callable[[], Choice | None]) -> Any:
@@ -236,6 +235,9 @@ class Entry:
             for trial in data["trials"]
         )
         identity = Identity(**data["identity"])
+        check_kind("complete", data["complete"], bool)
+        for trial in trials:
+            check_kind("reason", trial.reason, str if trial.seconds is None else type(None))
         entry = cls(key, identity, _choice(key, data["default"]), trials, data["complete"])
         if entry.to_json() != data:
             raise ValueError("a field is unknown, or of another type")

@@ -22,7 +22,7 @@ from .config import SMoAConfig
 from .injection import SMoAModel
 from .layer import SMoALayer
 from .linear import Linear
-from .loading import install_checked_load
+from .loading import install_checked_load, install_named_read
 from .peft_type import PEFT_TYPE
 from .saving import install_atomic_save
 
@@ -30,5 +30,6 @@ __all__ = ["Linear", "SMoAConfig", "SMoALayer", "SMoAModel"]
 
 install_atomic_save()
 install_checked_load()
+install_named_read()
 if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="smoa", config_cls=SMoAConfig, model_cls=SMoAModel)

@@ -311,7 +311,9 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _check_regex(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):  # what is compiled, or bytes, no JSON file can hold
+        raise ValueError(f"{name} must be a regular expression, got {shown(pattern)}: not a str")
     try:
         re.compile(pattern)
-    except (TypeError, re.error) as error:
+    except re.error as error:
         raise ValueError(f"{name} must be a regular expression, got {shown(pattern)}: {error}") from error

@@ -67,7 +67,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         Raises:
             TypeError, ValueError: `adapter_name` cannot name a folder, or the configuration does not fit the model.
         """
-        if not adapter_name or set(adapter_name) & set("./\\"):
+        if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
             # The name is part of the parameters' names, and of the folder that the adapter is saved in.
             raise ValueError(f"adapter_name must be a name without dots and slashes, got {adapter_name!r}")
         is_new = not any(adapter_name in layer.smoa_A for layer in _layers(model))

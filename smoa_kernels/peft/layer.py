@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..checks import check_blocks
+from ..checks import check_blocks, check_choice, layout_of
 from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
@@ -272,11 +272,14 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             device.
 
         Raises:
-            ValueError: naming the layer: a tensor is missing, corrupt or has another shape, or labels or ranks are out
-                of range.
+            ValueError: naming the layer: a tensor is missing, corrupt, not dense or has another shape, or labels or
+                ranks are out of range.
         """
         check_complete(name, given)
         for key, value in given.items():
+            if not isinstance(value, Tensor) or layout_of(value) != "torch.strided":
+                kind = layout_of(value) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name}.{key} must be a dense tensor, got {kind}")
             expected = tuple(getattr(self, key)[adapter_name].shape)
             if tuple(value.shape) != expected:
                 raise ValueError(
@@ -301,6 +304,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     def _ready(self, adapter_name: str) -> _Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
+        check_choice("adapter_name", adapter_name, self.smoa_blocks)
         packed = self.smoa_blocks[adapter_name]
         ready = self._prepared.get(adapter_name)
         if ready is not None and ready.packed is packed:

@@ -1,17 +1,20 @@
 """Checks an adapter that is being loaded, by PEFT or by transformers, and takes it out again where it does not fit.
 
-PEFT's loading asks the configuration and the tuner, which check before the first tensor is copied. transformers' own
-`load_adapter` asks neither: there the folder is checked before, the adapter once it is in the model.
+PEFT's loading asks the configuration and the tuner, which check before the first tensor is copied; what PEFT itself
+cannot read of a configuration is told with the file's name. transformers' own `load_adapter` asks neither: there the
+folder is checked before, the adapter once it is in the model.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import delete_adapter
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
@@ -24,7 +27,14 @@ from .layer import SMoALayer
 from .offload import gathered, present
 from .peft_type import PEFT_TYPE
 
-__all__ = ["PARAMETER_PREFIX", "check_adapter", "forget_adapter", "install_checked_load", "remove_adapter"]
+__all__ = [
+    "PARAMETER_PREFIX",
+    "check_adapter",
+    "forget_adapter",
+    "install_checked_load",
+    "install_named_read",
+    "remove_adapter",
+]
 
 # What the names of an adapter's parameters begin with.
 PARAMETER_PREFIX = "smoa_"
@@ -104,8 +114,28 @@ def forget_adapter(model: nn.Module, adapter_name: str) -> None:
             del module.peft_config
 
 
+def install_named_read() -> None:
+    """Wrap PEFT's reader of configurations, which has no hook: it reads the file before it knows the method."""
+    read = PeftConfig.from_json_file.__func__
+    if hasattr(read, "_names_the_file"):
+        return
+
+    @functools.wraps(read)
+    def from_json_file(cls: type[PeftConfig], path_json_file: Any, **kwargs: Any) -> Any:
+        try:
+            found = read(cls, path_json_file, **kwargs)
+        except (RecursionError, TypeError, ValueError):
+            found = None
+            if not isinstance(path_json_file, (str, os.PathLike)):  # a descriptor can be read once only
+                raise
+        return found if isinstance(found, dict) else read_json(path_json_file)  # which says what is wrong
+
+    from_json_file._names_the_file = True  # type: ignore[attr-defined]
+    PeftConfig.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
+
+
 def install_checked_load() -> None:
-    """Wrap transformers' `load_adapter`, which offers no hook; adapters of other methods are left alone."""
+    """Wrap transformers' `load_adapter`, which offers no hook; adapters of other methods load as before."""
     from transformers.integrations.peft import PeftAdapterMixin
 
     if not hasattr(PeftAdapterMixin.load_adapter, "_is_checked_for_smoa"):

@@ -1,1 +1,1 @@
-"""Launch configurations: what they compile to, which rules they must meet, and which were measured fastest."""
+"""Measuring on a GPU which launch parameters and algorithms are fastest."""

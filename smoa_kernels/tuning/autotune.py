@@ -22,6 +22,7 @@ SECONDS = 300.0  # of one process, compilation included
 
 timer: Timer = gpu_timer
 _spent = 0.0
+_deadline: float | None = None  # while something is measured
 
 
 def measure(key: Key, device: torch.device, begun: Entry | None) -> Entry | None:
@@ -29,22 +30,27 @@ def measure(key: Key, device: torch.device, begun: Entry | None) -> Entry | None
 
     `begun` is what an earlier run found, which is not measured again.
     """
-    global _spent
-    start, spent = time.monotonic(), _spent
+    global _spent, _deadline
+    start, spent, outer = time.monotonic(), _spent, _deadline
     if spent >= SECONDS:
         _warn(f"the {SECONDS:.0f} s of this run are spent; what else comes up is measured in the next one")
         return None
+    # An algorithm is run, and checked, before it is timed: there its kernels come up, and are measured before it.
+    _deadline = start + SECONDS - spent if outer is None else outer
     try:
-        # An algorithm is run, and checked, before it is timed: there its kernels come up, and are measured before it.
         (tuned,) = tune(
             [job(key, Target.of(device))],
             device=device,
             timer=timer,
             known=Table({} if begun is None else {(key, begun.identity): begun}),
             save=lambda entry: None,  # once, at the end
-            deadline=start + SECONDS - spent,
+            deadline=_deadline,
         )
+    except Exception as error:  # a GPU that is lost, say; the step may still go on
+        _warn(f"{key.kernel} keeps its default: {error}")
+        return None
     finally:
+        _deadline = outer
         _spent = spent + time.monotonic() - start  # with what was spent on its kernels
     if tuned.entry is None or tuned.entry.best() is None:
         _warn(f"{key.kernel} keeps its default: {tuned.problem or 'no candidate could be timed'}")

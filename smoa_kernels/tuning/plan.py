@@ -162,7 +162,7 @@ def job(key: Key, target: Target, ruled_out: RuledOut | None = None) -> Job:
 
 
 def _padded(features: int, blocks: int) -> int:
-    """Width of the padded layout of evenly cut blocks, as `triton_backend` chooses it."""
+    """Width of the padded layout of evenly cut blocks, as `backends/triton.py` chooses it."""
     sizes = (-(-features // blocks),)
     return padded_width(sizes, padding_multiple(sizes))
 

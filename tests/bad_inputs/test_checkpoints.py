@@ -14,6 +14,8 @@ from .harness import Call, Row, World, check, one, rows
 
 pytest.importorskip("transformers", reason="needs the peft extra")
 
+from peft import PeftModel
+
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.file_format import pack_blocks, read_blocks, unpack_blocks
 from smoa_kernels.peft.folders import MOST_JSON_BYTES
@@ -33,6 +35,16 @@ FILES = [
     ('{"peft_type": "SMOA", "format_version": 99}', "adapter_config.json: format_version 99 .* is newer"),
     ('{"peft_type": "SMOA", "task_type": 7}', "adapter_config.json: "),
 ]
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{", "[" * 100_000, b'{"peft_type": "SMOA\xff"}'], ids=repr)
+def test_a_damaged_configuration_in_pefts_hands(text: str | bytes, world: World) -> None:
+    """PEFT reads the file before it knows whose method it is; the error names the file all the same."""
+    data = text if isinstance(text, bytes) else text.encode()
+    (world.folder / "adapter_config.json").write_bytes(data)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    words = f"^{world.folder}/adapter_config.json (is no JSON|must hold a JSON object)"
+    check(world, lambda w: PeftModel.from_pretrained(model, str(w.folder)), ValueError, words)
 
 
 @pytest.mark.parametrize("reader", [inspect_adapter, SMoAConfig.from_pretrained])

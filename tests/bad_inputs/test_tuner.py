@@ -51,6 +51,7 @@ CONFIGURATIONS: list[Change] = [
         r"rank_pattern\['q'\] must be .* at most 65536, got 1000000000000",
     ),
     ({"rank_pattern": {5: 1}}, ValueError, "a key of rank_pattern must be a regular expression, got 5"),
+    ({"rank_pattern": {b"0": 1}}, ValueError, "a key of rank_pattern must be a regular expression, got b'0'"),
     ({"rank_pattern": {"(": 3}}, ValueError, r"a key of rank_pattern must be a regular expression, got '\('"),
     ({"alpha_pattern": {"q": "x"}}, TypeError, r"alpha_pattern\['q'\] must be a number, got 'x'"),
     ({"alpha_pattern": {"q": None}}, TypeError, r"alpha_pattern\['q'\] must be a number, got None"),
