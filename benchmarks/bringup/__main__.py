@@ -27,6 +27,13 @@ OUT_OF_TIME = 3  # exit code of a stage that noticed by itself that its time was
 
 GPU_BYTES = 2 * 2**30  # GPU memory of one test process: the context, its kernels and its tensors
 SMOKE_TESTS = ("tests/test_reference.py",)
+# Many random problems and long trainings would not leave the stage time for the rest.
+LEFT_OUT = (
+    "tests/test_soak.py",
+    "tests/test_fuzz.py",
+    "tests/test_fuzz_layers.py",
+    "tests/peft/test_fuzzed_merge.py",
+)
 SMOKE_PATIENCE = 4  # a rehearsal's limits are longer, for it may share the machine with others
 
 
@@ -100,7 +107,8 @@ def _command(name: str, out: Path, seconds: float, smoke: bool) -> list[str]:
     if torch.cuda.is_available():
         workers = max(1, torch.cuda.get_device_properties(0).total_memory // GPU_BYTES)
     parallel = ["-n", "auto", "--maxprocesses", str(workers), "--dist", "worksteal"]
-    chosen = SMOKE_TESTS if smoke else ("-m", "numerical or gpu")
+    every = ("-m", "numerical or gpu", *(f"--ignore={file}" for file in LEFT_OUT))
+    chosen = SMOKE_TESTS if smoke else every
     return [sys.executable, "-m", "pytest", *parallel, "-vv", "-rfEs", "--tb=short", *chosen]
 
 
