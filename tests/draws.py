@@ -10,7 +10,7 @@ __all__ = ["PROFILES", "HealthCheck", "assume", "example", "given", "settings", 
 
 PROFILES = {"ci": 300, "nightly": 10_000}
 """How many problems are drawn for the C oracle in all (test_fuzz.py, test_fuzz_layers.py, peft/test_fuzzed_merge.py),
-how many adapter folders, how many tuning tables; the variable HYPOTHESIS_PROFILE chooses."""
+and how many adapter folders (peft/test_fuzzed_files.py); the variable HYPOTHESIS_PROFILE chooses."""
 
 
 def share(part: float) -> settings:

@@ -289,11 +289,13 @@ class TestRules:
         record = replace(with_load("dy_ptr", 128, False), arch="gfx942", shared=0, tensor_cores={"MFMA": 1})
         assert broken_rules(record) == ()
 
-    def test_shared_memory_limits(self):
-        for arch in ARCHITECTURES.values():
-            record = replace(GOOD, arch=arch.name, tensor_cores={arch.tensor_core: 1})
-            assert broken_rules(replace(record, shared=arch.shared_per_block)) == ()
-            assert broken_rules(replace(record, shared=arch.shared_per_block + 1)) != ()
+    @pytest.mark.parametrize(
+        ("arch", "kib"), [("sm_80", 163), ("sm_86", 99), ("sm_89", 99), ("sm_90", 227), ("gfx942", 64)]
+    )
+    def test_shared_memory_limits(self, arch, kib):
+        record = replace(GOOD, arch=arch, tensor_cores={ARCHITECTURES[arch].tensor_core: 1})
+        assert broken_rules(replace(record, shared=kib * 1024)) == ()
+        assert broken_rules(replace(record, shared=kib * 1024 + 1)) != ()
 
     def test_copies_are_wide_but_for_what_is_declared(self):
         copy = replace(GOOD, role="copy", tensor_cores={}, traffic=GOOD.traffic[:2])

@@ -73,7 +73,7 @@ def _panels_of_four_tokens() -> Iterator[None]:
         yield
 
 
-@share(0.33)
+@share(0.39)
 @given(case=cases(eager.ALGORITHMS, DTYPES))
 @example(case=Case(make_problem(ranks=(0,)), "split"))
 def test_eager(case: Case) -> None:

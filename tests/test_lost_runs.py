@@ -1,4 +1,4 @@
-"""Faults around a run of the fine-tuning example: killed processes, full disks, two at once. Nothing is ever lost."""
+"""Faults around a run of the fine-tuning example: killed processes, two at once. Nothing is ever lost."""
 
 import json
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from places import PATHS, FullDisk, adapted, contents, full_disk, kill_at, python  # noqa: F401
+from places import PATHS, adapted, kill_at, python
 from test_distributed_example import losses
-from test_finetune_example import RunFolder, animals, refused, start, tiny_llama  # noqa: F401
+from test_finetune_example import RunFolder, animals, refused, tiny_llama  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ from tuning_cases import PERMUTE, forget, permute_entry
 
 from smoa_kernels.peft.inspection import inspect_adapter
 
-pytestmark = pytest.mark.slow
+SLOW = pytest.mark.slow
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -42,6 +42,7 @@ places.adapted(8).save_pretrained({folder!r})
 """
 
 
+@SLOW
 def test_kill_while_an_adapter_is_saved(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     adapted(4).save_pretrained(folder)
@@ -76,7 +77,7 @@ model.save_pretrained({folder!r})
 """
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("count", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), 2])
 def test_kill_between_the_files_of_an_adapter(count: int, tmp_path: Path) -> None:
     """Of a configuration and weights that no shape tells apart: refused together, and the rest is found."""
     folder = tmp_path / "adapter"
@@ -119,6 +120,7 @@ def test_weights_that_are_not_the_configurations(tmp_path: Path) -> None:
     assert json.loads(config.read_text())["weights_sha256"] == digest
 
 
+@SLOW
 def test_no_room_for_a_configuration(full_disk: FullDisk) -> None:  # noqa: F811
     """It is written last: where the weights had room, the error must name the place all the same."""
     place, full = full_disk
@@ -132,6 +134,7 @@ def test_no_room_for_a_configuration(full_disk: FullDisk) -> None:  # noqa: F811
     assert contents(folder) == before
 
 
+@SLOW
 def test_no_room_for_an_adapter(full_disk: FullDisk) -> None:  # noqa: F811
     place, full = full_disk
     folder = place / "adapter"
@@ -148,6 +151,7 @@ def test_no_room_for_an_adapter(full_disk: FullDisk) -> None:  # noqa: F811
 # The cache folder
 
 
+@SLOW
 @pytest.mark.parametrize("way", ["read-only disk", "a file in its place"])
 def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from smoa_kernels.kernels.table import read, update, user_table
@@ -179,6 +183,7 @@ def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch
         assert list(cache.iterdir()) == []
 
 
+@SLOW
 def test_no_room_for_a_tuning_table(full_disk: FullDisk, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     from smoa_kernels.kernels.table import read, update, user_table
 

@@ -86,6 +86,14 @@ def test_as_many_at_once_as_there_are_threads(llama, threads, monkeypatch):
     assert not waiting.broken
 
 
+def test_not_too_many_at_once(llama, threads, sorted_in, monkeypatch):
+    """Every one takes memory."""
+    assert sorting.MAX_AT_ONCE == 8
+    monkeypatch.setattr(sorting, "MAX_AT_ONCE", 1)
+    get_peft_model(llama(), config())
+    assert {thread for thread, _ in sorted_in} == {threading.current_thread()}
+
+
 def test_a_shared_weight_is_sorted_once(llama, threads, sorted_in):
     model = llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight

@@ -1,12 +1,13 @@
-"""The Trainer and its checkpoints, autocast, and compile."""
+"""The Trainer and its checkpoints, autocast, compile, and what is kept for backward."""
 
 import copy
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from problems import DEVICE
 from tiny_models import tiny_llama
+from torch import nn
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
@@ -76,6 +77,35 @@ def test_auto_class_finds_the_base_model(tmp_path, tokens):
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def kept_for_backward(config, x):
+    """What a linear layer with an adapter keeps beside its parameters, each piece of memory once."""
+    model = get_peft_model(nn.Sequential(nn.Linear(96, 80)).to(x.dtype), config).train()
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(x)
+    return kept
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_is_kept_for_backward_than_lora_keeps(dtype, dropout):
+    x, settings = torch.randn(128, 96, dtype=dtype), {"r": 8, "target_modules": ["0"]}
+    ours = kept_for_backward(SMoAConfig(smoa_dropout=dropout, **settings), x)
+    lora = kept_for_backward(LoraConfig(lora_dropout=dropout, **settings), x)
+    assert sum(t.nbytes for t in ours.values()) <= sum(t.nbytes for t in lora.values())
+    assert ours.pop(x.data_ptr()).shape == x.shape
+    # Beside x: the scaling, and integers of the blocks, at most one for each row or column.
+    assert all(t.numel() <= 1 if t.is_floating_point() else t.numel() <= 96 for t in ours.values())
 
 
 @pytest.mark.numerical
