@@ -1,4 +1,4 @@
-"""Bad arguments of `BlockPartition.from_weight` and `BlockPartition.from_labels`."""
+"""Bad arguments of `BlockPartition`'s constructors."""
 
 from typing import Any
 
@@ -56,3 +56,9 @@ def test_from_weight(arguments: Any, error: type[Exception], words: str, world: 
 @pytest.mark.parametrize(("arguments", "error", "words"), LABELS)
 def test_from_labels(arguments: Any, error: type[Exception], words: str, world: World) -> None:
     check(world, lambda _: BlockPartition.from_labels(*arguments), error, words)
+
+
+@pytest.mark.parametrize(("tensors", "sizes"), [(5, 4), (6, 3)])
+def test_from_tensors(tensors: int, sizes: int) -> None:
+    with pytest.raises(ValueError, match=rf"6 tensors and 2K sizes, got {tensors} and {sizes}"):
+        BlockPartition.from_tensors([torch.zeros(2)] * tensors, [1] * sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
-from smoa_kernels.distributed import ignore_buffers, smoa_buffers
+from smoa_kernels.distributed import average_gradients, ignore_buffers, smoa_buffers
+from smoa_kernels.distributed.data_parallel import agree_on_buffers
 
 DEPTH = 2
 
@@ -177,6 +180,13 @@ def shares_labels_of_peft() -> None:
 
 def test_peft_models_tell_ddp_themselves(two: Processes) -> None:
     two.run(shares_labels_of_peft)
+
+
+@pytest.mark.parametrize("call", [average_gradients, agree_on_buffers])
+def test_a_process_outside_the_group_is_refused(call: Callable[..., object]) -> None:
+    """Torch gives it a number for a group, by which gradients would be divided."""
+    with pytest.raises(TypeError, match="process_group must be a ProcessGroup, got int"):
+        call(nn.Linear(1, 1), dist.GroupMember.NON_GROUP_MEMBER)
 
 
 def test_without_processes_names_are_noted() -> None:

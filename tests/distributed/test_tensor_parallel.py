@@ -197,6 +197,10 @@ def refuses() -> None:
     with pytest.raises(ValueError, match="dropout needs the random generators"):
         parallelize(dropping)
     assert not isinstance(layers(dropping)[0].weight, DTensor)
+    layer, mesh = layers(build("fused", torch.float64))[0], init_device_mesh("cpu", (2,))
+    with pytest.raises(TypeError, match="output_layouts must be a Placement, got str"):
+        parallelize_module(layer, mesh, ColwiseSMoAParallel(output_layouts="x"))
+    assert not isinstance(layer.weight, DTensor)
     cut = parallelize(build("fused", torch.float64))
     for reset in ("reset_adapter", "reset_parameters"):
         with pytest.raises(RuntimeError, match=rf"the layer is sharded: call {reset}\(\) before"):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,23 @@ def test_what_is_first_asked_under_capture_is_measured_after_it(
     ask()
     assert timed == [FIRST, SECOND, THIRD]
     assert tuned_algorithm(FORWARD, CPU, allowed) is not None
+
+
+def test_an_algorithm_and_its_kernels_share_one_deadline(
+    timed: list[Choice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadlines = []
+    tune = autotune.tune
+
+    def watched(jobs: object, **settings: Any) -> object:
+        deadlines.append(settings["deadline"])
+        return tune(jobs, **settings)
+
+    monkeypatch.setattr(autotune, "tune", watched)
+    assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) is not None
+    assert len(deadlines) > 1
+    assert set(deadlines) == {deadlines[0]}  # the kernels' are those of the algorithm that they came up in
+    assert autotune._deadline is None
 
 
 def test_what_fails_keeps_the_default_with_a_warning(
