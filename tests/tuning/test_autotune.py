@@ -49,8 +49,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("value", "on"), [(None, False), ("0", False), ("1", True)])
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [(None, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("0", False), ("1", True)))],
+)
 def test_only_the_variable_hooks_the_tuner_into_the_table(value: str | None, on: bool) -> None:
     program = (
         "import sys; from smoa_kernels.kernels import table; import smoa_kernels.backends.triton as backend\n"
