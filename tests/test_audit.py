@@ -362,6 +362,7 @@ class TestRealCompiles:
         assert json.loads(path.read_text()) == stored
         assert list((cache / "audit").glob("*")) == [path]
 
+    @pytest.mark.slow
     def test_command_line(self, cache, tmp_path, capsys):
         path = tmp_path / "audit.json"
         common = ["audit", "--registry", TOYS, "--arch", "sm_90", "--dtype", "bf16", "--jobs", "1"]

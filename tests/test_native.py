@@ -68,7 +68,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
     ],
 )
 @pytest.mark.parametrize(
-    "threads", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)]
+    "threads", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 3, 8))]
 )
 @each_form
 def test_every_shape(

@@ -151,6 +151,7 @@ def test_nor_does_it_while_it_trains() -> None:
     assert bool((layer.weight[inside] != before[inside]).all())
 
 
+@pytest.mark.slow
 @SOME
 @given(p=problems(), num_blocks=st.integers(1, 5), seed=st.integers(0, 1000))
 def test_permuting_the_coordinates_permutes_blocks_update_and_outputs(

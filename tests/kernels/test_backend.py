@@ -97,10 +97,11 @@ except ValueError as error:
     ("prelude", "words"),
     [
         ("", "x is on the CPU, where kernels run only under Triton's interpreter (TRITON_INTERPRET=1)"),
-        ("sys.modules['triton'] = None", "triton is not installed"),
-        (
+        pytest.param("sys.modules['triton'] = None", "triton is not installed", marks=pytest.mark.slow),
+        pytest.param(
             "import triton; triton.__version__ = '3.1.0'",
             "triton 3.1.0 is older than 3.6, the oldest supported",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -120,6 +120,7 @@ def test_dropout_is_unbiased_and_independent(device: torch.device) -> None:
         assert abs(float(both) - (1 - p) ** 2) < 5 * (0.25 / kept.numel()) ** 0.5
 
 
+@pytest.mark.slow
 def test_dropout_mask_is_a_function_of_seed_token_and_global_column(device: torch.device) -> None:
     """Another partition, other tiles, a shard of the columns, fewer tokens: the same mask."""
     partition = random_partition(150, 4, device)

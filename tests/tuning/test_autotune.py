@@ -85,8 +85,19 @@ def test_autotune_goes_on_where_an_earlier_run_stopped(timed: list[Choice]) -> N
     assert kept()[PERMUTE].complete
 
 
-def test_algorithms_are_compared_with_kernels_that_were_measured(timed: list[Choice]) -> None:
+def test_algorithms_are_compared_with_kernels_that_were_measured(
+    timed: list[Choice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadlines, tune = [], autotune.tune
+
+    def watched(jobs: Any, **settings: Any) -> Any:
+        deadlines.append(settings["deadline"])
+        return tune(jobs, **settings)
+
+    monkeypatch.setattr(autotune, "tune", watched)
     assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) is not None
+    assert len(deadlines) > 1
+    assert set(deadlines) == {deadlines[0]}  # one cap for an algorithm and the kernels that come up in it
     for algorithm, kernel in (
         ("merged", ModulateConfig),
         ("split", BlockMatmulConfig),
@@ -110,23 +121,6 @@ def test_what_is_first_asked_under_capture_is_measured_after_it(
     ask()
     assert timed == [FIRST, SECOND, THIRD]
     assert tuned_algorithm(FORWARD, CPU, allowed) is not None
-
-
-def test_an_algorithm_and_its_kernels_share_one_deadline(
-    timed: list[Choice], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    deadlines = []
-    tune = autotune.tune
-
-    def watched(jobs: object, **settings: Any) -> object:
-        deadlines.append(settings["deadline"])
-        return tune(jobs, **settings)
-
-    monkeypatch.setattr(autotune, "tune", watched)
-    assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) is not None
-    assert len(deadlines) > 1
-    assert set(deadlines) == {deadlines[0]}  # the kernels' are those of the algorithm that they came up in
-    assert autotune._deadline is None
 
 
 def test_what_fails_keeps_the_default_with_a_warning(
