@@ -90,10 +90,6 @@ def load_backend(name: str) -> Backend:
 
     Args:
         name: "eager", "native", "triton" or "reference".
-
-    Example:
-        >>> load_backend("eager").ALGORITHMS
-        ('merged', 'split', 'expanded')
     """
     return cast(Backend, importlib.import_module(_MODULES[name], __package__))
 
@@ -109,10 +105,6 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
 
     Raises:
         ValueError: the backend asked for cannot run here; the message says why and what to do.
-
-    Example:
-        >>> resolve_backend("auto", torch.device("cpu"), torch.bfloat16, rank=8)
-        'eager'
     """
     if backend in ("eager", "reference"):
         return backend
@@ -131,10 +123,6 @@ def native_obstacle(device: torch.device, dtype: torch.dtype = torch.float32) ->
     Args:
         device: of the activations.
         dtype: that the GEMM multiplies.
-
-    Example:
-        >>> native_obstacle(torch.device("cpu"), torch.bfloat16)
-        'the compiled code takes float32, got torch.bfloat16'
     """
     if dtype != torch.float32:
         return f"the compiled code takes float32, got {dtype}"
@@ -150,10 +138,6 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
         device: of the activations.
         dtype: that the GEMM multiplies.
         rank: ρ, rows of A.
-
-    Example:
-        >>> triton_obstacle(torch.device("cpu"), torch.float64)
-        'the kernels take bfloat16, float16, float32, got torch.float64'
     """
     if dtype not in KERNEL_DTYPES:
         return f"the kernels take {dtype_names(KERNEL_DTYPES)}, got {dtype}"
@@ -177,10 +161,6 @@ def algorithms_of(backend: str) -> tuple[str, ...]:
 
     Args:
         backend: "eager", "native", "triton" or "reference".
-
-    Example:
-        >>> algorithms_of("eager")
-        ('merged', 'split', 'expanded')
     """
     return load_backend(backend).ALGORITHMS
 

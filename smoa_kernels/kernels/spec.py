@@ -79,11 +79,6 @@ def check_key(key: Key) -> None:
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
-
-    Example:
-        >>> check_key(Key("permute", "bf16", tokens=-1))
-        Traceback (most recent call last):
-        ValueError: tokens must be at least 0, got -1
     """
     check_choice("kernel", key.kernel, (*KERNELS, *ALGORITHM_KEYS))
     check_choice("dtype", key.dtype, KERNEL_PRECISIONS)

@@ -36,13 +36,7 @@ _TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}
 
 
 def obstacle() -> str | None:
-    """Why the compiled code cannot run here, or None where it can. ``SMOA_NATIVE=0`` in the environment forbids it.
-
-    Example:
-        >>> reason = obstacle()
-        >>> reason is None or isinstance(reason, str)
-        True
-    """
+    """Why the compiled code cannot run here, or None where it can. ``SMOA_NATIVE=0`` in the environment forbids it."""
     if os.environ.get("SMOA_NATIVE", "1") == "0":
         return "SMOA_NATIVE=0 forbids it"
     found = _load()
@@ -58,10 +52,6 @@ def library() -> ctypes.CDLL:
 
     Raises:
         RuntimeError: there is an :func:`obstacle`.
-
-    Example:
-        >>> obstacle() is not None or library().smoa_source() is not None
-        True
     """
     found = _load()
     if isinstance(found, str):
