@@ -131,7 +131,7 @@ def test_metadata(wheel: Path) -> None:
 def extra_of(name: str) -> str:
     """The extra that a file of the package belongs to; none where it belongs to the core."""
     path = name.removeprefix(PREFIX)
-    if path == "cli/spectrum_figure.py":
+    if path == "spectrum/figure.py":
         return "plot"
     folder = path.split("/")[0]
     return folder if folder in ("peft", "cli") else ""
