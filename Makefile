@@ -18,11 +18,15 @@ OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 
 CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
           tests/test_bringup.py tests/test_dead_zone.py $(wildcard tests/test_lost_*)),$(wildcard tests/test_*.py))
 
+# Kernels compiled for each of these, and executed in the PTX emulator (tests/ptx_emulator).
+EMULATED ?= sm_80 sm_90
+emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pytest -n 2 --dist worksteal $(1) $(ARGS) || exit 1; done
+
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke quality quality-data \
-        quality-smoke gpu gpu-smoke audit clean
+        quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -59,7 +63,7 @@ test-slow: $(BIN)/.dev ## the tests marked slow, which `make test` leaves out
 
 test-all: test test-slow ## every test: `make test`, then `make test-slow`
 
-nightly: $(BIN)/.dev ## the fuzz tests with 10,000 examples instead of 300 (hours)
+nightly: $(BIN)/.dev emulate ## `make emulate`, and the fuzz tests with 10,000 examples instead of 300 (hours)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(FUZZED) $(ARGS)
 
 coverage: $(BIN)/.dev ## every test, counting the lines of smoa_kernels that run; fails below 95 %
@@ -134,6 +138,12 @@ gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's inte
 
 audit: $(BIN)/.dev ## compile every kernel at every shipped configuration; needs no GPU
 	$(BIN)/smoa-kernels audit $(ARGS)
+
+emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU: every kernel, the layer, the emulator's own tests; needs g++
+	$(call emulated,tests/ptx_emulator tests/kernels)
+
+emulate-smoke: $(BIN)/.dev ## some of it
+	$(call emulated,tests/ptx_emulator -m smoke)
 
 clean: ## remove the virtual environments and caches
 	rm -rf $(VENV) $(VENV)-data $(OLDEST) dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 # Triton reads it when a kernel is defined, so it is set before any kernel is imported.
-if not torch.cuda.is_available():
+if os.environ.get("PTX_EMULATOR"):  # an architecture: kernels are compiled for it, and run on the CPU
+    os.environ |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    pytest_plugins = ["ptx_emulator.plugin"]
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +33,16 @@ def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what `torch.empty` and its relatives return with NaN: an element left unwritten shows."""
+    """Fill what `torch.empty` and its relatives return with ones in every bit, a NaN: what is left unwritten shows."""
     with torch.device("cpu"):
         torch.empty(0)  # torch notes once what a default device applies to: the functions replaced here
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def filled(*args: Any, **kwargs: Any) -> Tensor:
             tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point() and not tensor.is_meta:
+                tensor.view(BITS[tensor.element_size()]).fill_(-1)
+            return tensor
 
         return filled
 

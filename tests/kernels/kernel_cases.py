@@ -71,7 +71,8 @@ def shipped_here(kernel: str) -> list[tuple[Config, Precision]]:
 
     Another architecture's, or another dtype's, may want more shared memory than there is.
     """
-    here = [architecture(DEVICE)] if DEVICE.type != "cpu" else list(ARCHITECTURES)
+    interpreted = architecture(DEVICE) == "cpu"
+    here = list(ARCHITECTURES) if interpreted else [architecture(DEVICE)]
     pairs = [
         (config, PRECISIONS[name])
         for name in KERNEL_PRECISIONS
@@ -79,7 +80,7 @@ def shipped_here(kernel: str) -> list[tuple[Config, Precision]]:
         for arch in here
         for config in KERNELS[kernel].shipped(facts(arch), PRECISIONS[name])
     ]
-    if DEVICE.type == "cpu":
+    if interpreted:
         pairs = [(config, PRECISIONS["fp32"]) for config, _ in pairs]
     return list(dict.fromkeys(pairs))
 

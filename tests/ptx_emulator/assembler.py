@@ -1,0 +1,276 @@
+"""The register file of a warp, and instructions as they are put together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "INSTRUCTION",
+    "SIZES",
+    "Assembler",
+    "Instruction",
+    "Predicate",
+    "Statement",
+    "UnsupportedError",
+    "literal",
+    "split_list",
+    "vector",
+]
+
+# As `struct Instruction` in core/machine.h.
+INSTRUCTION = np.dtype(
+    [
+        ("operation", "u4"),
+        ("predicate", "i4"),
+        ("negated", "u4"),
+        ("destination_count", "i4"),
+        ("source_count", "i4"),
+        ("destinations", "i4", 4),
+        ("sources", "i4", 14),
+        ("destination_widths", "u4", 4),
+        ("source_widths", "u4", 14),
+        ("immediate", "i8"),
+        ("aux", "i8", 4),
+        ("watch", "i4"),
+    ],
+    align=True,
+)
+SIZES = {
+    **dict.fromkeys(("u8", "s8", "b8"), 1),
+    **dict.fromkeys(("u16", "s16", "b16", "f16", "bf16"), 2),
+    **dict.fromkeys(("u32", "s32", "b32", "f32"), 4),
+    **dict.fromkeys(("u64", "s64", "b64", "f64"), 8),
+}
+SPECIAL = re.compile(r"%(tid|ctaid)\.[xyz]$|%(laneid|warpid)$")
+
+
+class UnsupportedError(Exception):
+    """PTX that the machine does not know."""
+
+
+class Predicate(int):
+    """The number of a predicate, among operands that are rows."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A line of PTX, its operands apart."""
+
+    operation: str
+    arguments: list[str]
+    text: str
+    line: str
+    predicate: int
+    negated: bool
+
+    @cached_property
+    def parts(self) -> list[str]:
+        """Of the operation, between dots."""
+        return self.operation.split(".")
+
+
+@dataclass
+class Instruction:
+    """One of the machine's, as `INSTRUCTION` has it."""
+
+    operation: int
+    destinations: Sequence[int]
+    sources: Sequence[int]
+    destination_widths: Sequence[int]
+    source_widths: Sequence[int]
+    immediate: int
+    aux: Sequence[int]
+    predicate: int
+    negated: bool
+    text: str
+    line: str
+    watch: int = -1
+
+    def write(self, row: Any) -> None:
+        """Into a row of an `INSTRUCTION` array."""
+        for name in ("operation", "predicate", "negated", "immediate", "watch"):
+            row[name] = getattr(self, name)
+        row["destination_count"], row["source_count"] = len(self.destinations), len(self.sources)
+        for name in ("destinations", "sources", "destination_widths", "source_widths", "aux"):
+            values = getattr(self, name)
+            row[name][: len(values)] = values
+
+
+@dataclass
+class Assembler:
+    """What is known of a kernel while its statements are read.
+
+    Attributes:
+        operations: the machine's, by name.
+        shared_base: the address of `global_smem`.
+        parameters: where each parameter lies.
+        declared: the width of each class of registers, 0 of predicates.
+        rows: offset and width of each register that was met.
+        constants: offset of each constant, by value and width.
+        predicates: their numbers.
+        code: so far.
+        labels: the number of the instruction behind each.
+        extra: as in `ptx.Program`.
+        register_bytes: so far.
+    """
+
+    operations: Mapping[str, int]
+    shared_base: int
+    parameters: Mapping[str, int]
+    declared: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    constants: dict[tuple[int, int], int] = field(default_factory=dict)
+    predicates: dict[str, int] = field(default_factory=dict)
+    code: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    extra: list[int] = field(default_factory=list)
+    register_bytes: int = 0
+    _jumps: list[tuple[int, str]] = field(default_factory=list)
+
+    def emit(
+        self,
+        statement: Statement,
+        name: str,
+        destinations: Sequence[int] = (),
+        sources: Sequence[int] = (),
+        *,
+        destination_widths: Sequence[int] = (),
+        source_widths: Sequence[int] = (),
+        immediate: int = 0,
+        aux: Sequence[int] = (),
+    ) -> None:
+        """Append an instruction of a statement."""
+        if name not in self.operations:
+            raise UnsupportedError(f"{name}: {statement.text}")
+        self.code.append(
+            Instruction(
+                self.operations[name],
+                destinations,
+                sources,
+                destination_widths,
+                source_widths,
+                immediate,
+                aux,
+                statement.predicate,
+                statement.negated,
+                statement.text,
+                statement.line,
+            )
+        )
+
+    def jump(self, statement: Statement, label: str) -> None:
+        """Append a branch, to a label that may still come."""
+        self._jumps.append((len(self.code), label))
+        self.emit(statement, "bra")
+
+    def finish(self) -> None:
+        """Append an end, and resolve the branches."""
+        self.emit(Statement("ret", [], "(end)", "?", -1, False), "ret")
+        for at, label in self._jumps:
+            self.code[at].immediate = self.labels[label]
+
+    def allocate(self, width: int) -> int:
+        """A new row of the register file."""
+        offset = self.register_bytes
+        self.register_bytes += 32 * max(width, 2)
+        return offset
+
+    def row(self, register: str) -> tuple[int, int]:
+        """Offset and width of a register."""
+        if register not in self.rows:
+            width = self._width(register)
+            if width == 0:
+                raise UnsupportedError(f"predicate {register} where a register is expected")
+            self.rows[register] = self.allocate(width), width
+        return self.rows[register]
+
+    def constant(self, value: int, width: int) -> int:
+        """Offset of a row that holds a constant."""
+        width = max(width, 2)
+        key = value % (1 << 8 * width), width
+        if key not in self.constants:
+            self.constants[key] = self.allocate(width)
+        return self.constants[key]
+
+    def predicate(self, name: str) -> Predicate:
+        """Number of a predicate; -1, 1 and 0 are constant ones."""
+        if name in ("-1", "1", "0"):
+            name = "false" if name == "0" else "true"
+        elif self._width(name) != 0:
+            raise UnsupportedError(f"{name} is no predicate")
+        return Predicate(self.predicates.setdefault(name, len(self.predicates)))
+
+    def source(self, statement: Statement, text: str, width: int) -> int:
+        """Offset of an operand that is read: a register, of whose value the low part is taken, or a constant."""
+        if text == "global_smem":
+            return self.constant(self.shared_base, width)
+        if (value := literal(text)) is not None:
+            return self.constant(value, width)
+        offset, actual = self.row(text)
+        width = max(width, 2)
+        if actual == width:
+            return offset
+        if actual < width:
+            raise UnsupportedError(f"{text} is narrower than {width} bytes in {statement.text}")
+        narrowed = self.allocate(width)
+        self.emit(statement, f"cvt.u{width * 8}.u{actual * 8}", [narrowed], [offset])
+        return narrowed
+
+    def sources(self, statement: Statement, texts: Sequence[str], width: int) -> list[int]:
+        """Offsets of operands of one width, each a register, a constant or a vector of them."""
+        return [self.source(statement, text, width) for group in texts for text in vector(group)]
+
+    def destination(self, statement: Statement, text: str, width: int) -> int:
+        """Offset of a register that is written; `_` takes what nobody wants."""
+        if text == "_":
+            return self.allocate(width)
+        offset, actual = self.row(text)
+        if actual != max(width, 2):
+            raise UnsupportedError(f"{text} has another width than {width} bytes in {statement.text}")
+        return offset
+
+    def destinations(self, statement: Statement, text: str, width: int) -> list[int]:
+        """Offsets of the registers of a vector."""
+        return [self.destination(statement, register, width) for register in vector(text)]
+
+    def _width(self, register: str) -> int:
+        if SPECIAL.match(register):
+            return 4
+        numbered = re.match(r"(%[a-zA-Z_]+)\d+$", register)
+        for name in (register, numbered[1] if numbered else register):
+            if name in self.declared:
+                return self.declared[name]
+        raise UnsupportedError(f"register {register}")
+
+
+def literal(text: str) -> int | None:
+    """The bits of a constant; None where it is none."""
+    if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", text):
+        return int(match[1] or match[2], 16)
+    if match := re.fullmatch(r"(-?)(0[xX][0-9a-fA-F]+|\d+)U?", text):
+        return int(match[2], 0) * (-1 if match[1] else 1)
+    return None
+
+
+def split_list(text: str) -> list[str]:
+    """What commas part, outside brackets."""
+    parts, depth, current = [], 0, ""
+    for character in text:
+        depth += (character in "{[(") - (character in "}])")
+        if character == "," and depth == 0:
+            parts.append(current.strip())
+            current = ""
+        else:
+            current += character
+    return [*parts, current.strip()] if current.strip() else parts
+
+
+def vector(text: str) -> list[str]:
+    """The registers of `{a, b}`; of `a`, that one."""
+    return [name.strip() for name in text.strip().removeprefix("{").removesuffix("}").split(",")]

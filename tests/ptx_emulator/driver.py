@@ -1,0 +1,132 @@
+"""A Triton driver without a GPU: `kernel[grid](...)` on CPU tensors compiles for a GPU and runs in the emulator.
+
+Everything up to the launch is Triton's own: the specialisation of the arguments and the compiler as far as PTX. ptxas
+does not run; what would be its cubin is the PTX, which is what a launch gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import torch
+import triton
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import CUDABackend
+
+from smoa_kernels.cost.architectures import facts
+
+__all__ = ["Argument", "Kernel", "install"]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a kernel gets for one of its parameters: its name, Triton's type of it ("*bf16", "i32") and the value."""
+
+    name: str
+    kind: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a launch needs of a compiled kernel."""
+
+    name: str
+    ptx: str
+    num_warps: int
+    num_stages: int
+    shared: int
+    arch: int
+
+
+Launch: TypeAlias = Callable[[Kernel, tuple[int, int, int], list[Argument]], None]
+
+
+class PtxCompiler(CUDABackend):  # type: ignore[misc]
+    """Triton's compiler, stopped at PTX."""
+
+    def make_cubin(self, src: str, *_: Any) -> bytes:
+        return src.encode()
+
+    def hash(self) -> str:
+        return f"{super().hash()}-ptx"  # of the keys of Triton's cache, which real cubins share
+
+
+def _launcher(launch: Launch) -> type:
+    class Launcher:
+        """What a compiled kernel calls."""
+
+        def __init__(self, src: Any, metadata: Any) -> None:
+            if metadata.global_scratch_size or metadata.profile_scratch_size:
+                raise NotImplementedError("scratch memory")
+            if getattr(metadata, "num_ctas", 1) != 1:
+                raise NotImplementedError("clusters")
+            self.metadata = metadata
+            self.name = src.fn.__name__
+            self.signature: Mapping[str, str] = src.signature
+
+        def __call__(self, x: int, y: int, z: int, stream: int, ptx: str, *rest: Any) -> None:
+            _packed, _launch_metadata, _enter_hook, _leave_hook, *values = rest
+            arguments = [
+                Argument(name, kind, value)
+                for (name, kind), value in zip(self.signature.items(), values, strict=True)
+                if kind != "constexpr"
+            ]
+            m = self.metadata
+            kernel = Kernel(self.name, ptx, m.num_warps, m.num_stages, m.shared, m.target.arch)
+            launch(kernel, (x, y, z), arguments)
+
+    return Launcher
+
+
+class EmulatorDriver(DriverBase):  # type: ignore[misc]
+    """One device of one architecture."""
+
+    def __init__(self, arch: int, launch: Launch) -> None:
+        self.arch = arch
+        shared = facts(f"sm_{arch}").shared_per_block
+        self.launcher_cls = _launcher(launch)
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": shared},
+            # module, function, registers, spills, most threads of a block
+            load_binary=lambda name, ptx, shared, device: (object(), ptx.decode(), 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("nothing is timed here")
+
+
+def install(arch: int, launch: Launch) -> None:
+    """Make Triton compile for `arch` and launch by `launch`, from now on in this process."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET must not be set: the emulator runs compiled kernels")
+    backends["nvidia"] = replace(backends["nvidia"], compiler=PtxCompiler)
+    triton.runtime.driver.set_active(EmulatorDriver(arch, launch))

@@ -1,0 +1,237 @@
+"""Launches: a compiled kernel and its arguments to the machine, its findings and counts back.
+
+emulator.activate(80)               # before a kernel is launched, with TRITON_INTERPRET unset
+kernel[grid](...)                   # on CPU tensors
+emulator.launches[-1].errors        # what the checks saw
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import struct
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from . import driver, ptx
+from .driver import Argument, Kernel
+from .findings import Finding
+from .library import Region, Report, Stat, library
+
+__all__ = ["EmulationError", "Launch", "Options", "activate", "launch", "launches", "options", "program_of"]
+
+REPORTS = 4096
+PAGE = 4096
+NO_RESERVE = 0x4000  # Linux, as yet without a name in every supported Python
+TENSOR_CORES = {80: 0, 90: 1}
+"""Whose sums: A100's, which stand for every `mma.sync` architecture, and H100's."""
+ROUND_TF32 = 2
+
+
+class EmulationError(Exception):
+    """The machine stopped: what the kernel does has no meaning."""
+
+
+@dataclass
+class Options:
+    """Of the machine.
+
+    Attributes:
+        round_tf32: TF32 operands are rounded to nearest. Tensor cores cut them off: this tells what that costs.
+    """
+
+    round_tf32: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What happened in one launch.
+
+    Attributes:
+        kernel: what was launched.
+        grid: programs along x, y and z.
+        program: its PTX as the machine reads it.
+        stats: a `library.Stat` of each instruction, as an array with named fields.
+        findings: errors and notes.
+        seconds: that the machine took.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    program: ptx.Program
+    stats: np.ndarray
+    findings: tuple[Finding, ...]
+    seconds: float
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.is_error]
+
+    @property
+    def warps(self) -> int:
+        return int(np.prod(self.grid)) * self.kernel.num_warps
+
+
+options = Options()
+launches: list[Launch] = []
+"""All so far; whoever reads them clears them."""
+
+
+def activate(arch: int) -> None:
+    """Make Triton compile for `sm_<arch>` and launch here."""
+    library()
+    driver.install(arch, launch)
+
+
+@functools.cache
+def program_of(text: str) -> ptx.Program:
+    """PTX as the machine reads it."""
+    machine = library()
+    return ptx.parse(text, machine.operations, machine.shared_base)
+
+
+def launch(kernel: Kernel, grid: tuple[int, int, int], arguments: list[Argument]) -> None:
+    """Run a kernel over a grid and append to `launches`.
+
+    Raises:
+        EmulationError: the kernel or an argument is none that the machine runs, or it stopped.
+        ptx.UnsupportedError: an instruction that the machine does not know.
+    """
+    machine, program = library(), program_of(kernel.ptx)
+    if program.threads != kernel.num_warps * 32:
+        raise EmulationError(f"{program.threads} threads in {kernel.num_warps} warps")
+    memory = _Memory(arguments)
+    parameters = _parameters(program, arguments, memory.addresses)
+    size = len(program.code)
+    stats = np.zeros(size, Stat)
+    kind_counts = np.zeros((len(machine.kinds), size), np.uint64)
+    reports, count = (Report * REPORTS)(), ctypes.c_uint32()
+    error = ctypes.create_string_buffer(512)
+    mode = TENSOR_CORES.get(kernel.arch, 0) | (ROUND_TF32 if options.round_tf32 else 0)
+    begin = time.perf_counter()
+    failed = machine.launch(
+        _pointer(program.code),
+        size,
+        program.register_bytes,
+        program.predicates,
+        _pointer(program.initial),
+        _pointer(program.initial_predicates),
+        _pointer(program.special),
+        (ctypes.c_uint32 * 3)(*grid),
+        program.threads,
+        kernel.shared,
+        (ctypes.c_char * len(parameters)).from_buffer(parameters),
+        memory.regions,
+        len(memory.names),
+        _pointer(stats),
+        reports,
+        REPORTS,
+        ctypes.byref(count),
+        _pointer(kind_counts),
+        mode,
+        _pointer(program.extra),
+        program.has_wgmma,
+        error,
+    )
+    seconds = time.perf_counter() - begin
+    examples: dict[tuple[int, int], str] = {}
+    for report in reports[: count.value]:
+        examples.setdefault((report.kind, report.pc), memory.describe(report))
+    findings = tuple(
+        Finding(
+            machine.kinds[kind],
+            kernel.name,
+            program.lines[pc],
+            program.texts[pc],
+            int(kind_counts[kind, pc]),
+            examples.get((kind, pc), ""),
+        )
+        for kind, pc in zip(*np.nonzero(kind_counts), strict=True)
+    )
+    launches.append(Launch(kernel, grid, program, stats, findings, seconds))
+    if failed:
+        raise EmulationError(f"{kernel.name}: {error.value.decode()}; {'; '.join(map(str, findings))}")
+
+
+class _Memory:
+    """The tensor arguments, each at addresses of its own, 2^40 apart: past the end of one, no other begins.
+
+    The low 12 bits are those of the real address, so that alignment is what it is.
+    """
+
+    def __init__(self, arguments: list[Argument]) -> None:
+        tensors = {a.name: a.value for a in arguments if isinstance(a.value, Tensor)}
+        self.names = list(tensors)
+        self.regions = (Region * max(len(tensors), 1))()
+        self.addresses: dict[str, int] = {}
+        self._arrays: list[np.ndarray] = []  # which the regions point to
+        last_access: dict[int, tuple[int, int]] = {}  # by storage: two arguments may share one
+        for number, (name, tensor) in enumerate(tensors.items(), 1):
+            if tensor.device.type != "cpu":
+                raise EmulationError(f"{name} is on {tensor.device}")
+            storage = tensor.untyped_storage()
+            base, size = storage.data_ptr(), storage.nbytes()
+            if base not in last_access:
+                last_access[base] = self._zeros(size, np.uint32), self._zeros(size, np.uint32)
+            start = (number << 40) + (1 << 20) + base % PAGE
+            element = tensor.element_size()
+            poison = element if tensor.is_floating_point() and element in (2, 4) else 0
+            self.regions[number - 1] = Region(
+                start, size, base, self._in_view(tensor, size), *last_access[base], poison
+            )
+            # The address of an empty tensor is null.
+            self.addresses[name] = start + tensor.data_ptr() - base if tensor.data_ptr() else 0
+
+    def _zeros(self, count: int, dtype: type) -> int:
+        """The address of zeros: pages that nobody touches cost nothing, however many there are."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+        array = np.frombuffer(mmap.mmap(-1, max(count, 1) * np.dtype(dtype).itemsize, flags=flags), dtype)
+        self._arrays.append(array)
+        return array.ctypes.data
+
+    def _in_view(self, tensor: Tensor, size: int) -> int:
+        """Per byte of the storage: whether it belongs to an element of the view."""
+        address = self._zeros(size, np.uint8)
+        if tensor.numel():
+            item = tensor.element_size()
+            elements = self._arrays[-1][: size // item * item].reshape(-1, item)
+            index = np.array(tensor.storage_offset())
+            for extent, stride in zip(tensor.shape, tensor.stride(), strict=True):
+                index = index[..., None] + np.arange(extent) * stride
+            elements[index.reshape(-1)] = 1
+        return address
+
+    def describe(self, report: Report) -> str:
+        named = 0 < report.region <= len(self.names)
+        where = f"{self.names[report.region - 1] if named else 'shared memory'}+{report.address}"
+        who = f"program {report.cta}, warp {report.warp}, lane {report.lane}"
+        return f"{report.width} bytes at {where}, {who}, other: {report.other}"
+
+
+def _parameters(program: ptx.Program, arguments: list[Argument], addresses: dict[str, int]) -> bytearray:
+    """The kernel's parameters as they lie in memory. Triton adds two, for scratch memory, of which there is none."""
+    if len(program.parameters) != len(arguments) + 2:
+        raise EmulationError(f"{len(program.parameters)} parameters for {len(arguments)} arguments")
+    buffer = bytearray(program.parameter_bytes)
+    for argument, parameter in zip(arguments, program.parameters, strict=False):
+        if argument.name in addresses:
+            data = struct.pack("<Q", addresses[argument.name])
+        elif argument.kind == "fp32":
+            data = struct.pack("<f", argument.value)
+        elif argument.kind[0] in "iu":
+            data = (int(argument.value) % (1 << 8 * parameter.size)).to_bytes(parameter.size, "little")
+        else:
+            raise EmulationError(f"argument {argument.name} of type {argument.kind}")
+        if len(data) != parameter.size:
+            raise EmulationError(f"argument {argument.name}: {len(data)} bytes for {parameter.size}")
+        buffer[parameter.offset : parameter.offset + parameter.size] = data
+    return buffer
+
+
+def _pointer(array: np.ndarray) -> Any:
+    return ctypes.c_void_p(array.ctypes.data)

@@ -1,0 +1,28 @@
+"""Makes smoa_kernels take CPU tensors for a GPU's: the one place where it is told something that is not so."""
+
+from __future__ import annotations
+
+import sys
+
+from smoa_kernels import backends
+from smoa_kernels.cost import gpus
+
+from . import emulator
+
+__all__ = ["pretend"]
+
+
+def pretend(arch: int) -> None:
+    """Let the CPU be a GPU of `sm_<arch>`, from now on in this process: kernels compile for it and run in the emulator.
+
+    Raises:
+        RuntimeError: the kernels have been imported: they know what they run on.
+    """
+    if any(name.startswith("smoa_kernels.kernels") for name in sys.modules):
+        raise RuntimeError("the kernels must be imported after this")
+    emulator.activate(arch)
+    gpu = gpus.match_gpu("", (arch // 10, arch % 10))
+    replacements = {"architecture": gpu.arch, "multiprocessors": gpu.multiprocessors, "device_gpu": gpu}
+    for name, answer in replacements.items():
+        setattr(gpus, name, lambda device, answer=answer: answer)
+    backends._device_obstacle = lambda device: None  # type: ignore[assignment]

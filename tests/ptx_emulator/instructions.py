@@ -1,0 +1,369 @@
+"""PTX statements as the machine's instructions: one function a family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from .assembler import SIZES, Assembler, Statement, UnsupportedError, literal, vector
+
+__all__ = ["translate"]
+
+WGMMA_KINDS = ("f16", "bf16", "tf32")
+
+
+def translate(a: Assembler, s: Statement) -> None:
+    """Append what a statement does."""
+    family = s.parts[0]
+    if s.parts[-1] == "pred" and family not in FAMILIES:
+        a.emit(s, s.operation, [a.predicate(s.arguments[0])], [a.predicate(p) for p in s.arguments[1:]])
+    else:
+        FAMILIES.get(family, _arithmetic)(a, s)
+
+
+def _unsupported(a: Assembler, s: Statement) -> None:
+    raise UnsupportedError(s.text)
+
+
+# Control
+
+
+def _branch(a: Assembler, s: Statement) -> None:
+    a.jump(s, s.arguments[0])
+
+
+def _end(a: Assembler, s: Statement) -> None:
+    a.emit(s, "ret")
+
+
+def _barrier(a: Assembler, s: Statement) -> None:
+    if s.operation == "bar.warp.sync" and literal(s.arguments[0]) in (-1, 0xFFFFFFFF):
+        a.emit(s, "bar.warp.sync")
+    elif re.fullmatch(r"(bar|barrier)\.sync(\.aligned)?", s.operation) and s.arguments == ["0"]:
+        a.emit(s, "bar.sync")
+    else:  # named ones, and those of some warps
+        raise UnsupportedError(s.text)
+
+
+def _fence(a: Assembler, s: Statement) -> None:
+    if re.fullmatch(r"fence\.proxy\.async(\.shared::(cta|cluster))?", s.operation):
+        a.emit(s, "fence.proxy.async")
+    elif "proxy" in s.parts or "mbarrier_init" in s.parts:
+        raise UnsupportedError(s.text)
+    else:
+        _nothing(a, s)
+
+
+def _nothing(a: Assembler, s: Statement) -> None:
+    """The order of a program's accesses to memory is not modelled."""
+    a.emit(s, "nop")
+
+
+# Memory
+
+
+def _address(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", text.strip())
+    if not match:
+        raise UnsupportedError(f"address {text}")
+    return match[1], (literal(match[2]) or 0) if match[2] else 0
+
+
+def _space(s: Statement) -> tuple[str, str, int]:
+    """Of a load or store: the state space, the type and how many elements each lane has."""
+    ignored = {"volatile", "relaxed", "acquire", "release", "weak", "gpu", "cta", "sys", "nc"}
+    parts = [p for p in s.parts[1:] if p not in ignored and not p.startswith(("L1::", "L2::"))]
+    space, *rest = [p.removesuffix("::cta") for p in parts]
+    count = {"v2": 2, "v4": 4}.get(rest[0], 1)
+    if space not in ("global", "shared") or len(rest) != (1 if count == 1 else 2):
+        raise UnsupportedError(s.text)
+    if SIZES[rest[-1]] * count > 16:
+        raise UnsupportedError(s.text)
+    return space, rest[-1], count
+
+
+def _load(a: Assembler, s: Statement) -> None:
+    if s.parts[1] == "param":
+        name, offset = _address(s.arguments[1])
+        row, width = a.row(s.arguments[0])
+        size = SIZES[s.parts[-1]]
+        aux = (size, 1, int(s.parts[-1][0] == "s"))
+        at = a.parameters[name] + offset
+        a.emit(s, "ld.param", [row], destination_widths=[width], immediate=at, aux=aux)
+        return
+    space, kind, count = _space(s)
+    base, offset = _address(s.arguments[1])
+    rows = [(-1, 4) if name == "_" else a.row(name) for name in vector(s.arguments[0])]
+    if len(rows) != count:
+        raise UnsupportedError(s.text)
+    a.emit(
+        s,
+        f"ld.{space}",
+        [row for row, _ in rows],
+        [a.source(s, base, 8 if space == "global" else 4)],
+        destination_widths=[width for _, width in rows],
+        immediate=offset,
+        aux=(SIZES[kind], count, int(kind[0] == "s")),
+    )
+
+
+def _store(a: Assembler, s: Statement) -> None:
+    space, kind, count = _space(s)
+    base, offset = _address(s.arguments[0])
+    rows = []
+    for name in vector(s.arguments[1]):
+        value, width = literal(name), max(SIZES[kind], 2)
+        rows.append(a.row(name) if value is None else (a.constant(value, width), width))
+    if len(rows) != count:
+        raise UnsupportedError(s.text)
+    a.emit(
+        s,
+        f"st.{space}",
+        (),
+        [a.source(s, base, 8 if space == "global" else 4), *(row for row, _ in rows)],
+        source_widths=[4, *(width for _, width in rows)],
+        immediate=offset,
+        aux=(SIZES[kind], count, 0),
+    )
+
+
+def _copy(a: Assembler, s: Statement) -> None:
+    """cp.async; the bulk copies of TMA are not known."""
+    if s.operation in ("cp.async.commit_group", "cp.async.wait_all"):
+        a.emit(s, s.operation)
+    elif s.operation == "cp.async.wait_group":
+        a.emit(s, s.operation, immediate=literal(s.arguments[0]) or 0)
+    elif re.fullmatch(r"cp\.async\.c[ag]\.shared\.global(\.L2::\w+)*", s.operation):
+        (to, to_offset), (source, offset) = _address(s.arguments[0]), _address(s.arguments[1])
+        size, *rest = s.arguments[2:]
+        if "cache_hint" in s.operation:
+            rest = rest[:-1]
+        sources = [a.source(s, to, 4), a.source(s, source, 8), *(a.source(s, n, 4) for n in rest[:1])]
+        a.emit(s, "cp.async", (), sources, immediate=to_offset, aux=(literal(size) or 0, offset))
+    else:
+        raise UnsupportedError(s.text)
+
+
+def _matrix(a: Assembler, s: Statement) -> None:
+    pattern = r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(::cta)?\.b16"
+    match = re.fullmatch(pattern, s.operation)
+    if not match:
+        raise UnsupportedError(s.text)
+    aux = (int(match[2]), int(bool(match[3])))
+    loads = match[1] == "ld"
+    base, offset = _address(s.arguments[1 if loads else 0])
+    at = a.source(s, base, 4)
+    if loads:
+        a.emit(s, "ldmatrix", a.destinations(s, s.arguments[0], 4), [at], immediate=offset, aux=aux)
+    else:
+        values = a.sources(s, [s.arguments[1]], 4)
+        a.emit(s, "stmatrix", (), [at, *values], immediate=offset, aux=aux)
+
+
+# Products
+
+
+def _mma(a: Assembler, s: Statement) -> None:
+    pattern = r"mma\.sync\.aligned\.(m16n8k\d+)\.row\.col\.f32\.(\w+)\.(\w+)\.f32"
+    match = re.fullmatch(pattern, s.operation)
+    if not match or match[2] != match[3]:
+        raise UnsupportedError(s.text)
+    results = a.destinations(s, s.arguments[0], 4)
+    a.emit(s, f"mma.{match[1]}.{match[2]}", results, a.sources(s, s.arguments[1:], 4))
+
+
+def _wgmma(a: Assembler, s: Statement) -> None:
+    if s.operation in ("wgmma.fence.sync.aligned", "wgmma.commit_group.sync.aligned"):
+        a.emit(s, f"wgmma.{s.parts[1]}")
+        return
+    if s.operation == "wgmma.wait_group.sync.aligned":
+        a.emit(s, "wgmma.wait_group", immediate=literal(s.arguments[0]) or 0)
+        return
+    match = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(\w+)\.(\w+)", s.operation)
+    if not match or match[3] != match[4] or match[3] not in WGMMA_KINDS:
+        raise UnsupportedError(s.text)
+    columns, depth, kind = int(match[1]), int(match[2]), WGMMA_KINDS.index(match[3])
+    in_registers = s.arguments[1].startswith("{")
+    accumulators = a.destinations(s, s.arguments[0], 4)
+    left = a.sources(s, [s.arguments[1]], 4 if in_registers else 8)
+    signs, transposed = _flags(s.arguments[4:6]), _flags(s.arguments[6:])
+    operands = 1 if in_registers else 2  # whose descriptor may say that it is transposed
+    allowed = (
+        depth == (8 if kind == 2 else 16)
+        and columns in range(8, 257, 8)
+        and len(accumulators) == len(set(accumulators)) == columns // 2
+        and len(left) == (4 if in_registers else 1)
+        and set(signs) <= {1, -1}
+        and len(transposed) == (0 if kind == 2 else operands)
+        and set(transposed) <= {0, 1}
+    )
+    if not allowed:
+        raise UnsupportedError(s.text)
+    # TF32 has no transposition, and registers none.
+    left_transposed, right_transposed = (0, 0) if kind == 2 else [0, *transposed][-2:]
+    bits = (in_registers, signs[0] < 0, signs[1] < 0, left_transposed, right_transposed)
+    first = len(a.extra)
+    a.extra += accumulators
+    sources = [*left, a.source(s, s.arguments[2], 8), a.predicate(s.arguments[3])]
+    aux = (first, columns, kind, sum(int(bit) << i for i, bit in enumerate(bits)))
+    a.emit(s, "wgmma.mma", (), sources, aux=aux)
+
+
+def _flags(texts: list[str]) -> list[int | None]:
+    return [literal(text) for text in texts]
+
+
+# Between lanes
+
+
+def _shuffle(a: Assembler, s: Statement) -> None:
+    if s.parts[1] != "sync" or s.parts[-1] != "b32":
+        raise UnsupportedError(s.text)
+    value, *inside = s.arguments[0].split("|")
+    destinations = [a.destination(s, value, 4), *map(a.predicate, inside)]
+    a.emit(s, f"shfl.{s.parts[2]}", destinations, a.sources(s, s.arguments[1:], 4))
+
+
+def _vote(a: Assembler, s: Statement) -> None:
+    to, asked = s.arguments[0], a.predicate(s.arguments[1])
+    into = a.destination(s, to, 4) if s.parts[2] == "ballot" else a.predicate(to)
+    a.emit(s, f"vote.{s.parts[2]}", [into], [asked])
+
+
+# Moves, comparisons, conversions
+
+
+def _compare(a: Assembler, s: Statement) -> None:
+    parts = [part for part in s.parts if part != "ftz"]
+    if len(parts) != 3 or "|" in s.arguments[0]:
+        raise UnsupportedError(s.text)
+    operands = a.sources(s, s.arguments[1:], SIZES[parts[2]])
+    a.emit(s, ".".join(parts), [a.predicate(s.arguments[0])], operands)
+
+
+def _select(a: Assembler, s: Statement) -> None:
+    width = SIZES[s.parts[1]]
+    to, first, second, which = s.arguments
+    sources = [*a.sources(s, [first, second], width), a.predicate(which)]
+    a.emit(s, f"selp.b{8 * width}", [a.destination(s, to, width)], sources)
+
+
+def _move(a: Assembler, s: Statement) -> None:
+    to, source = s.arguments
+    if s.parts[1] == "pred":
+        a.emit(s, s.operation, [a.predicate(to)], [a.predicate(source)])
+        return
+    width = SIZES[s.parts[1]]
+    if to.startswith("{"):
+        rows = [(-1, 4) if name == "_" else a.row(name) for name in vector(to)]
+        name, widths = f"unpack.b{8 * width}.{len(rows)}", [w for _, w in rows]
+        a.emit(s, name, [row for row, _ in rows], [a.source(s, source, width)], destination_widths=widths)
+    elif source.startswith("{"):
+        names = vector(source)
+        part, rows = width // len(names), []
+        for name in names:
+            value = literal(name)
+            rows.append(a.row(name) if value is None else (a.constant(value, part), part))
+        name, widths = f"pack.b{8 * width}.{len(rows)}", [w for _, w in rows]
+        a.emit(s, name, [a.destination(s, to, width)], [row for row, _ in rows], source_widths=widths)
+    else:
+        a.emit(s, f"mov.b{8 * width}", [a.destination(s, to, width)], [a.source(s, source, width)])
+
+
+def _convert(a: Assembler, s: Statement) -> None:
+    kinds = [part for part in s.parts[1:] if part in SIZES or part in ("f16x2", "bf16x2", "tf32")]
+    to, source = kinds[0], kinds[-1]
+    if to in ("f16x2", "bf16x2"):
+        a.emit(s, s.operation, [a.destination(s, s.arguments[0], 4)], a.sources(s, s.arguments[1:], 4))
+        return
+    operand = a.source(s, s.arguments[1], SIZES[source])
+    row, actual = a.row(s.arguments[0])
+    width = 4 if to == "tf32" else max(SIZES[to], 2)
+    integers = all(part in SIZES for part in s.parts[1:]) and "f" not in to + source
+    name = f"cvt.{to}.{source}" if integers else s.operation
+    if actual == width:
+        a.emit(s, name, [row], [operand])
+        return
+    narrow = a.allocate(width)  # a destination may be wider than the type
+    a.emit(s, name, [narrow], [operand])
+    a.emit(s, f"cvt.{to[0]}{8 * actual}.{to}", [row], [narrow])
+
+
+# Arithmetic
+
+FLOAT_OPERATIONS = frozenset(
+    ["add", "sub", "mul", "fma", "min", "max", "neg", "abs", "div", "ex2", "lg2", "rcp", "sqrt", "rsqrt"]
+)
+# Computed to the last bit whether PTX asks for it or not; subnormal operands of these are not flushed.
+EXACT = frozenset(["div", "rcp", "sqrt", "rsqrt"])
+
+
+def _arithmetic(a: Assembler, s: Statement) -> None:
+    kind = s.parts[-1]
+    to, operands = s.arguments[0], s.arguments[1:]
+    if kind == "f32x2" and set(s.parts[1:]) <= {"rn", "f32x2"}:
+        a.emit(s, f"{s.parts[0]}.f32x2", [a.destination(s, to, 8)], a.sources(s, operands, 8))
+        return
+    if kind in ("f16", "bf16") and s.parts[-2] == "f32" and s.parts[0] in ("add", "fma"):
+        # Narrow operands, and a float32 one last.
+        sources = [*a.sources(s, operands[:-1], 2), a.source(s, operands[-1], 4)]
+        a.emit(s, f"{s.parts[0]}.f32.{kind}", [a.destination(s, to, 4)], sources)
+        return
+    if kind not in SIZES:
+        raise UnsupportedError(s.text)
+    width = SIZES[kind]
+    name = _float_name(s) if kind.startswith("f") else s.operation
+    result, widths = width, [width] * len(operands)
+    if s.parts[1:2] == ["wide"]:
+        result, widths = 2 * width, [width, width, 2 * width][: len(operands)]
+    elif s.parts[0] in ("shl", "shr"):
+        widths = [width, 4]
+    elif s.parts[0] == "bfe":
+        widths = [width, 4, 4]
+    elif s.parts[0] in ("popc", "clz"):
+        result = 4
+    sources = [a.source(s, text, w) for text, w in zip(operands, widths, strict=True)]
+    a.emit(s, name, [a.destination(s, to, result)], sources)
+
+
+def _float_name(s: Statement) -> str:
+    operation = s.parts[0]
+    if operation not in FLOAT_OPERATIONS or not {"rz", "rm", "rp"}.isdisjoint(s.parts):
+        raise UnsupportedError(s.text)
+    dropped = {"rn", "full"}
+    if operation in EXACT:
+        dropped |= {"approx", "ftz"}
+    elif operation == "lg2":
+        dropped |= {"ftz"}
+    return ".".join(part for part in s.parts if part not in dropped)
+
+
+FAMILIES: Mapping[str, Callable[[Assembler, Statement], None]] = {
+    "bra": _branch,
+    "ret": _end,
+    "exit": _end,
+    "bar": _barrier,
+    "barrier": _barrier,
+    "fence": _fence,
+    "membar": _nothing,
+    "prefetch": _nothing,
+    "setmaxnreg": _nothing,
+    "mbarrier": _unsupported,
+    "elect": _unsupported,
+    "tcgen05": _unsupported,
+    "atom": _unsupported,
+    "red": _unsupported,
+    "ld": _load,
+    "st": _store,
+    "cp": _copy,
+    "ldmatrix": _matrix,
+    "stmatrix": _matrix,
+    "mma": _mma,
+    "wgmma": _wgmma,
+    "shfl": _shuffle,
+    "vote": _vote,
+    "setp": _compare,
+    "selp": _select,
+    "mov": _move,
+    "cvt": _convert,
+}

@@ -1,0 +1,138 @@
+"""`smoa_linear`, forward and backward, in all algorithms and dtypes: odd sizes, odd strides, and sizes of one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import LAYOUTS, NAMES, Case, LinearProblem, budget_shares, make_problem, relative_error
+
+from .plugin import SHARE
+
+ALGORITHMS = ("split", "merged", "fused", "dropout")
+PROBLEMS = {
+    "odd": {"tokens": 37, "out_features": 131, "in_features": 197, "ranks": (20, 3, 0)},
+    "strided": {"tokens": 37, "out_features": 131, "in_features": 197, "ranks": (20, 3, 0)},
+    "one block": {"tokens": 70, "out_features": 67, "in_features": 101, "ranks": (40,)},
+    "five blocks": {
+        "tokens": 1,
+        "out_features": 90,
+        "in_features": 61,
+        "ranks": (7, 0, 33, 1, 17),
+        "random_labels": True,
+    },
+    "aligned": {
+        "tokens": 128,
+        "out_features": 256,
+        "in_features": 192,
+        "ranks": (16, 16),
+        "random_labels": True,
+    },
+}
+PRECISIONS = {
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "bf16, float32 factors": (torch.bfloat16, torch.float32),
+    "fp16, float32 factors": (torch.float16, torch.float32),
+    "tf32": (torch.float32, None),
+    "fp32": (torch.float32, None),
+}
+CUT_OFF = pytest.mark.xfail(reason="issue 22, defect 1: tensor cores cut TF32 operands off", strict=False)
+CONSTANT = pytest.mark.xfail(reason="issue 22, defect 2: sum_parts does not compile at size 1", strict=False)
+SMOKE = [
+    *(("bf16", "odd", algorithm, False) for algorithm in ALGORITHMS),
+    ("bf16", "aligned", "fused", False),
+    ("fp16, float32 factors", "odd", "merged", True),
+    ("tf32", "odd", "split", False),
+    ("tf32", "aligned", "fused", False),
+]
+TF32 = 2**-9  # keeps 10 bits of each operand
+
+
+def problem(name: str, precision: str, *, positive: bool = False) -> LinearProblem:
+    """A problem; `positive` values let every rounding towards zero add up."""
+    dtype, factor_dtype = PRECISIONS[precision]
+    p = make_problem(**PROBLEMS[name])  # type: ignore[arg-type]
+    if positive:
+        p = replace(p, **{n: getattr(p, n).abs() for n in ("x", "weight", "bias", "A", "B", "dy")})
+    p = p.to(dtype, factor_dtype)
+    return p.stored(LAYOUTS["column-major"]) if name == "strided" else p
+
+
+@contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    """PyTorch's setting, which the kernels obey."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def cases() -> Iterator[object]:
+    for precision in PRECISIONS:
+        for name in PROBLEMS:
+            for algorithm in ALGORITHMS:
+                for positive in (False, True) if "factors" in precision else (False,):
+                    case = precision, name, algorithm, positive
+                    label = f"{precision}-{name}-{algorithm}{'-positive' if positive else ''}"
+                    marks = [pytest.mark.smoke] if case in SMOKE else []
+                    marks += [CUT_OFF] if "factors" in precision else []
+                    yield pytest.param(*case, id=label.replace(", ", "-").replace(" ", "_"), marks=marks)
+
+
+@pytest.mark.parametrize(("precision", "name", "algorithm", "positive"), list(cases()))
+def test_layer(
+    precision: str,
+    name: str,
+    algorithm: str,
+    positive: bool,
+    record_property: Callable[[str, object], None],
+) -> None:
+    p = problem(name, precision, positive=positive)
+    case = Case("triton", algorithm, p.x.dtype)
+    with tf32_allowed(precision == "tf32"):
+        found = p.run(**case.options)
+    if precision == "tf32":
+        truth = case.definition(p.to(torch.float64))
+        shares = {n: relative_error(ours, t) / TF32 for n, ours, t in zip(NAMES, found, truth, strict=True)}
+    else:
+        shares = budget_shares(found, case, p)
+    record_property(SHARE, (f"layer, {algorithm}, {precision}", max(shares.values())))
+    assert all(share <= 1 for share in shares.values()), shares
+
+
+def ones() -> Iterator[object]:
+    for tokens in (1, 3):
+        for out_features in (1, 5):
+            for in_features in (1, 5):
+                for ranks in ((1,), (0, 1), (17, 1)):
+                    for algorithm in ALGORITHMS:
+                        smoke = tokens * out_features * in_features == 1 and ranks == (1,)
+                        label = f"T{tokens}-N{out_features}-C{in_features}-r{'+'.join(map(str, ranks))}-{algorithm}"
+                        marks = [CONSTANT, *([pytest.mark.smoke] if smoke else [])]
+                        yield pytest.param(
+                            tokens, out_features, in_features, ranks, algorithm, id=label, marks=marks
+                        )
+
+
+@pytest.mark.parametrize(("tokens", "out_features", "in_features", "ranks", "algorithm"), list(ones()))
+def test_ones(
+    tokens: int, out_features: int, in_features: int, ranks: tuple[int, ...], algorithm: str
+) -> None:
+    """Sizes of 1, which Triton compiles as constants."""
+    p = make_problem(
+        tokens=tokens,
+        out_features=out_features,
+        in_features=in_features,
+        ranks=ranks,
+        random_labels=True,
+        dtype=torch.float32,
+    )
+    case = Case("triton", algorithm, torch.float32)
+    found = p.run(**case.options)
+    for name, ours, truth in zip(NAMES, found, case.definition(p.to(torch.float64)), strict=True):
+        assert relative_error(ours, truth) < 1e-5, name
