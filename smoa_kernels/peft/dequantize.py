@@ -36,6 +36,9 @@ class ScratchPool:
 
     While a buffer is lent, nobody else gets it: a product inside another's block (a recomputation in backward) or in
     another thread gets its own. A returned buffer is lent again on its stream only, after the work that read it.
+
+    While a CUDA graph is captured, nothing is lent from the pool and nothing is kept. A buffer is newly allocated then, in
+    the graph's own memory: graphs that shared one would overwrite each other's W0 where their replays overlap.
     """
 
     def __init__(self) -> None:
@@ -44,7 +47,7 @@ class ScratchPool:
     @contextmanager
     def borrow(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
         """Lend an uninitialised contiguous tensor, which nothing may refer to after the block."""
-        free = self._free[device, dtype, _stream(device)]
+        free = [] if _capturing(device) else self._free[device, dtype, _stream(device)]
         size = math.prod(shape)
         try:
             buffer = free.pop()
@@ -63,6 +66,10 @@ def _stream(device: torch.device) -> object:
     if device.type not in ("cuda", "xpu"):
         return None
     return torch.get_device_module(device).current_stream(device).stream_id
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _SCRATCH = ScratchPool()

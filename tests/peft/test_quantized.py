@@ -425,6 +425,23 @@ def test_an_unlent_buffer_is_lent_again_and_grows():
     assert [buffer.numel() for buffer in buffers(pool)] == [25]
 
 
+def test_a_captured_graph_has_a_buffer_of_its_own(monkeypatch):
+    """Capture is pretended. That a graph keeps what was allocated under capture, the test's own references stand for."""
+    pool = ScratchPool()
+    with pool.borrow((4,), torch.float32, CPU) as eager:
+        place = eager.data_ptr()
+    graphs = []
+    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    for _ in range(2):
+        with pool.borrow((4,), torch.float32, CPU) as captured:
+            graphs.append(captured)
+    monkeypatch.undo()
+    with pool.borrow((4,), torch.float32, CPU) as eager:
+        assert eager.data_ptr() == place  # the eager pass goes on with its own
+    assert len({place, *(buffer.data_ptr() for buffer in graphs)}) == 3
+    assert len(buffers(pool)) == 1
+
+
 def test_nested_and_threaded_use_never_shares():
     pool = ScratchPool()
     with (
