@@ -326,9 +326,9 @@ def assert_within_budget(found: tuple[Tensor, ...], case: Case, p: LinearProblem
     assert all(share <= 1 for share in shares.values()), shares
 
 
-def small_update(case: Case, tokens: int, bias: bool) -> LinearProblem:
+def small_update(case: Case, tokens: int, bias: bool, in_features: int = 16) -> LinearProblem:
     """A problem whose update is 1e-4 of the weights in rms, its factors in float32."""
-    p = make_problem(tokens=tokens, out_features=192, in_features=16, ranks=(4,), bias=bias)
+    p = make_problem(tokens=tokens, out_features=192, in_features=in_features, ranks=(4,), bias=bias)
     relative = p.scaling * (p.B @ p.A).square().mean().sqrt()
     return replace(p, B=p.B * (1e-4 / relative)).to(case.dtype, torch.float32)
 

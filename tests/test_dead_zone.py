@@ -1,15 +1,23 @@
 """PEFT's own layer in half precision delivers a tenth of an update of 1e-4 of the weights (docs/numerics.md).
 
-That every backend here delivers all of it: tests/test_contract.py.
+That every backend here delivers all of it: tests/test_contract.py. Here is what that rests on in cuBLAS.
 """
 
 import peft
 import pytest
 import torch
-from problems import Case, LinearProblem, small_update, survival
+from problems import Case, LinearProblem, obstacle, small_update, survival
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smoa_kernels.definition.precision import accumulate
 
 pytestmark = pytest.mark.numerical
+REDUCTIONS = {
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -32,3 +40,61 @@ def test_peft_layers_deliver_a_tenth(bias: bool) -> None:
     assert 0.0 < survival(case, p, run)[0] < 0.2
     share, noise = survival(case, p, LinearProblem.forward)
     assert share == pytest.approx(1.0, abs=4 * noise)
+
+
+class Settings(TorchDispatchMode):
+    """Notes at every product what cuBLAS is allowed; the second one fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[bool, bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm_.default:
+            self.found.append(setting(args[0].dtype))
+            if len(self.found) == 2:
+                raise RuntimeError("out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+def setting(dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether partial sums may be rounded, and whether a GEMM may be cut along C at all."""
+    matmul, name = torch.backends.cuda.matmul, REDUCTIONS[dtype]
+    return getattr(matmul, name), getattr(matmul, f"{name}_split_k")
+
+
+@pytest.mark.parametrize("users", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("dtype", REDUCTIONS)
+def test_partial_sums_are_not_rounded(dtype: torch.dtype, users: tuple[bool, bool]) -> None:
+    """What cuBLAS is told while the base GEMM accumulates, and the user's own setting again after it.
+
+    The GPU is pretended by torch's fake tensors, which say that they are on one and hold nothing.
+    """
+    before = setting(dtype)
+    setattr(torch.backends.cuda.matmul, REDUCTIONS[dtype], users)
+    try:
+        with FakeTensorMode(), Settings() as settings:
+            y, x, weight = (torch.empty(4, 4, dtype=dtype, device="cuda:0") for _ in range(3))
+            accumulate(y, x, weight)
+            assert setting(dtype) == users
+            with pytest.raises(RuntimeError, match="out of memory"):
+                accumulate(y, x, weight)
+        assert settings.found == [(False, users[1])] * 2
+        assert setting(dtype) == users
+    finally:
+        setattr(torch.backends.cuda.matmul, REDUCTIONS[dtype], before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [64, 128, 256])
+@pytest.mark.parametrize("dtype", REDUCTIONS)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_small_update_survives_a_long_sum(backend: str, dtype: torch.dtype, tokens: int) -> None:
+    """Few tokens and many columns are what cuBLAS cuts along C: 192 rows of y leave most of a GPU idle."""
+    if (reason := obstacle(backend, dtype)) is not None:
+        pytest.skip(reason)
+    case = Case(backend, "split", dtype)
+    p = small_update(case, tokens, bias=False, in_features=14336)
+    share, noise = survival(case, p, lambda p: p.forward(**case.options))
+    assert abs(share - 1) < max(0.05, 4 * noise)

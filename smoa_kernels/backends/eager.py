@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
-from ..definition.precision import gemm_is_ieee
+from ..definition.precision import accumulate, gemm_is_ieee
 from . import Gradients
 from .block_order import (
     block_indices,
@@ -156,7 +156,7 @@ def delta_weight(adapter: PackedAdapter) -> Tensor:
 
 
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
-    return _adapter_output(x, adapter, dropout).addmm_(x, adapter.weight.T)
+    return accumulate(_adapter_output(x, adapter, dropout), x, adapter.weight)
 
 
 def _adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
@@ -303,4 +303,4 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     A, B = adapter.expanded_factors(wide)
     products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ adapter.weight.T
     update = (products.view(A.shape[0], x.shape[0], B.shape[0]).to(wide) * B.T[:, None]).sum(0)
-    return update.to(x.dtype).addmm_(x, adapter.weight.T)
+    return accumulate(update.to(x.dtype), x, adapter.weight)

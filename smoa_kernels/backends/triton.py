@@ -25,13 +25,15 @@ from ..cost.problem import Problem, padding_multiple
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import gemm_is_ieee, precision_of
+from ..definition.precision import accumulate, gemm_is_ieee, precision_of
 from ..kernels import table
 from ..kernels.block_grad import block_grad
 from ..kernels.block_matmul import block_matmul
 from ..kernels.common import padded_width
 from ..kernels.fused_linear import fused_linear
-from ..kernels.modulate import modulated_blocks, modulated_weight
+from ..kernels.launch import on_device
+from ..kernels.modulate import modulated_blocks
+from ..kernels.modulate import modulated_weight as launch_modulated_weight
 from ..kernels.permute import gather_columns, scatter_columns
 from ..kernels.spec import Key, bucket
 from ..kernels.table import Entry
@@ -65,17 +67,24 @@ def forward(
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
     if not adapter.weight.numel():  # no tile for a kernel
         return eager.forward(x, bias, adapter, "auto", dropout)
+    with on_device(x.device):
+        return _forward(x, bias, adapter, algorithm, dropout)
+
+
+def _forward(
+    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
+) -> Tensor:
     allow_tf32 = not gemm_is_ieee(x.dtype, "cuda")
     if algorithm == "auto":
         algorithm = "split" if dropout is not None else _choose("forward", x, adapter, allow_tf32)
     if algorithm == "merged":
-        return F.linear(x, modulated_weight(adapter, allow_tf32=allow_tf32), bias)
+        return F.linear(x, launch_modulated_weight(adapter, allow_tf32=allow_tf32), bias)
     if algorithm == "fused":
         return fused_linear(x, bias, adapter, allow_tf32=allow_tf32)
     xg = _by_block(x, adapter.partition, dropout)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     block_matmul(xg, adapter, _delta_blocks(adapter, allow_tf32), out=y, allow_tf32=allow_tf32)
-    y.addmm_(x, adapter.weight.T)
+    accumulate(y, x, adapter.weight)
     # Last: added before the base GEMM a bias would round the adapter's output away.
     return y if bias is None else y.add_(bias)
 
@@ -86,20 +95,27 @@ def backward(
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
     if not adapter.weight.numel():
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
-    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     dA = dB = dx = None
-    # The factors first: their gathered copies are gone before dX takes its workspace.
-    if x is not None:
-        dA, dB = factor_gradients(dy, x, adapter, dropout, allow_tf32)
-    if needs_x:
-        dx = input_gradient(dy, adapter, "auto", dropout)
+    with on_device(dy.device):
+        # The factors first: their gathered copies are gone before dX takes its workspace.
+        if x is not None:
+            dA, dB = factor_gradients(dy, x, adapter, dropout)
+        if needs_x:
+            dx = input_gradient(dy, adapter, "auto", dropout)
     return dx, dA, dB
 
 
+def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
+    """`W_eff`, (N, C) in W0's dtype; written to `out` where that is given."""
+    with on_device(adapter.weight.device):
+        return launch_modulated_weight(adapter, out=out)
+
+
 def factor_gradients(
-    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dA, dB) by the kernels of `kernels/block_grad.py`, which takes a long batch in parts."""
+    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     problem = _problem(dy.shape[0], adapter, dy.dtype, 0.0 if dropout is None else dropout.p)
     parts = gradient_parts(problem)
     pieces = list(zip(dy.split(parts), x.split(parts), strict=True))
@@ -120,7 +136,7 @@ def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: 
             algorithm = _choose("input_gradient", dy, adapter, allow_tf32)
         if algorithm == "fused":
             return fused_linear(dy, None, adapter.T, allow_tf32=allow_tf32)
-        return dy @ modulated_weight(adapter, allow_tf32=allow_tf32)
+        return dy @ launch_modulated_weight(adapter, allow_tf32=allow_tf32)
     dyg = _by_block(dy, adapter.T.partition)
     delta = _delta_blocks(adapter, allow_tf32)
     dxg = dy.new_empty(dy.shape[0], delta.shape[0], delta.shape[2])

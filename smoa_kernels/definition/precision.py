@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ __all__ = [
     "KERNEL_PRECISIONS",
     "PRECISIONS",
     "Precision",
+    "accumulate",
     "dtype_names",
     "gemm_is_ieee",
     "precision_of",
@@ -107,3 +109,33 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
     backends: Any = torch.backends  # whose annotations lack mkldnn's matmul settings
     settings = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}
     return device_type not in settings or settings[device_type].fp32_precision in ("ieee", "none")
+
+
+# What lets cuBLAS round partial sums: a GEMM that it cuts along C may keep them in the result's own dtype.
+_REDUCTIONS = {
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
+# The setting is the process's. Backward runs in a thread per device: between one's reading it and its putting it back,
+# no other may read it.
+_setting = threading.RLock()
+
+
+def accumulate(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`y += x weightᵀ` in place, y + x weightᵀ rounded once; returns y.
+
+    y is the adapter's output, small beside the product. On a GPU, cuBLAS may by default round partial sums of the
+    product to y's half precision and add y to one of them, which would then hide it (docs/numerics.md).
+    """
+    name = _REDUCTIONS.get(y.dtype)
+    if name is None or not y.is_cuda:
+        return y.addmm_(x, weight.T)
+    matmul: Any = torch.backends.cuda.matmul
+    with _setting:
+        if not getattr(matmul, name):
+            return y.addmm_(x, weight.T)
+        setattr(matmul, name, False)
+        try:
+            return y.addmm_(x, weight.T)
+        finally:
+            setattr(matmul, name, True)

@@ -37,8 +37,8 @@ class ScratchPool:
     While a buffer is lent, nobody else gets it: a product inside another's block (a recomputation in backward) or in
     another thread gets its own. A returned buffer is lent again on its stream only, after the work that read it.
 
-    While a CUDA graph is captured, nothing is lent from the pool and nothing is kept. A buffer is newly allocated then, in
-    the graph's own memory: graphs that shared one would overwrite each other's W0 where their replays overlap.
+    While a CUDA graph is captured, nothing is lent from the pool and nothing is kept. A buffer is newly allocated then,
+    in the graph's own memory: graphs that shared one would overwrite each other's W0 where their replays overlap.
     """
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from ..checks import first_line
 from ..kernels.identity import identity
+from ..kernels.launch import on_device
 from ..kernels.spec import Key
 from ..kernels.table import INTERRUPTED, UNFINISHED, Choice, Entry, Table, Trial
 from .workloads import Workload, workload
@@ -124,7 +125,9 @@ def tune(
             done.append(Tuned(job, entry if entry.trials else None, "no time was left"))
             continue
         try:
-            done.append(_tune_one(job, entry, workload(job.key, device), timer, save, deadline, progress))
+            with on_device(device):
+                load = workload(job.key, device)
+                done.append(_tune_one(job, entry, load, timer, save, deadline, progress))
         except (DeviceLostError, KeyboardInterrupt):
             raise
         except Exception as error:  # operands that do not fit in memory, say: the other jobs go on

@@ -426,7 +426,7 @@ def test_an_unlent_buffer_is_lent_again_and_grows():
 
 
 def test_a_captured_graph_has_a_buffer_of_its_own(monkeypatch):
-    """Capture is pretended. That a graph keeps what was allocated under capture, the test's own references stand for."""
+    """Capture is pretended, and the test's references to what was allocated under it stand for the graphs'."""
     pool = ScratchPool()
     with pool.borrow((4,), torch.float32, CPU) as eager:
         place = eager.data_ptr()

@@ -1,0 +1,199 @@
+"""A pretended GPU for Triton: it records launches and runs nothing.
+
+Everything up to the launch is Triton's own: binding and specialising the arguments, the key of the compiled form, the
+lookup. Nothing is compiled: a `FakeKernel` stands for the compiled kernel, so what a launch costs below it, in the
+driver, is not seen. The process must not interpret (`TRITON_INTERPRET`).
+
+    >>> gpu = install(devices=2)
+    >>> with gpu.on(1):
+    ...     kernel[(4,)](x, y, BLOCK=64)
+    >>> gpu.launches
+    [Launch(kernel='kernel', form=..., device=1, stream=101)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+__all__ = ["FakeGpu", "Launch", "install"]
+
+H100 = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+        kernel: the function's name.
+        form: what it was compiled for: the key under which Triton keeps the compiled kernel.
+        constants: the part of the form that the launcher chose: the kernel's own compile-time arguments and its warps and
+            stages. What is beyond it, Triton made of the numbers and addresses that it was given.
+        device: the current one at the launch.
+        stream: that device's current stream.
+    """
+
+    kernel: str
+    form: str
+    constants: str
+    device: int
+    stream: int
+
+
+@dataclass
+class FakeGpu:
+    """The state of the pretended driver.
+
+    Attributes:
+        devices: how many.
+        current: the number of the current one.
+        launches: what was launched, where `recording`.
+        recording: a benchmark turns it off, not to time the list.
+    """
+
+    devices: int
+    current: int = 0
+    launches: list[Launch] = field(default_factory=list)
+    recording: bool = True
+
+    def stream(self, device: int) -> int:
+        """The current stream of a device, another for each."""
+        return 100 + device
+
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        """Make a device the current one."""
+        before, self.current = self.current, device
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def exchange(self, device: int) -> int:
+        """Make a device the current one; returns the one before. A negative number changes nothing."""
+        before = self.current
+        if device >= 0:
+            self.current = device
+        return before
+
+
+class FakeKernel:
+    """What Triton asks of a compiled kernel when it launches it."""
+
+    function = packed_metadata = None
+
+    def __init__(self, gpu: FakeGpu, name: str, form: str, constants: str) -> None:
+        self.gpu, self.name, self.form, self.constants = gpu, name, form, constants
+
+    def launch_metadata(self, grid: object, stream: int, *args: object) -> None:
+        """Return None, as where no profiler hooks the launch."""
+
+    def run(self, grid_0: int, grid_1: int, grid_2: int, stream: int, *args: object) -> None:
+        """Record a launch."""
+        if self.gpu.recording:
+            self.gpu.launches.append(Launch(self.name, self.form, self.constants, self.gpu.current, stream))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Return a launch of this kernel, as Triton's compiled kernel does."""
+
+        def runner(*args: object, stream: int | None = None) -> None:
+            driver = triton.runtime.driver.active
+            stream = driver.get_current_stream(driver.get_current_device()) if stream is None else stream
+            self.launch_metadata(grid, stream, *args)
+            self.run(
+                grid[0],
+                grid[1],
+                grid[2],
+                stream,
+                self.function,
+                self.packed_metadata,
+                None,
+                None,
+                None,
+                *args,
+            )
+
+        return runner
+
+
+class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothing
+    """Triton's driver of the pretended GPUs, which are H100s."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+
+    @classmethod
+    def is_active(cls) -> bool:
+        """Say that there is a GPU."""
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        """Refuse: there is no launcher to be written in C."""
+        raise NotImplementedError
+
+    def get_current_target(self) -> GPUTarget:
+        """What would be compiled for."""
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        """The number of the current device."""
+        return self.gpu.current
+
+    def get_current_stream(self, device: int) -> int:
+        """The current stream of a device."""
+        return self.gpu.stream(device)
+
+    def get_active_torch_device(self) -> torch.device:
+        """The current device."""
+        return torch.device("cuda", self.gpu.current)
+
+    def get_benchmarker(self) -> Any:
+        """Refuse: nothing can be timed."""
+        raise NotImplementedError
+
+
+def install(devices: int = 1) -> FakeGpu:
+    """Make the pretended driver Triton's active one, and tell torch of as many H100s, for the life of the process.
+
+    Of torch only the questions are answered that this package asks: which device is current, what it is, whether its
+    stream is captured, and to make another current. Nothing can be computed on it.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET must not be set: launches are Triton's interpreter's then")
+    gpu = FakeGpu(devices)
+
+    def compile_nothing(
+        self: Any, key: str, signature: object, device: int, constexprs: Any, options: Any, *rest: object
+    ) -> FakeKernel:
+        chosen = {path: value for path, value in constexprs.items() if self.params[path[0]].is_constexpr}
+        constants = f"{chosen} {options.num_warps} {options.num_stages}"
+        kernel = FakeKernel(gpu, self.fn.__name__, key, constants)
+        self.device_caches[device][0][key] = kernel
+        return kernel
+
+    JITFunction._do_compile = compile_nothing
+    triton.runtime.driver.set_active(FakeDriver(gpu))
+    for name, answer in {
+        "is_available": lambda: True,
+        "device_count": lambda: gpu.devices,
+        "current_device": lambda: gpu.current,
+        "get_device_properties": lambda device: H100,
+        "is_current_stream_capturing": lambda: False,
+        "synchronize": lambda: None,
+        "_exchange_device": gpu.exchange,
+        "_maybe_exchange_device": gpu.exchange,
+    }.items():
+        setattr(torch.cuda, name, answer)
+    return gpu

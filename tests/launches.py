@@ -1,0 +1,132 @@
+"""Prints as JSON what the triton backend launches on pretended GPUs, and for what the launches would be compiled.
+
+The process is its own, for the tests' interprets. Pretended are Triton's driver (benchmarks/fake_gpu.py) and, by
+torch's fake tensors, every operand: they say that they are on a GPU, have shapes and strides, and hold nothing. What
+chooses and launches is the package's own code and Triton's.
+
+    python tests/launches.py devices
+    python tests/launches.py forms
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from benchmarks.fake_gpu import FakeGpu, install
+from smoa_kernels import BlockPartition
+from smoa_kernels.backends import triton as backend
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.kernels import KERNELS
+from smoa_kernels.kernels.modulate import modulated_weight
+from smoa_kernels.kernels.table import Table
+from smoa_kernels.tuning import tuner
+from smoa_kernels.tuning.space import kernel_job
+
+BF16 = torch.bfloat16
+RANK, BLOCKS = 16, 4
+TOKENS = (1, 2, 16, 100, 256, 1000, 2048, 8192)
+# (N, C) of the linear layers of Llama-3.2-1B and of SmolLM2-135M.
+MODELS = {
+    "Llama-3.2-1B": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
+    "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
+}
+
+
+def adapter(out_features: int, in_features: int, device: str, factors: torch.dtype) -> PackedAdapter:
+    """A layer's operands, cut evenly into blocks."""
+    rho = RANK // BLOCKS
+
+    def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    features = out_features, in_features
+    offsets = [empty(BLOCKS + 1, dtype=torch.int32) for _ in features]
+    labels = [empty(n, dtype=torch.uint8) for n in features]
+    indices = [empty(n, dtype=torch.int64) for n in features]
+    sizes = [n // BLOCKS for n in features for _ in range(BLOCKS)]
+    return PackedAdapter(
+        empty(*features),
+        empty(rho, in_features, dtype=factors),
+        empty(out_features, rho, dtype=factors),
+        BlockPartition.from_tensors([*labels, *indices, *offsets], sizes),
+        empty(BLOCKS, dtype=torch.int32),
+        empty((), dtype=torch.float32),
+    )
+
+
+def passes(layer: PackedAdapter, tokens: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What a training and a merge call, by name."""
+    (out_features, in_features), device = layer.weight.shape, layer.weight.device
+    x = torch.empty(tokens, in_features, dtype=BF16, device=device)
+    dy = torch.empty(tokens, out_features, dtype=BF16, device=device)
+    bias = torch.empty(out_features, dtype=BF16, device=device)
+    dropout = Dropout(torch.empty((), dtype=torch.int64, device=device), 0.1)
+    for algorithm in backend.ALGORITHMS:
+        yield algorithm, lambda algorithm=algorithm: backend.forward(x, bias, layer, algorithm, None)
+    yield "auto", lambda: backend.forward(x, bias, layer, "auto", None)
+    yield "backward", lambda: backend.backward(dy, x, layer, None, needs_x=True)
+    yield "dropout", lambda: backend.forward(x, bias, layer, "auto", dropout)
+    yield "dropout's backward", lambda: backend.backward(dy, x, layer, dropout, needs_x=True)
+    yield "merge", lambda: backend.modulated_weight(layer)
+
+
+def devices(gpu: FakeGpu) -> list[dict[str, Any]]:
+    """Every pass, and a tuning, of a layer on cuda:1 while cuda:0 is the current device."""
+    found = []
+    for name, call in (*passes(adapter(256, 512, "cuda:1", BF16), 300), ("tuning", tune)):
+        gpu.launches.clear()
+        call()
+        found += [
+            {"pass": name, "kernel": launch.kernel, "device": launch.device, "stream": launch.stream}
+            for launch in gpu.launches
+        ]
+        assert gpu.current == 0, f"{name} left another device current"
+    return found
+
+
+def tune() -> None:
+    """Tune one key, with operands that hold nothing and are not compared."""
+    device, key = torch.device("cuda", 1), KERNELS["modulated_weight"].representative("bf16", "r16")
+    layer = adapter(key.out_features, key.in_features, "cuda:1", BF16)
+
+    def run(config: Any) -> list[Tensor]:
+        return [modulated_weight(layer, config=config)]
+
+    load = SimpleNamespace(key=key, run=run, precision=nullcontext, prepare=lambda: None, check=run)
+    tuner.workload = lambda key, device: load  # type: ignore[assignment,return-value]
+    given: dict[str, Any] = {"known": Table(), "save": lambda entry: None, "timer": lambda run: run() and 1.0}
+    tuner.tune([kernel_job(key, "sm_90", 132)], device=device, **given)
+
+
+def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:
+    """What a model's layers compile of each kernel at all token counts: how many forms, and how many were chosen."""
+    found = {}
+    for model, shapes in MODELS.items():
+        gpu.launches.clear()
+        for shape in shapes:
+            layer = adapter(*shape, "cuda:0", torch.float32)
+            for tokens in TOKENS:
+                for name, call in passes(layer, tokens):
+                    if name in ("auto", "backward", "merge"):
+                        call()
+        by_form = Counter(kernel for kernel, _ in {(one.kernel, one.form) for one in gpu.launches})
+        chosen = Counter(kernel for kernel, _ in {(one.kernel, one.constants) for one in gpu.launches})
+        found[model] = {kernel: [count, chosen[kernel]] for kernel, count in by_form.items()}
+    return found
+
+
+if __name__ == "__main__":
+    pretended = install(devices=2)
+    with FakeTensorMode():
+        print(json.dumps({"devices": devices, "forms": forms}[sys.argv[1]](pretended)))
