@@ -39,8 +39,8 @@ class Launch:
     Attributes:
         kernel: the function's name.
         form: what it was compiled for: the key under which Triton keeps the compiled kernel.
-        constants: the part of the form that the launcher chose: the kernel's own compile-time arguments and its warps and
-            stages. What is beyond it, Triton made of the numbers and addresses that it was given.
+        constants: the part of the form that the launcher chose: the kernel's own compile-time arguments and its warps
+            and stages. What is beyond it, Triton made of the numbers and addresses that it was given.
         device: the current one at the launch.
         stream: that device's current stream.
     """

@@ -35,8 +35,8 @@ def test_sizes_compile_no_forms_of_their_own() -> None:
     """The layers of two models at 1 to 8192 tokens compile what the launchers chose, and nothing beyond it.
 
     A form takes 0.7 to 3.2 s to compile. The launchers choose tiles, which algorithm reads W0 how, and the like. Triton
-    adds a form for each argument that is 1, or is divisible by 16, where it may specialise on that. Every size and stride
-    of these models that may be specialised on is a multiple of 16 or always 1.
+    adds a form for each argument that is 1, or is divisible by 16, where it may specialise on that. Every size and
+    stride of these models that may be specialised on is a multiple of 16 or always 1.
     """
     for model, kernels in launches("forms").items():
         extra = {kernel: forms for kernel, forms in kernels.items() if forms[0] != forms[1]}
