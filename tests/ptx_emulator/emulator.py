@@ -13,7 +13,6 @@ import mmap
 import struct
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -21,16 +20,13 @@ from torch import Tensor
 from . import driver, ptx
 from .driver import Argument, Kernel
 from .findings import Finding
-from .library import Region, Report, Stat, library
+from .library import Job, Region, Report, Stat, library
 
 __all__ = ["EmulationError", "Launch", "Options", "activate", "launch", "launches", "options", "program_of"]
 
 REPORTS = 4096
 PAGE = 4096
 NO_RESERVE = 0x4000  # Linux, as yet without a name in every supported Python
-TENSOR_CORES = {80: 0, 90: 1}
-"""Whose sums: A100's, which stand for every `mma.sync` architecture, and H100's."""
-ROUND_TF32 = 2
 
 
 class EmulationError(Exception):
@@ -110,37 +106,35 @@ def launch(kernel: Kernel, grid: tuple[int, int, int], arguments: list[Argument]
     size = len(program.code)
     stats = np.zeros(size, Stat)
     kind_counts = np.zeros((len(machine.kinds), size), np.uint64)
-    reports, count = (Report * REPORTS)(), ctypes.c_uint32()
-    error = ctypes.create_string_buffer(512)
-    mode = TENSOR_CORES.get(kernel.arch, 0) | (ROUND_TF32 if options.round_tf32 else 0)
-    begin = time.perf_counter()
-    failed = machine.launch(
-        _pointer(program.code),
-        size,
-        program.register_bytes,
-        program.predicates,
-        _pointer(program.initial),
-        _pointer(program.initial_predicates),
-        _pointer(program.special),
-        (ctypes.c_uint32 * 3)(*grid),
-        program.threads,
-        kernel.shared,
-        (ctypes.c_char * len(parameters)).from_buffer(parameters),
-        memory.regions,
-        len(memory.names),
-        _pointer(stats),
-        reports,
-        REPORTS,
-        ctypes.byref(count),
-        _pointer(kind_counts),
-        mode,
-        _pointer(program.extra),
-        program.has_wgmma,
-        error,
+    reports = (Report * REPORTS)()
+    job = Job(
+        code=program.code.ctypes.data,
+        size=size,
+        register_bytes=program.register_bytes,
+        predicates=program.predicates,
+        registers=program.initial.ctypes.data,
+        initial_predicates=program.initial_predicates.ctypes.data,
+        special=program.special.ctypes.data,
+        extra=program.extra.ctypes.data,
+        grid=grid,
+        threads=program.threads,
+        shared_size=kernel.shared,
+        parameters=parameters.ctypes.data,
+        regions=ctypes.addressof(memory.regions),
+        region_count=len(memory.names),
+        hopper=kernel.arch == 90,
+        round_tf32=options.round_tf32,
+        wgmma=program.has_wgmma,
+        stats=stats.ctypes.data,
+        reports=ctypes.addressof(reports),
+        most_reports=REPORTS,
+        kind_counts=kind_counts.ctypes.data,
     )
+    begin = time.perf_counter()
+    failed = machine.launch(ctypes.byref(job))
     seconds = time.perf_counter() - begin
     examples: dict[tuple[int, int], str] = {}
-    for report in reports[: count.value]:
+    for report in reports[: job.report_count]:
         examples.setdefault((report.kind, report.pc), memory.describe(report))
     findings = tuple(
         Finding(
@@ -155,7 +149,7 @@ def launch(kernel: Kernel, grid: tuple[int, int, int], arguments: list[Argument]
     )
     launches.append(Launch(kernel, grid, program, stats, findings, seconds))
     if failed:
-        raise EmulationError(f"{kernel.name}: {error.value.decode()}; {'; '.join(map(str, findings))}")
+        raise EmulationError(f"{kernel.name}: {job.error.decode()}; {'; '.join(map(str, findings))}")
 
 
 class _Memory:
@@ -213,11 +207,11 @@ class _Memory:
         return f"{report.width} bytes at {where}, {who}, other: {report.other}"
 
 
-def _parameters(program: ptx.Program, arguments: list[Argument], addresses: dict[str, int]) -> bytearray:
+def _parameters(program: ptx.Program, arguments: list[Argument], addresses: dict[str, int]) -> np.ndarray:
     """The kernel's parameters as they lie in memory. Triton adds two, for scratch memory, of which there is none."""
     if len(program.parameters) != len(arguments) + 2:
         raise EmulationError(f"{len(program.parameters)} parameters for {len(arguments)} arguments")
-    buffer = bytearray(program.parameter_bytes)
+    buffer = np.zeros(program.parameter_bytes, np.uint8)
     for argument, parameter in zip(arguments, program.parameters, strict=False):
         if argument.name in addresses:
             data = struct.pack("<Q", addresses[argument.name])
@@ -229,9 +223,5 @@ def _parameters(program: ptx.Program, arguments: list[Argument], addresses: dict
             raise EmulationError(f"argument {argument.name} of type {argument.kind}")
         if len(data) != parameter.size:
             raise EmulationError(f"argument {argument.name}: {len(data)} bytes for {parameter.size}")
-        buffer[parameter.offset : parameter.offset + parameter.size] = data
+        buffer[parameter.offset : parameter.offset + parameter.size] = list(data)
     return buffer
-
-
-def _pointer(array: np.ndarray) -> Any:
-    return ctypes.c_void_p(array.ctypes.data)

@@ -12,8 +12,11 @@ from . import emulator
 __all__ = ["pretend"]
 
 
-def pretend(arch: int) -> None:
+def pretend(arch: int) -> gpus.Gpu:
     """Let the CPU be a GPU of `sm_<arch>`, from now on in this process: kernels compile for it and run in the emulator.
+
+    Returns:
+        The GPU.
 
     Raises:
         RuntimeError: the kernels have been imported: they know what they run on.
@@ -26,3 +29,4 @@ def pretend(arch: int) -> None:
     for name, answer in replacements.items():
         setattr(gpus, name, lambda device, answer=answer: answer)
     backends._device_obstacle = lambda device: None  # type: ignore[assignment]
+    return gpu

@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from smoa_kernels.files import cache_folder
 from .assembler import INSTRUCTION
 from .findings import ERRORS, NOTES
 
-__all__ = ["Library", "Region", "Report", "Stat", "library", "obstacle"]
+__all__ = ["Job", "Library", "Region", "Report", "Stat", "library", "obstacle"]
 
 CORE = Path(__file__).parent / "core"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+
+
+_u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 
 
 class Stat(ctypes.Structure):
@@ -33,17 +36,8 @@ class Stat(ctypes.Structure):
     """
 
     _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            "exec",
-            "lanes",
-            "requests",
-            "sectors",
-            "ideal_sectors",
-            "used_bytes",
-            "waves",
-            "phases",
-        )
+        (name, _u64)
+        for name in ["exec", "lanes", "requests", "sectors", "ideal_sectors", "used_bytes", "waves", "phases"]
     ]
 
 
@@ -51,13 +45,13 @@ class Region(ctypes.Structure):
     """A tensor argument: the addresses that the kernel sees, its storage, and per byte who wrote and who read it."""
 
     _fields_ = [
-        ("start", ctypes.c_uint64),
-        ("size", ctypes.c_uint64),
-        ("storage", ctypes.c_void_p),
-        ("in_view", ctypes.c_void_p),
-        ("writer", ctypes.c_void_p),
-        ("reader", ctypes.c_void_p),
-        ("poison", ctypes.c_uint32),
+        ("start", _u64),
+        ("size", _u64),
+        ("storage", _pointer),
+        ("in_view", _pointer),
+        ("writer", _pointer),
+        ("reader", _pointer),
+        ("poison", _u32),
     ]
 
 
@@ -65,8 +59,38 @@ class Report(ctypes.Structure):
     """One example of a finding."""
 
     _fields_ = [
-        *((name, ctypes.c_uint32) for name in ("kind", "pc", "cta", "warp", "lane", "width")),
-        *((name, ctypes.c_uint64) for name in ("address", "region", "other")),
+        *((name, _u32) for name in ("kind", "pc", "cta", "warp", "lane", "width")),
+        *((name, _u64) for name in ("address", "region", "other")),
+    ]
+
+
+class Job(ctypes.Structure):
+    """A launch, as core/machine.h explains it."""
+
+    _fields_ = [
+        ("code", _pointer),
+        ("size", _u32),
+        ("register_bytes", _u32),
+        ("predicates", _u32),
+        ("registers", _pointer),
+        ("initial_predicates", _pointer),
+        ("special", _pointer),
+        ("extra", _pointer),
+        ("grid", _u32 * 3),
+        ("threads", _u32),
+        ("shared_size", _u32),
+        ("parameters", _pointer),
+        ("regions", _pointer),
+        ("region_count", _u32),
+        ("hopper", _u32),
+        ("round_tf32", _u32),
+        ("wgmma", _u32),
+        ("stats", _pointer),
+        ("reports", _pointer),
+        ("most_reports", _u32),
+        ("report_count", _u32),
+        ("kind_counts", _pointer),
+        ("error", ctypes.c_char * 512),
     ]
 
 
@@ -75,18 +99,16 @@ class Library:
     """The compiled machine.
 
     Attributes:
-        launch: runs a program over a grid (`core/core.cpp`).
+        launch: runs a `Job`, whether it stopped.
         operations: the number of each operation by name.
         kinds: names of the kinds of findings, by number.
         shared_base: the address at which a program's shared memory begins.
-        wgmma_forms: the forms of operands that wgmma instructions had so far, as bits.
     """
 
-    launch: Any
+    launch: Callable[[Any], int]
     operations: Mapping[str, int]
     kinds: tuple[str, ...]
     shared_base: int
-    wgmma_forms: Any
 
 
 def obstacle() -> str | None:
@@ -114,11 +136,11 @@ def library() -> Library:
         subprocess.run(["g++", *FLAGS, "-o", str(building), str(CORE / "core.cpp")], check=True)
         building.replace(target)
     loaded = ctypes.CDLL(str(target))
-    for name in ("emu_op_name", "emu_kind_name"):
+    for name in ("emu_operation_name", "emu_kind_name"):
         getattr(loaded, name).restype = ctypes.c_char_p
-    loaded.emu_wgmma_seen.restype = ctypes.c_uint64
     kinds = tuple(loaded.emu_kind_name(i).decode().lower() for i in range(loaded.emu_kinds()))
     assert set(kinds) == {*ERRORS, *NOTES}
-    assert loaded.emu_ins_size() == INSTRUCTION.itemsize
-    operations = {loaded.emu_op_name(i).decode(): i for i in range(loaded.emu_ops())}
-    return Library(loaded.emu_launch, operations, kinds, loaded.emu_shared_base(), loaded.emu_wgmma_seen)
+    assert loaded.emu_instruction_size() == INSTRUCTION.itemsize
+    assert loaded.emu_job_size() == ctypes.sizeof(Job)
+    operations = {loaded.emu_operation_name(i).decode(): i for i in range(loaded.emu_operations())}
+    return Library(loaded.emu_launch, operations, kinds, loaded.emu_shared_base())

@@ -1,0 +1,144 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators
+"""Kernels of known results, some of them wrong on purpose, and PTX written by hand."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add(x, y, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, i < n) + tl.load(y + i, i < n), i < n)
+
+
+@triton.jit
+def add_unmasked(x, y, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, i < n) + tl.load(y + i), i < n)
+
+
+@triton.jit
+def overlapping(out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * (BLOCK // 2) + tl.arange(0, BLOCK)
+    tl.store(out + i, i + tl.program_id(0))
+
+
+@triton.jit
+def neighbours(x, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + i, tl.load(x + (i + BLOCK) % (4 * BLOCK)))
+
+
+@triton.jit
+def softmax(x, out, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    v = tl.load(x + row * n + i, i < n, other=-float("inf"))
+    e = tl.exp(v - tl.max(v, 0))
+    tl.store(out + row * n + i, e / tl.sum(e, 0), i < n)
+
+
+@triton.jit
+def matmul(
+    a,
+    b,
+    c,
+    M,
+    N,
+    K,
+    sam,
+    sak,
+    sbk,
+    sbn,
+    scm,
+    scn,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tm, tn = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    group = pid // (G * tn)
+    size = min(tm - group * G, G)
+    pm, pn = group * G + pid % (G * tn) % size, pid % (G * tn) // size
+    rm, rn, rk = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN), tl.arange(0, BK)
+    pa, pb = a + rm[:, None] * sam + rk[None, :] * sak, b + rk[:, None] * sbk + rn[None, :] * sbn
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, tl.cdiv(K, BK)):
+        left = K - k * BK
+        acc = tl.dot(
+            tl.load(pa, (rm < M)[:, None] & (rk < left)[None, :], 0.0),
+            tl.load(pb, (rk < left)[:, None] & (rn < N)[None, :], 0.0),
+            acc,
+            input_precision=P,
+        )
+        pa += BK * sak
+        pb += BK * sbk
+    tl.store(
+        c + rm[:, None] * scm + rn[None, :] * scn,
+        acc.to(c.dtype.element_ty),
+        (rm < M)[:, None] & (rn < N)[None, :],
+    )
+
+
+@triton.jit
+def matmul_computed(
+    a,
+    b,
+    c,
+    sam,
+    sak,
+    sbk,
+    sbn,
+    scale,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    P: tl.constexpr,
+):
+    rm, rn, rk = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, N), tl.arange(0, BK)
+    pa, pb = a + rm[:, None] * sam + rk[None, :] * sak, b + rk[:, None] * sbk + rn[None, :] * sbn
+    acc = tl.zeros((BM, N), tl.float32)
+    for _ in range(K // BK):
+        left = (tl.load(pa).to(tl.float32) * scale).to(a.dtype.element_ty)
+        acc = tl.dot(left, tl.load(pb), acc, input_precision=P)
+        pa += BK * sak
+        pb += BK * sbk
+    tl.store(c + rm[:, None] * N + rn[None, :], acc)
+
+
+@triton.jit
+def matmul_chained(a, b, c, out, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
+    rm, rn, rk = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    first = tl.dot(
+        tl.load(a + rm[:, None] * BK + rk[None, :]),
+        tl.load(b + rk[:, None] * BN + rn[None, :]),
+        input_precision=P,
+    )
+    second = tl.dot(
+        first.to(a.dtype.element_ty), tl.load(c + rn[:, None] * BK + rk[None, :]), input_precision=P
+    )
+    tl.store(out + rm[:, None] * BK + rk[None, :], second)
+
+
+@triton.jit
+def reduce_rows(x, out, n, BLOCK: tl.constexpr):
+    i, j = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    v = tl.load(x + i[:, None] * n + j[None, :])
+    tl.store(out + i, tl.sum(v, 1))
+    tl.store(out + n + j, tl.max(v, 0))
+
+
+@triton.jit
+def randoms(seed, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    a, b, c, d = tl.randint4x(seed, i)
+    tl.store(out + i, a)
+    tl.store(out + BLOCK + i, b)
+    tl.store(out + 2 * BLOCK + i, c)
+    tl.store(out + 3 * BLOCK + i, d)
