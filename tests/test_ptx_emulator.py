@@ -1,0 +1,66 @@
+"""What a session in the PTX emulator does with findings, and without g++; `make emulate` runs its own tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+
+from ptx_emulator.library import obstacle
+
+TESTS = Path(__file__).parent
+
+SESSION = """
+import torch
+from ptx_emulator.samples import add, add_unmasked
+
+def test_inside():
+    x, out = torch.randn(1000), torch.empty(1000)
+    add[(4,)](x, x, out, 1000, BLOCK=256)
+    assert torch.equal(out, x + x)
+
+def test_past_the_end():
+    x, out = torch.randn(1000), torch.empty(1000)
+    add_unmasked[(4,)](x, x, out, 1000, BLOCK=256)
+"""
+
+
+def session(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `SESSION` in the emulator, in a process of its own: this one may interpret."""
+    (folder / "test_session.py").write_text(SESSION)
+    options = ["-p", "ptx_emulator.plugin", "-p", "no:cacheprovider", "-q", "--rootdir", str(folder)]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(folder)],
+        env=os.environ
+        | {
+            "PTX_EMULATOR": "sm_80",
+            "TRITON_INTERPRET": "0",
+            "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
+        }
+        | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+def test_a_finding_fails_its_test(tmp_path: Path) -> None:
+    """Numbers are right in both; the unmasked load past the end fails the second, and the session."""
+    ran = session(tmp_path)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "1 failed, 1 passed" in ran.stdout
+    assert "ERROR outside_storage" in ran.stdout
+    assert "add_unmasked at samples.py" in ran.stdout
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
+    ran = session(tmp_path, PATH="", PYTEST_ADDOPTS="-rs")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "2 skipped" in ran.stdout
+    assert "there is no g++" in ran.stdout
