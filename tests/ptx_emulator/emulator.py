@@ -184,7 +184,9 @@ class _Memory:
     def _zeros(self, count: int, dtype: type) -> int:
         """The address of zeros: pages that nobody touches cost nothing, however many there are."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
-        array = np.frombuffer(mmap.mmap(-1, max(count, 1) * np.dtype(dtype).itemsize, flags=flags), dtype)
+        array: np.ndarray = np.frombuffer(
+            mmap.mmap(-1, max(count, 1) * np.dtype(dtype).itemsize, flags=flags), dtype
+        )
         self._arrays.append(array)
         return array.ctypes.data
 

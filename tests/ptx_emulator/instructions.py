@@ -186,7 +186,7 @@ def _wgmma(a: Assembler, s: Statement) -> None:
     in_registers = s.arguments[1].startswith("{")
     accumulators = a.destinations(s, s.arguments[0], 4)
     left = a.sources(s, [s.arguments[1]], 4 if in_registers else 8)
-    signs, transposed = _flags(s.arguments[4:6]), _flags(s.arguments[6:])
+    signs, transposed = _flags(s, s.arguments[4:6]), _flags(s, s.arguments[6:])
     operands = 1 if in_registers else 2  # whose descriptor may say that it is transposed
     allowed = (
         depth == (8 if kind == 2 else 16)
@@ -201,16 +201,19 @@ def _wgmma(a: Assembler, s: Statement) -> None:
         raise UnsupportedError(s.text)
     # TF32 has no transposition, and registers none.
     left_transposed, right_transposed = (0, 0) if kind == 2 else [0, *transposed][-2:]
-    bits = (in_registers, signs[0] < 0, signs[1] < 0, left_transposed, right_transposed)
+    bits = [int(in_registers), int(signs[0] < 0), int(signs[1] < 0), left_transposed, right_transposed]
     first = len(a.extra)
     a.extra += accumulators
     sources = [*left, a.source(s, s.arguments[2], 8), a.predicate(s.arguments[3])]
-    aux = (first, columns, kind, sum(int(bit) << i for i, bit in enumerate(bits)))
+    aux = (first, columns, kind, sum(bit << i for i, bit in enumerate(bits)))
     a.emit(s, "wgmma.mma", (), sources, aux=aux)
 
 
-def _flags(texts: list[str]) -> list[int | None]:
-    return [literal(text) for text in texts]
+def _flags(s: Statement, texts: list[str]) -> list[int]:
+    values = [literal(text) for text in texts]
+    if None in values:
+        raise UnsupportedError(s.text)
+    return [value for value in values if value is not None]
 
 
 # Between lanes

@@ -56,7 +56,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    properties = [(report.nodeid, dict(report.user_properties)) for report in _reports]
+    properties: list[tuple[str, dict[str, Any]]] = [(r.nodeid, dict(r.user_properties)) for r in _reports]
     counts = [of_test.get(LAUNCHES, (0, 0.0)) for _, of_test in properties]
     total, seconds = sum(n for n, _ in counts), sum(s for _, s in counts)
     say = terminalreporter.write_line

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from . import emulator
+from .assembler import UnsupportedError
 from .emulator import EmulationError
 from .handwritten import Change, found, found_when_broken, run_ptx, without
 from .samples import add, add_unmasked, matmul, neighbours, overlapping, reduce_rows
@@ -152,5 +153,5 @@ def test_notes() -> None:
     ],
 )
 def test_unknown_instructions_are_refused(statement: str) -> None:
-    with pytest.raises(emulator.ptx.UnsupportedError):
+    with pytest.raises(UnsupportedError):
         run_ptx(f"{statement};")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from . import ARCH, emulator
+from .assembler import UnsupportedError
 from .handwritten import Change, found_when_broken, without
 from .handwritten_wgmma import run_wgmma
 from .samples import matmul, matmul_computed
@@ -143,7 +144,7 @@ def test_allowed(between: str, change: Change) -> None:
     ],
 )
 def test_refused(change: Change) -> None:
-    with pytest.raises((emulator.EmulationError, emulator.ptx.UnsupportedError)):
+    with pytest.raises((emulator.EmulationError, UnsupportedError)):
         kinds_of(change=change)
     emulator.launches.clear()
 

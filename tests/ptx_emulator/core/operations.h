@@ -144,6 +144,7 @@ static const Operation OPERATIONS[] = {
     TO_FLOAT(u64, "u64"),
     ONE("cvt.rzi.s32.f32", s32, float, truncated<s32>(a)), ONE("cvt.rzi.u32.f32", u32, float, truncated<u32>(a)),
     ONE("cvt.rzi.s64.f32", s64, float, truncated<s64>(a)),
+    ONE("cvt.rn.f32.f64", float, double, a), ONE("cvt.f64.f32", double, float, a),
     ONE("cvt.f32.f16", float, u16, from_f16(a)), ONE("cvt.f32.bf16", float, u16, from_bf16(a)),
     ONE("cvt.rn.f16.f32", u16, float, to_f16(a)), ONE("cvt.rn.bf16.f32", u16, float, to_bf16(a)),
     TWO("cvt.rn.f16x2.f32", u32, float, float, (u32)to_f16(a) << 16 | to_f16(b)),
