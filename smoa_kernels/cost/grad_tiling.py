@@ -14,7 +14,7 @@ __all__ = ["grad_tiles", "gradient_parts", "partial_bytes", "partial_width", "to
 PARTIAL_RANKS = 4  # partials are padded to a multiple of this many ranks: 128 bits of float32
 GRAD_TILE = 128  # one rank-sized partial is written for each tile of this many rows or columns
 GRAD_STEP = 64  # tokens in one step of the main loop
-GRAD_EPILOGUE_STEPS = 8  # what the end of a program costs, in steps of its main loop: an assumption
+GRAD_EPILOGUE_STEPS = 11  # what the end of a program costs, in steps of its main loop: an assumption
 # The backward gathers all tokens at once, or at least this many: a program's end then takes a ninth of its time.
 GRAD_PART_TOKENS = 64 * GRAD_STEP
 GRAD_PART_TILES = (

@@ -35,7 +35,17 @@ from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import Precision
 from ..definition.reference import backward as reference_backward
-from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, block_slots, check_tile, dot, input_precision, round_to
+from .common import (
+    SUM_CONFIGS,
+    SUM_STEPS,
+    SumConfig,
+    block_slots,
+    check_tile,
+    dot,
+    input_precision,
+    round_to,
+    to_tf32,
+)
 from .permute import gather_columns
 from .spec import INDEX, LABELS, Config, Kernel, Operands, Work, in_dtype, tile_divides
 from .table import select
@@ -61,7 +71,7 @@ RANK_CHUNK = 16
 GROUP = tl.constexpr(PARTIAL_RANKS)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "tiles_n", "tiles_c", "max_rank", "rank_groups"])
 def block_grad_kernel(
     dy_ptr,
     x_ptr,
@@ -149,7 +159,8 @@ def block_grad_kernel(
         weight_ptrs = weight_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc
         weight = tl.load(weight_ptrs, mask=row_valid[:, None] & col_valid[None, :], other=0.0)
         # Concatenated, for Triton does not unpack; mypy takes the empty tuple's type for h's.
-        h = h + (scaling * quarters[q] * weight.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        product = to_tf32(scaling * quarters[q] * weight.to(tl.float32), INPUT_PRECISION)
+        h = h + (product,)  # type: ignore[assignment]  # noqa: RUF005
 
     # dB_k = H_k · A_kᵀ and dA_k = B_kᵀ · H_k, a few ranks at a time.
     width = rank_groups * GROUP
@@ -161,14 +172,16 @@ def block_grad_kernel(
         t = start + tl.arange(0, BLOCK_R)
         row_rank_valid = row_valid[:, None] & (t < rank)[None, :]
         b_ptrs = b_ptr + rows[:, None] * stride_bn + t[None, :] * stride_br
-        b = tl.load(b_ptrs, mask=row_rank_valid, other=0.0).to(tl.float32)
+        b = tl.load(b_ptrs, mask=row_rank_valid, other=0.0)
+        b = to_tf32(b.to(tl.float32), INPUT_PRECISION)
         db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         for q in tl.static_range(4):
             slots = tile_c * BLOCK_C + q * QUARTER + tl.arange(0, QUARTER)
             cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots)
             col_rank_valid = col_valid[:, None] & (t < rank)[None, :]
             a_ptrs = a_ptr + cols[:, None] * stride_ac + t[None, :] * stride_ar
-            a = tl.load(a_ptrs, mask=col_rank_valid, other=0.0).to(tl.float32)
+            a = tl.load(a_ptrs, mask=col_rank_valid, other=0.0)
+            a = to_tf32(a.to(tl.float32), INPUT_PRECISION)
             db = dot(h[q], a, db, INPUT_PRECISION)
             da = dot(tl.trans(h[q]), b, tl.zeros((QUARTER, BLOCK_R), tl.float32), INPUT_PRECISION)
             da_ptrs = partial_a_ptr + (col_start + cols)[:, None] * width + t[None, :]
@@ -185,7 +198,7 @@ def halves(tile):
     return tl.split(tl.permute(tl.reshape(tile, (rows, 2, cols // 2)), (0, 2, 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank_groups", "splits", "tiles"])
 def sum_partials_kernel(
     partial_ptr,
     label_ptr,
@@ -329,8 +342,7 @@ def block_grad(
             BLOCK_C=config.block_c,
             BLOCK_T=config.block_t,
             BLOCK_R=RANK_CHUNK,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options,
         )
     del dyg, xg
     slots_a, slots_b = partial_a.flatten(0, 1), partial_b.flatten(0, 1)
@@ -380,8 +392,7 @@ def sum_partials(
         TILE=tile,
         BLOCK_M=block_m,
         BLOCK_R=RANK_CHUNK,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
 
 

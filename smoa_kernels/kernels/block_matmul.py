@@ -46,7 +46,7 @@ class BlockMatmulConfig(Config):
     num_stages: int
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "num_blocks"])
 def block_matmul_kernel(
     x_ptr,
     delta_ptr,
@@ -202,8 +202,7 @@ def block_matmul(
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
         GROUP_T=config.group_t,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return out
 

@@ -43,10 +43,14 @@ __all__ = [
     "rank_block",
     "rank_product",
     "round_to",
+    "to_tf32",
 ]
 
 # Set when the kernels are defined, as Triton itself does: a process either interprets or compiles.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# The largest float32 that rounds to a finite TF32 is just below this: 0x7F7FF000.
+LARGEST_TF32 = tl.constexpr(2.0**128 * (1 - 2.0**-12))
 
 # One Philox call serves this many consecutive tokens of a column, 16 bits each.
 TOKENS_PER_DRAW = tl.constexpr(8)
@@ -91,7 +95,8 @@ def padded_width(sizes: Sequence[int], multiple: int) -> int:
 def input_precision(dtype: torch.dtype, *, allow_tf32: bool) -> str:
     """How `dot` may round float32 operands where W0 has `dtype`; half operands are never rounded.
 
-    float32 factors over a half weight take TF32: eight times finer than the weight, and a tensor-core product.
+    float32 factors over a half weight take TF32, a tensor-core product: to nearest it is as fine as float16 and eight
+    times finer than bfloat16, so the operands go through `to_tf32`.
     AMD multiplies float32 in IEEE at full tensor-core width, and most of its targets know nothing else.
     """
     if torch.version.hip is not None:
@@ -123,6 +128,21 @@ def round_to(value, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(dtype)
+
+
+@triton.jit
+def to_tf32(value, INPUT_PRECISION: tl.constexpr):
+    """A float32 operand of a TF32 product, rounded to nearest (ties away from zero) as PTX's `cvt.rna.tf32` does.
+
+    Triton leaves the rounding to the tensor core, which cuts off the low 13 bits (triton-lang/triton#4574): each
+    operand would shrink by 2^-11 on average, and with it every sum of products of one sign.
+    """
+    if INPUT_PRECISION == "tf32" and value.dtype == tl.float32:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        # What would round to infinity is cut off, and infinity and NaN stay.
+        value = tl.where(tl.abs(value) < LARGEST_TF32, rounded, value)
+    return value
 
 
 @triton.jit
@@ -169,6 +189,7 @@ def rank_product(
         b = tl.load(b_ptrs[:, None] + t[None, :] * stride_br, mask=b_mask, other=0.0)
         a = tl.where(t[:, None] < col_rank[None, :], a, 0.0)
         b = tl.where(t[None, :] < row_rank[:, None], b, 0.0)
+        a, b = to_tf32(a, INPUT_PRECISION), to_tf32(b, INPUT_PRECISION)
         product = dot(b, a, product, INPUT_PRECISION)
     return product
 

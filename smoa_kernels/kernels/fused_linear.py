@@ -31,7 +31,7 @@ from ..cost.architectures import Architecture
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import forward as reference_forward
-from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, dot, input_precision, round_to
+from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, dot, input_precision, round_to, to_tf32
 from .spec import LABELS, ONE_NUMBER, Config, Kernel, Key, Operands, Work, in_dtype
 from .table import select
 
@@ -118,7 +118,8 @@ def fused_linear_kernel(
         x_ptrs = x_ptr + tokens[None, :] * stride_xt + cols[:, None] * stride_xc
         x = tl.load(x_ptrs, mask=token_inside[None, :] & col_inside[:, None], other=0.0)
         col_block = widened(tl.load(col_block_ptr + cols, mask=col_inside, other=0))
-        if W_TRANSPOSED or w.dtype == tl.float32:
+        THROUGH_REGISTERS: tl.constexpr = W_TRANSPOSED or w.dtype == tl.float32
+        if THROUGH_REGISTERS:
             # Changes nothing, but takes W0 to its products through registers. As TF32 or transposed, most tensor cores
             # cannot read it where an asynchronous copy of whole 128-bit words leaves it, and the copy would suffer.
             w = tl.where(row_inside[:, None], w, 0.0)
@@ -130,10 +131,16 @@ def fused_linear_kernel(
         col_rank = tl.load(ranks_ptr + col_block, mask=col_inside, other=0)
         a = tl.where(r[:, None] < col_rank[None, :], a, 0.0)
         b = tl.where(r[None, :] < row_rank[:, None], b, 0.0)
+        a, b = to_tf32(a, INPUT_PRECISION), to_tf32(b, INPUT_PRECISION)
         product = dot(b, a, tl.zeros((BLOCK_N, BLOCK_C), tl.float32), INPUT_PRECISION)
         modulation = tl.where(row_block[:, None] == col_block[None, :], scaling * product, 0.0)
         delta = round_to(modulation * w.to(tl.float32), w.dtype)
         base = dot(w, x, base, INPUT_PRECISION)
+        if not THROUGH_REGISTERS:
+            # Changes nothing, but waits for the product. Hopper's tensor cores read W0 from shared memory meanwhile, of
+            # which Triton (3.6 to 3.9) keeps one buffer, for W0 has another use: the next step's copy would overwrite
+            # what they still read. triton-lang/triton#3106 mended the like for loads with one use.
+            base = tl.where(row_inside[:, None], base, 0.0)
         adapted = dot(delta, x, adapted, INPUT_PRECISION)
 
     y = adapted + tl.where(chunk == 0, base, 0.0)
@@ -146,15 +153,17 @@ def fused_linear_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def sum_parts_kernel(
     parts_ptr, bias_ptr, out_ptr, parts, size, N, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = elements < size
     y = tl.zeros((BLOCK,), tl.float32)
-    for part in range(parts):
-        y += tl.load(parts_ptr + (part * size.to(tl.int64) + elements), mask=inside, other=0.0)
+    part_ptrs = parts_ptr + elements
+    for _ in range(parts):
+        y += tl.load(part_ptrs, mask=inside, other=0.0)
+        part_ptrs += size
     if HAS_BIAS:
         y += tl.load(bias_ptr + elements % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + elements, round_to(y, out_ptr.dtype.element_ty), mask=inside)
@@ -231,8 +240,7 @@ def fused_linear(
         BLOCK_T=config.block_t,
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     if parts > 1:
         sum_parts(out, bias, y)
@@ -252,8 +260,7 @@ def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumCon
         N=out_features,
         HAS_BIAS=bias is not None,
         BLOCK=config.block,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
 
 

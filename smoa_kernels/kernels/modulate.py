@@ -169,13 +169,12 @@ def modulated_weight(
         RANK_BLOCK=rank_block(a.shape[0]),
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_rank"])
 def modulated_blocks_kernel(
     w_ptr,
     a_ptr,
@@ -286,8 +285,7 @@ def modulated_blocks(
         RANK_BLOCK=rank_block(a.shape[0]),
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return out
 

@@ -177,8 +177,7 @@ def _launch(
         DROPOUT=dropout is not None,
         BLOCK_T=config.block_t,
         BLOCK_P=config.block_p,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
 
 

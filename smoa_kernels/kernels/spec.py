@@ -161,6 +161,12 @@ def delta_weight(adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
 class Config:
     """Launch parameters of a kernel; a subclass per kernel names its tiles, `num_warps` and `num_stages`."""
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told at a launch. It may fuse a product and a sum: from Triton 3.10 on only if asked."""
+        own = {name: value for name, value in vars(self).items() if name.startswith("num_")}
+        return own | {"enable_fp_fusion": True}
+
 
 Work: TypeAlias = tuple[Callable[[Any], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
 """Launches with a configuration and returns what was computed; the same by the definition, in a dtype."""

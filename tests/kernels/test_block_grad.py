@@ -16,7 +16,7 @@ from kernel_cases import (
     need_memory,
     shipped_here,
 )
-from problems import LinearProblem, make_problem
+from problems import LinearProblem, make_problem, relative_error
 from torch import Tensor
 
 from smoa_kernels.cost.grad_tiling import token_splits
@@ -165,7 +165,8 @@ def test_large_half_gradients_do_not_overflow(device: torch.device) -> None:
     problem = replace(problem, x=problem.x * 300, dy=problem.dy * 300, weight=problem.weight * 1e-3)
     rounded = problem.to(torch.float16)
     for mine, true in zip(gradients(rounded), expected(rounded.to(torch.float64)), strict=True):
-        torch.testing.assert_close(mine.double(), true, rtol=2e-3, atol=1e-2)
+        assert mine.isfinite().all()
+        assert relative_error(mine, true) < 2**-10  # float16 rounds by 2^-11, TF32 each operand by as much
 
 
 def test_token_splits() -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import LAYOUTS, NAMES, Case, LinearProblem, budget_shares, make_problem, relative_error
-from triton.compiler.errors import CompilationError
 
 from .plugin import SHARE
 
@@ -39,12 +38,6 @@ PRECISIONS = {
     "tf32": (torch.float32, None),
     "fp32": (torch.float32, None),
 }
-CUT_OFF = pytest.mark.xfail(
-    raises=AssertionError, reason="issue 22, defect 1: tensor cores cut TF32 operands off", strict=False
-)
-CONSTANT = pytest.mark.xfail(
-    raises=CompilationError, reason="issue 22, defect 2: sum_parts does not compile at size 1", strict=False
-)
 SMOKE = [
     *(("bf16", "odd", algorithm, False) for algorithm in ALGORITHMS),
     ("bf16", "aligned", "fused", False),
@@ -85,7 +78,6 @@ def cases() -> Iterator[object]:
                     case = precision, name, algorithm, positive
                     label = f"{precision}-{name}-{algorithm}{'-positive' if positive else ''}"
                     marks = [pytest.mark.smoke] if case in SMOKE else []
-                    marks += [CUT_OFF] if "factors" in precision else []
                     yield pytest.param(*case, id=label.replace(", ", "-").replace(" ", "_"), marks=marks)
 
 
@@ -118,7 +110,7 @@ def ones() -> Iterator[object]:
                     for algorithm in ALGORITHMS:
                         smoke = tokens * out_features * in_features == 1 and ranks == (1,)
                         label = f"T{tokens}-N{out_features}-C{in_features}-r{'+'.join(map(str, ranks))}-{algorithm}"
-                        marks = [CONSTANT, *([pytest.mark.smoke] if smoke else [])]
+                        marks = [pytest.mark.smoke] if smoke else []
                         yield pytest.param(
                             tokens, out_features, in_features, ranks, algorithm, id=label, marks=marks
                         )

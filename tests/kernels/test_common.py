@@ -1,0 +1,47 @@
+"""What the kernels share, on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from smoa_kernels.kernels.common import to_tf32
+
+pytestmark = pytest.mark.numerical
+
+
+@triton.jit
+def rounded_kernel(value_ptr, out_ptr, INPUT_PRECISION: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    slots = tl.arange(0, BLOCK)
+    tl.store(out_ptr + slots, to_tf32(tl.load(value_ptr + slots), INPUT_PRECISION))
+
+
+def rounded(value: torch.Tensor, precision: str = "tf32") -> torch.Tensor:
+    out = torch.empty_like(value)
+    rounded_kernel[(1,)](value, out, precision, value.numel())
+    return out
+
+
+def test_tf32_rounds_to_nearest(device: torch.device) -> None:
+    """To the nearest of the numbers with 10 bits after the point: frexp and round say which, in float64."""
+    value = torch.randn(1024, device=device) * 2.0 ** torch.randint(-100, 100, (1024,), device=device)
+    mantissa, exponent = torch.frexp(value.double())
+    nearest = torch.ldexp((mantissa * 2**11).round(), exponent - 11)
+    assert torch.equal(rounded(value).double(), nearest)
+    assert torch.equal(rounded(value, "ieee"), value)
+
+
+def test_tf32_keeps_what_is_not_finite(device: torch.device) -> None:
+    """Infinity and NaN stay; what would round to infinity is left to the core, which cuts it off."""
+    largest = torch.finfo(torch.float32).max
+    value = torch.tensor([float("inf"), -float("inf"), float("nan"), largest, -largest, 0.0, -0.0, 1e-45])
+    every_bit = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # a GPU's own NaN
+    value = torch.cat([value, every_bit, torch.ones(6)]).to(device)
+    found = rounded(value).cpu()
+    assert found[:2].tolist() == [float("inf"), -float("inf")]
+    assert found[[2, 8, 9]].isnan().all()
+    assert found[3:5].tolist() == [largest, -largest]
+    assert found[5:8].tolist() == [0.0, 0.0, 0.0]
+    assert found[10:].tolist() == [1.0] * 6
