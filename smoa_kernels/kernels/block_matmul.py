@@ -36,7 +36,7 @@ __all__ = ["BLOCK_MATMUL", "BlockMatmulConfig", "block_matmul"]
 
 @dataclass(frozen=True)
 class BlockMatmulConfig(Config):
-    """One tile of y per program, `group_t` row tiles walked together for the L2 cache."""
+    """One tile of y per program, `group_t` token tiles walked together for the L2 cache."""
 
     block_t: int
     block_n: int
@@ -75,17 +75,17 @@ def block_matmul_kernel(
     BLOCK_C: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    # GROUP_T token tiles walk all blocks together: they share ΔW in cache, and the cache lines of y, where
-    # neighbouring columns belong to different blocks, are completed before they leave it.
+    # Blocks are innermost: neighbouring columns of y belong to different blocks, whose programs complete its cache
+    # lines one after the other. Then come GROUP_T token tiles, which share ΔW in cache.
     tiles_n = padded_rows // BLOCK_N
     tiles_per_group = GROUP_T * num_blocks * tiles_n
     pid = tl.program_id(0)
     first_tile_t = pid // tiles_per_group * GROUP_T
     group = min(tl.cdiv(tokens, BLOCK_T) - first_tile_t, GROUP_T)
     pid = pid % tiles_per_group
-    tile_t = first_tile_t + pid % group
-    tile_n = pid // group % tiles_n
-    block = (pid // group // tiles_n).to(tl.int64)
+    block = (pid % num_blocks).to(tl.int64)
+    tile_t = first_tile_t + pid // num_blocks % group
+    tile_n = pid // num_blocks // group
 
     row_slots = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.load(row_offsets_ptr + block + 1) - tl.load(row_offsets_ptr + block)
