@@ -481,7 +481,8 @@ BLOCK_GRAD = Kernel(
     steps={
         "block_n": (32, 64, 128),
         "block_c": (64, 128),
-        "block_t": (16, 32, 64),
+        "block_t": (16, 32, 64, 128),
+        "split": (1, 0, 2),  # on either side of what the number of programs says
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     },

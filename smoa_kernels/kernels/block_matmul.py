@@ -293,7 +293,7 @@ BLOCK_MATMUL = Kernel(
     shipped=_shipped,
     steps={
         "block_t": (32, 64, 128, 256),
-        "block_n": (32, 64, 128),
+        "block_n": (32, 64, 128, 256),
         "group_t": (4, 8, 16),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
