@@ -9,6 +9,7 @@ import torch
 
 from smoa_kernels.cost.counts import parts
 from smoa_kernels.cost.estimate import Estimate
+from smoa_kernels.cost.gpus import Rates
 
 from .protocol import DEVICE, laps, quartiles
 from .providers import Case
@@ -25,10 +26,10 @@ def rates(dtype: torch.dtype = torch.float32, size: int = 1024) -> tuple[float, 
 
 
 def seconds(case: Case, algorithm: str, flops_per_second: float, bytes_per_second: float) -> float:
-    """Predicted seconds of forward and backward."""
+    """Predicted seconds of forward and backward; what Python adds is not counted."""
     problem = case.problem()
-    found = Estimate(algorithm, parts(problem, algorithm), flops_per_second, bytes_per_second)
-    return found.seconds("both")
+    rates = Rates(flops_per_second, bytes_per_second)
+    return Estimate(algorithm, parts(problem, algorithm), rates).device_seconds()
 
 
 def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from smoa_kernels.cost.counts import parts
 from smoa_kernels.cost.estimate import Estimate
-from smoa_kernels.cost.gpus import GPUS, Gpu, device_gpu
+from smoa_kernels.cost.gpus import GPUS, Gpu, Rates, device_gpu
 from smoa_kernels.kernels.table import Entry, describe
 from smoa_kernels.tuning.format import describe_algorithms, describe_choice, winner
 
@@ -46,7 +48,7 @@ def page(state: State) -> str:
         "## Memory of one training pass",
         tables.memory(run) or "Nothing was measured.",
         "## Measured against predicted",
-        _predicted(state),
+        _predicted(state, gpu),
     ]
     return "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
 
@@ -119,27 +121,29 @@ def _tuning(state: State) -> str:
     return f"{told}{note}{tables.table(headings, rows)}\n\nThe algorithms against each other:\n\n{compared}"
 
 
-def _predicted(state: State) -> str:
+def _predicted(state: State, gpu: Gpu) -> str:
     """Measured seconds over the cost model's, at the rates that this device reached."""
     found = state.findings.get("predict")
     if found is None:
         return "Not run."
     flops, bandwidth = found["flops_per_second"], found["bytes_per_second"]
     told = f"This device reached {flops / 1e12:.3g} TFLOP/s in a large GEMM and {bandwidth / 1e12:.3g} TB/s in a copy."
+    known = gpu.rates(torch.bfloat16, False)  # of what nobody measured
+    rates = replace(known, flops_per_second=flops, bytes_per_second=bandwidth)
     rows = [
-        (tables.case_name(result), *(_over_predicted(result, name, flops, bandwidth) for name in WAYS))
+        (tables.case_name(result), *(_over_predicted(result, name, rates) for name in WAYS))
         for result in state.run.select("layer")
     ]
     headings = ("measured over predicted at these rates, forward + backward", *WAYS)
     return f"{told}\n\n{tables.table(headings, rows)}"
 
 
-def _over_predicted(result: Result, name: str, flops: float, bandwidth: float) -> str:
+def _over_predicted(result: Result, name: str, rates: Rates) -> str:
     if name not in result.seconds["both"]:
         return "–"
     case = Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])})
     problem = case.problem()
-    predicted = Estimate(WAYS[name], parts(problem, WAYS[name]), flops, bandwidth).seconds("both")
+    predicted = Estimate(WAYS[name], parts(problem, WAYS[name]), rates).seconds("both")
     return f"{result.comparison('both').time(name).median / predicted:.2f}"
 
 

@@ -2,11 +2,10 @@
 
     share = tiles · waves · main loop · cache
 
-The cost model takes a large GEMM's rate for every product. The share is what to expect of the one product that no BLAS
-library computes for us, at `block_grad`'s largest tile. Assumed, until a GPU has measured it: a program's end costs
-`GRAD_EPILOGUE_STEPS` steps of its main loop, a multiprocessor runs one program at a time, and the last cache delivers
-`CACHE_OVER_MEMORY` times what the memory does. Not modelled: how a program's pipeline fills and drains, in which order
-tiles meet in the cache, a clock that falls under load.
+The cost model takes a large GEMM's rate for our products too, as far as the cache feeds them. The share is what to
+expect of the largest of them, at `block_grad`'s largest tile. Assumed, until a GPU has measured it: a program's end
+costs `GRAD_EPILOGUE_STEPS` steps of its main loop, and a multiprocessor runs one program at a time. Not modelled: how
+a program's pipeline fills and drains, in which order tiles meet in the cache, a clock that falls under load.
 
 Peak memory is counted alike for SMoA and for PEFT: x, dY, weights and factors are there before and are not counted; a
 result lives until the last operator that reads it has ended, and an operator's inputs and results live together. What
@@ -31,9 +30,6 @@ from smoa_kernels.cost.problem import Problem
 from smoa_kernels.cost.workspace import backward_workspace
 
 __all__ = ["GradShare", "block_grad_share", "peak_bytes"]
-
-# Published: 7.2 over 2.04 TB/s for an A100's L2, 17.2 over 5.3 for an MI300X's last cache. For others nobody says.
-CACHE_OVER_MEMORY = 3.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,8 @@ def block_grad_share(problem: Problem, gpu: Gpu, *, ieee: bool = True) -> GradSh
     steps = math.ceil(launches[0] * tiles / programs / GRAD_STEP)
     waves = programs / gpu.multiprocessors
     # A step loads a tile of each operand: tile / itemsize products and sums for each byte of them.
-    fed = tile / p.dtype.itemsize * CACHE_OVER_MEMORY * gpu.bytes_per_second
+    rates = gpu.rates(p.dtype, ieee)
+    fed = tile / p.dtype.itemsize * rates.cache_bytes_per_second
     return GradShare(
         tiles=p.tokens
         * p.weight_elements
@@ -75,7 +72,7 @@ def block_grad_share(problem: Problem, gpu: Gpu, *, ieee: bool = True) -> GradSh
         / (len(launches) * programs * steps * GRAD_STEP * tile**2),
         waves=waves / math.ceil(waves),
         main_loop=steps / (steps + GRAD_EPILOGUE_STEPS),
-        cache=min(1.0, fed / gpu.flops_per_second(p.dtype, ieee)),
+        cache=min(1.0, fed / rates.flops_per_second),
     )
 
 

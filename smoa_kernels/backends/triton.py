@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cost.estimate import choose_algorithm
+from ..cost.estimate import Direction, choose_algorithm
 from ..cost.gpus import device_gpu
 from ..cost.grad_tiling import gradient_parts
 from ..cost.problem import Problem, padding_multiple
@@ -181,7 +181,7 @@ def admissible(stage: str, dtype: str) -> tuple[str, ...]:
     return ALGORITHMS if dtype == "fp32" else ("split", "fused")
 
 
-def _choose(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
+def _choose(stage: Direction, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
     """What "auto" means without dropout, for "forward" or "input_gradient": as measured, else as predicted."""
     tokens, ieee = x.shape[0], x.dtype == torch.float32 and not allow_tf32
     dtype = precision_of(x.dtype, ieee).name
@@ -192,8 +192,7 @@ def _choose(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> 
     if measured is not None:
         return measured
     problem = _problem(tokens, adapter, x.dtype)
-    # dX is merged in every dtype, so its alternative to fused is predicted as IEEE float32's.
-    return choose_algorithm(problem, device_gpu(x.device), ieee or stage == "input_gradient")
+    return choose_algorithm(problem, device_gpu(x.device), ieee, stage)
 
 
 def _problem(tokens: int, adapter: PackedAdapter, dtype: torch.dtype, dropout: float = 0.0) -> Problem:

@@ -52,6 +52,7 @@ def roofline(
     blocks: Annotated[int, typer.Option(min=1, help="Spectral blocks, K.")] = 4,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "bf16",
     dropout: Annotated[float, typer.Option(help="Dropout probability of the adapter.")] = 0.0,
+    bias: Annotated[bool, typer.Option("--bias", help="The layer has a bias.")] = False,
     parts: Annotated[bool, typer.Option("--parts", help="List every kernel that is counted.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None,
 ) -> None:
@@ -62,7 +63,7 @@ def roofline(
         raise ValueError(f"--dropout must lie in [0, 1), got {dropout}")
     torch_dtype, ieee = PRECISIONS[dtype].dtype, PRECISIONS[dtype].ieee
     out_features, in_features = parse_shape(shape)
-    problem = Problem(tokens, out_features, in_features, blocks, rank, torch_dtype, dropout)
+    problem = Problem(tokens, out_features, in_features, blocks, rank, torch_dtype, dropout, bias)
     if blocks > min(out_features, in_features):
         raise ValueError(
             f"--blocks must be at most {min(out_features, in_features)} for {shape}, got {blocks}"
@@ -73,6 +74,9 @@ def roofline(
 
     out = console()
     out.print(_table(estimates, chosen, f"{shape}, T={tokens}, r={rank}, K={blocks}, {dtype}, {gpu}"))
+    out.print(
+        "A pass launched from Python takes the longer of device and host; in a CUDA graph, the device's time."
+    )
     workspace = backward_workspace_bytes(problem) / 2**20
     out.print(f"Workspace of our backward: {workspace:.0f} MiB. Every number is predicted, none measured.")
     if dropout:
@@ -90,6 +94,7 @@ def roofline(
             "num_blocks": blocks,
             "dtype": dtype,
             "dropout": dropout,
+            "bias": bias,
         }
         write_json(json, _as_json(inputs, estimates, chosen, backward_workspace_bytes(problem)))
 
@@ -100,15 +105,16 @@ def _table(estimates: dict[str, Estimate], chosen: str, title: str) -> Table:
     table.add_column("", no_wrap=True)
     for heading in ("forward", "backward", "both"):
         table.add_column(f"{heading}\nms", justify="right")
-    for heading in ("both\nTFLOP", "both\nMB", "/frozen", "/LoRA"):
+    for heading in ("device\nms", "host\nms", "launches", "/frozen", "/LoRA"):
         table.add_column(heading, justify="right")
     table.add_column("", no_wrap=True)
     for name, found in estimates.items():
         table.add_row(
             f"{LABELS[name]}{'*' if name == chosen else ''}",
             *(f"{found.seconds(stage) * 1e3:.3f}" for stage in STAGES),  # type: ignore[arg-type]
-            f"{found.flops() / 1e12:.3f}",
-            f"{found.bytes() / 1e6:.0f}",
+            f"{found.device_seconds() * 1e3:.3f}",
+            f"{found.host_seconds() * 1e3:.3f}",
+            f"{found.launches()}",
             _ratio(found, estimates["frozen"]),
             _ratio(found, estimates["lora"]),
             "predicted",
@@ -123,16 +129,17 @@ def _ratio(found: Estimate, base: Estimate) -> str:
 
 def _parts_table(name: str, found: Estimate) -> Table:
     table = Table(title=LABELS[name])
-    for heading in ("part", "", "ms", "GFLOP", "MB"):
+    for heading in ("part", "", "ms", "GFLOP", "MB", "cache MB", "launches"):
         table.add_column(heading, justify="left" if heading in ("part", "") else "right")
     for part in found.parts:
-        seconds = part.seconds(found.flops_per_second, found.bytes_per_second)
         table.add_row(
             part.name,
             part.stage,
-            f"{seconds * 1e3:.4f}",
+            f"{part.seconds(found.rates) * 1e3:.4f}",
             f"{part.flops / 1e9:.1f}",
             f"{part.bytes / 1e6:.1f}",
+            f"{part.cache_bytes / 1e6:.1f}",
+            f"{part.launches}",
         )
     return table
 
@@ -150,6 +157,9 @@ def _as_json(
                 **{
                     stage: {
                         "milliseconds": found.seconds(stage) * 1e3,  # type: ignore[arg-type]
+                        "device_milliseconds": found.device_seconds(stage) * 1e3,  # type: ignore[arg-type]
+                        "host_milliseconds": found.host_seconds(stage) * 1e3,  # type: ignore[arg-type]
+                        "launches": found.launches(stage),  # type: ignore[arg-type]
                         "flops": found.flops(stage),  # type: ignore[arg-type]
                         "bytes": found.bytes(stage),  # type: ignore[arg-type]
                     }

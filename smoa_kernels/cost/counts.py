@@ -1,4 +1,4 @@
-"""Floating-point operations and bytes of each way to run one layer, counted kernel by kernel.
+"""Floating-point operations, bytes and launches of each way to run one layer, counted kernel by kernel.
 
 A way is a list of parts, one for each kernel that a GPU would run. The same rules hold for ours and for the others:
 
@@ -7,13 +7,15 @@ A way is a list of parts, one for each kernel that a GPU would run. The same rul
   their authors wrote them: PEFT's `result + lora_B(lora_A(x)) * scaling` is two products and two passes.
 - A GEMM that accumulates onto its output reads that output after its last multiplication. The rate of a large
   GEMM was measured without such a read, so the read is a part of its own and overlaps with nothing.
-- Gathers and builds of W_eff run at full bandwidth, and products at the rate of a large GEMM. The one-kernel form
-  is slower, since it computes an operand in its main loop (`FUSED_EFFICIENCY`).
-- Launches cost nothing. That favours ways of many parts where launches dominate, at a few tokens, so the number of
-  tokens up to which the one-kernel form wins is an underestimate.
+- Scattered accesses move whole sectors (`sectors.py`), from memory and through the cache.
+- Products run at the rate of a large GEMM, memory at that of a copy. Whatever goes to or from memory goes through the
+  cache. Our own products, which no library computes, also read a tile of each operand through it at every step.
+- The one-kernel form computes an operand in its main loop, and issuing those instructions may take longer than its
+  products do. At few tokens it has few programs, and the multiprocessor that has most of them decides.
+- A kernel takes its start, and then as long as the slowest of products, memory, cache and issue.
 
-By these rules the write of the adapter's y hides behind the block product: split takes 1.46 times as long as frozen for
-4096². Counting the write and the read in full would give 1.49.
+Not modelled: the last wave of the other kernels' programs (`block_grad`'s: benchmarks/bringup/predictions.py), split
+sums over tokens, and how much kernels that use memory and cache at once are slowed by it.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from .grad_tiling import gradient_parts, partial_bytes
+from ..definition.precision import precision_of
+from .gpus import Rates
+from .grad_tiling import GRAD_TILE, gradient_parts, partial_bytes
 from .problem import Problem
+from .sectors import GATHER_TILE, WARP, overfetch, touched
 
 __all__ = ["WAYS", "Part", "Pass", "parts"]
 
@@ -33,11 +38,36 @@ Pass = Literal["forward", "backward"]
 WAYS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused", "expanded")
 """The frozen layer, the methods we compare with, and our four ways."""
 
-FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate: a goal, not a measurement
 # Above these ρ the one-kernel form cuts the rank into chunks, and reads W0 again for each.
 FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
-FUSED_TOKEN_TILE = 32  # the one-kernel form recomputes B·A for each tile of this many tokens
+FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate where issue is not the limit: a goal, not a measurement
+FUSED_TOKENS = 16  # tokens of its smallest tile
+FUSED_SPLIT, FUSED_FULL = (
+    4,
+    264,
+)  # tiles of so few tokens share their sum over C among 4 programs, where less than 2 · 132
+
+
+class Step(NamedTuple):
+    """A step of the one-kernel form's main loop: its tile, and the instructions of a warp.
+
+    Compiled for sm_90 with 16 ranks, B·A included; a test compiles them again. Other GPUs are assumed to be alike.
+    """
+
+    tokens: int
+    rows: int
+    columns: int
+    warps: int
+    y_instructions: int
+    dx_instructions: int
+
+
+def fused_step(precision: str, tokens: int) -> Step:
+    """The step that runs at so many tokens, by name of the precision."""
+    if precision in ("bf16", "fp16"):
+        return Step(16, 64, 64, 4, 512, 607) if tokens <= FUSED_TOKENS else Step(32, 64, 64, 4, 533, 620)
+    return Step(16, 64, 32, 4, 421, 452) if precision == "tf32" else Step(16, 16, 32, 2, 694, 749)
 
 
 @dataclass(frozen=True)
@@ -49,23 +79,40 @@ class Part:
         stage: "forward" or "backward".
         flops: floating-point operations.
         bytes: to and from memory.
-        efficiency: share of a large GEMM's rate at which it computes.
+        cache_bytes: between the last cache and the multiprocessors.
+        efficiency: share of a large GEMM's rate at which it computes, where nothing else limits it.
+        launches: how often it is launched; 0 where another part's launch does it.
+        programs: among which it is divided, where that matters.
+        instructions: that the warps of one program issue, where that matters.
     """
 
     name: str
     stage: Pass
     flops: int
     bytes: int
+    cache_bytes: int
     efficiency: float = 1.0
+    launches: int = 1
+    programs: int = 0
+    instructions: int = 0
 
-    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Time at a large GEMM's rate and the memory's bandwidth: the longer of arithmetic and memory."""
-        return max(self.flops / (self.efficiency * flops_per_second), self.bytes / bytes_per_second)
+    def seconds(self, rates: Rates) -> float:
+        """Time on the device: its starts, and the longest of arithmetic, memory, cache and issue."""
+        waves = math.ceil(self.programs / rates.multiprocessors)
+        return self.launches * rates.start_seconds + max(
+            self.flops / (self.efficiency * rates.flops_per_second),
+            self.bytes / rates.bytes_per_second,
+            self.cache_bytes / rates.cache_bytes_per_second,
+            waves * self.instructions / rates.instructions_per_second,
+        )
 
 
-def parts(problem: Problem, algorithm: str) -> tuple[Part, ...]:
-    """The kernels that `algorithm`, one of :data:`WAYS`, runs on `problem`: forward, then backward."""
-    count = _Count(problem)
+def parts(problem: Problem, algorithm: str, *, ieee: bool = True) -> tuple[Part, ...]:
+    """The kernels that `algorithm`, one of :data:`WAYS`, runs on `problem`: forward, then backward.
+
+    `ieee`: float32 multiplies in IEEE float32 rather than TF32.
+    """
+    count = _Count(problem, ieee)
     _COUNTED[algorithm](count)
     return tuple(sorted(count.parts, key=lambda part: part.stage != "forward"))
 
@@ -75,6 +122,7 @@ class _Count:
     """Collects parts by the rules at the top of this file. Sizes are in elements."""
 
     p: Problem
+    ieee: bool
     parts: list[Part] = field(default_factory=list)
     stage: Pass = "forward"
 
@@ -84,21 +132,43 @@ class _Count:
         self.y = p.tokens * p.out_features
         self.w = p.weight_elements
         self.block_w = self.w // p.num_blocks  # the diagonal blocks
+        self.touched_w = self.w * touched(p.num_blocks, p.dtype.itemsize)  # what reading them moves
         self.x_blocks = p.tokens * p.padded(p.in_features)
         self.y_blocks = p.tokens * p.padded(p.out_features)
         self.factors = p.max_rank * (p.out_features + p.in_features)
 
+    def overfetch(self, together: int) -> float:
+        return overfetch(together, self.p.num_blocks, self.p.dtype.itemsize)
+
     def add(
-        self, name: str, flops: int, elements: int, extra_bytes: int = 0, efficiency: float = 1.0
+        self,
+        name: str,
+        flops: int,
+        elements: float,
+        *,
+        cached: float | None = None,
+        extra_bytes: int = 0,
+        efficiency: float = 1.0,
+        launches: int = 1,
+        programs: int = 0,
+        instructions: int = 0,
     ) -> None:
-        size = elements * self.p.dtype.itemsize + extra_bytes
-        self.parts.append(Part(name, self.stage, flops, size, efficiency))
+        """`elements` go to and from memory, `cached` (as many) through the cache, `extra_bytes` through both."""
+        size = self.p.dtype.itemsize
+        memory, cache = (
+            round(n * size) + extra_bytes for n in (elements, elements if cached is None else cached)
+        )
+        self.parts.append(
+            Part(name, self.stage, flops, memory, cache, efficiency, launches, programs, instructions)
+        )
 
     def gemm(self, name: str, m: int, n: int, k: int) -> None:
         self.add(name, 2 * m * n * k, m * k + k * n + m * n)
 
-    def elementwise(self, name: str, reads: int, writes: int, mask_bytes: int = 0) -> None:
-        self.add(name, reads, reads + writes, mask_bytes)
+    def elementwise(
+        self, name: str, reads: float, writes: float, mask_bytes: int = 0, launches: int = 1
+    ) -> None:
+        self.add(name, round(reads), reads + writes, extra_bytes=mask_bytes, launches=launches)
 
     def base_forward(self) -> None:
         self.gemm("base GEMM", self.p.tokens, self.p.out_features, self.p.in_features)
@@ -111,31 +181,42 @@ class _Count:
         self.add("build W_eff", 2 * self.w * self.p.max_rank, 2 * self.w + self.factors)
 
     def build_blocks(self) -> None:
-        self.add("build ΔW blocks", 2 * self.block_w * self.p.max_rank, 2 * self.block_w + self.factors)
+        moved = self.touched_w + self.block_w + self.factors
+        self.add("build ΔW blocks", 2 * self.block_w * self.p.max_rank, moved)
 
-    def block_matmul(self, name: str, source: int, target: int) -> None:
-        self.add(name, self.p.unit_flops // self.p.num_blocks, source + self.block_w + target)
+    def block_matmul(self, name: str, source: int, target: int, *, scattered: bool) -> None:
+        flops = self.p.unit_flops // self.p.num_blocks
+        cached = self.tiles(flops) + target * (self.overfetch(WARP) if scattered else 1)
+        self.add(name, flops, source + self.block_w + target, cached=cached)
 
-    def gather(self, name: str, features: int, dropout: bool = False) -> None:
+    def tiles(self, flops: int) -> float:
+        """Elements that a product of ours reads through the cache: two operands for each square tile and step."""
+        return flops / GRAD_TILE
+
+    def gather(self, name: str, features: int, *, dropout: bool = False, launches: int = 1) -> None:
         if self.p.gathers(features) or dropout:
-            self.elementwise(name, self.p.tokens * features, self.p.tokens * self.p.padded(features))
+            source, target = self.p.tokens * features, self.p.tokens * self.p.padded(features)
+            cached = source * self.overfetch(GATHER_TILE) + target
+            self.add(name, source, source + target, cached=cached, launches=launches)
 
     def factor_gradients(self) -> None:
         """Gather dY and x, accumulate G tile by tile, contract it with the factors, and sum the partials.
 
-        Each part of the tokens reads W0 and the factors again, and writes partials of its own.
+        Each part of the tokens reads W0's blocks and the factors again, and writes partials of its own.
         """
         p, launches = self.p, len(gradient_parts(self.p))
-        self.gather("gather dY", p.out_features)
-        self.gather("gather x", p.in_features, dropout=p.dropout > 0)
-        partials = partial_bytes(p)
+        self.gather("gather dY", p.out_features, launches=launches)
+        self.gather("gather x", p.in_features, dropout=p.dropout > 0, launches=launches)
+        partials, product = partial_bytes(p), p.unit_flops // p.num_blocks
         self.add(
             "block gradients",
-            p.unit_flops // p.num_blocks + launches * 4 * self.block_w * p.max_rank,
-            self.x_blocks + self.y_blocks + launches * (self.block_w + self.factors),
-            partials,
+            product + launches * 4 * self.block_w * p.max_rank,
+            self.x_blocks + self.y_blocks + launches * (self.touched_w + self.factors),
+            cached=self.tiles(product) + launches * self.block_w * self.overfetch(WARP),
+            extra_bytes=partials,
+            launches=launches,
         )
-        self.add("sum partials", partials // 4, self.factors, partials)
+        self.add("sum partials", partials // 4, self.factors, extra_bytes=partials, launches=2)
 
     def merged_dx(self) -> None:
         self.build_weight()
@@ -184,20 +265,21 @@ def _hira(c: _Count) -> None:
 
 def _paper_dense(c: _Count) -> None:
     """The paper's code: zeros (N, C), a scatter of s·B_k A_k ∘ W0_k for each block, then a second dense GEMM."""
-    p = c.p
+    p, each = c.p, c.p.num_blocks
+    product = 2 * c.block_w * p.max_rank
     c.base_forward()
     c.elementwise("zero ΔW", 0, c.w)
-    c.add("B_k·A_k", 2 * c.block_w * p.max_rank, c.block_w + c.factors)
-    c.elementwise("gather W0 blocks", c.block_w, c.block_w)
-    c.elementwise("scale", c.block_w, c.block_w)
-    c.elementwise("∘ W0 blocks", 2 * c.block_w, c.block_w)
-    c.elementwise("scatter into ΔW", c.block_w, c.block_w)
+    c.add("B_k·A_k", product, c.block_w + c.factors, launches=each)
+    c.elementwise("gather W0 blocks", c.touched_w, c.block_w, launches=each)
+    c.elementwise("scale", c.block_w, c.block_w, launches=each)
+    c.elementwise("∘ W0 blocks", 2 * c.block_w, c.block_w, launches=each)
+    c.elementwise("scatter into ΔW", c.block_w, c.touched_w, launches=each)
     _dense_delta(c)
-    c.elementwise("gather G blocks", c.block_w, c.block_w)
-    c.elementwise("G_k ∘ W0_k", 2 * c.block_w, c.block_w)
-    c.elementwise("scale gradient", c.block_w, c.block_w)
-    c.add("dB_k", 2 * c.block_w * p.max_rank, c.block_w + c.factors)
-    c.add("dA_k", 2 * c.block_w * p.max_rank, c.block_w + c.factors)
+    c.elementwise("gather G blocks", c.touched_w, c.block_w, launches=each)
+    c.elementwise("G_k ∘ W0_k", 2 * c.block_w, c.block_w, launches=each)
+    c.elementwise("scale gradient", c.block_w, c.block_w, launches=each)
+    c.add("dB_k", product, c.block_w + c.factors, launches=each)
+    c.add("dA_k", product, c.block_w + c.factors, launches=each)
 
 
 def _dense_delta(c: _Count) -> None:
@@ -226,35 +308,57 @@ def _merged(c: _Count) -> None:
 
 
 def _split(c: _Count) -> None:
-    """The adapter first, block by block; then the base GEMM accumulates onto its result."""
+    """The adapter first, block by block; then the base GEMM accumulates onto its result, and a bias comes last."""
     c.build_blocks()
     c.gather("gather x", c.p.in_features, dropout=c.p.dropout > 0)
-    c.block_matmul("block matmul", c.x_blocks, c.y)
+    c.block_matmul("block matmul", c.x_blocks, c.y, scattered=True)
     c.base_forward()
-    c.add("y, read to accumulate", 0, c.y)
+    c.add("y, read to accumulate", 0, c.y, launches=0)
+    if c.p.bias:  # every other way adds it where it makes y
+        c.elementwise("add bias", c.y, c.y)
     c.stage = "backward"
     c.factor_gradients()
     if c.p.dropout:
         c.gather("gather dY again", c.p.out_features)
         c.build_blocks()
-        c.block_matmul("block matmul of dX", c.y_blocks, c.x_blocks)
-        c.elementwise("scatter dX, dropout", c.x_blocks, c.x)
+        c.block_matmul("block matmul of dX", c.y_blocks, c.x_blocks, scattered=False)
+        cached = c.x_blocks + c.x * c.overfetch(WARP)
+        c.add("scatter dX, dropout", c.x_blocks, c.x_blocks + c.x, cached=cached)
         c.base_backward()
-        c.add("dX, read to accumulate", 0, c.x)
+        c.add("dX, read to accumulate", 0, c.x, launches=0)
     else:
         c.merged_dx()
 
 
 def _fused(c: _Count) -> None:
-    """Base and adapter in one kernel: two products for each chunk of ranks, and B·A again for each tile of tokens."""
-    p = c.p
-    tiles, chunks = math.ceil(p.tokens / FUSED_TOKEN_TILE), math.ceil(p.max_rank / FUSED_MAX_RANK)
-    flops = 2 * p.unit_flops * chunks + 2 * c.w * p.max_rank * tiles
-    reads = chunks * (c.x + c.w) + c.factors
-    c.add("fused linear", flops, reads + c.y, efficiency=FUSED_EFFICIENCY)
+    """Base and adapter in one kernel: two products for each chunk of ranks."""
+    p, chunks = c.p, math.ceil(c.p.max_rank / FUSED_MAX_RANK)
+    step = fused_step(precision_of(p.dtype, c.ieee).name, p.tokens)
+    tiles = math.ceil(p.tokens / step.tokens)
+
+    def one_kernel(name: str, source: int, target: int, rows: int, columns: int, instructions: int) -> None:
+        programs = chunks * tiles * math.ceil(rows / step.rows)
+        split = FUSED_SPLIT if step.tokens == FUSED_TOKENS and programs < FUSED_FULL else 1
+        steps = math.ceil(math.ceil(columns / step.columns) / split)
+        # Programs of all tokens run side by side: W0 comes from memory once, and through the cache for each tile.
+        c.add(
+            name,
+            2 * chunks * p.unit_flops,
+            chunks * (source + c.w) + c.factors + target,
+            cached=chunks * (tiles * c.w + p.tokens * c.w / step.rows) + target,
+            extra_bytes=2 * 4 * split * target
+            if split > 1
+            else 0,  # float32 parts, which a second launch adds
+            efficiency=FUSED_EFFICIENCY,
+            launches=min(split, 2),
+            programs=programs * split,
+            instructions=steps * step.warps * instructions,
+        )
+
+    one_kernel("fused linear", c.x, c.y, p.out_features, p.in_features, step.y_instructions)
     c.stage = "backward"
     c.factor_gradients()
-    c.add("fused dX", flops, chunks * (c.y + c.w) + c.factors + c.x, efficiency=FUSED_EFFICIENCY)
+    one_kernel("fused dX", c.y, c.x, p.in_features, p.out_features, step.dx_instructions)
 
 
 def _expanded(c: _Count) -> None:

@@ -32,6 +32,7 @@ class Problem:
         rank: r, the budget of all blocks together.
         dtype: of x, W0 and the factors.
         dropout: probability, 0 where dropout is off or the layer is evaluating.
+        bias: the layer has one.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class Problem:
     rank: int
     dtype: torch.dtype = torch.bfloat16
     dropout: float = 0.0
+    bias: bool = False
 
     @property
     def max_rank(self) -> int:

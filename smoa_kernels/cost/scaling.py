@@ -24,8 +24,8 @@ tensor, an all-gather or a reduce-scatter (g-1)/g.
   every process holds whole are reduced too. The embedding is whole, the head is cut by its rows, and the loss's small
   reductions are not counted. The remaining dimension is DDP.
 
-Time is that of the matrix products of the adapted layers and the head by the cost model, forward counted twice, and of
-the communication at the link's published rate. Nothing overlaps.
+Time is that of the kernels of the adapted layers and the head by the cost model, forward counted twice, and of the
+communication at the link's published rate. Nothing overlaps, and Python is not waited for.
 """
 
 from __future__ import annotations
@@ -269,10 +269,10 @@ def _compute(scale: Scale, method: Method, linears: list[_Linear], cut: int, gpu
     way = {"full": "frozen", "lora": "lora", "smoa": "split"}[method]
     for problem in _problems(scale, linears, cut):
         found = estimate(problem, gpu, way)
-        seconds += 2 * found.seconds("forward") + found.seconds("backward")
+        seconds += 2 * found.device_seconds("forward") + found.device_seconds("backward")
         if method == "full":  # dW, a product of the same size
-            seconds += found.seconds("forward")
+            seconds += found.device_seconds("forward")
     head = Problem(scale.tokens, math.ceil(scale.stack.vocabulary / cut), scale.decoder.hidden, 1, 1)
     found = estimate(head, gpu, "frozen")
-    trained_head = found.seconds("forward") if method == "full" else 0.0
-    return scale.stack.layers * seconds + found.seconds() + trained_head
+    trained_head = found.device_seconds("forward") if method == "full" else 0.0
+    return scale.stack.layers * seconds + found.device_seconds() + trained_head

@@ -9,7 +9,7 @@ import torch
 
 from ..backends import MOST_TRITON_RANKS
 from ..cost.architectures import ARCHITECTURES
-from ..cost.estimate import choose_algorithm
+from ..cost.estimate import Direction, choose_algorithm
 from ..cost.gpus import Gpu, architecture, device_gpu, multiprocessors
 from ..cost.grad_tiling import gradient_parts
 from ..cost.problem import Problem, padding_multiple
@@ -169,7 +169,6 @@ def _padded(features: int, blocks: int) -> int:
 
 def _predicted(key: Key, gpu: Gpu) -> str:
     """What the cost model would run."""
-    ieee = key.dtype == "fp32" or key.kernel == "input_gradient"
     problem = Problem(
         key.tokens,
         key.out_features,
@@ -178,5 +177,5 @@ def _predicted(key: Key, gpu: Gpu) -> str:
         key.rank * key.blocks,
         PRECISIONS[key.dtype].dtype,
     )
-    chosen = choose_algorithm(problem, gpu, ieee)
-    return chosen if chosen in ALGORITHM_KEYS[key.kernel] else "merged"
+    direction: Direction = "input_gradient" if key.kernel == "input_gradient" else "forward"
+    return choose_algorithm(problem, gpu, key.dtype == "fp32", direction)

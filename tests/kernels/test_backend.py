@@ -16,6 +16,12 @@ from problems import NAMES, Case, assert_within_budget, cases, make_problem, rel
 from smoa_kernels import operator
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.cost import grad_tiling
+from smoa_kernels.cost.estimate import Direction
+from smoa_kernels.cost.gpus import GPUS
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.kernels.spec import Key
+from smoa_kernels.tuning.plan import Target, job
 
 pytestmark = pytest.mark.numerical
 
@@ -79,6 +85,38 @@ def test_what_the_kernels_do_not_take(change: dict[str, object], words: str) -> 
 def test_algorithm_of_another_backend() -> None:
     with pytest.raises(ValueError, match="merged, split, fused on backend 'triton', got 'expanded'"):
         make_problem(dtype=torch.float32).forward(backend="triton", algorithm="expanded")
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "tokens", "expected"),
+    [
+        ("forward", torch.bfloat16, 128, "fused"),
+        ("forward", torch.bfloat16, 129, "split"),
+        ("input_gradient", torch.bfloat16, 64, "fused"),
+        ("input_gradient", torch.bfloat16, 65, "merged"),
+        ("input_gradient", torch.float32, 48, "fused"),  # in TF32, of which IEEE float32's rates say nothing
+        ("input_gradient", torch.float32, 128, "merged"),
+    ],
+)
+def test_auto_compares_fused_with_what_else_would_run(
+    stage: Direction, dtype: torch.dtype, tokens: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an H100, 4096², one block: y's alternative is split, which has more to do there than dX's, merged."""
+    monkeypatch.setattr(triton_backend, "device_gpu", lambda device: GPUS["h100"])
+    size, rank = 4096, 16
+    labels = torch.zeros(size, dtype=torch.uint8)
+    adapter = PackedAdapter(
+        torch.empty(size, size, dtype=dtype),
+        torch.empty(rank, size, dtype=dtype),
+        torch.empty(size, rank, dtype=dtype),
+        BlockPartition.from_labels(labels, labels, 1),
+        torch.tensor([rank], dtype=torch.int32),
+        torch.ones(()),
+    )
+    x = torch.empty(tokens, size, dtype=dtype)
+    assert triton_backend._choose(stage, x, adapter, dtype == torch.float32) == expected
+    key = Key(stage, "tf32" if dtype == torch.float32 else "bf16", rank, 1, size, size, tokens)
+    assert job(key, Target.published(GPUS["h100"])).default == expected  # what the tuner tries first
 
 
 OUTSIDE = """

@@ -12,6 +12,7 @@ from packaging.version import Version
 
 import smoa_kernels
 from smoa_kernels.audit.rules import Record, broken_rules
+from smoa_kernels.cost.counts import fused_step
 from smoa_kernels.cost.grad_tiling import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE
 
 triton = pytest.importorskip("triton", reason="there are no kernels to compile")
@@ -49,11 +50,15 @@ task = Task(DEFAULT_REGISTRY, "permute", "gather", 0, "sm_90", "bf16")
 narrow_rank = [Task(DEFAULT_REGISTRY, "block_grad", "r4", 0, arch, "bf16") for arch in ("sm_90", "gfx942")]
 narrow_rank += [Task(DEFAULT_REGISTRY, "sum_partials", "dB r4", 0, "sm_90", "bf16")]
 largest = KERNELS["block_grad"].shipped(ARCHITECTURES["sm_90"], PRECISIONS["bf16"])[0]
+fused = [Task(DEFAULT_REGISTRY, "fused_linear", form, i, "sm_90", dtype)
+         for dtype in ("bf16", "tf32", "fp32") for form in ("r16", "r16 transposed")
+         for i in range(len(KERNELS["fused_linear"].shipped(ARCHITECTURES["sm_90"], PRECISIONS[dtype])))]
 large = search_space("block_grad", "sm_86", "bf16").index(largest)
 large = Task("smoa_kernels.tuning.space:SEARCH", "block_grad", "r16", large, "sm_86", "bf16")
 print(json.dumps({
     "launches": found,
     "broken": broken_rules(run_task(task)),
+    "fused": [run_task(task).to_json() for task in fused],
     "narrow rank": [run_task(task).to_json() for task in narrow_rank],
     "searched": broken_rules(run_task(large)),
 }))
@@ -128,6 +133,16 @@ def test_what_the_predicted_rate_of_block_grad_assumes(audited: dict) -> None:
     # Triton 3.6 makes more of it than what docs/gpu.md is about.
     slack = 0.2 if Version(triton.__version__) >= Version("3.9") else 0.4
     assert end == pytest.approx(GRAD_EPILOGUE_STEPS, rel=slack)
+
+
+def test_the_cost_model_knows_how_many_instructions_a_step_of_fused_linear_takes(audited: dict) -> None:
+    """At every shipped configuration: its tile, and within a tenth what is compiled."""
+    for record in map(Record.from_json, audited["fused"]):
+        step = fused_step(record.dtype, record.config["block_t"])
+        assert step[:4] == (*(record.config[f"block_{side}"] for side in "tnc"), record.warps)
+        expected = step.dx_instructions if record.variant.endswith("transposed") else step.y_instructions
+        slack = 0.1 if Version(triton.__version__) >= Version("3.9") else 0.3
+        assert record.loop_instructions == pytest.approx(expected, rel=slack), record.config
 
 
 def test_what_another_checkout_compiled_says_nothing_of_this_one(tmp_path: Path) -> None:
