@@ -1,4 +1,4 @@
-"""What the emulator can find, each kind with its meaning, and what we accept."""
+"""What the emulator can find, each kind with its meaning. Our kernels have no error that we accept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["ACCEPTED", "ERRORS", "NOTES", "Accepted", "Finding"]
+__all__ = ["ERRORS", "NOTES", "Finding"]
 
 ERRORS: Mapping[str, str] = MappingProxyType(
     {
@@ -81,16 +81,3 @@ class Finding:
     def __str__(self) -> str:
         where = f"{self.kernel} ({self.line})"
         return f"{self.kind} ×{self.count} in {where}: {self.instruction}\n    {self.example}"
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A kind of error that a kernel has, and why we live with it."""
-
-    kind: str
-    kernel: str
-    reason: str
-
-
-ACCEPTED: tuple[Accepted, ...] = ()
-"""None, and that is the aim."""

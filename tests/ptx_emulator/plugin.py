@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from . import ARCH, emulator
-from .findings import ACCEPTED, Finding
+from .findings import Finding
 from .gpu import pretend
 from .library import obstacle
 
@@ -23,7 +23,6 @@ if (REASON := obstacle()) is None:
 FINDINGS, LAUNCHES, SHARE = "emulator's findings", "emulator's launches", "share of the error budget"
 """Properties of a test's report; `SHARE` is recorded by the test itself: (what, share)."""
 
-_accepted = {(entry.kind, entry.kernel) for entry in ACCEPTED}
 _reports: list[pytest.TestReport] = []
 
 
@@ -45,7 +44,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         seconds = sum(launch.seconds for launch in launches)
         item.user_properties.append((LAUNCHES, [len(launches), seconds]))
         item.user_properties.append((FINDINGS, [asdict(finding) for finding in found]))
-        errors = [f for f in found if f.is_error and (f.kind, f.kernel) not in _accepted]
+        errors = [finding for finding in found if finding.is_error]
         if errors:
             pytest.fail("\n".join(map(str, errors[:8])), pytrace=False)
 
@@ -75,6 +74,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for what, (share, test) in worst.items():
         say(f"  {share:6.3f} of the error budget at most: {what} ({test})")
     for finding, test, count in sorted(first.values(), key=lambda seen: (not seen[0].is_error, seen[0].kind)):
-        accepted = (finding.kind, finding.kernel) in _accepted
-        grade = ("accepted" if accepted else "ERROR") if finding.is_error else "note"
+        grade = "ERROR" if finding.is_error else "note"
         say(f"  {grade} {finding.kind} ×{count}, {finding.kernel} at {finding.line}, first in {test}")
