@@ -160,7 +160,7 @@ def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
     timed: list[Choice] = []
     gpu(scripted(noting(timed)))
     assert main(["tune", *SMALL, *KERNELS]) == 0
-    assert timed == ["split", "fused", "merged"]
+    assert timed == ["split", "merged", "fused"]  # of dX merged is predicted
     assert "failed" not in capsys.readouterr().out
 
 
