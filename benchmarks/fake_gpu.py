@@ -23,6 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 __all__ = ["FakeGpu", "Launch", "install"]
@@ -89,43 +90,26 @@ class FakeGpu:
         return before
 
 
-class FakeKernel:
+class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows nothing
     """What Triton asks of a compiled kernel when it launches it."""
 
-    function = packed_metadata = None
+    function = packed_metadata = module = src = None
 
     def __init__(self, gpu: FakeGpu, name: str, form: str, constants: str) -> None:
+        # Not Triton's own, which reads what the compiler left.
         self.gpu, self.name, self.form, self.constants = gpu, name, form, constants
 
-    def launch_metadata(self, grid: object, stream: int, *args: object) -> None:
-        """Return None, as where no profiler hooks the launch."""
+    def _init_handles(self) -> None:
+        """Load nothing."""
 
-    def run(self, grid_0: int, grid_1: int, grid_2: int, stream: int, *args: object) -> None:
-        """Record a launch."""
+    @property
+    def run(self) -> Callable[..., None]:
+        """What launches."""
+        return self._record
+
+    def _record(self, grid_0: int, grid_1: int, grid_2: int, stream: int, *args: object) -> None:
         if self.gpu.recording:
             self.gpu.launches.append(Launch(self.name, self.form, self.constants, self.gpu.current, stream))
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        """Return a launch of this kernel, as Triton's compiled kernel does."""
-
-        def runner(*args: object, stream: int | None = None) -> None:
-            driver = triton.runtime.driver.active
-            stream = driver.get_current_stream(driver.get_current_device()) if stream is None else stream
-            self.launch_metadata(grid, stream, *args)
-            self.run(
-                grid[0],
-                grid[1],
-                grid[2],
-                stream,
-                self.function,
-                self.packed_metadata,
-                None,
-                None,
-                None,
-                *args,
-            )
-
-        return runner
 
 
 class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothing

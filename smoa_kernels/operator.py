@@ -162,12 +162,18 @@ def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
         if one is None:
             continue
         # The dispatcher does work of its own for others: it negates a conjugate's imaginary part, makes its zeros, ...
+        if type(one) not in _PLAIN_TYPES:
+            return False
         keys = torch._C._dispatch_keys(one).raw_repr()
-        if type(one) not in (Tensor, torch.nn.Parameter) or one.is_meta:
-            return False
-        if keys not in _plain_keys(one.device.type):
-            return False
+        if keys not in _plain:
+            if one.is_meta or keys not in _plain_keys(one.device.type):
+                return False
+            _plain.add(keys)
     return True
+
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+_plain: set[int] = set()  # keys of plain tensors that have been seen: they name the device's type
 
 
 @functools.cache
@@ -186,7 +192,8 @@ def _forward(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -
     if adapter.weight.dtype != x.dtype:
         # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
         adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
-    bias = None if bias is None else bias.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     y = load_backend(call.backend).forward(_as_matrix(x), bias, adapter, algorithm, call.dropout)
     return _with_leading_dimensions(y, x)
 

@@ -6,6 +6,7 @@ chooses and launches is the package's own code and Triton's.
 
     python tests/launches.py devices
     python tests/launches.py forms
+    python tests/launches.py remembered
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import KERNELS
+from smoa_kernels.kernels.launch import Launcher
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.table import Table
 from smoa_kernels.tuning import tuner
@@ -54,7 +56,7 @@ def adapter(out_features: int, in_features: int, device: str, factors: torch.dty
     offsets = [empty(BLOCKS + 1, dtype=torch.int32) for _ in features]
     labels = [empty(n, dtype=torch.uint8) for n in features]
     indices = [empty(n, dtype=torch.int64) for n in features]
-    sizes = [n // BLOCKS for n in features for _ in range(BLOCKS)]
+    sizes = [n // BLOCKS + (k < n % BLOCKS) for n in features for k in range(BLOCKS)]
     return PackedAdapter(
         empty(*features),
         empty(rho, in_features, dtype=factors),
@@ -65,11 +67,13 @@ def adapter(out_features: int, in_features: int, device: str, factors: torch.dty
     )
 
 
-def passes(layer: PackedAdapter, tokens: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What a training and a merge call, by name."""
+def passes(layer: PackedAdapter, tokens: int, offset: int = 0) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What a training and a merge call, by name; x and dY begin `offset` numbers into their memory."""
     (out_features, in_features), device = layer.weight.shape, layer.weight.device
-    x = torch.empty(tokens, in_features, dtype=BF16, device=device)
-    dy = torch.empty(tokens, out_features, dtype=BF16, device=device)
+    x, dy = (
+        torch.empty(tokens, features + offset, dtype=BF16, device=device).narrow(1, offset, features)
+        for features in (in_features, out_features)
+    )
     bias = torch.empty(out_features, dtype=BF16, device=device)
     dropout = Dropout(torch.empty((), dtype=torch.int64, device=device), 0.1)
     for algorithm in backend.ALGORITHMS:
@@ -126,7 +130,40 @@ def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:
     return found
 
 
+def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
+    """Of launches that find their compiled form by what launchers remember, and of Triton's own way: the forms."""
+    launchers = [value for module in list(sys.modules.values()) for value in vars(module).values()]
+    launchers = [value for value in launchers if isinstance(value, Launcher)]
+    layers = [
+        adapter(out_features, in_features, "cuda:0", factors)
+        for out_features, in_features in ((256, 512), (250, 512), (256, 1), (1, 64))
+        for factors in (BF16, torch.float32)
+    ]
+    calls = [
+        call
+        for layer in layers
+        for tokens in (1, 16, 17, 300)
+        for offset in (0, 1)
+        for _, call in passes(layer, tokens, offset)
+    ]
+
+    def sweep(forget: bool) -> list[str]:
+        gpu.launches.clear()
+        for call in calls:
+            if forget:
+                for launcher in launchers:
+                    launcher._compiled.clear()
+            call()
+        return [launch.form for launch in gpu.launches]
+
+    own = sweep(forget=True)
+    sweep(forget=False)
+    return {"Triton's own": own, "remembered": sweep(forget=False)}
+
+
 if __name__ == "__main__":
     pretended = install(devices=2)
     with FakeTensorMode():
-        print(json.dumps({"devices": devices, "forms": forms}[sys.argv[1]](pretended)))
+        print(
+            json.dumps({"devices": devices, "forms": forms, "remembered": remembered}[sys.argv[1]](pretended))
+        )

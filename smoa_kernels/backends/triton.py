@@ -13,6 +13,7 @@ split under dropout, fused for few tokens.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +27,14 @@ from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import accumulate, gemm_is_ieee, precision_of
-from ..kernels import table
+from ..kernels import modulate, table
 from ..kernels.block_grad import block_grad
 from ..kernels.block_matmul import block_matmul
 from ..kernels.common import padded_width
 from ..kernels.fused_linear import fused_linear
 from ..kernels.launch import on_device
 from ..kernels.modulate import modulated_blocks
-from ..kernels.modulate import modulated_weight as launch_modulated_weight
-from ..kernels.permute import gather_columns, scatter_columns
+from ..kernels.permute import gather_both, gather_columns, scatter_columns
 from ..kernels.spec import Key, bucket
 from ..kernels.table import Entry
 from . import Gradients, eager
@@ -76,9 +76,9 @@ def _forward(
 ) -> Tensor:
     allow_tf32 = not gemm_is_ieee(x.dtype, "cuda")
     if algorithm == "auto":
-        algorithm = "split" if dropout is not None else _choose("forward", x, adapter, allow_tf32)
+        algorithm = "split" if dropout is not None else _chosen("forward", x, adapter, allow_tf32)
     if algorithm == "merged":
-        return F.linear(x, launch_modulated_weight(adapter, allow_tf32=allow_tf32), bias)
+        return F.linear(x, modulated_weight(adapter, allow_tf32=allow_tf32), bias)
     if algorithm == "fused":
         return fused_linear(x, bias, adapter, allow_tf32=allow_tf32)
     xg = _by_block(x, adapter.partition, dropout)
@@ -96,48 +96,70 @@ def backward(
     if not adapter.weight.numel():
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
     dA = dB = dx = None
+    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     with on_device(dy.device):
         # The factors first: their gathered copies are gone before dX takes its workspace.
         if x is not None:
-            dA, dB = factor_gradients(dy, x, adapter, dropout)
+            dA, dB = factor_gradients(dy, x, adapter, dropout, allow_tf32)
         if needs_x:
-            dx = input_gradient(dy, adapter, "auto", dropout)
+            dx = _input_gradient(dy, adapter, "auto", dropout, allow_tf32)
     return dx, dA, dB
 
 
-def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
+def modulated_weight(
+    adapter: PackedAdapter, *, out: Tensor | None = None, allow_tf32: bool = False
+) -> Tensor:
     """`W_eff`, (N, C) in W0's dtype; written to `out` where that is given."""
     with on_device(adapter.weight.device):
-        return launch_modulated_weight(adapter, out=out)
+        return modulate.modulated_weight(adapter, out=out, allow_tf32=allow_tf32)
 
 
 def factor_gradients(
-    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dA, dB) by the kernels of `kernels/block_grad.py`, which takes a long batch in parts."""
-    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
-    problem = _problem(dy.shape[0], adapter, dy.dtype, 0.0 if dropout is None else dropout.p)
-    parts = gradient_parts(problem)
-    pieces = list(zip(dy.split(parts), x.split(parts), strict=True))
+    # Under dropout there is one part: the mask counts tokens from the first.
+    parts = (dy.shape[0],) if dropout is not None else _gradient_parts(dy, adapter)
+    pieces = [(dy, x)] if len(parts) == 1 else list(zip(dy.split(parts), x.split(parts), strict=True))
+    partition = adapter.partition
+    both = (
+        dropout is None and not _in_order(dy, partition.row_sizes) and not _in_order(x, partition.col_sizes)
+    )
 
     def gathered(part: int) -> tuple[Tensor, Tensor]:
         dy_part, x_part = pieces[part]
-        # Under dropout there is one part: the mask counts tokens from the first.
-        return _by_block(dy_part, adapter.T.partition), _by_block(x_part, adapter.partition, dropout)
+        if both:
+            widths = _width(partition.row_sizes), _width(partition.col_sizes)
+            return gather_both(dy_part, x_part, partition, widths)
+        return _by_block(dy_part, partition.T), _by_block(x_part, partition, dropout)
 
     return block_grad(len(parts), gathered, adapter, allow_tf32=allow_tf32)
 
 
+def _gradient_parts(dy: Tensor, adapter: PackedAdapter) -> tuple[int, ...]:
+    """How many tokens the backward gathers at a time, without dropout."""
+    sizes = (*dy.shape, adapter.weight.shape[1], adapter.A.shape[0], adapter.partition.num_blocks)
+    found: tuple[int, ...] = table.answer(
+        ("parts", dy.dtype, *sizes), lambda: gradient_parts(_problem(dy.shape[0], adapter, dy.dtype))
+    )
+    return found
+
+
 def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
     """`dX = dY W0 + dropoutᵀ(dY ΔW)`: dY (T, N) -> dX (T, C); "auto", "merged" or "fused", split under dropout."""
-    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
+    return _input_gradient(dy, adapter, algorithm, dropout, not gemm_is_ieee(dy.dtype, "cuda"))
+
+
+def _input_gradient(
+    dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None, allow_tf32: bool
+) -> Tensor:
     if dropout is None:
         if algorithm == "auto":
-            algorithm = _choose("input_gradient", dy, adapter, allow_tf32)
+            algorithm = _chosen("input_gradient", dy, adapter, allow_tf32)
         if algorithm == "fused":
             return fused_linear(dy, None, adapter.T, allow_tf32=allow_tf32)
-        return dy @ launch_modulated_weight(adapter, allow_tf32=allow_tf32)
-    dyg = _by_block(dy, adapter.T.partition)
+        return dy @ modulated_weight(adapter, allow_tf32=allow_tf32)
+    dyg = _by_block(dy, adapter.partition.T)
     delta = _delta_blocks(adapter, allow_tf32)
     dxg = dy.new_empty(dy.shape[0], delta.shape[0], delta.shape[2])
     block_matmul(dyg, adapter.T, delta.mT, out=dxg, allow_tf32=allow_tf32)
@@ -149,10 +171,20 @@ def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: 
 
 def _by_block(x: Tensor, partition: BlockPartition, dropout: Dropout | None = None) -> Tensor:
     """x's columns grouped by block, (T, K, P); a view where there is one block that fills its tiles."""
-    width = padded_width(partition.col_sizes, padding_multiple(partition.col_sizes))
-    if partition.num_blocks == 1 and width == x.shape[1] and dropout is None and x.is_contiguous():
+    if dropout is None and _in_order(x, partition.col_sizes):
         return x[:, None]
+    width = _width(partition.col_sizes)
     return gather_columns(x, partition.col_index, partition.col_offsets, width, dropout=dropout)
+
+
+def _in_order(x: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether x has its columns, in blocks of these sizes, in block order already."""
+    return len(sizes) == 1 and _width(sizes) == x.shape[1] and x.is_contiguous()
+
+
+def _width(sizes: Sequence[int]) -> int:
+    """P, what blocks of these sizes are padded to."""
+    return padded_width(sizes, padding_multiple(sizes))
 
 
 def _delta_blocks(adapter: PackedAdapter, allow_tf32: bool) -> Tensor:
@@ -179,6 +211,15 @@ def admissible(stage: str, dtype: str) -> tuple[str, ...]:
     if stage == "input_gradient":
         return ("merged", "fused")
     return ALGORITHMS if dtype == "fp32" else ("split", "fused")
+
+
+def _chosen(stage: Direction, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
+    """What :func:`_choose` chose, which is asked once."""
+    sizes = (x.shape[0], *adapter.weight.shape, adapter.A.shape[0], adapter.partition.num_blocks)
+    found: str = table.answer(
+        (stage, x.device, x.dtype, allow_tf32, *sizes), lambda: _choose(stage, x, adapter, allow_tf32)
+    )
+    return found
 
 
 def _choose(stage: Direction, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:

@@ -7,7 +7,7 @@ from .block_grad import BLOCK_GRAD, SUM_PARTIALS
 from .block_matmul import BLOCK_MATMUL
 from .fused_linear import FUSED_LINEAR, SUM_PARTS
 from .modulate import MODULATED_BLOCKS, MODULATED_WEIGHT
-from .permute import PERMUTE
+from .permute import GATHER_BOTH, PERMUTE
 from .spec import KERNELS
 
 __all__ = ["KERNELS"]
@@ -18,6 +18,7 @@ KERNELS.update(
         MODULATED_WEIGHT,
         MODULATED_BLOCKS,
         PERMUTE,
+        GATHER_BOTH,
         BLOCK_MATMUL,
         FUSED_LINEAR,
         BLOCK_GRAD,

@@ -46,7 +46,8 @@ from .common import (
     round_to,
     to_tf32,
 )
-from .permute import gather_columns
+from .launch import Launcher
+from .permute import gather_both
 from .spec import INDEX, LABELS, Config, Kernel, Operands, Work, in_dtype, tile_divides
 from .table import select
 
@@ -190,6 +191,9 @@ def block_grad_kernel(
         tl.store(db_ptrs, db, mask=row_valid[:, None] & (t < width)[None, :])
 
 
+launch_block_grad = Launcher(block_grad_kernel)
+
+
 @triton.jit
 def halves(tile):
     """The left and the right half of a tile's columns, for tl.split cuts only a last dimension of two."""
@@ -198,8 +202,9 @@ def halves(tile):
     return tl.split(tl.permute(tl.reshape(tile, (rows, 2, cols // 2)), (0, 2, 1)))
 
 
-@triton.jit(do_not_specialize=["rank_groups", "splits", "tiles"])
-def sum_partials_kernel(
+@triton.jit
+def sum_tile(
+    tile_m,
     partial_ptr,
     label_ptr,
     ranks_ptr,
@@ -221,7 +226,7 @@ def sum_partials_kernel(
     TILE is the gradient kernel's tile along the other side of W0: a block of that side's size fills that many of
     the `tiles` in each split, and the rest were never written.
     """
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     t = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = m < length
     block = tl.load(label_ptr + m, mask=inside, other=0).to(tl.int32)
@@ -242,6 +247,79 @@ def sum_partials_kernel(
     tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=inside[:, None] & (t < rank)[None, :])
 
 
+@triton.jit(do_not_specialize=["rank_groups", "splits", "tiles_n", "tiles_c"])
+def sum_partials_kernel(
+    partial_a_ptr,
+    partial_b_ptr,
+    row_label_ptr,
+    col_label_ptr,
+    ranks_ptr,
+    row_offsets_ptr,
+    col_offsets_ptr,
+    da_ptr,
+    db_ptr,
+    out_features,
+    in_features,
+    rank,
+    rank_groups,
+    splits,
+    tiles_n,
+    tiles_c,
+    stride_ar,
+    stride_ac,
+    stride_bn,
+    stride_br,
+    TILE_N: tl.constexpr,
+    TILE_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The first programs sum dB, a tile of W0's rows each, and the others dA, a tile of its columns."""
+    tile = tl.program_id(0)
+    first_tiles = tl.cdiv(out_features, BLOCK_M)
+    if tile < first_tiles:
+        sum_tile(
+            tile,
+            partial_b_ptr,
+            row_label_ptr,
+            ranks_ptr,
+            col_offsets_ptr,
+            db_ptr,
+            out_features,
+            rank,
+            rank_groups,
+            splits,
+            tiles_c,
+            stride_bn,
+            stride_br,
+            TILE_C,
+            BLOCK_M,
+            BLOCK_R,
+        )
+    else:
+        sum_tile(
+            tile - first_tiles,
+            partial_a_ptr,
+            col_label_ptr,
+            ranks_ptr,
+            row_offsets_ptr,
+            da_ptr,
+            in_features,
+            rank,
+            rank_groups,
+            splits,
+            tiles_n,
+            stride_ac,
+            stride_ar,
+            TILE_N,
+            BLOCK_M,
+            BLOCK_R,
+        )
+
+
+launch_sum_partials = Launcher(sum_partials_kernel)
+
+
 def block_grad(
     parts: int,
     gathered: Callable[[int], tuple[Tensor, Tensor]],
@@ -256,9 +334,9 @@ def block_grad(
 
     Args:
         parts: how many, at least 1.
-        gathered: from a part's number to its dyg and xg, both from `permute.gather_columns`: dY (T_part, K, P_n) in
-            W0's dtype, gathered by rows of W0, and the adapter's input (T_part, K, P_c), gathered by columns, its
-            dropout mask applied. The part before is freed by then. No T_part is larger than the first.
+        gathered: from a part's number to its dyg and xg, from `permute.gather_both` or `gather_columns`: dY
+            (T_part, K, P_n) in W0's dtype, gathered by rows of W0, and the adapter's input (T_part, K, P_c), gathered
+            by columns, its dropout mask applied. The part before is freed by then. No T_part is larger than the first.
         adapter: weight, factors, partition, ranks and scaling.
         allow_tf32: let float32 products round their operands to TF32. Under a half weight the contraction
             always may.
@@ -287,38 +365,46 @@ def block_grad(
         padded_in=padded_cols,
     )
     check_tile(config, padded_rows, padded_cols)
-    dA = torch.empty(adapter.A.shape, dtype=adapter.A.dtype, device=dyg.device)
-    dB = torch.empty(adapter.B.shape, dtype=adapter.B.dtype, device=dyg.device)
+    weight, A, B = adapter.weight, adapter.A, adapter.B
+    dA, dB = A.new_empty(A.shape), B.new_empty(B.shape)
     if rho == 0:
         return dA, dB
 
     tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
     programs = num_blocks * tiles_n * tiles_c
     splits = config.split or token_splits(tokens, programs, multiprocessors(dyg.device), config.block_t)
-    tokens_per_split = triton.cdiv(triton.cdiv(tokens, splits), config.block_t) * config.block_t
+    tokens_per_split = -(-tokens // (splits * config.block_t)) * config.block_t
     width = partial_width(rho)
-    partial_a = dyg.new_empty((parts, splits * tiles_n, in_features, width), dtype=torch.float32)
-    partial_b = dyg.new_empty((parts, splits * tiles_c, out_features, width), dtype=torch.float32)
+    slots_a, slots_b = splits * tiles_n, splits * tiles_c
+    partial_a = dyg.new_empty((parts * slots_a, in_features, width), dtype=torch.float32)
+    partial_b = dyg.new_empty((parts * slots_b, out_features, width), dtype=torch.float32)
+    stride_wn, stride_wc = weight.stride()
+    stride_ar, stride_ac = A.stride()
+    stride_bn, stride_br = B.stride()
     for part in range(parts):
         if part > 0:
             del dyg, xg  # before the next are gathered
             dyg, xg = gathered(part)
         dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
         xg = xg if xg.stride(2) == 1 else xg.contiguous()
-        block_grad_kernel[(programs, splits)](
+        stride_dyt, stride_dyk, _ = dyg.stride()
+        stride_xt, stride_xk, _ = xg.stride()
+        launch_block_grad(
+            (programs, splits),
+            config,
             dy_ptr=dyg,
             x_ptr=xg,
-            weight_ptr=adapter.weight,
-            a_ptr=adapter.A,
-            b_ptr=adapter.B,
+            weight_ptr=weight,
+            a_ptr=A,
+            b_ptr=B,
             scaling_ptr=adapter.scaling,
             ranks_ptr=adapter.ranks,
             row_index_ptr=partition.row_index,
             col_index_ptr=partition.col_index,
             row_offsets_ptr=partition.row_offsets,
             col_offsets_ptr=partition.col_offsets,
-            partial_a_ptr=partial_a.select(0, part),
-            partial_b_ptr=partial_b.select(0, part),
+            partial_a_ptr=partial_a if parts == 1 else partial_a.narrow(0, part * slots_a, slots_a),
+            partial_b_ptr=partial_b if parts == 1 else partial_b.narrow(0, part * slots_b, slots_b),
             tokens=dyg.shape[0],
             tokens_per_split=tokens_per_split,
             out_features=out_features,
@@ -327,72 +413,97 @@ def block_grad(
             tiles_c=tiles_c,
             max_rank=rho,
             rank_groups=width // PARTIAL_RANKS,
-            stride_dyt=dyg.stride(0),
-            stride_dyk=dyg.stride(1),
-            stride_xt=xg.stride(0),
-            stride_xk=xg.stride(1),
-            stride_wn=adapter.weight.stride(0),
-            stride_wc=adapter.weight.stride(1),
-            stride_ar=adapter.A.stride(0),
-            stride_ac=adapter.A.stride(1),
-            stride_bn=adapter.B.stride(0),
-            stride_br=adapter.B.stride(1),
+            stride_dyt=stride_dyt,
+            stride_dyk=stride_dyk,
+            stride_xt=stride_xt,
+            stride_xk=stride_xk,
+            stride_wn=stride_wn,
+            stride_wc=stride_wc,
+            stride_ar=stride_ar,
+            stride_ac=stride_ac,
+            stride_bn=stride_bn,
+            stride_br=stride_br,
             INPUT_PRECISION=precision,
             BLOCK_N=config.block_n,
             BLOCK_C=config.block_c,
             BLOCK_T=config.block_t,
             BLOCK_R=RANK_CHUNK,
-            **config.options,
         )
     del dyg, xg
-    slots_a, slots_b = partial_a.flatten(0, 1), partial_b.flatten(0, 1)
-    sum_partials(slots_a, partition.T, adapter.ranks, dA.T, parts * splits, config.block_n)
-    sum_partials(slots_b, partition, adapter.ranks, dB, parts * splits, config.block_c)
+    tile = config.block_n, config.block_c
+    sum_partials(partial_a, partial_b, partition, adapter.ranks, dA, dB, parts * splits, tile)
     return dA, dB
 
 
 def sum_partials(
-    partial: Tensor,
+    partial_a: Tensor,
+    partial_b: Tensor,
     partition: BlockPartition,
     ranks: Tensor,
-    out: Tensor,
+    dA: Tensor,
+    dB: Tensor,
     splits: int,
-    tile: int,
+    tile: tuple[int, int],
     *,
     config: SumConfig | None = None,
 ) -> None:
-    """Sum partials (slots, M, R) of W0's rows into out (M, ρ); dA is the transposed partition's case."""
-    length, rank = out.shape
-    slots, _, width = partial.shape
+    """Sum the partials of dA (slots, C, R) and of dB (slots, N, R) into dA (ρ, C) and dB (N, ρ), in one launch.
+
+    Args:
+        partial_a: `splits` times as many slots as a block of rows has tiles.
+        partial_b: likewise of columns.
+        partition: the blocks.
+        ranks: of each block.
+        dA: where to write.
+        dB: likewise.
+        splits: how many programs, and parts of the batch, shared the tokens of a tile.
+        tile: rows and columns of the gradient kernel's tile.
+        config: launch parameters.
+    """
+    (out_features, rank), in_features = dB.shape, dA.shape[1]
+    width = partial_a.shape[2]
+    tiles_n, tiles_c = partial_a.shape[0] // splits, partial_b.shape[0] // splits
     config = config or select(
         "sum_partials",
-        out.device,
-        out.dtype,
+        dB.device,
+        dB.dtype,
         rank=rank,
         blocks=partition.num_blocks,
-        out_features=length,
-        in_features=partition.shape[1],
-        padded_in=slots // splits * tile,
+        out_features=out_features,
+        in_features=in_features,
+        padded_out=tiles_n * tile[0],
+        padded_in=tiles_c * tile[1],
     )
     block_m = config.block // RANK_CHUNK
-    grid = (triton.cdiv(length, block_m), triton.cdiv(width, RANK_CHUNK))
-    sum_partials_kernel[grid](
-        partial_ptr=partial,
-        label_ptr=partition.row_block,
+    stride_ar, stride_ac = dA.stride()
+    stride_bn, stride_br = dB.stride()
+    launch_sum_partials(
+        (-(-out_features // block_m) + -(-in_features // block_m), -(-width // RANK_CHUNK)),
+        config,
+        partial_a_ptr=partial_a,
+        partial_b_ptr=partial_b,
+        row_label_ptr=partition.row_block,
+        col_label_ptr=partition.col_block,
         ranks_ptr=ranks,
-        other_offsets_ptr=partition.col_offsets,
-        out_ptr=out,
-        length=length,
+        row_offsets_ptr=partition.row_offsets,
+        col_offsets_ptr=partition.col_offsets,
+        da_ptr=dA,
+        db_ptr=dB,
+        out_features=out_features,
+        in_features=in_features,
         rank=rank,
         rank_groups=width // PARTIAL_RANKS,
         splits=splits,
-        tiles=slots // splits,
-        stride_om=out.stride(0),
-        stride_or=out.stride(1),
-        TILE=tile,
+        tiles_n=tiles_n,
+        tiles_c=tiles_c,
+        stride_ar=stride_ar,
+        stride_ac=stride_ac,
+        stride_bn=stride_bn,
+        stride_br=stride_br,
+        TILE_N=tile[0],
+        TILE_C=tile[1],
         BLOCK_M=block_m,
         BLOCK_R=RANK_CHUNK,
-        **config.options,
     )
 
 
@@ -431,8 +542,7 @@ def _workload(operands: Operands) -> Work:
     key, adapter = operands.key, operands.adapter()
     p = adapter.partition
     x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
-    dyg = gather_columns(dy, p.row_index, p.row_offsets, key.padded_out)
-    xg = gather_columns(x, p.col_index, p.col_offsets, key.padded_in)
+    dyg, xg = gather_both(dy, x, p, (key.padded_out, key.padded_in))
 
     def run(config: Any) -> tuple[Tensor, Tensor]:
         return block_grad(1, lambda _: (dyg, xg), adapter, allow_tf32=operands.allow_tf32, config=config)
@@ -450,24 +560,31 @@ def _workload(operands: Operands) -> Work:
 def _sum_workload(operands: Operands) -> Work:
     key = operands.key
     # How many parts there are, another kernel's configuration decides: a typical number.
-    splits, tile = 2, min(key.padded_in, 128)
-    tiles = key.padded_in // tile
-    p = operands.partition(key.out_features, key.in_features)
-    partial = operands.tensor(splits * tiles, key.out_features, partial_width(key.rank), dtype=torch.float32)
-    ranks, out = operands.ranks(), operands.tensor(key.out_features, key.rank)
-    if key.transposed:
-        out = operands.tensor(key.rank, key.out_features).T
-    # A block writes as many tiles as its other side fills; the rest is never read.
-    sizes = p.col_offsets.diff()[p.row_block.long()]
-    written = tile * torch.arange(tiles, device=operands.device)[:, None] < sizes
+    splits, tile = 2, (min(key.padded_out, 128), min(key.padded_in, 128))
+    tiles_n, tiles_c = key.padded_out // tile[0], key.padded_in // tile[1]
+    p, ranks, width = (
+        operands.partition(key.out_features, key.in_features),
+        operands.ranks(),
+        partial_width(key.rank),
+    )
+    partial_a = operands.tensor(splits * tiles_n, key.in_features, width, dtype=torch.float32)
+    partial_b = operands.tensor(splits * tiles_c, key.out_features, width, dtype=torch.float32)
+    dA, dB = operands.tensor(key.rank, key.in_features), operands.tensor(key.out_features, key.rank)
 
     def run(config: Any) -> list[Tensor]:
-        sum_partials(partial, p, ranks, out, splits, tile, config=config)
-        return [out]
+        sum_partials(partial_a, partial_b, p, ranks, dA, dB, splits, tile, config=config)
+        return [dA, dB]
+
+    def summed(partial: Tensor, partition: BlockPartition, tile: int, dtype: torch.dtype) -> Tensor:
+        # A block writes as many tiles as its other side fills; the rest is never read.
+        sizes = partition.col_offsets.diff()[partition.row_block.long()]
+        slots = torch.arange(partial.shape[0] // splits, device=operands.device)
+        written = tile * slots[:, None] < sizes
+        total = torch.where(written.repeat(splits, 1)[:, :, None], partial.to(dtype), 0).sum(0)
+        return total[:, : key.rank]
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
-        summed = torch.where(written.repeat(splits, 1)[:, :, None], partial.to(dtype), 0).sum(0)
-        return [summed[:, : key.rank]]
+        return [summed(partial_a, p.T, tile[0], dtype).T, summed(partial_b, p, tile[1], dtype)]
 
     return run, defined
 
@@ -498,6 +615,11 @@ SUM_PARTIALS = Kernel(
     shipped=lambda arch, precision: SUM_CONFIGS,
     steps=SUM_STEPS,
     workload=_sum_workload,
-    forms=("dB", "dA transposed"),
-    narrow={"label_ptr": LABELS, "ranks_ptr": LABELS, "other_offsets_ptr": INDEX},
+    forms=("dA and dB",),
+    narrow={
+        **dict.fromkeys(
+            ("label_ptr", "row_label_ptr", "col_label_ptr", "ranks_ptr"), LABELS
+        ),  # as sum_tile names them
+        **dict.fromkeys(("other_offsets_ptr", "row_offsets_ptr", "col_offsets_ptr"), INDEX),
+    },
 )

@@ -26,6 +26,7 @@ from ..cost.architectures import Architecture
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from .common import block_slots, check_tile, dot, input_precision, round_to
+from .launch import Launcher
 from .modulate import modulated_blocks
 from .permute import gather_columns
 from .spec import Config, Kernel, Key, Operands, Work, delta_weight, tile_divides
@@ -127,6 +128,9 @@ def block_matmul_kernel(
     tl.store(out_ptrs, y, mask=token_valid[:, None] & row_valid[None, :])
 
 
+launch_block_matmul = Launcher(block_matmul_kernel)
+
+
 def block_matmul(
     xg: Tensor,
     adapter: PackedAdapter,
@@ -174,8 +178,10 @@ def block_matmul(
     if out.numel() == 0:
         return out
     xg = xg if xg.stride(2) == 1 else xg.contiguous()
-    tiles = triton.cdiv(tokens, config.block_t) * num_blocks * (padded_rows // config.block_n)
-    block_matmul_kernel[(tiles,)](
+    tiles = -(-tokens // config.block_t) * num_blocks * (padded_rows // config.block_n)
+    launch_block_matmul(
+        (tiles,),
+        config,
         x_ptr=xg,
         delta_ptr=delta,
         ranks_ptr=adapter.ranks,
@@ -202,7 +208,6 @@ def block_matmul(
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
         GROUP_T=config.group_t,
-        **config.options,
     )
     return out
 

@@ -89,7 +89,7 @@ def check_tile(config: Any, padded_rows: int, padded_cols: int) -> None:
 
 def padded_width(sizes: Sequence[int], multiple: int) -> int:
     """P: the largest block, rounded up to a multiple of the tile."""
-    return int(triton.cdiv(max(sizes), multiple)) * multiple
+    return -(-max(sizes) // multiple) * multiple
 
 
 def input_precision(dtype: torch.dtype, *, allow_tf32: bool) -> str:

@@ -32,6 +32,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import forward as reference_forward
 from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, dot, input_precision, round_to, to_tf32
+from .launch import Launcher
 from .spec import LABELS, ONE_NUMBER, Config, Kernel, Key, Operands, Work, in_dtype
 from .table import select
 
@@ -153,6 +154,9 @@ def fused_linear_kernel(
     )
 
 
+launch_fused_linear = Launcher(fused_linear_kernel)
+
+
 @triton.jit(do_not_specialize=["parts"])
 def sum_parts_kernel(
     parts_ptr, bias_ptr, out_ptr, parts, size, N, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
@@ -167,6 +171,9 @@ def sum_parts_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + elements % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + elements, round_to(y, out_ptr.dtype.element_ty), mask=inside)
+
+
+launch_sum_parts = Launcher(sum_parts_kernel)
 
 
 def fused_linear(
@@ -188,7 +195,7 @@ def fused_linear(
     """
     w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
     T, (N, C), rank = x.shape[0], w.shape, a.shape[0]
-    y = torch.empty(T, N, dtype=x.dtype, device=x.device)
+    y = x.new_empty(T, N)
     if y.numel() == 0:
         return y
     precision = input_precision(w.dtype, allow_tf32=allow_tf32)
@@ -204,12 +211,18 @@ def fused_linear(
         tokens=T,
         transposed=w.stride(1) != 1,
     )
-    chunk = min(config.block_r, max(16, triton.next_power_of_2(rank)))  # `tl.dot` takes no fewer than 16
-    chunks = max(1, triton.cdiv(rank, chunk))
+    # The next power of two; `tl.dot` takes no fewer than 16.
+    chunk = min(config.block_r, max(16, 1 << max(rank - 1, 0).bit_length()))
+    chunks = max(1, -(-rank // chunk))
     parts = chunks * config.split
-    out = y if parts == 1 else torch.empty(parts, T, N, dtype=torch.float32, device=x.device)
-    tiles = triton.cdiv(T, config.block_t) * triton.cdiv(N, config.block_n)
-    fused_linear_kernel[(tiles * config.split, chunks)](
+    out = y if parts == 1 else x.new_empty((parts, T, N), dtype=torch.float32)
+    tiles = -(-T // config.block_t) * -(-N // config.block_n)
+    stride_wn, stride_wc = w.stride()
+    stride_ar, stride_ac = a.stride()
+    stride_bn, stride_br = b.stride()
+    launch_fused_linear(
+        (tiles * config.split, chunks),
+        config,
         x_ptr=x,
         w_ptr=w,
         bias_ptr=bias,
@@ -226,12 +239,12 @@ def fused_linear(
         rank=rank,
         stride_xt=x.stride(0),
         stride_xc=x.stride(1),
-        stride_wn=w.stride(0),
-        stride_wc=w.stride(1),
-        stride_ar=a.stride(0),
-        stride_ac=a.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
+        stride_wn=stride_wn,
+        stride_wc=stride_wc,
+        stride_ar=stride_ar,
+        stride_ac=stride_ac,
+        stride_bn=stride_bn,
+        stride_br=stride_br,
         INPUT_PRECISION=precision,
         W_TRANSPOSED=w.stride(1) != 1,
         HAS_BIAS=bias is not None and parts == 1,
@@ -240,7 +253,6 @@ def fused_linear(
         BLOCK_T=config.block_t,
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
-        **config.options,
     )
     if parts > 1:
         sum_parts(out, bias, y)
@@ -251,7 +263,10 @@ def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumCon
     """`out = Σ parts + bias` in a fixed order: parts (P, T, N) float32, bias (N), out (T, N), all contiguous."""
     tokens, out_features = out.shape
     config = config or select("sum_parts", out.device, out.dtype, out_features=out_features, tokens=tokens)
-    sum_parts_kernel[(triton.cdiv(out.numel(), config.block),)](
+    grid = (-(-out.numel() // config.block),)
+    launch_sum_parts(
+        grid,
+        config,
         parts_ptr=parts,
         bias_ptr=bias,
         out_ptr=out,
@@ -260,7 +275,6 @@ def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumCon
         N=out_features,
         HAS_BIAS=bias is not None,
         BLOCK=config.block,
-        **config.options,
     )
 
 

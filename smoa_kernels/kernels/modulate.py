@@ -30,6 +30,7 @@ from .common import (
     rank_product,
     round_to,
 )
+from .launch import Launcher
 from .spec import INDEX, LABELS, ONE_NUMBER, Config, Kernel, Operands, Work, delta_weight
 from .table import select
 
@@ -118,6 +119,9 @@ def modulated_weight_kernel(
     tl.store(out_ptrs, round_to(store_order(out), out_ptr.dtype.element_ty), mask=inside)
 
 
+launch_modulated_weight = Launcher(modulated_weight_kernel)
+
+
 def modulated_weight(
     adapter: PackedAdapter,
     *,
@@ -144,8 +148,13 @@ def modulated_weight(
     if w.numel() == 0:
         return result
     config = config or _config("modulated_weight", adapter, allow_tf32)
-    grid = (triton.cdiv(N, config.block_n) * triton.cdiv(C, config.block_c),)
-    modulated_weight_kernel[grid](
+    grid = (-(-N // config.block_n) * -(-C // config.block_c),)
+    stride_wn, stride_wc = w.stride()
+    stride_ar, stride_ac = a.stride()
+    stride_bn, stride_br = b.stride()
+    launch_modulated_weight(
+        grid,
+        config,
         w_ptr=w,
         a_ptr=a,
         b_ptr=b,
@@ -157,19 +166,18 @@ def modulated_weight(
         N=N,
         C=C,
         rank=a.shape[0],
-        stride_wn=w.stride(0),
-        stride_wc=w.stride(1),
-        stride_ar=a.stride(0),
-        stride_ac=a.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
+        stride_wn=stride_wn,
+        stride_wc=stride_wc,
+        stride_ar=stride_ar,
+        stride_ac=stride_ac,
+        stride_bn=stride_bn,
+        stride_br=stride_br,
         stride_on=out.stride(0),
         stride_oc=out.stride(1),
         INPUT_PRECISION=input_precision(w.dtype, allow_tf32=allow_tf32),
         RANK_BLOCK=rank_block(a.shape[0]),
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
-        **config.options,
     )
     return result
 
@@ -236,6 +244,9 @@ def modulated_blocks_kernel(
     tl.store(out_ptr + slots, round_to(store_order(delta), out_ptr.dtype.element_ty), mask=inside)
 
 
+launch_modulated_blocks = Launcher(modulated_blocks_kernel)
+
+
 def modulated_blocks(
     adapter: PackedAdapter,
     *,
@@ -256,12 +267,17 @@ def modulated_blocks(
     w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
     padded_rows = padded_width(partition.row_sizes, row_multiple)
     padded_cols = padded_width(partition.col_sizes, col_multiple)
-    out = torch.empty(partition.num_blocks, padded_rows, padded_cols, dtype=w.dtype, device=w.device)
+    out = w.new_empty(partition.num_blocks, padded_rows, padded_cols)
     if out.numel() == 0:
         return out
     config = config or _config("modulated_blocks", adapter, allow_tf32, padded_rows, padded_cols)
-    tiles = triton.cdiv(padded_rows, config.block_n) * triton.cdiv(padded_cols, config.block_c)
-    modulated_blocks_kernel[(partition.num_blocks * tiles,)](
+    tiles = -(-padded_rows // config.block_n) * -(-padded_cols // config.block_c)
+    stride_wn, stride_wc = w.stride()
+    stride_ar, stride_ac = a.stride()
+    stride_bn, stride_br = b.stride()
+    launch_modulated_blocks(
+        (partition.num_blocks * tiles,),
+        config,
         w_ptr=w,
         a_ptr=a,
         b_ptr=b,
@@ -275,17 +291,16 @@ def modulated_blocks(
         max_rank=a.shape[0],
         padded_rows=padded_rows,
         padded_cols=padded_cols,
-        stride_wn=w.stride(0),
-        stride_wc=w.stride(1),
-        stride_ar=a.stride(0),
-        stride_ac=a.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
+        stride_wn=stride_wn,
+        stride_wc=stride_wc,
+        stride_ar=stride_ar,
+        stride_ac=stride_ac,
+        stride_bn=stride_bn,
+        stride_br=stride_br,
         INPUT_PRECISION=input_precision(w.dtype, allow_tf32=allow_tf32),
         RANK_BLOCK=rank_block(a.shape[0]),
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
-        **config.options,
     )
     return out
 

@@ -13,7 +13,7 @@ Layout of the pointers: x (T, C) with any strides; blocked (T, K, P) contiguous;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition.dropout import Dropout
+from ..definition.partition import BlockPartition
 from .common import (
     TOKENS_PER_DRAW,
     block_slots,
@@ -29,10 +30,11 @@ from .common import (
     dropout_multiplier,
     round_to,
 )
+from .launch import Launcher
 from .spec import INDEX, ONE_NUMBER, Config, Kernel, Operands, Work
 from .table import select
 
-__all__ = ["PERMUTE", "PermuteConfig", "gather_columns", "scatter_columns"]
+__all__ = ["GATHER_BOTH", "PERMUTE", "PermuteConfig", "gather_both", "gather_columns", "scatter_columns"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ class PermuteConfig(Config):
     num_stages: int = 1
 
 
-@triton.jit(do_not_specialize=["T", "column_offset", "threshold"])
-def permute_kernel(
+@triton.jit
+def permute_tile(
+    tile,
     x_ptr,
     index_ptr,
     offsets_ptr,
@@ -66,7 +69,6 @@ def permute_kernel(
     BLOCK_P: tl.constexpr,
 ):
     # Neighbouring programs share their tokens: between them they touch whole rows of x while these are in cache.
-    tile = tl.program_id(0)
     tiles_p = tl.cdiv(padded, BLOCK_P)
     tiles_per_row = num_blocks * tiles_p
     block = tile % tiles_per_row // tiles_p
@@ -95,6 +97,122 @@ def permute_kernel(
             tl.store(blocked_ptrs, round_to(value, blocked_ptr.dtype.element_ty), mask=blocked_mask)
 
 
+@triton.jit(do_not_specialize=["T", "column_offset", "threshold"])
+def permute_kernel(
+    x_ptr,
+    index_ptr,
+    offsets_ptr,
+    seed_ptr,
+    blocked_ptr,
+    T,
+    num_blocks,
+    padded,
+    stride_xt,
+    stride_xc,
+    column_offset,
+    threshold,
+    scale,
+    SCATTER: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    permute_tile(
+        tl.program_id(0),
+        x_ptr,
+        index_ptr,
+        offsets_ptr,
+        seed_ptr,
+        blocked_ptr,
+        T,
+        num_blocks,
+        padded,
+        stride_xt,
+        stride_xc,
+        column_offset,
+        threshold,
+        scale,
+        SCATTER,
+        DROPOUT,
+        BLOCK_T,
+        BLOCK_P,
+    )
+
+
+launch_permute = Launcher(permute_kernel)
+
+
+@triton.jit(do_not_specialize=["T", "first_tiles"])
+def gather_both_kernel(
+    dy_ptr,
+    x_ptr,
+    row_index_ptr,
+    col_index_ptr,
+    row_offsets_ptr,
+    col_offsets_ptr,
+    dyg_ptr,
+    xg_ptr,
+    T,
+    first_tiles,
+    num_blocks,
+    padded_rows,
+    padded_cols,
+    stride_dyt,
+    stride_dyc,
+    stride_xt,
+    stride_xc,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """What two launches of `permute_kernel` would: the first programs gather dY by rows of W0, the others x."""
+    tile = tl.program_id(0)
+    if tile < first_tiles:
+        permute_tile(
+            tile,
+            dy_ptr,
+            row_index_ptr,
+            row_offsets_ptr,
+            row_index_ptr,  # no seed
+            dyg_ptr,
+            T,
+            num_blocks,
+            padded_rows,
+            stride_dyt,
+            stride_dyc,
+            0,
+            0,
+            1.0,
+            False,
+            False,
+            BLOCK_T,
+            BLOCK_P,
+        )
+    else:
+        permute_tile(
+            tile - first_tiles,
+            x_ptr,
+            col_index_ptr,
+            col_offsets_ptr,
+            col_index_ptr,
+            xg_ptr,
+            T,
+            num_blocks,
+            padded_cols,
+            stride_xt,
+            stride_xc,
+            0,
+            0,
+            1.0,
+            False,
+            False,
+            BLOCK_T,
+            BLOCK_P,
+        )
+
+
+launch_gather_both = Launcher(gather_both_kernel)
+
+
 def gather_columns(
     x: Tensor,
     index: Tensor,
@@ -114,9 +232,72 @@ def gather_columns(
         dropout: multiply by its mask.
         config: launch parameters.
     """
-    blocked = torch.empty(x.shape[0], offsets.shape[0] - 1, width, dtype=x.dtype, device=x.device)
+    blocked = x.new_empty(x.shape[0], offsets.shape[0] - 1, width)
     _launch(x, index, offsets, blocked, scatter=False, dropout=dropout, config=config)
     return blocked
+
+
+def gather_both(
+    dy: Tensor,
+    x: Tensor,
+    partition: BlockPartition,
+    widths: tuple[int, int],
+    *,
+    config: PermuteConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dY gathered by rows of W0 and x by columns, in one launch: two of :func:`gather_columns`.
+
+    Args:
+        dy: (T, N), any strides.
+        x: (T, C) in dy's dtype, any strides.
+        partition: blocks of W0's rows and columns.
+        widths: P_n and P_c.
+        config: launch parameters.
+    """
+    tokens, num_blocks, (padded_rows, padded_cols) = x.shape[0], partition.num_blocks, widths
+    dyg, xg = dy.new_empty(tokens, num_blocks, padded_rows), x.new_empty(tokens, num_blocks, padded_cols)
+    if not tokens:
+        return dyg, xg
+    config = config or select(
+        "gather_both",
+        x.device,
+        x.dtype,
+        blocks=num_blocks,
+        out_features=dy.shape[1],
+        in_features=x.shape[1],
+        tokens=tokens,
+        padded_out=padded_rows,
+        padded_in=padded_cols,
+    )
+    block_t, block_p = config.block_t, config.block_p
+    rows = -(-tokens // block_t) * num_blocks
+    first_tiles = rows * -(-padded_rows // block_p)
+    stride_dyt, stride_dyc = dy.stride()
+    stride_xt, stride_xc = x.stride()
+    launch_gather_both(
+        (first_tiles + rows * -(-padded_cols // block_p),),
+        config,
+        dy_ptr=dy,
+        x_ptr=x,
+        row_index_ptr=partition.row_index,
+        col_index_ptr=partition.col_index,
+        row_offsets_ptr=partition.row_offsets,
+        col_offsets_ptr=partition.col_offsets,
+        dyg_ptr=dyg,
+        xg_ptr=xg,
+        T=tokens,
+        first_tiles=first_tiles,
+        num_blocks=num_blocks,
+        padded_rows=padded_rows,
+        padded_cols=padded_cols,
+        stride_dyt=stride_dyt,
+        stride_dyc=stride_dyc,
+        stride_xt=stride_xt,
+        stride_xc=stride_xc,
+        BLOCK_T=block_t,
+        BLOCK_P=block_p,
+    )
+    return dyg, xg
 
 
 def scatter_columns(
@@ -158,8 +339,10 @@ def _launch(
         tokens=tokens,
         padded_in=width,
     )
-    tiles = triton.cdiv(tokens, config.block_t) * num_blocks * triton.cdiv(width, config.block_p)
-    permute_kernel[(tiles,)](
+    tiles = -(-tokens // config.block_t) * num_blocks * -(-width // config.block_p)
+    launch_permute(
+        (tiles,),
+        config,
         x_ptr=x,
         index_ptr=index,
         offsets_ptr=offsets,
@@ -177,7 +360,6 @@ def _launch(
         DROPOUT=dropout is not None,
         BLOCK_T=config.block_t,
         BLOCK_P=config.block_p,
-        **config.options,
     )
 
 
@@ -205,11 +387,27 @@ def _workload(operands: Operands) -> Work:
             return [scatter_columns(blocked, p.col_index, p.col_offsets, x, dropout=dropout, config=config)]
         return [gather_columns(x, p.col_index, p.col_offsets, key.padded_in, dropout=dropout, config=config)]
 
+    return run, lambda dtype: [_gathered(x.to(dtype), p, key.padded_in)]
+
+
+def _gathered(x: Tensor, partition: BlockPartition, width: int) -> Tensor:
+    """What the definition gathers by columns."""
+    gathered = x.new_zeros(x.shape[0], partition.num_blocks, width)
+    for k, size in enumerate(partition.col_sizes):
+        gathered[:, k, :size] = x[:, partition.cols(k)]
+    return gathered
+
+
+def _both_workload(operands: Operands) -> Work:
+    key = operands.key
+    dy, x = operands.tensor(key.tokens, key.out_features), operands.tensor(key.tokens, key.in_features)
+    p, widths = operands.partition(key.out_features, key.in_features), (key.padded_out, key.padded_in)
+
+    def run(config: Any) -> tuple[Tensor, Tensor]:
+        return gather_both(dy, x, p, widths, config=config)
+
     def defined(dtype: torch.dtype) -> list[Tensor]:
-        gathered = x.new_zeros(key.tokens, key.blocks, key.padded_in, dtype=dtype)
-        for k in range(key.blocks):
-            gathered[:, k, : p.col_sizes[k]] = x[:, p.cols(k)].to(dtype)
-        return [gathered]
+        return [_gathered(dy.to(dtype), p.T, widths[0]), _gathered(x.to(dtype), p, widths[1])]
 
     return run, defined
 
@@ -228,5 +426,27 @@ PERMUTE = Kernel(
         "index_ptr": INDEX,
         "offsets_ptr": INDEX,
         "seed_ptr": ONE_NUMBER,
+    },
+)
+GATHER_BOTH = replace(
+    PERMUTE,
+    name="gather_both",
+    fn=gather_both_kernel,
+    workload=_both_workload,
+    forms=("gather",),
+    narrow={
+        "x_ptr": "gathered by columns",  # as permute_tile names them
+        "dy_ptr": "gathered by columns",
+        **dict.fromkeys(
+            (
+                "index_ptr",
+                "offsets_ptr",
+                "row_index_ptr",
+                "col_index_ptr",
+                "row_offsets_ptr",
+                "col_offsets_ptr",
+            ),
+            INDEX,
+        ),
     },
 )

@@ -40,6 +40,7 @@ __all__ = [
     "Entry",
     "Table",
     "Trial",
+    "answer",
     "describe",
     "keep",
     "read",
@@ -68,7 +69,7 @@ UNFINISHED = "did not finish: the process ended while it ran"
 measure_unknown: Callable[[Key, torch.device, Entry | None], Entry | None] | None = None
 """A hook that measures a key, of which a table has no entry or an incomplete one. It is not called during capture."""
 
-_answers: dict[tuple[torch.device, Key], Any] = {}
+_answers: dict[tuple[object, ...], Any] = {}
 
 
 def select(
@@ -91,27 +92,24 @@ def select(
         sizes: the other fields of `Key`.
     """
     seen = 0 if tokens is None else bucket(tokens)
-    key = Key(kernel, precision_of(dtype, ieee=precision == "ieee").name, tokens=seen, **sizes)
-    return _answer(
-        key,
-        device,
-        lambda: (
-            _fastest(key, device)
-            or KERNELS[kernel].default(key, architecture(device), multiprocessors(device))
-        ),
-    )
+
+    def find() -> Choice:
+        key = Key(kernel, precision_of(dtype, ieee=precision == "ieee").name, tokens=seen, **sizes)
+        default = KERNELS[kernel].default
+        return _fastest(key, device) or default(key, architecture(device), multiprocessors(device))
+
+    return answer((kernel, device, dtype, precision, seen, *sizes.items()), find)
 
 
 def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> str | None:
-    """Return the algorithm measured fastest among `allowed`; None where none was measured.
+    """Return the algorithm measured fastest among `allowed`; None where none was measured. Nothing is kept.
 
     Args:
         key: the problem; its `kernel` is one of `spec.ALGORITHM_KEYS`.
         device: of the operands.
         allowed: whose rounding the caller accepts, the same at every call with this key.
     """
-    found: str | None = _answer(key, device, lambda: _fastest(key, device, allowed))
-    return found
+    return _fastest(key, device, allowed)  # type: ignore[return-value]  # whose choices are algorithms
 
 
 def keep(entry: Entry) -> None:
@@ -125,14 +123,21 @@ def keep(entry: Entry) -> None:
     _answers.clear()  # the table may hold what others wrote meanwhile
 
 
-def _answer(key: Key, device: torch.device, find: Callable[[], Choice | None]) -> Any:
-    """An answer is kept for the life of the process, for launchers ask at every launch."""
+def answer(question: tuple[object, ...], find: Callable[[], Any]) -> Any:
+    """Return what `find` chooses, which is asked once: a launch asks for its parameters, a pass for its algorithm.
+
+    The answer is kept until the table changes.
+
+    Args:
+        question: all that the answer depends on, in plain values.
+        find: chooses.
+    """
     try:
-        return _answers[device, key]
+        return _answers[question]
     except KeyError:
         found = find()
     if not _capturing():  # else it is asked again after it, when it can be measured
-        _answers[device, key] = found
+        _answers[question] = found
     return found
 
 

@@ -87,6 +87,8 @@ def keys(layer: Layer) -> Iterator[Key]:
     for tokens in dict.fromkeys((t, *map(bucket, parts))):
         yield Key("permute", copied, 0, layer.blocks, 0, c, tokens, 0, cols)
         yield Key("permute", copied, 0, layer.blocks, 0, n, tokens, 0, rows)
+    for tokens in dict.fromkeys(map(bucket, parts)):
+        yield Key("gather_both", copied, 0, layer.blocks, n, c, tokens, rows, cols)
     yield Key("block_matmul", *common, n, c, t, rows, cols)
     yield Key("block_matmul", *common, c, n, t, cols, rows, True)
     if t <= MOST_FUSED_TOKENS:
@@ -98,8 +100,7 @@ def keys(layer: Layer) -> Iterator[Key]:
         yield Key("block_grad", *common, n, c, tokens, rows, cols)
     # Factors are kept in the layer's dtype, or in float32 as PEFT does.
     for factors in (copied, "fp32"):
-        yield Key("sum_partials", factors, layer.max_rank, layer.blocks, n, c, padded_in=cols)
-        yield Key("sum_partials", factors, layer.max_rank, layer.blocks, c, n, padded_in=rows)
+        yield Key("sum_partials", factors, layer.max_rank, layer.blocks, n, c, 0, rows, cols)
     yield Key("forward", *common, n, c, t)
     yield Key("input_gradient", *common, n, c, t)
 

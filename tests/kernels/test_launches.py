@@ -41,3 +41,10 @@ def test_sizes_compile_no_forms_of_their_own() -> None:
     for model, kernels in launches("forms").items():
         extra = {kernel: forms for kernel, forms in kernels.items() if forms[0] != forms[1]}
         assert extra == {}, model
+
+
+def test_what_launchers_remember_is_what_triton_would_compile() -> None:
+    """Sizes of 1, odd sizes and strides, pointers that 16 does not divide, two dtypes of factors, one after another."""
+    found = launches("remembered")
+    assert len(set(found["remembered"])) > 50
+    assert found["remembered"] == found["Triton's own"]

@@ -48,7 +48,7 @@ for kernel in KERNELS.values():
                     })
 task = Task(DEFAULT_REGISTRY, "permute", "gather", 0, "sm_90", "bf16")
 narrow_rank = [Task(DEFAULT_REGISTRY, "block_grad", "r4", 0, arch, "bf16") for arch in ("sm_90", "gfx942")]
-narrow_rank += [Task(DEFAULT_REGISTRY, "sum_partials", "dB r4", 0, "sm_90", "bf16")]
+narrow_rank += [Task(DEFAULT_REGISTRY, "sum_partials", "dA and dB r4", 0, "sm_90", "bf16")]
 largest = KERNELS["block_grad"].shipped(ARCHITECTURES["sm_90"], PRECISIONS["bf16"])[0]
 fused = [Task(DEFAULT_REGISTRY, "fused_linear", form, i, "sm_90", dtype)
          for dtype in ("bf16", "tf32", "fp32") for form in ("r16", "r16 transposed")

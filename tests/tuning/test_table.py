@@ -149,11 +149,10 @@ def test_a_launch_uses_what_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     p = BlockPartition.from_labels(labels, labels, 2)
     launched: list[object] = []
 
-    class Recorder:
-        def __getitem__(self, grid: object) -> Callable[..., None]:
-            return lambda *args, **options: launched.append((options["BLOCK_T"], options["BLOCK_P"]))
+    def record(grid: object, config: object, **arguments: object) -> None:
+        launched.append((arguments["BLOCK_T"], arguments["BLOCK_P"]))
 
-    monkeypatch.setattr("smoa_kernels.kernels.permute.permute_kernel", Recorder())
+    monkeypatch.setattr("smoa_kernels.kernels.permute.launch_permute", record)
     gather_columns(torch.zeros(5, 12), p.col_index, p.col_offsets, 64)
     assert launched == [(SECOND.block_t, SECOND.block_p)]
 

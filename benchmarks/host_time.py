@@ -1,0 +1,137 @@
+"""How long the host takes for a layer's forward and backward on the triton backend: Python, torch and Triton's launch.
+
+    python -m benchmarks.host_time
+
+Measured on a CPU with a pretended GPU (fake_gpu.py), so it needs none. Left out is what lies below a launch and below
+torch's operators in CUDA's own library. The layer is so small that its products take little, and the algorithms are
+those for many tokens: split in forward, merged for dX. Rows are measured in turns, many calls of each in a round. What
+is shown is the median of a round's calls, in the calmest round: others share this machine's caches. It is the thread's
+own time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoa_kernels import FusedSMoALinear, backends, operator
+from smoa_kernels.cost import gpus
+
+from .fake_gpu import FakeGpu, install
+
+__all__ = ["main", "measure"]
+
+TOKENS, FEATURES, BLOCKS, RANK = 16, 128, 4, 16
+WARM_UP, CALLS = 10, 60  # in a round
+GOAL = 200  # microseconds of forward and backward above nn.Linear's
+
+
+def pretend() -> FakeGpu:
+    """Let the CPU's tensors be a GPU's, and few tokens be many, from now on in this process."""
+    gpu = install()
+    answers = {gpus.architecture: "sm_90", gpus.multiprocessors: 132, backends._device_obstacle: None}
+    backend = backends.load_backend("triton")  # whose modules import them by name
+    for module in [module for name, module in sys.modules.items() if name.startswith("smoa_kernels")]:
+        for name, value in vars(module).copy().items():
+            if callable(value) and getattr(value, "__hash__", None) and value in answers:
+                setattr(module, name, lambda device, answer=answers[value]: answer)
+    choice = lambda problem, gpu, ieee, *_: "merged" if ieee else "split"  # noqa: E731
+    setattr(backend, "choose_algorithm", choice)  # noqa: B010
+    return gpu
+
+
+def measure(rounds: int) -> tuple[dict[str, float], dict[str, list[str]]]:
+    """Microseconds by row, and the launches of a forward and of a backward."""
+    gpu = pretend()
+    torch.manual_seed(0)
+    base = nn.Linear(FEATURES, FEATURES)
+    layer = FusedSMoALinear.from_linear(
+        nn.Linear(FEATURES, FEATURES), r=RANK, num_blocks=BLOCKS, algorithm="split", backend="triton"
+    )
+    x = torch.randn(TOKENS, FEATURES, requires_grad=True)
+    dy = torch.randn(TOKENS, FEATURES)
+
+    def train(module: nn.Module) -> Callable[[], object]:
+        return lambda: module(x).backward(dy)
+
+    adapter, backend, detached = layer._packed(), backends.load_backend("triton"), x.detach()
+    forward = lambda: backend.forward(detached, layer.bias, adapter, "split", None)  # noqa: E731
+    backward = lambda: backend.backward(dy, detached, adapter, None, needs_x=True)  # noqa: E731
+    launches = {}
+    for name, run in (("forward", forward), ("backward", backward)):
+        gpu.launches.clear()
+        run()
+        launches[name] = [launch.kernel for launch in gpu.launches]
+    gpu.recording = False
+
+    found = _medians(
+        {
+            "nn.Linear, forward": lambda: base(x),
+            "nn.Linear, both": train(base),
+            "SMoA, forward": lambda: layer(x),
+            "SMoA, both": train(layer),
+            "of which the backend's forward": forward,
+            "of which the backend's backward": backward,
+        },
+        rounds,
+    )
+    # What is left where the backend only returns: the layer, its checks and autograd.
+    results: list[Tensor] = [
+        dy.clone(),
+        dy.clone(),
+        torch.zeros_like(layer.smoa_A),
+        torch.zeros_like(layer.smoa_B),
+    ]
+    stub: Any = SimpleNamespace(
+        forward=lambda *_: results[0].detach(),
+        backward=lambda *_, **__: tuple(result.detach() for result in results[1:]),
+    )
+    setattr(operator, "load_backend", lambda name: stub)  # noqa: B010
+    return found | _medians({"of which layer and autograd": train(layer)}, rounds), launches
+
+
+def _medians(rows: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Microseconds of the calmest round, each row's own: the median of its calls."""
+    found: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, run in rows.items():
+            for _ in range(WARM_UP):
+                run()
+            seconds = []
+            for _ in range(CALLS):
+                start = time.thread_time()
+                run()
+                seconds.append(time.thread_time() - start)
+            found[name].append(statistics.median(seconds))
+    return {name: min(medians) * 1e6 for name, medians in found.items()}
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--smoke", action="store_true", help="one round: does it run")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found, launches = measure(1 if args.smoke else 60)
+    print(
+        f"Host time, measured on a CPU with a pretended GPU: T={TOKENS}, {FEATURES}x{FEATURES}, K={BLOCKS}, float32"
+    )
+    for name, microseconds in found.items():
+        print(f"{name:>34} {microseconds:7.0f} µs")
+    for name, kernels in launches.items():
+        print(f"{name:>34} {len(kernels)} kernels and a GEMM: {', '.join(kernels)}")
+    print(
+        f"{'above nn.Linear':>34} {found['SMoA, both'] - found['nn.Linear, both']:7.0f} µs (goal: {GOAL} µs)"
+    )
+
+
+if __name__ == "__main__":
+    main()
