@@ -25,7 +25,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke quality quality-data \
+.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke host-time quality quality-data \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -112,6 +112,10 @@ bench-smoke: $(BIN)/.dev ## the same on tiny sizes: every benchmark runs, passes
 	mkdir -p .benchmarks/smoke
 	$(BIN)/python -m pytest benchmarks --smoke --benchmark-json=.benchmarks/smoke.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/smoke.json --out .benchmarks/smoke
+	$(BIN)/python -m benchmarks.host_time --smoke
+
+host-time: $(BIN)/.dev ## how long the host takes for a forward and a backward on a GPU; needs none (1 min)
+	$(BIN)/python -m benchmarks.host_time $(ARGS)
 
 quality: $(BIN)/.dev ## run one task of the quality study: make quality TASK=trec50 (below 30 min on two cores)
 	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) $(ARGS)
