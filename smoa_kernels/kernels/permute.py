@@ -85,14 +85,19 @@ def permute_tile(
         blocked_ptrs = blocked_ptr + (tokens[:, None] * num_blocks + block) * padded + slots[None, :]
         x_mask = (tokens < T)[:, None] & valid[None, :]
         blocked_mask = (tokens < T)[:, None] & (slots < padded)[None, :]
+        # x in a shape of its own: in that of `blocked` it would have the same layout, eight slots a thread, and each
+        # request would touch as many places of x as it has lanes. With one slot a thread, neighbouring lanes are at
+        # neighbouring columns of a block, which lie close together.
+        x_ptrs, x_mask = x_ptrs[:, None, :], x_mask[:, None, :]
         if SCATTER:
             value = tl.load(blocked_ptrs, mask=blocked_mask, other=0.0)
         else:
-            value = tl.load(x_ptrs, mask=x_mask, other=0.0)
+            value = tl.reshape(tl.load(x_ptrs, mask=x_mask, other=0.0), (GROUPS, BLOCK_P))
         if DROPOUT:
             value = value.to(tl.float32) * dropout_multiplier(draws, lane, threshold, scale)
         if SCATTER:
-            tl.store(x_ptrs, round_to(value, x_ptr.dtype.element_ty), mask=x_mask)
+            value = round_to(value, x_ptr.dtype.element_ty)
+            tl.store(x_ptrs, tl.reshape(value, (GROUPS, 1, BLOCK_P)), mask=x_mask)
         else:
             tl.store(blocked_ptrs, round_to(value, blocked_ptr.dtype.element_ty), mask=blocked_mask)
 
