@@ -194,7 +194,7 @@ def test_a_table_never_chooses_what_breaks_the_numbers(
 def taken_by(problem: LinearProblem, monkeypatch: pytest.MonkeyPatch, **options: object) -> dict[str, str]:
     """The algorithms that a training step ran, seen by the kernels it called."""
     calls: list[str] = []
-    for name in ("launch_modulated_weight", "fused_linear", "block_matmul"):
+    for name in ("modulated_weight", "fused_linear", "block_matmul"):
         original = getattr(triton_backend, name)
 
         def seen(
@@ -207,7 +207,7 @@ def taken_by(problem: LinearProblem, monkeypatch: pytest.MonkeyPatch, **options:
     if options.get("dropout_p"):
         options["dropout_seed"] = torch.tensor(3)
     problem.run(backend="triton", **options)
-    names = {"launch_modulated_weight": "merged", "fused_linear": "fused", "block_matmul": "split"}
+    names = {"modulated_weight": "merged", "fused_linear": "fused", "block_matmul": "split"}
     return {"forward": names[calls[0]], "input_gradient": names[calls[-1]]}
 
 
