@@ -86,6 +86,7 @@ def fused_linear_kernel(
     INPUT_PRECISION: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -104,6 +105,11 @@ def fused_linear_kernel(
     row_rank = tl.minimum(tl.load(ranks_ptr + row_block, mask=row_inside, other=0), rank)
     scaling = tl.load(scaling_ptr).to(tl.float32)
     r = chunk * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
+    # SIDE_BY_SIDE: the product has room for every block's ranks. Each row of B and column of A fills its own block's
+    # and leaves the others zero, so that the product is zero where blocks differ.
+    rank_block = r // rank if SIDE_BY_SIDE else r * 0
+    if SIDE_BY_SIDE:
+        r = r % rank
 
     base = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     adapted = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -130,12 +136,19 @@ def fused_linear_kernel(
         b_ptrs = b_ptr + rows[:, None] * stride_bn + r[None, :] * stride_br
         b = tl.load(b_ptrs, mask=row_inside[:, None] & (r < rank)[None, :], other=0.0)
         col_rank = tl.load(ranks_ptr + col_block, mask=col_inside, other=0)
-        a = tl.where(r[:, None] < col_rank[None, :], a, 0.0)
-        b = tl.where(r[None, :] < row_rank[:, None], b, 0.0)
+        a_valid = r[:, None] < col_rank[None, :]
+        b_valid = r[None, :] < row_rank[:, None]
+        if SIDE_BY_SIDE:
+            a_valid &= rank_block[:, None] == col_block[None, :]
+            b_valid &= rank_block[None, :] == row_block[:, None]
+        a = tl.where(a_valid, a, 0.0)
+        b = tl.where(b_valid, b, 0.0)
         a, b = to_tf32(a, INPUT_PRECISION), to_tf32(b, INPUT_PRECISION)
         product = dot(b, a, tl.zeros((BLOCK_N, BLOCK_C), tl.float32), INPUT_PRECISION)
-        modulation = tl.where(row_block[:, None] == col_block[None, :], scaling * product, 0.0)
-        delta = round_to(modulation * w.to(tl.float32), w.dtype)
+        product *= scaling
+        if not SIDE_BY_SIDE:
+            product = tl.where(row_block[:, None] == col_block[None, :], product, 0.0)
+        delta = round_to(product * w.to(tl.float32), w.dtype)
         base = dot(w, x, base, INPUT_PRECISION)
         if not THROUGH_REGISTERS:
             # Changes nothing, but waits for the product. Hopper's tensor cores read W0 from shared memory meanwhile, of
@@ -248,6 +261,7 @@ def fused_linear(
         INPUT_PRECISION=precision,
         W_TRANSPOSED=w.stride(1) != 1,
         HAS_BIAS=bias is not None and parts == 1,
+        SIDE_BY_SIDE=0 < rank * partition.num_blocks <= chunk,
         RANK_BLOCK=chunk,
         SPLIT=config.split,
         BLOCK_T=config.block_t,
@@ -353,7 +367,7 @@ FUSED_LINEAR = Kernel(
         "num_stages": (2, 3, 4),
     },
     workload=_workload,
-    forms=("r16", "r16 transposed", "r64 fp32 factors"),
+    forms=("r16", "r16 transposed", "r4", "r4 transposed", "r64 fp32 factors"),
     narrow={
         "scaling_ptr": ONE_NUMBER,
         "col_block_ptr": LABELS,
