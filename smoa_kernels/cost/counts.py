@@ -205,8 +205,10 @@ class _Count:
         Each part of the tokens reads W0's blocks and the factors again, and writes partials of its own.
         """
         p, launches = self.p, len(gradient_parts(self.p))
+        # Without dropout one launch gathers both, where both are gathered.
+        alone = p.dropout > 0 or not (p.gathers(p.out_features) and p.gathers(p.in_features))
         self.gather("gather dY", p.out_features, launches=launches)
-        self.gather("gather x", p.in_features, dropout=p.dropout > 0, launches=launches)
+        self.gather("gather x", p.in_features, dropout=p.dropout > 0, launches=launches if alone else 0)
         partials, product = partial_bytes(p), p.unit_flops // p.num_blocks
         self.add(
             "block gradients",
@@ -216,7 +218,7 @@ class _Count:
             extra_bytes=partials,
             launches=launches,
         )
-        self.add("sum partials", partials // 4, self.factors, extra_bytes=partials, launches=2)
+        self.add("sum partials", partials // 4, self.factors, extra_bytes=partials)
 
     def merged_dx(self) -> None:
         self.build_weight()
