@@ -120,6 +120,7 @@ def test_blocks_are_cut_as_tensor_split_cuts() -> None:
 
 
 # Of the CPU's threads: not numerical.
+@pytest.mark.slow
 def test_thread_setting_is_restored_and_does_not_matter() -> None:
     """One intra-op thread inside, the caller's setting after, also when it raises."""
     weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(3))

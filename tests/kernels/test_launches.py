@@ -21,6 +21,7 @@ def launches(what: str) -> Any:
     return json.loads(out)
 
 
+@pytest.mark.slow
 def test_every_launch_is_on_its_operands_device() -> None:
     """A layer on cuda:1 while cuda:0 is current, as under `device_map="auto"`."""
     found = launches("devices")
@@ -30,6 +31,7 @@ def test_every_launch_is_on_its_operands_device() -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_sizes_compile_no_forms_of_their_own() -> None:
     """The layers of two models at 1 to 8192 tokens compile what the launchers chose, and nothing beyond it.
 
@@ -42,6 +44,7 @@ def test_sizes_compile_no_forms_of_their_own() -> None:
         assert extra == {}, model
 
 
+@pytest.mark.slow
 def test_what_launchers_remember_is_what_triton_would_compile() -> None:
     """Sizes of 1, odd sizes and strides, pointers that 16 does not divide, two dtypes of factors, one after another."""
     found = launches("remembered")

@@ -85,6 +85,7 @@ def test_autotune_goes_on_where_an_earlier_run_stopped(timed: list[Choice]) -> N
     assert kept()[PERMUTE].complete
 
 
+@pytest.mark.slow
 def test_algorithms_are_compared_with_kernels_that_were_measured(
     timed: list[Choice], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,7 +161,7 @@ def algorithm_entry(dtype: str, kernel: str = "forward") -> None:
     """In the order of the names, the first was measured fastest."""
     problem = make_problem(ranks=(3, 2), tokens=8)
     key = Key(kernel, dtype, 3, 2, *problem.weight.shape, 8)
-    names = ("merged", "split", "fused") if kernel == "forward" else ("merged", "fused")
+    names = ("merged", "split", "fused") if kernel == "forward" else ("fused", "merged")
     keep(entry(key, seconds={name: float(i + 1) for i, name in enumerate(names)}))
 
 
@@ -211,12 +211,13 @@ def taken_by(problem: LinearProblem, monkeypatch: pytest.MonkeyPatch, **options:
     return {"forward": names[calls[0]], "input_gradient": names[calls[-1]]}
 
 
+@pytest.mark.slow
 def test_measured_winners_replace_the_cost_models_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(ranks=(3, 2), tokens=8).to(torch.bfloat16)
-    assert taken_by(problem, monkeypatch) == {"forward": "fused", "input_gradient": "fused"}  # as predicted
+    assert taken_by(problem, monkeypatch) == {"forward": "fused", "input_gradient": "merged"}  # as predicted
     algorithm_entry("bf16")
     algorithm_entry("bf16", "input_gradient")
-    assert taken_by(problem, monkeypatch) == {"forward": "split", "input_gradient": "merged"}
+    assert taken_by(problem, monkeypatch) == {"forward": "split", "input_gradient": "fused"}
 
 
 # What is read

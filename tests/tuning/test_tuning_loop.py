@@ -61,6 +61,7 @@ def test_the_fastest_wins_every_time_is_kept_and_a_rerun_repeats_nothing() -> No
     assert again.entry == tuned.entry
 
 
+@pytest.mark.slow
 def test_every_kernel_and_algorithm_is_checked_and_timed() -> None:
     """The real operands and the real kernels, in the interpreter: each gives the definition's numbers."""
     planned = jobs([Layer(70, 90, 17, "bf16", 5, 2)], Target.of(CPU))
@@ -171,6 +172,7 @@ def test_what_does_not_fit_in_memory_costs_one_job_and_no_candidate_its_name(
     assert {key for key, _ in notebook.table.entries} == {PERMUTE}
 
 
+@pytest.mark.slow
 def test_algorithms_come_after_the_kernels_they_are_made_of() -> None:
     kinds = [
         job.key.kernel in ("forward", "input_gradient") for job in jobs([Layer(70, 90, 17)], Target.of(CPU))
