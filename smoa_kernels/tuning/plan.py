@@ -84,7 +84,9 @@ def keys(layer: Layer) -> Iterator[Key]:
     parts = gradient_parts(problem)
     yield Key("modulated_weight", *common, n, c)
     yield Key("modulated_blocks", *common, n, c, 0, rows, cols)
-    for tokens in dict.fromkeys((t, *map(bucket, parts))):
+    # A part's x and dY are gathered together, unless one of them is in order: of a single block.
+    alone = map(bucket, parts) if layer.blocks == 1 else ()
+    for tokens in dict.fromkeys((t, *alone)):
         yield Key("permute", copied, 0, layer.blocks, 0, c, tokens, 0, cols)
         yield Key("permute", copied, 0, layer.blocks, 0, n, tokens, 0, rows)
     for tokens in dict.fromkeys(map(bucket, parts)):
