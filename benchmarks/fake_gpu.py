@@ -125,7 +125,7 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         """Refuse: there is no launcher to be written in C."""
-        raise NotImplementedError
+        raise NotImplementedError("a pretended GPU has no launcher in C")
 
     def get_current_target(self) -> GPUTarget:
         """What would be compiled for."""
@@ -145,7 +145,7 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
 
     def get_benchmarker(self) -> Any:
         """Refuse: nothing can be timed."""
-        raise NotImplementedError
+        raise NotImplementedError("a pretended GPU times nothing")
 
 
 def install(devices: int = 1) -> FakeGpu:

@@ -324,7 +324,7 @@ class TestRealCompiles:
     @pytest.mark.parametrize(
         ("arch", "core"),
         [
-            ("sm_90", "HGMMA"),
+            pytest.param("sm_90", "HGMMA", marks=pytest.mark.slow),
             pytest.param("sm_100", "UTCHMMA", marks=pytest.mark.slow),
             pytest.param("gfx942", "MFMA", marks=pytest.mark.slow),
         ],

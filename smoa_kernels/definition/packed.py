@@ -101,9 +101,7 @@ class PackedAdapter:
 def scaling_tensor(value: float | Tensor, device: torch.device) -> Tensor:
     """s as a 0-d tensor on `device`; a number becomes float64, which promotes nothing and rounds nothing."""
     if isinstance(value, Tensor):
-        return (
-            value if value.device == device else value.to(device)
-        )  # a call of its own, which a small layer feels
+        return value if value.device == device else value.to(device)  # a small layer feels each call
     return torch.full(
         (), value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
     )

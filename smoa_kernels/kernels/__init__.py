@@ -3,12 +3,13 @@
 `KERNELS` is the one list of them.
 """
 
-from .block_grad import BLOCK_GRAD, SUM_PARTIALS
+from .block_grad import BLOCK_GRAD
 from .block_matmul import BLOCK_MATMUL
 from .fused_linear import FUSED_LINEAR, SUM_PARTS
 from .modulate import MODULATED_BLOCKS, MODULATED_WEIGHT
 from .permute import GATHER_BOTH, PERMUTE
 from .spec import KERNELS
+from .sum_partials import SUM_PARTIALS
 
 __all__ = ["KERNELS"]
 

@@ -5,8 +5,8 @@
 
 G never exists in memory. One program accumulates one tile of G_k over its tokens in registers, multiplies it by
 the tile of W0 and contracts it with the tile's rows of B and columns of A: what it writes is rank-sized. A second
-kernel adds these partials in a fixed order: no atomics, and two runs agree bit for bit. The contraction is linear
-in G, so the tokens can be split among programs too, and among launches.
+kernel, `sum_partials.py`, adds these partials in a fixed order: no atomics, and two runs agree bit for bit. The
+contraction is linear in G, so the tokens can be split among programs too, and among launches.
 
 Layout of the pointers: dy (T, K, P_n) and x (T, K, P_c) padded block-major with zeros in padding, any strides but
 the last, 1; weight (N, C), a (ρ, C), b (N, ρ) in the layer's own coordinates, any strides, reached through
@@ -32,26 +32,16 @@ from ..cost.architectures import Architecture
 from ..cost.gpus import multiprocessors
 from ..cost.grad_tiling import PARTIAL_RANKS, partial_width, token_splits
 from ..definition.packed import PackedAdapter
-from ..definition.partition import BlockPartition
 from ..definition.precision import Precision
 from ..definition.reference import backward as reference_backward
-from .common import (
-    SUM_CONFIGS,
-    SUM_STEPS,
-    SumConfig,
-    block_slots,
-    check_tile,
-    dot,
-    input_precision,
-    round_to,
-    to_tf32,
-)
+from .common import block_slots, check_tile, dot, input_precision, to_tf32
 from .launch import Launcher
 from .permute import gather_both
-from .spec import INDEX, LABELS, Config, Kernel, Operands, Work, in_dtype, tile_divides
+from .spec import Config, Kernel, Operands, Work, in_dtype, tile_divides
+from .sum_partials import GROUP, RANK_CHUNK, sum_partials
 from .table import select
 
-__all__ = ["BLOCK_GRAD", "SUM_PARTIALS", "BlockGradConfig", "block_grad", "sum_partials"]
+__all__ = ["BLOCK_GRAD", "BlockGradConfig", "block_grad"]
 
 
 @dataclass(frozen=True)
@@ -64,12 +54,6 @@ class BlockGradConfig(Config):
     split: int
     num_warps: int
     num_stages: int
-
-
-# Ranks that the contraction takes at a time: the least that `tl.dot` takes, for the tile of G stays in registers.
-RANK_CHUNK = 16
-# Ranks of a group: float32 of 128 bits. Kernels are given groups, so that the compiler knows by what a row is aligned.
-GROUP = tl.constexpr(PARTIAL_RANKS)
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles_n", "tiles_c", "max_rank", "rank_groups"])
@@ -202,124 +186,6 @@ def halves(tile):
     return tl.split(tl.permute(tl.reshape(tile, (rows, 2, cols // 2)), (0, 2, 1)))
 
 
-@triton.jit
-def sum_tile(
-    tile_m,
-    partial_ptr,
-    label_ptr,
-    ranks_ptr,
-    other_offsets_ptr,
-    out_ptr,
-    length,
-    rank,
-    rank_groups,
-    splits,
-    tiles,
-    stride_om,
-    stride_or,
-    TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """out[m, t] = Σ partial[:, m, t] over what the block of coordinate m wrote, 0 from its rank on.
-
-    TILE is the gradient kernel's tile along the other side of W0: a block of that side's size fills that many of
-    the `tiles` in each split, and the rest were never written.
-    """
-    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    t = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = m < length
-    block = tl.load(label_ptr + m, mask=inside, other=0).to(tl.int32)
-    block_rank = tl.load(ranks_ptr + block)
-    other_size = tl.load(other_offsets_ptr + block + 1) - tl.load(other_offsets_ptr + block)
-    # Whole chunks of ranks are written, as far as rows are wide: a mask by rank would make every load a scalar one.
-    width = rank_groups * GROUP
-    inside_rank = inside & (tl.program_id(1) * BLOCK_R < block_rank)
-    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for split in range(splits):
-        for tile in range(tiles):
-            slot = (split * tiles + tile).to(tl.int64) * length
-            written = inside_rank & (tile * TILE < other_size)
-            partial_ptrs = partial_ptr + (slot + m)[:, None] * width + t[None, :]
-            total += tl.load(partial_ptrs, mask=written[:, None] & (t < width)[None, :], other=0.0)
-    total = tl.where(t[None, :] < block_rank[:, None], total, 0.0)
-    out_ptrs = out_ptr + m[:, None] * stride_om + t[None, :] * stride_or
-    tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=inside[:, None] & (t < rank)[None, :])
-
-
-@triton.jit(do_not_specialize=["rank_groups", "splits", "tiles_n", "tiles_c"])
-def sum_partials_kernel(
-    partial_a_ptr,
-    partial_b_ptr,
-    row_label_ptr,
-    col_label_ptr,
-    ranks_ptr,
-    row_offsets_ptr,
-    col_offsets_ptr,
-    da_ptr,
-    db_ptr,
-    out_features,
-    in_features,
-    rank,
-    rank_groups,
-    splits,
-    tiles_n,
-    tiles_c,
-    stride_ar,
-    stride_ac,
-    stride_bn,
-    stride_br,
-    TILE_N: tl.constexpr,
-    TILE_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """The first programs sum dB, a tile of W0's rows each, and the others dA, a tile of its columns."""
-    tile = tl.program_id(0)
-    first_tiles = tl.cdiv(out_features, BLOCK_M)
-    if tile < first_tiles:
-        sum_tile(
-            tile,
-            partial_b_ptr,
-            row_label_ptr,
-            ranks_ptr,
-            col_offsets_ptr,
-            db_ptr,
-            out_features,
-            rank,
-            rank_groups,
-            splits,
-            tiles_c,
-            stride_bn,
-            stride_br,
-            TILE_C,
-            BLOCK_M,
-            BLOCK_R,
-        )
-    else:
-        sum_tile(
-            tile - first_tiles,
-            partial_a_ptr,
-            col_label_ptr,
-            ranks_ptr,
-            row_offsets_ptr,
-            da_ptr,
-            in_features,
-            rank,
-            rank_groups,
-            splits,
-            tiles_n,
-            stride_ac,
-            stride_ar,
-            TILE_N,
-            BLOCK_M,
-            BLOCK_R,
-        )
-
-
-launch_sum_partials = Launcher(sum_partials_kernel)
-
-
 def block_grad(
     parts: int,
     gathered: Callable[[int], tuple[Tensor, Tensor]],
@@ -435,78 +301,6 @@ def block_grad(
     return dA, dB
 
 
-def sum_partials(
-    partial_a: Tensor,
-    partial_b: Tensor,
-    partition: BlockPartition,
-    ranks: Tensor,
-    dA: Tensor,
-    dB: Tensor,
-    splits: int,
-    tile: tuple[int, int],
-    *,
-    config: SumConfig | None = None,
-) -> None:
-    """Sum the partials of dA (slots, C, R) and of dB (slots, N, R) into dA (ρ, C) and dB (N, ρ), in one launch.
-
-    Args:
-        partial_a: `splits` times as many slots as a block of rows has tiles.
-        partial_b: likewise of columns.
-        partition: the blocks.
-        ranks: of each block.
-        dA: where to write.
-        dB: likewise.
-        splits: how many programs, and parts of the batch, shared the tokens of a tile.
-        tile: rows and columns of the gradient kernel's tile.
-        config: launch parameters.
-    """
-    (out_features, rank), in_features = dB.shape, dA.shape[1]
-    width = partial_a.shape[2]
-    tiles_n, tiles_c = partial_a.shape[0] // splits, partial_b.shape[0] // splits
-    config = config or select(
-        "sum_partials",
-        dB.device,
-        dB.dtype,
-        rank=rank,
-        blocks=partition.num_blocks,
-        out_features=out_features,
-        in_features=in_features,
-        padded_out=tiles_n * tile[0],
-        padded_in=tiles_c * tile[1],
-    )
-    block_m = config.block // RANK_CHUNK
-    stride_ar, stride_ac = dA.stride()
-    stride_bn, stride_br = dB.stride()
-    launch_sum_partials(
-        (-(-out_features // block_m) + -(-in_features // block_m), -(-width // RANK_CHUNK)),
-        config,
-        partial_a_ptr=partial_a,
-        partial_b_ptr=partial_b,
-        row_label_ptr=partition.row_block,
-        col_label_ptr=partition.col_block,
-        ranks_ptr=ranks,
-        row_offsets_ptr=partition.row_offsets,
-        col_offsets_ptr=partition.col_offsets,
-        da_ptr=dA,
-        db_ptr=dB,
-        out_features=out_features,
-        in_features=in_features,
-        rank=rank,
-        rank_groups=width // PARTIAL_RANKS,
-        splits=splits,
-        tiles_n=tiles_n,
-        tiles_c=tiles_c,
-        stride_ar=stride_ar,
-        stride_ac=stride_ac,
-        stride_bn=stride_bn,
-        stride_br=stride_br,
-        TILE_N=tile[0],
-        TILE_C=tile[1],
-        BLOCK_M=block_m,
-        BLOCK_R=RANK_CHUNK,
-    )
-
-
 _KIB = 1024
 # The first needs up to 138 KiB of shared memory on NVIDIA, for H transposed; AMD's compiler makes do with 64 KiB.
 _LARGEST_NEEDS, _LARGEST_NEEDS_AMD = 138 * _KIB, 64 * _KIB
@@ -557,38 +351,6 @@ def _workload(operands: Operands) -> Work:
     return run, defined
 
 
-def _sum_workload(operands: Operands) -> Work:
-    key = operands.key
-    # How many parts there are, another kernel's configuration decides: a typical number.
-    splits, tile = 2, (min(key.padded_out, 128), min(key.padded_in, 128))
-    tiles_n, tiles_c = key.padded_out // tile[0], key.padded_in // tile[1]
-    p, ranks, width = (
-        operands.partition(key.out_features, key.in_features),
-        operands.ranks(),
-        partial_width(key.rank),
-    )
-    partial_a = operands.tensor(splits * tiles_n, key.in_features, width, dtype=torch.float32)
-    partial_b = operands.tensor(splits * tiles_c, key.out_features, width, dtype=torch.float32)
-    dA, dB = operands.tensor(key.rank, key.in_features), operands.tensor(key.out_features, key.rank)
-
-    def run(config: Any) -> list[Tensor]:
-        sum_partials(partial_a, partial_b, p, ranks, dA, dB, splits, tile, config=config)
-        return [dA, dB]
-
-    def summed(partial: Tensor, partition: BlockPartition, tile: int, dtype: torch.dtype) -> Tensor:
-        # A block writes as many tiles as its other side fills; the rest is never read.
-        sizes = partition.col_offsets.diff()[partition.row_block.long()]
-        slots = torch.arange(partial.shape[0] // splits, device=operands.device)
-        written = tile * slots[:, None] < sizes
-        total = torch.where(written.repeat(splits, 1)[:, :, None], partial.to(dtype), 0).sum(0)
-        return total[:, : key.rank]
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        return [summed(partial_a, p.T, tile[0], dtype).T, summed(partial_b, p, tile[1], dtype)]
-
-    return run, defined
-
-
 BLOCK_GRAD = Kernel(
     "block_grad",
     block_grad_kernel,
@@ -606,20 +368,4 @@ BLOCK_GRAD = Kernel(
     workload=_workload,
     forms=("r16", "r64 fp32 factors"),
     fits=tile_divides,
-)
-SUM_PARTIALS = Kernel(
-    "sum_partials",
-    sum_partials_kernel,
-    SumConfig,
-    role="copy",
-    shipped=lambda arch, precision: SUM_CONFIGS,
-    steps=SUM_STEPS,
-    workload=_sum_workload,
-    forms=("dA and dB",),
-    narrow={
-        **dict.fromkeys(
-            ("label_ptr", "row_label_ptr", "col_label_ptr", "ranks_ptr"), LABELS
-        ),  # as sum_tile names them
-        **dict.fromkeys(("other_offsets_ptr", "row_offsets_ptr", "col_offsets_ptr"), INDEX),
-    },
 )

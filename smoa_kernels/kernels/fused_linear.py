@@ -106,7 +106,7 @@ def fused_linear_kernel(
     scaling = tl.load(scaling_ptr).to(tl.float32)
     r = chunk * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
     # SIDE_BY_SIDE: the product has room for every block's ranks. Each row of B and column of A fills its own block's
-    # and leaves the others zero, so that the product is zero where blocks differ.
+    # and leaves the others zero, so that the product is zero where blocks differ (as long as the factors are finite).
     rank_block = r // rank if SIDE_BY_SIDE else r * 0
     if SIDE_BY_SIDE:
         r = r % rank
@@ -261,7 +261,7 @@ def fused_linear(
         INPUT_PRECISION=precision,
         W_TRANSPOSED=w.stride(1) != 1,
         HAS_BIAS=bias is not None and parts == 1,
-        SIDE_BY_SIDE=0 < rank * partition.num_blocks <= chunk,
+        SIDE_BY_SIDE=partition.num_blocks > 1 and 0 < rank * partition.num_blocks <= chunk,
         RANK_BLOCK=chunk,
         SPLIT=config.split,
         BLOCK_T=config.block_t,

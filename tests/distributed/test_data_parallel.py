@@ -18,6 +18,8 @@ from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.distributed import average_gradients, ignore_buffers, smoa_buffers
 from smoa_kernels.distributed.data_parallel import agree_on_buffers
 
+pytestmark = pytest.mark.slow  # each starts a group of processes
+
 DEPTH = 2
 
 

@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from smoa_kernels.distributed import average_gradients
 
+pytestmark = pytest.mark.slow  # each starts a group of processes
+
 DEPTH = 3
 
 

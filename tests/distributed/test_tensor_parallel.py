@@ -16,6 +16,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 from smoa_kernels.definition import spectral_order
 from smoa_kernels.distributed import ColwiseSMoAParallel, RowwiseSMoAParallel, shared_spectra
 
+pytestmark = pytest.mark.slow  # each starts a group of processes
+
 DOUBLE = 1e-10
 
 

@@ -63,9 +63,9 @@ def _launcher(launch: Launch) -> type:
 
         def __init__(self, src: Any, metadata: Any) -> None:
             if metadata.global_scratch_size or metadata.profile_scratch_size:
-                raise NotImplementedError("scratch memory")
+                raise NotImplementedError("the emulator has no scratch memory, which this kernel asks for")
             if getattr(metadata, "num_ctas", 1) != 1:
-                raise NotImplementedError("clusters")
+                raise NotImplementedError("the emulator has no clusters, which this kernel asks for")
             self.metadata = metadata
             self.name = src.fn.__name__
             self.signature: Mapping[str, str] = src.signature
@@ -103,7 +103,7 @@ class EmulatorDriver(DriverBase):  # type: ignore[misc]
         return True
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
+        raise NotImplementedError("the emulator has no launcher in C")
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)

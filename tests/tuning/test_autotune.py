@@ -109,6 +109,7 @@ def test_algorithms_are_compared_with_kernels_that_were_measured(
     assert kept()[FORWARD].complete
 
 
+@pytest.mark.slow
 def test_what_is_first_asked_under_capture_is_measured_after_it(
     timed: list[Choice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
