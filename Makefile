@@ -62,7 +62,7 @@ test: $(BIN)/.dev lint ## before a push: lint, types and the tests not marked sl
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(BIN)/.dev ## the tests marked slow, which `make test` leaves out
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) --dist worksteal -m slow $(ARGS)
 
 test-all: test test-slow ## every test: `make test`, then `make test-slow`
 

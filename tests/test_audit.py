@@ -377,10 +377,9 @@ class TestRealCompiles:
         assert entry["broken_rules"]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("jobs", [1, 2])
-    def test_a_compiler_that_crashes_is_a_finding(self, cache, jobs):
+    def test_a_compiler_that_crashes_is_a_finding(self, cache):
         """Alone of its kind; one that crashed only once counts as what it compiled to."""
-        found = list(run_audit(registry=CRASHES, archs=("sm_80",), dtypes=("bf16",), jobs=jobs))
+        found = list(run_audit(registry=CRASHES, archs=("sm_80",), dtypes=("bf16",), jobs=2))
         assert [left for left, _ in found] == [6, 5, 4, 3, 2, 1, 0]
         records = {record.config["block"]: record for _, record in found if record}
         assert set(records) == {256, 128, 64, 512, 1024, 2048}

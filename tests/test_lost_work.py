@@ -77,7 +77,8 @@ model.save_pretrained({folder!r})
 """
 
 
-@pytest.mark.parametrize("count", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), 2])
+@SLOW
+@pytest.mark.parametrize("count", [0, 1, 2])
 def test_kill_between_the_files_of_an_adapter(count: int, tmp_path: Path) -> None:
     """Of a configuration and weights that no shape tells apart: refused together, and the rest is found."""
     folder = tmp_path / "adapter"

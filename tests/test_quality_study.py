@@ -144,9 +144,7 @@ def test_the_methods_are_shared_between_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "send"),
     [
-        (signal.SIGTERM, os.kill),
         (signal.SIGKILL, os.kill),
-        (signal.SIGINT, os.kill),
         (signal.SIGINT, os.killpg),  # a terminal's Ctrl-C reaches all of them
     ],
 )
