@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "MOST_BLOCKS",
+    "MOST_COORDINATES",
     "MOST_RANKS",
     "check_blocks",
     "check_choice",
@@ -19,17 +20,21 @@ __all__ = [
     "check_count",
     "check_device",
     "check_finite",
+    "check_granule",
     "check_kind",
     "check_number",
     "check_path",
     "check_weight",
     "first_line",
+    "granules",
     "layout_of",
     "shown",
 ]
 
 # The most blocks and ranks: far more than anyone needs, far fewer than would fill the memory with bookkeeping alone.
 MOST_BLOCKS = MOST_RANKS = 2**16
+# No weight has more rows or columns: int32 counts them.
+MOST_COORDINATES = 2**31 - 1
 
 
 _SHORT = reprlib.Repr()
@@ -59,6 +64,24 @@ def check_blocks(num_blocks: int, shape: Sequence[int] | None = None, name: str 
             f"num_blocks must be at most min(out_features, in_features) = {min(shape)} for {name} of shape "
             f"{tuple(shape)}, got {num_blocks}"
         )
+
+
+def check_granule(
+    granule: int, num_blocks: int, shape: Sequence[int] | None = None, name: str = "a weight"
+) -> None:
+    """`granule` must be a number of coordinates that leaves a granule for every block on both sides of `shape`."""
+    check_count("granule", granule, most=MOST_COORDINATES)
+    if shape is not None and num_blocks > min(granules(size, granule) for size in shape):
+        rows, cols = (granules(size, granule) for size in shape)
+        raise ValueError(
+            f"granule must leave at least num_blocks={num_blocks} granules of rows and of columns of {name} of shape "
+            f"{tuple(shape)}, got granule={granule}, which leaves {rows} and {cols}"
+        )
+
+
+def granules(size: int, granule: int) -> int:
+    """How many granules `size` coordinates make; the last may be short."""
+    return -(-size // granule)
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:

@@ -115,7 +115,7 @@ def test_blocks_listed_in_any_order(case: Case) -> None:
     """Nothing says that what a block lists ascends."""
     p = case.problem(random_labels=True)
     tensors, sizes = p.partition.tensors(), p.partition.sizes()
-    for axis, parts in ((2, sizes[: len(sizes) // 2]), (3, sizes[len(sizes) // 2 :])):
+    for axis, parts in ((2, p.partition.row_sizes), (3, p.partition.col_sizes)):
         tensors[axis] = torch.cat([block.flip(0) for block in tensors[axis].split(parts)])
     turned = replace(p, partition=BlockPartition.from_tensors(tensors, sizes))
     assert_within_budget(turned.run(**case.options), case, turned)

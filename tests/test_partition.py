@@ -13,6 +13,7 @@ from vectors import Vector, all_vectors
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition import spectral_order
+from smoa_kernels.definition.block_rule import BLOCK_ORDERS, BlockRule
 from smoa_kernels.definition.sketch import sketch_weight
 from smoa_kernels.definition.spectral_order import one_thread, spectral_centroids
 
@@ -257,3 +258,128 @@ def test_the_order_goes_with_a_partition() -> None:
     assert torch.equal(turned.col_order, partition.row_order)
     assert (moved.row_order.device.type, moved.row_order.shape) == ("meta", (11,))
     assert (moved.row_sizes, moved.col_sizes) == (partition.row_sizes, partition.col_sizes)
+
+
+# Granules and other orders
+
+
+def made(order: str, weight: torch.Tensor, num_blocks: int, granule: int) -> BlockPartition:
+    return BlockRule(num_blocks, order, granule, block_seed=3).build(weight)
+
+
+@pytest.mark.numerical
+def test_a_granule_scores_the_energy_weighted_mean_of_its_coordinates() -> None:
+    """Of 23 rows the last granule of 4 is short, and a granule of zeros scores 0."""
+    weight = drawn(23, 30, seed=4)
+    weight[8:12] = 0
+    single, (rows, cols) = spectral_centroids(weight), spectral_centroids(weight, 4)
+    for score, found, energy in (
+        (single[0], rows, weight.square().sum(1)),
+        (single[1], cols, weight.square().sum(0)),
+    ):
+        moments = zip((energy * score).split(4), energy.split(4), strict=True)
+        expected = torch.stack([moment.sum() / part.sum() for moment, part in moments]).nan_to_num(nan=0.0)
+        torch.testing.assert_close(found, expected)
+    partition = BlockPartition.from_weight(weight, 3, granule=4)
+    for k, chunk in enumerate(torch.argsort(rows, stable=True).tensor_split(3)):
+        expected_rows = [i for g in chunk.tolist() for i in range(4 * g, min(4 * g + 4, 23))]
+        assert partition.rows(k).tolist() == expected_rows
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("order", BLOCK_ORDERS)
+@pytest.mark.parametrize(("shape", "granule"), [((31, 29), 8), ((31, 29), 1), ((16, 40), 4), ((5, 64), 2)])
+def test_granules_stay_together(order: str, shape: tuple[int, int], granule: int) -> None:
+    weight = drawn(*shape, seed=5)
+    partition = made(order, weight, 3, granule)
+    assert partition.granularity % granule == 0
+    assert partition.device.type == DEVICE.type
+    for labels, sizes, index in (
+        (partition.row_block, partition.row_sizes, partition.row_index),
+        (partition.col_block, partition.col_sizes, partition.col_index),
+    ):
+        per_granule = labels[::granule]
+        assert torch.equal(per_granule.repeat_interleave(granule)[: labels.shape[0]], labels)
+        counts = torch.bincount(per_granule, minlength=3).tolist()
+        assert counts == [len(part) for part in torch.arange(len(per_granule)).tensor_split(3)]
+        for block in index.split(sizes):  # ascending, so a short granule stands last in its block
+            assert torch.equal(block, block.sort().values)
+
+
+@pytest.mark.numerical
+def test_contiguous_blocks_are_cut_as_tensor_split_cuts() -> None:
+    partition = BlockPartition.contiguous((11, 8), 3)
+    assert partition.row_block.tolist() == [0] * 4 + [1] * 4 + [2] * 3
+    assert partition.col_sizes == (3, 3, 2)
+    assert partition.is_contiguous
+    assert BlockPartition.contiguous((20, 16), 2, granule=8).row_sizes == (16, 4)
+
+
+@pytest.mark.numerical
+def test_random_blocks_are_drawn_by_their_seed() -> None:
+    first, again, other = (BlockPartition.random((64, 48), 4, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert first.row_block[:48].tolist() != first.col_block.tolist()
+    assert not first.is_contiguous
+
+
+@pytest.mark.numerical
+def test_what_labels_allow_is_read_off_them() -> None:
+    def labels(*runs: tuple[int, int]) -> torch.Tensor:
+        return torch.cat([torch.full((count,), block) for block, count in runs])
+
+    fours, eights = labels((1, 4), (0, 12), (1, 5)), labels((0, 16), (1, 24))
+    partition = BlockPartition.from_labels(fours, eights, 2)
+    assert (partition.granularity, partition.is_contiguous) == (4, False)
+    assert BlockPartition.from_labels(eights, eights, 2).granularity == 16
+    assert BlockPartition.from_labels(eights, fours.sort().values, 2).is_contiguous
+    assert BlockPartition.from_labels(fours * 0, eights * 0, 1).granularity == 40
+    assert BlockPartition.from_labels(fours[:0], eights[:0], 1).granularity == 1
+    crossed = partition.from_tensors(partition.tensors(), partition.sizes())
+    # A cut at a multiple keeps the granularity, another one need not.
+    for one, expected in ((partition.T, 4), (partition.to("meta"), 4), (crossed, 4)):
+        assert (one.granularity, one.is_contiguous) == (expected, False)
+    assert partition.shard(slice(8, 21), slice(8, 40)).granularity == 8
+    assert partition.shard(slice(3, 21)).granularity == 1
+    assert partition.shard(slice(4, 16)).is_contiguous
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("order", ["contiguous", "random"])
+def test_other_orders_need_no_weight(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a spectrum was computed")
+
+    monkeypatch.setattr(spectral_order, "spectral_centroids", never)
+    meta = made(order, torch.empty(12, 10, device="meta"), 3, 2)
+    assert meta.device.type == "cpu"
+    assert meta == made(order, torch.full((12, 10), float("nan"), device=DEVICE), 3, 2)
+    with pytest.raises(AssertionError, match="a spectrum"):
+        made("spectral", torch.ones(12, 10), 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        (BlockRule(2, granule=0), ValueError, "granule must be at least 1"),
+        (BlockRule(2, granule=True), TypeError, "granule must be an int"),
+        (BlockRule(2, granule=2.0), TypeError, "granule must be an int"),  # type: ignore[arg-type]
+        (BlockRule(3, granule=4), ValueError, r"granule must leave .* got granule=4, which leaves 3 and 2"),
+        (BlockRule(9), ValueError, "num_blocks must be at most"),
+        (BlockRule(2, "sorted"), ValueError, "block_order must be one of spectral, contiguous, random"),
+        (BlockRule(2, "random", block_seed=-1), ValueError, "seed must be at least 0"),
+        (BlockRule(2, "random", block_seed=1.5), TypeError, "seed must be an int"),  # type: ignore[arg-type]
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("order", [None, "contiguous", "random"])
+def test_what_cannot_be_is_refused(
+    rule: BlockRule, error: type[Exception], message: str, order: str | None
+) -> None:
+    if order is not None and rule.block_order == "spectral":
+        rule = rule._replace(block_order=order)
+    with pytest.raises(error, match=message):
+        rule.check((12, 8))
+    with pytest.raises(error, match=message):
+        rule.build(torch.ones(12, 8))

@@ -1,19 +1,29 @@
-"""Spectral order and aligned blocks of a weight matrix (docs/definition.md).
+"""Aligned blocks of a weight matrix (docs/definition.md).
 
 A `BlockPartition` says which block each row and each column of W0 belongs to. It is computed once, from the
-spectrum of W0. From then on it is stored and sent as labels: two small integer vectors. It is never recomputed,
-since another machine could put a coordinate into another block and silently corrupt an adapter.
+spectrum of W0 or from its shape alone. From then on it is stored and sent as labels: two small integer vectors. It is
+never recomputed, since another machine could put a coordinate into another block and silently corrupt an adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_blocks, check_weight, layout_of
+from ..checks import (
+    MOST_COORDINATES,
+    check_blocks,
+    check_count,
+    check_granule,
+    check_weight,
+    granules,
+    layout_of,
+)
 from .spectral_order import order_source, whole
 
 __all__ = ["BlockPartition"]
@@ -28,13 +38,15 @@ _INTEGERS = (
 class BlockPartition:
     """K aligned blocks over the rows and columns of an (N, C) weight.
 
-    Build one with :meth:`from_weight` (from the spectrum) or :meth:`from_labels` (from stored labels). All
-    tensors live on one device. No method changes an instance. Two partitions are equal if their labels are; they
-    cannot be hashed.
+    Build one with :meth:`from_weight` (from the spectrum), :meth:`contiguous` or :meth:`random` (from a shape), or
+    :meth:`from_labels` (from stored labels). All tensors live on one device. No method changes an instance. Two
+    partitions are equal if their labels are; they cannot be hashed.
+
+    A granule is a run of g adjacent rows or columns that stay together; the last one may be short.
 
     Attributes:
         row_order: int64 (N,), rows sorted by spectral centroid; the blocks are consecutive pieces of it. A
-            partition built from labels does not know the centroids: there it is `row_index`.
+            partition built otherwise does not know the centroids: there it is `row_index`.
         col_order: int64 (C,), the same for columns.
         row_block: (N,) block of each row, uint8, or int32 above 256 blocks.
         col_block: (C,) block of each column, same dtypes.
@@ -45,6 +57,9 @@ class BlockPartition:
         col_offsets: int32 (K + 1,), where each block starts in `col_index`.
         row_sizes: rows per block, K numbers known on the host; a block may be empty.
         col_sizes: columns per block.
+        granularity: the largest g for which rows and columns alike could be made of granules of g: the labels change
+            at multiples of it only. max(N, C) where they never change.
+        is_contiguous: whether every block is a slice of rows and of columns, in W0's own order.
 
     Example:
         >>> weight = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
@@ -61,27 +76,109 @@ class BlockPartition:
     col_offsets: Tensor
     row_sizes: tuple[int, ...]
     col_sizes: tuple[int, ...]
+    granularity: int
+    is_contiguous: bool
     row_order: Tensor
     col_order: Tensor
 
     @classmethod
-    def from_weight(cls, weight: Tensor, num_blocks: int) -> BlockPartition:
+    def from_weight(cls, weight: Tensor, num_blocks: int, *, granule: int = 1) -> BlockPartition:
         """Compute the spectral order of `weight` and cut it into `num_blocks` aligned blocks.
 
         Args:
             weight: (N, C) floating point, any device. Half types are computed in float32.
             num_blocks: K, from 1 to min(N, C).
+            granule: g, rows or columns that are sorted as one.
 
         Raises:
-            TypeError: `weight` is not a dense floating-point tensor, or `num_blocks` is not an int.
-            ValueError: `weight` is not a matrix or holds NaN or Inf; `num_blocks` is out of range.
+            TypeError: `weight` is not a dense floating-point tensor, or `num_blocks` or `granule` is not an int.
+            ValueError: `weight` is not a matrix or holds NaN or Inf; `num_blocks` is out of range, or exceeds the
+                number of granules.
         """
         weight = whole(weight)
         check_weight(weight)
         check_blocks(num_blocks, weight.shape)
-        row_order, col_order = order_source.get()(weight.detach())
-        labels = _cut(row_order, num_blocks), _cut(col_order, num_blocks)
-        return replace(cls.from_labels(*labels, num_blocks), row_order=row_order, col_order=col_order)
+        check_granule(granule, num_blocks, weight.shape)
+        orders = order_source.get()(weight.detach(), granule)
+        sides = list(zip(orders, weight.shape, strict=True))
+        labels = (_labels(order, num_blocks, granule, size) for order, size in sides)
+        rows, cols = (_coordinates(order, granule, size) for order, size in sides)
+        return replace(cls.from_labels(*labels, num_blocks), row_order=rows, col_order=cols)
+
+    @classmethod
+    def contiguous(
+        cls,
+        shape: Sequence[int],
+        num_blocks: int,
+        *,
+        granule: int = 1,
+        device: torch.device | str | None = None,
+    ) -> BlockPartition:
+        """Cut rows and columns in their own order. No weight is needed.
+
+        Args:
+            shape: (N, C).
+            num_blocks: K, from 1 to min(N, C).
+            granule: g, cuts are at multiples of it.
+            device: of the labels.
+
+        Raises:
+            TypeError, ValueError: as :meth:`from_weight` does.
+
+        Example:
+            >>> BlockPartition.contiguous((4, 6), 2).col_block.tolist()
+            [0, 0, 0, 1, 1, 1]
+        """
+        orders = (torch.arange(count, device="cpu") for count in _granule_counts(shape, num_blocks, granule))
+        return cls._from_orders(orders, shape, num_blocks, granule, device)
+
+    @classmethod
+    def random(
+        cls,
+        shape: Sequence[int],
+        num_blocks: int,
+        *,
+        granule: int = 1,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> BlockPartition:
+        """Cut rows and columns in an order drawn by a seed. No weight is needed.
+
+        Args:
+            shape: (N, C).
+            num_blocks: K, from 1 to min(N, C).
+            granule: g, rows or columns that stay together.
+            seed: of the draw. Other releases of torch may draw otherwise: labels are stored, not drawn again.
+            device: of the labels.
+
+        Raises:
+            TypeError, ValueError: as :meth:`from_weight` does; `seed` is no int, or negative.
+
+        Example:
+            >>> BlockPartition.random((4, 6), 2, granule=2, seed=1).granularity
+            2
+        """
+        check_count("seed", seed, 0, 2**63 - 1)
+        counts = _granule_counts(shape, num_blocks, granule)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        orders = (torch.randperm(count, generator=generator, device="cpu") for count in counts)
+        return cls._from_orders(orders, shape, num_blocks, granule, device)
+
+    @classmethod
+    def _from_orders(
+        cls,
+        orders: Iterable[Tensor],
+        shape: Sequence[int],
+        num_blocks: int,
+        granule: int,
+        device: torch.device | str | None,
+    ) -> BlockPartition:
+        """Blocks of rows and columns whose granules are in these orders."""
+        sides = zip(orders, shape, strict=True)
+        rows, cols = (_labels(order, num_blocks, granule, size) for order, size in sides)
+        if device is None:
+            device = torch.get_default_device()
+        return cls.from_labels(rows.to(device), cols.to(device), num_blocks)
 
     @classmethod
     def from_labels(cls, row_block: Tensor, col_block: Tensor, num_blocks: int) -> BlockPartition:
@@ -98,17 +195,22 @@ class BlockPartition:
         """
         check_blocks(num_blocks)
         for name, labels in (("row_block", row_block), ("col_block", col_block)):
-            _check_labels(name, labels, num_blocks)
+            _check_labels(name, labels)
         if row_block.device != col_block.device:
             raise ValueError(
                 "row_block and col_block must be on one device, "
                 f"got {row_block.device} and {col_block.device}"
             )
-        dtype = label_dtype(num_blocks)
         # By way of int64: torch can do little more with uint16, uint32 and uint64 than convert them.
-        row_block, col_block = (labels.long().to(dtype) for labels in (row_block, col_block))
-        row_count = torch.bincount(row_block, minlength=num_blocks)
-        col_count = torch.bincount(col_block, minlength=num_blocks)
+        row_block, col_block = row_block.long(), col_block.long()
+        # Read back once: a GPU is waited for no more.
+        both = torch.cat([row_block, col_block]).cpu().numpy()
+        sides = np.split(both, [row_block.shape[0]])
+        for name, side in zip(("row_block", "col_block"), sides, strict=True):
+            _check_range(name, side, num_blocks)
+        row_count, col_count = (np.bincount(side, minlength=num_blocks) for side in sides)
+        dtype = label_dtype(num_blocks)
+        row_block, col_block = row_block.to(dtype), col_block.to(dtype)
         row_index = torch.argsort(row_block, stable=True)
         col_index = torch.argsort(col_block, stable=True)
         return cls(
@@ -116,10 +218,12 @@ class BlockPartition:
             col_block=col_block,
             row_index=row_index,
             col_index=col_index,
-            row_offsets=_offsets(row_count),
-            col_offsets=_offsets(col_count),
+            row_offsets=_offsets(row_count, row_block.device),
+            col_offsets=_offsets(col_count, col_block.device),
             row_sizes=tuple(row_count.tolist()),
             col_sizes=tuple(col_count.tolist()),
+            granularity=_granularity(sides),
+            is_contiguous=all(bool((side[1:] >= side[:-1]).all()) for side in sides),
             row_order=row_index,
             col_order=col_index,
         )
@@ -127,9 +231,11 @@ class BlockPartition:
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
         """Rebuild a partition from :meth:`tensors` and :meth:`sizes`, as a custom operator receives it."""
-        num_blocks = len(sizes) // 2
-        if len(tensors) != 6 or len(sizes) % 2:
-            raise ValueError(f"a partition is 6 tensors and 2K sizes, got {len(tensors)} and {len(sizes)}")
+        num_blocks = len(sizes) // 2 - 1
+        if len(tensors) != 6 or len(sizes) % 2 or num_blocks < 1:
+            raise ValueError(
+                f"a partition is 6 tensors and 2K + 2 sizes, got {len(tensors)} and {len(sizes)}"
+            )
         row_block, col_block, row_index, col_index, row_offsets, col_offsets = tensors
         return cls(
             row_block=row_block,
@@ -139,7 +245,9 @@ class BlockPartition:
             row_offsets=row_offsets,
             col_offsets=col_offsets,
             row_sizes=tuple(sizes[:num_blocks]),
-            col_sizes=tuple(sizes[num_blocks:]),
+            col_sizes=tuple(sizes[num_blocks:-2]),
+            granularity=sizes[-2],
+            is_contiguous=bool(sizes[-1]),
             row_order=row_index,
             col_order=col_index,
         )
@@ -156,8 +264,8 @@ class BlockPartition:
         ]
 
     def sizes(self) -> list[int]:
-        """Rows of each block, then columns of each: 2K numbers."""
-        return [*self.row_sizes, *self.col_sizes]
+        """Rows of each block, columns of each, granularity, and 1 for contiguous blocks: 2K + 2 numbers."""
+        return [*self.row_sizes, *self.col_sizes, self.granularity, int(self.is_contiguous)]
 
     @property
     def num_blocks(self) -> int:
@@ -203,6 +311,8 @@ class BlockPartition:
             col_offsets=self.row_offsets,
             row_sizes=self.col_sizes,
             col_sizes=self.row_sizes,
+            granularity=self.granularity,
+            is_contiguous=self.is_contiguous,
             row_order=self.col_order,
             col_order=self.row_order,
         )
@@ -246,11 +356,49 @@ def _cut(order: Tensor, num_blocks: int) -> Tensor:
     return labels
 
 
-def _offsets(counts: Tensor) -> Tensor:
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+def _labels(order: Tensor, num_blocks: int, granule: int, size: int) -> Tensor:
+    """Labels of `size` coordinates whose granules are in this order."""
+    return _cut(order, num_blocks).repeat_interleave(granule)[:size]
 
 
-def _check_labels(name: str, labels: Tensor, num_blocks: int) -> None:
+def _coordinates(order: Tensor, granule: int, size: int) -> Tensor:
+    """The coordinates of granules that are in this order."""
+    if granule == 1:
+        return order
+    every = (order[:, None] * granule + torch.arange(granule, device=order.device)).flatten()
+    return every[every < size]
+
+
+def _granule_counts(shape: Sequence[int], num_blocks: int, granule: int) -> tuple[int, int]:
+    """Granules of rows and of columns, once all of it is checked."""
+    if isinstance(shape, (str, Tensor)) or len(shape) != 2:
+        raise ValueError(f"shape must be (out_features, in_features), got {shape!r}")
+    for name, size in zip(("out_features", "in_features"), shape, strict=True):
+        check_count(name, size, 0, MOST_COORDINATES)
+    check_blocks(num_blocks, shape)
+    check_granule(granule, num_blocks, shape)
+    return granules(shape[0], granule), granules(shape[1], granule)
+
+
+def _granularity(sides: Sequence[np.ndarray[Any, np.dtype[np.int64]]]) -> int:
+    """The greatest common divisor of the places where labels change."""
+    places = [np.flatnonzero(side[1:] != side[:-1]) + 1 for side in sides]
+    return int(np.gcd.reduce(np.concatenate(places))) or max(1, *(side.size for side in sides))
+
+
+def _offsets(counts: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> Tensor:
+    return torch.tensor([0, *counts.cumsum().tolist()], dtype=torch.int32, device=device)
+
+
+def _check_range(name: str, labels: np.ndarray[Any, np.dtype[np.int64]], num_blocks: int) -> None:
+    if labels.size and not 0 <= labels.min() <= labels.max() < num_blocks:
+        raise ValueError(
+            f"{name} must lie in [0, {num_blocks}) for num_blocks={num_blocks}, "
+            f"got labels from {labels.min()} to {labels.max()}"
+        )
+
+
+def _check_labels(name: str, labels: Tensor) -> None:
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an integer tensor, got {given}")
@@ -260,10 +408,3 @@ def _check_labels(name: str, labels: Tensor, num_blocks: int) -> None:
         raise ValueError(f"{name} must have one dimension, got shape {tuple(labels.shape)}")
     if labels.is_meta:
         raise ValueError(f"{name} must hold numbers, got a meta tensor")
-    if labels.numel():
-        lowest, highest = (int(bound) for bound in labels.long().aminmax())
-        if lowest < 0 or highest >= num_blocks:
-            raise ValueError(
-                f"{name} must lie in [0, {num_blocks}) for num_blocks={num_blocks}, "
-                f"got labels from {lowest} to {highest}"
-            )

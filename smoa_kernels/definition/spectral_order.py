@@ -22,27 +22,29 @@ def whole(weight: Tensor) -> Tensor:
     return weight if gather is None else cast(Tensor, gather())
 
 
-def spectral_orders(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort the rows and columns of `weight` by spectral centroid: int64 (N,) and (C,)."""
-    row_score, col_score = spectral_centroids(weight)
+def spectral_orders(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
+    """Sort the granules of rows and columns of `weight` by spectral centroid: int64 (⌈N/g⌉,) and (⌈C/g⌉,)."""
+    row_score, col_score = spectral_centroids(weight, granule)
     return torch.argsort(row_score, stable=True), torch.argsort(col_score, stable=True)
 
 
-order_source: ContextVar[Callable[[Tensor], tuple[Tensor, Tensor]]] = ContextVar(
+order_source: ContextVar[Callable[[Tensor, int], tuple[Tensor, Tensor]]] = ContextVar(
     "order_source", default=spectral_orders
 )
 """What `BlockPartition.from_weight` calls for the orders; another process may have computed them already."""
 
 
-def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
+def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
     """Compute where in W0's spectrum the energy of each row and column lies on average (docs/definition.md).
 
     The score of row i is `Σ_j j·E_ij / Σ_j E_ij` with `E = (U∘σ)²`, σ descending; columns use `(V∘σ)²`. A zero row
-    or column scores 0. It is computed on one intra-op thread and without autocast, since labels must depend on
-    nothing but the weight, and the last bits of a threaded reduction depend on the number of threads.
+    or column scores 0. A granule takes both sums over all of its rows or columns. It is computed on one intra-op
+    thread and without autocast, since labels must depend on nothing but the weight, and the last bits of a threaded
+    reduction depend on the number of threads.
 
     Args:
         weight: (N, C) floating point, finite, not empty; half types are computed in float32.
+        granule: g, rows or columns that stay together; the last granule may be short.
 
     Example:
         >>> [scores.tolist() for scores in spectral_centroids(torch.diag(torch.tensor([1.0, 3.0, 2.0])))]
@@ -58,8 +60,8 @@ def spectral_centroids(weight: Tensor) -> tuple[Tensor, Tensor]:
         short_energy, long_energy = _energies(weight.T if tall else weight)
         row_energy, col_energy = (long_energy, short_energy) if tall else (short_energy, long_energy)
         return (
-            _centroid(row_energy, torch.linalg.vector_norm(weight, torch.inf, 1)),
-            _centroid(col_energy, torch.linalg.vector_norm(weight, torch.inf, 0)),
+            _centroid(row_energy, torch.linalg.vector_norm(weight, torch.inf, 1), granule),
+            _centroid(col_energy, torch.linalg.vector_norm(weight, torch.inf, 0), granule),
         )
 
 
@@ -85,13 +87,21 @@ def _lower_gram(wide: Tensor, panel: int = 128) -> Tensor:
     return gram
 
 
-def _centroid(energy: Tensor, largest: Tensor) -> Tensor:
+def _centroid(energy: Tensor, largest: Tensor, granule: int) -> Tensor:
     count = energy.shape[1]
     position = torch.arange(count - 1, -1, -1, dtype=energy.dtype, device=energy.device)
-    total = energy.sum(1)
+    total, moment = energy.sum(1), energy @ position
     # Rounding gives a zero row a little energy in every direction, but its score is 0 by definition.
     empty = (largest == 0) | (total == 0)
-    return torch.where(empty, 0, (energy @ position) / torch.where(empty, 1, total))
+    if granule > 1:
+        total, moment = (_granule_sums(torch.where(empty, 0, sums), granule) for sums in (total, moment))
+        empty = total == 0
+    return torch.where(empty, 0, moment / torch.where(empty, 1, total))
+
+
+def _granule_sums(values: Tensor, granule: int) -> Tensor:
+    short = -values.shape[0] % granule
+    return torch.nn.functional.pad(values, (0, short)).view(-1, granule).sum(1)
 
 
 _SETTING = threading.RLock()

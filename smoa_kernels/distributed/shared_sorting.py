@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import granules
 from ..definition.spectral_order import order_source, spectral_orders
 from .data_parallel import check_group
 
@@ -20,7 +21,8 @@ def shared_spectra(process_group: dist.ProcessGroup | None = None) -> Iterator[N
     """Within this context only the first process of a group sorts weights; the others receive its order.
 
     Inject adapters within it, on every process of the group, into the same layers in the same order. It saves the
-    other processes an eigendecomposition per layer, and all labels come from one machine.
+    other processes an eigendecomposition per layer, and all labels come from one machine. Blocks of another order
+    than the spectral one need no communication: every process computes the same.
 
     Args:
         process_group: the default one when None.
@@ -37,11 +39,12 @@ def shared_spectra(process_group: dist.ProcessGroup | None = None) -> Iterator[N
     source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     first = dist.get_rank() == source
 
-    def orders(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def orders(weight: Tensor, granule: int) -> tuple[Tensor, Tensor]:
         if first:
-            rows, cols = spectral_orders(weight)
+            rows, cols = spectral_orders(weight, granule)
         else:
-            rows, cols = (torch.empty(size, dtype=torch.int64, device=weight.device) for size in weight.shape)
+            counts = (granules(size, granule) for size in weight.shape)
+            rows, cols = (torch.empty(count, dtype=torch.int64, device=weight.device) for count in counts)
         for order in (rows, cols):
             dist.broadcast(order, source, process_group)
         return rows, cols

@@ -1,0 +1,76 @@
+"""`BlockRule`: how a layer's rows and columns are put into blocks (docs/definition.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_blocks, check_choice, check_count, check_granule
+from .partition import BlockPartition
+
+__all__ = ["BLOCK_ORDERS", "BlockRule"]
+
+BLOCK_ORDERS = ("spectral", "contiguous", "random")
+
+
+class BlockRule(NamedTuple):
+    """What a partition is made by. It is asked once; from then on the labels are what counts.
+
+    Attributes:
+        num_blocks: K.
+        block_order: the order that is cut into blocks, one of `BLOCK_ORDERS`.
+        granule: g, adjacent rows or columns that stay together.
+        block_seed: draws the order where that is "random". Weights of one shape get the same blocks.
+
+    Example:
+        >>> BlockRule(2, "contiguous").build(torch.empty(4, 6, device="meta")).row_sizes
+        (2, 2)
+    """
+
+    num_blocks: int
+    block_order: str = "spectral"
+    granule: int = 1
+    block_seed: int = 0
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether blocks depend on W0's values, not only on its shape."""
+        return self.block_order == "spectral"
+
+    def check(self, shape: Sequence[int] | None = None, name: str = "a weight") -> None:
+        """Check all attributes, and that `name`, where its shape is given, can be cut so.
+
+        Raises:
+            TypeError, ValueError: naming the attribute.
+        """
+        check_blocks(self.num_blocks, shape, name)
+        check_choice("block_order", self.block_order, BLOCK_ORDERS)
+        check_granule(self.granule, self.num_blocks, shape, name)
+        check_count("block_seed", self.block_seed, 0, 2**63 - 1)
+
+    def build(self, weight: Tensor) -> BlockPartition:
+        """Compute the blocks of a weight, on its device (the CPU for a meta weight, of which only the shape is read).
+
+        Raises:
+            TypeError, ValueError: as :meth:`check` and :meth:`BlockPartition.from_weight` do.
+        """
+        self.check()
+        if self.needs_weight:
+            return BlockPartition.from_weight(weight, self.num_blocks, granule=self.granule)
+        return self.of_shape(weight.shape, "cpu" if weight.is_meta else weight.device)
+
+    def of_shape(self, shape: Sequence[int], device: torch.device | str) -> BlockPartition:
+        """Compute the blocks of any weight of a shape; for orders that need no weight.
+
+        Raises:
+            TypeError, ValueError: as :meth:`check` does.
+        """
+        self.check(shape)
+        if self.block_order == "random":
+            return BlockPartition.random(
+                shape, self.num_blocks, granule=self.granule, seed=self.block_seed, device=device
+            )
+        return BlockPartition.contiguous(shape, self.num_blocks, granule=self.granule, device=device)
