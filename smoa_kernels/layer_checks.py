@@ -24,6 +24,7 @@ from .checks import (
     check_number,
     layout_of,
 )
+from .definition.block_rule import BlockRule
 from .definition.dropout import WIDEST
 from .definition.partition import BlockPartition
 from .definition.precision import DTYPES
@@ -50,7 +51,7 @@ class Settings:
     """An adapter's settings, as `FusedSMoALinear` takes them."""
 
     r: int
-    num_blocks: int
+    rule: BlockRule
     alpha: float | None
     dropout: float
     block_ranks: Sequence[int] | None
@@ -59,7 +60,8 @@ class Settings:
     strict_base: bool
 
     def __post_init__(self) -> None:
-        resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+        resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
+        self.rule.check()
         if self.alpha is not None:
             check_finite("alpha", self.alpha)
         check_number("dropout", self.dropout)
@@ -72,7 +74,7 @@ class Settings:
     @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of each block."""
-        return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+        return resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
 
 
 def check_linear(

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import eager, load_backend, resolve_backend
-from .checks import check_blocks, check_finite, check_weight
+from .checks import check_finite, check_weight
 from .definition.arguments import check_input
+from .definition.block_rule import BlockRule
 from .definition.packed import PackedAdapter, draw_A, scaling_tensor
 from .definition.partition import BlockPartition, label_dtype
 from .definition.ranks import trainable_parameters
@@ -58,6 +59,10 @@ class FusedSMoALinear(nn.Linear):
         alpha: the update is scaled by alpha / r. Where alpha is None it is r, and the scale is 1.
         dropout: probability that an element of the adapter's input is dropped in training.
         block_ranks: the rank of each block, K numbers that sum to r; where None, r is shared evenly.
+        block_order: the order in which rows and columns are cut into blocks: "spectral" is the paper's. "contiguous"
+            (W0's own) and "random" need no spectrum.
+        granule: adjacent rows or columns that stay together, as many as this; 1 is the paper's.
+        block_seed: draws the order where `block_order` is "random".
         algorithm: how the layer is computed; see :func:`smoa_kernels.smoa_linear`.
         backend: what computes it; see :func:`smoa_kernels.smoa_linear`.
         strict_base: raise an error, instead of a warning, for an adapter that was trained over another base weight.
@@ -95,6 +100,9 @@ class FusedSMoALinear(nn.Linear):
         alpha: float | None = None,
         dropout: float = 0.0,
         block_ranks: Sequence[int] | None = None,
+        block_order: str = "spectral",
+        granule: int = 1,
+        block_seed: int = 0,
         algorithm: str = "auto",
         backend: str = "auto",
         strict_base: bool = False,
@@ -104,7 +112,7 @@ class FusedSMoALinear(nn.Linear):
         check_linear(in_features, out_features, bias, device, dtype)
         settings = Settings(
             r=r,
-            num_blocks=num_blocks,
+            rule=BlockRule(num_blocks, block_order, granule, block_seed),
             alpha=alpha,
             dropout=dropout,
             block_ranks=block_ranks,
@@ -112,7 +120,7 @@ class FusedSMoALinear(nn.Linear):
             backend=backend,
             strict_base=strict_base,
         )
-        check_blocks(num_blocks, (out_features, in_features))
+        settings.rule.check((out_features, in_features))
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._adapt(settings)
 
@@ -126,6 +134,9 @@ class FusedSMoALinear(nn.Linear):
         alpha: float | None = None,
         dropout: float = 0.0,
         block_ranks: Sequence[int] | None = None,
+        block_order: str = "spectral",
+        granule: int = 1,
+        block_seed: int = 0,
         algorithm: str = "auto",
         backend: str = "auto",
         strict_base: bool = False,
@@ -135,7 +146,8 @@ class FusedSMoALinear(nn.Linear):
 
         Args:
             linear: an `nn.Linear`, or a `Conv1D` of transformers, whose (in, out) weight is viewed transposed.
-            partition: the blocks of the weight, if they are known; where None, they are computed from its spectrum.
+            partition: the blocks of the weight, if they are known; where None, they are computed as `block_order`,
+                `granule` and `block_seed` say.
 
         The other arguments are the constructor's.
 
@@ -145,7 +157,7 @@ class FusedSMoALinear(nn.Linear):
         weight, bias = linear_parameters(linear)
         settings = Settings(
             r=r,
-            num_blocks=num_blocks,
+            rule=BlockRule(num_blocks, block_order, granule, block_seed),
             alpha=alpha,
             dropout=dropout,
             block_ranks=block_ranks,
@@ -153,12 +165,12 @@ class FusedSMoALinear(nn.Linear):
             backend=backend,
             strict_base=strict_base,
         )
-        check_blocks(num_blocks, weight.shape)
+        settings.rule.check(weight.shape)
         if partition is not None:
             check_fit(partition, tuple(weight.shape), num_blocks)
         elif not weight.is_meta:
             # Before anything of `linear` is changed: a weight may have no spectrum.
-            partition = BlockPartition.from_weight(weight, num_blocks)
+            partition = settings.rule.build(weight)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = weight.shape
@@ -172,7 +184,8 @@ class FusedSMoALinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.r, self.num_blocks, self.block_ranks = settings.r, settings.num_blocks, settings.ranks
+        self.r, self.block_ranks = settings.r, settings.ranks
+        self.num_blocks, self.block_order, self.granule, self.block_seed = settings.rule
         self.alpha = float(settings.r if settings.alpha is None else settings.alpha)
         self.dropout, self.strict_base = settings.dropout, settings.strict_base
         self.algorithm, self.backend = settings.algorithm, settings.backend
@@ -390,7 +403,8 @@ class FusedSMoALinear(nn.Linear):
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Linear` does, with the adapter's settings."""
         return (
-            f"{super().extra_repr()}, r={self.r}, num_blocks={self.num_blocks}, alpha={self.alpha:g}, "
+            f"{super().extra_repr()}, r={self.r}, num_blocks={self.num_blocks}, block_order={self.block_order!r}, "
+            f"granule={self.granule}, alpha={self.alpha:g}, "
             f"dropout={self.dropout}, algorithm={self.algorithm!r}, backend={self.backend!r}"
         )
 
@@ -407,10 +421,14 @@ class FusedSMoALinear(nn.Linear):
         self.partition = BlockPartition.from_labels(*labels, self.num_blocks)
         self.block_ranks = tuple(self.smoa_ranks.tolist())
 
+    @property
+    def _rule(self) -> BlockRule:
+        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed)
+
     def _set_base(self, partition: BlockPartition | None) -> None:
         """Take the current weight as the base: store its sketch and its partition, which is computed if None."""
         if partition is None:
-            partition = BlockPartition.from_weight(self.weight, self.num_blocks)
+            partition = self._rule.build(self.weight)
         self.partition = partition
         self.smoa_sketch = sketch_weight(self.weight)
 
@@ -474,7 +492,7 @@ class FusedSMoALinear(nn.Linear):
             weight = given.get("weight", self.weight)
             if "smoa_sketch" in given and not weight.is_meta:
                 check_base(name, weight, given["smoa_sketch"], strict=self.strict_base)
-        elif "weight" in given:
+        elif "weight" in given and self._rule.needs_weight:
             check_weight(whole(given["weight"]))  # before it is copied and sorted
         before = len(missing_keys)
         super()._load_from_state_dict(
@@ -490,7 +508,7 @@ class FusedSMoALinear(nn.Linear):
         elif "weight" in given and not error_msgs:
             warnings.warn(
                 f"{name}: the state dict holds a weight without block labels, as a plain nn.Linear's does; the "
-                "spectral partition was recomputed from it and the adapter kept as it was",
+                f"{self.block_order} partition was recomputed and the adapter kept as it was",
                 UserWarning,
                 stacklevel=2,
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smoa_kernels import BlockPartition, FusedSMoALinear, smoa_linear
 from smoa_kernels.backends import BACKEND_CHOICES, algorithms_of, resolve_backend
 from smoa_kernels.cost.problem import padding_multiple
+from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.definition.reference import reference_delta_weight, reference_linear
@@ -223,6 +224,8 @@ def make_problem(
     bias: bool = True,
     dtype: torch.dtype = torch.float64,
     random_labels: bool = False,
+    block_order: str = "spectral",
+    granule: int = 1,
     fill_padding: bool = True,
     seed: int = 0,
 ) -> LinearProblem:
@@ -244,7 +247,7 @@ def make_problem(
         if random_labels:
             partition = BlockPartition.from_labels(labels(out_features), labels(in_features), num_blocks)
         else:
-            partition = BlockPartition.from_weight(weight, num_blocks)
+            partition = BlockRule(num_blocks, block_order, granule).build(weight)
         problem = LinearProblem(
             x=randn(tokens, in_features),
             weight=weight,

@@ -55,7 +55,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one of everything": {"tokens": 1, "out_features": 1, "in_features": 1, "ranks": (1,)},
     "no rank": {"ranks": (0, 0)},
     "high rank": {"tokens": 3, "ranks": (40, 1)},
+    "contiguous, uneven, one of rank 0": {"block_order": "contiguous"},
+    "granules of 8, primes": {
+        "tokens": 13,
+        "out_features": 31,
+        "in_features": 29,
+        "ranks": (2, 1),
+        "granule": 8,
+    },
 }
+each_order = pytest.mark.parametrize("order", ["spectral", "contiguous"])
 
 
 def equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -73,10 +82,11 @@ def test_results_of_every_shape(case: Case, shape: str) -> None:
     assert_within_budget(p.run(**case.options), case, p)
 
 
+@each_order
 @each(lambda backend: [] if backend == "triton" else list(cases(backend)))
-def test_results_of_several_panels(case: Case) -> None:
+def test_results_of_several_panels(case: Case, order: str) -> None:
     """More tokens and rows than a backend on a CPU works on at a time; tests/kernels has tiles of every kernel."""
-    p = case.problem(tokens=530, out_features=800, in_features=24, ranks=(2, 1))
+    p = case.problem(tokens=530, out_features=800, in_features=24, ranks=(2, 1), block_order=order)
     assert_within_budget(p.run(**case.options), case, p)
 
 
@@ -97,9 +107,10 @@ def test_two_runs_are_bitwise_equal(case: Case) -> None:
 
 
 @pytest.mark.parametrize("layout", [*list(LAYOUTS)[1:], "expanded", "windows"])
+@each_order
 @each_slowly
-def test_any_strides(case: Case, layout: str) -> None:
-    p = case.problem(random_labels=True)
+def test_any_strides(case: Case, layout: str, order: str) -> None:
+    p = case.problem(random_labels=order == "spectral", block_order=order)
     if layout == "expanded":  # one row for all: what sum() hands to backward
         p = replace(p, x=p.x[:1].expand_as(p.x), dy=p.dy[:1].expand_as(p.dy))
     elif layout == "windows":  # both strides 1
@@ -165,9 +176,9 @@ NAN, INF = float("nan"), float("inf")
 POISONS = [("x", NAN), ("x", INF), ("weight", NAN), ("weight", INF), ("A", NAN), ("B", INF), ("dy", NAN)]
 
 
-def poisoned(case: Case, name: str, value: float, block: int) -> LinearProblem:
+def poisoned(case: Case, name: str, value: float, block: int, order: str = "spectral") -> LinearProblem:
     """One poisoned number in the part of a tensor that belongs to a block; block 1 has rank zero."""
-    p = case.problem(tokens=6, out_features=21, in_features=26)
+    p = case.problem(tokens=6, out_features=21, in_features=26, block_order=order)
     row, col = int(p.partition.rows(block)[1]), int(p.partition.cols(block)[1])
     place = {"x": (2, col), "dy": (2, row), "weight": (row, col), "A": (0, col), "B": (row, 0)}[name]
     getattr(p, name)[place] = value
@@ -186,9 +197,12 @@ def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
 
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("poison", POISONS, ids=str)
+@each_order
 @each(lambda backend: some(backend, torch.float32, torch.bfloat16), interpreted=False)
-def test_what_is_not_finite_is_not_hidden(case: Case, poison: tuple[str, float], block: int) -> None:
-    p = poisoned(case, *poison, block)
+def test_what_is_not_finite_is_not_hidden(
+    case: Case, poison: tuple[str, float], block: int, order: str
+) -> None:
+    p = poisoned(case, *poison, block, order)
     for ours, theirs in zip(p.run(**case.options), case.definition(p), strict=True):
         assert_nothing_hidden(ours, theirs, poison[0])
 
@@ -364,9 +378,10 @@ def test_compiles_whole(case: Case) -> None:
 # The merged weight
 
 
+@each_order
 @each(lambda backend: [case for case in cases(backend) if case.algorithm == "merged"])
-def test_merge_is_delta_weight_and_unmerge_restores_every_bit(case: Case) -> None:
-    p = case.problem(random_labels=True)
+def test_merge_is_delta_weight_and_unmerge_restores_every_bit(case: Case, order: str) -> None:
+    p = case.problem(random_labels=order == "spectral", block_order=order)
     exact, same = p.to(torch.float64), p.weight + p.delta_weight()
     layer = replace(p, weight=p.weight.clone()).layer(partition=p.partition, backend=case.backend)
     assert error_over_budget(layer.delta_weight(), p.delta_weight(), exact.delta_weight()) <= 1
@@ -374,7 +389,7 @@ def test_merge_is_delta_weight_and_unmerge_restores_every_bit(case: Case) -> Non
     assert error_over_budget(layer.weight, same, exact.weight + exact.delta_weight()) <= 1
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[case.dtype.itemsize]
     for poison in (("x", 1.0), *POISONS[2:-1]):
-        p = poisoned(case, *poison, 0)
+        p = poisoned(case, *poison, 0, order)
         layer = replace(p, weight=p.weight.clone()).layer(partition=p.partition, backend=case.backend)
         layer.merge()
         assert_nothing_hidden(layer(p.x), p.forward(reference_linear), poison[0])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.definition import spectral_order
+from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 
 pytestmark = pytest.mark.numerical
@@ -274,7 +275,38 @@ def test_update_has_high_rank_from_few_parameters() -> None:
     assert int(torch.linalg.matrix_rank(layer.delta_weight())) == 48
 
 
+@pytest.mark.parametrize("order", ["contiguous", "random"])
+def test_no_spectrum_is_computed_for_other_orders(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is one where a plain state dict, a new base or labels are loaded; random blocks are then the stored ones."""
+    forbid_spectra(monkeypatch)
+    settings = {"block_order": order, "granule": 4, "block_seed": 1}
+    layer = trained(**settings)
+    assert layer.partition == BlockRule(3, order, 4, 1).build(layer.weight)
+    assert layer.partition.granularity == 4
+    other = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14, **settings | {"block_seed": 2})
+    other.load_state_dict(layer.state_dict())
+    assert other.partition == layer.partition
+    x = torch.randn(5, 40)
+    assert torch.equal(other(x), layer(x))
+    other.reset_parameters()
+    assert (other.partition == layer.partition) == (order == "contiguous")
+    with pytest.warns(UserWarning, match=f"without block labels.*{order} partition was recomputed"):
+        other.load_state_dict(nn.Linear(40, 33).state_dict())
+    meta = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14, device="meta", **settings)
+    meta.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(meta(x), layer(x))
+
+
+def test_spectral_granules_stay_together() -> None:
+    layer = trained(granule=8)
+    assert layer.partition.granularity % 8 == 0
+    assert layer.partition == BlockPartition.from_weight(layer.weight, 3, granule=8)
+
+
 def test_extra_repr_names_the_settings() -> None:
     text = repr(trained(dropout=0.1))
-    for part in ("in_features=40", "out_features=33", "r=7", "num_blocks=3", "alpha=14", "dropout=0.1"):
+    for part in (
+        *("in_features=40", "out_features=33", "r=7", "num_blocks=3", "alpha=14", "dropout=0.1"),
+        *("block_order='spectral'", "granule=1"),
+    ):
         assert part in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class BlockOrder:
         weight: W0 (N, C), as it is.
         A: (ρ, C), columns in block order, at least float32.
         B: (N, ρ), rows in block order, times s.
-        row_index: coordinate of each row in block order; None where K = 1 and the order is W0's own.
+        row_index: coordinate of each row in block order; None where blocks are contiguous: the order is W0's own.
         col_index: the same for columns.
         ranks: rank of each block; those of rank zero are left out of all that is listed block by block.
         row_sizes: rows of each block.
@@ -72,6 +73,14 @@ class BlockOrder:
         parts = torch.split_with_sizes(tensor, sizes, dim)
         return [part for part, rank in zip(parts, self.ranks, strict=True) if rank]
 
+    def places(self) -> list[tuple[slice, slice]]:
+        """Where each block lies in W0; of contiguous blocks."""
+        rows, cols = (
+            [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+            for sizes in (self.row_sizes, self.col_sizes)
+        )
+        return [(row, col) for row, col, rank in zip(rows, cols, self.ranks, strict=True) if rank]
+
     def factors(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
         """`A_k` (r_k, C_k) and `B_k` (N_k, r_k), views without the padding."""
         parts = list(zip(self.cols(A), self.rows(B), strict=True))
@@ -83,9 +92,9 @@ class BlockOrder:
         ]
 
     def weights(self) -> Iterator[Tensor]:
-        """`W0[rows_k, cols_k]` of every block, in W0's memory order; a copy unless K = 1."""
+        """`W0[rows_k, cols_k]` of every block, in W0's memory order; views where blocks are contiguous, else copies."""
         if self.row_index is None or self.col_index is None:
-            yield from self.rows(self.weight)
+            yield from (self.weight[rows, cols] for rows, cols in self.places())
         elif self.weight.stride(0) < self.weight.stride(1):
             yield from (block.T for block in self.T.weights())
         else:
@@ -102,9 +111,9 @@ class BlockOrder:
 
 
 def block_indices(adapter: PackedAdapter) -> tuple[Tensor | None, Tensor | None]:
-    """The indices that list rows and columns block by block; None where K = 1: the order is W0's own."""
+    """The indices that list rows and columns block by block; None where blocks are contiguous: it is W0's own order."""
     p = adapter.partition
-    return (p.row_index, p.col_index) if p.num_blocks > 1 else (None, None)
+    return (None, None) if p.is_contiguous else (p.row_index, p.col_index)
 
 
 def block_order(adapter: PackedAdapter) -> BlockOrder:

@@ -11,7 +11,7 @@ columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -114,9 +114,37 @@ def _expanded_rows(adapter: PackedAdapter) -> int:
 
 def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
     """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order; copied to `out` where that is given."""
-    A, B = adapter.expanded_factors(adapter.weight.dtype)
-    W_eff = _modulated(adapter.weight, A, B, torch.empty_like(adapter.weight))
+    W_eff = _modulation(adapter)(0, torch.empty_like(adapter.weight))
     return W_eff if out is None else out.copy_(W_eff)
+
+
+def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
+    """A function that writes rows of W_eff, the first of which it is told, to a tensor in W0's memory order."""
+    weight = adapter.weight
+    if not adapter.partition.is_contiguous:
+        A, B = adapter.expanded_factors(weight.dtype)
+
+        def write(first: int, out: Tensor) -> Tensor:
+            rows = slice(first, first + out.shape[0])
+            return _modulated(weight[rows], A, B[rows], out)
+
+        return write
+    order = block_order(adapter)
+    factors = [(A.to(weight.dtype), B.to(weight.dtype)) for A, B in order.factors(order.A, order.B)]
+    blocks = list(zip(order.places(), factors, strict=True))
+
+    def write_blocks(first: int, out: Tensor) -> Tensor:
+        """Only the blocks differ from W0."""
+        last = first + out.shape[0]
+        out.copy_(weight[first:last])
+        for (rows, cols), (A, B) in blocks:
+            start, stop = max(first, rows.start), min(last, rows.stop)
+            if start < stop:
+                part, W0 = out[start - first : stop - first, cols], weight[start:stop, cols]
+                part.addcmul_(W0, _product(A, B[start - rows.start : stop - rows.start], W0))
+        return out
+
+    return write_blocks
 
 
 def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
@@ -133,14 +161,11 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     count = math.ceil(weight.shape[0] / MERGED_PANEL)
     if count <= 1:
         return torch.mm(x, modulated_weight(adapter).T)
-    A, B = adapter.expanded_factors(weight.dtype)
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    y, modulation = x.new_empty(x.shape[0], weight.shape[0]), _modulation(adapter)
     height = MERGED_ALIGNMENT * math.ceil(weight.shape[0] / (MERGED_ALIGNMENT * count))
-    parts = [weight.split(height), B.split(height), y.split(height, dim=1)]
-    buffer = torch.empty_like(parts[0][0])
-    for W0, B_part, out in zip(*parts, strict=True):
-        W_eff = _modulated(W0, A, B_part, buffer[: W0.shape[0]])
-        torch.mm(x, W_eff.T, out=out)
+    buffer = torch.empty_like(weight[:height])
+    for first, out in enumerate(y.split(height, dim=1)):
+        torch.mm(x, modulation(first * height, buffer[: out.shape[1]]).T, out=out)
     return y
 
 
@@ -165,7 +190,10 @@ def _adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None =
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     draw = None if dropout is None else dropout.stream(x.shape[1])
     mask, gathered, scratch = _Buffer(), _Buffer(), _Buffer()
-    for x_part, y_part in _panels(x, y):
+    whole = (
+        draw is None and product.cols is None
+    )  # then nothing is copied, and there is nothing to keep in a cache
+    for x_part, y_part in [(x, y)] if whole else _panels(x, y):
         dropped = x_part if draw is None else draw(mask.like(x_part)).mul_(x_part)
         product(gathered.columns(dropped, product.cols), scratch, out=y_part)
     return y
@@ -177,8 +205,8 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
     Padding rows get zeros.
     """
     gradient, left, right = _BlockGradient(adapter), _Buffer(), _Buffer()
-    # Nothing is gathered where K = 1.
-    for dy_part, x_part in _panels(dy, x) if adapter.partition.num_blocks > 1 else [(dy, x)]:
+    # Nothing is gathered where blocks are contiguous.
+    for dy_part, x_part in [(dy, x)] if adapter.partition.is_contiguous else _panels(dy, x):
         gradient.add(left.columns(dy_part, gradient.rows), right.columns(x_part, gradient.cols))
     del left, right
     return gradient.contract()

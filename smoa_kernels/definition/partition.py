@@ -101,9 +101,9 @@ class BlockPartition:
         check_granule(granule, num_blocks, weight.shape)
         orders = order_source.get()(weight.detach(), granule)
         sides = list(zip(orders, weight.shape, strict=True))
-        labels = (_labels(order, num_blocks, granule, size) for order, size in sides)
+        row_block, col_block = (_labels(order, num_blocks, granule, size) for order, size in sides)
         rows, cols = (_coordinates(order, granule, size) for order, size in sides)
-        return replace(cls.from_labels(*labels, num_blocks), row_order=rows, col_order=cols)
+        return replace(cls.from_labels(row_block, col_block, num_blocks), row_order=rows, col_order=cols)
 
     @classmethod
     def contiguous(
@@ -371,8 +371,8 @@ def _coordinates(order: Tensor, granule: int, size: int) -> Tensor:
 
 def _granule_counts(shape: Sequence[int], num_blocks: int, granule: int) -> tuple[int, int]:
     """Granules of rows and of columns, once all of it is checked."""
-    if isinstance(shape, (str, Tensor)) or len(shape) != 2:
-        raise ValueError(f"shape must be (out_features, in_features), got {shape!r}")
+    if len(shape) != 2:
+        raise ValueError(f"shape must be (out_features, in_features), got {tuple(shape)}")
     for name, size in zip(("out_features", "in_features"), shape, strict=True):
         check_count(name, size, 0, MOST_COORDINATES)
     check_blocks(num_blocks, shape)

@@ -58,7 +58,7 @@ def test_from_labels(arguments: Any, error: type[Exception], words: str, world: 
     check(world, lambda _: BlockPartition.from_labels(*arguments), error, words)
 
 
-@pytest.mark.parametrize(("tensors", "sizes"), [(5, 4), (6, 3)])
+@pytest.mark.parametrize(("tensors", "sizes"), [(5, 4), (6, 3), (6, 2)])
 def test_from_tensors(tensors: int, sizes: int) -> None:
-    with pytest.raises(ValueError, match=rf"6 tensors and 2K sizes, got {tensors} and {sizes}"):
+    with pytest.raises(ValueError, match=rf"6 tensors and 2K \+ 2 sizes, got {tensors} and {sizes}"):
         BlockPartition.from_tensors([torch.zeros(2)] * tensors, [1] * sizes)
