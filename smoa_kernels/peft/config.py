@@ -14,7 +14,8 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..backends import ALGORITHM_CHOICES, BACKEND_CHOICES
-from ..checks import MOST_RANKS, check_choice, check_finite, check_path, shown
+from ..checks import MOST_BLOCKS, MOST_COORDINATES, MOST_RANKS, check_choice, check_finite, check_path, shown
+from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.ranks import resolve_ranks
 from .folders import check_weights, read_json
 from .peft_type import PEFT_TYPE
@@ -34,14 +35,14 @@ class LayerSettings(NamedTuple):
 
     Attributes:
         r: rank budget.
-        num_blocks: K.
+        rule: how blocks are made, K among it.
         block_ranks: rank of each block, or None to share r evenly.
         alpha: numerator of the scaling; r when None.
         config: everything that is the same for all layers.
     """
 
     r: int
-    num_blocks: int
+    rule: BlockRule
     block_ranks: Sequence[int] | None
     alpha: float | None
     config: SMoAConfig
@@ -49,7 +50,7 @@ class LayerSettings(NamedTuple):
     @property
     def ranks(self) -> tuple[int, ...]:
         """r_k of each block."""
-        return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+        return resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
 
     @property
     def scaling(self) -> float:
@@ -82,6 +83,12 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         rank_pattern: r of the layers whose names match a key.
         alpha_pattern: likewise alpha.
         num_blocks_pattern: likewise K.
+        block_order: the order in which rows and columns are cut into blocks: "spectral" is the paper's. "contiguous"
+            (the weights' own) and "random" need no spectrum.
+        granule: adjacent rows or columns that stay together, as many as this; 1 is the paper's.
+        block_seed: draws the order where `block_order` is "random".
+        block_order_pattern: block_order of the layers whose names match a key.
+        granule_pattern: likewise granule.
         algorithm: see :func:`smoa_kernels.smoa_linear`.
         backend: likewise.
         strict_base: refuse, rather than warn about, an adapter that was trained over another base weight.
@@ -115,6 +122,11 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     num_blocks_pattern: dict[str, int] = field(default_factory=dict)
+    block_order: str = "spectral"
+    granule: int = 1
+    block_seed: int = 0
+    block_order_pattern: dict[str, str] = field(default_factory=dict)
+    granule_pattern: dict[str, int] = field(default_factory=dict)
     algorithm: str = "auto"
     backend: str = "auto"
     strict_base: bool = False
@@ -128,13 +140,20 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         if self.block_ranks is not None and not isinstance(self.block_ranks, (list, tuple)):
             raise TypeError(f"block_ranks must be a list of ints, got {shown(self.block_ranks)}")
         resolve_ranks(self.r, self.num_blocks, self.block_ranks)
-        for pattern, names in (("rank_pattern", "r"), ("num_blocks_pattern", "num_blocks")):
+        BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed).check()
+        for pattern, names, most in (
+            ("rank_pattern", "r", MOST_RANKS),
+            ("num_blocks_pattern", "num_blocks", MOST_BLOCKS),
+            ("granule_pattern", "granule", MOST_COORDINATES),
+        ):
             for key, value in _mapping(pattern, getattr(self, pattern)).items():
-                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_RANKS:
+                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                     raise ValueError(
-                        f"{pattern}[{shown(key)}] must be an int of at least 1 ({names}) and at most {MOST_RANKS}, got "
+                        f"{pattern}[{shown(key)}] must be an int of at least 1 ({names}) and at most {most}, got "
                         f"{shown(value)}"
                     )
+        for key, value in _mapping("block_order_pattern", self.block_order_pattern).items():
+            check_choice(f"block_order_pattern[{shown(key)}]", value, BLOCK_ORDERS)
         if self.smoa_alpha is not None:
             check_finite("smoa_alpha", self.smoa_alpha)
         for key, value in _mapping("alpha_pattern", self.alpha_pattern).items():
@@ -192,10 +211,15 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             4
         """
         r = _matching(self.rank_pattern, name, self.r)
-        num_blocks = _matching(self.num_blocks_pattern, name, self.num_blocks)
-        usual = (r, num_blocks) == (self.r, self.num_blocks)
+        rule = BlockRule(
+            _matching(self.num_blocks_pattern, name, self.num_blocks),
+            _matching(self.block_order_pattern, name, self.block_order),
+            _matching(self.granule_pattern, name, self.granule),
+            self.block_seed,
+        )
+        usual = (r, rule.num_blocks) == (self.r, self.num_blocks)
         alpha = _matching(self.alpha_pattern, name, self.smoa_alpha)
-        return LayerSettings(r, num_blocks, self.block_ranks if usual else None, alpha, self)
+        return LayerSettings(r, rule, self.block_ranks if usual else None, alpha, self)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; an interrupted save leaves the old one.

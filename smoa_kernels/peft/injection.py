@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..definition.block_rule import BlockRule
 from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
 from .combine import check_combination, combined_config
@@ -89,8 +90,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     def _to_be_sorted(
         self, model: nn.Module, adapter_name: str, *, state_dict: object = None, **kwargs: object
-    ) -> Iterator[tuple[nn.Linear | Conv1D, int]]:
-        """Layers that will get their first adapter, by the configuration."""
+    ) -> Iterator[tuple[nn.Linear | Conv1D, BlockRule]]:
+        """Layers that will get their first adapter, by the configuration, and spectral blocks."""
         if state_dict is not None:  # its keys say which layers, and bring their blocks
             return
         config = self.peft_config[adapter_name]
@@ -100,7 +101,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             if not isinstance(module, (nn.Linear, Conv1D)) or module in within:
                 continue
             if self._check_target_module_exists(config, name):
-                yield module, config.for_layer(name).num_blocks
+                rule = config.for_layer(name).rule
+                if rule.needs_weight:
+                    yield module, rule
 
     def _create_and_replace(
         self,

@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..checks import check_blocks, check_choice, layout_of
+from ..checks import check_choice, layout_of
+from ..definition.block_rule import BlockRule
 from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
@@ -33,19 +34,19 @@ from .offload import check_present, execution_device, gathered, present
 
 __all__ = ["SMoALayer", "SpectralOrder", "order_of"]
 
-SpectralOrder = Callable[["SMoALayer", int], BlockPartition]
+SpectralOrder = Callable[["SMoALayer", BlockRule], BlockPartition]
 
 
-def order_of(layer: SMoALayer, num_blocks: int) -> BlockPartition:
-    """Compute K blocks of a layer's W0."""
-    return BlockPartition.from_weight(layer.base_weight(), num_blocks)
+def order_of(layer: SMoALayer, rule: BlockRule) -> BlockPartition:
+    """Compute the blocks of a layer's W0."""
+    return rule.build(layer.base_weight())
 
 
 class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
     """Everything of :class:`smoa_kernels.peft.Linear` but its forward: a layer's adapters, by name.
 
     In its methods `adapter_name` names an adapter of this layer, and `spectral_order` is the function that computes
-    the blocks of a weight.
+    the blocks of a weight where they depend on its spectrum.
 
     Args:
         base_layer: the layer that owns W0 (N, C), or another tuner's around it.
@@ -57,7 +58,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         smoa_B: parameters (N, ρ), by adapter.
         smoa_blocks: uint8, see :mod:`smoa_kernels.peft.file_format`; zeros while they are yet to be loaded.
         in_features, out_features: C and N.
-        r, num_blocks, block_ranks, scaling: by adapter.
+        r, num_blocks, block_rule, block_ranks, scaling: by adapter.
 
     Example:
         >>> from smoa_kernels.peft import Linear, SMoAConfig
@@ -71,6 +72,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         "smoa_blocks",
         "r",
         "num_blocks",
+        "block_rule",
         "block_ranks",
         "scaling",
         "smoa_dropout",
@@ -103,6 +105,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.smoa_blocks = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.num_blocks: dict[str, int] = {}
+        self.block_rule: dict[str, BlockRule] = {}
         self.block_ranks: dict[str, tuple[int, ...]] = {}
         self.scaling: dict[str, float] = {}
         self.smoa_dropout: dict[str, float] = {}
@@ -158,13 +161,13 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     ) -> None:
         """Add an adapter.
 
-        Its blocks are computed from W0's spectrum now, unless weights are about to be loaded. Then the blocks come with
-        the weights, or are computed when first needed.
+        Its blocks are computed now, unless weights are about to be loaded. Then the blocks come with the weights, or
+        are computed when first needed.
 
         Args:
             adapter_name: the new adapter's name.
             settings: its rank, blocks and scaling.
-            spectral_order: computes the blocks of a weight.
+            spectral_order: computes the blocks of a weight, where its spectrum is needed.
 
         Raises:
             TypeError, ValueError: the settings do not fit the layer, or it is sharded. Nothing is added.
@@ -172,9 +175,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         if self._shard is not None:
             raise ValueError("the layer is sharded: add adapters before parallelize_module")
         config = settings.config
-        check_blocks(settings.num_blocks, (self.out_features, self.in_features), "a layer")
-        ranks = settings.ranks
-        self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
+        settings.rule.check((self.out_features, self.in_features), "a layer")
+        ranks, num_blocks = settings.ranks, settings.rule.num_blocks
+        self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, num_blocks
+        self.block_rule[adapter_name] = settings.rule
         self.block_ranks[adapter_name], self.scaling[adapter_name] = ranks, settings.scaling
         self.smoa_dropout[adapter_name] = config.smoa_dropout
         self.init_weights[adapter_name] = config.init_weights
@@ -182,7 +186,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         rho = max(ranks)
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rho))
-        size = blocks_size(self.out_features, self.in_features, settings.num_blocks)
+        size = blocks_size(self.out_features, self.in_features, num_blocks)
         self.smoa_blocks[adapter_name] = torch.zeros(size, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         comes_with_weights = config.is_from_file or config.inference_mode or self.smoa_A[adapter_name].is_meta
@@ -192,9 +196,9 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     @torch.no_grad()
     def initialize(self, adapter_name: str, spectral_order: SpectralOrder = order_of) -> BlockPartition:
-        """Compute the blocks of an adapter from W0's spectrum, and draw its weights.
+        """Compute the blocks of an adapter, from W0's spectrum where its rule says so, and draw its weights.
 
-        Adapters of this layer with as many blocks share them.
+        Adapters of this layer with the same rule share their blocks.
 
         Raises:
             RuntimeError: the adapter has weights already, so its labels should have come with them, or the layer is
@@ -211,10 +215,16 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
                 f"adapter {adapter_name!r} has no block labels, and a part of a weight has no spectrum: load or "
                 "initialize it before parallelize_module"
             )
-        blocks = self.num_blocks[adapter_name]
-        known = [p.partition for p in self._prepared.values() if p.partition.num_blocks == blocks]
+        rule = self.block_rule[adapter_name]
+        known = [p.partition for name, p in self._prepared.items() if self.block_rule[name] == rule]
         with gathered(self.innermost()), present(self, self.innermost()):
-            partition = known[0] if known else spectral_order(self, blocks)
+            if known:
+                partition = known[0]
+            elif rule.needs_weight:
+                partition = spectral_order(self, rule)
+            else:
+                device = self.smoa_A[adapter_name].device
+                partition = rule.of_shape((self.out_features, self.in_features), device)
             sketch = sketch_weight(self.base_weight())
         ranks = torch.tensor(self.block_ranks[adapter_name], dtype=torch.int32, device=partition.device)
         self._set_blocks(adapter_name, partition, ranks, sketch)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..definition.block_rule import BlockRule
 from ..definition.partition import BlockPartition
 from ..definition.spectral_order import one_thread, order_source, spectral_orders
 from .layer import SMoALayer
@@ -29,15 +30,15 @@ class Sorting:
 
     Args:
         expected: called when a layer first asks: the linear layers whose weights will be asked for, in that order,
-            each with its number of blocks. A weight that it misses, or that is not in the CPU's memory, is sorted when
-            it is asked for.
+            each with the rule of its blocks. A weight that it misses, or that is not in the CPU's memory, is sorted
+            when it is asked for.
     """
 
-    def __init__(self, expected: Callable[[], Iterable[tuple[nn.Linear | Conv1D, int]]]) -> None:
+    def __init__(self, expected: Callable[[], Iterable[tuple[nn.Linear | Conv1D, BlockRule]]]) -> None:
         self._expected = expected
         self._has_begun = False
-        # Keys: the stored weight, or the layer that holds it quantised; whether it is stored (C, N); K.
-        self._blocks: dict[tuple[object, bool, int], Future[BlockPartition]] = {}
+        # Keys: the stored weight, or the layer that holds it quantised; whether it is stored (C, N); the rule.
+        self._blocks: dict[tuple[object, bool, BlockRule], Future[BlockPartition]] = {}
         self._until_exit = ExitStack()
 
     def __enter__(self) -> Sorting:
@@ -49,19 +50,19 @@ class Sorting:
         self._until_exit.close()
         self._blocks.clear()  # the traceback of an error in one of them refers back to this object
 
-    def __call__(self, layer: SMoALayer, num_blocks: int) -> BlockPartition:
+    def __call__(self, layer: SMoALayer, rule: BlockRule) -> BlockPartition:
         """Give the blocks of a layer's W0, shared by layers that share a weight.
 
         Raises:
-            TypeError, ValueError: as :meth:`BlockPartition.from_weight` does.
+            TypeError, ValueError: as :meth:`BlockRule.build` does.
         """
         if not self._has_begun:
             self._has_begun = True
             self._begin()
         base: Any = layer.innermost()
-        key = (getattr(base, "weight", base), layer.fan_in_fan_out, num_blocks)
+        key = (getattr(base, "weight", base), layer.fan_in_fan_out, rule)
         if key not in self._blocks:
-            partition = BlockPartition.from_weight(layer.base_weight(), num_blocks)
+            partition = rule.build(layer.base_weight())
             self._blocks[key] = Future()
             self._blocks[key].set_result(partition)
         return self._blocks[key].result()
@@ -71,18 +72,18 @@ class Sorting:
         # Within `shared_spectra` all processes must ask for one weight after another, in the same order.
         if at_once == 1 or order_source.get() is not spectral_orders:
             return
-        at_hand = [(base, num_blocks) for base, num_blocks in self._expected() if _is_at_hand(base)]
+        at_hand = [(base, rule) for base, rule in self._expected() if _is_at_hand(base)]
         if not at_hand:
             return
         # New threads inherit this setting. Set by the new threads themselves, it would outlast them.
         self._until_exit.enter_context(one_thread())
         pool = self._until_exit.enter_context(ThreadPoolExecutor(at_once, "smoa-sorting"))
-        for base, num_blocks in at_hand:
+        for base, rule in at_hand:
             stored_transposed = isinstance(base, Conv1D)
-            key = base.weight, stored_transposed, num_blocks
+            key = base.weight, stored_transposed, rule
             if key not in self._blocks:  # layers may share a weight
                 weight = base.weight.T if stored_transposed else base.weight
-                self._blocks[key] = pool.submit(BlockPartition.from_weight, weight, num_blocks)
+                self._blocks[key] = pool.submit(rule.build, weight)
 
 
 def _is_at_hand(base: nn.Module) -> bool:

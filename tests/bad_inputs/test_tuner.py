@@ -14,6 +14,7 @@ pytest.importorskip("transformers", reason="needs the peft extra")
 
 from peft import get_peft_model
 
+from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.layer import order_of
 from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
@@ -57,6 +58,21 @@ CONFIGURATIONS: list[Change] = [
     ({"alpha_pattern": {"q": None}}, TypeError, r"alpha_pattern\['q'\] must be a number, got None"),
     ({"num_blocks_pattern": {"q": 1.5}}, ValueError, r"num_blocks_pattern\['q'\] must be an int"),
     ({"num_blocks_pattern": {"q": HUGE}}, ValueError, r"num_blocks_pattern\['q'\] must be .* at most 65536"),
+    (
+        {"block_order": "sorted"},
+        ValueError,
+        "block_order must be one of spectral, contiguous, random, got 'sorted'",
+    ),
+    ({"granule": 0}, ValueError, "granule must be at least 1, got 0"),
+    ({"granule": 2.0}, TypeError, "granule must be an int, got 2.0"),
+    ({"block_seed": -1}, ValueError, "block_seed must be at least 0, got -1"),
+    (
+        {"block_order_pattern": {"q": "sorted"}},
+        ValueError,
+        r"block_order_pattern\['q'\] must be one of spectral",
+    ),
+    ({"block_order_pattern": 4}, TypeError, "block_order_pattern must be a dict"),
+    ({"granule_pattern": {"q": 0}}, ValueError, r"granule_pattern\['q'\] must be an int of at least 1"),
     ({"target_modules": 5}, TypeError, "target_modules must be a list of names, or one, got 5"),
     (
         {"target_modules": ["q_proj", 5]},
@@ -130,7 +146,11 @@ LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
         ValueError,
         "Length of `adapter_names` should be the same as the number of inputs",
     ),
-    (lambda m: order_of(m.base_model.model[0], 7), ValueError, "num_blocks must be at most .* = 6"),
+    (
+        lambda m: order_of(m.base_model.model[0], BlockRule(7)),
+        ValueError,
+        "num_blocks must be at most .* = 6",
+    ),
     (
         lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"adapters": ["a"]}),
         ValueError,

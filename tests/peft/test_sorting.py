@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition import spectral_order
+from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.spectral_order import order_source, spectral_centroids, spectral_orders
 from smoa_kernels.peft import Linear, sorting
 
@@ -42,9 +43,9 @@ def sorted_in(monkeypatch):
     """Threads that weights were sorted in, and the intra-op threads each had."""
     found = []
 
-    def recording(weight):
+    def recording(weight, granule):
         found.append((threading.current_thread(), torch.get_num_threads()))
-        return spectral_centroids(weight)
+        return spectral_centroids(weight, granule)
 
     monkeypatch.setattr(spectral_order, "spectral_centroids", recording)
     return found
@@ -75,10 +76,10 @@ def test_as_many_at_once_as_there_are_threads(llama, threads, monkeypatch):
     waiting = threading.Barrier(threads)  # broken, with an error, unless so many meet
     first = iter(range(threads))
 
-    def meeting(weight):
+    def meeting(weight, granule):
         if next(first, None) is not None:
             waiting.wait(timeout=60)
-        return spectral_centroids(weight)
+        return spectral_centroids(weight, granule)
 
     monkeypatch.setattr(spectral_order, "spectral_centroids", meeting)
     get_peft_model(llama(), config())
@@ -105,7 +106,7 @@ def test_a_shared_square_weight_that_one_layer_stores_transposed(threads):
     base, transposed = torch.nn.Linear(12, 12), Conv1D(12, 12)
     transposed.weight = base.weight
     settings = config(r=4).for_layer("")
-    with sorting.Sorting(lambda: [(base, 3), (transposed, 3)]) as order:
+    with sorting.Sorting(lambda: [(base, BlockRule(3)), (transposed, BlockRule(3))]) as order:
         rows, cols = (
             Linear(layer, "default", settings, fan_in_fan_out=layer is transposed, spectral_order=order)
             for layer in (base, transposed)
@@ -191,9 +192,9 @@ def test_one_after_another_where_the_orders_come_from_elsewhere(llama, threads):
     """Other processes ask in the same order, each for one weight (`shared_spectra`)."""
     asked = []
 
-    def elsewhere(weight):
+    def elsewhere(weight, granule):
         asked.append(threading.current_thread())
-        return spectral_orders(weight)
+        return spectral_orders(weight, granule)
 
     token = order_source.set(elsewhere)
     try:
@@ -210,12 +211,12 @@ def test_what_is_not_asked_for_is_given_up(llama, threads, monkeypatch, error):
     begun, leaving = [], threading.Event()
     from_weight, shutdown = BlockPartition.from_weight, ThreadPoolExecutor.shutdown
 
-    def failing(weight, num_blocks):
+    def failing(weight, num_blocks, *, granule):
         begun.append(weight)
         if len(begun) == 1:
             raise error
         assert leaving.wait(timeout=60)
-        return from_weight(weight, num_blocks)
+        return from_weight(weight, num_blocks, granule=granule)
 
     def left(pool, *args, **kwargs):
         leaving.set()
