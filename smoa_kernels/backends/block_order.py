@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..definition.packed import PackedAdapter
 
-__all__ = ["BlockOrder", "block_indices", "block_order", "inverse", "row_panels", "select_columns"]
+__all__ = ["BlockOrder", "Index", "block_indices", "block_order", "inverse", "row_panels", "select_columns"]
 
 # Bytes of W0 that are gathered as whole rows at a time: what columns are then taken of is still in a cache. Of 64 rows
 # a block of 2048² in four costs 318 us, of 256 278; of 256 at 4096x11008 (11 MB) 11 % more than of 64.
 _ROW_BYTES = 2**21
+
+
+# Runs of so many bytes are copied as rows: shorter ones by single elements.
+_LONG_RUN = 32
+
+
+class Index(NamedTuple):
+    """Where the columns (or rows) of a matrix in block order are found.
+
+    Attributes:
+        places: int64, one for each.
+        run: so many neighbours stay together and in order, from multiples of it to multiples of it.
+    """
+
+    places: Tensor
+    run: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +44,7 @@ class BlockOrder:
         weight: W0 (N, C), as it is.
         A: (ρ, C), columns in block order, at least float32.
         B: (N, ρ), rows in block order, times s.
-        row_index: coordinate of each row in block order; None where blocks are contiguous: the order is W0's own.
+        row_index: each row in block order; None where blocks are contiguous: the order is W0's own.
         col_index: the same for columns.
         ranks: rank of each block; those of rank zero are left out of all that is listed block by block.
         row_sizes: rows of each block.
@@ -36,8 +54,8 @@ class BlockOrder:
     weight: Tensor
     A: Tensor
     B: Tensor
-    row_index: Tensor | None
-    col_index: Tensor | None
+    row_index: Index | None
+    col_index: Index | None
     ranks: Sequence[int]
     row_sizes: Sequence[int]
     col_sizes: Sequence[int]
@@ -101,19 +119,23 @@ class BlockOrder:
             width = self.weight.shape[1]
             count = max(16, _ROW_BYTES // max(1, width * self.weight.itemsize))
             whole = self.weight.new_empty(min(count, max(self.row_sizes)), width)
-            indices = zip(self.rows(self.row_index), self.cols(self.col_index, 0), strict=True)
-            for rows, index in indices:
-                block = self.weight.new_empty(rows.shape[0], index.shape[0])
+            indices = zip(self.rows(self.row_index.places), self.cols(self.col_index.places, 0), strict=True)
+            for rows, cols in indices:
+                index = Index(cols, self.col_index.run)
+                block = self.weight.new_empty(rows.shape[0], cols.shape[0])
                 for some, out in zip(row_panels(rows, count), row_panels(block, count), strict=True):
                     found = torch.index_select(self.weight, 0, some, out=whole[: some.shape[0]])
                     select_columns(found, index, out)
                 yield block
 
 
-def block_indices(adapter: PackedAdapter) -> tuple[Tensor | None, Tensor | None]:
+def block_indices(adapter: PackedAdapter) -> tuple[Index | None, Index | None]:
     """The indices that list rows and columns block by block; None where blocks are contiguous: it is W0's own order."""
     p = adapter.partition
-    return (None, None) if p.is_contiguous else (p.row_index, p.col_index)
+    if p.is_contiguous:
+        return None, None
+    rows, cols = (math.gcd(p.granularity, size) for size in p.shape)
+    return Index(p.row_index, rows), Index(p.col_index, cols)
 
 
 def block_order(adapter: PackedAdapter) -> BlockOrder:
@@ -124,7 +146,7 @@ def block_order(adapter: PackedAdapter) -> BlockOrder:
     A, B = adapter.A.to(dtype), adapter.B.to(dtype)
     row_index, col_index = block_indices(adapter)
     if row_index is not None and col_index is not None:
-        A, B = A.index_select(1, col_index), B.index_select(0, row_index)
+        A, B = A.index_select(1, col_index.places), B.index_select(0, row_index.places)
     return BlockOrder(
         weight=adapter.weight,
         A=A,
@@ -143,15 +165,37 @@ def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:
     return (tensor,) if tensor.shape[0] <= rows else tensor.split(rows)
 
 
-def select_columns(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+def select_columns(x: Tensor, index: Index, out: Tensor) -> Tensor:
     """`x[:, index]` of a matrix, written to `out`, by the fastest of torch's ways to copy columns."""
+    places, run = index
+    if run * x.itemsize >= _LONG_RUN:  # as rows of their own
+        parts, into = (matrix.unflatten(1, (matrix.shape[1] // run, run)) for matrix in (x, out))
+        torch.index_select(parts, 1, _every(places, run), out=into)
+        return out
     if x.itemsize > 2:
-        return torch.index_select(x, 1, index, out=out)
-    # index_select has no fast path for half types, nor gather but for integers.
-    torch.gather(x.view(torch.int16), 1, index.expand(x.shape[0], -1), out=out.view(torch.int16))
+        return torch.index_select(x, 1, places, out=out)
+    # index_select has no fast path for half types, nor gather but for integers: of as many elements as one can hold.
+    width = math.gcd(run, 4)
+    while not (_is_aligned(x, width) and _is_aligned(out, width)):
+        width //= 2
+    wide = {1: torch.int16, 2: torch.int32, 4: torch.int64}[width]
+    places = _every(places, width).expand(x.shape[0], -1)
+    torch.gather(x.view(wide), 1, places, out=out.view(wide))
     return out
 
 
-def inverse(index: Tensor) -> Tensor:
+def _every(places: Tensor, run: int) -> Tensor:
+    """Places of runs, from those of their elements."""
+    return places if run == 1 else places[::run] // run
+
+
+def _is_aligned(x: Tensor, width: int) -> bool:
+    """Whether so many neighbours in a row may be viewed as one element."""
+    return width == 1 or (x.stride(1) == 1 and x.stride(0) % width == 0 and x.storage_offset() % width == 0)
+
+
+def inverse(index: Index) -> Index:
     """The permutation that undoes another."""
-    return torch.empty_like(index).scatter_(0, index, torch.arange(index.shape[0], device=index.device))
+    places = index.places
+    undone = torch.empty_like(places).scatter_(0, places, torch.arange(places.shape[0], device=places.device))
+    return Index(undone, index.run)

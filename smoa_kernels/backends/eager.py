@@ -21,6 +21,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import accumulate, gemm_is_ieee
 from . import Gradients
 from .block_order import (
+    Index,
     block_indices,
     block_order,
     inverse,
@@ -253,7 +254,7 @@ class _Buffer:
             self._memory = panel.new_empty(panel.shape)
         return self._memory[: panel.shape[0]]
 
-    def columns(self, panel: Tensor, index: Tensor | None) -> Tensor:
+    def columns(self, panel: Tensor, index: Index | None) -> Tensor:
         """The columns of a panel in another order; the panel itself where there is none."""
         return panel if index is None else select_columns(panel, index, out=self.like(panel))
 
@@ -319,8 +320,8 @@ class _BlockGradient:
             torch.mm(A, H.T, out=dB_k.T)
         dB.mul_(self._adapter.scaling)  # order.B holds it already
         if order.row_index is not None and order.col_index is not None:
-            dA = dA.index_select(1, inverse(order.col_index))
-            dB = dB.index_select(0, inverse(order.row_index))
+            dA = dA.index_select(1, inverse(order.col_index).places)
+            dB = dB.index_select(0, inverse(order.row_index).places)
         dA, dB = (dB.T, dA.T) if self._transposed else (dA, dB)
         return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
 
