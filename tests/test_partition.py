@@ -40,7 +40,7 @@ def svd_centroids(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)
 def test_equals_vectors(vector: Vector) -> None:
     weight = torch.from_numpy(vector.weight).to(DEVICE)
-    partition = BlockPartition.from_weight(weight, vector.num_blocks)
+    partition = vector.partition(DEVICE)
     row_score, col_score = spectral_centroids(weight)
     for score, true in ((row_score, vector.row_score), (col_score, vector.col_score)):
         torch.testing.assert_close(score.cpu(), torch.from_numpy(true), rtol=1e-9, atol=1e-9)

@@ -31,7 +31,7 @@ def tensor(values: np.ndarray) -> Tensor:
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)
 def test_reference_equals_vectors(vector: Vector) -> None:
     weight, x = tensor(vector.weight), tensor(vector.x).requires_grad_()
-    partition = BlockPartition.from_weight(weight, vector.num_blocks)
+    partition = vector.partition(DEVICE)
     A, B, ranks = pack_factors(
         [tensor(a) for a in vector.block_A],
         [tensor(b) for b in vector.block_B],

@@ -2,7 +2,8 @@
 
 The files keep each block's factors apart, in spectral order: row n of B_k belongs to the n-th row of block k,
 `row_order`'s k-th chunk, likewise the columns of A_k. The package keeps them packed, A (ρ, C) and B (N, ρ) in
-the layer's own coordinates; `pack_*` and `unpack_*` go from one to the other.
+the layer's own coordinates; `pack_*` and `unpack_*` go from one to the other. A file that does not say how its blocks
+were made holds spectral ones; `write_vectors.py` wrote the others.
 """
 
 import functools
@@ -11,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from smoa_kernels import BlockPartition
+from smoa_kernels.definition.block_rule import BlockRule
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -44,6 +49,21 @@ class Vector:
     block_B: tuple[FloatArray, ...]  # K times (N_k, r_k)
     block_dA: tuple[FloatArray, ...]
     block_dB: tuple[FloatArray, ...]
+    block_order: str = "spectral"
+    granule: int = 1
+    block_seed: int = 0
+
+    @property
+    def rule(self) -> BlockRule:
+        """How the blocks were made."""
+        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed)
+
+    def partition(self, device: torch.device) -> BlockPartition:
+        """The blocks, computed; random ones from their labels, since another torch may draw others."""
+        if self.block_order != "random":
+            return self.rule.build(torch.from_numpy(self.weight).to(device))
+        labels = (torch.from_numpy(labels).to(device) for labels in (self.row_block, self.col_block))
+        return BlockPartition.from_labels(*labels, self.num_blocks)
 
     @property
     def scaling(self) -> float:
@@ -87,14 +107,17 @@ class Vector:
         """One (N, ρ) to K factors (N_k, r_k)."""
         return tuple(packed[rows, :rank] for rows, rank in zip(self._row_chunks, self.ranks, strict=True))
 
-    # numpy.array_split cuts as torch.tensor_split does: the first n % K chunks are one longer.
     @property
     def _row_chunks(self) -> list[IntArray]:
-        return np.array_split(self.row_order, self.num_blocks)
+        return _chunks(self.row_order, self.row_block, self.num_blocks)
 
     @property
     def _col_chunks(self) -> list[IntArray]:
-        return np.array_split(self.col_order, self.num_blocks)
+        return _chunks(self.col_order, self.col_block, self.num_blocks)
+
+
+def _chunks(order: IntArray, labels: IntArray, num_blocks: int) -> list[IntArray]:
+    return [order[labels[order] == k] for k in range(num_blocks)]
 
 
 def load_vector(path: Path) -> Vector:
@@ -104,6 +127,7 @@ def load_vector(path: Path) -> Vector:
     num_blocks = int(stored.pop("num_blocks"))
     block_A = tuple(stored.pop(f"A{k}") for k in range(num_blocks))
     block_B = tuple(stored.pop(f"B{k}") for k in range(num_blocks))
+    made = {key: stored.pop(key).item() for key in ("block_order", "granule", "block_seed") if key in stored}
     # A block of rank 0 has no gradients in the file; its empty factors have the right shape.
     block_dA = tuple(stored.pop(f"dA{k}", block_A[k]) for k in range(num_blocks))
     block_dB = tuple(stored.pop(f"dB{k}", block_B[k]) for k in range(num_blocks))
@@ -115,6 +139,7 @@ def load_vector(path: Path) -> Vector:
         block_B=block_B,
         block_dA=block_dA,
         block_dB=block_dB,
+        **made,
         **stored,
     )
 

@@ -19,9 +19,17 @@ from problems import LinearProblem, make_problem
 from test_permute import gather, gathered_by_hand, random_partition, scatter
 from vectors import Vector, all_vectors
 
+from smoa_kernels.definition.block_rule import BlockRule
+
 pytestmark = pytest.mark.numerical
 
 CHECKS = [test.check for test in (test_block_grad, test_block_matmul, test_fused_linear, test_modulate)]
+
+# The kernels treat blocks of every order alike: the other orders' vectors are for `make test-all`.
+VECTORS = [
+    pytest.param(v, id=v.name, marks=[pytest.mark.slow] if v.rule != BlockRule(v.num_blocks) else [])
+    for v in all_vectors()
+]
 
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -36,7 +44,7 @@ each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__
         *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16)),
     ],
 )
-@pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector: vector.name)
+@pytest.mark.parametrize("vector", VECTORS)
 @each_check
 def test_vectors(
     check: Callable[..., None], vector: Vector, dtype: torch.dtype, device: torch.device
