@@ -328,8 +328,22 @@ class _BlockGradient:
 
 def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W0ᵀ + Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`, (T, N), without a temporary of W0's size."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    A, B = adapter.expanded_factors(wide)
-    products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ adapter.weight.T
-    update = (products.view(A.shape[0], x.shape[0], B.shape[0]).to(wide) * B.T[:, None]).sum(0)
-    return accumulate(update.to(x.dtype), x, adapter.weight)
+    if not adapter.partition.is_contiguous:
+        A, B = adapter.expanded_factors(torch.promote_types(x.dtype, torch.float32))
+        return accumulate(_expanded_output(x, A, B, adapter.weight), x, adapter.weight)
+    order = block_order(adapter)  # a block's factors need W0's block alone
+    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    if not all(order.ranks):
+        y.zero_()
+    parts = zip(
+        order.cols(x), order.factors(order.A, order.B), order.weights(), order.rows(y, 1), strict=True
+    )
+    for x_k, (A, B), weight, y_k in parts:
+        y_k.copy_(_expanded_output(x_k, A, B, weight))
+    return accumulate(y, x, adapter.weight)
+
+
+def _expanded_output(x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+    """`Σ_t B_t ∘ ((x ∘ A_t) Wᵀ)` (T, N) in x's dtype, of factors that are wider."""
+    products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ weight.T
+    return (products.view(A.shape[0], x.shape[0], B.shape[0]).to(B.dtype) * B.T[:, None]).sum(0).to(x.dtype)
