@@ -8,7 +8,7 @@ driver, is not seen. The process must not interpret (`TRITON_INTERPRET`).
     >>> with gpu.on(1):
     ...     kernel[(4,)](x, y, BLOCK=64)
     >>> gpu.launches
-    [Launch(kernel='kernel', form=..., device=1, stream=101)]
+    [Launch(kernel='kernel', form=..., device=1, stream=101, ...)]
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Launch:
             and stages. What is beyond it, Triton made of the numbers and addresses that it was given.
         device: the current one at the launch.
         stream: that device's current stream.
+        numbers: the grid, and the arguments that are no pointers.
     """
 
     kernel: str
@@ -51,6 +52,7 @@ class Launch:
     constants: str
     device: int
     stream: int
+    numbers: tuple[object, ...]
 
 
 @dataclass
@@ -107,9 +109,24 @@ class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows n
         """What launches."""
         return self._record
 
-    def _record(self, grid_0: int, grid_1: int, grid_2: int, stream: int, *args: object) -> None:
+    def _record(
+        self,
+        grid_0: int,
+        grid_1: int,
+        grid_2: int,
+        stream: int,
+        _function: object,
+        _packed: object,
+        _metadata: object,
+        _enter_hook: object,
+        _leave_hook: object,
+        *arguments: object,
+    ) -> None:
         if self.gpu.recording:
-            self.gpu.launches.append(Launch(self.name, self.form, self.constants, self.gpu.current, stream))
+            plain = (one for one in arguments if not isinstance(one, torch.Tensor))
+            numbers = grid_0, grid_1, grid_2, *plain
+            launch = Launch(self.name, self.form, self.constants, self.gpu.current, stream, numbers)
+            self.gpu.launches.append(launch)
 
 
 class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothing

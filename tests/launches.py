@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +29,7 @@ from smoa_kernels import BlockPartition
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.kernels import KERNELS
-from smoa_kernels.kernels.launch import Launcher
+from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.table import Table
 from smoa_kernels.tuning import tuner
@@ -131,13 +131,20 @@ def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:
 
 
 def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
-    """Of launches that find their compiled form by what launchers remember, and of Triton's own way: the forms."""
-    launchers = [value for module in list(sys.modules.values()) for value in vars(module).values()]
-    launchers = [value for value in launchers if isinstance(value, Launcher)]
+    """Of launches by remembered plans, and of those whose plan is made anew: form, numbers and device."""
     layers = [
         adapter(out_features, in_features, "cuda:0", factors)
         for out_features, in_features in ((256, 512), (250, 512), (256, 1), (1, 64))
         for factors in (BF16, torch.float32)
+    ]
+    first = layers[0]
+    layers += [  # which differ from the first in nothing else
+        replace(first, weight=torch.empty(512, 256, dtype=BF16, device="cuda:0").T),
+        replace(
+            first, A=first.A.new_empty(4, 640).narrow(1, 0, 512), B=first.B.new_empty(256, 8).narrow(1, 4, 4)
+        ),
+        replace(first, A=first.A.new_empty(5, 512), B=first.B.new_empty(256, 5)),
+        adapter(256, 512, "cuda:1", BF16),
     ]
     calls = [
         call
@@ -151,14 +158,13 @@ def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
         gpu.launches.clear()
         for call in calls:
             if forget:
-                for launcher in launchers:
-                    launcher._compiled.clear()
+                table.forget()
             call()
-        return [launch.form for launch in gpu.launches]
+        return [f"{launch.form} {launch.numbers} {launch.device}" for launch in gpu.launches]
 
-    own = sweep(forget=True)
+    new = sweep(forget=True)
     sweep(forget=False)
-    return {"Triton's own": own, "remembered": sweep(forget=False)}
+    return {"new": new, "remembered": sweep(forget=False)}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ split under dropout, fused for few tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -118,10 +117,12 @@ def factor_gradients(
     dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dA, dB) by the kernels of `kernels/block_grad.py`, which takes a long batch in parts."""
-    # Under dropout there is one part: the mask counts tokens from the first.
-    parts = (dy.shape[0],) if dropout is not None else _gradient_parts(dy, adapter)
+    partition, tokens = adapter.partition, dy.shape[0]
+    parts: tuple[int, ...] = (tokens,)
+    if dropout is None:  # under which there is one part: the mask counts tokens from the first
+        rho = adapter.A.shape[0]
+        parts = _gradient_parts(tokens, partition.shape, partition.num_blocks, rho, dy.dtype)
     pieces = [(dy, x)] if len(parts) == 1 else list(zip(dy.split(parts), x.split(parts), strict=True))
-    partition = adapter.partition
     both = (
         dropout is None and not _in_order(dy, partition.row_sizes) and not _in_order(x, partition.col_sizes)
     )
@@ -136,13 +137,12 @@ def factor_gradients(
     return block_grad(len(parts), gathered, adapter, allow_tf32=allow_tf32)
 
 
-def _gradient_parts(dy: Tensor, adapter: PackedAdapter) -> tuple[int, ...]:
+@table.remembered
+def _gradient_parts(
+    tokens: int, features: tuple[int, int], num_blocks: int, rho: int, dtype: torch.dtype
+) -> tuple[int, ...]:
     """How many tokens the backward gathers at a time, without dropout."""
-    sizes = (*dy.shape, adapter.weight.shape[1], adapter.A.shape[0], adapter.partition.num_blocks)
-    found: tuple[int, ...] = table.answer(
-        ("parts", dy.dtype, *sizes), lambda: gradient_parts(_problem(dy.shape[0], adapter, dy.dtype))
-    )
-    return found
+    return gradient_parts(Problem(tokens, *features, num_blocks, rho * num_blocks, dtype))
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
@@ -177,12 +177,12 @@ def _by_block(x: Tensor, partition: BlockPartition, dropout: Dropout | None = No
     return gather_columns(x, partition.col_index, partition.col_offsets, width, dropout=dropout)
 
 
-def _in_order(x: Tensor, sizes: Sequence[int]) -> bool:
+def _in_order(x: Tensor, sizes: tuple[int, ...]) -> bool:
     """Whether x has its columns, in blocks of these sizes, in block order already."""
     return len(sizes) == 1 and _width(sizes) == x.shape[1] and x.is_contiguous()
 
 
-def _width(sizes: Sequence[int]) -> int:
+def _width(sizes: tuple[int, ...]) -> int:
     """P, what blocks of these sizes are padded to."""
     return padded_width(sizes, padding_multiple(sizes))
 
@@ -214,31 +214,29 @@ def admissible(stage: str, dtype: str) -> tuple[str, ...]:
 
 
 def _chosen(stage: Direction, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
-    """What :func:`_choose` chose, which is asked once."""
-    sizes = (x.shape[0], *adapter.weight.shape, adapter.A.shape[0], adapter.partition.num_blocks)
-    found: str = table.answer(
-        (stage, x.device, x.dtype, allow_tf32, *sizes), lambda: _choose(stage, x, adapter, allow_tf32)
-    )
-    return found
+    """What "auto" means for a batch without dropout, for "forward" or "input_gradient"."""
+    num_blocks, rho = adapter.partition.num_blocks, adapter.A.shape[0]
+    return _choose(stage, x.device, x.dtype, allow_tf32, x.shape[0], adapter.partition.shape, num_blocks, rho)
 
 
-def _choose(stage: Direction, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
-    """What "auto" means without dropout, for "forward" or "input_gradient": as measured, else as predicted."""
-    tokens, ieee = x.shape[0], x.dtype == torch.float32 and not allow_tf32
-    dtype = precision_of(x.dtype, ieee).name
-    out_features, in_features = adapter.weight.shape
-    rank, num_blocks = adapter.A.shape[0], adapter.partition.num_blocks
-    key = Key(stage, dtype, rank, num_blocks, out_features, in_features, bucket(tokens))
-    measured = table.tuned_algorithm(key, x.device, admissible(stage, dtype))
+@table.remembered
+def _choose(
+    stage: Direction,
+    device: torch.device,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+    tokens: int,
+    features: tuple[int, int],
+    num_blocks: int,
+    rho: int,
+) -> str:
+    """As measured, else as predicted."""
+    ieee = dtype == torch.float32 and not allow_tf32
+    name = precision_of(dtype, ieee).name
+    key = Key(stage, name, rho, num_blocks, *features, bucket(tokens))
+    measured = table.tuned_algorithm(key, device, admissible(stage, name))
     if measured is not None:
         return measured
-    problem = _problem(tokens, adapter, x.dtype)
-    return choose_algorithm(problem, device_gpu(x.device), ieee, stage)
-
-
-def _problem(tokens: int, adapter: PackedAdapter, dtype: torch.dtype, dropout: float = 0.0) -> Problem:
-    """The layer and a batch as the cost model names them: blocks of one size and one rank."""
-    out_features, in_features = adapter.weight.shape
-    num_blocks = adapter.partition.num_blocks
-    rank = adapter.A.shape[0] * num_blocks
-    return Problem(tokens, out_features, in_features, num_blocks, rank, dtype, dropout)
+    # The layer as the cost model names it: blocks of one size and one rank.
+    problem = Problem(tokens, *features, num_blocks, rho * num_blocks, dtype)
+    return choose_algorithm(problem, device_gpu(device), ieee, stage)

@@ -25,7 +25,8 @@ __all__ = ["Estimate", "choose_algorithm", "estimate", "fused_token_limit"]
 
 
 # What Python takes for one launch, autograd included (measured on CPU): PEFT's LoRA 88 µs for the 5 launches of a
-# forward and 111 for the 7 of a backward, HiRA 90 and 116; ours 564 µs for the 9 of both (`make host-time`).
+# forward and 111 for the 7 of a backward, HiRA 90 and 116; ours 564 µs for the 9 of both (`make host-time`), a quarter
+# less since launches have plans, which was measured in a busier hour only (docs/gpu.md).
 LAUNCH_SECONDS = 17e-6
 OUR_LAUNCH_SECONDS = 63e-6
 OURS = ("merged", "split", "fused")

@@ -19,9 +19,9 @@ R is ρ rounded up to a whole group of ranks: a row of partials is a multiple of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,11 +35,11 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import backward as reference_backward
 from .common import block_slots, check_tile, dot, input_precision, to_tf32
-from .launch import Launcher
+from .launch import Launcher, Plan
 from .permute import gather_both
 from .spec import Config, Kernel, Operands, Work, in_dtype, tile_divides
 from .sum_partials import GROUP, RANK_CHUNK, sum_partials
-from .table import select
+from .table import remembered, select
 
 __all__ = ["BLOCK_GRAD", "BlockGradConfig", "block_grad"]
 
@@ -212,52 +212,40 @@ def block_grad(
         ValueError: the tile does not divide P_n and P_c.
     """
     dyg, xg = gathered(0)
-    partition, rho = adapter.partition, adapter.A.shape[0]
-    out_features, in_features = partition.shape
-    tokens, num_blocks, padded_rows = dyg.shape
-    padded_cols = xg.shape[2]
-    precision = input_precision(adapter.weight.dtype, allow_tf32=allow_tf32)
-    config = config or select(
-        "block_grad",
-        dyg.device,
-        dyg.dtype,
-        precision,
-        rank=rho,
-        blocks=num_blocks,
-        out_features=out_features,
-        in_features=in_features,
-        tokens=tokens,
-        padded_out=padded_rows,
-        padded_in=padded_cols,
-    )
-    check_tile(config, padded_rows, padded_cols)
-    weight, A, B = adapter.weight, adapter.A, adapter.B
+    weight, A, B, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
     dA, dB = A.new_empty(A.shape), B.new_empty(B.shape)
+    rho, tokens = A.shape[0], dyg.shape[0]
     if rho == 0:
         return dA, dB
-
-    tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
-    programs = num_blocks * tiles_n * tiles_c
-    splits = config.split or token_splits(tokens, programs, multiprocessors(dyg.device), config.block_t)
-    tokens_per_split = -(-tokens // (splits * config.block_t)) * config.block_t
-    width = partial_width(rho)
-    slots_a, slots_b = splits * tiles_n, splits * tiles_c
-    partial_a = dyg.new_empty((parts * slots_a, in_features, width), dtype=torch.float32)
-    partial_b = dyg.new_empty((parts * slots_b, out_features, width), dtype=torch.float32)
-    stride_wn, stride_wc = weight.stride()
-    stride_ar, stride_ac = A.stride()
-    stride_bn, stride_br = B.stride()
     for part in range(parts):
         if part > 0:
             del dyg, xg  # before the next are gathered
             dyg, xg = gathered(part)
         dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
         xg = xg if xg.stride(2) == 1 else xg.contiguous()
-        stride_dyt, stride_dyk, _ = dyg.stride()
-        stride_xt, stride_xk, _ = xg.stride()
-        launch_block_grad(
-            (programs, splits),
+        plan, tiling = _plan(
+            dyg.device,
+            dyg.dtype,
+            tokens,
+            dyg.shape,
+            dyg.stride(),
+            xg.shape[2],
+            xg.stride(),
+            weight.dtype,
+            partition.shape,
+            weight.stride(),
+            rho,
+            A.stride(),
+            B.stride(),
+            allow_tf32,
             config,
+        )
+        slots_a, slots_b, width = tiling.slots_a, tiling.slots_b, tiling.width
+        if part == 0:
+            partial_a = dyg.new_empty((parts * slots_a, A.shape[1], width), dtype=torch.float32)
+            partial_b = dyg.new_empty((parts * slots_b, B.shape[0], width), dtype=torch.float32)
+        launch_block_grad(
+            plan,
             dy_ptr=dyg,
             x_ptr=xg,
             weight_ptr=weight,
@@ -271,34 +259,98 @@ def block_grad(
             col_offsets_ptr=partition.col_offsets,
             partial_a_ptr=partial_a if parts == 1 else partial_a.narrow(0, part * slots_a, slots_a),
             partial_b_ptr=partial_b if parts == 1 else partial_b.narrow(0, part * slots_b, slots_b),
-            tokens=dyg.shape[0],
-            tokens_per_split=tokens_per_split,
-            out_features=out_features,
-            in_features=in_features,
-            tiles_n=tiles_n,
-            tiles_c=tiles_c,
-            max_rank=rho,
-            rank_groups=width // PARTIAL_RANKS,
-            stride_dyt=stride_dyt,
-            stride_dyk=stride_dyk,
-            stride_xt=stride_xt,
-            stride_xk=stride_xk,
-            stride_wn=stride_wn,
-            stride_wc=stride_wc,
-            stride_ar=stride_ar,
-            stride_ac=stride_ac,
-            stride_bn=stride_bn,
-            stride_br=stride_br,
-            INPUT_PRECISION=precision,
-            BLOCK_N=config.block_n,
-            BLOCK_C=config.block_c,
-            BLOCK_T=config.block_t,
-            BLOCK_R=RANK_CHUNK,
         )
     del dyg, xg
-    tile = config.block_n, config.block_c
-    sum_partials(partial_a, partial_b, partition, adapter.ranks, dA, dB, parts * splits, tile)
+    sum_partials(partial_a, partial_b, partition, adapter.ranks, dA, dB, parts * tiling.splits, tiling.tile)
     return dA, dB
+
+
+class Tiling(NamedTuple):
+    """How the work of a part of the tokens is divided.
+
+    Attributes:
+        tile: rows and columns of a tile of G.
+        splits: programs that share a tile's tokens.
+        slots_a: partials of dA.
+        slots_b: partials of dB.
+        width: R, ranks of a partial.
+    """
+
+    tile: tuple[int, int]
+    splits: int
+    slots_a: int
+    slots_b: int
+    width: int
+
+
+@remembered
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    dy_shape: Sequence[int],
+    dy_stride: Sequence[int],
+    padded_cols: int,
+    x_stride: Sequence[int],
+    weight_dtype: torch.dtype,
+    features: tuple[int, int],
+    w_stride: Sequence[int],
+    rho: int,
+    a_stride: Sequence[int],
+    b_stride: Sequence[int],
+    allow_tf32: bool,
+    config: BlockGradConfig | None,
+) -> tuple[Plan, Tiling]:
+    """A part's launch, and the tiling, which is the same in all parts: the first, of `tokens`, decides it."""
+    tokens_here, num_blocks, padded_rows = dy_shape
+    precision = input_precision(weight_dtype, allow_tf32=allow_tf32)
+    config = config or select(
+        "block_grad",
+        device,
+        dtype,
+        precision,
+        rank=rho,
+        blocks=num_blocks,
+        out_features=features[0],
+        in_features=features[1],
+        tokens=tokens,
+        padded_out=padded_rows,
+        padded_in=padded_cols,
+    )
+    check_tile(config, padded_rows, padded_cols)
+    tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
+    programs = num_blocks * tiles_n * tiles_c
+    splits = config.split or token_splits(tokens, programs, multiprocessors(device), config.block_t)
+    width = partial_width(rho)
+    plan = Plan(
+        (programs, splits),
+        config,
+        tokens=tokens_here,
+        tokens_per_split=-(-tokens // (splits * config.block_t)) * config.block_t,
+        out_features=features[0],
+        in_features=features[1],
+        tiles_n=tiles_n,
+        tiles_c=tiles_c,
+        max_rank=rho,
+        rank_groups=width // PARTIAL_RANKS,
+        stride_dyt=dy_stride[0],
+        stride_dyk=dy_stride[1],
+        stride_xt=x_stride[0],
+        stride_xk=x_stride[1],
+        stride_wn=w_stride[0],
+        stride_wc=w_stride[1],
+        stride_ar=a_stride[0],
+        stride_ac=a_stride[1],
+        stride_bn=b_stride[0],
+        stride_br=b_stride[1],
+        INPUT_PRECISION=precision,
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+        BLOCK_T=config.block_t,
+        BLOCK_R=RANK_CHUNK,
+    )
+    tile = config.block_n, config.block_c
+    return plan, Tiling(tile, splits, splits * tiles_n, splits * tiles_c, width)
 
 
 _KIB = 1024

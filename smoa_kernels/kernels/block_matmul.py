@@ -26,11 +26,11 @@ from ..cost.architectures import Architecture
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from .common import block_slots, check_tile, dot, input_precision, round_to
-from .launch import Launcher
+from .launch import Launcher, Plan
 from .modulate import modulated_blocks
 from .permute import gather_columns
 from .spec import Config, Kernel, Key, Operands, Work, delta_weight, tile_divides
-from .table import select
+from .table import remembered, select
 
 __all__ = ["BLOCK_MATMUL", "BlockMatmulConfig", "block_matmul"]
 
@@ -156,32 +156,24 @@ def block_matmul(
         ValueError: the tile does not divide P_n and P_c.
     """
     partition = adapter.partition
-    tokens, num_blocks, padded_cols = xg.shape
-    padded_rows = delta.shape[1]
-    precision = input_precision(xg.dtype, allow_tf32=allow_tf32)
-    config = config or select(
-        "block_matmul",
+    xg = xg if xg.stride(2) == 1 else xg.contiguous()
+    plan = _plan(
         xg.device,
         xg.dtype,
-        precision,
-        rank=adapter.A.shape[0],
-        blocks=num_blocks,
-        out_features=partition.shape[0],
-        in_features=partition.shape[1],
-        tokens=tokens,
-        padded_out=padded_rows,
-        padded_in=padded_cols,
-        transposed=delta.stride(2) != 1,
+        xg.shape,
+        xg.stride(),
+        delta.shape[1],
+        delta.stride(),
+        out.stride(),
+        partition.shape,
+        adapter.A.shape[0],
+        allow_tf32,
+        config,
     )
-    natural = out.ndim == 2
-    check_tile(config, padded_rows, padded_cols)
     if out.numel() == 0:
         return out
-    xg = xg if xg.stride(2) == 1 else xg.contiguous()
-    tiles = -(-tokens // config.block_t) * num_blocks * (padded_rows // config.block_n)
     launch_block_matmul(
-        (tiles,),
-        config,
+        plan,
         x_ptr=xg,
         delta_ptr=delta,
         ranks_ptr=adapter.ranks,
@@ -189,19 +181,59 @@ def block_matmul(
         row_offsets_ptr=partition.row_offsets,
         col_offsets_ptr=partition.col_offsets,
         out_ptr=out,
+    )
+    return out
+
+
+@remembered
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    x_shape: Sequence[int],
+    x_stride: Sequence[int],
+    padded_rows: int,
+    delta_stride: Sequence[int],
+    out_stride: Sequence[int],
+    features: tuple[int, int],
+    rank: int,
+    allow_tf32: bool,
+    config: BlockMatmulConfig | None,
+) -> Plan:
+    tokens, num_blocks, padded_cols = x_shape
+    precision = input_precision(dtype, allow_tf32=allow_tf32)
+    transposed = delta_stride[2] != 1
+    config = config or select(
+        "block_matmul",
+        device,
+        dtype,
+        precision,
+        rank=rank,
+        blocks=num_blocks,
+        out_features=features[0],
+        in_features=features[1],
+        tokens=tokens,
+        padded_out=padded_rows,
+        padded_in=padded_cols,
+        transposed=transposed,
+    )
+    check_tile(config, padded_rows, padded_cols)
+    natural = len(out_stride) == 2
+    return Plan(
+        (-(-tokens // config.block_t) * num_blocks * (padded_rows // config.block_n),),
+        config,
         tokens=tokens,
         num_blocks=num_blocks,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
-        stride_xt=xg.stride(0),
-        stride_xk=xg.stride(1),
-        stride_dk=delta.stride(0),
-        stride_dn=delta.stride(1),
-        stride_dc=delta.stride(2),
-        stride_ot=out.stride(0),
-        stride_ok=0 if natural else out.stride(1),
-        stride_on=out.stride(-1),
-        TRANSPOSED=delta.stride(2) != 1,
+        stride_xt=x_stride[0],
+        stride_xk=x_stride[1],
+        stride_dk=delta_stride[0],
+        stride_dn=delta_stride[1],
+        stride_dc=delta_stride[2],
+        stride_ot=out_stride[0],
+        stride_ok=0 if natural else out_stride[1],
+        stride_on=out_stride[-1],
+        TRANSPOSED=transposed,
         SCATTER=natural,
         INPUT_PRECISION=precision,
         BLOCK_T=config.block_t,
@@ -209,7 +241,6 @@ def block_matmul(
         BLOCK_C=config.block_c,
         GROUP_T=config.group_t,
     )
-    return out
 
 
 # Largest tile first; each passes the audit wherever `_shipped` ships it.

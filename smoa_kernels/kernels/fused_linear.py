@@ -32,9 +32,9 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import forward as reference_forward
 from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, dot, input_precision, round_to, to_tf32
-from .launch import Launcher
+from .launch import Launcher, Plan
 from .spec import LABELS, ONE_NUMBER, Config, Kernel, Key, Operands, Work, in_dtype
-from .table import select
+from .table import remembered, select
 
 __all__ = ["FUSED_LINEAR", "SUM_PARTS", "FusedLinearConfig", "fused_linear", "sum_parts"]
 
@@ -207,35 +207,28 @@ def fused_linear(
         config: launch parameters.
     """
     w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
-    T, (N, C), rank = x.shape[0], w.shape, a.shape[0]
+    T, N = x.shape[0], w.shape[0]
     y = x.new_empty(T, N)
     if y.numel() == 0:
         return y
-    precision = input_precision(w.dtype, allow_tf32=allow_tf32)
-    config = config or select(
-        "fused_linear",
+    plan, parts = _plan(
         x.device,
         w.dtype,
-        precision,
-        rank=rank,
-        blocks=partition.num_blocks,
-        out_features=N,
-        in_features=C,
-        tokens=T,
-        transposed=w.stride(1) != 1,
-    )
-    # The next power of two; `tl.dot` takes no fewer than 16.
-    chunk = min(config.block_r, max(16, 1 << max(rank - 1, 0).bit_length()))
-    chunks = max(1, -(-rank // chunk))
-    parts = chunks * config.split
-    out = y if parts == 1 else x.new_empty((parts, T, N), dtype=torch.float32)
-    tiles = -(-T // config.block_t) * -(-N // config.block_n)
-    stride_wn, stride_wc = w.stride()
-    stride_ar, stride_ac = a.stride()
-    stride_bn, stride_br = b.stride()
-    launch_fused_linear(
-        (tiles * config.split, chunks),
+        T,
+        x.stride(),
+        w.shape,
+        w.stride(),
+        a.shape[0],
+        a.stride(),
+        b.stride(),
+        partition.num_blocks,
+        bias is not None,
+        allow_tf32,
         config,
+    )
+    out = y if parts == 1 else x.new_empty((parts, T, N), dtype=torch.float32)
+    launch_fused_linear(
+        plan,
         x_ptr=x,
         w_ptr=w,
         bias_ptr=bias,
@@ -246,48 +239,101 @@ def fused_linear(
         ranks_ptr=adapter.ranks,
         scaling_ptr=adapter.scaling,
         out_ptr=out,
-        T=T,
-        N=N,
-        C=C,
-        rank=rank,
-        stride_xt=x.stride(0),
-        stride_xc=x.stride(1),
-        stride_wn=stride_wn,
-        stride_wc=stride_wc,
-        stride_ar=stride_ar,
-        stride_ac=stride_ac,
-        stride_bn=stride_bn,
-        stride_br=stride_br,
-        INPUT_PRECISION=precision,
-        W_TRANSPOSED=w.stride(1) != 1,
-        HAS_BIAS=bias is not None and parts == 1,
-        SIDE_BY_SIDE=partition.num_blocks > 1 and 0 < rank * partition.num_blocks <= chunk,
-        RANK_BLOCK=chunk,
-        SPLIT=config.split,
-        BLOCK_T=config.block_t,
-        BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
     )
     if parts > 1:
         sum_parts(out, bias, y)
     return y
 
 
+@remembered
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    x_stride: Sequence[int],
+    features: Sequence[int],
+    w_stride: Sequence[int],
+    rank: int,
+    a_stride: Sequence[int],
+    b_stride: Sequence[int],
+    num_blocks: int,
+    has_bias: bool,
+    allow_tf32: bool,
+    config: FusedLinearConfig | None,
+) -> tuple[Plan, int]:
+    """The launch, and how many parts of y it writes."""
+    out_features, in_features = features
+    transposed = w_stride[1] != 1
+    precision = input_precision(dtype, allow_tf32=allow_tf32)
+    config = config or select(
+        "fused_linear",
+        device,
+        dtype,
+        precision,
+        rank=rank,
+        blocks=num_blocks,
+        out_features=out_features,
+        in_features=in_features,
+        tokens=tokens,
+        transposed=transposed,
+    )
+    # The next power of two; `tl.dot` takes no fewer than 16.
+    chunk = min(config.block_r, max(16, 1 << max(rank - 1, 0).bit_length()))
+    chunks = max(1, -(-rank // chunk))
+    parts = chunks * config.split
+    tiles = -(-tokens // config.block_t) * -(-out_features // config.block_n)
+    plan = Plan(
+        (tiles * config.split, chunks),
+        config,
+        T=tokens,
+        N=out_features,
+        C=in_features,
+        rank=rank,
+        stride_xt=x_stride[0],
+        stride_xc=x_stride[1],
+        stride_wn=w_stride[0],
+        stride_wc=w_stride[1],
+        stride_ar=a_stride[0],
+        stride_ac=a_stride[1],
+        stride_bn=b_stride[0],
+        stride_br=b_stride[1],
+        INPUT_PRECISION=precision,
+        W_TRANSPOSED=transposed,
+        HAS_BIAS=has_bias and parts == 1,
+        SIDE_BY_SIDE=num_blocks > 1 and 0 < rank * num_blocks <= chunk,
+        RANK_BLOCK=chunk,
+        SPLIT=config.split,
+        BLOCK_T=config.block_t,
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+    )
+    return plan, parts
+
+
 def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumConfig | None = None) -> None:
     """`out = Σ parts + bias` in a fixed order: parts (P, T, N) float32, bias (N), out (T, N), all contiguous."""
-    tokens, out_features = out.shape
-    config = config or select("sum_parts", out.device, out.dtype, out_features=out_features, tokens=tokens)
-    grid = (-(-out.numel() // config.block),)
-    launch_sum_parts(
-        grid,
+    plan = _sum_plan(out.device, out.dtype, parts.shape, bias is not None, config)
+    launch_sum_parts(plan, parts_ptr=parts, bias_ptr=bias, out_ptr=out)
+
+
+@remembered
+def _sum_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    has_bias: bool,
+    config: SumConfig | None,
+) -> Plan:
+    parts, tokens, out_features = shape
+    size = tokens * out_features
+    config = config or select("sum_parts", device, dtype, out_features=out_features, tokens=tokens)
+    return Plan(
+        (-(-size // config.block),),
         config,
-        parts_ptr=parts,
-        bias_ptr=bias,
-        out_ptr=out,
-        parts=parts.shape[0],
-        size=out.numel(),
+        parts=parts,
+        size=size,
         N=out_features,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=has_bias,
         BLOCK=config.block,
     )
 

@@ -2,24 +2,24 @@
 """Where a launch goes, and the shortest way there.
 
 Triton launches on the current device, wherever its arguments are: :func:`on_device`. And at every launch it specialises
-each argument anew to find the compiled kernel, 25 µs of Python for 20 arguments: :class:`Launcher` remembers what it
-found.
+each argument anew to find the compiled kernel, 25 µs of Python for 20 arguments: :class:`Launcher` remembers in a
+:class:`Plan` what it found.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from operator import itemgetter
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from .spec import Config
 
-__all__ = ["Launcher", "on_device"]
+__all__ = ["Launcher", "Plan", "on_device"]
 
 _STAY: AbstractContextManager[None] = nullcontext()
 
@@ -35,67 +35,72 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-class Launcher:
-    """Launches one kernel, a compiled form of which it finds by less than Triton looks at.
+class Plan:
+    """All of a launch but its pointers.
 
-    A form depends on the dtypes of the pointers and whether 16 divides them, on the numbers that the kernel specialises
-    on, and on the constants. Forms are kept by all of these, the numbers in full, for pointers that 16 divides; what
-    else comes goes Triton's own way, as does every first launch. Of Triton this takes that a launch returns the
-    compiled kernel, and that it can be launched with all arguments in order, as Triton's tutorials do; where a launch
-    returns anything else, nothing is kept.
+    It follows from the sizes, strides, dtypes and device of a problem, so it is made once for a problem: what makes it
+    is under :func:`table.remembered`, and sees nothing else.
 
     Args:
-        kernel: a function under `@triton.jit`, whose pointers come first and are named `…_ptr`.
+        grid: numbers of programs.
+        config: what the compiler is told besides the arguments.
+        numbers: the kernel's arguments after its pointers, in the order of its signature.
+    """
+
+    __slots__ = ("config", "grid", "launches", "numbers", "values")
+
+    def __init__(self, grid: tuple[int, ...], config: Config, **numbers: Any) -> None:
+        self.grid, self.config, self.numbers = grid, config, numbers
+        self.values = tuple(numbers.values())
+        self.launches: dict[tuple[object, ...], Any] = {}
+
+
+class Launcher:
+    """Launches one kernel, and remembers in a plan which compiled form it launched.
+
+    A form depends on a plan, on the current device, on the dtypes of the pointers, and on whether 16 divides them.
+    Remembered are forms for pointers that 16 divides; what else comes goes Triton's own way, as does every first
+    launch. Of Triton this takes that a launch returns the compiled kernel, and that it can be launched with all
+    arguments in order, as Triton's tutorials do; where a launch returns anything else, nothing is remembered.
+
+    Args:
+        kernel: a function under `@triton.jit`, whose pointers come first.
     """
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        self._compiled: dict[tuple[object, ...], Any] = {}
         self._compiles = isinstance(kernel, JITFunction)  # the interpreter compiles nothing
-        if self._compiles:
-            names = kernel.arg_names
-            self._pointers = sum(name.endswith("_ptr") for name in names)
-            numbers = range(self._pointers, len(names))
-            free = [i for i in numbers if kernel.params[i].do_not_specialize]
-            self._free = tuple(free)
-            self._keyed = itemgetter(*(i for i in numbers if i not in free))
 
-    def __call__(self, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+    def __call__(self, plan: Plan, **pointers: Tensor | None) -> None:
         """Launch on the current device.
 
         Args:
-            grid: numbers of programs.
-            config: what the compiler is told besides the arguments.
-            arguments: the kernel's own, all of them, in the order of its signature.
+            plan: the rest of the launch.
+            pointers: all of them, in the order of the kernel's signature.
         """
         if not self._compiles:
-            self._kernel[grid](**arguments, **config.options)
+            self._launch(plan, pointers)
             return
-        values = tuple(arguments.values())
-        usual = self._compiled if self._is_usual(values) else None
-        if usual:
-            active = driver.active
-            device = active.get_current_device()
-            compiled = usual.get(self._key(device, config, values))
-            if compiled is not None:
-                compiled[(*grid, 1, 1)](*values, stream=active.get_current_stream(device))
-                return
-        compiled = self._kernel[grid](**arguments, **config.options)
-        if usual is not None and isinstance(compiled, CompiledKernel):
-            if list(arguments) != self._kernel.arg_names:
+        address = 0
+        dtypes: list[torch.dtype | None] = []
+        for tensor in pointers.values():
+            if tensor is None:
+                dtypes.append(None)
+            else:
+                address |= tensor.data_ptr()
+                dtypes.append(tensor.dtype)
+        active = driver.active
+        device = active.get_current_device()
+        form = (device, *dtypes)
+        launch = None if address & 15 else plan.launches.get(form)
+        if launch is not None:
+            launch(*pointers.values(), *plan.values, stream=active.get_current_stream(device))
+            return
+        compiled = self._launch(plan, pointers)
+        if isinstance(compiled, CompiledKernel) and not address & 15:
+            if [*pointers, *plan.numbers] != self._kernel.arg_names:
                 raise TypeError(f"{self._kernel.__name__}: arguments must be in its signature's order")
-            usual[self._key(driver.active.get_current_device(), config, values)] = compiled
+            plan.launches[form] = compiled[(*plan.grid, 1, 1)]
 
-    def _is_usual(self, values: tuple[Any, ...]) -> bool:
-        """Whether 16 divides every pointer, and the numbers that are not specialised on have 32 bits."""
-        wide = 0
-        for pointer in values[: self._pointers]:
-            if pointer is not None:
-                wide |= pointer.data_ptr() & 15
-        for i in self._free:
-            wide |= values[i] >> 31
-        return not wide
-
-    def _key(self, device: int, config: Any, values: tuple[Any, ...]) -> tuple[object, ...]:
-        dtypes = [None if pointer is None else pointer.dtype for pointer in values[: self._pointers]]
-        return (device, config.num_warps, config.num_stages, self._keyed(values), *dtypes)
+    def _launch(self, plan: Plan, pointers: dict[str, Tensor | None]) -> Any:
+        return self._kernel[plan.grid](**pointers, **plan.numbers, **plan.config.options)

@@ -13,6 +13,7 @@ ranks (K) int32; scaling one element; the blocks' out (K, P_n, P_c) contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,9 +31,9 @@ from .common import (
     rank_product,
     round_to,
 )
-from .launch import Launcher
+from .launch import Launcher, Plan
 from .spec import INDEX, LABELS, ONE_NUMBER, Config, Kernel, Operands, Work, delta_weight
-from .table import select
+from .table import remembered, select
 
 __all__ = ["MODULATED_BLOCKS", "MODULATED_WEIGHT", "ModulateConfig", "modulated_blocks", "modulated_weight"]
 
@@ -144,17 +145,23 @@ def modulated_weight(
     if adapter.weight.stride(0) < adapter.weight.stride(1):
         adapter, out = adapter.T, out.T  # the tile's last dimension is W0's contiguous one
     w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
-    N, C = w.shape
     if w.numel() == 0:
         return result
-    config = config or _config("modulated_weight", adapter, allow_tf32)
-    grid = (-(-N // config.block_n) * -(-C // config.block_c),)
-    stride_wn, stride_wc = w.stride()
-    stride_ar, stride_ac = a.stride()
-    stride_bn, stride_br = b.stride()
-    launch_modulated_weight(
-        grid,
+    plan = _weight_plan(
+        w.device,
+        w.dtype,
+        w.shape,
+        w.stride(),
+        a.shape[0],
+        a.stride(),
+        b.stride(),
+        partition.num_blocks,
+        out.stride(),
+        allow_tf32,
         config,
+    )
+    launch_modulated_weight(
+        plan,
         w_ptr=w,
         a_ptr=a,
         b_ptr=b,
@@ -163,23 +170,55 @@ def modulated_weight(
         ranks_ptr=adapter.ranks,
         scaling_ptr=adapter.scaling,
         out_ptr=out,
-        N=N,
-        C=C,
-        rank=a.shape[0],
-        stride_wn=stride_wn,
-        stride_wc=stride_wc,
-        stride_ar=stride_ar,
-        stride_ac=stride_ac,
-        stride_bn=stride_bn,
-        stride_br=stride_br,
-        stride_on=out.stride(0),
-        stride_oc=out.stride(1),
-        INPUT_PRECISION=input_precision(w.dtype, allow_tf32=allow_tf32),
-        RANK_BLOCK=rank_block(a.shape[0]),
+    )
+    return result
+
+
+@remembered
+def _weight_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    features: Sequence[int],
+    w_stride: Sequence[int],
+    rank: int,
+    a_stride: Sequence[int],
+    b_stride: Sequence[int],
+    num_blocks: int,
+    out_stride: Sequence[int],
+    allow_tf32: bool,
+    config: ModulateConfig | None,
+) -> Plan:
+    out_features, in_features = features
+    precision = input_precision(dtype, allow_tf32=allow_tf32)
+    config = config or select(
+        "modulated_weight",
+        device,
+        dtype,
+        precision,
+        rank=rank,
+        blocks=num_blocks,
+        out_features=out_features,
+        in_features=in_features,
+    )
+    return Plan(
+        (-(-out_features // config.block_n) * -(-in_features // config.block_c),),
+        config,
+        N=out_features,
+        C=in_features,
+        rank=rank,
+        stride_wn=w_stride[0],
+        stride_wc=w_stride[1],
+        stride_ar=a_stride[0],
+        stride_ac=a_stride[1],
+        stride_bn=b_stride[0],
+        stride_br=b_stride[1],
+        stride_on=out_stride[0],
+        stride_oc=out_stride[1],
+        INPUT_PRECISION=precision,
+        RANK_BLOCK=rank_block(rank),
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
     )
-    return result
 
 
 @triton.jit(do_not_specialize=["max_rank"])
@@ -270,14 +309,20 @@ def modulated_blocks(
     out = w.new_empty(partition.num_blocks, padded_rows, padded_cols)
     if out.numel() == 0:
         return out
-    config = config or _config("modulated_blocks", adapter, allow_tf32, padded_rows, padded_cols)
-    tiles = -(-padded_rows // config.block_n) * -(-padded_cols // config.block_c)
-    stride_wn, stride_wc = w.stride()
-    stride_ar, stride_ac = a.stride()
-    stride_bn, stride_br = b.stride()
-    launch_modulated_blocks(
-        (partition.num_blocks * tiles,),
+    plan = _blocks_plan(
+        w.device,
+        w.dtype,
+        w.shape,
+        w.stride(),
+        a.shape[0],
+        a.stride(),
+        b.stride(),
+        out.shape,
+        allow_tf32,
         config,
+    )
+    launch_modulated_blocks(
+        plan,
         w_ptr=w,
         a_ptr=a,
         b_ptr=b,
@@ -288,40 +333,54 @@ def modulated_blocks(
         ranks_ptr=adapter.ranks,
         scaling_ptr=adapter.scaling,
         out_ptr=out,
-        max_rank=a.shape[0],
-        padded_rows=padded_rows,
-        padded_cols=padded_cols,
-        stride_wn=stride_wn,
-        stride_wc=stride_wc,
-        stride_ar=stride_ar,
-        stride_ac=stride_ac,
-        stride_bn=stride_bn,
-        stride_br=stride_br,
-        INPUT_PRECISION=input_precision(w.dtype, allow_tf32=allow_tf32),
-        RANK_BLOCK=rank_block(a.shape[0]),
-        BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
     )
     return out
 
 
-def _config(
-    kernel: str, adapter: PackedAdapter, allow_tf32: bool, padded_out: int = 0, padded_in: int = 0
-) -> ModulateConfig:
-    weight = adapter.weight
-    config: ModulateConfig = select(
-        kernel,
-        weight.device,
-        weight.dtype,
-        input_precision(weight.dtype, allow_tf32=allow_tf32),
-        rank=adapter.A.shape[0],
-        blocks=adapter.partition.num_blocks,
-        out_features=weight.shape[0],
-        in_features=weight.shape[1],
-        padded_out=padded_out,
-        padded_in=padded_in,
+@remembered
+def _blocks_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    features: Sequence[int],
+    w_stride: Sequence[int],
+    rank: int,
+    a_stride: Sequence[int],
+    b_stride: Sequence[int],
+    out_shape: Sequence[int],
+    allow_tf32: bool,
+    config: ModulateConfig | None,
+) -> Plan:
+    num_blocks, padded_rows, padded_cols = out_shape
+    precision = input_precision(dtype, allow_tf32=allow_tf32)
+    config = config or select(
+        "modulated_blocks",
+        device,
+        dtype,
+        precision,
+        rank=rank,
+        blocks=num_blocks,
+        out_features=features[0],
+        in_features=features[1],
+        padded_out=padded_rows,
+        padded_in=padded_cols,
     )
-    return config
+    return Plan(
+        (num_blocks * -(-padded_rows // config.block_n) * -(-padded_cols // config.block_c),),
+        config,
+        max_rank=rank,
+        padded_rows=padded_rows,
+        padded_cols=padded_cols,
+        stride_wn=w_stride[0],
+        stride_wc=w_stride[1],
+        stride_ar=a_stride[0],
+        stride_ac=a_stride[1],
+        stride_bn=b_stride[0],
+        stride_br=b_stride[1],
+        INPUT_PRECISION=precision,
+        RANK_BLOCK=rank_block(rank),
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+    )
 
 
 _SHIPPED = (

@@ -13,6 +13,7 @@ Layout of the pointers: x (T, C) with any strides; blocked (T, K, P) contiguous;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,9 +31,9 @@ from .common import (
     dropout_multiplier,
     round_to,
 )
-from .launch import Launcher
+from .launch import Launcher, Plan
 from .spec import INDEX, ONE_NUMBER, Config, Kernel, Operands, Work
-from .table import select
+from .table import remembered, select
 
 __all__ = ["GATHER_BOTH", "PERMUTE", "PermuteConfig", "gather_both", "gather_columns", "scatter_columns"]
 
@@ -259,29 +260,15 @@ def gather_both(
         widths: P_n and P_c.
         config: launch parameters.
     """
-    tokens, num_blocks, (padded_rows, padded_cols) = x.shape[0], partition.num_blocks, widths
-    dyg, xg = dy.new_empty(tokens, num_blocks, padded_rows), x.new_empty(tokens, num_blocks, padded_cols)
+    tokens, num_blocks = x.shape[0], partition.num_blocks
+    dyg, xg = dy.new_empty(tokens, num_blocks, widths[0]), x.new_empty(tokens, num_blocks, widths[1])
     if not tokens:
         return dyg, xg
-    config = config or select(
-        "gather_both",
-        x.device,
-        x.dtype,
-        blocks=num_blocks,
-        out_features=dy.shape[1],
-        in_features=x.shape[1],
-        tokens=tokens,
-        padded_out=padded_rows,
-        padded_in=padded_cols,
+    plan = _plan_both(
+        x.device, x.dtype, dy.shape, dy.stride(), x.shape, x.stride(), num_blocks, widths, config
     )
-    block_t, block_p = config.block_t, config.block_p
-    rows = -(-tokens // block_t) * num_blocks
-    first_tiles = rows * -(-padded_rows // block_p)
-    stride_dyt, stride_dyc = dy.stride()
-    stride_xt, stride_xc = x.stride()
     launch_gather_both(
-        (first_tiles + rows * -(-padded_cols // block_p),),
-        config,
+        plan,
         dy_ptr=dy,
         x_ptr=x,
         row_index_ptr=partition.row_index,
@@ -290,19 +277,51 @@ def gather_both(
         col_offsets_ptr=partition.col_offsets,
         dyg_ptr=dyg,
         xg_ptr=xg,
+    )
+    return dyg, xg
+
+
+@remembered
+def _plan_both(
+    device: torch.device,
+    dtype: torch.dtype,
+    dy_shape: Sequence[int],
+    dy_stride: Sequence[int],
+    x_shape: Sequence[int],
+    x_stride: Sequence[int],
+    num_blocks: int,
+    widths: tuple[int, int],
+    config: PermuteConfig | None,
+) -> Plan:
+    (tokens, in_features), (padded_rows, padded_cols) = x_shape, widths
+    config = config or select(
+        "gather_both",
+        device,
+        dtype,
+        blocks=num_blocks,
+        out_features=dy_shape[1],
+        in_features=in_features,
+        tokens=tokens,
+        padded_out=padded_rows,
+        padded_in=padded_cols,
+    )
+    rows = -(-tokens // config.block_t) * num_blocks
+    first_tiles = rows * -(-padded_rows // config.block_p)
+    return Plan(
+        (first_tiles + rows * -(-padded_cols // config.block_p),),
+        config,
         T=tokens,
         first_tiles=first_tiles,
         num_blocks=num_blocks,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
-        stride_dyt=stride_dyt,
-        stride_dyc=stride_dyc,
-        stride_xt=stride_xt,
-        stride_xc=stride_xc,
-        BLOCK_T=block_t,
-        BLOCK_P=block_p,
+        stride_dyt=dy_stride[0],
+        stride_dyc=dy_stride[1],
+        stride_xt=x_stride[0],
+        stride_xc=x_stride[1],
+        BLOCK_T=config.block_t,
+        BLOCK_P=config.block_p,
     )
-    return dyg, xg
 
 
 def scatter_columns(
@@ -334,35 +353,47 @@ def _launch(
 ) -> None:
     if blocked.numel() == 0:
         return
-    tokens, num_blocks, width = blocked.shape
-    config = config or select(
-        "permute",
-        x.device,
-        x.dtype,
-        blocks=num_blocks,
-        in_features=x.shape[1],
-        tokens=tokens,
-        padded_in=width,
-    )
-    tiles = -(-tokens // config.block_t) * num_blocks * -(-width // config.block_p)
+    mask = None if dropout is None else (dropout.column_offset, dropout.threshold, dropout.scale)
+    plan = _plan(x.device, x.dtype, x.shape[1], x.stride(), blocked.shape, scatter, mask, config)
     launch_permute(
-        (tiles,),
-        config,
+        plan,
         x_ptr=x,
         index_ptr=index,
         offsets_ptr=offsets,
         seed_ptr=index if dropout is None else dropout.seed,
         blocked_ptr=blocked,
+    )
+
+
+@remembered
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    features: int,
+    stride: Sequence[int],
+    blocked_shape: Sequence[int],
+    scatter: bool,
+    mask: tuple[int, int, float] | None,
+    config: PermuteConfig | None,
+) -> Plan:
+    tokens, num_blocks, width = blocked_shape
+    config = config or select(
+        "permute", device, dtype, blocks=num_blocks, in_features=features, tokens=tokens, padded_in=width
+    )
+    column_offset, threshold, scale = mask or (0, 0, 1.0)
+    return Plan(
+        (-(-tokens // config.block_t) * num_blocks * -(-width // config.block_p),),
+        config,
         T=tokens,
         num_blocks=num_blocks,
         padded=width,
-        stride_xt=x.stride(0),
-        stride_xc=x.stride(1),
-        column_offset=0 if dropout is None else dropout.column_offset,
-        threshold=0 if dropout is None else dropout.threshold,
-        scale=1.0 if dropout is None else dropout.scale,
+        stride_xt=stride[0],
+        stride_xc=stride[1],
+        column_offset=column_offset,
+        threshold=threshold,
+        scale=scale,
         SCATTER=scatter,
-        DROPOUT=dropout is not None,
+        DROPOUT=mask is not None,
         BLOCK_T=config.block_t,
         BLOCK_P=config.block_p,
     )

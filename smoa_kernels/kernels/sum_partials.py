@@ -8,6 +8,7 @@ da (ρ, C) and db (N, ρ), any strides. R is ρ rounded up to a whole group of r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 from ..cost.grad_tiling import PARTIAL_RANKS, partial_width
 from ..definition.partition import BlockPartition
 from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, round_to
-from .launch import Launcher
+from .launch import Launcher, Plan
 from .spec import INDEX, LABELS, Kernel, Operands, Work
-from .table import select
+from .table import remembered, select
 
 __all__ = ["GROUP", "RANK_CHUNK", "SUM_PARTIALS", "sum_partials"]
 
@@ -173,26 +174,21 @@ def sum_partials(
         tile: rows and columns of the gradient kernel's tile.
         config: launch parameters.
     """
-    (out_features, rank), in_features = dB.shape, dA.shape[1]
-    width = partial_a.shape[2]
-    tiles_n, tiles_c = partial_a.shape[0] // splits, partial_b.shape[0] // splits
-    config = config or select(
-        "sum_partials",
+    plan = _plan(
         dB.device,
         dB.dtype,
-        rank=rank,
-        blocks=partition.num_blocks,
-        out_features=out_features,
-        in_features=in_features,
-        padded_out=tiles_n * tile[0],
-        padded_in=tiles_c * tile[1],
-    )
-    block_m = config.block // RANK_CHUNK
-    stride_ar, stride_ac = dA.stride()
-    stride_bn, stride_br = dB.stride()
-    launch_sum_partials(
-        (-(-out_features // block_m) + -(-in_features // block_m), -(-width // RANK_CHUNK)),
+        partial_a.shape,
+        partial_b.shape,
+        dB.shape[1],
+        dA.stride(),
+        dB.stride(),
+        partition.num_blocks,
+        splits,
+        tile,
         config,
+    )
+    launch_sum_partials(
+        plan,
         partial_a_ptr=partial_a,
         partial_b_ptr=partial_b,
         row_label_ptr=partition.row_block,
@@ -202,6 +198,41 @@ def sum_partials(
         col_offsets_ptr=partition.col_offsets,
         da_ptr=dA,
         db_ptr=dB,
+    )
+
+
+@remembered
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    partial_a_shape: Sequence[int],
+    partial_b_shape: Sequence[int],
+    rank: int,
+    a_stride: Sequence[int],
+    b_stride: Sequence[int],
+    num_blocks: int,
+    splits: int,
+    tile: tuple[int, int],
+    config: SumConfig | None,
+) -> Plan:
+    slots_a, in_features, width = partial_a_shape
+    slots_b, out_features, _ = partial_b_shape
+    tiles_n, tiles_c = slots_a // splits, slots_b // splits
+    config = config or select(
+        "sum_partials",
+        device,
+        dtype,
+        rank=rank,
+        blocks=num_blocks,
+        out_features=out_features,
+        in_features=in_features,
+        padded_out=tiles_n * tile[0],
+        padded_in=tiles_c * tile[1],
+    )
+    block_m = config.block // RANK_CHUNK
+    return Plan(
+        (-(-out_features // block_m) + -(-in_features // block_m), -(-width // RANK_CHUNK)),
+        config,
         out_features=out_features,
         in_features=in_features,
         rank=rank,
@@ -209,10 +240,10 @@ def sum_partials(
         splits=splits,
         tiles_n=tiles_n,
         tiles_c=tiles_c,
-        stride_ar=stride_ar,
-        stride_ac=stride_ac,
-        stride_bn=stride_bn,
-        stride_br=stride_br,
+        stride_ar=a_stride[0],
+        stride_ac=a_stride[1],
+        stride_bn=b_stride[0],
+        stride_br=b_stride[1],
         TILE_N=tile[0],
         TILE_C=tile[1],
         BLOCK_M=block_m,

@@ -19,9 +19,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from filelock import FileLock
@@ -40,10 +40,11 @@ __all__ = [
     "Entry",
     "Table",
     "Trial",
-    "answer",
     "describe",
+    "forget",
     "keep",
     "read",
+    "remembered",
     "select",
     "states",
     "tuned_algorithm",
@@ -69,7 +70,46 @@ UNFINISHED = "did not finish: the process ended while it ran"
 measure_unknown: Callable[[Key, torch.device, Entry | None], Entry | None] | None = None
 """A hook that measures a key, of which a table has no entry or an incomplete one. It is not called during capture."""
 
-_answers: dict[tuple[object, ...], Any] = {}
+MOST_ANSWERS = 4096
+"""To one function under :func:`remembered`: a training may see any number of token counts."""
+
+_remembered: list[dict[tuple[object, ...], Any]] = []
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def forget() -> None:
+    """Read the tables anew, and ask anew what depends on them."""
+    _tables.cache_clear()
+    for answers in _remembered:
+        answers.clear()
+
+
+def remembered(find: F) -> F:
+    """Ask a function once for each of its questions, until the table changes.
+
+    A launch asks for its plan, and a pass for its algorithm, at every call of a layer. What is first asked during
+    capture is asked again after it, when it can be measured.
+
+    Args:
+        find: answers by its arguments, which are plain values, and by the table: a tensor's address, say, is none of
+            its business. It takes its arguments by position.
+    """
+    answers: dict[tuple[object, ...], Any] = {}
+    _remembered.append(answers)
+
+    @wraps(find)
+    def ask(*question: object) -> Any:
+        try:
+            return answers[question]
+        except KeyError:
+            found = find(*question)
+        if not _capturing():
+            if len(answers) >= MOST_ANSWERS:
+                answers.clear()
+            answers[question] = found
+        return found
+
+    return cast(F, ask)
 
 
 def select(
@@ -92,13 +132,15 @@ def select(
         sizes: the other fields of `Key`.
     """
     seen = 0 if tokens is None else bucket(tokens)
+    return _selected(
+        Key(kernel, precision_of(dtype, ieee=precision == "ieee").name, tokens=seen, **sizes), device
+    )
 
-    def find() -> Choice:
-        key = Key(kernel, precision_of(dtype, ieee=precision == "ieee").name, tokens=seen, **sizes)
-        default = KERNELS[kernel].default
-        return _fastest(key, device) or default(key, architecture(device), multiprocessors(device))
 
-    return answer((kernel, device, dtype, precision, seen, *sizes.items()), find)
+@remembered
+def _selected(key: Key, device: torch.device) -> Choice:
+    default = KERNELS[key.kernel].default
+    return _fastest(key, device) or default(key, architecture(device), multiprocessors(device))
 
 
 def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> str | None:
@@ -119,26 +161,7 @@ def keep(entry: Entry) -> None:
         OSError: as :func:`update`.
     """
     update(user_table(entry.identity.gpu), [entry])
-    _tables.cache_clear()
-    _answers.clear()  # the table may hold what others wrote meanwhile
-
-
-def answer(question: tuple[object, ...], find: Callable[[], Any]) -> Any:
-    """Return what `find` chooses, which is asked once: a launch asks for its parameters, a pass for its algorithm.
-
-    The answer is kept until the table changes.
-
-    Args:
-        question: all that the answer depends on, in plain values.
-        find: chooses.
-    """
-    try:
-        return _answers[question]
-    except KeyError:
-        found = find()
-    if not _capturing():  # else it is asked again after it, when it can be measured
-        _answers[question] = found
-    return found
+    forget()  # the table may hold what others wrote meanwhile
 
 
 def _fastest(key: Key, device: torch.device, allowed: Sequence[str] | None = None) -> Choice | None:

@@ -45,8 +45,12 @@ def test_sizes_compile_no_forms_of_their_own() -> None:
 
 
 @pytest.mark.slow
-def test_what_launchers_remember_is_what_triton_would_compile() -> None:
-    """Sizes of 1, odd sizes and strides, pointers that 16 does not divide, two dtypes of factors, one after another."""
+def test_remembered_plans_launch_what_new_ones_would() -> None:
+    """The same compiled forms, grids, sizes and strides, on the same device.
+
+    One after another come sizes of 1, odd sizes and strides, pointers that 16 does not divide, two dtypes of factors, a
+    transposed W0, factors that are parts of others, another rank, and another device.
+    """
     found = launches("remembered")
     assert len(set(found["remembered"])) > 50
-    assert found["remembered"] == found["Triton's own"]
+    assert found["remembered"] == found["new"]

@@ -33,6 +33,7 @@ from tuning_cases import (
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels import identity, table
+from smoa_kernels.kernels.launch import Plan
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import (
@@ -143,18 +144,39 @@ def test_an_edit_of_a_kernels_source_makes_its_entries_stale(
     assert edited("kernels/table.py") == set()  # how choices are kept makes no kernel faster
 
 
-def test_a_launch_uses_what_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep(permute_entry())
+def test_a_launch_uses_what_was_tuned_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.arange(12) % 2
     p = BlockPartition.from_labels(labels, labels, 2)
     launched: list[object] = []
 
-    def record(grid: object, config: object, **arguments: object) -> None:
-        launched.append((arguments["BLOCK_T"], arguments["BLOCK_P"]))
+    def record(plan: Plan, **pointers: object) -> None:
+        launched.append((plan.numbers["BLOCK_T"], plan.numbers["BLOCK_P"]))
 
     monkeypatch.setattr("smoa_kernels.kernels.permute.launch_permute", record)
-    gather_columns(torch.zeros(5, 12), p.col_index, p.col_offsets, 64)
-    assert launched == [(SECOND.block_t, SECOND.block_p)]
+    for _ in range(2):
+        gather_columns(torch.zeros(5, 12), p.col_index, p.col_offsets, 64)
+        keep(permute_entry())
+    assert launched == [(FIRST.block_t, FIRST.block_p), (SECOND.block_t, SECOND.block_p)]
+
+
+def test_what_depends_on_the_table_is_asked_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    @table.remembered
+    def find(*question: object) -> str:
+        asked.append(question)
+        return str(question)
+
+    for question in ((1, "a"), (2, "a"), (1, "a")):
+        assert find(*question) == str(question)
+    assert asked == [(1, "a"), (2, "a")]
+    keep(permute_entry())
+    find(1, "a")
+    assert len(asked) == 3
+    monkeypatch.setattr(table, "MOST_ANSWERS", 2)  # of any number of questions, so many answers are kept
+    for number in range(9):
+        assert find(number) == str((number,))
+        assert len(find.__closure__[0].cell_contents) <= 2
 
 
 def algorithm_entry(dtype: str, kernel: str = "forward") -> None:

@@ -67,8 +67,7 @@ def ask(tokens: int = 8) -> object:
 
 def forget() -> None:
     """As in a new process: no table has been read, nothing has been answered."""
-    table._tables.cache_clear()
-    table._answers.clear()
+    table.forget()
 
 
 def scripted(seconds: Callable[[Choice], float]) -> Callable[[Run], float]:
