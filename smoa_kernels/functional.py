@@ -85,6 +85,7 @@ def smoa_linear(
         >>> y.shape
         torch.Size([3, 6])
     """
+    autocast = autocast_enabled(x)
     check_arguments(
         x,
         weight,
@@ -96,8 +97,9 @@ def smoa_linear(
         scaling=scaling,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
+        autocast=autocast,
     )
-    if autocast_enabled(x) and x.dtype != torch.float64:
+    if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     check_choice("backend", backend, BACKEND_CHOICES)
     backend = resolve_backend(backend, x.device, x.dtype, A.shape[0])

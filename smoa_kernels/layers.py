@@ -255,7 +255,7 @@ class FusedSMoALinear(nn.Linear):
     @property
     def merged(self) -> bool:
         """Whether `weight` holds W_eff, the base weight with the update."""
-        return self.smoa_base_weight is not None
+        return self._buffers["smoa_base_weight"] is not None
 
     @property
     def num_adapter_parameters(self) -> int:
@@ -311,6 +311,7 @@ class FusedSMoALinear(nn.Linear):
             check_input(x, weight)
             y = F.linear(x, weight, bias)
         else:
+            buffers = cast("dict[str, Tensor]", self._buffers)
             y = smoa_linear(
                 x,
                 weight,
@@ -318,8 +319,8 @@ class FusedSMoALinear(nn.Linear):
                 A,
                 B,
                 self.partition,
-                self.smoa_ranks,
-                scaling=self.smoa_scaling,
+                buffers["smoa_ranks"],
+                scaling=buffers["smoa_scaling"],
                 dropout_p=self.dropout if self.training else 0.0,
                 column_offset=0 if shard is None else shard.column_offset,
                 global_in_features=self.in_features,

@@ -287,14 +287,19 @@ def _recorded(compute: Pass, function: type[torch.autograd.Function]) -> Pass:
     """The same for autograd: recorded as `function` where a gradient can be asked for."""
 
     def record(first: Tensor, second: Tensor | None, option: Any, call: LinearCall) -> Any:
-        A, B = call.adapter.A, call.adapter.B
         if forward_ad._current_level >= 0 and any(map(_has_tangent, (first, second, *call.flatten()[0]))):
             # Computed all the same, the result would have no tangent, which counts as zero.
             raise RuntimeError(
                 "smoa_linear has no forward-mode derivative; smoa_kernels.definition.reference.reference_linear, in "
                 "plain PyTorch, has one"
             )
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, second, A, B)):
+        A, B = call.adapter.A, call.adapter.B
+        if torch.is_grad_enabled() and (
+            first.requires_grad
+            or (second is not None and second.requires_grad)
+            or A.requires_grad
+            or B.requires_grad
+        ):
             return function.apply(compute, first, second, A, B, option, call)
         return _below_autograd(compute, first, second, option, call)
 

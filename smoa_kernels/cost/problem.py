@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ __all__ = ["Problem"]
 WIDE_PADDING, NARROW_PADDING = 128, 64
 
 
-def padding_multiple(sizes: Sequence[int]) -> int:
+@functools.cache  # asked at every call of a layer
+def padding_multiple(sizes: tuple[int, ...]) -> int:
     """The number to whose multiples blocks of these sizes are padded."""
     return WIDE_PADDING if max(sizes) > NARROW_PADDING else NARROW_PADDING
 

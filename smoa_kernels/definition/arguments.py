@@ -33,13 +33,17 @@ def check_arguments(
     scaling: float | Tensor,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    autocast: bool,
 ) -> None:
     """Check all arguments but the algorithm, the backend and the range of the ranks.
+
+    Args:
+        autocast: :func:`autocast_enabled`; the others are those of `smoa_linear`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
-    _check_tensors(x, weight, bias, A, B, ranks, autocast=autocast_enabled(x))
+    _check_tensors(x, weight, bias, A, B, ranks, autocast=autocast)
     _check_scaling(scaling, x)
     _check_partition(partition, weight, ranks)
     check_number("dropout_p", dropout_p)

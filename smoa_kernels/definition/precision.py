@@ -107,8 +107,9 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
     if dtype != torch.float32:
         return (dtype, True) in _ROWS and _ROWS[dtype, True].ieee
     backends: Any = torch.backends  # whose annotations lack mkldnn's matmul settings
-    settings = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}
-    return device_type not in settings or settings[device_type].fp32_precision in ("ieee", "none")
+    if device_type == "cuda":
+        return backends.cuda.matmul.fp32_precision in ("ieee", "none")
+    return device_type != "cpu" or backends.mkldnn.matmul.fp32_precision in ("ieee", "none")
 
 
 # What lets cuBLAS round partial sums: a GEMM that it cuts along C may keep them in the result's own dtype.

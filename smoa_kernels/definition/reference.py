@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_arguments, check_ranks, global_width
+from .arguments import autocast_enabled, check_arguments, check_ranks, global_width
 from .dropout import Dropout
 from .packed import PackedAdapter
 from .partition import BlockPartition
@@ -88,6 +88,7 @@ def reference_linear(
         scaling=scaling,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
+        autocast=autocast_enabled(x),
     )
     check_ranks(ranks, None, A.shape[0])
     width = global_width(x, column_offset, global_in_features)

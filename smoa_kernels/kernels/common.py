@@ -17,7 +17,7 @@ and seed are read through pointers: they are tensors on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,8 @@ def check_tile(config: Any, padded_rows: int, padded_cols: int) -> None:
         )
 
 
-def padded_width(sizes: Sequence[int], multiple: int) -> int:
+@functools.cache  # asked at every call of a layer
+def padded_width(sizes: tuple[int, ...], multiple: int) -> int:
     """P: the largest block, rounded up to a multiple of the tile."""
     return -(-max(sizes) // multiple) * multiple
 
