@@ -107,7 +107,10 @@ def _alone(task: Task) -> Record:
 def tasks(
     registry: str, archs: Sequence[str], kernels: Sequence[str] | None, dtypes: Sequence[str]
 ) -> list[Task]:
-    """Every compilation asked for, in the order of `archs`."""
+    """Every compilation asked for, in the order of `archs`; all forms of a configuration before the next one's.
+
+    A tuner that runs out of time then has all forms of some, not some forms of all.
+    """
     known = _load(registry)
     check_choices("kernel", kernels or (), known)
     return [
@@ -117,8 +120,8 @@ def tasks(
         if kernels is None or kernel.name in kernels
         for dtype in dtypes
         if not (dtype == "tf32" and ARCHITECTURES[arch].is_amd)  # AMD multiplies float32 in IEEE
-        for form in kernel.forms
         for index in range(len(kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])))
+        for form in kernel.forms
     ]
 
 

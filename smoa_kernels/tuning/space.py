@@ -1,7 +1,8 @@
 """What is tried for a kernel: the shipped configurations and their neighbours, less those that compile badly.
 
-A neighbour differs from a shipped configuration in one number, by one step. Whether it spills, overflows shared memory
-or loads narrowly is known before anything is timed: the audit compiles it for the architecture, without a GPU.
+A neighbour differs from a shipped configuration in one number, by one step, or in two of which one makes up for the
+other. Whether it spills, overflows shared memory or loads narrowly is known before anything is timed: the audit
+compiles it for the architecture, without a GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
+from itertools import combinations
 from typing import Any
 
 from ..audit.rules import broken_rules
@@ -28,21 +30,45 @@ def _searched(kernel: Kernel) -> Kernel:
 
     def space(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
         ships = kernel.shipped(arch, precision)
-        neighbours = (neighbour for config in ships for neighbour in _neighbours(config, kernel.steps))
-        return tuple(dict.fromkeys((*ships, *neighbours)))
+        alone = (neighbour for config in ships for neighbour in _neighbours(config, kernel.steps))
+        paired = (neighbour for config in ships for neighbour in _paired(config, kernel.steps))
+        return tuple(dict.fromkeys((*ships, *alone, *paired)))
 
     return replace(kernel, shipped=space)
 
 
-def _neighbours(config: Any, steps: Mapping[str, tuple[int, ...]]) -> list[Config]:
-    found: list[Config] = []
+def _neighbours(config: Any, steps: Mapping[str, tuple[int, ...]]) -> Iterator[Config]:
+    """A step up or down in one number."""
     for field in fields(config):
-        values, here = steps.get(field.name, ()), getattr(config, field.name)
-        if here in values:
-            at = values.index(here)
-            changes = (value for value in values[max(at - 1, 0) : at + 2] if value != here)
-            found += [replace(config, **{field.name: value}) for value in changes]
-    return found
+        for by in (-1, 1):
+            yield from _moved(config, steps, {field.name: by})
+
+
+def _paired(config: Any, steps: Mapping[str, tuple[int, ...]]) -> Iterator[Config]:
+    """A step in two numbers, of which either alone may spill, not fit, or leave the tensor cores idle.
+
+    A tile that is longer on one side and shorter on the other, or larger for more warps, keeps the registers of a
+    thread; one that is larger in fewer stages keeps the shared memory.
+    """
+    for one, other in combinations([field.name for field in fields(config)], 2):
+        if one in _SIDES and other in (*_SIDES, "num_warps", "num_stages"):
+            together = 1 if other == "num_warps" else -1
+            for by in (-1, 1):
+                yield from _moved(config, steps, {one: by, other: by * together})
+
+
+_SIDES = ("block_t", "block_n", "block_c", "block_p")  # of a tile; `block_r` only bounds ranks
+
+
+def _moved(config: Any, steps: Mapping[str, tuple[int, ...]], by: Mapping[str, int]) -> list[Config]:
+    """The configuration with each of these numbers so many steps on; none where one has no such step."""
+    changed = {}
+    for name, distance in by.items():
+        values, here = steps.get(name, ()), getattr(config, name)
+        if here not in values or not 0 <= values.index(here) + distance < len(values):
+            return []
+        changed[name] = values[values.index(here) + distance]
+    return [replace(config, **changed)]
 
 
 SEARCH: Mapping[str, Kernel] = {name: _searched(kernel) for name, kernel in KERNELS.items()}

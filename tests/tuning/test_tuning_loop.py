@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -187,16 +188,66 @@ def test_algorithms_come_after_the_kernels_they_are_made_of() -> None:
     "kernel", ["modulated_weight", "permute", "block_matmul", "fused_linear", "block_grad"]
 )
 def test_the_space_is_what_ships_and_one_step_around_it(kernel: str, arch: str) -> None:
+    """A step in one number, or in two of which one makes up for the other; what ships comes first, then the former."""
     ships = space._ships(kernel, arch, "bf16")
     found = search_space(kernel, arch, "bf16")
     assert found[: len(ships)] == ships
-    assert 10 <= len(found) <= 40
+    assert 10 <= len(found) <= 70
     assert len(set(found)) == len(found)
 
-    def steps(config: object) -> int:
-        return min(sum(vars(config)[name] != value for name, value in vars(other).items()) for other in ships)
+    steps = KERNELS[kernel].steps
 
-    assert {steps(config) for config in found} == {0, 1}
+    def moves(config: object, other: object) -> dict[str, int]:
+        """Which numbers `config` has changed from `other`, and by how many steps."""
+        changed = {
+            name: (vars(other)[name], value)
+            for name, value in vars(config).items()
+            if value != vars(other)[name]
+        }
+        return {
+            name: steps[name].index(there) - steps[name].index(here)
+            for name, (here, there) in changed.items()
+        }
+
+    def reachable(config: object) -> list[dict[str, int]]:
+        """From each configuration that ships, where only numbers change that the search changes."""
+        found = []
+        for other in ships:
+            with suppress(KeyError, ValueError):
+                found.append(moves(config, other))
+        return found
+
+    distances = [min(sum(map(abs, changed.values())) for changed in reachable(config)) for config in found]
+    assert distances == sorted(distances)
+    assert set(distances) == {0, 1, 2}
+    for config in found[distances.index(2) :]:
+        assert any(_makes_up(changed) for changed in reachable(config)), config
+
+
+def _makes_up(changed: dict[str, int]) -> bool:
+    """A tile grows by a step on one side as it shrinks on another, or has fewer stages, or more warps."""
+    sides = [by for name, by in changed.items() if name.startswith("block_") and name != "block_r"]
+    rest = [
+        -by if name == "num_warps" else by
+        for name, by in changed.items()
+        if name in ("num_warps", "num_stages")
+    ]
+    both = [*sides, *rest]
+    return bool(sides) and len(both) == len(changed) == 2 and sorted(both) == [-1, 1]
+
+
+def test_two_steps_at_once() -> None:
+    """What block_grad's largest tile is tried as besides its neighbours, and what it is not."""
+    largest = space._ships("block_grad", "sm_90", "bf16")[0]
+    around = set(space._paired(largest, KERNELS["block_grad"].steps))
+    longer = {"block_t": 128, "num_stages": 2}
+    assert replace(largest, **longer) in around
+    assert replace(largest, block_n=64, num_warps=4) in around  # type: ignore[call-arg]
+    assert around <= set(search_space("block_grad", "sm_90", "bf16"))
+    more = {"block_t": 128, "num_stages": 4}
+    assert replace(largest, **more) not in around
+    assert replace(largest, block_n=64, split=1) not in around  # type: ignore[call-arg]
+    assert not list(space._paired(largest, {}))
 
 
 def test_what_the_audit_fails_is_pruned_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +329,8 @@ def test_the_audit_compiles_the_whole_space_of_every_kernel(arch: str) -> None:
     assert len(set(found)) == len(found)
     for kernel, dtype in itertools.product(KERNELS, dtypes):
         own = [task for task in found if (task.kernel, task.dtype) == (kernel, dtype)]
+        # All forms of one before the next: what is late then costs the last, not all of them.
+        assert [task.config for task in own] == sorted(task.config for task in own)
         forms, size = {task.variant for task in own}, len(search_space(kernel, arch, dtype))
         assert len(own) == len(forms) * size > len(forms) * len(space._ships(kernel, arch, dtype))
 
