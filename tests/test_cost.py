@@ -211,7 +211,7 @@ def test_fused_up_to_the_limit_and_no_further():
         assert choose_algorithm(replace(SQUARE, tokens=tokens), H100, False) == "split"
 
 
-@pytest.mark.parametrize(("blocks", "forward", "input_gradient"), [(1, 128, 64), (4, 64, 64), (8, 64, 64)])
+@pytest.mark.parametrize(("blocks", "forward", "input_gradient"), [(1, 128, 128), (4, 64, 128), (8, 64, 128)])
 def test_limits_on_an_h100(blocks, forward, input_gradient):
     """Where a multiprocessor has its second program, or third. What dX is compared with does not depend on K."""
     p = replace(SQUARE, num_blocks=blocks)

@@ -66,7 +66,7 @@ class Step(NamedTuple):
 def fused_step(precision: str, tokens: int) -> Step:
     """The step that runs at so many tokens, by name of the precision."""
     if precision in ("bf16", "fp16"):
-        return Step(16, 64, 64, 4, 512, 607) if tokens <= FUSED_TOKENS else Step(32, 64, 64, 4, 533, 620)
+        return Step(16, 64, 64, 4, 512, 517) if tokens <= FUSED_TOKENS else Step(32, 64, 64, 4, 533, 514)
     return Step(16, 64, 32, 4, 421, 452) if precision == "tf32" else Step(16, 16, 32, 2, 694, 749)
 
 

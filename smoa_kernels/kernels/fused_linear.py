@@ -41,7 +41,10 @@ __all__ = ["FUSED_LINEAR", "SUM_PARTS", "FusedLinearConfig", "fused_linear", "su
 
 @dataclass(frozen=True)
 class FusedLinearConfig(Config):
-    """One tile of y and up to `block_r` ranks per program; `split` programs share its sum over C."""
+    """One tile of y and up to `block_r` ranks per program; `split` programs share its sum over C.
+
+    `reads_transposed`: tensor cores read a transposed tile of W0 in a half type where an asynchronous copy leaves it.
+    """
 
     block_t: int
     block_n: int
@@ -50,6 +53,7 @@ class FusedLinearConfig(Config):
     split: int
     num_warps: int
     num_stages: int
+    reads_transposed: bool = False
 
 
 @triton.jit
@@ -84,7 +88,7 @@ def fused_linear_kernel(
     stride_bn,
     stride_br,
     INPUT_PRECISION: tl.constexpr,
-    W_TRANSPOSED: tl.constexpr,
+    THROUGH_REGISTERS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
@@ -125,10 +129,11 @@ def fused_linear_kernel(
         x_ptrs = x_ptr + tokens[None, :] * stride_xt + cols[:, None] * stride_xc
         x = tl.load(x_ptrs, mask=token_inside[None, :] & col_inside[:, None], other=0.0)
         col_block = widened(tl.load(col_block_ptr + cols, mask=col_inside, other=0))
-        THROUGH_REGISTERS: tl.constexpr = W_TRANSPOSED or w.dtype == tl.float32
         if THROUGH_REGISTERS:
             # Changes nothing, but takes W0 to its products through registers. As TF32 or transposed, most tensor cores
             # cannot read it where an asynchronous copy of whole 128-bit words leaves it, and the copy would suffer.
+            # Hopper's can read it transposed, and copies then lie without conflicts: through registers they have four
+            # ways of them.
             w = tl.where(row_inside[:, None], w, 0.0)
 
         a_ptrs = a_ptr + r[:, None] * stride_ar + cols[None, :] * stride_ac
@@ -298,7 +303,7 @@ def _plan(
         stride_bn=b_stride[0],
         stride_br=b_stride[1],
         INPUT_PRECISION=precision,
-        W_TRANSPOSED=transposed,
+        THROUGH_REGISTERS=dtype == torch.float32 or (transposed and not config.reads_transposed),
         HAS_BIAS=has_bias and parts == 1,
         SIDE_BY_SIDE=num_blocks > 1 and 0 < rank * num_blocks <= chunk,
         RANK_BLOCK=chunk,
@@ -347,6 +352,7 @@ _SHIPPED = (
     *_split(FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=4, num_stages=3)),
     FusedLinearConfig(32, 64, 64, block_r=32, split=1, num_warps=4, num_stages=3),
 )
+_SHIPPED_SM_90 = tuple(replace(config, reads_transposed=True) for config in _SHIPPED)
 _SHIPPED_SM_120 = tuple(replace(config, block_r=32) for config in _SHIPPED)
 _SHIPPED_TF32 = _split(FusedLinearConfig(16, 64, 32, block_r=64, split=4, num_warps=4, num_stages=3))
 # No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
@@ -362,7 +368,7 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[FusedLinearConfi
         return _SHIPPED_AMD_FP32 if full else _SHIPPED_AMD
     if full:
         return _SHIPPED_IEEE if precision.ieee else _SHIPPED_TF32
-    return _SHIPPED_SM_120 if arch.name == "sm_120" else _SHIPPED
+    return {"sm_90": _SHIPPED_SM_90, "sm_120": _SHIPPED_SM_120}.get(arch.name, _SHIPPED)
 
 
 def _choose(fitting: Sequence[FusedLinearConfig], key: Key, multiprocessors: int) -> FusedLinearConfig:

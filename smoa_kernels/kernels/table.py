@@ -314,6 +314,9 @@ def _choice(key: Key, data: Any) -> Choice:
         return str(data)
     config = KERNELS[key.kernel].config(**data)
     for name, value in vars(config).items():
+        if isinstance(getattr(type(config), name, None), bool):  # a switch
+            check_kind(name, value, bool)
+            continue
         least = 0 if name == "split" and key.kernel == "block_grad" else 1
         least = 16 if name.startswith("block_") else least  # `tl.dot` takes no fewer
         check_count(name, value, least, _MOST.get(name, _MOST_TILE))

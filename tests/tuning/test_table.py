@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,18 @@ def test_a_table_comes_back_as_it_was_written() -> None:
     assert path.name == "nvidia-h100-80gb-hbm3.json"
     assert kept(path) == {e.key: e for e in ENTRIES}
     assert json.loads(path.read_text())["schema"] == SCHEMA
+
+
+def test_a_switch_of_a_configuration_is_kept_and_is_true_or_false(path: Path) -> None:
+    switched = replace(shipped("fused_linear")[0], reads_transposed=True)  # type: ignore[call-arg]
+    one = entry(Key("fused_linear", "bf16", 3, 2, 12, 10, 8), seconds={switched: 1.0})
+    update(path, [one])
+    assert kept(path) == {one.key: one}
+    data = json.loads(path.read_text())
+    data["entries"][0]["trials"][0]["choice"]["reads_transposed"] = 2
+    path.write_text(json.dumps(data))
+    with pytest.warns(UserWarning, match="reads_transposed must be a bool, got int"):
+        assert not read(path).entries
 
 
 def spoiled(change: Callable[[dict[str, Any]], object], path: Path) -> dict[str, Any]:
