@@ -38,15 +38,17 @@ SpectralOrder = Callable[["SMoALayer", BlockRule], BlockPartition]
 
 
 def order_of(layer: SMoALayer, rule: BlockRule) -> BlockPartition:
-    """Compute the blocks of a layer's W0."""
-    return rule.build(layer.base_weight())
+    """Compute the blocks of a layer's W0; it is read only where they depend on its values."""
+    if rule.needs_weight:
+        return rule.build(layer.base_weight())
+    return rule.of_shape((layer.out_features, layer.in_features), layer.adapter_device)
 
 
 class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
     """Everything of :class:`smoa_kernels.peft.Linear` but its forward: a layer's adapters, by name.
 
     In its methods `adapter_name` names an adapter of this layer, and `spectral_order` is the function that computes
-    the blocks of a weight where they depend on its spectrum.
+    the blocks of a layer's weight, of whatever order.
 
     Args:
         base_layer: the layer that owns W0 (N, C), or another tuner's around it.
@@ -123,6 +125,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         """The layer that owns W0, below the layers of other tuners."""
         return cast(nn.Module, self.get_base_layer())
 
+    @property
+    def adapter_device(self) -> torch.device:
+        """Where the layer's adapters are."""
+        return cast(Tensor, next(iter(self.smoa_A.values()))).device
+
     def base_weight(self) -> Tensor:
         """W0 (N, C), never W_eff; newly dequantised where it is quantised, this process's part where it is sharded."""
         if self.quantization_backend is not None:
@@ -167,7 +174,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         Args:
             adapter_name: the new adapter's name.
             settings: its rank, blocks and scaling.
-            spectral_order: computes the blocks of a weight, where its spectrum is needed.
+            spectral_order: computes the blocks of a layer's weight.
 
         Raises:
             TypeError, ValueError: the settings do not fit the layer, or it is sharded. Nothing is added.
@@ -218,13 +225,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         rule = self.block_rule[adapter_name]
         known = [p.partition for name, p in self._prepared.items() if self.block_rule[name] == rule]
         with gathered(self.innermost()), present(self, self.innermost()):
-            if known:
-                partition = known[0]
-            elif rule.needs_weight:
-                partition = spectral_order(self, rule)
-            else:
-                device = self.smoa_A[adapter_name].device
-                partition = rule.of_shape((self.out_features, self.in_features), device)
+            partition = known[0] if known else spectral_order(self, rule)
             sketch = sketch_weight(self.base_weight())
         ranks = torch.tensor(self.block_ranks[adapter_name], dtype=torch.int32, device=partition.device)
         self._set_blocks(adapter_name, partition, ranks, sketch)

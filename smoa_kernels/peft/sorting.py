@@ -1,4 +1,4 @@
-"""`Sorting`: sorts the weights of an injection by their spectra, several at once."""
+"""`Sorting`: gives the weights of an injection their blocks; where these are spectral, sorts several at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..definition.block_rule import BlockRule
 from ..definition.partition import BlockPartition
 from ..definition.spectral_order import one_thread, order_source, spectral_orders
-from .layer import SMoALayer
+from .layer import SMoALayer, order_of
 
 __all__ = ["Sorting"]
 
@@ -39,6 +39,7 @@ class Sorting:
         self._has_begun = False
         # Keys: the stored weight, or the layer that holds it quantised; whether it is stored (C, N); the rule.
         self._blocks: dict[tuple[object, bool, BlockRule], Future[BlockPartition]] = {}
+        self._of_shape: dict[tuple[object, BlockRule], BlockPartition] = {}
         self._until_exit = ExitStack()
 
     def __enter__(self) -> Sorting:
@@ -56,6 +57,11 @@ class Sorting:
         Raises:
             TypeError, ValueError: as :meth:`BlockRule.build` does.
         """
+        if not rule.needs_weight:  # layers of one shape share their blocks
+            shape = layer.out_features, layer.in_features, layer.adapter_device
+            if (shape, rule) not in self._of_shape:
+                self._of_shape[shape, rule] = order_of(layer, rule)
+            return self._of_shape[shape, rule]
         if not self._has_begun:
             self._has_begun = True
             self._begin()

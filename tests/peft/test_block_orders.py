@@ -34,6 +34,11 @@ def test_no_spectrum_is_computed(make_model, tokens, tmp_path, monkeypatch, orde
         shape = layer.out_features, layer.in_features
         assert layer.partition("default") == BlockRule(3, order, 4, 7).of_shape(shape, "cpu")
         assert layer.partition("default").granularity % 4 == 0
+    shared = {
+        (layer.out_features, layer.in_features): layer.partition("default")
+        for layer in layers(model).values()
+    }
+    assert len({id(layer.partition("default")) for layer in layers(model).values()}) == len(shared)
     expected = logits(model, tokens)
     model.save_pretrained(tmp_path)
 
