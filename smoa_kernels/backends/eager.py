@@ -142,7 +142,7 @@ def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
             start, stop = max(first, rows.start), min(last, rows.stop)
             if start < stop:
                 part, W0 = out[start - first : stop - first, cols], weight[start:stop, cols]
-                part.addcmul_(W0, _product(A, B[start - rows.start : stop - rows.start], W0))
+                _modulated(W0, A, B[start - rows.start : stop - rows.start], part)
         return out
 
     return write_blocks
