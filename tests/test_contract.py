@@ -55,25 +55,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one of everything": {"tokens": 1, "out_features": 1, "in_features": 1, "ranks": (1,)},
     "no rank": {"ranks": (0, 0)},
     "high rank": {"tokens": 3, "ranks": (40, 1)},
-    "contiguous, uneven, one of rank 0": {"block_order": "contiguous"},
-    "granules of 8, primes": {
-        "tokens": 13,
-        "out_features": 31,
-        "in_features": 29,
-        "ranks": (2, 1),
-        "granule": 8,
-    },
 }
-# Sizes that are multiples of the granule: what is copied, is copied by runs.
+# The kernels treat blocks of every order alike. Of sizes that are multiples of the granule, eager copies runs.
 ORDERS: dict[str, dict[str, Any]] = {
     "spectral": {},
     "contiguous": {"block_order": "contiguous"},
     "granules of 4": {"granule": 4, "out_features": 36, "in_features": 48},
     "granules of 8": {"granule": 8, "out_features": 40, "in_features": 64},
     "granules of 16": {"granule": 16, "out_features": 64, "in_features": 80},
+    "granules of 8, primes": {"granule": 8, "out_features": 31, "in_features": 29, "ranks": (2, 1)},
 }
 each_order = pytest.mark.parametrize("order", list(ORDERS)[:2])
-every_order = pytest.mark.parametrize("order", ORDERS)
+other_orders = pytest.mark.parametrize("order", list(ORDERS)[1:])
+each_on_a_cpu = each(
+    lambda backend: some(backend, torch.float32, torch.bfloat16) if backend in ("eager", "native") else []
+)
 
 
 def equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -91,7 +87,14 @@ def test_results_of_every_shape(case: Case, shape: str) -> None:
     assert_within_budget(p.run(**case.options), case, p)
 
 
-@every_order
+@other_orders
+@each_on_a_cpu
+def test_results_of_every_order(case: Case, order: str) -> None:
+    p = case.problem(**ORDERS[order])
+    assert_within_budget(p.run(**case.options), case, p)
+
+
+@pytest.mark.parametrize("order", ["spectral", "contiguous", "granules of 8"])
 @each(lambda backend: list(cases(backend)) if backend in ("eager", "native") else [])
 def test_results_of_several_panels(case: Case, order: str) -> None:
     """More tokens and rows than a backend on a CPU works on at a time; tests/kernels has tiles of every kernel."""
@@ -116,18 +119,33 @@ def test_two_runs_are_bitwise_equal(case: Case) -> None:
     equal(p.run(**case.options), p.run(**case.options))
 
 
-@pytest.mark.parametrize("layout", [*list(LAYOUTS)[1:], "expanded", "windows"])
-@every_order
-@each_slowly
-def test_any_strides(case: Case, layout: str, order: str) -> None:
-    p = case.problem(random_labels=order == "spectral", **ORDERS[order])
+each_layout = pytest.mark.parametrize("layout", [*list(LAYOUTS)[1:], "expanded", "windows"])
+
+
+def stored(p: LinearProblem, layout: str) -> LinearProblem:
     if layout == "expanded":  # one row for all: what sum() hands to backward
         p = replace(p, x=p.x[:1].expand_as(p.x), dy=p.dy[:1].expand_as(p.dy))
     elif layout == "windows":  # both strides 1
-        line = torch.randn(sum(p.x.shape), dtype=case.dtype)
+        line = torch.randn(sum(p.x.shape), dtype=p.x.dtype)
         p = replace(p, x=line.unfold(0, p.x.shape[1], 1)[: p.x.shape[0]])
     else:
         p = p.stored(LAYOUTS[layout])
+    return p
+
+
+@each_layout
+@each_slowly
+def test_any_strides(case: Case, layout: str) -> None:
+    p = stored(case.problem(random_labels=True), layout)
+    assert_within_budget(p.run(**case.options), case, p)
+
+
+@each_layout
+@other_orders
+@each(lambda backend: some(backend, torch.bfloat16) if backend == "eager" else [])
+def test_any_strides_of_other_orders(case: Case, layout: str, order: str) -> None:
+    """Granules are copied as wider elements only where the strides allow it."""
+    p = stored(case.problem(**ORDERS[order]), layout)
     assert_within_budget(p.run(**case.options), case, p)
 
 
@@ -207,11 +225,21 @@ def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
 
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("poison", POISONS, ids=str)
-@each_order
 @each(lambda backend: some(backend, torch.float32, torch.bfloat16), interpreted=False)
-def test_what_is_not_finite_is_not_hidden(
-    case: Case, poison: tuple[str, float], block: int, order: str
+def test_what_is_not_finite_is_not_hidden(case: Case, poison: tuple[str, float], block: int) -> None:
+    assert_poison_spreads_as_defined(case, poison, block, "spectral")
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("poison", POISONS, ids=str)
+@each_on_a_cpu
+def test_what_is_not_finite_is_not_hidden_in_contiguous_blocks(
+    case: Case, poison: tuple[str, float], block: int
 ) -> None:
+    assert_poison_spreads_as_defined(case, poison, block, "contiguous")
+
+
+def assert_poison_spreads_as_defined(case: Case, poison: tuple[str, float], block: int, order: str) -> None:
     p = poisoned(case, *poison, block, order)
     for ours, theirs in zip(p.run(**case.options), case.definition(p), strict=True):
         assert_nothing_hidden(ours, theirs, poison[0])
