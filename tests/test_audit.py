@@ -377,6 +377,15 @@ class TestRealCompiles:
         assert entry["broken_rules"]
 
     @pytest.mark.slow
+    def test_a_kernel_of_ours_without_a_gpu(self, cache, capsys):
+        """Its launches are captured where no driver answers."""
+        assert (
+            main(["audit", "--kernel", "sum_partials", "--arch", "sm_90", "--dtype", "bf16", "--jobs", "1"])
+            == 0
+        )
+        assert "0 break a rule" in capsys.readouterr().out
+
+    @pytest.mark.slow
     def test_a_compiler_that_crashes_is_a_finding(self, cache):
         """Alone of its kind; one that crashed only once counts as what it compiled to."""
         found = list(run_audit(registry=CRASHES, archs=("sm_80",), dtypes=("bf16",), jobs=2))
