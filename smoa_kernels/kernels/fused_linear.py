@@ -60,6 +60,7 @@ class FusedLinearConfig(Config):
 def widened(labels):
     # A reduction over one element. Without it Ampere's compiler sees that ΔW depends on a byte, lays its product out
     # as for byte operands, finds that x would be read in two layouts, and no longer copies x asynchronously.
+    # Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`, a descriptor of x; not asynchronous.
     return tl.max(labels.to(tl.int32)[None, :], axis=0)
 
 
@@ -134,6 +135,8 @@ def fused_linear_kernel(
             # cannot read it where an asynchronous copy of whole 128-bit words leaves it, and the copy would suffer.
             # Hopper's can read it transposed, and copies then lie without conflicts: through registers they have four
             # ways of them.
+            # Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`: as before, not asynchronous on
+            # sm_80, four bytes at a time for TF32 on sm_90; a descriptor: wide on sm_90, not asynchronous on sm_80.
             w = tl.where(row_inside[:, None], w, 0.0)
 
         a_ptrs = a_ptr + r[:, None] * stride_ar + cols[None, :] * stride_ac
@@ -158,7 +161,8 @@ def fused_linear_kernel(
         if not THROUGH_REGISTERS:
             # Changes nothing, but waits for the product. Hopper's tensor cores read W0 from shared memory meanwhile, of
             # which Triton (3.6 to 3.9) keeps one buffer, for W0 has another use: the next step's copy would overwrite
-            # what they still read. triton-lang/triton#3106 mended the like for loads with one use.
+            # what they still read. triton-lang/triton#3106 mended the like for loads with one use. Tried instead:
+            # `tl.multiple_of` with `tl.max_contiguous`; overwritten still (emulated).
             base = tl.where(row_inside[:, None], base, 0.0)
         adapted = dot(delta, x, adapted, INPUT_PRECISION)
 

@@ -49,13 +49,14 @@ class ModulateConfig(Config):
 
 
 @triton.jit
-def store_order(tile):
-    """The tile itself, in the layout of its store.
+def store_tile(out_ptr, offsets, tile, inside):
+    """Round a tile and store it, in a shape of the store's own.
 
-    AMD's compiler would store a product straight from the tensor cores' layout, 64 bits of half types a thread; a sum
-    over one element stands between.
+    AMD's compiler would otherwise store a product as it lies after the tensor cores, 64 bits of half types a thread.
+    Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`, a descriptor; 64 bits still.
     """
-    return tl.sum(tile[None, :, :], 0)
+    tile = tl.reshape(round_to(tile, out_ptr.dtype.element_ty), (tile.shape[0], 1, tile.shape[1]))
+    tl.store(out_ptr + offsets[:, None, :], tile, mask=inside[:, None, :])
 
 
 @triton.jit
@@ -116,8 +117,7 @@ def modulated_weight_kernel(
     modulation = tl.where(row_block[:, None] == col_block[None, :], scaling * product, 0.0)
     w = w.to(tl.float32)
     out = w + w * modulation  # one rounding in float32 where 1 + modulation would add a second
-    out_ptrs = out_ptr + rows[:, None] * stride_on + cols[None, :] * stride_oc
-    tl.store(out_ptrs, round_to(store_order(out), out_ptr.dtype.element_ty), mask=inside)
+    store_tile(out_ptr, rows[:, None] * stride_on + cols[None, :] * stride_oc, out, inside)
 
 
 launch_modulated_weight = Launcher(modulated_weight_kernel)
@@ -221,7 +221,7 @@ def _weight_plan(
     )
 
 
-@triton.jit(do_not_specialize=["max_rank"])
+@triton.jit
 def modulated_blocks_kernel(
     w_ptr,
     a_ptr,
@@ -257,9 +257,15 @@ def modulated_blocks_kernel(
     cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots)
     rank = tl.minimum(tl.load(ranks_ptr + block), max_rank)
     row_rank = tl.where(row_valid, rank, 0)
+    # W0 in a shape of its own: in that of `out` it would have the same layout, eight slots a thread, and each request
+    # would touch as many places of W0 as it has lanes. So a warp reads 32 neighbouring columns of the block at a time,
+    # which lie close together in one row, and its lanes share the row's address.
+    GROUPS: tl.constexpr = BLOCK_C // 32
+    w_cols, w_valid = tl.reshape(cols, (GROUPS, 1, 32)), tl.reshape(col_valid, (GROUPS, 1, 32))
+    w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
     # A block of rank 0 is zero whatever W0 holds: do not read it.
-    mask = (row_rank > 0)[:, None] & col_valid[None, :]
-    w = tl.load(w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc, mask=mask, other=0.0)
+    w = tl.load(w_ptrs, mask=(row_rank > 0)[None, :, None] & w_valid, other=0.0)
+    w = tl.reshape(tl.permute(w, (1, 0, 2)), (BLOCK_N, BLOCK_C))
     product = rank_product(
         a_ptr,
         b_ptr,
@@ -269,7 +275,7 @@ def modulated_blocks_kernel(
         col_valid,
         row_rank,
         tl.where(col_valid, rank, 0),
-        rank,
+        max_rank,  # which 16 may divide, as the compiler sees: B's rows are then read 128 bits at a time
         stride_ar,
         stride_ac,
         stride_bn,
@@ -280,7 +286,7 @@ def modulated_blocks_kernel(
     delta = tl.load(scaling_ptr).to(tl.float32) * product * w.to(tl.float32)
     slots = (block.to(tl.int64) * padded_rows + row_slots)[:, None] * padded_cols + col_slots[None, :]
     inside = (row_slots < padded_rows)[:, None] & (col_slots < padded_cols)[None, :]
-    tl.store(out_ptr + slots, round_to(store_order(delta), out_ptr.dtype.element_ty), mask=inside)
+    store_tile(out_ptr, slots, delta, inside)
 
 
 launch_modulated_blocks = Launcher(modulated_blocks_kernel)

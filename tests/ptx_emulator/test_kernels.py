@@ -14,7 +14,8 @@ from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.spec import Config, Key, Operands
 
-from . import ARCH
+from . import ARCH, emulator
+from .counts import accesses
 from .plugin import SHARE
 
 TOKENS, OUT_FEATURES, IN_FEATURES, BLOCKS = 512, 256, 512, 2
@@ -59,3 +60,15 @@ def test_shipped(
     ]
     record_property(SHARE, (f"{kernel}, {form}, {dtype}", max(shares)))
     assert max(shares) <= 1
+
+
+@pytest.mark.parametrize("kernel", ["permute", "gather_both", "modulated_blocks"])
+def test_lanes_gather_neighbours(kernel: str) -> None:
+    """32 neighbours of a block lie in about 8.4 sectors at K = 4; where each lane reads eight of its own, in 32."""
+    key = Key(kernel, "bf16", 16, 4, 256, 256, 64, 64, 64)
+    form = KERNELS[kernel].forms[0]
+    run, _ = KERNELS[kernel].workload(Operands(key, form, torch.device("cpu")))
+    run(KERNELS[kernel].default(key, f"sm_{ARCH}", 132))
+    gathers = [row for (_, opcode), row in accesses(emulator.launches).items() if opcode == "ld.global.b16"]
+    assert gathers
+    assert all(row["sectors"] < 9 * row["requests"] for row in gathers)
