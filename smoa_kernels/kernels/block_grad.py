@@ -123,8 +123,8 @@ def block_grad_kernel(
         if x.dtype == tl.float32 and INPUT_PRECISION == "tf32":
             # Changes nothing. Hopper and Blackwell multiply TF32 from K-major shared memory or from registers, and
             # here K, the tokens, is the slow dimension: tiles that went straight to `dot` would be copied four bytes
-            # at a time. Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`, four bytes on sm_90; a
-            # descriptor, four on sm_80.
+            # at a time. Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`, 4 bytes on sm_90;
+            # a descriptor, 4 on sm_80.
             dy = tl.where(token_valid[None, :], dy, 0.0)
             x = tl.where(token_valid[:, None], x, 0.0)
         grad = dot(dy, x, grad, INPUT_PRECISION)

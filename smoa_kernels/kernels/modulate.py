@@ -256,6 +256,7 @@ def modulated_blocks_kernel(
     rows, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots)
     cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots)
     rank = tl.minimum(tl.load(ranks_ptr + block), max_rank)
+    row_rank = tl.where(row_valid, rank, 0)
     # W0 in a shape of its own: in that of `out` it would have the same layout, eight slots a thread, and each request
     # would touch as many places of W0 as it has lanes. So a warp reads 32 neighbouring columns of the block at a time,
     # which lie close together in one row, and its lanes share the row's address.
@@ -263,7 +264,7 @@ def modulated_blocks_kernel(
     w_cols, w_valid = tl.reshape(cols, (GROUPS, 1, 32)), tl.reshape(col_valid, (GROUPS, 1, 32))
     w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
     # A block of rank 0 is zero whatever W0 holds: do not read it.
-    w = tl.load(w_ptrs, mask=(row_valid & (rank > 0))[None, :, None] & w_valid, other=0.0)
+    w = tl.load(w_ptrs, mask=(row_rank > 0)[None, :, None] & w_valid, other=0.0)
     product = rank_product(
         a_ptr,
         b_ptr,
@@ -271,7 +272,7 @@ def modulated_blocks_kernel(
         cols,
         row_valid,
         col_valid,
-        tl.full((BLOCK_N,), rank, tl.int32),
+        row_rank,
         tl.full((BLOCK_C,), rank, tl.int32),
         max_rank,  # which 16 may divide, as the compiler sees: B's rows are then read 128 bits at a time
         stride_ar,
