@@ -257,14 +257,22 @@ def modulated_blocks_kernel(
     cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots)
     rank = tl.minimum(tl.load(ranks_ptr + block), max_rank)
     row_rank = tl.where(row_valid, rank, 0)
-    # W0 in a shape of its own: in that of `out` it would have the same layout, eight slots a thread, and each request
-    # would touch as many places of W0 as it has lanes. So a warp reads 32 neighbouring columns of the block at a time,
-    # which lie close together in one row, and its lanes share the row's address.
-    GROUPS: tl.constexpr = BLOCK_C // 32
-    w_cols, w_valid = tl.reshape(cols, (GROUPS, 1, 32)), tl.reshape(col_valid, (GROUPS, 1, 32))
-    w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
-    # A block of rank 0 is zero whatever W0 holds: do not read it.
-    w = tl.load(w_ptrs, mask=(row_rank > 0)[None, :, None] & w_valid, other=0.0)
+    mask = (row_rank > 0)[:, None] & col_valid[None, :]  # a block of rank 0 is zero whatever W0 holds: do not read it
+    # In IEEE float32 what follows would spill 4 to 16 bytes (Triton 3.6: sm_90 and sm_100, 3.9: sm_100).
+    IEEE: tl.constexpr = INPUT_PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32
+    if IEEE:
+        w = tl.load(w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc, mask=mask, other=0.0)
+        ranks_read = rank
+    else:
+        # W0 in a shape of its own: in that of `out` it would have the same layout, eight slots a thread, and each
+        # request would touch as many places of W0 as it has lanes. So a warp reads 32 neighbouring columns of the block
+        # at a time, which lie close together in one row, and its lanes share the row's address.
+        GROUPS: tl.constexpr = BLOCK_C // 32
+        w_cols, w_valid = tl.reshape(cols, (GROUPS, 1, 32)), tl.reshape(col_valid, (GROUPS, 1, 32))
+        w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
+        w = tl.load(w_ptrs, mask=(row_rank > 0)[None, :, None] & w_valid, other=0.0)
+        w = tl.reshape(tl.permute(w, (1, 0, 2)), (BLOCK_N, BLOCK_C))
+        ranks_read = max_rank  # 16 may divide it, as the compiler sees: B's rows are then read 128 bits at a time
     product = rank_product(
         a_ptr,
         b_ptr,
@@ -273,8 +281,8 @@ def modulated_blocks_kernel(
         row_valid,
         col_valid,
         row_rank,
-        tl.full((BLOCK_C,), rank, tl.int32),
-        max_rank,  # which 16 may divide, as the compiler sees: B's rows are then read 128 bits at a time
+        tl.where(col_valid, rank, 0),
+        ranks_read,
         stride_ar,
         stride_ac,
         stride_bn,
@@ -282,11 +290,14 @@ def modulated_blocks_kernel(
         INPUT_PRECISION,
         RANK_BLOCK,
     )
-    w = tl.reshape(tl.permute(w, (1, 0, 2)), (BLOCK_N, BLOCK_C))
     delta = tl.load(scaling_ptr).to(tl.float32) * product * w.to(tl.float32)
     slots = (block.to(tl.int64) * padded_rows + row_slots)[:, None] * padded_cols + col_slots[None, :]
     inside = (row_slots < padded_rows)[:, None] & (col_slots < padded_cols)[None, :]
-    store_tile(out_ptr, slots, delta, inside)
+    if IEEE:
+        # The store's layout by a sum over one element; by a shape it would spill too.
+        tl.store(out_ptr + slots, round_to(tl.sum(delta[None, :, :], 0), out_ptr.dtype.element_ty), mask=inside)
+    else:
+        store_tile(out_ptr, slots, delta, inside)
 
 
 launch_modulated_blocks = Launcher(modulated_blocks_kernel)
