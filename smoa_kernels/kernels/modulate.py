@@ -257,7 +257,8 @@ def modulated_blocks_kernel(
     cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots)
     rank = tl.minimum(tl.load(ranks_ptr + block), max_rank)
     row_rank = tl.where(row_valid, rank, 0)
-    mask = (row_rank > 0)[:, None] & col_valid[None, :]  # a block of rank 0 is zero whatever W0 holds: do not read it
+    # A block of rank 0 is zero whatever W0 holds: do not read it.
+    mask = (row_rank > 0)[:, None] & col_valid[None, :]
     # In IEEE float32 what follows would spill 4 to 16 bytes (Triton 3.6: sm_90 and sm_100, 3.9: sm_100).
     IEEE: tl.constexpr = INPUT_PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32
     if IEEE:
@@ -272,7 +273,8 @@ def modulated_blocks_kernel(
         w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
         w = tl.load(w_ptrs, mask=(row_rank > 0)[None, :, None] & w_valid, other=0.0)
         w = tl.reshape(tl.permute(w, (1, 0, 2)), (BLOCK_N, BLOCK_C))
-        ranks_read = max_rank  # 16 may divide it, as the compiler sees: B's rows are then read 128 bits at a time
+        # 16 may divide it, as the compiler sees: B's rows are then read 128 bits at a time.
+        ranks_read = max_rank
     product = rank_product(
         a_ptr,
         b_ptr,
@@ -295,7 +297,9 @@ def modulated_blocks_kernel(
     inside = (row_slots < padded_rows)[:, None] & (col_slots < padded_cols)[None, :]
     if IEEE:
         # The store's layout by a sum over one element; by a shape it would spill too.
-        tl.store(out_ptr + slots, round_to(tl.sum(delta[None, :, :], 0), out_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            out_ptr + slots, round_to(tl.sum(delta[None, :, :], 0), out_ptr.dtype.element_ty), mask=inside
+        )
     else:
         store_tile(out_ptr, slots, delta, inside)
 
