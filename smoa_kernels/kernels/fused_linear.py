@@ -89,7 +89,8 @@ def fused_linear_kernel(
     stride_bn,
     stride_br,
     INPUT_PRECISION: tl.constexpr,
-    THROUGH_REGISTERS: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,
+    READS_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
@@ -130,6 +131,7 @@ def fused_linear_kernel(
         x_ptrs = x_ptr + tokens[None, :] * stride_xt + cols[:, None] * stride_xc
         x = tl.load(x_ptrs, mask=token_inside[None, :] & col_inside[:, None], other=0.0)
         col_block = widened(tl.load(col_block_ptr + cols, mask=col_inside, other=0))
+        THROUGH_REGISTERS: tl.constexpr = w.dtype == tl.float32 or (W_TRANSPOSED and not READS_TRANSPOSED)
         if THROUGH_REGISTERS:
             # Changes nothing, but takes W0 to its products through registers. As TF32 or transposed, most tensor cores
             # cannot read it where an asynchronous copy of whole 128-bit words leaves it, and the copy would suffer.
@@ -307,7 +309,8 @@ def _plan(
         stride_bn=b_stride[0],
         stride_br=b_stride[1],
         INPUT_PRECISION=precision,
-        THROUGH_REGISTERS=dtype == torch.float32 or (transposed and not config.reads_transposed),
+        W_TRANSPOSED=transposed,
+        READS_TRANSPOSED=config.reads_transposed,
         HAS_BIAS=has_bias and parts == 1,
         SIDE_BY_SIDE=num_blocks > 1 and 0 < rank * num_blocks <= chunk,
         RANK_BLOCK=chunk,
