@@ -81,7 +81,7 @@ def equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@each_way
+@each_slowly
 def test_results_of_every_shape(case: Case, shape: str) -> None:
     p = case.problem(**SHAPES[shape])
     assert_within_budget(p.run(**case.options), case, p)
