@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import smoa_kernels.cost.estimate as cost_estimate
 from smoa_kernels.cost.counts import WAYS, parts
 from smoa_kernels.cost.estimate import (
     LAUNCH_SECONDS,
@@ -217,6 +218,19 @@ def test_limits_on_an_h100(blocks, forward, input_gradient):
     p = replace(SQUARE, num_blocks=blocks)
     found = [fused_token_limit(p, H100, False, direction) for direction in DIRECTIONS]
     assert found == [forward, input_gradient]
+
+
+def test_the_limit_of_a_tiny_layer_is_found_soon(monkeypatch):
+    """Fused wins there up to a million tokens and more; a layer's first pass waits for the answer."""
+    asked = []
+    monkeypatch.setattr(
+        cost_estimate, "estimate", lambda *args, **named: asked.append(1) or estimate(*args, **named)
+    )
+    tiny = Problem(0, 64, 64, 1, 4, torch.bfloat16)
+    limit = fused_token_limit(tiny, H100, False)
+    assert limit >= 1 << 20
+    assert len(asked) < 3000
+    assert choose_algorithm(replace(tiny, tokens=1 << 20), H100, False) == "fused"
 
 
 def test_dx_is_compared_with_merged_in_every_dtype():

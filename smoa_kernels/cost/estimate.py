@@ -135,8 +135,13 @@ def fused_token_limit(problem: Problem, gpu: Gpu, ieee: bool, direction: Directi
         one, many = (estimate(at, gpu, way, ieee=ieee).device_seconds(stage) for way in ("fused", other))
         return one <= many
 
-    limit = 0
-    for step in (FUSED_TOKENS, 1):
-        while limit < 1 << 20 and fused_wins(limit + 1) and fused_wins(limit + step):
+    # A tile at a time, and beyond 64 tiles in steps of a sixty-fourth: on a tiny layer it wins at any number of tokens.
+    limit, step = 0, FUSED_TOKENS
+    while limit < 1 << 20 and fused_wins(limit + 1) and fused_wins(limit + step):
+        limit += step
+        step = max(FUSED_TOKENS, limit // (64 * FUSED_TOKENS) * FUSED_TOKENS)
+    while step > 1:
+        step //= 2
+        if fused_wins(limit + 1) and fused_wins(limit + step):
             limit += step
     return limit

@@ -35,7 +35,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import backward as reference_backward
 from .common import block_slots, check_tile, dot, input_precision, to_tf32
-from .launch import Launcher, Plan
+from .launch import Launcher, Layout, Plan
 from .permute import gather_both
 from .spec import Config, Kernel, Operands, Work, in_dtype, tile_divides
 from .sum_partials import GROUP, RANK_CHUNK, sum_partials
@@ -215,8 +215,8 @@ def block_grad(
     dyg, xg = gathered(0)
     weight, A, B, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
     dA, dB = A.new_empty(A.shape), B.new_empty(B.shape)
-    rho, tokens = A.shape[0], dyg.shape[0]
-    if rho == 0:
+    layout, tokens = Layout.of(adapter), dyg.shape[0]
+    if layout.rank == 0:
         return dA, dB
     for part in range(parts):
         if part > 0:
@@ -225,21 +225,7 @@ def block_grad(
         dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
         xg = xg if xg.stride(2) == 1 else xg.contiguous()
         plan, tiling = _plan(
-            dyg.device,
-            dyg.dtype,
-            tokens,
-            dyg.shape,
-            dyg.stride(),
-            xg.shape[2],
-            xg.stride(),
-            weight.dtype,
-            partition.shape,
-            weight.stride(),
-            rho,
-            A.stride(),
-            B.stride(),
-            allow_tf32,
-            config,
+            layout, tokens, dyg.shape, dyg.stride(), xg.shape[2], xg.stride(), allow_tf32, config
         )
         slots_a, slots_b, width = tiling.slots_a, tiling.slots_b, tiling.width
         if part == 0:
@@ -286,64 +272,49 @@ class Tiling(NamedTuple):
 
 @remembered
 def _plan(
-    device: torch.device,
-    dtype: torch.dtype,
+    layout: Layout,
     tokens: int,
     dy_shape: Sequence[int],
     dy_stride: Sequence[int],
     padded_cols: int,
     x_stride: Sequence[int],
-    weight_dtype: torch.dtype,
-    features: tuple[int, int],
-    w_stride: Sequence[int],
-    rho: int,
-    a_stride: Sequence[int],
-    b_stride: Sequence[int],
     allow_tf32: bool,
     config: BlockGradConfig | None,
 ) -> tuple[Plan, Tiling]:
     """A part's launch, and the tiling, which is the same in all parts: the first, of `tokens`, decides it."""
     tokens_here, num_blocks, padded_rows = dy_shape
-    precision = input_precision(weight_dtype, allow_tf32=allow_tf32)
+    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
     config = config or select(
         "block_grad",
-        device,
-        dtype,
+        layout.device,
+        layout.dtype,
         precision,
-        rank=rho,
-        blocks=num_blocks,
-        out_features=features[0],
-        in_features=features[1],
         tokens=tokens,
         padded_out=padded_rows,
         padded_in=padded_cols,
+        **layout.sizes(),
     )
     check_tile(config, padded_rows, padded_cols)
     tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
     programs = num_blocks * tiles_n * tiles_c
-    splits = config.split or token_splits(tokens, programs, multiprocessors(device), config.block_t)
-    width = partial_width(rho)
+    splits = config.split or token_splits(tokens, programs, multiprocessors(layout.device), config.block_t)
+    width = partial_width(layout.rank)
     plan = Plan(
         (programs, splits),
         config,
         tokens=tokens_here,
         tokens_per_split=-(-tokens // (splits * config.block_t)) * config.block_t,
-        out_features=features[0],
-        in_features=features[1],
+        out_features=layout.features[0],
+        in_features=layout.features[1],
         tiles_n=tiles_n,
         tiles_c=tiles_c,
-        max_rank=rho,
+        max_rank=layout.rank,
         rank_groups=width // PARTIAL_RANKS,
         stride_dyt=dy_stride[0],
         stride_dyk=dy_stride[1],
         stride_xt=x_stride[0],
         stride_xk=x_stride[1],
-        stride_wn=w_stride[0],
-        stride_wc=w_stride[1],
-        stride_ar=a_stride[0],
-        stride_ac=a_stride[1],
-        stride_bn=b_stride[0],
-        stride_br=b_stride[1],
+        **layout.strides(),
         INPUT_PRECISION=precision,
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,

@@ -26,7 +26,7 @@ from ..cost.architectures import Architecture
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from .common import block_slots, check_tile, dot, input_precision, round_to
-from .launch import Launcher, Plan
+from .launch import Launcher, Layout, Plan
 from .modulate import modulated_blocks
 from .permute import gather_columns
 from .spec import Config, Kernel, Key, Operands, Work, delta_weight, tile_divides
@@ -159,15 +159,12 @@ def block_matmul(
     partition = adapter.partition
     xg = xg if xg.stride(2) == 1 else xg.contiguous()
     plan = _plan(
-        xg.device,
-        xg.dtype,
+        Layout.of(adapter),
         xg.shape,
         xg.stride(),
         delta.shape[1],
         delta.stride(),
         out.stride(),
-        partition.shape,
-        adapter.A.shape[0],
         allow_tf32,
         config,
     )
@@ -188,34 +185,28 @@ def block_matmul(
 
 @remembered
 def _plan(
-    device: torch.device,
-    dtype: torch.dtype,
+    layout: Layout,
     x_shape: Sequence[int],
     x_stride: Sequence[int],
     padded_rows: int,
     delta_stride: Sequence[int],
     out_stride: Sequence[int],
-    features: tuple[int, int],
-    rank: int,
     allow_tf32: bool,
     config: BlockMatmulConfig | None,
 ) -> Plan:
     tokens, num_blocks, padded_cols = x_shape
-    precision = input_precision(dtype, allow_tf32=allow_tf32)
+    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
     transposed = delta_stride[2] != 1
     config = config or select(
         "block_matmul",
-        device,
-        dtype,
+        layout.device,
+        layout.dtype,
         precision,
-        rank=rank,
-        blocks=num_blocks,
-        out_features=features[0],
-        in_features=features[1],
         tokens=tokens,
         padded_out=padded_rows,
         padded_in=padded_cols,
         transposed=transposed,
+        **layout.sizes(),
     )
     check_tile(config, padded_rows, padded_cols)
     natural = len(out_stride) == 2

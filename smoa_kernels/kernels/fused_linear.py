@@ -32,7 +32,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import forward as reference_forward
 from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, dot, input_precision, round_to, to_tf32
-from .launch import Launcher, Plan
+from .launch import Launcher, Layout, Plan
 from .spec import LABELS, ONE_NUMBER, Config, Kernel, Key, Operands, Work, in_dtype
 from .table import remembered, select
 
@@ -222,21 +222,7 @@ def fused_linear(
     y = x.new_empty(T, N)
     if y.numel() == 0:
         return y
-    plan, parts = _plan(
-        x.device,
-        w.dtype,
-        T,
-        x.stride(),
-        w.shape,
-        w.stride(),
-        a.shape[0],
-        a.stride(),
-        b.stride(),
-        partition.num_blocks,
-        bias is not None,
-        allow_tf32,
-        config,
-    )
+    plan, parts = _plan(Layout.of(adapter), T, x.stride(), bias is not None, allow_tf32, config)
     out = y if parts == 1 else x.new_empty((parts, T, N), dtype=torch.float32)
     launch_fused_linear(
         plan,
@@ -258,35 +244,25 @@ def fused_linear(
 
 @remembered
 def _plan(
-    device: torch.device,
-    dtype: torch.dtype,
+    layout: Layout,
     tokens: int,
     x_stride: Sequence[int],
-    features: Sequence[int],
-    w_stride: Sequence[int],
-    rank: int,
-    a_stride: Sequence[int],
-    b_stride: Sequence[int],
-    num_blocks: int,
     has_bias: bool,
     allow_tf32: bool,
     config: FusedLinearConfig | None,
 ) -> tuple[Plan, int]:
     """The launch, and how many parts of y it writes."""
-    out_features, in_features = features
-    transposed = w_stride[1] != 1
-    precision = input_precision(dtype, allow_tf32=allow_tf32)
+    (out_features, in_features), rank = layout.features, layout.rank
+    transposed = layout.weight[1] != 1
+    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
     config = config or select(
         "fused_linear",
-        device,
-        dtype,
+        layout.device,
+        layout.dtype,
         precision,
-        rank=rank,
-        blocks=num_blocks,
-        out_features=out_features,
-        in_features=in_features,
         tokens=tokens,
         transposed=transposed,
+        **layout.sizes(),
     )
     # The next power of two; `tl.dot` takes no fewer than 16.
     chunk = min(config.block_r, max(16, 1 << max(rank - 1, 0).bit_length()))
@@ -302,17 +278,12 @@ def _plan(
         rank=rank,
         stride_xt=x_stride[0],
         stride_xc=x_stride[1],
-        stride_wn=w_stride[0],
-        stride_wc=w_stride[1],
-        stride_ar=a_stride[0],
-        stride_ac=a_stride[1],
-        stride_bn=b_stride[0],
-        stride_br=b_stride[1],
+        **layout.strides(),
         INPUT_PRECISION=precision,
         W_TRANSPOSED=transposed,
         READS_TRANSPOSED=config.reads_transposed,
         HAS_BIAS=has_bias and parts == 1,
-        SIDE_BY_SIDE=num_blocks > 1 and 0 < rank * num_blocks <= chunk,
+        SIDE_BY_SIDE=layout.num_blocks > 1 and 0 < rank * layout.num_blocks <= chunk,
         RANK_BLOCK=chunk,
         SPLIT=config.split,
         BLOCK_T=config.block_t,

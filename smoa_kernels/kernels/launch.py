@@ -9,7 +9,7 @@ each argument anew to find the compiled kernel, 25 µs of Python for 20 argument
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from ..definition.packed import PackedAdapter
 from .spec import Config
 
-__all__ = ["Launcher", "Plan", "on_device"]
+__all__ = ["Launcher", "Layout", "Plan", "on_device"]
 
 _STAY: AbstractContextManager[None] = nullcontext()
 
@@ -33,6 +34,49 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
         return _STAY
     return torch.cuda.device(device)
+
+
+class Layout(NamedTuple):
+    """What a plan depends on of an adapter: plain values, which can be remembered.
+
+    Attributes:
+        device: of all its tensors.
+        dtype: W0's, and the activations'.
+        features: N and C.
+        rank: ρ.
+        num_blocks: K.
+        weight: W0's strides.
+        A: A's strides.
+        B: B's strides.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    features: tuple[int, int]
+    rank: int
+    num_blocks: int
+    weight: tuple[int, int]
+    A: tuple[int, int]
+    B: tuple[int, int]
+
+    @classmethod
+    def of(cls, adapter: PackedAdapter) -> Layout:
+        """The layout of an adapter."""
+        w, a, b = adapter.weight, adapter.A, adapter.B
+        K = adapter.partition.num_blocks
+        return cls(w.device, w.dtype, w.shape, a.shape[0], K, w.stride(), a.stride(), b.stride())  # type: ignore[arg-type]
+
+    def sizes(self) -> dict[str, int]:
+        """As :func:`table.select` names them."""
+        N, C = self.features
+        return {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
+
+    def strides(self) -> dict[str, int]:
+        """As every kernel names them that reads W0, A and B."""
+        (wn, wc), (ar, ac), (bn, br) = self.weight, self.A, self.B
+        return {
+            "stride_wn": wn, "stride_wc": wc, "stride_ar": ar, "stride_ac": ac, "stride_bn": bn, "stride_br": br,
+        }  # fmt: skip
 
 
 class Plan:

@@ -31,7 +31,7 @@ from .common import (
     rank_product,
     round_to,
 )
-from .launch import Launcher, Plan
+from .launch import Launcher, Layout, Plan
 from .spec import INDEX, LABELS, ONE_NUMBER, Config, Kernel, Operands, Work, delta_weight
 from .table import remembered, select
 
@@ -147,19 +147,7 @@ def modulated_weight(
     w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
     if w.numel() == 0:
         return result
-    plan = _weight_plan(
-        w.device,
-        w.dtype,
-        w.shape,
-        w.stride(),
-        a.shape[0],
-        a.stride(),
-        b.stride(),
-        partition.num_blocks,
-        out.stride(),
-        allow_tf32,
-        config,
-    )
+    plan = _weight_plan(Layout.of(adapter), out.stride(), allow_tf32, config)
     launch_modulated_weight(
         plan,
         w_ptr=w,
@@ -176,46 +164,22 @@ def modulated_weight(
 
 @remembered
 def _weight_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    features: Sequence[int],
-    w_stride: Sequence[int],
-    rank: int,
-    a_stride: Sequence[int],
-    b_stride: Sequence[int],
-    num_blocks: int,
-    out_stride: Sequence[int],
-    allow_tf32: bool,
-    config: ModulateConfig | None,
+    layout: Layout, out_stride: Sequence[int], allow_tf32: bool, config: ModulateConfig | None
 ) -> Plan:
-    out_features, in_features = features
-    precision = input_precision(dtype, allow_tf32=allow_tf32)
-    config = config or select(
-        "modulated_weight",
-        device,
-        dtype,
-        precision,
-        rank=rank,
-        blocks=num_blocks,
-        out_features=out_features,
-        in_features=in_features,
-    )
+    out_features, in_features = layout.features
+    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
+    config = config or select("modulated_weight", layout.device, layout.dtype, precision, **layout.sizes())
     return Plan(
         (-(-out_features // config.block_n) * -(-in_features // config.block_c),),
         config,
         N=out_features,
         C=in_features,
-        rank=rank,
-        stride_wn=w_stride[0],
-        stride_wc=w_stride[1],
-        stride_ar=a_stride[0],
-        stride_ac=a_stride[1],
-        stride_bn=b_stride[0],
-        stride_br=b_stride[1],
+        rank=layout.rank,
+        **layout.strides(),
         stride_on=out_stride[0],
         stride_oc=out_stride[1],
         INPUT_PRECISION=precision,
-        RANK_BLOCK=rank_block(rank),
+        RANK_BLOCK=rank_block(layout.rank),
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
     )
@@ -268,8 +232,9 @@ def modulated_blocks_kernel(
         # W0 in a shape of its own: in that of `out` it would have the same layout, eight slots a thread, and each
         # request would touch as many places of W0 as it has lanes. So a warp reads 32 neighbouring columns of the block
         # at a time, which lie close together in one row, and its lanes share the row's address.
-        GROUPS: tl.constexpr = BLOCK_C // 32
-        w_cols, w_valid = tl.reshape(cols, (GROUPS, 1, 32)), tl.reshape(col_valid, (GROUPS, 1, 32))
+        LANES: tl.constexpr = 32 if BLOCK_C >= 32 else BLOCK_C
+        GROUPS: tl.constexpr = BLOCK_C // LANES
+        w_cols, w_valid = tl.reshape(cols, (GROUPS, 1, LANES)), tl.reshape(col_valid, (GROUPS, 1, LANES))
         w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
         w = tl.load(w_ptrs, mask=(row_rank > 0)[None, :, None] & w_valid, other=0.0)
         w = tl.reshape(tl.permute(w, (1, 0, 2)), (BLOCK_N, BLOCK_C))
@@ -330,18 +295,7 @@ def modulated_blocks(
     out = w.new_empty(partition.num_blocks, padded_rows, padded_cols)
     if out.numel() == 0:
         return out
-    plan = _blocks_plan(
-        w.device,
-        w.dtype,
-        w.shape,
-        w.stride(),
-        a.shape[0],
-        a.stride(),
-        b.stride(),
-        out.shape,
-        allow_tf32,
-        config,
-    )
+    plan = _blocks_plan(Layout.of(adapter), padded_rows, padded_cols, allow_tf32, config)
     launch_modulated_blocks(
         plan,
         w_ptr=w,
@@ -360,45 +314,27 @@ def modulated_blocks(
 
 @remembered
 def _blocks_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    features: Sequence[int],
-    w_stride: Sequence[int],
-    rank: int,
-    a_stride: Sequence[int],
-    b_stride: Sequence[int],
-    out_shape: Sequence[int],
-    allow_tf32: bool,
-    config: ModulateConfig | None,
+    layout: Layout, padded_rows: int, padded_cols: int, allow_tf32: bool, config: ModulateConfig | None
 ) -> Plan:
-    num_blocks, padded_rows, padded_cols = out_shape
-    precision = input_precision(dtype, allow_tf32=allow_tf32)
+    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
     config = config or select(
         "modulated_blocks",
-        device,
-        dtype,
+        layout.device,
+        layout.dtype,
         precision,
-        rank=rank,
-        blocks=num_blocks,
-        out_features=features[0],
-        in_features=features[1],
         padded_out=padded_rows,
         padded_in=padded_cols,
+        **layout.sizes(),
     )
     return Plan(
-        (num_blocks * -(-padded_rows // config.block_n) * -(-padded_cols // config.block_c),),
+        (layout.num_blocks * -(-padded_rows // config.block_n) * -(-padded_cols // config.block_c),),
         config,
-        max_rank=rank,
+        max_rank=layout.rank,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
-        stride_wn=w_stride[0],
-        stride_wc=w_stride[1],
-        stride_ar=a_stride[0],
-        stride_ac=a_stride[1],
-        stride_bn=b_stride[0],
-        stride_br=b_stride[1],
+        **layout.strides(),
         INPUT_PRECISION=precision,
-        RANK_BLOCK=rank_block(rank),
+        RANK_BLOCK=rank_block(layout.rank),
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
     )

@@ -58,6 +58,15 @@ def test_every_shipped_configuration(config: ModulateConfig, device: torch.devic
     assert_within_budget(from_blocks(blocks, problem.partition), delta_weight(problem), delta_weight(truth))
 
 
+def test_a_tile_narrower_than_a_warp(device: torch.device) -> None:
+    """None ships, but a table may hold one."""
+    problem = make_problem(out_features=40, in_features=45, ranks=(5, 2)).on(device).to(torch.bfloat16)
+    config = ModulateConfig(block_n=16, block_c=16, num_warps=4)
+    blocks = modulated_blocks(adapter_of(problem), row_multiple=16, col_multiple=16, config=config)
+    truth = delta_weight(problem.to(torch.float64))
+    assert_within_budget(from_blocks(blocks, problem.partition), delta_weight(problem), truth)
+
+
 @pytest.mark.parametrize("row_padding", [0, 5])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_strides_and_guards(
