@@ -395,6 +395,7 @@ class TestRealCompiles:
         assert records.pop(64).error == "the compiler ended its process"
         assert all(record.error is None for record in records.values())
 
+    @pytest.mark.slow
     def test_unknown_kernel(self, cache, capsys):
         assert main(["audit", "--registry", TOYS, "--kernel", "toy"]) == 2
         assert "kernel must be one of toy_matmul" in capsys.readouterr().err

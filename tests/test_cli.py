@@ -129,6 +129,7 @@ def test_info_asks_the_drivers_files_then_their_command(tmp_path, monkeypatch):
     assert info._driver() == "nvidia: NVRM version: x86_64  580.65.06; amdgpu: 6.14.14"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_the_extra(missing):
     """One clear line, in a process where the package cannot be imported."""

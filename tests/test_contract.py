@@ -188,7 +188,7 @@ def test_a_weight_without_elements(case: Case, rows: int, cols: int) -> None:
 @pytest.mark.parametrize(
     "rubbish", [float("nan"), *(pytest.param(x, marks=SLOW) for x in (7.0, float("inf")))]
 )
-@each_way
+@each_slowly
 def test_padding_is_ignored_and_its_gradient_is_zero(case: Case, rubbish: float) -> None:
     """Memory that nobody initialised, or an optimiser that divided by zero there, must not reach a result."""
     clean, dirty = (case.problem(ranks=(3, 0, 20), fill_padding=False) for _ in range(2))

@@ -432,6 +432,7 @@ def test_two_processes_tune_into_one_table() -> None:
         assert {t.choice: t.seconds for t in tuned.trials} == {c: float(c.block_t) for c in PERMUTE_CONFIGS}
 
 
+@pytest.mark.slow
 def test_a_writer_waits_for_one_that_has_read_and_not_yet_written() -> None:
     """The moment at which, without the lock, the second one's entry would be lost."""
     paused = (
