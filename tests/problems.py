@@ -304,16 +304,18 @@ TINY = {torch.float64: 1e-13, torch.float32: 3e-7, torch.bfloat16: 1e-4, torch.f
 def error_over_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
     """`err(ours) / (2 · err(same-dtype reference) + tiny)`, both against the float64 truth: 1 uses the budget up.
 
-    The error is that of the norm, and that of the element that is furthest off: the larger share counts. A result of a
-    few elements may always be one rounding off: that the reference is nearer there is luck.
+    The error is that of the norm, and that of the element that is furthest off: the larger share counts. Where few
+    elements are as large as the largest, they decide both, and each may be one rounding off: that the reference is
+    nearer there is luck.
     """
-    few = int(truth.count_nonzero()) < 32
+    size = truth.abs()
+    few = int((size > size.max() / 4).sum() if size.numel() else 0) < 32
     tiny = max(TINY[ours.dtype], torch.finfo(ours.dtype).eps / 2) if few else TINY[ours.dtype]
     norm = relative_error(ours, truth) / (2 * relative_error(theirs, truth) + tiny)
     if not truth.numel():
         return norm
     furthest, allowed = (float((value.double() - truth).abs().max()) for value in (ours, theirs))
-    element = furthest / (2 * allowed + tiny * float(truth.abs().max())) if furthest else 0.0
+    element = furthest / (2 * allowed + tiny * float(size.max())) if furthest else 0.0
     return norm if norm != norm else max(norm, element)
 
 
