@@ -133,9 +133,8 @@ def test_the_kept_records_are_whole() -> None:
             task.steps, task.batch_size, task.layers, task.head_lr
         ]  # fmt: skip
         key = store.key_of(kept)
-        assert (key.num_blocks, key.random, key.scaling, key.modules) == (
-            method.num_blocks, method.random, method.scaling, method.modules
-        )  # fmt: skip
+        for field in ("num_blocks", "random", "scaling", "modules", "block_order", "granule"):
+            assert getattr(key, field) == getattr(method, field)
         assert key.r == method.r or method.as_large
 
 

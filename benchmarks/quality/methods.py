@@ -36,6 +36,7 @@ class Method:
         r: rank budget.
         num_blocks: K, for SMoA.
         random: SMoA with as large blocks of coordinates drawn by the run's seed, in place of the spectral ones.
+        block_order, granule: as in SMoAConfig.
         scaling: what the update is multiplied by, alpha / r; HiRA has none.
         modules: which of the model's linear layers, by a name in its ``CutModel.targets``.
         as_large: r is not as given, but what gives these modules as many parameters as ``r`` gives all of them.
@@ -47,6 +48,8 @@ class Method:
     r: int = RANK
     num_blocks: int = 1
     random: bool = False
+    block_order: str = "spectral"
+    granule: int = 1
     scaling: float = 1.0
     modules: str = ALL
     as_large: bool = False
@@ -76,15 +79,18 @@ class Method:
         elif self.kind == "hira":
             adapted = get_peft_model(model, HiraConfig(**shared))
         else:
-            adapted = get_peft_model(
-                model, SMoAConfig(**shared, smoa_alpha=alpha, num_blocks=self.num_blocks)
-            )
+            blocks: dict[str, Any] = {
+                "num_blocks": self.num_blocks,
+                "block_order": self.block_order,
+                "granule": self.granule,
+            }
+            adapted = get_peft_model(model, SMoAConfig(**shared, smoa_alpha=alpha, **blocks))
         if self.random:
             shuffle_blocks(adapted, seed)
         return adapted
 
 
-# Equal r first (and LoRA at SMoA's budget for K=2), then equal parameters, then the ablation.
+# Equal r first (and LoRA at SMoA's budget for K=2), then equal parameters, then the ablation, then other orders.
 METHODS = (
     Method("none", "none", r=0),
     Method("LoRA", "lora"),
@@ -98,6 +104,9 @@ METHODS = (
     Method("SMoA K=8, r=64", "smoa", r=64, num_blocks=8),
     Method("random K=2", "smoa", num_blocks=2, random=True),
     Method("random K=4, r=32", "smoa", r=32, num_blocks=4, random=True),
+    Method("contiguous K=2", "smoa", num_blocks=2, block_order="contiguous"),
+    Method("contiguous K=4, r=32", "smoa", r=32, num_blocks=4, block_order="contiguous"),
+    Method("granule 8 K=2", "smoa", num_blocks=2, granule=8),
 )
 _LORA, _SMOA = METHODS[1], METHODS[4]
 # What one thing does, everything else as above. Which learning rate goes with which alpha:

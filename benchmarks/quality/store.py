@@ -37,11 +37,13 @@ class Key:
     random: bool
     scaling: float = 1.0  # as it was before records said so
     modules: str = "all"  # likewise
+    block_order: str = "spectral"  # likewise
+    granule: int = 1  # likewise
 
 
 # Which fields of a key are the same in all runs of a task, and which in all of a method's in it.
 OF_A_TASK = ("steps", "batch_size", "layers", "dtype", "data", "head_lr")
-OF_A_METHOD = ("r", "num_blocks", "random", "scaling", "modules")
+OF_A_METHOD = ("r", "num_blocks", "random", "scaling", "modules", "block_order", "granule")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -115,6 +115,8 @@ class Slice:
             random=sized.random,
             scaling=sized.scaling,
             modules=sized.modules,
+            block_order=sized.block_order,
+            granule=sized.granule,
         )
 
     def _searches(self, method: Method) -> list[dict[str, Any]]:

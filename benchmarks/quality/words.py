@@ -15,7 +15,9 @@ def title(name: str) -> str:
     """A method's name in a table."""
     method = BY_NAME[name]
     rank = f", r={method.r}" if method.kind != "none" and "r=" not in name else ""
-    words = f"SMoA {name}" if method.random else NAMES.get(name, name)
+    words = NAMES.get(name, name)
+    if method.kind == "smoa" and not name.startswith("SMoA"):
+        words = f"SMoA {name}"
     return f"{words}{rank}"
 
 
