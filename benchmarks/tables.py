@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from smoa_kernels.cost.estimate import Estimate, estimate
 from smoa_kernels.cost.gpus import GPUS
 
 from .arithmetic import over_frozen
-from .cases import GPU_LAYERS, ONE_BILLION
+from .cases import GPU_LAYERS, ONE_BILLION, OTHER_BLOCKS
 from .goals import GOALS
 from .profiles import EIGH, GEMM, KINDS
 from .protocol import ONE_ROUND, Comparison, Quartiles, quartiles
@@ -235,7 +236,7 @@ def goals(run: Run) -> str:
 
 
 def predicted(gpu: str = "h100") -> str:
-    """Forward + backward over frozen by the cost model, for the cases that a GPU run measures.
+    """Forward + backward over frozen by the cost model, for the cases that a GPU run measures and for other blocks.
 
     Of the kernels alone; in brackets, where it differs, launched one by one from Python.
     """
@@ -247,9 +248,14 @@ def predicted(gpu: str = "h100") -> str:
         "SMoA split": "split",
         "SMoA fused": "fused",
     }
+    problems = [(case, "", case.problem()) for case in GPU_LAYERS]
+    for case, rule in OTHER_BLOCKS:
+        granularity = rule.granularity((case.out_features, case.in_features))
+        order = f", {rule.block_order}" + (f" in granules of {rule.granule}" if rule.granule > 1 else "")
+        problems.append((case, order, replace(case.problem(), granule=granularity)))
     rows = []
-    for case in GPU_LAYERS:
-        frozen, *others = (estimate(case.problem(), GPUS[gpu], way) for way in ("frozen", *ways.values()))
+    for case, order, problem in problems:
+        frozen, *others = (estimate(problem, GPUS[gpu], way) for way in ("frozen", *ways.values()))
         cells = []
         for found in others:
             device, launched = (
@@ -258,7 +264,7 @@ def predicted(gpu: str = "h100") -> str:
             cells.append(device if device == launched else f"{device} ({launched})")
             if case.dropout and found.algorithm in ("merged", "fused"):
                 cells[-1] = "–"
-        rows.append((case_name(Result("layer", "", case.record())), *cells))
+        rows.append((case_name(Result("layer", "", case.record())) + order, *cells))
     headings = (
         f"forward + backward over frozen, predicted for {gpu.upper()} (launched from Python)",
         *(NAMES.get(n, n) for n in ways),

@@ -26,6 +26,24 @@ def test_roofline_prints_every_way_as_predicted(capsys):
     assert "1.61" in chosen
 
 
+def test_roofline_takes_the_order_of_blocks_as_a_layer_does(tmp_path, capsys):
+    path = tmp_path / "roofline.json"
+    order = ["--block-order", "contiguous", "--blocks", "8", "--json", str(path)]
+    assert main([*DEFAULT, *order]) == 0
+    out = capsys.readouterr().out
+    assert "K=8 contiguous" in out
+    (chosen,) = (line for line in out.splitlines() if "SMoA split*" in line)
+    assert "1.23" in chosen
+    found = json.loads(path.read_text())
+    assert (found["block_order"], found["granule"]) == ("contiguous", 1)
+    expected = estimate(Problem(8192, 4096, 4096, 8, 16, granule=512), GPUS["h100"], "split")
+    assert found["algorithms"]["split"]["both"]["bytes"] == expected.bytes()
+    assert main([*DEFAULT, "--blocks", "8", "--granule", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "K=8 spectral in granules of 8" in out
+    assert "1.33" in next(line for line in out.splitlines() if "SMoA split*" in line)
+
+
 def test_roofline_json_holds_what_the_model_says(tmp_path, capsys):
     path = tmp_path / "roofline.json"
     assert main([*DEFAULT, "--blocks", "8", "--dtype", "fp16", "--json", str(path)]) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import smoa_kernels.cost.estimate as cost_estimate
-from smoa_kernels.cost.counts import WAYS, parts
+from smoa_kernels.cost.counts import WAYS, Pass, parts
 from smoa_kernels.cost.estimate import (
     LAUNCH_SECONDS,
     Direction,
@@ -17,11 +17,13 @@ from smoa_kernels.cost.estimate import (
 )
 from smoa_kernels.cost.gpus import GPUS, Gpu, match_gpu
 from smoa_kernels.cost.problem import Problem
-from smoa_kernels.cost.sectors import GATHER_TILE, WARP, overfetch, touched
+from smoa_kernels.cost.sectors import GATHER_TILE, STEP, WARP, overfetch, touched
 
 H100 = GPUS["h100"]
 SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)
 DOWN = replace(SQUARE, in_features=14336)
+CONTIGUOUS = replace(SQUARE, granule=1024)
+EIGHT = replace(SQUARE, granule=8)
 
 
 def device(problem: Problem, algorithm: str, gpu: Gpu = H100) -> float:
@@ -59,12 +61,40 @@ def test_totals_by_hand():
     assert over_frozen(SQUARE, "split") == pytest.approx(1 + split / frozen, rel=2e-3)
 
 
+def test_totals_in_place_by_hand():
+    """As above: contiguous blocks gather nothing and waste no sector; of granules of 8, tiles touch more sectors."""
+    unit, start, mib = 2 * 8192 * 4096**2 / 700e6, 2.3, 2**20
+    frozen = 2 * (unit + start)
+    build, add = 64 * mib / 2.9e6, 64 * mib / 2.9e6
+    # Rows of 64, 128 and 32 coordinates: 8, 16 and 4 granules, each in another sector than the last with probability
+    # 7/8, where 4, 8 and 2 sectors would hold them.
+    halves = [(1 + (n - 1) * 7 / 8) * 2 / n for n in (8, 16, 4)]
+    for problem, (step, tile, warp) in ((CONTIGUOUS, (1, 1, 1)), (EIGHT, halves)):
+        # An operand of a block product is read by 256 of its flops a time; H's blocks of W0 are 8 MiB.
+        operand = unit * 700e6 / 4 / 256 * 2 / 9.7e6
+        grads = 2 * operand * tile + 8 * mib * warp / 9.7e6 + 2 * start
+        merged = build + grads + build + 2 * start
+        assert over_frozen(problem, "merged") == pytest.approx(1 + merged / frozen, rel=2e-3)
+        blocks = 32 * mib * (0.25 if step == 1 else 0.4375) + 8 * mib
+        matmul = operand * (step + 1) + 64 * mib * tile / 9.7e6
+        forward = blocks / 2.9e6 + matmul + add + 2 * start
+        split = forward + grads + build + start
+        assert over_frozen(problem, "split") == pytest.approx(1 + split / frozen, rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("problem", "merged", "split", "lora"),
     [
         (SQUARE, 1.35, 1.61, 1.50),
         (replace(SQUARE, num_blocks=8), 1.31, 1.53, 1.50),
         (DOWN, 1.28, 1.49, 1.27),
+        (CONTIGUOUS, 1.21, 1.37, 1.50),
+        (replace(SQUARE, num_blocks=8, granule=512), 1.14, 1.23, 1.50),
+        (replace(DOWN, granule=512), 1.20, 1.34, 1.27),
+        (EIGHT, 1.32, 1.54, 1.50),
+        (replace(SQUARE, num_blocks=8, granule=8), 1.20, 1.33, 1.50),
+        (replace(DOWN, granule=8), 1.31, 1.50, 1.27),
+        (replace(SQUARE, granule=16), 1.21, 1.37, 1.50),
     ],
 )
 def test_published_totals(problem, merged, split, lora):
@@ -93,6 +123,31 @@ def test_sectors_are_those_that_were_counted(blocks, row, tile, warp):
     assert distinct(WARP) == pytest.approx(warp, rel=0.01)
 
 
+@pytest.mark.parametrize("granule", [2, 8, 16, 24, 40, 1024])
+@pytest.mark.parametrize("blocks", [2, 4, 8])
+def test_sectors_of_granules(blocks, granule):
+    """By drawing the blocks of granules, in 16 bits."""
+    count = max(64, 8192 // granule)
+    generator = torch.Generator().manual_seed(0)
+    mine = torch.randint(blocks, (64, count), generator=generator).repeat_interleave(granule, 1) == 0
+    members = [row.nonzero()[:, 0] // 16 for row in mine]
+    sectors = sum(len(m.unique()) for m in members)
+    assert touched(blocks, 2, granule) == pytest.approx(sectors / (mine.numel() / 16), rel=0.03)
+    for whole in (STEP, GATHER_TILE):
+        groups = [m[i : i + whole] for m in members for i in range(0, len(m) - whole, whole)]
+        drawn = sum(len(group.unique()) for group in groups) / len(groups) * 16 / whole
+        assert overfetch(whole, blocks, 2, granule) == pytest.approx(drawn, rel=0.03)
+
+
+def test_whole_sectors_are_not_wasted():
+    """8 coordinates of float32 and 16 of a half type are 32 bytes."""
+    for blocks, (itemsize, granule) in itertools.product((2, 4, 8), ((4, 8), (2, 16), (2, 1024), (4, 1024))):
+        assert touched(blocks, itemsize, granule) == pytest.approx(1 / blocks)
+        for together in (WARP, STEP, GATHER_TILE):
+            assert overfetch(together, blocks, itemsize, granule) == pytest.approx(1)
+    assert overfetch(GATHER_TILE, 1 << 16, 2, 8) == pytest.approx(2, rel=1e-3)  # alone, each is half a sector
+
+
 def test_one_block_scatters_nothing():
     for together, itemsize in itertools.product((1, WARP, GATHER_TILE), (2, 4, 8)):
         assert overfetch(together, 1, itemsize) == 1 == touched(1, itemsize)
@@ -111,10 +166,14 @@ def test_flop_floors():
 
 def test_launches():
     """Those that a profiler counts at T=256; a bias costs split a pass of its own, and the others nothing."""
-    p = replace(SQUARE, tokens=256)
     ways = ("frozen", "lora", "merged", "split", "fused")
-    found = [[estimate(p, H100, way).launches(stage) for stage in ("forward", "backward")] for way in ways]
+    p, q = (replace(found, tokens=256) for found in (SQUARE, CONTIGUOUS))
+    stages: tuple[Pass, ...] = ("forward", "backward")
+    found, in_place = (
+        [[estimate(of, H100, way).launches(s) for s in stages] for way in ways] for of in (p, q)
+    )
     assert found == [[1, 1], [5, 7], [2, 5], [4, 5], [1, 4]]
+    assert in_place == [[1, 1], [5, 7], [2, 4], [3, 4], [1, 3]]
     for way in WAYS:
         plain, biased = (estimate(replace(p, bias=bias), H100, way) for bias in (False, True))
         extra = (1, 2 * 2 * 256 * 4096) if way == "split" else (0, 0)
@@ -153,6 +212,92 @@ def test_bytes_counted_by_hand():
     assert part(p, "split", "y, read to accumulate").bytes == size * y
     # gathers read what is there and write the padded layout: one block of 4 columns padded to 64
     assert part(p, "split", "gather x").bytes == size * (x + 8 * 64)
+
+
+def test_bytes_in_place_by_hand():
+    """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns, which are padded to 64 where they are copied."""
+    p = Problem(8, 32, 16, 2, 2, torch.float32, granule=8)
+    size, x, y, blocks, factors = 4, 8 * 16, 8 * 32, 2 * 16 * 8, 32 + 16
+    copied = replace(p, granule=1)
+    assert part(copied, "split", "gather x").bytes == size * (x + 8 * 2 * 64)
+    assert part(copied, "split", "block matmul").bytes == size * (8 * 2 * 64 + blocks + y)
+    assert [q.name for q in parts(p, "split") if q.stage == "forward"] == [
+        "build ΔW blocks",
+        "block matmul",
+        "base GEMM",
+        "y, read to accumulate",
+    ]
+    assert part(p, "split", "build ΔW blocks").bytes == size * (2 * blocks + factors)
+    assert part(p, "split", "block matmul").bytes == size * (x + blocks + y)
+    # Two products of 2·8·16·8 operations, one operand for each 256 of them; then y, or W0's blocks.
+    operands = 2 * (2 * 2 * 8 * 16 * 8 // 256)
+    assert part(p, "split", "block matmul").cache_bytes == size * (operands + y)
+    partials = 4 * 4 * (32 + 16)  # float32, 4 ranks of padding, one tile on each side
+    found = part(p, "split", "block gradients", "backward")
+    assert found.bytes == size * (x + y + blocks + factors) + partials
+    assert found.cache_bytes == size * (operands + blocks) + partials
+    # In 16 bits 8 coordinates are half a sector. One block's hold 1 - (1/2)² of all sectors, one and a half times
+    # what it needs, and x and dY move so for each block.
+    half = replace(p, dtype=torch.bfloat16)
+    found = part(half, "split", "block gradients", "backward")
+    assert found.bytes == 2 * 1.5 * (x + y + blocks) + 2 * factors + partials
+    assert part(half, "split", "block matmul").bytes == 2 * (x + blocks + y)
+
+
+def test_what_contiguous_blocks_save_of_a_split():
+    """Forward: x is not read and written again, W0's blocks are a quarter of it. Backward: the same of x and dY."""
+    x = SQUARE.tokens * SQUARE.in_features
+    scattered, whole = (estimate(p, H100, "split") for p in (SQUARE, CONTIGUOUS))
+    w = SQUARE.weight_elements
+    moved = w * (touched(4, 2) - 1 / 4)
+    assert scattered.bytes("forward") - whole.bytes("forward") == pytest.approx(2 * (2 * x + moved), rel=1e-6)
+    factors, partials = 4 * 2 * 4096, 4 * 4 * 2 * 4096 * 8
+    parts_again = touched(4, 2) * w + factors  # W0 and the factors, for the tokens came in two parts
+    saved = 2 * (4 * x + moved + parts_again) + 2 * partials
+    assert scattered.bytes("backward") - whole.bytes("backward") == pytest.approx(saved, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "in_place"),
+    [
+        ({"granule": 8}, True),
+        ({"granule": 24}, True),
+        ({"granule": 4}, False),
+        ({"granule": 12}, False),
+        ({"granule": 8, "out_features": 4100}, False),
+        ({"granule": 8, "in_features": 4100}, False),
+        ({"num_blocks": 1, "in_features": 4000}, True),
+        ({"num_blocks": 1, "in_features": 4004}, False),
+    ],
+    ids=str,
+)
+def test_what_is_read_in_place(change, in_place):
+    p = replace(SQUARE, **change)
+    assert p.in_place == in_place
+    for way in ("merged", "split"):
+        assert in_place != any(q.name.startswith("gather") for q in parts(p, way))
+
+
+def test_dropout_copies_x_whatever_the_blocks_are():
+    """And dX goes by block order; dY is not copied."""
+    names = [q.name for q in parts(replace(CONTIGUOUS, dropout=0.1), "split")]
+    assert names == [
+        "build ΔW blocks",
+        "gather x",
+        "block matmul",
+        "base GEMM",
+        "y, read to accumulate",
+        "gather x",
+        "block gradients",
+        "sum partials",
+        "build ΔW blocks",
+        "block matmul of dX",
+        "scatter dX, dropout",
+        "dX = dY·W",
+        "dX, read to accumulate",
+    ]
+    dry, wet = (part(replace(EIGHT, dropout=d), "split", "block matmul") for d in (0.0, 0.1))
+    assert wet.cache_bytes < dry.cache_bytes  # which reads the copy
 
 
 def test_peers_pay_for_dropout_and_ours_for_a_split_dx():
@@ -295,7 +440,7 @@ def test_one_block_that_fills_its_tiles_is_not_gathered():
     assert not [q for q in parts(p, "split") if q.name.startswith("gather")]
     wet = [q.name for q in parts(replace(p, dropout=0.1), "split") if q.name.startswith("gather")]
     assert wet == ["gather x", "gather x"]  # the mask makes it a copy
-    assert [q for q in parts(replace(p, in_features=4000), "split") if q.name == "gather x"]
+    assert [q for q in parts(replace(p, in_features=4004), "split") if q.name == "gather x"]
 
 
 def test_match_gpu():

@@ -1,5 +1,6 @@
 """The spectral order and its blocks (docs/definition.md)."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -313,6 +314,18 @@ def test_contiguous_blocks_are_cut_as_tensor_split_cuts() -> None:
     assert partition.col_sizes == (3, 3, 2)
     assert partition.is_contiguous
     assert BlockPartition.contiguous((20, 16), 2, granule=8).row_sizes == (16, 4)
+
+
+@pytest.mark.parametrize("order", BLOCK_ORDERS)
+def test_a_rule_knows_the_granularity_of_what_it_builds(order: str) -> None:
+    """Of contiguous blocks exactly; others may stand in larger granules by chance, here by the order of zeros."""
+    for num_blocks, granule, n, c in itertools.product(
+        (1, 2, 3, 4, 7), (1, 2, 3), (21, 24, 32), (24, 27, 56)
+    ):
+        rule = BlockRule(num_blocks, order, granule)
+        found, built = rule.granularity((n, c)), rule.build(torch.zeros(n, c)).granularity
+        assert found == built if order == "contiguous" or num_blocks == 1 else built % found == 0
+        assert found % granule == 0 or num_blocks == 1
 
 
 @pytest.mark.numerical

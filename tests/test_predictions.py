@@ -41,6 +41,10 @@ def test_each_limit_moves_with_what_it_depends_on():
     odd = Problem(512, 516, 516, num_blocks=4, rank=16)
     assert block_grad_share(odd, H100).tiles == pytest.approx((129 / 256) ** 2)
     assert block_grad_share(replace(SQUARE, tokens=8193), H100).tiles == pytest.approx(8193 / (2 * 65 * 64))
+    # In place the tokens are one part. 16 granules of half a sector lie in 1 + 15 · 7/8 sectors, where 8 would do.
+    whole, half = (block_grad_share(replace(SQUARE, granule=granule), H100) for granule in (1024, 8))
+    assert whole.main_loop == half.main_loop == pytest.approx(128 / 139)
+    assert whole.cache == found.cache == pytest.approx(half.cache * (1 + 15 * 7 / 8) / 8)
 
 
 def test_few_tiles_share_their_tokens():
@@ -57,9 +61,11 @@ def test_peaks_by_hand():
     assert peak_bytes(p, "lora") == 192 * mib + 2 * 16 * 8192
     factors = 2 * 4 * 8192
     assert peak_bytes(p, "split") == 160 * mib + factors  # y, dX and W_eff
+    assert peak_bytes(replace(p, granule=1024), "split") == 160 * mib + factors
     short = Problem(4096, 4096, 4096, 4, 16)
     # y, dY and x gathered, the partials: as much as dX and W_eff, and a mebibyte
     assert peak_bytes(short, "split") == 96 * mib + factors + 4 * 4 * 2 * 4096 * 8
+    assert peak_bytes(replace(short, granule=8), "split") == 96 * mib + factors  # nothing is gathered
 
 
 def memory_results():

@@ -37,6 +37,8 @@ def test_backward_workspace():
         (Problem(8192, 4096, 4096, 8, 16), (4096, 4096)),  # 128 tiles fill a GPU
         (Problem(8192, 4096, 3072, 8, 16), (8192,)),  # 96 do not: programs share their tokens already
         (Problem(0, 4096, 4096, 4, 16), (0,)),
+        (Problem(8192, 4096, 4096, 4, 16, granule=8), (8192,)),  # dY and x are read in place
+        (Problem(8192, 4096, 4096, 4, 16, granule=12), (4096, 4096)),
     ],
     ids=str,
 )
@@ -73,6 +75,15 @@ def test_backward_workspace_counts_padding_and_dropout():
     p = Problem(8192, 4096, 4096, 4, 16, dropout=0.1)
     delta, gathered = 2 * 4096 * 4096 // 4, 2 * 8192 * 4096
     assert backward_workspace(p)["input gradient"] == delta + 2 * gathered
+
+
+def test_granules_are_read_in_place():
+    """Only partials and W_eff are left; under dropout x has a copy, and dX its blocks."""
+    p = Problem(8192, 4096, 4096, 4, 16, granule=8)
+    partials, w_eff, x = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096, 2 * 8192 * 4096
+    assert backward_workspace(p) == {"factor gradients": partials, "input gradient": w_eff}
+    wet = {"factor gradients": x + partials, "input gradient": w_eff // 4 + x}
+    assert backward_workspace(replace(p, dropout=0.1)) == wet
 
 
 def test_one_block_that_fills_its_tiles_is_not_gathered():

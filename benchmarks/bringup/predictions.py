@@ -27,6 +27,7 @@ from smoa_kernels.cost.grad_tiling import (
     token_splits,
 )
 from smoa_kernels.cost.problem import Problem
+from smoa_kernels.cost.sectors import overfetch
 from smoa_kernels.cost.workspace import backward_workspace
 
 __all__ = ["GradShare", "block_grad_share", "peak_bytes"]
@@ -62,9 +63,11 @@ def block_grad_share(problem: Problem, gpu: Gpu, *, ieee: bool = True) -> GradSh
     programs = tiles * token_splits(launches[0], tiles, gpu.multiprocessors, GRAD_STEP)
     steps = math.ceil(launches[0] * tiles / programs / GRAD_STEP)
     waves = programs / gpu.multiprocessors
-    # A step loads a tile of each operand: tile / itemsize products and sums for each byte of them.
+    # A step loads a tile of each operand: tile / itemsize products and sums for each byte of them; in place, all
+    # sectors in which they lie.
     rates = gpu.rates(p.dtype, ieee)
-    fed = tile / p.dtype.itemsize * rates.cache_bytes_per_second
+    moved = overfetch(tile, p.num_blocks, p.dtype.itemsize, p.granule) if p.in_place else 1
+    fed = tile / (p.dtype.itemsize * moved) * rates.cache_bytes_per_second
     return GradShare(
         tiles=p.tokens
         * p.weight_elements

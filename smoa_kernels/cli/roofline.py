@@ -16,6 +16,7 @@ from ..cost.estimate import Estimate, choose_algorithm, estimate
 from ..cost.gpus import GPUS
 from ..cost.problem import Problem
 from ..cost.workspace import backward_workspace_bytes
+from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.precision import PRECISIONS
 from .output import console, write_json
 
@@ -49,7 +50,9 @@ def roofline(
     tokens: Annotated[int, typer.Option(min=0, max=10**9, help="Tokens in the batch, T.")] = 8192,
     shape: Annotated[str, typer.Option(help="OUTxIN features of the layer, N×C.")] = "4096x4096",
     rank: Annotated[int, typer.Option(min=0, max=10**9, help="Rank budget of all blocks together, r.")] = 16,
-    blocks: Annotated[int, typer.Option(min=1, help="Spectral blocks, K.")] = 4,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks, K.")] = 4,
+    block_order: Annotated[str, typer.Option(help=f"One of {', '.join(BLOCK_ORDERS)}.")] = "spectral",
+    granule: Annotated[int, typer.Option(min=1, help="Adjacent coordinates that stay together.")] = 1,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "bf16",
     dropout: Annotated[float, typer.Option(help="Dropout probability of the adapter.")] = 0.0,
     bias: Annotated[bool, typer.Option("--bias", help="The layer has a bias.")] = False,
@@ -59,21 +62,22 @@ def roofline(
     """Predict time, bytes and flops of one layer for each way to run it. Nothing is measured."""
     check_choice("--gpu", gpu, GPUS)
     check_choice("--dtype", dtype, PRECISIONS)
+    check_choice("--block-order", block_order, BLOCK_ORDERS)
     if not 0 <= dropout < 1:
         raise ValueError(f"--dropout must lie in [0, 1), got {dropout}")
     torch_dtype, ieee = PRECISIONS[dtype].dtype, PRECISIONS[dtype].ieee
-    out_features, in_features = parse_shape(shape)
-    problem = Problem(tokens, out_features, in_features, blocks, rank, torch_dtype, dropout, bias)
-    if blocks > min(out_features, in_features):
-        raise ValueError(
-            f"--blocks must be at most {min(out_features, in_features)} for {shape}, got {blocks}"
-        )
+    features = parse_shape(shape)
+    if blocks > min(features):
+        raise ValueError(f"--blocks must be at most {min(features)} for {shape}, got {blocks}")
+    granularity = BlockRule(blocks, block_order, granule).granularity(features)
+    problem = Problem(tokens, *features, blocks, rank, torch_dtype, dropout, bias, granularity)
     chosen = choose_algorithm(problem, GPUS[gpu], ieee)
     ways = [a for a in WAYS if not dropout or a not in ("merged", "fused", "expanded")]
     estimates = {a: estimate(problem, GPUS[gpu], a, ieee=ieee) for a in ways}
 
     out = console()
-    out.print(_table(estimates, chosen, f"{shape}, T={tokens}, r={rank}, K={blocks}, {dtype}, {gpu}"))
+    order = block_order if granule == 1 else f"{block_order} in granules of {granule}"
+    out.print(_table(estimates, chosen, f"{shape}, T={tokens}, r={rank}, K={blocks} {order}, {dtype}, {gpu}"))
     out.print(
         "A pass launched from Python takes the longer of device and host; in a CUDA graph, the device's time."
     )
@@ -88,10 +92,12 @@ def roofline(
         inputs = {
             "gpu": gpu,
             "tokens": tokens,
-            "out_features": out_features,
-            "in_features": in_features,
+            "out_features": features[0],
+            "in_features": features[1],
             "rank": rank,
             "num_blocks": blocks,
+            "block_order": block_order,
+            "granule": granule,
             "dtype": dtype,
             "dropout": dropout,
             "bias": bias,

@@ -9,7 +9,8 @@ A way is a list of parts, one for each kernel that a GPU would run. The same rul
   GEMM was measured without such a read, so the read is a part of its own and overlaps with nothing.
 - Scattered accesses move whole sectors (`sectors.py`), from memory and through the cache.
 - Products run at the rate of a large GEMM, memory at that of a copy. Whatever goes to or from memory goes through the
-  cache. Our own products, which no library computes, also read a tile of each operand through it at every step.
+  cache. Our own products, which no library computes, also read a tile of each operand through it at every step, and of
+  an operand that they read in place (`Problem.in_place`) the sectors that the tile touches.
 - The one-kernel form computes an operand in its main loop, and issuing those instructions may take longer than its
   products do. At few tokens it has few programs, and the multiprocessor that has most of them decides.
 - A kernel takes its start, and then as long as the slowest of products, memory, cache and issue.
@@ -29,7 +30,7 @@ from ..definition.precision import precision_of
 from .gpus import Rates
 from .grad_tiling import GRAD_TILE, gradient_parts, partial_bytes
 from .problem import Problem
-from .sectors import GATHER_TILE, WARP, overfetch, touched
+from .sectors import GATHER_TILE, STEP, WARP, overfetch, touched
 
 __all__ = ["WAYS", "Part", "Pass", "parts"]
 
@@ -132,13 +133,18 @@ class _Count:
         self.y = p.tokens * p.out_features
         self.w = p.weight_elements
         self.block_w = self.w // p.num_blocks  # the diagonal blocks
-        self.touched_w = self.w * touched(p.num_blocks, p.dtype.itemsize)  # what reading them moves
-        self.x_blocks = p.tokens * p.padded(p.in_features)
-        self.y_blocks = p.tokens * p.padded(p.out_features)
+        self.touched = touched(p.num_blocks, p.dtype.itemsize, p.granule)
+        self.touched_w = self.w * self.touched  # what reading them moves
+        self.x_copied = p.gathers(p.in_features) or p.dropout > 0
+        self.dy_copied = p.gathers(p.out_features)
+        # What our products read: a copy in block order, or what there is.
+        self.x_blocks = p.tokens * (p.padded(p.in_features) if self.x_copied else p.in_features)
+        self.y_blocks = p.tokens * (p.padded(p.out_features) if self.dy_copied else p.out_features)
+        self.product = p.unit_flops // p.num_blocks  # flops of all blocks' products
         self.factors = p.max_rank * (p.out_features + p.in_features)
 
     def overfetch(self, together: int) -> float:
-        return overfetch(together, self.p.num_blocks, self.p.dtype.itemsize)
+        return overfetch(together, self.p.num_blocks, self.p.dtype.itemsize, self.p.granule)
 
     def add(
         self,
@@ -184,14 +190,18 @@ class _Count:
         moved = self.touched_w + self.block_w + self.factors
         self.add("build ΔW blocks", 2 * self.block_w * self.p.max_rank, moved)
 
-    def block_matmul(self, name: str, source: int, target: int, *, scattered: bool) -> None:
-        flops = self.p.unit_flops // self.p.num_blocks
-        cached = self.tiles(flops) + target * (self.overfetch(WARP) if scattered else 1)
-        self.add(name, flops, source + self.block_w + target, cached=cached)
+    def block_matmul(self, name: str, source: int, target: int, *, copied: bool, scattered: bool) -> None:
+        # Blocks are side by side on the same tokens: memory moves x once, copied or not.
+        stored = self.overfetch(GRAD_TILE if self.p.in_place else WARP) if scattered else 1
+        cached = self.operand(STEP, copied) + self.operand(STEP, True) + target * stored
+        self.add(name, self.product, source + self.block_w + target, cached=cached)
 
-    def tiles(self, flops: int) -> float:
-        """Elements that a product of ours reads through the cache: two operands for each square tile and step."""
-        return flops / GRAD_TILE
+    def operand(self, together: int, copied: bool) -> float:
+        """Elements of an operand that blocks' products read through the cache: once for each tile of the other.
+
+        Where it is no copy, with the rest of the sectors in which rows of `together` coordinates lie.
+        """
+        return self.product / (2 * GRAD_TILE) * (1 if copied else self.overfetch(together))
 
     def gather(self, name: str, features: int, *, dropout: bool = False, launches: int = 1) -> None:
         if self.p.gathers(features) or dropout:
@@ -202,19 +212,25 @@ class _Count:
     def factor_gradients(self) -> None:
         """Gather dY and x, accumulate G tile by tile, contract it with the factors, and sum the partials.
 
-        Each part of the tokens reads W0's blocks and the factors again, and writes partials of its own.
+        Each part of the tokens reads W0's blocks and the factors again, and writes partials of its own. Blocks that
+        read x and dY in place do so one after the other.
         """
         p, launches = self.p, len(gradient_parts(self.p))
         # Without dropout one launch gathers both, where both are gathered.
-        alone = p.dropout > 0 or not (p.gathers(p.out_features) and p.gathers(p.in_features))
+        alone = p.dropout > 0 or not (self.dy_copied and self.x_copied)
         self.gather("gather dY", p.out_features, launches=launches)
         self.gather("gather x", p.in_features, dropout=p.dropout > 0, launches=launches if alone else 0)
-        partials, product = partial_bytes(p), p.unit_flops // p.num_blocks
+        partials, operands = (
+            partial_bytes(p),
+            ((self.x_blocks, self.x_copied), (self.y_blocks, self.dy_copied)),
+        )
+        moved = sum(size * (1 if copied else p.num_blocks * self.touched) for size, copied in operands)
+        cached = sum(self.operand(GRAD_TILE, copied) for _, copied in operands)
         self.add(
             "block gradients",
-            product + launches * 4 * self.block_w * p.max_rank,
-            self.x_blocks + self.y_blocks + launches * (self.touched_w + self.factors),
-            cached=self.tiles(product) + launches * self.block_w * self.overfetch(WARP),
+            self.product + launches * 4 * self.block_w * p.max_rank,
+            moved + launches * (self.touched_w + self.factors),
+            cached=cached + launches * self.block_w * self.overfetch(WARP),
             extra_bytes=partials,
             launches=launches,
         )
@@ -313,7 +329,7 @@ def _split(c: _Count) -> None:
     """The adapter first, block by block; then the base GEMM accumulates onto its result, and a bias comes last."""
     c.build_blocks()
     c.gather("gather x", c.p.in_features, dropout=c.p.dropout > 0)
-    c.block_matmul("block matmul", c.x_blocks, c.y, scattered=True)
+    c.block_matmul("block matmul", c.x_blocks, c.y, copied=c.x_copied, scattered=True)
     c.base_forward()
     c.add("y, read to accumulate", 0, c.y, launches=0)
     if c.p.bias:  # every other way adds it where it makes y
@@ -323,7 +339,7 @@ def _split(c: _Count) -> None:
     if c.p.dropout:
         c.gather("gather dY again", c.p.out_features)
         c.build_blocks()
-        c.block_matmul("block matmul of dX", c.y_blocks, c.x_blocks, scattered=False)
+        c.block_matmul("block matmul of dX", c.y_blocks, c.x_blocks, copied=c.dy_copied, scattered=False)
         cached = c.x_blocks + c.x * c.overfetch(WARP)
         c.add("scatter dX, dropout", c.x_blocks, c.x_blocks + c.x, cached=cached)
         c.base_backward()

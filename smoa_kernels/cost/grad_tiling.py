@@ -50,7 +50,8 @@ def gradient_parts(p: Problem) -> tuple[int, ...]:
     less memory. There are as many parts as it takes for the copies to need no more memory than dX and its W_eff do
     afterwards, within three limits. n parts hold 1/n of the copies but n times the partials of one, so n stays where
     the sum still falls. A part has at least `GRAD_PART_TOKENS`, since each part runs the end of every program again.
-    And G has at least `GRAD_PART_TILES`. Under dropout dX needs gathered copies of its own: one part.
+    And G has at least `GRAD_PART_TILES`. Under dropout dX needs copies of its own: one part. Where kernels read dY and
+    x in place nothing is gathered: one part.
 
     Example:
         >>> gradient_parts(Problem(8192, 4096, 4096, num_blocks=4, rank=16))

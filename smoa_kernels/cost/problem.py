@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Problem"]
+__all__ = ["GRANULE", "Problem"]
+
+GRANULE = 8
+"""Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
 
 # In the padded block-major layout each block's width is a multiple of the wide padding, which every shipped tile
 # divides, or of the narrow one where no block is wider than that.
@@ -34,6 +37,8 @@ class Problem:
         dtype: of x, W0 and the factors.
         dropout: probability, 0 where dropout is off or the layer is evaluating.
         bias: the layer has one.
+        granule: adjacent coordinates that stay together, a partition's `granularity`: the size of contiguous blocks
+            where all are as large. Where they are not it is smaller, and more is counted than they cost.
     """
 
     tokens: int
@@ -44,6 +49,7 @@ class Problem:
     dtype: torch.dtype = torch.bfloat16
     dropout: float = 0.0
     bias: bool = False
+    granule: int = 1
 
     @property
     def max_rank(self) -> int:
@@ -66,6 +72,15 @@ class Problem:
         multiple = padding_multiple((widest,))
         return self.num_blocks * math.ceil(widest / multiple) * multiple
 
+    @property
+    def in_place(self) -> bool:
+        """Whether kernels read x and dY where they lie: N, C and all blocks consist of whole granules of `GRANULE`."""
+        together = self.num_blocks == 1 or self.granule % GRANULE == 0
+        return together and self.out_features % GRANULE == self.in_features % GRANULE == 0
+
     def gathers(self, features: int) -> bool:
-        """Whether the block-major layout of N or C coordinates is a copy; one block that fills its tiles needs none."""
-        return self.num_blocks > 1 or self.padded(features) != features
+        """Whether kernels read N or C coordinates from a copy in the padded block-major layout.
+
+        Without dropout: its mask is applied to a copy of x, whatever the blocks are.
+        """
+        return not self.in_place and (self.num_blocks > 1 or self.padded(features) != features)

@@ -16,9 +16,9 @@ __all__ = ["backward_workspace", "backward_workspace_bytes"]
 def backward_workspace(problem: Problem) -> Mapping[str, int]:
     """Bytes that each of the backward's two stages holds beyond its inputs and results.
 
-    "factor gradients" holds dY and x of one part of the tokens, gathered (`grad_tiling.gradient_parts`), and all
-    partials. They are freed before "input gradient", which holds W_eff. Under dropout it holds the ΔW blocks, dY
-    gathered again, and the adapter's dX by block.
+    "factor gradients" holds dY and x of one part of the tokens, where they are gathered (`grad_tiling.gradient_parts`,
+    `Problem.gathers`), and all partials. They are freed before "input gradient", which holds W_eff. Under dropout the
+    first always holds a copy of x, and the second the ΔW blocks, dY gathered again, and the adapter's dX by block.
     """
     p, size = problem, problem.dtype.itemsize
     rows, cols = p.padded(p.out_features), p.padded(p.in_features)
