@@ -135,6 +135,58 @@ def test_indices_of_any_kind(form: str) -> None:
 
 
 @needs_library
+@each_form
+@pytest.mark.parametrize("tokens", [4, 50])
+def test_contiguous_blocks_give_what_their_indices_give(tokens: int, form: str) -> None:
+    """Bit for bit: what lies in order is read where it lies, by its label; without it by index."""
+    p = on_cpu(tokens=tokens, out_features=301, in_features=457, block_order="contiguous")
+    *sizes, granularity, contiguous = p.partition.sizes()
+    assert contiguous
+    indexed = BlockPartition.from_tensors(p.partition.tensors(), [*sizes, granularity, 0])
+    for layout in (p, replace(p, weight=p.weight.T.contiguous().T)):
+        runs = (replace(layout, partition=one).run(**FORMS[form].options) for one in (p.partition, indexed))
+        assert all(map(torch.equal, *runs))
+
+
+@needs_library
+@pytest.mark.parametrize("granule", [8, 16, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_granules_give_what_scattered_coordinates_give(granule: int, masked: bool) -> None:
+    """Bit for bit: coordinates of a block moved apart, in their order, so that no two are read together."""
+    p = on_cpu(tokens=50, out_features=202, in_features=413, block_order="random", granule=granule)
+    old = p.partition
+    generator = torch.Generator().manual_seed(1)
+    row_block, col_block = (
+        labels[torch.randperm(len(labels), generator=generator)] for labels in old.tensors()[:2]
+    )
+    new = BlockPartition.from_labels(row_block, col_block, old.num_blocks)
+    rows, cols = (  # where each row and column comes from
+        torch.empty_like(after).scatter_(0, after, before)
+        for before, after in ((old.row_index, new.row_index), (old.col_index, new.col_index))
+    )
+    adapter, scattered = (
+        PackedAdapter(W, A, B, partition, p.ranks, scaling_tensor(p.scaling, CPU))
+        for W, A, B, partition in (
+            (p.weight, p.A, p.B, old),
+            (p.weight[rows][:, cols], p.A[:, cols], p.B[rows], new),
+        )
+    )
+    kept = torch.rand(p.x.shape, generator=generator) < 0.7
+
+    def mask(columns: torch.Tensor) -> backend.Mask | None:
+        padded = torch.nn.functional.pad(columns, (0, -columns.shape[1] % 16)).unflatten(1, (-1, 16))
+        words = (padded.int() << torch.arange(16)).sum(2)
+        return backend.Mask(words.to(torch.int16), 1.5) if masked else None
+
+    y = backend._update(p.x, adapter, x_mask=mask(kept))
+    assert torch.equal(y[:, rows], backend._update(p.x[:, cols], scattered, x_mask=mask(kept[:, cols])))
+    dA, dB = backend.factor_gradients(p.dy, p.x, adapter, mask(kept))
+    found = backend.factor_gradients(p.dy[:, rows], p.x[:, cols], scattered, mask(kept[:, cols]))
+    assert torch.equal(dA[:, cols], found[0])
+    assert torch.equal(dB[rows], found[1])
+
+
+@needs_library
 def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
     few = library.library().smoa_few_fit
     ranks = [max((rank for rank in range(1, 40) if few(tokens, rank)), default=0) for tokens in range(1, 10)]

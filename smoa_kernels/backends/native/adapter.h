@@ -66,14 +66,22 @@ static i64 rank_at(const adapter *m, i64 col) {
     return m->cols ? m->rank : rank_of(m->ranks, label(m->col_block, col), m->rank);
 }
 
+/* The blocks of some columns, a bit for each; other blocks may share it. Of a weight that is one block: any. */
+static inline uint64_t blocks_of(const adapter *m, i64 col, int some) {
+    uint64_t found = m->cols ? 1 : 0;
+    for (int c = 0; !m->cols && c < some; c++) found |= (uint64_t)1 << label(m->col_block, col + c) % 64;
+    return found;
+}
+
 /* What `pack` made of the weight's rows first to first + count becomes W_eff, or ΔW of one block. */
 static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *panels, float *scratch) {
     for (i64 top = 0; top < count; top += NR, panels += depth * NR) {
         int32_t block[NR] = {0};
+        uint64_t there = m->rows ? 1 : 0; /* blocks of these rows: columns of no such block stay as they are */
         for (i64 i = 0; i < NR; i++) {
             i64 at = first + top + least(i, count - top - 1);
             const float *B = m->B + (m->rows ? m->rows[at] : at) * m->B_row;
-            if (!m->rows) block[i] = label(m->row_block, at);
+            if (!m->rows) there |= (uint64_t)1 << (block[i] = label(m->row_block, at)) % 64;
             for (i64 t = 0; t < m->rank; t++) scratch[t * NR + i] = m->scaling * B[t * m->B_rank];
         }
         vi left, right;
@@ -83,7 +91,9 @@ static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, f
             i64 rank = rank_at(m, k + p);
             int alike = p + BESIDE <= depth;
             for (int c = 1; alike && c < BESIDE; c++) alike = rank_at(m, k + p + c) == rank;
-            if (alike)
+            if (!(there & blocks_of(m, k + p, alike ? BESIDE : 1)))
+                ;
+            else if (alike)
                 modulate_columns(BESIDE, m, k + p, rank, left, right, scratch, panels + p * NR);
             else
                 modulate_columns(1, m, k + p, rank, left, right, scratch, panels + p * NR);

@@ -205,8 +205,8 @@ def _update(
     with _named(UPDATE):
         code.smoa_update(
             x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), _kept(x_mask), weight.data_ptr(),
-            *weight.stride(), *indices, count, ranks, rank, A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(),
-            scaling, y.data_ptr(), _kept(y_mask), workspace.data_ptr(), threads,
+            *weight.stride(), *indices, count, adapter.partition.is_contiguous, ranks, rank, A.data_ptr(), *A.stride(),
+            B.data_ptr(), *B.stride(), scaling, y.data_ptr(), _kept(y_mask), workspace.data_ptr(), threads,
         )  # fmt: skip
     return y
 
@@ -231,8 +231,8 @@ def factor_gradients(
         with _named(GRADIENT):
             code.smoa_gradient(
                 x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), _kept(mask),
-                weight.data_ptr(), *weight.stride(), *indices, count, ranks, rank, A.data_ptr(), B.data_ptr(), scaling,
-                dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(), threads,
+                weight.data_ptr(), *weight.stride(), *indices, count, adapter.partition.is_contiguous, ranks, rank,
+                A.data_ptr(), B.data_ptr(), scaling, dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(), threads,
             )  # fmt: skip
     dA = dA if threads == 1 else dA.sum(0)
     return (dA, dB) if adapter.A.dtype == dA.dtype else (dA.to(adapter.A.dtype), dB.to(adapter.A.dtype))

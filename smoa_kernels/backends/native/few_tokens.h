@@ -18,8 +18,14 @@ typedef struct {
     float scaling, *y, *workspace;
 } few_job;
 
-/* y[token, rows[i]] of some tokens and some rows of block k; `factor` (rank, some) is to hold s B. */
-INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64 k, const i64 *rows, float *y,
+/* The columns between which all of a block lie. */
+typedef struct {
+    i64 first, end;
+} range;
+
+/* y[token, rows[i]] of some tokens and some rows of block k, whose columns lie in `own`; `factor` (rank, some) is to hold
+ * s B. */
+INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64 k, range own, const i64 *rows, float *y,
                      float *factor) {
     i64 rank = rank_of(j->ranks, k, j->rank), c = 0;
     const float *weight[ROWS];
@@ -34,7 +40,7 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
         vi labels;
         memcpy(&labels, j->col_block + c, sizeof labels);
         vf update[ROWS] = {{0}};
-        for (i64 t = 0; t < rank; t++) {
+        for (i64 t = 0; t < rank && c < own.end && c + LANES > own.first; t++) {
             vf A = load(j->A + t * j->A_stride + c);
 #pragma GCC unroll 4
             for (int i = 0; i < some; i++) update[i] += A * factor[t * some + i];
@@ -65,11 +71,11 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
 INLINE int rows_of(i64 tokens) { return tokens * 4 <= LANES ? 4 : tokens * 2 <= LANES ? 2 : 1; }
 
 /* Of rows[first] to rows[end - 1]. */
-INLINE void few_of_block(int tokens, const few_job *j, const float *x, i64 k, const i64 *rows, i64 first, i64 end,
-                         float *y, float *factor) {
+INLINE void few_of_block(int tokens, const few_job *j, const float *x, i64 k, range own, const i64 *rows, i64 first,
+                         i64 end, float *y, float *factor) {
     const int side = rows_of(tokens);
-    for (; first + side <= end; first += side) few_rows(tokens, side, j, x, k, rows + first, y, factor);
-    for (; first < end; first++) few_rows(tokens, 1, j, x, k, rows + first, y, factor);
+    for (; first + side <= end; first += side) few_rows(tokens, side, j, x, k, own, rows + first, y, factor);
+    for (; first < end; first++) few_rows(tokens, 1, j, x, k, own, rows + first, y, factor);
 }
 
 static void few_part(void *it, i64 part) {
@@ -83,10 +89,13 @@ static void few_part(void *it, i64 part) {
             const i64 *rows = j->row_index + j->row_offsets[k];
             i64 count = j->row_offsets[k + 1] - j->row_offsets[k];
             i64 first = share_of(count, ROWS, part, j->parts), end = share_of(count, ROWS, part + 1, j->parts);
+            range own = {j->cols, 0};
+            for (i64 c = 0; c < j->cols; c++)
+                if (j->col_block[c] == k) own = (range){least(own.first, c), c + 1};
             switch (least(FEW, j->tokens - token)) {
 #define CASE(tokens)                                                  \
     case tokens:                                                      \
-        few_of_block(tokens, j, x, k, rows, first, end, y, factor); \
+        few_of_block(tokens, j, x, k, own, rows, first, end, y, factor); \
         break;
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE

@@ -5,7 +5,7 @@
 #include "threads.h"
 
 typedef struct {
-    i64 tokens, rows, cols, blocks, rank, parts;
+    i64 tokens, rows, cols, blocks, rank, parts, contiguous;
     matrix dy, x, weight;
     const i64 *row_index, *col_index;
     const int32_t *row_offsets, *col_offsets, *ranks;
@@ -66,7 +66,7 @@ INLINE void contract_ranks(int some, const float *h, i64 height, i64 width, cons
 }
 
 /* dA_k += B_kᵀ H and dB_k = H A_kᵀ for some rows of block k: H = s G ∘ W0 is written over G, A and dA (ranks[k], width)
- * are in block order, as is a row of W0 in `line`. */
+ * are in block order, as is a row of W0 in `line`, which contiguous blocks do not need. */
 static void contract(const gradient_job *j, float *H, i64 k, i64 first, i64 count, const float *A, float *dA,
                      const piece *pieces, i64 some, float *restrict line) {
     i64 rank = rank_of(j->ranks, k, j->rank), width = j->col_offsets[k + 1] - j->col_offsets[k];
@@ -78,12 +78,13 @@ static void contract(const gradient_job *j, float *H, i64 k, i64 first, i64 coun
         float *group = H + top * width;
         for (i64 i = 0; i < height; i++) {
             const float *weight = j->weight.data + rows[i] * j->weight.row_stride;
+            const float *ordered = j->contiguous && step == 1 ? weight + j->col_offsets[k] : line;
             float *restrict h = group + i * width;
-            if (step == 1)
-                gather(weight, cols, width, pieces, some, NULL, line);
-            else
+            if (step != 1)
                 for (i64 c = 0; c < width; c++) line[c] = weight[cols[c] * step];
-            for (i64 c = 0; c < width; c++) h[c] *= scaling * line[c];
+            else if (!j->contiguous)
+                gather(weight, cols, width, pieces, some, NULL, line);
+            for (i64 c = 0; c < width; c++) h[c] *= scaling * ordered[c];
         }
         for (i64 t = 0; t < rank; t += RANKS)
             if (t + RANKS <= rank)
@@ -116,7 +117,8 @@ static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, flo
             sum[t * width + c] = 0;
         }
     matrix dy = j->dy, x = j->x;
-    dy.rows = j->row_index, x.rows = j->col_index;
+    if (!j->contiguous) dy.rows = j->row_index;
+    if (!j->contiguous || x.keep) x.rows = j->col_index;
     for (; first < end; first += j->slab) {
         i64 count = least(j->slab, end - first);
         product(dy, first, count, x, col, width, j->tokens, NULL, G, width, 0, rest);
@@ -156,12 +158,12 @@ i64 smoa_gradient_workspace(i64 tokens, const int32_t *row_offsets, const int32_
 
 /* dA (threads, rank, cols), still to be summed, and dB (rows, rank), zeros before: of dy (tokens, rows) and x (tokens,
  * cols) with contiguous rows, A and B contiguous; of x some may be dropped, as in smoa_update. There is at least one
- * token. */
+ * token. Where blocks are `contiguous`, indices count up from 0: what they would order is read where it lies. */
 void smoa_gradient(i64 tokens, i64 rows, i64 cols, const float *dy, i64 dy_stride, const float *x, i64 x_stride,
                    const uint16_t *keep, const float *weight, i64 row_stride, i64 col_stride, const i64 *row_index, const i64 *col_index,
-                   const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, const int32_t *ranks, i64 rank,
+                   const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
                    const float *A, const float *B, float scaling, float *dA, float *dB, float *workspace, i64 threads) {
-    gradient_job job = {tokens, rows, cols, blocks, rank, threads, matrix_of(dy, 1, dy_stride),
+    gradient_job job = {tokens, rows, cols, blocks, rank, threads, contiguous, matrix_of(dy, 1, dy_stride),
                         some_of(x, 1, x_stride, keep, cols), matrix_of(weight, row_stride, col_stride), row_index, col_index, row_offsets, col_offsets, ranks,
                         A, B, scaling, dA, dB, from_a_line(workspace), largest_of(col_offsets, blocks),
                         slab_of(row_offsets, blocks, threads)};

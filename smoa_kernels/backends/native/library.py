@@ -20,8 +20,8 @@ _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 # What each function takes: p a pointer, i an int64, f a float.
 _SIGNATURES = {
     "smoa_linear": "iiipipiippipipiipiifpipi",
-    "smoa_update": "iiipippiippppipipiipiifpppi",
-    "smoa_gradient": "iiipipippiippppipippfpppi",
+    "smoa_update": "iiipippiippppiipipiipiifpppi",
+    "smoa_gradient": "iiipipippiippppiipippfpppi",
     "smoa_few": "iiipipipppipipipiifppi",
     "smoa_keep": "iipiip",
     "smoa_labels_fit": "iippii",

@@ -1,11 +1,13 @@
 /* Coordinates of a block in a row of numbers: read side by side, or written where they belong.
  *
- * A block of a few has several in every cache line. With AVX-512 those of one line are moved together.
+ * A block of a few has several in every cache line. With AVX-512 those of one line are moved together; with AVX2 eight
+ * that are neighbours, which blocks of granules have.
  */
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -22,15 +24,16 @@ static float *from_a_line(float *p) { return p + (16 - (uintptr_t)p / 4 % 16) % 
 /* 16-bit words that hold a bit for each of so many. */
 static i64 words(i64 count) { return (count + 15) / 16; }
 
-enum { PIECE = 16 };
+enum { PIECE = 16, RUN = 8 };
 
-/* Of PIECE floats from `at`, those that `taken` has a bit for: the coordinates of a block that lie there. */
+/* Of PIECE floats from `at`, those that `taken` has a bit for: the coordinates of a block that lie there. With AVX2 all
+ * of so many as `taken` says. */
 typedef struct {
     i64 at, taken;
 } piece;
 
 /* The coordinates index[0] to index[count - 1] as pieces, of which there are no more than coordinates; 0 where reading
- * one at a time is as fast: they lie too far apart, or this processor cannot move some lanes of a vector together. */
+ * one at a time is as fast: they lie too far apart, or with AVX2 are not neighbours, all but the last in runs of RUN. */
 static i64 pieces_of(const i64 *index, i64 count, piece *pieces) {
 #if VECTOR_BYTES == 64
     i64 some = 0, last = -1;
@@ -45,8 +48,14 @@ static i64 pieces_of(const i64 *index, i64 count, piece *pieces) {
     }
     return some;
 #else
-    (void)index, (void)count, (void)pieces;
-    return 0;
+    i64 some = 0;
+    for (i64 i = 0; i < count; i += RUN) {
+        i64 there = least(RUN, count - i);
+        for (i64 c = 1; c < there; c++)
+            if (index[i + c] != index[i] + c) return 0;
+        pieces[some++] = (piece){index[i], there};
+    }
+    return some;
 #endif
 }
 
@@ -66,7 +75,13 @@ INLINE void gather(const float *from, const i64 *index, i64 count, const piece *
         out += __builtin_popcountll((unsigned long long)taken);
     }
 #else
-    (void)pieces;
+    for (i64 i = 0; i < some; i++, out += RUN) { /* the last may end where the matrix does */
+        const float *run = from + pieces[i].at;
+        if (!keep && pieces[i].taken == RUN)
+            memcpy(out, run, RUN * sizeof *out);
+        else
+            for (i64 c = 0; c < pieces[i].taken; c++) out[c] = keep ? run[c] * kept(keep, pieces[i].at + c) : run[c];
+    }
 #endif
     if (!some)
         for (i64 i = 0; i < count; i++) out[i] = keep ? from[index[i]] * kept(keep, index[i]) : from[index[i]];
@@ -84,7 +99,13 @@ INLINE void scatter(const float *from, const i64 *index, i64 count, const piece 
         from += __builtin_popcountll((unsigned long long)taken);
     }
 #else
-    (void)pieces;
+    for (i64 i = 0; i < some; i++, from += RUN) {
+        float *run = to + pieces[i].at;
+        if (!keep && pieces[i].taken == RUN)
+            memcpy(run, from, RUN * sizeof *run);
+        else
+            for (i64 c = 0; c < pieces[i].taken; c++) run[c] = keep ? from[c] * kept(keep, pieces[i].at + c) : from[c];
+    }
 #endif
     if (!some)
         for (i64 i = 0; i < count; i++) to[index[i]] = keep ? from[i] * kept(keep, index[i]) : from[i];

@@ -2,7 +2,7 @@
  *
  * ΔW is packed once, as panels of its blocks. A band of tokens at a time, x is put in block order, multiplied, and y put
  * back in its own order, while all of it is in the cache: of each row every block has a share of every cache line, so
- * that block after block would read and write x and y once for each.
+ * that block after block would read and write x and y once for each. Contiguous blocks are in their order already.
  */
 #pragma once
 
@@ -26,7 +26,7 @@ void smoa_keep(i64 tokens, i64 cols, const int16_t *levels, i64 stride, i64 leas
 enum { BAND = MR * 18 };
 
 typedef struct {
-    i64 tokens, rows, cols, blocks, parts;
+    i64 tokens, rows, cols, blocks, parts, contiguous;
     matrix x, weight;
     adapter m;
     const i64 *row_index, *col_index;
@@ -54,13 +54,17 @@ static void delta_part(void *it, i64 part) {
     update_job *j = it;
     if (part >= j->parts) return;
     float *to = j->deltas, *scratch = j->workspace + part * update_size(j->tokens, j->rows, j->cols, j->blocks, j->m.rank);
-    matrix weight = j->weight;
     adapter m = j->m;
     for (i64 k = 0; k < j->blocks; k++) {
         i64 rows = j->row_offsets[k + 1] - j->row_offsets[k], cols = j->col_offsets[k + 1] - j->col_offsets[k];
         i64 first = share_of(rows, NR, part, j->parts), count = share_of(rows, NR, part + 1, j->parts) - first;
-        m.rows = weight.rows = j->row_index + j->row_offsets[k];
-        m.cols = weight.cols = j->col_index + j->col_offsets[k];
+        matrix weight = j->weight;
+        m.rows = j->row_index + j->row_offsets[k];
+        m.cols = j->col_index + j->col_offsets[k];
+        if (j->contiguous)
+            weight.data += j->row_offsets[k] * weight.row_stride + j->col_offsets[k] * weight.col_stride;
+        else
+            weight.rows = m.rows, weight.cols = m.cols;
         m.rank = rank_of(j->m.ranks, k, j->m.rank);
         for (i64 p = 0; p < cols && count > 0 && m.rank > 0; p += KC) {
             i64 deep = least(KC, cols - p);
@@ -105,11 +109,12 @@ static void update_part(void *it, i64 part) {
     float *ordered = band + band_size(least(BAND, j->tokens), j->cols, j->blocks), *line = ordered + MR * stride;
     piece *of_cols = (piece *)(line + lines(j->rows + PIECE)), *of_rows = of_cols + j->cols;
     i64 some = pieces_of(j->col_index, j->cols, of_cols), others = pieces_of(j->row_index, j->rows, of_rows);
+    int x_is_ordered = j->contiguous && !j->x.keep, y_is_ordered = j->contiguous && !j->keep;
     for (; first < end; first += BAND) {
         i64 height = least(BAND, end - first);
         for (i64 t = 0; t < height; t += MR) {
             i64 high = least(MR, height - t);
-            for (i64 i = 0; i < high; i++) {
+            for (i64 i = 0; i < high && !x_is_ordered; i++) {
                 i64 at = first + t + i;
                 gather(j->x.data + at * j->x.row_stride, j->col_index, j->cols, of_cols, some,
                        j->x.keep ? j->x.keep + at * j->x.kept : NULL, ordered + i * stride);
@@ -118,13 +123,16 @@ static void update_part(void *it, i64 part) {
             for (i64 k = 0; k < j->blocks; k++)
                 for (i64 p = j->col_offsets[k]; p < j->col_offsets[k + 1]; p += KC) {
                     i64 deep = least(KC, j->col_offsets[k + 1] - p);
-                    pack(matrix_of(ordered, stride, 1), 0, high, p, deep, MR, to + t * deep);
+                    if (x_is_ordered)
+                        pack(j->x, first + t, high, p, deep, MR, to + t * deep);
+                    else
+                        pack(matrix_of(ordered, stride, 1), 0, high, p, deep, MR, to + t * deep);
                     to += lines(whole(height, MR) * deep + TRANSPOSED);
                 }
         }
         float *y = j->y + first * j->rows;
         multiply_blocks(j, height, band, y);
-        for (i64 t = 0; t < height; t++, y += j->rows) {
+        for (i64 t = 0; t < height && !y_is_ordered; t++, y += j->rows) {
             memcpy(line, y, (size_t)j->rows * sizeof *y);
             scatter(line, j->row_index, j->rows, of_rows, others, j->keep ? j->keep + (first + t) * words(j->rows) : NULL, y);
         }
@@ -141,14 +149,14 @@ i64 smoa_update_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_off
 }
 
 /* y (tokens, rows) = x ΔWᵀ, x with contiguous rows. Of x some may be dropped, or of y: `x_keep` and `y_keep` have a bit
- * for each element, a row of it in whole words, or are NULL. No dimension is 0. */
+ * for each element, a row of it in whole words, or are NULL. No dimension is 0. `contiguous` is that of smoa_gradient. */
 void smoa_update(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, const uint16_t *x_keep,
                  const float *weight, i64 row_stride, i64 col_stride, const i64 *row_index, const i64 *col_index,
-                 const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, const int32_t *ranks, i64 rank,
+                 const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
                  const float *A, i64 A_rank, i64 A_col, const float *B, i64 B_row, i64 B_rank, float scaling, float *y,
                  const uint16_t *y_keep, float *workspace, i64 threads) {
     float *own = from_a_line(workspace);
-    update_job job = {tokens, rows, cols, blocks, threads, some_of(x, x_stride, 1, x_keep, cols),
+    update_job job = {tokens, rows, cols, blocks, threads, contiguous, some_of(x, x_stride, 1, x_keep, cols),
                       matrix_of(weight, row_stride, col_stride),
                       {A, B, A_rank, A_col, B_row, B_rank, rank, scaling, {NULL, 0}, {NULL, 0}, ranks, NULL, NULL},
                       row_index, col_index, row_offsets, col_offsets, y,
