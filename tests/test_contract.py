@@ -56,6 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "no rank": {"ranks": (0, 0)},
     "high rank": {"tokens": 3, "ranks": (40, 1)},
 }
+PRIMES = {"granule": 8, "out_features": 31, "in_features": 29, "ranks": (2, 0, 1)}
 # The kernels treat blocks of every order alike. Of sizes that are multiples of the granule, eager copies runs.
 ORDERS: dict[str, dict[str, Any]] = {
     "spectral": {},
@@ -63,10 +64,14 @@ ORDERS: dict[str, dict[str, Any]] = {
     "granules of 4": {"granule": 4, "out_features": 36, "in_features": 48},
     "granules of 8": {"granule": 8, "out_features": 40, "in_features": 64},
     "granules of 16": {"granule": 16, "out_features": 64, "in_features": 80},
-    "granules of 8, primes": {"granule": 8, "out_features": 31, "in_features": 29, "ranks": (2, 1)},
+    "granules of 8, primes": PRIMES,
+    "contiguous granules of 8, primes": {**PRIMES, "block_order": "contiguous"},
+    "random granules of 8, primes": {**PRIMES, "block_order": "random"},
+    "random": {"block_order": "random"},
+    "one contiguous block": {"block_order": "contiguous", "ranks": (4,), "bias": False},
+    "one random granule": {"block_order": "random", "granule": 64, "ranks": (4,)},
 }
 each_order = pytest.mark.parametrize("order", list(ORDERS)[:2])
-other_orders = pytest.mark.parametrize("order", list(ORDERS)[1:])
 each_on_a_cpu = each(
     lambda backend: some(backend, torch.float32, torch.bfloat16) if backend in ("eager", "native") else []
 )
@@ -87,7 +92,7 @@ def test_results_of_every_shape(case: Case, shape: str) -> None:
     assert_within_budget(p.run(**case.options), case, p)
 
 
-@other_orders
+@pytest.mark.parametrize("order", list(ORDERS)[1:])
 @each_on_a_cpu
 def test_results_of_every_order(case: Case, order: str) -> None:
     p = case.problem(**ORDERS[order])
@@ -141,7 +146,7 @@ def test_any_strides(case: Case, layout: str) -> None:
 
 
 @each_layout
-@other_orders
+@pytest.mark.parametrize("order", list(ORDERS)[1:6])
 @each(lambda backend: some(backend, torch.bfloat16) if backend == "eager" else [])
 def test_any_strides_of_other_orders(case: Case, layout: str, order: str) -> None:
     """Granules are copied as wider elements only where the strides allow it."""

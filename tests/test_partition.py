@@ -359,6 +359,26 @@ def test_what_labels_allow_is_read_off_them() -> None:
 
 
 @pytest.mark.numerical
+@pytest.mark.parametrize("order", BLOCK_ORDERS)
+def test_parts_that_are_cut_at_multiples_of_the_granule_keep_it(order: str) -> None:
+    """Cut as tensor parallelism cuts, rows or columns; the last part of 61 columns ends with a short granule."""
+    whole = made(order, drawn(96, 61, seed=6), 3, 8)
+    for parts in (2, 3, 4, 8):
+        for side, size in enumerate(whole.shape):
+            step = -(-size // parts)
+            for start in range(0, size, step):
+                piece = slice(start, start + step)
+                part = whole.shard(*((piece, slice(None)) if side == 0 else (slice(None), piece)))
+                assert part.is_contiguous or order != "contiguous"
+                assert part.granularity % 8 == 0 or start % 8 > 0
+                labels = (part.row_block, part.col_block)[side]
+                assert torch.equal(labels, (whole.row_block, whole.col_block)[side][piece])
+    # Labels that change at odd places: contiguous parts are contiguous all the same.
+    odd = made("contiguous", torch.empty(37, 53), 4, 1)
+    assert all(odd.shard(col_slice=slice(start, start + 7)).is_contiguous for start in range(0, 53, 7))
+
+
+@pytest.mark.numerical
 @pytest.mark.parametrize("order", ["contiguous", "random"])
 def test_other_orders_need_no_weight(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:

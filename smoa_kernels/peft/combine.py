@@ -179,6 +179,8 @@ def combined_config(template: SMoAConfig, combined: dict[str, PackedAdapter]) ->
     config = copy.deepcopy(template)
     config.r, config.num_blocks, config.block_ranks = r, num_blocks, None
     config.smoa_alpha, config.alpha_pattern, config.use_rslora, config.smoa_dropout = None, {}, False, 0.0
+    # Blocks are given, and what one adapter's granule allows need not allow another's K.
+    config.granule, config.granule_pattern = 1, {}
     # Whole names, since the name of one layer may be the end of another's.
     config.target_modules, config.exclude_modules = "|".join(map(re.escape, sorted(combined))), None
     config.layers_to_transform = config.layers_pattern = None

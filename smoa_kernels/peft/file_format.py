@@ -26,9 +26,11 @@ from ..definition.sketch import SKETCH_SIZE
 
 __all__ = [
     "STATE_KEYS",
+    "UNKNOWN_SKETCH",
     "LayerBlocks",
     "blocks_size",
     "check_complete",
+    "lacks_sketch",
     "pack_blocks",
     "read_blocks",
     "unpack_blocks",
@@ -37,6 +39,8 @@ __all__ = [
 
 # The tensors of a layer's adapter.
 STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
+# Stands for the sketch of a quantised W0 until a state dict is to hold it; no file does.
+UNKNOWN_SKETCH = torch.full((SKETCH_SIZE,), torch.nan, device="cpu")
 
 
 class LayerBlocks(NamedTuple):
@@ -65,6 +69,13 @@ def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Ten
     body = b"".join(part.tobytes() for part in parts)
     head = np.array([partition.num_blocks, zlib.crc32(body)], dtype="<u4").tobytes()
     return torch.frombuffer(bytearray(head + body), dtype=torch.uint8)
+
+
+def lacks_sketch(packed: Tensor, num_blocks: int) -> bool:
+    """Whether `UNKNOWN_SKETCH` was packed for K blocks."""
+    start = 4 * (2 + num_blocks)
+    sketch = packed[start : start + 2 * SKETCH_SIZE].cpu().numpy().view("<f2")
+    return bool(np.isnan(sketch).all())
 
 
 def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks:

@@ -240,6 +240,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         for layer in _layers(model):
             if adapter_name in layer.smoa_A and not layer.smoa_A[adapter_name].is_meta:
                 layer.partition(adapter_name)
+                layer.complete_sketches()
         return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod

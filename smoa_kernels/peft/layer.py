@@ -24,8 +24,10 @@ from .config import LayerSettings
 from .dequantize import dequantized, read_weight
 from .file_format import (
     STATE_KEYS,
+    UNKNOWN_SKETCH,
     blocks_size,
     check_complete,
+    lacks_sketch,
     pack_blocks,
     read_blocks,
     unpack_blocks,
@@ -226,7 +228,9 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         known = [p.partition for name, p in self._prepared.items() if self.block_rule[name] == rule]
         with gathered(self.innermost()), present(self, self.innermost()):
             partition = known[0] if known else spectral_order(self, rule)
-            sketch = sketch_weight(self.base_weight())
+            # A quantised W0 would be dequantised for it: `complete_sketches` does that when one is saved.
+            quantized = self.quantization_backend is not None
+            sketch = UNKNOWN_SKETCH if quantized else sketch_weight(self.base_weight())
         ranks = torch.tensor(self.block_ranks[adapter_name], dtype=torch.int32, device=partition.device)
         self._set_blocks(adapter_name, partition, ranks, sketch)
         self.reset_adapter(adapter_name)
@@ -238,6 +242,25 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.smoa_A[adapter_name] = nn.Parameter(adapter.A, requires_grad=False)
         self.smoa_B[adapter_name] = nn.Parameter(adapter.B, requires_grad=False)
         self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch_weight(adapter.weight))
+
+    @torch.no_grad()
+    def complete_sketches(self) -> None:
+        """Sketch W0 into `smoa_blocks`, in place, where that was put off because W0 is quantised."""
+        if self.quantization_backend is None:
+            return
+        waiting = [
+            name
+            for name, packed in self.smoa_blocks.items()
+            if not self.awaits_blocks(name) and lacks_sketch(packed, self.num_blocks[name])
+        ]
+        if not waiting:
+            return
+        with gathered(self.innermost()), present(self, self.innermost()):
+            sketch = self.base_sketch()
+        for name in waiting:
+            packed = self.smoa_blocks[name]
+            partition, ranks, _ = unpack_blocks(packed, self.out_features, self.in_features)
+            packed.copy_(pack_blocks(partition, ranks, sketch))
 
     def _set_blocks(
         self, adapter_name: str, partition: BlockPartition, ranks: Tensor, sketch: Tensor
@@ -367,6 +390,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     ) -> None:
         device = execution_device(self.innermost()) if device is None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.complete_sketches()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from smoa_kernels import BlockPartition, FusedSMoALinear
+from smoa_kernels import FusedSMoALinear
 from smoa_kernels.peft import SMoAConfig
 
 IN, HIDDEN, BLOCKS, RANK = 20, 30, 3, 7
@@ -31,35 +31,25 @@ class Feedforward(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
-def in_order(layer: nn.Linear) -> BlockPartition:
-    """Blocks of neighbours, so that a part of the rows or columns misses a block altogether."""
-    rows, cols = (torch.arange(size) * BLOCKS // size for size in layer.weight.shape)
-    return BlockPartition.from_labels(rows, cols, BLOCKS)
-
-
 def build(
     kind: str, dtype: torch.dtype, *, dropout: float = 0.0, spectral: bool = True, depth: int = 1
 ) -> nn.Module:
-    """`depth` blocks with adapters that do something: "fused" or "peft", the same numbers for one `kind`."""
+    """`depth` blocks with adapters that do something: "fused" or "peft", the same numbers for one `kind`.
+
+    Where they are not spectral, blocks are contiguous, so that a part of the rows or columns misses some altogether.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(*(Feedforward(torch.float64) for _ in range(depth)))
-    settings = {"r": RANK, "num_blocks": BLOCKS}
+    settings = {"r": RANK, "num_blocks": BLOCKS, "block_order": "spectral" if spectral else "contiguous"}
     if kind == "fused":
         for block in model:
             block.norm.requires_grad_(False)
             for name in ("up", "down"):
                 linear = getattr(block, name)
-                blocks = None if spectral else in_order(linear)
-                adapted = FusedSMoALinear.from_linear(linear, **settings, dropout=dropout, partition=blocks)
-                setattr(block, name, adapted)
+                setattr(block, name, FusedSMoALinear.from_linear(linear, **settings, dropout=dropout))
     else:
         config = SMoAConfig(**settings, smoa_dropout=dropout, target_modules=["up", "down"])
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
-        for layer in () if spectral else layers(model):
-            layer._set_blocks(
-                "default", in_order(layer.base_layer), layer.ranks("default"), layer.base_sketch()
-            )
-            layer.reset_adapter("default")
     for name, parameter in model.named_parameters():
         if "smoa_B" in name:
             nn.init.normal_(parameter, std=0.3)

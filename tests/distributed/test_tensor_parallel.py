@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.distributed as dist
-from networks import HIDDEN, IN, batch, blocks, build, layers, step, whole
+from networks import HIDDEN, IN, Traffic, batch, blocks, build, layers, step, whole
 from problems import relative_error
 from processes import Processes
 from torch import nn
@@ -32,6 +35,33 @@ def assert_close(ours: dict, expected: dict, tolerance: float = DOUBLE) -> None:
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         assert relative_error(whole(ours[name]), value) < tolerance, name
+
+
+@contextmanager
+def counted_spectra() -> Iterator[list[torch.Tensor]]:
+    """The weights whose spectra this process computes."""
+    computed, original = [], spectral_order.spectral_centroids
+
+    def counting(weight: torch.Tensor, granule: int) -> object:
+        computed.append(weight)
+        return original(weight, granule)
+
+    spectral_order.spectral_centroids = counting
+    try:
+        yield computed
+    finally:
+        spectral_order.spectral_centroids = original
+
+
+def contiguous_blocks_need_no_spectrum(kind: str, dropout: float) -> None:
+    """And a part of them is contiguous."""
+    with counted_spectra() as computed:
+        equals_one_process(kind, dropout, False)
+        cut = layers(parallelize(build(kind, torch.float64, spectral=False)))
+    assert not computed
+    for layer in cut:
+        partition = layer.partition if kind == "fused" else layer.partition("default")
+        assert partition.is_contiguous
 
 
 def equals_one_process(kind: str, dropout: float, spectral: bool) -> None:
@@ -73,7 +103,7 @@ def test_equals_one_process(group: Processes, kind: str, dropout: float) -> None
 @pytest.mark.parametrize("kind", ["fused", "peft"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_shards_that_miss_a_block(group: Processes, kind: str, dropout: float) -> None:
-    group.run(equals_one_process, kind, dropout, False)
+    group.run(contiguous_blocks_need_no_spectrum, kind, dropout)
 
 
 def merges(kind: str) -> None:
@@ -150,19 +180,8 @@ def test_several_active_adapters(two: Processes) -> None:
 
 
 def spectra_are_shared() -> int:
-    computed = []
-    original = spectral_order.spectral_centroids
-
-    def counting(weight: torch.Tensor, granule: int) -> object:
-        computed.append(weight)
-        return original(weight, granule)
-
-    spectral_order.spectral_centroids = counting
-    try:
-        with shared_spectra():
-            fused, peft = build("fused", torch.float64), build("peft", torch.float64)
-    finally:
-        spectral_order.spectral_centroids = original
+    with counted_spectra() as computed, shared_spectra():
+        fused, peft = build("fused", torch.float64), build("peft", torch.float64)
     for layer, other in zip(layers(fused), layers(peft), strict=True):
         assert layer.partition == other.partition("default")
     labels = [torch.empty_like(layers(fused)[0].smoa_row_block) for _ in range(dist.get_world_size())]
@@ -171,9 +190,21 @@ def spectra_are_shared() -> int:
     return len(computed)
 
 
+def nothing_is_shared() -> int:
+    with counted_spectra() as computed, shared_spectra(), Traffic() as traffic:
+        for kind in ("fused", "peft"):
+            build(kind, torch.float64, spectral=False)
+    assert not traffic.calls
+    return len(computed)
+
+
 @pytest.mark.slow
 def test_the_order_is_computed_once(two: Processes) -> None:
     assert two.run(spectra_are_shared) == [4, 0]
+
+
+def test_contiguous_blocks_are_neither_computed_from_weights_nor_sent(two: Processes) -> None:
+    assert two.run(nothing_is_shared) == [0, 0]
 
 
 def labels_become_the_firsts() -> None:

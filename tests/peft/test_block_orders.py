@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from adapted import CONFIG, adapt, close, config, layers, logits, nudge
+from adapted import CONFIG, adapt, close, config, edit_config, layers, logits, nudge
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -111,6 +111,46 @@ def test_a_folder_from_before_there_were_orders(llama, tokens, tmp_path):
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert loaded.peft_config["default"].for_layer("").rule == BlockRule(3)
     close(logits(loaded, tokens), logits(model, tokens))
+
+
+@pytest.mark.usefixtures("no_spectra")
+@pytest.mark.parametrize("order", ORDERS)
+def test_labels_count_whatever_the_configuration_says_later(llama, tokens, tmp_path, order):
+    """What the labels allow is recognised, from a file and in a model that was made by another rule."""
+    model = adapt(llama(), target_modules=["q_proj"], block_order=order, granule=4)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, block_order="spectral", granule=1)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    other = adapt(llama(), target_modules=["q_proj"], block_order=ORDERS[order == "contiguous"], granule=8)
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    for found in (loaded, other):
+        for layer in layers(found).values():
+            partition = layer.partition("default")
+            assert partition.is_contiguous == (order == "contiguous")
+            assert partition.granularity % 4 == 0
+        assert torch.equal(logits(found, tokens), expected)
+
+
+@pytest.mark.parametrize("settings", [{"block_order": "contiguous"}, {"granule": 8}], ids=str)
+def test_a_tied_weight(llama, tokens, tmp_path, settings):
+    """The adapter of an output layer, whose weight is the embedding's: merging it changes both, unmerging neither."""
+
+    def base():
+        return llama(tie_word_embeddings=True)
+
+    model = adapt(base(), target_modules=["lm_head", "q_proj"], **settings)
+    embedding, head = model.get_input_embeddings(), model.base_model.model.lm_head
+    assert head.base_layer.weight is embedding.weight
+    before, expected = embedding.weight.clone(), logits(model, tokens)
+    model.merge_adapter()
+    close(head.base_layer.weight, before + head.get_delta_weight("default"))
+    assert embedding.weight is head.base_layer.weight
+    model.unmerge_adapter()
+    assert torch.equal(embedding.weight, before)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, strict_base=True).eval()
+    assert torch.equal(logits(loaded, tokens), expected)
 
 
 def test_a_granule_that_leaves_too_few_is_refused_and_nothing_changes(llama):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from adapted import CONFIG, WEIGHTS, adapt, contents, layers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
@@ -188,5 +189,10 @@ def test_factors_and_blocks_that_do_not_fit(llama, tmp_path):
         from_paper_layout({**paper, key: paper[key][:, 1:]}, weights)
     with pytest.raises(ValueError, match="those of one adapter, got b, default"):
         from_paper_layout({**paper, key.replace("default", "b"): paper[key]}, weights)
-    with pytest.raises(ValueError, match="blocks are not those that the base weight's spectrum gives"):
+    foreign = pytest.raises(ValueError, match="blocks are not those that the base weight's spectrum gives")
+    with foreign:
         to_paper_layout(state, {path: weight.flip(0) for path, weight in weights.items()})
+    for settings in ({"block_order": "contiguous"}, {"granule": 8}):  # which the paper does not have
+        other = adapt(llama(), target_modules=["q_proj"], **settings)
+        with foreign:
+            to_paper_layout(get_peft_model_state_dict(other), weights)

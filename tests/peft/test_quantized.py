@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from adapted import layer_list
+from adapted import WEIGHTS, layer_list, layers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import get_peft_model_state_dict
 from peft.utils.quantization_utils import Bnb4bitBackend
+from safetensors.torch import load_file
 from test_faults import FailingAt, count
 from tiny_models import tiny_llama
 from torch import nn
@@ -16,10 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from smoa_kernels import BlockPartition, smoa_linear
+from smoa_kernels import smoa_linear
+from smoa_kernels.definition import spectral_order
+from smoa_kernels.definition.block_rule import BlockRule
+from smoa_kernels.definition.sketch import sketch_weight
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft import dequantize as module
 from smoa_kernels.peft.dequantize import ScratchPool
+from smoa_kernels.peft.file_format import STATE_KEYS, read_blocks
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra of quantised bases is not installed")
 torchao = pytest.importorskip("torchao.quantization", reason="the extra of quantised bases is not installed")
@@ -72,6 +77,23 @@ def adapt(model, **settings):
     return get_peft_model(model, SMoAConfig(**{**defaults, **settings}))
 
 
+class Largest(TorchDispatchMode):
+    """Notes the most elements of a floating-point tensor that an operator gives, but for one at a known place."""
+
+    def __init__(self, known_place=None):
+        super().__init__()
+        self.known_place, self.elements = known_place, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if type(tensor) is torch.Tensor and tensor.is_floating_point():
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() != self.known_place:
+                    self.elements = max(self.elements, storage.nbytes() // tensor.element_size())
+        return result
+
+
 @pytest.fixture(params=EACH)
 def model(request, saved):
     """An adapted model over a base of each kind, in training mode."""
@@ -86,13 +108,18 @@ def nf4(saved):
 # What a layer computes
 
 
-@pytest.mark.parametrize("kind", EACH)
-def test_outputs_and_gradients_are_those_over_the_dequantised_weight(saved, kind):
-    model = adapt(load(saved, KINDS[kind]), smoa_dropout=0.4).train()
+OTHER_ORDERS = [("nf4", {"block_order": "contiguous"}), ("torchao int8", {"granule": 8})]
+
+
+@pytest.mark.parametrize(
+    ("kind", "order"), [*(pytest.param(*p.values, {}, marks=p.marks) for p in EACH), *OTHER_ORDERS]
+)
+def test_outputs_and_gradients_are_those_over_the_dequantised_weight(saved, kind, order):
+    model = adapt(load(saved, KINDS[kind]), smoa_dropout=0.4, **order).train()
     for layer in layer_list(model):
         assert layer.smoa_A["default"].dtype == torch.float32
         weight, partition = layer.base_weight().float(), layer.partition("default")
-        assert partition == BlockPartition.from_weight(weight, 2)
+        assert partition == BlockRule(2, **order).build(weight)
         x = torch.randn(7, layer.in_features, requires_grad=True)
         dy = torch.randn(7, layer.out_features)
         torch.manual_seed(1)
@@ -257,6 +284,37 @@ def test_adapters_move_between_a_base_and_its_quantised_form(saved, nf4, tokens,
     assert not [w for w in recwarn if "another base weight" in str(w.message)]
 
 
+@pytest.mark.parametrize("kind", EACH)
+@pytest.mark.parametrize("order", ["contiguous", "random"])
+def test_blocks_that_need_no_weight_dequantise_none_at_injection(
+    saved, kind, order, tokens, tmp_path, monkeypatch
+):
+    """The sketch, which tells one base from another, is computed when the adapter is saved, and then it is W0's."""
+
+    def never(*_):
+        raise AssertionError("W0 was dequantised, or a spectrum computed")
+
+    base = load(saved, KINDS[kind])
+    with monkeypatch.context() as injecting, Largest() as largest:
+        injecting.setattr(spectral_order, "spectral_centroids", never)
+        injecting.setattr("smoa_kernels.peft.layer.read_weight", never)
+        injecting.setattr("smoa_kernels.peft.layer.dequantized", never)
+        model = adapt(base, block_order=order, granule=8, smoa_alpha=8).eval()
+        model.add_adapter("late", SMoAConfig(r=4, target_modules="all-linear", inference_mode=True))
+    assert 0 < largest.elements < min(layer.in_features * layer.out_features for layer in layer_list(model))
+    expected = model(tokens).logits
+    sketches = {name: sketch_weight(layer.base_weight()) for name, layer in layers(model).items()}
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "late"):
+        state = load_file(folder / WEIGHTS)
+        for name, sketch in sketches.items():
+            found = read_blocks(name, {key: state[f"{name}.{key}"] for key in STATE_KEYS}).sketch
+            torch.testing.assert_close(found, sketch, rtol=1e-3, atol=1e-3)
+    again = PeftModel.from_pretrained(load(saved, KINDS[kind]), tmp_path, strict_base=True).eval()
+    assert torch.equal(again(tokens).logits, expected)
+
+
 @SLOW
 @pytest.mark.parametrize("kind", ["nf4, double", "int8", "torchao int8"])
 def test_a_merge_that_is_interrupted_anywhere(saved, kind):
@@ -351,22 +409,10 @@ def test_one_buffer_serves_every_layer_and_nothing_needs_it_later(model, tokens,
 def test_nothing_of_the_weights_size_is_allocated(model, pool):
     """What a library returns is a panel of it."""
 
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in tree_leaves(result):
-                if type(tensor) is torch.Tensor and tensor.is_floating_point():
-                    storage = tensor.untyped_storage()
-                    if storage.data_ptr() != place:
-                        self.elements = max(self.elements, storage.nbytes() // tensor.element_size())
-            return result
-
     for layer in layer_list(model):
         with layer._dequantized(torch.float32) as weight:
             place, size = weight.untyped_storage().data_ptr(), weight.numel()
-        with Largest() as largest, layer._dequantized(torch.float32) as weight:
+        with Largest(place) as largest, layer._dequantized(torch.float32) as weight:
             assert weight.data_ptr() == place
         assert 0 < largest.elements <= 2 * PANEL < size  # torchao's int4 takes one panel and returns one
 

@@ -14,7 +14,10 @@ from smoa_kernels.peft import SMoAConfig
 MIXES = {
     "agree": ({"r": 6, "num_blocks": 3}, {"r": 4, "num_blocks": 3, "smoa_alpha": 2}),
     "uneven": ({"r": 5, "num_blocks": 3}, {"r": 7, "num_blocks": 3, "block_ranks": [0, 4, 3]}),
-    "differ": ({"r": 5, "num_blocks": 3}, {"r": 4, "num_blocks": 2}),
+    "differ": (
+        {"r": 5, "num_blocks": 3, "block_order": "contiguous"},
+        {"r": 4, "num_blocks": 2, "granule": 8},
+    ),
 }
 
 
@@ -227,6 +230,22 @@ def test_concatenation_over_layers_with_other_ranks(llama, tokens, tmp_path):
 
 
 @pytest.mark.numerical
+def test_a_granule_of_one_adapter_does_not_bind_the_combined_one(llama, tokens, tmp_path):
+    """The second adapter's blocks of k_proj are too many for the first one's granules."""
+    coarse = gentle(llama(), r=4, num_blocks=2, granule=16, target_modules=["q_proj"])
+    fine = gentle(llama(), r=4, num_blocks=4, block_order="contiguous", target_modules=["q_proj", "k_proj"])
+    model = get_peft_model(llama(), coarse, adapter_name="one").eval()
+    model.add_adapter("two", fine)
+    model.add_weighted_adapter(["one", "two"], [1.0, 2.0], "both")
+    activate(model, "both")
+    k_proj = [layer for name, layer in layers(model).items() if "k_proj" in name]
+    assert all(layer.partition("both") is layer.partition("two") for layer in k_proj)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    close(logits(PeftModel.from_pretrained(llama(), tmp_path / "both").eval(), tokens), expected, 1e-6)
+
+
+@pytest.mark.numerical
 def test_concatenation_adapts_no_layer_whose_name_ends_alike(tmp_path):
     def base():
         torch.manual_seed(0)
@@ -251,8 +270,10 @@ def test_linear_combination_sums_the_factors(llama):
     model.add_weighted_adapter(["one"], [-2.0], "scaled", combination_type="linear")
     for layer in layers(model).values():
         close(layer.get_delta_weight("scaled"), -2.0 * layer.get_delta_weight("one"))
-    with pytest.raises(ValueError, match="same blocks and ranks"):
-        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="linear")
+    model.add_adapter("three", gentle(llama(), r=6, num_blocks=3, block_order="contiguous"))
+    for other in ("two", "three"):  # of another rank, of other blocks
+        with pytest.raises(ValueError, match='same blocks and ranks; use "cat", which is exact'):
+            model.add_weighted_adapter(["one", other], [1.0, 1.0], "sum", combination_type="linear")
     assert "sum" not in model.peft_config
 
 
