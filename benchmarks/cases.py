@@ -19,12 +19,15 @@ CPU_LAYERS = (
     Case(2048, 2048, 2048, 8, 16),
     Case(2048, 2048, 2048, 4, 16, dropout=0.05),
     Case(2048, 2048, 2048, 4, 16, BF16),
+    Case(2048, 2048, 2048, 8, 16, BF16),
     Case(1024, 1024, 2816, 4, 16),
     Case(1024, 1024, 2816, 4, 64),
     Case(512, 1024, 1024, 8, 16),
+    Case(512, 1024, 1024, 8, 16, BF16),
     Case(512, 1024, 1024, 8, 16, BF16, 0.05),
     Case(256, 576, 1536, 2, 8),
     Case(128, 384, 1536, 2, 16),
+    Case(128, 576, 1536, 2, 8, BF16),
 )
 # What the cost model predicts for an H100, to be replaced by what one measures.
 GPU_LAYERS = (
@@ -47,7 +50,7 @@ OTHER_BLOCKS = tuple(
 CPU_MEMORY = (
     *(Case(tokens, 2048, 2048, 4, 16) for tokens in (128, 512, 2048)),
     Case(512, 2048, 2048, 4, 16, dropout=0.05),
-    Case(512, 2048, 2048, 4, 16, BF16),
+    *(Case(tokens, 2048, 2048, 4, 16, BF16) for tokens in (512, 2048)),
 )
 GPU_MEMORY = (
     *(Case(tokens, 4096, 4096, 4, 16, BF16) for tokens in (512, 2048, 8192)),

@@ -53,7 +53,10 @@ def definition(layer: nn.Module) -> Definition:
     if isinstance(layer, FusedSMoALinear):
         ours = layer
         return Definition(
-            "SMoA", ours.weight, (ours.smoa_A, ours.smoa_B), lambda W, A, B: smoa_delta(ours, W, A, B)
+            f"SMoA, {ours.block_order} blocks",
+            ours.weight,
+            (ours.smoa_A, ours.smoa_B),
+            lambda W, A, B: smoa_delta(ours, W, A, B),
         )
     if isinstance(layer, nn.Linear):
         return Definition("frozen", layer.weight, (), torch.zeros_like)

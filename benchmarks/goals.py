@@ -9,7 +9,7 @@ from typing import Any
 from examples.smollm2 import NAME as SMOLLM2
 
 from .protocol import Quartiles
-from .providers import FROZEN, HIRA, LORA, PAPER, SMOA
+from .providers import CONTIGUOUS, FROZEN, HIRA, LORA, PAPER, SMOA
 from .results import Run
 
 
@@ -63,22 +63,50 @@ def _time(kind: str, phase: str, name: str, over: str, **params: Any) -> Callabl
     return measure
 
 
-def _layer(
-    name: str, over: str, num_blocks: int, dtype: str = "float32", dropout: float = 0.0
-) -> Callable[[Run], Figure | None]:
-    return _time(
-        "layer",
-        "both",
-        name,
-        over,
-        tokens=2048,
-        out_features=2048,
-        in_features=2048,
-        rank=16,
-        num_blocks=num_blocks,
-        dtype=dtype,
-        dropout=dropout,
-    )
+# T=2048, 2048×2048, r=16, float32 without dropout, where a goal does not say otherwise.
+_LAYER = {
+    "tokens": 2048,
+    "out_features": 2048,
+    "in_features": 2048,
+    "rank": 16,
+    "dtype": "float32",
+    "dropout": 0.0,
+}
+_SMALL = {"tokens": 512, "out_features": 1024, "in_features": 1024}
+_SMALLER = {"tokens": 128, "out_features": 576, "in_features": 1536, "rank": 8}
+
+
+def _layer(name: str, over: str, num_blocks: int, **params: Any) -> Callable[[Run], Figure | None]:
+    return _time("layer", "both", name, over, **(_LAYER | {"num_blocks": num_blocks} | params))
+
+
+def _worst(name: str, over: str, dtype: str) -> Callable[[Run], Figure | None]:
+    """The largest ratio of all layers of more than one block and of all few tokens."""
+
+    def measure(run: Run) -> Figure | None:
+        found = [
+            Figure(comparison.ratio(name, over), comparison.doubt)
+            for kind, phase in (("layer", "both"), ("few tokens", "forward"))
+            for result in run.select(kind, dtype=dtype)
+            if name in result.seconds[phase] and result.params["num_blocks"] > 1
+            for comparison in [result.comparison(phase)]
+        ]
+        return max(found, key=lambda figure: figure.ratio.median, default=None)
+
+    return measure
+
+
+def _injection(name: str) -> Callable[[Run], Figure | None]:
+    """Seconds, not a ratio."""
+
+    def measure(run: Run) -> Figure | None:
+        result = run.find("adapter", model=SMOLLM2)
+        if result is None or name not in result.seconds["inject"]:
+            return None
+        comparison = result.comparison("inject")
+        return Figure(comparison.time(name), comparison.doubt)
+
+    return measure
 
 
 def _saved(dropout: float) -> Callable[[Run], Figure | None]:
@@ -95,7 +123,7 @@ def _saved(dropout: float) -> Callable[[Run], Figure | None]:
 GOALS = (
     Goal("forward + backward over frozen, float32, T=2048, 2048², r=16, K=4", 1.20, _layer(SMOA, FROZEN, 4)),
     Goal("the same, K=8", 1.14, _layer(SMOA, FROZEN, 8)),
-    Goal("the same, bfloat16 split, K=4", 1.55, _layer(SMOA, FROZEN, 4, "bfloat16")),
+    Goal("the same, bfloat16 split, K=4", 1.55, _layer(SMOA, FROZEN, 4, dtype="bfloat16")),
     Goal("over PEFT LoRA, float32, T=2048, 2048², K=4, dropout 0", 1.05, _layer(SMOA, LORA, 4)),
     Goal("the same, dropout 0.05 in both", 1.25, _layer(SMOA, LORA, 4, dropout=0.05)),
     Goal(
@@ -125,4 +153,30 @@ GOALS = (
         0.20,
         _time("partition", "partition", "partition", "SVD", out_features=4096, in_features=4096),
     ),
+    Goal(
+        "contiguous blocks over frozen, float32 in torch's operators, T=2048, 2048², K=4",
+        1.17,
+        _layer(f"{CONTIGUOUS}, eager", FROZEN, 4),
+    ),
+    Goal("contiguous, bfloat16, T=2048, 2048², K=4", 1.32, _layer(CONTIGUOUS, FROZEN, 4, dtype="bfloat16")),
+    Goal("the same, K=8", 1.17, _layer(CONTIGUOUS, FROZEN, 8, dtype="bfloat16")),
+    Goal(
+        "contiguous, bfloat16, T=512, 1024², K=8",
+        1.22,
+        _layer(CONTIGUOUS, FROZEN, 8, dtype="bfloat16", **_SMALL),
+    ),
+    *(
+        Goal(
+            f"{words}, bfloat16, T=128, 576×1536, K=2",
+            limit,
+            _layer(name, FROZEN, 2, dtype="bfloat16", **_SMALLER),
+        )
+        for words, name, limit in (("contiguous", CONTIGUOUS, 1.70), ("spectral", SMOA, 2.20))
+    ),
+    Goal(
+        "contiguous over spectral, compiled float32, the worst shape",
+        1.00,
+        _worst(CONTIGUOUS, SMOA, "float32"),
+    ),
+    Goal("seconds to add contiguous blocks to SmolLM2-135M", 0.30, _injection(CONTIGUOUS)),
 )

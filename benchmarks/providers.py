@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import peft  # takes seconds to import, which only a process that compares need spend
 
 FROZEN, LORA, HIRA, PAPER, SMOA = "frozen", "PEFT LoRA", "PEFT HiRA", "paper, dense", "SMoA"
+CONTIGUOUS = f"{SMOA}, contiguous"  # blocks: those of SMOA are spectral
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,19 @@ class PaperDense(nn.Module):
         return F.linear(x, layer.weight) + F.linear(F.dropout(x, layer.dropout, self.training), delta)
 
 
-def smoa(algorithm: str = "auto", backend: str = "auto") -> Callable[[Case], FusedSMoALinear]:
-    """Provider of `FusedSMoALinear` with a forced algorithm and backend."""
+def smoa(
+    algorithm: str = "auto", backend: str = "auto", block_order: str = "spectral"
+) -> Callable[[Case], FusedSMoALinear]:
+    """Provider of `FusedSMoALinear` with a forced algorithm and backend, and blocks of an order."""
 
     def build(case: Case) -> FusedSMoALinear:
+        weight_alone = replace(case, tokens=1, rank=1, dropout=0.0)
         layer = FusedSMoALinear.from_linear(
             case.base(),
-            partition=_partition(replace(case, tokens=1, rank=1, dropout=0.0)),
+            partition=_partition(weight_alone) if block_order == "spectral" else None,
             r=case.rank,
             num_blocks=case.num_blocks,
+            block_order=block_order,
             dropout=case.dropout,
             algorithm=algorithm,
             backend=backend,
@@ -141,7 +146,7 @@ def smoa(algorithm: str = "auto", backend: str = "auto") -> Callable[[Case], Fus
 
 @functools.lru_cache(maxsize=8)
 def _partition(case: Case) -> BlockPartition:
-    """The blocks of a case's weight, the same for every provider; it takes longer than all that is timed."""
+    """The spectral blocks of a case's weight, the same for every provider; it takes longer than all that is timed."""
     return BlockPartition.from_weight(case.base().weight, case.num_blocks)
 
 
@@ -153,15 +158,17 @@ def smoa_delta(layer: FusedSMoALinear, weight: Tensor, A: Tensor, B: Tensor) -> 
 def layer_providers(case: Case, algorithms: Sequence[str]) -> dict[str, Provider]:
     """Everything that can run a case here: the peers, and ours by algorithm and by backend of this device.
 
-    Ours under "auto" is called SMoA; a forced algorithm or backend follows the name.
+    Ours under "auto" is called SMoA, with contiguous blocks "SMoA, contiguous"; a forced algorithm or backend follows
+    the name.
     """
     providers: dict[str, Provider] = {FROZEN: frozen, LORA: lora, HIRA: hira, PAPER: PaperDense}
-    for algorithm in algorithms:
-        name = SMOA if algorithm == "auto" else f"{SMOA} {algorithm}"
-        providers[name] = smoa(algorithm)
+    ours = [(SMOA, algorithm, "spectral") for algorithm in algorithms]
+    for name, algorithm, order in [*ours, (CONTIGUOUS, "auto", "contiguous")]:
+        name = name if algorithm == "auto" else f"{name} {algorithm}"
+        providers[name] = smoa(algorithm, block_order=order)
         kernels = _kernels_run(case.dtype) and algorithm in ("auto", "merged", "split")
         if kernels or (algorithm == "auto" and native_obstacle(DEVICE, case.dtype) is None):
-            providers[f"{name}, eager"] = smoa(algorithm, "eager")
+            providers[f"{name}, eager"] = smoa(algorithm, "eager", order)
     return providers
 
 

@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition
+from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.sorting import MAX_AT_ONCE
 
 from .cases import ONE_BILLION
 from .conftest import Measure
 from .gate import RedGateError
-from .models import RANK, adapter_configs, base_model, model_name
+from .models import RANK, TARGETS, adapter_configs, base_model, model_name
 from .profiles import by_kind
 from .protocol import DEVICE, Run, laps, timed
-from .providers import SMOA
+from .providers import CONTIGUOUS, SMOA
 
 BLOCKS = 4
 SHAPES = [(256, 256), (512, 512), (1024, 1024), *ONE_BILLION, (4096, 4096), (4096, 11008)]
@@ -163,6 +164,9 @@ def check_reloaded(model: peft.PeftModel, folder: Path) -> None:
 
 def test_life_cycle(smoke: bool, measure: Measure) -> None:
     configs = adapter_configs(BLOCKS)
+    configs[CONTIGUOUS] = SMoAConfig(
+        r=RANK, target_modules=TARGETS, num_blocks=BLOCKS, block_order="contiguous"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: Path(scratch) / str(i) for i, name in enumerate(configs)}
         runs = {name: life_cycle(configs[name], base_model(smoke), folders[name]) for name in configs}

@@ -16,6 +16,7 @@ from benchmarks.models import adapter_configs, base_model
 from benchmarks.profiles import BETWEEN, COPY, GEMM, KINDS, MASK, by_kind
 from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles
 from benchmarks.providers import (
+    CONTIGUOUS,
     FROZEN,
     HIRA,
     LORA,
@@ -127,7 +128,11 @@ def test_every_provider_passes_its_gate(case: Case) -> None:
     check_layers(case, {name: build(case) for name, build in layer_providers(case, algorithms).items()})
 
 
-@pytest.mark.parametrize("build", [frozen, lora, smoa()], ids=[FROZEN, LORA, SMOA])
+@pytest.mark.parametrize(
+    "build",
+    [frozen, lora, smoa(), smoa(block_order="contiguous")],
+    ids=[FROZEN, LORA, SMOA, CONTIGUOUS],
+)
 def test_a_wrong_output_turns_the_gate_red(build: object, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = build(CASE)  # type: ignore[operator]
     right = layer.forward

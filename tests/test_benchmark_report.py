@@ -181,6 +181,23 @@ def test_a_provider_that_one_case_lacks_leaves_a_dash() -> None:
     assert rows[3].endswith("| 2.70 [2.69, 2.71] |")
 
 
+def test_the_worst_shape_of_contiguous_blocks_is_judged_and_one_block_is_none() -> None:
+    goal = next(goal for goal in GOALS if "the worst shape" in goal.text)
+
+    def result(ratio: float, kind: str = "layer", **params: Any) -> Result:
+        phase = "both" if kind == "layer" else "forward"
+        seconds = {"frozen": [1.0, 1.0], "SMoA": [2.0, 2.0], "SMoA, contiguous": [2 * ratio] * 2}
+        return Result(kind, "", LAYER | params, "frozen", (), {phase: seconds})
+
+    others = result(3.0, num_blocks=1), result(4.0, dtype="bfloat16"), layer_result()
+    figures = [
+        goal.measure(make_run(*others, *some))
+        for some in ([], [result(0.9), result(0.7, "few tokens")], [result(0.9), result(1.1, "few tokens")])
+    ]
+    assert figures[0] is None
+    assert [goal.verdict(figure) for figure in figures] == ["not measured", "met", "missed by 0.10 (10%)"]
+
+
 def test_goals_over_a_peer_are_pairs_of_the_same_rounds() -> None:
     over_lora = next(goal for goal in GOALS if goal.text.startswith("over PEFT LoRA"))
     figure = over_lora.measure(make_run(layer_result()))
