@@ -103,7 +103,7 @@ def test_results_of_every_order(case: Case, order: str) -> None:
 @each(lambda backend: list(cases(backend)) if backend in ("eager", "native") else [])
 def test_results_of_several_panels(case: Case, order: str) -> None:
     """More tokens and rows than a backend on a CPU works on at a time; tests/kernels has tiles of every kernel."""
-    sizes = ORDERS[order] | {"tokens": 530, "out_features": 800, "in_features": 48}
+    sizes = ORDERS[order] | {"tokens": 530, "out_features": 1104, "in_features": 48}
     p = case.problem(ranks=(2, 1), **sizes)
     assert_within_budget(p.run(**case.options), case, p)
 
