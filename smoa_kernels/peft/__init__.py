@@ -19,6 +19,7 @@ except ImportError as error:
     ) from error
 
 from .config import SMoAConfig
+from .hira import HiraReport, accelerate_hira, decelerate_hira
 from .injection import SMoAModel
 from .layer import SMoALayer
 from .linear import Linear
@@ -26,7 +27,15 @@ from .loading import install_checked_load, install_named_read
 from .peft_type import PEFT_TYPE
 from .saving import install_atomic_save
 
-__all__ = ["Linear", "SMoAConfig", "SMoALayer", "SMoAModel"]
+__all__ = [
+    "HiraReport",
+    "Linear",
+    "SMoAConfig",
+    "SMoALayer",
+    "SMoAModel",
+    "accelerate_hira",
+    "decelerate_hira",
+]
 
 install_atomic_save()
 install_checked_load()

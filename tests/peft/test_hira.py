@@ -1,0 +1,443 @@
+"""PEFT's HiRA layers on our operator: PEFT's results, files and parameters, whatever the model is asked to do."""
+
+import copy
+import pickle
+from contextlib import contextmanager
+
+import pytest
+import torch
+from adapted import WEIGHTS
+from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners import hira as theirs
+from peft.utils import get_peft_model_state_dict
+from tiny_models import tiny_llama
+from torch import nn
+
+from smoa_kernels.peft import accelerate_hira, decelerate_hira
+from smoa_kernels.peft import hira as module
+from smoa_kernels.peft.hira import AcceleratedLinear
+
+
+def config(model, **settings):
+    conv1d = model.config.model_type == "gpt2"
+    targets = ["c_attn", "c_proj", "c_fc"] if conv1d else ["q_proj", "v_proj", "down_proj"]
+    defaults = {"r": 4, "target_modules": targets, "fan_in_fan_out": conv1d, "init_weights": False}
+    return HiraConfig(**{**defaults, **settings})
+
+
+@torch.no_grad()
+def adapt(model, dtype=torch.float64, **settings):
+    """A HiRA model with random factors of moderate size."""
+    model = get_peft_model(model, config(model, **settings)).to(dtype)
+    shrink(model)
+    return model
+
+
+@torch.no_grad()
+def shrink(model):
+    for name, parameter in model.named_parameters():
+        if "hira_" in name:
+            parameter.mul_(0.3)
+
+
+def hira_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, theirs.HiraLayer)]
+
+
+def layer_of(model):
+    return hira_layers(model)[0]
+
+
+def single(base=None, **settings):
+    """A HiRA layer in float64, in a model of its own."""
+    torch.manual_seed(0)
+    base = nn.Linear(12, 8) if base is None else base
+    defaults = {"r": 3, "target_modules": ["0"], "init_weights": False}
+    return get_peft_model(nn.Sequential(base), HiraConfig(**{**defaults, **settings})).double()
+
+
+@contextmanager
+def counted(monkeypatch):
+    """The calls of our operator."""
+    calls = []
+    operator = module.smoa_linear
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "smoa_linear", lambda *a, **k: calls.append(a) or operator(*a, **k))
+        yield calls
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_training_gives_the_losses_and_gradients_of_peft(make_model, tokens, monkeypatch):
+    plain, fast = adapt(make_model()), adapt(make_model())
+    layers = accelerate_hira(fast).taken
+    runs = []
+    for model in (plain, fast):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        steps = []
+        with counted(monkeypatch) as calls:
+            for _ in range(20):
+                optimizer.zero_grad()
+                loss = model(tokens, labels=tokens).loss
+                loss.backward()
+                gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+                steps.append((loss.detach(), gradients))
+                optimizer.step()
+        assert len(calls) == (20 * len(layers) if model is fast else 0)
+        runs.append(steps)
+    assert runs[0][0][0] > runs[0][-1][0]
+    for expected, actual in zip(*runs, strict=True):
+        close(actual[0], expected[0])
+        assert actual[1].keys() == expected[1].keys()
+        for name, gradient in expected[1].items():
+            close(actual[1][name], gradient)
+
+
+def test_parameters_and_state_are_pefts(make_model):
+    model = adapt(make_model())
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    buffers, trained = dict(model.named_buffers()), [p.requires_grad for p in model.parameters()]
+    report = accelerate_hira(model)
+    assert len(report.taken) == len(hira_layers(model))
+    assert report.left == {}
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert [p.requires_grad for p in model.parameters()] == trained
+    assert dict(model.named_buffers()).keys() == buffers.keys()
+    assert {key: value.data_ptr() for key, value in model.state_dict().items()} == {
+        key: value.data_ptr() for key, value in state.items()
+    }
+
+
+def test_undone_it_is_pefts_layer_again(make_model, tokens, monkeypatch):
+    model = adapt(make_model())
+    before = {name: dict(vars(layer)) for name, layer in model.named_modules()}
+    expected = model(tokens).logits
+    for _ in range(2):  # twice is as once
+        first = accelerate_hira(model)
+        assert accelerate_hira(model) == first
+    assert all(type(layer) is AcceleratedLinear for layer in hira_layers(model))
+    for _ in range(2):
+        decelerate_hira(model)
+    assert all(type(layer) is theirs.Linear for layer in hira_layers(model))
+    assert {name: dict(vars(layer)).keys() for name, layer in model.named_modules()} == {
+        name: values.keys() for name, values in before.items()
+    }
+    with counted(monkeypatch) as calls:
+        assert torch.equal(model(tokens).logits, expected)
+    assert not calls
+
+
+def test_what_one_saves_the_other_loads(make_model, tokens, tmp_path):
+    model = adapt(make_model(), torch.float32)
+    model.save_pretrained(tmp_path / "plain")
+    expected = model(tokens).logits
+    accelerate_hira(model)
+    computed = model(tokens).logits
+    model.save_pretrained(tmp_path / "fast")
+    assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "fast" / WEIGHTS).read_bytes()
+    for saved in ("plain", "fast"):
+        loaded = PeftModel.from_pretrained(make_model(), tmp_path / saved)
+        assert torch.equal(loaded(tokens).logits, expected)
+        accelerate_hira(loaded)
+        assert torch.equal(loaded(tokens).logits, computed)
+        # Into layers that are accelerated already.
+        loaded.load_adapter(tmp_path / saved, "second")
+        loaded.set_adapter("second")
+        assert torch.equal(loaded(tokens).logits, computed)
+
+
+def test_several_adapters_are_one_product(make_model, tokens, monkeypatch):
+    model = adapt(make_model())
+    model.add_adapter("second", config(model.get_base_model(), r=7))
+    model.double()
+    shrink(model)
+    settings = (["default"], ["second"], ["default", "second"])
+    expected = []
+    for names in settings:
+        model.base_model.set_adapter(names)
+        loss = model(tokens, labels=tokens).loss
+        model.zero_grad()
+        loss.backward()
+        expected.append((loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    layers = accelerate_hira(model).taken
+    for names, (loss, gradients) in zip(settings, expected, strict=True):
+        model.base_model.set_adapter(names)
+        with counted(monkeypatch) as calls:
+            actual = model(tokens, labels=tokens).loss
+        assert len(calls) == len(layers)
+        model.zero_grad()
+        actual.backward()
+        close(actual, loss)
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        for gradient, wanted in zip(found, gradients, strict=True):
+            close(gradient, wanted)
+
+
+def test_an_adapter_added_later_is_computed_too(llama, tokens, monkeypatch):
+    model = adapt(llama())
+    taken = accelerate_hira(model).taken
+    model.add_adapter("wider", config(llama(), r=9, target_modules=["q_proj", "k_proj"]))
+    model.double()
+    model.set_adapter("wider")
+    with counted(monkeypatch) as calls:
+        actual = model(tokens).logits
+    queries = [name for name in taken if name.endswith("q_proj")]
+    assert len(calls) == len(queries) > 0
+    assert len(accelerate_hira(model).taken) == len(taken) + len(queries)  # the new layers of k_proj
+    decelerate_hira(model)
+    close(actual, model(tokens).logits)
+
+
+def test_merged_and_disabled_layers_are_pefts(make_model, tokens, monkeypatch):
+    model = adapt(make_model())
+    base = make_model().double()(tokens).logits
+    adapted = model(tokens).logits
+    accelerate_hira(model)
+    weights = [layer.get_base_layer().weight.clone() for layer in hira_layers(model)]
+    with counted(monkeypatch) as calls:
+        with model.disable_adapter():
+            assert torch.equal(model(tokens).logits, base)
+        model.merge_adapter()
+        close(model(tokens).logits, adapted)
+        model.unmerge_adapter()
+    assert not calls
+    for layer, weight in zip(hira_layers(model), weights, strict=True):
+        assert torch.equal(layer.get_base_layer().weight, weight)
+    close(model(tokens).logits, adapted)
+    merged = model.merge_and_unload()
+    assert not hira_layers(merged)
+    close(merged(tokens).logits, adapted)
+
+
+def test_dropout_drops_the_adapters_input_only():
+    model = single(hira_dropout=0.5)
+    accelerate_hira(model)
+    layer = layer_of(model)
+    delta = (layer.get_base_layer().weight * layer.get_delta_weight("default")).T.detach()
+    base = layer.get_base_layer()(torch.eye(12).double())
+    x = torch.eye(12).double()
+    for training in (True, False):
+        model.train(training)
+        torch.manual_seed(3)
+        update = (layer(x) - base).detach()
+        kept = update.abs().amax(1) > 1e-9
+        assert (0 < int(kept.sum()) < 12) == training
+        close(update, delta * (2 * kept[:, None] if training else 1))
+
+
+def test_two_masks_are_drawn_by_peft(monkeypatch):
+    model = single(hira_dropout=0.5)
+    model.add_adapter("second", HiraConfig(r=2, target_modules=["0"], init_weights=False, hira_dropout=0.5))
+    model.double().base_model.set_adapter(["default", "second"])
+    x = torch.randn(5, 12).double()
+    found = []
+    for change in (decelerate_hira, accelerate_hira):
+        change(model)
+        torch.manual_seed(1)
+        found.append(model(x))
+    assert torch.equal(*found)
+    model.eval()
+    with counted(monkeypatch) as calls:
+        model(x)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_nearer_to_float64_than_peft_in_one_dtype(dtype):
+    """Ours, with factors in the base's dtype or in float32, against PEFT's with all in the base's dtype.
+
+    PEFT casts x to float32 where the factors are, and multiplies everything in it: its errors are smaller then.
+    """
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(256, 192).to(dtype)), HiraConfig(r=8, target_modules=["0"])
+    )
+    layer = layer_of(model)
+    with torch.no_grad():
+        for factor in (layer.hira_A["default"], layer.hira_B["default"]):
+            factor.copy_((torch.randn(factor.shape) / 5).to(dtype))
+    x, dy = torch.randn(64, 256).to(dtype), torch.randn(64, 192).to(dtype)
+
+    def results(model, dtype):
+        model.zero_grad()
+        given = x.detach().clone().to(dtype).requires_grad_()
+        y = model(given)
+        assert y.dtype == dtype
+        y.backward(dy.to(dtype))
+        return [
+            t.detach().double()
+            for t in (y, given.grad, *(p.grad for p in model.parameters() if p.requires_grad))
+        ]
+
+    def errors(model):
+        return [
+            float((t - true).norm() / true.norm())
+            for t, true in zip(results(model, dtype), truth, strict=True)
+        ]
+
+    truth = results(copy.deepcopy(model).double(), torch.float64)
+    peft = errors(copy.deepcopy(model).to(dtype))
+    accelerate_hira(model)
+    assert layer.hira_A["default"].dtype == torch.float32
+    for ours in (errors(model), errors(model.to(dtype))):
+        for mine, theirs_ in zip(ours, peft, strict=True):
+            assert mine < theirs_
+
+
+def test_autocast_is_as_with_peft(llama, tokens, monkeypatch):
+    model = adapt(llama(), torch.float32)
+    truth = copy.deepcopy(model).double()(tokens).logits
+    errors = []
+    for change in (decelerate_hira, accelerate_hira):
+        change(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(tokens).logits
+        assert logits.dtype == torch.bfloat16
+        errors.append((logits.double() - truth).norm())
+    assert errors[1] < 2 * errors[0]
+
+
+def test_layers_that_are_left_are_named_with_the_reason(monkeypatch):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5), Scaled(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    model.add_module("conv", nn.Conv1d(3, 3, 1))
+    targets = ["0", "1", "2", "3", "conv"]
+    model = get_peft_model(model, HiraConfig(r=2, target_modules=targets, init_weights=False))
+    layers = model.base_model.model
+    layers[3].forward = layers[3].forward  # as accelerate's hooks do
+    expected = model(torch.tensor([[1, 2, 3]]))
+    report = accelerate_hira(model)
+    assert report.taken == ("base_model.model.1",)
+    left = {name.rpartition(".")[2]: reason for name, reason in report.left.items()}
+    assert left.keys() == {"0", "2", "3", "conv"}
+    assert "look-up" in left["0"]
+    assert "Scaled" in left["2"]
+    assert "replaced" in left["3"]
+    assert "convolution" in left["conv"]
+    with counted(monkeypatch) as calls:
+        close(model(torch.tensor([[1, 2, 3]])), expected, 1e-5)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.get_base_layer().weight.requires_grad_(),
+        lambda layer: layer.get_base_layer().register_forward_hook(lambda *_: None),
+        lambda layer: layer.hira_dropout.update({"default": nn.Dropout1d(0.3)}),
+    ],
+    ids=["trained base", "hook", "other dropout"],
+)
+def test_peft_computes_what_the_operator_does_not(change, monkeypatch):
+    model = single()
+    change(layer_of(model))
+    x = torch.randn(5, 12).double()
+    results = []
+    for switch in (decelerate_hira, accelerate_hira):
+        switch(model)
+        model.zero_grad()
+        torch.manual_seed(2)
+        with counted(monkeypatch) as calls:
+            y = model(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert not calls
+    assert all(map(torch.equal, *results))
+
+
+def test_copies_and_pickles_stay_accelerated(make_model, tokens, monkeypatch):
+    model = adapt(make_model())
+    accelerate_hira(model)
+    expected = model(tokens).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with counted(monkeypatch) as calls:
+            assert torch.equal(other(tokens).logits, expected)
+        assert calls
+        decelerate_hira(other)
+    assert all(type(layer) is AcceleratedLinear for layer in hira_layers(model))
+
+
+def test_gradient_checkpointing_draws_the_same_mask_again(llama, tokens):
+    model = adapt(llama(), hira_dropout=0.3).train()
+    accelerate_hira(model)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        torch.manual_seed(4)
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.gradient_checkpointing_enable()
+    for one, other in zip(*gradients, strict=True):
+        close(one, other, 1e-12)
+
+
+def test_a_compiled_layer_is_one_operator(make_model, tokens):
+    model = adapt(make_model())
+    accelerate_hira(model)
+    layer = layer_of(model)
+    x = torch.randn(3, layer.in_features).double()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    close(compiled(x), layer(x), 1e-12)
+    exported = torch.export.export(layer, (x,)).graph
+    assert [str(node.target) for node in exported.nodes if "smoa" in str(node.target)] == [
+        "smoa.linear.default"
+    ]
+
+
+def test_it_may_be_called_in_inference_mode_and_before_the_weights_are_there():
+    with torch.device("meta"):
+        model = get_peft_model(nn.Sequential(nn.Linear(11, 7)), HiraConfig(r=3, target_modules=["0"]))
+    with torch.inference_mode():
+        assert len(accelerate_hira(model).taken) == 1
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    x = torch.randn(2, 11)
+    y = model(x)
+    y.sum().backward()
+    decelerate_hira(model)
+    close(y, model(x), 1e-5)
+
+
+def test_a_model_without_hira_is_refused():
+    lora = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    for call in (accelerate_hira, decelerate_hira):
+        with pytest.raises(ValueError, match="no HiRA layers"):
+            call(lora)
+        with pytest.raises(TypeError, match="model must be"):
+            call(lora.state_dict())
+
+
+@pytest.mark.slow
+def test_the_trainer_trains_and_resumes_as_with_peft(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (16, 6), device="cpu")]
+
+    def train(name, accelerated, steps, resume=None):
+        model = adapt(tiny_llama(), torch.float32)
+        if accelerated:
+            accelerate_hira(model)
+        arguments = TrainingArguments(
+            tmp_path / name, max_steps=steps, save_steps=4, learning_rate=1e-2, logging_steps=1, use_cpu=True
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, get_peft_model_state_dict(model)
+
+    expected, theirs_state = train("plain", False, 8)
+    losses, state = train("fast", True, 8)
+    assert losses == pytest.approx(expected, rel=1e-3)
+    # A run that PEFT began goes on accelerated, and the other way round.
+    for name, accelerated, begun in (("a", True, "plain"), ("b", False, "fast")):
+        again, resumed = train(name, accelerated, 8, tmp_path / begun / "checkpoint-4")
+        assert again[4:] == pytest.approx(expected[4:], rel=1e-3)
+        assert resumed.keys() == state.keys() == theirs_state.keys()
