@@ -11,6 +11,7 @@ chooses and launches is the package's own code and Triton's.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections import Counter
@@ -45,8 +46,10 @@ MODELS = {
 }
 
 
-def adapter(out_features: int, in_features: int, device: str, factors: torch.dtype) -> PackedAdapter:
-    """A layer's operands, cut evenly into blocks."""
+def adapter(
+    out_features: int, in_features: int, device: str, factors: torch.dtype, granule: int = 1
+) -> PackedAdapter:
+    """A layer's operands, cut evenly into blocks that keep so many coordinates together."""
     rho = RANK // BLOCKS
 
     def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -56,7 +59,7 @@ def adapter(out_features: int, in_features: int, device: str, factors: torch.dty
     offsets = [empty(BLOCKS + 1, dtype=torch.int32) for _ in features]
     labels = [empty(n, dtype=torch.uint8) for n in features]
     indices = [empty(n, dtype=torch.int64) for n in features]
-    sizes = [n // BLOCKS + (k < n % BLOCKS) for n in features for k in range(BLOCKS)]
+    sizes = [n // BLOCKS + (k < n % BLOCKS) for n in features for k in range(BLOCKS)] + [granule, 0]
     return PackedAdapter(
         empty(*features),
         empty(rho, in_features, dtype=factors),
@@ -118,8 +121,8 @@ def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:
     found = {}
     for model, shapes in MODELS.items():
         gpu.launches.clear()
-        for shape in shapes:
-            layer = adapter(*shape, "cuda:0", torch.float32)
+        for shape, granule in itertools.product(shapes, (1, 8)):
+            layer = adapter(*shape, "cuda:0", torch.float32, granule)
             for tokens in TOKENS:
                 for name, call in passes(layer, tokens):
                     if name in ("auto", "backward", "merge"):
@@ -145,6 +148,7 @@ def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
         ),
         replace(first, A=first.A.new_empty(5, 512), B=first.B.new_empty(256, 5)),
         adapter(256, 512, "cuda:1", BF16),
+        adapter(256, 512, "cuda:0", BF16, granule=8),
     ]
     calls = [
         call

@@ -1,8 +1,8 @@
 """Backend "triton": forward and backward composed of the kernels and of cuBLAS's plain GEMMs.
 
 - merged: `modulate` builds W_eff, one GEMM;
-- split: `permute` gathers x by block, `block_matmul` writes the adapter's output, and the base GEMM accumulates
-  onto it and rounds once;
+- split: `permute` gathers x by block (`block_matmul` reads it where it lies if blocks consist of granules),
+  `block_matmul` writes the adapter's output, and the base GEMM accumulates onto it and rounds once;
 - fused: for few tokens, base and adapter in one pass over W0, nothing built.
 
 Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`grad_tiling.gradient_parts`) and
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..cost.estimate import Direction, choose_algorithm
 from ..cost.gpus import device_gpu
 from ..cost.grad_tiling import gradient_parts
-from ..cost.problem import Problem, padding_multiple
+from ..cost.problem import GRANULE, Problem, padding_multiple
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
@@ -29,12 +29,12 @@ from ..definition.precision import accumulate, gemm_is_ieee, precision_of
 from ..kernels import modulate, table
 from ..kernels.block_grad import block_grad
 from ..kernels.block_matmul import block_matmul
-from ..kernels.common import padded_width
+from ..kernels.common import block_width
 from ..kernels.fused_linear import fused_linear
 from ..kernels.launch import on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_both, gather_columns, scatter_columns
-from ..kernels.spec import Key, bucket
+from ..kernels.spec import Key, bucket, granule_of
 from ..kernels.table import Entry
 from . import Gradients, eager
 
@@ -116,25 +116,25 @@ def modulated_weight(
 def factor_gradients(
     dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dA, dB) by the kernels of `kernels/block_grad.py`, which takes a long batch in parts."""
+    """(dA, dB) by the kernels of `kernels/block_grad.py`, which takes a long batch in parts where it is gathered."""
     partition, tokens = adapter.partition, dy.shape[0]
-    parts: tuple[int, ...] = (tokens,)
-    if dropout is None:  # under which there is one part: the mask counts tokens from the first
-        rho = adapter.A.shape[0]
-        parts = _gradient_parts(tokens, partition.shape, partition.num_blocks, rho, dy.dtype)
-    pieces = [(dy, x)] if len(parts) == 1 else list(zip(dy.split(parts), x.split(parts), strict=True))
-    both = (
-        dropout is None and not _in_order(dy, partition.row_sizes) and not _in_order(x, partition.col_sizes)
+    if dropout is not None or granule_of(partition) > 1:
+        # One part: nothing is gathered, or x under a mask that counts tokens from the first.
+        return block_grad(
+            1,
+            lambda part: (_by_block(dy, partition.T), _by_block(x, partition, dropout)),
+            adapter,
+            allow_tf32=allow_tf32,
+        )
+    parts = _gradient_parts(tokens, partition.shape, partition.num_blocks, adapter.A.shape[0], dy.dtype)
+    pieces = list(zip(dy.split(parts), x.split(parts), strict=True))
+    widths = block_width(partition.row_sizes), block_width(partition.col_sizes)
+    return block_grad(
+        len(parts),
+        lambda part: gather_both(*pieces[part], partition, widths),
+        adapter,
+        allow_tf32=allow_tf32,
     )
-
-    def gathered(part: int) -> tuple[Tensor, Tensor]:
-        dy_part, x_part = pieces[part]
-        if both:
-            widths = _width(partition.row_sizes), _width(partition.col_sizes)
-            return gather_both(dy_part, x_part, partition, widths)
-        return _by_block(dy_part, partition.T), _by_block(x_part, partition, dropout)
-
-    return block_grad(len(parts), gathered, adapter, allow_tf32=allow_tf32)
 
 
 @table.remembered
@@ -165,26 +165,19 @@ def _input_gradient(
     block_matmul(dyg, adapter.T, delta.mT, out=dxg, allow_tf32=allow_tf32)
     dx = dy.new_empty(dy.shape[0], adapter.weight.shape[1])
     p = adapter.partition
-    scatter_columns(dxg, p.col_index, p.col_offsets, dx, dropout=dropout)
+    scatter_columns(dxg, p.col_index, p.col_offsets, dx, granule=granule_of(p), dropout=dropout)
     return dx.addmm_(dy, adapter.weight)
 
 
 def _by_block(x: Tensor, partition: BlockPartition, dropout: Dropout | None = None) -> Tensor:
-    """x's columns grouped by block, (T, K, P); a view where there is one block that fills its tiles."""
-    if dropout is None and _in_order(x, partition.col_sizes):
-        return x[:, None]
-    width = _width(partition.col_sizes)
-    return gather_columns(x, partition.col_index, partition.col_offsets, width, dropout=dropout)
-
-
-def _in_order(x: Tensor, sizes: tuple[int, ...]) -> bool:
-    """Whether x has its columns, in blocks of these sizes, in block order already."""
-    return len(sizes) == 1 and _width(sizes) == x.shape[1] and x.is_contiguous()
-
-
-def _width(sizes: tuple[int, ...]) -> int:
-    """P, what blocks of these sizes are padded to."""
-    return padded_width(sizes, padding_multiple(sizes))
+    """x's columns grouped by block, (T, K, P); x itself where kernels read granules where they lie."""
+    granule = granule_of(partition)
+    if dropout is None and granule > 1:
+        return x
+    width = block_width(partition.col_sizes)
+    return gather_columns(
+        x, partition.col_index, partition.col_offsets, width, granule=granule, dropout=dropout
+    )
 
 
 def _delta_blocks(adapter: PackedAdapter, allow_tf32: bool) -> Tensor:
@@ -215,8 +208,10 @@ def admissible(stage: str, dtype: str) -> tuple[str, ...]:
 
 def _chosen(stage: Direction, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
     """What "auto" means for a batch without dropout, for "forward" or "input_gradient"."""
-    num_blocks, rho = adapter.partition.num_blocks, adapter.A.shape[0]
-    return _choose(stage, x.device, x.dtype, allow_tf32, x.shape[0], adapter.partition.shape, num_blocks, rho)
+    p, rho = adapter.partition, adapter.A.shape[0]
+    return _choose(
+        stage, x.device, x.dtype, allow_tf32, x.shape[0], p.shape, p.num_blocks, rho, p.granularity
+    )
 
 
 @table.remembered
@@ -229,14 +224,16 @@ def _choose(
     features: tuple[int, int],
     num_blocks: int,
     rho: int,
+    granularity: int,
 ) -> str:
     """As measured, else as predicted."""
     ieee = dtype == torch.float32 and not allow_tf32
     name = precision_of(dtype, ieee).name
-    key = Key(stage, name, rho, num_blocks, *features, bucket(tokens))
+    # The layer as the cost model names it: blocks of one size and one rank.
+    problem = Problem(tokens, *features, num_blocks, rho * num_blocks, dtype, granule=granularity)
+    granule = GRANULE if problem.in_place else 1
+    key = Key(stage, name, rho, num_blocks, *features, bucket(tokens), granule=granule)
     measured = table.tuned_algorithm(key, device, admissible(stage, name))
     if measured is not None:
         return measured
-    # The layer as the cost model names it: blocks of one size and one rank.
-    problem = Problem(tokens, *features, num_blocks, rho * num_blocks, dtype)
     return choose_algorithm(problem, device_gpu(device), ieee, stage)

@@ -30,6 +30,12 @@ def tune(
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank budget of all blocks together, r.")] = 16,
     blocks: Annotated[int, typer.Option(help="Spectral blocks, K.")] = 4,
+    granule: Annotated[
+        int,
+        typer.Option(
+            help="Adjacent coordinates that blocks keep together; 8 stands for its multiples and contiguous blocks."
+        ),
+    ] = 1,
     kernel: Annotated[
         list[str] | None, typer.Option(help="Repeatable; every kernel, and the algorithms, if absent.")
     ] = None,
@@ -51,7 +57,14 @@ def tune(
     from .tune_run import TUNABLE, dry, layers_of, measure
 
     layers = layers_of(
-        model or [], shape or [], from_model, tokens or [256, 2048, 8192], dtype or ["bf16"], rank, blocks
+        model or [],
+        shape or [],
+        from_model,
+        tokens or [256, 2048, 8192],
+        dtype or ["bf16"],
+        rank,
+        blocks,
+        granule,
     )
     check_choices("--kernel", kernel or [], TUNABLE)
     kernels = kernel or TUNABLE

@@ -43,6 +43,7 @@ def layers_of(
     dtypes: Sequence[str],
     rank: int,
     blocks: int,
+    granule: int,
 ) -> list[Layer]:
     """Return the layers that the options name, those of llama-3-8b where they name none."""
     check_choices("--model", models, MODELS)
@@ -54,7 +55,7 @@ def layers_of(
         decoders = [MODELS["llama-3-8b"]]
     sizes = [size for decoder in decoders for size in decoder.shapes] + [parse_shape(text) for text in shapes]
     return [
-        Layer(n, c, t, dtype, rank, blocks)
+        Layer(n, c, t, dtype, rank, blocks, granule)
         for n, c in dict.fromkeys(sizes)
         for t in tokens
         for dtype in dtypes

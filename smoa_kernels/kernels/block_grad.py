@@ -9,10 +9,10 @@ kernel, `sum_partials.py`, adds these partials in a fixed order: no atomics, and
 contraction is linear in G, so the tokens can be split among programs too, and among launches.
 
 Layout of the pointers: dy (T, K, P_n) and x (T, K, P_c) padded block-major with zeros in padding, any strides but
-the last, 1; weight (N, C), a (ρ, C), b (N, ρ) in the layer's own coordinates, any strides, reached through
-row_index (N), col_index (C) int64 and row_offsets, col_offsets (K + 1) int32; ranks (K) int32; scaling one element;
-partial_b (splits · column tiles, N, R) and partial_a (splits · row tiles, C, R) float32, contiguous, those of one
-launch after the other's.
+the last, 1, or, where blocks consist of granules, dy (T, N) and x (T, C), read where they lie; weight (N, C), a (ρ, C),
+b (N, ρ) in the layer's own coordinates, any strides, reached through row_index (N), col_index (C) int64 and
+row_offsets, col_offsets (K + 1) int32; ranks (K) int32; scaling one element; partial_b (splits · column tiles, N, R)
+and partial_a (splits · row tiles, C, R) float32, contiguous, those of one launch after the other's.
 
 R is ρ rounded up to a whole group of ranks: a row of partials is a multiple of 128 bits, one store.
 """
@@ -34,9 +34,9 @@ from ..cost.grad_tiling import PARTIAL_RANKS, partial_width, token_splits
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import backward as reference_backward
-from .common import block_slots, check_tile, dot, input_precision, to_tf32
+from .common import block_slots, block_width, check_tile, dot, input_precision, to_tf32
 from .launch import Launcher, Layout, Plan
-from .permute import gather_both
+from .permute import gather_both, gather_columns
 from .spec import Config, Kernel, Operands, Work, in_dtype, tile_divides
 from .sum_partials import GROUP, RANK_CHUNK, sum_partials
 from .table import remembered, select
@@ -89,6 +89,9 @@ def block_grad_kernel(
     stride_ac,
     stride_bn,
     stride_br,
+    GRANULE: tl.constexpr,
+    DY_IN_PLACE: tl.constexpr,
+    X_IN_PLACE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -112,14 +115,25 @@ def block_grad_kernel(
     first = split * tokens_per_split
     last = tl.where(rank > 0, min(first + tokens_per_split, tokens), first)
     slots_t = tl.arange(0, BLOCK_T)
-    dy_ptrs = dy_ptr + block * stride_dyk + (first + slots_t)[None, :] * stride_dyt + row_slots[:, None]
-    x_ptrs = x_ptr + block * stride_xk + (first + slots_t)[:, None] * stride_xt + col_slots[None, :]
+    if DY_IN_PLACE:
+        dy_columns, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots, GRANULE)
+    else:
+        dy_columns = block * stride_dyk + row_slots
+    if X_IN_PLACE:
+        x_columns, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots, GRANULE)
+    else:
+        x_columns = block * stride_xk + col_slots
+    dy_ptrs = dy_ptr + (first + slots_t)[None, :] * stride_dyt + dy_columns[:, None]
+    x_ptrs = x_ptr + (first + slots_t)[:, None] * stride_xt + x_columns[None, :]
     step = tl.full((), BLOCK_T, tl.int64)
     grad = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_T):
         token_valid = slots_t < last - start
-        dy = tl.load(dy_ptrs, mask=token_valid[None, :], other=0.0)
-        x = tl.load(x_ptrs, mask=token_valid[:, None], other=0.0)
+        # The gathered layout has zeros beyond a block's end.
+        dy_valid = token_valid[None, :] & row_valid[:, None] if DY_IN_PLACE else token_valid[None, :]
+        x_valid = token_valid[:, None] & col_valid[None, :] if X_IN_PLACE else token_valid[:, None]
+        dy = tl.load(dy_ptrs, mask=dy_valid, other=0.0)
+        x = tl.load(x_ptrs, mask=x_valid, other=0.0)
         if x.dtype == tl.float32 and INPUT_PRECISION == "tf32":
             # Changes nothing. Hopper and Blackwell multiply TF32 from K-major shared memory or from registers, and
             # here K, the tokens, is the slow dimension: tiles that went straight to `dot` would be copied four bytes
@@ -134,14 +148,14 @@ def block_grad_kernel(
     # H_k = s · G_k ∘ W0_k, a quarter of the columns at a time: the gather of W0 takes an address per element, and
     # those of the whole tile do not fit in the registers.
     QUARTER: tl.constexpr = BLOCK_C // 4
-    rows, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots)
+    rows, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots, GRANULE)
     left, right = halves(grad)
     quarters = halves(left) + halves(right)
     scaling = tl.load(scaling_ptr).to(tl.float32)
     h = ()
     for q in tl.static_range(4):
         slots = tile_c * BLOCK_C + q * QUARTER + tl.arange(0, QUARTER)
-        cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots)
+        cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots, GRANULE)
         weight_ptrs = weight_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc
         weight = tl.load(weight_ptrs, mask=row_valid[:, None] & col_valid[None, :], other=0.0)
         # Concatenated, for Triton does not unpack; mypy takes the empty tuple's type for h's.
@@ -163,7 +177,7 @@ def block_grad_kernel(
         db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         for q in tl.static_range(4):
             slots = tile_c * BLOCK_C + q * QUARTER + tl.arange(0, QUARTER)
-            cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots)
+            cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots, GRANULE)
             col_rank_valid = col_valid[:, None] & (t < rank)[None, :]
             a_ptrs = a_ptr + cols[:, None] * stride_ac + t[None, :] * stride_ar
             a = tl.load(a_ptrs, mask=col_rank_valid, other=0.0)
@@ -203,7 +217,8 @@ def block_grad(
         parts: how many, at least 1.
         gathered: from a part's number to its dyg and xg, from `permute.gather_both` or `gather_columns`: dY
             (T_part, K, P_n) in W0's dtype, gathered by rows of W0, and the adapter's input (T_part, K, P_c), gathered
-            by columns, its dropout mask applied. The part before is freed by then. No T_part is larger than the first.
+            by columns, its dropout mask applied. Where blocks consist of granules (`spec.granule_of`), each may be as
+            it lies, (T_part, N) and (T_part, C). The part before is freed by then. No T_part is larger than the first.
         adapter: weight, factors, partition, ranks and scaling.
         allow_tf32: let float32 products round their operands to TF32. Under a half weight the contraction
             always may.
@@ -222,10 +237,15 @@ def block_grad(
         if part > 0:
             del dyg, xg  # before the next are gathered
             dyg, xg = gathered(part)
-        dyg = dyg if dyg.stride(2) == 1 else dyg.contiguous()
-        xg = xg if xg.stride(2) == 1 else xg.contiguous()
+        dyg = dyg if dyg.stride(-1) == 1 else dyg.contiguous()
+        xg = xg if xg.stride(-1) == 1 else xg.contiguous()
+        # As wide as gathered blocks would be, where they are not: what of a tile lies past a block's end is masked.
+        widths = (
+            block_width(partition.row_sizes) if dyg.ndim == 2 else dyg.shape[2],
+            block_width(partition.col_sizes) if xg.ndim == 2 else xg.shape[2],
+        )
         plan, tiling = _plan(
-            layout, tokens, dyg.shape, dyg.stride(), xg.shape[2], xg.stride(), allow_tf32, config
+            layout, tokens, dyg.shape[0], widths, dyg.stride(), xg.stride(), allow_tf32, config
         )
         slots_a, slots_b, width = tiling.slots_a, tiling.slots_b, tiling.width
         if part == 0:
@@ -274,15 +294,16 @@ class Tiling(NamedTuple):
 def _plan(
     layout: Layout,
     tokens: int,
-    dy_shape: Sequence[int],
+    tokens_here: int,
+    widths: tuple[int, int],
     dy_stride: Sequence[int],
-    padded_cols: int,
     x_stride: Sequence[int],
     allow_tf32: bool,
     config: BlockGradConfig | None,
 ) -> tuple[Plan, Tiling]:
     """A part's launch, and the tiling, which is the same in all parts: the first, of `tokens`, decides it."""
-    tokens_here, num_blocks, padded_rows = dy_shape
+    padded_rows, padded_cols = widths
+    dy_in_place, x_in_place = len(dy_stride) == 2, len(x_stride) == 2
     precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
     config = config or select(
         "block_grad",
@@ -292,11 +313,12 @@ def _plan(
         tokens=tokens,
         padded_out=padded_rows,
         padded_in=padded_cols,
+        granule=layout.granule,
         **layout.sizes(),
     )
     check_tile(config, padded_rows, padded_cols)
     tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
-    programs = num_blocks * tiles_n * tiles_c
+    programs = layout.num_blocks * tiles_n * tiles_c
     splits = config.split or token_splits(tokens, programs, multiprocessors(layout.device), config.block_t)
     width = partial_width(layout.rank)
     plan = Plan(
@@ -311,10 +333,13 @@ def _plan(
         max_rank=layout.rank,
         rank_groups=width // PARTIAL_RANKS,
         stride_dyt=dy_stride[0],
-        stride_dyk=dy_stride[1],
+        stride_dyk=0 if dy_in_place else dy_stride[1],
         stride_xt=x_stride[0],
-        stride_xk=x_stride[1],
+        stride_xk=0 if x_in_place else x_stride[1],
         **layout.strides(),
+        GRANULE=layout.granule,
+        DY_IN_PLACE=dy_in_place,
+        X_IN_PLACE=x_in_place,
         INPUT_PRECISION=precision,
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
@@ -360,7 +385,9 @@ def _workload(operands: Operands) -> Work:
     key, adapter = operands.key, operands.adapter()
     p = adapter.partition
     x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
-    dyg, xg = gather_both(dy, x, p, (key.padded_out, key.padded_in))
+    dyg, xg = (dy, x) if key.granule > 1 else gather_both(dy, x, p, (key.padded_out, key.padded_in))
+    if "dropout" in operands.form:
+        xg = gather_columns(x, p.col_index, p.col_offsets, key.padded_in, granule=key.granule)
 
     def run(config: Any) -> tuple[Tensor, Tensor]:
         return block_grad(1, lambda _: (dyg, xg), adapter, allow_tf32=operands.allow_tf32, config=config)
@@ -390,6 +417,6 @@ BLOCK_GRAD = Kernel(
         "num_stages": (2, 3, 4),
     },
     workload=_workload,
-    forms=("r16", "r64 fp32 factors"),
+    forms=("r16", "r64 fp32 factors", "r16 granules", "r16 granules dropout"),
     fits=tile_divides,
 )

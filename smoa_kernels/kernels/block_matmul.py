@@ -8,13 +8,14 @@ the same kernel: dxg_k = dyg_k · ΔW_k is `adapter.T` with ΔWᵀ.
 
 Layout of the pointers, every block padded with zeros to one width P_n or P_c, a multiple of the tile, so that
 only tokens need a mask: x (T, K, P_c), last stride 1; delta, ΔW in block order, (K, P_n, P_c), any strides; out (T, N)
-or padded (T, K, P_n), any strides; row_index (N) int64, row_offsets and col_offsets (K + 1) int32, ranks (K) int32.
+or padded (T, K, P_n), any strides; row_index (N), col_index (C) int64, row_offsets and col_offsets (K + 1) int32,
+ranks (K) int32. Where blocks consist of granules, x may be (T, C): it is then read where it lies, a vector at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..cost.architectures import Architecture
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
-from .common import block_slots, check_tile, dot, input_precision, round_to
+from .common import block_slots, check_tile, dot, input_precision, round_to, slot_coordinates
 from .launch import Launcher, Layout, Plan
 from .modulate import modulated_blocks
 from .permute import gather_columns
@@ -53,6 +54,7 @@ def block_matmul_kernel(
     delta_ptr,
     ranks_ptr,
     row_index_ptr,
+    col_index_ptr,
     row_offsets_ptr,
     col_offsets_ptr,
     out_ptr,
@@ -68,6 +70,8 @@ def block_matmul_kernel(
     stride_ot,
     stride_ok,
     stride_on,
+    GRANULE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SCATTER: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -90,7 +94,8 @@ def block_matmul_kernel(
 
     row_slots = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.load(row_offsets_ptr + block + 1) - tl.load(row_offsets_ptr + block)
-    cols = tl.load(col_offsets_ptr + block + 1) - tl.load(col_offsets_ptr + block)
+    col_start = tl.load(col_offsets_ptr + block)
+    cols = tl.load(col_offsets_ptr + block + 1) - col_start
     cols = tl.where((tl.load(ranks_ptr + block) > 0) & (tile_n * BLOCK_N < rows), cols, 0)
     # At least one step, over zeros if need be: were the accumulator also set by a loop that is skipped, ptxas would
     # not run wgmma with a computed left operand asynchronously.
@@ -100,25 +105,32 @@ def block_matmul_kernel(
     tokens_here = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     token_valid = tokens_here < tokens
     col_slots = tl.arange(0, BLOCK_C)
-    x_ptrs = x_ptr + block * stride_xk + tokens_here[None, :].to(tl.int64) * stride_xt + col_slots[:, None]
+    x_rows = x_ptr + tokens_here[None, :].to(tl.int64) * stride_xt
+    x_ptrs = x_rows + block * stride_xk + col_slots[:, None]
     delta_ptrs = delta_ptr + block * stride_dk + row_slots[:, None].to(tl.int64) * stride_dn
     delta_ptrs += col_slots[None, :] * stride_dc
     step = tl.full((), BLOCK_C, tl.int64) * stride_dc
 
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    for _ in range(steps):
-        x = tl.load(x_ptrs, mask=token_valid[None, :], other=0.0)
+    for i in range(steps):
+        if IN_PLACE:
+            columns, col_valid = slot_coordinates(
+                col_index_ptr, col_start, cols, i * BLOCK_C + col_slots, GRANULE
+            )
+            x = tl.load(x_rows + columns[:, None], mask=token_valid[None, :] & col_valid[:, None], other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask=token_valid[None, :], other=0.0)
+            x_ptrs += BLOCK_C
         delta = tl.load(delta_ptrs)
         if TRANSPOSED and delta.dtype == tl.float32 and INPUT_PRECISION == "tf32":
             # Changes nothing: keeps the copy to shared memory 16 bytes wide, as in block_grad. Tried instead (Triton
             # 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`, 4 bytes on sm_90; a descriptor, 4 bytes on sm_80.
             delta = tl.where((row_slots < padded_rows)[:, None], delta, 0.0)
         acc = dot(delta, x, acc, INPUT_PRECISION)
-        x_ptrs += BLOCK_C
         delta_ptrs += step
 
     if SCATTER:
-        columns, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots)
+        columns, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots, GRANULE)
         out_offsets = columns * stride_on
     else:
         out_offsets = block * stride_ok + row_slots.to(tl.int64) * stride_on
@@ -144,7 +156,8 @@ def block_matmul(
     """Write `y[:, rows_k] = xg_k ΔW_kᵀ` of all blocks into `out`, every element once. Returns `out`.
 
     Args:
-        xg: (T, K, P_c) in W0's dtype, columns in block order, zero in padding: `permute.gather_columns`.
+        xg: (T, K, P_c) in W0's dtype, columns in block order, zero in padding: `permute.gather_columns`. Where blocks
+            consist of granules (`spec.granule_of`), x itself, (T, C), will do.
         adapter: whose ΔW; `adapter.T` with dY gathered by rows computes dY ΔW.
         delta: ΔW (K, P_n, P_c) in W0's dtype, zero in padding: `modulate.modulated_blocks`, or that of the
             transposed adapter with its last two dimensions swapped.
@@ -157,12 +170,12 @@ def block_matmul(
         ValueError: the tile does not divide P_n and P_c.
     """
     partition = adapter.partition
-    xg = xg if xg.stride(2) == 1 else xg.contiguous()
+    xg = xg if xg.stride(-1) == 1 else xg.contiguous()
     plan = _plan(
         Layout.of(adapter),
         xg.shape,
         xg.stride(),
-        delta.shape[1],
+        delta.shape[1:],
         delta.stride(),
         out.stride(),
         allow_tf32,
@@ -176,6 +189,7 @@ def block_matmul(
         delta_ptr=delta,
         ranks_ptr=adapter.ranks,
         row_index_ptr=partition.row_index,
+        col_index_ptr=partition.col_index,
         row_offsets_ptr=partition.row_offsets,
         col_offsets_ptr=partition.col_offsets,
         out_ptr=out,
@@ -188,13 +202,14 @@ def _plan(
     layout: Layout,
     x_shape: Sequence[int],
     x_stride: Sequence[int],
-    padded_rows: int,
+    padded: Sequence[int],
     delta_stride: Sequence[int],
     out_stride: Sequence[int],
     allow_tf32: bool,
     config: BlockMatmulConfig | None,
 ) -> Plan:
-    tokens, num_blocks, padded_cols = x_shape
+    tokens, num_blocks, (padded_rows, padded_cols) = x_shape[0], layout.num_blocks, padded
+    in_place = len(x_shape) == 2
     precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
     transposed = delta_stride[2] != 1
     config = config or select(
@@ -206,10 +221,15 @@ def _plan(
         padded_out=padded_rows,
         padded_in=padded_cols,
         transposed=transposed,
+        granule=layout.granule,
         **layout.sizes(),
     )
     check_tile(config, padded_rows, padded_cols)
     natural = len(out_stride) == 2
+    if in_place:
+        # Triton shares its stages out between loading the index and loading x, which needs it: with so many, x has as
+        # many buffers as where it is gathered.
+        config = replace(config, num_stages=2 * config.num_stages - 1)
     return Plan(
         (-(-tokens // config.block_t) * num_blocks * (padded_rows // config.block_n),),
         config,
@@ -218,13 +238,15 @@ def _plan(
         padded_rows=padded_rows,
         padded_cols=padded_cols,
         stride_xt=x_stride[0],
-        stride_xk=x_stride[1],
+        stride_xk=0 if in_place else x_stride[1],
         stride_dk=delta_stride[0],
         stride_dn=delta_stride[1],
         stride_dc=delta_stride[2],
         stride_ot=out_stride[0],
         stride_ok=0 if natural else out_stride[1],
         stride_on=out_stride[-1],
+        GRANULE=layout.granule,
+        IN_PLACE=in_place,
         TRANSPOSED=transposed,
         SCATTER=natural,
         INPUT_PRECISION=precision,
@@ -300,7 +322,7 @@ def _workload(operands: Operands) -> Work:
     key, adapter = operands.key, operands.adapter()
     p = adapter.partition
     x = operands.tensor(key.tokens, key.in_features)
-    xg = gather_columns(x, p.col_index, p.col_offsets, key.padded_in)
+    xg = x if key.granule > 1 else gather_columns(x, p.col_index, p.col_offsets, key.padded_in)
     y = operands.tensor(key.tokens, key.out_features)
     if key.transposed:
         delta = modulated_blocks(adapter.T, row_multiple=key.padded_in, col_multiple=key.padded_out).mT
@@ -327,7 +349,7 @@ BLOCK_MATMUL = Kernel(
         "num_stages": (2, 3, 4),
     },
     workload=_workload,
-    forms=("as stored", "transposed"),
+    forms=("as stored", "transposed", "granules", "transposed granules"),
     fits=tile_divides,
     choose=_choose,
 )

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..cost.problem import padding_multiple
 from .spec import Config
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "TOKENS_PER_DRAW",
     "SumConfig",
     "block_slots",
+    "block_width",
     "check_tile",
     "dot",
     "dropout_draws",
@@ -43,6 +45,7 @@ __all__ = [
     "rank_block",
     "rank_product",
     "round_to",
+    "slot_coordinates",
     "to_tf32",
 ]
 
@@ -91,6 +94,11 @@ def check_tile(config: Any, padded_rows: int, padded_cols: int) -> None:
 def padded_width(sizes: tuple[int, ...], multiple: int) -> int:
     """P: the largest block, rounded up to a multiple of the tile."""
     return -(-max(sizes) // multiple) * multiple
+
+
+def block_width(sizes: tuple[int, ...]) -> int:
+    """P of the backend's layout: what blocks of these sizes are padded to."""
+    return padded_width(sizes, padding_multiple(sizes))
 
 
 def input_precision(dtype: torch.dtype, *, allow_tf32: bool) -> str:
@@ -147,11 +155,28 @@ def to_tf32(value, INPUT_PRECISION: tl.constexpr):
 
 
 @triton.jit
-def block_slots(index_ptr, offsets_ptr, block, slots):
-    """Coordinates (int64) that `slots` of `block` hold, and which of the slots are not padding."""
+def block_slots(index_ptr, offsets_ptr, block, slots, GRANULE: tl.constexpr):
+    """Coordinates (int64) that `slots` of `block` hold, and which of the slots are not padding.
+
+    Every GRANULE slots, a power of two, hold adjacent coordinates of which the first is a multiple of it, and blocks
+    have whole granules: the compiler is told, so that what lies at these coordinates is moved as vectors.
+    """
     start = tl.load(offsets_ptr + block)
-    valid = slots < tl.load(offsets_ptr + block + 1) - start
-    return tl.load(index_ptr + start + slots, mask=valid, other=0), valid
+    size = tl.load(offsets_ptr + block + 1) - start
+    return slot_coordinates(index_ptr, start, size, slots, GRANULE)
+
+
+@triton.jit
+def slot_coordinates(index_ptr, start, size, slots, GRANULE: tl.constexpr):
+    """As `block_slots`, for a block that begins at `start` of the index."""
+    if GRANULE == 1:
+        valid = slots < size
+        coordinates = tl.load(index_ptr + start + slots, mask=valid, other=0)
+    else:
+        valid = slots // GRANULE < size // GRANULE  # the same for a whole granule, as the compiler sees
+        coordinates = tl.load(index_ptr + tl.multiple_of(start, GRANULE) + slots, mask=valid, other=0)
+        coordinates = tl.max_contiguous(tl.multiple_of(coordinates, GRANULE), GRANULE)
+    return coordinates, valid
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ..definition.packed import PackedAdapter
-from .spec import Config
+from .spec import Config, granule_of
 
 __all__ = ["Launcher", "Layout", "Plan", "on_device"]
 
@@ -45,6 +45,7 @@ class Layout(NamedTuple):
         features: N and C.
         rank: ρ.
         num_blocks: K.
+        granule: adjacent coordinates that kernels may take as one, from `spec.granule_of`.
         weight: W0's strides.
         A: A's strides.
         B: B's strides.
@@ -55,6 +56,7 @@ class Layout(NamedTuple):
     features: tuple[int, int]
     rank: int
     num_blocks: int
+    granule: int
     weight: tuple[int, int]
     A: tuple[int, int]
     B: tuple[int, int]
@@ -63,8 +65,8 @@ class Layout(NamedTuple):
     def of(cls, adapter: PackedAdapter) -> Layout:
         """The layout of an adapter."""
         w, a, b = adapter.weight, adapter.A, adapter.B
-        K = adapter.partition.num_blocks
-        return cls(w.device, w.dtype, w.shape, a.shape[0], K, w.stride(), a.stride(), b.stride())  # type: ignore[arg-type]
+        K, granule = adapter.partition.num_blocks, granule_of(adapter.partition)
+        return cls(w.device, w.dtype, w.shape, a.shape[0], K, granule, w.stride(), a.stride(), b.stride())  # type: ignore[arg-type]
 
     def sizes(self) -> dict[str, int]:
         """As :func:`table.select` names them."""

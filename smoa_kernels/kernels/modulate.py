@@ -206,6 +206,7 @@ def modulated_blocks_kernel(
     stride_ac,
     stride_bn,
     stride_br,
+    GRANULE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -217,15 +218,15 @@ def modulated_blocks_kernel(
     block = tile // (tiles_n * tiles_c)
     row_slots = tile // tiles_c % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     col_slots = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    rows, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots)
-    cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots)
+    rows, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots, GRANULE)
+    cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots, GRANULE)
     rank = tl.minimum(tl.load(ranks_ptr + block), max_rank)
     row_rank = tl.where(row_valid, rank, 0)
     # A block of rank 0 is zero whatever W0 holds: do not read it.
     mask = (row_rank > 0)[:, None] & col_valid[None, :]
     # In IEEE float32 what follows would spill 4 to 16 bytes (Triton 3.6: sm_90 and sm_100, 3.9: sm_100).
     IEEE: tl.constexpr = INPUT_PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32
-    if IEEE:
+    if IEEE or GRANULE > 1:
         w = tl.load(w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc, mask=mask, other=0.0)
         ranks_read = rank
     else:
@@ -324,6 +325,7 @@ def _blocks_plan(
         precision,
         padded_out=padded_rows,
         padded_in=padded_cols,
+        granule=layout.granule,
         **layout.sizes(),
     )
     return Plan(
@@ -333,6 +335,7 @@ def _blocks_plan(
         padded_rows=padded_rows,
         padded_cols=padded_cols,
         **layout.strides(),
+        GRANULE=layout.granule,
         INPUT_PRECISION=precision,
         RANK_BLOCK=rank_block(layout.rank),
         BLOCK_N=config.block_n,
@@ -398,6 +401,7 @@ MODULATED_BLOCKS = replace(
     name="modulated_blocks",
     fn=modulated_blocks_kernel,
     workload=_blocks_workload,
+    forms=("r16", "r64 fp32 factors", "r16 granules"),
     narrow={
         "scaling_ptr": ONE_NUMBER,
         "w_ptr": "gathered by rows and columns of W0",

@@ -64,6 +64,7 @@ def permute_tile(
     column_offset,
     threshold,
     scale,
+    GRANULE: tl.constexpr,
     SCATTER: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -74,7 +75,7 @@ def permute_tile(
     tiles_per_row = num_blocks * tiles_p
     block = tile % tiles_per_row // tiles_p
     slots = tile % tiles_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    cols, valid = block_slots(index_ptr, offsets_ptr, block, slots)
+    cols, valid = block_slots(index_ptr, offsets_ptr, block, slots, GRANULE)
     # One draw serves consecutive tokens, so the tile is walked as that many interleaved ones.
     GROUPS: tl.constexpr = BLOCK_T // TOKENS_PER_DRAW
     groups = tile // tiles_per_row * GROUPS + tl.arange(0, GROUPS)
@@ -118,6 +119,7 @@ def permute_kernel(
     column_offset,
     threshold,
     scale,
+    GRANULE: tl.constexpr,
     SCATTER: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -138,6 +140,7 @@ def permute_kernel(
         column_offset,
         threshold,
         scale,
+        GRANULE,
         SCATTER,
         DROPOUT,
         BLOCK_T,
@@ -188,6 +191,7 @@ def gather_both_kernel(
             0,
             0,
             1.0,
+            1,
             False,
             False,
             BLOCK_T,
@@ -209,6 +213,7 @@ def gather_both_kernel(
             0,
             0,
             1.0,
+            1,
             False,
             False,
             BLOCK_T,
@@ -225,6 +230,7 @@ def gather_columns(
     offsets: Tensor,
     width: int,
     *,
+    granule: int = 1,
     dropout: Dropout | None = None,
     config: PermuteConfig | None = None,
 ) -> Tensor:
@@ -235,11 +241,12 @@ def gather_columns(
         index: int64 (C), columns grouped by block: `partition.col_index` (`row_index` for dY).
         offsets: int32 (K + 1), where each block starts in `index`.
         width: P, from :func:`padded_width`.
+        granule: from `spec.granule_of`.
         dropout: multiply by its mask.
         config: launch parameters.
     """
     blocked = x.new_empty(x.shape[0], offsets.shape[0] - 1, width)
-    _launch(x, index, offsets, blocked, scatter=False, dropout=dropout, config=config)
+    _launch(x, index, offsets, blocked, scatter=False, granule=granule, dropout=dropout, config=config)
     return blocked
 
 
@@ -330,14 +337,15 @@ def scatter_columns(
     offsets: Tensor,
     out: Tensor,
     *,
+    granule: int = 1,
     dropout: Dropout | None = None,
     config: PermuteConfig | None = None,
 ) -> Tensor:
     """Write blocked (T, K, P), contiguous, into out (T, C), any strides: every column once; padding is dropped.
 
-    The adjoint of :func:`gather_columns` for the same index, offsets and dropout. Returns `out`.
+    The adjoint of :func:`gather_columns` for the same index, offsets, granule and dropout. Returns `out`.
     """
-    _launch(out, index, offsets, blocked, scatter=True, dropout=dropout, config=config)
+    _launch(out, index, offsets, blocked, scatter=True, granule=granule, dropout=dropout, config=config)
     return out
 
 
@@ -348,13 +356,14 @@ def _launch(
     blocked: Tensor,
     *,
     scatter: bool,
+    granule: int,
     dropout: Dropout | None,
     config: PermuteConfig | None,
 ) -> None:
     if blocked.numel() == 0:
         return
     mask = None if dropout is None else (dropout.column_offset, dropout.threshold, dropout.scale)
-    plan = _plan(x.device, x.dtype, x.shape[1], x.stride(), blocked.shape, scatter, mask, config)
+    plan = _plan(x.device, x.dtype, x.shape[1], x.stride(), blocked.shape, granule, scatter, mask, config)
     launch_permute(
         plan,
         x_ptr=x,
@@ -372,13 +381,21 @@ def _plan(
     features: int,
     stride: Sequence[int],
     blocked_shape: Sequence[int],
+    granule: int,
     scatter: bool,
     mask: tuple[int, int, float] | None,
     config: PermuteConfig | None,
 ) -> Plan:
     tokens, num_blocks, width = blocked_shape
     config = config or select(
-        "permute", device, dtype, blocks=num_blocks, in_features=features, tokens=tokens, padded_in=width
+        "permute",
+        device,
+        dtype,
+        blocks=num_blocks,
+        in_features=features,
+        tokens=tokens,
+        padded_in=width,
+        granule=granule,
     )
     column_offset, threshold, scale = mask or (0, 0, 1.0)
     return Plan(
@@ -392,6 +409,7 @@ def _plan(
         column_offset=column_offset,
         threshold=threshold,
         scale=scale,
+        GRANULE=granule,
         SCATTER=scatter,
         DROPOUT=mask is not None,
         BLOCK_T=config.block_t,
@@ -415,13 +433,14 @@ def _workload(operands: Operands) -> Work:
     if "dropout" in operands.form:
         dropout = Dropout(torch.zeros(1, dtype=torch.int64, device=operands.device), 0.1)
 
+    settings: dict[str, Any] = {"granule": key.granule, "dropout": dropout}
     if "scatter" in operands.form:
         blocked = operands.tensor(key.tokens, key.blocks, key.padded_in)
 
     def run(config: Any) -> list[Tensor]:
         if "scatter" in operands.form:
-            return [scatter_columns(blocked, p.col_index, p.col_offsets, x, dropout=dropout, config=config)]
-        return [gather_columns(x, p.col_index, p.col_offsets, key.padded_in, dropout=dropout, config=config)]
+            return [scatter_columns(blocked, p.col_index, p.col_offsets, x, **settings, config=config)]
+        return [gather_columns(x, p.col_index, p.col_offsets, key.padded_in, **settings, config=config)]
 
     return run, lambda dtype: [_gathered(x.to(dtype), p, key.padded_in)]
 
@@ -456,7 +475,14 @@ PERMUTE = Kernel(
     shipped=lambda arch, precision: _SHIPPED,
     steps={"block_t": (32, 64, 128), "block_p": (64, 128, 256), "num_warps": (2, 4, 8)},
     workload=_workload,
-    forms=("gather", "gather dropout", "scatter", "scatter dropout"),
+    forms=(
+        "gather",
+        "gather dropout",
+        "gather dropout granules",
+        "scatter",
+        "scatter dropout",
+        "scatter dropout granules",
+    ),
     narrow={
         "x_ptr": "gathered by columns",
         "index_ptr": INDEX,

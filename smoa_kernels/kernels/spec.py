@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_kind
 from ..cost.architectures import Architecture, facts
+from ..cost.problem import GRANULE
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS, Precision
@@ -35,6 +36,7 @@ __all__ = [
     "bucket",
     "check_key",
     "delta_weight",
+    "granule_of",
     "in_dtype",
     "tile_divides",
 ]
@@ -60,6 +62,7 @@ class Key(NamedTuple):
         padded_out: width that each block of rows is padded to.
         padded_in: likewise for columns.
         transposed: the kernel reads W0 or ΔW along the other side, as dX does.
+        granule: from :func:`granule_of`; 1 where a kernel has no form for `GRANULE`.
     """
 
     kernel: str
@@ -72,6 +75,13 @@ class Key(NamedTuple):
     padded_out: int = 0
     padded_in: int = 0
     transposed: bool = False
+    granule: int = 1
+
+
+def granule_of(partition: BlockPartition) -> int:
+    """Adjacent coordinates that kernels may take as one: `GRANULE` where all blocks consist of so many, else 1."""
+    whole = all(size % GRANULE == 0 for size in (partition.granularity, *partition.shape))
+    return GRANULE if whole else 1
 
 
 def check_key(key: Key) -> None:
@@ -82,9 +92,12 @@ def check_key(key: Key) -> None:
     """
     check_choice("kernel", key.kernel, (*KERNELS, *ALGORITHM_KEYS))
     check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
-    for name in key._fields[2:-1]:
+    for name in key._fields[2:-2]:
         check_count(name, getattr(key, name), 0)
     check_kind("transposed", key.transposed, bool)
+    check_count("granule", key.granule, 1)
+    if key.granule not in (1, GRANULE):
+        raise ValueError(f"granule must be 1 or {GRANULE}, got {key.granule}")
 
 
 def bucket(tokens: int) -> int:
@@ -93,7 +106,7 @@ def bucket(tokens: int) -> int:
 
 
 class Operands:
-    """A layer of a key's sizes, its blocks cut evenly from coordinates in random order, and activations.
+    """A layer of a key's sizes, its blocks cut evenly from granules in random order, and activations.
 
     Args:
         key: the sizes.
@@ -118,8 +131,10 @@ class Operands:
 
     def labels(self, features: int) -> Tensor:
         """A block for each of `features` coordinates."""
-        even = torch.arange(features, device=self.device) * self.key.blocks // features
-        return even[torch.randperm(features, generator=self._generator, device=self.device)]
+        granules = features // self.key.granule
+        even = torch.arange(granules, device=self.device) * self.key.blocks // granules
+        order = torch.randperm(granules, generator=self._generator, device=self.device)
+        return even[order].repeat_interleave(self.key.granule)
 
     def partition(self, rows: int, cols: int) -> BlockPartition:
         """A partition of a weight of this shape into the key's blocks."""
@@ -190,7 +205,8 @@ class Kernel:
         steps: the numbers that a field of the configuration may take when tuned; what is not named stays as it ships.
         workload: what to launch and to compare with, over the operands of a key.
         forms: names of the constexpr paths of a launch. The audit compiles each, the tuner times the first. "r64" in a
-            name is ρ, else 16; "fp32 factors" are those that PEFT keeps; "transposed" reads along the other side.
+            name is ρ, else 16; "fp32 factors" are those that PEFT keeps; "transposed" reads along the other side;
+            "granules" are coordinates that the partition keeps together.
         narrow: pointers that may be accessed below 128 bits, each with its reason.
         fits: whether a configuration can run a key.
         choose: the one to launch where nothing was measured, of those that fit: from these, the key and the device's
@@ -228,10 +244,10 @@ class Kernel:
         """
         named = re.search(r"\br(\d+)\b", form)
         rank, blocks, tokens = int(named[1]) if named else 16, 2, 512
-        transposed = "transposed" in form
+        transposed, granule = "transposed" in form, GRANULE if "granules" in form else 1
         rows, cols = (2048, 1024) if transposed else (1024, 2048)
         padded = rows // blocks, cols // blocks
-        return Key(self.name, dtype, rank, blocks, rows, cols, tokens, *padded, transposed)
+        return Key(self.name, dtype, rank, blocks, rows, cols, tokens, *padded, transposed, granule)
 
     @property
     def file(self) -> str:

@@ -12,10 +12,10 @@ from ..cost.architectures import ARCHITECTURES
 from ..cost.estimate import Direction, choose_algorithm
 from ..cost.gpus import Gpu, architecture, device_gpu, multiprocessors
 from ..cost.grad_tiling import gradient_parts
-from ..cost.problem import Problem, padding_multiple
+from ..cost.problem import GRANULE, Problem
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels import KERNELS
-from ..kernels.common import padded_width
+from ..kernels.common import block_width
 from ..kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
 from .space import algorithm_job, kernel_job
 from .tuner import Job
@@ -40,6 +40,7 @@ class Layer:
         dtype: one of `precision.KERNEL_PRECISIONS`.
         rank: r, the budget of all blocks.
         blocks: K.
+        granule: adjacent coordinates that blocks keep together.
     """
 
     out_features: int
@@ -48,9 +49,10 @@ class Layer:
     dtype: str = "bf16"
     rank: int = 16
     blocks: int = 4
+    granule: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("out_features", "in_features", "tokens", "rank", "blocks"):
+        for name in ("out_features", "in_features", "tokens", "rank", "blocks", "granule"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dtype not in KERNEL_PRECISIONS:
@@ -75,36 +77,43 @@ class Layer:
 def keys(layer: Layer) -> Iterator[Key]:
     """What one training step of a layer asks for, dropout and none."""
     n, c, t = layer.out_features, layer.in_features, bucket(layer.tokens)
-    rows, cols = _padded(n, layer.blocks), _padded(c, layer.blocks)
+    rows, cols = (block_width((-(-features // layer.blocks),)) for features in (n, c))
     common = (layer.dtype, layer.max_rank, layer.blocks)
     # What copies knows float32, not how it is multiplied.
     copied = "fp32" if layer.dtype == "tf32" else layer.dtype
-    # The backward gathers a long batch in parts, but under dropout.
-    problem = Problem(layer.tokens, n, c, layer.blocks, layer.rank, PRECISIONS[layer.dtype].dtype)
+    problem = Problem(
+        layer.tokens,
+        n,
+        c,
+        layer.blocks,
+        layer.rank,
+        PRECISIONS[layer.dtype].dtype,
+        granule=layer.granule,
+    )
+    granule = GRANULE if problem.in_place else 1
+    # What is gathered in the backward is gathered in parts where a batch is long, but under dropout.
     parts = gradient_parts(problem)
     yield Key("modulated_weight", *common, n, c)
-    yield Key("modulated_blocks", *common, n, c, 0, rows, cols)
-    # A part's x and dY are gathered together, unless one of them is in order: of a single block.
-    alone = map(bucket, parts) if layer.blocks == 1 else ()
-    for tokens in dict.fromkeys((t, *alone)):
-        yield Key("permute", copied, 0, layer.blocks, 0, c, tokens, 0, cols)
-        yield Key("permute", copied, 0, layer.blocks, 0, n, tokens, 0, rows)
-    for tokens in dict.fromkeys(map(bucket, parts)):
-        yield Key("gather_both", copied, 0, layer.blocks, n, c, tokens, rows, cols)
-    yield Key("block_matmul", *common, n, c, t, rows, cols)
-    yield Key("block_matmul", *common, c, n, t, cols, rows, True)
+    yield Key("modulated_blocks", *common, n, c, 0, rows, cols, granule=granule)
+    yield Key("permute", copied, 0, layer.blocks, 0, c, t, 0, cols, granule=granule)
+    if not problem.in_place:
+        yield Key("permute", copied, 0, layer.blocks, 0, n, t, 0, rows)
+        for tokens in dict.fromkeys(map(bucket, parts)):
+            yield Key("gather_both", copied, 0, layer.blocks, n, c, tokens, rows, cols)
+    yield Key("block_matmul", *common, n, c, t, rows, cols, granule=granule)
+    yield Key("block_matmul", *common, c, n, t, cols, rows, True, granule=granule)
     if t <= MOST_FUSED_TOKENS:
         yield Key("fused_linear", *common, n, c, t)
         yield Key("fused_linear", *common, c, n, t, transposed=True)
         for features in (n, c):
             yield Key("sum_parts", copied, out_features=features, tokens=t)
     for tokens in dict.fromkeys((t, bucket(parts[0]))):
-        yield Key("block_grad", *common, n, c, tokens, rows, cols)
+        yield Key("block_grad", *common, n, c, tokens, rows, cols, granule=granule)
     # Factors are kept in the layer's dtype, or in float32 as PEFT does.
     for factors in (copied, "fp32"):
         yield Key("sum_partials", factors, layer.max_rank, layer.blocks, n, c, 0, rows, cols)
-    yield Key("forward", *common, n, c, t)
-    yield Key("input_gradient", *common, n, c, t)
+    yield Key("forward", *common, n, c, t, granule=granule)
+    yield Key("input_gradient", *common, n, c, t, granule=granule)
 
 
 @dataclass(frozen=True)
@@ -164,12 +173,6 @@ def job(key: Key, target: Target, ruled_out: RuledOut | None = None) -> Job:
     return kernel_job(key, target.arch, target.multiprocessors, ruled_out=ruled_out, stand_in=target.audited)
 
 
-def _padded(features: int, blocks: int) -> int:
-    """Width of the padded layout of evenly cut blocks, as `backends/triton.py` chooses it."""
-    sizes = (-(-features // blocks),)
-    return padded_width(sizes, padding_multiple(sizes))
-
-
 def _predicted(key: Key, gpu: Gpu) -> str:
     """What the cost model would run."""
     problem = Problem(
@@ -179,6 +182,7 @@ def _predicted(key: Key, gpu: Gpu) -> str:
         key.blocks,
         key.rank * key.blocks,
         PRECISIONS[key.dtype].dtype,
+        granule=key.granule,
     )
     direction: Direction = "input_gradient" if key.kernel == "input_gradient" else "forward"
     return choose_algorithm(problem, gpu, key.dtype == "fp32", direction)

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from smoa_kernels.cost.problem import padding_multiple
+from smoa_kernels.cost.problem import GRANULE, padding_multiple
 
 from . import ARCH, emulator
 from .counts import describe
@@ -42,7 +42,7 @@ def main() -> None:
                 rows, cols = cols, rows
             padded = [_padded(-(-size // args.blocks)) for size in (rows, cols)]
             sizes = args.rank, args.blocks, rows, cols, tokens, *padded, transposed
-            key = Key(name, args.dtype, *sizes)
+            key = Key(name, args.dtype, *sizes, GRANULE if "granules" in form else 1)
             config = kernel.default(key, gpu.arch, gpu.multiprocessors)
             run, _ = kernel.workload(Operands(key, form, torch.device("cpu")))
             emulator.launches.clear()

@@ -10,6 +10,7 @@ import torch
 from problems import relative_error
 
 from smoa_kernels.cost.architectures import facts
+from smoa_kernels.cost.problem import GRANULE
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.spec import Config, Key, Operands
@@ -25,7 +26,8 @@ def key_of(kernel: str, dtype: str, form: str) -> Key:
     transposed, rank = "transposed" in form, 64 if "r64" in form else 16
     rows, cols = (IN_FEATURES, OUT_FEATURES) if transposed else (OUT_FEATURES, IN_FEATURES)
     padded = rows // BLOCKS, cols // BLOCKS
-    return Key(kernel, dtype, rank, BLOCKS, rows, cols, TOKENS, *padded, transposed)
+    granule = GRANULE if "granules" in form else 1
+    return Key(kernel, dtype, rank, BLOCKS, rows, cols, TOKENS, *padded, transposed, granule)
 
 
 def launches() -> Iterator[object]:

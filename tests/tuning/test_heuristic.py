@@ -74,9 +74,13 @@ def step(layer: FusedSMoALinear, tokens: int, **options: object) -> None:
 
 @pytest.mark.slow
 @needs_interpreter
-@pytest.mark.parametrize("tokens", [19, 150])
-def test_a_training_step_asks_for_what_the_plan_holds(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise what is tuned would never be looked up. The backward of 150 tokens takes 128 and then 22."""
+@pytest.mark.parametrize(
+    ("tokens", "order", "granule"), [(19, "spectral", 1), (150, "spectral", 1), (150, "contiguous", 8)]
+)
+def test_a_training_step_asks_for_what_the_plan_holds(
+    tokens: int, order: str, granule: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise what is tuned would never be looked up. 150 tokens are gathered as 128 and then 22 in the backward."""
     monkeypatch.setattr(grad_tiling, "GRAD_PART_TOKENS", 64)
     monkeypatch.setattr(grad_tiling, "GRAD_PART_TILES", 1)
     asked: set[Key] = set()
@@ -84,13 +88,14 @@ def test_a_training_step_asks_for_what_the_plan_holds(tokens: int, monkeypatch: 
     monkeypatch.setattr(table, "multiprocessors", lambda device: 132)  # so few tiles are split and summed
     dx = "fused" if tokens == 19 else "merged"
     monkeypatch.setattr(triton_backend, "choose_algorithm", lambda *_: dx)
-    layer = FusedSMoALinear(90, 140, r=5, num_blocks=2, backend="triton")
+    n, c = (140, 90) if granule == 1 else (144, 96)
+    layer = FusedSMoALinear(c, n, r=5, num_blocks=2, block_order=order, backend="triton")
     torch.nn.init.normal_(layer.smoa_B)
     for algorithm, dropout in (("split", 0.0), ("merged", 0.0), ("fused", 0.0), ("split", 0.3)):
         layer.algorithm, layer.dropout = algorithm, dropout
         forget()
         step(layer, tokens)
-    planned = {key for key in keys(Layer(140, 90, tokens, "fp32", 5, 2)) if key.kernel in KERNELS}
+    planned = {key for key in keys(Layer(n, c, tokens, "fp32", 5, 2, granule)) if key.kernel in KERNELS}
     asked = {key for key in asked if key.kernel in KERNELS}
     assert asked <= planned
     left = set() if tokens == 19 else {"fused_linear", "sum_parts"}

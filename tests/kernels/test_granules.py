@@ -1,0 +1,182 @@
+"""Blocks of whole granules: kernels read x and dY where they lie, and compute bit for bit what gathered copies give."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from kernel_cases import Guarded, adapter_of
+from problems import Case, LinearProblem, assert_within_budget, cases, make_problem
+from test_block_grad import SMALL as SMALL_GRAD
+from test_block_matmul import SMALL as SMALL_MATMUL
+from torch import Tensor
+
+from smoa_kernels.backends import triton as triton_backend
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.kernels import launch
+from smoa_kernels.kernels.block_grad import block_grad
+from smoa_kernels.kernels.block_matmul import block_matmul
+from smoa_kernels.kernels.common import block_width
+from smoa_kernels.kernels.modulate import modulated_blocks
+from smoa_kernels.kernels.permute import gather_both, gather_columns, scatter_columns
+from smoa_kernels.kernels.spec import granule_of
+
+pytestmark = pytest.mark.numerical
+
+# Blocks of other sizes than whole tiles, and one without columns or ranks.
+PARTITIONS = {
+    "contiguous": lambda: BlockPartition.contiguous((80, 144), 3, granule=8),
+    "granules": lambda: BlockPartition.random((80, 144), 3, granule=8, seed=1),
+    "granules of 24": lambda: BlockPartition.random((48, 144), 2, granule=24, seed=2),
+    "one block": lambda: BlockPartition.contiguous((40, 64), 1),
+    "an empty block": lambda: BlockPartition.contiguous((80, 144), 3, granule=8).shard(col_slice=slice(48)),
+}
+each_partition = pytest.mark.parametrize("name", PARTITIONS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def problem_of(name: str, dtype: torch.dtype, device: torch.device, tokens: int = 21) -> LinearProblem:
+    partition = PARTITIONS[name]()
+    N, C = partition.shape
+    ranks = (3, 0, 20)[: partition.num_blocks]
+    sizes = {"tokens": tokens, "out_features": N, "in_features": C, "ranks": ranks}
+    p = make_problem(**sizes, block_order="contiguous").on(device).to(dtype)  # type: ignore[arg-type]
+    return LinearProblem(**(vars(p) | {"partition": partition.to(device)}))
+
+
+def gathered(p: LinearProblem) -> tuple[Tensor, Tensor]:
+    widths = block_width(p.partition.row_sizes), block_width(p.partition.col_sizes)
+    return gather_both(p.dy, p.x, p.partition, widths)
+
+
+@contextmanager
+def coordinate_by_coordinate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels do not see that blocks have granules."""
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "granule_of", lambda partition: 1)
+        yield
+
+
+def test_which_partitions_have_granules() -> None:
+    for name, make in PARTITIONS.items():
+        assert granule_of(make()) == 8, name
+        # Labels alone tell.
+        p = make()
+        assert granule_of(BlockPartition.from_labels(p.row_block, p.col_block, p.num_blocks)) == 8, name
+    for single in (
+        BlockPartition.random((80, 144), 3, granule=4),
+        BlockPartition.random((80, 144), 3, granule=12),
+        BlockPartition.contiguous((80, 140), 2, granule=8),  # the last granule is short
+        BlockPartition.contiguous((36, 144), 1),
+    ):
+        assert granule_of(single) == 1
+
+
+@each_dtype
+@each_partition
+def test_factor_gradients(
+    name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem_of(name, dtype, device)
+    dyg, xg = gathered(p)
+    adapter = adapter_of(p)
+    with coordinate_by_coordinate(monkeypatch):
+        expected = block_grad(1, lambda part: (dyg, xg), adapter, config=SMALL_GRAD)
+    for operands in ((p.dy, p.x), (p.dy, xg), (dyg, p.x), (dyg, xg)):
+        found = block_grad(1, lambda part, operands=operands: operands, adapter, config=SMALL_GRAD)  # type: ignore[misc]
+        assert all(map(torch.equal, found, expected))
+
+
+@each_dtype
+@each_partition
+def test_the_adapters_output(
+    name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To where it belongs, and, of the transposed adapter, in block order."""
+    p = problem_of(name, dtype, device)
+    dyg, xg = gathered(p)
+    for side, adapter, here, blocked in ((p.dy, adapter_of(p), p.x, xg), (p.x, adapter_of(p).T, p.dy, dyg)):
+        rows, cols = adapter.partition.row_sizes, adapter.partition.col_sizes
+        widths = {"row_multiple": block_width(rows), "col_multiple": block_width(cols)}
+        with coordinate_by_coordinate(monkeypatch):
+            delta = modulated_blocks(adapter, **widths)
+            expected = block_matmul(blocked, adapter, delta, out=torch.empty_like(side), config=SMALL_MATMUL)
+        assert torch.equal(modulated_blocks(adapter, **widths), delta)
+        for x in (here, blocked):
+            out = block_matmul(x, adapter, delta, out=torch.empty_like(side), config=SMALL_MATMUL)
+            assert torch.equal(out, expected)
+            padded = side.new_empty(len(side), len(rows), delta.shape[1])
+            block_matmul(x, adapter, delta, out=padded, config=SMALL_MATMUL)
+            for k, index in enumerate(adapter.partition.row_index.split(rows)):
+                assert torch.equal(padded[:, k, : rows[k]], expected[:, index])
+                assert not padded[:, k, rows[k] :].any()
+
+
+@each_partition
+def test_dropout(name: str, device: torch.device) -> None:
+    """The mask does not depend on how x is moved."""
+    p = problem_of(name, torch.float32, device)
+    blocks, width = p.partition, block_width(p.partition.col_sizes)
+    dropout = Dropout(torch.tensor(5, device=device), p=0.25)
+    one, eight = (
+        gather_columns(p.x, blocks.col_index, blocks.col_offsets, width, granule=g, dropout=dropout)
+        for g in (1, 8)
+    )
+    assert torch.equal(one, eight)
+    one, eight = (
+        scatter_columns(
+            eight,
+            blocks.col_index,
+            blocks.col_offsets,
+            torch.empty_like(p.x),
+            granule=g,
+            dropout=dropout,
+        )
+        for g in (1, 8)
+    )
+    assert torch.equal(one, eight)
+
+
+def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
+    """Rows further apart than their width, columns apart: nothing outside is touched."""
+    p = problem_of("granules", torch.float32, device)
+    adapter = adapter_of(p)
+    expected = block_grad(1, lambda part: (p.dy, p.x), adapter, config=SMALL_GRAD)
+    near = adapter_of(p, lambda tensor: guarded(tensor, row_padding=3))
+    for dy, x in (
+        (guarded(p.dy, row_padding=5), guarded(p.x, row_padding=8)),
+        tuple(torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0] for t in (p.dy, p.x)),
+    ):
+        found = block_grad(1, lambda part, pair=(dy, x): pair, near, config=SMALL_GRAD)  # type: ignore[misc]
+        assert all(map(torch.equal, found, expected))
+        delta = modulated_blocks(near, row_multiple=32, col_multiple=32)
+        out = guarded(torch.zeros_like(p.dy), row_padding=5)
+        whole = block_matmul(p.x, adapter, delta, out=torch.empty_like(p.dy), config=SMALL_MATMUL)
+        assert torch.equal(block_matmul(x, near, delta, out=out, config=SMALL_MATMUL), whole)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "random"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=[] if case.dtype == torch.bfloat16 else [pytest.mark.slow])
+        for case in cases("triton")
+    ],
+)
+def test_the_backend_copies_nothing_but_what_dropout_changes(
+    case: Case, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    original = triton_backend.gather_columns
+
+    def seen(x: Tensor, *rest: object, **options: object) -> Tensor:
+        copied.append(x.shape[1])
+        return original(x, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(triton_backend, "gather_columns", seen)
+    monkeypatch.setattr(triton_backend, "gather_both", lambda *_: pytest.fail("dY and x are copied"))
+    sizes = {"tokens": 20, "out_features": 80, "in_features": 144, "ranks": (5, 2)}
+    p = case.problem(**sizes, block_order=order, granule=8)
+    assert_within_budget(p.run(**case.options), case, p)
+    assert copied == ([144, 144] if case.dropout else [])  # x, in the forward and in the backward
