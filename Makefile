@@ -75,7 +75,7 @@ coverage: $(BIN)/.dev ## every test, counting the lines of smoa_kernels that run
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-test-peft: $(BIN)/.dev ## PEFT's own test suite on SMoA's configuration
+test-peft: $(BIN)/.dev ## PEFT's own test suite on SMoA's configuration (ARGS=--hira: its HiRA tests, accelerated)
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
 
 $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)

@@ -30,6 +30,7 @@ ORDER = (
 HOOK = ("backends.triton", "tuning.autotune")
 LATE = {
     ("audit.run", "audit.compile"): "imports Triton, which a worker sets up before",
+    ("peft.hira", "peft.hira_quantized"): "imports bitsandbytes",
     HOOK: "the hook of SMOA_AUTOTUNE=1, which measures through this backend",
     ("cli", "cli.app"): "typer and rich are an extra",
     ("cli.info", "kernels.table"): "imports Triton",

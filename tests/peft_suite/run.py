@@ -1,6 +1,8 @@
 """Run PEFT's own test suite with SMoA: downloads the sdist of the installed PEFT, then `pytest` with `plugin.py`.
 
-    python tests/peft_suite/run.py [--folder DIR] [pytest options]
+    python tests/peft_suite/run.py [--folder DIR] [--hira] [pytest options]
+
+With `--hira` it runs PEFT's own HiRA tests on accelerated HiRA layers instead, with `hira_plugin.py`.
 
 The folder (default: a cache below the user's) keeps the sources and the tiny models for the next run.
 """
@@ -46,6 +48,7 @@ def main() -> int:
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smoa-kernels" / "peft-suite"
     parser.add_argument("--folder", type=Path, default=cache)
+    parser.add_argument("--hira", action="store_true")
     options, rest = parser.parse_known_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     tests = fetch_tests(options.folder.resolve())
@@ -65,7 +68,16 @@ def main() -> int:
     ]
     names = given or [f"{name}.py" for name in MODULES]
     files = [str(tests / name) for name in names]
-    settings = ["-p", "plugin", "-c", os.devnull, "--rootdir", str(tests.parent), "-q", "-rfEs"]
+    settings = [
+        "-p",
+        "hira_plugin" if options.hira else "plugin",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(tests.parent),
+        "-q",
+        "-rfEs",
+    ]
     others = [part for part in rest if part not in given]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *settings, *files, *others], cwd=models, env=env
