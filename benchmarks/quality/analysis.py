@@ -55,21 +55,19 @@ class Study:
         gains = [self.difference(task, name, "none") for name in self.methods if name != "none"]
         return any(gain is not None and gain.low > 0 for gain in gains)
 
-    def overall(self, ours: str, theirs: str, without: str = "") -> Mean | None:
-        """Mean over the tasks, but for one, of their mean differences; None unless both were run on each of them."""
-        groups = self._differences(ours, theirs, without)
+    def overall(self, ours: str, theirs: str, tasks: Sequence[Task] | None = None) -> Mean | None:
+        """Mean over the tasks (all but controls) of their mean differences; None unless both were run on each."""
+        groups = self._differences(ours, theirs, self.tasks if tasks is None else tasks)
         return over_groups(groups) if groups and all(groups) else None
 
     def over_tasks_run(self, ours: str, theirs: str) -> tuple[Mean, int] | None:
         """The same over those tasks alone on which both were run, and how many they are; None for fewer than two."""
-        groups = [group for group in self._differences(ours, theirs) if group]
+        groups = [group for group in self._differences(ours, theirs, self.tasks) if group]
         return (over_groups(groups), len(groups)) if len(groups) > 1 else None
 
-    def _differences(self, ours: str, theirs: str, without: str = "") -> list[list[float]]:
+    def _differences(self, ours: str, theirs: str, tasks: Sequence[Task]) -> list[list[float]]:
         found = []
-        for task in self.tasks:
-            if task.name == without:
-                continue
+        for task in tasks:
             a, b = self.accuracies(task.name, ours), self.accuracies(task.name, theirs)
             found.append([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
         return found

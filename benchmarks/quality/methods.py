@@ -133,6 +133,8 @@ SWEEPS = {"methods": _COMPARED, "larger": _LARGE, "alpha": SCALINGS, "rank": RAN
 BY_NAME = {method.name: method for sweep in SWEEPS.values() for method in sweep}
 # Which spectral method each random one is the ablation of.
 ABLATIONS = {"random K=2": "SMoA K=2", "random K=4, r=32": "SMoA K=4, r=32"}
+# Which spectral method has as many parameters as each one with another order.
+ORDERS = {"contiguous K=2": "SMoA K=2", "contiguous K=4, r=32": "SMoA K=4, r=32", "granule 8 K=2": "SMoA K=2"}
 
 
 def width(model: nn.Module, pattern: str) -> int:

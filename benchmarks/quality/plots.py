@@ -16,7 +16,7 @@ from .tasks import Task
 
 PANEL = 3.0  # inches
 BASE = {"none": "#777777", "lora": STYLES[LORA][0], "hira": STYLES[HIRA][0], "smoa": STYLES[SMOA][0]}
-RANDOM = "#D55E00"
+RANDOM, CONTIGUOUS, GRANULES = "#D55E00", "#56B4E9", "#CC79A7"
 DASHES = {
     "LoRA, r=4": "--",
     "SMoA K=4": "--",
@@ -24,6 +24,7 @@ DASHES = {
     "SMoA K=2, r=16": "-.",
     "SMoA K=4, r=32": (0, (1, 3)),
     "SMoA K=8, r=64": (0, (5, 1, 1, 1, 1, 1)),
+    "contiguous K=4, r=32": (0, (1, 3)),
     "SMoA K=2, alpha=4r": "--",
     "SMoA K=2, alpha=16r": ":",
     "SMoA K=2, alpha=64r": "-.",
@@ -31,8 +32,13 @@ DASHES = {
 
 
 def colour(method: str) -> str:
-    """A method's colour: its family's, the ablation's where its blocks are random."""
-    return RANDOM if BY_NAME[method].random else BASE[BY_NAME[method].kind]
+    """A method's colour: its family's, or another where its blocks are not the paper's."""
+    found = BY_NAME[method]
+    if found.random:
+        return RANDOM
+    if found.block_order == "contiguous":
+        return CONTIGUOUS
+    return GRANULES if found.granule > 1 else BASE[found.kind]
 
 
 def figures(study: Study) -> dict[str, str]:

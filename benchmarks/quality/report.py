@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ..machine import EDITED
@@ -9,9 +10,9 @@ from ..results import write
 from ..tables import table
 from . import plots, store, texts
 from .analysis import Study
-from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, SWEEPS
+from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, ORDERS, SWEEPS
 from .study import best_rate
-from .tasks import Task
+from .tasks import MINILM, SMOLLM2, Task
 from .verdicts import HALF, LORA, LORA_HALF, not_run, verdicts, without_one_task
 from .words import listed, percent, points, title
 
@@ -58,6 +59,7 @@ def page(study: Study) -> str:
         "## Does the spectrum matter?",
         texts.SPECTRUM,
         differences(study, [(ours, theirs) for theirs, ours in ABLATIONS.items()]),
+        orders(study),
         control(study),
         "## Learning rates",
         texts.RATES.format(listed(LEARNING_RATES), fewer(study)),
@@ -126,6 +128,33 @@ def protocol(study: Study) -> str:
     )
     heads = {run["head_lr"] for run in study.records if run["head_lr"]}
     return f"{table(headings, rows)}\n{texts.PROTOCOL.format(max(heads, default=0))}"
+
+
+def orders(study: Study) -> str:
+    """Other orders minus the spectral one, by task and by model."""
+    pairs = [pair for pair in ORDERS.items() if pair[0] in study.methods]
+    if not pairs:
+        return ""
+    rows = []
+    for ours, theirs in pairs:
+        parts = [[task for task in study.tasks if task.model == model] for model in (MINILM, SMOLLM2)]
+        means = [study.overall(ours, theirs, tasks) for tasks in parts]
+        cells = ["–" if mean is None else points(mean) for mean in means]
+        rows.append((f"{title(ours)} − {title(theirs)}", *cells))
+    devices = (devices_of(study, names) for names in (ORDERS, set(ORDERS.values())))
+    blocks = (
+        texts.ORDERS.format(*devices),
+        differences(study, pairs),
+        texts.HEADS,
+        table(("difference", "MiniLM's tasks", "SmolLM2's tasks"), rows),
+    )
+    return "\n\n".join(block.strip() for block in blocks)
+
+
+def devices_of(study: Study, methods: Collection[str]) -> str:
+    """The processors of these methods' runs on test."""
+    runs = [run for task in study.tasks for name in methods for run in study.finals(task.name, name)]
+    return "; ".join(sorted({run["machine"]["device"] for run in runs}))
 
 
 def control(study: Study) -> str:

@@ -5,6 +5,15 @@ tasks. Its interval measures the spread between seeds, so it holds for these tas
 SPECTRUM = """Accuracy of SMoA with its spectral blocks minus accuracy of SMoA with random blocks: blocks of the same
 sizes, and so as many parameters, whose coordinates are drawn at random. Random blocks were trained for K=2 at r=8 and
 for K=4 at r=32 only."""
+ORDERS = """## Does the order matter?
+
+Accuracy of SMoA with another order minus accuracy with the spectral one, of single coordinates; both have as many
+parameters. Contiguous blocks are slices of W0. With granule 8, runs of 8 neighbours are sorted by the spectrum as one
+([definition](../../docs/definition.md#other-orders-and-granules)). Test runs of the other orders were made on {}; those
+of the spectral one on {}. Where the processors differ, a difference holds that of their rounding too (see above)."""
+HEADS = """Rows of query, key and value belong to attention's heads. Contiguous blocks hold whole heads of MiniLM (6 of
+12 at K=2, 3 at K=4). In SmolLM2, with 9 heads (3 of keys and values), every cut goes through a head. Means over the
+tasks of each model:"""
 DECIDED = """How much the result depends on a single task: the same averages with each task left out in turn, in points
 with 95 % intervals."""
 GAPS = "These combinations were not judged on test:"
@@ -49,5 +58,6 @@ it out. SmolLM2 has no new head, so "no adapter" trains nothing there. Minutes o
 one thread each; `make quality` spreads a task's methods over the processors, so two of them take about half as long.
 K=4 with r=32 and K=8 with r=64, which have as many parameters as LoRA, are a separate sweep (`--sweep larger`).
 Rounding differs between processors: when the test runs of TREC-6 and Social IQa were repeated on another one, a
-method's mean moved by up to 1.0 and 1.7 points. `data.py`, `choice.py` and `siqa.py` in `benchmarks/quality/` say
-where the questions come from."""
+method's mean moved by up to 1.0 and 1.7 points. On TREC-50 the five test runs of SMoA K=2, repeated on the Xeon of
+family 6, model 167, had the accuracies of those recorded on an AMD EPYC. `data.py`, `choice.py` and `siqa.py` in
+`benchmarks/quality/` say where the questions come from."""

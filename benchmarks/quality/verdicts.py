@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..tables import table
 from .analysis import Study
-from .methods import ABLATIONS
+from .methods import ABLATIONS, METHODS, ORDERS
 from .words import points, title, word
 
 LORA, LORA_HALF, HALF, EQUAL = "LoRA", "LoRA, r=4", "SMoA K=2", "SMoA K=2, r=16"
@@ -18,6 +18,7 @@ def verdicts(study: Study) -> str:
     for words, ours, theirs in (
         *(("Goal, equal parameters: above LoRA on average", ours, LORA) for ours in EQUALS),
         *(("Goal, spectral against random blocks", ours, random) for random, ours in ABLATIONS.items()),
+        *(("Another order against the spectral one", *pair) for pair in ORDERS.items()),
         ("Half of the parameters, on average", HALF, LORA),
         ("Half of the parameters, against a LoRA of that size, on average", HALF, LORA_HALF),
     ):
@@ -60,10 +61,10 @@ def without_one_task(study: Study) -> str:
         (HALF, LORA),
         *((ours, LORA) for ours in EQUALS),
         *((ours, random) for random, ours in ABLATIONS.items()),
+        *ORDERS.items(),
     ):
-        means = [
-            study.overall(ours, theirs, without) for without in ("", *(task.name for task in study.tasks))
-        ]
+        kept = [[task for task in study.tasks if task is not left_out] for left_out in (None, *study.tasks)]
+        means = [study.overall(ours, theirs, tasks) for tasks in kept]
         cells = [points(mean) for mean in means if mean is not None]
         if cells and len(cells) == len(means):
             rows.append((f"{title(ours)} − {title(theirs)}", *cells))
@@ -73,7 +74,7 @@ def without_one_task(study: Study) -> str:
 def not_run(study: Study) -> str:
     """By method: the tasks on which it was not judged, and how many rates were tried on them all the same."""
     lines = []
-    for name in study.methods:
+    for name in (method.name for method in METHODS):
         holes = []
         for task in study.tasks:
             if not study.finals(task.name, name):
