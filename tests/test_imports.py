@@ -34,6 +34,7 @@ LATE = {
     HOOK: "the hook of SMOA_AUTOTUNE=1, which measures through this backend",
     ("cli", "cli.app"): "typer and rich are an extra",
     ("cli.info", "kernels.table"): "imports Triton",
+    ("cli.convert", "peft.convert"): "PEFT is an extra",
     ("cli.inspect", "peft.inspection"): "PEFT is an extra",
     ("cli.spectrum", "spectrum.figure"): "matplotlib is an extra",
     ("cli.spectrum", "spectrum.model"): "PEFT is an extra",

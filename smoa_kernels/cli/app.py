@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .audit import audit
+from .convert import convert
 from .info import info
 from .inspect import inspect
 from .plan import plan
@@ -30,6 +31,7 @@ app.command()(roofline)
 app.command()(plan)
 app.command()(audit)
 app.command()(inspect)
+app.command()(convert)
 app.command()(spectrum)
 app.command()(tune)
 

@@ -19,6 +19,7 @@ except ImportError as error:
     ) from error
 
 from .config import SMoAConfig
+from .convert import convert_adapter, hira_to_smoa, smoa_to_hira
 from .hira import HiraReport, accelerate_hira, decelerate_hira
 from .injection import SMoAModel
 from .layer import SMoALayer
@@ -34,7 +35,10 @@ __all__ = [
     "SMoALayer",
     "SMoAModel",
     "accelerate_hira",
+    "convert_adapter",
     "decelerate_hira",
+    "hira_to_smoa",
+    "smoa_to_hira",
 ]
 
 install_atomic_save()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from .peft_type import PEFT_TYPE
 
-__all__ = ["check_seal", "install_atomic_save", "replacing"]
+__all__ = ["check_seal", "install_atomic_save", "replacing", "seal"]
 
 _SCRATCH = ".saving-"
 

@@ -1,0 +1,33 @@
+"""`smoa-kernels convert`: a HiRA adapter of PEFT as an SMoA adapter with one block, or the other way round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import console
+
+__all__ = ["convert"]
+
+
+def convert(
+    folder: Annotated[
+        Path, typer.Argument(help="A HiRA or SMoA adapter, as PEFT's save_pretrained left it.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write the other kind to.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the base model, of which an SMoA adapter holds sketches; else the one HiRA's names."
+        ),
+    ] = None,
+) -> None:
+    """Convert a HiRA adapter of PEFT into an SMoA adapter with one block, or the other way round."""
+    try:
+        from ..peft.convert import convert_adapter
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    method = convert_adapter(folder, out, base)
+    console().print(f"{out}: {method}, converted from {folder}.", highlight=False, soft_wrap=True)

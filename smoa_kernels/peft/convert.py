@@ -1,0 +1,225 @@
+"""Converts adapter folders between PEFT's HiRA and SMoA with one block, which are the same factors.
+
+<path>.hira_A  (r, C)    <path>.smoa_A
+<path>.hira_B  (N, r)    <path>.smoa_B, beside it <path>.smoa_blocks
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import HiraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checks import check_path
+from ..definition.partition import BlockPartition
+from ..definition.sketch import sketch_weight
+from .config import SMoAConfig
+from .file_format import pack_blocks
+from .folders import PREFIX, ModelFolder, by_number, read_config, read_layers, read_state, weights_of
+from .peft_type import PEFT_TYPE
+from .saving import replacing, seal
+
+__all__ = ["convert_adapter", "hira_to_smoa", "smoa_to_hira"]
+
+# Fields that mean the same in both configurations.
+_SHARED = (
+    *("r", "target_modules", "exclude_modules", "fan_in_fan_out", "modules_to_save", "layers_to_transform"),
+    *("layers_pattern", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
+)
+
+
+def convert_adapter(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+) -> str:
+    """Convert a HiRA folder by :func:`hira_to_smoa`, an SMoA folder by :func:`smoa_to_hira`.
+
+    Args:
+        folder: the adapter, as `save_pretrained` wrote it.
+        out: another folder, made where there is none.
+        base: folder of the base model; used where `folder` is HiRA's.
+
+    Returns:
+        "SMoA" or "HiRA", the method of what was written.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as these functions do, or the folder is another method's.
+
+    Example:
+        >>> from peft import HiraConfig, get_peft_model
+        >>> from torch import nn
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(num_blocks=1, target_modules=["0"]))
+        >>> model.save_pretrained("adapter")
+        >>> convert_adapter("adapter", "hira")
+        'HiRA'
+    """
+    check_path("folder", folder)
+    if read_config(Path(folder), (PeftType.HIRA, PEFT_TYPE)).peft_type == PEFT_TYPE:
+        smoa_to_hira(folder, out)
+        return "HiRA"
+    hira_to_smoa(folder, out, base)
+    return "SMoA"
+
+
+def hira_to_smoa(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a HiRA adapter as an SMoA adapter with one block and s = 1; its factors stay, bit for bit.
+
+    Args:
+        folder: the HiRA adapter.
+        out: another folder, made where there is none.
+        base: folder of the base model, whose weights are sketched for `smoa_blocks`; the one that the adapter's
+            configuration names when None.
+
+    Raises:
+        TypeError: an argument is not a path.
+        ValueError, FileNotFoundError: a file is missing or cannot be read, the adapter holds what SMoA has no
+            counterpart of (embeddings, convolutions), or the base lacks a layer. Nothing was written.
+    """
+    source, target = _places(folder, out)
+    config = read_config(source, (PeftType.HIRA,))
+    path = weights_of(source)
+    state = read_state(path)
+    layers = _hira_layers(path, state)
+    bases = ModelFolder(_base_folder(base, config))
+    ranks = {name: A.shape[0] for name, (A, _) in layers.items()}
+    settings = {
+        **{name: getattr(config, name) for name in _SHARED},
+        "num_blocks": 1,
+        "block_order": "contiguous",
+        "smoa_dropout": config.hira_dropout,
+        "init_weights": config.init_weights is not False,
+        # By the file: PEFT 0.21.2 gives every plain layer r, whatever its rank_pattern says.
+        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != config.r},
+    }
+    result = {key: tensor for key, tensor in state.items() if ".hira_" not in key}
+    for name, (A, B) in layers.items():
+        shape = B.shape[0], A.shape[1]
+        weight = _base_weight(bases, name, shape, config.fan_in_fan_out)
+        blocks = pack_blocks(
+            BlockPartition.contiguous(shape, 1, device="cpu"),
+            torch.tensor([A.shape[0]], dtype=torch.int32),
+            sketch_weight(weight),
+        )
+        result |= {f"{PREFIX}{name}.smoa_{key}": t for key, t in (("A", A), ("B", B), ("blocks", blocks))}
+    _write(target, SMoAConfig(**settings), result)
+
+
+def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Write an SMoA adapter with one block and s = 1 as a HiRA adapter; its factors stay, bit for bit.
+
+    What no result depends on (`algorithm`, `backend`, `strict_base`, the sketch of W0) is left out.
+
+    Args:
+        folder: the SMoA adapter.
+        out: another folder, made where there is none.
+
+    Raises:
+        TypeError: an argument is not a path.
+        ValueError, FileNotFoundError: a file is missing or cannot be read, or the adapter holds what HiRA has no
+            counterpart of: more blocks than one, another scale than 1, ranks that differ, biases. Nothing was written.
+    """
+    source, target = _places(folder, out)
+    config = cast(SMoAConfig, read_config(source, (PEFT_TYPE,)))
+    path = weights_of(source)
+    layers = read_layers(path, lambda name: config.for_layer(name).r)
+    if not layers:
+        raise ValueError(f"{path} holds no layer of an SMoA adapter")
+    if config.bias != "none":
+        raise ValueError(f"{source}: bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
+    ranks = {}
+    for name in sorted(layers, key=by_number):
+        blocks, scaling = layers[name].partition.num_blocks, config.for_layer(name).scaling
+        if blocks != 1:
+            raise ValueError(f"{name}: num_blocks={blocks} has no counterpart in HiRA, which has one block")
+        if scaling != 1:
+            raise ValueError(f"{name}: the scale {scaling:g} has no counterpart in HiRA, whose s is 1")
+        ranks[name] = int(layers[name].ranks)
+    odd = [name for name, r in ranks.items() if r != config.r]
+    if odd:
+        raise ValueError(
+            f"{odd[0]}: the rank {ranks[odd[0]]} beside r={config.r} has no counterpart in HiRA: PEFT gives every "
+            "plain layer the same rank, whatever rank_pattern says"
+        )
+    settings = {
+        **{name: getattr(config, name) for name in _SHARED},
+        "hira_dropout": config.smoa_dropout,
+        "init_weights": config.init_weights,
+    }
+    state = {
+        re.sub(r"\.smoa_([AB])$", r".hira_\1", key): tensor
+        for key, tensor in read_state(path).items()
+        if not key.endswith(".smoa_blocks")
+    }
+    _write(target, HiraConfig(**settings), state)
+
+
+def _places(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> tuple[Path, Path]:
+    check_path("folder", folder)
+    check_path("out", out)
+    source, target = Path(folder), Path(out)
+    if target.exists() and (not target.is_dir() or target.samefile(source)):
+        raise ValueError(f"out must be another folder than the adapter's, got {target}")
+    return source, target
+
+
+def _hira_layers(path: Path, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (r, C) and B (N, r) of each layer, by its path in the base model."""
+    layers = {}
+    for key, tensor in state.items():
+        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        if kind.startswith("hira_embedding_"):
+            raise ValueError(f"{path}: {name} is an embedding, which has no counterpart in SMoA")
+        if kind.startswith("hira_") and tensor.ndim != 2:
+            raise ValueError(f"{path}: {name} is a convolution, which has no counterpart in SMoA")
+        if kind == "hira_A":
+            other = state.get(f"{PREFIX}{name}.hira_B")
+            if other is None or other.ndim != 2 or other.shape[1] != tensor.shape[0]:
+                raise ValueError(f"{path}: {name} has no hira_B that fits its hira_A")
+            layers[name] = tensor, other
+    if not layers:
+        raise ValueError(f"{path} holds no layer of a HiRA adapter")
+    return {name: layers[name] for name in sorted(layers, key=by_number)}
+
+
+def _base_folder(base: str | os.PathLike[str] | None, config: Any) -> Path:
+    if base is not None:
+        check_path("base", base)
+        return Path(base)
+    named = config.base_model_name_or_path
+    if named is None or not Path(named).is_dir():
+        raise ValueError(
+            f"base must be given: the adapter names {named!r}, which is no folder, as its base model, and an SMoA "
+            "adapter holds a sketch of its base weights"
+        )
+    return Path(named)
+
+
+def _base_weight(bases: ModelFolder, name: str, shape: tuple[int, int], transposed: bool) -> Tensor:
+    stored = bases.get(f"{name}.weight")
+    if stored is not None and stored.ndim == 2:
+        # PEFT corrects fan_in_fan_out by the kind of the layer, which a shape shows where it is not square.
+        for weight in (stored.T, stored) if transposed else (stored, stored.T):
+            if tuple(weight.shape) == shape:
+                return weight
+    raise ValueError(f"the base model in {bases.folder} lacks {name}.weight in the shape {shape}")
+
+
+def _write(folder: Path, config: Any, state: Mapping[str, Tensor]) -> None:
+    with replacing(folder) as scratch:
+        tensors = {key: tensor.contiguous() for key, tensor in state.items()}
+        save_file(tensors, scratch / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(scratch))
+        seal(scratch)

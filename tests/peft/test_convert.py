@@ -1,0 +1,148 @@
+"""`smoa-kernels convert` and its functions: a HiRA folder is an SMoA folder with K = 1, and refused where it is not."""
+
+import pytest
+import torch
+from adapted import WEIGHTS, assert_refused, edit_config, edit_weights
+from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from smoa_kernels.cli import main
+from smoa_kernels.peft import SMoAConfig, accelerate_hira, convert_adapter, hira_to_smoa, smoa_to_hira
+from smoa_kernels.peft.inspection import inspect_adapter
+
+
+@pytest.fixture
+def base(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def targets(model):
+    conv1d = model.config.model_type == "gpt2"
+    names = ["c_attn", "c_fc"] if conv1d else ["q_proj", "down_proj"]
+    return {"target_modules": names, "fan_in_fan_out": conv1d}
+
+
+def save(model, config, folder):
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in (p for name, p in model.named_parameters() if "hira_" in name or "smoa_" in name):
+            parameter.copy_(0.2 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture
+def hira(make_model, base, tmp_path):
+    """A HiRA folder whose configuration names the base's folder, and its model, accelerated."""
+    model = make_model()
+    settings = {"r": 4, "hira_dropout": 0.25, "modules_to_save": ["lm_head"], **targets(model)}
+    model = save(model, HiraConfig(**settings), tmp_path / "hira")
+    edit_config(tmp_path / "hira", base_model_name_or_path=str(base))
+    accelerate_hira(model)
+    return tmp_path / "hira", model
+
+
+def test_there_and_back(hira, base, make_model, tokens, tmp_path):
+    folder, model = hira
+    hira_to_smoa(folder, tmp_path / "smoa")
+    report = inspect_adapter(tmp_path / "smoa", base)
+    assert report.fits
+    assert {layer.ranks for layer in report.layers} == {(4,)}
+    assert (report.config.num_blocks, report.config.smoa_dropout) == (1, 0.25)
+    # Strict: it raises where the sketches are not the base's.
+    converted = PeftModel.from_pretrained(make_model(), tmp_path / "smoa", strict_base=True)
+    assert torch.equal(converted(tokens).logits, model(tokens).logits)
+
+    converted.save_pretrained(tmp_path / "saved")
+    smoa_to_hira(tmp_path / "saved", tmp_path / "back")
+    first, last = (load_file(path / WEIGHTS) for path in (folder, tmp_path / "back"))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(first[key], last[key]) for key in first)
+    again = PeftModel.from_pretrained(make_model(), tmp_path / "back")
+    accelerate_hira(again)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    one, other = (HiraConfig.from_pretrained(path) for path in (folder, tmp_path / "back"))
+    for name in ("r", "target_modules", "hira_dropout", "fan_in_fan_out", "modules_to_save", "task_type"):
+        assert getattr(one, name) == getattr(other, name)
+
+
+def test_ranks_are_the_files(base, make_model, tmp_path):
+    """PEFT 0.21.2 gives plain layers r whatever `rank_pattern` says; other tools and releases may not."""
+    model = make_model()
+    save(model, HiraConfig(r=4, **targets(model)), tmp_path / "hira")
+
+    def narrow(state):
+        name = next(key for key in state if key.endswith("hira_A"))
+        state[name] = state[name][:2].clone()
+        other = name.replace("hira_A", "hira_B")
+        state[other] = state[other][:, :2].clone()
+
+    edit_weights(tmp_path / "hira", narrow)
+    edit_config(tmp_path / "hira", rank_pattern={"nothing": 9})
+    hira_to_smoa(tmp_path / "hira", tmp_path / "smoa", base)
+    report = inspect_adapter(tmp_path / "smoa", base)
+    assert sorted({layer.ranks for layer in report.layers}) == [(2,), (4,)]
+    PeftModel.from_pretrained(make_model(), tmp_path / "smoa")
+    with pytest.raises(ValueError, match=r"rank 2 beside r=4 has no counterpart"):
+        smoa_to_hira(tmp_path / "smoa", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_blocks": 2}, "num_blocks=2 has no counterpart"),
+        ({"smoa_alpha": 8.0}, "scale 2 has no counterpart"),
+        ({"use_rslora": True}, "scale 2 has no counterpart"),
+        ({"bias": "all"}, "bias='all' has no counterpart"),
+        ({"num_blocks_pattern": {"0": 3}}, "0: num_blocks=3 has no counterpart"),
+    ],
+)
+def test_what_hira_has_not_is_refused(settings, message, tmp_path, capsys):
+    defaults = {"r": 4, "num_blocks": 1, "target_modules": ["0"]}
+    save(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(**{**defaults, **settings}), tmp_path / "smoa")
+    arguments = ["convert", str(tmp_path / "smoa"), str(tmp_path / "out")]
+    assert_refused(capsys, lambda *given: main(list(given)), message, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(nn.Embedding(5, 6), "0 is an embedding"), (nn.Conv1d(3, 4, 2), "0 is a convolution")],
+)
+def test_what_smoa_has_not_is_refused(layer, message, tmp_path):
+    save(nn.Sequential(layer), HiraConfig(r=2, target_modules=["0"]), tmp_path / "hira")
+    with pytest.raises(ValueError, match=message):
+        hira_to_smoa(tmp_path / "hira", tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders_are_refused(hira, base, tmp_path):
+    folder, _ = hira
+    with pytest.raises(ValueError, match="another folder"):
+        hira_to_smoa(folder, folder)
+    with pytest.raises(TypeError, match="out"):
+        hira_to_smoa(folder, 3)
+    save(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]), tmp_path / "lora")
+    with pytest.raises(ValueError, match="LORA"):
+        convert_adapter(tmp_path / "lora", tmp_path / "out")
+    save(nn.Sequential(nn.Linear(8, 6)), HiraConfig(r=2, target_modules=["0"]), tmp_path / "small")
+    with pytest.raises(ValueError, match="lacks"):
+        hira_to_smoa(tmp_path / "small", tmp_path / "out", base)
+    with pytest.raises(ValueError, match="base must be given"):
+        hira_to_smoa(tmp_path / "small", tmp_path / "out")
+    edit_weights(folder, lambda state: state.pop(next(key for key in state if key.endswith("hira_B"))))
+    with pytest.raises(ValueError, match="no hira_B"):
+        hira_to_smoa(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(hira, base, tmp_path, capsys):
+    folder, _ = hira
+    assert main(["convert", str(folder), str(tmp_path / "smoa"), "--base", str(base)]) == 0
+    assert "SMoA, converted from" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "smoa"), str(tmp_path / "back")]) == 0
+    assert "HiRA, converted from" in capsys.readouterr().out
+    assert load_file(folder / WEIGHTS).keys() == load_file(tmp_path / "back" / WEIGHTS).keys()
