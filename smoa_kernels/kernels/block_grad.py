@@ -369,7 +369,7 @@ _SHIPPED_FP32 = (
 _SHIPPED_IEEE = (
     BlockGradConfig(64, 64, 32, split=0, num_warps=8, num_stages=3),
     BlockGradConfig(64, 64, 16, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(32, 64, 32, split=0, num_warps=4, num_stages=2),
+    BlockGradConfig(32, 64, 16, split=0, num_warps=4, num_stages=2),
 )
 
 

@@ -30,7 +30,7 @@ from .common import block_slots, check_tile, dot, input_precision, round_to, slo
 from .launch import Launcher, Layout, Plan
 from .modulate import modulated_blocks
 from .permute import gather_columns
-from .spec import Config, Kernel, Key, Operands, Work, delta_weight, tile_divides
+from .spec import INDEX, Config, Kernel, Key, Operands, Work, delta_weight, tile_divides
 from .table import remembered, select
 
 __all__ = ["BLOCK_MATMUL", "BlockMatmulConfig", "block_matmul"]
@@ -276,7 +276,7 @@ _SHIPPED_TF32 = (
 _SHIPPED_IEEE = (
     BlockMatmulConfig(64, 64, 16, group_t=8, num_warps=4, num_stages=3),
     BlockMatmulConfig(64, 32, 16, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(32, 64, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(32, 64, 16, group_t=8, num_warps=4, num_stages=3),
 )
 # AMD: 64 threads a warp, 64 KiB of shared memory; float32 has tensor cores in IEEE.
 _SHIPPED_AMD = (
@@ -350,6 +350,7 @@ BLOCK_MATMUL = Kernel(
     },
     workload=_workload,
     forms=("as stored", "transposed", "granules", "transposed granules"),
+    narrow={"index_ptr": INDEX},  # as slot_coordinates names it
     fits=tile_divides,
     choose=_choose,
 )
