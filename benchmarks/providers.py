@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FROZEN, LORA, HIRA, PAPER, SMOA = "frozen", "PEFT LoRA", "PEFT HiRA", "paper, dense", "SMoA"
 CONTIGUOUS = f"{SMOA}, contiguous"  # blocks: those of SMOA are spectral
+ACCELERATED = f"{HIRA}, accelerated"  # by smoa_kernels.peft.accelerate_hira
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,15 @@ def hira(case: Case) -> nn.Module:
     return _inject(case, HiraConfig(r=case.rank, target_modules=["0"], hira_dropout=case.dropout))
 
 
+def accelerated_hira(case: Case) -> nn.Module:
+    """The same layer after `accelerate_hira`."""
+    from smoa_kernels.peft import accelerate_hira
+
+    layer = hira(case)
+    accelerate_hira(layer)
+    return layer
+
+
 class PaperDense(nn.Module):
     """The paper's way: a dense ΔW assembled block by block, a second full GEMM, plain autograd."""
 
@@ -161,7 +171,13 @@ def layer_providers(case: Case, algorithms: Sequence[str]) -> dict[str, Provider
     Ours under "auto" is called SMoA, with contiguous blocks "SMoA, contiguous"; a forced algorithm or backend follows
     the name.
     """
-    providers: dict[str, Provider] = {FROZEN: frozen, LORA: lora, HIRA: hira, PAPER: PaperDense}
+    providers: dict[str, Provider] = {
+        FROZEN: frozen,
+        LORA: lora,
+        HIRA: hira,
+        ACCELERATED: accelerated_hira,
+        PAPER: PaperDense,
+    }
     ours = [(SMOA, algorithm, "spectral") for algorithm in algorithms]
     for name, algorithm, order in [*ours, (CONTIGUOUS, "auto", "contiguous")]:
         name = name if algorithm == "auto" else f"{name} {algorithm}"

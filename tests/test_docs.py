@@ -117,7 +117,7 @@ def group() -> Iterator[None]:
 
 def test_every_example_is_run_below() -> None:
     found = [page.relative_to(ROOT).as_posix() for page in PAGES if FENCED.search(page.read_text("utf-8"))]
-    assert found == ["README.md", "docs/distributed.md", "docs/tour.md"]
+    assert found == ["README.md", "docs/distributed.md", "docs/hira.md", "docs/tour.md"]
 
 
 def test_the_readmes_layer_and_the_tour_run() -> None:
@@ -134,6 +134,14 @@ def test_the_readmes_peft_runs(
     tiny_llama().save_pretrained("path/to/model")
     (code,) = (code for code in examples("README.md") if "peft" in code)
     assert not any("smoa" in name for name, _ in run(code)["model"].named_parameters())
+
+
+def test_the_example_of_hira_runs() -> None:
+    pytest.importorskip("peft", reason="the examples with PEFT need the peft extra")
+    from smoa_kernels.peft.hira_layer import AcceleratedLinear
+
+    (code,) = examples("docs/hira.md")
+    assert isinstance(run(code)["model"].get_submodule("base_model.model.0"), AcceleratedLinear)
 
 
 def test_the_examples_of_several_devices_run(tiny_llama: Callable[[], Any], group: None) -> None:
