@@ -369,7 +369,7 @@ _SHIPPED_FP32 = (
 _SHIPPED_IEEE = (
     BlockGradConfig(64, 64, 32, split=0, num_warps=8, num_stages=3),
     BlockGradConfig(64, 64, 16, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(32, 64, 16, split=0, num_warps=4, num_stages=2),
+    BlockGradConfig(16, 64, 32, split=0, num_warps=4, num_stages=2),
 )
 
 
@@ -409,7 +409,7 @@ BLOCK_GRAD = Kernel(
     role="matmul",
     shipped=_shipped,
     steps={
-        "block_n": (32, 64, 128),
+        "block_n": (16, 32, 64, 128),
         "block_c": (64, 128),
         "block_t": (16, 32, 64, 128),
         "split": (1, 0, 2),  # on either side of what the number of programs says

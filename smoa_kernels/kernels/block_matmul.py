@@ -274,9 +274,9 @@ _SHIPPED_TF32 = (
 )
 # IEEE float32 has no tensor cores on NVIDIA: smaller tiles, for each thread holds its operands in registers.
 _SHIPPED_IEEE = (
-    BlockMatmulConfig(64, 64, 16, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(64, 32, 16, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(32, 64, 16, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 64, 16, group_t=8, num_warps=8, num_stages=3),
+    BlockMatmulConfig(64, 32, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(32, 32, 32, group_t=8, num_warps=4, num_stages=3),
 )
 # AMD: 64 threads a warp, 64 KiB of shared memory; float32 has tensor cores in IEEE.
 _SHIPPED_AMD = (
