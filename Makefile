@@ -30,7 +30,7 @@ FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
-	@test ! -e .ci/run || echo "  .ci/run calls       $$(sed -n 's/^make //p' .ci/run | paste -sd ' ' -)"
+	@test ! -e .ci/run || echo "  .ci/run calls       $$(sed -nE 's/^make (-[^ ]+ )*//p' .ci/run | paste -sd ' ' -)"
 
 # The editable installation compiles NATIVE where there is a C compiler. --no-compile: Python compiles what it imports, when
 # it does; compiling all that is installed takes longer.
@@ -62,7 +62,7 @@ test: $(BIN)/.dev lint ## before a push: lint, types and the tests not marked sl
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(BIN)/.dev ## the tests marked slow, which `make test` leaves out
-	$(PYTEST) --dist worksteal -m slow $(ARGS)
+	$(PYTEST) --dist worksteal -m slow --durations=40 --durations-min=5 $(ARGS)
 
 test-all: test test-slow ## every test: `make test`, then `make test-slow`
 
