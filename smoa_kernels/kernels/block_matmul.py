@@ -286,7 +286,7 @@ _SHIPPED_AMD = (
 )
 _SHIPPED_AMD_FP32 = (
     BlockMatmulConfig(128, 128, 32, group_t=8, num_warps=4, num_stages=2),
-    BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=4, num_stages=3),
+    BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=4, num_stages=2),
     BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
 )
 # Triton 3.6 spills tiles of 256 tokens, and those of 128 except in half types on sm_90; 3.9 does not. Between them

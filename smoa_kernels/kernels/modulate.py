@@ -228,7 +228,6 @@ def modulated_blocks_kernel(
     IEEE: tl.constexpr = INPUT_PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32
     if IEEE or GRANULE > 1:
         w = tl.load(w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc, mask=mask, other=0.0)
-        ranks_read = rank
     else:
         # W0 in a shape of its own: in that of `out` it would have the same layout, eight slots a thread, and each
         # request would touch as many places of W0 as it has lanes. So a warp reads 32 neighbouring columns of the block
@@ -239,8 +238,8 @@ def modulated_blocks_kernel(
         w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
         w = tl.load(w_ptrs, mask=(row_rank > 0)[None, :, None] & w_valid, other=0.0)
         w = tl.reshape(tl.permute(w, (1, 0, 2)), (BLOCK_N, BLOCK_C))
-        # 16 may divide it, as the compiler sees: B's rows are then read 128 bits at a time.
-        ranks_read = max_rank
+    # 16 may divide `max_rank`, as the compiler sees: B's rows are then read 128 bits at a time.
+    ranks_read = rank if IEEE else max_rank
     product = rank_product(
         a_ptr,
         b_ptr,
