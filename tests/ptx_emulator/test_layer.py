@@ -30,6 +30,14 @@ PROBLEMS = {
         "ranks": (16, 16),
         "random_labels": True,
     },
+    "granules": {
+        "tokens": 70,
+        "out_features": 240,
+        "in_features": 200,
+        "ranks": (16, 3, 0),
+        "block_order": "random",
+        "granule": 8,
+    },
 }
 PRECISIONS = {
     "bf16": (torch.bfloat16, None),
@@ -43,6 +51,7 @@ SMOKE = [
     *(("bf16", "odd", algorithm, False) for algorithm in ALGORITHMS),
     ("bf16", "aligned", "fused", False),
     ("bf16", "small ranks", "fused", False),
+    *(("bf16", "granules", algorithm, False) for algorithm in ("split", "dropout")),
     ("fp16, float32 factors", "odd", "merged", True),
     ("tf32", "odd", "split", False),
     ("tf32", "aligned", "fused", False),
