@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checks import first_line
 from ..cost.gpus import gpu_properties
 from ..definition.dropout import Dropout
+from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.precision import KERNEL_DTYPES, dtype_names, gemm_is_ieee
 from .native.library import obstacle as library_obstacle
@@ -27,9 +28,11 @@ __all__ = [
     "BACKEND_CHOICES",
     "MOST_TRITON_RANKS",
     "Backend",
+    "ExpertsBackend",
     "Gradients",
     "algorithms_of",
     "load_backend",
+    "load_experts_backend",
     "native_obstacle",
     "resolve_backend",
     "triton_obstacle",
@@ -81,6 +84,25 @@ class Backend(Protocol):
         """`W_eff`, (N, C) in W0's dtype; written to `out`, which is not W0, where that is given."""
 
 
+class ExpertsBackend(Protocol):
+    """What the rest of the package asks of a backend for experts; x has the dtype of the adapter's W0."""
+
+    def experts_forward(self, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+        """`y_p = x_p W0_eᵀ + x_p ΔW_eᵀ` with e the expert of pair p: x (P, C) -> y (P, N) in x's dtype.
+
+        x is sorted by expert. `ends`, int32 (E,), counts the pairs of all experts up to each, as `grouped_mm` takes
+        `offs`. In half precision the adapter's output enters before the base GEMM's one rounding.
+        """
+
+    def experts_backward(
+        self, dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
+    ) -> Gradients:
+        """Gradients of `experts_forward` for dy (P, N): dX where `needs_x`, dA and dB where x is given.
+
+        Those of an expert without pairs are exactly zero.
+        """
+
+
 _MODULES = {"eager": ".eager", "native": ".native.backend", "triton": ".triton", "reference": ".reference"}
 
 
@@ -92,6 +114,20 @@ def load_backend(name: str) -> Backend:
         name: "eager", "native", "triton" or "reference".
     """
     return cast(Backend, importlib.import_module(_MODULES[name], __package__))
+
+
+_EXPERTS_MODULES = {"eager": ".experts", "native": ".experts"}
+
+
+@functools.cache
+def load_experts_backend(name: str) -> ExpertsBackend:
+    """Import the module of a resolved backend that computes experts; one that has none leaves them to torch.
+
+    Args:
+        name: "eager", "native", "triton" or "reference".
+    """
+    module = _EXPERTS_MODULES.get(name, _EXPERTS_MODULES["eager"])
+    return cast(ExpertsBackend, importlib.import_module(module, __package__))
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
