@@ -33,12 +33,15 @@ class ExpertBlocks:
         row_index: (E or 1, N), rows grouped by block, in the dtype of :func:`index_dtype`; None where every block of
             every expert is a slice of rows and of columns, in W0's own order.
         col_index: (E or 1, C), the same for columns; None where `row_index` is.
+        granule: adjacent coordinates, from a multiple of it on, that every block keeps together, of rows and of
+            columns: a partition's `granularity`. Kernels read 8 and more as vectors; 1 is always true.
     """
 
     row_offsets: Tensor
     col_offsets: Tensor
     row_index: Tensor | None = None
     col_index: Tensor | None = None
+    granule: int = 1
 
     @property
     def num_blocks(self) -> int:
@@ -53,7 +56,7 @@ class ExpertBlocks:
     @property
     def T(self) -> ExpertBlocks:
         """The blocks of the transposed weights."""
-        return ExpertBlocks(self.col_offsets, self.row_offsets, self.col_index, self.row_index)
+        return ExpertBlocks(self.col_offsets, self.row_offsets, self.col_index, self.row_index, self.granule)
 
     def partition(self, expert: int) -> BlockPartition:
         """Make the partition of one expert's weight."""
