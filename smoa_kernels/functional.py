@@ -44,7 +44,8 @@ def smoa_linear(
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` with `ΔW = s·mask·(BA) ∘ W0` (docs/definition.md).
 
     Differentiable in x, A, B and bias. Saves x, the factors and the seed for backward, nothing else; W0 is
-    referenced. Double backward raises: `reference.reference_linear` has one.
+    referenced. Takes `torch.func`; what goes beyond a gradient (a batch over the factors, second derivatives, forward
+    mode) is computed by the reference's formula, slowly.
 
     Args:
         x: (..., C), floating point, any strides; any leading dimensions, zero tokens included.
@@ -74,7 +75,7 @@ def smoa_linear(
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed; nothing was computed.
-        RuntimeError: a second or a forward-mode derivative is asked for.
+        RuntimeError: a second or forward-mode derivative is asked for under the triton backend's dropout.
 
     Example:
         >>> weight = torch.randn(6, 4)

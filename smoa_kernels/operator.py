@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,85 +22,18 @@ from torch.autograd import forward_ad
 
 from .backends import load_backend
 from .definition.arguments import check_ranks
-from .definition.dropout import Dropout
-from .definition.packed import PackedAdapter
-from .definition.partition import BlockPartition
+from .definition.linear_call import SCHEMA, LinearCall
+from .derivatives import (
+    DifferentiableBackward,
+    DifferentiableLinear,
+    Gradients,
+    Passes,
+    formula,
+    formula_gradients,
+)
 
 __all__ = ["LinearCall", "call_linear", "call_linear_backward", "linear", "linear_backward"]
 
-
-class LinearCall(NamedTuple):
-    """What forward and backward of one call share.
-
-    Attributes:
-        adapter: W0, the factors, their blocks and ranks, and s.
-        dropout: the active one, or None.
-        backend: the name of a resolved backend.
-    """
-
-    adapter: PackedAdapter
-    dropout: Dropout | None
-    backend: str
-
-    def flatten(self) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-        """The tensors and then the settings of `SCHEMA`: an operator takes only tensors and plain types."""
-        adapter, dropout = self.adapter, self.dropout
-        partition, block_ranks = adapter.partition, adapter.block_ranks
-        seed = None if dropout is None else dropout.seed
-        tensors = (adapter.weight, adapter.A, adapter.B, adapter.ranks, adapter.scaling, seed)
-        settings = (
-            None if block_ranks is None else list(block_ranks),
-            partition.sizes(),
-            0.0 if dropout is None else dropout.p,
-            0 if dropout is None else dropout.column_offset,
-            None if dropout is None else dropout.width,
-            self.backend,
-        )
-        return (*tensors, *partition.tensors()), settings
-
-    @staticmethod
-    def unflatten(
-        weight: Tensor,
-        A: Tensor,
-        B: Tensor,
-        ranks: Tensor,
-        scaling: Tensor,
-        dropout_seed: Tensor | None,
-        row_block: Tensor,
-        col_block: Tensor,
-        row_index: Tensor,
-        col_index: Tensor,
-        row_offsets: Tensor,
-        col_offsets: Tensor,
-        block_ranks: list[int] | None,
-        block_sizes: list[int],
-        dropout_p: float,
-        column_offset: int,
-        global_in_features: int | None,
-        backend: str,
-    ) -> LinearCall:
-        """Inverse of :meth:`flatten`."""
-        blocks = row_block, col_block, row_index, col_index, row_offsets, col_offsets
-        partition = BlockPartition.from_tensors(blocks, block_sizes)
-        dropout = None
-        if dropout_seed is not None:
-            dropout = Dropout(dropout_seed, dropout_p, column_offset, global_in_features)
-        adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, block_ranks)
-        return LinearCall(adapter, dropout, backend)
-
-
-_SCHEMA_TYPES = {
-    "Tensor | None": "Tensor?",
-    "list[int]": "int[]",
-    "list[int] | None": "int[]?",
-    "int | None": "int?",
-}
-SCHEMA = ", ".join(
-    f"{_SCHEMA_TYPES.get(kind, kind)} {name}"
-    for name, kind in LinearCall.unflatten.__annotations__.items()
-    if name != "return"
-)
-"""A `LinearCall` as arguments of an operator: those of :meth:`LinearCall.unflatten`."""
 
 _unsafe_view: Any = torch.ops.aten._unsafe_view.default
 
@@ -114,7 +47,6 @@ linear_backward: Any = torch.ops.smoa.linear_backward.default
 
 Pass = Callable[[Any, Any, Any, LinearCall], Any]
 """Computes the forward from (x, bias, algorithm, call), or the backward from (dy, x, needs_x, call)."""
-Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def call_linear(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Tensor:
@@ -129,7 +61,7 @@ def call_linear(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall
         call: the rest.
     """
     skip = can_skip_dispatcher(x, call.adapter.weight, bias, call.adapter.A, call.adapter.B)
-    y: Tensor = (_recorded_forward if skip else _dispatched_forward)(x, bias, algorithm, call)
+    y: Tensor = (_recorded_forward if skip else _watched_forward)(x, bias, algorithm, call)
     return y
 
 
@@ -143,7 +75,7 @@ def call_linear_backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: Line
         call: that of the forward.
     """
     skip = can_skip_dispatcher(dy, x, call.adapter.weight, call.adapter.A, call.adapter.B)
-    found: Gradients = (_recorded_backward if skip else _dispatched_backward)(dy, x, needs_x, call)
+    found: Gradients = (_recorded_backward if skip else _watched_backward)(dy, x, needs_x, call)
     return found
 
 
@@ -257,42 +189,34 @@ class _Linear(torch.autograd.Function):
         return None, dx if needs_x else None, dbias, *factors, None, None
 
 
-class _LinearBackward(torch.autograd.Function):
-    """Says that there is no second derivative, when one is asked for."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, compute: Pass, dy: Tensor, x: Tensor | None, A: Tensor, B: Tensor, *rest: Any
-    ) -> Any:
-        return _below_autograd(compute, dy, x, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "smoa_linear has no second derivative; smoa_kernels.definition.reference.reference_linear, in plain "
-            "PyTorch, has one"
-        )
-
-
 def _below_autograd(compute: Pass, *args: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return compute(*args)
+
+
+def _apply_linear(compute: Pass, x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Any:
+    function: type[torch.autograd.Function] = _Linear
+    return function.apply(compute, x, bias, call.adapter.A, call.adapter.B, algorithm, call)
+
+
+def _apply_differentiable(function: Any, compute: Any, first: Tensor, *rest: Any) -> Any:
+    """Call what takes a `LinearCall`, the last of `rest`, flat: `torch.func` sees only tensors of their own."""
+    second, option, call = rest
+    tensors, settings = call.flatten()
+    return function.apply(compute, first, second, option, *tensors, *settings)
 
 
 def _has_tangent(tensor: Tensor | None) -> bool:
     return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _recorded(compute: Pass, function: type[torch.autograd.Function]) -> Pass:
-    """The same for autograd: recorded as `function` where a gradient can be asked for."""
+def _recorded(compute: Pass, apply: Callable[..., Any], formula: Pass) -> Pass:
+    """The same for autograd: recorded by `apply` where a gradient can be asked for, by `formula` in forward mode."""
 
     def record(first: Tensor, second: Tensor | None, option: Any, call: LinearCall) -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, (first, second, *call.flatten()[0]))):
             # Computed all the same, the result would have no tangent, which counts as zero.
-            raise RuntimeError(
-                "smoa_linear has no forward-mode derivative; smoa_kernels.definition.reference.reference_linear, in "
-                "plain PyTorch, has one"
-            )
+            return formula(first, second, option, call)
         A, B = call.adapter.A, call.adapter.B
         if torch.is_grad_enabled() and (
             first.requires_grad
@@ -300,7 +224,7 @@ def _recorded(compute: Pass, function: type[torch.autograd.Function]) -> Pass:
             or A.requires_grad
             or B.requires_grad
         ):
-            return function.apply(compute, first, second, A, B, option, call)
+            return apply(compute, first, second, option, call)
         return _below_autograd(compute, first, second, option, call)
 
     return record
@@ -316,17 +240,42 @@ def _dispatched(operator: Any) -> Pass:
     return dispatch
 
 
+def _watched(dispatched: Pass, function: Any, compute: Any, formula: Pass) -> Pass:
+    """A pass that something watches: `torch.func`, which takes `function`, or what sees the operator."""
+
+    def watch(first: Tensor, second: Tensor | None, option: Any, call: LinearCall) -> Any:
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return dispatched(first, second, option, call)
+        if forward_ad._current_level >= 0:
+            return formula(first, second, option, call)
+        return _apply_differentiable(function, compute, first, second, option, call)
+
+    return watch
+
+
 def _kernel(compute: Pass) -> Callable[..., Any]:
     """A pass as an operator's kernel, which takes the operator's arguments."""
     return lambda first, second, option, *flat: compute(first, second, option, LinearCall.unflatten(*flat))
 
 
-_recorded_forward = _recorded(_forward, _Linear)
-_recorded_backward = _recorded(_backward, _LinearBackward)
+_apply_backward = functools.partial(_apply_differentiable, DifferentiableBackward)
+_recorded_forward = _recorded(_forward, _apply_linear, formula)
+_recorded_backward = _recorded(_backward, _apply_backward, formula_gradients)
 _dispatched_forward, _dispatched_backward = _dispatched(linear), _dispatched(linear_backward)
+_watched_forward = _watched(
+    _dispatched_forward, DifferentiableLinear, Passes(_dispatched_forward, _dispatched_backward), formula
+)
+_watched_backward = _watched(
+    _dispatched_backward, DifferentiableBackward, _dispatched_backward, formula_gradients
+)
 for _name, _compute, _fake, _recorded_operator in (
-    ("linear", _forward, _forward_fake, _recorded(_dispatched_forward, _Linear)),
-    ("linear_backward", _backward, _backward_fake, _recorded(_dispatched_backward, _LinearBackward)),
+    ("linear", _forward, _forward_fake, _recorded(_dispatched_forward, _apply_linear, formula)),
+    (
+        "linear_backward",
+        _backward,
+        _backward_fake,
+        _recorded(_dispatched_backward, _apply_backward, formula_gradients),
+    ),
 ):
     _LIBRARY.impl(_name, _kernel(_compute), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _kernel(_recorded_operator), "Autograd")

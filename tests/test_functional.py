@@ -1,9 +1,8 @@
-"""`smoa_linear` on the eager backend: what it chooses, the panels that it works in, the derivatives that it refuses.
+"""`smoa_linear` on the eager backend: what it chooses, the panels that it works in.
 
 What every backend promises: tests/test_contract.py.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,15 +10,12 @@ import pytest
 import torch
 from problems import LEAVES, Case, LinearProblem, assert_within_budget, make_problem
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smoa_kernels import smoa_linear
 from smoa_kernels.backends import eager
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import gemm_is_ieee
-from smoa_kernels.definition.reference import reference_linear
 
 pytestmark = pytest.mark.numerical
 
@@ -100,39 +96,6 @@ def test_panels_of_tokens(dtype: torch.dtype, algorithm: str, monkeypatch: pytes
     for name in ("TOKEN_PANEL", "HALF_TOKEN_PANEL"):
         monkeypatch.setattr(eager, name, 4)
     panels(make_problem(random_labels=True, dtype=dtype), Case("eager", algorithm, dtype))
-
-
-def test_double_backward_says_what_to_do() -> None:
-    p = make_problem().leaves("x", "A")
-    (dx,) = torch.autograd.grad(p.forward().sum(), p.x, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r"no second derivative; smoa_kernels\.definition\.reference\.reference_linear"
-    ):
-        dx.sum().backward()
-    (dx,) = torch.autograd.grad(p.forward(reference_linear).sum(), p.x, create_graph=True)
-    dx.square().sum().backward()
-    assert p.A.grad is not None
-
-
-@pytest.mark.parametrize("name", LEAVES)
-@pytest.mark.parametrize("others_train", [False, True])
-def test_a_forward_mode_derivative_is_refused(name: str, others_train: bool) -> None:
-    """Not zero, which is what a result without a tangent stands for; the reference has one."""
-    p = make_problem().leaves(*("AB" if others_train else ""))
-
-    def along(function: Callable[..., Tensor]) -> Tensor:
-        with forward_ad.dual_level():
-            dual = forward_ad.make_dual(getattr(p, name).detach(), getattr(p, name).detach())
-            y = replace(p, **{name: dual}).forward(function)
-            return forward_ad.unpack_dual(y).tangent
-
-    assert along(reference_linear).any()
-    with pytest.raises(
-        RuntimeError, match=r"no forward-mode derivative; smoa_kernels\.definition\.reference"
-    ):
-        along(smoa_linear)
-    with forward_ad.dual_level():  # of something else
-        assert p.forward().isfinite().all()
 
 
 @pytest.mark.parametrize("algorithm", ["merged", "split", "expanded", "dropout"])

@@ -17,7 +17,7 @@ ORDER = (
     ("cost",),
     ("kernels",),
     ("backends", "audit"),
-    ("operator",),
+    ("derivatives", "operator"),
     ("functional",),
     ("layer_checks", "layers", ""),  # "": smoa_kernels itself
     ("tuning", "distributed"),

@@ -70,7 +70,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     def seen(*_: Any) -> Any:
         raise Seen
 
-    for name in ("_dispatched_forward", "_dispatched_backward"):
+    for name in ("_watched_forward", "_watched_backward"):
         monkeypatch.setattr(operator, name, seen)
 
 

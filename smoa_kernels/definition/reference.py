@@ -65,7 +65,7 @@ def reference_linear(
     """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N) (docs/definition.md).
 
     Arguments and errors are those of :func:`smoa_kernels.smoa_linear`. The dropout mask is the eager backend's, and
-    its seed must be given. Unlike that function this one has a second and a forward-mode derivative.
+    its seed must be given. Torch differentiates it in any mode, any number of times.
 
     Raises:
         TypeError, ValueError: as `smoa_linear` does, and where dropout has no seed.
@@ -147,4 +147,7 @@ def _delta(adapter: PackedAdapter) -> Tensor:
 
 
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
-    return x if dropout is None else x * dropout.multiplier(x)
+    # Drawn for a plain tensor of x's shape: under `torch.func` x may be a batch, which the mask is not.
+    return (
+        x if dropout is None else x * dropout.multiplier(torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    )

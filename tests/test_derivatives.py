@@ -1,0 +1,226 @@
+"""Transforms of `torch.func`, second derivatives and forward mode: a layer beside an `nn.Linear` that holds W_eff."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import obstacle
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+
+from smoa_kernels import FusedSMoALinear
+from smoa_kernels.backends import load_backend
+from smoa_kernels.definition.reference import reference_delta_weight
+
+Parameters = dict[str, Tensor]
+Loss = Callable[[Parameters, Tensor], Tensor]
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(obstacle(name) is not None, reason=str(obstacle(name))))
+    for name in ("eager", "native", "reference")
+]
+
+
+def make_layer(backend: str = "eager", seed: int = 0, **settings: Any) -> FusedSMoALinear:
+    torch.manual_seed(seed)
+    dtype = torch.float32 if backend == "native" else torch.float64
+    base = nn.Linear(13, 9, dtype=dtype)
+    layer = FusedSMoALinear.from_linear(base, r=4, num_blocks=2, backend=backend, **settings)
+    nn.init.normal_(layer.smoa_B, std=0.3)
+    return layer
+
+
+def parameters(layer: FusedSMoALinear) -> Parameters:
+    return {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+
+def ours(layer: FusedSMoALinear) -> Loss:
+    return lambda given, x: functional_call(layer, given, (x,))
+
+
+def linear(layer: FusedSMoALinear) -> Loss:
+    """The same by W_eff, in plain operators."""
+
+    def forward(given: Parameters, x: Tensor) -> Tensor:
+        A, B = given["smoa_A"], given["smoa_B"]
+        blocks = layer.partition, layer.smoa_ranks
+        delta = reference_delta_weight(layer.weight, A, B, *blocks, scaling=layer.smoa_scaling)
+        return F.linear(x, layer.weight + delta, layer.bias)
+
+    return forward
+
+
+def loss(forward: Loss) -> Loss:
+    return lambda given, x: forward(given, x).sin().sum()
+
+
+def second(forward: Loss) -> Loss:
+    """A gradient's norm, whose gradient is a second derivative."""
+
+    def norm(given: Parameters, x: Tensor) -> Tensor:
+        found = grad(loss(forward), argnums=(0, 1))(given, x)
+        return sum(part.square().sum() for part in (*found[0].values(), found[1]))
+
+    return norm
+
+
+def stacked(given: Parameters) -> Parameters:
+    return {name: torch.stack([value, 2 * value, value.cos()]) for name, value in given.items()}
+
+
+TRANSFORMS: dict[str, Callable[[Loss, Parameters, Tensor], Any]] = {
+    "grad": lambda f, given, x: grad(loss(f), argnums=(0, 1))(given, x),
+    "vjp": lambda f, given, x: vjp(f, given, x)[1](torch.ones(5, 9, dtype=x.dtype)),
+    "vmap": lambda f, given, x: vmap(f, (None, 1), 1)(given, torch.stack([x, 2 * x], 1)),
+    "vmap of single tokens": lambda f, given, x: vmap(f, (None, 0))(given, x),
+    "per-sample gradients": lambda f, given, x: vmap(grad(loss(f)), (None, 0))(given, x),
+    "per-sample gradients in x": lambda f, given, x: vmap(grad(loss(f), argnums=1), (None, 0))(given, x),
+    "vmap of factors": lambda f, given, x: vmap(f, (0, None))(stacked(given), x),
+    "vmap of both": lambda f, given, x: vmap(f, (0, 0))(stacked(given), torch.stack([x, x.cos(), -x])),
+    "gradients of an ensemble": lambda f, given, x: vmap(grad(loss(f)), (0, None))(stacked(given), x),
+    "gradient of a vmap": lambda f, given, x: grad(lambda g: vmap(f, (None, 0))(g, x).sin().sum())(given),
+    "jvp": lambda f, given, x: jvp(f, (given, x), (given, x.cos())),
+    "jvp of a vmap": lambda f, given, x: jvp(lambda x: vmap(f, (None, 0))(given, x), (x,), (x.cos(),)),
+    "jacrev": lambda f, given, x: jacrev(f, argnums=(0, 1))(given, x),
+    "jacfwd": lambda f, given, x: jacfwd(f, argnums=(0, 1))(given, x),
+    "hessian": lambda f, given, x: hessian(loss(f), argnums=(0, 1))(given, x),
+    "reverse over reverse": lambda f, given, x: grad(second(f), argnums=(0, 1))(given, x),
+    "third": lambda f, given, x: grad(lambda x: grad(second(f), argnums=1)(given, x).sin().sum())(x),
+    "per-sample second": lambda f, given, x: vmap(grad(second(f)), (None, 0))(given, x),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_gives_what_a_linear_layer_gives(transform: str, backend: str) -> None:
+    layer = make_layer(backend)
+    x = torch.randn(5, 13, dtype=layer.weight.dtype)
+    found = TRANSFORMS[transform](ours(layer), parameters(layer), x)
+    wanted = TRANSFORMS[transform](linear(layer), parameters(layer), x)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_derivatives_of_autograd(backend: str, order: int) -> None:
+    layer = make_layer(backend)
+    x = torch.randn(5, 13, dtype=layer.weight.dtype)
+
+    def derivatives(forward: Loss) -> list[Tensor]:
+        given = {name: value.clone().requires_grad_() for name, value in parameters(layer).items()}
+        leaves = [*given.values(), x.clone().requires_grad_()]
+        value = forward(given, leaves[-1]).sin().sum()
+        for _ in range(order):
+            found = torch.autograd.grad(value, leaves, create_graph=True)
+            value = sum(part.square().sum() for part in found)
+        return [part.detach() for part in found]
+
+    torch.testing.assert_close(derivatives(ours(layer)), derivatives(linear(layer)))
+
+
+@pytest.mark.parametrize("name", ["x", "smoa_A", "smoa_B"])
+@pytest.mark.parametrize("trains", [False, True])
+def test_forward_mode(name: str, trains: bool) -> None:
+    layer = make_layer().requires_grad_(False)
+    layer.smoa_A.requires_grad_(trains)
+    given, x = parameters(make_layer()), torch.randn(2, 5, 13, dtype=torch.float64)
+
+    def tangent(forward: Loss) -> Tensor:
+        with forward_ad.dual_level():
+            duals = {**given, "x": x}
+            duals[name] = forward_ad.make_dual(duals[name], duals[name].cos())
+            y = forward(duals, duals.pop("x"))
+            found: Tensor = forward_ad.unpack_dual(y).tangent
+            return found
+
+    torch.testing.assert_close(tangent(ours(layer)), tangent(linear(layer)))
+    with forward_ad.dual_level():  # of something else
+        assert layer(x).isfinite().all()
+
+
+def test_an_ensemble_of_layers_with_blocks_of_their_own() -> None:
+    layers = [make_layer(seed=seed) for seed in range(3)]
+    assert not torch.equal(layers[0].smoa_row_block, layers[1].smoa_row_block)
+    x = torch.randn(5, 13, dtype=torch.float64)
+    states = stack_module_state(layers)
+    y = vmap(lambda *state: functional_call(layers[0], state, (x,)))(
+        *[{name: value.detach() for name, value in state.items()} for state in states]
+    )
+    torch.testing.assert_close(y, torch.stack([layer(x) for layer in layers]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_activations_is_one_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, calls = make_layer(backend), []
+    module = load_backend(backend)
+    for name in ("forward", "backward"):
+        true = getattr(module, name)
+
+        def counted(first: Tensor, *args: Any, true: Any = true, name: str = name, **kwargs: Any) -> Any:
+            calls.append((name, len(first)))
+            return true(first, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    x = torch.randn(4, 5, 13, dtype=layer.weight.dtype)
+    vmap(grad(lambda x: layer(x).sin().sum()))(x)
+    assert calls == [("forward", 20), ("backward", 20)]
+
+
+def test_dropout_under_transforms() -> None:
+    layer = make_layer(dropout=0.4)
+    x = torch.randn(6, 13, dtype=torch.float64)
+
+    def seeded(function: Callable[[], Any]) -> Any:
+        torch.manual_seed(1)
+        return function()
+
+    def plain() -> tuple[Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(layer(leaf).sin().sum(), (leaf, layer.smoa_A, layer.smoa_B))
+
+    def transformed() -> tuple[Tensor, ...]:
+        given, dx = grad(loss(ours(layer)), argnums=(0, 1))(parameters(layer), x)
+        return dx, given["smoa_A"], given["smoa_B"]
+
+    torch.testing.assert_close(seeded(transformed), seeded(plain))
+    y = seeded(lambda: layer(x))
+    torch.testing.assert_close(seeded(lambda: jvp(layer, (x,), (x,)))[0], y)
+    both = vmap(layer, randomness="same")
+    torch.testing.assert_close(seeded(lambda: both(torch.stack([x, x]))), torch.stack([y, y]))
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(layer)(torch.stack([x, x]))
+    with pytest.raises(ValueError, match="randomness='same'"):
+        vmap(layer, randomness="different")(torch.stack([x, x]))
+
+
+def test_the_kernels_mask_is_not_the_references() -> None:
+    if (reason := obstacle("triton", torch.float32)) is not None:
+        pytest.skip(reason)
+    base = nn.Linear(13, 9)
+    layer = FusedSMoALinear.from_linear(base, r=4, num_blocks=2, backend="triton", dropout=0.4)
+    with pytest.raises(RuntimeError, match="mask is drawn inside the kernels"):
+        jvp(layer, (torch.randn(5, 13),), (torch.randn(5, 13),))
+
+
+def test_a_frozen_weight_is_not_differentiated() -> None:
+    layer = make_layer()
+    everything = {name: p.detach() for name, p in layer.named_parameters()}
+    with pytest.raises(ValueError, match="weight must be frozen"):
+        grad(loss(ours(layer)))(everything, torch.randn(5, 13, dtype=torch.float64))
+
+
+def test_float32_factors_over_half_precision() -> None:
+    layer = FusedSMoALinear.from_linear(nn.Linear(13, 9).to(torch.bfloat16), r=4, num_blocks=2)
+    layer.smoa_A.data, layer.smoa_B.data = layer.smoa_A.data.float(), torch.randn(9, layer.smoa_A.shape[0])
+    x = torch.randn(5, 13, dtype=torch.bfloat16)
+    found = vmap(grad(loss(ours(layer))), (None, 0))(parameters(layer), x)
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            for sample, gradient in zip(x, found[name], strict=True):
+                (wanted,) = torch.autograd.grad(layer(sample).sin().sum(), parameter)
+                torch.testing.assert_close(gradient, wanted, rtol=0.03, atol=0.03)
