@@ -25,7 +25,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist lint bench bench-smoke host-time quality quality-data \
+.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist lint docs docs-check bench bench-smoke host-time quality quality-data \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -106,6 +106,13 @@ lint: $(BIN)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(BIN)/.dev ## build the documentation site, build/docs/index.html; fails at a broken link or an undocumented name
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
+
+docs-check: docs ## open every page of it in Chromium: contrast, alternative texts, errors (needs chromium; 15 min)
+	$(BIN)/python -m pip install --quiet playwright axe-playwright-python
+	$(BIN)/python docs/site/look.py $(ARGS)
+
 bench: $(BIN)/.dev ## measure time and memory of the layer and its peers; write tables and figures (15 min)
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -rs --benchmark-json=.benchmarks/run.json $(ARGS)
@@ -153,4 +160,4 @@ emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)
 
 clean: ## remove the virtual environments and caches
-	rm -rf $(VENV) $(VENV)-data $(OLDEST) dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs
+	rm -rf $(VENV) $(VENV)-data $(OLDEST) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

@@ -68,6 +68,15 @@ def test_files_in_backticks(page: Path) -> None:
 
 
 @every_page
+def test_the_site_shows_lists_as_lists(page: Path) -> None:
+    """MkDocs starts a list only after an empty line, and takes four spaces for a list inside a list."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for before, indent, item in re.findall(r"^(.*)\n( *)([-*] .*|\d+\. .*)$", text, re.MULTILINE):
+        assert indent or not before or before.startswith((" ", "- ", "* ")) or before[0].isdigit(), item
+        assert len(indent) % 4 == 0, item
+
+
+@every_page
 def test_commands_exist(page: Path) -> None:
     """A target of the Makefile; a command with options that it has."""
     pytest.importorskip("typer", reason="needs the cli extra")
@@ -117,7 +126,7 @@ def group() -> Iterator[None]:
 
 def test_every_example_is_run_below() -> None:
     found = [page.relative_to(ROOT).as_posix() for page in PAGES if FENCED.search(page.read_text("utf-8"))]
-    assert found == ["README.md", "docs/distributed.md", "docs/hira.md", "docs/tour.md"]
+    assert found == ["README.md", "docs/distributed.md", "docs/hira.md", "docs/index.md", "docs/tour.md"]
 
 
 def test_the_readmes_layer_and_the_tour_run() -> None:
@@ -127,13 +136,16 @@ def test_the_readmes_layer_and_the_tour_run() -> None:
     run(tour)
 
 
-def test_the_readmes_peft_runs(
-    tiny_llama: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_example_of_peft_runs(
+    page: str, tiny_llama: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_llama().save_pretrained("path/to/model")
-    (code,) = (code for code in examples("README.md") if "peft" in code)
-    assert not any("smoa" in name for name, _ in run(code)["model"].named_parameters())
+    (code,) = (code for code in examples(page) if "peft" in code)
+    model = run(code)["model"]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert any("smoa" in name for name, _ in model.named_parameters()) != ("merge_and_unload" in code)
 
 
 def test_the_example_of_hira_runs() -> None:
