@@ -20,6 +20,7 @@ ORDER = (
     ("derivatives", "operator"),
     ("functional",),
     ("layer_checks", "layers", ""),  # "": smoa_kernels itself
+    ("experts",),
     ("tuning", "distributed"),
     ("peft",),
     ("spectrum",),

@@ -1,10 +1,14 @@
-"""Experts in torch operators: each expert that has pairs is a layer of its own."""
+"""Experts in torch operators: each expert that has pairs is a layer of the eager backend."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from ..definition.experts import ExpertsAdapter
+from ..definition.packed import PackedAdapter
 from . import Gradients, eager
 
 __all__ = ["experts_backward", "experts_forward"]
@@ -13,11 +17,8 @@ __all__ = ["experts_backward", "experts_forward"]
 def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
     y = x.new_zeros(x.shape[0], adapter.weight.shape[1])
-    start = 0
-    for number, end in enumerate(ends.tolist()):
-        if end > start:
-            y[start:end] = eager.forward(x[start:end], None, adapter.expert(number), "auto", None)
-        start = end
+    for _, pairs, layer in _active(ends, adapter):
+        y[pairs] = eager.forward(x[pairs], None, layer, "auto", None)
     return y
 
 
@@ -26,26 +27,22 @@ def experts_backward(
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
     dx = dy.new_zeros(dy.shape[0], adapter.weight.shape[2]) if needs_x else None
-    dA, dB = (
-        (None, None)
-        if x is None
-        else (adapter.A.new_zeros(adapter.A.shape), adapter.B.new_zeros(adapter.B.shape))
-    )
-    start = 0
-    for number, end in enumerate(ends.tolist()):
-        if end > start:
-            rows = None if x is None else x[start:end]
-            found = eager.backward(dy[start:end], rows, adapter.expert(number), None, needs_x=needs_x)
-            for into, value in zip(
-                (
-                    None if dx is None else dx[start:end],
-                    None if dA is None else dA[number],
-                    None if dB is None else dB[number],
-                ),
-                found,
-                strict=True,
-            ):
-                if into is not None and value is not None:
-                    into.copy_(value)
-        start = end
+    dA, dB = (None, None) if x is None else (torch.zeros_like(adapter.A), torch.zeros_like(adapter.B))
+    for e, pairs, layer in _active(ends, adapter):
+        if dx is not None:
+            dx[pairs] = eager.input_gradient(dy[pairs], layer)
+        if x is not None and dA is not None and dB is not None:
+            dA[e], dB[e] = eager.factor_gradients(dy[pairs], x[pairs], layer)
     return dx, dA, dB
+
+
+def _active(ends: Tensor, adapter: ExpertsAdapter) -> Iterator[tuple[int, slice, PackedAdapter]]:
+    """Each expert that has pairs: its number, its pairs and its adapter."""
+    last = ends.tolist()
+    spans = [
+        (e, slice(start, end))
+        for e, (start, end) in enumerate(zip([0, *last[:-1]], last, strict=True))
+        if end > start
+    ]
+    for (e, pairs), layer in zip(spans, adapter.experts([e for e, _ in spans]), strict=True):
+        yield e, pairs, layer

@@ -8,13 +8,16 @@ them, and `ends` says where the pairs of each expert end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .packed import PackedAdapter
-from .partition import BlockPartition
+from .partition import BlockPartition, label_dtype
 from .reference import reference_linear
 
 __all__ = ["ExpertBlocks", "ExpertsAdapter", "index_dtype", "reference_experts_linear"]
@@ -35,6 +38,11 @@ class ExpertBlocks:
         col_index: (E or 1, C), the same for columns; None where `row_index` is.
         granule: adjacent coordinates, from a multiple of it on, that every block keeps together, of rows and of
             columns: a partition's `granularity`. Kernels read 8 and more as vectors; 1 is always true.
+
+    Example:
+        >>> blocks = ExpertBlocks.from_labels(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1]]), num_blocks=2)
+        >>> blocks.is_contiguous, blocks.row_offsets.tolist()
+        (True, [[0, 2, 3]])
     """
 
     row_offsets: Tensor
@@ -42,6 +50,34 @@ class ExpertBlocks:
     row_index: Tensor | None = None
     col_index: Tensor | None = None
     granule: int = 1
+
+    @classmethod
+    def from_labels(cls, row_block: Tensor, col_block: Tensor, num_blocks: int) -> ExpertBlocks:
+        """Make the blocks of stored labels; what all experts share is kept once.
+
+        Args:
+            row_block: integers (E or 1, N), the block of each row, in [0, num_blocks).
+            col_block: integers (E or 1, C), the same for columns, on the same device.
+            num_blocks: K.
+        """
+        sides = [labels.cpu().numpy() for labels in (row_block, col_block)]
+        sides = [side[:1] if (side == side[:1]).all() else side for side in sides]
+        changes = [side[:, 1:] != side[:, :-1] for side in sides]
+        places = np.concatenate([np.flatnonzero(change.any(0)) + 1 for change in changes])
+        granule = int(np.gcd.reduce(places)) or max(side.shape[1] for side in sides)
+        offsets = [
+            np.stack([np.searchsorted(row, np.arange(num_blocks + 1)) for row in np.sort(side, 1)])
+            for side in sides
+        ]
+        device = row_block.device
+        counted = [torch.from_numpy(each.astype(np.int32)).to(device) for each in offsets]
+        if all(bool((side[:, 1:] >= side[:, :-1]).all()) for side in sides):
+            return cls(counted[0], counted[1], granule=granule)
+        rows, cols = (
+            torch.from_numpy(np.argsort(side, 1, kind="stable")).to(index_dtype(side.shape[1])).to(device)
+            for side in sides
+        )
+        return cls(counted[0], counted[1], rows, cols, granule)
 
     @property
     def num_blocks(self) -> int:
@@ -58,13 +94,56 @@ class ExpertBlocks:
         """The blocks of the transposed weights."""
         return ExpertBlocks(self.col_offsets, self.row_offsets, self.col_index, self.row_index, self.granule)
 
-    def partition(self, expert: int) -> BlockPartition:
-        """Make the partition of one expert's weight."""
-        labels = (
-            _labels(offsets[expert % len(offsets)], None if index is None else index[expert % len(index)])
-            for offsets, index in ((self.row_offsets, self.row_index), (self.col_offsets, self.col_index))
+    def partitions(self, experts: Sequence[int], shape: Sequence[int]) -> list[BlockPartition]:
+        """Make the partitions of some experts' weights of shape (N, C); experts that share all of it share one."""
+        rows = _sides(self.row_offsets, self.row_index, experts, shape[0])
+        cols = _sides(self.col_offsets, self.col_index, experts, shape[1])
+        if len(rows) == len(cols) == 1:
+            return [self._partition(rows[0], cols[0])] * len(experts)
+        return [self._partition(rows[e % len(rows)], cols[e % len(cols)]) for e in range(len(experts))]
+
+    def _partition(self, rows: _Side, cols: _Side) -> BlockPartition:
+        return BlockPartition(
+            row_block=rows.labels,
+            col_block=cols.labels,
+            row_index=rows.places,
+            col_index=cols.places,
+            row_offsets=rows.offsets,
+            col_offsets=cols.offsets,
+            row_sizes=rows.sizes,
+            col_sizes=cols.sizes,
+            granularity=self.granule,
+            is_contiguous=self.is_contiguous,
+            row_order=rows.places,
+            col_order=cols.places,
         )
-        return BlockPartition.from_labels(*labels, self.num_blocks)
+
+
+class _Side(NamedTuple):
+    """Rows, or columns, of a partition."""
+
+    labels: Tensor
+    places: Tensor
+    offsets: Tensor
+    sizes: tuple[int, ...]
+
+
+def _sides(offsets: Tensor, index: Tensor | None, experts: Sequence[int], size: int) -> list[_Side]:
+    """Rows, or columns, of some experts' partitions: all at once, and one where they share it."""
+    places = torch.arange(size, device=offsets.device)[None] if index is None else index
+    offsets, places = (each if len(each) == 1 else each[list(experts)] for each in (offsets, places))
+    places, sizes = places.long(), offsets.diff()
+    num_blocks = sizes.shape[1]
+    blocks = torch.arange(num_blocks, device=offsets.device).to(label_dtype(num_blocks))
+    runs = blocks.repeat(len(sizes)).repeat_interleave(sizes.flatten()).view(len(sizes), size)
+    count = max(len(offsets), len(places))
+    labels = runs.new_empty(count, size)
+    labels.scatter_(1, places.expand(count, -1), runs.expand(count, -1))
+    known = sizes.tolist()
+    return [
+        _Side(labels[e], places[e % len(places)], offsets[e % len(offsets)], tuple(known[e % len(known)]))
+        for e in range(count)
+    ]
 
 
 @dataclass(frozen=True)
@@ -99,16 +178,15 @@ class ExpertsAdapter:
             self.scaling,
         )
 
-    def expert(self, expert: int) -> PackedAdapter:
-        """The adapter of one expert's weight."""
-        return PackedAdapter(
-            self.weight[expert],
-            self.A[expert],
-            self.B[expert],
-            self.blocks.partition(expert),
-            self.ranks,
-            self.scaling,
-        )
+    def experts(self, experts: Sequence[int]) -> list[PackedAdapter]:
+        """The adapters of some experts' weights."""
+        ranks = self.ranks.clamp(0, self.A.shape[1]).tolist()
+        return [
+            PackedAdapter(self.weight[e], self.A[e], self.B[e], partition, self.ranks, self.scaling, ranks)
+            for e, partition in zip(
+                experts, self.blocks.partitions(experts, self.weight.shape[1:]), strict=True
+            )
+        ]
 
 
 def index_dtype(size: int) -> torch.dtype:
@@ -135,19 +213,13 @@ def reference_experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -
         [5.0, 5.0, 5.0, 5.0]
     """
     y, start = [x.new_empty(0, adapter.weight.shape[1])], 0
-    for number, end in enumerate(ends.tolist()):
+    for one, end in zip(adapter.experts(range(len(adapter.weight))), ends.tolist(), strict=True):
         if end > start:
-            e = adapter.expert(number)
-            rows = x[start:end]
+            rows, partition = x[start:end], one.partition
             y.append(
-                reference_linear(rows, e.weight, None, e.A, e.B, e.partition, e.ranks, scaling=e.scaling)
+                reference_linear(
+                    rows, one.weight, None, one.A, one.B, partition, one.ranks, scaling=one.scaling
+                )
             )
         start = end
     return torch.cat(y)
-
-
-def _labels(offsets: Tensor, index: Tensor | None) -> Tensor:
-    """The block of each coordinate, of blocks that start at `offsets` of `index` (None: of the coordinates)."""
-    blocks = torch.arange(offsets.shape[0] - 1, device=offsets.device)
-    labels = blocks.repeat_interleave(offsets.diff())
-    return labels if index is None else torch.empty_like(labels).scatter_(0, index.long(), labels)

@@ -106,14 +106,14 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     if not x.numel() or not y.numel():
         return y.zero_()
     code, threads, count = library(), torch.get_num_threads(), adapter.partition.num_blocks
-    columns, col_block = adapter.weight.shape[1], _dense(adapter.partition.col_block, torch.int32)
+    columns, col_block = adapter.weight.shape[1], dense(adapter.partition.col_block, torch.int32)
     if col_block.numel() != columns or not code.smoa_labels_fit(
         0, columns, None, col_block.data_ptr(), 1, count
     ):
         raise _no_fit(adapter.weight, count)
-    x, A, B = _rows(x), _rows(adapter.A.to(torch.float32)), adapter.B.to(torch.float32)
+    x, A, B = with_rows(x), with_rows(adapter.A.to(torch.float32)), adapter.B.to(torch.float32)
     workspace = x.new_empty(code.smoa_few_workspace(A.shape[0], threads))
-    with _named(LINEAR):
+    with named(LINEAR):
         code.smoa_few(
             x.shape[0], *adapter.weight.shape, x.data_ptr(), x.stride(0), adapter.weight.data_ptr(),
             adapter.weight.stride(0), row_index.data_ptr(), row_offsets.data_ptr(), col_block.data_ptr(),
@@ -156,15 +156,15 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None 
     if not x.numel() or not y.numel():
         return y
     code, threads = library(), torch.get_num_threads()
-    x, weight = _rows(x), _along_memory(weight)
+    x, weight = with_rows(x), _along_memory(weight)
     rank, A, B, scaling = 0, weight, weight, 0.0
     blocks: tuple[int | None, int | None, int, int | None] = None, None, 0, None
     if adapter is not None:
         A, B, p = adapter.A.to(torch.float32), adapter.B.to(torch.float32), adapter.partition
         rank, scaling = A.shape[0], adapter.scaling.item()
         label = torch.uint8 if p.row_block.dtype == p.col_block.dtype == torch.uint8 else torch.int32
-        row_block, col_block = _dense(p.row_block, label), _dense(p.col_block, label)
-        ranks = _dense(adapter.ranks, torch.int32)
+        row_block, col_block = dense(p.row_block, label), dense(p.col_block, label)
+        ranks = dense(adapter.ranks, torch.int32)
         wide, count = int(label == torch.int32), p.num_blocks
         fits = (row_block.numel(), col_block.numel(), ranks.numel()) == (*weight.shape, count)
         if not fits or not code.smoa_labels_fit(
@@ -173,7 +173,7 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None 
             raise _no_fit(weight, count)
         blocks = row_block.data_ptr(), col_block.data_ptr(), wide, ranks.data_ptr()
     workspace = x.new_empty(code.smoa_linear_workspace(x.shape[0], weight.shape[1], rank, threads))
-    with _named(LINEAR):
+    with named(LINEAR):
         code.smoa_linear(
             x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride(), *blocks, rank,
             A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), scaling, y.data_ptr(), adapter is None,
@@ -195,14 +195,14 @@ def _update(
     blocks, (code, threads) = _blocks(adapter), (library(), torch.get_num_threads())
     if not x.numel() or not y.numel():
         return y.zero_()
-    x, weight = _rows(x), _along_memory(adapter.weight)
+    x, weight = with_rows(x), _along_memory(adapter.weight)
     A, B = adapter.A.to(torch.float32), adapter.B.to(torch.float32)
     count, rank, scaling = adapter.partition.num_blocks, A.shape[0], scale * adapter.scaling.item()
     *indices, ranks = (tensor.data_ptr() for tensor in blocks)
     workspace = x.new_empty(
         code.smoa_update_workspace(x.shape[0], *weight.shape, *indices[2:], count, rank, threads)
     )
-    with _named(UPDATE):
+    with named(UPDATE):
         code.smoa_update(
             x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), _kept(x_mask), weight.data_ptr(),
             *weight.stride(), *indices, count, adapter.partition.is_contiguous, ranks, rank, A.data_ptr(), *A.stride(),
@@ -220,15 +220,15 @@ def factor_gradients(
     """
     scale = 1.0 if mask is None else mask.scale
     blocks, (code, threads) = _blocks(adapter), (library(), torch.get_num_threads())
-    A, B = _dense(adapter.A, torch.float32), _dense(adapter.B, torch.float32)
+    A, B = dense(adapter.A, torch.float32), dense(adapter.B, torch.float32)
     dA, dB = A.new_zeros(A.shape if threads == 1 else (threads, *A.shape)), torch.zeros_like(B)
     if x.shape[0]:
-        dy, x, weight = _rows(dy), _rows(x), _along_memory(adapter.weight)
+        dy, x, weight = with_rows(dy), with_rows(x), _along_memory(adapter.weight)
         count, rank, scaling = adapter.partition.num_blocks, A.shape[0], scale * adapter.scaling.item()
         *indices, ranks = (tensor.data_ptr() for tensor in blocks)
         floats = code.smoa_gradient_workspace(x.shape[0], *indices[2:], count, rank, threads)
         workspace = x.new_empty(floats)
-        with _named(GRADIENT):
+        with named(GRADIENT):
             code.smoa_gradient(
                 x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), _kept(mask),
                 weight.data_ptr(), *weight.stride(), *indices, count, adapter.partition.is_contiguous, ranks, rank,
@@ -245,9 +245,9 @@ def _blocks(adapter: PackedAdapter) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
         ValueError: they do not fit the weight.
     """
     p, count = adapter.partition, adapter.partition.num_blocks
-    row_index, col_index = _dense(p.row_index, torch.int64), _dense(p.col_index, torch.int64)
-    row_offsets, col_offsets = _dense(p.row_offsets, torch.int32), _dense(p.col_offsets, torch.int32)
-    found = row_index, col_index, row_offsets, col_offsets, _dense(adapter.ranks, torch.int32)
+    row_index, col_index = dense(p.row_index, torch.int64), dense(p.col_index, torch.int64)
+    row_offsets, col_offsets = dense(p.row_offsets, torch.int32), dense(p.col_offsets, torch.int32)
+    found = row_index, col_index, row_offsets, col_offsets, dense(adapter.ranks, torch.int32)
     indices = (one.data_ptr() for one in found[:4])
     if tuple(one.numel() for one in found) != (*adapter.weight.shape, count + 1, count + 1, count) or not (
         library().smoa_indices_fit(*adapter.weight.shape, *indices, count)
@@ -269,7 +269,7 @@ def _no_fit(weight: Tensor, num_blocks: int) -> ValueError:
     )
 
 
-def _named(name: str) -> AbstractContextManager[object]:
+def named(name: str) -> AbstractContextManager[object]:
     """Name what runs within for the profiler, where one is on: by itself it sees operators only."""
     return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
 
@@ -279,11 +279,11 @@ def _along_memory(matrix: Tensor) -> Tensor:
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
-def _rows(matrix: Tensor) -> Tensor:
+def with_rows(matrix: Tensor) -> Tensor:
     """The matrix where its rows are contiguous, else a copy."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor contiguous and in `dtype`: mostly itself, which is asked first because torch's conversions cost."""
     return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()

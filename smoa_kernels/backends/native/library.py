@@ -24,6 +24,8 @@ _SIGNATURES = {
     "smoa_gradient": "iiipipippiippppiipippfpppi",
     "smoa_few": "iiipipipppipipipiifppi",
     "smoa_keep": "iipiip",
+    "smoa_experts_linear_fit": "ppippi",
+    "smoa_experts_gradient_fit": "ppipipppi",
     "smoa_labels_fit": "iippii",
     "smoa_few_fit": "ii",
     "smoa_indices_fit": "iippppi",
@@ -31,6 +33,7 @@ _SIGNATURES = {
     "smoa_few_workspace": "ii",
     "smoa_update_workspace": "iiippiii",
     "smoa_gradient_workspace": "ippiii",
+    "smoa_experts_workspace": "pii",
 }
 _TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}
 

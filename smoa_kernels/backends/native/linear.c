@@ -100,6 +100,8 @@ i64 smoa_indices_fit(i64 rows, i64 cols, const i64 *row_index, const i64 *col_in
     return indexed(row_index, row_offsets, rows, blocks) && indexed(col_index, col_offsets, cols, blocks);
 }
 
+#include "experts.h"
+
 /* Whether there are threads to be had: without, one thread does it all. */
 int smoa_has_threads(void) { return dlsym(RTLD_DEFAULT, "GOMP_parallel") != NULL; }
 

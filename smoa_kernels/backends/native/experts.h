@@ -1,0 +1,144 @@
+/* Many weights of one shape, each with an adapter of its own: a loop over those that have pairs. */
+#pragma once
+
+#include "adapter.h"
+#include "few_tokens.h"
+#include "gradient.h"
+
+/* Rows, or columns, of the weights: block k of expert e holds index[offsets[k]] to index[offsets[k + 1]], the steps of
+ * both further on for each expert; without an index the coordinates are in order. */
+typedef struct {
+    i64 count;
+    const void *index; /* int16, or int32 where `wide` */
+    i64 wide, index_step;
+    const int32_t *offsets;
+    i64 offsets_step;
+} side;
+
+typedef struct {
+    i64 count, blocks, rank;
+    const int32_t *ends, *ranks; /* (count) pairs of the experts up to each, (blocks) */
+    side rows, cols;
+    const float *weight; /* (count, rows, cols), with the strides that follow */
+    i64 weight_expert, weight_row, weight_col;
+    const float *A; /* (count, rank, cols) */
+    i64 A_expert, A_rank, A_col;
+    const float *B; /* (count, rows, rank) */
+    i64 B_expert, B_row, B_rank;
+    double scaling;
+} experts;
+
+/* What one expert's blocks are made into; and what is left of the workspace. */
+typedef struct {
+    i64 *row_index, *col_index;
+    int32_t *row_block, *col_block;
+    float *rest;
+} expanded;
+
+static i64 expanded_size(const experts *e) { return lines(3 * (e->rows.count + e->cols.count)) + 16; }
+
+static expanded expanded_in(const experts *e, float *workspace) {
+    i64 *row_index = (i64 *)from_a_line(workspace), *col_index = row_index + e->rows.count;
+    int32_t *row_block = (int32_t *)(col_index + e->cols.count);
+    return (expanded){row_index, col_index, row_block, row_block + e->rows.count, workspace + expanded_size(e)};
+}
+
+static const int32_t *offsets_of(const side *s, i64 expert) { return s->offsets + expert * s->offsets_step; }
+
+static int offsets_fit(const side *s, i64 expert, i64 blocks) {
+    const int32_t *offsets = offsets_of(s, expert);
+    int fit = offsets[0] == 0 && offsets[blocks] == s->count;
+    for (i64 k = 0; k < blocks; k++) fit &= offsets[k] <= offsets[k + 1];
+    return fit;
+}
+
+/* Write index and labels of one expert's rows or columns; whether each of these is in a block. Their offsets fit. */
+static int expand(const side *s, i64 expert, i64 blocks, i64 *index, int32_t *block) {
+    const int32_t *offsets = offsets_of(s, expert);
+    i64 first = expert * s->index_step;
+    for (i64 i = 0; i < s->count; i++) block[i] = -1;
+    for (i64 k = 0; k < blocks; k++)
+        for (i64 i = offsets[k]; i < offsets[k + 1]; i++) {
+            i64 at = !s->index  ? i
+                     : s->wide ? ((const int32_t *)s->index)[first + i]
+                               : ((const int16_t *)s->index)[first + i];
+            if (at < 0 || at >= s->count || block[at] >= 0) return 0;
+            index[i] = at;
+            block[at] = (int32_t)k;
+        }
+    return 1;
+}
+
+static int expand_both(const experts *e, i64 expert, i64 *last, expanded *into) {
+    int known = *last >= 0, same_rows = known && !e->rows.index_step && !e->rows.offsets_step,
+        same_cols = known && !e->cols.index_step && !e->cols.offsets_step;
+    *last = expert;
+    return (same_rows || expand(&e->rows, expert, e->blocks, into->row_index, into->row_block)) &&
+           (same_cols || expand(&e->cols, expert, e->blocks, into->col_index, into->col_block));
+}
+
+/* Floats that the two functions below need; -1 where offsets or ends do not fit `pairs` and the weight. */
+i64 smoa_experts_workspace(const experts *e, i64 pairs, i64 threads) {
+    i64 most = 0, start = 0;
+    for (i64 i = 0; i < e->count; start = e->ends[i++]) {
+        i64 tokens = e->ends[i] - start;
+        if (tokens < 0 || e->ends[i] > pairs) return -1;
+        if (!tokens) continue;
+        if (!offsets_fit(&e->rows, i, e->blocks) || !offsets_fit(&e->cols, i, e->blocks)) return -1;
+        const int32_t *rows = offsets_of(&e->rows, i), *cols = offsets_of(&e->cols, i);
+        i64 linear = smoa_linear_workspace(tokens, e->cols.count, e->rank, threads);
+        i64 gradient = smoa_gradient_workspace(tokens, rows, cols, e->blocks, e->rank, threads);
+        most = linear > most ? linear : most;
+        most = gradient > most ? gradient : most;
+    }
+    i64 few = smoa_few_workspace(e->rank, threads), partial = threads > 1 ? threads * e->rank * e->cols.count : 0;
+    return expanded_size(e) + lines(partial) + (few > most ? few : most);
+}
+
+/* y (pairs, rows): row p is x_p W_effᵀ with the W_eff of the expert of pair p; x (pairs, cols) with contiguous rows.
+ * Whether every row and column is in a block. */
+i64 smoa_experts_linear_fit(const experts *e, const float *x, i64 x_stride, float *y, float *workspace, i64 threads) {
+    expanded now = expanded_in(e, workspace);
+    i64 start = 0, last = -1;
+    for (i64 i = 0; i < e->count; start = e->ends[i++]) {
+        i64 tokens = e->ends[i] - start;
+        if (!tokens) continue;
+        if (!expand_both(e, i, &last, &now)) return 0;
+        const float *A = e->A + i * e->A_expert, *B = e->B + i * e->B_expert, *weight = e->weight + i * e->weight_expert;
+        const float *from = x + start * x_stride;
+        float *to = y + start * e->rows.count;
+        if (e->weight_col == 1 && e->A_col == 1 && smoa_few_fit(tokens, e->rank))
+            smoa_few(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, now.row_index,
+                     offsets_of(&e->rows, i), now.col_block, e->blocks, e->ranks, e->rank, A, e->A_rank, B, e->B_row,
+                     e->B_rank, (float)e->scaling, to, now.rest, threads);
+        else
+            smoa_linear(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, e->weight_col,
+                        now.row_block, now.col_block, 1, e->ranks, e->rank, A, e->A_rank, e->A_col, B, e->B_row,
+                        e->B_rank, (float)e->scaling, to, 0, now.rest, threads);
+    }
+    return 1;
+}
+
+/* dA (count, rank, cols) and dB (count, rows, rank), zeros before, of dy (pairs, rows) and x (pairs, cols) with
+ * contiguous rows, A and B contiguous. Whether every row and column is in a block. */
+i64 smoa_experts_gradient_fit(const experts *e, const float *dy, i64 dy_stride, const float *x, i64 x_stride, float *dA,
+                              float *dB, float *workspace, i64 threads) {
+    expanded now = expanded_in(e, workspace);
+    i64 start = 0, last = -1, size = e->rank * e->cols.count;
+    float *partial = now.rest, *rest = threads > 1 ? partial + lines(threads * size) : partial;
+    for (i64 i = 0; i < e->count; start = e->ends[i++]) {
+        i64 tokens = e->ends[i] - start;
+        if (!tokens) continue;
+        if (!expand_both(e, i, &last, &now)) return 0;
+        float *sum = dA + i * size, *into = threads > 1 ? partial : sum;
+        if (threads > 1) memset(partial, 0, (size_t)(threads * size) * sizeof *partial);
+        smoa_gradient(tokens, e->rows.count, e->cols.count, dy + start * dy_stride, dy_stride, x + start * x_stride,
+                      x_stride, NULL, e->weight + i * e->weight_expert, e->weight_row, e->weight_col, now.row_index,
+                      now.col_index, offsets_of(&e->rows, i), offsets_of(&e->cols, i), e->blocks, !e->rows.index,
+                      e->ranks, e->rank, e->A + i * e->A_expert, e->B + i * e->B_expert, (float)e->scaling, into,
+                      dB + i * e->rows.count * e->rank, rest, threads);
+        for (i64 t = 0; threads > 1 && t < threads; t++)
+            for (i64 j = 0; j < size; j++) sum[j] += partial[t * size + j];
+    }
+    return 1;
+}

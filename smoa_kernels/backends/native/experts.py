@@ -1,0 +1,150 @@
+"""Experts in compiled code: one call for all of them, since each may have little to do (`experts.h`)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ...definition.experts import ExpertsAdapter
+from .. import Gradients, experts
+from .backend import dense, named, with_rows
+from .library import library, obstacle
+
+__all__ = ["experts_backward", "experts_forward"]
+
+_POINTERS = ("ends", "ranks", "index", "offsets", "weight", "A", "B")
+
+
+def _fields(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p if name in _POINTERS else ctypes.c_int64) for name in names]
+
+
+class _Side(ctypes.Structure):
+    _fields_ = _fields("count", "index", "wide", "index_step", "offsets", "offsets_step")
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = [
+        *_fields("count", "blocks", "rank", "ends", "ranks"),
+        ("rows", _Side),
+        ("cols", _Side),
+        *_fields("weight", "weight_expert", "weight_row", "weight_col"),
+        *_fields("A", "A_expert", "A_rank", "A_col", "B", "B_expert", "B_row", "B_rank"),
+        ("scaling", ctypes.c_double),
+    ]
+
+
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N), float32 on the CPU."""
+    if not _fits(adapter, ends, x, None):
+        return experts.experts_forward(x, ends, adapter)
+    y = x.new_empty(x.shape[0], adapter.weight.shape[1])
+    if x.numel():
+        x, threads, call = with_rows(x), torch.get_num_threads(), _Call(ends, adapter)
+        workspace = call.workspace(x, threads)
+        with named("smoa::compiled_experts"):
+            fits = library().smoa_experts_linear_fit(
+                call.address, x.data_ptr(), x.stride(0), y.data_ptr(), workspace.data_ptr(), threads
+            )
+        call.check(fits)
+    return y
+
+
+def experts_backward(
+    dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
+) -> Gradients:
+    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
+    if not _fits(adapter, ends, x, dy):
+        return experts.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
+    dA, dB = (None, None) if x is None else factor_gradients(dy, x, ends, adapter)
+    return experts_forward(dy, ends, adapter.T) if needs_x else None, dA, dB
+
+
+def factor_gradients(dy: Tensor, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> tuple[Tensor, Tensor]:
+    """(dA, dB), as a layer's, expert by expert; zeros for experts without pairs."""
+    dtype, (A, B) = adapter.A.dtype, (dense(factor, torch.float32) for factor in (adapter.A, adapter.B))
+    dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+    if x.numel() and dy.numel():
+        dy, x, threads = with_rows(dy), with_rows(x), torch.get_num_threads()
+        call = _Call(
+            ends, ExpertsAdapter(adapter.weight, A, B, adapter.blocks, adapter.ranks, adapter.scaling)
+        )
+        workspace = call.workspace(x, threads)
+        with named("smoa::compiled_experts_gradient"):
+            fits = library().smoa_experts_gradient_fit(
+                call.address, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dA.data_ptr(), dB.data_ptr(),
+                workspace.data_ptr(), threads,
+            )  # fmt: skip
+        call.check(fits)
+    return dA.to(dtype), dB.to(dtype)
+
+
+class _Call:
+    """What the compiled functions are told of the experts, and the tensors that it points to."""
+
+    def __init__(self, ends: Tensor, adapter: ExpertsAdapter) -> None:
+        blocks, (count, rows, cols) = adapter.blocks, adapter.weight.shape
+        # The compiled code walks along one side of a weight.
+        weight = adapter.weight if 1 in adapter.weight.stride()[1:] else adapter.weight.contiguous()
+        A, B = adapter.A.to(torch.float32), adapter.B.to(torch.float32)
+        ends, ranks = dense(ends, torch.int32), dense(adapter.ranks, torch.int32)
+        sides = [
+            (size, None if index is None else index.contiguous(), dense(offsets, torch.int32))
+            for size, index, offsets in (
+                (rows, blocks.row_index, blocks.row_offsets),
+                (cols, blocks.col_index, blocks.col_offsets),
+            )
+        ]
+        self._kept = weight, A, B, ends, ranks, sides
+        self._experts = _Experts(
+            count, blocks.num_blocks, A.shape[1], ends.data_ptr(), ranks.data_ptr(),
+            *(_side(size, index, offsets) for size, index, offsets in sides),
+            weight.data_ptr(), *weight.stride(), A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(),
+            adapter.scaling.item(),
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._experts)
+
+    def workspace(self, x: Tensor, threads: int) -> Tensor:
+        """Memory for the compiled functions."""
+        floats = library().smoa_experts_workspace(self.address, x.shape[0], threads)
+        self.check(floats >= 0)
+        return x.new_empty(floats)
+
+    def check(self, fits: int) -> None:
+        """Raise where the compiled code found blocks that do not fit the weight, or ends that do not fit x."""
+        if not fits:
+            raise ValueError(
+                "blocks must have each row and column of a weight in one block, and ends must count x's pairs up"
+            )
+
+
+def _side(size: int, index: Tensor | None, offsets: Tensor) -> _Side:
+    step = offsets.stride(0) if len(offsets) > 1 else 0
+    if index is None:
+        return _Side(size, None, 0, 0, offsets.data_ptr(), step)
+    wide, index_step = int(index.dtype == torch.int32), size if len(index) > 1 else 0
+    return _Side(size, index.data_ptr(), wide, index_step, offsets.data_ptr(), step)
+
+
+def _fits(adapter: ExpertsAdapter, ends: Tensor, x: Tensor | None, dy: Tensor | None) -> bool:
+    """Whether compiled code can run, of operands whose shapes agree: it would follow others beyond their end."""
+    count, rows, cols = adapter.weight.shape
+    blocks, rank, shared = adapter.blocks, adapter.A.shape[1], (1, count)
+    fits = adapter.A.shape == (count, rank, cols) and adapter.B.shape == (count, rows, rank)
+    fits = fits and ends.shape == (count,) and adapter.ranks.shape == (blocks.num_blocks,)
+    for offsets, index, size in (
+        (blocks.row_offsets, blocks.row_index, rows),
+        (blocks.col_offsets, blocks.col_index, cols),
+    ):
+        fits = fits and len(offsets) in shared and offsets.shape[1] == blocks.num_blocks + 1
+        if index is not None:
+            known = index.dtype in (torch.int16, torch.int32)
+            fits = fits and known and len(index) in shared and index.shape[1] == size
+    for given, width in ((x, cols), (dy, rows)):
+        if given is not None:
+            fits = fits and given.dtype == adapter.weight.dtype == torch.float32 and given.is_cpu
+            fits = fits and given.shape[1] == width
+    fits = fits and (x is None or dy is None or len(x) == len(dy))
+    return fits and obstacle() is None

@@ -1,0 +1,1 @@
+"""SMoA on the fused weights of experts, whoever owns them."""

@@ -1,0 +1,219 @@
+"""Experts: their blocks, and the operator on the CPU's backends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from expert_problems import make_blocks, make_problem
+from problems import DTYPES, obstacle
+from torch import Tensor
+
+from smoa_kernels.definition.experts import ExpertBlocks, index_dtype, reference_experts_linear
+from smoa_kernels.experts.operator import experts_linear
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(obstacle(name) is not None, reason=str(obstacle(name))))
+    for name in ("eager", "native")
+]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+numerical = pytest.mark.numerical
+on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled code runs on CPUs")
+
+
+CASES = [("eager", dtype) for dtype in DTYPES]
+if obstacle("native") is None:
+    CASES.append(("native", torch.float32))
+
+
+@numerical
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+@pytest.mark.parametrize("blocks", ["contiguous", "shared", "own", "empty", "rule"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_results_are_within_their_budget(
+    backend: str, dtype: torch.dtype, blocks: str, transposed: bool
+) -> None:
+    p = make_problem(blocks=blocks, transposed=transposed, dtype=dtype)
+    p.assert_within_budget(p.operator(backend))
+
+
+@numerical
+@each_backend
+@pytest.mark.parametrize(
+    ("pairs", "ranks", "rows", "cols"),
+    [
+        ((1,), (2,), 1, 1),
+        ((0, 0, 1), (2, 2), 16, 24),  # one token, one of its experts
+        ((40, 0, 130), (1, 3), 300, 290),  # several panels
+        ((5, 9), (4,), 64, 31),  # K = 1
+        ((20, 20), (2, 2, 2, 2), 40, 40),
+    ],
+)
+def test_shapes(backend: str, pairs: tuple[int, ...], ranks: tuple[int, ...], rows: int, cols: int) -> None:
+    p = make_problem(pairs=pairs, ranks=ranks, rows=rows, cols=cols, dtype=torch.float32)
+    p.assert_within_budget(p.operator(backend))
+
+
+@numerical
+@each_backend
+def test_no_token_at_all(backend: str) -> None:
+    p = make_problem(pairs=(0, 0), dtype=torch.float32)
+    y, dx, dA, dB = p.operator(backend)
+    assert (y.shape, dx.shape) == (p.dy.shape, p.x.shape)
+    assert not dA.any()
+    assert not dB.any()
+
+
+@numerical
+@each_backend
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads(backend: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        p = make_problem(pairs=(50, 0, 3), rows=130, cols=140, dtype=torch.float32)
+        p.assert_within_budget(p.operator(backend))
+    finally:
+        torch.set_num_threads(before)
+
+
+@numerical
+@each_backend
+def test_an_expert_without_pairs_has_no_gradient(backend: str, poisoned_memory: None) -> None:
+    p = make_problem(pairs=(0, 4, 0, 1), dtype=torch.float32)
+    for gradient in p.operator(backend)[2:]:
+        idle, busy = gradient[[0, 2]], gradient[[1, 3]]
+        assert torch.equal(idle, torch.zeros_like(idle))
+        assert bool(busy.flatten(1).any(1).all())
+
+
+@numerical
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_is_never_read(backend: str, dtype: torch.dtype) -> None:
+    p = make_problem(dtype=dtype)
+    rotten = replace(p.adapter, A=p.adapter.A.clone(), B=p.adapter.B.clone())
+    for e, layer in enumerate(p.adapter.experts(range(len(p.adapter.weight)))):
+        for k, rank in enumerate(p.adapter.ranks.tolist()):
+            rotten.A[e, rank:, layer.partition.cols(k)] = torch.nan
+            rotten.B[e, layer.partition.rows(k), rank:] = torch.nan
+    for clean, found in zip(p.operator(backend), replace(p, adapter=rotten).operator(backend), strict=True):
+        assert torch.equal(clean, found)
+
+
+@numerical
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_updates_survive_half_precision(backend: str, dtype: torch.dtype) -> None:
+    """The adapter's output enters before the one rounding: on average it is all there."""
+    exact = make_problem(pairs=(200, 0, 300), rows=96, cols=64, ranks=(2, 2), blocks="shared")
+    p = replace(exact, adapter=replace(exact.adapter, B=exact.adapter.B * 1e-3)).to(dtype, torch.float32)
+
+    def output(function: object, problem: object, scale: float) -> Tensor:
+        adapter = replace(problem.adapter, B=problem.adapter.B * scale)
+        return function(problem.x, problem.ends, adapter).double()
+
+    def ours(*given: object) -> Tensor:
+        return experts_linear(*given, backend)
+
+    wide = p.to(torch.float64)
+    truth = output(reference_experts_linear, wide, 1) - output(reference_experts_linear, wide, 0)
+    found = output(ours, p, 1) - output(ours, p, 0)
+    share = float((found * truth).sum() / truth.square().sum())
+    assert abs(share - 1) < 0.05
+
+
+@numerical
+@each_backend
+def test_only_what_is_asked_for(backend: str) -> None:
+    p = make_problem(dtype=torch.float32)
+    _, dx, dA, _dB = p.operator(backend)
+    x, A = p.x.clone().requires_grad_(), p.adapter.A.clone().requires_grad_()
+    experts_linear(x, p.ends, p.adapter, backend).backward(p.dy)
+    assert torch.equal(x.grad, dx)
+    experts_linear(p.x, p.ends, replace(p.adapter, A=A), backend).backward(p.dy)
+    assert torch.equal(A.grad, dA)
+
+
+@pytest.mark.slow
+def test_operator_passes_torchs_own_checks() -> None:
+    from smoa_kernels.experts.operator import ExpertsCall
+
+    p = make_problem(dtype=torch.float32)
+    leaves = {"A": p.adapter.A.requires_grad_(), "B": p.adapter.B.requires_grad_()}
+    flat = ExpertsCall(p.ends, replace(p.adapter, **leaves), "eager").flatten()
+    torch.library.opcheck(torch.ops.smoa.experts_linear.default, (p.x.requires_grad_(), *flat))
+
+
+@pytest.mark.slow
+def test_compiled_graphs_hold_it_whole() -> None:
+    p = make_problem(dtype=torch.float32)
+    compiled = torch.compile(lambda x, ends: experts_linear(x, ends, p.adapter, "eager") * 2, fullgraph=True)
+    expected = experts_linear(p.x, p.ends, p.adapter, "eager") * 2
+    assert torch.equal(compiled(p.x, p.ends), expected)
+    other = make_problem(pairs=(1, 2, 3, 4, 1), dtype=torch.float32)  # as many pairs, otherwise shared out
+    expected = experts_linear(other.x, other.ends, p.adapter, "eager") * 2
+    assert torch.equal(compiled(other.x, other.ends), expected)
+
+
+def test_no_second_derivative() -> None:
+    p = make_problem(dtype=torch.float32)
+    x = p.x.requires_grad_()
+    (dx,) = torch.autograd.grad(
+        experts_linear(x, p.ends, p.adapter, "eager").square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()
+
+
+@on_the_cpu
+@pytest.mark.skipif(obstacle("native") is not None, reason=str(obstacle("native")))
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda p: replace(p, ends=p.ends + 1),
+        lambda p: replace(p, ends=p.ends.flip(0)),
+        lambda p: _with(p, row_offsets=p.adapter.blocks.row_offsets + 1),
+        lambda p: _with(p, col_index=p.adapter.blocks.col_index * 0),
+        lambda p: _with(p, row_index=p.adapter.blocks.row_index + 1),
+    ],
+    ids=["ends beyond x", "ends that fall", "offsets", "a column twice", "a row beyond"],
+)
+def test_compiled_code_reads_nothing_beyond_its_operands(spoil: object) -> None:
+    p = spoil(make_problem(dtype=torch.float32))
+    with pytest.raises(ValueError, match="blocks must have each row"):
+        p.operator("native")
+
+
+def _with(p: object, **changed: Tensor) -> object:
+    return replace(p, adapter=replace(p.adapter, blocks=replace(p.adapter.blocks, **changed)))
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "shared", "own", "empty"])
+def test_blocks_are_those_of_each_experts_partition(kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    blocks = make_blocks(kind, 4, (12, 9), 3, generator)
+    sides = [torch.randint(3, (4, size), generator=generator) for size in (12, 9)]
+    blocks = ExpertBlocks.from_labels(*sides, 3) if kind == "own" else blocks
+    for e, partition in enumerate(blocks.partitions(range(4), (12, 9))):
+        again = type(partition).from_labels(partition.row_block, partition.col_block, 3)
+        for name in ("row_index", "col_index", "row_offsets", "col_offsets", "row_block", "col_block"):
+            assert torch.equal(getattr(partition, name), getattr(again, name)), name
+        assert (partition.row_sizes, partition.col_sizes) == (again.row_sizes, again.col_sizes)
+        assert again.granularity % partition.granularity == 0
+        if kind == "own":
+            assert torch.equal(partition.row_block.long(), sides[0][e])
+
+
+def test_what_experts_share_is_kept_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert len(make_blocks("shared", 7, (40, 30), 2, generator).row_index) == 1
+    contiguous = make_blocks("contiguous", 7, (40, 30), 2, generator)
+    assert contiguous.row_index is None
+    assert len(contiguous.row_offsets) == 1
+    own = make_blocks("own", 7, (40, 30), 2, generator)
+    assert own.row_index.shape == (7, 40)
+    assert own.row_index.itemsize == 2
+    assert index_dtype(32_767) == torch.int16
+    assert index_dtype(32_768) == torch.int32
