@@ -18,14 +18,17 @@ import torch.nn.functional as F
 from peft.utils.quantization_utils import (
     Bnb4bitBackend,
     Bnb8bitBackend,
+    ForwardOnlyQuantizationBackend,
     QuantizationBackend,
     TorchaoBackend,
+    resolve_quantization_backend,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from ..definition.precision import without_autocast
 
-__all__ = ["ScratchPool", "dequantized", "keep_packing", "read_weight"]
+__all__ = ["ScratchPool", "dequantized", "keep_packing", "quantization_of", "read_weight"]
 
 # Puts rows first..last-1 of W0 into a tensor of their shape.
 Reader = Callable[[int, int, Tensor], object]
@@ -76,7 +79,52 @@ _SCRATCH = ScratchPool()
 # torchao raises it, and PEFT passes it on, where a packing has no operator that gives W0 back. Then W0 is read as a
 # product with the identity.
 _LACKS_OPERATOR = NotImplementedError
+_SWIZZLED_ROWS = 128  # torchao's NVFP4 keeps the scales of so many rows together
 _PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}  # what a core's cache holds; few launches
+
+
+class Float8Backend(ForwardOnlyQuantizationBackend):
+    """transformers' `FP8Linear`: float8 numbers and a scale for each block of them, or one for all."""
+
+    def __init__(self) -> None:
+        super().__init__("FP8Linear")
+
+    def get_base_weight(self, base_layer: Any) -> Tensor:
+        """W0 (N, C) in float32, as `FineGrainedFP8Config(dequantize=True)` loads it before it rounds."""
+        weight = torch.empty(base_layer.weight.shape, device=base_layer.weight.device)
+        _fill(weight, _float8(base_layer))
+        return weight
+
+    def set_base_weight(self, peft_layer: nn.Module, weight_data: Tensor) -> None:
+        """Refuse: the model's loader, which chose the scales, is gone."""
+        raise TypeError(
+            "an FP8Linear layer takes no merged weight: load the base with FineGrainedFP8Config(dequantize=True) and "
+            "merge there"
+        )
+
+
+def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
+    """What reads the weight of a quantised layer: PEFT's back end or ours; None for a plain layer.
+
+    Args:
+        base: the layer.
+        kwargs: as PEFT's `resolve_quantization_backend` takes them.
+
+    Raises:
+        ValueError: the layer's weight is of 8 bits or fewer, and nothing here knows how to read it.
+    """
+    backend = resolve_quantization_backend(base, **kwargs)
+    if backend is not None:
+        return backend
+    weight = base._parameters.get("weight")
+    if type(base) is FP8Linear and weight is not None and weight.dtype == torch.float8_e4m3fn:
+        return Float8Backend()
+    if weight is not None and weight.itemsize < 2:
+        raise ValueError(
+            f"the weight of {type(base).__name__} is {weight.dtype}, which SMoA reads in FP8Linear of transformers "
+            "and in layers of bitsandbytes and torchao: load the model with dequantize=True"
+        )
+    return None
 
 
 def read_weight(backend: QuantizationBackend, base: Any) -> Tensor:
@@ -114,16 +162,21 @@ def _filler(backend: QuantizationBackend, base: Any) -> Callable[[Tensor], None]
         return lambda buffer: _fill(buffer, _eight_bits(base))
     if isinstance(backend, TorchaoBackend):
         return lambda buffer: _fill_from_torchao(buffer, base.weight)
+    if isinstance(backend, Float8Backend):
+        return lambda buffer: _fill(buffer, _float8(base))
     return None
 
 
-def _fill(buffer: Tensor, read: Reader, block: int = 1) -> None:
-    """Fill a buffer panel by panel; in one step where a row is no multiple of the quantisation's `block`."""
-    rows, width = buffer.shape
+def _fill(buffer: Tensor, read: Reader, block: int = 1, rows: int = 1) -> None:
+    """Fill a buffer panel by panel.
+
+    In one step where a row is no multiple of the quantisation's `block`; else panels start at multiples of `rows`.
+    """
+    height, width = buffer.shape
     elements = _PANEL_ELEMENTS["cpu" if buffer.device.type == "cpu" else "gpu"]
-    step = rows if width % block else max(1, elements // width)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
+    step = height if width % block else rows * max(1, elements // (rows * width))
+    for first in range(0, height, step):
+        last = min(first + step, height)
         read(first, last, buffer[first:last])
 
 
@@ -165,9 +218,24 @@ def _eight_bits(base: Any) -> Reader:
     return lambda first, last, out: out.copy_(dequantize(numbers[first:last], scales[first:last]))
 
 
+def _float8(base: Any) -> Reader:
+    """FP8Linear: rows of scales, each for `block_size` rows and columns; multiplied in float32, rounded once."""
+    weight, scales = base.weight.data, base.weight_scale_inv.data.float()
+    height, width = base.block_size or weight.shape
+    scales = scales.reshape(-(-weight.shape[0] // height), -1)
+
+    def read(first: int, last: int, out: Tensor) -> None:
+        blocks = torch.arange(first, last, device=weight.device) // height
+        of_columns = scales[blocks].repeat_interleave(width, dim=1)[:, : weight.shape[1]]
+        out.copy_(of_columns.mul_(weight[first:last].float()))
+
+    return read
+
+
 def _fill_from_torchao(buffer: Tensor, weight: Any) -> None:
+    rows = _SWIZZLED_ROWS if getattr(weight, "is_swizzled_scales", False) else 1
     try:
-        _fill(buffer, lambda first, last, out: out.copy_(weight[first:last].dequantize()))
+        _fill(buffer, lambda first, last, out: out.copy_(weight[first:last].dequantize()), rows=rows)
     except _LACKS_OPERATOR:
         _fill(buffer.T, lambda first, last, out: out.copy_(_identity_product(weight, first, last)))
 

@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
-    resolve_quantization_backend,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
 from .combine import check_combination, combined_config
 from .config import LayerSettings, SMoAConfig
-from .dequantize import keep_packing
+from .dequantize import keep_packing, quantization_of
 from .layer import SMoALayer
 from .linear import Linear
 from .loading import PARAMETER_PREFIX, check_adapter, forget_adapter, remove_adapter
@@ -138,7 +137,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     def _new_layer(self, target: nn.Module, adapter_name: str, settings: LayerSettings) -> Linear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        quantization = resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
+        quantization = quantization_of(base, **get_quantization_kwargs(self.model))
         if quantization is not None:
             keep_packing(base)
         stored_transposed = isinstance(base, Conv1D)

@@ -391,6 +391,13 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         device = execution_device(self.innermost()) if device is None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        # float8 is a format to store W0 in, not one to train factors in: they stay in float32.
+        return device, None if dtype is not None and dtype.itemsize < 2 else dtype
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.complete_sketches()
         super()._save_to_state_dict(*args, **kwargs)

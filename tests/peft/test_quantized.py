@@ -1,8 +1,9 @@
-"""A quantised base: bitsandbytes' NF4, FP4 and int8, torchao's int8 and int4; and the buffer W0 is dequantised into."""
+"""A quantised base: of bitsandbytes, torchao or transformers' FP8; and the buffer W0 is dequantised into."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from adapted import WEIGHTS, layer_list, layers
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers.integrations.finegrained_fp8 import FP8GroupedLinear, FP8Linear
 
 from smoa_kernels import smoa_linear
 from smoa_kernels.definition import spectral_order
@@ -31,6 +33,9 @@ torchao = pytest.importorskip("torchao.quantization", reason="the extra of quant
 int4 = pytest.importorskip(
     "torchao.prototype.quantization.int4", reason="torchao lacks its 4-bit kernel for CPUs"
 )
+mx_formats = pytest.importorskip(
+    "torchao.prototype.mx_formats.inference_workflow", reason="torchao lacks its 4-bit floats"
+)
 CPU = torch.device("cpu")
 PANEL = 700
 
@@ -44,6 +49,30 @@ def four_bits(kind, double=False, compute=torch.float32):
     )
 
 
+def float8(model, block=(48, 32)):
+    """A plain model's linear layers as transformers' `FP8Linear`, whose own product needs a GPU."""
+    for name, linear in list(model.named_modules()):
+        if type(linear) is nn.Linear and "lm_head" not in name:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, float8_layer(linear, block))
+    return model
+
+
+def float8_layer(linear, block):
+    layer = FP8Linear(linear.in_features, linear.out_features, block, has_bias=linear.bias is not None)
+    weight, (height, width) = linear.weight.data.float(), block or linear.weight.shape
+    of_weight = torch.empty_like(weight)
+    scales = torch.empty(-(-weight.shape[0] // height), -(-weight.shape[1] // width))
+    for row, col in np.ndindex(*scales.shape):
+        part = np.s_[row * height : (row + 1) * height, col * width : (col + 1) * width]
+        of_weight[part] = scales[row, col] = weight[part].abs().max() / 448
+    layer.weight = nn.Parameter((weight / of_weight).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale_inv = nn.Parameter(scales.view(()) if block is None else scales, requires_grad=False)
+    layer.bias = linear.bias
+    layer.wanted = layer.weight.float() * of_weight  # W0
+    return layer
+
+
 KINDS = {
     "nf4": four_bits("nf4"),
     "nf4, double": four_bits("nf4", double=True),
@@ -51,10 +80,13 @@ KINDS = {
     "int8": BitsAndBytesConfig(load_in_8bit=True),
     "torchao int8": TorchAoConfig(torchao.Int8WeightOnlyConfig()),
     "torchao int4": TorchAoConfig(int4.PrototypeInt4WeightOnlyConfig(group_size=32)),
+    "torchao float8": TorchAoConfig(torchao.Float8WeightOnlyConfig()),
+    "torchao nvfp4": TorchAoConfig(mx_formats.NVFP4WeightOnlyConfig()),
+    "fp8": float8,
 }
 SLOW = pytest.mark.slow
 # `make test` meets a kind of each library.
-EACH = [pytest.param(kind, marks=[] if kind in ("nf4", "torchao int8") else SLOW) for kind in KINDS]
+EACH = [pytest.param(kind, marks=[] if kind in ("nf4", "torchao int8", "fp8") else SLOW) for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +98,8 @@ def saved(tmp_path_factory):
 
 def load(folder, config, dtype=torch.float32, device="cpu"):
     """The base in the folder `saved`, quantised."""
+    if callable(config):
+        return config(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)).eval()
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=dtype, device_map=device
     ).eval()
@@ -87,7 +121,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if type(tensor) is torch.Tensor and tensor.is_floating_point():
+            if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.itemsize > 1:
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() != self.known_place:
                     self.elements = max(self.elements, storage.nbytes() // tensor.element_size())
@@ -231,6 +265,8 @@ def anatomy(layer):
         pytest.param(KINDS["int8"], torch.float32, 0.03, 0.03, id="int8", marks=SLOW),
         pytest.param(KINDS["torchao int8"], torch.float32, 1e-5, 0.03, id="torchao int8"),
         pytest.param(KINDS["torchao int4"], torch.float32, 1e-5, 0.5, id="torchao int4", marks=SLOW),
+        pytest.param(KINDS["torchao float8"], torch.float32, 1e-5, 0.1, id="torchao float8", marks=SLOW),
+        pytest.param(KINDS["torchao nvfp4"], torch.float32, 1e-5, 0.5, id="torchao nvfp4", marks=SLOW),
         pytest.param(KINDS["torchao int4"], torch.bfloat16, 0.02, 0.5, id="torchao int4, bf16", marks=SLOW),
     ],
 )
@@ -255,6 +291,52 @@ def test_a_packing_that_cannot_be_dequantised(saved):
         with pytest.raises(NotImplementedError):
             layer.base_layer.weight.dequantize()
         assert 0.01 < (layer.base_weight() - weight).norm() / weight.norm() < 0.15  # what 4 bits lose
+
+
+@pytest.mark.parametrize("block", [None, (48, 32), (64, 64), (128, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_blocks_are_read_as_they_were_scaled(block, dtype, pool):
+    base = nn.Linear(72, 200)
+    model = adapt(nn.Sequential(float8_layer(base, block)), target_modules=["0"])
+    (layer,) = layer_list(model)
+    assert torch.equal(layer.base_weight(), layer.base_layer.wanted)
+    with layer._dequantized(dtype) as weight:
+        assert torch.equal(weight, layer.base_layer.wanted.to(dtype))
+    assert layer.smoa_A["default"].dtype == torch.float32
+
+
+@SLOW
+def test_panels_of_nvfp4_start_where_its_scales_do(pool):
+    base = nn.Sequential(nn.Linear(64, 304, bias=False, dtype=torch.bfloat16))
+    torchao.quantize_(base, mx_formats.NVFP4WeightOnlyConfig())
+    weight = base[0].weight
+    buffer = torch.empty(304, 64)
+    with torch.no_grad(), Largest(buffer.data_ptr()) as largest:
+        module._fill_from_torchao(buffer, weight)
+    assert torch.equal(buffer, weight.dequantize().float())
+    assert largest.elements <= 128 * 64 * 2
+
+
+def test_float8_takes_no_merged_weight(saved):
+    model = adapt(load(saved, float8))
+    layer = layer_list(model)[0]
+    x = torch.randn(3, layer.in_features)
+    before, y = anatomy(layer.base_layer), layer(x)
+    with pytest.raises(TypeError, match=r"FP8Linear layer takes no merged weight.*dequantize=True"):
+        layer.merge()
+    assert anatomy(layer.base_layer) == before
+    assert not layer.merged
+    assert torch.equal(layer(x), y)
+
+
+def test_other_weights_of_eight_bits_are_refused():
+    layer = float8_layer(nn.Linear(64, 32), None)
+    layer.weight = nn.Parameter(
+        torch.zeros(32, 32, dtype=torch.int8), requires_grad=False
+    )  # FP4, two in a byte
+    for kind in (layer, FP8GroupedLinear(8, 32, 2)):
+        with pytest.raises(ValueError, match=rf"weight of {type(kind).__name__} is torch.*dequantize=True"):
+            adapt(nn.Sequential(kind), target_modules=["0"])
 
 
 @SLOW
@@ -304,7 +386,8 @@ def test_blocks_that_need_no_weight_dequantise_none_at_injection(
     assert 0 < largest.elements < min(layer.in_features * layer.out_features for layer in layer_list(model))
     expected = model(tokens).logits
     sketches = {name: sketch_weight(layer.base_weight()) for name, layer in layers(model).items()}
-    model.merge_adapter()
+    if kind != "fp8":  # which takes no merged weight
+        model.merge_adapter()
     model.save_pretrained(tmp_path)
     for folder in (tmp_path, tmp_path / "late"):
         state = load_file(folder / WEIGHTS)
@@ -414,7 +497,9 @@ def test_nothing_of_the_weights_size_is_allocated(model, pool):
             place, size = weight.untyped_storage().data_ptr(), weight.numel()
         with Largest(place) as largest, layer._dequantized(torch.float32) as weight:
             assert weight.data_ptr() == place
-        assert 0 < largest.elements <= 2 * PANEL < size  # torchao's int4 takes one panel and returns one
+        # torchao's int4 takes one panel and returns one; its NVFP4 has panels of 128 rows, these layers whole.
+        at_most = size if hasattr(layer.base_layer.weight, "is_swizzled_scales") else 2 * PANEL
+        assert 0 < largest.elements <= at_most <= size
 
 
 def test_forwards_and_backwards_of_two_layers_interleave(nf4, pool):
