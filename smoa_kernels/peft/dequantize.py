@@ -83,7 +83,7 @@ _SWIZZLED_ROWS = 128  # torchao's NVFP4 keeps the scales of so many rows togethe
 _PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}  # what a core's cache holds; few launches
 
 
-class Float8Backend(ForwardOnlyQuantizationBackend):
+class Float8Backend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]  # PEFT's types are not followed
     """transformers' `FP8Linear`: float8 numbers and a scale for each block of them, or one for all."""
 
     def __init__(self) -> None:

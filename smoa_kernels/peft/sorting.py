@@ -95,5 +95,6 @@ class Sorting:
 def _is_at_hand(base: nn.Module) -> bool:
     """Whether a layer's weight can be read as it is: not quantised, offloaded, partitioned or a `DTensor`."""
     weight = base._parameters.get("weight")  # not a parametrised one, which is computed at each access
-    plain = type(weight) is nn.Parameter and weight.itemsize > 1
-    return plain and weight.device.type == "cpu" and not hasattr(weight, "ds_id")
+    if type(weight) is not nn.Parameter or weight.itemsize < 2:
+        return False
+    return weight.device.type == "cpu" and not hasattr(weight, "ds_id")
