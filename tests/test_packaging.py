@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from email.message import Message
@@ -80,9 +79,7 @@ def test_a_wheel_with_compiled_code_is_for_its_machine_and_one_without_for_any(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if hatch_build.compiler() is not None:
-        assert wheel.stem.endswith(
-            f"-py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-        )
+        assert wheel.stem.endswith("-py3-none-linux_x86_64")  # `make dist` makes manylinux of it
         assert "Root-Is-Purelib: false" in dist_info(wheel, "WHEEL")
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "*.so"))
@@ -119,13 +116,44 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     core = {"torch", "numpy", "filelock"}
     assert requirements(metadata, "", "Darwin") == core
-    assert requirements(metadata, "", "Linux") == core | {"triton"}
+    assert requirements(metadata, "", "Linux") == core  # torch brings its own Triton, or needs none
+    assert requirements(metadata, "triton", "Linux") == core | {"triton"}
     assert requirements(metadata, "peft", "Darwin") == core | {"peft", "transformers", "safetensors"}
     assert requirements(metadata, "cli", "Darwin") == core | {"typer", "rich"}
     assert requirements(metadata, "plot", "Darwin") == core | {"matplotlib"}
     assert dist_info(wheel, "entry_points.txt").split() == (
         ["[console_scripts]", "smoa-kernels", "=", "smoa_kernels.cli:main"]
     )
+
+
+def test_typing_and_licence_are_in_the_wheel(wheel: Path, names: list[str]) -> None:
+    assert "smoa_kernels/py.typed" in names
+    assert dist_info(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_the_long_description_has_no_relative_link(wheel: Path) -> None:
+    """PyPI has none of our files: every link of the README leads to one of the version's tag, or elsewhere."""
+    metadata = email.message_from_string(dist_info(wheel, "METADATA"))
+    (label, _, repository) = metadata["Project-URL"].partition(", ")
+    assert label == "Repository"
+    text, readme = metadata.get_payload(), (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", text)
+    assert len(found) == len(re.findall(r"\]\([^)]*\)", readme)) > 20
+    assert {"raw", "blob"} == {
+        check_link(url, bool(picture), f"{repository}/", f"v{metadata['Version']}/")
+        for picture, url in found
+        if not url.startswith("https://arxiv.org/")
+    }
+
+
+def check_link(url: str, picture: bool, repository: str, tag: str) -> str:
+    """The kind of page that a link to one of our files asks the host for."""
+    assert url.startswith(repository)
+    kind, _, path = url.removeprefix(repository).partition("/")
+    assert kind == ("raw" if picture else "blob")
+    assert path.startswith(tag)
+    assert (ROOT / path.removeprefix(tag).partition("#")[0]).is_file(), url
+    return kind
 
 
 def extra_of(name: str) -> str:
@@ -147,8 +175,8 @@ def test_every_import_is_declared(wheel: Path, names: list[str], extra: str) -> 
         for name in names:
             if name.endswith(".py") and extra_of(name) == extra:
                 imported |= absolute_imports(archive.read(name).decode())
-    # What PEFT's classes are given to, not what ours import by themselves.
-    known = {"peft", "transformers"} if not extra else set()
+    # What PEFT's classes are given to, not what ours import by themselves; what torch brings where it can be used.
+    known = {"peft", "transformers", "triton"} if not extra else set()
     assert imported
     assert imported - known <= allowed
 
@@ -205,8 +233,10 @@ for arguments in (["info"], ["roofline", "--tokens", "64"], ["audit"], ["tune"])
     assert codes == {"info": "0", "roofline": "0", "audit": "2", "tune": "2"}
     assert "no: triton is not installed" in done.stdout
     assert done.stderr == (
-        "smoa-kernels: error: triton is not installed: there are no kernels to compile\n"
-        "smoa-kernels: error: triton is not installed: there are no kernels to tune\n"
+        "smoa-kernels: error: triton is not installed: there are no kernels to compile; "
+        "pip install 'smoa-kernels[triton]'\n"
+        "smoa-kernels: error: triton is not installed: there are no kernels to tune; "
+        "pip install 'smoa-kernels[triton]'\n"
     )
 
 

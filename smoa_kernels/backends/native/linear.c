@@ -11,7 +11,6 @@
  * order for every number of threads, but those of dA, which are cut where the rows of the threads asked for are, however
  * many a runtime starts.
  */
-#define _GNU_SOURCE /* RTLD_DEFAULT */
 #include "adapter.h"
 #include "few_tokens.h"
 #include "gradient.h"
@@ -103,7 +102,7 @@ i64 smoa_indices_fit(i64 rows, i64 cols, const i64 *row_index, const i64 *col_in
 #include "experts.h"
 
 /* Whether there are threads to be had: without, one thread does it all. */
-int smoa_has_threads(void) { return dlsym(RTLD_DEFAULT, "GOMP_parallel") != NULL; }
+int smoa_has_threads(void) { return GOMP_parallel != NULL; }
 
 /* Of which sources this was compiled. */
 const char *smoa_source(void) { return SOURCE; }

@@ -1,9 +1,10 @@
 /* Work for several threads: those of the OpenMP runtime that torch has loaded, so that no second pool competes. */
 #pragma once
 
-#include <dlfcn.h>
-
 #include "pieces.h"
+
+/* Weak, so NULL where torch has loaded no such runtime. The loader binds it, once, when it loads this library. */
+void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 
 typedef struct {
     void (*run)(void *, i64);
@@ -17,10 +18,8 @@ static void take(void *it) {
 }
 
 static void in_parallel(void (*run)(void *, i64), void *job, i64 parts) {
-    typedef void (*starter)(void (*)(void *), void *, unsigned, unsigned);
-    starter start = parts > 1 ? (starter)dlsym(RTLD_DEFAULT, "GOMP_parallel") : NULL;
     team t = {run, job, 0};
-    if (start) start(take, &t, (unsigned)parts, 0);
+    if (parts > 1 && GOMP_parallel) GOMP_parallel(take, &t, (unsigned)parts, 0);
     while (__atomic_load_n(&t.next, __ATOMIC_RELAXED) < parts) take(&t); /* a runtime may start fewer */
 }
 
