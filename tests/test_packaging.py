@@ -97,7 +97,7 @@ def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(archive) as files:
         files.extractall(tmp_path, filter="data")
     source = tmp_path / archive.name.removesuffix(".tar.gz")
-    assert {"Makefile", "README.md", "LICENSE", "tests", "csrc_ref"} <= {
+    assert {"Makefile", "README.md", "CITATION.cff", "LICENSE", "tests", "csrc_ref"} <= {
         path.name for path in source.iterdir()
     }
     again = build("wheel", source, tmp_path)

@@ -10,7 +10,9 @@ __all__ = ["needs_matplotlib", "needs_triton"]
 def needs_triton(purpose: str) -> None:
     """Raise a ValueError if Triton is not installed: there are no kernels `purpose` (as in "to tune")."""
     if importlib.util.find_spec("triton") is None:
-        raise ValueError(f"triton is not installed: there are no kernels {purpose}; pip install 'smoa-kernels[triton]'")
+        raise ValueError(
+            f"triton is not installed: there are no kernels {purpose}; pip install 'smoa-kernels[triton]'"
+        )
 
 
 def needs_matplotlib(option: str) -> None:

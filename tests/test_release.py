@@ -1,0 +1,151 @@
+"""A release: its version is the same everywhere, and one that is not ready is refused by name, with no file changed."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import release
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("smoa_kernels/_version.py", "CITATION.cff", "CHANGELOG.md", "pyproject.toml", "release.py")
+# Archives as `make dist` names them; what is in them, test_packaging.py and `make dist` itself look at.
+DIST = """dist:
+\tmkdir -p dist && for name in .tar.gz -py3-none-any.whl -py3-none-manylinux2014_x86_64.manylinux_2_17_x86_64.whl; do \\
+\ttouch dist/smoa_kernels-$$(sed -n 's/^__version__ = "\\(.*\\)"/\\1/p' smoa_kernels/_version.py)$$name; done
+"""
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert release.inconsistency() is None
+
+
+class Checkout:
+    """A repository with the files that a release reads and writes, and an address."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in FILES:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        (folder / ".gitignore").write_text("dist/\n")
+        (folder / "Makefile").write_text(DIST)
+        self.replace("pyproject.toml", "smoa-kernels.invalid/", "example.org/")
+        self.git("init", "--quiet")
+        self.git("config", "user.name", "A tester")
+        self.git("config", "user.email", "tester@example.org")
+        self.commit()
+
+    def git(self, *arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=self.folder, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    def commit(self) -> None:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "--message", "as it is")
+
+    def replace(self, name: str, old: str, new: str) -> None:
+        text = (self.folder / name).read_text()
+        assert old in text
+        (self.folder / name).write_text(text.replace(old, new))
+
+    def release(self, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+        """Run a command of release.py: what it refuses, empty where it refuses nothing."""
+        code = release.main([*arguments])
+        said = capfd.readouterr().err
+        refused = said.partition("release refused: ")[2]
+        assert code == bool(refused)
+        return refused
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
+    found = Checkout(tmp_path)
+    for name in ("ROOT", "VERSION", "CITATION", "CHANGELOG", "DIST"):
+        moved = tmp_path / getattr(release, name).relative_to(ROOT)
+        monkeypatch.setattr(release, name, moved)
+    return found
+
+
+def test_a_release(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> None:
+    assert not checkout.release(capfd, "make", "7.0.1")
+    assert checkout.git("describe", "--exact-match") == "v7.0.1"
+    assert not checkout.git("status", "--porcelain")
+    assert release.version() == "7.0.1"
+    assert release.releases()[0][0] == "7.0.1"
+    assert f"version: 7.0.1\ndate-released: {release.releases()[0][1]}\n" in release.CITATION.read_text()
+    assert not checkout.release(capfd, "check")
+    assert "the tag v7.0.1 exists" in checkout.release(capfd, "make", "7.0.1")
+    assert "released 7.0.1, which 7.0.0 does not follow" in checkout.release(capfd, "make", "7.0.0")
+    assert "no entries below '## Unreleased'" in checkout.release(capfd, "make", "7.1.0")
+    checkout.replace("CHANGELOG.md", "## 7.0.1", "## Unreleased\n\n- A change.\n\n## 7.0.1")
+    checkout.commit()
+    assert not checkout.release(capfd, "check")  # between releases the version is that of the last one
+    shutil.rmtree(release.DIST)
+    assert not checkout.release(capfd, "make", "7.1.0")
+    assert [one for one, _ in release.releases()][:2] == ["7.1.0", "7.0.1"]
+
+
+@pytest.mark.parametrize("given", ["", "1.0", "v1.0.0", "1.0.0rc1", "0.0.0; true"])
+def test_a_version_that_is_none(checkout: Checkout, capfd: pytest.CaptureFixture[str], given: str) -> None:
+    assert f"three numbers with points between them, not {given!r}" in checkout.release(capfd, "make", given)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "named"),
+    [
+        (
+            "pyproject.toml",
+            "example.org/",
+            "smoa-kernels.invalid/",
+            "project.urls.Repository is a placeholder",
+        ),
+        ("CITATION.cff", "title:", "version: 3.0.0\ntitle:", "CITATION.cff cites ('3.0.0', None)"),
+        ("CHANGELOG.md", "## Unreleased", "## Unreleased\n\n## Earlier", "no entries below '## Unreleased'"),
+        ("CHANGELOG.md", "## Unreleased", "## Later", "no entries below '## Unreleased'"),
+        ("Makefile", "touch", "false", "make dist failed"),
+        ("Makefile", "-py3-none-any.whl", "", "make dist, with a C compiler"),
+    ],
+)
+def test_what_is_not_ready(
+    checkout: Checkout, capfd: pytest.CaptureFixture[str], name: str, old: str, new: str, named: str
+) -> None:
+    checkout.replace(name, old, new)
+    checkout.commit()
+    assert named in checkout.release(capfd, "make", "7.0.1")
+    assert not checkout.git("status", "--porcelain")
+    assert not checkout.git("tag")
+
+
+def test_what_is_not_committed(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> None:
+    (checkout.folder / "left").touch()
+    assert "the tree is not clean:\n?? left" in checkout.release(capfd, "make", "7.0.1")
+
+
+@pytest.mark.parametrize(
+    "place", ["CITATION.cff", "CHANGELOG.md", "smoa_kernels/_version.py", "pyproject.toml"]
+)
+def test_a_published_version_is_the_same_everywhere(
+    checkout: Checkout, capfd: pytest.CaptureFixture[str], place: str
+) -> None:
+    assert not checkout.release(capfd, "make", "7.0.1")
+    old, new = ("example.org/", "smoa-kernels.invalid/") if place == "pyproject.toml" else ("7.0.1", "7.0.2")
+    checkout.replace(place, old, new)
+    assert checkout.release(capfd, "check")
+
+
+def test_workflows_run_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    workflows = [path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    asked = {name for text in workflows for name in re.findall(r"run: make (\S+)", text)}
+    assert {"test", "docs", "dist", "dist-oldest", "gpu", "actionlint"} <= asked <= targets
+
+
+def test_issue_forms_ask_for_info() -> None:
+    forms = [path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config"]
+    assert len(forms) == 2
+    assert all("`smoa-kernels info`" in path.read_text(encoding="utf-8") for path in forms)
