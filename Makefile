@@ -25,7 +25,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check bench bench-smoke host-time quality quality-data \
+.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -134,6 +134,9 @@ docs-check: docs ## open every page of it in Chromium: contrast, alternative tex
 	$(BIN)/python -m pip install --quiet playwright axe-playwright-python
 	$(BIN)/python docs/site/look.py $(ARGS)
 
+docs-screens: $(BIN)/.examples ## draw what the commands print, for the site (5 min)
+	$(BIN)/python docs/site/screens.py $(ARGS)
+
 bench: $(BIN)/.dev ## measure time and memory of the layer and its peers; write tables and figures (15 min)
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -rs --benchmark-json=.benchmarks/run.json $(ARGS)
@@ -144,6 +147,9 @@ bench-smoke: $(BIN)/.dev ## the same on tiny sizes: every benchmark runs, passes
 	$(BIN)/python -m pytest benchmarks --smoke --benchmark-json=.benchmarks/smoke.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/smoke.json --out .benchmarks/smoke
 	$(BIN)/python -m benchmarks.host_time --smoke
+
+bench-compare: $(BIN)/.dev ## what changed beyond noise between two runs: make bench-compare OLD=a.json NEW=b.json
+	$(BIN)/python -m benchmarks.compare $(OLD) $(NEW) $(ARGS)
 
 host-time: $(BIN)/.dev ## how long the host takes for a forward and a backward on a GPU; needs none (1 min)
 	$(BIN)/python -m benchmarks.host_time $(ARGS)

@@ -16,18 +16,24 @@ import typer
 
 from . import plots, protocol, tables
 from .readme import README, RESULTS, section, with_section
-from .results import Run, compact, read, read_all, write
+from .results import Run, compact, read, read_all, spreadsheet, write
 
+OVERVIEW = "overview.svg"
 NONE_YET = "No run has been kept yet: `make bench` measures and writes what belongs here.\n"
 
 
 def page(runs: list[Run]) -> str:
     """The text of results/README.md."""
+    overview = []
+    if plots.overview(runs) is not None:
+        overview.append(f"![time of forward and backward over a frozen layer, by method]({OVERVIEW})")
     parts = [
         "# Benchmark results",
         "Written by `python -m benchmarks.report` from the JSON files in this folder, which `make bench` measures. "
         "Every figure is **measured on CPU**, **measured on GPU** with the card's name, or **predicted**. A run "
-        "belongs to one commit and one machine.",
+        "belongs to one commit and one machine, and its numbers are also a CSV file. `make bench-compare OLD=a.json "
+        "NEW=b.json` says what changed between two.",
+        *overview,
         "## How it was measured",
         _protocol_text(),
         *(_run_page(run) for run in runs),
@@ -44,7 +50,10 @@ def generate(folder: Path, readme: Path | None) -> list[Path]:
     """Write every page and figure of the runs in a folder; returns what was written."""
     runs = read_all(folder)
     files = {folder / "README.md": page(runs)}
+    if (figure := plots.overview(runs)) is not None:
+        files[folder / OVERVIEW] = plots.svg(figure)
     for run in runs:
+        files[folder / f"{run.slug}.csv"] = spreadsheet(run)
         files |= {folder / f"{run.slug}-{name}.svg": text for name, text in plots.figures(run).items()}
     if readme is not None:
         files[readme] = with_section(readme.read_text(encoding="utf-8"), section(runs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -15,6 +17,10 @@ from .machine import EDITED
 from .protocol import Comparison
 
 DIGITS = 5  # of each second that is kept
+COLUMNS = (
+    *("device", "commit", "title", "phase", "provider", "baseline", "rounds"),
+    *("seconds", "seconds_low", "seconds_high", "ratio", "ratio_low", "ratio_high", "doubt", "bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,25 @@ def compact(run: Run) -> str:
     head = {"machine": run.machine, "commit": run.commit, "date": run.date}
     fields = json.dumps(head, ensure_ascii=False)[:-1]
     return f'{fields}, "results": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def spreadsheet(run: Run) -> str:
+    """A run as CSV: a row for each phase or size of each provider."""
+    text = io.StringIO()
+    sheet = csv.writer(text, lineterminator="\n")
+    sheet.writerow(COLUMNS)
+    for result in run.results:
+        case = (run.machine["device"], run.commit, result.title)
+        for phase in result.seconds:
+            c = result.comparison(phase)
+            for name, rounds in c.seconds.items():
+                times = (c.time(name), c.ratio(name))
+                numbers = (f"{value:.{DIGITS}g}" for q in times for value in (q.median, q.low, q.high))
+                sheet.writerow((*case, phase, name, c.baseline, len(rounds), *numbers, c.doubt, ""))
+        for name, sizes in result.bytes.items():
+            for kind, size in sizes.items():
+                sheet.writerow((*case, kind, name, *[""] * 9, size))
+    return text.getvalue()
 
 
 def write(path: Path, text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from dataclasses import replace
@@ -19,7 +21,7 @@ from benchmarks.profiles import BETWEEN, EIGH, GEMM, KINDS, REST
 from benchmarks.protocol import Quartiles
 from benchmarks.readme import END, README, RESULTS, START, section, with_section
 from benchmarks.report import generate, main, page
-from benchmarks.results import Result, Run, compact, read, read_all
+from benchmarks.results import Result, Run, compact, read, read_all, spreadsheet
 
 pytestmark = pytest.mark.slow
 
@@ -297,6 +299,7 @@ def test_runs_are_added_and_everything_is_written(tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
         "README.md",
         "cpu-amd-epyc.json",
+        "cpu-amd-epyc.csv",
         *(f"cpu-amd-epyc-{name}.svg" for name in ("ratio", "few-tokens", "memory", "scaling")),
     }
     assert readme.read_text() == f"before\n{START}\n\n{section(read_all(out)).strip()}\n\n{END}\nafter\n"
@@ -342,6 +345,42 @@ def test_readme_and_results_are_what_the_kept_runs_say() -> None:
     assert readme == with_section(readme, section(runs)), "run `python -m benchmarks.report`"
     results = (RESULTS / "README.md").read_text(encoding="utf-8")
     assert results == page(runs), "run `python -m benchmarks.report`"
+    for run in runs:
+        kept = (RESULTS / f"{run.slug}.csv").read_text(encoding="utf-8")
+        assert kept == spreadsheet(run), "run `python -m benchmarks.report`"
+
+
+def test_a_spreadsheet_has_a_row_for_each_time_and_size() -> None:
+    run = make_run(layer_result(), everything().select("memory")[0])
+    rows = list(csv.DictReader(io.StringIO(spreadsheet(run))))
+    (lora,) = (row for row in rows if row["phase"] == "both" and row["provider"] == "PEFT LoRA")
+    assert lora["title"] == "layer: made up"
+    assert (lora["ratio"], lora["rounds"], lora["seconds"], lora["bytes"]) == ("1.1", "3", "1.1", "")
+    sizes = {row["provider"]: row["bytes"] for row in rows if row["phase"] == "saved"}
+    assert sizes == {name: str(size["saved"]) for name, size in run.results[1].bytes.items()}
+
+
+def test_the_overview_shows_the_largest_layer_in_each_dtype_that_nothing_speaks_against() -> None:
+    def layer(both: float, frozen: list[float] | None = None, **params: Any) -> Result:
+        base = frozen or [1.0, 1.01, 0.99]
+        ways = {"frozen": 1.0, "PEFT LoRA": 1.1, "PEFT HiRA": 2.5, "paper, dense": 2.6, "SMoA": both}
+        seconds = {name: [factor * s for s in base] for name, factor in ways.items()}
+        return replace(layer_result(**params), seconds={"both": seconds})
+
+    run = make_run(
+        layer(1.9, tokens=512),
+        layer(1.3),
+        layer(1.8, num_blocks=8),
+        layer(1.7, dtype="bfloat16", dropout=0.05),
+        layer(1.6, [1.0, 2.0, 3.0], dtype="bfloat16"),
+        layer(1.5, dtype="bfloat16", tokens=512),
+    )
+    figure = plots.overview([run])
+    assert figure is not None
+    text = plots.svg(figure)
+    assert all(f">{ratio}<" in text for ratio in ("1.30", "1.50", "1.10", "2.60"))
+    assert not any(f">{ratio}<" in text for ratio in ("1.90", "1.80", "1.70", "1.60"))
+    assert plots.overview([make_run(layer_result())]) is None  # lacks HiRA
 
 
 @pytest.mark.parametrize(

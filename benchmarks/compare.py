@@ -1,0 +1,153 @@
+"""What changed between two runs beyond noise: `make bench-compare OLD=a.json NEW=b.json`.
+
+A figure is a ratio to its baseline in the same round, by the protocol. It changed where both hold:
+
+- the quartile ranges of its rounds in the two runs do not overlap;
+- its medians differ by more than 5 %.
+
+The first alone is not enough, since a range tells how rounds differ within a run and not how runs differ. In eight
+pairs of consecutive kept runs, LoRA, HiRA and the paper's way, whose code was the same, had their ranges apart in 92 of
+1093 figures. With the second condition 11 are left (1 %). A figure that is in doubt in either run is not compared.
+A size changed where it differs by more than 1 %: bytes are counted, and vary with libraries only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import tables
+from .protocol import Quartiles
+from .results import Run, read
+
+LEAST, LEAST_SIZE = 0.05, 0.01
+
+Name = tuple[str, str, str]
+"""A benchmark's title, a phase or what was counted, a provider."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two runs say of the same things.
+
+    Attributes:
+        slower, faster: ratios that changed, old and new, the largest change first.
+        sizes: bytes that changed.
+        same: how many ratios and sizes did not change.
+        doubtful: ratios that are in doubt in either run.
+        missing: benchmarks that only one run has.
+    """
+
+    slower: Mapping[Name, tuple[Quartiles, Quartiles]]
+    faster: Mapping[Name, tuple[Quartiles, Quartiles]]
+    sizes: Mapping[Name, tuple[int, int]]
+    same: int
+    doubtful: int
+    missing: tuple[str, ...]
+
+
+def difference(old: Run, new: Run) -> Difference:
+    """Compare every ratio and size that both runs have."""
+    before, after = _ratios(old), _ratios(new)
+    pairs = {name: (before[name], after[name]) for name in before if name in after}
+    judged = {
+        name: (was, now) for name, ((was, doubt), (now, other)) in pairs.items() if not doubt and not other
+    }
+    changed = {name: pair for name, pair in judged.items() if _apart(*pair)}
+    ordered = dict(sorted(changed.items(), key=lambda item: -abs(_change(*item[1]) - 1)))
+    old_sizes, new_sizes = _sizes(old), _sizes(new)
+    both = {name: (old_sizes[name], new_sizes[name]) for name in old_sizes if name in new_sizes}
+    sizes = {name: (was, now) for name, (was, now) in both.items() if abs(now - was) > LEAST_SIZE * was}
+    titles = [{result.title for result in run.results} for run in (old, new)]
+    return Difference(
+        slower={name: pair for name, pair in ordered.items() if _change(*pair) > 1},
+        faster={name: pair for name, pair in ordered.items() if _change(*pair) < 1},
+        sizes=sizes,
+        same=len(judged) - len(changed) + len(both) - len(sizes),
+        doubtful=len(pairs) - len(judged),
+        missing=tuple(sorted(titles[0] ^ titles[1])),
+    )
+
+
+def main(
+    old: Annotated[Path, typer.Argument(help="JSON of the run before.")],
+    new: Annotated[Path, typer.Argument(help="JSON of the run after.")],
+) -> None:
+    """Say what changed between two runs beyond noise."""
+    print(report(read(old), read(new)))
+
+
+def report(old: Run, new: Run) -> str:
+    """The differences of two runs in words and tables."""
+    found = difference(old, new)
+    changes = len(found.slower) + len(found.faster) + len(found.sizes)
+    parts = [
+        f"old: {tables.machine_line(old)}\nnew: {tables.machine_line(new)}",
+        "" if old.slug == new.slug else "The machines differ, and so may what they are fast at.",
+        "A ratio changed where the quartile ranges of the two runs are apart and the medians differ by more than "
+        f"{LEAST:.0%}; a size, where it differs by more than {LEAST_SIZE:.0%}.",
+        *(
+            tables.table(
+                (f"{word}: ratio, median [quartiles]", "phase", "", "old", "new", "new over old"),
+                [
+                    (*name, tables.ratio(was), tables.ratio(now), f"{_change(was, now):.2f}")
+                    for name, (was, now) in group.items()
+                ],
+            )
+            for word, group in (("slower", found.slower), ("faster", found.faster))
+        ),
+        tables.table(
+            ("size, MiB", "", "", "old", "new", "new over old"),
+            [
+                (
+                    *name,
+                    f"{was / tables.MIB:.2f}",
+                    f"{now / tables.MIB:.2f}",
+                    f"{now / was:.2f}" if was else "–",
+                )
+                for name, (was, now) in found.sizes.items()
+            ],
+        ),
+        f"Only in one of the runs: {'; '.join(found.missing)}." if found.missing else "",
+        f"Changed: {changes} ({len(found.slower)} slower, {len(found.faster)} faster, {len(found.sizes)} sizes). "
+        f"The same: {found.same}. Not compared, since they are noisy or of one round: {found.doubtful}.",
+    ]
+    return "\n\n".join(part.strip() for part in parts if part.strip())
+
+
+def _ratios(run: Run) -> dict[Name, tuple[Quartiles, str]]:
+    """Every ratio to a baseline, with the reason to doubt it."""
+    return {
+        (result.title, phase, name): (comparison.ratio(name), comparison.doubt)
+        for result in run.results
+        for phase in result.seconds
+        for comparison in [result.comparison(phase)]
+        for name in comparison.seconds
+        if name != comparison.baseline
+    }
+
+
+def _sizes(run: Run) -> dict[Name, int]:
+    return {
+        (result.title, kind, name): size
+        for result in run.results
+        for name, sizes in result.bytes.items()
+        for kind, size in sizes.items()
+    }
+
+
+def _apart(was: Quartiles, now: Quartiles) -> bool:
+    overlap = was.low <= now.high and now.low <= was.high
+    return not overlap and abs(_change(was, now) - 1) > LEAST
+
+
+def _change(was: Quartiles, now: Quartiles) -> float:
+    return now.median / was.median
+
+
+if __name__ == "__main__":
+    typer.run(main)
