@@ -15,9 +15,11 @@ from pathlib import Path
 
 import peft
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, smoa_linear
+from smoa_kernels.definition.rounding import round_stochastically
 
 FEATURES, TOKENS, RANK = 1024, 2048, 8
 DELTAS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
@@ -51,9 +53,14 @@ def curves(dtype: torch.dtype) -> dict[str, list[float]]:
         y: Tensor = hira(x)
         return y.detach()
 
+    def stochastic(B: Tensor) -> Tensor:
+        W_eff = base.weight.float() * (1 + B @ A)
+        return F.linear(x, round_stochastically(W_eff, dtype, seed=0, name="weight"), base.bias)
+
     ways = {
         "adapter first, base accumulates (auto)": ours("auto"),
-        "W_eff rounded (merged)": ours("merged"),
+        "W_eff rounded to nearest (merged)": ours("merged"),
+        "W_eff rounded stochastically": stochastic,
         "added to the rounded base (PEFT HiRA)": peft_hira,
     }
     relative = (direction @ A).square().mean().sqrt()

@@ -84,7 +84,7 @@ def test_roofline_parts(capsys):
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("info", "roofline", "audit", "inspect", "convert", "spectrum", "tune"):
+    for command in ("info", "roofline", "audit", "inspect", "convert", "merge", "spectrum", "tune"):
         assert command in out
 
 

@@ -12,6 +12,7 @@ from .audit import audit
 from .convert import convert
 from .info import info
 from .inspect import inspect
+from .merge import merge
 from .plan import plan
 from .roofline import roofline
 from .spectrum import spectrum
@@ -32,6 +33,7 @@ app.command()(plan)
 app.command()(audit)
 app.command()(inspect)
 app.command()(convert)
+app.command()(merge)
 app.command()(spectrum)
 app.command()(tune)
 

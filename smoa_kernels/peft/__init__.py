@@ -25,12 +25,15 @@ from .injection import SMoAModel
 from .layer import SMoALayer
 from .linear import Linear
 from .loading import install_checked_load, install_named_read
+from .merged_folder import MergeReport, merge_to_folder
+from .merging import merged_weights
 from .peft_type import PEFT_TYPE
 from .saving import install_atomic_save
 
 __all__ = [
     "HiraReport",
     "Linear",
+    "MergeReport",
     "SMoAConfig",
     "SMoALayer",
     "SMoAModel",
@@ -38,6 +41,8 @@ __all__ = [
     "convert_adapter",
     "decelerate_hira",
     "hira_to_smoa",
+    "merge_to_folder",
+    "merged_weights",
     "smoa_to_hira",
 ]
 

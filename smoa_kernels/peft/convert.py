@@ -27,7 +27,7 @@ from .folders import PREFIX, ModelFolder, by_number, read_config, read_layers, r
 from .peft_type import PEFT_TYPE
 from .saving import replacing, seal
 
-__all__ = ["convert_adapter", "hira_to_smoa", "smoa_to_hira"]
+__all__ = ["convert_adapter", "hira_layers", "hira_to_smoa", "smoa_to_hira"]
 
 # Fields that mean the same in both configurations.
 _SHARED = (
@@ -92,7 +92,7 @@ def hira_to_smoa(
     config = read_config(source, (PeftType.HIRA,))
     path = weights_of(source)
     state = read_state(path)
-    layers = _hira_layers(path, state)
+    layers = hira_layers(path, state)
     bases = ModelFolder(_base_folder(base, config))
     ranks = {name: A.shape[0] for name, (A, _) in layers.items()}
     settings = {
@@ -175,15 +175,19 @@ def _places(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> tupl
     return source, target
 
 
-def _hira_layers(path: Path, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (r, C) and B (N, r) of each layer, by its path in the base model."""
+def hira_layers(path: Path, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Find A (r, C) and B (N, r) of each layer in the tensors of a HiRA adapter, by its path in the base model.
+
+    Raises:
+        ValueError: naming the file: there is none, one is no linear layer, or its factors do not fit each other.
+    """
     layers = {}
     for key, tensor in state.items():
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
         if kind.startswith("hira_embedding_"):
-            raise ValueError(f"{path}: {name} is an embedding, which has no counterpart in SMoA")
+            raise ValueError(f"{path}: {name} is an embedding, and only linear layers are read")
         if kind.startswith("hira_") and tensor.ndim != 2:
-            raise ValueError(f"{path}: {name} is a convolution, which has no counterpart in SMoA")
+            raise ValueError(f"{path}: {name} is a convolution, and only linear layers are read")
         if kind == "hira_A":
             other = state.get(f"{PREFIX}{name}.hira_B")
             if other is None or other.ndim != 2 or other.shape[1] != tensor.shape[0]:

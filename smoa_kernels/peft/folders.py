@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -176,21 +177,27 @@ class ModelFolder:
                 raise ValueError(f"{index} is not an index of safetensors files: it has no weight_map")
             yield from ((name, folder / file) for name, file in files.items())
             return
-        for path in sorted(folder.glob("*.safetensors")):
+        single = folder / "model.safetensors"  # what transformers reads, whatever lies beside it
+        for path in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
             with opened(path) as file:
                 yield from ((name, path) for name in file.keys())  # noqa: SIM118  # it is no mapping
 
     def get(self, name: str) -> Tensor | None:
-        """Read a tensor; None where the model lacks it.
-
-        A model saved without its head may lack the first part of each name, or have one more.
-        """
-        stored = self._stored(name)
+        """Read a tensor; None where the model lacks it."""
+        stored = self.stored_name(name)
         if stored is None:
             return None
         with opened(self.files[stored]) as file:
             tensor: Tensor = file.get_tensor(stored)
         return tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Give every tensor by its stored name, file by file; mapped into memory, so that none is read yet."""
+        by_file = sorted(self.files, key=lambda name: self.files[name])
+        for path, names in itertools.groupby(by_file, key=lambda name: self.files[name]):
+            with opened(path) as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
 
     def linear_layers(self) -> dict[str, bool]:
         """Name the model's linear layers but its head, as the files do; with each, whether it is stored (C, N).
@@ -206,13 +213,17 @@ class ModelFolder:
         with torch.device("meta"):
             model = AutoModel.from_config(AutoConfig.from_pretrained(os.fspath(self.folder)))
         found = {
-            self._stored(f"{name}.weight"): isinstance(module, Conv1D)
+            self.stored_name(f"{name}.weight"): isinstance(module, Conv1D)
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D))
         }
         return {name.removesuffix(".weight"): swapped for name, swapped in found.items() if name is not None}
 
-    def _stored(self, name: str) -> str | None:
+    def stored_name(self, name: str) -> str | None:
+        """The name under which a tensor is stored; None where the model lacks it.
+
+        A model saved without its head may lack the first part of each name, or have one more.
+        """
         if name in self.files:
             return name
         shorter = name.partition(".")[2]

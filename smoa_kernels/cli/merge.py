@@ -1,0 +1,60 @@
+"""`smoa-kernels merge`: a base model with an adapter merged into it, as a plain model's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..checks import check_choice
+from ..definition.precision import DTYPES, dtype_names
+from .output import console, progress_bar
+
+__all__ = ["merge"]
+
+_DTYPES = {dtype_names([dtype]): dtype for dtype in DTYPES}
+
+
+def merge(
+    base: Annotated[Path, typer.Argument(help="Folder of a base model in safetensors files, not quantised.")],
+    adapter: Annotated[Path, typer.Argument(help="An SMoA or HiRA adapter, as save_pretrained left it.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the merged model to: new, or empty.")],
+    dtype: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(_DTYPES)}; each tensor's own if absent.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Of one file of weights, and of the memory needed.")
+    ] = "5GB",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="To bfloat16 and float16: nearest, or stochastic, which keeps small updates on average."
+        ),
+    ] = "nearest",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the stochastic rounding.")] = 0,
+) -> None:
+    """Merge an adapter into its base model: a plain model that any program serves, a shard at a time."""
+    if dtype is not None:
+        check_choice("--dtype", dtype, _DTYPES)
+    try:
+        from ..peft.merged_folder import merge_to_folder
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    with progress_bar("merging") as progress:
+        bar = progress.add_task("", total=None)
+        report = merge_to_folder(
+            base,
+            adapter,
+            out,
+            dtype=None if dtype is None else _DTYPES[dtype],
+            max_shard_size=max_shard_size,
+            rounding=rounding,
+            seed=seed,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    files = "1 file" if len(report.files) == 1 else f"{len(report.files)} files"
+    text = f"{out}: {report.tensors} tensors, {report.changed} of them changed; {report.size:,} bytes in {files}."
+    if report.untied:
+        text += f" No longer tied, so stored of its own: {', '.join(report.untied)}."
+    console().print(text, highlight=False, soft_wrap=True)

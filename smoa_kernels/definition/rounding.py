@@ -1,0 +1,59 @@
+"""Stochastic rounding: to one of the two neighbours by chance, in proportion, so that the mean is what was rounded."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["round_stochastically"]
+
+# Elements rounded at a time, an even number: what is allocated beside the result stays in a processor's cache.
+_PANEL = 2**18
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, *, seed: int, name: str) -> Tensor:
+    """Round each element to one of its two neighbours in `dtype`: with mean `values`, exactly (docs/numerics.md).
+
+    With neighbours a and b, a nearer to zero, `a + h (b - a)` becomes b where a uniform number in [0, 1) is below h.
+    Element i, in the order in which `values` is stored, takes the upper 24 bits of the i-th word of 32 bits that
+    numpy's PCG64 gives for the seed `[seed, crc32(name)]`, the lower half of each of its 64-bit words first. numpy
+    promises never to change those. What `dtype` holds exactly is kept; what rounds to infinity becomes infinite.
+
+    Args:
+        values: floating point, of more digits than `dtype`, on the CPU.
+        dtype: bfloat16 or float16.
+        seed: at least 0.
+        name: tells tensors apart that are rounded with the same seed.
+
+    Returns:
+        A contiguous tensor of the same shape.
+
+    Example:
+        >>> rounded = round_stochastically(torch.full((4096,), 1 + 2**-9), torch.bfloat16, seed=0, name="a")
+        >>> rounded.unique().tolist()  # 1 + 2⁻⁹ lies a quarter of the way
+        [1.0, 1.0078125]
+        >>> 0.2 < (rounded > 1).float().mean() < 0.3
+        tensor(True)
+    """
+    words = np.random.PCG64([seed, zlib.crc32(name.encode())])
+    rounded = torch.empty(values.shape, dtype=dtype)
+    source, target = values.contiguous().view(-1), rounded.view(-1)
+    for start in range(0, source.numel(), _PANEL):
+        panel = source[start : start + _PANEL]
+        size = panel.numel()
+        nearest = panel.to(dtype)
+        wide = nearest.to(panel.dtype)
+        beyond = (wide.abs() > panel.abs()) & wide.isfinite()
+        # A half's bits, read as an integer, count its magnitude: one more is the next one away from zero.
+        bits = nearest.view(torch.int16) - beyond.to(torch.int16)
+        inner, outer = (neighbour.view(dtype).to(panel.dtype) for neighbour in (bits, bits + 1))
+        chance = (panel - inner) / (
+            outer - inner
+        )  # exact: the difference has few digits, the step is a power of two
+        drawn = words.random_raw(-(-size // 2)).astype("<u8", copy=False).view("<u4")[:size]
+        uniform = torch.from_numpy((drawn >> 8).astype(np.float32)).mul_(2.0**-24)
+        target[start : start + size] = bits.add_((uniform < chance).to(torch.int16)).view(dtype)
+    return rounded

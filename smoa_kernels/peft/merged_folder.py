@@ -1,0 +1,218 @@
+"""Writes a merged model's folder, a shard at a time; there is no such folder until it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checks import check_path
+from .merging import FolderMerge
+
+__all__ = ["MergeReport", "merge_to_folder"]
+
+# Files of weights in other formats, which would be the base's.
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+)
+# Written anew, or true of the base alone.
+_LEFT_OUT = ("config.json", "README.md")
+# A run saves its tokenizer beside the adapter, perhaps with a chat template of its own.
+_TOKENIZER = (
+    *(
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "additional_chat_templates/*",
+    ),
+    *("vocab*", "merges.txt", "*.model", "*processor_config.json"),
+)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written.
+
+    Attributes:
+        tensors: how many.
+        changed: how many of them the adapter changed.
+        untied: names of tensors that the base ties to another one, and that are stored of their own now.
+        size: bytes of all weights.
+        files: names of the files of weights.
+    """
+
+    tensors: int
+    changed: int
+    untied: tuple[str, ...]
+    size: int
+    files: tuple[str, ...]
+
+
+def merge_to_folder(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    rounding: str = "nearest",
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MergeReport:
+    """Write a base model with an adapter merged into it: weights, configuration and tokenizer, as a plain model.
+
+    One file of weights and one layer are in memory at a time. All is written into a hidden folder beside `out`, its
+    configuration last, and renamed: whatever interrupts this, `out` is whole or is not there. Of a tokenizer, the one
+    beside the adapter wins.
+
+    Args:
+        base, adapter, dtype, rounding, seed: see :func:`merged_weights`.
+        out: a folder that does not exist or is empty.
+        max_shard_size: bytes of a file of weights, or text such as "5GB"; a larger tensor gets a file of its own.
+        progress: called with the number of finished tensors, and of all.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as `merged_weights` does; `out` is taken, or `max_shard_size` is no
+            size.
+        OSError: the files could not be written; the message names `out`.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from smoa_kernels.peft import SMoAConfig
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 8}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+        >>> model.save_pretrained("base")
+        >>> get_peft_model(model, SMoAConfig(target_modules=["q_proj"])).save_pretrained("adapter")
+        >>> merge_to_folder("base", "adapter", "merged").changed
+        1
+        >>> merged = LlamaForCausalLM.from_pretrained("merged")
+    """
+    check_path("out", out)
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"out must be a new or an empty folder, got {target}")
+    merge = FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed)
+    shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in merge.plan.items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    done = 0
+    with _renamed_when_whole(target) as scratch:
+        for file, names in split.filename_to_tensors.items():
+            shard: dict[str, Tensor] = {}
+            for name in names:
+                progress(done, len(shapes))
+                shard[name] = merge.tensor(name)
+                done += 1
+            save_file(shard, scratch / file, metadata={"format": "pt"})
+            os.chmod(
+                scratch / file, 0o666 & scratch.stat().st_mode
+            )  # safetensors' files are their owner's alone
+            del shard  # before the next one grows
+        progress(done, len(shapes))
+        if split.is_sharded:
+            parameters = sum(shape.numel() for shape in shapes.values())
+            index = {
+                "metadata": {"total_parameters": parameters, **split.metadata},
+                "weight_map": split.tensor_to_filename,
+            }
+            _write_json(scratch / "model.safetensors.index.json", index)
+        _copy(merge.base, scratch, _beside_weights(merge.base))
+        if (merge.adapter / "tokenizer_config.json").is_file():
+            found = (path for pattern in _TOKENIZER for path in merge.adapter.glob(pattern))
+            _copy(merge.adapter, scratch, found)
+        _write_json(scratch / "config.json", _configuration(merge))
+    changed = sum(planned.changed for planned in merge.plan.values())
+    return MergeReport(
+        len(shapes),
+        changed,
+        tuple(merge.untied),
+        split.metadata["total_size"],
+        tuple(split.filename_to_tensors),
+    )
+
+
+@contextmanager
+def _renamed_when_whole(target: Path) -> Iterator[Path]:
+    scratch = target.parent / f".{target.name}.merging-{uuid.uuid4().hex[:8]}"
+    try:
+        try:
+            scratch.mkdir(parents=True)
+            yield scratch
+            for file in scratch.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as stream:
+                        os.fsync(stream.fileno())
+            if target.is_dir():
+                target.rmdir()
+            scratch.rename(target)
+        except (OSError, SafetensorError) as error:  # that of a full disk names the hidden folder, or none
+            raise OSError(f"cannot merge into {target}, which was not written: {error}") from error
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _beside_weights(base: Path) -> Iterator[Path]:
+    """The files of a base model but its weights, configuration and model card; nothing hidden."""
+    for path in base.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(base).parts)
+        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if not (hidden or weights or path.relative_to(base).as_posix() in _LEFT_OUT):
+            yield path
+
+
+def _copy(source: Path, target: Path, files: Iterator[Path]) -> None:
+    for path in files:
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+
+
+def _configuration(merge: FolderMerge) -> dict[str, Any]:
+    """The base's configuration, true of the merged model: its dtype, and whether its head is tied."""
+    config = merge.config
+    if merge.dtype is not None:
+        known = ("dtype", "torch_dtype")
+        name = str(merge.dtype).removeprefix("torch.")
+        config = _with(config, dict.fromkeys(known, name))
+        if not set(known) & set(config):
+            config["dtype"] = name
+    if merge.untied:
+        config = {**_with(config, {"tie_word_embeddings": False}), "tie_word_embeddings": False}
+    return config
+
+
+def _with(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Put values in place of those that a configuration, or one inside it, has."""
+    return {
+        key: _with(value, values) if isinstance(value, dict) else values.get(key, value)
+        for key, value in config.items()
+    }
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,316 @@
+"""Merges an adapter's folder into a base model's, tensor by tensor: no model is built, and one layer is in memory.
+
+What the adapter does to a stored tensor is a function of that tensor, a `Change`, made by one function for each kind of
+adapted tensor: `_smoa_change`, `_hira_change`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import PeftType
+from torch import Tensor
+
+from ..backends import eager
+from ..checks import check_choice, check_path
+from ..definition.packed import PackedAdapter, scaling_tensor
+from ..definition.precision import DTYPES, dtype_names
+from ..definition.rounding import round_stochastically
+from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
+from .convert import hira_layers
+from .file_format import LayerBlocks
+from .folders import PREFIX, ModelFolder, read_config, read_json, read_layers, read_state, weights_of
+from .peft_type import PEFT_TYPE
+from .stored_names import StoredNames
+
+__all__ = ["ROUNDINGS", "FolderMerge", "merged_weights"]
+
+ROUNDINGS = ("nearest", "stochastic")
+
+# What is rounded stochastically; others hold what training changed.
+_HALF = (torch.bfloat16, torch.float16)
+
+# Makes W_eff of W0, both as they are stored; W_eff is not rounded to half precision.
+Change = Callable[[Tensor], Tensor]
+
+
+def merged_weights(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> Iterator[tuple[str, Tensor]]:
+    """Give every tensor of a base model with an adapter merged into it, under its stored name, one after another.
+
+    One layer is in memory at a time. In the base's dtype and rounded to nearest, the tensors are bit for bit those of
+    `PeftModel.from_pretrained(...).merge_and_unload()`.
+
+    Args:
+        base: folder of a base model in safetensors files, not quantised.
+        adapter: folder of an SMoA adapter, or of a HiRA adapter of PEFT.
+        dtype: of all floating-point tensors; each keeps its own where None. W_eff is computed from W0 as it is stored,
+            at least in float32, and rounded once.
+        rounding: "nearest", or "stochastic" for the tensors that the adapter changes, in bfloat16 and float16: up or
+            down by chance, so that updates below half a last bit of W0 are kept on average (docs/numerics.md).
+        seed: of the stochastic rounding; a tensor's bits depend on it and on the tensor's name alone.
+
+    Raises:
+        TypeError: a folder is not a path.
+        ValueError, FileNotFoundError: a file is missing or cannot be read, an argument is not allowed, the base is
+            quantised or lacks what the adapter changes; or, once a tensor is reached, it is another than the adapter
+            was trained over, or the result is not finite. The message names the tensor.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from smoa_kernels.peft import SMoAConfig
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 8}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+        >>> model.save_pretrained("base")
+        >>> get_peft_model(model, SMoAConfig(target_modules=["q_proj"])).save_pretrained("adapter")
+        >>> weights = dict(merged_weights("base", "adapter", dtype=torch.bfloat16))
+        >>> weights["model.layers.0.self_attn.q_proj.weight"].dtype
+        torch.bfloat16
+    """
+    return iter(FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed))
+
+
+@dataclass
+class _Planned:
+    """What a tensor of the merged model is made of.
+
+    Attributes:
+        stored: the base's tensor.
+        dtype: the result's.
+        given: the adapter's own tensor in place of the base's, where it holds a whole one.
+        change: what the adapter does to it; None where nothing.
+    """
+
+    stored: str
+    shape: torch.Size
+    dtype: torch.dtype
+    given: Tensor | None = None
+    change: Change | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the adapter changes it."""
+        return self.given is not None or self.change is not None
+
+
+class FolderMerge:
+    """A merge of an adapter's folder into a base model's, checked and ready; see :func:`merged_weights`.
+
+    Attributes:
+        base, adapter: the folders.
+        config: the base's configuration.
+        plan: what each tensor is made of, in the order of the base's files.
+        untied: names of tensors that the base stores as another one, and that are stored of their own now.
+    """
+
+    def __init__(
+        self,
+        base: str | os.PathLike[str],
+        adapter: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None,
+        rounding: str,
+        seed: int,
+    ) -> None:
+        check_path("base", base)
+        check_path("adapter", adapter)
+        check_choice("rounding", rounding, ROUNDINGS)
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be an int of at least 0, got {seed!r}")
+        self.base, self.adapter = Path(base), Path(adapter)
+        self.dtype, self.rounding, self.seed = dtype, rounding, seed
+        self._folder = ModelFolder(self.base)
+        self.config = self._read_config()
+        self.plan = self._stored_tensors()
+        self.untied: list[str] = []
+        given, changes = self._read_adapter()
+        names = StoredNames(self._folder)
+        for name, tensor in given.items():
+            self._find(names, name, [tuple(tensor.shape)]).given = tensor
+        for name, ((rows, columns), change) in changes.items():
+            planned = self._find(names, name, [(rows, columns), (columns, rows)])
+            if planned.dtype not in DTYPES:
+                raise ValueError(f"{name} must be {dtype_names(DTYPES)} to be merged, got {planned.dtype}")
+            planned.change = change
+        if any(_stands_alone(name) for name in (*given, *changes)):
+            self._untie(names)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.plan:
+            yield name, self.tensor(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Make one tensor of the merged model, in memory of its own.
+
+        Raises:
+            ValueError: naming it: the base's is another than the adapter was trained over, or the result is not finite.
+        """
+        planned = self.plan[name]
+        value = self._folder.get(planned.stored) if planned.given is None else planned.given
+        assert value is not None
+        try:
+            if planned.change is not None:
+                value = planned.change(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if (
+            planned.changed
+            and self.rounding == "stochastic"
+            and planned.dtype in _HALF
+            and value.dtype not in _HALF
+        ):
+            rounded = round_stochastically(value, planned.dtype, seed=self.seed, name=name)
+        else:
+            rounded = value.to(planned.dtype, copy=True, memory_format=torch.contiguous_format)
+        if (planned.changed or rounded.dtype != value.dtype) and not _is_finite(rounded):
+            raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([planned.dtype])}")
+        return rounded
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.base / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no config.json in {self.base}")
+        config = read_json(path)
+        quantised = config.get("quantization_config")
+        if quantised is not None:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise ValueError(
+                f"{self.base} is quantised ({method}): merge into the model that it was quantised from, or save "
+                "what model.dequantize() gives and merge into that"
+            )
+        return config
+
+    def _stored_tensors(self) -> dict[str, _Planned]:
+        plan = {}
+        for name, tensor in self._folder.tensors():  # mapped: no value is read
+            dtype = self.dtype if self.dtype is not None and tensor.dtype in DTYPES else tensor.dtype
+            plan[name] = _Planned(name, tensor.shape, dtype)
+        return plan
+
+    def _read_adapter(self) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, int], Change]]]:
+        """By the model's names: tensors that the adapter holds whole, and shapes (N, C) and changes of adapted ones."""
+        config: Any = read_config(self.adapter, (PEFT_TYPE, PeftType.HIRA))
+        path = weights_of(self.adapter)
+        state = read_state(path)
+        given = {
+            key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
+            for key, tensor in state.items()
+            if ".smoa_" not in key and ".hira_" not in key
+        }
+        changes: dict[str, tuple[tuple[int, int], Change]] = {}
+        if config.peft_type == PEFT_TYPE:
+            for name, blocks in read_layers(path, lambda name: config.for_layer(name).r).items():
+                A, B = (state[f"{PREFIX}{name}.smoa_{factor}"] for factor in "AB")
+                change = _smoa_change(blocks, A, B, config.for_layer(name).scaling)
+                changes[f"{name}.weight"] = blocks.partition.shape, change
+        else:
+            for name, (A, B) in hira_layers(path, state).items():
+                shape = B.shape[0], A.shape[1]
+                change = _hira_change(
+                    A, B, fan_in_fan_out=config.fan_in_fan_out, dtype=self.dtype, rounding=self.rounding
+                )
+                changes[f"{name}.weight"] = shape, change
+        if not changes:
+            raise ValueError(f"{path} holds no layer of an adapter")
+        return given, changes
+
+    def _find(self, names: StoredNames, name: str, shapes: Sequence[tuple[int, ...]]) -> _Planned:
+        """The planned tensor that a parameter of the model is; of its own where it is tied to another."""
+        stored = name if name in self.plan else names.find(name)
+        source = names.find(names.tied.get(name, "")) if stored is None else None
+        if source is not None:
+            if len(names.tied) > 1:
+                raise ValueError(
+                    f"the adapter changes {name} or what it is tied to, {source}, and {self.base} ties further "
+                    "parameters to that: they cannot be stored apart"
+                )
+            self.plan[name] = replace(self.plan[source], given=None, change=None)
+            stored = name
+        if stored is None:
+            raise ValueError(
+                f"{self.base} stores no {name}, which the adapter changes. A new head: save the base with it first. A "
+                "parameter that transformers makes of others as it loads the base: merge with merge_and_unload()"
+            )
+        planned = self.plan[stored]
+        if tuple(planned.shape) not in shapes:
+            raise ValueError(
+                f"{name} has shape {tuple(planned.shape)} in {self.base}, and {' or '.join(map(str, shapes))} in the "
+                "adapter. If tokens were added, resize the base's embeddings as before training and save it first"
+            )
+        return planned
+
+    def _untie(self, names: StoredNames) -> None:
+        """Let parameters that were tied, of which the adapter changes one, each be stored of their own."""
+        for name, source in names.tied.items():
+            both = [self.plan.get(names.find(tied) or tied) for tied in (name, source)]
+            if any(planned is not None and planned.changed for planned in both):
+                self._find(names, name, [tuple(planned.shape) for planned in both if planned is not None])
+                self.untied.append(name)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # By the extremes, which a NaN is among: `isfinite` of the whole takes as much memory again.
+    return not tensor.numel() or all(math.isfinite(value) for value in tensor.aminmax())
+
+
+def _stands_alone(name: str) -> bool:
+    """Whether a parameter is none of a numbered layer's, so that another may be tied to it."""
+    return not any(part.isdigit() for part in name.split("."))
+
+
+def _smoa_change(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
+    partition, ranks, sketch = blocks
+
+    def change(stored: Tensor) -> Tensor:
+        # A Conv1D stores W0ᵀ. Which one it is, a square matrix shows by its sketch alone.
+        layouts = [weight for weight in (stored, stored.T) if tuple(weight.shape) == partition.shape]
+        distances = [sketch_distance(sketch, sketch_weight(weight)) for weight in layouts]
+        nearest = min(distances)
+        if not nearest <= TOLERANCE:
+            raise ValueError(
+                f"the adapter was trained over another base weight (it differs by about {nearest:.0%}, the same base "
+                f"in another precision by at most {TOLERANCE:.0%})"
+            )
+        weight = layouts[distances.index(nearest)]
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        factors = A.to(wide.dtype), B.to(wide.dtype)
+        s = scaling_tensor(scaling, wide.device)
+        adapter = PackedAdapter(wide, *factors, partition, ranks, s, ranks.tolist())
+        merged = eager.delta_weight(adapter).add_(wide)
+        return merged if weight is stored else merged.T
+
+    return change
+
+
+def _hira_change(
+    A: Tensor, B: Tensor, *, fan_in_fan_out: bool, dtype: torch.dtype | None, rounding: str
+) -> Change:
+    shape = B.shape[0], A.shape[1]
+
+    def change(stored: Tensor) -> Tensor:
+        wide = torch.promote_types(stored.dtype, torch.float32)
+        product = B.to(wide) @ A.to(wide)
+        # PEFT corrects fan_in_fan_out by the kind of the layer, which a shape shows where it is not square.
+        if tuple(stored.shape) != shape or (fan_in_fan_out and shape[0] == shape[1]):
+            product = product.T
+        # PEFT rounds each of these steps to W0's dtype. Only to equal it bit for bit is that done here.
+        as_peft = rounding == "nearest" and dtype in (None, stored.dtype)
+        weight = stored if as_peft else stored.to(wide)
+        return weight + weight * product.to(weight.dtype)
+
+    return change

@@ -1,0 +1,76 @@
+"""Stochastic rounding: as defined, element by element; unbiased; the same bits every time."""
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from smoa_kernels.definition import rounding
+from smoa_kernels.definition.rounding import round_stochastically
+
+half_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def drawn(size, seed=3, scale=1.0):
+    return scale * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+@half_types
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-6], ids=["normal", "subnormal"])
+def test_definition(dtype, wide, scale, monkeypatch):
+    """The docstring's, in float64, with neighbours by `nextafter`; panels leave no trace."""
+    monkeypatch.setattr(rounding, "_PANEL", 64)
+    values = drawn(333, scale=scale).to(wide)
+    words = np.random.PCG64([5, zlib.crc32(b"model.weight")]).random_raw(167)
+    halves = [half for word in words.tolist() for half in (word & 0xFFFFFFFF, word >> 32)]
+    expected = []
+    for value, half in zip(values, halves, strict=False):
+        near = value.to(dtype)
+        zero, infinity = torch.zeros((), dtype=dtype), torch.tensor(torch.inf, dtype=dtype)
+        a = torch.nextafter(near, zero) if near.abs().double() > value.abs() else near
+        b = torch.nextafter(a, infinity.copysign(near))
+        h = (value.double() - a.double()) / (b.double() - a.double())
+        expected.append(b if (half >> 8) * 2.0**-24 < h else a)
+    rounded = round_stochastically(values, dtype, seed=5, name="model.weight")
+    assert torch.equal(rounded, torch.stack(expected))
+
+
+@half_types
+def test_mean_is_what_was_rounded(dtype):
+    """Five standard errors of a mean of 2¹⁶ draws; rounding to nearest is off by 30 times that at h = 0.4."""
+    draws = 2**16
+    step = torch.finfo(dtype).eps
+    for h in (0.01, 0.25, 0.4, 0.9):
+        for sign in (1.0, -1.0):
+            values = torch.full((draws,), sign * (1 + h * step))
+            rounded = round_stochastically(values, dtype, seed=0, name="a")
+            bias = float((rounded.double().mean() - values[0].double()).abs()) / step
+            bound = 5 * (h * (1 - h) / draws) ** 0.5
+            assert bias < bound
+            assert h != 0.4 or abs(float(values[0].to(dtype)) - float(values[0])) / step > 30 * bound
+
+
+@half_types
+def test_what_needs_no_rounding_is_kept(dtype):
+    values = torch.tensor([0.0, -0.0, 1.0, -2.5, torch.finfo(dtype).max, torch.inf, -torch.inf])
+    rounded = round_stochastically(values, dtype, seed=0, name="a")
+    assert torch.equal(rounded.view(torch.int16), values.to(dtype).view(torch.int16))
+    assert round_stochastically(torch.tensor([torch.nan]), dtype, seed=0, name="a").isnan().all()
+    beyond = torch.tensor([3.4e38, 3.4e38]) if dtype == torch.bfloat16 else torch.tensor([1e6, 65521.0])
+    assert torch.equal(round_stochastically(beyond, dtype, seed=0, name="a"), beyond.to(dtype))
+    assert round_stochastically(torch.empty(0, 3), dtype, seed=0, name="a").shape == (0, 3)
+
+
+def test_bits_depend_on_seed_and_name_alone():
+    values = drawn(4096).view(64, 64)
+    first, again, other_seed, other_name = (
+        round_stochastically(values, torch.bfloat16, seed=seed, name=name)
+        for seed, name in ((0, "a"), (0, "a"), (1, "a"), (0, "b"))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other_seed)
+    assert not torch.equal(first, other_name)
+    # Elements count in the order in which a row-major tensor stores them, whatever the strides were.
+    assert torch.equal(round_stochastically(values.T.contiguous().T, torch.bfloat16, seed=0, name="a"), first)
