@@ -58,8 +58,8 @@ def check_present(weight: torch.Tensor) -> None:
     """Raise where W0 is partitioned and would read as empty."""
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise RuntimeError(
-            "W0 is partitioned by DeepSpeed ZeRO-3, and SMoA needs it whole in forward and backward: use ZeRO-2, or "
-            "keep the base model's weights whole (stage3_param_persistence_threshold)"
+            "W0 is partitioned by DeepSpeed ZeRO-3, which gathers it only where its engine runs forward and backward: "
+            "elsewhere, read or merge the layer inside deepspeed.zero.GatheredParameters(layer.parameters())"
         )
 
 
