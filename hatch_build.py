@@ -21,8 +21,17 @@ FOLDER = Path(__file__).resolve().parent / "smoa_kernels" / "backends" / "native
 SOURCE = FOLDER / "linear.c"
 # By torch.backends.cpu.get_cpu_capability(): each instruction set is a library of its own, and one is loaded.
 VARIANTS = {
-    "AVX2": ["-DVECTOR_BYTES=32", "-mavx2", "-mfma"],
-    "AVX512": ["-DVECTOR_BYTES=64", "-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"],
+    "AVX2": ["-DVECTOR_BYTES=32", "-mavx2", "-mfma", "-mf16c"],
+    "AVX512": [
+        "-DVECTOR_BYTES=64",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mavx512f",
+        "-mavx512dq",
+        "-mavx512bw",
+        "-mavx512vl",
+    ],
 }
 
 

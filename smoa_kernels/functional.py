@@ -67,7 +67,7 @@ def smoa_linear(
             "expanded" (few tokens, eager and native), "fused" (few tokens, triton: one kernel) or "auto": the form
             for few tokens where there are few, else merged where the GEMM multiplies in IEEE float32/64, split in half
             precision and TF32, where a rounded W_eff would lose a small update, and whenever dropout is active.
-        backend: "eager" (torch operators), "native" (compiled, float32 on x86 CPUs), "triton", "reference" (the
+        backend: "eager" (torch operators), "native" (compiled, on x86 CPUs), "triton", "reference" (the
             definition, slow) or "auto".
 
     Returns:

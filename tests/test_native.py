@@ -1,4 +1,5 @@
-"""The compiled GEMMs: panels, threads, instruction sets, what they refuse to follow; and why they may be absent.
+"""The compiled code: GEMMs and passes beside torch's, threads, instruction sets, what it refuses to follow; why it may
+be absent.
 
 What they promise beside the other backends: tests/test_contract.py.
 """
@@ -14,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import Case, LinearProblem, assert_within_budget, make_problem
+from problems import HALF, Case, LinearProblem, assert_within_budget, make_problem
 from torch import Tensor
 
 import hatch_build
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import load_backend, native_obstacle, resolve_backend
-from smoa_kernels.backends.native import backend, library
+from smoa_kernels.backends.native import backend, library, operands
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
@@ -38,13 +39,16 @@ def on_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def on_cpu(**options: object) -> LinearProblem:
-    return make_problem(dtype=torch.float32, **options).on(CPU)  # type: ignore[arg-type]
+def on_cpu(dtype: torch.dtype = torch.float32, **options: object) -> LinearProblem:
+    return make_problem(dtype=dtype, **options).on(CPU)  # type: ignore[arg-type]
 
 
 # W_eff's GEMMs, by packing it and by not; those of W0 and ΔW: of all of x, and of what is not dropped.
 FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "expanded", "split", "dropout")}
 each_form = pytest.mark.parametrize("form", FORMS)
+# Half types take other code; the two of them the same, but for the numbers' format.
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=lambda dtype: str(dtype)[6:])
+each_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
 
 
 @needs_library
@@ -79,6 +83,46 @@ def test_every_shape(
         assert_within_budget(p.run(**FORMS[form].options), FORMS[form], p)
 
 
+@needs_library
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "in_features", "ranks"),
+    [
+        (13, 31, 29, (2, 1)),
+        (3, 33, 16, (1,)),  # one vector, and a column more
+        (8, 64, 96, (2, 2)),  # blocks of one shape
+        (40, 97, 401, (3, 0, 2)),
+        (70, 32, 320, (17,) * 8),  # blocks whose columns lie far apart
+        (600, 40, 48, (2, 2)),  # two panels of tokens
+    ],
+)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("column_major", [False, True])
+@each_half
+@each_form
+def test_every_shape_in_half_precision(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    ranks: tuple[int, ...],
+    threads: int,
+    column_major: bool,
+    dtype: torch.dtype,
+    form: str,
+    poisoned_memory: None,
+) -> None:
+    case, sizes = (
+        replace(FORMS[form], dtype=dtype),
+        {"out_features": out_features, "in_features": in_features},
+    )
+    p = on_cpu(dtype, tokens=tokens, ranks=ranks, **sizes)
+    if column_major:
+        p = replace(p, weight=p.weight.T.contiguous().T)
+    with on_threads(threads):
+        found = p.run(**case.options)
+        assert_within_budget(found, case, p)
+        assert all(map(torch.equal, found, p.run(**case.options)))
+
+
 def in_backend(name: str, p: LinearProblem, form: str) -> list[tuple[Tensor, ...] | type]:
     """What `forward` and `backward` of a backend return, or the kind of error that they raise."""
     dropout = FORMS[form].dropout
@@ -99,34 +143,37 @@ def in_backend(name: str, p: LinearProblem, form: str) -> list[tuple[Tensor, ...
 
 CHANGES: dict[str, Callable[[LinearProblem], LinearProblem]] = {
     "float64": lambda p: p.to(torch.float64),
-    "bfloat16": lambda p: p.to(torch.bfloat16),
     "x": lambda p: replace(p, x=p.x[:, :-9]),
     "A": lambda p: replace(p, A=p.A[:, :-9]),
     "B": lambda p: replace(p, B=p.B[:-9]),
     "dy": lambda p: replace(p, dy=p.dy[:, :-9]),
     "fewer dy": lambda p: replace(p, dy=p.dy[:-9]),
-    "dtype of x": lambda p: replace(p, x=p.x.bfloat16()),
+    "dtype of x": lambda p: replace(
+        p, x=p.x.to(torch.float16 if p.x.dtype == torch.bfloat16 else torch.bfloat16)
+    ),
 }
 
 
 @needs_library
+@each_dtype
 @each_form
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_it_does_not_take_is_eagers(change: str, form: str) -> None:
+def test_what_it_does_not_take_is_eagers(change: str, form: str, dtype: torch.dtype) -> None:
     """An exported program names its backend whatever it meets; and compiled code would read beyond the end."""
-    p = CHANGES[change](on_cpu(tokens=50))
+    p = CHANGES[change](on_cpu(dtype, tokens=50))
     found, expected = in_backend("native", p, form), in_backend("eager", p, form)
     first = 1 if change.endswith("dy") else 0  # which the forward does not take
     for ours, theirs in zip(found[first:], expected[first:], strict=True):
         assert ours is theirs if isinstance(theirs, type) else all(map(torch.equal, ours, theirs))
-    assert any(isinstance(one, type) for one in found) or change in ("float64", "bfloat16", "dtype of x")
+    assert any(isinstance(one, type) for one in found) or change in ("float64", "dtype of x")
 
 
 @needs_library
+@each_dtype
 @each_form
-def test_indices_of_any_kind(form: str) -> None:
+def test_indices_of_any_kind(form: str, dtype: torch.dtype) -> None:
     """The kernels take contiguous ones alone, which a partition makes; the compiled code makes its own."""
-    p = on_cpu(tokens=50, random_labels=True)
+    p = on_cpu(dtype, tokens=50, random_labels=True)
     labels, indices = p.partition.tensors()[:2], p.partition.tensors()[2:]
     strided = [torch.stack([index, index], 1)[:, 0] for index in indices]
     other = BlockPartition.from_tensors([*(one.long() for one in labels), *strided], p.partition.sizes())
@@ -135,11 +182,12 @@ def test_indices_of_any_kind(form: str) -> None:
 
 
 @needs_library
+@each_dtype
 @each_form
 @pytest.mark.parametrize("tokens", [4, 50])
-def test_contiguous_blocks_give_what_their_indices_give(tokens: int, form: str) -> None:
+def test_contiguous_blocks_give_what_their_indices_give(tokens: int, form: str, dtype: torch.dtype) -> None:
     """Bit for bit: what lies in order is read where it lies, by its label; without it by index."""
-    p = on_cpu(tokens=tokens, out_features=301, in_features=457, block_order="contiguous")
+    p = on_cpu(dtype, tokens=tokens, out_features=301, in_features=457, block_order="contiguous")
     *sizes, granularity, contiguous = p.partition.sizes()
     assert contiguous
     indexed = BlockPartition.from_tensors(p.partition.tensors(), [*sizes, granularity, 0])
@@ -173,10 +221,10 @@ def test_granules_give_what_scattered_coordinates_give(granule: int, masked: boo
     )
     kept = torch.rand(p.x.shape, generator=generator) < 0.7
 
-    def mask(columns: torch.Tensor) -> backend.Mask | None:
+    def mask(columns: torch.Tensor) -> operands.Mask | None:
         padded = torch.nn.functional.pad(columns, (0, -columns.shape[1] % 16)).unflatten(1, (-1, 16))
         words = (padded.int() << torch.arange(16)).sum(2)
-        return backend.Mask(words.to(torch.int16), 1.5) if masked else None
+        return operands.Mask(words.to(torch.int16), 1.5) if masked else None
 
     y = backend._update(p.x, adapter, x_mask=mask(kept))
     assert torch.equal(y[:, rows], backend._update(p.x[:, cols], scattered, x_mask=mask(kept[:, cols])))
@@ -212,17 +260,18 @@ def test_the_same_on_older_processors() -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @each_form
 @pytest.mark.parametrize("value", [-1, 90, 2**31])
 @pytest.mark.parametrize(
     "which", range(6), ids=["row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets"]
 )
-def test_a_partition_that_is_broken(which: int, value: int, form: str) -> None:
+def test_a_partition_that_is_broken(which: int, value: int, form: str, dtype: torch.dtype) -> None:
     """`from_tensors` takes almost all that it is given, and compiled code would follow it anywhere."""
     if form == "dropout" and which < 2:
         pytest.skip("only W_eff asks for labels")
     asked = {"merged": (0, 1), "expanded": (1, 2, 4)}.get(form, (2, 3, 4, 5))
-    p = on_cpu(tokens=50)
+    p = on_cpu(dtype, tokens=50)
     ways = [lambda t: t.long().index_fill(0, torch.tensor([2]), value), lambda t: t[:-1]]
     if which in (2, 3):  # one twice, another never
         ways.append(lambda t: t.index_copy(0, torch.tensor([5]), t[6:7]))
@@ -277,15 +326,16 @@ def test_the_mask_is_eagers(shard: tuple[int, int] | None) -> None:
     offset, width = shard or (0, None)
     mask = Dropout(torch.tensor(7), 0.3, offset, width)
     x = torch.randn(600, 37)
-    bits = backend._drawn(mask, x, 37).kept[:, torch.arange(37) // 16] >> (torch.arange(37) % 16) & 1
+    bits = operands.drawn(mask, x, 37).kept[:, torch.arange(37) // 16] >> (torch.arange(37) % 16) & 1
     assert torch.equal(bits.float() * mask.scale, mask.multiplier(x))
 
 
 @needs_library
+@each_dtype
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_dropped_is_still_seen_where_it_is_not_finite(value: float) -> None:
+def test_what_is_dropped_is_still_seen_where_it_is_not_finite(value: float, dtype: torch.dtype) -> None:
     """0 · NaN is NaN, by the definition and in torch's operators."""
-    p, options = on_cpu(tokens=40, random_labels=True), FORMS["dropout"].options
+    p, options = on_cpu(dtype, tokens=40, random_labels=True), FORMS["dropout"].options
     dropped = FORMS["dropout"].dropout.multiplier(p.x) == 0
     for place in dropped.nonzero()[:3].tolist():
         x = p.x.clone()
@@ -299,7 +349,11 @@ def test_auto_takes_what_is_there() -> None:
     there = native_obstacle(CPU) is None
     assert resolve_backend("auto", CPU, torch.float32, 4) == ("native" if there else "eager")
     assert resolve_backend("auto", CPU, torch.float64, 4) == "eager"
-    assert resolve_backend("auto", CPU, torch.bfloat16, 4) == "eager"
+    assert resolve_backend("auto", CPU, torch.bfloat16, 4) == ("native" if there else "eager")
+    assert (
+        native_obstacle(CPU, torch.float64)
+        == "the compiled code takes bfloat16, float16, float32, got torch.float64"
+    )
 
 
 def test_a_variable_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +372,7 @@ def test_less_than_float32_is_eagers() -> None:
         assert (
             native_obstacle(CPU) == "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
         )
+        assert native_obstacle(CPU, torch.bfloat16) == library.obstacle()
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
 

@@ -1,4 +1,4 @@
-"""Which backend runs where: "eager" anywhere, "native" in float32 on x86 CPUs, "triton" on GPUs, "reference" for tests.
+"""Which backend runs where: "eager" anywhere, "native" on x86 CPUs, "triton" on GPUs, "reference" for tests.
 
 A backend is a module that obeys :class:`Backend`. In each of them the function that computes dA and dB is called
 `factor_gradients`, and the one that computes dX `input_gradient`.
@@ -160,11 +160,11 @@ def native_obstacle(device: torch.device, dtype: torch.dtype = torch.float32) ->
         device: of the activations.
         dtype: that the GEMM multiplies.
     """
-    if dtype != torch.float32:
-        return f"the compiled code takes float32, got {dtype}"
+    if dtype not in KERNEL_DTYPES:
+        return f"the compiled code takes {dtype_names(KERNEL_DTYPES)}, got {dtype}"
     if device.type != "cpu":
         return f"x is on {device.type}, the compiled code runs on CPUs"
-    return _library_obstacle()
+    return _library_obstacle(dtype)
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 1) -> str | None:
@@ -202,8 +202,8 @@ def algorithms_of(backend: str) -> tuple[str, ...]:
 
 
 @_constant
-def _library_obstacle() -> str | None:
-    if not gemm_is_ieee(torch.float32, "cpu"):
+def _library_obstacle(dtype: torch.dtype) -> str | None:
+    if dtype == torch.float32 and not gemm_is_ieee(dtype, "cpu"):
         return "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
     return library_obstacle()
 

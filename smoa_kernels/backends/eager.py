@@ -33,6 +33,9 @@ __all__ = ["ALGORITHMS", "backward", "choose_algorithm", "delta_weight", "forwar
 
 ALGORITHMS = ("merged", "split", "expanded")
 
+Modulation = Callable[[int, Tensor], Tensor]
+"""Writes rows of W_eff, the first of which it is told, to a tensor in W0's memory order; returns that."""
+
 # The expanded form multiplies slots·T further rows by W0 (one slot per block and rank). Up to this many of them
 # it is the cheapest: measured on CPU at 2048² by benchmarks/test_few_tokens.py. Half precision stays longer
 # because its alternative, split, also reads W0 twice.
@@ -102,11 +105,11 @@ def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
     return choose_algorithm(x.shape[0], _expanded_rows(adapter), ieee=ieee, dropout=dropout is not None)
 
 
-def input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
-    """`dX = dY W_eff` (T, C), without dropout."""
+def input_gradient(dy: Tensor, adapter: PackedAdapter, modulation: Modulation | None = None) -> Tensor:
+    """`dX = dY W_eff` (T, C), without dropout; `modulation` is of the transpose."""
     # Merged in every dtype: in dX a rounded W_eff is a second-order error.
-    algorithm = choose_algorithm(dy.shape[0], _expanded_rows(adapter), ieee=True, dropout=False)
-    return (expanded if algorithm == "expanded" else merged)(dy, adapter.T)
+    few = choose_algorithm(dy.shape[0], _expanded_rows(adapter), ieee=True, dropout=False) == "expanded"
+    return expanded(dy, adapter.T) if few else merged(dy, adapter.T, modulation)
 
 
 def _expanded_rows(adapter: PackedAdapter) -> int:
@@ -120,8 +123,8 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
     return W_eff if out is None else out.copy_(W_eff)
 
 
-def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
-    """A function that writes rows of W_eff, the first of which it is told, to a tensor in W0's memory order."""
+def _modulation(adapter: PackedAdapter) -> Modulation:
+    """torch's operators write the rows."""
     weight = adapter.weight
     if not adapter.partition.is_contiguous:
         A, B = adapter.expanded_factors(weight.dtype)
@@ -157,13 +160,13 @@ def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
     return torch.addcmul(weight, weight, out, out=out)
 
 
-def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
+def merged(x: Tensor, adapter: PackedAdapter, modulation: Modulation | None = None) -> Tensor:
     """`x W_effᵀ` (T, N), a panel of W_eff's rows at a time: its product meets it in cache, and it is never whole."""
-    weight = adapter.weight
+    weight, modulation = adapter.weight, modulation or _modulation(adapter)
     count = math.ceil(weight.shape[0] / MERGED_PANEL)
     if count <= 1:
-        return torch.mm(x, modulated_weight(adapter).T)
-    y, modulation = x.new_empty(x.shape[0], weight.shape[0]), _modulation(adapter)
+        return torch.mm(x, modulation(0, torch.empty_like(weight)).T)
+    y = x.new_empty(x.shape[0], weight.shape[0])
     height = MERGED_ALIGNMENT * math.ceil(weight.shape[0] / (MERGED_ALIGNMENT * count))
     buffer = torch.empty_like(weight[:height])
     for first, out in enumerate(y.split(height, dim=1)):

@@ -1,7 +1,7 @@
 /* What makes a GEMM SMoA's: a packed panel of W0 becomes W_eff or ΔW before it is multiplied. */
 #pragma once
 
-#include "panels.h"
+#include "stored.h"
 
 enum { BESIDE = 4 /* columns modulated at a time, so that what is loaded of B serves them all */ };
 
@@ -29,8 +29,6 @@ typedef struct {
 
 /* Of block k, whatever `ranks` says. */
 static inline i64 rank_of(const int32_t *ranks, i64 k, i64 most) { return ranks[k] < most ? ranks[k] : most; }
-
-static inline vf chosen(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
 
 /* Some columns of a panel, of blocks of one rank: W0 ∘ (1 + s B A) where labels agree, or, of one block, W0 ∘ s B A.
  * `factor` (rank, NR) is s B. */

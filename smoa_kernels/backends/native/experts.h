@@ -91,7 +91,7 @@ i64 smoa_experts_workspace(const experts *e, i64 pairs, i64 threads) {
         most = linear > most ? linear : most;
         most = gradient > most ? gradient : most;
     }
-    i64 few = smoa_few_workspace(e->rank, threads), partial = threads > 1 ? threads * e->rank * e->cols.count : 0;
+    i64 few = smoa_few_workspace(e->rank, e->cols.count, threads), partial = threads > 1 ? threads * e->rank * e->cols.count : 0;
     return expanded_size(e) + lines(partial) + (few > most ? few : most);
 }
 
@@ -108,7 +108,7 @@ i64 smoa_experts_linear_fit(const experts *e, const float *x, i64 x_stride, floa
         const float *from = x + start * x_stride;
         float *to = y + start * e->rows.count;
         if (e->weight_col == 1 && e->A_col == 1 && smoa_few_fit(tokens, e->rank))
-            smoa_few(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, now.row_index,
+            smoa_few(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, FLOAT32, now.row_index,
                      offsets_of(&e->rows, i), now.col_block, e->blocks, e->ranks, e->rank, A, e->A_rank, B, e->B_row,
                      e->B_rank, (float)e->scaling, to, now.rest, threads);
         else

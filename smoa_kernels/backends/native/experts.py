@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, experts
-from .backend import dense, named, with_rows
 from .library import library, obstacle
+from .operands import dense, named, with_rows
 
 __all__ = ["experts_backward", "experts_forward"]
 

@@ -12,10 +12,12 @@ enum {
 
 typedef struct {
     i64 tokens, rows, cols, blocks, parts, x_stride, weight_stride, A_stride, B_row, B_rank, rank;
-    const float *x, *weight, *A, *B;
+    const float *x, *A, *B;
+    const void *weight;
     const i64 *row_index;
     const int32_t *row_offsets, *col_block, *ranks;
     float scaling, *y, *workspace;
+    int stored; /* of W0 */
 } few_job;
 
 /* The columns between which all of a block lie. */
@@ -23,8 +25,10 @@ typedef struct {
     i64 first, end;
 } range;
 
+static i64 few_size(i64 rank, i64 cols) { return lines(rank * ROWS) + ROWS * lines(cols); }
+
 /* y[token, rows[i]] of some tokens and some rows of block k, whose columns lie in `own`; `factor` (rank, some) is to hold
- * s B. */
+ * s B, and behind it rows of W0 that are not stored as float32. */
 INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64 k, range own, const i64 *rows, float *y,
                      float *factor) {
     i64 rank = rank_of(j->ranks, k, j->rank), c = 0;
@@ -32,7 +36,10 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
     float sum[ROWS][FEW] = {{0}};
     vf sums[ROWS][FEW];
     for (int i = 0; i < some; i++) {
-        weight[i] = j->weight + rows[i] * j->weight_stride;
+        const void *from = number(j->weight, rows[i] * j->weight_stride, j->stored);
+        float *line = factor + lines(j->rank * ROWS) + i * lines(j->cols);
+        if (j->stored != FLOAT32) widen(from, j->cols, j->stored, line);
+        weight[i] = j->stored == FLOAT32 ? from : line;
         for (int t = 0; t < tokens; t++) sums[i][t] = (vf){0};
         for (i64 t = 0; t < rank; t++) factor[t * some + i] = j->scaling * j->B[rows[i] * j->B_row + t * j->B_rank];
     }
@@ -81,7 +88,7 @@ INLINE void few_of_block(int tokens, const few_job *j, const float *x, i64 k, ra
 static void few_part(void *it, i64 part) {
     few_job *j = it;
     if (part >= j->parts) return;
-    float *factor = j->workspace + part * lines(j->rank * ROWS);
+    float *factor = j->workspace + part * few_size(j->rank, j->cols);
     for (i64 token = 0; token < j->tokens; token += FEW) {
         const float *x = j->x + token * j->x_stride;
         float *y = j->y + token * j->rows;
@@ -109,14 +116,15 @@ static void few_part(void *it, i64 part) {
 i64 smoa_few_fit(i64 tokens, i64 rank) { return tokens <= FEW && rank <= rows_of(tokens) * rows_of(tokens); }
 
 /* Floats that smoa_few needs. */
-i64 smoa_few_workspace(i64 rank, i64 threads) { return threads * lines(rank * ROWS) + 16; }
+i64 smoa_few_workspace(i64 rank, i64 cols, i64 threads) { return threads * few_size(rank, cols) + 16; }
 
-/* y (tokens, rows) = x W_effᵀ: x, W0 (rows, cols) and A (rank, cols) with contiguous rows, B (rows, rank). */
-void smoa_few(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, const float *weight, i64 weight_stride,
+/* y (tokens, rows) = x W_effᵀ: x, W0 (rows, cols), `stored` as it is, and A (rank, cols) with contiguous rows, B (rows, rank). */
+void smoa_few(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, const void *weight, i64 weight_stride, i64 stored,
               const i64 *row_index, const int32_t *row_offsets, const int32_t *col_block, i64 blocks,
               const int32_t *ranks, i64 rank, const float *A, i64 A_stride, const float *B, i64 B_row, i64 B_rank,
               float scaling, float *y, float *workspace, i64 threads) {
     few_job job = {tokens, rows, cols, blocks, threads, x_stride, weight_stride, A_stride, B_row, B_rank, rank,
-                   x, weight, A, B, row_index, row_offsets, col_block, ranks, scaling, y, from_a_line(workspace)};
+                   x, A, B, weight, row_index, row_offsets, col_block, ranks, scaling, y, from_a_line(workspace),
+                   (int)stored};
     in_parallel(few_part, &job, threads);
 }

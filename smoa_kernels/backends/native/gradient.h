@@ -6,7 +6,11 @@
 
 typedef struct {
     i64 tokens, rows, cols, blocks, rank, parts, contiguous;
-    matrix dy, x, weight;
+    matrix dy, x;
+    const void *weight;
+    i64 row_stride, col_stride;
+    int stored, kind; /* of W0, and of G */
+    const void *G;    /* where it is there already: block after block */
     const i64 *row_index, *col_index;
     const int32_t *row_offsets, *col_offsets, *ranks;
     const float *A, *B;
@@ -23,7 +27,7 @@ enum {
     RANKS = 2,
 };
 
-/* dA[t] += Σ_i B[i][t] h[i], dB[i][t] = Σ_c h[i][c] A[t][c] for `height` rows h (height, width) and some ranks t, whose
+/* dA[t] += Σ_i B[i][t] h[i], dB[i][t] += Σ_c h[i][c] A[t][c] for `height` rows h (height, width) and some ranks t, whose
  * rows of A and dA are `width` apart; B[i] and dB[i] are at rows[i] * stride. */
 INLINE void contract_ranks(int some, const float *h, i64 height, i64 width, const float *A, float *dA, const float *B,
                            float *dB, const i64 *rows, i64 stride) {
@@ -62,67 +66,75 @@ INLINE void contract_ranks(int some, const float *h, i64 height, i64 width, cons
             dA[t * width + c] += added;
         }
     for (int t = 0; t < some; t++)
-        for (int i = 0; i < height; i++) dB[rows[i] * stride + t] = sum[t][i];
+        for (int i = 0; i < height; i++) dB[rows[i] * stride + t] += sum[t][i];
 }
 
-/* dA_k += B_kᵀ H and dB_k = H A_kᵀ for some rows of block k: H = s G ∘ W0 is written over G, A and dA (ranks[k], width)
- * are in block order, as is a row of W0 in `line`, which contiguous blocks do not need. */
-static void contract(const gradient_job *j, float *H, i64 k, i64 first, i64 count, const float *A, float *dA,
-                     const piece *pieces, i64 some, float *restrict line) {
+/* dA_k += B_kᵀ H and dB_k += H A_kᵀ for some rows of block k, H = s G ∘ W0, of which TOGETHER rows are held in `H`: A
+ * and dA (ranks[k], width) are in block order, as is a row of W0 in `line`, which contiguous blocks do not need. */
+INLINE void contract_kind(int stored, int kind, const gradient_job *j, const void *G, float *H, i64 k, i64 first,
+                          i64 count, const float *A, float *dA, const piece *pieces, i64 some, void *line) {
     i64 rank = rank_of(j->ranks, k, j->rank), width = j->col_offsets[k + 1] - j->col_offsets[k];
-    i64 step = j->weight.col_stride;
+    i64 step = j->col_stride;
     const i64 *rows = j->row_index + first, *cols = j->col_index + j->col_offsets[k];
-    float scaling = j->scaling;
     for (i64 top = 0; top < count; top += TOGETHER, rows += TOGETHER) {
         i64 height = least(TOGETHER, count - top);
-        float *group = H + top * width;
         for (i64 i = 0; i < height; i++) {
-            const float *weight = j->weight.data + rows[i] * j->weight.row_stride;
-            const float *ordered = j->contiguous && step == 1 ? weight + j->col_offsets[k] : line;
-            float *restrict h = group + i * width;
-            if (step != 1)
-                for (i64 c = 0; c < width; c++) line[c] = weight[cols[c] * step];
-            else if (!j->contiguous)
-                gather(weight, cols, width, pieces, some, NULL, line);
-            for (i64 c = 0; c < width; c++) h[c] *= scaling * ordered[c];
+            const void *weight = number(j->weight, rows[i] * j->row_stride, stored), *ordered = line;
+            if (j->contiguous && step == 1)
+                ordered = number(weight, j->col_offsets[k], stored);
+            else if (step == 1)
+                gather_stored(weight, cols, width, pieces, some, stored, line);
+            else /* of float32 alone */
+                for (i64 c = 0; c < width; c++) ((float *)line)[c] = ((const float *)weight)[cols[c] * step];
+            for (i64 c = 0; c < width; c += LANES)
+                narrow(H + i * width, c, width - c,
+                       widened(G, (top + i) * width + c, width - c, kind) *
+                           (j->scaling * widened(ordered, c, width - c, stored)),
+                       FLOAT32);
         }
         for (i64 t = 0; t < rank; t += RANKS)
             if (t + RANKS <= rank)
-                contract_ranks(RANKS, group, height, width, A + t * width, dA + t * width, j->B + t, j->dB + t, rows,
-                               j->rank);
+                contract_ranks(RANKS, H, height, width, A + t * width, dA + t * width, j->B + t, j->dB + t, rows, j->rank);
             else
-                contract_ranks(1, group, height, width, A + t * width, dA + t * width, j->B + t, j->dB + t, rows,
-                               j->rank);
+                contract_ranks(1, H, height, width, A + t * width, dA + t * width, j->B + t, j->dB + t, rows, j->rank);
     }
 }
 
+static void contract(const gradient_job *j, const void *G, float *H, i64 k, i64 first, i64 count, const float *A,
+                     float *dA, const piece *pieces, i64 some, void *line) {
+#define CALL(stored, kind) contract_kind(stored, kind, j, G, H, k, first, count, A, dA, pieces, some, line)
+    WITH_KINDS(j->stored, j->kind, CALL)
+#undef CALL
+}
+
 static i64 gradient_size(i64 tokens, i64 widest, i64 slab, i64 rank) {
-    return lines(slab * widest) + 2 * lines(rank * widest) + lines(widest + PIECE) + pieces_size(widest) +
+    return lines(slab * widest) + lines(TOGETHER * widest) + 2 * lines(rank * widest) + lines(widest + PIECE) + pieces_size(widest) +
            product_size(slab, tokens, 0);
 }
 
-/* Some rows of block k, from `first` to `end`. */
-static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, float *dA, float *workspace) {
+/* Some rows of block k, from `first` to `end`; `given` is their G where it is there already. */
+static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, const void *given, float *dA, float *workspace) {
     i64 col = j->col_offsets[k], width = j->col_offsets[k + 1] - col, rank = rank_of(j->ranks, k, j->rank);
     const i64 *cols = j->col_index + col;
     if (first >= end || !width || rank < 1) return;
-    float *G = workspace, *A = G + lines(j->slab * j->widest), *sum = A + lines(rank * width);
+    float *G = workspace, *H = G + lines(j->slab * j->widest), *A = H + lines(TOGETHER * j->widest), *sum = A + lines(rank * width);
     float *line = sum + lines(rank * width), *rest = line + lines(width + PIECE);
     piece *pieces = (piece *)rest;
-    i64 some = pieces_of(cols, width, pieces);
+    i64 some = stored_pieces_of(cols, width, j->stored, pieces);
     rest += pieces_size(width);
     for (i64 t = 0; t < rank; t++)
         for (i64 c = 0; c < width; c++) {
             A[t * width + c] = j->A[t * j->cols + cols[c]];
-            sum[t * width + c] = 0;
+            sum[t * width + c] = dA[t * j->cols + cols[c]];
         }
     matrix dy = j->dy, x = j->x;
     if (!j->contiguous) dy.rows = j->row_index;
     if (!j->contiguous || x.keep) x.rows = j->col_index;
-    for (; first < end; first += j->slab) {
+    if (given) contract(j, given, H, k, first, end - first, A, sum, pieces, some, line);
+    for (; first < end && !given; first += j->slab) {
         i64 count = least(j->slab, end - first);
         product(dy, first, count, x, col, width, j->tokens, NULL, G, width, 0, rest);
-        contract(j, G, k, first, count, A, sum, pieces, some, line);
+        contract(j, G, H, k, first, count, A, sum, pieces, some, line);
     }
     for (i64 t = 0; t < rank; t++)
         for (i64 c = 0; c < width; c++) dA[t * j->cols + cols[c]] = sum[t * width + c];
@@ -133,13 +145,15 @@ static void gradient_part(void *it, i64 part) {
     if (part >= j->parts) return;
     float *dA = j->dA + part * j->rank * j->cols;
     float *workspace = j->workspace + part * gradient_size(j->tokens, j->widest, j->slab, j->rank);
-    for (i64 k = 0; k < j->blocks; k++) {
-        i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top;
+    for (i64 k = 0, before = 0; k < j->blocks; k++) {
+        i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, width = j->col_offsets[k + 1] - j->col_offsets[k];
         /* In whole groups, so that a row of dB is summed in the same order however many threads there are; where a block
          * has fewer than threads, others take the next block's. */
         i64 turn = (part + k) % j->parts;
         i64 first = share_of(height, TOGETHER, turn, j->parts), end = share_of(height, TOGETHER, turn + 1, j->parts);
-        block_gradient(j, k, top + first, top + end, dA, workspace);
+        const void *given = j->G ? number(j->G, before + first * width, j->kind) : NULL;
+        block_gradient(j, k, top + first, top + end, given, dA, workspace);
+        before += height * width;
     }
 }
 
@@ -164,8 +178,25 @@ void smoa_gradient(i64 tokens, i64 rows, i64 cols, const float *dy, i64 dy_strid
                    const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
                    const float *A, const float *B, float scaling, float *dA, float *dB, float *workspace, i64 threads) {
     gradient_job job = {tokens, rows, cols, blocks, rank, threads, contiguous, matrix_of(dy, 1, dy_stride),
-                        some_of(x, 1, x_stride, keep, cols), matrix_of(weight, row_stride, col_stride), row_index, col_index, row_offsets, col_offsets, ranks,
-                        A, B, scaling, dA, dB, from_a_line(workspace), largest_of(col_offsets, blocks),
-                        slab_of(row_offsets, blocks, threads)};
+                        some_of(x, 1, x_stride, keep, cols), weight, row_stride, col_stride, FLOAT32, FLOAT32, NULL,
+                        row_index, col_index, row_offsets, col_offsets, ranks, A, B, scaling, dA, dB,
+                        from_a_line(workspace), largest_of(col_offsets, blocks), slab_of(row_offsets, blocks, threads)};
+    in_parallel(gradient_part, &job, threads);
+}
+
+/* Floats that smoa_contract needs. */
+i64 smoa_contract_workspace(const int32_t *col_offsets, i64 blocks, i64 rank, i64 threads) {
+    return threads * gradient_size(0, largest_of(col_offsets, blocks), 0, rank) + 16;
+}
+
+/* The same of G that is there, of `kind`, one block (its rows, its columns) after another, added to dA and dB; W0 is
+ * `stored` as that or as float32, its rows contiguous. */
+void smoa_contract(i64 rows, i64 cols, const void *G, i64 kind, const void *weight, i64 row_stride, i64 stored,
+                   const i64 *row_index, const i64 *col_index, const int32_t *row_offsets, const int32_t *col_offsets,
+                   i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank, const float *A, const float *B,
+                   float scaling, float *dA, float *dB, float *workspace, i64 threads) {
+    gradient_job job = {0, rows, cols, blocks, rank, threads, contiguous, {0}, {0}, weight, row_stride, 1, (int)stored,
+                        (int)kind, G, row_index, col_index, row_offsets, col_offsets, ranks, A, B, scaling, dA, dB,
+                        from_a_line(workspace), largest_of(col_offsets, blocks), 0};
     in_parallel(gradient_part, &job, threads);
 }

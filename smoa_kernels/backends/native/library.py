@@ -1,4 +1,4 @@
-"""Loads what `linear.c` was compiled to, or says why it cannot: SMoA's float32 GEMMs on x86 processors.
+"""Loads what `linear.c` was compiled to, or says why it cannot: SMoA's GEMMs and other passes on x86 processors.
 
 Compiled when the package is built (`hatch_build.py`), never when it runs.
 """
@@ -22,7 +22,11 @@ _SIGNATURES = {
     "smoa_linear": "iiipipiippipipiipiifpipi",
     "smoa_update": "iiipippiippppiipipiipiifpppi",
     "smoa_gradient": "iiipipippiippppiipippfpppi",
-    "smoa_few": "iiipipipppipipipiifppi",
+    "smoa_contract": "iipipiippppiipippfpppi",
+    "smoa_few": "iiipipiipppipipipiifppi",
+    "smoa_order": "ipiippiippipi",
+    "smoa_deltas": "piippppiipipiipiifippi",
+    "smoa_modulate": "iipiippiipipiipiifipipi",
     "smoa_keep": "iipiip",
     "smoa_experts_linear_fit": "ppippi",
     "smoa_experts_gradient_fit": "ppipipppi",
@@ -30,10 +34,13 @@ _SIGNATURES = {
     "smoa_few_fit": "ii",
     "smoa_indices_fit": "iippppi",
     "smoa_linear_workspace": "iiii",
-    "smoa_few_workspace": "ii",
+    "smoa_few_workspace": "iii",
     "smoa_update_workspace": "iiippiii",
     "smoa_gradient_workspace": "ippiii",
+    "smoa_contract_workspace": "piii",
     "smoa_experts_workspace": "pii",
+    "smoa_order_workspace": "ii",
+    "smoa_change_workspace": "iii",
 }
 _TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}
 

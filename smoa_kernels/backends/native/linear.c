@@ -14,6 +14,7 @@
 #include "adapter.h"
 #include "few_tokens.h"
 #include "gradient.h"
+#include "half.h"
 #include "threads.h"
 #include "update.h"
 

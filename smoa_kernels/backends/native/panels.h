@@ -128,7 +128,7 @@ static inline void transpose(const float *const *rows, i64 at, float *out, i64 s
 static void pack_rows(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
     float ordered[NR * (KC + PIECE)];
     piece pieces[KC];
-    i64 some = m.cols ? pieces_of(m.cols + k, depth, pieces) : 0;
+    i64 some = m.cols ? pieces_of(m.cols + k, depth, PIECE, pieces) : 0;
     for (i64 top = 0; top < count; top += height, out += depth * height) {
         int there = (int)least(height, count - top);
         const float *row[NR + 8];
@@ -159,7 +159,7 @@ static void pack_rows(matrix m, i64 first, i64 count, i64 k, i64 depth, int heig
 static void pack_columns(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
     float line[MC + PIECE];
     piece pieces[MC];
-    i64 some = m.rows ? pieces_of(m.rows + first, count, pieces) : 0;
+    i64 some = m.rows ? pieces_of(m.rows + first, count, PIECE, pieces) : 0;
     for (i64 p = 0; p < depth; p++) {
         i64 at = k + p, further = k + least(p + COLUMNS_AHEAD, depth - 1), start = m.rows ? 0 : first;
         const float *column = m.data + (m.cols ? m.cols[at] : at) * m.col_stride + start;

@@ -26,19 +26,19 @@ static i64 words(i64 count) { return (count + 15) / 16; }
 
 enum { PIECE = 16, RUN = 8 };
 
-/* Of PIECE floats from `at`, those that `taken` has a bit for: the coordinates of a block that lie there. With AVX2 all
+/* Of PIECE floats (or more of a smaller type) from `at`, those that `taken` has a bit for: the coordinates of a block that lie there. With AVX2 all
  * of so many as `taken` says. */
 typedef struct {
     i64 at, taken;
 } piece;
 
-/* The coordinates index[0] to index[count - 1] as pieces, of which there are no more than coordinates; 0 where reading
+/* The coordinates index[0] to index[count - 1] as pieces of `size`, of which there are no more than coordinates; 0 where reading
  * one at a time is as fast: they lie too far apart, or with AVX2 are not neighbours, all but the last in runs of RUN. */
-static i64 pieces_of(const i64 *index, i64 count, piece *pieces) {
+static i64 pieces_of(const i64 *index, i64 count, i64 size, piece *pieces) {
 #if VECTOR_BYTES == 64
     i64 some = 0, last = -1;
     for (i64 i = 0; i < count; last = index[i++]) {
-        i64 at = index[i] / PIECE * PIECE, bit = 1 << index[i] % PIECE;
+        i64 at = index[i] / size * size, bit = (i64)1 << index[i] % size;
         if (some && index[i] > last && pieces[some - 1].at == at)
             pieces[some - 1].taken |= bit;
         else if (3 * some < count)
@@ -49,6 +49,7 @@ static i64 pieces_of(const i64 *index, i64 count, piece *pieces) {
     return some;
 #else
     i64 some = 0;
+    (void)size;
     for (i64 i = 0; i < count; i += RUN) {
         i64 there = least(RUN, count - i);
         for (i64 c = 1; c < there; c++)

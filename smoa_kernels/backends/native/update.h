@@ -108,7 +108,7 @@ static void update_part(void *it, i64 part) {
     float *band = j->workspace + part * update_size(j->tokens, j->rows, j->cols, j->blocks, j->m.rank);
     float *ordered = band + band_size(least(BAND, j->tokens), j->cols, j->blocks), *line = ordered + MR * stride;
     piece *of_cols = (piece *)(line + lines(j->rows + PIECE)), *of_rows = of_cols + j->cols;
-    i64 some = pieces_of(j->col_index, j->cols, of_cols), others = pieces_of(j->row_index, j->rows, of_rows);
+    i64 some = pieces_of(j->col_index, j->cols, PIECE, of_cols), others = pieces_of(j->row_index, j->rows, PIECE, of_rows);
     int x_is_ordered = j->contiguous && !j->x.keep, y_is_ordered = j->contiguous && !j->keep;
     for (; first < end; first += BAND) {
         i64 height = least(BAND, end - first);

@@ -1,0 +1,284 @@
+"""Half precision on a CPU: torch multiplies, compiled code does what is no GEMM (`half.h`, `gradient.h`).
+
+torch's GEMMs take what the processor has for half types, AMX among it. Around them the adapter asks for copies of
+activations in block order, for ΔW or W_eff, and for dA and dB of G: passes over memory, one each here, where torch's
+operators take several. The algorithms are the eager backend's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...definition.packed import PackedAdapter
+from ...definition.precision import accumulate
+from .. import eager
+from ..eager import HALF_TOKEN_PANEL
+from .library import library
+from .operands import KINDS, Mask, along_memory, blocks_of, dense, kept_by, labels_of, named, with_rows
+
+__all__ = ["BLOCKS", "backward", "merged", "split"]
+
+BLOCKS = "smoa::compiled_blocks"
+"""What these compiled functions are called in a profile."""
+
+Matrices = Tensor | Sequence[Tensor]
+"""One for each block: (K, rows, columns) where they are all of one shape, else a list."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The rows of W0 block by block, or its columns.
+
+    Attributes:
+        index: int64, of each block after another.
+        offsets: int32 (K + 1,), where in `index` each block begins.
+        sizes: how many each block has.
+        contiguous: the index counts up.
+    """
+
+    index: Tensor
+    offsets: Tensor
+    sizes: Sequence[int]
+    contiguous: bool
+
+    def ordered(self, x: Tensor, mask: Mask | None, memory: Tensor) -> Matrices:
+        """Columns of x (T, all) in block order, without what the mask drops; they lie in `memory`."""
+        self._copy(x, mask, memory, back=False)
+        return self.within(memory, x.shape[0])
+
+    def restore(self, memory: Tensor, x: Tensor, mask: Mask | None) -> None:
+        """Write to x (T, all) what :meth:`within` shows, without what the mask drops."""
+        self._copy(x, mask, memory, back=True)
+
+    def within(self, memory: Tensor, tokens: int) -> Matrices:
+        """The blocks (T, columns) that `memory` has room for, one after another."""
+        return matrices(memory, [(tokens, size) for size in self.sizes])
+
+    def _copy(self, x: Tensor, mask: Mask | None, memory: Tensor, *, back: bool) -> None:
+        code, threads = library(), torch.get_num_threads()
+        workspace = x.new_empty(code.smoa_order_workspace(x.shape[1], threads), dtype=torch.float32)
+        with named(BLOCKS):
+            code.smoa_order(
+                x.shape[0], x.data_ptr(), x.stride(0), KINDS[x.dtype], self.index.data_ptr(), self.offsets.data_ptr(),
+                len(self.sizes), self.contiguous, kept_by(mask), memory.data_ptr(),
+                back, workspace.data_ptr(), threads,
+            )  # fmt: skip
+
+
+class Blocks:
+    """An adapter's blocks, and what is computed of them.
+
+    Compiled code reads W0 along its memory: of a column-major W0 it gets the transpose, and makes transposes.
+
+    Attributes:
+        adapter: that of W0, or of its transpose where `swapped`.
+        rows: W0's rows by block.
+        cols: its columns.
+        shapes: of each block of the adapter's weight.
+        used: whether a block has a rank.
+    """
+
+    def __init__(self, adapter: PackedAdapter) -> None:
+        self.swapped = adapter.weight.stride(1) != 1
+        self.adapter = along = adapter.T if self.swapped else adapter
+        p = along.partition
+        *index, self.ranks = blocks_of(along)
+        self.indices = [one.data_ptr() for one in index]
+        sides = [
+            Side(index[i], index[i + 2], sizes, p.is_contiguous)
+            for i, sizes in enumerate((p.row_sizes, p.col_sizes))
+        ]
+        self.rows, self.cols = reversed(sides) if self.swapped else sides
+        self.shapes = list(zip(p.row_sizes, p.col_sizes, strict=True))
+        self.A, self.B = dense(along.A, torch.float32), dense(along.B, torch.float32)
+        self.count, self.contiguous = p.num_blocks, p.is_contiguous
+        self.used = [rank > 0 for rank in adapter.host_ranks()]
+
+    def memory(self, dtype: torch.dtype) -> Tensor:
+        """Room for a matrix of each block's shape."""
+        return self.adapter.weight.new_empty(sum(rows * cols for rows, cols in self.shapes), dtype=dtype)
+
+    def deltas(self, scale: float) -> Matrices:
+        """`scale · ΔW_k` (N_k, C_k) in W0's dtype."""
+        weight, A, B, code, threads = self.adapter.weight, self.A, self.B, library(), torch.get_num_threads()
+        out, rank = self.memory(weight.dtype), A.shape[0]
+        workspace = A.new_empty(
+            code.smoa_change_workspace(max(cols for _, cols in self.shapes), rank, threads)
+        )
+        with named(BLOCKS):
+            code.smoa_deltas(
+                weight.data_ptr(), weight.stride(0), KINDS[weight.dtype], *self.indices, self.count, self.contiguous,
+                self.ranks.data_ptr(), rank, A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(),
+                scale * self.adapter.scaling.item(), KINDS[out.dtype], out.data_ptr(), workspace.data_ptr(), threads,
+            )  # fmt: skip
+        found = matrices(out, self.shapes)
+        return transposed(found) if self.swapped else found
+
+    def product(self, left: Matrices, right: Matrices, out: Matrices) -> None:
+        """Write `left_k right_k` to `out_k`; zeros where a block has no rank."""
+        if (
+            isinstance(left, Tensor)
+            and isinstance(right, Tensor)
+            and isinstance(out, Tensor)
+            and all(self.used)
+        ):
+            torch.bmm(left, right, out=out)
+            return
+        for left_k, right_k, out_k, used in zip(left, right, out, self.used, strict=True):
+            if used:
+                torch.mm(left_k, right_k, out=out_k)
+            else:
+                out_k.zero_()
+
+
+class Gradient:
+    """dA and dB, summed over panels of tokens: of each, G_k is multiplied and contracted at once."""
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype, scale: float) -> None:
+        self._blocks, self._scaling, self._threads = (
+            blocks,
+            scale * blocks.adapter.scaling.item(),
+            torch.get_num_threads(),
+        )
+        self._dA, self._dB = blocks.A.new_zeros(self._threads, *blocks.A.shape), torch.zeros_like(blocks.B)
+        self._memory = blocks.memory(dtype)
+        size = library().smoa_contract_workspace(
+            blocks.indices[3], blocks.count, blocks.A.shape[0], self._threads
+        )
+        self._workspace = blocks.A.new_empty(size)
+
+    def add(self, dy: Matrices, x: Matrices) -> None:
+        """Take some tokens of both, in block order."""
+        blocks, weight, memory = self._blocks, self._blocks.adapter.weight, self._memory
+        left, right = (x, dy) if blocks.swapped else (dy, x)
+        blocks.product(transposed(left), right, matrices(memory, blocks.shapes))
+        with named(BLOCKS):
+            library().smoa_contract(
+                *weight.shape, memory.data_ptr(), KINDS[memory.dtype], weight.data_ptr(), weight.stride(0),
+                KINDS[weight.dtype], *blocks.indices, blocks.count, blocks.contiguous, blocks.ranks.data_ptr(),
+                blocks.A.shape[0], blocks.A.data_ptr(), blocks.B.data_ptr(), self._scaling, self._dA.data_ptr(),
+                self._dB.data_ptr(), self._workspace.data_ptr(), self._threads,
+            )  # fmt: skip
+
+    def found(self) -> tuple[Tensor, Tensor]:
+        """(dA, dB), in float32."""
+        dA = self._dA[0] if self._threads == 1 else self._dA.sum(0)
+        return (self._dB.T, dA.T) if self._blocks.swapped else (dA, self._dB)
+
+
+def matrices(memory: Tensor, shapes: Sequence[tuple[int, int]]) -> Matrices:
+    """The matrices of these shapes that lie one after another in `memory`, which may have room for more."""
+    rows, cols = shapes[0]
+    if all(shape == (rows, cols) for shape in shapes):
+        return memory[: len(shapes) * rows * cols].view(len(shapes), rows, cols)
+    sizes = [rows * cols for rows, cols in shapes]
+    parts = memory[: sum(sizes)].split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def transposed(each: Matrices) -> Matrices:
+    """The transpose of each."""
+    return each.mT if isinstance(each, Tensor) else [one.T for one in each]
+
+
+def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
+    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N): the adapter's output first, the base GEMM adds to it and rounds once."""
+    adapter, x = _readable(adapter), with_rows(x)
+    blocks = Blocks(adapter)
+    deltas = transposed(blocks.deltas(1.0 if mask is None else mask.scale))
+    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    ordered, product = (_room(x, width) for width in (x.shape[1], y.shape[1]))
+    for some in _panels(x.shape[0]):
+        parts = blocks.rows.within(product, len(x[some]))
+        blocks.product(blocks.cols.ordered(x[some], _of(mask, some), ordered), deltas, parts)
+        blocks.rows.restore(product, y[some], None)
+    return accumulate(y, x, adapter.weight)
+
+
+def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
+    """`x W_effᵀ` (T, N), W_eff rounded once."""
+    adapter = _readable(adapter)
+    return eager.merged(x, adapter, _modulation(adapter))
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, mask: Mask | None, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX, dA, dB), those that are asked for; with a mask in one walk over the tokens, but for dY W0 in dX."""
+    adapter, dy = _readable(adapter), with_rows(dy)
+    masked, width = mask is not None and needs_x, adapter.weight.shape[1]
+    dx = dA = dB = None
+    if x is not None or masked:
+        x = None if x is None else with_rows(x)
+        scale = 1.0 if mask is None else mask.scale
+        blocks = Blocks(adapter)
+        gradient = None if x is None else Gradient(blocks, dy.dtype, scale)
+        deltas = blocks.deltas(scale) if masked else None
+        dx = dy.new_empty(dy.shape[0], width) if masked else None
+        left, right = (_room(dy, width) for width in (dy.shape[1], width))
+        for some in _panels(dy.shape[0]):
+            dy_k = blocks.rows.ordered(dy[some], None, left)
+            if dx is not None and deltas is not None:
+                blocks.product(dy_k, deltas, blocks.cols.within(right, len(dy[some])))
+                blocks.cols.restore(right, dx[some], _of(mask, some))
+            if gradient is not None and x is not None:
+                gradient.add(dy_k, blocks.cols.ordered(x[some], _of(mask, some), right))
+        if gradient is not None:
+            dA, dB = (one.to(adapter.A.dtype).contiguous() for one in gradient.found())
+    if needs_x:
+        dx = (
+            eager.input_gradient(dy, adapter, _modulation(adapter.T))
+            if dx is None
+            else dx.addmm_(dy, adapter.weight)
+        )
+    return dx, dA, dB
+
+
+def _modulation(adapter: PackedAdapter) -> eager.Modulation:
+    """As the eager backend's: writes rows of W_eff, the first of which it is told."""
+    swapped = adapter.weight.stride(1) != 1
+    along = adapter.T if swapped else adapter
+    row_block, col_block, wide = labels_of(along)
+    weight, A, B = along.weight, dense(along.A, torch.float32), dense(along.B, torch.float32)
+    ranks, rank, scaling = dense(adapter.ranks, torch.int32), A.shape[0], adapter.scaling.item()
+    code, threads = library(), torch.get_num_threads()
+    workspace = A.new_empty(code.smoa_change_workspace(weight.shape[1], rank, threads))
+
+    def write(first: int, out: Tensor) -> Tensor:
+        to, some = (out.T if swapped else out), slice(first, first + out.shape[0])
+        rows, cols = (slice(None), some) if swapped else (some, slice(None))
+        W0, A_part, B_part = weight[rows, cols], A[:, cols], B[rows]
+        with named(BLOCKS):
+            code.smoa_modulate(
+                *W0.shape, W0.data_ptr(), W0.stride(0), KINDS[W0.dtype], row_block[rows].data_ptr(),
+                col_block[cols].data_ptr(), wide, len(ranks), ranks.data_ptr(), rank, A_part.data_ptr(),
+                *A_part.stride(), B_part.data_ptr(), *B_part.stride(), scaling, KINDS[to.dtype], to.data_ptr(),
+                to.stride(0), workspace.data_ptr(), threads,
+            )  # fmt: skip
+        return out
+
+    return write
+
+
+def _readable(adapter: PackedAdapter) -> PackedAdapter:
+    """The adapter with a W0 that has contiguous rows or columns."""
+    weight = along_memory(adapter.weight)
+    return adapter if weight is adapter.weight else replace(adapter, weight=weight)
+
+
+def _panels(tokens: int) -> Iterable[slice]:
+    return (slice(first, first + HALF_TOKEN_PANEL) for first in range(0, tokens, HALF_TOKEN_PANEL))
+
+
+def _room(like: Tensor, width: int) -> Tensor:
+    """Memory for a panel of so many columns."""
+    return like.new_empty(min(like.shape[0], HALF_TOKEN_PANEL) * width)
+
+
+def _of(mask: Mask | None, some: slice) -> Mask | None:
+    """The mask of a panel."""
+    return None if mask is None else Mask(mask.kept[some], mask.scale)
