@@ -1,13 +1,16 @@
 """The command line (smoa_kernels/cli): what it prints, its exit codes, its one-line errors."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from typer.main import get_command
 
 from smoa_kernels.cli import info, main
+from smoa_kernels.cli.app import app
 from smoa_kernels.cost.counts import WAYS
 from smoa_kernels.cost.estimate import estimate
 from smoa_kernels.cost.gpus import GPUS
@@ -86,6 +89,50 @@ def test_help_lists_the_commands(capsys):
     out = capsys.readouterr().out
     for command in ("info", "roofline", "audit", "inspect", "convert", "merge", "spectrum", "tune"):
         assert command in out
+
+
+def test_without_arguments_every_command_is_shown_in_its_group_with_an_example_that_parses(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    commands = get_command(app).commands
+    examples = re.findall(r"^ +smoa-kernels (.*)$", out, re.MULTILINE)
+    assert sorted(example.split()[0] for example in examples) == sorted(commands)
+    for example in examples:
+        name, *arguments = example.split()
+        commands[name].make_context(name, arguments)  # raises for an unknown option
+    assert (
+        out.index("A model or an adapter") < out.index("inspect ") < out.index("A GPU") < out.index("tune ")
+    )
+
+
+def test_a_usage_error_names_the_help_that_answers_it(capsys):
+    for arguments, said in (
+        (["roof"], "No such command 'roof'. Did you mean 'roofline'? See smoa-kernels --help"),
+        (["plan", "--foo"], "No such option: --foo. See smoa-kernels plan --help"),
+    ):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err == f"smoa-kernels: error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "gpu", "native", "expected"),
+    [
+        ((), False, "works", ["smoa-kernels roofline", "smoa-kernels spectrum", "smoa-kernels"]),
+        ((), True, "works", ["smoa-kernels tune", "smoa-kernels spectrum", "smoa-kernels"]),
+        (("peft",), False, "no: it was not compiled: no compiler", ["pip install 'smoa-kernels[peft]'"]),
+    ],
+)
+def test_info_ends_with_what_to_try_next(missing, gpu, native, expected, monkeypatch, capsys):
+    found = info._collect()
+    found["versions"] |= dict.fromkeys(missing, "not installed")
+    found["backends"]["native"] = native
+    monkeypatch.setattr(info, "_collect", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert main(["info"]) == 0
+    _, _, steps = capsys.readouterr().out.partition("Try next:\n")
+    lines = [line.strip() for line in steps.splitlines()]
+    assert all(line.startswith(step) for line, step in zip(lines, expected, strict=False))
+    assert any("C compiler" in line for line in lines) == (native != "works")
 
 
 def test_info(tmp_path, capsys):

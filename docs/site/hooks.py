@@ -144,9 +144,14 @@ def _commands(files: Files) -> str:
         raise PluginError(f"typer does not document the commands: {done.stderr}")
     text = done.stdout
     for file in files.media_files():
-        folder, _, name = file.src_uri.rpartition("/")
-        if folder == SCREENS:
-            heading = f"## `smoa-kernels {Path(name).stem}`\n"
-            picture = f"\n![what smoa-kernels {Path(name).stem} prints](../{file.src_uri})\n"
-            text = text.replace(heading, heading + picture)
+        path = Path(file.src_uri)
+        if path.parent.name == SCREENS:
+            alone = path.stem == "overview"
+            heading = "# Command line\n" if alone else f"## `smoa-kernels {path.stem}`\n"
+            words = (
+                "what smoa-kernels prints without arguments"
+                if alone
+                else f"what smoa-kernels {path.stem} prints"
+            )
+            text = text.replace(heading, f"{heading}\n![{words}](../{file.src_uri})\n", 1)
     return text

@@ -1,18 +1,22 @@
-"""The typer application: its commands, and errors as one line on stderr."""
+"""The typer application: its commands in groups, and errors as one line on stderr."""
 
 from __future__ import annotations
 
+import inspect as introspection
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from .audit import audit
 from .convert import convert
 from .info import info
 from .inspect import inspect
 from .merge import merge
+from .output import console
 from .plan import plan
 from .roofline import roofline
 from .spectrum import spectrum
@@ -23,19 +27,29 @@ __all__ = ["run"]
 app = typer.Typer(
     name="smoa-kernels",
     help="SMoA's kernels: where they run, what they cost, what they compile to, how to tune them. And its adapters.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(info)
-app.command()(roofline)
-app.command()(plan)
-app.command()(audit)
-app.command()(inspect)
-app.command()(convert)
-app.command()(merge)
-app.command()(spectrum)
-app.command()(tune)
+# An example of each command, by what a reader has at hand.
+COMMANDS: dict[str, dict[Callable[..., None], str]] = {
+    "This machine": {info: "info"},
+    "A model or an adapter": {
+        inspect: "inspect path/to/adapter --base path/to/model",
+        convert: "convert path/to/hira path/to/smoa --base path/to/model",
+        merge: "merge path/to/model path/to/adapter path/to/merged",
+        spectrum: "spectrum path/to/model --adapter path/to/adapter --figure overview.svg",
+    },
+    "No GPU yet": {
+        roofline: "roofline --gpu h100 --shape 4096x14336 --tokens 8192",
+        plan: "plan --model llama-3-8b --gpus 8 --parallel fsdp",
+        audit: "audit --arch sm_90 --dtype bf16",
+    },
+    "A GPU": {tune: "tune --from-model path/to/model --budget 30"},
+}
+for _group, _commands in COMMANDS.items():
+    for _command, _example in _commands.items():
+        app.command(rich_help_panel=_group, epilog=f"Example: smoa-kernels {_example}")(_command)
 
 
 @app.callback()
@@ -44,6 +58,23 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback too.")] = False,
 ) -> None:
     context.obj["debug"] = debug
+    if context.invoked_subcommand is None:
+        _overview()
+
+
+def _overview() -> None:
+    """Print what the commands do, each with an example."""
+    out = console()
+    for group, commands in COMMANDS.items():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(min_width=11)
+        for command, example in commands.items():
+            first_line, _, _ = introspection.cleandoc(command.__doc__ or "").partition("\n")
+            table.add_row(f"  [cyan]{command.__name__}[/]", first_line)
+            table.add_row("", f"[dim]smoa-kernels {example}[/]")
+        out.print(f"[bold]{group}[/]", highlight=False)
+        out.print(table, highlight=False)
+    out.print("\n`smoa-kernels COMMAND --help` lists a command's options.", highlight=False)
 
 
 def run(arguments: list[str]) -> int:
@@ -56,9 +87,6 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
     except Exception as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(_message(error))
-            return 2
         if options["debug"]:
             traceback.print_exception(error)
         return _fail(_message(error))
@@ -67,10 +95,15 @@ def run(arguments: list[str]) -> int:
 
 def _message(error: Exception) -> str:
     if hasattr(error, "format_message"):  # a usage error of click, whose classes typer keeps private
-        return str(error.format_message())
+        context = getattr(error, "ctx", None)
+        ask = "smoa-kernels --help" if context is None else f"{context.command_path} --help"
+        words = str(error.format_message()).rstrip(".")
+        return f"{words}{'' if words.endswith('?') else '.'} See {ask}"
     if isinstance(error, (ValueError, OSError)) and str(error):
         return str(error)
-    return f"{type(error).__name__}: {error} (unexpected; smoa-kernels --debug shows where)"
+    return (
+        f"{type(error).__name__}: {error} (unexpected; smoa-kernels --debug shows where, info what to report)"
+    )
 
 
 def _fail(message: str, code: int = 2) -> int:

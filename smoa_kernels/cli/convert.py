@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .output import console
+from .output import console, progress_of
 
 __all__ = ["convert"]
 
@@ -29,5 +29,6 @@ def convert(
         from ..peft.convert import convert_adapter
     except ImportError as error:
         raise ValueError(str(error)) from error
-    method = convert_adapter(folder, out, base)
+    with progress_of("converting") as progress:
+        method = convert_adapter(folder, out, base, progress)
     console().print(f"{out}: {method}, converted from {folder}.", highlight=False, soft_wrap=True)

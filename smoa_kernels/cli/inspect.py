@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .output import console, write_json
+from .output import console, progress_of, write_json
 
 if TYPE_CHECKING:
     from ..peft.inspection import AdapterReport, LayerReport
@@ -31,7 +31,8 @@ def inspect(
         from ..peft.inspection import inspect_adapter
     except ImportError as error:
         raise ValueError(str(error)) from error
-    report = inspect_adapter(folder, base)
+    with progress_of("comparing") as progress:
+        report = inspect_adapter(folder, base, progress)
     if json is not None:
         write_json(json, _as_json(report))
     out = console()

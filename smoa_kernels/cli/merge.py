@@ -9,7 +9,7 @@ import typer
 
 from ..checks import check_choice
 from ..definition.precision import DTYPES, dtype_names
-from .output import console, progress_bar
+from .output import console, progress_of
 
 __all__ = ["merge"]
 
@@ -41,8 +41,7 @@ def merge(
         from ..peft.merged_folder import merge_to_folder
     except ImportError as error:
         raise ValueError(str(error)) from error
-    with progress_bar("merging") as progress:
-        bar = progress.add_task("", total=None)
+    with progress_of("merging") as progress:
         report = merge_to_folder(
             base,
             adapter,
@@ -51,7 +50,7 @@ def merge(
             max_shard_size=max_shard_size,
             rounding=rounding,
             seed=seed,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            progress=progress,
         )
     files = "1 file" if len(report.files) == 1 else f"{len(report.files)} files"
     text = f"{out}: {report.tensors} tensors, {report.changed} of them changed; {report.size:,} bytes in {files}."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..files import replace_file
 
-__all__ = ["check_place", "console", "progress_bar", "write_bytes", "write_json"]
+__all__ = ["check_place", "console", "progress_bar", "progress_of", "write_bytes", "write_json"]
 
 _PIPE_WIDTH = 160
 
@@ -27,6 +29,14 @@ def progress_bar(doing: str) -> Progress:
     errors = Console(stderr=True)
     columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+
+
+@contextmanager
+def progress_of(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A :func:`progress_bar` for what calls back with how much is done and how much there is."""
+    with progress_bar(doing) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -53,6 +63,6 @@ def write_bytes(path: Path, data: bytes) -> None:
 def check_place(path: Path) -> None:
     """Raise a ValueError if a file cannot be at `path`; commands ask before they compute for a while."""
     if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
+        raise ValueError(f"cannot write {path}: {path.parent} is not a folder; make it first")
     if path.is_dir():
-        raise ValueError(f"cannot write {path}: Is a directory")
+        raise ValueError(f"cannot write {path}: it is a folder; name a file in it")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..spectrum.layer import LayerSpectrum, UpdateSpectrum, cumulated
 from .needs import needs_matplotlib
-from .output import check_place, console, progress_bar, write_bytes, write_json
+from .output import check_place, console, progress_of, write_bytes, write_json
 
 if TYPE_CHECKING:
     from ..spectrum.model import ModelSpectrum, Source
@@ -69,8 +69,7 @@ def spectrum(
         from ..spectrum.model import model_spectrum
     except ImportError as error:
         raise ValueError(str(error)) from error
-    with progress_bar("measuring") as progress:
-        bar = progress.add_task("", total=None)
+    with progress_of("measuring") as progress:
         found = model_spectrum(
             model,
             adapter,
@@ -79,7 +78,7 @@ def spectrum(
             num_blocks=blocks or 2,
             targets=target or (),
             seed=seed,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            progress=progress,
         )
     out = console()
     out.print(_table(found, full))

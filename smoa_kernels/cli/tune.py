@@ -71,6 +71,8 @@ def tune(
     if dry_run:
         dry(layers, kernels, gpu, jobs)
     elif gpu is not None:
-        raise ValueError("--gpu names a GPU that is not here, so it goes with --dry-run only")
+        raise ValueError(
+            "--gpu names a GPU that is not here: add --dry-run, or leave --gpu out to tune the one here"
+        )
     else:
         measure(layers, kernels, budget, jobs)

@@ -24,7 +24,7 @@ from ..tuning.format import describe_algorithms, describe_choice, winner
 from ..tuning.plan import TUNABLE, Layer, Target, jobs
 from ..tuning.space import broken
 from ..tuning.tuner import DeviceLostError, Job, Timer, gpu_timer, left, so_far, tune
-from .output import console, progress_bar
+from .output import console, progress_bar, progress_of
 from .roofline import parse_shape
 
 __all__ = ["TUNABLE", "dry", "layers_of", "measure"]
@@ -99,27 +99,34 @@ def measure(
             f"{DEFAULT_GPU}, or on another with --gpu"
         )
     if (obstacle := triton_obstacle(device)) is not None:
-        raise ValueError(f"the kernels cannot run here: {obstacle}")
+        raise ValueError(f"the kernels cannot run here: {obstacle}; smoa-kernels info shows what can")
     path = user_table(identity(device, "forward").gpu)
     known = update(path, ())  # cannot be written? then before anything is compiled
     planned = _plan(layers, kernels, Target.of(device), processes, deadline)
     unfinished = [job for job in planned if left(job, so_far(job, device, known))]
 
-    def progress(job: Job, entry: Entry) -> None:
-        if not left(job, entry):
-            typer.echo(f"{unfinished.index(job) + 1}/{len(unfinished)} {_best_words(entry)}", err=True)
-
     code, problems, stopped = 0, [], ""
     try:
-        done = tune(
-            planned,
-            device=device,
-            timer=timer,
-            known=known,
-            save=keep,
-            deadline=deadline,
-            progress=progress,
-        )
+        with progress_bar("measuring") as bar:
+            task = bar.add_task(
+                "", total=sum(len(left(job, so_far(job, device, known))) for job in unfinished)
+            )
+
+            def progress(job: Job, entry: Entry) -> None:
+                bar.advance(task)
+                if not left(job, entry):
+                    words = f"{unfinished.index(job) + 1}/{len(unfinished)} {_best_words(entry)}"
+                    bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+            done = tune(
+                planned,
+                device=device,
+                timer=timer,
+                known=known,
+                save=keep,
+                deadline=deadline,
+                progress=progress,
+            )
         problems = [tuned for tuned in done if tuned.problem]
     except KeyboardInterrupt:
         code, stopped = 130, "Interrupted: what was found is kept, the same command goes on from here."
@@ -156,14 +163,13 @@ def _plan(
             "--dtype tf32 is never asked for on AMD, which multiplies float32 in IEEE: give fp32"
         )
     pairs = {(j.key.kernel, j.key.dtype) for j in jobs(layers, target, kernels=kernels)}
-    with progress_bar("compiling") as bar:
-        task = bar.add_task("", total=None)
+    with progress_of("compiling") as progress:
         ruled_out = broken(
             {pair for pair in pairs if pair[0] in KERNELS},
             target.audited,
             processes=processes,
             deadline=None if deadline is None else (time.monotonic() + deadline) / 2,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     return jobs(layers, target, kernels=kernels, ruled_out=ruled_out)
 

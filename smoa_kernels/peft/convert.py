@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +40,7 @@ def convert_adapter(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """Convert a HiRA folder by :func:`hira_to_smoa`, an SMoA folder by :func:`smoa_to_hira`.
 
@@ -47,6 +48,7 @@ def convert_adapter(
         folder: the adapter, as `save_pretrained` wrote it.
         out: another folder, made where there is none.
         base: folder of the base model; used where `folder` is HiRA's.
+        progress: as for :func:`hira_to_smoa`.
 
     Returns:
         "SMoA" or "HiRA", the method of what was written.
@@ -66,7 +68,7 @@ def convert_adapter(
     if read_config(Path(folder), (PeftType.HIRA, PEFT_TYPE)).peft_type == PEFT_TYPE:
         smoa_to_hira(folder, out)
         return "HiRA"
-    hira_to_smoa(folder, out, base)
+    hira_to_smoa(folder, out, base, progress)
     return "SMoA"
 
 
@@ -74,6 +76,7 @@ def hira_to_smoa(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write a HiRA adapter as an SMoA adapter with one block and s = 1; its factors stay, bit for bit.
 
@@ -82,6 +85,7 @@ def hira_to_smoa(
         out: another folder, made where there is none.
         base: folder of the base model, whose weights are sketched for `smoa_blocks`; the one that the adapter's
             configuration names when None.
+        progress: called with the number of finished layers, and of all layers.
 
     Raises:
         TypeError: an argument is not a path.
@@ -105,7 +109,8 @@ def hira_to_smoa(
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != config.r},
     }
     result = {key: tensor for key, tensor in state.items() if ".hira_" not in key}
-    for name, (A, B) in layers.items():
+    for done, (name, (A, B)) in enumerate(layers.items()):
+        progress(done, len(layers))
         shape = B.shape[0], A.shape[1]
         weight = _base_weight(bases, name, shape, config.fan_in_fan_out)
         blocks = pack_blocks(

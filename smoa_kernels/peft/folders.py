@@ -166,7 +166,9 @@ class ModelFolder:
         self.folder = folder
         self.files = dict(self._scan(folder))
         if not self.files:
-            raise FileNotFoundError(f"there are no safetensors files in {folder}")
+            raise FileNotFoundError(
+                f"there are no safetensors files in {folder}, as save_pretrained writes them"
+            )
 
     @staticmethod
     def _scan(folder: Path) -> Iterator[tuple[str, Path]]:

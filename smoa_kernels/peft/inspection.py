@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -81,13 +82,16 @@ class AdapterReport:
 
 
 def inspect_adapter(
-    folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AdapterReport:
     """Read an adapter folder, and compare it with a base model's.
 
     Args:
         folder: the adapter, as `save_pretrained` wrote it.
         base: folder of a base model in safetensors files, sharded or not.
+        progress: called with the number of finished layers, and of all layers.
 
     Raises:
         TypeError: `folder` or `base` is not a path.
@@ -114,7 +118,10 @@ def inspect_adapter(
     with opened(path) as file:
         others = sorted(key for key in file.keys() if ".smoa_" not in key)  # noqa: SIM118  # it is no mapping
     bases = None if base is None else ModelFolder(Path(base))
-    layers = [_layer(name, found[name], bases, config) for name in sorted(found, key=by_number)]
+    layers = []
+    for name in sorted(found, key=by_number):
+        layers.append(_layer(name, found[name], bases, config))
+        progress(len(layers), len(found))
     return AdapterReport(config, tuple(layers), path.stat().st_size, tuple(others))
 
 

@@ -54,7 +54,7 @@ COMMANDS: list[tuple[str, str]] = [
     ("tune --dry-run --gpu mi300x --dtype tf32", "--dtype tf32 is never asked for on AMD"),
     ("tune --budget -1", "--budget"),
     ("tune --from-model /nowhere", "--from-model must be a config.json or its folder, got /nowhere"),
-    ("tune --gpu h100", "goes with --dry-run only"),
+    ("tune --gpu h100", "add --dry-run, or leave --gpu out"),
     ("spectrum", "Missing argument"),
     ("spectrum FOLDER --rank 0", "--rank"),
     ("spectrum FOLDER --seed -1", "--seed"),
@@ -63,7 +63,7 @@ COMMANDS: list[tuple[str, str]] = [
     ("spectrum FOLDER --figure a.pdf", "--figure must be a file .svg or .png, got a.pdf"),
     ("spectrum FOLDER --layer-figures FOLDER/config.json", "--layer-figures must be a folder, got"),
     ("spectrum FOLDER --json /nowhere/at/all.json", "cannot write /nowhere/at/all.json: /nowhere/at is not"),
-    ("spectrum FOLDER --json FOLDER", "Is a directory"),
+    ("spectrum FOLDER --json FOLDER", "it is a folder; name a file in it"),
     ("tune --dry-run --gpu h100 --rank 99999999999", "rank must be at most 1024 in 4 blocks"),
     ("tune --dry-run --gpu h100 --tokens 99999999999", "--tokens"),
     ("tune --dry-run --gpu h100 --from-model FOLDER/deep.json", "--from-model must be .* recursion"),
@@ -190,4 +190,5 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(
 ) -> None:
     monkeypatch.setattr("smoa_kernels.cli.roofline.choose_algorithm", lambda *_: {}["key"])
     _, err = run("roofline", world, capsys)
-    assert err == "smoa-kernels: error: KeyError: 'key' (unexpected; smoa-kernels --debug shows where)\n"
+    expected = "KeyError: 'key' (unexpected; smoa-kernels --debug shows where, info what to report)"
+    assert err == f"smoa-kernels: error: {expected}\n"

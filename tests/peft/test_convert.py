@@ -46,8 +46,10 @@ def hira(make_model, base, tmp_path):
 
 def test_there_and_back(hira, base, make_model, tokens, tmp_path):
     folder, model = hira
-    hira_to_smoa(folder, tmp_path / "smoa")
+    told = []
+    hira_to_smoa(folder, tmp_path / "smoa", progress=lambda *counts: told.append(counts))
     report = inspect_adapter(tmp_path / "smoa", base)
+    assert told == [(i, len(report.layers)) for i in range(len(report.layers))]
     assert report.fits
     assert {layer.ranks for layer in report.layers} == {(4,)}
     assert (report.config.num_blocks, report.config.smoa_dropout) == (1, 0.25)

@@ -70,7 +70,9 @@ def test_verdict_on_a_base(adapter, tmp_path, capsys, base, code, said):
 
 def test_report_of_a_folder(make_model, folder, tmp_path):
     path, _ = folder
-    report = inspect_adapter(path)
+    told = []
+    report = inspect_adapter(path, progress=lambda *counts: told.append(counts))
+    assert told == [(i + 1, len(report.layers)) for i in range(len(report.layers))]
     model = adapt(make_model())
     assert [f"base_model.model.{layer.name}" for layer in report.layers] == sorted(layers(model))
     for layer in report.layers:

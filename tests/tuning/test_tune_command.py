@@ -135,6 +135,19 @@ def test_tuning_ends_with_heuristic_against_tuned_and_is_in_force(
     assert "0.25" in again.out
 
 
+def test_on_a_terminal_a_bar_says_how_much_is_left(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    gpu(scripted(script))
+    assert main(["tune", *SMALL, "--kernel", "forward"]) == 0
+    err = capsys.readouterr().err
+    assert "measuring" in err
+    assert "3/3" in err  # algorithms
+    assert "1/1 forward 70x90" in err
+
+
 def test_the_table_shows_no_winner_that_breaks_the_numbers(
     gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
