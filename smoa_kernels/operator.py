@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from .backends import load_backend
 from .definition.arguments import check_ranks
 from .definition.linear_call import SCHEMA, LinearCall
+from .definition.packed import PackedAdapter
 from .derivatives import (
     DifferentiableBackward,
     DifferentiableLinear,
@@ -172,17 +173,23 @@ class _Linear(torch.autograd.Function):
         call: LinearCall,
     ) -> Any:
         """A and B are the call's: autograd sees only tensors that are arguments of their own."""
-        tensors, ctx.settings = call.flatten()
+        adapter, ctx.dropout, ctx.backend = call
+        ctx.partition, ctx.block_ranks = adapter.partition, adapter.block_ranks
+        seed = None if ctx.dropout is None else ctx.dropout.seed
         needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        ctx.save_for_backward(x if needs_factors else None, *tensors)
+        ctx.save_for_backward(
+            x if needs_factors else None, adapter.weight, A, B, adapter.ranks, adapter.scaling, seed
+        )
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _below_autograd(compute, x, bias, algorithm, call)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
+        x, weight, A, B, ranks, scaling, seed = ctx.saved_tensors
         _, needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        call = LinearCall.unflatten(*tensors, *ctx.settings)
+        adapter = PackedAdapter(weight, A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
+        dropout = None if seed is None else replace(ctx.dropout, seed=seed)
+        call = LinearCall(adapter, dropout, ctx.backend)
         dx, dA, dB = call_linear_backward(dy, x, needs_x, call)
         dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
         factors = dA if needs_A else None, dB if needs_B else None

@@ -77,7 +77,7 @@ def _forward(
     if algorithm == "auto":
         algorithm = "split" if dropout is not None else _chosen("forward", x, adapter, allow_tf32)
     if algorithm == "merged":
-        return F.linear(x, modulated_weight(adapter, allow_tf32=allow_tf32), bias)
+        return F.linear(x, modulate.modulated_weight(adapter, allow_tf32=allow_tf32), bias)
     if algorithm == "fused":
         return fused_linear(x, bias, adapter, allow_tf32=allow_tf32)
     xg = _by_block(x, adapter.partition, dropout)
@@ -127,7 +127,10 @@ def factor_gradients(
             allow_tf32=allow_tf32,
         )
     parts = _gradient_parts(tokens, partition.shape, partition.num_blocks, adapter.A.shape[0], dy.dtype)
-    pieces = list(zip(dy.split(parts), x.split(parts), strict=True))
+    # Views take time too, and mostly there is one part.
+    pieces = [(dy, x)]
+    if len(parts) > 1:
+        pieces = list(zip(dy.split(parts), x.split(parts), strict=True))
     widths = block_width(partition.row_sizes), block_width(partition.col_sizes)
     return block_grad(
         len(parts),
@@ -147,7 +150,8 @@ def _gradient_parts(
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
     """`dX = dY W0 + dropoutᵀ(dY ΔW)`: dY (T, N) -> dX (T, C); "auto", "merged" or "fused", split under dropout."""
-    return _input_gradient(dy, adapter, algorithm, dropout, not gemm_is_ieee(dy.dtype, "cuda"))
+    with on_device(dy.device):
+        return _input_gradient(dy, adapter, algorithm, dropout, not gemm_is_ieee(dy.dtype, "cuda"))
 
 
 def _input_gradient(
@@ -158,7 +162,7 @@ def _input_gradient(
             algorithm = _chosen("input_gradient", dy, adapter, allow_tf32)
         if algorithm == "fused":
             return fused_linear(dy, None, adapter.T, allow_tf32=allow_tf32)
-        return dy @ modulated_weight(adapter, allow_tf32=allow_tf32)
+        return dy @ modulate.modulated_weight(adapter, allow_tf32=allow_tf32)
     dyg = _by_block(dy, adapter.partition.T)
     delta = _delta_blocks(adapter, allow_tf32)
     dxg = dy.new_empty(dy.shape[0], delta.shape[0], delta.shape[2])

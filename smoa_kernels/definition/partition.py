@@ -232,7 +232,7 @@ class BlockPartition:
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
         """Rebuild a partition from :meth:`tensors` and :meth:`sizes`, as a custom operator receives it."""
         num_blocks = len(sizes) // 2 - 1
-        if len(tensors) != 6 or len(sizes) % 2 or len(tensors[-1]) != num_blocks + 1:
+        if len(tensors) != 6 or len(sizes) % 2 or tensors[-1].shape[0] != num_blocks + 1:
             raise ValueError(
                 f"a partition is 6 tensors and 2K + 2 sizes, got {len(tensors)} and {len(sizes)}"
             )

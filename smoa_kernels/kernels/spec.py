@@ -80,8 +80,8 @@ class Key(NamedTuple):
 
 def granule_of(partition: BlockPartition) -> int:
     """Adjacent coordinates that kernels may take as one: `GRANULE` where all blocks consist of so many, else 1."""
-    whole = all(size % GRANULE == 0 for size in (partition.granularity, *partition.shape))
-    return GRANULE if whole else 1
+    (N, C), granularity = partition.shape, partition.granularity
+    return 1 if granularity % GRANULE or N % GRANULE or C % GRANULE else GRANULE
 
 
 def check_key(key: Key) -> None:
