@@ -29,6 +29,7 @@ from .merged_folder import MergeReport, merge_to_folder
 from .merging import merged_weights
 from .peft_type import PEFT_TYPE
 from .saving import install_atomic_save
+from .swapping import hotswap
 
 __all__ = [
     "HiraReport",
@@ -41,6 +42,7 @@ __all__ = [
     "convert_adapter",
     "decelerate_hira",
     "hira_to_smoa",
+    "hotswap",
     "merge_to_folder",
     "merged_weights",
     "smoa_to_hira",

@@ -86,6 +86,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             raise
         finally:
             del self._spectral_order  # with the blocks that it holds
+        # TRL's reference of an adapter that trains on. TRL copies parameters that have ".default." in their names, as
+        # LoRA's have; in ours the adapter's name comes last.
+        if adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default"):
+            for layer in _layers(model):
+                if "default" in layer.smoa_A:
+                    layer.copy_adapter("default", "ref")
 
     def _to_be_sorted(
         self, model: nn.Module, adapter_name: str, *, state_dict: object = None, **kwargs: object

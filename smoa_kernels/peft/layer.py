@@ -25,6 +25,7 @@ from .dequantize import dequantized, read_weight
 from .file_format import (
     STATE_KEYS,
     UNKNOWN_SKETCH,
+    LayerBlocks,
     blocks_size,
     check_complete,
     lacks_sketch,
@@ -122,6 +123,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self._shard: LayerShard | None = None  # where tensor parallelism has cut W0
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.register_load_state_dict_post_hook(_read_blocks)
 
     def innermost(self) -> nn.Module:
         """The layer that owns W0, below the layers of other tuners."""
@@ -184,7 +186,12 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         if self._shard is not None:
             raise ValueError("the layer is sharded: add adapters before parallelize_module")
         config = settings.config
-        settings.rule.check((self.out_features, self.in_features), "a layer")
+        try:
+            settings.rule.check((self.out_features, self.in_features), "a layer")
+        except ValueError as error:  # a value head has one row
+            raise ValueError(
+                f"{error}; num_blocks_pattern and granule_pattern give a layer its own, exclude_modules leaves it out"
+            ) from error
         ranks, num_blocks = settings.ranks, settings.rule.num_blocks
         self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, num_blocks
         self.block_rule[adapter_name] = settings.rule
@@ -242,6 +249,39 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.smoa_A[adapter_name] = nn.Parameter(adapter.A, requires_grad=False)
         self.smoa_B[adapter_name] = nn.Parameter(adapter.B, requires_grad=False)
         self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch_weight(adapter.weight))
+
+    @torch.no_grad()
+    def copy_adapter(self, source: str, adapter_name: str) -> None:
+        """Overwrite an adapter by the factors and blocks of another one that has the same settings."""
+        ready = self._ready(source)
+        for tensors in (self.smoa_A, self.smoa_B, self.smoa_blocks):
+            tensors[adapter_name].copy_(tensors[source])
+        self._prepare(adapter_name, ready.partition, ready.ranks)
+
+    @torch.no_grad()
+    def exchange(
+        self, adapter_name: str, settings: LayerSettings, blocks: LayerBlocks, given: Mapping[str, Tensor]
+    ) -> None:
+        """Copy another adapter of the same shape over one of this layer's, in place.
+
+        Args:
+            adapter_name: the adapter that is overwritten.
+            settings: the new one's; the layer keeps its algorithm and backend.
+            blocks: what `given["smoa_blocks"]` holds.
+            given: the new tensors by `STATE_KEYS`, of the dtypes and shapes that the layer has.
+        """
+        ready = self._ready(adapter_name)
+        self.block_rule[adapter_name], self.scaling[adapter_name] = settings.rule, settings.scaling
+        self.smoa_dropout[adapter_name] = settings.config.smoa_dropout
+        self.init_weights[adapter_name] = settings.config.init_weights
+        for key, value in given.items():
+            getattr(self, key)[adapter_name].copy_(value)
+        ready.scaling.fill_(settings.scaling)
+        partition = blocks.partition.to(ready.partition.device)
+        if (
+            partition != ready.partition
+        ):  # which other adapters and layers may share, so it is not overwritten
+            self._prepare(adapter_name, partition, ready.ranks)
 
     @torch.no_grad()
     def complete_sketches(self) -> None:
@@ -421,3 +461,10 @@ class _Prepared(NamedTuple):
     ranks: Tensor
     scaling: Tensor
     block_ranks: list[int]
+
+
+def _read_blocks(layer: SMoALayer, _: object) -> None:
+    """Unpack labels that were just loaded: now rather than in the next forward, which may be compiled."""
+    for name in layer.smoa_A:
+        if not layer.awaits_blocks(name):
+            layer._ready(name)

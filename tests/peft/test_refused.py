@@ -21,7 +21,7 @@ def assert_unchanged(model, before):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_blocks": 33, "r": 64}, "num_blocks must be at most .* = 32 .*, got 33"),
+        ({"num_blocks": 33, "r": 64}, "num_blocks must be at most .* = 32 .*, got 33; num_blocks_pattern"),
         ({"target_modules": ["q_proj", "input_layernorm"]}, "is not supported"),
         # PEFT wraps the embedding and the norms before it comes to a layer that has an adapter.
         ({"modules_to_save": ["embed_tokens", "norm", "j"]}, "modules_to_save cannot be applied to modules"),

@@ -149,6 +149,22 @@ def test_adapters_of_a_layer_share_an_order_and_nothing_else(llama):
 
 
 @pytest.mark.numerical
+def test_trls_reference_is_a_copy(folder, make_model, tokens):
+    """TRL adds "ref" with the configuration object of "default"; under another name that makes a new adapter."""
+    saved, expected = folder
+    model = PeftModel.from_pretrained(make_model(), saved, is_trainable=True).eval()
+    for name in ("ref", "other"):
+        model.add_adapter(name, model.peft_config["default"])
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.smoa_B["default"].zero_()
+        model.set_adapter("ref")
+        assert torch.equal(logits(model, tokens), expected)
+        model.set_adapter("other")
+        assert not torch.allclose(logits(model, tokens), expected, atol=1e-2)
+
+
+@pytest.mark.numerical
 def test_each_sample_meets_its_own_adapter(make_model, tokens, mix):
     model = two_adapters(make_model(), mix)
     names = ["two", "__base__", "one"]

@@ -1,0 +1,126 @@
+"""`hotswap`: puts a saved adapter in the place of one that a model holds, so that a compiled model stays compiled."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from ..checks import check_path, shown
+from .config import LayerSettings, SMoAConfig
+from .file_format import STATE_KEYS, LayerBlocks
+from .folders import PREFIX, read_config, read_layers, read_state, weights_of
+from .layer import SMoALayer
+from .loading import check_adapter
+from .peft_type import PEFT_TYPE
+
+__all__ = ["hotswap"]
+
+# A compiled model's part carries it in its name.
+_COMPILED = "_orig_mod."
+
+
+def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Exchange an adapter of a model for a saved one of the same shape, in place and without compiling anew.
+
+    Factors, labels, scaling, dropout and configuration become those of the folder. `algorithm` and `backend`, which
+    say how this model computes, stay. Everything is checked before the first tensor is copied.
+
+    Args:
+        model: a model with SMoA adapters, compiled or not; on any devices.
+        folder: the adapter, as `save_pretrained` wrote it.
+        adapter_name: the adapter of the model that is exchanged.
+
+    Raises:
+        TypeError: `folder` is not a path.
+        ValueError, FileNotFoundError: the folder is damaged or another method's, or its adapter differs from the
+            model's in its layers, r, K, block ranks, block sizes or dtype, was trained over another base, or trains
+            biases or whole modules; the model has no such adapter, or it is merged or sharded. Nothing was changed.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(r=4, target_modules=["0"]))
+        >>> model.save_pretrained("adapter")
+        >>> hotswap(model, "adapter")
+    """
+    check_path("folder", folder)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
+    }
+    if not layers:
+        raise ValueError(f"adapter_name must name an SMoA adapter of the model, got {shown(adapter_name)}")
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name}: the adapter is merged: unmerge it first")
+        if layer._shard is not None:
+            raise ValueError(f"{name} is sharded: exchange its adapter before parallelize_module")
+    config = cast(SMoAConfig, read_config(Path(folder), (PEFT_TYPE,)))
+    configs: Any = getattr(model, "peft_config", {})
+    held = configs.get(adapter_name)
+    path = weights_of(Path(folder))
+    found = read_layers(path, lambda name: config.for_layer(name).r)
+    tensors = read_state(path)
+    # By the model's names of its layers: their path in the base model, as the file has it.
+    paths = {name: name.replace(_COMPILED, "").removeprefix(PREFIX) for name in layers}
+    _check_layers(path, set(paths.values()), set(found))
+    in_full = [key for key in tensors if ".smoa_" not in key]
+    if in_full or any(each.bias != "none" or each.modules_to_save for each in (config, held or config)):
+        raise ValueError(
+            f"bias and modules_to_save: this adapter or that in {folder} also trains biases or whole modules"
+            f"{f' ({min(in_full)})' if in_full else ''}: load it with load_adapter"
+        )
+    settings = {name: config.for_layer(paths[name]) for name in layers}
+    given = {name: {key: tensors[f"{PREFIX}{paths[name]}.{key}"] for key in STATE_KEYS} for name in layers}
+    for name, layer in layers.items():
+        _check_layer(name, layer, adapter_name, settings[name], found[paths[name]], given[name])
+    as_model = {f"{name}.{key}.{adapter_name}": given[name][key] for name in layers for key in STATE_KEYS}
+    check_adapter(model, adapter_name, as_model, strict_base=True)
+    for name, layer in layers.items():
+        layer.exchange(adapter_name, settings[name], found[paths[name]], given[name])
+    if held is not None:
+        config.algorithm, config.backend, config.inference_mode = (
+            held.algorithm,
+            held.backend,
+            held.inference_mode,
+        )
+        configs[adapter_name] = config
+
+
+def _check_layers(path: Path, held: set[str], found: set[str]) -> None:
+    """Raise unless the file holds the layers that the model's adapter has."""
+    if held != found:
+        name = min(held ^ found)
+        which = "the model's adapter only" if name in held else "the file only"
+        raise ValueError(
+            f"target_modules: {path} has another set of layers than the model's adapter ({len(found)} and "
+            f"{len(held)}); {name}, for one, is in {which}"
+        )
+
+
+def _check_layer(
+    name: str,
+    layer: SMoALayer,
+    adapter_name: str,
+    settings: LayerSettings,
+    blocks: LayerBlocks,
+    given: dict[str, Any],
+) -> None:
+    """Raise unless a layer's new adapter has the shape of the old one: all that a compiled graph has baked in."""
+    own, new = layer.partition(adapter_name), blocks.partition
+    A, B = layer.smoa_A[adapter_name], layer.smoa_B[adapter_name]
+    for what, held, found in (
+        ("(out_features, in_features)", own.shape, new.shape),
+        ("r", layer.r[adapter_name], settings.r),
+        ("num_blocks", own.num_blocks, new.num_blocks),
+        ("block_ranks", layer.ranks(adapter_name).tolist(), blocks.ranks.tolist()),
+        ("dtype", (A.dtype, B.dtype), (given["smoa_A"].dtype, given["smoa_B"].dtype)),
+        ("block sizes, granularity and contiguity", own.sizes(), new.sizes()),
+    ):
+        if held != found:
+            raise ValueError(
+                f"{name}: {what} must be the same, got {found} in the folder and {held} in the model"
+            )

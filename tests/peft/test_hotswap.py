@@ -1,0 +1,174 @@
+"""An adapter takes the place of another: the outputs are the new one's, nothing compiles anew, misfits are refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from adapted import CONFIG, WEIGHTS, adapt, edit_weights, layer_list, logits, nudge, snapshot
+from peft import PeftModel
+from tiny_models import tiny_llama
+from torch._dynamo.testing import CompileCounter
+
+from smoa_kernels.peft import hotswap
+
+SETTINGS = {"r": 6, "num_blocks": 2}
+
+
+def saved(folder, scale=0.3, base=None, **settings):
+    """A folder with an adapter of random weights."""
+    model = adapt(tiny_llama() if base is None else base, **{**SETTINGS, **settings})
+    nudge(model, scale)
+    model.save_pretrained(folder)
+    return folder
+
+
+def loaded(folder, base=None):
+    return PeftModel.from_pretrained(tiny_llama() if base is None else base, folder).eval()
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two adapters of one shape: other factors, scaling and dropout."""
+    first = saved(tmp_path / "first")
+    return first, saved(tmp_path / "second", -0.5, smoa_alpha=9.0, smoa_dropout=0.25)
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("order", ["random", pytest.param("spectral", marks=pytest.mark.slow)])
+def test_a_compiled_model_gives_the_new_adapters_output_and_compiles_nothing(tmp_path, tokens, order):
+    folders = [  # random blocks differ by the seed, spectral ones are the same
+        saved(tmp_path / str(seed), scale, block_order=order, block_seed=seed, smoa_alpha=alpha)
+        for seed, (scale, alpha) in enumerate([(0.3, 6.0), (-0.5, 9.0)])
+    ]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(loaded(folders[0]), backend=counter, fullgraph=True)
+    with torch.no_grad():
+        outputs = [logits(compiled, tokens)]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for folder in (folders[1], folders[0]):
+                hotswap(compiled, folder)
+                outputs.append(logits(compiled, tokens))
+        expected = [logits(loaded(folder), tokens) for folder in (*folders, folders[0])]
+    assert counter.frame_count == 1
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)
+
+
+@pytest.mark.numerical
+def test_all_that_a_layer_holds_is_exchanged(pair, tmp_path, tokens):
+    first, second = pair
+    model, expected = loaded(first), loaded(second)
+    factors = [p.data_ptr() for p in model.parameters()]
+    hotswap(model, second)
+    assert [p.data_ptr() for p in model.parameters()] == factors
+    assert torch.equal(logits(model, tokens), logits(expected, tokens))
+    for ours, theirs in zip(layer_list(model), layer_list(expected), strict=True):
+        assert (ours.scaling, ours.smoa_dropout) == (theirs.scaling, theirs.smoa_dropout)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
+    ours, theirs = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path / "again", second))
+    for values in (ours, theirs):
+        values["target_modules"].sort()  # a set
+    assert ours == theirs
+
+
+@pytest.mark.numerical
+def test_another_adapter_that_shared_its_blocks_keeps_them(tmp_path, tokens):
+    folders = [saved(tmp_path / str(seed), block_order="random", block_seed=seed) for seed in (1, 2)]
+    model = loaded(folders[0])
+    model.load_adapter(folders[0], "other")
+    before = logits(model, tokens)
+    hotswap(model, folders[1])
+    changed = logits(model, tokens)
+    model.set_adapter("other")
+    assert torch.equal(logits(model, tokens), before)
+    assert torch.equal(changed, logits(loaded(folders[1]), tokens))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 4}, "r must be the same, got 4 in the folder and 6 in the model"),
+        ({"num_blocks": 3}, "num_blocks must be the same, got 3 in the folder and 2"),
+        ({"block_ranks": [2, 4]}, r"block_ranks must be the same, got \[2, 4\] in the folder and \[3, 3\]"),
+        ({"block_order": "contiguous"}, "block sizes, granularity and contiguity must be the same"),
+        (
+            {"target_modules": ["q_proj"]},
+            "target_modules: .* another set of layers .*down_proj, for one, is in the model's",
+        ),
+        ({"modules_to_save": ["lm_head"]}, "bias and modules_to_save: .*lm_head.weight"),
+        ({"base": {"hidden_size": 64}}, r"\(out_features, in_features\) must be the same"),
+        ({"base": {"seed": 1}}, "trained over another base weight in 14 layers"),
+    ],
+)
+def test_another_shape_or_base_is_refused_by_name(pair, tmp_path, settings, message):
+    settings = dict(settings)
+    folder = saved(tmp_path / "misfit", base=tiny_llama(**settings.pop("base", {})), **settings)
+    refused(pair[0], folder, message)
+
+
+def refused(first, folder, message):
+    model = loaded(first)
+    before, config = snapshot(model), model.peft_config["default"].to_dict()
+    scalings = [layer.packed("default", layer.base_weight()).scaling.item() for layer in layer_list(model)]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        hotswap(model, folder)
+    names, state = snapshot(model)
+    assert names == before[0]
+    assert all(torch.equal(value, before[1][key]) for key, value in state.items())
+    assert model.peft_config["default"].to_dict() == config
+    assert scalings == [
+        layer.packed("default", layer.base_weight()).scaling.item() for layer in layer_list(model)
+    ]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "without a tensor", "wrong labels", "half", "empty"])
+def test_a_damaged_folder_leaves_the_model_as_it_was(pair, damage):
+    first, second = pair
+
+    def edit(state):
+        if damage == "without a tensor":
+            del state[next(key for key in state if "smoa_B" in key)]
+        elif damage == "wrong labels":
+            state[[key for key in state if "smoa_blocks" in key][-1]][-1] ^= 1
+        else:
+            last = [key for key in state if "smoa_A" in key][-1]
+            state[last] = state[last].half()
+
+    messages = {
+        "cut short": "is truncated or corrupt",
+        "without a tensor": "the adapter lacks smoa_B",
+        "wrong labels": "do not match its checksum",
+        "half": "dtype must be the same, got .*float16",
+        "empty": "there is no adapter_config.json in",
+    }
+    if damage == "cut short":
+        weights = second / WEIGHTS
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "empty":
+        shutil.rmtree(second)
+        second.mkdir()
+    else:
+        edit_weights(second, edit)
+    refused(first, second, messages[damage])
+
+
+def test_biases_and_modules_of_the_old_adapter_are_refused_too(pair, tmp_path):
+    refused(
+        saved(tmp_path / "first with a head", modules_to_save=["lm_head"]),
+        pair[1],
+        "bias and modules_to_save",
+    )
+    refused(saved(tmp_path / "first with biases", bias="all"), pair[1], "bias and modules_to_save")
+
+
+def test_a_merged_adapter_and_an_unknown_name_are_refused(pair):
+    model = loaded(pair[0])
+    with pytest.raises(ValueError, match="adapter_name must name an SMoA adapter of the model, got 'other'"):
+        hotswap(model, pair[1], "other")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="the adapter is merged: unmerge it first"):
+        hotswap(model, pair[1])
