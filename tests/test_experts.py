@@ -11,11 +11,14 @@ from problems import DTYPES, obstacle
 from torch import Tensor
 
 from smoa_kernels.definition.experts import ExpertBlocks, index_dtype, reference_experts_linear
+from smoa_kernels.definition.precision import KERNEL_DTYPES
 from smoa_kernels.experts.operator import experts_linear
 
 BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(obstacle(name) is not None, reason=str(obstacle(name))))
-    for name in ("eager", "native")
+    pytest.param(
+        name, marks=[pytest.mark.skipif(obstacle(name) is not None, reason=str(obstacle(name))), *marks]
+    )
+    for name, marks in (("eager", []), ("native", []), ("triton", [pytest.mark.slow]))
 ]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 numerical = pytest.mark.numerical
@@ -25,6 +28,8 @@ on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled 
 CASES = [("eager", dtype) for dtype in DTYPES]
 if obstacle("native") is None:
     CASES.append(("native", torch.float32))
+if obstacle("triton") is None:
+    CASES += [pytest.param("triton", dtype, marks=pytest.mark.slow) for dtype in KERNEL_DTYPES]
 
 
 @numerical

@@ -139,11 +139,10 @@ def _matmul_rules(record: Record) -> list[str]:
     if (record.dtype != "fp32" or arch.is_amd) and not record.tensor_cores.get(arch.tensor_core):
         found = ", ".join(record.tensor_cores) or "no tensor cores"
         broken.append(f"{found} in the main loop, not {arch.tensor_core}")
-    loads = [
-        t for t in record.traffic if t.in_main_loop and t.kind == "load" and not _may_be_narrow(record, t)
-    ]
-    if not loads:
-        broken.append("no loads of wide operands found in the main loop")
+    every = [t for t in record.traffic if t.in_main_loop and t.kind == "load"]
+    loads = [t for t in every if not _may_be_narrow(record, t)]
+    if not every:
+        broken.append("no loads found in the main loop")
     broken += _width_rules(record, loads)
     if arch.async_copies and not all(entry.asynchronous for entry in loads):
         names = sorted({entry.pointer for entry in loads if not entry.asynchronous})

@@ -116,7 +116,7 @@ def load_backend(name: str) -> Backend:
     return cast(Backend, importlib.import_module(_MODULES[name], __package__))
 
 
-_EXPERTS_MODULES = {"eager": ".experts", "native": ".native.experts"}
+_EXPERTS_MODULES = {"eager": ".experts", "native": ".native.experts", "triton": ".experts_triton"}
 
 
 @functools.cache

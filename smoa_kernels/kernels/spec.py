@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_kind
 from ..cost.architectures import Architecture, facts
 from ..cost.problem import GRANULE
+from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS, Precision
@@ -161,7 +162,10 @@ class Operands:
         return adapter.T if key.transposed else adapter
 
 
-def in_dtype(adapter: PackedAdapter, dtype: torch.dtype) -> PackedAdapter:
+AnAdapter = TypeVar("AnAdapter", PackedAdapter, ExpertsAdapter)
+
+
+def in_dtype(adapter: AnAdapter, dtype: torch.dtype) -> AnAdapter:
     """The adapter with its weight and factors in `dtype`."""
     return replace(adapter, weight=adapter.weight.to(dtype), A=adapter.A.to(dtype), B=adapter.B.to(dtype))
 

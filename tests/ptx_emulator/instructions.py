@@ -227,6 +227,12 @@ def _shuffle(a: Assembler, s: Statement) -> None:
     a.emit(s, f"shfl.{s.parts[2]}", destinations, a.sources(s, s.arguments[1:], 4))
 
 
+def _sum_lanes(a: Assembler, s: Statement) -> None:
+    if s.operation not in ("redux.sync.add.s32", "redux.sync.add.u32"):
+        raise UnsupportedError(s.text)
+    a.emit(s, "redux.add", [a.destination(s, s.arguments[0], 4)], a.sources(s, s.arguments[1:], 4))
+
+
 def _vote(a: Assembler, s: Statement) -> None:
     to, asked = s.arguments[0], a.predicate(s.arguments[1])
     into = a.destination(s, to, 4) if s.parts[2] == "ballot" else a.predicate(to)
@@ -364,6 +370,7 @@ FAMILIES: Mapping[str, Callable[[Assembler, Statement], None]] = {
     "mma": _mma,
     "wgmma": _wgmma,
     "shfl": _shuffle,
+    "redux": _sum_lanes,
     "vote": _vote,
     "setp": _compare,
     "selp": _select,

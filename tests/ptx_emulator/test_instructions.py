@@ -93,6 +93,7 @@ def test_instruction(text: str, a: int, b: int, expected: int) -> None:
         ),
         ("shfl.sync.down.b32 %r5, %r1, 2, 31, -1;", [lane + 2 if lane < 30 else lane for lane in range(32)]),
         ("shfl.sync.idx.b32 %r5, %r1, 7, 31, -1;", [7] * 32),
+        ("redux.sync.add.s32 %r5, %r1, -1;", [496] * 32),
         (
             "setp.lt.s32 %p1, %r1, 3;\n\tvote.sync.ballot.b32 %r5, %p1, -1;",
             [7] * 32,

@@ -19,6 +19,7 @@ from . import ARCH, emulator
 from .counts import accesses
 from .plugin import SHARE
 
+PAIRS = 72  # of each of four experts on average: one has several tiles, and all end in a part of one
 TOKENS, OUT_FEATURES, IN_FEATURES, BLOCKS = 512, 256, 512, 2
 
 
@@ -27,7 +28,8 @@ def key_of(kernel: str, dtype: str, form: str) -> Key:
     rows, cols = (IN_FEATURES, OUT_FEATURES) if transposed else (OUT_FEATURES, IN_FEATURES)
     padded = rows // BLOCKS, cols // BLOCKS
     granule = GRANULE if "granules" in form else 1
-    return Key(kernel, dtype, rank, BLOCKS, rows, cols, TOKENS, *padded, transposed, granule)
+    tokens = PAIRS if kernel.startswith("grouped") else TOKENS
+    return Key(kernel, dtype, rank, BLOCKS, rows, cols, tokens, *padded, transposed, granule)
 
 
 def launches() -> Iterator[object]:

@@ -24,6 +24,14 @@ void shuffle(Warp& w, const Instruction& I, u32 lanes) {  // sources: value, dis
   }
   if (I.destinations > 1) set_predicate(w, I.d[1], lanes, inside);
 }
+static void sum_lanes(Warp& w, const Instruction& I, u32 lanes) {  // sources: value, members
+  converged(w, lanes);
+  const u32 members = w.row<u32>(I.s[1])[0];
+  if ((lanes & members) != lanes) w.m->report(DIVERGENT_SYNC, w, 0, 1, members, 0, lanes);
+  u32 sum = 0;
+  EACH(members) sum += w.row<u32>(I.s[0])[l];
+  EACH(lanes) w.row<u32>(I.d[0])[l] = sum;
+}
 static void ballot(Warp& w, const Instruction& I, u32 lanes) {
   converged(w, lanes);
   EACH(lanes) w.row<u32>(I.d[0])[l] = w.predicates[I.s[0]] & lanes;
@@ -162,6 +170,7 @@ static const Operation OPERATIONS[] = {
     {"wgmma.commit_group", commit_wgmma}, {"wgmma.wait_group", wait_for_wgmma},
     // Between lanes
     {"shfl.up", shuffle<UP>}, {"shfl.down", shuffle<DOWN>}, {"shfl.bfly", shuffle<BUTTERFLY>},
-    {"shfl.idx", shuffle<INDEX>}, {"vote.ballot", ballot}, {"vote.all", vote<true>}, {"vote.any", vote<false>},
+    {"shfl.idx", shuffle<INDEX>}, {"redux.add", sum_lanes}, {"vote.ballot", ballot}, {"vote.all", vote<true>},
+    {"vote.any", vote<false>},
 };
 static const u32 BRANCH = 0, END = 1, BARRIER = 2;

@@ -1,0 +1,41 @@
+"""Experts by the kernels of `kernels/grouped_linear.py` and `kernels/grouped_grad.py`: all of them in one launch.
+
+Nothing of W0's size is built, and nothing waits for `ends`, which only the device knows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..definition.experts import ExpertsAdapter
+from ..definition.precision import gemm_is_ieee
+from ..kernels.grouped import along_columns
+from ..kernels.grouped_grad import grouped_grad
+from ..kernels.grouped_linear import grouped_linear
+from ..kernels.launch import on_device
+from . import Gradients
+
+__all__ = ["experts_backward", "experts_forward"]
+
+
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+    with on_device(x.device):
+        return grouped_linear(x, ends, adapter, allow_tf32=not gemm_is_ieee(x.dtype, "cuda"))
+
+
+def experts_backward(
+    dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
+) -> Gradients:
+    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
+    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
+    dx = dA = dB = None
+    with on_device(dy.device):
+        transposed = along_columns(adapter.T)  # a copy of B, once for both
+        if x is not None:
+            dA, dB = adapter.A.new_empty(adapter.A.shape), adapter.B.new_empty(adapter.B.shape)
+            grouped_grad(dy, x, ends, adapter, dB, allow_tf32=allow_tf32)
+            grouped_grad(x, dy, ends, transposed, dA.mT, allow_tf32=allow_tf32)
+        if needs_x:
+            dx = grouped_linear(dy, ends, transposed, allow_tf32=allow_tf32)
+    return dx, dA, dB

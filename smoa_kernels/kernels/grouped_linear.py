@@ -1,0 +1,416 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Base and adapter of all experts in one launch; with W0's strides swapped, dX.
+
+    y[p] = x[p] · W0_eᵀ + x[p] · ΔW_eᵀ,   ΔW_e[i, j] = s · [b_e(i) = c_e(j)] · W0[e, i, j] · Σ_t B[e, i, t] A[e, t, j]
+
+for each pair p, a row of x, of expert e. A program computes a tile of yᵀ: pairs of one expert, rows of one block k. It
+first sums over the columns of block k, where it makes tiles of ΔW in registers, and then over all columns, with tiles
+of W0 itself, onto the same float32 accumulator. It rounds once: a ΔW added to W0 before the product would be lost in
+W0's rounding (docs/numerics.md). So it multiplies 1 + 1/K times as much as the base does, and stores nothing but y.
+
+Where blocks do not consist of granules, what lies in a block is read one number at a time, and so slowly that only the
+adapter's part may do it: there two launches share the work, the adapter's part block by block, and then the base's, in
+W0's own order, onto what the first left in y.
+
+Layout of the pointers: x (P, C), a (E, ρ, C), last stride 1; w (E, N, C), b (E, N, ρ), any strides; ends (E) int32;
+row_index (E or 1, N), col_index (E or 1, C), int16 or int32, or none; row_offsets, col_offsets (E or 1, K + 1) and
+ranks (K) int32; scaling one element; out (P, N) contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..cost.architectures import Architecture
+from ..cost.problem import GRANULE
+from ..definition.experts import ExpertsAdapter, reference_experts_linear
+from ..definition.precision import Precision
+from .common import dot, input_precision, round_to, to_tf32
+from .grouped import (
+    MOST_RANKS,
+    ExpertsLayout,
+    along_columns,
+    coordinates,
+    experts_operands,
+    power_of_two,
+    segment_of,
+    tiles_of_segments,
+)
+from .launch import Launcher, Plan
+from .spec import INDEX, Config, Kernel, Key, Operands, Work, in_dtype
+from .table import remembered, select
+
+__all__ = ["GROUPED_LINEAR", "GROUPED_LINEAR_GATHERED", "GroupedLinearConfig", "grouped_linear"]
+
+
+@dataclass(frozen=True)
+class GroupedLinearConfig(Config):
+    """One tile of y per program, `group_t` tiles of pairs walked together for the L2 cache.
+
+    A step of the base takes `block_c` columns, one of the adapter's part `block_d`: it has ΔW in its registers.
+    """
+
+    block_t: int
+    block_n: int
+    block_c: int
+    block_d: int
+    group_t: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def through_registers(transposed_ptr, mask):
+    """A tile of a transposed W0, under a pointer's name of its own: Triton loads it two steps ahead, into registers."""
+    return tl.load(transposed_ptr, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["tiles_t", "tiles_n", "num_experts", "num_blocks", "rank"])
+def grouped_linear_kernel(
+    x_ptr,
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    ends_ptr,
+    row_index_ptr,
+    col_index_ptr,
+    row_offsets_ptr,
+    col_offsets_ptr,
+    ranks_ptr,
+    scaling_ptr,
+    out_ptr,
+    tiles_t,
+    tiles_n,
+    num_experts,
+    num_blocks,
+    out_features,
+    in_features,
+    rank,
+    stride_xp,
+    stride_we,
+    stride_wn,
+    stride_wc,
+    stride_ae,
+    stride_ar,
+    stride_ac,
+    stride_be,
+    stride_bn,
+    stride_br,
+    stride_row_offsets,
+    stride_col_offsets,
+    stride_row_index,
+    stride_col_index,
+    GRANULE: tl.constexpr,
+    INDEXED: tl.constexpr,
+    ADAPTER: tl.constexpr,
+    BASE: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_T: tl.constexpr,
+):
+    # GROUP_T tiles of pairs are innermost: those of one expert read the same tile of W0.
+    tiles_per_group = GROUP_T * tiles_n
+    first_tile_t = tl.program_id(0) // tiles_per_group * GROUP_T
+    group = min(tiles_t - first_tile_t, GROUP_T)
+    place = tl.program_id(0) % tiles_per_group
+    tile_n = place // group
+    expert, pair, pair_end = segment_of(ends_ptr, num_experts, first_tile_t + place % group, BLOCK_T, EXPERTS)
+    if pair >= pair_end:
+        return
+    expert = expert.to(tl.int64)
+    if ADAPTER:
+        row_ends_ptr = row_offsets_ptr + expert * stride_row_offsets + 1
+        block, row, row_end = segment_of(row_ends_ptr, num_blocks, tile_n, BLOCK_N, BLOCKS)
+    else:
+        block, row, row_end = 0, tile_n * BLOCK_N, out_features
+    if row >= row_end:
+        return
+    pairs = pair + tl.arange(0, BLOCK_T)
+    pair_valid = pairs < pair_end
+    x_rows = x_ptr + pairs.to(tl.int64) * stride_xp
+    row_index_of = row_index_ptr + expert * stride_row_index if ADAPTER and INDEXED else row_index_ptr
+    rows, row_valid = coordinates(row_index_of, row, row_end, GRANULE, ADAPTER and INDEXED, BLOCK_N)
+
+    w_rows = w_ptr + expert * stride_we + rows * stride_wn
+    out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * out_features + rows[None, :]
+    out_mask = pair_valid[:, None] & row_valid[None, :]
+    # float16 ends where small updates begin. The other types round ΔW and ΔW / s alike.
+    SCALES_FIRST: tl.constexpr = w_ptr.dtype.element_ty == tl.float16
+    if ADAPTER:
+        acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        a_ptr += expert * stride_ae
+        b_ptr += expert * stride_be
+        col_offsets_ptr += expert * stride_col_offsets
+        col_index_of = col_index_ptr + expert * stride_col_index if INDEXED else col_index_ptr
+        col_start, col_end = tl.load(col_offsets_ptr + block), tl.load(col_offsets_ptr + block + 1)
+        scaling = tl.load(scaling_ptr).to(tl.float32)
+        block_rank = tl.minimum(tl.load(ranks_ptr + block), rank)
+        for start in range(0, block_rank, RANK_BLOCK):
+            t = start + tl.arange(0, RANK_BLOCK)
+            b_ptrs = b_ptr + rows[:, None] * stride_bn + t[None, :] * stride_br
+            b = tl.load(b_ptrs, mask=row_valid[:, None] & (t < block_rank)[None, :], other=0.0)
+            b = to_tf32(b, INPUT_PRECISION)
+            for col in range(col_start, col_end, BLOCK_D):
+                cols, col_valid = coordinates(col_index_of, col, col_end, GRANULE, INDEXED, BLOCK_D)
+                w_ptrs = w_rows[:, None] + cols[None, :] * stride_wc
+                w_mask = row_valid[:, None] & col_valid[None, :]
+                if W_TRANSPOSED:
+                    w = through_registers(w_ptrs, w_mask)
+                else:
+                    w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+                x_ptrs = x_rows[None, :] + cols[:, None]
+                x = tl.load(x_ptrs, mask=pair_valid[None, :] & col_valid[:, None], other=0.0)
+                a_ptrs = a_ptr + t[:, None] * stride_ar + cols[None, :] * stride_ac
+                a = tl.load(a_ptrs, mask=(t < block_rank)[:, None] & col_valid[None, :], other=0.0)
+                a = to_tf32(a, INPUT_PRECISION)
+                product = dot(b, a, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), INPUT_PRECISION)
+                if SCALES_FIRST:
+                    product *= scaling
+                delta = round_to(product * w.to(tl.float32), w.dtype)
+                acc = dot(delta, x, acc, INPUT_PRECISION)
+        if not SCALES_FIRST:
+            acc *= scaling
+    else:
+        acc = tl.trans(tl.load(out_ptrs, mask=out_mask, other=0.0).to(tl.float32))
+
+    if BASE:
+        for col in range(0, in_features, BLOCK_C):
+            cols = col + tl.arange(0, BLOCK_C)
+            col_valid = cols < in_features
+            cols = cols.to(tl.int64)
+            w_ptrs = w_rows[:, None] + cols[None, :] * stride_wc
+            w = tl.load(w_ptrs, mask=row_valid[:, None] & col_valid[None, :], other=0.0)
+            x_ptrs = x_rows[None, :] + cols[:, None]
+            x = tl.load(x_ptrs, mask=pair_valid[None, :] & col_valid[:, None], other=0.0)
+            if W_TRANSPOSED and w.dtype == tl.float32:
+                # Changes nothing: takes W0 through registers, as in block_matmul, to keep its copy 16 bytes wide.
+                w = tl.where(row_valid[:, None], w, 0.0)
+            acc = dot(w, x, acc, INPUT_PRECISION)
+
+    tl.store(out_ptrs, round_to(tl.trans(acc), out_ptr.dtype.element_ty), mask=out_mask)
+
+
+launch_grouped_linear = Launcher(grouped_linear_kernel)
+
+
+def grouped_linear(
+    x: Tensor,
+    ends: Tensor,
+    adapter: ExpertsAdapter,
+    *,
+    allow_tf32: bool = False,
+    config: GroupedLinearConfig | None = None,
+) -> Tensor:
+    """`y_p = x_p W_effᵀ` (P, N) with the W_eff of pair p's expert, in x's dtype; `adapter.T` makes it dX.
+
+    Args:
+        x: (P, C) sorted by expert, in W0's dtype.
+        ends: int32 (E,), where the pairs of each expert end; the last is P.
+        adapter: of the experts, on x's device.
+        allow_tf32: multiply float32 operands in TF32.
+        config: launch parameters.
+    """
+    adapter = along_columns(adapter)
+    blocks, layout = adapter.blocks, ExpertsLayout.of(adapter)
+    y = x.new_empty(x.shape[0], layout.shape[1])
+    if y.numel() == 0:
+        return y
+    if layout.shape[2] == 0:
+        return y.zero_()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    for plan in _plans(layout, x.shape[0], x.stride(0), allow_tf32, config):
+        launch_grouped_linear(
+            plan,
+            x_ptr=x,
+            w_ptr=adapter.weight,
+            a_ptr=adapter.A,
+            b_ptr=adapter.B,
+            ends_ptr=ends,
+            row_index_ptr=blocks.row_index,
+            col_index_ptr=blocks.col_index,
+            row_offsets_ptr=blocks.row_offsets,
+            col_offsets_ptr=blocks.col_offsets,
+            ranks_ptr=adapter.ranks,
+            scaling_ptr=adapter.scaling,
+            out_ptr=y,
+        )
+    return y
+
+
+@remembered
+def _plans(
+    layout: ExpertsLayout, pairs: int, stride_xp: int, allow_tf32: bool, config: GroupedLinearConfig | None
+) -> tuple[Plan, ...]:
+    """One launch; two where the adapter's part reads one number at a time."""
+    if layout.granule > 1 or layout.num_blocks == 1:
+        return (_plan(layout, pairs, stride_xp, allow_tf32, config, adapter=True, base=True),)
+    return (
+        _plan(layout, pairs, stride_xp, allow_tf32, config, adapter=True, base=False),
+        _plan(layout, pairs, stride_xp, allow_tf32, config, adapter=False, base=True),
+    )
+
+
+def _plan(
+    layout: ExpertsLayout,
+    pairs: int,
+    stride_xp: int,
+    allow_tf32: bool,
+    config: GroupedLinearConfig | None,
+    *,
+    adapter: bool,
+    base: bool,
+) -> Plan:
+    experts, out_features, in_features = layout.shape
+    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
+    transposed = layout.weight[2] != 1
+    config = config or select(
+        "grouped_linear" if base else "grouped_linear_gathered",
+        layout.device,
+        layout.dtype,
+        precision,
+        transposed=transposed,
+        **layout.sizes(pairs),
+    )
+    tiles_t = tiles_of_segments(pairs, experts, config.block_t)
+
+    blocks = layout.num_blocks if adapter else 1
+    tiles_n = tiles_of_segments(out_features, blocks, config.block_n)
+    rows_in_order = GRANULE if out_features % GRANULE == 0 else 1
+    return Plan(
+        (tiles_t * tiles_n,),
+        config,
+        tiles_t=tiles_t,
+        tiles_n=tiles_n,
+        num_experts=experts,
+        num_blocks=blocks,
+        out_features=out_features,
+        in_features=in_features,
+        rank=layout.rank,
+        stride_xp=stride_xp,
+        stride_we=layout.weight[0],
+        stride_wn=layout.weight[1],
+        stride_wc=layout.weight[2],
+        stride_ae=layout.A[0],
+        stride_ar=layout.A[1],
+        stride_ac=layout.A[2],
+        stride_be=layout.B[0],
+        stride_bn=layout.B[1],
+        stride_br=layout.B[2],
+        stride_row_offsets=layout.offsets[0],
+        stride_col_offsets=layout.offsets[1],
+        stride_row_index=layout.indices[0],
+        stride_col_index=layout.indices[1],
+        GRANULE=layout.granule if adapter else rows_in_order,
+        INDEXED=layout.indexed,
+        ADAPTER=adapter,
+        BASE=base,
+        W_TRANSPOSED=transposed,
+        INPUT_PRECISION=precision,
+        EXPERTS=power_of_two(experts),
+        BLOCKS=power_of_two(blocks),
+        RANK_BLOCK=min(MOST_RANKS, power_of_two(layout.rank)),
+        BLOCK_T=config.block_t,
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+        BLOCK_D=config.block_d,
+        GROUP_T=config.group_t,
+    )
+
+
+_FEW = GroupedLinearConfig(16, 64, 64, 64, group_t=8, num_warps=4, num_stages=3)
+_SHIPPED = (GroupedLinearConfig(64, 128, 64, 32, group_t=8, num_warps=8, num_stages=3), _FEW)
+_SHIPPED_SM_90 = (
+    GroupedLinearConfig(128, 128, 64, 32, group_t=8, num_warps=8, num_stages=3),
+    GroupedLinearConfig(64, 128, 64, 64, group_t=8, num_warps=8, num_stages=3),
+    _FEW,
+)
+_SHIPPED_TF32 = (GroupedLinearConfig(64, 64, 32, 32, group_t=8, num_warps=8, num_stages=3),)
+# No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
+_SHIPPED_IEEE = (GroupedLinearConfig(32, 64, 16, 16, group_t=8, num_warps=4, num_stages=3),)
+_GATHERED_IEEE = (GroupedLinearConfig(16, 64, 16, 16, group_t=8, num_warps=8, num_stages=2),)
+# AMD: 64 threads a warp, 64 KiB of shared memory.
+_SHIPPED_AMD = (
+    GroupedLinearConfig(64, 64, 64, 32, group_t=8, num_warps=4, num_stages=2),
+    GroupedLinearConfig(16, 64, 64, 64, group_t=8, num_warps=2, num_stages=2),
+)
+
+
+def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedLinearConfig, ...]:
+    if arch.is_amd:
+        return _SHIPPED_AMD
+    if precision.dtype == torch.float32:
+        return _SHIPPED_IEEE if precision.ieee else _SHIPPED_TF32
+    return _SHIPPED_SM_90 if arch.name == "sm_90" else _SHIPPED
+
+
+def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedLinearConfig, ...]:
+    return _GATHERED_IEEE if precision.ieee and not arch.is_amd else _shipped(arch, precision)[-1:]
+
+
+def _choose(fitting: Sequence[GroupedLinearConfig], key: Key, multiprocessors: int) -> GroupedLinearConfig:
+    """The widest tile of which an expert has two on average: the last of its tiles is half empty."""
+    return next((config for config in fitting if 2 * config.block_t <= key.tokens), fitting[-1])
+
+
+def _workload(operands: Operands) -> Work:
+    adapter, ends, x, _ = experts_operands(operands)
+
+    def run(config: Any) -> list[Tensor]:
+        return [grouped_linear(x, ends, adapter, allow_tf32=operands.allow_tf32, config=config)]
+
+    return run, lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))]
+
+
+GROUPED_LINEAR = Kernel(
+    "grouped_linear",
+    grouped_linear_kernel,
+    GroupedLinearConfig,
+    role="matmul",
+    shipped=_shipped,
+    steps={
+        "block_t": (16, 32, 64, 128, 256),
+        "block_n": (32, 64, 128),
+        "block_c": (32, 64, 128),
+        "group_t": (1, 4, 8, 16),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    workload=_workload,
+    forms=(
+        "r16 granules contiguous",
+        "r16 granules contiguous transposed",
+        "r64 fp32 factors granules contiguous",
+        "r16 granules",
+    ),
+    narrow={
+        "index_ptr": INDEX,  # as coordinates names them
+        "transposed_ptr": "a transposed W0, in registers two steps ahead",
+        "a_ptr": "factor tile, as wide as the rank, cached",
+        "b_ptr": "factor tile, as wide as the rank, cached",
+    },
+    choose=_choose,
+)
+GROUPED_LINEAR_GATHERED = replace(
+    GROUPED_LINEAR,
+    name="grouped_linear_gathered",
+    shipped=_gathered,
+    forms=("r16", "r16 transposed", "r64 fp32 factors"),
+    narrow={
+        "index_ptr": INDEX,
+        **dict.fromkeys(("x_ptr", "w_ptr", "transposed_ptr", "a_ptr", "b_ptr"), "one number at a time"),
+    },
+)

@@ -1,0 +1,180 @@
+"""grouped_linear and grouped_grad: all experts in a launch, against the definition, expert by expert.
+
+What the operator promises of every backend: tests/test_experts.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from expert_problems import ExpertsProblem, make_problem, on
+from kernel_cases import Guarded, need_memory, shipped_here
+from problems import relative_error
+from torch import Tensor
+
+from smoa_kernels.backends.experts_triton import experts_backward, experts_forward
+from smoa_kernels.definition.experts import ExpertBlocks, reference_experts_linear
+from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.definition.precision import Precision
+from smoa_kernels.kernels.grouped import tiles_of_segments
+from smoa_kernels.kernels.grouped_grad import GroupedGradConfig, grouped_grad
+from smoa_kernels.kernels.grouped_linear import GroupedLinearConfig, grouped_linear
+
+pytestmark = pytest.mark.numerical
+
+SHAPE = 48, 88
+PARTITIONS = {
+    "contiguous": lambda seed: BlockPartition.contiguous(SHAPE, 2, granule=8),
+    "granules": lambda seed: BlockPartition.random(SHAPE, 2, granule=8, seed=seed),
+    "coordinates": lambda seed: BlockPartition.random(SHAPE, 2, seed=seed),
+    "prime": lambda seed: BlockPartition.from_labels(
+        *((torch.arange(size) >= prime).int() for size, prime in zip(SHAPE, (37, 5), strict=True)), 2
+    ),
+    "one block": lambda seed: BlockPartition.contiguous(SHAPE, 1),
+}
+
+
+def problem(
+    kind: str, pairs: tuple[int, ...], ranks: tuple[int, ...] = (3, 2), **given: bool
+) -> ExpertsProblem:
+    """Experts each with blocks of their own order, where the kind has an order to choose."""
+    partitions = [PARTITIONS[kind](seed) for seed in range(len(pairs))]
+    sides = [torch.stack([getattr(p, side) for p in partitions]) for side in ("row_block", "col_block")]
+    blocks = ExpertBlocks.from_labels(*sides, partitions[0].num_blocks)
+    ranks = ranks[: blocks.num_blocks]
+    made = make_problem(pairs=pairs, rows=SHAPE[0], cols=SHAPE[1], ranks=ranks, **given)  # type: ignore[arg-type]
+    made = replace(made, adapter=replace(made.adapter, blocks=blocks))
+    return on(made, made.x.device)
+
+
+def results(p: ExpertsProblem) -> tuple[Tensor, ...]:
+    """y, dX, dA and dB of the backend."""
+    found = experts_backward(p.dy, p.x, p.ends, p.adapter, needs_x=True)
+    return (experts_forward(p.x, p.ends, p.adapter), *found)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "kind", ["contiguous", *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*PARTITIONS][1:])]
+)
+def test_blocks_of_every_kind(kind: str) -> None:
+    p = problem(kind, (5, 0, 18)).to(torch.float32)
+    p.assert_within_budget(results(p))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("factors", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["contiguous", "granules", "coordinates"])
+def test_half_types(kind: str, dtype: torch.dtype, factors: torch.dtype | None, transposed: bool) -> None:
+    p = problem(kind, (5, 0, 18), transposed=transposed).to(dtype, factors)
+    p.assert_within_budget(results(p))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(0, 0), (0, 5), (1, 40), (65, 33)], ids=str)
+@pytest.mark.parametrize("kind", ["contiguous", "coordinates"])
+def test_ranks(kind: str, ranks: tuple[int, ...]) -> None:
+    """None, and more than a program takes at a time."""
+    p = problem(kind, (7, 2), ranks).to(torch.float32)
+    p.assert_within_budget(results(p))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pairs", [(1,), (0, 0, 1), (40, 0, 0), (0, 0), (1, 1, 1, 1, 1), (33, 0, 65, 1)], ids=str
+)
+def test_pairs(pairs: tuple[int, ...]) -> None:
+    """All on one expert, one, none, as many as experts, one more than a tile or two."""
+    p = problem("contiguous", pairs).to(torch.float32)
+    p.assert_within_budget(results(p))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["contiguous", "coordinates"])
+@pytest.mark.parametrize(("config", "precision"), shipped_here("grouped_linear"), ids=str)
+def test_every_shipped_configuration(config: GroupedLinearConfig, precision: Precision, kind: str) -> None:
+    p = problem(kind, (70, 0, 9)).to(precision.dtype)
+    settings = {"allow_tf32": not precision.ieee, "config": config}
+    found = (
+        grouped_linear(p.x, p.ends, p.adapter, **settings),
+        grouped_linear(p.dy, p.ends, p.adapter.T, **settings),
+    )
+    _assert_within_its_rounding(precision, p, found, slice(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["contiguous", "coordinates"])
+@pytest.mark.parametrize(("config", "precision"), shipped_here("grouped_grad"), ids=str)
+def test_every_shipped_configuration_of_the_gradient(
+    config: GroupedGradConfig, precision: Precision, kind: str
+) -> None:
+    p = problem(kind, (70, 0, 9)).to(precision.dtype)
+    settings = {"allow_tf32": not precision.ieee, "config": config}
+    dA, dB = torch.empty_like(p.adapter.A), torch.empty_like(p.adapter.B)
+    grouped_grad(p.dy, p.x, p.ends, p.adapter, dB, **settings)
+    grouped_grad(p.x, p.dy, p.ends, p.adapter.T, dA.mT, **settings)
+    _assert_within_its_rounding(precision, p, (dA, dB), slice(2, 4))
+
+
+def _assert_within_its_rounding(
+    precision: Precision, p: ExpertsProblem, found: tuple[Tensor, ...], which: slice
+) -> None:
+    truth = p.to(torch.float64).run(reference_experts_linear)
+    same = p.run(reference_experts_linear)
+    for ours, theirs, exact in zip(found, same[which], truth[which], strict=True):
+        allowed = 2**-9 if precision.name == "tf32" else 2 * relative_error(theirs, exact) + 1e-6
+        assert relative_error(ours, exact) <= allowed
+
+
+@pytest.mark.slow
+def test_nothing_beside_the_operands_is_touched(guarded: Guarded) -> None:
+    p = problem("contiguous", (5, 0, 9)).to(torch.float32)
+    a = p.adapter
+    placed = replace(a, **{name: guarded(getattr(a, name), row_padding=8) for name in ("weight", "A", "B")})
+    beside = replace(
+        p,
+        x=guarded(p.x, row_padding=8),
+        dy=guarded(p.dy, row_padding=8),
+        ends=guarded(p.ends),
+        adapter=placed,
+    )
+    for ours, plain in zip(results(beside), results(p), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_an_idle_experts_gradient_is_zero_whatever_its_weight_holds() -> None:
+    p = problem("contiguous", (5, 0, 9)).to(torch.float32)
+    p.adapter.weight[1] = float("nan")
+    y, dx, dA, dB = results(p)
+    assert not dA[1].any()
+    assert not dB[1].any()
+    for result in (y, dx, dA, dB):
+        assert bool(result.isfinite().all())
+
+
+@pytest.mark.slow
+def test_offsets_beyond_int32(device: torch.device) -> None:
+    """Experts 2³⁰ elements apart, in memory that is reserved and mostly never touched."""
+    need_memory(device, 8)
+    p = problem("contiguous", (5, 0, 9, 3)).to(torch.bfloat16)
+    weight, stride = p.adapter.weight, 2**30
+    storage = torch.zeros(1, dtype=torch.bfloat16, device=device)
+    storage.untyped_storage().resize_(2 * (3 * stride + weight[0].numel()))
+    apart = storage.as_strided(weight.shape, (stride, *weight.stride()[1:]))
+    apart.copy_(weight)
+    far = replace(p, adapter=replace(p.adapter, weight=apart))
+    for ours, near in zip(results(far), results(p), strict=True):
+        assert torch.equal(ours, near)
+
+
+def test_tiles_of_segments() -> None:
+    """The most that lengths can need: never fewer, and reached."""
+    assert tiles_of_segments(0, 4, 16) == 0
+    assert tiles_of_segments(3, 128, 16) == 3
+    for length, segments, block in ((17, 3, 16), (64, 4, 16), (100, 7, 8)):
+        ends = [1] * (segments - 1)
+        sizes = [*ends, length - sum(ends)]
+        assert tiles_of_segments(length, segments, block) == sum(-(-size // block) for size in sizes)
