@@ -264,7 +264,7 @@ class TestRules:
             (with_load("dy_ptr", 128, False), "loads of dy_ptr are not asynchronous"),
             (with_load("dy_ptr|index_ptr", 16, False), "through dy_ptr|index_ptr"),
             (with_load("?", 16, False), "through ?"),
-            (replace(GOOD, traffic=GOOD.traffic[1:]), "no loads found"),
+            (replace(GOOD, traffic=GOOD.traffic[1:]), "no loads of wide operands"),
             (replace(GOOD, error="OutOfResources"), "does not compile: OutOfResources"),
         ],
     )

@@ -11,7 +11,7 @@ from ..cost.architectures import ARCHITECTURES
 
 __all__ = ["Record", "Role", "Traffic", "broken_rules"]
 
-Role = Literal["matmul", "copy"]
+Role = Literal["matmul", "gather", "copy"]
 
 WIDE_BITS = 128
 
@@ -44,7 +44,7 @@ class Record:
     Attributes:
         kernel: name of the kernel.
         variant: which of its constexpr paths.
-        role: "matmul" or "copy".
+        role: "matmul", "gather" or "copy".
         config: the launch parameters.
         arch: for example "sm_90".
         dtype: "bf16", "fp16", "tf32" or "fp32" (IEEE).
@@ -110,6 +110,7 @@ def broken_rules(record: Record) -> tuple[str, ...]:
     3. In matmul kernels the main loop multiplies on the architecture's full-rate tensor cores for bf16, fp16 and
        tf32, and its loads are 128 bits wide and, on NVIDIA, asynchronous. Loops in IEEE float32 have no tensor
        cores on NVIDIA; their loads obey the same rule.
+       Nothing is asked of the loads of gather kernels, which multiply what they read one number at a time.
     4. In copy kernels every access is 128 bits wide.
 
     Rules 3 and 4 spare the pointers that the kernel declares narrow, each with its reason.
@@ -126,7 +127,7 @@ def broken_rules(record: Record) -> tuple[str, ...]:
         broken.append(f"shared memory {record.shared} above {arch.shared_per_block} bytes")
     elif record.blocks_per_multiprocessor < 1:
         broken.append("not one block fits a multiprocessor")
-    if record.role == "matmul":
+    if record.role != "copy":
         broken += _matmul_rules(record)
     else:
         broken += _width_rules(record, [t for t in record.traffic if not _may_be_narrow(record, t)])
@@ -139,10 +140,13 @@ def _matmul_rules(record: Record) -> list[str]:
     if (record.dtype != "fp32" or arch.is_amd) and not record.tensor_cores.get(arch.tensor_core):
         found = ", ".join(record.tensor_cores) or "no tensor cores"
         broken.append(f"{found} in the main loop, not {arch.tensor_core}")
-    every = [t for t in record.traffic if t.in_main_loop and t.kind == "load"]
-    loads = [t for t in every if not _may_be_narrow(record, t)]
-    if not every:
-        broken.append("no loads found in the main loop")
+    if record.role == "gather":
+        return broken
+    loads = [
+        t for t in record.traffic if t.in_main_loop and t.kind == "load" and not _may_be_narrow(record, t)
+    ]
+    if not loads:
+        broken.append("no loads of wide operands found in the main loop")
     broken += _width_rules(record, loads)
     if arch.async_copies and not all(entry.asynchronous for entry in loads):
         names = sorted({entry.pointer for entry in loads if not entry.asynchronous})

@@ -328,10 +328,8 @@ GROUPED_GRAD = Kernel(
 GROUPED_GRAD_GATHERED = replace(
     GROUPED_GRAD,
     name="grouped_grad_gathered",
+    role="gather",
     shipped=_gathered,
     forms=("r16", "r16 transposed", "r64 fp32 factors"),
-    narrow={
-        "index_ptr": INDEX,
-        **dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "a_ptr"), "one number at a time"),
-    },
+    narrow={},
 )

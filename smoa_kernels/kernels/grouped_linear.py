@@ -407,10 +407,8 @@ GROUPED_LINEAR = Kernel(
 GROUPED_LINEAR_GATHERED = replace(
     GROUPED_LINEAR,
     name="grouped_linear_gathered",
+    role="gather",
     shipped=_gathered,
     forms=("r16", "r16 transposed", "r64 fp32 factors"),
-    narrow={
-        "index_ptr": INDEX,
-        **dict.fromkeys(("x_ptr", "w_ptr", "transposed_ptr", "a_ptr", "b_ptr"), "one number at a time"),
-    },
+    narrow={},
 )

@@ -204,7 +204,7 @@ class Kernel:
         name: in options, tuning tables and audit records.
         fn: the `@triton.jit` function.
         config: the class of its launch parameters.
-        role: "matmul" or "copy": which rules of the audit apply.
+        role: "matmul", "gather" or "copy": which rules of the audit apply.
         shipped: the configurations that ship for an architecture and a precision, largest tile first.
         steps: the numbers that a field of the configuration may take when tuned; what is not named stays as it ships.
         workload: what to launch and to compare with, over the operands of a key.
@@ -220,7 +220,7 @@ class Kernel:
     name: str
     fn: Any
     config: type[Config]
-    role: Literal["matmul", "copy"]
+    role: Literal["matmul", "gather", "copy"]
     shipped: Callable[[Architecture, Precision], tuple[Config, ...]]
     steps: Mapping[str, tuple[int, ...]]
     workload: Callable[[Operands], Work]
