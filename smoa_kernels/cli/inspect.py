@@ -71,7 +71,8 @@ def _fit(layer: LayerReport) -> str:
     distance = layer.base_distance
     if distance is None or math.isinf(distance):
         return "✗ lacks it in this shape"
-    return f"{'✓' if layer.fits else '✗'} differs by {distance:.1%}"
+    expert = "" if layer.worst_expert is None else f" (expert {layer.worst_expert})"
+    return f"{'✓' if layer.fits else '✗'} differs by {distance:.1%}{expert}"
 
 
 def _summary(folder: Path, report: AdapterReport) -> str:

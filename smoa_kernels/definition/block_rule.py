@@ -14,7 +14,7 @@ from .partition import BlockPartition
 
 __all__ = ["BLOCK_ORDERS", "BlockRule"]
 
-BLOCK_ORDERS = ("spectral", "contiguous", "random")
+BLOCK_ORDERS = ("spectral", "contiguous", "random", "shared")
 
 
 class BlockRule(NamedTuple):
@@ -22,7 +22,8 @@ class BlockRule(NamedTuple):
 
     Attributes:
         num_blocks: K.
-        block_order: the order that is cut into blocks, one of `BLOCK_ORDERS`.
+        block_order: the order that is cut into blocks, one of `BLOCK_ORDERS`. "shared" is one spectral order for all
+            experts of a fused weight; of a single weight it is that weight's own.
         granule: g, adjacent rows or columns that stay together.
         block_seed: draws the order where that is "random". Weights of one shape get the same blocks.
 
@@ -39,7 +40,7 @@ class BlockRule(NamedTuple):
     @property
     def needs_weight(self) -> bool:
         """Whether blocks depend on W0's values, not only on its shape."""
-        return self.block_order == "spectral"
+        return self.block_order in ("spectral", "shared")
 
     def check(self, shape: Sequence[int] | None = None, name: str = "a weight") -> None:
         """Check all attributes, and that `name`, where its shape is given, can be cut so.

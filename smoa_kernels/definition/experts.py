@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,16 +65,14 @@ class ExpertBlocks:
         changes = [side[:, 1:] != side[:, :-1] for side in sides]
         places = np.concatenate([np.flatnonzero(change.any(0)) + 1 for change in changes])
         granule = int(np.gcd.reduce(places)) or max(side.shape[1] for side in sides)
-        offsets = [
-            np.stack([np.searchsorted(row, np.arange(num_blocks + 1)) for row in np.sort(side, 1)])
-            for side in sides
-        ]
+        offsets = [_count_up(side, num_blocks) for side in sides]
         device = row_block.device
         counted = [torch.from_numpy(each.astype(np.int32)).to(device) for each in offsets]
         if all(bool((side[:, 1:] >= side[:, :-1]).all()) for side in sides):
             return cls(counted[0], counted[1], granule=granule)
+        # numpy narrows on one thread: torch would share so small a tensor out among several, which costs more.
         rows, cols = (
-            torch.from_numpy(np.argsort(side, 1, kind="stable")).to(index_dtype(side.shape[1])).to(device)
+            torch.from_numpy(np.argsort(side, 1, kind="stable").astype(_narrow(side.shape[1]))).to(device)
             for side in sides
         )
         return cls(counted[0], counted[1], rows, cols, granule)
@@ -83,6 +81,11 @@ class ExpertBlocks:
     def num_blocks(self) -> int:
         """K."""
         return self.row_offsets.shape[1] - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the offsets live."""
+        return self.row_offsets.device
 
     @property
     def is_contiguous(self) -> bool:
@@ -117,6 +120,13 @@ class ExpertBlocks:
             row_order=rows.places,
             col_order=cols.places,
         )
+
+
+def _count_up(labels: np.ndarray[Any, Any], num_blocks: int) -> np.ndarray[Any, Any]:
+    """Offsets (rows, K + 1) of each row's blocks: how many labels are below each."""
+    first = num_blocks * np.arange(len(labels))[:, None]
+    sizes = np.bincount((labels + first).ravel(), minlength=num_blocks * len(labels)).reshape(-1, num_blocks)
+    return np.pad(sizes.cumsum(1), ((0, 0), (1, 0)))
 
 
 class _Side(NamedTuple):
@@ -191,7 +201,11 @@ class ExpertsAdapter:
 
 def index_dtype(size: int) -> torch.dtype:
     """int16 where it counts all of `size` coordinates, else int32: the blocks of many experts are large."""
-    return torch.int16 if size <= torch.iinfo(torch.int16).max else torch.int32
+    return torch.int16 if _narrow(size) is np.int16 else torch.int32
+
+
+def _narrow(size: int) -> type[np.int16] | type[np.int32]:
+    return np.int16 if size <= np.iinfo(np.int16).max else np.int32
 
 
 def reference_experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:

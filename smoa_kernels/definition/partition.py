@@ -97,10 +97,36 @@ class BlockPartition:
         """
         weight = whole(weight)
         check_weight(weight)
-        check_blocks(num_blocks, weight.shape)
-        check_granule(granule, num_blocks, weight.shape)
-        orders = order_source.get()(weight.detach(), granule)
-        sides = list(zip(orders, weight.shape, strict=True))
+        return cls._from_spectrum(weight.detach(), num_blocks, granule)
+
+    @classmethod
+    def from_experts(cls, weights: Tensor, num_blocks: int, *, granule: int = 1) -> BlockPartition:
+        """Compute one partition for many weights, from the spectrum of their mean Gram matrix (docs/definition.md).
+
+        Args:
+            weights: (E, N, C) floating point, any device.
+            num_blocks: K, from 1 to min(N, C).
+            granule: g, rows or columns that are sorted as one.
+
+        Raises:
+            TypeError, ValueError: as :meth:`from_weight` does.
+
+        Example:
+            >>> weights = torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 9.0]]).diag_embed()
+            >>> BlockPartition.from_experts(weights, num_blocks=3).row_block.tolist()
+            [2, 1, 0]
+        """
+        weights = whole(weights)
+        check_weight(weights.flatten(0, 1), "weights")
+        return cls._from_spectrum(weights.detach(), num_blocks, granule)
+
+    @classmethod
+    def _from_spectrum(cls, weight: Tensor, num_blocks: int, granule: int) -> BlockPartition:
+        shape = weight.shape[-2:]
+        check_blocks(num_blocks, shape)
+        check_granule(granule, num_blocks, shape)
+        orders = order_source.get()(weight, granule)
+        sides = list(zip(orders, shape, strict=True))
         row_block, col_block = (_labels(order, num_blocks, granule, size) for order, size in sides)
         rows, cols = (_coordinates(order, granule, size) for order, size in sides)
         return replace(cls.from_labels(row_block, col_block, num_blocks), row_order=rows, col_order=cols)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import cast
@@ -42,27 +42,51 @@ def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor
     thread and without autocast, since labels must depend on nothing but the weight, and the last bits of a threaded
     reduction depend on the number of threads.
 
+    Of several weights there is one spectrum, that of their mean Gram matrix (`W Wᵀ` of the shorter side), and the
+    energy of a row or column is that of all of them.
+
     Args:
-        weight: (N, C) floating point, finite, not empty; half types are computed in float32.
+        weight: (N, C), or (E, N, C) of several; floating point, finite, not empty. Half types are computed in float32.
         granule: g, rows or columns that stay together; the last granule may be short.
 
     Example:
         >>> [scores.tolist() for scores in spectral_centroids(torch.diag(torch.tensor([1.0, 3.0, 2.0])))]
         [[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
     """
-    if weight.dtype.itemsize < 4:
-        weight = weight.float()
     with one_thread(), without_autocast(weight):
-        largest = float(torch.linalg.vector_norm(weight, torch.inf))
-        if largest and not 2.0**-30 < largest < 2.0**30:
-            weight = weight / largest  # energies are quadratic in W0 and would overflow or vanish
-        tall = weight.shape[0] > weight.shape[1]
-        short_energy, long_energy = _energies(weight.T if tall else weight)
+        weights = weight if weight.ndim == 3 else weight[None]
+        largest = max(float(torch.linalg.vector_norm(one, torch.inf)) for one in weights)
+        scale = largest if largest and not 2.0**-30 < largest < 2.0**30 else 1.0
+        tall = weight.shape[-2] > weight.shape[-1]
+
+        def wide() -> Iterator[Tensor]:
+            for one in weights:
+                one = one.float() if one.dtype.itemsize < 4 else one
+                if scale != 1.0:
+                    one = one / scale  # energies are quadratic in W0 and would overflow or vanish
+                yield one.T if tall else one
+
+        short_energy, long_energy = _energies(next(wide())) if len(weights) == 1 else _summed_energies(wide)
         row_energy, col_energy = (long_energy, short_energy) if tall else (short_energy, long_energy)
-        return (
-            _centroid(row_energy, torch.linalg.vector_norm(weight, torch.inf, 1), granule),
-            _centroid(col_energy, torch.linalg.vector_norm(weight, torch.inf, 0), granule),
+        rows, cols = (
+            torch.stack([torch.linalg.vector_norm(one, torch.inf, side) for one in weights]).amax(0)
+            for side in (1, 0)
         )
+        return _centroid(row_energy, rows, granule), _centroid(col_energy, cols, granule)
+
+
+def _summed_energies(wide: Callable[[], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:
+    """The same as `_energies` of several wide matrices, which are read twice; U is that of the sum of their Grams."""
+    gram: Tensor | None = None
+    for one in wide():
+        gram = _lower_gram(one) if gram is None else gram.add_(_lower_gram(one))
+    squared, u = torch.linalg.eigh(gram)
+    long_energy: Tensor | None = None
+    for one in wide():
+        energy = (one.T @ u).square_()
+        long_energy = energy if long_energy is None else long_energy.add_(energy)
+    assert long_energy is not None
+    return u.square() * squared.clamp_min(0), long_energy
 
 
 def _energies(wide: Tensor) -> tuple[Tensor, Tensor]:

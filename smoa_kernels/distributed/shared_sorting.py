@@ -43,7 +43,7 @@ def shared_spectra(process_group: dist.ProcessGroup | None = None) -> Iterator[N
         if first:
             rows, cols = spectral_orders(weight, granule)
         else:
-            counts = (granules(size, granule) for size in weight.shape)
+            counts = (granules(size, granule) for size in weight.shape[-2:])
             rows, cols = (torch.empty(count, dtype=torch.int64, device=weight.device) for count in counts)
         for order in (rows, cols):
             dist.broadcast(order, source, process_group)

@@ -20,6 +20,8 @@ except ImportError as error:
 
 from .config import SMoAConfig
 from .convert import convert_adapter, hira_to_smoa, smoa_to_hira
+from .experts import Experts
+from .experts_weight import ExpertsWeight
 from .hira import HiraReport, accelerate_hira, decelerate_hira
 from .injection import SMoAModel
 from .layer import SMoALayer
@@ -32,6 +34,8 @@ from .saving import install_atomic_save
 from .swapping import hotswap
 
 __all__ = [
+    "Experts",
+    "ExpertsWeight",
     "HiraReport",
     "Linear",
     "MergeReport",

@@ -158,6 +158,8 @@ def check_combination(
         if name not in configs:
             raise ValueError(f"adapters must name existing adapters, got {name!r}")
         config = configs[name]
+        if config.target_parameters:
+            raise ValueError(f"adapters of experts (target_parameters) cannot be combined, got {name!r}")
         if config.bias != "none" or config.modules_to_save:
             raise ValueError(
                 f"adapters must train nothing but their factors, got {name!r} with bias={config.bias!r} and "

@@ -67,6 +67,9 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         r: rank budget of a layer over all its blocks, at least 1.
         target_modules: names (suffixes) of the modules to adapt, a regular expression, or "all-linear"; chosen by
             the model's architecture when None.
+        target_parameters: paths (suffixes) of fused expert weights to adapt, such as "mlp.experts.down_proj"
+            (docs/experts.md). r, K and the order then hold for each expert. Where it is given, no modules are adapted
+            but those that `target_modules` names.
         num_blocks: K, from 1 (which is HiRA) to the smaller dimension of every adapted weight.
         block_ranks: rank of each block, K numbers that sum to r; shared evenly when None. Layers to which
             `rank_pattern` or `num_blocks_pattern` give another r or K share theirs evenly.
@@ -84,7 +87,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         alpha_pattern: likewise alpha.
         num_blocks_pattern: likewise K.
         block_order: the order in which rows and columns are cut into blocks: "spectral" is the paper's. "contiguous"
-            (the weights' own) and "random" need no spectrum.
+            (the weights' own) and "random" need no spectrum; "shared" is one spectral order for all experts of a
+            fused weight.
         granule: adjacent rows or columns that stay together, as many as this; 1 is the paper's.
         block_seed: draws the order where `block_order` is "random".
         block_order_pattern: block_order of the layers whose names match a key.
@@ -107,6 +111,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
 
     r: int = 8
     target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
     num_blocks: int = 2
     block_ranks: list[int] | None = None
     smoa_alpha: float | None = None
@@ -161,11 +166,16 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         check_finite("smoa_dropout", self.smoa_dropout)
         if not 0.0 <= self.smoa_dropout < 1.0:
             raise ValueError(f"smoa_dropout must lie in [0, 1), got {self.smoa_dropout}")
+        if self.smoa_dropout and self.target_parameters:
+            raise ValueError(
+                f"smoa_dropout must be 0 where target_parameters are adapted, got {self.smoa_dropout}"
+            )
         for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode"):
             _check_bool(name, getattr(self, name))
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        lists = ("modules_to_save", "target_parameters")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", *lists):
             # Where PEFT expects a list, it would look for the single letters of a str.
-            _check_items(name, getattr(self, name), str, alone=name != "modules_to_save")
+            _check_items(name, getattr(self, name), str, alone=name not in lists)
         _check_items("layers_to_transform", self.layers_to_transform, int, alone=True)
         for name, allowed in (
             ("bias", _BIASES),
@@ -183,6 +193,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             _check_regex("modules_to_save", name)
             if not name:
                 raise ValueError("modules_to_save must hold names of modules, got ''")
+        if self.target_parameters is not None:
+            self.target_parameters = sorted(set(self.target_parameters))
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")

@@ -22,7 +22,7 @@ from ..checks import check_path
 from ..definition.partition import BlockPartition
 from ..definition.sketch import sketch_weight
 from .config import SMoAConfig
-from .file_format import pack_blocks
+from .file_format import StackBlocks, pack_blocks
 from .folders import PREFIX, ModelFolder, by_number, read_config, read_layers, read_state, weights_of
 from .peft_type import PEFT_TYPE
 from .saving import replacing, seal
@@ -146,6 +146,8 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         raise ValueError(f"{source}: bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
     ranks = {}
     for name in sorted(layers, key=by_number):
+        if isinstance(layers[name], StackBlocks):
+            raise ValueError(f"{name}: experts have no counterpart in HiRA, which adapts linear layers")
         blocks, scaling = layers[name].partition.num_blocks, config.for_layer(name).scaling
         if blocks != 1:
             raise ValueError(f"{name}: num_blocks={blocks} has no counterpart in HiRA, which has one block")

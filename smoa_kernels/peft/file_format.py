@@ -7,7 +7,8 @@ one (`smoa_blocks`, uint8, little-endian):
     float16  the sketch of W0, 33 numbers
     bits     the block of each row, then of each column: ceil(log2 K) bits each, the lowest first
 
-Zeros stand for blocks that are yet to be loaded.
+Zeros stand for blocks that are yet to be loaded. Of the fused weight of E experts, `smoa_A` (E, ρ, C) and `smoa_B`
+(E, N, ρ) hold each expert's factors, and `smoa_blocks` a row for each.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..checks import MOST_BLOCKS
+from ..definition.experts import ExpertBlocks
 from ..definition.partition import BlockPartition
 from ..definition.sketch import SKETCH_SIZE
 
@@ -28,12 +30,15 @@ __all__ = [
     "STATE_KEYS",
     "UNKNOWN_SKETCH",
     "LayerBlocks",
+    "StackBlocks",
     "blocks_size",
     "check_complete",
     "lacks_sketch",
     "pack_blocks",
+    "pack_expert_blocks",
     "read_blocks",
     "unpack_blocks",
+    "unpack_expert_blocks",
 ]
 
 
@@ -49,6 +54,23 @@ class LayerBlocks(NamedTuple):
     partition: BlockPartition
     ranks: Tensor  # int32 (K,)
     sketch: Tensor  # float32 (33,), of W0
+
+
+class StackBlocks(NamedTuple):
+    """The same of a fused weight of experts."""
+
+    partition: ExpertBlocks
+    ranks: Tensor  # int32 (K,), of every expert
+    sketch: Tensor  # float32 (E, 33)
+    shape: tuple[int, int]  # (N, C)
+
+    def experts(self) -> list[LayerBlocks]:
+        """What it holds of each expert."""
+        partitions = self.partition.partitions(range(len(self.sketch)), self.shape)
+        return [
+            LayerBlocks(partition, self.ranks, sketch)
+            for partition, sketch in zip(partitions, self.sketch, strict=True)
+        ]
 
 
 def blocks_size(out_features: int, in_features: int, num_blocks: int) -> int:
@@ -110,7 +132,60 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
     )
 
 
-def read_blocks(name: str, given: Mapping[str, Any], r: int | None = None) -> LayerBlocks:
+def pack_expert_blocks(
+    blocks: ExpertBlocks, ranks: Tensor, sketches: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """Pack the blocks of a fused weight's experts, each of a `shape` (N, C), into a row for each sketch (E, 33)."""
+    partitions = blocks.partitions(range(len(sketches)), shape)
+    rows = [
+        pack_blocks(partition, ranks, sketch)
+        for partition, sketch in zip(partitions, sketches.cpu(), strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def unpack_expert_blocks(packed: Tensor, out_features: int, in_features: int) -> StackBlocks:
+    """Unpack what :func:`pack_expert_blocks` packed, all rows at once: a model has thousands of experts.
+
+    Raises:
+        ValueError: naming the expert, as :func:`unpack_blocks` does; or experts differ in K or ranks.
+    """
+    if packed.dtype != torch.uint8 or packed.ndim != 2:
+        raise ValueError(
+            f"smoa_blocks must have a row of uint8 for each expert, got {packed.dtype} {tuple(packed.shape)}"
+        )
+    first = unpack_blocks(packed[0], out_features, in_features)  # says what is wrong with all of them
+    num_blocks = first.partition.num_blocks
+    data = packed.detach().cpu().contiguous().numpy()
+    for expert, row in enumerate(data):
+        head = row[:8].view("<u4")
+        if head[0] != num_blocks or zlib.crc32(row[8:]) != head[1]:
+            raise ValueError(
+                f"smoa_blocks of expert {expert} is corrupt: its labels, ranks and sketch do not match its checksum"
+            )
+    ranks, sketches, bits = np.split(data[:, 8:], [4 * num_blocks, 4 * num_blocks + 2 * SKETCH_SIZE], axis=1)
+    other = np.flatnonzero((ranks != ranks[0]).any(1))
+    if other.size:
+        raise ValueError(f"smoa_blocks of expert {other[0]} has other ranks than those of expert 0")
+    width, count = _label_bits(num_blocks), out_features + in_features
+    planes = np.unpackbits(bits, axis=1, count=count * width, bitorder="little")
+    planes = planes.reshape(len(data), count, width)
+    labels = np.zeros((len(data), count), np.uint8 if num_blocks <= 256 else np.int32)
+    for bit in range(width):
+        labels |= planes[..., bit].astype(labels.dtype) << bit
+    wrong = np.flatnonzero((labels >= num_blocks).any(1))
+    if wrong.size:
+        raise ValueError(f"smoa_blocks of expert {wrong[0]} must have labels below num_blocks={num_blocks}")
+    rows, cols = torch.from_numpy(labels).to(packed.device).split([out_features, in_features], 1)
+    return StackBlocks(
+        ExpertBlocks.from_labels(rows, cols, num_blocks),
+        first.ranks,
+        torch.from_numpy(np.ascontiguousarray(sketches).view("<f2").astype(np.float32)).to(packed.device),
+        (out_features, in_features),
+    )
+
+
+def read_blocks(name: str, given: Mapping[str, Any], r: int | None = None) -> LayerBlocks | StackBlocks:
     """Read blocks, ranks and sketch out of the tensors of one layer, after checking these against each other.
 
     Args:
@@ -119,24 +194,32 @@ def read_blocks(name: str, given: Mapping[str, Any], r: int | None = None) -> La
         r: the rank budget, where it is known.
 
     Raises:
-        ValueError: naming the layer: a tensor is missing, factors are no matrices of floating-point numbers,
-            :func:`unpack_blocks` finds a fault, or the ranks do not fit.
+        ValueError: naming the layer: a tensor is missing, factors are no matrices of floating-point numbers (or no
+            stacks of them), :func:`unpack_blocks` finds a fault, or the ranks do not fit.
     """
     check_complete(name, given)
     A, B = given["smoa_A"], given["smoa_B"]
     for key, factor in (("smoa_A", A), ("smoa_B", B)):
-        if factor.ndim != 2 or not factor.is_floating_point():
+        if factor.ndim not in (2, 3) or not factor.is_floating_point():
             raise ValueError(
-                f"{name}: {key} must be a matrix of floating-point numbers, got {factor.dtype} {tuple(factor.shape)}"
+                f"{name}: {key} must be a matrix of floating-point numbers, got {factor.dtype} "
+                f"{tuple(factor.shape)}; of experts, a stack of them"
             )
+    packed = given["smoa_blocks"]
+    if A.shape[:-2] != B.shape[:-2] or (A.ndim == 3 and (not len(A) or packed.shape[:-1] != A.shape[:1])):
+        raise ValueError(
+            f"{name}: smoa_A, smoa_B and smoa_blocks must be of as many experts, got {tuple(A.shape)}, "
+            f"{tuple(B.shape)} and {tuple(packed.shape)}"
+        )
+    unpack = unpack_blocks if A.ndim == 2 else unpack_expert_blocks
     try:
-        blocks = unpack_blocks(given["smoa_blocks"], B.shape[0], A.shape[1])
+        blocks: LayerBlocks | StackBlocks = unpack(packed, B.shape[-2], A.shape[-1])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    ranks = blocks.ranks.tolist()
+    ranks, rho = blocks.ranks.tolist(), A.shape[-2]
     r = sum(ranks) if r is None else r
-    if min(ranks) < 0 or max(ranks) != A.shape[0] or A.shape[0] != B.shape[1] or sum(ranks) != r:
-        raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {A.shape[0]}, got {ranks}")
+    if min(ranks) < 0 or max(ranks) != rho or rho != B.shape[-1] or sum(ranks) != r:
+        raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {rho}, got {ranks}")
     return blocks
 
 

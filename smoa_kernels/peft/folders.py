@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..checks import shown
-from .file_format import STATE_KEYS, LayerBlocks, read_blocks
+from .file_format import STATE_KEYS, LayerBlocks, StackBlocks, read_blocks
 
 __all__ = [
     "MOST_JSON_BYTES",
@@ -125,8 +125,10 @@ def check_weights(folder: str, rank_of: Callable[[str], int]) -> None:
         raise ValueError(f"{pickled} is a pickle, and SMoA adapters are read from safetensors only")
 
 
-def read_layers(path: Path, rank_of: Callable[[str], int]) -> dict[str, LayerBlocks]:
+def read_layers(path: Path, rank_of: Callable[[str], int]) -> dict[str, LayerBlocks | StackBlocks]:
     """Read blocks, ranks and sketch of every SMoA layer in an adapter's file, by the layer's path in the base model.
+
+    The path of a fused weight of experts is the parameter's.
 
     Args:
         path: the file.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +24,10 @@ from ..distributed import smoa_buffers
 from .combine import check_combination, combined_config
 from .config import LayerSettings, SMoAConfig
 from .dequantize import keep_packing, quantization_of
+from .experts import Experts
+from .experts_order import ExpertSorting
+from .experts_targets import ExpertsTarget, find_targets
+from .experts_weight import ExpertsWeight
 from .layer import SMoALayer
 from .linear import Linear
 from .loading import PARAMETER_PREFIX, check_adapter, forget_adapter, remove_adapter
@@ -49,6 +54,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = SMoALayer
+    _experts: Sequence[ExpertsTarget] = ()  # during an injection, those that get the adapter
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @property
@@ -74,9 +80,19 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         awaits_weights = self.peft_config[adapter_name].is_from_file and not _layers(model)
         # Restored by `forget_adapter` where the weights turn out not to fit.
         self.trainable_before = [p for p in model.parameters() if p.requires_grad] if awaits_weights else []
+        config = self.peft_config[adapter_name]
         undo = _undo(model, adapter_name)
         try:
-            with Sorting(lambda: self._to_be_sorted(model, adapter_name, **kwargs)) as self._spectral_order:
+            self._experts = find_targets(model, config)
+            with (
+                Sorting(lambda: self._to_be_sorted(model, adapter_name, **kwargs)) as self._spectral_order,
+                self._sorting_of_experts(config) as self._expert_order,
+                warnings.catch_warnings(),
+            ):
+                if self._experts:  # PEFT looks at modules' names only
+                    warnings.filterwarnings(
+                        "ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning
+                    )
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException as error:  # Ctrl-C too: it takes minutes to sort a large model
             if is_new:
@@ -85,13 +101,57 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     self.peft_config.pop(adapter_name, None)
             raise
         finally:
-            del self._spectral_order  # with the blocks that it holds
+            self._experts = ()
+            for name in ("_spectral_order", "_expert_order"):  # with the blocks that they hold
+                self.__dict__.pop(name, None)
         # TRL's reference of an adapter that trains on. TRL copies parameters that have ".default." in their names, as
         # LoRA's have; in ours the adapter's name comes last.
         if adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default"):
             for layer in _layers(model):
                 if "default" in layer.smoa_A:
                     layer.copy_adapter("default", "ref")
+
+    def _sorting_of_experts(self, config: SMoAConfig) -> ExpertSorting:
+        """What gives blocks to the experts that an adapter is put in; none where weights bring them."""
+        rules = [(target.shape, config.for_layer(target.key).rule) for target in self._experts]
+        return ExpertSorting([] if config.is_from_file or config.inference_mode else rules)
+
+    def _prepare_adapter_config(self, peft_config: SMoAConfig, model_config: dict[str, Any]) -> SMoAConfig:
+        """As PEFT's: choose modules by the architecture; but none beside parameters that are named."""
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            return peft_config
+        return cast(SMoAConfig, super()._prepare_adapter_config(peft_config, model_config))
+
+    def _inject_parameters(
+        self, peft_config: SMoAConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Put an adapter into the fused weights of experts, and `Experts` around the modules that own them."""
+        for target in self._experts:
+            parent, module, name = _get_submodules(model, target.module_name)
+            if not isinstance(module, Experts):
+                module = Experts(module)
+                setattr(parent, name, module)
+            weight = module.weight(target.parameter_name)
+            try:
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    weight.update_layer(adapter_name, peft_config.for_layer(target.key), self._expert_order)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{target.key}: {error}") from error
+            if adapter_name not in self.active_adapters:
+                weight.requires_grad_(False)
+        return [target.key for target in self._experts]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's: set the active adapters.
+
+        Raises:
+            ValueError: several of them adapt the same experts. Nothing has changed.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for layer in _layers(self.model):
+            if isinstance(layer, ExpertsWeight):
+                layer.check_active(names)
+        super().set_adapter(adapter_name, inference_mode)
 
     def _to_be_sorted(
         self, model: nn.Module, adapter_name: str, *, state_dict: object = None, **kwargs: object
@@ -135,7 +195,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        if isinstance(new_module, SMoALayer):
+        if isinstance(new_module, SMoALayer) or isinstance(child, Experts):
             # The adapter is already where the layer computes; PEFT would move it to an offloaded weight's meta device.
             setattr(parent, child_name, new_module)
         else:
@@ -178,6 +238,10 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if any(isinstance(module, Experts) for module in self.modules()):
+            raise ValueError(
+                "adapter_names cannot be given where experts are adapted: a batch takes one adapter"
+            )
         known = {name for layer in _layers(self) for name in layer.smoa_A}
         unknown = set(adapter_names) - known - {"__base__"}
         if unknown:
@@ -280,6 +344,9 @@ def _undo(model: nn.Module, adapter_name: str) -> Callable[[], None]:
             for name, child in children.items():
                 if module._modules.get(name) is not child:  # adapted, or wrapped to be saved
                     setattr(module, name, child)
+            if isinstance(module, Experts):
+                for name in module._modules.keys() - children.keys():
+                    delattr(module, name)
         delete_adapter(model, adapter_name, prefix=SMoAModel.prefix, layer_cls=SMoALayer)
         for parameter, before in trainable:
             parameter.requires_grad_(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -14,7 +14,7 @@ from ..checks import check_path
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 from .config import SMoAConfig
-from .file_format import LayerBlocks
+from .file_format import LayerBlocks, StackBlocks
 from .folders import ModelFolder, by_number, opened, read_config, read_layers, weights_of
 from .peft_type import PEFT_TYPE
 
@@ -27,20 +27,24 @@ class LayerReport:
 
     Attributes:
         name: its path in the base model.
-        shape: (N, C) of W0.
+        shape: (N, C) of W0; (E, N, C) of a fused weight of experts.
         ranks: r_k of each block.
-        parameters: `Σ r_k (N_k + C_k)`.
-        fingerprint: first digits of the sketch of W0, the same for the same base in the same precision.
+        parameters: `Σ r_k (N_k + C_k)`, of all experts together.
+        fingerprint: first digits of the sketch of W0 (the first expert's), the same for the same base in the same
+            precision.
         base_distance: estimate of the relative difference between the given base and the one that the adapter was
-            trained over; None without a base, infinity for a layer that the base lacks or has in another shape.
+            trained over; None without a base, infinity for a layer that the base lacks or has in another shape. Of
+            experts, the largest.
+        worst_expert: the expert whose distance that is; None for a single weight, and without a base.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     ranks: tuple[int, ...]
     parameters: int
     fingerprint: str
     base_distance: float | None
+    worst_expert: int | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -125,24 +129,41 @@ def inspect_adapter(
     return AdapterReport(config, tuple(layers), path.stat().st_size, tuple(others))
 
 
-def _layer(name: str, blocks: LayerBlocks, bases: ModelFolder | None, config: SMoAConfig) -> LayerReport:
-    partition, ranks, sketch = blocks
-    distance = None
-    if bases is not None:
-        distance = float("inf")
-        weight = bases.get(f"{name}.weight")
-        if weight is not None:
-            weight = weight.T if config.fan_in_fan_out else weight
-            if tuple(weight.shape) == partition.shape:
-                distance = sketch_distance(sketch, sketch_weight(weight))
+def _layer(
+    name: str, blocks: LayerBlocks | StackBlocks, bases: ModelFolder | None, config: SMoAConfig
+) -> LayerReport:
+    experts = [blocks] if isinstance(blocks, LayerBlocks) else blocks.experts()
+    stack = () if isinstance(blocks, LayerBlocks) else (len(experts),)
+    ranks = experts[0].ranks.tolist()
+    distances = None if bases is None else _distances(name, experts, bases, config, fused=bool(stack))
+    worst = None if not stack or distances is None else max(range(len(distances)), key=distances.__getitem__)
     return LayerReport(
         name=name,
-        shape=partition.shape,
-        ranks=tuple(ranks.tolist()),
-        parameters=trainable_parameters(partition, ranks.tolist()),
-        fingerprint=_digits(sketch),
-        base_distance=distance,
+        shape=(*stack, *experts[0].partition.shape),
+        ranks=tuple(ranks),
+        parameters=sum(trainable_parameters(one.partition, ranks) for one in experts),
+        fingerprint=_digits(experts[0].sketch),
+        base_distance=None if distances is None else max(distances),
+        worst_expert=worst,
     )
+
+
+def _distances(
+    name: str, experts: Sequence[LayerBlocks], bases: ModelFolder, config: SMoAConfig, fused: bool
+) -> list[float]:
+    """How far each expert's W0, or the layer's own, is from that of the base."""
+    stored = bases.get(name if fused else f"{name}.weight")
+    shape = experts[0].partition.shape
+    if stored is None or stored.ndim != 2 + fused or len(stored) != (len(experts) if fused else len(stored)):
+        return [float("inf")] * len(experts)
+    found = []
+    for e, one in enumerate(experts):
+        weight = stored[e] if fused else stored
+        # A file does not say whether its experts are stored transposed.
+        ways = (weight, weight.T) if fused else (weight.T if config.fan_in_fan_out else weight,)
+        sketches = [sketch_weight(way) for way in ways if tuple(way.shape) == shape]
+        found.append(min((sketch_distance(one.sketch, each) for each in sketches), default=float("inf")))
+    return found
 
 
 def _digits(sketch: Tensor) -> str:

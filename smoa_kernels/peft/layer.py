@@ -18,7 +18,7 @@ from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_te
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
-from ..definition.sketch import sketch_weight
+from ..definition.sketch import sketch_distance, sketch_weight
 from .combine import single_block
 from .config import LayerSettings
 from .dequantize import dequantized, read_weight
@@ -35,9 +35,10 @@ from .file_format import (
 )
 from .offload import check_present, execution_device, gathered, present
 
-__all__ = ["SMoALayer", "SpectralOrder", "order_of"]
+__all__ = ["Prepared", "SMoALayer", "SpectralOrder", "order_of"]
 
-SpectralOrder = Callable[["SMoALayer", BlockRule], BlockPartition]
+# Of experts, `ExpertBlocks`.
+SpectralOrder = Callable[[Any, BlockRule], Any]
 
 
 def order_of(layer: SMoALayer, rule: BlockRule) -> BlockPartition:
@@ -89,6 +90,8 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     smoa_A: nn.ParameterDict
     smoa_B: nn.ParameterDict
+    # How many weights the layer adapts as one, before their own two sizes; () for a single one.
+    stack: tuple[int, ...] = ()
 
     def __init__(
         self, base_layer: nn.Module, fan_in_fan_out: bool, quantization: QuantizationBackend | None
@@ -101,6 +104,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             self.in_features, self.out_features = base.nx, base.nf
         else:
             self.in_features, self.out_features = base.in_features, base.out_features
+        self._hold_adapters()
+
+    def _hold_adapters(self) -> None:
+        """Make the containers of adapters, empty."""
         # W0 while the base layer holds W_eff: its values, or a layer over its quantised values (in a tuple, since a
         # module that is assigned directly becomes a child and is saved).
         self._stored_base: Tensor | None = None
@@ -117,7 +124,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.init_weights: dict[str, bool] = {}
         self.algorithm: dict[str, str] = {}
         self.backend: dict[str, str] = {}
-        self._prepared: dict[str, _Prepared] = {}
+        self._prepared: dict[str, Prepared] = {}
         # The partition of a single block, made once there are several adapters to sum.
         self._whole: BlockPartition | None = None
         self._shard: LayerShard | None = None  # where tensor parallelism has cut W0
@@ -152,6 +159,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return sketch_weight(
             self.base_weight() if self._shard is None else cast(Tensor, self.innermost().weight)
         )
+
+    def base_distance(self, sketch: Tensor) -> float:
+        """The distance of W0 from a sketch of it; 0 where it is on the meta device."""
+        own = self.base_sketch()
+        return 0.0 if own.is_meta else sketch_distance(sketch, own)
 
     def _stored_weight(self) -> Tensor:
         """The innermost layer's parameter as it is stored; where it is sharded, this process's part."""
@@ -200,10 +212,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         self.init_weights[adapter_name] = config.init_weights
         self.algorithm[adapter_name], self.backend[adapter_name] = config.algorithm, config.backend
         rho = max(ranks)
-        self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(rho, self.in_features))
-        self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rho))
+        self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(*self.stack, rho, self.in_features))
+        self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(*self.stack, self.out_features, rho))
         size = blocks_size(self.out_features, self.in_features, num_blocks)
-        self.smoa_blocks[adapter_name] = torch.zeros(size, dtype=torch.uint8)
+        self.smoa_blocks[adapter_name] = torch.zeros(*self.stack, size, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         comes_with_weights = config.is_from_file or config.inference_mode or self.smoa_A[adapter_name].is_meta
         if not comes_with_weights:
@@ -234,10 +246,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         rule = self.block_rule[adapter_name]
         known = [p.partition for name, p in self._prepared.items() if self.block_rule[name] == rule]
         with gathered(self.innermost()), present(self, self.innermost()):
-            partition = known[0] if known else spectral_order(self, rule)
+            partition: BlockPartition = known[0] if known else spectral_order(self, rule)
             # A quantised W0 would be dequantised for it: `complete_sketches` does that when one is saved.
             quantized = self.quantization_backend is not None
-            sketch = UNKNOWN_SKETCH if quantized else sketch_weight(self.base_weight())
+            sketch = UNKNOWN_SKETCH if quantized else self.base_sketch()
         ranks = torch.tensor(self.block_ranks[adapter_name], dtype=torch.int32, device=partition.device)
         self._set_blocks(adapter_name, partition, ranks, sketch)
         self.reset_adapter(adapter_name)
@@ -299,14 +311,20 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             sketch = self.base_sketch()
         for name in waiting:
             packed = self.smoa_blocks[name]
-            partition, ranks, _ = unpack_blocks(packed, self.out_features, self.in_features)
-            packed.copy_(pack_blocks(partition, ranks, sketch))
+            partition, ranks, _ = self._unpack(packed)
+            packed.copy_(self._pack(partition, ranks, sketch))
 
     def _set_blocks(
         self, adapter_name: str, partition: BlockPartition, ranks: Tensor, sketch: Tensor
     ) -> None:
-        self.smoa_blocks[adapter_name].copy_(pack_blocks(partition, ranks, sketch))
+        self.smoa_blocks[adapter_name].copy_(self._pack(partition, ranks, sketch))
         self._prepare(adapter_name, partition, ranks)
+
+    def _pack(self, partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Tensor:
+        return pack_blocks(partition, ranks, sketch)
+
+    def _unpack(self, packed: Tensor) -> LayerBlocks:
+        return unpack_blocks(packed, self.out_features, self.in_features)
 
     @torch.no_grad()
     def reset_adapter(self, adapter_name: str) -> None:
@@ -376,7 +394,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             A, B = self._shard.factors(A, B)
         return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling, ready.block_ranks)
 
-    def _ready(self, adapter_name: str) -> _Prepared:
+    def _ready(self, adapter_name: str) -> Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
         check_choice("adapter_name", adapter_name, self.smoa_blocks)
         packed = self.smoa_blocks[adapter_name]
@@ -386,10 +404,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         if self.awaits_blocks(adapter_name):
             self.initialize(adapter_name)
             return self._prepared[adapter_name]
-        partition, ranks, _ = unpack_blocks(packed, self.out_features, self.in_features)
+        partition, ranks, _ = self._unpack(packed)
         return self._prepare(adapter_name, partition, ranks)
 
-    def _prepare(self, adapter_name: str, partition: BlockPartition, ranks: Tensor) -> _Prepared:
+    def _prepare(self, adapter_name: str, partition: BlockPartition, ranks: Tensor) -> Prepared:
         if self._shard is not None:
             partition = partition.shard(self._shard.rows, self._shard.cols)
         for name, other in self._prepared.items():
@@ -404,7 +422,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             self._whole = single_block(partition)  # made now, since forward may be compiled
         packed = self.smoa_blocks[adapter_name]
         scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
-        ready = _Prepared(packed, partition, ranks, scaling, ranks.tolist())
+        ready = Prepared(packed, partition, ranks, scaling, ranks.tolist())
         self._prepared[adapter_name] = ready
         return ready
 
@@ -453,7 +471,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class _Prepared(NamedTuple):
+class Prepared(NamedTuple):
     """What forward needs beside parameters, read from the buffer `packed`."""
 
     packed: Tensor

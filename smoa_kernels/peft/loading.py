@@ -19,8 +19,10 @@ from peft.tuners.tuners_utils import delete_adapter
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from ..definition.sketch import TOLERANCE, sketch_distance
+from ..definition.sketch import TOLERANCE
 from .config import SMoAConfig
+from .experts import Experts
+from .experts_weight import ExpertsWeight
 from .file_format import STATE_KEYS
 from .folders import read_json
 from .layer import SMoALayer
@@ -86,14 +88,20 @@ def check_adapter(
 
 def _base_distance(layer: SMoALayer, sketch: Tensor) -> float:
     with gathered(layer.innermost()), present(layer, layer.innermost()):
-        own = layer.base_sketch()
-        return 0.0 if own.is_meta else sketch_distance(sketch, own)
+        return layer.base_distance(sketch)
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter out of every layer, and layers that hold no other adapter out of the model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, SMoALayer) and set(module.smoa_A) <= {adapter_name}:
+            parent, _, child = name.rpartition(".")
+            if isinstance(module, ExpertsWeight):
+                delattr(model.get_submodule(parent), child)
+            else:
+                setattr(model.get_submodule(parent), child, module.base_layer)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Experts) and not module.weights:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
     delete_adapter(model, adapter_name, prefix=PARAMETER_PREFIX, layer_cls=SMoALayer)

@@ -24,7 +24,7 @@ from ..definition.precision import DTYPES, dtype_names
 from ..definition.rounding import round_stochastically
 from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 from .convert import hira_layers
-from .file_format import LayerBlocks
+from .file_format import LayerBlocks, StackBlocks
 from .folders import PREFIX, ModelFolder, read_config, read_json, read_layers, read_state, weights_of
 from .peft_type import PEFT_TYPE
 from .stored_names import StoredNames
@@ -142,8 +142,8 @@ class FolderMerge:
         names = StoredNames(self._folder)
         for name, tensor in given.items():
             self._find(names, name, [tuple(tensor.shape)]).given = tensor
-        for name, ((rows, columns), change) in changes.items():
-            planned = self._find(names, name, [(rows, columns), (columns, rows)])
+        for name, ((*stack, rows, columns), change) in changes.items():
+            planned = self._find(names, name, [(*stack, rows, columns), (*stack, columns, rows)])
             if planned.dtype not in DTYPES:
                 raise ValueError(f"{name} must be {dtype_names(DTYPES)} to be merged, got {planned.dtype}")
             planned.change = change
@@ -202,8 +202,11 @@ class FolderMerge:
             plan[name] = _Planned(name, tensor.shape, dtype)
         return plan
 
-    def _read_adapter(self) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, int], Change]]]:
-        """By the model's names: tensors that the adapter holds whole, and shapes (N, C) and changes of adapted ones."""
+    def _read_adapter(self) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, ...], Change]]]:
+        """By the model's names: tensors that the adapter holds whole; shapes and changes of adapted ones.
+
+        A shape is (N, C), or (E, N, C) of experts.
+        """
         config: Any = read_config(self.adapter, (PEFT_TYPE, PeftType.HIRA))
         path = weights_of(self.adapter)
         state = read_state(path)
@@ -212,12 +215,15 @@ class FolderMerge:
             for key, tensor in state.items()
             if ".smoa_" not in key and ".hira_" not in key
         }
-        changes: dict[str, tuple[tuple[int, int], Change]] = {}
+        changes: dict[str, tuple[tuple[int, ...], Change]] = {}
         if config.peft_type == PEFT_TYPE:
             for name, blocks in read_layers(path, lambda name: config.for_layer(name).r).items():
                 A, B = (state[f"{PREFIX}{name}.smoa_{factor}"] for factor in "AB")
-                change = _smoa_change(blocks, A, B, config.for_layer(name).scaling)
-                changes[f"{name}.weight"] = blocks.partition.shape, change
+                scaling = config.for_layer(name).scaling
+                if isinstance(blocks, LayerBlocks):
+                    changes[f"{name}.weight"] = blocks.partition.shape, _smoa_change(blocks, A, B, scaling)
+                else:  # a parameter of its own name
+                    changes[name] = (len(A), *blocks.shape), _experts_change(blocks, A, B, scaling)
         else:
             for name, (A, B) in hira_layers(path, state).items():
                 shape = B.shape[0], A.shape[1]
@@ -293,6 +299,14 @@ def _smoa_change(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float) -> C
         adapter = PackedAdapter(wide, *factors, partition, ranks, s, ranks.tolist())
         merged = eager.delta_weight(adapter).add_(wide)
         return merged if weight is stored else merged.T
+
+    return change
+
+
+def _experts_change(blocks: StackBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
+    def change(stored: Tensor) -> Tensor:
+        parts = zip(blocks.experts(), A, B, stored, strict=True)
+        return torch.stack([_smoa_change(one, a, b, scaling)(weight) for one, a, b, weight in parts])
 
     return change
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..definition.packed import pack_factors, unpack_factors
 from ..definition.partition import BlockPartition
 from ..definition.sketch import sketch_weight
-from .file_format import STATE_KEYS, pack_blocks, read_blocks
+from .file_format import STATE_KEYS, LayerBlocks, pack_blocks, read_blocks
 from .folders import PREFIX
 
 __all__ = ["from_paper_layout", "to_paper_layout"]
@@ -104,7 +104,10 @@ def to_paper_layout(
     for stem in (key.removesuffix(".smoa_A") for key in state if key.endswith(".smoa_A")):
         path = stem.removeprefix(PREFIX)
         given = {key: state.get(f"{stem}.{key}") for key in STATE_KEYS}
-        stored, ranks, _ = read_blocks(path, given)
+        found = read_blocks(path, given)
+        if not isinstance(found, LayerBlocks):
+            raise ValueError(f"{path}: the paper's code has no adapters of experts")
+        stored, ranks, _ = found
         partition = BlockPartition.from_weight(_weight(weights, path).cpu(), stored.num_blocks)
         if partition != stored:
             raise ValueError(

@@ -62,7 +62,11 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     configs: Any = getattr(model, "peft_config", {})
     held = configs.get(adapter_name)
     path = weights_of(Path(folder))
-    found = read_layers(path, lambda name: config.for_layer(name).r)
+    found: dict[str, LayerBlocks] = {}
+    for name, blocks in read_layers(path, lambda name: config.for_layer(name).r).items():
+        if not isinstance(blocks, LayerBlocks):
+            raise ValueError(f"{name}: an adapter of experts cannot be exchanged in place: use load_adapter")
+        found[name] = blocks
     tensors = read_state(path)
     # By the model's names of its layers: their path in the base model, as the file has it.
     paths = {name: name.replace(_COMPILED, "").removeprefix(PREFIX) for name in layers}

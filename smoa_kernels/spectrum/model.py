@@ -179,8 +179,11 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
 
 
 def _weight(folder: ModelFolder, name: str, swapped: bool) -> Tensor:
-    """W0 (N, C) of a layer."""
-    weight = folder.get(f"{name}.weight")
+    """W0 (N, C) of a layer, or of one expert of a fused weight."""
+    fused, bracket, expert = name.partition("[")
+    weight = folder.get(fused if bracket else f"{name}.weight")
+    if weight is not None and bracket:
+        weight, swapped = weight[int(expert.removesuffix("]"))], False
     if weight is None:
         raise ValueError(f"{folder.folder} has no layer {name}, which the adapter adapts")
     with _named(name):

@@ -83,7 +83,8 @@ class AdapterUpdates:
 
     Attributes:
         method: SMoA, LoRA or HiRA.
-        layers: sorted by name, with numbers by value.
+        layers: sorted by name, with numbers by value; an expert's is that of the fused weight with its number,
+            `mlp.experts.down_proj[7]`.
         fan_in_fan_out: the base stores its weights (C, N).
     """
 
@@ -136,7 +137,12 @@ def _smoa(path: Path, state: Mapping[str, Tensor], config: SMoAConfig) -> dict[s
     layers = {}
     for name in sorted(found, key=by_number):
         A, B = state[f"{name}.smoa_A"], state[f"{name}.smoa_B"]
-        layers[name] = LayerUpdate("SMoA", A, B, config.for_layer(name).scaling, found[name])
+        blocks, scaling = found[name], config.for_layer(name).scaling
+        if isinstance(blocks, LayerBlocks):
+            layers[name] = LayerUpdate("SMoA", A, B, scaling, blocks)
+        else:
+            for e, one in enumerate(blocks.experts()):
+                layers[f"{name}[{e}]"] = LayerUpdate("SMoA", A[e], B[e], scaling, one)
     return layers
 
 

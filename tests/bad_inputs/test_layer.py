@@ -70,7 +70,7 @@ SETTINGS: list[Change] = [
     (
         {"block_order": "sorted"},
         ValueError,
-        "block_order must be one of spectral, contiguous, random, got 'sorted'",
+        "block_order must be one of spectral, contiguous, random, shared, got 'sorted'",
     ),
     ({"granule": 0}, ValueError, "granule must be at least 1, got 0"),
     ({"granule": True}, TypeError, "granule must be an int, got True"),

@@ -61,7 +61,12 @@ CONFIGURATIONS: list[Change] = [
     (
         {"block_order": "sorted"},
         ValueError,
-        "block_order must be one of spectral, contiguous, random, got 'sorted'",
+        "block_order must be one of spectral, contiguous, random, shared, got 'sorted'",
+    ),
+    (
+        {"target_parameters": "experts.down_proj"},
+        TypeError,
+        "target_parameters must be a list of names, got 'experts.down_proj'",
     ),
     ({"granule": 0}, ValueError, "granule must be at least 1, got 0"),
     ({"granule": 2.0}, TypeError, "granule must be an int, got 2.0"),

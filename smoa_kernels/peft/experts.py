@@ -1,0 +1,113 @@
+"""`Experts`: takes the place of a module of experts whose fused weights have adapters (docs/experts.md)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations import moe
+
+from .experts_weight import ExpertsWeight
+
+__all__ = ["Experts"]
+
+
+class Experts(nn.Module):
+    """A module of experts with adapters of its fused weights; the weights stay the base module's.
+
+    It has a child for each weight that any adapter adapts, named as the parameter. Its forward is that of transformers'
+    `grouped_mm_experts_forward`: what is peculiar to a class, its gate, is computed by the base module.
+
+    Args:
+        base_layer: a module of a class that transformers decorates with its experts interface.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import OlmoeConfig, OlmoeForCausalLM
+        >>> from smoa_kernels.peft import SMoAConfig
+        >>> sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+        >>> base = OlmoeForCausalLM(OlmoeConfig(**sizes, num_attention_heads=2, num_experts=4, num_experts_per_tok=2))
+        >>> model = get_peft_model(base, SMoAConfig(r=4, target_parameters=["mlp.experts.down_proj"]))
+        >>> model.base_model.model.model.layers[0].mlp.experts.down_proj
+        smoa.ExpertsWeight(
+          experts=4, in_features=8, out_features=16, default(r=4, num_blocks=2)
+          (smoa_A): ParameterDict(  (default): Parameter containing: [torch.FloatTensor of size 4x2x8])
+          (smoa_B): ParameterDict(  (default): Parameter containing: [torch.FloatTensor of size 4x16x2])
+          (smoa_blocks): BufferDict(  (default): Buffer containing: [torch.ByteTensor of size 4x85])
+        )
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def weight(self, parameter_name: str) -> ExpertsWeight:
+        """The adapters of one of the base module's weights; made where there are none."""
+        if parameter_name not in self._modules:
+            self.add_module(parameter_name, ExpertsWeight(self.base_layer, parameter_name))
+        return cast(ExpertsWeight, self._modules[parameter_name])
+
+    @property
+    def weights(self) -> dict[str, ExpertsWeight]:
+        """The weights that have adapters, by parameter."""
+        return {name: child for name, child in self._modules.items() if isinstance(child, ExpertsWeight)}
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute Σ over a token's experts of routing weight · expert(token).
+
+        Args:
+            hidden_states: (T, H).
+            top_k_index: integers (T, top_k), each token's experts.
+            top_k_weights: (T, top_k), what their outputs are multiplied by.
+
+        Returns:
+            (T, H) in the dtype of `hidden_states`.
+        """
+        weights = self.weights.values()
+        for weight in weights:
+            if weight.disable_adapters and weight.merged:
+                weight.unmerge()
+        base: Any = self.base_layer
+        if not any(weight.is_adapting for weight in weights):
+            return cast(Tensor, base(hidden_states, top_k_index, top_k_weights))
+        top_k = top_k_index.shape[-1]
+        experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        numbers = torch.arange(base.num_experts, dtype=experts.dtype, device=experts.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        x = hidden_states[order // top_k]
+        if base.has_gate:
+            inner = base._apply_gate(self._linear("gate_up_proj", x, ends, experts))
+        else:
+            inner = base.act_fn(self._linear("up_proj", x, ends, experts))
+        y = self._linear("down_proj", inner, ends, experts)
+        if getattr(base, "has_post_expert_norm", False):
+            y = base.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1)[order, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0], device=order.device)
+        return y[back].view(-1, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)
+
+    def _linear(self, name: str, x: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """The product with one of the weights, adapted or not, and its bias."""
+        base: Any = self.base_layer
+        bias = getattr(base, f"{name}_bias")[experts] if base.has_bias else None
+        weight = self._modules.get(name)
+        if isinstance(weight, ExpertsWeight) and weight.is_adapting:
+            y: Tensor = weight(x, ends)
+            return y if bias is None else y + bias
+        plain = getattr(base, name)
+        return cast(Tensor, moe._grouped_linear(x, plain, ends, bias, base.is_transposed))
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base module, with adapters merged into its weights where `merge`; PEFT calls it to unload."""
+        if merge:
+            for weight in self.weights.values():
+                weight.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            for weight in self.weights.values():
+                if weight.merged:
+                    weight.unmerge()
+        return self.base_layer

@@ -1,0 +1,121 @@
+"""Finds the fused weights that a configuration targets, and refuses what cannot be adapted, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..checks import shown
+from ..definition.precision import DTYPES, dtype_names
+from .config import SMoAConfig
+from .experts import Experts
+
+__all__ = ["ExpertsTarget", "find_targets"]
+
+# What transformers' decorator tells of a class.
+FACTS = ("has_gate", "has_bias", "is_transposed")
+
+
+class ExpertsTarget(NamedTuple):
+    """A fused weight that is to be adapted.
+
+    Attributes:
+        key: its path in the model.
+        module_name: the path of the module that owns it, or of the `Experts` around that.
+        parameter_name: its name in the module.
+        experts: the module that owns it.
+    """
+
+    key: str
+    module_name: str
+    parameter_name: str
+    experts: nn.Module
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, C)."""
+        count, rows, cols = getattr(self.experts, self.parameter_name).shape
+        return (count, cols, rows) if self.experts.is_transposed else (count, rows, cols)
+
+
+def find_targets(model: nn.Module, config: SMoAConfig) -> list[ExpertsTarget]:
+    """List the parameters that `target_parameters` names, in the model's order.
+
+    Raises:
+        ValueError: naming the parameter and its module's class: it cannot be adapted; or no parameter was matched.
+    """
+    wanted = config.target_parameters or []
+    if not wanted:
+        return []
+    found = []
+    inside: set[nn.Module] = set()  # of `Experts`, whose parameters are looked for at its own path
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        owner = module
+        if isinstance(module, Experts):
+            inside.update(module.modules())
+            owner = module.base_layer
+        for parameter_name, parameter in owner.named_parameters(recurse=False):
+            key = f"{name}.{parameter_name}" if name else parameter_name
+            if any(key == each or key.endswith(f".{each}") for each in wanted):
+                target = ExpertsTarget(key, name, parameter_name, owner)
+                _check(target, parameter)
+                found.append(target)
+    if not found:
+        raise ValueError(f"target_parameters={wanted} match no parameter of the model{_hint(model)}")
+    return found
+
+
+def _check(target: ExpertsTarget, parameter: Tensor) -> None:
+    """Raise a ValueError unless a parameter can be adapted."""
+    obstacle = _obstacle(target, parameter)
+    if obstacle is not None:
+        raise ValueError(f"{target.key} of {type(target.experts).__name__} cannot be adapted: {obstacle}")
+
+
+def _obstacle(target: ExpertsTarget, parameter: Tensor) -> str | None:
+    module: Any = target.experts
+    own = vars(module)
+    if isinstance(module, BaseTunerLayer) or not target.module_name:
+        return "its module is adapted itself (by target_modules), or is the whole model"
+    if not parameter.is_floating_point() or parameter.dtype not in DTYPES:
+        return (
+            f"it is stored in {parameter.dtype}, and {dtype_names(DTYPES)} are adapted; load the model with "
+            "quantization_config=...Config(dequantize=True)"
+        )
+    if parameter.ndim == 2:
+        return (
+            "it is a matrix, not a fused weight (experts, out, in): train its module in full (modules_to_save), or "
+            "adapt it by target_modules if it is a linear layer's"
+        )
+    if hasattr(parameter, "full_tensor"):
+        return "it is sharded (a DTensor)"
+    if parameter.ndim != 3 or any(fact not in own for fact in FACTS):
+        return (
+            "its class is not one that transformers decorates with its experts interface "
+            "(use_experts_implementation)"
+        )
+    if own.get("_is_expert_parallel"):
+        return "the model runs in expert parallel"
+    if "forward" in own and not hasattr(module, "_hf_hook"):
+        return "the module has a forward of its own instead of its class's"
+    if target.parameter_name not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        return f"it is none of the weights that its class's experts multiply by, got {shown(target.parameter_name)}"
+    return None
+
+
+def _hint(model: nn.Module) -> str:
+    names: Sequence[str] = sorted(
+        {
+            ".".join([*path.split(".")[-2:], name])
+            for path, module in model.named_modules()
+            if all(fact in vars(module) for fact in FACTS)
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim == 3
+        }
+    )
+    return f"; it has {', '.join(names)}" if names else ", which has no experts that can be adapted"

@@ -1,0 +1,319 @@
+"""Experts in PEFT: every kind of class against its own forward in float64, and the life of their adapters."""
+
+import copy
+
+import pytest
+import torch
+from adapted import close, logits
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from problems import error_over_budget
+from tiny_experts import BOTH, KINDS, adapt, config, tiny_experts, weights
+from torch.func import functional_call
+
+from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.peft import Experts, ExpertsWeight
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_order = pytest.mark.parametrize("order", ["contiguous", "spectral", "random", "shared"])
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+# Against the class's own forward
+
+
+def definition(experts, x, index, routing, dy):
+    """y, and the gradients of x, the routing weights and all factors: transformers' loop over W_eff."""
+    base = copy.deepcopy(experts.base_layer)
+    base.config._experts_implementation = "eager"
+    leaves = [t.detach().requires_grad_() for t in (x, routing)]
+    changed, factors = {}, []
+    for name, weight in experts.weights.items():
+        adapter = weight.packed("default", weight.base_weight().to(x.dtype))
+        A, B = (t.detach().to(x.dtype).requires_grad_() for t in (adapter.A, adapter.B))
+        layers = adapter.experts(range(len(A)))
+        scaling = float(adapter.scaling)
+        deltas = [
+            reference_delta_weight(e.weight, a, b, e.partition, e.ranks, scaling=scaling)
+            for e, a, b in zip(layers, A, B, strict=True)
+        ]
+        total = adapter.weight + torch.stack(deltas)
+        changed[name] = total.transpose(1, 2) if weight.fan_in_fan_out else total
+        factors += [A, B]
+    y = functional_call(base.to(x.dtype), changed, (leaves[0], index, leaves[1]))
+    return y.detach(), *torch.autograd.grad(y, [*leaves, *factors], dy)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_are_within_their_budget(kind, dtype):
+    model = adapt(tiny_experts(kind).to(dtype), block_order="random")
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
+    x, dy = draw(9, 32), draw(9, 32)
+    # Expert 5 meets no token, and expert 0 all of them.
+    index = torch.stack([torch.zeros(9, dtype=torch.int64), torch.arange(9) % 4 + 1], 1)
+    routing = draw(9, 2).abs()
+    leaves = [t.requires_grad_() for t in (x, routing)]
+    factors = [f for w in experts.weights.values() for f in (w.smoa_A["default"], w.smoa_B["default"])]
+    y = experts(x, index, routing)
+    found = y.detach(), *torch.autograd.grad(y, [*leaves, *factors], dy)
+    same = definition(experts, x, index, routing, dy)
+    truth = definition(
+        experts, *(t.double() if t.is_floating_point() else t for t in (x, index, routing, dy))
+    )
+    names = ["y", "dX", "routing", *(f"{w}.{side}" for w in experts.weights for side in "AB")]
+    for name, ours, theirs, exact in zip(names, found, same, truth, strict=True):
+        assert ours.dtype == (torch.float32 if "." in name else dtype), name
+        assert error_over_budget(ours.to(dtype), theirs, exact) <= 1, name
+    for gradient in found[3:]:
+        assert not gradient[5].any()
+
+
+@each_kind
+def test_an_adapter_that_was_not_trained_changes_nothing(kind, tokens):
+    model = tiny_experts(kind)
+    expected = logits(model, tokens)
+    adapted = get_peft_model(model, config(model, init_weights=True)).eval()
+    close(logits(adapted, tokens), expected, 1e-6)
+    with torch.no_grad(), adapted.disable_adapter():
+        assert torch.equal(logits(adapted, tokens), expected)
+
+
+def test_the_stored_weight_is_never_written(tokens):
+    model = tiny_experts()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    adapted = adapt(model)
+    logits(adapted.train(), tokens).square().mean().backward()
+    for name, parameter in adapted.unload().named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+# Saving, loading, merging
+
+
+def test_keys_are_the_parameters_paths_and_do_not_depend_on_the_order():
+    states = []
+    for targets in (BOTH, BOTH[::-1], ["layers.0.mlp.experts.down_proj", *BOTH]):
+        model = get_peft_model(tiny_experts(), config(target_parameters=targets))
+        states.append({key: tuple(t.shape) for key, t in get_peft_model_state_dict(model).items()})
+    assert states[0] == states[1] == states[2]
+    prefix = "base_model.model.model.layers.1.mlp.experts.gate_up_proj."
+    assert states[0][f"{prefix}smoa_A"] == (6, 2, 32)
+    assert states[0][f"{prefix}smoa_B"] == (6, 48, 2)
+    assert states[0][f"{prefix}smoa_blocks"][0] == 6
+    assert len(states[0]) == 2 * 2 * 3
+
+
+@each_order
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_round_trip(kind, order, tokens, tmp_path):
+    model = adapt(tiny_experts(kind), block_order=order, granule=2, num_blocks=2)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+    for cheap in (False, True):
+        loaded = PeftModel.from_pretrained(tiny_experts(kind), tmp_path, low_cpu_mem_usage=cheap).eval()
+        assert torch.equal(logits(loaded, tokens), expected)
+    again = adapt(tiny_experts(kind, seed=0), block_order=order, granule=2, num_blocks=2)
+    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
+    assert torch.equal(logits(again, tokens), expected)
+    for (name, one), other in zip(weights(model).items(), weights(loaded).values(), strict=True):
+        blocks, found = one.partition("default"), other.partition("default")
+        shared = 6 if order == "spectral" else 1
+        assert blocks.row_index is None or len(blocks.row_index) == shared, name
+        for field in ("row_offsets", "col_offsets", "row_index", "col_index"):
+            left, right = getattr(blocks, field), getattr(found, field)
+            assert left is right is None or torch.equal(left, right)
+
+
+@each_kind
+def test_merging_and_unmerging(kind, tokens):
+    model = adapt(tiny_experts(kind))
+    expected = logits(model, tokens)
+    before = {name: w._stored_weight().clone() for name, w in weights(model).items()}
+    model.merge_adapter(safe_merge=True)
+    close(logits(model, tokens), expected)
+    model.unmerge_adapter()
+    for name, weight in weights(model).items():
+        assert torch.equal(weight._stored_weight(), before[name])
+    assert torch.equal(logits(model, tokens), expected)
+    plain = model.merge_and_unload()
+    assert type(plain) is type(tiny_experts(kind))
+    assert not any(isinstance(module, (Experts, ExpertsWeight)) for module in plain.modules())
+    close(logits(plain, tokens), expected)
+
+
+def test_a_merge_that_is_not_finite_changes_nothing(tokens):
+    model = adapt(tiny_experts())
+    weight = list(weights(model).values())[-1]
+    before = weight._stored_weight().clone()
+    with torch.no_grad():
+        weight.smoa_B["default"].fill_(torch.inf)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        weight.merge(safe_merge=True)
+    assert torch.equal(weight._stored_weight(), before)
+    assert not weight.merged
+
+
+def test_disabling_unmerges(tokens):
+    model = adapt(tiny_experts())
+    base = logits(tiny_experts(), tokens)
+    model.merge_adapter()
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(logits(model, tokens), base)
+
+
+def test_unloading_gives_the_base_back(tokens):
+    model = adapt(tiny_experts())
+    model.merge_adapter()
+    plain = model.unload()
+    assert torch.equal(logits(plain, tokens), logits(tiny_experts(), tokens))
+    assert not any(isinstance(module, Experts) for module in plain.modules())
+
+
+def test_two_adapters_of_different_weights(tokens, tmp_path):
+    outputs = {}
+    model = adapt(tiny_experts(), "down", target_parameters=["experts.down_proj"])
+    outputs["down"] = logits(model, tokens)
+    model.add_adapter("up", config(target_parameters=["experts.gate_up_proj"], num_blocks=2))
+    assert torch.equal(logits(model, tokens), outputs["down"])
+    model.set_adapter("up")
+    outputs["up"] = logits(model.eval(), tokens)
+    model.save_pretrained(tmp_path)
+    for first, second in (("up", "down"), ("down", "up")):
+        loaded = PeftModel.from_pretrained(tiny_experts(), tmp_path / first, adapter_name=first).eval()
+        loaded.load_adapter(tmp_path / second, second)
+        for name in (first, second):
+            loaded.set_adapter(name)
+            assert torch.equal(logits(loaded, tokens), outputs[name])
+    loaded.base_model.set_adapter(["up", "down"])  # each weight has one
+    assert not torch.equal(logits(loaded, tokens), outputs["up"])
+    loaded.delete_adapter("up")
+    loaded.set_adapter("down")
+    assert torch.equal(logits(loaded, tokens), outputs["down"])
+
+
+def test_beside_adapted_linear_layers_and_modules_that_are_saved(tokens, tmp_path):
+    model = adapt(tiny_experts(), target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head", "gate"])
+    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"smoa_A", "smoa_B", "default"}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    logits(model, tokens).square().mean().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_experts(), tmp_path).eval()
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+
+
+def test_patterns_name_parameters(recwarn):
+    patterns = {"experts.down_proj": 2}
+    model = get_peft_model(
+        tiny_experts(),
+        config(
+            rank_pattern={"experts.down_proj": 4},
+            num_blocks_pattern=patterns,
+            alpha_pattern={"layers.1.*": 1.0},
+        ),
+    )
+    found = weights(model)
+    for name, weight in found.items():
+        down = name.endswith("down_proj")
+        assert weight.ranks("default").tolist() == ([2, 2] if down else [2, 2, 1]), name
+        assert weight.scaling["default"] == (1 / (4 if down else 5) if ".1." in name else 1.0)
+    assert not [w for w in recwarn if "pattern" in str(w.message)]
+    parameters = sum(weight.num_adapter_parameters("default") for weight in found.values())
+    up, down = 2 * (16 + 11) + 2 * (16 + 11) + (16 + 10), 2 * (32 + 24)
+    assert parameters == 2 * 6 * (up + down)
+
+
+# Training
+
+
+def test_checkpointing_and_autocast(tokens):
+    model = adapt(tiny_experts()).train()
+
+    def gradients():
+        model.zero_grad()
+        logits(model, tokens).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    plain = gradients()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    for one, other in zip(plain, gradients(), strict=True):
+        close(other, one)
+    model.gradient_checkpointing_disable()
+    with torch.autocast("cpu", torch.bfloat16):
+        for one, other in zip(plain, gradients(), strict=True):
+            close(other, one, 0.1)
+
+
+def test_bfloat16_models_train_float32_factors(tokens):
+    model = adapt(tiny_experts().bfloat16()).train()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    logits(model, tokens).float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+def test_compiled_whole(tokens):
+    model = adapt(tiny_experts())
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    x = torch.randn(9, 32)
+    index, routing = torch.randint(6, (9, 2)), torch.rand(9, 2)
+    expected = experts(x, index, routing)
+    close(torch.compile(experts, fullgraph=True)(x, index, routing), expected)
+
+
+# Sorting
+
+
+def test_spectral_blocks_are_each_experts_own():
+    model = adapt(tiny_experts(), block_order="spectral")
+    for weight in weights(model).values():
+        own = weight.partition("default").partitions(range(6), (weight.out_features, weight.in_features))
+        for e, partition in enumerate(own):
+            expected = type(partition).from_weight(weight.base_weight()[e].detach(), 3)
+            assert partition == expected
+
+
+def test_shared_blocks_are_those_of_the_mean_gram():
+    """By the definition: U of Σ W Wᵀ, and energies that are summed over experts."""
+    model = adapt(tiny_experts(), block_order="shared")
+    for weight in weights(model).values():
+        W = weight.base_weight().detach().double()
+        tall = W.shape[1] > W.shape[2]
+        W = W.transpose(1, 2) if tall else W
+        squared, u = torch.linalg.eigh((W @ W.transpose(1, 2)).mean(0))
+        position = torch.arange(len(squared) - 1, -1, -1, dtype=W.dtype)
+        energies = [u.square() * squared, (W.transpose(1, 2) @ u).square().mean(0)]
+        orders = [(energy @ position / energy.sum(1)).argsort() for energy in energies]
+        rows, cols = reversed(orders) if tall else orders
+        (partition,) = weight.partition("default").partitions([0], (weight.out_features, weight.in_features))
+        for order, block in ((rows, partition.row_block), (cols, partition.col_block)):
+            for k, part in enumerate(order.tensor_split(3)):
+                assert (block[part] == k).all()
+
+
+def test_many_decompositions_are_announced(monkeypatch, capsys):
+    from smoa_kernels.peft import experts_order
+
+    monkeypatch.setattr(experts_order, "MANY", 24)
+    with pytest.warns(UserWarning, match="take 24 decompositions of weights of up to 48x32"):
+        adapt(tiny_experts(), block_order="spectral")
+    assert "24/24" in capsys.readouterr().err
+    adapt(tiny_experts(), block_order="shared")
+    assert "sorting" not in capsys.readouterr().err
+
+
+def test_index_takes_two_bytes_a_coordinate():
+    model = adapt(tiny_experts(), block_order="spectral")
+    for weight in weights(model).values():
+        blocks = weight.partition("default")
+        held = sum(t.numel() * t.itemsize for t in (blocks.row_index, blocks.col_index))
+        assert held == 2 * 6 * (weight.out_features + weight.in_features)

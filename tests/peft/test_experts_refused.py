@@ -1,0 +1,201 @@
+"""What is refused of experts: named, and before anything has changed; and what of PEFT and transformers we rely on."""
+
+import inspect
+import types
+
+import pytest
+import torch
+from adapted import WEIGHTS, edit_weights, logits, snapshot
+from adapted import config as linear_config
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
+from tiny_experts import BOTH, adapt, config, tiny_experts, weights
+from torch import nn
+from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers.integrations import moe
+
+from smoa_kernels.peft import Experts, SMoAConfig, hotswap, smoa_to_hira
+
+
+def assert_refused(model, settings, message):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config(**settings))
+    names, state = snapshot(model)
+    assert names == before[0]
+    assert all(torch.equal(value, before[1][key]) for key, value in state.items())
+    assert not hasattr(model, "peft_config")
+
+
+def with_experts(change):
+    model = tiny_experts()
+    change(model.model.layers[1].mlp.experts)
+    return model
+
+
+def quantize(experts):
+    experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def blocks_of_bytes(experts):
+    experts.down_proj = nn.Parameter(experts.down_proj.to(torch.uint8), requires_grad=False)
+
+
+def parallel(experts):
+    experts._is_expert_parallel = True
+
+
+def own_forward(experts):
+    experts.forward = types.MethodType(type(experts).forward, experts)
+
+
+def sharded(experts):
+    class Sharded(nn.Parameter):
+        def full_tensor(self):
+            raise AssertionError
+
+    experts.down_proj = Sharded(experts.down_proj.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (quantize, r"1.mlp.experts.down_proj of Qwen3MoeExperts .*float8_e4m3fn.*dequantize=True"),
+        (blocks_of_bytes, r"of Qwen3MoeExperts .* stored in torch.uint8.*dequantize=True"),
+        (parallel, r"of Qwen3MoeExperts .* expert parallel"),
+        (own_forward, r"of Qwen3MoeExperts .* a forward of its own"),
+        (sharded, r"of Qwen3MoeExperts .*a DTensor"),
+    ],
+)
+def test_modules_that_cannot_be_adapted(change, message):
+    assert_refused(with_experts(change), {}, message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_parameters": ["mlp.gate.weight"]},
+            "mlp.gate.weight of Qwen3MoeTopKRouter .*modules_to_save",
+        ),
+        ({"target_parameters": ["q_proj.weight"]}, "q_proj.weight of Linear .* it is a matrix"),
+        (
+            {"target_parameters": ["experts.no_proj"]},
+            r"\['experts.no_proj'\] match no parameter.*experts.down_proj",
+        ),
+        ({"num_blocks": 33, "r": 64}, "mlp.experts.gate_up_proj: num_blocks must be at most"),
+        ({"target_modules": ["experts"]}, "is not supported"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    assert_refused(tiny_experts(), settings, message)
+
+
+def test_classes_that_transformers_does_not_decorate():
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 24, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    llama4 = Llama4TextConfig(
+        **sizes, **heads, num_hidden_layers=1, num_local_experts=2, interleave_moe_layer_step=1
+    )
+    assert_refused(
+        Llama4ForCausalLM(llama4),
+        {"target_parameters": ["experts.down_proj"]},
+        "of Llama4TextExperts cannot be adapted: its class is not one that transformers decorates",
+    )
+
+
+def test_dropout_and_targets_that_are_no_list():
+    with pytest.raises(ValueError, match=r"smoa_dropout must be 0 where target_parameters"):
+        SMoAConfig(target_parameters=BOTH, smoa_dropout=0.1)
+    with pytest.raises(TypeError, match="target_parameters must be a list of names"):
+        SMoAConfig(target_parameters="experts.down_proj")
+
+
+def test_a_weight_takes_one_active_adapter():
+    tokens = torch.arange(3, 9)[None]
+    model = adapt(tiny_experts())
+    model.add_adapter("other", config())
+    expected = logits(model, tokens)
+    with pytest.raises(ValueError, match="at most one adapter of experts can be active, got default, other"):
+        model.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(model, tokens), expected)
+    assert model.active_adapters == ["default"]
+    with pytest.raises(ValueError, match=r"adapters of experts \(target_parameters\) cannot be combined"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
+    with pytest.raises(ValueError, match="adapter_names cannot be given where experts are adapted"):
+        model(tokens, adapter_names=["default"])
+    assert torch.equal(logits(model, tokens), expected)
+
+
+def test_a_failed_second_adapter_leaves_the_first(monkeypatch):
+    model = adapt(tiny_experts(), target_parameters=["experts.down_proj"])
+    before = snapshot(model)[0]
+    with pytest.raises(ValueError, match="num_blocks must be at most"):
+        model.add_adapter("other", config(num_blocks_pattern={"layers.1.mlp.experts.down_proj": 40}, r=64))
+    assert snapshot(model)[0] == before
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t[4].__setitem__(60, t[4, 60] ^ 1), "down_proj: smoa_blocks of expert 4 is corrupt"),
+        (lambda t: t[0].__setitem__(60, t[0, 60] ^ 1), "down_proj: smoa_blocks is corrupt"),
+    ],
+)
+def test_a_damaged_row_names_its_expert_and_nothing_is_loaded(edit, message, tmp_path):
+    adapt(tiny_experts(), target_parameters=["experts.down_proj"]).save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda state: edit(next(t for key, t in state.items() if key.endswith("blocks"))))
+    model = tiny_experts()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message) as raised:
+        PeftModel.from_pretrained(model, tmp_path)
+    assert WEIGHTS in str(raised.value)
+    assert snapshot(model)[0] == before[0]
+
+
+def test_an_adapter_of_other_experts_is_taken_out_again(tmp_path):
+    adapt(tiny_experts(num_experts=5)).save_pretrained(tmp_path / "five")
+    adapt(tiny_experts(seed=7)).save_pretrained(tmp_path / "seven")
+    model = tiny_experts()
+    before = snapshot(model)[0]
+    with pytest.raises(ValueError, match=r"size mismatch for .*experts.gate_up_proj.smoa_A"):
+        PeftModel.from_pretrained(model, tmp_path / "five")
+    assert snapshot(model)[0] == before
+    with pytest.raises(ValueError, match="trained over another base weight in 4 layers"):
+        PeftModel.from_pretrained(model, tmp_path / "seven", strict_base=True)
+    assert snapshot(model)[0] == before
+    with pytest.warns(UserWarning, match="trained over another base weight in 4 layers"):
+        PeftModel.from_pretrained(model, tmp_path / "seven")
+    assert any(isinstance(module, Experts) for module in model.modules())
+
+
+def test_hira_and_hotswap_have_no_experts(tmp_path):
+    model = adapt(tiny_experts(), num_blocks=1, smoa_alpha=5)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"experts.* cannot be exchanged in place"):
+        hotswap(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"experts.down_proj: experts have no counterpart in HiRA"):
+        smoa_to_hira(tmp_path / "adapter", tmp_path / "hira")
+    assert not (tmp_path / "hira").exists()
+
+
+# What we rely on
+
+
+def test_peft_injects_and_unloads_as_we_expect():
+    inject = inspect.signature(BaseTuner._inject_parameters)
+    assert list(inject.parameters) == ["self", "peft_config", "model", "adapter_name", "low_cpu_mem_usage"]
+    assert "self._inject_parameters(" in inspect.getsource(BaseTuner.inject_adapter)
+    unload = inspect.getsource(BaseTuner._unload_and_optionally_merge)
+    assert "target.unload_and_optionally_merge_module(" in unload
+    assert "self._replace_module(parent, target_name, unloaded_module, target)" in unload
+
+
+def test_transformers_decorates_as_we_expect():
+    linear = inspect.signature(moe._grouped_linear)
+    assert list(linear.parameters) == ["input", "weight", "offs", "bias", "is_transposed"]
+    experts = tiny_experts().model.layers[0].mlp.experts
+    assert {"has_gate", "has_bias", "is_transposed", "has_post_expert_norm"} <= vars(experts).keys()
+    assert next(iter(weights(adapt(tiny_experts())).values())).get_base_layer().num_experts == 6
+    assert linear_config().target_parameters is None
