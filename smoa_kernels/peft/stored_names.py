@@ -53,10 +53,9 @@ class StoredNames:
             for kind in (WeightRenaming, WeightConverter)
         )
         found: dict[str, str | None] = {}
+        state = model.state_dict()
         for stored in self.folder.files:
-            name, converter = rename_source_key(
-                stored, renamings, converters, model.base_model_prefix, model.state_dict()
-            )
+            name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
             found[name] = stored if converter is None else None
         return found
 

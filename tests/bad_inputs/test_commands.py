@@ -92,6 +92,13 @@ ADAPTERS = [
     ("inspect", "Missing argument"),
     ("inspect /nowhere", "there is no adapter_config.json in /nowhere"),
     ("inspect FOLDER", "an adapter of the method 'LORA', not SMOA"),
+    ("merge FOLDER FOLDER", "Missing argument"),
+    ("merge FOLDER FOLDER FOLDER", "out must be a new or an empty folder, got"),
+    ("merge FOLDER FOLDER FOLDER/config.json", "out must be a new or an empty folder, got"),
+    ("merge /nowhere FOLDER FOLDER/out", "there are no safetensors files in /nowhere"),
+    ("merge FOLDER FOLDER FOLDER/out --dtype int8", "--dtype must be one of bfloat16"),
+    ("merge FOLDER FOLDER FOLDER/out --rounding up", "rounding must be one of nearest, stochastic, got 'up'"),
+    ("merge FOLDER FOLDER FOLDER/out --seed -1", "--seed"),
     ("spectrum /nowhere", "there are no safetensors files in /nowhere"),
     ("spectrum FOLDER --adapter FOLDER", "there are no safetensors files in"),
 ]
