@@ -67,6 +67,13 @@ def test_files_in_backticks(page: Path) -> None:
             assert any((root / text).exists() for root in (ROOT, ROOT / "smoa_kernels", page.parent)), text
 
 
+def test_the_sites_menu_has_every_page() -> None:
+    """`make docs` fails for a page that mkdocs.yml leaves out."""
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    in_menu = set(re.findall(r"(\w+\.md)$", menu, re.MULTILINE))
+    assert {page.name for page in ROOT.glob("docs/*.md")} <= in_menu
+
+
 @every_page
 def test_the_site_shows_lists_as_lists(page: Path) -> None:
     """MkDocs starts a list only after an empty line, and takes four spaces for a list inside a list."""
