@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..spectrum.layer import LayerSpectrum, UpdateSpectrum, cumulated
@@ -124,7 +125,7 @@ def _draw(found: ModelSpectrum, figure: Path | None, layer_figures: Path | None)
 def _table(found: ModelSpectrum, full: bool) -> Table:
     from ..spectrum.model import layer_kind
 
-    table = Table(title=found.model, show_edge=False)
+    table = Table(title=found.model, box=SIMPLE_HEAD, padding=0)
     table.add_column("layer", overflow="fold", min_width=18)
     headings = ["shape", "W0\neffective rank", "energy\nin blocks"]
     for source in found.sources.values():

@@ -96,7 +96,7 @@ def test_random_factors_say_so_and_take_as_many_parameters(base, capsys):
     linear = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert f"SMoA r=4, K=2, random: factors are random, nothing is trained; {2 * linear:,} parameters" in out
     assert f"LoRA r=2, random: factors are random, nothing is trained; {2 * linear:,} parameters" in out
-    kinds = [line.split()[0] for line in out.splitlines() if "│" in line]
+    kinds = [line.split()[0] for line in out.splitlines() if "×" in line]
     assert sorted(kinds) == [
         *(f"mlp.{name}_proj" for name in ("down", "gate", "up")),
         *(f"self_attn.{name}_proj" for name in "koqv"),
