@@ -120,9 +120,9 @@ def _machines(jobs: Mapping[str, dict[str, Any]], runs: list[Run]) -> str:
     )
     return (
         "The first four rows are one fine-tuning by each method (`make main-job`; one seed, our own split of the TREC "
-        f"questions, {smoa['options']['dtype']}, {smoa['machine']['cpu']}, {smoa['machine']['threads']} threads, commit "
-        f"{commits}). Its learning rates were chosen on a validation split: {rates}. The other rows are medians of "
-        f"`make bench` ({layers})."
+        f"questions, {smoa['options']['dtype']}, {smoa['machine']['cpu']}, {smoa['machine']['threads']} threads, "
+        f"commit {commits}). Its learning rates were chosen on a validation split: {rates}. The other rows are "
+        f"medians of `make bench` ({layers})."
     )
 
 

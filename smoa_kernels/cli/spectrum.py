@@ -129,7 +129,7 @@ def _table(found: ModelSpectrum, full: bool) -> Table:
     table.add_column("layer", overflow="fold", min_width=18)
     headings = ["shape", "W0\neffective rank", "energy\nin blocks"]
     for source in found.sources.values():
-        name = f"{'random ' if source.random else ''}{source.method}"
+        name = f"random\n{source.method}" if source.random else source.method
         headings += [f"{name}\nrank", "effective\nrank", "\ncoverage"]
     if not full:
         headings.insert(0, "layers")
