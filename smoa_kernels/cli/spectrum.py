@@ -127,7 +127,7 @@ def _table(found: ModelSpectrum, full: bool) -> Table:
 
     table = Table(title=found.model, box=SIMPLE_HEAD, padding=0)
     table.add_column("layer", overflow="fold", min_width=18)
-    headings = ["shape", "W0\neffective rank", "energy\nin blocks"]
+    headings = ["shape", "W0\neffective\nrank", "energy\nin blocks"]
     for source in found.sources.values():
         name = f"random\n{source.method}" if source.random else source.method
         headings += [f"{name}\nrank", "effective\nrank", "\ncoverage"]
