@@ -176,9 +176,9 @@ def _renamed_when_whole(target: Path) -> Iterator[Path]:
 
 
 def _beside_weights(base: Path) -> Iterator[Path]:
-    """The files of a base model but its weights, configuration and model card; nothing hidden."""
+    """The files of a base model but its weights, configuration and model card; nothing hidden, no checkpoints."""
     for path in base.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(base).parts)
+        hidden = any(part.startswith((".", "checkpoint-")) for part in path.relative_to(base).parts)
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         if not (hidden or weights or path.relative_to(base).as_posix() in _LEFT_OUT):
             yield path

@@ -1,32 +1,27 @@
 """Merges an adapter's folder into a base model's, tensor by tensor: no model is built, and one layer is in memory.
 
-What the adapter does to a stored tensor is a function of that tensor, a `Change`, made by one function for each kind of
-adapted tensor: `_smoa_change`, `_hira_change`.
+What an adapter does to a tensor: :mod:`smoa_kernels.peft.changes`. How a base stores it:
+:mod:`smoa_kernels.peft.stored_names`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft.utils import PeftType
 from torch import Tensor
 
-from ..backends import eager
 from ..checks import check_choice, check_path
-from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.precision import DTYPES, dtype_names
 from ..definition.rounding import round_stochastically
-from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
-from .convert import hira_layers
-from .file_format import LayerBlocks, StackBlocks
-from .folders import PREFIX, ModelFolder, read_config, read_json, read_layers, read_state, weights_of
-from .peft_type import PEFT_TYPE
+from .changes import Change, read_changes
+from .folders import ModelFolder, read_json
 from .stored_names import StoredNames
 
 __all__ = ["ROUNDINGS", "FolderMerge", "merged_weights"]
@@ -35,9 +30,6 @@ ROUNDINGS = ("nearest", "stochastic")
 
 # What is rounded stochastically; others hold what training changed.
 _HALF = (torch.bfloat16, torch.float16)
-
-# Makes W_eff of W0, both as they are stored; W_eff is not rounded to half precision.
-Change = Callable[[Tensor], Tensor]
 
 
 def merged_weights(
@@ -92,6 +84,7 @@ class _Planned:
         dtype: the result's.
         given: the adapter's own tensor in place of the base's, where it holds a whole one.
         change: what the adapter does to it; None where nothing.
+        part_of: the parameter that transformers makes of this tensor and others, where the adapter changes that.
     """
 
     stored: str
@@ -99,11 +92,12 @@ class _Planned:
     dtype: torch.dtype
     given: Tensor | None = None
     change: Change | None = None
+    part_of: str | None = None
 
     @property
     def changed(self) -> bool:
         """Whether the adapter changes it."""
-        return self.given is not None or self.change is not None
+        return any(how is not None for how in (self.given, self.change, self.part_of))
 
 
 class FolderMerge:
@@ -138,17 +132,26 @@ class FolderMerge:
         self.config = self._read_config()
         self.plan = self._stored_tensors()
         self.untied: list[str] = []
-        given, changes = self._read_adapter()
-        names = StoredNames(self._folder)
+        self._names = StoredNames(self._folder)
+        # Of parameters that are made of several stored tensors: what the adapter does to them, and the parts of the
+        # last one that were not asked for yet.
+        self._changes: dict[str, Change] = {}
+        self._parts: dict[str, Tensor] = {}
+        given, changes = read_changes(self.adapter, dtype, rounding)
         for name, tensor in given.items():
-            self._find(names, name, [tuple(tensor.shape)]).given = tensor
-        for name, ((*stack, rows, columns), change) in changes.items():
-            planned = self._find(names, name, [(*stack, rows, columns), (*stack, columns, rows)])
+            self._find(name, [tuple(tensor.shape)]).given = tensor
+        for name, change in changes.items():
+            if self._names.find(name) is None and (parts := self._names.parts(name)):
+                self._changes[name] = change
+                for stored in parts:  # one after another from now on
+                    self.plan[stored] = replace(self.plan.pop(stored), part_of=name)
+                continue
+            planned = self._find(name, change.shapes)
             if planned.dtype not in DTYPES:
                 raise ValueError(f"{name} must be {dtype_names(DTYPES)} to be merged, got {planned.dtype}")
             planned.change = change
         if any(_stands_alone(name) for name in (*given, *changes)):
-            self._untie(names)
+            self._untie()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.plan:
@@ -161,13 +164,13 @@ class FolderMerge:
             ValueError: naming it: the base's is another than the adapter was trained over, or the result is not finite.
         """
         planned = self.plan[name]
-        value = self._folder.get(planned.stored) if planned.given is None else planned.given
-        assert value is not None
-        try:
+        if planned.part_of is not None:
+            value = self._part(planned.stored, planned.part_of)
+        else:
+            value = cast(Tensor, self._folder.get(planned.stored)) if planned.given is None else planned.given
             if planned.change is not None:
-                value = planned.change(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+                with _naming(name):
+                    value = planned.change.effective(value)
         if (
             planned.changed
             and self.rounding == "stochastic"
@@ -180,6 +183,21 @@ class FolderMerge:
         if (planned.changed or rounded.dtype != value.dtype) and not _is_finite(rounded):
             raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([planned.dtype])}")
         return rounded
+
+    def _part(self, stored: str, name: str) -> Tensor:
+        """A part of a parameter that the adapter changes; what is made for one part is kept for the others."""
+        if stored not in self._parts:
+            change = self._changes[name]
+            with _naming(name):
+                whole = self._names.assembled(name)
+                if tuple(whole.shape) not in change.shapes:
+                    raise ValueError(f"it has shape {tuple(whole.shape)}, and {change.shape} in the adapter")
+                self._parts = self._names.taken_apart(name, change.effective(whole))
+                if sorted(self._parts) != sorted(self._names.parts(name)):
+                    raise ValueError(
+                        "transformers cannot undo what it makes it of: merge with merge_and_unload()"
+                    )
+        return self._parts.pop(stored)
 
     def _read_config(self) -> dict[str, Any]:
         path = self.base / "config.json"
@@ -202,41 +220,9 @@ class FolderMerge:
             plan[name] = _Planned(name, tensor.shape, dtype)
         return plan
 
-    def _read_adapter(self) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, ...], Change]]]:
-        """By the model's names: tensors that the adapter holds whole; shapes and changes of adapted ones.
-
-        A shape is (N, C), or (E, N, C) of experts.
-        """
-        config: Any = read_config(self.adapter, (PEFT_TYPE, PeftType.HIRA))
-        path = weights_of(self.adapter)
-        state = read_state(path)
-        given = {
-            key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
-            for key, tensor in state.items()
-            if ".smoa_" not in key and ".hira_" not in key
-        }
-        changes: dict[str, tuple[tuple[int, ...], Change]] = {}
-        if config.peft_type == PEFT_TYPE:
-            for name, blocks in read_layers(path, lambda name: config.for_layer(name).r).items():
-                A, B = (state[f"{PREFIX}{name}.smoa_{factor}"] for factor in "AB")
-                scaling = config.for_layer(name).scaling
-                if isinstance(blocks, LayerBlocks):
-                    changes[f"{name}.weight"] = blocks.partition.shape, _smoa_change(blocks, A, B, scaling)
-                else:  # a parameter of its own name
-                    changes[name] = (len(A), *blocks.shape), _experts_change(blocks, A, B, scaling)
-        else:
-            for name, (A, B) in hira_layers(path, state).items():
-                shape = B.shape[0], A.shape[1]
-                change = _hira_change(
-                    A, B, fan_in_fan_out=config.fan_in_fan_out, dtype=self.dtype, rounding=self.rounding
-                )
-                changes[f"{name}.weight"] = shape, change
-        if not changes:
-            raise ValueError(f"{path} holds no layer of an adapter")
-        return given, changes
-
-    def _find(self, names: StoredNames, name: str, shapes: Sequence[tuple[int, ...]]) -> _Planned:
+    def _find(self, name: str, shapes: Sequence[tuple[int, ...]]) -> _Planned:
         """The planned tensor that a parameter of the model is; of its own where it is tied to another."""
+        names = self._names
         stored = name if name in self.plan else names.find(name)
         source = names.find(names.tied.get(name, "")) if stored is None else None
         if source is not None:
@@ -260,13 +246,22 @@ class FolderMerge:
             )
         return planned
 
-    def _untie(self, names: StoredNames) -> None:
+    def _untie(self) -> None:
         """Let parameters that were tied, of which the adapter changes one, each be stored of their own."""
+        names = self._names
         for name, source in names.tied.items():
             both = [self.plan.get(names.find(tied) or tied) for tied in (name, source)]
             if any(planned is not None and planned.changed for planned in both):
-                self._find(names, name, [tuple(planned.shape) for planned in both if planned is not None])
+                self._find(name, [tuple(planned.shape) for planned in both if planned is not None])
                 self.untied.append(name)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -277,54 +272,3 @@ def _is_finite(tensor: Tensor) -> bool:
 def _stands_alone(name: str) -> bool:
     """Whether a parameter is none of a numbered layer's, so that another may be tied to it."""
     return not any(part.isdigit() for part in name.split("."))
-
-
-def _smoa_change(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
-    partition, ranks, sketch = blocks
-
-    def change(stored: Tensor) -> Tensor:
-        # A Conv1D stores W0ᵀ. Which one it is, a square matrix shows by its sketch alone.
-        layouts = [weight for weight in (stored, stored.T) if tuple(weight.shape) == partition.shape]
-        distances = [sketch_distance(sketch, sketch_weight(weight)) for weight in layouts]
-        nearest = min(distances)
-        if not nearest <= TOLERANCE:
-            raise ValueError(
-                f"the adapter was trained over another base weight (it differs by about {nearest:.0%}, the same base "
-                f"in another precision by at most {TOLERANCE:.0%})"
-            )
-        weight = layouts[distances.index(nearest)]
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        factors = A.to(wide.dtype), B.to(wide.dtype)
-        s = scaling_tensor(scaling, wide.device)
-        adapter = PackedAdapter(wide, *factors, partition, ranks, s, ranks.tolist())
-        merged = eager.delta_weight(adapter).add_(wide)
-        return merged if weight is stored else merged.T
-
-    return change
-
-
-def _experts_change(blocks: StackBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
-    def change(stored: Tensor) -> Tensor:
-        parts = zip(blocks.experts(), A, B, stored, strict=True)
-        return torch.stack([_smoa_change(one, a, b, scaling)(weight) for one, a, b, weight in parts])
-
-    return change
-
-
-def _hira_change(
-    A: Tensor, B: Tensor, *, fan_in_fan_out: bool, dtype: torch.dtype | None, rounding: str
-) -> Change:
-    shape = B.shape[0], A.shape[1]
-
-    def change(stored: Tensor) -> Tensor:
-        wide = torch.promote_types(stored.dtype, torch.float32)
-        product = B.to(wide) @ A.to(wide)
-        # PEFT corrects fan_in_fan_out by the kind of the layer, which a shape shows where it is not square.
-        if tuple(stored.shape) != shape or (fan_in_fan_out and shape[0] == shape[1]):
-            product = product.T
-        # PEFT rounds each of these steps to W0's dtype. Only to equal it bit for bit is that done here.
-        as_peft = rounding == "nearest" and dtype in (None, stored.dtype)
-        weight = stored if as_peft else stored.to(wide)
-        return weight + weight * product.to(weight.dtype)
-
-    return change

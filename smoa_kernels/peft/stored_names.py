@@ -1,20 +1,29 @@
-"""Finds the names under which a base model's files store the parameters that an adapter's file names.
+"""Finds how a base model's files store the parameters that an adapter's file names.
 
 Most are stored as the model names them. transformers renames others while it loads them, makes some out of several
-stored tensors, and ties some to others, which alone are stored.
+stored tensors (the fused weight of experts out of one for each), and ties some to others, which alone are stored.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from functools import cached_property
-from typing import Any
+from collections import defaultdict
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from .folders import ModelFolder
 
@@ -34,7 +43,27 @@ class StoredNames:
     def find(self, name: str) -> str | None:
         """The stored name of a parameter; None where no stored tensor holds exactly its values."""
         stored = self.folder.stored_name(name)
-        return self._renamed.get(name) if stored is None else stored
+        return self._sources[0].get(name) if stored is None else stored
+
+    def parts(self, name: str) -> list[str]:
+        """Names of the stored tensors that transformers makes a parameter of; empty where it makes it of none."""
+        return [stored for stored, _ in self._sources[1].get(name, ())]
+
+    def assembled(self, name: str) -> Tensor:
+        """Make a parameter of its parts, as transformers does while it loads them."""
+        sources = self._sources[1][name]
+        converter = copy.deepcopy(self._converters[sources[0][1]])
+        for stored, pattern in sources:
+            converter.add_tensor(name, stored, pattern, partial(self.folder.get, stored))
+        converted = converter.convert(name, model=self._model, config=self._model.config)
+        if isinstance(converted, tuple):  # transformers 5.0 gives errors too
+            converted = converted[0]
+        (made,) = converted.values()
+        return cast(Tensor, made[0] if isinstance(made, list) else made)
+
+    def taken_apart(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Undo :meth:`assembled`, as transformers does while it saves: parts by stored name."""
+        return dict(revert_weight_conversion(self._model, {name: value}))
 
     @cached_property
     def tied(self) -> dict[str, str]:
@@ -42,22 +71,35 @@ class StoredNames:
         return {} if self._model is None else dict(self._model.all_tied_weights_keys)
 
     @cached_property
-    def _renamed(self) -> dict[str, str | None]:
-        """Stored names by the model's; None for a parameter that transformers computes while it loads it."""
-        model = self._model
-        if model is None:
-            return {}
-        transforms = get_model_conversion_mapping(model)
-        renamings, converters = (
-            [transform for transform in transforms if isinstance(transform, kind)]
-            for kind in (WeightRenaming, WeightConverter)
-        )
-        found: dict[str, str | None] = {}
-        state = model.state_dict()
-        for stored in self.folder.files:
-            name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-            found[name] = stored if converter is None else None
-        return found
+    def _transforms(self) -> list[Any]:
+        return [] if self._model is None else get_model_conversion_mapping(self._model)
+
+    @cached_property
+    def _converters(self) -> dict[str, WeightConverter]:
+        """What makes parameters of stored tensors, by the patterns that their names match."""
+        return {
+            pattern: transform
+            for transform in self._transforms
+            if isinstance(transform, WeightConverter)
+            for pattern in transform.source_patterns
+        }
+
+    @cached_property
+    def _sources(self) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]]]:
+        """By the model's names: stored names; of parameters that are made, those of their parts with their patterns."""
+        renamed: dict[str, str] = {}
+        made = defaultdict(list)
+        if self._model is not None:
+            renamings = [each for each in self._transforms if isinstance(each, WeightRenaming)]
+            converters = [each for each in self._transforms if isinstance(each, WeightConverter)]
+            prefix, state = self._model.base_model_prefix, self._model.state_dict()
+            for stored in sorted(self.folder.files, key=dot_natural_key):
+                name, pattern = rename_source_key(stored, renamings, converters, prefix, state)
+                if pattern is None:
+                    renamed[name] = stored
+                elif len(self._converters[pattern].target_patterns) == 1:  # not cut out of a tensor
+                    made[name].append((stored, pattern))
+        return renamed, made
 
     @cached_property
     def _model(self) -> Any:

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_experts
 import torch
 from adapted import WEIGHTS, assert_refused, close, edit_weights, logits
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
@@ -333,14 +334,48 @@ def test_ties_that_cannot_be_cut_are_refused(tmp_path):
         merged_weights(tmp_path / "base", tmp_path / "adapter")
 
 
-def test_a_parameter_that_transformers_makes_is_refused(tmp_path):
-    """The layers of Mixtral's experts are slices of one parameter in the model and tensors of their own in files."""
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("mixtral", "gpt_oss") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in tiny_experts.KINDS
+    ],
+)
+def test_experts(kind, tmp_path):
+    """Fused in the model; in files fused, transposed, or a tensor for each expert, in shards that part them."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    tiny_mixtral().save_pretrained(base)
-    trained(tiny_mixtral(), smoa(), adapter)
-    edit_weights(adapter, add("model.layers.0.mlp.experts.down_proj", 2, 32, 48))
-    with pytest.raises(ValueError, match=r"stores no model.layers.0.mlp.experts.down_proj.*merge_and_unload"):
-        merged_weights(base, adapter)
+    tiny_experts.tiny_experts(kind).bfloat16().save_pretrained(base, max_shard_size="30KB")
+    fused = tiny_experts.fused(tiny_experts.tiny_experts(kind))
+    config = smoa(target_parameters=fused, target_modules=["q_proj"], block_order="contiguous")
+    trained(loaded(base), config, adapter)
+    expected = PeftModel.from_pretrained(loaded(base), adapter).merge_and_unload().state_dict()
+    report = merge_to_folder(base, adapter, tmp_path / "out", max_shard_size="30KB")
+    stored = {name for file in base.glob("*.safetensors") for name in load_file(file)}
+    assert stored == {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
+    assert report.tensors == len(stored)
+    found, before = loaded(tmp_path / "out").state_dict(), loaded(base).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    changed = [
+        name for name in found if name.endswith(tuple(fused)) and not torch.equal(found[name], before[name])
+    ]
+    assert len(changed) >= len(fused)
+    # Rounded by the stored tensors' own names, whatever lies beside them.
+    drawn = dict(merged_weights(base, adapter, rounding="stochastic"))
+    exact = dict(merged_weights(base, adapter, dtype=torch.float32))
+    for name in list(drawn)[-3:]:
+        assert torch.equal(drawn[name], round_stochastically(exact[name], torch.bfloat16, seed=0, name=name))
+
+
+def test_another_base_is_refused_by_the_experts_parameter(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_experts.tiny_experts("mixtral", seed=1).save_pretrained(base)
+    model = tiny_experts.tiny_experts("mixtral")
+    trained(model, smoa(target_parameters=tiny_experts.fused(model), target_modules=[]), adapter)
+    with pytest.raises(
+        ValueError, match=r"layers.0.mlp.experts.\w+: the adapter was trained over another base"
+    ):
+        dict(merged_weights(base, adapter))
 
 
 @pytest.mark.parametrize(
