@@ -25,7 +25,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune main-job classify test test-slow test-all nightly coverage test-peft test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data \
+.PHONY: help finetune main-job classify notebook test test-slow test-all nightly coverage test-peft test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -57,6 +57,10 @@ main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, then write the READM
 
 classify: $(BIN)/.examples ## fine-tune a classifier on all-MiniLM-L6-v2 with the Trainer (ARGS="--help")
 	$(BIN)/python examples/classify.py $(ARGS)
+
+# In place: the outputs that are committed are those of such a run. Why GOMP_SPINCOUNT: examples/finetune.py.
+notebook: $(BIN)/.dev ## run examples/quickstart.ipynb, LoRA beside SMoA, and write its outputs into it (6 min of processor time)
+	GOMP_SPINCOUNT=1000 $(BIN)/jupyter execute --inplace --timeout=600 examples/quickstart.ipynb
 
 test: $(BIN)/.dev lint ## before a push: lint, types and the tests not marked slow (6 min on two idle cores)
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -131,7 +131,7 @@ def git(*arguments: str) -> str:
     """What a git command says."""
     return subprocess.run(
         ["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    ).stdout.rstrip()
 
 
 def main(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ def hooks():
         ("choosing.md", "../benchmarks/results/quality-alpha.svg", "pictures/quality-alpha.svg"),
         ("results/benchmarks.md", "../../docs/cpu.md", "../cpu.md"),
         ("overview.md", "smoa_kernels/operator.py", "source/smoa_kernels/operator.py.md"),
+        ("quickstart.md", "../docs/choosing.md", "choosing.md"),
         ("tour.md", "https://arxiv.org/abs/2605.21147", "https://arxiv.org/abs/2605.21147"),
         ("tour.md", "#before-the-first-step", "#before-the-first-step"),
         ("tour.md", "../no_such_file.py", "../no_such_file.py"),  # MkDocs warns of it
@@ -40,6 +42,15 @@ def hooks():
 def test_links_lead_to_where_files_stand_on_the_site(hooks, page, link, leads_to):
     page = SimpleNamespace(file=SimpleNamespace(src_uri=page))
     assert hooks.on_page_markdown(f"see [it]({link}).", page) == f"see [it]({leads_to})."
+
+
+def test_the_notebook_is_a_page_with_what_it_drew(hooks):
+    text = hooks._notebook((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    assert len(re.findall(r"!\[\w[^\]]+\]\(data:image/png;base64,[^)\s]+\)\n", text)) == 2
+    assert text.startswith("# ")
+    assert "\n```python\n" in text
+    assert "\n```text\n" in text
+    assert "\n| SMoA | 829,440 |" in text
 
 
 def test_every_public_name_is_in_the_reference(hooks):

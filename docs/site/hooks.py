@@ -7,6 +7,7 @@ a page that no menu shows, and at a public name without a docstring.
 
 from __future__ import annotations
 
+import json
 import os.path
 import re
 import subprocess
@@ -30,6 +31,7 @@ PAGES = {
     "benchmarks/results/quality.md": "results/quality.md",
     "tests/ptx_emulator/README.md": "ptx_emulator.md",
     "csrc_ref/README.md": "c_reference.md",
+    "examples/quickstart.ipynb": "quickstart.md",
 }
 PICTURES = (".svg", ".png")
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c"}
@@ -64,8 +66,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages outside docs/, what pages link to, and the reference."""
     pages = {f"docs/{file.src_uri}": file.content_string for file in files.documentation_pages()}
     for path, uri in PAGES.items():
-        pages[path] = (ROOT / path).read_text(encoding="utf-8")
-        files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+        text = (ROOT / path).read_text(encoding="utf-8")
+        pages[path] = _notebook(text) if path.endswith(".ipynb") else text
+        files.append(File.generated(config, uri, content=pages[path]))
     outside = {path for page, text in pages.items() for path in linked(page, text)}
     for path in sorted(path for path in outside if path not in PAGES and not path.startswith("docs/")):
         files.append(_picture(config, path) if path.endswith(PICTURES) else _source(config, path))
@@ -100,6 +103,25 @@ def _source(config: MkDocsConfig, path: str) -> File:
     head = "---\nsearch: {exclude: true}\nhide: [toc]\n---\n"
     text = f"{head}# {path}\n\n~~~~~~{LANGUAGES.get(Path(path).suffix, 'text')}\n{code}~~~~~~\n"
     return File.generated(config, place(path), content=text, inclusion=InclusionLevel.NOT_IN_NAV)
+
+
+def _notebook(text: str) -> str:
+    """A notebook as a page: its text, its code, and what that printed and drew when it was last run."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                about = output["metadata"]["image/png"]["alt"]
+                parts.append(f"![{about}](data:image/png;base64,{data['image/png'].replace(chr(10), '')})")
+            elif "text/markdown" in data:
+                parts.append("".join(data["text/markdown"]))
+            else:
+                printed = "".join(output.get("text") or data["text/plain"])
+                parts.append(f"```text\n{printed.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def _python() -> str:
