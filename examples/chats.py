@@ -1,0 +1,91 @@
+"""Chats to fine-tune on: of a JSONL file, or those that the PyPI package ``chatterbot-corpus`` carries (BSD).
+
+The package's English dialogs are short questions and remarks with short answers: trivia, small talk, psychology.
+"""
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import yaml
+from questions import same_text
+
+PACKAGE = "chatterbot-corpus"
+ROLES = ("system", "user", "assistant")
+
+Chat = list[dict[str, str]]
+"""Messages with a role and a content each, as chat templates take them."""
+
+
+def locate() -> Path:
+    """Return the folder of the English dialogs inside the installed package, which is not imported.
+
+    Raises:
+        FileNotFoundError: if the package or its files are missing.
+    """
+    try:
+        folder = Path(str(distribution(PACKAGE).locate_file("chatterbot_corpus/data/english")))
+        if folder.is_dir():
+            return folder
+    except PackageNotFoundError:
+        pass
+    raise FileNotFoundError(
+        f"the chats come with a package: pip install --no-deps {PACKAGE}==1.3.3, or give --data"
+    )
+
+
+def read_corpus(folder: Path) -> list[Chat]:
+    """Read the dialogs of one question and one answer, each question once; those about code are left out.
+
+    In some of the longer ones several answers to one question follow each other: they are no chats.
+    """
+    chats: dict[str, Chat] = {}
+    for path in sorted(folder.glob("*.yml")):
+        if path.stem == "coding":  # its programs have lost their indices
+            continue
+        for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            if len(turns) == 2:
+                question, answer = (str(turn).strip() for turn in turns)
+                messages = [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
+                chats.setdefault(same_text(question), messages)
+    return list(chats.values())
+
+
+def read_jsonl(path: Path) -> list[Chat]:
+    """Read a chat per line, ``{"messages": [{"role": "user", "content": "…"}, …]}``.
+
+    Raises:
+        ValueError: if a line is something else, or no message in it is the assistant's; the message names the line.
+    """
+    chats = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            messages = json.loads(line)["messages"]
+            chat = [{"role": str(m["role"]), "content": m["content"]} for m in messages]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f'{path}, line {number} is no {{"messages": [{{"role", "content"}}, …]}}'
+            ) from error
+        if any(m["role"] not in ROLES or not isinstance(m["content"], str) for m in chat):
+            raise ValueError(
+                f"{path}, line {number}: a role is none of {', '.join(ROLES)}, or a content no text"
+            )
+        if not any(m["role"] == "assistant" for m in chat[1:]):
+            raise ValueError(f"{path}, line {number}: no message is an assistant's answer")
+        chats.append(chat)
+    return chats
+
+
+def turns(chats: Sequence[Chat]) -> list[dict[str, Any]]:
+    """Return TRL's "prompt" and "completion" for each answer of an assistant: only answers are trained."""
+    return [
+        {"prompt": chat[:i], "completion": [message]}
+        for chat in chats
+        for i, message in enumerate(chat)
+        if i and message["role"] == "assistant"
+    ]

@@ -1,0 +1,175 @@
+"""Fine-tune a chat model with TRL's ``SFTTrainer`` and SMoA: chats in, adapter out.
+
+    python examples/sft.py                                  # SmolLM2-135M learns to answer briefly
+    python examples/sft.py --model DIR --data chats.jsonl   # your model; {"messages": [...]} per line
+    python examples/sft.py --resume                         # go on from the last checkpoint
+
+Needs no network once its packages are installed.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep early, for other programs run too
+
+import random
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import chats
+import smollm2
+import torch
+import typer
+from datasets import Dataset, disable_progress_bars
+from options import count, natural, positive
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from smoa_kernels.peft import SMoAConfig
+
+HELD_OUT = 50  # answers to judge the adapter by
+
+console = Console(highlight=False)
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def sft(
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a chat model. Default: SmolLM2-135M-Instruct.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help='JSONL file, {"messages": [...]} per line. Default: chatterbot-corpus, English.'),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints and the adapter.")] = Path("runs/sft"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in it.")] = False,
+    steps: Annotated[int, typer.Option(parser=count, metavar="N", help="Optimizer steps.")] = 60,
+    max_length: Annotated[
+        int, typer.Option(parser=count, metavar="N", help="Tokens per step, packed: chats fill them whole.")
+    ] = 384,
+    lr: Annotated[float, typer.Option(parser=positive, metavar="NUMBER", help="Peak learning rate.")] = 1e-2,
+    r: Annotated[int, typer.Option(parser=count, metavar="N", help="Rank budget of the adapter.")] = 16,
+    num_blocks: Annotated[int, typer.Option(parser=count, metavar="N", help="SMoA's blocks.")] = 2,
+    seed: Annotated[int, typer.Option(parser=natural, metavar="N", help="Of everything that is drawn.")] = 0,
+) -> None:
+    """Fine-tune a chat model with TRL's SFTTrainer and SMoA: chats in, adapter out."""
+    disable_progress_bars()
+    try:
+        found = chats.read_corpus(chats.locate()) if data is None else chats.read_jsonl(data)
+        base = smollm2.cached_model() if model is None else model.resolve(strict=True)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        check_output(output, resume)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    random.Random(seed).shuffle(found)
+    answers = chats.turns(found)
+    if len(answers) < 2 * HELD_OUT:
+        raise typer.BadParameter(
+            f"--data: {len(answers)} answers are too few, at least {2 * HELD_OUT} are needed"
+        )
+    held_out, train = answers[:HELD_OUT], answers[HELD_OUT:]
+
+    trainer = SFTTrainer(
+        model=network,
+        args=SFTConfig(
+            output_dir=str(output),
+            max_steps=steps,
+            per_device_train_batch_size=1,  # of `max_length` tokens
+            packing=True,
+            eval_packing=False,
+            max_length=max_length,
+            learning_rate=lr,  # about ten times LoRA's
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            gradient_checkpointing=False,  # faster, where memory allows it
+            logging_steps=10,
+            save_steps=20,
+            save_total_limit=2,
+            report_to="none",
+            bf16=torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            seed=seed,
+        ),
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(held_out),
+        processing_class=tokenizer,
+        peft_config=SMoAConfig(
+            task_type="CAUSAL_LM",
+            r=r,
+            num_blocks=num_blocks,
+            target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+        ),
+    )
+    console.print(f"{len(train)} answers to train on, {HELD_OUT} held out")
+    trainer.model.print_trainable_parameters()
+    before = {} if resume else judged(trainer, tokenizer, held_out)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(output / "adapter"))  # the adapter, its configuration and the tokenizer
+    show(before, judged(trainer, tokenizer, held_out))
+    console.print(f"Adapter saved in {output / 'adapter'}: AutoPeftModelForCausalLM.from_pretrained loads it")
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Raise ValueError where a new run's folder holds something, or a resumed one's no checkpoint."""
+    if resume and not any(output.glob("checkpoint-*")):
+        raise ValueError(f"--resume: there is no checkpoint in {output}")
+    if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} is not a new or empty folder; --resume goes on with a run")
+
+
+def judged(
+    trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, held_out: list[dict[str, Any]]
+) -> dict[str, str]:
+    """Return the loss on what was held out, and the model's answers to three of its questions."""
+    loss = trainer.evaluate()["eval_loss"]
+    samples = held_out[:3]
+    return {"loss on held-out answers": f"{loss:.3f}"} | {
+        sample["prompt"][-1]["content"]: answer(trainer.model, tokenizer, sample["prompt"])
+        for sample in samples
+    }
+
+
+def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: chats.Chat) -> str:
+    """Return the likeliest answer, by the merged weights: they are faster, and unmerging restores every bit."""
+    tokens = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    model.eval()
+    model.merge_adapter()
+    try:
+        output = model.generate(**tokens.to(model.device), max_new_tokens=40, do_sample=False)
+    finally:
+        model.unmerge_adapter()
+    text: str = tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split())
+
+
+def show(before: dict[str, str], after: dict[str, str]) -> None:
+    """Print what the training changed."""
+    for name, now in after.items():
+        console.print(f"\n[bold]{name}[/]")
+        if name in before:
+            console.print("  before:", before[name], markup=False)
+        console.print("  after: ", now, markup=False)
+    console.print()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; report bad input in one line."""
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.print("[yellow]Interrupted; --resume goes on from the last checkpoint.[/]")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

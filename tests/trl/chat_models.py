@@ -1,0 +1,160 @@
+"""What the tests of TRL's trainers share: a tiny chat model on disk, chats, what a trainer computed at each step."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from smoa_kernels.peft import SMoAConfig
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QUESTIONS = (
+    "how far is it?",
+    "who wrote that",
+    "is rain wet, and why?",
+    "one more",
+    "which way",
+    "and then?",
+)
+ANSWERS = ("two miles.", "nobody knows", "yes: water is", "no", "left, then right", "home")
+# As plain as a trainer can be: each step's loss is one that a loop can compute.
+PLAIN: dict[str, Any] = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 3,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "seed": 3,
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and those of chats."""
+    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {
+        token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_base(folder: Path) -> Path:
+    """A folder with a chat model of random weights and its tokenizer."""
+    words = tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        pad_token_id=words.pad_token_id,
+        eos_token_id=words.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def adapter(**settings: Any) -> SMoAConfig:
+    return SMoAConfig(
+        **{"r": 4, "num_blocks": 2, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **settings}
+    )
+
+
+def chat(question: str, *answers: str) -> list[dict[str, str]]:
+    """A chat in which the question is asked again after each answer."""
+    turns = [[{"role": "user", "content": question}, {"role": "assistant", "content": a}] for a in answers]
+    return [message for turn in turns for message in turn]
+
+
+def recorded(trainer: Any) -> tuple[list[dict[str, Any]], list[float]]:
+    """Lists that fill with the inputs and the loss of each step."""
+    batches: list[dict[str, Any]] = []
+    losses: list[float] = []
+    inner = trainer.compute_loss
+
+    def compute_loss(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        batches.append({key: copy.copy(value) for key, value in inputs.items()})
+        loss = inner(model, inputs, *args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
+    trainer.compute_loss = compute_loss
+    return batches, losses
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all that no trainer may change."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def assert_base_is(model: nn.Module, before: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    assert before
+    assert all(torch.equal(parameters[name], value) for name, value in before.items())
+
+
+def twin(trainer: Any, model: nn.Module, config: SMoAConfig) -> nn.Module:
+    """A model with a trainer's weights of now, and without what TRL changes in a model's forward."""
+    made = get_peft_model(model, config)
+    made.load_state_dict(trainer.model.state_dict())
+    return made
+
+
+def plain_loop(model: nn.Module, batches: list[dict[str, Any]], loss_of: Any) -> list[float]:
+    """The losses of plain torch on the batches that a trainer saw, with the optimizer that it is documented to use."""
+    model.train()
+    parameters = list(trained(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=PLAIN["learning_rate"], weight_decay=0.0)
+    losses = []
+    for batch in batches:
+        loss = loss_of(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def log_probs(model: nn.Module, tokens: Tensor, kept: Tensor) -> Tensor:
+    """The log-probabilities of the kept tokens of one sequence, which is run by itself: no padding, no packing."""
+    logits = model(input_ids=tokens[None]).logits[0, :-1]
+    each = F.log_softmax(logits.float(), -1).gather(1, tokens[1:, None])[:, 0]
+    return each[kept[1:]]

@@ -1,0 +1,105 @@
+"""DPOTrainer without a reference model: the reference is the base, or the adapter that a run goes on with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chat_models import (
+    ANSWERS,
+    PLAIN,
+    QUESTIONS,
+    adapter,
+    assert_base_is,
+    base_state,
+    log_probs,
+    plain_loop,
+    recorded,
+    tokenizer,
+    twin,
+)
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+BETA = 0.5
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": ANSWERS[i]}],
+        "rejected": [{"role": "assistant", "content": ANSWERS[i - 1]}],
+    }
+    for i, question in enumerate(QUESTIONS)
+]
+
+
+def load_base(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def trainer(model: Any, folder: Path, **settings: Any) -> DPOTrainer:
+    return DPOTrainer(
+        model=model,
+        args=DPOConfig(output_dir=str(folder), beta=BETA, **PLAIN),
+        train_dataset=Dataset.from_list(PAIRS * 4),
+        processing_class=tokenizer(),
+        **settings,
+    )
+
+
+def preference_loss(reference: nn.Module) -> Any:
+    """DPO's loss, each sequence by itself, against another model."""
+
+    def answers(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        kept = batch["attention_mask"].bool(), batch["completion_mask"].bool()
+        rows = zip(batch["input_ids"], *kept, strict=True)
+        return torch.stack([log_probs(model, row[mask], own[mask]).sum() for row, mask, own in rows])
+
+    def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            expected = answers(reference, batch)
+        chosen, rejected = (answers(model, batch) - expected).chunk(2)
+        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+    return loss
+
+
+def test_the_reference_of_a_new_adapter_is_the_base(base: Path, tmp_path: Path) -> None:
+    run = trainer(load_base(base), tmp_path, peft_config=adapter())
+    plain, before = twin(run, load_base(base), adapter()), base_state(run.model)
+    batches, losses = recorded(run)
+    run.train()
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-6)
+    assert losses == pytest.approx(
+        plain_loop(plain, batches, preference_loss(load_base(base).eval())), rel=1e-3
+    )
+    assert losses[-1] < losses[0]
+    assert_base_is(run.model, before)
+
+
+@pytest.mark.parametrize("order", ["spectral", "random"])
+def test_the_reference_of_a_loaded_adapter_is_a_copy_of_it(base: Path, tmp_path: Path, order: str) -> None:
+    """As after a supervised run. The copy needs the blocks that the adapter was trained with."""
+    torch.manual_seed(1)
+    config = adapter(init_weights=False, block_order=order, smoa_alpha=1.0)
+    get_peft_model(load_base(base), config).save_pretrained(tmp_path / "sft")
+
+    def loaded(**settings: Any) -> Any:
+        return PeftModel.from_pretrained(load_base(base), tmp_path / "sft", **settings)
+
+    run = trainer(loaded(is_trainable=True), tmp_path)
+    assert sorted(run.model.peft_config) == ["default", "ref"]
+    plain = loaded(is_trainable=True)
+    batches, losses = recorded(run)
+    run.train()
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-6)
+    assert losses == pytest.approx(plain_loop(plain, batches, preference_loss(loaded().eval())), rel=1e-3)
+    tokens = batches[0]["input_ids"]
+    run.model.eval().set_adapter("ref")
+    assert torch.equal(run.model(tokens).logits, loaded().eval()(tokens).logits)

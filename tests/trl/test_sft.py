@@ -1,0 +1,151 @@
+"""SFTTrainer: packed, padding-free, padded, on assistants' answers only, resumed, saved, on the reference backend."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_models import (
+    ANSWERS,
+    PLAIN,
+    QUESTIONS,
+    adapter,
+    assert_base_is,
+    base_state,
+    chat,
+    log_probs,
+    plain_loop,
+    recorded,
+    tokenizer,
+    trained,
+    twin,
+)
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+CHATS = [
+    chat(q, a, ANSWERS[i - 1]) if i % 2 else chat(q, a)
+    for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
+]
+BATCHES = {
+    "padded": {},
+    "packed": {"packing": True, "max_length": 160},
+    "padding-free": {"padding_free": True, "max_length": None},
+}
+
+
+def load_base(folder: Path, attention: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+
+
+def trainer(
+    base: Path,
+    folder: Path,
+    *,
+    attention: str = "sdpa",
+    config: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    return SFTTrainer(
+        model=load_base(base, attention),
+        args=SFTConfig(output_dir=str(folder), **{**PLAIN, "assistant_only_loss": True, **settings}),
+        train_dataset=Dataset.from_list([{"messages": messages} for messages in CHATS * 4]),
+        processing_class=tokenizer(),
+        peft_config=adapter(**(config or {})),
+    )
+
+
+def sequences(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """The chats in a batch, each with its labels, whatever way they were put together."""
+    tokens, labels = batch["input_ids"], batch["labels"]
+    if "position_ids" not in batch:
+        kept = [mask.bool() for mask in batch["attention_mask"]]
+        return [(row[mask], own[mask]) for row, own, mask in zip(tokens, labels, kept, strict=True)]
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    sizes = [end - start for start, end in zip(starts, [*starts[1:], tokens.shape[1]], strict=True)]
+    return list(zip(tokens[0].split(sizes), labels[0].split(sizes), strict=True))
+
+
+def answer_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The mean over the tokens that are answers, of chats that are run one by one."""
+    each = [-log_probs(model, tokens, labels != -100) for tokens, labels in sequences(batch)]
+    return torch.cat(each).mean()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("way", BATCHES)
+def test_losses_are_those_of_plain_torch_on_one_chat_at_a_time(
+    base: Path, tmp_path: Path, way: str, attention: str
+) -> None:
+    run = trainer(base, tmp_path, attention=attention, **BATCHES[way])
+    plain, before = twin(run, load_base(base, attention), adapter()), base_state(run.model)
+    batches, losses = recorded(run)
+    run.train()
+    if way == "packed":
+        assert max(len(sequences(batch)) for batch in batches) > PLAIN["per_device_train_batch_size"]
+    assert losses == pytest.approx(plain_loop(plain, batches, answer_loss), rel=1e-4)
+    for name, parameter in trained(run.model).items():
+        torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-2, atol=1e-4)
+    assert_base_is(run.model, before)
+    answers = {f"{answer}<|im_end|>" for answer in ANSWERS}
+    for tokens, labels in (pair for batch in batches for pair in sequences(batch)):
+        text = tokenizer().decode(tokens[labels != -100])
+        assert text.count("<|im_end|>") == tokenizer().decode(tokens).count("assistant")
+        assert {f"{part}<|im_end|>" for part in text.split("<|im_end|>")[:-1]} <= answers
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gradient_checkpointing": False}, {"config": {"backend": "reference"}}]
+)
+def test_the_same_run_without_checkpointing_and_on_the_reference(
+    base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Dropout too: its mask is drawn again where a layer is computed again, and is the same on every backend."""
+    config = {"smoa_dropout": 0.2, **settings.pop("config", {})}
+    runs = [
+        trainer(base, tmp_path, packing=True, max_length=160, config={"smoa_dropout": 0.2}),
+        trainer(base, tmp_path, packing=True, max_length=160, config=config, **settings),
+    ]
+    curves = []
+    for run in runs:
+        curves.append(recorded(run)[1])
+        run.train()
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][-1] < curves[0][0]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_and_what_is_saved_loads(base: Path, tmp_path: Path) -> None:
+    settings = {"packing": True, "max_length": 160, "config": {"smoa_dropout": 0.2}}
+    whole = trainer(base, tmp_path / "whole", save_strategy="steps", save_steps=2, **settings)
+    curve = recorded(whole)[1]
+    whole.train()
+    resumed = trainer(base, tmp_path / "resumed", **settings)
+    rest = recorded(resumed)[1]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert rest == curve[2:]
+    theirs = trained(whole.model)
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in trained(resumed.model).items())
+    resumed.save_model(str(tmp_path / "adapter"))
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "adapter").iterdir()
+    }
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    tokens = tokenizer().apply_chat_template(CHATS[0], return_tensors="pt", return_dict=True)["input_ids"]
+    assert torch.equal(loaded(tokens).logits, resumed.model.eval()(tokens).logits)
+    with resumed.model.disable_adapter():
+        assert not torch.allclose(loaded(tokens).logits, resumed.model(tokens).logits, atol=1e-2)
+
+
+def test_the_pages_example_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "trl.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    dataset = Dataset.from_list([{"messages": messages} for messages in CHATS])
+    exec(compile(code, "example", "exec"), {"model": load_base(base, "sdpa"), "dataset": dataset})
+    assert Path("runs/chat/adapter/adapter_model.safetensors").is_file()
