@@ -53,6 +53,11 @@ def test_the_notebook_is_a_page_with_what_it_drew(hooks):
     assert "\n| SMoA | 829,440 |" in text
 
 
+def test_a_picture_leads_to_its_file(hooks):
+    html = hooks.on_page_content('<p><img alt="blocks" src="blocks.svg" /> beside</p>')
+    assert html == '<p><a href="blocks.svg"><img alt="blocks" src="blocks.svg" /></a> beside</p>'
+
+
 def test_every_public_name_is_in_the_reference(hooks):
     text = hooks._python()
     for module in hooks.MODULES:

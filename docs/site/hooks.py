@@ -93,6 +93,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(moved, markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Make a picture a link to its file, where it is as large as the window."""
+    return re.sub(r'<img [^>]*?src="((?!data:)[^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
+
+
 def _picture(config: MkDocsConfig, path: str) -> File:
     return File.generated(config, place(path), abs_src_path=str(ROOT / path))
 
