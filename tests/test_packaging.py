@@ -57,10 +57,10 @@ def dist_info(wheel: Path, name: str) -> str:
 
 
 def requirements(metadata: Message, extra: str, system: str) -> set[str]:
-    """Names that `pip install smoa-kernels[extra]` asks for on an operating system."""
+    """What `pip install smoa-kernels[extra]` asks for on an operating system, by the name that Python imports."""
     found = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
     where = {"extra": extra, "platform_system": system}
-    return {r.name for r in found if r.marker is None or r.marker.evaluate(where)}
+    return {r.name.replace("-", "_") for r in found if r.marker is None or r.marker.evaluate(where)}
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(names: list[str]) -> None:
@@ -118,7 +118,8 @@ def test_metadata(wheel: Path) -> None:
     assert requirements(metadata, "", "Darwin") == core
     assert requirements(metadata, "", "Linux") == core  # torch brings its own Triton, or needs none
     assert requirements(metadata, "triton", "Linux") == core | {"triton"}
-    assert requirements(metadata, "peft", "Darwin") == core | {"peft", "transformers", "safetensors"}
+    theirs = {"peft", "transformers", "safetensors", "huggingface_hub", "accelerate", "tqdm"}
+    assert requirements(metadata, "peft", "Darwin") == core | theirs
     assert requirements(metadata, "cli", "Darwin") == core | {"typer", "rich"}
     assert requirements(metadata, "plot", "Darwin") == core | {"matplotlib"}
     assert dist_info(wheel, "entry_points.txt").split() == (
