@@ -8,6 +8,9 @@
 enum {
     FEW = 8,  /* tokens for which W0 is read at a time */
     ROWS = 4, /* of it at most side by side, so that what is loaded of x and A serves them all */
+    /* Rows side by side of W0 that is multiplied as it is, and by how many tokens at most, those times ranks included. */
+    PLAIN = VECTOR_BYTES == 64 ? 4 : 2,
+    MOST_PLAIN = 5,
 };
 
 typedef struct {
@@ -25,7 +28,7 @@ typedef struct {
     i64 first, end;
 } range;
 
-static i64 few_size(i64 rank, i64 cols) { return lines(rank * ROWS) + ROWS * lines(cols); }
+static i64 few_size(i64 rank, i64 cols) { return lines(rank * ROWS) + MOST_PLAIN * lines(cols); }
 
 /* y[token, rows[i]] of some tokens and some rows of block k, whose columns lie in `own`; `factor` (rank, some) is to hold
  * s B, and behind it rows of W0 that are not stored as float32. */
@@ -77,6 +80,73 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
 /* Rows side by side whose sums registers hold. */
 INLINE int rows_of(i64 tokens) { return tokens * 4 <= LANES ? 4 : tokens * 2 <= LANES ? 2 : 1; }
 
+/* sums[i * tokens + t] = row i of W0, `stored` as it is, times x[t], whose rows are `stride` apart, in whole vectors. */
+INLINE void plain_rows(int stored, int tokens, int some, const void *const *weight, i64 cols, const float *x, i64 stride,
+                       float *sums) {
+    vf sum[PLAIN][MOST_PLAIN];
+    for (int i = 0; i < some; i++)
+        for (int t = 0; t < tokens; t++) sum[i][t] = (vf){0};
+    for (i64 c = 0; c < cols; c += LANES) {
+        vf w[PLAIN];
+#pragma GCC unroll 4
+        for (int i = 0; i < some; i++) w[i] = widened(weight[i], c, cols - c, stored);
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) {
+            vf at = load(x + t * stride + c);
+#pragma GCC unroll 4
+            for (int i = 0; i < some; i++) sum[i][t] += w[i] * at;
+        }
+    }
+    for (int i = 0; i < some; i++)
+        for (int t = 0; t < tokens; t++) {
+            sums[i * tokens + t] = 0;
+            for (int l = 0; l < LANES; l++) sums[i * tokens + t] += sum[i][t][l];
+        }
+}
+
+static void plain(int stored, i64 tokens, int some, const void *const *weight, i64 cols, const float *x, i64 stride,
+                  float *sums) {
+#define CASE(kind, tokens)                                                        \
+    case kind * FEW + tokens:                                                     \
+        if (some == 1)                                                            \
+            plain_rows(kind, tokens, 1, weight, cols, x, stride, sums);           \
+        else                                                                      \
+            plain_rows(kind, tokens, PLAIN, weight, cols, x, stride, sums);       \
+        break;
+#define CASES(kind) CASE(kind, 1) CASE(kind, 2) CASE(kind, 3) CASE(kind, 4) CASE(kind, 5)
+    switch (stored * FEW + tokens) { CASES(FLOAT32) CASES(BFLOAT16) CASES(FLOAT16) }
+#undef CASES
+#undef CASE
+}
+
+/* The same of block k by x W0ᵀ + Σ_t s B_t (x ∘ A_t) W0ᵀ: so many tokens and ranks cost less than W_eff in registers. */
+static void plain_block(const few_job *j, i64 tokens, i64 rank, const float *x, i64 k, const i64 *rows, i64 first,
+                        i64 end, float *y, float *lines_of) {
+    i64 stride = lines(j->cols);
+    memset(lines_of, 0, (size_t)(MOST_PLAIN * stride) * sizeof *lines_of);
+    for (i64 i = 0; i < tokens; i++) {
+        memcpy(lines_of + i * stride, x + i * j->x_stride, (size_t)j->cols * sizeof *x);
+        for (i64 t = 0; t < rank; t++)
+            for (i64 c = 0; c < j->cols; c++)
+                if (j->col_block[c] == k)
+                    lines_of[((t + 1) * tokens + i) * stride + c] = x[i * j->x_stride + c] * j->A[t * j->A_stride + c];
+    }
+    for (i64 all = tokens * (1 + rank); first < end;) {
+        int some = first + PLAIN <= end ? PLAIN : 1;
+        const void *weight[PLAIN];
+        float sums[PLAIN * MOST_PLAIN];
+        for (int i = 0; i < some; i++) weight[i] = number(j->weight, rows[first + i] * j->weight_stride, j->stored);
+        plain(j->stored, all, some, weight, j->cols, lines_of, stride, sums);
+        for (int i = 0; i < some; i++, first++)
+            for (i64 token = 0; token < tokens; token++) {
+                float update = 0;
+                for (i64 t = 0; t < rank; t++)
+                    update += sums[i * all + (t + 1) * tokens + token] * j->B[rows[first] * j->B_row + t * j->B_rank];
+                y[token * j->rows + rows[first]] = sums[i * all + token] + j->scaling * update;
+            }
+    }
+}
+
 /* Of rows[first] to rows[end - 1]. */
 INLINE void few_of_block(int tokens, const few_job *j, const float *x, i64 k, range own, const i64 *rows, i64 first,
                          i64 end, float *y, float *factor) {
@@ -96,10 +166,15 @@ static void few_part(void *it, i64 part) {
             const i64 *rows = j->row_index + j->row_offsets[k];
             i64 count = j->row_offsets[k + 1] - j->row_offsets[k];
             i64 first = share_of(count, ROWS, part, j->parts), end = share_of(count, ROWS, part + 1, j->parts);
+            i64 rank = rank_of(j->ranks, k, j->rank), tokens = least(FEW, j->tokens - token);
+            if (rank >= 0 && tokens * (1 + rank) <= MOST_PLAIN) {
+                plain_block(j, tokens, rank, x, k, rows, first, end, y, factor + lines(j->rank * ROWS));
+                continue;
+            }
             range own = {j->cols, 0};
             for (i64 c = 0; c < j->cols; c++)
                 if (j->col_block[c] == k) own = (range){least(own.first, c), c + 1};
-            switch (least(FEW, j->tokens - token)) {
+            switch (tokens) {
 #define CASE(tokens)                                                  \
     case tokens:                                                      \
         few_of_block(tokens, j, x, k, own, rows, first, end, y, factor); \

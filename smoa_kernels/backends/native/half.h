@@ -6,7 +6,7 @@
 #include "few_tokens.h"
 
 typedef struct {
-    i64 tokens, stride, blocks, parts, whole; /* whole: a block is a slice, of which nothing is dropped */
+    i64 tokens, stride, blocks, parts;
     uint16_t *own, *blocked, exponent;
     const i64 *index;
     const int32_t *offsets;
@@ -23,15 +23,11 @@ static void order_part(void *it, i64 part) {
     piece *pieces = j->pieces + part * cols;
     for (i64 k = 0; k < j->blocks; k++) {
         const i64 *index = j->index + j->offsets[k];
-        i64 width = j->offsets[k + 1] - j->offsets[k], some = j->whole ? 0 : half_pieces_of(index, width, pieces);
+        i64 width = j->offsets[k + 1] - j->offsets[k], some = half_pieces_of(index, width, pieces);
         for (i64 t = first; t < end; t++) {
             uint16_t *own = j->own + t * j->stride, *blocked = j->blocked + j->tokens * j->offsets[k] + t * width;
             const uint16_t *keep = j->keep ? j->keep + t * words(cols) : NULL;
-            if (j->whole && j->back)
-                memcpy(own + j->offsets[k], blocked, (size_t)width * sizeof *own);
-            else if (j->whole)
-                memcpy(blocked, own + j->offsets[k], (size_t)width * sizeof *own);
-            else if (j->back)
+            if (j->back)
                 scatter_halves(blocked, index, width, pieces, some, keep, j->exponent, own);
             else
                 gather_halves(own, index, width, pieces, some, keep, j->exponent, blocked);
@@ -46,8 +42,8 @@ i64 smoa_order_workspace(i64 cols, i64 threads) { return threads * pieces_size(c
  * another; or, where `back`, own from blocked. What `keep` has no bit for, in own's order, is dropped, unless it is
  * NULL. Behind its last row one word more may be read. */
 void smoa_order(i64 tokens, void *own, i64 stride, i64 kind, const i64 *index, const int32_t *offsets, i64 blocks,
-                i64 contiguous, const uint16_t *keep, void *blocked, i64 back, float *workspace, i64 threads) {
-    order_job job = {tokens, stride, blocks, threads, contiguous && !keep, own, blocked, exponent_of((int)kind), index,
+                const uint16_t *keep, void *blocked, i64 back, float *workspace, i64 threads) {
+    order_job job = {tokens, stride, blocks, threads, own, blocked, exponent_of((int)kind), index,
                      offsets, keep, (piece *)from_a_line(workspace), back != 0};
     in_parallel(order_part, &job, threads);
 }

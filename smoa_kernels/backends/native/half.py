@@ -7,8 +7,9 @@ operators take several. The algorithms are the eager backend's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,43 +30,47 @@ Matrices = Tensor | Sequence[Tensor]
 """One for each block: (K, rows, columns) where they are all of one shape, else a list."""
 
 
-@dataclass(frozen=True)
 class Side:
-    """The rows of W0 block by block, or its columns.
+    """The rows of W0 block by block, or its columns: copies of activations in their order, some tokens at a time.
 
-    Attributes:
-        index: int64, of each block after another.
-        offsets: int32 (K + 1,), where in `index` each block begins.
-        sizes: how many each block has.
-        contiguous: the index counts up.
+    Contiguous blocks are copied only where a mask drops something: else they are slices.
     """
 
-    index: Tensor
-    offsets: Tensor
-    sizes: Sequence[int]
-    contiguous: bool
+    def __init__(self, index: Tensor, offsets: Tensor, sizes: Sequence[int], contiguous: bool) -> None:
+        self._index, self._offsets, self._sizes, self._contiguous = index, offsets, sizes, contiguous
+        self._alike, self._threads = all(size == sizes[0] for size in sizes), torch.get_num_threads()
+        self._memory: Tensor | None = None
+        self._workspace: Tensor | None = None
 
-    def ordered(self, x: Tensor, mask: Mask | None, memory: Tensor) -> Matrices:
-        """Columns of x (T, all) in block order, without what the mask drops; they lie in `memory`."""
-        self._copy(x, mask, memory, back=False)
-        return self.within(memory, x.shape[0])
+    def ordered(self, x: Tensor, mask: Mask | None) -> Matrices:
+        """The blocks' columns of x (T, all), without what the mask drops; the next call overwrites them."""
+        found = self.room(x, mask)
+        self._copy(x, mask, back=False)
+        return found
 
-    def restore(self, memory: Tensor, x: Tensor, mask: Mask | None) -> None:
-        """Write to x (T, all) what :meth:`within` shows, without what the mask drops."""
-        self._copy(x, mask, memory, back=True)
+    def room(self, x: Tensor, mask: Mask | None) -> Matrices:
+        """Where the blocks' columns of x are written, for :meth:`restore`."""
+        tokens, count = x.shape[0], len(self._sizes)
+        if self._contiguous and mask is None:
+            return x.view(tokens, count, -1).transpose(0, 1) if self._alike else x.split(list(self._sizes), 1)
+        if self._memory is None:  # the first panel is the largest
+            self._memory = x.new_empty(x.shape)
+            floats = library().smoa_order_workspace(x.shape[1], self._threads)
+            self._workspace = x.new_empty(floats, dtype=torch.float32)
+        return matrices(self._memory, [(tokens, size) for size in self._sizes])
 
-    def within(self, memory: Tensor, tokens: int) -> Matrices:
-        """The blocks (T, columns) that `memory` has room for, one after another."""
-        return matrices(memory, [(tokens, size) for size in self.sizes])
+    def restore(self, x: Tensor, mask: Mask | None) -> None:
+        """Write to x (T, all) what is in its :meth:`room`, without what the mask drops."""
+        self._copy(x, mask, back=True)
 
-    def _copy(self, x: Tensor, mask: Mask | None, memory: Tensor, *, back: bool) -> None:
-        code, threads = library(), torch.get_num_threads()
-        workspace = x.new_empty(code.smoa_order_workspace(x.shape[1], threads), dtype=torch.float32)
+    def _copy(self, x: Tensor, mask: Mask | None, *, back: bool) -> None:
+        if self._memory is None or self._workspace is None or (self._contiguous and mask is None):
+            return
         with named(BLOCKS):
-            code.smoa_order(
-                x.shape[0], x.data_ptr(), x.stride(0), KINDS[x.dtype], self.index.data_ptr(), self.offsets.data_ptr(),
-                len(self.sizes), self.contiguous, kept_by(mask), memory.data_ptr(),
-                back, workspace.data_ptr(), threads,
+            library().smoa_order(
+                x.shape[0], x.data_ptr(), x.stride(0), KINDS[x.dtype], self._index.data_ptr(),
+                self._offsets.data_ptr(), len(self._sizes), kept_by(mask), self._memory.data_ptr(), back,
+                self._workspace.data_ptr(), self._threads,
             )  # fmt: skip
 
 
@@ -95,7 +100,7 @@ class Blocks:
         self.rows, self.cols = reversed(sides) if self.swapped else sides
         self.shapes = list(zip(p.row_sizes, p.col_sizes, strict=True))
         self.A, self.B = dense(along.A, torch.float32), dense(along.B, torch.float32)
-        self.count, self.contiguous = p.num_blocks, p.is_contiguous
+        self.count, self.contiguous, self.scaling = p.num_blocks, p.is_contiguous, adapter.scaling.item()
         self.used = [rank > 0 for rank in adapter.host_ranks()]
 
     def memory(self, dtype: torch.dtype) -> Tensor:
@@ -113,7 +118,7 @@ class Blocks:
             code.smoa_deltas(
                 weight.data_ptr(), weight.stride(0), KINDS[weight.dtype], *self.indices, self.count, self.contiguous,
                 self.ranks.data_ptr(), rank, A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(),
-                scale * self.adapter.scaling.item(), KINDS[out.dtype], out.data_ptr(), workspace.data_ptr(), threads,
+                scale * self.scaling, KINDS[out.dtype], out.data_ptr(), workspace.data_ptr(), threads,
             )  # fmt: skip
         found = matrices(out, self.shapes)
         return transposed(found) if self.swapped else found
@@ -139,11 +144,8 @@ class Gradient:
     """dA and dB, summed over panels of tokens: of each, G_k is multiplied and contracted at once."""
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype, scale: float) -> None:
-        self._blocks, self._scaling, self._threads = (
-            blocks,
-            scale * blocks.adapter.scaling.item(),
-            torch.get_num_threads(),
-        )
+        self._blocks, self._threads = blocks, torch.get_num_threads()
+        self._scaling = scale * blocks.scaling
         self._dA, self._dB = blocks.A.new_zeros(self._threads, *blocks.A.shape), torch.zeros_like(blocks.B)
         self._memory = blocks.memory(dtype)
         size = library().smoa_contract_workspace(
@@ -155,7 +157,9 @@ class Gradient:
         """Take some tokens of both, in block order."""
         blocks, weight, memory = self._blocks, self._blocks.adapter.weight, self._memory
         left, right = (x, dy) if blocks.swapped else (dy, x)
-        blocks.product(transposed(left), right, matrices(memory, blocks.shapes))
+        # Of slices a batched GEMM with a transpose takes more than twice as long as single ones.
+        left = [one.T for one in left] if blocks.contiguous else transposed(left)
+        blocks.product(left, right, matrices(memory, blocks.shapes))
         with named(BLOCKS):
             library().smoa_contract(
                 *weight.shape, memory.data_ptr(), KINDS[memory.dtype], weight.data_ptr(), weight.stride(0),
@@ -173,10 +177,10 @@ class Gradient:
 def matrices(memory: Tensor, shapes: Sequence[tuple[int, int]]) -> Matrices:
     """The matrices of these shapes that lie one after another in `memory`, which may have room for more."""
     rows, cols = shapes[0]
-    if all(shape == (rows, cols) for shape in shapes):
-        return memory[: len(shapes) * rows * cols].view(len(shapes), rows, cols)
+    if shapes.count((rows, cols)) == len(shapes):
+        return memory.as_strided((len(shapes), rows, cols), (rows * cols, cols, 1))
     sizes = [rows * cols for rows, cols in shapes]
-    parts = memory[: sum(sizes)].split(sizes)
+    parts = memory.view(-1)[: sum(sizes)].split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -191,11 +195,9 @@ def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     blocks = Blocks(adapter)
     deltas = transposed(blocks.deltas(1.0 if mask is None else mask.scale))
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
-    ordered, product = (_room(x, width) for width in (x.shape[1], y.shape[1]))
-    for some in _panels(x.shape[0]):
-        parts = blocks.rows.within(product, len(x[some]))
-        blocks.product(blocks.cols.ordered(x[some], _of(mask, some), ordered), deltas, parts)
-        blocks.rows.restore(product, y[some], None)
+    for kept, x_part, y_part in _panels(mask, x, y):
+        blocks.product(blocks.cols.ordered(x_part, kept), deltas, blocks.rows.room(y_part, None))
+        blocks.rows.restore(y_part, None)
     return accumulate(y, x, adapter.weight)
 
 
@@ -209,32 +211,28 @@ def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, mask: Mask | None, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dA, dB), those that are asked for; with a mask in one walk over the tokens, but for dY W0 in dX."""
-    adapter, dy = _readable(adapter), with_rows(dy)
-    masked, width = mask is not None and needs_x, adapter.weight.shape[1]
+    factors, adapter, dy = adapter.A.dtype, _readable(adapter), with_rows(dy)
     dx = dA = dB = None
-    if x is not None or masked:
-        x = None if x is None else with_rows(x)
-        scale = 1.0 if mask is None else mask.scale
-        blocks = Blocks(adapter)
-        gradient = None if x is None else Gradient(blocks, dy.dtype, scale)
-        deltas = blocks.deltas(scale) if masked else None
-        dx = dy.new_empty(dy.shape[0], width) if masked else None
-        left, right = (_room(dy, width) for width in (dy.shape[1], width))
-        for some in _panels(dy.shape[0]):
-            dy_k = blocks.rows.ordered(dy[some], None, left)
-            if dx is not None and deltas is not None:
-                blocks.product(dy_k, deltas, blocks.cols.within(right, len(dy[some])))
-                blocks.cols.restore(right, dx[some], _of(mask, some))
-            if gradient is not None and x is not None:
-                gradient.add(dy_k, blocks.cols.ordered(x[some], _of(mask, some), right))
+    if x is not None or (mask is not None and needs_x):
+        blocks, scale = Blocks(adapter), 1.0 if mask is None else mask.scale
+        gradient = deltas = None
+        if x is not None:
+            x, gradient = with_rows(x), Gradient(blocks, dy.dtype, scale)
+        if mask is not None and needs_x:
+            dx, deltas = dy.new_empty(dy.shape[0], adapter.weight.shape[1]), blocks.deltas(scale)
+        for kept, dy_part, x_part, dx_part in _panels(mask, dy, x, dx):
+            dy_k = blocks.rows.ordered(dy_part, None)
+            if deltas is not None:
+                blocks.product(dy_k, deltas, blocks.cols.room(dx_part, kept))
+                blocks.cols.restore(dx_part, kept)
+            if gradient is not None:
+                gradient.add(dy_k, blocks.cols.ordered(x_part, kept))
         if gradient is not None:
-            dA, dB = (one.to(adapter.A.dtype).contiguous() for one in gradient.found())
-    if needs_x:
-        dx = (
-            eager.input_gradient(dy, adapter, _modulation(adapter.T))
-            if dx is None
-            else dx.addmm_(dy, adapter.weight)
-        )
+            dA, dB = (one.to(factors).contiguous() for one in gradient.found())
+    if needs_x and dx is None:
+        dx = eager.input_gradient(dy, adapter, _modulation(adapter.T))
+    elif dx is not None:
+        dx.addmm_(dy, adapter.weight)
     return dx, dA, dB
 
 
@@ -265,20 +263,18 @@ def _modulation(adapter: PackedAdapter) -> eager.Modulation:
 
 
 def _readable(adapter: PackedAdapter) -> PackedAdapter:
-    """The adapter with a W0 that has contiguous rows or columns."""
-    weight = along_memory(adapter.weight)
-    return adapter if weight is adapter.weight else replace(adapter, weight=weight)
+    """The adapter with a W0 that has contiguous rows or columns, and float32 factors."""
+    A, B = dense(adapter.A, torch.float32), dense(adapter.B, torch.float32)
+    return replace(adapter, weight=along_memory(adapter.weight), A=A, B=B)
 
 
-def _panels(tokens: int) -> Iterable[slice]:
-    return (slice(first, first + HALF_TOKEN_PANEL) for first in range(0, tokens, HALF_TOKEN_PANEL))
-
-
-def _room(like: Tensor, width: int) -> Tensor:
-    """Memory for a panel of so many columns."""
-    return like.new_empty(min(like.shape[0], HALF_TOKEN_PANEL) * width)
-
-
-def _of(mask: Mask | None, some: slice) -> Mask | None:
-    """The mask of a panel."""
-    return None if mask is None else Mask(mask.kept[some], mask.scale)
+def _panels(mask: Mask | None, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The same tokens of the mask and of each tensor, some at a time; None of what is None."""
+    tokens = next(len(one) for one in tensors if one is not None)
+    if tokens <= HALF_TOKEN_PANEL:  # a small layer feels each call
+        yield (mask, *tensors)
+        return
+    for first in range(0, tokens, HALF_TOKEN_PANEL):
+        some = slice(first, first + HALF_TOKEN_PANEL)
+        kept = None if mask is None else Mask(mask.kept[some], mask.scale)
+        yield (kept, *(None if one is None else one[some] for one in tensors))

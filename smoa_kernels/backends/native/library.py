@@ -24,7 +24,7 @@ _SIGNATURES = {
     "smoa_gradient": "iiipipippiippppiipippfpppi",
     "smoa_contract": "iipipiippppiipippfpppi",
     "smoa_few": "iiipipiipppipipipiifppi",
-    "smoa_order": "ipiippiippipi",
+    "smoa_order": "ipiippippipi",
     "smoa_deltas": "piippppiipipiipiifippi",
     "smoa_modulate": "iipiippiipipiipiifipipi",
     "smoa_keep": "iipiip",
