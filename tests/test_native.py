@@ -60,6 +60,8 @@ each_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[
         (14, 32, 8, (2,)),  # just one tile of AVX-512
         (6, 16, 16, (3, 3)),  # of AVX2
         *((tokens, 23, 41, (3, 0, 2)) for tokens in range(2, 10)),  # few, and one more
+        (1, 37, 41, (4, 9)),  # a block whose W_eff is not made, and one whose is
+        (2, 23, 41, (1, 2)),
         (200, 97, 401, (3, 0, 2)),  # several panels of tokens, two of terms, prime sizes
         (37, 2111, 23, (1, 2)),  # two panels of rows
         (23, 19, 2111, (4, 4)),
@@ -89,6 +91,7 @@ def test_every_shape(
     [
         (13, 31, 29, (2, 1)),
         (3, 33, 16, (1,)),  # one vector, and a column more
+        (1, 37, 41, (4, 9)),
         (8, 64, 96, (2, 2)),  # blocks of one shape
         (40, 97, 401, (3, 0, 2)),
         (70, 32, 320, (17,) * 8),  # blocks whose columns lie far apart
