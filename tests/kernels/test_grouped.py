@@ -64,12 +64,11 @@ def test_blocks_of_every_kind(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("factors", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["contiguous", "granules", "coordinates"])
-def test_half_types(kind: str, dtype: torch.dtype, factors: torch.dtype | None, transposed: bool) -> None:
-    p = problem(kind, (5, 0, 18), transposed=transposed).to(dtype, factors)
+@pytest.mark.parametrize("kind", ["contiguous", "coordinates"])
+def test_half_types(kind: str, dtype: torch.dtype, factors: torch.dtype | None) -> None:
+    p = problem(kind, (5, 0, 18), transposed=factors is None).to(dtype, factors)
     p.assert_within_budget(results(p))
 
 
@@ -83,20 +82,24 @@ def test_ranks(kind: str, ranks: tuple[int, ...]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "pairs", [(1,), (0, 0, 1), (40, 0, 0), (0, 0), (1, 1, 1, 1, 1), (33, 0, 65, 1)], ids=str
-)
+@pytest.mark.parametrize("pairs", [(1,), (0, 0, 1), (40, 0, 0), (1, 1, 1, 1, 1), (33, 0, 65, 1)], ids=str)
 def test_pairs(pairs: tuple[int, ...]) -> None:
-    """All on one expert, one, none, as many as experts, one more than a tile or two."""
+    """All on one expert, one, as many as experts, one more than a tile or two."""
     p = problem("contiguous", pairs).to(torch.float32)
     p.assert_within_budget(results(p))
 
 
+def test_no_pair_at_all() -> None:
+    y, dx, dA, dB = results(problem("contiguous", (0, 0)).to(torch.float32))
+    assert (y.shape, dx.shape) == ((0, SHAPE[0]), (0, SHAPE[1]))
+    assert not dA.any()
+    assert not dB.any()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["contiguous", "coordinates"])
 @pytest.mark.parametrize(("config", "precision"), shipped_here("grouped_linear"), ids=str)
-def test_every_shipped_configuration(config: GroupedLinearConfig, precision: Precision, kind: str) -> None:
-    p = problem(kind, (70, 0, 9)).to(precision.dtype)
+def test_every_shipped_configuration(config: GroupedLinearConfig, precision: Precision) -> None:
+    p = problem("contiguous", (70, 0, 9)).to(precision.dtype)
     settings = {"allow_tf32": not precision.ieee, "config": config}
     found = (
         grouped_linear(p.x, p.ends, p.adapter, **settings),
@@ -106,12 +109,9 @@ def test_every_shipped_configuration(config: GroupedLinearConfig, precision: Pre
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["contiguous", "coordinates"])
 @pytest.mark.parametrize(("config", "precision"), shipped_here("grouped_grad"), ids=str)
-def test_every_shipped_configuration_of_the_gradient(
-    config: GroupedGradConfig, precision: Precision, kind: str
-) -> None:
-    p = problem(kind, (70, 0, 9)).to(precision.dtype)
+def test_every_shipped_configuration_of_the_gradient(config: GroupedGradConfig, precision: Precision) -> None:
+    p = problem("contiguous", (70, 0, 9)).to(precision.dtype)
     settings = {"allow_tf32": not precision.ieee, "config": config}
     dA, dB = torch.empty_like(p.adapter.A), torch.empty_like(p.adapter.B)
     grouped_grad(p.dy, p.x, p.ends, p.adapter, dB, **settings)

@@ -1,0 +1,237 @@
+"""What the fused weights of experts cost on a GPU: ours, PEFT's LoRA on them, and an ideal grouped LoRA.
+
+The rules are those of `counts.py`, and three more, for everyone alike:
+
+- Pairs of a token and an expert are spread evenly. A product over an expert's pairs takes them a tile at a time, and
+  the last tile is half empty. A tile has 128 pairs where an expert has 256, else 64.
+- A product over pairs reads the weights of the experts that have any. What builds weights builds all of them.
+- PEFT's LoRA is counted as of PEFT 0.21: each forward builds W0 + s·BA of all experts, as if in one pass over them. The
+  backward makes a dense gradient of it and multiplies that with A and with B. The ideal one adds x Aᵀ Bᵀ to y, and
+  nothing that it computes is as large as W0.
+
+Of ours, instructions are counted as compiled (sm_90, bf16, Triton 3.9, blocks of whole granules). The adapter's part of
+`grouped_linear` builds an operand in its main loop, as the one-kernel form does, and its products run at that form's
+share of a GEMM's rate. The end of each tile of `grouped_grad` overlaps with nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .counts import FUSED_EFFICIENCY, Part, Pass
+from .estimate import Estimate
+from .gpus import Gpu
+
+__all__ = ["EXPERTS_WAYS", "MOE_MODELS", "ExpertsProblem", "estimate_experts", "model_seconds"]
+
+EXPERTS_WAYS = ("frozen", "lora", "ideal lora", "smoa")
+WARPS, ROWS, STEP, RANKS = (
+    8,
+    128,
+    64,
+    16,
+)  # of a program: rows of its tile, columns or pairs of a step, ranks at least
+
+
+@dataclass(frozen=True)
+class ExpertsProblem:
+    """One fused weight and one batch.
+
+    Attributes:
+        pairs: of a token and one of its experts.
+        experts: E.
+        out_features: N.
+        in_features: C.
+        num_blocks: K, contiguous.
+        rank: r of one expert, of all its blocks together.
+    """
+
+    pairs: int
+    experts: int
+    out_features: int
+    in_features: int
+    num_blocks: int = 4
+    rank: int = 16
+
+    @property
+    def tile(self) -> int:
+        """Pairs in a tile of a product."""
+        return 128 if self.pairs >= 256 * self.experts else 64
+
+    @property
+    def active(self) -> int:
+        """Experts that have pairs."""
+        return min(self.experts, self.pairs)
+
+
+MOE_MODELS = {
+    # experts, of which a token takes so many, and (N, C) of gate and up, and of down
+    "Qwen3-30B-A3B": (128, 8, ((1536, 2048), (2048, 768))),
+    "Mixtral-8x7B": (8, 2, ((28672, 4096), (4096, 14336))),
+}
+"""From the `config.json` that each model's authors publish."""
+
+
+def model_seconds(
+    model: str, tokens: int, way: str, gpu: Gpu, *, num_blocks: int = 4, rank: int = 16
+) -> float:
+    """Device time of forward and backward through the experts of one layer of a model in bf16, predicted."""
+    experts, top_k, shapes = MOE_MODELS[model]
+    problems = (ExpertsProblem(tokens * top_k, experts, *shape, num_blocks, rank) for shape in shapes)
+    return sum(estimate_experts(problem, gpu, way).device_seconds() for problem in problems)
+
+
+def estimate_experts(problem: ExpertsProblem, gpu: Gpu, way: str) -> Estimate:
+    """Predict the cost of one of `EXPERTS_WAYS` in bf16, of its kernels alone."""
+    count = _Count(problem)
+    _COUNTED[way](count)
+    return Estimate(way, tuple(count.parts), gpu.rates(torch.bfloat16, ieee=False))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Instructions of a warp in `grouped_linear`: a step of the adapter, its columns, a step of the base, the rest."""
+
+    adapter: int
+    columns: int
+    base: int
+    rest: int
+
+
+_LINEAR = {
+    # by pairs in a tile, for y and for dX
+    (128, "forward"): _Steps(158, 32, 102, 890),
+    (128, "backward"): _Steps(206, 32, 138, 940),
+    (64, "forward"): _Steps(226, 64, 92, 786),
+    (64, "backward"): _Steps(317, 64, 127, 924),
+}
+_GRAD_STEP, _GRAD_END = 164, 966  # in `grouped_grad`: of 64 pairs, and what follows them
+
+
+@dataclass
+class _Count:
+    p: ExpertsProblem
+    parts: list[Part] = field(default_factory=list)
+    stage: Pass = "forward"
+
+    def __post_init__(self) -> None:
+        p = self.p
+        self.x, self.y = p.pairs * p.in_features, p.pairs * p.out_features
+        self.one = p.out_features * p.in_features
+        self.w, self.all_w = p.active * self.one, p.experts * self.one
+        self.tiles = round(p.pairs / p.tile + p.active / 2)
+        self.unit = 2 * self.tiles * p.tile * self.one  # flops of the base's product
+
+    def add(
+        self, name: str, flops: int, elements: int, *, cached: float | None = None, **rest: float | int
+    ) -> None:
+        memory, cache = 2 * elements, 2 * round(elements if cached is None else cached)
+        self.parts.append(Part(name, self.stage, flops, memory, cache, **rest))  # type: ignore[arg-type]
+
+    def base(self, name: str) -> None:
+        self.add(name, self.unit, self.x + self.w + self.y)
+
+    def grouped_linear(self, name: str, rows: int, columns: int) -> None:
+        """The adapter's part over one block's columns, then the base's, in one launch."""
+        p, steps = self.p, _LINEAR[self.p.tile, self.stage]
+        programs = self.tiles * math.ceil(rows / ROWS)
+        product = self.unit // p.num_blocks
+        of_block = math.ceil(columns / p.num_blocks / steps.columns)
+        read = 1 / (2 * p.tile) + 1 / (2 * ROWS)  # elements of both operands through the cache, for each flop
+        self.add(
+            f"{name}: adapter",
+            round(product * (1 + RANKS / p.tile)),
+            0,
+            cached=product * read,
+            efficiency=FUSED_EFFICIENCY,
+            launches=0,
+            programs=programs,
+            instructions=WARPS * of_block * steps.adapter,
+        )
+        self.add(
+            f"{name}: base",
+            self.unit,
+            self.x + self.w + self.y,
+            cached=self.unit * read + (self.y if self.stage == "forward" else self.x),
+            programs=programs,
+            instructions=WARPS * (math.ceil(columns / STEP) * steps.base + steps.rest),
+        )
+
+    def grouped_grad(self, name: str, rows: int, columns: int) -> None:
+        """The gradient of one factor: tiles of G, and what ends each."""
+        p = self.p
+        steps = round(p.pairs / p.active / STEP + 0.5)
+        programs = p.active * math.ceil(rows / ROWS)
+        tiles = math.ceil(columns / p.num_blocks / ROWS)
+        product = 2 * p.active * steps * STEP * self.one // p.num_blocks
+        self.add(
+            name,
+            product,
+            self.x + self.y + self.w // p.num_blocks,
+            cached=product / ROWS,
+            programs=programs,
+            instructions=WARPS * tiles * steps * _GRAD_STEP,
+        )
+        self.add(
+            f"{name}: ends of tiles",
+            2 * p.active * RANKS * self.one // p.num_blocks,
+            0,
+            launches=0,
+            programs=programs,
+            instructions=WARPS * tiles * _GRAD_END,
+        )
+
+
+def _frozen(c: _Count) -> None:
+    c.base("base")
+    c.stage = "backward"
+    c.base("dX")
+
+
+def _lora(c: _Count) -> None:
+    factors = c.p.experts * c.p.rank * (c.p.out_features + c.p.in_features)
+    small = 2 * c.all_w * c.p.rank
+    c.add("W0 + s·BA", small, 2 * c.all_w + factors)
+    c.base("base")
+    c.stage = "backward"
+    c.base("dX")
+    c.add("dense gradient", c.unit, c.x + c.y + c.all_w)
+    c.add("dB", small, c.all_w + factors)
+    c.add("dA", small, c.all_w + factors)
+
+
+def _ideal_lora(c: _Count) -> None:
+    p = c.p
+    h, factors = p.pairs * p.rank, p.active * p.rank
+    narrow, wide = 2 * h * p.in_features, 2 * h * p.out_features
+    c.base("base")
+    c.add("h = x·Aᵀ", narrow, c.x + h + factors * p.in_features)
+    c.add("y + h·Bᵀ", wide, 2 * c.y + h + factors * p.out_features)
+    c.stage = "backward"
+    c.add("dB", wide, c.y + h + factors * p.out_features)
+    c.add("dh", wide, c.y + h + factors * p.out_features)
+    c.add("dA", narrow, c.x + h + factors * p.in_features)
+    c.base("dX")
+    c.add("dX + dh·A", narrow, 2 * c.x + h + factors * p.in_features)
+
+
+def _smoa(c: _Count) -> None:
+    p = c.p
+    c.grouped_linear("grouped linear", p.out_features, p.in_features)
+    c.stage = "backward"
+    c.add("B along W0's rows", 0, 2 * p.experts * p.out_features * math.ceil(p.rank / p.num_blocks))
+    c.grouped_grad("dB", p.out_features, p.in_features)
+    c.grouped_grad("dA", p.in_features, p.out_features)
+    c.grouped_linear("grouped dX", p.in_features, p.out_features)
+
+
+_COUNTED: dict[str, Callable[[_Count], None]] = {
+    "frozen": _frozen,
+    "lora": _lora,
+    "ideal lora": _ideal_lora,
+    "smoa": _smoa,
+}
