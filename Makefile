@@ -25,7 +25,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune main-job classify sft notebook test test-slow test-all nightly coverage test-peft test-trl test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data \
+.PHONY: help finetune finetune-moe main-job classify sft notebook test test-slow test-all nightly coverage test-peft test-trl test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -55,6 +55,9 @@ $(BIN)/.trl: $(BIN)/.dev
 
 finetune: $(BIN)/.examples ## fine-tune SmolLM2-135M with SMoA on question classification (ARGS="--help")
 	$(BIN)/python examples/finetune.py $(ARGS)
+
+finetune-moe: $(BIN)/.examples ## fine-tune the experts of a tiny mixture-of-experts model with random weights (ARGS="--help")
+	$(BIN)/python examples/finetune_moe.py $(ARGS)
 
 main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, then write the README's table (15 min)
 	for method in lora hira smoa; do $(BIN)/python examples/finetune.py --method $$method || exit 1; done

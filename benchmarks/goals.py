@@ -109,6 +109,24 @@ def _injection(name: str) -> Callable[[Run], Figure | None]:
     return measure
 
 
+def _experts(name: str, over: str, pairs: int) -> Callable[[Run], Figure | None]:
+    return _time("experts", "both", name, over, pairs=pairs, hidden=256, dtype="float32")
+
+
+def _experts_peak(over: str) -> Callable[[Run], Figure | None]:
+    """Of the peaks above frozen's."""
+
+    def measure(run: Run) -> Figure | None:
+        result = run.find("experts", pairs=32, hidden=256, dtype="float32")
+        if result is None:
+            return None
+        frozen, ours, theirs = (result.bytes[name]["peak"] for name in (FROZEN, CONTIGUOUS, over))
+        ratio = (ours - frozen) / (theirs - frozen)
+        return Figure(Quartiles(ratio, ratio, ratio))
+
+    return measure
+
+
 def _saved(dropout: float) -> Callable[[Run], Figure | None]:
     def measure(run: Run) -> Figure | None:
         result = run.find("memory", dtype="float32", dropout=dropout)
@@ -177,6 +195,18 @@ GOALS = (
         "contiguous over spectral, compiled float32, the worst shape",
         1.00,
         _worst(CONTIGUOUS, SMOA, "float32"),
+    ),
+    Goal("experts, 32 pairs each, over PEFT LoRA, spectral", 0.80, _experts(SMOA, LORA, 32)),
+    Goal("the same, contiguous", 0.80, _experts(CONTIGUOUS, LORA, 32)),
+    Goal("experts, 128 pairs each, over PEFT LoRA, spectral", 1.00, _experts(SMOA, LORA, 128)),
+    Goal("experts, 16 pairs each, over PEFT LoRA, contiguous", 1.00, _experts(CONTIGUOUS, LORA, 16)),
+    Goal("the same, blocks that experts share", 1.00, _experts(f"{SMOA}, shared", LORA, 16)),
+    Goal("experts' peak above frozen's, over PEFT LoRA's, 32 pairs each", 0.15, _experts_peak(LORA)),
+    Goal("the same, over an ideal grouped LoRA's", 1.10, _experts_peak("ideal grouped LoRA")),
+    Goal(
+        "one token through experts, over frozen, contiguous",
+        1.50,
+        _time("experts, one token", "forward", CONTIGUOUS, FROZEN, hidden=256),
     ),
     Goal("seconds to add contiguous blocks to SmolLM2-135M", 0.30, _injection(CONTIGUOUS)),
 )

@@ -95,6 +95,21 @@ def memory(run: Run) -> str:
     return table(headings, rows)
 
 
+def experts(run: Run) -> str:
+    """One row a layer of experts and provider: over frozen, over PEFT's LoRA, and the peak beside frozen's."""
+    rows = []
+    for kind, phase in (("experts", "both"), ("experts, one token", "forward")):
+        for result in run.select(kind):
+            p, c = result.params, result.comparison(phase)
+            pairs = f"{p['pairs']} pairs an expert" if p["pairs"] else "one token, forward"
+            case = f"{pairs}, E={p['experts']}, H={p['hidden']}, I={p['intermediate']}, {p['dtype']}"
+            for name in c.seconds:
+                peak = f"{result.bytes[name]['peak'] / MIB:.1f}" if result.bytes else "–"
+                over = (ratio(c.ratio(name), c.doubt), ratio(c.ratio(name, LORA), c.doubt))
+                rows.append((case, name, *over, peak))
+    return table((run.label, "", "over frozen", "over PEFT LoRA", "peak, MiB"), rows)
+
+
 def steps(run: Run) -> str:
     """One row a method: seconds, tokens per second, over LoRA, and the peak above model and optimizer."""
     rows = []

@@ -21,8 +21,19 @@ _BART |= {
 }
 _T5 = {"vocab_size": 1024, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 _T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+_EXPERTS = {**_LLAMA, "head_dim": 8, "num_experts_per_tok": 2}
 
 MODELS = {
+    "trl-internal-testing/tiny-GptOssForCausalLM": (
+        t.GptOssForCausalLM,
+        t.GptOssConfig,
+        {**_EXPERTS, "num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "trl-internal-testing/tiny-Qwen3MoeForCausalLM": (
+        t.Qwen3MoeForCausalLM,
+        t.Qwen3MoeConfig,
+        {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 48},
+    ),
     "peft-internal-testing/tiny-random-OPTForCausalLM": (t.OPTForCausalLM, t.OPTConfig, _OPT),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (t.GPT2LMHeadModel, t.GPT2Config, _GPT),
     "hf-internal-testing/tiny-random-gpt2": (t.GPT2LMHeadModel, t.GPT2Config, _GPT),

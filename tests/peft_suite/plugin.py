@@ -22,6 +22,7 @@ MODULES = (
     "test_seq_classifier",
     "test_encoder_decoder_models",
     "test_feature_extraction_models",
+    "test_target_parameters",
 )
 
 CUSTOM_MODELS = [
@@ -58,6 +59,28 @@ ACTIVE_ADAPTERS = [
     ("SMoA Different", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
     ("SMoA Other Blocks", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "num_blocks": 5}),
 ]
+
+# PEFT's own choices of parameters. Llama 4's experts are refused, so Qwen3-MoE stands in for it.
+EXPERTS = [
+    (f"trl-internal-testing/tiny-{name}ForCausalLM", SMoAConfig, {"task_type": "CAUSAL_LM", **settings})
+    for name in ("GptOss", "Qwen3Moe")
+    for settings in (
+        {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+        {
+            "target_modules": [],
+            "target_parameters": ["0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"],
+        },
+        {
+            "target_modules": None,
+            "r": 8,
+            "smoa_alpha": 32,
+            "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+        },
+        {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+    )
+]
+# They expect an error in the words of LoRA's layer; ours: tests/peft/test_experts_refused.py.
+IN_LORAS_WORDS = ("mixed_adapter_batches", "weighted_combination")
 
 # What PEFT's helpers import for tests of other methods and of image models.
 STAND_INS = {"datasets": "load_dataset", "diffusers": "StableDiffusionPipeline"}
@@ -106,6 +129,8 @@ def pytest_generate_tests(metafunc):
             (case, "smoa", SMoAConfig, {**first, **random}, {**second, **random})
             for case, first, second in ACTIVE_ADAPTERS
         ]
+    elif name == "test_target_parameters":
+        module.ALL_CONFIGS[:] = EXPERTS
     elif name != "test_config":
         settings = {"task_type": TASKS[name], "target_modules": None}
         module.ALL_CONFIGS[:] = [(SMoAConfig, settings)]
@@ -137,3 +162,5 @@ def pytest_collection_modifyitems(config, items):
     for item in kept:
         if "save_pretrained" in item.name and "pickle" in item.name:
             item.add_marker(pytest.mark.skip(reason="SMoA adapters are safetensors only"))
+        if "test_target_parameters" in item.nodeid and any(words in item.name for words in IN_LORAS_WORDS):
+            item.add_marker(pytest.mark.skip(reason="it expects the words of LoRA's error; SMoA has its own"))

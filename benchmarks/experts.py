@@ -1,0 +1,211 @@
+"""Experts: one layer of them, what adapts it, and the gate that each provider passes before it is timed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import Qwen3MoeConfig
+from transformers.integrations.moe import _grouped_linear
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.peft import Experts, SMoAConfig
+
+from .gate import RedGateError
+from .protocol import DEVICE
+from .providers import CONTIGUOUS, FROZEN, LORA, SMOA
+
+IDEAL = "ideal grouped LoRA"
+"""LoRA whose two products run grouped over experts, beside the frozen one: nobody's, what LoRA could cost at least."""
+SHARED = f"{SMOA}, shared"
+TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    """Tokens that each go to `top_k` of the experts; of `pairs` pairs of token and expert each expert has as many."""
+
+    pairs: int
+    hidden: int
+    intermediate: int
+    experts: int = 16
+    top_k: int = 2
+    num_blocks: int = 4
+    rank: int = 8
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def tokens(self) -> int:
+        """T; where an expert has no whole pair, a single token."""
+        return max(1, self.pairs * self.experts // self.top_k)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**asdict(self), "tokens": self.tokens, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def smoke(self) -> ExpertsCase:
+        """The same on tiny sizes."""
+        return replace(self, pairs=min(self.pairs, 2), hidden=16, intermediate=24, experts=4)
+
+    def __str__(self) -> str:
+        p = self.record()
+        return f"{self.pairs} pairs, H={self.hidden}, I={self.intermediate}, E={self.experts}, {p['dtype']}"
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, each token's experts (each as often as any other) and routing weights."""
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        x = torch.randn(self.tokens, self.hidden, device=DEVICE, generator=generator).to(self.dtype)
+        first = torch.arange(self.tokens, device=DEVICE)
+        index = torch.stack(
+            [(first + k * self.experts // self.top_k) % self.experts for k in range(self.top_k)], 1
+        )
+        routing = torch.rand(self.tokens, self.top_k, device=DEVICE, generator=generator).to(self.dtype)
+        return x.requires_grad_(), index, routing
+
+    def output_gradient(self) -> Tensor:
+        """dY."""
+        generator = torch.Generator(DEVICE).manual_seed(2)
+        return torch.randn(self.tokens, self.hidden, device=DEVICE, generator=generator).to(self.dtype)
+
+
+class Layer(nn.Module):
+    """What owns the experts, as a decoder layer does."""
+
+    def __init__(self, case: ExpertsCase) -> None:
+        super().__init__()
+        config = Qwen3MoeConfig(
+            hidden_size=case.hidden,
+            moe_intermediate_size=case.intermediate,
+            num_experts=case.experts,
+            num_experts_per_tok=case.top_k,
+        )
+        config._experts_implementation = "grouped_mm"
+        self.experts = Qwen3MoeExperts(config).to(DEVICE, case.dtype)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        for weight in self.experts.parameters():
+            weight.requires_grad_(False).copy_(
+                torch.randn(weight.shape, device=DEVICE, generator=generator) / weight.shape[-1] ** 0.5
+            )
+
+    def forward(self, x: Tensor, index: Tensor, routing: Tensor) -> Tensor:
+        """Compute the experts' output."""
+        y: Tensor = self.experts(x, index, routing)
+        return y
+
+
+class IdealLora(nn.Module):
+    """LoRA's three products, grouped over experts; see `IDEAL`."""
+
+    def __init__(self, case: ExpertsCase) -> None:
+        super().__init__()
+        self.layer = Layer(case)
+        for name, weight in self.layer.experts.named_parameters():
+            count, rows, cols = weight.shape
+            for side, shape in (("A", (count, case.rank, cols)), ("B", (count, rows, case.rank))):
+                factor = torch.randn(shape, device=DEVICE, dtype=case.dtype) * 0.02
+                self.register_parameter(f"{name}_{side}", nn.Parameter(factor))
+
+    def forward(self, x: Tensor, index: Tensor, routing: Tensor) -> Tensor:
+        """Compute the adapted experts' output."""
+        base: Any = self.layer.experts
+        experts, order = torch.sort(index.reshape(-1), stable=True)
+        numbers = torch.arange(base.num_experts, device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        inner = base._apply_gate(self._linear("gate_up_proj", x[order // index.shape[1]], ends))
+        y = self._linear("down_proj", inner, ends) * routing.reshape(-1)[order, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=x.device)
+        return y[back].view(*index.shape, -1).sum(1)
+
+    def _linear(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        A, B = getattr(self, f"{name}_A"), getattr(self, f"{name}_B")
+        low = _grouped_linear(x, A, ends)
+        y: Tensor = _grouped_linear(x, getattr(self.layer.experts, name), ends)
+        return y.add(_grouped_linear(low, B, ends))
+
+
+def providers(case: ExpertsCase) -> dict[str, nn.Module]:
+    """Every layer that is compared, with random factors."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    made: dict[str, nn.Module] = {FROZEN: Layer(case)}
+    lora = LoraConfig(r=case.rank, target_modules=[], target_parameters=TARGETS, init_lora_weights=False)
+    made[LORA] = get_peft_model(Layer(case), lora).base_model.model
+    made[IDEAL] = IdealLora(case)
+    for name, order in ((CONTIGUOUS, "contiguous"), (SHARED, "shared"), (SMOA, "spectral")):
+        smoa = SMoAConfig(
+            r=case.rank,
+            num_blocks=case.num_blocks,
+            block_order=order,
+            target_parameters=TARGETS,
+            init_weights=False,
+            smoa_alpha=1.0,
+        )
+        made[name] = get_peft_model(Layer(case), smoa).base_model.model
+    return made
+
+
+def check(case: ExpertsCase, layers: Mapping[str, nn.Module]) -> None:
+    """Check ours, and frozen, against transformers' loop over W_eff in float64.
+
+    Raises:
+        RedGateError: naming the case, the provider and the tensor.
+    """
+    for name, layer in layers.items():
+        experts: Any = layer.get_submodule("experts") if hasattr(layer, "experts") else None
+        if not isinstance(
+            experts, (Experts, Qwen3MoeExperts)
+        ):  # LoRA's: PEFT's, and the ideal one is nobody's
+            continue
+        weights = list(experts.weights.values()) if isinstance(experts, Experts) else []
+        factors = [f for w in weights for f in (w.smoa_A["default"], w.smoa_B["default"])]
+        inputs, dy = case.inputs(), case.output_gradient()
+        y = layer(*inputs)
+        found = [y.detach(), *torch.autograd.grad(y, [inputs[0], *factors], dy)]
+        truth, same = (_defined(case, experts, factors, dtype) for dtype in (torch.float64, case.dtype))
+        names = ("y", "dX", *("dA" if i % 2 == 0 else "dB" for i in range(len(factors))))
+        for what, value, exact, plain in zip(names, found, truth, same, strict=True):
+            error, budget = (float((v.double() - exact).norm() / exact.norm()) for v in (value, plain))
+            if not error <= 2 * budget + 1e-6:
+                raise RedGateError(
+                    f"{case}: {what} of {name} errs by {error:.1e}, the definition by {budget:.1e}"
+                )
+
+
+def _defined(case: ExpertsCase, experts: Any, factors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    base = copy.deepcopy(getattr(experts, "base_layer", experts)).to(dtype)
+    base.config._experts_implementation = "eager"
+    x, index, routing = case.inputs()
+    x = x.detach().to(dtype).requires_grad_()
+    leaves = [f.detach().to(dtype).requires_grad_() for f in factors]
+    changed = {}
+    for i, (name, weight) in enumerate(experts.weights.items() if factors else ()):
+        adapter = weight.packed("default", weight.base_weight().to(dtype))
+        each = zip(adapter.experts(range(case.experts)), leaves[2 * i], leaves[2 * i + 1], strict=True)
+        s = float(adapter.scaling)
+        deltas = [reference_delta_weight(e.weight, A, B, e.partition, e.ranks, scaling=s) for e, A, B in each]
+        changed[name] = adapter.weight + torch.stack(deltas)
+    y = functional_call(base, changed, (x, index, routing.to(dtype)))
+    return [y.detach(), *torch.autograd.grad(y, [x, *leaves], case.output_gradient().to(dtype))]
+
+
+def training_pass(layer: nn.Module, case: ExpertsCase) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Forward and backward of a layer, to be run one after the other."""
+    inputs, dy = case.inputs(), case.output_gradient()
+    wanted = [inputs[0], *(p for p in layer.parameters() if p.requires_grad)]
+    kept: dict[str, Any] = {}
+
+    def forward() -> None:
+        kept["y"] = layer(*inputs)
+
+    def backward() -> None:
+        kept["gradients"] = torch.autograd.grad(kept.pop("y"), wanted, dy)
+
+    return forward, backward

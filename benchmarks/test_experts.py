@@ -1,0 +1,65 @@
+"""A layer of experts: a training pass, its memory, and the forward of one token, beside PEFT's LoRA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .conftest import Measure
+from .experts import ExpertsCase, check, providers, training_pass
+from .memory import allocated
+from .protocol import Run, laps, timed
+from .providers import FROZEN
+
+# The first shape is small, and shows what a call costs; the second is Qwen3-30B-A3B's, with an eighth of its experts.
+PAIRS = (
+    *(ExpertsCase(pairs, 256, 512) for pairs in (16, 32, 128)),
+    ExpertsCase(32, 2048, 768),
+    ExpertsCase(32, 256, 512, dtype=torch.bfloat16),
+)
+ONE_TOKEN = (ExpertsCase(0, 256, 512), ExpertsCase(0, 2048, 768))
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_training_pass(case: ExpertsCase, smoke: bool, measure: Measure) -> None:
+    title, params = f"experts: {case}", case.record()
+    case = case.smoke() if smoke else case
+    layers = providers(case)
+    check(case, layers)
+
+    def run(name: str) -> Run:
+        steps = training_pass(layers[name], case)
+
+        def timed_pass() -> dict[str, float]:
+            forward, backward = laps(*steps)
+            return {"both": forward + backward, "forward": forward, "backward": backward}
+
+        return timed_pass
+
+    memory = {}
+    for name, layer in layers.items():
+        forward, backward = training_pass(layer, case)
+        forward_peak, held = allocated(forward)
+        memory[name] = {"peak": max(forward_peak, held + allocated(backward)[0])}
+    runs = {name: run(name) for name in layers}
+    measure("experts", title, params, runs, baseline=FROZEN, budget=10, bytes=memory)
+
+
+@pytest.mark.parametrize("case", ONE_TOKEN, ids=str)
+def test_one_token(case: ExpertsCase, smoke: bool, measure: Measure) -> None:
+    title, params = f"one token through experts: {case}", case.record()
+    case = case.smoke() if smoke else case
+    layers = providers(case)
+    check(case, layers)
+
+    def run(name: str) -> Run:
+        x, index, routing = case.inputs()
+
+        def forward() -> None:
+            with torch.no_grad():
+                layers[name](x.detach(), index, routing)
+
+        return timed("forward", forward)
+
+    runs = {name: run(name) for name in layers}
+    measure("experts, one token", title, params, runs, baseline=FROZEN, budget=2, warmup=5)

@@ -1,0 +1,211 @@
+"""Fine-tune a small mixture-of-experts model with SMoA on its experts, through PEFT and ``transformers.Trainer``.
+
+    python examples/finetune_moe.py    # TREC question classification: progress, accuracy, a saved and a merged model
+
+The model is a tiny Qwen3-MoE made from a configuration. Its weights are random: it shows that and how experts are
+adapted, not how well a trained model would do. Reads installed packages and writes its output folder: nothing is
+downloaded.
+"""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # read when the libraries are imported
+
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import trec
+import typer
+from options import count, natural, positive
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from questions import Question, split
+from rich.console import Console
+from training import Score
+from transformers import (
+    PrinterCallback,
+    Qwen3MoeConfig,
+    Qwen3MoeForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from smoa_kernels.peft import SMoAConfig
+
+CLASSES = sorted(trec.CLASSES.values())
+TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+PADDING, UNKNOWN = 0, 1
+LENGTH = 24  # words of a question that are read
+LINE_EVERY = 20
+
+console = Console(highlight=False)
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def finetune(
+    output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("runs/finetune-moe"),
+    method: Annotated[str, typer.Option(help="smoa or lora.")] = "smoa",
+    block_order: Annotated[
+        str, typer.Option(help="SMoA's: contiguous, spectral, shared or random.")
+    ] = "contiguous",
+    steps: Annotated[int, typer.Option(parser=count, metavar="N", help="Optimizer steps.")] = 200,
+    batch_size: Annotated[int, typer.Option(parser=count, metavar="N", help="Questions per step.")] = 32,
+    lr: Annotated[float | None, typer.Option(parser=positive, metavar="NUMBER", help="Peak rate.")] = None,
+    r: Annotated[int, typer.Option(parser=count, metavar="N", help="Rank budget of each expert.")] = 8,
+    num_blocks: Annotated[int, typer.Option(parser=count, metavar="N", help="Blocks.")] = 4,
+    seed: Annotated[int, typer.Option(parser=natural, metavar="N", help="Of adapter, order, head.")] = 0,
+    eval_questions: Annotated[int, typer.Option(parser=count, metavar="N", help="Questions to test.")] = 500,
+) -> None:
+    """Fine-tune the experts of a tiny Qwen3-MoE with random weights; evaluate, save, load and merge."""
+    try:
+        splits = split(trec.read(trec.locate()))
+        config = configuration(method, block_order, r, num_blocks)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    words = vocabulary(splits.train)
+    set_seed(0)  # the base is the same for every seed
+    base = Qwen3MoeForSequenceClassification(model_config(len(words) + 2))
+    frozen = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    set_seed(seed)
+    model = get_peft_model(base, config)
+    trainable, total = model.get_nb_trainable_parameters()
+    console.rule("experts of a tiny Qwen3-MoE with random weights")
+    console.print(f"{total - trainable:,} frozen parameters, {trainable:,} trained by {method}")
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=100,
+        learning_rate=lr or (3e-2 if method == "smoa" else 3e-3),
+        warmup_steps=steps // 10,
+        logging_steps=1,
+        save_strategy="no",
+        seed=seed,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=encode(words, splits.train), callbacks=[Lines(steps)])
+    trainer.remove_callback(PrinterCallback)
+    begin = time.perf_counter()
+    trainer.train()
+    console.print(f"{(time.perf_counter() - begin) / steps:.3f} s per step")
+    test = encode(words, splits.test[:eval_questions])
+    console.print(f"Accuracy on {len(test)} test questions: {accuracy(model, test)}")
+    model.save_pretrained(output / "adapter")
+    again = Qwen3MoeForSequenceClassification(base.config)
+    again.load_state_dict(frozen)
+    loaded = PeftModel.from_pretrained(again, output / "adapter")
+    console.print(f"Saved to {output / 'adapter'}; loaded again: {accuracy(loaded, test)}")
+    console.print(f"Merged into the experts: {accuracy(loaded.merge_and_unload(), test)}")
+
+
+def configuration(method: str, block_order: str, r: int, num_blocks: int) -> Any:
+    """The adapter's configuration; the head of the classifier is trained with it."""
+    common = {"r": r, "target_modules": [], "target_parameters": TARGETS, "task_type": TaskType.SEQ_CLS}
+    if method == "lora":
+        return LoraConfig(**common)
+    if method != "smoa":
+        raise ValueError(f"--method must be smoa or lora, got {method!r}")
+    return SMoAConfig(**common, num_blocks=num_blocks, block_order=block_order)
+
+
+def model_config(vocab_size: int) -> Qwen3MoeConfig:
+    """A Qwen3-MoE of two layers and eight experts each, of which a token takes two."""
+    return Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        moe_intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=LENGTH,
+        initializer_range=0.1,
+        pad_token_id=PADDING,
+        num_labels=len(CLASSES),
+    )
+
+
+def vocabulary(questions: Sequence[Question]) -> dict[str, int]:
+    """Number the words that occur more than once."""
+    counts = Counter(word for question in questions for word in split_words(question))
+    return {word: i + 2 for i, word in enumerate(sorted(w for w, n in counts.items() if n > 1))}
+
+
+def split_words(question: Question) -> list[str]:
+    """The question's words and marks, in lower case."""
+    return re.findall(r"\w+|[^\w\s]", question.prompt.removesuffix(trec.PROMPT_END).lower())
+
+
+def encode(words: dict[str, int], questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """Padded on the right to `LENGTH` words."""
+    encoded = []
+    for question in questions:
+        ids = [words.get(word, UNKNOWN) for word in split_words(question)[:LENGTH]]
+        padding = LENGTH - len(ids)
+        mask = [1] * len(ids) + [0] * padding
+        label = CLASSES.index(question.answer)
+        encoded.append({"input_ids": ids + [PADDING] * padding, "attention_mask": mask, "labels": label})
+    return encoded
+
+
+@torch.no_grad()
+def accuracy(model: Any, encoded: Sequence[dict[str, Any]]) -> Score:
+    """Classify questions."""
+    model.eval()
+    device = next(model.parameters()).device
+    right = 0
+    for start in range(0, len(encoded), 100):
+        batch = {
+            key: torch.tensor([one[key] for one in encoded[start : start + 100]], device=device)
+            for key in encoded[0]
+        }
+        labels = batch.pop("labels")
+        right += int((model(**batch).logits.argmax(-1) == labels).sum())
+    return Score(right, len(encoded))
+
+
+class Lines(TrainerCallback):
+    """Prints the loss now and then."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Called by the Trainer after each step."""
+        if (
+            logs
+            and "loss" in logs
+            and (state.global_step % LINE_EVERY == 0 or state.global_step == self.steps)
+        ):
+            console.print(f"step {state.global_step:4d} of {self.steps}   loss {float(logs['loss']):.3f}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; report bad input in one line."""
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        console.print("[yellow]Interrupted.[/]")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
