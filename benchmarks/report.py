@@ -124,7 +124,7 @@ def _run_page(run: Run) -> str:
         _figure(run, "memory", "bytes by the number of tokens"),
         tables.memory(run),
         "### A layer of experts",
-        tables.experts(run),
+        tables.experts(run) or "Not measured in this run.",
         "### A training step of a model",
         "Forward, backward and AdamW on random tokens. The loss is that of the last position, as in fine-tuning on "
         "one-word answers, so the head multiplies one position per sequence. The peak is that above model and "
