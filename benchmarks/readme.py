@@ -27,14 +27,14 @@ TOKEN = {"tokens": 1, "num_blocks": 4}
 # Words, kind of benchmark, phase, and the parameters that tell the case from others.
 LAYERS = (
     (
-        "**One layer, time over a frozen `nn.Linear`**: forward + backward of 2048 tokens, 2048×2048, r=16, "
+        "**One layer, time divided by a frozen `nn.Linear`'s**: forward + backward of 2048 tokens, 2048×2048, r=16, "
         "float32, K=4",
         "layer",
         "both",
         SQUARE | {"num_blocks": 4, "dtype": "float32"},
     ),
-    ("float32, K=1 (HiRA)", "layer", "both", SQUARE | {"num_blocks": 1, "dtype": "float32"}),
-    ("bfloat16, K=4", "layer", "both", SQUARE | {"num_blocks": 4, "dtype": "bfloat16"}),
+    ("the same, K=1 (which is HiRA)", "layer", "both", SQUARE | {"num_blocks": 1, "dtype": "float32"}),
+    ("the same, bfloat16, K=4", "layer", "both", SQUARE | {"num_blocks": 4, "dtype": "bfloat16"}),
     ("one token, forward, float32, r=8, K=4", "few tokens", "forward", TOKEN | {"dtype": "float32"}),
     ("one token, forward, bfloat16, r=8, K=4", "few tokens", "forward", TOKEN | {"dtype": "bfloat16"}),
 )
@@ -64,10 +64,8 @@ def section(runs: list[Run]) -> str:
     rows = _job_rows({name: job["summary"] for name, job in jobs.items()})
     if on_cpu:
         rows += [_layer_row(on_cpu[0], *case) for case in LAYERS]
-    rows += [
-        _layer_row(run, f"float32, K=4, on another processor ({run.machine['device']})", *LAYERS[0][1:])
-        for run in on_cpu[1:]
-    ]
+    again = "2048 tokens again, float32, K=4, on another processor"
+    rows += [_layer_row(run, f"{again} ({run.machine['device']})", *LAYERS[0][1:]) for run in on_cpu[1:]]
     parts = [
         table(("Measured on CPU", *METHODS.values()), rows),
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
@@ -83,12 +81,12 @@ def _job_rows(summaries: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     accuracies = [_percent(s["accuracy_after"]) for s in summaries.values()]
     seconds = [f"{s['median_step_seconds']:.2f}" for s in summaries.values()]
     peaks = [f"{s['peak_memory_bytes'] / 2**30:.2f} GiB" for s in summaries.values()]
-    job = f"SmolLM2-135M on TREC, {options['steps']} steps, r={options['r']}, SMoA with K=2"
+    job = f"SmolLM2-135M on TREC-6, {options['steps']} steps, r={options['r']}, SMoA with K=2"
     return [
         (f"**{job}**: trained parameters", *parameters),
         (f"accuracy on {before['questions']} test questions ({_percent(before)} untrained)", *accuracies),
-        ("seconds per step", *seconds),
-        ("peak memory", *peaks),
+        ("seconds per step, median", *seconds),
+        ("peak memory of the process", *peaks),
     ]
 
 
@@ -121,7 +119,7 @@ def _machines(jobs: Mapping[str, dict[str, Any]], runs: list[Run]) -> str:
     return (
         "The first four rows are one fine-tuning by each method (`make main-job`; one seed, our own split of the TREC "
         f"questions, {smoa['options']['dtype']}, {smoa['machine']['cpu']}, {smoa['machine']['threads']} threads, "
-        f"commit {commits}). Its learning rates were chosen on a validation split: {rates}. The other rows are "
+        f"commit {commits}). Learning rates were chosen on a validation split: {rates}. The other rows are "
         f"medians of `make bench` ({layers})."
     )
 
@@ -145,9 +143,9 @@ def _injection(run: Run) -> str:
     if model is None or not times:
         return ""
     return (
-        f"Adding an adapter computes each weight's spectrum once. On one thread that takes {', '.join(times)} and "
-        f"{model / 60:.1f} minutes for a model of 1B parameters (measured on CPU; the time for the 1B model is "
-        "extrapolated from one layer of each shape)."
+        "Adding an adapter computes the spectrum of each adapted weight once; loading one computes none. On one thread "
+        f"of the first processor that took {', '.join(times)} (measured on CPU); for a model of 1B parameters it takes "
+        f"about {model / 60:.1f} minutes (extrapolated from one layer of each shape)."
     )
 
 

@@ -325,9 +325,13 @@ def test_the_readme_shows_the_newest_cpu_a_row_of_each_other_and_a_table_of_each
     runs = read_all(tmp_path)
     assert [run.machine["device"] for run in runs] == ["AMD EPYC", "AMD EPYC, family 25", "H100"]
     text = section(runs)
-    assert "r=16, float32, K=4 | 1.30 | 1.10 | – |\n| float32, K=1 (HiRA) | 1.30 | 1.10 | – |" in text
+    assert (
+        "r=16, float32, K=4 | 1.30 | 1.10 | – |\n| the same, K=1 (which is HiRA) | 1.30 | 1.10 | – |" in text
+    )
     doubtful = "1.30, noisy, not judged | 1.10, noisy, not judged | – |"
-    assert f"| float32, K=4, on another processor (AMD EPYC, family 25) | {doubtful}" in text
+    assert (
+        f"| 2048 tokens again, float32, K=4, on another processor (AMD EPYC, family 25) | {doubtful}" in text
+    )
     assert text.count("| forward + backward over frozen, measured on GPU H100 |") == 1
     assert "(benchmarks/results/README.md#amd-epyc-family-25)" in text
     assert "\n## AMD EPYC, family 25\n" in page(runs)
