@@ -43,6 +43,15 @@ def test_results_are_within_their_budget(
     p.assert_within_budget(p.operator(backend))
 
 
+@on_the_cpu
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_pairs_that_no_expert_counts_are_refused(backend: str) -> None:
+    """Their rows would be whatever memory holds."""
+    p = make_problem(dtype=torch.float32)
+    with pytest.raises(ValueError, match="ends must count x's"):
+        experts_linear(torch.cat([p.x, p.x[:1]]), p.ends, p.adapter, backend)
+
+
 @numerical
 @each_backend
 @pytest.mark.parametrize(

@@ -92,6 +92,8 @@ def test_every_shape(
         (13, 31, 29, (2, 1)),
         (3, 33, 16, (1,)),  # one vector, and a column more
         (1, 37, 41, (4, 9)),
+        (0, 64, 96, (2, 2)),  # no tokens
+        (0, 64, 96, (40,)),
         (8, 64, 96, (2, 2)),  # blocks of one shape
         (40, 97, 401, (3, 0, 2)),
         (70, 32, 320, (17,) * 8),  # blocks whose columns lie far apart

@@ -15,7 +15,7 @@ _PANEL = 2**18
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, *, seed: int, name: str) -> Tensor:
-    """Round each element to one of its two neighbours in `dtype`: with mean `values`, exactly (docs/numerics.md).
+    """Round each element to one of its two neighbours in `dtype`: its mean is `values`, to 2^-24 of their distance.
 
     With neighbours a and b, a nearer to zero, `a + h (b - a)` becomes b where a uniform number in [0, 1) is below h.
     Element i, in the order in which `values` is stored, takes the upper 24 bits of the i-th word of 32 bits that

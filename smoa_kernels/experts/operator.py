@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from ..backends import load_experts_backend
 from ..definition.experts import ExpertBlocks, ExpertsAdapter
+from ..definition.precision import without_autocast
 
 __all__ = ["ExpertsCall", "experts_linear"]
 
@@ -104,15 +105,17 @@ def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: st
 
 def _forward(x: Tensor, *flat: Any) -> Tensor:
     call = ExpertsCall.unflatten(*flat)
-    return load_experts_backend(call.backend).experts_forward(x, call.ends, call.adapter)
+    with without_autocast(x):
+        return load_experts_backend(call.backend).experts_forward(x, call.ends, call.adapter)
 
 
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = ExpertsCall.unflatten(*flat)
     adapter = call.adapter
-    dx, dA, dB = load_experts_backend(call.backend).experts_backward(
-        dy, x, call.ends, adapter, needs_x=needs_x
-    )
+    with without_autocast(dy):
+        dx, dA, dB = load_experts_backend(call.backend).experts_backward(
+            dy, x, call.ends, adapter, needs_x=needs_x
+        )
     return (
         dy.new_empty(0) if dx is None else dx,
         adapter.A.new_empty(0) if dA is None else dA,

@@ -19,7 +19,7 @@ from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 from .convert import hira_layers
 from .file_format import LayerBlocks, StackBlocks
-from .folders import PREFIX, read_config, read_layers, read_state, weights_of
+from .folders import PREFIX, ModelFolder, read_config, read_layers, read_state, weights_of
 from .peft_type import PEFT_TYPE
 
 __all__ = ["Change", "read_changes"]
@@ -47,12 +47,13 @@ class Change:
 
 
 def read_changes(
-    folder: Path, dtype: torch.dtype | None, rounding: str
+    folder: Path, base: ModelFolder, dtype: torch.dtype | None, rounding: str
 ) -> tuple[dict[str, Tensor], dict[str, Change]]:
     """Read an SMoA or HiRA adapter: tensors that it holds whole, and changes, both by the base model's names.
 
     Args:
         folder: the adapter.
+        base: of the base model.
         dtype: of the merged model; its own where None.
         rounding: how W_eff will be rounded to it, "nearest" or "stochastic".
 
@@ -78,9 +79,9 @@ def read_changes(
                 changes[f"{name}.weight"] = _smoa_change(blocks, A, B, scaling)
     else:
         for name, (A, B) in hira_layers(path, state).items():
-            changes[f"{name}.weight"] = _hira_change(
-                A, B, fan_in_fan_out=config.fan_in_fan_out, dtype=dtype, rounding=rounding
-            )
+            # PEFT corrects the configuration's fan_in_fan_out by the layer's class, layer by layer.
+            swapped = base.stores_swapped(name, (B.shape[0], A.shape[1]))
+            changes[f"{name}.weight"] = _hira_change(A, B, swapped=swapped, dtype=dtype, rounding=rounding)
     if not changes:
         raise ValueError(f"{path} holds no layer of an adapter")
     return given, changes
@@ -119,20 +120,15 @@ def _experts_change(blocks: StackBlocks, A: Tensor, B: Tensor, scaling: float) -
     return Change((len(each), *blocks.shape), effective)
 
 
-def _hira_change(
-    A: Tensor, B: Tensor, *, fan_in_fan_out: bool, dtype: torch.dtype | None, rounding: str
-) -> Change:
-    shape = B.shape[0], A.shape[1]
-
+def _hira_change(A: Tensor, B: Tensor, *, swapped: bool, dtype: torch.dtype | None, rounding: str) -> Change:
     def effective(stored: Tensor) -> Tensor:
         wide = torch.promote_types(stored.dtype, torch.float32)
         product = B.to(wide) @ A.to(wide)
-        # PEFT corrects fan_in_fan_out by the kind of the layer, which a shape shows where it is not square.
-        if tuple(stored.shape) != shape or (fan_in_fan_out and shape[0] == shape[1]):
+        if swapped:
             product = product.T
         # PEFT rounds each of these steps to W0's dtype. Only to equal it bit for bit is that done here.
         as_peft = rounding == "nearest" and dtype in (None, stored.dtype)
         weight = stored if as_peft else stored.to(wide)
         return weight + weight * product.to(weight.dtype)
 
-    return Change(shape, effective)
+    return Change((B.shape[0], A.shape[1]), effective)

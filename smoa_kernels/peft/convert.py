@@ -112,7 +112,7 @@ def hira_to_smoa(
     for done, (name, (A, B)) in enumerate(layers.items()):
         progress(done, len(layers))
         shape = B.shape[0], A.shape[1]
-        weight = _base_weight(bases, name, shape, config.fan_in_fan_out)
+        weight = _base_weight(bases, name, shape)
         blocks = pack_blocks(
             BlockPartition.contiguous(shape, 1, device="cpu"),
             torch.tensor([A.shape[0]], dtype=torch.int32),
@@ -218,13 +218,11 @@ def _base_folder(base: str | os.PathLike[str] | None, config: Any) -> Path:
     return Path(named)
 
 
-def _base_weight(bases: ModelFolder, name: str, shape: tuple[int, int], transposed: bool) -> Tensor:
+def _base_weight(bases: ModelFolder, name: str, shape: tuple[int, int]) -> Tensor:
     stored = bases.get(f"{name}.weight")
-    if stored is not None and stored.ndim == 2:
-        # PEFT corrects fan_in_fan_out by the kind of the layer, which a shape shows where it is not square.
-        for weight in (stored.T, stored) if transposed else (stored, stored.T):
-            if tuple(weight.shape) == shape:
-                return weight
+    if stored is not None and tuple(stored.shape) in (shape, shape[::-1]):
+        # PEFT corrects the configuration's fan_in_fan_out by the layer's class, layer by layer.
+        return stored.T if bases.stores_swapped(name, shape) else stored
     raise ValueError(f"the base model in {bases.folder} lacks {name}.weight in the shape {shape}")
 
 

@@ -12,6 +12,7 @@ from ..checks import shown
 from ..definition.precision import DTYPES, dtype_names
 from .config import SMoAConfig
 from .experts import Experts
+from .offload import execution_device
 
 __all__ = ["ExpertsTarget", "find_targets"]
 
@@ -45,7 +46,7 @@ def find_targets(model: nn.Module, config: SMoAConfig) -> list[ExpertsTarget]:
     """List the parameters that `target_parameters` names, in the model's order.
 
     Raises:
-        ValueError: naming the parameter and its module's class: it cannot be adapted; or no parameter was matched.
+        ValueError: naming the parameter and its module's class: it cannot be adapted; or naming what matched none.
     """
     wanted = config.target_parameters or []
     if not wanted:
@@ -65,8 +66,9 @@ def find_targets(model: nn.Module, config: SMoAConfig) -> list[ExpertsTarget]:
                 target = ExpertsTarget(key, name, parameter_name, owner)
                 _check(target, parameter)
                 found.append(target)
-    if not found:
-        raise ValueError(f"target_parameters={wanted} match no parameter of the model{_hint(model)}")
+    missed = [each for each in wanted if not any(f".{target.key}".endswith(f".{each}") for target in found)]
+    if missed:
+        raise ValueError(f"target_parameters={missed} match no parameter of the model{_hint(model)}")
     return found
 
 
@@ -87,6 +89,10 @@ def _obstacle(target: ExpertsTarget, parameter: Tensor) -> str | None:
             f"it is stored in {parameter.dtype}, and {dtype_names(DTYPES)} are adapted; load the model with "
             "quantization_config=...Config(dequantize=True)"
         )
+    if hasattr(parameter, "ds_id"):
+        return "it is partitioned by DeepSpeed ZeRO-3"
+    if execution_device(module) is not None:
+        return "it is offloaded by accelerate: load the model without offloading its experts"
     if parameter.ndim == 2:
         return (
             "it is a matrix, not a fused weight (experts, out, in): train its module in full (modules_to_save), or "

@@ -113,10 +113,18 @@ class ExpertsWeight(SMoALayer, nn.Module):
         Args:
             x: (P, C), sorted by expert.
             ends: int32 (E,), how many pairs the experts up to each have together.
+
+        Raises:
+            RuntimeError: x is elsewhere than W0, which is offloaded, or another replica's under `nn.DataParallel`.
         """
         (name,) = self._active()
         adapter = self.packed(name, self.base_weight())
         weight = adapter.weight
+        if weight.device != x.device:
+            raise RuntimeError(
+                f"{self.parameter_name} is on {weight.device} and the experts' input on {x.device}: adapters of "
+                "experts take neither offloaded weights nor nn.DataParallel (use DistributedDataParallel)"
+            )
         backend = resolve_backend(self.backend[name], x.device, weight.dtype, adapter.A.shape[1])
         return experts_linear(x.to(weight.dtype), ends, adapter, backend)
 

@@ -154,7 +154,10 @@ def unpack_expert_blocks(packed: Tensor, out_features: int, in_features: int) ->
         raise ValueError(
             f"smoa_blocks must have a row of uint8 for each expert, got {packed.dtype} {tuple(packed.shape)}"
         )
-    first = unpack_blocks(packed[0], out_features, in_features)  # says what is wrong with all of them
+    try:
+        first = unpack_blocks(packed[0], out_features, in_features)  # says what is wrong with all of them
+    except ValueError as error:
+        raise ValueError(str(error).replace("blocks is corrupt", "blocks of expert 0 is corrupt")) from error
     num_blocks = first.partition.num_blocks
     data = packed.detach().cpu().contiguous().numpy()
     for expert, row in enumerate(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -222,6 +223,28 @@ class ModelFolder:
             if isinstance(module, (nn.Linear, Conv1D))
         }
         return {name.removesuffix(".weight"): swapped for name, swapped in found.items() if name is not None}
+
+    def stores_swapped(self, name: str, shape: tuple[int, int]) -> bool:
+        """Whether a layer's weight W0 of a `shape` (N, C) is stored (C, N): by its shape, or its class where N = C.
+
+        Raises:
+            ValueError: the weight is square, and transformers does not know the model's configuration.
+        """
+        stored = self.stored_name(f"{name}.weight")
+        if shape[0] != shape[1]:
+            given = None if stored is None else self.get(stored)
+            return given is not None and tuple(given.shape) != shape
+        try:
+            return self._layers.get((stored or "").removesuffix(".weight"), False)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{name}: its weight is square. Whether it is stored transposed, as a Conv1D's is, the model's class "
+                f"alone shows, and transformers knows none for {self.folder}: {error}"
+            ) from error
+
+    @functools.cached_property
+    def _layers(self) -> dict[str, bool]:
+        return self.linear_layers()
 
     def stored_name(self, name: str) -> str | None:
         """The name under which a tensor is stored; None where the model lacks it.

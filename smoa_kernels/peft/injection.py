@@ -180,6 +180,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(target, ExpertsWeight):  # named as the parameter, which target_parameters alone adapt
+            return
         settings = peft_config.for_layer(current_key)
         try:
             if isinstance(target, SMoALayer):

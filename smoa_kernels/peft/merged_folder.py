@@ -38,7 +38,7 @@ _WEIGHTS = (
     ".ot",
 )
 # Written anew, or true of the base alone.
-_LEFT_OUT = ("config.json", "README.md")
+_LEFT_OUT = ("config.json", "README.md", "adapter_config.json")
 # A run saves its tokenizer beside the adapter, perhaps with a chat template of its own.
 _TOKENIZER = (
     *(
@@ -112,9 +112,15 @@ def merge_to_folder(
         >>> merged = LlamaForCausalLM.from_pretrained("merged")
     """
     check_path("out", out)
-    target = Path(out)
+    target = Path(out).resolve()  # a link is followed, and "." has a name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {target}")
+    if (
+        target.is_mount() or target == Path.cwd()
+    ):  # which cannot be renamed to; found before the merge, not after it
+        raise ValueError(
+            f"out must not be a mount point or the working folder, name a folder in it: got {target}"
+        )
     merge = FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed)
     shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in merge.plan.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)

@@ -137,7 +137,7 @@ class FolderMerge:
         # last one that were not asked for yet.
         self._changes: dict[str, Change] = {}
         self._parts: dict[str, Tensor] = {}
-        given, changes = read_changes(self.adapter, dtype, rounding)
+        given, changes = read_changes(self.adapter, self._folder, dtype, rounding)
         for name, tensor in given.items():
             self._find(name, [tuple(tensor.shape)]).given = tensor
         for name, change in changes.items():
@@ -180,7 +180,7 @@ class FolderMerge:
             rounded = round_stochastically(value, planned.dtype, seed=self.seed, name=name)
         else:
             rounded = value.to(planned.dtype, copy=True, memory_format=torch.contiguous_format)
-        if (planned.changed or rounded.dtype != value.dtype) and not _is_finite(rounded):
+        if planned.changed and not _is_finite(rounded):
             raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([planned.dtype])}")
         return rounded
 

@@ -5,6 +5,7 @@ import torch
 from adapted import WEIGHTS, assert_refused, edit_config, edit_weights
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny_models import tiny_gpt2
 from torch import nn
 
 from smoa_kernels.cli import main
@@ -90,6 +91,15 @@ def test_ranks_are_the_files(base, make_model, tmp_path):
     with pytest.raises(ValueError, match=r"rank 2 beside r=4 has no counterpart"):
         smoa_to_hira(tmp_path / "smoa", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_a_square_weight_is_read_as_its_layer_stores_it(tmp_path, recwarn):
+    """Whatever the configuration says: PEFT corrects it layer by layer."""
+    base, hira, smoa = (tmp_path / name for name in ("base", "hira", "smoa"))
+    tiny_gpt2().save_pretrained(base)
+    save(tiny_gpt2(), HiraConfig(r=4, target_modules=["attn.c_proj"]), hira)
+    hira_to_smoa(hira, smoa, base)
+    PeftModel.from_pretrained(tiny_gpt2(), smoa, strict_base=True)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tiny_experts import BOTH, KINDS, adapt, config, tiny_experts, weights
 from torch.func import functional_call
 
 from smoa_kernels.definition.reference import reference_delta_weight
-from smoa_kernels.peft import Experts, ExpertsWeight
+from smoa_kernels.peft import Experts, ExpertsWeight, SMoAConfig
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_order = pytest.mark.parametrize("order", ["contiguous", "spectral", "random", "shared"])
@@ -251,6 +251,33 @@ def test_checkpointing_and_autocast(tokens):
     with torch.autocast("cpu", torch.bfloat16):
         for one, other in zip(plain, gradients(), strict=True):
             close(other, one, 0.1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_autocast_leaves_the_experts_dtype_as_it_is(backend):
+    model = adapt(tiny_experts(), backend=backend)
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    given = torch.randn(9, 32), torch.randint(6, (9, 2)), torch.rand(9, 2)
+    expected = experts(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(experts(*given), expected)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "spectral"])
+def test_modules_of_another_adapter_are_not_taken_for_the_weights_of_the_same_name(order, tokens, tmp_path):
+    def base():
+        return tiny_experts(mlp_only_layers=[1])
+
+    dense = {"r": 4, "target_modules": ["down_proj"], "block_order": order, "init_weights": False}
+    alone = get_peft_model(base(), SMoAConfig(**dense)).eval()
+    alone.save_pretrained(tmp_path)
+    model = adapt(base())
+    model.load_adapter(tmp_path, "dense")
+    assert all(list(weight.smoa_A) == ["default"] for weight in weights(model).values())
+    model.set_adapter("dense")
+    assert torch.equal(logits(model, tokens), logits(alone, tokens))
+    model.add_adapter("new", SMoAConfig(**dense))
+    assert all(list(weight.smoa_A) == ["default"] for weight in weights(model).values())
 
 
 def test_bfloat16_models_train_float32_factors(tokens):

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from adapted import WEIGHTS, edit_weights, logits, snapshot
 from adapted import config as linear_config
 from peft import PeftModel, get_peft_model
@@ -57,6 +58,14 @@ def sharded(experts):
     experts.down_proj = Sharded(experts.down_proj.detach())
 
 
+def partitioned(experts):
+    experts.down_proj.ds_id = 0
+
+
+def offloaded(experts):
+    add_hook_to_module(experts, AlignDevicesHook(execution_device="cpu", offload=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -65,6 +74,7 @@ def sharded(experts):
         (parallel, r"of Qwen3MoeExperts .* expert parallel"),
         (own_forward, r"of Qwen3MoeExperts .* a forward of its own"),
         (sharded, r"of Qwen3MoeExperts .*a DTensor"),
+        (partitioned, r"of Qwen3MoeExperts .* DeepSpeed ZeRO-3"),
     ],
 )
 def test_modules_that_cannot_be_adapted(change, message):
@@ -83,12 +93,32 @@ def test_modules_that_cannot_be_adapted(change, message):
             {"target_parameters": ["experts.no_proj"]},
             r"\['experts.no_proj'\] match no parameter.*experts.down_proj",
         ),
+        (
+            {"target_parameters": [*BOTH, "experts.dwon_proj"]},
+            r"\['experts.dwon_proj'\] match no parameter.*experts.down_proj",
+        ),
         ({"num_blocks": 33, "r": 64}, "mlp.experts.gate_up_proj: num_blocks must be at most"),
         ({"target_modules": ["experts"]}, "is not supported"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message):
     assert_refused(tiny_experts(), settings, message)
+
+
+def test_offloaded_experts():
+    with pytest.raises(ValueError, match=r"down_proj of Qwen3MoeExperts .* offloaded by accelerate"):
+        adapt(with_experts(offloaded), target_parameters=["1.mlp.experts.down_proj"])
+
+
+def test_weights_that_are_elsewhere_are_not_read(tokens):
+    """Such as another replica's, or offloaded after injection: the product would be of whatever memory holds."""
+    model = adapt(tiny_experts())
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    experts.base_layer.to("meta")
+    with pytest.raises(
+        RuntimeError, match=r"_proj is on meta and the experts' input on cpu: .* nn.DataParallel"
+    ):
+        model(tokens)
 
 
 def test_classes_that_transformers_does_not_decorate():
@@ -140,7 +170,7 @@ def test_a_failed_second_adapter_leaves_the_first(monkeypatch):
     ("edit", "message"),
     [
         (lambda t: t[4].__setitem__(60, t[4, 60] ^ 1), "down_proj: smoa_blocks of expert 4 is corrupt"),
-        (lambda t: t[0].__setitem__(60, t[0, 60] ^ 1), "down_proj: smoa_blocks is corrupt"),
+        (lambda t: t[0].__setitem__(60, t[0, 60] ^ 1), "down_proj: smoa_blocks of expert 0 is corrupt"),
     ],
 )
 def test_a_damaged_row_names_its_expert_and_nothing_is_loaded(edit, message, tmp_path):

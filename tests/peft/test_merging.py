@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,10 +108,21 @@ CASES = {
     "hira, sharded": (BF16, tiny_llama, hira()),
     "hira, conv1d": (BF16, tiny_gpt2, hira(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
 }
-SOON = ("plain, sharded", "conv1d, sharded", "tied head, sharded", "hira", "hira, sharded")
+CASES |= {  # PEFT corrects what the configuration says of a layer, which of a square one no shape shows
+    "hira, conv1d unsaid": (F32, tiny_gpt2, hira(target_modules=["attn.c_proj", "c_attn"])),
+    "hira, said of no conv1d": (F32, tiny_llama, hira(fan_in_fan_out=True)),
+}
+SOON = (
+    "plain, sharded",
+    "conv1d, sharded",
+    "tied head, sharded",
+    "hira",
+    "hira, sharded",
+    "hira, conv1d unsaid",
+)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 @pytest.mark.parametrize(
     "case", [case if case in SOON else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
@@ -542,3 +554,26 @@ def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
     # The layer: W0 as it is stored, W0 and W_eff in float32, W_eff rounded, the sketch's products.
     print("peak over a shard:", int(done.stdout) / (8 * layer))
     assert int(done.stdout) < 8 * layer + 10 * layer + 48 * 2**20
+
+
+def test_places_that_cannot_be_renamed_to_are_refused_before_the_work(folders, tmp_path, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(empty)
+    merge_to_folder(*folders, tmp_path / "link")
+    assert (empty / "config.json").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    for refused in (".", other):
+        with pytest.raises(ValueError, match="mount point or the working folder"):
+            merge_to_folder(*folders, refused)
+    assert not list(other.iterdir())
+
+
+def test_an_adapter_beside_the_base_is_not_taken_along(folders, tmp_path):
+    base, adapter = folders
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, base / name)
+    merge_to_folder(base, adapter, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("adapter*"))

@@ -91,6 +91,7 @@ i64 smoa_experts_workspace(const experts *e, i64 pairs, i64 threads) {
         most = linear > most ? linear : most;
         most = gradient > most ? gradient : most;
     }
+    if (start != pairs) return -1;
     i64 few = smoa_few_workspace(e->rank, e->cols.count, threads), partial = threads > 1 ? threads * e->rank * e->cols.count : 0;
     return expanded_size(e) + lines(partial) + (few > most ? few : most);
 }

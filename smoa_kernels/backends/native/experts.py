@@ -116,7 +116,7 @@ class _Call:
         """Raise where the compiled code found blocks that do not fit the weight, or ends that do not fit x."""
         if not fits:
             raise ValueError(
-                "blocks must have each row and column of a weight in one block, and ends must count x's pairs up"
+                "ends must count x's pairs up, and blocks must have each row and column of a weight in one block"
             )
 
 

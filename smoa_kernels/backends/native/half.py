@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,9 @@ class Side:
         """Where the blocks' columns of x are written, for :meth:`restore`."""
         tokens, count = x.shape[0], len(self._sizes)
         if self._contiguous and mask is None:
-            return x.view(tokens, count, -1).transpose(0, 1) if self._alike else x.split(list(self._sizes), 1)
+            if self._alike:
+                return x.view(tokens, count, self._sizes[0]).transpose(0, 1)
+            return cast(Matrices, x.split(list(self._sizes), 1))
         if self._memory is None:  # the first panel is the largest
             self._memory = x.new_empty(x.shape)
             floats = library().smoa_order_workspace(x.shape[1], self._threads)
