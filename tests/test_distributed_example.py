@@ -164,6 +164,7 @@ ACCELERATE = [
 ]
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_run_which_resumes_on_another_number(
     tiny_llama: Path, animals: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +192,7 @@ def test_a_killed_process_ends_the_run_which_resumes_on_another_number(
     assert summary["loss"][: len(before)] == before
 
 
+@pytest.mark.long
 def test_torchrun_with_tensor_parallelism(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
     """Two processes to the end: one shows progress, one adapter is saved and verified in a fresh process."""
     job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path, "--rank", 4, "--steps", 3)

@@ -372,7 +372,9 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return out
 
 
-@pytest.mark.parametrize("method", ["smoa", "lora", "hira"])
+@pytest.mark.parametrize(
+    "method", ["smoa", *(pytest.param(name, marks=pytest.mark.long) for name in ("lora", "hira"))]
+)
 def test_whole_run_on_a_tiny_model(method: str, tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
     job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path, "--method", method)
     out = finish(start(*job, "--r", 4, "--steps", 20, "--lr", 0.1))
@@ -401,6 +403,7 @@ def test_whole_run_on_a_tiny_model(method: str, tiny_llama: Path, animals: Path,
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_another_architecture_and_half_precision(tiny_gpt2: Path, animals: Path, tmp_path: Path) -> None:
     job = ("--model", tiny_gpt2, "--data", animals, "--output", tmp_path, "--target-modules", "c_attn,c_fc")
     finish(

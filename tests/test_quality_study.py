@@ -148,6 +148,7 @@ def test_the_methods_are_shared_between_processes(tmp_path: Path) -> None:
         (signal.SIGINT, os.killpg),  # a terminal's Ctrl-C reaches all of them
     ],
 )
+@pytest.mark.long
 @pytest.mark.usefixtures("ctrl_c")
 def test_what_ends_the_command_ends_its_processes_and_keeps_the_runs(
     number: signal.Signals, send: Callable[[int, int], None], tmp_path: Path

@@ -77,7 +77,7 @@ def reference(steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return train(reference_linear, steps, dtype)
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "split"])
+@pytest.mark.parametrize("algorithm", ["auto", pytest.param("split", marks=pytest.mark.long)])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_training_drifts_no_further_than_the_reference(backend: str, algorithm: str) -> None:
     """So few tokens are the algorithm expanded's, or fused's, where "auto" chooses; split is that of longer batches."""
