@@ -351,6 +351,7 @@ class TestRealCompiles:
         assert broken_rules(replace(record, narrow={})) == ("8 loads of 16 bits through x_ptr",)
 
     @pytest.mark.slow
+    @pytest.mark.long
     def test_cache(self, cache):
         first = audited(archs=("sm_80",), kernels=("toy_copy",))
         (path,) = (cache / "audit").glob("*")
@@ -363,6 +364,7 @@ class TestRealCompiles:
         assert list((cache / "audit").glob("*")) == [path]
 
     @pytest.mark.slow
+    @pytest.mark.long
     def test_command_line(self, cache, tmp_path, capsys):
         path = tmp_path / "audit.json"
         common = ["audit", "--registry", TOYS, "--arch", "sm_90", "--dtype", "bf16", "--jobs", "1"]
@@ -386,6 +388,7 @@ class TestRealCompiles:
         assert "0 break a rule" in capsys.readouterr().out
 
     @pytest.mark.slow
+    @pytest.mark.long
     def test_a_compiler_that_crashes_is_a_finding(self, cache):
         """Alone of its kind; one that crashed only once counts as what it compiled to."""
         found = list(run_audit(registry=CRASHES, archs=("sm_80",), dtypes=("bf16",), jobs=2))

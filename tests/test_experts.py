@@ -18,7 +18,7 @@ BACKENDS = [
     pytest.param(
         name, marks=[pytest.mark.skipif(obstacle(name) is not None, reason=str(obstacle(name))), *marks]
     )
-    for name, marks in (("eager", []), ("native", []), ("triton", [pytest.mark.slow]))
+    for name, marks in (("eager", []), ("native", []), ("triton", [pytest.mark.slow, pytest.mark.long]))
 ]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 numerical = pytest.mark.numerical
@@ -29,7 +29,9 @@ CASES = [("eager", dtype) for dtype in DTYPES]
 if obstacle("native") is None:
     CASES.append(("native", torch.float32))
 if obstacle("triton") is None:
-    CASES += [pytest.param("triton", dtype, marks=pytest.mark.slow) for dtype in KERNEL_DTYPES]
+    CASES += [
+        pytest.param("triton", dtype, marks=[pytest.mark.slow, pytest.mark.long]) for dtype in KERNEL_DTYPES
+    ]
 
 
 @numerical

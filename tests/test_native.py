@@ -253,6 +253,7 @@ def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
     torch.backends.cpu.get_cpu_capability() != "AVX512" or native_obstacle(CPU) is not None,
     reason="needs a processor that has both instruction sets",
 )
+@pytest.mark.long
 def test_the_same_on_older_processors() -> None:
     here = Path(__file__)
     names = "(native or every_shape or threads or mask or dropped) and not older and not broken"  # which skip some

@@ -127,6 +127,7 @@ def test_a_commit_says_whether_code_was_not_committed(
     assert machine.commit() == commit + machine.EDITED
 
 
+@pytest.mark.long
 def test_the_methods_are_shared_between_processes(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     arguments = ["run", "--task", "trec50", "--smoke", "--seeds", "1", "--records", str(path)]

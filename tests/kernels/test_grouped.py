@@ -64,6 +64,7 @@ def test_blocks_of_every_kind(kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("factors", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["contiguous", "coordinates"])
@@ -73,6 +74,7 @@ def test_half_types(kind: str, dtype: torch.dtype, factors: torch.dtype | None) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [(0, 0), (0, 5), (1, 40), (65, 33)], ids=str)
 @pytest.mark.parametrize("kind", ["contiguous", "coordinates"])
 def test_ranks(kind: str, ranks: tuple[int, ...]) -> None:
@@ -82,6 +84,7 @@ def test_ranks(kind: str, ranks: tuple[int, ...]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("pairs", [(1,), (0, 0, 1), (40, 0, 0), (1, 1, 1, 1, 1), (33, 0, 65, 1)], ids=str)
 def test_pairs(pairs: tuple[int, ...]) -> None:
     """All on one expert, one, as many as experts, one more than a tile or two."""
@@ -97,6 +100,7 @@ def test_no_pair_at_all() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("config", "precision"), shipped_here("grouped_linear"), ids=str)
 def test_every_shipped_configuration(config: GroupedLinearConfig, precision: Precision) -> None:
     p = problem("contiguous", (70, 0, 9)).to(precision.dtype)
@@ -109,6 +113,7 @@ def test_every_shipped_configuration(config: GroupedLinearConfig, precision: Pre
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("config", "precision"), shipped_here("grouped_grad"), ids=str)
 def test_every_shipped_configuration_of_the_gradient(config: GroupedGradConfig, precision: Precision) -> None:
     p = problem("contiguous", (70, 0, 9)).to(precision.dtype)
