@@ -1,0 +1,69 @@
+"""Experts' adapters and bases on disk: what the commands say of them, and transformers' own names of stored weights."""
+
+import json
+
+import pytest
+import torch
+from adapted import close, logits
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_experts import adapt, tiny_experts
+from transformers import AutoModelForCausalLM
+
+from smoa_kernels.cli import main
+from smoa_kernels.peft.inspection import inspect_adapter
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    adapt(tiny_experts(), block_order="random").save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def fused_base(tmp_path):
+    """A base whose file has the fused parameters, as the model has them."""
+    model = tiny_experts()
+    folder = tmp_path / "base"
+    model.config.save_pretrained(folder)
+    state = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_inspect_counts_experts_and_names_the_one_that_differs(adapter, fused_base, tmp_path, capsys):
+    report = inspect_adapter(adapter, fused_base)
+    assert [layer.shape for layer in report.layers] == [(6, 32, 24), (6, 48, 32)] * 2
+    assert report.fits
+    with safe_open(fused_base / "model.safetensors", "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    state["model.layers.1.mlp.experts.down_proj"][4].normal_()
+    save_file(state, fused_base / "model.safetensors", metadata={"format": "pt"})
+    assert main(["inspect", str(adapter), "--base", str(fused_base), "--json", str(tmp_path / "said")]) == 1
+    found = {layer["name"]: layer for layer in json.loads((tmp_path / "said").read_text())["layers"]}
+    assert found["model.layers.1.mlp.experts.down_proj"]["worst_expert"] == 4
+    assert [layer["fits"] for layer in found.values()].count(False) == 1
+    assert main(["inspect", str(adapter), "--base", str(fused_base)]) == 1
+    assert "(expert 4)" in capsys.readouterr().out
+
+
+def test_spectrum_names_experts(adapter, fused_base, capsys):
+    arguments = ["spectrum", str(fused_base), "--adapter", str(adapter), "--full", "--target", "down_proj[3]"]
+    assert main(arguments) == 0
+    assert "model.layers.1.mlp.experts.down_proj[3]" in capsys.readouterr().out
+
+
+def test_bases_that_are_stored_expert_by_expert(tokens, adapter, tmp_path, transformers_adapters):
+    """transformers stores Qwen3-MoE's experts one by one, and fuses them as it loads: the adapter's names stay."""
+    tiny_experts().save_pretrained(tmp_path / "v4")
+    with safe_open(tmp_path / "v4" / "model.safetensors", "pt") as file:
+        assert "model.layers.0.mlp.experts.5.down_proj.weight" in file.keys()  # noqa: SIM118
+    expected = logits(adapt(tiny_experts(), block_order="random"), tokens)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "v4").eval()
+    model.load_adapter(str(adapter))
+    close(logits(model, tokens), expected)
