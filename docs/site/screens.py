@@ -56,7 +56,9 @@ def printed(arguments: str) -> str:
         text=True,
         check=True,
     )
-    return done.stdout
+    # The same on every machine, and as wide: it stands in a table.
+    home = str(Path.home())
+    return re.sub(rf"{re.escape(home)}(\S*)", lambda path: f"~{path[1]}" + " " * (len(home) - 1), done.stdout)
 
 
 def drawn(command: str, output: str) -> str:

@@ -10,6 +10,7 @@ it calls PEFT's.
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -139,9 +140,9 @@ class Accelerated(nn.Module):
         del self._block
 
     @staticmethod
+    @abstractmethod
     def obstacle(base: nn.Module) -> str | None:
         """Why a layer over this base layer stays PEFT's; None where it can be accelerated."""
-        raise NotImplementedError
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, as PEFT does."""
