@@ -9,7 +9,7 @@ from typing import Any
 from examples.smollm2 import NAME as SMOLLM2
 
 from .protocol import Quartiles
-from .providers import CONTIGUOUS, FROZEN, HIRA, LORA, PAPER, SMOA
+from .providers import ACCELERATED, CONTIGUOUS, FROZEN, HIRA, LORA, PAPER, SMOA
 from .results import Run
 
 
@@ -52,8 +52,11 @@ class Goal:
 
 def _time(kind: str, phase: str, name: str, over: str, **params: Any) -> Callable[[Run], Figure | None]:
     def measure(run: Run) -> Figure | None:
-        result = run.find(kind, **params)
-        if result is None or not {name, over} <= result.seconds[phase].keys():
+        found = (
+            result for result in run.select(kind, **params) if {name, over} <= result.seconds[phase].keys()
+        )
+        result = next(found, None)
+        if result is None:
             return None
         comparison = result.comparison(phase)
         others = [p for p in result.seconds if p != phase] if phase == "both" else []
@@ -72,12 +75,18 @@ _LAYER = {
     "dtype": "float32",
     "dropout": 0.0,
 }
+_FLOAT32 = {"dtype": "float32", "dropout": 0.0}
 _SMALL = {"tokens": 512, "out_features": 1024, "in_features": 1024}
 _SMALLER = {"tokens": 128, "out_features": 576, "in_features": 1536, "rank": 8}
 
 
 def _layer(name: str, over: str, num_blocks: int, **params: Any) -> Callable[[Run], Figure | None]:
     return _time("layer", "both", name, over, **(_LAYER | {"num_blocks": num_blocks} | params))
+
+
+def _layer_of_hira(dtype: str) -> Callable[[Run], Figure | None]:
+    """With factors in the layer's dtype; HiRA's K is 1 in the cases of any K."""
+    return _layer(ACCELERATED, HIRA, 4, dtype=dtype)
 
 
 def _worst(name: str, over: str, dtype: str) -> Callable[[Run], Figure | None]:
@@ -96,17 +105,27 @@ def _worst(name: str, over: str, dtype: str) -> Callable[[Run], Figure | None]:
     return measure
 
 
-def _injection(name: str) -> Callable[[Run], Figure | None]:
-    """Seconds, not a ratio."""
+def _seconds(kind: str, phase: str, name: str) -> Callable[[Run], Figure | None]:
+    """Seconds, not a ratio, of what is done to SmolLM2-135M."""
 
     def measure(run: Run) -> Figure | None:
-        result = run.find("adapter", model=SMOLLM2)
-        if result is None or name not in result.seconds["inject"]:
+        result = run.find(kind, model=SMOLLM2)
+        if result is None or name not in result.seconds[phase]:
             return None
-        comparison = result.comparison("inject")
+        comparison = result.comparison(phase)
         return Figure(comparison.time(name), comparison.doubt)
 
     return measure
+
+
+def _step(name: str, over: str, dtype: str) -> Callable[[Run], Figure | None]:
+    # Runs of before there were two dtypes say none: float32.
+    dtypes = (dtype, None) if dtype == "float32" else (dtype,)
+    measures = [
+        _time("step", "step", name, over, model=SMOLLM2, batch=16, length=32, num_blocks=4, dtype=each)
+        for each in dtypes
+    ]
+    return lambda run: next((figure for measure in measures if (figure := measure(run))), None)
 
 
 def _experts(name: str, over: str, pairs: int) -> Callable[[Run], Figure | None]:
@@ -127,12 +146,14 @@ def _experts_peak(over: str) -> Callable[[Run], Figure | None]:
     return measure
 
 
-def _saved(dropout: float) -> Callable[[Run], Figure | None]:
+def _bytes(what: str, name: str, over: str, **params: Any) -> Callable[[Run], Figure | None]:
+    """Of a training pass of a layer; exact."""
+
     def measure(run: Run) -> Figure | None:
-        result = run.find("memory", dtype="float32", dropout=dropout)
-        if result is None:
+        result = run.find("memory", **params)
+        if result is None or not {name, over} <= result.bytes.keys():
             return None
-        ratio = result.bytes[SMOA]["saved"] / result.bytes[LORA]["saved"]
+        ratio = result.bytes[name][what] / result.bytes[over][what]
         return Figure(Quartiles(ratio, ratio, ratio))
 
     return measure
@@ -141,7 +162,7 @@ def _saved(dropout: float) -> Callable[[Run], Figure | None]:
 GOALS = (
     Goal("forward + backward over frozen, float32, T=2048, 2048², r=16, K=4", 1.20, _layer(SMOA, FROZEN, 4)),
     Goal("the same, K=8", 1.14, _layer(SMOA, FROZEN, 8)),
-    Goal("the same, bfloat16 split, K=4", 1.55, _layer(SMOA, FROZEN, 4, dtype="bfloat16")),
+    Goal("the same, bfloat16 split, K=4", 1.25, _layer(SMOA, FROZEN, 4, dtype="bfloat16")),
     Goal("over PEFT LoRA, float32, T=2048, 2048², K=4, dropout 0", 1.05, _layer(SMOA, LORA, 4)),
     Goal("the same, dropout 0.05 in both", 1.25, _layer(SMOA, LORA, 4, dropout=0.05)),
     Goal(
@@ -153,18 +174,27 @@ GOALS = (
     Goal("over the paper's dense way, float32, K=4", 0.45, _layer(SMOA, PAPER, 4)),
     *(
         Goal(
-            f"one token (decode), 2048², r=8, {dtype}, over frozen",
+            f"{words}, 2048², r=8, {dtype}, over frozen",
             limit,
-            _time("few tokens", "forward", SMOA, FROZEN, tokens=1, dtype=dtype),
+            _time("few tokens", "forward", SMOA, FROZEN, tokens=tokens, dtype=dtype),
         )
-        for dtype, limit in (("float32", 5.0), ("bfloat16", 2.5))
+        for words, tokens, dtype, limit in (
+            ("one token (decode)", 1, "float32", 5.0),
+            ("one token (decode)", 1, "bfloat16", 1.6),
+            ("two tokens", 2, "bfloat16", 2.0),
+            ("four tokens", 4, "bfloat16", 2.0),
+            ("eight tokens", 8, "bfloat16", 2.0),
+        )
     ),
-    Goal("saved for backward over PEFT LoRA, dropout 0", 1.00, _saved(0.0)),
-    Goal("the same, dropout 0.05", 0.60, _saved(0.05)),
-    Goal(
-        "training step of SmolLM2-135M, 16 × 32 tokens, K=4, over PEFT LoRA",
-        1.20,
-        _time("step", "step", SMOA, LORA, model=SMOLLM2, batch=16, length=32, num_blocks=4),
+    Goal("saved for backward over PEFT LoRA, dropout 0", 1.00, _bytes("saved", SMOA, LORA, **_FLOAT32)),
+    Goal("the same, dropout 0.05", 0.60, _bytes("saved", SMOA, LORA, **(_FLOAT32 | {"dropout": 0.05}))),
+    *(
+        Goal(
+            f"training step of SmolLM2-135M, {dtype}, 16 × 32 tokens, K=4, over PEFT LoRA",
+            limit,
+            _step(SMOA, LORA, dtype),
+        )
+        for dtype, limit in (("float32", 1.20), ("bfloat16", 1.10))
     ),
     Goal(
         "partition over `torch.linalg.svd`, 4096×4096, float32",
@@ -183,13 +213,23 @@ GOALS = (
         1.22,
         _layer(CONTIGUOUS, FROZEN, 8, dtype="bfloat16", **_SMALL),
     ),
+    Goal(
+        "spectral, the same shape, dropout 0.05",
+        1.80,
+        _layer(SMOA, FROZEN, 8, **(_SMALL | {"dtype": "bfloat16", "dropout": 0.05})),
+    ),
     *(
         Goal(
             f"{words}, bfloat16, T=128, 576×1536, K=2",
             limit,
             _layer(name, FROZEN, 2, dtype="bfloat16", **_SMALLER),
         )
-        for words, name, limit in (("contiguous", CONTIGUOUS, 1.70), ("spectral", SMOA, 2.20))
+        for words, name, limit in (("contiguous", CONTIGUOUS, 1.70), ("spectral", SMOA, 2.00))
+    ),
+    Goal(
+        "peak of a pass, bfloat16, T=2048, 2048², contiguous over spectral",
+        1.00,
+        _bytes("peak", CONTIGUOUS, SMOA, tokens=2048, dtype="bfloat16"),
     ),
     Goal(
         "contiguous over spectral, compiled float32, the worst shape",
@@ -208,5 +248,23 @@ GOALS = (
         1.50,
         _time("experts, one token", "forward", CONTIGUOUS, FROZEN, hidden=256),
     ),
-    Goal("seconds to add contiguous blocks to SmolLM2-135M", 0.30, _injection(CONTIGUOUS)),
+    Goal("seconds to add contiguous blocks to SmolLM2-135M", 0.30, _seconds("adapter", "inject", CONTIGUOUS)),
+    *(
+        Goal(f"accelerated HiRA over PEFT's, T=2048, 2048², r=16, {dtype}", limit, _layer_of_hira(dtype))
+        for dtype, limit in (("float32", 0.45), ("bfloat16", 0.60))
+    ),
+    *(
+        Goal(f"the same, training step of SmolLM2-135M, {dtype}", limit, _step(ACCELERATED, HIRA, dtype))
+        for dtype, limit in (("float32", 0.60), ("bfloat16", 0.65))
+    ),
+    *(
+        Goal(
+            f"the same, {words}, T=2048, 2048², {dtype}",
+            limit,
+            _bytes(what, ACCELERATED, HIRA, tokens=2048, dtype=dtype),
+        )
+        for dtype in ("float32", "bfloat16")
+        for words, what, limit in (("saved for backward", "saved", 0.55), ("peak of a pass", "peak", 0.60))
+    ),
+    Goal("seconds of `accelerate_hira` on SmolLM2-135M", 0.20, _seconds("accelerate", "call", ACCELERATED)),
 )

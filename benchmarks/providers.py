@@ -46,12 +46,12 @@ class Case:
         dropout = f" dropout={self.dropout}" if self.dropout else ""
         return (
             f"T={self.tokens} {self.out_features}x{self.in_features} K={self.num_blocks} r={self.rank} "
-            f"{_name(self.dtype)}{dropout}"
+            f"{name_of(self.dtype)}{dropout}"
         )
 
     def record(self) -> dict[str, Any]:
         """The fields as JSON holds them."""
-        return asdict(self) | {"dtype": _name(self.dtype)}
+        return asdict(self) | {"dtype": name_of(self.dtype)}
 
     def problem(self) -> Problem:
         """The same for the cost model."""
@@ -217,5 +217,6 @@ def _fill(model: nn.Module) -> None:
                 parameter.normal_(std=0.05)
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """What tables call a dtype."""
     return str(dtype).removeprefix("torch.")

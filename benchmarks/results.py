@@ -28,7 +28,7 @@ class Result:
     """What one benchmark recorded.
 
     Attributes:
-        kind: "layer", "few tokens", "memory", "step", "partition", "adapter" or "scaling".
+        kind: "layer", "few tokens", "memory", "step", "partition", "adapter", "accelerate" or "scaling".
         title: for a person.
         params: what was run.
         baseline: the provider whose spread tells whether the machine was steady.

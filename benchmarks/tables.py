@@ -119,7 +119,7 @@ def steps(run: Run) -> str:
             seconds = c.time(name).median
             rows.append(
                 (
-                    f"{p.get('model', RANDOM)}, {p['batch']} × {p['length']} tokens",
+                    f"{p.get('model', RANDOM)}, {p.get('dtype', 'float32')}, {p['batch']} × {p['length']} tokens",
                     f"{name}, K={p['num_blocks']}" if name == SMOA else name,
                     f"{seconds:.3g}",
                     f"{p['batch'] * p['length'] / seconds:.0f}",

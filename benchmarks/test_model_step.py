@@ -1,4 +1,4 @@
-"""A whole training step of SmolLM2-135M, forward, backward and AdamW: LoRA, HiRA and SMoA at equal r.
+"""A whole training step of SmolLM2-135M, forward, backward and AdamW: LoRA, HiRA, the same accelerated, and SMoA.
 
 The weights are the real model's, the tokens random; `make finetune` times it on real data.
 """
@@ -14,19 +14,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from smoa_kernels.peft import accelerate_hira, decelerate_hira
+from smoa_kernels.peft.hira_layer import Accelerated
 from smoa_kernels.peft.layer import SMoALayer
 
+from .cases import BF16
 from .conftest import Measure
 from .gate import RedGateError
 from .memory import allocated
 from .models import RANK, adapter_configs, base_model, model_name
 from .protocol import DEVICE, timed
-from .providers import LORA
+from .providers import ACCELERATED, HIRA, LORA, name_of
 
 
-def adapted(config: peft.PeftConfig, smoke: bool) -> nn.Module:
-    """A model with a new adapter whose B is nonzero, so that there is something to check."""
-    model: nn.Module = peft.get_peft_model(base_model(smoke), config)
+def adapted(config: peft.PeftConfig, smoke: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model with a new adapter whose B is nonzero, so that there is something to check.
+
+    Its factors are in float32, whatever the base's dtype is: so PEFT makes them.
+    """
+    model: nn.Module = peft.get_peft_model(base_model(smoke).to(dtype), config)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -59,6 +65,8 @@ def gradient_error(model: nn.Module, tokens: Tensor) -> float:
     Ours runs its plain PyTorch definition there, PEFT's adapters their own code.
     """
     exact = copy.deepcopy(model).double()
+    if any(isinstance(module, Accelerated) for module in exact.modules()):
+        decelerate_hira(exact)
     for module in exact.modules():
         if isinstance(module, SMoALayer):
             module.backend = dict.fromkeys(module.backend, "reference")
@@ -84,11 +92,15 @@ def check_gradients(models: dict[str, nn.Module], tokens: Tensor) -> None:
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=name_of)
 @pytest.mark.parametrize(("batch", "length", "blocks"), [(16, 32, 4)])
-def test_step(batch: int, length: int, blocks: int, smoke: bool, measure: Measure) -> None:
-    models: dict[str, Any] = {
-        name: adapted(config, smoke) for name, config in adapter_configs(blocks).items()
-    }
+def test_step(
+    batch: int, length: int, blocks: int, dtype: torch.dtype, smoke: bool, measure: Measure
+) -> None:
+    configs = adapter_configs(blocks)
+    configs[ACCELERATED] = configs[HIRA]
+    models: dict[str, Any] = {name: adapted(config, smoke, dtype) for name, config in configs.items()}
+    accelerate_hira(models[ACCELERATED])
     vocabulary = models[LORA].config.vocab_size
     torch.manual_seed(2)
     tokens = torch.randint(vocabulary, (batch, length + 1), device=DEVICE)
@@ -99,13 +111,14 @@ def test_step(batch: int, length: int, blocks: int, smoke: bool, measure: Measur
     peaks = {name: allocated(step)[0] for name, step in steps.items()}
     measure(
         "step",
-        f"training step: {model_name(smoke)}, {batch} x {length} tokens, r={RANK}, K={blocks}",
+        f"training step: {model_name(smoke)}, {name_of(dtype)}, {batch} x {length} tokens, r={RANK}, K={blocks}",
         {
             "model": model_name(smoke),
             "batch": batch,
             "length": length,
             "rank": RANK,
             "num_blocks": blocks,
+            "dtype": name_of(dtype),
         },
         {name: timed("step", step) for name, step in steps.items()},
         baseline=LORA,

@@ -1,4 +1,4 @@
-"""What an adapter costs before and after training: the spectral partition, injection, saving and loading."""
+"""What an adapter costs before and after training: the partition, injection, saving and loading, `accelerate_hira`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft import SMoAConfig, accelerate_hira, decelerate_hira
 from smoa_kernels.peft.sorting import MAX_AT_ONCE
 
 from .cases import ONE_BILLION
@@ -26,7 +26,7 @@ from .gate import RedGateError
 from .models import RANK, TARGETS, adapter_configs, base_model, model_name
 from .profiles import by_kind
 from .protocol import DEVICE, Run, laps, timed
-from .providers import CONTIGUOUS, SMOA
+from .providers import ACCELERATED, CONTIGUOUS, HIRA, SMOA
 
 BLOCKS = 4
 SHAPES = [(256, 256), (512, 512), (1024, 1024), *ONE_BILLION, (4096, 4096), (4096, 11008)]
@@ -188,3 +188,22 @@ def test_life_cycle(smoke: bool, measure: Measure) -> None:
             warmup=0,
             bytes={name: {"files": size} for name, size in sizes.items()},
         )
+
+
+def test_accelerate_hira(smoke: bool, measure: Measure) -> None:
+    model = peft.get_peft_model(base_model(smoke), adapter_configs(BLOCKS)[HIRA])
+    call = timed("call", lambda: accelerate_hira(model))
+
+    def run() -> Mapping[str, float]:
+        seconds = call()
+        decelerate_hira(model)
+        return seconds
+
+    measure(
+        "accelerate",
+        f"setup: accelerate_hira of {model_name(smoke)}",
+        {"model": model_name(smoke)},
+        {ACCELERATED: run},
+        baseline=ACCELERATED,
+        budget=1,
+    )
