@@ -25,7 +25,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune finetune-moe main-job classify sft notebook notebook-smoke test test-slow test-all nightly coverage test-peft test-trl test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data \
+.PHONY: help finetune finetune-moe main-job classify sft notebook notebook-smoke test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-matrix trust soak dist dist-oldest release lint actionlint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -96,8 +96,11 @@ coverage: $(BIN)/.dev ## every test, counting the lines of smoa_kernels that run
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-test-peft: $(BIN)/.dev ## PEFT's own test suite on SMoA's configuration (ARGS=--hira: its HiRA tests, accelerated)
+test-peft: $(BIN)/.dev ## PEFT's own test suite on SMoA's configuration
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
+
+test-peft-hira: $(BIN)/.dev ## PEFT's own HiRA tests on accelerated HiRA layers
+	$(BIN)/python tests/peft_suite/run.py --hira $(ARGS)
 
 test-trl: $(BIN)/.trl ## TRL's trainers, and its example: SFT, DPO, GRPO, reward
 	$(BIN)/python -m pytest tests/trl $(ARGS)

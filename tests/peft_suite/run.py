@@ -8,6 +8,7 @@ The folder (default: a cache below the user's) keeps the sources and the tiny mo
 """
 
 import argparse
+import fcntl
 import importlib.metadata
 import os
 import subprocess
@@ -51,14 +52,15 @@ def main() -> int:
     parser.add_argument("--hira", action="store_true")
     options, rest = parser.parse_known_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    tests = fetch_tests(options.folder.resolve())
-
     sys.path.insert(0, str(HERE))
     from models import make_models
     from plugin import MODULES
 
     models = options.folder.resolve() / "models"
-    make_models(models)
+    with (options.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # CI runs both suites at once
+        tests = fetch_tests(options.folder.resolve())
+        make_models(models)
     path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     given = [
