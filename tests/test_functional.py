@@ -84,6 +84,7 @@ def panels(p: LinearProblem, case: Case) -> None:
 def test_panels_of_the_merged_form(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """W_eff a few rows at a time: panels that divide its rows or columns, and that do not."""
     monkeypatch.setattr(eager, "MERGED_PANEL", 4)
+    monkeypatch.setattr(eager, "MERGED_BYTES", 0)
     monkeypatch.setattr(eager, "MERGED_ALIGNMENT", 3)
     p = make_problem(out_features=shape[0], in_features=shape[1], ranks=(2, 1), random_labels=True)
     panels(p, Case("eager", "merged", torch.float64))

@@ -44,8 +44,11 @@ EXPANDED_MAX_ROWS = {True: 24, False: 96}
 # About so many rows of W_eff the merged form builds at a time. Fewer make the GEMM's panels too narrow; more do not
 # stay in cache, and a fresh buffer of W0's size costs its page faults: at 4096², 1 % over a frozen forward, not 11 %.
 # A panel that is no multiple of 64 rows (2048 in three equal parts) slows its GEMM by a tenth. Of 2048 rows, two panels
-# of 1024 are 4 % faster than three of 704 in float32, 1 % slower in bfloat16 (on an Intel Xeon with AMX, busy).
+# of 1024 are 4 % faster than three of 704 in float32, 1 % slower in bfloat16 (on an Intel Xeon with AMX, busy). There a
+# GEMM also takes a copy of the panel, which counts at the peak. What is small is built at once.
 MERGED_PANEL = 1024
+MERGED_HALF_PANEL = 768
+MERGED_BYTES = 2**21
 MERGED_ALIGNMENT = 64
 
 # Tokens whose columns are gathered at a time: the copies stay in cache, and one buffer, whose pages are touched once,
@@ -108,8 +111,9 @@ def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
 def input_gradient(dy: Tensor, adapter: PackedAdapter, modulation: Modulation | None = None) -> Tensor:
     """`dX = dY W_eff` (T, C), without dropout; `modulation` is of the transpose."""
     # Merged in every dtype: in dX a rounded W_eff is a second-order error.
-    few = choose_algorithm(dy.shape[0], _expanded_rows(adapter), ieee=True, dropout=False) == "expanded"
-    return expanded(dy, adapter.T) if few else merged(dy, adapter.T, modulation)
+    if choose_algorithm(dy.shape[0], _expanded_rows(adapter), ieee=True, dropout=False) == "expanded":
+        return expanded(dy, adapter.T)
+    return merged_product(dy, adapter.weight.T, modulation or _modulation(adapter.T))
 
 
 def _expanded_rows(adapter: PackedAdapter) -> int:
@@ -160,10 +164,16 @@ def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
     return torch.addcmul(weight, weight, out, out=out)
 
 
-def merged(x: Tensor, adapter: PackedAdapter, modulation: Modulation | None = None) -> Tensor:
+def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
+    """`x W_effᵀ` (T, N)."""
+    return merged_product(x, adapter.weight, _modulation(adapter))
+
+
+def merged_product(x: Tensor, weight: Tensor, modulation: Modulation) -> Tensor:
     """`x W_effᵀ` (T, N), a panel of W_eff's rows at a time: its product meets it in cache, and it is never whole."""
-    weight, modulation = adapter.weight, modulation or _modulation(adapter)
-    count = math.ceil(weight.shape[0] / MERGED_PANEL)
+    most = MERGED_PANEL if weight.itemsize > 2 else MERGED_HALF_PANEL
+    most = max(most, MERGED_BYTES // max(1, weight.shape[1] * weight.itemsize))
+    count = math.ceil(weight.shape[0] / most)
     if count <= 1:
         return torch.mm(x, modulation(0, torch.empty_like(weight)).T)
     y = x.new_empty(x.shape[0], weight.shape[0])

@@ -2,7 +2,7 @@
 
 A GEMM copies its operands into panels anyway. While it does, these modulate W0, read permuted columns and drop
 elements: no W_eff, no gathered or masked activations, no passes of their own. Few tokens are multiplied while W0 is
-read, without packing. In half precision torch multiplies, but for few tokens (`half.py`).
+read, without packing. In half precision, and where its float32 is faster, torch multiplies (`half.py`).
 """
 
 from __future__ import annotations
@@ -61,10 +61,15 @@ def backward(
     if not _fits(adapter, x, dy):
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
     mask = None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1])
-    if dy.dtype != torch.float32:
+    if dy.dtype != torch.float32 or (mask is None and torch_is_faster(dy.shape[0])):
         return half.backward(dy, x, adapter, mask, needs_x=needs_x)
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter, mask)
     return input_gradient(dy, adapter, mask) if needs_x else None, dA, dB
+
+
+def torch_is_faster(tokens: int) -> bool:
+    """Whether torch's float32 GEMM, and a W_eff in memory, take less time than the compiled GEMM that needs none."""
+    return not library().smoa_linear_fit(tokens)
 
 
 def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None) -> bool:
@@ -93,7 +98,7 @@ def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
 
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W_effᵀ` (T, N)."""
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 or torch_is_faster(x.shape[0]):
         return half.merged(x, adapter)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     return _linear(x, adapter.weight, y, adapter) if x.numel() else y.zero_()

@@ -31,11 +31,13 @@ typedef struct {
 static i64 few_size(i64 rank, i64 cols) { return lines(rank * ROWS) + MOST_PLAIN * lines(cols); }
 
 /* y[token, rows[i]] of some tokens and some rows of block k, whose columns lie in `own`; `factor` (rank, some) is to hold
- * s B, and behind it rows of W0 that are not stored as float32. */
-INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64 k, range own, const i64 *rows, float *y,
-                     float *factor) {
+ * s B, and behind it rows of W0 that are not stored as float32. The memory is asked for the rows `next`: rows lie far
+ * apart, and are multiplied as fast as they come. */
+INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64 k, range own, const i64 *rows,
+                     const i64 *next, float *y, float *factor) {
     i64 rank = rank_of(j->ranks, k, j->rank), c = 0;
     const float *weight[ROWS];
+    const char *ahead[ROWS];
     float sum[ROWS][FEW] = {{0}};
     vf sums[ROWS][FEW];
     for (int i = 0; i < some; i++) {
@@ -43,6 +45,7 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
         float *line = factor + lines(j->rank * ROWS) + i * lines(j->cols);
         if (j->stored != FLOAT32) widen(from, j->cols, j->stored, line);
         weight[i] = j->stored == FLOAT32 ? from : line;
+        ahead[i] = number(j->weight, next[i] * j->weight_stride, j->stored);
         for (int t = 0; t < tokens; t++) sums[i][t] = (vf){0};
         for (i64 t = 0; t < rank; t++) factor[t * some + i] = j->scaling * j->B[rows[i] * j->B_row + t * j->B_rank];
     }
@@ -57,6 +60,7 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
         }
 #pragma GCC unroll 4
         for (int i = 0; i < some; i++) {
+            __builtin_prefetch(ahead[i] + c * bytes_of(j->stored), 0, 2);
             vf w = load(weight[i] + c);
             w = chosen(labels == (int32_t)k, w + w * update[i], w);
 #pragma GCC unroll 8
@@ -80,16 +84,20 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
 /* Rows side by side whose sums registers hold. */
 INLINE int rows_of(i64 tokens) { return tokens * 4 <= LANES ? 4 : tokens * 2 <= LANES ? 2 : 1; }
 
-/* sums[i * tokens + t] = row i of W0, `stored` as it is, times x[t], whose rows are `stride` apart, in whole vectors. */
-INLINE void plain_rows(int stored, int tokens, int some, const void *const *weight, i64 cols, const float *x, i64 stride,
-                       float *sums) {
+/* sums[i * tokens + t] = row i of W0, `stored` as it is, times x[t], whose rows are `stride` apart, in whole vectors; the
+ * memory is asked for rows `ahead`. */
+INLINE void plain_rows(int stored, int tokens, int some, const void *const *weight, const void *const *ahead, i64 cols,
+                       const float *x, i64 stride, float *sums) {
     vf sum[PLAIN][MOST_PLAIN];
     for (int i = 0; i < some; i++)
         for (int t = 0; t < tokens; t++) sum[i][t] = (vf){0};
     for (i64 c = 0; c < cols; c += LANES) {
         vf w[PLAIN];
 #pragma GCC unroll 4
-        for (int i = 0; i < some; i++) w[i] = widened(weight[i], c, cols - c, stored);
+        for (int i = 0; i < some; i++) {
+            __builtin_prefetch(number(ahead[i], c, stored), 0, 2);
+            w[i] = widened(weight[i], c, cols - c, stored);
+        }
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) {
             vf at = load(x + t * stride + c);
@@ -104,14 +112,14 @@ INLINE void plain_rows(int stored, int tokens, int some, const void *const *weig
         }
 }
 
-static void plain(int stored, i64 tokens, int some, const void *const *weight, i64 cols, const float *x, i64 stride,
-                  float *sums) {
-#define CASE(kind, tokens)                                                        \
-    case kind * FEW + tokens:                                                     \
-        if (some == 1)                                                            \
-            plain_rows(kind, tokens, 1, weight, cols, x, stride, sums);           \
-        else                                                                      \
-            plain_rows(kind, tokens, PLAIN, weight, cols, x, stride, sums);       \
+static void plain(int stored, i64 tokens, int some, const void *const *weight, const void *const *ahead, i64 cols,
+                  const float *x, i64 stride, float *sums) {
+#define CASE(kind, tokens)                                                         \
+    case kind * FEW + tokens:                                                      \
+        if (some == 1)                                                             \
+            plain_rows(kind, tokens, 1, weight, ahead, cols, x, stride, sums);     \
+        else                                                                       \
+            plain_rows(kind, tokens, PLAIN, weight, ahead, cols, x, stride, sums); \
         break;
 #define CASES(kind) CASE(kind, 1) CASE(kind, 2) CASE(kind, 3) CASE(kind, 4) CASE(kind, 5)
     switch (stored * FEW + tokens) { CASES(FLOAT32) CASES(BFLOAT16) CASES(FLOAT16) }
@@ -133,10 +141,13 @@ static void plain_block(const few_job *j, i64 tokens, i64 rank, const float *x, 
     }
     for (i64 all = tokens * (1 + rank); first < end;) {
         int some = first + PLAIN <= end ? PLAIN : 1;
-        const void *weight[PLAIN];
+        const void *weight[PLAIN], *ahead[PLAIN];
         float sums[PLAIN * MOST_PLAIN];
-        for (int i = 0; i < some; i++) weight[i] = number(j->weight, rows[first + i] * j->weight_stride, j->stored);
-        plain(j->stored, all, some, weight, j->cols, lines_of, stride, sums);
+        for (int i = 0; i < some; i++) {
+            weight[i] = number(j->weight, rows[first + i] * j->weight_stride, j->stored);
+            ahead[i] = number(j->weight, rows[least(first + some + i, end - 1)] * j->weight_stride, j->stored);
+        }
+        plain(j->stored, all, some, weight, ahead, j->cols, lines_of, stride, sums);
         for (int i = 0; i < some; i++, first++)
             for (i64 token = 0; token < tokens; token++) {
                 float update = 0;
@@ -151,8 +162,9 @@ static void plain_block(const few_job *j, i64 tokens, i64 rank, const float *x, 
 INLINE void few_of_block(int tokens, const few_job *j, const float *x, i64 k, range own, const i64 *rows, i64 first,
                          i64 end, float *y, float *factor) {
     const int side = rows_of(tokens);
-    for (; first + side <= end; first += side) few_rows(tokens, side, j, x, k, own, rows + first, y, factor);
-    for (; first < end; first++) few_rows(tokens, 1, j, x, k, own, rows + first, y, factor);
+    for (; first + side <= end; first += side)
+        few_rows(tokens, side, j, x, k, own, rows + first, rows + (first + 2 * side <= end ? first + side : first), y, factor);
+    for (; first < end; first++) few_rows(tokens, 1, j, x, k, own, rows + first, rows + least(first + 1, end - 1), y, factor);
 }
 
 static void few_part(void *it, i64 part) {

@@ -9,14 +9,14 @@ typedef struct {
     matrix dy, x;
     const void *weight;
     i64 row_stride, col_stride;
-    int stored, kind; /* of W0, and of G */
-    const void *G;    /* where it is there already: block after block */
+    int stored, factors; /* W0 and G, A and B */
+    const void *G;       /* where it is there already: block after block */
     const i64 *row_index, *col_index;
     const int32_t *row_offsets, *col_offsets, *ranks;
-    const float *A, *B;
+    const void *A, *B;
     float scaling, *dA, *dB; /* dA (parts, rank, cols), dB (rows, rank) */
     float *workspace;
-    i64 widest, slab; /* columns of a block; rows of it whose G is held at a time */
+    i64 tallest, widest, slab; /* rows and columns of a block; rows of it whose G is held at a time */
 } gradient_job;
 
 enum {
@@ -28,12 +28,12 @@ enum {
 };
 
 /* dA[t] += Σ_i B[i][t] h[i], dB[i][t] += Σ_c h[i][c] A[t][c] for `height` rows h (height, width) and some ranks t, whose
- * rows of A and dA are `width` apart; B[i] and dB[i] are at rows[i] * stride. */
+ * rows of A and dA are `width` apart, of B `stride`; dB[i] is at rows[i] * stride. */
 INLINE void contract_ranks(int some, const float *h, i64 height, i64 width, const float *A, float *dA, const float *B,
                            float *dB, const i64 *rows, i64 stride) {
     float b[RANKS][TOGETHER] = {{0}}, sum[RANKS][TOGETHER] = {{0}};
     for (int t = 0; t < some; t++)
-        for (int i = 0; i < height; i++) b[t][i] = B[rows[i] * stride + t];
+        for (int i = 0; i < height; i++) b[t][i] = B[i * stride + t];
     i64 c = 0;
     if (height == TOGETHER) {
         vf sums[RANKS][TOGETHER] = {{{0}}};
@@ -70,13 +70,14 @@ INLINE void contract_ranks(int some, const float *h, i64 height, i64 width, cons
 }
 
 /* dA_k += B_kᵀ H and dB_k += H A_kᵀ for some rows of block k, H = s G ∘ W0, of which TOGETHER rows are held in `H`: A
- * and dA (ranks[k], width) are in block order, as is a row of W0 in `line`, which contiguous blocks do not need. */
-INLINE void contract_kind(int stored, int kind, const gradient_job *j, const void *G, float *H, i64 k, i64 first,
-                          i64 count, const float *A, float *dA, const piece *pieces, i64 some, void *line) {
+ * and dA (ranks[k], width) are in block order, as is a row of W0 in `line`, which contiguous blocks do not need; B (rows,
+ * j->rank) is of these rows. */
+INLINE void contract_kind(int stored, const gradient_job *j, const void *G, float *H, i64 k, i64 first, i64 count,
+                          const float *A, const float *B, float *dA, const piece *pieces, i64 some, void *line) {
     i64 rank = rank_of(j->ranks, k, j->rank), width = j->col_offsets[k + 1] - j->col_offsets[k];
     i64 step = j->col_stride;
     const i64 *rows = j->row_index + first, *cols = j->col_index + j->col_offsets[k];
-    for (i64 top = 0; top < count; top += TOGETHER, rows += TOGETHER) {
+    for (i64 top = 0; top < count; top += TOGETHER, rows += TOGETHER, B += TOGETHER * j->rank) {
         i64 height = least(TOGETHER, count - top);
         for (i64 i = 0; i < height; i++) {
             const void *weight = number(j->weight, rows[i] * j->row_stride, stored), *ordered = line;
@@ -88,28 +89,28 @@ INLINE void contract_kind(int stored, int kind, const gradient_job *j, const voi
                 for (i64 c = 0; c < width; c++) ((float *)line)[c] = ((const float *)weight)[cols[c] * step];
             for (i64 c = 0; c < width; c += LANES)
                 narrow(H + i * width, c, width - c,
-                       widened(G, (top + i) * width + c, width - c, kind) *
+                       widened(G, (top + i) * width + c, width - c, stored) *
                            (j->scaling * widened(ordered, c, width - c, stored)),
                        FLOAT32);
         }
         for (i64 t = 0; t < rank; t += RANKS)
             if (t + RANKS <= rank)
-                contract_ranks(RANKS, H, height, width, A + t * width, dA + t * width, j->B + t, j->dB + t, rows, j->rank);
+                contract_ranks(RANKS, H, height, width, A + t * width, dA + t * width, B + t, j->dB + t, rows, j->rank);
             else
-                contract_ranks(1, H, height, width, A + t * width, dA + t * width, j->B + t, j->dB + t, rows, j->rank);
+                contract_ranks(1, H, height, width, A + t * width, dA + t * width, B + t, j->dB + t, rows, j->rank);
     }
 }
 
 static void contract(const gradient_job *j, const void *G, float *H, i64 k, i64 first, i64 count, const float *A,
-                     float *dA, const piece *pieces, i64 some, void *line) {
-#define CALL(stored, kind) contract_kind(stored, kind, j, G, H, k, first, count, A, dA, pieces, some, line)
-    WITH_KINDS(j->stored, j->kind, CALL)
+                     const float *B, float *dA, const piece *pieces, i64 some, void *line) {
+#define CALL(stored) contract_kind(stored, j, G, H, k, first, count, A, B, dA, pieces, some, line)
+    WITH_KIND(j->stored, CALL)
 #undef CALL
 }
 
-static i64 gradient_size(i64 tokens, i64 widest, i64 slab, i64 rank) {
-    return lines(slab * widest) + lines(TOGETHER * widest) + 2 * lines(rank * widest) + lines(widest + PIECE) + pieces_size(widest) +
-           product_size(slab, tokens, 0);
+static i64 gradient_size(i64 tokens, i64 tallest, i64 widest, i64 slab, i64 rank) {
+    return lines(slab * widest) + lines(TOGETHER * widest) + 2 * lines(rank * widest) + lines(rank * tallest) +
+           lines(widest + PIECE) + pieces_size(widest) + product_size(slab, tokens, 0);
 }
 
 /* Some rows of block k, from `first` to `end`; `given` is their G where it is there already. */
@@ -118,23 +119,25 @@ static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, con
     const i64 *cols = j->col_index + col;
     if (first >= end || !width || rank < 1) return;
     float *G = workspace, *H = G + lines(j->slab * j->widest), *A = H + lines(TOGETHER * j->widest), *sum = A + lines(rank * width);
-    float *line = sum + lines(rank * width), *rest = line + lines(width + PIECE);
+    float *B = sum + lines(rank * width), *line = B + lines(j->rank * j->tallest), *rest = line + lines(width + PIECE);
     piece *pieces = (piece *)rest;
     i64 some = stored_pieces_of(cols, width, j->stored, pieces);
     rest += pieces_size(width);
     for (i64 t = 0; t < rank; t++)
         for (i64 c = 0; c < width; c++) {
-            A[t * width + c] = j->A[t * j->cols + cols[c]];
+            A[t * width + c] = one_of(j->A, t * j->cols + cols[c], j->factors);
             sum[t * width + c] = dA[t * j->cols + cols[c]];
         }
+    for (i64 i = first; i < end; i++)
+        for (i64 t = 0; t < rank; t++) B[(i - first) * j->rank + t] = one_of(j->B, j->row_index[i] * j->rank + t, j->factors);
     matrix dy = j->dy, x = j->x;
     if (!j->contiguous) dy.rows = j->row_index;
     if (!j->contiguous || x.keep) x.rows = j->col_index;
-    if (given) contract(j, given, H, k, first, end - first, A, sum, pieces, some, line);
-    for (; first < end && !given; first += j->slab) {
+    if (given) contract(j, given, H, k, first, end - first, A, B, sum, pieces, some, line);
+    for (; first < end && !given; first += j->slab, B += j->slab * j->rank) {
         i64 count = least(j->slab, end - first);
         product(dy, first, count, x, col, width, j->tokens, NULL, G, width, 0, rest);
-        contract(j, G, H, k, first, count, A, sum, pieces, some, line);
+        contract(j, G, H, k, first, count, A, B, sum, pieces, some, line);
     }
     for (i64 t = 0; t < rank; t++)
         for (i64 c = 0; c < width; c++) dA[t * j->cols + cols[c]] = sum[t * width + c];
@@ -144,14 +147,14 @@ static void gradient_part(void *it, i64 part) {
     gradient_job *j = it;
     if (part >= j->parts) return;
     float *dA = j->dA + part * j->rank * j->cols;
-    float *workspace = j->workspace + part * gradient_size(j->tokens, j->widest, j->slab, j->rank);
+    float *workspace = j->workspace + part * gradient_size(j->tokens, j->tallest, j->widest, j->slab, j->rank);
     for (i64 k = 0, before = 0; k < j->blocks; k++) {
         i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, width = j->col_offsets[k + 1] - j->col_offsets[k];
         /* In whole groups, so that a row of dB is summed in the same order however many threads there are; where a block
          * has fewer than threads, others take the next block's. */
         i64 turn = (part + k) % j->parts;
         i64 first = share_of(height, TOGETHER, turn, j->parts), end = share_of(height, TOGETHER, turn + 1, j->parts);
-        const void *given = j->G ? number(j->G, before + first * width, j->kind) : NULL;
+        const void *given = j->G ? number(j->G, before + first * width, j->stored) : NULL;
         block_gradient(j, k, top + first, top + end, given, dA, workspace);
         before += height * width;
     }
@@ -167,7 +170,7 @@ static i64 slab_of(const int32_t *row_offsets, i64 blocks, i64 threads) {
 i64 smoa_gradient_workspace(i64 tokens, const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 rank,
                             i64 threads) {
     i64 slab = slab_of(row_offsets, blocks, threads);
-    return threads * gradient_size(tokens, largest_of(col_offsets, blocks), slab, rank) + 16;
+    return threads * gradient_size(tokens, largest_of(row_offsets, blocks), largest_of(col_offsets, blocks), slab, rank) + 16;
 }
 
 /* dA (threads, rank, cols), still to be summed, and dB (rows, rank), zeros before: of dy (tokens, rows) and x (tokens,
@@ -180,23 +183,24 @@ void smoa_gradient(i64 tokens, i64 rows, i64 cols, const float *dy, i64 dy_strid
     gradient_job job = {tokens, rows, cols, blocks, rank, threads, contiguous, matrix_of(dy, 1, dy_stride),
                         some_of(x, 1, x_stride, keep, cols), weight, row_stride, col_stride, FLOAT32, FLOAT32, NULL,
                         row_index, col_index, row_offsets, col_offsets, ranks, A, B, scaling, dA, dB,
-                        from_a_line(workspace), largest_of(col_offsets, blocks), slab_of(row_offsets, blocks, threads)};
+                        from_a_line(workspace), largest_of(row_offsets, blocks), largest_of(col_offsets, blocks),
+                        slab_of(row_offsets, blocks, threads)};
     in_parallel(gradient_part, &job, threads);
 }
 
 /* Floats that smoa_contract needs. */
-i64 smoa_contract_workspace(const int32_t *col_offsets, i64 blocks, i64 rank, i64 threads) {
-    return threads * gradient_size(0, largest_of(col_offsets, blocks), 0, rank) + 16;
+i64 smoa_contract_workspace(const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 rank, i64 threads) {
+    return threads * gradient_size(0, largest_of(row_offsets, blocks), largest_of(col_offsets, blocks), 0, rank) + 16;
 }
 
-/* The same of G that is there, of `kind`, one block (its rows, its columns) after another, added to dA and dB; W0 is
- * `stored` as that or as float32, its rows contiguous. */
-void smoa_contract(i64 rows, i64 cols, const void *G, i64 kind, const void *weight, i64 row_stride, i64 stored,
-                   const i64 *row_index, const i64 *col_index, const int32_t *row_offsets, const int32_t *col_offsets,
-                   i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank, const float *A, const float *B,
+/* The same of G that is there, one block (its rows, its columns) after another, added to dA and dB. G and W0, its rows
+ * contiguous, are `stored` alike, A and B as `factors` says. */
+void smoa_contract(i64 rows, i64 cols, const void *G, const void *weight, i64 row_stride, i64 stored, const i64 *row_index,
+                   const i64 *col_index, const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks,
+                   i64 contiguous, const int32_t *ranks, i64 rank, const void *A, const void *B, i64 factors,
                    float scaling, float *dA, float *dB, float *workspace, i64 threads) {
     gradient_job job = {0, rows, cols, blocks, rank, threads, contiguous, {0}, {0}, weight, row_stride, 1, (int)stored,
-                        (int)kind, G, row_index, col_index, row_offsets, col_offsets, ranks, A, B, scaling, dA, dB,
-                        from_a_line(workspace), largest_of(col_offsets, blocks), 0};
+                        (int)factors, G, row_index, col_index, row_offsets, col_offsets, ranks, A, B, scaling, dA, dB,
+                        from_a_line(workspace), largest_of(row_offsets, blocks), largest_of(col_offsets, blocks), 0};
     in_parallel(gradient_part, &job, threads);
 }

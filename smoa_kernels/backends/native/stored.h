@@ -8,20 +8,29 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
 
-/* CALL(stored, other) with kinds that the compiler knows: the same twice, or float32 and a half type. */
-#define WITH_KINDS(stored, other, CALL)                               \
-    switch ((stored) * 3 + (other)) {                                 \
-        case FLOAT32 * 3 + FLOAT32: CALL(FLOAT32, FLOAT32); break;    \
-        case FLOAT32 * 3 + BFLOAT16: CALL(FLOAT32, BFLOAT16); break;  \
-        case FLOAT32 * 3 + FLOAT16: CALL(FLOAT32, FLOAT16); break;    \
-        case BFLOAT16 * 3 + BFLOAT16: CALL(BFLOAT16, BFLOAT16); break; \
-        case FLOAT16 * 3 + FLOAT16: CALL(FLOAT16, FLOAT16); break;    \
+/* CALL(stored) with a kind that the compiler knows. */
+#define WITH_KIND(stored, CALL)                  \
+    switch (stored) {                            \
+        case FLOAT32: CALL(FLOAT32); break;      \
+        case BFLOAT16: CALL(BFLOAT16); break;    \
+        case FLOAT16: CALL(FLOAT16); break;      \
     }
 
 static inline i64 bytes_of(int stored) { return stored == FLOAT32 ? 4 : 2; }
 
 static inline const void *number(const void *from, i64 at, int stored) {
     return (const char *)from + at * bytes_of(stored);
+}
+
+/* One of them, number `at`. */
+static inline float one_of(const void *from, i64 at, int stored) {
+    if (stored == FLOAT32) return ((const float *)from)[at];
+    uint16_t half = ((const uint16_t *)from)[at];
+    if (stored == FLOAT16) return _cvtsh_ss(half);
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 static inline vf chosen(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
