@@ -142,7 +142,7 @@ def test_workflows_run_targets_that_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     workflows = [path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")]
     asked = {name for text in workflows for name in re.findall(r"run: make (\S+)", text)}
-    assert {"test", "docs", "dist", "dist-oldest", "gpu", "actionlint"} <= asked <= targets
+    assert {"test", "docs", "dist", "dist-oldest", "gpu"} <= asked <= targets
 
 
 def test_issue_forms_ask_for_info() -> None:
