@@ -20,7 +20,7 @@ import minilm
 import torch
 import trec
 import typer
-from options import count, natural, positive
+from options import count, natural, positive, run_command
 from peft import TaskType, get_peft_model
 from questions import Question, split
 from rich.console import Console
@@ -225,17 +225,7 @@ class Progressing(TrainerCallback):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; report bad input in one line."""
-    try:
-        return app(arguments, standalone_mode=False) or 0
-    except typer.TyperException as error:
-        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        console.print("[yellow]Interrupted; --resume goes on from the last checkpoint.[/]")
-        return 130
+    return run_command(app, arguments, "interrupted; --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import trec
 import typer
-from options import count, natural, positive
+from options import count, natural, positive, run_command
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from questions import Question, split
 from rich.console import Console
@@ -194,17 +194,7 @@ class Lines(TrainerCallback):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; report bad input in one line."""
-    try:
-        return app(arguments, standalone_mode=False) or 0
-    except typer.TyperException as error:
-        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        console.print("[yellow]Interrupted.[/]")
-        return 130
+    return run_command(app, arguments)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,23 @@
-"""Parsers of numbers on the command line whose complaints name the value and what is allowed."""
+"""The command line of the examples: numbers whose complaints name the value and what is allowed, errors of one line."""
 
 import math
+import sys
 
 import typer
+
+
+def run_command(app: typer.Typer, arguments: list[str] | None, interrupted: str = "interrupted") -> int:
+    """Run an example and return its exit code; bad input, a missing file and Ctrl-C are one line on stderr."""
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        message, code = error.format_message(), error.exit_code
+    except OSError as error:
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = interrupted, 130
+    print("error:", *message.split(), file=sys.stderr)
+    return code
 
 
 def count(text: str) -> int:

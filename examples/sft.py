@@ -14,6 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep early, for
 
 import random
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ import smollm2
 import torch
 import typer
 from datasets import Dataset, disable_progress_bars
-from options import count, natural, positive
+from options import count, natural, positive, run_command
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -31,6 +32,9 @@ from trl import SFTConfig, SFTTrainer
 from smoa_kernels.peft import SMoAConfig
 
 HELD_OUT = 50  # answers to judge the adapter by
+
+# Its new name, which TRL does not use yet.
+warnings.filterwarnings("ignore", message=".*activation_checkpointing", category=FutureWarning)
 
 console = Console(highlight=False)
 app = typer.Typer(add_completion=False)
@@ -161,14 +165,7 @@ def show(before: dict[str, str], after: dict[str, str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; report bad input in one line."""
-    try:
-        return app(arguments, standalone_mode=False) or 0
-    except typer.TyperException as error:
-        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        console.print("[yellow]Interrupted; --resume goes on from the last checkpoint.[/]")
-        return 130
+    return run_command(app, arguments, "interrupted; --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -115,9 +115,8 @@ def run(code: str, **given: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def tiny_llama(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+def tiny_llama() -> Callable[[], Any]:
     pytest.importorskip("peft", reason="the examples with PEFT need the peft extra")
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "peft"))
     from tiny_models import tiny_llama
 
     return tiny_llama

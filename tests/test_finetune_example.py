@@ -20,13 +20,14 @@ sys.path.insert(0, str(SCRIPT.parent))
 
 import finetune
 import smollm2
+import tiny_models
 import trec
 from adapters import load
 from questions import Encoder, Question, read_jsonl, split
 from run_folder import RunFolder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training import next_token_scores
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 pytestmark = pytest.mark.slow
@@ -50,38 +51,28 @@ WORDS = (
 )
 
 
-def save_tiny_model(folder: Path, config: LlamaConfig | GPT2Config) -> Path:
+def save_tiny_model(folder: Path, model: PreTrainedModel) -> Path:
     vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", *ANSWERS, *WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(
         folder
     )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
+    return save_tiny_model(
+        tmp_path_factory.mktemp("model") / "tiny-llama", tiny_models.tiny_llama(vocab_size=32)
     )
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-llama", config)
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = GPT2Config(
-        vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
-    )
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-gpt2", config)
+    model = tiny_models.tiny_gpt2(vocab_size=32, bos_token_id=0, eos_token_id=0)
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-gpt2", model)
 
 
 @pytest.fixture(scope="session")

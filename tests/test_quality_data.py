@@ -74,12 +74,9 @@ def test_a_cut_model_says_what_the_whole_one_does(cut: Any) -> None:
 
 
 def test_answers_in_one_row_score_as_they_do_alone() -> None:
-    from transformers import LlamaConfig, LlamaModel
+    from tiny_models import tiny_llama
 
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
-    whole = LlamaModel(config).eval()
+    whole = tiny_llama(vocab_size=128).model
     lower, body = copy.deepcopy(whole), copy.deepcopy(whole)
     lower.layers, lower.norm = lower.layers[:1], nn.Identity()  # type: ignore[assignment]
     lower.config.num_hidden_layers = 1

@@ -41,6 +41,14 @@ def folder(make_model, tokens, tmp_path):
         return tmp_path / "adapter", logits(model, tokens)
 
 
+@pytest.fixture(scope="session")
+def quantizable(tmp_path_factory):
+    """A folder of a base whose layers every library can quantise."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def transformers_adapters(monkeypatch):
     """transformers' own adapter methods, also where they ask for a PEFT that is not released; what they call is there.

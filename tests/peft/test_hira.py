@@ -416,13 +416,11 @@ def test_a_model_without_hira_is_refused():
 
 
 @pytest.fixture(params=["nf4", "nf4, double", "fp4", "int8"])
-def quantized(request, tmp_path):
+def quantized(request, quantizable):
     """A HiRA model over a quantised base, with random factors."""
-    pytest.importorskip("bitsandbytes", reason="the extra of quantised bases is not installed")
-    from test_quantized import KINDS, load
+    from quantized_bases import KINDS, load  # which skips where their extra is not installed
 
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
-    model = load(tmp_path, KINDS[request.param])
+    model = load(quantizable, KINDS[request.param])
     model = get_peft_model(model, config(model, target_modules=["q_proj", "up_proj"]))
     shrink(model)
     return model

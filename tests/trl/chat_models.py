@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
+from tiny_models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from smoa_kernels.peft import SMoAConfig
 
@@ -69,20 +70,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def save_base(folder: Path) -> Path:
     """A folder with a chat model of random weights and its tokenizer."""
     words = tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    model = tiny_llama(
         vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         initializer_range=0.1,
         pad_token_id=words.pad_token_id,
         eos_token_id=words.eos_token_id,
         bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 

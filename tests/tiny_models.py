@@ -1,5 +1,7 @@
 """Tiny models made from a config: nothing is downloaded."""
 
+from typing import Any
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -15,11 +17,11 @@ GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions"
 GPT2_QUIET = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
-def tiny_llama(seed=0, **settings):
+def tiny_llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{**LLAMA, **settings})).eval()
 
 
-def tiny_gpt2(seed=0):
+def tiny_gpt2(seed: int = 0, **settings: Any) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(**GPT2, **GPT2_QUIET)).eval()
+    return GPT2LMHeadModel(GPT2Config(**{**GPT2, **GPT2_QUIET, **settings})).eval()

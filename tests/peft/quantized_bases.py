@@ -1,0 +1,106 @@
+"""Quantised bases of a tiny model: of bitsandbytes, torchao and transformers' FP8, and what watches their tests.
+
+Importing it skips the file where the extra of quantised bases is not installed.
+"""
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers.integrations.finegrained_fp8 import FP8Linear
+
+from smoa_kernels.peft import SMoAConfig
+
+bnb = pytest.importorskip("bitsandbytes", reason="the extra of quantised bases is not installed")
+torchao = pytest.importorskip("torchao.quantization", reason="the extra of quantised bases is not installed")
+int4 = pytest.importorskip(
+    "torchao.prototype.quantization.int4", reason="torchao lacks its 4-bit kernel for CPUs"
+)
+mx_formats = pytest.importorskip(
+    "torchao.prototype.mx_formats.inference_workflow", reason="torchao lacks its 4-bit floats"
+)
+
+
+def four_bits(kind, double=False, compute=torch.float32):
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def float8(model, block=(48, 32)):
+    """A plain model's linear layers as transformers' `FP8Linear`, whose own product needs a GPU."""
+    for name, linear in list(model.named_modules()):
+        if type(linear) is nn.Linear and "lm_head" not in name:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, float8_layer(linear, block))
+    return model
+
+
+def float8_layer(linear, block):
+    layer = FP8Linear(linear.in_features, linear.out_features, block, has_bias=linear.bias is not None)
+    weight, (height, width) = linear.weight.data.float(), block or linear.weight.shape
+    of_weight = torch.empty_like(weight)
+    scales = torch.empty(-(-weight.shape[0] // height), -(-weight.shape[1] // width))
+    for row, col in np.ndindex(*scales.shape):
+        part = np.s_[row * height : (row + 1) * height, col * width : (col + 1) * width]
+        of_weight[part] = scales[row, col] = weight[part].abs().max() / 448
+    layer.weight = nn.Parameter((weight / of_weight).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale_inv = nn.Parameter(scales.view(()) if block is None else scales, requires_grad=False)
+    layer.bias = linear.bias
+    layer.wanted = layer.weight.float() * of_weight  # W0
+    return layer
+
+
+KINDS = {
+    "nf4": four_bits("nf4"),
+    "nf4, double": four_bits("nf4", double=True),
+    "fp4": four_bits("fp4"),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+    "torchao int8": TorchAoConfig(torchao.Int8WeightOnlyConfig()),
+    "torchao int4": TorchAoConfig(int4.PrototypeInt4WeightOnlyConfig(group_size=32)),
+    "torchao float8": TorchAoConfig(torchao.Float8WeightOnlyConfig()),
+    "torchao nvfp4": TorchAoConfig(mx_formats.NVFP4WeightOnlyConfig()),
+    "fp8": float8,
+}
+SLOW = pytest.mark.slow
+# `make test` meets a kind of each library.
+EACH = [pytest.param(kind, marks=[] if kind in ("nf4", "torchao int8", "fp8") else SLOW) for kind in KINDS]
+
+
+def load(folder, config, dtype=torch.float32, device="cpu"):
+    """The base in the folder `saved`, quantised."""
+    if callable(config):
+        return config(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=dtype, device_map=device
+    ).eval()
+
+
+def adapt(model, **settings):
+    defaults = {"r": 4, "target_modules": "all-linear", "init_weights": False, "smoa_alpha": 0.5}
+    torch.manual_seed(0)
+    return get_peft_model(model, SMoAConfig(**{**defaults, **settings}))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of a floating-point tensor that an operator gives, but for one at a known place."""
+
+    def __init__(self, known_place=None):
+        super().__init__()
+        self.known_place, self.elements = known_place, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.itemsize > 1:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() != self.known_place:
+                    self.elements = max(self.elements, storage.nbytes() // tensor.element_size())
+        return result

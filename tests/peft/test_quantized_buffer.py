@@ -1,0 +1,273 @@
+"""The buffer that a quantised W0 is dequantised into: used again, never by two at once, never referred to later."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from adapted import layer_list
+from peft.utils.quantization_utils import Bnb4bitBackend
+from quantized_bases import EACH, KINDS, SLOW, Largest, adapt, bnb, float8_layer, load, mx_formats, torchao
+from torch import nn
+
+from smoa_kernels.peft import dequantize as module
+from smoa_kernels.peft.dequantize import ScratchPool
+
+CPU = torch.device("cpu")
+PANEL = 700
+
+
+@pytest.fixture(params=EACH)
+def model(request, quantizable):
+    """An adapted model over a base of each kind, in training mode."""
+    return adapt(load(quantizable, KINDS[request.param])).train()
+
+
+@pytest.fixture
+def nf4(quantizable):
+    return adapt(load(quantizable, KINDS["nf4"])).train()
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """A pool of the test's own, and panels of some rows."""
+    fresh = ScratchPool()
+    monkeypatch.setattr(module, "_SCRATCH", fresh)
+    monkeypatch.setattr(module, "_PANEL_ELEMENTS", {"cpu": PANEL, "gpu": PANEL})
+    return fresh
+
+
+def buffers(pool):
+    return [buffer for free in pool._free.values() for buffer in free]
+
+
+def gradients(model, tokens, before_backward=lambda: None):
+    torch.manual_seed(1)
+    model.zero_grad()
+    loss = model(tokens).logits.square().sum()
+    before_backward()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def without_a_buffer(model, tokens, monkeypatch):
+    """The gradients where each call dequantises anew, as PEFT does."""
+    read = module.read_weight
+    with monkeypatch.context() as allocating:
+        allocating.setattr(module, "_filler", lambda *_: None)
+        # Rows side by side, as in the buffer: torchao's int4 comes transposed, which a GEMM may sum otherwise.
+        allocating.setattr(module, "read_weight", lambda *given: read(*given).contiguous())
+        return gradients(model, tokens)
+
+
+def test_the_buffer_holds_what_peft_reads(model, pool):
+    for dtype in (torch.float32, torch.bfloat16):
+        for layer in layer_list(model):
+            with layer._dequantized(dtype) as weight:
+                found = weight.clone()
+            assert weight.data_ptr() == buffers(pool)[-1].data_ptr()
+            assert torch.equal(found, layer.base_weight().to(dtype))
+    assert {buffer.dtype for buffer in buffers(pool)} == {torch.float32, torch.bfloat16}
+    assert len(buffers(pool)) == 2
+
+
+def test_one_buffer_serves_every_layer_and_nothing_needs_it_later(model, tokens, pool, monkeypatch):
+    expected = without_a_buffer(model, tokens, monkeypatch)
+    assert not buffers(pool)
+    places = []
+
+    def spoil():
+        (buffer,) = buffers(pool)
+        assert buffer.numel() == 128 * 64
+        places.append(buffer.fill_(torch.nan).data_ptr())
+
+    for name, gradient in gradients(model, tokens, spoil).items():
+        assert torch.equal(gradient, expected[name])
+    assert [buffer.data_ptr() for buffer in buffers(pool)] == places
+
+
+def test_nothing_of_the_weights_size_is_allocated(model, pool):
+    """What a library returns is a panel of it."""
+
+    for layer in layer_list(model):
+        with layer._dequantized(torch.float32) as weight:
+            place, size = weight.untyped_storage().data_ptr(), weight.numel()
+        with Largest(place) as largest, layer._dequantized(torch.float32) as weight:
+            assert weight.data_ptr() == place
+        # torchao's int4 takes one panel and returns one; its NVFP4 has panels of 128 rows, these layers whole.
+        at_most = size if hasattr(layer.base_layer.weight, "is_swizzled_scales") else 2 * PANEL
+        assert 0 < largest.elements <= at_most <= size
+
+
+def test_forwards_and_backwards_of_two_layers_interleave(nf4, pool):
+    first, *_, second = layer_list(nf4)
+    assert first.base_weight().shape != second.base_weight().shape
+    inputs = [torch.randn(5, layer.in_features, requires_grad=True) for layer in (first, second)]
+
+    def alone(layer, x):
+        layer(x).square().sum().backward()
+        found = [x.grad, layer.smoa_A["default"].grad, layer.smoa_B["default"].grad]
+        x.grad = layer.smoa_A["default"].grad = layer.smoa_B["default"].grad = None
+        return found
+
+    expected = [alone(first, inputs[0]), alone(second, inputs[1])]
+
+    @torch.enable_grad()
+    def inside(gradient):  # a forward and a backward while the other layer's backward is under way
+        assert all(map(torch.equal, alone(second, inputs[1]), expected[1]))
+        return gradient
+
+    outputs = [first(inputs[0]), second(inputs[1]).detach()]
+    outputs[0].register_hook(inside)
+    outputs[0].square().sum().backward()
+    found = [inputs[0].grad, first.smoa_A["default"].grad, first.smoa_B["default"].grad]
+    assert all(map(torch.equal, found, expected[0]))
+    assert len(buffers(pool)) == 1
+
+
+def test_recomputation_inference_and_merging_leave_the_gradients_alone(nf4, tokens, pool):
+    with torch.inference_mode():  # a buffer made in that mode serves training
+        nf4(tokens)
+    expected = gradients(nf4, tokens)
+    nf4.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recomputed = gradients(nf4, tokens)
+    nf4.gradient_checkpointing_disable()
+    assert len(buffers(pool)) == 1
+    over_merged = gradients(nf4, tokens, nf4.merge_adapter)  # a backward after a merge is still of W0
+    for name, gradient in expected.items():
+        torch.testing.assert_close(recomputed[name], gradient)
+        torch.testing.assert_close(over_merged[name], gradient)
+
+
+def test_an_unlent_buffer_is_lent_again_and_grows():
+    pool = ScratchPool()
+    with pool.borrow((3, 4), torch.float32, CPU) as first:
+        assert first.shape == (3, 4)
+        place = first.data_ptr()
+    with pool.borrow((6, 2), torch.float32, CPU) as again:
+        assert again.data_ptr() == place
+    with pool.borrow((5, 5), torch.float32, CPU) as larger:
+        assert larger.is_contiguous()
+    with pytest.raises(RuntimeError), pool.borrow((5, 5), torch.float32, CPU):
+        raise RuntimeError
+    assert [buffer.numel() for buffer in buffers(pool)] == [25]
+
+
+def test_a_captured_graph_has_a_buffer_of_its_own(monkeypatch):
+    """Capture is pretended, and the test's references to what was allocated under it stand for the graphs'."""
+    pool = ScratchPool()
+    with pool.borrow((4,), torch.float32, CPU) as eager:
+        place = eager.data_ptr()
+    graphs = []
+    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    for _ in range(2):
+        with pool.borrow((4,), torch.float32, CPU) as captured:
+            graphs.append(captured)
+    monkeypatch.undo()
+    with pool.borrow((4,), torch.float32, CPU) as eager:
+        assert eager.data_ptr() == place  # the eager pass goes on with its own
+    assert len({place, *(buffer.data_ptr() for buffer in graphs)}) == 3
+    assert len(buffers(pool)) == 1
+
+
+def test_nested_and_threaded_use_never_shares():
+    pool = ScratchPool()
+    with (
+        pool.borrow((4,), torch.float32, CPU) as outer,
+        pool.borrow((4,), torch.float32, CPU) as inner,
+    ):
+        outer.fill_(1)
+        inner.fill_(2)
+        assert outer.tolist() == [1] * 4
+    assert len(buffers(pool)) == 2
+    barrier, seen = threading.Barrier(4), []
+
+    def use(value):
+        for _ in range(50):
+            with pool.borrow((64,), torch.float32, CPU) as buffer:
+                buffer.fill_(value)
+                barrier.wait(timeout=10)
+                seen.append(bool((buffer == value).all()))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, range(4)))
+    assert seen == [True] * 200
+    assert len(buffers(pool)) == 4
+
+
+# What is read a panel at a time
+
+
+@pytest.mark.parametrize("block", [None, (48, 32), (64, 64), (128, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_blocks_are_read_as_they_were_scaled(block, dtype, pool):
+    base = nn.Linear(72, 200)
+    model = adapt(nn.Sequential(float8_layer(base, block)), target_modules=["0"])
+    (layer,) = layer_list(model)
+    assert torch.equal(layer.base_weight(), layer.base_layer.wanted)
+    with layer._dequantized(dtype) as weight:
+        assert torch.equal(weight, layer.base_layer.wanted.to(dtype))
+    assert layer.smoa_A["default"].dtype == torch.float32
+
+
+@SLOW
+def test_panels_of_nvfp4_start_where_its_scales_do(pool):
+    base = nn.Sequential(nn.Linear(64, 304, bias=False, dtype=torch.bfloat16))
+    torchao.quantize_(base, mx_formats.NVFP4WeightOnlyConfig())
+    weight = base[0].weight
+    buffer = torch.empty(304, 64)
+    with torch.no_grad(), Largest(buffer.data_ptr()) as largest:
+        module._fill_from_torchao(buffer, weight)
+    assert torch.equal(buffer, weight.dequantize().float())
+    assert largest.elements <= 128 * 64 * 2
+
+
+# bitsandbytes' 4-bit kernels for GPUs write where they are told to
+
+
+def four_bit_layer(kind="nf4", width=64):
+    layer = bnb.nn.Linear4bit(width, 96, bias=False, quant_type=kind)
+    weight = torch.randn(96, width, generator=torch.Generator().manual_seed(0))
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind)
+    return layer
+
+
+@SLOW
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("width", [64, 1216, 63, 96, 100])  # of the last three no row is whole blocks
+def test_panels_of_four_bit_weights_are_whole_blocks(kind, width, pool):
+    layer = four_bit_layer(kind, width).to("cpu")
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    with module.dequantized(Bnb4bitBackend(), layer, torch.float32) as weight:
+        assert torch.equal(weight, expected)
+
+
+def test_a_kernel_that_takes_a_buffer_is_given_it(pool):
+    """The CPU's gets that form, for the length of the test."""
+    layer, places = four_bit_layer().to("cpu"), []
+
+    def fill(*given):
+        *args, out = given
+        places.append(out.data_ptr())
+        out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*args))
+
+    with torch.library._scoped_library("bitsandbytes", "IMPL") as library:
+        library.impl("dequantize_4bit.out", fill, "CPU")
+        for dtype in (torch.float32, torch.bfloat16):  # the second is not the weight's: it is cast
+            with module.dequantized(Bnb4bitBackend(), layer, dtype) as weight:
+                assert torch.equal(weight, module.read_weight(Bnb4bitBackend(), layer).to(dtype))
+    (buffer, _) = sorted(buffers(pool), key=lambda buffer: -buffer.element_size())
+    assert places[0] == buffer.data_ptr()
+    assert len(places) == len(set(places)) == 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes' own kernel for it is CUDA's")
+def test_the_gpus_kernel_fills_the_buffer(pool):
+    layer = four_bit_layer().cuda()
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    for _ in range(2):
+        with module.dequantized(Bnb4bitBackend(), layer, torch.float32) as weight:
+            assert torch.equal(weight, expected)
+            assert len(buffers(pool)) == 0
+    assert [buffer.data_ptr() for buffer in buffers(pool)] == [weight.data_ptr()]
