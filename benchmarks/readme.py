@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .goals import GOALS
 from .providers import HIRA, LORA, SMOA
 from .results import Result, Run, read_all, write
 from .tables import marked, one_billion, ratios, table
@@ -112,23 +111,17 @@ def _machines(jobs: Mapping[str, dict[str, Any]], runs: list[Run]) -> str:
     rates = ", ".join(f"{METHODS[name]} {job['summary']['learning_rate']:g}" for name, job in jobs.items())
     commits = ", ".join(sorted({job["commit"] for job in jobs.values()}))
     layers = "; ".join(
-        f"{run.machine['device']}, {run.machine['threads']} thread, commit {run.commit}, {_goals(run)}"
-        f"[tables](benchmarks/results/README.md#{anchor(run)})"
+        f"{run.machine['device']}, {run.machine['threads']} thread, commit {run.commit}, "
+        f"[tables, goals met and missed](benchmarks/results/README.md#{anchor(run)})"
         for run in runs
     )
     return (
         "The first four rows are one fine-tuning by each method (`make main-job`; one seed, our own split of the TREC "
         f"questions, {smoa['options']['dtype']}, {smoa['machine']['cpu']}, {smoa['machine']['threads']} threads, "
-        f"commit {commits}). Learning rates were chosen on a validation split: {rates}. The other rows are "
-        f"medians of `make bench` ({layers})."
+        f"commit {commits}; SmolLM2's weights are those of a 4-bit file, Q4_1, dequantised). Learning rates "
+        f"were chosen on a validation split: {rates}. The other rows are "
+        f"medians of `make bench` ({layers}); –: not measured."
     )
-
-
-def _goals(run: Run) -> str:
-    """How many of the goals for CPUs that a run measured it met."""
-    verdicts = [goal.verdict(goal.measure(run)) for goal in GOALS]
-    measured = len(verdicts) - verdicts.count("not measured")
-    return "" if run.on_gpu else f"{verdicts.count('met')} of {measured} performance goals met, "
 
 
 def _injection(run: Run) -> str:
@@ -138,7 +131,8 @@ def _injection(run: Run) -> str:
     for result in run.select("adapter"):
         inject = result.comparison("inject")
         times.append(
-            f"{marked(f'{inject.time(SMOA).median:.1f} s', inject.doubt)} for {result.params['model']}"
+            f"{marked(f'{inject.time(SMOA).median:.1f} s', inject.doubt)} for "
+            f"{result.params['model'].partition(' (')[0]}"
         )
     if model is None or not times:
         return ""

@@ -84,7 +84,7 @@ def read_config(folder: Path, methods: Sequence[str]) -> PeftConfig:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():  # PEFT would look for it on a hub
-        raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}")
+        raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}: give the folder of a saved adapter")
     method = read_json(path).get("peft_type")
     if method not in methods:
         allowed = " or ".join(str(getattr(name, "value", name)) for name in methods)
@@ -170,7 +170,8 @@ class ModelFolder:
         self.files = dict(self._scan(folder))
         if not self.files:
             raise FileNotFoundError(
-                f"there are no safetensors files in {folder}, as save_pretrained writes them"
+                f"there are no safetensors files in {folder}, as save_pretrained writes them; `hf download NAME` "
+                "fetches a model and prints its folder"
             )
 
     @staticmethod
