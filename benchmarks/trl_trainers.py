@@ -2,8 +2,7 @@
 
     python -m benchmarks.trl_trainers [sft dpo grpo reward]
 
-The two runs of a trainer take turns step by step, so that what else the machine does slows both. Seconds are those of
-the processor: on a busy machine they say more than the clock's.
+The two runs of a trainer take turns step by step, so that what else the machine does slows both.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ SHARED: dict[str, Any] = {
 
 
 class Turns(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
-    """Lets two trainers step in turn, and notes the processor's seconds of each step and what was logged."""
+    """Lets two trainers step in turn, and notes the seconds of each step and what was logged."""
 
     def __init__(self, mine: threading.Semaphore, theirs: threading.Semaphore) -> None:
         self.mine, self.theirs = mine, theirs
@@ -71,13 +70,14 @@ class Turns(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
         self.logs: list[dict[str, float]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Wait for the other's step to end."""
+        """Wait for the other's step to end; both then draw the same numbers, which GRPO samples by."""
         self.mine.acquire()
-        self.began = time.process_time()
+        torch.manual_seed(len(self.seconds))
+        self.began = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Give the turn to the other."""
-        self.seconds.append(time.process_time() - self.began)
+        self.seconds.append(time.perf_counter() - self.began)
         self.theirs.release()
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
@@ -100,7 +100,9 @@ def make(kind: str, method: str, folder: str) -> Any:
         model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32, num_labels=1)
     else:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    arguments = {"output_dir": folder, "learning_rate": LEARNING_RATE[method], **SHARED}
+    # A reward model's head is new, trained in full, and takes the adapter's rate: 1e-2 is too much for it.
+    rate = LEARNING_RATE["LoRA" if kind == "reward" else method]
+    arguments = {"output_dir": folder, "learning_rate": rate, **SHARED}
     shared = {
         "model": model,
         "processing_class": AutoTokenizer.from_pretrained(base),
