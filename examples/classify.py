@@ -24,7 +24,7 @@ from options import count, natural, positive, run_command
 from peft import TaskType, get_peft_model
 from questions import Question, split
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from training import Score
 from transformers import (
     AutoModelForSequenceClassification,
@@ -198,7 +198,10 @@ class Progressing(TrainerCallback):
             TextColumn("{task.fields[now]}"),
         )
         self.progress = Progress(
-            *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+            *columns,
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("", total=steps, now="")
 

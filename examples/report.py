@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from questions import Question
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from training import TrainingRecord
 
@@ -17,7 +17,12 @@ LINE_EVERY = 10  # steps, where there is no terminal to redraw a bar on
 @contextmanager
 def evaluation_progress(console: Console, title: str, questions: int) -> Iterator[Callable[[int], None]]:
     """Show a bar that the yielded function advances by a number of questions."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=questions)
         yield lambda done: progress.advance(task, done)
@@ -28,7 +33,10 @@ def training_progress(console: Console, steps: int) -> Iterator[Callable[[Traini
     """Show a bar with the loss and the tokens per second of the last step."""
     columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
     with Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+        *columns,
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("", total=steps, now="")
 
