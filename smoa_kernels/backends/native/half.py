@@ -134,22 +134,31 @@ class Blocks:
             kept = None if mask is None else Mask(mask.kept[some], mask.scale)
             yield (kept, *(None if one is None else one[some] for one in tensors))
 
-    def product(self, left: Matrices, right: Matrices, out: Matrices) -> None:
-        """Write `left_k right_k` to `out_k`; zeros where a block has no rank."""
-        whole = isinstance(left, Tensor) and isinstance(right, Tensor) and isinstance(out, Tensor)
-        if whole and all(self.used):
-            torch.bmm(left, right, out=out)
+    def product(self, left: Matrices, right: Matrices, out: Matrices, *, add: bool = False) -> None:
+        """Write `left_k right_k` to `out_k`, or add it; zeros where a block has no rank."""
+        if (
+            isinstance(left, Tensor)
+            and isinstance(right, Tensor)
+            and isinstance(out, Tensor)
+            and all(self.used)
+        ):
+            _ = out.baddbmm_(left, right) if add else torch.bmm(left, right, out=out)
             return
         # Slices too: a batched GEMM copies them first, or with a transpose takes more than twice as long.
         for left_k, right_k, out_k, used in zip(left, right, out, self.used, strict=True):
-            if used:
-                torch.mm(left_k, right_k, out=out_k)
-            else:
+            if not used:
                 out_k.zero_()
+            elif add:
+                out_k.addmm_(left_k, right_k)
+            else:
+                torch.mm(left_k, right_k, out=out_k)
 
 
 class Gradient:
-    """dA and dB, summed over panels of tokens: of each, G_k is multiplied and contracted at once."""
+    """dA and dB, summed over panels of tokens: of each, G_k is multiplied and, in half precision, contracted at once.
+
+    In float32 G_k is itself the sum, so that W0 is read but once.
+    """
 
     def __init__(self, blocks: Blocks, scale: float) -> None:
         self._blocks, self._threads = blocks, torch.get_num_threads()
@@ -163,15 +172,22 @@ class Gradient:
             *blocks.indices[2:], blocks.count, self._A.shape[0], self._threads
         )
         self._workspace = self._dA.new_empty(size)
+        self._sums, self._begun = self._memory.dtype == torch.float32, False
 
     def add(self, dy: Matrices, x: Matrices) -> None:
         """Take some tokens of both, in block order."""
-        blocks, weight, memory = self._blocks, self._blocks.adapter.weight, self._memory
+        blocks, add = self._blocks, self._begun and self._sums
         left, right = (x, dy) if blocks.swapped else (dy, x)
-        blocks.product(transposed(left), right, matrices(memory, blocks.shapes))
+        blocks.product(transposed(left), right, matrices(self._memory, blocks.shapes), add=add)
+        self._begun = True
+        if not self._sums:
+            self._contract()
+
+    def _contract(self) -> None:
+        blocks, weight = self._blocks, self._blocks.adapter.weight
         with named(BLOCKS):
             library().smoa_contract(
-                *weight.shape, memory.data_ptr(), weight.data_ptr(), weight.stride(0), KINDS[weight.dtype],
+                *weight.shape, self._memory.data_ptr(), weight.data_ptr(), weight.stride(0), KINDS[weight.dtype],
                 *blocks.indices, blocks.count, blocks.contiguous, blocks.ranks.data_ptr(), self._A.shape[0],
                 self._A.data_ptr(), self._B.data_ptr(), KINDS[self._A.dtype], self._scaling, self._dA.data_ptr(),
                 self._dB.data_ptr(), self._workspace.data_ptr(), self._threads,
@@ -179,6 +195,8 @@ class Gradient:
 
     def found(self) -> tuple[Tensor, Tensor]:
         """(dA, dB) in the factors' dtype."""
+        if self._sums:
+            self._contract()
         dA = self._dA if self._threads == 1 else self._dA.sum(0)
         dA, dB = (self._dB.T, dA.T) if self._blocks.swapped else (dA, self._dB)
         return dense(dA, self._A.dtype), dense(dB, self._A.dtype)
