@@ -81,7 +81,7 @@ def machine(study: Study) -> str:
     versions = study.records[-1]["machine"]["versions"]
     commits = sorted({r["commit"] for r in study.records})
     versioned = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"**Measured on CPU: {'; '.join(machines)}; {versioned}; commits {', '.join(commits)}.**{uncommitted(study)}"
+    return f"**Measured on CPU**: {'; '.join(machines)}; {versioned}; commits {', '.join(commits)}.{uncommitted(study)}"
 
 
 def uncommitted(study: Study) -> str:

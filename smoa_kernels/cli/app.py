@@ -47,9 +47,19 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
     },
     "A GPU": {tune: "tune --from-model path/to/model --budget 30"},
 }
+
+
+def _first_line(command: Callable[..., None]) -> str:
+    return introspection.cleandoc(command.__doc__ or "").partition("\n")[0]
+
+
 for _group, _commands in COMMANDS.items():
     for _command, _example in _commands.items():
-        app.command(rich_help_panel=_group, epilog=f"Example: smoa-kernels {_example}")(_command)
+        app.command(
+            rich_help_panel=_group,
+            short_help=_first_line(_command),
+            epilog=f"Example: smoa-kernels {_example}",
+        )(_command)
 
 
 @app.callback()
@@ -69,8 +79,7 @@ def _overview() -> None:
         table = Table.grid(padding=(0, 2))
         table.add_column(min_width=11)
         for command, example in commands.items():
-            first_line, _, _ = introspection.cleandoc(command.__doc__ or "").partition("\n")
-            table.add_row(f"  [cyan]{command.__name__}[/]", first_line)
+            table.add_row(f"  [cyan]{command.__name__}[/]", _first_line(command))
             table.add_row("", f"[dim]smoa-kernels {example}[/]")
         out.print(f"[bold]{group}[/]", highlight=False)
         out.print(table, highlight=False)

@@ -167,7 +167,7 @@ def _version(package: str) -> str:
 
 
 def _devices() -> dict[str, str]:
-    devices = {"cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"}
+    devices = {"cpu": f"{os.cpu_count()} cores, threads of torch: {torch.get_num_threads()}"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties: Any = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = (
