@@ -25,7 +25,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune finetune-moe main-job classify sft notebook notebook-smoke test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data \
+.PHONY: help finetune finetune-moe main-job classify sft notebook notebook-smoke test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -179,6 +179,9 @@ host-time: $(BIN)/.dev ## how long the host takes for a forward and a backward o
 quality: $(BIN)/.dev ## run one task of the quality study: make quality TASK=trec50 (below 30 min on two cores)
 	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) $(ARGS)
 	$(BIN)/python -m benchmarks.quality report
+
+quality-moe: $(BIN)/.dev ## LoRA and SMoA on the experts of a tiny model with random weights; writes the table in docs/experts.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality_moe $(ARGS)
 
 # Newer versions of pip refuse bigbench because of a dependency that is not needed here.
 quality-data: $(BIN)/.dev ## install the data of the multiple-choice tasks (86 MB, and 358 MB for siqa)

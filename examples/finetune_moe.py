@@ -14,6 +14,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # read when the libr
 import re
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,11 +40,14 @@ from transformers import (
 
 from smoa_kernels.peft import SMoAConfig
 
+# PEFT 0.21 reads it from every model; it is between PEFT and transformers to settle, no user can act on it.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
 CLASSES = sorted(trec.CLASSES.values())
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PADDING, UNKNOWN = 0, 1
 LENGTH = 24  # words of a question that are read
-LINE_EVERY = 20
+LINE_EVERY = 50
 
 console = Console(highlight=False)
 app = typer.Typer(add_completion=False)
@@ -56,7 +60,7 @@ def finetune(
     block_order: Annotated[
         str, typer.Option(help="SMoA's: contiguous, spectral, shared or random.")
     ] = "contiguous",
-    steps: Annotated[int, typer.Option(parser=count, metavar="N", help="Optimizer steps.")] = 200,
+    steps: Annotated[int, typer.Option(parser=count, metavar="N", help="Optimizer steps.")] = 600,
     batch_size: Annotated[int, typer.Option(parser=count, metavar="N", help="Questions per step.")] = 32,
     lr: Annotated[float | None, typer.Option(parser=positive, metavar="NUMBER", help="Peak rate.")] = None,
     r: Annotated[int, typer.Option(parser=count, metavar="N", help="Rank budget of each expert.")] = 8,

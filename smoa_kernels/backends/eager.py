@@ -29,7 +29,16 @@ from .block_order import (
     select_columns,
 )
 
-__all__ = ["ALGORITHMS", "backward", "choose_algorithm", "delta_weight", "forward", "modulated_weight"]
+__all__ = [
+    "ALGORITHMS",
+    "adapter_output",
+    "backward",
+    "choose_algorithm",
+    "delta_weight",
+    "forward",
+    "modulated_weight",
+    "split",
+]
 
 ALGORITHMS = ("merged", "split", "expanded")
 
@@ -196,10 +205,11 @@ def delta_weight(adapter: PackedAdapter) -> Tensor:
 
 
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
-    return accumulate(_adapter_output(x, adapter, dropout), x, adapter.weight)
+    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N): the adapter's output first, the base GEMM adds to it and rounds once."""
+    return accumulate(adapter_output(x, adapter, dropout), x, adapter.weight)
 
 
-def _adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
+def adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
     """`y[:, rows_k] = dropout(x)[:, cols_k] ΔW_kᵀ` for every block: the adapter's output alone, (T, N)."""
     product = _BlockProduct(adapter)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])

@@ -1,8 +1,9 @@
-"""Experts in torch operators: each expert that has pairs is a layer of the eager backend."""
+"""Experts whose pairs of token and expert are a layer each: in torch operators, or of half types in compiled code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,40 +12,77 @@ from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from . import Gradients, eager
 
-__all__ = ["experts_backward", "experts_forward"]
+__all__ = ["Layers", "base_output", "experts_backward", "experts_forward", "spans"]
 
 
-def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
-    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
-    y = x.new_zeros(x.shape[0], adapter.weight.shape[1])
+class Layers(Protocol):
+    """What computes one expert's pairs: the eager backend, or `native/half.py`."""
+
+    def split(self, x: Tensor, adapter: PackedAdapter, dropout: None, /) -> Tensor:
+        """`x W0ᵀ + x ΔWᵀ`, the adapter's output first: one rounding, in which a small update survives."""
+
+    def backward(
+        self, dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: None, /, *, needs_x: bool
+    ) -> Gradients:
+        """(dX, dA, dB), those that are asked for."""
+
+
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, layers: Layers = eager) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype.
+
+    The base's part is a product of its own, so where B is zero y is what the model without an adapter computes.
+    """
+    y = x.new_empty(x.shape[0], adapter.weight.shape[1])
     for _, pairs, layer in _active(len(x), ends, adapter):
-        y[pairs] = eager.forward(x[pairs], None, layer, "auto", None)
+        if x.itemsize == 2:
+            y[pairs] = layers.split(x[pairs], layer, None)
+        else:
+            base_output(x[pairs], layer.weight, out=y[pairs]).add_(eager.adapter_output(x[pairs], layer))
     return y
 
 
 def experts_backward(
-    dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
+    dy: Tensor,
+    x: Tensor | None,
+    ends: Tensor,
+    adapter: ExpertsAdapter,
+    layers: Layers = eager,
+    *,
+    needs_x: bool,
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
-    dx = dy.new_zeros(dy.shape[0], adapter.weight.shape[2]) if needs_x else None
+    dx = dy.new_empty(dy.shape[0], adapter.weight.shape[2]) if needs_x else None
     dA, dB = (None, None) if x is None else (torch.zeros_like(adapter.A), torch.zeros_like(adapter.B))
     for e, pairs, layer in _active(len(dy), ends, adapter):
-        if dx is not None:
-            dx[pairs] = eager.input_gradient(dy[pairs], layer)
-        if x is not None and dA is not None and dB is not None:
-            dA[e], dB[e] = eager.factor_gradients(dy[pairs], x[pairs], layer)
+        given = None if x is None else x[pairs]
+        dx_e, dA_e, dB_e = layers.backward(dy[pairs], given, layer, None, needs_x=needs_x)
+        if dx is not None and dx_e is not None:
+            dx[pairs] = dx_e
+        if dA is not None and dA_e is not None and dB is not None and dB_e is not None:
+            dA[e], dB[e] = dA_e, dB_e
     return dx, dA, dB
+
+
+def base_output(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+    """Write `x W0ᵀ` for the pairs x of one expert to `out`.
+
+    This is the product, of the same operands, that torch's `grouped_mm` computes for each expert on a CPU, which
+    transformers' experts call: so it gives the same bits.
+    """
+    return torch.mm(x, weight.T, out=out)
+
+
+def spans(total: int, ends: Tensor) -> list[tuple[int, int, int]]:
+    """Each expert that has pairs: its number, its first pair and where its pairs end."""
+    last = ends.tolist()
+    if last[-1] != total:
+        raise ValueError(f"ends must count x's {total} pairs up, got {last[-1]} in the end")
+    starts = [0, *last[:-1]]
+    return [(e, start, end) for e, (start, end) in enumerate(zip(starts, last, strict=True)) if end > start]
 
 
 def _active(total: int, ends: Tensor, adapter: ExpertsAdapter) -> Iterator[tuple[int, slice, PackedAdapter]]:
     """Each expert that has pairs: its number, its pairs and its adapter."""
-    last = ends.tolist()
-    if last[-1] != total:
-        raise ValueError(f"ends must count x's {total} pairs up, got {last[-1]} in the end")
-    spans = [
-        (e, slice(start, end))
-        for e, (start, end) in enumerate(zip([0, *last[:-1]], last, strict=True))
-        if end > start
-    ]
-    for (e, pairs), layer in zip(spans, adapter.experts([e for e, _ in spans]), strict=True):
-        yield e, pairs, layer
+    found = spans(total, ends)
+    for (e, start, end), layer in zip(found, adapter.experts([e for e, _, _ in found]), strict=True):
+        yield e, slice(start, end), layer

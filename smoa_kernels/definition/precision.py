@@ -91,11 +91,14 @@ def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Turn autocast off on `tensor`'s device, so that products keep the operands' dtype.
+    """Turn autocast off on `tensor`'s device where it is on, so that products keep the operands' dtype.
 
     The meta device knows no autocast: there nothing is turned off.
     """
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    if tensor.is_meta or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:

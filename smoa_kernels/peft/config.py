@@ -80,8 +80,8 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         fan_in_fan_out: the weights are stored (in, out), as those of GPT-2's `Conv1D`.
         bias: "none", "all" or "smoa_only": which biases train with the adapter.
         modules_to_save: further modules that are trained and saved in full.
-        exclude_modules: modules not to adapt, as `target_modules` names them.
-        layers_to_transform: indices of the layers to adapt, where `target_modules` is a list.
+        exclude_modules: modules not to adapt, or fused weights, as `target_modules` names them.
+        layers_to_transform: indices of the layers to adapt, where `target_modules` is a list; of experts too.
         layers_pattern: name of the module list that these indices count in.
         rank_pattern: r of the layers whose names match a key.
         alpha_pattern: likewise alpha.
@@ -232,6 +232,16 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         usual = (r, rule.num_blocks) == (self.r, self.num_blocks)
         alpha = _matching(self.alpha_pattern, name, self.smoa_alpha)
         return LayerSettings(r, rule, self.block_ranks if usual else None, alpha, self)
+
+    def unmatched_patterns(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Keys that match none of these layers, sorted, for each pattern that has such keys."""
+        found = {}
+        for pattern in ("rank", "alpha", "num_blocks", "block_order", "granule"):
+            keys = getattr(self, f"{pattern}_pattern")
+            missed = sorted(key for key in keys if not any(_end(key).match(name) for name in names))
+            if missed:
+                found[f"{pattern}_pattern"] = missed
+        return found
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; an interrupted save leaves the old one.

@@ -72,7 +72,8 @@ class Experts(nn.Module):
         if not any(weight.is_adapting for weight in weights):
             return cast(Tensor, base(hidden_states, top_k_index, top_k_weights))
         top_k = top_k_index.shape[-1]
-        experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        # As the base sorts: the bits of an expert's product depend on the order of its rows.
+        experts, order = torch.sort(top_k_index.reshape(-1))
         numbers = torch.arange(base.num_experts, dtype=experts.dtype, device=experts.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
         x = hidden_states[order // top_k]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from ..checks import shown
@@ -42,16 +43,19 @@ class ExpertsTarget(NamedTuple):
         return (count, cols, rows) if self.experts.is_transposed else (count, rows, cols)
 
 
-def find_targets(model: nn.Module, config: SMoAConfig) -> list[ExpertsTarget]:
-    """List the parameters that `target_parameters` names, in the model's order.
+def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[ExpertsTarget], int]:
+    """List the parameters that `target_parameters` names, in the model's order, and how many more were excluded.
+
+    As for modules, `exclude_modules` (by the path of the parameter or of its module) and `layers_to_transform` choose
+    among them.
 
     Raises:
         ValueError: naming the parameter and its module's class: it cannot be adapted; or naming what matched none.
     """
     wanted = config.target_parameters or []
     if not wanted:
-        return []
-    found = []
+        return [], 0
+    found, named = [], []
     inside: set[nn.Module] = set()  # of `Experts`, whose parameters are looked for at its own path
     for name, module in model.named_modules():
         if module in inside:
@@ -63,13 +67,27 @@ def find_targets(model: nn.Module, config: SMoAConfig) -> list[ExpertsTarget]:
         for parameter_name, parameter in owner.named_parameters(recurse=False):
             key = f"{name}.{parameter_name}" if name else parameter_name
             if any(key == each or key.endswith(f".{each}") for each in wanted):
+                named.append(f".{key}")
+                if not (_is_chosen(config, key) and _is_chosen(config, name)):
+                    continue
                 target = ExpertsTarget(key, name, parameter_name, owner)
                 _check(target, parameter)
                 found.append(target)
-    missed = [each for each in wanted if not any(f".{target.key}".endswith(f".{each}") for target in found)]
+    missed = [each for each in wanted if not any(key.endswith(f".{each}") for key in named)]
     if missed:
         raise ValueError(f"target_parameters={missed} match no parameter of the model{_hint(model)}")
-    return found
+    return found, len(named) - len(found)
+
+
+def _is_chosen(config: SMoAConfig, path: str) -> bool:
+    """Whether PEFT would adapt a module of this path whose name is targeted."""
+    rule = SimpleNamespace(
+        target_modules=[path.rpartition(".")[2]],
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return bool(check_target_module_exists(rule, path))
 
 
 def _check(target: ExpertsTarget, parameter: Tensor) -> None:

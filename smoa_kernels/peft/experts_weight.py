@@ -80,16 +80,6 @@ class ExpertsWeight(SMoALayer, nn.Module):
         """Add an adapter; see :meth:`SMoALayer.update_layer`."""
         super().update_layer(adapter_name, settings, spectral_order)
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate one of the adapters, or none.
-
-        Raises:
-            ValueError: several of the names are adapters of this weight.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self.check_active(names)
-        super().set_adapter(adapter_names, inference_mode)
-
     def check_active(self, adapter_names: Sequence[str]) -> None:
         """Raise a ValueError where several of these are adapters of this weight."""
         found = [name for name in adapter_names if name in self.smoa_A]
@@ -115,9 +105,12 @@ class ExpertsWeight(SMoALayer, nn.Module):
             ends: int32 (E,), how many pairs the experts up to each have together.
 
         Raises:
+            ValueError: several adapters of this weight are active: PEFT's function `set_adapter` lets them be.
             RuntimeError: x is elsewhere than W0, which is offloaded, or another replica's under `nn.DataParallel`.
         """
-        (name,) = self._active()
+        names = self._active()
+        self.check_active(names)
+        (name,) = names
         adapter = self.packed(name, self.base_weight())
         weight = adapter.weight
         if weight.device != x.device:

@@ -83,16 +83,16 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         config = self.peft_config[adapter_name]
         undo = _undo(model, adapter_name)
         try:
-            self._experts = find_targets(model, config)
+            self._experts, excluded = find_targets(model, config)
             with (
                 Sorting(lambda: self._to_be_sorted(model, adapter_name, **kwargs)) as self._spectral_order,
                 self._sorting_of_experts(config) as self._expert_order,
                 warnings.catch_warnings(),
             ):
-                if self._experts:  # PEFT looks at modules' names only
-                    warnings.filterwarnings(
-                        "ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning
-                    )
+                # PEFT looks at the names of modules only, not of parameters, and at two of the patterns.
+                warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+                if excluded:
+                    warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException as error:  # Ctrl-C too: it takes minutes to sort a large model
             if is_new:
@@ -104,6 +104,17 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             self._experts = ()
             for name in ("_spectral_order", "_expert_order"):  # with the blocks that they hold
                 self.__dict__.pop(name, None)
+        adapted = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
+        ]
+        for pattern, keys in config.unmatched_patterns(adapted).items():
+            warnings.warn(
+                f"The following {pattern} keys did not match any targeted module and were ignored: {keys}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         # TRL's reference of an adapter that trains on. TRL copies parameters that have ".default." in their names, as
         # LoRA's have; in ours the adapter's name comes last.
         if adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default"):

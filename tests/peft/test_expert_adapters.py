@@ -1,17 +1,13 @@
 """Experts in PEFT: every kind of class against its own forward in float64, and the life of their adapters."""
 
-import copy
-
 import pytest
 import torch
 from adapted import close, logits
+from adapted_experts import assert_within_budget
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from problems import error_over_budget
 from tiny_experts import BOTH, KINDS, adapt, config, tiny_experts, weights
-from torch.func import functional_call
 
-from smoa_kernels.definition.reference import reference_delta_weight
 from smoa_kernels.peft import Experts, ExpertsWeight, SMoAConfig
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -26,63 +22,24 @@ def tokens():
 # Against the class's own forward
 
 
-def definition(experts, x, index, routing, dy):
-    """y, and the gradients of x, the routing weights and all factors: transformers' loop over W_eff."""
-    base = copy.deepcopy(experts.base_layer)
-    base.config._experts_implementation = "eager"
-    leaves = [t.detach().requires_grad_() for t in (x, routing)]
-    changed, factors = {}, []
-    for name, weight in experts.weights.items():
-        adapter = weight.packed("default", weight.base_weight().to(x.dtype))
-        A, B = (t.detach().to(x.dtype).requires_grad_() for t in (adapter.A, adapter.B))
-        layers = adapter.experts(range(len(A)))
-        scaling = float(adapter.scaling)
-        deltas = [
-            reference_delta_weight(e.weight, a, b, e.partition, e.ranks, scaling=scaling)
-            for e, a, b in zip(layers, A, B, strict=True)
-        ]
-        total = adapter.weight + torch.stack(deltas)
-        changed[name] = total.transpose(1, 2) if weight.fan_in_fan_out else total
-        factors += [A, B]
-    y = functional_call(base.to(x.dtype), changed, (leaves[0], index, leaves[1]))
-    return y.detach(), *torch.autograd.grad(y, [*leaves, *factors], dy)
-
-
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_are_within_their_budget(kind, dtype):
     model = adapt(tiny_experts(kind).to(dtype), block_order="random")
-    experts = next(module for module in model.modules() if isinstance(module, Experts))
-    generator = torch.Generator().manual_seed(2)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
-    x, dy = draw(9, 32), draw(9, 32)
-    # Expert 5 meets no token, and expert 0 all of them.
-    index = torch.stack([torch.zeros(9, dtype=torch.int64), torch.arange(9) % 4 + 1], 1)
-    routing = draw(9, 2).abs()
-    leaves = [t.requires_grad_() for t in (x, routing)]
-    factors = [f for w in experts.weights.values() for f in (w.smoa_A["default"], w.smoa_B["default"])]
-    y = experts(x, index, routing)
-    found = y.detach(), *torch.autograd.grad(y, [*leaves, *factors], dy)
-    same = definition(experts, x, index, routing, dy)
-    truth = definition(
-        experts, *(t.double() if t.is_floating_point() else t for t in (x, index, routing, dy))
-    )
-    names = ["y", "dX", "routing", *(f"{w}.{side}" for w in experts.weights for side in "AB")]
-    for name, ours, theirs, exact in zip(names, found, same, truth, strict=True):
-        assert ours.dtype == (torch.float32 if "." in name else dtype), name
-        assert error_over_budget(ours.to(dtype), theirs, exact) <= 1, name
-    for gradient in found[3:]:
-        assert not gradient[5].any()
+    assert_within_budget(next(module for module in model.modules() if isinstance(module, Experts)), dtype)
 
 
 @each_kind
-def test_an_adapter_that_was_not_trained_changes_nothing(kind, tokens):
-    model = tiny_experts(kind)
-    expected = logits(model, tokens)
-    adapted = get_peft_model(model, config(model, init_weights=True)).eval()
-    close(logits(adapted, tokens), expected, 1e-6)
-    with torch.no_grad(), adapted.disable_adapter():
-        assert torch.equal(logits(adapted, tokens), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_an_adapter_that_was_not_trained_changes_nothing(kind, dtype, backend, tokens):
+    model = tiny_experts(kind).to(dtype)
+    expected = [logits(model, some) for some in (tokens, tokens[:1, :1])]
+    adapted = get_peft_model(model, config(model, init_weights=True, backend=backend)).eval()
+    for some, base in zip((tokens, tokens[:1, :1]), expected, strict=True):
+        assert torch.equal(logits(adapted, some), base)
+        with torch.no_grad(), adapted.disable_adapter():
+            assert torch.equal(logits(adapted, some), base)
 
 
 def test_the_stored_weight_is_never_written(tokens):
@@ -229,6 +186,38 @@ def test_patterns_name_parameters(recwarn):
     parameters = sum(weight.num_adapter_parameters("default") for weight in found.values())
     up, down = 2 * (16 + 11) + 2 * (16 + 11) + (16 + 10), 2 * (32 + 24)
     assert parameters == 2 * 6 * (up + down)
+
+
+@pytest.mark.parametrize(
+    ("left", "settings"),
+    [
+        ({"1.gate_up_proj", "1.down_proj"}, {"layers_to_transform": 1}),
+        ({"1.gate_up_proj", "1.down_proj"}, {"layers_to_transform": [1], "layers_pattern": "layers"}),
+        ({"1.gate_up_proj", "1.down_proj"}, {"exclude_modules": ["layers.0.mlp.experts"]}),
+        ({"0.gate_up_proj", "1.gate_up_proj"}, {"exclude_modules": r".*experts\.down_proj"}),
+        (
+            {"0.gate_up_proj", "1.gate_up_proj", "0.down_proj"},
+            {"exclude_modules": ["1.mlp.experts.down_proj"]},
+        ),
+    ],
+)
+def test_layers_are_chosen_as_among_modules(left, settings, recwarn):
+    found = weights(get_peft_model(tiny_experts(), config(**settings)))
+    assert {".".join([name.split(".")[-4], name.split(".")[-1]]) for name in found} == left
+    assert not [w for w in recwarn if "exclude_modules" in str(w.message)]
+
+
+def test_patterns_that_match_nothing_are_named():
+    with pytest.warns(RuntimeWarning) as caught:
+        get_peft_model(
+            tiny_experts(),
+            config(
+                rank_pattern={"experts.dwon_proj": 4, "experts.down_proj": 4}, granule_pattern={"q_proj": 2}
+            ),
+        )
+    told = [str(w.message) for w in caught if "did not match" in str(w.message)]
+    assert ["rank_pattern" in told[0], "granule_pattern" in told[1], len(told)] == [True, True, 2]
+    assert "ignored: ['experts.dwon_proj']" in told[0]
 
 
 # Training

@@ -9,6 +9,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from adapted import WEIGHTS, edit_weights, logits, snapshot
 from adapted import config as linear_config
 from peft import PeftModel, get_peft_model
+from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner
 from tiny_experts import BOTH, adapt, config, tiny_experts, weights
 from torch import nn
@@ -150,6 +151,11 @@ def test_a_weight_takes_one_active_adapter():
         model.base_model.set_adapter(["default", "other"])
     assert torch.equal(logits(model, tokens), expected)
     assert model.active_adapters == ["default"]
+    set_adapter(model, ["default", "other"])  # PEFT's function asks one layer after another
+    with pytest.raises(ValueError, match="at most one adapter of experts can be active, got default, other"):
+        logits(model, tokens)
+    model.base_model.set_adapter("default")
+    assert torch.equal(logits(model, tokens), expected)
     with pytest.raises(ValueError, match=r"adapters of experts \(target_parameters\) cannot be combined"):
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
     with pytest.raises(ValueError, match="adapter_names cannot be given where experts are adapted"):

@@ -129,7 +129,7 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
             x.shape[0], *adapter.weight.shape, x.data_ptr(), x.stride(0), adapter.weight.data_ptr(),
             adapter.weight.stride(0), KINDS[adapter.weight.dtype], row_index.data_ptr(), row_offsets.data_ptr(),
             col_block.data_ptr(), count, ranks.data_ptr(), A.shape[0], A.data_ptr(), A.stride(0), B.data_ptr(),
-            *B.stride(), adapter.scaling.item(), y.data_ptr(), workspace.data_ptr(), threads,
+            *B.stride(), adapter.scaling.item(), y.data_ptr(), False, workspace.data_ptr(), threads,
         )  # fmt: skip
     return y.to(adapter.weight.dtype)
 

@@ -77,23 +77,31 @@ static int expand_both(const experts *e, i64 expert, i64 *last, expanded *into) 
            (same_cols || expand(&e->cols, expert, e->blocks, into->col_index, into->col_block));
 }
 
-/* Floats that the two functions below need; -1 where offsets or ends do not fit `pairs` and the weight. */
+/* Whether a few pairs of one expert are multiplied as W0 is read. */
+static int few_of(const experts *e, i64 pairs) {
+    return e->weight_col == 1 && e->A_col == 1 && smoa_few_fit(pairs, e->rank);
+}
+
+/* Floats that the functions below need; -1 where offsets or ends do not fit `pairs` and the weight. */
 i64 smoa_experts_workspace(const experts *e, i64 pairs, i64 threads) {
-    i64 most = 0, start = 0;
+    i64 most = smoa_few_workspace(e->rank, e->cols.count, threads), widest = 0, start = 0;
     for (i64 i = 0; i < e->count; start = e->ends[i++]) {
         i64 tokens = e->ends[i] - start;
         if (tokens < 0 || e->ends[i] > pairs) return -1;
         if (!tokens) continue;
         if (!offsets_fit(&e->rows, i, e->blocks) || !offsets_fit(&e->cols, i, e->blocks)) return -1;
         const int32_t *rows = offsets_of(&e->rows, i), *cols = offsets_of(&e->cols, i);
-        i64 linear = smoa_linear_workspace(tokens, e->cols.count, e->rank, threads);
-        i64 gradient = smoa_gradient_workspace(tokens, rows, cols, e->blocks, e->rank, threads);
-        most = linear > most ? linear : most;
-        most = gradient > most ? gradient : most;
+        i64 needs[] = {
+            smoa_linear_workspace(tokens, e->cols.count, e->rank, threads),
+            smoa_gradient_workspace(tokens, rows, cols, e->blocks, e->rank, threads),
+            few_of(e, tokens) ? 0 : smoa_update_workspace(tokens, e->rows.count, e->cols.count, rows, cols, e->blocks, e->rank, threads),
+        };
+        for (int n = 0; n < 3; n++) most = needs[n] > most ? needs[n] : most;
+        widest = tokens > widest ? tokens : widest;
     }
     if (start != pairs) return -1;
-    i64 few = smoa_few_workspace(e->rank, e->cols.count, threads), partial = threads > 1 ? threads * e->rank * e->cols.count : 0;
-    return expanded_size(e) + lines(partial) + (few > most ? few : most);
+    i64 partial = threads > 1 ? threads * e->rank * e->cols.count : 0, output = widest * e->rows.count;
+    return expanded_size(e) + lines(partial > output ? partial : output) + most;
 }
 
 /* y (pairs, rows): row p is x_p W_effᵀ with the W_eff of the expert of pair p; x (pairs, cols) with contiguous rows.
@@ -108,15 +116,38 @@ i64 smoa_experts_linear_fit(const experts *e, const float *x, i64 x_stride, floa
         const float *A = e->A + i * e->A_expert, *B = e->B + i * e->B_expert, *weight = e->weight + i * e->weight_expert;
         const float *from = x + start * x_stride;
         float *to = y + start * e->rows.count;
-        if (e->weight_col == 1 && e->A_col == 1 && smoa_few_fit(tokens, e->rank))
+        if (few_of(e, tokens))
             smoa_few(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, FLOAT32, now.row_index,
                      offsets_of(&e->rows, i), now.col_block, e->blocks, e->ranks, e->rank, A, e->A_rank, B, e->B_row,
-                     e->B_rank, (float)e->scaling, to, now.rest, threads);
+                     e->B_rank, (float)e->scaling, to, 0, now.rest, threads);
         else
             smoa_linear(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, e->weight_col,
                         now.row_block, now.col_block, 1, e->ranks, e->rank, A, e->A_rank, e->A_col, B, e->B_row,
                         e->B_rank, (float)e->scaling, to, 0, now.rest, threads);
     }
+    return 1;
+}
+
+/* y (pairs, rows) += x_p ΔWᵀ for the pairs of expert `i`, `first` to `end`, with x as above. Whether every row and column
+ * is in a block. */
+i64 smoa_experts_update_fit(const experts *e, i64 i, i64 first, i64 end, const float *x, i64 x_stride, float *y,
+                            float *workspace, i64 threads) {
+    expanded now = expanded_in(e, workspace);
+    i64 tokens = end - first, size = tokens * e->rows.count, last = -1;
+    if (!expand_both(e, i, &last, &now)) return 0;
+    const float *A = e->A + i * e->A_expert, *B = e->B + i * e->B_expert, *weight = e->weight + i * e->weight_expert;
+    const float *from = x + first * x_stride;
+    float *to = y + first * e->rows.count, *update = now.rest, *rest = update + lines(size);
+    if (few_of(e, tokens))
+        smoa_few(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, FLOAT32, now.row_index,
+                 offsets_of(&e->rows, i), now.col_block, e->blocks, e->ranks, e->rank, A, e->A_rank, B, e->B_row,
+                 e->B_rank, (float)e->scaling, update, 1, rest, threads);
+    else
+        smoa_update(tokens, e->rows.count, e->cols.count, from, x_stride, NULL, weight, e->weight_row, e->weight_col,
+                    now.row_index, now.col_index, offsets_of(&e->rows, i), offsets_of(&e->cols, i), e->blocks,
+                    !e->rows.index, e->ranks, e->rank, A, e->A_rank, e->A_col, B, e->B_row, e->B_rank,
+                    (float)e->scaling, update, NULL, rest, threads);
+    for (i64 p = 0; p < size; p++) to[p] += update[p];
     return 1;
 }
 

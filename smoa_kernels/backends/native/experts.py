@@ -1,4 +1,4 @@
-"""Experts in compiled code: one call for all of them, since each may have little to do (`experts.h`)."""
+"""Experts in compiled code: in float32 by `experts.h`, in half precision a layer each (`half.py`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...definition.experts import ExpertsAdapter
-from .. import Gradients, experts
+from .. import Gradients, eager, experts
+from . import half
 from .library import library, obstacle
-from .operands import dense, named, with_rows
+from .operands import KINDS, dense, named, with_rows
 
 __all__ = ["experts_backward", "experts_forward"]
 
@@ -37,18 +38,24 @@ class _Experts(ctypes.Structure):
 
 
 def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
-    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N), float32 on the CPU."""
-    if not _fits(adapter, ends, x, None):
-        return experts.experts_forward(x, ends, adapter)
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
+
+    The base's part is torch's own product, so where B is zero y is what the model without an adapter computes. The
+    adapter's follows expert by expert, while W0 is in the cache.
+    """
+    fits = _fits(adapter, ends, x, None)
+    if not fits or x.dtype != torch.float32:
+        return experts.experts_forward(x, ends, adapter, half if fits else eager)
     y = x.new_empty(x.shape[0], adapter.weight.shape[1])
     if x.numel():
         x, threads, call = with_rows(x), torch.get_num_threads(), _Call(ends, adapter)
         workspace = call.workspace(x, threads)
+        operands = x.data_ptr(), x.stride(0), y.data_ptr(), workspace.data_ptr(), threads
+        update = library().smoa_experts_update_fit
         with named("smoa::compiled_experts"):
-            fits = library().smoa_experts_linear_fit(
-                call.address, x.data_ptr(), x.stride(0), y.data_ptr(), workspace.data_ptr(), threads
-            )
-        call.check(fits)
+            for e, start, end in experts.spans(len(x), ends):
+                experts.base_output(x[start:end], adapter.weight[e], out=y[start:end])
+                call.check(update(call.address, e, start, end, *operands))
     return y
 
 
@@ -56,10 +63,25 @@ def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
-    if not _fits(adapter, ends, x, dy):
-        return experts.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
+    fits = _fits(adapter, ends, x, dy)
+    if not fits or dy.dtype != torch.float32:
+        return experts.experts_backward(dy, x, ends, adapter, half if fits else eager, needs_x=needs_x)
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, ends, adapter)
-    return experts_forward(dy, ends, adapter.T) if needs_x else None, dA, dB
+    return input_gradient(dy, ends, adapter) if needs_x else None, dA, dB
+
+
+def input_gradient(dy: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`dX = dY W_eff` (P, C), all experts in one call."""
+    dx = dy.new_empty(dy.shape[0], adapter.weight.shape[2])
+    if dy.numel():
+        dy, threads, call = with_rows(dy), torch.get_num_threads(), _Call(ends, adapter.T)
+        workspace = call.workspace(dy, threads)
+        with named("smoa::compiled_experts"):
+            fits = library().smoa_experts_linear_fit(
+                call.address, dy.data_ptr(), dy.stride(0), dx.data_ptr(), workspace.data_ptr(), threads
+            )
+        call.check(fits)
+    return dx
 
 
 def factor_gradients(dy: Tensor, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> tuple[Tensor, Tensor]:
@@ -144,7 +166,7 @@ def _fits(adapter: ExpertsAdapter, ends: Tensor, x: Tensor | None, dy: Tensor | 
             fits = fits and known and len(index) in shared and index.shape[1] == size
     for given, width in ((x, cols), (dy, rows)):
         if given is not None:
-            fits = fits and given.dtype == adapter.weight.dtype == torch.float32 and given.is_cpu
+            fits = fits and given.dtype == adapter.weight.dtype and given.dtype in KINDS and given.is_cpu
             fits = fits and given.shape[1] == width
     fits = fits and (x is None or dy is None or len(x) == len(dy))
     return fits and obstacle() is None

@@ -1,5 +1,5 @@
-/* y = x W_effᵀ for a few tokens, which do not pay for packing W0: some rows of it are read once, become W_eff in
- * registers, a vector at a time, and are multiplied by every token there. */
+/* y = x W_effᵀ, or x ΔWᵀ, for a few tokens, which do not pay for packing W0: some rows of it are read once, become W_eff
+ * or ΔW in registers, a vector at a time, and are multiplied by every token there. */
 #pragma once
 
 #include "adapter.h"
@@ -20,13 +20,25 @@ typedef struct {
     const i64 *row_index;
     const int32_t *row_offsets, *col_block, *ranks;
     float scaling, *y, *workspace;
-    int stored; /* of W0 */
+    int stored, alone; /* of W0; whether it is ΔW that is multiplied */
 } few_job;
 
 /* The columns between which all of a block lie. */
 typedef struct {
     i64 first, end;
 } range;
+
+static range range_of(const few_job *j, i64 k) {
+    range own = {j->cols, 0};
+    for (i64 c = 0; c < j->cols; c++)
+        if (j->col_block[c] == k) own = (range){least(own.first, c), c + 1};
+    return own;
+}
+
+/* The columns by which rows are multiplied whose block lies in `own`: in ΔW all others are zero. */
+static inline range needed(const few_job *j, range own) {
+    return j->alone ? (range){own.first / LANES * LANES, own.end} : (range){0, j->cols};
+}
 
 static i64 few_size(i64 rank, i64 cols) { return lines(rank * ROWS) + MOST_PLAIN * lines(cols); }
 
@@ -35,7 +47,8 @@ static i64 few_size(i64 rank, i64 cols) { return lines(rank * ROWS) + MOST_PLAIN
  * apart, and are multiplied as fast as they come. */
 INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64 k, range own, const i64 *rows,
                      const i64 *next, float *y, float *factor) {
-    i64 rank = rank_of(j->ranks, k, j->rank), c = 0;
+    const range all = needed(j, own);
+    i64 rank = rank_of(j->ranks, k, j->rank), c = all.first;
     const float *weight[ROWS];
     const char *ahead[ROWS];
     float sum[ROWS][FEW] = {{0}};
@@ -49,7 +62,7 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
         for (int t = 0; t < tokens; t++) sums[i][t] = (vf){0};
         for (i64 t = 0; t < rank; t++) factor[t * some + i] = j->scaling * j->B[rows[i] * j->B_row + t * j->B_rank];
     }
-    for (; c + LANES <= j->cols; c += LANES) {
+    for (; c + LANES <= j->cols && c < all.end; c += LANES) {
         vi labels;
         memcpy(&labels, j->col_block + c, sizeof labels);
         vf update[ROWS] = {{0}};
@@ -61,20 +74,19 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
 #pragma GCC unroll 4
         for (int i = 0; i < some; i++) {
             __builtin_prefetch(ahead[i] + c * bytes_of(j->stored), 0, 2);
-            vf w = load(weight[i] + c);
-            w = chosen(labels == (int32_t)k, w + w * update[i], w);
+            vf w = load(weight[i] + c), plain = j->alone ? (vf){0} : w;
+            w = chosen(labels == (int32_t)k, plain + w * update[i], plain);
 #pragma GCC unroll 8
             for (int t = 0; t < tokens; t++) sums[i][t] += w * load(x + t * j->x_stride + c);
         }
     }
     for (int i = 0; i < some; i++)
-        for (int t = 0; t < tokens; t++)
-            for (int l = 0; l < LANES; l++) sum[i][t] += sums[i][t][l];
-    for (; c < j->cols; c++)
+        for (int t = 0; t < tokens; t++) sum[i][t] = total(sums[i][t]);
+    for (; c < all.end; c++)
         for (int i = 0; i < some; i++) {
-            float update = 0, w = weight[i][c];
+            float update = 0, w = j->alone ? 0 : weight[i][c];
             for (i64 t = 0; t < rank; t++) update += j->A[t * j->A_stride + c] * factor[t * some + i];
-            if (j->col_block[c] == k) w += w * update;
+            if (j->col_block[c] == k) w += weight[i][c] * update;
             for (int t = 0; t < tokens; t++) sum[i][t] += w * x[t * j->x_stride + c];
         }
     for (int i = 0; i < some; i++)
@@ -106,10 +118,7 @@ INLINE void plain_rows(int stored, int tokens, int some, const void *const *weig
         }
     }
     for (int i = 0; i < some; i++)
-        for (int t = 0; t < tokens; t++) {
-            sums[i * tokens + t] = 0;
-            for (int l = 0; l < LANES; l++) sums[i * tokens + t] += sum[i][t][l];
-        }
+        for (int t = 0; t < tokens; t++) sums[i * tokens + t] = total(sum[i][t]);
 }
 
 static void plain(int stored, i64 tokens, int some, const void *const *weight, const void *const *ahead, i64 cols,
@@ -127,33 +136,37 @@ static void plain(int stored, i64 tokens, int some, const void *const *weight, c
 #undef CASE
 }
 
+/* How many rows `plain_block` multiplies by W0. */
+static i64 plain_count(const few_job *j, i64 tokens, i64 rank) { return tokens * (rank + !j->alone); }
+
 /* The same of block k by x W0ᵀ + Σ_t s B_t (x ∘ A_t) W0ᵀ: so many tokens and ranks cost less than W_eff in registers. */
-static void plain_block(const few_job *j, i64 tokens, i64 rank, const float *x, i64 k, const i64 *rows, i64 first,
-                        i64 end, float *y, float *lines_of) {
-    i64 stride = lines(j->cols);
+static void plain_block(const few_job *j, i64 tokens, i64 rank, const float *x, i64 k, range own, const i64 *rows,
+                        i64 first, i64 end, float *y, float *lines_of) {
+    i64 stride = lines(j->cols), all = plain_count(j, tokens, rank), before = j->alone ? 0 : tokens;
+    range used = needed(j, own);
     memset(lines_of, 0, (size_t)(MOST_PLAIN * stride) * sizeof *lines_of);
     for (i64 i = 0; i < tokens; i++) {
-        memcpy(lines_of + i * stride, x + i * j->x_stride, (size_t)j->cols * sizeof *x);
+        if (before) memcpy(lines_of + i * stride, x + i * j->x_stride, (size_t)j->cols * sizeof *x);
         for (i64 t = 0; t < rank; t++)
-            for (i64 c = 0; c < j->cols; c++)
+            for (i64 c = own.first; c < own.end; c++)
                 if (j->col_block[c] == k)
-                    lines_of[((t + 1) * tokens + i) * stride + c] = x[i * j->x_stride + c] * j->A[t * j->A_stride + c];
+                    lines_of[(before + t * tokens + i) * stride + c] = x[i * j->x_stride + c] * j->A[t * j->A_stride + c];
     }
-    for (i64 all = tokens * (1 + rank); first < end;) {
+    while (first < end) {
         int some = first + PLAIN <= end ? PLAIN : 1;
         const void *weight[PLAIN], *ahead[PLAIN];
         float sums[PLAIN * MOST_PLAIN];
         for (int i = 0; i < some; i++) {
-            weight[i] = number(j->weight, rows[first + i] * j->weight_stride, j->stored);
-            ahead[i] = number(j->weight, rows[least(first + some + i, end - 1)] * j->weight_stride, j->stored);
+            weight[i] = number(j->weight, rows[first + i] * j->weight_stride + used.first, j->stored);
+            ahead[i] = number(j->weight, rows[least(first + some + i, end - 1)] * j->weight_stride + used.first, j->stored);
         }
-        plain(j->stored, all, some, weight, ahead, j->cols, lines_of, stride, sums);
+        plain(j->stored, all, some, weight, ahead, used.end - used.first, lines_of + used.first, stride, sums);
         for (int i = 0; i < some; i++, first++)
             for (i64 token = 0; token < tokens; token++) {
-                float update = 0;
+                float update = 0, base = before ? sums[i * all + token] : 0;
                 for (i64 t = 0; t < rank; t++)
-                    update += sums[i * all + (t + 1) * tokens + token] * j->B[rows[first] * j->B_row + t * j->B_rank];
-                y[token * j->rows + rows[first]] = sums[i * all + token] + j->scaling * update;
+                    update += sums[i * all + before + t * tokens + token] * j->B[rows[first] * j->B_row + t * j->B_rank];
+                y[token * j->rows + rows[first]] = base + j->scaling * update;
             }
     }
 }
@@ -179,13 +192,16 @@ static void few_part(void *it, i64 part) {
             i64 count = j->row_offsets[k + 1] - j->row_offsets[k];
             i64 first = share_of(count, ROWS, part, j->parts), end = share_of(count, ROWS, part + 1, j->parts);
             i64 rank = rank_of(j->ranks, k, j->rank), tokens = least(FEW, j->tokens - token);
-            if (rank >= 0 && tokens * (1 + rank) <= MOST_PLAIN) {
-                plain_block(j, tokens, rank, x, k, rows, first, end, y, factor + lines(j->rank * ROWS));
+            range own = range_of(j, k);
+            if (j->alone && (rank <= 0 || own.end == 0)) {
+                for (i64 t = 0; t < tokens; t++)
+                    for (i64 i = first; i < end; i++) y[t * j->rows + rows[i]] = 0;
                 continue;
             }
-            range own = {j->cols, 0};
-            for (i64 c = 0; c < j->cols; c++)
-                if (j->col_block[c] == k) own = (range){least(own.first, c), c + 1};
+            if (rank >= 0 && plain_count(j, tokens, rank) <= MOST_PLAIN) {
+                plain_block(j, tokens, rank, x, k, own, rows, first, end, y, factor + lines(j->rank * ROWS));
+                continue;
+            }
             switch (tokens) {
 #define CASE(tokens)                                                  \
     case tokens:                                                      \
@@ -205,13 +221,14 @@ i64 smoa_few_fit(i64 tokens, i64 rank) { return tokens <= FEW && rank <= rows_of
 /* Floats that smoa_few needs. */
 i64 smoa_few_workspace(i64 rank, i64 cols, i64 threads) { return threads * few_size(rank, cols) + 16; }
 
-/* y (tokens, rows) = x W_effᵀ: x, W0 (rows, cols), `stored` as it is, and A (rank, cols) with contiguous rows, B (rows, rank). */
+/* y (tokens, rows) = x W_effᵀ, or x ΔWᵀ where `alone`: x, W0 (rows, cols), `stored` as it is, and A (rank, cols) with
+ * contiguous rows, B (rows, rank). */
 void smoa_few(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, const void *weight, i64 weight_stride, i64 stored,
               const i64 *row_index, const int32_t *row_offsets, const int32_t *col_block, i64 blocks,
               const int32_t *ranks, i64 rank, const float *A, i64 A_stride, const float *B, i64 B_row, i64 B_rank,
-              float scaling, float *y, float *workspace, i64 threads) {
+              float scaling, float *y, i64 alone, float *workspace, i64 threads) {
     few_job job = {tokens, rows, cols, blocks, threads, x_stride, weight_stride, A_stride, B_row, B_rank, rank,
                    x, A, B, weight, row_index, row_offsets, col_block, ranks, scaling, y, from_a_line(workspace),
-                   (int)stored};
+                   (int)stored, alone != 0};
     in_parallel(few_part, &job, threads);
 }

@@ -59,6 +59,17 @@ static inline vf load(const float *p) {
 
 static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
+/* The sum of a vector's numbers. */
+static inline float total(vf v) {
+#if VECTOR_BYTES == 64
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#endif
+}
+
 /* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is there; a is (depth, MR), b is (depth, NR). */
 INLINE void tile_of(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
                     int add) {

@@ -1,0 +1,69 @@
+"""Every class of experts in transformers: adapted, against its own forward, by what its decorator says of it."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from adapted_experts import assert_within_budget
+from peft import get_peft_model
+from tiny_experts import config
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.integrations import moe
+
+from smoa_kernels.peft import Experts
+
+pytestmark = pytest.mark.slow
+
+MODELS = Path(transformers.__file__).parent / "models"
+DECORATED = re.compile(r"^@use_experts_implementation\b.*\nclass (\w+)", re.MULTILINE)
+CLASSES = [
+    (f"{path.parent.name}.{path.stem}", name)
+    for path in sorted(MODELS.glob("*/modeling_*.py"))
+    for name in DECORATED.findall(path.read_text(encoding="utf-8"))
+]
+# Whatever the classes call their sizes.
+TINY = PreTrainedConfig(
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 6),
+    **dict.fromkeys(("hidden_size", "moe_hidden_size"), 32),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 24),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "mlp_hidden_act"), "silu"),
+    swiglu_alpha=1.702,
+    swiglu_limit=7.0,
+    mlp_gate_softcap=3.0,
+    mlp_up_softcap=3.0,
+    moe_latent_size=None,
+    post_norm_eps=1e-6,
+    experts_implementation="grouped_mm",
+)
+
+
+class Layer(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+
+@pytest.mark.parametrize(("module", "name"), CLASSES, ids=[name for _, name in CLASSES])
+def test_class(module, name):
+    experts_class = getattr(importlib.import_module(f"transformers.models.{module}"), name)
+    assert experts_class.__init__.__code__.co_filename == moe.__file__  # it is the decorator's
+    torch.manual_seed(0)
+    plain = experts_class(TINY)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.normal_(0, 0.1)
+    x, index, routing = torch.randn(9, 32), torch.randint(6, (9, 2)), torch.rand(9, 2)
+    expected = plain(x, index, routing)
+    targets = [f"experts.{weight}" for weight, parameter in plain.named_parameters() if parameter.ndim == 3]
+    model = get_peft_model(Layer(plain), config(target_parameters=targets, init_weights=True))
+    (experts,) = (module for module in model.modules() if isinstance(module, Experts))
+    assert len(experts.weights) == 2
+    assert torch.equal(experts(x, index, routing), expected)
+    with torch.no_grad():
+        for weight in experts.weights.values():
+            weight.smoa_B["default"].normal_()
+    assert_within_budget(experts, torch.float32)
