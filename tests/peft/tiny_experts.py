@@ -2,18 +2,14 @@
 
 import torch
 from peft import get_peft_model
+from tiny_models import LLAMA
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from smoa_kernels.peft import ExpertsWeight, SMoAConfig
 
 SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **LLAMA,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
