@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..definition.experts import ExpertsAdapter
 from ..definition.precision import gemm_is_ieee
-from ..kernels.grouped import along_columns
 from ..kernels.grouped_grad import grouped_grad
 from ..kernels.grouped_linear import grouped_linear
 from ..kernels.launch import on_device
@@ -31,11 +30,8 @@ def experts_backward(
     allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     dx = dA = dB = None
     with on_device(dy.device):
-        transposed = along_columns(adapter.T)  # a copy of B, once for both
         if x is not None:
-            dA, dB = adapter.A.new_empty(adapter.A.shape), adapter.B.new_empty(adapter.B.shape)
-            grouped_grad(dy, x, ends, adapter, dB, allow_tf32=allow_tf32)
-            grouped_grad(x, dy, ends, transposed, dA.mT, allow_tf32=allow_tf32)
+            dA, dB = grouped_grad(dy, x, ends, adapter, allow_tf32=allow_tf32)
         if needs_x:
-            dx = grouped_linear(dy, ends, transposed, allow_tf32=allow_tf32)
+            dx = grouped_linear(dy, ends, adapter.T, allow_tf32=allow_tf32)
     return dx, dA, dB

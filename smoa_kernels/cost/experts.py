@@ -3,7 +3,8 @@
 The rules are those of `counts.py`, and three more, for everyone alike:
 
 - Pairs of a token and an expert are spread evenly. A product over an expert's pairs takes them a tile at a time, and
-  the last tile is half empty. A tile has 128 pairs where an expert has 256, else 64.
+  the last tile is half empty. A tile has 128 pairs where an expert has 256, else 64; our own has 256 where an expert
+  has 512 and blocks have no more than 16 ranks.
 - A product over pairs reads the weights of the experts that have any. What builds weights builds all of them.
 - PEFT's LoRA is counted as of PEFT 0.21: each forward builds W0 + s·BA of all experts, as if in one pass over them. The
   backward makes a dense gradient of it and multiplies that with A and with B. The ideal one adds x Aᵀ Bᵀ to y, and
@@ -11,7 +12,8 @@ The rules are those of `counts.py`, and three more, for everyone alike:
 
 Of ours, instructions are counted as compiled (sm_90, bf16, Triton 3.9, blocks of whole granules). The adapter's part of
 `grouped_linear` builds an operand in its main loop, as the one-kernel form does, and its products run at that form's
-share of a GEMM's rate. The end of each tile of `grouped_grad` overlaps with nothing.
+share of a GEMM's rate. The end of each tile of `grouped_grad` overlaps with nothing. What its programs add to dA is
+written over zeros, and summed.
 """
 
 from __future__ import annotations
@@ -29,12 +31,9 @@ from .gpus import Gpu
 __all__ = ["EXPERTS_WAYS", "MOE_MODELS", "ExpertsProblem", "estimate_experts", "model_seconds"]
 
 EXPERTS_WAYS = ("frozen", "lora", "ideal lora", "smoa")
-WARPS, ROWS, STEP, RANKS = (
-    8,
-    128,
-    64,
-    16,
-)  # of a program: rows of its tile, columns or pairs of a step, ranks at least
+# Of a program: rows of its tile, columns or pairs of a step, ranks at least.
+WARPS, ROWS, STEP, RANKS = 8, 128, 64, 16
+GRAD_COLUMNS = 64  # of a tile of G
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,13 @@ class ExpertsProblem:
 
     @property
     def tile(self) -> int:
-        """Pairs in a tile of a product."""
+        """Pairs in a tile of a library's product."""
         return 128 if self.pairs >= 256 * self.experts else 64
+
+    @property
+    def max_rank(self) -> int:
+        """ρ, the largest rank of a block under the even split."""
+        return math.ceil(self.rank / self.num_blocks)
 
     @property
     def active(self) -> int:
@@ -104,12 +108,14 @@ class _Steps:
 
 _LINEAR = {
     # by pairs in a tile, for y and for dX
+    (256, "forward"): _Steps(117, 16, 158, 1174),
+    (256, "backward"): _Steps(140, 16, 214, 1264),
     (128, "forward"): _Steps(158, 32, 102, 890),
     (128, "backward"): _Steps(206, 32, 138, 940),
     (64, "forward"): _Steps(226, 64, 92, 786),
     (64, "backward"): _Steps(317, 64, 127, 924),
 }
-_GRAD_STEP, _GRAD_END = 164, 966  # in `grouped_grad`: of 64 pairs, and what follows them
+_GRAD_STEP, _GRAD_END = 146, 692  # in `grouped_grad`: of 64 pairs, and what follows them
 
 
 @dataclass
@@ -123,8 +129,13 @@ class _Count:
         self.x, self.y = p.pairs * p.in_features, p.pairs * p.out_features
         self.one = p.out_features * p.in_features
         self.w, self.all_w = p.active * self.one, p.experts * self.one
-        self.tiles = round(p.pairs / p.tile + p.active / 2)
-        self.unit = 2 * self.tiles * p.tile * self.one  # flops of the base's product
+        self.unit = self.product(p.tile)  # flops of the base's product
+
+    def tiles(self, pairs: int) -> int:
+        return round(self.p.pairs / pairs + self.p.active / 2)
+
+    def product(self, tile: int) -> int:
+        return 2 * self.tiles(tile) * tile * self.one
 
     def add(
         self, name: str, flops: int, elements: int, *, cached: float | None = None, **rest: float | int
@@ -137,14 +148,17 @@ class _Count:
 
     def grouped_linear(self, name: str, rows: int, columns: int) -> None:
         """The adapter's part over one block's columns, then the base's, in one launch."""
-        p, steps = self.p, _LINEAR[self.p.tile, self.stage]
-        programs = self.tiles * math.ceil(rows / ROWS)
-        product = self.unit // p.num_blocks
+        p = self.p
+        wide = p.pairs >= 512 * p.experts and p.max_rank <= RANKS
+        tile = 256 if wide else p.tile
+        steps, unit = _LINEAR[tile, self.stage], self.product(tile)
+        programs = self.tiles(tile) * math.ceil(rows / ROWS)
+        product = unit // p.num_blocks
         of_block = math.ceil(columns / p.num_blocks / steps.columns)
-        read = 1 / (2 * p.tile) + 1 / (2 * ROWS)  # elements of both operands through the cache, for each flop
+        read = 1 / (2 * tile) + 1 / (2 * ROWS)  # elements of both operands through the cache, for each flop
         self.add(
             f"{name}: adapter",
-            round(product * (1 + RANKS / p.tile)),
+            round(product * (1 + RANKS / tile)),
             0,
             cached=product * read,
             efficiency=FUSED_EFFICIENCY,
@@ -154,36 +168,40 @@ class _Count:
         )
         self.add(
             f"{name}: base",
-            self.unit,
+            unit,
             self.x + self.w + self.y,
-            cached=self.unit * read + (self.y if self.stage == "forward" else self.x),
+            cached=unit * read + (self.y if self.stage == "forward" else self.x),
             programs=programs,
             instructions=WARPS * (math.ceil(columns / STEP) * steps.base + steps.rest),
         )
 
-    def grouped_grad(self, name: str, rows: int, columns: int) -> None:
-        """The gradient of one factor: tiles of G, and what ends each."""
+    def grouped_grad(self) -> None:
+        """The gradients of both factors: tiles of G, what ends each, and the sum of what programs add to dA."""
         p = self.p
         steps = round(p.pairs / p.active / STEP + 0.5)
-        programs = p.active * math.ceil(rows / ROWS)
-        tiles = math.ceil(columns / p.num_blocks / ROWS)
+        row_tiles = math.ceil(p.out_features / ROWS)
+        programs, of_block = p.active * row_tiles, p.in_features / p.num_blocks
+        tiles = math.ceil(of_block / GRAD_COLUMNS)
         product = 2 * p.active * steps * STEP * self.one // p.num_blocks
         self.add(
-            name,
+            "dA and dB",
             product,
             self.x + self.y + self.w // p.num_blocks,
-            cached=product / ROWS,
+            cached=product / (2 * ROWS) + product / (2 * GRAD_COLUMNS),
             programs=programs,
             instructions=WARPS * tiles * steps * _GRAD_STEP,
         )
         self.add(
-            f"{name}: ends of tiles",
-            2 * p.active * RANKS * self.one // p.num_blocks,
+            "dA and dB: ends of tiles",
+            2 * 2 * p.active * RANKS * self.one // p.num_blocks,
             0,
             launches=0,
             programs=programs,
             instructions=WARPS * tiles * _GRAD_END,
         )
+        # float32, as two elements each: zeros, what programs write of them, and reading all.
+        parts = 2 * p.experts * row_tiles * p.max_rank * p.in_features
+        self.add("sum of dA", 0, round((2 + 1 / p.num_blocks) * parts), launches=3)
 
 
 def _frozen(c: _Count) -> None:
@@ -223,9 +241,8 @@ def _smoa(c: _Count) -> None:
     p = c.p
     c.grouped_linear("grouped linear", p.out_features, p.in_features)
     c.stage = "backward"
-    c.add("B along W0's rows", 0, 2 * p.experts * p.out_features * math.ceil(p.rank / p.num_blocks))
-    c.grouped_grad("dB", p.out_features, p.in_features)
-    c.grouped_grad("dA", p.in_features, p.out_features)
+    c.grouped_grad()
+    c.add("B along W0's rows", 0, 2 * p.experts * p.out_features * p.max_rank)
     c.grouped_linear("grouped dX", p.in_features, p.out_features)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "along_columns",
     "coordinates",
     "experts_operands",
+    "experts_pointers",
     "power_of_two",
     "segment_of",
     "tiles_of_segments",
@@ -159,6 +160,30 @@ class ExpertsLayout(NamedTuple):
             "tokens": -(-pairs // max(experts, 1)),
             "granule": self.granule,
         }
+
+    def strides(self) -> dict[str, int]:
+        """As the kernels name them, in the order of their signatures."""
+        names = ("we", "wn", "wc", "ae", "ar", "ac", "be", "bn", "br")
+        apart = ("row_offsets", "col_offsets", "row_index", "col_index")
+        numbers = (*self.weight, *self.A, *self.B, *self.offsets, *self.indices)
+        return {f"stride_{name}": number for name, number in zip(names + apart, numbers, strict=True)}
+
+
+def experts_pointers(adapter: ExpertsAdapter, ends: Tensor) -> dict[str, Tensor | None]:
+    """What both kernels read of an adapter, as they name it, in the order of their signatures."""
+    blocks = adapter.blocks
+    return {
+        "w_ptr": adapter.weight,
+        "a_ptr": adapter.A,
+        "b_ptr": adapter.B,
+        "ends_ptr": ends,
+        "row_index_ptr": blocks.row_index,
+        "col_index_ptr": blocks.col_index,
+        "row_offsets_ptr": blocks.row_offsets,
+        "col_offsets_ptr": blocks.col_offsets,
+        "ranks_ptr": adapter.ranks,
+        "scaling_ptr": adapter.scaling,
+    }
 
 
 EXPERTS = 4

@@ -1,22 +1,21 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""dB of all experts in one launch; with x and dY swapped and W0 transposed, dA.
+"""dA and dB of all experts in one launch.
 
     G = dY_eᵀ · X_e,   H = s · G ∘ W0_e,   dB_e[rows_k] = H[rows_k, cols_k] · A_e[:, cols_k]ᵀ
+                                           dA_e[:, cols_k] = B_e[rows_k]ᵀ · H[rows_k, cols_k]
 
 over the pairs of each expert e and its blocks k. A program owns some rows of one block. It goes over that block's
-columns, makes one tile of G after another in registers, multiplies it by W0's and contracts it with A's. It writes each
-row of dB once: no partial results, no atomics, and two runs agree bit for bit. An expert without pairs gets zeros.
+columns, makes one tile of G after another in registers, multiplies it by W0's and contracts it with A's and with B's.
+It writes each row of dB once, and of dA what its own rows add, in float32, which torch sums: no atomics, and two runs
+agree bit for bit. An expert without pairs gets zeros.
 
-dA_eᵀ is the same of W_effᵀ, so G is computed twice, once for each factor. One pass for both, as in `block_grad.py`,
-would save 1/K of a base product. It would take partial results in memory, their sum, and H transposed.
-
-Layout of the pointers: dy (P, N), x (P, C), a (E, ρ, C), last stride 1; weight (E, N, C), out (E, N, ρ), any strides;
-ends, indices, offsets, ranks and scaling as in `grouped_linear.py`.
+Layout of the pointers: dy (P, N), x (P, C), a (E, ρ, C), last stride 1; w (E, N, C), b (E, N, ρ), any strides;
+partial_a (experts of the launch, tiles of rows, ρ, C) float32, zeros, and db (E, N, ρ), contiguous; ends, indices,
+offsets, ranks and scaling as in `grouped_linear.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,11 +29,11 @@ from ..definition.experts import ExpertsAdapter, reference_experts_linear
 from ..definition.precision import Precision
 from .common import dot, input_precision, round_to, to_tf32
 from .grouped import (
-    MOST_RANKS,
     ExpertsLayout,
     along_columns,
     coordinates,
     experts_operands,
+    experts_pointers,
     power_of_two,
     segment_of,
     tiles_of_segments,
@@ -44,6 +43,9 @@ from .spec import INDEX, Config, Kernel, Operands, Work, in_dtype
 from .table import remembered, select
 
 __all__ = ["GROUPED_GRAD", "GROUPED_GRAD_GATHERED", "GroupedGradConfig", "grouped_grad"]
+
+RANKS = 16
+"""That a program takes; others make G again for the next. With more of them the registers spill."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,13 @@ class GroupedGradConfig(Config):
     num_stages: int
 
 
-@triton.jit(do_not_specialize=["tiles_n", "num_blocks", "rank"])
+@triton.jit(do_not_specialize=["first_expert", "tiles_n", "parts", "num_blocks", "rank"])
 def grouped_grad_kernel(
     dy_ptr,
     x_ptr,
-    weight_ptr,
+    w_ptr,
     a_ptr,
+    b_ptr,
     ends_ptr,
     row_index_ptr,
     col_index_ptr,
@@ -70,9 +73,14 @@ def grouped_grad_kernel(
     col_offsets_ptr,
     ranks_ptr,
     scaling_ptr,
-    out_ptr,
+    partial_a_ptr,
+    db_ptr,
+    first_expert,
     tiles_n,
+    parts,
     num_blocks,
+    out_features,
+    in_features,
     rank,
     stride_dyp,
     stride_xp,
@@ -82,9 +90,9 @@ def grouped_grad_kernel(
     stride_ae,
     stride_ar,
     stride_ac,
-    stride_oe,
-    stride_on,
-    stride_or,
+    stride_be,
+    stride_bn,
+    stride_br,
     stride_row_offsets,
     stride_col_offsets,
     stride_row_index,
@@ -98,7 +106,8 @@ def grouped_grad_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    number = tl.program_id(0) // tiles_n
+    place = tl.program_id(0) // tiles_n
+    number = first_expert + place
     expert = number.to(tl.int64)
     row_ends_ptr = row_offsets_ptr + expert * stride_row_offsets + 1
     block, row, row_end = segment_of(row_ends_ptr, num_blocks, tl.program_id(0) % tiles_n, BLOCK_N, BLOCKS)
@@ -117,8 +126,14 @@ def grouped_grad_kernel(
     some = (pair_start < pair_end) & (tl.program_id(1) * BLOCK_R < block_rank)
     col_end = tl.where(some, col_end, col_start)
 
-    weight_ptr += expert * stride_we
+    w_ptr += expert * stride_we
     a_ptr += expert * stride_ae
+    b_ptr += expert * stride_be
+    scaling = tl.load(scaling_ptr).to(tl.float32)
+    b_ptrs = b_ptr + rows[:, None] * stride_bn + t[None, :] * stride_br
+    row_start = tl.load(row_offsets_ptr + expert * stride_row_offsets + block)
+    part = place.to(tl.int64) * parts + (row - row_start) // BLOCK_N
+    partial_a_ptr += part * rank * in_features
     slots_t = tl.arange(0, BLOCK_T)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for col in range(col_start, col_end, BLOCK_C):
@@ -126,7 +141,7 @@ def grouped_grad_kernel(
         # Before the sum over pairs, which takes as long as this load.
         w_offsets = rows[:, None] * stride_wn + cols[None, :] * stride_wc
         w_mask = row_valid[:, None] & col_valid[None, :]
-        weight = tl.load(weight_ptr + w_offsets, mask=w_mask, other=0.0)
+        weight = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
         grad = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         for pair in range(pair_start, pair_end, BLOCK_T):
             pair_valid = slots_t < pair_end - pair
@@ -144,11 +159,15 @@ def grouped_grad_kernel(
         a = tl.load(a_ptrs, mask=col_valid[:, None] & (t < block_rank)[None, :], other=0.0)
         h = to_tf32(grad * weight.to(tl.float32), INPUT_PRECISION)
         db = dot(h, to_tf32(a.to(tl.float32), INPUT_PRECISION), db, INPUT_PRECISION)
+        b = tl.load(b_ptrs, mask=row_valid[:, None] & (t < block_rank)[None, :], other=0.0)
+        da = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+        da = dot(tl.trans(h), to_tf32(b.to(tl.float32), INPUT_PRECISION), da, INPUT_PRECISION)
+        da_ptrs = partial_a_ptr + t[None, :] * in_features + cols[:, None]
+        tl.store(da_ptrs, scaling * da, mask=col_valid[:, None] & (t < block_rank)[None, :])
 
-    db *= tl.load(scaling_ptr).to(tl.float32)
-    out_ptrs = out_ptr + expert * stride_oe + rows[:, None] * stride_on + t[None, :] * stride_or
+    db_ptrs = db_ptr + (expert * out_features + rows)[:, None] * rank + t[None, :]
     mask = row_valid[:, None] & (t < rank)[None, :]
-    tl.store(out_ptrs, round_to(db, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(db_ptrs, round_to(scaling * db, db_ptr.dtype.element_ty), mask=mask)
 
 
 launch_grouped_grad = Launcher(grouped_grad_kernel)
@@ -159,56 +178,55 @@ def grouped_grad(
     x: Tensor,
     ends: Tensor,
     adapter: ExpertsAdapter,
-    out: Tensor,
     *,
     allow_tf32: bool = False,
     config: GroupedGradConfig | None = None,
-) -> None:
-    """Write dB (E, N, ρ) to `out`, rows t ≥ r_k as zeros; with x and dY swapped and `adapter.T`, dAᵀ (E, C, ρ).
+) -> tuple[Tensor, Tensor]:
+    """dA (E, ρ, C) and dB (E, N, ρ) in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
     Args:
         dy: (P, N) sorted by expert, in W0's dtype.
         x: (P, C), likewise.
         ends: int32 (E,), where the pairs of each expert end; the last is P.
         adapter: of the experts, on x's device.
-        out: (E, N, ρ), any strides.
         allow_tf32: let float32 products round their operands to TF32. Under a half weight the contraction always may.
         config: launch parameters.
     """
-    if out.numel() == 0:
-        return
     adapter = along_columns(adapter)
-    blocks, layout = adapter.blocks, ExpertsLayout.of(adapter)
+    A, B, layout = adapter.A, adapter.B, ExpertsLayout.of(adapter)
+    if A.numel() == 0 or B.numel() == 0:
+        return torch.zeros_like(adapter.A), torch.zeros_like(B)
+    dA, dB = A.new_empty(A.shape), B.new_empty(B.shape)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
-    plan = _plan(layout, dy.shape[0], (dy.stride(0), x.stride(0)), out.stride(), allow_tf32, config)
-    launch_grouped_grad(
-        plan,
-        dy_ptr=dy,
-        x_ptr=x,
-        weight_ptr=adapter.weight,
-        a_ptr=adapter.A,
-        ends_ptr=ends,
-        row_index_ptr=blocks.row_index,
-        col_index_ptr=blocks.col_index,
-        row_offsets_ptr=blocks.row_offsets,
-        col_offsets_ptr=blocks.col_offsets,
-        ranks_ptr=adapter.ranks,
-        scaling_ptr=adapter.scaling,
-        out_ptr=out,
-    )
+    for experts, parts, plan in _plans(layout, dy.shape[0], (dy.stride(0), x.stride(0)), allow_tf32, config):
+        some = dA[experts]
+        partial_a = dy.new_zeros((len(some), parts, *some.shape[1:]), dtype=torch.float32)
+        launch_grouped_grad(
+            plan,
+            dy_ptr=dy,
+            x_ptr=x,
+            **experts_pointers(adapter, ends),
+            partial_a_ptr=partial_a,
+            db_ptr=dB,
+        )
+        some.copy_(partial_a.sum(1))
+    return dA, dB
 
 
 @remembered
-def _plan(
+def _plans(
     layout: ExpertsLayout,
     pairs: int,
     strides: tuple[int, int],
-    out_stride: Sequence[int],
     allow_tf32: bool,
     config: GroupedGradConfig | None,
-) -> Plan:
-    experts, out_features, _ = layout.shape
+) -> tuple[tuple[slice, int, Plan], ...]:
+    """Launches, one for so many experts that their partial results of dA take no more than an eighth of W0.
+
+    Of each: its experts, how many partial results there may be of one, and the rest.
+    """
+    experts, out_features, in_features = layout.shape
     precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
     transposed = layout.weight[2] != 1
     config = config or select(
@@ -220,48 +238,49 @@ def _plan(
         **layout.sizes(pairs),
     )
     tiles_n = tiles_of_segments(out_features, layout.num_blocks, config.block_n)
-    block_r = min(MOST_RANKS, power_of_two(layout.rank))
-    return Plan(
-        (experts * tiles_n, -(-layout.rank // block_r)),
-        config,
-        tiles_n=tiles_n,
-        num_blocks=layout.num_blocks,
-        rank=layout.rank,
-        stride_dyp=strides[0],
-        stride_xp=strides[1],
-        stride_we=layout.weight[0],
-        stride_wn=layout.weight[1],
-        stride_wc=layout.weight[2],
-        stride_ae=layout.A[0],
-        stride_ar=layout.A[1],
-        stride_ac=layout.A[2],
-        stride_oe=out_stride[0],
-        stride_on=out_stride[1],
-        stride_or=out_stride[2],
-        stride_row_offsets=layout.offsets[0],
-        stride_col_offsets=layout.offsets[1],
-        stride_row_index=layout.indices[0],
-        stride_col_index=layout.indices[1],
-        GRANULE=layout.granule,
-        INDEXED=layout.indexed,
-        INPUT_PRECISION=precision,
-        BLOCKS=power_of_two(layout.num_blocks),
-        BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
-        BLOCK_T=config.block_t,
-        BLOCK_R=block_r,
-    )
+    parts = -(-out_features // config.block_n)  # one block may have all rows: the host does not know its size
+    # Partial results are float32, of rank ρ, for each part; W0 has N rows.
+    at_once = max(1, experts * out_features * layout.dtype.itemsize // (8 * 4 * parts * layout.rank))
+
+    def plan(first: int) -> tuple[slice, int, Plan]:
+        count = min(at_once, experts - first)
+        numbers = Plan(
+            (count * tiles_n, -(-layout.rank // RANKS)),
+            config,
+            first_expert=first,
+            tiles_n=tiles_n,
+            parts=parts,
+            num_blocks=layout.num_blocks,
+            out_features=out_features,
+            in_features=in_features,
+            rank=layout.rank,
+            stride_dyp=strides[0],
+            stride_xp=strides[1],
+            **layout.strides(),
+            GRANULE=layout.granule,
+            INDEXED=layout.indexed,
+            INPUT_PRECISION=precision,
+            BLOCKS=power_of_two(layout.num_blocks),
+            BLOCK_N=config.block_n,
+            BLOCK_C=config.block_c,
+            BLOCK_T=config.block_t,
+            BLOCK_R=RANKS,
+        )
+        return slice(first, first + count), parts, numbers
+
+    return tuple(plan(first) for first in range(0, experts, at_once))
 
 
-_SHIPPED = (
-    GroupedGradConfig(64, 128, 64, num_warps=8, num_stages=3),
-    GroupedGradConfig(64, 64, 64, num_warps=4, num_stages=3),
-)
-_SHIPPED_SM_90 = (GroupedGradConfig(128, 128, 64, num_warps=8, num_stages=3), _SHIPPED[1])
-_SHIPPED_TF32 = (GroupedGradConfig(64, 64, 32, num_warps=8, num_stages=2),)
+_LARGEST = GroupedGradConfig(128, 64, 64, num_warps=8, num_stages=3)
+_SHIPPED = (GroupedGradConfig(64, 64, 64, num_warps=8, num_stages=3),)
+_SHIPPED_AMD = (GroupedGradConfig(64, 64, 64, num_warps=4, num_stages=3),)
+# With two stages this and IEEE's spill somewhere.
+_SHIPPED_TF32 = (GroupedGradConfig(64, 64, 32, num_warps=8, num_stages=3),)
 # IEEE float32 without tensor cores: on NVIDIA.
-_SHIPPED_IEEE = (GroupedGradConfig(16, 32, 32, num_warps=4, num_stages=2),)
+_SHIPPED_IEEE = (GroupedGradConfig(16, 32, 32, num_warps=4, num_stages=3),)
+_GATHERED = (GroupedGradConfig(64, 64, 32, num_warps=8, num_stages=2),)
 _GATHERED_TF32 = (GroupedGradConfig(32, 64, 32, num_warps=8, num_stages=2),)
+_GATHERED_IEEE = (GroupedGradConfig(16, 32, 32, num_warps=4, num_stages=2),)
 
 
 def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedGradConfig, ...]:
@@ -269,32 +288,32 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedGradConfi
         return _SHIPPED_IEEE
     if precision.dtype == torch.float32:
         return _SHIPPED_TF32
-    if arch.name == "sm_90":
-        return _SHIPPED_SM_90
-    return _SHIPPED[1:] if arch.is_amd else _SHIPPED
+    if arch.is_amd:
+        return _SHIPPED_AMD
+    # Elsewhere the largest spills.
+    return (_LARGEST, *_SHIPPED) if arch.name in ("sm_80", "sm_90", "sm_100") else _SHIPPED
 
 
 def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedGradConfig, ...]:
     if precision.dtype != torch.float32:
-        return _SHIPPED_TF32
-    return _SHIPPED_IEEE if precision.ieee and not arch.is_amd else _GATHERED_TF32
+        return _GATHERED
+    return _GATHERED_IEEE if precision.ieee and not arch.is_amd else _GATHERED_TF32
 
 
 def _workload(operands: Operands) -> Work:
     adapter, ends, x, dy = experts_operands(operands)
-    out = torch.empty_like(adapter.B)
 
-    def run(config: Any) -> list[Tensor]:
-        grouped_grad(dy, x, ends, adapter, out, allow_tf32=operands.allow_tf32, config=config)
-        return [out]
+    def run(config: Any) -> tuple[Tensor, Tensor]:
+        return grouped_grad(dy, x, ends, adapter, allow_tf32=operands.allow_tf32, config=config)
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
         of_dtype = in_dtype(adapter, dtype)
-        B = of_dtype.B.clone().requires_grad_()
+        A, B = (factor.clone().requires_grad_() for factor in (of_dtype.A, of_dtype.B))
         with torch.enable_grad():
-            reference_experts_linear(x.to(dtype), ends, replace(of_dtype, B=B)).backward(dy.to(dtype))
+            reference_experts_linear(x.to(dtype), ends, replace(of_dtype, A=A, B=B)).backward(dy.to(dtype))
+        assert A.grad is not None
         assert B.grad is not None
-        return [B.grad]
+        return [A.grad, B.grad]
 
     return run, defined
 
@@ -321,8 +340,9 @@ GROUPED_GRAD = Kernel(
     ),
     narrow={
         "index_ptr": INDEX,  # as coordinates names them
-        "weight_ptr": "one tile for a whole sum over pairs, in registers",
+        "w_ptr": "one tile for a whole sum over pairs, in registers",
         "a_ptr": "one tile for a whole sum over pairs, as wide as the rank",
+        "b_ptr": "one tile for a whole sum over pairs, as wide as the rank",
     },
 )
 GROUPED_GRAD_GATHERED = replace(

@@ -39,6 +39,7 @@ from .grouped import (
     along_columns,
     coordinates,
     experts_operands,
+    experts_pointers,
     power_of_two,
     segment_of,
     tiles_of_segments,
@@ -48,6 +49,10 @@ from .spec import INDEX, Config, Kernel, Key, Operands, Work, in_dtype
 from .table import remembered, select
 
 __all__ = ["GROUPED_LINEAR", "GROUPED_LINEAR_GATHERED", "GroupedLinearConfig", "grouped_linear"]
+
+
+FEW_RANKS, MOST_PAIRS = 16, 128
+"""A program takes no more ranks at a time where its tile has more pairs: the registers would spill."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +151,11 @@ def grouped_linear_kernel(
     rows, row_valid = coordinates(row_index_of, row, row_end, GRANULE, ADAPTER and INDEXED, BLOCK_N)
 
     w_rows = w_ptr + expert * stride_we + rows * stride_wn
-    out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * out_features + rows[None, :]
     out_mask = pair_valid[:, None] & row_valid[None, :]
+    # A wide tile's only in the end: they would not fit beside the sums.
+    LATE: tl.constexpr = ADAPTER and BASE and BLOCK_T > 128
+    if not LATE:
+        out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * out_features + rows[None, :]
     # float16 ends where small updates begin. The other types round ΔW and ΔW / s alike.
     SCALES_FIRST: tl.constexpr = w_ptr.dtype.element_ty == tl.float16
     if ADAPTER:
@@ -201,6 +209,8 @@ def grouped_linear_kernel(
                 w = tl.where(row_valid[:, None], w, 0.0)
             acc = dot(w, x, acc, INPUT_PRECISION)
 
+    if LATE:
+        out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * out_features + rows[None, :]
     tl.store(out_ptrs, round_to(tl.trans(acc), out_ptr.dtype.element_ty), mask=out_mask)
 
 
@@ -225,7 +235,7 @@ def grouped_linear(
         config: launch parameters.
     """
     adapter = along_columns(adapter)
-    blocks, layout = adapter.blocks, ExpertsLayout.of(adapter)
+    layout = ExpertsLayout.of(adapter)
     y = x.new_empty(x.shape[0], layout.shape[1])
     if y.numel() == 0:
         return y
@@ -236,16 +246,7 @@ def grouped_linear(
         launch_grouped_linear(
             plan,
             x_ptr=x,
-            w_ptr=adapter.weight,
-            a_ptr=adapter.A,
-            b_ptr=adapter.B,
-            ends_ptr=ends,
-            row_index_ptr=blocks.row_index,
-            col_index_ptr=blocks.col_index,
-            row_offsets_ptr=blocks.row_offsets,
-            col_offsets_ptr=blocks.col_offsets,
-            ranks_ptr=adapter.ranks,
-            scaling_ptr=adapter.scaling,
+            **experts_pointers(adapter, ends),
             out_ptr=y,
         )
     return y
@@ -301,19 +302,7 @@ def _plan(
         in_features=in_features,
         rank=layout.rank,
         stride_xp=stride_xp,
-        stride_we=layout.weight[0],
-        stride_wn=layout.weight[1],
-        stride_wc=layout.weight[2],
-        stride_ae=layout.A[0],
-        stride_ar=layout.A[1],
-        stride_ac=layout.A[2],
-        stride_be=layout.B[0],
-        stride_bn=layout.B[1],
-        stride_br=layout.B[2],
-        stride_row_offsets=layout.offsets[0],
-        stride_col_offsets=layout.offsets[1],
-        stride_row_index=layout.indices[0],
-        stride_col_index=layout.indices[1],
+        **layout.strides(),
         GRANULE=layout.granule if adapter else rows_in_order,
         INDEXED=layout.indexed,
         ADAPTER=adapter,
@@ -322,7 +311,7 @@ def _plan(
         INPUT_PRECISION=precision,
         EXPERTS=power_of_two(experts),
         BLOCKS=power_of_two(blocks),
-        RANK_BLOCK=min(MOST_RANKS, power_of_two(layout.rank)),
+        RANK_BLOCK=min(FEW_RANKS if config.block_t > MOST_PAIRS else MOST_RANKS, power_of_two(layout.rank)),
         BLOCK_T=config.block_t,
         BLOCK_N=config.block_n,
         BLOCK_C=config.block_c,
@@ -334,6 +323,7 @@ def _plan(
 _FEW = GroupedLinearConfig(16, 64, 64, 64, group_t=8, num_warps=4, num_stages=3)
 _SHIPPED = (GroupedLinearConfig(64, 128, 64, 32, group_t=8, num_warps=8, num_stages=3), _FEW)
 _SHIPPED_SM_90 = (
+    GroupedLinearConfig(256, 128, 32, 16, group_t=8, num_warps=8, num_stages=3),
     GroupedLinearConfig(128, 128, 64, 32, group_t=8, num_warps=8, num_stages=3),
     GroupedLinearConfig(64, 128, 64, 64, group_t=8, num_warps=8, num_stages=3),
     _FEW,
@@ -341,7 +331,10 @@ _SHIPPED_SM_90 = (
 _SHIPPED_TF32 = (GroupedLinearConfig(64, 64, 32, 32, group_t=8, num_warps=8, num_stages=3),)
 # No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
 _SHIPPED_IEEE = (GroupedLinearConfig(32, 64, 16, 16, group_t=8, num_warps=4, num_stages=3),)
-_GATHERED_IEEE = (GroupedLinearConfig(16, 64, 16, 16, group_t=8, num_warps=8, num_stages=2),)
+# Of what is read one number at a time, addresses take registers: shorter steps.
+_GATHERED = (GroupedLinearConfig(16, 64, 64, 32, group_t=8, num_warps=4, num_stages=3),)
+_GATHERED_TF32 = (GroupedLinearConfig(64, 64, 32, 16, group_t=8, num_warps=8, num_stages=3),)
+_GATHERED_IEEE = (GroupedLinearConfig(16, 32, 16, 16, group_t=8, num_warps=4, num_stages=2),)
 # AMD: 64 threads a warp, 64 KiB of shared memory.
 _SHIPPED_AMD = (
     GroupedLinearConfig(64, 64, 64, 32, group_t=8, num_warps=4, num_stages=2),
@@ -358,11 +351,20 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedLinearCon
 
 
 def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedLinearConfig, ...]:
-    return _GATHERED_IEEE if precision.ieee and not arch.is_amd else _shipped(arch, precision)[-1:]
+    if arch.is_amd:
+        return _SHIPPED_AMD[-1:]
+    if precision.dtype != torch.float32:
+        return _GATHERED
+    return _GATHERED_IEEE if precision.ieee else _GATHERED_TF32
 
 
 def _choose(fitting: Sequence[GroupedLinearConfig], key: Key, multiprocessors: int) -> GroupedLinearConfig:
-    """The widest tile of which an expert has two on average: the last of its tiles is half empty."""
+    """The widest tile of which an expert has two on average: the last of its tiles is half empty.
+
+    One of 256 pairs takes 16 ranks at a time, and reads x again for the next. It is for base and adapter in one launch.
+    """
+    if key.rank > FEW_RANKS or key.granule == 1:
+        fitting = [config for config in fitting if config.block_t <= MOST_PAIRS]
     return next((config for config in fitting if 2 * config.block_t <= key.tokens), fitting[-1])
 
 
