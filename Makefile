@@ -205,8 +205,9 @@ gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's inte
 audit: $(BIN)/.dev ## compile every kernel at every shipped configuration; needs no GPU
 	$(BIN)/smoa-kernels audit $(ARGS)
 
+# Left out are tests whose kernels run in processes of their own, outside the emulator.
 emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU: every kernel, the layer, the emulator's own tests; needs g++
-	$(call emulated,tests/ptx_emulator tests/kernels)
+	$(call emulated,tests/ptx_emulator tests/kernels $(addprefix --ignore tests/kernels/,test_specs.py test_launches.py))
 
 emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)
