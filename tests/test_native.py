@@ -137,6 +137,34 @@ def test_every_shape_where_torch_multiplies(
         assert all(map(torch.equal, found, p.run(**case.options)))
 
 
+@needs_library
+@pytest.mark.parametrize("strides", [(0, 1), (1, 0), (0, 0), (1, 1)])
+@each_dtype
+@each_form
+def test_weights_whose_elements_share_memory(
+    strides: tuple[int, int], dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch makes like a broadcast matrix, or windows of a line, has an order of its own."""
+    monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
+    p, case = on_cpu(dtype, tokens=40, ranks=(2, 3)), replace(FORMS[form], dtype=dtype)
+    p = replace(p, weight=p.weight.as_strided(p.weight.shape, strides))
+    assert_within_budget(p.run(**case.options), case, p)
+
+
+@needs_library
+@each_form
+def test_factors_of_a_dtype_that_it_does_not_read(form: str) -> None:
+    """Under autocast they may be of any: torch's operators take over."""
+    p, case = on_cpu(tokens=40), FORMS[form]
+    found = replace(p.to(torch.float32, torch.float64), dy=p.dy.bfloat16()).run(
+        autocast=torch.bfloat16, **case.options
+    )
+    cast = p.to(torch.bfloat16)
+    assert [one.dtype for one in found[2:4]] == [torch.float64] * 2
+    rounded = tuple(one.to(torch.bfloat16) for one in found)
+    assert_within_budget(rounded, replace(case, dtype=torch.bfloat16), cast)
+
+
 def in_backend(name: str, p: LinearProblem, form: str) -> list[tuple[Tensor, ...] | type]:
     """What `forward` and `backward` of a backend return, or the kind of error that they raise."""
     dropout = FORMS[form].dropout
@@ -390,6 +418,21 @@ def test_less_than_float32_is_eagers() -> None:
         assert native_obstacle(CPU, torch.bfloat16) == library.obstacle()
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@needs_library
+def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
+    """A compiled or exported program names this backend when it is made."""
+    p = on_cpu(tokens=1100, out_features=40, in_features=64, ranks=(2, 3), bias=False)
+    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
+    case, before = Case("native", "auto", torch.float32), torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        y = backend.forward(p.x, None, adapter, "auto", None)
+        gradients = backend.backward(p.dy, p.x, adapter, None, needs_x=True)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert_within_budget((y, *gradients), case, p)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...definition.dropout import Dropout
 from ...definition.packed import PackedAdapter
+from ...definition.precision import gemm_is_ieee
 from .. import Gradients, eager
 from ..eager import ALGORITHMS, modulated_weight
 from . import half
@@ -68,8 +69,11 @@ def backward(
 
 
 def torch_is_faster(tokens: int) -> bool:
-    """Whether torch's float32 GEMM, and a W_eff in memory, take less time than the compiled GEMM that needs none."""
-    return not library().smoa_linear_fit(tokens)
+    """Whether torch's float32 GEMM, and a W_eff in memory, take less time than the compiled GEMM that needs none.
+
+    It must multiply in float32: a compiled or exported program names its backend, and may meet another setting later.
+    """
+    return not library().smoa_linear_fit(tokens) and gemm_is_ieee(torch.float32, "cpu")
 
 
 def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None) -> bool:
@@ -83,7 +87,7 @@ def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None) -> bool:
         if given is not None:
             fits = fits and given.dtype == adapter.weight.dtype and given.is_cpu and given.shape[1] == width
     fits = fits and (x is None or dy is None or x.shape[0] == dy.shape[0])
-    return fits and adapter.weight.dtype in KINDS and obstacle() is None
+    return fits and adapter.weight.dtype in KINDS and adapter.A.dtype in KINDS and obstacle() is None
 
 
 def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:

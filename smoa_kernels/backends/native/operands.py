@@ -113,8 +113,13 @@ def named(name: str) -> AbstractContextManager[object]:
 
 
 def along_memory(matrix: Tensor) -> Tensor:
-    """The matrix where one of its strides is 1, else a contiguous copy."""
-    return matrix if 1 in matrix.stride() else matrix.contiguous()
+    """The matrix where its rows or its columns are contiguous and share no memory, else a contiguous copy.
+
+    What torch makes like a matrix whose rows do share memory is not laid out as that is.
+    """
+    (rows, cols), (down, along) = matrix.shape, matrix.stride()
+    lies = (along == 1 and down >= cols) or (down == 1 and along >= rows)
+    return matrix if lies else matrix.contiguous()
 
 
 def with_rows(matrix: Tensor) -> Tensor:
