@@ -130,7 +130,7 @@ def test_second_process_gives_the_same_outputs(folder, make_model, tokens, tmp_p
     path, expected = folder
     torch.save(tokens, tmp_path / "tokens.pt")
     script = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch
 from tiny_models import tiny_gpt2, tiny_llama
 from peft import PeftModel
