@@ -8,8 +8,8 @@
  *
  * Compiled once for each instruction set (hatch_build.py), which VECTOR_BYTES tells. No function allocates memory or
  * keeps anything between calls: panels lie in a workspace of the caller's. Sums run over the same terms in the same
- * order for every number of threads, but those of dA, which are cut where the rows of the threads asked for are, however
- * many a runtime starts.
+ * order for every number of threads, but those of dA (of dB, where W0 is stored by columns), which are cut where the rows
+ * of the threads asked for are, however many a runtime starts.
  */
 #include "adapter.h"
 #include "few_tokens.h"
