@@ -33,7 +33,9 @@ PARTITIONS = {
     "an empty block": lambda: BlockPartition.contiguous((80, 144), 3, granule=8).shard(col_slice=slice(48)),
 }
 each_partition = pytest.mark.parametrize("name", PARTITIONS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+each_dtype = pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 
 
 def problem_of(name: str, dtype: torch.dtype, device: torch.device, tokens: int = 21) -> LinearProblem:
