@@ -56,6 +56,8 @@ def printed(arguments: str) -> str:
         text=True,
         check=True,
     )
+    if str(ROOT) in done.stdout:  # `info` names the checkout where compiled code cannot be used
+        raise SystemExit(f"{arguments} names {ROOT}: build its compiled code first, python hatch_build.py")
     # The same on every machine, and as wide: it stands in a table.
     home = str(Path.home())
     return re.sub(rf"{re.escape(home)}(\S*)", lambda path: f"~{path[1]}" + " " * (len(home) - 1), done.stdout)
