@@ -31,6 +31,9 @@ pytestmark = pytest.mark.numerical
 # Small enough that small problems have several tiles of each kind.
 TILE = 32
 SMALL = BlockGradConfig(block_n=16, block_c=TILE, block_t=16, split=1, num_warps=4, num_stages=2)
+# The narrowest that ships. Float32 factors over a half weight are multiplied in bfloat16 parts, a quarter of the tile at
+# a time, and tensor cores take 16 columns of these at least.
+WIDE = replace(SMALL, block_c=64)
 
 
 def gather(problem: LinearProblem, multiple: int = TILE) -> tuple[Tensor, Tensor]:
@@ -47,7 +50,7 @@ def in_one_part(dyg: Tensor, xg: Tensor, adapter: PackedAdapter, **settings: Any
 
 
 def gradients(problem: LinearProblem, config: BlockGradConfig = SMALL) -> tuple[Tensor, Tensor]:
-    return in_one_part(*gather(problem), adapter_of(problem), config=config)
+    return in_one_part(*gather(problem, config.block_c), adapter_of(problem), config=config)
 
 
 def expected(problem: LinearProblem) -> tuple[Tensor, Tensor]:
@@ -63,7 +66,8 @@ def expected(problem: LinearProblem) -> tuple[Tensor, Tensor]:
 def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> None:
     rounded = problem.to(dtype, factor_dtype)
     truth = expected(rounded.to(torch.float64))
-    for config in (SMALL, replace(SMALL, split=2)):
+    tile = SMALL if factor_dtype is None else WIDE
+    for config in (tile, replace(tile, split=2)):
         ours = gradients(rounded, config)
         padding = padding_masks(rounded.partition, rounded.ranks, rounded.A.shape[0])
         for mine, theirs, true, used in zip(ours, expected(rounded), truth, padding, strict=True):
@@ -181,4 +185,4 @@ def test_bad_input(device: torch.device) -> None:
     dyg, xg = gather(problem)
     adapter: PackedAdapter = adapter_of(problem)
     with pytest.raises(ValueError, match="must be multiples of the tile"):
-        in_one_part(dyg, xg, adapter, config=replace(SMALL, block_c=64))
+        in_one_part(dyg, xg, adapter, config=WIDE)
