@@ -31,8 +31,8 @@ pytestmark = pytest.mark.numerical
 # Small enough that small problems have several tiles of each kind.
 TILE = 32
 SMALL = BlockGradConfig(block_n=16, block_c=TILE, block_t=16, split=1, num_warps=4, num_stages=2)
-# The narrowest that ships. Float32 factors over a half weight are multiplied in bfloat16 parts, a quarter of the tile at
-# a time, and tensor cores take 16 columns of these at least.
+# The narrowest that ships. Float32 factors over a half weight are multiplied in bfloat16 parts, a quarter of the tile
+# at a time, and tensor cores take 16 columns of these at least.
 WIDE = replace(SMALL, block_c=64)
 
 
