@@ -9,7 +9,7 @@ import torch
 
 from smoa_kernels.cost.counts import parts
 from smoa_kernels.cost.estimate import Estimate
-from smoa_kernels.cost.gpus import Rates
+from smoa_kernels.cost.gpus import GPUS, Rates
 
 from .protocol import DEVICE, laps, quartiles
 from .providers import Case
@@ -29,7 +29,7 @@ def seconds(case: Case, algorithm: str, flops_per_second: float, bytes_per_secon
     """Predicted seconds of forward and backward; what Python adds is not counted."""
     problem = case.problem()
     rates = Rates(flops_per_second, bytes_per_second)
-    return Estimate(algorithm, parts(problem, algorithm), rates).device_seconds()
+    return Estimate(algorithm, parts(problem, algorithm, GPUS["h100"]), rates).device_seconds()
 
 
 def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:

@@ -131,19 +131,19 @@ def _predicted(state: State, gpu: Gpu) -> str:
     known = gpu.rates(torch.bfloat16, False)  # of what nobody measured
     rates = replace(known, flops_per_second=flops, bytes_per_second=bandwidth)
     rows = [
-        (tables.case_name(result), *(_over_predicted(result, name, rates) for name in WAYS))
+        (tables.case_name(result), *(_over_predicted(result, name, gpu, rates) for name in WAYS))
         for result in state.run.select("layer")
     ]
     headings = ("measured over predicted at these rates, forward + backward", *WAYS)
     return f"{told}\n\n{tables.table(headings, rows)}"
 
 
-def _over_predicted(result: Result, name: str, rates: Rates) -> str:
+def _over_predicted(result: Result, name: str, gpu: Gpu, rates: Rates) -> str:
     if name not in result.seconds["both"]:
         return "–"
     case = Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])})
     problem = case.problem()
-    predicted = Estimate(WAYS[name], parts(problem, WAYS[name]), rates).seconds("both")
+    predicted = Estimate(WAYS[name], parts(problem, WAYS[name], gpu), rates).seconds("both")
     return f"{result.comparison('both').time(name).median / predicted:.2f}"
 
 

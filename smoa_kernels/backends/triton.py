@@ -21,7 +21,7 @@ from torch import Tensor
 from ..cost.estimate import Direction, choose_algorithm
 from ..cost.gpus import device_gpu
 from ..cost.grad_tiling import gradient_parts
-from ..cost.problem import GRANULE, Problem, padding_multiple
+from ..cost.problem import GRANULE, Problem, bucket, padding_multiple
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
@@ -34,7 +34,7 @@ from ..kernels.fused_linear import fused_linear
 from ..kernels.launch import on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_both, gather_columns, scatter_columns
-from ..kernels.spec import Key, bucket, granule_of
+from ..kernels.spec import Key, granule_of
 from ..kernels.table import Entry
 from . import Gradients, eager
 

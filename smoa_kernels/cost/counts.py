@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ..definition.precision import precision_of
-from .gpus import Rates
+from .gpus import Gpu, Rates
 from .grad_tiling import GRAD_TILE, gradient_parts, partial_bytes
+from .matmul_tiling import matmul_tile
 from .problem import Problem
 from .sectors import GATHER_TILE, STEP, WARP, overfetch, touched
 
@@ -108,12 +109,12 @@ class Part:
         )
 
 
-def parts(problem: Problem, algorithm: str, *, ieee: bool = True) -> tuple[Part, ...]:
+def parts(problem: Problem, algorithm: str, gpu: Gpu, *, ieee: bool = True) -> tuple[Part, ...]:
     """The kernels that `algorithm`, one of :data:`WAYS`, runs on `problem`: forward, then backward.
 
-    `ieee`: float32 multiplies in IEEE float32 rather than TF32.
+    `gpu` decides which tiles ship. `ieee`: float32 multiplies in IEEE float32 rather than TF32.
     """
-    count = _Count(problem, ieee)
+    count = _Count(problem, gpu, ieee)
     _COUNTED[algorithm](count)
     return tuple(sorted(count.parts, key=lambda part: part.stage != "forward"))
 
@@ -123,6 +124,7 @@ class _Count:
     """Collects parts by the rules at the top of this file. Sizes are in elements."""
 
     p: Problem
+    gpu: Gpu
     ieee: bool
     parts: list[Part] = field(default_factory=list)
     stage: Pass = "forward"
@@ -190,18 +192,17 @@ class _Count:
         moved = self.touched_w + self.block_w + self.factors
         self.add("build ΔW blocks", 2 * self.block_w * self.p.max_rank, moved)
 
-    def block_matmul(self, name: str, source: int, target: int, *, copied: bool, scattered: bool) -> None:
-        # Blocks are side by side on the same tokens: memory moves x once, copied or not.
-        stored = self.overfetch(GRAD_TILE if self.p.in_place else WARP) if scattered else 1
-        cached = self.operand(STEP, copied) + self.operand(STEP, True) + target * stored
+    def block_matmul(
+        self, name: str, features: int, source: int, target: int, *, copied: bool, scattered: bool
+    ) -> None:
+        # Blocks are side by side on the same tokens: memory moves x once, copied or not. The cache moves it once for
+        # each tile of rows, and ΔW for each tile of tokens.
+        p, (tokens, rows) = self.p, matmul_tile(self.p, self.gpu, self.ieee, features)
+        stored = self.overfetch(rows if p.in_place else WARP) if scattered else 1
+        x = p.tokens * self.w // features * math.ceil(features / p.num_blocks / rows)
+        x_moved = x if copied else x * self.overfetch(STEP)
+        cached = x_moved + math.ceil(p.tokens / tokens) * self.block_w + target * stored
         self.add(name, self.product, source + self.block_w + target, cached=cached)
-
-    def operand(self, together: int, copied: bool) -> float:
-        """Elements of an operand that blocks' products read through the cache: once for each tile of the other.
-
-        Where it is no copy, with the rest of the sectors in which rows of `together` coordinates lie.
-        """
-        return self.product / (2 * GRAD_TILE) * (1 if copied else self.overfetch(together))
 
     def gather(self, name: str, features: int, *, dropout: bool = False, launches: int = 1) -> None:
         if self.p.gathers(features) or dropout:
@@ -225,7 +226,8 @@ class _Count:
             ((self.x_blocks, self.x_copied), (self.y_blocks, self.dy_copied)),
         )
         moved = sum(size * (1 if copied else p.num_blocks * self.touched) for size, copied in operands)
-        cached = sum(self.operand(GRAD_TILE, copied) for _, copied in operands)
+        each = self.product / (2 * GRAD_TILE)  # once for each tile of the other
+        cached = sum(each * (1 if copied else self.overfetch(GRAD_TILE)) for _, copied in operands)
         self.add(
             "block gradients",
             self.product + launches * 4 * self.block_w * p.max_rank,
@@ -329,7 +331,7 @@ def _split(c: _Count) -> None:
     """The adapter first, block by block; then the base GEMM accumulates onto its result, and a bias comes last."""
     c.build_blocks()
     c.gather("gather x", c.p.in_features, dropout=c.p.dropout > 0)
-    c.block_matmul("block matmul", c.x_blocks, c.y, copied=c.x_copied, scattered=True)
+    c.block_matmul("block matmul", c.p.out_features, c.x_blocks, c.y, copied=c.x_copied, scattered=True)
     c.base_forward()
     c.add("y, read to accumulate", 0, c.y, launches=0)
     if c.p.bias:  # every other way adds it where it makes y
@@ -339,7 +341,9 @@ def _split(c: _Count) -> None:
     if c.p.dropout:
         c.gather("gather dY again", c.p.out_features)
         c.build_blocks()
-        c.block_matmul("block matmul of dX", c.y_blocks, c.x_blocks, copied=c.dy_copied, scattered=False)
+        c.block_matmul(
+            "block matmul of dX", c.p.in_features, c.y_blocks, c.x_blocks, copied=c.dy_copied, scattered=False
+        )
         cached = c.x_blocks + c.x * c.overfetch(WARP)
         c.add("scatter dX, dropout", c.x_blocks, c.x_blocks + c.x, cached=cached)
         c.base_backward()

@@ -84,7 +84,7 @@ def estimate(problem: Problem, gpu: Gpu, algorithm: str, *, ieee: bool = True) -
 
     `ieee`: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
     """
-    return Estimate(algorithm, parts(problem, algorithm, ieee=ieee), gpu.rates(problem.dtype, ieee))
+    return Estimate(algorithm, parts(problem, algorithm, gpu, ieee=ieee), gpu.rates(problem.dtype, ieee))
 
 
 @lru_cache(maxsize=4096)

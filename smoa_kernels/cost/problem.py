@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["GRANULE", "Problem"]
+__all__ = ["GRANULE", "Problem", "bucket"]
 
 GRANULE = 8
 """Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
@@ -16,6 +16,11 @@ GRANULE = 8
 # In the padded block-major layout each block's width is a multiple of the wide padding, which every shipped tile
 # divides, or of the narrow one where no block is wider than that.
 WIDE_PADDING, NARROW_PADDING = 128, 64
+
+
+def bucket(tokens: int) -> int:
+    """The next power of two: one choice serves 2049 to 4096 tokens, and was made for 4096."""
+    return 1 << max(tokens - 1, 0).bit_length()
 
 
 @functools.cache  # asked at every call of a layer

@@ -34,7 +34,6 @@ __all__ = [
     "Key",
     "Operands",
     "Work",
-    "bucket",
     "check_key",
     "delta_weight",
     "granule_of",
@@ -59,7 +58,7 @@ class Key(NamedTuple):
         blocks: K.
         out_features: N.
         in_features: C.
-        tokens: T, from :func:`bucket`.
+        tokens: T, from :func:`smoa_kernels.cost.problem.bucket`.
         padded_out: width that each block of rows is padded to.
         padded_in: likewise for columns.
         transposed: the kernel reads W0 or ΔW along the other side, as dX does.
@@ -99,11 +98,6 @@ def check_key(key: Key) -> None:
     check_count("granule", key.granule, 1)
     if key.granule not in (1, GRANULE):
         raise ValueError(f"granule must be 1 or {GRANULE}, got {key.granule}")
-
-
-def bucket(tokens: int) -> int:
-    """The next power of two: one choice serves 2049 to 4096 tokens, and was made for 4096."""
-    return 1 << max(tokens - 1, 0).bit_length()
 
 
 class Operands:

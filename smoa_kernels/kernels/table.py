@@ -28,10 +28,11 @@ from filelock import FileLock
 
 from ..checks import check_choice, check_count, check_kind, shown
 from ..cost.gpus import architecture, multiprocessors
+from ..cost.problem import bucket
 from ..definition.precision import precision_of
 from ..files import cache_folder, replace_file
 from .identity import Identity, identity, staleness
-from .spec import ALGORITHM_KEYS, KERNELS, Config, Key, bucket, check_key
+from .spec import ALGORITHM_KEYS, KERNELS, Config, Key, check_key
 
 __all__ = [
     "INTERRUPTED",

@@ -12,11 +12,11 @@ from ..cost.architectures import ARCHITECTURES
 from ..cost.estimate import Direction, choose_algorithm
 from ..cost.gpus import Gpu, architecture, device_gpu, multiprocessors
 from ..cost.grad_tiling import gradient_parts
-from ..cost.problem import GRANULE, Problem
+from ..cost.problem import GRANULE, Problem, bucket
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels import KERNELS
 from ..kernels.common import block_width
-from ..kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
+from ..kernels.spec import ALGORITHM_KEYS, Config, Key
 from .space import algorithm_job, kernel_job
 from .tuner import Job
 

@@ -93,8 +93,8 @@ def test_algorithm_of_another_backend() -> None:
 @pytest.mark.parametrize(
     ("stage", "dtype", "tokens", "expected"),
     [
-        ("forward", torch.bfloat16, 128, "fused"),
-        ("forward", torch.bfloat16, 129, "split"),
+        ("forward", torch.bfloat16, 192, "fused"),
+        ("forward", torch.bfloat16, 193, "split"),
         ("input_gradient", torch.bfloat16, 128, "fused"),
         ("input_gradient", torch.bfloat16, 129, "merged"),
         ("input_gradient", torch.float32, 48, "fused"),  # in TF32, of which IEEE float32's rates say nothing

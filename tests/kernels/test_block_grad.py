@@ -65,13 +65,20 @@ def expected(problem: LinearProblem) -> tuple[Tensor, Tensor]:
 
 def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> None:
     rounded = problem.to(dtype, factor_dtype)
-    truth = expected(rounded.to(torch.float64))
+    exact = rounded.to(torch.float64)
+    truth = expected(exact)
+    sizes = {name: getattr(exact, name).abs() for name in ("x", "weight", "A", "B", "dy")}
+    terms = expected(replace(exact, **sizes))
     tile = SMALL if factor_dtype is None else WIDE
     for config in (tile, replace(tile, split=2)):
         ours = gradients(rounded, config)
         padding = padding_masks(rounded.partition, rounded.ranks, rounded.A.shape[0])
-        for mine, theirs, true, used in zip(ours, expected(rounded), truth, padding, strict=True):
-            assert_within_budget(mine, theirs, true)
+        for mine, theirs, true, size, used in zip(
+            ours, expected(rounded), truth, terms, padding, strict=True
+        ):
+            # Of few terms the reference's sum may be exact by luck: four float32 roundings of their size are allowed.
+            if ((mine.double() - true).abs() > 4 * 2**-23 * size).any():
+                assert_within_budget(mine, theirs, true)
             assert not mine[~used].any()
 
 

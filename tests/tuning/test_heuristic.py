@@ -10,9 +10,12 @@ from smoa_kernels import FusedSMoALinear
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.cost import grad_tiling
 from smoa_kernels.cost.architectures import ARCHITECTURES
+from smoa_kernels.cost.gpus import GPUS
+from smoa_kernels.cost.matmul_tiling import matmul_tile
+from smoa_kernels.cost.problem import Problem, bucket
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS, table
-from smoa_kernels.kernels.spec import Key, bucket
+from smoa_kernels.kernels.spec import Key
 from smoa_kernels.tuning.plan import Layer, keys
 
 
@@ -65,6 +68,27 @@ def test_the_device_decides_how_large_a_tile_is() -> None:
     assert [
         KERNELS["fused_linear"].default(one_token, "sm_90", processors).split for processors in (16, 132)
     ] == [1, 4]  # type: ignore[attr-defined]
+
+
+def test_the_cost_model_counts_the_tile_that_ships() -> None:
+    """Of y, at few tokens and many, in blocks that fill the largest tile and in narrow ones."""
+    kernel = KERNELS["block_matmul"]
+    for gpu, dtype, tokens, blocks, (n, c) in itertools.product(
+        GPUS.values(),
+        KERNEL_PRECISIONS,
+        (1, 17, 64, 100, 300, 2048, 8192),
+        (1, 4, 8, 300),
+        ((4096, 14336), (576, 1536), (320, 320)),
+    ):
+        if dtype == "tf32" and gpu.arch.startswith("gfx"):
+            continue
+        precision = PRECISIONS[dtype]
+        problem = Problem(tokens, n, c, blocks, blocks, precision.dtype)
+        asked = keys(Layer(n, c, tokens, dtype, blocks, blocks))
+        key = next(key for key in asked if key.kernel == kernel.name)
+        shipped = kernel.default(key, gpu.arch, gpu.multiprocessors)
+        expected = shipped.block_t, shipped.block_n  # type: ignore[attr-defined]
+        assert matmul_tile(problem, gpu, precision.ieee, n) == expected, key
 
 
 def step(layer: FusedSMoALinear, tokens: int, **options: object) -> None:
