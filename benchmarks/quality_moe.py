@@ -28,6 +28,7 @@ from smoa_kernels.peft import SMoAConfig
 
 from .machine import EDITED, commit
 from .quality.statistics import paired, summarize
+from .quality.study import SEARCH_SEED, rate_beyond
 from .readme import ROOT, with_section
 from .results import write
 from .tables import table
@@ -36,7 +37,7 @@ RECORDS = ROOT / "benchmarks" / "results" / "quality_moe.jsonl"
 PAGE = ROOT / "docs" / "experts.md"
 START = "<!-- written by make quality-moe: -->"
 STEPS, BATCH, HEAD_RATE = 200, 32, 1e-2
-SEARCH_SEED, SEEDS = 1000, 5
+SEEDS = 5
 LADDER = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 FIRST = LADDER[2:5]
 
@@ -81,11 +82,9 @@ def search(name: str) -> float:
     tried = {rate: run(name, "search", rate, SEARCH_SEED) for rate in FIRST}
     while True:
         best = max(tried, key=lambda rate: (tried[rate]["accuracy"], -tried[rate]["loss"]))
-        at = LADDER.index(best)
-        beyond = [LADDER[i] for i in (at - 1, at + 1) if 0 <= i < len(LADDER) and LADDER[i] not in tried]
-        if not beyond:
+        if (beyond := rate_beyond(tried, best, LADDER)) is None:
             return best
-        tried[beyond[0]] = run(name, "search", beyond[0], SEARCH_SEED)
+        tried[beyond] = run(name, "search", beyond, SEARCH_SEED)
 
 
 def run(name: str, stage: str, rate: float, seed: int) -> dict[str, Any]:

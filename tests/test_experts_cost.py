@@ -1,4 +1,4 @@
-"""The cost model of experts (smoa_kernels/cost/experts.py): hand counts, and the page that shows its figures."""
+"""The cost model of experts (benchmarks/experts_cost.py): hand counts, and the page that shows its figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa_kernels.cost.experts import (
+from benchmarks.experts_cost import (
     EXPERTS_WAYS,
     MOE_MODELS,
     ExpertsProblem,

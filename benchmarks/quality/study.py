@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -37,6 +37,13 @@ def best_rate(records: Sequence[dict[str, Any]], task: str, method: str) -> floa
     """Return the learning rate that did best on validation, by accuracy and then by loss; None before any was tried."""
     tried = searched(records, task, method)
     return max(tried, key=lambda r: (r["accuracy"], -r["evaluation_loss"]))["lr"] if tried else None
+
+
+def rate_beyond(tried: Collection[float], best: float, ladder: Sequence[float] = LADDER) -> float | None:
+    """The rate beyond the best, where that is the least or the greatest of those tried and the ladder goes on."""
+    at = ladder.index(best)
+    beyond = {min(tried): at - 1, max(tried): at + 1}.get(best, -1)
+    return ladder[beyond] if 0 <= beyond < len(ladder) else None
 
 
 class Slice:
@@ -82,12 +89,8 @@ class Slice:
                 self._once(method, "search", beyond, SEARCH_SEED, self.splits.validation)
 
     def _next(self, method: Method) -> float | None:
-        """The rate beyond the best one, where the best is at an end of those tried and the ladder goes on."""
-        records = self._searches(method)
-        tried = [LADDER.index(r["lr"]) for r in searched(records, self.task.name, method.name)]
-        best = LADDER.index(best_rate(records, self.task.name, method.name) or 0.0)  # some rate was tried
-        beyond = {tried[0]: best - 1, tried[-1]: best + 1}.get(best, -1)
-        return LADDER[beyond] if 0 <= beyond < len(LADDER) else None
+        tried = searched(self._searches(method), self.task.name, method.name)
+        return rate_beyond([r["lr"] for r in tried], best_rate(tried, self.task.name, method.name) or 0.0)
 
     def final(self, method: Method, seed: int) -> None:
         """Judge the best learning rate on test."""

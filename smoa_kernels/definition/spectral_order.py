@@ -102,8 +102,9 @@ def _energies(wide: Tensor) -> tuple[Tensor, Tensor]:
     return u.square() * squared.clamp_min(0), (wide.T @ u).square_()
 
 
-def _lower_gram(wide: Tensor, panel: int = 128) -> Tensor:
+def _lower_gram(wide: Tensor) -> Tensor:
     """Lower triangle of W Wᵀ: `eigh` reads no more, and it is close to half of the product's work."""
+    panel = 128
     gram = wide.new_zeros(wide.shape[0], wide.shape[0])
     for start in range(0, wide.shape[0], panel):
         rows = wide[start : start + panel]

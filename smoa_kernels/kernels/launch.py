@@ -74,11 +74,9 @@ class Layout(NamedTuple):
         return {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
 
     def strides(self) -> dict[str, int]:
-        """As every kernel names them that reads W0, A and B."""
-        (wn, wc), (ar, ac), (bn, br) = self.weight, self.A, self.B
-        return {
-            "stride_wn": wn, "stride_wc": wc, "stride_ar": ar, "stride_ac": ac, "stride_bn": bn, "stride_br": br,
-        }  # fmt: skip
+        """As every kernel names them that reads W0, A and B, in the order of their signatures."""
+        names, numbers = ("wn", "wc", "ar", "ac", "bn", "br"), (*self.weight, *self.A, *self.B)
+        return {f"stride_{name}": number for name, number in zip(names, numbers, strict=True)}
 
 
 class Plan:

@@ -481,6 +481,7 @@ def _skipped(table: Table) -> str:
     return f"{len(table.skipped)} skipped: {_first([reason for reason, _ in table.skipped])}"
 
 
-def _first(reasons: Sequence[str], most: int = 5) -> str:
-    more = f"; and {len(reasons) - most} more" if len(reasons) > most else ""
-    return "; ".join(reasons[:most]) + more
+def _first(reasons: Sequence[str]) -> str:
+    """Five of them, and how many more there are."""
+    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+    return "; ".join(reasons[:5]) + more

@@ -1,6 +1,6 @@
 """What the fused weights of experts cost on a GPU: ours, PEFT's LoRA on them, and an ideal grouped LoRA.
 
-The rules are those of `counts.py`, and three more, for everyone alike:
+The rules are those of `smoa_kernels/cost/counts.py`, and three more, for everyone alike:
 
 - Pairs of a token and an expert are spread evenly. A product over an expert's pairs takes them a tile at a time, and
   the last tile is half empty. A tile has 128 pairs where an expert has 256, else 64; our own has 256 where an expert
@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .counts import FUSED_EFFICIENCY, Part, Pass
-from .estimate import Estimate
-from .gpus import Gpu
+from smoa_kernels.cost.counts import FUSED_EFFICIENCY, Part, Pass
+from smoa_kernels.cost.estimate import Estimate
+from smoa_kernels.cost.gpus import Gpu
 
 __all__ = ["EXPERTS_WAYS", "MOE_MODELS", "ExpertsProblem", "estimate_experts", "model_seconds"]
 
@@ -80,12 +80,10 @@ MOE_MODELS = {
 """From the `config.json` that each model's authors publish."""
 
 
-def model_seconds(
-    model: str, tokens: int, way: str, gpu: Gpu, *, num_blocks: int = 4, rank: int = 16
-) -> float:
+def model_seconds(model: str, tokens: int, way: str, gpu: Gpu, *, rank: int = 16) -> float:
     """Device time of forward and backward through the experts of one layer of a model in bf16, predicted."""
     experts, top_k, shapes = MOE_MODELS[model]
-    problems = (ExpertsProblem(tokens * top_k, experts, *shape, num_blocks, rank) for shape in shapes)
+    problems = (ExpertsProblem(tokens * top_k, experts, *shape, rank=rank) for shape in shapes)
     return sum(estimate_experts(problem, gpu, way).device_seconds() for problem in problems)
 
 
