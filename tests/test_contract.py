@@ -25,6 +25,7 @@ from problems import (
     cases,
     each,
     error_over_budget,
+    interpreted,
     relative_error,
     small_update,
     some,
@@ -44,7 +45,7 @@ pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("poisoned_memory")]
 
 each_case = each(lambda backend: list(cases(backend)))
 each_way = each(widest)
-each_slowly = each(widest, interpreted=False)
+each_slowly = each(widest, slow=interpreted)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "uneven, one of rank 0": {"random_labels": True},
@@ -108,7 +109,10 @@ def test_results_of_several_panels(case: Case, order: str) -> None:
     assert_within_budget(p.run(**case.options), case, p)
 
 
-@each_case
+@each(
+    lambda backend: list(cases(backend)),
+    slow=lambda case: interpreted(case) and case.dtype == torch.float16,
+)
 def test_results_in_every_dtype(case: Case) -> None:
     """Factors in W0's dtype, and in float32 over a half base."""
     p = case.problem(tokens=40, out_features=70, in_features=90, ranks=(3, 2))
@@ -118,7 +122,7 @@ def test_results_in_every_dtype(case: Case) -> None:
         assert_within_budget(mixed.run(**case.options), case, mixed)
 
 
-@each(lambda backend: list(cases(backend)), interpreted=False)
+@each(lambda backend: list(cases(backend)), slow=interpreted)
 def test_two_runs_are_bitwise_equal(case: Case) -> None:
     p = case.problem(random_labels=True)
     equal(p.run(**case.options), p.run(**case.options))
@@ -230,7 +234,7 @@ def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
 
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("poison", POISONS, ids=str)
-@each(lambda backend: some(backend, torch.float32, torch.bfloat16), interpreted=False)
+@each(lambda backend: some(backend, torch.float32, torch.bfloat16), slow=interpreted)
 def test_what_is_not_finite_is_not_hidden(case: Case, poison: tuple[str, float], block: int) -> None:
     assert_poison_spreads_as_defined(case, poison, block, "spectral")
 
@@ -251,7 +255,7 @@ def assert_poison_spreads_as_defined(case: Case, poison: tuple[str, float], bloc
 
 
 @pytest.mark.parametrize("bias", [True, pytest.param(False, marks=SLOW)])
-@each(lambda backend: some(backend, *HALF) if backend != "reference" else [], interpreted=False)
+@each(lambda backend: some(backend, *HALF) if backend != "reference" else [], slow=interpreted)
 def test_a_small_update_survives(case: Case, bias: bool) -> None:
     """An update far below the last bit of half precision arrives, for base and bias are added to it.
 

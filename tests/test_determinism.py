@@ -4,14 +4,21 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from problems import DEVICE, Case, all_cases, assert_within_budget, each, error_over_budget
+from problems import (
+    DEVICE,
+    Case,
+    all_cases,
+    assert_within_budget,
+    each,
+    error_over_budget,
+    interpreted,
+    on_threads,
+)
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.dropout import Dropout
@@ -23,20 +30,10 @@ CASES = [case for case in all_cases() if case.dtype in DTYPES and case.backend !
 SIZES = {"tokens": 40, "out_features": 70, "in_features": 60, "random_labels": True}
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def digest() -> str:
     """Of every result of every case in float32, on one thread."""
     found = hashlib.sha256()
-    with threads(1):
+    with on_threads(1):
         for case in CASES:
             if case.dtype == torch.float32:
                 for value in case.problem(**SIZES).run(**case.options):
@@ -60,7 +57,7 @@ def test_two_processes_are_bitwise_equal() -> None:
 def test_other_thread_counts_stay_within_the_budget(case: Case) -> None:
     p = case.problem(**SIZES)
     for count in (1, 2, 3):
-        with threads(count):
+        with on_threads(count):
             assert_within_budget(p.run(**case.options), case, p)
 
 
@@ -68,7 +65,7 @@ def test_thread_counts_move_neither_masks_nor_blocks() -> None:
     weight = torch.randn(96, 130, generator=torch.Generator(DEVICE).manual_seed(2))
     masks, partitions = [], []
     for count in (1, 2, 3):
-        with threads(count):
+        with on_threads(count):
             masks.append(Dropout(torch.tensor(3), 0.3).multiplier(torch.empty(600, 50)))
             partitions.append(BlockPartition.from_weight(weight, 4))
     assert all(torch.equal(mask, masks[0]) for mask in masks)
@@ -78,7 +75,7 @@ def test_thread_counts_move_neither_masks_nor_blocks() -> None:
 @pytest.mark.parametrize("cut", [1, 17])
 @each(
     lambda backend: [case for case in CASES if case.backend == backend and not case.dropout],
-    interpreted=False,
+    slow=interpreted,
 )
 def test_a_batch_in_two_parts_stays_within_the_budget(case: Case, cut: int) -> None:
     """A GEMM of fewer rows may sum in another order: no bit is promised."""

@@ -32,9 +32,16 @@ PARTITIONS = {
     "one block": lambda: BlockPartition.contiguous((40, 64), 1),
     "an empty block": lambda: BlockPartition.contiguous((80, 144), 3, granule=8).shard(col_slice=slice(48)),
 }
+FEW = {("granules of 24", torch.bfloat16), ("an empty block", torch.bfloat16)}
 each_partition = pytest.mark.parametrize("name", PARTITIONS)
-each_dtype = pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
+# A launch in the interpreter takes a second: most are left to `make test-slow`.
+each_case = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) in FEW else [pytest.mark.slow])
+        for name in PARTITIONS
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
 )
 
 
@@ -75,8 +82,7 @@ def test_which_partitions_have_granules() -> None:
         assert granule_of(single) == 1
 
 
-@each_dtype
-@each_partition
+@each_case
 def test_factor_gradients(
     name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,8 +96,7 @@ def test_factor_gradients(
         assert all(map(torch.equal, found, expected))
 
 
-@each_dtype
-@each_partition
+@each_case
 def test_the_adapters_output(
     name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
