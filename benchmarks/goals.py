@@ -243,10 +243,13 @@ GOALS = (
     Goal("the same, blocks that experts share", 1.00, _experts(f"{SMOA}, shared", LORA, 16)),
     Goal("experts' peak above frozen's, over PEFT LoRA's, 32 pairs each", 0.15, _experts_peak(LORA)),
     Goal("the same, over an ideal grouped LoRA's", 1.10, _experts_peak("ideal grouped LoRA")),
-    Goal(
-        "one token through experts, over frozen, contiguous",
-        1.50,
-        _time("experts, one token", "forward", CONTIGUOUS, FROZEN, hidden=256),
+    *(
+        Goal(
+            f"one token through experts, over frozen, {words}",
+            1.50,
+            _time("experts, one token", "forward", name, FROZEN, hidden=256),
+        )
+        for words, name in (("contiguous", CONTIGUOUS), ("spectral", SMOA))
     ),
     Goal("seconds to add contiguous blocks to SmolLM2-135M", 0.30, _seconds("adapter", "inject", CONTIGUOUS)),
     *(

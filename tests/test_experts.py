@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smoa_kernels.definition.experts import ExpertBlocks, index_dtype, reference_experts_linear
 from smoa_kernels.definition.precision import KERNEL_DTYPES
-from smoa_kernels.experts.operator import experts_linear
+from smoa_kernels.experts.operator import experts_linear, experts_product
 
 BACKENDS = [
     pytest.param(
@@ -69,6 +69,55 @@ def test_pairs_that_no_expert_counts_are_refused(backend: str) -> None:
 def test_shapes(backend: str, pairs: tuple[int, ...], ranks: tuple[int, ...], rows: int, cols: int) -> None:
     p = make_problem(pairs=pairs, ranks=ranks, rows=rows, cols=cols, dtype=torch.float32)
     p.assert_within_budget(p.operator(backend))
+
+
+@numerical
+@each_backend
+@pytest.mark.parametrize("pairs", [(1, 2, 0, 3), (5, 8, 9, 0)])
+@pytest.mark.parametrize("blocks", ["contiguous", "own", "empty"])
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (3, 0, 2), (5, 1, 9)])
+def test_few_pairs(backend: str, pairs: tuple[int, ...], blocks: str, ranks: tuple[int, ...]) -> None:
+    p = make_problem(pairs=pairs, blocks=blocks, ranks=ranks, rows=70, cols=90, dtype=torch.float32)
+    p.assert_within_budget(p.operator(backend))
+
+
+@numerical
+@on_the_cpu
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("pairs", [(1, 1, 1), (4, 3, 5), (40, 30, 50)])
+def test_an_expert_whose_update_is_zero_gives_the_bits_of_its_weight(
+    backend: str, pairs: tuple[int, ...]
+) -> None:
+    """Whatever its padding holds, and whatever the other experts' B."""
+    p = make_problem(pairs=pairs, dtype=torch.float32)
+    for layer in p.adapter.experts([1]):
+        for k, rank in enumerate(p.adapter.ranks.tolist()):
+            layer.B[layer.partition.rows(k), :rank] = 0
+    y, plain = experts_linear(p.x, p.ends, p.adapter, backend), torch.empty_like(p.dy)
+    for e, rows in enumerate(p.x.split(pairs)):
+        torch.mm(rows, p.adapter.weight[e].T, out=plain.split(pairs)[e])
+    same = [torch.equal(*both) for both in zip(y.split(pairs), plain.split(pairs), strict=True)]
+    assert same == [False, True, False]
+    off = replace(p.adapter, scaling=torch.zeros(()).double())
+    assert torch.equal(experts_linear(p.x, p.ends, off, backend), plain)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_a_product_that_was_prepared_serves_any_x_of_its_pairs(backend: str) -> None:
+    p = make_problem(dtype=torch.float32)
+    with torch.no_grad():
+        product = experts_product(p.x, p.ends, p.adapter, backend)
+        expected = experts_linear(p.x, p.ends, p.adapter, backend)
+        assert torch.equal(product(p.x), expected)
+        assert torch.equal(product(p.x.T.contiguous().T), expected)
+        with pytest.raises(ValueError, match="ends must count x's"):
+            product(p.x[1:])
+        with pytest.raises(RuntimeError):
+            product(p.x[:, 1:])
+    x = p.x.clone().requires_grad_()
+    experts_product(x, p.ends, p.adapter, backend)(x).backward(p.dy)
+    assert x.grad is not None
 
 
 @numerical

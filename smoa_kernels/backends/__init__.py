@@ -87,17 +87,18 @@ class Backend(Protocol):
 class ExpertsBackend(Protocol):
     """What the rest of the package asks of a backend for experts; x has the dtype of the adapter's W0."""
 
-    def experts_forward(self, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
-        """`y_p = x_p W0_eᵀ + x_p ΔW_eᵀ` with e the expert of pair p: x (P, C) -> y (P, N) in x's dtype.
+    def experts_product(self, ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
+        """What computes `y_p = x_p W0_eᵀ + x_p ΔW_eᵀ` with e the expert of pair p: x (P, C) -> y (P, N) in x's dtype.
 
         x is sorted by expert. `ends`, int32 (E,), counts the pairs of all experts up to each, as `grouped_mm` takes
-        `offs`. In half precision the adapter's output enters before the base GEMM's one rounding.
+        `offs`. In half precision the adapter's output enters before the base GEMM's one rounding. What can be done
+        without x is done before this returns.
         """
 
     def experts_backward(
         self, dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
     ) -> Gradients:
-        """Gradients of `experts_forward` for dy (P, N): dX where `needs_x`, dA and dB where x is given.
+        """Gradients of `experts_product` for dy (P, N): dX where `needs_x`, dA and dB where x is given.
 
         Those of an expert without pairs are exactly zero.
         """

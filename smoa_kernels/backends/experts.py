@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from . import Gradients, eager
 
-__all__ = ["Layers", "base_output", "experts_backward", "experts_forward", "spans"]
+__all__ = ["Layers", "base_output", "experts_backward", "experts_product", "spans"]
 
 
 class Layers(Protocol):
@@ -27,18 +27,24 @@ class Layers(Protocol):
         """(dX, dA, dB), those that are asked for."""
 
 
-def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, layers: Layers = eager) -> Tensor:
-    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype.
+def experts_product(
+    ends: Tensor, adapter: ExpertsAdapter, layers: Layers = eager
+) -> Callable[[Tensor], Tensor]:
+    """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype.
 
     The base's part is a product of its own, so where B is zero y is what the model without an adapter computes.
     """
-    y = x.new_empty(x.shape[0], adapter.weight.shape[1])
-    for _, pairs, layer in _active(len(x), ends, adapter):
-        if x.itemsize == 2:
-            y[pairs] = layers.split(x[pairs], layer, None)
-        else:
-            base_output(x[pairs], layer.weight, out=y[pairs]).add_(eager.adapter_output(x[pairs], layer))
-    return y
+
+    def product(x: Tensor) -> Tensor:
+        y = x.new_empty(x.shape[0], adapter.weight.shape[1])
+        for _, pairs, layer in _active(len(x), ends, adapter):
+            if x.itemsize == 2:
+                y[pairs] = layers.split(x[pairs], layer, None)
+            else:
+                base_output(x[pairs], layer.weight, out=y[pairs]).add_(eager.adapter_output(x[pairs], layer))
+        return y
+
+    return product
 
 
 def experts_backward(
@@ -50,7 +56,7 @@ def experts_backward(
     *,
     needs_x: bool,
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
+    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
     dx = dy.new_empty(dy.shape[0], adapter.weight.shape[2]) if needs_x else None
     dA, dB = (None, None) if x is None else (torch.zeros_like(adapter.A), torch.zeros_like(adapter.B))
     for e, pairs, layer in _active(len(dy), ends, adapter):
@@ -72,17 +78,20 @@ def base_output(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
     return torch.mm(x, weight.T, out=out)
 
 
-def spans(total: int, ends: Tensor) -> list[tuple[int, int, int]]:
+def spans(ends: Tensor) -> list[tuple[int, int, int]]:
     """Each expert that has pairs: its number, its first pair and where its pairs end."""
     last = ends.tolist()
-    if last[-1] != total:
-        raise ValueError(f"ends must count x's {total} pairs up, got {last[-1]} in the end")
-    starts = [0, *last[:-1]]
-    return [(e, start, end) for e, (start, end) in enumerate(zip(starts, last, strict=True)) if end > start]
+    return [
+        (e, start, end)
+        for e, (start, end) in enumerate(zip([0, *last[:-1]], last, strict=True))
+        if end > start
+    ]
 
 
 def _active(total: int, ends: Tensor, adapter: ExpertsAdapter) -> Iterator[tuple[int, slice, PackedAdapter]]:
     """Each expert that has pairs: its number, its pairs and its adapter."""
-    found = spans(total, ends)
+    found = spans(ends)
+    if (found[-1][2] if found else 0) != total:
+        raise ValueError(f"ends must count x's {total} pairs up, got {ends.tolist()}")
     for (e, start, end), layer in zip(found, adapter.experts([e for e, _, _ in found]), strict=True):
         yield e, slice(start, end), layer

@@ -5,6 +5,8 @@ Nothing of W0's size is built, and nothing waits for `ends`, which only the devi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..definition.experts import ExpertsAdapter
@@ -14,19 +16,23 @@ from ..kernels.grouped_linear import grouped_linear
 from ..kernels.launch import on_device
 from . import Gradients
 
-__all__ = ["experts_backward", "experts_forward"]
+__all__ = ["experts_backward", "experts_product"]
 
 
-def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
-    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
-    with on_device(x.device):
-        return grouped_linear(x, ends, adapter, allow_tf32=not gemm_is_ieee(x.dtype, "cuda"))
+def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
+    """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+
+    def product(x: Tensor) -> Tensor:
+        with on_device(x.device):
+            return grouped_linear(x, ends, adapter, allow_tf32=not gemm_is_ieee(x.dtype, "cuda"))
+
+    return product
 
 
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
+    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
     allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     dx = dA = dB = None
     with on_device(dy.device):

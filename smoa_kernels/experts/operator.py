@@ -5,7 +5,8 @@ Opaque for the same reasons. How many pairs an expert has crosses as a tensor, s
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.precision import without_autocast
 from ..operator import can_skip_dispatcher
 
-__all__ = ["ExpertsCall", "experts_linear"]
+__all__ = ["ExpertsCall", "experts_linear", "experts_product"]
 
 
 class ExpertsCall(NamedTuple):
@@ -100,21 +101,31 @@ def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: st
         >>> experts_linear(torch.ones(2, 3), torch.tensor([0, 1, 1, 2]).int(), adapter, "eager").tolist()
         [[4.0, 3.5], [4.0, 3.5]]
     """
-    call = ExpertsCall(ends, adapter, backend)
+    return experts_product(x, ends, adapter, backend)(x)
+
+
+def experts_product(
+    source: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: str
+) -> Callable[[Tensor], Tensor]:
+    """Prepare :func:`experts_linear` for an x that is yet to be computed: what is returned takes it and gives y.
+
+    Args:
+        source: what x is to be computed from: x is as plain a tensor, on its device.
+        ends, adapter, backend: those of :func:`experts_linear`.
+    """
+    # Of one token the dispatcher's two passes are a tenth.
     plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
-    if plain and can_skip_dispatcher(x, adapter.weight, adapter.A, adapter.B):
-        return _compute_forward(x, call)  # of one token the dispatcher's two passes are a tenth
-    y: Tensor = _linear(x, *call.flatten())
-    return y
+    plain = plain and can_skip_dispatcher(source, ends, adapter.weight, adapter.A, adapter.B)
+    if plain and not torch.is_autocast_enabled(source.device.type):
+        return load_experts_backend(backend).experts_product(ends, adapter)
+    flat = ExpertsCall(ends, adapter, backend).flatten()
+    return lambda x: cast(Tensor, _linear(x, *flat))
 
 
 def _forward(x: Tensor, *flat: Any) -> Tensor:
-    return _compute_forward(x, ExpertsCall.unflatten(*flat))
-
-
-def _compute_forward(x: Tensor, call: ExpertsCall) -> Tensor:
+    call = ExpertsCall.unflatten(*flat)
     with without_autocast(x):
-        return load_experts_backend(call.backend).experts_forward(x, call.ends, call.adapter)
+        return load_experts_backend(call.backend).experts_product(call.ends, call.adapter)(x)
 
 
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:

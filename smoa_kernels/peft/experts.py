@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -64,41 +65,48 @@ class Experts(nn.Module):
         Returns:
             (T, H) in the dtype of `hidden_states`.
         """
-        weights = self.weights.values()
-        for weight in weights:
+        weights = self.weights
+        for weight in weights.values():
             if weight.disable_adapters and weight.merged:
                 weight.unmerge()
+        adapting = {name: weight for name, weight in weights.items() if weight.is_adapting}
         base: Any = self.base_layer
-        if not any(weight.is_adapting for weight in weights):
+        if not adapting:
             return cast(Tensor, base(hidden_states, top_k_index, top_k_weights))
         top_k = top_k_index.shape[-1]
         # As the base sorts: the bits of an expert's product depend on the order of its rows.
         experts, order = torch.sort(top_k_index.reshape(-1))
+        x, routing = hidden_states[order // top_k], top_k_weights.reshape(-1)[order, None]
         numbers = torch.arange(base.num_experts, dtype=experts.dtype, device=experts.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        x = hidden_states[order // top_k]
-        if base.has_gate:
-            inner = base._apply_gate(self._linear("gate_up_proj", x, ends, experts))
-        else:
-            inner = base.act_fn(self._linear("up_proj", x, ends, experts))
-        y = self._linear("down_proj", inner, ends, experts)
+        # Both are prepared before one is used: W0 passes through the caches and drives out what it takes to prepare the
+        # next, so that a token would pay for that twice.
+        first = "gate_up_proj" if base.has_gate else "up_proj"
+        up = self._product(first, adapting.get(first), hidden_states, ends, experts)
+        down = self._product("down_proj", adapting.get("down_proj"), hidden_states, ends, experts)
+        y = down(base._apply_gate(up(x)) if base.has_gate else base.act_fn(up(x)))
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
-        y = y * top_k_weights.reshape(-1)[order, None]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.shape[0], device=order.device)
-        return y[back].view(-1, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)
+        y = y * routing
+        y = torch.empty_like(y).index_copy_(0, order, y)
+        return y.view(-1, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
-    def _linear(self, name: str, x: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
-        """The product with one of the weights, adapted or not, and its bias."""
+    def _product(
+        self, name: str, weight: ExpertsWeight | None, source: Tensor, ends: Tensor, experts: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """What computes the product with one of the base's weights, adapted or not, and adds its bias."""
         base: Any = self.base_layer
-        bias = getattr(base, f"{name}_bias")[experts] if base.has_bias else None
-        weight = self._modules.get(name)
-        if isinstance(weight, ExpertsWeight) and weight.is_adapting:
-            y: Tensor = weight(x, ends)
+        product = None if weight is None else weight.product(source, ends)
+
+        def with_bias(x: Tensor) -> Tensor:
+            bias = getattr(base, f"{name}_bias")[experts] if base.has_bias else None
+            if product is None:
+                plain = getattr(base, name)
+                return cast(Tensor, moe._grouped_linear(x, plain, ends, bias, base.is_transposed))
+            y = product(x)
             return y if bias is None else y + bias
-        plain = getattr(base, name)
-        return cast(Tensor, moe._grouped_linear(x, plain, ends, bias, base.is_transposed))
+
+        return with_bias
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

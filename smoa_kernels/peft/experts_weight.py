@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from ..definition.packed import draw_A, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import sketch_distance, sketch_weight
-from ..experts.operator import experts_linear
+from ..experts.operator import experts_product
 from .config import LayerSettings
 from .experts_order import expert_order
 from .file_format import pack_expert_blocks, unpack_expert_blocks
@@ -97,11 +97,11 @@ class ExpertsWeight(SMoALayer, nn.Module):
         names = cast("list[str]", self.active_adapters)
         return [name for name in names if name in self.smoa_A]
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Compute `y_p = x_p W_effᵀ` (P, N) in W0's dtype, of the active adapter.
+    def product(self, source: Tensor, ends: Tensor) -> Callable[[Tensor], Tensor]:
+        """What computes `y_p = x_p W_effᵀ` (P, N) in W0's dtype of x (P, C), sorted by expert, with the active adapter.
 
         Args:
-            x: (P, C), sorted by expert.
+            source: what x is to be computed from, on its device.
             ends: int32 (E,), how many pairs the experts up to each have together.
 
         Raises:
@@ -113,13 +113,14 @@ class ExpertsWeight(SMoALayer, nn.Module):
         (name,) = names
         adapter = self.packed(name, self.base_weight())
         weight = adapter.weight
-        if weight.device != x.device:
+        if weight.device != source.device:
             raise RuntimeError(
-                f"{self.parameter_name} is on {weight.device} and the experts' input on {x.device}: adapters of "
+                f"{self.parameter_name} is on {weight.device} and the experts' input on {source.device}: adapters of "
                 "experts take neither offloaded weights nor nn.DataParallel (use DistributedDataParallel)"
             )
-        backend = resolve_backend(self.backend[name], x.device, weight.dtype, adapter.A.shape[1])
-        return experts_linear(x.to(weight.dtype), ends, adapter, backend)
+        backend = resolve_backend(self.backend[name], weight.device, weight.dtype, adapter.A.shape[1])
+        product = experts_product(source, ends, adapter, backend)
+        return lambda x: product(x.to(weight.dtype))
 
     def packed(self, adapter_name: str, weight: Tensor) -> ExpertsAdapter:  # type: ignore[override]  # of experts
         """Pair an adapter with W0 (E, N, C); autograd sees the factors."""

@@ -82,6 +82,25 @@ static int few_of(const experts *e, i64 pairs) {
     return e->weight_col == 1 && e->A_col == 1 && smoa_few_fit(pairs, e->rank);
 }
 
+/* That: y (tokens, rows) = x W_effᵀ of expert `i`, or x ΔWᵀ where `alone`. */
+static void few(const experts *e, i64 i, i64 tokens, const float *x, i64 x_stride, i64 alone, const expanded *now,
+                float *y, float *workspace, i64 threads) {
+    smoa_few(tokens, e->rows.count, e->cols.count, x, x_stride, e->weight + i * e->weight_expert, e->weight_row, FLOAT32,
+             now->row_index, offsets_of(&e->rows, i), now->col_block, e->blocks, e->ranks, e->rank,
+             e->A + i * e->A_expert, e->A_rank, e->B + i * e->B_expert, e->B_row, e->B_rank, (float)e->scaling, y, alone,
+             workspace, threads);
+}
+
+/* Whether s B of expert `i` has a number that is not zero. */
+static int updates(const experts *e, i64 i, const expanded *now) {
+    const int32_t *offsets = offsets_of(&e->rows, i);
+    for (i64 k = 0; k < e->blocks && e->scaling != 0; k++)
+        for (i64 at = offsets[k]; at < offsets[k + 1]; at++)
+            for (i64 t = 0; t < rank_of(e->ranks, k, e->rank); t++)
+                if (e->B[i * e->B_expert + now->row_index[at] * e->B_row + t * e->B_rank] != 0) return 1;
+    return 0;
+}
+
 /* Floats that the functions below need; -1 where offsets or ends do not fit `pairs` and the weight. */
 i64 smoa_experts_workspace(const experts *e, i64 pairs, i64 threads) {
     i64 most = smoa_few_workspace(e->rank, e->cols.count, threads), widest = 0, start = 0;
@@ -117,9 +136,7 @@ i64 smoa_experts_linear_fit(const experts *e, const float *x, i64 x_stride, floa
         const float *from = x + start * x_stride;
         float *to = y + start * e->rows.count;
         if (few_of(e, tokens))
-            smoa_few(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, FLOAT32, now.row_index,
-                     offsets_of(&e->rows, i), now.col_block, e->blocks, e->ranks, e->rank, A, e->A_rank, B, e->B_row,
-                     e->B_rank, (float)e->scaling, to, 0, now.rest, threads);
+            few(e, i, tokens, from, x_stride, 0, &now, to, now.rest, threads);
         else
             smoa_linear(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, e->weight_col,
                         now.row_block, now.col_block, 1, e->ranks, e->rank, A, e->A_rank, e->A_col, B, e->B_row,
@@ -128,25 +145,36 @@ i64 smoa_experts_linear_fit(const experts *e, const float *x, i64 x_stride, floa
     return 1;
 }
 
-/* y (pairs, rows) += x_p ΔWᵀ for the pairs of expert `i`, `first` to `end`, with x as above. Whether every row and column
- * is in a block. */
+/* y (pairs, rows) of the pairs of expert `i`, `first` to `end`, with x as above: x_p W_effᵀ of few pairs, 1 where that is
+ * written. 0 where it is not: there are many pairs, or s B is zero, where y is to be the product without an adapter, which
+ * others compute. -1 where a row or column is in no block. */
+i64 smoa_experts_few_fit(const experts *e, i64 i, i64 first, i64 end, const float *x, i64 x_stride, float *y,
+                         float *workspace, i64 threads) {
+    expanded now = expanded_in(e, workspace);
+    i64 last = -1;
+    if (!few_of(e, end - first)) return 0;
+    if (!expand_both(e, i, &last, &now)) return -1;
+    if (!updates(e, i, &now)) return 0;
+    few(e, i, end - first, x + first * x_stride, x_stride, 0, &now, y + first * e->rows.count, now.rest, threads);
+    return 1;
+}
+
+/* The same pairs' y += x_p ΔWᵀ. Whether every row and column is in a block. */
 i64 smoa_experts_update_fit(const experts *e, i64 i, i64 first, i64 end, const float *x, i64 x_stride, float *y,
                             float *workspace, i64 threads) {
     expanded now = expanded_in(e, workspace);
     i64 tokens = end - first, size = tokens * e->rows.count, last = -1;
     if (!expand_both(e, i, &last, &now)) return 0;
-    const float *A = e->A + i * e->A_expert, *B = e->B + i * e->B_expert, *weight = e->weight + i * e->weight_expert;
     const float *from = x + first * x_stride;
     float *to = y + first * e->rows.count, *update = now.rest, *rest = update + lines(size);
     if (few_of(e, tokens))
-        smoa_few(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, FLOAT32, now.row_index,
-                 offsets_of(&e->rows, i), now.col_block, e->blocks, e->ranks, e->rank, A, e->A_rank, B, e->B_row,
-                 e->B_rank, (float)e->scaling, update, 1, rest, threads);
+        few(e, i, tokens, from, x_stride, 1, &now, update, rest, threads);
     else
-        smoa_update(tokens, e->rows.count, e->cols.count, from, x_stride, NULL, weight, e->weight_row, e->weight_col,
-                    now.row_index, now.col_index, offsets_of(&e->rows, i), offsets_of(&e->cols, i), e->blocks,
-                    !e->rows.index, e->ranks, e->rank, A, e->A_rank, e->A_col, B, e->B_row, e->B_rank,
-                    (float)e->scaling, update, NULL, rest, threads);
+        smoa_update(tokens, e->rows.count, e->cols.count, from, x_stride, NULL, e->weight + i * e->weight_expert,
+                    e->weight_row, e->weight_col, now.row_index, now.col_index, offsets_of(&e->rows, i),
+                    offsets_of(&e->cols, i), e->blocks, !e->rows.index, e->ranks, e->rank, e->A + i * e->A_expert,
+                    e->A_rank, e->A_col, e->B + i * e->B_expert, e->B_row, e->B_rank, (float)e->scaling, update, NULL,
+                    rest, threads);
     for (i64 p = 0; p < size; p++) to[p] += update[p];
     return 1;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from . import half
 from .library import library, obstacle
 from .operands import KINDS, dense, named, with_rows
 
-__all__ = ["experts_backward", "experts_forward"]
+__all__ = ["experts_backward", "experts_product"]
 
 _POINTERS = ("ends", "ranks", "index", "offsets", "weight", "A", "B")
 
@@ -37,33 +38,46 @@ class _Experts(ctypes.Structure):
     ]
 
 
-def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
-    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
+def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
+    """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
 
-    The base's part is torch's own product, so where B is zero y is what the model without an adapter computes. The
-    adapter's follows expert by expert, while W0 is in the cache.
+    W0 of an expert that few pairs meet is read once, and W_eff multiplies. Of others, and where B is zero, the base's
+    part is torch's own product, so that with a B of zero y is what the model without an adapter computes; the
+    adapter's part follows while W0 is in the cache.
     """
-    fits = _fits(adapter, ends, x, None)
-    if not fits or x.dtype != torch.float32:
-        return experts.experts_forward(x, ends, adapter, half if fits else eager)
-    y = x.new_empty(x.shape[0], adapter.weight.shape[1])
-    if x.numel():
-        x, threads, call = with_rows(x), torch.get_num_threads(), _Call(ends, adapter)
-        workspace = call.workspace(x, threads)
+    fits = _fits(adapter, ends)
+    if not fits or adapter.weight.dtype != torch.float32:
+        return experts.experts_product(ends, adapter, half if fits else eager)
+    weight, code, threads = adapter.weight, library(), torch.get_num_threads()
+    call, spans = _Call(ends, adapter), experts.spans(ends)
+    pairs = spans[-1][2] if spans else 0
+    floats = call.workspace(pairs, threads)
+
+    def product(x: Tensor) -> Tensor:
+        call.check(x.shape[0] == pairs)
+        if not _takes(weight, x, weight.shape[2]):
+            return experts.experts_product(ends, adapter)(x)
+        x, y, workspace = with_rows(x), x.new_empty(pairs, weight.shape[1]), x.new_empty(floats)
         operands = x.data_ptr(), x.stride(0), y.data_ptr(), workspace.data_ptr(), threads
-        update = library().smoa_experts_update_fit
         with named("smoa::compiled_experts"):
-            for e, start, end in experts.spans(len(x), ends):
-                experts.base_output(x[start:end], adapter.weight[e], out=y[start:end])
-                call.check(update(call.address, e, start, end, *operands))
-    return y
+            for e, start, end in spans:
+                written = code.smoa_experts_few_fit(call.address, e, start, end, *operands)
+                call.check(written >= 0)
+                if not written:
+                    experts.base_output(x[start:end], weight[e], out=y[start:end])
+                    call.check(code.smoa_experts_update_fit(call.address, e, start, end, *operands))
+        return y
+
+    return product
 
 
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
-    fits = _fits(adapter, ends, x, dy)
+    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    weight = adapter.weight
+    fits = _fits(adapter, ends) and _takes(weight, dy, weight.shape[1])
+    fits = fits and (x is None or (_takes(weight, x, weight.shape[2]) and len(x) == len(dy)))
     if not fits or dy.dtype != torch.float32:
         return experts.experts_backward(dy, x, ends, adapter, half if fits else eager, needs_x=needs_x)
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, ends, adapter)
@@ -75,7 +89,7 @@ def input_gradient(dy: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     dx = dy.new_empty(dy.shape[0], adapter.weight.shape[2])
     if dy.numel():
         dy, threads, call = with_rows(dy), torch.get_num_threads(), _Call(ends, adapter.T)
-        workspace = call.workspace(dy, threads)
+        workspace = dy.new_empty(call.workspace(len(dy), threads))
         with named("smoa::compiled_experts"):
             fits = library().smoa_experts_linear_fit(
                 call.address, dy.data_ptr(), dy.stride(0), dx.data_ptr(), workspace.data_ptr(), threads
@@ -93,7 +107,7 @@ def factor_gradients(dy: Tensor, x: Tensor, ends: Tensor, adapter: ExpertsAdapte
         call = _Call(
             ends, ExpertsAdapter(adapter.weight, A, B, adapter.blocks, adapter.ranks, adapter.scaling)
         )
-        workspace = call.workspace(x, threads)
+        workspace = x.new_empty(call.workspace(len(x), threads))
         with named("smoa::compiled_experts_gradient"):
             fits = library().smoa_experts_gradient_fit(
                 call.address, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dA.data_ptr(), dB.data_ptr(),
@@ -128,13 +142,13 @@ class _Call:
         )  # fmt: skip
         self.address = ctypes.addressof(self._experts)
 
-    def workspace(self, x: Tensor, threads: int) -> Tensor:
-        """Memory for the compiled functions."""
-        floats = library().smoa_experts_workspace(self.address, x.shape[0], threads)
+    def workspace(self, pairs: int, threads: int) -> int:
+        """How many floats the compiled functions need."""
+        floats: int = library().smoa_experts_workspace(self.address, pairs, threads)
         self.check(floats >= 0)
-        return x.new_empty(floats)
+        return floats
 
-    def check(self, fits: int) -> None:
+    def check(self, fits: bool | int) -> None:
         """Raise where the compiled code found blocks that do not fit the weight, or ends that do not fit x."""
         if not fits:
             raise ValueError(
@@ -150,23 +164,23 @@ def _side(size: int, index: Tensor | None, offsets: Tensor) -> _Side:
     return _Side(size, index.data_ptr(), wide, index_step, offsets.data_ptr(), step)
 
 
-def _fits(adapter: ExpertsAdapter, ends: Tensor, x: Tensor | None, dy: Tensor | None) -> bool:
+def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:
     """Whether compiled code can run, of operands whose shapes agree: it would follow others beyond their end."""
-    count, rows, cols = adapter.weight.shape
-    blocks, rank, shared = adapter.blocks, adapter.A.shape[1], (1, count)
+    weight, blocks = adapter.weight, adapter.blocks
+    (count, rows, cols), rank = weight.shape, adapter.A.shape[1]
     fits = adapter.A.shape == (count, rank, cols) and adapter.B.shape == (count, rows, rank)
     fits = fits and ends.shape == (count,) and adapter.ranks.shape == (blocks.num_blocks,)
     for offsets, index, size in (
         (blocks.row_offsets, blocks.row_index, rows),
         (blocks.col_offsets, blocks.col_index, cols),
     ):
-        fits = fits and len(offsets) in shared and offsets.shape[1] == blocks.num_blocks + 1
+        fits = fits and len(offsets) in (1, count) and offsets.shape[1] == blocks.num_blocks + 1
         if index is not None:
             known = index.dtype in (torch.int16, torch.int32)
-            fits = fits and known and len(index) in shared and index.shape[1] == size
-    for given, width in ((x, cols), (dy, rows)):
-        if given is not None:
-            fits = fits and given.dtype == adapter.weight.dtype and given.dtype in KINDS and given.is_cpu
-            fits = fits and given.shape[1] == width
-    fits = fits and (x is None or dy is None or len(x) == len(dy))
-    return fits and obstacle() is None
+            fits = fits and known and len(index) in (1, count) and index.shape[1] == size
+    return fits and weight.dtype in KINDS and weight.is_cpu and obstacle() is None
+
+
+def _takes(weight: Tensor, given: Tensor, width: int) -> bool:
+    """Whether what is multiplied by the weight, or its gradient, is of its kind and as wide."""
+    return given.shape[1] == width and given.dtype == weight.dtype and given.is_cpu

@@ -96,27 +96,34 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
 /* Rows side by side whose sums registers hold. */
 INLINE int rows_of(i64 tokens) { return tokens * 4 <= LANES ? 4 : tokens * 2 <= LANES ? 2 : 1; }
 
-/* sums[i * tokens + t] = row i of W0, `stored` as it is, times x[t], whose rows are `stride` apart, in whole vectors; the
- * memory is asked for rows `ahead`. */
+/* sum[i][t] += `there` columns from c on of row i of W0, `stored` as it is, times those of x[t]; no more than LANES. */
+INLINE void plain_columns(int stored, int tokens, int some, const void *const *weight, i64 c, i64 there, const float *x,
+                          i64 stride, vf (*sum)[MOST_PLAIN]) {
+    vf w[PLAIN];
+#pragma GCC unroll 4
+    for (int i = 0; i < some; i++) w[i] = widened(weight[i], c, there, stored);
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++) {
+        vf at = load(x + t * stride + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < some; i++) sum[i][t] += w[i] * at;
+    }
+}
+
+/* sums[i * tokens + t] = row i of W0 times x[t], whose rows are `stride` apart, in whole vectors; the memory is asked for
+ * rows `ahead`. */
 INLINE void plain_rows(int stored, int tokens, int some, const void *const *weight, const void *const *ahead, i64 cols,
                        const float *x, i64 stride, float *sums) {
     vf sum[PLAIN][MOST_PLAIN];
+    i64 c = 0;
     for (int i = 0; i < some; i++)
         for (int t = 0; t < tokens; t++) sum[i][t] = (vf){0};
-    for (i64 c = 0; c < cols; c += LANES) {
-        vf w[PLAIN];
+    for (; c + LANES <= cols; c += LANES) {
 #pragma GCC unroll 4
-        for (int i = 0; i < some; i++) {
-            __builtin_prefetch(number(ahead[i], c, stored), 0, 2);
-            w[i] = widened(weight[i], c, cols - c, stored);
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < tokens; t++) {
-            vf at = load(x + t * stride + c);
-#pragma GCC unroll 4
-            for (int i = 0; i < some; i++) sum[i][t] += w[i] * at;
-        }
+        for (int i = 0; i < some; i++) __builtin_prefetch(number(ahead[i], c, stored), 0, 2);
+        plain_columns(stored, tokens, some, weight, c, LANES, x, stride, sum);
     }
+    if (c < cols) plain_columns(stored, tokens, some, weight, c, cols - c, x, stride, sum);
     for (int i = 0; i < some; i++)
         for (int t = 0; t < tokens; t++) sums[i * tokens + t] = total(sum[i][t]);
 }
@@ -136,6 +143,11 @@ static void plain(int stored, i64 tokens, int some, const void *const *weight, c
 #undef CASE
 }
 
+/* out = x ∘ A in the columns of block k, which lie in `own`, and 0 between them. */
+static void modulated(const float *x, const float *A, const int32_t *col_block, int32_t k, range own, float *out) {
+    for (i64 c = own.first; c < own.end; c++) out[c] = col_block[c] == k ? x[c] * A[c] : 0;
+}
+
 /* How many rows `plain_block` multiplies by W0. */
 static i64 plain_count(const few_job *j, i64 tokens, i64 rank) { return tokens * (rank + !j->alone); }
 
@@ -148,9 +160,8 @@ static void plain_block(const few_job *j, i64 tokens, i64 rank, const float *x, 
     for (i64 i = 0; i < tokens; i++) {
         if (before) memcpy(lines_of + i * stride, x + i * j->x_stride, (size_t)j->cols * sizeof *x);
         for (i64 t = 0; t < rank; t++)
-            for (i64 c = own.first; c < own.end; c++)
-                if (j->col_block[c] == k)
-                    lines_of[(before + t * tokens + i) * stride + c] = x[i * j->x_stride + c] * j->A[t * j->A_stride + c];
+            modulated(x + i * j->x_stride, j->A + t * j->A_stride, j->col_block, (int32_t)k, own,
+                      lines_of + (before + t * tokens + i) * stride);
     }
     while (first < end) {
         int some = first + PLAIN <= end ? PLAIN : 1;

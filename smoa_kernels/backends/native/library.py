@@ -29,6 +29,7 @@ _SIGNATURES = {
     "smoa_modulate": "iipiippiipipiipiiifpipi",
     "smoa_keep": "iipiip",
     "smoa_experts_linear_fit": "ppippi",
+    "smoa_experts_few_fit": "piiipippi",
     "smoa_experts_update_fit": "piiipippi",
     "smoa_experts_gradient_fit": "ppipipppi",
     "smoa_labels_fit": "iippii",
