@@ -111,12 +111,11 @@ class Experts(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base module, with adapters merged into its weights where `merge`; PEFT calls it to unload."""
+        """The base module, with adapters merged into its weights where `merge`; PEFT calls it to unload.
+
+        As with PEFT's layers, what was merged before stays merged.
+        """
         if merge:
             for weight in self.weights.values():
                 weight.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            for weight in self.weights.values():
-                if weight.merged:
-                    weight.unmerge()
         return self.base_layer

@@ -105,12 +105,19 @@ class ExpertsWeight(SMoALayer, nn.Module):
             ends: int32 (E,), how many pairs the experts up to each have together.
 
         Raises:
-            ValueError: several adapters of this weight are active: PEFT's function `set_adapter` lets them be.
+            ValueError: several adapters of this weight are active: PEFT's function `set_adapter` lets them be; or the
+                weight is not frozen.
             RuntimeError: x is elsewhere than W0, which is offloaded, or another replica's under `nn.DataParallel`.
         """
         names = self._active()
         self.check_active(names)
         (name,) = names
+        stored = self._stored_weight()
+        if stored.requires_grad and stored.is_leaf:  # it would get no gradient
+            raise ValueError(
+                f"{self.parameter_name} must be frozen where it is adapted, got requires_grad=True; call "
+                "requires_grad_(False) on it"
+            )
         adapter = self.packed(name, self.base_weight())
         weight = adapter.weight
         if weight.device != source.device:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
+import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import (
@@ -31,6 +32,7 @@ from .experts_weight import ExpertsWeight
 from .layer import SMoALayer
 from .linear import Linear
 from .loading import PARAMETER_PREFIX, check_adapter, forget_adapter, remove_adapter
+from .offload import present
 from .sorting import Sorting
 
 __all__ = ["SMoAModel"]
@@ -298,12 +300,18 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         """
         combine = check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         combined: dict[str, PackedAdapter] = {}
+        sources: dict[str, str] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, SMoALayer):
                 given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa_A]
                 if given:
-                    parts = [layer.packed(a, layer.base_weight()) for a, _ in given]
-                    combined[name] = combine(parts, [float(w) for _, w in given])
+                    with present(layer, layer.innermost()):
+                        # Factors are combined, not W0, of which the shape alone is used.
+                        weight = torch.empty((), device=layer.adapter_device)
+                        weight = weight.expand(layer.out_features, layer.in_features)
+                        parts = [layer.packed(a, weight) for a, _ in given]
+                        combined[name] = combine(parts, [float(w) for _, w in given])
+                    sources[name] = given[0][0]
         self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], combined)
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -311,7 +319,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             self.peft_config.pop(adapter_name, None)
             raise
         for name, adapter in combined.items():
-            self.model.get_submodule(name).fill(adapter_name, adapter)
+            self.model.get_submodule(name).fill(adapter_name, adapter, sources[name])
         self.peft_config[adapter_name].format_version = None
 
     @classmethod

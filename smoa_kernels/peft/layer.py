@@ -217,8 +217,9 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         size = blocks_size(self.out_features, self.in_features, num_blocks)
         self.smoa_blocks[adapter_name] = torch.zeros(*self.stack, size, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        comes_with_weights = config.is_from_file or config.inference_mode or self.smoa_A[adapter_name].is_meta
-        if not comes_with_weights:
+        # Blocks are where W0 is. PEFT leaves factors on the CPU if another adapter's are on the meta device.
+        awaits_weights = self.smoa_A[adapter_name].is_meta or self.smoa_blocks[adapter_name].is_meta
+        if not (config.is_from_file or config.inference_mode or awaits_weights):
             self.initialize(adapter_name, spectral_order)
         self.set_adapter(self.active_adapters)
 
@@ -256,11 +257,18 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return partition
 
     @torch.no_grad()
-    def fill(self, adapter_name: str, adapter: PackedAdapter) -> None:
-        """Copy the factors, blocks and ranks of `adapter` into one of the same shapes that was just added."""
+    def fill(self, adapter_name: str, adapter: PackedAdapter, source: str) -> None:
+        """Copy factors, blocks and ranks into an adapter of the same shapes that was just added.
+
+        Args:
+            adapter_name: the adapter that was just added.
+            adapter: what it will be; its `weight` is not read, which may be quantised or elsewhere.
+            source: an adapter of this layer, whose sketch of W0 it takes over.
+        """
+        sketch = self._unpack(self.smoa_blocks[source])[2]
         self.smoa_A[adapter_name] = nn.Parameter(adapter.A, requires_grad=False)
         self.smoa_B[adapter_name] = nn.Parameter(adapter.B, requires_grad=False)
-        self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch_weight(adapter.weight))
+        self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch)
 
     @torch.no_grad()
     def copy_adapter(self, source: str, adapter_name: str) -> None:
@@ -289,11 +297,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         for key, value in given.items():
             getattr(self, key)[adapter_name].copy_(value)
         ready.scaling.fill_(settings.scaling)
-        partition = blocks.partition.to(ready.partition.device)
-        if (
-            partition != ready.partition
-        ):  # which other adapters and layers may share, so it is not overwritten
-            self._prepare(adapter_name, partition, ready.ranks)
+        if blocks.partition != ready.partition:
+            # Which other adapters and layers may share, so it is not overwritten.
+            del self._prepared[adapter_name]
+            self._ready(adapter_name)
 
     @torch.no_grad()
     def complete_sketches(self) -> None:
@@ -401,11 +408,13 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         ready = self._prepared.get(adapter_name)
         if ready is not None and ready.packed is packed:
             return ready
-        if self.awaits_blocks(adapter_name):
-            self.initialize(adapter_name)
-            return self._prepared[adapter_name]
-        partition, ranks, _ = self._unpack(packed)
-        return self._prepare(adapter_name, partition, ranks)
+        # What is kept for later calls can be trained with where the adapter can, whatever mode this call is made in.
+        with torch.inference_mode(packed.is_inference()):
+            if self.awaits_blocks(adapter_name):
+                self.initialize(adapter_name)
+                return self._prepared[adapter_name]
+            partition, ranks, _ = self._unpack(packed)
+            return self._prepare(adapter_name, partition, ranks)
 
     def _prepare(self, adapter_name: str, partition: BlockPartition, ranks: Tensor) -> Prepared:
         if self._shard is not None:
@@ -436,10 +445,13 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        for name in list(self._prepared):
-            if self.smoa_blocks[name].is_meta:
-                del self._prepared[name]  # the values are gone, and new ones will be loaded
-            else:
+        for name, ready in list(self._prepared.items()):
+            packed = self.smoa_blocks[name]
+            if packed is ready.packed:
+                continue
+            del self._prepared[name]
+            # `to("meta")` and `to_empty` take the values away, and new ones will be loaded.
+            if not packed.is_meta and torch.equal(packed.cpu(), ready.packed.cpu()):
                 self._ready(name)  # now rather than in the next forward, which may be compiled
         return self
 

@@ -126,11 +126,23 @@ def test_disabling_unmerges(tokens):
 
 
 def test_unloading_gives_the_base_back(tokens):
-    model = adapt(tiny_experts())
-    model.merge_adapter()
-    plain = model.unload()
+    plain = adapt(tiny_experts()).unload()
     assert torch.equal(logits(plain, tokens), logits(tiny_experts(), tokens))
     assert not any(isinstance(module, Experts) for module in plain.modules())
+
+
+def test_unloading_a_merged_model_leaves_experts_merged_as_it_does_linear_layers(tokens):
+    model = adapt(tiny_experts(), target_modules=["q_proj"])
+    expected = logits(model, tokens)
+    model.merge_adapter()
+    close(logits(model.unload(), tokens), expected)
+
+
+def test_a_weight_that_would_get_no_gradient_is_refused(tokens):
+    model = adapt(tiny_experts())
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="gate_up_proj must be frozen where it is adapted"):
+        logits(model, tokens)
 
 
 def test_two_adapters_of_different_weights(tokens, tmp_path):

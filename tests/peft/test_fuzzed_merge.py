@@ -49,6 +49,7 @@ def test_a_merged_layer(p: LinearProblem, conv1d: bool, safe: bool) -> None:
     layer.fill(
         "default",
         PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, p.x.device)),
+        "default",
     )
     with torch.no_grad():
         y = model(p.x)

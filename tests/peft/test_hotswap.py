@@ -92,6 +92,17 @@ def test_another_adapter_that_shared_its_blocks_keeps_them(tmp_path, tokens):
     assert torch.equal(changed, logits(loaded(folders[1]), tokens))
 
 
+@pytest.mark.numerical
+def test_one_exchanged_in_inference_mode_can_be_trained(tmp_path, tokens):
+    """Labels, ranks and scaling that are made in that mode cannot be saved for backward."""
+    folders = [saved(tmp_path / str(seed), block_order="random", block_seed=seed) for seed in (1, 2)]
+    model = PeftModel.from_pretrained(tiny_llama(), folders[0], is_trainable=True)
+    with torch.inference_mode():
+        hotswap(model, folders[1])
+    logits(model, tokens).square().mean().backward()
+    assert all(layer.smoa_B["default"].grad.any() for layer in layer_list(model))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

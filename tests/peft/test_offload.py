@@ -63,6 +63,23 @@ def test_loading_over_an_offloaded_model(offload, tokens, expected, tmp_path):
         PeftModel.from_pretrained(offload(tiny_llama(seed=1)), tmp_path / "adapter", strict_base=True)
 
 
+def test_combining_adapters_over_an_offloaded_model(offload, tokens, tmp_path):
+    """W0 is not read: of a quantised model each layer's would be dequantised and kept until the last one."""
+
+    def outputs(base):
+        model = adapt(base)
+        model.add_weighted_adapter(["default"], [0.5], "scaled")
+        model.add_weighted_adapter(["default", "scaled"], [1.0, -1.0], "sum")
+        model.set_adapter("sum")
+        model.save_pretrained(tmp_path / "adapters")
+        return model(tokens).logits, (tmp_path / "adapters/sum/adapter_model.safetensors").read_bytes()
+
+    expected, file = outputs(tiny_llama())
+    found, found_file = outputs(offload(tiny_llama()))
+    assert torch.equal(found, expected)
+    assert found_file == file
+
+
 def test_offloading_an_adapted_model(offload, tokens, expected, tmp_path):
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
     offload(model.base_model.model)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from problems import DEVICE
 from tiny_models import tiny_llama
@@ -13,9 +14,11 @@ from transformers import Trainer, TrainingArguments
 
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 
+SETTINGS = {"r": 4, "target_modules": "all-linear"}
+
 
 def adapt(model, **settings):
-    return get_peft_model(model, SMoAConfig(**{"r": 4, "target_modules": "all-linear", **settings}))
+    return get_peft_model(model, SMoAConfig(**{**SETTINGS, **settings}))
 
 
 def samples(count=24):
@@ -154,10 +157,30 @@ def test_moving_and_casting_the_model(tokens):
     source = adapt(tiny_llama(), init_weights=False, smoa_alpha=0.5).eval()
     state, expected = source.state_dict(), source(tokens).logits
     rotary = source.base_model.model.model.rotary_emb
-    empty = copy.deepcopy(source).to("meta").to_empty(device=tokens.device)
-    empty.load_state_dict(state)
-    empty.base_model.model.model.rotary_emb = rotary  # its buffers are in no state dict
-    assert torch.equal(empty(tokens).logits, expected)
+    for empty in (copy.deepcopy(source).to("meta"), copy.deepcopy(source)):
+        empty.to_empty(device=tokens.device)  # the values may be anything until they are loaded
+        empty.load_state_dict(state)
+        empty.base_model.model.model.rotary_emb = rotary  # its buffers are in no state dict
+        assert torch.equal(empty(tokens).logits, expected)
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("order", ["spectral", "contiguous"])
+def test_adapters_of_a_base_whose_weights_come_later(order, tokens):
+    def model(base):
+        model = adapt(base, block_order=order, init_weights=False).eval()
+        model.add_adapter("second", SMoAConfig(**SETTINGS, block_order=order, num_blocks=4))
+        return model
+
+    source = model(tiny_llama())
+    with init_empty_weights(include_buffers=False):
+        base = tiny_llama()
+    loaded = model(base)
+    loaded.load_state_dict(source.state_dict(), assign=True)
+    for name in ("default", "second"):
+        source.set_adapter(name)
+        loaded.set_adapter(name)
+        assert torch.equal(loaded(tokens).logits, source(tokens).logits)
 
 
 def test_peft_describes_the_layers():
