@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -223,11 +223,18 @@ class Linear(SMoALayer, nn.Module):
 
         Raises:
             ValueError: `safe_merge` found NaN or Inf.
-            RuntimeError: the base weight is offloaded.
+            RuntimeError: the base weight is offloaded, or is also another tuner's, which has not merged its adapters.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]
         if not names:
             return
+        inner = self.base_layer
+        if isinstance(inner, BaseTunerLayer) and not inner.merged:
+            # It would merge into W_eff, and unmerging would put W0 back under it; unloading would lose its adapters.
+            raise RuntimeError(
+                f"the base layer holds adapters of another tuner ({type(inner).__qualname__}): merge and unload these "
+                "before SMoA's are added, or do not merge"
+            )
         base_weight = self.base_weight()
         if base_weight.is_meta:
             raise RuntimeError("the base weight is offloaded: merge the model (merge_adapter), not the layer")

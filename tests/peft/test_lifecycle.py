@@ -143,3 +143,18 @@ def test_a_layer_that_computes_something_else_is_called(tokens):
     model = get_peft_model(base, SMoAConfig(r=4, target_modules=["0"], init_weights=False)).eval()
     layer = next(iter(layers(model).values()))
     close(model(x), expected + x @ layer.get_delta_weight("default").T)
+
+
+@pytest.mark.numerical
+def test_over_another_tuners_layers_nothing_is_merged(llama, tokens):
+    """Each would write to the same weight, and PEFT unmerges them in the order in which it merged them."""
+    inner = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(llama(), inner).base_model.model
+    model = get_peft_model(model, gentle(llama(), target_modules=["q_proj"])).eval()
+    expected = logits(model, tokens)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            RuntimeError, match=r"holds adapters of another tuner .*merge and unload these before"
+        ):
+            merge()
+        assert torch.equal(logits(model, tokens), expected)
