@@ -159,7 +159,7 @@ def shuffle_blocks(model: nn.Module, seed: int) -> None:
     for layer in model.modules():
         if isinstance(layer, SMoALayer):
             packed = layer.packed("default", layer.base_weight())
-            layer.fill("default", replace(packed, partition=shuffled(packed.partition, generator)))
+            layer.fill("default", replace(packed, partition=shuffled(packed.partition, generator)), "default")
             layer.reset_adapter("default")
             layer.smoa_A["default"].requires_grad_(True)
             layer.smoa_B["default"].requires_grad_(True)
