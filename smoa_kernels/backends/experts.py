@@ -16,7 +16,7 @@ __all__ = ["Layers", "base_output", "experts_backward", "experts_product", "span
 
 
 class Layers(Protocol):
-    """What computes one expert's pairs: the eager backend, or `native/half.py`."""
+    """What computes one expert's pairs: the eager backend, or `native/torch_gemms.py`."""
 
     def split(self, x: Tensor, adapter: PackedAdapter, dropout: None, /) -> Tensor:
         """`x W0ᵀ + x ΔWᵀ`, the adapter's output first: one rounding, in which a small update survives."""

@@ -2,7 +2,7 @@
 
 A GEMM copies its operands into panels anyway. While it does, these modulate W0, read permuted columns and drop
 elements: no W_eff, no gathered or masked activations, no passes of their own. Few tokens are multiplied while W0 is
-read, without packing. In half precision, and where its float32 is faster, torch multiplies (`half.py`).
+read, without packing. In half precision, and where its float32 is faster, torch multiplies (`torch_gemms.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from ...definition.packed import PackedAdapter
 from ...definition.precision import gemm_is_ieee
 from .. import Gradients, eager
 from ..eager import ALGORITHMS, modulated_weight
-from . import half
-from .half import BLOCKS
+from . import torch_gemms
 from .library import library, obstacle
 from .operands import (
     KINDS,
@@ -31,6 +30,7 @@ from .operands import (
     no_fit,
     with_rows,
 )
+from .torch_gemms import BLOCKS
 
 __all__ = ["ALGORITHMS", "BLOCKS", "GRADIENT", "LINEAR", "UPDATE", "backward", "forward", "modulated_weight"]
 
@@ -63,7 +63,7 @@ def backward(
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
     mask = None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1])
     if dy.dtype != torch.float32 or (mask is None and torch_is_faster(dy.shape[0])):
-        return half.backward(dy, x, adapter, mask, needs_x=needs_x)
+        return torch_gemms.backward(dy, x, adapter, mask, needs_x=needs_x)
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter, mask)
     return input_gradient(dy, adapter, mask) if needs_x else None, dA, dB
 
@@ -103,7 +103,7 @@ def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W_effᵀ` (T, N)."""
     if x.dtype != torch.float32 or torch_is_faster(x.shape[0]):
-        return half.merged(x, adapter)
+        return torch_gemms.merged(x, adapter)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     return _linear(x, adapter.weight, y, adapter) if x.numel() else y.zero_()
 
@@ -141,7 +141,7 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N)."""
     if x.dtype != torch.float32:
-        return half.split(x, adapter, mask)
+        return torch_gemms.split(x, adapter, mask)
     return _linear(x, adapter.weight, _update(x, adapter, x_mask=mask))
 
 

@@ -1,4 +1,4 @@
-"""Experts in compiled code: in float32 by `experts.h`, in half precision a layer each (`half.py`)."""
+"""Experts in compiled code: in float32 by `experts.h`, in half precision a layer each (`torch_gemms.py`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, eager, experts
-from . import half
+from . import torch_gemms
 from .library import library, obstacle
 from .operands import KINDS, dense, named, with_rows
 
@@ -47,7 +47,7 @@ def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor],
     """
     fits = _fits(adapter, ends)
     if not fits or adapter.weight.dtype != torch.float32:
-        return experts.experts_product(ends, adapter, half if fits else eager)
+        return experts.experts_product(ends, adapter, torch_gemms if fits else eager)
     weight, code, threads = adapter.weight, library(), torch.get_num_threads()
     call, spans = _Call(ends, adapter), experts.spans(ends)
     pairs = spans[-1][2] if spans else 0
@@ -79,7 +79,7 @@ def experts_backward(
     fits = _fits(adapter, ends) and _takes(weight, dy, weight.shape[1])
     fits = fits and (x is None or (_takes(weight, x, weight.shape[2]) and len(x) == len(dy)))
     if not fits or dy.dtype != torch.float32:
-        return experts.experts_backward(dy, x, ends, adapter, half if fits else eager, needs_x=needs_x)
+        return experts.experts_backward(dy, x, ends, adapter, torch_gemms if fits else eager, needs_x=needs_x)
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, ends, adapter)
     return input_gradient(dy, ends, adapter) if needs_x else None, dA, dB
 

@@ -87,11 +87,14 @@ INLINE void contract_kind(int stored, const gradient_job *j, const void *G, floa
                 gather_stored(weight, cols, width, pieces, some, stored, line);
             else /* of float32 alone */
                 for (i64 c = 0; c < width; c++) ((float *)line)[c] = ((const float *)weight)[cols[c] * step];
-            for (i64 c = 0; c < width; c += LANES)
+            i64 ahead = j->contiguous && top + ROWS_AHEAD + i < count ? ROWS_AHEAD * j->row_stride * bytes_of(stored) : 0;
+            for (i64 c = 0; c < width; c += LANES) {
+                __builtin_prefetch((const char *)number(ordered, c, stored) + ahead, 0, 3);
                 narrow(H + i * width, c, width - c,
                        widened(G, (top + i) * width + c, width - c, stored) *
                            (j->scaling * widened(ordered, c, width - c, stored)),
                        FLOAT32);
+            }
         }
         for (i64 t = 0; t < rank; t += RANKS)
             if (t + RANKS <= rank)
@@ -188,19 +191,41 @@ void smoa_gradient(i64 tokens, i64 rows, i64 cols, const float *dy, i64 dy_strid
     in_parallel(gradient_part, &job, threads);
 }
 
+/* Sums of dA, of every thread, and of dB. */
+static i64 dA_size(i64 cols, i64 rank, i64 threads) { return lines(threads * rank * cols); }
+static i64 dB_size(i64 rows, i64 rank) { return lines(rows * rank); }
+
 /* Floats that smoa_contract needs. */
-i64 smoa_contract_workspace(const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 rank, i64 threads) {
-    return threads * gradient_size(0, largest_of(row_offsets, blocks), largest_of(col_offsets, blocks), 0, rank) + 16;
+i64 smoa_contract_workspace(i64 rows, i64 cols, const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks,
+                            i64 rank, i64 threads) {
+    return dA_size(cols, rank, threads) + dB_size(rows, rank) + 16 +
+           threads * gradient_size(0, largest_of(row_offsets, blocks), largest_of(col_offsets, blocks), 0, rank);
 }
 
-/* The same of G that is there, one block (its rows, its columns) after another, added to dA and dB. G and W0, its rows
- * contiguous, are `stored` alike, A and B as `factors` says. */
+/* to = the sum of `parts` vectors that lie one after another. */
+static void sum_parts(const float *from, i64 parts, i64 count, void *to, int stored) {
+    for (i64 c = 0; c < count; c += LANES) {
+        vf sum = {0};
+        for (i64 part = 0; part < parts; part++) sum += widened(from + part * count, c, count - c, FLOAT32);
+#define CALL(stored) narrow(to, c, count - c, sum, stored)
+        WITH_KIND(stored, CALL)
+#undef CALL
+    }
+}
+
+/* dA (rank, cols) and dB (rows, rank), as `factors` are stored, of G that is there, one block (its rows, its columns)
+ * after another: G and W0, its rows contiguous, are `stored` alike. With `add`, the last call's G counts too: its sums
+ * are still in the workspace. */
 void smoa_contract(i64 rows, i64 cols, const void *G, const void *weight, i64 row_stride, i64 stored, const i64 *row_index,
                    const i64 *col_index, const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks,
                    i64 contiguous, const int32_t *ranks, i64 rank, const void *A, const void *B, i64 factors,
-                   float scaling, float *dA, float *dB, float *workspace, i64 threads) {
+                   float scaling, i64 add, void *dA, void *dB, float *workspace, i64 threads) {
+    float *sums = from_a_line(workspace), *dB_sums = sums + dA_size(cols, rank, threads), *rest = dB_sums + dB_size(rows, rank);
+    if (!add) memset(sums, 0, (size_t)(rest - sums) * sizeof *sums);
     gradient_job job = {0, rows, cols, blocks, rank, threads, contiguous, {0}, {0}, weight, row_stride, 1, (int)stored,
-                        (int)factors, G, row_index, col_index, row_offsets, col_offsets, ranks, A, B, scaling, dA, dB,
-                        from_a_line(workspace), largest_of(row_offsets, blocks), largest_of(col_offsets, blocks), 0};
+                        (int)factors, G, row_index, col_index, row_offsets, col_offsets, ranks, A, B, scaling, sums,
+                        dB_sums, rest, largest_of(row_offsets, blocks), largest_of(col_offsets, blocks), 0};
     in_parallel(gradient_part, &job, threads);
+    sum_parts(sums, threads, rank * cols, dA, (int)factors);
+    sum_parts(dB_sums, 1, rows * rank, dB, (int)factors);
 }

@@ -14,7 +14,7 @@
 #include "adapter.h"
 #include "few_tokens.h"
 #include "gradient.h"
-#include "half.h"
+#include "passes.h"
 #include "threads.h"
 #include "update.h"
 

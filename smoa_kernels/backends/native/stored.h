@@ -6,6 +6,9 @@
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
+/* So many rows of a contiguous block before it reads them a pass asks the memory for them: each is a short run. */
+enum { ROWS_AHEAD = 16 };
+
 typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
 
 /* CALL(stored) with a kind that the compiler knows. */

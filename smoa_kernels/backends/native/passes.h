@@ -85,9 +85,10 @@ typedef struct {
 } change_job;
 
 /* Some rows of block k, side by side: W0 ∘ (1 + s B A) where `blocks` says k, W0 where not; or W0 ∘ s B A where there is
- * no `blocks`. Columns from `first` to `end`, A's are `stride` apart, `factor` (rank, some) is s B. */
+ * no `blocks`. Columns from `first` to `end`, A's are `stride` apart, `factor` (rank, some) is s B. The memory is asked for
+ * what lies `ahead` bytes further. */
 INLINE void change_rows(int kind, int some, const void *const *from, void *const *to, i64 first, i64 end, const float *A,
-                        i64 stride, i64 rank, const float *factor, const int32_t *blocks, int32_t k) {
+                        i64 stride, i64 rank, const float *factor, const int32_t *blocks, int32_t k, i64 ahead) {
     for (i64 c = first; c < end; c += LANES) {
         vf update[ROWS] = {{0}};
         vi labels = {0};
@@ -99,6 +100,7 @@ INLINE void change_rows(int kind, int some, const void *const *from, void *const
         }
 #pragma GCC unroll 4
         for (int i = 0; i < some; i++) {
+            __builtin_prefetch((const char *)number(from[i], c, kind) + ahead, 0, 3);
             vf w = widened(from[i], c, end - c, kind);
             narrow(to[i], c, end - c, blocks ? chosen(labels == k, w + w * update[i], w) : w * update[i], kind);
         }
@@ -112,14 +114,15 @@ static void change(const change_job *j, int some, const void *const *from, void 
     for (int i = 0; i < some && some < ROWS && some > 1; i++)
         change(j, 1, from + i, to + i, first, end, A, stride, rows + i, factor, blocks, k);
     if (some != 1 && some != ROWS) return;
+    i64 ahead = j->contiguous ? ROWS_AHEAD * j->stride * bytes_of(j->kind) : 0;
     for (i64 t = 0; t < rank; t++)
         for (int i = 0; i < some; i++)
             factor[t * some + i] = j->scaling * one_of(j->B, rows[i] * j->B_row + t * j->B_rank, j->factors);
-#define CALL(kind)                                                                           \
-    if (some == 1)                                                                           \
-        change_rows(kind, 1, from, to, first, end, A, stride, rank, factor, blocks, k);      \
-    else                                                                                     \
-        change_rows(kind, ROWS, from, to, first, end, A, stride, rank, factor, blocks, k)
+#define CALL(kind)                                                                                \
+    if (some == 1)                                                                                \
+        change_rows(kind, 1, from, to, first, end, A, stride, rank, factor, blocks, k, ahead);    \
+    else                                                                                          \
+        change_rows(kind, ROWS, from, to, first, end, A, stride, rank, factor, blocks, k, ahead)
     WITH_KIND(j->kind, CALL)
 #undef CALL
 }
@@ -216,14 +219,18 @@ static void modulate_part(void *it, i64 part) {
     }
 }
 
-/* out (rows, cols), rows `out_stride` apart, = W_eff of W0 with contiguous rows, both of `kind`; its rows and columns have
- * labels. */
-void smoa_modulate(i64 rows, i64 cols, const void *weight, i64 stride, i64 kind, const void *row_block,
-                   const void *col_block, i64 wide, i64 blocks, const int32_t *ranks, i64 rank, const void *A,
-                   i64 A_rank, i64 A_col, const void *B, i64 B_row, i64 B_rank, i64 factors, float scaling, void *out,
-                   i64 out_stride, float *workspace, i64 threads) {
-    change_job job = {rows, cols, blocks, threads, stride, out_stride, 0, weight, (int)kind, A, B, (int)factors, A_rank,
-                      A_col, B_row, B_rank, rank, scaling, ranks, {row_block, wide}, {col_block, wide}, NULL, NULL, NULL,
-                      NULL, out, from_a_line(workspace)};
+/* out (rows, cols), rows `out_stride` apart, = a part of W_eff, from row `top` and column `left` on, of W0 with contiguous
+ * rows, both of `kind`; W0's rows and columns have labels. */
+void smoa_modulate(i64 rows, i64 cols, i64 top, i64 left, const void *weight, i64 stride, i64 kind,
+                   const void *row_block, const void *col_block, i64 wide, i64 blocks, const int32_t *ranks, i64 rank,
+                   const void *A, i64 A_rank, i64 A_col, const void *B, i64 B_row, i64 B_rank, i64 factors,
+                   float scaling, void *out, i64 out_stride, float *workspace, i64 threads) {
+    i64 label_size = wide ? 4 : 1;
+    labels row_labels = {(const char *)row_block + top * label_size, wide};
+    labels col_labels = {(const char *)col_block + left * label_size, wide};
+    change_job job = {rows, cols, blocks, threads, stride, out_stride, 0, number(weight, top * stride + left, (int)kind),
+                      (int)kind, number(A, left * A_col, (int)factors), number(B, top * B_row, (int)factors),
+                      (int)factors, A_rank, A_col, B_row, B_rank, rank, scaling, ranks, row_labels, col_labels, NULL,
+                      NULL, NULL, NULL, out, from_a_line(workspace)};
     in_parallel(modulate_part, &job, threads);
 }

@@ -1,9 +1,12 @@
-"""torch multiplies, in half precision above all; compiled code does what is no GEMM (`half.h`, `gradient.h`).
+"""torch multiplies, in half precision above all; compiled code does what is no GEMM (`passes.h`, `gradient.h`).
 
 torch's GEMMs take what the processor has for half types, AMX among it. Those of float32 are as fast as ours on Intel's
 processors, and take over there for many tokens, but for dropout. Around them the adapter asks for copies of
 activations in block order, for ΔW or W_eff, and for dA and dB of G: passes over memory, one each here, where torch's
 operators take several. The algorithms are the eager backend's.
+
+GEMMs drive Python's and torch's own code out of the processor's caches. Between them each kind of operator therefore
+costs several times what it costs in a loop: what could be one more, such as a conversion, is done in C.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ BLOCKS = "smoa::compiled_blocks"
 """What these compiled functions are called in a profile."""
 
 Matrices = Tensor | Sequence[Tensor]
-"""One for each block: (K, rows, columns) where they are all of one shape, else a list."""
+"""One for each block: (K, rows, columns) where they are one batch, else a list."""
 
 
 class Side:
@@ -37,9 +40,11 @@ class Side:
     Contiguous blocks are copied only where a mask drops something: else they are slices.
     """
 
-    def __init__(self, index: Tensor, offsets: Tensor, sizes: Sequence[int], contiguous: bool) -> None:
-        self._index, self._offsets, self._sizes, self._contiguous = index, offsets, sizes, contiguous
-        self._threads = torch.get_num_threads()
+    def __init__(
+        self, index: Tensor, offsets: Tensor, sizes: Sequence[int], *, contiguous: bool, batched: bool
+    ) -> None:
+        self._index, self._offsets, self._sizes = index, offsets, sizes
+        self._contiguous, self._batched = contiguous, batched
         self._memory: Tensor | None = None
         self._workspace: Tensor | None = None
 
@@ -52,12 +57,12 @@ class Side:
     def room(self, x: Tensor, mask: Mask | None) -> Matrices:
         """Where the blocks' columns of x are written, for :meth:`restore`."""
         if self._contiguous and mask is None:
-            return torch.split_with_sizes(x, self._sizes, 1)
+            return slices(x, self._sizes)
         if self._memory is None:  # the first panel is the largest
             self._memory = x.new_empty(x.shape)
-            floats = library().smoa_order_workspace(x.shape[1], self._threads)
+            floats = library().smoa_order_workspace(x.shape[1], torch.get_num_threads())
             self._workspace = x.new_empty(floats, dtype=torch.float32)
-        return matrices(self._memory, [(x.shape[0], size) for size in self._sizes])
+        return matrices(self._memory, [(x.shape[0], size) for size in self._sizes], self._batched)
 
     def restore(self, x: Tensor, mask: Mask | None) -> None:
         """Write to x (T, all) what is in its :meth:`room`, without what the mask drops."""
@@ -70,7 +75,7 @@ class Side:
             library().smoa_order(
                 x.shape[0], x.data_ptr(), x.stride(0), KINDS[x.dtype], self._index.data_ptr(),
                 self._offsets.data_ptr(), len(self._sizes), kept_by(mask), self._memory.data_ptr(), back,
-                self._workspace.data_ptr(), self._threads,
+                self._workspace.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
 
 
@@ -83,25 +88,29 @@ class Blocks:
         adapter: that of W0, or of its transpose where `swapped`.
         rows: W0's rows by block.
         cols: its columns.
+        shape: of the adapter's weight.
         shapes: of each block of the adapter's weight.
         used: whether each block has a rank.
+        batched: whether all blocks are one batched GEMM. Slices are not: it would copy them first, or with a transpose
+            take more than twice as long.
     """
 
     def __init__(self, adapter: PackedAdapter) -> None:
         self.swapped = adapter.weight.stride(1) != 1
         self.adapter = along = adapter.T if self.swapped else adapter
-        p = along.partition
+        self.shape, p = along.weight.shape, along.partition
         *index, self.ranks = blocks_of(along)
         self.indices = [one.data_ptr() for one in index]
+        self.count, self.contiguous, self.scaling = p.num_blocks, p.is_contiguous, adapter.scaling.item()
+        self.shapes, self.used = list(zip(p.row_sizes, p.col_sizes, strict=True)), adapter.host_ranks()
+        alike = self.shapes.count(self.shapes[0]) == self.count and all(self.used)
+        self.batched = alike and not self.contiguous
         self.rows, self.cols = (
-            Side(index[i], index[i + 2], sizes, p.is_contiguous)
+            Side(index[i], index[i + 2], sizes, contiguous=self.contiguous, batched=self.batched)
             for i, sizes in enumerate((p.row_sizes, p.col_sizes))
         )
         if self.swapped:
             self.rows, self.cols = self.cols, self.rows
-        self.shapes = list(zip(p.row_sizes, p.col_sizes, strict=True))
-        self.count, self.contiguous, self.scaling = p.num_blocks, p.is_contiguous, adapter.scaling.item()
-        self.used = adapter.host_ranks()
 
     def memory(self) -> Tensor:
         """Room for a matrix of each block's shape."""
@@ -119,12 +128,12 @@ class Blocks:
                 self.ranks.data_ptr(), rank, A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), KINDS[A.dtype],
                 scale * self.scaling, out.data_ptr(), workspace.data_ptr(), threads,
             )  # fmt: skip
-        found = matrices(out, self.shapes)
+        found = matrices(out, self.shapes, self.batched)
         return transposed(found) if self.swapped else found
 
     def panels(self, mask: Mask | None, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
         """The same tokens of the mask and of each tensor, some at a time; None of what is None."""
-        tokens = next(len(one) for one in tensors if one is not None)
+        tokens = next(one.shape[0] for one in tensors if one is not None)
         # Where nothing is copied there is nothing to keep in a cache; and a small layer feels each call.
         if tokens <= HALF_TOKEN_PANEL or (self.contiguous and mask is None):
             yield (mask, *tensors)
@@ -136,15 +145,9 @@ class Blocks:
 
     def product(self, left: Matrices, right: Matrices, out: Matrices, *, add: bool = False) -> None:
         """Write `left_k right_k` to `out_k`, or add it; zeros where a block has no rank."""
-        if (
-            isinstance(left, Tensor)
-            and isinstance(right, Tensor)
-            and isinstance(out, Tensor)
-            and all(self.used)
-        ):
+        if isinstance(left, Tensor) and isinstance(right, Tensor) and isinstance(out, Tensor):
             _ = out.baddbmm_(left, right) if add else torch.bmm(left, right, out=out)
             return
-        # Slices too: a batched GEMM copies them first, or with a transpose takes more than twice as long.
         for left_k, right_k, out_k, used in zip(left, right, out, self.used, strict=True):
             if not used:
                 out_k.zero_()
@@ -161,60 +164,69 @@ class Gradient:
     """
 
     def __init__(self, blocks: Blocks, scale: float) -> None:
-        self._blocks, self._threads = blocks, torch.get_num_threads()
-        self._scaling = scale * blocks.scaling
-        self._A, self._B = blocks.adapter.A.contiguous(), blocks.adapter.B.contiguous()
-        shape = self._A.shape if self._threads == 1 else (self._threads, *self._A.shape)
-        self._dA = self._A.new_zeros(shape, dtype=torch.float32)
-        self._dB = self._B.new_zeros(self._B.shape, dtype=torch.float32)
+        self._blocks, self._scaling, self._panels = blocks, scale * blocks.scaling, 0
+        A, B = blocks.adapter.A, blocks.adapter.B
+        self._A, self._B = A.contiguous(), B.contiguous()
+        self._dA, self._dB = A.new_empty(A.shape), B.new_empty(B.shape)
         self._memory = blocks.memory()
-        size = library().smoa_contract_workspace(
-            *blocks.indices[2:], blocks.count, self._A.shape[0], self._threads
+        floats = library().smoa_contract_workspace(
+            *blocks.shape, *blocks.indices[2:], blocks.count, A.shape[0], torch.get_num_threads()
         )
-        self._workspace = self._dA.new_empty(size)
-        self._sums, self._begun = self._memory.dtype == torch.float32, False
+        self._workspace = A.new_empty(floats, dtype=torch.float32)
 
     def add(self, dy: Matrices, x: Matrices) -> None:
         """Take some tokens of both, in block order."""
-        blocks, add = self._blocks, self._begun and self._sums
+        blocks, sums = self._blocks, self._memory.dtype == torch.float32
         left, right = (x, dy) if blocks.swapped else (dy, x)
-        blocks.product(transposed(left), right, matrices(self._memory, blocks.shapes), add=add)
-        self._begun = True
-        if not self._sums:
-            self._contract()
+        G = matrices(self._memory, blocks.shapes, blocks.batched)
+        blocks.product(transposed(left), right, G, add=sums and self._panels > 0)
+        if not sums:
+            self._contract(add=self._panels > 0)
+        self._panels += 1
 
-    def _contract(self) -> None:
+    def _contract(self, *, add: bool) -> None:
         blocks, weight = self._blocks, self._blocks.adapter.weight
         with named(BLOCKS):
             library().smoa_contract(
-                *weight.shape, self._memory.data_ptr(), weight.data_ptr(), weight.stride(0), KINDS[weight.dtype],
+                *blocks.shape, self._memory.data_ptr(), weight.data_ptr(), weight.stride(0), KINDS[weight.dtype],
                 *blocks.indices, blocks.count, blocks.contiguous, blocks.ranks.data_ptr(), self._A.shape[0],
-                self._A.data_ptr(), self._B.data_ptr(), KINDS[self._A.dtype], self._scaling, self._dA.data_ptr(),
-                self._dB.data_ptr(), self._workspace.data_ptr(), self._threads,
+                self._A.data_ptr(), self._B.data_ptr(), KINDS[self._A.dtype], self._scaling, add, self._dA.data_ptr(),
+                self._dB.data_ptr(), self._workspace.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
 
     def found(self) -> tuple[Tensor, Tensor]:
         """(dA, dB) in the factors' dtype."""
-        if self._sums:
-            self._contract()
-        dA = self._dA if self._threads == 1 else self._dA.sum(0)
-        dA, dB = (self._dB.T, dA.T) if self._blocks.swapped else (dA, self._dB)
-        return dense(dA, self._A.dtype), dense(dB, self._A.dtype)
+        if self._memory.dtype == torch.float32:
+            self._contract(add=False)
+        if self._blocks.swapped:
+            return self._dB.T.contiguous(), self._dA.T.contiguous()
+        return self._dA, self._dB
 
 
-def matrices(memory: Tensor, shapes: Sequence[tuple[int, int]]) -> Matrices:
+def matrices(memory: Tensor, shapes: Sequence[tuple[int, int]], batched: bool) -> Matrices:
     """The matrices of these shapes that lie one after another in `memory`, which may have room for more."""
-    rows, cols = shapes[0]
-    if shapes.count((rows, cols)) == len(shapes):
+    if batched:
+        rows, cols = shapes[0]
         return memory.as_strided((len(shapes), rows, cols), (rows * cols, cols, 1))
-    sizes = [rows * cols for rows, cols in shapes]
-    parts = memory.view(-1)[: sum(sizes)].split(sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    first, found = 0, []
+    for rows, cols in shapes:
+        found.append(memory.as_strided((rows, cols), (cols, 1), first))
+        first += rows * cols
+    return found
+
+
+def slices(x: Tensor, sizes: Sequence[int]) -> Matrices:
+    """The blocks' columns of x (T, all), which lie side by side."""
+    tokens, stride, first, found = x.shape[0], x.stride(0), x.storage_offset(), []
+    for size in sizes:
+        found.append(x.as_strided((tokens, size), (stride, 1), first))
+        first += size
+    return found
 
 
 def transposed(each: Matrices) -> Matrices:
     """The transpose of each."""
-    return each.mT if isinstance(each, Tensor) else [one.T for one in each]
+    return each.mT if isinstance(each, Tensor) else [one.mT for one in each]
 
 
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
@@ -277,23 +289,16 @@ def _modulation(adapter: PackedAdapter, *, transposed: bool = False) -> eager.Mo
     workspace = A.new_empty(floats, dtype=torch.float32)
 
     def write(first: int, out: Tensor) -> Tensor:
-        to, row, col = (out, first, 0) if swapped == transposed else (out.T, 0, first)
+        to, top, left = (out, first, 0) if swapped == transposed else (out.T, 0, first)
         with named(BLOCKS):
             code.smoa_modulate(
-                *to.shape, _address(weight, row, col), weight.stride(0), KINDS[weight.dtype], _address(row_block, row),
-                _address(col_block, col), wide, len(ranks), ranks.data_ptr(), rank, _address(A, 0, col), *A.stride(),
-                _address(B, row, 0), *B.stride(), KINDS[A.dtype], scaling, to.data_ptr(), to.stride(0),
-                workspace.data_ptr(), threads,
+                *to.shape, top, left, weight.data_ptr(), weight.stride(0), KINDS[weight.dtype], row_block.data_ptr(),
+                col_block.data_ptr(), wide, len(ranks), ranks.data_ptr(), rank, A.data_ptr(), *A.stride(), B.data_ptr(),
+                *B.stride(), KINDS[A.dtype], scaling, to.data_ptr(), to.stride(0), workspace.data_ptr(), threads,
             )  # fmt: skip
         return out
 
     return write
-
-
-def _address(tensor: Tensor, *at: int) -> int:
-    """Of an element: a view of it would cost a small layer more."""
-    steps = sum(i * stride for i, stride in zip(at, tensor.stride(), strict=True))
-    return tensor.data_ptr() + steps * tensor.itemsize
 
 
 def _readable(adapter: PackedAdapter) -> PackedAdapter:
