@@ -85,10 +85,9 @@ typedef struct {
 } change_job;
 
 /* Some rows of block k, side by side: W0 ∘ (1 + s B A) where `blocks` says k, W0 where not; or W0 ∘ s B A where there is
- * no `blocks`. Columns from `first` to `end`, A's are `stride` apart, `factor` (rank, some) is s B. The memory is asked for
- * what lies `ahead` bytes further. */
+ * no `blocks`. Columns from `first` to `end`, A's are `stride` apart, `factor` (rank, some) is s B. */
 INLINE void change_rows(int kind, int some, const void *const *from, void *const *to, i64 first, i64 end, const float *A,
-                        i64 stride, i64 rank, const float *factor, const int32_t *blocks, int32_t k, i64 ahead) {
+                        i64 stride, i64 rank, const float *factor, const int32_t *blocks, int32_t k) {
     for (i64 c = first; c < end; c += LANES) {
         vf update[ROWS] = {{0}};
         vi labels = {0};
@@ -100,7 +99,6 @@ INLINE void change_rows(int kind, int some, const void *const *from, void *const
         }
 #pragma GCC unroll 4
         for (int i = 0; i < some; i++) {
-            __builtin_prefetch((const char *)number(from[i], c, kind) + ahead, 0, 3);
             vf w = widened(from[i], c, end - c, kind);
             narrow(to[i], c, end - c, blocks ? chosen(labels == k, w + w * update[i], w) : w * update[i], kind);
         }
@@ -114,15 +112,14 @@ static void change(const change_job *j, int some, const void *const *from, void 
     for (int i = 0; i < some && some < ROWS && some > 1; i++)
         change(j, 1, from + i, to + i, first, end, A, stride, rows + i, factor, blocks, k);
     if (some != 1 && some != ROWS) return;
-    i64 ahead = j->contiguous ? ROWS_AHEAD * j->stride * bytes_of(j->kind) : 0;
     for (i64 t = 0; t < rank; t++)
         for (int i = 0; i < some; i++)
             factor[t * some + i] = j->scaling * one_of(j->B, rows[i] * j->B_row + t * j->B_rank, j->factors);
-#define CALL(kind)                                                                                \
-    if (some == 1)                                                                                \
-        change_rows(kind, 1, from, to, first, end, A, stride, rank, factor, blocks, k, ahead);    \
-    else                                                                                          \
-        change_rows(kind, ROWS, from, to, first, end, A, stride, rank, factor, blocks, k, ahead)
+#define CALL(kind)                                                                           \
+    if (some == 1)                                                                           \
+        change_rows(kind, 1, from, to, first, end, A, stride, rank, factor, blocks, k);      \
+    else                                                                                     \
+        change_rows(kind, ROWS, from, to, first, end, A, stride, rank, factor, blocks, k)
     WITH_KIND(j->kind, CALL)
 #undef CALL
 }
