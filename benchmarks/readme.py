@@ -34,7 +34,6 @@ LAYERS = (
     ),
     ("the same, K=1 (which is HiRA)", "layer", "both", SQUARE | {"num_blocks": 1, "dtype": "float32"}),
     ("the same, bfloat16, K=4", "layer", "both", SQUARE | {"num_blocks": 4, "dtype": "bfloat16"}),
-    ("one token, forward, float32, r=8, K=4", "few tokens", "forward", TOKEN | {"dtype": "float32"}),
     ("one token, forward, bfloat16, r=8, K=4", "few tokens", "forward", TOKEN | {"dtype": "bfloat16"}),
 )
 
