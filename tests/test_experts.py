@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from expert_problems import make_blocks, make_problem
 from problems import DTYPES, obstacle
 from torch import Tensor
 
+from smoa_kernels.backends.native import torch_gemms
 from smoa_kernels.definition.experts import ExpertBlocks, index_dtype, reference_experts_linear
 from smoa_kernels.definition.precision import KERNEL_DTYPES
 from smoa_kernels.experts.operator import experts_linear, experts_product
@@ -118,6 +120,28 @@ def test_a_product_that_was_prepared_serves_any_x_of_its_pairs(backend: str) -> 
     x = p.x.clone().requires_grad_()
     experts_product(x, p.ends, p.adapter, backend)(x).backward(p.dy)
     assert x.grad is not None
+
+
+@on_the_cpu
+@pytest.mark.skipif(obstacle("native") is not None, reason=str(obstacle("native")))
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda p: replace(p, x=p.x[:, 1:]),
+        lambda p: replace(p, x=p.x.half()),
+        lambda p: replace(p, adapter=replace(p.adapter, B=p.adapter.B.bfloat16())),
+    ],
+    ids=["fewer columns", "x of another dtype", "B of another dtype than A"],
+)
+def test_compiled_layers_get_no_operands_that_they_would_read_beyond(
+    spoil: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision: torch's operators take them, or raise."""
+    p = spoil(make_problem().to(torch.bfloat16, torch.float32))
+    for name in ("split", "backward"):
+        monkeypatch.setattr(torch_gemms, name, lambda *_, **__: pytest.fail("compiled code got them"))
+    with suppress(RuntimeError):
+        p.operator("native")
 
 
 @numerical

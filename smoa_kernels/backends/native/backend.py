@@ -87,7 +87,8 @@ def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None) -> bool:
         if given is not None:
             fits = fits and given.dtype == adapter.weight.dtype and given.is_cpu and given.shape[1] == width
     fits = fits and (x is None or dy is None or x.shape[0] == dy.shape[0])
-    return fits and adapter.weight.dtype in KINDS and adapter.A.dtype in KINDS and obstacle() is None
+    fits = fits and adapter.weight.dtype in KINDS and adapter.A.dtype in KINDS
+    return fits and adapter.A.dtype == adapter.B.dtype and obstacle() is None
 
 
 def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:

@@ -45,18 +45,22 @@ def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor],
     part is torch's own product, so that with a B of zero y is what the model without an adapter computes; the
     adapter's part follows while W0 is in the cache.
     """
-    fits = _fits(adapter, ends)
-    if not fits or adapter.weight.dtype != torch.float32:
-        return experts.experts_product(ends, adapter, torch_gemms if fits else eager)
-    weight, code, threads = adapter.weight, library(), torch.get_num_threads()
-    call, spans = _Call(ends, adapter), experts.spans(ends)
+    weight, fits = adapter.weight, _fits(adapter, ends)
+
+    def layer_by_layer(x: Tensor) -> Tensor:
+        takes = fits and _takes(weight, x, weight.shape[2])
+        return experts.experts_product(ends, adapter, torch_gemms if takes else eager)(x)
+
+    if not fits or weight.dtype != torch.float32:
+        return layer_by_layer
+    code, threads, call, spans = library(), torch.get_num_threads(), _Call(ends, adapter), experts.spans(ends)
     pairs = spans[-1][2] if spans else 0
     floats = call.workspace(pairs, threads)
 
     def product(x: Tensor) -> Tensor:
         call.check(x.shape[0] == pairs)
         if not _takes(weight, x, weight.shape[2]):
-            return experts.experts_product(ends, adapter)(x)
+            return layer_by_layer(x)
         x, y, workspace = with_rows(x), x.new_empty(pairs, weight.shape[1]), x.new_empty(floats)
         operands = x.data_ptr(), x.stride(0), y.data_ptr(), workspace.data_ptr(), threads
         with named("smoa::compiled_experts"):
@@ -169,6 +173,7 @@ def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:
     weight, blocks = adapter.weight, adapter.blocks
     (count, rows, cols), rank = weight.shape, adapter.A.shape[1]
     fits = adapter.A.shape == (count, rank, cols) and adapter.B.shape == (count, rows, rank)
+    fits = fits and adapter.A.dtype in KINDS and adapter.A.dtype == adapter.B.dtype
     fits = fits and ends.shape == (count,) and adapter.ranks.shape == (blocks.num_blocks,)
     for offsets, index, size in (
         (blocks.row_offsets, blocks.row_index, rows),
