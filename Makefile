@@ -79,7 +79,7 @@ notebook-smoke: $(BIN)/.dev ## the same in short: every cell runs, and nothing i
 sft: $(BIN)/.trl ## fine-tune SmolLM2-135M-Instruct on chats with TRL's SFTTrainer (ARGS="--help")
 	$(BIN)/python examples/sft.py $(ARGS)
 
-test: $(BIN)/.dev lint ## before a push: lint, types and the tests not marked slow (6 min on two idle cores)
+test: $(BIN)/.dev lint ## before a push: lint, types and the tests not marked slow (4 min on two idle cores)
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(BIN)/.dev ## the tests marked slow, which `make test` leaves out
