@@ -239,6 +239,7 @@ GOALS = (
     Goal("experts, 32 pairs each, over PEFT LoRA, spectral", 0.80, _experts(SMOA, LORA, 32)),
     Goal("the same, contiguous", 0.80, _experts(CONTIGUOUS, LORA, 32)),
     Goal("experts, 128 pairs each, over PEFT LoRA, spectral", 1.00, _experts(SMOA, LORA, 128)),
+    Goal("the same, 1024 pairs each", 1.00, _experts(SMOA, LORA, 1024)),
     Goal("experts, 16 pairs each, over PEFT LoRA, contiguous", 1.00, _experts(CONTIGUOUS, LORA, 16)),
     Goal("the same, blocks that experts share", 1.00, _experts(f"{SMOA}, shared", LORA, 16)),
     Goal("experts' peak above frozen's, over PEFT LoRA's, 32 pairs each", 0.15, _experts_peak(LORA)),
