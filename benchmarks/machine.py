@@ -14,6 +14,7 @@ import torch
 
 from .protocol import DEVICE
 
+LIMIT = "ONEDNN_MAX_CPU_ISA"  # the variable that keeps instructions from torch's half-precision GEMMs
 EDITED = "+"  # ends the commit of what ran on code that was not committed
 PACKAGES = ("torch", "triton", "peft", "transformers", "smoa-kernels")
 
@@ -59,7 +60,7 @@ def load() -> float:
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, with its family and model numbers where the system gives them."""
+    """The processor's name, with its family and model numbers where the system gives them, and what limits it."""
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
     if "model name" not in fields:
@@ -70,7 +71,9 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         for field in ("cpu family", "model")
         if field in fields
     ]
-    return ", ".join([fields["model name"].strip(), *numbers])
+    # Nor is it the same to its GEMMs in half precision: a run without AMX takes no other's place.
+    limits = [f"{LIMIT}={os.environ[LIMIT]}"] if LIMIT in os.environ else []
+    return ", ".join([fields["model name"].strip(), *numbers, *limits])
 
 
 def _version(name: str) -> str | None:

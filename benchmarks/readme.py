@@ -144,4 +144,4 @@ def _injection(run: Run) -> str:
 
 def anchor(run: Run) -> str:
     """The anchor that a Markdown viewer gives to the run's heading on the results page."""
-    return re.sub(r"[^a-z0-9 -]", "", str(run.machine["device"]).lower()).replace(" ", "-")
+    return re.sub(r"[^a-z0-9_ -]", "", str(run.machine["device"]).lower()).replace(" ", "-")

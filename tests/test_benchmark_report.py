@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from benchmarks import main_job, plots, tables
 from benchmarks.goals import GOALS, Figure
-from benchmarks.machine import cpu_name
+from benchmarks.machine import LIMIT, cpu_name
 from benchmarks.profiles import BETWEEN, EIGH, GEMM, KINDS, REST
 from benchmarks.protocol import Quartiles
 from benchmarks.readme import END, README, RESULTS, START, section, with_section
@@ -284,10 +284,15 @@ def test_another_json_is_refused(tmp_path: Path) -> None:
         ("model name\t: Some CPU \n", "Some CPU"),
     ],
 )
-def test_a_processor_is_named_with_its_numbers(cpuinfo: str, name: str, tmp_path: Path) -> None:
+def test_a_processor_is_named_with_its_numbers(
+    cpuinfo: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Virtual machines call processors "AMD EPYC" of which one is twice as fast as another."""
+    monkeypatch.delenv(LIMIT, raising=False)
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     assert cpu_name(tmp_path / "cpuinfo") == name
+    monkeypatch.setenv(LIMIT, "AVX512_CORE_BF16")
+    assert cpu_name(tmp_path / "cpuinfo") == f"{name}, ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
 
 
 def test_runs_are_added_and_everything_is_written(tmp_path: Path) -> None:
