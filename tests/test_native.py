@@ -238,6 +238,30 @@ def test_contiguous_blocks_give_what_their_indices_give(tokens: int, form: str, 
 
 
 @needs_library
+@each_dtype
+@each_form
+@pytest.mark.parametrize("tokens", [0, 70, 600])
+@pytest.mark.parametrize("column_major", [False, True])
+def test_contiguous_blocks_of_one_shape_where_torch_multiplies(
+    tokens: int,
+    column_major: bool,
+    dtype: torch.dtype,
+    form: str,
+    poisoned_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of few tokens they are one batch, of copies; of many they are slices; W0 and x may be parts of others."""
+    monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
+    p = on_cpu(
+        dtype, tokens=tokens, out_features=64, in_features=96, ranks=(2,) * 4, block_order="contiguous"
+    )
+    if column_major:
+        p = replace(p, weight=p.weight.T.contiguous().T)
+    p = replace(p, x=torch.nn.functional.pad(p.x, (3, 2))[:, 3:-2])
+    assert_within_budget(p.run(**FORMS[form].options), replace(FORMS[form], dtype=dtype), p)
+
+
+@needs_library
 @pytest.mark.parametrize("granule", [8, 16, 3])
 @pytest.mark.parametrize("masked", [False, True])
 def test_granules_give_what_scattered_coordinates_give(granule: int, masked: bool) -> None:

@@ -52,8 +52,8 @@ INLINE void modulate_columns(int some, const adapter *m, i64 k, i64 rank, vi lef
         vf a = load(w), b = load(w + LANES);
         if (!m->cols) {
             int32_t block = label(m->col_block, k + c);
-            low[c] = chosen(left == block, a + a * low[c], a);
-            high[c] = chosen(right == block, b + b * high[c], b);
+            low[c] = chosen(left, block, a + a * low[c], a);
+            high[c] = chosen(right, block, b + b * high[c], b);
         }
         store(w, m->cols ? a * low[c] : low[c]);
         store(w + LANES, m->cols ? b * high[c] : high[c]);

@@ -75,7 +75,7 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
         for (int i = 0; i < some; i++) {
             __builtin_prefetch(ahead[i] + c * bytes_of(j->stored), 0, 2);
             vf w = load(weight[i] + c), plain = j->alone ? (vf){0} : w;
-            w = chosen(labels == (int32_t)k, plain + w * update[i], plain);
+            w = chosen(labels, (int32_t)k, plain + w * update[i], plain);
 #pragma GCC unroll 8
             for (int t = 0; t < tokens; t++) sums[i][t] += w * load(x + t * j->x_stride + c);
         }

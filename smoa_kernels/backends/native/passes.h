@@ -35,6 +35,13 @@ static void order_part(void *it, i64 part) {
     if (part >= j->parts) return;
     i64 first = share_of(j->tokens, 1, part, j->parts), end = share_of(j->tokens, 1, part + 1, j->parts);
     i64 cols = j->offsets[j->blocks], size = bytes_of(j->kind);
+    for (i64 t = first; t < end && !j->index; t++)
+        for (i64 k = 0; k < j->blocks; k++) {
+            i64 left = j->offsets[k], width = j->offsets[k + 1] - left;
+            memcpy((char *)j->blocked + (j->tokens * left + t * width) * size,
+                   number(j->own, t * j->stride + left, j->kind), (size_t)(width * size));
+        }
+    if (!j->index) return;
     float *line = j->workspace + part * order_size(cols);
     piece *pieces = (piece *)(line + lines(cols + PIECE));
     for (i64 k = 0; k < j->blocks; k++) {
@@ -84,25 +91,32 @@ typedef struct {
     float *workspace;
 } change_job;
 
-/* Some rows of block k, side by side: W0 ∘ (1 + s B A) where `blocks` says k, W0 where not; or W0 ∘ s B A where there is
- * no `blocks`. Columns from `first` to `end`, A's are `stride` apart, `factor` (rank, some) is s B. */
+/* Columns of some rows of block k, side by side, as many of LANES from `c` on as are `there`: W0 ∘ (1 + s B A) where `blocks`
+ * says k, W0 where not; or W0 ∘ s B A where there is no `blocks`. A's are `stride` apart, `factor` (rank, some) is s B. */
+INLINE void change_lanes(int kind, int some, const void *const *from, void *const *to, i64 c, i64 there, const float *A,
+                         i64 stride, i64 rank, const float *factor, const int32_t *blocks, int32_t k) {
+    vf update[ROWS] = {{0}};
+    vi labels = {0};
+    if (blocks) memcpy(&labels, blocks + c, sizeof labels);
+    for (i64 t = 0; t < rank; t++) {
+        vf a = load(A + t * stride + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < some; i++) update[i] += a * factor[t * some + i];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < some; i++) {
+        vf w = widened(from[i], c, there, kind);
+        narrow(to[i], c, there, blocks ? chosen(labels, k, w + w * update[i], w) : w * update[i], kind);
+    }
+}
+
+/* The same of columns from `first` to `end`: whole vectors without asking how much of each is there. */
 INLINE void change_rows(int kind, int some, const void *const *from, void *const *to, i64 first, i64 end, const float *A,
                         i64 stride, i64 rank, const float *factor, const int32_t *blocks, int32_t k) {
-    for (i64 c = first; c < end; c += LANES) {
-        vf update[ROWS] = {{0}};
-        vi labels = {0};
-        if (blocks) memcpy(&labels, blocks + c, sizeof labels);
-        for (i64 t = 0; t < rank; t++) {
-            vf a = load(A + t * stride + c);
-#pragma GCC unroll 4
-            for (int i = 0; i < some; i++) update[i] += a * factor[t * some + i];
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < some; i++) {
-            vf w = widened(from[i], c, end - c, kind);
-            narrow(to[i], c, end - c, blocks ? chosen(labels == k, w + w * update[i], w) : w * update[i], kind);
-        }
-    }
+    i64 c = first;
+    for (; c + LANES <= end; c += LANES)
+        change_lanes(kind, some, from, to, c, LANES, A, stride, rank, factor, blocks, k);
+    if (c < end) change_lanes(kind, some, from, to, c, end - c, A, stride, rank, factor, blocks, k);
 }
 
 /* The same of up to ROWS rows, whose B is that of `rows`. */

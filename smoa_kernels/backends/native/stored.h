@@ -36,7 +36,25 @@ static inline float one_of(const void *from, i64 at, int stored) {
     return value;
 }
 
-static inline vf chosen(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
+/* `yes` where a label is k, else `no`. */
+INLINE vf chosen(vi labels, int32_t k, vf yes, vf no) {
+#if VECTOR_BYTES == 64
+    return (vf)_mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask((__m512i)labels, _mm512_set1_epi32(k)), (__m512)no, (__m512)yes);
+#else
+    return (vf)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)(labels == k));
+#endif
+}
+
+/* In the upper half of each lane as bfloat16; what is no number stays none. */
+INLINE vu rounded(vf value) {
+    vu bits = (vu)value, up = bits + 0x7fff + (bits >> 16 & 1);
+#if VECTOR_BYTES == 64
+    __mmask16 none = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q);
+    return (vu)_mm512_mask_or_epi32((__m512i)up, none, (__m512i)bits, _mm512_set1_epi32(0x7fc00000));
+#else
+    return (vu)_mm256_blendv_ps((__m256)(bits | 0x7fc00000), (__m256)up, (__m256)(value == value));
+#endif
+}
 
 INLINE vf all_widened(const void *from, int stored) {
     if (stored == FLOAT32) return load(from);
@@ -58,13 +76,12 @@ INLINE vf widened(const void *from, i64 at, i64 there, int stored) {
 }
 
 INLINE void all_narrowed(void *to, vf value, int stored) {
-    vu bits = (vu)value, rounded = bits + 0x7fff + (bits >> 16 & 1);
-    rounded = (vu)chosen(value == value, (vf)rounded, (vf)(bits | 0x7fc00000)) >> 16; /* for bfloat16 */
+    vu upper = rounded(value) >> 16;
 #if VECTOR_BYTES == 64
-    if (stored == BFLOAT16) _mm256_storeu_si256(to, _mm512_cvtepi32_epi16((__m512i)rounded));
+    if (stored == BFLOAT16) _mm256_storeu_si256(to, _mm512_cvtepi32_epi16((__m512i)upper));
     if (stored == FLOAT16) _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
 #else
-    __m128i low = _mm256_castsi256_si128((__m256i)rounded), high = _mm256_extracti128_si256((__m256i)rounded, 1);
+    __m128i low = _mm256_castsi256_si128((__m256i)upper), high = _mm256_extracti128_si256((__m256i)upper, 1);
     if (stored == BFLOAT16) _mm_storeu_si128(to, _mm_packus_epi32(low, high));
     if (stored == FLOAT16) _mm_storeu_si128(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 #endif

@@ -37,7 +37,7 @@ Matrices = Tensor | Sequence[Tensor]
 class Side:
     """The rows of W0 block by block, or its columns: copies of activations in their order, some tokens at a time.
 
-    Contiguous blocks are copied only where a mask drops something: else they are slices.
+    Contiguous blocks are slices. They are copied where a mask drops something, or to be the operand of one batch.
     """
 
     def __init__(
@@ -46,36 +46,46 @@ class Side:
         self._index, self._offsets, self._sizes = index, offsets, sizes
         self._contiguous, self._batched = contiguous, batched
         self._memory: Tensor | None = None
-        self._workspace: Tensor | None = None
 
     def ordered(self, x: Tensor, mask: Mask | None) -> Matrices:
         """The blocks' columns of x (T, all), without what the mask drops; the next call overwrites them."""
-        found = self.room(x, mask)
+        if self._lie(mask) and not self._batched:
+            return slices(x, self._sizes, batched=False)
+        found = self._copies(x)
         self._copy(x, mask, back=False)
         return found
 
     def room(self, x: Tensor, mask: Mask | None) -> Matrices:
         """Where the blocks' columns of x are written, for :meth:`restore`."""
-        if self._contiguous and mask is None:
-            return slices(x, self._sizes)
-        if self._memory is None:  # the first panel is the largest
-            self._memory = x.new_empty(x.shape)
-            floats = library().smoa_order_workspace(x.shape[1], torch.get_num_threads())
-            self._workspace = x.new_empty(floats, dtype=torch.float32)
-        return matrices(self._memory, [(x.shape[0], size) for size in self._sizes], self._batched)
+        return slices(x, self._sizes, self._batched) if self._lie(mask) else self._copies(x)
 
     def restore(self, x: Tensor, mask: Mask | None) -> None:
         """Write to x (T, all) what is in its :meth:`room`, without what the mask drops."""
-        self._copy(x, mask, back=True)
+        if not self._lie(mask):
+            self._copy(x, mask, back=True)
+
+    def _lie(self, mask: Mask | None) -> bool:
+        """Whether the blocks' columns lie side by side, and none is dropped."""
+        return self._contiguous and mask is None
+
+    def _copies(self, x: Tensor) -> Matrices:
+        if self._memory is None:  # the first panel is the largest
+            self._memory = x.new_empty(x.shape)
+        tokens = x.shape[0]
+        return matrices(self._memory, [(tokens, size) for size in self._sizes], self._batched)
 
     def _copy(self, x: Tensor, mask: Mask | None, *, back: bool) -> None:
-        if self._memory is None or self._workspace is None or (self._contiguous and mask is None):
+        if self._memory is None:
             return
+        code, threads, index, workspace = library(), torch.get_num_threads(), None, None
+        if not self._lie(mask):
+            workspace = x.new_empty(code.smoa_order_workspace(x.shape[1], threads), dtype=torch.float32)
+            index = self._index.data_ptr()
         with named(BLOCKS):
-            library().smoa_order(
-                x.shape[0], x.data_ptr(), x.stride(0), KINDS[x.dtype], self._index.data_ptr(),
-                self._offsets.data_ptr(), len(self._sizes), kept_by(mask), self._memory.data_ptr(), back,
-                self._workspace.data_ptr(), torch.get_num_threads(),
+            code.smoa_order(
+                x.shape[0], x.data_ptr(), x.stride(0), KINDS[x.dtype], index, self._offsets.data_ptr(),
+                len(self._sizes), kept_by(mask), self._memory.data_ptr(), back,
+                None if workspace is None else workspace.data_ptr(), threads,
             )  # fmt: skip
 
 
@@ -91,11 +101,11 @@ class Blocks:
         shape: of the adapter's weight.
         shapes: of each block of the adapter's weight.
         used: whether each block has a rank.
-        batched: whether all blocks are one batched GEMM. Slices are not: it would copy them first, or with a transpose
-            take more than twice as long.
+        batched: whether all blocks are one batched GEMM. It takes no slices: those of contiguous blocks are copied for
+            it, where `batch` says so.
     """
 
-    def __init__(self, adapter: PackedAdapter) -> None:
+    def __init__(self, adapter: PackedAdapter, *, batch: bool) -> None:
         self.swapped = adapter.weight.stride(1) != 1
         self.adapter = along = adapter.T if self.swapped else adapter
         self.shape, p = along.weight.shape, along.partition
@@ -104,7 +114,7 @@ class Blocks:
         self.count, self.contiguous, self.scaling = p.num_blocks, p.is_contiguous, adapter.scaling.item()
         self.shapes, self.used = list(zip(p.row_sizes, p.col_sizes, strict=True)), adapter.host_ranks()
         alike = self.shapes.count(self.shapes[0]) == self.count and all(self.used)
-        self.batched = alike and not self.contiguous
+        self.batched = alike and (batch or not self.contiguous)
         self.rows, self.cols = (
             Side(index[i], index[i + 2], sizes, contiguous=self.contiguous, batched=self.batched)
             for i, sizes in enumerate((p.row_sizes, p.col_sizes))
@@ -112,21 +122,23 @@ class Blocks:
         if self.swapped:
             self.rows, self.cols = self.cols, self.rows
 
-    def memory(self) -> Tensor:
-        """Room for a matrix of each block's shape."""
-        return self.adapter.weight.new_empty(sum(rows * cols for rows, cols in self.shapes))
+    def memory(self, floats: int) -> tuple[Tensor, int]:
+        """Room for a matrix of each block's shape, and the address of a workspace of so many float32s behind it."""
+        weight, count = self.adapter.weight, sum(rows * cols for rows, cols in self.shapes)
+        memory = weight.new_empty(count + floats * 4 // weight.itemsize)
+        return memory, memory.data_ptr() + count * weight.itemsize
 
     def deltas(self, scale: float) -> Matrices:
         """`scale · ΔW_k` (N_k, C_k) in W0's dtype."""
         weight, A, B = self.adapter.weight, self.adapter.A, self.adapter.B
-        out, rank, code, threads = self.memory(), A.shape[0], library(), torch.get_num_threads()
-        floats = code.smoa_change_workspace(max(cols for _, cols in self.shapes), rank, threads)
-        workspace = out.new_empty(floats, dtype=torch.float32)
+        rank, code, threads = A.shape[0], library(), torch.get_num_threads()
+        widest = max(cols for _, cols in self.shapes)
+        out, workspace = self.memory(code.smoa_change_workspace(widest, rank, threads))
         with named(BLOCKS):
             code.smoa_deltas(
                 weight.data_ptr(), weight.stride(0), KINDS[weight.dtype], *self.indices, self.count, self.contiguous,
                 self.ranks.data_ptr(), rank, A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), KINDS[A.dtype],
-                scale * self.scaling, out.data_ptr(), workspace.data_ptr(), threads,
+                scale * self.scaling, out.data_ptr(), workspace, threads,
             )  # fmt: skip
         found = matrices(out, self.shapes, self.batched)
         return transposed(found) if self.swapped else found
@@ -168,11 +180,11 @@ class Gradient:
         A, B = blocks.adapter.A, blocks.adapter.B
         self._A, self._B = A.contiguous(), B.contiguous()
         self._dA, self._dB = A.new_empty(A.shape), B.new_empty(B.shape)
-        self._memory = blocks.memory()
-        floats = library().smoa_contract_workspace(
-            *blocks.shape, *blocks.indices[2:], blocks.count, A.shape[0], torch.get_num_threads()
+        self._memory, self._workspace = blocks.memory(
+            library().smoa_contract_workspace(
+                *blocks.shape, *blocks.indices[2:], blocks.count, A.shape[0], torch.get_num_threads()
+            )
         )
-        self._workspace = A.new_empty(floats, dtype=torch.float32)
 
     def add(self, dy: Matrices, x: Matrices) -> None:
         """Take some tokens of both, in block order."""
@@ -191,7 +203,7 @@ class Gradient:
                 *blocks.shape, self._memory.data_ptr(), weight.data_ptr(), weight.stride(0), KINDS[weight.dtype],
                 *blocks.indices, blocks.count, blocks.contiguous, blocks.ranks.data_ptr(), self._A.shape[0],
                 self._A.data_ptr(), self._B.data_ptr(), KINDS[self._A.dtype], self._scaling, add, self._dA.data_ptr(),
-                self._dB.data_ptr(), self._workspace.data_ptr(), torch.get_num_threads(),
+                self._dB.data_ptr(), self._workspace, torch.get_num_threads(),
             )  # fmt: skip
 
     def found(self) -> tuple[Tensor, Tensor]:
@@ -215,9 +227,12 @@ def matrices(memory: Tensor, shapes: Sequence[tuple[int, int]], batched: bool) -
     return found
 
 
-def slices(x: Tensor, sizes: Sequence[int]) -> Matrices:
+def slices(x: Tensor, sizes: Sequence[int], batched: bool) -> Matrices:
     """The blocks' columns of x (T, all), which lie side by side."""
-    tokens, stride, first, found = x.shape[0], x.stride(0), x.storage_offset(), []
+    tokens, stride = x.shape[0], x.stride(0)
+    if batched:
+        return x.as_strided((len(sizes), tokens, sizes[0]), (sizes[0], stride, 1))
+    first, found = x.storage_offset(), []
     for size in sizes:
         found.append(x.as_strided((tokens, size), (stride, 1), first))
         first += size
@@ -232,7 +247,7 @@ def transposed(each: Matrices) -> Matrices:
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N): the adapter's output first, the base GEMM adds to it and rounds once."""
     adapter, x = _readable(adapter), with_rows(x)
-    blocks = Blocks(adapter)
+    blocks = Blocks(adapter, batch=mask is not None or _is_small(x, adapter))  # a masked x is copied anyway
     deltas = transposed(blocks.deltas(1.0 if mask is None else mask.scale))
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     for kept, x_part, y_part in blocks.panels(mask, x, y):
@@ -254,7 +269,10 @@ def backward(
     adapter, dy = _readable(adapter), with_rows(dy)
     dx = dA = dB = None
     if x is not None or (mask is not None and needs_x):
-        blocks, scale = Blocks(adapter), 1.0 if mask is None else mask.scale
+        blocks, scale = (
+            Blocks(adapter, batch=mask is None and _is_small(dy, adapter)),
+            1.0 if mask is None else mask.scale,
+        )
         gradient = deltas = None
         if x is not None:
             x, gradient = with_rows(x), Gradient(blocks, scale)
@@ -299,6 +317,12 @@ def _modulation(adapter: PackedAdapter, *, transposed: bool = False) -> eager.Mo
         return out
 
     return write
+
+
+def _is_small(tokens: Tensor, adapter: PackedAdapter) -> bool:
+    """Whether a batch's copies cost less than the calls that it saves, and with G no more memory than dX's W_eff."""
+    cols, count = adapter.weight.shape[1], adapter.partition.num_blocks
+    return tokens.shape[0] <= min(HALF_TOKEN_PANEL, cols - cols // count)
 
 
 def _readable(adapter: PackedAdapter) -> PackedAdapter:
