@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from tiny_experts import BOTH, KINDS, adapt, config, tiny_experts, weights
 
+from smoa_kernels.definition.reference import reference_delta_weight
 from smoa_kernels.peft import Experts, ExpertsWeight, SMoAConfig
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -103,6 +104,27 @@ def test_merging_and_unmerging(kind, tokens):
     assert type(plain) is type(tiny_experts(kind))
     assert not any(isinstance(module, (Experts, ExpertsWeight)) for module in plain.modules())
     close(logits(plain, tokens), expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_merging_rounds_once(kind):
+    """In bfloat16, where two roundings would lose most of an update."""
+    model = adapt(tiny_experts(kind).bfloat16())
+    for weight in weights(model).values():
+        adapter = weight.packed("default", weight.base_weight().double())
+        s = float(adapter.scaling)
+        deltas = [
+            reference_delta_weight(e.weight, e.A.double(), e.B.double(), e.partition, e.ranks, scaling=s)
+            for e in adapter.experts(range(6))
+        ]
+        exact = adapter.weight + torch.stack(deltas)
+        weight.merge()
+        merged = weight._stored_weight().detach()
+        merged = merged.transpose(1, 2) if weight.fan_in_fan_out else merged
+        assert merged.dtype == torch.bfloat16
+        error, rounding = ((found.double() - exact).abs() for found in (merged, exact.bfloat16()))
+        in_float32 = 2**-20 * (adapter.weight.abs() + torch.stack(deltas).abs())
+        assert (error <= rounding + in_float32).all()
 
 
 def test_a_merge_that_is_not_finite_changes_nothing(tokens):

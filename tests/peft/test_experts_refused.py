@@ -106,6 +106,11 @@ def test_settings_that_do_not_fit(settings, message):
     assert_refused(tiny_experts(), settings, message)
 
 
+def test_experts_that_are_the_whole_model():
+    experts = tiny_experts().model.layers[0].mlp.experts
+    assert_refused(experts, {"target_parameters": ["down_proj"]}, "or is the whole model")
+
+
 def test_offloaded_experts():
     with pytest.raises(ValueError, match=r"down_proj of Qwen3MoeExperts .* offloaded by accelerate"):
         adapt(with_experts(offloaded), target_parameters=["1.mlp.experts.down_proj"])

@@ -10,6 +10,8 @@ import torch
 from adapted import adapt, config
 from peft import get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
+from tiny_experts import config as expert_config
+from tiny_experts import tiny_experts
 from tiny_models import tiny_gpt2, tiny_llama
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +23,11 @@ from smoa_kernels.definition.spectral_order import order_source, spectral_centro
 from smoa_kernels.peft import Linear, sorting
 
 LINEARS = {tiny_llama: 14, tiny_gpt2: 8}  # of the two layers, without lm_head
+of_layers_and_experts = pytest.mark.parametrize(
+    ("model", "settings"),
+    [(tiny_llama, config()), (tiny_experts, expert_config(block_order="spectral"))],
+    ids=["layers", "experts"],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +79,8 @@ def test_the_adapter_is_the_one_that_one_by_one_gives(make_model, threads, sorte
     assert all(torch.equal(value, single[key]) for key, value in several.items())
 
 
-def test_as_many_at_once_as_there_are_threads(llama, threads, monkeypatch):
+@of_layers_and_experts
+def test_as_many_at_once_as_there_are_threads(model, settings, threads, monkeypatch):
     waiting = threading.Barrier(threads)  # broken, with an error, unless so many meet
     first = iter(range(threads))
 
@@ -82,7 +90,7 @@ def test_as_many_at_once_as_there_are_threads(llama, threads, monkeypatch):
         return spectral_centroids(weight, granule)
 
     monkeypatch.setattr(spectral_order, "spectral_centroids", meeting)
-    get_peft_model(llama(), config())
+    get_peft_model(model(), settings)
     assert next(first, None) is None
     assert not waiting.broken
 
@@ -205,9 +213,10 @@ def test_one_after_another_where_the_orders_come_from_elsewhere(llama, threads):
     assert set(asked) == {threading.current_thread()}
 
 
+@of_layers_and_experts
 @pytest.mark.parametrize("error", [ValueError("this one"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
-def test_what_is_not_asked_for_is_given_up(llama, threads, monkeypatch, error):
-    model = llama(num_hidden_layers=8)
+def test_what_is_not_asked_for_is_given_up(model, settings, threads, monkeypatch, error):
+    model = model(num_hidden_layers=8)
     begun, leaving = [], threading.Event()
     from_weight, shutdown = BlockPartition.from_weight, ThreadPoolExecutor.shutdown
 
@@ -225,8 +234,8 @@ def test_what_is_not_asked_for_is_given_up(llama, threads, monkeypatch, error):
     monkeypatch.setattr(BlockPartition, "from_weight", failing)
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", left)
     with pytest.raises(type(error)):
-        get_peft_model(model, config())
-    assert len(begun) <= 1 + threads  # of 56
+        get_peft_model(model, settings)
+    assert len(begun) <= 1 + threads  # of 56 layers, or of the 6 experts of the first weight
     assert not [thread for thread in threading.enumerate() if "smoa-sorting" in thread.name]
     assert torch.get_num_threads() == threads
     assert not hasattr(model, "peft_config")

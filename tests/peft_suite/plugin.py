@@ -3,7 +3,8 @@
 Their `@parametrize` marks refer to lists of the module, so these are filled anew, in place, before a module's
 tests are generated. Where a test asks for `HiraConfig` (to choose a learning rate that the Hadamard product can
 take), SMoA answers: HiRA is SMoA with one block. Tests that name no configuration, or another method's, are
-deselected. Models come from folders named as the hub names them, below the working directory (see `models.py`).
+deselected; those of `test_target_parameters` that make LoRA's own are skipped, each with a reason. Models come from
+folders named as the hub names them, below the working directory (see `models.py`).
 """
 
 import importlib.machinery
@@ -81,6 +82,21 @@ EXPERTS = [
 ]
 # They expect an error in the words of LoRA's layer; ours: tests/peft/test_experts_refused.py.
 IN_LORAS_WORDS = ("mixed_adapter_batches", "weighted_combination")
+# They make a `LoraConfig` in their bodies: what stands for each here.
+_OURS = "tests/peft/test_expert_adapters.py::test_"
+_REFUSED = "tests/peft/test_experts_refused.py::test_"
+MAKE_LORAS = {
+    "test_rank_pattern_for_moe_target_parameters": f"{_OURS}patterns_name_parameters",
+    "test_targeting_module_and_targeting_param_equivalent": f"matrices are refused, {_REFUSED}settings_that_do_not_fit",
+    "test_target_multiple_parameters_on_same_module": f"{_OURS}results_are_within_their_budget",
+    "test_target_parameters_forward_under_autocast": f"{_OURS}autocast_leaves_the_experts_dtype_as_it_is",
+    "test_target_parameters_works_with_existing_parametrization": "SMoA parametrises nothing, and refuses matrices",
+    "test_target_parameter_result_caching_works": "SMoA builds no W_eff that could be cached",
+    "test_target_parameter_init_does_not_warn_about_unknown_layer_type": "in our tests any UserWarning is an error",
+    "test_adding_second_adapter_reuses_param_wrapper": f"{_OURS}two_adapters_of_different_weights",
+    "test_multiple_adapters_load_order_independent": f"{_OURS}two_adapters_of_different_weights",
+    "test_target_parameter_on_top_level_module_raises": f"{_REFUSED}experts_that_are_the_whole_model",
+}
 
 # What PEFT's helpers import for tests of other methods and of image models.
 STAND_INS = {"datasets": "load_dataset", "diffusers": "StableDiffusionPipeline"}
@@ -156,7 +172,11 @@ def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        (kept if SMoAConfig in [*parameters.values()] else dropped).append(item)
+        of_loras = "test_target_parameters" in item.nodeid and "LoraConfig" in item.function.__code__.co_names
+        (kept if SMoAConfig in [*parameters.values()] or of_loras else dropped).append(item)
+        if of_loras:
+            ours = MAKE_LORAS.get(item.name, "nothing yet")
+            item.add_marker(pytest.mark.skip(reason=f"it makes a LoraConfig; ours: {ours}"))
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
     for item in kept:
