@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from expert_problems import make_blocks, make_problem
+from largest import Largest
 from problems import DTYPES, obstacle
 from torch import Tensor
 
@@ -177,6 +178,32 @@ def test_an_expert_without_pairs_has_no_gradient(backend: str, poisoned_memory: 
         assert bool(busy.flatten(1).any(1).all())
 
 
+@on_the_cpu
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks", ["contiguous", "own"])
+def test_nothing_as_large_as_the_weight_is_made_or_saved(
+    backend: str, dtype: torch.dtype, blocks: str
+) -> None:
+    pairs = (2, 0, 9, 1, 3, 1, 0, 12)
+    p = make_problem(pairs=pairs, rows=64, cols=48, blocks=blocks, dtype=dtype)
+    adapter = p.adapter
+    x, A, B = (t.clone().requires_grad_() for t in (p.x, adapter.A, adapter.B))
+    saved: list[Tensor] = []
+    with (
+        Largest(adapter.weight.untyped_storage().data_ptr()) as largest,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        y = experts_linear(x, p.ends, replace(adapter, A=A, B=B), backend)
+        torch.autograd.grad(y, (x, A, B), p.dy)
+    # At most what W_eff of three of the eight experts takes.
+    assert p.x.numel() <= largest.elements < adapter.weight.numel() * 3 // len(pairs)
+    given = (x, p.ends, A, B, *vars(adapter).values(), *vars(adapter.blocks).values())
+    places = {each.untyped_storage().data_ptr() for each in given if isinstance(each, Tensor)}
+    assert {t.untyped_storage().data_ptr() for t in saved} <= places
+    assert len(saved) > 5
+
+
 @numerical
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -304,5 +331,8 @@ def test_what_experts_share_is_kept_once() -> None:
     own = make_blocks("own", 7, (40, 30), 2, generator)
     assert own.row_index.shape == (7, 40)
     assert own.row_index.itemsize == 2
-    assert index_dtype(32_767) == torch.int16
-    assert index_dtype(32_768) == torch.int32
+    assert index_dtype(32_768) == torch.int16  # the last index is 32,767
+    assert index_dtype(32_769) == torch.int32
+    order = torch.arange(32_768) % 2
+    wide = ExpertBlocks.from_labels(order[None], torch.arange(4)[None] % 2, 2)
+    assert torch.equal(wide.partitions([0], (32_768, 4))[0].row_index, order.argsort(stable=True))

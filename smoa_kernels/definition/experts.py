@@ -200,12 +200,12 @@ class ExpertsAdapter:
 
 
 def index_dtype(size: int) -> torch.dtype:
-    """int16 where it counts all of `size` coordinates, else int32: the blocks of many experts are large."""
+    """int16 where it holds the last of `size` indices, else int32: the blocks of many experts are large."""
     return torch.int16 if _narrow(size) is np.int16 else torch.int32
 
 
 def _narrow(size: int) -> type[np.int16] | type[np.int32]:
-    return np.int16 if size <= np.iinfo(np.int16).max else np.int32
+    return np.int16 if size - 1 <= np.iinfo(np.int16).max else np.int32
 
 
 def reference_experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:

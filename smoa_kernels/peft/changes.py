@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends import eager
 from ..definition.packed import PackedAdapter, scaling_tensor
-from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
+from ..definition.sketch import TOLERANCE
 from .convert import hira_layers
 from .file_format import LayerBlocks, StackBlocks
 from .folders import PREFIX, ModelFolder, read_config, read_layers, read_state, weights_of
@@ -88,19 +88,15 @@ def read_changes(
 
 
 def _smoa_change(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
-    partition, ranks, sketch = blocks
+    partition, ranks, _ = blocks
 
     def effective(stored: Tensor) -> Tensor:
-        # A Conv1D stores W0ᵀ. Which one it is, a square matrix shows by its sketch alone.
-        layouts = [weight for weight in (stored, stored.T) if tuple(weight.shape) == partition.shape]
-        distances = [sketch_distance(sketch, sketch_weight(weight)) for weight in layouts]
-        nearest = min(distances)
-        if not nearest <= TOLERANCE:
+        weight, distance = blocks.facing(stored)
+        if not distance <= TOLERANCE:
             raise ValueError(
-                f"the adapter was trained over another base weight (it differs by about {nearest:.0%}, the same base "
+                f"the adapter was trained over another base weight (it differs by about {distance:.0%}, the same base "
                 f"in another precision by at most {TOLERANCE:.0%})"
             )
-        weight = layouts[distances.index(nearest)]
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         factors = A.to(wide.dtype), B.to(wide.dtype)
         s = scaling_tensor(scaling, wide.device)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..checks import MOST_BLOCKS
 from ..definition.experts import ExpertBlocks
 from ..definition.partition import BlockPartition
-from ..definition.sketch import SKETCH_SIZE
+from ..definition.sketch import SKETCH_SIZE, sketch_distance, sketch_weight
 
 __all__ = [
     "STATE_KEYS",
@@ -54,6 +54,19 @@ class LayerBlocks(NamedTuple):
     partition: BlockPartition
     ranks: Tensor  # int32 (K,)
     sketch: Tensor  # float32 (33,), of W0
+
+    def facing(self, stored: Tensor) -> tuple[Tensor, float]:
+        """Turn a matrix as a base stores it into W0 (N, C), and tell how far it is from the one trained over.
+
+        A Conv1D stores W0ᵀ, and so do some classes of experts. Which one it is, a square matrix shows by its sketch
+        alone. The distance of a matrix of another shape is infinite.
+        """
+        ways = [way for way in (stored, stored.T) if tuple(way.shape) == self.partition.shape]
+        if not ways:
+            return stored, float("inf")
+        distances = [sketch_distance(self.sketch, sketch_weight(way)) for way in ways]
+        nearest = min(distances)
+        return ways[distances.index(nearest)], nearest
 
 
 class StackBlocks(NamedTuple):

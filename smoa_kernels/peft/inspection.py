@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..checks import check_path
 from ..definition.ranks import trainable_parameters
-from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
+from ..definition.sketch import TOLERANCE
 from .config import SMoAConfig
 from .file_format import LayerBlocks, StackBlocks
 from .folders import ModelFolder, by_number, opened, read_config, read_layers, weights_of
 from .peft_type import PEFT_TYPE
+from .stored_names import StoredNames
 
 __all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
 
@@ -121,21 +122,19 @@ def inspect_adapter(
         raise ValueError(f"{path} holds no layer of an SMoA adapter")
     with opened(path) as file:
         others = sorted(key for key in file.keys() if ".smoa_" not in key)  # noqa: SIM118  # it is no mapping
-    bases = None if base is None else ModelFolder(Path(base))
+    bases = None if base is None else StoredNames(ModelFolder(Path(base)))
     layers = []
     for name in sorted(found, key=by_number):
-        layers.append(_layer(name, found[name], bases, config))
+        layers.append(_layer(name, found[name], bases))
         progress(len(layers), len(found))
     return AdapterReport(config, tuple(layers), path.stat().st_size, tuple(others))
 
 
-def _layer(
-    name: str, blocks: LayerBlocks | StackBlocks, bases: ModelFolder | None, config: SMoAConfig
-) -> LayerReport:
+def _layer(name: str, blocks: LayerBlocks | StackBlocks, bases: StoredNames | None) -> LayerReport:
     experts = [blocks] if isinstance(blocks, LayerBlocks) else blocks.experts()
     stack = () if isinstance(blocks, LayerBlocks) else (len(experts),)
     ranks = experts[0].ranks.tolist()
-    distances = None if bases is None else _distances(name, experts, bases, config, fused=bool(stack))
+    distances = None if bases is None else _distances(name, experts, bases, fused=bool(stack))
     worst = None if not stack or distances is None else max(range(len(distances)), key=distances.__getitem__)
     return LayerReport(
         name=name,
@@ -148,22 +147,13 @@ def _layer(
     )
 
 
-def _distances(
-    name: str, experts: Sequence[LayerBlocks], bases: ModelFolder, config: SMoAConfig, fused: bool
-) -> list[float]:
+def _distances(name: str, experts: Sequence[LayerBlocks], bases: StoredNames, fused: bool) -> list[float]:
     """How far each expert's W0, or the layer's own, is from that of the base."""
     stored = bases.get(name if fused else f"{name}.weight")
-    shape = experts[0].partition.shape
-    if stored is None or stored.ndim != 2 + fused or len(stored) != (len(experts) if fused else len(stored)):
+    if stored is None or stored.ndim != 2 + fused or (fused and len(stored) != len(experts)):
         return [float("inf")] * len(experts)
-    found = []
-    for e, one in enumerate(experts):
-        weight = stored[e] if fused else stored
-        # A file does not say whether its experts are stored transposed.
-        ways = (weight, weight.T) if fused else (weight.T if config.fan_in_fan_out else weight,)
-        sketches = [sketch_weight(way) for way in ways if tuple(way.shape) == shape]
-        found.append(min((sketch_distance(one.sketch, each) for each in sketches), default=float("inf")))
-    return found
+    weights = stored if fused else [stored]
+    return [one.facing(weight)[1] for one, weight in zip(experts, weights, strict=True)]
 
 
 def _digits(sketch: Tensor) -> str:

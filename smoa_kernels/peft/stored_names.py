@@ -45,6 +45,13 @@ class StoredNames:
         stored = self.folder.stored_name(name)
         return self._sources[0].get(name) if stored is None else stored
 
+    def get(self, name: str) -> Tensor | None:
+        """Read a parameter as the model has it, made of its parts where it is; None where the folder lacks it."""
+        stored = self.find(name)
+        if stored is not None:
+            return self.folder.get(stored)
+        return self.assembled(name) if self.parts(name) else None
+
     def parts(self, name: str) -> list[str]:
         """Names of the stored tensors that transformers makes a parameter of; empty where it makes it of none."""
         return [stored for stored, _ in self._sources[1].get(name, ())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import zlib
@@ -20,6 +21,7 @@ from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 from ..definition.spectral_order import one_thread
 from ..peft.file_format import LayerBlocks
 from ..peft.folders import ModelFolder
+from ..peft.stored_names import StoredNames
 from .layer import LayerSpectrum, layer_spectrum
 from .updates import (
     AdapterUpdates,
@@ -133,16 +135,21 @@ def model_spectrum(
     folder = ModelFolder(Path(model))
     ours = None if adapter is None else read_updates(Path(adapter), ("SMOA",))
     theirs = None if compare is None else read_updates(Path(compare))
-    stored, left_out = _layers(folder, [given for given in (ours, theirs) if given is not None])
+    given = [each for each in (ours, theirs) if each is not None]
+    stored, left_out = _layers(folder, given)
     chosen = {name: swapped for name, swapped in stored.items() if _is_target(name, targets)}
     if not chosen:
         kinds = ", ".join(sorted({layer_kind(name) for name in stored}))
         raise ValueError(f"no layer's name ends with {' or '.join(targets)}; the layers are {kinds}")
     layers: dict[str, LayerSpectrum] = {}
     used: dict[str, list[LayerUpdate]] = {"ours": [], "theirs": []}
+    # The last one is kept: a weight's experts follow one another, and to put it together takes a second.
+    read = functools.lru_cache(maxsize=1)(StoredNames(folder).get)
     for name, swapped in chosen.items():
         progress(len(layers), len(chosen))
-        weight = _weight(folder, name, swapped)
+        weight = _weight(read, name, swapped, [each.layers[name].blocks for each in given])
+        if weight is None:
+            raise ValueError(f"{folder.folder} has no layer {name}, which the adapter adapts")
         generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
         with _named(name):
             smoa = random_smoa(weight, ranks, generator) if ours is None else ours.layers[name]
@@ -178,16 +185,28 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
     return not targets or any(f".{name}".endswith(f".{target}") for target in targets)
 
 
-def _weight(folder: ModelFolder, name: str, swapped: bool) -> Tensor:
-    """W0 (N, C) of a layer, or of one expert of a fused weight."""
-    fused, bracket, expert = name.partition("[")
-    weight = folder.get(fused if bracket else f"{name}.weight")
+def _weight(
+    read: Callable[[str], Tensor | None], name: str, swapped: bool, blocks: Sequence[LayerBlocks | None]
+) -> Tensor | None:
+    """W0 (N, C) of a layer, or of one expert of a fused weight; None where the model lacks it.
+
+    Args:
+        read: reads a parameter.
+        name: of the layer.
+        swapped: whether a layer is stored (C, N); of an expert, its adapter's blocks tell.
+        blocks: of the layer in each adapter, None where it is no SMoA adapter.
+    """
+    fused, bracket, number = name.partition("[")
+    weight = read(fused if bracket else f"{name}.weight")
     if weight is not None and bracket:
-        weight, swapped = weight[int(expert.removesuffix("]"))], False
+        expert = int(number.removesuffix("]"))
+        weight = weight[expert] if weight.ndim == 3 and expert < len(weight) else None
     if weight is None:
-        raise ValueError(f"{folder.folder} has no layer {name}, which the adapter adapts")
+        return None
     with _named(name):
         check_weight(weight)
+    if bracket:
+        return next(each for each in blocks if each is not None).facing(weight)[0]
     return weight.T if swapped else weight
 
 

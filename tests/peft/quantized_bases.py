@@ -1,4 +1,4 @@
-"""Quantised bases of a tiny model: of bitsandbytes, torchao and transformers' FP8, and what watches their tests.
+"""Quantised bases of a tiny model: of bitsandbytes, torchao and transformers' FP8.
 
 Importing it skips the file where the extra of quantised bases is not installed.
 """
@@ -8,8 +8,6 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
@@ -87,20 +85,3 @@ def adapt(model, **settings):
     defaults = {"r": 4, "target_modules": "all-linear", "init_weights": False, "smoa_alpha": 0.5}
     torch.manual_seed(0)
     return get_peft_model(model, SMoAConfig(**{**defaults, **settings}))
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most elements of a floating-point tensor that an operator gives, but for one at a known place."""
-
-    def __init__(self, known_place=None):
-        super().__init__()
-        self.known_place, self.elements = known_place, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.itemsize > 1:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() != self.known_place:
-                    self.elements = max(self.elements, storage.nbytes() // tensor.element_size())
-        return result

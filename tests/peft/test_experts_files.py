@@ -1,17 +1,20 @@
 """Experts' adapters and bases on disk: what the commands say of them, and transformers' own names of stored weights."""
 
 import json
+import re
 
 import pytest
 import torch
 from adapted import close, logits
+from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_experts import adapt, tiny_experts
+from tiny_experts import adapt, tiny_experts, weights
 from transformers import AutoModelForCausalLM
 
 from smoa_kernels.cli import main
 from smoa_kernels.peft.inspection import inspect_adapter
+from smoa_kernels.spectrum.model import model_spectrum
 
 
 @pytest.fixture
@@ -56,6 +59,41 @@ def test_spectrum_names_experts(adapter, fused_base, capsys):
     arguments = ["spectrum", str(fused_base), "--adapter", str(adapter), "--full", "--target", "down_proj[3]"]
     assert main(arguments) == 0
     assert "model.layers.1.mlp.experts.down_proj[3]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_commands_on_bases_as_transformers_saves_them(tmp_path, kind):
+    """Expert by expert, gpt-oss's fused and transposed."""
+    model = tiny_experts(kind)
+    model.save_pretrained(tmp_path / "base")
+    adapted = adapt(model, block_order="random")
+    adapted.save_pretrained(tmp_path / "adapter")
+    shapes = [(6, weight.out_features, weight.in_features) for weight in weights(adapted).values()]
+    report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert sorted(layer.shape for layer in report.layers) == sorted(shapes)
+    assert report.fits
+    assert max(layer.base_distance for layer in report.layers) < 1e-3
+    found = model_spectrum(tmp_path / "base", tmp_path / "adapter", targets=["down_proj[3]", "down_proj[5]"])
+    assert [name.partition("down_proj")[2] for name in found.layers] == ["[3]", "[5]"] * 2
+    with safe_open(tmp_path / "base" / "model.safetensors", "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    (changed,) = (
+        key for key in state if re.search(r"1\.\w+\.experts\.(4\.)?(down_proj|w2)(\.weight)?$", key)
+    )
+    (state[changed] if kind != "gpt_oss" else state[changed][4]).normal_()
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert [layer.worst_expert for layer in report.layers if not layer.fits] == [4]
+    with pytest.raises(ValueError, match=r"1\.mlp\.experts\.down_proj\[4\]: .* another base weight"):
+        model_spectrum(tmp_path / "base", tmp_path / "adapter", targets=["1.mlp.experts.down_proj[4]"])
+
+
+def test_round_trip_by_the_adapters_folder_alone(tokens, tmp_path):
+    tiny_experts().save_pretrained(tmp_path / "base")
+    model = adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
 
 
 def test_bases_that_are_stored_expert_by_expert(tokens, adapter, tmp_path, transformers_adapters):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from adapted import WEIGHTS, layer_list, layers
+from largest import Largest
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.utils import get_peft_model_state_dict
-from quantized_bases import EACH, KINDS, SLOW, Largest, adapt, float8, float8_layer, four_bits, load, torchao
+from quantized_bases import EACH, KINDS, SLOW, adapt, float8, float8_layer, four_bits, load, torchao
 from safetensors.torch import load_file
 from test_faults import FailingAt, count
 from torch import nn

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from adapted import layer_list
+from largest import Largest
 from peft.utils.quantization_utils import Bnb4bitBackend
-from quantized_bases import EACH, KINDS, SLOW, Largest, adapt, bnb, float8_layer, load, mx_formats, torchao
+from quantized_bases import EACH, KINDS, SLOW, adapt, bnb, float8_layer, load, mx_formats, torchao
 from torch import nn
 
 from smoa_kernels.peft import dequantize as module
