@@ -79,7 +79,7 @@ def _job_rows(summaries: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     accuracies = [_percent(s["accuracy_after"]) for s in summaries.values()]
     seconds = [f"{s['median_step_seconds']:.2f}" for s in summaries.values()]
     peaks = [f"{s['peak_memory_bytes'] / 2**30:.2f} GiB" for s in summaries.values()]
-    job = f"SmolLM2-135M on TREC-6, {options['steps']} steps, r={options['r']}, SMoA with K=2"
+    job = f"SmolLM2-135M-Instruct on TREC-6, {options['steps']} steps, r={options['r']}, SMoA with K=2"
     return [
         (f"**{job}**: trained parameters", *parameters),
         (f"accuracy on {before['questions']} test questions ({_percent(before)} untrained)", *accuracies),
@@ -117,7 +117,7 @@ def _machines(jobs: Mapping[str, dict[str, Any]], runs: list[Run]) -> str:
     return (
         "The first four rows are one fine-tuning by each method (`make main-job`; one seed, our own split of the TREC "
         f"questions, {smoa['options']['dtype']}, {smoa['machine']['cpu']}, {smoa['machine']['threads']} threads, "
-        f"commit {commits}; SmolLM2's weights are those of a 4-bit file, Q4_1, dequantised). Learning rates "
+        f"commit {commits}; the model's weights are those of a 4-bit file, Q4_1, dequantised). Learning rates "
         f"were chosen on a validation split: {rates}. The other rows are "
         f"medians of `make bench` ({layers}); –: not measured."
     )
@@ -136,8 +136,8 @@ def _injection(run: Run) -> str:
     if model is None or not times:
         return ""
     return (
-        "Adding an adapter computes the spectrum of each adapted weight once; loading one computes none. On one thread "
-        f"of the first processor that took {', '.join(times)} (measured on CPU); for a model of 1B parameters it takes "
+        "Adding an adapter computes the spectrum of each adapted weight once; loading one computes none. Adding one took, "
+        f"on one thread of the first processor, {', '.join(times)} (measured on CPU); for a model of 1B parameters it takes "
         f"about {model / 60:.1f} minutes (extrapolated from one layer of each shape)."
     )
 

@@ -75,6 +75,10 @@ INLINE void tile_of(int rows, i64 depth, const float *a, const float *b, float *
                     int add) {
     vf sum[MR][2];
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
+    for (int i = 0; add && i < height; i++) { /* no longer in a cache; there when the sums are */
+        __builtin_prefetch(c + i * stride, 1);
+        __builtin_prefetch(c + i * stride + LANES, 1);
+    }
     for (i64 k = 0; k < depth; k++, a += MR, b += NR) {
         vf left = load(b), right = load(b + LANES);
 #pragma GCC unroll 14
