@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 from peft import HiraConfig
 from peft.tuners.hira import HiraModel
 from plugin import pytest_configure  # noqa: F401  # which pytest calls here too
@@ -37,8 +38,14 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+def pytest_sessionfinish(session):
+    """Fail where nothing was accelerated: the run would prove nothing."""
+    if not sum(ACCELERATED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Say how much was accelerated: none would prove nothing."""
+    """Say how much was accelerated."""
     layers, models = sum(ACCELERATED), sum(map(bool, ACCELERATED))
     terminalreporter.write_line(
         f"{layers} HiRA layers were accelerated, in {models} of {len(ACCELERATED)} injections"
