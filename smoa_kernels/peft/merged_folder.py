@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import check_path
+from ..checks import check_path, shown
 from .merging import FolderMerge
 
 __all__ = ["MergeReport", "merge_to_folder"]
@@ -123,7 +123,12 @@ def merge_to_folder(
         )
     merge = FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed)
     shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in merge.plan.items()}
-    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    try:
+        split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    except ValueError as error:  # which does not say of what
+        raise ValueError(
+            f"max_shard_size must be a size such as '5GB', got {shown(max_shard_size)}"
+        ) from error
     done = 0
     with _renamed_when_whole(target) as scratch:
         for file, names in split.filename_to_tensors.items():

@@ -316,6 +316,50 @@ def test_refused_by_name_and_nothing_is_left(prepare, message, folders, tmp_path
     assert sorted(tmp_path.iterdir()) == before
 
 
+BFLOAT16 = ["--dtype", "bfloat16"]
+STOCHASTIC = [*BFLOAT16, "--rounding", "stochastic"]
+BY_CHANCE = {"dtype": torch.bfloat16, "rounding": "stochastic"}
+
+
+@pytest.mark.parametrize(
+    ("options", "without", "settings"),
+    [
+        (BFLOAT16, [], {"dtype": torch.bfloat16}),
+        (STOCHASTIC, BFLOAT16, BY_CHANCE),
+        ([*STOCHASTIC, "--seed", "3"], STOCHASTIC, {**BY_CHANCE, "seed": 3}),
+        (["--max-shard-size", "20KB"], [], {"max_shard_size": "20KB"}),
+    ],
+)
+def test_options_of_the_command(options, without, settings, folders, tmp_path):
+    def merged(name, *given):
+        out = tmp_path / name
+        assert main(["merge", *map(str, folders), str(out), *given]) == 0
+        return files(out)
+
+    def files(folder):
+        return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+    merge_to_folder(*folders, tmp_path / "function", **settings)
+    found = merged("command", *options)
+    assert found == files(tmp_path / "function")
+    assert found != merged("without", *without)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--dtype", "int8", "--dtype must be"),
+        ("--rounding", "up", "rounding must be"),
+        ("--seed", "-1", "'--seed'"),
+        ("--max-shard-size", "20 apples", "max_shard_size must be a size such as '5GB', got '20 apples'"),
+    ],
+)
+def test_bad_options_are_named(option, value, message, folders, tmp_path, capsys):
+    given = [*map(str, folders), str(tmp_path / "out"), option, value]
+    assert_refused(capsys, lambda *given: main(["merge", *given]), message, *given)
+    assert not (tmp_path / "out").exists()
+
+
 def add(name, *shape):
     return lambda state: state.update({f"base_model.model.{name}": torch.zeros(shape)})
 
