@@ -67,6 +67,10 @@ def test_files_in_backticks(page: Path) -> None:
             assert any((root / text).exists() for root in (ROOT, ROOT / "smoa_kernels", page.parent)), text
 
 
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def test_the_sites_menu_has_every_page() -> None:
     """`make docs` fails for a page that mkdocs.yml leaves out."""
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
