@@ -26,7 +26,7 @@ from torch import Tensor
 from ..cost.architectures import Architecture
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
-from .common import block_slots, check_tile, dot, input_precision, round_to, slot_coordinates
+from .common import OLD_TRITON, block_slots, check_tile, dot, input_precision, round_to, slot_coordinates
 from .launch import Launcher, Layout, Plan
 from .modulate import modulated_blocks
 from .permute import gather_columns
@@ -289,9 +289,6 @@ _SHIPPED_AMD_FP32 = (
     BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=4, num_stages=2),
     BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
 )
-# Triton 3.6 spills tiles of 256 tokens, and those of 128 except in half types on sm_90; 3.9 does not. Between them
-# nobody has looked.
-_OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
 
 def _shipped(arch: Architecture, precision: Precision) -> tuple[BlockMatmulConfig, ...]:
@@ -303,7 +300,8 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[BlockMatmulConfi
     shipped: tuple[BlockMatmulConfig, ...] = _SHIPPED_TF32 if full else _SHIPPED
     if arch.has_wide_tensor_cores:
         shipped = (_LARGEST_TF32 if full else _LARGEST, *shipped)
-    if _OLD_TRITON:
+    if OLD_TRITON:
+        # It spills tiles of 256 tokens, and those of 128 except in half types on sm_90.
         most = 128 if arch.name == "sm_90" and not full else 64
         return tuple(config for config in shipped if config.block_t <= most)
     return shipped

@@ -30,6 +30,7 @@ from .spec import Config
 
 __all__ = [
     "INTERPRETED",
+    "OLD_TRITON",
     "SUM_CONFIGS",
     "SUM_STEPS",
     "TOKENS_PER_DRAW",
@@ -51,6 +52,9 @@ __all__ = [
 
 # Set when the kernels are defined, as Triton itself does: a process either interprets or compiles.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+"""Whether large tiles do not ship that Triton 3.6 spills and 3.9 does not. Between them nobody has looked."""
 
 # The largest float32 that rounds to a finite TF32 is just below this: 0x7F7FF000.
 LARGEST_TF32 = tl.constexpr(2.0**128 * (1 - 2.0**-12))

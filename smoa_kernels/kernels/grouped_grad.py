@@ -27,7 +27,7 @@ from torch import Tensor
 from ..cost.architectures import Architecture
 from ..definition.experts import ExpertsAdapter, reference_experts_linear
 from ..definition.precision import Precision
-from .common import dot, input_precision, round_to, to_tf32
+from .common import OLD_TRITON, dot, input_precision, round_to, to_tf32
 from .grouped import (
     ExpertsLayout,
     along_columns,
@@ -290,8 +290,9 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedGradConfi
         return _SHIPPED_TF32
     if arch.is_amd:
         return _SHIPPED_AMD
-    # Elsewhere the largest spills.
-    return (_LARGEST, *_SHIPPED) if arch.name in ("sm_80", "sm_90", "sm_100") else _SHIPPED
+    # Elsewhere the largest spills, and by Triton 3.6 everywhere.
+    largest = arch.name in ("sm_80", "sm_90", "sm_100") and not OLD_TRITON
+    return (_LARGEST, *_SHIPPED) if largest else _SHIPPED
 
 
 def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedGradConfig, ...]:

@@ -32,7 +32,7 @@ from ..cost.architectures import Architecture
 from ..cost.problem import GRANULE
 from ..definition.experts import ExpertsAdapter, reference_experts_linear
 from ..definition.precision import Precision
-from .common import dot, input_precision, round_to, to_tf32
+from .common import OLD_TRITON, dot, input_precision, round_to, to_tf32
 from .grouped import (
     MOST_RANKS,
     ExpertsLayout,
@@ -347,7 +347,9 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedLinearCon
         return _SHIPPED_AMD
     if precision.dtype == torch.float32:
         return _SHIPPED_IEEE if precision.ieee else _SHIPPED_TF32
-    return _SHIPPED_SM_90 if arch.name == "sm_90" else _SHIPPED
+    if arch.name == "sm_90":
+        return _SHIPPED_SM_90[1:] if OLD_TRITON else _SHIPPED_SM_90  # it spills the widest
+    return _SHIPPED
 
 
 def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedLinearConfig, ...]:

@@ -153,7 +153,7 @@ def test_bad_input(device: torch.device) -> None:
 def test_large_tiles_ship_only_where_they_do_not_spill(
     old: bool, arch: str, dtype: str, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_OLD_TRITON", old)
+    monkeypatch.setattr(module, "OLD_TRITON", old)
     shipped = BLOCK_MATMUL.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])
     assert shipped[0].block_t == largest  # type: ignore[attr-defined]
     assert len(shipped) >= 3

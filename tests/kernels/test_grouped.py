@@ -15,9 +15,13 @@ from problems import relative_error
 from torch import Tensor
 
 from smoa_kernels.backends.experts_triton import experts_backward, experts_product
+from smoa_kernels.cost.architectures import ARCHITECTURES
 from smoa_kernels.definition.experts import ExpertBlocks, reference_experts_linear
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.definition.precision import Precision
+from smoa_kernels.definition.precision import PRECISIONS, Precision
+from smoa_kernels.kernels import KERNELS
+from smoa_kernels.kernels import grouped_grad as grad_module
+from smoa_kernels.kernels import grouped_linear as linear_module
 from smoa_kernels.kernels.grouped import tiles_of_segments
 from smoa_kernels.kernels.grouped_grad import GroupedGradConfig, grouped_grad
 from smoa_kernels.kernels.grouped_linear import GROUPED_LINEAR, GroupedLinearConfig, grouped_linear
@@ -196,3 +200,14 @@ def test_tiles_of_segments() -> None:
         ends = [1] * (segments - 1)
         sizes = [*ends, length - sum(ends)]
         assert tiles_of_segments(length, segments, block) == sum(-(-size // block) for size in sizes)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_large_tiles_ship_only_where_they_do_not_spill(old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (linear_module, grad_module):
+        monkeypatch.setattr(module, "OLD_TRITON", old)
+    linear, grad = (
+        KERNELS[name].shipped(ARCHITECTURES["sm_90"], PRECISIONS["bf16"])[0]
+        for name in ("grouped_linear", "grouped_grad")
+    )
+    assert (linear.block_t, grad.block_n) == ((128, 64) if old else (256, 128))  # type: ignore[attr-defined]

@@ -72,7 +72,7 @@ def test_the_device_decides_how_large_a_tile_is() -> None:
 
 def test_the_cost_model_counts_the_tile_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of y, at few tokens and many, in blocks that fill the largest tile and in narrow ones."""
-    monkeypatch.setattr(block_matmul, "_OLD_TRITON", False)  # with that fewer tiles ship
+    monkeypatch.setattr(block_matmul, "OLD_TRITON", False)  # with that fewer tiles ship
     kernel = KERNELS["block_matmul"]
     for gpu, dtype, tokens, blocks, (n, c) in itertools.product(
         GPUS.values(),
