@@ -27,8 +27,10 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks.fake_gpu import FakeGpu, install
 from smoa_kernels import BlockPartition
+from smoa_kernels.backends import experts_triton
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.modulate import modulated_weight
@@ -88,10 +90,33 @@ def passes(layer: PackedAdapter, tokens: int, offset: int = 0) -> Iterator[tuple
     yield "merge", lambda: backend.modulated_weight(layer)
 
 
+def experts_passes(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Forward and backward of a layer of experts, by name."""
+
+    def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    experts, (out_features, in_features) = 4, (256, 512)
+    offsets = [empty(1, BLOCKS + 1, dtype=torch.int32) for _ in range(2)]
+    layer = ExpertsAdapter(
+        empty(experts, out_features, in_features),
+        empty(experts, RANK, in_features),
+        empty(experts, RANK, out_features).transpose(1, 2),
+        ExpertBlocks(*offsets, granule=8),
+        empty(BLOCKS, dtype=torch.int32),
+        empty((), dtype=torch.float32),
+    )
+    ends, x, dy = empty(experts, dtype=torch.int32), empty(300, in_features), empty(300, out_features)
+    yield "experts", lambda: experts_triton.experts_product(ends, layer)(x)
+    # dX alone: a torch without CUDA does not pretend dA's copy, nor B's where it is not stored as dX reads it.
+    yield "experts' backward", lambda: experts_triton.experts_backward(dy, None, ends, layer, needs_x=True)
+
+
 def devices(gpu: FakeGpu) -> list[dict[str, Any]]:
-    """Every pass, and a tuning, of a layer on cuda:1 while cuda:0 is the current device."""
+    """Every pass, and a tuning, of a layer and of experts on cuda:1 while cuda:0 is the current device."""
     found = []
-    for name, call in (*passes(adapter(256, 512, "cuda:1", BF16), 300), ("tuning", tune)):
+    layer = adapter(256, 512, "cuda:1", BF16)
+    for name, call in (*passes(layer, 300), *experts_passes("cuda:1"), ("tuning", tune)):
         gpu.launches.clear()
         call()
         found += [
