@@ -261,8 +261,8 @@ def block_grad(
             by columns, its dropout mask applied. Where blocks consist of granules (`spec.granule_of`), each may be as
             it lies, (T_part, N) and (T_part, C). The part before is freed by then. No T_part is larger than the first.
         adapter: weight, factors, partition, ranks and scaling.
-        allow_tf32: let float32 products round their operands to TF32. Under a half weight the contraction
-            always may.
+        allow_tf32: let float32 products round their operands to TF32. Under a half weight float32 factors are
+            contracted in bfloat16 parts instead, half factors in TF32, in which they are exact.
         config: launch parameters; the tile must divide P_n and P_c.
 
     Raises:

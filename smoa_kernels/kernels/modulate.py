@@ -136,7 +136,7 @@ def modulated_weight(
         adapter: weight and factors on one device, ranks and scaling too.
         out: (N, C) in W0's dtype, any strides; W0 itself merges in place.
         allow_tf32: let a float32 weight's rank product round its operands to TF32. Under a half weight float32
-            factors always may: that is eight times finer than the result's rounding.
+            factors always may: that is as fine as float16, and eight times finer than bfloat16.
         config: launch parameters.
     """
     if out is None:
