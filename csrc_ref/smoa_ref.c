@@ -3,28 +3,37 @@
 #include <math.h>
 #include <stddef.h>
 
-smoa_status smoa_spectral_order(int64_t n, int64_t q, const double *basis, const double *sigma, double *score,
-                                int64_t *order)
+/* How many granules n coordinates make, the last of them short where there is a remainder. */
+static int64_t granule_count(int64_t n, int64_t granule)
 {
-    if (n < 0 || q < 0)
+    return n / granule + (n % granule ? 1 : 0);
+}
+
+smoa_status smoa_spectral_order(int64_t n, int64_t granule, int64_t q, const double *basis, const double *sigma,
+                                double *score, int64_t *order)
+{
+    if (n < 0 || granule < 1 || q < 0)
         return SMOA_SIZE;
     if (!basis || !sigma || !score || !order)
         return SMOA_NULL;
 
-    for (int64_t i = 0; i < n; i++) {
+    const int64_t m = granule_count(n, granule);
+    for (int64_t i = 0; i < m; i++) {
         double moment = 0.0, energy = 0.0;
-        for (int64_t j = 0; j < q; j++) {
-            double amplitude = basis[i * q + j] * sigma[j];
-            moment += (double)j * amplitude * amplitude;
-            energy += amplitude * amplitude;
+        for (int64_t c = i * granule; c < n && c / granule == i; c++) {
+            for (int64_t j = 0; j < q; j++) {
+                double amplitude = basis[c * q + j] * sigma[j];
+                moment += (double)j * amplitude * amplitude;
+                energy += amplitude * amplitude;
+            }
         }
         score[i] = energy == 0.0 ? 0.0 : moment / energy;
         if (!isfinite(score[i]))
             return SMOA_NOT_FINITE;
     }
 
-    /* Insertion sort: a coordinate passes only strictly larger ones, which is what makes it stable. */
-    for (int64_t i = 0; i < n; i++) {
+    /* Insertion sort: a granule passes only strictly larger ones, which is what makes it stable. */
+    for (int64_t i = 0; i < m; i++) {
         int64_t place = i;
         while (place > 0 && score[order[place - 1]] > score[i]) {
             order[place] = order[place - 1];
@@ -35,24 +44,27 @@ smoa_status smoa_spectral_order(int64_t n, int64_t q, const double *basis, const
     return SMOA_OK;
 }
 
-smoa_status smoa_block_labels(int64_t n, int64_t num_blocks, const int64_t *order, int64_t *labels)
+smoa_status smoa_block_labels(int64_t n, int64_t granule, int64_t num_blocks, const int64_t *order,
+                              int64_t *labels)
 {
-    if (n < 0 || num_blocks < 1)
+    if (n < 0 || granule < 1 || num_blocks < 1)
         return SMOA_SIZE;
     if (!order || !labels)
         return SMOA_NULL;
 
-    for (int64_t i = 0; i < n; i++)
-        labels[i] = -1; /* not seen yet: how a repeated coordinate is told */
+    for (int64_t c = 0; c < n; c++)
+        labels[c] = -1; /* not seen yet: how a repeated granule is told */
 
+    const int64_t m = granule_count(n, granule);
     int64_t place = 0;
     for (int64_t k = 0; k < num_blocks; k++) {
-        int64_t length = n / num_blocks + (k < n % num_blocks ? 1 : 0);
+        int64_t length = m / num_blocks + (k < m % num_blocks ? 1 : 0);
         for (int64_t end = place + length; place < end; place++) {
             int64_t i = order[place];
-            if (i < 0 || i >= n || labels[i] != -1)
+            if (i < 0 || i >= m || labels[i * granule] != -1)
                 return SMOA_ORDER;
-            labels[i] = k;
+            for (int64_t c = i * granule; c < n && c / granule == i; c++)
+                labels[c] = k;
         }
     }
     return SMOA_OK;

@@ -13,10 +13,10 @@
 typedef enum {
     SMOA_OK = 0,
     SMOA_NULL = 1,       /* a pointer that may not be null is null */
-    SMOA_SIZE = 2,       /* a negative size, or fewer than one block */
+    SMOA_SIZE = 2,       /* a negative size, a granule or a number of blocks below 1 */
     SMOA_LABEL = 3,      /* a block label outside [0, K) */
     SMOA_RANK = 4,       /* a block's rank outside [0, rho] */
-    SMOA_ORDER = 5,      /* an order that is not a permutation of 0 .. n-1 */
+    SMOA_ORDER = 5,      /* an order that is not a permutation of 0 .. m-1 */
     SMOA_NOT_FINITE = 6  /* a spectral score that is NaN or infinite, so there is no order */
 } smoa_status;
 
@@ -34,14 +34,19 @@ typedef struct {
     double scaling;
 } smoa_layer;
 
-/* Spectral centroids of the n coordinates of one side and their stable ascending order.
- * basis (n, q) is U for the rows or V for the columns; sigma (q); score (n); order (n). A coordinate whose
+/* A granule is g adjacent coordinates, from i g to (i + 1) g, that stay together; the last one is short where g
+ * does not divide n. There are m = ceil(n / g) of them. With g = 1 each coordinate is one.
+ *
+ * Spectral centroids of the m granules of one side's n coordinates, and their stable ascending order.
+ * basis (n, q) is U for the rows or V for the columns; sigma (q); score (m); order (m). A granule whose
  * energy is exactly zero scores 0. */
-smoa_status smoa_spectral_order(int64_t n, int64_t q, const double *basis, const double *sigma, double *score,
-                                int64_t *order);
+smoa_status smoa_spectral_order(int64_t n, int64_t granule, int64_t q, const double *basis, const double *sigma,
+                                double *score, int64_t *order);
 
-/* Labels (n) of the K contiguous chunks of order (n), cut as torch.tensor_split cuts. */
-smoa_status smoa_block_labels(int64_t n, int64_t num_blocks, const int64_t *order, int64_t *labels);
+/* Labels (n) of the K contiguous chunks of an order (m) of granules, cut as torch.tensor_split cuts. The order of
+ * contiguous blocks is 0, 1, .. m-1; that of random blocks is any permutation. */
+smoa_status smoa_block_labels(int64_t n, int64_t granule, int64_t num_blocks, const int64_t *order,
+                              int64_t *labels);
 
 /* delta (N, C). */
 smoa_status smoa_delta_weight(const smoa_layer *layer, double *delta);

@@ -1,12 +1,12 @@
 /* Runs every function of the oracle once on heap arrays of exactly the stated sizes, so that a build with
  * -fsanitize=address,undefined sees any access outside them. Uneven ranks, one of them zero, an empty block
- * (3) and a block without columns (2). Exits with the first status that is not SMOA_OK. */
+ * (3) and a block without columns (2), granules of which the last is short. Exits with the first status that is not SMOA_OK. */
 #include <stddef.h>
 #include <stdlib.h>
 
 #include "smoa_ref.h"
 
-enum { N = 5, C = 7, Q = 5, K = 4, RHO = 3, T = 2 };
+enum { N = 5, C = 7, Q = 5, K = 4, RHO = 3, T = 2, G = 2, M = 4 };
 
 /* malloc, unlike an array on the stack, puts a guard right behind the last entry. */
 static void *allocate(size_t count, size_t size)
@@ -41,14 +41,14 @@ int main(void)
     double *x = filled(T * C), *multiplier = filled(T * C), *dy = filled(T * N);
     double *y = filled(T * N), *delta = filled(N * C);
     double *dx = filled(T * C), *da = filled(RHO * C), *db = filled(N * RHO);
-    double *basis = filled(C * Q), *sigma = filled(Q), *score = filled(C);
-    int64_t *order = copied(col_labels, C), *labels = copied(col_labels, C);
+    double *basis = filled(C * Q), *sigma = filled(Q), *score = filled(M);
+    int64_t *order = copied(col_labels, M), *labels = copied(col_labels, C);
     int64_t *row_block = copied(row_labels, N), *col_block = copied(col_labels, C);
     int64_t *ranks = copied(block_ranks, K);
     const smoa_layer layer = {N, C, K, RHO, weight, a, b, row_block, col_block, ranks, 0.5};
 
-    int status = smoa_spectral_order(C, Q, basis, sigma, score, order);
-    status = status ? status : (int)smoa_block_labels(C, K, order, labels);
+    int status = smoa_spectral_order(C, G, Q, basis, sigma, score, order);
+    status = status ? status : (int)smoa_block_labels(C, G, K, order, labels);
     status = status ? status : (int)smoa_delta_weight(&layer, delta);
     status = status ? status : (int)smoa_forward(&layer, T, x, NULL, NULL, y);
     status = status ? status : (int)smoa_forward(&layer, T, x, bias, multiplier, y);

@@ -37,7 +37,7 @@ class CLayer(ctypes.Structure):
 
 
 class SpectralOrders(NamedTuple):
-    """Centroids and stable ascending orders of the rows (N) and columns (C)."""
+    """Centroids and stable ascending orders of the granules of rows (⌈N/g⌉) and of columns (⌈C/g⌉)."""
 
     row_score: FloatArray
     col_score: FloatArray
@@ -69,27 +69,27 @@ def library() -> ctypes.CDLL:
         subprocess.run([*COMPILE, "-shared", "-fPIC", SOURCE_DIR / "smoa_ref.c", "-o", target], check=True)
         loaded = ctypes.CDLL(str(target))
     size, pointer, layer = ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(CLayer)
-    loaded.smoa_spectral_order.argtypes = [size, size, pointer, pointer, pointer, pointer]
-    loaded.smoa_block_labels.argtypes = [size, size, pointer, pointer]
+    loaded.smoa_spectral_order.argtypes = [size, size, size, pointer, pointer, pointer, pointer]
+    loaded.smoa_block_labels.argtypes = [size, size, size, pointer, pointer]
     loaded.smoa_delta_weight.argtypes = [layer, pointer]
     loaded.smoa_forward.argtypes = [layer, size, pointer, pointer, pointer, pointer]
     loaded.smoa_backward.argtypes = [layer, size, pointer, pointer, pointer, pointer, pointer, pointer]
     return loaded
 
 
-def spectral_orders(U: ArrayLike, sigma: ArrayLike, V: ArrayLike) -> SpectralOrders:
+def spectral_orders(U: ArrayLike, sigma: ArrayLike, V: ArrayLike, granule: int = 1) -> SpectralOrders:
     """Spectral centroids and orders from a thin SVD: U (N, q), sigma (q) and V (C, q), not Vᵀ."""
     sigma = _input("sigma", sigma, np.float64, (len(sigma),))
-    row_score, row_order = _spectral_order("U", U, sigma)
-    col_score, col_order = _spectral_order("V", V, sigma)
+    row_score, row_order = _spectral_order("U", U, sigma, granule)
+    col_score, col_order = _spectral_order("V", V, sigma, granule)
     return SpectralOrders(row_score, col_score, row_order, col_order)
 
 
-def block_labels(order: ArrayLike, num_blocks: int) -> IntArray:
-    """The block of each coordinate when `order` (n) is cut as `torch.tensor_split` cuts."""
-    order = _input("order", order, np.int64, (len(order),))
-    labels = np.full_like(order, -1)
-    _call(library().smoa_block_labels, order.size, num_blocks, order, labels)
+def block_labels(order: ArrayLike, num_blocks: int, size: int, granule: int = 1) -> IntArray:
+    """The block of each of `size` coordinates when `order` (⌈size/g⌉) is cut as `torch.tensor_split` cuts."""
+    order = _input("order", order, np.int64, (-(-size // granule),))
+    labels = np.full(size, -1, dtype=np.int64)
+    _call(library().smoa_block_labels, size, granule, num_blocks, order, labels)
     return labels
 
 
@@ -189,10 +189,14 @@ class _Layer(CLayer):
         super().__init__(out_features, in_features, num_blocks, max_rank, *addresses, scaling)
 
 
-def _spectral_order(name: str, basis: ArrayLike, sigma: FloatArray) -> tuple[FloatArray, IntArray]:
-    basis = _input(name, basis, np.float64, (len(basis), sigma.size))
-    score, order = _output(len(basis)), np.full(len(basis), -1, dtype=np.int64)
-    _call(library().smoa_spectral_order, *basis.shape, basis, sigma, score, order)
+def _spectral_order(
+    name: str, basis: ArrayLike, sigma: FloatArray, granule: int
+) -> tuple[FloatArray, IntArray]:
+    size = len(basis)
+    basis = _input(name, basis, np.float64, (size, sigma.size))
+    count = -(-size // granule)
+    score, order = _output(count), np.full(count, -1, dtype=np.int64)
+    _call(library().smoa_spectral_order, size, granule, sigma.size, basis, sigma, score, order)
     return score, order
 
 

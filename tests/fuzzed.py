@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import c_oracle
 import numpy as np
@@ -18,13 +19,22 @@ from problems import DEVICE, LAYOUTS, LinearProblem, make_problem
 from torch import Tensor
 
 from smoa_kernels import BlockPartition
+from smoa_kernels.checks import granules
 
 ROUNDINGS = 8
 
 
 @st.composite
+def rules(draw: st.DrawFn, shape: tuple[int, ...], num_blocks: int) -> dict[str, Any]:
+    """An order, and a granule of which rows and columns have as many as there are blocks."""
+    fit = [granule for granule in (1, 2, 3, 4, 8, 16) if granules(min(shape), granule) >= num_blocks]
+    order = draw(st.sampled_from(["spectral", "contiguous", "random"]))
+    return {"block_order": order, "granule": draw(st.sampled_from(fit))}
+
+
+@st.composite
 def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bool = False) -> LinearProblem:
-    """In its dtypes and strides; its blocks are those of W0's spectrum or any.
+    """In its dtypes and strides; its blocks are made in any order, of any granules, or by any labels.
 
     A layer has no more blocks than rows or columns, and some rank.
     """
@@ -32,6 +42,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bo
     random_labels = draw(st.booleans())
     most = 5 if random_labels and not of_a_layer else min(5, out_features, in_features)
     ranks = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 17]), min_size=1, max_size=most))
+    made = {} if random_labels else draw(rules((out_features, in_features), len(ranks)))
     exact = make_problem(
         tokens=draw(st.integers(0, 20)),
         out_features=out_features,
@@ -39,6 +50,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bo
         ranks=(ranks[0] or 1, *ranks[1:]) if of_a_layer else tuple(ranks),
         bias=draw(st.booleans()),
         random_labels=random_labels,
+        **made,
         seed=draw(st.integers(0, 10_000)),
     )
     dtype = draw(st.sampled_from(dtypes))
@@ -84,18 +96,22 @@ def allowed(terms: Tensor, *dtypes: torch.dtype) -> Tensor:
     return ROUNDINGS * (max(info.eps for info in infos) * terms + least)
 
 
-def compare_blocks(partition: BlockPartition, weight: Tensor) -> None:
-    """A partition with the oracle's centroids: cut where it cuts, and sorted but for what rounding may exchange."""
+def compare_blocks(partition: BlockPartition, weight: Tensor, block_order: str, granule: int) -> None:
+    """A partition with the oracle's: whole granules, cut where it cuts; spectral ones sorted by its centroids, but for
+    what rounding may exchange."""
     U, sigma, Vh = np.linalg.svd(weight.detach().double().cpu().numpy(), full_matrices=False)
-    orders = c_oracle.spectral_orders(U, sigma, Vh.T)
+    orders = c_oracle.spectral_orders(U, sigma, Vh.T, granule)
     rounding = 1e-8 if weight.dtype == torch.float64 else 1e-2
-    for labels, scores, order in (
-        (partition.row_block, orders.row_score, orders.row_order),
-        (partition.col_block, orders.col_score, orders.col_order),
+    for labels, scores in (
+        (partition.row_block, orders.row_score),
+        (partition.col_block, orders.col_score),
     ):
         ours = labels.cpu().numpy()
-        expected = c_oracle.block_labels(order, partition.num_blocks)
-        np.testing.assert_array_equal(np.bincount(ours), np.bincount(expected))
-        blocks = [scores[ours == k] for k in range(partition.num_blocks)]
-        for lower, upper in pairwise(blocks):
-            assert lower.max() <= upper.min() + rounding
+        found = ours[::granule]
+        # Any order of granules that has these blocks; that of contiguous ones is known.
+        order = np.arange(found.size) if block_order == "contiguous" else np.argsort(found, kind="stable")
+        expected = c_oracle.block_labels(order, partition.num_blocks, ours.size, granule)
+        np.testing.assert_array_equal(ours, expected)
+        if block_order == "spectral":
+            for lower, upper in pairwise(scores[found == k] for k in range(partition.num_blocks)):
+                assert lower.max() <= upper.min() + rounding

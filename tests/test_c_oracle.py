@@ -86,22 +86,20 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @each_vector
 def test_orders_and_blocks_match_the_vectors(vector: Vector) -> None:
     U, sigma, Vh = np.linalg.svd(vector.weight, full_matrices=False)
-    orders = c_oracle.spectral_orders(U, sigma, Vh.T)
-    assert_close(orders.row_score, vector.row_score)
-    assert_close(orders.col_score, vector.col_score)
-    for axis, score, order, labels in (
-        (1, orders.row_score, vector.row_order, vector.row_block),
-        (0, orders.col_score, vector.col_order, vector.col_block),
+    single = c_oracle.spectral_orders(U, sigma, Vh.T)
+    assert_close(single.row_score, vector.row_score)
+    assert_close(single.col_score, vector.col_score)
+    orders = c_oracle.spectral_orders(U, sigma, Vh.T, vector.granule)
+    for spectral, order, labels in (
+        (orders.row_order, vector.row_order, vector.row_block),
+        (orders.col_order, vector.col_order, vector.col_block),
     ):
-        energy, g = np.square(vector.weight).sum(axis), vector.granule
-        granules = order[order % g == 0] // g
-        if vector.block_order == "spectral":
-            starts = np.arange(0, energy.size, g)
-            means = np.add.reduceat(score * energy, starts) / np.add.reduceat(energy, starts)
-            np.testing.assert_array_equal(np.argsort(means, kind="stable"), granules)
-        elif vector.block_order == "contiguous":
-            np.testing.assert_array_equal(granules, np.arange(granules.size))
-        found = c_oracle.block_labels(granules, vector.num_blocks).repeat(g)[: energy.size]
+        granules = order[order % vector.granule == 0] // vector.granule
+        ascending = np.arange(granules.size)
+        # A random order is what was drawn.
+        expected = {"spectral": spectral, "contiguous": ascending}.get(vector.block_order, granules)
+        np.testing.assert_array_equal(granules, expected)
+        found = c_oracle.block_labels(expected, vector.num_blocks, labels.size, vector.granule)
         np.testing.assert_array_equal(found, labels)
 
 
@@ -147,12 +145,29 @@ def test_order_is_stable_and_zero_rows_come_first() -> None:
     np.testing.assert_array_equal(orders.col_order, [0, 1, 2, 3])
 
 
+def test_a_granule_takes_both_sums_over_its_coordinates() -> None:
+    # Energies over σ = (2, 1): (4, 1) and (0, 1) make (4, 2), so 2/6; of the short one (4, 0), so 0.
+    orders = c_oracle.spectral_orders([[1, 1], [0, 1], [1, 0]], [2, 1], [[0, 0], [0, 0], [0, 0]], granule=2)
+    assert_close(orders.row_score, [1 / 3, 0.0])
+    np.testing.assert_array_equal(orders.row_order, [1, 0])
+    np.testing.assert_array_equal(orders.col_order, [0, 1])
+    np.testing.assert_array_equal(c_oracle.block_labels(orders.row_order, 2, size=3, granule=2), [1, 1, 0])
+
+
+@pytest.mark.parametrize("granule", [1, 4])
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 11, 13])
-def test_labels_cut_as_tensor_split(num_blocks: int) -> None:
+def test_labels_cut_as_tensor_split(num_blocks: int, granule: int) -> None:
     order = np.random.default_rng(1).permutation(11)
-    labels = c_oracle.block_labels(order, num_blocks)
+    size = 11 * granule - granule // 2  # the last granule is short
+    labels = c_oracle.block_labels(order, num_blocks, size, granule)
     for k, chunk in enumerate(torch.tensor_split(torch.from_numpy(order), num_blocks)):
-        assert (labels[chunk.numpy()] == k).all()
+        assert (labels[np.isin(np.arange(size) // granule, chunk.numpy())] == k).all()
+
+
+@pytest.mark.parametrize("order", [[0, 1, 1], [0, 1, 3], [0, 1, -1]])
+def test_what_is_no_permutation_of_granules_is_refused(order: list[int]) -> None:
+    with pytest.raises(ValueError, match="smoa_block_labels returned 5"):
+        c_oracle.block_labels(order, 2, size=10, granule=4)
 
 
 # ---- forward and backward

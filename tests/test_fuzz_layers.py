@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import c_oracle
 import pytest
 import torch
 from draws import given, share, st
-from fuzzed import absolute, allowed, compare, compare_blocks, problems
+from fuzzed import absolute, allowed, compare, compare_blocks, problems, rules
 from problems import DEVICE, DTYPES, LinearProblem, obstacle
 from torch import Tensor
 
@@ -22,11 +23,26 @@ def definition(p: LinearProblem) -> Tensor:
     return torch.from_numpy(found).to(DEVICE)
 
 
-def check(p: LinearProblem, *, spectral: bool, **settings: object) -> None:
-    layer = p.layer(**settings)
+class Case(NamedTuple):
+    """A problem, how a layer of it makes its blocks, and whether it keeps them or gets those of the problem."""
+
+    problem: LinearProblem
+    rule: dict[str, Any]
+    own: bool
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Case:
+    p = draw(problems(dtypes, of_a_layer=True))
+    return Case(p, draw(rules(p.partition.shape, p.partition.num_blocks)), draw(st.booleans()))
+
+
+def check(case: Case, backend: str) -> None:
+    p = case.problem
+    layer = p.layer(backend=backend, **case.rule)
     p = replace(p, weight=p.weight.clone())  # the layer's own is merged in place
-    compare_blocks(layer.partition, p.weight)
-    if spectral:
+    compare_blocks(layer.partition, p.weight, **case.rule)
+    if case.own:
         p = replace(p, partition=layer.partition)
     else:
         layer.partition = p.partition
@@ -44,15 +60,15 @@ def check(p: LinearProblem, *, spectral: bool, **settings: object) -> None:
 
 
 @share(0.13)
-@given(p=problems(DTYPES, of_a_layer=True), spectral=st.booleans())
-def test_eager(p: LinearProblem, spectral: bool) -> None:
-    check(p, spectral=spectral, backend="eager")
+@given(case=cases(DTYPES))
+def test_eager(case: Case) -> None:
+    check(case, "eager")
 
 
 @share(0.03)
-@given(p=problems(DTYPES[1:], of_a_layer=True), spectral=st.booleans())
+@given(case=cases(DTYPES[1:]))
 @pytest.mark.slow
-def test_triton(p: LinearProblem, spectral: bool) -> None:
+def test_triton(case: Case) -> None:
     if (reason := obstacle("triton")) is not None:
         pytest.skip(reason)
-    check(p, spectral=spectral, backend="triton")
+    check(case, "triton")
