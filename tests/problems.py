@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,26 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "negated": lambda t: torch._neg_view(-t),  # as a lazy conjugate's imaginary part is
 }
 """The same matrix, stored otherwise."""
+
+_PRIMES = {"granule": 8, "out_features": 31, "in_features": 29, "ranks": (2, 0, 1)}
+ORDERS: dict[str, dict[str, Any]] = {
+    "spectral": {},
+    "contiguous": {"block_order": "contiguous"},
+    "granules of 4": {"granule": 4, "out_features": 36, "in_features": 48},
+    "granules of 8": {"granule": 8, "out_features": 40, "in_features": 64},
+    "granules of 16": {"granule": 16, "out_features": 64, "in_features": 80},
+    "short granules": {"granule": 8},
+    "granules of 8, primes": _PRIMES,
+    "contiguous granules of 8, primes": {**_PRIMES, "block_order": "contiguous"},
+    "random granules of 8, primes": {**_PRIMES, "block_order": "random"},
+    "random": {"block_order": "random"},
+    "one contiguous block": {"block_order": "contiguous", "ranks": (4,), "bias": False},
+    "one random granule": {"block_order": "random", "granule": 64, "ranks": (4,)},
+}
+"""How blocks are made, and of what. Of sizes that are multiples of the granule, eager copies runs."""
+
+# That every test of the contract meets, in turn: eager has code of its own for contiguous blocks in every algorithm.
+_IN_TURN = ("contiguous", "short granules", "contiguous", "random")
 
 
 @dataclass(frozen=True)
@@ -144,14 +165,17 @@ class Case:
         backend: one that runs here.
         algorithm: one of its algorithms, or "dropout".
         dtype: one that it takes.
+        order: one of `ORDERS`.
     """
 
     backend: str
     algorithm: str
     dtype: torch.dtype
+    order: str = "spectral"
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.algorithm}-{str(self.dtype).removeprefix('torch.')}"
+        name = f"{self.backend}-{self.algorithm}-{str(self.dtype).removeprefix('torch.')}"
+        return name if self.order == "spectral" else f"{name}-{self.order}"
 
     @property
     def dropout(self) -> Dropout | None:
@@ -166,9 +190,10 @@ class Case:
             algorithm = {"dropout_p": dropout.p, "dropout_seed": dropout.seed}
         return {"backend": self.backend, **algorithm}
 
-    def problem(self, **sizes: object) -> LinearProblem:
-        """A problem in the case's dtype (:func:`make_problem`)."""
-        return make_problem(dtype=self.dtype, **sizes)  # type: ignore[arg-type]
+    def problem(self, *, random_labels: bool = False, **sizes: object) -> LinearProblem:
+        """A problem in the case's dtype and order (:func:`make_problem`); random labels stand in for spectral ones."""
+        labels = {"random_labels": random_labels} if self.order == "spectral" else ORDERS[self.order]
+        return make_problem(dtype=self.dtype, **(labels | sizes))  # type: ignore[arg-type]
 
     def definition(self, p: LinearProblem) -> tuple[Tensor, ...]:
         """What the definition makes of a problem, in the problem's dtype, under the case's mask."""
@@ -178,17 +203,29 @@ class Case:
 
 
 def cases(backend: str) -> Iterator[Case]:
-    """Every algorithm of a backend in every dtype that it takes here, the widest first; the reference has one."""
+    """Every algorithm of a backend in every dtype that it takes here, the widest first; the reference has one.
+
+    On a CPU's backends also in another order, by turns.
+    """
     dtypes = [dtype for dtype in DTYPES if obstacle(backend, dtype) is None]
     if dtypes:
         algorithms = ("auto",) if backend == "reference" else algorithms_of(backend)
-        for algorithm in (*algorithms, "dropout"):
-            yield from (Case(backend, algorithm, dtype) for dtype in dtypes)
+        for i, algorithm in enumerate((*algorithms, "dropout")):
+            for j, dtype in enumerate(dtypes):
+                case = Case(backend, algorithm, dtype)
+                yield case
+                if backend in ("eager", "native"):
+                    yield replace(case, order=_IN_TURN[(i + j) % len(_IN_TURN)])
 
 
 def all_cases() -> list[Case]:
-    """Those of every backend that runs here."""
-    return [case for backend in BACKEND_CHOICES[1:] for case in cases(backend)]
+    """Those of every backend that runs here, of spectral blocks."""
+    return [case for backend in BACKEND_CHOICES[1:] for case in in_orders(cases(backend), "spectral")]
+
+
+def in_orders(cases: Iterable[Case], *orders: str) -> list[Case]:
+    """Each backend, algorithm and dtype of these cases in these orders."""
+    return [replace(case, order=order) for case in cases if case.order == "spectral" for order in orders]
 
 
 def interpreted(case: Case) -> bool:
@@ -214,8 +251,9 @@ def each(
 
 
 def widest(backend: str) -> list[Case]:
-    """Each algorithm of a backend once."""
-    return list({case.algorithm: case for case in reversed(list(cases(backend)))}.values())
+    """Each algorithm of a backend once, and once in another order where there is one."""
+    found = {(case.algorithm, case.order == "spectral"): case for case in reversed(list(cases(backend)))}
+    return list(found.values())
 
 
 def some(backend: str, *dtypes: torch.dtype) -> list[Case]:
