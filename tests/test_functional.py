@@ -1,18 +1,22 @@
-"""`smoa_linear` on the eager backend: what it chooses, the panels that it works in.
+"""`smoa_linear` on the eager backend: what it chooses, the panels that it works in, what it need not copy.
 
 What every backend promises: tests/test_contract.py.
 """
 
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from problems import LEAVES, Case, LinearProblem, assert_within_budget, make_problem
+from problems import LEAVES, Case, LinearProblem, assert_within_budget, cases, each, in_orders, make_problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smoa_kernels.backends import eager
+from smoa_kernels.backends import eager, load_backend
+from smoa_kernels.backends.native import backend as native
+from smoa_kernels.backends.native import torch_gemms
+from smoa_kernels.backends.native.library import library
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import gemm_is_ieee
@@ -46,15 +50,17 @@ def test_reduced_float32_precision_counts_as_half() -> None:
 
 
 class Made(TorchDispatchMode):
-    """Collects the shapes of what operators return."""
+    """Collects the names of operators and the shapes of what they return."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.names: set[str] = set()
         self.shapes: set[torch.Size] = set()
 
     def __torch_dispatch__(
-        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+        self, function: Any, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
+        self.names.add(function.overloadpacket.__name__)
         result = function(*args, **(kwargs or {}))
         self.shapes |= {result.shape} if isinstance(result, Tensor) else set()
         return result
@@ -72,6 +78,44 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(
         dx, dA, dB = eager.backward(p.dy, x, adapter, dropout, needs_x="x" in wanted)
     assert [dx is None, dA is None, dB is None] == ["x" not in wanted, *(2 * ["A" not in wanted])]
     assert (p.x.shape in made.shapes) == ("x" in wanted)
+
+
+BY_INDEX = {
+    *("gather", "index", "index_copy", "index_put", "index_select", "scatter", "take", "take_along_dim"),
+    *("index_copy_", "index_put_", "scatter_", "smoa_order"),
+}
+
+
+def copies(p: LinearProblem, case: Case, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What puts rows or columns into another order, in forward and backward; the compiled function too."""
+    compiled = set()
+
+    class Library:
+        def __getattr__(self, name: str) -> object:
+            compiled.add(name)
+            return getattr(library(), name)
+
+    monkeypatch.setattr(torch_gemms, "library", Library)
+    monkeypatch.setattr(native, "torch_is_faster", lambda tokens: True)
+    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, torch.tensor(p.scaling))
+    backend, dropout = load_backend(case.backend), case.dropout
+    with Made() as made:
+        backend.forward(p.x, p.bias, adapter, "split" if dropout else case.algorithm, dropout)
+        backend.backward(p.dy, p.x, adapter, dropout, needs_x=True)
+    return BY_INDEX & (made.names | compiled)
+
+
+def contiguous(backend: str) -> list[Case]:
+    """But where compiled code copies what dropout changes."""
+    found = in_orders(cases(backend), "contiguous") if backend in ("eager", "native") else []
+    return [case for case in found if backend == "eager" or not case.dropout]
+
+
+@each(contiguous)
+def test_contiguous_blocks_are_slices(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of x, dY, W0 and the factors nothing is gathered."""
+    assert not copies(case.problem(tokens=50), case, monkeypatch)
+    assert copies(replace(case, order="random").problem(tokens=50), case, monkeypatch)
 
 
 def panels(p: LinearProblem, case: Case) -> None:
