@@ -136,9 +136,10 @@ def _injection(run: Run) -> str:
     if model is None or not times:
         return ""
     return (
-        "Adding an adapter computes the spectrum of each adapted weight once; loading one computes none. Adding one took, "
-        f"on one thread of the first processor, {', '.join(times)} (measured on CPU); for a model of 1B parameters it takes "
-        f"about {model / 60:.1f} minutes (extrapolated from one layer of each shape)."
+        "Adding an adapter computes the spectrum of each adapted weight once; loading one computes none. "
+        f"Adding one took, on one thread of the first processor, {', '.join(times)} (measured on CPU); "
+        f"for a model of 1B parameters it takes about {model / 60:.1f} minutes (extrapolated from one layer of each "
+        "shape)."
     )
 
 
