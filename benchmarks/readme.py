@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .machine import LIMIT
 from .providers import HIRA, LORA, SMOA
 from .results import Result, Run, read_all, write
 from .tables import marked, one_billion, ratios, table
@@ -56,7 +57,11 @@ def write_readme(readme: Path = README) -> None:
 
 
 def section(runs: list[Run]) -> str:
-    """One table of the main job and of the layer on CPUs; a table for each GPU that was measured; what they ran on."""
+    """One table of the main job and of the layer on CPUs; a table for each GPU that was measured; what they ran on.
+
+    A processor that was not used whole is on the results page alone.
+    """
+    runs = [run for run in runs if LIMIT not in run.machine["device"]]
     jobs = {name: json.loads((MAIN_JOB / f"{name}.json").read_text(encoding="utf-8")) for name in METHODS}
     on_cpu = [run for run in runs if not run.on_gpu]
     rows = _job_rows({name: job["summary"] for name, job in jobs.items()})

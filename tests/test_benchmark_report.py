@@ -330,6 +330,8 @@ def test_the_readme_shows_the_newest_cpu_a_row_of_each_other_and_a_table_of_each
     runs = read_all(tmp_path)
     assert [run.machine["device"] for run in runs] == ["AMD EPYC", "AMD EPYC, family 25", "H100"]
     text = section(runs)
+    limited = make_run(*everything().results, device=f"AMD EPYC, {LIMIT}=AVX2")
+    assert section([limited, *runs]) == text
     assert (
         "r=16, float32, K=4 | 1.30 | 1.10 | – |\n| the same, K=1 (which is HiRA) | 1.30 | 1.10 | – |" in text
     )
