@@ -29,7 +29,7 @@ TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 
 @dataclass(frozen=True)
 class ExpertsCase:
-    """Tokens that each go to `top_k` of the experts; of `pairs` pairs of token and expert each expert has as many."""
+    """Tokens that each go to `top_k` of the experts, `pairs` of them to each expert; with 0 it is a single token."""
 
     pairs: int
     hidden: int
@@ -42,7 +42,7 @@ class ExpertsCase:
 
     @property
     def tokens(self) -> int:
-        """T; where an expert has no whole pair, a single token."""
+        """T."""
         return max(1, self.pairs * self.experts // self.top_k)
 
     def record(self) -> dict[str, Any]:
@@ -54,8 +54,8 @@ class ExpertsCase:
         return replace(self, pairs=min(self.pairs, 2), hidden=16, intermediate=24, experts=4)
 
     def __str__(self) -> str:
-        p = self.record()
-        return f"{self.pairs} pairs, H={self.hidden}, I={self.intermediate}, E={self.experts}, {p['dtype']}"
+        p, pairs = self.record(), f"{self.pairs} pairs, " if self.pairs else ""
+        return f"{pairs}H={self.hidden}, I={self.intermediate}, E={self.experts}, {p['dtype']}"
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states, each token's experts (each as often as any other) and routing weights."""

@@ -132,11 +132,11 @@ def _experts(name: str, over: str, pairs: int) -> Callable[[Run], Figure | None]
     return _time("experts", "both", name, over, pairs=pairs, hidden=256, dtype="float32")
 
 
-def _experts_peak(over: str) -> Callable[[Run], Figure | None]:
-    """Of the peaks above frozen's."""
+def _experts_peak(over: str, hidden: int) -> Callable[[Run], Figure | None]:
+    """Of the peaks above frozen's; below 0 where less lives than in frozen experts."""
 
     def measure(run: Run) -> Figure | None:
-        result = run.find("experts", pairs=32, hidden=256, dtype="float32")
+        result = run.find("experts", pairs=32, hidden=hidden, dtype="float32")
         if result is None:
             return None
         frozen, ours, theirs = (result.bytes[name]["peak"] for name in (FROZEN, CONTIGUOUS, over))
@@ -243,8 +243,18 @@ GOALS = (
     Goal("the same, 1024 pairs each", 1.00, _experts(SMOA, LORA, 1024)),
     Goal("experts, 16 pairs each, over PEFT LoRA, contiguous", 1.00, _experts(CONTIGUOUS, LORA, 16)),
     Goal("the same, blocks that experts share", 1.00, _experts(f"{SMOA}, shared", LORA, 16)),
-    Goal("experts' peak above frozen's, over PEFT LoRA's, 32 pairs each", 0.15, _experts_peak(LORA)),
-    Goal("the same, over an ideal grouped LoRA's", 1.10, _experts_peak("ideal grouped LoRA")),
+    *(
+        Goal(
+            f"experts' peak above frozen's, over {whose}, 32 pairs each, H={hidden}, I={inner}",
+            limit,
+            _experts_peak(name, hidden),
+        )
+        for hidden, inner in ((256, 512), (2048, 768))
+        for whose, name, limit in (
+            ("PEFT LoRA's", LORA, 0.15),
+            ("an ideal grouped LoRA's", "ideal grouped LoRA", 1.10),
+        )
+    ),
     *(
         Goal(
             f"one token through experts, over frozen, {words}",

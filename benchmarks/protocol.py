@@ -3,9 +3,11 @@
 Threads are pinned. Every provider has passed its correctness gate and is warmed up. Then the providers take turns,
 round by round, each round in another order (drawn from a fixed seed): if the machine's speed drifts, it drifts for
 all of them, and no provider always runs after the same other one. A ratio divides the seconds of two providers *of
-the same round*; a figure is the median of these ratios, with its quartiles. Where the interquartile range of the
-baseline is above 15 % of its median, the machine was too unsteady: the ratios are printed and marked noisy, but
-neither quoted nor judged. The same holds for what took so long that it ran in one round only.
+the same round*; a figure is the median of these ratios, with its quartiles. A provider that takes less than 10 ms has
+several turns in a round, no more than ten and 20 ms in all, between those of the others, and its seconds are their
+mean: what came just before a short call changes how long it takes. Where the interquartile range of the baseline is
+above 15 % of its median, the machine was too unsteady: the ratios are printed and marked noisy, but neither quoted nor
+judged. The same holds for what took so long that it ran in one round only.
 
 Forward and backward are two laps of one training pass: the clock of the backward starts when the forward has ended
 and its graph is there. On a GPU the laps are CUDA events, and the L2 cache is overwritten before each pass, as the
@@ -26,6 +28,8 @@ from dataclasses import dataclass
 import torch
 
 MAX_SPREAD = 0.15
+SHORT, MOST_TURNS = 0.02, 10
+"""Seconds that a provider's turns in a round take at most, unless one takes longer; and how many there are at most."""
 NOISY, ONE_ROUND = "noisy", "one round"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -103,24 +107,36 @@ class Turns:
         if baseline not in variants:
             raise ValueError(f"baseline must be one of {', '.join(variants)}, got {baseline!r}")
         self._variants, self._baseline = dict(variants), baseline
+        self._turns = dict.fromkeys(variants, 1)
         self._rounds: list[dict[str, Mapping[str, float]]] = []
 
     def warm_up(self, rounds: int) -> float:
-        """Run rounds that do not count; returns the seconds that the last one took."""
-        elapsed = 0.0
+        """Run rounds that do not count, and count from the last one how many turns each provider has in a round.
+
+        Returns:
+            Seconds that a round then takes; 0 after none, where each provider has one turn.
+        """
+        elapsed = dict.fromkeys(self._variants, 0.0)
         for _ in range(rounds):
-            start = time.perf_counter()
-            for run in self._variants.values():
+            for name, run in self._variants.items():
+                start = time.perf_counter()
                 run()
-            elapsed = time.perf_counter() - start
-        return elapsed
+                elapsed[name] = time.perf_counter() - start
+                self._turns[name] = max(1, min(MOST_TURNS, int(SHORT / elapsed[name])))
+        return sum(self._turns[name] * elapsed[name] for name in self._variants)
 
     def round(self) -> None:
-        """Run every provider once."""
-        names = list(self._variants)
-        order = random.Random(len(self._rounds)).sample(names, len(names))
-        found = {name: self._variants[name]() for name in order}
-        self._rounds.append({name: found[name] for name in names})
+        """Run every provider in each of its turns."""
+        turns = [name for name, count in self._turns.items() for _ in range(count)]
+        found: dict[str, list[Mapping[str, float]]] = {name: [] for name in self._variants}
+        for name in random.Random(len(self._rounds)).sample(turns, len(turns)):
+            found[name].append(self._variants[name]())
+        self._rounds.append(
+            {
+                name: {phase: statistics.fmean(run[phase] for run in runs) for phase in runs[0]}
+                for name, runs in found.items()
+            }
+        )
 
     def comparisons(self) -> dict[str, Comparison]:
         """What was measured so far, by phase."""

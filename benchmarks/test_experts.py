@@ -62,4 +62,4 @@ def test_one_token(case: ExpertsCase, smoke: bool, measure: Measure) -> None:
         return timed("forward", forward)
 
     runs = {name: run(name) for name in layers}
-    measure("experts, one token", title, params, runs, baseline=FROZEN, budget=2, warmup=5)
+    measure("experts, one token", title, params, runs, baseline=FROZEN, budget=4, warmup=5)

@@ -16,6 +16,7 @@ if os.environ.get("PTX_EMULATOR"):  # an architecture: kernels are compiled for 
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+GUARD = 65  # numbers before and behind; what lies between begins in no whole cache line
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,6 +55,24 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Poison what `Tensor.new_empty` returns, and see to it that nothing is written just before or behind it."""
+    allocate, kept = Tensor.new_empty, []
+
+    def guarded(like: Tensor, *size: Any, **options: Any) -> Tensor:
+        shape = torch.Size(size if isinstance(size[0], int) else size[0])
+        whole = allocate(like, shape.numel() + 2 * GUARD, **options)
+        kept.append(whole.view(BITS[whole.element_size()]).fill_(-1))
+        return whole[GUARD:-GUARD].view(shape)
+
+    monkeypatch.setattr(Tensor, "new_empty", guarded)
+    yield
+    for bits in kept:
+        assert (bits[:GUARD] == -1).all()
+        assert (bits[-GUARD:] == -1).all()
 
 
 if importlib.util.find_spec("hypothesis") is not None:

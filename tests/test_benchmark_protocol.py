@@ -67,7 +67,8 @@ def test_a_spread_above_fifteen_percent_is_noisy(high: float, noisy: bool) -> No
     assert found.doubt == ("noisy" if noisy else "")
 
 
-def test_providers_take_turns_in_an_order_that_changes() -> None:
+def test_providers_take_turns_in_an_order_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.protocol.SHORT", 0.0)
     calls: list[str] = []
 
     def run(name: str) -> dict[str, float]:
@@ -95,6 +96,25 @@ def test_providers_take_turns_in_an_order_that_changes() -> None:
     assert found["b"] == [3 * i + each.index("b") + 1 for i, each in enumerate(rounds)]
     measured()
     assert rounds == ["".join(calls[i : i + 3]) for i in range(0, 60, 3)]
+
+
+def test_what_is_short_has_several_turns_in_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.protocol.SHORT", 2 * NAP)
+    calls: list[str] = []
+
+    def run(name: str) -> dict[str, float]:
+        time.sleep(NAP if name == "long" else 0)
+        calls.append(name)
+        return {"forward": float(len(calls))}
+
+    turns = Turns({name: lambda name=name: run(name) for name in ("short", "long")}, "short")
+    assert NAP <= turns.warm_up(1) < 2 * NAP
+    calls.clear()
+    turns.round()
+    assert sorted(calls) == ["long", *["short"] * 10]
+    at = calls.index("long") + 1
+    assert turns.comparisons()["forward"].seconds == {"short": [(66 - at) / 10], "long": [at]}
+    assert 1 < at < 11
 
 
 def test_the_baseline_must_be_one_of_the_variants() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import suppress
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from expert_problems import make_blocks, make_problem
 from largest import Largest
-from problems import DTYPES, obstacle
+from problems import DTYPES, obstacle, on_threads
 from torch import Tensor
 
 from smoa_kernels.backends.native import torch_gemms
@@ -300,6 +301,26 @@ def test_compiled_code_reads_nothing_beyond_its_operands(spoil: object) -> None:
     p = spoil(make_problem(dtype=torch.float32))
     with pytest.raises(ValueError, match="blocks must have each row"):
         p.operator("native")
+
+
+@on_the_cpu
+@pytest.mark.skipif(obstacle("native") is not None, reason=str(obstacle("native")))
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_workspace_is_large_enough(threads: int, guarded_memory: None) -> None:
+    draw = random.Random(threads)
+    for seed in range(25):
+        p = make_problem(
+            pairs=(draw.choice((1, 3, 9)), *draw.choices((0, 1, 8, 9, 30, 270), k=2)),
+            rows=draw.randint(1, 600),
+            cols=draw.randint(1, 600),
+            ranks=(draw.randint(1, 12), draw.randint(0, 3), draw.randint(0, 3)),
+            blocks=draw.choice(("contiguous", "shared", "own", "empty")),
+            transposed=draw.random() < 0.5,
+            dtype=torch.float32,
+            seed=seed,
+        )
+        with on_threads(threads):
+            assert all(result.isfinite().all() for result in p.operator("native"))
 
 
 def _with(p: object, **changed: Tensor) -> object:

@@ -75,6 +75,7 @@ def test_every_shape(
     threads: int,
     form: str,
     monkeypatch: pytest.MonkeyPatch,
+    guarded_memory: None,
 ) -> None:
     monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: False)
     p = on_cpu(tokens=tokens, out_features=out_features, in_features=in_features, ranks=ranks)

@@ -88,7 +88,8 @@ class Experts(nn.Module):
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
         y = y * routing
-        y = torch.empty_like(y).index_copy_(0, order, y)
+        # Of what index_copy_ computes this keeps the order for backward, and not y as well.
+        y = torch.empty_like(y).index_put_((order,), y)
         return y.view(-1, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def _product(

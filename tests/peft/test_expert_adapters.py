@@ -52,6 +52,19 @@ def test_the_stored_weight_is_never_written(tokens):
         assert torch.equal(parameter, before[name])
 
 
+def test_of_what_is_as_wide_as_the_output_only_the_sorted_x_is_kept_for_backward():
+    model = adapt(tiny_experts())
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    x = torch.randn(7, 32, requires_grad=True)
+    index = torch.stack([torch.randperm(6)[:2] for _ in range(7)])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        experts(x, index, torch.rand(7, 2))
+    wide = {t.data_ptr(): t for t in kept if t.shape == (14, 32)}
+    assert len(wide) == 1
+    assert torch.equal(next(iter(wide.values())), x[index.reshape(-1).sort()[1] // 2])
+
+
 # Saving, loading, merging
 
 

@@ -101,26 +101,35 @@ static int updates(const experts *e, i64 i, const expanded *now) {
     return 0;
 }
 
-/* Floats that the functions below need; -1 where offsets or ends do not fit `pairs` and the weight. */
-i64 smoa_experts_workspace(const experts *e, i64 pairs, i64 threads) {
-    i64 most = smoa_few_workspace(e->rank, e->cols.count, threads), widest = 0, start = 0;
+/* What a workspace is for: smoa_experts_linear_fit; smoa_experts_few_fit and smoa_experts_update_fit, which alone hold
+ * all of a ΔW; or smoa_experts_gradient_fit. */
+enum { LINEAR, UPDATE, GRADIENT };
+
+/* Floats of one expert beside what its blocks are made into. */
+static i64 expert_size(const experts *e, i64 stage, i64 expert, i64 tokens, i64 threads) {
+    i64 rows = e->rows.count, cols = e->cols.count;
+    const int32_t *row_offsets = offsets_of(&e->rows, expert), *col_offsets = offsets_of(&e->cols, expert);
+    if (stage == GRADIENT)
+        return (threads > 1 ? lines(threads * e->rank * cols) : 0) +
+               smoa_gradient_workspace(tokens, row_offsets, col_offsets, e->blocks, e->rank, threads);
+    i64 update = stage == UPDATE ? lines(tokens * rows) : 0;
+    if (few_of(e, tokens)) return update + smoa_few_workspace(e->rank, cols, threads);
+    return update + (stage == UPDATE ? smoa_update_workspace(tokens, rows, cols, row_offsets, col_offsets, e->blocks, e->rank, threads)
+                                     : smoa_linear_workspace(tokens, cols, e->rank, threads));
+}
+
+/* Floats that the functions of a stage need; -1 where offsets or ends do not fit `pairs` and the weight. */
+i64 smoa_experts_workspace(const experts *e, i64 stage, i64 pairs, i64 threads) {
+    i64 most = 0, start = 0;
     for (i64 i = 0; i < e->count; start = e->ends[i++]) {
         i64 tokens = e->ends[i] - start;
         if (tokens < 0 || e->ends[i] > pairs) return -1;
         if (!tokens) continue;
         if (!offsets_fit(&e->rows, i, e->blocks) || !offsets_fit(&e->cols, i, e->blocks)) return -1;
-        const int32_t *rows = offsets_of(&e->rows, i), *cols = offsets_of(&e->cols, i);
-        i64 needs[] = {
-            smoa_linear_workspace(tokens, e->cols.count, e->rank, threads),
-            smoa_gradient_workspace(tokens, rows, cols, e->blocks, e->rank, threads),
-            few_of(e, tokens) ? 0 : smoa_update_workspace(tokens, e->rows.count, e->cols.count, rows, cols, e->blocks, e->rank, threads),
-        };
-        for (int n = 0; n < 3; n++) most = needs[n] > most ? needs[n] : most;
-        widest = tokens > widest ? tokens : widest;
+        i64 needs = expert_size(e, stage, i, tokens, threads);
+        most = needs > most ? needs : most;
     }
-    if (start != pairs) return -1;
-    i64 partial = threads > 1 ? threads * e->rank * e->cols.count : 0, output = widest * e->rows.count;
-    return expanded_size(e) + lines(partial > output ? partial : output) + most;
+    return start == pairs ? expanded_size(e) + most : -1;
 }
 
 /* y (pairs, rows): row p is x_p W_effᵀ with the W_eff of the expert of pair p; x (pairs, cols) with contiguous rows.

@@ -16,6 +16,8 @@ from .operands import KINDS, dense, named, with_rows
 
 __all__ = ["experts_backward", "experts_product"]
 
+_LINEAR, _UPDATE, _GRADIENT = range(3)
+"""What a workspace is for, as `experts.h` numbers it."""
 _POINTERS = ("ends", "ranks", "index", "offsets", "weight", "A", "B")
 
 
@@ -55,7 +57,7 @@ def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor],
         return layer_by_layer
     code, threads, call, spans = library(), torch.get_num_threads(), _Call(ends, adapter), experts.spans(ends)
     pairs = spans[-1][2] if spans else 0
-    floats = call.workspace(pairs, threads)
+    floats = call.workspace(_UPDATE, pairs, threads)
 
     def product(x: Tensor) -> Tensor:
         call.check(x.shape[0] == pairs)
@@ -93,7 +95,7 @@ def input_gradient(dy: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     dx = dy.new_empty(dy.shape[0], adapter.weight.shape[2])
     if dy.numel():
         dy, threads, call = with_rows(dy), torch.get_num_threads(), _Call(ends, adapter.T)
-        workspace = dy.new_empty(call.workspace(len(dy), threads))
+        workspace = dy.new_empty(call.workspace(_LINEAR, len(dy), threads))
         with named("smoa::compiled_experts"):
             fits = library().smoa_experts_linear_fit(
                 call.address, dy.data_ptr(), dy.stride(0), dx.data_ptr(), workspace.data_ptr(), threads
@@ -111,7 +113,7 @@ def factor_gradients(dy: Tensor, x: Tensor, ends: Tensor, adapter: ExpertsAdapte
         call = _Call(
             ends, ExpertsAdapter(adapter.weight, A, B, adapter.blocks, adapter.ranks, adapter.scaling)
         )
-        workspace = x.new_empty(call.workspace(len(x), threads))
+        workspace = x.new_empty(call.workspace(_GRADIENT, len(x), threads))
         with named("smoa::compiled_experts_gradient"):
             fits = library().smoa_experts_gradient_fit(
                 call.address, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dA.data_ptr(), dB.data_ptr(),
@@ -146,9 +148,9 @@ class _Call:
         )  # fmt: skip
         self.address = ctypes.addressof(self._experts)
 
-    def workspace(self, pairs: int, threads: int) -> int:
-        """How many floats the compiled functions need."""
-        floats: int = library().smoa_experts_workspace(self.address, pairs, threads)
+    def workspace(self, stage: int, pairs: int, threads: int) -> int:
+        """How many floats the compiled functions of a stage need."""
+        floats: int = library().smoa_experts_workspace(self.address, stage, pairs, threads)
         self.check(floats >= 0)
         return floats
 

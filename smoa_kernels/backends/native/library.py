@@ -41,7 +41,7 @@ _SIGNATURES = {
     "smoa_update_workspace": "iiippiii",
     "smoa_gradient_workspace": "ippiii",
     "smoa_contract_workspace": "iippiii",
-    "smoa_experts_workspace": "pii",
+    "smoa_experts_workspace": "piii",
     "smoa_order_workspace": "ii",
     "smoa_change_workspace": "iii",
 }
