@@ -162,10 +162,10 @@ def fused_linear_kernel(
         base = dot(w, x, base, INPUT_PRECISION)
         if not THROUGH_REGISTERS:
             # Changes nothing, but waits for the product. Hopper's tensor cores read W0 from shared memory meanwhile, of
-            # which Triton 3.9 keeps one buffer, for W0 has another use: the next step's copy would overwrite what they
-            # still read (nobody has looked at 3.6). triton-lang/triton#3106 mended the like for loads with one use.
-            # Tried instead: `tl.multiple_of` with `tl.max_contiguous`; overwritten still (emulated). A descriptor was
-            # not tried, for the emulator runs none.
+            # which Triton keeps one buffer, for W0 has another use: the next step's copy would overwrite what they
+            # still read (3.9: emulated; 3.6: in its TTGIR, where this line makes it wait). triton-lang/triton#3106
+            # mended the like for loads with one use. Tried instead: `tl.multiple_of` with `tl.max_contiguous`;
+            # overwritten still (emulated). A descriptor was not tried, for the emulator runs none.
             base = tl.where(row_inside[:, None], base, 0.0)
         adapted = dot(delta, x, adapted, INPUT_PRECISION)
 
