@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -218,8 +218,8 @@ class FusedSMoALinear(nn.Linear):
             raise RuntimeError(
                 "the layer has no blocks yet: load a state dict that holds them, or call reset_parameters()"
             )
-        buffers = self._buffers  # nn.Module's attribute access is slow enough to show in small layers
-        tensors = [cast(Tensor, buffers[name]) for name in _PARTITION]
+        buffers: Any = self._buffers
+        tensors = [buffers[name] for name in _PARTITION]
         if self._shard is not None:
             tensors[:2] = tensors[0][self._shard.rows], tensors[1][self._shard.cols]
         return BlockPartition.from_tensors(tensors, self._sizes)
@@ -301,17 +301,19 @@ class FusedSMoALinear(nn.Linear):
         Raises:
             TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does.
         """
-        weight, bias = self.weight, cast("Tensor | None", self.bias)
-        A, B = cast(Tensor, self.smoa_A), cast(Tensor, self.smoa_B)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        A: Tensor = self.smoa_A
+        B: Tensor = self.smoa_B
         shard = self._shard
+        buffers: Any = self._buffers  # nn.Module's attribute access is slow enough to show in small layers
         if shard is not None:
             x, weight, (A, B) = shard.input(x), shard.weight(weight), shard.factors(A, B)
             bias = None if bias is None else shard.bias(bias)
-        if self.merged:
+        if buffers["smoa_base_weight"] is not None:
             check_input(x, weight)
             y = F.linear(x, weight, bias)
         else:
-            buffers = cast("dict[str, Tensor]", self._buffers)
             y = smoa_linear(
                 x,
                 weight,

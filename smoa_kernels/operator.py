@@ -202,7 +202,8 @@ def _below_autograd(compute: Pass, *args: Any) -> Any:
 
 
 def _apply_linear(compute: Pass, x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Any:
-    function: type[torch.autograd.Function] = _Linear
+    # `Function.apply` asks whether torch.func wrapped a tensor; what goes past the dispatcher is plain.
+    function: Any = super(torch.autograd.Function, _Linear) if compute is _forward else _Linear
     return function.apply(compute, x, bias, call.adapter.A, call.adapter.B, algorithm, call)
 
 

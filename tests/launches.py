@@ -7,6 +7,7 @@ chooses and launches is the package's own code and Triton's.
     python tests/launches.py devices
     python tests/launches.py forms
     python tests/launches.py remembered
+    python tests/launches.py hooks
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.fake_gpu import FakeGpu, install
+from benchmarks.fake_gpu import FakeGpu, FakeKernel, install
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import experts_triton
 from smoa_kernels.backends import triton as backend
@@ -196,9 +198,28 @@ def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
     return {"new": new, "remembered": sweep(forget=False)}
 
 
+def hooks(gpu: FakeGpu) -> list[list[bool]]:
+    """Whether launches of remembered plans bring metadata, to hooks on entering and on leaving: without, then with."""
+    calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
+    record, found = FakeKernel._record, []
+
+    def heard(self: FakeKernel, *arguments: Any) -> None:
+        found.append([one is not None for one in arguments[6:9]])
+        record(self, *arguments)
+
+    for call in calls:
+        call()
+    setattr(FakeKernel, "_record", heard)  # noqa: B010
+    for hook in (None, lambda metadata: None):
+        if hook is not None:
+            triton.knobs.runtime.launch_exit_hook.add(hook)
+        for call in calls:
+            call()
+    return found
+
+
 if __name__ == "__main__":
     pretended = install(devices=2)
     with FakeTensorMode():
-        print(
-            json.dumps({"devices": devices, "forms": forms, "remembered": remembered}[sys.argv[1]](pretended))
-        )
+        what = {"devices": devices, "forms": forms, "remembered": remembered, "hooks": hooks}[sys.argv[1]]
+        print(json.dumps(what(pretended)))

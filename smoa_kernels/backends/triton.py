@@ -77,7 +77,7 @@ def _forward(
     if algorithm == "auto":
         algorithm = "split" if dropout is not None else _chosen("forward", x, adapter, allow_tf32)
     if algorithm == "merged":
-        return F.linear(x, modulated_weight(adapter, allow_tf32=allow_tf32), bias)
+        return F.linear(x, modulate.modulated_weight(adapter, allow_tf32=allow_tf32), bias)
     if algorithm == "fused":
         return fused_linear(x, bias, adapter, allow_tf32=allow_tf32)
     xg = _by_block(x, adapter.partition, dropout)
@@ -162,7 +162,7 @@ def _input_gradient(
             algorithm = _chosen("input_gradient", dy, adapter, allow_tf32)
         if algorithm == "fused":
             return fused_linear(dy, None, adapter.T, allow_tf32=allow_tf32)
-        return dy @ modulated_weight(adapter, allow_tf32=allow_tf32)
+        return dy @ modulate.modulated_weight(adapter, allow_tf32=allow_tf32)
     dyg = _by_block(dy, adapter.partition.T)
     delta = _delta_blocks(adapter, allow_tf32)
     dxg = dy.new_empty(dy.shape[0], delta.shape[0], delta.shape[2])

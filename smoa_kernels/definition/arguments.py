@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def check_arguments(
 
 def check_input(x: Tensor, weight: Tensor) -> None:
     """Check that `x Wᵀ` can be computed; outside autocast both must have one dtype."""
-    _check_dense(x, {"x": x, "weight": weight})
+    _check_dense(x, ("x", "weight"), (x, weight))
     _check_features(x, weight)
     if not autocast_enabled(x):
         _check_dtype(x, "weight", weight)
@@ -64,8 +64,8 @@ def check_block_ranks(block_ranks: Sequence[int] | None, num_blocks: int, rho: i
     """Check that `block_ranks` can be ranks; `check_ranks` compares them with the tensor's."""
     if block_ranks is None:
         return
-    numbers = isinstance(block_ranks, Sequence) and all(isinstance(rank, int) for rank in block_ranks)
-    if not numbers or len(block_ranks) != num_blocks or not all(0 <= rank <= rho for rank in block_ranks):
+    fits = isinstance(block_ranks, (tuple, Sequence)) and len(block_ranks) == num_blocks
+    if not fits or not all(isinstance(rank, int) and 0 <= rank <= rho for rank in block_ranks):
         raise ValueError(
             f"block_ranks must be the {num_blocks} numbers in ranks, in [0, {rho}], got {block_ranks!r}"
         )
@@ -84,17 +84,16 @@ def check_ranks(ranks: Tensor, block_ranks: Sequence[int] | None, rho: int) -> N
 
 def global_width(x: Tensor, column_offset: int, global_in_features: int | None) -> int:
     """The global number of columns, checked to hold those of x."""
-    given = {"column_offset": column_offset, "global_in_features": global_in_features}
-    for name, value in given.items():
-        if value is None and name == "global_in_features":
-            continue
+    given = 0 if global_in_features is None else global_in_features
+    for name, value in (("column_offset", column_offset), ("global_in_features", given)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {value!r}")
-    width = x.shape[-1] if global_in_features is None else global_in_features
-    if column_offset < 0 or column_offset + x.shape[-1] > width:
+    columns = x.shape[-1]
+    width = columns if global_in_features is None else global_in_features
+    if column_offset < 0 or column_offset + columns > width:
         raise ValueError(
-            f"column_offset and global_in_features must hold x's {x.shape[-1]} columns: "
-            f"got columns {column_offset} to {column_offset + x.shape[-1]} of {width}"
+            f"column_offset and global_in_features must hold x's {columns} columns: "
+            f"got columns {column_offset} to {column_offset + columns} of {width}"
         )
     if global_in_features is not None and width > WIDEST:
         raise ValueError(f"global_in_features must be at most {WIDEST}, got {width}")
@@ -118,7 +117,7 @@ def _check_tensors(
     autocast: bool,
 ) -> None:
     # W0 before x, which in `reference_delta_weight` is W0 too.
-    _check_dense(x, {"weight": weight, "x": x, "bias": bias, "A": A, "B": B, "ranks": ranks})
+    _check_dense(x, ("weight", "x", "bias", "A", "B", "ranks"), (weight, x, bias, A, B, ranks))
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (out_features, in_features), got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
@@ -147,15 +146,17 @@ def _check_tensors(
         raise TypeError(f"A and B must have weight's dtype {weight.dtype} or float32, got {A.dtype}")
 
 
-def _check_dense(x: Tensor, named: Mapping[str, Tensor | None]) -> None:
+def _check_dense(x: Tensor, names: Sequence[str], values: Sequence[Tensor | None]) -> None:
     """Check that all (a bias may be None) are dense tensors on x's device, and all but ranks floating point."""
-    for name, value in named.items():
-        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
+    given = isinstance(x, Tensor)
+    device = x.device if given else None
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, Tensor):
+            if value is None and name == "bias":
+                continue
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    device = x.device
-    for name, value in named.items():
-        if value is None:
-            continue
+        if not given:
+            continue  # with x, which is no tensor
         if name != "ranks" and not value.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {value.dtype}")
         if value.is_nested or value.layout != torch.strided:

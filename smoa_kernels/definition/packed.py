@@ -21,9 +21,9 @@ from .partition import BlockPartition
 __all__ = ["PackedAdapter", "pack_factors", "unpack_factors"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: each call of a layer makes two, at a third of the time
 class PackedAdapter:
-    """Everything that defines W_eff: W0, the factors, the partition and the scaling.
+    """Everything that defines W_eff: W0, the factors, the partition and the scaling. Nobody changes an instance.
 
     Attributes:
         weight: W0 (N, C), any strides.

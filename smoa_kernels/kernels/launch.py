@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -23,6 +24,7 @@ from .spec import Config, granule_of
 __all__ = ["Launcher", "Layout", "Plan", "on_device"]
 
 _STAY: AbstractContextManager[None] = nullcontext()
+_runtime: Any = knobs.runtime  # which holds the hooks on launches
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -64,8 +66,8 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, adapter: PackedAdapter) -> Layout:
         """The layout of an adapter."""
-        w, a, b = adapter.weight, adapter.A, adapter.B
-        K, granule = adapter.partition.num_blocks, granule_of(adapter.partition)
+        w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
+        K, granule = len(partition.row_sizes), granule_of(partition)
         return cls(w.device, w.dtype, w.shape, a.shape[0], K, granule, w.stride(), a.stride(), b.stride())  # type: ignore[arg-type]
 
     def sizes(self) -> dict[str, int]:
@@ -91,21 +93,28 @@ class Plan:
         numbers: the kernel's arguments after its pointers, in the order of its signature.
     """
 
-    __slots__ = ("config", "grid", "launches", "numbers", "values")
+    __slots__ = ("config", "forms", "grid", "numbers", "values")
 
     def __init__(self, grid: tuple[int, ...], config: Config, **numbers: Any) -> None:
-        self.grid, self.config, self.numbers = grid, config, numbers
+        self.grid, self.config, self.numbers = (*grid, 1, 1)[:3], config, numbers
         self.values = tuple(numbers.values())
-        self.launches: dict[tuple[object, ...], Any] = {}
+        self.forms: dict[tuple[object, ...], Any] = {}
+
+
+def _has_hooks() -> bool:
+    """Whether someone listens to launches: a chain with calls, or what was put in the place of Triton's chain."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class Launcher:
     """Launches one kernel, and remembers in a plan which compiled form it launched.
 
     A form depends on a plan, on the current device, on the dtypes of the pointers, and on whether 16 divides them.
-    Remembered are forms for pointers that 16 divides; what else comes goes Triton's own way, as does every first
-    launch. Of Triton this takes that a launch returns the compiled kernel, and that it can be launched with all
-    arguments in order, as Triton's tutorials do; where a launch returns anything else, nothing is remembered.
+    Remembered are forms for pointers that 16 divides; what else comes goes Triton's own way, as does every launch while
+    a profiler has hooks on launches, and every first one. Of Triton this takes that a launch returns the compiled
+    kernel, and that `run` launches it, which Triton and PyTorch's compiler call alike; where a launch returns anything
+    else, nothing is remembered.
 
     Args:
         kernel: a function under `@triton.jit`, whose pointers come first.
@@ -122,9 +131,6 @@ class Launcher:
             plan: the rest of the launch.
             pointers: all of them, in the order of the kernel's signature.
         """
-        if not self._compiles:
-            self._launch(plan, pointers)
-            return
         address = 0
         dtypes: list[torch.dtype | None] = []
         for tensor in pointers.values():
@@ -133,21 +139,26 @@ class Launcher:
             else:
                 address |= tensor.data_ptr()
                 dtypes.append(tensor.dtype)
-        if (
-            plan.launches and not address & 15
-        ):  # asked only then: the audit captures launches where no driver is
+        aligned = self._compiles and not address & 15
+        if aligned and plan.forms:  # asked only then: the audit captures launches where no driver is
             active = driver.active
             device = active.get_current_device()
-            launch = plan.launches.get((device, *dtypes))
-            if launch is not None:
-                launch(*pointers.values(), *plan.values, stream=active.get_current_stream(device))
+            kernel = plan.forms.get((device, *dtypes))
+            if kernel is not None and not _has_hooks():
+                kernel.run(
+                    *plan.grid,
+                    active.get_current_stream(device),
+                    kernel.function,
+                    kernel.packed_metadata,
+                    None,  # of hooks, as the next two
+                    None,
+                    None,
+                    *pointers.values(),
+                    *plan.values,
+                )
                 return
-        compiled = self._launch(plan, pointers)
-        if isinstance(compiled, CompiledKernel) and not address & 15:
+        compiled = self._kernel[plan.grid](**pointers, **plan.numbers, **plan.config.options)
+        if aligned and isinstance(compiled, CompiledKernel):
             if [*pointers, *plan.numbers] != self._kernel.arg_names:
                 raise TypeError(f"{self._kernel.__name__}: arguments must be in its signature's order")
-            form = driver.active.get_current_device(), *dtypes
-            plan.launches[form] = compiled[(*plan.grid, 1, 1)]
-
-    def _launch(self, plan: Plan, pointers: dict[str, Tensor | None]) -> Any:
-        return self._kernel[plan.grid](**pointers, **plan.numbers, **plan.config.options)
+            plan.forms[(driver.active.get_current_device(), *dtypes)] = compiled

@@ -80,8 +80,10 @@ class Key(NamedTuple):
 
 def granule_of(partition: BlockPartition) -> int:
     """Adjacent coordinates that kernels may take as one: `GRANULE` where all blocks consist of so many, else 1."""
-    (N, C), granularity = partition.shape, partition.granularity
-    return 1 if granularity % GRANULE or N % GRANULE or C % GRANULE else GRANULE
+    if partition.granularity % GRANULE:
+        return 1
+    N, C = partition.shape
+    return 1 if N % GRANULE or C % GRANULE else GRANULE
 
 
 def check_key(key: Key) -> None:

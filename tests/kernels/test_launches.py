@@ -54,3 +54,11 @@ def test_remembered_plans_launch_what_new_ones_would() -> None:
     found = launches("remembered")
     assert len(set(found["remembered"])) > 50
     assert found["remembered"] == found["new"]
+
+
+@pytest.mark.slow
+def test_hooks_on_launches_are_called_while_there_are_any() -> None:
+    """A profiler's hooks hear of launches of remembered plans too, with Triton's metadata; else none is made."""
+    found = launches("hooks")
+    half = len(found) // 2
+    assert found == [[False] * 3] * half + [[True] * 3] * half
