@@ -64,7 +64,7 @@ def definition(layer: nn.Module) -> Definition:
     weight = adapted.get_base_layer().weight
     if hasattr(adapted, "hira_A"):
         factors = (adapted.hira_A["default"], adapted.hira_B["default"])
-        return Definition("HiRA", weight, factors, lambda W, A, B: W * (B @ A))
+        return Definition(f"HiRA, {factors[0].dtype}", weight, factors, lambda W, A, B: W * (B @ A))
     factors = (adapted.lora_A["default"].weight, adapted.lora_B["default"].weight)
     scaling = adapted.scaling["default"]
     return Definition("LoRA", weight, factors, lambda W, A, B: scaling * (B @ A))

@@ -9,7 +9,17 @@ from typing import Any
 from examples.smollm2 import NAME as SMOLLM2
 
 from .protocol import Quartiles
-from .providers import ACCELERATED, CONTIGUOUS, FROZEN, HIRA, LORA, PAPER, SMOA
+from .providers import (
+    ACCELERATED,
+    CONTIGUOUS,
+    DEFAULT_ACCELERATED,
+    DEFAULT_HIRA,
+    FROZEN,
+    HIRA,
+    LORA,
+    PAPER,
+    SMOA,
+)
 from .results import Run
 
 
@@ -84,11 +94,6 @@ def _layer(name: str, over: str, num_blocks: int, **params: Any) -> Callable[[Ru
     return _time("layer", "both", name, over, **(_LAYER | {"num_blocks": num_blocks} | params))
 
 
-def _layer_of_hira(dtype: str) -> Callable[[Run], Figure | None]:
-    """With factors in the layer's dtype; HiRA's K is 1 in the cases of any K."""
-    return _layer(ACCELERATED, HIRA, 4, dtype=dtype)
-
-
 def _worst(name: str, over: str, dtype: str) -> Callable[[Run], Figure | None]:
     """The largest ratio of all layers of more than one block and of all few tokens."""
 
@@ -118,11 +123,20 @@ def _seconds(kind: str, phase: str, name: str) -> Callable[[Run], Figure | None]
     return measure
 
 
-def _step(name: str, over: str, dtype: str) -> Callable[[Run], Figure | None]:
+def _step(name: str, over: str, dtype: str, factors: str | None = None) -> Callable[[Run], Figure | None]:
+    """`factors` names their dtype where it is not float32, which is PEFT's default."""
     # Runs of before there were two dtypes say none: float32.
     dtypes = (dtype, None) if dtype == "float32" else (dtype,)
     measures = [
-        _time("step", "step", name, over, model=SMOLLM2, batch=16, length=32, num_blocks=4, dtype=each)
+        _time(
+            *("step", "step", name, over),
+            model=SMOLLM2,
+            batch=16,
+            length=32,
+            num_blocks=4,
+            dtype=each,
+            factors=factors,
+        )
         for each in dtypes
     ]
     return lambda run: next((figure for measure in measures if (figure := measure(run))), None)
@@ -158,6 +172,14 @@ def _bytes(what: str, name: str, over: str, **params: Any) -> Callable[[Run], Fi
 
     return measure
 
+
+_BY_DEFAULT, _ALL_BFLOAT16 = ", factors in float32 (PEFT's default)", ", factors in bfloat16"
+# The layer's dtype, words for that of the factors, and the two that are compared.
+_HIRA = (
+    ("float32", "", ACCELERATED, HIRA),
+    ("bfloat16", _BY_DEFAULT, DEFAULT_ACCELERATED, DEFAULT_HIRA),
+    ("bfloat16", _ALL_BFLOAT16, ACCELERATED, HIRA),
+)
 
 GOALS = (
     Goal("forward + backward over frozen, float32, T=2048, 2048², r=16, K=4", 1.20, _layer(SMOA, FROZEN, 4)),
@@ -265,20 +287,33 @@ GOALS = (
     ),
     Goal("seconds to add contiguous blocks to SmolLM2-135M", 0.30, _seconds("adapter", "inject", CONTIGUOUS)),
     *(
-        Goal(f"accelerated HiRA over PEFT's, T=2048, 2048², r=16, {dtype}", limit, _layer_of_hira(dtype))
-        for dtype, limit in (("float32", 0.45), ("bfloat16", 0.60))
-    ),
-    *(
-        Goal(f"the same, training step of SmolLM2-135M, {dtype}", limit, _step(ACCELERATED, HIRA, dtype))
-        for dtype, limit in (("float32", 0.60), ("bfloat16", 0.65))
+        # HiRA's K is 1 in the cases of any K.
+        Goal(
+            f"accelerated HiRA over PEFT's, T=2048, 2048², r=16, {dtype}{factors}",
+            limit,
+            _layer(ours, theirs, 4, dtype=dtype),
+        )
+        for (dtype, factors, ours, theirs), limit in zip(_HIRA, (0.45, 0.60, 0.60), strict=True)
     ),
     *(
         Goal(
-            f"the same, {words}, T=2048, 2048², {dtype}",
+            f"the same, training step of SmolLM2-135M, {dtype}{words}",
             limit,
-            _bytes(what, ACCELERATED, HIRA, tokens=2048, dtype=dtype),
+            _step(ACCELERATED, HIRA, dtype, factors),
         )
-        for dtype in ("float32", "bfloat16")
+        for dtype, words, factors, limit in (
+            ("float32", "", None, 0.60),
+            ("bfloat16", _BY_DEFAULT, None, 0.65),
+            ("bfloat16", _ALL_BFLOAT16, "bfloat16", 0.65),
+        )
+    ),
+    *(
+        Goal(
+            f"the same, {words}, T=2048, 2048², {dtype}{factors}",
+            limit,
+            _bytes(what, ours, theirs, tokens=2048, dtype=dtype),
+        )
+        for dtype, factors, ours, theirs in _HIRA
         for words, what, limit in (("saved for backward", "saved", 0.55), ("peak of a pass", "peak", 0.60))
     ),
     Goal("seconds of `accelerate_hira` on SmolLM2-135M", 0.20, _seconds("accelerate", "call", ACCELERATED)),

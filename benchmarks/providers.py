@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 FROZEN, LORA, HIRA, PAPER, SMOA = "frozen", "PEFT LoRA", "PEFT HiRA", "paper, dense", "SMoA"
 CONTIGUOUS = f"{SMOA}, contiguous"  # blocks: those of SMOA are spectral
 ACCELERATED = f"{HIRA}, accelerated"  # by smoa_kernels.peft.accelerate_hira
+# Over a layer in half precision PEFT keeps the factors in float32, unless it is told otherwise.
+DEFAULT_HIRA = f"{HIRA}, float32 factors"
+DEFAULT_ACCELERATED = f"{DEFAULT_HIRA}, accelerated"
 
 
 @dataclass(frozen=True)
@@ -101,18 +104,19 @@ def lora(case: Case) -> nn.Module:
     return _inject(case, LoraConfig(r=case.rank, target_modules=["0"], lora_dropout=case.dropout))
 
 
-def hira(case: Case) -> nn.Module:
+def hira(case: Case, factors: torch.dtype | None = None) -> nn.Module:
     """PEFT's HiRA at the same rank; its K is 1."""
     from peft import HiraConfig
 
-    return _inject(case, HiraConfig(r=case.rank, target_modules=["0"], hira_dropout=case.dropout))
+    config = HiraConfig(r=case.rank, target_modules=["0"], hira_dropout=case.dropout)
+    return _inject(case, config, factors)
 
 
-def accelerated_hira(case: Case) -> nn.Module:
+def accelerated_hira(case: Case, factors: torch.dtype | None = None) -> nn.Module:
     """The same layer after `accelerate_hira`."""
     from smoa_kernels.peft import accelerate_hira
 
-    layer = hira(case)
+    layer = hira(case, factors)
     accelerate_hira(layer)
     return layer
 
@@ -178,6 +182,9 @@ def layer_providers(case: Case, algorithms: Sequence[str]) -> dict[str, Provider
         ACCELERATED: accelerated_hira,
         PAPER: PaperDense,
     }
+    if case.dtype != torch.float32:
+        providers[DEFAULT_HIRA] = functools.partial(hira, factors=torch.float32)
+        providers[DEFAULT_ACCELERATED] = functools.partial(accelerated_hira, factors=torch.float32)
     ours = [(SMOA, algorithm, "spectral") for algorithm in algorithms]
     for name, algorithm, order in [*ours, (CONTIGUOUS, "auto", "contiguous")]:
         name = name if algorithm == "auto" else f"{name} {algorithm}"
@@ -198,12 +205,14 @@ def _kernels_run(dtype: torch.dtype = torch.float32) -> bool:
     return DEVICE.type == "cuda" and triton_obstacle(DEVICE, dtype) is None
 
 
-def _inject(case: Case, config: peft.PeftConfig) -> nn.Module:
+def _inject(case: Case, config: peft.PeftConfig, factors: torch.dtype | None = None) -> nn.Module:
+    """Factors are in the case's dtype, as those of all providers are, unless they are asked for in another."""
     from peft import inject_adapter_in_model
 
     model: nn.Module = inject_adapter_in_model(config, nn.Sequential(case.base()))
-    # PEFT keeps the adapter in float32 by default; all providers are compared in the same dtype.
-    model.to(case.dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(factors or case.dtype)
     _fill(model)
     return model
 

@@ -115,11 +115,13 @@ def steps(run: Run) -> str:
     rows = []
     for result in run.select("step"):
         p, c = result.params, result.comparison("step")
+        factors = ", factors too" if "factors" in p else ""
         for name in c.seconds:
             seconds = c.time(name).median
             rows.append(
                 (
-                    f"{p.get('model', RANDOM)}, {p.get('dtype', 'float32')}, {p['batch']} × {p['length']} tokens",
+                    f"{p.get('model', RANDOM)}, {p.get('dtype', 'float32')}{factors}, "
+                    f"{p['batch']} × {p['length']} tokens",
                     f"{name}, K={p['num_blocks']}" if name == SMOA else name,
                     f"{seconds:.3g}",
                     f"{p['batch'] * p['length'] / seconds:.0f}",

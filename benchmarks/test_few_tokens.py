@@ -13,7 +13,7 @@ from .cases import FEW_TOKENS
 from .conftest import Measure
 from .gate import check_layers
 from .protocol import Run, timed
-from .providers import FROZEN, HIRA, PAPER, Case, few_token_algorithms, layer_providers
+from .providers import DEFAULT_HIRA, FROZEN, HIRA, PAPER, Case, few_token_algorithms, layer_providers
 
 
 @pytest.mark.parametrize("case", FEW_TOKENS, ids=str)
@@ -22,8 +22,9 @@ def test_forward(case: Case, smoke: bool, measure: Measure) -> None:
     if smoke:
         case = case.smoke()
     providers = layer_providers(case, few_token_algorithms())
-    # Both build a dense weight for every token; the layer's benchmark times them.
-    layers = {name: build(case) for name, build in providers.items() if name not in (HIRA, PAPER)}
+    # They build a dense weight for every token; the layer's benchmark times them.
+    dense = (HIRA, DEFAULT_HIRA, PAPER)
+    layers = {name: build(case) for name, build in providers.items() if name not in dense}
     check_layers(case, layers)
     runs = {name: forward(layer, case) for name, layer in layers.items()}
     measure("few tokens", title, params, runs, baseline=FROZEN, budget=2, warmup=5)

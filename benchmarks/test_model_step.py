@@ -27,12 +27,16 @@ from .protocol import DEVICE, timed
 from .providers import ACCELERATED, HIRA, LORA, name_of
 
 
-def adapted(config: peft.PeftConfig, smoke: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+def adapted(
+    config: peft.PeftConfig, smoke: bool, dtype: torch.dtype = torch.float32, float32_factors: bool = True
+) -> nn.Module:
     """A model with a new adapter whose B is nonzero, so that there is something to check.
 
-    Its factors are in float32, whatever the base's dtype is: so PEFT makes them.
+    Its factors are in float32, whatever the base's dtype is, as PEFT makes them; or else in the base's dtype.
     """
-    model: nn.Module = peft.get_peft_model(base_model(smoke).to(dtype), config)
+    model: nn.Module = peft.get_peft_model(
+        base_model(smoke).to(dtype), config, autocast_adapter_dtype=float32_factors
+    )
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -92,14 +96,29 @@ def check_gradients(models: dict[str, nn.Module], tokens: Tensor) -> None:
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=name_of)
+@pytest.mark.parametrize(
+    ("dtype", "float32_factors"),
+    [
+        pytest.param(torch.float32, True, id="float32"),
+        pytest.param(BF16, True, id="bfloat16"),
+        pytest.param(BF16, False, id="bfloat16 factors"),
+    ],
+)
 @pytest.mark.parametrize(("batch", "length", "blocks"), [(16, 32, 4)])
 def test_step(
-    batch: int, length: int, blocks: int, dtype: torch.dtype, smoke: bool, measure: Measure
+    batch: int,
+    length: int,
+    blocks: int,
+    dtype: torch.dtype,
+    float32_factors: bool,
+    smoke: bool,
+    measure: Measure,
 ) -> None:
     configs = adapter_configs(blocks)
     configs[ACCELERATED] = configs[HIRA]
-    models: dict[str, Any] = {name: adapted(config, smoke, dtype) for name, config in configs.items()}
+    models: dict[str, Any] = {
+        name: adapted(config, smoke, dtype, float32_factors) for name, config in configs.items()
+    }
     accelerate_hira(models[ACCELERATED])
     vocabulary = models[LORA].config.vocab_size
     torch.manual_seed(2)
@@ -109,9 +128,11 @@ def test_step(
     for step in steps.values():
         step()  # the optimizer's state is there before memory is counted; nor does the clock need another warm-up
     peaks = {name: allocated(step)[0] for name, step in steps.items()}
+    others = {} if float32_factors else {"factors": name_of(dtype)}
     measure(
         "step",
-        f"training step: {model_name(smoke)}, {name_of(dtype)}, {batch} x {length} tokens, r={RANK}, K={blocks}",
+        f"training step: {model_name(smoke)}, {name_of(dtype)}{' factors too' if others else ''}, "
+        f"{batch} x {length} tokens, r={RANK}, K={blocks}",
         {
             "model": model_name(smoke),
             "batch": batch,
@@ -119,6 +140,7 @@ def test_step(
             "rank": RANK,
             "num_blocks": blocks,
             "dtype": name_of(dtype),
+            **others,
         },
         {name: timed("step", step) for name, step in steps.items()},
         baseline=LORA,
