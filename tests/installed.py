@@ -2,10 +2,8 @@
 
     python tests/installed.py dist/*
 
-The environment holds the archive alone. What the package depends on comes from the environment that this runs in,
-through a .pth file: torch is gigabytes to download, and says nothing of our archive. (Whether every dependency is
-declared, test_packaging.py asks.) An editable install of the checkout is not among it: of a folder that a .pth file
-names, Python reads no further .pth files.
+The environment holds the archive, what it asks for, and what its command does: so there is no numpy. All but the
+archive are links into the environment that this runs in: torch is gigabytes to download, and says nothing of ours.
 
 A wheel is used where PATH leads to no compiler. One for x86-64 must then compute by the code that was compiled into it.
 """
@@ -15,20 +13,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import venv
+from collections.abc import Iterable
+from importlib.metadata import Distribution, PackagePath, distribution, distributions
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 TRAINS = """
 import shutil
 import sys
+from importlib.util import find_spec
 import torch
 from torch import nn
 import smoa_kernels
 
 archive = sys.argv[1]
 assert smoa_kernels.__file__.startswith(sys.prefix), smoa_kernels.__file__
+assert find_spec("numpy") is None
 assert not archive.endswith(".whl") or not any(map(shutil.which, ("cc", "gcc", "clang")))
 backend = "native" if archive.endswith("x86_64.whl") else "auto"  # which raises where it cannot run
 layer = smoa_kernels.FusedSMoALinear.from_linear(nn.Linear(80, 96), r=4, num_blocks=2, backend=backend)
@@ -55,24 +58,55 @@ def use(archive: Path) -> str:
         environment = Path(name).resolve()
         venv.create(environment, symlinks=True)
         (packages,) = environment.glob("lib/python*/site-packages")
-        here = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-        (packages / "dependencies.pth").write_text("\n".join(here))
         programs = environment / "bin"
-        # Of the checkout's editable install pip would say that this version is there already.
-        install = [
-            "install",
-            "--quiet",
-            "--no-index",
-            "--no-deps",
-            "--no-build-isolation",
-            "--ignore-installed",
-        ]
+        install = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
         variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CC")}
         if archive.suffix == ".whl":
             variables["PATH"] = str(programs)
+        link(packages, needed(["pip"] if archive.suffix == ".whl" else ["pip", "hatchling"]))
         run(environment, variables, programs / "python", "-m", "pip", *install, archive.resolve())
+        (ours,) = distributions(name="smoa-kernels", path=[str(packages)])
+        core, torch = needed(asked_for(ours)), needed(["torch"])
+        link(packages, core | needed(asked_for(ours, "cli")))
         trained = run(environment, variables, programs / "python", "-c", TRAINS, archive.name)
+        size = sum(path.stat().st_size for path in (packages / "smoa_kernels").rglob("*"))
+        size += sum(
+            file.locate().stat().st_size for name in core.keys() - torch for file in files(core[name])
+        )
+        trained += f"{size / 1e6:.1f} MB on disk beside torch and what torch asks for\n"
         return trained + run(environment, variables, programs / "smoa-kernels", "info")
+
+
+def asked_for(package: Distribution, *extras: str) -> list[str]:
+    """The requirements of an installed package, with those of some of its extras."""
+    found = [Requirement(text) for text in package.requires or []]
+    where = [{"extra": extra} for extra in ("", *extras)]
+    return [str(r) for r in found if r.marker is None or any(map(r.marker.evaluate, where))]
+
+
+def needed(requirements: Iterable[str]) -> dict[str, Distribution]:
+    """What satisfies the requirements in the environment that this runs in, and all that it needs, by name."""
+    found: dict[str, Distribution] = {}
+    waiting = list(requirements)
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        if requirement.name not in found:
+            found[requirement.name] = distribution(requirement.name)
+            waiting += asked_for(found[requirement.name], *requirement.extras)
+    return found
+
+
+def link(packages: Path, wanted: dict[str, Distribution]) -> None:
+    """Make links to distributions; folders that several share, as NVIDIA's do, are linked once."""
+    for package in wanted.values():
+        for top in {file.parts[0] for file in files(package)}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(Path(str(package.locate_file(top))))
+
+
+def files(package: Distribution) -> list[PackagePath]:
+    """What a distribution has in site-packages, without bytecode that it shares a folder for."""
+    return [file for file in package.files or [] if file.parts[0] not in ("..", "__pycache__")]
 
 
 def run(folder: Path, variables: dict[str, str], *command: str | Path) -> str:

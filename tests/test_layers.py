@@ -5,16 +5,18 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from problems import DEVICE, relative_error
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.definition import spectral_order
 from smoa_kernels.definition.block_rule import BlockRule
-from smoa_kernels.definition.sketch import TOLERANCE, sketch_distance, sketch_weight
+from smoa_kernels.definition.sketch import TOLERANCE, _signs, sketch_distance, sketch_weight
 
 pytestmark = pytest.mark.numerical
 
@@ -198,6 +200,21 @@ def test_the_sketch_recognises_a_base_through_its_precision() -> None:
     for other in (torch.randn(96, 128), weight * 1.5, weight.roll(1, 0), -weight, torch.zeros(96, 128)):
         assert sketch_distance(sketch, sketch_weight(other)) > TOLERANCE
     assert sketch_distance(sketch_weight(torch.zeros(5, 4)), sketch_weight(torch.zeros(5, 4))) == 0
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_sketchs_signs_are_those_that_numpy_drew_for_older_files(side: int) -> None:
+    for size in (1, 7, 576, 50_000):
+        words = torch.from_numpy(np.random.PCG64(side).random_raw(size).astype(np.int64))
+        expected = 1.0 - 2.0 * (words[:, None] >> torch.arange(32) & 1)
+        assert torch.equal(_signs(size, side, torch.device("cpu")), expected)
+
+
+def test_a_sketch_made_of_fake_tensors_leaves_none_behind() -> None:
+    weight = torch.randn(13, 11, device="cpu")  # a shape that no other test has: what is kept is kept by size
+    with FakeTensorMode():
+        assert sketch_weight(torch.empty(13, 11)).shape == (33,)
+    assert sketch_distance(sketch_weight(weight), sketch_weight(weight)) == 0
 
 
 def test_the_sketch_never_changes() -> None:

@@ -114,14 +114,14 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["Name"] == "smoa-kernels"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    core = {"torch", "numpy", "filelock"}
+    core = {"torch", "filelock"}
     assert requirements(metadata, "", "Darwin") == core
     assert requirements(metadata, "", "Linux") == core  # torch brings its own Triton, or needs none
-    assert requirements(metadata, "triton", "Linux") == core | {"triton"}
-    theirs = {"peft", "transformers", "safetensors", "huggingface_hub", "accelerate", "tqdm"}
+    assert requirements(metadata, "triton", "Linux") == core | {"triton", "numpy"}
+    theirs = {"peft", "transformers", "safetensors", "huggingface_hub", "accelerate", "tqdm", "numpy"}
     assert requirements(metadata, "peft", "Darwin") == core | theirs
     assert requirements(metadata, "cli", "Darwin") == core | {"typer", "rich"}
-    assert requirements(metadata, "plot", "Darwin") == core | {"matplotlib"}
+    assert requirements(metadata, "plot", "Darwin") == core | {"matplotlib", "numpy"}
     assert dist_info(wheel, "entry_points.txt").split() == (
         ["[console_scripts]", "smoa-kernels", "=", "smoa_kernels.cli:main"]
     )
@@ -220,6 +220,47 @@ except ValueError as error:
     assert done.stdout == (
         "backend='triton' cannot run here: triton is not installed; backend='eager' works everywhere\n"
     )
+
+
+def test_the_core_without_numpy() -> None:
+    """The README's layer, then each order and backend: training, saving, loading, merging; and experts."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = (
+        code for code in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "peft" not in code
+    )
+    program = """
+import io
+from smoa_kernels.backends import native_obstacle
+from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
+from smoa_kernels.experts.operator import experts_linear
+
+x, ends = torch.randn(64, 40), torch.tensor([40, 64]).int()
+for backend in ["eager"] + ["native"] * (native_obstacle(torch.device("cpu")) is None):
+    for order in ("spectral", "contiguous", "random"):
+        options = dict(r=4, num_blocks=2, block_order=order, backend=backend)
+        layer, loaded = (FusedSMoALinear(40, 48, **options) for _ in range(2))
+        optimizer = torch.optim.AdamW([layer.smoa_A, layer.smoa_B], lr=0.1)
+        layer(x).square().mean().backward()
+        optimizer.step()
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        loaded.load_state_dict(torch.load(file))
+        y = loaded(x)
+        assert torch.equal(y, layer(x)) and layer.smoa_B.any()
+        loaded.backend = "reference"
+        torch.testing.assert_close(y, loaded(x))
+        layer.merge()
+        torch.testing.assert_close(y, layer(x))
+    labels = [torch.stack([torch.arange(n) % 2, torch.arange(n) // (n // 2)]) for n in (48, 40)]
+    blocks = ExpertBlocks.from_labels(*labels, num_blocks=2)
+    factors = torch.randn(2, 48, 40), torch.randn(2, 3, 40), torch.randn(2, 48, 3)
+    adapter = ExpertsAdapter(*factors, blocks, torch.tensor([3, 1]).int(), torch.tensor(0.5))
+    experts = experts_linear(x, ends, adapter, backend), reference_experts_linear(x, ends, adapter)
+    torch.testing.assert_close(*experts, rtol=1e-4, atol=1e-4)
+"""
+    done = run("-c", "import sys; sys.modules['numpy'] = None\n" + example + program)
+    assert done.returncode == 0, done.stderr
 
 
 def test_commands_without_triton() -> None:

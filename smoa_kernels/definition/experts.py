@@ -8,17 +8,19 @@ them, and `ends` says where the pairs of each expert end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .packed import PackedAdapter
 from .partition import BlockPartition, label_dtype
 from .reference import reference_linear
+from .spectral_order import one_thread
 
 __all__ = ["ExpertBlocks", "ExpertsAdapter", "index_dtype", "reference_experts_linear"]
 
@@ -60,22 +62,19 @@ class ExpertBlocks:
             col_block: integers (E or 1, C), the same for columns, on the same device.
             num_blocks: K.
         """
-        sides = [labels.cpu().numpy() for labels in (row_block, col_block)]
-        sides = [side[:1] if (side == side[:1]).all() else side for side in sides]
-        changes = [side[:, 1:] != side[:, :-1] for side in sides]
-        places = np.concatenate([np.flatnonzero(change.any(0)) + 1 for change in changes])
-        granule = int(np.gcd.reduce(places)) or max(side.shape[1] for side in sides)
-        offsets = [_count_up(side, num_blocks) for side in sides]
-        device = row_block.device
-        counted = [torch.from_numpy(each.astype(np.int32)).to(device) for each in offsets]
-        if all(bool((side[:, 1:] >= side[:, :-1]).all()) for side in sides):
-            return cls(counted[0], counted[1], granule=granule)
-        # numpy narrows on one thread: torch would share so small a tensor out among several, which costs more.
-        rows, cols = (
-            torch.from_numpy(np.argsort(side, 1, kind="stable").astype(_narrow(side.shape[1]))).to(device)
-            for side in sides
-        )
-        return cls(counted[0], counted[1], rows, cols, granule)
+        # torch would share tensors as small as these out among its threads, which costs more than it saves.
+        with one_thread():
+            sides = [labels.cpu().to(label_dtype(num_blocks)) for labels in (row_block, col_block)]
+            sides = [side[:1] if bool((side == side[:1]).all()) else side for side in sides]
+            changes = [side[:, 1:] != side[:, :-1] for side in sides]
+            places = torch.cat([change.any(0).nonzero().flatten() + 1 for change in changes])
+            granule = math.gcd(*places.tolist()) or max(side.shape[1] for side in sides)
+            device = row_block.device
+            offsets = [_offsets(side, num_blocks).to(device) for side in sides]
+            if all(bool((side[:, 1:] >= side[:, :-1]).all()) for side in sides):
+                return cls(offsets[0], offsets[1], granule=granule)
+            rows, cols = (_index(side, num_blocks).to(device) for side in sides)
+        return cls(offsets[0], offsets[1], rows, cols, granule)
 
     @property
     def num_blocks(self) -> int:
@@ -122,11 +121,23 @@ class ExpertBlocks:
         )
 
 
-def _count_up(labels: np.ndarray[Any, Any], num_blocks: int) -> np.ndarray[Any, Any]:
-    """Offsets (rows, K + 1) of each row's blocks: how many labels are below each."""
-    first = num_blocks * np.arange(len(labels))[:, None]
-    sizes = np.bincount((labels + first).ravel(), minlength=num_blocks * len(labels)).reshape(-1, num_blocks)
-    return np.pad(sizes.cumsum(1), ((0, 0), (1, 0)))
+def _offsets(labels: Tensor, num_blocks: int) -> Tensor:
+    """int32 (rows, K + 1), where each row's blocks start: how many labels are below each."""
+    sizes = torch.bincount(_numbers(labels, num_blocks), minlength=num_blocks * len(labels))
+    return F.pad(sizes.view(-1, num_blocks).cumsum(1), [1, 0]).int()
+
+
+def _index(labels: Tensor, num_blocks: int) -> Tensor:
+    """(rows, size) coordinates of each row, grouped by block, ascending within each."""
+    rows, size = labels.shape
+    # One sort for all rows: torch sorts a long vector of int16 by radix, short rows by comparing, in twice the time.
+    order = _numbers(labels, num_blocks).to(index_dtype(rows * num_blocks)).argsort(stable=True)
+    return order.view(rows, size).sub_(size * torch.arange(rows, device="cpu")[:, None]).to(index_dtype(size))
+
+
+def _numbers(labels: Tensor, num_blocks: int) -> Tensor:
+    """The labels of all rows as one vector, each row's blocks counted on from the last row's."""
+    return (labels + num_blocks * torch.arange(len(labels), device="cpu")[:, None]).flatten()
 
 
 class _Side(NamedTuple):
@@ -201,11 +212,7 @@ class ExpertsAdapter:
 
 def index_dtype(size: int) -> torch.dtype:
     """int16 where it holds the last of `size` indices, else int32: the blocks of many experts are large."""
-    return torch.int16 if _narrow(size) is np.int16 else torch.int32
-
-
-def _narrow(size: int) -> type[np.int16] | type[np.int32]:
-    return np.int16 if size - 1 <= np.iinfo(np.int16).max else np.int32
+    return torch.int16 if size - 1 <= torch.iinfo(torch.int16).max else torch.int32
 
 
 def reference_experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:

@@ -7,11 +7,11 @@ never recomputed, since another machine could put a coordinate into another bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -230,11 +230,11 @@ class BlockPartition:
         # By way of int64: torch can do little more with uint16, uint32 and uint64 than convert them.
         row_block, col_block = row_block.long(), col_block.long()
         # Read back once: a GPU is waited for no more.
-        both = torch.cat([row_block, col_block]).cpu().numpy()
-        sides = np.split(both, [row_block.shape[0]])
+        both = torch.cat([row_block, col_block]).cpu()
+        sides = both.split([row_block.shape[0], col_block.shape[0]])
         for name, side in zip(("row_block", "col_block"), sides, strict=True):
             _check_range(name, side, num_blocks)
-        row_count, col_count = (np.bincount(side, minlength=num_blocks) for side in sides)
+        row_sizes, col_sizes = (torch.bincount(side, minlength=num_blocks).tolist() for side in sides)
         dtype = label_dtype(num_blocks)
         row_block, col_block = row_block.to(dtype), col_block.to(dtype)
         row_index = torch.argsort(row_block, stable=True)
@@ -244,10 +244,10 @@ class BlockPartition:
             col_block=col_block,
             row_index=row_index,
             col_index=col_index,
-            row_offsets=_offsets(row_count, row_block.device),
-            col_offsets=_offsets(col_count, col_block.device),
-            row_sizes=tuple(row_count.tolist()),
-            col_sizes=tuple(col_count.tolist()),
+            row_offsets=_offsets(row_sizes, row_block.device),
+            col_offsets=_offsets(col_sizes, col_block.device),
+            row_sizes=tuple(row_sizes),
+            col_sizes=tuple(col_sizes),
             granularity=_granularity(sides),
             is_contiguous=all(bool((side[1:] >= side[:-1]).all()) for side in sides),
             row_order=row_index,
@@ -406,21 +406,24 @@ def _granule_counts(shape: Sequence[int], num_blocks: int, granule: int) -> tupl
     return granules(shape[0], granule), granules(shape[1], granule)
 
 
-def _granularity(sides: Sequence[np.ndarray[Any, np.dtype[np.int64]]]) -> int:
+def _granularity(sides: Sequence[Tensor]) -> int:
     """The greatest common divisor of the places where labels change."""
-    places = [np.flatnonzero(side[1:] != side[:-1]) + 1 for side in sides]
-    return int(np.gcd.reduce(np.concatenate(places))) or max(1, *(side.size for side in sides))
+    places = [(side[1:] != side[:-1]).nonzero().flatten() + 1 for side in sides]
+    return math.gcd(*torch.cat(places).tolist()) or max(1, *(side.numel() for side in sides))
 
 
-def _offsets(counts: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> Tensor:
-    return torch.tensor([0, *counts.cumsum().tolist()], dtype=torch.int32, device=device)
+def _offsets(sizes: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
 
 
-def _check_range(name: str, labels: np.ndarray[Any, np.dtype[np.int64]], num_blocks: int) -> None:
-    if labels.size and not 0 <= labels.min() <= labels.max() < num_blocks:
+def _check_range(name: str, labels: Tensor, num_blocks: int) -> None:
+    if not labels.numel():
+        return
+    lowest, highest = (int(end) for end in labels.aminmax())
+    if not 0 <= lowest <= highest < num_blocks:
         raise ValueError(
             f"{name} must lie in [0, {num_blocks}) for num_blocks={num_blocks}, "
-            f"got labels from {labels.min()} to {labels.max()}"
+            f"got labels from {lowest} to {highest}"
         )
 
 

@@ -8,9 +8,9 @@ norm. A relative error ε in W0 moves the projections by about ε; another weigh
 from __future__ import annotations
 
 import functools
+import struct
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,14 +51,31 @@ def sketch_distance(first: Tensor, second: Tensor) -> float:
 
 
 def _signs(size: int, side: int, device: torch.device) -> Tensor:
-    return torch.from_numpy(_host_signs(size, side)).to(device)
+    # Lifted as `torch.tensor` lifts what it makes: a constant of what may be traced.
+    signs: Tensor = torch.ops.aten.lift_fresh(torch.frombuffer(_host_signs(size, side), dtype=torch.float32))
+    return signs.view(size, PROJECTIONS).to(device)
 
 
-# Cached: a model has few sizes, and each of its layers asks for two. As numpy arrays: a tensor made in one of torch's
-# fake or functional modes must not outlive the mode.
+# Sketches in files were drawn by numpy's `PCG64(0)` for rows and `PCG64(1)` for columns: where these start, and what
+# they add in each step. What they do then is PCG's published XSL-RR 128/64. No other seed is needed, hence no numpy.
+_GENERATORS = (
+    (35399562948360463058890781895381311971, 87136372517582989555478159403783844777),
+    (207833532711051698738587646355624148094, 194290289479364712180083596243593368443),
+)
+_MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645
+# The signs of a byte of random bits, the lowest bit first: a bit that is set is -1.
+_SIGNS = [struct.pack("8f", *(1.0 - 2.0 * (byte >> bit & 1) for bit in range(8))) for byte in range(256)]
+
+
+# Cached: a model has few sizes, and each of its layers asks for two. As bytes: a tensor made in one of torch's fake or
+# functional modes must not outlive the mode.
 @functools.lru_cache(maxsize=64)
-def _host_signs(size: int, side: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    # random_raw is the only output of numpy's generators that numpy promises never to change.
-    words = np.random.PCG64(side).random_raw(size)
-    bits = (words[:, None] >> np.arange(PROJECTIONS, dtype=np.uint64)) & np.uint64(1)
-    return (1.0 - 2.0 * bits).astype(np.float32)
+def _host_signs(size: int, side: int) -> bytearray:
+    state, increment = _GENERATORS[side]
+    words = []
+    for _ in range(size):
+        state = state * _MULTIPLIER + increment & 2**128 - 1
+        word = (state >> 64 ^ state) & 2**64 - 1
+        # Rotated by the state's upper six bits: the word twice, side by side. Of its 64 bits the lower 32 are used.
+        words.append(word * (2**64 + 1) >> (state >> 122) & 2**PROJECTIONS - 1)
+    return bytearray().join(_SIGNS[byte] for byte in struct.pack(f"<{size}I", *words))

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..checks import check_choice, check_path
 from ..definition.precision import DTYPES, dtype_names
-from ..definition.rounding import round_stochastically
 from .changes import Change, read_changes
 from .folders import ModelFolder, read_json
+from .rounding import round_stochastically
 from .stored_names import StoredNames
 
 __all__ = ["ROUNDINGS", "FolderMerge", "merged_weights"]

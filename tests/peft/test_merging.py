@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from smoa_kernels.cli import main
-from smoa_kernels.definition.rounding import round_stochastically
 from smoa_kernels.peft import SMoAConfig, merge_to_folder, merged_weights
+from smoa_kernels.peft.rounding import round_stochastically
 
 HIRA = {"r": 4, "init_weights": False}
 
