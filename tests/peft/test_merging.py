@@ -447,7 +447,7 @@ def test_bad_arguments(settings, message, folders):
         merged_weights(*folders, **settings)
     with pytest.raises(TypeError, match="adapter"):
         merged_weights(folders[0], 3)
-    with pytest.raises(ValueError, match="Unit 'XB' not supported"):
+    with pytest.raises(ValueError, match="max_shard_size must be a size such as '5GB', got '5XB'"):
         merge_to_folder(*folders, folders[0].parent / "out", max_shard_size="5XB")
 
 

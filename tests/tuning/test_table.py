@@ -217,8 +217,13 @@ def test_a_table_never_chooses_what_breaks_the_numbers(
 def taken_by(problem: LinearProblem, monkeypatch: pytest.MonkeyPatch, **options: object) -> dict[str, str]:
     """The algorithms that a training step ran, seen by the kernels it called."""
     calls: list[str] = []
-    for name in ("modulated_weight", "fused_linear", "block_matmul"):
-        original = getattr(triton_backend, name)
+    called_in = {
+        "modulated_weight": triton_backend.modulate,
+        "fused_linear": triton_backend,
+        "block_matmul": triton_backend,
+    }
+    for name, module in called_in.items():
+        original = getattr(module, name)
 
         def seen(
             *args: object, name: str = name, original: Callable[..., object] = original, **kwargs: object
@@ -226,7 +231,7 @@ def taken_by(problem: LinearProblem, monkeypatch: pytest.MonkeyPatch, **options:
             calls.append(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(triton_backend, name, seen)
+        monkeypatch.setattr(module, name, seen)
     if options.get("dropout_p"):
         options["dropout_seed"] = torch.tensor(3)
     problem.run(backend="triton", **options)
