@@ -20,7 +20,7 @@ from torch import Tensor
 import hatch_build
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import load_backend, native_obstacle, resolve_backend
-from smoa_kernels.backends.native import backend, library, operands
+from smoa_kernels.backends.native import backend, library, operands, torch_gemms
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
@@ -260,6 +260,16 @@ def test_contiguous_blocks_of_one_shape_where_torch_multiplies(
         p = replace(p, weight=p.weight.T.contiguous().T)
     p = replace(p, x=torch.nn.functional.pad(p.x, (3, 2))[:, 3:-2])
     assert_within_budget(p.run(**FORMS[form].options), replace(FORMS[form], dtype=dtype), p)
+
+
+@needs_library
+@pytest.mark.parametrize("features", [(5, 7), (6, 8), (31, 29)])
+def test_a_workspace_behind_halves_is_where_floats_are(features: tuple[int, int]) -> None:
+    p = on_cpu(torch.bfloat16, tokens=3, out_features=features[0], in_features=features[1], ranks=(2,))
+    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
+    memory, address = torch_gemms.Blocks(adapter, batch=False).memory(20)
+    assert address % 4 == 0
+    assert address + 20 * 4 <= memory.data_ptr() + memory.nbytes
 
 
 @needs_library

@@ -125,6 +125,7 @@ class Blocks:
     def memory(self, floats: int) -> tuple[Tensor, int]:
         """Room for a matrix of each block's shape, and the address of a workspace of so many float32s behind it."""
         weight, count = self.adapter.weight, sum(rows * cols for rows, cols in self.shapes)
+        count += count % 2  # two halves are a float32's place
         memory = weight.new_empty(count + floats * 4 // weight.itemsize)
         return memory, memory.data_ptr() + count * weight.itemsize
 
