@@ -142,7 +142,7 @@ def _injection(run: Run) -> str:
         return ""
     return (
         "Adding an adapter computes the spectrum of each adapted weight once; loading one computes none. "
-        f"Adding one took, on one thread of the first processor, {', '.join(times)} (measured on CPU); "
+        f"Adding one took, on one thread of the {run.machine['device']}, {', '.join(times)} (measured on CPU); "
         f"for a model of 1B parameters it takes about {model / 60:.1f} minutes (extrapolated from one layer of each "
         "shape)."
     )
