@@ -5,6 +5,7 @@ The process that runs these tests may interpret Triton; the audit compiles in pr
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -379,13 +380,17 @@ class TestRealCompiles:
         assert entry["broken_rules"]
 
     @pytest.mark.slow
-    def test_a_kernel_of_ours_without_a_gpu(self, cache, capsys):
-        """Its launches are captured where no driver answers."""
+    def test_a_kernel_of_ours_without_a_gpu(self, cache, monkeypatch, capsys):
+        """Its launches are captured where no driver answers; on a terminal a bar says how much is left."""
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
         assert (
             main(["audit", "--kernel", "sum_partials", "--arch", "sm_90", "--dtype", "bf16", "--jobs", "1"])
             == 0
         )
-        assert "0 break a rule" in capsys.readouterr().out
+        out, err = capsys.readouterr()
+        assert re.search(r"\b0(\x1b\[\S*?m)* break a rule", out)
+        assert re.search(r"compiling .*(\d+)/\1\b.*(\d:\d\d:\d\d|-:--:--)", err)
 
     @pytest.mark.slow
     @pytest.mark.long

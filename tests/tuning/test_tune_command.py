@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,7 @@ def test_on_a_terminal_a_bar_says_how_much_is_left(
     assert "measuring" in err
     assert "3/3" in err  # algorithms
     assert "1/1 forward 70x90" in err
+    assert re.search(r"\d:\d\d:\d\d|-:--:--", err)  # the time that is left
 
 
 def test_the_table_shows_no_winner_that_breaks_the_numbers(
