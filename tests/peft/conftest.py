@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from adapted import adapt, logits, nudge
+from merge_models import smoa, trained
 from packaging.version import Version
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers.integrations import peft as integration
@@ -39,6 +40,14 @@ def folder(make_model, tokens, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         return tmp_path / "adapter", logits(model, tokens)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The folders of a base and of an adapter over it, as training could have left it."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    trained(tiny_llama(), smoa(target_modules=["q_proj", "down_proj"]), tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter"
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,16 @@
-"""`merged_weights` and `merge_to_folder`: bit for bit what PEFT's `merge_and_unload` gives, from files to files."""
+"""`merged_weights`: bit for bit what PEFT's `merge_and_unload` gives, from files to files."""
 
-import copy
 import json
-import shutil
-import signal
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import tiny_experts
 import torch
-from adapted import WEIGHTS, assert_refused, close, edit_weights, logits
-from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
+from adapted import WEIGHTS, close, edit_weights, logits
+from merge_models import hira, loaded, smoa, trained
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers import (
-    AutoModelForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MixtralConfig,
@@ -25,11 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from smoa_kernels.cli import main
-from smoa_kernels.peft import SMoAConfig, merge_to_folder, merged_weights
+from smoa_kernels.peft import merge_to_folder, merged_weights
 from smoa_kernels.peft.rounding import round_stochastically
-
-HIRA = {"r": 4, "init_weights": False}
 
 
 def tied_llama():
@@ -38,40 +29,6 @@ def tied_llama():
 
 def biased_llama():
     return tiny_llama(attention_bias=True, mlp_bias=True)
-
-
-def trained(model, config, folder):
-    """Save an adapter of which every parameter that it trains has moved."""
-    model = get_peft_model(model, copy.deepcopy(config))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def loaded(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-
-
-def smoa(**settings):
-    return SMoAConfig(**{"r": 4, "target_modules": ["q_proj"], "init_weights": False, **settings})
-
-
-def hira(**settings):
-    return HiraConfig(
-        **{"r": 4, "target_modules": ["q_proj", "down_proj"], "init_weights": False, **settings}
-    )
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """A base and an adapter over it."""
-    tiny_llama().save_pretrained(tmp_path / "base")
-    trained(tiny_llama(), smoa(target_modules=["q_proj", "down_proj"]), tmp_path / "adapter")
-    return tmp_path / "base", tmp_path / "adapter"
 
 
 def differing(base, adapter):
@@ -290,95 +247,6 @@ def test_stochastic_rounding_keeps_small_updates(method, tmp_path):
     assert abs(survival("stochastic") - 1) < 0.1
 
 
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [
-        (lambda base, adapter: tiny_llama(seed=1).save_pretrained(base), "trained over another base weight"),
-        (lambda base, adapter: tiny_llama(intermediate_size=40).save_pretrained(base), "has shape (32, 40)"),
-        (lambda base, adapter: edit_weights(adapter, add("score.weight", 2, 32)), "stores no score.weight"),
-        (lambda base, adapter: edit_weights(adapter, add("lm_head.weight", 66, 32)), "If tokens were added"),
-        (
-            lambda base, adapter: edit_weights(adapter, spoilt),
-            "down_proj.weight: the merged tensor holds NaN",
-        ),
-        (lambda base, adapter: (base / "config.json").unlink(), "there is no config.json"),
-        (lambda base, adapter: (base / "model.safetensors").unlink(), "there are no safetensors files"),
-        (lambda base, adapter: quantised(base), "is quantised (bitsandbytes): merge into the model"),
-        (lambda base, adapter: lora(adapter), "an adapter of the method 'LORA'"),
-    ],
-)
-def test_refused_by_name_and_nothing_is_left(prepare, message, folders, tmp_path, capsys):
-    prepare(*folders)
-    before = sorted(tmp_path.iterdir())
-    assert_refused(
-        capsys, lambda *given: main(["merge", *map(str, given)]), message, *folders, tmp_path / "out"
-    )
-    assert sorted(tmp_path.iterdir()) == before
-
-
-BFLOAT16 = ["--dtype", "bfloat16"]
-STOCHASTIC = [*BFLOAT16, "--rounding", "stochastic"]
-BY_CHANCE = {"dtype": torch.bfloat16, "rounding": "stochastic"}
-
-
-@pytest.mark.parametrize(
-    ("options", "without", "settings"),
-    [
-        (BFLOAT16, [], {"dtype": torch.bfloat16}),
-        (STOCHASTIC, BFLOAT16, BY_CHANCE),
-        ([*STOCHASTIC, "--seed", "3"], STOCHASTIC, {**BY_CHANCE, "seed": 3}),
-        (["--max-shard-size", "20KB"], [], {"max_shard_size": "20KB"}),
-    ],
-)
-def test_options_of_the_command(options, without, settings, folders, tmp_path):
-    def merged(name, *given):
-        out = tmp_path / name
-        assert main(["merge", *map(str, folders), str(out), *given]) == 0
-        return files(out)
-
-    def files(folder):
-        return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-    merge_to_folder(*folders, tmp_path / "function", **settings)
-    found = merged("command", *options)
-    assert found == files(tmp_path / "function")
-    assert found != merged("without", *without)
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--dtype", "int8", "--dtype must be"),
-        ("--rounding", "up", "rounding must be"),
-        ("--seed", "-1", "'--seed'"),
-        ("--max-shard-size", "20 apples", "max_shard_size must be a size such as '5GB', got '20 apples'"),
-    ],
-)
-def test_bad_options_are_named(option, value, message, folders, tmp_path, capsys):
-    given = [*map(str, folders), str(tmp_path / "out"), option, value]
-    assert_refused(capsys, lambda *given: main(["merge", *given]), message, *given)
-    assert not (tmp_path / "out").exists()
-
-
-def add(name, *shape):
-    return lambda state: state.update({f"base_model.model.{name}": torch.zeros(shape)})
-
-
-def spoilt(state):
-    state["base_model.model.model.layers.1.mlp.down_proj.smoa_B"][0] = torch.nan
-
-
-def quantised(base):
-    path = base / "config.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "bitsandbytes"}})
-    )
-
-
-def lora(adapter):
-    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
-
-
 def test_ties_that_cannot_be_cut_are_refused(tmp_path):
     sizes = {"vocab_size": 64, "d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4}
     model = T5ForConditionalGeneration(T5Config(**sizes))
@@ -449,175 +317,3 @@ def test_bad_arguments(settings, message, folders):
         merged_weights(folders[0], 3)
     with pytest.raises(ValueError, match="max_shard_size must be a size such as '5GB', got '5XB'"):
         merge_to_folder(*folders, folders[0].parent / "out", max_shard_size="5XB")
-
-
-def test_what_is_there_is_not_overwritten(folders, tmp_path):
-    with pytest.raises(ValueError, match="out must be a new or an empty folder"):
-        merge_to_folder(*folders, folders[0])
-    assert dict(merged_weights(*folders))  # the base is whole
-    (tmp_path / "empty").mkdir()
-    merge_to_folder(*folders, tmp_path / "empty")
-    assert loaded(tmp_path / "empty")
-
-
-@pytest.mark.parametrize("at", [0, 7, 21])
-def test_interrupted(at, folders, tmp_path):
-    """At the first tensor, in between, after the last: nothing is left, not even a hidden folder."""
-    before = sorted(tmp_path.iterdir())
-
-    def interrupt(done, total):
-        assert total == 21
-        if done == at:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        merge_to_folder(*folders, tmp_path / "out", max_shard_size="10KB", progress=interrupt)
-    assert sorted(tmp_path.iterdir()) == before
-
-
-KILLED = """
-import os, signal, sys
-from smoa_kernels.peft import merge_to_folder
-base, adapter, out = sys.argv[1:]
-kill = lambda done, total: done == 15 and os.kill(os.getpid(), signal.SIGKILL)
-merge_to_folder(base, adapter, out, max_shard_size="10KB", progress=kill)
-"""
-
-
-@pytest.mark.slow
-def test_killed(folders, tmp_path):
-    """What a killed merge leaves is hidden and no model; the next merge does not mind it."""
-    out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, (*folders, out))], capture_output=True)
-    assert done.returncode == -signal.SIGKILL
-    (left,) = (path for path in tmp_path.iterdir() if path.name not in ("base", "adapter"))
-    assert left.name.startswith(".out.merging-")
-    assert list(left.glob("*.safetensors"))
-    assert not (left / "config.json").exists()
-    merge_to_folder(*folders, out)
-    assert loaded(out)
-
-
-def test_a_failed_write_names_the_place(folders, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("smoa_kernels.peft.merged_folder.save_file", full)
-    with pytest.raises(OSError, match=r"cannot merge into .*out, which was not written: .*No space left"):
-        merge_to_folder(*folders, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-
-
-def test_files_beside_the_weights(folders, tmp_path, capsys):
-    base, adapter = folders
-    for name in (
-        "tokenizer.json",
-        "chat_template.jinja",
-        "LICENSE",
-        "README.md",
-        "pytorch_model.bin",
-        ".hidden",
-    ):
-        (base / name).write_text("base")
-    (base / "original").mkdir()
-    (base / "original" / "params.json").write_text("base")
-    (base / "consolidated.safetensors").write_text("no model")  # transformers reads model.safetensors alone
-    assert main(["merge", str(base), str(adapter), str(tmp_path / "one")]) == 0
-    assert "21 tensors, 4 of them changed" in capsys.readouterr().out
-    assert {path.relative_to(tmp_path / "one").as_posix() for path in (tmp_path / "one").rglob("*.*")} == {
-        *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "chat_template.jinja", "original/params.json"),
-    }
-    assert (tmp_path / "one" / "LICENSE").exists()
-    for name in ("tokenizer_config.json", "chat_template.jinja", "training_args.bin"):
-        (adapter / name).write_text("run")
-    merge_to_folder(base, adapter, tmp_path / "two")
-    two = {path.name: path.read_bytes() for path in (tmp_path / "two").glob("*") if path.is_file()}
-    assert two["chat_template.jinja"] == two["tokenizer_config.json"] == b"run"
-    assert two["tokenizer.json"] == b"base"
-    assert not {"adapter_config.json", "README.md", "training_args.bin"} & set(two)
-    modes = {path.stat().st_mode for path in (tmp_path / "two").glob("*.*")}
-    assert len(modes) == 1  # safetensors makes files that only their owner reads
-
-
-def test_a_gguf_of_the_result_reads_back(folders, tmp_path):
-    """Written with the `gguf` package's own table of names, as converters write it."""
-    gguf = pytest.importorskip("gguf", reason="needs the examples extra")
-    merge_to_folder(*folders, tmp_path / "out", dtype=torch.float16, rounding="stochastic")
-    weights = {
-        name: tensor.numpy() for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()
-    }
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    for name, array in weights.items():
-        writer.add_tensor(names.get_name(name, (".weight",)), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert len(found) == len(weights)
-    for name, array in weights.items():
-        tensor = found[names.get_name(name, (".weight",))]
-        assert np.array_equal(tensor.data.reshape(array.shape), array)
-
-
-MEASURED = """
-import re, sys
-from pathlib import Path
-import torch
-from smoa_kernels.peft import merge_to_folder
-def resident(field):
-    return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-base, adapter, out, size = sys.argv[1:]
-torch.set_num_threads(1)
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-before = resident("VmRSS")
-merge_to_folder(base, adapter, out, max_shard_size=int(size))
-print(resident("VmHWM") - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
-    """In a process of its own: far below the model, which takes eight shards."""
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 128}
-    model = tiny_llama(**sizes).bfloat16()
-    layer = 2 * 2048 * 512
-    model.save_pretrained(tmp_path / "base", max_shard_size=8 * layer)
-    trained(
-        model, smoa(target_modules=["up_proj", "down_proj"], block_order="contiguous"), tmp_path / "adapter"
-    )
-    arguments = [tmp_path / "base", tmp_path / "adapter", tmp_path / "out", 8 * layer]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *map(str, arguments)], check=True, capture_output=True, text=True
-    )
-    shards = len(list((tmp_path / "out").glob("*.safetensors")))
-    assert shards >= 8
-    # The layer: W0 as it is stored, W0 and W_eff in float32, W_eff rounded, the sketch's products.
-    print("peak over a shard:", int(done.stdout) / (8 * layer))
-    assert int(done.stdout) < 8 * layer + 10 * layer + 48 * 2**20
-
-
-def test_places_that_cannot_be_renamed_to_are_refused_before_the_work(folders, tmp_path, monkeypatch):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (tmp_path / "link").symlink_to(empty)
-    merge_to_folder(*folders, tmp_path / "link")
-    assert (empty / "config.json").exists()
-    other = tmp_path / "other"
-    other.mkdir()
-    monkeypatch.chdir(other)
-    for refused in (".", other):
-        with pytest.raises(ValueError, match="mount point or the working folder"):
-            merge_to_folder(*folders, refused)
-    assert not list(other.iterdir())
-
-
-def test_an_adapter_beside_the_base_is_not_taken_along(folders, tmp_path):
-    base, adapter = folders
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(adapter / name, base / name)
-    merge_to_folder(base, adapter, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("adapter*"))
