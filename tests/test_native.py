@@ -61,6 +61,7 @@ SHARING = ((0, 1), (1, 0), (0, 0), (1, 1))
         (2100, 40, 400, (5, 2)),  # two left panels, two of terms, blocks that are gathered as pieces
         (30, 300, 290, (3, 0, 4)),  # three right panels
         (300, 30, 790, (2, 1)),  # two bands of tokens, two panels of terms in a block
+        (12, 60, 377, (17, 0, 2)),  # few tokens, of which MKL's sums are short
     ],
 )
 @pytest.mark.parametrize(

@@ -104,10 +104,10 @@ static i64 product_size(i64 a_count, i64 depth, i64 rank) {
     return right_size(depth) + left_size(a_count, depth) + lines(rank * NR);
 }
 
-/* y (rows of a, rows of b) = a bᵀ over `depth` columns, for some rows of each, or y plus that where `add`; b modulated
- * where `m` is given. */
-static void product(matrix a, i64 a_first, i64 a_count, matrix b, i64 b_first, i64 b_count, i64 depth, const adapter *m,
-                    float *y, i64 stride, int add, float *workspace) {
+/* y (rows of a, rows of b) = a bᵀ over `depth` columns, `terms` of them at a time, for some rows of each, or y plus that
+ * where `add`; b modulated where `m` is given. */
+static void product(matrix a, i64 a_first, i64 a_count, matrix b, i64 b_first, i64 b_count, i64 depth, i64 terms,
+                    const adapter *m, float *y, i64 stride, int add, float *workspace) {
     float *right = workspace, *left = right + right_size(depth), *scratch = left + left_size(a_count, depth);
     for (i64 i = 0; i < a_count; i += MC)
         for (i64 k = 0; k < depth; k += KC) {
@@ -121,8 +121,8 @@ static void product(matrix a, i64 a_first, i64 a_count, matrix b, i64 b_first, i
                 for (i64 r = 0; r < height; r += MR) {
                     if (further > 0) ask_for(b, b_first + next, least(NC, b_count - next), after, further, r, height);
                     for (i64 s = 0; s < width; s += NR)
-                        tile(deep, left + r * deep, right + s * deep, y + (i + r) * stride + j + s, stride,
-                             least(MR, height - r), least(NR, width - s), add || k > 0);
+                        tile_by(terms, deep, left + r * deep, right + s * deep, y + (i + r) * stride + j + s, stride,
+                                least(MR, height - r), least(NR, width - s), add || k > 0);
                 }
             }
         }

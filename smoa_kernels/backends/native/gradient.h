@@ -27,35 +27,33 @@ enum {
     RANKS = 2,
 };
 
-/* dA[t] += Σ_i B[i][t] h[i], dB[i][t] += Σ_c h[i][c] A[t][c] for `height` rows h (height, width) and some ranks t, whose
- * rows of A and dA are `width` apart, of B `stride`; dB[i] is at rows[i] * stride. */
+/* dA[t] += Σ_i B[i][t] h[i], dB[i][t] += Σ_c h[i][c] A[t][c] for `height` rows h (TOGETHER, width), zeros below them, and
+ * some ranks t, whose rows of A and dA are `width` apart, of B `stride`; dB[i] is at rows[i] * stride. */
 INLINE void contract_ranks(int some, const float *h, i64 height, i64 width, const float *A, float *dA, const float *B,
                            float *dB, const i64 *rows, i64 stride) {
     float b[RANKS][TOGETHER] = {{0}}, sum[RANKS][TOGETHER] = {{0}};
+    vf sums[RANKS][TOGETHER] = {{{0}}};
     for (int t = 0; t < some; t++)
         for (int i = 0; i < height; i++) b[t][i] = B[i * stride + t];
     i64 c = 0;
-    if (height == TOGETHER) {
-        vf sums[RANKS][TOGETHER] = {{{0}}};
-        for (; c + LANES <= width; c += LANES) {
-            vf one[TOGETHER];
+    for (; c + LANES <= width; c += LANES) {
+        vf one[TOGETHER];
 #pragma GCC unroll 4
-            for (int i = 0; i < TOGETHER; i++) one[i] = load(h + i * width + c);
+        for (int i = 0; i < TOGETHER; i++) one[i] = load(h + i * width + c);
 #pragma GCC unroll 2
-            for (int t = 0; t < some; t++) {
-                vf factor = load(A + t * width + c), added = {0};
+        for (int t = 0; t < some; t++) {
+            vf factor = load(A + t * width + c), added = {0};
 #pragma GCC unroll 4
-                for (int i = 0; i < TOGETHER; i++) {
-                    sums[t][i] += one[i] * factor;
-                    added += one[i] * b[t][i];
-                }
-                store(dA + t * width + c, load(dA + t * width + c) + added);
+            for (int i = 0; i < TOGETHER; i++) {
+                sums[t][i] += one[i] * factor;
+                added += one[i] * b[t][i];
             }
+            store(dA + t * width + c, load(dA + t * width + c) + added);
         }
-        for (int t = 0; t < some; t++)
-            for (int i = 0; i < TOGETHER; i++)
-                for (int l = 0; l < LANES; l++) sum[t][i] += sums[t][i][l];
     }
+    for (int t = 0; t < some; t++)
+        for (int i = 0; i < TOGETHER; i++)
+            for (int l = 0; l < LANES; l++) sum[t][i] += sums[t][i][l];
     for (; c < width; c++)
         for (int t = 0; t < some; t++) {
             float added = 0;
@@ -79,6 +77,7 @@ INLINE void contract_kind(int stored, const gradient_job *j, const void *G, floa
     const i64 *rows = j->row_index + first, *cols = j->col_index + j->col_offsets[k];
     for (i64 top = 0; top < count; top += TOGETHER, rows += TOGETHER, B += TOGETHER * j->rank) {
         i64 height = least(TOGETHER, count - top);
+        memset(H + height * width, 0, (size_t)((TOGETHER - height) * width) * sizeof *H);
         for (i64 i = 0; i < height; i++) {
             const void *weight = number(j->weight, rows[i] * j->row_stride, stored), *ordered = line;
             if (j->contiguous && step == 1)
@@ -139,7 +138,7 @@ static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, con
     if (given) contract(j, given, H, k, first, end - first, A, B, sum, pieces, some, line);
     for (; first < end && !given; first += j->slab, B += j->slab * j->rank) {
         i64 count = least(j->slab, end - first);
-        product(dy, first, count, x, col, width, j->tokens, NULL, G, width, 0, rest);
+        product(dy, first, count, x, col, width, j->tokens, KC, NULL, G, width, 0, rest);
         contract(j, G, H, k, first, count, A, B, sum, pieces, some, line);
     }
     for (i64 t = 0; t < rank; t++)

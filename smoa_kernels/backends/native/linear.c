@@ -38,8 +38,8 @@ static void linear_part(void *it, i64 part) {
     i64 top = share_of(j->tokens, MR, band, j->bands), height = share_of(j->tokens, MR, band + 1, j->bands) - top;
     i64 left = share_of(j->rows, NR, side, sides), width = share_of(j->rows, NR, side + 1, sides) - left;
     if (!height || !width) return;
-    product(j->x, top, height, j->weight, left, width, j->cols, j->m, j->y + top * j->rows + left, j->rows, j->add,
-            j->workspace + part * product_size(j->tokens, j->cols, j->m ? j->m->rank : 0));
+    product(j->x, top, height, j->weight, left, width, j->cols, terms_of(j->tokens), j->m, j->y + top * j->rows + left,
+            j->rows, j->add, j->workspace + part * product_size(j->tokens, j->cols, j->m ? j->m->rank : 0));
 }
 
 /* Every thread packs what it multiplies: of x `tokens / bands` rows, of W0 as many as `bands / parts` leaves it. */

@@ -82,6 +82,7 @@ static void delta_part(void *it, i64 part) {
 /* y (height, rows) = x ΔWᵀ, all columns in block order: x (height, cols) as panels in `band`. */
 static void multiply_blocks(const update_job *j, i64 height, const float *band, float *y) {
     const float *deltas = j->deltas;
+    i64 terms = terms_of(j->tokens);
     for (i64 k = 0; k < j->blocks; k++) {
         i64 rows = j->row_offsets[k + 1] - j->row_offsets[k], cols = j->col_offsets[k + 1] - j->col_offsets[k];
         int there = cols > 0 && rank_of(j->m.ranks, k, j->m.rank) > 0;
@@ -92,8 +93,8 @@ static void multiply_blocks(const update_job *j, i64 height, const float *band, 
             for (i64 r = 0; r < rows && there; r += NC)
                 for (i64 t = 0; t < height; t += MR)
                     for (i64 s = r; s < least(rows, r + NC); s += NR)
-                        tile(deep, band + t * deep, right + s * deep, y + t * j->rows + s, j->rows,
-                             least(MR, height - t), least(NR, rows - s), p > 0);
+                        tile_by(terms, deep, band + t * deep, right + s * deep, y + t * j->rows + s, j->rows,
+                                least(MR, height - t), least(NR, rows - s), p > 0);
             band += lines(whole(height, MR) * deep + TRANSPOSED);
         }
         deltas += delta_size(rows, cols), y += rows;
