@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from smoa_kernels.audit.compile import exact_lines
 from smoa_kernels.audit.listing import parse_amdgcn, parse_sass
 from smoa_kernels.audit.pointers import argument_offsets, argument_pointers, pointers_by_line
 from smoa_kernels.audit.rules import Record, Traffic, broken_rules
@@ -135,6 +136,17 @@ class TestSass:
     def test_tensor_cores(self, opcode, core):
         (instruction,) = parse_sass(f"        /*0000*/    {opcode} R1, R2 ;").instructions
         assert parse_sass("").tensor_core(instruction) == core
+
+
+def test_lines_of_two_files_stay_apart():
+    """ptxas takes a line for one of the file before where only the file changes."""
+    ptx = ".loc 1 77 19\n.loc 2 77 25, function_name $L0, inlined_at 1 77 19 // a.py:77:25\n.loc 1 0 9\n"
+    first, second, at, none = (int(line) for line in re.findall(r"(?:loc|at) \d (\d+)", exact_lines(ptx)))
+    assert (at, none) == (first, 0)
+    assert first != second
+    for line in (first, second):
+        listing = parse_sass(f'//## File "a.py", line {line}\n        /*0000*/   EXIT ;\n')
+        assert listing.instructions[0].location == ("a.py", 77)
 
 
 AMD_LOOP = """

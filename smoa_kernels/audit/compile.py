@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from ..cost.architectures import Architecture
 from ..definition.precision import precision_of
 from ..kernels.spec import Config, Kernel, Operands
-from .listing import Listing, parse_amdgcn, parse_sass
+from .listing import LINES, Listing, parse_amdgcn, parse_sass
 from .pointers import argument_offsets, argument_pointers
 
 # `Config` and `Kernel` for audit.run, which imports nothing else that imports Triton.
@@ -151,9 +151,8 @@ def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> Binary:
 def _exact_lines(kernel: Any) -> Iterator[None]:
     """Keep source lines true through PTX, and through Triton's cache.
 
-    Triton emits an unmasked load as inline assembly of several lines, and LLVM counts its line numbers on from
-    line to line: the load itself would carry the number of a later statement. And Triton's cache knows a kernel by
-    its text, while its lines name a file: what another checkout compiled would name that checkout's, gone perhaps.
+    Triton's cache knows a kernel by its text, while its lines name a file: what another checkout compiled would name
+    that checkout's, gone perhaps.
     """
     file = kernel.fn.__code__.co_filename
 
@@ -166,8 +165,8 @@ def _exact_lines(kernel: Any) -> Iterator[None]:
     ) -> tuple[str, str]:
         if stages is not None and "ptx" in stages:
             make_ptx = stages["ptx"]
-            stages["ptx"] = lambda source, metadata: one_line_per_assembly(make_ptx(source, metadata))
-        return "exact lines", "exact lines"
+            stages["ptx"] = lambda source, metadata: exact_lines(make_ptx(source, metadata))
+        return "lines of files", "lines of files"
 
     knobs = triton.knobs
     previous = knobs.runtime.add_stages_inspection_hook
@@ -175,15 +174,23 @@ def _exact_lines(kernel: Any) -> Iterator[None]:
     try:
         with knobs.cache.scope():
             # A folder of its own: Triton 3.6 does not take what the hook returns into the key.
-            name = hashlib.sha256(f"exact lines of {file}".encode()).hexdigest()[:16]
+            name = hashlib.sha256(f"lines of files of {file}".encode()).hexdigest()[:16]
             knobs.cache.dir = str(Path(knobs.cache.dir) / name)
             yield
     finally:
         knobs.runtime.add_stages_inspection_hook = previous
 
 
-def one_line_per_assembly(ptx: str) -> str:
-    """Drop all but the first `.loc` of each inline assembly block."""
+_LOCATION = re.compile(r"((?:\.loc|inlined_at)\s+(\d+)\s+)([1-9]\d*)")
+
+
+def exact_lines(ptx: str) -> str:
+    """Drop all but the first `.loc` of each inline assembly block, and give each file line numbers of its own.
+
+    Triton emits an unmasked load as inline assembly of several lines, and LLVM counts its line numbers on from line
+    to line: the load itself would carry the number of a later statement. And ptxas keeps the file before where a
+    `.loc` names another one but the same number (Triton 3.6, 3.9): `parse_sass` takes the multiples of LINES off.
+    """
     kept: list[str] = []
     locations: int | None = None  # seen in the present block; None outside
     for line in ptx.splitlines():
@@ -196,7 +203,7 @@ def one_line_per_assembly(ptx: str) -> str:
             locations += 1
             if locations > 1:
                 continue
-        kept.append(line)
+        kept.append(_LOCATION.sub(lambda at: f"{at[1]}{int(at[2]) * LINES + int(at[3])}", line))
     return "\n".join(kept) + "\n"
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-__all__ = ["Access", "Instruction", "Listing", "parse_amdgcn", "parse_sass"]
+__all__ = ["LINES", "Access", "Instruction", "Listing", "parse_amdgcn", "parse_sass"]
 
 Location = tuple[str, int]
+
+LINES = 100_000
+"""More than a file has. SASS counts those of a file from a multiple of it, which compile.py adds."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def parse_sass(text: str) -> Listing:
         if marker := _SASS_LINE.search(line):
             # Of several markers in a row the first is the innermost inlined call.
             if after_code:
-                location = (marker[1], int(marker[2]))
+                location = (marker[1], int(marker[2]) % LINES)
             after_code = False
         elif label := re.match(r"^\s*(\.L\w+):", line):
             listing.labels[label[1]] = len(listing.instructions)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Task", "run_audit", "run_task", "tasks"]
 
 DEFAULT_REGISTRY = "smoa_kernels.kernels:KERNELS"
-_CACHE_SCHEMA = 4  # raised whenever a record gains a field or a parser changes what it reads
+_CACHE_SCHEMA = 5  # raised whenever a record gains a field or a parser changes what it reads
 
 # More than any machine has cores for; the pool starts as many as it has work for.
 MOST_WORKERS = 1024
