@@ -323,6 +323,7 @@ def _plan(
 
 _FEW = GroupedLinearConfig(16, 64, 64, 64, group_t=8, num_warps=4, num_stages=3)
 _SHIPPED = (GroupedLinearConfig(64, 128, 64, 32, group_t=8, num_warps=8, num_stages=3), _FEW)
+_SHIPPED_OLD = (_SHIPPED[0], replace(_FEW, num_stages=4))  # by Triton 3.6 three spill 12 bytes of dX
 _SHIPPED_SM_90 = (
     GroupedLinearConfig(256, 128, 32, 16, group_t=8, num_warps=8, num_stages=3),
     GroupedLinearConfig(128, 128, 64, 32, group_t=8, num_warps=8, num_stages=3),
@@ -347,10 +348,12 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedLinearCon
     if arch.is_amd:
         return _SHIPPED_AMD
     if precision.dtype == torch.float32:
-        return _SHIPPED_IEEE if precision.ieee else _SHIPPED_TF32
+        if precision.ieee:
+            return _SHIPPED_IEEE
+        return _GATHERED_TF32 if OLD_TRITON and not arch.has_wide_tensor_cores else _SHIPPED_TF32
     if arch.name == "sm_90":
         return _SHIPPED_SM_90[1:] if OLD_TRITON else _SHIPPED_SM_90  # it spills the widest
-    return _SHIPPED
+    return _SHIPPED_OLD if OLD_TRITON and arch.name == "sm_80" else _SHIPPED
 
 
 def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedLinearConfig, ...]:
