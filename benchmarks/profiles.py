@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.profiler import ProfilerActivity, profile
 
+from smoa_kernels.backends.native.amx import AMX
 from smoa_kernels.backends.native.backend import GRADIENT, LINEAR, UPDATE
 
 from .protocol import Run
@@ -35,7 +36,12 @@ def by_kind(run: Run, passes: int = PASSES) -> dict[str, float]:
         kind = BETWEEN
         if namespace == "aten":
             kind = _OPERATORS.get(name.rstrip("_"), REST)
-        elif event.key in (LINEAR, UPDATE, GRADIENT):  # what they gather and modulate they do within the GEMM
+        elif event.key in (
+            AMX,
+            LINEAR,
+            UPDATE,
+            GRADIENT,
+        ):  # what they gather and modulate they do within the GEMM
             kind = GEMM
         found[kind] = found.get(kind, 0.0) + event.self_cpu_time_total / 1e6 / passes
     return found

@@ -20,7 +20,7 @@ from torch import Tensor
 import hatch_build
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import load_backend, native_obstacle, resolve_backend
-from smoa_kernels.backends.native import backend, library, operands, torch_gemms
+from smoa_kernels.backends.native import amx, backend, library, operands, torch_gemms
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
@@ -117,6 +117,7 @@ def test_every_shape_where_torch_multiplies(
 ) -> None:
     """In half precision, and in float32 of many tokens on some processors; here of few, on every one."""
     monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
+    monkeypatch.setattr(amx, "MOST_PRODUCTS", 0)
     case, sizes = (
         replace(FORMS[form], dtype=dtype),
         {"out_features": out_features, "in_features": in_features},
@@ -144,6 +145,7 @@ def test_weights_whose_elements_share_memory(
 ) -> None:
     """What torch makes like a broadcast matrix, or windows of a line, has an order of its own."""
     monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
+    monkeypatch.setattr(amx, "MOST_PRODUCTS", 0)
     p, case = on_cpu(dtype, tokens=40, ranks=(2, 3)), replace(FORMS[form], dtype=dtype)
     p = replace(p, weight=p.weight.as_strided(p.weight.shape, strides))
     assert_within_budget(p.run(**case.options), case, p)
@@ -254,6 +256,7 @@ def test_contiguous_blocks_of_one_shape_where_torch_multiplies(
 ) -> None:
     """Of few tokens they are one batch, of copies; of many they are slices; W0 and x may be parts of others."""
     monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
+    monkeypatch.setattr(amx, "MOST_PRODUCTS", 0)
     p = on_cpu(
         dtype, tokens=tokens, out_features=64, in_features=96, ranks=(2,) * 4, block_order="contiguous"
     )
@@ -344,8 +347,12 @@ def test_the_same_on_older_processors() -> None:
 @pytest.mark.parametrize(
     "which", range(6), ids=["row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets"]
 )
-def test_a_partition_that_is_broken(which: int, value: int, form: str, dtype: torch.dtype) -> None:
+def test_a_partition_that_is_broken(
+    which: int, value: int, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`from_tensors` takes almost all that it is given, and compiled code would follow it anywhere."""
+    if which < 2:
+        monkeypatch.setattr(amx, "MOST_PRODUCTS", 0)  # which reads no labels
     if form == "dropout" and which < 2:
         pytest.skip("only W_eff asks for labels")
     asked = {"merged": (0, 1), "expanded": (1, 2, 4)}.get(form, (2, 3, 4, 5))
@@ -399,10 +406,12 @@ def test_a_profile_names_what_was_called(form: str, expected: tuple[int, ...]) -
 
 @needs_library
 @pytest.mark.parametrize("shard", [None, (5, 100)])
-def test_the_mask_is_eagers(shard: tuple[int, int] | None) -> None:
-    """The very bits, of a part of the columns too."""
+@pytest.mark.parametrize("seed", [7, -3, 2**62 + 5])
+@pytest.mark.parametrize("p", [0.3, 1e-6, 0.999])
+def test_the_mask_is_eagers(seed: int, p: float, shard: tuple[int, int] | None) -> None:
+    """The very bits that torch's generator draws, of a part of the columns too."""
     offset, width = shard or (0, None)
-    mask = Dropout(torch.tensor(7), 0.3, offset, width)
+    mask = Dropout(torch.tensor(seed), p, offset, width)
     x = torch.randn(600, 37)
     bits = operands.drawn(mask, x, 37).kept[:, torch.arange(37) // 16] >> (torch.arange(37) % 16) & 1
     assert torch.equal(bits.float() * mask.scale, mask.multiplier(x))

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .._version import __version__
 from ..backends import native_obstacle, triton_obstacle
+from ..backends.native import amx
 from ..files import cache_folder
 from .output import console, write_json
 
@@ -167,7 +168,9 @@ def _version(package: str) -> str:
 
 
 def _devices() -> dict[str, str]:
-    devices = {"cpu": f"{os.cpu_count()} cores, threads of torch: {torch.get_num_threads()}"}
+    instructions = torch.backends.cpu.get_cpu_capability() + (", AMX" if amx.is_there() else "")
+    threads = torch.get_num_threads()
+    devices = {"cpu": f"{os.cpu_count()} cores, threads of torch: {threads}, instructions: {instructions}"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties: Any = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = (

@@ -98,11 +98,15 @@ class Dropout:
         Args:
             columns: how many, from column_offset on.
         """
-        width = columns if self.width is None else self.width
-        per_token = -(-width // _DRAWS_PER_WORD)
-        words = (drawn_words if draws(self.seed.device) else hashed_words)(self.seed, per_token)
+        words = (drawn_words if draws(self.seed.device) else hashed_words)(
+            self.seed, self.words_per_token(columns)
+        )
         own = slice(self.column_offset, self.column_offset + columns)
         return lambda tokens: words(tokens).view(torch.int16)[:, own]
+
+    def words_per_token(self, columns: int) -> int:
+        """Numbers of 64 bits that are drawn for each token, of every shard's columns."""
+        return -(-(columns if self.width is None else self.width) // _DRAWS_PER_WORD)
 
 
 def draws(device: torch.device) -> bool:

@@ -27,7 +27,7 @@ _SIGNATURES = {
     "smoa_order": "ipiippippipi",
     "smoa_deltas": "piippppiipipiipiiifppi",
     "smoa_modulate": "iiiipiippiipipiipiiifpipi",
-    "smoa_keep": "iipiip",
+    "smoa_mask": "iiiiiipp",
     "smoa_experts_linear_fit": "ppippi",
     "smoa_experts_few_fit": "piiipippi",
     "smoa_experts_update_fit": "piiipippi",
@@ -44,6 +44,14 @@ _SIGNATURES = {
     "smoa_experts_workspace": "piii",
     "smoa_order_workspace": "ii",
     "smoa_change_workspace": "iii",
+    "smoa_amx_fit": "",
+}
+# Those that are there where the compiler knows AMX.
+_AMX_SIGNATURES = {
+    "smoa_amx_forward": "iiipipipppppiipippifppi",
+    "smoa_amx_backward": "iiipipipipppppiipippifippppppi",
+    "smoa_amx_forward_workspace": "iiiiiii",
+    "smoa_amx_backward_workspace": "iiiiiiiiii",
 }
 _TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}
 
@@ -89,7 +97,8 @@ def _load() -> ctypes.CDLL | str:
         found.smoa_source.restype = ctypes.c_char_p
         if found.smoa_source() != source.encode():
             return f"{path} was compiled from other sources: install the package again"
-        for name, arguments in _SIGNATURES.items():
+        found.smoa_amx_fit.restype = _INT
+        for name, arguments in (_SIGNATURES | (_AMX_SIGNATURES if found.smoa_amx_fit() else {})).items():
             function = getattr(found, name)
             function.argtypes = [_TYPES[argument] for argument in arguments]
             function.restype = _INT if name.endswith(("workspace", "fit")) else None

@@ -4,7 +4,7 @@
  * High-Performance Matrix Multiplication"). What SMoA adds to a frozen layer is done in these copies, where it costs
  * next to nothing: a weight's panel is modulated (`modulate`, adapter.h), permuted columns are read in their order and
  * some dropped (`pack`, panels.h). Neither W_eff nor gathered activations are ever written to memory. Beside y here there
- * are ΔW's own product (update.h) and the factors' gradients (gradient.h).
+ * are ΔW's own product (update.h) and the factors' gradients (gradient.h). In bfloat16 AMX does the same (amx_linear.h).
  *
  * Compiled once for each instruction set (hatch_build.py), which VECTOR_BYTES tells. No function allocates memory or
  * keeps anything between calls: panels lie in a workspace of the caller's. Sums run over the same terms in the same
@@ -14,9 +14,14 @@
 #include "adapter.h"
 #include "few_tokens.h"
 #include "gradient.h"
+#include "mask.h"
 #include "passes.h"
 #include "threads.h"
 #include "update.h"
+#include "amx.h"
+#if HAS_AMX
+#include "amx_input.h"
+#endif
 
 typedef struct {
     i64 tokens, rows, cols, parts, bands; /* bands of tokens, each for parts / bands threads */

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ...definition.dropout import MASK_ROWS, Dropout
+from ...definition.dropout import Dropout
 from ...definition.packed import PackedAdapter
 from .library import library
 
@@ -44,15 +44,16 @@ class Mask(NamedTuple):
 
 
 def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
-    """The mask of x, which has the rows of `tokens`."""
-    shape, levels = (tokens.shape[0], -(-columns // 16)), dropout.levels(columns)
+    """The mask of x, which has the rows of `tokens`: of the numbers that :func:`drawn_words` draws, faster."""
+    shape = tokens.shape[0], -(-columns // 16)
     # Two words may be read at once, the last one and what is behind it.
     kept = tokens.new_empty(shape[0] * shape[1] + 1, dtype=torch.int16)[:-1].view(shape)
-    for some in kept.split(MASK_ROWS):
-        drawn = levels(some.shape[0])
-        library().smoa_keep(
-            *drawn.shape, drawn.data_ptr(), drawn.stride(0), dropout.least_kept, some.data_ptr()
-        )
+    per_token = dropout.words_per_token(columns)
+    line = tokens.new_empty(4 * per_token + 16, dtype=torch.int16)
+    library().smoa_mask(
+        tokens.shape[0], columns, dropout.column_offset, per_token, int(dropout.seed), dropout.least_kept,
+        line.data_ptr(), kept.data_ptr(),
+    )  # fmt: skip
     return Mask(kept, dropout.scale)
 
 

@@ -11,17 +11,6 @@
 
 static i64 whole(i64 count, i64 unit) { return (count + unit - 1) / unit * unit; }
 
-/* keep (tokens, words(cols)) = a bit for each of `levels` (tokens, cols), rows `stride` apart, that is `least_kept` or
- * above. */
-void smoa_keep(i64 tokens, i64 cols, const int16_t *levels, i64 stride, i64 least_kept, uint16_t *keep) {
-    for (i64 t = 0; t < tokens; t++, levels += stride)
-        for (i64 c = 0; c < cols; c += PIECE, keep++) {
-            unsigned bits = 0;
-            for (i64 i = 0; i < least(PIECE, cols - c); i++) bits |= (unsigned)(levels[c + i] >= least_kept) << i;
-            *keep = (uint16_t)bits;
-        }
-}
-
 /* Tokens whose columns are in block order at a time, those of x and of y. */
 enum { BAND = MR * 18 };
 

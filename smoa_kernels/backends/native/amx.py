@@ -1,0 +1,114 @@
+"""bfloat16 by AMX: one compiled call for y, one for the gradients (`amx_linear.h` and what it names).
+
+A frozen layer takes so little time there that copies, torch's calls and Python between GEMMs would count for more than
+the GEMMs. Large products are torch's (`torch_gemms.py`), as are float16's and all where there is no AMX.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from ...definition.packed import PackedAdapter
+from .library import library, obstacle
+from .operands import KINDS, Mask, blocks_of, kept_by, named, with_rows
+
+__all__ = ["AMX", "MOST_PRODUCTS", "backward", "is_there", "multiplies", "split"]
+
+AMX = "smoa::compiled_amx"
+"""What these compiled functions are called in a profile."""
+
+MOST_PRODUCTS = 1 << 30
+"""Of x and W0: of larger ones torch's GEMMs are as fast, and this code's copies of x and dY would raise the peak."""
+
+
+def multiplies(tokens: Tensor, adapter: PackedAdapter) -> bool:
+    """Whether this code takes x, or dY, of an adapter: it reads W0's rows where they lie."""
+    weight = adapter.weight
+    return (
+        tokens.dtype == torch.bfloat16
+        and 0 < tokens.shape[0] * weight.numel() <= MOST_PRODUCTS
+        and weight.stride(1) == 1
+        and weight.stride(0) >= weight.shape[1]
+        and is_there()
+    )
+
+
+@functools.cache
+def is_there() -> bool:
+    """Whether this process may use AMX: processor, system, compiler, and what torch's GEMMs are held to, allow it."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    allowed = limit in ("ALL", "DEFAULT") or "AMX" in limit
+    return allowed and obstacle() is None and bool(library().smoa_amx_fit())
+
+
+def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
+    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N), rounded once."""
+    code, threads, weight, p = library(), torch.get_num_threads(), adapter.weight, adapter.partition
+    x, A, B, (*blocks, ranks) = (
+        with_rows(x),
+        adapter.A.contiguous(),
+        adapter.B.contiguous(),
+        blocks_of(adapter),
+    )
+    y, shape, rank = x.new_empty(x.shape[0], weight.shape[0]), (x.shape[0], *weight.shape), A.shape[0]
+    floats = code.smoa_amx_forward_workspace(*shape, p.num_blocks, max(p.col_sizes), rank, threads)
+    workspace = x.new_empty(floats, dtype=torch.float32)
+    with named(AMX):
+        code.smoa_amx_forward(
+            *shape, x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask),
+            *(one.data_ptr() for one in blocks), p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(),
+            B.data_ptr(), KINDS[A.dtype], _scale(adapter, mask), y.data_ptr(), workspace.data_ptr(), threads,
+        )  # fmt: skip
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, mask: Mask | None, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX, dA, dB), those that are asked for: `dX = dY W_eff`, or under dropout `dY W0 + dropoutᵀ(dY ΔW)`."""
+    code, threads, weight, p = library(), torch.get_num_threads(), adapter.weight, adapter.partition
+    dy, A, B, (*blocks, ranks) = (
+        with_rows(dy),
+        adapter.A.contiguous(),
+        adapter.B.contiguous(),
+        blocks_of(adapter),
+    )
+    shape, rank, terms = (dy.shape[0], *weight.shape), A.shape[0], 1
+    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs_x else None
+    dA = dB = None
+    A_halves, B_halves = A, B
+    if x is not None:
+        x, dA, dB = with_rows(x), A.new_empty(A.shape), B.new_empty(B.shape)
+        if A.dtype != torch.bfloat16:
+            terms, A_halves, B_halves = 2, _halves(A, 0), _halves(B, 1)
+    floats = code.smoa_amx_backward_workspace(
+        *shape, p.num_blocks, max(p.row_sizes), max(p.col_sizes), rank, terms, mask is not None, threads
+    )
+    workspace = dy.new_empty(floats, dtype=torch.float32)
+    with named(AMX):
+        code.smoa_amx_backward(
+            *shape, dy.data_ptr(), dy.stride(0), _address(x), 0 if x is None else x.stride(0), weight.data_ptr(),
+            weight.stride(0), kept_by(mask), *(one.data_ptr() for one in blocks), p.num_blocks, p.is_contiguous,
+            ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype], _scale(adapter, mask), terms,
+            A_halves.data_ptr(), B_halves.data_ptr(), _address(dx), _address(dA), _address(dB), workspace.data_ptr(),
+            threads,
+        )  # fmt: skip
+    return dx, dA, dB
+
+
+def _scale(adapter: PackedAdapter, mask: Mask | None) -> float:
+    return adapter.scaling.item() * (1.0 if mask is None else mask.scale)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _halves(factor: Tensor, dim: int) -> Tensor:
+    """Two bfloat16 terms whose sum is the factor to 16 bits, side by side along its ranks."""
+    first = factor.to(torch.bfloat16)
+    return torch.cat((first, (factor - first).to(torch.bfloat16)), dim)

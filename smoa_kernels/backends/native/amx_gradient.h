@@ -1,0 +1,223 @@
+/* dA and dB of amx_linear.h: each block's G = dYᵀ x is contracted tile by tile.
+ *
+ * A tile of G becomes one of H = s G ∘ W0, rounded once, which is the operand of two more products, `dB = H Aᵀ` and
+ * `dA = Bᵀ H`. A factor that is no bfloat16 is the sum of two that are, whose ranks lie side by side (`terms`).
+ */
+#pragma once
+
+#include "amx_linear.h"
+
+static i64 amx_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
+
+static i64 amx_gradient_part_size(i64 rows, i64 cols, i64 widest, i64 tiles) {
+    i64 prepare = lines(up(rows, TERMS) * TILE) + lines(up(cols, TERMS) * TILE);
+    i64 factors = lines(PAIR * PAIR) + lines(tiles * PAIR * SIDE) + lines((tiles + 1) * SIDE) + 2 * TILE + lines(tiles * TILE / 2) +
+                  lines(PAIR * apart(widest) / 2) + pieces_size(cols);
+    return prepare > factors ? prepare : factors;
+}
+
+static i64 amx_sums_size(i64 cols, i64 blocks, i64 tiles) { return amx_block_tiles(cols, blocks) * TERMS * tiles * SIDE; }
+
+static i64 amx_gradient_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 widest, i64 ranks, i64 threads) {
+    i64 tiles = amx_rank_tiles(ranks), wide = amx_block_tiles(cols, blocks) * TERMS;
+    return lines(amx_block_tiles(rows, blocks) * TERMS * apart(tokens) / 2) + lines(wide * up(tokens, PAIR) * PAIR / 2) +
+           lines(wide * tiles * SIDE / 2) +
+           threads * (amx_sums_size(cols, blocks, tiles) + amx_gradient_part_size(rows, cols, widest, tiles)) + 16;
+}
+
+static float *amx_gradient_room(const amx_job *j, i64 part) {
+    return j->workspace +
+           part * amx_gradient_part_size(j->rows, j->cols, j->widest, amx_rank_tiles(j->terms * j->rank));
+}
+
+/* Both operands, PAIR tokens at a time: their pairs, and from these columns of tokens in block order. */
+static void amx_gradient_prepare(void *it, i64 part) {
+    amx_job *j = it;
+    if (part >= j->parts) return;
+    float *at = amx_gradient_room(j, part);
+    i64 tall = up(j->rows, TERMS) * TILE, wide = up(j->cols, TERMS) * TILE, steps = up(j->tokens, PAIR);
+    half *dy = taken(&at, 2 * tall * 2), *x = taken(&at, 2 * wide * 2);
+    for (i64 t = share_of(steps, 1, part, j->parts); t < share_of(steps, 1, part + 1, j->parts); t++) {
+        for (int upper = 0; upper < 2; upper++) {
+            i64 first = t * PAIR + upper * SIDE, there = j->tokens - first;
+            const uint16_t *keep = j->keep ? j->keep + first * words(j->cols) : NULL;
+            pairs_of(j->dy + first * j->dy_stride, j->dy_stride, there, j->rows, NULL, dy + upper * tall);
+            pairs_of(j->x + first * j->x_stride, j->x_stride, there, j->cols, keep, x + upper * wide);
+        }
+        half *left = j->dy_terms, *right = j->x_terms;
+        for (i64 k = 0; k < j->blocks; k++) {
+            const i64 *rows = j->row_index + j->row_offsets[k], *cols = j->col_index + j->col_offsets[k];
+            i64 height = j->row_offsets[k + 1] - j->row_offsets[k], width = j->col_offsets[k + 1] - j->col_offsets[k];
+            for (i64 n = 0; n < up(height, PAIR) * PAIR; n++, left += apart(j->tokens))
+                _mm512_store_si512(left + t * TERMS, n < height ? tokens_of(dy, tall, rows[n]) : _mm512_setzero_si512());
+            for (i64 c = 0; c < up(width, PAIR) * PAIR; c += SIDE, right += steps * TILE) {
+                __m512i r[16];
+#pragma GCC unroll 16
+                for (int i = 0; i < SIDE; i++)
+                    r[i] = c + i < width ? tokens_of(x, wide, cols[c + i]) : _mm512_setzero_si512();
+                transpose_lines(r);
+#pragma GCC unroll 16
+                for (int i = 0; i < SIDE; i++) _mm512_store_si512(right + t * TILE + i * TERMS, r[i]);
+            }
+        }
+    }
+    half *to = j->A_tiles;
+    i64 ranks = j->terms * j->rank, tiles = amx_rank_tiles(ranks);
+    for (i64 k = 0; k < j->blocks; k++) {
+        i64 width = j->col_offsets[k + 1] - j->col_offsets[k], step = up(width, TERMS) * TILE;
+        for (i64 q = 0; q < tiles; q++, to += step) {
+            if (part > 0) continue;
+            pairs_of(j->A + q * SIDE * j->cols, j->cols, ranks - q * SIDE, j->cols, NULL, x);
+            pick_pairs(x, j->col_index + j->col_offsets[k], width, to);
+        }
+    }
+}
+
+/* H, as two left tiles and two right ones, of G (PAIR, PAIR) and W0 of as many, of which some are there. */
+AMX static void make_H(const float *G, const half *weight, i64 stride, i64 height, i64 width, vf scale, half *H) {
+    __mmask32 there = first_of(width);
+    half *right = H + 2 * TILE;
+    for (i64 i = 0; i < PAIR; i += 2, right += TERMS) {
+        vf low[2], high[2];
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++) {
+            __m512i w = _mm512_maskz_loadu_epi16(i + r < height ? there : 0, weight + (i + r) * stride);
+            low[r] = load(G + (i + r) * PAIR) * (scale * HALF_WIDENED(w, 0));
+            high[r] = load(G + (i + r) * PAIR + SIDE) * (scale * HALF_WIDENED(w, 1));
+            _mm512_store_si512(H + (i + r) * TERMS, both_narrowed(low[r], high[r]));
+        }
+        _mm512_store_si512(right, paired(narrowed(low[0]), narrowed(low[1])));
+        _mm512_store_si512(right + TILE, paired(narrowed(high[0]), narrowed(high[1])));
+    }
+}
+
+/* dB (PAIR, SIDE ranks) += H A, dA (2, SIDE ranks, SIDE columns) += B H. */
+AMX static inline void contract_H(const half *H, const half *A, const half *B, float *dA, float *dB) {
+    _tile_loadd(0, dB, 64);
+    _tile_loadd(1, dB + SIDE * SIDE, 64);
+    _tile_loadd(2, dA, 64);
+    _tile_loadd(3, dA + SIDE * SIDE, 64);
+    _tile_loadd(4, H, 64);
+    _tile_loadd(5, H + TILE, 64);
+    _tile_loadd(6, A, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(4, B, 64);
+    _tile_loadd(6, H + 2 * TILE, 64);
+    _tile_loadd(7, H + 3 * TILE, 64);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_dpbf16ps(3, 4, 7);
+    _tile_stored(0, dB, 64);
+    _tile_stored(1, dB + SIDE * SIDE, 64);
+    _tile_stored(2, dA, 64);
+    _tile_stored(3, dA + SIDE * SIDE, 64);
+}
+
+/* The first `count` of up to LANES sums, and the second terms' beside them, as they are stored. */
+INLINE void put(void *to, i64 at, i64 count, vf sum, int stored) {
+    if (stored == BFLOAT16)
+        narrow(to, at, count, sum, BFLOAT16);
+    else
+        narrow(to, at, count, sum, FLOAT32);
+}
+
+/* dA's sums and dB, of a share of the rows. */
+AMX static void amx_factors(void *it, i64 part) {
+    amx_job *j = it;
+    if (part >= j->parts) return;
+    i64 steps = up(j->tokens, PAIR), ranks = j->terms * j->rank, tiles = amx_rank_tiles(ranks), group = 0, groups = 0;
+    i64 size = amx_sums_size(j->cols, j->blocks, tiles), wide = apart(j->widest);
+    float *at = amx_gradient_room(j, part), *dA = j->sums + part * size;
+    float *G = taken(&at, PAIR * PAIR * 4), *dB = taken(&at, tiles * PAIR * SIDE * 4);
+    float *line = taken(&at, (tiles + 1) * SIDE * 4);
+    half *H = taken(&at, 4 * TILE * 2), *B = taken(&at, tiles * TILE * 2), *weight = taken(&at, PAIR * wide * 2);
+    piece *pieces = (piece *)at;
+    const half *left = j->dy_terms, *right = j->x_terms, *A = j->A_tiles;
+    memset(dA, 0, (size_t)size * sizeof *dA);
+    for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], PAIR);
+    i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts);
+    use_tiles();
+    for (i64 k = 0; k < j->blocks; k++) {
+        i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, rank = rank_of(j->ranks, k, j->rank);
+        const i64 *cols = j->col_index + j->col_offsets[k];
+        i64 width = j->col_offsets[k + 1] - j->col_offsets[k], deep = up(width, TERMS);
+        i64 some = half_pieces_of(cols, width, pieces);
+        for (i64 n = 0; n < height; n += PAIR, group++, left += PAIR * apart(j->tokens)) {
+            if (group < first || group >= end) continue;
+            const i64 *rows = j->row_index + top + n;
+            i64 count = least(PAIR, height - n);
+            memset(dB, 0, (size_t)(tiles * PAIR * SIDE) * sizeof *dB);
+            memset(B, 0, (size_t)(tiles * TILE) * sizeof *B);
+            for (i64 i = 0; i < count && rank > 0; i++) {
+                const half *own = j->weight + rows[i] * j->stride;
+                if (j->contiguous)
+                    memcpy(weight + i * wide, own + j->col_offsets[k], (size_t)width * sizeof *own);
+                else
+                    gather_halves(own, cols, width, pieces, some, NULL, 0, weight + i * wide);
+                for (i64 t = 0; t < ranks; t++) B[t * TERMS + i] = j->B[rows[i] * ranks + t];
+            }
+            for (i64 c = 0; c < width && rank > 0; c += PAIR) {
+                zero_sums();
+                add_product(steps, left, apart(j->tokens), right + c / SIDE * steps * TILE, steps * TILE);
+                store_sums(G);
+                make_H(G, weight + c, wide, count, width - c, (vf){0} + j->change.scaling, H);
+                for (i64 q = 0; q < tiles; q++)
+                    contract_H(H, A + (q * deep + c / TERMS) * TILE, B + q * TILE, dA + (c / PAIR * tiles + q) * PAIR * SIDE,
+                               dB + q * PAIR * SIDE);
+            }
+            for (i64 i = 0; i < count; i++) {
+                for (i64 q = 0; q < tiles; q++) store(line + q * SIDE, load(dB + q * PAIR * SIDE + i * SIDE));
+                for (i64 t = rank < 0 ? 0 : rank; t < j->rank; t++) line[t] = line[(j->terms - 1) * j->rank + t] = 0;
+                for (i64 t = 0; t < j->rank; t += SIDE) {
+                    vf sum = load(line + t);
+                    if (j->terms > 1) sum += load(line + j->rank + t);
+                    put(j->dB, rows[i] * j->rank + t, j->rank - t, sum, j->change.factors);
+                }
+            }
+        }
+        right += deep * 2 * steps * TILE;
+        A += tiles * deep * TILE;
+        dA += deep * tiles * PAIR * SIDE;
+    }
+    _tile_release();
+}
+
+/* dA of the parts' sums. */
+static void amx_sum_parts(const amx_job *j) {
+    i64 tiles = amx_rank_tiles(j->terms * j->rank), size = amx_sums_size(j->cols, j->blocks, tiles);
+    const float *from = j->sums;
+    for (i64 k = 0; k < j->blocks; k++) {
+        const i64 *cols = j->col_index + j->col_offsets[k];
+        i64 width = j->col_offsets[k + 1] - j->col_offsets[k], rank = rank_of(j->ranks, k, j->rank);
+        for (i64 t = 0; t < j->rank; t++)
+            for (i64 c = 0; c < width; c += SIDE) {
+                vf sum = {0};
+                for (i64 u = t; u < j->terms * j->rank && t < rank; u += j->rank) {
+                    const float *own = from + (c / PAIR * tiles + u / SIDE) * PAIR * SIDE + (c % PAIR + u % SIDE) * SIDE;
+                    for (i64 part = 0; part < j->parts; part++) sum += load(own + part * size);
+                }
+                char some[VECTOR_BYTES];
+                i64 there = least(SIDE, width - c);
+                put(some, 0, LANES, sum, j->change.factors);
+                for (i64 i = 0; i < there; i++)
+                    if (j->change.factors == BFLOAT16)
+                        ((half *)j->dA)[t * j->cols + cols[c + i]] = ((const half *)some)[i];
+                    else
+                        ((float *)j->dA)[t * j->cols + cols[c + i]] = ((const float *)some)[i];
+            }
+        from += up(width, PAIR) * tiles * PAIR * SIDE;
+    }
+}
+
+/* dA (rank, cols) and dB (rows, rank), stored as A and B. */
+static void amx_gradient(amx_job *job, float *at) {
+    i64 tiles = amx_rank_tiles(job->terms * job->rank), wide = amx_block_tiles(job->cols, job->blocks) * TERMS;
+    job->dy_terms = taken(&at, amx_block_tiles(job->rows, job->blocks) * TERMS * apart(job->tokens) * 2);
+    job->x_terms = taken(&at, wide * up(job->tokens, PAIR) * PAIR * 2);
+    job->A_tiles = taken(&at, wide * tiles * SIDE * 2);
+    job->sums = taken(&at, job->parts * amx_sums_size(job->cols, job->blocks, tiles) * 4);
+    job->workspace = at;
+    in_parallel(amx_gradient_prepare, job, job->parts);
+    in_parallel(amx_factors, job, job->parts);
+    amx_sum_parts(job);
+}

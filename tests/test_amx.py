@@ -1,0 +1,155 @@
+"""bfloat16 by AMX: shapes around its tiles, threads, what it leaves to torch. What all backends promise, that of this
+code too, is in tests/test_contract.py.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import Case, LinearProblem, assert_within_budget, make_problem, on_threads, relative_error
+
+from smoa_kernels.backends.native import amx, backend
+from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+FORMS = {form: Case("native", form, BF16) for form in ("split", "dropout")}
+each_form = pytest.mark.parametrize("form", FORMS)
+needs_amx = pytest.mark.skipif(
+    not amx.is_there(), reason="needs a processor with AMX, and a system and a compiler that know it"
+)
+
+
+def on_cpu(**options: object) -> LinearProblem:
+    return make_problem(**({"dtype": BF16} | options)).on(CPU)  # type: ignore[arg-type]
+
+
+def adapter_of(p: LinearProblem) -> PackedAdapter:
+    return PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
+
+
+@pytest.fixture
+def only_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else multiplies."""
+    for name in ("split", "backward", "merged"):
+        monkeypatch.setattr(backend.torch_gemms, name, lambda *_, **__: pytest.fail("torch multiplies"))
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "in_features", "ranks"),
+    [
+        (1, 1, 1, (1,)),
+        (16, 32, 32, (2,)),  # just its tiles
+        (33, 31, 29, (2, 1)),  # one token more, below every other tile
+        (40, 97, 401, (3, 0, 2)),  # a block without a rank, prime sizes
+        (70, 32, 320, (17,) * 8),  # two tiles of ranks, columns far apart
+        (64, 5, 7, (1,) * 5),  # blocks of one row
+        (20, 600, 330, (16, 8)),  # several groups of rows and of columns
+        (300, 40, 2100, (5, 2)),
+    ],
+)
+@pytest.mark.parametrize("order", ["spectral", "contiguous"])
+@pytest.mark.parametrize("threads", [1, 3])
+@each_form
+def test_every_shape(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    ranks: tuple[int, ...],
+    order: str,
+    threads: int,
+    form: str,
+    poisoned_memory: None,
+    only_amx: None,
+) -> None:
+    sizes = {"out_features": out_features, "in_features": in_features}
+    p = on_cpu(tokens=tokens, ranks=ranks, block_order=order, **sizes)
+    with on_threads(threads):
+        found = p.run(**FORMS[form].options)
+        assert_within_budget(found, FORMS[form], p)
+        assert all(map(torch.equal, found, p.run(**FORMS[form].options)))
+
+
+@needs_amx
+@pytest.mark.parametrize("tokens", [3, 70])
+@each_form
+def test_it_writes_nothing_outside(tokens: int, form: str, guarded_memory: None, only_amx: None) -> None:
+    p = on_cpu(tokens=tokens, out_features=61, in_features=147, ranks=(3, 0, 18))
+    p.run(**FORMS[form].options)
+
+
+@needs_amx
+@each_form
+def test_float32_factors_are_not_rounded(form: str, only_amx: None) -> None:
+    """dA and dB have the error of one rounding of H, to which a rounding of A or B would add as much again."""
+    p = on_cpu(tokens=64, out_features=96, in_features=160, ranks=(4, 9))
+    p = replace(p, A=p.A.float() * 1.001, B=p.B.float() * 1.001)  # off bfloat16's grid
+    exact = FORMS[form].definition(p.to(torch.float64))
+    for found, expected in zip(p.run(**FORMS[form].options)[2:4], exact[2:4], strict=True):
+        assert found.dtype == torch.float32
+        assert relative_error(found, expected) < 2e-3
+
+
+@needs_amx
+@each_form
+def test_one_thread_and_three_give_the_same_output(form: str, only_amx: None) -> None:
+    p, found = on_cpu(tokens=100, out_features=190, in_features=500, random_labels=True), []
+    for count in (1, 3, 3):
+        with on_threads(count):
+            found.append(p.run(**FORMS[form].options))
+    for name, one, three, again in zip(("y", "dX", "dA", "dB"), *found, strict=False):
+        assert torch.equal(three, again), name
+        if name != "dA":  # summed over rows, which the threads share
+            assert torch.equal(one, three), name
+
+
+@needs_amx
+@each_form
+def test_the_same_as_where_torch_multiplies(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one mask: what is dropped for one is dropped for the other."""
+    p = on_cpu(tokens=100, out_features=190, in_features=500, ranks=(4, 2, 3))
+    ours = p.run(**FORMS[form].options)
+    monkeypatch.setattr(amx, "MOST_PRODUCTS", 0)
+    for found, expected in zip(ours, p.run(**FORMS[form].options), strict=True):
+        assert (found.double() - expected.double()).norm() < 0.01 * expected.double().norm()
+
+
+@needs_amx
+def test_one_gradient_alone() -> None:
+    p = on_cpu(tokens=40, ranks=(2, 3))
+    adapter = adapter_of(p)
+    dx, dA, dB = amx.backward(p.dy, p.x, adapter, None, needs_x=True)
+    assert amx.backward(p.dy, p.x, adapter, None, needs_x=False)[0] is None
+    alone = amx.backward(p.dy, None, adapter, None, needs_x=True)
+    assert alone[1:] == (None, None)
+    assert torch.equal(alone[0], dx)
+    assert dA.shape == p.A.shape
+    assert dB.shape == p.B.shape
+
+
+@needs_amx
+def test_what_it_leaves_to_torch() -> None:
+    p = on_cpu(tokens=40, ranks=(2, 3))
+    adapter = adapter_of(p)
+    assert amx.multiplies(p.x, adapter)
+    column_major = replace(adapter, weight=p.weight.T.contiguous().T)
+    broadcast = replace(adapter, weight=p.weight[:1].expand_as(p.weight))
+    assert not any(amx.multiplies(p.x, one) for one in (column_major, broadcast))
+    many = p.x[:1].expand(amx.MOST_PRODUCTS // p.weight.numel() + 1, -1)
+    assert not any(amx.multiplies(x, adapter) for x in (p.x.half(), p.x.float(), p.x[:0], many))
+
+
+@needs_amx
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "there"), [("AVX512_CORE_BF16", False), ("AVX512_CORE_AMX", True), ("default", True)]
+)
+def test_a_limit_of_torchs_gemms_is_its_own(limit: str, there: bool) -> None:
+    program = "from smoa_kernels.backends.native import amx; print(amx.is_there())"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(there), done.stderr
