@@ -93,6 +93,7 @@ def test_few_pairs(backend: str, pairs: tuple[int, ...], blocks: str, ranks: tup
     [
         ((5, 9, 15), (5, 1, 9), 374, 60),  # dX: of fewer than 16 pairs MKL's sums are short in this layout
         ((10,), (8,), 7, 1536),  # dB: of a block whose last rows are fewer than those contracted together
+        ((19,), (2,), 11830, 96),  # dA: of a block of so many rows
     ],
 )
 def test_sums_are_as_short_as_torchs(

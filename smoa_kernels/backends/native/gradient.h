@@ -20,7 +20,7 @@ typedef struct {
 } gradient_job;
 
 enum {
-    SLAB = 504,  /* of these rows at most, a multiple of both MR and TOGETHER */
+    SLAB = 504, /* of these rows at most, a multiple of both MR and TOGETHER, whose part of dA is summed by itself */
     /* Rows of H that are contracted at a time, with so many ranks of the factors: they stay in the L1 cache, sums stay in
      * registers and are short. */
     TOGETHER = 4,
@@ -126,23 +126,21 @@ static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, con
     i64 some = stored_pieces_of(cols, width, j->stored, pieces);
     rest += pieces_size(width);
     for (i64 t = 0; t < rank; t++)
-        for (i64 c = 0; c < width; c++) {
-            A[t * width + c] = one_of(j->A, t * j->cols + cols[c], j->factors);
-            sum[t * width + c] = dA[t * j->cols + cols[c]];
-        }
+        for (i64 c = 0; c < width; c++) A[t * width + c] = one_of(j->A, t * j->cols + cols[c], j->factors);
     for (i64 i = first; i < end; i++)
         for (i64 t = 0; t < rank; t++) B[(i - first) * j->rank + t] = one_of(j->B, j->row_index[i] * j->rank + t, j->factors);
     matrix dy = j->dy, x = j->x;
     if (!j->contiguous) dy.rows = j->row_index;
     if (!j->contiguous || x.keep) x.rows = j->col_index;
-    if (given) contract(j, given, H, k, first, end - first, A, B, sum, pieces, some, line);
-    for (; first < end && !given; first += j->slab, B += j->slab * j->rank) {
-        i64 count = least(j->slab, end - first);
-        product(dy, first, count, x, col, width, j->tokens, KC, NULL, G, width, 0, rest);
-        contract(j, G, H, k, first, count, A, B, sum, pieces, some, line);
+    for (i64 top = first, slab = given ? SLAB : j->slab; top < end; top += slab, B += slab * j->rank) {
+        i64 count = least(slab, end - top);
+        if (!given) product(dy, top, count, x, col, width, j->tokens, KC, NULL, G, width, 0, rest);
+        const void *now = given ? number(given, (top - first) * width, j->stored) : G;
+        memset(sum, 0, (size_t)(rank * width) * sizeof *sum); /* of one slab: sums stay short */
+        contract(j, now, H, k, top, count, A, B, sum, pieces, some, line);
+        for (i64 t = 0; t < rank; t++)
+            for (i64 c = 0; c < width; c++) dA[t * j->cols + cols[c]] += sum[t * width + c];
     }
-    for (i64 t = 0; t < rank; t++)
-        for (i64 c = 0; c < width; c++) dA[t * j->cols + cols[c]] = sum[t * width + c];
 }
 
 static void gradient_part(void *it, i64 part) {
