@@ -28,6 +28,7 @@ from .block_order import (
     row_panels,
     select_columns,
 )
+from .pages import in_large_pages
 
 __all__ = [
     "ALGORITHMS",
@@ -183,11 +184,11 @@ def merged_product(x: Tensor, weight: Tensor, modulation: Modulation) -> Tensor:
     most = MERGED_PANEL if weight.itemsize > 2 else MERGED_HALF_PANEL
     most = max(most, MERGED_BYTES // max(1, weight.shape[1] * weight.itemsize))
     count = math.ceil(weight.shape[0] / most)
+    y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
     if count <= 1:
-        return torch.mm(x, modulation(0, torch.empty_like(weight)).T)
-    y = x.new_empty(x.shape[0], weight.shape[0])
+        return torch.mm(x, modulation(0, torch.empty_like(weight)).T, out=y)
     height = MERGED_ALIGNMENT * math.ceil(weight.shape[0] / (MERGED_ALIGNMENT * count))
-    buffer = torch.empty_like(weight[:height])
+    buffer = in_large_pages(torch.empty_like(weight[:height]))
     for first, out in enumerate(y.split(height, dim=1)):
         torch.mm(x, modulation(first * height, buffer[: out.shape[1]]).T, out=out)
     return y
@@ -212,7 +213,7 @@ def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
 def adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
     """`y[:, rows_k] = dropout(x)[:, cols_k] ΔW_kᵀ` for every block: the adapter's output alone, (T, N)."""
     product = _BlockProduct(adapter)
-    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     draw = None if dropout is None else dropout.stream(x.shape[1])
     mask, gathered, scratch = _Buffer(), _Buffer(), _Buffer()
     whole = (
@@ -246,7 +247,7 @@ def _dropout_backward(
     product = _BlockProduct(adapter.T) if needs_x else None
     gradient = None if x is None else _BlockGradient(adapter)
     # Of dX and x one stands in for the other where that is not there; a stand-in is neither written nor read.
-    dx = dy.new_empty(dy.shape[0], width) if needs_x or x is None else x
+    dx = in_large_pages(dy.new_empty(dy.shape[0], width)) if needs_x or x is None else x
     draw, mask, gathered, scratch = dropout.stream(width), _Buffer(), _Buffer(), _Buffer()
     for dy_part, dx_part, x_part in _panels(dy, dx, dx if x is None else x):
         multiplier = draw(mask.like(dx_part))
@@ -356,7 +357,7 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
         A, B = adapter.expanded_factors(torch.promote_types(x.dtype, torch.float32))
         return accumulate(_expanded_output(x, A, B, adapter.weight), x, adapter.weight)
     order = block_order(adapter)  # a block's factors need W0's block alone
-    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     if not all(order.ranks):
         y.zero_()
     parts = zip(

@@ -16,6 +16,7 @@ from ...definition.packed import PackedAdapter
 from ...definition.precision import gemm_is_ieee
 from .. import Gradients, eager
 from ..eager import ALGORITHMS, modulated_weight
+from ..pages import in_large_pages
 from . import amx, torch_gemms
 from .library import library, obstacle
 from .operands import (
@@ -108,7 +109,7 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W_effᵀ` (T, N)."""
     if x.dtype != torch.float32 or torch_is_faster(x.shape[0]):
         return torch_gemms.merged(x, adapter)
-    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     return _linear(x, adapter.weight, y, adapter) if x.numel() else y.zero_()
 
 
@@ -172,7 +173,8 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None 
         (row_block, col_block, wide), ranks = labels_of(adapter), dense(adapter.ranks, torch.int32)
         rank = A.shape[0]
         blocks = row_block.data_ptr(), col_block.data_ptr(), wide, ranks.data_ptr()
-    workspace = x.new_empty(code.smoa_linear_workspace(x.shape[0], weight.shape[1], rank, threads))
+    floats = code.smoa_linear_workspace(x.shape[0], weight.shape[1], rank, threads)
+    workspace = in_large_pages(x.new_empty(floats))
     with named(LINEAR):
         code.smoa_linear(
             x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride(), *blocks, rank,
@@ -191,7 +193,7 @@ def _update(
     """`x ΔWᵀ` (T, N), with a mask on x or on the result."""
     mask = x_mask or y_mask
     scale = 1.0 if mask is None else mask.scale
-    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     blocks, (code, threads) = blocks_of(adapter), (library(), torch.get_num_threads())
     if not x.numel() or not y.numel():
         return y.zero_()
@@ -199,9 +201,8 @@ def _update(
     A, B = adapter.A.to(torch.float32), adapter.B.to(torch.float32)
     count, rank, scaling = adapter.partition.num_blocks, A.shape[0], scale * adapter.scaling.item()
     *indices, ranks = (tensor.data_ptr() for tensor in blocks)
-    workspace = x.new_empty(
-        code.smoa_update_workspace(x.shape[0], *weight.shape, *indices[2:], count, rank, threads)
-    )
+    floats = code.smoa_update_workspace(x.shape[0], *weight.shape, *indices[2:], count, rank, threads)
+    workspace = in_large_pages(x.new_empty(floats))
     with named(UPDATE):
         code.smoa_update(
             x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), kept_by(x_mask), weight.data_ptr(),
@@ -227,7 +228,7 @@ def factor_gradients(
         count, rank, scaling = adapter.partition.num_blocks, A.shape[0], scale * adapter.scaling.item()
         *indices, ranks = (tensor.data_ptr() for tensor in blocks)
         floats = code.smoa_gradient_workspace(x.shape[0], *indices[2:], count, rank, threads)
-        workspace = x.new_empty(floats)
+        workspace = in_large_pages(x.new_empty(floats))
         with named(GRADIENT):
             code.smoa_gradient(
                 x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), kept_by(mask),

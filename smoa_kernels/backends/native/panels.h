@@ -23,8 +23,9 @@ enum {
     SHORT = 64,
     FEW_ROWS = 16,
     /* Rows of the left panel, which stays for all of the right matrix (in the L3 cache, or of few tokens the L2), and of
-     * the right one, which is packed, modulated and multiplied while it is in the L2. */
-    MC = MR * 144,
+     * the right one, which is packed, modulated and multiplied while it is in the L2. 14 * 147 is just above 2048: a
+     * second left panel, of few rows, would have all of the right matrix packed again. */
+    MC = MR * 147,
     NC = NR * 4,
     TRANSPOSED = 8, /* floats beyond the last panel that packing may write */
     /* So many floats along a row, or columns, before it reads them packing asks the memory for them: they are short runs
@@ -83,6 +84,7 @@ INLINE void tile_of(int rows, i64 depth, const float *a, const float *b, float *
         __builtin_prefetch(c + i * stride, 1);
         __builtin_prefetch(c + i * stride + LANES, 1);
     }
+#pragma GCC unroll 4
     for (i64 k = 0; k < depth; k++, a += MR, b += NR) {
         vf left = load(b), right = load(b + LANES);
 #pragma GCC unroll 14

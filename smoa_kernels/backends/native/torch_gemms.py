@@ -22,6 +22,7 @@ from ...definition.packed import PackedAdapter
 from ...definition.precision import accumulate
 from .. import eager
 from ..eager import HALF_TOKEN_PANEL
+from ..pages import in_large_pages
 from .library import library
 from .operands import KINDS, Mask, along_memory, blocks_of, dense, kept_by, labels_of, named, with_rows
 
@@ -126,7 +127,7 @@ class Blocks:
         """Room for a matrix of each block's shape, and the address of a workspace of so many float32s behind it."""
         weight, count = self.adapter.weight, sum(rows * cols for rows, cols in self.shapes)
         count += count % 2  # two halves are a float32's place
-        memory = weight.new_empty(count + floats * 4 // weight.itemsize)
+        memory = in_large_pages(weight.new_empty(count + floats * 4 // weight.itemsize))
         return memory, memory.data_ptr() + count * weight.itemsize
 
     def deltas(self, scale: float) -> Matrices:
@@ -250,7 +251,7 @@ def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     adapter, x = _readable(adapter), with_rows(x)
     blocks = Blocks(adapter, batch=mask is not None or _is_small(x, adapter))  # a masked x is copied anyway
     deltas = transposed(blocks.deltas(1.0 if mask is None else mask.scale))
-    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
+    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     for kept, x_part, y_part in blocks.panels(mask, x, y):
         blocks.product(blocks.cols.ordered(x_part, kept), deltas, blocks.rows.room(y_part, None))
         blocks.rows.restore(y_part, None)
@@ -278,7 +279,8 @@ def backward(
         if x is not None:
             x, gradient = with_rows(x), Gradient(blocks, scale)
         if mask is not None and needs_x:
-            dx, deltas = dy.new_empty(dy.shape[0], adapter.weight.shape[1]), blocks.deltas(scale)
+            dx = in_large_pages(dy.new_empty(dy.shape[0], adapter.weight.shape[1]))
+            deltas = blocks.deltas(scale)
         for kept, dy_part, x_part, dx_part in blocks.panels(mask, dy, x, dx):
             dy_k = blocks.rows.ordered(dy_part, None)
             if deltas is not None:

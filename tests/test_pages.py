@@ -1,0 +1,67 @@
+"""Large pages: Linux is asked for them where a result is large, and nowhere else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from problems import make_problem
+
+from smoa_kernels.backends import eager, native_obstacle, pages
+from smoa_kernels.backends.native import backend as native
+from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
+
+SMAPS, LARGE_PAGES = Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage")
+CPU = torch.device("cpu")
+
+
+def flags_at(address: int) -> set[str]:
+    """What Linux keeps of the mapping that an address is in."""
+    inside = False
+    for line in SMAPS.read_text(encoding="ascii", errors="replace").splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            return set(rest)
+    return set()
+
+
+@pytest.mark.skipif(not (SMAPS.exists() and LARGE_PAGES.exists()), reason="Linux has no large pages here")
+def test_linux_hears_it() -> None:
+    # Above 32 MB malloc always maps a tensor on its own, so nothing asked for large pages there before.
+    tensor = torch.empty(2**24 - 3)
+    middle = tensor.data_ptr() + tensor.nbytes // 2
+    before = flags_at(middle)
+    assert "rd" in before
+    assert "hg" not in before
+    assert pages.in_large_pages(tensor) is tensor
+    assert "hg" in flags_at(middle)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("tokens", [16, 1024])
+def test_results_ask_for_them(backend: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "native" and (obstacle := native_obstacle(CPU)):
+        pytest.skip(obstacle)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(pages, "_madvise", lambda start, size, advice: asked.append((start, start + size)))
+    monkeypatch.setattr(pages, "_ADVICE", 14)
+    p = make_problem(
+        tokens=tokens,
+        out_features=1024,
+        in_features=1024,
+        ranks=(4, 4),
+        dtype=torch.float32,
+        block_order="contiguous",
+    ).on(CPU)
+    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
+    module = eager if backend == "eager" else native
+    y = module.forward(p.x, None, adapter, "auto", None)
+    dx, _, _ = module.backward(p.dy, p.x, adapter, None, needs_x=True)
+    assert dx is not None
+    for result in (y, dx):
+        inside = [
+            result.data_ptr() <= start and end <= result.data_ptr() + result.nbytes for start, end in asked
+        ]
+        assert any(inside) == (tokens == 1024)
