@@ -96,6 +96,19 @@ def test_float32_factors_are_not_rounded(form: str, only_amx: None) -> None:
 
 @needs_amx
 @each_form
+def test_factors_of_the_other_half_type(form: str, guarded_memory: None, only_amx: None) -> None:
+    """Under autocast a float16 layer's factors meet its W0 in bfloat16; their gradients are float16."""
+    p = on_cpu(tokens=40, out_features=61, in_features=147, ranks=(3, 0, 18))
+    exact = FORMS[form].definition(p.to(torch.float64))
+    for found, expected in zip(
+        p.to(BF16, torch.float16).run(autocast=BF16, **FORMS[form].options)[2:4], exact[2:4], strict=True
+    ):
+        assert found.dtype == torch.float16
+        assert relative_error(found, expected) < 4e-3
+
+
+@needs_amx
+@each_form
 def test_one_thread_and_three_give_the_same_output(form: str, only_amx: None) -> None:
     p, found = on_cpu(tokens=100, out_features=190, in_features=500, random_labels=True), []
     for count in (1, 3, 3):

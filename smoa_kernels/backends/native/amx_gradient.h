@@ -93,6 +93,7 @@ AMX static void make_H(const float *G, const half *weight, i64 stride, i64 heigh
 
 /* dB (PAIR, SIDE ranks) += H A, dA (2, SIDE ranks, SIDE columns) += B H. */
 AMX static inline void contract_H(const half *H, const half *A, const half *B, float *dA, float *dB) {
+    WRITTEN;
     _tile_loadd(0, dB, 64);
     _tile_loadd(1, dB + SIDE * SIDE, 64);
     _tile_loadd(2, dA, 64);
@@ -115,10 +116,9 @@ AMX static inline void contract_H(const half *H, const half *A, const half *B, f
 
 /* The first `count` of up to LANES sums, and the second terms' beside them, as they are stored. */
 INLINE void put(void *to, i64 at, i64 count, vf sum, int stored) {
-    if (stored == BFLOAT16)
-        narrow(to, at, count, sum, BFLOAT16);
-    else
-        narrow(to, at, count, sum, FLOAT32);
+#define CALL(kind) narrow(to, at, count, sum, kind)
+    WITH_KIND(stored, CALL)
+#undef CALL
 }
 
 /* dA's sums and dB, of a share of the rows. */
@@ -200,10 +200,10 @@ static void amx_sum_parts(const amx_job *j) {
                 i64 there = least(SIDE, width - c);
                 put(some, 0, LANES, sum, j->change.factors);
                 for (i64 i = 0; i < there; i++)
-                    if (j->change.factors == BFLOAT16)
-                        ((half *)j->dA)[t * j->cols + cols[c + i]] = ((const half *)some)[i];
-                    else
+                    if (j->change.factors == FLOAT32)
                         ((float *)j->dA)[t * j->cols + cols[c + i]] = ((const float *)some)[i];
+                    else
+                        ((half *)j->dA)[t * j->cols + cols[c + i]] = ((const half *)some)[i];
             }
         from += up(width, PAIR) * tiles * PAIR * SIDE;
     }
