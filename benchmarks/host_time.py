@@ -38,12 +38,14 @@ GOAL = 200  # microseconds of forward and backward above nn.Linear's
 def pretend() -> FakeGpu:
     """Let the CPU's tensors be a GPU's, and few tokens be many, from now on in this process."""
     gpu = install()
-    answers = {gpus.architecture: "sm_90", gpus.multiprocessors: 132, backends._device_obstacle: None}
+    pretended = {gpus.architecture: "sm_90", gpus.multiprocessors: 132, backends._device_obstacle: None}
+    answers = {id(function): answer for function, answer in pretended.items()}
     backend = backends.load_backend("triton")  # whose modules import them by name
     for module in [module for name, module in sys.modules.items() if name.startswith("smoa_kernels")]:
         for name, value in vars(module).copy().items():
-            if callable(value) and getattr(value, "__hash__", None) and value in answers:
-                setattr(module, name, lambda device, answer=answers[value]: answer)
+            if id(value) in answers:
+                answer = answers[id(value)]
+                setattr(module, name, lambda device, answer=answer: answer)
     choice = lambda problem, gpu, ieee, *_: "merged" if ieee else "split"  # noqa: E731
     setattr(backend, "choose_algorithm", choice)  # noqa: B010
     return gpu
