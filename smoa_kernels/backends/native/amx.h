@@ -1,30 +1,15 @@
-/* What bfloat16 GEMMs by AMX are made of: tiles, and how activations are brought into their form.
+/* What bfloat16 GEMMs by AMX are made of (tiles.h): a layer, and how its activations become tiles.
  *
- * A processor with AMX multiplies a left tile (16 rows, 32 terms) by a right one (32 terms, 16 columns), both 1 KiB of
- * bfloat16, and adds in float32. A left tile's rows lie in memory as a matrix with contiguous rows has them. In a right
- * tile two terms of a column lie side by side, a pair, and the pairs of 16 columns in one line. Sixteen tokens of
- * activations, whose columns are the terms, become such pairs by a transpose; then a line holds two columns of all 16
- * tokens, and to put columns in a block's order is to pick halves of lines.
+ * Sixteen tokens of activations, whose columns are the terms, become pairs by a transpose; then a line holds two columns of
+ * all 16 tokens, and to put columns in a block's order is to pick halves of lines.
  */
 #pragma once
 
 #include "gradient.h"
 #include "passes.h"
+#include "tiles.h"
 
-#if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
-#define HAS_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-
-typedef uint16_t half;
-
-enum {
-    SIDE = 16, /* rows of a tile */
-    TERMS = 32,
-    TILE = SIDE * TERMS, /* numbers in a left or a right one */
-    PAIR = 2 * SIDE,     /* rows and columns of a product, four tiles, and tokens that are prepared together */
-};
-
+#if HAS_AMX
 /* A layer and what is computed of it; stages share their room in the workspace. */
 typedef struct {
     i64 tokens, rows, cols, blocks, rank, parts, contiguous;
@@ -73,46 +58,6 @@ static void *taken(float **at, i64 bytes) {
     return found;
 }
 
-#define AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512vbmi2")))
-
-/* Whether this processor has AMX, and the system lets this process use it: Linux asks to be asked, once. */
-static int amx_allowed(void) {
-    enum { REQUEST = 0x1023, TILE_DATA = 18 };
-    static int allowed = -1; /* two threads find the same */
-    if (allowed < 0) {
-        unsigned a, b, c, d;
-        __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-        int has = (d >> 22 & 1) && (d >> 24 & 1); /* AMX-BF16, AMX-TILE */
-        __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
-        has = has && (a >> 5 & 1) && moves_halves(); /* AVX512-BF16 */
-        allowed = has && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    }
-    return allowed;
-}
-
-/* Tells this thread's tiles their size. Before a thread is given back, `_tile_release`. The sizes are a constant: a GCC
- * without the mend of its bug 114098 (12.4 has it) takes only 8 bytes for read, and may not write those behind them. */
-AMX static void use_tiles(void) {
-    static const struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } sizes = {.palette = 1, .bytes = {[0 ... 7] = 64}, .rows = {[0 ... 7] = SIDE}};
-    _tile_loadconfig(&sizes);
-}
-
-/* Before tiles are loaded: GCC does not know that this reads memory, so what was written might be written later. */
-#define WRITTEN __asm__ volatile("" ::: "memory")
-
-/* Four tiles, (PAIR, PAIR), are summed: 0 and 1 are the upper ones. */
-AMX static inline void zero_sums(void) {
-    WRITTEN;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
 /* They += left right: rows of the left `stride` apart, `depth` right tiles of SIDE columns, then those of the next. */
 AMX static inline void add_product(i64 depth, const half *left, i64 stride, const half *right, i64 next) {
     for (i64 k = 0; k < depth; k++) {
@@ -127,55 +72,9 @@ AMX static inline void add_product(i64 depth, const half *left, i64 stride, cons
     }
 }
 
-AMX static inline void load_sums(const float *from) {
-    WRITTEN;
-    _tile_loadd(0, from, PAIR * 4);
-    _tile_loadd(1, from + SIDE, PAIR * 4);
-    _tile_loadd(2, from + SIDE * PAIR, PAIR * 4);
-    _tile_loadd(3, from + SIDE * PAIR + SIDE, PAIR * 4);
-}
-
-AMX static inline void store_sums(float *to) {
-    _tile_stored(0, to, PAIR * 4);
-    _tile_stored(1, to + SIDE, PAIR * 4);
-    _tile_stored(2, to + SIDE * PAIR, PAIR * 4);
-    _tile_stored(3, to + SIDE * PAIR + SIDE, PAIR * 4);
-}
-
 /* Halves from one row of a left operand to the next: an odd number of cache lines, so that a tile's rows fall into
  * different sets of the cache. */
 static i64 apart(i64 terms) { return (up(terms, TERMS) | 1) * TERMS; }
-
-/* r = the transpose of its 16 rows of 16 numbers of 32 bits. */
-INLINE void transpose_lines(__m512i *r) {
-    __m512i t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) { /* r[4 g + j] is rows 4 g to 4 g + 3 of columns j, 4 + j, 8 + j, 12 + j */
-        t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
-        t[4 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-        t[8 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-        t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        r[j] = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88);
-        r[4 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88);
-        r[8 + j] = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
-        r[12 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
-    }
-}
 
 /* A line of pairs: one of `low`, one of `high`, and so on. */
 INLINE __m512i paired(__m256i low, __m256i high) {
@@ -257,9 +156,6 @@ static void ask_for_rows(const half *from, i64 stride, const i64 *rows, i64 coun
     for (i64 i = count * part / parts; i < count * (part + 1) / parts; i++)
         for (i64 c = 0; c < width; c += TERMS) __builtin_prefetch(from + (rows ? rows[i] : i) * stride + c, 0, 2);
 }
-#else
-#define HAS_AMX 0
-static int amx_allowed(void) { return 0; }
 #endif
 
 /* Whether bfloat16 GEMMs by AMX can run here. */
