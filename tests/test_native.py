@@ -117,7 +117,7 @@ def test_every_shape_where_torch_multiplies(
 ) -> None:
     """In half precision, and in float32 of many tokens on some processors; here of few, on every one."""
     monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
-    monkeypatch.setattr(amx, "MOST_PRODUCTS", 0)
+    monkeypatch.setattr(amx, "multiplies", lambda *_: False)
     case, sizes = (
         replace(FORMS[form], dtype=dtype),
         {"out_features": out_features, "in_features": in_features},
@@ -145,7 +145,7 @@ def test_weights_whose_elements_share_memory(
 ) -> None:
     """What torch makes like a broadcast matrix, or windows of a line, has an order of its own."""
     monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
-    monkeypatch.setattr(amx, "MOST_PRODUCTS", 0)
+    monkeypatch.setattr(amx, "multiplies", lambda *_: False)
     p, case = on_cpu(dtype, tokens=40, ranks=(2, 3)), replace(FORMS[form], dtype=dtype)
     p = replace(p, weight=p.weight.as_strided(p.weight.shape, strides))
     assert_within_budget(p.run(**case.options), case, p)
@@ -256,7 +256,7 @@ def test_contiguous_blocks_of_one_shape_where_torch_multiplies(
 ) -> None:
     """Of few tokens they are one batch, of copies; of many they are slices; W0 and x may be parts of others."""
     monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
-    monkeypatch.setattr(amx, "MOST_PRODUCTS", 0)
+    monkeypatch.setattr(amx, "multiplies", lambda *_: False)
     p = on_cpu(
         dtype, tokens=tokens, out_features=64, in_features=96, ranks=(2,) * 4, block_order="contiguous"
     )
@@ -352,7 +352,7 @@ def test_a_partition_that_is_broken(
 ) -> None:
     """`from_tensors` takes almost all that it is given, and compiled code would follow it anywhere."""
     if which < 2:
-        monkeypatch.setattr(amx, "MOST_PRODUCTS", 0)  # which reads no labels
+        monkeypatch.setattr(amx, "multiplies", lambda *_: False)  # which reads no labels
     if form == "dropout" and which < 2:
         pytest.skip("only W_eff asks for labels")
     asked = {"merged": (0, 1), "expanded": (1, 2, 4)}.get(form, (2, 3, 4, 5))

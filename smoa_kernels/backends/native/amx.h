@@ -12,7 +12,7 @@
 #if HAS_AMX
 /* A layer and what is computed of it; stages share their room in the workspace. */
 typedef struct {
-    i64 tokens, rows, cols, blocks, rank, parts, contiguous;
+    i64 tokens, rows, cols, blocks, rank, parts, contiguous; /* tokens of a band */
     const half *x, *dy, *weight; /* with contiguous rows */
     i64 x_stride, dy_stride, stride;
     const uint16_t *keep; /* of x for ΔW; NULL: all */
@@ -27,9 +27,9 @@ typedef struct {
     half *all, *blocked, *columns;
     i64 lies; /* whether a block's x lies in `all` */
     /* dA and dB: dY as left tiles and x as right tiles, in block order, whose terms are tokens; A as right tiles of SIDE
-     * ranks; each part's dA. */
+     * ranks; each part's dA, and dB of rows in block order, in float32. */
     half *dy_terms, *x_terms, *A_tiles;
-    float *sums;
+    float *sums, *row_sums, *line;
     /* dX: dY as left tiles and labels. Where it is masked also dY as right tiles (`blocked`) and `columns` of dY ΔW. */
     half *left;
     int32_t *row_block, *col_block;
@@ -58,23 +58,55 @@ static void *taken(float **at, i64 bytes) {
     return found;
 }
 
-/* They += left right: rows of the left `stride` apart, `depth` right tiles of SIDE columns, then those of the next. */
-AMX static inline void add_product(i64 depth, const half *left, i64 stride, const half *right, i64 next) {
-    for (i64 k = 0; k < depth; k++) {
-        _tile_loadd(4, left + k * TERMS, stride * 2);
-        _tile_loadd(6, right + k * TILE, 64);
-        _tile_loadd(5, left + SIDE * stride + k * TERMS, stride * 2);
-        _tile_loadd(7, right + next + k * TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
+/* Tokens that are in a workspace at a time: their copies take about as much memory as W0, which is copied for each of these
+ * bands again. */
+static i64 amx_band(i64 rows, i64 cols) {
+    i64 fit = up(rows + cols, 4 * PAIR) * PAIR;
+    return fit > 1024 ? fit : 1024;
 }
 
-/* Halves from one row of a left operand to the next: an odd number of cache lines, so that a tile's rows fall into
- * different sets of the cache. */
-static i64 apart(i64 terms) { return (up(terms, TERMS) | 1) * TERMS; }
+/* Terms that are summed before the next panel's, in tiles: those of the panel which all share stay in the L1 cache. */
+enum { SHARED = 1000 };
+
+/* sums (count; PAIR, PAIR) = left right, or plus that where `add`, over `depth` tiles: PAIR rows of the left, whose second
+ * run of tiles begins `below` after the first, PAIR columns of the right, whose second run begins `beside` after it. The
+ * next product's tiles begin `left_step` and `right_step` later, one of which is 0. */
+AMX static void add_products(i64 count, i64 depth, i64 below, const half *left, i64 left_step, const half *right, i64 beside,
+                             i64 right_step, int add, float *sums) {
+    for (i64 first = 0; first < depth || (first == 0 && !add); first += SHARED)
+        for (i64 i = 0; i < count; i++) {
+            const half *a = left + (i * left_step + first) * TILE, *b = right + (i * right_step + first) * TILE;
+            float *own = sums + i * PAIR * PAIR;
+            if (add || first)
+                load_sums(own);
+            else
+                zero_sums();
+            for (i64 k = 0; k < least(SHARED, depth - first); k++, a += TILE, b += TILE) {
+                _tile_loadd(4, a, 64);
+                _tile_loadd(6, b, 64);
+                _tile_loadd(5, a + below * TILE, 64);
+                _tile_loadd(7, b + beside * TILE, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            store_sums(own);
+        }
+}
+
+/* Where row `row` of left tiles, `depth` of them a run, has its terms from `term` on, a multiple of TERMS. */
+static inline half *terms_at(half *tiles, i64 depth, i64 row, i64 term) {
+    return tiles + (row / SIDE * depth + term / TERMS) * TILE + row % SIDE * TERMS;
+}
+
+/* A row of left tiles: `count` numbers, and 0 behind them. */
+static void copy_terms(const half *from, i64 count, half *tiles, i64 depth, i64 row) {
+    for (i64 c = 0; c < depth * TERMS; c += TERMS) {
+        __mmask32 there = count > c ? first_of(count - c) : 0;
+        _mm512_store_si512(terms_at(tiles, depth, row, c), _mm512_maskz_loadu_epi16(there, from + c));
+    }
+}
 
 /* A line of pairs: one of `low`, one of `high`, and so on. */
 INLINE __m512i paired(__m256i low, __m256i high) {
@@ -131,15 +163,15 @@ INLINE __m512i tokens_of(const half *pairs, i64 next, i64 c) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-/* The reverse: rows of `to`, `stride` apart, from columns that are SIDE tokens side by side; without what `keep` drops. */
+/* The reverse: rows of `to`, `stride` apart, from columns that are PAIR tokens side by side, SIDE of them read; without what `keep` drops. */
 AMX static void rows_from(const half *columns, i64 tokens, i64 cols, const uint16_t *keep, half *to, i64 stride) {
     for (i64 c = 0; c < cols; c += TERMS) {
         __mmask32 there = first_of(cols - c);
         __m512i r[16];
 #pragma GCC unroll 16
         for (int i = 0; i < SIDE; i++) {
-            const half *two = columns + (c + 2 * i) * SIDE;
-            r[i] = paired(_mm256_loadu_si256((const void *)two), _mm256_loadu_si256((const void *)(two + SIDE)));
+            const half *two = columns + (c + 2 * i) * PAIR;
+            r[i] = paired(_mm256_loadu_si256((const void *)two), _mm256_loadu_si256((const void *)(two + PAIR)));
         }
         transpose_lines(r);
 #pragma GCC unroll 16

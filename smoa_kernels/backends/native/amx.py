@@ -1,7 +1,7 @@
-"""bfloat16 by AMX: one compiled call for y, one for the gradients (`amx_linear.h` and what it names).
+"""bfloat16 by AMX: one compiled call for y, one for dA and dB, one for dX (`amx_linear.h` and what it names).
 
 A frozen layer takes so little time there that copies, torch's calls and Python between GEMMs would count for more than
-the GEMMs. Large products are torch's (`torch_gemms.py`), as are float16's and all where there is no AMX.
+the GEMMs. float16 is torch's (`torch_gemms.py`), as is all where there is no AMX.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from ...definition.packed import PackedAdapter
+from ..pages import in_large_pages
 from .library import library, obstacle
 from .operands import KINDS, Mask, blocks_of, kept_by, named, with_rows
 
-__all__ = ["AMX", "MOST_PRODUCTS", "backward", "is_there", "multiplies", "split"]
+__all__ = ["AMX", "backward", "is_there", "multiplies", "split"]
 
 AMX = "smoa::compiled_amx"
 """What these compiled functions are called in a profile."""
-
-MOST_PRODUCTS = 1 << 30
-"""Of x and W0: of larger ones torch's GEMMs are as fast, and this code's copies of x and dY would raise the peak."""
 
 
 def multiplies(tokens: Tensor, adapter: PackedAdapter) -> bool:
@@ -30,7 +28,8 @@ def multiplies(tokens: Tensor, adapter: PackedAdapter) -> bool:
     weight = adapter.weight
     return (
         tokens.dtype == torch.bfloat16
-        and 0 < tokens.shape[0] * weight.numel() <= MOST_PRODUCTS
+        and tokens.shape[0] > 0
+        and weight.numel() > 0
         and weight.stride(1) == 1
         and weight.stride(0) >= weight.shape[1]
         and is_there()
@@ -54,14 +53,17 @@ def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
         adapter.B.contiguous(),
         blocks_of(adapter),
     )
-    y, shape, rank = x.new_empty(x.shape[0], weight.shape[0]), (x.shape[0], *weight.shape), A.shape[0]
-    floats = code.smoa_amx_forward_workspace(*shape, p.num_blocks, max(p.col_sizes), rank, threads)
-    workspace = x.new_empty(floats, dtype=torch.float32)
+    shape, rank, indices = (x.shape[0], *weight.shape), A.shape[0], [one.data_ptr() for one in blocks]
+    y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
+    floats = code.smoa_amx_forward_workspace(
+        *shape, indices[3], p.num_blocks, p.is_contiguous, mask is not None, rank, threads
+    )
+    workspace = in_large_pages(x.new_empty(floats, dtype=torch.float32))
     with named(AMX):
         code.smoa_amx_forward(
-            *shape, x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask),
-            *(one.data_ptr() for one in blocks), p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(),
-            B.data_ptr(), KINDS[A.dtype], _scale(adapter, mask), y.data_ptr(), workspace.data_ptr(), threads,
+            *shape, x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask), *indices,
+            p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype],
+            _scale(adapter, mask), y.data_ptr(), workspace.data_ptr(), threads,
         )  # fmt: skip
     return y
 
@@ -77,35 +79,42 @@ def backward(
         adapter.B.contiguous(),
         blocks_of(adapter),
     )
-    shape, rank, terms = (dy.shape[0], *weight.shape), A.shape[0], 1
-    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs_x else None
-    dA = dB = None
-    A_halves, B_halves = A, B
+    shape, rank, indices = (dy.shape[0], *weight.shape), A.shape[0], [one.data_ptr() for one in blocks]
+    scale, dx, dA, dB = _scale(adapter, mask), None, None, None
     if x is not None:
-        x, dA, dB = with_rows(x), A.new_empty(A.shape), B.new_empty(B.shape)
+        x, dA, dB, terms = with_rows(x), A.new_empty(A.shape), B.new_empty(B.shape), 1
+        A_halves, B_halves = A, B
         if A.dtype != torch.bfloat16:
             terms, A_halves, B_halves = 2, _halves(A, 0), _halves(B, 1)
-    floats = code.smoa_amx_backward_workspace(
-        *shape, p.num_blocks, max(p.row_sizes), max(p.col_sizes), rank, terms, mask is not None, threads
-    )
-    workspace = dy.new_empty(floats, dtype=torch.float32)
-    with named(AMX):
-        code.smoa_amx_backward(
-            *shape, dy.data_ptr(), dy.stride(0), _address(x), 0 if x is None else x.stride(0), weight.data_ptr(),
-            weight.stride(0), kept_by(mask), *(one.data_ptr() for one in blocks), p.num_blocks, p.is_contiguous,
-            ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype], _scale(adapter, mask), terms,
-            A_halves.data_ptr(), B_halves.data_ptr(), _address(dx), _address(dA), _address(dB), workspace.data_ptr(),
-            threads,
-        )  # fmt: skip
+        floats = code.smoa_amx_gradient_workspace(
+            *shape, p.num_blocks, p.is_contiguous, max(p.col_sizes), terms * rank, threads
+        )
+        workspace = in_large_pages(dy.new_empty(floats, dtype=torch.float32))
+        with named(AMX):
+            code.smoa_amx_gradient(
+                *shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
+                kept_by(mask), *indices, p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, KINDS[A.dtype], scale,
+                terms, A_halves.data_ptr(), B_halves.data_ptr(), dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(),
+                threads,
+            )  # fmt: skip
+        del workspace  # dX needs memory of its own
+    if needs_x:
+        dx = in_large_pages(dy.new_empty(dy.shape[0], weight.shape[1]))
+        floats = code.smoa_amx_input_workspace(
+            *shape, p.num_blocks, max(p.row_sizes), rank, mask is not None, threads
+        )
+        workspace = in_large_pages(dy.new_empty(floats, dtype=torch.float32))
+        with named(AMX):
+            code.smoa_amx_input(
+                *shape, dy.data_ptr(), dy.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask), *indices,
+                p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype],
+                scale, dx.data_ptr(), workspace.data_ptr(), threads,
+            )  # fmt: skip
     return dx, dA, dB
 
 
 def _scale(adapter: PackedAdapter, mask: Mask | None) -> float:
     return adapter.scaling.item() * (1.0 if mask is None else mask.scale)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _halves(factor: Tensor, dim: int) -> Tensor:

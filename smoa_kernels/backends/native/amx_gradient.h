@@ -9,25 +9,44 @@
 
 static i64 amx_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
 
-static i64 amx_gradient_part_size(i64 rows, i64 cols, i64 widest, i64 tiles) {
+static i64 amx_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous, i64 tiles, i64 threads) {
+    i64 height = amx_together(rows, amx_band(rows, cols), threads);
     i64 prepare = lines(up(rows, TERMS) * TILE) + lines(up(cols, TERMS) * TILE);
-    i64 factors = lines(PAIR * PAIR) + lines(tiles * PAIR * SIDE) + lines((tiles + 1) * SIDE) + 2 * TILE + lines(tiles * TILE / 2) +
-                  lines(PAIR * apart(widest) / 2) + pieces_size(cols);
+    i64 factors = lines(height * PAIR) + 2 * TILE + lines(height * tiles * SIDE / 2) +
+                  lines(contiguous ? 0 : height * padded(widest) / 2) + pieces_size(cols);
     return prepare > factors ? prepare : factors;
 }
 
-static i64 amx_sums_size(i64 cols, i64 blocks, i64 tiles) { return amx_block_tiles(cols, blocks) * TERMS * tiles * SIDE; }
+/* Sums of a factor's gradient, of all ranks of PAIR rows, or columns, after another. */
+static i64 amx_sums_size(i64 count, i64 blocks, i64 tiles) { return amx_block_tiles(count, blocks) * TERMS * tiles * SIDE; }
 
-static i64 amx_gradient_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 widest, i64 ranks, i64 threads) {
-    i64 tiles = amx_rank_tiles(ranks), wide = amx_block_tiles(cols, blocks) * TERMS;
-    return lines(amx_block_tiles(rows, blocks) * TERMS * apart(tokens) / 2) + lines(wide * up(tokens, PAIR) * PAIR / 2) +
-           lines(wide * tiles * SIDE / 2) +
-           threads * (amx_sums_size(cols, blocks, tiles) + amx_gradient_part_size(rows, cols, widest, tiles)) + 16;
+/* Floats that smoa_amx_gradient needs. */
+i64 smoa_amx_gradient_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 contiguous, i64 widest, i64 ranks,
+                                i64 threads) {
+    i64 tiles = amx_rank_tiles(ranks), tall = amx_block_tiles(rows, blocks), wide = amx_block_tiles(cols, blocks);
+    i64 some = least(tokens, amx_band(rows, cols));
+    return (tall + wide) * TERMS * up(some, PAIR) * PAIR / 2 + lines(wide * TERMS * tiles * SIDE / 2) +
+           amx_sums_size(rows, blocks, tiles) + lines((tiles + 1) * SIDE) +
+           threads * (amx_sums_size(cols, blocks, tiles) +
+                      amx_gradient_part_size(rows, widest, cols, contiguous, tiles, threads)) + 16;
 }
 
 static float *amx_gradient_room(const amx_job *j, i64 part) {
-    return j->workspace +
-           part * amx_gradient_part_size(j->rows, j->cols, j->widest, amx_rank_tiles(j->terms * j->rank));
+    return j->workspace + part * amx_gradient_part_size(j->rows, j->widest, j->cols, j->contiguous,
+                                                       amx_rank_tiles(j->terms * j->rank), j->parts);
+}
+
+/* A as right tiles. */
+static void amx_A_tiles(const amx_job *j) {
+    half *to = j->A_tiles, *pairs = (half *)j->workspace;
+    i64 ranks = j->terms * j->rank, tiles = amx_rank_tiles(ranks);
+    for (i64 k = 0; k < j->blocks; k++) {
+        i64 width = j->col_offsets[k + 1] - j->col_offsets[k], step = up(width, TERMS) * TILE;
+        for (i64 q = 0; q < tiles; q++, to += step) {
+            pairs_of(j->A + q * SIDE * j->cols, j->cols, ranks - q * SIDE, j->cols, NULL, pairs);
+            pick_pairs(pairs, j->col_index + j->col_offsets[k], width, to);
+        }
+    }
 }
 
 /* Both operands, PAIR tokens at a time: their pairs, and from these columns of tokens in block order. */
@@ -48,8 +67,10 @@ static void amx_gradient_prepare(void *it, i64 part) {
         for (i64 k = 0; k < j->blocks; k++) {
             const i64 *rows = j->row_index + j->row_offsets[k], *cols = j->col_index + j->col_offsets[k];
             i64 height = j->row_offsets[k + 1] - j->row_offsets[k], width = j->col_offsets[k + 1] - j->col_offsets[k];
-            for (i64 n = 0; n < up(height, PAIR) * PAIR; n++, left += apart(j->tokens))
-                _mm512_store_si512(left + t * TERMS, n < height ? tokens_of(dy, tall, rows[n]) : _mm512_setzero_si512());
+            for (i64 n = 0; n < up(height, PAIR) * PAIR; n++)
+                _mm512_store_si512(terms_at(left, steps, n, t * TERMS),
+                                   n < height ? tokens_of(dy, tall, rows[n]) : _mm512_setzero_si512());
+            left += up(height, PAIR) * PAIR * steps * TERMS;
             for (i64 c = 0; c < up(width, PAIR) * PAIR; c += SIDE, right += steps * TILE) {
                 __m512i r[16];
 #pragma GCC unroll 16
@@ -59,16 +80,6 @@ static void amx_gradient_prepare(void *it, i64 part) {
 #pragma GCC unroll 16
                 for (int i = 0; i < SIDE; i++) _mm512_store_si512(right + t * TILE + i * TERMS, r[i]);
             }
-        }
-    }
-    half *to = j->A_tiles;
-    i64 ranks = j->terms * j->rank, tiles = amx_rank_tiles(ranks);
-    for (i64 k = 0; k < j->blocks; k++) {
-        i64 width = j->col_offsets[k + 1] - j->col_offsets[k], step = up(width, TERMS) * TILE;
-        for (i64 q = 0; q < tiles; q++, to += step) {
-            if (part > 0) continue;
-            pairs_of(j->A + q * SIDE * j->cols, j->cols, ranks - q * SIDE, j->cols, NULL, x);
-            pick_pairs(x, j->col_index + j->col_offsets[k], width, to);
         }
     }
 }
@@ -126,55 +137,47 @@ AMX static void amx_factors(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
     i64 steps = up(j->tokens, PAIR), ranks = j->terms * j->rank, tiles = amx_rank_tiles(ranks), group = 0, groups = 0;
-    i64 size = amx_sums_size(j->cols, j->blocks, tiles), wide = apart(j->widest);
-    float *at = amx_gradient_room(j, part), *dA = j->sums + part * size;
-    float *G = taken(&at, PAIR * PAIR * 4), *dB = taken(&at, tiles * PAIR * SIDE * 4);
-    float *line = taken(&at, (tiles + 1) * SIDE * 4);
-    half *H = taken(&at, 4 * TILE * 2), *B = taken(&at, tiles * TILE * 2), *weight = taken(&at, PAIR * wide * 2);
+    i64 size = amx_sums_size(j->cols, j->blocks, tiles), wide = padded(j->widest);
+    i64 group_rows = amx_together(j->rows, amx_band(j->rows, j->cols), j->parts);
+    float *at = amx_gradient_room(j, part), *dA = j->sums + part * size, *dB = j->row_sums;
+    float *G = taken(&at, group_rows * PAIR * 4);
+    half *H = taken(&at, 4 * TILE * 2), *B = taken(&at, group_rows * tiles * SIDE * 2);
+    half *ordered = taken(&at, j->contiguous ? 0 : group_rows * wide * 2);
     piece *pieces = (piece *)at;
     const half *left = j->dy_terms, *right = j->x_terms, *A = j->A_tiles;
-    memset(dA, 0, (size_t)size * sizeof *dA);
-    for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], PAIR);
+    for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], group_rows);
     i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts);
     use_tiles();
     for (i64 k = 0; k < j->blocks; k++) {
         i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, rank = rank_of(j->ranks, k, j->rank);
         const i64 *cols = j->col_index + j->col_offsets[k];
         i64 width = j->col_offsets[k + 1] - j->col_offsets[k], deep = up(width, TERMS);
-        i64 some = half_pieces_of(cols, width, pieces);
-        for (i64 n = 0; n < height; n += PAIR, group++, left += PAIR * apart(j->tokens)) {
-            if (group < first || group >= end) continue;
+        i64 some = half_pieces_of(cols, width, pieces), tall = up(height, PAIR) * PAIR;
+        for (i64 n = 0; n < height; n += group_rows, group++) {
+            if (group < first || group >= end || rank < 1) continue;
             const i64 *rows = j->row_index + top + n;
-            i64 count = least(PAIR, height - n);
-            memset(dB, 0, (size_t)(tiles * PAIR * SIDE) * sizeof *dB);
-            memset(B, 0, (size_t)(tiles * TILE) * sizeof *B);
-            for (i64 i = 0; i < count && rank > 0; i++) {
-                const half *own = j->weight + rows[i] * j->stride;
-                if (j->contiguous)
-                    memcpy(weight + i * wide, own + j->col_offsets[k], (size_t)width * sizeof *own);
-                else
-                    gather_halves(own, cols, width, pieces, some, NULL, 0, weight + i * wide);
-                for (i64 t = 0; t < ranks; t++) B[t * TERMS + i] = j->B[rows[i] * ranks + t];
-            }
-            for (i64 c = 0; c < width && rank > 0; c += PAIR) {
-                zero_sums();
-                add_product(steps, left, apart(j->tokens), right + c / SIDE * steps * TILE, steps * TILE);
-                store_sums(G);
-                make_H(G, weight + c, wide, count, width - c, (vf){0} + j->change.scaling, H);
-                for (i64 q = 0; q < tiles; q++)
-                    contract_H(H, A + (q * deep + c / TERMS) * TILE, B + q * TILE, dA + (c / PAIR * tiles + q) * PAIR * SIDE,
-                               dB + q * PAIR * SIDE);
-            }
+            i64 count = least(group_rows, height - n), stride = j->contiguous ? j->stride : wide;
+            const half *weight = j->contiguous ? j->weight + rows[0] * stride + j->col_offsets[k] : ordered;
+            memset(B, 0, (size_t)(group_rows * tiles * SIDE) * sizeof *B);
             for (i64 i = 0; i < count; i++) {
-                for (i64 q = 0; q < tiles; q++) store(line + q * SIDE, load(dB + q * PAIR * SIDE + i * SIDE));
-                for (i64 t = rank < 0 ? 0 : rank; t < j->rank; t++) line[t] = line[(j->terms - 1) * j->rank + t] = 0;
-                for (i64 t = 0; t < j->rank; t += SIDE) {
-                    vf sum = load(line + t);
-                    if (j->terms > 1) sum += load(line + j->rank + t);
-                    put(j->dB, rows[i] * j->rank + t, j->rank - t, sum, j->change.factors);
+                if (!j->contiguous)
+                    gather_halves(j->weight + rows[i] * j->stride, cols, width, pieces, some, NULL, 0, ordered + i * wide);
+                for (i64 t = 0; t < ranks; t++)
+                    B[(i / PAIR * tiles * SIDE + t) * TERMS + i % PAIR] = j->B[rows[i] * ranks + t];
+            }
+            for (i64 c = 0; c < width; c += PAIR) {
+                add_products(up(count, PAIR), steps, steps, left + n * steps * TERMS, 2 * steps, right + c * steps * TERMS,
+                             steps, 0, 0, G);
+                for (i64 i = 0; i < count; i += PAIR) {
+                    make_H(G + i * PAIR, weight + i * stride + c, stride, least(PAIR, count - i), width - c,
+                           (vf){0} + j->change.scaling, H);
+                    for (i64 q = 0; q < tiles; q++)
+                        contract_H(H, A + (q * deep + c / TERMS) * TILE, B + (i / PAIR * tiles + q) * TILE,
+                                   dA + (c / PAIR * tiles + q) * PAIR * SIDE, dB + ((n + i) * tiles + q * PAIR) * SIDE);
                 }
             }
         }
+        left += tall * steps * TERMS, dB += tall * tiles * SIDE;
         right += deep * 2 * steps * TILE;
         A += tiles * deep * TILE;
         dA += deep * tiles * PAIR * SIDE;
@@ -182,8 +185,29 @@ AMX static void amx_factors(void *it, i64 part) {
     _tile_release();
 }
 
+/* dB of its sums: those of a row's second terms lie behind those of its first. */
+static void amx_write_dB(const amx_job *j) {
+    i64 tiles = amx_rank_tiles(j->terms * j->rank);
+    const float *from = j->row_sums;
+    for (i64 k = 0; k < j->blocks; k++) {
+        const i64 *rows = j->row_index + j->row_offsets[k];
+        i64 height = j->row_offsets[k + 1] - j->row_offsets[k], rank = rank_of(j->ranks, k, j->rank);
+        for (i64 i = 0; i < height; i++) {
+            for (i64 q = 0; q < tiles; q++)
+                store(j->line + q * SIDE, load(from + (i / PAIR * tiles + q) * PAIR * SIDE + i % PAIR * SIDE));
+            for (i64 t = rank < 0 ? 0 : rank; t < j->rank; t++) j->line[t] = j->line[(j->terms - 1) * j->rank + t] = 0;
+            for (i64 t = 0; t < j->rank; t += SIDE) {
+                vf sum = load(j->line + t);
+                if (j->terms > 1) sum += load(j->line + j->rank + t);
+                put(j->dB, rows[i] * j->rank + t, j->rank - t, sum, j->change.factors);
+            }
+        }
+        from += up(height, PAIR) * tiles * PAIR * SIDE;
+    }
+}
+
 /* dA of the parts' sums. */
-static void amx_sum_parts(const amx_job *j) {
+static void amx_write_dA(const amx_job *j) {
     i64 tiles = amx_rank_tiles(j->terms * j->rank), size = amx_sums_size(j->cols, j->blocks, tiles);
     const float *from = j->sums;
     for (i64 k = 0; k < j->blocks; k++) {
@@ -209,15 +233,36 @@ static void amx_sum_parts(const amx_job *j) {
     }
 }
 
-/* dA (rank, cols) and dB (rows, rank), stored as A and B. */
-static void amx_gradient(amx_job *job, float *at) {
-    i64 tiles = amx_rank_tiles(job->terms * job->rank), wide = amx_block_tiles(job->cols, job->blocks) * TERMS;
-    job->dy_terms = taken(&at, amx_block_tiles(job->rows, job->blocks) * TERMS * apart(job->tokens) * 2);
-    job->x_terms = taken(&at, wide * up(job->tokens, PAIR) * PAIR * 2);
-    job->A_tiles = taken(&at, wide * tiles * SIDE * 2);
-    job->sums = taken(&at, job->parts * amx_sums_size(job->cols, job->blocks, tiles) * 4);
-    job->workspace = at;
-    in_parallel(amx_gradient_prepare, job, job->parts);
-    in_parallel(amx_factors, job, job->parts);
-    amx_sum_parts(job);
+/* dA (rank, cols) and dB (rows, rank), stored as A and B: of dY (tokens, rows), with contiguous rows, and what
+ * smoa_amx_forward takes. A_halves and B_halves are A (terms rank, cols) and B (rows, terms rank) in bfloat16. */
+void smoa_amx_gradient(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stride, const void *x, i64 x_stride,
+                       const void *weight, i64 stride, const uint16_t *keep, const i64 *row_index, const i64 *col_index,
+                       const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous,
+                       const int32_t *ranks, i64 rank, i64 factors, float scaling, i64 terms, const void *A_halves,
+                       const void *B_halves, void *dA, void *dB, float *workspace, i64 threads) {
+    amx_job job = amx_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
+                             blocks, contiguous, ranks, rank, NULL, NULL, factors, scaling, threads);
+    i64 tiles = amx_rank_tiles(terms * rank), wide = amx_block_tiles(cols, blocks) * TERMS;
+    i64 band = amx_band(rows, cols), some = least(tokens, band);
+    i64 sums = amx_sums_size(rows, blocks, tiles) + threads * amx_sums_size(cols, blocks, tiles);
+    float *at = from_a_line(workspace);
+    job.terms = terms, job.A = A_halves, job.B = B_halves, job.dA = dA, job.dB = dB;
+    job.dy_terms = taken(&at, amx_block_tiles(rows, blocks) * TERMS * up(some, PAIR) * PAIR * 2);
+    job.x_terms = taken(&at, wide * up(some, PAIR) * PAIR * 2);
+    job.A_tiles = taken(&at, wide * tiles * SIDE * 2);
+    job.row_sums = taken(&at, sums * 4), job.sums = job.row_sums + amx_sums_size(rows, blocks, tiles);
+    job.line = taken(&at, (tiles + 1) * SIDE * 4);
+    job.workspace = at;
+    memset(job.row_sums, 0, (size_t)sums * sizeof *job.row_sums);
+    amx_A_tiles(&job);
+    for (i64 first = 0; first < tokens; first += band) {
+        job.tokens = least(band, tokens - first);
+        job.dy = (const half *)dy + first * dy_stride, job.dy_stride = dy_stride;
+        job.x = (const half *)x + first * x_stride, job.x_stride = x_stride;
+        job.keep = keep ? keep + first * words(cols) : NULL;
+        in_parallel(amx_gradient_prepare, &job, threads);
+        in_parallel(amx_factors, &job, threads);
+    }
+    amx_write_dA(&job);
+    amx_write_dB(&job);
 }

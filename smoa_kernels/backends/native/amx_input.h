@@ -6,40 +6,38 @@
 
 #include "amx_gradient.h"
 
-static i64 amx_input_part_size(i64 rows, i64 tallest, i64 rank) {
-    i64 update = lines(PAIR * PAIR / 2) + lines(PAIR * apart(tallest) / 2) + lines(rank * padded(PAIR)) + lines(rank * ROWS) +
-                 lines(ROWS * padded(PAIR)) + pieces_size(PAIR);
-    i64 group = amx_together(rows);
+static i64 amx_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 threads) {
+    i64 group = amx_together(cols, rows, threads), columns = amx_together(cols, tallest, threads);
+    i64 update = lines(PAIR * PAIR / 2) + lines(columns * up(tallest, TERMS) * TERMS / 2) + lines(rank * padded(PAIR)) +
+                 lines(rank * ROWS) + lines(ROWS * padded(PAIR) / 2) + pieces_size(PAIR) + lines(columns * PAIR);
     i64 product = lines(up(rows, TERMS) * TERMS * group / 2) + lines(rank * padded(group)) + lines(rank * (rows + ROWS)) +
-                  lines(rows + group);
-    i64 prepare = lines(up(rows, TERMS) * TILE / 2);
-    return lines(PAIR * PAIR) + (update > product ? update : product) + prepare;
+                  lines(rows + group) + lines(group * PAIR);
+    i64 prepare = lines(up(rows, TERMS) * TILE / 2), most = update > product ? update : product;
+    return most > prepare ? most : prepare;
 }
 
-static i64 amx_input_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 tallest, i64 rank, i64 masked, i64 threads) {
-    i64 n = up(tokens, PAIR) * PAIR, update = amx_block_tiles(rows, blocks) + up(cols, TERMS);
-    return lines(n * apart(rows) / 2) + lines(rows) + lines(cols + SIDE) + lines(masked ? n * update * TERMS / 2 : 0) +
-           threads * amx_input_part_size(rows, tallest, rank) + 64;
+/* Floats that smoa_amx_input needs. */
+i64 smoa_amx_input_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 tallest, i64 rank, i64 masked, i64 threads) {
+    i64 n = up(least(tokens, amx_band(rows, cols)), PAIR) * PAIR, update = amx_block_tiles(rows, blocks) + up(cols, TERMS);
+    return lines(n * up(rows, TERMS) * TERMS / 2) + lines(rows) + lines(cols + SIDE) +
+           lines(masked ? n * update * TERMS / 2 : 0) +
+           threads * amx_input_part_size(rows, cols, tallest, rank, threads) + 64;
 }
 
 static float *amx_input_room(const amx_job *j, i64 part) {
-    return j->workspace + part * amx_input_part_size(j->rows, j->tallest, j->rank);
+    return j->workspace + part * amx_input_part_size(j->rows, j->cols, j->tallest, j->rank, j->parts);
 }
 
 /* dY as left tiles, and where dX is masked as right tiles in block order. */
 static void amx_input_prepare(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
-    i64 panels = amx_pairs(j->tokens), wide = up(j->rows, TERMS) * TERMS;
+    i64 panels = amx_pairs(j->tokens), tiles = up(j->rows, TERMS);
     half *pairs = (half *)amx_input_room(j, part);
     for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++) {
         const half *dy = j->dy + p * SIDE * j->dy_stride;
-        for (i64 i = 0; i < SIDE; i++) {
-            half *to = j->left + (p * SIDE + i) * apart(j->rows);
-            i64 there = p * SIDE + i < j->tokens ? j->rows : 0;
-            if (there) memcpy(to, dy + i * j->dy_stride, (size_t)there * sizeof *to);
-            memset(to + there, 0, (size_t)(wide - there) * sizeof *to);
-        }
+        for (i64 i = 0; i < SIDE; i++)
+            copy_terms(dy + i * j->dy_stride, p * SIDE + i < j->tokens ? j->rows : 0, j->left, tiles, p * SIDE + i);
         if (!j->keep) continue;
         half *to = j->blocked;
         pairs_of(dy, j->dy_stride, j->tokens - p * SIDE, j->rows, NULL, pairs);
@@ -54,7 +52,7 @@ static void amx_input_prepare(void *it, i64 part) {
 /* PAIR columns of ΔW_k at most as left tiles, whose terms are its rows: some rows at a time are made and transposed. */
 AMX static void transposed_delta(const amx_job *j, i64 k, const i64 *cols, i64 count, float *A, float *factor,
                                  half *line, half *some, half *out) {
-    i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, step = apart(j->tallest);
+    i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top;
     piece *pieces = (piece *)(A + j->rank * padded(PAIR));
     i64 found = half_pieces_of(cols, count, pieces);
     copy_A(&j->change, cols, count, rank_of(j->ranks, k, j->rank), A);
@@ -67,8 +65,8 @@ AMX static void transposed_delta(const amx_job *j, i64 k, const i64 *cols, i64 c
             void *to[ROWS];
             int these = (int)least(ROWS, there - i);
             for (int r = 0; r < these; r++) {
-                gather_halves(j->weight + rows[i + r] * j->stride, cols, count, pieces, found, NULL, 0, line + r * 2 * PAIR);
-                from[r] = line + r * 2 * PAIR, to[r] = some + (i + r) * PAIR;
+                gather_halves(j->weight + rows[i + r] * j->stride, cols, count, pieces, found, NULL, 0, line + r * padded(PAIR));
+                from[r] = line + r * padded(PAIR), to[r] = some + (i + r) * PAIR;
             }
             change(&j->change, these, from, to, 0, count, A, padded(count), rows + i, factor, NULL, (int32_t)k);
         }
@@ -81,7 +79,7 @@ AMX static void transposed_delta(const amx_job *j, i64 k, const i64 *cols, i64 c
             }
             transpose_lines(r);
 #pragma GCC unroll 16
-            for (int i = 0; i < SIDE; i++) _mm512_store_si512(out + (upper * SIDE + i) * step + n, r[i]);
+            for (int i = 0; i < SIDE; i++) _mm512_store_si512(terms_at(out, up(height, TERMS), upper * SIDE + i, n), r[i]);
         }
     }
 }
@@ -90,27 +88,29 @@ AMX static void transposed_delta(const amx_job *j, i64 k, const i64 *cols, i64 c
 AMX static void amx_input_update(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
-    float *at = amx_input_room(j, part), *sums = taken(&at, PAIR * PAIR * 4);
-    half *some = taken(&at, PAIR * PAIR * 2), *delta = taken(&at, PAIR * apart(j->tallest) * 2);
+    i64 together = amx_together(j->cols, j->tallest, j->parts);
+    float *at = amx_input_room(j, part), *sums = taken(&at, together * PAIR * 4);
+    half *some = taken(&at, PAIR * PAIR * 2), *delta = taken(&at, together * up(j->tallest, TERMS) * TERMS * 2);
     float *factor = taken(&at, j->rank * ROWS * 4);
-    half *line = taken(&at, ROWS * padded(PAIR) * 4);
+    half *line = taken(&at, ROWS * padded(PAIR) * 2);
     float *A = at;
     const half *blocked = j->blocked;
-    i64 panels = amx_pairs(j->tokens), tall = up(j->cols, TERMS) * TERMS * SIDE, group = 0;
+    i64 panels = amx_pairs(j->tokens), tall = up(j->cols, TERMS) * TERMS * PAIR, group = 0;
     use_tiles();
     for (i64 k = 0; k < j->blocks; k++) {
         i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left;
         i64 deep = up(j->row_offsets[k + 1] - j->row_offsets[k], TERMS), used = rank_of(j->ranks, k, j->rank) > 0;
-        for (i64 c = 0; c < width; c += PAIR, group++) {
+        for (i64 c = 0; c < width; c += together, group++) {
             if (group % j->parts != part) continue;
             const i64 *cols = j->col_index + left + c;
-            i64 count = least(PAIR, width - c);
-            if (used) transposed_delta(j, k, cols, count, A, factor, line, some, delta);
+            i64 count = least(together, width - c);
+            for (i64 i = 0; i < count && used; i += PAIR)
+                transposed_delta(j, k, cols + i, least(PAIR, count - i), A, factor, line, some, delta + i * deep * TERMS);
             for (i64 p = 0; p < panels; p += 2) {
-                zero_sums();
-                add_product(used ? deep : 0, delta, apart(j->tallest), blocked + p * deep * TILE, deep * TILE);
-                store_sums(sums);
-                write_columns(sums, cols, count, j->columns + p * tall, j->columns + (p + 1) * tall);
+                add_products(up(count, PAIR), used ? deep : 0, deep, delta, 2 * deep, blocked + p * deep * TILE, deep, 0, 0,
+                             sums);
+                for (i64 i = 0; i < count; i += PAIR)
+                    write_columns(sums + i * PAIR, cols + i, least(PAIR, count - i), j->columns + p / 2 * tall);
             }
         }
         blocked += panels * deep * TILE;
@@ -121,9 +121,9 @@ AMX static void amx_input_update(void *it, i64 part) {
 static void amx_input_mask(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
-    i64 panels = up(j->tokens, SIDE), tall = up(j->cols, TERMS) * TERMS * SIDE;
+    i64 panels = up(j->tokens, SIDE), tall = up(j->cols, TERMS) * TERMS * PAIR;
     for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++)
-        rows_from(j->columns + p * tall, j->tokens - p * SIDE, j->cols, j->keep + p * SIDE * words(j->cols),
+        rows_from(j->columns + p / 2 * tall + p % 2 * SIDE, j->tokens - p * SIDE, j->cols, j->keep + p * SIDE * words(j->cols),
                 j->dx + p * SIDE * j->cols, j->cols);
 }
 
@@ -131,7 +131,7 @@ static void amx_input_mask(void *it, i64 part) {
  * (rows, rank) nothing is there beyond a block's own rank. */
 AMX static void weight_tiles(const amx_job *j, i64 left, i64 width, const int32_t *blocks, const float *A,
                              const float *B, half *out) {
-    i64 deep = up(j->rows, TERMS), apart_by = padded(amx_together(j->rows));
+    i64 deep = up(j->rows, TERMS), apart_by = padded(amx_together(j->cols, j->rows, j->parts));
     for (i64 n = 0; n < deep * TERMS; n += ROWS) {
         i64 there = least(ROWS, j->rows - n);
         __m512i block[ROWS];
@@ -164,29 +164,23 @@ AMX static void weight_tiles(const amx_job *j, i64 left, i64 width, const int32_
 
 /* dX of some columns, whose tiles of W0 are there; or added to what is there of it. */
 AMX static void multiply_input(const amx_job *j, i64 left, i64 width, const half *tiles, float *sums, int add) {
-    i64 deep = up(j->rows, TERMS), step = apart(j->rows);
-    i64 next = left + width, share = least(amx_together(j->rows), j->cols - next);
+    i64 deep = up(j->rows, TERMS), next = left + width;
+    i64 share = least(amx_together(j->cols, j->rows, j->parts), j->cols - next);
     for (i64 first = 0; first < j->tokens; first += PAIR) {
+        half *to = j->dx + first * j->cols + left;
+        i64 there = least(PAIR, j->tokens - first);
         ask_for_rows(j->weight + next, j->stride, NULL, j->rows, share, first / PAIR, up(j->tokens, PAIR));
-        for (i64 c = 0; c < width; c += PAIR) {
-            half *to = j->dx + first * j->cols + left + c;
-            i64 there = least(PAIR, j->tokens - first);
-            __mmask32 inside = first_of(width - c);
-            for (i64 i = 0; i < there && add; i++) {
-                __m512i found = _mm512_maskz_loadu_epi16(inside, to + i * j->cols);
-                store(sums + i * PAIR, HALF_WIDENED(found, 0));
-                store(sums + i * PAIR + SIDE, HALF_WIDENED(found, 1));
+        for (i64 c = 0; c < width && add; c += PAIR)
+            for (i64 i = 0; i < there; i++) {
+                __m512i found = _mm512_maskz_loadu_epi16(first_of(width - c), to + i * j->cols + c);
+                store(sums + (c + i) * PAIR, HALF_WIDENED(found, 0));
+                store(sums + (c + i) * PAIR + SIDE, HALF_WIDENED(found, 1));
             }
-            if (add)
-                load_sums(sums);
-            else
-                zero_sums();
-            add_product(deep, j->left + first * step, step, tiles + c / SIDE * deep * TILE, deep * TILE);
-            store_sums(sums);
+        add_products(up(width, PAIR), deep, deep, j->left + first * deep * TERMS, 0, tiles, deep, 2 * deep, add, sums);
+        for (i64 c = 0; c < width; c += PAIR)
             for (i64 i = 0; i < there; i++)
-                _mm512_mask_storeu_epi16(to + i * j->cols, inside,
-                                         both_narrowed(load(sums + i * PAIR), load(sums + i * PAIR + SIDE)));
-        }
+                _mm512_mask_storeu_epi16(to + i * j->cols + c, first_of(width - c),
+                                         both_narrowed(load(sums + (c + i) * PAIR), load(sums + (c + i) * PAIR + SIDE)));
     }
 }
 
@@ -201,8 +195,8 @@ static void copy_rank(const change_job *m, const void *from, i64 first, i64 coun
 AMX static void amx_input_product(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
-    i64 group = amx_together(j->rows), merged = !j->keep;
-    float *at = amx_input_room(j, part), *sums = taken(&at, PAIR * PAIR * 4);
+    i64 group = amx_together(j->cols, j->rows, j->parts), merged = !j->keep;
+    float *at = amx_input_room(j, part), *sums = taken(&at, group * PAIR * 4);
     half *tiles = taken(&at, up(j->rows, TERMS) * TERMS * group * 2);
     float *A = taken(&at, j->rank * padded(group) * 4), *B = taken(&at, j->rank * (j->rows + ROWS) * 4);
     int32_t *ranks = taken(&at, (j->rows + group) * 4);
@@ -225,45 +219,33 @@ AMX static void amx_input_product(void *it, i64 part) {
     _tile_release();
 }
 
-static void amx_input(amx_job *job, float *at) {
-    i64 n = up(job->tokens, PAIR) * PAIR;
-    job->left = taken(&at, n * apart(job->rows) * 2);
-    job->row_block = taken(&at, job->rows * 4), job->col_block = taken(&at, (job->cols + SIDE) * 4);
-    for (i64 k = 0; k < job->blocks; k++) {
-        for (i64 i = job->row_offsets[k]; i < job->row_offsets[k + 1]; i++) job->row_block[job->row_index[i]] = (int32_t)k;
-        for (i64 i = job->col_offsets[k]; i < job->col_offsets[k + 1]; i++) job->col_block[job->col_index[i]] = (int32_t)k;
-    }
-    if (job->keep) {
-        job->blocked = taken(&at, n * amx_block_tiles(job->rows, job->blocks) * TERMS * 2);
-        job->columns = taken(&at, n * up(job->cols, TERMS) * TERMS * 2);
-    }
-    job->workspace = at;
-    in_parallel(amx_input_prepare, job, job->parts);
-    if (job->keep) in_parallel(amx_input_update, job, job->parts);
-    if (job->keep) in_parallel(amx_input_mask, job, job->parts);
-    in_parallel(amx_input_product, job, job->parts);
-}
-
-/* Floats that smoa_amx_backward needs. */
-i64 smoa_amx_backward_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 tallest, i64 widest, i64 rank, i64 terms,
-                                i64 masked, i64 threads) {
-    i64 factors = amx_gradient_workspace(tokens, rows, cols, blocks, widest, terms * rank, threads);
-    i64 input = amx_input_workspace(tokens, rows, cols, blocks, tallest, rank, masked, threads);
-    return factors > input ? factors : input;
-}
-
-/* dX (tokens, cols), and dA and dB, stored as A and B, those that are not NULL: of dY (tokens, rows), with contiguous rows,
- * and what smoa_amx_forward takes. A_halves and B_halves are A (terms rank, cols) and B (rows, terms rank) in bfloat16. */
-void smoa_amx_backward(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stride, const void *x, i64 x_stride,
-                       const void *weight, i64 stride, const uint16_t *keep, const i64 *row_index, const i64 *col_index,
-                       const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous,
-                       const int32_t *ranks, i64 rank, const void *A, const void *B, i64 factors, float scaling,
-                       i64 terms, const void *A_halves, const void *B_halves, void *dx, void *dA, void *dB,
-                       float *workspace, i64 threads) {
+/* dX (tokens, cols): of dY (tokens, rows), with contiguous rows, and what smoa_amx_forward takes. */
+void smoa_amx_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stride, const void *weight, i64 stride,
+                    const uint16_t *keep, const i64 *row_index, const i64 *col_index, const int32_t *row_offsets,
+                    const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
+                    const void *A, const void *B, i64 factors, float scaling, void *dx, float *workspace, i64 threads) {
     amx_job job = amx_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
-    job.dy = dy, job.dy_stride = dy_stride, job.x = x, job.x_stride = x_stride;
-    job.terms = terms, job.A = A_halves, job.B = B_halves, job.dx = dx, job.dA = dA, job.dB = dB;
-    if (dA) amx_gradient(&job, from_a_line(workspace));
-    if (dx) amx_input(&job, from_a_line(workspace));
+    i64 band = amx_band(rows, cols), n = up(least(tokens, band), PAIR) * PAIR;
+    float *at = from_a_line(workspace);
+    job.left = taken(&at, n * up(rows, TERMS) * TERMS * 2);
+    job.row_block = taken(&at, rows * 4), job.col_block = taken(&at, (cols + SIDE) * 4);
+    for (i64 k = 0; k < blocks; k++) {
+        for (i64 i = row_offsets[k]; i < row_offsets[k + 1]; i++) job.row_block[row_index[i]] = (int32_t)k;
+        for (i64 i = col_offsets[k]; i < col_offsets[k + 1]; i++) job.col_block[col_index[i]] = (int32_t)k;
+    }
+    if (keep) {
+        job.blocked = taken(&at, n * amx_block_tiles(rows, blocks) * TERMS * 2);
+        job.columns = taken(&at, n * up(cols, TERMS) * TERMS * 2);
+    }
+    job.workspace = at;
+    for (i64 first = 0; first < tokens; first += band) {
+        job.tokens = least(band, tokens - first);
+        job.dy = (const half *)dy + first * dy_stride, job.dy_stride = dy_stride, job.dx = (half *)dx + first * cols;
+        job.keep = keep ? keep + first * words(cols) : NULL;
+        in_parallel(amx_input_prepare, &job, threads);
+        if (keep) in_parallel(amx_input_update, &job, threads);
+        if (keep) in_parallel(amx_input_mask, &job, threads);
+        in_parallel(amx_input_product, &job, threads);
+    }
 }

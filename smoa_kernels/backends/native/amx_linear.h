@@ -1,24 +1,26 @@
 /* `y = x W0ᵀ + dropout(x) ΔWᵀ` in bfloat16 by AMX: both products are summed in one float32 tile and rounded once.
  *
  * W0's rows are left tiles as they lie, x is prepared once. Some rows of one block at a time are copied side by side, ΔW is
- * made of them, and both are multiplied by all tokens. What comes out are columns of y, 16 tokens each, so that to put them
- * back into y's order is to write them where they belong; then they become rows.
+ * made of them, and both are multiplied by all tokens. What comes out are columns of y, 32 tokens each, so that to put them
+ * back into y's order is to write them where they belong; then they become rows. Those of contiguous blocks are in order.
  */
 #pragma once
 
 #include "amx.h"
 
-/* Rows, or columns, of so many numbers each that are multiplied together by all tokens: they stay in the L2 cache. */
-static i64 amx_together(i64 numbers) {
-    enum { TOGETHER_MOST = 256, CACHED = 1 << 18 };
-    return least(TOGETHER_MOST, up(CACHED / 2, numbers * PAIR) * PAIR);
+/* Of `all` rows, or columns, of so many numbers each, those that are multiplied together by all tokens: they stay in the L2
+ * cache, and there is work for all threads. */
+static i64 amx_together(i64 all, i64 numbers, i64 threads) {
+    enum { TOGETHER_MOST = 256, CACHED = 1 << 20 };
+    i64 fit = least(TOGETHER_MOST, up(CACHED / 2, numbers * PAIR) * PAIR);
+    return least(fit, up(up(all, threads), PAIR) * PAIR);
 }
 
-static i64 amx_forward_part_size(i64 cols, i64 widest, i64 rank) {
-    i64 height = amx_together(cols);
-    return lines(up(cols, TERMS) * TILE / 2) + lines(height * apart(cols) / 2) + lines(height * apart(widest) / 2) +
-           lines(ROWS * padded(widest)) + lines(rank * padded(widest)) + lines(rank * ROWS) + pieces_size(cols) +
-           lines(PAIR * PAIR);
+static i64 amx_forward_part_size(i64 rows, i64 cols, i64 widest, i64 rank, i64 threads) {
+    i64 height = amx_together(rows, cols, threads);
+    return lines(up(cols, TERMS) * TILE / 2) + lines(height * up(cols, TERMS) * TERMS / 2) +
+           lines(height * up(widest, TERMS) * TERMS / 2) + 2 * lines(ROWS * padded(widest) / 2) +
+           lines(rank * padded(widest)) + lines(rank * ROWS) + pieces_size(cols) + lines(height * PAIR) + lines(height * PAIR / 2);
 }
 
 static i64 amx_pairs(i64 tokens) { return up(tokens, PAIR) * 2; }
@@ -26,15 +28,24 @@ static i64 amx_pairs(i64 tokens) { return up(tokens, PAIR) * 2; }
 /* Tiles of each block's columns, padded: no more than these. */
 static i64 amx_block_tiles(i64 cols, i64 blocks) { return up(cols, TERMS) + blocks; }
 
+/* Whether x as it is has a block's columns as tiles: those of contiguous blocks, of which nothing is dropped. */
+static i64 amx_lies(const int32_t *col_offsets, i64 blocks, i64 contiguous, int masked) {
+    i64 lies = contiguous && !masked;
+    for (i64 k = 0; k < blocks; k++) lies = lies && col_offsets[k] % TERMS == 0;
+    return lies;
+}
+
 /* Floats that smoa_amx_forward needs. */
-i64 smoa_amx_forward_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 widest, i64 rank, i64 threads) {
-    i64 tiles = up(cols, TERMS) + amx_block_tiles(cols, blocks);
-    return lines(amx_pairs(tokens) * (tiles * TILE + up(rows, TERMS) * TERMS * SIDE) / 2) +
-           threads * amx_forward_part_size(cols, widest, rank) + 16;
+i64 smoa_amx_forward_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *col_offsets, i64 blocks, i64 contiguous,
+                               i64 masked, i64 rank, i64 threads) {
+    i64 widest = largest_of(col_offsets, blocks), lies = amx_lies(col_offsets, blocks, contiguous, masked != 0);
+    i64 tiles = up(cols, TERMS) + (lies ? 0 : amx_block_tiles(cols, blocks));
+    return amx_pairs(least(tokens, amx_band(rows, cols))) * (tiles * TILE + (contiguous ? 0 : up(rows, TERMS) * TILE)) / 2 +
+           threads * amx_forward_part_size(rows, cols, widest, rank, threads) + 16;
 }
 
 static float *amx_forward_room(const amx_job *j, i64 part) {
-    return j->workspace + part * amx_forward_part_size(j->cols, j->widest, j->rank);
+    return j->workspace + part * amx_forward_part_size(j->rows, j->cols, j->widest, j->rank, j->parts);
 }
 
 /* x as right tiles, and again in block order, without what is dropped. */
@@ -58,50 +69,47 @@ static void amx_prepare(void *it, i64 part) {
     }
 }
 
-/* Some rows of block k: W0's to `base`, ΔW's to `delta`, what is beyond their columns 0. */
+/* Some rows of block k as left tiles: W0's, and ΔW's of the block's columns, by way of ROWS lines where those are in order,
+ * and of as many where they are made. */
 static void amx_rows(const amx_job *j, i64 k, i64 first, i64 count, const float *A, float *factor,
-                     const piece *pieces, i64 some, half *line, half *base, half *delta) {
-    i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left, step = apart(j->cols), narrow = apart(j->widest);
+                     const piece *pieces, i64 some, half *ordered, half *made, half *base, half *delta) {
+    i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left, step = padded(j->widest);
     const i64 *rows = j->row_index + first;
-    for (i64 i = 0; i < count; i++) {
-        memcpy(base + i * step, j->weight + rows[i] * j->stride, (size_t)j->cols * sizeof *base);
-        memset(base + i * step + j->cols, 0, (size_t)(up(j->cols, TERMS) * TERMS - j->cols) * sizeof *base);
-    }
+    for (i64 i = 0; i < count; i++) copy_terms(j->weight + rows[i] * j->stride, j->cols, base, up(j->cols, TERMS), i);
     for (i64 i = 0; i < count && A; i += ROWS) {
         const void *from[ROWS];
         void *to[ROWS];
         int there = (int)least(ROWS, count - i);
         for (int r = 0; r < there; r++) {
-            const half *row = base + (i + r) * step;
-            from[r] = j->contiguous ? row + left : line + r * padded(j->widest);
+            const half *row = j->weight + rows[i + r] * j->stride;
+            from[r] = j->contiguous ? row + left : ordered + r * step;
+            to[r] = made + r * step;
             if (!j->contiguous)
-                gather_halves(row, j->col_index + left, width, pieces, some, NULL, 0, line + r * padded(j->widest));
-            to[r] = delta + (i + r) * narrow;
-            memset(delta + (i + r) * narrow + width, 0, (size_t)(up(width, TERMS) * TERMS - width) * sizeof *delta);
+                gather_halves(row, j->col_index + left, width, pieces, some, NULL, 0, ordered + r * step);
         }
         change(&j->change, there, from, to, 0, width, A, padded(width), rows + i, factor, NULL, (int32_t)k);
+        for (int r = 0; r < there; r++) copy_terms(to[r], width, delta, up(width, TERMS), i + r);
     }
 }
 
-/* Columns of y, SIDE tokens each, from sums (PAIR rows of W0, PAIR tokens). */
-AMX static void write_columns(const float *sums, const i64 *rows, i64 count, half *first, half *second) {
-    for (i64 i = 0; i < count; i++) {
-        _mm256_storeu_si256((void *)(first + rows[i] * SIDE), narrowed(load(sums + i * PAIR)));
-        _mm256_storeu_si256((void *)(second + rows[i] * SIDE), narrowed(load(sums + i * PAIR + SIDE)));
-    }
+/* Columns of y, PAIR tokens each, from sums (rows of W0, PAIR tokens), where they belong or, of no `rows`, in their order. */
+AMX static void write_columns(const float *sums, const i64 *rows, i64 count, half *to) {
+    for (i64 i = 0; i < count; i++)
+        _mm512_store_si512(to + (rows ? rows[i] : i) * PAIR,
+                           both_narrowed(load(sums + i * PAIR), load(sums + i * PAIR + SIDE)));
 }
 
 AMX static void amx_multiply(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
     i64 tiles = up(j->cols, TERMS), panels = amx_pairs(j->tokens), groups = 0;
-    i64 tall = up(j->rows, TERMS) * TERMS * SIDE;
+    i64 tall = up(j->rows, TERMS) * TERMS * PAIR, together = amx_together(j->rows, j->cols, j->parts);
     float *at = amx_forward_room(j, part);
-    i64 together = amx_together(j->cols), wide = apart(j->cols), narrow = apart(j->widest);
-    half *base = taken(&at, together * wide * 2), *delta = taken(&at, together * narrow * 2);
-    half *line = taken(&at, ROWS * padded(j->widest) * 4);
+    half *base = taken(&at, together * tiles * TERMS * 2), *delta = taken(&at, together * up(j->widest, TERMS) * TERMS * 2);
+    half *ordered = taken(&at, ROWS * padded(j->widest) * 2), *made = taken(&at, ROWS * padded(j->widest) * 2);
     float *A = taken(&at, j->rank * padded(j->widest) * 4), *factor = taken(&at, j->rank * ROWS * 4);
-    float *sums = taken(&at, PAIR * PAIR * 4);
+    float *sums = taken(&at, together * PAIR * 4);
+    half *columns = taken(&at, together * PAIR * 2);
     piece *pieces = (piece *)at;
     for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], together);
     i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts), group = 0;
@@ -110,8 +118,7 @@ AMX static void amx_multiply(void *it, i64 part) {
     for (i64 k = 0; k < j->blocks; k++) {
         i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, left = j->col_offsets[k];
         i64 width = j->col_offsets[k + 1] - left, rank = rank_of(j->ranks, k, j->rank), some = 0;
-        i64 deep = width && rank > 0 ? up(width, TERMS) : 0, apart_by = j->lies ? tiles : up(width, TERMS);
-        const half *own = j->lies ? j->all + left / TERMS * TILE : blocked;
+        i64 deep = width && rank > 0 ? up(width, TERMS) : 0;
         for (i64 n = 0; n < height; n += together, group++) {
             if (group < first || group >= end) continue;
             const i64 *rows = j->row_index + top + n;
@@ -120,17 +127,22 @@ AMX static void amx_multiply(void *it, i64 part) {
                 some = half_pieces_of(j->col_index + left, width, pieces);
                 copy_A(&j->change, j->col_index + left, width, rank, A);
             }
-            amx_rows(j, k, top + n, count, deep ? A : NULL, factor, pieces, some, line, base, delta);
+            amx_rows(j, k, top + n, count, deep ? A : NULL, factor, pieces, some, ordered, made, base, delta);
             for (i64 p = 0; p < panels; p += 2) {
-                const half *all = j->all + p * tiles * TILE, *ordered = own + p * apart_by * TILE;
+                const half *all = j->all + p * tiles * TILE;
                 ask_for_rows(j->weight, j->stride, rows + count, next, j->cols, p / 2, panels / 2);
-                for (i64 i = 0; i < count; i += PAIR) {
-                    zero_sums();
-                    add_product(tiles, base + i * wide, wide, all, tiles * TILE);
-                    add_product(deep, delta + i * narrow, narrow, ordered, apart_by * TILE);
-                    store_sums(sums);
-                    write_columns(sums, rows + i, least(PAIR, count - i), j->columns + p * tall, j->columns + (p + 1) * tall);
+                add_products(up(count, PAIR), tiles, tiles, base, 2 * tiles, all, tiles, 0, 0, sums);
+                if (deep && j->lies)
+                    add_products(up(count, PAIR), deep, deep, delta, 2 * deep, all + left / TERMS * TILE, tiles, 0, 1, sums);
+                else if (deep)
+                    add_products(up(count, PAIR), deep, deep, delta, 2 * deep, blocked + p * deep * TILE, deep, 0, 1, sums);
+                if (!j->contiguous) {
+                    write_columns(sums, rows, count, j->columns + p / 2 * tall);
+                    continue;
                 }
+                write_columns(sums, NULL, count, columns);
+                for (i64 t = p * SIDE; t < least(j->tokens, (p + 2) * SIDE); t += SIDE)
+                    rows_from(columns + t % PAIR, j->tokens - t, count, NULL, j->y + t * j->rows + top + n, j->rows);
             }
         }
         blocked += panels * up(width, TERMS) * TILE;
@@ -141,9 +153,9 @@ AMX static void amx_multiply(void *it, i64 part) {
 static void amx_finish(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
-    i64 panels = up(j->tokens, SIDE), tall = up(j->rows, TERMS) * TERMS * SIDE;
+    i64 panels = up(j->tokens, SIDE), tall = up(j->rows, TERMS) * TERMS * PAIR;
     for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++)
-        rows_from(j->columns + p * tall, j->tokens - p * SIDE, j->rows, NULL, j->y + p * SIDE * j->rows, j->rows);
+        rows_from(j->columns + p / 2 * tall + p % 2 * SIDE, j->tokens - p * SIDE, j->rows, NULL, j->y + p * SIDE * j->rows, j->rows);
 }
 
 /* y (tokens, rows): x (tokens, cols) and W0 (rows, cols) with contiguous rows, of x some dropped by `keep` for ΔW, as in
@@ -155,15 +167,18 @@ void smoa_amx_forward(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_strid
     amx_job job = amx_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
     float *at = from_a_line(workspace);
-    i64 panels = amx_pairs(tokens);
-    job.x = x, job.x_stride = x_stride, job.y = y;
-    job.lies = contiguous && !keep;
-    for (i64 k = 0; k < blocks; k++) job.lies = job.lies && col_offsets[k] % TERMS == 0;
+    i64 band = amx_band(rows, cols), panels = amx_pairs(least(tokens, band));
+    job.lies = amx_lies(col_offsets, blocks, contiguous, keep != NULL);
     job.all = taken(&at, panels * up(cols, TERMS) * TILE * 2);
-    job.blocked = taken(&at, panels * amx_block_tiles(cols, blocks) * TILE * 2);
-    job.columns = taken(&at, panels * up(rows, TERMS) * TERMS * SIDE * 2);
+    if (!job.lies) job.blocked = taken(&at, panels * amx_block_tiles(cols, blocks) * TILE * 2);
+    if (!contiguous) job.columns = taken(&at, panels * up(rows, TERMS) * TERMS * SIDE * 2);
     job.workspace = at;
-    in_parallel(amx_prepare, &job, threads);
-    in_parallel(amx_multiply, &job, threads);
-    in_parallel(amx_finish, &job, threads);
+    for (i64 first = 0; first < tokens; first += band) {
+        job.tokens = least(band, tokens - first);
+        job.x = (const half *)x + first * x_stride, job.x_stride = x_stride, job.y = (half *)y + first * rows;
+        job.keep = keep ? keep + first * words(cols) : NULL;
+        in_parallel(amx_prepare, &job, threads);
+        in_parallel(amx_multiply, &job, threads);
+        if (!contiguous) in_parallel(amx_finish, &job, threads);
+    }
 }

@@ -49,9 +49,11 @@ _SIGNATURES = {
 # Those that are there where the compiler knows AMX.
 _AMX_SIGNATURES = {
     "smoa_amx_forward": "iiipipipppppiipippifppi",
-    "smoa_amx_backward": "iiipipipipppppiipippifippppppi",
-    "smoa_amx_forward_workspace": "iiiiiii",
-    "smoa_amx_backward_workspace": "iiiiiiiiii",
+    "smoa_amx_gradient": "iiipipipipppppiipiifipppppi",
+    "smoa_amx_input": "iiipipipppppiipippifppi",
+    "smoa_amx_forward_workspace": "iiipiiiii",
+    "smoa_amx_gradient_workspace": "iiiiiiii",
+    "smoa_amx_input_workspace": "iiiiiiii",
 }
 _TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}
 
