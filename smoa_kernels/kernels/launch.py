@@ -8,6 +8,7 @@ each argument anew to find the compiled kernel, 25 µs of Python for 20 argument
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -65,10 +66,13 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, adapter: PackedAdapter) -> Layout:
-        """The layout of an adapter."""
-        w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
-        K, granule = len(partition.row_sizes), granule_of(partition)
-        return cls(w.device, w.dtype, w.shape, a.shape[0], K, granule, w.stride(), a.stride(), b.stride())  # type: ignore[arg-type]
+        """The layout of an adapter, which keeps it for the pass's other launches."""
+        if adapter.layout is None:
+            w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
+            sizes = w.shape, a.shape[0], len(partition.row_sizes), granule_of(partition)
+            adapter.layout = cls(w.device, w.dtype, *sizes, w.stride(), a.stride(), b.stride())  # type: ignore[arg-type]
+        found: Layout = adapter.layout
+        return found
 
     def sizes(self) -> dict[str, int]:
         """As :func:`table.select` names them."""
@@ -85,7 +89,7 @@ class Plan:
     """All of a launch but its pointers.
 
     It follows from the sizes, strides, dtypes and device of a problem, so it is made once for a problem: what makes it
-    is under :func:`table.remembered`, and sees nothing else.
+    is under :func:`table.remembered`, and sees nothing else. Its launches are on that device, the current one.
 
     Args:
         grid: numbers of programs.
@@ -98,23 +102,41 @@ class Plan:
     def __init__(self, grid: tuple[int, ...], config: Config, **numbers: Any) -> None:
         self.grid, self.config, self.numbers = (*grid, 1, 1)[:3], config, numbers
         self.values = tuple(numbers.values())
-        self.forms: dict[tuple[object, ...], Any] = {}
+        self.forms: dict[tuple[object, ...], Form] = {}
 
 
-def _has_hooks() -> bool:
-    """Whether someone listens to launches: a chain with calls, or what was put in the place of Triton's chain."""
-    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+class Form(NamedTuple):
+    """A plan's compiled kernel, loaded, and what a launch of it asks.
+
+    Attributes:
+        kernel: Triton's, which unloads it once nobody holds it; `run`, `function` and `metadata` are its parts.
+        device: number of the one that it is loaded on, the plan's.
+        stream: the current stream of a device.
+    """
+
+    kernel: CompiledKernel
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    device: int
+    stream: Callable[[int], int]
+
+    @classmethod
+    def of(cls, kernel: CompiledKernel) -> Form:
+        """A kernel that was just launched."""
+        active = driver.active
+        parts = kernel.run, kernel.function, kernel.packed_metadata
+        return cls(kernel, *parts, active.get_current_device(), active.get_current_stream)
 
 
 class Launcher:
     """Launches one kernel, and remembers in a plan which compiled form it launched.
 
-    A form depends on a plan, on the current device, on the dtypes of the pointers, and on whether 16 divides them.
-    Remembered are forms for pointers that 16 divides; what else comes goes Triton's own way, as does every launch while
-    a profiler has hooks on launches, and every first one. Of Triton this takes that a launch returns the compiled
-    kernel, and that `run` launches it, which Triton and PyTorch's compiler call alike; where a launch returns anything
-    else, nothing is remembered.
+    A form depends on a plan, on the dtypes of the pointers, and on whether 16 divides them. Remembered are forms for
+    pointers that 16 divides; what else comes goes Triton's own way, as does every launch while a profiler has hooks on
+    launches, and every first one. Of Triton this takes that a launch returns the compiled kernel, and that `run`
+    launches it, which Triton and PyTorch's compiler call alike; where a launch returns anything else, nothing is
+    remembered.
 
     Args:
         kernel: a function under `@triton.jit`, whose pointers come first.
@@ -140,25 +162,24 @@ class Launcher:
                 address |= tensor.data_ptr()
                 dtypes.append(tensor.dtype)
         aligned = self._compiles and not address & 15
-        if aligned and plan.forms:  # asked only then: the audit captures launches where no driver is
-            active = driver.active
-            device = active.get_current_device()
-            kernel = plan.forms.get((device, *dtypes))
-            if kernel is not None and not _has_hooks():
-                kernel.run(
-                    *plan.grid,
-                    active.get_current_stream(device),
-                    kernel.function,
-                    kernel.packed_metadata,
-                    None,  # of hooks, as the next two
-                    None,
-                    None,
-                    *pointers.values(),
-                    *plan.values,
-                )
-                return
+        form = plan.forms.get(tuple(dtypes)) if aligned else None
+        # Does someone listen to launches? A chain with calls does, or what was put in the place of Triton's chain.
+        enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+        if form is not None and not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave):
+            form.run(
+                *plan.grid,
+                form.stream(form.device),
+                form.function,
+                form.metadata,
+                None,  # of hooks, as the next two
+                None,
+                None,
+                *pointers.values(),
+                *plan.values,
+            )
+            return
         compiled = self._kernel[plan.grid](**pointers, **plan.numbers, **plan.config.options)
         if aligned and isinstance(compiled, CompiledKernel):
             if [*pointers, *plan.numbers] != self._kernel.arg_names:
                 raise TypeError(f"{self._kernel.__name__}: arguments must be in its signature's order")
-            plan.forms[(driver.active.get_current_device(), *dtypes)] = compiled
+            plan.forms[tuple(dtypes)] = Form.of(compiled)
