@@ -31,7 +31,7 @@ from ..kernels.block_grad import block_grad
 from ..kernels.block_matmul import block_matmul
 from ..kernels.common import block_width
 from ..kernels.fused_linear import fused_linear
-from ..kernels.launch import on_device
+from ..kernels.launch import Layout, on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_both, gather_columns, scatter_columns
 from ..kernels.spec import Key, granule_of
@@ -117,8 +117,8 @@ def factor_gradients(
     dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dA, dB) by the kernels of `kernels/block_grad.py`, which takes a long batch in parts where it is gathered."""
-    partition, tokens = adapter.partition, dy.shape[0]
-    if dropout is not None or granule_of(partition) > 1:
+    partition, layout = adapter.partition, Layout.of(adapter)
+    if dropout is not None or layout.granule > 1:
         # One part: nothing is gathered, or x under a mask that counts tokens from the first.
         return block_grad(
             1,
@@ -126,7 +126,7 @@ def factor_gradients(
             adapter,
             allow_tf32=allow_tf32,
         )
-    parts = _gradient_parts(tokens, partition.shape, partition.num_blocks, adapter.A.shape[0], dy.dtype)
+    parts = _gradient_parts(layout, dy.shape[0])
     # Views take time too, and mostly there is one part.
     pieces = [(dy, x)]
     if len(parts) > 1:
@@ -141,11 +141,9 @@ def factor_gradients(
 
 
 @table.remembered
-def _gradient_parts(
-    tokens: int, features: tuple[int, int], num_blocks: int, rho: int, dtype: torch.dtype
-) -> tuple[int, ...]:
+def _gradient_parts(layout: Layout, tokens: int) -> tuple[int, ...]:
     """How many tokens the backward gathers at a time, without dropout."""
-    return gradient_parts(Problem(tokens, *features, num_blocks, rho * num_blocks, dtype))
+    return gradient_parts(_problem(layout, tokens))
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
@@ -212,32 +210,25 @@ def admissible(stage: str, dtype: str) -> tuple[str, ...]:
 
 def _chosen(stage: Direction, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
     """What "auto" means for a batch without dropout, for "forward" or "input_gradient"."""
-    p, rho = adapter.partition, adapter.A.shape[0]
-    return _choose(
-        stage, x.device, x.dtype, allow_tf32, x.shape[0], p.shape, p.num_blocks, rho, p.granularity
-    )
+    return _choose(stage, Layout.of(adapter), x.shape[0], adapter.partition.granularity, allow_tf32)
 
 
 @table.remembered
-def _choose(
-    stage: Direction,
-    device: torch.device,
-    dtype: torch.dtype,
-    allow_tf32: bool,
-    tokens: int,
-    features: tuple[int, int],
-    num_blocks: int,
-    rho: int,
-    granularity: int,
-) -> str:
+def _choose(stage: Direction, layout: Layout, tokens: int, granularity: int, allow_tf32: bool) -> str:
     """As measured, else as predicted."""
-    ieee = dtype == torch.float32 and not allow_tf32
-    name = precision_of(dtype, ieee).name
-    # The layer as the cost model names it: blocks of one size and one rank.
-    problem = Problem(tokens, *features, num_blocks, rho * num_blocks, dtype, granule=granularity)
+    ieee = layout.dtype == torch.float32 and not allow_tf32
+    name = precision_of(layout.dtype, ieee).name
+    problem = _problem(layout, tokens, granularity)
     granule = GRANULE if problem.in_place else 1
-    key = Key(stage, name, rho, num_blocks, *features, bucket(tokens), granule=granule)
-    measured = table.tuned_algorithm(key, device, admissible(stage, name))
+    sizes = layout.rank, layout.num_blocks, *layout.features
+    key = Key(stage, name, *sizes, bucket(tokens), granule=granule)
+    measured = table.tuned_algorithm(key, layout.device, admissible(stage, name))
     if measured is not None:
         return measured
-    return choose_algorithm(problem, device_gpu(device), ieee, stage)
+    return choose_algorithm(problem, device_gpu(layout.device), ieee, stage)
+
+
+def _problem(layout: Layout, tokens: int, granule: int = 1) -> Problem:
+    """The layer as the cost model names it: blocks of one size and one rank."""
+    K, rho = layout.num_blocks, layout.rank
+    return Problem(tokens, *layout.features, K, rho * K, layout.dtype, granule=granule)

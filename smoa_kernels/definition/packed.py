@@ -9,8 +9,8 @@ their gradient is zero, and they are never counted as parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ __all__ = ["PackedAdapter", "pack_factors", "unpack_factors"]
 
 @dataclass(slots=True, eq=False)  # not frozen: each call of a layer makes two, at a third of the time
 class PackedAdapter:
-    """Everything that defines W_eff: W0, the factors, the partition and the scaling. Nobody changes an instance.
+    """Everything that defines W_eff: W0, the factors, the partition and the scaling. Nobody changes any of it.
 
     Attributes:
         weight: W0 (N, C), any strides.
@@ -33,6 +33,7 @@ class PackedAdapter:
         ranks: int32 (K,) rank r_k of each block.
         scaling: 0-d tensor, s.
         block_ranks: the numbers in `ranks`, where the host has them.
+        layout: what launches ask of these tensors, once one has asked (`kernels.launch.Layout`).
 
     Example:
         >>> halves = torch.tensor([0, 0, 1, 1])
@@ -50,6 +51,7 @@ class PackedAdapter:
     ranks: Tensor
     scaling: Tensor
     block_ranks: Sequence[int] | None = None
+    layout: Any = field(default=None, init=False, repr=False)
 
     @property
     def T(self) -> PackedAdapter:

@@ -100,6 +100,7 @@ def padded_width(sizes: tuple[int, ...], multiple: int) -> int:
     return -(-max(sizes) // multiple) * multiple
 
 
+@functools.cache
 def block_width(sizes: tuple[int, ...]) -> int:
     """P of the backend's layout: what blocks of these sizes are padded to."""
     return padded_width(sizes, padding_multiple(sizes))

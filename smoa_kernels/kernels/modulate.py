@@ -139,14 +139,16 @@ def modulated_weight(
             factors always may: that is as fine as float16, and eight times finer than bfloat16.
         config: launch parameters.
     """
-    if out is None:
-        out = torch.empty_like(adapter.weight)
-    result = out
+    # The tile's last dimension is W0's contiguous one.
     if adapter.weight.stride(0) < adapter.weight.stride(1):
-        adapter, out = adapter.T, out.T  # the tile's last dimension is W0's contiguous one
+        turned = None if out is None else out.T
+        found = modulated_weight(adapter.T, out=turned, allow_tf32=allow_tf32, config=config)
+        return found.T if out is None else out
     w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
-    if w.numel() == 0:
-        return result
+    if out is None:
+        out = w.new_empty(*w.shape)
+    if out.numel() == 0:
+        return out
     plan = _weight_plan(Layout.of(adapter), out.stride(), allow_tf32, config)
     launch_modulated_weight(
         plan,
@@ -159,7 +161,7 @@ def modulated_weight(
         scaling_ptr=adapter.scaling,
         out_ptr=out,
     )
-    return result
+    return out
 
 
 @remembered
@@ -293,10 +295,11 @@ def modulated_blocks(
     w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
     padded_rows = padded_width(partition.row_sizes, row_multiple)
     padded_cols = padded_width(partition.col_sizes, col_multiple)
-    out = w.new_empty(partition.num_blocks, padded_rows, padded_cols)
+    layout = Layout.of(adapter)
+    out = w.new_empty(layout.num_blocks, padded_rows, padded_cols)
     if out.numel() == 0:
         return out
-    plan = _blocks_plan(Layout.of(adapter), padded_rows, padded_cols, allow_tf32, config)
+    plan = _blocks_plan(layout, padded_rows, padded_cols, allow_tf32, config)
     launch_modulated_blocks(
         plan,
         w_ptr=w,
