@@ -175,13 +175,15 @@ class _Linear(torch.autograd.Function):
         """A and B are the call's: autograd sees only tensors that are arguments of their own."""
         adapter, ctx.dropout, ctx.backend = call
         ctx.partition, ctx.block_ranks = adapter.partition, adapter.block_ranks
+        ctx.is_plain = compute is _forward
         seed = None if ctx.dropout is None else ctx.dropout.seed
         needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         ctx.save_for_backward(
             x if needs_factors else None, adapter.weight, A, B, adapter.ranks, adapter.scaling, seed
         )
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _below_autograd(compute, x, bias, algorithm, call)
+        with torch._C._AutoDispatchBelowAutograd():
+            return compute(x, bias, algorithm, call)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -190,15 +192,12 @@ class _Linear(torch.autograd.Function):
         adapter = PackedAdapter(weight, A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
         dropout = None if seed is None else replace(ctx.dropout, seed=seed)
         call = LinearCall(adapter, dropout, ctx.backend)
-        dx, dA, dB = call_linear_backward(dy, x, needs_x, call)
+        # What was plain memory in forward is so still: only dy is new.
+        skip = can_skip_dispatcher(dy) if ctx.is_plain else can_skip_dispatcher(dy, x, weight, A, B)
+        dx, dA, dB = (_recorded_backward if skip else _watched_backward)(dy, x, needs_x, call)
         dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
         factors = dA if needs_A else None, dB if needs_B else None
         return None, dx if needs_x else None, dbias, *factors, None, None
-
-
-def _below_autograd(compute: Pass, *args: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return compute(*args)
 
 
 def _apply_linear(compute: Pass, x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Any:
@@ -233,7 +232,8 @@ def _recorded(compute: Pass, apply: Callable[..., Any], formula: Pass) -> Pass:
             or B.requires_grad
         ):
             return apply(compute, first, second, option, call)
-        return _below_autograd(compute, first, second, option, call)
+        with torch._C._AutoDispatchBelowAutograd():
+            return compute(first, second, option, call)
 
     return record
 
