@@ -49,7 +49,8 @@ def check_arguments(
     check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    _check_seed(dropout_seed, x)
+    if dropout_seed is not None:
+        _check_seed(dropout_seed, x)
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:
@@ -65,7 +66,9 @@ def check_block_ranks(block_ranks: Sequence[int] | None, num_blocks: int, rho: i
     if block_ranks is None:
         return
     fits = isinstance(block_ranks, (tuple, Sequence)) and len(block_ranks) == num_blocks
-    if not fits or not all(isinstance(rank, int) and 0 <= rank <= rho for rank in block_ranks):
+    for rank in block_ranks if fits else ():
+        fits = fits and isinstance(rank, int) and 0 <= rank <= rho
+    if not fits:
         raise ValueError(
             f"block_ranks must be the {num_blocks} numbers in ranks, in [0, {rho}], got {block_ranks!r}"
         )
@@ -157,7 +160,7 @@ def _check_dense(x: Tensor, names: Sequence[str], values: Sequence[Tensor | None
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if not given:
             continue  # with x, which is no tensor
-        if name != "ranks" and not value.is_floating_point():
+        if name != "ranks" and not value.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {value.dtype}")
         if value.is_nested or value.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(value)}")
@@ -201,15 +204,13 @@ def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
         raise TypeError(f"scaling must be a dense tensor that holds a number, got {given}")
     elif scaling.ndim:
         raise ValueError(f"scaling must be a number or a 0-d tensor, got shape {tuple(scaling.shape)}")
-    elif scaling.is_complex() or scaling.dtype == torch.bool:
+    elif scaling.dtype.is_complex or scaling.dtype == torch.bool:
         raise TypeError(f"scaling must be real, got {scaling.dtype}")
     elif scaling.requires_grad:
         raise ValueError("scaling must not require grad: it is not trained")
 
 
-def _check_seed(seed: Tensor | None, x: Tensor) -> None:
-    if seed is None:
-        return
+def _check_seed(seed: Tensor, x: Tensor) -> None:
     if isinstance(seed, Tensor) and layout_of(seed) != "torch.strided":
         raise TypeError(f"dropout_seed must be a dense tensor, got layout {layout_of(seed)}")
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
