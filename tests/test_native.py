@@ -340,6 +340,16 @@ def test_the_same_on_older_processors() -> None:
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not amx.is_there(), reason="needs a processor with AMX, which others do without")
+def test_the_same_without_amx() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", __file__, "-k"]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+    names = "(test_every_shape and not multiplies) or one_thread"
+    done = subprocess.run([*command, names], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @each_form

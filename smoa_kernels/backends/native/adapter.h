@@ -1,7 +1,7 @@
 /* What makes a GEMM SMoA's: a packed panel of W0 becomes W_eff or ΔW before it is multiplied. */
 #pragma once
 
-#include "stored.h"
+#include "thirds.h"
 
 enum { BESIDE = 4 /* columns modulated at a time, so that what is loaded of B serves them all */ };
 
@@ -100,32 +100,51 @@ static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, f
     }
 }
 
-static i64 product_size(i64 a_count, i64 depth, i64 rank) {
-    return right_size(depth) + left_size(a_count, depth) + lines(rank * NR);
+/* Floats that prepare_right needs. */
+static i64 prepare_size(int thirds, i64 depth, i64 rank) { return uncut_size(thirds, depth) + lines(rank * NR); }
+
+/* Of rows first to first + count of a right matrix, columns k to k + depth, what `multiply` reads; modulated, while they
+ * are in the cache, where `m` is given. */
+static void prepare_right(int thirds, matrix b, const adapter *m, i64 first, i64 count, i64 k, i64 depth,
+                          float *out, float *workspace) {
+    float *scratch = workspace + uncut_size(thirds, depth);
+    for (i64 top = 0; top < count; top += NC) {
+        i64 some = least(NC, count - top);
+        float *panels = thirds ? workspace : out + top * depth;
+        pack(b, first + top, some, k, depth, NR, panels);
+        if (m) modulate(m, first + top, some, k, depth, panels, scratch);
+        if (thirds) cut_panels(some, depth, panels, (half *)(out + top * row_size(1, depth)));
+    }
+}
+
+static i64 product_size(int thirds, i64 a_count, i64 depth, i64 rank) {
+    return right_size(thirds, depth) + left_size(thirds, a_count, depth) + prepare_size(thirds, depth, rank);
 }
 
 /* y (rows of a, rows of b) = a bᵀ over `depth` columns, `terms` of them at a time, for some rows of each, or y plus that
  * where `add`; b modulated where `m` is given. */
-static void product(matrix a, i64 a_first, i64 a_count, matrix b, i64 b_first, i64 b_count, i64 depth, i64 terms,
-                    const adapter *m, float *y, i64 stride, int add, float *workspace) {
-    float *right = workspace, *left = right + right_size(depth), *scratch = left + left_size(a_count, depth);
-    for (i64 i = 0; i < a_count; i += MC)
+static void product(int thirds, matrix a, i64 a_first, i64 a_count, matrix b, i64 b_first, i64 b_count,
+                    i64 depth, i64 terms, const adapter *m, float *y, i64 stride, int add, float *workspace) {
+    float *right = workspace, *left = right + right_size(thirds, depth), *rest = left + left_size(thirds, a_count, depth);
+    i64 most = left_most(thirds), together = right_most(thirds), high = left_height(thirds);
+    begin_product(thirds);
+    for (i64 i = 0; i < a_count; i += most)
         for (i64 k = 0; k < depth; k += KC) {
-            i64 height = least(MC, a_count - i), deep = least(KC, depth - k);
-            pack(a, a_first + i, height, k, deep, MR, left);
-            for (i64 j = 0; j < b_count; j += NC) {
-                i64 width = least(NC, b_count - j), last = j + NC >= b_count;
-                pack(b, b_first + j, width, k, deep, NR, right);
-                if (m) modulate(m, b_first + j, width, k, deep, right, scratch);
-                i64 next = last ? 0 : j + NC, after = last ? k + KC : k, further = least(KC, depth - after);
-                for (i64 r = 0; r < height; r += MR) {
-                    if (further > 0) ask_for(b, b_first + next, least(NC, b_count - next), after, further, r, height);
-                    for (i64 s = 0; s < width; s += NR)
-                        tile_by(terms, deep, left + r * deep, right + s * deep, y + (i + r) * stride + j + s, stride,
-                                least(MR, height - r), least(NR, width - s), add || k > 0);
+            i64 height = least(most, a_count - i), deep = least(KC, depth - k), size = row_size(thirds, deep);
+            prepare_left(thirds, a, a_first + i, height, k, deep, rest, left);
+            for (i64 j = 0; j < b_count; j += together) {
+                i64 width = least(together, b_count - j), last = j + together >= b_count;
+                prepare_right(thirds, b, m, b_first + j, width, k, deep, right, rest);
+                i64 next = last ? 0 : j + together, after = last ? k + KC : k, further = least(KC, depth - after);
+                for (i64 r = 0; r < height; r += high) {
+                    if (further > 0)
+                        ask_for(b, b_first + next, least(together, b_count - next), after, further, r, high, height);
+                    multiply(thirds, terms, deep, left + r * size, right, y + (i + r) * stride + j, stride, height - r,
+                             width, add || k > 0);
                 }
             }
         }
+    end_product(thirds);
 }
 
 static i64 largest_of(const int32_t *offsets, i64 blocks) {

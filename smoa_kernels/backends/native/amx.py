@@ -7,7 +7,6 @@ the GEMMs. float16 is torch's (`torch_gemms.py`), as is all where there is no AM
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 from torch import Tensor
@@ -39,9 +38,7 @@ def multiplies(tokens: Tensor, adapter: PackedAdapter) -> bool:
 @functools.cache
 def is_there() -> bool:
     """Whether this process may use AMX: processor, system, compiler, and what torch's GEMMs are held to, allow it."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    allowed = limit in ("ALL", "DEFAULT") or "AMX" in limit
-    return allowed and obstacle() is None and bool(library().smoa_amx_fit())
+    return obstacle() is None and bool(library().smoa_amx_fit())
 
 
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:

@@ -2,8 +2,8 @@
 
 A GEMM copies its operands into panels anyway. While it does, these modulate W0, read permuted columns and drop
 elements: no W_eff, no gathered or masked activations, no passes of their own. Few tokens are multiplied while W0 is
-read, without packing. In bfloat16 AMX multiplies where there is one (`amx.py`). Else in half precision, and where its
-float32 is faster, torch does (`torch_gemms.py`).
+read, without packing. AMX multiplies where there is one: float32 as three bfloat16 thirds (`thirds.h`), bfloat16 in
+calls of its own (`amx.py`). Else in half precision, and where its float32 is faster, torch does (`torch_gemms.py`).
 """
 
 from __future__ import annotations

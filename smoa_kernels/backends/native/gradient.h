@@ -17,10 +17,11 @@ typedef struct {
     float scaling, *dA, *dB; /* dA (parts, rank, cols), dB (rows, rank) */
     float *workspace;
     i64 tallest, widest, slab; /* rows and columns of a block; rows of it whose G is held at a time */
+    int thirds;
 } gradient_job;
 
 enum {
-    SLAB = 504, /* of these rows at most, a multiple of both MR and TOGETHER, whose part of dA is summed by itself */
+    SLAB = 512, /* of these rows at most, a multiple of both NR and TOGETHER, whose part of dA is summed by itself */
     /* Rows of H that are contracted at a time, with so many ranks of the factors: they stay in the L1 cache, sums stay in
      * registers and are short. */
     TOGETHER = 4,
@@ -112,7 +113,7 @@ static void contract(const gradient_job *j, const void *G, float *H, i64 k, i64 
 
 static i64 gradient_size(i64 tokens, i64 tallest, i64 widest, i64 slab, i64 rank) {
     return lines(slab * widest) + lines(TOGETHER * widest) + 2 * lines(rank * widest) + lines(rank * tallest) +
-           lines(widest + PIECE) + pieces_size(widest) + product_size(slab, tokens, 0);
+           lines(widest + PIECE) + pieces_size(widest) + product_size(by_thirds(tallest, tokens), slab, tokens, 0);
 }
 
 /* Some rows of block k, from `first` to `end`; `given` is their G where it is there already. */
@@ -134,7 +135,7 @@ static void block_gradient(const gradient_job *j, i64 k, i64 first, i64 end, con
     if (!j->contiguous || x.keep) x.rows = j->col_index;
     for (i64 top = first, slab = given ? SLAB : j->slab; top < end; top += slab, B += slab * j->rank) {
         i64 count = least(slab, end - top);
-        if (!given) product(dy, top, count, x, col, width, j->tokens, KC, NULL, G, width, 0, rest);
+        if (!given) product(j->thirds, dy, top, count, x, col, width, j->tokens, KC, NULL, G, width, 0, rest);
         const void *now = given ? number(given, (top - first) * width, j->stored) : G;
         memset(sum, 0, (size_t)(rank * width) * sizeof *sum); /* of one slab: sums stay short */
         contract(j, now, H, k, top, count, A, B, sum, pieces, some, line);
@@ -184,7 +185,7 @@ void smoa_gradient(i64 tokens, i64 rows, i64 cols, const float *dy, i64 dy_strid
                         some_of(x, 1, x_stride, keep, cols), weight, row_stride, col_stride, FLOAT32, FLOAT32, NULL,
                         row_index, col_index, row_offsets, col_offsets, ranks, A, B, scaling, dA, dB,
                         from_a_line(workspace), largest_of(row_offsets, blocks), largest_of(col_offsets, blocks),
-                        slab_of(row_offsets, blocks, threads)};
+                        slab_of(row_offsets, blocks, threads), by_thirds(largest_of(row_offsets, blocks), tokens)};
     in_parallel(gradient_part, &job, threads);
 }
 
@@ -221,7 +222,7 @@ void smoa_contract(i64 rows, i64 cols, const void *G, const void *weight, i64 ro
     if (!add) memset(sums, 0, (size_t)(rest - sums) * sizeof *sums);
     gradient_job job = {0, rows, cols, blocks, rank, threads, contiguous, {0}, {0}, weight, row_stride, 1, (int)stored,
                         (int)factors, G, row_index, col_index, row_offsets, col_offsets, ranks, A, B, scaling, sums,
-                        dB_sums, rest, largest_of(row_offsets, blocks), largest_of(col_offsets, blocks), 0};
+                        dB_sums, rest, largest_of(row_offsets, blocks), largest_of(col_offsets, blocks), 0, 0};
     in_parallel(gradient_part, &job, threads);
     sum_parts(sums, threads, rank * cols, dA, (int)factors);
     sum_parts(dB_sums, 1, rows * rank, dB, (int)factors);

@@ -4,7 +4,8 @@
  * High-Performance Matrix Multiplication"). What SMoA adds to a frozen layer is done in these copies, where it costs
  * next to nothing: a weight's panel is modulated (`modulate`, adapter.h), permuted columns are read in their order and
  * some dropped (`pack`, panels.h). Neither W_eff nor gathered activations are ever written to memory. Beside y here there
- * are ΔW's own product (update.h) and the factors' gradients (gradient.h). In bfloat16 AMX does the same (amx_linear.h).
+ * are ΔW's own product (update.h) and the factors' gradients (gradient.h). AMX multiplies panels where there is one
+ * (thirds.h). In bfloat16 it does all this (amx_linear.h).
  *
  * Compiled once for each instruction set (hatch_build.py), which VECTOR_BYTES tells. No function allocates memory or
  * keeps anything between calls: panels lie in a workspace of the caller's. Sums run over the same terms in the same
@@ -25,6 +26,7 @@
 
 typedef struct {
     i64 tokens, rows, cols, parts, bands; /* bands of tokens, each for parts / bands threads */
+    int thirds;
     matrix x, weight;
     const adapter *m;
     float *y, *workspace;
@@ -33,18 +35,19 @@ typedef struct {
 
 /* Floats that smoa_linear needs. */
 i64 smoa_linear_workspace(i64 tokens, i64 cols, i64 rank, i64 threads) {
-    return threads * product_size(tokens, cols, rank) + 16;
+    return threads * product_size(by_thirds(tokens, cols), tokens, cols, rank) + 16;
 }
 
 static void linear_part(void *it, i64 part) {
     linear_job *j = it;
     if (part >= j->parts) return;
-    i64 sides = j->parts / j->bands, band = part / sides, side = part % sides;
-    i64 top = share_of(j->tokens, MR, band, j->bands), height = share_of(j->tokens, MR, band + 1, j->bands) - top;
+    i64 sides = j->parts / j->bands, band = part / sides, side = part % sides, high = left_height(j->thirds);
+    i64 top = share_of(j->tokens, high, band, j->bands), height = share_of(j->tokens, high, band + 1, j->bands) - top;
     i64 left = share_of(j->rows, NR, side, sides), width = share_of(j->rows, NR, side + 1, sides) - left;
     if (!height || !width) return;
-    product(j->x, top, height, j->weight, left, width, j->cols, terms_of(j->tokens), j->m, j->y + top * j->rows + left,
-            j->rows, j->add, j->workspace + part * product_size(j->tokens, j->cols, j->m ? j->m->rank : 0));
+    i64 size = product_size(j->thirds, j->tokens, j->cols, j->m ? j->m->rank : 0);
+    product(j->thirds, j->x, top, height, j->weight, left, width, j->cols, terms_of(j->tokens), j->m,
+            j->y + top * j->rows + left, j->rows, j->add, j->workspace + part * size);
 }
 
 /* Every thread packs what it multiplies: of x `tokens / bands` rows, of W0 as many as `bands / parts` leaves it. */
@@ -63,14 +66,16 @@ void smoa_linear(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, c
                  i64 add, float *workspace, i64 threads) {
     adapter m = {A, B, A_rank, A_col, B_row, B_rank, rank, scaling, {row_block, wide}, {col_block, wide}, ranks, NULL,
                  NULL};
-    linear_job job = {tokens, rows, cols, threads, bands_of(tokens, rows, threads), matrix_of(x, x_stride, 1),
-                      matrix_of(weight, row_stride, col_stride), rank ? &m : NULL, y, from_a_line(workspace), add != 0};
+    linear_job job = {tokens, rows, cols, threads, bands_of(tokens, rows, threads), by_thirds(tokens, cols),
+                      matrix_of(x, x_stride, 1), matrix_of(weight, row_stride, col_stride), rank ? &m : NULL, y, from_a_line(workspace), add != 0};
     in_parallel(linear_part, &job, threads);
 }
 
 /* Whether this takes no longer than torch's GEMM with what it leaves to do. On Intel's processors MKL's takes AVX-512 too,
- * so that of many tokens it is faster (measured at 1024 and 2048; at 512 and less it is not). */
-i64 smoa_linear_fit(i64 tokens) { return VECTOR_BYTES < 64 || !__builtin_cpu_is("intel") || tokens < 1024; }
+ * so that of many tokens it is faster (measured at 1024 and 2048; at 512 and less it is not) where there is no AMX. */
+i64 smoa_linear_fit(i64 tokens) {
+    return VECTOR_BYTES < 64 || !__builtin_cpu_is("intel") || tokens < 1024 || amx_allowed();
+}
 
 static int labelled(labels of, i64 count, i64 blocks) {
     int found = 1;

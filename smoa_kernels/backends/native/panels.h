@@ -220,17 +220,13 @@ static void pack(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, f
     (m.col_stride == 1 && (m.cols || !m.rows) ? pack_rows : pack_columns)(m, first, count, k, depth, height, out);
 }
 
-/* Ask the memory, which is idle while tiles are computed, for what `pack` will read: what belongs to the MR of `height`
- * rows of the left panel that are multiplied next. */
-static void ask_for(matrix m, i64 first, i64 count, i64 k, i64 depth, i64 row, i64 height) {
+/* Ask the memory, which is idle while tiles are computed, for what `pack` will read: what belongs to the `next` of
+ * `height` rows of the left panel that are multiplied next. */
+static void ask_for(matrix m, i64 first, i64 count, i64 k, i64 depth, i64 row, i64 next, i64 height) {
     if (m.rows || m.cols) return; /* activations, just written or read; blocks, of which little is asked at a time */
     int along = m.col_stride == 1;
     const float *data = m.data + first * m.row_stride + k * m.col_stride;
     i64 runs = along ? count : depth, length = along ? depth : count, stride = along ? m.row_stride : m.col_stride;
-    for (i64 run = runs * row / height; run < runs * least(height, row + MR) / height; run++)
+    for (i64 run = runs * row / height; run < runs * least(height, row + next) / height; run++)
         for (i64 i = 0; i < length; i += 16) __builtin_prefetch(data + run * stride + i, 0, 2);
 }
-
-static i64 right_size(i64 depth) { return lines(NC * least(KC, depth) + TRANSPOSED); }
-
-static i64 left_size(i64 count, i64 depth) { return lines(least(MC, count + MR) * least(KC, depth) + TRANSPOSED); }

@@ -15,6 +15,9 @@ typedef int64_t i64;
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
+/* In whole units. */
+static i64 whole(i64 count, i64 unit) { return (count + unit - 1) / unit * unit; }
+
 /* Floats in whole cache lines. */
 static i64 lines(i64 count) { return (count + 15) / 16 * 16; }
 

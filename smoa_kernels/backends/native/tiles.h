@@ -10,6 +10,8 @@
 
 #if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
 #define HAS_AMX 1
+#include <stdlib.h>
+#include <strings.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -24,7 +26,15 @@ enum {
 
 #define AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512vbmi2")))
 
-/* Whether this processor has AMX, and the system lets this process use it: Linux asks to be asked, once. */
+/* Whether torch's GEMMs may use it, which oneDNN asks the environment. */
+static int amx_is_wanted(void) {
+    const char *limit = getenv("ONEDNN_MAX_CPU_ISA");
+    if (!limit || !strcasecmp(limit, "ALL") || !strcasecmp(limit, "DEFAULT")) return 1;
+    while (*limit && strncasecmp(limit, "AMX", 3)) limit++;
+    return *limit != 0;
+}
+
+/* Whether this processor has AMX, and system and user let this process use it: Linux asks to be asked, once. */
 static int amx_allowed(void) {
     enum { REQUEST = 0x1023, TILE_DATA = 18 };
     static int allowed = -1; /* two threads find the same */
@@ -34,7 +44,7 @@ static int amx_allowed(void) {
         int has = (d >> 22 & 1) && (d >> 24 & 1); /* AMX-BF16, AMX-TILE */
         __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
         has = has && (a >> 5 & 1) && moves_halves(); /* AVX512-BF16 */
-        allowed = has && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+        allowed = has && amx_is_wanted() && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
     }
     return allowed;
 }

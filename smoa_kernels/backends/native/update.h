@@ -9,10 +9,8 @@
 #include "adapter.h"
 #include "threads.h"
 
-static i64 whole(i64 count, i64 unit) { return (count + unit - 1) / unit * unit; }
-
 /* Tokens whose columns are in block order at a time, those of x and of y. */
-enum { BAND = MR * 18 };
+static i64 band_of(int thirds) { return left_height(thirds) * (thirds ? 8 : 18); }
 
 typedef struct {
     i64 tokens, rows, cols, blocks, parts, contiguous;
@@ -22,27 +20,34 @@ typedef struct {
     const int32_t *row_offsets, *col_offsets;
     float *y, *deltas, *workspace;
     const uint16_t *keep;
+    int thirds;
 } update_job;
 
-static i64 delta_size(i64 rows, i64 cols) { return lines(whole(rows, NR) * cols); }
+static i64 delta_size(int thirds, i64 rows, i64 cols) { return lines(whole(rows, NR) * row_size(thirds, cols)); }
 
 /* Floats of a band of x as panels: those of each block and KC columns apart. */
-static i64 band_size(i64 height, i64 cols, i64 blocks) {
-    return lines(whole(height, MR) * cols + (blocks + cols / KC) * (TRANSPOSED + 16));
+static i64 band_size(int thirds, i64 height, i64 cols, i64 blocks) {
+    i64 size = thirds ? row_size(1, cols) + blocks * row_size(1, 1) : cols;
+    return lines(whole(height, left_height(thirds)) * size + (blocks + cols / KC) * (TRANSPOSED + 16));
 }
 
 /* Of one part, beside what all share. */
-static i64 update_size(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 rank) {
-    i64 multiplied = band_size(least(BAND, tokens), cols, blocks) + MR * lines(cols + PIECE) + lines(rows + PIECE) +
-                     pieces_size(cols) + pieces_size(rows);
-    return multiplied > lines(rank * NR) ? multiplied : lines(rank * NR);
+static i64 update_size(int thirds, i64 tokens, i64 rows, i64 cols, i64 blocks, i64 rank) {
+    i64 prepared = prepare_size(thirds, cols, rank);
+    i64 multiplied = band_size(thirds, least(band_of(thirds), tokens), cols, blocks) +
+                     left_height(thirds) * lines(cols + PIECE) + lines(rows + PIECE) + pieces_size(cols) + pieces_size(rows);
+    return multiplied > prepared ? multiplied : prepared;
+}
+
+static float *update_room(const update_job *j, i64 part) {
+    return j->workspace + part * update_size(j->thirds, j->tokens, j->rows, j->cols, j->blocks, j->m.rank);
 }
 
 /* ΔW_k of every block as panels of rows, a part of each: KC columns after KC columns. */
 static void delta_part(void *it, i64 part) {
     update_job *j = it;
     if (part >= j->parts) return;
-    float *to = j->deltas, *scratch = j->workspace + part * update_size(j->tokens, j->rows, j->cols, j->blocks, j->m.rank);
+    float *to = j->deltas;
     adapter m = j->m;
     for (i64 k = 0; k < j->blocks; k++) {
         i64 rows = j->row_offsets[k + 1] - j->row_offsets[k], cols = j->col_offsets[k + 1] - j->col_offsets[k];
@@ -57,54 +62,50 @@ static void delta_part(void *it, i64 part) {
         m.rank = rank_of(j->m.ranks, k, j->m.rank);
         for (i64 p = 0; p < cols && count > 0 && m.rank > 0; p += KC) {
             i64 deep = least(KC, cols - p);
-            float *panels = to + whole(rows, NR) * p + first * deep;
-            for (i64 r = 0; r < count; r += NC, panels += NC * deep) { /* modulated while it is in the cache */
-                i64 height = least(NC, count - r);
-                pack(weight, first + r, height, p, deep, NR, panels);
-                modulate(&m, first + r, height, p, deep, panels, scratch);
-            }
+            float *panels = to + whole(rows, NR) * row_size(j->thirds, p) + first * row_size(j->thirds, deep);
+            prepare_right(j->thirds, weight, &m, first, count, p, deep, panels, update_room(j, part));
         }
-        to += delta_size(rows, cols);
+        to += delta_size(j->thirds, rows, cols);
     }
 }
 
 /* y (height, rows) = x ΔWᵀ, all columns in block order: x (height, cols) as panels in `band`. */
 static void multiply_blocks(const update_job *j, i64 height, const float *band, float *y) {
     const float *deltas = j->deltas;
-    i64 terms = terms_of(j->tokens);
+    i64 terms = terms_of(j->tokens), high = left_height(j->thirds), together = right_most(j->thirds);
     for (i64 k = 0; k < j->blocks; k++) {
         i64 rows = j->row_offsets[k + 1] - j->row_offsets[k], cols = j->col_offsets[k + 1] - j->col_offsets[k];
         int there = cols > 0 && rank_of(j->m.ranks, k, j->m.rank) > 0;
         for (i64 t = 0; t < height && !there; t++) memset(y + t * j->rows, 0, (size_t)rows * sizeof *y);
         for (i64 p = 0; p < cols; p += KC) {
-            i64 deep = least(KC, cols - p);
-            const float *right = deltas + whole(rows, NR) * p;
-            for (i64 r = 0; r < rows && there; r += NC)
-                for (i64 t = 0; t < height; t += MR)
-                    for (i64 s = r; s < least(rows, r + NC); s += NR)
-                        tile_by(terms, deep, band + t * deep, right + s * deep, y + t * j->rows + s, j->rows,
-                                least(MR, height - t), least(NR, rows - s), p > 0);
-            band += lines(whole(height, MR) * deep + TRANSPOSED);
+            i64 deep = least(KC, cols - p), size = row_size(j->thirds, deep);
+            const float *right = deltas + whole(rows, NR) * row_size(j->thirds, p);
+            for (i64 r = 0; r < rows && there; r += together)
+                for (i64 t = 0; t < height; t += high)
+                    multiply(j->thirds, terms, deep, band + t * size, right + r * size, y + t * j->rows + r, j->rows,
+                             height - t, least(together, rows - r), p > 0);
+            band += lines(whole(height, high) * size + TRANSPOSED);
         }
-        deltas += delta_size(rows, cols), y += rows;
+        deltas += delta_size(j->thirds, rows, cols), y += rows;
     }
 }
 
 static void update_part(void *it, i64 part) {
     update_job *j = it;
     if (part >= j->parts) return;
-    i64 first = share_of(j->tokens, MR, part, j->parts), end = share_of(j->tokens, MR, part + 1, j->parts);
-    i64 stride = lines(j->cols + PIECE);
-    float *band = j->workspace + part * update_size(j->tokens, j->rows, j->cols, j->blocks, j->m.rank);
-    float *ordered = band + band_size(least(BAND, j->tokens), j->cols, j->blocks), *line = ordered + MR * stride;
+    i64 high = left_height(j->thirds), most = band_of(j->thirds), stride = lines(j->cols + PIECE);
+    i64 first = share_of(j->tokens, high, part, j->parts), end = share_of(j->tokens, high, part + 1, j->parts);
+    float *band = update_room(j, part), *ordered = band + band_size(j->thirds, least(most, j->tokens), j->cols, j->blocks);
+    float *line = ordered + high * stride;
     piece *of_cols = (piece *)(line + lines(j->rows + PIECE)), *of_rows = of_cols + j->cols;
     i64 some = pieces_of(j->col_index, j->cols, PIECE, of_cols), others = pieces_of(j->row_index, j->rows, PIECE, of_rows);
     int x_is_ordered = j->contiguous && !j->x.keep, y_is_ordered = j->contiguous && !j->keep;
-    for (; first < end; first += BAND) {
-        i64 height = least(BAND, end - first);
-        for (i64 t = 0; t < height; t += MR) {
-            i64 high = least(MR, height - t);
-            for (i64 i = 0; i < high && !x_is_ordered; i++) {
+    begin_product(j->thirds);
+    for (; first < end; first += most) {
+        i64 height = least(most, end - first);
+        for (i64 t = 0; t < height; t += high) {
+            i64 some_rows = least(high, height - t);
+            for (i64 i = 0; i < some_rows && !x_is_ordered; i++) {
                 i64 at = first + t + i;
                 gather(j->x.data + at * j->x.row_stride, j->col_index, j->cols, of_cols, some,
                        j->x.keep ? j->x.keep + at * j->x.kept : NULL, ordered + i * stride);
@@ -112,12 +113,12 @@ static void update_part(void *it, i64 part) {
             float *to = band;
             for (i64 k = 0; k < j->blocks; k++)
                 for (i64 p = j->col_offsets[k]; p < j->col_offsets[k + 1]; p += KC) {
-                    i64 deep = least(KC, j->col_offsets[k + 1] - p);
+                    i64 deep = least(KC, j->col_offsets[k + 1] - p), size = row_size(j->thirds, deep);
                     if (x_is_ordered)
-                        pack(j->x, first + t, high, p, deep, MR, to + t * deep);
+                        prepare_left(j->thirds, j->x, first + t, some_rows, p, deep, NULL, to + t * size);
                     else
-                        pack(matrix_of(ordered, stride, 1), 0, high, p, deep, MR, to + t * deep);
-                    to += lines(whole(height, MR) * deep + TRANSPOSED);
+                        prepare_left(j->thirds, matrix_of(ordered, stride, 1), 0, some_rows, p, deep, NULL, to + t * size);
+                    to += lines(whole(height, high) * size + TRANSPOSED);
                 }
         }
         float *y = j->y + first * j->rows;
@@ -127,15 +128,17 @@ static void update_part(void *it, i64 part) {
             scatter(line, j->row_index, j->rows, of_rows, others, j->keep ? j->keep + (first + t) * words(j->rows) : NULL, y);
         }
     }
+    end_product(j->thirds);
 }
 
 /* Floats that smoa_update needs. */
 i64 smoa_update_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, const int32_t *col_offsets,
                           i64 blocks, i64 rank, i64 threads) {
+    int thirds = by_thirds(tokens, largest_of(col_offsets, blocks));
     i64 deltas = 0;
     for (i64 k = 0; k < blocks; k++)
-        deltas += delta_size(row_offsets[k + 1] - row_offsets[k], col_offsets[k + 1] - col_offsets[k]);
-    return deltas + threads * update_size(tokens, rows, cols, blocks, rank) + 16;
+        deltas += delta_size(thirds, row_offsets[k + 1] - row_offsets[k], col_offsets[k + 1] - col_offsets[k]);
+    return deltas + threads * update_size(thirds, tokens, rows, cols, blocks, rank) + 16;
 }
 
 /* y (tokens, rows) = x ΔWᵀ, x with contiguous rows. Of x some may be dropped, or of y: `x_keep` and `y_keep` have a bit
@@ -145,12 +148,13 @@ void smoa_update(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, c
                  const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
                  const float *A, i64 A_rank, i64 A_col, const float *B, i64 B_row, i64 B_rank, float scaling, float *y,
                  const uint16_t *y_keep, float *workspace, i64 threads) {
+    int thirds = by_thirds(tokens, largest_of(col_offsets, blocks));
     float *own = from_a_line(workspace);
     update_job job = {tokens, rows, cols, blocks, threads, contiguous, some_of(x, x_stride, 1, x_keep, cols),
                       matrix_of(weight, row_stride, col_stride),
                       {A, B, A_rank, A_col, B_row, B_rank, rank, scaling, {NULL, 0}, {NULL, 0}, ranks, NULL, NULL},
                       row_index, col_index, row_offsets, col_offsets, y,
-                      own + threads * update_size(tokens, rows, cols, blocks, rank), own, y_keep};
+                      own + threads * update_size(thirds, tokens, rows, cols, blocks, rank), own, y_keep, thirds};
     in_parallel(delta_part, &job, threads);
     in_parallel(update_part, &job, threads);
 }

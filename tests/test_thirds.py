@@ -1,0 +1,135 @@
+"""float32 by AMX, each number as three bfloat16 thirds: shapes around its tiles, how exact it is, what is not finite.
+
+What all backends promise is in tests/test_contract.py, mostly for fewer tokens than this code takes.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import Case, LinearProblem, assert_within_budget, make_problem, on_threads
+from torch import Tensor
+
+from smoa_kernels.backends.native import amx, backend
+
+CPU = torch.device("cpu")
+FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "split", "dropout")}
+each_form = pytest.mark.parametrize("form", FORMS)
+needs_amx = pytest.mark.skipif(
+    not amx.is_there(), reason="needs a processor with AMX, and a system and a compiler that know it"
+)
+
+
+def on_cpu(**options: object) -> LinearProblem:
+    return make_problem(**({"dtype": torch.float32} | options)).on(CPU)  # type: ignore[arg-type]
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "in_features", "ranks"),
+    [
+        (96, 128, 128, (2,)),  # just its tiles
+        (97, 131, 127, (3, 0, 2)),  # prime sizes, blocks below a tile
+        (130, 7, 33, (1,)),
+        (300, 300, 790, (17, 2)),  # several right panels, three of terms; terms of G in one
+        (1200, 530, 40, (2,)),  # four of G's, of which two slabs are summed
+        (2100, 40, 70, (4, 1)),  # two left panels
+    ],
+)
+@pytest.mark.parametrize("order", ["spectral", "contiguous"])
+@pytest.mark.parametrize("threads", [1, 3])
+@each_form
+def test_every_shape(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    ranks: tuple[int, ...],
+    order: str,
+    threads: int,
+    form: str,
+    guarded_memory: None,
+) -> None:
+    sizes = {"out_features": out_features, "in_features": in_features}
+    p = on_cpu(tokens=tokens, ranks=ranks, block_order=order, **sizes)
+    if order == "contiguous":  # W0 by columns, x and dY parts of others
+        x, dy = (torch.nn.functional.pad(one, (3, 2))[:, 3:-2] for one in (p.x, p.dy))
+        p = replace(p, x=x, dy=dy, weight=p.weight.T.contiguous().T)
+    with on_threads(threads):
+        assert_within_budget(p.run(**FORMS[form].options), FORMS[form], p)
+
+
+@needs_amx
+@each_form
+def test_one_thread_and_three_give_the_same_output(form: str) -> None:
+    p, found = on_cpu(tokens=200, out_features=290, in_features=500, ranks=(4, 2)), []
+    for count in (1, 3, 3):
+        with on_threads(count):
+            found.append(p.run(**FORMS[form].options))
+    for name, one, three, again in zip(("y", "dX", "dA", "dB"), *found, strict=False):
+        assert torch.equal(three, again), name
+        if name != "dA":  # summed over rows, which the threads share
+            assert torch.equal(one, three), name
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    return backend._linear(x, weight, x.new_zeros(len(x), len(weight)))
+
+
+def row_errors(y: Tensor, truth: Tensor) -> Tensor:
+    """Of each row relative to its norm: rows may be of different magnitudes."""
+    return torch.linalg.vector_norm(y - truth, dim=1) / torch.linalg.vector_norm(truth, dim=1)
+
+
+@needs_amx
+@pytest.mark.parametrize("terms", [60, 384, 3000])
+@pytest.mark.parametrize("numbers", ["normal", "positive", "of any magnitude"])
+def test_it_is_as_exact_as_torchs(numbers: str, terms: int) -> None:
+    """Each of the six products counts: without the smallest of them errors are 2e-6."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, terms, generator=generator) for rows in (130, 100))
+    if numbers == "positive":
+        x, weight = x.abs(), weight.abs()
+    if numbers == "of any magnitude":
+        x *= 10 ** torch.linspace(-10, 10, len(x))[:, None]
+        weight *= 10 ** torch.linspace(-3, 3, terms)
+    truth = x.double() @ weight.double().T
+    ours, theirs = (row_errors(y.double(), truth) for y in (product(x, weight), x @ weight.T))
+    assert ours.square().mean() <= 1.5**2 * theirs.square().mean()
+    assert ours.max() <= 1.5 * theirs.max()
+
+
+@needs_amx
+def test_the_largest_numbers_are_finite() -> None:
+    x, weight = torch.full((100, 64), torch.finfo(torch.float32).max), torch.full((40, 64), 2.0**-8)
+    torch.testing.assert_close(product(x, weight), x @ weight.T)
+
+
+@needs_amx
+@pytest.mark.parametrize("magnitude", [1e-28, 1e-30, 1e-32, 1e-34, 1e-36, 1e-38, 1e-40, 0.0])
+def test_the_smallest_numbers_lose_digits_and_nothing_else(magnitude: float) -> None:
+    """What is below 2^-126, of a number or of a sum, counts as 0."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 200, generator=generator) for rows in (100, 70))
+    x *= magnitude
+    lost = product(x, weight).double() - x.double() @ weight.double().T
+    assert lost.abs().max() <= 1e-4 * magnitude + 200 * 2.0**-126
+
+
+@needs_amx
+@pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1])
+def test_what_is_not_finite(bits: int) -> None:
+    """Infinity and any NaN give NaN, where they count and nowhere else."""
+    value = torch.tensor(bits).int().view(torch.float32)
+    x, weight = torch.ones(100, 70), torch.ones(40, 70)
+    x[3, 69], weight[7, 5] = value, value
+    finite = torch.ones(100, 40, dtype=torch.bool)
+    finite[3], finite[:, 7] = False, False
+    assert torch.equal(product(x, weight).isfinite(), finite)
+
+
+@needs_amx
+def test_torch_multiplies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MKL's GEMM is faster than AVX-512's, it is not faster than this one."""
+    for name in ("split", "backward", "merged"):
+        monkeypatch.setattr(backend.torch_gemms, name, lambda *_, **__: pytest.fail("torch multiplies"))
+    on_cpu(tokens=1100).run(**FORMS["merged"].options)
