@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from smoa_kernels.backends import pages
+
 from .protocol import DEVICE
 from .providers import Case
 
@@ -54,16 +56,19 @@ def footprint(layer: nn.Module, case: Case) -> Footprint:
     def backward() -> None:
         kept["gradients"] = torch.autograd.grad(kept.pop("y"), wanted, dy)
 
-    layer(x)  # whatever is built once is built before anything is counted
+    pages.release()
+    forward()  # whatever is built once is built before anything is counted
+    backward()
     saved = saved_bytes(layer, x)
     forward_peak, after_forward = allocated(forward)
     backward_peak, _ = allocated(backward)
     gradients = sum(t.nbytes for t in kept["gradients"])
+    workspace = pages.release()  # which lives all the time, unseen by the profiler
     return Footprint(
         saved=saved,
-        peak=max(forward_peak, after_forward + backward_peak),
-        forward_workspace=forward_peak - after_forward,
-        backward_workspace=max(0, backward_peak - gradients),
+        peak=max(forward_peak, after_forward + backward_peak) + workspace,
+        forward_workspace=forward_peak - after_forward + workspace,
+        backward_workspace=max(0, backward_peak - gradients) + workspace,
     )
 
 

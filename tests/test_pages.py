@@ -1,5 +1,6 @@
-"""Large pages: Linux is asked for them where a result is large, and nowhere else."""
+"""Large pages: Linux is asked for them where a result is large, and nowhere else; large workspaces are kept."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,22 @@ def test_results_ask_for_them(backend: str, tokens: int, monkeypatch: pytest.Mon
             result.data_ptr() <= start and end <= result.data_ptr() + result.nbytes for start, end in asked
         ]
         assert any(inside) == (tokens == 1024)
+
+
+@pytest.mark.skipif(pages._ADVICE is None, reason="a workspace is kept on Linux alone")
+def test_a_large_workspace_is_kept_by_its_thread() -> None:
+    like, floats = torch.empty(0), pages.LARGE // 4
+    pages.release()
+    assert pages.workspace(like, floats - 1).numel() == floats - 1  # malloc's
+    assert pages.release() == 0
+    first = pages.workspace(like, floats + 1)
+    assert first.dtype == torch.float32
+    assert first.numel() > floats
+    assert pages.workspace(like, floats).data_ptr() == first.data_ptr()
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(pages.workspace, like, floats).result().data_ptr() != first.data_ptr()
+    if SMAPS.exists() and LARGE_PAGES.exists():
+        assert "hg" in flags_at(first.data_ptr() + pages.LARGE // 2)
+    assert pages.workspace(like, 3 * floats).numel() >= 3 * floats  # which the first is not
+    assert pages.release() == 12 * floats
+    assert pages.release() == 0

@@ -1,4 +1,4 @@
-"""Large pages for large results: Linux maps 2 MB of new memory at a time then, not 4 KB.
+"""Large pages for large results and workspaces: Linux maps 2 MB of new memory at a time then, not 4 KB.
 
 malloc gives what large tensors took back to the system, so every pass writes to memory that is mapped anew. y and dX of
 2048² and 2048 tokens in float32 are 8,192 small pages, each mapped when it is first written to.
@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 
+import torch
 from torch import Tensor
 
-__all__ = ["LARGE", "in_large_pages"]
+__all__ = ["LARGE", "in_large_pages", "release", "workspace"]
 
 LARGE = 2**22
 """Bytes from which on a tensor is large: numpy asks for large pages from the same size on."""
+
+PAGE = 2**21
+"""Bytes of a large page."""
 
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux alone
 if _ADVICE is not None:
@@ -32,3 +37,38 @@ def in_large_pages(tensor: Tensor) -> Tensor:
         first = start + -start % mmap.PAGESIZE
         _madvise(first, end - first, _ADVICE)
     return tensor
+
+
+class _Kept(threading.local):
+    memory: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def workspace(like: Tensor, floats: int) -> Tensor:
+    """At least so many float32 numbers for one call of compiled code, on the CPU: whatever was in them is lost.
+
+    A large workspace is the thread's own, in large pages, and kept: malloc would hand out memory in small pages, of
+    which a processor finds too few at a time. :func:`release` gives it back.
+    """
+    if 4 * floats < LARGE or _ADVICE is None:
+        return like.new_empty(floats, dtype=torch.float32)
+    if _kept.memory is None or _kept.memory.numel() < floats:
+        release()
+        size = -(-4 * floats // PAGE) * PAGE
+        mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapped.madvise(_ADVICE)
+        _kept.memory = torch.frombuffer(mapped, dtype=torch.float32)
+    return _kept.memory
+
+
+def release() -> int:
+    """Give this thread's :func:`workspace` back to the system; returns its bytes.
+
+    Example:
+        >>> release()
+        0
+    """
+    memory, _kept.memory = _kept.memory, None
+    return 0 if memory is None else memory.nbytes

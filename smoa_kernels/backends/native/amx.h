@@ -58,11 +58,11 @@ static void *taken(float **at, i64 bytes) {
     return found;
 }
 
-/* Tokens that are in a workspace at a time: their copies take about as much memory as W0, which is copied for each of these
- * bands again. */
-static i64 amx_band(i64 rows, i64 cols) {
-    i64 fit = up(rows + cols, 4 * PAIR) * PAIR;
-    return fit > 1024 ? fit : 1024;
+/* Tokens that are in a workspace at a time, so many quarters of those whose x or dY takes half of W0's memory, or of 1024: of
+ * more the copies would take more memory, of fewer W0 would be prepared more often. */
+static i64 amx_band(i64 rows, i64 cols, i64 quarters) {
+    i64 fit = up((rows + cols) * quarters, 16 * PAIR) * PAIR;
+    return fit > 256 * quarters ? fit : 256 * quarters;
 }
 
 /* Terms that are summed before the next panel's, in tiles: those of the panel which all share stay in the L1 cache. */

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...definition.packed import PackedAdapter
-from ..pages import in_large_pages
+from ..pages import in_large_pages, workspace
 from .library import library, obstacle
 from .operands import KINDS, Mask, blocks_of, kept_by, named, with_rows
 
@@ -55,12 +55,12 @@ def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     floats = code.smoa_amx_forward_workspace(
         *shape, indices[3], p.num_blocks, p.is_contiguous, mask is not None, rank, threads
     )
-    workspace = in_large_pages(x.new_empty(floats, dtype=torch.float32))
+    room = workspace(x, floats)
     with named(AMX):
         code.smoa_amx_forward(
             *shape, x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask), *indices,
             p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype],
-            _scale(adapter, mask), y.data_ptr(), workspace.data_ptr(), threads,
+            _scale(adapter, mask), y.data_ptr(), room.data_ptr(), threads,
         )  # fmt: skip
     return y
 
@@ -86,26 +86,26 @@ def backward(
         floats = code.smoa_amx_gradient_workspace(
             *shape, p.num_blocks, p.is_contiguous, max(p.col_sizes), terms * rank, threads
         )
-        workspace = in_large_pages(dy.new_empty(floats, dtype=torch.float32))
+        room = workspace(dy, floats)
         with named(AMX):
             code.smoa_amx_gradient(
                 *shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
                 kept_by(mask), *indices, p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, KINDS[A.dtype], scale,
-                terms, A_halves.data_ptr(), B_halves.data_ptr(), dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(),
+                terms, A_halves.data_ptr(), B_halves.data_ptr(), dA.data_ptr(), dB.data_ptr(), room.data_ptr(),
                 threads,
             )  # fmt: skip
-        del workspace  # dX needs memory of its own
+
     if needs_x:
         dx = in_large_pages(dy.new_empty(dy.shape[0], weight.shape[1]))
         floats = code.smoa_amx_input_workspace(
             *shape, p.num_blocks, max(p.row_sizes), rank, mask is not None, threads
         )
-        workspace = in_large_pages(dy.new_empty(floats, dtype=torch.float32))
+        room = workspace(dy, floats)
         with named(AMX):
             code.smoa_amx_input(
                 *shape, dy.data_ptr(), dy.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask), *indices,
                 p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype],
-                scale, dx.data_ptr(), workspace.data_ptr(), threads,
+                scale, dx.data_ptr(), room.data_ptr(), threads,
             )  # fmt: skip
     return dx, dA, dB
 

@@ -10,7 +10,7 @@
 static i64 amx_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
 
 static i64 amx_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous, i64 tiles, i64 threads) {
-    i64 height = amx_together(rows, amx_band(rows, cols), threads);
+    i64 height = amx_together(rows, amx_band(rows, cols, 2), threads);
     i64 prepare = lines(up(rows, TERMS) * TILE) + lines(up(cols, TERMS) * TILE);
     i64 factors = lines(height * PAIR) + 2 * TILE + lines(height * tiles * SIDE / 2) +
                   lines(contiguous ? 0 : height * padded(widest) / 2) + pieces_size(cols);
@@ -24,7 +24,7 @@ static i64 amx_sums_size(i64 count, i64 blocks, i64 tiles) { return amx_block_ti
 i64 smoa_amx_gradient_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 contiguous, i64 widest, i64 ranks,
                                 i64 threads) {
     i64 tiles = amx_rank_tiles(ranks), tall = amx_block_tiles(rows, blocks), wide = amx_block_tiles(cols, blocks);
-    i64 some = least(tokens, amx_band(rows, cols));
+    i64 some = least(tokens, amx_band(rows, cols, 2));
     return (tall + wide) * TERMS * up(some, PAIR) * PAIR / 2 + lines(wide * TERMS * tiles * SIDE / 2) +
            amx_sums_size(rows, blocks, tiles) + lines((tiles + 1) * SIDE) +
            threads * (amx_sums_size(cols, blocks, tiles) +
@@ -138,7 +138,7 @@ AMX static void amx_factors(void *it, i64 part) {
     if (part >= j->parts) return;
     i64 steps = up(j->tokens, PAIR), ranks = j->terms * j->rank, tiles = amx_rank_tiles(ranks), group = 0, groups = 0;
     i64 size = amx_sums_size(j->cols, j->blocks, tiles), wide = padded(j->widest);
-    i64 group_rows = amx_together(j->rows, amx_band(j->rows, j->cols), j->parts);
+    i64 group_rows = amx_together(j->rows, amx_band(j->rows, j->cols, 2), j->parts);
     float *at = amx_gradient_room(j, part), *dA = j->sums + part * size, *dB = j->row_sums;
     float *G = taken(&at, group_rows * PAIR * 4);
     half *H = taken(&at, 4 * TILE * 2), *B = taken(&at, group_rows * tiles * SIDE * 2);
@@ -243,7 +243,7 @@ void smoa_amx_gradient(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_st
     amx_job job = amx_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, NULL, NULL, factors, scaling, threads);
     i64 tiles = amx_rank_tiles(terms * rank), wide = amx_block_tiles(cols, blocks) * TERMS;
-    i64 band = amx_band(rows, cols), some = least(tokens, band);
+    i64 band = amx_band(rows, cols, 2), some = least(tokens, band);
     i64 sums = amx_sums_size(rows, blocks, tiles) + threads * amx_sums_size(cols, blocks, tiles);
     float *at = from_a_line(workspace);
     job.terms = terms, job.A = A_halves, job.B = B_halves, job.dA = dA, job.dB = dB;

@@ -18,7 +18,7 @@ static i64 amx_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 th
 
 /* Floats that smoa_amx_input needs. */
 i64 smoa_amx_input_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 tallest, i64 rank, i64 masked, i64 threads) {
-    i64 n = up(least(tokens, amx_band(rows, cols)), PAIR) * PAIR, update = amx_block_tiles(rows, blocks) + up(cols, TERMS);
+    i64 n = up(least(tokens, amx_band(rows, cols, masked ? 3 : 4)), PAIR) * PAIR, update = amx_block_tiles(rows, blocks) + up(cols, TERMS);
     return lines(n * up(rows, TERMS) * TERMS / 2) + lines(rows) + lines(cols + SIDE) +
            lines(masked ? n * update * TERMS / 2 : 0) +
            threads * amx_input_part_size(rows, cols, tallest, rank, threads) + 64;
@@ -226,7 +226,7 @@ void smoa_amx_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_strid
                     const void *A, const void *B, i64 factors, float scaling, void *dx, float *workspace, i64 threads) {
     amx_job job = amx_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
-    i64 band = amx_band(rows, cols), n = up(least(tokens, band), PAIR) * PAIR;
+    i64 band = amx_band(rows, cols, keep ? 3 : 4), n = up(least(tokens, band), PAIR) * PAIR;
     float *at = from_a_line(workspace);
     job.left = taken(&at, n * up(rows, TERMS) * TERMS * 2);
     job.row_block = taken(&at, rows * 4), job.col_block = taken(&at, (cols + SIDE) * 4);

@@ -40,7 +40,7 @@ i64 smoa_amx_forward_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *co
                                i64 masked, i64 rank, i64 threads) {
     i64 widest = largest_of(col_offsets, blocks), lies = amx_lies(col_offsets, blocks, contiguous, masked != 0);
     i64 tiles = up(cols, TERMS) + (lies ? 0 : amx_block_tiles(cols, blocks));
-    return amx_pairs(least(tokens, amx_band(rows, cols))) * (tiles * TILE + (contiguous ? 0 : up(rows, TERMS) * TILE)) / 2 +
+    return amx_pairs(least(tokens, amx_band(rows, cols, contiguous ? 4 : 3))) * (tiles * TILE + (contiguous ? 0 : up(rows, TERMS) * TILE)) / 2 +
            threads * amx_forward_part_size(rows, cols, widest, rank, threads) + 16;
 }
 
@@ -167,7 +167,7 @@ void smoa_amx_forward(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_strid
     amx_job job = amx_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
     float *at = from_a_line(workspace);
-    i64 band = amx_band(rows, cols), panels = amx_pairs(least(tokens, band));
+    i64 band = amx_band(rows, cols, contiguous ? 4 : 3), panels = amx_pairs(least(tokens, band));
     job.lies = amx_lies(col_offsets, blocks, contiguous, keep != NULL);
     job.all = taken(&at, panels * up(cols, TERMS) * TILE * 2);
     if (!job.lies) job.blocked = taken(&at, panels * amx_block_tiles(cols, blocks) * TILE * 2);
