@@ -44,12 +44,8 @@ def is_there() -> bool:
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N), rounded once."""
     code, threads, weight, p = library(), torch.get_num_threads(), adapter.weight, adapter.partition
-    x, A, B, (*blocks, ranks) = (
-        with_rows(x),
-        adapter.A.contiguous(),
-        adapter.B.contiguous(),
-        blocks_of(adapter),
-    )
+    x, A, B = with_rows(x), adapter.A.contiguous(), adapter.B.contiguous()
+    *blocks, ranks = blocks_of(adapter)
     shape, rank, indices = (x.shape[0], *weight.shape), A.shape[0], [one.data_ptr() for one in blocks]
     y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
     floats = code.smoa_amx_forward_workspace(
@@ -70,12 +66,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dA, dB), those that are asked for: `dX = dY W_eff`, or under dropout `dY W0 + dropoutᵀ(dY ΔW)`."""
     code, threads, weight, p = library(), torch.get_num_threads(), adapter.weight, adapter.partition
-    dy, A, B, (*blocks, ranks) = (
-        with_rows(dy),
-        adapter.A.contiguous(),
-        adapter.B.contiguous(),
-        blocks_of(adapter),
-    )
+    dy, A, B = with_rows(dy), adapter.A.contiguous(), adapter.B.contiguous()
+    *blocks, ranks = blocks_of(adapter)
     shape, rank, indices = (dy.shape[0], *weight.shape), A.shape[0], [one.data_ptr() for one in blocks]
     scale, dx, dA, dB = _scale(adapter, mask), None, None, None
     if x is not None:

@@ -16,7 +16,7 @@ from ...definition.packed import PackedAdapter
 from ...definition.precision import gemm_is_ieee
 from .. import Gradients, eager
 from ..eager import ALGORITHMS, modulated_weight
-from ..pages import in_large_pages
+from ..pages import in_large_pages, workspace
 from . import amx, torch_gemms
 from .library import library, obstacle
 from .operands import (
@@ -132,13 +132,13 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
         raise no_fit(adapter.weight, count)
     A, B = with_rows(adapter.A.to(torch.float32)), adapter.B.to(torch.float32)
     x = with_rows(x.to(torch.float32))
-    workspace = x.new_empty(code.smoa_few_workspace(A.shape[0], columns, threads))
+    room = workspace(x, code.smoa_few_workspace(A.shape[0], columns, threads))
     with named(LINEAR):
         code.smoa_few(
             x.shape[0], *adapter.weight.shape, x.data_ptr(), x.stride(0), adapter.weight.data_ptr(),
             adapter.weight.stride(0), KINDS[adapter.weight.dtype], row_index.data_ptr(), row_offsets.data_ptr(),
             col_block.data_ptr(), count, ranks.data_ptr(), A.shape[0], A.data_ptr(), A.stride(0), B.data_ptr(),
-            *B.stride(), adapter.scaling.item(), y.data_ptr(), False, workspace.data_ptr(), threads,
+            *B.stride(), adapter.scaling.item(), y.data_ptr(), False, room.data_ptr(), threads,
         )  # fmt: skip
     return y.to(adapter.weight.dtype)
 
@@ -174,12 +174,12 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None 
         rank = A.shape[0]
         blocks = row_block.data_ptr(), col_block.data_ptr(), wide, ranks.data_ptr()
     floats = code.smoa_linear_workspace(x.shape[0], weight.shape[1], rank, threads)
-    workspace = in_large_pages(x.new_empty(floats))
+    room = workspace(x, floats)
     with named(LINEAR):
         code.smoa_linear(
             x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride(), *blocks, rank,
             A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), scaling, y.data_ptr(), adapter is None,
-            workspace.data_ptr(), threads,
+            room.data_ptr(), threads,
         )  # fmt: skip
     return y
 
@@ -202,12 +202,12 @@ def _update(
     count, rank, scaling = adapter.partition.num_blocks, A.shape[0], scale * adapter.scaling.item()
     *indices, ranks = (tensor.data_ptr() for tensor in blocks)
     floats = code.smoa_update_workspace(x.shape[0], *weight.shape, *indices[2:], count, rank, threads)
-    workspace = in_large_pages(x.new_empty(floats))
+    room = workspace(x, floats)
     with named(UPDATE):
         code.smoa_update(
             x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), kept_by(x_mask), weight.data_ptr(),
             *weight.stride(), *indices, count, adapter.partition.is_contiguous, ranks, rank, A.data_ptr(), *A.stride(),
-            B.data_ptr(), *B.stride(), scaling, y.data_ptr(), kept_by(y_mask), workspace.data_ptr(), threads,
+            B.data_ptr(), *B.stride(), scaling, y.data_ptr(), kept_by(y_mask), room.data_ptr(), threads,
         )  # fmt: skip
     return y
 
@@ -228,12 +228,12 @@ def factor_gradients(
         count, rank, scaling = adapter.partition.num_blocks, A.shape[0], scale * adapter.scaling.item()
         *indices, ranks = (tensor.data_ptr() for tensor in blocks)
         floats = code.smoa_gradient_workspace(x.shape[0], *indices[2:], count, rank, threads)
-        workspace = in_large_pages(x.new_empty(floats))
+        room = workspace(x, floats)
         with named(GRADIENT):
             code.smoa_gradient(
                 x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), kept_by(mask),
                 weight.data_ptr(), *weight.stride(), *indices, count, adapter.partition.is_contiguous, ranks, rank,
-                A.data_ptr(), B.data_ptr(), scaling, dA.data_ptr(), dB.data_ptr(), workspace.data_ptr(), threads,
+                A.data_ptr(), B.data_ptr(), scaling, dA.data_ptr(), dB.data_ptr(), room.data_ptr(), threads,
             )  # fmt: skip
     dA = dA if threads == 1 else dA.sum(0)
     return (dA, dB) if adapter.A.dtype == dA.dtype else (dA.to(adapter.A.dtype), dB.to(adapter.A.dtype))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, eager, experts
+from ..pages import workspace
 from . import torch_gemms
 from .library import library, obstacle
 from .operands import KINDS, dense, named, with_rows
@@ -63,8 +64,8 @@ def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor],
         call.check(x.shape[0] == pairs)
         if not _takes(weight, x, weight.shape[2]):
             return layer_by_layer(x)
-        x, y, workspace = with_rows(x), x.new_empty(pairs, weight.shape[1]), x.new_empty(floats)
-        operands = x.data_ptr(), x.stride(0), y.data_ptr(), workspace.data_ptr(), threads
+        x, y, room = with_rows(x), x.new_empty(pairs, weight.shape[1]), workspace(x, floats)
+        operands = x.data_ptr(), x.stride(0), y.data_ptr(), room.data_ptr(), threads
         with named("smoa::compiled_experts"):
             for e, start, end in spans:
                 written = code.smoa_experts_few_fit(call.address, e, start, end, *operands)
@@ -95,10 +96,10 @@ def input_gradient(dy: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     dx = dy.new_empty(dy.shape[0], adapter.weight.shape[2])
     if dy.numel():
         dy, threads, call = with_rows(dy), torch.get_num_threads(), _Call(ends, adapter.T)
-        workspace = dy.new_empty(call.workspace(_LINEAR, len(dy), threads))
+        room = workspace(dy, call.workspace(_LINEAR, len(dy), threads))
         with named("smoa::compiled_experts"):
             fits = library().smoa_experts_linear_fit(
-                call.address, dy.data_ptr(), dy.stride(0), dx.data_ptr(), workspace.data_ptr(), threads
+                call.address, dy.data_ptr(), dy.stride(0), dx.data_ptr(), room.data_ptr(), threads
             )
         call.check(fits)
     return dx
@@ -113,11 +114,11 @@ def factor_gradients(dy: Tensor, x: Tensor, ends: Tensor, adapter: ExpertsAdapte
         call = _Call(
             ends, ExpertsAdapter(adapter.weight, A, B, adapter.blocks, adapter.ranks, adapter.scaling)
         )
-        workspace = x.new_empty(call.workspace(_GRADIENT, len(x), threads))
+        room = workspace(x, call.workspace(_GRADIENT, len(x), threads))
         with named("smoa::compiled_experts_gradient"):
             fits = library().smoa_experts_gradient_fit(
                 call.address, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dA.data_ptr(), dB.data_ptr(),
-                workspace.data_ptr(), threads,
+                room.data_ptr(), threads,
             )  # fmt: skip
         call.check(fits)
     return dA.to(dtype), dB.to(dtype)
