@@ -18,9 +18,6 @@ __all__ = ["LARGE", "in_large_pages", "release", "workspace"]
 LARGE = 2**22
 """Bytes from which on a tensor is large: numpy asks for large pages from the same size on."""
 
-PAGE = 2**21
-"""Bytes of a large page."""
-
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux alone
 if _ADVICE is not None:
     _madvise = ctypes.CDLL(None).madvise
@@ -56,7 +53,7 @@ def workspace(like: Tensor, floats: int) -> Tensor:
         return like.new_empty(floats, dtype=torch.float32)
     if _kept.memory is None or _kept.memory.numel() < floats:
         release()
-        size = -(-4 * floats // PAGE) * PAGE
+        size = -(-4 * floats // mmap.PAGESIZE) * mmap.PAGESIZE
         mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         mapped.madvise(_ADVICE)
         _kept.memory = torch.frombuffer(mapped, dtype=torch.float32)
