@@ -69,6 +69,14 @@ def test_results_ask_for_them(backend: str, tokens: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(pages._ADVICE is None, reason="a workspace is kept on Linux alone")
+def test_a_workspace_where_linux_has_no_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_ADVICE", 9999)  # as unknown as MADV_HUGEPAGE is to such a kernel
+    pages.release()
+    assert pages.workspace(torch.empty(0), pages.LARGE // 4).numel() == pages.LARGE // 4
+    assert pages.release() == pages.LARGE
+
+
+@pytest.mark.skipif(pages._ADVICE is None, reason="a workspace is kept on Linux alone")
 def test_a_large_workspace_is_kept_by_its_thread() -> None:
     like, floats = torch.empty(0), pages.LARGE // 4
     pages.release()

@@ -55,8 +55,7 @@ def workspace(like: Tensor, floats: int) -> Tensor:
         release()
         size = -(-4 * floats // mmap.PAGESIZE) * mmap.PAGESIZE
         mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapped.madvise(_ADVICE)
-        _kept.memory = torch.frombuffer(mapped, dtype=torch.float32)
+        _kept.memory = in_large_pages(torch.frombuffer(mapped, dtype=torch.float32))
     return _kept.memory
 
 
