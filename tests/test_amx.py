@@ -2,6 +2,8 @@
 code too, is in tests/test_contract.py.
 """
 
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import pytest
 import torch
 from problems import Case, LinearProblem, assert_within_budget, make_problem, on_threads, relative_error
 
+from smoa_kernels import BlockPartition
+from smoa_kernels.backends import pages
 from smoa_kernels.backends.native import amx, backend
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
@@ -81,6 +85,52 @@ def test_every_shape(
 def test_it_writes_nothing_outside(tokens: int, form: str, guarded_memory: None, only_amx: None) -> None:
     p = on_cpu(tokens=tokens, out_features=61, in_features=147, ranks=(3, 0, 18))
     p.run(**FORMS[form].options)
+
+
+@needs_amx
+@each_form
+def test_nothing_behind_the_workspace_is_read(
+    form: str, only_amx: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was in it: a page that nobody may read follows. -2 is what rows that are not there have for a block."""
+    mapped, page = [], mmap.PAGESIZE
+
+    def before_nothing(like: torch.Tensor, floats: int) -> torch.Tensor:
+        size = -(-4 * floats // page) * page
+        memory = torch.frombuffer(mmap.mmap(-1, size + page), dtype=torch.int32).fill_(-2)
+        mapped.append(memory)
+        assert (
+            ctypes.CDLL(None).mprotect(ctypes.c_void_p(memory.data_ptr() + size), ctypes.c_size_t(page), 0)
+            == 0
+        )
+        return memory[: size // 4][-floats:].view(torch.float32)
+
+    monkeypatch.setattr(amx, "workspace", before_nothing)
+    p = on_cpu(tokens=31, out_features=33, in_features=31, ranks=(40, 3))
+    assert_within_budget(p.run(**FORMS[form].options), FORMS[form], p)
+
+
+@needs_amx
+@each_form
+def test_a_workspace_is_as_large_as_offsets_ask(
+    form: str, only_amx: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`from_tensors` believes the sizes that it is given, compiled code goes by offsets."""
+    asked = []
+
+    def enough(like: torch.Tensor, floats: int) -> torch.Tensor:
+        asked.append(floats)
+        return pages.workspace(like, 9 * floats)
+
+    monkeypatch.setattr(amx, "workspace", enough)
+    p = on_cpu(tokens=64, out_features=600, in_features=600, ranks=(2, 3), random_labels=True)
+    whole = torch.tensor([0, 600, 600], dtype=torch.int32)
+    tensors = [*p.partition.tensors()[:4], whole, whole]
+    *_, granule, contiguous = p.partition.sizes()
+    for sizes in ([600, 0, 600, 0], [300, 300, 300, 300]):
+        partition = BlockPartition.from_tensors(tensors, [*sizes, granule, contiguous])
+        replace(p, partition=partition).run(**FORMS[form].options)
+    assert asked[: len(asked) // 2] == asked[len(asked) // 2 :]
 
 
 @needs_amx

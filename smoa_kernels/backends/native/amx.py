@@ -76,7 +76,7 @@ def backward(
         if A.dtype != torch.bfloat16:
             terms, A_halves, B_halves = 2, _halves(A, 0), _halves(B, 1)
         floats = code.smoa_amx_gradient_workspace(
-            *shape, p.num_blocks, p.is_contiguous, max(p.col_sizes), terms * rank, threads
+            *shape, indices[3], p.num_blocks, p.is_contiguous, terms * rank, threads
         )
         room = workspace(dy, floats)
         with named(AMX):
@@ -90,7 +90,7 @@ def backward(
     if needs_x:
         dx = in_large_pages(dy.new_empty(dy.shape[0], weight.shape[1]))
         floats = code.smoa_amx_input_workspace(
-            *shape, p.num_blocks, max(p.row_sizes), rank, mask is not None, threads
+            *shape, indices[2], p.num_blocks, rank, mask is not None, threads
         )
         room = workspace(dy, floats)
         with named(AMX):

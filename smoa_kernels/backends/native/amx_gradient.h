@@ -21,10 +21,10 @@ static i64 amx_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous
 static i64 amx_sums_size(i64 count, i64 blocks, i64 tiles) { return amx_block_tiles(count, blocks) * TERMS * tiles * SIDE; }
 
 /* Floats that smoa_amx_gradient needs. */
-i64 smoa_amx_gradient_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 contiguous, i64 widest, i64 ranks,
-                                i64 threads) {
+i64 smoa_amx_gradient_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *col_offsets, i64 blocks, i64 contiguous,
+                                i64 ranks, i64 threads) {
     i64 tiles = amx_rank_tiles(ranks), tall = amx_block_tiles(rows, blocks), wide = amx_block_tiles(cols, blocks);
-    i64 some = least(tokens, amx_band(rows, cols, 2));
+    i64 some = least(tokens, amx_band(rows, cols, 2)), widest = largest_of(col_offsets, blocks);
     return (tall + wide) * TERMS * up(some, PAIR) * PAIR / 2 + lines(wide * TERMS * tiles * SIDE / 2) +
            amx_sums_size(rows, blocks, tiles) + lines((tiles + 1) * SIDE) +
            threads * (amx_sums_size(cols, blocks, tiles) +
@@ -157,7 +157,7 @@ AMX static void amx_factors(void *it, i64 part) {
             if (group < first || group >= end || rank < 1) continue;
             const i64 *rows = j->row_index + top + n;
             i64 count = least(group_rows, height - n), stride = j->contiguous ? j->stride : wide;
-            const half *weight = j->contiguous ? j->weight + rows[0] * stride + j->col_offsets[k] : ordered;
+            const half *weight = j->contiguous ? j->weight + (top + n) * stride + j->col_offsets[k] : ordered;
             memset(B, 0, (size_t)(group_rows * tiles * SIDE) * sizeof *B);
             for (i64 i = 0; i < count; i++) {
                 if (!j->contiguous)

@@ -17,7 +17,9 @@ static i64 amx_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 th
 }
 
 /* Floats that smoa_amx_input needs. */
-i64 smoa_amx_input_workspace(i64 tokens, i64 rows, i64 cols, i64 blocks, i64 tallest, i64 rank, i64 masked, i64 threads) {
+i64 smoa_amx_input_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, i64 blocks, i64 rank, i64 masked,
+                             i64 threads) {
+    i64 tallest = largest_of(row_offsets, blocks);
     i64 n = up(least(tokens, amx_band(rows, cols, masked ? 3 : 4)), PAIR) * PAIR, update = amx_block_tiles(rows, blocks) + up(cols, TERMS);
     return lines(n * up(rows, TERMS) * TERMS / 2) + lines(rows) + lines(cols + SIDE) +
            lines(masked ? n * update * TERMS / 2 : 0) +
@@ -234,6 +236,7 @@ void smoa_amx_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_strid
         for (i64 i = row_offsets[k]; i < row_offsets[k + 1]; i++) job.row_block[row_index[i]] = (int32_t)k;
         for (i64 i = col_offsets[k]; i < col_offsets[k + 1]; i++) job.col_block[col_index[i]] = (int32_t)k;
     }
+    for (i64 c = cols; c < cols + SIDE; c++) job.col_block[c] = -1; /* of no block: read beside the last columns */
     if (keep) {
         job.blocked = taken(&at, n * amx_block_tiles(rows, blocks) * TERMS * 2);
         job.columns = taken(&at, n * up(cols, TERMS) * TERMS * 2);

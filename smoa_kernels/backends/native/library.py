@@ -52,8 +52,8 @@ _AMX_SIGNATURES = {
     "smoa_amx_gradient": "iiipipipipppppiipiifipppppi",
     "smoa_amx_input": "iiipipipppppiipippifppi",
     "smoa_amx_forward_workspace": "iiipiiiii",
-    "smoa_amx_gradient_workspace": "iiiiiiii",
-    "smoa_amx_input_workspace": "iiiiiiii",
+    "smoa_amx_gradient_workspace": "iiipiiii",
+    "smoa_amx_input_workspace": "iiipiiii",
 }
 _TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}
 
