@@ -175,7 +175,9 @@ class _Linear(torch.autograd.Function):
         """A and B are the call's: autograd sees only tensors that are arguments of their own."""
         adapter, ctx.dropout, ctx.backend = call
         ctx.partition, ctx.block_ranks = adapter.partition, adapter.block_ranks
-        ctx.is_plain = compute is _forward
+        # Hooks may give back what they like of what they are given to save.
+        has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        ctx.is_plain = compute is _forward and not has_hooks
         seed = None if ctx.dropout is None else ctx.dropout.seed
         needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         ctx.save_for_backward(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from problems import HALF, Case, LinearProblem, assert_within_budget, make_problem, on_threads
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 import hatch_build
 from smoa_kernels import BlockPartition
@@ -384,6 +385,23 @@ def test_a_partition_that_is_broken(
         if which in asked:  # by the forward alone
             with pytest.raises(ValueError, match="partition must"):
                 broken_one.forward(**FORMS[form].options)
+
+
+@needs_library
+def test_saved_tensors_that_hooks_give_back_otherwise() -> None:
+    """What compiled code cannot read, the dispatcher sees: a subclass that has no memory of its own."""
+    p = on_cpu(torch.bfloat16, tokens=50)
+    leaves, expected = p.leaves("x", "A", "B"), p.run(backend="native")
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        return TwoTensor(tensor, tensor) if tensor.shape == p.x.shape else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, unpack):
+        y = leaves.forward(backend="native")
+    y.backward(p.dy)
+    for name, gradient in zip(("x", "A", "B"), expected[1:], strict=False):
+        found = getattr(leaves, name).grad
+        torch.testing.assert_close(found.a if isinstance(found, TwoTensor) else found, gradient)
 
 
 @needs_library
