@@ -175,9 +175,6 @@ class _Linear(torch.autograd.Function):
         """A and B are the call's: autograd sees only tensors that are arguments of their own."""
         adapter, ctx.dropout, ctx.backend = call
         ctx.partition, ctx.block_ranks = adapter.partition, adapter.block_ranks
-        # Hooks may give back what they like of what they are given to save.
-        has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        ctx.is_plain = compute is _forward and not has_hooks
         seed = None if ctx.dropout is None else ctx.dropout.seed
         needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         ctx.save_for_backward(
@@ -194,9 +191,7 @@ class _Linear(torch.autograd.Function):
         adapter = PackedAdapter(weight, A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
         dropout = None if seed is None else replace(ctx.dropout, seed=seed)
         call = LinearCall(adapter, dropout, ctx.backend)
-        # What was plain memory in forward is so still: only dy is new.
-        skip = can_skip_dispatcher(dy) if ctx.is_plain else can_skip_dispatcher(dy, x, weight, A, B)
-        dx, dA, dB = (_recorded_backward if skip else _watched_backward)(dy, x, needs_x, call)
+        dx, dA, dB = call_linear_backward(dy, x, needs_x, call)
         dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
         factors = dA if needs_A else None, dB if needs_B else None
         return None, dx if needs_x else None, dbias, *factors, None, None
