@@ -63,6 +63,7 @@ def release() -> int:
     """Give this thread's :func:`workspace` back to the system; returns its bytes.
 
     Example:
+        >>> kept = release()
         >>> release()
         0
     """
