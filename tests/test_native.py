@@ -230,6 +230,21 @@ def test_indices_of_any_kind(form: str, dtype: torch.dtype) -> None:
 @needs_library
 @each_dtype
 @each_form
+def test_sizes_that_the_blocks_do_not_have(
+    form: str, dtype: torch.dtype, guarded_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`from_tensors` believes the sizes that it is given; compiled code goes by offsets, and so must its callers."""
+    monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
+    monkeypatch.setattr(amx, "multiplies", lambda *_: False)
+    p = on_cpu(dtype, tokens=40, out_features=300, in_features=600, ranks=(2, 3))
+    sizes, options = [100, 200, 350, 250, *p.partition.sizes()[4:]], FORMS[form].options
+    other = BlockPartition.from_tensors(p.partition.tensors(), sizes)
+    assert all(map(torch.equal, replace(p, partition=other).run(**options), p.run(**options)))
+
+
+@needs_library
+@each_dtype
+@each_form
 @pytest.mark.parametrize("tokens", [4, 50])
 def test_contiguous_blocks_give_what_their_indices_give(tokens: int, form: str, dtype: torch.dtype) -> None:
     """Bit for bit: what lies in order is read where it lies, by its label; without it by index."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -113,12 +114,14 @@ class Blocks:
         *index, self.ranks = blocks_of(along)
         self.indices = [one.data_ptr() for one in index]
         self.count, self.contiguous, self.scaling = p.num_blocks, p.is_contiguous, adapter.scaling.item()
-        self.shapes, self.used = list(zip(p.row_sizes, p.col_sizes, strict=True)), adapter.host_ranks()
+        # By offsets, as compiled code goes: `from_tensors` believes the sizes that it is given.
+        sizes = [[end - first for first, end in pairwise(offsets.tolist())] for offsets in index[2:]]
+        self.shapes, self.used = list(zip(*sizes, strict=True)), adapter.host_ranks()
         alike = self.shapes.count(self.shapes[0]) == self.count and all(self.used)
         self.batched = alike and (batch or not self.contiguous)
         self.rows, self.cols = (
-            Side(index[i], index[i + 2], sizes, contiguous=self.contiguous, batched=self.batched)
-            for i, sizes in enumerate((p.row_sizes, p.col_sizes))
+            Side(index[i], index[i + 2], sizes[i], contiguous=self.contiguous, batched=self.batched)
+            for i in range(2)
         )
         if self.swapped:
             self.rows, self.cols = self.cols, self.rows
