@@ -76,6 +76,11 @@ def test_a_workspace_where_linux_has_no_large_pages(monkeypatch: pytest.MonkeyPa
     assert pages.release() == pages.LARGE
 
 
+def test_a_workspace_that_no_memory_is_left_for() -> None:
+    with pytest.raises(RuntimeError, match=f"tried to allocate {2**52} bytes"):
+        pages.workspace(torch.empty(0), 2**50)
+
+
 @pytest.mark.skipif(pages._ADVICE is None, reason="a workspace is kept on Linux alone")
 def test_a_large_workspace_is_kept_by_its_thread() -> None:
     like, floats = torch.empty(0), pages.LARGE // 4
