@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,7 +60,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Poison what `Tensor.new_empty` returns, and see to it that nothing is written just before or behind it."""
+    """Poison what `Tensor.new_empty` returns, and see to it that nothing is written just before or behind it.
+
+    All workspaces are such tensors then.
+    """
+    monkeypatch.setattr("smoa_kernels.backends.pages.LARGE", sys.maxsize)
     allocate, kept = Tensor.new_empty, []
 
     def guarded(like: Tensor, *size: Any, **options: Any) -> Tensor:
