@@ -75,7 +75,8 @@ def backward(
 def torch_is_faster(tokens: int) -> bool:
     """Whether torch's float32 GEMM, and a W_eff in memory, take less time than the compiled GEMM that needs none.
 
-    It must multiply in float32: a compiled or exported program names its backend, and may meet another setting later.
+    It never does where there is AMX, by which the compiled one multiplies. torch's must multiply in float32: a compiled
+    or exported program names its backend, and may meet another setting later.
     """
     return not library().smoa_linear_fit(tokens) and gemm_is_ieee(torch.float32, "cpu")
 

@@ -1,9 +1,9 @@
 """torch multiplies, in half precision above all; compiled code does what is no GEMM (`passes.h`, `gradient.h`).
 
 torch's GEMMs take what the processor has for half types; where that is AMX, `amx.py` takes bfloat16. Those of
-float32 are as fast as ours on Intel's processors, and take over there for many tokens, but for dropout. Around them the
-adapter asks for copies of activations in block order, for ΔW or W_eff, and for dA and dB of G: passes over memory, one
-each here, where torch's operators take several. The algorithms are the eager backend's.
+float32 are as fast as ours on Intel's processors with AVX-512 and no AMX, and take over there for many tokens, but for
+dropout. Around them the adapter asks for copies of activations in block order, for ΔW or W_eff, and for dA and dB of G:
+passes over memory, one each here, where torch's operators take several. The algorithms are the eager backend's.
 
 GEMMs drive Python's and torch's own code out of the processor's caches. Between them each kind of operator therefore
 costs several times what it costs in a loop: what could be one more, such as a conversion, is done in C.
