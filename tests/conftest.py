@@ -80,6 +80,21 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert (bits[-GUARD:] == -1).all()
 
 
+@pytest.fixture
+def torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's GEMMs multiply on every processor where they do on some."""
+    monkeypatch.setattr("smoa_kernels.backends.native.backend.torch_is_faster", lambda tokens: True)
+    monkeypatch.setattr("smoa_kernels.backends.native.amx.multiplies", lambda *_: False)
+
+
+@pytest.fixture
+def only_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch multiplies nothing."""
+    for name in ("split", "backward", "merged"):
+        place = f"smoa_kernels.backends.native.torch_gemms.{name}"
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("torch multiplies"))
+
+
 if importlib.util.find_spec("hypothesis") is not None:
     from draws import PROFILES
     from hypothesis import settings

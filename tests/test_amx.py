@@ -8,43 +8,27 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import compiled
 import pytest
 import torch
-from problems import Case, LinearProblem, assert_within_budget, make_problem, on_threads, relative_error
+from compiled import adapter_of, assert_right, assert_threads_agree, each_shape, needs_amx
+from problems import Case, assert_within_budget, relative_error
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import pages
-from smoa_kernels.backends.native import amx, backend
-from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
+from smoa_kernels.backends.native import amx
 
-CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 FORMS = {form: Case("native", form, BF16) for form in ("split", "dropout")}
 each_form = pytest.mark.parametrize("form", FORMS)
-needs_amx = pytest.mark.skipif(
-    not amx.is_there(), reason="needs a processor with AMX, and a system and a compiler that know it"
-)
-
-
-def on_cpu(**options: object) -> LinearProblem:
-    return make_problem(**({"dtype": BF16} | options)).on(CPU)  # type: ignore[arg-type]
-
-
-def adapter_of(p: LinearProblem) -> PackedAdapter:
-    return PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
-
-
-@pytest.fixture
-def only_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing else multiplies."""
-    for name in ("split", "backward", "merged"):
-        monkeypatch.setattr(backend.torch_gemms, name, lambda *_, **__: pytest.fail("torch multiplies"))
+on_cpu = partial(compiled.on_cpu, BF16)
 
 
 @needs_amx
-@pytest.mark.parametrize(
-    ("tokens", "out_features", "in_features", "ranks"),
+@each_shape(
     [
         (1, 1, 1, (1,)),
         (16, 32, 32, (2,)),  # just its tiles
@@ -61,22 +45,9 @@ def only_amx(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 @each_form
 def test_every_shape(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    ranks: tuple[int, ...],
-    order: str,
-    threads: int,
-    form: str,
-    poisoned_memory: None,
-    only_amx: None,
+    sizes: dict[str, Any], order: str, threads: int, form: str, poisoned_memory: None, only_amx: None
 ) -> None:
-    sizes = {"out_features": out_features, "in_features": in_features}
-    p = on_cpu(tokens=tokens, ranks=ranks, block_order=order, **sizes)
-    with on_threads(threads):
-        found = p.run(**FORMS[form].options)
-        assert_within_budget(found, FORMS[form], p)
-        assert all(map(torch.equal, found, p.run(**FORMS[form].options)))
+    assert_right(FORMS[form], on_cpu(**sizes, block_order=order), threads)
 
 
 @needs_amx
@@ -161,14 +132,8 @@ def test_factors_of_the_other_half_type(form: str, guarded_memory: None, only_am
 @needs_amx
 @each_form
 def test_one_thread_and_three_give_the_same_output(form: str, only_amx: None) -> None:
-    p, found = on_cpu(tokens=100, out_features=190, in_features=500, random_labels=True), []
-    for count in (1, 3, 3):
-        with on_threads(count):
-            found.append(p.run(**FORMS[form].options))
-    for name, one, three, again in zip(("y", "dX", "dA", "dB"), *found, strict=False):
-        assert torch.equal(three, again), name
-        if name != "dA":  # summed over rows, which the threads share
-            assert torch.equal(one, three), name
+    p = on_cpu(tokens=100, out_features=190, in_features=500, random_labels=True)
+    assert_threads_agree(FORMS[form], p)
 
 
 @needs_amx

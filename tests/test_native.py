@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from problems import HALF, Case, LinearProblem, assert_within_budget, make_problem, on_threads
+from compiled import CPU, adapter_of, assert_right, assert_threads_agree, each_shape, on_cpu
+from problems import HALF, Case, LinearProblem, assert_within_budget
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -25,12 +27,7 @@ from smoa_kernels.backends.native import amx, backend, library, operands, torch_
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
-CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
-
-
-def on_cpu(dtype: torch.dtype = torch.float32, **options: object) -> LinearProblem:
-    return make_problem(dtype=dtype, **options).on(CPU)  # type: ignore[arg-type]
 
 
 # W_eff's GEMMs, by packing it and by not; those of W0 and ΔW: of all of x, and of what is not dropped.
@@ -43,8 +40,7 @@ SHARING = ((0, 1), (1, 0), (0, 0), (1, 1))
 
 
 @needs_library
-@pytest.mark.parametrize(
-    ("tokens", "out_features", "in_features", "ranks"),
+@each_shape(
     [
         (1, 1, 1, (1,)),
         (13, 31, 29, (2, 1)),  # below every tile
@@ -70,24 +66,14 @@ SHARING = ((0, 1), (1, 0), (0, 0), (1, 1))
 )
 @each_form
 def test_every_shape(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    ranks: tuple[int, ...],
-    threads: int,
-    form: str,
-    monkeypatch: pytest.MonkeyPatch,
-    guarded_memory: None,
+    sizes: dict[str, Any], threads: int, form: str, monkeypatch: pytest.MonkeyPatch, guarded_memory: None
 ) -> None:
     monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: False)
-    p = on_cpu(tokens=tokens, out_features=out_features, in_features=in_features, ranks=ranks)
-    with on_threads(threads):
-        assert_within_budget(p.run(**FORMS[form].options), FORMS[form], p)
+    assert_right(FORMS[form], on_cpu(**sizes), threads)
 
 
 @needs_library
-@pytest.mark.parametrize(
-    ("tokens", "out_features", "in_features", "ranks"),
+@each_shape(
     [
         (13, 31, 29, (2, 1)),
         (3, 33, 16, (1,)),  # one vector, and a column more
@@ -105,31 +91,19 @@ def test_every_shape(
 @each_dtype
 @each_form
 def test_every_shape_where_torch_multiplies(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    ranks: tuple[int, ...],
+    sizes: dict[str, Any],
     threads: int,
     column_major: bool,
     dtype: torch.dtype,
     form: str,
     poisoned_memory: None,
-    monkeypatch: pytest.MonkeyPatch,
+    torch_multiplies: None,
 ) -> None:
     """In half precision, and in float32 of many tokens on some processors; here of few, on every one."""
-    monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
-    monkeypatch.setattr(amx, "multiplies", lambda *_: False)
-    case, sizes = (
-        replace(FORMS[form], dtype=dtype),
-        {"out_features": out_features, "in_features": in_features},
-    )
-    p = on_cpu(dtype, tokens=tokens, ranks=ranks, **sizes)
+    p = on_cpu(dtype, **sizes)
     if column_major:
         p = replace(p, weight=p.weight.T.contiguous().T)
-    with on_threads(threads):
-        found = p.run(**case.options)
-        assert_within_budget(found, case, p)
-        assert all(map(torch.equal, found, p.run(**case.options)))
+    assert_right(replace(FORMS[form], dtype=dtype), p, threads)
 
 
 @needs_library
@@ -142,11 +116,9 @@ def test_every_shape_where_torch_multiplies(
     ],
 )
 def test_weights_whose_elements_share_memory(
-    dtype: torch.dtype, strides: tuple[int, int], form: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, strides: tuple[int, int], form: str, torch_multiplies: None
 ) -> None:
     """What torch makes like a broadcast matrix, or windows of a line, has an order of its own."""
-    monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
-    monkeypatch.setattr(amx, "multiplies", lambda *_: False)
     p, case = on_cpu(dtype, tokens=40, ranks=(2, 3)), replace(FORMS[form], dtype=dtype)
     p = replace(p, weight=p.weight.as_strided(p.weight.shape, strides))
     assert_within_budget(p.run(**case.options), case, p)
@@ -169,7 +141,7 @@ def test_factors_of_a_dtype_that_it_does_not_read(form: str) -> None:
 def in_backend(name: str, p: LinearProblem, form: str) -> list[tuple[Tensor, ...] | type]:
     """What `forward` and `backward` of a backend return, or the kind of error that they raise."""
     dropout = FORMS[form].dropout
-    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
+    adapter = adapter_of(p)
     module = load_backend(name)
     calls = (
         lambda: (module.forward(p.x, None, adapter, "split" if dropout else form, dropout),),
@@ -231,11 +203,9 @@ def test_indices_of_any_kind(form: str, dtype: torch.dtype) -> None:
 @each_dtype
 @each_form
 def test_sizes_that_the_blocks_do_not_have(
-    form: str, dtype: torch.dtype, guarded_memory: None, monkeypatch: pytest.MonkeyPatch
+    form: str, dtype: torch.dtype, guarded_memory: None, torch_multiplies: None
 ) -> None:
     """`from_tensors` believes the sizes that it is given; compiled code goes by offsets, and so must its callers."""
-    monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
-    monkeypatch.setattr(amx, "multiplies", lambda *_: False)
     p = on_cpu(dtype, tokens=40, out_features=300, in_features=600, ranks=(2, 3))
     sizes, options = [100, 200, 350, 250, *p.partition.sizes()[4:]], FORMS[form].options
     other = BlockPartition.from_tensors(p.partition.tensors(), sizes)
@@ -268,11 +238,9 @@ def test_contiguous_blocks_of_one_shape_where_torch_multiplies(
     dtype: torch.dtype,
     form: str,
     poisoned_memory: None,
-    monkeypatch: pytest.MonkeyPatch,
+    torch_multiplies: None,
 ) -> None:
     """Of few tokens they are one batch, of copies; of many they are slices; W0 and x may be parts of others."""
-    monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: True)
-    monkeypatch.setattr(amx, "multiplies", lambda *_: False)
     p = on_cpu(
         dtype, tokens=tokens, out_features=64, in_features=96, ranks=(2,) * 4, block_order="contiguous"
     )
@@ -286,7 +254,7 @@ def test_contiguous_blocks_of_one_shape_where_torch_multiplies(
 @pytest.mark.parametrize("features", [(5, 7), (6, 8), (31, 29)])
 def test_a_workspace_behind_halves_is_where_floats_are(features: tuple[int, int]) -> None:
     p = on_cpu(torch.bfloat16, tokens=3, out_features=features[0], in_features=features[1], ranks=(2,))
-    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
+    adapter = adapter_of(p)
     memory, address = torch_gemms.Blocks(adapter, batch=False).memory(20)
     assert address % 4 == 0
     assert address + 20 * 4 <= memory.data_ptr() + memory.nbytes
@@ -423,14 +391,8 @@ def test_saved_tensors_that_hooks_give_back_otherwise() -> None:
 @needs_library
 @each_form
 def test_one_thread_and_three_give_the_same_output(form: str) -> None:
-    p, found = on_cpu(tokens=100, out_features=90, in_features=500, random_labels=True), []
-    for count in (1, 3, 3):
-        with on_threads(count):
-            found.append(p.run(**FORMS[form].options))
-    for name, one, three, again in zip(("y", "dX", "dA", "dB"), *found, strict=False):
-        assert torch.equal(three, again), name
-        if name != "dA":  # summed over rows, which the threads share
-            assert torch.equal(one, three), name
+    p = on_cpu(tokens=100, out_features=90, in_features=500, random_labels=True)
+    assert_threads_agree(FORMS[form], p)
 
 
 @needs_library
@@ -512,7 +474,7 @@ def test_less_than_float32_is_eagers() -> None:
 def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
     """A compiled or exported program names this backend when it is made."""
     p = on_cpu(tokens=1100, out_features=40, in_features=64, ranks=(2, 3), bias=False)
-    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
+    adapter = adapter_of(p)
     case, before = Case("native", "auto", torch.float32), torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:

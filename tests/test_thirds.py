@@ -4,29 +4,22 @@ What all backends promise is in tests/test_contract.py, mostly for fewer tokens 
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from problems import Case, LinearProblem, assert_within_budget, make_problem, on_threads
+from compiled import assert_right, assert_threads_agree, each_shape, needs_amx, on_cpu
+from problems import Case
 from torch import Tensor
 
-from smoa_kernels.backends.native import amx, backend
+from smoa_kernels.backends.native import backend
 
-CPU = torch.device("cpu")
 FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "split", "dropout")}
 each_form = pytest.mark.parametrize("form", FORMS)
-needs_amx = pytest.mark.skipif(
-    not amx.is_there(), reason="needs a processor with AMX, and a system and a compiler that know it"
-)
-
-
-def on_cpu(**options: object) -> LinearProblem:
-    return make_problem(**({"dtype": torch.float32} | options)).on(CPU)  # type: ignore[arg-type]
 
 
 @needs_amx
-@pytest.mark.parametrize(
-    ("tokens", "out_features", "in_features", "ranks"),
+@each_shape(
     [
         (96, 128, 128, (2,)),  # just its tiles
         (97, 131, 127, (3, 0, 2)),  # prime sizes, blocks below a tile
@@ -40,35 +33,20 @@ def on_cpu(**options: object) -> LinearProblem:
 @pytest.mark.parametrize("threads", [1, 3])
 @each_form
 def test_every_shape(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    ranks: tuple[int, ...],
-    order: str,
-    threads: int,
-    form: str,
-    guarded_memory: None,
+    sizes: dict[str, Any], order: str, threads: int, form: str, guarded_memory: None
 ) -> None:
-    sizes = {"out_features": out_features, "in_features": in_features}
-    p = on_cpu(tokens=tokens, ranks=ranks, block_order=order, **sizes)
+    p = on_cpu(**sizes, block_order=order)
     if order == "contiguous":  # W0 by columns, x and dY parts of others
         x, dy = (torch.nn.functional.pad(one, (3, 2))[:, 3:-2] for one in (p.x, p.dy))
         p = replace(p, x=x, dy=dy, weight=p.weight.T.contiguous().T)
-    with on_threads(threads):
-        assert_within_budget(p.run(**FORMS[form].options), FORMS[form], p)
+    assert_right(FORMS[form], p, threads)
 
 
 @needs_amx
 @each_form
 def test_one_thread_and_three_give_the_same_output(form: str) -> None:
-    p, found = on_cpu(tokens=200, out_features=290, in_features=500, ranks=(4, 2)), []
-    for count in (1, 3, 3):
-        with on_threads(count):
-            found.append(p.run(**FORMS[form].options))
-    for name, one, three, again in zip(("y", "dX", "dA", "dB"), *found, strict=False):
-        assert torch.equal(three, again), name
-        if name != "dA":  # summed over rows, which the threads share
-            assert torch.equal(one, three), name
+    p = on_cpu(tokens=200, out_features=290, in_features=500, ranks=(4, 2))
+    assert_threads_agree(FORMS[form], p)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -128,8 +106,6 @@ def test_what_is_not_finite(bits: int) -> None:
 
 
 @needs_amx
-def test_torch_multiplies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_multiplies_nothing(only_amx: None) -> None:
     """Where MKL's GEMM is faster than AVX-512's, it is not faster than this one."""
-    for name in ("split", "backward", "merged"):
-        monkeypatch.setattr(backend.torch_gemms, name, lambda *_, **__: pytest.fail("torch multiplies"))
     on_cpu(tokens=1100).run(**FORMS["merged"].options)

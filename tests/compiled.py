@@ -1,0 +1,54 @@
+"""What the tests of compiled CPU code share: its problems, the shapes they go through, what threads may change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from problems import NAMES, Case, LinearProblem, assert_within_budget, make_problem, on_threads
+
+from smoa_kernels.backends.native import amx
+from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
+
+CPU = torch.device("cpu")
+needs_amx = pytest.mark.skipif(
+    not amx.is_there(), reason="needs a processor with AMX, and a system and a compiler that know it"
+)
+
+
+def on_cpu(dtype: torch.dtype = torch.float32, **options: object) -> LinearProblem:
+    return make_problem(dtype=dtype, **options).on(CPU)  # type: ignore[arg-type]
+
+
+def adapter_of(p: LinearProblem) -> PackedAdapter:
+    return PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
+
+
+def each_shape(shapes: Sequence[tuple[int, int, int, tuple[int, ...]]]) -> pytest.MarkDecorator:
+    """Those of tokens, out_features, in_features and ranks, as the `sizes` that `make_problem` takes."""
+    sizes = [
+        {"tokens": tokens, "out_features": rows, "in_features": cols, "ranks": ranks}
+        for tokens, rows, cols, ranks in shapes
+    ]
+    return pytest.mark.parametrize("sizes", sizes, ids=["x".join(map(str, one[:3])) for one in shapes])
+
+
+def assert_right(case: Case, p: LinearProblem, threads: int) -> None:
+    """Results on so many threads are within their budgets; a second run's are the same, bit for bit."""
+    with on_threads(threads):
+        found = p.run(**case.options)
+        assert_within_budget(found, case, p)
+        assert all(map(torch.equal, found, p.run(**case.options)))
+
+
+def assert_threads_agree(case: Case, p: LinearProblem) -> None:
+    """Two runs on three threads are the same, bit for bit; so is one on one thread, but for what threads sum."""
+    found = []
+    for count in (1, 3, 3):
+        with on_threads(count):
+            found.append(p.run(**case.options))
+    for name, one, three, again in zip(NAMES, *found, strict=True):
+        assert torch.equal(three, again), name
+        if name != "dA":  # summed over rows, which the threads share
+            assert torch.equal(one, three), name
