@@ -9,7 +9,7 @@
 #include "passes.h"
 #include "tiles.h"
 
-#if HAS_AMX
+#if HAS_TILES
 /* A layer and what is computed of it; stages share their room in the workspace. */
 typedef struct {
     i64 tokens, rows, cols, blocks, rank, parts, contiguous; /* tokens of a band */
@@ -65,34 +65,38 @@ static i64 amx_band(i64 rows, i64 cols, i64 quarters) {
     return fit > 256 * quarters ? fit : 256 * quarters;
 }
 
-/* Terms that are summed before the next panel's, in tiles: those of the panel which all share stay in the L1 cache. */
-enum { SHARED = 1000 };
+/* One of add_products' products: of tiles at a and `below` it, b and `beside` it. */
+TILES static inline void add_product(i64 depth, const half *a, i64 below, const half *b, i64 beside, int add, float *sums) {
+    if (!amx_allowed()) {
+        if (!add) memset(sums, 0, PAIR * PAIR * sizeof *sums);
+        for (int i = 0; i < 4; i++)
+            add_dots(depth, a + i / 2 * below, b + i % 2 * beside, sums + i / 2 * SIDE * PAIR + i % 2 * SIDE, PAIR);
+        return;
+    }
+    if (add)
+        load_sums(sums);
+    else
+        zero_sums();
+    for (; depth > 0; depth--, a += TILE, b += TILE) {
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 64);
+        _tile_loadd(5, a + below, 64);
+        _tile_loadd(7, b + beside, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    store_sums(sums);
+}
 
 /* sums (count; PAIR, PAIR) = left right, or plus that where `add`, over `depth` tiles: PAIR rows of the left, whose second
  * run of tiles begins `below` after the first, PAIR columns of the right, whose second run begins `beside` after it. The
  * next product's tiles begin `left_step` and `right_step` later, one of which is 0. */
-AMX static void add_products(i64 count, i64 depth, i64 below, const half *left, i64 left_step, const half *right, i64 beside,
-                             i64 right_step, int add, float *sums) {
-    for (i64 first = 0; first < depth || (first == 0 && !add); first += SHARED)
-        for (i64 i = 0; i < count; i++) {
-            const half *a = left + (i * left_step + first) * TILE, *b = right + (i * right_step + first) * TILE;
-            float *own = sums + i * PAIR * PAIR;
-            if (add || first)
-                load_sums(own);
-            else
-                zero_sums();
-            for (i64 k = 0; k < least(SHARED, depth - first); k++, a += TILE, b += TILE) {
-                _tile_loadd(4, a, 64);
-                _tile_loadd(6, b, 64);
-                _tile_loadd(5, a + below * TILE, 64);
-                _tile_loadd(7, b + beside * TILE, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            store_sums(own);
-        }
+TILES static void add_products(i64 count, i64 depth, i64 below, const half *left, i64 left_step, const half *right,
+                               i64 beside, i64 right_step, int add, float *sums) {
+    for (i64 i = 0; i < count; i++, left += left_step * TILE, right += right_step * TILE, sums += PAIR * PAIR)
+        add_product(depth, left, below * TILE, right, beside * TILE, add, sums);
 }
 
 /* Where row `row` of left tiles, `depth` of them a run, has its terms from `term` on, a multiple of TERMS. */
@@ -100,11 +104,14 @@ static inline half *terms_at(half *tiles, i64 depth, i64 row, i64 term) {
     return tiles + (row / SIDE * depth + term / TERMS) * TILE + row % SIDE * TERMS;
 }
 
-/* A row of left tiles: `count` numbers, and 0 behind them. */
-static void copy_terms(const half *from, i64 count, half *tiles, i64 depth, i64 row) {
-    for (i64 c = 0; c < depth * TERMS; c += TERMS) {
-        __mmask32 there = count > c ? first_of(count - c) : 0;
-        _mm512_store_si512(terms_at(tiles, depth, row, c), _mm512_maskz_loadu_epi16(there, from + c));
+/* Rows of left tiles, of one tile's at most SIDE, from `row` on: `width` numbers of each, and 0 behind them. A tile is
+ * written at once: its rows lie side by side, those of a matrix do not. */
+static void copy_rows(const half *const *from, i64 count, i64 width, half *tiles, i64 depth, i64 row) {
+    half *to = terms_at(tiles, depth, row, 0);
+    for (i64 c = 0; c < width; c += TERMS, to += TILE) {
+        __mmask32 there = first_of(width - c);
+        for (i64 i = 0; i < count; i++)
+            _mm512_store_si512(to + i * TERMS, _mm512_maskz_loadu_epi16(there, from[i] + c));
     }
 }
 
@@ -113,10 +120,10 @@ INLINE __m512i paired(__m256i low, __m256i high) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-AMX static inline __m256i narrowed(vf value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }
+TILES static inline __m256i narrowed(vf value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }
 
 /* 32 numbers: those of `low`, then those of `high`. */
-AMX static inline __m512i both_narrowed(vf low, vf high) {
+TILES static inline __m512i both_narrowed(vf low, vf high) {
     return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
 
@@ -126,7 +133,7 @@ AMX static inline __m512i both_narrowed(vf low, vf high) {
 
 /* Columns as pairs of SIDE tokens, of which some are there, others 0: tiles of up(cols, TERMS). What `keep` has no bit for
  * is dropped; NULL drops nothing. */
-AMX static void pairs_of(const half *from, i64 stride, i64 tokens, i64 cols, const uint16_t *keep, half *out) {
+TILES static void pairs_of(const half *from, i64 stride, i64 tokens, i64 cols, const uint16_t *keep, half *out) {
     for (i64 c = 0; c < cols; c += TERMS) {
         __mmask32 there = first_of(cols - c);
         __m512i r[16];
@@ -164,7 +171,7 @@ INLINE __m512i tokens_of(const half *pairs, i64 next, i64 c) {
 }
 
 /* The reverse: rows of `to`, `stride` apart, from columns that are PAIR tokens side by side, SIDE of them read; without what `keep` drops. */
-AMX static void rows_from(const half *columns, i64 tokens, i64 cols, const uint16_t *keep, half *to, i64 stride) {
+TILES static void rows_from(const half *columns, i64 tokens, i64 cols, const uint16_t *keep, half *to, i64 stride) {
     for (i64 c = 0; c < cols; c += TERMS) {
         __mmask32 there = first_of(cols - c);
         __m512i r[16];
@@ -191,4 +198,4 @@ static void ask_for_rows(const half *from, i64 stride, const i64 *rows, i64 coun
 #endif
 
 /* Whether bfloat16 GEMMs by AMX can run here. */
-i64 smoa_amx_fit(void) { return amx_allowed(); }
+i64 smoa_amx_fit(void) { return dots_allowed(); }

@@ -85,7 +85,7 @@ static void amx_gradient_prepare(void *it, i64 part) {
 }
 
 /* H, as two left tiles and two right ones, of G (PAIR, PAIR) and W0 of as many, of which some are there. */
-AMX static void make_H(const float *G, const half *weight, i64 stride, i64 height, i64 width, vf scale, half *H) {
+TILES static void make_H(const float *G, const half *weight, i64 stride, i64 height, i64 width, vf scale, half *H) {
     __mmask32 there = first_of(width);
     half *right = H + 2 * TILE;
     for (i64 i = 0; i < PAIR; i += 2, right += TERMS) {
@@ -102,27 +102,42 @@ AMX static void make_H(const float *G, const half *weight, i64 stride, i64 heigh
     }
 }
 
-/* dB (PAIR, SIDE ranks) += H A, dA (2, SIDE ranks, SIDE columns) += B H. */
-AMX static inline void contract_H(const half *H, const half *A, const half *B, float *dA, float *dB) {
+static __attribute__((noinline)) void contract_by_dots(i64 tiles, const half *H, const half *A, i64 deep, const half *B,
+                                                      float *dA, float *dB) {
+    for (i64 q = 0; q < tiles; q++, A += deep * TILE, B += TILE, dA += PAIR * SIDE, dB += PAIR * SIDE)
+        for (int i = 0; i < 2; i++) {
+            add_dots(1, H + i * TILE, A, dB + i * SIDE * SIDE, SIDE);
+            add_dots(1, B, H + (2 + i) * TILE, dA + i * SIDE * SIDE, SIDE);
+        }
+}
+
+/* dB (PAIR, SIDE ranks) += H A, dA (2, SIDE ranks, SIDE columns) += B H, for each of some `tiles` of ranks. */
+TILES static inline void contract_H(i64 tiles, const half *H, const half *A, i64 deep, const half *B, float *dA, float *dB) {
+    if (!amx_allowed()) {
+        contract_by_dots(tiles, H, A, deep, B, dA, dB);
+        return;
+    }
     WRITTEN;
-    _tile_loadd(0, dB, 64);
-    _tile_loadd(1, dB + SIDE * SIDE, 64);
-    _tile_loadd(2, dA, 64);
-    _tile_loadd(3, dA + SIDE * SIDE, 64);
-    _tile_loadd(4, H, 64);
-    _tile_loadd(5, H + TILE, 64);
-    _tile_loadd(6, A, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_loadd(4, B, 64);
-    _tile_loadd(6, H + 2 * TILE, 64);
-    _tile_loadd(7, H + 3 * TILE, 64);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_dpbf16ps(3, 4, 7);
-    _tile_stored(0, dB, 64);
-    _tile_stored(1, dB + SIDE * SIDE, 64);
-    _tile_stored(2, dA, 64);
-    _tile_stored(3, dA + SIDE * SIDE, 64);
+    for (i64 q = 0; q < tiles; q++, A += deep * TILE, B += TILE, dA += PAIR * SIDE, dB += PAIR * SIDE) {
+        _tile_loadd(0, dB, 64);
+        _tile_loadd(1, dB + SIDE * SIDE, 64);
+        _tile_loadd(2, dA, 64);
+        _tile_loadd(3, dA + SIDE * SIDE, 64);
+        _tile_loadd(4, H, 64);
+        _tile_loadd(5, H + TILE, 64);
+        _tile_loadd(6, A, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_loadd(4, B, 64);
+        _tile_loadd(6, H + 2 * TILE, 64);
+        _tile_loadd(7, H + 3 * TILE, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 4, 7);
+        _tile_stored(0, dB, 64);
+        _tile_stored(1, dB + SIDE * SIDE, 64);
+        _tile_stored(2, dA, 64);
+        _tile_stored(3, dA + SIDE * SIDE, 64);
+    }
 }
 
 /* The first `count` of up to LANES sums, and the second terms' beside them, as they are stored. */
@@ -133,7 +148,7 @@ INLINE void put(void *to, i64 at, i64 count, vf sum, int stored) {
 }
 
 /* dA's sums and dB, of a share of the rows. */
-AMX static void amx_factors(void *it, i64 part) {
+TILES static void amx_factors(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
     i64 steps = up(j->tokens, PAIR), ranks = j->terms * j->rank, tiles = amx_rank_tiles(ranks), group = 0, groups = 0;
@@ -147,7 +162,7 @@ AMX static void amx_factors(void *it, i64 part) {
     const half *left = j->dy_terms, *right = j->x_terms, *A = j->A_tiles;
     for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], group_rows);
     i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts);
-    use_tiles();
+    begin_tiles();
     for (i64 k = 0; k < j->blocks; k++) {
         i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, rank = rank_of(j->ranks, k, j->rank);
         const i64 *cols = j->col_index + j->col_offsets[k];
@@ -171,9 +186,8 @@ AMX static void amx_factors(void *it, i64 part) {
                 for (i64 i = 0; i < count; i += PAIR) {
                     make_H(G + i * PAIR, weight + i * stride + c, stride, least(PAIR, count - i), width - c,
                            (vf){0} + j->change.scaling, H);
-                    for (i64 q = 0; q < tiles; q++)
-                        contract_H(H, A + (q * deep + c / TERMS) * TILE, B + (i / PAIR * tiles + q) * TILE,
-                                   dA + (c / PAIR * tiles + q) * PAIR * SIDE, dB + ((n + i) * tiles + q * PAIR) * SIDE);
+                    contract_H(tiles, H, A + c / TERMS * TILE, deep, B + i / PAIR * tiles * TILE,
+                               dA + c * tiles * SIDE, dB + (n + i) * tiles * SIDE);
                 }
             }
         }
@@ -182,7 +196,7 @@ AMX static void amx_factors(void *it, i64 part) {
         A += tiles * deep * TILE;
         dA += deep * tiles * PAIR * SIDE;
     }
-    _tile_release();
+    end_tiles();
 }
 
 /* dB of its sums: those of a row's second terms lie behind those of its first. */

@@ -38,8 +38,10 @@ static void amx_input_prepare(void *it, i64 part) {
     half *pairs = (half *)amx_input_room(j, part);
     for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++) {
         const half *dy = j->dy + p * SIDE * j->dy_stride;
-        for (i64 i = 0; i < SIDE; i++)
-            copy_terms(dy + i * j->dy_stride, p * SIDE + i < j->tokens ? j->rows : 0, j->left, tiles, p * SIDE + i);
+        const half *from[SIDE];
+        i64 there = least(SIDE, j->tokens - p * SIDE);
+        for (i64 i = 0; i < there; i++) from[i] = dy + i * j->dy_stride;
+        copy_rows(from, there, j->rows, j->left, tiles, p * SIDE);
         if (!j->keep) continue;
         half *to = j->blocked;
         pairs_of(dy, j->dy_stride, j->tokens - p * SIDE, j->rows, NULL, pairs);
@@ -52,7 +54,7 @@ static void amx_input_prepare(void *it, i64 part) {
 }
 
 /* PAIR columns of ΔW_k at most as left tiles, whose terms are its rows: some rows at a time are made and transposed. */
-AMX static void transposed_delta(const amx_job *j, i64 k, const i64 *cols, i64 count, float *A, float *factor,
+TILES static void transposed_delta(const amx_job *j, i64 k, const i64 *cols, i64 count, float *A, float *factor,
                                  half *line, half *some, half *out) {
     i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top;
     piece *pieces = (piece *)(A + j->rank * padded(PAIR));
@@ -87,7 +89,7 @@ AMX static void transposed_delta(const amx_job *j, i64 k, const i64 *cols, i64 c
 }
 
 /* Columns of dY ΔW, a share of each block's. */
-AMX static void amx_input_update(void *it, i64 part) {
+TILES static void amx_input_update(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
     i64 together = amx_together(j->cols, j->tallest, j->parts);
@@ -98,7 +100,7 @@ AMX static void amx_input_update(void *it, i64 part) {
     float *A = at;
     const half *blocked = j->blocked;
     i64 panels = amx_pairs(j->tokens), tall = up(j->cols, TERMS) * TERMS * PAIR, group = 0;
-    use_tiles();
+    begin_tiles();
     for (i64 k = 0; k < j->blocks; k++) {
         i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left;
         i64 deep = up(j->row_offsets[k + 1] - j->row_offsets[k], TERMS), used = rank_of(j->ranks, k, j->rank) > 0;
@@ -117,7 +119,7 @@ AMX static void amx_input_update(void *it, i64 part) {
         }
         blocked += panels * deep * TILE;
     }
-    _tile_release();
+    end_tiles();
 }
 
 static void amx_input_mask(void *it, i64 part) {
@@ -131,7 +133,7 @@ static void amx_input_mask(void *it, i64 part) {
 
 /* Some columns of W0, or of W_eff where there are `blocks` of these columns, as right tiles; of A (rank, columns) and B
  * (rows, rank) nothing is there beyond a block's own rank. */
-AMX static void weight_tiles(const amx_job *j, i64 left, i64 width, const int32_t *blocks, const float *A,
+TILES static void weight_tiles(const amx_job *j, i64 left, i64 width, const int32_t *blocks, const float *A,
                              const float *B, half *out) {
     i64 deep = up(j->rows, TERMS), apart_by = padded(amx_together(j->cols, j->rows, j->parts));
     for (i64 n = 0; n < deep * TERMS; n += ROWS) {
@@ -165,7 +167,7 @@ AMX static void weight_tiles(const amx_job *j, i64 left, i64 width, const int32_
 }
 
 /* dX of some columns, whose tiles of W0 are there; or added to what is there of it. */
-AMX static void multiply_input(const amx_job *j, i64 left, i64 width, const half *tiles, float *sums, int add) {
+TILES static void multiply_input(const amx_job *j, i64 left, i64 width, const half *tiles, float *sums, int add) {
     i64 deep = up(j->rows, TERMS), next = left + width;
     i64 share = least(amx_together(j->cols, j->rows, j->parts), j->cols - next);
     for (i64 first = 0; first < j->tokens; first += PAIR) {
@@ -194,7 +196,7 @@ static void copy_rank(const change_job *m, const void *from, i64 first, i64 coun
 }
 
 /* A share of dX's columns: dY times those of W_eff; or of W0, added to what is there. */
-AMX static void amx_input_product(void *it, i64 part) {
+TILES static void amx_input_product(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
     i64 group = amx_together(j->cols, j->rows, j->parts), merged = !j->keep;
@@ -208,7 +210,7 @@ AMX static void amx_input_product(void *it, i64 part) {
         copy_rank(m, m->B, t * m->B_rank, j->rows, m->B_row, t, ranks, m->scaling, B + t, j->rank);
     memset(B + j->rows * j->rank, 0, (size_t)(ROWS * j->rank) * sizeof *B);
     i64 end = share_of(j->cols, PAIR, part + 1, j->parts);
-    use_tiles();
+    begin_tiles();
     for (i64 left = share_of(j->cols, PAIR, part, j->parts); left < end; left += group) {
         i64 width = least(group, end - left);
         for (i64 c = 0; c < width && merged; c++)
@@ -218,7 +220,7 @@ AMX static void amx_input_product(void *it, i64 part) {
         weight_tiles(j, left, width, merged ? j->col_block + left : NULL, A, B, tiles);
         multiply_input(j, left, width, tiles, sums, !merged);
     }
-    _tile_release();
+    end_tiles();
 }
 
 /* dX (tokens, cols): of dY (tokens, rows), with contiguous rows, and what smoa_amx_forward takes. */

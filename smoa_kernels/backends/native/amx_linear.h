@@ -75,7 +75,11 @@ static void amx_rows(const amx_job *j, i64 k, i64 first, i64 count, const float 
                      const piece *pieces, i64 some, half *ordered, half *made, half *base, half *delta) {
     i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left, step = padded(j->widest);
     const i64 *rows = j->row_index + first;
-    for (i64 i = 0; i < count; i++) copy_terms(j->weight + rows[i] * j->stride, j->cols, base, up(j->cols, TERMS), i);
+    for (i64 i = 0; i < count; i += SIDE) {
+        const half *from[SIDE];
+        for (i64 r = 0; r < least(SIDE, count - i); r++) from[r] = j->weight + rows[i + r] * j->stride;
+        copy_rows(from, least(SIDE, count - i), j->cols, base, up(j->cols, TERMS), i);
+    }
     for (i64 i = 0; i < count && A; i += ROWS) {
         const void *from[ROWS];
         void *to[ROWS];
@@ -88,18 +92,18 @@ static void amx_rows(const amx_job *j, i64 k, i64 first, i64 count, const float 
                 gather_halves(row, j->col_index + left, width, pieces, some, NULL, 0, ordered + r * step);
         }
         change(&j->change, there, from, to, 0, width, A, padded(width), rows + i, factor, NULL, (int32_t)k);
-        for (int r = 0; r < there; r++) copy_terms(to[r], width, delta, up(width, TERMS), i + r);
+        copy_rows((const half *const *)to, there, width, delta, up(width, TERMS), i);
     }
 }
 
 /* Columns of y, PAIR tokens each, from sums (rows of W0, PAIR tokens), where they belong or, of no `rows`, in their order. */
-AMX static void write_columns(const float *sums, const i64 *rows, i64 count, half *to) {
+TILES static void write_columns(const float *sums, const i64 *rows, i64 count, half *to) {
     for (i64 i = 0; i < count; i++)
         _mm512_store_si512(to + (rows ? rows[i] : i) * PAIR,
                            both_narrowed(load(sums + i * PAIR), load(sums + i * PAIR + SIDE)));
 }
 
-AMX static void amx_multiply(void *it, i64 part) {
+TILES static void amx_multiply(void *it, i64 part) {
     amx_job *j = it;
     if (part >= j->parts) return;
     i64 tiles = up(j->cols, TERMS), panels = amx_pairs(j->tokens), groups = 0;
@@ -114,7 +118,7 @@ AMX static void amx_multiply(void *it, i64 part) {
     for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], together);
     i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts), group = 0;
     const half *blocked = j->blocked;
-    use_tiles();
+    begin_tiles();
     for (i64 k = 0; k < j->blocks; k++) {
         i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, left = j->col_offsets[k];
         i64 width = j->col_offsets[k + 1] - left, rank = rank_of(j->ranks, k, j->rank), some = 0;
@@ -147,7 +151,7 @@ AMX static void amx_multiply(void *it, i64 part) {
         }
         blocked += panels * up(width, TERMS) * TILE;
     }
-    _tile_release();
+    end_tiles();
 }
 
 static void amx_finish(void *it, i64 part) {

@@ -20,7 +20,7 @@
 #include "threads.h"
 #include "update.h"
 #include "amx.h"
-#if HAS_AMX
+#if HAS_TILES
 #include "amx_input.h"
 #endif
 

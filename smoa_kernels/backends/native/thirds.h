@@ -34,7 +34,7 @@ static i64 left_size(int thirds, i64 count, i64 depth) {
     return lines(rows * row_size(thirds, least(KC, depth)) + TRANSPOSED);
 }
 
-#if HAS_AMX
+#if HAS_TILES
 enum { ROWS_SOON = 6, THIRD = 2 * TILE, STEP = 3 * THIRD /* of a panel, PAIR rows: TERMS terms of each row */ };
 
 /* Thirds of 16 pairs of terms, each TERMS / 2 apart; those of one number are `apart` from each other. */
@@ -114,17 +114,17 @@ INLINE void write_rows(sums_to_write *s, i64 count) {
 }
 
 /* A third of a panel, two tiles that lie one after another: the upper and the lower, the first columns and the next. */
-AMX static inline void load_left(const half *from) {
+TILES static inline void load_left(const half *from) {
     _tile_loadd(4, from, 64);
     _tile_loadd(5, from + TILE, 64);
 }
 
-AMX static inline void load_right(const half *from) {
+TILES static inline void load_right(const half *from) {
     _tile_loadd(6, from, 64);
     _tile_loadd(7, from + TILE, 64);
 }
 
-AMX static inline void add_thirds(void) {
+TILES static inline void add_thirds(void) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
@@ -133,7 +133,7 @@ AMX static inline void add_thirds(void) {
 
 /* c (height, width) (+)= Σ_k a_k b_kᵀ, a a left panel, b right ones, one after another. The sums of one are written while
  * the next one is multiplied. */
-AMX static void multiply_thirds(i64 depth, const half *a, const half *b, float *c, i64 stride, i64 height, i64 width,
+TILES static void multiply_thirds(i64 depth, const half *a, const half *b, float *c, i64 stride, i64 height, i64 width,
                                 int add) {
     float sums[PAIR * PAIR] __attribute__((aligned(64)));
     i64 steps = (depth + TERMS - 1) / TERMS, together = steps > 1 ? (PAIR + steps - 2) / (steps - 1) : 0;
@@ -169,8 +169,6 @@ AMX static void multiply_thirds(i64 depth, const half *a, const half *b, float *
 static void begin_product(int thirds) {
     if (thirds) use_tiles();
 }
-
-AMX static void release_tiles(void) { _tile_release(); }
 
 static void end_product(int thirds) {
     if (thirds) release_tiles();

@@ -1,15 +1,16 @@
-/* AMX's tiles: which processors have them, what a product of them is, and how lines become columns.
+/* Tiles of bfloat16: which processors multiply them, what a product of them is, and how lines become columns.
  *
- * A processor with AMX multiplies a left tile (16 rows, 32 terms) by a right one (32 terms, 16 columns), both 1 KiB of
- * bfloat16, and adds in float32. A left tile's rows lie in memory as a matrix with contiguous rows has them. In a right
- * tile two terms of a column lie side by side, a pair, and the pairs of 16 columns in one line. A line is 32 halves.
+ * A left tile (16 rows, 32 terms) is multiplied by a right one (32 terms, 16 columns), both 1 KiB of bfloat16, and added in
+ * float32. A left tile's rows lie in memory as a matrix with contiguous rows has them. In a right tile two terms of a
+ * column lie side by side, a pair, and the pairs of 16 columns in one line. A line is 32 halves. A processor with AMX does
+ * this in one instruction; one that has AVX512-BF16 alone, as AMD's Zen 4 and 5, multiplies a line by one row's pair at a time.
  */
 #pragma once
 
 #include "stored.h"
 
 #if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
-#define HAS_AMX 1
+#define HAS_TILES 1
 #include <stdlib.h>
 #include <strings.h>
 #include <sys/syscall.h>
@@ -24,34 +25,48 @@ enum {
     PAIR = 2 * SIDE,     /* rows and columns of a product, four tiles, and tokens that are prepared together */
 };
 
-#define AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512vbmi2")))
+/* A compiler writes AMX's instructions only where they are named: where there is none, the rest of such a function runs. */
+#define TILES __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512vbmi2")))
 
-/* Whether torch's GEMMs may use it, which oneDNN asks the environment. */
-static int amx_is_wanted(void) {
+/* Whether torch's GEMMs may use one of these, which oneDNN asks the environment. */
+static int is_wanted(const char *const *names) {
     const char *limit = getenv("ONEDNN_MAX_CPU_ISA");
     if (!limit || !strcasecmp(limit, "ALL") || !strcasecmp(limit, "DEFAULT")) return 1;
-    while (*limit && strncasecmp(limit, "AMX", 3)) limit++;
-    return *limit != 0;
+    for (; *names; names++)
+        for (const char *at = limit; *at; at++)
+            if (!strncasecmp(at, *names, strlen(*names))) return 1;
+    return 0;
 }
 
-/* Whether this processor has AMX, and system and user let this process use it: Linux asks to be asked, once. */
-static int amx_allowed(void) {
-    enum { REQUEST = 0x1023, TILE_DATA = 18 };
-    static int allowed = -1; /* two threads find the same */
-    if (allowed < 0) {
-        unsigned a, b, c, d;
-        __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-        int has = (d >> 22 & 1) && (d >> 24 & 1); /* AMX-BF16, AMX-TILE */
-        __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
-        has = has && (a >> 5 & 1) && moves_halves(); /* AVX512-BF16 */
-        allowed = has && amx_is_wanted() && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    }
-    return allowed;
+static __attribute__((noinline)) int find_dots(void) {
+    static const char *const names[] = {"BF16", "FP16", "AMX", "AVX10", NULL};
+    unsigned a, b, c, d;
+    __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
+    return (a >> 5 & 1) && moves_halves() && is_wanted(names);
 }
+
+static __attribute__((noinline)) int find_amx(void) {
+    enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* Linux asks to be asked */
+    static const char *const names[] = {"AMX", NULL};
+    unsigned a, b, c, d;
+    __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+    int has = (d >> 22 & 1) && (d >> 24 & 1); /* AMX-BF16, AMX-TILE */
+    return has && find_dots() && is_wanted(names) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
+/* What is found once. Two threads find the same. */
+#define FOUND_ONCE(find)                                                                       \
+    static int found = -1;                                                                     \
+    if (__builtin_expect(found < 0, 0)) found = find();                                        \
+    return found;
+
+/* Whether this processor adds products of pairs, and whether it has AMX too; and system and user let this process use it. */
+static int dots_allowed(void) { FOUND_ONCE(find_dots) }
+static int amx_allowed(void) { FOUND_ONCE(find_amx) }
 
 /* Tells this thread's tiles their size. Before a thread is given back, `_tile_release`. The sizes are a constant: a GCC
  * without the mend of its bug 114098 (12.4 has it) takes only 8 bytes for read, and may not write those behind them. */
-AMX static void use_tiles(void) {
+TILES static void use_tiles(void) {
     static const struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
@@ -60,11 +75,22 @@ AMX static void use_tiles(void) {
     _tile_loadconfig(&sizes);
 }
 
+/* Around a thread's products. */
+static void begin_tiles(void) {
+    if (amx_allowed()) use_tiles();
+}
+
+TILES static void release_tiles(void) { _tile_release(); }
+
+static void end_tiles(void) {
+    if (amx_allowed()) release_tiles();
+}
+
 /* Before tiles are loaded: GCC does not know that this reads memory, so what was written might be written later. */
 #define WRITTEN __asm__ volatile("" ::: "memory")
 
 /* Four tiles, (PAIR, PAIR), are summed: 0 and 1 are the upper ones. */
-AMX static inline void zero_sums(void) {
+TILES static inline void zero_sums(void) {
     WRITTEN;
     _tile_zero(0);
     _tile_zero(1);
@@ -72,7 +98,7 @@ AMX static inline void zero_sums(void) {
     _tile_zero(3);
 }
 
-AMX static inline void load_sums(const float *from) {
+TILES static inline void load_sums(const float *from) {
     WRITTEN;
     _tile_loadd(0, from, PAIR * 4);
     _tile_loadd(1, from + SIDE, PAIR * 4);
@@ -80,11 +106,30 @@ AMX static inline void load_sums(const float *from) {
     _tile_loadd(3, from + SIDE * PAIR + SIDE, PAIR * 4);
 }
 
-AMX static inline void store_sums(float *to) {
+TILES static inline void store_sums(float *to) {
     _tile_stored(0, to, PAIR * 4);
     _tile_stored(1, to + SIDE, PAIR * 4);
     _tile_stored(2, to + SIDE * PAIR, PAIR * 4);
     _tile_stored(3, to + SIDE * PAIR + SIDE, PAIR * 4);
+}
+
+/* sums (SIDE, SIDE), `stride` apart, += left right, over `depth` tiles of each. */
+TILES static void add_dots(i64 depth, const half *left, const half *right, float *sums, i64 stride) {
+    __m512 sum[SIDE];
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++) sum[i] = _mm512_load_ps(sums + i * stride);
+    for (; depth > 0; depth--, left += TILE)
+        for (int pair = 0; pair < SIDE; pair++, right += TERMS) {
+            __m512bh line = (__m512bh)_mm512_load_si512(right);
+#pragma GCC unroll 16
+            for (int i = 0; i < SIDE; i++) {
+                int32_t one;
+                memcpy(&one, left + i * TERMS + 2 * pair, sizeof one);
+                sum[i] = _mm512_dpbf16_ps(sum[i], line, (__m512bh)_mm512_set1_epi32(one));
+            }
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++) _mm512_store_ps(sums + i * stride, sum[i]);
 }
 
 /* r = the transpose of its 16 rows of 16 numbers of 32 bits. */
@@ -118,6 +163,7 @@ INLINE void transpose_lines(__m512i *r) {
     }
 }
 #else
-#define HAS_AMX 0
+#define HAS_TILES 0
+static int dots_allowed(void) { return 0; }
 static int amx_allowed(void) { return 0; }
 #endif
