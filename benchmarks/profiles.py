@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.profiler import ProfilerActivity, profile
 
-from smoa_kernels.backends.native.amx import AMX
 from smoa_kernels.backends.native.backend import GRADIENT, LINEAR, UPDATE
+from smoa_kernels.backends.native.bf16 import COMPILED_BF16
 
 from .protocol import Run
 
@@ -37,7 +37,7 @@ def by_kind(run: Run, passes: int = PASSES) -> dict[str, float]:
         if namespace == "aten":
             kind = _OPERATORS.get(name.rstrip("_"), REST)
         elif event.key in (
-            AMX,
+            COMPILED_BF16,
             LINEAR,
             UPDATE,
             GRADIENT,

@@ -8,12 +8,15 @@ import pytest
 import torch
 from problems import NAMES, Case, LinearProblem, assert_within_budget, make_problem, on_threads
 
-from smoa_kernels.backends.native import amx
+from smoa_kernels.backends.native import bf16
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
 CPU = torch.device("cpu")
 needs_amx = pytest.mark.skipif(
-    not amx.is_there(), reason="needs a processor with AMX, and a system and a compiler that know it"
+    not bf16.has_amx(), reason="needs a processor with AMX, and a system and a compiler that know it"
+)
+needs_bf16 = pytest.mark.skipif(
+    not bf16.is_there(), reason="needs a processor with AMX or AVX512-BF16, and a compiler that knows it"
 )
 
 

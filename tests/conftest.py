@@ -84,11 +84,11 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's GEMMs multiply on every processor where they do on some."""
     monkeypatch.setattr("smoa_kernels.backends.native.backend.torch_is_faster", lambda tokens: True)
-    monkeypatch.setattr("smoa_kernels.backends.native.amx.multiplies", lambda *_: False)
+    monkeypatch.setattr("smoa_kernels.backends.native.bf16.multiplies", lambda *_: False)
 
 
 @pytest.fixture
-def only_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+def only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch multiplies nothing."""
     for name in ("split", "backward", "merged"):
         place = f"smoa_kernels.backends.native.torch_gemms.{name}"

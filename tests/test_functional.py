@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoa_kernels.backends import eager, load_backend
-from smoa_kernels.backends.native import amx, torch_gemms
 from smoa_kernels.backends.native import backend as native
+from smoa_kernels.backends.native import bf16, torch_gemms
 from smoa_kernels.backends.native.library import library
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter
@@ -97,7 +97,7 @@ def copies(p: LinearProblem, case: Case, monkeypatch: pytest.MonkeyPatch) -> set
 
     monkeypatch.setattr(torch_gemms, "library", Library)
     monkeypatch.setattr(native, "torch_is_faster", lambda tokens: True)
-    monkeypatch.setattr(amx, "multiplies", lambda *_: False)  # which puts columns in order without a copy
+    monkeypatch.setattr(bf16, "multiplies", lambda *_: False)  # which puts columns in order without a copy
     adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, torch.tensor(p.scaling))
     backend, dropout = load_backend(case.backend), case.dropout
     with Made() as made:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import CPU, adapter_of, assert_right, assert_threads_agree, each_shape, on_cpu
+from compiled import CPU, adapter_of, assert_right, assert_threads_agree, each_shape, needs_bf16, on_cpu
 from problems import HALF, Case, LinearProblem, assert_within_budget
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
@@ -23,7 +23,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import hatch_build
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import load_backend, native_obstacle, resolve_backend
-from smoa_kernels.backends.native import amx, backend, library, operands, torch_gemms
+from smoa_kernels.backends.native import backend, bf16, library, operands, torch_gemms
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
@@ -326,13 +326,17 @@ def test_the_same_on_older_processors() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not amx.is_there(), reason="needs a processor with AMX, which others do without")
-def test_the_same_without_amx() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", __file__, "-k"]
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-    names = "(test_every_shape and not multiplies) or one_thread"
+@needs_bf16
+@pytest.mark.parametrize("limit", ["AVX512_CORE_BF16", "AVX512_CORE"])
+def test_the_same_without_amx(limit: str) -> None:
+    """On processors that have AVX512-BF16 alone, as AMD's Zen 4 and 5, and on older ones."""
+    files = [__file__, str(Path(__file__).with_name("test_bf16.py"))]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *files, "-k"]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
+    names = "(test_every_shape and not multiplies) or one_thread or factors or outside"
     done = subprocess.run([*command, names], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+    assert (limit == "AVX512_CORE_BF16") == ("SKIPPED" not in done.stdout), done.stdout
 
 
 @needs_library
@@ -347,7 +351,7 @@ def test_a_partition_that_is_broken(
 ) -> None:
     """`from_tensors` takes almost all that it is given, and compiled code would follow it anywhere."""
     if which < 2:
-        monkeypatch.setattr(amx, "multiplies", lambda *_: False)  # which reads no labels
+        monkeypatch.setattr(bf16, "multiplies", lambda *_: False)  # which reads no labels
     if form == "dropout" and which < 2:
         pytest.skip("only W_eff asks for labels")
     asked = {"merged": (0, 1), "expanded": (1, 2, 4)}.get(form, (2, 3, 4, 5))

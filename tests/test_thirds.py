@@ -106,6 +106,6 @@ def test_what_is_not_finite(bits: int) -> None:
 
 
 @needs_amx
-def test_torch_multiplies_nothing(only_amx: None) -> None:
+def test_torch_multiplies_nothing(only_compiled: None) -> None:
     """Where MKL's GEMM is faster than AVX-512's, it is not faster than this one."""
     on_cpu(tokens=1100).run(**FORMS["merged"].options)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from .._version import __version__
 from ..backends import native_obstacle, triton_obstacle
-from ..backends.native import amx
+from ..backends.native import bf16
 from ..files import cache_folder
 from .output import console, write_json
 
@@ -168,7 +168,8 @@ def _version(package: str) -> str:
 
 
 def _devices() -> dict[str, str]:
-    instructions = torch.backends.cpu.get_cpu_capability() + (", AMX" if amx.is_there() else "")
+    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions += ", AMX" if bf16.has_amx() else ", BF16" if bf16.is_there() else ""
     threads = torch.get_num_threads()
     devices = {"cpu": f"{os.cpu_count()} cores, threads of torch: {threads}, instructions: {instructions}"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

@@ -2,8 +2,9 @@
 
 A GEMM copies its operands into panels anyway. While it does, these modulate W0, read permuted columns and drop
 elements: no W_eff, no gathered or masked activations, no passes of their own. Few tokens are multiplied while W0 is
-read, without packing. AMX multiplies where there is one: float32 as three bfloat16 thirds (`thirds.h`), bfloat16 in
-calls of its own (`amx.py`). Else in half precision, and where its float32 is faster, torch does (`torch_gemms.py`).
+read, without packing. AMX multiplies where there is one: float32 as three bfloat16 thirds (`thirds.h`). bfloat16 has
+calls of its own, with AMX or AVX512-BF16 (`bf16.py`). Else in half precision, and where its float32 is faster, torch
+does (`torch_gemms.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ...definition.precision import gemm_is_ieee
 from .. import Gradients, eager
 from ..eager import ALGORITHMS, modulated_weight
 from ..pages import in_large_pages, workspace
-from . import amx, torch_gemms
+from . import bf16, torch_gemms
 from .library import library, obstacle
 from .operands import (
     KINDS,
@@ -64,8 +65,8 @@ def backward(
     if not _fits(adapter, x, dy):
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
     mask = None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1])
-    if amx.multiplies(dy, adapter):
-        return amx.backward(dy, x, adapter, mask, needs_x=needs_x)
+    if bf16.multiplies(dy, adapter):
+        return bf16.backward(dy, x, adapter, mask, needs_x=needs_x)
     if dy.dtype != torch.float32 or (mask is None and torch_is_faster(dy.shape[0])):
         return torch_gemms.backward(dy, x, adapter, mask, needs_x=needs_x)
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter, mask)
@@ -146,8 +147,8 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
 
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N)."""
-    if amx.multiplies(x, adapter):
-        return amx.split(x, adapter, mask)
+    if bf16.multiplies(x, adapter):
+        return bf16.split(x, adapter, mask)
     if x.dtype != torch.float32:
         return torch_gemms.split(x, adapter, mask)
     return _linear(x, adapter.weight, _update(x, adapter, x_mask=mask))

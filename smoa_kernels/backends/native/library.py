@@ -44,16 +44,17 @@ _SIGNATURES = {
     "smoa_experts_workspace": "piii",
     "smoa_order_workspace": "ii",
     "smoa_change_workspace": "iii",
+    "smoa_bf16_fit": "",
     "smoa_amx_fit": "",
 }
-# Those that are there where the compiler knows AMX.
-_AMX_SIGNATURES = {
-    "smoa_amx_forward": "iiipipipppppiipippifppi",
-    "smoa_amx_gradient": "iiipipipipppppiipiifipppppi",
-    "smoa_amx_input": "iiipipipppppiipippifppi",
-    "smoa_amx_forward_workspace": "iiipiiiii",
-    "smoa_amx_gradient_workspace": "iiipiiii",
-    "smoa_amx_input_workspace": "iiipiiii",
+# Those that are there where the compiler and the processor know bfloat16.
+_BF16_SIGNATURES = {
+    "smoa_bf16_forward": "iiipipipppppiipippifppi",
+    "smoa_bf16_gradient": "iiipipipipppppiipiifipppppi",
+    "smoa_bf16_input": "iiipipipppppiipippifppi",
+    "smoa_bf16_forward_workspace": "iiipiiiii",
+    "smoa_bf16_gradient_workspace": "iiipiiii",
+    "smoa_bf16_input_workspace": "iiipiiii",
 }
 _TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}
 
@@ -99,8 +100,8 @@ def _load() -> ctypes.CDLL | str:
         found.smoa_source.restype = ctypes.c_char_p
         if found.smoa_source() != source.encode():
             return f"{path} was compiled from other sources: install the package again"
-        found.smoa_amx_fit.restype = _INT
-        for name, arguments in (_SIGNATURES | (_AMX_SIGNATURES if found.smoa_amx_fit() else {})).items():
+        found.smoa_bf16_fit.restype = _INT
+        for name, arguments in (_SIGNATURES | (_BF16_SIGNATURES if found.smoa_bf16_fit() else {})).items():
             function = getattr(found, name)
             function.argtypes = [_TYPES[argument] for argument in arguments]
             function.restype = _INT if name.endswith(("workspace", "fit")) else None

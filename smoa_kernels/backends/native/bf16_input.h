@@ -1,13 +1,13 @@
-/* dX of amx_linear.h: dY W_eff, rounded once; under dropout dY W0, to which the masked dY ΔW is the first term.
+/* dX of bf16_linear.h: dY W_eff, rounded once; under dropout dY W0, to which the masked dY ΔW is the first term.
  *
  * Columns of W0 are right tiles whose terms are its rows, two of which are paired as they are read and modulated.
  */
 #pragma once
 
-#include "amx_gradient.h"
+#include "bf16_gradient.h"
 
-static i64 amx_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 threads) {
-    i64 group = amx_together(cols, rows, threads), columns = amx_together(cols, tallest, threads);
+static i64 bf16_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 threads) {
+    i64 group = bf16_together(cols, rows, threads), columns = bf16_together(cols, tallest, threads);
     i64 update = lines(PAIR * PAIR / 2) + lines(columns * up(tallest, TERMS) * TERMS / 2) + lines(rank * padded(PAIR)) +
                  lines(rank * ROWS) + lines(ROWS * padded(PAIR) / 2) + pieces_size(PAIR) + lines(columns * PAIR);
     i64 product = lines(up(rows, TERMS) * TERMS * group / 2) + lines(rank * padded(group)) + lines(rank * (rows + ROWS)) +
@@ -16,26 +16,26 @@ static i64 amx_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 th
     return most > prepare ? most : prepare;
 }
 
-/* Floats that smoa_amx_input needs. */
-i64 smoa_amx_input_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, i64 blocks, i64 rank, i64 masked,
+/* Floats that smoa_bf16_input needs. */
+i64 smoa_bf16_input_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, i64 blocks, i64 rank, i64 masked,
                              i64 threads) {
     i64 tallest = largest_of(row_offsets, blocks);
-    i64 n = up(least(tokens, amx_band(rows, cols, masked ? 3 : 4)), PAIR) * PAIR, update = amx_block_tiles(rows, blocks) + up(cols, TERMS);
+    i64 n = up(least(tokens, bf16_band(rows, cols, masked ? 3 : 4)), PAIR) * PAIR, update = bf16_block_tiles(rows, blocks) + up(cols, TERMS);
     return lines(n * up(rows, TERMS) * TERMS / 2) + lines(rows) + lines(cols + SIDE) +
            lines(masked ? n * update * TERMS / 2 : 0) +
-           threads * amx_input_part_size(rows, cols, tallest, rank, threads) + 64;
+           threads * bf16_input_part_size(rows, cols, tallest, rank, threads) + 64;
 }
 
-static float *amx_input_room(const amx_job *j, i64 part) {
-    return j->workspace + part * amx_input_part_size(j->rows, j->cols, j->tallest, j->rank, j->parts);
+static float *bf16_input_room(const bf16_job *j, i64 part) {
+    return j->workspace + part * bf16_input_part_size(j->rows, j->cols, j->tallest, j->rank, j->parts);
 }
 
 /* dY as left tiles, and where dX is masked as right tiles in block order. */
-static void amx_input_prepare(void *it, i64 part) {
-    amx_job *j = it;
+static void bf16_input_prepare(void *it, i64 part) {
+    bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 panels = amx_pairs(j->tokens), tiles = up(j->rows, TERMS);
-    half *pairs = (half *)amx_input_room(j, part);
+    i64 panels = bf16_pairs(j->tokens), tiles = up(j->rows, TERMS);
+    half *pairs = (half *)bf16_input_room(j, part);
     for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++) {
         const half *dy = j->dy + p * SIDE * j->dy_stride;
         const half *from[SIDE];
@@ -54,7 +54,7 @@ static void amx_input_prepare(void *it, i64 part) {
 }
 
 /* PAIR columns of ΔW_k at most as left tiles, whose terms are its rows: some rows at a time are made and transposed. */
-TILES static void transposed_delta(const amx_job *j, i64 k, const i64 *cols, i64 count, float *A, float *factor,
+TILES static void transposed_delta(const bf16_job *j, i64 k, const i64 *cols, i64 count, float *A, float *factor,
                                  half *line, half *some, half *out) {
     i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top;
     piece *pieces = (piece *)(A + j->rank * padded(PAIR));
@@ -89,17 +89,17 @@ TILES static void transposed_delta(const amx_job *j, i64 k, const i64 *cols, i64
 }
 
 /* Columns of dY ΔW, a share of each block's. */
-TILES static void amx_input_update(void *it, i64 part) {
-    amx_job *j = it;
+TILES static void bf16_input_update(void *it, i64 part) {
+    bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 together = amx_together(j->cols, j->tallest, j->parts);
-    float *at = amx_input_room(j, part), *sums = taken(&at, together * PAIR * 4);
+    i64 together = bf16_together(j->cols, j->tallest, j->parts);
+    float *at = bf16_input_room(j, part), *sums = taken(&at, together * PAIR * 4);
     half *some = taken(&at, PAIR * PAIR * 2), *delta = taken(&at, together * up(j->tallest, TERMS) * TERMS * 2);
     float *factor = taken(&at, j->rank * ROWS * 4);
     half *line = taken(&at, ROWS * padded(PAIR) * 2);
     float *A = at;
     const half *blocked = j->blocked;
-    i64 panels = amx_pairs(j->tokens), tall = up(j->cols, TERMS) * TERMS * PAIR, group = 0;
+    i64 panels = bf16_pairs(j->tokens), tall = up(j->cols, TERMS) * TERMS * PAIR, group = 0;
     begin_tiles();
     for (i64 k = 0; k < j->blocks; k++) {
         i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left;
@@ -111,8 +111,8 @@ TILES static void amx_input_update(void *it, i64 part) {
             for (i64 i = 0; i < count && used; i += PAIR)
                 transposed_delta(j, k, cols + i, least(PAIR, count - i), A, factor, line, some, delta + i * deep * TERMS);
             for (i64 p = 0; p < panels; p += 2) {
-                add_products(up(count, PAIR), used ? deep : 0, deep, delta, 2 * deep, blocked + p * deep * TILE, deep, 0, 0,
-                             sums);
+                add_products(up(count, PAIR), used ? deep : 0, deep, delta, 2 * deep, blocked + p * deep * TILE,
+                             (p + 1) * SIDE < j->tokens ? deep : 0, 0, 0, sums);
                 for (i64 i = 0; i < count; i += PAIR)
                     write_columns(sums + i * PAIR, cols + i, least(PAIR, count - i), j->columns + p / 2 * tall);
             }
@@ -122,8 +122,8 @@ TILES static void amx_input_update(void *it, i64 part) {
     end_tiles();
 }
 
-static void amx_input_mask(void *it, i64 part) {
-    amx_job *j = it;
+static void bf16_input_mask(void *it, i64 part) {
+    bf16_job *j = it;
     if (part >= j->parts) return;
     i64 panels = up(j->tokens, SIDE), tall = up(j->cols, TERMS) * TERMS * PAIR;
     for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++)
@@ -133,9 +133,9 @@ static void amx_input_mask(void *it, i64 part) {
 
 /* Some columns of W0, or of W_eff where there are `blocks` of these columns, as right tiles; of A (rank, columns) and B
  * (rows, rank) nothing is there beyond a block's own rank. */
-TILES static void weight_tiles(const amx_job *j, i64 left, i64 width, const int32_t *blocks, const float *A,
+TILES static void weight_tiles(const bf16_job *j, i64 left, i64 width, const int32_t *blocks, const float *A,
                              const float *B, half *out) {
-    i64 deep = up(j->rows, TERMS), apart_by = padded(amx_together(j->cols, j->rows, j->parts));
+    i64 deep = up(j->rows, TERMS), apart_by = padded(bf16_together(j->cols, j->rows, j->parts));
     for (i64 n = 0; n < deep * TERMS; n += ROWS) {
         i64 there = least(ROWS, j->rows - n);
         __m512i block[ROWS];
@@ -167,9 +167,9 @@ TILES static void weight_tiles(const amx_job *j, i64 left, i64 width, const int3
 }
 
 /* dX of some columns, whose tiles of W0 are there; or added to what is there of it. */
-TILES static void multiply_input(const amx_job *j, i64 left, i64 width, const half *tiles, float *sums, int add) {
+TILES static void multiply_input(const bf16_job *j, i64 left, i64 width, const half *tiles, float *sums, int add) {
     i64 deep = up(j->rows, TERMS), next = left + width;
-    i64 share = least(amx_together(j->cols, j->rows, j->parts), j->cols - next);
+    i64 share = least(bf16_together(j->cols, j->rows, j->parts), j->cols - next);
     for (i64 first = 0; first < j->tokens; first += PAIR) {
         half *to = j->dx + first * j->cols + left;
         i64 there = least(PAIR, j->tokens - first);
@@ -180,7 +180,7 @@ TILES static void multiply_input(const amx_job *j, i64 left, i64 width, const ha
                 store(sums + (c + i) * PAIR, HALF_WIDENED(found, 0));
                 store(sums + (c + i) * PAIR + SIDE, HALF_WIDENED(found, 1));
             }
-        add_products(up(width, PAIR), deep, deep, j->left + first * deep * TERMS, 0, tiles, deep, 2 * deep, add, sums);
+        add_products(up(width, PAIR), deep, there > SIDE ? deep : 0, j->left + first * deep * TERMS, 0, tiles, deep, 2 * deep, add, sums);
         for (i64 c = 0; c < width; c += PAIR)
             for (i64 i = 0; i < there; i++)
                 _mm512_mask_storeu_epi16(to + i * j->cols + c, first_of(width - c),
@@ -196,11 +196,11 @@ static void copy_rank(const change_job *m, const void *from, i64 first, i64 coun
 }
 
 /* A share of dX's columns: dY times those of W_eff; or of W0, added to what is there. */
-TILES static void amx_input_product(void *it, i64 part) {
-    amx_job *j = it;
+TILES static void bf16_input_product(void *it, i64 part) {
+    bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 group = amx_together(j->cols, j->rows, j->parts), merged = !j->keep;
-    float *at = amx_input_room(j, part), *sums = taken(&at, group * PAIR * 4);
+    i64 group = bf16_together(j->cols, j->rows, j->parts), merged = !j->keep;
+    float *at = bf16_input_room(j, part), *sums = taken(&at, group * PAIR * 4);
     half *tiles = taken(&at, up(j->rows, TERMS) * TERMS * group * 2);
     float *A = taken(&at, j->rank * padded(group) * 4), *B = taken(&at, j->rank * (j->rows + ROWS) * 4);
     int32_t *ranks = taken(&at, (j->rows + group) * 4);
@@ -223,14 +223,14 @@ TILES static void amx_input_product(void *it, i64 part) {
     end_tiles();
 }
 
-/* dX (tokens, cols): of dY (tokens, rows), with contiguous rows, and what smoa_amx_forward takes. */
-void smoa_amx_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stride, const void *weight, i64 stride,
+/* dX (tokens, cols): of dY (tokens, rows), with contiguous rows, and what smoa_bf16_forward takes. */
+void smoa_bf16_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stride, const void *weight, i64 stride,
                     const uint16_t *keep, const i64 *row_index, const i64 *col_index, const int32_t *row_offsets,
                     const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
                     const void *A, const void *B, i64 factors, float scaling, void *dx, float *workspace, i64 threads) {
-    amx_job job = amx_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
+    bf16_job job = bf16_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
-    i64 band = amx_band(rows, cols, keep ? 3 : 4), n = up(least(tokens, band), PAIR) * PAIR;
+    i64 band = bf16_band(rows, cols, keep ? 3 : 4), n = up(least(tokens, band), PAIR) * PAIR;
     float *at = from_a_line(workspace);
     job.left = taken(&at, n * up(rows, TERMS) * TERMS * 2);
     job.row_block = taken(&at, rows * 4), job.col_block = taken(&at, (cols + SIDE) * 4);
@@ -240,7 +240,7 @@ void smoa_amx_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_strid
     }
     for (i64 c = cols; c < cols + SIDE; c++) job.col_block[c] = -1; /* of no block: read beside the last columns */
     if (keep) {
-        job.blocked = taken(&at, n * amx_block_tiles(rows, blocks) * TERMS * 2);
+        job.blocked = taken(&at, n * bf16_block_tiles(rows, blocks) * TERMS * 2);
         job.columns = taken(&at, n * up(cols, TERMS) * TERMS * 2);
     }
     job.workspace = at;
@@ -248,9 +248,9 @@ void smoa_amx_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_strid
         job.tokens = least(band, tokens - first);
         job.dy = (const half *)dy + first * dy_stride, job.dy_stride = dy_stride, job.dx = (half *)dx + first * cols;
         job.keep = keep ? keep + first * words(cols) : NULL;
-        in_parallel(amx_input_prepare, &job, threads);
-        if (keep) in_parallel(amx_input_update, &job, threads);
-        if (keep) in_parallel(amx_input_mask, &job, threads);
-        in_parallel(amx_input_product, &job, threads);
+        in_parallel(bf16_input_prepare, &job, threads);
+        if (keep) in_parallel(bf16_input_update, &job, threads);
+        if (keep) in_parallel(bf16_input_mask, &job, threads);
+        in_parallel(bf16_input_product, &job, threads);
     }
 }

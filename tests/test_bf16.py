@@ -1,5 +1,5 @@
-"""bfloat16 by AMX: shapes around its tiles, threads, what it leaves to torch. What all backends promise, that of this
-code too, is in tests/test_contract.py.
+"""bfloat16 by AMX or AVX512-BF16: shapes around its tiles, threads, what it leaves to torch. What all backends promise,
+that of this code too, is in tests/test_contract.py.
 """
 
 import ctypes
@@ -14,12 +14,13 @@ from typing import Any
 import compiled
 import pytest
 import torch
-from compiled import adapter_of, assert_right, assert_threads_agree, each_shape, needs_amx
+from compiled import adapter_of, assert_right, assert_threads_agree, each_shape, needs_bf16
 from problems import Case, assert_within_budget, relative_error
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import pages
-from smoa_kernels.backends.native import amx
+from smoa_kernels.backends.native import bf16
+from smoa_kernels.backends.native.bf16 import has_amx
 
 BF16 = torch.bfloat16
 FORMS = {form: Case("native", form, BF16) for form in ("split", "dropout")}
@@ -27,7 +28,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
 on_cpu = partial(compiled.on_cpu, BF16)
 
 
-@needs_amx
+@needs_bf16
 @each_shape(
     [
         (1, 1, 1, (1,)),
@@ -45,23 +46,23 @@ on_cpu = partial(compiled.on_cpu, BF16)
 @pytest.mark.parametrize("threads", [1, 3])
 @each_form
 def test_every_shape(
-    sizes: dict[str, Any], order: str, threads: int, form: str, poisoned_memory: None, only_amx: None
+    sizes: dict[str, Any], order: str, threads: int, form: str, poisoned_memory: None, only_compiled: None
 ) -> None:
     assert_right(FORMS[form], on_cpu(**sizes, block_order=order), threads)
 
 
-@needs_amx
+@needs_bf16
 @pytest.mark.parametrize("tokens", [3, 70])
 @each_form
-def test_it_writes_nothing_outside(tokens: int, form: str, guarded_memory: None, only_amx: None) -> None:
+def test_it_writes_nothing_outside(tokens: int, form: str, guarded_memory: None, only_compiled: None) -> None:
     p = on_cpu(tokens=tokens, out_features=61, in_features=147, ranks=(3, 0, 18))
     p.run(**FORMS[form].options)
 
 
-@needs_amx
+@needs_bf16
 @each_form
 def test_nothing_behind_the_workspace_is_read(
-    form: str, only_amx: None, monkeypatch: pytest.MonkeyPatch
+    form: str, only_compiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever was in it: a page that nobody may read follows. -2 is what rows that are not there have for a block."""
     mapped, page = [], mmap.PAGESIZE
@@ -76,15 +77,15 @@ def test_nothing_behind_the_workspace_is_read(
         )
         return memory[: size // 4][-floats:].view(torch.float32)
 
-    monkeypatch.setattr(amx, "workspace", before_nothing)
+    monkeypatch.setattr(bf16, "workspace", before_nothing)
     p = on_cpu(tokens=31, out_features=33, in_features=31, ranks=(40, 3))
     assert_within_budget(p.run(**FORMS[form].options), FORMS[form], p)
 
 
-@needs_amx
+@needs_bf16
 @each_form
 def test_a_workspace_is_as_large_as_offsets_ask(
-    form: str, only_amx: None, monkeypatch: pytest.MonkeyPatch
+    form: str, only_compiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`from_tensors` believes the sizes that it is given, compiled code goes by offsets."""
     asked = []
@@ -93,7 +94,7 @@ def test_a_workspace_is_as_large_as_offsets_ask(
         asked.append(floats)
         return pages.workspace(like, 9 * floats)
 
-    monkeypatch.setattr(amx, "workspace", enough)
+    monkeypatch.setattr(bf16, "workspace", enough)
     p = on_cpu(tokens=64, out_features=600, in_features=600, ranks=(2, 3), random_labels=True)
     whole = torch.tensor([0, 600, 600], dtype=torch.int32)
     tensors = [*p.partition.tensors()[:4], whole, whole]
@@ -104,9 +105,9 @@ def test_a_workspace_is_as_large_as_offsets_ask(
     assert asked[: len(asked) // 2] == asked[len(asked) // 2 :]
 
 
-@needs_amx
+@needs_bf16
 @each_form
-def test_float32_factors_are_not_rounded(form: str, only_amx: None) -> None:
+def test_float32_factors_are_not_rounded(form: str, only_compiled: None) -> None:
     """dA and dB have the error of one rounding of H, to which a rounding of A or B would add as much again."""
     p = on_cpu(tokens=64, out_features=96, in_features=160, ranks=(4, 9))
     p = replace(p, A=p.A.float() * 1.001, B=p.B.float() * 1.001)  # off bfloat16's grid
@@ -116,9 +117,9 @@ def test_float32_factors_are_not_rounded(form: str, only_amx: None) -> None:
         assert relative_error(found, expected) < 2e-3
 
 
-@needs_amx
+@needs_bf16
 @each_form
-def test_factors_of_the_other_half_type(form: str, guarded_memory: None, only_amx: None) -> None:
+def test_factors_of_the_other_half_type(form: str, guarded_memory: None, only_compiled: None) -> None:
     """Under autocast a float16 layer's factors meet its W0 in bfloat16; their gradients are float16."""
     p = on_cpu(tokens=40, out_features=61, in_features=147, ranks=(3, 0, 18))
     exact = FORMS[form].definition(p.to(torch.float64))
@@ -129,55 +130,61 @@ def test_factors_of_the_other_half_type(form: str, guarded_memory: None, only_am
         assert relative_error(found, expected) < 4e-3
 
 
-@needs_amx
+@needs_bf16
 @each_form
-def test_one_thread_and_three_give_the_same_output(form: str, only_amx: None) -> None:
+def test_one_thread_and_three_give_the_same_output(form: str, only_compiled: None) -> None:
     p = on_cpu(tokens=100, out_features=190, in_features=500, random_labels=True)
     assert_threads_agree(FORMS[form], p)
 
 
-@needs_amx
+@needs_bf16
 @each_form
 def test_the_same_as_where_torch_multiplies(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one mask: what is dropped for one is dropped for the other."""
     p = on_cpu(tokens=100, out_features=190, in_features=500, ranks=(4, 2, 3))
     ours = p.run(**FORMS[form].options)
-    monkeypatch.setattr(amx, "multiplies", lambda *_: False)
+    monkeypatch.setattr(bf16, "multiplies", lambda *_: False)
     for found, expected in zip(ours, p.run(**FORMS[form].options), strict=True):
         assert (found.double() - expected.double()).norm() < 0.01 * expected.double().norm()
 
 
-@needs_amx
+@needs_bf16
 def test_one_gradient_alone() -> None:
     p = on_cpu(tokens=40, ranks=(2, 3))
     adapter = adapter_of(p)
-    dx, dA, dB = amx.backward(p.dy, p.x, adapter, None, needs_x=True)
-    assert amx.backward(p.dy, p.x, adapter, None, needs_x=False)[0] is None
-    alone = amx.backward(p.dy, None, adapter, None, needs_x=True)
+    dx, dA, dB = bf16.backward(p.dy, p.x, adapter, None, needs_x=True)
+    assert bf16.backward(p.dy, p.x, adapter, None, needs_x=False)[0] is None
+    alone = bf16.backward(p.dy, None, adapter, None, needs_x=True)
     assert alone[1:] == (None, None)
     assert torch.equal(alone[0], dx)
     assert dA.shape == p.A.shape
     assert dB.shape == p.B.shape
 
 
-@needs_amx
+@needs_bf16
 def test_what_it_leaves_to_torch() -> None:
     p = on_cpu(tokens=40, ranks=(2, 3))
     adapter = adapter_of(p)
-    assert amx.multiplies(p.x, adapter)
+    assert bf16.multiplies(p.x, adapter)
     column_major = replace(adapter, weight=p.weight.T.contiguous().T)
     broadcast = replace(adapter, weight=p.weight[:1].expand_as(p.weight))
-    assert not any(amx.multiplies(p.x, one) for one in (column_major, broadcast))
-    assert not any(amx.multiplies(x, adapter) for x in (p.x.half(), p.x.float(), p.x[:0]))
+    assert not any(bf16.multiplies(p.x, one) for one in (column_major, broadcast))
+    assert not any(bf16.multiplies(x, adapter) for x in (p.x.half(), p.x.float(), p.x[:0]))
 
 
-@needs_amx
+@needs_bf16
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("limit", "there"), [("AVX512_CORE_BF16", False), ("AVX512_CORE_AMX", True), ("default", True)]
+    ("limit", "there", "amx"),
+    [
+        ("AVX512_CORE", False, False),
+        ("avx512_core_bf16", True, False),
+        ("AVX512_CORE_AMX", True, has_amx()),
+        ("default", True, has_amx()),
+    ],
 )
-def test_a_limit_of_torchs_gemms_is_its_own(limit: str, there: bool) -> None:
-    program = "from smoa_kernels.backends.native import amx; print(amx.is_there())"
+def test_a_limit_of_torchs_gemms_is_its_own(limit: str, there: bool, amx: bool) -> None:
+    program = "from smoa_kernels.backends.native import bf16; print(bf16.is_there(), bf16.has_amx())"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == str(there), done.stderr
+    assert done.stdout.split() == [str(there), str(amx)], done.stderr

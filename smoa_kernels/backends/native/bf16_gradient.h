@@ -1,16 +1,16 @@
-/* dA and dB of amx_linear.h: each block's G = dYᵀ x is contracted tile by tile.
+/* dA and dB of bf16_linear.h: each block's G = dYᵀ x is contracted tile by tile.
  *
  * A tile of G becomes one of H = s G ∘ W0, rounded once, which is the operand of two more products, `dB = H Aᵀ` and
  * `dA = Bᵀ H`. A factor that is no bfloat16 is the sum of two that are, whose ranks lie side by side (`terms`).
  */
 #pragma once
 
-#include "amx_linear.h"
+#include "bf16_linear.h"
 
-static i64 amx_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
+static i64 bf16_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
 
-static i64 amx_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous, i64 tiles, i64 threads) {
-    i64 height = amx_together(rows, amx_band(rows, cols, 2), threads);
+static i64 bf16_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous, i64 tiles, i64 threads) {
+    i64 height = bf16_together(rows, bf16_band(rows, cols, 2), threads);
     i64 prepare = lines(up(rows, TERMS) * TILE) + lines(up(cols, TERMS) * TILE);
     i64 factors = lines(height * PAIR) + 2 * TILE + lines(height * tiles * SIDE / 2) +
                   lines(contiguous ? 0 : height * padded(widest) / 2) + pieces_size(cols);
@@ -18,28 +18,28 @@ static i64 amx_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous
 }
 
 /* Sums of a factor's gradient, of all ranks of PAIR rows, or columns, after another. */
-static i64 amx_sums_size(i64 count, i64 blocks, i64 tiles) { return amx_block_tiles(count, blocks) * TERMS * tiles * SIDE; }
+static i64 bf16_sums_size(i64 count, i64 blocks, i64 tiles) { return bf16_block_tiles(count, blocks) * TERMS * tiles * SIDE; }
 
-/* Floats that smoa_amx_gradient needs. */
-i64 smoa_amx_gradient_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *col_offsets, i64 blocks, i64 contiguous,
+/* Floats that smoa_bf16_gradient needs. */
+i64 smoa_bf16_gradient_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *col_offsets, i64 blocks, i64 contiguous,
                                 i64 ranks, i64 threads) {
-    i64 tiles = amx_rank_tiles(ranks), tall = amx_block_tiles(rows, blocks), wide = amx_block_tiles(cols, blocks);
-    i64 some = least(tokens, amx_band(rows, cols, 2)), widest = largest_of(col_offsets, blocks);
+    i64 tiles = bf16_rank_tiles(ranks), tall = bf16_block_tiles(rows, blocks), wide = bf16_block_tiles(cols, blocks);
+    i64 some = least(tokens, bf16_band(rows, cols, 2)), widest = largest_of(col_offsets, blocks);
     return (tall + wide) * TERMS * up(some, PAIR) * PAIR / 2 + lines(wide * TERMS * tiles * SIDE / 2) +
-           amx_sums_size(rows, blocks, tiles) + lines((tiles + 1) * SIDE) +
-           threads * (amx_sums_size(cols, blocks, tiles) +
-                      amx_gradient_part_size(rows, widest, cols, contiguous, tiles, threads)) + 16;
+           bf16_sums_size(rows, blocks, tiles) + lines((tiles + 1) * SIDE) +
+           threads * (bf16_sums_size(cols, blocks, tiles) +
+                      bf16_gradient_part_size(rows, widest, cols, contiguous, tiles, threads)) + 16;
 }
 
-static float *amx_gradient_room(const amx_job *j, i64 part) {
-    return j->workspace + part * amx_gradient_part_size(j->rows, j->widest, j->cols, j->contiguous,
-                                                       amx_rank_tiles(j->terms * j->rank), j->parts);
+static float *bf16_gradient_room(const bf16_job *j, i64 part) {
+    return j->workspace + part * bf16_gradient_part_size(j->rows, j->widest, j->cols, j->contiguous,
+                                                       bf16_rank_tiles(j->terms * j->rank), j->parts);
 }
 
 /* A as right tiles. */
-static void amx_A_tiles(const amx_job *j) {
+static void bf16_A_tiles(const bf16_job *j) {
     half *to = j->A_tiles, *pairs = (half *)j->workspace;
-    i64 ranks = j->terms * j->rank, tiles = amx_rank_tiles(ranks);
+    i64 ranks = j->terms * j->rank, tiles = bf16_rank_tiles(ranks);
     for (i64 k = 0; k < j->blocks; k++) {
         i64 width = j->col_offsets[k + 1] - j->col_offsets[k], step = up(width, TERMS) * TILE;
         for (i64 q = 0; q < tiles; q++, to += step) {
@@ -50,10 +50,10 @@ static void amx_A_tiles(const amx_job *j) {
 }
 
 /* Both operands, PAIR tokens at a time: their pairs, and from these columns of tokens in block order. */
-static void amx_gradient_prepare(void *it, i64 part) {
-    amx_job *j = it;
+static void bf16_gradient_prepare(void *it, i64 part) {
+    bf16_job *j = it;
     if (part >= j->parts) return;
-    float *at = amx_gradient_room(j, part);
+    float *at = bf16_gradient_room(j, part);
     i64 tall = up(j->rows, TERMS) * TILE, wide = up(j->cols, TERMS) * TILE, steps = up(j->tokens, PAIR);
     half *dy = taken(&at, 2 * tall * 2), *x = taken(&at, 2 * wide * 2);
     for (i64 t = share_of(steps, 1, part, j->parts); t < share_of(steps, 1, part + 1, j->parts); t++) {
@@ -148,13 +148,13 @@ INLINE void put(void *to, i64 at, i64 count, vf sum, int stored) {
 }
 
 /* dA's sums and dB, of a share of the rows. */
-TILES static void amx_factors(void *it, i64 part) {
-    amx_job *j = it;
+TILES static void bf16_factors(void *it, i64 part) {
+    bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 steps = up(j->tokens, PAIR), ranks = j->terms * j->rank, tiles = amx_rank_tiles(ranks), group = 0, groups = 0;
-    i64 size = amx_sums_size(j->cols, j->blocks, tiles), wide = padded(j->widest);
-    i64 group_rows = amx_together(j->rows, amx_band(j->rows, j->cols, 2), j->parts);
-    float *at = amx_gradient_room(j, part), *dA = j->sums + part * size, *dB = j->row_sums;
+    i64 steps = up(j->tokens, PAIR), ranks = j->terms * j->rank, tiles = bf16_rank_tiles(ranks), group = 0, groups = 0;
+    i64 size = bf16_sums_size(j->cols, j->blocks, tiles), wide = padded(j->widest);
+    i64 group_rows = bf16_together(j->rows, bf16_band(j->rows, j->cols, 2), j->parts);
+    float *at = bf16_gradient_room(j, part), *dA = j->sums + part * size, *dB = j->row_sums;
     float *G = taken(&at, group_rows * PAIR * 4);
     half *H = taken(&at, 4 * TILE * 2), *B = taken(&at, group_rows * tiles * SIDE * 2);
     half *ordered = taken(&at, j->contiguous ? 0 : group_rows * wide * 2);
@@ -200,8 +200,8 @@ TILES static void amx_factors(void *it, i64 part) {
 }
 
 /* dB of its sums: those of a row's second terms lie behind those of its first. */
-static void amx_write_dB(const amx_job *j) {
-    i64 tiles = amx_rank_tiles(j->terms * j->rank);
+static void bf16_write_dB(const bf16_job *j) {
+    i64 tiles = bf16_rank_tiles(j->terms * j->rank);
     const float *from = j->row_sums;
     for (i64 k = 0; k < j->blocks; k++) {
         const i64 *rows = j->row_index + j->row_offsets[k];
@@ -221,8 +221,8 @@ static void amx_write_dB(const amx_job *j) {
 }
 
 /* dA of the parts' sums. */
-static void amx_write_dA(const amx_job *j) {
-    i64 tiles = amx_rank_tiles(j->terms * j->rank), size = amx_sums_size(j->cols, j->blocks, tiles);
+static void bf16_write_dA(const bf16_job *j) {
+    i64 tiles = bf16_rank_tiles(j->terms * j->rank), size = bf16_sums_size(j->cols, j->blocks, tiles);
     const float *from = j->sums;
     for (i64 k = 0; k < j->blocks; k++) {
         const i64 *cols = j->col_index + j->col_offsets[k];
@@ -248,35 +248,35 @@ static void amx_write_dA(const amx_job *j) {
 }
 
 /* dA (rank, cols) and dB (rows, rank), stored as A and B: of dY (tokens, rows), with contiguous rows, and what
- * smoa_amx_forward takes. A_halves and B_halves are A (terms rank, cols) and B (rows, terms rank) in bfloat16. */
-void smoa_amx_gradient(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stride, const void *x, i64 x_stride,
+ * smoa_bf16_forward takes. A_halves and B_halves are A (terms rank, cols) and B (rows, terms rank) in bfloat16. */
+void smoa_bf16_gradient(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stride, const void *x, i64 x_stride,
                        const void *weight, i64 stride, const uint16_t *keep, const i64 *row_index, const i64 *col_index,
                        const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous,
                        const int32_t *ranks, i64 rank, i64 factors, float scaling, i64 terms, const void *A_halves,
                        const void *B_halves, void *dA, void *dB, float *workspace, i64 threads) {
-    amx_job job = amx_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
+    bf16_job job = bf16_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, NULL, NULL, factors, scaling, threads);
-    i64 tiles = amx_rank_tiles(terms * rank), wide = amx_block_tiles(cols, blocks) * TERMS;
-    i64 band = amx_band(rows, cols, 2), some = least(tokens, band);
-    i64 sums = amx_sums_size(rows, blocks, tiles) + threads * amx_sums_size(cols, blocks, tiles);
+    i64 tiles = bf16_rank_tiles(terms * rank), wide = bf16_block_tiles(cols, blocks) * TERMS;
+    i64 band = bf16_band(rows, cols, 2), some = least(tokens, band);
+    i64 sums = bf16_sums_size(rows, blocks, tiles) + threads * bf16_sums_size(cols, blocks, tiles);
     float *at = from_a_line(workspace);
     job.terms = terms, job.A = A_halves, job.B = B_halves, job.dA = dA, job.dB = dB;
-    job.dy_terms = taken(&at, amx_block_tiles(rows, blocks) * TERMS * up(some, PAIR) * PAIR * 2);
+    job.dy_terms = taken(&at, bf16_block_tiles(rows, blocks) * TERMS * up(some, PAIR) * PAIR * 2);
     job.x_terms = taken(&at, wide * up(some, PAIR) * PAIR * 2);
     job.A_tiles = taken(&at, wide * tiles * SIDE * 2);
-    job.row_sums = taken(&at, sums * 4), job.sums = job.row_sums + amx_sums_size(rows, blocks, tiles);
+    job.row_sums = taken(&at, sums * 4), job.sums = job.row_sums + bf16_sums_size(rows, blocks, tiles);
     job.line = taken(&at, (tiles + 1) * SIDE * 4);
     job.workspace = at;
     memset(job.row_sums, 0, (size_t)sums * sizeof *job.row_sums);
-    amx_A_tiles(&job);
+    bf16_A_tiles(&job);
     for (i64 first = 0; first < tokens; first += band) {
         job.tokens = least(band, tokens - first);
         job.dy = (const half *)dy + first * dy_stride, job.dy_stride = dy_stride;
         job.x = (const half *)x + first * x_stride, job.x_stride = x_stride;
         job.keep = keep ? keep + first * words(cols) : NULL;
-        in_parallel(amx_gradient_prepare, &job, threads);
-        in_parallel(amx_factors, &job, threads);
+        in_parallel(bf16_gradient_prepare, &job, threads);
+        in_parallel(bf16_factors, &job, threads);
     }
-    amx_write_dA(&job);
-    amx_write_dB(&job);
+    bf16_write_dA(&job);
+    bf16_write_dB(&job);
 }

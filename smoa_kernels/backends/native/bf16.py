@@ -1,7 +1,8 @@
-"""bfloat16 by AMX: one compiled call for y, one for dA and dB, one for dX (`amx_linear.h` and what it names).
+"""bfloat16 by AMX or AVX512-BF16: one compiled call for y, one for dA and dB, one for dX (`bf16_linear.h` and others).
 
-A frozen layer takes so little time there that copies, torch's calls and Python between GEMMs would count for more than
-the GEMMs. float16 is torch's (`torch_gemms.py`), as is all where there is no AMX.
+With AMX a frozen layer takes so little time that copies, torch's calls and Python between GEMMs would count for more
+than the GEMMs; of small layers they do so on any processor. float16 is torch's (`torch_gemms.py`), as is all where
+there is neither.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from ..pages import in_large_pages, workspace
 from .library import library, obstacle
 from .operands import KINDS, Mask, blocks_of, kept_by, named, with_rows
 
-__all__ = ["AMX", "backward", "is_there", "multiplies", "split"]
+__all__ = ["COMPILED_BF16", "backward", "has_amx", "is_there", "multiplies", "split"]
 
-AMX = "smoa::compiled_amx"
+COMPILED_BF16 = "smoa::compiled_bf16"
 """What these compiled functions are called in a profile."""
 
 
@@ -37,7 +38,13 @@ def multiplies(tokens: Tensor, adapter: PackedAdapter) -> bool:
 
 @functools.cache
 def is_there() -> bool:
-    """Whether this process may use AMX: processor, system, compiler, and what torch's GEMMs are held to, allow it."""
+    """Whether this process may use this code: processor, compiler, and what torch's GEMMs are held to, allow it."""
+    return obstacle() is None and bool(library().smoa_bf16_fit())
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether it may use AMX, which the system must allow too."""
     return obstacle() is None and bool(library().smoa_amx_fit())
 
 
@@ -48,12 +55,12 @@ def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     *blocks, ranks = blocks_of(adapter)
     shape, rank, indices = (x.shape[0], *weight.shape), A.shape[0], [one.data_ptr() for one in blocks]
     y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
-    floats = code.smoa_amx_forward_workspace(
+    floats = code.smoa_bf16_forward_workspace(
         *shape, indices[3], p.num_blocks, p.is_contiguous, mask is not None, rank, threads
     )
     room = workspace(x, floats)
-    with named(AMX):
-        code.smoa_amx_forward(
+    with named(COMPILED_BF16):
+        code.smoa_bf16_forward(
             *shape, x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask), *indices,
             p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype],
             _scale(adapter, mask), y.data_ptr(), room.data_ptr(), threads,
@@ -75,12 +82,12 @@ def backward(
         A_halves, B_halves = A, B
         if A.dtype != torch.bfloat16:
             terms, A_halves, B_halves = 2, _halves(A, 0), _halves(B, 1)
-        floats = code.smoa_amx_gradient_workspace(
+        floats = code.smoa_bf16_gradient_workspace(
             *shape, indices[3], p.num_blocks, p.is_contiguous, terms * rank, threads
         )
         room = workspace(dy, floats)
-        with named(AMX):
-            code.smoa_amx_gradient(
+        with named(COMPILED_BF16):
+            code.smoa_bf16_gradient(
                 *shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
                 kept_by(mask), *indices, p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, KINDS[A.dtype], scale,
                 terms, A_halves.data_ptr(), B_halves.data_ptr(), dA.data_ptr(), dB.data_ptr(), room.data_ptr(),
@@ -89,12 +96,12 @@ def backward(
 
     if needs_x:
         dx = in_large_pages(dy.new_empty(dy.shape[0], weight.shape[1]))
-        floats = code.smoa_amx_input_workspace(
+        floats = code.smoa_bf16_input_workspace(
             *shape, indices[2], p.num_blocks, rank, mask is not None, threads
         )
         room = workspace(dy, floats)
-        with named(AMX):
-            code.smoa_amx_input(
+        with named(COMPILED_BF16):
+            code.smoa_bf16_input(
                 *shape, dy.data_ptr(), dy.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask), *indices,
                 p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype],
                 scale, dx.data_ptr(), room.data_ptr(), threads,

@@ -1,4 +1,4 @@
-/* What bfloat16 GEMMs by AMX are made of (tiles.h): a layer, and how its activations become tiles.
+/* What bfloat16 GEMMs are made of (tiles.h): a layer, and how its activations become tiles.
  *
  * Sixteen tokens of activations, whose columns are the terms, become pairs by a transpose; then a line holds two columns of
  * all 16 tokens, and to put columns in a block's order is to pick halves of lines.
@@ -34,13 +34,13 @@ typedef struct {
     half *left;
     int32_t *row_block, *col_block;
     float *workspace; /* each part's own */
-} amx_job;
+} bf16_job;
 
-static amx_job amx_job_of(i64 tokens, i64 rows, i64 cols, const void *weight, i64 stride, const uint16_t *keep,
+static bf16_job bf16_job_of(i64 tokens, i64 rows, i64 cols, const void *weight, i64 stride, const uint16_t *keep,
                           const i64 *row_index, const i64 *col_index, const int32_t *row_offsets,
                           const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
                           const void *A, const void *B, i64 factors, float scaling, i64 threads) {
-    amx_job job = {.tokens = tokens, .rows = rows, .cols = cols, .blocks = blocks, .rank = rank, .parts = threads,
+    bf16_job job = {.tokens = tokens, .rows = rows, .cols = cols, .blocks = blocks, .rank = rank, .parts = threads,
                    .contiguous = contiguous, .weight = weight, .stride = stride, .keep = keep, .row_index = row_index,
                    .col_index = col_index, .row_offsets = row_offsets, .col_offsets = col_offsets, .ranks = ranks,
                    .tallest = largest_of(row_offsets, blocks), .widest = largest_of(col_offsets, blocks)};
@@ -60,17 +60,18 @@ static void *taken(float **at, i64 bytes) {
 
 /* Tokens that are in a workspace at a time, so many quarters of those whose x or dY takes half of W0's memory, or of 1024: of
  * more the copies would take more memory, of fewer W0 would be prepared more often. */
-static i64 amx_band(i64 rows, i64 cols, i64 quarters) {
+static i64 bf16_band(i64 rows, i64 cols, i64 quarters) {
     i64 fit = up((rows + cols) * quarters, 16 * PAIR) * PAIR;
     return fit > 256 * quarters ? fit : 256 * quarters;
 }
 
-/* One of add_products' products: of tiles at a and `below` it, b and `beside` it. */
+/* One of add_products' products: of tiles at a and `below` it, b and `beside` it; 0 where only the first ones count. */
 TILES static inline void add_product(i64 depth, const half *a, i64 below, const half *b, i64 beside, int add, float *sums) {
     if (!amx_allowed()) {
         if (!add) memset(sums, 0, PAIR * PAIR * sizeof *sums);
         for (int i = 0; i < 4; i++)
-            add_dots(depth, a + i / 2 * below, b + i % 2 * beside, sums + i / 2 * SIDE * PAIR + i % 2 * SIDE, PAIR);
+            if ((i < 2 || below) && (i % 2 == 0 || beside))
+                add_dots(depth, a + i / 2 * below, b + i % 2 * beside, sums + i / 2 * SIDE * PAIR + i % 2 * SIDE, PAIR);
         return;
     }
     if (add)
@@ -197,5 +198,6 @@ static void ask_for_rows(const half *from, i64 stride, const i64 *rows, i64 coun
 }
 #endif
 
-/* Whether bfloat16 GEMMs by AMX can run here. */
-i64 smoa_amx_fit(void) { return dots_allowed(); }
+/* Whether this can run here, and whether by AMX. */
+i64 smoa_bf16_fit(void) { return dots_allowed(); }
+i64 smoa_amx_fit(void) { return amx_allowed(); }

@@ -1,4 +1,4 @@
-/* `y = x W0ᵀ + dropout(x) ΔWᵀ` in bfloat16 by AMX: both products are summed in one float32 tile and rounded once.
+/* `y = x W0ᵀ + dropout(x) ΔWᵀ` in bfloat16: both products are summed in one float32 tile and rounded once.
  *
  * W0's rows are left tiles as they lie, x is prepared once. Some rows of one block at a time are copied side by side, ΔW is
  * made of them, and both are multiplied by all tokens. What comes out are columns of y, 32 tokens each, so that to put them
@@ -6,54 +6,54 @@
  */
 #pragma once
 
-#include "amx.h"
+#include "bf16.h"
 
 /* Of `all` rows, or columns, of so many numbers each, those that are multiplied together by all tokens: they stay in the L2
  * cache, and there is work for all threads. */
-static i64 amx_together(i64 all, i64 numbers, i64 threads) {
+static i64 bf16_together(i64 all, i64 numbers, i64 threads) {
     enum { TOGETHER_MOST = 256, CACHED = 1 << 20 };
     i64 fit = least(TOGETHER_MOST, up(CACHED / 2, numbers * PAIR) * PAIR);
     return least(fit, up(up(all, threads), PAIR) * PAIR);
 }
 
-static i64 amx_forward_part_size(i64 rows, i64 cols, i64 widest, i64 rank, i64 threads) {
-    i64 height = amx_together(rows, cols, threads);
+static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 widest, i64 rank, i64 threads) {
+    i64 height = bf16_together(rows, cols, threads);
     return lines(up(cols, TERMS) * TILE / 2) + lines(height * up(cols, TERMS) * TERMS / 2) +
            lines(height * up(widest, TERMS) * TERMS / 2) + 2 * lines(ROWS * padded(widest) / 2) +
            lines(rank * padded(widest)) + lines(rank * ROWS) + pieces_size(cols) + lines(height * PAIR) + lines(height * PAIR / 2);
 }
 
-static i64 amx_pairs(i64 tokens) { return up(tokens, PAIR) * 2; }
+static i64 bf16_pairs(i64 tokens) { return up(tokens, PAIR) * 2; }
 
 /* Tiles of each block's columns, padded: no more than these. */
-static i64 amx_block_tiles(i64 cols, i64 blocks) { return up(cols, TERMS) + blocks; }
+static i64 bf16_block_tiles(i64 cols, i64 blocks) { return up(cols, TERMS) + blocks; }
 
 /* Whether x as it is has a block's columns as tiles: those of contiguous blocks, of which nothing is dropped. */
-static i64 amx_lies(const int32_t *col_offsets, i64 blocks, i64 contiguous, int masked) {
+static i64 bf16_lies(const int32_t *col_offsets, i64 blocks, i64 contiguous, int masked) {
     i64 lies = contiguous && !masked;
     for (i64 k = 0; k < blocks; k++) lies = lies && col_offsets[k] % TERMS == 0;
     return lies;
 }
 
-/* Floats that smoa_amx_forward needs. */
-i64 smoa_amx_forward_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *col_offsets, i64 blocks, i64 contiguous,
+/* Floats that smoa_bf16_forward needs. */
+i64 smoa_bf16_forward_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *col_offsets, i64 blocks, i64 contiguous,
                                i64 masked, i64 rank, i64 threads) {
-    i64 widest = largest_of(col_offsets, blocks), lies = amx_lies(col_offsets, blocks, contiguous, masked != 0);
-    i64 tiles = up(cols, TERMS) + (lies ? 0 : amx_block_tiles(cols, blocks));
-    return amx_pairs(least(tokens, amx_band(rows, cols, contiguous ? 4 : 3))) * (tiles * TILE + (contiguous ? 0 : up(rows, TERMS) * TILE)) / 2 +
-           threads * amx_forward_part_size(rows, cols, widest, rank, threads) + 16;
+    i64 widest = largest_of(col_offsets, blocks), lies = bf16_lies(col_offsets, blocks, contiguous, masked != 0);
+    i64 tiles = up(cols, TERMS) + (lies ? 0 : bf16_block_tiles(cols, blocks));
+    return bf16_pairs(least(tokens, bf16_band(rows, cols, contiguous ? 4 : 3))) * (tiles * TILE + (contiguous ? 0 : up(rows, TERMS) * TILE)) / 2 +
+           threads * bf16_forward_part_size(rows, cols, widest, rank, threads) + 16;
 }
 
-static float *amx_forward_room(const amx_job *j, i64 part) {
-    return j->workspace + part * amx_forward_part_size(j->rows, j->cols, j->widest, j->rank, j->parts);
+static float *bf16_forward_room(const bf16_job *j, i64 part) {
+    return j->workspace + part * bf16_forward_part_size(j->rows, j->cols, j->widest, j->rank, j->parts);
 }
 
 /* x as right tiles, and again in block order, without what is dropped. */
-static void amx_prepare(void *it, i64 part) {
-    amx_job *j = it;
+static void bf16_prepare(void *it, i64 part) {
+    bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 tiles = up(j->cols, TERMS), panels = amx_pairs(j->tokens);
-    half *some = (half *)amx_forward_room(j, part);
+    i64 tiles = up(j->cols, TERMS), panels = bf16_pairs(j->tokens);
+    half *some = (half *)bf16_forward_room(j, part);
     for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++) {
         const half *x = j->x + p * SIDE * j->x_stride, *from = j->all + p * tiles * TILE;
         i64 there = j->tokens - p * SIDE;
@@ -71,7 +71,7 @@ static void amx_prepare(void *it, i64 part) {
 
 /* Some rows of block k as left tiles: W0's, and ΔW's of the block's columns, by way of ROWS lines where those are in order,
  * and of as many where they are made. */
-static void amx_rows(const amx_job *j, i64 k, i64 first, i64 count, const float *A, float *factor,
+static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const float *A, float *factor,
                      const piece *pieces, i64 some, half *ordered, half *made, half *base, half *delta) {
     i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left, step = padded(j->widest);
     const i64 *rows = j->row_index + first;
@@ -103,12 +103,12 @@ TILES static void write_columns(const float *sums, const i64 *rows, i64 count, h
                            both_narrowed(load(sums + i * PAIR), load(sums + i * PAIR + SIDE)));
 }
 
-TILES static void amx_multiply(void *it, i64 part) {
-    amx_job *j = it;
+TILES static void bf16_multiply(void *it, i64 part) {
+    bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 tiles = up(j->cols, TERMS), panels = amx_pairs(j->tokens), groups = 0;
-    i64 tall = up(j->rows, TERMS) * TERMS * PAIR, together = amx_together(j->rows, j->cols, j->parts);
-    float *at = amx_forward_room(j, part);
+    i64 tiles = up(j->cols, TERMS), panels = bf16_pairs(j->tokens), groups = 0;
+    i64 tall = up(j->rows, TERMS) * TERMS * PAIR, together = bf16_together(j->rows, j->cols, j->parts);
+    float *at = bf16_forward_room(j, part);
     half *base = taken(&at, together * tiles * TERMS * 2), *delta = taken(&at, together * up(j->widest, TERMS) * TERMS * 2);
     half *ordered = taken(&at, ROWS * padded(j->widest) * 2), *made = taken(&at, ROWS * padded(j->widest) * 2);
     float *A = taken(&at, j->rank * padded(j->widest) * 4), *factor = taken(&at, j->rank * ROWS * 4);
@@ -131,15 +131,18 @@ TILES static void amx_multiply(void *it, i64 part) {
                 some = half_pieces_of(j->col_index + left, width, pieces);
                 copy_A(&j->change, j->col_index + left, width, rank, A);
             }
-            amx_rows(j, k, top + n, count, deep ? A : NULL, factor, pieces, some, ordered, made, base, delta);
+            bf16_rows(j, k, top + n, count, deep ? A : NULL, factor, pieces, some, ordered, made, base, delta);
             for (i64 p = 0; p < panels; p += 2) {
                 const half *all = j->all + p * tiles * TILE;
+                i64 second = (p + 1) * SIDE < j->tokens;
                 ask_for_rows(j->weight, j->stride, rows + count, next, j->cols, p / 2, panels / 2);
-                add_products(up(count, PAIR), tiles, tiles, base, 2 * tiles, all, tiles, 0, 0, sums);
+                add_products(up(count, PAIR), tiles, tiles, base, 2 * tiles, all, second * tiles, 0, 0, sums);
                 if (deep && j->lies)
-                    add_products(up(count, PAIR), deep, deep, delta, 2 * deep, all + left / TERMS * TILE, tiles, 0, 1, sums);
+                    add_products(up(count, PAIR), deep, deep, delta, 2 * deep, all + left / TERMS * TILE, second * tiles,
+                                 0, 1, sums);
                 else if (deep)
-                    add_products(up(count, PAIR), deep, deep, delta, 2 * deep, blocked + p * deep * TILE, deep, 0, 1, sums);
+                    add_products(up(count, PAIR), deep, deep, delta, 2 * deep, blocked + p * deep * TILE, second * deep, 0, 1,
+                                 sums);
                 if (!j->contiguous) {
                     write_columns(sums, rows, count, j->columns + p / 2 * tall);
                     continue;
@@ -154,8 +157,8 @@ TILES static void amx_multiply(void *it, i64 part) {
     end_tiles();
 }
 
-static void amx_finish(void *it, i64 part) {
-    amx_job *j = it;
+static void bf16_finish(void *it, i64 part) {
+    bf16_job *j = it;
     if (part >= j->parts) return;
     i64 panels = up(j->tokens, SIDE), tall = up(j->rows, TERMS) * TERMS * PAIR;
     for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++)
@@ -164,25 +167,25 @@ static void amx_finish(void *it, i64 part) {
 
 /* y (tokens, rows): x (tokens, cols) and W0 (rows, cols) with contiguous rows, of x some dropped by `keep` for ΔW, as in
  * smoa_order. A (rank, cols) and B (rows, rank) are `factors`, contiguous. There is a token, a row and a column. */
-void smoa_amx_forward(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_stride, const void *weight, i64 stride,
+void smoa_bf16_forward(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_stride, const void *weight, i64 stride,
                       const uint16_t *keep, const i64 *row_index, const i64 *col_index, const int32_t *row_offsets,
                       const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
                       const void *A, const void *B, i64 factors, float scaling, void *y, float *workspace, i64 threads) {
-    amx_job job = amx_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
+    bf16_job job = bf16_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
     float *at = from_a_line(workspace);
-    i64 band = amx_band(rows, cols, contiguous ? 4 : 3), panels = amx_pairs(least(tokens, band));
-    job.lies = amx_lies(col_offsets, blocks, contiguous, keep != NULL);
+    i64 band = bf16_band(rows, cols, contiguous ? 4 : 3), panels = bf16_pairs(least(tokens, band));
+    job.lies = bf16_lies(col_offsets, blocks, contiguous, keep != NULL);
     job.all = taken(&at, panels * up(cols, TERMS) * TILE * 2);
-    if (!job.lies) job.blocked = taken(&at, panels * amx_block_tiles(cols, blocks) * TILE * 2);
+    if (!job.lies) job.blocked = taken(&at, panels * bf16_block_tiles(cols, blocks) * TILE * 2);
     if (!contiguous) job.columns = taken(&at, panels * up(rows, TERMS) * TERMS * SIDE * 2);
     job.workspace = at;
     for (i64 first = 0; first < tokens; first += band) {
         job.tokens = least(band, tokens - first);
         job.x = (const half *)x + first * x_stride, job.x_stride = x_stride, job.y = (half *)y + first * rows;
         job.keep = keep ? keep + first * words(cols) : NULL;
-        in_parallel(amx_prepare, &job, threads);
-        in_parallel(amx_multiply, &job, threads);
-        if (!contiguous) in_parallel(amx_finish, &job, threads);
+        in_parallel(bf16_prepare, &job, threads);
+        in_parallel(bf16_multiply, &job, threads);
+        if (!contiguous) in_parallel(bf16_finish, &job, threads);
     }
 }
