@@ -146,6 +146,8 @@ TILES static void weight_tiles(const bf16_job *j, i64 left, i64 width, const int
             vf w[ROWS], update[ROWS] = {{0}};
 #pragma GCC unroll 4
             for (int i = 0; i < ROWS; i++) {
+                /* Rows are too far apart for the processor to foresee them. */
+                __builtin_prefetch(j->weight + (n + 2 * ROWS + i) * j->stride + left + c);
                 own[i] = _mm512_cmpeq_epi32_mask(col, block[i]);
                 __m256i found = _mm256_maskz_loadu_epi16(i < there ? inside : 0, j->weight + (n + i) * j->stride + left + c);
                 w[i] = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(found), 16);
