@@ -47,8 +47,7 @@ def adapted(
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """Cross-entropy of the last position, as in fine-tuning on one-word answers (`examples/training.py`)."""
-    last = torch.tensor([-1], device=tokens.device)
-    logits = model(tokens[:, :-1], logits_to_keep=last).logits[:, -1]
+    logits = model(tokens[:, :-1], logits_to_keep=torch.tensor([-1])).logits[:, -1]
     return nn.functional.cross_entropy(logits, tokens[:, -1])
 
 

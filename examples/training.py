@@ -135,9 +135,9 @@ def next_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     known = inspect.signature(_base(model).forward).parameters
     extra: dict[str, Any] = {}
     if "logits_to_keep" in known:  # without it the head would score every position of every prompt
-        # As an index, not as a number: a slice of positions is a view with gaps, for which torch copies the head's
-        # weight once a prompt.
-        extra["logits_to_keep"] = torch.tensor([-1], device=input_ids.device)
+        # As an index, which every device takes, not as a number: a slice of positions is a view with gaps, for which
+        # torch's CPU code copies a frozen head's weight once a prompt.
+        extra["logits_to_keep"] = torch.tensor([-1])
     if "position_ids" in known:  # learned positions must not count the padding
         extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)

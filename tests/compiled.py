@@ -16,7 +16,7 @@ needs_amx = pytest.mark.skipif(
     not bf16.has_amx(), reason="needs a processor with AMX, and a system and a compiler that know it"
 )
 needs_bf16 = pytest.mark.skipif(
-    not bf16.is_there(), reason="needs a processor with AMX or AVX512-BF16, and a compiler that knows it"
+    not bf16.is_there(), reason="needs a processor with AVX512-BF16 and VBMI2, and a compiler that knows them"
 )
 
 

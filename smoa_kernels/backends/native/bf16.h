@@ -65,7 +65,7 @@ static i64 bf16_band(i64 rows, i64 cols, i64 quarters) {
     return fit > 256 * quarters ? fit : 256 * quarters;
 }
 
-/* One of add_products' products: of tiles at a and `below` it, b and `beside` it; 0 where only the first ones count. */
+/* One of add_products' products, of tiles at a and `below` it, b and `beside` it. */
 TILES static inline void add_product(i64 depth, const half *a, i64 below, const half *b, i64 beside, int add, float *sums) {
     if (!amx_allowed()) {
         if (!add) memset(sums, 0, PAIR * PAIR * sizeof *sums);
@@ -93,7 +93,8 @@ TILES static inline void add_product(i64 depth, const half *a, i64 below, const 
 
 /* sums (count; PAIR, PAIR) = left right, or plus that where `add`, over `depth` tiles: PAIR rows of the left, whose second
  * run of tiles begins `below` after the first, PAIR columns of the right, whose second run begins `beside` after it. The
- * next product's tiles begin `left_step` and `right_step` later, one of which is 0. */
+ * next product's tiles begin `left_step` and `right_step` later, one of which is 0. Where `below` or `beside` is 0, only the
+ * first run counts: what stands in the others' sums is nobody's. */
 TILES static void add_products(i64 count, i64 depth, i64 below, const half *left, i64 left_step, const half *right,
                                i64 beside, i64 right_step, int add, float *sums) {
     for (i64 i = 0; i < count; i++, left += left_step * TILE, right += right_step * TILE, sums += PAIR * PAIR)
@@ -107,12 +108,12 @@ static inline half *terms_at(half *tiles, i64 depth, i64 row, i64 term) {
 
 /* Rows of left tiles, of one tile's at most SIDE, from `row` on: `width` numbers of each, and 0 behind them. A tile is
  * written at once: its rows lie side by side, those of a matrix do not. */
-static void copy_rows(const half *const *from, i64 count, i64 width, half *tiles, i64 depth, i64 row) {
+static void copy_rows(const void *const *from, i64 count, i64 width, half *tiles, i64 depth, i64 row) {
     half *to = terms_at(tiles, depth, row, 0);
     for (i64 c = 0; c < width; c += TERMS, to += TILE) {
         __mmask32 there = first_of(width - c);
         for (i64 i = 0; i < count; i++)
-            _mm512_store_si512(to + i * TERMS, _mm512_maskz_loadu_epi16(there, from[i] + c));
+            _mm512_store_si512(to + i * TERMS, _mm512_maskz_loadu_epi16(there, (const half *)from[i] + c));
     }
 }
 
@@ -171,7 +172,8 @@ INLINE __m512i tokens_of(const half *pairs, i64 next, i64 c) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-/* The reverse: rows of `to`, `stride` apart, from columns that are PAIR tokens side by side, SIDE of them read; without what `keep` drops. */
+/* The reverse: rows of `to`, `stride` apart, from columns that are PAIR tokens side by side, SIDE of them read; without
+ * what `keep` drops. */
 TILES static void rows_from(const half *columns, i64 tokens, i64 cols, const uint16_t *keep, half *to, i64 stride) {
     for (i64 c = 0; c < cols; c += TERMS) {
         __mmask32 there = first_of(cols - c);

@@ -20,7 +20,8 @@ static i64 bf16_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 t
 i64 smoa_bf16_input_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, i64 blocks, i64 rank, i64 masked,
                              i64 threads) {
     i64 tallest = largest_of(row_offsets, blocks);
-    i64 n = up(least(tokens, bf16_band(rows, cols, masked ? 3 : 4)), PAIR) * PAIR, update = bf16_block_tiles(rows, blocks) + up(cols, TERMS);
+    i64 n = up(least(tokens, bf16_band(rows, cols, masked ? 3 : 4)), PAIR) * PAIR;
+    i64 update = bf16_block_tiles(rows, blocks) + up(cols, TERMS);
     return lines(n * up(rows, TERMS) * TERMS / 2) + lines(rows) + lines(cols + SIDE) +
            lines(masked ? n * update * TERMS / 2 : 0) +
            threads * bf16_input_part_size(rows, cols, tallest, rank, threads) + 64;
@@ -38,7 +39,7 @@ static void bf16_input_prepare(void *it, i64 part) {
     half *pairs = (half *)bf16_input_room(j, part);
     for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++) {
         const half *dy = j->dy + p * SIDE * j->dy_stride;
-        const half *from[SIDE];
+        const void *from[SIDE];
         i64 there = least(SIDE, j->tokens - p * SIDE);
         for (i64 i = 0; i < there; i++) from[i] = dy + i * j->dy_stride;
         copy_rows(from, there, j->rows, j->left, tiles, p * SIDE);
@@ -182,7 +183,8 @@ TILES static void multiply_input(const bf16_job *j, i64 left, i64 width, const h
                 store(sums + (c + i) * PAIR, HALF_WIDENED(found, 0));
                 store(sums + (c + i) * PAIR + SIDE, HALF_WIDENED(found, 1));
             }
-        add_products(up(width, PAIR), deep, there > SIDE ? deep : 0, j->left + first * deep * TERMS, 0, tiles, deep, 2 * deep, add, sums);
+        add_products(up(width, PAIR), deep, there > SIDE ? deep : 0, j->left + first * deep * TERMS, 0, tiles, deep, 2 * deep,
+                     add, sums);
         for (i64 c = 0; c < width; c += PAIR)
             for (i64 i = 0; i < there; i++)
                 _mm512_mask_storeu_epi16(to + i * j->cols + c, first_of(width - c),

@@ -20,7 +20,8 @@ static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 widest, i64 rank, i64 
     i64 height = bf16_together(rows, cols, threads);
     return lines(up(cols, TERMS) * TILE / 2) + lines(height * up(cols, TERMS) * TERMS / 2) +
            lines(height * up(widest, TERMS) * TERMS / 2) + 2 * lines(ROWS * padded(widest) / 2) +
-           lines(rank * padded(widest)) + lines(rank * ROWS) + pieces_size(cols) + lines(height * PAIR) + lines(height * PAIR / 2);
+           lines(rank * padded(widest)) + lines(rank * ROWS) + pieces_size(cols) + lines(height * PAIR) +
+           lines(height * PAIR / 2);
 }
 
 static i64 bf16_pairs(i64 tokens) { return up(tokens, PAIR) * 2; }
@@ -76,7 +77,7 @@ static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const floa
     i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left, step = padded(j->widest);
     const i64 *rows = j->row_index + first;
     for (i64 i = 0; i < count; i += SIDE) {
-        const half *from[SIDE];
+        const void *from[SIDE];
         for (i64 r = 0; r < least(SIDE, count - i); r++) from[r] = j->weight + rows[i + r] * j->stride;
         copy_rows(from, least(SIDE, count - i), j->cols, base, up(j->cols, TERMS), i);
     }
@@ -92,7 +93,7 @@ static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const floa
                 gather_halves(row, j->col_index + left, width, pieces, some, NULL, 0, ordered + r * step);
         }
         change(&j->change, there, from, to, 0, width, A, padded(width), rows + i, factor, NULL, (int32_t)k);
-        copy_rows((const half *const *)to, there, width, delta, up(width, TERMS), i);
+        copy_rows((const void *const *)to, there, width, delta, up(width, TERMS), i);
     }
 }
 

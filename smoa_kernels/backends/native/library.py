@@ -47,7 +47,7 @@ _SIGNATURES = {
     "smoa_bf16_fit": "",
     "smoa_amx_fit": "",
 }
-# Those that are there where the compiler and the processor know bfloat16.
+# Those that are there where the compiler knows the instructions, and are called where the processor has them.
 _BF16_SIGNATURES = {
     "smoa_bf16_forward": "iiipipipppppiipippifppi",
     "smoa_bf16_gradient": "iiipipipipppppiipiifipppppi",
@@ -101,6 +101,7 @@ def _load() -> ctypes.CDLL | str:
         if found.smoa_source() != source.encode():
             return f"{path} was compiled from other sources: install the package again"
         found.smoa_bf16_fit.restype = _INT
+        found.smoa_amx_fit()  # asks the system for AMX, once, before threads run
         for name, arguments in (_SIGNATURES | (_BF16_SIGNATURES if found.smoa_bf16_fit() else {})).items():
             function = getattr(found, name)
             function.argtypes = [_TYPES[argument] for argument in arguments]

@@ -5,7 +5,7 @@
  * next to nothing: a weight's panel is modulated (`modulate`, adapter.h), permuted columns are read in their order and
  * some dropped (`pack`, panels.h). Neither W_eff nor gathered activations are ever written to memory. Beside y here there
  * are ΔW's own product (update.h) and the factors' gradients (gradient.h). AMX multiplies panels where there is one
- * (thirds.h). In bfloat16 all this has code of its own (bf16_linear.h).
+ * (thirds.h). bfloat16 has code of its own where the processor multiplies it (bf16_linear.h).
  *
  * Compiled once for each instruction set (hatch_build.py), which VECTOR_BYTES tells. No function allocates memory or
  * keeps anything between calls: panels lie in a workspace of the caller's. Sums run over the same terms in the same

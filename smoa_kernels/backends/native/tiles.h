@@ -25,13 +25,13 @@ enum {
     PAIR = 2 * SIDE,     /* rows and columns of a product, four tiles, and tokens that are prepared together */
 };
 
-/* A compiler writes AMX's instructions only where they are named: where there is none, the rest of such a function runs. */
+/* A compiler writes AMX's instructions only where they are named: on a processor without AMX the rest of a function runs. */
 #define TILES __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512vbmi2")))
 
 /* Whether torch's GEMMs may use one of these, which oneDNN asks the environment. */
 static int is_wanted(const char *const *names) {
     const char *limit = getenv("ONEDNN_MAX_CPU_ISA");
-    if (!limit || !strcasecmp(limit, "ALL") || !strcasecmp(limit, "DEFAULT")) return 1;
+    if (!limit || !*limit || !strcasecmp(limit, "ALL") || !strcasecmp(limit, "DEFAULT")) return 1;
     for (; *names; names++)
         for (const char *at = limit; *at; at++)
             if (!strncasecmp(at, *names, strlen(*names))) return 1;
@@ -40,9 +40,7 @@ static int is_wanted(const char *const *names) {
 
 static __attribute__((noinline)) int find_dots(void) {
     static const char *const names[] = {"BF16", "FP16", "AMX", "AVX10", NULL};
-    unsigned a, b, c, d;
-    __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
-    return (a >> 5 & 1) && moves_halves() && is_wanted(names);
+    return __builtin_cpu_supports("avx512bf16") && moves_halves() && is_wanted(names);
 }
 
 static __attribute__((noinline)) int find_amx(void) {
@@ -54,7 +52,7 @@ static __attribute__((noinline)) int find_amx(void) {
     return has && find_dots() && is_wanted(names) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-/* What is found once. Two threads find the same. */
+/* What is found once: when the library is loaded (library.py). */
 #define FOUND_ONCE(find)                                                                       \
     static int found = -1;                                                                     \
     if (__builtin_expect(found < 0, 0)) found = find();                                        \

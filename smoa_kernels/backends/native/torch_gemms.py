@@ -1,6 +1,6 @@
 """torch multiplies, in half precision above all; compiled code does what is no GEMM (`passes.h`, `gradient.h`).
 
-torch's GEMMs take what the processor has for half types; where that is for bfloat16, `bf16.py` takes it. Those of
+torch's GEMMs take what the processor has for half types; bfloat16 is `bf16.py`'s where that can run. Those of
 float32 are as fast as ours on Intel's processors with AVX-512 and no AMX, and take over there for many tokens, but for
 dropout. Around them the adapter asks for copies of activations in block order, for ΔW or W_eff, and for dA and dB of G:
 passes over memory, one each here, where torch's operators take several. The algorithms are the eager backend's.
