@@ -125,7 +125,7 @@ def read(path: Path) -> Run:
 
 
 def read_all(folder: Path) -> list[Run]:
-    """Every run in a folder: those on CPUs first, those on GPUs, CPUs that were not used whole; of each the newest first."""
+    """Every run in a folder: on CPUs, on GPUs, on CPUs that were not used whole; of each kind the newest first."""
     runs = sorted(
         (read(path) for path in folder.glob("*.json")), key=lambda run: (run.date, run.slug), reverse=True
     )
