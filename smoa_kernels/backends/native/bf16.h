@@ -69,9 +69,13 @@ static i64 bf16_band(i64 rows, i64 cols, i64 quarters) {
 TILES static inline void add_product(i64 depth, const half *a, i64 below, const half *b, i64 beside, int add, float *sums) {
     if (!amx_allowed()) {
         if (!add) memset(sums, 0, PAIR * PAIR * sizeof *sums);
-        for (int i = 0; i < 4; i++)
-            if ((i < 2 || below) && (i % 2 == 0 || beside))
-                add_dots(depth, a + i / 2 * below, b + i % 2 * beside, sums + i / 2 * SIDE * PAIR + i % 2 * SIDE, PAIR);
+        for (int i = 0; i < (below ? PAIR : SIDE); i += beside ? SIDE / 2 : SIDE) {
+            const half *rows = a + i / SIDE * below + i % SIDE * TERMS;
+            if (beside)
+                add_wide_dots(depth, rows, b, beside, sums + i * PAIR, PAIR);
+            else
+                add_dots(depth, rows, b, sums + i * PAIR, PAIR);
+        }
         return;
     }
     if (add)

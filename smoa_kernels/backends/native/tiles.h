@@ -111,23 +111,40 @@ TILES static inline void store_sums(float *to) {
     _tile_stored(3, to + SIDE * PAIR + SIDE, PAIR * 4);
 }
 
-/* sums (SIDE, SIDE), `stride` apart, += left right, over `depth` tiles of each. */
-TILES static void add_dots(i64 depth, const half *left, const half *right, float *sums, i64 stride) {
-    __m512 sum[SIDE];
+/* sums (rows, columns SIDE), `stride` apart, += left right, over `depth` tiles of each: up to SIDE rows of the left, and one
+ * or two runs of the right, the second `beside` the first. */
+TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, const half *right, i64 beside, float *sums,
+                          i64 stride) {
+    __m512 sum[SIDE][2];
 #pragma GCC unroll 16
-    for (int i = 0; i < SIDE; i++) sum[i] = _mm512_load_ps(sums + i * stride);
+    for (int i = 0; i < rows; i++)
+        for (int c = 0; c < columns; c++) sum[i][c] = _mm512_load_ps(sums + i * stride + c * SIDE);
     for (; depth > 0; depth--, left += TILE)
         for (int pair = 0; pair < SIDE; pair++, right += TERMS) {
-            __m512bh line = (__m512bh)_mm512_load_si512(right);
+            __m512bh line[2];
+            for (int c = 0; c < columns; c++) line[c] = (__m512bh)_mm512_load_si512(right + c * beside);
 #pragma GCC unroll 16
-            for (int i = 0; i < SIDE; i++) {
+            for (int i = 0; i < rows; i++) {
                 int32_t one;
                 memcpy(&one, left + i * TERMS + 2 * pair, sizeof one);
-                sum[i] = _mm512_dpbf16_ps(sum[i], line, (__m512bh)_mm512_set1_epi32(one));
+                __m512bh both = (__m512bh)_mm512_set1_epi32(one);
+                for (int c = 0; c < columns; c++) sum[i][c] = _mm512_dpbf16_ps(sum[i][c], line[c], both);
             }
         }
 #pragma GCC unroll 16
-    for (int i = 0; i < SIDE; i++) _mm512_store_ps(sums + i * stride, sum[i]);
+    for (int i = 0; i < rows; i++)
+        for (int c = 0; c < columns; c++) _mm512_store_ps(sums + i * stride + c * SIDE, sum[i][c]);
+}
+
+/* A tile of sums; and two side by side, half as high: Zen 5, which multiplies two lines a cycle, and reads as many, would
+ * read one for each of a single tile's products, and one more. */
+TILES static __attribute__((noinline)) void add_dots(i64 depth, const half *left, const half *right, float *sums, i64 stride) {
+    dots_of(SIDE, 1, depth, left, right, 0, sums, stride);
+}
+
+TILES static __attribute__((noinline)) void add_wide_dots(i64 depth, const half *left, const half *right, i64 beside,
+                                                          float *sums, i64 stride) {
+    dots_of(SIDE / 2, 2, depth, left, right, beside, sums, stride);
 }
 
 /* r = the transpose of its 16 rows of 16 numbers of 32 bits. */
