@@ -68,13 +68,12 @@ static i64 bf16_band(i64 rows, i64 cols, i64 quarters) {
 /* One of add_products' products, of tiles at a and `below` it, b and `beside` it. */
 TILES static inline void add_product(i64 depth, const half *a, i64 below, const half *b, i64 beside, int add, float *sums) {
     if (!amx_allowed()) {
-        if (!add) memset(sums, 0, PAIR * PAIR * sizeof *sums);
         for (int i = 0; i < (below ? PAIR : SIDE); i += beside ? SIDE / 2 : SIDE) {
             const half *rows = a + i / SIDE * below + i % SIDE * TERMS;
             if (beside)
-                add_wide_dots(depth, rows, b, beside, sums + i * PAIR, PAIR);
+                add_wide_dots(depth, rows, b, beside, add, sums + i * PAIR, PAIR, SIDE);
             else
-                add_dots(depth, rows, b, sums + i * PAIR, PAIR);
+                add_dots(depth, rows, b, add, sums + i * PAIR, PAIR);
         }
         return;
     }

@@ -104,23 +104,23 @@ TILES static void make_H(const float *G, const half *weight, i64 stride, i64 hei
 
 /* contract_H without AMX. Its calls are kept out of the loop there: they would put addresses on the stack, and reading those
  * behind tiles that were just stored made dA and dB a fifth slower. */
-static __attribute__((noinline)) void contract_by_dots(i64 tiles, const half *H, const half *A, i64 deep, const half *B,
+static __attribute__((noinline)) void contract_by_dots(i64 ranks, const half *H, const half *A, i64 deep, const half *B,
                                                       float *dA, float *dB) {
-    for (i64 q = 0; q < tiles; q++, A += deep * TILE, B += TILE, dA += PAIR * SIDE, dB += PAIR * SIDE)
-        for (int i = 0; i < 2; i++) {
-            add_dots(1, H + i * TILE, A, dB + i * SIDE * SIDE, SIDE);
-            add_dots(1, B, H + (2 + i) * TILE, dA + i * SIDE * SIDE, SIDE);
-        }
+    for (; ranks > 0; ranks -= SIDE, A += deep * TILE, B += TILE, dA += PAIR * SIDE, dB += PAIR * SIDE) {
+        for (i64 i = 0; i < PAIR; i += SIDE) add_dots(1, H + i * TERMS, A, 1, dB + i * SIDE, SIDE);
+        for (i64 t = 0; t < least(ranks, SIDE); t += SIDE / 2)
+            add_wide_dots(1, B + t * TERMS, H + 2 * TILE, TILE, 1, dA + t * SIDE, SIDE, SIDE * SIDE);
+    }
 }
 
-/* dB (PAIR, SIDE ranks) += H A, dA (2, SIDE ranks, SIDE columns) += B H, for each of some `tiles` of ranks. */
-TILES static inline void contract_H(i64 tiles, const half *H, const half *A, i64 deep, const half *B, float *dA, float *dB) {
+/* dB (PAIR, SIDE ranks) += H A, dA (2, SIDE ranks, SIDE columns) += B H, for each SIDE of the ranks. */
+TILES static inline void contract_H(i64 ranks, const half *H, const half *A, i64 deep, const half *B, float *dA, float *dB) {
     if (!amx_allowed()) {
-        contract_by_dots(tiles, H, A, deep, B, dA, dB);
+        contract_by_dots(ranks, H, A, deep, B, dA, dB);
         return;
     }
     WRITTEN;
-    for (i64 q = 0; q < tiles; q++, A += deep * TILE, B += TILE, dA += PAIR * SIDE, dB += PAIR * SIDE) {
+    for (; ranks > 0; ranks -= SIDE, A += deep * TILE, B += TILE, dA += PAIR * SIDE, dB += PAIR * SIDE) {
         _tile_loadd(0, dB, 64);
         _tile_loadd(1, dB + SIDE * SIDE, 64);
         _tile_loadd(2, dA, 64);
@@ -188,7 +188,7 @@ TILES static void bf16_factors(void *it, i64 part) {
                 for (i64 i = 0; i < count; i += PAIR) {
                     make_H(G + i * PAIR, weight + i * stride + c, stride, least(PAIR, count - i), width - c,
                            (vf){0} + j->change.scaling, H);
-                    contract_H(tiles, H, A + c / TERMS * TILE, deep, B + i / PAIR * tiles * TILE,
+                    contract_H(ranks, H, A + c / TERMS * TILE, deep, B + i / PAIR * tiles * TILE,
                                dA + c * tiles * SIDE, dB + (n + i) * tiles * SIDE);
                 }
             }

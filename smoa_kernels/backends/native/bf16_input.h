@@ -144,27 +144,30 @@ TILES static void weight_tiles(const bf16_job *j, i64 left, i64 width, const int
         for (i64 c = 0; c < width; c += SIDE) {
             __mmask16 inside = (__mmask16)first_of(width - c), own[ROWS] = {0};
             __m512i col = blocks ? _mm512_loadu_si512(blocks + c) : _mm512_set1_epi32(-1);
-            vf w[ROWS], update[ROWS] = {{0}};
+            __m256i found[ROWS];
 #pragma GCC unroll 4
             for (int i = 0; i < ROWS; i++) {
                 /* Rows are too far apart for the processor to foresee them. */
                 __builtin_prefetch(j->weight + (n + 2 * ROWS + i) * j->stride + left + c);
                 own[i] = _mm512_cmpeq_epi32_mask(col, block[i]);
-                __m256i found = _mm256_maskz_loadu_epi16(i < there ? inside : 0, j->weight + (n + i) * j->stride + left + c);
-                w[i] = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(found), 16);
+                found[i] = _mm256_maskz_loadu_epi16(i < there ? inside : 0, j->weight + (n + i) * j->stride + left + c);
             }
-            if (own[0] | own[1] | own[2] | own[3])
+            if (own[0] | own[1] | own[2] | own[3]) {
+                vf update[ROWS] = {{0}};
                 for (i64 t = 0; t < j->rank; t++) {
                     vf a = load(A + t * apart_by + c);
 #pragma GCC unroll 4
                     for (int i = 0; i < ROWS; i++) update[i] += a * B[(n + i) * j->rank + t];
                 }
 #pragma GCC unroll 4
-            for (int i = 0; i < ROWS; i++)
-                w[i] = (vf)_mm512_mask_fmadd_ps((__m512)w[i], own[i], (__m512)update[i], (__m512)w[i]);
+                for (int i = 0; i < ROWS; i++) {
+                    __m512 w = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(found[i]), 16);
+                    found[i] = narrowed((vf)_mm512_mask_fmadd_ps(w, own[i], (__m512)update[i], w));
+                }
+            }
             half *to = out + (c / SIDE * deep + n / TERMS) * TILE + n % TERMS * SIDE;
-            _mm512_store_si512(to, paired(narrowed(w[0]), narrowed(w[1])));
-            _mm512_store_si512(to + TERMS, paired(narrowed(w[2]), narrowed(w[3])));
+            _mm512_store_si512(to, paired(found[0], found[1]));
+            _mm512_store_si512(to + TERMS, paired(found[2], found[3]));
         }
     }
 }

@@ -111,14 +111,15 @@ TILES static inline void store_sums(float *to) {
     _tile_stored(3, to + SIDE * PAIR + SIDE, PAIR * 4);
 }
 
-/* sums (rows, columns SIDE), `stride` apart, += left right, over `depth` tiles of each: up to SIDE rows of the left, and one
- * or two runs of the right, the second `beside` the first. */
-TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, const half *right, i64 beside, float *sums,
-                          i64 stride) {
+/* sums (rows; columns, SIDE) = left right, or plus that where `add`, over `depth` tiles of each: up to SIDE rows of the left
+ * by one or two runs of the right. Of those the second begins `beside` after the first, and its sums `apart` after. */
+TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, const half *right, i64 beside, int add,
+                          float *sums, i64 stride, i64 apart) {
     __m512 sum[SIDE][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
-        for (int c = 0; c < columns; c++) sum[i][c] = _mm512_load_ps(sums + i * stride + c * SIDE);
+        for (int c = 0; c < columns; c++)
+            sum[i][c] = add ? _mm512_load_ps(sums + i * stride + c * apart) : _mm512_setzero_ps();
     for (; depth > 0; depth--, left += TILE)
         for (int pair = 0; pair < SIDE; pair++, right += TERMS) {
             __m512bh line[2];
@@ -133,18 +134,19 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, co
         }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
-        for (int c = 0; c < columns; c++) _mm512_store_ps(sums + i * stride + c * SIDE, sum[i][c]);
+        for (int c = 0; c < columns; c++) _mm512_store_ps(sums + i * stride + c * apart, sum[i][c]);
 }
 
-/* A tile of sums; and two side by side, half as high: Zen 5, which multiplies two lines a cycle, and reads as many, would
- * read one for each of a single tile's products, and one more. */
-TILES static __attribute__((noinline)) void add_dots(i64 depth, const half *left, const half *right, float *sums, i64 stride) {
-    dots_of(SIDE, 1, depth, left, right, 0, sums, stride);
+/* A tile of sums; and two, half as high: Zen 5 multiplies two lines a cycle and reads as many, so that it would wait for one
+ * to be read for each product of a single tile. */
+TILES static __attribute__((noinline)) void add_dots(i64 depth, const half *left, const half *right, int add, float *sums,
+                                                     i64 stride) {
+    dots_of(SIDE, 1, depth, left, right, 0, add, sums, stride, 0);
 }
 
-TILES static __attribute__((noinline)) void add_wide_dots(i64 depth, const half *left, const half *right, i64 beside,
-                                                          float *sums, i64 stride) {
-    dots_of(SIDE / 2, 2, depth, left, right, beside, sums, stride);
+TILES static __attribute__((noinline)) void add_wide_dots(i64 depth, const half *left, const half *right, i64 beside, int add,
+                                                          float *sums, i64 stride, i64 apart) {
+    dots_of(SIDE / 2, 2, depth, left, right, beside, add, sums, stride, apart);
 }
 
 /* r = the transpose of its 16 rows of 16 numbers of 32 bits. */
