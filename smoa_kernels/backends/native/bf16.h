@@ -122,7 +122,9 @@ static void copy_rows(const void *const *from, i64 count, i64 width, half *tiles
 
 /* A line of pairs: one of `low`, one of `high`, and so on. */
 INLINE __m512i paired(__m256i low, __m256i high) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+    static const uint16_t order[] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    return _mm512_permutex2var_epi16(_mm512_castsi256_si512(low), _mm512_loadu_si512(order), _mm512_castsi256_si512(high));
 }
 
 TILES static inline __m256i narrowed(vf value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }

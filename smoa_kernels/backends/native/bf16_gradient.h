@@ -89,16 +89,18 @@ TILES static void make_H(const float *G, const half *weight, i64 stride, i64 hei
     __mmask32 there = first_of(width);
     half *right = H + 2 * TILE;
     for (i64 i = 0; i < PAIR; i += 2, right += TERMS) {
-        vf low[2], high[2];
+        __m512i line[2];
 #pragma GCC unroll 2
         for (int r = 0; r < 2; r++) {
             __m512i w = _mm512_maskz_loadu_epi16(i + r < height ? there : 0, weight + (i + r) * stride);
-            low[r] = load(G + (i + r) * PAIR) * (scale * HALF_WIDENED(w, 0));
-            high[r] = load(G + (i + r) * PAIR + SIDE) * (scale * HALF_WIDENED(w, 1));
-            _mm512_store_si512(H + (i + r) * TERMS, both_narrowed(low[r], high[r]));
+            line[r] = both_narrowed(load(G + (i + r) * PAIR) * (scale * HALF_WIDENED(w, 0)),
+                                    load(G + (i + r) * PAIR + SIDE) * (scale * HALF_WIDENED(w, 1)));
+            _mm512_store_si512(H + (i + r) * TERMS, line[r]);
         }
-        _mm512_store_si512(right, paired(narrowed(low[0]), narrowed(low[1])));
-        _mm512_store_si512(right + TILE, paired(narrowed(high[0]), narrowed(high[1])));
+#pragma GCC unroll 2
+        for (int c = 0; c < 2; c++)
+            _mm512_store_si512(right + c * TILE,
+                               paired(_mm512_extracti64x4_epi64(line[0], c), _mm512_extracti64x4_epi64(line[1], c)));
     }
 }
 

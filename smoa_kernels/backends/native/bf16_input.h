@@ -137,35 +137,35 @@ static void bf16_input_mask(void *it, i64 part) {
 TILES static void weight_tiles(const bf16_job *j, i64 left, i64 width, const int32_t *blocks, const float *A,
                              const float *B, half *out) {
     i64 deep = up(j->rows, TERMS), apart_by = padded(bf16_together(j->cols, j->rows, j->parts));
-    for (i64 n = 0; n < deep * TERMS; n += ROWS) {
-        i64 there = least(ROWS, j->rows - n);
+    i64 stride = j->stride, rank = j->rank, rows = j->rows; /* `out` might be where j is, for all a compiler knows */
+    for (i64 n = 0; n < deep * TERMS; n += ROWS, B += ROWS * rank) {
+        const half *row = j->weight + n * stride + left;
         __m512i block[ROWS];
-        for (int i = 0; i < ROWS; i++) block[i] = _mm512_set1_epi32(blocks && i < there ? j->row_block[n + i] : -2);
-        for (i64 c = 0; c < width; c += SIDE) {
+        for (int i = 0; i < ROWS; i++) block[i] = _mm512_set1_epi32(blocks && n + i < rows ? j->row_block[n + i] : -2);
+        half *to = out + n / TERMS * TILE + n % TERMS * SIDE;
+        for (i64 c = 0; c < width; c += SIDE, to += deep * TILE) {
             __mmask16 inside = (__mmask16)first_of(width - c), own[ROWS] = {0};
             __m512i col = blocks ? _mm512_loadu_si512(blocks + c) : _mm512_set1_epi32(-1);
             __m256i found[ROWS];
 #pragma GCC unroll 4
             for (int i = 0; i < ROWS; i++) {
                 /* Rows are too far apart for the processor to foresee them. */
-                __builtin_prefetch(j->weight + (n + 2 * ROWS + i) * j->stride + left + c);
+                __builtin_prefetch(row + (2 * ROWS + i) * stride + c);
                 own[i] = _mm512_cmpeq_epi32_mask(col, block[i]);
-                found[i] = _mm256_maskz_loadu_epi16(i < there ? inside : 0, j->weight + (n + i) * j->stride + left + c);
+                found[i] = _mm256_maskz_loadu_epi16(n + i < rows ? inside : 0, row + i * stride + c);
             }
             if (own[0] | own[1] | own[2] | own[3]) {
                 vf update[ROWS] = {{0}};
-                for (i64 t = 0; t < j->rank; t++) {
-                    vf a = load(A + t * apart_by + c);
+                const float *a = A + c;
+                for (i64 t = 0; t < rank; t++, a += apart_by)
 #pragma GCC unroll 4
-                    for (int i = 0; i < ROWS; i++) update[i] += a * B[(n + i) * j->rank + t];
-                }
+                    for (int i = 0; i < ROWS; i++) update[i] += load(a) * B[i * rank + t];
 #pragma GCC unroll 4
                 for (int i = 0; i < ROWS; i++) {
                     __m512 w = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(found[i]), 16);
                     found[i] = narrowed((vf)_mm512_mask_fmadd_ps(w, own[i], (__m512)update[i], w));
                 }
             }
-            half *to = out + (c / SIDE * deep + n / TERMS) * TILE + n % TERMS * SIDE;
             _mm512_store_si512(to, paired(found[0], found[1]));
             _mm512_store_si512(to + TERMS, paired(found[2], found[3]));
         }
