@@ -7,10 +7,13 @@
 
 #include "bf16_linear.h"
 
+/* Tokens of a band: of more than contiguous blocks', where y's workspace, which is the same memory, holds as much. */
+static i64 bf16_gradient_band(i64 rows, i64 cols, i64 contiguous) { return bf16_band(rows, cols, contiguous ? 2 : 4); }
+
 static i64 bf16_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
 
 static i64 bf16_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous, i64 tiles, i64 threads) {
-    i64 height = bf16_together(rows, bf16_band(rows, cols, 2), threads);
+    i64 height = bf16_together(rows, bf16_gradient_band(rows, cols, contiguous), threads);
     i64 prepare = lines(up(rows, TERMS) * TILE) + lines(up(cols, TERMS) * TILE);
     i64 factors = lines(height * PAIR) + 2 * TILE + lines(height * tiles * SIDE / 2) +
                   lines(contiguous ? 0 : height * padded(widest) / 2) + pieces_size(cols);
@@ -24,7 +27,7 @@ static i64 bf16_sums_size(i64 count, i64 blocks, i64 tiles) { return bf16_block_
 i64 smoa_bf16_gradient_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *col_offsets, i64 blocks, i64 contiguous,
                                 i64 ranks, i64 threads) {
     i64 tiles = bf16_rank_tiles(ranks), tall = bf16_block_tiles(rows, blocks), wide = bf16_block_tiles(cols, blocks);
-    i64 some = least(tokens, bf16_band(rows, cols, 2)), widest = largest_of(col_offsets, blocks);
+    i64 some = least(tokens, bf16_gradient_band(rows, cols, contiguous)), widest = largest_of(col_offsets, blocks);
     return (tall + wide) * TERMS * up(some, PAIR) * PAIR / 2 + lines(wide * TERMS * tiles * SIDE / 2) +
            bf16_sums_size(rows, blocks, tiles) + lines((tiles + 1) * SIDE) +
            threads * (bf16_sums_size(cols, blocks, tiles) +
@@ -157,7 +160,7 @@ TILES static void bf16_factors(void *it, i64 part) {
     if (part >= j->parts) return;
     i64 steps = up(j->tokens, PAIR), ranks = j->terms * j->rank, tiles = bf16_rank_tiles(ranks), group = 0, groups = 0;
     i64 size = bf16_sums_size(j->cols, j->blocks, tiles), wide = padded(j->widest);
-    i64 group_rows = bf16_together(j->rows, bf16_band(j->rows, j->cols, 2), j->parts);
+    i64 group_rows = bf16_together(j->rows, bf16_gradient_band(j->rows, j->cols, j->contiguous), j->parts);
     float *at = bf16_gradient_room(j, part), *dA = j->sums + part * size, *dB = j->row_sums;
     float *G = taken(&at, group_rows * PAIR * 4);
     half *H = taken(&at, 4 * TILE * 2), *B = taken(&at, group_rows * tiles * SIDE * 2);
@@ -261,7 +264,7 @@ void smoa_bf16_gradient(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_s
     bf16_job job = bf16_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, NULL, NULL, factors, scaling, threads);
     i64 tiles = bf16_rank_tiles(terms * rank), wide = bf16_block_tiles(cols, blocks) * TERMS;
-    i64 band = bf16_band(rows, cols, 2), some = least(tokens, band);
+    i64 band = bf16_gradient_band(rows, cols, contiguous), some = least(tokens, band);
     i64 sums = bf16_sums_size(rows, blocks, tiles) + threads * bf16_sums_size(cols, blocks, tiles);
     float *at = from_a_line(workspace);
     job.terms = terms, job.A = A_halves, job.B = B_halves, job.dA = dA, job.dB = dB;
