@@ -182,8 +182,10 @@ TILES static void bf16_factors(void *it, i64 part) {
             const half *weight = j->contiguous ? j->weight + (top + n) * stride + j->col_offsets[k] : ordered;
             memset(B, 0, (size_t)(group_rows * tiles * SIDE) * sizeof *B);
             for (i64 i = 0; i < count; i++) {
-                if (!j->contiguous)
+                if (!j->contiguous) {
+                    ask_for_rows(j->weight, j->stride, rows + least(i + 2, count - 1), 1, j->cols, 0, 1);
                     gather_halves(j->weight + rows[i] * j->stride, cols, width, pieces, some, NULL, 0, ordered + i * wide);
+                }
                 for (i64 t = 0; t < ranks; t++)
                     B[(i / PAIR * tiles * SIDE + t) * TERMS + i % PAIR] = j->B[rows[i] * ranks + t];
             }
