@@ -25,7 +25,7 @@ typedef struct {
     void *dA, *dB;
     /* In the workspace. Forward: x as right tiles, in its order and in block order, and columns of y. */
     half *all, *blocked, *columns;
-    i64 lies; /* whether a block's x lies in `all` */
+    i64 lies, in_place; /* whether a block's x lies in `all`; whether W0's rows are no copies */
     /* dA and dB: dY as left tiles and x as right tiles, in block order, whose terms are tokens; A as right tiles of SIDE
      * ranks; each part's dA, and dB of rows in block order, in float32. */
     half *dy_terms, *x_terms, *A_tiles;
@@ -65,16 +65,15 @@ static i64 bf16_band(i64 rows, i64 cols, i64 quarters) {
     return fit > 256 * quarters ? fit : 256 * quarters;
 }
 
-/* One of add_products' products, of tiles at a and `below` it, b and `beside` it. */
-TILES static inline void add_product(i64 depth, const half *a, i64 below, const half *b, i64 beside, int add, float *sums) {
+/* One of add_products' products: so many rows and columns, up to PAIR each, count. */
+TILES static inline void add_product(i64 rows, i64 columns, i64 depth, const half *a, i64 stride, const half *b, i64 run,
+                                     int add, float *sums) {
+    i64 below = rows > SIDE ? depth * TILE : 0, beside = columns > SIDE ? run * TILE : 0;
     if (!amx_allowed()) {
-        for (int i = 0; i < (below ? PAIR : SIDE); i += beside ? SIDE / 2 : SIDE) {
-            const half *rows = a + i / SIDE * below + i % SIDE * TERMS;
-            if (beside)
-                add_wide_dots(depth, rows, b, beside, add, sums + i * PAIR, PAIR, SIDE);
-            else
-                add_dots(depth, rows, b, add, sums + i * PAIR, PAIR);
-        }
+        dots *const add_dots = beside ? (stride ? wide_dots_of_rows : wide_dots_of_tiles) : stride ? dots_of_rows : dots_of_tiles;
+        for (i64 i = 0; i < rows; i += beside ? SIDE / 2 : SIDE)
+            add_dots(depth, stride ? a + i * stride : a + i / SIDE * below + i % SIDE * TERMS, stride, b, beside, add,
+                     sums + i * PAIR, PAIR, SIDE);
         return;
     }
     if (add)
@@ -94,14 +93,15 @@ TILES static inline void add_product(i64 depth, const half *a, i64 below, const 
     store_sums(sums);
 }
 
-/* sums (count; PAIR, PAIR) = left right, or plus that where `add`, over `depth` tiles: PAIR rows of the left, whose second
- * run of tiles begins `below` after the first, PAIR columns of the right, whose second run begins `beside` after it. The
- * next product's tiles begin `left_step` and `right_step` later, one of which is 0. Where `below` or `beside` is 0, only the
- * first run counts: what stands in the others' sums is nobody's. */
-TILES static void add_products(i64 count, i64 depth, i64 below, const half *left, i64 left_step, const half *right,
-                               i64 beside, i64 right_step, int add, float *sums) {
-    for (i64 i = 0; i < count; i++, left += left_step * TILE, right += right_step * TILE, sums += PAIR * PAIR)
-        add_product(depth, left, below * TILE, right, beside * TILE, add, sums);
+/* sums (rows, columns) = left right, or plus that where `add`, over `depth` tiles, in products (PAIR, PAIR), one below or one
+ * beside the other; what stands in a product beyond rows and columns is nobody's. The left are tiles, or rows `stride`
+ * apart, which AMX does not take. The right's runs are `run` tiles apart. */
+TILES static void add_products(i64 rows, i64 columns, i64 depth, const half *left, i64 stride, const half *right, i64 run,
+                               int add, float *sums) {
+    for (i64 i = 0; i < rows; i += PAIR)
+        for (i64 c = 0; c < columns; c += PAIR, sums += PAIR * PAIR)
+            add_product(least(PAIR, rows - i), least(PAIR, columns - c), depth, left + i * (stride ? stride : depth * TERMS),
+                        stride, right + c * run * TERMS, run, add, sums);
 }
 
 /* Where row `row` of left tiles, `depth` of them a run, has its terms from `term` on, a multiple of TERMS. */

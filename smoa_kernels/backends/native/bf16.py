@@ -56,7 +56,7 @@ def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     shape, rank, indices = (x.shape[0], *weight.shape), A.shape[0], [one.data_ptr() for one in blocks]
     y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
     floats = code.smoa_bf16_forward_workspace(
-        *shape, indices[3], p.num_blocks, p.is_contiguous, mask is not None, rank, threads
+        *shape, *indices[2:], p.num_blocks, p.is_contiguous, mask is not None, rank, threads
     )
     room = workspace(x, floats)
     with named(COMPILED_BF16):

@@ -95,9 +95,11 @@ TILES static void make_H(const float *G, const half *weight, i64 stride, i64 hei
         __m512i line[2];
 #pragma GCC unroll 2
         for (int r = 0; r < 2; r++) {
-            __m512i w = _mm512_maskz_loadu_epi16(i + r < height ? there : 0, weight + (i + r) * stride);
+            __mmask32 own = i + r < height ? there : 0;
+            __m512i w = _mm512_maskz_loadu_epi16(own, weight + (i + r) * stride);
             line[r] = both_narrowed(load(G + (i + r) * PAIR) * (scale * HALF_WIDENED(w, 0)),
                                     load(G + (i + r) * PAIR + SIDE) * (scale * HALF_WIDENED(w, 1)));
+            line[r] = _mm512_maskz_mov_epi16(own, line[r]); /* of G there may be anything */
             _mm512_store_si512(H + (i + r) * TERMS, line[r]);
         }
 #pragma GCC unroll 2
@@ -112,9 +114,9 @@ TILES static void make_H(const float *G, const half *weight, i64 stride, i64 hei
 static __attribute__((noinline)) void contract_by_dots(i64 ranks, const half *H, const half *A, i64 deep, const half *B,
                                                       float *dA, float *dB) {
     for (; ranks > 0; ranks -= SIDE, A += deep * TILE, B += TILE, dA += PAIR * SIDE, dB += PAIR * SIDE) {
-        for (i64 i = 0; i < PAIR; i += SIDE) add_dots(1, H + i * TERMS, A, 1, dB + i * SIDE, SIDE);
+        for (i64 i = 0; i < PAIR; i += SIDE) dots_of_tiles(1, H + i * TERMS, 0, A, 0, 1, dB + i * SIDE, SIDE, 0);
         for (i64 t = 0; t < least(ranks, SIDE); t += SIDE / 2)
-            add_wide_dots(1, B + t * TERMS, H + 2 * TILE, TILE, 1, dA + t * SIDE, SIDE, SIDE * SIDE);
+            wide_dots_of_tiles(1, B + t * TERMS, 0, H + 2 * TILE, TILE, 1, dA + t * SIDE, SIDE, SIDE * SIDE);
     }
 }
 
@@ -190,8 +192,8 @@ TILES static void bf16_factors(void *it, i64 part) {
                     B[(i / PAIR * tiles * SIDE + t) * TERMS + i % PAIR] = j->B[rows[i] * ranks + t];
             }
             for (i64 c = 0; c < width; c += PAIR) {
-                add_products(up(count, PAIR), steps, steps, left + n * steps * TERMS, 2 * steps, right + c * steps * TERMS,
-                             steps, 0, 0, G);
+                add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, 0, right + c * steps * TERMS,
+                             steps, 0, G);
                 for (i64 i = 0; i < count; i += PAIR) {
                     make_H(G + i * PAIR, weight + i * stride + c, stride, least(PAIR, count - i), width - c,
                            (vf){0} + j->change.scaling, H);

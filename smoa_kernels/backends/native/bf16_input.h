@@ -112,8 +112,7 @@ TILES static void bf16_input_update(void *it, i64 part) {
             for (i64 i = 0; i < count && used; i += PAIR)
                 transposed_delta(j, k, cols + i, least(PAIR, count - i), A, factor, line, some, delta + i * deep * TERMS);
             for (i64 p = 0; p < panels; p += 2) {
-                add_products(up(count, PAIR), used ? deep : 0, deep, delta, 2 * deep, blocked + p * deep * TILE,
-                             (p + 1) * SIDE < j->tokens ? deep : 0, 0, 0, sums);
+                add_products(count, least(PAIR, j->tokens - p * SIDE), used ? deep : 0, delta, 0, blocked + p * deep * TILE, deep, 0, sums);
                 for (i64 i = 0; i < count; i += PAIR)
                     write_columns(sums + i * PAIR, cols + i, least(PAIR, count - i), j->columns + p / 2 * tall);
             }
@@ -186,8 +185,7 @@ TILES static void multiply_input(const bf16_job *j, i64 left, i64 width, const h
                 store(sums + (c + i) * PAIR, HALF_WIDENED(found, 0));
                 store(sums + (c + i) * PAIR + SIDE, HALF_WIDENED(found, 1));
             }
-        add_products(up(width, PAIR), deep, there > SIDE ? deep : 0, j->left + first * deep * TERMS, 0, tiles, deep, 2 * deep,
-                     add, sums);
+        add_products(there, width, deep, j->left + first * deep * TERMS, 0, tiles, deep, add, sums);
         for (i64 c = 0; c < width; c += PAIR)
             for (i64 i = 0; i < there; i++)
                 _mm512_mask_storeu_epi16(to + i * j->cols + c, first_of(width - c),

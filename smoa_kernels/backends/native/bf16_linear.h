@@ -16,9 +16,16 @@ static i64 bf16_together(i64 all, i64 numbers, i64 threads) {
     return least(fit, up(up(all, threads), PAIR) * PAIR);
 }
 
-static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 widest, i64 rank, i64 threads) {
+/* Whether W0's rows are multiplied where they lie: those of contiguous blocks of whole tiles, which AMX does not take. */
+static i64 bf16_in_place(const int32_t *row_offsets, i64 cols, i64 blocks, i64 contiguous) {
+    i64 whole = contiguous && cols % TERMS == 0 && !amx_allowed();
+    for (i64 k = 0; k < blocks; k++) whole = whole && row_offsets[k + 1] % SIDE == 0;
+    return whole;
+}
+
+static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 in_place, i64 widest, i64 rank, i64 threads) {
     i64 height = bf16_together(rows, cols, threads);
-    return lines(up(cols, TERMS) * TILE / 2) + lines(height * up(cols, TERMS) * TERMS / 2) +
+    return lines(up(cols, TERMS) * TILE / 2) + (in_place ? 0 : lines(height * up(cols, TERMS) * TERMS / 2)) +
            lines(height * up(widest, TERMS) * TERMS / 2) + 2 * lines(ROWS * padded(widest) / 2) +
            lines(rank * padded(widest)) + lines(rank * ROWS) + pieces_size(cols) + lines(height * PAIR) +
            lines(height * PAIR / 2);
@@ -37,16 +44,17 @@ static i64 bf16_lies(const int32_t *col_offsets, i64 blocks, i64 contiguous, int
 }
 
 /* Floats that smoa_bf16_forward needs. */
-i64 smoa_bf16_forward_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *col_offsets, i64 blocks, i64 contiguous,
-                               i64 masked, i64 rank, i64 threads) {
+i64 smoa_bf16_forward_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, const int32_t *col_offsets,
+                               i64 blocks, i64 contiguous, i64 masked, i64 rank, i64 threads) {
+    i64 in_place = bf16_in_place(row_offsets, cols, blocks, contiguous);
     i64 widest = largest_of(col_offsets, blocks), lies = bf16_lies(col_offsets, blocks, contiguous, masked != 0);
     i64 tiles = up(cols, TERMS) + (lies ? 0 : bf16_block_tiles(cols, blocks));
     return bf16_pairs(least(tokens, bf16_band(rows, cols, contiguous ? 4 : 3))) * (tiles * TILE + (contiguous ? 0 : up(rows, TERMS) * TILE)) / 2 +
-           threads * bf16_forward_part_size(rows, cols, widest, rank, threads) + 16;
+           threads * bf16_forward_part_size(rows, cols, in_place, widest, rank, threads) + 16;
 }
 
 static float *bf16_forward_room(const bf16_job *j, i64 part) {
-    return j->workspace + part * bf16_forward_part_size(j->rows, j->cols, j->widest, j->rank, j->parts);
+    return j->workspace + part * bf16_forward_part_size(j->rows, j->cols, j->in_place, j->widest, j->rank, j->parts);
 }
 
 /* x as right tiles, and again in block order, without what is dropped. */
@@ -70,13 +78,13 @@ static void bf16_prepare(void *it, i64 part) {
     }
 }
 
-/* Some rows of block k as left tiles: W0's, and ΔW's of the block's columns, by way of ROWS lines where those are in order,
+/* Some rows of block k as left tiles: W0's unless `base` is NULL, and ΔW's of the block's columns, by way of ROWS lines where those are in order,
  * and of as many where they are made. */
 static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const float *A, float *factor,
                      const piece *pieces, i64 some, half *ordered, half *made, half *base, half *delta) {
     i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left, step = padded(j->widest);
     const i64 *rows = j->row_index + first;
-    for (i64 i = 0; i < count; i += SIDE) {
+    for (i64 i = 0; i < count && base; i += SIDE) {
         const void *from[SIDE];
         for (i64 r = 0; r < least(SIDE, count - i); r++) from[r] = j->weight + rows[i + r] * j->stride;
         copy_rows(from, least(SIDE, count - i), j->cols, base, up(j->cols, TERMS), i);
@@ -110,7 +118,7 @@ TILES static void bf16_multiply(void *it, i64 part) {
     i64 tiles = up(j->cols, TERMS), panels = bf16_pairs(j->tokens), groups = 0;
     i64 tall = up(j->rows, TERMS) * TERMS * PAIR, together = bf16_together(j->rows, j->cols, j->parts);
     float *at = bf16_forward_room(j, part);
-    half *base = taken(&at, together * tiles * TERMS * 2), *delta = taken(&at, together * up(j->widest, TERMS) * TERMS * 2);
+    half *base = j->in_place ? NULL : taken(&at, together * tiles * TERMS * 2), *delta = taken(&at, together * up(j->widest, TERMS) * TERMS * 2);
     half *ordered = taken(&at, ROWS * padded(j->widest) * 2), *made = taken(&at, ROWS * padded(j->widest) * 2);
     float *A = taken(&at, j->rank * padded(j->widest) * 4), *factor = taken(&at, j->rank * ROWS * 4);
     float *sums = taken(&at, together * PAIR * 4);
@@ -135,15 +143,16 @@ TILES static void bf16_multiply(void *it, i64 part) {
             bf16_rows(j, k, top + n, count, deep ? A : NULL, factor, pieces, some, ordered, made, base, delta);
             for (i64 p = 0; p < panels; p += 2) {
                 const half *all = j->all + p * tiles * TILE;
-                i64 second = (p + 1) * SIDE < j->tokens;
+                i64 there = least(PAIR, j->tokens - p * SIDE);
                 ask_for_rows(j->weight, j->stride, rows + count, next, j->cols, p / 2, panels / 2);
-                add_products(up(count, PAIR), tiles, tiles, base, 2 * tiles, all, second * tiles, 0, 0, sums);
+                if (base)
+                    add_products(count, there, tiles, base, 0, all, tiles, 0, sums);
+                else
+                    add_products(count, there, tiles, j->weight + *rows * j->stride, j->stride, all, tiles, 0, sums);
                 if (deep && j->lies)
-                    add_products(up(count, PAIR), deep, deep, delta, 2 * deep, all + left / TERMS * TILE, second * tiles,
-                                 0, 1, sums);
+                    add_products(count, there, deep, delta, 0, all + left / TERMS * TILE, tiles, 1, sums);
                 else if (deep)
-                    add_products(up(count, PAIR), deep, deep, delta, 2 * deep, blocked + p * deep * TILE, second * deep, 0, 1,
-                                 sums);
+                    add_products(count, there, deep, delta, 0, blocked + p * deep * TILE, deep, 1, sums);
                 if (!j->contiguous) {
                     write_columns(sums, rows, count, j->columns + p / 2 * tall);
                     continue;
@@ -176,6 +185,7 @@ void smoa_bf16_forward(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_stri
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
     float *at = from_a_line(workspace);
     i64 band = bf16_band(rows, cols, contiguous ? 4 : 3), panels = bf16_pairs(least(tokens, band));
+    job.in_place = bf16_in_place(row_offsets, cols, blocks, contiguous);
     job.lies = bf16_lies(col_offsets, blocks, contiguous, keep != NULL);
     job.all = taken(&at, panels * up(cols, TERMS) * TILE * 2);
     if (!job.lies) job.blocked = taken(&at, panels * bf16_block_tiles(cols, blocks) * TILE * 2);

@@ -52,7 +52,7 @@ _BF16_SIGNATURES = {
     "smoa_bf16_forward": "iiipipipppppiipippifppi",
     "smoa_bf16_gradient": "iiipipipipppppiipiifipppppi",
     "smoa_bf16_input": "iiipipipppppiipippifppi",
-    "smoa_bf16_forward_workspace": "iiipiiiii",
+    "smoa_bf16_forward_workspace": "iiippiiiii",
     "smoa_bf16_gradient_workspace": "iiipiiii",
     "smoa_bf16_input_workspace": "iiipiiii",
 }

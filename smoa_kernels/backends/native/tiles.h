@@ -111,43 +111,48 @@ TILES static inline void store_sums(float *to) {
     _tile_stored(3, to + SIDE * PAIR + SIDE, PAIR * 4);
 }
 
-/* sums (rows; columns, SIDE) = left right, or plus that where `add`, over `depth` tiles of each: up to SIDE rows of the left
- * by one or two runs of the right. Of those the second begins `beside` after the first, and its sums `apart` after. */
-TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, const half *right, i64 beside, int add,
-                          float *sums, i64 stride, i64 apart) {
+/* sums (rows; columns, SIDE) = left right, or plus that where `add`, over `depth` tiles of each: up to SIDE rows of the left,
+ * `stride` apart, by one or two runs of the right. A row's next TERMS lie `step` after. Of the runs the second begins
+ * `beside` after the first. Sums of rows are `apart`, those of the second run `next` after. */
+TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i64 stride, i64 step, const half *right,
+                          i64 beside, int add, float *sums, i64 apart, i64 next) {
     __m512 sum[SIDE][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
         for (int c = 0; c < columns; c++)
-            sum[i][c] = add ? _mm512_load_ps(sums + i * stride + c * apart) : _mm512_setzero_ps();
-    for (; depth > 0; depth--, left += TILE)
+            sum[i][c] = add ? _mm512_load_ps(sums + i * apart + c * next) : _mm512_setzero_ps();
+    for (; depth > 0; depth--, left += step)
         for (int pair = 0; pair < SIDE; pair++, right += TERMS) {
             __m512bh line[2];
             for (int c = 0; c < columns; c++) line[c] = (__m512bh)_mm512_load_si512(right + c * beside);
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) {
                 int32_t one;
-                memcpy(&one, left + i * TERMS + 2 * pair, sizeof one);
+                memcpy(&one, left + i * stride + 2 * pair, sizeof one);
                 __m512bh both = (__m512bh)_mm512_set1_epi32(one);
                 for (int c = 0; c < columns; c++) sum[i][c] = _mm512_dpbf16_ps(sum[i][c], line[c], both);
             }
         }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
-        for (int c = 0; c < columns; c++) _mm512_store_ps(sums + i * stride + c * apart, sum[i][c]);
+        for (int c = 0; c < columns; c++) _mm512_store_ps(sums + i * apart + c * next, sum[i][c]);
 }
 
 /* A tile of sums; and two, half as high: Zen 5 multiplies two lines a cycle and reads as many, so that it would wait for one
- * to be read for each product of a single tile. */
-TILES static __attribute__((noinline)) void add_dots(i64 depth, const half *left, const half *right, int add, float *sums,
-                                                     i64 stride) {
-    dots_of(SIDE, 1, depth, left, right, 0, add, sums, stride, 0);
-}
-
-TILES static __attribute__((noinline)) void add_wide_dots(i64 depth, const half *left, const half *right, i64 beside, int add,
-                                                          float *sums, i64 stride, i64 apart) {
-    dots_of(SIDE / 2, 2, depth, left, right, beside, add, sums, stride, apart);
-}
+ * to be read for each product of a single tile. The left are tiles, or rows `stride` apart. Functions of their own: within
+ * another sums would be kept in memory. */
+typedef void dots(i64 depth, const half *left, i64 stride, const half *right, i64 beside, int add, float *sums, i64 apart, i64 next);
+#define DOTS(name, rows, columns, stride_of, step)                                                                             \
+    TILES static __attribute__((noinline)) void name(i64 depth, const half *left, i64 stride, const half *right, i64 beside,  \
+                                                     int add, float *sums, i64 apart, i64 next) {                              \
+        (void)stride, (void)beside, (void)next;                                                                                \
+        dots_of(rows, columns, depth, left, stride_of, step, right, beside, add, sums, apart, next);                           \
+    }
+DOTS(dots_of_tiles, SIDE, 1, TERMS, TILE)
+DOTS(wide_dots_of_tiles, SIDE / 2, 2, TERMS, TILE)
+DOTS(dots_of_rows, SIDE, 1, stride, TERMS)
+DOTS(wide_dots_of_rows, SIDE / 2, 2, stride, TERMS)
+#undef DOTS
 
 /* r = the transpose of its 16 rows of 16 numbers of 32 bits. */
 INLINE void transpose_lines(__m512i *r) {
