@@ -121,7 +121,9 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i6
     for (int i = 0; i < rows; i++)
         for (int c = 0; c < columns; c++)
             sum[i][c] = add ? _mm512_load_ps(sums + i * apart + c * next) : _mm512_setzero_ps();
-    for (; depth > 0; depth--, left += step)
+    for (; depth > 0; depth--, left += step) {
+#pragma GCC unroll 16
+        for (int i = 0; i < rows && step == TERMS; i++) __builtin_prefetch(left + i * stride + 2 * TERMS);
         for (int pair = 0; pair < SIDE; pair++, right += TERMS) {
             __m512bh line[2];
             for (int c = 0; c < columns; c++) line[c] = (__m512bh)_mm512_load_si512(right + c * beside);
@@ -133,6 +135,7 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i6
                 for (int c = 0; c < columns; c++) sum[i][c] = _mm512_dpbf16_ps(sum[i][c], line[c], both);
             }
         }
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
         for (int c = 0; c < columns; c++) _mm512_store_ps(sums + i * apart + c * next, sum[i][c]);
