@@ -120,11 +120,16 @@ static void copy_rows(const void *const *from, i64 count, i64 width, half *tiles
     }
 }
 
-/* A line of pairs: one of `low`, one of `high`, and so on. */
-INLINE __m512i paired(__m256i low, __m256i high) {
+/* A line of pairs: one of `first`, one of `second`, and so on, of their lower halves or the upper ones. */
+INLINE __m512i pairs_in(__m512i first, __m512i second, int upper) {
     static const uint16_t order[] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    return _mm512_permutex2var_epi16(_mm512_castsi256_si512(low), _mm512_loadu_si512(order), _mm512_castsi256_si512(high));
+    __m512i at = _mm512_add_epi16(_mm512_loadu_si512(order), _mm512_set1_epi16((short)(16 * upper)));
+    return _mm512_permutex2var_epi16(first, at, second);
+}
+
+INLINE __m512i paired(__m256i first, __m256i second) {
+    return pairs_in(_mm512_castsi256_si512(first), _mm512_castsi256_si512(second), 0);
 }
 
 TILES static inline __m256i narrowed(vf value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }
@@ -150,8 +155,7 @@ TILES static void pairs_of(const half *from, i64 stride, i64 tokens, i64 cols, c
             if (keep && i < tokens) r[i] = kept_halves(r[i], keep + i * words(cols), c, exponent_of(BFLOAT16));
         }
         transpose_lines(r);
-#pragma GCC unroll 16
-        for (int i = 0; i < SIDE; i++) _mm512_store_si512(out + c * SIDE + i * TERMS, r[i]);
+        store_lines(r, out + c * SIDE);
     }
 }
 
@@ -171,10 +175,36 @@ static void pick_pairs(const half *pairs, const i64 *index, i64 count, half *out
     }
 }
 
-/* One row of a left tile, or a column whose terms are tokens: PAIR tokens of column c, SIDE of them at `pairs`. */
-INLINE __m512i tokens_of(const half *pairs, i64 next, i64 c) {
-    __m256i first = _mm512_cvtepi32_epi16(column_of(pairs, c)), second = _mm512_cvtepi32_epi16(column_of(pairs + next, c));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+/* Two right tiles, one `beside` the other, whose terms are tokens: PAIR of them, of which some are there, others 0, of up to
+ * TERMS columns from c on, without what `keep` drops. */
+INLINE void tiles_of_tokens(const half *from, i64 stride, i64 tokens, i64 c, i64 count, const uint16_t *keep, i64 kept,
+                            half *to, i64 beside) {
+    __mmask32 there = first_of(count);
+    for (i64 t = 0; t < PAIR; t += 2, to += TERMS) {
+        __m512i two[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            two[i] = _mm512_maskz_loadu_epi16(t + i < tokens ? there : 0, from + (t + i) * stride + c);
+            if (keep && t + i < tokens) two[i] = kept_halves(two[i], keep + (t + i) * kept, c, exponent_of(BFLOAT16));
+        }
+        _mm512_store_si512(to, pairs_in(two[0], two[1], 0));
+        _mm512_store_si512(to + beside, pairs_in(two[0], two[1], 1));
+    }
+}
+
+/* Columns of PAIR tokens, a line each: up(cols, TERMS) TERMS lines. */
+TILES static void columns_of(const half *from, i64 stride, i64 tokens, i64 cols, const uint16_t *keep, half *out) {
+    _Alignas(64) half tiles[2 * TILE];
+    for (i64 c = 0; c < cols; c += TERMS) {
+        tiles_of_tokens(from, stride, tokens, c, cols - c, keep, words(cols), tiles, TILE);
+        for (int upper = 0; upper < 2; upper++, out += TILE) {
+            __m512i r[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < SIDE; i++) r[i] = _mm512_load_si512(tiles + upper * TILE + i * TERMS);
+            transpose_lines(r);
+            store_lines(r, out);
+        }
+    }
 }
 
 /* The reverse: rows of `to`, `stride` apart, from columns that are PAIR tokens side by side, SIDE of them read; without

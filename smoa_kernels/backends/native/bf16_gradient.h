@@ -14,7 +14,7 @@ static i64 bf16_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
 
 static i64 bf16_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous, i64 tiles, i64 threads) {
     i64 height = bf16_together(rows, bf16_gradient_band(rows, cols, contiguous), threads);
-    i64 prepare = lines(up(rows, TERMS) * TILE) + lines(up(cols, TERMS) * TILE);
+    i64 prepare = (up(rows, TERMS) + up(cols, TERMS)) * TILE;
     i64 factors = lines(height * PAIR) + 2 * TILE + lines(height * tiles * SIDE / 2) +
                   lines(contiguous ? 0 : height * padded(widest) / 2) + pieces_size(cols);
     return prepare > factors ? prepare : factors;
@@ -52,37 +52,39 @@ static void bf16_A_tiles(const bf16_job *j) {
     }
 }
 
-/* Both operands, PAIR tokens at a time: their pairs, and from these columns of tokens in block order. */
-static void bf16_gradient_prepare(void *it, i64 part) {
+/* Both operands, PAIR tokens at a time: columns of tokens in block order, which the right tiles are made of; those of
+ * contiguous blocks, of which nothing is dropped, lie in x as they are. */
+TILES static void bf16_gradient_prepare(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
     float *at = bf16_gradient_room(j, part);
-    i64 tall = up(j->rows, TERMS) * TILE, wide = up(j->cols, TERMS) * TILE, steps = up(j->tokens, PAIR);
-    half *dy = taken(&at, 2 * tall * 2), *x = taken(&at, 2 * wide * 2);
+    i64 steps = up(j->tokens, PAIR), lies = j->contiguous && !j->keep;
+    half *dy = taken(&at, up(j->rows, TERMS) * TILE * 4), *x = taken(&at, up(j->cols, TERMS) * TILE * 4);
     for (i64 t = share_of(steps, 1, part, j->parts); t < share_of(steps, 1, part + 1, j->parts); t++) {
-        for (int upper = 0; upper < 2; upper++) {
-            i64 first = t * PAIR + upper * SIDE, there = j->tokens - first;
-            const uint16_t *keep = j->keep ? j->keep + first * words(j->cols) : NULL;
-            pairs_of(j->dy + first * j->dy_stride, j->dy_stride, there, j->rows, NULL, dy + upper * tall);
-            pairs_of(j->x + first * j->x_stride, j->x_stride, there, j->cols, keep, x + upper * wide);
-        }
+        i64 first = t * PAIR, there = j->tokens - first;
+        const half *from = j->x + first * j->x_stride;
         half *left = j->dy_terms, *right = j->x_terms;
+        columns_of(j->dy + first * j->dy_stride, j->dy_stride, there, j->rows, NULL, dy);
+        if (!lies)
+            columns_of(from, j->x_stride, there, j->cols, j->keep ? j->keep + first * words(j->cols) : NULL, x);
         for (i64 k = 0; k < j->blocks; k++) {
             const i64 *rows = j->row_index + j->row_offsets[k], *cols = j->col_index + j->col_offsets[k];
             i64 height = j->row_offsets[k + 1] - j->row_offsets[k], width = j->col_offsets[k + 1] - j->col_offsets[k];
-            for (i64 n = 0; n < up(height, PAIR) * PAIR; n++)
-                _mm512_store_si512(terms_at(left, steps, n, t * TERMS),
-                                   n < height ? tokens_of(dy, tall, rows[n]) : _mm512_setzero_si512());
+            for (i64 n = 0; n < height; n++)
+                _mm512_store_si512(terms_at(left, steps, n, t * TERMS), _mm512_load_si512(dy + rows[n] * PAIR));
             left += up(height, PAIR) * PAIR * steps * TERMS;
-            for (i64 c = 0; c < up(width, PAIR) * PAIR; c += SIDE, right += steps * TILE) {
+            for (i64 c = 0; c < width && lies; c += PAIR)
+                tiles_of_tokens(from, j->x_stride, there, j->col_offsets[k] + c, width - c, NULL, 0,
+                                right + (c / SIDE * steps + t) * TILE, steps * TILE);
+            for (i64 c = 0; c < width && !lies; c += SIDE) {
                 __m512i r[16];
 #pragma GCC unroll 16
                 for (int i = 0; i < SIDE; i++)
-                    r[i] = c + i < width ? tokens_of(x, wide, cols[c + i]) : _mm512_setzero_si512();
+                    r[i] = c + i < width ? _mm512_load_si512(x + cols[c + i] * PAIR) : _mm512_setzero_si512();
                 transpose_lines(r);
-#pragma GCC unroll 16
-                for (int i = 0; i < SIDE; i++) _mm512_store_si512(right + t * TILE + i * TERMS, r[i]);
+                store_lines(r, right + (c / SIDE * steps + t) * TILE);
             }
+            right += up(width, PAIR) * PAIR * steps * TERMS;
         }
     }
 }
@@ -104,8 +106,7 @@ TILES static void make_H(const float *G, const half *weight, i64 stride, i64 hei
         }
 #pragma GCC unroll 2
         for (int c = 0; c < 2; c++)
-            _mm512_store_si512(right + c * TILE,
-                               paired(_mm512_extracti64x4_epi64(line[0], c), _mm512_extracti64x4_epi64(line[1], c)));
+            _mm512_store_si512(right + c * TILE, pairs_in(line[0], line[1], c));
     }
 }
 

@@ -187,6 +187,11 @@ INLINE void transpose_lines(__m512i *r) {
         r[12 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
     }
 }
+
+INLINE void store_lines(const __m512i *r, half *to) {
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * TERMS, r[i]);
+}
 #else
 #define HAS_TILES 0
 static int dots_allowed(void) { return 0; }
