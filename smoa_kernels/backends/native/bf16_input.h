@@ -16,13 +16,16 @@ static i64 bf16_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 t
     return most > prepare ? most : prepare;
 }
 
+/* Whether dY is multiplied where it lies: whole tiles, which AMX does not take. */
+static i64 bf16_dy_in_place(i64 tokens, i64 rows) { return tokens % SIDE == 0 && rows % TERMS == 0 && !amx_allowed(); }
+
 /* Floats that smoa_bf16_input needs. */
 i64 smoa_bf16_input_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, i64 blocks, i64 rank, i64 masked,
                              i64 threads) {
     i64 tallest = largest_of(row_offsets, blocks);
     i64 n = up(least(tokens, bf16_band(rows, cols, masked ? 3 : 4)), PAIR) * PAIR;
     i64 update = bf16_block_tiles(rows, blocks) + up(cols, TERMS);
-    return lines(n * up(rows, TERMS) * TERMS / 2) + lines(rows) + lines(cols + SIDE) +
+    return lines(bf16_dy_in_place(tokens, rows) ? 0 : n * up(rows, TERMS) * TERMS / 2) + lines(rows) + lines(cols + SIDE) +
            lines(masked ? n * update * TERMS / 2 : 0) +
            threads * bf16_input_part_size(rows, cols, tallest, rank, threads) + 64;
 }
@@ -31,7 +34,7 @@ static float *bf16_input_room(const bf16_job *j, i64 part) {
     return j->workspace + part * bf16_input_part_size(j->rows, j->cols, j->tallest, j->rank, j->parts);
 }
 
-/* dY as left tiles, and where dX is masked as right tiles in block order. */
+/* dY as left tiles, where it is not multiplied as it lies, and where dX is masked as right tiles in block order. */
 static void bf16_input_prepare(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
@@ -42,7 +45,7 @@ static void bf16_input_prepare(void *it, i64 part) {
         const void *from[SIDE];
         i64 there = least(SIDE, j->tokens - p * SIDE);
         for (i64 i = 0; i < there; i++) from[i] = dy + i * j->dy_stride;
-        copy_rows(from, there, j->rows, j->left, tiles, p * SIDE);
+        if (j->left) copy_rows(from, there, j->rows, j->left, tiles, p * SIDE);
         if (!j->keep) continue;
         half *to = j->blocked;
         pairs_of(dy, j->dy_stride, j->tokens - p * SIDE, j->rows, NULL, pairs);
@@ -179,15 +182,18 @@ TILES static void multiply_input(const bf16_job *j, i64 left, i64 width, const h
         half *to = j->dx + first * j->cols + left;
         i64 there = least(PAIR, j->tokens - first);
         ask_for_rows(j->weight + next, j->stride, NULL, j->rows, share, first / PAIR, up(j->tokens, PAIR));
-        for (i64 c = 0; c < width && add; c += PAIR)
-            for (i64 i = 0; i < there; i++) {
+        for (i64 i = 0; i < there && add; i++)
+            for (i64 c = 0; c < width; c += PAIR) {
                 __m512i found = _mm512_maskz_loadu_epi16(first_of(width - c), to + i * j->cols + c);
                 store(sums + (c + i) * PAIR, HALF_WIDENED(found, 0));
                 store(sums + (c + i) * PAIR + SIDE, HALF_WIDENED(found, 1));
             }
-        add_products(there, width, deep, j->left + first * deep * TERMS, 0, tiles, deep, add, sums);
-        for (i64 c = 0; c < width; c += PAIR)
-            for (i64 i = 0; i < there; i++)
+        if (j->left)
+            add_products(there, width, deep, j->left + first * deep * TERMS, 0, tiles, deep, add, sums);
+        else
+            add_products(there, width, deep, j->dy + first * j->dy_stride, j->dy_stride, tiles, deep, add, sums);
+        for (i64 i = 0; i < there; i++)
+            for (i64 c = 0; c < width; c += PAIR)
                 _mm512_mask_storeu_epi16(to + i * j->cols + c, first_of(width - c),
                                          both_narrowed(load(sums + (c + i) * PAIR), load(sums + (c + i) * PAIR + SIDE)));
     }
@@ -237,7 +243,7 @@ void smoa_bf16_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stri
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
     i64 band = bf16_band(rows, cols, keep ? 3 : 4), n = up(least(tokens, band), PAIR) * PAIR;
     float *at = from_a_line(workspace);
-    job.left = taken(&at, n * up(rows, TERMS) * TERMS * 2);
+    if (!bf16_dy_in_place(tokens, rows)) job.left = taken(&at, n * up(rows, TERMS) * TERMS * 2);
     job.row_block = taken(&at, rows * 4), job.col_block = taken(&at, (cols + SIDE) * 4);
     for (i64 k = 0; k < blocks; k++) {
         for (i64 i = row_offsets[k]; i < row_offsets[k + 1]; i++) job.row_block[row_index[i]] = (int32_t)k;
@@ -253,7 +259,7 @@ void smoa_bf16_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stri
         job.tokens = least(band, tokens - first);
         job.dy = (const half *)dy + first * dy_stride, job.dy_stride = dy_stride, job.dx = (half *)dx + first * cols;
         job.keep = keep ? keep + first * words(cols) : NULL;
-        in_parallel(bf16_input_prepare, &job, threads);
+        if (job.left || keep) in_parallel(bf16_input_prepare, &job, threads);
         if (keep) in_parallel(bf16_input_update, &job, threads);
         if (keep) in_parallel(bf16_input_mask, &job, threads);
         in_parallel(bf16_input_product, &job, threads);
