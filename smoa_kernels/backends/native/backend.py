@@ -101,7 +101,8 @@ def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
     """What "auto" means on this backend."""
     if dropout is not None:
         return "split"
-    if adapter.weight.stride(1) == 1 and library().smoa_few_fit(x.shape[0], adapter.A.shape[0]):
+    few = adapter.weight.stride(1) == 1 and library().smoa_few_fit(x.shape[0], adapter.A.shape[0])
+    if few and not bf16.is_faster(x, adapter):
         return "expanded"
     # A W_eff rounded to half precision loses an update smaller than W0's last bit.
     return "merged" if x.dtype == torch.float32 else "split"

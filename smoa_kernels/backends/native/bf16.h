@@ -110,13 +110,16 @@ static inline half *terms_at(half *tiles, i64 depth, i64 row, i64 term) {
 }
 
 /* Rows of left tiles, of one tile's at most SIDE, from `row` on: `width` numbers of each, and 0 behind them. A tile is
- * written at once: its rows lie side by side, those of a matrix do not. */
-static void copy_rows(const void *const *from, i64 count, i64 width, half *tiles, i64 depth, i64 row) {
+ * written at once: its rows lie side by side, those of a matrix do not. The memory is asked for as many rows, those `ahead`,
+ * which may be NULL. */
+static void copy_rows(const void *const *from, const void *const *ahead, i64 count, i64 width, half *tiles, i64 depth, i64 row) {
     half *to = terms_at(tiles, depth, row, 0);
     for (i64 c = 0; c < width; c += TERMS, to += TILE) {
         __mmask32 there = first_of(width - c);
-        for (i64 i = 0; i < count; i++)
+        for (i64 i = 0; i < count; i++) {
+            if (ahead) __builtin_prefetch((const half *)ahead[i] + c);
             _mm512_store_si512(to + i * TERMS, _mm512_maskz_loadu_epi16(there, (const half *)from[i] + c));
+        }
     }
 }
 

@@ -45,7 +45,7 @@ static void bf16_input_prepare(void *it, i64 part) {
         const void *from[SIDE];
         i64 there = least(SIDE, j->tokens - p * SIDE);
         for (i64 i = 0; i < there; i++) from[i] = dy + i * j->dy_stride;
-        if (j->left) copy_rows(from, there, j->rows, j->left, tiles, p * SIDE);
+        if (j->left) copy_rows(from, NULL, there, j->rows, j->left, tiles, p * SIDE);
         if (!j->keep) continue;
         half *to = j->blocked;
         pairs_of(dy, j->dy_stride, j->tokens - p * SIDE, j->rows, NULL, pairs);

@@ -78,6 +78,11 @@ static void bf16_prepare(void *it, i64 part) {
     }
 }
 
+/* Of few tokens, which are multiplied at once, no more than one tile's rows: what is made of them is made of the caches. */
+static i64 bf16_rows_together(const bf16_job *j) {
+    return j->tokens <= PAIR ? SIDE : bf16_together(j->rows, j->cols, j->parts);
+}
+
 /* Some rows of block k as left tiles: W0's unless `base` is NULL, and ΔW's of the block's columns, by way of ROWS lines where those are in order,
  * and of as many where they are made. */
 static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const float *A, float *factor,
@@ -85,9 +90,13 @@ static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const floa
     i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left, step = padded(j->widest);
     const i64 *rows = j->row_index + first;
     for (i64 i = 0; i < count && base; i += SIDE) {
-        const void *from[SIDE];
-        for (i64 r = 0; r < least(SIDE, count - i); r++) from[r] = j->weight + rows[i + r] * j->stride;
-        copy_rows(from, least(SIDE, count - i), j->cols, base, up(j->cols, TERMS), i);
+        const void *from[SIDE], *ahead[SIDE];
+        i64 there = least(SIDE, count - i), last = j->rows - 1 - first;
+        for (i64 r = 0; r < there; r++) {
+            from[r] = j->weight + rows[i + r] * j->stride;
+            ahead[r] = j->weight + rows[least(i + r + SIDE, last)] * j->stride;
+        }
+        copy_rows(from, ahead, there, j->cols, base, up(j->cols, TERMS), i);
     }
     for (i64 i = 0; i < count && A; i += ROWS) {
         const void *from[ROWS];
@@ -101,7 +110,7 @@ static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const floa
                 gather_halves(row, j->col_index + left, width, pieces, some, NULL, 0, ordered + r * step);
         }
         change(&j->change, there, from, to, 0, width, A, padded(width), rows + i, factor, NULL, (int32_t)k);
-        copy_rows((const void *const *)to, there, width, delta, up(width, TERMS), i);
+        copy_rows((const void *const *)to, NULL, there, width, delta, up(width, TERMS), i);
     }
 }
 
@@ -116,7 +125,7 @@ TILES static void bf16_multiply(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
     i64 tiles = up(j->cols, TERMS), panels = bf16_pairs(j->tokens), groups = 0;
-    i64 tall = up(j->rows, TERMS) * TERMS * PAIR, together = bf16_together(j->rows, j->cols, j->parts);
+    i64 tall = up(j->rows, TERMS) * TERMS * PAIR, together = bf16_rows_together(j);
     float *at = bf16_forward_room(j, part);
     half *base = j->in_place ? NULL : taken(&at, together * tiles * TERMS * 2), *delta = taken(&at, together * up(j->widest, TERMS) * TERMS * 2);
     half *ordered = taken(&at, ROWS * padded(j->widest) * 2), *made = taken(&at, ROWS * padded(j->widest) * 2);
@@ -135,7 +144,7 @@ TILES static void bf16_multiply(void *it, i64 part) {
         for (i64 n = 0; n < height; n += together, group++) {
             if (group < first || group >= end) continue;
             const i64 *rows = j->row_index + top + n;
-            i64 count = least(together, height - n), next = least(together, height - n - count);
+            i64 count = least(together, height - n);
             if (deep && (n == 0 || group == first)) {
                 some = half_pieces_of(j->col_index + left, width, pieces);
                 copy_A(&j->change, j->col_index + left, width, rank, A);
@@ -144,7 +153,6 @@ TILES static void bf16_multiply(void *it, i64 part) {
             for (i64 p = 0; p < panels; p += 2) {
                 const half *all = j->all + p * tiles * TILE;
                 i64 there = least(PAIR, j->tokens - p * SIDE);
-                ask_for_rows(j->weight, j->stride, rows + count, next, j->cols, p / 2, panels / 2);
                 if (base)
                     add_products(count, there, tiles, base, 0, all, tiles, 0, sums);
                 else

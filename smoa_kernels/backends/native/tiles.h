@@ -117,13 +117,15 @@ TILES static inline void store_sums(float *to) {
 TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i64 stride, i64 step, const half *right,
                           i64 beside, int add, float *sums, i64 apart, i64 next) {
     __m512 sum[SIDE][2];
+    /* Rows as they lie are asked for: the next ones, where few tokens read them once, or what follows. */
+    i64 ahead = columns == 1 ? rows * stride : 2 * TERMS;
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
         for (int c = 0; c < columns; c++)
             sum[i][c] = add ? _mm512_load_ps(sums + i * apart + c * next) : _mm512_setzero_ps();
     for (; depth > 0; depth--, left += step) {
 #pragma GCC unroll 16
-        for (int i = 0; i < rows && step == TERMS; i++) __builtin_prefetch(left + i * stride + 2 * TERMS);
+        for (int i = 0; i < rows && step == TERMS; i++) __builtin_prefetch(left + i * stride + ahead);
         for (int pair = 0; pair < SIDE; pair++, right += TERMS) {
             __m512bh line[2];
             for (int c = 0; c < columns; c++) line[c] = (__m512bh)_mm512_load_si512(right + c * beside);
