@@ -78,9 +78,9 @@ static void bf16_prepare(void *it, i64 part) {
     }
 }
 
-/* Of few tokens, which are multiplied at once, no more than one tile's rows: what is made of them is made of the caches. */
+/* Of few tokens, which are multiplied at once, no more rows than a product has: ΔW is made of rows that are in the caches. */
 static i64 bf16_rows_together(const bf16_job *j) {
-    return j->tokens <= PAIR ? SIDE : bf16_together(j->rows, j->cols, j->parts);
+    return j->tokens > PAIR ? bf16_together(j->rows, j->cols, j->parts) : amx_allowed() ? PAIR : SIDE;
 }
 
 /* Some rows of block k as left tiles: W0's unless `base` is NULL, and ΔW's of the block's columns, by way of ROWS lines where those are in order,
