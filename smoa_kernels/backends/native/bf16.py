@@ -23,8 +23,8 @@ COMPILED_BF16 = "smoa::compiled_bf16"
 """What these compiled functions are called in a profile."""
 
 MOST_EXPANDED = 4
-"""From 5 tokens on split is faster: 2.19 and 1.80 of a frozen 2048² layer for 2.25 and 2.03 (spectral and contiguous blocks,
-r=8), of 8 tokens 2.03 and 1.66 for 2.76 and 2.38 (AMD EPYC, family 26, one thread)."""
+"""From 5 tokens on split is faster: 2.19 and 1.80 of a frozen 2048² layer for 2.25 and 2.03 (spectral and contiguous
+blocks, r=8), of 8 tokens 2.03 and 1.66 for 2.76 and 2.38 (AMD EPYC, family 26, one thread)."""
 
 
 def multiplies(tokens: Tensor, adapter: PackedAdapter) -> bool:
