@@ -43,6 +43,8 @@ SYSTEM_HAS_AMX = CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text()
         (20, 600, 330, (16, 8)),  # several groups of rows and of columns
         (300, 40, 2100, (5, 2)),
         (1027, 48, 80, (3, 2)),  # more tokens than are copied at a time
+        (80, 640, 320, (16, 8)),  # W0's rows, and dY's, multiplied where they lie, in several groups
+        (8, 96, 64, (3, 2)),  # the same of few tokens
     ],
 )
 @pytest.mark.parametrize("order", ["spectral", "contiguous"])
@@ -162,6 +164,17 @@ def test_one_gradient_alone() -> None:
     assert torch.equal(alone[0], dx)
     assert dA.shape == p.A.shape
     assert dB.shape == p.B.shape
+
+
+@needs_bf16
+@pytest.mark.parametrize("tokens", [32, 40])  # of 32 dY is multiplied where it lies
+def test_one_row_for_all_tokens(tokens: int) -> None:
+    p = on_cpu(tokens=tokens, out_features=64, in_features=96, ranks=(2, 3))
+    x, dy = (rows[:1].expand_as(rows) for rows in (p.x, p.dy))
+    found = bf16.backward(dy, x, adapter_of(p), None, needs_x=True)
+    copied = bf16.backward(dy.clone(), x.clone(), adapter_of(p), None, needs_x=True)
+    assert all(map(torch.equal, found, copied))
+    assert torch.equal(bf16.split(x, adapter_of(p), None), bf16.split(x.clone(), adapter_of(p), None))
 
 
 @needs_bf16

@@ -65,14 +65,17 @@ static i64 bf16_band(i64 rows, i64 cols, i64 quarters) {
     return fit > 256 * quarters ? fit : 256 * quarters;
 }
 
+enum { IN_TILES = -1 }; /* as the distance between rows */
+
 /* One of add_products' products: so many rows and columns, up to PAIR each, count. */
 TILES static inline void add_product(i64 rows, i64 columns, i64 depth, const half *a, i64 stride, const half *b, i64 run,
                                      int add, float *sums) {
     i64 below = rows > SIDE ? depth * TILE : 0, beside = columns > SIDE ? run * TILE : 0;
     if (!amx_allowed()) {
-        dots *const add_dots = beside ? (stride ? wide_dots_of_rows : wide_dots_of_tiles) : stride ? dots_of_rows : dots_of_tiles;
-        for (i64 i = 0; i < rows; i += beside ? SIDE / 2 : SIDE)
-            add_dots(depth, stride ? a + i * stride : a + i / SIDE * below + i % SIDE * TERMS, stride, b, beside, add,
+        i64 tiled = stride == IN_TILES, height = beside ? SIDE / 2 : SIDE;
+        dots *const add_dots = tiled ? (beside ? wide_dots_of_tiles : dots_of_tiles) : beside ? wide_dots_of_rows : dots_of_rows;
+        for (i64 i = 0; i < rows; i += height)
+            add_dots(depth, tiled ? a + i / SIDE * below + i % SIDE * TERMS : a + i * stride, stride, b, beside, add,
                      sums + i * PAIR, PAIR, SIDE);
         return;
     }
@@ -94,14 +97,15 @@ TILES static inline void add_product(i64 rows, i64 columns, i64 depth, const hal
 }
 
 /* sums (rows, columns) = left right, or plus that where `add`, over `depth` tiles, in products (PAIR, PAIR), one below or one
- * beside the other; what stands in a product beyond rows and columns is nobody's. The left are tiles, or rows `stride`
+ * beside the other; what stands in a product beyond rows and columns is nobody's. The left are IN_TILES, or rows `stride`
  * apart, which AMX does not take. The right's runs are `run` tiles apart. */
 TILES static void add_products(i64 rows, i64 columns, i64 depth, const half *left, i64 stride, const half *right, i64 run,
                                int add, float *sums) {
+    i64 apart = stride == IN_TILES ? depth * TERMS : stride;
     for (i64 i = 0; i < rows; i += PAIR)
         for (i64 c = 0; c < columns; c += PAIR, sums += PAIR * PAIR)
-            add_product(least(PAIR, rows - i), least(PAIR, columns - c), depth, left + i * (stride ? stride : depth * TERMS),
-                        stride, right + c * run * TERMS, run, add, sums);
+            add_product(least(PAIR, rows - i), least(PAIR, columns - c), depth, left + i * apart, stride,
+                        right + c * run * TERMS, run, add, sums);
 }
 
 /* Where row `row` of left tiles, `depth` of them a run, has its terms from `term` on, a multiple of TERMS. */

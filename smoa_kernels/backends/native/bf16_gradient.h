@@ -115,9 +115,9 @@ TILES static void make_H(const float *G, const half *weight, i64 stride, i64 hei
 static __attribute__((noinline)) void contract_by_dots(i64 ranks, const half *H, const half *A, i64 deep, const half *B,
                                                       float *dA, float *dB) {
     for (; ranks > 0; ranks -= SIDE, A += deep * TILE, B += TILE, dA += PAIR * SIDE, dB += PAIR * SIDE) {
-        for (i64 i = 0; i < PAIR; i += SIDE) dots_of_tiles(1, H + i * TERMS, 0, A, 0, 1, dB + i * SIDE, SIDE, 0);
+        for (i64 i = 0; i < PAIR; i += SIDE) dots_of_tiles(1, H + i * TERMS, IN_TILES, A, 0, 1, dB + i * SIDE, SIDE, 0);
         for (i64 t = 0; t < least(ranks, SIDE); t += SIDE / 2)
-            wide_dots_of_tiles(1, B + t * TERMS, 0, H + 2 * TILE, TILE, 1, dA + t * SIDE, SIDE, SIDE * SIDE);
+            wide_dots_of_tiles(1, B + t * TERMS, IN_TILES, H + 2 * TILE, TILE, 1, dA + t * SIDE, SIDE, SIDE * SIDE);
     }
 }
 
@@ -193,8 +193,8 @@ TILES static void bf16_factors(void *it, i64 part) {
                     B[(i / PAIR * tiles * SIDE + t) * TERMS + i % PAIR] = j->B[rows[i] * ranks + t];
             }
             for (i64 c = 0; c < width; c += PAIR) {
-                add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, 0, right + c * steps * TERMS,
-                             steps, 0, G);
+                add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, IN_TILES,
+                             right + c * steps * TERMS, steps, 0, G);
                 for (i64 i = 0; i < count; i += PAIR) {
                     make_H(G + i * PAIR, weight + i * stride + c, stride, least(PAIR, count - i), width - c,
                            (vf){0} + j->change.scaling, H);

@@ -115,7 +115,8 @@ TILES static void bf16_input_update(void *it, i64 part) {
             for (i64 i = 0; i < count && used; i += PAIR)
                 transposed_delta(j, k, cols + i, least(PAIR, count - i), A, factor, line, some, delta + i * deep * TERMS);
             for (i64 p = 0; p < panels; p += 2) {
-                add_products(count, least(PAIR, j->tokens - p * SIDE), used ? deep : 0, delta, 0, blocked + p * deep * TILE, deep, 0, sums);
+                add_products(count, least(PAIR, j->tokens - p * SIDE), used ? deep : 0, delta, IN_TILES,
+                             blocked + p * deep * TILE, deep, 0, sums);
                 for (i64 i = 0; i < count; i += PAIR)
                     write_columns(sums + i * PAIR, cols + i, least(PAIR, count - i), j->columns + p / 2 * tall);
             }
@@ -189,7 +190,7 @@ TILES static void multiply_input(const bf16_job *j, i64 left, i64 width, const h
                 store(sums + (c + i) * PAIR + SIDE, HALF_WIDENED(found, 1));
             }
         if (j->left)
-            add_products(there, width, deep, j->left + first * deep * TERMS, 0, tiles, deep, add, sums);
+            add_products(there, width, deep, j->left + first * deep * TERMS, IN_TILES, tiles, deep, add, sums);
         else
             add_products(there, width, deep, j->dy + first * j->dy_stride, j->dy_stride, tiles, deep, add, sums);
         for (i64 i = 0; i < there; i++)

@@ -83,8 +83,8 @@ static i64 bf16_rows_together(const bf16_job *j) {
     return j->tokens > PAIR ? bf16_together(j->rows, j->cols, j->parts) : amx_allowed() ? PAIR : SIDE;
 }
 
-/* Some rows of block k as left tiles: W0's unless `base` is NULL, and ΔW's of the block's columns, by way of ROWS lines where those are in order,
- * and of as many where they are made. */
+/* Some rows of block k as left tiles: W0's unless `base` is NULL, and ΔW's of the block's columns, by way of ROWS lines
+ * where those are in order, and of as many where they are made. */
 static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const float *A, float *factor,
                      const piece *pieces, i64 some, half *ordered, half *made, half *base, half *delta) {
     i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left, step = padded(j->widest);
@@ -127,7 +127,8 @@ TILES static void bf16_multiply(void *it, i64 part) {
     i64 tiles = up(j->cols, TERMS), panels = bf16_pairs(j->tokens), groups = 0;
     i64 tall = up(j->rows, TERMS) * TERMS * PAIR, together = bf16_rows_together(j);
     float *at = bf16_forward_room(j, part);
-    half *base = j->in_place ? NULL : taken(&at, together * tiles * TERMS * 2), *delta = taken(&at, together * up(j->widest, TERMS) * TERMS * 2);
+    half *base = j->in_place ? NULL : taken(&at, together * tiles * TERMS * 2);
+    half *delta = taken(&at, together * up(j->widest, TERMS) * TERMS * 2);
     half *ordered = taken(&at, ROWS * padded(j->widest) * 2), *made = taken(&at, ROWS * padded(j->widest) * 2);
     float *A = taken(&at, j->rank * padded(j->widest) * 4), *factor = taken(&at, j->rank * ROWS * 4);
     float *sums = taken(&at, together * PAIR * 4);
@@ -154,13 +155,13 @@ TILES static void bf16_multiply(void *it, i64 part) {
                 const half *all = j->all + p * tiles * TILE;
                 i64 there = least(PAIR, j->tokens - p * SIDE);
                 if (base)
-                    add_products(count, there, tiles, base, 0, all, tiles, 0, sums);
+                    add_products(count, there, tiles, base, IN_TILES, all, tiles, 0, sums);
                 else
                     add_products(count, there, tiles, j->weight + *rows * j->stride, j->stride, all, tiles, 0, sums);
                 if (deep && j->lies)
-                    add_products(count, there, deep, delta, 0, all + left / TERMS * TILE, tiles, 1, sums);
+                    add_products(count, there, deep, delta, IN_TILES, all + left / TERMS * TILE, tiles, 1, sums);
                 else if (deep)
-                    add_products(count, there, deep, delta, 0, blocked + p * deep * TILE, deep, 1, sums);
+                    add_products(count, there, deep, delta, IN_TILES, blocked + p * deep * TILE, deep, 1, sums);
                 if (!j->contiguous) {
                     write_columns(sums, rows, count, j->columns + p / 2 * tall);
                     continue;
