@@ -7,8 +7,8 @@
 
 #include "bf16_linear.h"
 
-/* Tokens of a band: of more than contiguous blocks', where y's workspace, which is the same memory, holds as much. */
-static i64 bf16_gradient_band(i64 rows, i64 cols, i64 contiguous) { return bf16_band(rows, cols, contiguous ? 2 : 4); }
+/* Tokens of a band: no more than fit in what y's workspace takes, which is the same memory. */
+static i64 bf16_gradient_band(i64 rows, i64 cols, i64 contiguous) { return bf16_band(rows, cols, contiguous ? 1 : 4); }
 
 static i64 bf16_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
 

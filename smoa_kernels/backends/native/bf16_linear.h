@@ -23,6 +23,11 @@ static i64 bf16_in_place(const int32_t *row_offsets, i64 cols, i64 blocks, i64 c
     return whole;
 }
 
+/* Tokens of a band: of more where W0's rows are copied for each, and nothing in block order. */
+static i64 bf16_forward_band(i64 rows, i64 cols, i64 in_place, i64 contiguous) {
+    return bf16_band(rows, cols, contiguous && !in_place ? 4 : 3);
+}
+
 static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 in_place, i64 widest, i64 rank, i64 threads) {
     i64 height = bf16_together(rows, cols, threads);
     return lines(up(cols, TERMS) * TILE / 2) + (in_place ? 0 : lines(height * up(cols, TERMS) * TERMS / 2)) +
@@ -49,7 +54,8 @@ i64 smoa_bf16_forward_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *r
     i64 in_place = bf16_in_place(row_offsets, cols, blocks, contiguous);
     i64 widest = largest_of(col_offsets, blocks), lies = bf16_lies(col_offsets, blocks, contiguous, masked != 0);
     i64 tiles = up(cols, TERMS) + (lies ? 0 : bf16_block_tiles(cols, blocks));
-    return bf16_pairs(least(tokens, bf16_band(rows, cols, contiguous ? 4 : 3))) * (tiles * TILE + (contiguous ? 0 : up(rows, TERMS) * TILE)) / 2 +
+    i64 panels = bf16_pairs(least(tokens, bf16_forward_band(rows, cols, in_place, contiguous)));
+    return panels * (tiles * TILE + (contiguous ? 0 : up(rows, TERMS) * TILE)) / 2 +
            threads * bf16_forward_part_size(rows, cols, in_place, widest, rank, threads) + 16;
 }
 
@@ -193,8 +199,8 @@ void smoa_bf16_forward(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_stri
     bf16_job job = bf16_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
     float *at = from_a_line(workspace);
-    i64 band = bf16_band(rows, cols, contiguous ? 4 : 3), panels = bf16_pairs(least(tokens, band));
     job.in_place = bf16_in_place(row_offsets, cols, blocks, contiguous);
+    i64 band = bf16_forward_band(rows, cols, job.in_place, contiguous), panels = bf16_pairs(least(tokens, band));
     job.lies = bf16_lies(col_offsets, blocks, contiguous, keep != NULL);
     job.all = taken(&at, panels * up(cols, TERMS) * TILE * 2);
     if (!job.lies) job.blocked = taken(&at, panels * bf16_block_tiles(cols, blocks) * TILE * 2);
