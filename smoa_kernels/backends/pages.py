@@ -46,22 +46,23 @@ _kept = _Kept()
 def workspace(like: Tensor, floats: int) -> Tensor:
     """At least so many float32 numbers for one call of compiled code, on the CPU: whatever was in them is lost.
 
-    A large workspace is the thread's own, in large pages, and kept: malloc would hand out memory in small pages, of
-    which a processor finds too few at a time. :func:`release` gives it back.
+    A large workspace is the thread's own, in large pages, and kept, for small ones too: malloc would hand out memory in
+    small pages, of which a processor finds too few at a time. :func:`release` gives it back.
 
     Raises:
         RuntimeError: there is not enough memory; torch's own, which names the bytes.
     """
+    if _kept.memory is not None and _kept.memory.numel() >= floats:
+        return _kept.memory
     if 4 * floats < LARGE or _ADVICE is None:
         return like.new_empty(floats, dtype=torch.float32)
-    if _kept.memory is None or _kept.memory.numel() < floats:
-        release()
-        size = -(-4 * floats // mmap.PAGESIZE) * mmap.PAGESIZE
-        try:
-            mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError:  # no memory: torch's allocator finds some, or says so as its users expect
-            return like.new_empty(floats, dtype=torch.float32)
-        _kept.memory = in_large_pages(torch.frombuffer(mapped, dtype=torch.float32))
+    release()
+    size = -(-4 * floats // mmap.PAGESIZE) * mmap.PAGESIZE
+    try:
+        mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no memory: torch's allocator finds some, or says so as its users expect
+        return like.new_empty(floats, dtype=torch.float32)
+    _kept.memory = in_large_pages(torch.frombuffer(mapped, dtype=torch.float32))
     return _kept.memory
 
 
