@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from . import tables
-from .machine import LIMIT
 from .protocol import Quartiles
 from .providers import FROZEN, HIRA, LORA, PAPER, SMOA
 from .results import Result, Run
@@ -50,12 +49,9 @@ def figures(run: Run) -> dict[str, str]:
 
 
 def overview(runs: Sequence[Run]) -> Figure | None:
-    """Forward and backward over frozen of each method: a panel a machine, its largest layer at K=4 in each dtype.
-
-    A processor that was not used whole is a machine shown already.
-    """
+    """Forward and backward over frozen of each method: a panel a machine, its largest layer at K=4 in each dtype."""
     cases = {run.slug: _largest(run) for run in runs}
-    shown = [run for run in runs if cases[run.slug] and LIMIT not in run.machine["device"]]
+    shown = [run for run in runs if cases[run.slug]]
     if not shown:
         return None
     figure = Figure(figsize=(4.6 * len(shown) + 1.2, 3.6), layout="constrained")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .machine import EDITED, LIMIT
+from .machine import EDITED
 from .protocol import Comparison
 
 DIGITS = 5  # of each second that is kept
@@ -125,11 +125,11 @@ def read(path: Path) -> Run:
 
 
 def read_all(folder: Path) -> list[Run]:
-    """Every run in a folder: on CPUs, on GPUs, on CPUs that were not used whole; of each kind the newest first."""
+    """Every run in a folder, those on CPUs first, the newest of each kind before the others."""
     runs = sorted(
         (read(path) for path in folder.glob("*.json")), key=lambda run: (run.date, run.slug), reverse=True
     )
-    return sorted(runs, key=lambda run: (LIMIT in run.machine["device"], run.on_gpu))
+    return sorted(runs, key=lambda run: run.on_gpu)
 
 
 def compact(run: Run) -> str:
