@@ -45,16 +45,19 @@ def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) on the CPU."""
-    if not _fits(adapter, x, None):
+    if not _fits(adapter, x, None, bias):
         return eager.forward(x, bias, adapter, algorithm, dropout)
     if algorithm == "auto":
         algorithm = _choose(x, adapter, dropout)
+    if algorithm == "expanded":
+        return expanded(x, adapter, bias)
     if algorithm == "merged":
         y = merged(x, adapter)
-    elif algorithm == "expanded":
-        y = expanded(x, adapter)
     else:
-        y = split(x, adapter, None if dropout is None else drawn(dropout, x, x.shape[1]))
+        mask = None if dropout is None else drawn(dropout, x, x.shape[1])
+        if bf16.multiplies(x, adapter):
+            return bf16.split(x, bias, adapter, mask)
+        y = split(x, adapter, mask)
     return y if bias is None else y.add_(bias)
 
 
@@ -62,7 +65,7 @@ def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`forward`, as :func:`eager.backward`; one mask serves them all."""
-    if not _fits(adapter, x, dy):
+    if not _fits(adapter, x, dy, None):
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
     mask = None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1])
     if bf16.multiplies(dy, adapter):
@@ -82,7 +85,7 @@ def torch_is_faster(tokens: int) -> bool:
     return not library().smoa_linear_fit(tokens) and gemm_is_ieee(torch.float32, "cpu")
 
 
-def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None) -> bool:
+def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Tensor | None) -> bool:
     """Whether compiled code can run: an exported program, which names its backend, may meet another machine or dtype.
 
     Nor does it run for operands of other shapes, which it would follow beyond their end: torch's operators raise there.
@@ -93,6 +96,8 @@ def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None) -> bool:
         if given is not None:
             fits = fits and given.dtype == adapter.weight.dtype and given.is_cpu and given.shape[1] == width
     fits = fits and (x is None or dy is None or x.shape[0] == dy.shape[0])
+    if bias is not None:
+        fits = fits and bias.dtype == adapter.weight.dtype and bias.is_cpu and bias.shape == (rows,)
     fits = fits and adapter.weight.dtype in KINDS and adapter.A.dtype in KINDS
     return fits and adapter.A.dtype == adapter.B.dtype and obstacle() is None
 
@@ -116,17 +121,19 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     return _linear(x, adapter.weight, y, adapter) if x.numel() else y.zero_()
 
 
-def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
-    """`x W_effᵀ` (T, N) of few tokens: makes W_eff in registers, a vector at a time, while it reads W0's rows.
+def expanded(x: Tensor, adapter: PackedAdapter, bias: Tensor | None = None) -> Tensor:
+    """`x W_effᵀ + b` (T, N) of few tokens: makes W_eff in registers, a vector at a time, while it reads W0's rows.
 
     Where W0's columns are contiguous, not its rows, this is :func:`merged`.
     """
     if adapter.weight.stride(1) != 1:
-        return merged(x, adapter)
+        y = merged(x, adapter)
+        return y if bias is None else y.add_(bias)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0], dtype=torch.float32)
     row_index, _, row_offsets, _, ranks = blocks_of(adapter)
     if not x.numel() or not y.numel():
-        return y.zero_().to(x.dtype)
+        y.zero_()
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
     code, threads, count = library(), torch.get_num_threads(), adapter.partition.num_blocks
     columns, col_block = adapter.weight.shape[1], dense(adapter.partition.col_block, torch.int32)
     if col_block.numel() != columns or not code.smoa_labels_fit(
@@ -143,13 +150,11 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
             col_block.data_ptr(), count, ranks.data_ptr(), A.shape[0], A.data_ptr(), A.stride(0), B.data_ptr(),
             *B.stride(), adapter.scaling.item(), y.data_ptr(), False, room.data_ptr(), threads,
         )  # fmt: skip
-    return y.to(adapter.weight.dtype)
+    return (y if bias is None else y.add_(bias)).to(adapter.weight.dtype)
 
 
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
-    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N)."""
-    if bf16.multiplies(x, adapter):
-        return bf16.split(x, adapter, mask)
+    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N), in float32 or by torch's GEMMs."""
     if x.dtype != torch.float32:
         return torch_gemms.split(x, adapter, mask)
     return _linear(x, adapter.weight, _update(x, adapter, x_mask=mask))

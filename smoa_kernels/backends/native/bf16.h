@@ -13,7 +13,7 @@
 /* A layer and what is computed of it; stages share their room in the workspace. */
 typedef struct {
     i64 tokens, rows, cols, blocks, rank, parts, contiguous; /* tokens of a band */
-    const half *x, *dy, *weight; /* with contiguous rows */
+    const half *x, *dy, *weight, *bias; /* with contiguous rows */
     i64 x_stride, dy_stride, stride;
     const uint16_t *keep; /* of x for ΔW; NULL: all */
     const i64 *row_index, *col_index;

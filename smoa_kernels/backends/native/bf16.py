@@ -57,10 +57,11 @@ def has_amx() -> bool:
     return obstacle() is None and bool(library().smoa_amx_fit())
 
 
-def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
-    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N), rounded once."""
+def split(x: Tensor, bias: Tensor | None, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
+    """`x W0ᵀ + b + dropout(x) ΔWᵀ` (T, N), rounded once; b in x's dtype."""
     code, threads, weight, p = library(), torch.get_num_threads(), adapter.weight, adapter.partition
     x, A, B = with_rows(x), adapter.A.contiguous(), adapter.B.contiguous()
+    bias = None if bias is None else bias.contiguous()
     *blocks, ranks = blocks_of(adapter)
     shape, rank, indices = (x.shape[0], *weight.shape), A.shape[0], [one.data_ptr() for one in blocks]
     y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
@@ -72,7 +73,7 @@ def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
         code.smoa_bf16_forward(
             *shape, x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask), *indices,
             p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype],
-            _scale(adapter, mask), y.data_ptr(), room.data_ptr(), threads,
+            _scale(adapter, mask), None if bias is None else bias.data_ptr(), y.data_ptr(), room.data_ptr(), threads,
         )  # fmt: skip
     return y
 

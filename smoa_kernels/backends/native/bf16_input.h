@@ -118,7 +118,7 @@ TILES static void bf16_input_update(void *it, i64 part) {
                 add_products(count, least(PAIR, j->tokens - p * SIDE), used ? deep : 0, delta, IN_TILES,
                              blocked + p * deep * TILE, deep, 0, sums);
                 for (i64 i = 0; i < count; i += PAIR)
-                    write_columns(sums + i * PAIR, cols + i, least(PAIR, count - i), j->columns + p / 2 * tall);
+                    write_columns(sums + i * PAIR, cols + i, 0, NULL, least(PAIR, count - i), j->columns + p / 2 * tall);
             }
         }
         blocked += panels * deep * TILE;

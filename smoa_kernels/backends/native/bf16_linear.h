@@ -1,4 +1,4 @@
-/* `y = x W0ᵀ + dropout(x) ΔWᵀ` in bfloat16: both products are summed in one float32 tile and rounded once.
+/* `y = x W0ᵀ + dropout(x) ΔWᵀ + b` in bfloat16: both products are summed in one float32 tile and rounded once, with b.
  *
  * W0's rows are left tiles as they lie, x is prepared once. Some rows of one block at a time are copied side by side, ΔW is
  * made of them, and both are multiplied by all tokens. What comes out are columns of y, 32 tokens each, so that to put them
@@ -120,11 +120,15 @@ static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const floa
     }
 }
 
-/* Columns of y, PAIR tokens each, from sums (rows of W0, PAIR tokens), where they belong or, of no `rows`, in their order. */
-TILES static void write_columns(const float *sums, const i64 *rows, i64 count, half *to) {
-    for (i64 i = 0; i < count; i++)
-        _mm512_store_si512(to + (rows ? rows[i] : i) * PAIR,
-                           both_narrowed(load(sums + i * PAIR), load(sums + i * PAIR + SIDE)));
+/* Columns of y, PAIR tokens each, from sums (rows of W0, PAIR tokens) and what a bias has for these rows, which may be NULL:
+ * where they belong, or `in_order`. */
+TILES static void write_columns(const float *sums, const i64 *rows, i64 in_order, const half *bias, i64 count, half *to) {
+    for (i64 i = 0; i < count; i++) {
+        vf own = {0};
+        if (bias) own += one_of(bias, rows[i], BFLOAT16);
+        _mm512_store_si512(to + (in_order ? i : rows[i]) * PAIR,
+                           both_narrowed(load(sums + i * PAIR) + own, load(sums + i * PAIR + SIDE) + own));
+    }
 }
 
 TILES static void bf16_multiply(void *it, i64 part) {
@@ -169,10 +173,10 @@ TILES static void bf16_multiply(void *it, i64 part) {
                 else if (deep)
                     add_products(count, there, deep, delta, IN_TILES, blocked + p * deep * TILE, deep, 1, sums);
                 if (!j->contiguous) {
-                    write_columns(sums, rows, count, j->columns + p / 2 * tall);
+                    write_columns(sums, rows, 0, j->bias, count, j->columns + p / 2 * tall);
                     continue;
                 }
-                write_columns(sums, NULL, count, columns);
+                write_columns(sums, rows, 1, j->bias, count, columns);
                 for (i64 t = p * SIDE; t < least(j->tokens, (p + 2) * SIDE); t += SIDE)
                     rows_from(columns + t % PAIR, j->tokens - t, count, NULL, j->y + t * j->rows + top + n, j->rows);
             }
@@ -191,17 +195,19 @@ static void bf16_finish(void *it, i64 part) {
 }
 
 /* y (tokens, rows): x (tokens, cols) and W0 (rows, cols) with contiguous rows, of x some dropped by `keep` for ΔW, as in
- * smoa_order. A (rank, cols) and B (rows, rank) are `factors`, contiguous. There is a token, a row and a column. */
+ * smoa_order. A (rank, cols) and B (rows, rank) are `factors`, contiguous; `bias` (rows) may be NULL. There is a token, a row and
+ * a column. */
 void smoa_bf16_forward(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_stride, const void *weight, i64 stride,
                       const uint16_t *keep, const i64 *row_index, const i64 *col_index, const int32_t *row_offsets,
                       const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
-                      const void *A, const void *B, i64 factors, float scaling, void *y, float *workspace, i64 threads) {
+                      const void *A, const void *B, i64 factors, float scaling, const void *bias, void *y, float *workspace,
+                      i64 threads) {
     bf16_job job = bf16_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
     float *at = from_a_line(workspace);
     job.in_place = bf16_in_place(row_offsets, cols, blocks, contiguous);
     i64 band = bf16_forward_band(rows, cols, job.in_place, contiguous), panels = bf16_pairs(least(tokens, band));
-    job.lies = bf16_lies(col_offsets, blocks, contiguous, keep != NULL);
+    job.bias = bias, job.lies = bf16_lies(col_offsets, blocks, contiguous, keep != NULL);
     job.all = taken(&at, panels * up(cols, TERMS) * TILE * 2);
     if (!job.lies) job.blocked = taken(&at, panels * bf16_block_tiles(cols, blocks) * TILE * 2);
     if (!contiguous) job.columns = taken(&at, panels * up(rows, TERMS) * TERMS * SIDE * 2);
