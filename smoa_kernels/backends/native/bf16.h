@@ -19,17 +19,17 @@ typedef struct {
     const i64 *row_index, *col_index;
     const int32_t *row_offsets, *col_offsets, *ranks;
     change_job change; /* ΔW's: A (rank, cols) and B (rows, rank), contiguous */
-    const half *A, *B; /* the same in `terms` times the ranks */
-    i64 terms, tallest, widest;
+    i64 tallest, widest;
     half *y, *dx;
     void *dA, *dB;
     /* In the workspace. Forward: x as right tiles, in its order and in block order, and columns of y. */
     half *all, *blocked, *columns;
     i64 lies, in_place; /* whether a block's x lies in `all`; whether W0's rows are no copies */
-    /* dA and dB: dY as left tiles and x as right tiles, in block order, whose terms are tokens; A as right tiles of SIDE
-     * ranks; each part's dA, and dB of rows in block order, in float32. */
-    half *dy_terms, *x_terms, *A_tiles;
-    float *sums, *row_sums, *line;
+    /* dA and dB: dY as left tiles and x as right tiles, in block order, whose terms are tokens; A, SIDE ranks of a
+     * column after another or as right tiles; each part's dA, and dB of rows in block order, in float32. */
+    half *dy_terms, *x_terms;
+    void *A_lines;
+    float *sums, *row_sums;
     /* dX: dY as left tiles and labels. Where it is masked also dY as right tiles (`blocked`) and `columns` of dY ΔW. */
     half *left;
     int32_t *row_block, *col_block;

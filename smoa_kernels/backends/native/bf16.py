@@ -88,20 +88,16 @@ def backward(
     shape, rank, indices = (dy.shape[0], *weight.shape), A.shape[0], [one.data_ptr() for one in blocks]
     scale, dx, dA, dB = _scale(adapter, mask), None, None, None
     if x is not None:
-        x, dA, dB, terms = with_rows(x), A.new_empty(A.shape), B.new_empty(B.shape), 1
-        A_halves, B_halves = A, B
-        if A.dtype != torch.bfloat16:
-            terms, A_halves, B_halves = 2, _halves(A, 0), _halves(B, 1)
+        x, dA, dB = with_rows(x), A.new_empty(A.shape), B.new_empty(B.shape)
         floats = code.smoa_bf16_gradient_workspace(
-            *shape, indices[3], p.num_blocks, p.is_contiguous, terms * rank, threads
+            *shape, indices[3], p.num_blocks, p.is_contiguous, rank, threads
         )
         room = workspace(dy, floats)
         with named(COMPILED_BF16):
             code.smoa_bf16_gradient(
                 *shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
-                kept_by(mask), *indices, p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, KINDS[A.dtype], scale,
-                terms, A_halves.data_ptr(), B_halves.data_ptr(), dA.data_ptr(), dB.data_ptr(), room.data_ptr(),
-                threads,
+                kept_by(mask), *indices, p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(),
+                B.data_ptr(), KINDS[A.dtype], scale, dA.data_ptr(), dB.data_ptr(), room.data_ptr(), threads,
             )  # fmt: skip
 
     if needs_x:
@@ -121,9 +117,3 @@ def backward(
 
 def _scale(adapter: PackedAdapter, mask: Mask | None) -> float:
     return adapter.scaling.item() * (1.0 if mask is None else mask.scale)
-
-
-def _halves(factor: Tensor, dim: int) -> Tensor:
-    """Two bfloat16 terms whose sum is the factor to 16 bits, side by side along its ranks."""
-    first = factor.to(torch.bfloat16)
-    return torch.cat((first, (factor - first).to(torch.bfloat16)), dim)

@@ -1,7 +1,8 @@
 /* dA and dB of bf16_linear.h: each block's G = dYᵀ x is contracted tile by tile.
  *
- * A tile of G becomes one of H = s G ∘ W0, rounded once, which is the operand of two more products, `dB = H Aᵀ` and
- * `dA = Bᵀ H`. A factor that is no bfloat16 is the sum of two that are, whose ranks lie side by side (`terms`).
+ * A tile of G becomes one of H = s G ∘ W0, which is the operand of two more products, `dB = H Aᵀ` and `dA = Bᵀ H`. Where the
+ * factors are bfloat16, H is rounded to it, and they are products of tiles; else H stays float32, as all of the sums do,
+ * and so has the precision that factors in float32 are kept for.
  */
 #pragma once
 
@@ -15,7 +16,7 @@ static i64 bf16_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
 static i64 bf16_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous, i64 tiles, i64 threads) {
     i64 height = bf16_together(rows, bf16_gradient_band(rows, cols, contiguous), threads);
     i64 prepare = (up(rows, TERMS) + up(cols, TERMS)) * TILE;
-    i64 factors = lines(height * PAIR) + 2 * TILE + lines(height * tiles * SIDE / 2) +
+    i64 factors = lines(height * PAIR) + lines(PAIR * PAIR) + lines(height * tiles * SIDE) +
                   lines(contiguous ? 0 : height * padded(widest) / 2) + pieces_size(cols);
     return prepare > factors ? prepare : factors;
 }
@@ -28,27 +29,43 @@ i64 smoa_bf16_gradient_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *
                                 i64 ranks, i64 threads) {
     i64 tiles = bf16_rank_tiles(ranks), tall = bf16_block_tiles(rows, blocks), wide = bf16_block_tiles(cols, blocks);
     i64 some = least(tokens, bf16_gradient_band(rows, cols, contiguous)), widest = largest_of(col_offsets, blocks);
-    return (tall + wide) * TERMS * up(some, PAIR) * PAIR / 2 + lines(wide * TERMS * tiles * SIDE / 2) +
-           bf16_sums_size(rows, blocks, tiles) + lines((tiles + 1) * SIDE) +
+    return (tall + wide) * TERMS * up(some, PAIR) * PAIR / 2 + lines(wide * TERMS * tiles * SIDE) +
+           bf16_sums_size(rows, blocks, tiles) +
            threads * (bf16_sums_size(cols, blocks, tiles) +
                       bf16_gradient_part_size(rows, widest, cols, contiguous, tiles, threads)) + 16;
 }
 
 static float *bf16_gradient_room(const bf16_job *j, i64 part) {
     return j->workspace + part * bf16_gradient_part_size(j->rows, j->widest, j->cols, j->contiguous,
-                                                       bf16_rank_tiles(j->terms * j->rank), j->parts);
+                                                       bf16_rank_tiles(j->rank), j->parts);
 }
 
 /* A as right tiles. */
 static void bf16_A_tiles(const bf16_job *j) {
-    half *to = j->A_tiles, *pairs = (half *)j->workspace;
-    i64 ranks = j->terms * j->rank, tiles = bf16_rank_tiles(ranks);
+    half *to = j->A_lines, *pairs = (half *)j->workspace;
+    i64 tiles = bf16_rank_tiles(j->rank);
     for (i64 k = 0; k < j->blocks; k++) {
         i64 width = j->col_offsets[k + 1] - j->col_offsets[k], step = up(width, TERMS) * TILE;
         for (i64 q = 0; q < tiles; q++, to += step) {
-            pairs_of(j->A + q * SIDE * j->cols, j->cols, ranks - q * SIDE, j->cols, NULL, pairs);
+            pairs_of((const half *)j->change.A + q * SIDE * j->cols, j->cols, j->rank - q * SIDE, j->cols, NULL, pairs);
             pick_pairs(pairs, j->col_index + j->col_offsets[k], width, to);
         }
+    }
+}
+
+/* The same in float32: SIDE ranks of a column, then those of the next. */
+static void float_A_lines(const bf16_job *j) {
+    float *to = j->A_lines;
+    i64 tiles = bf16_rank_tiles(j->rank);
+    for (i64 k = 0; k < j->blocks; k++) {
+        const i64 *cols = j->col_index + j->col_offsets[k];
+        i64 width = j->col_offsets[k + 1] - j->col_offsets[k], deep = up(width, TERMS) * TERMS;
+        for (i64 q = 0; q < tiles; q++)
+            for (i64 c = 0; c < deep; c++, to += SIDE)
+                for (i64 t = 0; t < SIDE; t++) {
+                    i64 rank = q * SIDE + t;
+                    to[t] = c < width && rank < j->rank ? one_of(j->change.A, rank * j->cols + cols[c], j->change.factors) : 0;
+                }
     }
 }
 
@@ -110,6 +127,51 @@ TILES static void make_H(const float *G, const half *weight, i64 stride, i64 hei
     }
 }
 
+/* H in float32 (PAIR, PAIR), of the same. */
+static void make_float_H(const float *G, const half *weight, i64 stride, i64 height, i64 width, vf scale, float *H) {
+    __mmask32 there = first_of(width);
+    for (i64 i = 0; i < PAIR; i++) {
+        __mmask32 own = i < height ? there : 0;
+        __m512i w = _mm512_maskz_loadu_epi16(own, weight + i * stride);
+#pragma GCC unroll 2
+        for (int c = 0; c < 2; c++) {
+            vf value = load(G + i * PAIR + c * SIDE) * (scale * HALF_WIDENED(w, c));
+            store(H + i * PAIR + c * SIDE, (vf)_mm512_maskz_mov_ps((__mmask16)(own >> c * SIDE), (__m512)value));
+        }
+    }
+}
+
+/* What contract_H adds, in float32: a line of A has SIDE ranks of a column, one of B those of a row. Sums are short: those of
+ * a tile are added to what is there. */
+static __attribute__((noinline)) void contract_float_H(i64 ranks, const float *H, const float *A, i64 deep, const float *B,
+                                                       float *dA, float *dB) {
+    for (; ranks > 0; ranks -= SIDE, A += deep * TERMS * SIDE, B += PAIR * SIDE, dA += PAIR * SIDE, dB += PAIR * SIDE) {
+        for (i64 i = 0; i < PAIR; i += SIDE) {
+            vf sum[SIDE] = {{0}};
+            const float *h = H + i * PAIR, *a = A;
+            for (int c = 0; c < PAIR; c++, h++, a += SIDE)
+#pragma GCC unroll 16
+                for (int r = 0; r < SIDE; r++) sum[r] += h[r * PAIR] * load(a);
+#pragma GCC unroll 16
+            for (int r = 0; r < SIDE; r++) store(dB + (i + r) * SIDE, load(dB + (i + r) * SIDE) + sum[r]);
+        }
+        for (i64 t = 0; t < least(ranks, SIDE); t += SIDE / 2) {
+            vf sum[SIDE / 2][2] = {{{0}}};
+            const float *h = H, *b = B + t;
+            for (int i = 0; i < PAIR; i++, h += PAIR, b += SIDE)
+#pragma GCC unroll 8
+                for (int r = 0; r < SIDE / 2; r++)
+                    for (int c = 0; c < 2; c++) sum[r][c] += b[r] * load(h + c * SIDE);
+#pragma GCC unroll 8
+            for (int r = 0; r < SIDE / 2; r++)
+                for (int c = 0; c < 2; c++) {
+                    float *to = dA + (t + r) * SIDE + c * SIDE * SIDE;
+                    store(to, load(to) + sum[r][c]);
+                }
+        }
+    }
+}
+
 /* contract_H without AMX. Its calls are kept out of the loop there: they would put addresses on the stack, and reading those
  * behind tiles that were just stored made dA and dB a fifth slower. */
 static __attribute__((noinline)) void contract_by_dots(i64 ranks, const half *H, const half *A, i64 deep, const half *B,
@@ -150,7 +212,7 @@ TILES static inline void contract_H(i64 ranks, const half *H, const half *A, i64
     }
 }
 
-/* The first `count` of up to LANES sums, and the second terms' beside them, as they are stored. */
+/* The first `count` of up to LANES sums, as they are stored. */
 INLINE void put(void *to, i64 at, i64 count, vf sum, int stored) {
 #define CALL(kind) narrow(to, at, count, sum, kind)
     WITH_KIND(stored, CALL)
@@ -161,15 +223,16 @@ INLINE void put(void *to, i64 at, i64 count, vf sum, int stored) {
 TILES static void bf16_factors(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 steps = up(j->tokens, PAIR), ranks = j->terms * j->rank, tiles = bf16_rank_tiles(ranks), group = 0, groups = 0;
+    i64 steps = up(j->tokens, PAIR), ranks = j->rank, tiles = bf16_rank_tiles(ranks), group = 0, groups = 0;
     i64 size = bf16_sums_size(j->cols, j->blocks, tiles), wide = padded(j->widest);
     i64 group_rows = bf16_together(j->rows, bf16_gradient_band(j->rows, j->cols, j->contiguous), j->parts);
     float *at = bf16_gradient_room(j, part), *dA = j->sums + part * size, *dB = j->row_sums;
     float *G = taken(&at, group_rows * PAIR * 4);
-    half *H = taken(&at, 4 * TILE * 2), *B = taken(&at, group_rows * tiles * SIDE * 2);
+    void *H = taken(&at, PAIR * PAIR * 4), *B = taken(&at, group_rows * tiles * SIDE * 4);
     half *ordered = taken(&at, j->contiguous ? 0 : group_rows * wide * 2);
     piece *pieces = (piece *)at;
-    const half *left = j->dy_terms, *right = j->x_terms, *A = j->A_tiles;
+    const half *left = j->dy_terms, *right = j->x_terms;
+    i64 kind = j->change.factors, in_halves = kind == BFLOAT16, before = 0; /* columns of the blocks before, padded */
     for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], group_rows);
     i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts);
     begin_tiles();
@@ -183,48 +246,56 @@ TILES static void bf16_factors(void *it, i64 part) {
             const i64 *rows = j->row_index + top + n;
             i64 count = least(group_rows, height - n), stride = j->contiguous ? j->stride : wide;
             const half *weight = j->contiguous ? j->weight + (top + n) * stride + j->col_offsets[k] : ordered;
-            memset(B, 0, (size_t)(group_rows * tiles * SIDE) * sizeof *B);
+            memset(B, 0, (size_t)(group_rows * tiles * SIDE * 4));
             for (i64 i = 0; i < count; i++) {
                 if (!j->contiguous) {
                     ask_for_rows(j->weight, j->stride, rows + least(i + 2, count - 1), 1, j->cols, 0, 1);
                     gather_halves(j->weight + rows[i] * j->stride, cols, width, pieces, some, NULL, 0, ordered + i * wide);
                 }
-                for (i64 t = 0; t < ranks; t++)
-                    B[(i / PAIR * tiles * SIDE + t) * TERMS + i % PAIR] = j->B[rows[i] * ranks + t];
+                for (i64 t = 0; t < ranks && in_halves; t++)
+                    ((half *)B)[(i / PAIR * tiles * SIDE + t) * TERMS + i % PAIR] =
+                        ((const half *)j->change.B)[rows[i] * ranks + t];
+                for (i64 t = 0; t < ranks && !in_halves; t++)
+                    ((float *)B)[((i / PAIR * tiles + t / SIDE) * PAIR + i % PAIR) * SIDE + t % SIDE] =
+                        one_of(j->change.B, rows[i] * ranks + t, (int)kind);
             }
             for (i64 c = 0; c < width; c += PAIR) {
                 add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, IN_TILES,
                              right + c * steps * TERMS, steps, 0, G);
                 for (i64 i = 0; i < count; i += PAIR) {
-                    make_H(G + i * PAIR, weight + i * stride + c, stride, least(PAIR, count - i), width - c,
-                           (vf){0} + j->change.scaling, H);
-                    contract_H(ranks, H, A + c / TERMS * TILE, deep, B + i / PAIR * tiles * TILE,
-                               dA + c * tiles * SIDE, dB + (n + i) * tiles * SIDE);
+                    i64 A_at = (before * tiles + c) * SIDE, B_at = i * tiles * SIDE, there = least(PAIR, count - i);
+                    const half *w = weight + i * stride + c;
+                    float *to_A = dA + c * tiles * SIDE, *to_B = dB + (n + i) * tiles * SIDE;
+                    vf scale = (vf){0} + j->change.scaling;
+                    if (in_halves) {
+                        make_H(G + i * PAIR, w, stride, there, width - c, scale, H);
+                        contract_H(ranks, H, (half *)j->A_lines + A_at, deep, (half *)B + B_at, to_A, to_B);
+                    } else {
+                        make_float_H(G + i * PAIR, w, stride, there, width - c, scale, H);
+                        contract_float_H(ranks, H, (float *)j->A_lines + A_at, deep, (float *)B + B_at, to_A, to_B);
+                    }
                 }
             }
         }
         left += tall * steps * TERMS, dB += tall * tiles * SIDE;
         right += deep * 2 * steps * TILE;
-        A += tiles * deep * TILE;
+        before += deep * TERMS;
         dA += deep * tiles * PAIR * SIDE;
     }
     end_tiles();
 }
 
-/* dB of its sums: those of a row's second terms lie behind those of its first. */
+/* dB of its sums. */
 static void bf16_write_dB(const bf16_job *j) {
-    i64 tiles = bf16_rank_tiles(j->terms * j->rank);
+    i64 tiles = bf16_rank_tiles(j->rank);
     const float *from = j->row_sums;
     for (i64 k = 0; k < j->blocks; k++) {
         const i64 *rows = j->row_index + j->row_offsets[k];
         i64 height = j->row_offsets[k + 1] - j->row_offsets[k], rank = rank_of(j->ranks, k, j->rank);
         for (i64 i = 0; i < height; i++) {
-            for (i64 q = 0; q < tiles; q++)
-                store(j->line + q * SIDE, load(from + (i / PAIR * tiles + q) * PAIR * SIDE + i % PAIR * SIDE));
-            for (i64 t = rank < 0 ? 0 : rank; t < j->rank; t++) j->line[t] = j->line[(j->terms - 1) * j->rank + t] = 0;
             for (i64 t = 0; t < j->rank; t += SIDE) {
-                vf sum = load(j->line + t);
-                if (j->terms > 1) sum += load(j->line + j->rank + t);
+                vf sum = load(from + (i / PAIR * tiles + t / SIDE) * PAIR * SIDE + i % PAIR * SIDE);
+                sum = (vf)_mm512_maskz_mov_ps(t < rank ? (__mmask16)first_of(rank - t) : 0, (__m512)sum);
                 put(j->dB, rows[i] * j->rank + t, j->rank - t, sum, j->change.factors);
             }
         }
@@ -234,7 +305,7 @@ static void bf16_write_dB(const bf16_job *j) {
 
 /* dA of the parts' sums. */
 static void bf16_write_dA(const bf16_job *j) {
-    i64 tiles = bf16_rank_tiles(j->terms * j->rank), size = bf16_sums_size(j->cols, j->blocks, tiles);
+    i64 tiles = bf16_rank_tiles(j->rank), size = bf16_sums_size(j->cols, j->blocks, tiles);
     const float *from = j->sums;
     for (i64 k = 0; k < j->blocks; k++) {
         const i64 *cols = j->col_index + j->col_offsets[k];
@@ -242,10 +313,8 @@ static void bf16_write_dA(const bf16_job *j) {
         for (i64 t = 0; t < j->rank; t++)
             for (i64 c = 0; c < width; c += SIDE) {
                 vf sum = {0};
-                for (i64 u = t; u < j->terms * j->rank && t < rank; u += j->rank) {
-                    const float *own = from + (c / PAIR * tiles + u / SIDE) * PAIR * SIDE + (c % PAIR + u % SIDE) * SIDE;
-                    for (i64 part = 0; part < j->parts; part++) sum += load(own + part * size);
-                }
+                const float *own = from + (c / PAIR * tiles + t / SIDE) * PAIR * SIDE + (c % PAIR + t % SIDE) * SIDE;
+                for (i64 part = 0; part < j->parts && t < rank; part++) sum += load(own + part * size);
                 char some[VECTOR_BYTES];
                 i64 there = least(SIDE, width - c);
                 put(some, 0, LANES, sum, j->change.factors);
@@ -260,27 +329,26 @@ static void bf16_write_dA(const bf16_job *j) {
 }
 
 /* dA (rank, cols) and dB (rows, rank), stored as A and B: of dY (tokens, rows), with contiguous rows, and what
- * smoa_bf16_forward takes. A_halves and B_halves are A (terms rank, cols) and B (rows, terms rank) in bfloat16. */
+ * smoa_bf16_forward takes. */
 void smoa_bf16_gradient(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stride, const void *x, i64 x_stride,
                        const void *weight, i64 stride, const uint16_t *keep, const i64 *row_index, const i64 *col_index,
                        const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous,
-                       const int32_t *ranks, i64 rank, i64 factors, float scaling, i64 terms, const void *A_halves,
-                       const void *B_halves, void *dA, void *dB, float *workspace, i64 threads) {
+                       const int32_t *ranks, i64 rank, const void *A, const void *B, i64 factors, float scaling,
+                       void *dA, void *dB, float *workspace, i64 threads) {
     bf16_job job = bf16_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
-                             blocks, contiguous, ranks, rank, NULL, NULL, factors, scaling, threads);
-    i64 tiles = bf16_rank_tiles(terms * rank), wide = bf16_block_tiles(cols, blocks) * TERMS;
+                             blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
+    i64 tiles = bf16_rank_tiles(rank), wide = bf16_block_tiles(cols, blocks) * TERMS;
     i64 band = bf16_gradient_band(rows, cols, contiguous), some = least(tokens, band);
     i64 sums = bf16_sums_size(rows, blocks, tiles) + threads * bf16_sums_size(cols, blocks, tiles);
     float *at = from_a_line(workspace);
-    job.terms = terms, job.A = A_halves, job.B = B_halves, job.dA = dA, job.dB = dB;
+    job.dA = dA, job.dB = dB;
     job.dy_terms = taken(&at, bf16_block_tiles(rows, blocks) * TERMS * up(some, PAIR) * PAIR * 2);
     job.x_terms = taken(&at, wide * up(some, PAIR) * PAIR * 2);
-    job.A_tiles = taken(&at, wide * tiles * SIDE * 2);
+    job.A_lines = taken(&at, wide * tiles * SIDE * 4);
     job.row_sums = taken(&at, sums * 4), job.sums = job.row_sums + bf16_sums_size(rows, blocks, tiles);
-    job.line = taken(&at, (tiles + 1) * SIDE * 4);
     job.workspace = at;
     memset(job.row_sums, 0, (size_t)sums * sizeof *job.row_sums);
-    bf16_A_tiles(&job);
+    factors == BFLOAT16 ? bf16_A_tiles(&job) : float_A_lines(&job);
     for (i64 first = 0; first < tokens; first += band) {
         job.tokens = least(band, tokens - first);
         job.dy = (const half *)dy + first * dy_stride, job.dy_stride = dy_stride;

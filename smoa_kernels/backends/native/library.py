@@ -50,7 +50,7 @@ _SIGNATURES = {
 # Those that are there where the compiler knows the instructions, and are called where the processor has them.
 _BF16_SIGNATURES = {
     "smoa_bf16_forward": "iiipipipppppiipippifpppi",
-    "smoa_bf16_gradient": "iiipipipipppppiipiifipppppi",
+    "smoa_bf16_gradient": "iiipipipipppppiipippifpppi",
     "smoa_bf16_input": "iiipipipppppiipippifppi",
     "smoa_bf16_forward_workspace": "iiippiiiii",
     "smoa_bf16_gradient_workspace": "iiipiiii",
