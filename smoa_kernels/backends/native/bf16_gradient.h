@@ -69,25 +69,31 @@ static void float_A_lines(const bf16_job *j) {
     }
 }
 
+/* Whether the products read dY of pairs of tokens, as they read x: AMX takes lines of a row. */
+static i64 bf16_dy_in_pairs(i64 contiguous) { return contiguous && !amx_allowed(); }
+
 /* Both operands, PAIR tokens at a time: columns of tokens in block order, which the right tiles are made of; those of
  * contiguous blocks, of which nothing is dropped, lie in x as they are. */
 TILES static void bf16_gradient_prepare(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
     float *at = bf16_gradient_room(j, part);
-    i64 steps = up(j->tokens, PAIR), lies = j->contiguous && !j->keep;
+    i64 steps = up(j->tokens, PAIR), lies = j->contiguous && !j->keep, pairs = bf16_dy_in_pairs(j->contiguous);
     half *dy = taken(&at, up(j->rows, TERMS) * TILE * 4), *x = taken(&at, up(j->cols, TERMS) * TILE * 4);
     for (i64 t = share_of(steps, 1, part, j->parts); t < share_of(steps, 1, part + 1, j->parts); t++) {
         i64 first = t * PAIR, there = j->tokens - first;
         const half *from = j->x + first * j->x_stride;
         half *left = j->dy_terms, *right = j->x_terms;
-        columns_of(j->dy + first * j->dy_stride, j->dy_stride, there, j->rows, NULL, dy);
+        if (!pairs) columns_of(j->dy + first * j->dy_stride, j->dy_stride, there, j->rows, NULL, dy);
         if (!lies)
             columns_of(from, j->x_stride, there, j->cols, j->keep ? j->keep + first * words(j->cols) : NULL, x);
         for (i64 k = 0; k < j->blocks; k++) {
             const i64 *rows = j->row_index + j->row_offsets[k], *cols = j->col_index + j->col_offsets[k];
             i64 height = j->row_offsets[k + 1] - j->row_offsets[k], width = j->col_offsets[k + 1] - j->col_offsets[k];
-            for (i64 n = 0; n < height; n++)
+            for (i64 n = 0; n < height && pairs; n += PAIR)
+                tiles_of_tokens(j->dy + first * j->dy_stride, j->dy_stride, there, j->row_offsets[k] + n, height - n, NULL, 0,
+                                left + (n / SIDE * steps + t) * TILE, steps * TILE);
+            for (i64 n = 0; n < height && !pairs; n++)
                 _mm512_store_si512(terms_at(left, steps, n, t * TERMS), _mm512_load_si512(dy + rows[n] * PAIR));
             left += up(height, PAIR) * PAIR * steps * TERMS;
             for (i64 c = 0; c < width && lies; c += PAIR)
@@ -232,7 +238,7 @@ TILES static void bf16_factors(void *it, i64 part) {
     half *ordered = taken(&at, j->contiguous ? 0 : group_rows * wide * 2);
     piece *pieces = (piece *)at;
     const half *left = j->dy_terms, *right = j->x_terms;
-    i64 kind = j->change.factors, in_halves = kind == BFLOAT16, before = 0; /* columns of the blocks before, padded */
+    i64 kind = j->change.factors, in_halves = kind == BFLOAT16, pairs = bf16_dy_in_pairs(j->contiguous), before = 0; /* columns of the blocks before, padded */
     for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], group_rows);
     i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts);
     begin_tiles();
@@ -260,7 +266,7 @@ TILES static void bf16_factors(void *it, i64 part) {
                         one_of(j->change.B, rows[i] * ranks + t, (int)kind);
             }
             for (i64 c = 0; c < width; c += PAIR) {
-                add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, IN_TILES,
+                add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, pairs ? IN_PAIRS : IN_TILES,
                              right + c * steps * TERMS, steps, 0, G);
                 for (i64 i = 0; i < count; i += PAIR) {
                     i64 A_at = (before * tiles + c) * SIDE, B_at = i * tiles * SIDE, there = least(PAIR, count - i);

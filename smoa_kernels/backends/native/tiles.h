@@ -112,10 +112,10 @@ TILES static inline void store_sums(float *to) {
 }
 
 /* sums (rows; columns, SIDE) = left right, or plus that where `add`, over `depth` tiles of each: up to SIDE rows of the left,
- * `stride` apart, by one or two runs of the right. A row's next TERMS lie `step` after. Of the runs the second begins
- * `beside` after the first. Sums of rows are `apart`, those of the second run `next` after. */
-TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i64 stride, i64 step, const half *right,
-                          i64 beside, int add, float *sums, i64 apart, i64 next) {
+ * `stride` apart, by one or two runs of the right. A row's next pair lies `pair` after, its next TERMS `step`. Of the runs
+ * the second begins `beside` after the first. Sums of rows are `apart`, those of the second run `next` after. */
+TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i64 stride, i64 pair, i64 step,
+                          const half *right, i64 beside, int add, float *sums, i64 apart, i64 next) {
     __m512 sum[SIDE][2];
     /* Rows as they lie are asked for: the next ones, where few tokens read them once, or what follows. */
     i64 ahead = columns == 1 ? rows * stride : 2 * TERMS;
@@ -126,13 +126,13 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i6
     for (; depth > 0; depth--, left += step) {
 #pragma GCC unroll 16
         for (int i = 0; i < rows && step == TERMS; i++) __builtin_prefetch(left + i * stride + ahead);
-        for (int pair = 0; pair < SIDE; pair++, right += TERMS) {
+        for (int p = 0; p < SIDE; p++, right += TERMS) {
             __m512bh line[2];
             for (int c = 0; c < columns; c++) line[c] = (__m512bh)_mm512_load_si512(right + c * beside);
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) {
                 int32_t one;
-                memcpy(&one, left + i * stride + 2 * pair, sizeof one);
+                memcpy(&one, left + i * stride + p * pair, sizeof one);
                 __m512bh both = (__m512bh)_mm512_set1_epi32(one);
                 for (int c = 0; c < columns; c++) sum[i][c] = _mm512_dpbf16_ps(sum[i][c], line[c], both);
             }
@@ -144,19 +144,21 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i6
 }
 
 /* A tile of sums; and two, half as high: Zen 5 multiplies two lines a cycle and reads as many, so that it would wait for one
- * to be read for each product of a single tile. The left are tiles, or rows `stride` apart. Functions of their own: within
- * another sums would be kept in memory. */
+ * to be read for each product of a single tile. The left are tiles, rows `stride` apart, or what a right tile is. Functions of
+ * their own: within another sums would be kept in memory. */
 typedef void dots(i64 depth, const half *left, i64 stride, const half *right, i64 beside, int add, float *sums, i64 apart, i64 next);
-#define DOTS(name, rows, columns, stride_of, step)                                                                             \
+#define DOTS(name, rows, columns, stride_of, pair, step)                                                                       \
     TILES static __attribute__((noinline)) void name(i64 depth, const half *left, i64 stride, const half *right, i64 beside,  \
                                                      int add, float *sums, i64 apart, i64 next) {                              \
         (void)stride, (void)beside, (void)next;                                                                                \
-        dots_of(rows, columns, depth, left, stride_of, step, right, beside, add, sums, apart, next);                           \
+        dots_of(rows, columns, depth, left, stride_of, pair, step, right, beside, add, sums, apart, next);                     \
     }
-DOTS(dots_of_tiles, SIDE, 1, TERMS, TILE)
-DOTS(wide_dots_of_tiles, SIDE / 2, 2, TERMS, TILE)
-DOTS(dots_of_rows, SIDE, 1, stride, TERMS)
-DOTS(wide_dots_of_rows, SIDE / 2, 2, stride, TERMS)
+DOTS(dots_of_tiles, SIDE, 1, TERMS, 2, TILE)
+DOTS(wide_dots_of_tiles, SIDE / 2, 2, TERMS, 2, TILE)
+DOTS(dots_of_rows, SIDE, 1, stride, 2, TERMS)
+DOTS(wide_dots_of_rows, SIDE / 2, 2, stride, 2, TERMS)
+DOTS(dots_of_pairs, SIDE, 1, 2, TERMS, TILE)
+DOTS(wide_dots_of_pairs, SIDE / 2, 2, 2, TERMS, TILE)
 #undef DOTS
 
 /* r = the transpose of its 16 rows of 16 numbers of 32 bits. */
