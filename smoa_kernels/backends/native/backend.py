@@ -52,13 +52,11 @@ def forward(
     if algorithm == "expanded":
         return expanded(x, adapter, bias)
     if algorithm == "merged":
-        y = merged(x, adapter)
-    else:
-        mask = None if dropout is None else drawn(dropout, x, x.shape[1])
-        if bf16.multiplies(x, adapter):
-            return bf16.split(x, bias, adapter, mask)
-        y = split(x, adapter, mask)
-    return y if bias is None else y.add_(bias)
+        return _plus(merged(x, adapter), bias)
+    mask = None if dropout is None else drawn(dropout, x, x.shape[1])
+    if bf16.multiplies(x, adapter):
+        return bf16.split(x, bias, adapter, mask)
+    return _plus(split(x, adapter, mask), bias)
 
 
 def backward(
@@ -113,6 +111,10 @@ def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
     return "merged" if x.dtype == torch.float32 else "split"
 
 
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y.add_(bias)
+
+
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W_effᵀ` (T, N)."""
     if x.dtype != torch.float32 or torch_is_faster(x.shape[0]):
@@ -127,13 +129,11 @@ def expanded(x: Tensor, adapter: PackedAdapter, bias: Tensor | None = None) -> T
     Where W0's columns are contiguous, not its rows, this is :func:`merged`.
     """
     if adapter.weight.stride(1) != 1:
-        y = merged(x, adapter)
-        return y if bias is None else y.add_(bias)
+        return _plus(merged(x, adapter), bias)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0], dtype=torch.float32)
     row_index, _, row_offsets, _, ranks = blocks_of(adapter)
     if not x.numel() or not y.numel():
-        y.zero_()
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+        return _plus(y.zero_(), bias).to(x.dtype)
     code, threads, count = library(), torch.get_num_threads(), adapter.partition.num_blocks
     columns, col_block = adapter.weight.shape[1], dense(adapter.partition.col_block, torch.int32)
     if col_block.numel() != columns or not code.smoa_labels_fit(
@@ -150,7 +150,7 @@ def expanded(x: Tensor, adapter: PackedAdapter, bias: Tensor | None = None) -> T
             col_block.data_ptr(), count, ranks.data_ptr(), A.shape[0], A.data_ptr(), A.stride(0), B.data_ptr(),
             *B.stride(), adapter.scaling.item(), y.data_ptr(), False, room.data_ptr(), threads,
         )  # fmt: skip
-    return (y if bias is None else y.add_(bias)).to(adapter.weight.dtype)
+    return _plus(y, bias).to(adapter.weight.dtype)
 
 
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:

@@ -120,8 +120,8 @@ static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const floa
     }
 }
 
-/* Columns of y, PAIR tokens each, from sums (rows of W0, PAIR tokens) and what a bias has for these rows, which may be NULL:
- * where they belong, or `in_order`. */
+/* Columns of y, PAIR tokens each, from sums (rows of W0, PAIR tokens), plus these rows' bias unless it is NULL: where they
+ * belong, or `in_order`. */
 TILES static void write_columns(const float *sums, const i64 *rows, i64 in_order, const half *bias, i64 count, half *to) {
     for (i64 i = 0; i < count; i++) {
         vf own = {0};
