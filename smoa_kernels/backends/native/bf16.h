@@ -193,6 +193,7 @@ INLINE void tiles_of_tokens(const half *from, i64 stride, i64 tokens, i64 c, i64
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             two[i] = _mm512_maskz_loadu_epi16(t + i < tokens ? there : 0, from + (t + i) * stride + c);
+            __builtin_prefetch(from + (t + i) * stride + c + 4 * TERMS);
             if (keep && t + i < tokens) two[i] = kept_halves(two[i], keep + (t + i) * kept, c, exponent_of(BFLOAT16));
         }
         _mm512_store_si512(to, pairs_in(two[0], two[1], 0));

@@ -266,6 +266,7 @@ TILES static void bf16_factors(void *it, i64 part) {
                         one_of(j->change.B, rows[i] * ranks + t, (int)kind);
             }
             for (i64 c = 0; c < width; c += PAIR) {
+                if (j->contiguous) ask_for_rows(weight + c, stride, NULL, count, PAIR, 0, 1);
                 add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, pairs ? IN_PAIRS : IN_TILES,
                              right + c * steps * TERMS, steps, 0, G);
                 for (i64 i = 0; i < count; i += PAIR) {
