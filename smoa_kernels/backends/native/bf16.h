@@ -25,8 +25,8 @@ typedef struct {
     /* In the workspace. Forward: x as right tiles, in its order and in block order, and columns of y. */
     half *all, *blocked, *columns;
     i64 lies, in_place; /* whether a block's x lies in `all`; whether W0's rows are no copies */
-    /* dA and dB: dY as left tiles and x as right tiles, in block order, whose terms are tokens; A, SIDE ranks of a
-     * column after another or as right tiles; each part's dA, and dB of rows in block order, in float32. */
+    /* dA and dB: dY as left tiles, or as pairs, and x as right tiles, in block order, whose terms are tokens; A, SIDE ranks
+     * of a column after another, or as right tiles; each part's dA, and dB of rows in block order, in float32. */
     half *dy_terms, *x_terms;
     void *A_lines;
     float *sums, *row_sums;
@@ -193,7 +193,7 @@ INLINE void tiles_of_tokens(const half *from, i64 stride, i64 tokens, i64 c, i64
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             two[i] = _mm512_maskz_loadu_epi16(t + i < tokens ? there : 0, from + (t + i) * stride + c);
-            __builtin_prefetch(from + (t + i) * stride + c + 4 * TERMS);
+            __builtin_prefetch(from + (t + i) * stride + c + 4 * TERMS); /* too far apart to be foreseen */
             if (keep && t + i < tokens) two[i] = kept_halves(two[i], keep + (t + i) * kept, c, exponent_of(BFLOAT16));
         }
         _mm512_store_si512(to, pairs_in(two[0], two[1], 0));

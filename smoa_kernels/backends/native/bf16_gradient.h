@@ -72,8 +72,8 @@ static void float_A_lines(const bf16_job *j) {
 /* Whether the products read dY of pairs of tokens, as they read x: AMX takes lines of a row. */
 static i64 bf16_dy_in_pairs(i64 contiguous) { return contiguous && !amx_allowed(); }
 
-/* Both operands, PAIR tokens at a time: columns of tokens in block order, which the right tiles are made of; those of
- * contiguous blocks, of which nothing is dropped, lie in x as they are. */
+/* Both operands, PAIR tokens at a time: columns of tokens in block order, which the right tiles are made of. Contiguous blocks
+ * need none of x, of which nothing is dropped, nor of dY as pairs. */
 TILES static void bf16_gradient_prepare(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
@@ -238,7 +238,8 @@ TILES static void bf16_factors(void *it, i64 part) {
     half *ordered = taken(&at, j->contiguous ? 0 : group_rows * wide * 2);
     piece *pieces = (piece *)at;
     const half *left = j->dy_terms, *right = j->x_terms;
-    i64 kind = j->change.factors, in_halves = kind == BFLOAT16, pairs = bf16_dy_in_pairs(j->contiguous), before = 0; /* columns of the blocks before, padded */
+    i64 in_halves = j->change.factors == BFLOAT16, pairs = bf16_dy_in_pairs(j->contiguous);
+    i64 before = 0; /* columns of the blocks before, padded */
     for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], group_rows);
     i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts);
     begin_tiles();
@@ -263,7 +264,7 @@ TILES static void bf16_factors(void *it, i64 part) {
                         ((const half *)j->change.B)[rows[i] * ranks + t];
                 for (i64 t = 0; t < ranks && !in_halves; t++)
                     ((float *)B)[((i / PAIR * tiles + t / SIDE) * PAIR + i % PAIR) * SIDE + t % SIDE] =
-                        one_of(j->change.B, rows[i] * ranks + t, (int)kind);
+                        one_of(j->change.B, rows[i] * ranks + t, j->change.factors);
             }
             for (i64 c = 0; c < width; c += PAIR) {
                 if (j->contiguous) ask_for_rows(weight + c, stride, NULL, count, PAIR, 0, 1);
