@@ -13,8 +13,9 @@
 /* A layer and what is computed of it; stages share their room in the workspace. */
 typedef struct {
     i64 tokens, rows, cols, blocks, rank, parts, contiguous; /* tokens of a band */
-    const half *x, *dy, *weight, *bias; /* with contiguous rows */
+    const half *x, *dy, *weight; /* with contiguous rows */
     i64 x_stride, dy_stride, stride;
+    const half *bias; /* or NULL */
     const uint16_t *keep; /* of x for ΔW; NULL: all */
     const i64 *row_index, *col_index;
     const int32_t *row_offsets, *col_offsets, *ranks;
@@ -25,8 +26,8 @@ typedef struct {
     /* In the workspace. Forward: x as right tiles, in its order and in block order, and columns of y. */
     half *all, *blocked, *columns;
     i64 lies, in_place; /* whether a block's x lies in `all`; whether W0's rows are no copies */
-    /* dA and dB: dY as left tiles, or as pairs, and x as right tiles, in block order, whose terms are tokens; A, SIDE ranks
-     * of a column after another, or as right tiles; each part's dA, and dB of rows in block order, in float32. */
+    /* dA and dB: dY as left tiles, or as pairs, and x as right tiles, in block order, whose terms are tokens; A as lines of
+     * SIDE ranks of a column in float32, or as right tiles; each part's dA, and dB of rows in block order, in float32. */
     half *dy_terms, *x_terms;
     void *A_lines;
     float *sums, *row_sums;

@@ -73,7 +73,7 @@ static void float_A_lines(const bf16_job *j) {
 static i64 bf16_dy_in_pairs(i64 contiguous) { return contiguous && !amx_allowed(); }
 
 /* Both operands, PAIR tokens at a time: columns of tokens in block order, which the right tiles are made of. Contiguous blocks
- * need none of x, of which nothing is dropped, nor of dY as pairs. */
+ * need no such columns of x where nothing is dropped, nor of dY where it is read as pairs. */
 TILES static void bf16_gradient_prepare(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
