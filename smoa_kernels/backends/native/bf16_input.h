@@ -19,11 +19,16 @@ static i64 bf16_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 t
 /* Whether dY is multiplied where it lies: whole tiles, which AMX does not take. */
 static i64 bf16_dy_in_place(i64 tokens, i64 rows) { return tokens % SIDE == 0 && rows % TERMS == 0 && !amx_allowed(); }
 
+/* Tokens of a band: all where nothing of them is kept in the workspace. */
+static i64 bf16_input_band(i64 tokens, i64 rows, i64 cols, i64 masked) {
+    return !masked && bf16_dy_in_place(tokens, rows) ? tokens : bf16_band(rows, cols, masked ? 3 : 4);
+}
+
 /* Floats that smoa_bf16_input needs. */
 i64 smoa_bf16_input_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, i64 blocks, i64 rank, i64 masked,
                              i64 threads) {
     i64 tallest = largest_of(row_offsets, blocks);
-    i64 n = up(least(tokens, bf16_band(rows, cols, masked ? 3 : 4)), PAIR) * PAIR;
+    i64 n = up(least(tokens, bf16_input_band(tokens, rows, cols, masked)), PAIR) * PAIR;
     i64 update = bf16_block_tiles(rows, blocks) + up(cols, TERMS);
     return lines(bf16_dy_in_place(tokens, rows) ? 0 : n * up(rows, TERMS) * TERMS / 2) + lines(rows) + lines(cols + SIDE) +
            lines(masked ? n * update * TERMS / 2 : 0) +
@@ -242,7 +247,7 @@ void smoa_bf16_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stri
                     const void *A, const void *B, i64 factors, float scaling, void *dx, float *workspace, i64 threads) {
     bf16_job job = bf16_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
-    i64 band = bf16_band(rows, cols, keep ? 3 : 4), n = up(least(tokens, band), PAIR) * PAIR;
+    i64 band = bf16_input_band(tokens, rows, cols, keep != NULL), n = up(least(tokens, band), PAIR) * PAIR;
     float *at = from_a_line(workspace);
     if (!bf16_dy_in_place(tokens, rows)) job.left = taken(&at, n * up(rows, TERMS) * TERMS * 2);
     job.row_block = taken(&at, rows * 4), job.col_block = taken(&at, (cols + SIDE) * 4);
