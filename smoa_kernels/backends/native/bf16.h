@@ -23,16 +23,17 @@ typedef struct {
     i64 tallest, widest;
     half *y, *dx;
     void *dA, *dB;
-    /* In the workspace. Forward: x as right tiles, in its order and in block order, and columns of y. */
-    half *all, *blocked, *columns;
-    i64 lies, in_place; /* whether a block's x lies in `all`; whether W0's rows are no copies */
+    /* In the workspace. Forward: x as right tiles in block order, all of it and what is kept of it for ΔW, and columns of
+     * the last tokens of y. */
+    half *all, *kept, *last;
+    i64 in_place; /* whether W0's rows are no copies */
     /* dA and dB: dY as left tiles, or as pairs, and x as right tiles, in block order, whose terms are tokens; A as lines of
      * SIDE ranks of a column in float32, or as right tiles; each part's dA, and dB of rows in block order, in float32. */
     half *dy_terms, *x_terms;
     void *A_lines;
     float *sums, *row_sums;
     /* dX: dY as left tiles and labels. Where it is masked also dY as right tiles (`blocked`) and `columns` of dY ΔW. */
-    half *left;
+    half *left, *blocked, *columns;
     int32_t *row_block, *col_block;
     float *workspace; /* each part's own */
 } bf16_job;
@@ -152,15 +153,15 @@ TILES static inline __m512i both_narrowed(vf low, vf high) {
 #define HALF_WIDENED(values, upper) \
     ((vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(values, upper)), 16))
 
-/* Columns as pairs of SIDE tokens, of which some are there, others 0: tiles of up(cols, TERMS). What `keep` has no bit for
- * is dropped; NULL drops nothing. */
-TILES static void pairs_of(const half *from, i64 stride, i64 tokens, i64 cols, const uint16_t *keep, half *out) {
+/* Columns as pairs of SIDE tokens, `rows` unless that is NULL, of which some are there, others 0: tiles of up(cols, TERMS).
+ * What `keep` has no bit for is dropped; NULL drops nothing. */
+TILES static void pairs_of(const half *from, i64 stride, const i64 *rows, i64 tokens, i64 cols, const uint16_t *keep, half *out) {
     for (i64 c = 0; c < cols; c += TERMS) {
         __mmask32 there = first_of(cols - c);
         __m512i r[16];
 #pragma GCC unroll 16
         for (int i = 0; i < SIDE; i++) {
-            r[i] = i < tokens ? _mm512_maskz_loadu_epi16(there, from + i * stride + c) : _mm512_setzero_si512();
+            r[i] = i < tokens ? _mm512_maskz_loadu_epi16(there, from + (rows ? rows[i] : i) * stride + c) : _mm512_setzero_si512();
             if (keep && i < tokens) r[i] = kept_halves(r[i], keep + i * words(cols), c, exponent_of(BFLOAT16));
         }
         transpose_lines(r);
@@ -174,13 +175,26 @@ INLINE __m512i column_of(const half *pairs, i64 c) {
     return _mm512_srl_epi32(line, _mm_cvtsi32_si128((int)(c % 2 * 16)));
 }
 
-/* Some columns of `pairs` as pairs, in the order of `index`. */
+/* Columns index[c] and index[c + 1] of `pairs`, 0 from `count` on. */
+INLINE __m512i pair_at(const half *pairs, const i64 *index, i64 c, i64 count) {
+    __m512i first = c < count ? _mm512_and_si512(column_of(pairs, index[c]), _mm512_set1_epi32(0xffff)) : _mm512_setzero_si512();
+    __m512i second = c + 1 < count ? column_of(pairs, index[c + 1]) : _mm512_setzero_si512();
+    return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+}
+
+/* Some columns of `pairs`, in the order of `index`, as right tiles: pairs again. */
 static void pick_pairs(const half *pairs, const i64 *index, i64 count, half *out) {
-    __m512i low = _mm512_set1_epi32(0xffff);
-    for (i64 c = 0; c < up(count, TERMS) * TERMS; c += 2, out += TERMS) {
-        __m512i first = c < count ? _mm512_and_si512(column_of(pairs, index[c]), low) : _mm512_setzero_si512();
-        __m512i second = c + 1 < count ? column_of(pairs, index[c + 1]) : _mm512_setzero_si512();
-        _mm512_store_si512(out, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+    for (i64 c = 0; c < up(count, TERMS) * TERMS; c += 2, out += TERMS) _mm512_store_si512(out, pair_at(pairs, index, c, count));
+}
+
+/* The same as left tiles: rows again. */
+static void pick_rows(const half *pairs, const i64 *index, i64 count, half *out) {
+    for (i64 c = 0; c < count; c += TERMS, out += TILE) {
+        __m512i r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < SIDE; i++) r[i] = pair_at(pairs, index, c + 2 * i, count);
+        transpose_lines(r);
+        store_lines(r, out);
     }
 }
 

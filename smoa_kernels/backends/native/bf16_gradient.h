@@ -47,7 +47,7 @@ static void bf16_A_tiles(const bf16_job *j) {
     for (i64 k = 0; k < j->blocks; k++) {
         i64 width = j->col_offsets[k + 1] - j->col_offsets[k], step = up(width, TERMS) * TILE;
         for (i64 q = 0; q < tiles; q++, to += step) {
-            pairs_of((const half *)j->change.A + q * SIDE * j->cols, j->cols, j->rank - q * SIDE, j->cols, NULL, pairs);
+            pairs_of((const half *)j->change.A + q * SIDE * j->cols, j->cols, NULL, j->rank - q * SIDE, j->cols, NULL, pairs);
             pick_pairs(pairs, j->col_index + j->col_offsets[k], width, to);
         }
     }

@@ -53,7 +53,7 @@ static void bf16_input_prepare(void *it, i64 part) {
         if (j->left) copy_rows(from, NULL, there, j->rows, j->left, tiles, p * SIDE);
         if (!j->keep) continue;
         half *to = j->blocked;
-        pairs_of(dy, j->dy_stride, j->tokens - p * SIDE, j->rows, NULL, pairs);
+        pairs_of(dy, j->dy_stride, NULL, j->tokens - p * SIDE, j->rows, NULL, pairs);
         for (i64 k = 0; k < j->blocks; k++) {
             i64 height = j->row_offsets[k + 1] - j->row_offsets[k], step = up(height, TERMS) * TILE;
             pick_pairs(pairs, j->row_index + j->row_offsets[k], height, to + p * step);
@@ -68,7 +68,7 @@ TILES static void transposed_delta(const bf16_job *j, i64 k, const i64 *cols, i6
     i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top;
     piece *pieces = (piece *)(A + j->rank * padded(PAIR));
     i64 found = half_pieces_of(cols, count, pieces);
-    copy_A(&j->change, cols, count, rank_of(j->ranks, k, j->rank), A);
+    copy_A(&j->change, cols, count, rank_of(j->ranks, k, j->rank), A, padded(count));
     for (i64 n = 0; n < height; n += PAIR) {
         const i64 *rows = j->row_index + top + n;
         i64 there = least(PAIR, height - n);

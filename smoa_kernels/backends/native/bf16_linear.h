@@ -11,29 +11,21 @@
 /* Of `all` rows, or columns, of so many numbers each, those that are multiplied together by all tokens: they stay in the L2
  * cache, and there is work for all threads. */
 static i64 bf16_together(i64 all, i64 numbers, i64 threads) {
-    enum { TOGETHER_MOST = 256, CACHED = 1 << 20 };
+    enum { TOGETHER_MOST = 256, CACHED = 1 << 19 };
     i64 fit = least(TOGETHER_MOST, up(CACHED / 2, numbers * PAIR) * PAIR);
     return least(fit, up(up(all, threads), PAIR) * PAIR);
 }
 
 /* Whether W0's rows are multiplied where they lie: those of contiguous blocks of whole tiles, which AMX does not take. */
 static i64 bf16_in_place(const int32_t *row_offsets, i64 cols, i64 blocks, i64 contiguous) {
-    i64 whole = contiguous && cols % TERMS == 0 && !amx_allowed();
-    for (i64 k = 0; k < blocks; k++) whole = whole && row_offsets[k + 1] % SIDE == 0;
-    return whole;
+    i64 in_place = contiguous && cols % TERMS == 0 && !amx_allowed();
+    for (i64 k = 0; k < blocks; k++) in_place = in_place && row_offsets[k + 1] % SIDE == 0;
+    return in_place;
 }
 
-/* Tokens of a band: of more where W0's rows are copied for each, and nothing in block order. */
-static i64 bf16_forward_band(i64 rows, i64 cols, i64 in_place, i64 contiguous) {
-    return bf16_band(rows, cols, contiguous && !in_place ? 4 : 3);
-}
-
-static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 in_place, i64 widest, i64 rank, i64 threads) {
-    i64 height = bf16_together(rows, cols, threads);
-    return lines(up(cols, TERMS) * TILE / 2) + (in_place ? 0 : lines(height * up(cols, TERMS) * TERMS / 2)) +
-           lines(height * up(widest, TERMS) * TERMS / 2) + 2 * lines(ROWS * padded(widest) / 2) +
-           lines(rank * padded(widest)) + lines(rank * ROWS) + pieces_size(cols) + lines(height * PAIR) +
-           lines(height * PAIR / 2);
+/* Tokens of a band: of more where W0's rows are copied for each. */
+static i64 bf16_forward_band(i64 rows, i64 cols, i64 in_place, i64 masked) {
+    return bf16_band(rows, cols, in_place ? 3 : masked ? 4 : 8);
 }
 
 static i64 bf16_pairs(i64 tokens) { return up(tokens, PAIR) * 2; }
@@ -41,21 +33,23 @@ static i64 bf16_pairs(i64 tokens) { return up(tokens, PAIR) * 2; }
 /* Tiles of each block's columns, padded: no more than these. */
 static i64 bf16_block_tiles(i64 cols, i64 blocks) { return up(cols, TERMS) + blocks; }
 
-/* Whether x as it is has a block's columns as tiles: those of contiguous blocks, of which nothing is dropped. */
-static i64 bf16_lies(const int32_t *col_offsets, i64 blocks, i64 contiguous, int masked) {
-    i64 lies = contiguous && !masked;
-    for (i64 k = 0; k < blocks; k++) lies = lies && col_offsets[k] % TERMS == 0;
-    return lies;
+/* Tiles that a block's columns lie in, no more than these of so many; and columns before them in the first. */
+static i64 bf16_tiles_of(i64 width) { return up(width, TERMS) + 1; }
+
+static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 in_place, i64 widest, i64 rank, i64 threads) {
+    i64 height = bf16_together(rows, cols, threads), tiles = up(cols, TERMS), own = bf16_tiles_of(widest) * TERMS;
+    i64 pairs = tiles * TILE / 2, columns = up(rows, TERMS) * TERMS * PAIR / 2;
+    i64 product = (in_place ? 0 : pairs + height * tiles * TERMS / 2) + height * own / 2 + rank * own + lines(rank * SIDE) +
+                  height * PAIR + height * PAIR / 2;
+    return product > columns ? product > pairs ? product : pairs : columns > pairs ? columns : pairs;
 }
 
 /* Floats that smoa_bf16_forward needs. */
 i64 smoa_bf16_forward_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, const int32_t *col_offsets,
                                i64 blocks, i64 contiguous, i64 masked, i64 rank, i64 threads) {
-    i64 in_place = bf16_in_place(row_offsets, cols, blocks, contiguous);
-    i64 widest = largest_of(col_offsets, blocks), lies = bf16_lies(col_offsets, blocks, contiguous, masked != 0);
-    i64 tiles = up(cols, TERMS) + (lies ? 0 : bf16_block_tiles(cols, blocks));
-    i64 panels = bf16_pairs(least(tokens, bf16_forward_band(rows, cols, in_place, contiguous)));
-    return panels * (tiles * TILE + (contiguous ? 0 : up(rows, TERMS) * TILE)) / 2 +
+    i64 in_place = bf16_in_place(row_offsets, cols, blocks, contiguous), widest = largest_of(col_offsets, blocks);
+    i64 panels = bf16_pairs(least(tokens, bf16_forward_band(rows, cols, in_place, masked)));
+    return panels * up(cols, TERMS) * TILE / 2 * (masked ? 2 : 1) + (contiguous ? 0 : up(rows, TERMS) * TERMS * PAIR / 2) +
            threads * bf16_forward_part_size(rows, cols, in_place, widest, rank, threads) + 16;
 }
 
@@ -63,25 +57,19 @@ static float *bf16_forward_room(const bf16_job *j, i64 part) {
     return j->workspace + part * bf16_forward_part_size(j->rows, j->cols, j->in_place, j->widest, j->rank, j->parts);
 }
 
-/* x as right tiles, and again in block order, without what is dropped. */
+/* x as right tiles in block order, and again without what is dropped. */
 static void bf16_prepare(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 tiles = up(j->cols, TERMS), panels = bf16_pairs(j->tokens);
-    half *some = (half *)bf16_forward_room(j, part);
-    for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++) {
-        const half *x = j->x + p * SIDE * j->x_stride, *from = j->all + p * tiles * TILE;
-        i64 there = j->tokens - p * SIDE;
-        pairs_of(x, j->x_stride, there, j->cols, NULL, j->all + p * tiles * TILE);
-        if (j->lies) continue;
-        if (j->keep) pairs_of(x, j->x_stride, there, j->cols, j->keep + p * SIDE * words(j->cols), some), from = some;
-        half *to = j->blocked;
-        for (i64 k = 0; k < j->blocks; k++) {
-            i64 width = j->col_offsets[k + 1] - j->col_offsets[k], step = up(width, TERMS) * TILE;
-            pick_pairs(from, j->col_index + j->col_offsets[k], width, to + p * step);
-            to += panels * step;
+    i64 panels = bf16_pairs(j->tokens), tiles = up(j->cols, TERMS);
+    for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++)
+        for (int masked = 0; masked < (j->keep ? 2 : 1); masked++) {
+            half *to = (masked ? j->kept : j->all) + p * tiles * TILE;
+            half *pairs = j->contiguous ? to : (half *)bf16_forward_room(j, part);
+            pairs_of(j->x + p * SIDE * j->x_stride, j->x_stride, NULL, j->tokens - p * SIDE, j->cols,
+                     masked ? j->keep + p * SIDE * words(j->cols) : NULL, pairs);
+            if (!j->contiguous) pick_pairs(pairs, j->col_index, j->cols, to);
         }
-    }
 }
 
 /* Of few tokens, which are multiplied at once, no more rows than a product has: ΔW is made of rows that are in the caches. */
@@ -89,34 +77,51 @@ static i64 bf16_rows_together(const bf16_job *j) {
     return j->tokens > PAIR ? bf16_together(j->rows, j->cols, j->parts) : amx_allowed() ? PAIR : SIDE;
 }
 
-/* Some rows of block k as left tiles: W0's unless `base` is NULL, and ΔW's of the block's columns, by way of ROWS lines
- * where those are in order, and of as many where they are made. */
-static void bf16_rows(const bf16_job *j, i64 k, i64 first, i64 count, const float *A, float *factor,
-                     const piece *pieces, i64 some, half *ordered, half *made, half *base, half *delta) {
-    i64 left = j->col_offsets[k], width = j->col_offsets[k + 1] - left, step = padded(j->widest);
-    const i64 *rows = j->row_index + first;
-    for (i64 i = 0; i < count && base; i += SIDE) {
+/* Some rows of W0 as left tiles, columns in block order; of more rows, `all` with these, the memory is asked for the next. */
+static void base_tiles(const bf16_job *j, const i64 *rows, i64 count, i64 all, half *pairs, half *to) {
+    i64 tiles = up(j->cols, TERMS);
+    for (i64 i = 0; i < count; i += SIDE, to += tiles * TILE) {
         const void *from[SIDE], *ahead[SIDE];
-        i64 there = least(SIDE, count - i), last = j->rows - 1 - first;
+        i64 there = least(SIDE, count - i);
         for (i64 r = 0; r < there; r++) {
             from[r] = j->weight + rows[i + r] * j->stride;
-            ahead[r] = j->weight + rows[least(i + r + SIDE, last)] * j->stride;
+            ahead[r] = j->weight + rows[least(i + r + SIDE, all - 1)] * j->stride;
         }
-        copy_rows(from, ahead, there, j->cols, base, up(j->cols, TERMS), i);
+        if (j->contiguous) {
+            copy_rows(from, ahead, there, j->cols, to, tiles, 0);
+        } else {
+            pairs_of(j->weight, j->stride, rows + i, there, j->cols, NULL, pairs);
+            pick_rows(pairs, j->col_index, j->cols, to);
+        }
     }
-    for (i64 i = 0; i < count && A; i += ROWS) {
-        const void *from[ROWS];
-        void *to[ROWS];
-        int there = (int)least(ROWS, count - i);
-        for (int r = 0; r < there; r++) {
-            const half *row = j->weight + rows[i + r] * j->stride;
-            from[r] = j->contiguous ? row + left : ordered + r * step;
-            to[r] = made + r * step;
-            if (!j->contiguous)
-                gather_halves(row, j->col_index + left, width, pieces, some, NULL, 0, ordered + r * step);
+}
+
+/* ΔW's left tiles of SIDE rows of block k: those that its columns lie in, and 0 in others' columns. Of W0's, the same rows are
+ * `stride` apart and tiles `step`. A's columns begin where the first of these tiles does. */
+TILES static void delta_tiles(const bf16_job *j, i64 k, const i64 *rows, i64 count, const half *from, i64 stride, i64 step,
+                            const float *A, float *factor, half *to) {
+    i64 left = j->col_offsets[k] % TERMS, end = left + j->col_offsets[k + 1] - j->col_offsets[k], apart = up(end, TERMS) * TERMS;
+    i64 rank = rank_of(j->ranks, k, j->rank);
+    const change_job *m = &j->change;
+    for (i64 i = 0; i < count; i++)
+        for (i64 t = 0; t < rank; t++)
+            factor[t * SIDE + i] = m->scaling * one_of(m->B, rows[i] * m->B_row + t * m->B_rank, m->factors);
+    for (i64 c = 0; c < end; c += TERMS, from += step, to += TILE) {
+        __mmask32 own = first_of(end - c) & (c < left ? ~first_of(left - c) : ~(__mmask32)0);
+        for (i64 i = 0; i < count; i += ROWS) {
+            vf update[ROWS][2] = {{{0}}};
+            const float *a = A + c, *b = factor + i;
+            for (i64 t = 0; t < rank; t++, a += apart, b += SIDE)
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) update[r][0] += b[r] * load(a), update[r][1] += b[r] * load(a + SIDE);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                if (i + r >= count) continue;
+                __m512i w = _mm512_loadu_si512(from + (i + r) * stride);
+                w = both_narrowed(HALF_WIDENED(w, 0) * update[r][0], HALF_WIDENED(w, 1) * update[r][1]);
+                _mm512_store_si512(to + (i + r) * TERMS, _mm512_maskz_mov_epi16(own, w));
+            }
         }
-        change(&j->change, there, from, to, 0, width, A, padded(width), rows + i, factor, NULL, (int32_t)k);
-        copy_rows((const void *const *)to, NULL, there, width, delta, up(width, TERMS), i);
     }
 }
 
@@ -126,62 +131,62 @@ TILES static void write_columns(const float *sums, const i64 *rows, i64 in_order
     for (i64 i = 0; i < count; i++) {
         vf own = {0};
         if (bias) own += one_of(bias, rows[i], BFLOAT16);
-        _mm512_store_si512(to + (in_order ? i : rows[i]) * PAIR,
+        _mm512_storeu_si512(to + (in_order ? i : rows[i]) * PAIR,
                            both_narrowed(load(sums + i * PAIR) + own, load(sums + i * PAIR + SIDE) + own));
     }
+}
+
+/* Where columns of PAIR tokens wait to become rows: in y itself, which has as much memory, but those of the last few. */
+static half *bf16_columns(const bf16_job *j, i64 first) {
+    return j->tokens - first < PAIR ? j->last : j->y + first * j->rows;
 }
 
 TILES static void bf16_multiply(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 tiles = up(j->cols, TERMS), panels = bf16_pairs(j->tokens), groups = 0;
-    i64 tall = up(j->rows, TERMS) * TERMS * PAIR, together = bf16_rows_together(j);
+    i64 deep = up(j->cols, TERMS), groups = 0, group = 0, together = bf16_rows_together(j);
     float *at = bf16_forward_room(j, part);
-    half *base = j->in_place ? NULL : taken(&at, together * tiles * TERMS * 2);
-    half *delta = taken(&at, together * up(j->widest, TERMS) * TERMS * 2);
-    half *ordered = taken(&at, ROWS * padded(j->widest) * 2), *made = taken(&at, ROWS * padded(j->widest) * 2);
-    float *A = taken(&at, j->rank * padded(j->widest) * 4), *factor = taken(&at, j->rank * ROWS * 4);
+    half *pairs = j->in_place ? NULL : taken(&at, deep * TILE * 2);
+    half *base = j->in_place ? NULL : taken(&at, together * deep * TERMS * 2);
+    half *delta = taken(&at, together * bf16_tiles_of(j->widest) * TERMS * 2);
+    float *A = taken(&at, j->rank * bf16_tiles_of(j->widest) * TERMS * 4), *factor = taken(&at, j->rank * SIDE * 4);
     float *sums = taken(&at, together * PAIR * 4);
     half *columns = taken(&at, together * PAIR * 2);
-    piece *pieces = (piece *)at;
     for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], together);
-    i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts), group = 0;
-    const half *blocked = j->blocked;
+    i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts);
+    i64 stride = j->in_place ? j->stride : IN_TILES;
     begin_tiles();
     for (i64 k = 0; k < j->blocks; k++) {
         i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, left = j->col_offsets[k];
-        i64 width = j->col_offsets[k + 1] - left, rank = rank_of(j->ranks, k, j->rank), some = 0;
-        i64 deep = width && rank > 0 ? up(width, TERMS) : 0;
+        i64 width = j->col_offsets[k + 1] - left, rank = width ? rank_of(j->ranks, k, j->rank) : 0, before = left / TERMS;
+        i64 own = up(left + width, TERMS) - before;
+        const half *kept = (j->keep ? j->kept : j->all) + before * TILE;
         for (i64 n = 0; n < height; n += together, group++) {
             if (group < first || group >= end) continue;
             const i64 *rows = j->row_index + top + n;
+            const half *W0 = j->in_place ? j->weight + *rows * stride : base;
             i64 count = least(together, height - n);
-            if (deep && (n == 0 || group == first)) {
-                some = half_pieces_of(j->col_index + left, width, pieces);
-                copy_A(&j->change, j->col_index + left, width, rank, A);
+            if (!j->in_place) base_tiles(j, rows, count, j->rows - top - n, pairs, base);
+            if (n == 0 || group == first)
+                copy_A(&j->change, j->col_index + left, width, rank, A + left % TERMS, own * TERMS);
+            for (i64 i = 0; i < count && rank > 0; i += SIDE) {
+                const half *from = j->in_place ? W0 + i * stride + before * TERMS : base + (i * deep + before * SIDE) * TERMS;
+                delta_tiles(j, k, rows + i, least(SIDE, count - i), from, j->in_place ? stride : TERMS,
+                            j->in_place ? TERMS : TILE, A, factor, delta + i * own * TERMS);
             }
-            bf16_rows(j, k, top + n, count, deep ? A : NULL, factor, pieces, some, ordered, made, base, delta);
-            for (i64 p = 0; p < panels; p += 2) {
-                const half *all = j->all + p * tiles * TILE;
-                i64 there = least(PAIR, j->tokens - p * SIDE);
-                if (base)
-                    add_products(count, there, tiles, base, IN_TILES, all, tiles, 0, sums);
-                else
-                    add_products(count, there, tiles, j->weight + *rows * j->stride, j->stride, all, tiles, 0, sums);
-                if (deep && j->lies)
-                    add_products(count, there, deep, delta, IN_TILES, all + left / TERMS * TILE, tiles, 1, sums);
-                else if (deep)
-                    add_products(count, there, deep, delta, IN_TILES, blocked + p * deep * TILE, deep, 1, sums);
+            for (i64 t = 0; t < j->tokens; t += PAIR) {
+                i64 there = least(PAIR, j->tokens - t);
+                add_products(count, there, deep, W0, stride, j->all + t * deep * TERMS, deep, 0, sums);
+                if (rank > 0) add_products(count, there, own, delta, IN_TILES, kept + t * deep * TERMS, deep, 1, sums);
                 if (!j->contiguous) {
-                    write_columns(sums, rows, 0, j->bias, count, j->columns + p / 2 * tall);
+                    write_columns(sums, rows, 0, j->bias, count, bf16_columns(j, t));
                     continue;
                 }
                 write_columns(sums, rows, 1, j->bias, count, columns);
-                for (i64 t = p * SIDE; t < least(j->tokens, (p + 2) * SIDE); t += SIDE)
-                    rows_from(columns + t % PAIR, j->tokens - t, count, NULL, j->y + t * j->rows + top + n, j->rows);
+                for (i64 i = 0; i < there; i += SIDE)
+                    rows_from(columns + i, there - i, count, NULL, j->y + (t + i) * j->rows + top + n, j->rows);
             }
         }
-        blocked += panels * up(width, TERMS) * TILE;
     }
     end_tiles();
 }
@@ -189,9 +194,14 @@ TILES static void bf16_multiply(void *it, i64 part) {
 static void bf16_finish(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 panels = up(j->tokens, SIDE), tall = up(j->rows, TERMS) * TERMS * PAIR;
-    for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++)
-        rows_from(j->columns + p / 2 * tall + p % 2 * SIDE, j->tokens - p * SIDE, j->rows, NULL, j->y + p * SIDE * j->rows, j->rows);
+    half *columns = (half *)bf16_forward_room(j, part);
+    i64 panels = up(j->tokens, PAIR);
+    for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++) {
+        i64 t = p * PAIR, there = least(PAIR, j->tokens - t);
+        memcpy(columns, bf16_columns(j, t), (size_t)(j->rows * PAIR) * sizeof *columns);
+        for (i64 i = 0; i < there; i += SIDE)
+            rows_from(columns + i, there - i, j->rows, NULL, j->y + (t + i) * j->rows, j->rows);
+    }
 }
 
 /* y (tokens, rows): x (tokens, cols) and W0 (rows, cols) with contiguous rows, of x some dropped by `keep` for ΔW, as in
@@ -205,12 +215,11 @@ void smoa_bf16_forward(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_stri
     bf16_job job = bf16_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
     float *at = from_a_line(workspace);
-    job.in_place = bf16_in_place(row_offsets, cols, blocks, contiguous);
-    i64 band = bf16_forward_band(rows, cols, job.in_place, contiguous), panels = bf16_pairs(least(tokens, band));
-    job.bias = bias, job.lies = bf16_lies(col_offsets, blocks, contiguous, keep != NULL);
+    job.bias = bias, job.in_place = bf16_in_place(row_offsets, cols, blocks, contiguous);
+    i64 band = bf16_forward_band(rows, cols, job.in_place, keep != NULL), panels = bf16_pairs(least(tokens, band));
     job.all = taken(&at, panels * up(cols, TERMS) * TILE * 2);
-    if (!job.lies) job.blocked = taken(&at, panels * bf16_block_tiles(cols, blocks) * TILE * 2);
-    if (!contiguous) job.columns = taken(&at, panels * up(rows, TERMS) * TERMS * SIDE * 2);
+    if (keep) job.kept = taken(&at, panels * up(cols, TERMS) * TILE * 2);
+    if (!contiguous) job.last = taken(&at, up(rows, TERMS) * TERMS * PAIR * 2);
     job.workspace = at;
     for (i64 first = 0; first < tokens; first += band) {
         job.tokens = least(band, tokens - first);

@@ -144,11 +144,11 @@ static i64 change_size(i64 widest, i64 rank) {
     return lines(rank * ROWS) + (rank + ROWS + 1) * padded(widest) + pieces_size(widest);
 }
 
-/* A's columns side by side; `cols` NULL: all. */
-static void copy_A(const change_job *j, const i64 *cols, i64 width, i64 rank, float *to) {
+/* A's columns side by side, ranks `apart`; `cols` NULL: all. */
+static void copy_A(const change_job *j, const i64 *cols, i64 width, i64 rank, float *to, i64 apart) {
     for (i64 t = 0; t < rank; t++)
         for (i64 c = 0; c < width; c++)
-            to[t * padded(width) + c] = one_of(j->A, t * j->A_rank + (cols ? cols[c] : c) * j->A_col, j->factors);
+            to[t * apart + c] = one_of(j->A, t * j->A_rank + (cols ? cols[c] : c) * j->A_col, j->factors);
 }
 
 static void deltas_part(void *it, i64 part) {
@@ -164,7 +164,7 @@ static void deltas_part(void *it, i64 part) {
         float *line = A + j->rank * padded(widest);
         piece *pieces = (piece *)(line + ROWS * padded(widest));
         i64 some = stored_pieces_of(cols, width, j->kind, pieces);
-        copy_A(j, cols, width, rank, A);
+        copy_A(j, cols, width, rank, A, padded(width));
         i64 first = share_of(height, ROWS, part, j->parts), end = share_of(height, ROWS, part + 1, j->parts);
         for (; first < end && rank > 0; first += ROWS) {
             const void *from[ROWS];
@@ -204,7 +204,7 @@ static void modulate_part(void *it, i64 part) {
     float *factor = j->workspace + part * change_size(j->cols, j->rank), *A = factor + lines(j->rank * ROWS);
     int32_t *blocks = (int32_t *)(A + j->rank * padded(j->cols));
     i64 first = share_of(j->rows, ROWS, part, j->parts), end = share_of(j->rows, ROWS, part + 1, j->parts);
-    copy_A(j, NULL, j->cols, j->rank, A);
+    copy_A(j, NULL, j->cols, j->rank, A, padded(j->cols));
     for (i64 c = 0; c < j->cols; c++) blocks[c] = label(j->col_block, c);
     for (i64 k = 0; k < j->blocks; k++) {
         range own = {j->cols, j->cols}; /* what is not of the block is W0's */
