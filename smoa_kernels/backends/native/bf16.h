@@ -169,20 +169,24 @@ TILES static void pairs_of(const half *from, i64 stride, const i64 *rows, i64 to
     }
 }
 
-/* Column c, of 16 tokens, in the lower half of each 32 bits. */
-INLINE __m512i column_of(const half *pairs, i64 c) {
-    __m512i line = _mm512_load_si512(pairs + c / 2 * TERMS);
-    return _mm512_srl_epi32(line, _mm_cvtsi32_si128((int)(c % 2 * 16)));
+/* Columns `one` and `other` of `pairs` as a pair. */
+INLINE __m512i pair_of(const half *pairs, i64 one, i64 other) {
+    /* Of two lines, for each token, where its halves are that are taken: both of one column, lower or upper. */
+    static const uint32_t each[] = {0x00000, 0x20002, 0x40004, 0x60006, 0x80008, 0xa000a, 0xc000c, 0xe000e,
+                                    0x100010, 0x120012, 0x140014, 0x160016, 0x180018, 0x1a001a, 0x1c001c, 0x1e001e};
+    static const uint32_t upper[2][2] = {{0x200000, 0x210000}, {0x200001, 0x210001}};
+    __m512i order = _mm512_add_epi32(_mm512_loadu_si512(each), _mm512_set1_epi32((int)upper[one & 1][other & 1]));
+    return _mm512_permutex2var_epi16(_mm512_load_si512(pairs + (one & ~(i64)1) * SIDE), order,
+                                     _mm512_load_si512(pairs + (other & ~(i64)1) * SIDE));
 }
 
-/* Columns index[c] and index[c + 1] of `pairs`, 0 from `count` on. */
+/* Of `count` columns in the order of `index` the pair from c on; there may be one, or none. */
 INLINE __m512i pair_at(const half *pairs, const i64 *index, i64 c, i64 count) {
-    __m512i first = c < count ? _mm512_and_si512(column_of(pairs, index[c]), _mm512_set1_epi32(0xffff)) : _mm512_setzero_si512();
-    __m512i second = c + 1 < count ? column_of(pairs, index[c + 1]) : _mm512_setzero_si512();
-    return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+    if (__builtin_expect(c + 1 < count, 1)) return pair_of(pairs, index[c], index[c + 1]);
+    return c < count ? _mm512_maskz_mov_epi16(0x55555555, pair_of(pairs, index[c], index[c])) : _mm512_setzero_si512();
 }
 
-/* Some columns of `pairs`, in the order of `index`, as right tiles: pairs again. */
+/* Columns of `pairs`, in the order of `index`, as right tiles: pairs again. */
 static void pick_pairs(const half *pairs, const i64 *index, i64 count, half *out) {
     for (i64 c = 0; c < up(count, TERMS) * TERMS; c += 2, out += TERMS) _mm512_store_si512(out, pair_at(pairs, index, c, count));
 }
