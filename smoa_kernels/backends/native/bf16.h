@@ -191,9 +191,9 @@ static void pick_pairs(const half *pairs, const i64 *index, i64 count, half *out
     for (i64 c = 0; c < up(count, TERMS) * TERMS; c += 2, out += TERMS) _mm512_store_si512(out, pair_at(pairs, index, c, count));
 }
 
-/* The same as left tiles: rows again. */
-static void pick_rows(const half *pairs, const i64 *index, i64 count, half *out) {
-    for (i64 c = 0; c < count; c += TERMS, out += TILE) {
+/* The same as left tiles, `step` apart: rows again. */
+static void pick_rows(const half *pairs, const i64 *index, i64 count, half *out, i64 step) {
+    for (i64 c = 0; c < count; c += TERMS, out += step) {
         __m512i r[16];
 #pragma GCC unroll 16
         for (int i = 0; i < SIDE; i++) r[i] = pair_at(pairs, index, c + 2 * i, count);

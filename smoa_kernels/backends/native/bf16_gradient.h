@@ -17,7 +17,7 @@ static i64 bf16_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguou
     i64 height = bf16_together(rows, bf16_gradient_band(rows, cols, contiguous), threads);
     i64 prepare = (up(rows, TERMS) + up(cols, TERMS)) * TILE;
     i64 factors = lines(height * PAIR) + lines(PAIR * PAIR) + lines(height * tiles * SIDE) +
-                  lines(contiguous ? 0 : height * padded(widest) / 2) + pieces_size(cols);
+                  (contiguous ? 0 : height * up(widest, TERMS) * TERMS / 2 + up(cols, TERMS) * TILE / 2);
     return prepare > factors ? prepare : factors;
 }
 
@@ -230,13 +230,12 @@ TILES static void bf16_factors(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
     i64 steps = up(j->tokens, PAIR), ranks = j->rank, tiles = bf16_rank_tiles(ranks), group = 0, groups = 0;
-    i64 size = bf16_sums_size(j->cols, j->blocks, tiles), wide = padded(j->widest);
+    i64 size = bf16_sums_size(j->cols, j->blocks, tiles);
     i64 group_rows = bf16_together(j->rows, bf16_gradient_band(j->rows, j->cols, j->contiguous), j->parts);
     float *at = bf16_gradient_room(j, part), *dA = j->sums + part * size, *dB = j->row_sums;
     float *G = taken(&at, group_rows * PAIR * 4);
     void *H = taken(&at, PAIR * PAIR * 4), *B = taken(&at, group_rows * tiles * SIDE * 4);
-    half *ordered = taken(&at, j->contiguous ? 0 : group_rows * wide * 2);
-    piece *pieces = (piece *)at;
+    half *ordered = taken(&at, j->contiguous ? 0 : group_rows * up(j->widest, TERMS) * TERMS * 2), *own = (half *)at;
     const half *left = j->dy_terms, *right = j->x_terms;
     i64 in_halves = j->change.factors == BFLOAT16, pairs = bf16_dy_in_pairs(j->contiguous);
     i64 before = 0; /* columns of the blocks before, padded */
@@ -247,18 +246,18 @@ TILES static void bf16_factors(void *it, i64 part) {
         i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, rank = rank_of(j->ranks, k, j->rank);
         const i64 *cols = j->col_index + j->col_offsets[k];
         i64 width = j->col_offsets[k + 1] - j->col_offsets[k], deep = up(width, TERMS);
-        i64 some = half_pieces_of(cols, width, pieces), tall = up(height, PAIR) * PAIR;
+        i64 tall = up(height, PAIR) * PAIR;
         for (i64 n = 0; n < height; n += group_rows, group++) {
             if (group < first || group >= end || rank < 1) continue;
             const i64 *rows = j->row_index + top + n;
-            i64 count = least(group_rows, height - n), stride = j->contiguous ? j->stride : wide;
-            const half *weight = j->contiguous ? j->weight + (top + n) * stride + j->col_offsets[k] : ordered;
+            i64 count = least(group_rows, height - n);
+            const half *weight = j->weight + (top + n) * j->stride + j->col_offsets[k];
+            for (i64 i = 0; i < count && !j->contiguous; i += SIDE) {
+                pairs_of(j->weight, j->stride, rows + i, least(SIDE, count - i), j->cols, NULL, own);
+                pick_rows(own, cols, width, ordered + (i / PAIR * deep * 2 + i / SIDE % 2) * TILE, 2 * TILE);
+            }
             memset(B, 0, (size_t)(group_rows * tiles * SIDE * 4));
             for (i64 i = 0; i < count; i++) {
-                if (!j->contiguous) {
-                    ask_for_rows(j->weight, j->stride, rows + least(i + 2, count - 1), 1, j->cols, 0, 1);
-                    gather_halves(j->weight + rows[i] * j->stride, cols, width, pieces, some, NULL, 0, ordered + i * wide);
-                }
                 for (i64 t = 0; t < ranks && in_halves; t++)
                     ((half *)B)[(i / PAIR * tiles * SIDE + t) * TERMS + i % PAIR] =
                         ((const half *)j->change.B)[rows[i] * ranks + t];
@@ -267,12 +266,13 @@ TILES static void bf16_factors(void *it, i64 part) {
                         one_of(j->change.B, rows[i] * ranks + t, j->change.factors);
             }
             for (i64 c = 0; c < width; c += PAIR) {
-                if (j->contiguous) ask_for_rows(weight + c, stride, NULL, count, PAIR, 0, 1);
+                if (j->contiguous) ask_for_rows(weight + c, j->stride, NULL, count, PAIR, 0, 1);
                 add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, pairs ? IN_PAIRS : IN_TILES,
                              right + c * steps * TERMS, steps, 0, G);
                 for (i64 i = 0; i < count; i += PAIR) {
                     i64 A_at = (before * tiles + c) * SIDE, B_at = i * tiles * SIDE, there = least(PAIR, count - i);
-                    const half *w = weight + i * stride + c;
+                    const half *w = j->contiguous ? weight + i * j->stride + c : ordered + (i * deep + c) * PAIR;
+                    i64 stride = j->contiguous ? j->stride : TERMS;
                     float *to_A = dA + c * tiles * SIDE, *to_B = dB + (n + i) * tiles * SIDE;
                     vf scale = (vf){0} + j->change.scaling;
                     if (in_halves) {

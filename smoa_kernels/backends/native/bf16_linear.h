@@ -91,7 +91,7 @@ static void base_tiles(const bf16_job *j, const i64 *rows, i64 count, i64 all, h
             copy_rows(from, ahead, there, j->cols, to, tiles, 0);
         } else {
             pairs_of(j->weight, j->stride, rows + i, there, j->cols, NULL, pairs);
-            pick_rows(pairs, j->col_index, j->cols, to);
+            pick_rows(pairs, j->col_index, j->cols, to, TILE);
         }
     }
 }
