@@ -69,17 +69,22 @@ static i64 bf16_band(i64 rows, i64 cols, i64 quarters) {
 
 enum { IN_TILES = -1, IN_PAIRS = -2 }; /* as the distance between rows: left tiles, or what right ones are */
 
-/* One of add_products' products: so many rows and columns, up to PAIR each, count. */
+/* One of add_products' products: so many rows and columns, up to PAIR each, count. Of `next` those lines are asked for that
+ * are the turn of its rows, from `first` on. */
 TILES static inline void add_product(i64 rows, i64 columns, i64 depth, const half *a, i64 stride, const half *b, i64 run,
-                                     int add, float *sums) {
+                                     int add, float *sums, const half *next, i64 first) {
     i64 below = rows > SIDE ? depth * TILE : 0, beside = columns > SIDE ? run * TILE : 0;
     if (!amx_allowed()) {
         dots *const wide = stride == IN_TILES ? wide_dots_of_tiles : stride == IN_PAIRS ? wide_dots_of_pairs : wide_dots_of_rows;
         dots *const one = stride == IN_TILES ? dots_of_tiles : stride == IN_PAIRS ? dots_of_pairs : dots_of_rows;
         i64 height = beside ? SIDE / 2 : SIDE, tile = stride < 0 ? below : SIDE * stride;
         i64 row = stride == IN_TILES ? TERMS : stride == IN_PAIRS ? 2 : stride;
-        for (i64 i = 0; i < rows; i += height)
-            (beside ? wide : one)(depth, a + i / SIDE * tile + i % SIDE * row, stride, b, beside, add, sums + i * PAIR, PAIR, SIDE);
+        for (i64 i = 0; i < rows; i += height) {
+            i64 turn = (first + i) / height * ASKED;
+            const half *ask = next && stride == IN_TILES && turn < PAIR ? next + turn * depth * TERMS : NULL;
+            (beside ? wide : one)(depth, a + i / SIDE * tile + i % SIDE * row, stride, b, beside, add, sums + i * PAIR, PAIR,
+                                  SIDE, ask);
+        }
         return;
     }
     if (add)
@@ -101,14 +106,15 @@ TILES static inline void add_product(i64 rows, i64 columns, i64 depth, const hal
 
 /* sums (rows, columns) = left right, or plus that where `add`, over `depth` tiles, in products (PAIR, PAIR), one below or one
  * beside the other; what stands in a product beyond rows and columns is nobody's. The left are IN_TILES or,
- * which AMX does not take, IN_PAIRS or rows `stride` apart. The right's runs are `run` tiles apart. */
+ * which AMX does not take, IN_PAIRS or rows `stride` apart. The right's runs are `run` tiles apart. `next` is what the right
+ * will be next, two runs, or NULL: while left tiles are multiplied the caches get it. */
 TILES static void add_products(i64 rows, i64 columns, i64 depth, const half *left, i64 stride, const half *right, i64 run,
-                               int add, float *sums) {
+                               int add, float *sums, const half *next) {
     i64 apart = stride < 0 ? depth * TERMS : stride;
     for (i64 i = 0; i < rows; i += PAIR)
         for (i64 c = 0; c < columns; c += PAIR, sums += PAIR * PAIR)
             add_product(least(PAIR, rows - i), least(PAIR, columns - c), depth, left + i * apart, stride,
-                        right + c * run * TERMS, run, add, sums);
+                        right + c * run * TERMS, run, add, sums, next, i);
 }
 
 /* Where row `row` of left tiles, `depth` of them a run, has its terms from `term` on, a multiple of TERMS. */

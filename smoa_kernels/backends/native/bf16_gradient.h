@@ -183,9 +183,9 @@ static __attribute__((noinline)) void contract_float_H(i64 ranks, const float *H
 static __attribute__((noinline)) void contract_by_dots(i64 ranks, const half *H, const half *A, i64 deep, const half *B,
                                                       float *dA, float *dB) {
     for (; ranks > 0; ranks -= SIDE, A += deep * TILE, B += TILE, dA += PAIR * SIDE, dB += PAIR * SIDE) {
-        for (i64 i = 0; i < PAIR; i += SIDE) dots_of_tiles(1, H + i * TERMS, IN_TILES, A, 0, 1, dB + i * SIDE, SIDE, 0);
+        for (i64 i = 0; i < PAIR; i += SIDE) dots_of_tiles(1, H + i * TERMS, IN_TILES, A, 0, 1, dB + i * SIDE, SIDE, 0, NULL);
         for (i64 t = 0; t < least(ranks, SIDE); t += SIDE / 2)
-            wide_dots_of_tiles(1, B + t * TERMS, IN_TILES, H + 2 * TILE, TILE, 1, dA + t * SIDE, SIDE, SIDE * SIDE);
+            wide_dots_of_tiles(1, B + t * TERMS, IN_TILES, H + 2 * TILE, TILE, 1, dA + t * SIDE, SIDE, SIDE * SIDE, NULL);
     }
 }
 
@@ -268,7 +268,8 @@ TILES static void bf16_factors(void *it, i64 part) {
             for (i64 c = 0; c < width; c += PAIR) {
                 if (j->contiguous) ask_for_rows(weight + c, j->stride, NULL, count, PAIR, 0, 1);
                 add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, pairs ? IN_PAIRS : IN_TILES,
-                             right + c * steps * TERMS, steps, 0, G);
+                             right + c * steps * TERMS, steps, 0, G,
+                             c + PAIR < width ? right + (c + PAIR) * steps * TERMS : NULL);
                 for (i64 i = 0; i < count; i += PAIR) {
                     i64 A_at = (before * tiles + c) * SIDE, B_at = i * tiles * SIDE, there = least(PAIR, count - i);
                     const half *w = j->contiguous ? weight + i * j->stride + c : ordered + (i * deep + c) * PAIR;

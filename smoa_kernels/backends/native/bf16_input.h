@@ -121,7 +121,7 @@ TILES static void bf16_input_update(void *it, i64 part) {
                 transposed_delta(j, k, cols + i, least(PAIR, count - i), A, factor, line, some, delta + i * deep * TERMS);
             for (i64 p = 0; p < panels; p += 2) {
                 add_products(count, least(PAIR, j->tokens - p * SIDE), used ? deep : 0, delta, IN_TILES,
-                             blocked + p * deep * TILE, deep, 0, sums);
+                             blocked + p * deep * TILE, deep, 0, sums, NULL);
                 for (i64 i = 0; i < count; i += PAIR)
                     write_columns(sums + i * PAIR, cols + i, 0, NULL, least(PAIR, count - i), j->columns + p / 2 * tall);
             }
@@ -195,9 +195,9 @@ TILES static void multiply_input(const bf16_job *j, i64 left, i64 width, const h
                 store(sums + (c + i) * PAIR + SIDE, HALF_WIDENED(found, 1));
             }
         if (j->left)
-            add_products(there, width, deep, j->left + first * deep * TERMS, IN_TILES, tiles, deep, add, sums);
+            add_products(there, width, deep, j->left + first * deep * TERMS, IN_TILES, tiles, deep, add, sums, NULL);
         else
-            add_products(there, width, deep, j->dy + first * j->dy_stride, j->dy_stride, tiles, deep, add, sums);
+            add_products(there, width, deep, j->dy + first * j->dy_stride, j->dy_stride, tiles, deep, add, sums, NULL);
         for (i64 i = 0; i < there; i++)
             for (i64 c = 0; c < width; c += PAIR)
                 _mm512_mask_storeu_epi16(to + i * j->cols + c, first_of(width - c),

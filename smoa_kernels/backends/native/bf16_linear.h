@@ -176,8 +176,9 @@ TILES static void bf16_multiply(void *it, i64 part) {
             }
             for (i64 t = 0; t < j->tokens; t += PAIR) {
                 i64 there = least(PAIR, j->tokens - t);
-                add_products(count, there, deep, W0, stride, j->all + t * deep * TERMS, deep, 0, sums);
-                if (rank > 0) add_products(count, there, own, delta, IN_TILES, kept + t * deep * TERMS, deep, 1, sums);
+                const half *x = j->all + t * deep * TERMS, *next = t + PAIR < j->tokens ? x + PAIR * deep * TERMS : NULL;
+                add_products(count, there, deep, W0, stride, x, deep, 0, sums, next);
+                if (rank > 0) add_products(count, there, own, delta, IN_TILES, kept + t * deep * TERMS, deep, 1, sums, NULL);
                 if (!j->contiguous) {
                     write_columns(sums, rows, 0, j->bias, count, bf16_columns(j, t));
                     continue;

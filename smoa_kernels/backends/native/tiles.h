@@ -23,6 +23,7 @@ enum {
     TERMS = 32,
     TILE = SIDE * TERMS, /* numbers in a left or a right one */
     PAIR = 2 * SIDE,     /* rows and columns of a product, four tiles, and tokens that are prepared together */
+    ASKED = 2,           /* lines that are asked for ahead for each tile of left rows, 16 times as often as there are lines in two */
 };
 
 /* A compiler writes AMX's instructions only where they are named: on a processor without AMX the rest of a function runs. */
@@ -113,9 +114,10 @@ TILES static inline void store_sums(float *to) {
 
 /* sums (rows; columns, SIDE) = left right, or plus that where `add`, over `depth` tiles of each: up to SIDE rows of the left,
  * `stride` apart, by one or two runs of the right. A row's next pair lies `pair` after, its next TERMS `step`. Of the runs
- * the second begins `beside` after the first. Sums of rows are `apart`, those of the second run `next` after. */
+ * the second begins `beside` after the first. Sums of rows are `apart`, those of the second run `next` after. From `ask` on,
+ * unless it is NULL, the memory is asked for ASKED lines meanwhile for each tile. */
 TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i64 stride, i64 pair, i64 step,
-                          const half *right, i64 beside, int add, float *sums, i64 apart, i64 next) {
+                          const half *right, i64 beside, int add, float *sums, i64 apart, i64 next, const half *ask) {
     __m512 sum[SIDE][2];
     /* Rows as they lie are asked for: the next ones, where few tokens read them once, or what follows. */
     i64 ahead = columns == 1 ? rows * stride : 2 * TERMS;
@@ -124,6 +126,7 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i6
         for (int c = 0; c < columns; c++)
             sum[i][c] = add ? _mm512_load_ps(sums + i * apart + c * next) : _mm512_setzero_ps();
     for (; depth > 0; depth--, left += step) {
+        for (int q = 0; q < ASKED && ask; q++, ask += TERMS) __builtin_prefetch(ask);
 #pragma GCC unroll 16
         for (int i = 0; i < rows && step == TERMS; i++) __builtin_prefetch(left + i * stride + ahead);
         for (int p = 0; p < SIDE; p++, right += TERMS) {
@@ -146,12 +149,13 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i6
 /* A tile of sums; and two, half as high: Zen 5 multiplies two lines a cycle and reads as many, so that it would wait for one
  * to be read for each product of a single tile. The left are tiles, rows `stride` apart, or what a right tile is. Functions of
  * their own: within another sums would be kept in memory. */
-typedef void dots(i64 depth, const half *left, i64 stride, const half *right, i64 beside, int add, float *sums, i64 apart, i64 next);
+typedef void dots(i64 depth, const half *left, i64 stride, const half *right, i64 beside, int add, float *sums, i64 apart, i64 next,
+                  const half *ask);
 #define DOTS(name, rows, columns, stride_of, pair, step)                                                                       \
     TILES static __attribute__((noinline)) void name(i64 depth, const half *left, i64 stride, const half *right, i64 beside,  \
-                                                     int add, float *sums, i64 apart, i64 next) {                              \
+                                                     int add, float *sums, i64 apart, i64 next, const half *ask) {             \
         (void)stride, (void)beside, (void)next;                                                                                \
-        dots_of(rows, columns, depth, left, stride_of, pair, step, right, beside, add, sums, apart, next);                     \
+        dots_of(rows, columns, depth, left, stride_of, pair, step, right, beside, add, sums, apart, next, ask);                     \
     }
 DOTS(dots_of_tiles, SIDE, 1, TERMS, 2, TILE)
 DOTS(wide_dots_of_tiles, SIDE / 2, 2, TERMS, 2, TILE)
