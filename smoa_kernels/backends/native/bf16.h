@@ -122,16 +122,30 @@ static inline half *terms_at(half *tiles, i64 depth, i64 row, i64 term) {
     return tiles + (row / SIDE * depth + term / TERMS) * TILE + row % SIDE * TERMS;
 }
 
-/* Rows of left tiles, of one tile's at most SIDE, from `row` on: `width` numbers of each, and 0 behind them. A tile is
- * written at once: its rows lie side by side, those of a matrix do not. The memory is asked for as many rows, those `ahead`,
- * which may be NULL. */
-static void copy_rows(const void *const *from, const void *const *ahead, i64 count, i64 width, half *tiles, i64 depth, i64 row) {
-    half *to = terms_at(tiles, depth, row, 0);
+/* SIDE rows at most, and as many that are read next, which the memory is asked for meanwhile. */
+typedef struct {
+    i64 count;
+    const half *rows[SIDE], *next[SIDE];
+} some_rows;
+
+/* The first of `left` rows, `stride` apart, those of `index` unless that is NULL. */
+static some_rows rows_at(const half *from, i64 stride, const i64 *index, i64 left) {
+    some_rows some = {.count = least(SIDE, left)};
+    for (i64 i = 0; i < some.count; i++) {
+        i64 next = least(i + SIDE, left - 1);
+        some.rows[i] = from + (index ? index[i] : i) * stride, some.next[i] = from + (index ? index[next] : next) * stride;
+    }
+    return some;
+}
+
+/* As left tiles: `width` numbers of each row, and 0 behind them. A tile is written at once: its rows lie side by side,
+ * those of a matrix do not. */
+static void copy_rows(const some_rows *from, i64 width, half *to) {
     for (i64 c = 0; c < width; c += TERMS, to += TILE) {
         __mmask32 there = first_of(width - c);
-        for (i64 i = 0; i < count; i++) {
-            if (ahead) __builtin_prefetch((const half *)ahead[i] + c);
-            _mm512_store_si512(to + i * TERMS, _mm512_maskz_loadu_epi16(there, (const half *)from[i] + c));
+        for (i64 i = 0; i < from->count; i++) {
+            __builtin_prefetch(from->next[i] + c);
+            _mm512_store_si512(to + i * TERMS, _mm512_maskz_loadu_epi16(there, from->rows[i] + c));
         }
     }
 }
@@ -159,16 +173,19 @@ TILES static inline __m512i both_narrowed(vf low, vf high) {
 #define HALF_WIDENED(values, upper) \
     ((vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(values, upper)), 16))
 
-/* Columns as pairs of SIDE tokens, `rows` unless that is NULL, of which some are there, others 0: tiles of up(cols, TERMS).
- * What `keep` has no bit for is dropped; NULL drops nothing. */
-TILES static void pairs_of(const half *from, i64 stride, const i64 *rows, i64 tokens, i64 cols, const uint16_t *keep, half *out) {
+/* Columns as pairs of SIDE rows, or tokens, those that are not there 0: tiles of up(cols, TERMS). What `keep` has no bit for is
+ * dropped; NULL drops nothing. */
+TILES static void pairs_of(const some_rows *from, i64 cols, const uint16_t *keep, half *out) {
     for (i64 c = 0; c < cols; c += TERMS) {
         __mmask32 there = first_of(cols - c);
         __m512i r[16];
 #pragma GCC unroll 16
         for (int i = 0; i < SIDE; i++) {
-            r[i] = i < tokens ? _mm512_maskz_loadu_epi16(there, from + (rows ? rows[i] : i) * stride + c) : _mm512_setzero_si512();
-            if (keep && i < tokens) r[i] = kept_halves(r[i], keep + i * words(cols), c, exponent_of(BFLOAT16));
+            r[i] = _mm512_setzero_si512();
+            if (i >= from->count) continue;
+            __builtin_prefetch(from->next[i] + c);
+            r[i] = _mm512_maskz_loadu_epi16(there, from->rows[i] + c);
+            if (keep) r[i] = kept_halves(r[i], keep + i * words(cols), c, exponent_of(BFLOAT16));
         }
         transpose_lines(r);
         store_lines(r, out + c * SIDE);

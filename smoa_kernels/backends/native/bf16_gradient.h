@@ -14,7 +14,7 @@ static i64 bf16_gradient_band(i64 rows, i64 cols, i64 contiguous) { return bf16_
 static i64 bf16_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
 
 static i64 bf16_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous, i64 tiles, i64 threads) {
-    i64 height = bf16_together(rows, bf16_gradient_band(rows, cols, contiguous), threads);
+    i64 height = bf16_together(rows, bf16_gradient_band(rows, cols, contiguous), L2_CACHE, threads);
     i64 prepare = (up(rows, TERMS) + up(cols, TERMS)) * TILE;
     i64 factors = lines(height * PAIR) + lines(PAIR * PAIR) + lines(height * tiles * SIDE) +
                   (contiguous ? 0 : height * up(widest, TERMS) * TERMS / 2 + up(cols, TERMS) * TILE / 2);
@@ -47,7 +47,8 @@ static void bf16_A_tiles(const bf16_job *j) {
     for (i64 k = 0; k < j->blocks; k++) {
         i64 width = j->col_offsets[k + 1] - j->col_offsets[k], step = up(width, TERMS) * TILE;
         for (i64 q = 0; q < tiles; q++, to += step) {
-            pairs_of((const half *)j->change.A + q * SIDE * j->cols, j->cols, NULL, j->rank - q * SIDE, j->cols, NULL, pairs);
+            some_rows some = rows_at((const half *)j->change.A + q * SIDE * j->cols, j->cols, NULL, j->rank - q * SIDE);
+            pairs_of(&some, j->cols, NULL, pairs);
             pick_pairs(pairs, j->col_index + j->col_offsets[k], width, to);
         }
     }
@@ -231,7 +232,7 @@ TILES static void bf16_factors(void *it, i64 part) {
     if (part >= j->parts) return;
     i64 steps = up(j->tokens, PAIR), ranks = j->rank, tiles = bf16_rank_tiles(ranks), group = 0, groups = 0;
     i64 size = bf16_sums_size(j->cols, j->blocks, tiles);
-    i64 group_rows = bf16_together(j->rows, bf16_gradient_band(j->rows, j->cols, j->contiguous), j->parts);
+    i64 group_rows = bf16_together(j->rows, bf16_gradient_band(j->rows, j->cols, j->contiguous), L2_CACHE, j->parts);
     float *at = bf16_gradient_room(j, part), *dA = j->sums + part * size, *dB = j->row_sums;
     float *G = taken(&at, group_rows * PAIR * 4);
     void *H = taken(&at, PAIR * PAIR * 4), *B = taken(&at, group_rows * tiles * SIDE * 4);
@@ -253,7 +254,8 @@ TILES static void bf16_factors(void *it, i64 part) {
             i64 count = least(group_rows, height - n);
             const half *weight = j->weight + (top + n) * j->stride + j->col_offsets[k];
             for (i64 i = 0; i < count && !j->contiguous; i += SIDE) {
-                pairs_of(j->weight, j->stride, rows + i, least(SIDE, count - i), j->cols, NULL, own);
+                some_rows some = rows_at(j->weight, j->stride, rows + i, height - n - i);
+                pairs_of(&some, j->cols, NULL, own);
                 pick_rows(own, cols, width, ordered + (i / PAIR * deep * 2 + i / SIDE % 2) * TILE, 2 * TILE);
             }
             memset(B, 0, (size_t)(group_rows * tiles * SIDE * 4));

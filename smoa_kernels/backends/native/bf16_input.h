@@ -7,7 +7,7 @@
 #include "bf16_gradient.h"
 
 static i64 bf16_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 threads) {
-    i64 group = bf16_together(cols, rows, threads), columns = bf16_together(cols, tallest, threads);
+    i64 group = bf16_together(cols, rows, L2_CACHE, threads), columns = bf16_together(cols, tallest, L2_CACHE, threads);
     i64 update = lines(PAIR * PAIR / 2) + lines(columns * up(tallest, TERMS) * TERMS / 2) + lines(rank * padded(PAIR)) +
                  lines(rank * ROWS) + lines(ROWS * padded(PAIR) / 2) + pieces_size(PAIR) + lines(columns * PAIR);
     i64 product = lines(up(rows, TERMS) * TERMS * group / 2) + lines(rank * padded(group)) + lines(rank * (rows + ROWS)) +
@@ -46,14 +46,11 @@ static void bf16_input_prepare(void *it, i64 part) {
     i64 panels = bf16_pairs(j->tokens), tiles = up(j->rows, TERMS);
     half *pairs = (half *)bf16_input_room(j, part);
     for (i64 p = share_of(panels, 1, part, j->parts); p < share_of(panels, 1, part + 1, j->parts); p++) {
-        const half *dy = j->dy + p * SIDE * j->dy_stride;
-        const void *from[SIDE];
-        i64 there = least(SIDE, j->tokens - p * SIDE);
-        for (i64 i = 0; i < there; i++) from[i] = dy + i * j->dy_stride;
-        if (j->left) copy_rows(from, NULL, there, j->rows, j->left, tiles, p * SIDE);
+        some_rows dy = rows_at(j->dy + p * SIDE * j->dy_stride, j->dy_stride, NULL, j->tokens - p * SIDE);
+        if (j->left) copy_rows(&dy, j->rows, j->left + p * tiles * TILE);
         if (!j->keep) continue;
         half *to = j->blocked;
-        pairs_of(dy, j->dy_stride, NULL, j->tokens - p * SIDE, j->rows, NULL, pairs);
+        pairs_of(&dy, j->rows, NULL, pairs);
         for (i64 k = 0; k < j->blocks; k++) {
             i64 height = j->row_offsets[k + 1] - j->row_offsets[k], step = up(height, TERMS) * TILE;
             pick_pairs(pairs, j->row_index + j->row_offsets[k], height, to + p * step);
@@ -101,7 +98,7 @@ TILES static void transposed_delta(const bf16_job *j, i64 k, const i64 *cols, i6
 TILES static void bf16_input_update(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 together = bf16_together(j->cols, j->tallest, j->parts);
+    i64 together = bf16_together(j->cols, j->tallest, L2_CACHE, j->parts);
     float *at = bf16_input_room(j, part), *sums = taken(&at, together * PAIR * 4);
     half *some = taken(&at, PAIR * PAIR * 2), *delta = taken(&at, together * up(j->tallest, TERMS) * TERMS * 2);
     float *factor = taken(&at, j->rank * ROWS * 4);
@@ -144,7 +141,7 @@ static void bf16_input_mask(void *it, i64 part) {
  * (rows, rank) nothing is there beyond a block's own rank. */
 TILES static void weight_tiles(const bf16_job *j, i64 left, i64 width, const int32_t *blocks, const float *A,
                              const float *B, half *out) {
-    i64 deep = up(j->rows, TERMS), apart_by = padded(bf16_together(j->cols, j->rows, j->parts));
+    i64 deep = up(j->rows, TERMS), apart_by = padded(bf16_together(j->cols, j->rows, L2_CACHE, j->parts));
     i64 stride = j->stride, rank = j->rank, rows = j->rows; /* `out` might be where j is, for all a compiler knows */
     for (i64 n = 0; n < deep * TERMS; n += ROWS, B += ROWS * rank) {
         const half *row = j->weight + n * stride + left;
@@ -183,7 +180,7 @@ TILES static void weight_tiles(const bf16_job *j, i64 left, i64 width, const int
 /* dX of some columns, whose tiles of W0 are there; or added to what is there of it. */
 TILES static void multiply_input(const bf16_job *j, i64 left, i64 width, const half *tiles, float *sums, int add) {
     i64 deep = up(j->rows, TERMS), next = left + width;
-    i64 share = least(bf16_together(j->cols, j->rows, j->parts), j->cols - next);
+    i64 share = least(bf16_together(j->cols, j->rows, L2_CACHE, j->parts), j->cols - next);
     for (i64 first = 0; first < j->tokens; first += PAIR) {
         half *to = j->dx + first * j->cols + left;
         i64 there = least(PAIR, j->tokens - first);
@@ -216,7 +213,7 @@ static void copy_rank(const change_job *m, const void *from, i64 first, i64 coun
 TILES static void bf16_input_product(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 group = bf16_together(j->cols, j->rows, j->parts), merged = !j->keep;
+    i64 group = bf16_together(j->cols, j->rows, L2_CACHE, j->parts), merged = !j->keep;
     float *at = bf16_input_room(j, part), *sums = taken(&at, group * PAIR * 4);
     half *tiles = taken(&at, up(j->rows, TERMS) * TERMS * group * 2);
     float *A = taken(&at, j->rank * padded(group) * 4), *B = taken(&at, j->rank * (j->rows + ROWS) * 4);

@@ -8,13 +8,18 @@
 
 #include "bf16.h"
 
-/* Of `all` rows, or columns, of so many numbers each, those that are multiplied together by all tokens: they stay in the L2
- * cache, and there is work for all threads. */
-static i64 bf16_together(i64 all, i64 numbers, i64 threads) {
-    enum { TOGETHER_MOST = 256, CACHED = 1 << 19 };
-    i64 fit = least(TOGETHER_MOST, up(CACHED / 2, numbers * PAIR) * PAIR);
+enum { L2_CACHE = 1 << 20 };
+
+/* Of `all` rows, or columns, of so many numbers each, those that are multiplied together by all tokens: they take no more
+ * `bytes` of a cache, and there is work for all threads. */
+static i64 bf16_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
+    enum { TOGETHER_MOST = 256 };
+    i64 fit = least(TOGETHER_MOST, up(bytes / 2, numbers * PAIR) * PAIR);
     return least(fit, up(up(all, threads), PAIR) * PAIR);
 }
+
+/* W0's rows leave room for ΔW's, and for x of the tokens that are multiplied and of the next. */
+static i64 bf16_rows_of(i64 rows, i64 cols, i64 threads) { return bf16_together(rows, cols, L2_CACHE / 2, threads); }
 
 /* Whether W0's rows are multiplied where they lie: those of contiguous blocks of whole tiles, which AMX does not take. */
 static i64 bf16_in_place(const int32_t *row_offsets, i64 cols, i64 blocks, i64 contiguous) {
@@ -37,7 +42,7 @@ static i64 bf16_block_tiles(i64 cols, i64 blocks) { return up(cols, TERMS) + blo
 static i64 bf16_tiles_of(i64 width) { return up(width, TERMS) + 1; }
 
 static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 in_place, i64 widest, i64 rank, i64 threads) {
-    i64 height = bf16_together(rows, cols, threads), tiles = up(cols, TERMS), own = bf16_tiles_of(widest) * TERMS;
+    i64 height = bf16_rows_of(rows, cols, threads), tiles = up(cols, TERMS), own = bf16_tiles_of(widest) * TERMS;
     i64 pairs = tiles * TILE / 2, columns = up(rows, TERMS) * TERMS * PAIR / 2;
     i64 product = (in_place ? 0 : pairs + height * tiles * TERMS / 2) + height * own / 2 + rank * own + lines(rank * SIDE) +
                   height * PAIR + height * PAIR / 2;
@@ -66,31 +71,27 @@ static void bf16_prepare(void *it, i64 part) {
         for (int masked = 0; masked < (j->keep ? 2 : 1); masked++) {
             half *to = (masked ? j->kept : j->all) + p * tiles * TILE;
             half *pairs = j->contiguous ? to : (half *)bf16_forward_room(j, part);
-            pairs_of(j->x + p * SIDE * j->x_stride, j->x_stride, NULL, j->tokens - p * SIDE, j->cols,
-                     masked ? j->keep + p * SIDE * words(j->cols) : NULL, pairs);
+            some_rows x = rows_at(j->x + p * SIDE * j->x_stride, j->x_stride, NULL, j->tokens - p * SIDE);
+            pairs_of(&x, j->cols, masked ? j->keep + p * SIDE * words(j->cols) : NULL, pairs);
             if (!j->contiguous) pick_pairs(pairs, j->col_index, j->cols, to);
         }
 }
 
 /* Of few tokens, which are multiplied at once, no more rows than a product has: ΔW is made of rows that are in the caches. */
 static i64 bf16_rows_together(const bf16_job *j) {
-    return j->tokens > PAIR ? bf16_together(j->rows, j->cols, j->parts) : amx_allowed() ? PAIR : SIDE;
+    return j->tokens > PAIR ? bf16_rows_of(j->rows, j->cols, j->parts) : amx_allowed() ? PAIR : SIDE;
 }
 
-/* Some rows of W0 as left tiles, columns in block order; of more rows, `all` with these, the memory is asked for the next. */
+/* Some of `all` rows of W0 as left tiles, columns in block order. */
 static void base_tiles(const bf16_job *j, const i64 *rows, i64 count, i64 all, half *pairs, half *to) {
     i64 tiles = up(j->cols, TERMS);
     for (i64 i = 0; i < count; i += SIDE, to += tiles * TILE) {
-        const void *from[SIDE], *ahead[SIDE];
-        i64 there = least(SIDE, count - i);
-        for (i64 r = 0; r < there; r++) {
-            from[r] = j->weight + rows[i + r] * j->stride;
-            ahead[r] = j->weight + rows[least(i + r + SIDE, all - 1)] * j->stride;
-        }
+        some_rows from = rows_at(j->weight, j->stride, rows + i, all - i);
+        from.count = least(from.count, count - i);
         if (j->contiguous) {
-            copy_rows(from, ahead, there, j->cols, to, tiles, 0);
+            copy_rows(&from, j->cols, to);
         } else {
-            pairs_of(j->weight, j->stride, rows + i, there, j->cols, NULL, pairs);
+            pairs_of(&from, j->cols, NULL, pairs);
             pick_rows(pairs, j->col_index, j->cols, to, TILE);
         }
     }
