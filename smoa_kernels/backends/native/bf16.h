@@ -1,7 +1,8 @@
 /* What bfloat16 GEMMs are made of (tiles.h): a layer, and how its activations become tiles.
  *
  * Sixteen tokens of activations, whose columns are the terms, become pairs by a transpose; then a line holds two columns of
- * all 16 tokens, and to put columns in a block's order is to pick halves of lines.
+ * all 16 tokens, and to put columns in block order is to pick halves of lines. Rows of W0 get that order the same way,
+ * and are rows again by another transpose.
  */
 #pragma once
 
@@ -51,6 +52,8 @@ static bf16_job bf16_job_of(i64 tokens, i64 rows, i64 cols, const void *weight, 
     return job;
 }
 
+static i64 greatest(i64 a, i64 b) { return a > b ? a : b; }
+
 static i64 up(i64 count, i64 unit) { return (count + unit - 1) / unit; }
 
 /* Takes floats, in whole cache lines, from where `at` is, which moves on. */
@@ -64,7 +67,7 @@ static void *taken(float **at, i64 bytes) {
  * more the copies would take more memory, of fewer W0 would be prepared more often. */
 static i64 bf16_band(i64 rows, i64 cols, i64 quarters) {
     i64 fit = up((rows + cols) * quarters, 16 * PAIR) * PAIR;
-    return fit > 256 * quarters ? fit : 256 * quarters;
+    return greatest(fit, 256 * quarters);
 }
 
 enum { IN_TILES = -1, IN_PAIRS = -2 }; /* as the distance between rows: left tiles, or what right ones are */

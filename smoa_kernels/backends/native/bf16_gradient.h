@@ -18,7 +18,7 @@ static i64 bf16_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguou
     i64 prepare = (up(rows, TERMS) + up(cols, TERMS)) * TILE;
     i64 factors = lines(height * PAIR) + lines(PAIR * PAIR) + lines(height * tiles * SIDE) +
                   (contiguous ? 0 : height * up(widest, TERMS) * TERMS / 2 + up(cols, TERMS) * TILE / 2);
-    return prepare > factors ? prepare : factors;
+    return greatest(prepare, factors);
 }
 
 /* Sums of a factor's gradient, of all ranks of PAIR rows, or columns, after another. */

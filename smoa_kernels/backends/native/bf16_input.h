@@ -12,8 +12,7 @@ static i64 bf16_input_part_size(i64 rows, i64 cols, i64 tallest, i64 rank, i64 t
                  lines(rank * ROWS) + lines(ROWS * padded(PAIR) / 2) + pieces_size(PAIR) + lines(columns * PAIR);
     i64 product = lines(up(rows, TERMS) * TERMS * group / 2) + lines(rank * padded(group)) + lines(rank * (rows + ROWS)) +
                   lines(rows + group) + lines(group * PAIR);
-    i64 prepare = lines(up(rows, TERMS) * TILE / 2), most = update > product ? update : product;
-    return most > prepare ? most : prepare;
+    return greatest(greatest(update, product), lines(up(rows, TERMS) * TILE / 2));
 }
 
 /* Whether dY is multiplied where it lies: whole tiles, which AMX does not take. */

@@ -1,8 +1,9 @@
 /* `y = x W0ᵀ + dropout(x) ΔWᵀ + b` in bfloat16: both products are summed in one float32 tile and rounded once, with b.
  *
- * W0's rows are left tiles as they lie, x is prepared once. Some rows of one block at a time are copied side by side, ΔW is
- * made of them, and both are multiplied by all tokens. What comes out are columns of y, 32 tokens each, so that to put them
- * back into y's order is to write them where they belong; then they become rows. Those of contiguous blocks are in order.
+ * x becomes right tiles whose columns have block order. So do some rows of one block of W0 at a time, as left tiles; of their
+ * own block's columns ΔW is made, and both are multiplied by all tokens. Rows of contiguous blocks are left tiles as they
+ * lie. What comes out are columns of y, 32 tokens each, so that to put them back into y's order is to write them where they
+ * belong; then they become rows. Those of contiguous blocks are in order.
  */
 #pragma once
 
@@ -28,9 +29,9 @@ static i64 bf16_in_place(const int32_t *row_offsets, i64 cols, i64 blocks, i64 c
     return in_place;
 }
 
-/* Tokens of a band: of more where W0's rows are copied for each. */
-static i64 bf16_forward_band(i64 rows, i64 cols, i64 in_place, i64 masked) {
-    return bf16_band(rows, cols, in_place ? 3 : masked ? 4 : 8);
+/* Tokens of a band: of more where W0's rows are copied for each, of most where they get another order. */
+static i64 bf16_forward_band(i64 rows, i64 cols, i64 in_place, i64 contiguous, i64 masked) {
+    return bf16_band(rows, cols, in_place ? 3 : contiguous || masked ? 4 : 8);
 }
 
 static i64 bf16_pairs(i64 tokens) { return up(tokens, PAIR) * 2; }
@@ -38,7 +39,7 @@ static i64 bf16_pairs(i64 tokens) { return up(tokens, PAIR) * 2; }
 /* Tiles of each block's columns, padded: no more than these. */
 static i64 bf16_block_tiles(i64 cols, i64 blocks) { return up(cols, TERMS) + blocks; }
 
-/* Tiles that a block's columns lie in, no more than these of so many; and columns before them in the first. */
+/* Tiles that so many columns of a block lie in: no more than these, since a block may begin within one. */
 static i64 bf16_tiles_of(i64 width) { return up(width, TERMS) + 1; }
 
 static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 in_place, i64 widest, i64 rank, i64 threads) {
@@ -46,14 +47,14 @@ static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 in_place, i64 widest, 
     i64 pairs = tiles * TILE / 2, columns = up(rows, TERMS) * TERMS * PAIR / 2;
     i64 product = (in_place ? 0 : pairs + height * tiles * TERMS / 2) + height * own / 2 + rank * own + lines(rank * SIDE) +
                   height * PAIR + height * PAIR / 2;
-    return product > columns ? product > pairs ? product : pairs : columns > pairs ? columns : pairs;
+    return greatest(product, greatest(columns, pairs));
 }
 
 /* Floats that smoa_bf16_forward needs. */
 i64 smoa_bf16_forward_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_offsets, const int32_t *col_offsets,
                                i64 blocks, i64 contiguous, i64 masked, i64 rank, i64 threads) {
     i64 in_place = bf16_in_place(row_offsets, cols, blocks, contiguous), widest = largest_of(col_offsets, blocks);
-    i64 panels = bf16_pairs(least(tokens, bf16_forward_band(rows, cols, in_place, masked)));
+    i64 panels = bf16_pairs(least(tokens, bf16_forward_band(rows, cols, in_place, contiguous, masked)));
     return panels * up(cols, TERMS) * TILE / 2 * (masked ? 2 : 1) + (contiguous ? 0 : up(rows, TERMS) * TERMS * PAIR / 2) +
            threads * bf16_forward_part_size(rows, cols, in_place, widest, rank, threads) + 16;
 }
@@ -97,8 +98,9 @@ static void base_tiles(const bf16_job *j, const i64 *rows, i64 count, i64 all, h
     }
 }
 
-/* ΔW's left tiles of SIDE rows of block k: those that its columns lie in, and 0 in others' columns. Of W0's, the same rows are
- * `stride` apart and tiles `step`. A's columns begin where the first of these tiles does. */
+/* ΔW's left tiles of SIDE rows of block k: those that its columns lie in, and 0 in others' columns (0 times what is not finite
+ * is NaN, in a token whose y is not finite anyway). Of W0's, the same rows are `stride` apart and tiles `step`. A's columns
+ * begin where the first of these tiles does. */
 TILES static void delta_tiles(const bf16_job *j, i64 k, const i64 *rows, i64 count, const half *from, i64 stride, i64 step,
                             const float *A, float *factor, half *to) {
     i64 left = j->col_offsets[k] % TERMS, end = left + j->col_offsets[k + 1] - j->col_offsets[k], apart = up(end, TERMS) * TERMS;
@@ -218,7 +220,7 @@ void smoa_bf16_forward(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_stri
                              blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
     float *at = from_a_line(workspace);
     job.bias = bias, job.in_place = bf16_in_place(row_offsets, cols, blocks, contiguous);
-    i64 band = bf16_forward_band(rows, cols, job.in_place, keep != NULL), panels = bf16_pairs(least(tokens, band));
+    i64 band = bf16_forward_band(rows, cols, job.in_place, contiguous, keep != NULL), panels = bf16_pairs(least(tokens, band));
     job.all = taken(&at, panels * up(cols, TERMS) * TILE * 2);
     if (keep) job.kept = taken(&at, panels * up(cols, TERMS) * TILE * 2);
     if (!contiguous) job.last = taken(&at, up(rows, TERMS) * TERMS * PAIR * 2);
