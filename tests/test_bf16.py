@@ -42,7 +42,7 @@ SYSTEM_HAS_AMX = CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text()
         (64, 5, 7, (1,) * 5),  # blocks of one row
         (20, 600, 330, (16, 8)),  # several groups of rows and of columns
         (300, 40, 2100, (5, 2)),
-        (1027, 48, 80, (3, 2)),  # more tokens than are copied at a time
+        (2051, 48, 80, (3, 2)),  # more tokens than are copied at a time
         (80, 640, 320, (16, 8)),  # W0's rows, and dY's, multiplied where they lie, in several groups
         (8, 96, 64, (3, 2)),  # the same of few tokens
     ],
