@@ -165,8 +165,6 @@ INLINE __m512i paired(__m256i first, __m256i second) {
     return pairs_in(_mm512_castsi256_si512(first), _mm512_castsi256_si512(second), 0);
 }
 
-TILES static inline __m256i narrowed(vf value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }
-
 /* 32 numbers: those of `low`, then those of `high`. */
 TILES static inline __m512i both_narrowed(vf low, vf high) {
     return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);

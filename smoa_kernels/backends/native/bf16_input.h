@@ -29,7 +29,7 @@ i64 smoa_bf16_input_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row
     i64 tallest = largest_of(row_offsets, blocks);
     i64 n = up(least(tokens, bf16_input_band(tokens, rows, cols, masked)), PAIR) * PAIR;
     i64 update = bf16_block_tiles(rows, blocks) + up(cols, TERMS);
-    return lines(bf16_dy_in_place(tokens, rows) ? 0 : n * up(rows, TERMS) * TERMS / 2) + lines(rows) + lines(cols + SIDE) +
+    return lines(bf16_dy_in_place(tokens, rows) ? 0 : n * up(rows, TERMS) * TERMS / 2) + lines(rows) + lines(cols + PAIR) +
            lines(masked ? n * update * TERMS / 2 : 0) +
            threads * bf16_input_part_size(rows, cols, tallest, rank, threads) + 64;
 }
@@ -147,31 +147,37 @@ TILES static void weight_tiles(const bf16_job *j, i64 left, i64 width, const int
         __m512i block[ROWS];
         for (int i = 0; i < ROWS; i++) block[i] = _mm512_set1_epi32(blocks && n + i < rows ? j->row_block[n + i] : -2);
         half *to = out + n / TERMS * TILE + n % TERMS * SIDE;
-        for (i64 c = 0; c < width; c += SIDE, to += deep * TILE) {
-            __mmask16 inside = (__mmask16)first_of(width - c), own[ROWS] = {0};
-            __m512i col = blocks ? _mm512_loadu_si512(blocks + c) : _mm512_set1_epi32(-1);
-            __m256i found[ROWS];
+        for (i64 c = 0; c < width; c += PAIR, to += 2 * deep * TILE) {
+            __mmask32 inside = first_of(width - c), own[ROWS], any = 0;
+            __m512i found[ROWS], one = _mm512_set1_epi32(-1), other = one;
+            if (blocks) one = _mm512_loadu_si512(blocks + c), other = _mm512_loadu_si512(blocks + c + SIDE);
 #pragma GCC unroll 4
             for (int i = 0; i < ROWS; i++) {
                 /* Rows are too far apart for the processor to foresee them. */
                 __builtin_prefetch(row + (2 * ROWS + i) * stride + c);
-                own[i] = _mm512_cmpeq_epi32_mask(col, block[i]);
-                found[i] = _mm256_maskz_loadu_epi16(n + i < rows ? inside : 0, row + i * stride + c);
+                own[i] = inside & (_mm512_cmpeq_epi32_mask(one, block[i]) | (__mmask32)_mm512_cmpeq_epi32_mask(other, block[i]) << SIDE);
+                any |= own[i];
+                found[i] = _mm512_maskz_loadu_epi16(n + i < rows ? inside : 0, row + i * stride + c);
             }
-            if (own[0] | own[1] | own[2] | own[3]) {
-                vf update[ROWS] = {{0}};
+            if (any) {
+                vf update[ROWS][2] = {{{0}}};
                 const float *a = A + c;
                 for (i64 t = 0; t < rank; t++, a += apart_by)
 #pragma GCC unroll 4
-                    for (int i = 0; i < ROWS; i++) update[i] += load(a) * B[i * rank + t];
+                    for (int i = 0; i < ROWS; i++)
+                        update[i][0] += load(a) * B[i * rank + t], update[i][1] += load(a + SIDE) * B[i * rank + t];
 #pragma GCC unroll 4
                 for (int i = 0; i < ROWS; i++) {
-                    __m512 w = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(found[i]), 16);
-                    found[i] = narrowed((vf)_mm512_mask_fmadd_ps(w, own[i], (__m512)update[i], w));
+                    vf low = HALF_WIDENED(found[i], 0), high = HALF_WIDENED(found[i], 1);
+                    __m512i changed = both_narrowed(low + low * update[i][0], high + high * update[i][1]);
+                    found[i] = _mm512_mask_mov_epi16(found[i], own[i], changed);
                 }
             }
-            _mm512_store_si512(to, paired(found[0], found[1]));
-            _mm512_store_si512(to + TERMS, paired(found[2], found[3]));
+#pragma GCC unroll 2
+            for (int upper = 0; upper < 2; upper++) {
+                _mm512_store_si512(to + upper * deep * TILE, pairs_in(found[0], found[1], upper));
+                _mm512_store_si512(to + upper * deep * TILE + TERMS, pairs_in(found[2], found[3], upper));
+            }
         }
     }
 }
@@ -246,12 +252,12 @@ void smoa_bf16_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stri
     i64 band = bf16_input_band(tokens, rows, cols, keep != NULL), n = up(least(tokens, band), PAIR) * PAIR;
     float *at = from_a_line(workspace);
     if (!bf16_dy_in_place(tokens, rows)) job.left = taken(&at, n * up(rows, TERMS) * TERMS * 2);
-    job.row_block = taken(&at, rows * 4), job.col_block = taken(&at, (cols + SIDE) * 4);
+    job.row_block = taken(&at, rows * 4), job.col_block = taken(&at, (cols + PAIR) * 4);
     for (i64 k = 0; k < blocks; k++) {
         for (i64 i = row_offsets[k]; i < row_offsets[k + 1]; i++) job.row_block[row_index[i]] = (int32_t)k;
         for (i64 i = col_offsets[k]; i < col_offsets[k + 1]; i++) job.col_block[col_index[i]] = (int32_t)k;
     }
-    for (i64 c = cols; c < cols + SIDE; c++) job.col_block[c] = -1; /* of no block: read beside the last columns */
+    for (i64 c = cols; c < cols + PAIR; c++) job.col_block[c] = -1; /* of no block: read beside the last columns */
     if (keep) {
         job.blocked = taken(&at, n * bf16_block_tiles(rows, blocks) * TERMS * 2);
         job.columns = taken(&at, n * up(cols, TERMS) * TERMS * 2);
