@@ -45,6 +45,7 @@ SYSTEM_HAS_AMX = CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text()
         (2051, 48, 80, (3, 2)),  # more tokens than are copied at a time
         (80, 640, 320, (16, 8)),  # W0's rows, and dY's, multiplied where they lie, in several groups
         (8, 96, 64, (3, 2)),  # the same of few tokens
+        (1040, 64, 64, (2, 2)),  # the same of more tokens than are copied at a time
     ],
 )
 @pytest.mark.parametrize("order", ["spectral", "contiguous"])

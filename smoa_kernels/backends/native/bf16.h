@@ -110,7 +110,8 @@ TILES static inline void add_product(i64 rows, i64 columns, i64 depth, const hal
 /* sums (rows, columns) = left right, or plus that where `add`, over `depth` tiles, in products (PAIR, PAIR), one below or one
  * beside the other; what stands in a product beyond rows and columns is nobody's. The left are IN_TILES or,
  * which AMX does not take, IN_PAIRS or rows `stride` apart. The right's runs are `run` tiles apart. `next` is what the right
- * will be next, two runs, or NULL: while left tiles are multiplied the caches get it. */
+ * will be next, two runs of `depth` tiles, or NULL: while left tiles are multiplied, but not by AMX, the caches get as much of it
+ * as there are rows for, all of it with 128. */
 TILES static void add_products(i64 rows, i64 columns, i64 depth, const half *left, i64 stride, const half *right, i64 run,
                                int add, float *sums, const half *next) {
     i64 apart = stride < 0 ? depth * TERMS : stride;
@@ -125,7 +126,7 @@ static inline half *terms_at(half *tiles, i64 depth, i64 row, i64 term) {
     return tiles + (row / SIDE * depth + term / TERMS) * TILE + row % SIDE * TERMS;
 }
 
-/* SIDE rows at most, and as many that are read next, which the memory is asked for meanwhile. */
+/* SIDE rows at most, or none, and as many that are read next, which the memory is asked for meanwhile. */
 typedef struct {
     i64 count;
     const half *rows[SIDE], *next[SIDE];
@@ -281,9 +282,9 @@ TILES static void rows_from(const half *columns, i64 tokens, i64 cols, const uin
 }
 
 /* Ask the memory, while tiles are multiplied, for a share of some rows, `width` numbers each, that are read next. */
-static void ask_for_rows(const half *from, i64 stride, const i64 *rows, i64 count, i64 width, i64 part, i64 parts) {
+static void ask_for_rows(const half *from, i64 stride, i64 count, i64 width, i64 part, i64 parts) {
     for (i64 i = count * part / parts; i < count * (part + 1) / parts; i++)
-        for (i64 c = 0; c < width; c += TERMS) __builtin_prefetch(from + (rows ? rows[i] : i) * stride + c, 0, 2);
+        for (i64 c = 0; c < width; c += TERMS) __builtin_prefetch(from + i * stride + c, 0, 2);
 }
 #endif
 

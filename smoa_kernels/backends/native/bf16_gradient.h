@@ -8,8 +8,12 @@
 
 #include "bf16_linear.h"
 
-/* Tokens of a band: no more than fit in what y's workspace takes, which is the same memory. */
+/* Tokens of a band: dY and x of these take as much memory as a square W0; a quarter of it where no rows of W0 are copied for
+ * each band. */
 static i64 bf16_gradient_band(i64 rows, i64 cols, i64 contiguous) { return bf16_band(rows, cols, contiguous ? 1 : 4); }
+
+/* Tiles of each block's columns, or rows, padded: no more than these. */
+static i64 bf16_block_tiles(i64 count, i64 blocks) { return up(count, TERMS) + blocks; }
 
 static i64 bf16_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
 
@@ -236,7 +240,8 @@ TILES static void bf16_factors(void *it, i64 part) {
     float *at = bf16_gradient_room(j, part), *dA = j->sums + part * size, *dB = j->row_sums;
     float *G = taken(&at, group_rows * PAIR * 4);
     void *H = taken(&at, PAIR * PAIR * 4), *B = taken(&at, group_rows * tiles * SIDE * 4);
-    half *ordered = taken(&at, j->contiguous ? 0 : group_rows * up(j->widest, TERMS) * TERMS * 2), *own = (half *)at;
+    half *ordered = taken(&at, j->contiguous ? 0 : group_rows * up(j->widest, TERMS) * TERMS * 2);
+    half *row_pairs = taken(&at, j->contiguous ? 0 : up(j->cols, TERMS) * TILE * 2);
     const half *left = j->dy_terms, *right = j->x_terms;
     i64 in_halves = j->change.factors == BFLOAT16, pairs = bf16_dy_in_pairs(j->contiguous);
     i64 before = 0; /* columns of the blocks before, padded */
@@ -255,8 +260,8 @@ TILES static void bf16_factors(void *it, i64 part) {
             const half *weight = j->weight + (top + n) * j->stride + j->col_offsets[k];
             for (i64 i = 0; i < count && !j->contiguous; i += SIDE) {
                 some_rows some = rows_at(j->weight, j->stride, rows + i, height - n - i);
-                pairs_of(&some, j->cols, NULL, own);
-                pick_rows(own, cols, width, ordered + (i / PAIR * deep * 2 + i / SIDE % 2) * TILE, 2 * TILE);
+                pairs_of(&some, j->cols, NULL, row_pairs);
+                pick_rows(row_pairs, cols, width, ordered + (i / PAIR * deep * 2 + i / SIDE % 2) * TILE, 2 * TILE);
             }
             memset(B, 0, (size_t)(group_rows * tiles * SIDE * 4));
             for (i64 i = 0; i < count; i++) {
@@ -268,7 +273,7 @@ TILES static void bf16_factors(void *it, i64 part) {
                         one_of(j->change.B, rows[i] * ranks + t, j->change.factors);
             }
             for (i64 c = 0; c < width; c += PAIR) {
-                if (j->contiguous) ask_for_rows(weight + c, j->stride, NULL, count, PAIR, 0, 1);
+                if (j->contiguous) ask_for_rows(weight + c, j->stride, count, PAIR, 0, 1);
                 add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, pairs ? IN_PAIRS : IN_TILES,
                              right + c * steps * TERMS, steps, 0, G,
                              c + PAIR < width ? right + (c + PAIR) * steps * TERMS : NULL);

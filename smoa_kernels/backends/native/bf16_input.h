@@ -155,8 +155,8 @@ TILES static void weight_tiles(const bf16_job *j, i64 left, i64 width, const int
             for (int i = 0; i < ROWS; i++) {
                 /* Rows are too far apart for the processor to foresee them. */
                 __builtin_prefetch(row + (2 * ROWS + i) * stride + c);
-                own[i] = inside & (_mm512_cmpeq_epi32_mask(one, block[i]) | (__mmask32)_mm512_cmpeq_epi32_mask(other, block[i]) << SIDE);
-                any |= own[i];
+                own[i] = (__mmask32)_mm512_cmpeq_epi32_mask(other, block[i]) << SIDE | _mm512_cmpeq_epi32_mask(one, block[i]);
+                any |= own[i] &= inside;
                 found[i] = _mm512_maskz_loadu_epi16(n + i < rows ? inside : 0, row + i * stride + c);
             }
             if (any) {
@@ -189,7 +189,7 @@ TILES static void multiply_input(const bf16_job *j, i64 left, i64 width, const h
     for (i64 first = 0; first < j->tokens; first += PAIR) {
         half *to = j->dx + first * j->cols + left;
         i64 there = least(PAIR, j->tokens - first);
-        ask_for_rows(j->weight + next, j->stride, NULL, j->rows, share, first / PAIR, up(j->tokens, PAIR));
+        ask_for_rows(j->weight + next, j->stride, j->rows, share, first / PAIR, up(j->tokens, PAIR));
         for (i64 i = 0; i < there && add; i++)
             for (i64 c = 0; c < width; c += PAIR) {
                 __m512i found = _mm512_maskz_loadu_epi16(first_of(width - c), to + i * j->cols + c);
@@ -252,12 +252,11 @@ void smoa_bf16_input(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stri
     i64 band = bf16_input_band(tokens, rows, cols, keep != NULL), n = up(least(tokens, band), PAIR) * PAIR;
     float *at = from_a_line(workspace);
     if (!bf16_dy_in_place(tokens, rows)) job.left = taken(&at, n * up(rows, TERMS) * TERMS * 2);
-    job.row_block = taken(&at, rows * 4), job.col_block = taken(&at, (cols + PAIR) * 4);
+    job.row_block = taken(&at, rows * 4), job.col_block = taken(&at, (cols + PAIR) * 4); /* some are read beside the last */
     for (i64 k = 0; k < blocks; k++) {
         for (i64 i = row_offsets[k]; i < row_offsets[k + 1]; i++) job.row_block[row_index[i]] = (int32_t)k;
         for (i64 i = col_offsets[k]; i < col_offsets[k + 1]; i++) job.col_block[col_index[i]] = (int32_t)k;
     }
-    for (i64 c = cols; c < cols + PAIR; c++) job.col_block[c] = -1; /* of no block: read beside the last columns */
     if (keep) {
         job.blocked = taken(&at, n * bf16_block_tiles(rows, blocks) * TERMS * 2);
         job.columns = taken(&at, n * up(cols, TERMS) * TERMS * 2);

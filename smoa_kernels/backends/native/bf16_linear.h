@@ -1,9 +1,10 @@
 /* `y = x W0ᵀ + dropout(x) ΔWᵀ + b` in bfloat16: both products are summed in one float32 tile and rounded once, with b.
  *
- * x becomes right tiles whose columns have block order. So do some rows of one block of W0 at a time, as left tiles; of their
- * own block's columns ΔW is made, and both are multiplied by all tokens. Rows of contiguous blocks are left tiles as they
- * lie. What comes out are columns of y, 32 tokens each, so that to put them back into y's order is to write them where they
- * belong; then they become rows. Those of contiguous blocks are in order.
+ * x becomes right tiles, its columns in block order. Some rows of one block of W0 at a time become left tiles, their columns
+ * in block order too; ΔW is made of those of the block, and both are multiplied by all tokens. Rows of contiguous blocks have
+ * that order, and are multiplied where they lie if they are whole tiles. What comes out are columns of y, 32 tokens each, so
+ * that to put them back into y's order is to write them where they belong. They wait in y's own memory until all are there,
+ * then they become rows. Those of contiguous blocks become rows at once.
  */
 #pragma once
 
@@ -11,8 +12,8 @@
 
 enum { L2_CACHE = 1 << 20 };
 
-/* Of `all` rows, or columns, of so many numbers each, those that are multiplied together by all tokens: they take no more
- * `bytes` of a cache, and there is work for all threads. */
+/* Of `all` rows, or columns, of so many numbers each, those that are multiplied together by all tokens: they take about so many
+ * `bytes` of a cache, PAIR at least, and there is work for all threads. */
 static i64 bf16_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
     enum { TOGETHER_MOST = 256 };
     i64 fit = least(TOGETHER_MOST, up(bytes / 2, numbers * PAIR) * PAIR);
@@ -29,25 +30,22 @@ static i64 bf16_in_place(const int32_t *row_offsets, i64 cols, i64 blocks, i64 c
     return in_place;
 }
 
-/* Tokens of a band: of more where W0's rows are copied for each, of most where they get another order. */
+/* Tokens of a band: of more where W0's rows are copied for each, of most where they get another order and x is there once. */
 static i64 bf16_forward_band(i64 rows, i64 cols, i64 in_place, i64 contiguous, i64 masked) {
     return bf16_band(rows, cols, in_place ? 3 : contiguous || masked ? 4 : 8);
 }
 
 static i64 bf16_pairs(i64 tokens) { return up(tokens, PAIR) * 2; }
 
-/* Tiles of each block's columns, padded: no more than these. */
-static i64 bf16_block_tiles(i64 cols, i64 blocks) { return up(cols, TERMS) + blocks; }
-
 /* Tiles that so many columns of a block lie in: no more than these, since a block may begin within one. */
 static i64 bf16_tiles_of(i64 width) { return up(width, TERMS) + 1; }
 
-static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 in_place, i64 widest, i64 rank, i64 threads) {
+static i64 bf16_forward_part_size(i64 rows, i64 cols, i64 in_place, i64 contiguous, i64 widest, i64 rank, i64 threads) {
     i64 height = bf16_rows_of(rows, cols, threads), tiles = up(cols, TERMS), own = bf16_tiles_of(widest) * TERMS;
     i64 pairs = tiles * TILE / 2, columns = up(rows, TERMS) * TERMS * PAIR / 2;
-    i64 product = (in_place ? 0 : pairs + height * tiles * TERMS / 2) + height * own / 2 + rank * own + lines(rank * SIDE) +
-                  height * PAIR + height * PAIR / 2;
-    return greatest(product, greatest(columns, pairs));
+    i64 product = (contiguous ? 0 : pairs) + (in_place ? 0 : height * tiles * TERMS / 2) + height * own / 2 + rank * own +
+                  lines(rank * SIDE) + height * PAIR + height * PAIR / 2;
+    return contiguous ? product : greatest(product, columns);
 }
 
 /* Floats that smoa_bf16_forward needs. */
@@ -56,11 +54,12 @@ i64 smoa_bf16_forward_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *r
     i64 in_place = bf16_in_place(row_offsets, cols, blocks, contiguous), widest = largest_of(col_offsets, blocks);
     i64 panels = bf16_pairs(least(tokens, bf16_forward_band(rows, cols, in_place, contiguous, masked)));
     return panels * up(cols, TERMS) * TILE / 2 * (masked ? 2 : 1) + (contiguous ? 0 : up(rows, TERMS) * TERMS * PAIR / 2) +
-           threads * bf16_forward_part_size(rows, cols, in_place, widest, rank, threads) + 16;
+           threads * bf16_forward_part_size(rows, cols, in_place, contiguous, widest, rank, threads) + 16;
 }
 
 static float *bf16_forward_room(const bf16_job *j, i64 part) {
-    return j->workspace + part * bf16_forward_part_size(j->rows, j->cols, j->in_place, j->widest, j->rank, j->parts);
+    return j->workspace + part * bf16_forward_part_size(j->rows, j->cols, j->in_place, j->contiguous, j->widest, j->rank,
+                                                     j->parts);
 }
 
 /* x as right tiles in block order, and again without what is dropped. */
@@ -83,11 +82,11 @@ static i64 bf16_rows_together(const bf16_job *j) {
     return j->tokens > PAIR ? bf16_rows_of(j->rows, j->cols, j->parts) : amx_allowed() ? PAIR : SIDE;
 }
 
-/* Some of `all` rows of W0 as left tiles, columns in block order. */
-static void base_tiles(const bf16_job *j, const i64 *rows, i64 count, i64 all, half *pairs, half *to) {
+/* Some of the rows of W0 that are `left`, as left tiles, columns in block order. */
+static void base_tiles(const bf16_job *j, const i64 *rows, i64 count, i64 left, half *pairs, half *to) {
     i64 tiles = up(j->cols, TERMS);
     for (i64 i = 0; i < count; i += SIDE, to += tiles * TILE) {
-        some_rows from = rows_at(j->weight, j->stride, rows + i, all - i);
+        some_rows from = rows_at(j->weight, j->stride, rows + i, left - i);
         from.count = least(from.count, count - i);
         if (j->contiguous) {
             copy_rows(&from, j->cols, to);
@@ -98,9 +97,9 @@ static void base_tiles(const bf16_job *j, const i64 *rows, i64 count, i64 all, h
     }
 }
 
-/* ΔW's left tiles of SIDE rows of block k: those that its columns lie in, and 0 in others' columns (0 times what is not finite
- * is NaN, in a token whose y is not finite anyway). Of W0's, the same rows are `stride` apart and tiles `step`. A's columns
- * begin where the first of these tiles does. */
+/* ΔW's left tiles of up to SIDE rows of block k: those that its columns lie in, and 0 in others' columns (0 times what is not
+ * finite is NaN, in a token whose y is not finite anyway). Of W0's, the same rows are `stride` apart and tiles `step`. A's
+ * columns begin where the first of these tiles does. */
 TILES static void delta_tiles(const bf16_job *j, i64 k, const i64 *rows, i64 count, const half *from, i64 stride, i64 step,
                             const float *A, float *factor, half *to) {
     i64 left = j->col_offsets[k] % TERMS, end = left + j->col_offsets[k + 1] - j->col_offsets[k], apart = up(end, TERMS) * TERMS;
@@ -135,7 +134,7 @@ TILES static void write_columns(const float *sums, const i64 *rows, i64 in_order
         vf own = {0};
         if (bias) own += one_of(bias, rows[i], BFLOAT16);
         _mm512_storeu_si512(to + (in_order ? i : rows[i]) * PAIR,
-                           both_narrowed(load(sums + i * PAIR) + own, load(sums + i * PAIR + SIDE) + own));
+                            both_narrowed(load(sums + i * PAIR) + own, load(sums + i * PAIR + SIDE) + own));
     }
 }
 
@@ -149,7 +148,7 @@ TILES static void bf16_multiply(void *it, i64 part) {
     if (part >= j->parts) return;
     i64 deep = up(j->cols, TERMS), groups = 0, group = 0, together = bf16_rows_together(j);
     float *at = bf16_forward_room(j, part);
-    half *pairs = j->in_place ? NULL : taken(&at, deep * TILE * 2);
+    half *pairs = j->contiguous ? NULL : taken(&at, deep * TILE * 2);
     half *base = j->in_place ? NULL : taken(&at, together * deep * TERMS * 2);
     half *delta = taken(&at, together * bf16_tiles_of(j->widest) * TERMS * 2);
     float *A = taken(&at, j->rank * bf16_tiles_of(j->widest) * TERMS * 4), *factor = taken(&at, j->rank * SIDE * 4);

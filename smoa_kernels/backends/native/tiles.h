@@ -23,7 +23,7 @@ enum {
     TERMS = 32,
     TILE = SIDE * TERMS, /* numbers in a left or a right one */
     PAIR = 2 * SIDE,     /* rows and columns of a product, four tiles, and tokens that are prepared together */
-    ASKED = 2,           /* lines that are asked for ahead for each tile of left rows, 16 times as often as there are lines in two */
+    ASKED = 2,           /* lines that are asked for ahead while rows are multiplied by a tile */
 };
 
 /* A compiler writes AMX's instructions only where they are named: on a processor without AMX the rest of a function runs. */
@@ -151,11 +151,11 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i6
  * their own: within another sums would be kept in memory. */
 typedef void dots(i64 depth, const half *left, i64 stride, const half *right, i64 beside, int add, float *sums, i64 apart, i64 next,
                   const half *ask);
-#define DOTS(name, rows, columns, stride_of, pair, step)                                                                       \
-    TILES static __attribute__((noinline)) void name(i64 depth, const half *left, i64 stride, const half *right, i64 beside,  \
-                                                     int add, float *sums, i64 apart, i64 next, const half *ask) {             \
-        (void)stride, (void)beside, (void)next;                                                                                \
-        dots_of(rows, columns, depth, left, stride_of, pair, step, right, beside, add, sums, apart, next, ask);                     \
+#define DOTS(name, rows, columns, stride_of, pair, step)                                                                     \
+    TILES static __attribute__((noinline)) void name(i64 depth, const half *left, i64 stride, const half *right, i64 beside, \
+                                                     int add, float *sums, i64 apart, i64 next, const half *ask) {           \
+        (void)stride, (void)beside, (void)next;                                                                              \
+        dots_of(rows, columns, depth, left, stride_of, pair, step, right, beside, add, sums, apart, next, ask);              \
     }
 DOTS(dots_of_tiles, SIDE, 1, TERMS, 2, TILE)
 DOTS(wide_dots_of_tiles, SIDE / 2, 2, TERMS, 2, TILE)
