@@ -98,8 +98,10 @@ TILES static void bf16_gradient_prepare(void *it, i64 part) {
             for (i64 n = 0; n < height && pairs; n += PAIR)
                 tiles_of_tokens(j->dy + first * j->dy_stride, j->dy_stride, there, j->row_offsets[k] + n, height - n, NULL, 0,
                                 left + (n / SIDE * steps + t) * TILE, steps * TILE);
-            for (i64 n = 0; n < height && !pairs; n++)
+            for (i64 n = 0; n < height && !pairs; n++) {
+                __builtin_prefetch(terms_at(left, steps, n + SIDE, t * TERMS), 1); /* the next tile is far away */
                 _mm512_store_si512(terms_at(left, steps, n, t * TERMS), _mm512_load_si512(dy + rows[n] * PAIR));
+            }
             left += up(height, PAIR) * PAIR * steps * TERMS;
             for (i64 c = 0; c < width && lies; c += PAIR)
                 tiles_of_tokens(from, j->x_stride, there, j->col_offsets[k] + c, width - c, NULL, 0,
@@ -109,8 +111,10 @@ TILES static void bf16_gradient_prepare(void *it, i64 part) {
 #pragma GCC unroll 16
                 for (int i = 0; i < SIDE; i++)
                     r[i] = c + i < width ? _mm512_load_si512(x + cols[c + i] * PAIR) : _mm512_setzero_si512();
+                half *to = right + (c / SIDE * steps + t) * TILE;
+                for (int i = 0; i < SIDE; i++) __builtin_prefetch(to + steps * TILE + i * TERMS, 1);
                 transpose_lines(r);
-                store_lines(r, right + (c / SIDE * steps + t) * TILE);
+                store_lines(r, to);
             }
             right += up(width, PAIR) * PAIR * steps * TERMS;
         }
