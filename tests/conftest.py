@@ -94,6 +94,13 @@ def torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def compiled_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled GEMM multiplies on every processor, halves too, which it widens."""
+    monkeypatch.setattr("smoa_kernels.backends.native.backend.torch_is_faster", lambda tokens: False)
+    monkeypatch.setattr("smoa_kernels.backends.native.bf16.multiplies", lambda *_: False)
+
+
+@pytest.fixture
 def only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch multiplies nothing."""
     for name in ("split", "backward", "merged"):

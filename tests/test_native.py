@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from compiled import CPU, adapter_of, assert_right, assert_threads_agree, each_shape, needs_bf16, on_cpu
-from problems import HALF, Case, LinearProblem, assert_within_budget
+from problems import HALF, LAYOUTS, NAMES, Case, LinearProblem, assert_within_budget
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -26,6 +27,7 @@ from smoa_kernels.backends import load_backend, native_obstacle, resolve_backend
 from smoa_kernels.backends.native import backend, bf16, library, operands, torch_gemms
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
+from smoa_kernels.definition.precision import has_gemm
 
 needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
 
@@ -35,6 +37,7 @@ FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "expan
 each_form = pytest.mark.parametrize("form", FORMS)
 # Half types take other code; the two of them the same, but for the numbers' format.
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=lambda dtype: str(dtype)[6:])
+each_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
 # Strides of a W0 whose elements share memory.
 SHARING = ((0, 1), (1, 0), (0, 0), (1, 1))
 
@@ -66,10 +69,58 @@ SHARING = ((0, 1), (1, 0), (0, 0), (1, 1))
 )
 @each_form
 def test_every_shape(
-    sizes: dict[str, Any], threads: int, form: str, monkeypatch: pytest.MonkeyPatch, guarded_memory: None
+    sizes: dict[str, Any], threads: int, form: str, compiled_multiplies: None, guarded_memory: None
 ) -> None:
-    monkeypatch.setattr(backend, "torch_is_faster", lambda tokens: False)
     assert_right(FORMS[form], on_cpu(**sizes), threads)
+
+
+@needs_library
+@each_shape(
+    [
+        (1, 1, 1, (1,)),
+        (0, 8, 8, (2,)),
+        (13, 31, 29, (2, 1)),  # below every tile
+        (3, 23, 41, (3, 0, 2)),  # few tokens
+        (30, 300, 290, (3, 0, 4)),  # three right panels
+        (200, 97, 401, (3, 0, 2)),  # several panels of tokens, two of terms, prime sizes
+        (900, 600, 16, (2,)),  # two slabs of G, three panels of tokens
+        (5, 7, 900, (4, 4)),  # pieces of AVX-512
+    ],
+)
+@pytest.mark.parametrize("layout", ["contiguous", "column-major", "padded rows"])
+@pytest.mark.parametrize("order", ["spectral", "contiguous"])
+@each_half
+@each_form
+def test_halves_give_what_float32_gives_rounded_once(
+    sizes: dict[str, Any],
+    layout: str,
+    order: str,
+    dtype: torch.dtype,
+    form: str,
+    compiled_multiplies: None,
+    only_compiled: None,
+    guarded_memory: None,
+) -> None:
+    """Bit for bit: where torch has no GEMM of a half type, operands are widened as they are packed."""
+    p = on_cpu(dtype, **sizes, block_order=order).stored(LAYOUTS[layout])
+    expected = p.to(torch.float32).run(**FORMS[form].options)
+    found = p.run(**replace(FORMS[form], dtype=dtype).options)
+    for name, ours, theirs in zip(NAMES[:4], found, expected, strict=False):
+        assert torch.equal(ours, theirs.to(dtype)), name
+
+
+@pytest.mark.parametrize("supported", [True, False])
+@each_half
+def test_torch_is_asked_whether_it_has_a_gemm(
+    supported: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build without oneDNN has no such question, and no such GEMM."""
+    name = f"_is_mkldnn_{ {torch.bfloat16: 'bf16', torch.float16: 'fp16'}[dtype] }_supported"
+    assert has_gemm.__wrapped__(dtype) == getattr(torch.ops.mkldnn, name)()
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**{name: lambda: supported}))
+    assert has_gemm.__wrapped__(dtype) == supported
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert not has_gemm.__wrapped__(dtype)
 
 
 @needs_library
@@ -115,10 +166,12 @@ def test_every_shape_where_torch_multiplies(
         for strides, form in zip(SHARING, [*FORMS, *FORMS][turn : turn + 4], strict=True)
     ],
 )
+@pytest.mark.parametrize("multiplies", ["torch", "compiled"])
 def test_weights_whose_elements_share_memory(
-    dtype: torch.dtype, strides: tuple[int, int], form: str, torch_multiplies: None
+    dtype: torch.dtype, strides: tuple[int, int], form: str, multiplies: str, request: pytest.FixtureRequest
 ) -> None:
     """What torch makes like a broadcast matrix, or windows of a line, has an order of its own."""
+    request.getfixturevalue(f"{multiplies}_multiplies")
     p, case = on_cpu(dtype, tokens=40, ranks=(2, 3)), replace(FORMS[form], dtype=dtype)
     p = replace(p, weight=p.weight.as_strided(p.weight.shape, strides))
     assert_within_budget(p.run(**case.options), case, p)
@@ -263,9 +316,12 @@ def test_a_workspace_behind_halves_is_where_floats_are(features: tuple[int, int]
 @needs_library
 @pytest.mark.parametrize("granule", [8, 16, 3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_granules_give_what_scattered_coordinates_give(granule: int, masked: bool) -> None:
+@each_dtype
+def test_granules_give_what_scattered_coordinates_give(
+    granule: int, masked: bool, dtype: torch.dtype
+) -> None:
     """Bit for bit: coordinates of a block moved apart, in their order, so that no two are read together."""
-    p = on_cpu(tokens=50, out_features=202, in_features=413, block_order="random", granule=granule)
+    p = on_cpu(dtype, tokens=50, out_features=202, in_features=413, block_order="random", granule=granule)
     old = p.partition
     generator = torch.Generator().manual_seed(1)
     row_block, col_block = (

@@ -16,10 +16,12 @@ __all__ = ["Layers", "base_output", "experts_backward", "experts_product", "span
 
 
 class Layers(Protocol):
-    """What computes one expert's pairs: the eager backend, or `native/torch_gemms.py`."""
+    """What computes one expert's pairs: a backend."""
 
-    def split(self, x: Tensor, adapter: PackedAdapter, dropout: None, /) -> Tensor:
-        """`x W0ᵀ + x ΔWᵀ`, the adapter's output first: one rounding, in which a small update survives."""
+    def forward(
+        self, x: Tensor, bias: None, adapter: PackedAdapter, algorithm: str, dropout: None, /
+    ) -> Tensor:
+        """`x W0ᵀ + x ΔWᵀ`."""
 
     def backward(
         self, dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: None, /, *, needs_x: bool
@@ -39,7 +41,7 @@ def experts_product(
         y = x.new_empty(x.shape[0], adapter.weight.shape[1])
         for _, pairs, layer in _active(len(x), ends, adapter):
             if x.itemsize == 2:
-                y[pairs] = layers.split(x[pairs], layer, None)
+                y[pairs] = layers.forward(x[pairs], None, layer, "auto", None)
             else:
                 base_output(x[pairs], layer.weight, out=y[pairs]).add_(eager.adapter_output(x[pairs], layer))
         return y

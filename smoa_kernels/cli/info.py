@@ -20,6 +20,7 @@ from rich.table import Table
 from .._version import __version__
 from ..backends import native_obstacle, triton_obstacle
 from ..backends.native import bf16
+from ..definition.precision import dtype_names, has_gemm
 from ..files import cache_folder
 from .output import console, write_json
 
@@ -170,6 +171,11 @@ def _version(package: str) -> str:
 def _devices() -> dict[str, str]:
     instructions = torch.backends.cpu.get_cpu_capability()
     instructions += ", AMX" if bf16.has_amx() else ", BF16" if bf16.is_there() else ""
+    slow = [dtype for dtype in (torch.bfloat16, torch.float16) if not has_gemm(dtype)]
+    if slow:
+        instructions += (
+            f"; torch has no GEMM of {dtype_names(slow)}: layers without an adapter are slow in them"
+        )
     threads = torch.get_num_threads()
     devices = {"cpu": f"{os.cpu_count()} cores, threads of torch: {threads}, instructions: {instructions}"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

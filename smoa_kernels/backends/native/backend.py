@@ -3,8 +3,8 @@
 A GEMM copies its operands into panels anyway. While it does, these modulate W0, read permuted columns and drop
 elements: no W_eff, no gathered or masked activations, no passes of their own. Few tokens are multiplied while W0 is
 read, without packing. AMX multiplies where there is one: float32 as three bfloat16 thirds (`thirds.h`). bfloat16 has
-calls of its own, with AMX or AVX512-BF16 (`bf16.py`). Else in half precision, and where its float32 is faster, torch
-does (`torch_gemms.py`).
+calls of its own, with AMX or AVX512-BF16 (`bf16.py`). Where torch's GEMM is faster, it multiplies (`torch_gemms.py`);
+where it has none in half precision, halves are widened as they are packed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...definition.dropout import Dropout
 from ...definition.packed import PackedAdapter
-from ...definition.precision import gemm_is_ieee
+from ...definition.precision import gemm_is_ieee, has_gemm
 from .. import Gradients, eager
 from ..eager import ALGORITHMS, modulated_weight
 from ..pages import in_large_pages, workspace
@@ -52,11 +52,11 @@ def forward(
     if algorithm == "expanded":
         return expanded(x, adapter, bias)
     if algorithm == "merged":
-        return _plus(merged(x, adapter), bias)
+        return _finished(merged(x, adapter), bias, x.dtype)
     mask = None if dropout is None else drawn(dropout, x, x.shape[1])
     if bf16.multiplies(x, adapter):
         return bf16.split(x, bias, adapter, mask)
-    return _plus(split(x, adapter, mask), bias)
+    return _finished(split(x, adapter, mask), bias, x.dtype)
 
 
 def backward(
@@ -68,19 +68,21 @@ def backward(
     mask = None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1])
     if bf16.multiplies(dy, adapter):
         return bf16.backward(dy, x, adapter, mask, needs_x=needs_x)
-    if dy.dtype != torch.float32 or (mask is None and torch_is_faster(dy.shape[0])):
+    if torch_is_faster(dy) and (mask is None or dy.dtype != torch.float32):
         return torch_gemms.backward(dy, x, adapter, mask, needs_x=needs_x)
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter, mask)
-    return input_gradient(dy, adapter, mask) if needs_x else None, dA, dB
+    return input_gradient(dy, adapter, mask).to(dy.dtype) if needs_x else None, dA, dB
 
 
-def torch_is_faster(tokens: int) -> bool:
-    """Whether torch's float32 GEMM, and a W_eff in memory, take less time than the compiled GEMM that needs none.
+def torch_is_faster(tokens: Tensor) -> bool:
+    """Whether torch's GEMM, and a W_eff in memory, take less time for x or dY than the compiled GEMM, which needs none.
 
-    It never does where there is AMX, by which the compiled one multiplies. torch's must multiply in float32: a compiled
-    or exported program names its backend, and may meet another setting later.
+    In float32 it never does where there is AMX, by which the compiled one multiplies. torch's must multiply in float32:
+    a compiled or exported program names its backend, and may meet another setting later.
     """
-    return not library().smoa_linear_fit(tokens) and gemm_is_ieee(torch.float32, "cpu")
+    if tokens.dtype != torch.float32:
+        return has_gemm(tokens.dtype)
+    return not library().smoa_linear_fit(tokens.shape[0]) and gemm_is_ieee(torch.float32, "cpu")
 
 
 def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Tensor | None) -> bool:
@@ -107,19 +109,20 @@ def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
     few = adapter.weight.stride(1) == 1 and library().smoa_few_fit(x.shape[0], adapter.A.shape[0])
     if few and not bf16.is_faster(x, adapter):
         return "expanded"
-    # A W_eff rounded to half precision loses an update smaller than W0's last bit.
-    return "merged" if x.dtype == torch.float32 else "split"
+    # A W_eff that is rounded to half precision, for torch's GEMM, loses an update smaller than W0's last bit.
+    return "split" if x.dtype != torch.float32 and torch_is_faster(x) else "merged"
 
 
-def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y.add_(bias)
+def _finished(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`y + b` in the dtype of x; a float32 y is rounded here, once."""
+    return (y if bias is None else y.add_(bias)).to(dtype)
 
 
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
-    """`x W_effᵀ` (T, N)."""
-    if x.dtype != torch.float32 or torch_is_faster(x.shape[0]):
+    """`x W_effᵀ` (T, N), by torch's GEMM in x's dtype, else in float32."""
+    if torch_is_faster(x):
         return torch_gemms.merged(x, adapter)
-    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
+    y = _result(x, adapter)
     return _linear(x, adapter.weight, y, adapter) if x.numel() else y.zero_()
 
 
@@ -129,11 +132,11 @@ def expanded(x: Tensor, adapter: PackedAdapter, bias: Tensor | None = None) -> T
     Where W0's columns are contiguous, not its rows, this is :func:`merged`.
     """
     if adapter.weight.stride(1) != 1:
-        return _plus(merged(x, adapter), bias)
+        return _finished(merged(x, adapter), bias, x.dtype)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0], dtype=torch.float32)
     row_index, _, row_offsets, _, ranks = blocks_of(adapter)
     if not x.numel() or not y.numel():
-        return _plus(y.zero_(), bias).to(x.dtype)
+        return _finished(y.zero_(), bias, x.dtype)
     code, threads, count = library(), torch.get_num_threads(), adapter.partition.num_blocks
     columns, col_block = adapter.weight.shape[1], dense(adapter.partition.col_block, torch.int32)
     if col_block.numel() != columns or not code.smoa_labels_fit(
@@ -150,12 +153,12 @@ def expanded(x: Tensor, adapter: PackedAdapter, bias: Tensor | None = None) -> T
             col_block.data_ptr(), count, ranks.data_ptr(), A.shape[0], A.data_ptr(), A.stride(0), B.data_ptr(),
             *B.stride(), adapter.scaling.item(), y.data_ptr(), False, room.data_ptr(), threads,
         )  # fmt: skip
-    return _plus(y, bias).to(adapter.weight.dtype)
+    return _finished(y, bias, adapter.weight.dtype)
 
 
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
-    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N), in float32 or by torch's GEMMs."""
-    if x.dtype != torch.float32:
+    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N), by torch's GEMMs in x's half type, else in float32."""
+    if x.dtype != torch.float32 and torch_is_faster(x):
         return torch_gemms.split(x, adapter, mask)
     return _linear(x, adapter.weight, _update(x, adapter, x_mask=mask))
 
@@ -166,6 +169,11 @@ def input_gradient(dy: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Ten
         return _linear(dy, adapter.weight.T, _update(dy, adapter.T, y_mask=mask))
     transposed = adapter.T
     return (expanded if _choose(dy, transposed, None) == "expanded" else merged)(dy, transposed)
+
+
+def _result(x: Tensor, adapter: PackedAdapter) -> Tensor:
+    """Room for y (T, N) in float32, in which sums are added up."""
+    return in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0], dtype=torch.float32))
 
 
 def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None = None) -> Tensor:
@@ -185,9 +193,9 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None 
     room = workspace(x, floats)
     with named(LINEAR):
         code.smoa_linear(
-            x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride(), *blocks, rank,
-            A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), scaling, y.data_ptr(), adapter is None,
-            room.data_ptr(), threads,
+            x.shape[0], *weight.shape, x.data_ptr(), KINDS[x.dtype], x.stride(0), weight.data_ptr(),
+            KINDS[weight.dtype], *weight.stride(), *blocks, rank, A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(),
+            scaling, y.data_ptr(), adapter is None, room.data_ptr(), threads,
         )  # fmt: skip
     return y
 
@@ -198,10 +206,10 @@ def _update(
     x_mask: Mask | None = None,
     y_mask: Mask | None = None,
 ) -> Tensor:
-    """`x ΔWᵀ` (T, N), with a mask on x or on the result."""
+    """`x ΔWᵀ` (T, N) in float32, with a mask on x or on the result."""
     mask = x_mask or y_mask
     scale = 1.0 if mask is None else mask.scale
-    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
+    y = _result(x, adapter)
     blocks, (code, threads) = blocks_of(adapter), (library(), torch.get_num_threads())
     if not x.numel() or not y.numel():
         return y.zero_()
@@ -213,9 +221,10 @@ def _update(
     room = workspace(x, floats)
     with named(UPDATE):
         code.smoa_update(
-            x.shape[0], *weight.shape, x.data_ptr(), x.stride(0), kept_by(x_mask), weight.data_ptr(),
-            *weight.stride(), *indices, count, adapter.partition.is_contiguous, ranks, rank, A.data_ptr(), *A.stride(),
-            B.data_ptr(), *B.stride(), scaling, y.data_ptr(), kept_by(y_mask), room.data_ptr(), threads,
+            x.shape[0], *weight.shape, x.data_ptr(), KINDS[x.dtype], x.stride(0), kept_by(x_mask), weight.data_ptr(),
+            KINDS[weight.dtype], *weight.stride(), *indices, count, adapter.partition.is_contiguous, ranks, rank,
+            A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), scaling, y.data_ptr(), kept_by(y_mask),
+            room.data_ptr(), threads,
         )  # fmt: skip
     return y
 
@@ -239,9 +248,10 @@ def factor_gradients(
         room = workspace(x, floats)
         with named(GRADIENT):
             code.smoa_gradient(
-                x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), kept_by(mask),
-                weight.data_ptr(), *weight.stride(), *indices, count, adapter.partition.is_contiguous, ranks, rank,
-                A.data_ptr(), B.data_ptr(), scaling, dA.data_ptr(), dB.data_ptr(), room.data_ptr(), threads,
+                x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), KINDS[x.dtype], x.stride(0),
+                kept_by(mask), weight.data_ptr(), KINDS[weight.dtype], *weight.stride(), *indices, count,
+                adapter.partition.is_contiguous, ranks, rank, A.data_ptr(), B.data_ptr(), scaling, dA.data_ptr(),
+                dB.data_ptr(), room.data_ptr(), threads,
             )  # fmt: skip
     dA = dA if threads == 1 else dA.sum(0)
     return (dA, dB) if adapter.A.dtype == dA.dtype else (dA.to(adapter.A.dtype), dB.to(adapter.A.dtype))

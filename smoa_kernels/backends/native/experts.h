@@ -147,7 +147,7 @@ i64 smoa_experts_linear_fit(const experts *e, const float *x, i64 x_stride, floa
         if (few_of(e, tokens))
             few(e, i, tokens, from, x_stride, 0, &now, to, now.rest, threads);
         else
-            smoa_linear(tokens, e->rows.count, e->cols.count, from, x_stride, weight, e->weight_row, e->weight_col,
+            smoa_linear(tokens, e->rows.count, e->cols.count, from, FLOAT32, x_stride, weight, FLOAT32, e->weight_row, e->weight_col,
                         now.row_block, now.col_block, 1, e->ranks, e->rank, A, e->A_rank, e->A_col, B, e->B_row,
                         e->B_rank, (float)e->scaling, to, 0, now.rest, threads);
     }
@@ -179,8 +179,8 @@ i64 smoa_experts_update_fit(const experts *e, i64 i, i64 first, i64 end, const f
     if (few_of(e, tokens))
         few(e, i, tokens, from, x_stride, 1, &now, update, rest, threads);
     else
-        smoa_update(tokens, e->rows.count, e->cols.count, from, x_stride, NULL, e->weight + i * e->weight_expert,
-                    e->weight_row, e->weight_col, now.row_index, now.col_index, offsets_of(&e->rows, i),
+        smoa_update(tokens, e->rows.count, e->cols.count, from, FLOAT32, x_stride, NULL, e->weight + i * e->weight_expert,
+                    FLOAT32, e->weight_row, e->weight_col, now.row_index, now.col_index, offsets_of(&e->rows, i),
                     offsets_of(&e->cols, i), e->blocks, !e->rows.index, e->ranks, e->rank, e->A + i * e->A_expert,
                     e->A_rank, e->A_col, e->B + i * e->B_expert, e->B_row, e->B_rank, (float)e->scaling, update, NULL,
                     rest, threads);
@@ -202,7 +202,7 @@ i64 smoa_experts_gradient_fit(const experts *e, const float *dy, i64 dy_stride, 
         float *sum = dA + i * size, *into = threads > 1 ? partial : sum;
         if (threads > 1) memset(partial, 0, (size_t)(threads * size) * sizeof *partial);
         smoa_gradient(tokens, e->rows.count, e->cols.count, dy + start * dy_stride, dy_stride, x + start * x_stride,
-                      x_stride, NULL, e->weight + i * e->weight_expert, e->weight_row, e->weight_col, now.row_index,
+                      FLOAT32, x_stride, NULL, e->weight + i * e->weight_expert, FLOAT32, e->weight_row, e->weight_col, now.row_index,
                       now.col_index, offsets_of(&e->rows, i), offsets_of(&e->cols, i), e->blocks, !e->rows.index,
                       e->ranks, e->rank, e->A + i * e->A_expert, e->B + i * e->B_expert, (float)e->scaling, into,
                       dB + i * e->rows.count * e->rank, rest, threads);

@@ -1,4 +1,4 @@
-"""Experts in compiled code: in float32 by `experts.h`, in half precision a layer each (`torch_gemms.py`)."""
+"""Experts in compiled code: in float32 by `experts.h`, in half precision a layer each (`backend.py`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, eager, experts
 from ..pages import workspace
-from . import torch_gemms
+from . import backend
 from .library import library, obstacle
 from .operands import KINDS, dense, named, with_rows
 
@@ -52,7 +52,7 @@ def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor],
 
     def layer_by_layer(x: Tensor) -> Tensor:
         takes = fits and _takes(weight, x, weight.shape[2])
-        return experts.experts_product(ends, adapter, torch_gemms if takes else eager)(x)
+        return experts.experts_product(ends, adapter, backend if takes else eager)(x)
 
     if not fits or weight.dtype != torch.float32:
         return layer_by_layer
@@ -86,7 +86,7 @@ def experts_backward(
     fits = _fits(adapter, ends) and _takes(weight, dy, weight.shape[1])
     fits = fits and (x is None or (_takes(weight, x, weight.shape[2]) and len(x) == len(dy)))
     if not fits or dy.dtype != torch.float32:
-        return experts.experts_backward(dy, x, ends, adapter, torch_gemms if fits else eager, needs_x=needs_x)
+        return experts.experts_backward(dy, x, ends, adapter, backend if fits else eager, needs_x=needs_x)
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, ends, adapter)
     return input_gradient(dy, ends, adapter) if needs_x else None, dA, dB
 

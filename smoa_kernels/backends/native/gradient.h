@@ -9,8 +9,8 @@ typedef struct {
     matrix dy, x;
     const void *weight;
     i64 row_stride, col_stride;
-    int stored, factors; /* W0 and G, A and B */
-    const void *G;       /* where it is there already: block after block */
+    int stored, factors; /* W0, A and B */
+    const void *G;       /* where it is there already, stored as W0 is: block after block; else it is made, of floats */
     const i64 *row_index, *col_index;
     const int32_t *row_offsets, *col_offsets, *ranks;
     const void *A, *B;
@@ -71,7 +71,7 @@ INLINE void contract_ranks(int some, const float *h, i64 height, i64 width, cons
 /* dA_k += B_kᵀ H and dB_k += H A_kᵀ for some rows of block k, H = s G ∘ W0, of which TOGETHER rows are held in `H`: A
  * and dA (ranks[k], width) are in block order, as is a row of W0 in `line`, which contiguous blocks do not need; B (rows,
  * j->rank) is of these rows. */
-INLINE void contract_kind(int stored, const gradient_job *j, const void *G, float *H, i64 k, i64 first, i64 count,
+INLINE void contract_kind(int stored, int of_G, const gradient_job *j, const void *G, float *H, i64 k, i64 first, i64 count,
                           const float *A, const float *B, float *dA, const piece *pieces, i64 some, void *line) {
     i64 rank = rank_of(j->ranks, k, j->rank), width = j->col_offsets[k + 1] - j->col_offsets[k];
     i64 step = j->col_stride;
@@ -85,13 +85,13 @@ INLINE void contract_kind(int stored, const gradient_job *j, const void *G, floa
                 ordered = number(weight, j->col_offsets[k], stored);
             else if (step == 1)
                 gather_stored(weight, cols, width, pieces, some, stored, line);
-            else /* of float32 alone */
-                for (i64 c = 0; c < width; c++) ((float *)line)[c] = ((const float *)weight)[cols[c] * step];
+            else
+                for (i64 c = 0; c < width; c++) copy_number(line, c, weight, cols[c] * step, stored);
             i64 ahead = j->contiguous && top + ROWS_AHEAD + i < count ? ROWS_AHEAD * j->row_stride * bytes_of(stored) : 0;
             for (i64 c = 0; c < width; c += LANES) {
                 __builtin_prefetch((const char *)number(ordered, c, stored) + ahead, 0, 3);
                 narrow(H + i * width, c, width - c,
-                       widened(G, (top + i) * width + c, width - c, stored) *
+                       widened(G, (top + i) * width + c, width - c, of_G) *
                            (j->scaling * widened(ordered, c, width - c, stored)),
                        FLOAT32);
             }
@@ -106,7 +106,11 @@ INLINE void contract_kind(int stored, const gradient_job *j, const void *G, floa
 
 static void contract(const gradient_job *j, const void *G, float *H, i64 k, i64 first, i64 count, const float *A,
                      const float *B, float *dA, const piece *pieces, i64 some, void *line) {
-#define CALL(stored) contract_kind(stored, j, G, H, k, first, count, A, B, dA, pieces, some, line)
+#define CALL(stored)                                                                            \
+    if (j->G)                                                                                   \
+        contract_kind(stored, stored, j, G, H, k, first, count, A, B, dA, pieces, some, line);  \
+    else                                                                                        \
+        contract_kind(stored, FLOAT32, j, G, H, k, first, count, A, B, dA, pieces, some, line)
     WITH_KIND(j->stored, CALL)
 #undef CALL
 }
@@ -175,14 +179,14 @@ i64 smoa_gradient_workspace(i64 tokens, const int32_t *row_offsets, const int32_
 }
 
 /* dA (threads, rank, cols), still to be summed, and dB (rows, rank), zeros before: of dy (tokens, rows) and x (tokens,
- * cols) with contiguous rows, A and B contiguous; of x some may be dropped, as in smoa_update. There is at least one
- * token. Where blocks are `contiguous`, indices count up from 0: what they would order is read where it lies. */
-void smoa_gradient(i64 tokens, i64 rows, i64 cols, const float *dy, i64 dy_stride, const float *x, i64 x_stride,
-                   const uint16_t *keep, const float *weight, i64 row_stride, i64 col_stride, const i64 *row_index, const i64 *col_index,
+ * cols) with contiguous rows, A and B contiguous; of x some may be dropped, as in smoa_update. dY is stored as x is, W0
+ * as it may be. There is at least one token. Where blocks are `contiguous`, indices count up from 0: what they would order is read where it lies. */
+void smoa_gradient(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stride, const void *x, i64 x_stored, i64 x_stride,
+                   const uint16_t *keep, const void *weight, i64 stored, i64 row_stride, i64 col_stride, const i64 *row_index, const i64 *col_index,
                    const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
                    const float *A, const float *B, float scaling, float *dA, float *dB, float *workspace, i64 threads) {
-    gradient_job job = {tokens, rows, cols, blocks, rank, threads, contiguous, matrix_of(dy, 1, dy_stride),
-                        some_of(x, 1, x_stride, keep, cols), weight, row_stride, col_stride, FLOAT32, FLOAT32, NULL,
+    gradient_job job = {tokens, rows, cols, blocks, rank, threads, contiguous, matrix_of(dy, x_stored, 1, dy_stride),
+                        some_of(x, x_stored, 1, x_stride, keep, cols), weight, row_stride, col_stride, (int)stored, FLOAT32, NULL,
                         row_index, col_index, row_offsets, col_offsets, ranks, A, B, scaling, dA, dB,
                         from_a_line(workspace), largest_of(row_offsets, blocks), largest_of(col_offsets, blocks),
                         slab_of(row_offsets, blocks, threads), by_thirds(largest_of(row_offsets, blocks), tokens)};

@@ -19,9 +19,9 @@ _FOLDER = Path(__file__).parent
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 # What each function takes: p a pointer, i an int64, f a float.
 _SIGNATURES = {
-    "smoa_linear": "iiipipiippipipiipiifpipi",
-    "smoa_update": "iiipippiippppiipipiipiifpppi",
-    "smoa_gradient": "iiipipippiippppiipippfpppi",
+    "smoa_linear": "iiipiipiiippipipiipiifpipi",
+    "smoa_update": "iiipiippiiippppiipipiipiifpppi",
+    "smoa_gradient": "iiipipiippiiippppiipippfpppi",
     "smoa_contract": "iippiippppiipippifipppi",
     "smoa_few": "iiipipiipppipipipiifpipi",
     "smoa_order": "ipiippippipi",

@@ -59,15 +59,15 @@ static i64 bands_of(i64 tokens, i64 rows, i64 parts) {
 }
 
 /* y (tokens, rows) = x W_effᵀ, or y plus that where `add`: x (tokens, cols) with contiguous rows, W0 (rows, cols) in
- * either memory order; with W0 for W_eff where rank is 0. No dimension is 0. */
-void smoa_linear(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, const float *weight, i64 row_stride,
-                 i64 col_stride, const void *row_block, const void *col_block, i64 wide, const int32_t *ranks, i64 rank,
+ * either memory order, both as they are stored; with W0 for W_eff where rank is 0. No dimension is 0. */
+void smoa_linear(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_stored, i64 x_stride, const void *weight, i64 stored,
+                 i64 row_stride, i64 col_stride, const void *row_block, const void *col_block, i64 wide, const int32_t *ranks, i64 rank,
                  const float *A, i64 A_rank, i64 A_col, const float *B, i64 B_row, i64 B_rank, float scaling, float *y,
                  i64 add, float *workspace, i64 threads) {
     adapter m = {A, B, A_rank, A_col, B_row, B_rank, rank, scaling, {row_block, wide}, {col_block, wide}, ranks, NULL,
                  NULL};
     linear_job job = {tokens, rows, cols, threads, bands_of(tokens, rows, threads), by_thirds(tokens, cols),
-                      matrix_of(x, x_stride, 1), matrix_of(weight, row_stride, col_stride), rank ? &m : NULL, y, from_a_line(workspace), add != 0};
+                      matrix_of(x, x_stored, x_stride, 1), matrix_of(weight, stored, row_stride, col_stride), rank ? &m : NULL, y, from_a_line(workspace), add != 0};
     in_parallel(linear_part, &job, threads);
 }
 

@@ -4,15 +4,9 @@
  */
 #pragma once
 
-#include <string.h>
-
-#include "pieces.h"
-
-typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
-typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
+#include "stored.h"
 
 enum {
-    LANES = VECTOR_BYTES / 4,
     /* A tile of the result is held in registers: 14 × 2 of 32 vectors, or 6 × 2 of 16; the others hold operands. */
     MR = VECTOR_BYTES == 64 ? 14 : 6,
     NR = 2 * LANES,
@@ -34,35 +28,29 @@ enum {
     COLUMNS_AHEAD = 4,
 };
 
-/* A matrix (rows, cols), its element (i, k) at data[rows[i] * row_stride + cols[k] * col_stride], one of the strides 1;
- * NULL is in order. `rows` without `cols` asks for a row_stride of 1. Of a matrix with that, columns contiguous, some
- * elements may be dropped: `keep` has a bit for each, and `kept` words of 16 for each column. */
+/* A matrix (rows, cols), its element (i, k) number rows[i] * row_stride + cols[k] * col_stride of `data`, which is `stored`
+ * so, one of the strides 1; NULL is in order. `rows` without `cols` asks for a row_stride of 1. Of a matrix with that,
+ * columns contiguous, some elements may be dropped: `keep` has a bit for each, and `kept` words of 16 for each column.
+ * Packing widens half types. */
 typedef struct {
-    const float *data;
+    const void *data;
+    int stored;
     i64 row_stride, col_stride;
     const i64 *rows, *cols;
     const uint16_t *keep;
     i64 kept;
 } matrix;
 
-static matrix matrix_of(const float *data, i64 row_stride, i64 col_stride) {
-    return (matrix){.data = data, .row_stride = row_stride, .col_stride = col_stride};
+static matrix matrix_of(const void *data, i64 stored, i64 row_stride, i64 col_stride) {
+    return (matrix){.data = data, .stored = (int)stored, .row_stride = row_stride, .col_stride = col_stride};
 }
 
 /* A matrix of which `keep`, where it is not NULL, drops some of each `width` that are contiguous. */
-static matrix some_of(const float *data, i64 row_stride, i64 col_stride, const uint16_t *keep, i64 width) {
-    matrix m = matrix_of(data, row_stride, col_stride);
+static matrix some_of(const void *data, i64 stored, i64 row_stride, i64 col_stride, const uint16_t *keep, i64 width) {
+    matrix m = matrix_of(data, stored, row_stride, col_stride);
     m.keep = keep, m.kept = words(width);
     return m;
 }
-
-static inline vf load(const float *p) {
-    vf v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 /* The sum of a vector's numbers. */
 static inline float total(vf v) {
@@ -154,21 +142,23 @@ static inline void transpose(const float *const *rows, i64 at, float *out, i64 s
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
 }
 
-/* Panels of rows that are contiguous: transposed; their columns are put in order before, in a buffer. */
+/* Panels of rows that are contiguous: transposed; their columns are put in order before, and half types widened, in a
+ * buffer. */
 static void pack_rows(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
     float ordered[NR * (KC + PIECE)];
     piece pieces[KC];
-    i64 some = m.cols ? pieces_of(m.cols + k, depth, PIECE, pieces) : 0;
+    i64 some = m.cols ? stored_pieces_of(m.cols + k, depth, m.stored, pieces) : 0;
+    int as_it_lies = !m.cols && m.stored == FLOAT32;
     for (i64 top = 0; top < count; top += height, out += depth * height) {
         int there = (int)least(height, count - top);
         const float *row[NR + 8];
         for (int i = 0; i < NR + 8; i++) {
             i64 at = first + top + least(i, there - 1);
-            row[i] = m.data + (m.rows ? m.rows[at] : at) * m.row_stride + (m.cols ? 0 : k);
-            if (!m.cols) continue;
+            const void *from = number(m.data, (m.rows ? m.rows[at] : at) * m.row_stride + (m.cols ? 0 : k), m.stored);
             float *to = ordered + least(i, there - 1) * (KC + PIECE);
-            if (i < there) gather(row[i], m.cols + k, depth, pieces, some, NULL, to);
-            row[i] = to;
+            if (i < there && m.cols) gather_floats(from, m.cols + k, depth, pieces, some, NULL, m.stored, to);
+            if (i < there && !m.cols && !as_it_lies) widen(from, depth, m.stored, to);
+            row[i] = as_it_lies ? from : to;
         }
         i64 p = 0;
         /* Eight rows at a time; the last eight overlap where the height is no multiple. Of a panel lower than eight the
@@ -176,7 +166,7 @@ static void pack_rows(matrix m, i64 first, i64 count, i64 k, i64 depth, int heig
         for (; p + 8 <= depth; p += 8)
             for (int i = 0; i < height; i += 8) {
                 int start = i + 8 > height && height >= 8 ? height - 8 : i;
-                if (p % 16 == 0)
+                if (as_it_lies && p % 16 == 0)
                     for (int l = 0; l < 8; l++) __builtin_prefetch(row[start + l] + p + AHEAD);
                 transpose(row + start, p, out + p * height + start, height);
             }
@@ -185,21 +175,22 @@ static void pack_rows(matrix m, i64 first, i64 count, i64 k, i64 depth, int heig
     }
 }
 
-/* Panels of rows whose columns are contiguous, in the order of m.rows: a column is read once, for all panels. */
+/* Panels of rows whose columns are contiguous, in the order of m.rows: a column is read once, and widened, for all panels. */
 static void pack_columns(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, float *out) {
     float line[MC + PIECE];
     piece pieces[MC];
-    i64 some = m.rows ? pieces_of(m.rows + first, count, PIECE, pieces) : 0;
+    i64 some = m.rows ? stored_pieces_of(m.rows + first, count, m.stored, pieces) : 0;
     for (i64 p = 0; p < depth; p++) {
         i64 at = k + p, further = k + least(p + COLUMNS_AHEAD, depth - 1), start = m.rows ? 0 : first;
-        const float *column = m.data + (m.cols ? m.cols[at] : at) * m.col_stride + start;
-        const float *later = m.data + (m.cols ? m.cols[further] : further) * m.col_stride + start;
-        if (m.rows) {
-            for (i64 i = 0; i < some; i++) __builtin_prefetch(later + pieces[i].at);
-            gather(column, m.rows + first, count, pieces, some, m.keep ? m.keep + at * m.kept : NULL, line);
-            column = line;
-        } else
-            for (i64 i = 0; i < count; i += 16) __builtin_prefetch(later + i);
+        const void *from = number(m.data, (m.cols ? m.cols[at] : at) * m.col_stride + start, m.stored);
+        const void *later = number(m.data, (m.cols ? m.cols[further] : further) * m.col_stride + start, m.stored);
+        const float *column = m.rows || m.stored != FLOAT32 ? line : from;
+        for (i64 i = 0; i < some; i++) __builtin_prefetch(number(later, pieces[i].at, m.stored));
+        for (i64 i = 0; i < count && !m.rows; i += 64 / bytes_of(m.stored)) __builtin_prefetch(number(later, i, m.stored));
+        if (m.rows)
+            gather_floats(from, m.rows + first, count, pieces, some, m.keep ? m.keep + at * m.kept : NULL, m.stored, line);
+        else if (column == line)
+            widen(from, count, m.stored, line);
         for (i64 top = 0; top < count; top += height) {
             float *to = out + top * depth + p * height;
             i64 there = least(height, count - top);
@@ -225,8 +216,8 @@ static void pack(matrix m, i64 first, i64 count, i64 k, i64 depth, int height, f
 static void ask_for(matrix m, i64 first, i64 count, i64 k, i64 depth, i64 row, i64 next, i64 height) {
     if (m.rows || m.cols) return; /* activations, just written or read; blocks, of which little is asked at a time */
     int along = m.col_stride == 1;
-    const float *data = m.data + first * m.row_stride + k * m.col_stride;
+    const void *data = number(m.data, first * m.row_stride + k * m.col_stride, m.stored);
     i64 runs = along ? count : depth, length = along ? depth : count, stride = along ? m.row_stride : m.col_stride;
     for (i64 run = runs * row / height; run < runs * least(height, row + next) / height; run++)
-        for (i64 i = 0; i < length; i += 16) __builtin_prefetch(data + run * stride + i, 0, 2);
+        for (i64 i = 0; i < length; i += 64 / bytes_of(m.stored)) __builtin_prefetch(number(data, run * stride + i, m.stored), 0, 2);
 }

@@ -2,7 +2,14 @@
  * where they are written; columns of half types that are put in another order are moved as they are. */
 #pragma once
 
-#include "panels.h"
+#include <string.h>
+
+#include "pieces.h"
+
+typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
+
+enum { LANES = VECTOR_BYTES / 4 };
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -19,6 +26,14 @@ typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
         case FLOAT16: CALL(FLOAT16); break;      \
     }
 
+static inline vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
 static inline i64 bytes_of(int stored) { return stored == FLOAT32 ? 4 : 2; }
 
 static inline const void *number(const void *from, i64 at, int stored) {
@@ -34,6 +49,11 @@ static inline float one_of(const void *from, i64 at, int stored) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+/* to[at] = from[index], as they are stored. */
+static inline void copy_number(void *to, i64 at, const void *from, i64 index, int stored) {
+    memcpy((char *)to + at * bytes_of(stored), number(from, index, stored), (size_t)bytes_of(stored));
 }
 
 /* `yes` where a label is k, else `no`. */
@@ -193,6 +213,19 @@ INLINE void gather_stored(const void *from, const i64 *index, i64 count, const p
         gather(from, index, count, pieces, some, NULL, out);
     else
         gather_halves(from, index, count, pieces, some, NULL, 0, out);
+}
+
+/* The same of any row, some dropped, as floats: up to PIECE more are written. Halves are put in order in the upper half of
+ * what they become: each vector of them is read before it is written over. */
+INLINE void gather_floats(const void *from, const i64 *index, i64 count, const piece *pieces, i64 some,
+                          const uint16_t *keep, int stored, float *out) {
+    if (stored == FLOAT32) {
+        gather(from, index, count, pieces, some, keep, out);
+        return;
+    }
+    uint16_t *ordered = (uint16_t *)out + count;
+    gather_halves(from, index, count, pieces, some, keep, exponent_of(stored), ordered);
+    widen(ordered, count, stored, out);
 }
 
 static i64 stored_pieces_of(const i64 *index, i64 count, int stored, piece *pieces) {

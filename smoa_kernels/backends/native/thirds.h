@@ -82,12 +82,12 @@ static void turn_tiles(i64 tiles, half *tile) {
     }
 }
 
-/* Rows that are contiguous as left tiles, in which they lie as they are. */
+/* Rows of floats that are contiguous as left tiles, in which they lie as they are. */
 static void cut_rows(matrix m, i64 first, i64 count, i64 k, i64 depth, half *out) {
     for (i64 top = 0; top < count; top += PAIR)
         for (i64 p = 0; p < depth; p += TERMS, out += STEP)
             for (i64 i = 0; i < least(PAIR, count - top); i++) {
-                const float *row = m.data + (first + top + i) * m.row_stride + k + p;
+                const float *row = (const float *)m.data + (first + top + i) * m.row_stride + k + p;
                 __builtin_prefetch(row + AHEAD);
                 __builtin_prefetch(row + AHEAD + SIDE);
                 cut(floats_there(row, depth - p), floats_there(row + SIDE, depth - p - SIDE), out + i * TERMS, THIRD);
@@ -187,7 +187,7 @@ typedef uint16_t half;
 static void prepare_left(int thirds, matrix m, i64 first, i64 count, i64 k, i64 depth, float *uncut, float *out) {
     if (!thirds)
         pack(m, first, count, k, depth, MR, out);
-    else if (m.col_stride == 1 && !m.rows)
+    else if (m.col_stride == 1 && !m.rows && m.stored == FLOAT32)
         cut_rows(m, first, count, k, depth, (half *)out);
     else
         for (i64 top = 0; top < count; top += NC) {

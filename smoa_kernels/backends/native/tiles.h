@@ -7,7 +7,7 @@
  */
 #pragma once
 
-#include "stored.h"
+#include "panels.h"
 
 #if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
 #define HAS_TILES 1

@@ -56,7 +56,7 @@ static void delta_part(void *it, i64 part) {
         m.rows = j->row_index + j->row_offsets[k];
         m.cols = j->col_index + j->col_offsets[k];
         if (j->contiguous)
-            weight.data += j->row_offsets[k] * weight.row_stride + j->col_offsets[k] * weight.col_stride;
+            weight.data = number(weight.data, j->row_offsets[k] * weight.row_stride + j->col_offsets[k] * weight.col_stride, weight.stored);
         else
             weight.rows = m.rows, weight.cols = m.cols;
         m.rank = rank_of(j->m.ranks, k, j->m.rank);
@@ -98,7 +98,7 @@ static void update_part(void *it, i64 part) {
     float *band = update_room(j, part), *ordered = band + band_size(j->thirds, least(most, j->tokens), j->cols, j->blocks);
     float *line = ordered + high * stride;
     piece *of_cols = (piece *)(line + lines(j->rows + PIECE)), *of_rows = of_cols + j->cols;
-    i64 some = pieces_of(j->col_index, j->cols, PIECE, of_cols), others = pieces_of(j->row_index, j->rows, PIECE, of_rows);
+    i64 some = stored_pieces_of(j->col_index, j->cols, j->x.stored, of_cols), others = pieces_of(j->row_index, j->rows, PIECE, of_rows);
     int x_is_ordered = j->contiguous && !j->x.keep, y_is_ordered = j->contiguous && !j->keep;
     begin_product(j->thirds);
     for (; first < end; first += most) {
@@ -107,8 +107,8 @@ static void update_part(void *it, i64 part) {
             i64 some_rows = least(high, height - t);
             for (i64 i = 0; i < some_rows && !x_is_ordered; i++) {
                 i64 at = first + t + i;
-                gather(j->x.data + at * j->x.row_stride, j->col_index, j->cols, of_cols, some,
-                       j->x.keep ? j->x.keep + at * j->x.kept : NULL, ordered + i * stride);
+                gather_floats(number(j->x.data, at * j->x.row_stride, j->x.stored), j->col_index, j->cols, of_cols, some,
+                              j->x.keep ? j->x.keep + at * j->x.kept : NULL, j->x.stored, ordered + i * stride);
             }
             float *to = band;
             for (i64 k = 0; k < j->blocks; k++)
@@ -117,7 +117,7 @@ static void update_part(void *it, i64 part) {
                     if (x_is_ordered)
                         prepare_left(j->thirds, j->x, first + t, some_rows, p, deep, NULL, to + t * size);
                     else
-                        prepare_left(j->thirds, matrix_of(ordered, stride, 1), 0, some_rows, p, deep, NULL, to + t * size);
+                        prepare_left(j->thirds, matrix_of(ordered, FLOAT32, stride, 1), 0, some_rows, p, deep, NULL, to + t * size);
                     to += lines(whole(height, high) * size + TRANSPOSED);
                 }
         }
@@ -141,17 +141,17 @@ i64 smoa_update_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *row_off
     return deltas + threads * update_size(thirds, tokens, rows, cols, blocks, rank) + 16;
 }
 
-/* y (tokens, rows) = x ΔWᵀ, x with contiguous rows. Of x some may be dropped, or of y: `x_keep` and `y_keep` have a bit
+/* y (tokens, rows) = x ΔWᵀ, x with contiguous rows; x and W0 as they are stored. Of x some may be dropped, or of y: `x_keep` and `y_keep` have a bit
  * for each element, a row of it in whole words, or are NULL. No dimension is 0. `contiguous` is that of smoa_gradient. */
-void smoa_update(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, const uint16_t *x_keep,
-                 const float *weight, i64 row_stride, i64 col_stride, const i64 *row_index, const i64 *col_index,
+void smoa_update(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_stored, i64 x_stride, const uint16_t *x_keep,
+                 const void *weight, i64 stored, i64 row_stride, i64 col_stride, const i64 *row_index, const i64 *col_index,
                  const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
                  const float *A, i64 A_rank, i64 A_col, const float *B, i64 B_row, i64 B_rank, float scaling, float *y,
                  const uint16_t *y_keep, float *workspace, i64 threads) {
     int thirds = by_thirds(tokens, largest_of(col_offsets, blocks));
     float *own = from_a_line(workspace);
-    update_job job = {tokens, rows, cols, blocks, threads, contiguous, some_of(x, x_stride, 1, x_keep, cols),
-                      matrix_of(weight, row_stride, col_stride),
+    update_job job = {tokens, rows, cols, blocks, threads, contiguous, some_of(x, x_stored, x_stride, 1, x_keep, cols),
+                      matrix_of(weight, stored, row_stride, col_stride),
                       {A, B, A_rank, A_col, B_row, B_rank, rank, scaling, {NULL, 0}, {NULL, 0}, ranks, NULL, NULL},
                       row_index, col_index, row_offsets, col_offsets, y,
                       own + threads * update_size(thirds, tokens, rows, cols, blocks, rank), own, y_keep, thirds};
