@@ -40,22 +40,32 @@ static inline range needed(const few_job *j, range own) {
     return j->alone ? (range){own.first / LANES * LANES, own.end} : (range){0, j->cols};
 }
 
-static i64 few_size(i64 rank, i64 cols) { return lines(rank * ROWS) + MOST_PLAIN * lines(cols); }
+/* Floats from one row to the next of those that are read side by side. Rows of 1024 or 2048 numbers would all lie in the
+ * same few sets of the L1 cache, and drive each other out of it. */
+static i64 apart(i64 cols) { return lines(cols) + 16; }
+
+/* s B of some rows, rows of W0 or what they are multiplied by, A, x. */
+static i64 few_size(i64 rank, i64 cols) { return lines(rank * ROWS) + (MOST_PLAIN + rank + FEW) * apart(cols); }
+
+/* Rows of so many columns, `apart`. */
+static void put_apart(i64 count, i64 cols, const float *from, i64 stride, float *to) {
+    for (i64 i = 0; i < count; i++) memcpy(to + i * apart(cols), from + i * stride, (size_t)cols * sizeof *to);
+}
 
 /* y[token, rows[i]] of some tokens and some rows of block k, whose columns lie in `own`; `factor` (rank, some) is to hold
  * s B, and behind it rows of W0 that are not stored as float32. The memory is asked for the rows `next`: rows lie far
  * apart, and are multiplied as fast as they come. */
-INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64 k, range own, const i64 *rows,
+INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, const float *A, i64 k, range own, const i64 *rows,
                      const i64 *next, float *y, float *factor) {
     const range all = needed(j, own);
-    i64 rank = rank_of(j->ranks, k, j->rank), c = all.first;
+    i64 rank = rank_of(j->ranks, k, j->rank), c = all.first, stride = apart(j->cols);
     const float *weight[ROWS];
     const char *ahead[ROWS];
     float sum[ROWS][FEW] = {{0}};
     vf sums[ROWS][FEW];
     for (int i = 0; i < some; i++) {
         const void *from = number(j->weight, rows[i] * j->weight_stride, j->stored);
-        float *line = factor + lines(j->rank * ROWS) + i * lines(j->cols);
+        float *line = factor + lines(j->rank * ROWS) + i * stride;
         if (j->stored != FLOAT32) widen(from, j->cols, j->stored, line);
         weight[i] = j->stored == FLOAT32 ? from : line;
         ahead[i] = number(j->weight, next[i] * j->weight_stride, j->stored);
@@ -67,9 +77,9 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
         memcpy(&labels, j->col_block + c, sizeof labels);
         vf update[ROWS] = {{0}};
         for (i64 t = 0; t < rank && c < own.end && c + LANES > own.first; t++) {
-            vf A = load(j->A + t * j->A_stride + c);
+            vf a = load(A + t * stride + c);
 #pragma GCC unroll 4
-            for (int i = 0; i < some; i++) update[i] += A * factor[t * some + i];
+            for (int i = 0; i < some; i++) update[i] += a * factor[t * some + i];
         }
 #pragma GCC unroll 4
         for (int i = 0; i < some; i++) {
@@ -77,7 +87,7 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
             vf w = load(weight[i] + c), plain = j->alone ? (vf){0} : w;
             w = chosen(labels, (int32_t)k, plain + w * update[i], plain);
 #pragma GCC unroll 8
-            for (int t = 0; t < tokens; t++) sums[i][t] += w * load(x + t * j->x_stride + c);
+            for (int t = 0; t < tokens; t++) sums[i][t] += w * load(x + t * stride + c);
         }
     }
     for (int i = 0; i < some; i++)
@@ -85,9 +95,9 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, i64
     for (; c < all.end; c++)
         for (int i = 0; i < some; i++) {
             float update = 0, w = j->alone ? 0 : weight[i][c];
-            for (i64 t = 0; t < rank; t++) update += j->A[t * j->A_stride + c] * factor[t * some + i];
+            for (i64 t = 0; t < rank; t++) update += A[t * stride + c] * factor[t * some + i];
             if (j->col_block[c] == k) w += weight[i][c] * update;
-            for (int t = 0; t < tokens; t++) sum[i][t] += w * x[t * j->x_stride + c];
+            for (int t = 0; t < tokens; t++) sum[i][t] += w * x[t * stride + c];
         }
     for (int i = 0; i < some; i++)
         for (int t = 0; t < tokens; t++) y[t * j->rows + rows[i]] = sum[i][t];
@@ -154,7 +164,7 @@ static i64 plain_count(const few_job *j, i64 tokens, i64 rank) { return tokens *
 /* The same of block k by x W0ᵀ + Σ_t s B_t (x ∘ A_t) W0ᵀ: so many tokens and ranks cost less than W_eff in registers. */
 static void plain_block(const few_job *j, i64 tokens, i64 rank, const float *x, i64 k, range own, const i64 *rows,
                         i64 first, i64 end, float *y, float *lines_of) {
-    i64 stride = lines(j->cols), all = plain_count(j, tokens, rank), before = j->alone ? 0 : tokens;
+    i64 stride = apart(j->cols), all = plain_count(j, tokens, rank), before = j->alone ? 0 : tokens;
     range used = needed(j, own);
     memset(lines_of, 0, (size_t)(MOST_PLAIN * stride) * sizeof *lines_of);
     for (i64 i = 0; i < tokens; i++) {
@@ -183,20 +193,23 @@ static void plain_block(const few_job *j, i64 tokens, i64 rank, const float *x, 
 }
 
 /* Of rows[first] to rows[end - 1]. */
-INLINE void few_of_block(int tokens, const few_job *j, const float *x, i64 k, range own, const i64 *rows, i64 first,
-                         i64 end, float *y, float *factor) {
+INLINE void few_of_block(int tokens, const few_job *j, const float *x, const float *A, i64 k, range own, const i64 *rows,
+                         i64 first, i64 end, float *y, float *factor) {
     const int side = rows_of(tokens);
     for (; first + side <= end; first += side)
-        few_rows(tokens, side, j, x, k, own, rows + first, rows + (first + 2 * side <= end ? first + side : first), y, factor);
-    for (; first < end; first++) few_rows(tokens, 1, j, x, k, own, rows + first, rows + least(first + 1, end - 1), y, factor);
+        few_rows(tokens, side, j, x, A, k, own, rows + first, rows + (first + 2 * side <= end ? first + side : first), y, factor);
+    for (; first < end; first++) few_rows(tokens, 1, j, x, A, k, own, rows + first, rows + least(first + 1, end - 1), y, factor);
 }
 
 static void few_part(void *it, i64 part) {
     few_job *j = it;
     if (part >= j->parts) return;
     float *factor = j->workspace + part * few_size(j->rank, j->cols);
+    float *A = factor + lines(j->rank * ROWS) + MOST_PLAIN * apart(j->cols), *some_x = A + j->rank * apart(j->cols);
+    put_apart(j->rank, j->cols, j->A, j->A_stride, A);
     for (i64 token = 0; token < j->tokens; token += FEW) {
         const float *x = j->x + token * j->x_stride;
+        put_apart(least(FEW, j->tokens - token), j->cols, x, j->x_stride, some_x);
         float *y = j->y + token * j->rows;
         for (i64 k = 0; k < j->blocks; k++) {
             const i64 *rows = j->row_index + j->row_offsets[k];
@@ -216,7 +229,7 @@ static void few_part(void *it, i64 part) {
             switch (tokens) {
 #define CASE(tokens)                                                  \
     case tokens:                                                      \
-        few_of_block(tokens, j, x, k, own, rows, first, end, y, factor); \
+        few_of_block(tokens, j, some_x, A, k, own, rows, first, end, y, factor); \
         break;
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
