@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from smoa_kernels.definition.block_rule import BlockRule
+from smoa_kernels.definition.precision import has_gemm
 
 from .protocol import DEVICE
 from .providers import Case
 
 BF16 = torch.bfloat16
+MOST_BY_LOOPS = 2**28
+"""Multiplications of a forward that torch's loops are asked for: half a second, and its backward several."""
 
 # Four numbers of blocks draw the curve over K; each other case changes one thing, or is a shape of its own.
 CPU_LAYERS = (
@@ -63,6 +67,17 @@ FEW_TOKENS = tuple(
     for dtype in (torch.float32, BF16)
     for tokens in (1, 2, 4, 8, 16, 32)
 )
+
+
+def skip_what_loops_multiply(multiplications: int, dtype: torch.dtype, smoke: bool) -> None:
+    """Leave a case out where torch has no GEMM of its half type: a pass of one peer would take up to minutes."""
+    loops = dtype == BF16 and DEVICE.type == "cpu" and not has_gemm(dtype)
+    if loops and multiplications > MOST_BY_LOOPS and not smoke:
+        pytest.skip(
+            "torch has no GEMM of bfloat16 for this processor: it would take up to minutes for each pass"
+        )
+
+
 # Rows, columns and how many such layers one model of a billion parameters has (Llama-3.2-1B: 16 blocks of query and
 # output, key and value, gate, up and down; down is up transposed, and so is its spectrum).
 ONE_BILLION = {(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 48}

@@ -56,6 +56,11 @@ class Case:
         """The fields as JSON holds them."""
         return asdict(self) | {"dtype": name_of(self.dtype)}
 
+    @property
+    def multiplications(self) -> int:
+        """Those of a frozen forward."""
+        return self.tokens * self.out_features * self.in_features
+
     def problem(self) -> Problem:
         """The same for the cost model."""
         return Problem(

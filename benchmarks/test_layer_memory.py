@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .cases import MEMORY
+from .cases import MEMORY, skip_what_loops_multiply
 from .gate import check_layers
 from .memory import footprint
 from .providers import LORA, SMOA, Case, layer_providers
@@ -14,6 +14,7 @@ from .providers import LORA, SMOA, Case, layer_providers
 @pytest.mark.parametrize("case", MEMORY, ids=str)
 def test_footprint(case: Case, smoke: bool, benchmark: BenchmarkFixture) -> None:
     title, params = f"memory: {case}", case.record()
+    skip_what_loops_multiply(case.multiplications, case.dtype, smoke)
     if smoke:
         case = case.smoke()
     algorithms = ("auto",) if case.dropout else ("auto", "split")

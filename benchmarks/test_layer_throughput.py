@@ -10,7 +10,7 @@ from torch import nn
 
 from smoa_kernels.backends.eager import choose_algorithm
 
-from .cases import BF16, LAYERS
+from .cases import BF16, LAYERS, skip_what_loops_multiply
 from .conftest import Measure
 from .gate import check_layers
 from .profiles import by_kind
@@ -45,6 +45,7 @@ def training_pass(layer: nn.Module, case: Case, inputs: Inputs | None = None) ->
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_over_frozen(case: Case, smoke: bool, measure: Measure) -> None:
     title, params = f"layer: {case}", case.record()
+    skip_what_loops_multiply(case.multiplications, case.dtype, smoke)
     if smoke:
         case = case.smoke()
     algorithms = (

@@ -18,7 +18,7 @@ from smoa_kernels.peft import accelerate_hira, decelerate_hira
 from smoa_kernels.peft.hira_layer import Accelerated
 from smoa_kernels.peft.layer import SMoALayer
 
-from .cases import BF16
+from .cases import BF16, skip_what_loops_multiply
 from .conftest import Measure
 from .gate import RedGateError
 from .memory import allocated
@@ -114,6 +114,7 @@ def test_step(
     smoke: bool,
     measure: Measure,
 ) -> None:
+    skip_what_loops_multiply(batch * length * 135_000_000, dtype, smoke)  # once for each weight and token
     configs = adapter_configs(blocks)
     configs[ACCELERATED] = configs[HIRA]
     models: dict[str, Any] = {
