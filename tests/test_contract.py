@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.packed import padding_masks
+from smoa_kernels.definition.precision import has_gemm
 from smoa_kernels.definition.reference import reference_linear
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("poisoned_memory")]
@@ -250,8 +251,10 @@ def test_what_is_not_finite_is_not_hidden(case: Case, poison: tuple[str, float],
 def test_a_small_update_survives(case: Case, bias: bool) -> None:
     """An update far below the last bit of half precision arrives, for base and bias are added to it.
 
-    A merged weight is rounded itself and delivers nothing; the definition (left out) rounds the base's output first.
+    A merged weight is rounded itself and delivers nothing, but where compiled code keeps W_eff in float32 panels;
+    the definition (left out) rounds the base's output first.
     """
+    loses = case.algorithm == "merged" and (case.backend != "native" or has_gemm(case.dtype))
     p = small_update(case, 256 if case.backend == "triton" else 4096, bias)  # few in the interpreter
 
     def autocast(p: LinearProblem) -> Tensor:
@@ -261,7 +264,7 @@ def test_a_small_update_survives(case: Case, bias: bool) -> None:
     ways = [partial(LinearProblem.forward, **case.options | more) for more in ({}, {"algorithm": "auto"})]
     for run in (*ways, *([] if case.dropout else [autocast])):
         share, noise = survival(case, p, run)
-        expected = 0 if case.algorithm == "merged" and run is ways[0] else 1
+        expected = 0 if loses and run is ways[0] else 1
         if expected or case.dtype == torch.bfloat16:  # in float16 some of it survives
             assert abs(share - expected) < max(0.05, 4 * noise)
 
