@@ -240,7 +240,10 @@ static void few_part(void *it, i64 part) {
 
 /* Whether W_eff is made in registers faster than it is packed, measured at 1024² and 2048²: A, of so many ranks, is read
  * again for every few rows. */
-i64 smoa_few_fit(i64 tokens, i64 rank) { return tokens <= FEW && rank <= rows_of(tokens) * rows_of(tokens); }
+i64 smoa_few_fit(i64 tokens, i64 rank) {
+    i64 rows = rows_of(tokens);
+    return tokens <= FEW && rank <= (VECTOR_BYTES == 64 ? rows : 4) * rows;
+}
 
 /* Floats that smoa_few needs. */
 i64 smoa_few_workspace(i64 rank, i64 cols, i64 threads) { return threads * few_size(rank, cols) + 16; }
