@@ -13,7 +13,7 @@ PYTEST  = GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest -n 2 --dist loadfile
 NATIVE := $(wildcard smoa_kernels/backends/native/*.[ch])
 # The oldest supported versions, with the newest numpy that this Triton's interpreter works with.
 OLDEST ?= .venv-oldest
-ZERO3 ?= .venv-zero3
+DEEPSPEED ?= .venv-deepspeed
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
 # The operator, the layer, the kernels, groups of processes and the command line; not the PEFT tuner, nor what needs a model.
 CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
@@ -26,7 +26,7 @@ emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pyte
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune finetune-moe main-job classify sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-zero3 test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
+.PHONY: help finetune finetune-moe main-job classify sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -104,16 +104,16 @@ test-trl: $(BIN)/.trl ## TRL's trainers, and its example: SFT, DPO, GRPO, reward
 	$(BIN)/python -m pytest tests/trl $(ARGS)
 
 # Where DeepSpeed is installed others import it: it gets an environment of its own, which sees all of the first one's packages.
-$(ZERO3)/.installed: $(BIN)/.dev
-	$(PYTHON) -m venv $(ZERO3)
-	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' > .zero3.pth
-	mv .zero3.pth "$$($(ZERO3)/bin/python -c 'import site; print(site.getsitepackages()[0])')/first.pth"
-	$(ZERO3)/bin/python -m pip install --quiet wheel
-	$(ZERO3)/bin/python -m pip install --quiet --no-compile --no-build-isolation deepspeed
+$(DEEPSPEED)/.installed: $(BIN)/.dev
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' > .deepspeed.pth
+	mv .deepspeed.pth "$$($(DEEPSPEED)/bin/python -c 'import site; print(site.getsitepackages()[0])')/first.pth"
+	$(DEEPSPEED)/bin/python -m pip install --quiet wheel
+	$(DEEPSPEED)/bin/python -m pip install --quiet --no-compile --no-build-isolation deepspeed
 	@touch $@
 
-test-zero3: $(ZERO3)/.installed ## DeepSpeed's ZeRO-3 on two processes, in an environment of its own
-	$(ZERO3)/bin/python -m pytest -m slow tests/distributed/test_zero3.py $(ARGS)
+test-deepspeed: $(DEEPSPEED)/.installed ## DeepSpeed's ZeRO-3 on two processes, in an environment of its own
+	$(DEEPSPEED)/bin/python -m pytest -m slow tests/distributed/test_zero3.py $(ARGS)
 
 $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST)

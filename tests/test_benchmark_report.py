@@ -344,6 +344,17 @@ def test_the_readme_shows_the_newest_cpu_a_row_of_each_other_and_a_table_of_each
     assert "\n## AMD EPYC, family 25\n" in page(runs)
 
 
+def test_the_run_that_has_most_of_the_readmes_rows_leads_it() -> None:
+    """A processor without bfloat16 GEMMs has no row of bfloat16, however new its run is."""
+    square = {"tokens": 2048, "out_features": 2048, "num_blocks": 4, "rank": 16}
+    float32 = layer_result(**square)
+    whole = make_run(float32, layer_result(**square, dtype="bfloat16"), device="AMD EPYC, family 26")
+    newer = make_run(float32, device="AMD EPYC, family 25")
+    text = section([newer, whole])
+    assert "on another processor (AMD EPYC, family 25)" in text
+    assert "bfloat16, K=4 | –" not in text
+
+
 @pytest.mark.parametrize("text", ["", START, END + START, START + END + END])
 def test_a_readme_without_its_markers_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="once each"):

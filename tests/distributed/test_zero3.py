@@ -12,7 +12,7 @@ from networks import batch, build
 from processes import Processes
 from torch import nn
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; make test-zero3 does")
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; make test-deepspeed does")
 pytestmark = pytest.mark.slow
 
 STEPS, RATE = 5, 20.0
