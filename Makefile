@@ -106,8 +106,8 @@ test-trl: $(BIN)/.trl ## TRL's trainers, and its example: SFT, DPO, GRPO, reward
 # Where DeepSpeed is installed others import it: it gets an environment of its own, which sees all of the first one's packages.
 $(DEEPSPEED)/.installed: $(BIN)/.dev
 	$(PYTHON) -m venv $(DEEPSPEED)
-	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' > .deepspeed.pth
-	mv .deepspeed.pth "$$($(DEEPSPEED)/bin/python -c 'import site; print(site.getsitepackages()[0])')/first.pth"
+	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' > $(DEEPSPEED)/first.pth
+	mv $(DEEPSPEED)/first.pth "$$($(DEEPSPEED)/bin/python -c 'import site; print(site.getsitepackages()[0])')/first.pth"
 	$(DEEPSPEED)/bin/python -m pip install --quiet wheel
 	$(DEEPSPEED)/bin/python -m pip install --quiet --no-compile --no-build-isolation deepspeed
 	@touch $@
@@ -223,4 +223,4 @@ emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)
 
 clean: ## remove the virtual environments and caches
-	rm -rf $(VENV) $(VENV)-data $(OLDEST) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs
+	rm -rf $(VENV) $(VENV)-data $(OLDEST) $(DEEPSPEED) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

@@ -65,8 +65,9 @@ def smoa_linear(
             it to read them, which a CUDA graph cannot hold.
         algorithm: "merged" (one GEMM with W_eff), "split" (adapter first, the base GEMM accumulates onto it),
             "expanded" (few tokens, eager and native), "fused" (few tokens, triton: one kernel) or "auto": the form
-            for few tokens where there are few, else merged where the GEMM multiplies in IEEE float32/64, split in half
-            precision and TF32, where a rounded W_eff would lose a small update, and whenever dropout is active.
+            for few tokens where there are few, else merged where the GEMM multiplies in IEEE float32/64 (half precision
+            too where "native" widens it), split in half precision and TF32, where a rounded W_eff would lose a small
+            update, and whenever dropout is active.
         backend: "eager" (torch operators), "native" (compiled, on x86 CPUs), "triton", "reference" (the
             definition, slow) or "auto".
 

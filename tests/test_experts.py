@@ -31,7 +31,7 @@ on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled 
 
 CASES = [("eager", dtype) for dtype in DTYPES]
 if obstacle("native") is None:
-    CASES.append(("native", torch.float32))
+    CASES += [("native", dtype) for dtype in KERNEL_DTYPES]
 if obstacle("triton") is None:
     CASES += [
         pytest.param("triton", dtype, marks=[pytest.mark.slow, pytest.mark.long]) for dtype in KERNEL_DTYPES
@@ -107,11 +107,14 @@ def test_sums_are_as_short_as_torchs(
 @on_the_cpu
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 @pytest.mark.parametrize("pairs", [(1, 1, 1), (4, 3, 5), (40, 30, 50)])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_an_expert_whose_update_is_zero_gives_the_bits_of_its_weight(
-    backend: str, pairs: tuple[int, ...]
+    backend: str, pairs: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Whatever its padding holds, and whatever the other experts' B."""
-    p = make_problem(pairs=pairs, dtype=torch.float32)
+    """Whatever the other experts' B, and, in float32, whatever its padding holds."""
+    p = make_problem(pairs=pairs, dtype=dtype)
+    if dtype.itemsize == 2:
+        p.adapter.B[1] = 0
     for layer in p.adapter.experts([1]):
         for k, rank in enumerate(p.adapter.ranks.tolist()):
             layer.B[layer.partition.rows(k), :rank] = 0

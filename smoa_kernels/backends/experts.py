@@ -40,10 +40,12 @@ def experts_product(
     def product(x: Tensor) -> Tensor:
         y = x.new_empty(x.shape[0], adapter.weight.shape[1])
         for _, pairs, layer in _active(len(x), ends, adapter):
-            if x.itemsize == 2:
+            if x.itemsize > 2:
+                base_output(x[pairs], layer.weight, out=y[pairs]).add_(eager.adapter_output(x[pairs], layer))
+            elif layer.B.any() and layer.scaling:
                 y[pairs] = layers.forward(x[pairs], None, layer, "auto", None)
             else:
-                base_output(x[pairs], layer.weight, out=y[pairs]).add_(eager.adapter_output(x[pairs], layer))
+                base_output(x[pairs], layer.weight, out=y[pairs])
         return y
 
     return product

@@ -120,7 +120,7 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
 
 @functools.cache
 def has_gemm(dtype: torch.dtype) -> bool:
-    """Whether torch brings a GEMM of this half type for this CPU: oneDNN's, which asks for AVX-512 or newer.
+    """Whether torch brings a GEMM of this half type for this CPU: oneDNN's, which asks for more than AVX2.
 
     Elsewhere torch's loops multiply: a sixth as fast as its float32 GEMM, and `dY W0` a fiftieth to a two-hundredth
     (128 to 2048 tokens, measured on CPU: AMD EPYC, family 25 model 1, AVX2, one thread).

@@ -1,8 +1,8 @@
 """bfloat16 by AMX or AVX512-BF16: one compiled call for y, one for dA and dB, one for dX (`bf16_linear.h` and others).
 
 With AMX a frozen layer takes so little time that copies, torch's calls and Python between GEMMs would count for more
-than the GEMMs; of small layers they count without it too. float16 is torch's (`torch_gemms.py`), as is all where there
-is neither. Both need AVX512-VBMI2, which moves halves.
+than the GEMMs; of small layers they count without it too. What computes float16, and bfloat16 where there is neither,
+`backend.py` says. Both need AVX512-VBMI2, which moves halves.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ static void end_product(int thirds) {
 typedef uint16_t half;
 #endif
 
-/* Of a left matrix, which names no columns, what `multiply` reads; of contiguous rows `uncut` is not needed. */
+/* Of a left matrix, which names no columns, what `multiply` reads; of contiguous rows of floats `uncut` is not needed. */
 static void prepare_left(int thirds, matrix m, i64 first, i64 count, i64 k, i64 depth, float *uncut, float *out) {
     if (!thirds)
         pack(m, first, count, k, depth, MR, out);

@@ -99,7 +99,8 @@ static void update_part(void *it, i64 part) {
     float *line = ordered + high * stride;
     piece *of_cols = (piece *)(line + lines(j->rows + PIECE)), *of_rows = of_cols + j->cols;
     i64 some = stored_pieces_of(j->col_index, j->cols, j->x.stored, of_cols), others = pieces_of(j->row_index, j->rows, PIECE, of_rows);
-    int x_is_ordered = j->contiguous && !j->x.keep, y_is_ordered = j->contiguous && !j->keep;
+    /* cut_rows takes floats. */
+    int x_is_ordered = j->contiguous && !j->x.keep && (!j->thirds || j->x.stored == FLOAT32), y_is_ordered = j->contiguous && !j->keep;
     begin_product(j->thirds);
     for (; first < end; first += most) {
         i64 height = least(most, end - first);
