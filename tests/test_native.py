@@ -308,7 +308,7 @@ def test_contiguous_blocks_of_one_shape_where_torch_multiplies(
 def test_a_workspace_behind_halves_is_where_floats_are(features: tuple[int, int]) -> None:
     p = on_cpu(torch.bfloat16, tokens=3, out_features=features[0], in_features=features[1], ranks=(2,))
     adapter = adapter_of(p)
-    memory, address = torch_gemms.Blocks(adapter, batch=False).memory(20)
+    memory, address = torch_gemms.Blocks(adapter, None, batch=False).memory(20)
     assert address % 4 == 0
     assert address + 20 * 4 <= memory.data_ptr() + memory.nbytes
 

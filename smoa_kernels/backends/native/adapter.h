@@ -1,34 +1,23 @@
 /* What makes a GEMM SMoA's: a packed panel of W0 becomes W_eff or ΔW before it is multiplied. */
 #pragma once
 
+#include "layer.h"
 #include "thirds.h"
 
 enum { BESIDE = 4 /* columns modulated at a time, so that what is loaded of B serves them all */ };
 
-/* Which block each row, or column, is in. */
+/* What a panel of a layer's weight becomes. The panel is of all of W0, whose rows and columns have labels; or of one block of
+ * `rank`, its `rows` and `cols` of W0. */
 typedef struct {
-    const void *of;
-    i64 wide; /* int32, not uint8 */
-} labels;
-
-static inline int32_t label(labels blocks, i64 i) {
-    return blocks.wide ? ((const int32_t *)blocks.of)[i] : ((const uint8_t *)blocks.of)[i];
-}
-
-/* The adapter of a weight (rows, cols): block k has ranks[k] of at most `rank`, what A and B hold beyond is not read.
- * A (rank, cols) and B (rows, rank) have any strides, so that swapped they are those of the weight's transpose. The
- * weight is all of W0, whose rows and columns have labels, or one block: its `rows` and `cols` of W0, all of one rank. */
-typedef struct {
+    const layer *l;
     const float *A, *B;
-    i64 A_rank, A_col, B_row, B_rank, rank;
-    float scaling;
-    labels row_block, col_block;
-    const int32_t *ranks;
+    i64 rank;
     const i64 *rows, *cols;
 } adapter;
 
-/* Of block k, whatever `ranks` says. */
-static inline i64 rank_of(const int32_t *ranks, i64 k, i64 most) { return ranks[k] < most ? ranks[k] : most; }
+static matrix weight_of(const layer *l) { return matrix_of(l->weight, l->stored, l->row_stride, l->col_stride); }
+
+static adapter adapter_of(const layer *l) { return (adapter){l, l->A, l->B, l->rank, NULL, NULL}; }
 
 /* Some columns of a panel, of blocks of one rank: W0 ∘ (1 + s B A) where labels agree, or, of one block, W0 ∘ s B A.
  * `factor` (rank, NR) is s B. */
@@ -36,12 +25,12 @@ INLINE void modulate_columns(int some, const adapter *m, i64 k, i64 rank, vi lef
                              float *panel) {
     const float *A[BESIDE];
     vf low[BESIDE] = {{0}}, high[BESIDE] = {{0}};
-    for (int c = 0; c < some; c++) A[c] = m->A + (m->cols ? m->cols[k + c] : k + c) * m->A_col;
+    for (int c = 0; c < some; c++) A[c] = m->A + (m->cols ? m->cols[k + c] : k + c) * m->l->A_col;
     for (i64 t = 0; t < rank; t++) {
         vf first = load(factor + t * NR), second = load(factor + t * NR + LANES);
 #pragma GCC unroll 4
         for (int c = 0; c < some; c++) {
-            float a = A[c][t * m->A_rank];
+            float a = A[c][t * m->l->A_rank];
             low[c] += first * a;
             high[c] += second * a;
         }
@@ -51,7 +40,7 @@ INLINE void modulate_columns(int some, const adapter *m, i64 k, i64 rank, vi lef
         float *w = panel + c * NR;
         vf a = load(w), b = load(w + LANES);
         if (!m->cols) {
-            int32_t block = label(m->col_block, k + c);
+            int32_t block = label(m->l->col_block, k + c);
             low[c] = chosen(left, block, a + a * low[c], a);
             high[c] = chosen(right, block, b + b * high[c], b);
         }
@@ -61,13 +50,13 @@ INLINE void modulate_columns(int some, const adapter *m, i64 k, i64 rank, vi lef
 }
 
 static i64 rank_at(const adapter *m, i64 col) {
-    return m->cols ? m->rank : rank_of(m->ranks, label(m->col_block, col), m->rank);
+    return m->cols ? m->rank : rank_of(m->l, label(m->l->col_block, col));
 }
 
 /* The blocks of some columns, a bit for each; other blocks may share it. Of a weight that is one block: any. */
 static inline uint64_t blocks_of(const adapter *m, i64 col, int some) {
     uint64_t found = m->cols ? 1 : 0;
-    for (int c = 0; !m->cols && c < some; c++) found |= (uint64_t)1 << label(m->col_block, col + c) % 64;
+    for (int c = 0; !m->cols && c < some; c++) found |= (uint64_t)1 << label(m->l->col_block, col + c) % 64;
     return found;
 }
 
@@ -78,9 +67,9 @@ static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, f
         uint64_t there = m->rows ? 1 : 0; /* blocks of these rows: columns of no such block stay as they are */
         for (i64 i = 0; i < NR; i++) {
             i64 at = first + top + least(i, count - top - 1);
-            const float *B = m->B + (m->rows ? m->rows[at] : at) * m->B_row;
-            if (!m->rows) there |= (uint64_t)1 << (block[i] = label(m->row_block, at)) % 64;
-            for (i64 t = 0; t < m->rank; t++) scratch[t * NR + i] = m->scaling * B[t * m->B_rank];
+            const float *B = m->B + (m->rows ? m->rows[at] : at) * m->l->B_row;
+            if (!m->rows) there |= (uint64_t)1 << (block[i] = label(m->l->row_block, at)) % 64;
+            for (i64 t = 0; t < m->rank; t++) scratch[t * NR + i] = m->l->scaling * B[t * m->l->B_rank];
         }
         vi left, right;
         memcpy(&left, block, sizeof left);
@@ -145,11 +134,4 @@ static void product(int thirds, matrix a, i64 a_first, i64 a_count, matrix b, i6
             }
         }
     end_product(thirds);
-}
-
-static i64 largest_of(const int32_t *offsets, i64 blocks) {
-    i64 largest = 0;
-    for (i64 k = 0; k < blocks; k++)
-        if (offsets[k + 1] - offsets[k] > largest) largest = offsets[k + 1] - offsets[k];
-    return largest;
 }

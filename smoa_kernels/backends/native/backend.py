@@ -19,20 +19,9 @@ from .. import Gradients, eager
 from ..eager import ALGORITHMS, modulated_weight
 from ..pages import in_large_pages, workspace
 from . import bf16, torch_gemms
+from .layer import Layer
 from .library import library, obstacle
-from .operands import (
-    KINDS,
-    Mask,
-    along_memory,
-    blocks_of,
-    dense,
-    drawn,
-    kept_by,
-    labels_of,
-    named,
-    no_fit,
-    with_rows,
-)
+from .operands import KINDS, Mask, along_memory, drawn, kept_by, named, with_rows
 from .torch_gemms import BLOCKS
 
 __all__ = ["ALGORITHMS", "BLOCKS", "GRADIENT", "LINEAR", "UPDATE", "backward", "forward", "modulated_weight"]
@@ -133,26 +122,17 @@ def expanded(x: Tensor, adapter: PackedAdapter, bias: Tensor | None = None) -> T
     """
     if adapter.weight.stride(1) != 1:
         return _finished(merged(x, adapter), bias, x.dtype)
-    y = x.new_empty(x.shape[0], adapter.weight.shape[0], dtype=torch.float32)
-    row_index, _, row_offsets, _, ranks = blocks_of(adapter)
+    A, B = with_rows(adapter.A.to(torch.float32)), adapter.B.to(torch.float32)
+    layer = Layer(adapter.weight).adapt(adapter, A, B).index(adapter).label(adapter, rows=False, wide=True)
+    y = x.new_empty(x.shape[0], layer.rows, dtype=torch.float32)
     if not x.numel() or not y.numel():
         return _finished(y.zero_(), bias, x.dtype)
-    code, threads, count = library(), torch.get_num_threads(), adapter.partition.num_blocks
-    columns, col_block = adapter.weight.shape[1], dense(adapter.partition.col_block, torch.int32)
-    if col_block.numel() != columns or not code.smoa_labels_fit(
-        0, columns, None, col_block.data_ptr(), 1, count
-    ):
-        raise no_fit(adapter.weight, count)
-    A, B = with_rows(adapter.A.to(torch.float32)), adapter.B.to(torch.float32)
-    x = with_rows(x.to(torch.float32))
-    room = workspace(x, code.smoa_few_workspace(A.shape[0], columns, threads))
+    code, threads, x = library(), torch.get_num_threads(), with_rows(x.to(torch.float32))
+    room = workspace(x, code.smoa_few_workspace(layer, threads))
     with named(LINEAR):
         code.smoa_few(
-            x.shape[0], *adapter.weight.shape, x.data_ptr(), x.stride(0), adapter.weight.data_ptr(),
-            adapter.weight.stride(0), KINDS[adapter.weight.dtype], row_index.data_ptr(), row_offsets.data_ptr(),
-            col_block.data_ptr(), count, ranks.data_ptr(), A.shape[0], A.data_ptr(), A.stride(0), B.data_ptr(),
-            *B.stride(), adapter.scaling.item(), y.data_ptr(), False, room.data_ptr(), threads,
-        )  # fmt: skip
+            layer, x.shape[0], x.data_ptr(), x.stride(0), y.data_ptr(), False, room.data_ptr(), threads
+        )
     return _finished(y, bias, adapter.weight.dtype)
 
 
@@ -180,22 +160,14 @@ def _linear(x: Tensor, weight: Tensor, y: Tensor, adapter: PackedAdapter | None 
     """Write `x W_effᵀ` to y, or add `x W0ᵀ` to it where there is no adapter; returns y."""
     if not x.numel() or not y.numel():
         return y
-    code, threads = library(), torch.get_num_threads()
-    x, weight = with_rows(x), along_memory(weight)
-    rank, A, B, scaling = 0, weight, weight, 0.0
-    blocks: tuple[int | None, int | None, int, int | None] = None, None, 0, None
+    code, threads, x, layer = library(), torch.get_num_threads(), with_rows(x), Layer(along_memory(weight))
     if adapter is not None:
-        A, B, scaling = adapter.A.to(torch.float32), adapter.B.to(torch.float32), adapter.scaling.item()
-        (row_block, col_block, wide), ranks = labels_of(adapter), dense(adapter.ranks, torch.int32)
-        rank = A.shape[0]
-        blocks = row_block.data_ptr(), col_block.data_ptr(), wide, ranks.data_ptr()
-    floats = code.smoa_linear_workspace(x.shape[0], weight.shape[1], rank, threads)
-    room = workspace(x, floats)
+        layer.adapt(adapter, adapter.A.to(torch.float32), adapter.B.to(torch.float32)).label(adapter)
+    room = workspace(x, code.smoa_linear_workspace(layer, x.shape[0], threads))
     with named(LINEAR):
         code.smoa_linear(
-            x.shape[0], *weight.shape, x.data_ptr(), KINDS[x.dtype], x.stride(0), weight.data_ptr(),
-            KINDS[weight.dtype], *weight.stride(), *blocks, rank, A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(),
-            scaling, y.data_ptr(), adapter is None, room.data_ptr(), threads,
+            layer, x.shape[0], x.data_ptr(), KINDS[x.dtype], x.stride(0), y.data_ptr(), adapter is None,
+            room.data_ptr(), threads,
         )  # fmt: skip
     return y
 
@@ -207,24 +179,16 @@ def _update(
     y_mask: Mask | None = None,
 ) -> Tensor:
     """`x ΔWᵀ` (T, N) in float32, with a mask on x or on the result."""
-    mask = x_mask or y_mask
-    scale = 1.0 if mask is None else mask.scale
-    y = _result(x, adapter)
-    blocks, (code, threads) = blocks_of(adapter), (library(), torch.get_num_threads())
+    code, threads, y = library(), torch.get_num_threads(), _result(x, adapter)
+    layer = _indexed(adapter, x_mask or y_mask)
     if not x.numel() or not y.numel():
         return y.zero_()
-    x, weight = with_rows(x), along_memory(adapter.weight)
-    A, B = adapter.A.to(torch.float32), adapter.B.to(torch.float32)
-    count, rank, scaling = adapter.partition.num_blocks, A.shape[0], scale * adapter.scaling.item()
-    *indices, ranks = (tensor.data_ptr() for tensor in blocks)
-    floats = code.smoa_update_workspace(x.shape[0], *weight.shape, *indices[2:], count, rank, threads)
-    room = workspace(x, floats)
+    x = with_rows(x)
+    room = workspace(x, code.smoa_update_workspace(layer, x.shape[0], threads))
     with named(UPDATE):
         code.smoa_update(
-            x.shape[0], *weight.shape, x.data_ptr(), KINDS[x.dtype], x.stride(0), kept_by(x_mask), weight.data_ptr(),
-            KINDS[weight.dtype], *weight.stride(), *indices, count, adapter.partition.is_contiguous, ranks, rank,
-            A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), scaling, y.data_ptr(), kept_by(y_mask),
-            room.data_ptr(), threads,
+            layer, x.shape[0], x.data_ptr(), KINDS[x.dtype], x.stride(0), kept_by(x_mask), y.data_ptr(),
+            kept_by(y_mask), room.data_ptr(), threads,
         )  # fmt: skip
     return y
 
@@ -236,22 +200,27 @@ def factor_gradients(
 
     Padding rows get zeros.
     """
-    scale = 1.0 if mask is None else mask.scale
-    blocks, (code, threads) = blocks_of(adapter), (library(), torch.get_num_threads())
-    A, B = dense(adapter.A, torch.float32), dense(adapter.B, torch.float32)
-    dA, dB = A.new_zeros(A.shape if threads == 1 else (threads, *A.shape)), torch.zeros_like(B)
+    code, threads = library(), torch.get_num_threads()
+    layer, A, B = _indexed(adapter, mask), adapter.A, adapter.B
+    dA = A.new_zeros(A.shape if threads == 1 else (threads, *A.shape), dtype=torch.float32)
+    dB = B.new_zeros(B.shape, dtype=torch.float32)
     if x.shape[0]:
-        dy, x, weight = with_rows(dy), with_rows(x), along_memory(adapter.weight)
-        count, rank, scaling = adapter.partition.num_blocks, A.shape[0], scale * adapter.scaling.item()
-        *indices, ranks = (tensor.data_ptr() for tensor in blocks)
-        floats = code.smoa_gradient_workspace(x.shape[0], *indices[2:], count, rank, threads)
-        room = workspace(x, floats)
+        dy, x = with_rows(dy), with_rows(x)
+        room = workspace(x, code.smoa_gradient_workspace(layer, x.shape[0], threads))
         with named(GRADIENT):
             code.smoa_gradient(
-                x.shape[0], *weight.shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), KINDS[x.dtype], x.stride(0),
-                kept_by(mask), weight.data_ptr(), KINDS[weight.dtype], *weight.stride(), *indices, count,
-                adapter.partition.is_contiguous, ranks, rank, A.data_ptr(), B.data_ptr(), scaling, dA.data_ptr(),
-                dB.data_ptr(), room.data_ptr(), threads,
+                layer, x.shape[0], dy.data_ptr(), dy.stride(0), x.data_ptr(), KINDS[x.dtype], x.stride(0),
+                kept_by(mask), dA.data_ptr(), dB.data_ptr(), room.data_ptr(), threads,
             )  # fmt: skip
     dA = dA if threads == 1 else dA.sum(0)
     return (dA, dB) if adapter.A.dtype == dA.dtype else (dA.to(adapter.A.dtype), dB.to(adapter.A.dtype))
+
+
+def _indexed(adapter: PackedAdapter, mask: Mask | None) -> Layer:
+    """The layer with its blocks' indices, and factors in float32; what a mask keeps is scaled."""
+    A, B, scale = (
+        adapter.A.to(torch.float32),
+        adapter.B.to(torch.float32),
+        1.0 if mask is None else mask.scale,
+    )
+    return Layer(along_memory(adapter.weight)).adapt(adapter, A, B, scale).index(adapter)

@@ -13,14 +13,12 @@
 #if HAS_TILES
 /* A layer and what is computed of it; stages share their room in the workspace. */
 typedef struct {
-    i64 tokens, rows, cols, blocks, rank, parts, contiguous; /* tokens of a band */
+    const layer *l; /* its A and B contiguous */
+    i64 tokens, parts; /* tokens of a band */
     const half *x, *dy, *weight; /* with contiguous rows */
-    i64 x_stride, dy_stride, stride;
+    i64 x_stride, dy_stride;
     const half *bias; /* or NULL */
     const uint16_t *keep; /* of x for ΔW; NULL: all */
-    const i64 *row_index, *col_index;
-    const int32_t *row_offsets, *col_offsets, *ranks;
-    change_job change; /* ΔW's: A (rank, cols) and B (rows, rank), contiguous */
     i64 tallest, widest;
     half *y, *dx;
     void *dA, *dB;
@@ -39,17 +37,9 @@ typedef struct {
     float *workspace; /* each part's own */
 } bf16_job;
 
-static bf16_job bf16_job_of(i64 tokens, i64 rows, i64 cols, const void *weight, i64 stride, const uint16_t *keep,
-                          const i64 *row_index, const i64 *col_index, const int32_t *row_offsets,
-                          const int32_t *col_offsets, i64 blocks, i64 contiguous, const int32_t *ranks, i64 rank,
-                          const void *A, const void *B, i64 factors, float scaling, i64 threads) {
-    bf16_job job = {.tokens = tokens, .rows = rows, .cols = cols, .blocks = blocks, .rank = rank, .parts = threads,
-                   .contiguous = contiguous, .weight = weight, .stride = stride, .keep = keep, .row_index = row_index,
-                   .col_index = col_index, .row_offsets = row_offsets, .col_offsets = col_offsets, .ranks = ranks,
-                   .tallest = largest_of(row_offsets, blocks), .widest = largest_of(col_offsets, blocks)};
-    job.change = (change_job){.kind = BFLOAT16, .A = A, .B = B, .factors = (int)factors, .A_rank = cols, .A_col = 1,
-                              .B_row = rank, .B_rank = 1, .rank = rank, .scaling = scaling, .ranks = ranks};
-    return job;
+static bf16_job bf16_job_of(const layer *l, const uint16_t *keep, i64 threads) {
+    return (bf16_job){.l = l, .parts = threads, .weight = l->weight, .keep = keep, .tallest = tallest_of(l),
+                      .widest = widest_of(l)};
 }
 
 static i64 greatest(i64 a, i64 b) { return a > b ? a : b; }
@@ -65,8 +55,8 @@ static void *taken(float **at, i64 bytes) {
 
 /* Tokens that are in a workspace at a time, so many quarters of those whose x or dY takes half of W0's memory, or of 1024: of
  * more the copies would take more memory, of fewer W0 would be prepared more often. */
-static i64 bf16_band(i64 rows, i64 cols, i64 quarters) {
-    i64 fit = up((rows + cols) * quarters, 16 * PAIR) * PAIR;
+static i64 bf16_band(const layer *l, i64 quarters) {
+    i64 fit = up((l->rows + l->cols) * quarters, 16 * PAIR) * PAIR;
     return greatest(fit, 256 * quarters);
 }
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ...definition.packed import PackedAdapter
 from ..pages import in_large_pages, workspace
+from .layer import Layer
 from .library import library, obstacle
-from .operands import KINDS, Mask, blocks_of, kept_by, named, with_rows
+from .operands import Mask, kept_by, named, with_rows
 
 __all__ = ["COMPILED_BF16", "backward", "has_amx", "is_faster", "is_there", "multiplies", "split"]
 
@@ -59,21 +60,14 @@ def has_amx() -> bool:
 
 def split(x: Tensor, bias: Tensor | None, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     """`x W0ᵀ + b + dropout(x) ΔWᵀ` (T, N), rounded once; b in x's dtype."""
-    code, threads, weight, p = library(), torch.get_num_threads(), adapter.weight, adapter.partition
-    x, A, B = with_rows(x), adapter.A.contiguous(), adapter.B.contiguous()
+    code, threads, x, layer = library(), torch.get_num_threads(), with_rows(x), _layer(adapter, mask)
     bias = None if bias is None else bias.contiguous()
-    *blocks, ranks = blocks_of(adapter)
-    shape, rank, indices = (x.shape[0], *weight.shape), A.shape[0], [one.data_ptr() for one in blocks]
-    y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
-    floats = code.smoa_bf16_forward_workspace(
-        *shape, *indices[2:], p.num_blocks, p.is_contiguous, mask is not None, rank, threads
-    )
-    room = workspace(x, floats)
+    y = in_large_pages(x.new_empty(x.shape[0], layer.rows))
+    room = workspace(x, code.smoa_bf16_forward_workspace(layer, x.shape[0], mask is not None, threads))
     with named(COMPILED_BF16):
         code.smoa_bf16_forward(
-            *shape, x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask), *indices,
-            p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype],
-            _scale(adapter, mask), None if bias is None else bias.data_ptr(), y.data_ptr(), room.data_ptr(), threads,
+            layer, x.shape[0], x.data_ptr(), x.stride(0), kept_by(mask), None if bias is None else bias.data_ptr(),
+            y.data_ptr(), room.data_ptr(), threads,
         )  # fmt: skip
     return y
 
@@ -82,38 +76,35 @@ def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, mask: Mask | None, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dA, dB), those that are asked for: `dX = dY W_eff`, or under dropout `dY W0 + dropoutᵀ(dY ΔW)`."""
-    code, threads, weight, p = library(), torch.get_num_threads(), adapter.weight, adapter.partition
-    dy, A, B = with_rows(dy), adapter.A.contiguous(), adapter.B.contiguous()
-    *blocks, ranks = blocks_of(adapter)
-    shape, rank, indices = (dy.shape[0], *weight.shape), A.shape[0], [one.data_ptr() for one in blocks]
-    scale, dx, dA, dB = _scale(adapter, mask), None, None, None
+    code, threads, dy, layer = library(), torch.get_num_threads(), with_rows(dy), _layer(adapter, mask)
+    tokens, dx, dA, dB = dy.shape[0], None, None, None
     if x is not None:
-        x, dA, dB = with_rows(x), A.new_empty(A.shape), B.new_empty(B.shape)
-        floats = code.smoa_bf16_gradient_workspace(
-            *shape, indices[3], p.num_blocks, p.is_contiguous, rank, threads
-        )
-        room = workspace(dy, floats)
+        x, dA, dB = with_rows(x), adapter.A.new_empty(adapter.A.shape), adapter.B.new_empty(adapter.B.shape)
+        room = workspace(dy, code.smoa_bf16_gradient_workspace(layer, tokens, threads))
         with named(COMPILED_BF16):
             code.smoa_bf16_gradient(
-                *shape, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
-                kept_by(mask), *indices, p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(),
-                B.data_ptr(), KINDS[A.dtype], scale, dA.data_ptr(), dB.data_ptr(), room.data_ptr(), threads,
+                layer, tokens, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), kept_by(mask), dA.data_ptr(),
+                dB.data_ptr(), room.data_ptr(), threads,
             )  # fmt: skip
 
     if needs_x:
-        dx = in_large_pages(dy.new_empty(dy.shape[0], weight.shape[1]))
-        floats = code.smoa_bf16_input_workspace(
-            *shape, indices[2], p.num_blocks, rank, mask is not None, threads
-        )
-        room = workspace(dy, floats)
+        dx = in_large_pages(dy.new_empty(tokens, layer.cols))
+        room = workspace(dy, code.smoa_bf16_input_workspace(layer, tokens, mask is not None, threads))
         with named(COMPILED_BF16):
             code.smoa_bf16_input(
-                *shape, dy.data_ptr(), dy.stride(0), weight.data_ptr(), weight.stride(0), kept_by(mask), *indices,
-                p.num_blocks, p.is_contiguous, ranks.data_ptr(), rank, A.data_ptr(), B.data_ptr(), KINDS[A.dtype],
-                scale, dx.data_ptr(), room.data_ptr(), threads,
-            )  # fmt: skip
+                layer,
+                tokens,
+                dy.data_ptr(),
+                dy.stride(0),
+                kept_by(mask),
+                dx.data_ptr(),
+                room.data_ptr(),
+                threads,
+            )
     return dx, dA, dB
 
 
-def _scale(adapter: PackedAdapter, mask: Mask | None) -> float:
-    return adapter.scaling.item() * (1.0 if mask is None else mask.scale)
+def _layer(adapter: PackedAdapter, mask: Mask | None) -> Layer:
+    scale = 1.0 if mask is None else mask.scale
+    A, B = adapter.A.contiguous(), adapter.B.contiguous()
+    return Layer(adapter.weight).adapt(adapter, A, B, scale).index(adapter)

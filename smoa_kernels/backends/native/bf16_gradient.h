@@ -10,18 +10,23 @@
 
 /* Tokens of a band: dY and x of these take as much memory as a square W0; a quarter of it where no rows of W0 are copied for
  * each band. */
-static i64 bf16_gradient_band(i64 rows, i64 cols, i64 contiguous) { return bf16_band(rows, cols, contiguous ? 1 : 4); }
+static i64 bf16_gradient_band(const layer *l) { return bf16_band(l, l->contiguous ? 1 : 4); }
 
 /* Tiles of each block's columns, or rows, padded: no more than these. */
 static i64 bf16_block_tiles(i64 count, i64 blocks) { return up(count, TERMS) + blocks; }
 
 static i64 bf16_rank_tiles(i64 ranks) { return up(ranks, SIDE); }
 
-static i64 bf16_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguous, i64 tiles, i64 threads) {
-    i64 height = bf16_together(rows, bf16_gradient_band(rows, cols, contiguous), L2_CACHE, threads);
-    i64 prepare = (up(rows, TERMS) + up(cols, TERMS)) * TILE;
+/* Rows whose G is made at a time. */
+static i64 bf16_gradient_rows(const layer *l, i64 threads) {
+    return bf16_together(l->rows, bf16_gradient_band(l), L2_CACHE, threads);
+}
+
+static i64 bf16_gradient_part_size(const layer *l, i64 widest, i64 threads) {
+    i64 height = bf16_gradient_rows(l, threads), tiles = bf16_rank_tiles(l->rank);
+    i64 prepare = (up(l->rows, TERMS) + up(l->cols, TERMS)) * TILE;
     i64 factors = lines(height * PAIR) + lines(PAIR * PAIR) + lines(height * tiles * SIDE) +
-                  (contiguous ? 0 : height * up(widest, TERMS) * TERMS / 2 + up(cols, TERMS) * TILE / 2);
+                  (l->contiguous ? 0 : height * up(widest, TERMS) * TERMS / 2 + up(l->cols, TERMS) * TILE / 2);
     return greatest(prepare, factors);
 }
 
@@ -29,47 +34,46 @@ static i64 bf16_gradient_part_size(i64 rows, i64 widest, i64 cols, i64 contiguou
 static i64 bf16_sums_size(i64 count, i64 blocks, i64 tiles) { return bf16_block_tiles(count, blocks) * TERMS * tiles * SIDE; }
 
 /* Floats that smoa_bf16_gradient needs. */
-i64 smoa_bf16_gradient_workspace(i64 tokens, i64 rows, i64 cols, const int32_t *col_offsets, i64 blocks, i64 contiguous,
-                                i64 ranks, i64 threads) {
-    i64 tiles = bf16_rank_tiles(ranks), tall = bf16_block_tiles(rows, blocks), wide = bf16_block_tiles(cols, blocks);
-    i64 some = least(tokens, bf16_gradient_band(rows, cols, contiguous)), widest = largest_of(col_offsets, blocks);
+i64 smoa_bf16_gradient_workspace(const layer *l, i64 tokens, i64 threads) {
+    i64 tiles = bf16_rank_tiles(l->rank), tall = bf16_block_tiles(l->rows, l->blocks);
+    i64 wide = bf16_block_tiles(l->cols, l->blocks), some = least(tokens, bf16_gradient_band(l));
     return (tall + wide) * TERMS * up(some, PAIR) * PAIR / 2 + lines(wide * TERMS * tiles * SIDE) +
-           bf16_sums_size(rows, blocks, tiles) +
-           threads * (bf16_sums_size(cols, blocks, tiles) +
-                      bf16_gradient_part_size(rows, widest, cols, contiguous, tiles, threads)) + 16;
+           bf16_sums_size(l->rows, l->blocks, tiles) +
+           threads * (bf16_sums_size(l->cols, l->blocks, tiles) + bf16_gradient_part_size(l, widest_of(l), threads)) + 16;
 }
 
 static float *bf16_gradient_room(const bf16_job *j, i64 part) {
-    return j->workspace + part * bf16_gradient_part_size(j->rows, j->widest, j->cols, j->contiguous,
-                                                       bf16_rank_tiles(j->rank), j->parts);
+    return j->workspace + part * bf16_gradient_part_size(j->l, j->widest, j->parts);
 }
 
 /* A as right tiles. */
 static void bf16_A_tiles(const bf16_job *j) {
+    const layer *l = j->l;
     half *to = j->A_lines, *pairs = (half *)j->workspace;
-    i64 tiles = bf16_rank_tiles(j->rank);
-    for (i64 k = 0; k < j->blocks; k++) {
-        i64 width = j->col_offsets[k + 1] - j->col_offsets[k], step = up(width, TERMS) * TILE;
+    i64 tiles = bf16_rank_tiles(l->rank);
+    for (i64 k = 0; k < l->blocks; k++) {
+        i64 width = l->col_offsets[k + 1] - l->col_offsets[k], step = up(width, TERMS) * TILE;
         for (i64 q = 0; q < tiles; q++, to += step) {
-            some_rows some = rows_at((const half *)j->change.A + q * SIDE * j->cols, j->cols, NULL, j->rank - q * SIDE);
-            pairs_of(&some, j->cols, NULL, pairs);
-            pick_pairs(pairs, j->col_index + j->col_offsets[k], width, to);
+            some_rows some = rows_at((const half *)l->A + q * SIDE * l->cols, l->cols, NULL, l->rank - q * SIDE);
+            pairs_of(&some, l->cols, NULL, pairs);
+            pick_pairs(pairs, l->col_index + l->col_offsets[k], width, to);
         }
     }
 }
 
 /* The same in float32: SIDE ranks of a column, then those of the next. */
 static void float_A_lines(const bf16_job *j) {
+    const layer *l = j->l;
     float *to = j->A_lines;
-    i64 tiles = bf16_rank_tiles(j->rank);
-    for (i64 k = 0; k < j->blocks; k++) {
-        const i64 *cols = j->col_index + j->col_offsets[k];
-        i64 width = j->col_offsets[k + 1] - j->col_offsets[k], deep = up(width, TERMS) * TERMS;
+    i64 tiles = bf16_rank_tiles(l->rank);
+    for (i64 k = 0; k < l->blocks; k++) {
+        const i64 *cols = l->col_index + l->col_offsets[k];
+        i64 width = l->col_offsets[k + 1] - l->col_offsets[k], deep = up(width, TERMS) * TERMS;
         for (i64 q = 0; q < tiles; q++)
             for (i64 c = 0; c < deep; c++, to += SIDE)
                 for (i64 t = 0; t < SIDE; t++) {
                     i64 rank = q * SIDE + t;
-                    to[t] = c < width && rank < j->rank ? one_of(j->change.A, rank * j->cols + cols[c], j->change.factors) : 0;
+                    to[t] = c < width && rank < l->rank ? one_of(l->A, rank * l->cols + cols[c], l->factors) : 0;
                 }
     }
 }
@@ -82,21 +86,22 @@ static i64 bf16_dy_in_pairs(i64 contiguous) { return contiguous && !amx_allowed(
 TILES static void bf16_gradient_prepare(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
+    const layer *l = j->l;
     float *at = bf16_gradient_room(j, part);
-    i64 steps = up(j->tokens, PAIR), lies = j->contiguous && !j->keep, pairs = bf16_dy_in_pairs(j->contiguous);
-    half *dy = taken(&at, up(j->rows, TERMS) * TILE * 4), *x = taken(&at, up(j->cols, TERMS) * TILE * 4);
+    i64 steps = up(j->tokens, PAIR), lies = l->contiguous && !j->keep, pairs = bf16_dy_in_pairs(l->contiguous);
+    half *dy = taken(&at, up(l->rows, TERMS) * TILE * 4), *x = taken(&at, up(l->cols, TERMS) * TILE * 4);
     for (i64 t = share_of(steps, 1, part, j->parts); t < share_of(steps, 1, part + 1, j->parts); t++) {
         i64 first = t * PAIR, there = j->tokens - first;
         const half *from = j->x + first * j->x_stride;
         half *left = j->dy_terms, *right = j->x_terms;
-        if (!pairs) columns_of(j->dy + first * j->dy_stride, j->dy_stride, there, j->rows, NULL, dy);
+        if (!pairs) columns_of(j->dy + first * j->dy_stride, j->dy_stride, there, l->rows, NULL, dy);
         if (!lies)
-            columns_of(from, j->x_stride, there, j->cols, j->keep ? j->keep + first * words(j->cols) : NULL, x);
-        for (i64 k = 0; k < j->blocks; k++) {
-            const i64 *rows = j->row_index + j->row_offsets[k], *cols = j->col_index + j->col_offsets[k];
-            i64 height = j->row_offsets[k + 1] - j->row_offsets[k], width = j->col_offsets[k + 1] - j->col_offsets[k];
+            columns_of(from, j->x_stride, there, l->cols, j->keep ? j->keep + first * words(l->cols) : NULL, x);
+        for (i64 k = 0; k < l->blocks; k++) {
+            const i64 *rows = l->row_index + l->row_offsets[k], *cols = l->col_index + l->col_offsets[k];
+            i64 height = l->row_offsets[k + 1] - l->row_offsets[k], width = l->col_offsets[k + 1] - l->col_offsets[k];
             for (i64 n = 0; n < height && pairs; n += PAIR)
-                tiles_of_tokens(j->dy + first * j->dy_stride, j->dy_stride, there, j->row_offsets[k] + n, height - n, NULL, 0,
+                tiles_of_tokens(j->dy + first * j->dy_stride, j->dy_stride, there, l->row_offsets[k] + n, height - n, NULL, 0,
                                 left + (n / SIDE * steps + t) * TILE, steps * TILE);
             for (i64 n = 0; n < height && !pairs; n++) {
                 __builtin_prefetch(terms_at(left, steps, n + SIDE, t * TERMS), 1); /* the next tile is far away */
@@ -104,7 +109,7 @@ TILES static void bf16_gradient_prepare(void *it, i64 part) {
             }
             left += up(height, PAIR) * PAIR * steps * TERMS;
             for (i64 c = 0; c < width && lies; c += PAIR)
-                tiles_of_tokens(from, j->x_stride, there, j->col_offsets[k] + c, width - c, NULL, 0,
+                tiles_of_tokens(from, j->x_stride, there, l->col_offsets[k] + c, width - c, NULL, 0,
                                 right + (c / SIDE * steps + t) * TILE, steps * TILE);
             for (i64 c = 0; c < width && !lies; c += SIDE) {
                 __m512i r[16];
@@ -238,55 +243,56 @@ INLINE void put(void *to, i64 at, i64 count, vf sum, int stored) {
 TILES static void bf16_factors(void *it, i64 part) {
     bf16_job *j = it;
     if (part >= j->parts) return;
-    i64 steps = up(j->tokens, PAIR), ranks = j->rank, tiles = bf16_rank_tiles(ranks), group = 0, groups = 0;
-    i64 size = bf16_sums_size(j->cols, j->blocks, tiles);
-    i64 group_rows = bf16_together(j->rows, bf16_gradient_band(j->rows, j->cols, j->contiguous), L2_CACHE, j->parts);
+    const layer *l = j->l;
+    i64 steps = up(j->tokens, PAIR), ranks = l->rank, tiles = bf16_rank_tiles(ranks), group = 0, groups = 0;
+    i64 size = bf16_sums_size(l->cols, l->blocks, tiles);
+    i64 group_rows = bf16_gradient_rows(l, j->parts);
     float *at = bf16_gradient_room(j, part), *dA = j->sums + part * size, *dB = j->row_sums;
     float *G = taken(&at, group_rows * PAIR * 4);
     void *H = taken(&at, PAIR * PAIR * 4), *B = taken(&at, group_rows * tiles * SIDE * 4);
-    half *ordered = taken(&at, j->contiguous ? 0 : group_rows * up(j->widest, TERMS) * TERMS * 2);
-    half *row_pairs = taken(&at, j->contiguous ? 0 : up(j->cols, TERMS) * TILE * 2);
+    half *ordered = taken(&at, l->contiguous ? 0 : group_rows * up(j->widest, TERMS) * TERMS * 2);
+    half *row_pairs = taken(&at, l->contiguous ? 0 : up(l->cols, TERMS) * TILE * 2);
     const half *left = j->dy_terms, *right = j->x_terms;
-    i64 in_halves = j->change.factors == BFLOAT16, pairs = bf16_dy_in_pairs(j->contiguous);
+    i64 in_halves = l->factors == BFLOAT16, pairs = bf16_dy_in_pairs(l->contiguous);
     i64 before = 0; /* columns of the blocks before, padded */
-    for (i64 k = 0; k < j->blocks; k++) groups += up(j->row_offsets[k + 1] - j->row_offsets[k], group_rows);
+    for (i64 k = 0; k < l->blocks; k++) groups += up(l->row_offsets[k + 1] - l->row_offsets[k], group_rows);
     i64 first = share_of(groups, 1, part, j->parts), end = share_of(groups, 1, part + 1, j->parts);
     begin_tiles();
-    for (i64 k = 0; k < j->blocks; k++) {
-        i64 top = j->row_offsets[k], height = j->row_offsets[k + 1] - top, rank = rank_of(j->ranks, k, j->rank);
-        const i64 *cols = j->col_index + j->col_offsets[k];
-        i64 width = j->col_offsets[k + 1] - j->col_offsets[k], deep = up(width, TERMS);
+    for (i64 k = 0; k < l->blocks; k++) {
+        i64 top = l->row_offsets[k], height = l->row_offsets[k + 1] - top, rank = rank_of(l, k);
+        const i64 *cols = l->col_index + l->col_offsets[k];
+        i64 width = l->col_offsets[k + 1] - l->col_offsets[k], deep = up(width, TERMS);
         i64 tall = up(height, PAIR) * PAIR;
         for (i64 n = 0; n < height; n += group_rows, group++) {
             if (group < first || group >= end || rank < 1) continue;
-            const i64 *rows = j->row_index + top + n;
+            const i64 *rows = l->row_index + top + n;
             i64 count = least(group_rows, height - n);
-            const half *weight = j->weight + (top + n) * j->stride + j->col_offsets[k];
-            for (i64 i = 0; i < count && !j->contiguous; i += SIDE) {
-                some_rows some = rows_at(j->weight, j->stride, rows + i, height - n - i);
-                pairs_of(&some, j->cols, NULL, row_pairs);
+            const half *weight = j->weight + (top + n) * l->row_stride + l->col_offsets[k];
+            for (i64 i = 0; i < count && !l->contiguous; i += SIDE) {
+                some_rows some = rows_at(j->weight, l->row_stride, rows + i, height - n - i);
+                pairs_of(&some, l->cols, NULL, row_pairs);
                 pick_rows(row_pairs, cols, width, ordered + (i / PAIR * deep * 2 + i / SIDE % 2) * TILE, 2 * TILE);
             }
             memset(B, 0, (size_t)(group_rows * tiles * SIDE * 4));
             for (i64 i = 0; i < count; i++) {
                 for (i64 t = 0; t < ranks && in_halves; t++)
                     ((half *)B)[(i / PAIR * tiles * SIDE + t) * TERMS + i % PAIR] =
-                        ((const half *)j->change.B)[rows[i] * ranks + t];
+                        ((const half *)l->B)[rows[i] * ranks + t];
                 for (i64 t = 0; t < ranks && !in_halves; t++)
                     ((float *)B)[((i / PAIR * tiles + t / SIDE) * PAIR + i % PAIR) * SIDE + t % SIDE] =
-                        one_of(j->change.B, rows[i] * ranks + t, j->change.factors);
+                        one_of(l->B, rows[i] * ranks + t, l->factors);
             }
             for (i64 c = 0; c < width; c += PAIR) {
-                if (j->contiguous) ask_for_rows(weight + c, j->stride, count, PAIR, 0, 1);
+                if (l->contiguous) ask_for_rows(weight + c, l->row_stride, count, PAIR, 0, 1);
                 add_products(count, least(PAIR, width - c), steps, left + n * steps * TERMS, pairs ? IN_PAIRS : IN_TILES,
                              right + c * steps * TERMS, steps, 0, G,
                              c + PAIR < width ? right + (c + PAIR) * steps * TERMS : NULL);
                 for (i64 i = 0; i < count; i += PAIR) {
                     i64 A_at = (before * tiles + c) * SIDE, B_at = i * tiles * SIDE, there = least(PAIR, count - i);
-                    const half *w = j->contiguous ? weight + i * j->stride + c : ordered + (i * deep + c) * PAIR;
-                    i64 stride = j->contiguous ? j->stride : TERMS;
+                    const half *w = l->contiguous ? weight + i * l->row_stride + c : ordered + (i * deep + c) * PAIR;
+                    i64 stride = l->contiguous ? l->row_stride : TERMS;
                     float *to_A = dA + c * tiles * SIDE, *to_B = dB + (n + i) * tiles * SIDE;
-                    vf scale = (vf){0} + j->change.scaling;
+                    vf scale = (vf){0} + l->scaling;
                     if (in_halves) {
                         make_H(G + i * PAIR, w, stride, there, width - c, scale, H);
                         contract_H(ranks, H, (half *)j->A_lines + A_at, deep, (half *)B + B_at, to_A, to_B);
@@ -307,16 +313,17 @@ TILES static void bf16_factors(void *it, i64 part) {
 
 /* dB of its sums. */
 static void bf16_write_dB(const bf16_job *j) {
-    i64 tiles = bf16_rank_tiles(j->rank);
+    const layer *l = j->l;
+    i64 tiles = bf16_rank_tiles(l->rank);
     const float *from = j->row_sums;
-    for (i64 k = 0; k < j->blocks; k++) {
-        const i64 *rows = j->row_index + j->row_offsets[k];
-        i64 height = j->row_offsets[k + 1] - j->row_offsets[k], rank = rank_of(j->ranks, k, j->rank);
+    for (i64 k = 0; k < l->blocks; k++) {
+        const i64 *rows = l->row_index + l->row_offsets[k];
+        i64 height = l->row_offsets[k + 1] - l->row_offsets[k], rank = rank_of(l, k);
         for (i64 i = 0; i < height; i++) {
-            for (i64 t = 0; t < j->rank; t += SIDE) {
+            for (i64 t = 0; t < l->rank; t += SIDE) {
                 vf sum = load(from + (i / PAIR * tiles + t / SIDE) * PAIR * SIDE + i % PAIR * SIDE);
                 sum = (vf)_mm512_maskz_mov_ps(t < rank ? (__mmask16)first_of(rank - t) : 0, (__m512)sum);
-                put(j->dB, rows[i] * j->rank + t, j->rank - t, sum, j->change.factors);
+                put(j->dB, rows[i] * l->rank + t, l->rank - t, sum, l->factors);
             }
         }
         from += up(height, PAIR) * tiles * PAIR * SIDE;
@@ -325,24 +332,25 @@ static void bf16_write_dB(const bf16_job *j) {
 
 /* dA of the parts' sums. */
 static void bf16_write_dA(const bf16_job *j) {
-    i64 tiles = bf16_rank_tiles(j->rank), size = bf16_sums_size(j->cols, j->blocks, tiles);
+    const layer *l = j->l;
+    i64 tiles = bf16_rank_tiles(l->rank), size = bf16_sums_size(l->cols, l->blocks, tiles);
     const float *from = j->sums;
-    for (i64 k = 0; k < j->blocks; k++) {
-        const i64 *cols = j->col_index + j->col_offsets[k];
-        i64 width = j->col_offsets[k + 1] - j->col_offsets[k], rank = rank_of(j->ranks, k, j->rank);
-        for (i64 t = 0; t < j->rank; t++)
+    for (i64 k = 0; k < l->blocks; k++) {
+        const i64 *cols = l->col_index + l->col_offsets[k];
+        i64 width = l->col_offsets[k + 1] - l->col_offsets[k], rank = rank_of(l, k);
+        for (i64 t = 0; t < l->rank; t++)
             for (i64 c = 0; c < width; c += SIDE) {
                 vf sum = {0};
                 const float *own = from + (c / PAIR * tiles + t / SIDE) * PAIR * SIDE + (c % PAIR + t % SIDE) * SIDE;
                 for (i64 part = 0; part < j->parts && t < rank; part++) sum += load(own + part * size);
                 char some[VECTOR_BYTES];
                 i64 there = least(SIDE, width - c);
-                put(some, 0, LANES, sum, j->change.factors);
+                put(some, 0, LANES, sum, l->factors);
                 for (i64 i = 0; i < there; i++)
-                    if (j->change.factors == FLOAT32)
-                        ((float *)j->dA)[t * j->cols + cols[c + i]] = ((const float *)some)[i];
+                    if (l->factors == FLOAT32)
+                        ((float *)j->dA)[t * l->cols + cols[c + i]] = ((const float *)some)[i];
                     else
-                        ((half *)j->dA)[t * j->cols + cols[c + i]] = ((const half *)some)[i];
+                        ((half *)j->dA)[t * l->cols + cols[c + i]] = ((const half *)some)[i];
             }
         from += up(width, PAIR) * tiles * PAIR * SIDE;
     }
@@ -350,30 +358,26 @@ static void bf16_write_dA(const bf16_job *j) {
 
 /* dA (rank, cols) and dB (rows, rank), stored as A and B: of dY (tokens, rows), with contiguous rows, and what
  * smoa_bf16_forward takes. */
-void smoa_bf16_gradient(i64 tokens, i64 rows, i64 cols, const void *dy, i64 dy_stride, const void *x, i64 x_stride,
-                       const void *weight, i64 stride, const uint16_t *keep, const i64 *row_index, const i64 *col_index,
-                       const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous,
-                       const int32_t *ranks, i64 rank, const void *A, const void *B, i64 factors, float scaling,
-                       void *dA, void *dB, float *workspace, i64 threads) {
-    bf16_job job = bf16_job_of(tokens, rows, cols, weight, stride, keep, row_index, col_index, row_offsets, col_offsets,
-                             blocks, contiguous, ranks, rank, A, B, factors, scaling, threads);
-    i64 tiles = bf16_rank_tiles(rank), wide = bf16_block_tiles(cols, blocks) * TERMS;
-    i64 band = bf16_gradient_band(rows, cols, contiguous), some = least(tokens, band);
-    i64 sums = bf16_sums_size(rows, blocks, tiles) + threads * bf16_sums_size(cols, blocks, tiles);
+void smoa_bf16_gradient(const layer *l, i64 tokens, const void *dy, i64 dy_stride, const void *x, i64 x_stride,
+                        const uint16_t *keep, void *dA, void *dB, float *workspace, i64 threads) {
+    bf16_job job = bf16_job_of(l, keep, threads);
+    i64 tiles = bf16_rank_tiles(l->rank), wide = bf16_block_tiles(l->cols, l->blocks) * TERMS;
+    i64 band = bf16_gradient_band(l), some = least(tokens, band);
+    i64 sums = bf16_sums_size(l->rows, l->blocks, tiles) + threads * bf16_sums_size(l->cols, l->blocks, tiles);
     float *at = from_a_line(workspace);
     job.dA = dA, job.dB = dB;
-    job.dy_terms = taken(&at, bf16_block_tiles(rows, blocks) * TERMS * up(some, PAIR) * PAIR * 2);
+    job.dy_terms = taken(&at, bf16_block_tiles(l->rows, l->blocks) * TERMS * up(some, PAIR) * PAIR * 2);
     job.x_terms = taken(&at, wide * up(some, PAIR) * PAIR * 2);
     job.A_lines = taken(&at, wide * tiles * SIDE * 4);
-    job.row_sums = taken(&at, sums * 4), job.sums = job.row_sums + bf16_sums_size(rows, blocks, tiles);
+    job.row_sums = taken(&at, sums * 4), job.sums = job.row_sums + bf16_sums_size(l->rows, l->blocks, tiles);
     job.workspace = at;
     memset(job.row_sums, 0, (size_t)sums * sizeof *job.row_sums);
-    factors == BFLOAT16 ? bf16_A_tiles(&job) : float_A_lines(&job);
+    l->factors == BFLOAT16 ? bf16_A_tiles(&job) : float_A_lines(&job);
     for (i64 first = 0; first < tokens; first += band) {
         job.tokens = least(band, tokens - first);
         job.dy = (const half *)dy + first * dy_stride, job.dy_stride = dy_stride;
         job.x = (const half *)x + first * x_stride, job.x_stride = x_stride;
-        job.keep = keep ? keep + first * words(cols) : NULL;
+        job.keep = keep ? keep + first * words(l->cols) : NULL;
         in_parallel(bf16_gradient_prepare, &job, threads);
         in_parallel(bf16_factors, &job, threads);
     }

@@ -77,27 +77,31 @@ static int expand_both(const experts *e, i64 expert, i64 *last, expanded *into) 
            (same_cols || expand(&e->cols, expert, e->blocks, into->col_index, into->col_block));
 }
 
+/* Expert `i`'s layer, of which `now` has indices and labels; NULL: neither. */
+static layer expert_of(const experts *e, i64 i, const expanded *now) {
+    layer l = {.rows = e->rows.count, .cols = e->cols.count, .stored = FLOAT32, .row_stride = e->weight_row,
+               .col_stride = e->weight_col, .weight = e->weight + i * e->weight_expert, .rank = e->rank, .factors = FLOAT32,
+               .A_rank = e->A_rank, .A_col = e->A_col, .B_row = e->B_row, .B_rank = e->B_rank, .A = e->A + i * e->A_expert,
+               .B = e->B + i * e->B_expert, .blocks = e->blocks, .contiguous = !e->rows.index, .ranks = e->ranks,
+               .row_offsets = offsets_of(&e->rows, i), .col_offsets = offsets_of(&e->cols, i), .scaling = (float)e->scaling};
+    if (now) {
+        l.row_index = now->row_index, l.col_index = now->col_index;
+        l.row_block = (labels){now->row_block, 1}, l.col_block = (labels){now->col_block, 1};
+    }
+    return l;
+}
+
 /* Whether a few pairs of one expert are multiplied as W0 is read. */
 static int few_of(const experts *e, i64 pairs) {
     return e->weight_col == 1 && e->A_col == 1 && smoa_few_fit(pairs, e->rank);
 }
 
-/* That: y (tokens, rows) = x W_effᵀ of expert `i`, or x ΔWᵀ where `alone`. */
-static void few(const experts *e, i64 i, i64 tokens, const float *x, i64 x_stride, i64 alone, const expanded *now,
-                float *y, float *workspace, i64 threads) {
-    smoa_few(tokens, e->rows.count, e->cols.count, x, x_stride, e->weight + i * e->weight_expert, e->weight_row, FLOAT32,
-             now->row_index, offsets_of(&e->rows, i), now->col_block, e->blocks, e->ranks, e->rank,
-             e->A + i * e->A_expert, e->A_rank, e->B + i * e->B_expert, e->B_row, e->B_rank, (float)e->scaling, y, alone,
-             workspace, threads);
-}
-
-/* Whether s B of expert `i` has a number that is not zero. */
-static int updates(const experts *e, i64 i, const expanded *now) {
-    const int32_t *offsets = offsets_of(&e->rows, i);
-    for (i64 k = 0; k < e->blocks && e->scaling != 0; k++)
-        for (i64 at = offsets[k]; at < offsets[k + 1]; at++)
-            for (i64 t = 0; t < rank_of(e->ranks, k, e->rank); t++)
-                if (e->B[i * e->B_expert + now->row_index[at] * e->B_row + t * e->B_rank] != 0) return 1;
+/* Whether s B has a number that is not zero. */
+static int updates(const layer *l) {
+    for (i64 k = 0; k < l->blocks && l->scaling != 0; k++)
+        for (i64 i = l->row_offsets[k]; i < l->row_offsets[k + 1]; i++)
+            for (i64 t = 0; t < rank_of(l, k); t++)
+                if (one_of(l->B, l->row_index[i] * l->B_row + t * l->B_rank, FLOAT32) != 0) return 1;
     return 0;
 }
 
@@ -107,15 +111,12 @@ enum { LINEAR, UPDATE, GRADIENT };
 
 /* Floats of one expert beside what its blocks are made into. */
 static i64 expert_size(const experts *e, i64 stage, i64 expert, i64 tokens, i64 threads) {
-    i64 rows = e->rows.count, cols = e->cols.count;
-    const int32_t *row_offsets = offsets_of(&e->rows, expert), *col_offsets = offsets_of(&e->cols, expert);
+    layer l = expert_of(e, expert, NULL);
     if (stage == GRADIENT)
-        return (threads > 1 ? lines(threads * e->rank * cols) : 0) +
-               smoa_gradient_workspace(tokens, row_offsets, col_offsets, e->blocks, e->rank, threads);
-    i64 update = stage == UPDATE ? lines(tokens * rows) : 0;
-    if (few_of(e, tokens)) return update + smoa_few_workspace(e->rank, cols, threads);
-    return update + (stage == UPDATE ? smoa_update_workspace(tokens, rows, cols, row_offsets, col_offsets, e->blocks, e->rank, threads)
-                                     : smoa_linear_workspace(tokens, cols, e->rank, threads));
+        return (threads > 1 ? lines(threads * l.rank * l.cols) : 0) + smoa_gradient_workspace(&l, tokens, threads);
+    i64 update = stage == UPDATE ? lines(tokens * l.rows) : 0;
+    if (few_of(e, tokens)) return update + smoa_few_workspace(&l, threads);
+    return update + (stage == UPDATE ? smoa_update_workspace : smoa_linear_workspace)(&l, tokens, threads);
 }
 
 /* Floats that the functions of a stage need; -1 where offsets or ends do not fit `pairs` and the weight. */
@@ -141,15 +142,13 @@ i64 smoa_experts_linear_fit(const experts *e, const float *x, i64 x_stride, floa
         i64 tokens = e->ends[i] - start;
         if (!tokens) continue;
         if (!expand_both(e, i, &last, &now)) return 0;
-        const float *A = e->A + i * e->A_expert, *B = e->B + i * e->B_expert, *weight = e->weight + i * e->weight_expert;
+        layer l = expert_of(e, i, &now);
         const float *from = x + start * x_stride;
-        float *to = y + start * e->rows.count;
+        float *to = y + start * l.rows;
         if (few_of(e, tokens))
-            few(e, i, tokens, from, x_stride, 0, &now, to, now.rest, threads);
+            smoa_few(&l, tokens, from, x_stride, to, 0, now.rest, threads);
         else
-            smoa_linear(tokens, e->rows.count, e->cols.count, from, FLOAT32, x_stride, weight, FLOAT32, e->weight_row, e->weight_col,
-                        now.row_block, now.col_block, 1, e->ranks, e->rank, A, e->A_rank, e->A_col, B, e->B_row,
-                        e->B_rank, (float)e->scaling, to, 0, now.rest, threads);
+            smoa_linear(&l, tokens, from, FLOAT32, x_stride, to, 0, now.rest, threads);
     }
     return 1;
 }
@@ -163,8 +162,9 @@ i64 smoa_experts_few_fit(const experts *e, i64 i, i64 first, i64 end, const floa
     i64 last = -1;
     if (!few_of(e, end - first)) return 0;
     if (!expand_both(e, i, &last, &now)) return -1;
-    if (!updates(e, i, &now)) return 0;
-    few(e, i, end - first, x + first * x_stride, x_stride, 0, &now, y + first * e->rows.count, now.rest, threads);
+    layer l = expert_of(e, i, &now);
+    if (!updates(&l)) return 0;
+    smoa_few(&l, end - first, x + first * x_stride, x_stride, y + first * l.rows, 0, now.rest, threads);
     return 1;
 }
 
@@ -176,14 +176,11 @@ i64 smoa_experts_update_fit(const experts *e, i64 i, i64 first, i64 end, const f
     if (!expand_both(e, i, &last, &now)) return 0;
     const float *from = x + first * x_stride;
     float *to = y + first * e->rows.count, *update = now.rest, *rest = update + lines(size);
+    layer l = expert_of(e, i, &now);
     if (few_of(e, tokens))
-        few(e, i, tokens, from, x_stride, 1, &now, update, rest, threads);
+        smoa_few(&l, tokens, from, x_stride, update, 1, rest, threads);
     else
-        smoa_update(tokens, e->rows.count, e->cols.count, from, FLOAT32, x_stride, NULL, e->weight + i * e->weight_expert,
-                    FLOAT32, e->weight_row, e->weight_col, now.row_index, now.col_index, offsets_of(&e->rows, i),
-                    offsets_of(&e->cols, i), e->blocks, !e->rows.index, e->ranks, e->rank, e->A + i * e->A_expert,
-                    e->A_rank, e->A_col, e->B + i * e->B_expert, e->B_row, e->B_rank, (float)e->scaling, update, NULL,
-                    rest, threads);
+        smoa_update(&l, tokens, from, FLOAT32, x_stride, NULL, update, NULL, rest, threads);
     for (i64 p = 0; p < size; p++) to[p] += update[p];
     return 1;
 }
@@ -201,11 +198,9 @@ i64 smoa_experts_gradient_fit(const experts *e, const float *dy, i64 dy_stride, 
         if (!expand_both(e, i, &last, &now)) return 0;
         float *sum = dA + i * size, *into = threads > 1 ? partial : sum;
         if (threads > 1) memset(partial, 0, (size_t)(threads * size) * sizeof *partial);
-        smoa_gradient(tokens, e->rows.count, e->cols.count, dy + start * dy_stride, dy_stride, x + start * x_stride,
-                      FLOAT32, x_stride, NULL, e->weight + i * e->weight_expert, FLOAT32, e->weight_row, e->weight_col, now.row_index,
-                      now.col_index, offsets_of(&e->rows, i), offsets_of(&e->cols, i), e->blocks, !e->rows.index,
-                      e->ranks, e->rank, e->A + i * e->A_expert, e->B + i * e->B_expert, (float)e->scaling, into,
-                      dB + i * e->rows.count * e->rank, rest, threads);
+        layer l = expert_of(e, i, &now);
+        smoa_gradient(&l, tokens, dy + start * dy_stride, dy_stride, x + start * x_stride, FLOAT32, x_stride, NULL, into,
+                      dB + i * l.rows * l.rank, rest, threads);
         for (i64 t = 0; threads > 1 && t < threads; t++)
             for (i64 j = 0; j < size; j++) sum[j] += partial[t * size + j];
     }

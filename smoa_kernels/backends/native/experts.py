@@ -12,6 +12,7 @@ from ...definition.experts import ExpertsAdapter
 from .. import Gradients, eager, experts
 from ..pages import workspace
 from . import backend
+from .layer import integers, pointers
 from .library import library, obstacle
 from .operands import KINDS, dense, named, with_rows
 
@@ -19,24 +20,30 @@ __all__ = ["experts_backward", "experts_product"]
 
 _LINEAR, _UPDATE, _GRADIENT = range(3)
 """What a workspace is for, as `experts.h` numbers it."""
-_POINTERS = ("ends", "ranks", "index", "offsets", "weight", "A", "B")
-
-
-def _fields(*names: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_void_p if name in _POINTERS else ctypes.c_int64) for name in names]
 
 
 class _Side(ctypes.Structure):
-    _fields_ = _fields("count", "index", "wide", "index_step", "offsets", "offsets_step")
+    _fields_ = [
+        *integers("count"),
+        *pointers("index"),
+        *integers("wide index_step"),
+        *pointers("offsets"),
+        *integers("offsets_step"),
+    ]
 
 
 class _Experts(ctypes.Structure):
     _fields_ = [
-        *_fields("count", "blocks", "rank", "ends", "ranks"),
+        *integers("count blocks rank"),
+        *pointers("ends ranks"),
         ("rows", _Side),
         ("cols", _Side),
-        *_fields("weight", "weight_expert", "weight_row", "weight_col"),
-        *_fields("A", "A_expert", "A_rank", "A_col", "B", "B_expert", "B_row", "B_rank"),
+        *pointers("weight"),
+        *integers("weight_expert weight_row weight_col"),
+        *pointers("A"),
+        *integers("A_expert A_rank A_col"),
+        *pointers("B"),
+        *integers("B_expert B_row B_rank"),
         ("scaling", ctypes.c_double),
     ]
 

@@ -14,12 +14,11 @@ enum {
 };
 
 typedef struct {
-    i64 tokens, rows, cols, blocks, parts, x_stride, weight_stride, A_stride, B_row, B_rank, rank;
+    const layer *l;
+    i64 tokens, parts, x_stride;
     const float *x, *A, *B;
-    const void *weight;
-    const i64 *row_index;
-    const int32_t *row_offsets, *col_block, *ranks;
-    float scaling, *y, *workspace;
+    const int32_t *col_block;
+    float *y, *workspace;
     int stored, alone; /* of W0; whether it is ΔW that is multiplied */
 } few_job;
 
@@ -29,15 +28,15 @@ typedef struct {
 } range;
 
 static range range_of(const few_job *j, i64 k) {
-    range own = {j->cols, 0};
-    for (i64 c = 0; c < j->cols; c++)
+    range own = {j->l->cols, 0};
+    for (i64 c = 0; c < j->l->cols; c++)
         if (j->col_block[c] == k) own = (range){least(own.first, c), c + 1};
     return own;
 }
 
 /* The columns by which rows are multiplied whose block lies in `own`: in ΔW all others are zero. */
 static inline range needed(const few_job *j, range own) {
-    return j->alone ? (range){own.first / LANES * LANES, own.end} : (range){0, j->cols};
+    return j->alone ? (range){own.first / LANES * LANES, own.end} : (range){0, j->l->cols};
 }
 
 /* Floats from one row to the next of those that are read side by side. Rows of 1024 or 2048 numbers would all lie in the
@@ -57,22 +56,23 @@ static void put_apart(i64 count, i64 cols, const float *from, i64 stride, float 
  * apart, and are multiplied as fast as they come. */
 INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, const float *A, i64 k, range own, const i64 *rows,
                      const i64 *next, float *y, float *factor) {
+    const layer *l = j->l;
     const range all = needed(j, own);
-    i64 rank = rank_of(j->ranks, k, j->rank), c = all.first, stride = apart(j->cols);
+    i64 rank = rank_of(l, k), c = all.first, cols = l->cols, stride = apart(cols);
     const float *weight[ROWS];
     const char *ahead[ROWS];
     float sum[ROWS][FEW] = {{0}};
     vf sums[ROWS][FEW];
     for (int i = 0; i < some; i++) {
-        const void *from = number(j->weight, rows[i] * j->weight_stride, j->stored);
-        float *line = factor + lines(j->rank * ROWS) + i * stride;
-        if (j->stored != FLOAT32) widen(from, j->cols, j->stored, line);
+        const void *from = number(l->weight, rows[i] * l->row_stride, j->stored);
+        float *line = factor + lines(l->rank * ROWS) + i * stride;
+        if (j->stored != FLOAT32) widen(from, cols, j->stored, line);
         weight[i] = j->stored == FLOAT32 ? from : line;
-        ahead[i] = number(j->weight, next[i] * j->weight_stride, j->stored);
+        ahead[i] = number(l->weight, next[i] * l->row_stride, j->stored);
         for (int t = 0; t < tokens; t++) sums[i][t] = (vf){0};
-        for (i64 t = 0; t < rank; t++) factor[t * some + i] = j->scaling * j->B[rows[i] * j->B_row + t * j->B_rank];
+        for (i64 t = 0; t < rank; t++) factor[t * some + i] = l->scaling * j->B[rows[i] * l->B_row + t * l->B_rank];
     }
-    for (; c + LANES <= j->cols && c < all.end; c += LANES) {
+    for (; c + LANES <= cols && c < all.end; c += LANES) {
         vi labels;
         memcpy(&labels, j->col_block + c, sizeof labels);
         vf update[ROWS] = {{0}};
@@ -100,7 +100,7 @@ INLINE void few_rows(int tokens, int some, const few_job *j, const float *x, con
             for (int t = 0; t < tokens; t++) sum[i][t] += w * x[t * stride + c];
         }
     for (int i = 0; i < some; i++)
-        for (int t = 0; t < tokens; t++) y[t * j->rows + rows[i]] = sum[i][t];
+        for (int t = 0; t < tokens; t++) y[t * l->rows + rows[i]] = sum[i][t];
 }
 
 /* Rows side by side whose sums registers hold. */
@@ -164,13 +164,14 @@ static i64 plain_count(const few_job *j, i64 tokens, i64 rank) { return tokens *
 /* The same of block k by x W0ᵀ + Σ_t s B_t (x ∘ A_t) W0ᵀ: so many tokens and ranks cost less than W_eff in registers. */
 static void plain_block(const few_job *j, i64 tokens, i64 rank, const float *x, i64 k, range own, const i64 *rows,
                         i64 first, i64 end, float *y, float *lines_of) {
-    i64 stride = apart(j->cols), all = plain_count(j, tokens, rank), before = j->alone ? 0 : tokens;
+    const layer *l = j->l;
+    i64 stride = apart(l->cols), all = plain_count(j, tokens, rank), before = j->alone ? 0 : tokens;
     range used = needed(j, own);
     memset(lines_of, 0, (size_t)(MOST_PLAIN * stride) * sizeof *lines_of);
     for (i64 i = 0; i < tokens; i++) {
-        if (before) memcpy(lines_of + i * stride, x + i * j->x_stride, (size_t)j->cols * sizeof *x);
+        if (before) memcpy(lines_of + i * stride, x + i * j->x_stride, (size_t)l->cols * sizeof *x);
         for (i64 t = 0; t < rank; t++)
-            modulated(x + i * j->x_stride, j->A + t * j->A_stride, j->col_block, (int32_t)k, own,
+            modulated(x + i * j->x_stride, j->A + t * l->A_rank, j->col_block, (int32_t)k, own,
                       lines_of + (before + t * tokens + i) * stride);
     }
     while (first < end) {
@@ -178,16 +179,16 @@ static void plain_block(const few_job *j, i64 tokens, i64 rank, const float *x, 
         const void *weight[PLAIN], *ahead[PLAIN];
         float sums[PLAIN * MOST_PLAIN];
         for (int i = 0; i < some; i++) {
-            weight[i] = number(j->weight, rows[first + i] * j->weight_stride + used.first, j->stored);
-            ahead[i] = number(j->weight, rows[least(first + some + i, end - 1)] * j->weight_stride + used.first, j->stored);
+            weight[i] = number(l->weight, rows[first + i] * l->row_stride + used.first, j->stored);
+            ahead[i] = number(l->weight, rows[least(first + some + i, end - 1)] * l->row_stride + used.first, j->stored);
         }
         plain(j->stored, all, some, weight, ahead, used.end - used.first, lines_of + used.first, stride, sums);
         for (int i = 0; i < some; i++, first++)
             for (i64 token = 0; token < tokens; token++) {
                 float update = 0, base = before ? sums[i * all + token] : 0;
                 for (i64 t = 0; t < rank; t++)
-                    update += sums[i * all + before + t * tokens + token] * j->B[rows[first] * j->B_row + t * j->B_rank];
-                y[token * j->rows + rows[first]] = base + j->scaling * update;
+                    update += sums[i * all + before + t * tokens + token] * j->B[rows[first] * l->B_row + t * l->B_rank];
+                y[token * l->rows + rows[first]] = base + l->scaling * update;
             }
     }
 }
@@ -204,26 +205,27 @@ INLINE void few_of_block(int tokens, const few_job *j, const float *x, const flo
 static void few_part(void *it, i64 part) {
     few_job *j = it;
     if (part >= j->parts) return;
-    float *factor = j->workspace + part * few_size(j->rank, j->cols);
-    float *A = factor + lines(j->rank * ROWS) + MOST_PLAIN * apart(j->cols), *some_x = A + j->rank * apart(j->cols);
-    put_apart(j->rank, j->cols, j->A, j->A_stride, A);
+    const layer *l = j->l;
+    float *factor = j->workspace + part * few_size(l->rank, l->cols);
+    float *A = factor + lines(l->rank * ROWS) + MOST_PLAIN * apart(l->cols), *some_x = A + l->rank * apart(l->cols);
+    put_apart(l->rank, l->cols, j->A, l->A_rank, A);
     for (i64 token = 0; token < j->tokens; token += FEW) {
         const float *x = j->x + token * j->x_stride;
-        put_apart(least(FEW, j->tokens - token), j->cols, x, j->x_stride, some_x);
-        float *y = j->y + token * j->rows;
-        for (i64 k = 0; k < j->blocks; k++) {
-            const i64 *rows = j->row_index + j->row_offsets[k];
-            i64 count = j->row_offsets[k + 1] - j->row_offsets[k];
+        put_apart(least(FEW, j->tokens - token), l->cols, x, j->x_stride, some_x);
+        float *y = j->y + token * l->rows;
+        for (i64 k = 0; k < l->blocks; k++) {
+            const i64 *rows = l->row_index + l->row_offsets[k];
+            i64 count = l->row_offsets[k + 1] - l->row_offsets[k];
             i64 first = share_of(count, ROWS, part, j->parts), end = share_of(count, ROWS, part + 1, j->parts);
-            i64 rank = rank_of(j->ranks, k, j->rank), tokens = least(FEW, j->tokens - token);
+            i64 rank = rank_of(l, k), tokens = least(FEW, j->tokens - token);
             range own = range_of(j, k);
             if (j->alone && (rank <= 0 || own.end == 0)) {
                 for (i64 t = 0; t < tokens; t++)
-                    for (i64 i = first; i < end; i++) y[t * j->rows + rows[i]] = 0;
+                    for (i64 i = first; i < end; i++) y[t * l->rows + rows[i]] = 0;
                 continue;
             }
             if (rank >= 0 && plain_count(j, tokens, rank) <= MOST_PLAIN) {
-                plain_block(j, tokens, rank, x, k, own, rows, first, end, y, factor + lines(j->rank * ROWS));
+                plain_block(j, tokens, rank, x, k, own, rows, first, end, y, factor + lines(l->rank * ROWS));
                 continue;
             }
             switch (tokens) {
@@ -246,16 +248,12 @@ i64 smoa_few_fit(i64 tokens, i64 rank) {
 }
 
 /* Floats that smoa_few needs. */
-i64 smoa_few_workspace(i64 rank, i64 cols, i64 threads) { return threads * few_size(rank, cols) + 16; }
+i64 smoa_few_workspace(const layer *l, i64 threads) { return threads * few_size(l->rank, l->cols) + 16; }
 
-/* y (tokens, rows) = x W_effᵀ, or x ΔWᵀ where `alone`: x, W0 (rows, cols), `stored` as it is, and A (rank, cols) with
- * contiguous rows, B (rows, rank). */
-void smoa_few(i64 tokens, i64 rows, i64 cols, const float *x, i64 x_stride, const void *weight, i64 weight_stride, i64 stored,
-              const i64 *row_index, const int32_t *row_offsets, const int32_t *col_block, i64 blocks,
-              const int32_t *ranks, i64 rank, const float *A, i64 A_stride, const float *B, i64 B_row, i64 B_rank,
-              float scaling, float *y, i64 alone, float *workspace, i64 threads) {
-    few_job job = {tokens, rows, cols, blocks, threads, x_stride, weight_stride, A_stride, B_row, B_rank, rank,
-                   x, A, B, weight, row_index, row_offsets, col_block, ranks, scaling, y, from_a_line(workspace),
-                   (int)stored, alone != 0};
+/* y (tokens, rows) = x W_effᵀ, or x ΔWᵀ where `alone`: x, W0 and A with contiguous rows, x and the factors float32. Needs
+ * `row_index` and its offsets, and labels of columns, which are wide. */
+void smoa_few(const layer *l, i64 tokens, const float *x, i64 x_stride, float *y, i64 alone, float *workspace, i64 threads) {
+    few_job job = {l, tokens, threads, x_stride, x, l->A, l->B, l->col_block.of, y, from_a_line(workspace),
+                   (int)l->stored, alone != 0};
     in_parallel(few_part, &job, threads);
 }

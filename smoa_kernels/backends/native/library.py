@@ -17,46 +17,47 @@ __all__ = ["library", "obstacle"]
 
 _FOLDER = Path(__file__).parent
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-# What each function takes: p a pointer, i an int64, f a float.
+# What each function takes: p a pointer, i an int64; l a pointer to what layer.py writes.
 _SIGNATURES = {
-    "smoa_linear": "iiipiipiiippipipiipiifpipi",
-    "smoa_update": "iiipiippiiippppiipipiipiifpppi",
-    "smoa_gradient": "iiipipiippiiippppiipippfpppi",
-    "smoa_contract": "iippiippppiipippifipppi",
-    "smoa_few": "iiipipiipppipipipiifpipi",
+    "smoa_linear": "lipiipipi",
+    "smoa_update": "lipiippppi",
+    "smoa_gradient": "lipipiippppi",
+    "smoa_contract": "lpipppi",
+    "smoa_few": "lipipipi",
     "smoa_order": "ipiippippipi",
-    "smoa_deltas": "piippppiipipiipiiifppi",
-    "smoa_modulate": "iiiipiippiipipiipiiifpipi",
+    "smoa_deltas": "lppi",
+    "smoa_modulate": "liiiipipi",
     "smoa_mask": "iiiiiipp",
     "smoa_experts_linear_fit": "ppippi",
     "smoa_experts_few_fit": "piiipippi",
     "smoa_experts_update_fit": "piiipippi",
     "smoa_experts_gradient_fit": "ppipipppi",
-    "smoa_labels_fit": "iippii",
     "smoa_few_fit": "ii",
     "smoa_linear_fit": "i",
-    "smoa_indices_fit": "iippppi",
-    "smoa_linear_workspace": "iiii",
-    "smoa_few_workspace": "iii",
-    "smoa_update_workspace": "iiippiii",
-    "smoa_gradient_workspace": "ippiii",
-    "smoa_contract_workspace": "iippiii",
+    "smoa_labels_fit": "l",
+    "smoa_indices_fit": "l",
+    "smoa_linear_workspace": "lii",
+    "smoa_few_workspace": "li",
+    "smoa_update_workspace": "lii",
+    "smoa_gradient_workspace": "lii",
+    "smoa_contract_workspace": "li",
+    "smoa_deltas_workspace": "li",
+    "smoa_modulate_workspace": "li",
     "smoa_experts_workspace": "piii",
     "smoa_order_workspace": "ii",
-    "smoa_change_workspace": "iii",
     "smoa_bf16_fit": "",
     "smoa_amx_fit": "",
 }
 # Those that are there where the compiler knows the instructions, and are called where the processor has them.
 _BF16_SIGNATURES = {
-    "smoa_bf16_forward": "iiipipipppppiipippifpppi",
-    "smoa_bf16_gradient": "iiipipipipppppiipippifpppi",
-    "smoa_bf16_input": "iiipipipppppiipippifppi",
-    "smoa_bf16_forward_workspace": "iiippiiiii",
-    "smoa_bf16_gradient_workspace": "iiipiiii",
-    "smoa_bf16_input_workspace": "iiipiiii",
+    "smoa_bf16_forward": "lipippppi",
+    "smoa_bf16_gradient": "lipipippppi",
+    "smoa_bf16_input": "lipipppi",
+    "smoa_bf16_forward_workspace": "liii",
+    "smoa_bf16_gradient_workspace": "lii",
+    "smoa_bf16_input_workspace": "liii",
 }
-_TYPES = {"p": _POINTER, "i": _INT, "f": ctypes.c_float}
+_TYPES = {"l": _POINTER, "p": _POINTER, "i": _INT}
 
 
 def obstacle() -> str | None:

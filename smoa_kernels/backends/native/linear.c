@@ -25,29 +25,32 @@
 #endif
 
 typedef struct {
-    i64 tokens, rows, cols, parts, bands; /* bands of tokens, each for parts / bands threads */
+    const layer *l;
+    const adapter *m; /* NULL: none */
+    i64 tokens, parts, bands; /* bands of tokens, each for parts / bands threads */
     int thirds;
-    matrix x, weight;
-    const adapter *m;
+    matrix x;
     float *y, *workspace;
     int add;
 } linear_job;
 
-/* Floats that smoa_linear needs. */
-i64 smoa_linear_workspace(i64 tokens, i64 cols, i64 rank, i64 threads) {
-    return threads * product_size(by_thirds(tokens, cols), tokens, cols, rank) + 16;
+static i64 linear_size(const layer *l, i64 tokens) {
+    return product_size(by_thirds(tokens, l->cols), tokens, l->cols, l->rank);
 }
+
+/* Floats that smoa_linear needs. */
+i64 smoa_linear_workspace(const layer *l, i64 tokens, i64 threads) { return threads * linear_size(l, tokens) + 16; }
 
 static void linear_part(void *it, i64 part) {
     linear_job *j = it;
     if (part >= j->parts) return;
-    i64 sides = j->parts / j->bands, band = part / sides, side = part % sides, high = left_height(j->thirds);
-    i64 top = share_of(j->tokens, high, band, j->bands), height = share_of(j->tokens, high, band + 1, j->bands) - top;
-    i64 left = share_of(j->rows, NR, side, sides), width = share_of(j->rows, NR, side + 1, sides) - left;
+    i64 rows = j->l->rows, sides = j->parts / j->bands, band = part / sides, side = part % sides;
+    i64 high = left_height(j->thirds), top = share_of(j->tokens, high, band, j->bands);
+    i64 height = share_of(j->tokens, high, band + 1, j->bands) - top;
+    i64 left = share_of(rows, NR, side, sides), width = share_of(rows, NR, side + 1, sides) - left;
     if (!height || !width) return;
-    i64 size = product_size(j->thirds, j->tokens, j->cols, j->m ? j->m->rank : 0);
-    product(j->thirds, j->x, top, height, j->weight, left, width, j->cols, terms_of(j->tokens), j->m,
-            j->y + top * j->rows + left, j->rows, j->add, j->workspace + part * size);
+    product(j->thirds, j->x, top, height, weight_of(j->l), left, width, j->l->cols, terms_of(j->tokens), j->m,
+            j->y + top * rows + left, rows, j->add, j->workspace + part * linear_size(j->l, j->tokens));
 }
 
 /* Every thread packs what it multiplies: of x `tokens / bands` rows, of W0 as many as `bands / parts` leaves it. */
@@ -58,16 +61,13 @@ static i64 bands_of(i64 tokens, i64 rows, i64 parts) {
     return best;
 }
 
-/* y (tokens, rows) = x W_effᵀ, or y plus that where `add`: x (tokens, cols) with contiguous rows, W0 (rows, cols) in
- * either memory order, both as they are stored; with W0 for W_eff where rank is 0. No dimension is 0. */
-void smoa_linear(i64 tokens, i64 rows, i64 cols, const void *x, i64 x_stored, i64 x_stride, const void *weight, i64 stored,
-                 i64 row_stride, i64 col_stride, const void *row_block, const void *col_block, i64 wide, const int32_t *ranks, i64 rank,
-                 const float *A, i64 A_rank, i64 A_col, const float *B, i64 B_row, i64 B_rank, float scaling, float *y,
-                 i64 add, float *workspace, i64 threads) {
-    adapter m = {A, B, A_rank, A_col, B_row, B_rank, rank, scaling, {row_block, wide}, {col_block, wide}, ranks, NULL,
-                 NULL};
-    linear_job job = {tokens, rows, cols, threads, bands_of(tokens, rows, threads), by_thirds(tokens, cols),
-                      matrix_of(x, x_stored, x_stride, 1), matrix_of(weight, stored, row_stride, col_stride), rank ? &m : NULL, y, from_a_line(workspace), add != 0};
+/* y (tokens, rows) = x W_effᵀ, or y plus that where `add`; with W0 for W_eff where rank is 0. x (tokens, cols) has contiguous
+ * rows, W0 either memory order, both as they are stored; the factors are float32. No dimension is 0. Needs labels. */
+void smoa_linear(const layer *l, i64 tokens, const void *x, i64 x_stored, i64 x_stride, float *y, i64 add, float *workspace,
+                 i64 threads) {
+    adapter m = adapter_of(l);
+    linear_job job = {l, l->rank ? &m : NULL, tokens, threads, bands_of(tokens, l->rows, threads), by_thirds(tokens, l->cols),
+                      matrix_of(x, x_stored, x_stride, 1), y, from_a_line(workspace), add != 0};
     in_parallel(linear_part, &job, threads);
 }
 
@@ -83,9 +83,10 @@ static int labelled(labels of, i64 count, i64 blocks) {
     return found;
 }
 
-/* Whether every row and column is of one of the blocks: what smoa_linear takes for granted. */
-i64 smoa_labels_fit(i64 rows, i64 cols, const void *row_block, const void *col_block, i64 wide, i64 blocks) {
-    return labelled((labels){row_block, wide}, rows, blocks) && labelled((labels){col_block, wide}, cols, blocks);
+/* Whether every row and column, of those that have labels, is of one of the blocks: what functions take for granted. */
+i64 smoa_labels_fit(const layer *l) {
+    return (!l->row_block.of || labelled(l->row_block, l->rows, l->blocks)) &&
+           (!l->col_block.of || labelled(l->col_block, l->cols, l->blocks));
 }
 
 enum { SEEN = 1 << 16 /* coordinates that are looked for at a time: a bit for each, on the stack */ };
@@ -107,11 +108,10 @@ static int indexed(const i64 *index, const int32_t *offsets, i64 count, i64 bloc
     return found;
 }
 
-/* Whether the blocks share all rows and all columns, each once: what smoa_gradient, smoa_update and smoa_few take for
- * granted. */
-i64 smoa_indices_fit(i64 rows, i64 cols, const i64 *row_index, const i64 *col_index, const int32_t *row_offsets,
-                     const int32_t *col_offsets, i64 blocks) {
-    return indexed(row_index, row_offsets, rows, blocks) && indexed(col_index, col_offsets, cols, blocks);
+/* Whether the blocks share all rows and all columns, each once: what functions take for granted. */
+i64 smoa_indices_fit(const layer *l) {
+    return indexed(l->row_index, l->row_offsets, l->rows, l->blocks) &&
+           indexed(l->col_index, l->col_offsets, l->cols, l->blocks);
 }
 
 #include "experts.h"

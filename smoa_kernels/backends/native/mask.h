@@ -53,8 +53,8 @@ static inline uint16_t kept_bits(const int16_t *levels, int16_t least_kept) {
     return (uint16_t)~_mm_movemask_epi8(bytes);
 }
 
-/* keep (tokens, words(cols)): for each token `drawn` numbers are drawn, whose levels from `first` on are the columns'. A bit is set where a level is `least_kept` or above. `line` has room for a token's levels and
- * PIECE more. */
+/* keep (tokens, words(cols)): for each token `drawn` numbers are drawn, whose levels from `first` on are the columns'. A bit is
+ * set where a level is `least_kept` or above. `line` has room for a token's levels and PIECE more. */
 void smoa_mask(i64 tokens, i64 cols, i64 first, i64 drawn, i64 seed, i64 least_kept, int16_t *line, uint16_t *keep) {
     twister t;
     seed_twister(&t, (uint32_t)seed);

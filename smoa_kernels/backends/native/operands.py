@@ -10,20 +10,16 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ...definition.dropout import Dropout
-from ...definition.packed import PackedAdapter
 from .library import library
 
 __all__ = [
     "KINDS",
     "Mask",
     "along_memory",
-    "blocks_of",
     "dense",
     "drawn",
     "kept_by",
-    "labels_of",
     "named",
-    "no_fit",
     "with_rows",
 ]
 
@@ -57,55 +53,9 @@ def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
     return Mask(kept, dropout.scale)
 
 
-def blocks_of(adapter: PackedAdapter) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Row and column indices, their offsets, and the ranks, as the compiled code reads them.
-
-    Raises:
-        ValueError: they do not fit the weight.
-    """
-    p, count = adapter.partition, adapter.partition.num_blocks
-    row_index, col_index = dense(p.row_index, torch.int64), dense(p.col_index, torch.int64)
-    row_offsets, col_offsets = dense(p.row_offsets, torch.int32), dense(p.col_offsets, torch.int32)
-    found = row_index, col_index, row_offsets, col_offsets, dense(adapter.ranks, torch.int32)
-    indices = (one.data_ptr() for one in found[:4])
-    if tuple(one.numel() for one in found) != (*adapter.weight.shape, count + 1, count + 1, count) or not (
-        library().smoa_indices_fit(*adapter.weight.shape, *indices, count)
-    ):
-        raise no_fit(adapter.weight, count)
-    return found
-
-
-def labels_of(adapter: PackedAdapter) -> tuple[Tensor, Tensor, bool]:
-    """The block of each row and column, both uint8 or, where the last says so, int32.
-
-    Raises:
-        ValueError: they do not fit the weight.
-    """
-    p = adapter.partition
-    label = torch.uint8 if p.row_block.dtype == p.col_block.dtype == torch.uint8 else torch.int32
-    row_block, col_block, wide = dense(p.row_block, label), dense(p.col_block, label), label == torch.int32
-    fits = (row_block.numel(), col_block.numel(), adapter.ranks.numel()) == (
-        *adapter.weight.shape,
-        p.num_blocks,
-    )
-    if not fits or not library().smoa_labels_fit(
-        *adapter.weight.shape, row_block.data_ptr(), col_block.data_ptr(), wide, p.num_blocks
-    ):
-        raise no_fit(adapter.weight, p.num_blocks)
-    return row_block, col_block, wide
-
-
 def kept_by(mask: Mask | None) -> int | None:
     """The address of a mask's bits; without a mask nothing is dropped."""
     return None if mask is None else mask.kept.data_ptr()
-
-
-def no_fit(weight: Tensor, num_blocks: int) -> ValueError:
-    """The error where torch's operators would meet an index out of range, and compiled code would read on."""
-    return ValueError(
-        f"partition must have all rows and columns of weight {tuple(weight.shape)} in its {num_blocks} blocks, got "
-        "labels, indices or offsets that do not"
-    )
 
 
 def named(name: str) -> AbstractContextManager[object]:

@@ -101,7 +101,8 @@ INLINE void tile_of(int rows, i64 depth, const float *a, const float *b, float *
 
 /* Of the last rows no more are computed than some: of 128 tokens the last two are not worth fourteen. A function of its
  * own: inlined where registers are scarce it would keep sums in memory. */
-static __attribute__((noinline)) void tile(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
+static __attribute__((noinline)) void tile(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
+                                           int add) {
     if (height > MR / 2)
         tile_of(MR, depth, a, b, c, stride, height, width, add);
     else if (height > MR / 4)
@@ -219,5 +220,6 @@ static void ask_for(matrix m, i64 first, i64 count, i64 k, i64 depth, i64 row, i
     const void *data = number(m.data, first * m.row_stride + k * m.col_stride, m.stored);
     i64 runs = along ? count : depth, length = along ? depth : count, stride = along ? m.row_stride : m.col_stride;
     for (i64 run = runs * row / height; run < runs * least(height, row + next) / height; run++)
-        for (i64 i = 0; i < length; i += 64 / bytes_of(m.stored)) __builtin_prefetch(number(data, run * stride + i, m.stored), 0, 2);
+        for (i64 i = 0; i < length; i += 64 / bytes_of(m.stored))
+            __builtin_prefetch(number(data, run * stride + i, m.stored), 0, 2);
 }

@@ -75,20 +75,12 @@ void smoa_order(i64 tokens, void *own, i64 stride, i64 kind, const i64 *index, c
 }
 
 typedef struct {
-    i64 rows, cols, blocks, parts, stride, out_stride, contiguous;
-    const void *weight;
-    int kind; /* of W0, and of what is made */
-    /* A (rank, cols) and B (rows, rank), of `factors`, with any strides. */
-    const void *A, *B;
-    int factors;
-    i64 A_rank, A_col, B_row, B_rank, rank;
-    float scaling;
-    const int32_t *ranks;
-    labels row_block, col_block;
-    const i64 *row_index, *col_index;
-    const int32_t *row_offsets, *col_offsets;
+    const layer *l;
+    i64 rows, cols, top, left; /* how many, and from where on */
     void *out;
+    i64 out_stride;
     float *workspace;
+    i64 parts;
 } change_job;
 
 /* Columns of some rows of block k, side by side, as many of LANES from `c` on as are `there`: W0 ∘ (1 + s B A) where `blocks`
@@ -120,21 +112,21 @@ INLINE void change_rows(int kind, int some, const void *const *from, void *const
 }
 
 /* The same of up to ROWS rows, whose B is that of `rows`. */
-static void change(const change_job *j, int some, const void *const *from, void *const *to, i64 first, i64 end,
+static void change(const layer *l, int some, const void *const *from, void *const *to, i64 first, i64 end,
                    const float *A, i64 stride, const i64 *rows, float *factor, const int32_t *blocks, int32_t k) {
-    i64 rank = rank_of(j->ranks, k, j->rank);
+    i64 rank = rank_of(l, k);
     for (int i = 0; i < some && some < ROWS && some > 1; i++)
-        change(j, 1, from + i, to + i, first, end, A, stride, rows + i, factor, blocks, k);
+        change(l, 1, from + i, to + i, first, end, A, stride, rows + i, factor, blocks, k);
     if (some != 1 && some != ROWS) return;
     for (i64 t = 0; t < rank; t++)
         for (int i = 0; i < some; i++)
-            factor[t * some + i] = j->scaling * one_of(j->B, rows[i] * j->B_row + t * j->B_rank, j->factors);
+            factor[t * some + i] = l->scaling * one_of(l->B, rows[i] * l->B_row + t * l->B_rank, (int)l->factors);
 #define CALL(kind)                                                                           \
     if (some == 1)                                                                           \
         change_rows(kind, 1, from, to, first, end, A, stride, rank, factor, blocks, k);      \
     else                                                                                     \
         change_rows(kind, ROWS, from, to, first, end, A, stride, rank, factor, blocks, k)
-    WITH_KIND(j->kind, CALL)
+    WITH_KIND(l->stored, CALL)
 #undef CALL
 }
 
@@ -144,104 +136,99 @@ static i64 change_size(i64 widest, i64 rank) {
     return lines(rank * ROWS) + (rank + ROWS + 1) * padded(widest) + pieces_size(widest);
 }
 
-/* A's columns side by side, ranks `apart`; `cols` NULL: all. */
-static void copy_A(const change_job *j, const i64 *cols, i64 width, i64 rank, float *to, i64 apart) {
+/* A's columns `cols` side by side, ranks `apart`; NULL: those from `first` on. */
+static void copy_A(const layer *l, const i64 *cols, i64 first, i64 width, i64 rank, float *to, i64 apart) {
     for (i64 t = 0; t < rank; t++)
         for (i64 c = 0; c < width; c++)
-            to[t * apart + c] = one_of(j->A, t * j->A_rank + (cols ? cols[c] : c) * j->A_col, j->factors);
+            to[t * apart + c] = one_of(l->A, t * l->A_rank + (cols ? cols[c] : first + c) * l->A_col, (int)l->factors);
 }
 
 static void deltas_part(void *it, i64 part) {
     change_job *j = it;
     if (part >= j->parts) return;
-    i64 widest = largest_of(j->col_offsets, j->blocks);
-    float *factor = j->workspace + part * change_size(widest, j->rank), *A = factor + lines(j->rank * ROWS);
+    const layer *l = j->l;
+    i64 widest = widest_of(l);
+    int kind = (int)l->stored;
+    float *factor = j->workspace + part * change_size(widest, l->rank), *A = factor + lines(l->rank * ROWS);
     char *out = j->out;
-    for (i64 k = 0; k < j->blocks; k++) {
-        i64 height = j->row_offsets[k + 1] - j->row_offsets[k], width = j->col_offsets[k + 1] - j->col_offsets[k];
-        i64 rank = rank_of(j->ranks, k, j->rank);
-        const i64 *rows = j->row_index + j->row_offsets[k], *cols = j->col_index + j->col_offsets[k];
-        float *line = A + j->rank * padded(widest);
+    for (i64 k = 0; k < l->blocks; k++) {
+        i64 height = l->row_offsets[k + 1] - l->row_offsets[k], width = l->col_offsets[k + 1] - l->col_offsets[k];
+        i64 rank = rank_of(l, k);
+        const i64 *rows = l->row_index + l->row_offsets[k], *cols = l->col_index + l->col_offsets[k];
+        float *line = A + l->rank * padded(widest);
         piece *pieces = (piece *)(line + ROWS * padded(widest));
-        i64 some = stored_pieces_of(cols, width, j->kind, pieces);
-        copy_A(j, cols, width, rank, A, padded(width));
+        i64 some = stored_pieces_of(cols, width, kind, pieces);
+        copy_A(l, cols, 0, width, rank, A, padded(width));
         i64 first = share_of(height, ROWS, part, j->parts), end = share_of(height, ROWS, part + 1, j->parts);
         for (; first < end && rank > 0; first += ROWS) {
             const void *from[ROWS];
             void *to[ROWS];
             int there = (int)least(ROWS, end - first);
             for (int i = 0; i < there; i++) {
-                const void *weight = number(j->weight, rows[first + i] * j->stride, j->kind);
+                const void *weight = number(l->weight, rows[first + i] * l->row_stride, kind);
                 void *ordered = line + i * padded(widest);
-                from[i] = j->contiguous ? number(weight, j->col_offsets[k], j->kind) : ordered;
-                if (!j->contiguous) gather_stored(weight, cols, width, pieces, some, j->kind, ordered);
-                to[i] = out + (first + i) * width * bytes_of(j->kind);
+                from[i] = l->contiguous ? number(weight, l->col_offsets[k], kind) : ordered;
+                if (!l->contiguous) gather_stored(weight, cols, width, pieces, some, kind, ordered);
+                to[i] = out + (first + i) * width * bytes_of(kind);
             }
-            change(j, there, from, to, 0, width, A, padded(width), rows + first, factor, NULL, (int32_t)k);
+            change(l, there, from, to, 0, width, A, padded(width), rows + first, factor, NULL, (int32_t)k);
         }
-        out += height * width * bytes_of(j->kind);
+        out += height * width * bytes_of(kind);
     }
 }
 
-/* Floats that smoa_deltas needs, of the columns of the widest block, or smoa_modulate, of all. */
-i64 smoa_change_workspace(i64 widest, i64 rank, i64 threads) { return threads * change_size(widest, rank) + 16; }
+/* Floats that smoa_deltas needs. */
+i64 smoa_deltas_workspace(const layer *l, i64 threads) { return threads * change_size(widest_of(l), l->rank) + 16; }
 
-/* out = ΔW_k = W0 ∘ s B_k A_k of every block (its rows, its columns), one after another; of blocks of no rank nothing is
- * written. W0, its rows contiguous, and `out` are of `kind`. */
-void smoa_deltas(const void *weight, i64 stride, i64 kind, const i64 *row_index, const i64 *col_index,
-                 const int32_t *row_offsets, const int32_t *col_offsets, i64 blocks, i64 contiguous,
-                 const int32_t *ranks, i64 rank, const void *A, i64 A_rank, i64 A_col, const void *B, i64 B_row,
-                 i64 B_rank, i64 factors, float scaling, void *out, float *workspace, i64 threads) {
-    change_job job = {0, 0, blocks, threads, stride, 0, contiguous, weight, (int)kind, A, B, (int)factors, A_rank, A_col,
-                      B_row, B_rank, rank, scaling, ranks, {NULL, 0}, {NULL, 0}, row_index, col_index, row_offsets,
-                      col_offsets, out, from_a_line(workspace)};
+/* out = ΔW_k = W0 ∘ s B_k A_k of every block (its rows, its columns), one after another, stored as W0 is, whose rows are
+ * contiguous; of blocks of no rank nothing is written. Needs indices. */
+void smoa_deltas(const layer *l, void *out, float *workspace, i64 threads) {
+    change_job job = {.l = l, .out = out, .workspace = from_a_line(workspace), .parts = threads};
     in_parallel(deltas_part, &job, threads);
 }
 
 static void modulate_part(void *it, i64 part) {
     change_job *j = it;
     if (part >= j->parts) return;
-    float *factor = j->workspace + part * change_size(j->cols, j->rank), *A = factor + lines(j->rank * ROWS);
-    int32_t *blocks = (int32_t *)(A + j->rank * padded(j->cols));
+    const layer *l = j->l;
+    int kind = (int)l->stored;
+    i64 size = bytes_of(kind);
+    float *factor = j->workspace + part * change_size(l->cols, l->rank), *A = factor + lines(l->rank * ROWS);
+    int32_t *blocks = (int32_t *)(A + l->rank * padded(j->cols));
     i64 first = share_of(j->rows, ROWS, part, j->parts), end = share_of(j->rows, ROWS, part + 1, j->parts);
-    copy_A(j, NULL, j->cols, j->rank, A, padded(j->cols));
-    for (i64 c = 0; c < j->cols; c++) blocks[c] = label(j->col_block, c);
-    for (i64 k = 0; k < j->blocks; k++) {
+    copy_A(l, NULL, j->left, j->cols, l->rank, A, padded(j->cols));
+    for (i64 c = 0; c < j->cols; c++) blocks[c] = label(l->col_block, j->left + c);
+    for (i64 k = 0; k < l->blocks; k++) {
         range own = {j->cols, j->cols}; /* what is not of the block is W0's */
         for (i64 c = 0; c < j->cols; c++)
             if (blocks[c] == k) own = (range){least(own.first, c / LANES * LANES), least(j->cols, (c / LANES + 1) * LANES)};
         const void *from[ROWS];
         void *to[ROWS];
-        i64 rows[ROWS], size = bytes_of(j->kind);
+        i64 rows[ROWS];
         int there = 0;
         for (i64 r = first; r < end; r++) {
-            if (label(j->row_block, r) != k) continue;
-            const char *weight = number(j->weight, r * j->stride, j->kind);
+            if (label(l->row_block, j->top + r) != k) continue;
+            const char *weight = number(l->weight, (j->top + r) * l->row_stride + j->left, kind);
             char *out = (char *)j->out + r * j->out_stride * size;
             memcpy(out, weight, (size_t)(own.first * size));
             memcpy(out + own.end * size, weight + own.end * size, (size_t)((j->cols - own.end) * size));
-            from[there] = weight, to[there] = out, rows[there++] = r;
+            from[there] = weight, to[there] = out, rows[there++] = j->top + r;
             if (there == ROWS) {
-                change(j, there, from, to, own.first, own.end, A, padded(j->cols), rows, factor, blocks, (int32_t)k);
+                change(l, there, from, to, own.first, own.end, A, padded(j->cols), rows, factor, blocks, (int32_t)k);
                 there = 0;
             }
         }
-        change(j, there, from, to, own.first, own.end, A, padded(j->cols), rows, factor, blocks, (int32_t)k);
+        change(l, there, from, to, own.first, own.end, A, padded(j->cols), rows, factor, blocks, (int32_t)k);
     }
 }
 
-/* out (rows, cols), rows `out_stride` apart, = a part of W_eff, from row `top` and column `left` on, of W0 with contiguous
- * rows, both of `kind`; W0's rows and columns have labels. */
-void smoa_modulate(i64 rows, i64 cols, i64 top, i64 left, const void *weight, i64 stride, i64 kind,
-                   const void *row_block, const void *col_block, i64 wide, i64 blocks, const int32_t *ranks, i64 rank,
-                   const void *A, i64 A_rank, i64 A_col, const void *B, i64 B_row, i64 B_rank, i64 factors,
-                   float scaling, void *out, i64 out_stride, float *workspace, i64 threads) {
-    i64 label_size = wide ? 4 : 1;
-    labels row_labels = {(const char *)row_block + top * label_size, wide};
-    labels col_labels = {(const char *)col_block + left * label_size, wide};
-    change_job job = {rows, cols, blocks, threads, stride, out_stride, 0, number(weight, top * stride + left, (int)kind),
-                      (int)kind, number(A, left * A_col, (int)factors), number(B, top * B_row, (int)factors),
-                      (int)factors, A_rank, A_col, B_row, B_rank, rank, scaling, ranks, row_labels, col_labels, NULL,
-                      NULL, NULL, NULL, out, from_a_line(workspace)};
+/* Floats that smoa_modulate needs. */
+i64 smoa_modulate_workspace(const layer *l, i64 threads) { return threads * change_size(l->cols, l->rank) + 16; }
+
+/* out (rows, cols), rows `out_stride` apart, = a part of W_eff, from row `top` and column `left` on, stored as W0 is, whose
+ * rows are contiguous. Needs labels. */
+void smoa_modulate(const layer *l, i64 rows, i64 cols, i64 top, i64 left, void *out, i64 out_stride, float *workspace,
+                   i64 threads) {
+    change_job job = {l, rows, cols, top, left, out, out_stride, from_a_line(workspace), threads};
     in_parallel(modulate_part, &job, threads);
 }

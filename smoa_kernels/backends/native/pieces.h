@@ -29,8 +29,8 @@ static i64 words(i64 count) { return (count + 15) / 16; }
 
 enum { PIECE = 16, RUN = 8 };
 
-/* Of PIECE floats (or more of a smaller type) from `at`, those that `taken` has a bit for: the coordinates of a block that lie there. With AVX2 all
- * of so many as `taken` says. */
+/* Of PIECE floats (or more of a smaller type) from `at`, those that `taken` has a bit for: the coordinates of a block that lie
+ * there. With AVX2 all of so many as `taken` says. */
 typedef struct {
     i64 at, taken;
 } piece;

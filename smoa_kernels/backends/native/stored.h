@@ -116,8 +116,11 @@ INLINE void narrow(void *to, i64 at, i64 there, vf value, int stored) {
 }
 
 static __attribute__((noinline)) void widen(const void *from, i64 count, int stored, float *to) {
-    for (i64 c = 0; c < count; c += LANES)
-        narrow(to, c, count - c, stored == BFLOAT16 ? widened(from, c, count - c, BFLOAT16) : widened(from, c, count - c, FLOAT16), FLOAT32);
+    for (i64 c = 0; c < count; c += LANES) {
+        i64 there = count - c;
+        vf value = stored == BFLOAT16 ? widened(from, c, there, BFLOAT16) : widened(from, c, there, FLOAT16);
+        narrow(to, c, there, value, FLOAT32);
+    }
 }
 
 /* Where a processor moves 16-bit numbers of one cache line together, HALF_PIECE of them are looked at at a time. */

@@ -149,8 +149,8 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i6
 /* A tile of sums; and two, half as high: Zen 5 multiplies two lines a cycle and reads as many, so that it would wait for one
  * to be read for each product of a single tile. The left are tiles, rows `stride` apart, or what a right tile is. Functions of
  * their own: within another sums would be kept in memory. */
-typedef void dots(i64 depth, const half *left, i64 stride, const half *right, i64 beside, int add, float *sums, i64 apart, i64 next,
-                  const half *ask);
+typedef void dots(i64 depth, const half *left, i64 stride, const half *right, i64 beside, int add, float *sums, i64 apart,
+                  i64 next, const half *ask);
 #define DOTS(name, rows, columns, stride_of, pair, step)                                                                     \
     TILES static __attribute__((noinline)) void name(i64 depth, const half *left, i64 stride, const half *right, i64 beside, \
                                                      int add, float *sums, i64 apart, i64 next, const half *ask) {           \

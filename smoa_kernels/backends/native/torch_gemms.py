@@ -24,8 +24,9 @@ from ...definition.precision import accumulate
 from .. import eager
 from ..eager import HALF_TOKEN_PANEL
 from ..pages import in_large_pages
+from .layer import Layer
 from .library import library
-from .operands import KINDS, Mask, along_memory, blocks_of, dense, kept_by, labels_of, named, with_rows
+from .operands import KINDS, Mask, along_memory, kept_by, named, with_rows
 
 __all__ = ["BLOCKS", "backward", "merged", "split"]
 
@@ -107,13 +108,14 @@ class Blocks:
             it, where `batch` says so.
     """
 
-    def __init__(self, adapter: PackedAdapter, *, batch: bool) -> None:
+    def __init__(self, adapter: PackedAdapter, mask: Mask | None, *, batch: bool) -> None:
         self.swapped = adapter.weight.stride(1) != 1
         self.adapter = along = adapter.T if self.swapped else adapter
         self.shape, p = along.weight.shape, along.partition
-        *index, self.ranks = blocks_of(along)
-        self.indices = [one.data_ptr() for one in index]
-        self.count, self.contiguous, self.scaling = p.num_blocks, p.is_contiguous, adapter.scaling.item()
+        scale = 1.0 if mask is None else mask.scale
+        self.layer = Layer(along.weight).adapt(along, along.A, along.B, scale).index(along)
+        index = self.layer.indices
+        self.count, self.contiguous = p.num_blocks, p.is_contiguous
         # By offsets, as compiled code goes: `from_tensors` believes the sizes that it is given.
         sizes = [[end - first for first, end in pairwise(offsets.tolist())] for offsets in index[2:]]
         self.shapes, self.used = list(zip(*sizes, strict=True)), adapter.host_ranks()
@@ -133,18 +135,12 @@ class Blocks:
         memory = in_large_pages(weight.new_empty(count + floats * 4 // weight.itemsize))
         return memory, memory.data_ptr() + count * weight.itemsize
 
-    def deltas(self, scale: float) -> Matrices:
-        """`scale · ΔW_k` (N_k, C_k) in W0's dtype."""
-        weight, A, B = self.adapter.weight, self.adapter.A, self.adapter.B
-        rank, code, threads = A.shape[0], library(), torch.get_num_threads()
-        widest = max(cols for _, cols in self.shapes)
-        out, workspace = self.memory(code.smoa_change_workspace(widest, rank, threads))
+    def deltas(self) -> Matrices:
+        """ΔW_k (N_k, C_k) in W0's dtype, times what a mask scales by."""
+        code, threads = library(), torch.get_num_threads()
+        out, workspace = self.memory(code.smoa_deltas_workspace(self.layer, threads))
         with named(BLOCKS):
-            code.smoa_deltas(
-                weight.data_ptr(), weight.stride(0), KINDS[weight.dtype], *self.indices, self.count, self.contiguous,
-                self.ranks.data_ptr(), rank, A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(), KINDS[A.dtype],
-                scale * self.scaling, out.data_ptr(), workspace, threads,
-            )  # fmt: skip
+            code.smoa_deltas(self.layer, out.data_ptr(), workspace, threads)
         found = matrices(out, self.shapes, self.batched)
         return transposed(found) if self.swapped else found
 
@@ -180,16 +176,11 @@ class Gradient:
     In float32 G_k is itself the sum, so that W0 is read but once.
     """
 
-    def __init__(self, blocks: Blocks, scale: float) -> None:
-        self._blocks, self._scaling, self._panels = blocks, scale * blocks.scaling, 0
-        A, B = blocks.adapter.A, blocks.adapter.B
-        self._A, self._B = A.contiguous(), B.contiguous()
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks, self._panels, A, B = blocks, 0, blocks.adapter.A, blocks.adapter.B
         self._dA, self._dB = A.new_empty(A.shape), B.new_empty(B.shape)
-        self._memory, self._workspace = blocks.memory(
-            library().smoa_contract_workspace(
-                *blocks.shape, *blocks.indices[2:], blocks.count, A.shape[0], torch.get_num_threads()
-            )
-        )
+        floats = library().smoa_contract_workspace(blocks.layer, torch.get_num_threads())
+        self._memory, self._workspace = blocks.memory(floats)
 
     def add(self, dy: Matrices, x: Matrices) -> None:
         """Take some tokens of both, in block order."""
@@ -202,13 +193,10 @@ class Gradient:
         self._panels += 1
 
     def _contract(self, *, add: bool) -> None:
-        blocks, weight = self._blocks, self._blocks.adapter.weight
         with named(BLOCKS):
             library().smoa_contract(
-                *blocks.shape, self._memory.data_ptr(), weight.data_ptr(), weight.stride(0), KINDS[weight.dtype],
-                *blocks.indices, blocks.count, blocks.contiguous, blocks.ranks.data_ptr(), self._A.shape[0],
-                self._A.data_ptr(), self._B.data_ptr(), KINDS[self._A.dtype], self._scaling, add, self._dA.data_ptr(),
-                self._dB.data_ptr(), self._workspace, torch.get_num_threads(),
+                self._blocks.layer, self._memory.data_ptr(), add, self._dA.data_ptr(), self._dB.data_ptr(),
+                self._workspace, torch.get_num_threads(),
             )  # fmt: skip
 
     def found(self) -> tuple[Tensor, Tensor]:
@@ -252,8 +240,10 @@ def transposed(each: Matrices) -> Matrices:
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N): the adapter's output first, the base GEMM adds to it and rounds once."""
     adapter, x = _readable(adapter), with_rows(x)
-    blocks = Blocks(adapter, batch=mask is not None or _is_small(x, adapter))  # a masked x is copied anyway
-    deltas = transposed(blocks.deltas(1.0 if mask is None else mask.scale))
+    blocks = Blocks(
+        adapter, mask, batch=mask is not None or _is_small(x, adapter)
+    )  # a masked x is copied anyway
+    deltas = transposed(blocks.deltas())
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     for kept, x_part, y_part in blocks.panels(mask, x, y):
         blocks.product(blocks.cols.ordered(x_part, kept), deltas, blocks.rows.room(y_part, None))
@@ -274,16 +264,13 @@ def backward(
     adapter, dy = _readable(adapter), with_rows(dy)
     dx = dA = dB = None
     if x is not None or (mask is not None and needs_x):
-        blocks, scale = (
-            Blocks(adapter, batch=mask is None and _is_small(dy, adapter)),
-            1.0 if mask is None else mask.scale,
-        )
+        blocks = Blocks(adapter, mask, batch=mask is None and _is_small(dy, adapter))
         gradient = deltas = None
         if x is not None:
-            x, gradient = with_rows(x), Gradient(blocks, scale)
+            x, gradient = with_rows(x), Gradient(blocks)
         if mask is not None and needs_x:
             dx = in_large_pages(dy.new_empty(dy.shape[0], adapter.weight.shape[1]))
-            deltas = blocks.deltas(scale)
+            deltas = blocks.deltas()
         for kept, dy_part, x_part, dx_part in blocks.panels(mask, dy, x, dx):
             dy_k = blocks.rows.ordered(dy_part, None)
             if deltas is not None:
@@ -305,21 +292,16 @@ def _modulation(adapter: PackedAdapter, *, transposed: bool = False) -> eager.Mo
     """As the eager backend's: writes rows of W_eff, or of its transpose, the first of which it is told."""
     swapped = adapter.weight.stride(1) != 1
     along = adapter.T if swapped else adapter
-    row_block, col_block, wide = labels_of(along)
-    weight, A, B = along.weight, along.A, along.B
-    ranks, rank, scaling = dense(adapter.ranks, torch.int32), A.shape[0], adapter.scaling.item()
     code, threads = library(), torch.get_num_threads()
-    floats = code.smoa_change_workspace(weight.shape[1], rank, threads)
-    workspace = A.new_empty(floats, dtype=torch.float32)
+    layer = Layer(along.weight).adapt(along, along.A, along.B).label(along)
+    workspace = along.A.new_empty(code.smoa_modulate_workspace(layer, threads), dtype=torch.float32)
 
     def write(first: int, out: Tensor) -> Tensor:
         to, top, left = (out, first, 0) if swapped == transposed else (out.T, 0, first)
         with named(BLOCKS):
             code.smoa_modulate(
-                *to.shape, top, left, weight.data_ptr(), weight.stride(0), KINDS[weight.dtype], row_block.data_ptr(),
-                col_block.data_ptr(), wide, len(ranks), ranks.data_ptr(), rank, A.data_ptr(), *A.stride(), B.data_ptr(),
-                *B.stride(), KINDS[A.dtype], scaling, to.data_ptr(), to.stride(0), workspace.data_ptr(), threads,
-            )  # fmt: skip
+                layer, *to.shape, top, left, to.data_ptr(), to.stride(0), workspace.data_ptr(), threads
+            )
         return out
 
     return write
