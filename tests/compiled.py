@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from problems import NAMES, Case, LinearProblem, assert_within_budget, make_problem, on_threads
+from problems import HALF, NAMES, Case, LinearProblem, assert_within_budget, make_problem, on_threads
 
+from smoa_kernels.backends import native_obstacle
 from smoa_kernels.backends.native import bf16
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
@@ -18,6 +19,14 @@ needs_amx = pytest.mark.skipif(
 needs_bf16 = pytest.mark.skipif(
     not bf16.is_there(), reason="needs a processor with AVX512-BF16 and VBMI2, and a compiler that knows them"
 )
+needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
+
+# W_eff's GEMMs, by packing it and by not; those of W0 and ΔW: of all of x, and of what is not dropped.
+FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "expanded", "split", "dropout")}
+each_form = pytest.mark.parametrize("form", FORMS)
+# Half types take other code; the two of them the same, but for the numbers' format.
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=lambda dtype: str(dtype)[6:])
+each_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
 
 
 def on_cpu(dtype: torch.dtype = torch.float32, **options: object) -> LinearProblem:

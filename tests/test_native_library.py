@@ -1,0 +1,158 @@
+"""The compiled code as a library: when it is taken, why it may be absent, and how it is compiled."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from compiled import (
+    CPU,
+    adapter_of,
+    needs_library,
+    on_cpu,
+)
+from problems import Case, assert_within_budget
+
+import hatch_build
+from smoa_kernels.backends import native_obstacle, resolve_backend
+from smoa_kernels.backends.native import backend, library
+
+
+def test_auto_takes_what_is_there() -> None:
+    there = native_obstacle(CPU) is None
+    assert resolve_backend("auto", CPU, torch.float32, 4) == ("native" if there else "eager")
+    assert resolve_backend("auto", CPU, torch.float64, 4) == "eager"
+    assert resolve_backend("auto", CPU, torch.bfloat16, 4) == ("native" if there else "eager")
+    assert (
+        native_obstacle(CPU, torch.float64)
+        == "the compiled code takes bfloat16, float16, float32, got torch.float64"
+    )
+
+
+def test_a_variable_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_NATIVE", "0")
+    assert resolve_backend("auto", CPU, torch.float32, 4) == "eager"
+    with pytest.raises(
+        ValueError, match="backend='native' cannot run here: SMOA_NATIVE=0 forbids it; backend='eager'"
+    ):
+        on_cpu().forward(backend="native")
+
+
+def test_less_than_float32_is_eagers() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert (
+            native_obstacle(CPU) == "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
+        )
+        assert native_obstacle(CPU, torch.bfloat16) == library.obstacle()
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@needs_library
+def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
+    """A compiled or exported program names this backend when it is made."""
+    p = on_cpu(tokens=1100, out_features=40, in_features=64, ranks=(2, 3), bias=False)
+    adapter = adapter_of(p)
+    case, before = Case("native", "auto", torch.float32), torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        y = backend.forward(p.x, None, adapter, "auto", None)
+        gradients = backend.backward(p.dy, p.x, adapter, None, needs_x=True)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert_within_budget((y, *gradients), case, p)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the compiled code and its sources, to spoil; it is there that :func:`said` looks."""
+    shutil.copytree(hatch_build.FOLDER, tmp_path / "native")
+    monkeypatch.setattr(library, "_FOLDER", tmp_path / "native")
+    return tmp_path / "native"
+
+
+def said() -> str:
+    return str(library._load.__wrapped__())
+
+
+def test_a_library_that_is_not_there(folder: Path) -> None:
+    for path in folder.glob("*.so"):
+        path.unlink()
+    assert said().startswith("it was not compiled: the wheel is for another machine, or was built without")
+
+
+@needs_library
+def test_a_library_of_another_source(folder: Path) -> None:
+    for path in sorted(folder.glob("*.[ch]")):
+        text = path.read_text()
+        path.write_text(text + "\n")
+        assert said().endswith("was compiled from other sources: install the package again")
+        path.unlink()
+        assert said().endswith("was compiled from other sources: install the package again")
+        path.write_text(text)
+
+
+@needs_library
+def test_a_library_that_is_broken_or_of_something_else(folder: Path) -> None:
+    source = folder.parent / "other.c"
+    source.write_text("int other(void) { return 0; }\n")
+    for path in folder.glob("*.so"):
+        path.unlink()
+        path.write_bytes(b"no library")
+    assert "cannot be loaded" in said()
+    for path in folder.glob("*.so"):
+        path.unlink()
+        subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    assert "cannot be loaded" in said()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
+def test_it_compiles_without_warnings(tmp_path: Path) -> None:
+    assert [path.name for path in hatch_build.compile_library(tmp_path)] == [
+        "linear_avx2.so",
+        "linear_avx512.so",
+    ]
+    for flags in hatch_build.VARIANTS.values():
+        command = [
+            *(hatch_build.compiler() or []),
+            "-fsyntax-only",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            '-DSOURCE=""',
+            *flags,
+        ]
+        done = subprocess.run(
+            [*command, str(hatch_build.SOURCE)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_without_a_compiler_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "no such compiler")
+    assert hatch_build.compiler() is None
+    assert hatch_build.compile_library(tmp_path) == []
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
+def test_a_compiler_that_takes_options_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cc,) = hatch_build.compiler() or []
+    monkeypatch.setenv("CC", f"{cc} -DOTHER")
+    assert hatch_build.compiler() == [cc, "-DOTHER"]
+    (tmp_path / "broken").write_bytes(b"\0")
+    (tmp_path / "broken").chmod(0o755)
+    for broken in (str(tmp_path / "broken"), f"{cc} --no-such-option"):
+        monkeypatch.setenv("CC", broken)
+        assert hatch_build.compile_library(tmp_path) == []
+
+
+def test_another_machines_wheel_has_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-aarch64")
+    assert hatch_build.compiler() is None

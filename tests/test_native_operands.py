@@ -1,0 +1,179 @@
+"""The compiled code's operands: of any layout and kind, and what it refuses to follow."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from compiled import FORMS, adapter_of, each_dtype, each_form, needs_library, on_cpu
+from problems import HALF, LinearProblem, assert_within_budget
+from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
+
+from smoa_kernels import BlockPartition
+from smoa_kernels.backends import load_backend
+from smoa_kernels.backends.native import bf16
+
+# Strides of a W0 whose elements share memory.
+SHARING = ((0, 1), (1, 0), (0, 0), (1, 1))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("dtype", "strides", "form"),
+    [
+        (dtype, strides, form)  # of every two some, and no two alike
+        for turn, dtype in enumerate((torch.float32, *HALF))
+        for strides, form in zip(SHARING, [*FORMS, *FORMS][turn : turn + 4], strict=True)
+    ],
+)
+@pytest.mark.parametrize("multiplies", ["torch", "compiled"])
+def test_weights_whose_elements_share_memory(
+    dtype: torch.dtype, strides: tuple[int, int], form: str, multiplies: str, request: pytest.FixtureRequest
+) -> None:
+    """What torch makes like a broadcast matrix, or windows of a line, has an order of its own."""
+    request.getfixturevalue(f"{multiplies}_multiplies")
+    p, case = on_cpu(dtype, tokens=40, ranks=(2, 3)), replace(FORMS[form], dtype=dtype)
+    p = replace(p, weight=p.weight.as_strided(p.weight.shape, strides))
+    assert_within_budget(p.run(**case.options), case, p)
+
+
+@needs_library
+@each_form
+def test_factors_of_a_dtype_that_it_does_not_read(form: str) -> None:
+    """Under autocast they may be of any: torch's operators take over."""
+    p, case = on_cpu(tokens=40), FORMS[form]
+    found = replace(p.to(torch.float32, torch.float64), dy=p.dy.bfloat16()).run(
+        autocast=torch.bfloat16, **case.options
+    )
+    cast = p.to(torch.bfloat16)
+    assert [one.dtype for one in found[2:4]] == [torch.float64] * 2
+    rounded = tuple(one.to(torch.bfloat16) for one in found)
+    assert_within_budget(rounded, replace(case, dtype=torch.bfloat16), cast)
+
+
+def in_backend(name: str, p: LinearProblem, form: str) -> list[tuple[Tensor, ...] | type]:
+    """What `forward` and `backward` of a backend return, or the kind of error that they raise."""
+    dropout = FORMS[form].dropout
+    adapter = adapter_of(p)
+    module = load_backend(name)
+    calls = (
+        lambda: (module.forward(p.x, None, adapter, "split" if dropout else form, dropout),),
+        lambda: module.backward(p.dy, p.x, adapter, dropout, needs_x=True),
+    )
+    found: list[tuple[Tensor, ...] | type] = []
+    for call in calls:
+        try:
+            found.append(call())
+        except (RuntimeError, IndexError) as error:
+            found.append(type(error))
+    return found
+
+
+def another(dtype: torch.dtype) -> torch.dtype:
+    return torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+
+
+CHANGES: dict[str, Callable[[LinearProblem], LinearProblem]] = {
+    "float64": lambda p: p.to(torch.float64),
+    "x": lambda p: replace(p, x=p.x[:, :-9]),
+    "A": lambda p: replace(p, A=p.A[:, :-9]),
+    "B": lambda p: replace(p, B=p.B[:-9]),
+    "dy": lambda p: replace(p, dy=p.dy[:, :-9]),
+    "fewer dy": lambda p: replace(p, dy=p.dy[:-9]),
+    "dtype of x": lambda p: replace(p, x=p.x.to(another(p.x.dtype))),
+    "dtype of B": lambda p: replace(p, B=p.B.to(another(p.B.dtype))),
+}
+
+
+@needs_library
+@each_dtype
+@each_form
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_it_does_not_take_is_eagers(change: str, form: str, dtype: torch.dtype) -> None:
+    """An exported program names its backend whatever it meets; and compiled code would read beyond the end."""
+    p = CHANGES[change](on_cpu(dtype, tokens=50))
+    found, expected = in_backend("native", p, form), in_backend("eager", p, form)
+    first = 1 if change.endswith("dy") else 0  # which the forward does not take
+    for ours, theirs in zip(found[first:], expected[first:], strict=True):
+        assert ours is theirs if isinstance(theirs, type) else all(map(torch.equal, ours, theirs))
+    assert any(isinstance(one, type) for one in found) or change.startswith(("float64", "dtype"))
+
+
+@needs_library
+@each_dtype
+@each_form
+def test_indices_of_any_kind(form: str, dtype: torch.dtype) -> None:
+    """The kernels take contiguous ones alone, which a partition makes; the compiled code makes its own."""
+    p = on_cpu(dtype, tokens=50, random_labels=True)
+    labels, indices = p.partition.tensors()[:2], p.partition.tensors()[2:]
+    strided = [torch.stack([index, index], 1)[:, 0] for index in indices]
+    other = BlockPartition.from_tensors([*(one.long() for one in labels), *strided], p.partition.sizes())
+    options = FORMS[form].options
+    assert all(map(torch.equal, replace(p, partition=other).run(**options), p.run(**options)))
+
+
+@needs_library
+@each_dtype
+@each_form
+def test_sizes_that_the_blocks_do_not_have(
+    form: str, dtype: torch.dtype, guarded_memory: None, torch_multiplies: None
+) -> None:
+    """`from_tensors` believes the sizes that it is given; compiled code goes by offsets, and so must its callers."""
+    p = on_cpu(dtype, tokens=40, out_features=300, in_features=600, ranks=(2, 3))
+    sizes, options = [100, 200, 350, 250, *p.partition.sizes()[4:]], FORMS[form].options
+    other = BlockPartition.from_tensors(p.partition.tensors(), sizes)
+    assert all(map(torch.equal, replace(p, partition=other).run(**options), p.run(**options)))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@each_form
+@pytest.mark.parametrize("value", [-1, 90, 2**31])
+@pytest.mark.parametrize(
+    "which", range(6), ids=["row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets"]
+)
+def test_a_partition_that_is_broken(
+    which: int, value: int, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`from_tensors` takes almost all that it is given, and compiled code would follow it anywhere."""
+    if which < 2:
+        monkeypatch.setattr(bf16, "multiplies", lambda *_: False)  # which reads no labels
+    if form == "dropout" and which < 2:
+        pytest.skip("only W_eff asks for labels")
+    asked = {"merged": (0, 1), "expanded": (1, 2, 4)}.get(form, (2, 3, 4, 5))
+    p = on_cpu(dtype, tokens=50)
+    ways = [lambda t: t.long().index_fill(0, torch.tensor([2]), value), lambda t: t[:-1]]
+    if which in (2, 3):  # one twice, another never
+        ways.append(lambda t: t.index_copy(0, torch.tensor([5]), t[6:7]))
+    for broken in ways:
+        tensors = p.partition.tensors()
+        tensors[which] = broken(tensors[which])
+        if len(tensors[-1]) == len(p.ranks):
+            with pytest.raises(ValueError, match="a partition is 6 tensors and 2K"):
+                BlockPartition.from_tensors(tensors, p.partition.sizes())
+            continue
+        other = BlockPartition.from_tensors(tensors, p.partition.sizes())
+        broken_one = replace(p, partition=other)
+        with pytest.raises(ValueError, match="partition must"):
+            broken_one.run(**FORMS[form].options)
+        if which in asked:  # by the forward alone
+            with pytest.raises(ValueError, match="partition must"):
+                broken_one.forward(**FORMS[form].options)
+
+
+@needs_library
+def test_saved_tensors_that_hooks_give_back_otherwise() -> None:
+    """What compiled code cannot read, the dispatcher sees: a subclass that has no memory of its own."""
+    p = on_cpu(torch.bfloat16, tokens=50)
+    leaves, expected = p.leaves("x", "A", "B"), p.run(backend="native")
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        return TwoTensor(tensor, tensor) if tensor.shape == p.x.shape else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, unpack):
+        y = leaves.forward(backend="native")
+    y.backward(p.dy)
+    for name, gradient in zip(("x", "A", "B"), expected[1:], strict=False):
+        found = getattr(leaves, name).grad
+        torch.testing.assert_close(found.a if isinstance(found, TwoTensor) else found, gradient)
