@@ -34,7 +34,9 @@ help: ## list the targets, and those that CI runs
 	@test ! -e .ci/run || echo "  .ci/run calls       $$(sed -nE 's/^make (-[^ ]+ )*//p' .ci/run | paste -sd ' ' -)"
 
 # The editable installation compiles NATIVE where there is a C compiler. --no-compile: Python compiles what it imports, when
-# it does; compiling all that is installed takes longer.
+# it does, and keeps that; compiling all that is installed takes longer. Where it may not keep it, as images of containers often
+# have it, each of the tests' many processes would compile torch and PEFT anew.
+unexport PYTHONDONTWRITEBYTECODE
 define install
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(1)]'
