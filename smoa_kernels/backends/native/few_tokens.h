@@ -58,7 +58,7 @@ static i64 few_size(i64 rank, i64 cols) {
  * tokens; `rank` is 0 where none of them is the block's. x, A and `factor`, s B (rank, some), begin where these do. */
 INLINE void few_columns(int stored, int tokens, int some, const few_job *j, i64 k, i64 rank, const void *const *weight, i64 c,
                         i64 there, const float *x, const float *A, const float *factor, vf (*sums)[FEW]) {
-    vi labels = {0};
+    vi labels = (vi){0} - 1; /* of no block */
     memcpy(&labels, j->col_block + c, there < LANES ? (size_t)there * sizeof *j->col_block : sizeof labels);
     vf update[ROWS] = {{0}};
     for (i64 t = 0; t < rank; t++) {
