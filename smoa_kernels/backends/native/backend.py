@@ -218,9 +218,6 @@ def factor_gradients(
 
 def _indexed(adapter: PackedAdapter, mask: Mask | None) -> Layer:
     """The layer with its blocks' indices, and factors in float32; what a mask keeps is scaled."""
-    A, B, scale = (
-        adapter.A.to(torch.float32),
-        adapter.B.to(torch.float32),
-        1.0 if mask is None else mask.scale,
-    )
+    A, B = adapter.A.to(torch.float32), adapter.B.to(torch.float32)
+    scale = 1.0 if mask is None else mask.scale
     return Layer(along_memory(adapter.weight)).adapt(adapter, A, B, scale).index(adapter)

@@ -92,15 +92,8 @@ def backward(
         room = workspace(dy, code.smoa_bf16_input_workspace(layer, tokens, mask is not None, threads))
         with named(COMPILED_BF16):
             code.smoa_bf16_input(
-                layer,
-                tokens,
-                dy.data_ptr(),
-                dy.stride(0),
-                kept_by(mask),
-                dx.data_ptr(),
-                room.data_ptr(),
-                threads,
-            )
+                layer, tokens, dy.data_ptr(), dy.stride(0), kept_by(mask), dx.data_ptr(), room.data_ptr(), threads,
+            )  # fmt: skip
     return dx, dA, dB
 
 

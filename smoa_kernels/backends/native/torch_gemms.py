@@ -99,9 +99,9 @@ class Blocks:
 
     Attributes:
         adapter: that of W0, or of its transpose where `swapped`.
+        layer: what compiled code is told of it; what the mask keeps is scaled.
         rows: W0's rows by block.
         cols: its columns.
-        shape: of the adapter's weight.
         shapes: of each block of the adapter's weight.
         used: whether each block has a rank.
         batched: whether all blocks are one batched GEMM. It takes no slices: those of contiguous blocks are copied for
@@ -111,15 +111,13 @@ class Blocks:
     def __init__(self, adapter: PackedAdapter, mask: Mask | None, *, batch: bool) -> None:
         self.swapped = adapter.weight.stride(1) != 1
         self.adapter = along = adapter.T if self.swapped else adapter
-        self.shape, p = along.weight.shape, along.partition
         scale = 1.0 if mask is None else mask.scale
         self.layer = Layer(along.weight).adapt(along, along.A, along.B, scale).index(along)
-        index = self.layer.indices
-        self.count, self.contiguous = p.num_blocks, p.is_contiguous
+        index, self.contiguous = self.layer.indices, along.partition.is_contiguous
         # By offsets, as compiled code goes: `from_tensors` believes the sizes that it is given.
         sizes = [[end - first for first, end in pairwise(offsets.tolist())] for offsets in index[2:]]
         self.shapes, self.used = list(zip(*sizes, strict=True)), adapter.host_ranks()
-        alike = self.shapes.count(self.shapes[0]) == self.count and all(self.used)
+        alike = len(set(self.shapes)) == 1 and all(self.used)
         self.batched = alike and (batch or not self.contiguous)
         self.rows, self.cols = (
             Side(index[i], index[i + 2], sizes[i], contiguous=self.contiguous, batched=self.batched)
@@ -240,9 +238,8 @@ def transposed(each: Matrices) -> Matrices:
 def split(x: Tensor, adapter: PackedAdapter, mask: Mask | None) -> Tensor:
     """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N): the adapter's output first, the base GEMM adds to it and rounds once."""
     adapter, x = _readable(adapter), with_rows(x)
-    blocks = Blocks(
-        adapter, mask, batch=mask is not None or _is_small(x, adapter)
-    )  # a masked x is copied anyway
+    # A masked x is copied anyway.
+    blocks = Blocks(adapter, mask, batch=mask is not None or _is_small(x, adapter))
     deltas = transposed(blocks.deltas())
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     for kept, x_part, y_part in blocks.panels(mask, x, y):
