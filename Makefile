@@ -23,11 +23,15 @@ CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter
 EMULATED ?= sm_80 sm_90
 emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pytest -n 2 --dist worksteal $(1) $(ARGS) || exit 1; done
 
+# Compiled CPU code of each of these, its instructions emulated (tests/cpu_emulator), with the tests of numbers that run in this process.
+CPUS ?= avx512 avx512bf16 amx
+emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(2) $(ARGS) || exit 1; done
+
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune finetune-moe main-job classify sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
-        quality-smoke gpu gpu-smoke audit emulate emulate-smoke clean
+        quality-smoke gpu gpu-smoke audit emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
 
 help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -223,6 +227,12 @@ emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU:
 
 emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)
+
+emulate-cpu: $(BIN)/.dev ## run compiled code for AVX-512, AVX512-BF16 and AMX on any x86 processor, its instructions emulated; needs a C compiler (5 min)
+	$(call emulated_cpu,$(CPUS),-n 2 tests/cpu_emulator $(addprefix tests/test_,bf16.py thirds.py native.py native_operands.py experts.py contract.py derivatives.py))
+
+emulate-cpu-smoke: $(BIN)/.dev ## some of it
+	$(call emulated_cpu,$(filter-out avx512,$(CPUS)),tests/test_bf16.py tests/test_thirds.py)
 
 clean: ## remove the virtual environments and caches
 	rm -rf $(VENV) $(VENV)-data $(OLDEST) $(DEEPSPEED) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

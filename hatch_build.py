@@ -43,13 +43,17 @@ def compiler() -> list[str] | None:
     return next((command for command in commands if command and shutil.which(command[0])), None)
 
 
+def digest_of(sources: list[Path]) -> str:
+    """What a library says it was compiled from: library.py compares."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
 def compile_library(into: Path) -> list[Path]:
     """Compile every variant into a folder; none where there is no compiler, nor those that it fails at."""
     cc, made = compiler(), []
     if cc is None:
         return []
-    sources = sorted(FOLDER.glob("*.[ch]"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    digest = digest_of(sorted(FOLDER.glob("*.[ch]")))
     for name, flags in VARIANTS.items():
         library = into / f"linear_{name.lower()}.so"
         command = [*cc, "-O3", "-shared", "-fPIC", *flags, f'-DSOURCE="{digest}"', str(SOURCE)]

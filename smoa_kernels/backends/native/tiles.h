@@ -11,6 +11,7 @@
 
 #if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
 #define HAS_TILES 1
+#include <cpuid.h>
 #include <stdlib.h>
 #include <strings.h>
 #include <sys/syscall.h>
@@ -48,7 +49,7 @@ static __attribute__((noinline)) int find_amx(void) {
     enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* Linux asks to be asked */
     static const char *const names[] = {"AMX", NULL};
     unsigned a, b, c, d;
-    __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+    __cpuid_count(7, 0, a, b, c, d);
     int has = (d >> 22 & 1) && (d >> 24 & 1); /* AMX-BF16, AMX-TILE */
     return has && find_dots() && is_wanted(names) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }

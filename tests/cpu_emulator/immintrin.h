@@ -1,0 +1,291 @@
+/* AVX-512's instructions, AVX512-BF16's and AMX's that `backends/native` uses, in plain C.
+ *
+ * So code for these processors runs on any that has AVX2: found before the compiler's own <immintrin.h>, this header gives
+ * the same names. What a processor would fault at, or what tiles were not told, stops the program. Of two numbers with
+ * one meaning, such as a sum's order or what underflows, it is that of Intel's Software Developer's Manual, volume 2.
+ */
+#pragma once
+
+/* The compiler's headers of what runs here: they want to be read by way of its own. */
+#define _IMMINTRIN_H_INCLUDED /* GCC */
+#define __IMMINTRIN_H         /* clang */
+#include <smmintrin.h>
+#include <avxintrin.h>
+#include <avx2intrin.h>
+#include <f16cintrin.h>
+
+#include <cpuid.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+
+/* No function is compiled for a processor of its own; they ask what the emulated one has, and whether its system lets them. */
+#define target(...)
+#define __builtin_cpu_supports(feature) EMULATES_BF16
+#undef __cpuid_count
+#define __cpuid_count(leaf, count, a, b, c, d) ((a) = (b) = (c) = 0, (d) = EMULATES_AMX ? 5u << 22 : 0)
+#define syscall allowed_
+static long allowed_(long number, ...) { return number == SYS_arch_prctl ? 0 : -1; }
+
+#define EMULATED static inline
+#define LINE(type) __attribute__((vector_size(64), may_alias)) type
+
+typedef LINE(float) __m512;
+typedef LINE(long long) __m512i;
+typedef LINE(short) __m512bh;
+typedef LINE(int32_t) ints_;
+typedef LINE(uint32_t) words_;
+typedef LINE(uint16_t) halves_;
+typedef uint16_t __mmask16;
+typedef uint32_t __mmask32;
+
+/* Each number i of a line: `each(16, to[i] = from[i])`. */
+#define EACH(count, statement) for (int i = 0; i < count; i++) statement
+
+EMULATED void must_(int holds, const char *what) {
+    if (__builtin_expect(!holds, 0)) fprintf(stderr, "emulated processor: %s\n", what), abort();
+}
+
+EMULATED void aligned_(const void *at) { must_((uintptr_t)at % 64 == 0, "a line does not begin at a multiple of 64 bytes"); }
+
+/* Memory: what a mask leaves out is not touched. */
+EMULATED __m512i _mm512_loadu_si512(const void *from) {
+    __m512i line;
+    memcpy(&line, from, sizeof line);
+    return line;
+}
+EMULATED __m512 _mm512_loadu_ps(const void *from) { return (__m512)_mm512_loadu_si512(from); }
+EMULATED __m512i _mm512_load_si512(const void *from) { return aligned_(from), _mm512_loadu_si512(from); }
+EMULATED __m512 _mm512_load_ps(const void *from) { return aligned_(from), _mm512_loadu_ps(from); }
+EMULATED void _mm512_storeu_si512(void *to, __m512i line) { memcpy(to, &line, sizeof line); }
+EMULATED void _mm512_storeu_ps(void *to, __m512 line) { memcpy(to, &line, sizeof line); }
+EMULATED void _mm512_store_si512(void *to, __m512i line) { aligned_(to), _mm512_storeu_si512(to, line); }
+EMULATED void _mm512_store_ps(void *to, __m512 line) { aligned_(to), _mm512_storeu_ps(to, line); }
+
+EMULATED __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void *from) {
+    if (mask == UINT32_MAX) return _mm512_loadu_si512(from);
+    halves_ line = {0};
+    EACH(32, if (mask >> i & 1) memcpy((uint16_t *)&line + i, (const uint16_t *)from + i, 2));
+    return (__m512i)line;
+}
+EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void *from) {
+    if (mask == UINT16_MAX) return _mm512_loadu_ps(from);
+    __m512 line = {0};
+    EACH(16, if (mask >> i & 1) memcpy((float *)&line + i, (const float *)from + i, 4));
+    return line;
+}
+EMULATED void _mm512_mask_storeu_epi16(void *to, __mmask32 mask, __m512i line) {
+    EACH(32, if (mask >> i & 1) memcpy((uint16_t *)to + i, (uint16_t *)&line + i, 2));
+}
+EMULATED void _mm512_mask_storeu_ps(void *to, __mmask16 mask, __m512 line) {
+    EACH(16, if (mask >> i & 1) memcpy((float *)to + i, (float *)&line + i, 4));
+}
+
+/* One number everywhere, and one for each. */
+EMULATED __m512i _mm512_setzero_si512(void) { return (__m512i){0}; }
+EMULATED __m512 _mm512_setzero_ps(void) { return (__m512){0}; }
+EMULATED __m512 _mm512_set1_ps(float value) { return value - (__m512){0}; }
+EMULATED __m512i _mm512_set1_epi32(int value) { return (__m512i)(value - (ints_){0}); }
+EMULATED __m512i _mm512_set1_epi16(short value) { return (__m512i)((uint16_t)value - (halves_){0}); }
+EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
+EMULATED __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
+EMULATED __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((words_)a + (words_)b); }
+EMULATED __m512i _mm512_add_epi16(__m512i a, __m512i b) { return (__m512i)((halves_)a + (halves_)b); }
+EMULATED __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
+EMULATED __m512i _mm512_slli_epi32(__m512i a, unsigned by) { return (__m512i)((words_)a << by); }
+
+EMULATED float _mm512_reduce_add_ps(__m512 v) {
+    for (int half = 8; half; half /= 2) EACH(half, v[i] += v[i + half]);
+    return v[0];
+}
+
+/* Masks. */
+EMULATED __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
+    __mmask16 mask = 0;
+    EACH(16, mask |= (((ints_)a)[i] == ((ints_)b)[i]) << i);
+    return mask;
+}
+EMULATED __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
+    must_(how == _CMP_UNORD_Q, "of comparisons there is only whether one is no number");
+    __mmask16 mask = 0;
+    EACH(16, mask |= (a[i] != a[i] || b[i] != b[i]) << i);
+    return mask;
+}
+EMULATED __mmask32 _mm512_mask_cmpeq_epi16_mask(__mmask32 own, __m512i a, __m512i b) {
+    __mmask32 mask = 0;
+    EACH(32, mask |= (__mmask32)(((halves_)a)[i] == ((halves_)b)[i]) << i);
+    return mask & own;
+}
+EMULATED __m512i _mm512_mask_mov_epi16(__m512i without, __mmask32 mask, __m512i with) {
+    halves_ line;
+    EACH(32, line[i] = mask >> i & 1 ? ((halves_)with)[i] : ((halves_)without)[i]);
+    return (__m512i)line;
+}
+EMULATED __m512i _mm512_maskz_mov_epi16(__mmask32 mask, __m512i a) {
+    return _mm512_mask_mov_epi16(_mm512_setzero_si512(), mask, a);
+}
+EMULATED __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 without, __m512 with) {
+    __m512 line;
+    EACH(16, line[i] = mask >> i & 1 ? with[i] : without[i]);
+    return line;
+}
+EMULATED __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 a) { return _mm512_mask_blend_ps(mask, _mm512_setzero_ps(), a); }
+EMULATED __m512i _mm512_mask_or_epi32(__m512i without, __mmask16 mask, __m512i a, __m512i b) {
+    return (__m512i)_mm512_mask_blend_ps(mask, (__m512)without, (__m512)(a | b));
+}
+
+/* Numbers of a line in another order. */
+EMULATED __m512i _mm512_maskz_compress_epi16(__mmask32 mask, __m512i a) {
+    halves_ line = {0};
+    int next = 0;
+    EACH(32, if (mask >> i & 1) line[next++] = ((halves_)a)[i]);
+    return (__m512i)line;
+}
+EMULATED __m512i _mm512_maskz_expand_epi16(__mmask32 mask, __m512i a) {
+    halves_ line = {0};
+    int next = 0;
+    EACH(32, if (mask >> i & 1) line[i] = ((halves_)a)[next++]);
+    return (__m512i)line;
+}
+EMULATED __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 a) {
+    __m512 line = {0};
+    int next = 0;
+    EACH(16, if (mask >> i & 1) line[next++] = a[i]);
+    return line;
+}
+EMULATED __m512 _mm512_maskz_expand_ps(__mmask16 mask, __m512 a) {
+    __m512 line = {0};
+    int next = 0;
+    EACH(16, if (mask >> i & 1) line[i] = a[next++]);
+    return line;
+}
+EMULATED __m512i _mm512_permutex2var_epi16(__m512i a, __m512i order, __m512i b) {
+    halves_ line;
+    EACH(32, line[i] = ((halves_)(((halves_)order)[i] & 32 ? b : a))[((halves_)order)[i] & 31]);
+    return (__m512i)line;
+}
+/* Of each quarter of 128 bits the lower or the upper half, a's and b's numbers in turn. */
+EMULATED __m512i unpacked_(__m512i a, __m512i b, int size, int upper) {
+    __m512i line;
+    for (int at = 0; at < 64; at += size) {
+        int quarter = at / 16 * 16, n = at % 16 / size;
+        const char *from = (const char *)(n % 2 ? &b : &a) + quarter + upper * 8 + n / 2 * size;
+        memcpy((char *)&line + at, from, (size_t)size);
+    }
+    return line;
+}
+EMULATED __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) { return unpacked_(a, b, 4, 0); }
+EMULATED __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { return unpacked_(a, b, 4, 1); }
+EMULATED __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { return unpacked_(a, b, 8, 0); }
+EMULATED __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { return unpacked_(a, b, 8, 1); }
+EMULATED __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int order) {
+    __m512i line;
+    EACH(4, memcpy((char *)&line + 16 * i, (const char *)(i < 2 ? &a : &b) + 16 * (order >> 2 * i & 3), 16));
+    return line;
+}
+EMULATED __m512i _mm512_castsi256_si512(__m256i a) {
+    __m512i line;
+    memset(&line, -1, sizeof line); /* what is there is anyone's */
+    memcpy(&line, &a, sizeof a);
+    return line;
+}
+EMULATED __m256i _mm512_extracti64x4_epi64(__m512i a, int upper) {
+    __m256i part;
+    memcpy(&part, (const char *)&a + 32 * upper, sizeof part);
+    return part;
+}
+
+/* Half types. */
+EMULATED __m512i _mm512_cvtepu16_epi32(__m256i a) {
+    ints_ line;
+    EACH(16, line[i] = ((const uint16_t *)&a)[i]);
+    return (__m512i)line;
+}
+EMULATED __m256i _mm512_cvtepi32_epi16(__m512i a) {
+    uint16_t part[16];
+    EACH(16, part[i] = (uint16_t)((ints_)a)[i]);
+    return _mm256_loadu_si256((const __m256i *)part);
+}
+EMULATED __m512 _mm512_cvtph_ps(__m256i a) {
+    __m256 part[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))};
+    return _mm512_loadu_ps(part);
+}
+EMULATED __m256i _mm512_cvtps_ph(__m512 a, int how) {
+    must_(how == _MM_FROUND_TO_NEAREST_INT, "of roundings there is only the one to the nearest");
+    __m256 part[2];
+    memcpy(part, &a, sizeof part);
+    return _mm256_setr_m128i(_mm256_cvtps_ph(part[0], 0), _mm256_cvtps_ph(part[1], 0));
+}
+
+/* bfloat16: what is below the smallest normal number is 0, read or written. */
+EMULATED __m512 normal_(__m512 a) {
+    words_ size = (words_)a & 0x7fffffff;
+    return (__m512)((words_)a & ((words_)(size >= 0x800000) | 0x80000000));
+}
+EMULATED __m512 even_(__m512i pairs) { return normal_((__m512)((words_)pairs << 16)); }
+EMULATED __m512 odd_(__m512i pairs) { return normal_((__m512)((words_)pairs & 0xffff0000)); }
+
+EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+    sum = normal_(normal_(sum) + odd_((__m512i)a) * odd_((__m512i)b));
+    return normal_(sum + even_((__m512i)a) * even_((__m512i)b));
+}
+EMULATED words_ rounded_(__m512 a) {
+    words_ bits = (words_)normal_(a), up = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, none = (words_)(a != a);
+    return (up & ~none) | ((bits >> 16 | 0x40) & none);
+}
+EMULATED __m512bh _mm512_cvtne2ps_pbh(__m512 upper, __m512 lower) {
+    __m256i part[2] = {_mm512_cvtepi32_epi16((__m512i)rounded_(lower)), _mm512_cvtepi32_epi16((__m512i)rounded_(upper))};
+    return (__m512bh)_mm512_loadu_si512(part);
+}
+
+/* AMX: eight tiles of a thread, of as many rows and bytes a row as it was told. */
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} tile_sizes_;
+static __thread tile_sizes_ sizes_; /* palette 0: tiles are not to be used */
+static __thread __m512i tiles_[8][16];
+
+EMULATED void _tile_loadconfig(const void *from) { memcpy(&sizes_, from, sizeof sizes_), memset(tiles_, 0, sizeof tiles_); }
+EMULATED void _tile_release(void) { memset(&sizes_, 0, sizeof sizes_); }
+EMULATED __m512i *tile_(int t) { return must_(sizes_.palette == 1 && sizes_.rows[t], "a tile that has no size"), tiles_[t]; }
+EMULATED void _tile_zero(int t) { memset(tile_(t), 0, sizeof tiles_[t]); }
+EMULATED void _tile_loadd(int t, const void *from, long stride) {
+    _tile_zero(t);
+    EACH(sizes_.rows[t], memcpy(&tiles_[t][i], (const char *)from + i * stride, sizes_.bytes[t]));
+}
+EMULATED void _tile_stored(int t, void *to, long stride) {
+    const __m512i *tile = tile_(t);
+    EACH(sizes_.rows[t], memcpy((char *)to + i * stride, &tile[i], sizes_.bytes[t]));
+}
+/* Sums of even and of odd products apart, then both and what was there. This processor is told to flush what is below the
+ * smallest normal number while it adds. */
+static __attribute__((noinline, optimize("O3"))) void multiply_tiles_(__m512i *sums, const __m512i *left,
+                                                                      const __m512i *right, int rows, int pairs) {
+    enum { FLUSHES = 0x8040 };
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | FLUSHES);
+    __asm__ volatile("" ::: "memory");
+    __m512 evens[16], odds[16];
+    EACH(pairs, (evens[i] = even_(right[i]), odds[i] = odd_(right[i])));
+    for (int m = 0; m < rows; m++) {
+        __m512 even = {0}, odd = {0};
+        for (int k = 0; k < pairs; k++) {
+            uint32_t pair = ((words_)left[m])[k];
+            even += (__m512)(pair << 16 | (words_){0}) * evens[k];
+            odd += (__m512)((pair & 0xffff0000) | (words_){0}) * odds[k];
+        }
+        sums[m] = (__m512i)((__m512)sums[m] + (even + odd));
+    }
+    __asm__ volatile("" ::: "memory");
+    _mm_setcsr(before);
+}
+EMULATED void _tile_dpbf16ps(int sums, int left, int right) {
+    must_(sizes_.rows[left] == sizes_.rows[sums] && sizes_.bytes[right] == sizes_.bytes[sums] &&
+              sizes_.bytes[left] == 4 * sizes_.rows[right],
+          "tiles whose sizes do not fit");
+    multiply_tiles_(tile_(sums), tile_(left), tile_(right), sizes_.rows[sums], sizes_.rows[right]);
+}
