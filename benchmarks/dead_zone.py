@@ -5,6 +5,7 @@
 Survival is the projection of `y - y_base` on the exact adapter output, both in float64: 1 where the adapter's
 output arrives, 0 where rounding eats it. δ is the update's size relative to the weights, in rms. Measured on the
 machine that runs it; the layer is 1024 x 1024, K = 1, 2048 tokens, and PEFT's HiRA computes the same update.
+torch multiplies: some processors' compiled code would widen the halves to float32 (docs/cpu.md).
 """
 
 from __future__ import annotations
@@ -42,7 +43,16 @@ def curves(dtype: torch.dtype) -> dict[str, list[float]]:
 
     def ours(algorithm: str) -> Callable[[Tensor], Tensor]:
         return lambda B: smoa_linear(
-            x, base.weight, base.bias, A, B, partition, ranks, scaling=1.0, algorithm=algorithm
+            x,
+            base.weight,
+            base.bias,
+            A,
+            B,
+            partition,
+            ranks,
+            scaling=1.0,
+            algorithm=algorithm,
+            backend="eager",
         )
 
     config = peft.HiraConfig(r=RANK, target_modules=["0"])
@@ -58,7 +68,7 @@ def curves(dtype: torch.dtype) -> dict[str, list[float]]:
         return F.linear(x, round_stochastically(W_eff, dtype, seed=0, name="weight"), base.bias)
 
     ways = {
-        "adapter first, base accumulates (auto)": ours("auto"),
+        "adapter first, base accumulates (split)": ours("split"),
         "W_eff rounded to nearest (merged)": ours("merged"),
         "W_eff rounded stochastically": stochastic,
         "added to the rounded base (PEFT HiRA)": peft_hira,

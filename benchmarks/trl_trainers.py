@@ -64,13 +64,17 @@ SHARED: dict[str, Any] = {
 class Turns(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
     """Lets two trainers step in turn, and notes the seconds of each step and what was logged."""
 
-    def __init__(self, mine: threading.Semaphore, theirs: threading.Semaphore) -> None:
-        self.mine, self.theirs = mine, theirs
+    def __init__(
+        self, mine: threading.Semaphore, theirs: threading.Semaphore, both: threading.Barrier
+    ) -> None:
+        self.mine, self.theirs, self.both = mine, theirs, both
         self.seconds: list[float] = []
         self.logs: list[dict[str, float]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Wait for the other's step to end; both then draw the same numbers, which GRPO samples by."""
+        if not self.seconds:
+            self.both.wait()  # else the other, which sets itself up, draws numbers during this one's first step
         self.mine.acquire()
         torch.manual_seed(len(self.seconds))
         self.began = time.perf_counter()
@@ -136,8 +140,8 @@ def brevity(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
 
 def compare(kind: str) -> str:
     """Run both, step by step in turn; return a row of the table."""
-    first, second = threading.Semaphore(1), threading.Semaphore(0)
-    turns = {"SMoA": Turns(first, second), "LoRA": Turns(second, first)}
+    first, second, both = threading.Semaphore(1), threading.Semaphore(0), threading.Barrier(2)
+    turns = {"SMoA": Turns(first, second, both), "LoRA": Turns(second, first, both)}
     threads = []
     with tempfile.TemporaryDirectory() as folder:
         for method, turn in turns.items():

@@ -1,0 +1,179 @@
+"""What a merge to bf16 keeps of an adapter, and what a merge costs: for docs/numerics.md and docs/merging.md.
+
+    make finetune                                             # SmolLM2-135M on TREC-6: runs/finetune-smoa
+    python -m benchmarks.merged_model runs/finetune-smoa      # that folder, or its adapter's (10 min)
+
+Rounding: the base is a bf16 copy. All models compute in float32, so only what was stored differs. δ is
+the rms of ΔW over that of W0, over all adapted weights; a smaller `smoa_alpha` makes it smaller.
+Memory: each run has a fresh process, which first imports what all of them import. It is VmHWM of
+/proc/self/status at the end, less VmRSS at the start. The base is float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from smoa_kernels.peft import merge_to_folder, merged_weights
+
+from . import quality  # noqa: F401  # puts the examples' folder on the path
+from .machine import commit, cpu_name, load
+from .tables import table
+
+import trec  # isort: skip  # this and the next two are examples
+from questions import Encoder, split  # isort: skip
+from training import answer, next_token_scores, score  # isort: skip
+
+CONFIG = "adapter_config.json"
+ALPHAS = [1, 1 / 10, 1 / 50, 1 / 200]  # relative to the adapter's own
+DRAWS = {"nearest": 1, "stochastic": 4}
+ON_LOSS, ON_ANSWERS, BATCH = 48, 200, 16  # whole batches of questions, from the first of the test split
+WAYS = list(product(("merge_to_folder", "PEFT"), ("5GB", "60MB")))  # tools; the size of a file
+RUNS = 3
+
+
+def update(base: Path, adapter: Path) -> tuple[float, dict[str, float]]:
+    """δ, and for each rounding the rms error of the stored ΔW relative to ΔW."""
+    before = load_file(base / "model.safetensors")
+    exact = merged_weights(base, adapter, dtype=torch.float32)
+    merges = (merged_weights(base, adapter, rounding=way) for way in DRAWS)
+    weights, change, errors = 0.0, 0.0, dict.fromkeys(DRAWS, 0.0)
+    for (name, W_eff), *stored in zip(exact, *merges, strict=True):
+        W0 = before[name].float()
+        if not torch.equal(W_eff, W0):  # the adapter changes it
+            weights += float(W0.square().sum())
+            change += float((W_eff - W0).square().sum())
+            for way, (_, tensor) in zip(DRAWS, stored, strict=True):
+                errors[way] += float((tensor.float() - W_eff).square().sum())
+    return math.sqrt(change / weights), {way: math.sqrt(error / change) for way, error in errors.items()}
+
+
+def loaded(folder: Path) -> Any:
+    """A model that computes in float32, with the weights as they are stored."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def rounding(original: Path, trained: Path, scratch: Path) -> None:
+    """Print what survives each rounding, by δ."""
+    base, adapter, merged = (scratch / name for name in ("base", "adapter", "merged"))
+    AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(base)
+    questions, longest = (
+        trec.read(trec.locate()),
+        AutoConfig.from_pretrained(original).max_position_embeddings,
+    )
+    encoder = Encoder(AutoTokenizer.from_pretrained(original), {one.answer for one in questions}, longest)
+    test = split(questions).test
+
+    @torch.no_grad()
+    def loss(model: Any) -> float:
+        """Mean cross-entropy of the answers' first tokens, as in training."""
+        total = 0.0
+        for start in range(0, ON_LOSS, BATCH):
+            batch = encoder.batch(test[start : start + BATCH])
+            scores = next_token_scores(model.eval(), batch.input_ids, batch.attention_mask)
+            total += float(F.cross_entropy(scores, batch.targets, reduction="sum"))
+        return total / ON_LOSS
+
+    def answers(model: Any) -> list[str]:
+        return answer(model, encoder, test[:ON_ANSWERS], BATCH, torch.device("cpu"), lambda done: None)
+
+    without = loss(loaded(base))
+    rows = [["δ"], [f"loss ({without:.3f} without the adapter)"], *([f"kept, {way}"] for way in DRAWS)]
+    for alpha in ALPHAS:
+        shutil.copytree(trained, adapter, dirs_exist_ok=True)
+        config = json.loads((trained / CONFIG).read_text(encoding="utf-8"))
+        config["smoa_alpha"] *= alpha
+        (adapter / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        model = PeftModel.from_pretrained(loaded(base), str(adapter))
+        delta, errors = update(base, adapter)
+        whole, given = loss(model), answers(model) if alpha == 1 else []
+        cells = [f"{delta:.1e}", f"{whole:.3f}"]
+        if given:
+            print(f"with the adapter {score(given, test[:ON_ANSWERS]).right} of {ON_ANSWERS} right")
+        for way, draws in DRAWS.items():
+            kept = []
+            for seed in range(draws):
+                merge_to_folder(base, adapter, merged, rounding=way, seed=seed)
+                model = loaded(merged)
+                kept.append((without - loss(model)) / (without - whole))
+                if given and seed == 0:
+                    found = answers(model)
+                    differ = sum(one != other for one, other in zip(found, given, strict=True))
+                    print(f"{way} {score(found, test[:ON_ANSWERS]).right} right, {differ} differ")
+                shutil.rmtree(merged)
+            print(f"δ = {delta:.1e}, {way}: error of the stored ΔW {100 * errors[way]:.1f} %", flush=True)
+            cells.append(" to ".join(f"{share:.3f}" for share in sorted({min(kept), max(kept)})))
+        for row, cell in zip(rows, cells, strict=True):
+            row.append(cell)
+    print("\n" + table(rows[0], rows[1:]))
+
+
+def resident(field: str) -> int:
+    """Bytes that a field of /proc/self/status names."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def merge(tool: str, most: str, base: Path, adapter: Path, out: Path) -> tuple[float, float, list[float]]:
+    """Merge in this process: GB that its resident set grew by, seconds of processor time, GB of each file."""
+    torch.set_num_threads(1)
+    with torch.device("meta"):  # imports the model's code
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    before, began = resident("VmRSS"), time.process_time()
+    if tool == "PEFT":
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+        model.merge_and_unload().save_pretrained(out, max_shard_size=most)
+    else:
+        merge_to_folder(base, adapter, out, max_shard_size=most)
+    seconds, grown = time.process_time() - began, resident("VmHWM") - before
+    return grown / 1e9, seconds, [file.stat().st_size / 1e9 for file in out.glob("*.safetensors")]
+
+
+def memory(base: Path, adapter: Path, out: Path) -> None:
+    """Print what each way to merge takes; the ways take turns."""
+    runs: dict[tuple[str, str], list[tuple[float, float, list[float]]]] = {way: [] for way in WAYS}
+    for way in WAYS * RUNS:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            runs[way].append(fresh.submit(merge, *way, base, adapter, out).result())
+        shutil.rmtree(out)
+    rows = []
+    for (tool, _), results in runs.items():
+        grown, seconds, (files, *_) = zip(*results, strict=True)
+        cells = (f"{min(grown):.2f} to {max(grown):.2f}", f"{statistics.median(seconds):.1f}")
+        rows.append((tool, f"{len(files)}, largest {max(files):.2f}", *cells))
+    headings = ("", "files, GB", "resident set grew by, GB", "processor time, s (median)")
+    print(table(headings, rows), flush=True)
+
+
+def main() -> None:
+    """Measure and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path, help="of a run of make finetune, or of its adapter")
+    folder = parser.parse_args().folder
+    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    base = Path(json.loads((adapter / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    torch.set_num_threads(1)
+    print(f"{cpu_name()}, 1 thread, commit {commit()}, {load():.0f} processes running or waiting\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        memory(base, adapter, Path(scratch, "merged"))
+        rounding(base, adapter, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
