@@ -43,16 +43,7 @@ def curves(dtype: torch.dtype) -> dict[str, list[float]]:
 
     def ours(algorithm: str) -> Callable[[Tensor], Tensor]:
         return lambda B: smoa_linear(
-            x,
-            base.weight,
-            base.bias,
-            A,
-            B,
-            partition,
-            ranks,
-            scaling=1.0,
-            algorithm=algorithm,
-            backend="eager",
+            x, base.weight, base.bias, A, B, partition, ranks, scaling=1.0, algorithm=algorithm, backend="eager"
         )
 
     config = peft.HiraConfig(r=RANK, target_modules=["0"])
