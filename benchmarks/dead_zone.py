@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -42,9 +43,8 @@ def curves(dtype: torch.dtype) -> dict[str, list[float]]:
     ranks = torch.tensor([RANK], dtype=torch.int32)
 
     def ours(algorithm: str) -> Callable[[Tensor], Tensor]:
-        return lambda B: smoa_linear(
-            x, base.weight, base.bias, A, B, partition, ranks, scaling=1.0, algorithm=algorithm, backend="eager"
-        )
+        options: dict[str, Any] = {"scaling": 1.0, "algorithm": algorithm, "backend": "eager"}
+        return lambda B: smoa_linear(x, base.weight, base.bias, A, B, partition, ranks, **options)
 
     config = peft.HiraConfig(r=RANK, target_modules=["0"])
     hira = peft.inject_adapter_in_model(config, nn.Sequential(base))[0]
