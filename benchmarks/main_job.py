@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .machine import commit
+from .machine import commit, cpu_name
 from .readme import MAIN_JOB, README, write_readme
 from .results import write
 
@@ -32,7 +32,8 @@ def keep(run: Path) -> None:
     chosen = {name: options[name] for name in ("model", "data", "lr", "alpha", "num_blocks", "distributed")}
     if any(value is not None for value in chosen.values()) or options["eval_split"] != "test":
         raise ValueError(f"{run}: not run as `make finetune` runs it: {options}")
-    text = json.dumps({"commit": commit(), "summary": summary}, ensure_ascii=False, indent=1)
+    kept = {"commit": commit(), "processor": cpu_name(), "summary": summary}
+    text = json.dumps(kept, ensure_ascii=False, indent=1)
     MAIN_JOB.mkdir(exist_ok=True)
     write(MAIN_JOB / f"{options['method']}.json", text + "\n")
 

@@ -131,7 +131,7 @@ def _machines(jobs: Mapping[str, dict[str, Any]], runs: list[Run]) -> str:
     )
     return (
         "The first four rows are one fine-tuning by each method (`make main-job`; one seed, our own split of the TREC "
-        f"questions, {smoa['options']['dtype']}, {smoa['machine']['cpu']}, {smoa['machine']['threads']} threads, "
+        f"questions, {smoa['options']['dtype']}, {jobs['smoa']['processor']}, {smoa['machine']['threads']} threads, "
         f"commit {commits}; the model's weights are those of a 4-bit file, Q4_1, dequantised). Learning rates "
         f"were chosen on a validation split: {rates}. The other rows are "
         f"medians of `make bench` ({layers}); –: not measured."
