@@ -23,9 +23,10 @@ CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter
 EMULATED ?= sm_80 sm_90
 emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pytest -n 2 --dist worksteal $(1) $(ARGS) || exit 1; done
 
-# Compiled CPU code of each of these, its instructions emulated (tests/cpu_emulator), with the tests of numbers that run in this process.
+# CPU code compiled for each of these, its instructions emulated (tests/cpu_emulator). Tests that start processes are left out; without
+# --capture=sys pytest would keep what the emulator says when it stops the program.
 CPUS ?= avx512 avx512bf16 amx
-emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(2) $(ARGS) || exit 1; done
+emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest --capture=sys -m "not slow" $(2) $(ARGS) || exit 1; done
 
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
@@ -91,7 +92,7 @@ test-slow: $(BIN)/.dev ## the tests marked slow, which `make test` leaves out
 
 test-all: test test-slow ## every test: `make test`, then `make test-slow`
 
-nightly: $(BIN)/.dev emulate ## `make emulate`, and the fuzz tests with 10,000 examples instead of 300 (hours)
+nightly: $(BIN)/.dev emulate emulate-cpu ## `make emulate`, `make emulate-cpu`, and the fuzz tests with 10,000 examples instead of 300 (hours)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(FUZZED) $(ARGS)
 
 coverage: $(BIN)/.dev ## every test, counting the lines of smoa_kernels that run; fails below 95 %
@@ -229,7 +230,7 @@ emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)
 
 emulate-cpu: $(BIN)/.dev ## run compiled code for AVX-512, AVX512-BF16 and AMX on any x86 processor, its instructions emulated; needs a C compiler (5 min)
-	$(call emulated_cpu,$(CPUS),-n 2 tests/cpu_emulator $(addprefix tests/test_,bf16.py thirds.py native.py native_operands.py experts.py contract.py derivatives.py))
+	$(call emulated_cpu,$(CPUS),-n 2 $(addprefix tests/test_,bf16.py thirds.py native.py native_operands.py experts.py contract.py derivatives.py))
 
 emulate-cpu-smoke: $(BIN)/.dev ## some of it
 	$(call emulated_cpu,$(filter-out avx512,$(CPUS)),tests/test_bf16.py tests/test_thirds.py)

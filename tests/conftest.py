@@ -15,6 +15,7 @@ if os.environ.get("PTX_EMULATOR"):  # an architecture: kernels are compiled for 
     os.environ |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     pytest_plugins = ["ptx_emulator.plugin"]
 elif os.environ.get("CPU_EMULATOR"):  # a processor: compiled code is that for it, its instructions emulated
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     pytest_plugins = ["cpu_emulator.plugin"]
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,4 +1,4 @@
-/* What the emulated instructions must do, and with a letter what they must find (test_instructions.py). */
+/* What the emulated instructions must do; given a letter, a misuse that must be found (test_instructions.py). */
 #include <immintrin.h>
 
 #include <math.h>
@@ -10,72 +10,112 @@ static uint16_t half_of(float value) {
     return (uint16_t)(bits >> 16);
 }
 
-/* Known results, of numbers that bfloat16 holds. */
-static void products(void) {
-    __m512 tiny = _mm512_set1_ps(0x1p-130f), one = _mm512_set1_ps(1);
-    halves_ pairs, ones;
-    EACH(32, (pairs[i] = half_of(i % 2 ? -2.f * i : 1.f * i), ones[i] = half_of(1)));
-    __m512 sum = _mm512_dpbf16_ps(one, (__m512bh)pairs, (__m512bh)ones);
-    EACH(16, must_(sum[i] == 1 + 2 * i - 2.f * (2 * i + 1), "a pair's products are added"));
-    EACH(32, pairs[i] = half_of(0x1p-130f));
-    sum = _mm512_dpbf16_ps(tiny, (__m512bh)pairs, (__m512bh)_mm512_set1_epi16((short)half_of(0x1p100f)));
-    EACH(16, must_(sum[i] == 0, "what is below the smallest normal number is 0"));
+/* sum + odd + even, products of numbers that bfloat16 holds, in each place of a line. */
+static float added(float sum, float odd_a, float odd_b, float even_a, float even_b) {
+    halves_ a, b;
+    EACH(32, (a[i] = half_of(i % 2 ? odd_a : even_a), b[i] = half_of(i % 2 ? odd_b : even_b)));
+    __m512 found = _mm512_dpbf16_ps(_mm512_set1_ps(sum), (__m512bh)a, (__m512bh)b);
+    EACH(16, must_(memcmp((float *)&found + i, &found, 4) == 0, "places of a line agree"));
+    return found[0];
 }
 
-static void roundings(void) {
+static void products(void) {
+    must_(added(1, 2, 3, 4, 5) == 27, "a pair's products are added");
+    must_(added(0x1p24f, 1, 1, -0x1p24f, 1) == 0, "the odd one first");
+    must_(added(-0x1p127f, 0x1p64f, 0x1p64f, 0, 0) == 0x1p127f, "a product is not rounded before it is added");
+    must_(added(0x1p-130f, 0x1p-130f, 0x1p100f, 0, 0) == 0, "what is below the smallest normal number is 0");
+    must_(added(0, 0x1p-70f, 0x1p-60f, 0, 0) == 0, "a sum too");
+}
+
+static void halves(void) {
     __m512 upper = {1, 1.00390625f, 1.01171875f, -1.00390625f, NAN, INFINITY, 3.4e38f}, lower = _mm512_set1_ps(0x1p-130f);
     halves_ line = (halves_)_mm512_cvtne2ps_pbh(upper, lower);
     const uint16_t wanted[] = {0x3f80, 0x3f80, 0x3f82, 0xbf80, 0x7fc0, 0x7f80, 0x7f80};
     EACH(7, must_(line[16 + i] == wanted[i], "to the nearest, of two the even one"));
     EACH(16, must_(line[i] == 0, "tiny numbers are 0"));
+    __m512 numbers;
+    EACH(16, numbers[i] = (float)i);
+    __m512 again = _mm512_cvtph_ps(_mm512_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT));
+    ints_ whole = (ints_)_mm512_cvtepu16_epi32(_mm512_cvtepi32_epi16(_mm512_set1_epi32(0x12345)));
+    EACH(16, must_(again[i] == i && whole[i] == 0x2345, "there and back"));
 }
 
 static void orders(void) {
     halves_ a, b, order;
+    __m512 numbers;
     EACH(32, (a[i] = (uint16_t)i, b[i] = (uint16_t)(100 + i), order[i] = (uint16_t)(63 - i)));
+    EACH(16, numbers[i] = (float)i);
     halves_ line = (halves_)_mm512_permutex2var_epi16((__m512i)a, (__m512i)order, (__m512i)b);
     EACH(32, must_(line[i] == 131 - i, "a number of two lines"));
     line = (halves_)_mm512_maskz_compress_epi16(0x80000005, (__m512i)a);
+    __m512 few = _mm512_maskz_compress_ps(0x8005, numbers);
     must_(line[0] == 0 && line[1] == 2 && line[2] == 31 && line[3] == 0, "those of the mask, side by side");
+    must_(few[0] == 0 && few[1] == 2 && few[2] == 15 && few[3] == 0, "floats of the mask, side by side");
     line = (halves_)_mm512_maskz_expand_epi16(0x80000005, (__m512i)b);
+    few = _mm512_maskz_expand_ps(0x8005, numbers);
     must_(line[0] == 100 && line[1] == 0 && line[2] == 101 && line[31] == 102, "where the mask has them");
+    must_(few[0] == 0 && few[1] == 0 && few[2] == 1 && few[15] == 2, "floats where the mask has them");
     line = (halves_)_mm512_unpackhi_epi32((__m512i)a, (__m512i)b);
-    must_(line[0] == 4 && line[2] == 104 && line[4] == 6 && line[8] == 12 && line[26] == 128 + 0, "upper halves in turn");
+    must_(line[0] == 4 && line[2] == 104 && line[4] == 6 && line[8] == 12 && line[26] == 128, "upper halves in turn");
+    line = (halves_)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
+    must_(line[0] == 0 && line[4] == 100 && line[8] == 8 && line[28] == 124, "lower halves in turn");
     line = (halves_)_mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0xdd);
     must_(line[0] == 8 && line[8] == 24 && line[16] == 108 && line[24] == 124, "quarters");
+    line = (halves_)_mm512_castsi256_si512(_mm512_extracti64x4_epi64((__m512i)a, 1));
+    must_(line[0] == 16 && line[15] == 31, "the upper half");
+    few = _mm512_mask_blend_ps(2, numbers, numbers + 100);
+    must_(few[0] == 0 && few[1] == 101 && few[2] == 2, "with the mask the second");
 }
 
 /* A page behind which none is: what a mask leaves out is not touched. */
 static void masks(void) {
     char *page = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     mprotect(page + 4096, 4096, PROT_NONE);
-    uint16_t *last = (uint16_t *)(page + 4096) - 3;
-    _mm512_mask_storeu_epi16(last, 7, _mm512_set1_epi16(5));
-    halves_ line = (halves_)_mm512_maskz_loadu_epi16(7, last);
+    uint16_t *halves = (uint16_t *)(page + 4096) - 3;
+    _mm512_mask_storeu_epi16(halves, 7, _mm512_set1_epi16(5));
+    halves_ line = (halves_)_mm512_maskz_loadu_epi16(7, halves);
     must_(line[0] == 5 && line[2] == 5 && line[3] == 0, "what is there, and zeros");
+    float *floats = (float *)(page + 4096) - 3;
+    _mm512_mask_storeu_ps(floats, 7, _mm512_set1_ps(6));
+    __m512 found = _mm512_maskz_loadu_ps(7, floats);
+    must_(found[0] == 6 && found[2] == 6 && found[3] == 0, "floats that are there, and zeros");
 }
 
-static void tiles(int height, int multiplied) {
-    tile_sizes_ sizes = {.palette = 1};
-    EACH(3, (sizes.rows[i] = (uint8_t)(i == 2 ? 2 : height), sizes.bytes[i] = (uint16_t)(i == 1 ? 8 : 64)));
-    uint16_t left[2][4] = {{1, 2, 3, 4}, {5, 6, 7, 8}}, right[2][32];
-    float sums[2][16] = {{10}, {20}};
-    EACH(8, left[0][i] = half_of(left[0][i]));
-    EACH(64, right[0][i] = half_of((float)(i % 2 ? 1 : 2)));
+/* `sum` plus a product of two tiles: of its four terms the left has `even` and `odd` in turn, the right `by`. */
+static float of_tiles(float sum, float even, float odd, float by, int right_bytes, int right_tile) {
+    tile_sizes_ sizes = {.palette = 1, .rows = {2, 2, 2}, .bytes = {64, 8, (uint16_t)right_bytes}};
+    uint16_t left[8], right[64];
+    float sums[32];
+    EACH(8, left[i] = half_of(i % 2 ? odd : even));
+    EACH(64, right[i] = half_of(by));
+    EACH(32, sums[i] = sum);
     _tile_loadconfig(&sizes);
     _tile_loadd(0, sums, 64), _tile_loadd(1, left, 8), _tile_loadd(2, right, 64);
-    _tile_dpbf16ps(0, 1, multiplied);
+    _tile_dpbf16ps(0, 1, right_tile);
     _tile_stored(0, sums, 64);
     _tile_release();
-    must_(sums[0][0] == 10 + 2 + 2 + 6 + 4 && sums[1][0] == 20 + 10 + 6 + 14 + 8 && sums[1][15] == 38, "a product of tiles");
+    EACH(32, must_(memcmp(sums + i, sums, 4) == 0, "places of a tile agree"));
+    return sums[0];
+}
+
+static void tiles(void) {
+    must_(of_tiles(10, 2, 3, 4, 64, 2) == 50, "a product of tiles");
+    must_(of_tiles(0, 0x1p24f, 2, 1, 64, 2) == 0x1p25f + 4, "even and odd ones apart");
+    must_(of_tiles(-0x1p25f, 0x1p24f, 1, 1, 64, 2) == 0, "what was there comes last");
+    must_(of_tiles(0, 0x1p-130f, 0x1p-130f, 0x1p100f, 64, 2) == 0, "tiny numbers are 0");
 }
 
 int main(int count, char **arguments) {
-    _Alignas(64) char line[128];
+    static const tile_sizes_ wrong = {.palette = 1, .rows = {40}, .bytes = {64}};
+    _Alignas(64) char line[128] = {0};
     switch (count > 1 ? *arguments[1] : 0) {
         case 'a': _mm512_store_si512(line + 2, _mm512_setzero_si512()); break;
+        case 'l': _mm512_store_ps(line, _mm512_load_ps(line + 4)); break;
         case 't': _tile_zero(0); break;
-        case 'f': tiles(2, 1); break;
-        default: products(), roundings(), orders(), masks(), tiles(2, 2), puts("right");
+        case 'r': tiles(), _tile_zero(0); break;
+        case 'f': of_tiles(1, 1, 1, 1, 32, 2); break;
+        case 's': of_tiles(1, 1, 1, 1, 64, 1); break;
+        case 'c': _tile_loadconfig(&wrong); break;
+        default: products(), halves(), orders(), masks(), tiles(), puts("right");
     }
 }

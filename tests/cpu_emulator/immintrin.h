@@ -1,12 +1,12 @@
 /* AVX-512's instructions, AVX512-BF16's and AMX's that `backends/native` uses, in plain C.
  *
  * So code for these processors runs on any that has AVX2: found before the compiler's own <immintrin.h>, this header gives
- * the same names. What a processor would fault at, or what tiles were not told, stops the program. Of two numbers with
- * one meaning, such as a sum's order or what underflows, it is that of Intel's Software Developer's Manual, volume 2.
+ * the same names. It stops the program where a processor would fault. Where results could differ, by the order of a sum or by
+ * underflow, they are those of Intel's Software Developer's Manual, volume 2.
  */
 #pragma once
 
-/* The compiler's headers of what runs here: they want to be read by way of its own. */
+/* The compiler's headers for AVX2, which refuse to be included directly unless one of these is defined. */
 #define _IMMINTRIN_H_INCLUDED /* GCC */
 #define __IMMINTRIN_H         /* clang */
 #include <smmintrin.h>
@@ -21,7 +21,8 @@
 #include <string.h>
 #include <sys/syscall.h>
 
-/* No function is compiled for a processor of its own; they ask what the emulated one has, and whether its system lets them. */
+/* No function is compiled for a processor of its own. Questions about the processor and the system get the emulated one's
+ * answers. */
 #define target(...)
 #define __builtin_cpu_supports(feature) EMULATES_BF16
 #undef __cpuid_count
@@ -187,7 +188,7 @@ EMULATED __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int order) {
 }
 EMULATED __m512i _mm512_castsi256_si512(__m256i a) {
     __m512i line;
-    memset(&line, -1, sizeof line); /* what is there is anyone's */
+    memset(&line, -1, sizeof line); /* undefined on a processor: a NaN, so that its use shows */
     memcpy(&line, &a, sizeof a);
     return line;
 }
@@ -200,7 +201,9 @@ EMULATED __m256i _mm512_extracti64x4_epi64(__m512i a, int upper) {
 /* Half types. */
 EMULATED __m512i _mm512_cvtepu16_epi32(__m256i a) {
     ints_ line;
-    EACH(16, line[i] = ((const uint16_t *)&a)[i]);
+    uint16_t part[16];
+    memcpy(part, &a, sizeof part);
+    EACH(16, line[i] = part[i]);
     return (__m512i)line;
 }
 EMULATED __m256i _mm512_cvtepi32_epi16(__m512i a) {
@@ -249,7 +252,10 @@ typedef struct {
 static __thread tile_sizes_ sizes_; /* palette 0: tiles are not to be used */
 static __thread __m512i tiles_[8][16];
 
-EMULATED void _tile_loadconfig(const void *from) { memcpy(&sizes_, from, sizeof sizes_), memset(tiles_, 0, sizeof tiles_); }
+EMULATED void _tile_loadconfig(const void *from) {
+    memcpy(&sizes_, from, sizeof sizes_), memset(tiles_, 0, sizeof tiles_);
+    EACH(8, must_(sizes_.rows[i] <= 16 && sizes_.bytes[i] <= 64 && sizes_.bytes[i] % 4 == 0, "a size that no tile has"));
+}
 EMULATED void _tile_release(void) { memset(&sizes_, 0, sizeof sizes_); }
 EMULATED __m512i *tile_(int t) { return must_(sizes_.palette == 1 && sizes_.rows[t], "a tile that has no size"), tiles_[t]; }
 EMULATED void _tile_zero(int t) { memset(tile_(t), 0, sizeof tiles_[t]); }
@@ -261,8 +267,8 @@ EMULATED void _tile_stored(int t, void *to, long stride) {
     const __m512i *tile = tile_(t);
     EACH(sizes_.rows[t], memcpy((char *)to + i * stride, &tile[i], sizes_.bytes[t]));
 }
-/* Sums of even and of odd products apart, then both and what was there. This processor is told to flush what is below the
- * smallest normal number while it adds. */
+/* Even and odd products are summed apart, then added to what was there. Meanwhile this processor is told to flush what is
+ * below the smallest normal number. */
 static __attribute__((noinline, optimize("O3"))) void multiply_tiles_(__m512i *sums, const __m512i *left,
                                                                       const __m512i *right, int rows, int pairs) {
     enum { FLUSHES = 0x8040 };
@@ -284,6 +290,7 @@ static __attribute__((noinline, optimize("O3"))) void multiply_tiles_(__m512i *s
     _mm_setcsr(before);
 }
 EMULATED void _tile_dpbf16ps(int sums, int left, int right) {
+    must_(sums != left && sums != right && left != right, "one tile twice in a product");
     must_(sizes_.rows[left] == sizes_.rows[sums] && sizes_.bytes[right] == sizes_.bytes[sums] &&
               sizes_.bytes[left] == 4 * sizes_.rows[right],
           "tiles whose sizes do not fit");

@@ -7,22 +7,30 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smoa_kernels.backends.native import library
 
-from .build import HERE, compile_library, obstacle
+from .build import HERE, PROCESSORS, compile_library, obstacle
 
 PROCESSOR = os.environ["CPU_EMULATOR"]
+if PROCESSOR not in PROCESSORS:
+    raise pytest.UsageError(f"CPU_EMULATOR must be one of {', '.join(PROCESSORS)}, got {PROCESSOR}")
 
 if (REASON := obstacle()) is None:
     # The session's other processes find what the first of them compiled.
     if "CPU_EMULATOR_FOLDER" not in os.environ:
-        folder = os.environ["CPU_EMULATOR_FOLDER"] = tempfile.mkdtemp()
+        folder = os.environ["CPU_EMULATOR_FOLDER"] = tempfile.mkdtemp(prefix="cpu-emulator-")
         atexit.register(shutil.rmtree, folder)
         compile_library(PROCESSOR, Path(folder))
     library._FOLDER = Path(os.environ["CPU_EMULATOR_FOLDER"])
+    found = library.library()
+    has = [found.smoa_bf16_fit(), found.smoa_amx_fit()]
+    assert has == [*PROCESSORS[PROCESSOR].values()], (
+        "compiler or environment (ONEDNN_MAX_CPU_ISA) leave features out"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,5 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=REASON))
 
 
-def pytest_report_header() -> str:
-    return f"emulated: {PROCESSOR}, on {HERE}"
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    terminalreporter.write_line(
+        f"emulated: {PROCESSOR}, on {HERE}" if REASON is None else f"nothing emulated: {REASON}"
+    )

@@ -28,8 +28,12 @@ def test_known_results(program: Path) -> None:
     ("misuse", "found"),
     [
         ("a", "a line does not begin at a multiple of 64 bytes"),
+        ("l", "a line does not begin at a multiple of 64 bytes"),
         ("t", "a tile that has no size"),
+        ("r", "a tile that has no size"),  # any more
         ("f", "tiles whose sizes do not fit"),
+        ("s", "one tile twice in a product"),
+        ("c", "a size that no tile has"),
     ],
 )
 def test_misuse_is_found(program: Path, misuse: str, found: str) -> None:
