@@ -70,7 +70,7 @@ TILES static inline void add_product(i64 rows, i64 columns, i64 depth, const hal
     if (!amx_allowed()) {
         dots *const wide = stride == IN_TILES ? wide_dots_of_tiles : stride == IN_PAIRS ? wide_dots_of_pairs : wide_dots_of_rows;
         dots *const one = stride == IN_TILES ? dots_of_tiles : stride == IN_PAIRS ? dots_of_pairs : dots_of_rows;
-        i64 height = beside ? SIDE / 2 : SIDE, tile = stride < 0 ? below : SIDE * stride;
+        i64 height = beside || stride >= 0 ? SIDE / 2 : SIDE, tile = stride < 0 ? below : SIDE * stride;
         i64 row = stride == IN_TILES ? TERMS : stride == IN_PAIRS ? 2 : stride;
         for (i64 i = 0; i < rows; i += height) {
             i64 turn = (first + i) / height * ASKED;

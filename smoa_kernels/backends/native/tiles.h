@@ -116,39 +116,44 @@ TILES static inline void store_sums(float *to) {
 /* sums (rows; columns, SIDE) = left right, or plus that where `add`, over `depth` tiles of each: up to SIDE rows of the left,
  * `stride` apart, by one or two runs of the right. A row's next pair lies `pair` after, its next TERMS `step`. Of the runs
  * the second begins `beside` after the first. Sums of rows are `apart`, those of the second run `next` after. From `ask` on,
- * unless it is NULL, the memory is asked for ASKED lines meanwhile for each tile. */
+ * unless it is NULL, the memory is asked for ASKED lines meanwhile for each tile. There are always SIDE sums, as many as
+ * a processor adds to meanwhile: half as many rows have two each, of half of the pairs if there is one run. */
 TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i64 stride, i64 pair, i64 step,
                           const half *right, i64 beside, int add, float *sums, i64 apart, i64 next, const half *ask) {
     __m512 sum[SIDE][2];
+    const int chains = SIDE / rows / columns, each = columns * chains; /* sums of a row */
     /* Rows as they lie are asked for: the next ones, where few tokens read them once, or what follows. */
     i64 ahead = columns == 1 ? rows * stride : 2 * TERMS;
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
-        for (int c = 0; c < columns; c++)
-            sum[i][c] = add ? _mm512_load_ps(sums + i * apart + c * next) : _mm512_setzero_ps();
+        for (int c = 0; c < each; c++)
+            sum[i][c] = add && c < columns ? _mm512_load_ps(sums + i * apart + c * next) : _mm512_setzero_ps();
     for (; depth > 0; depth--, left += step) {
         for (int q = 0; q < ASKED && ask; q++, ask += TERMS) __builtin_prefetch(ask);
 #pragma GCC unroll 16
         for (int i = 0; i < rows && step == TERMS; i++) __builtin_prefetch(left + i * stride + ahead);
-        for (int p = 0; p < SIDE; p++, right += TERMS) {
+        for (int p = 0; p < SIDE; p += chains, right += chains * TERMS) {
             __m512bh line[2];
-            for (int c = 0; c < columns; c++) line[c] = (__m512bh)_mm512_load_si512(right + c * beside);
+            for (int c = 0; c < each; c++) line[c] = (__m512bh)_mm512_load_si512(right + c * (chains > 1 ? TERMS : beside));
 #pragma GCC unroll 16
-            for (int i = 0; i < rows; i++) {
-                int32_t one;
-                memcpy(&one, left + i * stride + p * pair, sizeof one);
-                __m512bh both = (__m512bh)_mm512_set1_epi32(one);
-                for (int c = 0; c < columns; c++) sum[i][c] = _mm512_dpbf16_ps(sum[i][c], line[c], both);
-            }
+            for (int i = 0; i < rows; i++)
+                for (int c = 0; c < each; c++) {
+                    int32_t one;
+                    memcpy(&one, left + i * stride + (p + c % chains) * pair, sizeof one);
+                    sum[i][c] = _mm512_dpbf16_ps(sum[i][c], line[c], (__m512bh)_mm512_set1_epi32(one));
+                }
         }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++) {
+        if (chains > 1) sum[i][0] += sum[i][1];
         for (int c = 0; c < columns; c++) _mm512_store_ps(sums + i * apart + c * next, sum[i][c]);
+    }
 }
 
 /* A tile of sums; and two, half as high: Zen 5 multiplies two lines a cycle and reads as many, so that it would wait for one
- * to be read for each product of a single tile. The left are tiles, rows `stride` apart, or what a right tile is. Functions of
+ * to be read for each product of a single tile. The left are tiles, rows `stride` apart, or what a right tile is. Of rows
+ * always eight: rows 4 KB apart lie in one set of the L1 cache, which holds 12 lines on Zen 5 and 8 on Zen 4. Functions of
  * their own: within another sums would be kept in memory. */
 typedef void dots(i64 depth, const half *left, i64 stride, const half *right, i64 beside, int add, float *sums, i64 apart,
                   i64 next, const half *ask);
@@ -160,7 +165,7 @@ typedef void dots(i64 depth, const half *left, i64 stride, const half *right, i6
     }
 DOTS(dots_of_tiles, SIDE, 1, TERMS, 2, TILE)
 DOTS(wide_dots_of_tiles, SIDE / 2, 2, TERMS, 2, TILE)
-DOTS(dots_of_rows, SIDE, 1, stride, 2, TERMS)
+DOTS(dots_of_rows, SIDE / 2, 1, stride, 2, TERMS)
 DOTS(wide_dots_of_rows, SIDE / 2, 2, stride, 2, TERMS)
 DOTS(dots_of_pairs, SIDE, 1, 2, TERMS, TILE)
 DOTS(wide_dots_of_pairs, SIDE / 2, 2, 2, TERMS, TILE)
