@@ -191,7 +191,9 @@ def _every(places: Tensor, run: int) -> Tensor:
 
 def _is_aligned(x: Tensor, width: int) -> bool:
     """Whether so many neighbours in a row may be viewed as one element."""
-    return width == 1 or (x.stride(1) == 1 and x.stride(0) % width == 0 and x.storage_offset() % width == 0)
+    return bool(
+        width == 1 or (x.stride(1) == 1 and x.stride(0) % width == 0 and x.storage_offset() % width == 0)
+    )
 
 
 def inverse(index: Index) -> Index:
