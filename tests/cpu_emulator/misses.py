@@ -39,9 +39,8 @@ def count_misses(program: Path, cache: str, tokens: int, apart: int) -> Counter[
     found, function, column = Counter[str](), "", 0
     for line in events.read_text().splitlines():
         if line.startswith("events:"):
-            column = line.split().index(
-                "D1mr"
-            )  # lines begin with a number of their own, as this does with a name
+            # Lines of counts begin with a number of their own, as this one does with a name.
+            column = line.split().index("D1mr")
         elif line.startswith("fn="):
             function = line[3:].split(".")[0]
         elif line[:1].isdigit():
@@ -56,9 +55,8 @@ def main() -> None:
         for (name, cache), tokens, apart in product(L1.items(), TOKENS, APART):
             found = count_misses(program, cache, tokens, apart)
             most = ", ".join(f"{function} {misses:,}" for function, misses in found.most_common(3))
-            print(
-                f"{name}, {tokens} tokens, rows {2 * (2048 + apart)} bytes apart: {found.total():,} ({most})"
-            )
+            rows = f"{tokens} tokens, rows {2 * (2048 + apart)} bytes apart"
+            print(f"{name}, {rows}: {found.total():,} ({most})")
 
 
 if __name__ == "__main__":

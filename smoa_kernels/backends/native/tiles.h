@@ -116,8 +116,8 @@ TILES static inline void store_sums(float *to) {
 /* sums (rows; columns, SIDE) = left right, or plus that where `add`, over `depth` tiles of each: up to SIDE rows of the left,
  * `stride` apart, by one or two runs of the right. A row's next pair lies `pair` after, its next TERMS `step`. Of the runs
  * the second begins `beside` after the first. Sums of rows are `apart`, those of the second run `next` after. From `ask` on,
- * unless it is NULL, the memory is asked for ASKED lines meanwhile for each tile. There are always SIDE sums, as many as
- * a processor adds to meanwhile: half as many rows have two each, of half of the pairs if there is one run. */
+ * unless it is NULL, the memory is asked for ASKED lines meanwhile for each tile. There are always SIDE sums, so that
+ * none is added to again before it is there: of half as many rows by one run each has two, of every other pair. */
 TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, i64 stride, i64 pair, i64 step,
                           const half *right, i64 beside, int add, float *sums, i64 apart, i64 next, const half *ask) {
     __m512 sum[SIDE][2];
