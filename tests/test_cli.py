@@ -87,7 +87,7 @@ def test_roofline_parts(capsys):
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("info", "roofline", "audit", "inspect", "convert", "merge", "spectrum", "tune"):
+    for command in ("info", "roofline", "audit", "inspect", "convert", "merge", "tune"):
         assert command in out
 
 
@@ -117,8 +117,8 @@ def test_a_usage_error_names_the_help_that_answers_it(capsys):
 @pytest.mark.parametrize(
     ("missing", "gpu", "native", "expected"),
     [
-        ((), False, "works", ["smoa-kernels roofline", "smoa-kernels spectrum", "smoa-kernels"]),
-        ((), True, "works", ["smoa-kernels tune", "smoa-kernels spectrum", "smoa-kernels"]),
+        ((), False, "works", ["smoa-kernels roofline", "smoa-kernels"]),
+        ((), True, "works", ["smoa-kernels tune", "smoa-kernels"]),
         (("peft",), False, "no: it was not compiled: no compiler", ["pip install 'smoa-kernels[peft]'"]),
     ],
 )

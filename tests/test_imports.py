@@ -23,7 +23,6 @@ ORDER = (
     ("experts",),
     ("tuning", "distributed"),
     ("peft",),
-    ("spectrum",),
     ("cli",),
 )
 
@@ -38,8 +37,6 @@ LATE = {
     ("cli.convert", "peft.convert"): "PEFT is an extra",
     ("cli.inspect", "peft.inspection"): "PEFT is an extra",
     ("cli.merge", "peft.merged_folder"): "PEFT is an extra",
-    ("cli.spectrum", "spectrum.figure"): "matplotlib is an extra",
-    ("cli.spectrum", "spectrum.model"): "PEFT is an extra",
     ("cli.tune", "cli.tune_run"): "imports Triton",
 }
 

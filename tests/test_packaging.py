@@ -121,7 +121,6 @@ def test_metadata(wheel: Path) -> None:
     theirs = {"peft", "transformers", "safetensors", "huggingface_hub", "accelerate", "tqdm", "numpy"}
     assert requirements(metadata, "peft", "Darwin") == core | theirs
     assert requirements(metadata, "cli", "Darwin") == core | {"typer", "rich"}
-    assert requirements(metadata, "plot", "Darwin") == core | {"matplotlib", "numpy"}
     assert dist_info(wheel, "entry_points.txt").split() == (
         ["[console_scripts]", "smoa-kernels", "=", "smoa_kernels.cli:main"]
     )
@@ -160,13 +159,11 @@ def check_link(url: str, picture: bool, repository: str, tag: str) -> str:
 def extra_of(name: str) -> str:
     """The extra that a file of the package belongs to; none where it belongs to the core."""
     path = name.removeprefix(PREFIX)
-    if path == "spectrum/figure.py":
-        return "plot"
     folder = path.split("/")[0]
     return folder if folder in ("peft", "cli") else ""
 
 
-@pytest.mark.parametrize("extra", ["peft", "cli", "plot", ""])
+@pytest.mark.parametrize("extra", ["peft", "cli", ""])
 def test_every_import_is_declared(wheel: Path, names: list[str], extra: str) -> None:
     """A package that happens to be there because another one needs it is missing on some machine."""
     metadata = email.message_from_string(dist_info(wheel, "METADATA"))

@@ -1,154 +1,104 @@
-"""What is measured of an update: against cases whose numbers are known, and against the definition in loops."""
+"""The example that measures where an update goes: cases whose numbers are known, PEFT's own ΔW, one run."""
 
 import math
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
 
 import pytest
 import torch
-from problems import DEVICE, make_problem
-from torch import Tensor
+from peft import HiraConfig, LoraConfig, get_peft_model
+from tiny_models import tiny_gpt2, tiny_llama
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.definition.reference import reference_delta_weight
-from smoa_kernels.spectrum.layer import (
-    LayerSpectrum,
-    cumulated,
-    effective_number,
-    layer_spectrum,
-)
+from smoa_kernels.peft import SMoAConfig
 
-pytestmark = pytest.mark.numerical
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-DIAGONAL = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64))
+from spectrum import main, measure, model_spectrum
 
-
-def unit(*places: tuple[int, int]) -> Tensor:
-    matrix = torch.zeros(4, 4, dtype=torch.float64)
-    for place in places:
-        matrix[place] = 2.0
-    return matrix
-
-
-def measured(weight: Tensor, update: Tensor, num_blocks: int = 1) -> LayerSpectrum:
-    weight = weight.to(DEVICE)
-    return layer_spectrum(weight, BlockPartition.from_weight(weight, num_blocks), {"it": update.to(DEVICE)})
+DIAGONAL = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+ONE = BlockPartition.from_weight(DIAGONAL, 1)
+ROW = torch.zeros(4, 4)
+ROW[0] = 2.0
 
 
 @pytest.mark.parametrize(
     ("update", "left", "right", "rank", "effective", "coverage"),
     [
-        (unit((0, 0)), [1, 0, 0, 0], [1, 0, 0, 0], 1, 1.0, 1 / 4),
-        (unit((1, 3)), [0, 1, 0, 0], [0, 0, 0, 1], 1, 1.0, 1 / 4),
-        (unit((0, 0), (0, 1), (0, 2), (0, 3)), [1, 0, 0, 0], [1 / 4] * 4, 1, 1.0, math.sqrt(1 * 4) / 4),
+        (ROW, [1, 0, 0, 0], [1 / 4] * 4, 1, 1.0, 1 / 2),
         (torch.eye(4), [1 / 4] * 4, [1 / 4] * 4, 4, 4.0, 1.0),
         (torch.ones(4, 4), [1 / 4] * 4, [1 / 4] * 4, 1, 1.0, 1.0),
         (torch.zeros(4, 4), [0] * 4, [0] * 4, 0, 0.0, 0.0),
     ],
-    ids=[
-        "one direction",
-        "left 2, right 4",
-        "a row",
-        "every direction by itself",
-        "every direction at once",
-        "nothing",
-    ],
+    ids=["a row", "every direction by itself", "every direction at once", "nothing"],
 )
-def test_over_a_diagonal_weight(
-    update: Tensor, left: list[float], right: list[float], rank: int, effective: float, coverage: float
-) -> None:
+def test_over_a_diagonal_weight(update, left, right, rank, effective, coverage):
     """Its singular directions are the coordinates. A rank of one may touch them all: coverage is not rank."""
-    found = measured(DIAGONAL, update).updates["it"]
+    found = measure(DIAGONAL, ONE, {"it": update}).updates["it"]
     assert found.left.tolist() == pytest.approx(left)
     assert found.right.tolist() == pytest.approx(right)
-    assert found.rank == rank
-    assert found.effective_rank == pytest.approx(effective)
+    assert (found.rank, found.effective_rank) == (rank, pytest.approx(effective))
     assert found.coverage == pytest.approx(coverage)
-    norm = torch.linalg.matrix_norm(update) / torch.linalg.matrix_norm(DIAGONAL)
-    assert found.relative_norm == pytest.approx(float(norm))
 
 
-def test_blocks_of_a_diagonal_weight() -> None:
-    layer = measured(DIAGONAL, torch.eye(4), num_blocks=2)
+def test_blocks_of_a_diagonal_weight():
+    layer = measure(DIAGONAL, BlockPartition.from_weight(DIAGONAL, 2), {})
     assert layer.singular_values.tolist() == [4, 3, 2, 1]
-    assert (layer.rank, layer.shape) == (4, (4, 4))
-    assert layer.effective_rank == pytest.approx(effective_number(torch.tensor([16.0, 9.0, 4.0, 1.0])))
-    blocks = layer.blocks
-    for shares in (blocks.row_shares, blocks.col_shares, blocks.diagonal_shares):
-        assert shares.tolist() == pytest.approx([25 / 30, 5 / 30])
-    assert blocks.left.tolist() == blocks.right.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    assert layer.diagonal.tolist() == pytest.approx([25 / 30, 5 / 30])
+    assert layer.blocks.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
 
 
-@pytest.mark.parametrize("shape", [(33, 57), (57, 33), (1, 5), (5, 1), (7, 7)])
-def test_the_definition_in_loops(shape: tuple[int, int]) -> None:
-    p = make_problem(out_features=shape[0], in_features=shape[1], ranks=(2, 0, 1), random_labels=True)
-    update = reference_delta_weight(p.weight, p.A, p.B, p.partition, p.ranks, scaling=p.scaling)
-    layer = layer_spectrum(p.weight, p.partition, {"it": update})
-    found = layer.updates["it"]
-    U, sigma, Vh = torch.linalg.svd(p.weight, full_matrices=False)
-    energy = update.square().sum()
-    for j in range(len(sigma)):
-        assert float(found.left[j]) == pytest.approx(float((U[:, j] @ update).square().sum() / energy))
-        assert float(found.right[j]) == pytest.approx(float((update @ Vh[j]).square().sum() / energy))
-        for k in range(3):
-            rows, cols = p.partition.rows(k), p.partition.cols(k)
-            assert float(layer.blocks.left[k, j]) == pytest.approx(float(U[rows, j].square().sum()))
-            assert float(layer.blocks.right[k, j]) == pytest.approx(float(Vh[j, cols].square().sum()))
-    for k in range(3):
-        inside = p.weight[p.partition.rows(k)][:, p.partition.cols(k)].square().sum()
-        assert float(layer.blocks.diagonal_shares[k]) == pytest.approx(
-            float(inside / p.weight.square().sum())
-        )
-    # The smaller side's directions are a basis of it, the larger side's are not.
-    small, large = (found.left, found.right) if shape[0] <= shape[1] else (found.right, found.left)
-    assert float(small.sum()) == pytest.approx(1)
-    assert float(large.sum()) < 1 or shape[0] == shape[1]
-    torch.testing.assert_close(found.singular_values, torch.linalg.svdvals(update))
+def test_random_low_rank_touches_many_directions_in_few_ways():
+    """Shares like χ² of r degrees of freedom: coverage `r/2 · e^-ψ(r/2 + 1)` at every size (docs/spectrum.md)."""
+    torch.manual_seed(0)
+    weight, r = torch.randn(400, 400), 4
+    partition = BlockPartition.contiguous((400, 400), 1)
+    update = torch.randn(400, r, dtype=torch.float64) @ torch.randn(r, 400, dtype=torch.float64)
+    found = measure(weight, partition, {"it": update}).updates["it"]
+    expected = r / 2 * math.exp(-float(torch.special.digamma(torch.tensor(r / 2 + 1))))
+    assert found.coverage == pytest.approx(expected, rel=0.08)
+    assert found.rank == r
+    assert found.effective_rank <= r
 
 
-def test_random_low_rank_touches_many_directions_in_few_ways() -> None:
-    """Shares like χ² of r degrees of freedom: coverage `r/2 · e^-ψ(r/2 + 1)` at every size, effective rank below r."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
-
-    weight = randn(400, 400)
-    for r in (1, 4, 16):
-        found = measured(weight, randn(400, r) @ randn(r, 400)).updates["it"]
-        expected = r / 2 * math.exp(-float(torch.special.digamma(torch.tensor(r / 2 + 1))))
-        assert found.coverage == pytest.approx(expected, rel=0.08)
-        assert found.rank == r
-        assert found.effective_rank <= r
-
-
-def test_scale_does_not_count() -> None:
-    p = make_problem()
-    update = reference_delta_weight(p.weight, p.A, p.B, p.partition, p.ranks, scaling=1.0)
-    layer = layer_spectrum(p.weight, p.partition, {"one": update, "million": update * 1e6})
-    one, million = layer.updates["one"], layer.updates["million"]
-    torch.testing.assert_close(one.left, million.left)
-    assert one.coverage == pytest.approx(million.coverage)
-    assert one.effective_rank == pytest.approx(million.effective_rank)
-    assert one.rank == million.rank
-
-
-def test_a_zero_weight_has_numbers_too() -> None:
-    layer = measured(torch.zeros(3, 5), torch.ones(3, 5))
-    assert (layer.rank, layer.effective_rank) == (0, 0)
-    assert layer.updates["it"].relative_norm == math.inf
-    assert layer.blocks.diagonal_shares.tolist() == [0]
+@pytest.mark.parametrize("method", ["smoa", "lora", "hira"])
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2])
+def test_updates_are_those_of_pefts_layers(tmp_path, make_model, method):
+    """Transposed bases too."""
+    targets = ["q_proj", "down_proj"] if make_model is tiny_llama else ["c_attn", "c_fc"]
+    shared = {"r": 3, "target_modules": targets, "fan_in_fan_out": make_model is tiny_gpt2}
+    config = {
+        "smoa": SMoAConfig(**shared, num_blocks=3, smoa_alpha=4, init_weights=False),
+        "lora": LoraConfig(**shared, lora_alpha=5, init_lora_weights=False),
+        "hira": HiraConfig(**shared, init_weights=False),
+    }[method]
+    make_model().save_pretrained(tmp_path / "base")
+    ours = SMoAConfig(**shared, num_blocks=2, init_weights=False)
+    get_peft_model(make_model(), ours).save_pretrained(tmp_path / "smoa")
+    model = get_peft_model(make_model(), config)
+    model.save_pretrained(tmp_path / "other")
+    layers = model_spectrum(tmp_path / "base", tmp_path / "smoa", tmp_path / "other")
+    assert len(layers) == 4
+    merged = model.merge_and_unload().requires_grad_(False)
+    for name, layer in layers.items():
+        before = make_model().requires_grad_(False).get_submodule(name).weight
+        change = merged.get_submodule(name).weight - before
+        expected = torch.linalg.svdvals(change)
+        found = list(layer.updates.values())[1].singular_values.float()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(before.norm()))
+        torch.testing.assert_close(layer.singular_values.float(), torch.linalg.svdvals(before))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_half_types_are_measured_in_float64(dtype: torch.dtype) -> None:
-    p = make_problem().to(dtype)
-    layer = measured(p.weight, p.weight)
-    wide = measured(p.weight.double(), p.weight.double())
-    assert torch.equal(layer.updates["it"].left, wide.updates["it"].left)
-    assert layer.singular_values.dtype == torch.float64
-
-
-def test_cumulated() -> None:
-    shares = torch.tensor([0.5, 0.25, 0.25])
-    assert cumulated(shares, 4) == pytest.approx([0, 0.5, 0.75, 1])
-    assert cumulated(shares, 7) == pytest.approx([0, 0.25, 0.5, 0.625, 0.75, 0.875, 1])
-    assert cumulated(torch.ones(1), 3) == pytest.approx([0, 0.5, 1])
+@pytest.mark.slow
+def test_a_run_with_random_factors(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    main(tmp_path / "base", target=["q_proj"], figure=tmp_path / "figure.svg")
+    out = capsys.readouterr().out
+    assert "self_attn.q_proj, 2 layers" in out
+    assert "SMoA r=8, K=2, random" in out
+    text = " ".join(xml.etree.ElementTree.parse(tmp_path / "figure.svg").getroot().itertext())
+    assert "LoRA r=4, random: left" in text
+    assert "Energy of ΔW along W0's singular directions" in text
+    with pytest.raises(ValueError, match="no layer of both adapters"):
+        model_spectrum(tmp_path / "base", targets=("nowhere",))

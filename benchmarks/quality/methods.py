@@ -10,12 +10,12 @@ import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
 from peft.tuners.hira import HiraLayer
 from peft.tuners.lora import LoraLayer
+from spectrum import effective_number
 from torch import nn
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.layer import SMoALayer
-from smoa_kernels.spectrum.layer import effective_number
 
 Kind = Literal["none", "lora", "hira", "smoa"]
 RANK = 8

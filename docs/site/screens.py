@@ -1,7 +1,6 @@
 """Draw what the commands print: `make docs-screens` writes docs/screens/NAME.svg, which the site shows.
 
-Each command runs as a reader would run it, in colours and 110 columns wide; rich draws what it printed. `spectrum`
-reads SmolLM2-135M, which is made in the cache the first time.
+Each command runs as a reader would run it, in colours and 110 columns wide; rich draws what it printed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ COMMANDS = {
     "overview": "",
     "info": "info",
     "roofline": "roofline --gpu h100 --shape 4096x14336 --tokens 8192",
-    "spectrum": "spectrum MODEL --target q_proj --target down_proj",
     "tune": "tune --dry-run --gpu h100 --shape 4096x4096 --tokens 8192 --kernel sum_partials",
 }
 
@@ -39,11 +37,6 @@ def main() -> None:
 
 def printed(arguments: str) -> str:
     """What a command prints to a terminal, in ANSI codes."""
-    if "MODEL" in arguments:
-        sys.path.insert(0, str(ROOT / "examples"))
-        from smollm2 import cached_model
-
-        arguments = arguments.replace("MODEL", str(cached_model()))
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -19,7 +19,6 @@ from .merge import merge
 from .output import console
 from .plan import plan
 from .roofline import roofline
-from .spectrum import spectrum
 from .tune import tune
 
 __all__ = ["run"]
@@ -38,7 +37,6 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
         inspect: "inspect path/to/adapter --base path/to/model",
         convert: "convert path/to/hira path/to/smoa --base path/to/model",
         merge: "merge path/to/model path/to/adapter path/to/merged",
-        spectrum: "spectrum path/to/model --adapter path/to/adapter --figure overview.svg",
     },
     "No GPU yet": {
         roofline: "roofline --gpu h100 --shape 4096x14336 --tokens 8192",

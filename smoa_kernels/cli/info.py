@@ -113,7 +113,6 @@ def _next_steps(found: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
         steps.append(
             ("pip install --force-reinstall .", "in a checkout, with a C compiler: faster float32 on a CPU")
         )
-    steps.append(("smoa-kernels spectrum path/to/model", "see where an update of your model can go"))
     steps.append(("smoa-kernels", "list every command with an example"))
     return steps
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-__all__ = ["needs_matplotlib", "needs_triton"]
+__all__ = ["needs_triton"]
 
 
 def needs_triton(purpose: str) -> None:
@@ -13,9 +13,3 @@ def needs_triton(purpose: str) -> None:
         raise ValueError(
             f"triton is not installed: there are no kernels {purpose}; pip install 'smoa-kernels[triton]'"
         )
-
-
-def needs_matplotlib(option: str) -> None:
-    """Raise a ValueError if matplotlib, which `option` needs, is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"{option} needs matplotlib: pip install 'smoa-kernels[plot]'")

@@ -55,15 +55,6 @@ COMMANDS: list[tuple[str, str]] = [
     ("tune --budget -1", "--budget"),
     ("tune --from-model /nowhere", "--from-model must be a config.json or its folder, got /nowhere"),
     ("tune --gpu h100", "add --dry-run, or leave --gpu out"),
-    ("spectrum", "Missing argument"),
-    ("spectrum FOLDER --rank 0", "--rank"),
-    ("spectrum FOLDER --seed -1", "--seed"),
-    ("spectrum FOLDER --seed 9223372036854775808", "--seed"),
-    ("spectrum FOLDER --adapter FOLDER --blocks 2", "--rank and --blocks are for a random SMoA"),
-    ("spectrum FOLDER --figure a.pdf", "--figure must be a file .svg or .png, got a.pdf"),
-    ("spectrum FOLDER --layer-figures FOLDER/config.json", "--layer-figures must be a folder, got"),
-    ("spectrum FOLDER --json /nowhere/at/all.json", "cannot write /nowhere/at/all.json: /nowhere/at is not"),
-    ("spectrum FOLDER --json FOLDER", "it is a folder; name a file in it"),
     ("tune --dry-run --gpu h100 --rank 99999999999", "rank must be at most 1024 in 4 blocks"),
     ("tune --dry-run --gpu h100 --tokens 99999999999", "--tokens"),
     ("tune --dry-run --gpu h100 --from-model FOLDER/deep.json", "--from-model must be .* recursion"),
@@ -99,8 +90,6 @@ ADAPTERS = [
     ("merge FOLDER FOLDER FOLDER/out --dtype int8", "--dtype must be one of bfloat16"),
     ("merge FOLDER FOLDER FOLDER/out --rounding up", "rounding must be one of nearest, stochastic, got 'up'"),
     ("merge FOLDER FOLDER FOLDER/out --seed -1", "--seed"),
-    ("spectrum /nowhere", "there are no safetensors files in /nowhere"),
-    ("spectrum FOLDER --adapter FOLDER", "there are no safetensors files in"),
 ]
 
 
@@ -126,7 +115,7 @@ def run(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> tuple
     ],
 )
 def test_command(command: str, words: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    if command.startswith(("inspect", "spectrum")) and importlib.util.find_spec("peft") is not None:
+    if command.startswith("inspect") and importlib.util.find_spec("peft") is not None:
         import smoa_kernels.peft  # noqa: F401  # whose dependencies print when they are first imported
     out, err = run(command, world, capsys)
     assert out == ""

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from smoa_kernels.cli import main
 from smoa_kernels.peft.inspection import inspect_adapter
-from smoa_kernels.spectrum.model import model_spectrum
 
 
 @pytest.fixture
@@ -55,12 +54,6 @@ def test_inspect_counts_experts_and_names_the_one_that_differs(adapter, fused_ba
     assert "(expert 4)" in capsys.readouterr().out
 
 
-def test_spectrum_names_experts(adapter, fused_base, capsys):
-    arguments = ["spectrum", str(fused_base), "--adapter", str(adapter), "--full", "--target", "down_proj[3]"]
-    assert main(arguments) == 0
-    assert "model.layers.1.mlp.experts.down_proj[3]" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
 def test_commands_on_bases_as_transformers_saves_them(tmp_path, kind):
     """Expert by expert, gpt-oss's fused and transposed."""
@@ -73,8 +66,6 @@ def test_commands_on_bases_as_transformers_saves_them(tmp_path, kind):
     assert sorted(layer.shape for layer in report.layers) == sorted(shapes)
     assert report.fits
     assert max(layer.base_distance for layer in report.layers) < 1e-3
-    found = model_spectrum(tmp_path / "base", tmp_path / "adapter", targets=["down_proj[3]", "down_proj[5]"])
-    assert [name.partition("down_proj")[2] for name in found.layers] == ["[3]", "[5]"] * 2
     with safe_open(tmp_path / "base" / "model.safetensors", "pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
     (changed,) = (
@@ -84,8 +75,6 @@ def test_commands_on_bases_as_transformers_saves_them(tmp_path, kind):
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
     assert [layer.worst_expert for layer in report.layers if not layer.fits] == [4]
-    with pytest.raises(ValueError, match=r"1\.mlp\.experts\.down_proj\[4\]: .* another base weight"):
-        model_spectrum(tmp_path / "base", tmp_path / "adapter", targets=["1.mlp.experts.down_proj[4]"])
 
 
 def test_round_trip_by_the_adapters_folder_alone(tokens, tmp_path):

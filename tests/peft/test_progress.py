@@ -12,7 +12,6 @@ from smoa_kernels.cli import main
 COMMANDS = {
     "merge": ("merging", ["base", "adapter", "out"]),
     "inspect": ("comparing", ["adapter", "--base", "base"]),
-    "spectrum": ("measuring", ["base", "--adapter", "adapter"]),
     "convert": ("converting", ["hira", "out", "--base", "base"]),
 }
 
