@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from triton.runtime import driver
 
 from smoa_kernels import FusedSMoALinear, backends, operator
-from smoa_kernels.cost import gpus
+from smoa_kernels.kernels.architectures import architecture, multiprocessors
 
 from .fake_gpu import FakeGpu, FakeKernel, install
 
@@ -38,7 +38,7 @@ GOAL = 200  # microseconds of forward and backward above nn.Linear's
 def pretend() -> FakeGpu:
     """Let the CPU's tensors be a GPU's, and few tokens be many, from now on in this process."""
     gpu = install()
-    pretended = {gpus.architecture: "sm_90", gpus.multiprocessors: 132, backends._device_obstacle: None}
+    pretended = {architecture: "sm_90", multiprocessors: 132, backends._device_obstacle: None}
     answers = {id(function): answer for function, answer in pretended.items()}
     backend = backends.load_backend("triton")  # whose modules import them by name
     for module in [module for name, module in sys.modules.items() if name.startswith("smoa_kernels")]:
@@ -46,7 +46,7 @@ def pretend() -> FakeGpu:
             if id(value) in answers:
                 answer = answers[id(value)]
                 setattr(module, name, lambda device, answer=answer: answer)
-    choice = lambda problem, gpu, ieee, *_: "merged" if ieee else "split"  # noqa: E731
+    choice = lambda stage, *_: "merged" if stage == "input_gradient" else "split"  # noqa: E731
     setattr(backend, "choose_algorithm", choice)  # noqa: B010
     return gpu
 

@@ -39,7 +39,7 @@ def page(runs: list[Run]) -> str:
         *(_run_page(run) for run in runs),
         *([] if runs else [NONE_YET]),
         "## Predicted, not measured",
-        "By the cost model (`smoa_kernels/cost/estimate.py`, `smoa-kernels roofline`), which counts our work and the "
+        "By the cost model (`smoa_kernels/tuning/estimate.py`, `smoa-kernels roofline`), which counts our work and the "
         "peers' by the same rules. What the first H100 measures will replace it.",
         tables.predicted(),
     ]

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from smoa_kernels.cost.estimate import Estimate, estimate
-from smoa_kernels.cost.gpus import GPUS
+from smoa_kernels.tuning.estimate import Estimate, estimate
+from smoa_kernels.tuning.gpus import GPUS
 
 from .arithmetic import over_frozen
 from .cases import GPU_LAYERS, ONE_BILLION, OTHER_BLOCKS

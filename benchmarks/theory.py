@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from smoa_kernels.cost.counts import parts
-from smoa_kernels.cost.estimate import Estimate
-from smoa_kernels.cost.gpus import GPUS, Rates
+from smoa_kernels.tuning.counts import parts
+from smoa_kernels.tuning.estimate import Estimate
+from smoa_kernels.tuning.gpus import GPUS, Rates
 
 from .protocol import DEVICE, laps, quartiles
 from .providers import Case

@@ -18,8 +18,8 @@ from smoa_kernels.audit.pointers import argument_offsets, argument_pointers, poi
 from smoa_kernels.audit.rules import Record, Traffic, broken_rules
 from smoa_kernels.audit.run import run_audit
 from smoa_kernels.cli import main
-from smoa_kernels.cost.architectures import ARCHITECTURES, occupancy
 from smoa_kernels.files import cache_folder
+from smoa_kernels.kernels.architectures import ARCHITECTURES, occupancy
 
 TOYS = "audit_kernels:TOYS"
 CRASHES = "audit_kernels:CRASHES"

@@ -21,7 +21,7 @@ from benchmarks.providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
 from benchmarks.report import page as report_page
 from benchmarks.results import Result, Run, read
 from benchmarks.rotation import rotated
-from smoa_kernels.cost.gpus import GPUS
+from smoa_kernels.tuning.gpus import GPUS
 
 pytestmark = pytest.mark.slow
 

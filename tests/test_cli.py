@@ -11,10 +11,10 @@ from typer.main import get_command
 
 from smoa_kernels.cli import info, main
 from smoa_kernels.cli.app import app
-from smoa_kernels.cost.counts import WAYS
-from smoa_kernels.cost.estimate import estimate
-from smoa_kernels.cost.gpus import GPUS
-from smoa_kernels.cost.problem import Problem
+from smoa_kernels.tuning.counts import WAYS
+from smoa_kernels.tuning.estimate import estimate
+from smoa_kernels.tuning.gpus import GPUS
+from smoa_kernels.tuning.problem import Problem
 
 DEFAULT = ["roofline", "--gpu", "h100", "--tokens", "8192", "--shape", "4096x4096", "--rank", "16"]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from smoa_kernels import backends
-from smoa_kernels.cost.gpus import GPUS, architecture, device_gpu, gpu_properties, multiprocessors
+from smoa_kernels.kernels.architectures import architecture, gpu_properties, multiprocessors
+from smoa_kernels.tuning.gpus import GPUS, device_gpu
 
 GPU = torch.device("cuda", 0)
 H100 = SimpleNamespace(

@@ -14,7 +14,7 @@ from benchmarks.experts_cost import (
     estimate_experts,
     model_seconds,
 )
-from smoa_kernels.cost.gpus import GPUS
+from smoa_kernels.tuning.gpus import GPUS
 
 H100 = GPUS["h100"]
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "experts.md"

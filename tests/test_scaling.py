@@ -7,15 +7,8 @@ from pathlib import Path
 import pytest
 
 from smoa_kernels.cli import main
-from smoa_kernels.cost.gpus import GPUS
-from smoa_kernels.cost.scaling import (
-    METHODS,
-    PARALLEL,
-    STACKS,
-    Scale,
-    predict,
-    tensor_parallel_size,
-)
+from smoa_kernels.tuning.gpus import GPUS
+from smoa_kernels.tuning.scaling import METHODS, PARALLEL, STACKS, Scale, predict, tensor_parallel_size
 
 H100 = GPUS["h100"]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"

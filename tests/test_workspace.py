@@ -1,12 +1,13 @@
-"""Predicted memory of the backward (smoa_kernels/cost/workspace.py), counted by hand."""
+"""Predicted memory of the backward (smoa_kernels/tuning/workspace.py), counted by hand."""
 
 from dataclasses import replace
 
 import pytest
 
-from smoa_kernels.cost import grad_tiling
-from smoa_kernels.cost.problem import Problem
-from smoa_kernels.cost.workspace import backward_workspace, backward_workspace_bytes
+from smoa_kernels.kernels import sizes
+from smoa_kernels.tuning import grad_tiling
+from smoa_kernels.tuning.problem import Problem
+from smoa_kernels.tuning.workspace import backward_workspace, backward_workspace_bytes
 
 
 def test_backward_workspace():
@@ -57,13 +58,13 @@ def test_parts_take_no_more_than_dx_where_they_may_be_short_enough(num_blocks, r
             stages, dx = backward_workspace(p), 2 * tokens * p.in_features
             partials = grad_tiling.partial_bytes(p)
             copies = stages["factor gradients"] - partials
-            step = 2 * grad_tiling.GRAD_STEP * sum(p.padded(n) for n in shape)  # parts are whole steps
+            step = 2 * sizes.GRAD_STEP * sum(p.padded(n) for n in shape)  # parts are whole steps
             one = partials // len(parts)
             worth_more = len(parts) * copies >= (len(parts) + 1) ** 2 * one  # than another part's partials
-            if len(parts) < tokens // grad_tiling.GRAD_PART_TOKENS and worth_more:
+            if len(parts) < tokens // sizes.GRAD_PART_TOKENS and worth_more:
                 assert copies <= stages["input gradient"] + dx + step
             with monkeypatch.context() as patch:
-                patch.setattr(grad_tiling, "GRAD_PART_TOKENS", tokens)  # as a whole
+                patch.setattr(sizes, "GRAD_PART_TOKENS", tokens)  # as a whole
                 whole = backward_workspace(p)["factor gradients"]
             assert stages["factor gradients"] <= whole + step
 

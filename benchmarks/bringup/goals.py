@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from smoa_kernels.cost.estimate import estimate
-from smoa_kernels.cost.gpus import Gpu
+from smoa_kernels.tuning.estimate import estimate
+from smoa_kernels.tuning.gpus import Gpu
 
 from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
 from .cases import DOWN, DOWN_HIRA, SQUARE, SQUARE_HIRA

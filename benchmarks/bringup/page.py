@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from smoa_kernels.cost.counts import parts
-from smoa_kernels.cost.estimate import Estimate
-from smoa_kernels.cost.gpus import GPUS, Gpu, Rates, device_gpu
 from smoa_kernels.kernels.table import Entry, describe
+from smoa_kernels.tuning.counts import parts
+from smoa_kernels.tuning.estimate import Estimate
 from smoa_kernels.tuning.format import describe_algorithms, describe_choice, winner
+from smoa_kernels.tuning.gpus import GPUS, Gpu, Rates, device_gpu
 
 from .. import tables
 from ..protocol import DEVICE

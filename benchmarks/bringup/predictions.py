@@ -17,18 +17,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from smoa_kernels.cost.gpus import Gpu
-from smoa_kernels.cost.grad_tiling import (
-    GRAD_EPILOGUE_STEPS,
-    GRAD_STEP,
-    GRAD_TILE,
-    grad_tiles,
-    gradient_parts,
-    token_splits,
-)
-from smoa_kernels.cost.problem import Problem
-from smoa_kernels.cost.sectors import overfetch
-from smoa_kernels.cost.workspace import backward_workspace
+from smoa_kernels.kernels.sizes import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE, token_splits
+from smoa_kernels.tuning.gpus import Gpu
+from smoa_kernels.tuning.grad_tiling import grad_tiles, gradient_parts
+from smoa_kernels.tuning.problem import Problem
+from smoa_kernels.tuning.sectors import overfetch
+from smoa_kernels.tuning.workspace import backward_workspace
 
 __all__ = ["GradShare", "block_grad_share", "peak_bytes"]
 

@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ..cost.architectures import Architecture
 from ..definition.precision import precision_of
+from ..kernels.architectures import Architecture
 from ..kernels.spec import Config, Kernel, Operands
 from .listing import LINES, Listing, parse_amdgcn, parse_sass
 from .pointers import argument_offsets, argument_pointers

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ..cost.architectures import ARCHITECTURES
+from ..kernels.architectures import ARCHITECTURES
 
 __all__ = ["Record", "Role", "Traffic", "broken_rules"]
 

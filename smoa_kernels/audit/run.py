@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checks import check_choices
-from ..cost.architectures import ARCHITECTURES, Architecture, occupancy
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..files import cache_folder, replace_file
+from ..kernels.architectures import ARCHITECTURES, Architecture, occupancy
 from .pointers import pointers_at
 from .rules import Record, Traffic
 

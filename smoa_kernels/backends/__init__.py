@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..checks import first_line
-from ..cost.gpus import gpu_properties
 from ..definition.dropout import Dropout
 from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.precision import KERNEL_DTYPES, dtype_names, gemm_is_ieee
+from ..kernels.architectures import gpu_properties
 from .native.library import obstacle as library_obstacle
 
 __all__ = [

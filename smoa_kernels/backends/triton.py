@@ -5,28 +5,22 @@
   `block_matmul` writes the adapter's output, and the base GEMM accumulates onto it and rounds once;
 - fused: for few tokens, base and adapter in one pass over W0, nothing built.
 
-Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`grad_tiling.gradient_parts`) and
+Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`sizes.gradient_parts`) and
 nothing is left before dX needs its workspace; dX merged in every dtype (a rounded W_eff is a second-order error there),
 split under dropout, fused for few tokens.
 """
 
 from __future__ import annotations
 
-import os
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cost.estimate import Direction, choose_algorithm
-from ..cost.gpus import device_gpu
-from ..cost.grad_tiling import gradient_parts
-from ..cost.problem import GRANULE, Problem, bucket, padding_multiple
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import accumulate, gemm_is_ieee, precision_of
 from ..kernels import modulate, table
+from ..kernels.architectures import architecture
 from ..kernels.block_grad import block_grad
 from ..kernels.block_matmul import block_matmul
 from ..kernels.common import block_width
@@ -34,30 +28,18 @@ from ..kernels.fused_linear import fused_linear
 from ..kernels.launch import Layout, on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_both, gather_columns, scatter_columns
+from ..kernels.sizes import bucket, gradient_parts, padding_multiple
 from ..kernels.spec import Key, granule_of
-from ..kernels.table import Entry
 from . import Gradients, eager
+from .algorithms import ALGORITHMS, admissible, choose_algorithm
 
 __all__ = [
     "ALGORITHMS",
-    "admissible",
     "backward",
     "forward",
     "input_gradient",
     "modulated_weight",
 ]
-
-ALGORITHMS = ("merged", "split", "fused")
-
-
-def _autotune(key: Key, device: torch.device, begun: Entry | None) -> Entry | None:
-    from ..tuning.autotune import measure  # which measures through this backend
-
-    return measure(key, device, begun)
-
-
-if os.environ.get("SMOA_AUTOTUNE") == "1":
-    table.measure_unknown = _autotune
 
 
 def forward(
@@ -143,7 +125,7 @@ def factor_gradients(
 @table.remembered
 def _gradient_parts(layout: Layout, tokens: int) -> tuple[int, ...]:
     """How many tokens the backward gathers at a time, without dropout."""
-    return gradient_parts(_problem(layout, tokens))
+    return gradient_parts(tokens, layout.features, layout.num_blocks, layout.rank, layout.dtype.itemsize)
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
@@ -193,42 +175,17 @@ def _delta_blocks(adapter: PackedAdapter, allow_tf32: bool) -> Tensor:
     )
 
 
-def admissible(stage: str, dtype: str) -> tuple[str, ...]:
-    """What may be chosen for speed.
-
-    A W_eff rounded to half, or multiplied in TF32, loses a small update in the forward; in dX that is a second-order
-    error.
-
-    Args:
-        stage: "forward" or "input_gradient".
-        dtype: that the GEMM multiplies, one of `precision.KERNEL_PRECISIONS`.
-    """
-    if stage == "input_gradient":
-        return ("merged", "fused")
-    return ALGORITHMS if dtype == "fp32" else ("split", "fused")
-
-
-def _chosen(stage: Direction, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
+def _chosen(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
     """What "auto" means for a batch without dropout, for "forward" or "input_gradient"."""
-    return _choose(stage, Layout.of(adapter), x.shape[0], adapter.partition.granularity, allow_tf32)
+    return _choose(stage, Layout.of(adapter), bucket(x.shape[0]), allow_tf32)
 
 
 @table.remembered
-def _choose(stage: Direction, layout: Layout, tokens: int, granularity: int, allow_tf32: bool) -> str:
-    """As measured, else as predicted."""
-    ieee = layout.dtype == torch.float32 and not allow_tf32
-    name = precision_of(layout.dtype, ieee).name
-    problem = _problem(layout, tokens, granularity)
-    granule = GRANULE if problem.in_place else 1
-    sizes = layout.rank, layout.num_blocks, *layout.features
-    key = Key(stage, name, *sizes, bucket(tokens), granule=granule)
+def _choose(stage: str, layout: Layout, tokens: int, allow_tf32: bool) -> str:
+    """As measured for so many tokens, a power of two; else by the rule of `algorithms.py`, whose limits are such."""
+    name = precision_of(layout.dtype, ieee=not allow_tf32).name
+    key = Key(stage, name, layout.rank, layout.num_blocks, *layout.features, tokens, granule=layout.granule)
     measured = table.tuned_algorithm(key, layout.device, admissible(stage, name))
     if measured is not None:
         return measured
-    return choose_algorithm(problem, device_gpu(layout.device), ieee, stage)
-
-
-def _problem(layout: Layout, tokens: int, granule: int = 1) -> Problem:
-    """The layer as the cost model names it: blocks of one size and one rank."""
-    K, rho = layout.num_blocks, layout.rank
-    return Problem(tokens, *layout.features, K, rho * K, layout.dtype, granule=granule)
+    return choose_algorithm(stage, tokens, layout.rank, name, architecture(layout.device))

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from ..audit.rules import Record, broken_rules
 from ..audit.run import DEFAULT_REGISTRY, run_audit
-from ..cost.architectures import ARCHITECTURES
 from ..definition.precision import KERNEL_PRECISIONS
+from ..kernels.architectures import ARCHITECTURES
 from .needs import needs_triton
 from .output import check_place, console, progress_bar, write_json
 

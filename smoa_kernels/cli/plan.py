@@ -10,8 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..checks import check_choice
-from ..cost.gpus import GPUS
-from ..cost.scaling import (
+from ..tuning.gpus import GPUS
+from ..tuning.scaling import (
     CAPACITY,
     METHODS,
     PARALLEL,

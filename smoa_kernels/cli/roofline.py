@@ -10,14 +10,15 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..backends.algorithms import choose_algorithm
 from ..checks import check_choice
-from ..cost.counts import WAYS
-from ..cost.estimate import Estimate, choose_algorithm, estimate
-from ..cost.gpus import GPUS
-from ..cost.problem import Problem
-from ..cost.workspace import backward_workspace_bytes
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.precision import PRECISIONS
+from ..tuning.counts import WAYS
+from ..tuning.estimate import Estimate, estimate
+from ..tuning.gpus import GPUS
+from ..tuning.problem import Problem
+from ..tuning.workspace import backward_workspace_bytes
 from .output import console, write_json
 
 __all__ = ["roofline"]
@@ -71,7 +72,8 @@ def roofline(
         raise ValueError(f"--blocks must be at most {min(features)} for {shape}, got {blocks}")
     granularity = BlockRule(blocks, block_order, granule).granularity(features)
     problem = Problem(tokens, *features, blocks, rank, torch_dtype, dropout, bias, granularity)
-    chosen = choose_algorithm(problem, GPUS[gpu], ieee)
+    chosen = choose_algorithm("forward", tokens, problem.max_rank, dtype, GPUS[gpu].arch)
+    chosen = "split" if dropout else chosen
     ways = [a for a in WAYS if not dropout or a not in ("merged", "fused", "expanded")]
     estimates = {a: estimate(problem, GPUS[gpu], a, ieee=ieee) for a in ways}
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..checks import check_choices
-from ..cost.gpus import GPUS
-from ..cost.models import MODELS
+from ..tuning.gpus import GPUS
+from ..tuning.models import MODELS
 from .needs import needs_triton
 
 __all__ = ["tune"]

@@ -11,16 +11,16 @@ import typer
 from rich.table import Table
 
 from ..backends import triton_obstacle
-from ..backends.triton import admissible
+from ..backends.algorithms import admissible
 from ..checks import check_choice, check_choices
-from ..cost.gpus import GPUS
-from ..cost.models import MODELS, read_config
 from ..definition.precision import KERNEL_PRECISIONS
 from ..kernels import KERNELS
 from ..kernels.identity import identity
 from ..kernels.spec import Key
 from ..kernels.table import INTERRUPTED, Entry, describe, keep, read, update, user_table
 from ..tuning.format import describe_algorithms, describe_choice, winner
+from ..tuning.gpus import GPUS
+from ..tuning.models import MODELS, read_config
 from ..tuning.plan import TUNABLE, Layer, Target, jobs
 from ..tuning.space import broken
 from ..tuning.tuner import DeviceLostError, Job, Timer, gpu_timer, left, so_far, tune

@@ -1,35 +1,50 @@
-"""Triton kernels, one file each. Imported only where they are launched: the package works without Triton.
+"""Triton kernels, one file each; `KERNELS` names them all.
 
-`KERNELS` is the one list of them.
+They are imported when they are launched, or when `KERNELS` is asked for: the package works without Triton, and so do
+`architectures` and `sizes`.
 """
 
-from .block_grad import BLOCK_GRAD
-from .block_matmul import BLOCK_MATMUL
-from .fused_linear import FUSED_LINEAR, SUM_PARTS
-from .grouped_grad import GROUPED_GRAD, GROUPED_GRAD_GATHERED
-from .grouped_linear import GROUPED_LINEAR, GROUPED_LINEAR_GATHERED
-from .modulate import MODULATED_BLOCKS, MODULATED_WEIGHT
-from .permute import GATHER_BOTH, PERMUTE
-from .spec import KERNELS
-from .sum_partials import SUM_PARTIALS
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .spec import Kernel
+
+    KERNELS: Mapping[str, Kernel]
 
 __all__ = ["KERNELS"]
 
-KERNELS.update(
-    (kernel.name, kernel)
-    for kernel in (
-        MODULATED_WEIGHT,
-        MODULATED_BLOCKS,
-        PERMUTE,
-        GATHER_BOTH,
-        BLOCK_MATMUL,
-        FUSED_LINEAR,
-        BLOCK_GRAD,
-        GROUPED_LINEAR,
-        GROUPED_LINEAR_GATHERED,
-        GROUPED_GRAD,
-        GROUPED_GRAD_GATHERED,
-        SUM_PARTS,
-        SUM_PARTIALS,
+
+def __getattr__(name: str) -> Mapping[str, Kernel]:
+    if name != "KERNELS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import (  # fmt: skip
+        block_grad,
+        block_matmul,
+        fused_linear,
+        grouped_grad,
+        grouped_linear,
+        modulate,
+        permute,
+        sum_partials,
     )
-)
+
+    listed = (
+        modulate.MODULATED_WEIGHT,
+        modulate.MODULATED_BLOCKS,
+        permute.PERMUTE,
+        permute.GATHER_BOTH,
+        block_matmul.BLOCK_MATMUL,
+        fused_linear.FUSED_LINEAR,
+        block_grad.BLOCK_GRAD,
+        grouped_linear.GROUPED_LINEAR,
+        grouped_linear.GROUPED_LINEAR_GATHERED,
+        grouped_grad.GROUPED_GRAD,
+        grouped_grad.GROUPED_GRAD_GATHERED,
+        fused_linear.SUM_PARTS,
+        sum_partials.SUM_PARTIALS,
+    )
+    globals()[name] = kernels = {kernel.name: kernel for kernel in listed}
+    return kernels

@@ -28,15 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cost.architectures import Architecture
-from ..cost.gpus import multiprocessors
-from ..cost.grad_tiling import PARTIAL_RANKS, partial_width, token_splits
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import backward as reference_backward
+from .architectures import Architecture, multiprocessors
 from .common import block_slots, block_width, check_tile, dot, input_precision, round_to, to_tf32
 from .launch import Launcher, Layout, Plan
 from .permute import gather_both, gather_columns
+from .sizes import PARTIAL_RANKS, partial_width, token_splits
 from .spec import Config, Kernel, Operands, Work, in_dtype, tile_divides
 from .sum_partials import GROUP, RANK_CHUNK, sum_partials
 from .table import remembered, select

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cost.architectures import Architecture
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
+from .architectures import Architecture
 from .common import OLD_TRITON, block_slots, check_tile, dot, input_precision, round_to, slot_coordinates
 from .launch import Launcher, Layout, Plan
 from .modulate import modulated_blocks

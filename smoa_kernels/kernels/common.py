@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..cost.problem import padding_multiple
+from .sizes import padding_multiple
 from .spec import Config
 
 __all__ = [

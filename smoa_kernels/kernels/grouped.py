@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cost.problem import GRANULE
 from ..definition.experts import ExpertBlocks, ExpertsAdapter, index_dtype
+from .sizes import GRANULE
 from .spec import Operands
 
 __all__ = [

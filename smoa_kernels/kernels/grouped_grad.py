@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cost.architectures import Architecture
 from ..definition.experts import ExpertsAdapter, reference_experts_linear
 from ..definition.precision import Precision
+from .architectures import Architecture
 from .common import OLD_TRITON, dot, input_precision, round_to, to_tf32
 from .grouped import (
     ExpertsLayout,

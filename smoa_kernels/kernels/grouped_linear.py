@@ -28,10 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cost.architectures import Architecture
-from ..cost.problem import GRANULE
 from ..definition.experts import ExpertsAdapter, reference_experts_linear
 from ..definition.precision import Precision
+from .architectures import Architecture
 from .common import OLD_TRITON, dot, input_precision, round_to, to_tf32
 from .grouped import (
     MOST_RANKS,
@@ -45,6 +44,7 @@ from .grouped import (
     tiles_of_segments,
 )
 from .launch import Launcher, Plan
+from .sizes import GRANULE
 from .spec import INDEX, Config, Kernel, Key, Operands, Work, in_dtype
 from .table import remembered, select
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 import triton
 
-from ..cost.gpus import architecture, gpu_properties, multiprocessors
-from .spec import KERNELS
+from .architectures import architecture, gpu_properties, multiprocessors
 
 __all__ = ["Identity", "identity", "source_hash", "staleness"]
 
@@ -55,6 +54,8 @@ def identity(device: torch.device, kernel: str) -> Identity:
 @cache
 def source_hash(kernel: str) -> str:
     """Hash the source that decides the speed of a kernel or an algorithm; how choices are kept is no part of it."""
+    from . import KERNELS  # whose modules import the table, and that this one
+
     # An algorithm is made of all kernels, and of the backend that composes them.
     own = [KERNELS[kernel]] if kernel in KERNELS else KERNELS.values()
     names = ["common.py", *sorted({spec.file for spec in own})]

@@ -14,19 +14,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_kind
-from ..cost.architectures import Architecture, facts
-from ..cost.problem import GRANULE
 from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS, Precision
+from ..definition.precision import PRECISIONS, Precision
 from ..definition.reference import reference_delta_weight
+from .architectures import Architecture, facts
+from .sizes import GRANULE
 
 __all__ = [
     "ALGORITHM_KEYS",
     "INDEX",
-    "KERNELS",
     "LABELS",
     "ONE_NUMBER",
     "Config",
@@ -34,7 +32,6 @@ __all__ = [
     "Key",
     "Operands",
     "Work",
-    "check_key",
     "delta_weight",
     "granule_of",
     "in_dtype",
@@ -58,7 +55,7 @@ class Key(NamedTuple):
         blocks: K.
         out_features: N.
         in_features: C.
-        tokens: T, from :func:`smoa_kernels.cost.problem.bucket`.
+        tokens: T, from :func:`smoa_kernels.kernels.sizes.bucket`.
         padded_out: width that each block of rows is padded to.
         padded_in: likewise for columns.
         transposed: the kernel reads W0 or ΔW along the other side, as dX does.
@@ -84,22 +81,6 @@ def granule_of(partition: BlockPartition) -> int:
         return 1
     N, C = partition.shape
     return 1 if N % GRANULE or C % GRANULE else GRANULE
-
-
-def check_key(key: Key) -> None:
-    """Check that a choice can be kept for `key`.
-
-    Raises:
-        TypeError, ValueError: naming the field, what was given and what is allowed.
-    """
-    check_choice("kernel", key.kernel, (*KERNELS, *ALGORITHM_KEYS))
-    check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
-    for name in key._fields[2:-2]:
-        check_count(name, getattr(key, name), 0)
-    check_kind("transposed", key.transposed, bool)
-    check_count("granule", key.granule, 1)
-    if key.granule not in (1, GRANULE):
-        raise ValueError(f"granule must be 1 or {GRANULE}, got {key.granule}")
 
 
 class Operands:
@@ -254,9 +235,6 @@ class Kernel:
         """Name of the file with the kernel's code: when it changes, what was measured no longer holds."""
         return Path(self.fn.fn.__code__.co_filename).name
 
-
-KERNELS: dict[str, Kernel] = {}
-"""Every kernel whose launch parameters are chosen, by name: filled from the list in `kernels/__init__.py`."""
 
 # Why a pointer may be narrow.
 LABELS = "labels and ranks: a few bytes per coordinate, looked up"

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cost.grad_tiling import PARTIAL_RANKS, partial_width
 from ..definition.partition import BlockPartition
 from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, round_to
 from .launch import Launcher, Plan
+from .sizes import PARTIAL_RANKS, partial_width
 from .spec import INDEX, LABELS, Kernel, Operands, Work
 from .table import remembered, select
 

@@ -17,9 +17,9 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, wraps
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -27,12 +27,12 @@ import torch
 from filelock import FileLock
 
 from ..checks import check_choice, check_count, check_kind, shown
-from ..cost.gpus import architecture, multiprocessors
-from ..cost.problem import bucket
-from ..definition.precision import precision_of
+from ..definition.precision import KERNEL_PRECISIONS, precision_of
 from ..files import cache_folder, replace_file
+from .architectures import architecture, multiprocessors
 from .identity import Identity, identity, staleness
-from .spec import ALGORITHM_KEYS, KERNELS, Config, Key, check_key
+from .sizes import GRANULE, bucket
+from .spec import ALGORITHM_KEYS, Config, Kernel, Key
 
 __all__ = [
     "INTERRUPTED",
@@ -41,6 +41,7 @@ __all__ = [
     "Entry",
     "Table",
     "Trial",
+    "check_key",
     "describe",
     "forget",
     "keep",
@@ -68,13 +69,10 @@ UNFINISHED = "did not finish: the process ended while it ran"
 
 # Which choice is in force
 
-measure_unknown: Callable[[Key, torch.device, Entry | None], Entry | None] | None = None
-"""A hook that measures a key, of which a table has no entry or an incomplete one. It is not called during capture."""
-
 MOST_ANSWERS = 4096
 """To one function under :func:`remembered`: a training may see any number of token counts."""
 
-_remembered: list[dict[tuple[object, ...], Any]] = []
+_remembered: list[Any] = []
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -82,35 +80,22 @@ def forget() -> None:
     """Read the tables anew, and ask anew what depends on them."""
     _tables.cache_clear()
     for answers in _remembered:
-        answers.clear()
+        answers.cache_clear()
 
 
 def remembered(find: F) -> F:
     """Ask a function once for each of its questions, until the table changes.
 
-    A launch asks for its plan, and a pass for its algorithm, at every call of a layer. What is first asked during
-    capture is asked again after it, when it can be measured.
+    A launch asks for its plan, and a pass for its algorithm, at every call of a layer. Of more questions than are kept
+    the one that was not asked for longest is forgotten.
 
     Args:
         find: answers by its arguments, which are plain values, and by the table: a tensor's address, say, is none of
             its business. It takes its arguments by position.
     """
-    answers: dict[tuple[object, ...], Any] = {}
+    answers = lru_cache(MOST_ANSWERS)(find)
     _remembered.append(answers)
-
-    @wraps(find)
-    def ask(*question: object) -> Any:
-        try:
-            return answers[question]
-        except KeyError:
-            found = find(*question)
-        if not _capturing():
-            if len(answers) >= MOST_ANSWERS:
-                answers.clear()
-            answers[question] = found
-        return found
-
-    return cast(F, ask)
+    return cast(F, answers)
 
 
 def select(
@@ -140,7 +125,7 @@ def select(
 
 @remembered
 def _selected(key: Key, device: torch.device) -> Choice:
-    default = KERNELS[key.kernel].default
+    default = _kernels()[key.kernel].default
     return _fastest(key, device) or default(key, architecture(device), multiprocessors(device))
 
 
@@ -168,17 +153,8 @@ def keep(entry: Entry) -> None:
 def _fastest(key: Key, device: torch.device, allowed: Sequence[str] | None = None) -> Choice | None:
     """The fastest choice of the first entry that timed something allowed, the user's before the shipped one."""
     index = key, identity(device, key.kernel)
-    entries = [table.entries[index] for table in _tables(device) if index in table.entries]
-    first = entries[0] if entries else None
-    if measure_unknown is not None and not (first and first.complete) and not _capturing():
-        measured = measure_unknown(key, device, first)
-        entries = entries if measured is None else [measured, *entries]
-    best = (entry.best(allowed) for entry in entries)
+    best = (table.entries[index].best(allowed) for table in _tables(device) if index in table.entries)
     return next((trial.choice for trial in best if trial is not None), None)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @cache
@@ -313,7 +289,7 @@ def _choice(key: Key, data: Any) -> Choice:
     if key.kernel in ALGORITHM_KEYS:
         check_choice("choice", data, ALGORITHM_KEYS[key.kernel])
         return str(data)
-    config = KERNELS[key.kernel].config(**data)
+    config = _kernels()[key.kernel].config(**data)
     for name, value in vars(config).items():
         if isinstance(getattr(type(config), name, None), bool):  # a switch
             check_kind(name, value, bool)
@@ -323,9 +299,31 @@ def _choice(key: Key, data: Any) -> Choice:
         check_count(name, value, least, _MOST.get(name, _MOST_TILE))
         if name not in ("split", "num_stages") and value & (value - 1):
             raise ValueError(f"{name} must be a power of two, got {value}")
-    if not KERNELS[key.kernel].fits(config, key):
+    if not _kernels()[key.kernel].fits(config, key):
         raise ValueError(f"{config} does not divide the layout of {key}")
     return config
+
+
+def _kernels() -> Mapping[str, Kernel]:
+    from . import KERNELS  # whose modules import this one
+
+    return KERNELS
+
+
+def check_key(key: Key) -> None:
+    """Check that a choice can be kept for `key`.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was given and what is allowed.
+    """
+    check_choice("kernel", key.kernel, (*_kernels(), *ALGORITHM_KEYS))
+    check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
+    for name in key._fields[2:-2]:
+        check_count(name, getattr(key, name), 0)
+    check_kind("transposed", key.transposed, bool)
+    check_count("granule", key.granule, 1)
+    if key.granule not in (1, GRANULE):
+        raise ValueError(f"granule must be 1 or {GRANULE}, got {key.granule}")
 
 
 def _plain(choice: Choice) -> Any:

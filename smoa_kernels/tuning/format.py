@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
-from ..backends.triton import admissible
+from ..backends.algorithms import admissible
 from ..kernels.spec import ALGORITHM_KEYS
 from ..kernels.table import Choice, Entry, Trial, describe
 

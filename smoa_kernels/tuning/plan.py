@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import MOST_TRITON_RANKS
-from ..cost.architectures import ARCHITECTURES
-from ..cost.estimate import Direction, choose_algorithm
-from ..cost.gpus import Gpu, architecture, device_gpu, multiprocessors
-from ..cost.grad_tiling import gradient_parts
-from ..cost.problem import GRANULE, Problem, bucket
+from ..backends.algorithms import choose_algorithm
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels import KERNELS
+from ..kernels.architectures import ARCHITECTURES, architecture, multiprocessors
 from ..kernels.common import block_width
+from ..kernels.sizes import GRANULE, bucket
 from ..kernels.spec import ALGORITHM_KEYS, Config, Key
+from .gpus import Gpu, device_gpu
+from .grad_tiling import gradient_parts
+from .problem import Problem
 from .space import algorithm_job, kernel_job
 from .tuner import Job
 
@@ -169,20 +170,5 @@ def jobs(
 def job(key: Key, target: Target, ruled_out: RuledOut | None = None) -> Job:
     """What to try for one key; arguments as for :func:`jobs`."""
     if key.kernel in ALGORITHM_KEYS:
-        return algorithm_job(key, _predicted(key, target.gpu))
+        return algorithm_job(key, choose_algorithm(key.kernel, key.tokens, key.rank, key.dtype, target.arch))
     return kernel_job(key, target.arch, target.multiprocessors, ruled_out=ruled_out, stand_in=target.audited)
-
-
-def _predicted(key: Key, gpu: Gpu) -> str:
-    """What the cost model would run."""
-    problem = Problem(
-        key.tokens,
-        key.out_features,
-        key.in_features,
-        key.blocks,
-        key.rank * key.blocks,
-        PRECISIONS[key.dtype].dtype,
-        granule=key.granule,
-    )
-    direction: Direction = "input_gradient" if key.kernel == "input_gradient" else "forward"
-    return choose_algorithm(problem, gpu, key.dtype == "fp32", direction)

@@ -16,9 +16,9 @@ from typing import Any
 
 from ..audit.rules import broken_rules
 from ..audit.run import run_audit
-from ..cost.architectures import Architecture, facts
 from ..definition.precision import PRECISIONS, Precision
 from ..kernels import KERNELS
+from ..kernels.architectures import Architecture, facts
 from ..kernels.spec import ALGORITHM_KEYS, Config, Kernel, Key
 from .tuner import Job
 

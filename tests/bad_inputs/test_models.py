@@ -2,7 +2,7 @@
 
 import pytest
 
-from smoa_kernels.cost.models import read_config
+from smoa_kernels.tuning.models import read_config
 
 from .harness import World, check
 

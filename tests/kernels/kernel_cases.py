@@ -10,13 +10,12 @@ from problems import DEVICE, LinearProblem, error_over_budget, relative_error
 from torch import Tensor
 from vectors import Vector
 
-from smoa_kernels.cost.architectures import ARCHITECTURES, facts
-from smoa_kernels.cost.gpus import architecture
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.definition.precision import KERNEL_DTYPES, KERNEL_PRECISIONS, PRECISIONS, Precision
 from smoa_kernels.definition.reference import reference_delta_weight, reference_linear
 from smoa_kernels.kernels import KERNELS
+from smoa_kernels.kernels.architectures import ARCHITECTURES, architecture, facts
 from smoa_kernels.kernels.spec import Config
 
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)

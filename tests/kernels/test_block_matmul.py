@@ -17,10 +17,10 @@ from kernel_cases import (
 from problems import LinearProblem, make_problem
 from torch import Tensor
 
-from smoa_kernels.cost.architectures import ARCHITECTURES
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import block_matmul as module
+from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.block_matmul import BLOCK_MATMUL, BlockMatmulConfig, block_matmul
 from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns

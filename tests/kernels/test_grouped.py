@@ -15,13 +15,13 @@ from problems import relative_error
 from torch import Tensor
 
 from smoa_kernels.backends.experts_triton import experts_backward, experts_product
-from smoa_kernels.cost.architectures import ARCHITECTURES
 from smoa_kernels.definition.experts import ExpertBlocks, reference_experts_linear
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels import grouped_grad as grad_module
 from smoa_kernels.kernels import grouped_linear as linear_module
+from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.grouped import tiles_of_segments
 from smoa_kernels.kernels.grouped_grad import GroupedGradConfig, grouped_grad
 from smoa_kernels.kernels.grouped_linear import GROUPED_LINEAR, GroupedLinearConfig, grouped_linear

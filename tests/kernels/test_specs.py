@@ -12,8 +12,8 @@ from packaging.version import Version
 
 import smoa_kernels
 from smoa_kernels.audit.rules import Record, broken_rules
-from smoa_kernels.cost.counts import fused_step
-from smoa_kernels.cost.grad_tiling import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE
+from smoa_kernels.kernels.sizes import GRAD_EPILOGUE_STEPS, GRAD_STEP, GRAD_TILE
+from smoa_kernels.tuning.counts import fused_step
 
 triton = pytest.importorskip("triton", reason="there are no kernels to compile")
 pytestmark = pytest.mark.slow  # all read one run of a process that compiles
@@ -25,7 +25,7 @@ from dataclasses import asdict
 from smoa_kernels.audit.compile import compile_launch, representative_launch
 from smoa_kernels.audit.run import DEFAULT_REGISTRY, Task, run_task
 from smoa_kernels.audit.rules import broken_rules
-from smoa_kernels.cost.architectures import ARCHITECTURES
+from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.tuning.space import search_space

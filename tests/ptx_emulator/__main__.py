@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from smoa_kernels.cost.problem import GRANULE, padding_multiple
+from smoa_kernels.kernels.sizes import GRANULE, padding_multiple
 
 from . import ARCH, emulator
 from .counts import describe

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 
-from smoa_kernels.cost.architectures import facts
+from smoa_kernels.kernels.architectures import facts
 
 __all__ = ["Argument", "Kernel", "install"]
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 
 from smoa_kernels import backends
-from smoa_kernels.cost import gpus
+from smoa_kernels.kernels import architectures
+from smoa_kernels.tuning.gpus import Gpu, match_gpu
 
 from . import emulator
 
 __all__ = ["pretend"]
 
 
-def pretend(arch: int) -> gpus.Gpu:
+def pretend(arch: int) -> Gpu:
     """Let the CPU be a GPU of `sm_<arch>`, from now on in this process: kernels compile for it and run in the emulator.
 
     Returns:
@@ -21,12 +22,11 @@ def pretend(arch: int) -> gpus.Gpu:
     Raises:
         RuntimeError: the kernels have been imported: they know what they run on.
     """
-    if any(name.startswith("smoa_kernels.kernels") for name in sys.modules):
+    if "smoa_kernels.kernels.spec" in sys.modules:
         raise RuntimeError("the kernels must be imported after this")
     emulator.activate(arch)
-    gpu = gpus.match_gpu("", (arch // 10, arch % 10))
-    replacements = {"architecture": gpu.arch, "multiprocessors": gpu.multiprocessors, "device_gpu": gpu}
-    for name, answer in replacements.items():
-        setattr(gpus, name, lambda device, answer=answer: answer)
+    gpu = match_gpu("", (arch // 10, arch % 10))
+    for name, answer in {"architecture": gpu.arch, "multiprocessors": gpu.multiprocessors}.items():
+        setattr(architectures, name, lambda device, answer=answer: answer)
     backends._device_obstacle = lambda device: None  # type: ignore[assignment]
     return gpu

@@ -9,10 +9,10 @@ import pytest
 import torch
 from problems import relative_error
 
-from smoa_kernels.cost.architectures import facts
-from smoa_kernels.cost.problem import GRANULE
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS
+from smoa_kernels.kernels.architectures import facts
+from smoa_kernels.kernels.sizes import GRANULE
 from smoa_kernels.kernels.spec import Config, Key, Operands
 
 from . import ARCH, emulator

@@ -6,13 +6,10 @@ from pathlib import Path
 import pytest
 from tuning_cases import forget
 
-from smoa_kernels.kernels import table
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(table, "measure_unknown", None)
     forget()
     yield tmp_path / "cache"
     forget()

@@ -8,15 +8,15 @@ from tuning_cases import forget, needs_interpreter
 
 from smoa_kernels import FusedSMoALinear
 from smoa_kernels.backends import triton as triton_backend
-from smoa_kernels.cost import grad_tiling
-from smoa_kernels.cost.architectures import ARCHITECTURES
-from smoa_kernels.cost.gpus import GPUS
-from smoa_kernels.cost.matmul_tiling import matmul_tile
-from smoa_kernels.cost.problem import Problem, bucket
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
-from smoa_kernels.kernels import KERNELS, block_matmul, table
+from smoa_kernels.kernels import KERNELS, block_matmul, sizes, table
+from smoa_kernels.kernels.architectures import ARCHITECTURES
+from smoa_kernels.kernels.sizes import bucket
 from smoa_kernels.kernels.spec import Key
+from smoa_kernels.tuning.gpus import GPUS
+from smoa_kernels.tuning.matmul_tiling import matmul_tile
 from smoa_kernels.tuning.plan import Layer, keys
+from smoa_kernels.tuning.problem import Problem
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def test_a_training_step_asks_for_what_the_plan_holds(
     tokens: int, order: str, granule: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise what is tuned would never be looked up. 150 tokens are gathered as 128 and then 22 in the backward."""
-    monkeypatch.setattr(grad_tiling, "GRAD_PART_TOKENS", 64)
-    monkeypatch.setattr(grad_tiling, "GRAD_PART_TILES", 1)
+    monkeypatch.setattr(sizes, "GRAD_PART_TOKENS", 64)
+    monkeypatch.setattr(sizes, "GRAD_PART_TILES", 1)
     asked: set[Key] = set()
-    monkeypatch.setattr(table, "measure_unknown", lambda key, device, begun: asked.add(key))
+    monkeypatch.setattr(table, "_fastest", lambda key, device, allowed=None: asked.add(key))
     monkeypatch.setattr(table, "multiprocessors", lambda device: 132)  # so few tiles are split and summed
     dx = "fused" if tokens == 19 else "merged"
     monkeypatch.setattr(triton_backend, "choose_algorithm", lambda *_: dx)

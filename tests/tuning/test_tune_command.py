@@ -17,8 +17,8 @@ from tuning_cases import (
 )
 
 from smoa_kernels.cli import info, main, tune_run
-from smoa_kernels.cost.models import Decoder, read_config
 from smoa_kernels.kernels.table import Choice, select, user_table
+from smoa_kernels.tuning.models import Decoder, read_config
 from smoa_kernels.tuning.tuner import Run
 
 pytestmark = needs_interpreter

@@ -25,13 +25,13 @@ from tuning_cases import (
 
 from smoa_kernels.audit import run as audit
 from smoa_kernels.audit.rules import Record
-from smoa_kernels.cost.architectures import ARCHITECTURES
-from smoa_kernels.cost.gpus import match_gpu
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels import KERNELS
+from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import Choice
 from smoa_kernels.tuning import space, tuner
+from smoa_kernels.tuning.gpus import match_gpu
 from smoa_kernels.tuning.plan import (
     Layer,
     Target,

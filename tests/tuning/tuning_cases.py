@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoa_kernels.cost.architectures import facts
 from smoa_kernels.definition.precision import PRECISIONS
 from smoa_kernels.kernels import KERNELS, table
+from smoa_kernels.kernels.architectures import facts
 from smoa_kernels.kernels.identity import identity
 from smoa_kernels.kernels.spec import Config, Key
 from smoa_kernels.kernels.table import Choice, Entry, Table, Trial, read, select, user_table

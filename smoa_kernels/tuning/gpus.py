@@ -12,22 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
-from ..checks import first_line
 from ..definition.precision import precision_of
+from ..kernels.architectures import gpu_properties
 
 __all__ = [
     "GPUS",
     "Gpu",
     "Rates",
-    "architecture",
     "device_gpu",
-    "gpu_properties",
     "match_gpu",
-    "multiprocessors",
 ]
 
 
@@ -179,37 +175,6 @@ def device_gpu(device: torch.device) -> Gpu:
     properties = gpu_properties(device)
     capability = None if torch.version.hip else (properties.major, properties.minor)
     return match_gpu(properties.name, capability, properties.multi_processor_count)
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """Name a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter."""
-    if device.type == "cpu":
-        return "cpu"
-    properties = gpu_properties(device)
-    if torch.version.hip is not None:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Count a device's multiprocessors (compute units); 1 for the interpreter."""
-    return 1 if device.type == "cpu" else int(gpu_properties(device).multi_processor_count)
-
-
-def gpu_properties(device: torch.device) -> Any:
-    """Ask the driver about a CUDA or ROCm GPU.
-
-    Raises:
-        ValueError: `device` is another device, or this machine does not have it.
-    """
-    try:
-        return torch.cuda.get_device_properties(device)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"device must be a CUDA or ROCm GPU that this machine has, got {str(device)!r}: {first_line(error)}"
-        ) from error
 
 
 def _nearest(capability: tuple[int, int] | None) -> Gpu:

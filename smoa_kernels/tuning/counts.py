@@ -26,9 +26,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from ..backends.algorithms import FUSED_MAX_RANK
 from ..definition.precision import precision_of
+from ..kernels.sizes import GRAD_TILE
 from .gpus import Gpu, Rates
-from .grad_tiling import GRAD_TILE, gradient_parts, partial_bytes
+from .grad_tiling import gradient_parts, partial_bytes
 from .matmul_tiling import matmul_tile
 from .problem import Problem
 from .sectors import GATHER_TILE, STEP, WARP, overfetch, touched
@@ -40,9 +42,6 @@ Pass = Literal["forward", "backward"]
 WAYS = ("frozen", "lora", "hira", "paper_dense", "merged", "split", "fused", "expanded")
 """The frozen layer, the methods we compare with, and our four ways."""
 
-# Above these ρ the one-kernel form cuts the rank into chunks, and reads W0 again for each.
-FUSED_MAX_RANK = 64
-FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
 FUSED_EFFICIENCY = 0.65  # of a large GEMM's rate where issue is not the limit: a goal, not a measurement
 FUSED_TOKENS = 16  # tokens of its smallest tile
 FUSED_SPLIT, FUSED_FULL = (

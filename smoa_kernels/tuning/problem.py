@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["GRANULE", "Problem", "bucket"]
+from ..kernels.sizes import GRANULE, padded
 
-GRANULE = 8
-"""Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
-
-# In the padded block-major layout each block's width is a multiple of the wide padding, which every shipped tile
-# divides, or of the narrow one where no block is wider than that.
-WIDE_PADDING, NARROW_PADDING = 128, 64
-
-
-def bucket(tokens: int) -> int:
-    """The next power of two: one choice serves 2049 to 4096 tokens, and was made for 4096."""
-    return 1 << max(tokens - 1, 0).bit_length()
-
-
-@functools.cache  # asked at every call of a layer
-def padding_multiple(sizes: tuple[int, ...]) -> int:
-    """The number to whose multiples blocks of these sizes are padded."""
-    return WIDE_PADDING if max(sizes) > NARROW_PADDING else NARROW_PADDING
+__all__ = ["Problem"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +56,7 @@ class Problem:
 
     def padded(self, features: int) -> int:
         """Width of the padded block-major layout of N or C coordinates that are cut evenly."""
-        widest = math.ceil(features / self.num_blocks)
-        multiple = padding_multiple((widest,))
-        return self.num_blocks * math.ceil(widest / multiple) * multiple
+        return padded(features, self.num_blocks)
 
     @property
     def in_place(self) -> bool:

@@ -1,4 +1,4 @@
-"""One table of GPU architectures: their published limits, and the occupancy that follows from them.
+"""One table of GPU architectures: their published limits, the occupancy that follows, and which one a device has.
 
 Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide.
 """
@@ -7,9 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
+from typing import Any
 
-__all__ = ["ARCHITECTURES", "Architecture", "facts", "occupancy"]
+import torch
+
+from ..checks import first_line
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "architecture",
+    "facts",
+    "gpu_properties",
+    "multiprocessors",
+    "occupancy",
+]
 
 _KIB = 1024
 
@@ -30,6 +44,7 @@ class Architecture:
         schedulers: warp schedulers (SIMDs on AMD), each with its own register file.
         register_granule: registers per thread are allocated in multiples of this.
         warp_size: threads per warp.
+        fused_tokens: up to so many tokens of a half type the one-kernel form runs (`backends/algorithms.py`).
         async_copies: global loads can go to shared memory without passing registers.
         same: names of architectures that nobody audits and that have at least these limits.
     """
@@ -45,6 +60,7 @@ class Architecture:
     schedulers: int = 4
     register_granule: int = 8
     warp_size: int = 32
+    fused_tokens: int = 64
     async_copies: bool = True
     same: tuple[str, ...] = ()
 
@@ -61,10 +77,19 @@ class Architecture:
 
 _ALL = (
     Architecture("sm_80", "HMMA", 163 * _KIB, 164 * _KIB, max_warps=64, max_blocks=32),
-    Architecture("sm_86", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=16),
-    Architecture("sm_89", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=24),
+    Architecture("sm_86", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=16, fused_tokens=128),
+    Architecture("sm_89", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=24, fused_tokens=128),
     Architecture("sm_90", "HGMMA", 227 * _KIB, 228 * _KIB, max_warps=64, max_blocks=32),
-    Architecture("sm_100", "UTCHMMA", 227 * _KIB, 228 * _KIB, max_warps=64, max_blocks=32, same=("sm_103",)),
+    Architecture(
+        "sm_100",
+        "UTCHMMA",
+        227 * _KIB,
+        228 * _KIB,
+        max_warps=64,
+        max_blocks=32,
+        fused_tokens=16,
+        same=("sm_103",),
+    ),
     Architecture("sm_120", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=24, same=("sm_121",)),
     Architecture(
         "gfx942",
@@ -105,3 +130,34 @@ def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) ->
     if shared > arch.shared_per_block:
         by_shared = 0
     return min(arch.max_blocks, resident_warps // warps, by_shared)
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Name a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter."""
+    if device.type == "cpu":
+        return "cpu"
+    properties = gpu_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Count a device's multiprocessors (compute units); 1 for the interpreter."""
+    return 1 if device.type == "cpu" else int(gpu_properties(device).multi_processor_count)
+
+
+def gpu_properties(device: torch.device) -> Any:
+    """Ask the driver about a CUDA or ROCm GPU.
+
+    Raises:
+        ValueError: `device` is another device, or this machine does not have it.
+    """
+    try:
+        return torch.cuda.get_device_properties(device)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"device must be a CUDA or ROCm GPU that this machine has, got {str(device)!r}: {first_line(error)}"
+        ) from error

@@ -7,9 +7,10 @@ holds this one against it, which is that of Triton 3.9 and newer.
 from __future__ import annotations
 
 from ..definition.precision import precision_of
-from .architectures import facts
+from ..kernels.architectures import facts
+from ..kernels.sizes import bucket
 from .gpus import Gpu
-from .problem import Problem, bucket
+from .problem import Problem
 
 __all__ = ["matmul_tile"]
 

@@ -1,1 +1,0 @@
-"""What a layer costs: counted, predicted, extrapolated to many GPUs."""
