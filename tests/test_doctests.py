@@ -59,7 +59,6 @@ def test_examples(name: str, group: None, tmp_path: Path, monkeypatch: pytest.Mo
         pytest.skip("the examples run kernels on the CPU, in Triton's interpreter")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    monkeypatch.delenv("SMOA_AUTOTUNE", raising=False)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted
     assert not result.failed

@@ -27,7 +27,7 @@ from .output import console, write_json
 __all__ = ["backends", "info"]
 
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "typer", "rich")
-_OURS = ("SMOA_AUTOTUNE", "SMOA_CACHE")
+_OURS = ("SMOA_CACHE",)
 _VARIABLES = (
     "SMOA_",
     "TRITON_",
