@@ -20,7 +20,6 @@ from tuning_cases import (
     scripted,
 )
 
-from smoa_kernels.kernels import table
 from smoa_kernels.kernels.table import (
     INTERRUPTED,
     UNFINISHED,
