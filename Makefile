@@ -197,7 +197,7 @@ quality: $(BIN)/.dev ## run one task of the quality study: make quality TASK=tre
 	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) $(ARGS)
 	$(BIN)/python -m benchmarks.quality report
 
-quality-moe: $(BIN)/.dev ## LoRA and SMoA on the experts of a tiny model with random weights; writes the table in docs/experts.md
+quality-moe: $(BIN)/.dev ## LoRA and SMoA on the experts of a tiny model with random weights; writes the table in benchmarks/results/scripts.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality_moe $(ARGS)
 
 # Newer versions of pip refuse bigbench because of a dependency that is not needed here.

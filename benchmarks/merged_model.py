@@ -1,4 +1,4 @@
-"""What a merge to bf16 keeps of an adapter, and what a merge costs: for docs/numerics.md and docs/merging.md.
+"""What a merge to bf16 keeps of an adapter, and what a merge costs: for benchmarks/results/scripts.md.
 
     make finetune                                             # SmolLM2-135M on TREC-6: runs/finetune-smoa
     python -m benchmarks.merged_model runs/finetune-smoa      # that folder, or its adapter's (10 min)

@@ -1,6 +1,6 @@
 """A small quality slice on experts: LoRA and SMoA on the tiny Qwen3-MoE of `examples/finetune_moe.py`.
 
-    make quality-moe                                      # every run that is missing, then the table in docs/experts.md
+    make quality-moe                                      # every run that is missing, then the table
     python -m benchmarks.quality_moe --method "LoRA, r=8"  # the runs of one method
 
 The methods that adapt experts train equally many parameters. Each searches its learning rate on validation, with a seed
@@ -34,7 +34,7 @@ from .results import write
 from .tables import table
 
 RECORDS = ROOT / "benchmarks" / "results" / "quality_moe.jsonl"
-PAGE = ROOT / "docs" / "experts.md"
+PAGE = ROOT / "benchmarks" / "results" / "scripts.md"
 START = "<!-- written by make quality-moe: -->"
 STEPS, BATCH, HEAD_RATE = 200, 32, 1e-2
 SEEDS = 5
@@ -149,7 +149,7 @@ def finals(records: list[dict[str, Any]], name: str) -> dict[int, float]:
 
 
 def page(records: list[dict[str, Any]]) -> str:
-    """The table of docs/experts.md."""
+    """The table of benchmarks/results/scripts.md."""
     lora, rows = finals(records, LORA), []
     for name in METHODS:
         found = [r for r in records if (r["method"], r["stage"]) == (name, "final")]

@@ -1,4 +1,6 @@
-"""Ten steps of each of TRL's trainers on SmolLM2-135M, SMoA and PEFT's LoRA in turn: the table of docs/trl.md.
+"""Ten steps of each of TRL's trainers on SmolLM2-135M, SMoA and PEFT's LoRA in turn.
+
+For benchmarks/results/scripts.md.
 
     python -m benchmarks.trl_trainers [sft dpo grpo reward]
 

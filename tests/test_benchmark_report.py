@@ -321,38 +321,17 @@ def test_a_smoke_run_is_kept_out_of_the_results(tmp_path: Path) -> None:
     assert "its figures mean nothing" in page([make_run(smoke=True)])
 
 
-def test_the_readme_shows_the_newest_cpu_a_row_of_each_other_and_a_table_of_each_gpu(tmp_path: Path) -> None:
-    older = make_run(layer_result([1.0, 2.0, 3.0]), device="AMD EPYC, family 25")
-    newer = replace(make_run(layer_result(), layer_result(num_blocks=1)), date="2099-01-02 03:04")
-    gpu = make_run(layer_result(), device="H100", on="GPU")
-    for run in (older, newer, gpu):
-        (tmp_path / f"{run.slug}.json").write_text(compact(run))
-    runs = read_all(tmp_path)
-    assert [run.machine["device"] for run in runs] == ["AMD EPYC", "AMD EPYC, family 25", "H100"]
-    text = section(runs)
-    limited = make_run(*everything().results, device=f"AMD EPYC, {LIMIT}=AVX2")
-    assert section([limited, *runs]) == text
-    assert (
-        "r=16, float32, K=4 | 1.30 | 1.10 | – |\n| the same, K=1 (which is HiRA) | 1.30 | 1.10 | – |" in text
-    )
+def test_the_readme_has_a_row_of_each_case_and_cpu_and_a_table_of_each_gpu() -> None:
+    one = make_run(layer_result([1.0, 2.0, 3.0]), device="AMD EPYC, family 26, model 2")
+    other = make_run(layer_result(), layer_result(num_blocks=1), device="Some CPU")
+    limited = make_run(layer_result(), device=f"AMD EPYC, {LIMIT}=AVX2")
+    text = section([limited, other, one, make_run(layer_result(), device="H100", on="GPU")])
     doubtful = "1.30, noisy, not judged | 1.10, noisy, not judged | – |"
-    assert (
-        f"| 2048 tokens again, float32, K=4, on another processor (AMD EPYC, family 25) | {doubtful}" in text
-    )
+    assert f"| AMD (AVX-512), 1 thread | one layer, float32, over frozen | {doubtful}\n" in text
+    assert "| Some CPU, 1 thread | one layer, float32, over frozen | 1.30 | 1.10 | – |\n" in text
+    assert text.count("| one layer, ") == 2  # a case that a run does not have is no row
     assert text.count("| forward + backward over frozen, measured on GPU H100 |") == 1
-    assert "(benchmarks/results/README.md#amd-epyc-family-25)" in text
-    assert "\n## AMD EPYC, family 25\n" in page(runs)
-
-
-def test_the_run_that_has_most_of_the_readmes_rows_leads_it() -> None:
-    """A processor without bfloat16 GEMMs has no row of bfloat16, however new its run is."""
-    square = {"tokens": 2048, "out_features": 2048, "num_blocks": 4, "rank": 16}
-    float32 = layer_result(**square)
-    whole = make_run(float32, layer_result(**square, dtype="bfloat16"), device="AMD EPYC, family 26")
-    newer = make_run(float32, device="AMD EPYC, family 25")
-    text = section([newer, whole])
-    assert "on another processor (AMD EPYC, family 25)" in text
-    assert "bfloat16, K=4 | –" not in text
+    assert "(benchmarks/results/README.md#amd-epyc-family-26-model-2)" in text
 
 
 @pytest.mark.parametrize("text", ["", START, END + START, START + END + END])

@@ -16,7 +16,7 @@ from benchmarks.bringup import stages
 from benchmarks.bringup.cases import SQUARE, SQUARE_HIRA, comparison_cases
 from benchmarks.bringup.goals import COLUMNS, GOALS
 from benchmarks.bringup.page import page
-from benchmarks.bringup.state import ROOT, State, path_of
+from benchmarks.bringup.state import State, path_of
 from benchmarks.providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
 from benchmarks.report import page as report_page
 from benchmarks.results import Result, Run, read
@@ -265,16 +265,6 @@ def test_an_unsteady_machine_is_not_judged() -> None:
     row = GOALS[0].row(COLUMNS[0], 1.0, GPUS["h100"], NOTHING.with_results(result))
     assert row.measured == 0.5
     assert GOALS[0].met(row) is None
-
-
-def test_the_documentation_shows_each_goal_with_its_prediction() -> None:
-    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    for goal in GOALS:
-        cells = [goal.text]
-        for column, limit in zip(COLUMNS, goal.limits, strict=True):
-            row = goal.row(column, limit, GPUS["h100"], NOTHING)
-            cells += [f"{'≥' if goal.share else '≤'} {limit:.2f}", f"{row.predicted:.2f}"]
-        assert f"| {' | '.join(cells)} |" in text
 
 
 def test_the_file_comes_back_and_is_a_run_of_the_suite(tmp_path: Path) -> None:

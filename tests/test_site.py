@@ -41,7 +41,10 @@ def hooks():
 )
 def test_links_lead_to_where_files_stand_on_the_site(hooks, page, link, leads_to):
     page = SimpleNamespace(file=SimpleNamespace(src_uri=page))
-    assert hooks.on_page_markdown(f"see [it]({link}).", page) == f"see [it]({leads_to})."
+    text, _, below = hooks.on_page_markdown(f"see [it]({link}).", page).partition("\n")
+    assert text == f"see [it]({leads_to})."
+    assert "reference/python.md" in below
+    assert "reference/commands.md" in below
 
 
 def test_the_notebook_is_a_page_with_what_it_drew(hooks):

@@ -29,6 +29,7 @@ PAGES = {
     "CHANGELOG.md": "changes.md",
     "benchmarks/results/README.md": "results/benchmarks.md",
     "benchmarks/results/quality.md": "results/quality.md",
+    "benchmarks/results/scripts.md": "results/scripts.md",
     "tests/ptx_emulator/README.md": "ptx_emulator.md",
     "csrc_ref/README.md": "c_reference.md",
     "examples/quickstart.ipynb": "quickstart.md",
@@ -41,6 +42,13 @@ MODULES = {
     "smoa_kernels.peft": "PEFT",
     "smoa_kernels.distributed": "Several devices",
 }
+FOOTER = """
+
+---
+
+Reference: [Python]({up}reference/python.md), [commands]({up}reference/commands.md). Something is wrong?
+[Troubleshooting]({up}troubleshooting.md)
+"""
 # docs/site/screens.py draws them.
 SCREENS = "screens"
 
@@ -78,7 +86,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point a page's links to where the files stand on the site."""
+    """Point a page's links to where the files stand on the site; below each page, lead to the reference."""
     here = next(
         (path for path, uri in PAGES.items() if uri == page.file.src_uri), f"docs/{page.file.src_uri}"
     )
@@ -90,7 +98,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return os.path.relpath(place(path), Path(page.file.src_uri).parent)
         return match[0]  # MkDocs warns of it
 
-    return LINK.sub(moved, markdown)
+    up = "../" * page.file.src_uri.count("/")
+    return LINK.sub(moved, markdown) + FOOTER.format(up=up)
 
 
 def on_page_content(html: str, **_: Any) -> str:
