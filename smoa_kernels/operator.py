@@ -1,59 +1,91 @@
-"""The `smoa::linear` operator, its gradient and their fake forms.
+"""The operators `smoa::linear` and `smoa::linear_backward`, and all their derivatives.
 
-The operator is opaque to compilers, for two reasons. No pass may reorder its additions: in half precision the
-adapter's output survives only if it enters before the base GEMM's one rounding. And no graph bakes in what may
-change between calls: scaling and dropout seed cross as tensors, and "auto" is decided inside, where the graph
-does not see the token count.
+They are opaque to compilers, for two reasons. No pass may reorder their additions: in half precision the adapter's
+output survives only if it enters before the base GEMM's one rounding. And no graph bakes in what may change between
+calls: scaling and dropout seed cross as tensors, and "auto" is decided inside, where the graph does not see the token
+count.
 
-It is registered through `torch.library`'s dispatcher keys with an `autograd.Function` of our own, which has half the
-Python overhead of `custom_op`; small layers feel it. Where nothing watches operators, the dispatcher is left out.
+A gradient is the operator `linear_backward`. A batch of activations (`torch.func.vmap`) joins the tokens of one call.
+All else, a batch over the factors, the derivative of a gradient, a forward-mode derivative, takes the reference's
+formula in plain operators, which torch differentiates and batches by itself: slow and right.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import load_backend
+from .definition import reference
 from .definition.arguments import check_ranks
-from .definition.linear_call import SCHEMA, LinearCall
+from .definition.dropout import Dropout
 from .definition.packed import PackedAdapter
-from .derivatives import (
-    DifferentiableBackward,
-    DifferentiableLinear,
-    Gradients,
-    Passes,
-    formula,
-    formula_gradients,
+from .definition.partition import BlockPartition
+
+__all__ = ["LinearCall", "call_linear", "call_linear_backward", "linear", "linear_backward", "register"]
+
+_CALL = (
+    "Tensor weight, Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor? dropout_seed, "
+    "Tensor row_block, Tensor col_block, Tensor row_index, Tensor col_index, Tensor row_offsets, "
+    "Tensor col_offsets, int[]? block_ranks, int[] block_sizes, float dropout_p, int column_offset, "
+    "int? global_in_features, str backend"
 )
+_TENSORS = _CALL.count("Tensor")
 
-__all__ = ["LinearCall", "call_linear", "call_linear_backward", "linear", "linear_backward"]
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""(dX, dA, dB), empty where not needed."""
 
 
-_unsafe_view: Any = torch.ops.aten._unsafe_view.default
+class LinearCall(NamedTuple):
+    """What forward and backward of one call share.
 
-_LIBRARY = torch.library.Library("smoa", "DEF")
-_LIBRARY.define(f"linear(Tensor x, Tensor? bias, str algorithm, {SCHEMA}) -> Tensor")
-_LIBRARY.define(
-    f"linear_backward(Tensor dy, Tensor? x, bool needs_x, {SCHEMA}) -> (Tensor dx, Tensor dA, Tensor dB)"
-)
-linear: Any = torch.ops.smoa.linear.default
-linear_backward: Any = torch.ops.smoa.linear_backward.default
+    Attributes:
+        adapter: W0, the factors, their blocks and ranks, and s.
+        dropout: the active one, or None.
+        backend: the name of a resolved backend.
+    """
 
-Pass = Callable[[Any, Any, Any, LinearCall], Any]
-"""Computes the forward from (x, bias, algorithm, call), or the backward from (dy, x, needs_x, call)."""
+    adapter: PackedAdapter
+    dropout: Dropout | None
+    backend: str
+
+    def flatten(self) -> tuple[Any, ...]:
+        """The arguments of the operators, tensors first: they take only tensors and plain types."""
+        adapter, dropout, partition = self.adapter, self.dropout, self.adapter.partition
+        return (
+            adapter.weight,
+            adapter.A,
+            adapter.B,
+            adapter.ranks,
+            adapter.scaling,
+            None if dropout is None else dropout.seed,
+            *partition.tensors(),
+            None if adapter.block_ranks is None else list(adapter.block_ranks),
+            partition.sizes(),
+            0.0 if dropout is None else dropout.p,
+            0 if dropout is None else dropout.column_offset,
+            None if dropout is None else dropout.width,
+            self.backend,
+        )
+
+    @staticmethod
+    def unflatten(*flat: Any) -> LinearCall:
+        """Inverse of :meth:`flatten`."""
+        weight, A, B, ranks, scaling, seed, *blocks = flat[:_TENSORS]
+        block_ranks, block_sizes, p, column_offset, width, backend = flat[_TENSORS:]
+        partition = BlockPartition.from_tensors(blocks, block_sizes)
+        adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, block_ranks)
+        dropout = None if seed is None else Dropout(seed, p, column_offset, width)
+        return LinearCall(adapter, dropout, backend)
 
 
 def call_linear(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Tensor:
-    """Compute what the operator `linear` computes, without the dispatcher where nothing would see it.
-
-    The dispatcher's two passes convert every argument: 3 % of a small layer's time (CPU, T=128, 384x1536).
+    """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ`, differentiable in x, bias, A and B.
 
     Args:
         x: (..., C); y is (..., N) in its dtype.
@@ -61,13 +93,12 @@ def call_linear(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall
         algorithm: "auto" or one that the call's backend has.
         call: the rest.
     """
-    skip = can_skip_dispatcher(x, call.adapter.weight, bias, call.adapter.A, call.adapter.B)
-    y: Tensor = (_recorded_forward if skip else _watched_forward)(x, bias, algorithm, call)
+    y: Tensor = _call(linear, _Linear, formula, x, bias, algorithm, *call.flatten())
     return y
 
 
 def call_linear_backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: LinearCall) -> Gradients:
-    """Compute what the operator `linear_backward` computes: (dX, dA, dB), empty where not needed.
+    """Compute (dX, dA, dB) of :func:`call_linear`, empty where not needed.
 
     Args:
         dy: (..., N).
@@ -75,69 +106,48 @@ def call_linear_backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: Line
         needs_x: whether dX is needed.
         call: that of the forward.
     """
-    skip = can_skip_dispatcher(dy, x, call.adapter.weight, call.adapter.A, call.adapter.B)
-    found: Gradients = (_recorded_backward if skip else _watched_backward)(dy, x, needs_x, call)
+    return _call_backward(dy, x, needs_x, *call.flatten())
+
+
+def _call_backward(*args: Any) -> Gradients:
+    found: Gradients = _call(linear_backward, _LinearBackward, formula_gradients, *args)
     return found
 
 
-def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether no compiler, trace, mode, transform or profiler is on, and all tensors are plain memory."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._profiler_enabled()
-    ):
-        return False
-    for one in tensors:
-        if one is None:
-            continue
-        # The dispatcher does work of its own for others: it negates a conjugate's imaginary part, makes its zeros, ...
-        if type(one) not in _PLAIN_TYPES:
-            return False
-        keys = torch._C._dispatch_keys(one).raw_repr()
-        if keys not in _plain:
-            if one.is_meta or keys not in _plain_keys(one.device.type):
-                return False
-            _plain.add(keys)
-    return True
+def _call(operator: Any, function: Any, formula: Callable[..., Any], *args: Any) -> Any:
+    """Call an operator: as the function that `torch.func` can transform, or in forward mode by its formula."""
+    if not torch.compiler.is_compiling():
+        transformed = torch._C._are_functorch_transforms_active()
+        # Computed all the same, the result would have no tangent, which counts as zero.
+        if forward_ad._current_level >= 0 and (transformed or any(map(has_tangent, args))):
+            return formula(*args)
+        if transformed:
+            return function.apply(*args)
+    return operator(*args)
 
 
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-_plain: set[int] = set()  # keys of plain tensors that have been seen: they name the device's type
+def has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-@functools.cache
-def _plain_keys(device_type: str) -> frozenset[int]:
-    """The dispatch keys of a tensor that is no more than its values, made in inference mode or not."""
-    found = set()
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            found.add(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
-    return frozenset(found)
+# What the operators compute
 
 
-def _forward(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Tensor:
-    adapter = call.adapter
+def _forward(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
+    adapter, dropout, backend = LinearCall.unflatten(*flat)
     check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
-    if adapter.weight.dtype != x.dtype:
-        # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
-        adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
-    y = load_backend(call.backend).forward(_as_matrix(x), bias, adapter, algorithm, call.dropout)
+    # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
+    adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    y = load_backend(backend).forward(_as_matrix(x), bias, adapter, algorithm, dropout)
     return _with_leading_dimensions(y, x)
 
 
-def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: LinearCall) -> Gradients:
-    adapter = call.adapter
-    if adapter.weight.dtype != dy.dtype:
-        adapter = replace(adapter, weight=adapter.weight.to(dy.dtype))
-    dx, dA, dB = load_backend(call.backend).backward(
-        _as_matrix(dy), None if x is None else _as_matrix(x), adapter, call.dropout, needs_x=needs_x
-    )
+def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
+    adapter, dropout, backend = LinearCall.unflatten(*flat)
+    adapter = replace(adapter, weight=adapter.weight.to(dy.dtype))
+    rows = None if x is None else _as_matrix(x)
+    dx, dA, dB = load_backend(backend).backward(_as_matrix(dy), rows, adapter, dropout, needs_x=needs_x)
     return (
         dy.new_empty(0) if dx is None else _with_leading_dimensions(dx, dy),
         adapter.A.new_empty(0) if dA is None else dA,
@@ -145,146 +155,17 @@ def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: LinearCall) -> 
     )
 
 
-def _forward_fake(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Tensor:
-    return x.new_empty(*x.shape[:-1], call.adapter.weight.shape[0])
+def _forward_fake(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], flat[0].shape[0])
 
 
-def _backward_fake(dy: Tensor, x: Tensor | None, needs_x: bool, call: LinearCall) -> Gradients:
-    weight, A, B = call.adapter.weight, call.adapter.A, call.adapter.B
+def _backward_fake(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
+    weight, A, B, *_ = flat
     return (
         dy.new_empty(*dy.shape[:-1], weight.shape[1]) if needs_x else dy.new_empty(0),
         A.new_empty(0 if x is None else A.shape),
         B.new_empty(0 if x is None else B.shape),
     )
-
-
-class _Linear(torch.autograd.Function):
-    """Saves x, the factors, the seed and references to frozen tensors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        compute: Pass,
-        x: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        algorithm: str,
-        call: LinearCall,
-    ) -> Any:
-        """A and B are the call's: autograd sees only tensors that are arguments of their own."""
-        adapter, ctx.dropout, ctx.backend = call
-        ctx.partition, ctx.block_ranks = adapter.partition, adapter.block_ranks
-        seed = None if ctx.dropout is None else ctx.dropout.seed
-        needs_factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        ctx.save_for_backward(
-            x if needs_factors else None, adapter.weight, A, B, adapter.ranks, adapter.scaling, seed
-        )
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        with torch._C._AutoDispatchBelowAutograd():
-            return compute(x, bias, algorithm, call)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, ranks, scaling, seed = ctx.saved_tensors
-        _, needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        adapter = PackedAdapter(weight, A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
-        dropout = None if seed is None else replace(ctx.dropout, seed=seed)
-        call = LinearCall(adapter, dropout, ctx.backend)
-        dx, dA, dB = call_linear_backward(dy, x, needs_x, call)
-        dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
-        factors = dA if needs_A else None, dB if needs_B else None
-        return None, dx if needs_x else None, dbias, *factors, None, None
-
-
-def _apply_linear(compute: Pass, x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Any:
-    # `Function.apply` asks whether torch.func wrapped a tensor; what goes past the dispatcher is plain.
-    function: Any = super(torch.autograd.Function, _Linear) if compute is _forward else _Linear
-    return function.apply(compute, x, bias, call.adapter.A, call.adapter.B, algorithm, call)
-
-
-def _apply_differentiable(function: Any, compute: Any, first: Tensor, *rest: Any) -> Any:
-    """Call what takes a `LinearCall`, the last of `rest`, flat: `torch.func` sees only tensors of their own."""
-    second, option, call = rest
-    tensors, settings = call.flatten()
-    return function.apply(compute, first, second, option, *tensors, *settings)
-
-
-def _has_tangent(tensor: Tensor | None) -> bool:
-    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _recorded(compute: Pass, apply: Callable[..., Any], formula: Pass) -> Pass:
-    """The same for autograd: recorded by `apply` where a gradient can be asked for, by `formula` in forward mode."""
-
-    def record(first: Tensor, second: Tensor | None, option: Any, call: LinearCall) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, (first, second, *call.flatten()[0]))):
-            # Computed all the same, the result would have no tangent, which counts as zero.
-            return formula(first, second, option, call)
-        A, B = call.adapter.A, call.adapter.B
-        if torch.is_grad_enabled() and (
-            first.requires_grad
-            or (second is not None and second.requires_grad)
-            or A.requires_grad
-            or B.requires_grad
-        ):
-            return apply(compute, first, second, option, call)
-        with torch._C._AutoDispatchBelowAutograd():
-            return compute(first, second, option, call)
-
-    return record
-
-
-def _dispatched(operator: Any) -> Pass:
-    """A pass that calls an operator."""
-
-    def dispatch(first: Tensor, second: Tensor | None, option: Any, call: LinearCall) -> Any:
-        tensors, settings = call.flatten()
-        return operator(first, second, option, *tensors, *settings)
-
-    return dispatch
-
-
-def _watched(dispatched: Pass, function: Any, compute: Any, formula: Pass) -> Pass:
-    """A pass that something watches: `torch.func`, which takes `function`, or what sees the operator."""
-
-    def watch(first: Tensor, second: Tensor | None, option: Any, call: LinearCall) -> Any:
-        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-            return dispatched(first, second, option, call)
-        if forward_ad._current_level >= 0:
-            return formula(first, second, option, call)
-        return _apply_differentiable(function, compute, first, second, option, call)
-
-    return watch
-
-
-def _kernel(compute: Pass) -> Callable[..., Any]:
-    """A pass as an operator's kernel, which takes the operator's arguments."""
-    return lambda first, second, option, *flat: compute(first, second, option, LinearCall.unflatten(*flat))
-
-
-_apply_backward = functools.partial(_apply_differentiable, DifferentiableBackward)
-_recorded_forward = _recorded(_forward, _apply_linear, formula)
-_recorded_backward = _recorded(_backward, _apply_backward, formula_gradients)
-_dispatched_forward, _dispatched_backward = _dispatched(linear), _dispatched(linear_backward)
-_watched_forward = _watched(
-    _dispatched_forward, DifferentiableLinear, Passes(_dispatched_forward, _dispatched_backward), formula
-)
-_watched_backward = _watched(
-    _dispatched_backward, DifferentiableBackward, _dispatched_backward, formula_gradients
-)
-for _name, _compute, _fake, _recorded_operator in (
-    ("linear", _forward, _forward_fake, _recorded(_dispatched_forward, _apply_linear, formula)),
-    (
-        "linear_backward",
-        _backward,
-        _backward_fake,
-        _recorded(_dispatched_backward, _apply_backward, formula_gradients),
-    ),
-):
-    _LIBRARY.impl(_name, _kernel(_compute), "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _kernel(_recorded_operator), "Autograd")
-    torch.library.register_fake(f"smoa::{_name}", _kernel(_fake), lib=_LIBRARY)
 
 
 def _as_matrix(x: Tensor) -> Tensor:
@@ -294,5 +175,223 @@ def _as_matrix(x: Tensor) -> Tensor:
 
 def _with_leading_dimensions(y: Tensor, x: Tensor) -> Tensor:
     """(T, N) as (..., N), with x's leading dimensions."""
-    # Autograd must not see a view here: what a Function returns may be written to.
-    return y if x.ndim == 2 else _unsafe_view(y, [*x.shape[:-1], y.shape[1]])
+    # Autograd must not see a view here: what an operator returns may be written to.
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
+
+
+# The same in plain operators
+
+
+def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
+    """Compute what `linear` does by the reference, which torch differentiates in x, bias, A and B, and batches.
+
+    Raises:
+        RuntimeError: the kernels' dropout is on, whose mask is not the reference's.
+    """
+    adapter, dropout, backend = LinearCall.unflatten(*flat)
+    if dropout is not None and backend == "triton":
+        raise RuntimeError(
+            "under dropout backend 'triton' has a gradient and nothing further (its mask is drawn inside the kernels): "
+            "no second derivative, forward mode or batch; use backend='eager' or no dropout"
+        )
+    if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, which are the same numbers
+        ranks = torch.tensor(adapter.block_ranks, dtype=adapter.ranks.dtype)
+        adapter = replace(adapter, ranks=ranks)
+    adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    y = reference.forward(_as_matrix(x), bias, adapter, "auto", dropout)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def formula_gradients(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
+    """Compute what `linear_backward` does as the derivative of :func:`formula`, differentiable in dy, x, A and B."""
+    weight, A, B, *rest = flat
+    # dX is the same for every x.
+    at = dy.new_zeros(*dy.shape[:-1], weight.shape[1]) if x is None else x
+
+    def forward(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return formula(x, None, "auto", weight, A, B, *rest)
+
+    dx, dA, dB = torch.func.vjp(forward, at, A, B)[1](dy)
+    factors = (dA.new_empty(0), dB.new_empty(0)) if x is None else (dA, dB)
+    return dx if needs_x else dy.new_empty(0), *factors
+
+
+# Derivatives
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` with its derivatives; its arguments are the operator's."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        """Call the operator, below all transforms of `torch.func`."""
+        return below_autograd(linear, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save x, where the factors' gradients need it, the factors, the seed and references to frozen tensors."""
+        x, bias, _, *flat = inputs
+        _, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_A or needs_B else None, *flat[:_TENSORS])
+        ctx.settings = flat[_TENSORS:]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in x, bias, A and B."""
+        x, *tensors = ctx.saved_tensors
+        needs_x, needs_bias, _, _, needs_A, needs_B, *others = ctx.needs_input_grad
+        dx, dA, dB = _call_backward(dy, x, needs_x, *tensors, *ctx.settings)
+        dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
+        factors = dA if needs_A else None, dB if needs_B else None
+        return dx if needs_x else None, dbias, None, None, *factors, *[None] * len(others)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """A batch of x alone is a further leading dimension."""
+        x, bias, algorithm, *flat = inputs
+        of_x, of_bias, _, *of_call = in_dims
+        _check_seed(of_call)
+        if of_x is not None and of_bias is None and _is_one_call(of_call, flat):
+            return _apply(_Linear, x.movedim(of_x, 0), bias, algorithm, *flat), 0
+
+        def one(x: Tensor, bias: Tensor | None, *tensors: Any) -> Tensor:
+            return formula(x, bias, algorithm, *tensors, *flat[_TENSORS:])
+
+        return _batched(one, (of_x, of_bias, *of_call[:_TENSORS]))(x, bias, *flat[:_TENSORS]), 0
+
+
+class _LinearBackward(torch.autograd.Function):
+    """`linear_backward` with its own derivative; its arguments are the operator's."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        """Call the operator, below all transforms of `torch.func`."""
+        return below_autograd(linear_backward, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+        """Save what the gradients depend on."""
+        dy, x, ctx.needs_x, *flat = inputs
+        ctx.save_for_backward(dy, x, *flat[:_TENSORS])
+        ctx.settings = flat[_TENSORS:]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        """Derivatives in dy, x, A and B, by the formula."""
+        dy, x, weight, A, B, *tensors = ctx.saved_tensors
+        rest = *tensors, *ctx.settings
+
+        def gradients(dy: Tensor, A: Tensor, B: Tensor, x: Tensor | None = None) -> Gradients:
+            return formula_gradients(dy, x, ctx.needs_x, weight, A, B, *rest)
+
+        primals = dy, A, B, *(() if x is None else (x,))
+        ddy, dA, dB, *dx = torch.func.vjp(gradients, *primals)[1](cotangents)
+        return ddy, dx[0] if dx else None, None, None, dA, dB, *[None] * len(rest)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Gradients, tuple[Any, ...]]:
+        """A batch of dY is a further leading dimension for dX; each sample's dA and dB come from the formula."""
+        dy, x, needs_x, *flat = inputs
+        of_dy, of_x, _, *of_call = in_dims
+        _check_seed(of_call)
+        joined = of_dy is not None and needs_x and _is_one_call(of_call, flat)
+        needs_x = needs_x and not joined
+
+        def one(dy: Tensor, x: Tensor | None, *tensors: Any) -> Gradients:
+            return formula_gradients(dy, x, needs_x, *tensors, *flat[_TENSORS:])
+
+        found: Gradients = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+        dims: tuple[Any, ...] = None, None, None
+        if needs_x or x is not None:
+            found = _batched(one, (of_dy, of_x, *of_call[:_TENSORS]))(dy, x, *flat[:_TENSORS])
+            dims = 0, 0, 0
+        if joined:
+            dx, *_ = _apply(_LinearBackward, dy.movedim(of_dy, 0), None, True, *flat)
+            found, dims = (dx, *found[1:]), (0, *dims[1:])
+        return found, dims
+
+
+def _is_one_call(of_call: Sequence[int | None], flat: Sequence[Any]) -> bool:
+    """Whether a call is one for the whole batch, and has no mask: joined tokens would have different ones."""
+    return all(dim is None for dim in of_call[:_TENSORS]) and LinearCall.unflatten(*flat).dropout is None
+
+
+def _check_seed(of_call: Sequence[int | None]) -> None:
+    if of_call[5] is not None:
+        raise ValueError(
+            "dropout under vmap takes randomness='same', one mask for the whole batch: got a seed for each sample"
+        )
+
+
+def _batched(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> Callable[..., Any]:
+    # The seed is given, so a mask is the same each time that it is drawn.
+    batched: Callable[..., Any] = torch.vmap(function, in_dims, randomness="same")
+    return batched
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)
+
+
+# Registration
+
+
+def register(
+    library: torch.library.Library,
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    function: type[torch.autograd.Function],
+) -> Any:
+    """Define an opaque operator with its shapes and its derivative; return what calls it.
+
+    `torch.library.register_autograd` would do with less, but looks through the whole schema for each argument: a tenth
+    of a small layer's time.
+
+    Args:
+        library: of the namespace "smoa".
+        schema: "name(arguments) -> results".
+        kernel: computes it, on any device.
+        fake: makes results of the right shapes and dtypes, without values.
+        function: calls :func:`below_autograd` and knows the derivative. Its arguments are the operator's.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema)
+    operator = getattr(torch.ops.smoa, name).default
+
+    def recorded(*args: Any) -> Any:
+        needs_grad = any(isinstance(value, Tensor) and value.requires_grad for value in args)
+        if needs_grad and torch.is_grad_enabled():
+            return _apply(function, *args)
+        return below_autograd(operator, *args)
+
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, recorded, "Autograd")
+    torch.library.register_fake(f"smoa::{name}", fake, lib=library)
+    return operator
+
+
+def below_autograd(operator: Any, *args: Any) -> Any:
+    """Call an operator without having its derivative recorded."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+_LIBRARY = torch.library.Library("smoa", "DEF")
+linear: Any = register(
+    _LIBRARY,
+    f"linear(Tensor x, Tensor? bias, str algorithm, {_CALL}) -> Tensor",
+    kernel=_forward,
+    fake=_forward_fake,
+    function=_Linear,
+)
+linear_backward: Any = register(
+    _LIBRARY,
+    f"linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
+    kernel=_backward,
+    fake=_backward_fake,
+    function=_LinearBackward,
+)

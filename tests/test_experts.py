@@ -16,7 +16,7 @@ from torch import Tensor
 from smoa_kernels.backends.native import backend as native
 from smoa_kernels.definition.experts import ExpertBlocks, index_dtype, reference_experts_linear
 from smoa_kernels.definition.precision import KERNEL_DTYPES
-from smoa_kernels.experts.operator import experts_linear, experts_product
+from smoa_kernels.experts.operator import experts_linear
 
 BACKENDS = [
     pytest.param(
@@ -125,23 +125,6 @@ def test_an_expert_whose_update_is_zero_gives_the_bits_of_its_weight(
     assert same == [False, True, False]
     off = replace(p.adapter, scaling=torch.zeros(()).double())
     assert torch.equal(experts_linear(p.x, p.ends, off, backend), plain)
-
-
-@on_the_cpu
-@pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_a_product_that_was_prepared_serves_any_x_of_its_pairs(backend: str) -> None:
-    p = make_problem(dtype=torch.float32)
-    with torch.no_grad():
-        product = experts_product(p.x, p.ends, p.adapter, backend)
-        for x in (p.x, p.x.T.contiguous().T):
-            assert torch.equal(product(x), experts_linear(x, p.ends, p.adapter, backend))
-        with pytest.raises(ValueError, match="ends must count x's"):
-            product(p.x[1:])
-        with pytest.raises(RuntimeError):
-            product(p.x[:, 1:])
-    x = p.x.clone().requires_grad_()
-    experts_product(x, p.ends, p.adapter, backend)(x).backward(p.dy)
-    assert x.grad is not None
 
 
 @on_the_cpu

@@ -47,9 +47,8 @@ class FailingAt(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         ours = {operator.linear: operator._forward, operator.linear_backward: operator._backward}
         if function in ours:  # opaque to others: what it calls is seen only from inside
-            first, second, option, *call = args
             with self:
-                return ours[function](first, second, option, operator.LinearCall.unflatten(*call))
+                return ours[function](*args)
         self.left -= 1
         if self.left == 0:
             raise self.error(f"at {function}")

@@ -17,7 +17,7 @@ from ..definition.packed import draw_A, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import sketch_distance, sketch_weight
-from ..experts.operator import experts_product
+from ..experts.operator import experts_linear
 from .config import LayerSettings
 from .experts_order import expert_order
 from .file_format import pack_expert_blocks, unpack_expert_blocks
@@ -126,8 +126,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
                 "experts take neither offloaded weights nor nn.DataParallel (use DistributedDataParallel)"
             )
         backend = resolve_backend(self.backend[name], weight.device, weight.dtype, adapter.A.shape[1])
-        product = experts_product(source, ends, adapter, backend)
-        return lambda x: product(x.to(weight.dtype))
+        return lambda x: experts_linear(x.to(weight.dtype), ends, adapter, backend)
 
     def packed(self, adapter_name: str, weight: Tensor) -> ExpertsAdapter:  # type: ignore[override]  # of experts
         """Pair an adapter with W0 (E, N, C); autograd sees the factors."""
