@@ -18,12 +18,14 @@ __all__ = [
     "check_choice",
     "check_choices",
     "check_count",
+    "check_dense",
     "check_device",
     "check_finite",
     "check_granule",
     "check_kind",
     "check_number",
     "check_path",
+    "check_probability",
     "check_weight",
     "first_line",
     "granules",
@@ -35,7 +37,12 @@ __all__ = [
 MOST_BLOCKS = MOST_RANKS = 2**16
 # No weight has more rows or columns: int32 counts them.
 MOST_COORDINATES = 2**31 - 1
-
+_INTEGERS = frozenset(
+    {
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint16, torch.uint32, torch.uint64),
+    }
+)
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
@@ -114,6 +121,13 @@ def check_number(name: str, value: float) -> None:
         )
 
 
+def check_probability(name: str, value: float) -> None:
+    """`value` must be a number in [0, 1): a share of elements that leaves some."""
+    check_number(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
 def check_finite(name: str, value: float) -> None:
     """`value` must be a number, and neither NaN nor Inf."""
     check_number(name, value)
@@ -141,16 +155,25 @@ def layout_of(value: Tensor) -> str:
     return "torch.nested" if value.is_nested else str(value.layout)
 
 
+def check_dense(name: str, value: object, *, integer: bool = False) -> None:
+    """`value` must be a dense tensor: of floating-point numbers, or where `integer` of integers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be {'an integer' if integer else 'a'} tensor, got {type(value).__name__}"
+        )
+    if value.is_nested or value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(value)}")
+    if not (value.dtype in _INTEGERS if integer else value.dtype.is_floating_point):
+        raise TypeError(
+            f"{name} must be {'an integer tensor' if integer else 'floating point'}, got {value.dtype}"
+        )
+
+
 def check_weight(weight: Tensor, name: str = "weight") -> None:
     """`weight` must be a dense, finite floating-point matrix that holds numbers. This reads all of it."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
-    if not weight.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {weight.dtype}")
-    if layout_of(weight) != "torch.strided" or weight.itemsize < 2:
-        raise TypeError(
-            f"{name} must be dense, of 16 bits or more, got {layout_of(weight)} of {weight.dtype}"
-        )
+    check_dense(name, weight)
+    if weight.itemsize < 2:
+        raise TypeError(f"{name} must be of 16 bits or more, got {weight.dtype}")
     if weight.is_meta:
         raise ValueError(f"{name} must hold numbers to have a spectrum, got a meta tensor")
     if weight.ndim != 2:

@@ -18,11 +18,11 @@ from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES
 from .checks import (
     check_choice,
     check_count,
+    check_dense,
     check_device,
     check_finite,
     check_kind,
-    check_number,
-    layout_of,
+    check_probability,
 )
 from .definition.block_rule import BlockRule
 from .definition.dropout import WIDEST
@@ -51,30 +51,36 @@ class Settings:
     """An adapter's settings, as `FusedSMoALinear` takes them."""
 
     r: int
-    rule: BlockRule
+    num_blocks: int
     alpha: float | None
     dropout: float
     block_ranks: Sequence[int] | None
+    block_order: str
+    granule: int
+    block_seed: int
     algorithm: str
     backend: str
     strict_base: bool
 
     def __post_init__(self) -> None:
-        resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
+        resolve_ranks(self.r, self.num_blocks, self.block_ranks)
         self.rule.check()
         if self.alpha is not None:
             check_finite("alpha", self.alpha)
-        check_number("dropout", self.dropout)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        check_probability("dropout", self.dropout)
         check_choice("algorithm", self.algorithm, ALGORITHM_CHOICES)
         check_choice("backend", self.backend, BACKEND_CHOICES)
         check_kind("strict_base", self.strict_base, bool)
 
     @property
+    def rule(self) -> BlockRule:
+        """How rows and columns are put into blocks."""
+        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed)
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of each block."""
-        return resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
+        return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
 
 
 def check_linear(
@@ -158,13 +164,7 @@ def check_tensors(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any]
         if key not in given:
             continue
         value = given[key]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: {key} must be a tensor, got {type(value).__name__}")
-        if layout_of(value) != "torch.strided":
-            raise TypeError(f"{name}: {key} must be a dense tensor, got layout {layout_of(value)}")
-        if value.is_complex() or value.is_floating_point() != mine.is_floating_point():
-            kind = "floating point" if mine.is_floating_point() else "an integer tensor"
-            raise TypeError(f"{name}: {key} must be {kind}, got {value.dtype}")
+        check_dense(f"{name}: {key}", value, integer=not mine.is_floating_point())
         if value.shape != mine.shape:
             raise ValueError(
                 f"{name}: size mismatch for {key}: the layer's is {tuple(mine.shape)}, "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
-from smoa_kernels.experts.operator import experts_linear
+from smoa_kernels.experts import experts_linear
 
 NAMES = ("y", "dX", "dA", "dB")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from smoa_kernels.backends.native import backend as native
 from smoa_kernels.definition.experts import ExpertBlocks, index_dtype, reference_experts_linear
 from smoa_kernels.definition.precision import KERNEL_DTYPES
-from smoa_kernels.experts.operator import experts_linear
+from smoa_kernels.experts import experts_linear
 
 BACKENDS = [
     pytest.param(
@@ -258,7 +258,7 @@ def test_only_what_is_asked_for(backend: str) -> None:
 
 @pytest.mark.slow
 def test_operator_passes_torchs_own_checks() -> None:
-    from smoa_kernels.experts.operator import ExpertsCall
+    from smoa_kernels.experts import ExpertsCall
 
     p = make_problem(dtype=torch.float32)
     leaves = {"A": p.adapter.A.requires_grad_(), "B": p.adapter.B.requires_grad_()}

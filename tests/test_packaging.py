@@ -229,7 +229,7 @@ def test_the_core_without_numpy() -> None:
 import io
 from smoa_kernels.backends import native_obstacle
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
-from smoa_kernels.experts.operator import experts_linear
+from smoa_kernels.experts import experts_linear
 
 x, ends = torch.randn(64, 40), torch.tensor([40, 64]).int()
 for backend in ["eager"] + ["native"] * (native_obstacle(torch.device("cpu")) is None):

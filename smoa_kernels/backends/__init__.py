@@ -228,7 +228,7 @@ def _device_obstacle(device: torch.device) -> str | None:
             return None
         return "x is on the CPU, where kernels run only under Triton's interpreter (TRITON_INTERPRET=1)"
     if device.type != "cuda":
-        return f"x is on {device.type}, the kernels have been run on CUDA and ROCm only"
+        return f"x is on {device.type}, the kernels are compiled for CUDA and ROCm only"
     try:
         properties = gpu_properties(device)
     except ValueError as error:

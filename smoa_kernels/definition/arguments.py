@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_kind, check_number, layout_of
+from ..checks import check_dense, check_kind, check_number, check_probability, layout_of
 from .dropout import WIDEST
 from .partition import BlockPartition
 
@@ -46,9 +46,7 @@ def check_arguments(
     _check_tensors(x, weight, bias, A, B, ranks, autocast=autocast)
     _check_scaling(scaling, x)
     _check_partition(partition, weight, ranks)
-    check_number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    check_probability("dropout_p", dropout_p)
     if dropout_seed is not None:
         _check_seed(dropout_seed, x)
 
@@ -151,21 +149,12 @@ def _check_tensors(
 
 def _check_dense(x: Tensor, names: Sequence[str], values: Sequence[Tensor | None]) -> None:
     """Check that all (a bias may be None) are dense tensors on x's device, and all but ranks floating point."""
-    given = isinstance(x, Tensor)
-    device = x.device if given else None
     for name, value in zip(names, values, strict=True):
-        if not isinstance(value, Tensor):
-            if value is None and name == "bias":
-                continue
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if not given:
-            continue  # with x, which is no tensor
-        if name != "ranks" and not value.dtype.is_floating_point:
-            raise TypeError(f"{name} must be floating point, got {value.dtype}")
-        if value.is_nested or value.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(value)}")
-        if value.device != device:
-            raise ValueError(f"{name} must be on x's device {device}, got {value.device}")
+        if value is None and name == "bias":
+            continue
+        check_dense(name, value, integer=name == "ranks")
+        if isinstance(x, Tensor) and value.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
 
 
 def _check_features(x: Tensor, weight: Tensor) -> None:
@@ -196,8 +185,6 @@ def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -
 
 def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
     if not isinstance(scaling, Tensor):
-        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-            raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
         check_number("scaling", scaling)
     elif scaling.is_nested or scaling.layout != torch.strided or (scaling.is_meta and not x.is_meta):
         given = "a meta tensor" if scaling.is_meta else f"layout {layout_of(scaling)}"
@@ -211,10 +198,10 @@ def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
 
 
 def _check_seed(seed: Tensor, x: Tensor) -> None:
-    if isinstance(seed, Tensor) and layout_of(seed) != "torch.strided":
-        raise TypeError(f"dropout_seed must be a dense tensor, got layout {layout_of(seed)}")
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
-        given = f"{seed.dtype} of {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
-        raise TypeError(f"dropout_seed must be an int64 tensor with one element, got {given}")
+    check_dense("dropout_seed", seed, integer=True)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(
+            f"dropout_seed must be an int64 tensor with one element, got {seed.dtype} of {tuple(seed.shape)}"
+        )
     if seed.device != x.device:
         raise ValueError(f"dropout_seed must be on x's device {x.device}, got {seed.device}")

@@ -105,19 +105,9 @@ class ExpertBlocks:
         return [self._partition(rows[e % len(rows)], cols[e % len(cols)]) for e in range(len(experts))]
 
     def _partition(self, rows: _Side, cols: _Side) -> BlockPartition:
-        return BlockPartition(
-            row_block=rows.labels,
-            col_block=cols.labels,
-            row_index=rows.places,
-            col_index=cols.places,
-            row_offsets=rows.offsets,
-            col_offsets=cols.offsets,
-            row_sizes=rows.sizes,
-            col_sizes=cols.sizes,
-            granularity=self.granule,
-            is_contiguous=self.is_contiguous,
-            row_order=rows.places,
-            col_order=cols.places,
+        tensors = rows.labels, cols.labels, rows.places, cols.places, rows.offsets, cols.offsets
+        return BlockPartition.from_tensors(
+            tensors, [*rows.sizes, *cols.sizes, self.granule, self.is_contiguous]
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..checks import layout_of
+from ..checks import check_dense
 from .partition import BlockPartition
 
 __all__ = ["PackedAdapter", "pack_factors", "unpack_factors"]
@@ -124,13 +124,6 @@ def draw_A(A: Tensor, partition: BlockPartition, ranks: Tensor) -> None:
     A.uniform_(-1, 1).mul_(bound).mul_(A_mask)
 
 
-def _is_factor(value: object) -> bool:
-    """Whether it is a dense matrix of floating-point numbers."""
-    if not isinstance(value, Tensor) or layout_of(value) != "torch.strided":
-        return False
-    return value.ndim == 2 and value.is_floating_point()
-
-
 def pack_factors(
     A_blocks: Sequence[Tensor], B_blocks: Sequence[Tensor], partition: BlockPartition
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,8 +151,8 @@ def pack_factors(
             f"got {len(A_blocks)} and {len(B_blocks)}"
         )
     factors = (*A_blocks, *B_blocks)
-    if not all(map(_is_factor, factors)):
-        raise TypeError("A_blocks and B_blocks must hold dense matrices of floating-point numbers")
+    for factor in factors:
+        check_dense("each of A_blocks and B_blocks", factor)
     if len({(t.dtype, t.device) for t in factors}) > 1:
         raise TypeError("A_blocks and B_blocks must have one dtype and one device")
     ranks = [A.shape[0] for A in A_blocks]

@@ -19,22 +19,17 @@ from ..checks import (
     MOST_COORDINATES,
     check_blocks,
     check_count,
+    check_dense,
     check_granule,
     check_weight,
     granules,
-    layout_of,
 )
 from .spectral_order import order_source, whole
 
 __all__ = ["BlockPartition"]
 
-_INTEGERS = (
-    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint16, torch.uint32, torch.uint64),
-)
 
-
-@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, eq=False, repr=False)
 class BlockPartition:
     """K aligned blocks over the rows and columns of an (N, C) weight.
 
@@ -220,8 +215,8 @@ class BlockPartition:
             ValueError: the labels are not vectors, out of range, or on two devices.
         """
         check_blocks(num_blocks)
-        for name, labels in (("row_block", row_block), ("col_block", col_block)):
-            _check_labels(name, labels)
+        _check_labels("row_block", row_block)
+        _check_labels("col_block", col_block)
         if row_block.device != col_block.device:
             raise ValueError(
                 "row_block and col_block must be on one device, "
@@ -237,22 +232,13 @@ class BlockPartition:
         row_sizes, col_sizes = (torch.bincount(side, minlength=num_blocks).tolist() for side in sides)
         dtype = label_dtype(num_blocks)
         row_block, col_block = row_block.to(dtype), col_block.to(dtype)
-        row_index = torch.argsort(row_block, stable=True)
-        col_index = torch.argsort(col_block, stable=True)
-        return cls(
-            row_block=row_block,
-            col_block=col_block,
-            row_index=row_index,
-            col_index=col_index,
-            row_offsets=_offsets(row_sizes, row_block.device),
-            col_offsets=_offsets(col_sizes, col_block.device),
-            row_sizes=tuple(row_sizes),
-            col_sizes=tuple(col_sizes),
-            granularity=_granularity(sides),
-            is_contiguous=all(bool((side[1:] >= side[:-1]).all()) for side in sides),
-            row_order=row_index,
-            col_order=col_index,
+        tensors = (
+            *(row_block, col_block),
+            *(torch.argsort(row_block, stable=True), torch.argsort(col_block, stable=True)),
+            *(_offsets(row_sizes, row_block.device), _offsets(col_sizes, col_block.device)),
         )
+        is_contiguous = all(bool((side[1:] >= side[:-1]).all()) for side in sides)
+        return cls.from_tensors(tensors, [*row_sizes, *col_sizes, _granularity(sides), is_contiguous])
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
@@ -262,32 +248,14 @@ class BlockPartition:
             raise ValueError(
                 f"a partition is 6 tensors and 2K + 2 sizes, got {len(tensors)} and {len(sizes)}"
             )
-        row_block, col_block, row_index, col_index, row_offsets, col_offsets = tensors
-        return cls(
-            row_block=row_block,
-            col_block=col_block,
-            row_index=row_index,
-            col_index=col_index,
-            row_offsets=row_offsets,
-            col_offsets=col_offsets,
-            row_sizes=tuple(sizes[:num_blocks]),
-            col_sizes=tuple(sizes[num_blocks:-2]),
-            granularity=sizes[-2],
-            is_contiguous=bool(sizes[-1]),
-            row_order=row_index,
-            col_order=col_index,
-        )
+        _, _, row_index, col_index, *_ = tensors
+        row_sizes, col_sizes = tuple(sizes[:num_blocks]), tuple(sizes[num_blocks:-2])
+        return cls(*tensors, row_sizes, col_sizes, sizes[-2], bool(sizes[-1]), row_index, col_index)
 
     def tensors(self) -> list[Tensor]:
         """Labels, indices and offsets, rows before columns."""
-        return [
-            self.row_block,
-            self.col_block,
-            self.row_index,
-            self.col_index,
-            self.row_offsets,
-            self.col_offsets,
-        ]
+        labels, indices = (self.row_block, self.col_block), (self.row_index, self.col_index)
+        return [*labels, *indices, self.row_offsets, self.col_offsets]
 
     def sizes(self) -> list[int]:
         """Rows of each block, columns of each, granularity, and 1 for contiguous blocks: 2K + 2 numbers."""
@@ -428,11 +396,7 @@ def _check_range(name: str, labels: Tensor, num_blocks: int) -> None:
 
 
 def _check_labels(name: str, labels: Tensor) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
-        given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{name} must be an integer tensor, got {given}")
-    if layout_of(labels) != "torch.strided":
-        raise TypeError(f"{name} must be a dense tensor, got layout {layout_of(labels)}")
+    check_dense(name, labels, integer=True)
     if labels.ndim != 1:
         raise ValueError(f"{name} must have one dimension, got shape {tuple(labels.shape)}")
     if labels.is_meta:

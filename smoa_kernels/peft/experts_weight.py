@@ -17,7 +17,7 @@ from ..definition.packed import draw_A, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import sketch_distance, sketch_weight
-from ..experts.operator import experts_linear
+from ..experts import experts_linear
 from .config import LayerSettings
 from .experts_order import expert_order
 from .file_format import pack_expert_blocks, unpack_expert_blocks

@@ -205,7 +205,7 @@ LINEARS: list[tuple[Callable[[nn.Linear], object], type[Exception], str]] = [
         ValueError,
         r"bias must have shape \(33,\)",
     ),
-    (lambda linear: linear.to(torch.float8_e4m3fn), TypeError, "weight must be dense, of 16 bits"),
+    (lambda linear: linear.to(torch.float8_e4m3fn), TypeError, "weight must be of 16 bits"),
 ]
 
 

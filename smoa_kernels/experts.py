@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import load_experts_backend
-from ..definition.experts import ExpertBlocks, ExpertsAdapter
-from ..definition.precision import without_autocast
-from ..operator import Gradients, below_autograd, has_tangent, register
+from .backends import load_experts_backend
+from .definition.experts import ExpertBlocks, ExpertsAdapter
+from .definition.precision import without_autocast
+from .operator import Gradients, below_autograd, has_tangent, register
 
 __all__ = ["ExpertsCall", "experts_linear"]
 

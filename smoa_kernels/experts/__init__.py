@@ -1,1 +1,0 @@
-"""SMoA on the fused weights of experts, whoever owns them."""
