@@ -51,19 +51,16 @@ class Settings:
     """An adapter's settings, as `FusedSMoALinear` takes them."""
 
     r: int
-    num_blocks: int
+    rule: BlockRule
     alpha: float | None
     dropout: float
     block_ranks: Sequence[int] | None
-    block_order: str
-    granule: int
-    block_seed: int
     algorithm: str
     backend: str
     strict_base: bool
 
     def __post_init__(self) -> None:
-        resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+        resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
         self.rule.check()
         if self.alpha is not None:
             check_finite("alpha", self.alpha)
@@ -73,14 +70,9 @@ class Settings:
         check_kind("strict_base", self.strict_base, bool)
 
     @property
-    def rule(self) -> BlockRule:
-        """How rows and columns are put into blocks."""
-        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed)
-
-    @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of each block."""
-        return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+        return resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
 
 
 def check_linear(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .backends import eager, load_backend, resolve_backend
 from .definition.arguments import check_input
+from .definition.block_rule import BlockRule
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
@@ -81,11 +82,9 @@ class FusedSMoALinear(AdapterState):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_linear(in_features, out_features, bias, device, dtype)
-        settings = Settings(
-            *(r, num_blocks, alpha, dropout, block_ranks),
-            *(block_order, granule, block_seed, algorithm, backend, strict_base),
-        )
-        settings.rule.check((out_features, in_features))
+        rule = BlockRule(num_blocks, block_order, granule, block_seed)
+        settings = Settings(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
+        rule.check((out_features, in_features))
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._adapt(settings)
 
@@ -120,16 +119,14 @@ class FusedSMoALinear(AdapterState):
             TypeError, ValueError: an argument is wrong; the message says which. `linear` is as it was before.
         """
         weight, bias = linear_parameters(linear)
-        settings = Settings(
-            *(r, num_blocks, alpha, dropout, block_ranks),
-            *(block_order, granule, block_seed, algorithm, backend, strict_base),
-        )
-        settings.rule.check(weight.shape)
+        rule = BlockRule(num_blocks, block_order, granule, block_seed)
+        settings = Settings(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
+        rule.check(weight.shape)
         if partition is not None:
             check_fit(partition, tuple(weight.shape), num_blocks)
         elif not weight.is_meta:
             # Before anything of `linear` is changed: a weight may have no spectrum.
-            partition = settings.rule.build(weight)
+            partition = rule.build(weight)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = weight.shape

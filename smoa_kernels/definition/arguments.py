@@ -153,7 +153,7 @@ def _check_dense(x: Tensor, names: Sequence[str], values: Sequence[Tensor | None
         if value is None and name == "bias":
             continue
         check_dense(name, value, integer=name == "ranks")
-        if isinstance(x, Tensor) and value.device != x.device:
+        if isinstance(value, Tensor) and isinstance(x, Tensor) and value.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
 
 

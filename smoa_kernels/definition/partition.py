@@ -8,8 +8,9 @@ never recomputed, since another machine could put a coordinate into another bloc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -29,7 +30,7 @@ from .spectral_order import order_source, whole
 __all__ = ["BlockPartition"]
 
 
-@dataclass(slots=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class BlockPartition:
     """K aligned blocks over the rows and columns of an (N, C) weight.
 
@@ -150,8 +151,7 @@ class BlockPartition:
             >>> BlockPartition.contiguous((4, 6), 2).col_block.tolist()
             [0, 0, 0, 1, 1, 1]
         """
-        orders = (torch.arange(count, device="cpu") for count in _granule_counts(shape, num_blocks, granule))
-        return cls._from_orders(orders, shape, num_blocks, granule, device)
+        return cls._from_orders(partial(torch.arange, device="cpu"), shape, num_blocks, granule, device)
 
     @classmethod
     def random(
@@ -180,23 +180,26 @@ class BlockPartition:
             2
         """
         check_count("seed", seed, 0, 2**63 - 1)
-        counts = _granule_counts(shape, num_blocks, granule)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        orders = (torch.randperm(count, generator=generator, device="cpu") for count in counts)
-        return cls._from_orders(orders, shape, num_blocks, granule, device)
+        draw = partial(torch.randperm, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+        return cls._from_orders(draw, shape, num_blocks, granule, device)
 
     @classmethod
     def _from_orders(
         cls,
-        orders: Iterable[Tensor],
+        order_of: Callable[[int], Tensor],
         shape: Sequence[int],
         num_blocks: int,
         granule: int,
         device: torch.device | str | None,
     ) -> BlockPartition:
-        """Blocks of rows and columns whose granules are in these orders."""
-        sides = zip(orders, shape, strict=True)
-        rows, cols = (_labels(order, num_blocks, granule, size) for order, size in sides)
+        """Blocks of rows and columns whose granules are in the order that `order_of` gives so many of them."""
+        if len(shape) != 2:
+            raise ValueError(f"shape must be (out_features, in_features), got {tuple(shape)}")
+        for name, size in zip(("out_features", "in_features"), shape, strict=True):
+            check_count(name, size, 0, MOST_COORDINATES)
+        check_blocks(num_blocks, shape)
+        check_granule(granule, num_blocks, shape)
+        rows, cols = (_labels(order_of(granules(size, granule)), num_blocks, granule, size) for size in shape)
         if device is None:
             device = torch.get_default_device()
         return cls.from_labels(rows.to(device), cols.to(device), num_blocks)
@@ -223,15 +226,13 @@ class BlockPartition:
                 f"got {row_block.device} and {col_block.device}"
             )
         # By way of int64: torch can do little more with uint16, uint32 and uint64 than convert them.
-        row_block, col_block = row_block.long(), col_block.long()
         # Read back once: a GPU is waited for no more.
-        both = torch.cat([row_block, col_block]).cpu()
+        both = torch.cat([row_block.long(), col_block.long()]).cpu()
         sides = both.split([row_block.shape[0], col_block.shape[0]])
-        for name, side in zip(("row_block", "col_block"), sides, strict=True):
-            _check_range(name, side, num_blocks)
+        _check_range("row_block", sides[0], num_blocks)
+        _check_range("col_block", sides[1], num_blocks)
         row_sizes, col_sizes = (torch.bincount(side, minlength=num_blocks).tolist() for side in sides)
-        dtype = label_dtype(num_blocks)
-        row_block, col_block = row_block.to(dtype), col_block.to(dtype)
+        row_block, col_block = (one.long().to(label_dtype(num_blocks)) for one in (row_block, col_block))
         tensors = (
             *(row_block, col_block),
             *(torch.argsort(row_block, stable=True), torch.argsort(col_block, stable=True)),
@@ -248,9 +249,21 @@ class BlockPartition:
             raise ValueError(
                 f"a partition is 6 tensors and 2K + 2 sizes, got {len(tensors)} and {len(sizes)}"
             )
-        _, _, row_index, col_index, *_ = tensors
-        row_sizes, col_sizes = tuple(sizes[:num_blocks]), tuple(sizes[num_blocks:-2])
-        return cls(*tensors, row_sizes, col_sizes, sizes[-2], bool(sizes[-1]), row_index, col_index)
+        row_block, col_block, row_index, col_index, row_offsets, col_offsets = tensors
+        return cls(
+            row_block=row_block,
+            col_block=col_block,
+            row_index=row_index,
+            col_index=col_index,
+            row_offsets=row_offsets,
+            col_offsets=col_offsets,
+            row_sizes=tuple(sizes[:num_blocks]),
+            col_sizes=tuple(sizes[num_blocks:-2]),
+            granularity=sizes[-2],
+            is_contiguous=bool(sizes[-1]),
+            row_order=row_index,
+            col_order=col_index,
+        )
 
     def tensors(self) -> list[Tensor]:
         """Labels, indices and offsets, rows before columns."""
@@ -342,17 +355,12 @@ def label_dtype(num_blocks: int) -> torch.dtype:
     return torch.uint8 if num_blocks <= 256 else torch.int32
 
 
-def _cut(order: Tensor, num_blocks: int) -> Tensor:
-    """Labels of an order that is cut into consecutive pieces, as `torch.tensor_split` cuts."""
+def _labels(order: Tensor, num_blocks: int, granule: int, size: int) -> Tensor:
+    """Labels of `size` coordinates whose granules are in this order, which `torch.tensor_split` cuts."""
     labels = torch.empty_like(order)
     for block, chunk in enumerate(order.tensor_split(num_blocks)):
         labels[chunk] = block
-    return labels
-
-
-def _labels(order: Tensor, num_blocks: int, granule: int, size: int) -> Tensor:
-    """Labels of `size` coordinates whose granules are in this order."""
-    return _cut(order, num_blocks).repeat_interleave(granule)[:size]
+    return labels.repeat_interleave(granule)[:size]
 
 
 def _coordinates(order: Tensor, granule: int, size: int) -> Tensor:
@@ -361,17 +369,6 @@ def _coordinates(order: Tensor, granule: int, size: int) -> Tensor:
         return order
     every = (order[:, None] * granule + torch.arange(granule, device=order.device)).flatten()
     return every[every < size]
-
-
-def _granule_counts(shape: Sequence[int], num_blocks: int, granule: int) -> tuple[int, int]:
-    """Granules of rows and of columns, once all of it is checked."""
-    if len(shape) != 2:
-        raise ValueError(f"shape must be (out_features, in_features), got {tuple(shape)}")
-    for name, size in zip(("out_features", "in_features"), shape, strict=True):
-        check_count(name, size, 0, MOST_COORDINATES)
-    check_blocks(num_blocks, shape)
-    check_granule(granule, num_blocks, shape)
-    return granules(shape[0], granule), granules(shape[1], granule)
 
 
 def _granularity(sides: Sequence[Tensor]) -> int:
