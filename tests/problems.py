@@ -329,8 +329,8 @@ def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
 
     blocks = problem.partition
     width = padded_width(blocks.col_sizes, padding_multiple(blocks.col_sizes))
-    gathered = gather_columns(ones, blocks.col_index, blocks.col_offsets, width, dropout=dropout)
-    mask = scatter_columns(gathered, blocks.col_index, blocks.col_offsets, torch.empty_like(ones))
+    gathered = gather_columns(ones, blocks, width, dropout=dropout)
+    mask = scatter_columns(gathered, blocks, torch.empty_like(ones))
     return (mask != 0).double()
 
 

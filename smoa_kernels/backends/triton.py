@@ -27,8 +27,8 @@ from ..kernels.common import block_width
 from ..kernels.fused_linear import fused_linear
 from ..kernels.launch import Layout, on_device
 from ..kernels.modulate import modulated_blocks
-from ..kernels.permute import gather_both, gather_columns, scatter_columns
-from ..kernels.sizes import bucket, gradient_parts, padding_multiple
+from ..kernels.permute import gather_columns, scatter_columns
+from ..kernels.sizes import bucket, gradient_parts
 from ..kernels.spec import Key, granule_of
 from . import Gradients, eager
 from .algorithms import ALGORITHMS, admissible, choose_algorithm
@@ -100,26 +100,19 @@ def factor_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dA, dB) by the kernels of `kernels/block_grad.py`, which takes a long batch in parts where it is gathered."""
     partition, layout = adapter.partition, Layout.of(adapter)
-    if dropout is not None or layout.granule > 1:
-        # One part: nothing is gathered, or x under a mask that counts tokens from the first.
-        return block_grad(
-            1,
-            lambda part: (_by_block(dy, partition.T), _by_block(x, partition, dropout)),
-            adapter,
-            allow_tf32=allow_tf32,
-        )
-    parts = _gradient_parts(layout, dy.shape[0])
-    # Views take time too, and mostly there is one part.
     pieces = [(dy, x)]
-    if len(parts) > 1:
-        pieces = list(zip(dy.split(parts), x.split(parts), strict=True))
-    widths = block_width(partition.row_sizes), block_width(partition.col_sizes)
-    return block_grad(
-        len(parts),
-        lambda part: gather_both(*pieces[part], partition, widths),
-        adapter,
-        allow_tf32=allow_tf32,
-    )
+    # Else nothing is gathered, or under a mask that counts tokens from the first.
+    if dropout is None and layout.granule == 1:
+        sizes = _gradient_parts(layout, dy.shape[0])
+        if len(sizes) > 1:  # views take time too
+            pieces = list(zip(dy.split(sizes), x.split(sizes), strict=True))
+    rows = partition.T
+
+    def gathered(part: int) -> tuple[Tensor, Tensor]:
+        dy, x = pieces[part]
+        return _by_block(dy, rows), _by_block(x, partition, dropout)
+
+    return block_grad(len(pieces), gathered, adapter, allow_tf32=allow_tf32)
 
 
 @table.remembered
@@ -148,31 +141,22 @@ def _input_gradient(
     dxg = dy.new_empty(dy.shape[0], delta.shape[0], delta.shape[2])
     block_matmul(dyg, adapter.T, delta.mT, out=dxg, allow_tf32=allow_tf32)
     dx = dy.new_empty(dy.shape[0], adapter.weight.shape[1])
-    p = adapter.partition
-    scatter_columns(dxg, p.col_index, p.col_offsets, dx, granule=granule_of(p), dropout=dropout)
+    scatter_columns(dxg, adapter.partition, dx, dropout=dropout)
     return dx.addmm_(dy, adapter.weight)
 
 
 def _by_block(x: Tensor, partition: BlockPartition, dropout: Dropout | None = None) -> Tensor:
     """x's columns grouped by block, (T, K, P); x itself where kernels read granules where they lie."""
-    granule = granule_of(partition)
-    if dropout is None and granule > 1:
+    if dropout is None and granule_of(partition.granularity, partition.shape) > 1:
         return x
-    width = block_width(partition.col_sizes)
-    return gather_columns(
-        x, partition.col_index, partition.col_offsets, width, granule=granule, dropout=dropout
-    )
+    return gather_columns(x, partition, block_width(partition.col_sizes), dropout=dropout)
 
 
 def _delta_blocks(adapter: PackedAdapter, allow_tf32: bool) -> Tensor:
     """ΔW by block, (K, P_n, P_c)."""
     p = adapter.partition
-    return modulated_blocks(
-        adapter,
-        row_multiple=padding_multiple(p.row_sizes),
-        col_multiple=padding_multiple(p.col_sizes),
-        allow_tf32=allow_tf32,
-    )
+    widths = block_width(p.row_sizes), block_width(p.col_sizes)
+    return modulated_blocks(adapter, widths, allow_tf32=allow_tf32)
 
 
 def _chosen(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:

@@ -35,7 +35,6 @@ def __getattr__(name: str) -> Mapping[str, Kernel]:
         modulate.MODULATED_WEIGHT,
         modulate.MODULATED_BLOCKS,
         permute.PERMUTE,
-        permute.GATHER_BOTH,
         block_matmul.BLOCK_MATMUL,
         fused_linear.FUSED_LINEAR,
         block_grad.BLOCK_GRAD,
@@ -43,7 +42,6 @@ def __getattr__(name: str) -> Mapping[str, Kernel]:
         grouped_linear.GROUPED_LINEAR_GATHERED,
         grouped_grad.GROUPED_GRAD,
         grouped_grad.GROUPED_GRAD_GATHERED,
-        fused_linear.SUM_PARTS,
         sum_partials.SUM_PARTIALS,
     )
     globals()[name] = kernels = {kernel.name: kernel for kernel in listed}

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -32,15 +32,20 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import backward as reference_backward
 from .architectures import Architecture, multiprocessors
-from .common import block_slots, block_width, check_tile, dot, input_precision, round_to, to_tf32
-from .launch import Launcher, Layout, Plan
-from .permute import gather_both, gather_columns
+from .common import block_slots, block_width, check_tile, dot, round_to, to_tf32
+from .launch import Launch, Layout, described
+from .permute import gather_columns
 from .sizes import PARTIAL_RANKS, partial_width, token_splits
 from .spec import Config, Kernel, Operands, Work, in_dtype, tile_divides
-from .sum_partials import GROUP, RANK_CHUNK, sum_partials
-from .table import remembered, select
+from .sum_partials import sum_partials
+from .table import remembered
 
 __all__ = ["BLOCK_GRAD", "BlockGradConfig", "block_grad"]
+
+# Ranks that the contraction takes at a time: the least that `tl.dot` takes, for the tile of G stays in registers.
+RANK_CHUNK = 16
+# Ranks of a group: float32 of 128 bits. The kernel is given groups, so that the compiler sees how a row is aligned.
+GROUP = tl.constexpr(PARTIAL_RANKS)
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,11 @@ class BlockGradConfig(Config):
     num_stages: int
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_n", "tiles_c", "max_rank", "rank_groups"])
+@triton.jit(do_not_specialize=["T", "tiles_n", "tiles_c", "rank", "rank_groups"])
 def block_grad_kernel(
     dy_ptr,
     x_ptr,
-    weight_ptr,
+    w_ptr,
     a_ptr,
     b_ptr,
     scaling_ptr,
@@ -70,13 +75,13 @@ def block_grad_kernel(
     col_offsets_ptr,
     partial_a_ptr,
     partial_b_ptr,
-    tokens,
+    T,
     tokens_per_split,
-    out_features,
-    in_features,
+    N,
+    C,
     tiles_n,
     tiles_c,
-    max_rank,
+    rank,
     rank_groups,
     stride_dyt,
     stride_dyk,
@@ -104,15 +109,15 @@ def block_grad_kernel(
     row_slots = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     col_slots = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
 
-    rank = tl.minimum(tl.load(ranks_ptr + block), max_rank)
+    rank = tl.minimum(tl.load(ranks_ptr + block), rank)
     rows = tl.load(row_offsets_ptr + block + 1) - tl.load(row_offsets_ptr + block)
     cols = tl.load(col_offsets_ptr + block + 1) - tl.load(col_offsets_ptr + block)
-    # Tiles past the end of their block write nothing: they take no token and no rank.
+    # Tiles past the end of their block take no token and no rank: they write zeros.
     rank = tl.where((tile_n * BLOCK_N < rows) & (tile_c * BLOCK_C < cols), rank, 0)
 
     # G_k's tile, summed over the split's tokens.
     first = split * tokens_per_split
-    last = tl.where(rank > 0, min(first + tokens_per_split, tokens), first)
+    last = tl.where(rank > 0, min(first + tokens_per_split, T), first)
     slots_t = tl.arange(0, BLOCK_T)
     if DY_IN_PLACE:
         dy_columns, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots, GRANULE)
@@ -148,7 +153,7 @@ def block_grad_kernel(
     # and dB over their budget. Half factors are exact in it.
     IN_PARTS: tl.constexpr = (
         INPUT_PRECISION == "tf32"
-        and weight_ptr.dtype.element_ty != tl.float32
+        and w_ptr.dtype.element_ty != tl.float32
         and a_ptr.dtype.element_ty == tl.float32
     )
 
@@ -163,42 +168,38 @@ def block_grad_kernel(
     for q in tl.static_range(4):
         slots = tile_c * BLOCK_C + q * QUARTER + tl.arange(0, QUARTER)
         cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots, GRANULE)
-        weight_ptrs = weight_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc
-        weight = tl.load(weight_ptrs, mask=row_valid[:, None] & col_valid[None, :], other=0.0)
+        w_ptrs = w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc
+        w = tl.load(w_ptrs, mask=row_valid[:, None] & col_valid[None, :], other=0.0)
         # Concatenated, for Triton does not unpack; mypy takes the empty tuple's type for h's.
-        product = scaling * quarters[q] * weight.to(tl.float32)
+        product = scaling * quarters[q] * w.to(tl.float32)
         h = h + (in_parts(product, IN_PARTS, INPUT_PRECISION),)  # type: ignore[assignment]  # noqa: RUF005
 
     # dB_k = H_k · A_kᵀ and dA_k = B_kᵀ · H_k, a few ranks at a time.
     width = rank_groups * GROUP
-    row_start = (split * tiles_c + tile_c) * out_features
-    col_start = (split * tiles_n + tile_n) * in_features
+    row_start = (split * tiles_c + tile_c) * N
+    col_start = (split * tiles_n + tile_n) * C
     for start in tl.range(
-        0, rank, BLOCK_R, num_stages=1
+        0, width, BLOCK_R, num_stages=1
     ):  # prefetched factors would not fit in the registers
         t = start + tl.arange(0, BLOCK_R)
-        row_rank_valid = row_valid[:, None] & (t < rank)[None, :]
+        below = (t < rank)[None, :]  # beyond are zeros, whatever W0 and the factors' padding hold
         b_ptrs = b_ptr + rows[:, None] * stride_bn + t[None, :] * stride_br
-        b = tl.load(b_ptrs, mask=row_rank_valid, other=0.0)
+        b = tl.load(b_ptrs, mask=row_valid[:, None] & below, other=0.0)
         b = in_parts(b.to(tl.float32), IN_PARTS, INPUT_PRECISION)
         db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         for q in tl.static_range(4):
             slots = tile_c * BLOCK_C + q * QUARTER + tl.arange(0, QUARTER)
             cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots, GRANULE)
-            col_rank_valid = col_valid[:, None] & (t < rank)[None, :]
             a_ptrs = a_ptr + cols[:, None] * stride_ac + t[None, :] * stride_ar
-            a = tl.load(a_ptrs, mask=col_rank_valid, other=0.0)
+            a = tl.load(a_ptrs, mask=col_valid[:, None] & below, other=0.0)
             a = in_parts(a.to(tl.float32), IN_PARTS, INPUT_PRECISION)
             db = dot_parts(h[q], a, db, IN_PARTS, INPUT_PRECISION)
             da = tl.zeros((QUARTER, BLOCK_R), tl.float32)
             da = dot_parts(transposed(h[q], IN_PARTS), b, da, IN_PARTS, INPUT_PRECISION)
             da_ptrs = partial_a_ptr + (col_start + cols)[:, None] * width + t[None, :]
-            tl.store(da_ptrs, da, mask=col_valid[:, None] & (t < width)[None, :])
+            tl.store(da_ptrs, tl.where(below, da, 0.0), mask=col_valid[:, None] & (t < width)[None, :])
         db_ptrs = partial_b_ptr + (row_start + rows)[:, None] * width + t[None, :]
-        tl.store(db_ptrs, db, mask=row_valid[:, None] & (t < width)[None, :])
-
-
-launch_block_grad = Launcher(block_grad_kernel)
+        tl.store(db_ptrs, tl.where(below, db, 0.0), mask=row_valid[:, None] & (t < width)[None, :])
 
 
 @triton.jit
@@ -255,7 +256,7 @@ def block_grad(
 
     Args:
         parts: how many, at least 1.
-        gathered: from a part's number to its dyg and xg, from `permute.gather_both` or `gather_columns`: dY
+        gathered: from a part's number to its dyg and xg, from `permute.gather_columns`: dY
             (T_part, K, P_n) in W0's dtype, gathered by rows of W0, and the adapter's input (T_part, K, P_c), gathered
             by columns, its dropout mask applied. Where blocks consist of granules (`spec.granule_of`), each may be as
             it lies, (T_part, N) and (T_part, C). The part before is freed by then. No T_part is larger than the first.
@@ -267,16 +268,15 @@ def block_grad(
     Raises:
         ValueError: the tile does not divide P_n and P_c.
     """
-    dyg, xg = gathered(0)
-    weight, A, B, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
+    A, B, partition = adapter.A, adapter.B, adapter.partition
     dA, dB = A.new_empty(*A.shape), B.new_empty(*B.shape)  # numbers are parsed in half the time of a size
-    layout, tokens = Layout.of(adapter), dyg.shape[0]
-    if layout.rank == 0:
+    if dA.numel() == 0 or dB.numel() == 0:
         return dA, dB
+    layout, pointers = described(adapter)
+    tokens = 0  # of the first part
     for part in range(parts):
-        if part > 0:
-            del dyg, xg  # before the next are gathered
-            dyg, xg = gathered(part)
+        dyg, xg = gathered(part)
+        tokens = tokens or dyg.shape[0]
         dyg = dyg if dyg.stride(-1) == 1 else dyg.contiguous()
         xg = xg if xg.stride(-1) == 1 else xg.contiguous()
         # As wide as gathered blocks would be, where they are not: what of a tile lies past a block's end is masked.
@@ -284,54 +284,25 @@ def block_grad(
             block_width(partition.row_sizes) if dyg.ndim == 2 else dyg.shape[2],
             block_width(partition.col_sizes) if xg.ndim == 2 else xg.shape[2],
         )
-        plan, tiling = _plan(
-            layout, tokens, dyg.shape[0], widths, dyg.stride(), xg.stride(), allow_tf32, config
-        )
-        slots_a, slots_b, width = tiling.slots_a, tiling.slots_b, tiling.width
+        strides = dyg.stride(), xg.stride()
+        launch, slots = _launch(layout, tokens, dyg.shape[0], widths, *strides, allow_tf32, config)
         if part == 0:
-            partial_a = dyg.new_empty(parts * slots_a, A.shape[1], width, dtype=torch.float32)
-            partial_b = dyg.new_empty(parts * slots_b, B.shape[0], width, dtype=torch.float32)
-        launch_block_grad(
-            plan,
-            dy_ptr=dyg,
-            x_ptr=xg,
-            weight_ptr=weight,
-            a_ptr=A,
-            b_ptr=B,
-            scaling_ptr=adapter.scaling,
-            ranks_ptr=adapter.ranks,
-            row_index_ptr=partition.row_index,
-            col_index_ptr=partition.col_index,
-            row_offsets_ptr=partition.row_offsets,
-            col_offsets_ptr=partition.col_offsets,
-            partial_a_ptr=partial_a if parts == 1 else partial_a.narrow(0, part * slots_a, slots_a),
-            partial_b_ptr=partial_b if parts == 1 else partial_b.narrow(0, part * slots_b, slots_b),
-        )
-    del dyg, xg
-    sum_partials(partial_a, partial_b, partition, adapter.ranks, dA, dB, parts * tiling.splits, tiling.tile)
+            width = partial_width(layout.rank)
+            (slots_a, slots_b), (N, C) = slots, layout.features
+            partial_a = dyg.new_empty(parts * slots_a, C, width, dtype=torch.float32)
+            partial_b = dyg.new_empty(parts * slots_b, N, width, dtype=torch.float32)
+        # Views take time too, and mostly there is one part.
+        here_a = partial_a if parts == 1 else partial_a.narrow(0, part * slots_a, slots_a)
+        here_b = partial_b if parts == 1 else partial_b.narrow(0, part * slots_b, slots_b)
+        launch(dy_ptr=dyg, x_ptr=xg, partial_a_ptr=here_a, partial_b_ptr=here_b, **pointers)
+        del dyg, xg  # before the next are gathered
+    sum_partials(partial_a, dA, transposed=True)
+    sum_partials(partial_b, dB)
     return dA, dB
 
 
-class Tiling(NamedTuple):
-    """How the work of a part of the tokens is divided.
-
-    Attributes:
-        tile: rows and columns of a tile of G.
-        splits: programs that share a tile's tokens.
-        slots_a: partials of dA.
-        slots_b: partials of dB.
-        width: R, ranks of a partial.
-    """
-
-    tile: tuple[int, int]
-    splits: int
-    slots_a: int
-    slots_b: int
-    width: int
-
-
 @remembered
-def _plan(
+def _launch(
     layout: Layout,
     tokens: int,
     tokens_here: int,
@@ -340,54 +311,43 @@ def _plan(
     x_stride: Sequence[int],
     allow_tf32: bool,
     config: BlockGradConfig | None,
-) -> tuple[Plan, Tiling]:
-    """A part's launch, and the tiling, which is the same in all parts: the first, of `tokens`, decides it."""
+) -> tuple[Launch, tuple[int, int]]:
+    """A part's launch, and how many partials of dA and of dB it writes: the first part, of `tokens`, decides that."""
     padded_rows, padded_cols = widths
     dy_in_place, x_in_place = len(dy_stride) == 2, len(x_stride) == 2
-    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
-    config = config or select(
+    config, precision = layout.choose(
         "block_grad",
-        layout.device,
-        layout.dtype,
-        precision,
+        config,
+        allow_tf32,
         tokens=tokens,
         padded_out=padded_rows,
         padded_in=padded_cols,
         granule=layout.granule,
-        **layout.sizes(),
     )
     check_tile(config, padded_rows, padded_cols)
     tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
     programs = layout.num_blocks * tiles_n * tiles_c
     splits = config.split or token_splits(tokens, programs, multiprocessors(layout.device), config.block_t)
-    width = partial_width(layout.rank)
-    plan = Plan(
+    launch = Launch(
+        block_grad_kernel,
         (programs, splits),
         config,
-        tokens=tokens_here,
+        layout,
+        T=tokens_here,
         tokens_per_split=-(-tokens // (splits * config.block_t)) * config.block_t,
-        out_features=layout.features[0],
-        in_features=layout.features[1],
         tiles_n=tiles_n,
         tiles_c=tiles_c,
-        max_rank=layout.rank,
-        rank_groups=width // PARTIAL_RANKS,
+        rank_groups=partial_width(layout.rank) // PARTIAL_RANKS,
         stride_dyt=dy_stride[0],
         stride_dyk=0 if dy_in_place else dy_stride[1],
         stride_xt=x_stride[0],
         stride_xk=0 if x_in_place else x_stride[1],
-        **layout.strides(),
-        GRANULE=layout.granule,
         DY_IN_PLACE=dy_in_place,
         X_IN_PLACE=x_in_place,
         INPUT_PRECISION=precision,
-        BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
-        BLOCK_T=config.block_t,
         BLOCK_R=RANK_CHUNK,
     )
-    tile = config.block_n, config.block_c
-    return plan, Tiling(tile, splits, splits * tiles_n, splits * tiles_c, width)
+    return launch, (splits * tiles_n, splits * tiles_c)
 
 
 _KIB = 1024
@@ -430,9 +390,8 @@ def _workload(operands: Operands) -> Work:
     key, adapter = operands.key, operands.adapter()
     p = adapter.partition
     x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
-    dyg, xg = (dy, x) if key.granule > 1 else gather_both(dy, x, p, (key.padded_out, key.padded_in))
-    if "dropout" in operands.form:
-        xg = gather_columns(x, p.col_index, p.col_offsets, key.padded_in, granule=key.granule)
+    dyg = dy if key.granule > 1 else gather_columns(dy, p.T, key.padded_out)
+    xg = x if key.granule > 1 and "dropout" not in operands.form else gather_columns(x, p, key.padded_in)
 
     def run(config: Any) -> tuple[Tensor, Tensor]:
         return block_grad(1, lambda _: (dyg, xg), adapter, allow_tf32=operands.allow_tf32, config=config)

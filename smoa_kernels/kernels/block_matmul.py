@@ -26,12 +26,12 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from .architectures import Architecture
-from .common import OLD_TRITON, block_slots, check_tile, dot, input_precision, round_to, slot_coordinates
-from .launch import Launcher, Layout, Plan
+from .common import OLD_TRITON, block_slots, check_tile, dot, round_to, slot_coordinates
+from .launch import Launch, Layout, described
 from .modulate import modulated_blocks
 from .permute import gather_columns
 from .spec import INDEX, Config, Kernel, Key, Operands, Work, delta_weight, tile_divides
-from .table import remembered, select
+from .table import remembered
 
 __all__ = ["BLOCK_MATMUL", "BlockMatmulConfig", "block_matmul"]
 
@@ -48,7 +48,7 @@ class BlockMatmulConfig(Config):
     num_stages: int
 
 
-@triton.jit(do_not_specialize=["tokens", "num_blocks"])
+@triton.jit(do_not_specialize=["T", "num_blocks"])
 def block_matmul_kernel(
     x_ptr,
     delta_ptr,
@@ -58,7 +58,7 @@ def block_matmul_kernel(
     row_offsets_ptr,
     col_offsets_ptr,
     out_ptr,
-    tokens,
+    T,
     num_blocks,
     padded_rows,
     padded_cols,
@@ -86,7 +86,7 @@ def block_matmul_kernel(
     tiles_per_group = GROUP_T * num_blocks * tiles_n
     pid = tl.program_id(0)
     first_tile_t = pid // tiles_per_group * GROUP_T
-    group = min(tl.cdiv(tokens, BLOCK_T) - first_tile_t, GROUP_T)
+    group = min(tl.cdiv(T, BLOCK_T) - first_tile_t, GROUP_T)
     pid = pid % tiles_per_group
     block = (pid % num_blocks).to(tl.int64)
     tile_t = first_tile_t + pid // num_blocks % group
@@ -102,10 +102,10 @@ def block_matmul_kernel(
     steps = tl.maximum(tl.cdiv(cols, BLOCK_C), 1)
     tl.assume(steps > 0)
 
-    tokens_here = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_valid = tokens_here < tokens
+    tokens = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_valid = tokens < T
     col_slots = tl.arange(0, BLOCK_C)
-    x_rows = x_ptr + tokens_here[None, :].to(tl.int64) * stride_xt
+    x_rows = x_ptr + tokens[None, :].to(tl.int64) * stride_xt
     x_ptrs = x_rows + block * stride_xk + col_slots[:, None]
     delta_ptrs = delta_ptr + block * stride_dk + row_slots[:, None].to(tl.int64) * stride_dn
     delta_ptrs += col_slots[None, :] * stride_dc
@@ -136,12 +136,9 @@ def block_matmul_kernel(
         out_offsets = block * stride_ok + row_slots.to(tl.int64) * stride_on
         row_valid = row_slots < padded_rows
     # Tokens first: rows of yᵀ are what neighbouring threads should write side by side.
-    out_ptrs = out_ptr + tokens_here[:, None].to(tl.int64) * stride_ot + out_offsets[None, :]
+    out_ptrs = out_ptr + tokens[:, None].to(tl.int64) * stride_ot + out_offsets[None, :]
     y = round_to(tl.trans(acc), out_ptr.dtype.element_ty)
     tl.store(out_ptrs, y, mask=token_valid[:, None] & row_valid[None, :])
-
-
-launch_block_matmul = Launcher(block_matmul_kernel)
 
 
 def block_matmul(
@@ -169,72 +166,49 @@ def block_matmul(
     Raises:
         ValueError: the tile does not divide P_n and P_c.
     """
-    partition = adapter.partition
     xg = xg if xg.stride(-1) == 1 else xg.contiguous()
-    plan = _plan(
-        Layout.of(adapter),
-        xg.shape,
-        xg.stride(),
-        delta.shape[1:],
-        delta.stride(),
-        out.stride(),
-        allow_tf32,
-        config,
-    )
-    if out.numel() == 0:
-        return out
-    launch_block_matmul(
-        plan,
-        x_ptr=xg,
-        delta_ptr=delta,
-        ranks_ptr=adapter.ranks,
-        row_index_ptr=partition.row_index,
-        col_index_ptr=partition.col_index,
-        row_offsets_ptr=partition.row_offsets,
-        col_offsets_ptr=partition.col_offsets,
-        out_ptr=out,
-    )
+    layout, pointers = described(adapter)
+    strides = xg.stride(), delta.stride(), out.stride()
+    launch = _launch(layout, xg.shape[0], delta.shape[1:], *strides, allow_tf32, config)
+    if out.numel():
+        launch(x_ptr=xg, delta_ptr=delta, out_ptr=out, **pointers)
     return out
 
 
 @remembered
-def _plan(
+def _launch(
     layout: Layout,
-    x_shape: Sequence[int],
+    tokens: int,
+    widths: Sequence[int],
     x_stride: Sequence[int],
-    padded: Sequence[int],
     delta_stride: Sequence[int],
     out_stride: Sequence[int],
     allow_tf32: bool,
     config: BlockMatmulConfig | None,
-) -> Plan:
-    tokens, num_blocks, (padded_rows, padded_cols) = x_shape[0], layout.num_blocks, padded
-    in_place = len(x_shape) == 2
-    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
-    transposed = delta_stride[2] != 1
-    config = config or select(
+) -> Launch:
+    padded_rows, padded_cols = widths
+    in_place, natural, transposed = len(x_stride) == 2, len(out_stride) == 2, delta_stride[2] != 1
+    config, precision = layout.choose(
         "block_matmul",
-        layout.device,
-        layout.dtype,
-        precision,
+        config,
+        allow_tf32,
         tokens=tokens,
         padded_out=padded_rows,
         padded_in=padded_cols,
         transposed=transposed,
         granule=layout.granule,
-        **layout.sizes(),
     )
     check_tile(config, padded_rows, padded_cols)
-    natural = len(out_stride) == 2
     if in_place:
         # Triton shares its stages out between loading the index and loading x, which needs it: with so many, x has as
         # many buffers as where it is gathered.
         config = replace(config, num_stages=2 * config.num_stages - 1)
-    return Plan(
-        (-(-tokens // config.block_t) * num_blocks * (padded_rows // config.block_n),),
+    return Launch(
+        block_matmul_kernel,
+        (-(-tokens // config.block_t) * layout.num_blocks * (padded_rows // config.block_n),),
         config,
-        tokens=tokens,
-        num_blocks=num_blocks,
+        layout,
+        T=tokens,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
         stride_xt=x_stride[0],
@@ -245,15 +219,10 @@ def _plan(
         stride_ot=out_stride[0],
         stride_ok=0 if natural else out_stride[1],
         stride_on=out_stride[-1],
-        GRANULE=layout.granule,
         IN_PLACE=in_place,
         TRANSPOSED=transposed,
         SCATTER=natural,
         INPUT_PRECISION=precision,
-        BLOCK_T=config.block_t,
-        BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
-        GROUP_T=config.group_t,
     )
 
 
@@ -318,14 +287,13 @@ def _choose(fitting: Sequence[BlockMatmulConfig], key: Key, multiprocessors: int
 
 def _workload(operands: Operands) -> Work:
     key, adapter = operands.key, operands.adapter()
-    p = adapter.partition
     x = operands.tensor(key.tokens, key.in_features)
-    xg = x if key.granule > 1 else gather_columns(x, p.col_index, p.col_offsets, key.padded_in)
+    xg = x if key.granule > 1 else gather_columns(x, adapter.partition, key.padded_in)
     y = operands.tensor(key.tokens, key.out_features)
     if key.transposed:
-        delta = modulated_blocks(adapter.T, row_multiple=key.padded_in, col_multiple=key.padded_out).mT
+        delta = modulated_blocks(adapter.T, (key.padded_in, key.padded_out)).mT
     else:
-        delta = modulated_blocks(adapter, row_multiple=key.padded_out, col_multiple=key.padded_in)
+        delta = modulated_blocks(adapter, (key.padded_out, key.padded_in))
 
     def run(config: Any) -> list[Tensor]:
         return [block_matmul(xg, adapter, delta, out=y, allow_tf32=operands.allow_tf32, config=config)]

@@ -18,7 +18,6 @@ and seed are read through pointers: they are tensors on the device.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,15 +25,11 @@ import triton
 import triton.language as tl
 
 from .sizes import padding_multiple
-from .spec import Config
 
 __all__ = [
     "INTERPRETED",
     "OLD_TRITON",
-    "SUM_CONFIGS",
-    "SUM_STEPS",
     "TOKENS_PER_DRAW",
-    "SumConfig",
     "block_slots",
     "block_width",
     "check_tile",
@@ -43,6 +38,7 @@ __all__ = [
     "dropout_multiplier",
     "input_precision",
     "padded_width",
+    "power_of_two",
     "rank_block",
     "rank_product",
     "round_to",
@@ -61,24 +57,6 @@ LARGEST_TF32 = tl.constexpr(2.0**128 * (1 - 2.0**-12))
 
 # One Philox call serves this many consecutive tokens of a column, 16 bits each.
 TOKENS_PER_DRAW = tl.constexpr(8)
-
-
-@dataclass(frozen=True)
-class SumConfig(Config):
-    """Of the kernels that add partial results: `block` results per program."""
-
-    block: int
-    num_warps: int
-    num_stages: int = 1
-
-
-# Eight results for each thread of 64-wide wavefronts too: 128 bits of half types.
-SUM_CONFIGS = (
-    SumConfig(block=2048, num_warps=4),
-    SumConfig(block=4096, num_warps=8),
-    SumConfig(block=1024, num_warps=2),
-)
-SUM_STEPS = {"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)}
 
 
 def check_tile(config: Any, padded_rows: int, padded_cols: int) -> None:
@@ -104,6 +82,11 @@ def padded_width(sizes: tuple[int, ...], multiple: int) -> int:
 def block_width(sizes: tuple[int, ...]) -> int:
     """P of the backend's layout: what blocks of these sizes are padded to."""
     return padded_width(sizes, padding_multiple(sizes))
+
+
+def power_of_two(count: int, least: int = 1) -> int:
+    """The first power of two that is not less than `count` and `least`."""
+    return max(least, 1 << max(count - 1, 0).bit_length())
 
 
 def input_precision(dtype: torch.dtype, *, allow_tf32: bool) -> str:

@@ -9,7 +9,7 @@ adapter's output added to a rounded y in y's (docs/numerics.md). W0 is the left 
 puts N, not the few tokens, on the tensor cores' long side, and ΔW goes into its product from registers.
 
 Where y has few tiles, `split` programs share the sum over C; a rank too large for one product is cut into chunks,
-each a program of its own. The parts are float32 sums that a second small kernel adds in order: no atomics.
+each a program of its own. The parts are float32 sums that `sum_partials.py` adds in a fixed order.
 
 Layout of the pointers: x (T, C), w (N, C), a (ρ, C), b (N, ρ) with any strides; bias (N) contiguous; row_block (N)
 and col_block (C) labels, uint8 or int32; ranks (K) int32; scaling one element; out contiguous, y (T, N) in x's
@@ -31,12 +31,13 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import forward as reference_forward
 from .architectures import Architecture
-from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, dot, input_precision, round_to, to_tf32
-from .launch import Launcher, Layout, Plan
+from .common import dot, power_of_two, round_to, to_tf32
+from .launch import Launch, Layout, described
 from .spec import LABELS, ONE_NUMBER, Config, Kernel, Key, Operands, Work, in_dtype
-from .table import remembered, select
+from .sum_partials import sum_partials
+from .table import remembered
 
-__all__ = ["FUSED_LINEAR", "SUM_PARTS", "FusedLinearConfig", "fused_linear", "sum_parts"]
+__all__ = ["FUSED_LINEAR", "FusedLinearConfig", "fused_linear"]
 
 
 @dataclass(frozen=True)
@@ -179,28 +180,6 @@ def fused_linear_kernel(
     )
 
 
-launch_fused_linear = Launcher(fused_linear_kernel)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def sum_parts_kernel(
-    parts_ptr, bias_ptr, out_ptr, parts, size, N, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
-):
-    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = elements < size
-    y = tl.zeros((BLOCK,), tl.float32)
-    part_ptrs = parts_ptr + elements
-    for _ in range(parts):
-        y += tl.load(part_ptrs, mask=inside, other=0.0)
-        part_ptrs += size
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + elements % N, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + elements, round_to(y, out_ptr.dtype.element_ty), mask=inside)
-
-
-launch_sum_parts = Launcher(sum_parts_kernel)
-
-
 def fused_linear(
     x: Tensor,
     bias: Tensor | None,
@@ -218,108 +197,56 @@ def fused_linear(
         allow_tf32: multiply float32 operands in TF32.
         config: launch parameters.
     """
-    w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
-    T, N = x.shape[0], w.shape[0]
+    T, N = x.shape[0], adapter.weight.shape[0]
     y = x.new_empty(T, N)
     if y.numel() == 0:
         return y
-    plan, parts = _plan(Layout.of(adapter), T, x.stride(), bias is not None, allow_tf32, config)
+    layout, pointers = described(adapter)
+    launch, parts = _launch(layout, T, x.stride(), bias is not None, allow_tf32, config)
     out = y if parts == 1 else x.new_empty((parts, T, N), dtype=torch.float32)
-    launch_fused_linear(
-        plan,
-        x_ptr=x,
-        w_ptr=w,
-        bias_ptr=bias,
-        a_ptr=a,
-        b_ptr=b,
-        row_block_ptr=partition.row_block,
-        col_block_ptr=partition.col_block,
-        ranks_ptr=adapter.ranks,
-        scaling_ptr=adapter.scaling,
-        out_ptr=out,
-    )
+    launch(x_ptr=x, bias_ptr=bias, out_ptr=out, **pointers)
     if parts > 1:
-        sum_parts(out, bias, y)
+        sum_partials(out, y, bias=bias)
     return y
 
 
 @remembered
-def _plan(
+def _launch(
     layout: Layout,
     tokens: int,
     x_stride: Sequence[int],
     has_bias: bool,
     allow_tf32: bool,
     config: FusedLinearConfig | None,
-) -> tuple[Plan, int]:
+) -> tuple[Launch, int]:
     """The launch, and how many parts of y it writes."""
-    (out_features, in_features), rank = layout.features, layout.rank
-    transposed = layout.weight[1] != 1
-    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
-    config = config or select(
+    rank = layout.rank
+    config, precision = layout.choose(
         "fused_linear",
-        layout.device,
-        layout.dtype,
-        precision,
+        config,
+        allow_tf32,
         tokens=tokens,
-        transposed=transposed,
-        **layout.sizes(),
+        transposed=layout.transposed,
     )
-    # The next power of two; `tl.dot` takes no fewer than 16.
-    chunk = min(config.block_r, max(16, 1 << max(rank - 1, 0).bit_length()))
+    chunk = min(config.block_r, power_of_two(rank, 16))  # `tl.dot` takes no fewer
     chunks = max(1, -(-rank // chunk))
     parts = chunks * config.split
-    tiles = -(-tokens // config.block_t) * -(-out_features // config.block_n)
-    plan = Plan(
+    tiles = -(-tokens // config.block_t) * -(-layout.features[0] // config.block_n)
+    launch = Launch(
+        fused_linear_kernel,
         (tiles * config.split, chunks),
         config,
+        layout,
         T=tokens,
-        N=out_features,
-        C=in_features,
-        rank=rank,
         stride_xt=x_stride[0],
         stride_xc=x_stride[1],
-        **layout.strides(),
         INPUT_PRECISION=precision,
-        W_TRANSPOSED=transposed,
-        READS_TRANSPOSED=config.reads_transposed,
+        W_TRANSPOSED=layout.transposed,
         HAS_BIAS=has_bias and parts == 1,
         SIDE_BY_SIDE=layout.num_blocks > 1 and 0 < rank * layout.num_blocks <= chunk,
         RANK_BLOCK=chunk,
-        SPLIT=config.split,
-        BLOCK_T=config.block_t,
-        BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
     )
-    return plan, parts
-
-
-def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor, *, config: SumConfig | None = None) -> None:
-    """`out = Σ parts + bias` in a fixed order: parts (P, T, N) float32, bias (N), out (T, N), all contiguous."""
-    plan = _sum_plan(out.device, out.dtype, parts.shape, bias is not None, config)
-    launch_sum_parts(plan, parts_ptr=parts, bias_ptr=bias, out_ptr=out)
-
-
-@remembered
-def _sum_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: Sequence[int],
-    has_bias: bool,
-    config: SumConfig | None,
-) -> Plan:
-    parts, tokens, out_features = shape
-    size = tokens * out_features
-    config = config or select("sum_parts", device, dtype, out_features=out_features, tokens=tokens)
-    return Plan(
-        (-(-size // config.block),),
-        config,
-        parts=parts,
-        size=size,
-        N=out_features,
-        HAS_BIAS=has_bias,
-        BLOCK=config.block,
-    )
+    return launch, parts
 
 
 def _split(config: FusedLinearConfig) -> tuple[FusedLinearConfig, ...]:
@@ -370,20 +297,6 @@ def _workload(operands: Operands) -> Work:
     return run, lambda dtype: [reference_forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", None)]
 
 
-def _sum_workload(operands: Operands) -> Work:
-    key = operands.key
-    # How many parts there are, another kernel's configuration decides: a typical number.
-    parts = operands.tensor(4, key.tokens, key.out_features, dtype=torch.float32)
-    bias = operands.tensor(key.out_features) if operands.form == "bias" else None
-    out = operands.tensor(key.tokens, key.out_features)
-
-    def run(config: Any) -> list[Tensor]:
-        sum_parts(parts, bias, out, config=config)
-        return [out]
-
-    return run, lambda dtype: [parts.to(dtype).sum(0)]
-
-
 FUSED_LINEAR = Kernel(
     "fused_linear",
     fused_linear_kernel,
@@ -407,15 +320,4 @@ FUSED_LINEAR = Kernel(
         "b_ptr": "factor tile, as wide as the rank, cached",
     },
     choose=_choose,
-)
-SUM_PARTS = Kernel(
-    "sum_parts",
-    sum_parts_kernel,
-    SumConfig,
-    role="copy",
-    shipped=lambda arch, precision: SUM_CONFIGS,
-    steps=SUM_STEPS,
-    workload=_sum_workload,
-    forms=("no bias", "bias"),
-    narrow={"bias_ptr": "one row, read by every token and cached"},
 )

@@ -27,20 +27,18 @@ from torch import Tensor
 from ..definition.experts import ExpertsAdapter, reference_experts_linear
 from ..definition.precision import Precision
 from .architectures import Architecture
-from .common import OLD_TRITON, dot, input_precision, round_to, to_tf32
+from .common import OLD_TRITON, dot, power_of_two, round_to, to_tf32
 from .grouped import (
-    ExpertsLayout,
     along_columns,
     coordinates,
     experts_operands,
-    experts_pointers,
-    power_of_two,
+    experts_sizes,
     segment_of,
     tiles_of_segments,
 )
-from .launch import Launcher, Plan
+from .launch import Launch, Layout, described
 from .spec import INDEX, Config, Kernel, Operands, Work, in_dtype
-from .table import remembered, select
+from .table import remembered
 
 __all__ = ["GROUPED_GRAD", "GROUPED_GRAD_GATHERED", "GroupedGradConfig", "grouped_grad"]
 
@@ -79,8 +77,8 @@ def grouped_grad_kernel(
     tiles_n,
     parts,
     num_blocks,
-    out_features,
-    in_features,
+    N,
+    C,
     rank,
     stride_dyp,
     stride_xp,
@@ -93,10 +91,10 @@ def grouped_grad_kernel(
     stride_be,
     stride_bn,
     stride_br,
-    stride_row_offsets,
-    stride_col_offsets,
     stride_row_index,
     stride_col_index,
+    stride_row_offsets,
+    stride_col_offsets,
     GRANULE: tl.constexpr,
     INDEXED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -133,7 +131,7 @@ def grouped_grad_kernel(
     b_ptrs = b_ptr + rows[:, None] * stride_bn + t[None, :] * stride_br
     row_start = tl.load(row_offsets_ptr + expert * stride_row_offsets + block)
     part = place.to(tl.int64) * parts + (row - row_start) // BLOCK_N
-    partial_a_ptr += part * rank * in_features
+    partial_a_ptr += part * rank * C
     slots_t = tl.arange(0, BLOCK_T)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for col in range(col_start, col_end, BLOCK_C):
@@ -163,15 +161,12 @@ def grouped_grad_kernel(
         b = tl.load(b_ptrs, mask=row_valid[:, None] & (t < block_rank)[None, :], other=0.0)
         da = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
         da = dot(tl.trans(h), to_tf32(b.to(tl.float32), INPUT_PRECISION), da, INPUT_PRECISION)
-        da_ptrs = partial_a_ptr + t[None, :] * in_features + cols[:, None]
+        da_ptrs = partial_a_ptr + t[None, :] * C + cols[:, None]
         tl.store(da_ptrs, scaling * da, mask=col_valid[:, None] & (t < block_rank)[None, :])
 
-    db_ptrs = db_ptr + (expert * out_features + rows)[:, None] * rank + t[None, :]
+    db_ptrs = db_ptr + (expert * N + rows)[:, None] * rank + t[None, :]
     mask = row_valid[:, None] & (t < rank)[None, :]
     tl.store(db_ptrs, round_to(scaling * db, db_ptr.dtype.element_ty), mask=mask)
-
-
-launch_grouped_grad = Launcher(grouped_grad_kernel)
 
 
 def grouped_grad(
@@ -194,82 +189,65 @@ def grouped_grad(
         config: launch parameters.
     """
     adapter = along_columns(adapter)
-    A, B, layout = adapter.A, adapter.B, ExpertsLayout.of(adapter)
+    A, B = adapter.A, adapter.B
     if A.numel() == 0 or B.numel() == 0:
-        return torch.zeros_like(adapter.A), torch.zeros_like(B)
+        return torch.zeros_like(A), torch.zeros_like(B)
+    layout, pointers = described(adapter)
     dA, dB = A.new_empty(A.shape), B.new_empty(B.shape)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
-    for experts, parts, plan in _plans(layout, dy.shape[0], (dy.stride(0), x.stride(0)), allow_tf32, config):
+    strides = dy.stride(0), x.stride(0)
+    for experts, parts, launch in _launches(layout, dy.shape[0], strides, allow_tf32, config):
         some = dA[experts]
         partial_a = dy.new_zeros((len(some), parts, *some.shape[1:]), dtype=torch.float32)
-        launch_grouped_grad(
-            plan,
-            dy_ptr=dy,
-            x_ptr=x,
-            **experts_pointers(adapter, ends),
-            partial_a_ptr=partial_a,
-            db_ptr=dB,
-        )
+        launch(dy_ptr=dy, x_ptr=x, ends_ptr=ends, partial_a_ptr=partial_a, db_ptr=dB, **pointers)
         some.copy_(partial_a.sum(1))
     return dA, dB
 
 
 @remembered
-def _plans(
-    layout: ExpertsLayout,
+def _launches(
+    layout: Layout,
     pairs: int,
     strides: tuple[int, int],
     allow_tf32: bool,
     config: GroupedGradConfig | None,
-) -> tuple[tuple[slice, int, Plan], ...]:
+) -> tuple[tuple[slice, int, Launch], ...]:
     """Launches, one for so many experts that their partial results of dA take no more than an eighth of W0.
 
-    Of each: its experts, how many partial results there may be of one, and the rest.
+    Of each: its experts, how many partial results there may be of one, and the launch.
     """
-    experts, out_features, in_features = layout.shape
-    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
-    transposed = layout.weight[2] != 1
-    config = config or select(
+    N, experts = layout.features[0], layout.experts
+    config, precision = layout.choose(
         "grouped_grad" if layout.granule > 1 else "grouped_grad_gathered",
-        layout.device,
-        layout.dtype,
-        precision,
-        transposed=transposed,
-        **layout.sizes(pairs),
+        config,
+        allow_tf32,
+        **experts_sizes(layout, pairs),
     )
-    tiles_n = tiles_of_segments(out_features, layout.num_blocks, config.block_n)
-    parts = -(-out_features // config.block_n)  # one block may have all rows: the host does not know its size
+    tiles_n = tiles_of_segments(N, layout.num_blocks, config.block_n)
+    parts = -(-N // config.block_n)  # one block may have all rows: the host does not know its size
     # Partial results are float32, of rank ρ, for each part; W0 has N rows.
-    at_once = max(1, experts * out_features * layout.dtype.itemsize // (8 * 4 * parts * layout.rank))
+    at_once = max(1, experts * N * layout.dtype.itemsize // (8 * 4 * parts * layout.rank))
 
-    def plan(first: int) -> tuple[slice, int, Plan]:
-        count = min(at_once, experts - first)
-        numbers = Plan(
-            (count * tiles_n, -(-layout.rank // RANKS)),
+    def launch(first: int, last: int) -> Launch:
+        return Launch(
+            grouped_grad_kernel,
+            ((last - first) * tiles_n, -(-layout.rank // RANKS)),
             config,
+            layout,
             first_expert=first,
             tiles_n=tiles_n,
             parts=parts,
-            num_blocks=layout.num_blocks,
-            out_features=out_features,
-            in_features=in_features,
-            rank=layout.rank,
             stride_dyp=strides[0],
             stride_xp=strides[1],
-            **layout.strides(),
-            GRANULE=layout.granule,
             INDEXED=layout.indexed,
             INPUT_PRECISION=precision,
-            BLOCKS=power_of_two(layout.num_blocks),
-            BLOCK_N=config.block_n,
-            BLOCK_C=config.block_c,
-            BLOCK_T=config.block_t,
+            BLOCKS=power_of_two(layout.num_blocks, 16),
             BLOCK_R=RANKS,
         )
-        return slice(first, first + count), parts, numbers
 
-    return tuple(plan(first) for first in range(0, experts, at_once))
+    ranges = [(first, min(first + at_once, experts)) for first in range(0, experts, at_once)]
+    return tuple((slice(first, last), parts, launch(first, last)) for first, last in ranges)
 
 
 _LARGEST = GroupedGradConfig(128, 64, 64, num_warps=8, num_stages=3)

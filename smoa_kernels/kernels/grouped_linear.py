@@ -31,28 +31,24 @@ from torch import Tensor
 from ..definition.experts import ExpertsAdapter, reference_experts_linear
 from ..definition.precision import Precision
 from .architectures import Architecture
-from .common import OLD_TRITON, dot, input_precision, round_to, to_tf32
+from .common import OLD_TRITON, dot, power_of_two, round_to, to_tf32
 from .grouped import (
-    MOST_RANKS,
-    ExpertsLayout,
     along_columns,
     coordinates,
     experts_operands,
-    experts_pointers,
-    power_of_two,
+    experts_sizes,
     segment_of,
     tiles_of_segments,
 )
-from .launch import Launcher, Plan
-from .sizes import GRANULE
-from .spec import INDEX, Config, Kernel, Key, Operands, Work, in_dtype
-from .table import remembered, select
+from .launch import Launch, Layout, described
+from .spec import INDEX, Config, Kernel, Key, Operands, Work, granule_of, in_dtype
+from .table import remembered
 
 __all__ = ["GROUPED_LINEAR", "GROUPED_LINEAR_GATHERED", "GroupedLinearConfig", "grouped_linear"]
 
 
-FEW_RANKS, MOST_PAIRS = 16, 128
-"""A program takes no more ranks at a time where its tile has more pairs: the registers would spill."""
+# Ranks that a program takes at a time, fewer where its tile has more pairs: with more of them the registers spill.
+MOST_RANKS, FEW_RANKS, MOST_PAIRS = 32, 16, 128
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,8 @@ def grouped_linear_kernel(
     tiles_n,
     num_experts,
     num_blocks,
-    out_features,
-    in_features,
+    N,
+    C,
     rank,
     stride_xp,
     stride_we,
@@ -108,10 +104,10 @@ def grouped_linear_kernel(
     stride_be,
     stride_bn,
     stride_br,
-    stride_row_offsets,
-    stride_col_offsets,
     stride_row_index,
     stride_col_index,
+    stride_row_offsets,
+    stride_col_offsets,
     GRANULE: tl.constexpr,
     INDEXED: tl.constexpr,
     ADAPTER: tl.constexpr,
@@ -141,7 +137,7 @@ def grouped_linear_kernel(
         row_ends_ptr = row_offsets_ptr + expert * stride_row_offsets + 1
         block, row, row_end = segment_of(row_ends_ptr, num_blocks, tile_n, BLOCK_N, BLOCKS)
     else:
-        block, row, row_end = 0, tile_n * BLOCK_N, out_features
+        block, row, row_end = 0, tile_n * BLOCK_N, N
     if row >= row_end:
         return
     pairs = pair + tl.arange(0, BLOCK_T)
@@ -155,7 +151,7 @@ def grouped_linear_kernel(
     # A wide tile's only in the end: they would not fit beside the sums.
     LATE: tl.constexpr = ADAPTER and BASE and BLOCK_T > 128
     if not LATE:
-        out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * out_features + rows[None, :]
+        out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * N + rows[None, :]
     # float16 ends where small updates begin. The other types round ΔW and ΔW / s alike.
     SCALES_FIRST: tl.constexpr = w_ptr.dtype.element_ty == tl.float16
     if ADAPTER:
@@ -196,9 +192,9 @@ def grouped_linear_kernel(
         acc = tl.trans(tl.load(out_ptrs, mask=out_mask, other=0.0).to(tl.float32))
 
     if BASE:
-        for col in range(0, in_features, BLOCK_C):
+        for col in range(0, C, BLOCK_C):
             cols = col + tl.arange(0, BLOCK_C)
-            col_valid = cols < in_features
+            col_valid = cols < C
             cols = cols.to(tl.int64)
             w_ptrs = w_rows[:, None] + cols[None, :] * stride_wc
             w = tl.load(w_ptrs, mask=row_valid[:, None] & col_valid[None, :], other=0.0)
@@ -211,11 +207,8 @@ def grouped_linear_kernel(
             acc = dot(w, x, acc, INPUT_PRECISION)
 
     if LATE:
-        out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * out_features + rows[None, :]
+        out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * N + rows[None, :]
     tl.store(out_ptrs, round_to(tl.trans(acc), out_ptr.dtype.element_ty), mask=out_mask)
-
-
-launch_grouped_linear = Launcher(grouped_linear_kernel)
 
 
 def grouped_linear(
@@ -236,88 +229,65 @@ def grouped_linear(
         config: launch parameters.
     """
     adapter = along_columns(adapter)
-    layout = ExpertsLayout.of(adapter)
-    y = x.new_empty(x.shape[0], layout.shape[1])
+    layout, pointers = described(adapter)
+    y = x.new_empty(x.shape[0], layout.features[0])
     if y.numel() == 0:
         return y
-    if layout.shape[2] == 0:
+    if layout.features[1] == 0:
         return y.zero_()
     x = x if x.stride(1) == 1 else x.contiguous()
-    for plan in _plans(layout, x.shape[0], x.stride(0), allow_tf32, config):
-        launch_grouped_linear(
-            plan,
-            x_ptr=x,
-            **experts_pointers(adapter, ends),
-            out_ptr=y,
-        )
+    # Two launches where the adapter's part reads one number at a time.
+    together = layout.granule > 1 or layout.num_blocks == 1
+    for part in (BOTH,) if together else (ADAPTER, BASE):
+        launch = _launch(layout, x.shape[0], x.stride(0), part, allow_tf32, config)
+        launch(x_ptr=x, ends_ptr=ends, out_ptr=y, **pointers)
     return y
 
 
+ADAPTER, BASE = 1, 2
+BOTH = ADAPTER | BASE
+
+
 @remembered
-def _plans(
-    layout: ExpertsLayout, pairs: int, stride_xp: int, allow_tf32: bool, config: GroupedLinearConfig | None
-) -> tuple[Plan, ...]:
-    """One launch; two where the adapter's part reads one number at a time."""
-    if layout.granule > 1 or layout.num_blocks == 1:
-        return (_plan(layout, pairs, stride_xp, allow_tf32, config, adapter=True, base=True),)
-    return (
-        _plan(layout, pairs, stride_xp, allow_tf32, config, adapter=True, base=False),
-        _plan(layout, pairs, stride_xp, allow_tf32, config, adapter=False, base=True),
-    )
-
-
-def _plan(
-    layout: ExpertsLayout,
+def _launch(
+    layout: Layout,
     pairs: int,
     stride_xp: int,
+    part: int,
     allow_tf32: bool,
     config: GroupedLinearConfig | None,
-    *,
-    adapter: bool,
-    base: bool,
-) -> Plan:
-    experts, out_features, in_features = layout.shape
-    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
-    transposed = layout.weight[2] != 1
-    config = config or select(
+) -> Launch:
+    N, adapter, base = layout.features[0], bool(part & ADAPTER), bool(part & BASE)
+    config, precision = layout.choose(
         "grouped_linear" if base else "grouped_linear_gathered",
-        layout.device,
-        layout.dtype,
-        precision,
-        transposed=transposed,
-        **layout.sizes(pairs),
+        config,
+        allow_tf32,
+        **experts_sizes(layout, pairs),
     )
-    tiles_t = tiles_of_segments(pairs, experts, config.block_t)
-
+    tiles_t = tiles_of_segments(pairs, layout.experts, config.block_t)
     blocks = layout.num_blocks if adapter else 1
-    tiles_n = tiles_of_segments(out_features, blocks, config.block_n)
-    rows_in_order = GRANULE if out_features % GRANULE == 0 else 1
-    return Plan(
+    tiles_n = tiles_of_segments(N, blocks, config.block_n)
+    return Launch(
+        grouped_linear_kernel,
         (tiles_t * tiles_n,),
         config,
+        layout,
         tiles_t=tiles_t,
         tiles_n=tiles_n,
-        num_experts=experts,
+        num_experts=layout.experts,
         num_blocks=blocks,
-        out_features=out_features,
-        in_features=in_features,
-        rank=layout.rank,
         stride_xp=stride_xp,
-        **layout.strides(),
-        GRANULE=layout.granule if adapter else rows_in_order,
+        GRANULE=layout.granule if adapter else granule_of(0, (N,)),
         INDEXED=layout.indexed,
         ADAPTER=adapter,
         BASE=base,
-        W_TRANSPOSED=transposed,
+        W_TRANSPOSED=layout.transposed,
         INPUT_PRECISION=precision,
-        EXPERTS=power_of_two(experts),
-        BLOCKS=power_of_two(blocks),
-        RANK_BLOCK=min(FEW_RANKS if config.block_t > MOST_PAIRS else MOST_RANKS, power_of_two(layout.rank)),
-        BLOCK_T=config.block_t,
-        BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
-        BLOCK_D=config.block_d,
-        GROUP_T=config.group_t,
+        EXPERTS=power_of_two(layout.experts, 16),
+        BLOCKS=power_of_two(blocks, 16),
+        RANK_BLOCK=min(
+            FEW_RANKS if config.block_t > MOST_PAIRS else MOST_RANKS, power_of_two(layout.rank, 16)
+        ),
     )
 
 

@@ -1,28 +1,34 @@
 # mypy: allow-untyped-calls
-"""Where a launch goes, and the shortest way there.
+"""Where a launch goes, what it is given, and the shortest way there.
+
+A kernel's arguments are named once, in its signature: pointers (`*_ptr`), then numbers, then constants in capitals. A
+:class:`Launch` binds by these names: sizes and strides of an adapter come from its :class:`Layout`, tiles from the
+fields of the configuration, and what is left is given by the kernel's host function.
 
 Triton launches on the current device, wherever its arguments are: :func:`on_device`. And at every launch it specialises
-each argument anew to find the compiled kernel, 25 µs of Python for 20 arguments: :class:`Launcher` remembers in a
-:class:`Plan` what it found.
+each argument anew to find the compiled kernel, 25 µs of Python for 20 arguments: a `Launch` remembers what it found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
+from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
+from ..definition.partition import BlockPartition
+from .common import input_precision
 from .spec import Config, granule_of
+from .table import select
 
-__all__ = ["Launcher", "Layout", "Plan", "on_device"]
+__all__ = ["Launch", "Layout", "described", "on_device"]
 
 _STAY: AbstractContextManager[None] = nullcontext()
 _runtime: Any = knobs.runtime  # which holds the hooks on launches
@@ -39,78 +45,122 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+# Strides of W0 (N, C), A (ρ, C) and B (N, ρ), and of experts' (E, …), in this order.
+_STRIDES = ("wn", "wc", "ar", "ac", "bn", "br")
+_EXPERTS_STRIDES = ("we", "wn", "wc", "ae", "ar", "ac", "be", "bn", "br")
+_BLOCKS = ("row_index", "col_index", "row_offsets", "col_offsets")
+
+
 class Layout(NamedTuple):
-    """What a plan depends on of an adapter: plain values, which can be remembered.
+    """What a launch depends on of an adapter: plain values, which can be remembered.
 
     Attributes:
         device: of all its tensors.
         dtype: W0's, and the activations'.
+        experts: E; 0 for the adapter of one weight.
         features: N and C.
         rank: ρ.
         num_blocks: K.
         granule: adjacent coordinates that kernels may take as one, from `spec.granule_of`.
-        weight: W0's strides.
-        A: A's strides.
-        B: B's strides.
+        indexed: whether blocks are no slices.
+        strides: of W0, A and B; then how far one expert's block indices and offsets lie from the next one's.
     """
 
     device: torch.device
     dtype: torch.dtype
+    experts: int
     features: tuple[int, int]
     rank: int
     num_blocks: int
     granule: int
-    weight: tuple[int, int]
-    A: tuple[int, int]
-    B: tuple[int, int]
+    indexed: bool
+    strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, adapter: PackedAdapter) -> Layout:
-        """The layout of an adapter, which keeps it for the pass's other launches."""
-        if adapter.layout is None:
-            w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
-            sizes = w.shape, a.shape[0], len(partition.row_sizes), granule_of(partition)
-            adapter.layout = cls(w.device, w.dtype, *sizes, w.stride(), a.stride(), b.stride())  # type: ignore[arg-type]
-        found: Layout = adapter.layout
-        return found
+    def of(cls, adapter: PackedAdapter | ExpertsAdapter) -> Layout:
+        """The layout of an adapter."""
+        return described(adapter)[0]
 
-    def sizes(self) -> dict[str, int]:
-        """As :func:`table.select` names them."""
+    @property
+    def transposed(self) -> bool:
+        """Whether W0 is read along the other side than it is stored."""
+        return self.strides[2 if self.experts else 1] != 1
+
+    def choose(
+        self, kernel: str, config: Config | None, allow_tf32: bool, **sizes: int | bool
+    ) -> tuple[Any, str]:
+        """Launch parameters, those of :func:`table.select` where none are given, and how float32 products round.
+
+        Args:
+            kernel: one of `KERNELS`.
+            config: launch parameters that are given.
+            allow_tf32: let products of a float32 weight round their operands to TF32.
+            sizes: what the choice depends on besides the adapter.
+        """
+        precision = input_precision(self.dtype, allow_tf32=allow_tf32)
+        if config is None:
+            N, C = self.features
+            sizes |= {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
+            config = select(kernel, self.device, self.dtype, precision, **sizes)
+        return config, precision
+
+    def numbers(self) -> dict[str, int]:
+        """Sizes and strides as kernels name them."""
         N, C = self.features
-        return {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
-
-    def strides(self) -> dict[str, int]:
-        """As every kernel names them that reads W0, A and B, in the order of their signatures."""
-        names, numbers = ("wn", "wc", "ar", "ac", "bn", "br"), (*self.weight, *self.A, *self.B)
-        return {f"stride_{name}": number for name, number in zip(names, numbers, strict=True)}
+        numbers = {"N": N, "C": C, "rank": self.rank, "num_blocks": self.num_blocks, "GRANULE": self.granule}
+        names = (*_EXPERTS_STRIDES, *_BLOCKS) if self.experts else _STRIDES
+        strides = zip(names, self.strides, strict=True)
+        return numbers | {f"stride_{name}": stride for name, stride in strides}
 
 
-class Plan:
-    """All of a launch but its pointers.
+Pointers: TypeAlias = Mapping[str, Tensor | None]
 
-    It follows from the sizes, strides, dtypes and device of a problem, so it is made once for a problem: what makes it
-    is under :func:`table.remembered`, and sees nothing else. Its launches are on that device, the current one.
 
-    Args:
-        grid: numbers of programs.
-        config: what the compiler is told besides the arguments.
-        numbers: the kernel's arguments after its pointers, in the order of its signature.
-    """
+def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers]:
+    """An adapter's layout, and its tensors as kernels name them. A packed adapter keeps both for its other launches."""
+    if isinstance(adapter, PackedAdapter):
+        if adapter.layout is None:
+            p = adapter.partition
+            pointers = {"row_block_ptr": p.row_block, "col_block_ptr": p.col_block}
+            adapter.layout = _described(adapter, p, granule_of(p.granularity, p.shape), (), pointers)
+        found: tuple[Layout, Pointers] = adapter.layout
+        return found
+    blocks = adapter.blocks
+    tensors = [getattr(blocks, name) for name in _BLOCKS]
+    apart = [0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in tensors]
+    return _described(adapter, blocks, granule_of(blocks.granule, adapter.weight.shape[1:]), apart, {})
 
-    __slots__ = ("config", "forms", "grid", "numbers", "values")
 
-    def __init__(self, grid: tuple[int, ...], config: Config, **numbers: Any) -> None:
-        self.grid, self.config, self.numbers = (*grid, 1, 1)[:3], config, numbers
-        self.values = tuple(numbers.values())
-        self.forms: dict[tuple[object, ...], Form] = {}
+def _described(
+    adapter: PackedAdapter | ExpertsAdapter,
+    blocks: BlockPartition | ExpertBlocks,
+    granule: int,
+    apart: Sequence[int],
+    pointers: Pointers,
+) -> tuple[Layout, Pointers]:
+    w, a, b = adapter.weight, adapter.A, adapter.B
+    *experts, N, C = w.shape
+    layout = Layout(
+        w.device,
+        w.dtype,
+        experts[0] if experts else 0,
+        (N, C),
+        a.shape[-2],
+        blocks.num_blocks,
+        granule,
+        not blocks.is_contiguous,
+        (*w.stride(), *a.stride(), *b.stride(), *apart),
+    )
+    own = {"w_ptr": w, "a_ptr": a, "b_ptr": b, "ranks_ptr": adapter.ranks, "scaling_ptr": adapter.scaling}
+    return layout, {**pointers, **own, **{f"{name}_ptr": getattr(blocks, name) for name in _BLOCKS}}
 
 
 class Form(NamedTuple):
-    """A plan's compiled kernel, loaded, and what a launch of it asks.
+    """A launch's compiled kernel, loaded, and what running it asks.
 
     Attributes:
         kernel: Triton's, which unloads it once nobody holds it; `run`, `function` and `metadata` are its parts.
-        device: number of the one that it is loaded on, the plan's.
+        device: number of the one that it is loaded on.
         stream: the current stream of a device.
     """
 
@@ -129,57 +179,62 @@ class Form(NamedTuple):
         return cls(kernel, *parts, active.get_current_device(), active.get_current_stream)
 
 
-class Launcher:
-    """Launches one kernel, and remembers in a plan which compiled form it launched.
+class Launch:
+    """A launch of a kernel but for its pointers, and the compiled forms that it took.
 
-    A form depends on a plan, on the dtypes of the pointers, and on whether 16 divides them. Remembered are forms for
-    pointers that 16 divides; what else comes goes Triton's own way, as does every launch while a profiler has hooks on
-    launches, and every first one. Of Triton this takes that a launch returns the compiled kernel, and that `run`
+    It follows from the sizes, strides, dtypes and device of a problem, so it is made once for a problem: what makes it
+    is under :func:`table.remembered`, and sees nothing else. It runs on that device, the current one.
+
+    A form depends on the launch, on the dtypes of the pointers, and on whether 16 divides them. Remembered are forms
+    for pointers that 16 divides; what else comes goes Triton's own way, as does every launch while a profiler has hooks
+    on launches, and every first one. Of Triton this takes that a launch returns the compiled kernel, and that `run`
     launches it, which Triton and PyTorch's compiler call alike; where a launch returns anything else, nothing is
     remembered.
 
     Args:
         kernel: a function under `@triton.jit`, whose pointers come first.
+        grid: numbers of programs.
+        config: what the compiler is told besides the arguments. Its fields in capitals are constants of the kernel.
+        layout: of the adapter whose sizes and strides the kernel takes.
+        numbers: the kernel's other arguments; they come before those of `layout` and `config`.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-        self._compiles = isinstance(kernel, JITFunction)  # the interpreter compiles nothing
+    __slots__ = ("_forms", "_grid", "_kernel", "_numbers", "_pointers", "config")
 
-    def __call__(self, plan: Plan, **pointers: Tensor | None) -> None:
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], config: Config, layout: Layout | None = None, **numbers: Any
+    ) -> None:
+        known = {name.upper(): value for name, value in vars(config).items()}
+        known |= (layout.numbers() if layout else {}) | numbers
+        names = kernel.arg_names
+        self._pointers = tuple(name for name in names if name.endswith("_ptr"))
+        self._numbers = tuple(known[name] for name in names[len(self._pointers) :])
+        self._kernel, self._grid, self.config = kernel, (*grid, 1, 1)[:3], config
+        self._forms: dict[tuple[object, ...], Form] = {}
+
+    def __call__(self, **pointers: Tensor | None) -> None:
         """Launch on the current device.
 
         Args:
-            plan: the rest of the launch.
-            pointers: all of them, in the order of the kernel's signature.
+            pointers: those of the kernel by name; others are let be.
         """
         address = 0
         dtypes: list[torch.dtype | None] = []
-        for tensor in pointers.values():
+        tensors = [pointers[name] for name in self._pointers]
+        for tensor in tensors:
             if tensor is None:
                 dtypes.append(None)
             else:
                 address |= tensor.data_ptr()
                 dtypes.append(tensor.dtype)
-        aligned = self._compiles and not address & 15
-        form = plan.forms.get(tuple(dtypes)) if aligned else None
+        form = None if address & 15 else self._forms.get(tuple(dtypes))
         # Does someone listen to launches? A chain with calls does, or what was put in the place of Triton's chain.
         enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
         if form is not None and not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave):
-            form.run(
-                *plan.grid,
-                form.stream(form.device),
-                form.function,
-                form.metadata,
-                None,  # of hooks, as the next two
-                None,
-                None,
-                *pointers.values(),
-                *plan.values,
-            )
+            hooks = None, None, None
+            stream = form.stream(form.device)
+            form.run(*self._grid, stream, form.function, form.metadata, *hooks, *tensors, *self._numbers)
             return
-        compiled = self._kernel[plan.grid](**pointers, **plan.numbers, **plan.config.options)
-        if aligned and isinstance(compiled, CompiledKernel):
-            if [*pointers, *plan.numbers] != self._kernel.arg_names:
-                raise TypeError(f"{self._kernel.__name__}: arguments must be in its signature's order")
-            plan.forms[tuple(dtypes)] = Form.of(compiled)
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self.config.options)
+        if not address & 15 and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+            self._forms[tuple(dtypes)] = Form.of(compiled)

@@ -23,17 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition.packed import PackedAdapter
-from .common import (
-    block_slots,
-    input_precision,
-    padded_width,
-    rank_block,
-    rank_product,
-    round_to,
-)
-from .launch import Launcher, Layout, Plan
+from .common import block_slots, rank_block, rank_product, round_to
+from .launch import Launch, Layout, described
 from .spec import INDEX, LABELS, ONE_NUMBER, Config, Kernel, Operands, Work, delta_weight
-from .table import remembered, select
+from .table import remembered
 
 __all__ = ["MODULATED_BLOCKS", "MODULATED_WEIGHT", "ModulateConfig", "modulated_blocks", "modulated_weight"]
 
@@ -120,9 +113,6 @@ def modulated_weight_kernel(
     store_tile(out_ptr, rows[:, None] * stride_on + cols[None, :] * stride_oc, out, inside)
 
 
-launch_modulated_weight = Launcher(modulated_weight_kernel)
-
-
 def modulated_weight(
     adapter: PackedAdapter,
     *,
@@ -144,46 +134,30 @@ def modulated_weight(
         turned = None if out is None else out.T
         found = modulated_weight(adapter.T, out=turned, allow_tf32=allow_tf32, config=config)
         return found.T if out is None else out
-    w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
     if out is None:
-        out = w.new_empty(*w.shape)
+        out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:
         return out
-    plan = _weight_plan(Layout.of(adapter), out.stride(), allow_tf32, config)
-    launch_modulated_weight(
-        plan,
-        w_ptr=w,
-        a_ptr=a,
-        b_ptr=b,
-        row_block_ptr=partition.row_block,
-        col_block_ptr=partition.col_block,
-        ranks_ptr=adapter.ranks,
-        scaling_ptr=adapter.scaling,
-        out_ptr=out,
-    )
+    layout, pointers = described(adapter)
+    _weight_launch(layout, out.stride(), allow_tf32, config)(out_ptr=out, **pointers)
     return out
 
 
 @remembered
-def _weight_plan(
+def _weight_launch(
     layout: Layout, out_stride: Sequence[int], allow_tf32: bool, config: ModulateConfig | None
-) -> Plan:
-    out_features, in_features = layout.features
-    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
-    config = config or select("modulated_weight", layout.device, layout.dtype, precision, **layout.sizes())
-    return Plan(
-        (-(-out_features // config.block_n) * -(-in_features // config.block_c),),
+) -> Launch:
+    N, C = layout.features
+    config, precision = layout.choose("modulated_weight", config, allow_tf32)
+    return Launch(
+        modulated_weight_kernel,
+        (-(-N // config.block_n) * -(-C // config.block_c),),
         config,
-        N=out_features,
-        C=in_features,
-        rank=layout.rank,
-        **layout.strides(),
+        layout,
         stride_on=out_stride[0],
         stride_oc=out_stride[1],
         INPUT_PRECISION=precision,
         RANK_BLOCK=rank_block(layout.rank),
-        BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
     )
 
 
@@ -199,7 +173,7 @@ def modulated_blocks_kernel(
     ranks_ptr,
     scaling_ptr,
     out_ptr,
-    max_rank,
+    rank,
     padded_rows,
     padded_cols,
     stride_wn,
@@ -222,8 +196,8 @@ def modulated_blocks_kernel(
     col_slots = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     rows, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots, GRANULE)
     cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots, GRANULE)
-    rank = tl.minimum(tl.load(ranks_ptr + block), max_rank)
-    row_rank = tl.where(row_valid, rank, 0)
+    block_rank = tl.minimum(tl.load(ranks_ptr + block), rank)
+    row_rank = tl.where(row_valid, block_rank, 0)
     # A block of rank 0 is zero whatever W0 holds: do not read it.
     mask = (row_rank > 0)[:, None] & col_valid[None, :]
     # In IEEE float32 what follows would spill 4 to 16 bytes (Triton 3.6: sm_90 and sm_100, 3.9: sm_100).
@@ -240,8 +214,8 @@ def modulated_blocks_kernel(
         w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
         w = tl.load(w_ptrs, mask=(row_rank > 0)[None, :, None] & w_valid, other=0.0)
         w = tl.reshape(tl.permute(w, (1, 0, 2)), (BLOCK_N, BLOCK_C))
-    # 16 may divide `max_rank`, as the compiler sees: B's rows are then read 128 bits at a time.
-    ranks_read = rank if IEEE else max_rank
+    # 16 may divide `rank`, as the compiler sees: B's rows are then read 128 bits at a time.
+    ranks_read = block_rank if IEEE else rank
     product = rank_product(
         a_ptr,
         b_ptr,
@@ -250,7 +224,7 @@ def modulated_blocks_kernel(
         row_valid,
         col_valid,
         row_rank,
-        tl.where(col_valid, rank, 0),
+        tl.where(col_valid, block_rank, 0),
         ranks_read,
         stride_ar,
         stride_ac,
@@ -272,14 +246,10 @@ def modulated_blocks_kernel(
         store_tile(out_ptr, slots, delta, inside)
 
 
-launch_modulated_blocks = Launcher(modulated_blocks_kernel)
-
-
 def modulated_blocks(
     adapter: PackedAdapter,
+    widths: tuple[int, int],
     *,
-    row_multiple: int,
-    col_multiple: int,
     allow_tf32: bool = False,
     config: ModulateConfig | None = None,
 ) -> Tensor:
@@ -287,62 +257,39 @@ def modulated_blocks(
 
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
-        row_multiple: P_n is the largest block of rows, rounded up to this.
-        col_multiple: likewise P_c.
+        widths: P_n and P_c, from :func:`padded_width`.
         allow_tf32: as in :func:`modulated_weight`.
         config: launch parameters.
     """
-    w, a, b, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
-    padded_rows = padded_width(partition.row_sizes, row_multiple)
-    padded_cols = padded_width(partition.col_sizes, col_multiple)
-    layout = Layout.of(adapter)
-    out = w.new_empty(layout.num_blocks, padded_rows, padded_cols)
-    if out.numel() == 0:
-        return out
-    plan = _blocks_plan(layout, padded_rows, padded_cols, allow_tf32, config)
-    launch_modulated_blocks(
-        plan,
-        w_ptr=w,
-        a_ptr=a,
-        b_ptr=b,
-        row_index_ptr=partition.row_index,
-        col_index_ptr=partition.col_index,
-        row_offsets_ptr=partition.row_offsets,
-        col_offsets_ptr=partition.col_offsets,
-        ranks_ptr=adapter.ranks,
-        scaling_ptr=adapter.scaling,
-        out_ptr=out,
-    )
+    layout, pointers = described(adapter)
+    out = adapter.weight.new_empty(layout.num_blocks, *widths)
+    if out.numel():
+        _blocks_launch(layout, widths, allow_tf32, config)(out_ptr=out, **pointers)
     return out
 
 
 @remembered
-def _blocks_plan(
-    layout: Layout, padded_rows: int, padded_cols: int, allow_tf32: bool, config: ModulateConfig | None
-) -> Plan:
-    precision = input_precision(layout.dtype, allow_tf32=allow_tf32)
-    config = config or select(
+def _blocks_launch(
+    layout: Layout, widths: tuple[int, int], allow_tf32: bool, config: ModulateConfig | None
+) -> Launch:
+    padded_rows, padded_cols = widths
+    config, precision = layout.choose(
         "modulated_blocks",
-        layout.device,
-        layout.dtype,
-        precision,
+        config,
+        allow_tf32,
         padded_out=padded_rows,
         padded_in=padded_cols,
         granule=layout.granule,
-        **layout.sizes(),
     )
-    return Plan(
+    return Launch(
+        modulated_blocks_kernel,
         (layout.num_blocks * -(-padded_rows // config.block_n) * -(-padded_cols // config.block_c),),
         config,
-        max_rank=layout.rank,
+        layout,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
-        **layout.strides(),
-        GRANULE=layout.granule,
         INPUT_PRECISION=precision,
         RANK_BLOCK=rank_block(layout.rank),
-        BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c,
     )
 
 
@@ -365,15 +312,14 @@ def _weight_workload(operands: Operands) -> Work:
 def _blocks_workload(operands: Operands) -> Work:
     key, adapter = operands.key, operands.adapter()
     p = adapter.partition
-    # A multiple that the width already is: the layout that the key names, whatever multiple made it.
-    widths = {"row_multiple": key.padded_out, "col_multiple": key.padded_in}
+    widths = key.padded_out, key.padded_in
 
     def run(config: Any) -> list[Tensor]:
-        return [modulated_blocks(adapter, **widths, allow_tf32=operands.allow_tf32, config=config)]
+        return [modulated_blocks(adapter, widths, allow_tf32=operands.allow_tf32, config=config)]
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
         delta = delta_weight(adapter, dtype)
-        blocks = delta.new_zeros(key.blocks, key.padded_out, key.padded_in)
+        blocks = delta.new_zeros(key.blocks, *widths)
         for k in range(key.blocks):
             blocks[k, : p.row_sizes[k], : p.col_sizes[k]] = delta[p.rows(k)][:, p.cols(k)]
         return [blocks]
@@ -408,12 +354,9 @@ MODULATED_BLOCKS = replace(
     narrow={
         "scaling_ptr": ONE_NUMBER,
         "w_ptr": "gathered by rows and columns of W0",
-        "index_ptr": INDEX,  # as block_slots names them
-        "offsets_ptr": INDEX,
-        "row_index_ptr": INDEX,
-        "col_index_ptr": INDEX,
-        "row_offsets_ptr": INDEX,
-        "col_offsets_ptr": INDEX,
+        # index_ptr and offsets_ptr: as block_slots names them.
+        **dict.fromkeys(("index_ptr", "row_index_ptr", "col_index_ptr"), INDEX),
+        **dict.fromkeys(("offsets_ptr", "row_offsets_ptr", "col_offsets_ptr"), INDEX),
         "ranks_ptr": LABELS,
         "b_ptr": "gathered by rows",
         "a_ptr": "gathered by columns",

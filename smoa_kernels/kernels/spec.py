@@ -75,12 +75,9 @@ class Key(NamedTuple):
     granule: int = 1
 
 
-def granule_of(partition: BlockPartition) -> int:
-    """Adjacent coordinates that kernels may take as one: `GRANULE` where all blocks consist of so many, else 1."""
-    if partition.granularity % GRANULE:
-        return 1
-    N, C = partition.shape
-    return 1 if N % GRANULE or C % GRANULE else GRANULE
+def granule_of(granularity: int, shape: Sequence[int]) -> int:
+    """Adjacent coordinates that kernels take as one: `GRANULE` where blocks and sides consist of so many, else 1."""
+    return 1 if any(size % GRANULE for size in (granularity, *shape)) else GRANULE
 
 
 class Operands:

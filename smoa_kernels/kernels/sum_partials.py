@@ -1,14 +1,18 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""The second half of `block_grad.py`: its partial sums of dA and dB, added in a fixed order, in one launch.
+"""Sums of partial results in a fixed order: parts of y by `fused_linear`, of dA and dB by `block_grad`.
 
-Layout of the pointers: partial_a (splits · row tiles, C, R) and partial_b (splits · column tiles, N, R) float32,
-contiguous; row_label (N) and col_label (C), uint8 or int32; row_offsets, col_offsets (K + 1) and ranks (K) int32;
-da (ρ, C) and db (N, ρ), any strides. R is ρ rounded up to a whole group of ranks.
+    out[m, n] = Σ_p partials[p, m, n] + bias[n]        for n < N
+
+No atomics, and two runs agree bit for bit. A row of partials may be wider than N: those of dA and dB are whole
+stores of 128 bits. dA is written transposed, (N, M).
+
+Layout of the pointers, all contiguous: partials (P, M, W) float32; bias (N); out (M, N) or (N, M).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,269 +20,136 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..definition.partition import BlockPartition
-from .common import SUM_CONFIGS, SUM_STEPS, SumConfig, round_to
-from .launch import Launcher, Plan
-from .sizes import PARTIAL_RANKS, partial_width
-from .spec import INDEX, LABELS, Kernel, Operands, Work
+from .common import power_of_two, round_to
+from .launch import Launch
+from .sizes import GRANULE, PARTIAL_RANKS, partial_width
+from .spec import Config, Kernel, Operands, Work
 from .table import remembered, select
 
-__all__ = ["GROUP", "RANK_CHUNK", "SUM_PARTIALS", "sum_partials"]
-
-# Ranks that the contraction takes at a time: the least that `tl.dot` takes, for the tile of G stays in registers.
-RANK_CHUNK = 16
-# Ranks of a group: float32 of 128 bits. Kernels are given groups, so that the compiler knows by what a row is aligned.
-GROUP = tl.constexpr(PARTIAL_RANKS)
+__all__ = ["SUM_PARTIALS", "SumConfig", "sum_partials"]
 
 
-@triton.jit
-def sum_tile(
-    tile_m,
-    partial_ptr,
-    label_ptr,
-    ranks_ptr,
-    other_offsets_ptr,
-    out_ptr,
-    length,
-    rank,
-    rank_groups,
-    splits,
-    tiles,
-    stride_om,
-    stride_or,
-    TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """out[m, t] = Σ partial[:, m, t] over what the block of coordinate m wrote, 0 from its rank on.
+@dataclass(frozen=True)
+class SumConfig(Config):
+    """`block` results per program."""
 
-    TILE is the gradient kernel's tile along the other side of W0: a block of that side's size fills that many of
-    the `tiles` in each split, and the rest were never written.
-    """
-    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    t = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = m < length
-    block = tl.load(label_ptr + m, mask=inside, other=0).to(tl.int32)
-    block_rank = tl.load(ranks_ptr + block)
-    other_size = tl.load(other_offsets_ptr + block + 1) - tl.load(other_offsets_ptr + block)
-    # Whole chunks of ranks are written, as far as rows are wide: a mask by rank would make every load a scalar one.
-    width = rank_groups * GROUP
-    inside_rank = inside & (tl.program_id(1) * BLOCK_R < block_rank)
-    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for split in range(splits):
-        for tile in range(tiles):
-            slot = (split * tiles + tile).to(tl.int64) * length
-            written = inside_rank & (tile * TILE < other_size)
-            partial_ptrs = partial_ptr + (slot + m)[:, None] * width + t[None, :]
-            total += tl.load(partial_ptrs, mask=written[:, None] & (t < width)[None, :], other=0.0)
-    total = tl.where(t[None, :] < block_rank[:, None], total, 0.0)
-    out_ptrs = out_ptr + m[:, None] * stride_om + t[None, :] * stride_or
-    tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=inside[:, None] & (t < rank)[None, :])
+    block: int
+    num_warps: int
+    num_stages: int = 1
 
 
-@triton.jit(do_not_specialize=["rank_groups", "splits", "tiles_n", "tiles_c"])
+@triton.jit(do_not_specialize=["parts", "row_groups", "groups"])
 def sum_partials_kernel(
-    partial_a_ptr,
-    partial_b_ptr,
-    row_label_ptr,
-    col_label_ptr,
-    ranks_ptr,
-    row_offsets_ptr,
-    col_offsets_ptr,
-    da_ptr,
-    db_ptr,
-    out_features,
-    in_features,
-    rank,
-    rank_groups,
-    splits,
-    tiles_n,
-    tiles_c,
-    stride_ar,
-    stride_ac,
-    stride_bn,
-    stride_br,
-    TILE_N: tl.constexpr,
-    TILE_C: tl.constexpr,
+    partials_ptr,
+    bias_ptr,
+    out_ptr,
+    parts,
+    row_groups,
+    groups,
+    N,
+    ROW_GROUP: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """The first programs sum dB, a tile of W0's rows each, and the others dA, a tile of its columns."""
-    tile = tl.program_id(0)
-    first_tiles = tl.cdiv(out_features, BLOCK_M)
-    if tile < first_tiles:
-        sum_tile(
-            tile,
-            partial_b_ptr,
-            row_label_ptr,
-            ranks_ptr,
-            col_offsets_ptr,
-            db_ptr,
-            out_features,
-            rank,
-            rank_groups,
-            splits,
-            tiles_c,
-            stride_bn,
-            stride_br,
-            TILE_C,
-            BLOCK_M,
-            BLOCK_R,
-        )
-    else:
-        sum_tile(
-            tile - first_tiles,
-            partial_a_ptr,
-            col_label_ptr,
-            ranks_ptr,
-            row_offsets_ptr,
-            da_ptr,
-            in_features,
-            rank,
-            rank_groups,
-            splits,
-            tiles_n,
-            stride_ac,
-            stride_ar,
-            TILE_N,
-            BLOCK_M,
-            BLOCK_R,
-        )
-
-
-launch_sum_partials = Launcher(sum_partials_kernel)
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # In groups, so that the compiler sees how rows and columns are aligned, and that all of a group is inside or not.
+    M, width = row_groups * ROW_GROUP, groups * GROUP
+    row_inside = (m < M)[:, None]
+    partial_ptrs = partials_ptr + m[:, None] * width + n[None, :]
+    size = tl.cast(M, tl.int64) * width
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for part in range(parts):
+        total += tl.load(partial_ptrs + part * size, mask=row_inside & (n < width)[None, :], other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    places = n[None, :].to(tl.int64) * M + m[:, None] if TRANSPOSED else m[:, None] * N + n[None, :]
+    total = round_to(total, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places, total, mask=row_inside & (n < N)[None, :])
 
 
 def sum_partials(
-    partial_a: Tensor,
-    partial_b: Tensor,
-    partition: BlockPartition,
-    ranks: Tensor,
-    dA: Tensor,
-    dB: Tensor,
-    splits: int,
-    tile: tuple[int, int],
+    partials: Tensor,
+    out: Tensor,
     *,
+    bias: Tensor | None = None,
+    transposed: bool = False,
     config: SumConfig | None = None,
 ) -> None:
-    """Sum the partials of dA (slots, C, R) and of dB (slots, N, R) into dA (ρ, C) and dB (N, ρ), in one launch.
+    """Write `out = Σ_p partials[p, :, :N] + bias`.
 
     Args:
-        partial_a: `splits` times as many slots as a block of rows has tiles.
-        partial_b: likewise of columns.
-        partition: the blocks.
-        ranks: of each block.
-        dA: where to write.
-        dB: likewise.
-        splits: how many programs, and parts of the batch, shared the tokens of a tile.
-        tile: rows and columns of the gradient kernel's tile.
+        partials: (P, M, W) float32, contiguous.
+        out: (M, N), or (N, M) where `transposed`, contiguous, any float dtype.
+        bias: (N), contiguous.
+        transposed: how `out` lies.
         config: launch parameters.
     """
-    plan = _plan(
-        dB.device,
-        dB.dtype,
-        partial_a.shape,
-        partial_b.shape,
-        dB.shape[1],
-        dA.stride(),
-        dB.stride(),
-        partition.num_blocks,
-        splits,
-        tile,
-        config,
-    )
-    launch_sum_partials(
-        plan,
-        partial_a_ptr=partial_a,
-        partial_b_ptr=partial_b,
-        row_label_ptr=partition.row_block,
-        col_label_ptr=partition.col_block,
-        ranks_ptr=ranks,
-        row_offsets_ptr=partition.row_offsets,
-        col_offsets_ptr=partition.col_offsets,
-        da_ptr=dA,
-        db_ptr=dB,
-    )
+    launch = _launch(out.device, out.dtype, partials.shape, out.shape, bias is not None, transposed, config)
+    launch(partials_ptr=partials, bias_ptr=bias, out_ptr=out)
 
 
 @remembered
-def _plan(
+def _launch(
     device: torch.device,
     dtype: torch.dtype,
-    partial_a_shape: Sequence[int],
-    partial_b_shape: Sequence[int],
-    rank: int,
-    a_stride: Sequence[int],
-    b_stride: Sequence[int],
-    num_blocks: int,
-    splits: int,
-    tile: tuple[int, int],
+    shape: Sequence[int],
+    out_shape: Sequence[int],
+    has_bias: bool,
+    transposed: bool,
     config: SumConfig | None,
-) -> Plan:
-    slots_a, in_features, width = partial_a_shape
-    slots_b, out_features, _ = partial_b_shape
-    tiles_n, tiles_c = slots_a // splits, slots_b // splits
-    config = config or select(
-        "sum_partials",
-        device,
-        dtype,
-        rank=rank,
-        blocks=num_blocks,
-        out_features=out_features,
-        in_features=in_features,
-        padded_out=tiles_n * tile[0],
-        padded_in=tiles_c * tile[1],
-    )
-    block_m = config.block // RANK_CHUNK
-    return Plan(
-        (-(-out_features // block_m) + -(-in_features // block_m), -(-width // RANK_CHUNK)),
+) -> Launch:
+    (parts, M, width), N = shape, out_shape[0 if transposed else 1]
+    config = config or select("sum_partials", device, dtype, out_features=N, tokens=M)
+    block_n = min(power_of_two(width), config.block)
+    block_m = config.block // block_n
+    row_group = GRANULE if transposed and M % GRANULE == 0 else 1
+    group = 1 if width % PARTIAL_RANKS else PARTIAL_RANKS
+    return Launch(
+        sum_partials_kernel,
+        (-(-M // block_m), -(-width // block_n)),
         config,
-        out_features=out_features,
-        in_features=in_features,
-        rank=rank,
-        rank_groups=width // PARTIAL_RANKS,
-        splits=splits,
-        tiles_n=tiles_n,
-        tiles_c=tiles_c,
-        stride_ar=a_stride[0],
-        stride_ac=a_stride[1],
-        stride_bn=b_stride[0],
-        stride_br=b_stride[1],
-        TILE_N=tile[0],
-        TILE_C=tile[1],
+        parts=parts,
+        row_groups=M // row_group,
+        groups=width // group,
+        N=N,
+        ROW_GROUP=row_group,
+        GROUP=group,
+        HAS_BIAS=has_bias,
+        TRANSPOSED=transposed,
         BLOCK_M=block_m,
-        BLOCK_R=RANK_CHUNK,
+        BLOCK_N=block_n,
     )
+
+
+# Eight results for each thread of 64-wide wavefronts too: 128 bits of half types.
+_SHIPPED = (
+    SumConfig(block=2048, num_warps=4),
+    SumConfig(block=4096, num_warps=8),
+    SumConfig(block=1024, num_warps=2),
+)
 
 
 def _workload(operands: Operands) -> Work:
-    key = operands.key
-    # How many parts there are, another kernel's configuration decides: a typical number.
-    splits, tile = 2, (min(key.padded_out, 128), min(key.padded_in, 128))
-    tiles_n, tiles_c = key.padded_out // tile[0], key.padded_in // tile[1]
-    p, ranks, width = (
-        operands.partition(key.out_features, key.in_features),
-        operands.ranks(),
-        partial_width(key.rank),
-    )
-    partial_a = operands.tensor(splits * tiles_n, key.in_features, width, dtype=torch.float32)
-    partial_b = operands.tensor(splits * tiles_c, key.out_features, width, dtype=torch.float32)
-    dA, dB = operands.tensor(key.rank, key.in_features), operands.tensor(key.out_features, key.rank)
+    key, transposed = operands.key, "transposed" in operands.form
+    # Rows of y, or of factors. How many parts there are, another kernel's configuration decides: a typical number.
+    of_factors = operands.form.startswith("r")
+    N = key.rank if of_factors else key.out_features
+    partials = operands.tensor(4, key.tokens, partial_width(N) if of_factors else N, dtype=torch.float32)
+    out = operands.tensor(*((N, key.tokens) if transposed else (key.tokens, N)))
+    bias = operands.tensor(N) if operands.form == "bias" else None
 
     def run(config: Any) -> list[Tensor]:
-        sum_partials(partial_a, partial_b, p, ranks, dA, dB, splits, tile, config=config)
-        return [dA, dB]
-
-    def summed(partial: Tensor, partition: BlockPartition, tile: int, dtype: torch.dtype) -> Tensor:
-        # A block writes as many tiles as its other side fills; the rest is never read.
-        sizes = partition.col_offsets.diff()[partition.row_block.long()]
-        slots = torch.arange(partial.shape[0] // splits, device=operands.device)
-        written = tile * slots[:, None] < sizes
-        total = torch.where(written.repeat(splits, 1)[:, :, None], partial.to(dtype), 0).sum(0)
-        return total[:, : key.rank]
+        sum_partials(partials, out, bias=bias, transposed=transposed, config=config)
+        return [out]
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
-        return [summed(partial_a, p.T, tile[0], dtype).T, summed(partial_b, p, tile[1], dtype)]
+        total = partials.to(dtype).sum(0)[:, :N]
+        total = total if bias is None else total + bias.to(dtype)
+        return [total.T if transposed else total]
 
     return run, defined
 
@@ -288,14 +159,9 @@ SUM_PARTIALS = Kernel(
     sum_partials_kernel,
     SumConfig,
     role="copy",
-    shipped=lambda arch, precision: SUM_CONFIGS,
-    steps=SUM_STEPS,
+    shipped=lambda arch, precision: _SHIPPED,
+    steps={"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)},
     workload=_workload,
-    forms=("dA and dB",),
-    narrow={
-        **dict.fromkeys(
-            ("label_ptr", "row_label_ptr", "col_label_ptr", "ranks_ptr"), LABELS
-        ),  # as sum_tile names them
-        **dict.fromkeys(("other_offsets_ptr", "row_offsets_ptr", "col_offsets_ptr"), INDEX),
-    },
+    forms=("no bias", "bias", "r16", "r16 transposed"),
+    narrow={"bias_ptr": "one row, read by every token and cached"},
 )

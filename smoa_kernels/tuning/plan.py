@@ -100,19 +100,21 @@ def keys(layer: Layer) -> Iterator[Key]:
     if not problem.in_place:
         yield Key("permute", copied, 0, layer.blocks, 0, n, t, 0, rows)
         for tokens in dict.fromkeys(map(bucket, parts)):
-            yield Key("gather_both", copied, 0, layer.blocks, n, c, tokens, rows, cols)
+            yield Key("permute", copied, 0, layer.blocks, 0, c, tokens, 0, cols)
+            yield Key("permute", copied, 0, layer.blocks, 0, n, tokens, 0, rows)
     yield Key("block_matmul", *common, n, c, t, rows, cols, granule=granule)
     yield Key("block_matmul", *common, c, n, t, cols, rows, True, granule=granule)
     if t <= MOST_FUSED_TOKENS:
         yield Key("fused_linear", *common, n, c, t)
         yield Key("fused_linear", *common, c, n, t, transposed=True)
         for features in (n, c):
-            yield Key("sum_parts", copied, out_features=features, tokens=t)
+            yield Key("sum_partials", copied, out_features=features, tokens=t)
     for tokens in dict.fromkeys((t, bucket(parts[0]))):
         yield Key("block_grad", *common, n, c, tokens, rows, cols, granule=granule)
     # Factors are kept in the layer's dtype, or in float32 as PEFT does.
     for factors in (copied, "fp32"):
-        yield Key("sum_partials", factors, layer.max_rank, layer.blocks, n, c, 0, rows, cols)
+        for features in (n, c):
+            yield Key("sum_partials", factors, out_features=layer.max_rank, tokens=bucket(features))
     yield Key("forward", *common, n, c, t, granule=granule)
     yield Key("input_gradient", *common, n, c, t, granule=granule)
 

@@ -40,8 +40,8 @@ def gather(problem: LinearProblem, multiple: int = TILE) -> tuple[Tensor, Tensor
     """dyg and xg."""
     p = problem.partition
     return (
-        gather_columns(problem.dy, p.row_index, p.row_offsets, padded_width(p.row_sizes, multiple)),
-        gather_columns(problem.x, p.col_index, p.col_offsets, padded_width(p.col_sizes, multiple)),
+        gather_columns(problem.dy, p.T, padded_width(p.row_sizes, multiple)),
+        gather_columns(problem.x, p, padded_width(p.col_sizes, multiple)),
     )
 
 

@@ -22,6 +22,7 @@ from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import block_matmul as module
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.block_matmul import BLOCK_MATMUL, BlockMatmulConfig, block_matmul
+from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 
@@ -33,11 +34,12 @@ SMALL = BlockMatmulConfig(block_t=16, block_n=TILE, block_c=TILE, group_t=2, num
 
 
 def blocks(adapter: PackedAdapter, multiple: int = TILE) -> Tensor:
-    return modulated_blocks(adapter, row_multiple=multiple, col_multiple=multiple)
+    rows, cols = adapter.partition.row_sizes, adapter.partition.col_sizes
+    return modulated_blocks(adapter, (padded_width(rows, multiple), padded_width(cols, multiple)))
 
 
 def gather(x: Tensor, adapter: PackedAdapter, width: int) -> Tensor:
-    return gather_columns(x, adapter.partition.col_index, adapter.partition.col_offsets, width)
+    return gather_columns(x, adapter.partition, width)
 
 
 def output(problem: LinearProblem) -> Tensor:
@@ -69,7 +71,7 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
     for k, size in enumerate(partition.col_sizes):
         assert not dxg[:, k, size:].any()  # zero, hence finite, in padding
     dx = torch.empty_like(problem.x)
-    scatter_columns(dxg, partition.col_index, partition.col_offsets, dx)
+    scatter_columns(dxg, partition, dx)
     truth = problem.dy.double() @ delta_weight(problem.to(torch.float64))
     assert_within_budget(dx, problem.dy @ delta_weight(problem), truth)
     natural = torch.empty_like(dx)

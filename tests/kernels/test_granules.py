@@ -14,12 +14,12 @@ from torch import Tensor
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.kernels import launch
+from smoa_kernels.kernels import launch, permute
 from smoa_kernels.kernels.block_grad import block_grad
 from smoa_kernels.kernels.block_matmul import block_matmul
 from smoa_kernels.kernels.common import block_width
 from smoa_kernels.kernels.modulate import modulated_blocks
-from smoa_kernels.kernels.permute import gather_both, gather_columns, scatter_columns
+from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.kernels.spec import granule_of
 
 pytestmark = pytest.mark.numerical
@@ -54,32 +54,40 @@ def problem_of(name: str, dtype: torch.dtype, device: torch.device, tokens: int 
     return LinearProblem(**(vars(p) | {"partition": partition.to(device)}))
 
 
+def granule(partition: BlockPartition) -> int:
+    return granule_of(partition.granularity, partition.shape)
+
+
 def gathered(p: LinearProblem) -> tuple[Tensor, Tensor]:
-    widths = block_width(p.partition.row_sizes), block_width(p.partition.col_sizes)
-    return gather_both(p.dy, p.x, p.partition, widths)
+    partition = p.partition
+    return (
+        gather_columns(p.dy, partition.T, block_width(partition.row_sizes)),
+        gather_columns(p.x, partition, block_width(partition.col_sizes)),
+    )
 
 
 @contextmanager
 def coordinate_by_coordinate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels do not see that blocks have granules."""
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "granule_of", lambda partition: 1)
+        for module in (launch, permute):
+            patch.setattr(module, "granule_of", lambda *sizes: 1)
         yield
 
 
 def test_which_partitions_have_granules() -> None:
     for name, make in PARTITIONS.items():
-        assert granule_of(make()) == 8, name
+        assert granule(make()) == 8, name
         # Labels alone tell.
         p = make()
-        assert granule_of(BlockPartition.from_labels(p.row_block, p.col_block, p.num_blocks)) == 8, name
+        assert granule(BlockPartition.from_labels(p.row_block, p.col_block, p.num_blocks)) == 8, name
     for single in (
         BlockPartition.random((80, 144), 3, granule=4),
         BlockPartition.random((80, 144), 3, granule=12),
         BlockPartition.contiguous((80, 140), 2, granule=8),  # the last granule is short
         BlockPartition.contiguous((36, 144), 1),
     ):
-        assert granule_of(single) == 1
+        assert granule(single) == 1
 
 
 @each_case
@@ -105,11 +113,11 @@ def test_the_adapters_output(
     dyg, xg = gathered(p)
     for side, adapter, here, blocked in ((p.dy, adapter_of(p), p.x, xg), (p.x, adapter_of(p).T, p.dy, dyg)):
         rows, cols = adapter.partition.row_sizes, adapter.partition.col_sizes
-        widths = {"row_multiple": block_width(rows), "col_multiple": block_width(cols)}
+        widths = block_width(rows), block_width(cols)
         with coordinate_by_coordinate(monkeypatch):
-            delta = modulated_blocks(adapter, **widths)
+            delta = modulated_blocks(adapter, widths)
             expected = block_matmul(blocked, adapter, delta, out=torch.empty_like(side), config=SMALL_MATMUL)
-        assert torch.equal(modulated_blocks(adapter, **widths), delta)
+        assert torch.equal(modulated_blocks(adapter, widths), delta)
         for x in (here, blocked):
             out = block_matmul(x, adapter, delta, out=torch.empty_like(side), config=SMALL_MATMUL)
             assert torch.equal(out, expected)
@@ -121,28 +129,19 @@ def test_the_adapters_output(
 
 
 @each_partition
-def test_dropout(name: str, device: torch.device) -> None:
+def test_dropout(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask does not depend on how x is moved."""
     p = problem_of(name, torch.float32, device)
     blocks, width = p.partition, block_width(p.partition.col_sizes)
     dropout = Dropout(torch.tensor(5, device=device), p=0.25)
-    one, eight = (
-        gather_columns(p.x, blocks.col_index, blocks.col_offsets, width, granule=g, dropout=dropout)
-        for g in (1, 8)
-    )
-    assert torch.equal(one, eight)
-    one, eight = (
-        scatter_columns(
-            eight,
-            blocks.col_index,
-            blocks.col_offsets,
-            torch.empty_like(p.x),
-            granule=g,
-            dropout=dropout,
-        )
-        for g in (1, 8)
-    )
-    assert torch.equal(one, eight)
+
+    def moved() -> tuple[Tensor, Tensor]:
+        blocked = gather_columns(p.x, blocks, width, dropout=dropout)
+        return blocked, scatter_columns(blocked, blocks, torch.empty_like(p.x), dropout=dropout)
+
+    with coordinate_by_coordinate(monkeypatch):
+        expected = moved()
+    assert all(map(torch.equal, moved(), expected))
 
 
 def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
@@ -157,7 +156,7 @@ def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
     ):
         found = block_grad(1, lambda part, pair=(dy, x): pair, near, config=SMALL_GRAD)  # type: ignore[misc]
         assert all(map(torch.equal, found, expected))
-        delta = modulated_blocks(near, row_multiple=32, col_multiple=32)
+        delta = modulated_blocks(near, (32, 64))
         out = guarded(torch.zeros_like(p.dy), row_padding=5)
         whole = block_matmul(p.x, adapter, delta, out=torch.empty_like(p.dy), config=SMALL_MATMUL)
         assert torch.equal(block_matmul(x, near, delta, out=out, config=SMALL_MATMUL), whole)
@@ -182,7 +181,6 @@ def test_the_backend_copies_nothing_but_what_dropout_changes(
         return original(x, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(triton_backend, "gather_columns", seen)
-    monkeypatch.setattr(triton_backend, "gather_both", lambda *_: pytest.fail("dY and x are copied"))
     sizes = {"tokens": 20, "out_features": 80, "in_features": 144, "ranks": (5, 2)}
     p = case.problem(**sizes, block_order=order, granule=8)
     assert_within_budget(p.run(**case.options), case, p)

@@ -16,6 +16,7 @@ from problems import LinearProblem, make_problem
 from torch import Tensor
 
 from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.modulate import ModulateConfig, modulated_blocks, modulated_weight
 
 pytestmark = pytest.mark.numerical
@@ -23,6 +24,10 @@ pytestmark = pytest.mark.numerical
 
 def effective(problem: LinearProblem) -> Tensor:
     return problem.weight + delta_weight(problem)
+
+
+def padded(partition: BlockPartition, row_multiple: int = 16, col_multiple: int = 16) -> tuple[int, int]:
+    return padded_width(partition.row_sizes, row_multiple), padded_width(partition.col_sizes, col_multiple)
 
 
 def from_blocks(blocks: Tensor, partition: BlockPartition) -> Tensor:
@@ -44,7 +49,7 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
     weight = modulated_weight(adapter)
     assert weight.stride() == rounded.weight.stride()
     assert_within_budget(weight, effective(same), effective(truth))
-    blocks = modulated_blocks(adapter, row_multiple=16, col_multiple=32)
+    blocks = modulated_blocks(adapter, padded(rounded.partition, 16, 32))
     assert_within_budget(from_blocks(blocks, rounded.partition), delta_weight(same), delta_weight(truth))
 
 
@@ -54,7 +59,7 @@ def test_every_shipped_configuration(config: ModulateConfig, device: torch.devic
     truth = problem.to(torch.float64)
     weight = modulated_weight(adapter_of(problem), config=config)
     assert_within_budget(weight, effective(problem), effective(truth))
-    blocks = modulated_blocks(adapter_of(problem), row_multiple=16, col_multiple=16, config=config)
+    blocks = modulated_blocks(adapter_of(problem), padded(problem.partition), config=config)
     assert_within_budget(from_blocks(blocks, problem.partition), delta_weight(problem), delta_weight(truth))
 
 
@@ -62,7 +67,7 @@ def test_a_tile_narrower_than_a_warp(device: torch.device) -> None:
     """None ships, but a table may hold one."""
     problem = make_problem(out_features=40, in_features=45, ranks=(5, 2)).on(device).to(torch.bfloat16)
     config = ModulateConfig(block_n=16, block_c=16, num_warps=4)
-    blocks = modulated_blocks(adapter_of(problem), row_multiple=16, col_multiple=16, config=config)
+    blocks = modulated_blocks(adapter_of(problem), padded(problem.partition), config=config)
     truth = delta_weight(problem.to(torch.float64))
     assert_within_budget(from_blocks(blocks, problem.partition), delta_weight(problem), truth)
 
@@ -86,7 +91,7 @@ def test_strides_and_guards(
     out = guarded(torch.zeros_like(problem.weight), row_padding=3)
     assert modulated_weight(adapter, out=out) is out
     assert torch.equal(out, weight)
-    blocks = modulated_blocks(adapter, row_multiple=16, col_multiple=16)
+    blocks = modulated_blocks(adapter, padded(problem.partition))
     assert_within_budget(
         from_blocks(blocks, problem.partition),
         delta_weight(problem),
@@ -124,4 +129,4 @@ def test_empty_weights(shape: tuple[int, int], device: torch.device) -> None:
         partition=adapter.partition.shard(rows, cols),
     )
     assert modulated_weight(shard).shape == shape
-    assert modulated_blocks(shard, row_multiple=16, col_multiple=16).numel() == 0
+    assert modulated_blocks(shard, padded(shard.partition)).numel() == 0

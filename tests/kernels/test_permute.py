@@ -27,11 +27,11 @@ def random_partition(columns: int, num_blocks: int, device: torch.device, seed: 
 
 def gather(x: Tensor, partition: BlockPartition, **kwargs: object) -> Tensor:
     width = padded_width(partition.col_sizes, 16)
-    return gather_columns(x, partition.col_index, partition.col_offsets, width, **kwargs)  # type: ignore[arg-type]
+    return gather_columns(x, partition, width, **kwargs)  # type: ignore[arg-type]
 
 
 def scatter(blocked: Tensor, partition: BlockPartition, out: Tensor, **kwargs: object) -> Tensor:
-    return scatter_columns(blocked, partition.col_index, partition.col_offsets, out, **kwargs)  # type: ignore[arg-type]
+    return scatter_columns(blocked, partition, out, **kwargs)  # type: ignore[arg-type]
 
 
 def gathered_by_hand(x: Tensor, partition: BlockPartition) -> Tensor:

@@ -48,7 +48,7 @@ for kernel in KERNELS.values():
                     })
 task = Task(DEFAULT_REGISTRY, "permute", "gather", 0, "sm_90", "bf16")
 narrow_rank = [Task(DEFAULT_REGISTRY, "block_grad", "r4", 0, arch, "bf16") for arch in ("sm_90", "gfx942")]
-narrow_rank += [Task(DEFAULT_REGISTRY, "sum_partials", "dA and dB r4", 0, "sm_90", "bf16")]
+narrow_rank += [Task(DEFAULT_REGISTRY, "sum_partials", "r4 transposed", 0, "sm_90", "bf16")]
 weight, hopper = KERNELS["modulated_weight"], ARCHITECTURES["sm_90"]
 config = weight.shipped(hopper, PRECISIONS["bf16"])[-1]
 binary = compile_launch(weight.fn, representative_launch(weight, config, "bf16", "r16", hopper), hopper)
@@ -129,7 +129,7 @@ def test_partials_of_few_ranks_are_stored_and_read_as_wide_as_those_of_many(audi
 
     assert widths(hopper) == {"partial_a_ptr": 64, "partial_b_ptr": 128}
     assert widths(amd) == {"partial_a_ptr": 128, "partial_b_ptr": 128}
-    assert widths(summed) == {"partial_ptr": 128}
+    assert widths(summed) == {"partials_ptr": 128}
     assert not broken_rules(hopper)
     assert not broken_rules(amd)
 

@@ -16,7 +16,7 @@ from .counts import describe
 from .gpu import pretend
 
 FEW_TOKENS = 16
-FOR_FEW_TOKENS = ("fused_linear", "sum_parts")
+FOR_FEW_TOKENS = ("fused_linear", "sum_partials")
 
 
 def main() -> None:

@@ -123,5 +123,5 @@ def test_a_training_step_asks_for_what_the_plan_holds(
     planned = {key for key in keys(Layer(n, c, tokens, "fp32", 5, 2, granule)) if key.kernel in KERNELS}
     asked = {key for key in asked if key.kernel in KERNELS}
     assert asked <= planned
-    left = set() if tokens == 19 else {"fused_linear", "sum_parts"}
+    left = set() if tokens == 19 else {"fused_linear", "sum_partials"}
     assert {key.kernel for key in planned - asked} == left

@@ -34,7 +34,7 @@ from tuning_cases import (
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels import identity, table
-from smoa_kernels.kernels.launch import Plan
+from smoa_kernels.kernels.launch import Launch
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import (
@@ -150,14 +150,11 @@ def test_a_launch_uses_what_was_tuned_from_then_on(monkeypatch: pytest.MonkeyPat
     p = BlockPartition.from_labels(labels, labels, 2)
     launched: list[object] = []
 
-    def record(plan: Plan, **pointers: object) -> None:
-        launched.append((plan.numbers["BLOCK_T"], plan.numbers["BLOCK_P"]))
-
-    monkeypatch.setattr("smoa_kernels.kernels.permute.launch_permute", record)
+    monkeypatch.setattr(Launch, "__call__", lambda launch, **pointers: launched.append(launch.config))
     for _ in range(2):
-        gather_columns(torch.zeros(5, 12), p.col_index, p.col_offsets, 64)
+        gather_columns(torch.zeros(5, 12), p, 64)
         keep(permute_entry())
-    assert launched == [(FIRST.block_t, FIRST.block_p), (SECOND.block_t, SECOND.block_p)]
+    assert launched == [FIRST, SECOND]
 
 
 def test_what_depends_on_the_table_is_asked_once_until_it_changes() -> None:
