@@ -100,10 +100,12 @@ def experts_operands(operands: Operands) -> tuple[ExpertsAdapter, Tensor, Tensor
     rows, cols = key.out_features, key.in_features
     if key.transposed:
         rows, cols = cols, rows
-    sides = [torch.stack([operands.labels(size) for _ in range(EXPERTS)]) for size in (rows, cols)]
+    row_block, col_block = (
+        torch.stack([operands.labels(size) for _ in range(EXPERTS)]) for size in (rows, cols)
+    )
     if "contiguous" in operands.form:
-        sides = [side.sort(1).values for side in sides]
-    blocks = ExpertBlocks.from_labels(*sides, key.blocks)
+        row_block, col_block = row_block.sort(1).values, col_block.sort(1).values
+    blocks = ExpertBlocks.from_labels(row_block, col_block, key.blocks)
     adapter = ExpertsAdapter(
         weight=operands.tensor(EXPERTS, rows, cols) / cols**0.5,
         A=operands.tensor(EXPERTS, key.rank, cols, dtype=operands.factor_dtype),

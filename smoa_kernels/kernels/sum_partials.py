@@ -104,7 +104,7 @@ def _launch(
 ) -> Launch:
     (parts, M, width), N = shape, out_shape[0 if transposed else 1]
     config = config or select("sum_partials", device, dtype, out_features=N, tokens=M)
-    block_n = min(power_of_two(width), config.block)
+    block_n = min(power_of_two(width), 512)  # so that layers of many sizes share a compiled form
     block_m = config.block // block_n
     row_group = GRANULE if transposed and M % GRANULE == 0 else 1
     group = 1 if width % PARTIAL_RANKS else PARTIAL_RANKS
