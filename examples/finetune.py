@@ -10,275 +10,209 @@ Needs no network once its packages are installed.
 
 import os
 
-# Read when the libraries are imported: everything is on disk already, and the bars below are ours alone.
+# Read when the libraries are imported: everything is on disk already.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 # libgomp's idle threads spin 300,000 times before they sleep, 1,000 where it knows of more threads than cores. It does
 # not know of other programs: beside two busy ones a step took 5.4 s so, 3.8 s with the 1,000 (alone 1.4 and 1.6 s).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import smollm2
 import torch
 import trec
 import typer
-from adapters import LEARNING_RATE, NAME, AdapterOptions, Method, adapt, adapted_layers, lora_parameters
+from adapters import LEARNING_RATE, NAME, Method, adapter_config, lora_parameters
 from checkpoints import Checkpoints
-from job import Job, console, run
-from options import count, natural, positive, probability
-from parallel import Kind, join, lost_process, own_device
-from questions import Encoder, read_jsonl, split
-from run_folder import RunFolder
-from safetensors import SafetensorError
-from training import DivergedError
+from machine import describe, peak_memory_bytes
+from options import run_command
+from parallel import Kind, Team, join, own_device
+from peft import PeftModel, get_peft_model
+from questions import Encoder, Question, read_jsonl, split
+from training import StopRequest, TrainingRecord, answer, score, shuffled_batches, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-app = typer.Typer(add_completion=False)
+RATES = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATE.items())
 
 
-@app.command()
 def finetune(
     context: typer.Context,
     method: Annotated[Method, typer.Option(help="The adapter: SMoA, or PEFT's LoRA or HiRA.")] = "smoa",
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of a causal language model. Default: SmolLM2-135M-Instruct, dequantised Q4_1."
-        ),
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a model. Default: SmolLM2-135M.")] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(
-            help='JSONL file, {"prompt": "…", "answer": "…"} per line. Only the answers\' first tokens are'
-            " trained, so those must differ. Default: TREC question classification."
-        ),
+        Path | None, typer.Option(help='JSONL, {"prompt": "…", "answer": "…"} per line. Default: TREC.')
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for adapter, summary and loss curve. Default: runs/finetune-METHOD."),
-    ] = None,
-    steps: Annotated[int, typer.Option(parser=count, metavar="N", help="Optimizer steps.")] = 60,
-    batch_size: Annotated[int, typer.Option(parser=count, metavar="N", help="Questions per step.")] = 16,
-    lr: Annotated[
-        float | None,
-        typer.Option(
-            parser=positive,
-            metavar="NUMBER",
-            help=f"Peak learning rate. Default: {', '.join(f'{k} {v:g}' for k, v in LEARNING_RATE.items())}.",
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            parser=natural,
-            metavar="N",
-            help="Of the adapter's initial values and the order of the questions.",
-        ),
-    ] = 0,
-    r: Annotated[
-        int,
-        # Two names: torchrun takes a --r after the script's name for an abbreviation of its own options.
-        typer.Option("--r", "--rank", parser=count, metavar="N", help="Rank budget of the adapter."),
-    ] = 8,
-    num_blocks: Annotated[
-        int | None,
-        typer.Option(
-            parser=count, metavar="N", help="SMoA's spectral blocks; they share the rank budget. Default: 2."
-        ),
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            parser=positive, metavar="NUMBER", help="The scaling of SMoA and LoRA is alpha / r. Default: r."
-        ),
-    ] = None,
-    dropout: Annotated[
-        float,
-        typer.Option(
-            parser=probability,
-            metavar="NUMBER",
-            help="Dropout on the adapter's input, at least 0 and below 1.",
-        ),
-    ] = 0.0,
-    target_modules: Annotated[
-        str, typer.Option(help="Names of the linear layers to adapt, separated by commas.")
-    ] = "q_proj,k_proj,v_proj,up_proj,down_proj",
+    output: Annotated[Path | None, typer.Option(help="Folder. Default: runs/finetune-METHOD.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 16,
+    lr: Annotated[float | None, typer.Option(min=0, help=f"Peak learning rate. Default: {RATES}.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initial values and the order of questions.")] = 0,
+    # Two names: torchrun takes a --r after the script's name for an abbreviation of its own options.
+    r: Annotated[int, typer.Option("--r", "--rank", min=1, help="Rank budget of the adapter.")] = 8,
+    num_blocks: Annotated[int | None, typer.Option(min=1, help="SMoA's blocks. Default: 2.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="The scaling is alpha / r. Default: r.")] = None,
+    dropout: Annotated[float, typer.Option(min=0, max=1, help="On the adapter's input.")] = 0.0,
+    target_modules: Annotated[str, typer.Option(help="Names of linear layers, separated by commas.")] = (
+        "q_proj,k_proj,v_proj,up_proj,down_proj"
+    ),
     dtype: Annotated[
         Literal["float32", "bfloat16", "float64"],
         typer.Option(help="Of the frozen model; the adapter is float32."),
     ] = "float32",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one, else cpu.")
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            parser=count, metavar="N", help="CPU threads. Default: PyTorch's choice (OMP_NUM_THREADS)."
-        ),
-    ] = None,
-    eval_questions: Annotated[
-        int,
-        typer.Option(parser=count, metavar="N", help="Held-out questions to answer before and after."),
-    ] = 500,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
+    eval_questions: Annotated[int, typer.Option(min=1, help="Held-out questions to answer.")] = 500,
     eval_split: Annotated[
-        Literal["test", "validation"], typer.Option(help="Their split. Choose settings on validation only.")
+        Literal["test", "validation"], typer.Option(help="Choose settings on validation only.")
     ] = "test",
-    distributed: Annotated[
-        Kind | None,
-        typer.Option(help="How the processes that torchrun or accelerate launch started share the work."),
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(parser=count, metavar="N", help="Steps between checkpoints. Default: none.")
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on from the last checkpoint in --output, whatever number of processes wrote it.",
-        ),
-    ] = False,
+    distributed: Annotated[Kind | None, typer.Option(help="How launched processes share the work.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Fine-tune a causal language model to answer questions with one word; show what that cost and gained."""
-    lr = LEARNING_RATE[method] if lr is None else lr
-    targets = tuple(name.strip() for name in target_modules.split(","))
-    with blaming("the adapter's options"):
-        config = AdapterOptions(method, r, num_blocks, alpha, dropout, targets).config()
-    with blaming("--device"):
-        place = usable_device(device)
-    with blaming("--distributed"):
-        place = own_device(place)
-        team = join(distributed, place)
-        context.call_on_close(team.leave)
-        console.quiet = not team.leads
-    if batch_size % team.shares:
-        raise typer.BadParameter(
-            f"{team.shares} processes cannot share {batch_size} questions evenly", param_hint="--batch-size"
-        )
-    with blaming("--output"):
-        folder = RunFolder(output or Path("runs") / f"finetune-{method}")
-        if team.leads:
-            folder.recover()
-    with blaming("--data"):
-        questions = trec.read(trec.locate()) if data is None else read_jsonl(data)
-        splits = split(questions)
-
-    torch.manual_seed(seed)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    options = SimpleNamespace(**context.params)
+    options.lr = LEARNING_RATE[method] if lr is None else lr
+    options.output = output or Path("runs") / f"finetune-{method}"
+    place = own_device(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    team = join(distributed, place)
     try:
-        with blaming("--model"), console.status("Loading the model (half a minute the first time)"):
-            base_folder = smollm2.cached_model() if model is None else existing_model(model)
-            tokenizer = AutoTokenizer.from_pretrained(base_folder)
-            base: Any = AutoModelForCausalLM.from_pretrained(base_folder, dtype=getattr(torch, dtype)).to(
-                place
-            )
-        with blaming("--data"):
-            answers = {question.answer for question in questions}
-            longest = getattr(base.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-            encoder = Encoder(tokenizer, answers, longest)
-            encoder.check(questions)
-        with blaming("--target-modules"):
-            lora_size = lora_parameters(adapted_layers(base, targets), r)
-        with blaming("the adapter's options"), team.injecting():
-            adapted = adapt(base, config)
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in context.params.items()}
-        checkpoints = Checkpoints(folder.checkpoints, options, team)
-        with blaming("--resume"):
-            checkpoints.prepare(resume)
-        with blaming("--distributed"):
-            trained = team.spread(adapted)
-        name = smollm2.NAME if model is None else base_folder.name
         run(
-            Job(
-                title=f"{NAME[method]} on {name}",
-                options=options,
-                model=adapted,
-                trained=trained,
-                base_folder=base_folder,
-                encoder=encoder,
-                train=splits.train,
-                held_out=getattr(splits, eval_split)[:eval_questions],
-                lora_parameters=lora_size,
-                folder=folder,
-                device=place,
-                steps=steps,
-                batch_size=batch_size,
-                lr=lr,
-                seed=seed,
-                team=team,
-                checkpoints=checkpoints,
-                checkpoint_every=checkpoint_every,
-                resume=resume,
-            )
+            options, {k: str(v) if isinstance(v, Path) else v for k, v in context.params.items()}, place, team
         )
-    except KeyboardInterrupt:
-        state = f"the adapter is in {folder.adapter}" if folder.adapter_saved else "nothing was saved"
-        console.print(f"[yellow]Interrupted; {state}.[/]")
-        raise typer.Exit(128 + signal.SIGINT) from None
+    finally:
+        team.leave()
 
 
-@contextmanager
-def blaming(option: str) -> Iterator[None]:
-    """Turn what a wrong ``option`` makes libraries raise into a one-line error that names the option."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise typer.BadParameter(" ".join(str(error).split()), param_hint=option) from error
-
-
-def usable_device(name: str | None) -> torch.device:
-    """Return the device called ``name``, or the best one.
+def run(options: SimpleNamespace, recorded: dict[str, Any], device: torch.device, team: Team) -> None:
+    """Evaluate, train, save, evaluate; record each result as soon as it is known.
 
     Raises:
-        ValueError: if this machine, or this build of PyTorch, does not have it.
+        ValueError: if an option, a file or the model does not fit the others, or the loss became infinite.
+        typer.Exit: with 130 (143) if SIGINT (SIGTERM) came while it trained, after saving.
     """
-    count = torch.cuda.device_count()
-    allowed = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
-    if name is not None and name not in allowed:
-        raise ValueError(f"{name!r} is not one of {', '.join(allowed)}")
-    return torch.device(name or ("cuda" if count else "cpu"))
+    say = print if team.leads else lambda *words: None
+    targets = [name.strip() for name in options.target_modules.split(",")]
+    config = adapter_config(
+        options.method, options.r, targets, options.num_blocks, options.alpha, options.dropout
+    )
+    if options.batch_size % team.shares:
+        raise ValueError(f"{team.shares} processes cannot share {options.batch_size} questions evenly")
+    questions = trec.read(trec.locate()) if options.data is None else read_jsonl(options.data)
+    splits = split(questions)
+    torch.manual_seed(options.seed)
+    folder = smollm2.cached_model() if options.model is None else options.model.resolve(strict=True)
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(device)
+    encoder = encoder_for(folder, base, questions)
+    with team.injecting():
+        model = get_peft_model(base, config)
+    checkpoints = Checkpoints(options.output / "checkpoints", recorded, team)
+    checkpoints.prepare(options.resume)
+    trained = team.spread(model)
+
+    trainable, total = model.get_nb_trainable_parameters()
+    lora = lora_parameters(model, options.r)
+    title = f"{NAME[options.method]} on {smollm2.NAME if options.model is None else folder.name}"
+    say(
+        f"{title}\n{total - trainable:,} frozen parameters, {trainable:,} trained; LoRA of this rank: {lora:,}"
+    )
+    held_out: list[Question] = getattr(splits, options.eval_split)[: options.eval_questions]
+    with model.disable_adapter():
+        before = answer(model, encoder, held_out, options.batch_size, device)
+    say(f"Accuracy before training: {score(before, held_out)} of {len(held_out)} questions")
+
+    summary = {
+        "title": title,
+        "machine": describe(device),
+        "options": recorded,
+        "learning_rate": options.lr,
+        "training_questions": len(splits.train),
+        "trainable_parameters": trainable,
+        "lora_parameters": lora,
+        "accuracy_before": score(before, held_out).record(),
+    }
+    batches = shuffled_batches(splits.train, encoder, options.batch_size, options.seed, team)
+    with StopRequest() as stop:
+        record = train(
+            trained,
+            batches,
+            steps=options.steps,
+            lr=options.lr,
+            device=device,
+            stop=stop,
+            say=say,
+            seed=options.seed,
+            team=team,
+            checkpoints=checkpoints,
+            checkpoint_every=options.checkpoint_every,
+            resume=options.resume,
+        )
+        save(options.output, model, summary, record, stop, device, team)
+    say(f"Adapter saved in {options.output / 'adapter'}")
+    if stop.signal:
+        say(f"Stopped by {signal.Signals(stop.signal).name} after step {record.steps}; evaluation is skipped")
+        raise typer.Exit(128 + stop.signal)
+    after = answer(model, encoder, held_out, options.batch_size, device)
+    summary |= {"status": "complete", "accuracy_after": score(after, held_out).record()}
+    if team.leads:
+        write(options.output, summary)
+    for question, *answers in list(zip(held_out, before, after, strict=True))[:3]:
+        say(f"{question.prompt!r}: before {answers[0]}, after {answers[1]}, right is {question.answer}")
+    say(f"Accuracy: {score(before, held_out)} before, {score(after, held_out)} after training")
 
 
-def existing_model(folder: Path) -> Path:
-    """Return ``folder``, absolute, for the adapter's configuration refers to it.
+def save(
+    output: Path,
+    model: PeftModel,
+    summary: dict[str, Any],
+    record: TrainingRecord,
+    stop: StopRequest,
+    device: torch.device,
+    team: Team,
+) -> None:
+    """Save what was trained, and what it cost so far. SMoA's adapter is written whole or not at all."""
+    if not record.steps:
+        raise KeyboardInterrupt  # nothing was trained, so nothing is worth saving
+    summary |= {
+        "status": "interrupted" if stop.signal else "trained",
+        "steps": record.steps,
+        "median_step_seconds": record.median_step_seconds,
+        "tokens_per_second": record.tokens_per_second,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "loss": record.loss,
+    }
+    state = team.whole_adapter(model)
+    if team.leads:
+        model.save_pretrained(str(output / "adapter"), state_dict=state)
+        write(output, summary)
+        print(f"{record.median_step_seconds:.2f} s a step (median), {record.tokens_per_second:,.0f} tokens/s")
+        print(f"Peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB, {summary['machine']['label']}")
 
-    Raises:
-        FileNotFoundError: if it holds no ``config.json``; a name on a model hub is not looked up.
-    """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not the folder of a saved model (no config.json)")
-    return folder.resolve()
+
+def encoder_for(folder: Path, base: Any, questions: list[Question]) -> Encoder:
+    """Return what makes tensors of the questions; all of them have been checked."""
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    answers = {question.answer for question in questions}
+    encoder = Encoder(AutoTokenizer.from_pretrained(folder), answers, longest)
+    encoder.check(questions)
+    return encoder
 
 
-def main() -> int:
+def write(output: Path, summary: dict[str, Any]) -> None:
+    """Write ``summary.json``, whole or not at all."""
+    unfinished = output / "summary.json.partial"
+    unfinished.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, output / "summary.json")
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Run the command; report bad input in one line."""
     # SIGTERM then tidies up as Ctrl-C does, instead of leaving half-written files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return app(standalone_mode=False) or 0
-    except typer.TyperException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        return error.exit_code
-    except (DivergedError, OSError, SafetensorError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not lost_process(error):
-            raise
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # which the launcher sends now: this one is ending anyway
-        print(
-            "error: another process of this run has ended, so this one cannot go on; --resume continues from the last "
-            "checkpoint",
-            file=sys.stderr,
-        )
-        return 1
+    return run_command(finetune, arguments)
 
 
 if __name__ == "__main__":

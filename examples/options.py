@@ -1,63 +1,40 @@
-"""The command line of the examples: numbers whose complaints name the value and what is allowed, errors of one line."""
+"""The command line of the examples: mistakes are one line, and a run never mixes with an earlier one's files."""
 
-import math
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import typer
 
 
-def run_command(app: typer.Typer, arguments: list[str] | None, interrupted: str = "interrupted") -> int:
+def run_command(command: Callable[..., None], arguments: list[str] | None = None) -> int:
     """Run an example and return its exit code; bad input, a missing file and Ctrl-C are one line on stderr."""
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
     try:
         return app(arguments, standalone_mode=False) or 0
     except typer.TyperException as error:
         message, code = error.format_message(), error.exit_code
-    except OSError as error:
+    except (OSError, ValueError) as error:
         message, code = str(error), 1
     except KeyboardInterrupt:
-        message, code = interrupted, 130
+        message, code = "interrupted; --resume goes on from the last checkpoint, where there is one", 130
     print("error:", *message.split(), file=sys.stderr)
     return code
 
 
-def count(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    return _whole_number(text, 1)
+def checkpoint_of(output: Path, resume: bool) -> str | None:
+    """Return the checkpoint of transformers' Trainer to resume from; None for a new run, whose folder must be empty.
 
-
-def natural(text: str) -> int:
-    """Parse a whole number of at least 0."""
-    return _whole_number(text, 0)
-
-
-def _whole_number(text: str, smallest: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = smallest - 1
-    if number < smallest:
-        raise typer.BadParameter(f"{text!r} is not a whole number of at least {smallest}")
-    return number
-
-
-def positive(text: str) -> float:
-    """Parse a finite number above 0."""
-    number = _number(text)
-    if not 0 < number < math.inf:
-        raise typer.BadParameter(f"{text!r} is not a finite number above 0")
-    return number
-
-
-def probability(text: str) -> float:
-    """Parse a number of at least 0 and below 1."""
-    number = _number(text)
-    if not 0 <= number < 1:
-        raise typer.BadParameter(f"{text!r} is not a number of at least 0 and below 1")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan  # which no range contains
+    Raises:
+        ValueError: if a new run's folder holds something, or there is no whole checkpoint to resume from.
+    """
+    if not resume:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(f"--output {output} is not a new or empty folder; --resume goes on with a run")
+        return None
+    # The Trainer writes its state last: a checkpoint without it was cut short.
+    whole = [state.parent for state in output.glob("checkpoint-*/trainer_state.json")]
+    if not whole:
+        raise ValueError(f"--resume: there is no checkpoint in {output}")
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))

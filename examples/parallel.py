@@ -65,9 +65,8 @@ class Team:
 
     def seed(self, seed: int, step: int) -> None:
         """Seed dropout for a step, so that a resumed run draws what an uninterrupted one does; shares differ."""
-        torch.manual_seed(
-            hash((seed, step, self.rank % self.shares)) % 2**63
-        )  # a hash of numbers is always the same
+        # A hash of numbers is always the same.
+        torch.manual_seed(hash((seed, step, self.rank % self.shares)) % 2**63)
 
     def gather(self, *values: float) -> list[tuple[float, ...]]:
         """Return everyone's values, in order of rank."""
@@ -125,19 +124,15 @@ def _plan(model: PeftModel, size: int) -> dict[str, Any]:
     """How transformers says that the model's layers are to be cut, by our styles."""
     base = model.get_base_model()
     config = base.config.get_text_config()
-    known = {
-        name: STYLES[style] for name, style in (config.base_model_tp_plan or {}).items() if style in STYLES
-    }
-    if not known:
+    plan = config.base_model_tp_plan or {}
+    if not plan:
         raise ValueError(
             f"transformers has no tensor-parallel plan for {type(base).__name__}: use ddp or fsdp"
         )
     heads = config.num_key_value_heads
     if heads % size:
-        raise ValueError(
-            f"{size} processes cannot share {heads} key and value heads: their number must divide it"
-        )
-    return {name: style() for name, style in known.items()}
+        raise ValueError(f"{size} processes cannot share {heads} key and value heads evenly")
+    return {name: STYLES[style]() for name, style in plan.items() if style in STYLES}
 
 
 def join(kind: Kind | None, device: torch.device) -> Team:
@@ -165,11 +160,3 @@ def own_device(device: torch.device) -> torch.device:
     """Return this process's GPU where each of several on a machine is to have one."""
     local = os.environ.get("LOCAL_RANK")
     return torch.device("cuda", int(local)) if local and device == torch.device("cuda") else device
-
-
-def lost_process(error: RuntimeError) -> bool:
-    """Whether an error says that another process of the run has ended."""
-    words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
-    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(
-        w in str(error) for w in words
-    )

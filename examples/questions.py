@@ -42,44 +42,21 @@ def same_text(text: str) -> str:
 
 
 def read_jsonl(path: Path) -> list[Question]:
-    """Read one ``{"prompt": ..., "answer": ...}`` object per line; repeated questions are kept once.
+    """Read one ``{"prompt": ..., "answer": ...}`` object per line; a repeated question is kept once.
 
     Raises:
-        ValueError: if the text is not UTF-8, a line is not such an object, or one prompt has two answers. The
-            message names the line.
-        OSError: if the file cannot be read.
+        ValueError: if a line is something else; the message names it.
     """
-    first_seen: dict[str, tuple[int, Question]] = {}
-    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
-        if not raw.strip():
-            continue
-        try:
-            question = _parse_line(raw)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        earlier, known = first_seen.setdefault(same_text(question.prompt), (number, question))
-        if known.answer != question.answer:
-            raise ValueError(
-                f"{path}, line {number}: the prompt of line {earlier} again, but its answer is"
-                f" {question.answer!r} instead of {known.answer!r}"
-            )
-    return [question for _, question in first_seen.values()]
-
-
-def _parse_line(raw: bytes) -> Question:
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f'a JSON object with "prompt" and "answer" is needed, not {type(record).__name__}')
-    for key in ("prompt", "answer"):
-        value = record.get(key)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'"{key}" must be a non-empty text, not {json.dumps(value)}')
-    return Question(record["prompt"].rstrip(), record["answer"].strip())
+    found: dict[str, Question] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+                question = Question(record["prompt"].rstrip(), record["answer"].strip())
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f'{path}, line {number} is no {{"prompt": "…", "answer": "…"}}') from error
+            found.setdefault(same_text(question.prompt), question)
+    return list(found.values())
 
 
 def split(questions: Sequence[Question], one_in: int = 10) -> Splits:

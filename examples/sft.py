@@ -23,9 +23,8 @@ import smollm2
 import torch
 import typer
 from datasets import Dataset, disable_progress_bars
-from options import count, natural, positive, run_command
+from options import checkpoint_of, run_command
 from peft import PeftModel
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -36,11 +35,7 @@ HELD_OUT = 50  # answers to judge the adapter by
 # Its new name, which TRL does not use yet.
 warnings.filterwarnings("ignore", message=".*activation_checkpointing", category=FutureWarning)
 
-console = Console(highlight=False)
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def sft(
     model: Annotated[
         Path | None, typer.Option(help="Folder of a chat model. Default: SmolLM2-135M-Instruct.")
@@ -51,35 +46,29 @@ def sft(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the adapter.")] = Path("runs/sft"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in it.")] = False,
-    steps: Annotated[int, typer.Option(parser=count, metavar="N", help="Optimizer steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
     max_length: Annotated[
-        int, typer.Option(parser=count, metavar="N", help="Tokens per step, packed: chats fill them whole.")
+        int, typer.Option(min=1, help="Tokens per step, packed: chats fill them whole.")
     ] = 384,
-    lr: Annotated[float, typer.Option(parser=positive, metavar="NUMBER", help="Peak learning rate.")] = 1e-2,
-    r: Annotated[int, typer.Option(parser=count, metavar="N", help="Rank budget of the adapter.")] = 16,
-    num_blocks: Annotated[int, typer.Option(parser=count, metavar="N", help="SMoA's blocks.")] = 2,
-    seed: Annotated[int, typer.Option(parser=natural, metavar="N", help="Of everything that is drawn.")] = 0,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-2,
+    r: Annotated[int, typer.Option(min=1, help="Rank budget of the adapter.")] = 16,
+    num_blocks: Annotated[int, typer.Option(min=1, help="SMoA's blocks.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
 ) -> None:
     """Fine-tune a chat model with TRL's SFTTrainer and SMoA: chats in, adapter out."""
     disable_progress_bars()
-    try:
-        found = chats.read_corpus(chats.locate()) if data is None else chats.read_jsonl(data)
-        base = smollm2.cached_model() if model is None else model.resolve(strict=True)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        check_output(output, resume)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+    found = chats.read_corpus(chats.locate()) if data is None else chats.read_jsonl(data)
+    base = smollm2.cached_model() if model is None else model.resolve(strict=True)
+    checkpoint = checkpoint_of(output, resume)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     random.Random(seed).shuffle(found)
     answers = chats.turns(found)
     if len(answers) < 2 * HELD_OUT:
-        raise typer.BadParameter(
-            f"--data: {len(answers)} answers are too few, at least {2 * HELD_OUT} are needed"
-        )
+        raise ValueError(f"--data: {len(answers)} answers are too few, at least {2 * HELD_OUT} are needed")
     held_out, train = answers[:HELD_OUT], answers[HELD_OUT:]
 
     trainer = SFTTrainer(
-        model=network,
+        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=SFTConfig(
             output_dir=str(output),
             max_steps=steps,
@@ -109,33 +98,21 @@ def sft(
             target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
         ),
     )
-    console.print(f"{len(train)} answers to train on, {HELD_OUT} held out")
+    print(f"{len(train)} answers to train on, {HELD_OUT} held out")
     trainer.model.print_trainable_parameters()
-    before = {} if resume else judged(trainer, tokenizer, held_out)
-    trainer.train(resume_from_checkpoint=resume)
+    judge(trainer, tokenizer, held_out)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output / "adapter"))  # the adapter, its configuration and the tokenizer
-    show(before, judged(trainer, tokenizer, held_out))
-    console.print(f"Adapter saved in {output / 'adapter'}: AutoPeftModelForCausalLM.from_pretrained loads it")
+    judge(trainer, tokenizer, held_out)
+    print(f"Adapter saved in {output / 'adapter'}: AutoPeftModelForCausalLM.from_pretrained loads it")
 
 
-def check_output(output: Path, resume: bool) -> None:
-    """Raise ValueError where a new run's folder holds something, or a resumed one's no checkpoint."""
-    if resume and not any(output.glob("checkpoint-*")):
-        raise ValueError(f"--resume: there is no checkpoint in {output}")
-    if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} is not a new or empty folder; --resume goes on with a run")
-
-
-def judged(
-    trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, held_out: list[dict[str, Any]]
-) -> dict[str, str]:
-    """Return the loss on what was held out, and the model's answers to three of its questions."""
-    loss = trainer.evaluate()["eval_loss"]
-    samples = held_out[:3]
-    return {"loss on held-out answers": f"{loss:.3f}"} | {
-        sample["prompt"][-1]["content"]: answer(trainer.model, tokenizer, sample["prompt"])
-        for sample in samples
-    }
+def judge(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, held_out: list[dict[str, Any]]) -> None:
+    """Print the loss on what was held out, and the model's answers to three of its questions."""
+    print(f"Loss on held-out answers: {trainer.evaluate()['eval_loss']:.3f}")
+    for sample in held_out[:3]:
+        said = answer(trainer.model, tokenizer, sample["prompt"])
+        print(f"  {sample['prompt'][-1]['content']}  {said}")
 
 
 def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: chats.Chat) -> str:
@@ -153,19 +130,9 @@ def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: chats.C
     return " ".join(text.split())
 
 
-def show(before: dict[str, str], after: dict[str, str]) -> None:
-    """Print what the training changed."""
-    for name, now in after.items():
-        console.print(f"\n[bold]{name}[/]")
-        if name in before:
-            console.print("  before:", before[name], markup=False)
-        console.print("  after: ", now, markup=False)
-    console.print()
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; report bad input in one line."""
-    return run_command(app, arguments, "interrupted; --resume goes on from the last checkpoint")
+    return run_command(sft, arguments)
 
 
 if __name__ == "__main__":

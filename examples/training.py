@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,9 +19,7 @@ from questions import Batch, Encoder, Question
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+LINE_EVERY = 10  # steps
 
 
 @dataclass
@@ -65,6 +63,10 @@ class Score:
         """Standard error of the share (binomial)."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.questions)
 
+    def record(self) -> dict[str, float]:
+        """As JSON holds it."""
+        return asdict(self) | {"accuracy": self.accuracy, "standard_error": self.standard_error}
+
     def __str__(self) -> str:
         return f"{100 * self.accuracy:.1f} % ± {100 * self.standard_error:.1f}"
 
@@ -72,8 +74,7 @@ class Score:
 class StopRequest:
     """Notes Ctrl-C (SIGINT) and SIGTERM instead of dying of them, so that no step and no save is cut in half.
 
-    ``signal`` is the number of the first one that came, or ``None``. Further ones change nothing, as ``timeout`` and
-    job schedulers often send two; SIGQUIT (Ctrl-\\) still ends the process at once.
+    ``signal`` is the number of the first one that came, or ``None``. Job schedulers often send a second one.
     """
 
     def __init__(self) -> None:
@@ -81,14 +82,10 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -157,7 +154,7 @@ def train(
     lr: float,
     device: torch.device,
     stop: StopRequest,
-    on_step: Callable[[TrainingRecord], None],
+    say: Callable[[str], object] = print,
     seed: int = 0,
     team: Team = Team(),  # noqa: B008
     checkpoints: Checkpoints | None = None,
@@ -168,10 +165,11 @@ def train(
 
     The loss is the cross-entropy of the answer's first token over the whole vocabulary, so that the adapted
     model says the answer by itself. Ends early, after a whole step, when ``stop`` has noted a signal, on any process
-    of ``team``. Saves ``checkpoints`` every so many steps; with ``resume`` it first goes back to the last of them.
+    of ``team``. Says how it goes every tenth step, and saves ``checkpoints`` every so many; with ``resume`` it first
+    goes back to the last of them.
 
     Raises:
-        DivergedError: if the loss is infinite or not a number.
+        ValueError: if the loss is infinite or not a number.
     """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     rates = schedule(optimizer, steps)
@@ -199,10 +197,9 @@ def train(
         record.tokens.append(round(sum(tokens) * team.shares / team.size))
         stop.signal = round(max(signals)) or None
         if not math.isfinite(record.loss[-1]):
-            raise DivergedError(
-                f"the loss became {record.loss[-1]} at step {record.steps}; try a smaller --lr than {lr:g}"
-            )
-        on_step(record)
+            raise ValueError(f"the loss became {record.loss[-1]} at step {record.steps}; try a smaller --lr")
+        if record.steps in (1, steps) or record.steps % LINE_EVERY == 0:
+            say(f"step {record.steps} of {steps}  loss {record.loss[-1]:.3f}")
         if checkpoints is not None and checkpoint_every and record.steps % checkpoint_every == 0:
             checkpoints.save(model, optimizer, asdict(record))
     return record
@@ -215,7 +212,6 @@ def answer(
     questions: Sequence[Question],
     batch_size: int,
     device: torch.device,
-    on_batch: Callable[[int], None],
 ) -> list[str]:
     """Return the model's answers: of all that occur in the data, the one whose first token scores highest."""
     model.eval()
@@ -229,7 +225,6 @@ def answer(
         scores = scores[:, encoder.answer_tokens.to(device)]
         for i, choice in zip(indices, scores.argmax(-1).tolist(), strict=True):
             answers[i] = encoder.answers[choice]
-        on_batch(len(indices))
     return answers
 
 

