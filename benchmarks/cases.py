@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.precision import has_gemm
 
 from .protocol import DEVICE
@@ -43,12 +42,6 @@ GPU_LAYERS = (
     Case(8192, 4096, 14336, 4, 16, BF16),
     Case(512, 4096, 4096, 4, 16, BF16),
     Case(64, 4096, 4096, 4, 16, BF16),
-)
-# Other blocks than spectral ones of single coordinates, for which it predicts something else.
-OTHER_BLOCKS = tuple(
-    (Case(8192, 4096, 4096, blocks, 16, BF16), BlockRule(blocks, order, granule))
-    for blocks in (4, 8)
-    for order, granule in (("contiguous", 1), ("spectral", 8), ("spectral", 16))
 )
 # Three numbers of tokens draw the curve over T.
 CPU_MEMORY = (

@@ -13,7 +13,7 @@ A size changed where it differs by more than 1 %: bytes are counted, and vary wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -35,41 +35,39 @@ class Difference:
     """What two runs say of the same things.
 
     Attributes:
-        slower, faster: ratios that changed, old and new, the largest change first.
+        changed: ratios that changed, old and new, the largest change first.
         sizes: bytes that changed.
         same: how many ratios and sizes did not change.
-        doubtful: ratios that are in doubt in either run.
+        doubtful: how many ratios are in doubt in either run.
         missing: benchmarks that only one run has.
     """
 
-    slower: Mapping[Name, tuple[Quartiles, Quartiles]]
-    faster: Mapping[Name, tuple[Quartiles, Quartiles]]
+    changed: Mapping[Name, tuple[Quartiles, Quartiles]]
     sizes: Mapping[Name, tuple[int, int]]
     same: int
     doubtful: int
-    missing: tuple[str, ...]
+    missing: Sequence[str]
 
 
 def difference(old: Run, new: Run) -> Difference:
     """Compare every ratio and size that both runs have."""
     before, after = _ratios(old), _ratios(new)
-    pairs = {name: (before[name], after[name]) for name in before if name in after}
+    common = before.keys() & after.keys()
     judged = {
-        name: (was, now) for name, ((was, doubt), (now, other)) in pairs.items() if not doubt and not other
+        name: (before[name][0], after[name][0])
+        for name in before
+        if name in common and not before[name][1] and not after[name][1]
     }
     changed = {name: pair for name, pair in judged.items() if _apart(*pair)}
-    ordered = dict(sorted(changed.items(), key=lambda item: -abs(_change(*item[1]) - 1)))
     old_sizes, new_sizes = _sizes(old), _sizes(new)
-    both = {name: (old_sizes[name], new_sizes[name]) for name in old_sizes if name in new_sizes}
+    both = {name: (was, new_sizes[name]) for name, was in old_sizes.items() if name in new_sizes}
     sizes = {name: (was, now) for name, (was, now) in both.items() if abs(now - was) > LEAST_SIZE * was}
-    titles = [{result.title for result in run.results} for run in (old, new)]
     return Difference(
-        slower={name: pair for name, pair in ordered.items() if _change(*pair) > 1},
-        faster={name: pair for name, pair in ordered.items() if _change(*pair) < 1},
+        changed=dict(sorted(changed.items(), key=lambda item: -abs(_change(*item[1]) - 1))),
         sizes=sizes,
         same=len(judged) - len(changed) + len(both) - len(sizes),
-        doubtful=len(pairs) - len(judged),
-        missing=tuple(sorted(titles[0] ^ titles[1])),
+        doubtful=len(common) - len(judged),
+        missing=sorted({r.title for r in old.results} ^ {r.title for r in new.results}),
     )
 
 
@@ -84,39 +82,25 @@ def main(
 def report(old: Run, new: Run) -> str:
     """The differences of two runs in words and tables."""
     found = difference(old, new)
-    changes = len(found.slower) + len(found.faster) + len(found.sizes)
-    parts = [
+    ratios = [
+        (*name, tables.ratio(was), tables.ratio(now), f"{_change(was, now):.2f}")
+        for name, (was, now) in found.changed.items()
+    ]
+    sizes = [
+        (*name, f"{was / tables.MIB:.2f}", f"{now / tables.MIB:.2f}", f"{now / was:.2f}" if was else "–")
+        for name, (was, now) in found.sizes.items()
+    ]
+    slower = sum(_change(*pair) > 1 for pair in found.changed.values())
+    parts = (
         f"old: {tables.machine_line(old)}\nnew: {tables.machine_line(new)}",
         "" if old.slug == new.slug else "The machines differ, and so may what they are fast at.",
-        "A ratio changed where the quartile ranges of the two runs are apart and the medians differ by more than "
-        f"{LEAST:.0%}; a size, where it differs by more than {LEAST_SIZE:.0%}.",
-        *(
-            tables.table(
-                (f"{word}: ratio, median [quartiles]", "phase", "", "old", "new", "new over old"),
-                [
-                    (*name, tables.ratio(was), tables.ratio(now), f"{_change(was, now):.2f}")
-                    for name, (was, now) in group.items()
-                ],
-            )
-            for word, group in (("slower", found.slower), ("faster", found.faster))
-        ),
-        tables.table(
-            ("size, MiB", "", "", "old", "new", "new over old"),
-            [
-                (
-                    *name,
-                    f"{was / tables.MIB:.2f}",
-                    f"{now / tables.MIB:.2f}",
-                    f"{now / was:.2f}" if was else "–",
-                )
-                for name, (was, now) in found.sizes.items()
-            ],
-        ),
+        tables.table(("ratio, median [quartiles]", "phase", "", "old", "new", "new over old"), ratios),
+        tables.table(("size, MiB", "", "", "old", "new", "new over old"), sizes),
         f"Only in one of the runs: {'; '.join(found.missing)}." if found.missing else "",
-        f"Changed: {changes} ({len(found.slower)} slower, {len(found.faster)} faster, {len(found.sizes)} sizes). "
-        f"The same: {found.same}. Not compared, since they are noisy or of one round: {found.doubtful}.",
-    ]
-    return "\n\n".join(part.strip() for part in parts if part.strip())
+        f"Changed: {slower} slower, {len(ratios) - slower} faster, {len(sizes)} sizes. The same: {found.same}. "
+        f"Not compared, since they are noisy or of one round: {found.doubtful}.",
+    )
+    return "\n\n".join(part.strip() for part in parts if part)
 
 
 def _ratios(run: Run) -> dict[Name, tuple[Quartiles, str]]:

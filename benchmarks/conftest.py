@@ -97,24 +97,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Every comparison as ratios with their quartiles."""
     if not _RESULTS:
         return
-    machine = describe(config.option.smoke)
-    terminalreporter.section("ratios, medians of rounds [interquartile range]")
-    terminalreporter.line(
-        f"measured on {machine['measured_on']}, {machine['device']}; torch {torch.__version__}; "
-        f"{machine['threads']} thread(s); load {load():.1f} on {machine['cores']} cores; "
-        f"{time.strftime('%Y-%m-%d %H:%M')}"
-    )
     if config.option.smoke:
         terminalreporter.line(f"smoke: {len(_RESULTS)} comparisons ran, whose ratios mean nothing")
         return
     for title, phases in _RESULTS:
         for phase, comparison in phases.items():
-            mark = f"  {comparison.doubt.upper()}, do not quote" if comparison.doubt else ""
-            over = f"over {comparison.baseline}, spread {comparison.spread:.0%}"
-            terminalreporter.line("")
-            terminalreporter.line(f"{title}, {phase}   ({over}){mark}")
+            terminalreporter.line(
+                f"\n{title}, {phase}, over {comparison.baseline} {comparison.doubt.upper()}"
+            )
             for name in comparison.seconds:
                 q, seconds = comparison.ratio(name), comparison.time(name).median
-                terminalreporter.line(
-                    f"  {name:<22} {q.median:6.2f} [{q.low:.2f}, {q.high:.2f}]  {seconds * 1e3:9.2f} ms"
-                )
+                figure = f"{q.median:6.2f} [{q.low:.2f}, {q.high:.2f}]"
+                terminalreporter.line(f"  {name:<22} {figure}  {seconds * 1e3:9.2f} ms")

@@ -91,7 +91,7 @@ def rounding(original: Path, trained: Path, scratch: Path) -> None:
         return total / ON_LOSS
 
     def answers(model: Any) -> list[str]:
-        return answer(model, encoder, test[:ON_ANSWERS], BATCH, torch.device("cpu"), lambda done: None)
+        return answer(model, encoder, test[:ON_ANSWERS], BATCH, torch.device("cpu"))
 
     without = loss(loaded(base))
     rows = [["δ"], [f"loss ({without:.3f} without the adapter)"], *([f"kept, {way}"] for way in DRAWS)]

@@ -16,7 +16,7 @@ import typer
 
 from . import plots, protocol, tables
 from .readme import README, RESULTS, section, with_section
-from .results import Run, compact, read, read_all, spreadsheet, write
+from .results import Run, compact, read, read_all, write
 
 OVERVIEW = "overview.svg"
 NONE_YET = "No run has been kept yet: `make bench` measures and writes what belongs here.\n"
@@ -30,18 +30,14 @@ def page(runs: list[Run]) -> str:
     parts = [
         "# Benchmark results",
         "Written by `python -m benchmarks.report` from the JSON files in this folder, which `make bench` measures. "
-        "Every figure is **measured on CPU**, **measured on GPU** with the card's name, or **predicted**. A run "
-        "belongs to one commit and one machine, and its numbers are also a CSV file. `make bench-compare OLD=a.json "
+        "Every figure is **measured on CPU**, or **measured on GPU** with the card's name. A run "
+        "belongs to one commit and one machine. `make bench-compare OLD=a.json "
         "NEW=b.json` says what changed between two.",
         *overview,
         "## How it was measured",
         _protocol_text(),
         *(_run_page(run) for run in runs),
         *([] if runs else [NONE_YET]),
-        "## Predicted, not measured",
-        "By the cost model (`smoa_kernels/tuning/estimate.py`, `smoa-kernels roofline`), which counts our work and the "
-        "peers' by the same rules. What the first H100 measures will replace it.",
-        tables.predicted(),
     ]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
@@ -52,9 +48,6 @@ def generate(folder: Path, readme: Path | None) -> list[Path]:
     files = {folder / "README.md": page(runs)}
     if (figure := plots.overview(runs)) is not None:
         files[folder / OVERVIEW] = plots.svg(figure)
-    for run in runs:
-        files[folder / f"{run.slug}.csv"] = spreadsheet(run)
-        files |= {folder / f"{run.slug}-{name}.svg": text for name, text in plots.figures(run).items()}
     if readme is not None:
         files[readme] = with_section(readme.read_text(encoding="utf-8"), section(runs))
     for path, text in files.items():
@@ -113,15 +106,12 @@ def _run_page(run: Run) -> str:
         f"## {run.machine['device']}",
         f"{tables.machine_line(run)}. {steady}.",
         "**A smoke run: tiny sizes, its figures mean nothing.**" if run.machine["smoke"] else "",
-        *([] if run.on_gpu else ["### Goals", tables.goals(run), _profile(run)]),
+        *([] if run.on_gpu else ["### Goals", tables.goals(run)]),
         "### The layer, over frozen",
-        _figure(run, "ratio", "ratio over frozen by the number of blocks"),
         *(tables.ratios(run, layers, phase) for phase in ("both", "forward", "backward") if layers),
         "### A few tokens, forward",
-        _figure(run, "few-tokens", "forward over frozen by the number of tokens"),
         tables.ratios(run, few, "forward") if few else "",
         "### Memory of one training pass of a layer",
-        _figure(run, "memory", "bytes by the number of tokens"),
         tables.memory(run),
         "### A layer of experts",
         tables.experts(run) or "Not measured in this run.",
@@ -134,35 +124,9 @@ def _run_page(run: Run) -> str:
         tables.partitions(run),
         tables.life_cycle(run),
         "### How cost grows",
-        _figure(run, "scaling", "time by T, N·C, r and K"),
         tables.scaling(run),
     ]
     return "\n\n".join(block.strip() for block in blocks if block.strip())
-
-
-def _profile(run: Run) -> str:
-    """Where a run's own time goes, beside the GEMMs; "" where it was not profiled."""
-    found = tables.profile(run)
-    if not found:
-        return ""
-    return (
-        "Where a goal is missed, this run's profile says where the time goes. GEMMs are the frozen layer's two, those "
-        "of the blocks, and the thin products that build W_eff and ΔW and contract G with A and B. The second column "
-        "is the time that all of these would take at the rate of the frozen layer's two, so the difference to the "
-        "third is what smaller and thinner products lose. The [compiled float32 GEMMs](../../docs/cpu.md) modulate W0 "
-        "and read permuted columns while they copy panels, which counts as GEMM time. Where nothing was compiled (in "
-        "bfloat16, where gathers are not 0.00), torch's operators first copy x, dY and W0's blocks and multiply by W0 "
-        "in a pass of its own (other operators). Time between operators is spent in autograd, the dispatcher and "
-        "Python.\n\n"
-        "The parts of the partition's time are below, profiled in the rounds that were timed. `eigh` is LAPACK's "
-        "([what it does](../../docs/cpu.md#how-long-adding-an-adapter-takes)); its GEMMs are the Gram matrix W0 W0ᵀ "
-        "(the lower half) and W0ᵀ U, whose squares are the columns' energies; the rest squares, sums and sorts."
-        "\n\n" + found
-    )
-
-
-def _figure(run: Run, name: str, words: str) -> str:
-    return f"![{words}]({run.slug}-{name}.svg)"
 
 
 if __name__ == "__main__":

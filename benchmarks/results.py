@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,6 @@ from .machine import EDITED
 from .protocol import Comparison
 
 DIGITS = 5  # of each second that is kept
-COLUMNS = (
-    *("device", "commit", "title", "phase", "provider", "baseline", "rounds"),
-    *("seconds", "seconds_low", "seconds_high", "ratio", "ratio_low", "ratio_high", "doubt", "bytes"),
-)
 
 
 @dataclass(frozen=True)
@@ -35,9 +29,6 @@ class Result:
         load: of the machine, before and after.
         seconds: of each round, by phase and provider.
         bytes: by provider and by what was counted.
-        theory: predicted seconds by provider, where there is a prediction.
-        rates: the machine's, that the prediction used.
-        profile: seconds of one profiled run by provider and kind of operator.
     """
 
     kind: str
@@ -47,9 +38,6 @@ class Result:
     load: Sequence[float] = ()
     seconds: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    theory: Mapping[str, float] = field(default_factory=dict)
-    rates: Mapping[str, float] = field(default_factory=dict)
-    profile: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def comparison(self, phase: str) -> Comparison:
         """The seconds of one phase."""
@@ -117,9 +105,9 @@ def read(path: Path) -> Run:
                 machine=data["machine_info"],
                 commit=_commit(data["commit_info"]),
                 date=data["datetime"][:16].replace("T", " "),
-                results=tuple(Result(**b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]),
+                results=tuple(_result(b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]),
             )
-        return Run(data["machine"], data["commit"], data["date"], tuple(Result(**r) for r in data["results"]))
+        return Run(data["machine"], data["commit"], data["date"], tuple(map(_result, data["results"])))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a run of this benchmark suite: {error!r}") from error
 
@@ -144,25 +132,6 @@ def compact(run: Run) -> str:
     return f'{fields}, "results": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def spreadsheet(run: Run) -> str:
-    """A run as CSV: a row for each phase or size of each provider."""
-    text = io.StringIO()
-    sheet = csv.writer(text, lineterminator="\n")
-    sheet.writerow(COLUMNS)
-    for result in run.results:
-        case = (run.machine["device"], run.commit, result.title)
-        for phase in result.seconds:
-            c = result.comparison(phase)
-            for name, rounds in c.seconds.items():
-                times = (c.time(name), c.ratio(name))
-                numbers = (f"{value:.{DIGITS}g}" for q in times for value in (q.median, q.low, q.high))
-                sheet.writerow((*case, phase, name, c.baseline, len(rounds), *numbers, c.doubt, ""))
-        for name, sizes in result.bytes.items():
-            for kind, size in sizes.items():
-                sheet.writerow((*case, kind, name, *[""] * 9, size))
-    return text.getvalue()
-
-
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,6 +144,12 @@ def write(path: Path, text: str) -> None:
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
+
+
+def _result(found: Mapping[str, Any]) -> Result:
+    """A result without what older runs recorded besides."""
+    known = {field.name for field in fields(Result)}
+    return Result(**{name: value for name, value in found.items() if name in known})
 
 
 def _commit(info: Mapping[str, Any]) -> str:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
-from smoa_kernels.tuning.estimate import Estimate, estimate
-from smoa_kernels.tuning.gpus import GPUS
-
-from .arithmetic import over_frozen
-from .cases import GPU_LAYERS, ONE_BILLION, OTHER_BLOCKS
+from .cases import ONE_BILLION
 from .goals import GOALS
-from .profiles import EIGH, GEMM, KINDS
-from .protocol import ONE_ROUND, Comparison, Quartiles, quartiles
-from .providers import FROZEN, HIRA, LORA, PAPER, SMOA
+from .protocol import ONE_ROUND, Quartiles, quartiles
+from .providers import FROZEN, LORA, PAPER, SMOA
 from .results import Result, Run
-from .theory import log_log_slope
 
 MIB = 2**20
 RANDOM = "SmolLM2-135M's shape, random weights"  # what runs of before the real model's measured
@@ -143,34 +137,20 @@ def partitions(run: Run) -> str:
                 f"{c.time('SVD').median:.3g}",
                 f"{c.time('partition').median:.3g}",
                 ratio(c.ratio("partition"), c.doubt),
-                *_parts(result),
                 str(len(c.seconds["SVD"])),
             )
         )
     svd, ours = (one_billion(run, name) for name in ("SVD", "partition"))
     if svd is not None and ours is not None:
         name = f"all {sum(ONE_BILLION.values())} layers of Llama-3.2-1B's shape, extrapolated"
-        rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}", "–", "–", "–", "–"))
+        rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}", "–"))
     headings = (
         "SVD, s",
         "partition, s",
         "partition over SVD",
-        f"its {EIGH}",
-        f"its {GEMM}",
-        "its rest",
         "rounds",
     )
     return table((run.label, *headings), rows)
-
-
-def _parts(result: Result) -> tuple[str, str, str]:
-    """The profiled times of the partition's eigenvectors, its products and everything else, over the SVD's time."""
-    c, found = result.comparison("partition"), result.profile.get("partition")
-    if not found:
-        return "–", "–", "–"
-    rest = sum(found.values()) - found[EIGH] - found[GEMM]
-    eigh, products, others = (f"{s / c.time('SVD').median:.2f}" for s in (found[EIGH], found[GEMM], rest))
-    return eigh, products, others
 
 
 def one_billion(run: Run, name: str) -> float | None:
@@ -195,51 +175,28 @@ def life_cycle(run: Run) -> str:
     return table((run.label, "inject, s", "save, s", "load, s", "on disk, MiB"), rows)
 
 
-def points(result: Result, name: str) -> Comparison:
-    """The providers of one scaling benchmark at each value: `NAME @ VALUE`."""
-    kept = {f"{n} @ {v}" for n in (name, FROZEN) for v in result.params["values"]}
-    seconds = {key: value for key, value in result.seconds["both"].items() if key in kept}
-    return Comparison(result.baseline, seconds)
-
-
 def scaling(run: Run) -> str:
-    """Log-log slopes of the time and of what it exceeds frozen's by, measured and by the cost model."""
+    """Log-log slopes of the time, and of what it exceeds frozen's by."""
     rows = []
     for result in run.select("scaling"):
-        values, theory = result.params["values"], result.theory
+        values, c = result.params["values"], result.comparison("both")
         for name in (FROZEN, LORA, SMOA):
-            c = points(result, name)
             at = [(f"{name} @ {v}", f"{FROZEN} @ {v}") for v in values]
-            slopes = [
-                log_log_slope(values, [c.time(ours).median for ours, _ in at]),
-                log_log_slope(values, [theory[ours] for ours, _ in at]),
-            ]
+            slopes = [log_log_slope(values, [c.time(ours).median for ours, _ in at])]
             if name != FROZEN:
-                slopes += [
-                    log_log_slope(values, [c.added(*pair).median for pair in at]),
-                    log_log_slope(values, [theory[ours] - theory[base] for ours, base in at]),
-                ]
+                slopes.append(log_log_slope(values, [c.added(*pair).median for pair in at]))
             cells = ["–" if math.isnan(slope) else f"{slope:+.2f}" for slope in slopes]
-            cells += ["–"] * (4 - len(cells))
             axis = marked(f"{result.params['axis']}, {values[0]} to {values[-1]}", result.doubt)
-            rows.append((axis, name, *cells))
-    headings = (f"grows with, {run.label}", "", "time", "predicted", "time over frozen's", "predicted")
-    return table(headings, rows)
+            rows.append((axis, name, *cells, *["–"] * (2 - len(cells))))
+    return table((f"grows with, {run.label}", "", "time", "time over frozen's"), rows)
 
 
-def profile(run: Run) -> str:
-    """One row a layer: what a pass of ours takes by kind of operator, over the whole of frozen's, both profiled.
-
-    Beside it what its GEMMs would take if they multiplied as fast as frozen's.
-    """
-    rows = []
-    for result in run.select("layer"):
-        if result.profile:
-            ours = result.profile[SMOA]
-            whole = sum(result.profile[FROZEN].values())
-            cells = (f"{ours[kind] / whole:.2f}" for kind in KINDS)
-            rows.append((case_name(result), f"{over_frozen(result.params):.2f}", *cells))
-    return table((f"over frozen's pass, {run.label}, profiled", "GEMMs at frozen's rate", *KINDS), rows)
+def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Least-squares slope of log y over log x: the power of x with which y grows; NaN where y is not positive."""
+    if min(y) <= 0:
+        return math.nan
+    slope: float = statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
+    return slope
 
 
 def goals(run: Run) -> str:
@@ -250,43 +207,6 @@ def goals(run: Run) -> str:
         value = "–" if figure is None else ratio(figure.ratio, figure.doubt)
         rows.append((goal.text, f"≤ {goal.limit:.2f}", value, goal.verdict(figure)))
     return table((f"ratio, {run.label}", "goal", "median [quartiles]", ""), rows)
-
-
-def predicted(gpu: str = "h100") -> str:
-    """Forward + backward over frozen by the cost model, for the cases that a GPU run measures and for other blocks.
-
-    Of the kernels alone; in brackets, where it differs, launched one by one from Python.
-    """
-    ways = {
-        LORA: "lora",
-        HIRA: "hira",
-        PAPER: "paper_dense",
-        "SMoA merged": "merged",
-        "SMoA split": "split",
-        "SMoA fused": "fused",
-    }
-    problems = [(case, "", case.problem()) for case in GPU_LAYERS]
-    for case, rule in OTHER_BLOCKS:
-        granularity = rule.granularity((case.out_features, case.in_features))
-        order = f", {rule.block_order}" + (f" in granules of {rule.granule}" if rule.granule > 1 else "")
-        problems.append((case, order, replace(case.problem(), granule=granularity)))
-    rows = []
-    for case, order, problem in problems:
-        frozen, *others = (estimate(problem, GPUS[gpu], way) for way in ("frozen", *ways.values()))
-        cells = []
-        for found in others:
-            device, launched = (
-                f"{of(found) / of(frozen):.2f}" for of in (Estimate.device_seconds, Estimate.seconds)
-            )
-            cells.append(device if device == launched else f"{device} ({launched})")
-            if case.dropout and found.algorithm in ("merged", "fused"):
-                cells[-1] = "–"
-        rows.append((case_name(Result("layer", "", case.record())) + order, *cells))
-    headings = (
-        f"forward + backward over frozen, predicted for {gpu.upper()} (launched from Python)",
-        *(NAMES.get(n, n) for n in ways),
-    )
-    return table(headings, rows)
 
 
 def machine_line(run: Run) -> str:

@@ -14,9 +14,8 @@ from smoa_kernels.definition.precision import has_gemm
 from .cases import BF16, LAYERS, skip_what_loops_multiply
 from .conftest import Measure
 from .gate import check_layers
-from .profiles import by_kind
 from .protocol import DEVICE, Run, laps
-from .providers import FROZEN, SMOA, Case, layer_providers
+from .providers import FROZEN, Case, layer_providers
 from .rotation import Inputs
 
 
@@ -58,5 +57,4 @@ def test_over_frozen(case: Case, smoke: bool, measure: Measure) -> None:
     layers = {name: build(case) for name, build in layer_providers(case, algorithms).items()}
     check_layers(case, layers)
     runs = {name: training_pass(layer, case) for name, layer in layers.items()}
-    profiles = {name: by_kind(runs[name]) for name in (FROZEN, SMOA)} if DEVICE.type == "cpu" else {}
-    measure("layer", title, params, runs, baseline=FROZEN, budget=12, warmup=1, profile=profiles)
+    measure("layer", title, params, runs, baseline=FROZEN, budget=12, warmup=1)

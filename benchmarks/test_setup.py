@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,7 +22,6 @@ from .cases import ONE_BILLION
 from .conftest import Measure
 from .gate import RedGateError
 from .models import RANK, TARGETS, adapter_configs, base_model, model_name
-from .profiles import by_kind
 from .protocol import DEVICE, Run, laps, timed
 from .providers import ACCELERATED, CONTIGUOUS, HIRA, SMOA
 
@@ -32,7 +29,6 @@ BLOCKS = 4
 SHAPES = [(256, 256), (512, 512), (1024, 1024), *ONE_BILLION, (4096, 4096), (4096, 11008)]
 # A round takes from 6 to 80 seconds, and `make bench` is to end within 15 minutes. 4096² has a goal to be judged by.
 LEAST_ROUNDS = {(8192, 2048): 3, (4096, 4096): 5, (4096, 11008): 1}
-PROFILED_FROM = 1024  # the profiler's own time does not show there; below it empties caches that count
 FLOAT64_UP_TO = 1024  # a float64 SVD of a larger weight takes longer than all that is timed here
 
 
@@ -73,13 +69,10 @@ def check(partition: BlockPartition, U: Tensor, sigma: Tensor, Vh: Tensor) -> No
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-def test_partition_over_svd(
-    shape: tuple[int, int], smoke: bool, measure: Measure, benchmark: BenchmarkFixture
-) -> None:
+def test_partition_over_svd(shape: tuple[int, int], smoke: bool, measure: Measure) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn([64, 96] if smoke else shape, generator=generator).to(DEVICE)
     kept: dict[str, Any] = {}
-    parts: list[Mapping[str, float]] = []
 
     def svd() -> None:
         kept["SVD"] = torch.linalg.svd(weight, full_matrices=False)
@@ -87,39 +80,22 @@ def test_partition_over_svd(
     def partition() -> None:
         kept["partition"] = BlockPartition.from_weight(weight, BLOCKS)
 
-    def profiled() -> Mapping[str, float]:
-        """In the very rounds that are timed: a minute later a shared machine is another."""
-        seconds: dict[str, float] = {}
-
-        def run() -> Mapping[str, float]:
-            seconds.update(plain())
-            return seconds
-
-        parts.append(by_kind(run, passes=1))
-        return seconds
-
     def verify() -> None:
         small = min(weight.shape) <= FLOAT64_UP_TO
         exact = torch.linalg.svd(weight.double(), full_matrices=False) if small else kept["SVD"]
         check(kept["partition"], *exact)
 
-    plain = timed("partition", partition)
-    profiling = DEVICE.type == "cpu" and min(shape) >= PROFILED_FROM
-    found = measure(
+    measure(
         "partition",
         f"setup: partition of {shape[0]}x{shape[1]}, float32, K={BLOCKS}",
         {"out_features": shape[0], "in_features": shape[1]},
-        {"SVD": timed("partition", svd), "partition": profiled if profiling else plain},
+        {"SVD": timed("partition", svd), "partition": timed("partition", partition)},
         baseline="SVD",
         budget=5,
         least=LEAST_ROUNDS.get(shape, 3),
         warmup=0 if min(shape) >= 2048 else 1,  # there a cold start is no part of seconds
         verify=verify,
     )
-    if parts:
-        rounds = parts[-len(found["partition"].seconds["partition"]) :]
-        median = {kind: statistics.median(part[kind] for part in rounds) for kind in rounds[0]}
-        benchmark.extra_info["profile"] = {"partition": median}
 
 
 def life_cycle(config: peft.PeftConfig, base: nn.Module, folder: Path) -> Run:

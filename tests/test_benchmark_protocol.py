@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 
@@ -12,8 +11,7 @@ from torch import nn
 
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.memory import allocated, footprint
-from benchmarks.models import adapter_configs, base_model
-from benchmarks.profiles import BETWEEN, COPY, GEMM, KINDS, MASK, by_kind
+from benchmarks.models import adapter_configs
 from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles
 from benchmarks.providers import (
     CONTIGUOUS,
@@ -31,9 +29,7 @@ from benchmarks.providers import (
 from benchmarks.test_layer_throughput import training_pass
 from benchmarks.test_model_step import adapted, check_gradients
 from benchmarks.test_setup import centroids, check
-from benchmarks.theory import log_log_slope, seconds
 from smoa_kernels import BlockPartition
-from smoa_kernels.backends import resolve_backend
 
 pytestmark = pytest.mark.slow
 
@@ -115,11 +111,6 @@ def test_what_is_short_has_several_turns_in_a_round(monkeypatch: pytest.MonkeyPa
     at = calls.index("long") + 1
     assert turns.comparisons()["forward"].seconds == {"short": [(66 - at) / 10], "long": [at]}
     assert 1 < at < 11
-
-
-def test_the_baseline_must_be_one_of_the_variants() -> None:
-    with pytest.raises(ValueError, match=r"baseline must be one of a, b, got 'c'"):
-        Turns({"a": dict, "b": dict}, "c")
 
 
 def test_laps_are_timed_apart() -> None:
@@ -219,36 +210,3 @@ def test_footprint_of_a_frozen_layer_is_y_and_dx() -> None:
     y, dx = 4 * 24 * 96, 4 * 24 * 80
     assert (found.saved, found.peak) == (0, y + dx)
     assert (found.forward_workspace, found.backward_workspace) == (0, 0)
-
-
-def test_a_model_that_is_not_installed_is_said_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise FileNotFoundError("pip install it")
-
-    monkeypatch.setattr("benchmarks.models.cached_model", missing)
-    with pytest.raises(pytest.skip.Exception, match="SmolLM2-135M is not installed: pip install it"):
-        base_model(smoke=False)
-    assert base_model(smoke=True).config.vocab_size == 256
-
-
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="profiles are taken on the CPU")
-def test_a_profile_tells_gemms_from_copies_and_masks() -> None:
-    found = by_kind(training_pass(frozen(CASE), CASE))
-    assert set(found) == set(KINDS)
-    assert min(found[GEMM], found[BETWEEN]) > 0 == found[COPY] == found[MASK]
-    dropped = replace(CASE, dropout=0.05)
-    for backend in ("eager", "auto"):
-        ours = by_kind(training_pass(smoa(backend=backend)(dropped), dropped))
-        copied = ours.pop(COPY)
-        assert min(ours.values()) > 0
-        assert (copied > 0) == (resolve_backend(backend, DEVICE, dropped.dtype, dropped.rank) == "eager")
-
-
-def test_slope_is_the_power() -> None:
-    assert log_log_slope([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)
-    assert math.isnan(log_log_slope([1, 2], [1.0, -1.0]))
-
-
-def test_theory_is_the_cost_models_parts_at_the_given_rates() -> None:
-    # Where bytes are free, frozen takes two GEMMs; a GEMM of 2·T·N·C flops at 1 flop/s takes as many seconds.
-    assert seconds(CASE, "frozen", 1.0, math.inf) == 2 * 2 * 24 * 96 * 80

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..plots import STYLES, svg
+from ..plots import COLOURS, svg
 from ..providers import HIRA, LORA, SMOA
 from .analysis import Study
 from .methods import BY_NAME, METHODS, SCALINGS
@@ -15,7 +15,7 @@ from .study import best_rate
 from .tasks import Task
 
 PANEL = 3.0  # inches
-BASE = {"none": "#777777", "lora": STYLES[LORA][0], "hira": STYLES[HIRA][0], "smoa": STYLES[SMOA][0]}
+BASE = {"none": "#777777", "lora": COLOURS[LORA], "hira": COLOURS[HIRA], "smoa": COLOURS[SMOA]}
 RANDOM, CONTIGUOUS, GRANULES = "#D55E00", "#56B4E9", "#CC79A7"
 DASHES = {
     "LoRA, r=4": "--",
