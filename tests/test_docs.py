@@ -137,18 +137,17 @@ def group() -> Iterator[None]:
 
 
 def test_every_example_is_run_below() -> None:
-    found = [page.relative_to(ROOT).as_posix() for page in PAGES if FENCED.search(page.read_text("utf-8"))]
-    assert found == [
-        *(
-            "README.md",
-            "docs/distributed.md",
-            "docs/hira.md",
-            "docs/index.md",
-            "docs/peft.md",
-            "docs/tour.md",
-        ),
+    found = {page.relative_to(ROOT).as_posix() for page in PAGES if FENCED.search(page.read_text("utf-8"))}
+    assert found == {
+        "README.md",
+        "docs/distributed.md",
+        "docs/experts.md",
+        "docs/hira.md",
+        "docs/index.md",
+        "docs/peft.md",
+        "docs/tour.md",
         "docs/trl.md",  # in tests/trl/test_sft.py
-    ]
+    }
 
 
 def test_the_first_layer_and_the_tour_run() -> None:
@@ -179,6 +178,16 @@ def test_the_examples_of_peft_run(
     run(several, **run(train))
     pytest.importorskip("bitsandbytes", reason="a 4-bit base needs bitsandbytes")
     assert any("smoa" in name for name, _ in run(four_bit)["model"].named_parameters())
+
+
+def test_the_example_of_experts_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="the examples with PEFT need the peft extra")
+    from tiny_experts import tiny_experts
+
+    monkeypatch.chdir(tmp_path)
+    tiny_experts().save_pretrained("path/to/moe-model")
+    (code,) = examples("docs/experts.md")
+    assert any("experts" in name and "smoa" in name for name, _ in run(code)["model"].named_parameters())
 
 
 def test_the_example_of_hira_runs() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
 from benchmarks.experts_cost import (
@@ -17,7 +14,6 @@ from benchmarks.experts_cost import (
 from smoa_kernels.tuning.gpus import GPUS
 
 H100 = GPUS["h100"]
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "experts.md"
 
 
 def over_frozen(model: str, tokens: int, way: str, rank: int = 16) -> float:
@@ -41,19 +37,9 @@ def test_few_pairs_cost_what_reading_the_weights_costs() -> None:
     assert one.device_seconds("forward") * 1e6 == pytest.approx(8 * 1536 * 2048 * 2 / 2.9e6 + 2.3, rel=0.01)
 
 
-def test_the_page_shows_what_is_predicted() -> None:
-    rows = re.findall(
-        r"^\| ([\w.-]+), (\d+) tokens \|(.+)\|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert len(rows) == 2 * len(MOE_MODELS)
-    for model, tokens, cells in rows:
-        shown = [float(cell.strip(" *")) for cell in cells.split("|")]
-        assert shown == [round(over_frozen(model, int(tokens), way), 2) for way in EXPERTS_WAYS[1:]]
-
-
 @pytest.mark.parametrize("tokens", [2048, 8192])
 @pytest.mark.parametrize("model", MOE_MODELS)
-def test_what_the_page_says_of_ranks(model: str, tokens: int) -> None:
+def test_ranks_change_little(model: str, tokens: int) -> None:
     for way in EXPERTS_WAYS:
         assert over_frozen(model, tokens, way, rank=8) == pytest.approx(
             over_frozen(model, tokens, way), abs=0.04
