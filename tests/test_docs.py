@@ -69,8 +69,52 @@ def test_files_in_backticks(page: Path) -> None:
             assert any((root / text).exists() for root in (ROOT, ROOT / "smoa_kernels", page.parent)), text
 
 
-def test_the_readme_is_read_in_one_sitting() -> None:
+MOST_WORDS = {
+    "README.md": 900,
+    "CHANGELOG.md": 500,
+    "docs/choosing.md": 1_200,
+    "docs/cpu.md": 1_000,
+    "docs/experts.md": 1_000,
+    "docs/gpu.md": 1_500,
+    "docs/numerics.md": 1_300,
+    "docs/peft.md": 1_000,
+    "docs/scaling.md": 700,
+}
+
+
+@pytest.mark.parametrize("page", MOST_WORDS)
+def test_a_page_is_read_in_one_sitting(page: str) -> None:
+    assert len((ROOT / page).read_text(encoding="utf-8").split()) <= MOST_WORDS[page]
+
+
+def test_the_pages_are_read_in_a_day() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+    guides, internals = (
+        sum(len(page.read_text("utf-8").split()) for page in pages) for pages in (GUIDES, INTERNALS)
+    )
+    assert guides <= 15_000
+    assert internals <= 3_000
+
+
+# Notes of the laboratory: they belong to benchmarks/results and docs/internals, history belongs to git.
+NOTES = re.compile(
+    r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*[0-9])[0-9a-f]{7,40}\b"  # a commit
+    r"|EPYC|Xeon|Ryzen|\bfamily \d|\bmodel \d|Zen \d"  # a processor's model
+    r"|[Ss]upersede|\b(?:the code|it was|than|as|measured) before\b|\| *before *\|"  # how a figure once was
+    r"|\bgoals? (?:was |were |is |are )?(?:met|missed)|\b(?:met|missed) (?:by|the goal)"
+)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", *(f"docs/{page.name}" for page in GUIDES)])
+def test_guides_are_no_laboratory_notes(page: str) -> None:
+    found = NOTES.search((ROOT / page).read_text(encoding="utf-8"))
+    assert not found, found[0]
+
+
+@every_page
+def test_code_fits_the_sites_width(page: Path) -> None:
+    for code in re.findall(r"^```\w+\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        assert max(map(len, code.splitlines())) <= 92, code
 
 
 def test_the_sites_menu_has_every_page() -> None:
