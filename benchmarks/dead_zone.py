@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, smoa_linear
-from smoa_kernels.peft.rounding import round_stochastically
+from smoa_kernels.adapter_folder.rounding import round_stochastically
 
 FEATURES, TOKENS, RANK = 1024, 2048, 8
 DELTAS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]

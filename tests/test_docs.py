@@ -236,7 +236,7 @@ def test_the_example_of_experts_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_example_of_hira_runs() -> None:
     pytest.importorskip("peft", reason="the examples with PEFT need the peft extra")
-    from smoa_kernels.peft.hira_layer import AcceleratedLinear
+    from smoa_kernels.peft.hira.layer import AcceleratedLinear
 
     (code,) = examples("docs/hira.md")
     assert isinstance(run(code)["model"].get_submodule("base_model.model.0"), AcceleratedLinear)

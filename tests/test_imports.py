@@ -20,6 +20,7 @@ ORDER = (
     ("experts", "functional"),
     ("layer_checks", "layer_state", "layers", ""),  # "": smoa_kernels itself
     ("tuning", "distributed"),
+    ("adapter_folder",),
     ("peft",),
     ("cli",),
 )
@@ -43,12 +44,13 @@ NAMED = {
 LATE = NAMED | {
     **{("kernels", f"kernels.{name}"): "imports Triton" for name in [*KERNELS, "spec"]},
     ("audit.run", "audit.compile"): "imports Triton, which a worker sets up before",
-    ("peft.hira", "peft.hira_quantized"): "imports bitsandbytes",
+    ("adapter_folder.base_model", "adapter_folder.architecture"): "imports transformers",
+    ("peft.hira.accelerate", "peft.hira.quantized"): "imports bitsandbytes",
     ("cli", "cli.app"): "typer and rich are an extra",
     ("cli.info", "kernels.table"): "imports Triton",
-    ("cli.convert", "peft.convert"): "PEFT is an extra",
-    ("cli.inspect", "peft.inspection"): "PEFT is an extra",
-    ("cli.merge", "peft.merged_folder"): "PEFT is an extra",
+    ("cli.convert", "peft.folder.convert"): "PEFT is an extra",
+    ("cli.inspect", "adapter_folder.inspecting"): "safetensors is an extra",
+    ("cli.merge", "adapter_folder.merged_folder"): "safetensors is an extra",
     ("cli.tune", "cli.tune_run"): "imports Triton",
 }
 

@@ -17,7 +17,7 @@ from places import FullDisk, adapted, base, contents, full_disk, kill_at, mounte
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tuning"))
 from tuning_cases import PERMUTE, forget, permute_entry
 
-from smoa_kernels.peft.inspection import inspect_adapter
+from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 
 SLOW = pytest.mark.slow
 

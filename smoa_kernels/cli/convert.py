@@ -26,7 +26,7 @@ def convert(
 ) -> None:
     """Convert a HiRA adapter of PEFT into an SMoA adapter with one block, or the other way round."""
     try:
-        from ..peft.convert import convert_adapter
+        from ..peft.folder.convert import convert_adapter
     except ImportError as error:
         raise ValueError(str(error)) from error
     with progress_of("converting") as progress:

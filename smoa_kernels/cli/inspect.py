@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from rich.table import Table
 from .output import console, progress_of, write_json
 
 if TYPE_CHECKING:
-    from ..peft.inspection import AdapterReport, LayerReport
+    from ..adapter_folder.inspecting import AdapterReport, LayerReport
 
 __all__ = ["inspect"]
 
@@ -24,11 +25,12 @@ def inspect(
     base: Annotated[
         Path | None, typer.Option(help="Folder of a base model: does the adapter fit it? Exits 1 if not.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the same as JSON.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="A row for every layer.")] = False,
+    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write every layer as JSON.")] = None,
 ) -> None:
-    """Show an adapter's layers, ranks, blocks, parameters, and the fingerprints of the base weights."""
+    """Show an adapter's layers, ranks, blocks and parameters; with --full, the fingerprints of the base weights."""
     try:
-        from ..peft.inspection import inspect_adapter
+        from ..adapter_folder.inspecting import inspect_adapter
     except ImportError as error:
         raise ValueError(str(error)) from error
     with progress_of("comparing") as progress:
@@ -36,7 +38,7 @@ def inspect(
     if json is not None:
         write_json(json, _as_json(report))
     out = console()
-    out.print(_table(report))
+    out.print(_every_layer(report) if full else _kinds(report))
     out.print(_summary(folder, report), highlight=False, soft_wrap=True)
     if report.fits is not None:
         out.print(_verdict(report.layers, base), highlight=False, soft_wrap=True)
@@ -44,41 +46,60 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _table(report: AdapterReport) -> Table:
+def _every_layer(report: AdapterReport) -> Table:
+    table = _table("layer", "fingerprint", report)
+    for layer in report.layers:
+        _add_row(table, layer.name, layer, layer.parameters, layer.fingerprint, [layer])
+    return table
+
+
+def _kinds(report: AdapterReport) -> Table:
+    """A row for the layers that differ in the numbers in their names alone."""
+    kinds = defaultdict(list)
+    for layer in report.layers:
+        kinds[layer.kind, layer.shape, layer.ranks].append(layer)
+    table = _table("kind of layer", "layers", report)
+    for (kind, _, _), layers in kinds.items():
+        parameters = sum(layer.parameters for layer in layers)
+        _add_row(table, kind, layers[0], parameters, str(len(layers)), layers)
+    return table
+
+
+def _table(first: str, last: str, report: AdapterReport) -> Table:
     table = Table(show_edge=False)
-    table.add_column("layer", overflow="fold")
+    table.add_column(first, overflow="fold")
     table.add_column("shape", justify="right")
     table.add_column("K", justify="right")
     table.add_column("ranks", justify="right", overflow="fold")
     table.add_column("parameters", justify="right")
-    table.add_column("fingerprint")
+    table.add_column(last, justify="right")
     if report.fits is not None:
         table.add_column("base", overflow="fold")
-    for layer in report.layers:
-        table.add_row(
-            layer.name,
-            "×".join(map(str, layer.shape)),
-            str(layer.num_blocks),
-            " ".join(map(str, layer.ranks)),
-            f"{layer.parameters:,}",
-            layer.fingerprint,
-            *([] if layer.fits is None else [_fit(layer)]),
-        )
     return table
 
 
-def _fit(layer: LayerReport) -> str:
-    distance = layer.base_distance
+def _add_row(
+    table: Table, name: str, like: LayerReport, parameters: int, last: str, layers: Sequence[LayerReport]
+) -> None:
+    shape, ranks = "×".join(map(str, like.shape)), " ".join(map(str, like.ranks))
+    fit = [] if like.fits is None else [_fit(layers)]
+    table.add_row(name, shape, str(like.num_blocks), ranks, f"{parameters:,}", last, *fit)
+
+
+def _fit(layers: Iterable[LayerReport]) -> str:
+    """How the layer that fits the base least fits it."""
+    worst = max(layers, key=lambda layer: (not layer.fits, layer.base_distance))
+    distance = worst.base_distance
     if distance is None or math.isinf(distance):
         return "✗ lacks it in this shape"
-    expert = "" if layer.worst_expert is None else f" (expert {layer.worst_expert})"
-    return f"{'✓' if layer.fits else '✗'} differs by {distance:.1%}{expert}"
+    expert = "" if worst.worst_expert is None else f" (expert {worst.worst_expert})"
+    return f"{'✓' if worst.fits else '✗'} differs by {distance:.1%}{expert}"
 
 
 def _summary(folder: Path, report: AdapterReport) -> str:
     text = (
         f"{folder}: {len(report.layers)} layers, {report.parameters:,} parameters, {report.file_size:,} bytes, "
-        f"format {report.config.format_version}."
+        f"format {report.config.get('format_version')}."
     )
     others = len(report.other_tensors)
     return f"{text} Beside them: {', '.join(report.other_tensors)}." if others else text
@@ -93,7 +114,7 @@ def _verdict(layers: Sequence[LayerReport], base: Path | None) -> str:
 
 def _as_json(report: AdapterReport) -> dict[str, Any]:
     return {
-        "config": {key: sorted(v) if isinstance(v, set) else v for key, v in report.config.to_dict().items()},
+        "config": report.config,
         "layers": [
             {
                 **asdict(layer),

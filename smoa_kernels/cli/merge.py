@@ -38,7 +38,7 @@ def merge(
     if dtype is not None:
         check_choice("--dtype", dtype, _DTYPES)
     try:
-        from ..peft.merged_folder import merge_to_folder
+        from ..adapter_folder.merged_folder import merge_to_folder
     except ImportError as error:
         raise ValueError(str(error)) from error
     with progress_of("merging") as progress:

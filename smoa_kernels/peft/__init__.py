@@ -18,20 +18,20 @@ except ImportError as error:
         "smoa_kernels.peft needs PEFT and transformers: pip install 'smoa-kernels[peft]'"
     ) from error
 
+from ..adapter_folder.merged_folder import MergeReport, merge_to_folder
+from ..adapter_folder.merging import merged_weights
 from .config import SMoAConfig
-from .convert import convert_adapter, hira_to_smoa, smoa_to_hira
-from .experts import Experts
-from .experts_weight import ExpertsWeight
-from .hira import HiraReport, accelerate_hira, decelerate_hira
+from .experts.experts import Experts
+from .experts.weight import ExpertsWeight
+from .folder.convert import convert_adapter, hira_to_smoa, smoa_to_hira
+from .folder.hotswap import hotswap
+from .folder.loading import install_checked_load, install_named_read
+from .folder.saving import install_atomic_save
+from .hira.accelerate import HiraReport, accelerate_hira, decelerate_hira
 from .injection import SMoAModel
 from .layer import SMoALayer
 from .linear import Linear
-from .loading import install_checked_load, install_named_read
-from .merged_folder import MergeReport, merge_to_folder
-from .merging import merged_weights
 from .peft_type import PEFT_TYPE
-from .saving import install_atomic_save
-from .swapping import hotswap
 
 __all__ = [
     "Experts",

@@ -16,11 +16,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..adapter_folder.settings import FORMAT_VERSION
 from ..checks import check_choice, check_finite
-from ..definition.packed import PackedAdapter, pack_factors, padding_masks, unpack_factors
+from ..definition.packed import PackedAdapter, padding_masks
 from ..definition.partition import BlockPartition
-from ..definition.ranks import split_rank
-from .config import FORMAT_VERSION, SMoAConfig
+from .config import SMoAConfig
 
 __all__ = [
     "check_combination",
@@ -36,12 +36,10 @@ def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = 
     """The adapter whose ΔW is the sum of `parts`'; differentiable in their factors.
 
     Args:
-        parts: adapters over one weight, at least one. Partitions that agree must be the same object.
+        parts: adapters over one weight. Partitions that agree must be the same object.
         whole: the partition of a single block, where the caller has it.
     """
     first = parts[0]
-    if len(parts) == 1:
-        return first
     dtype = first.A.dtype
     for part in parts:
         dtype = torch.promote_types(dtype, part.A.dtype)
@@ -69,32 +67,8 @@ def single_block(like: BlockPartition) -> BlockPartition:
 
 @torch.no_grad()
 def concatenate_adapters(parts: Sequence[PackedAdapter], weights: Sequence[float]) -> PackedAdapter:
-    """Make the adapter with s = 1 whose ΔW is `Σ_i w_i ΔW_i`; its ranks add up block by block.
-
-    Where the partitions do not agree, it has a single block of rank `Σ_i r_i`. Ranks that `split_rank` would not give
-    are padded with zeros, since the combined configuration names only r and K.
-    """
-    whole = single_block(parts[0].partition)
-    if not all(part.partition == parts[0].partition for part in parts):
-        parts = [_as_single_block(part, whole) for part in parts]
-    partition = parts[0].partition
-    A_blocks: list[list[Tensor]] = [[] for _ in range(partition.num_blocks)]
-    B_blocks: list[list[Tensor]] = [[] for _ in range(partition.num_blocks)]
-    for part, w in zip(parts, weights, strict=True):
-        # The order of coordinates within a block must be one that the parts share.
-        unpacked = unpack_factors(part.A, part.B * (w * part.scaling).to(part.B.dtype), partition, part.ranks)
-        for k, (A_k, B_k) in enumerate(zip(*unpacked, strict=True)):
-            A_blocks[k].append(A_k)
-            B_blocks[k].append(B_k)
-    ranks = [sum(A_k.shape[0] for A_k in blocks) for blocks in A_blocks]
-    if split_rank(sum(ranks), len(ranks)) != ranks:
-        ranks = [max(ranks)] * len(ranks)
-    A, B, packed_ranks = pack_factors(
-        [_padded(torch.cat(A_k), rank, 0) for A_k, rank in zip(A_blocks, ranks, strict=True)],
-        [_padded(torch.cat(B_k, 1), rank, 1) for B_k, rank in zip(B_blocks, ranks, strict=True)],
-        partition,
-    )
-    return PackedAdapter(parts[0].weight, A, B, partition, packed_ranks, torch.ones_like(parts[0].scaling))
+    """Make the adapter with s = 1 whose ΔW is `Σ_i w_i ΔW_i`; each block's rank is the sum of the parts' largest."""
+    return sum_adapters([replace(p, scaling=p.scaling * w) for p, w in zip(parts, weights, strict=True)])
 
 
 @torch.no_grad()
@@ -118,20 +92,6 @@ def interpolate_factors(parts: Sequence[PackedAdapter], weights: Sequence[float]
         A += A_i * root
         B += B_i * (root if share >= 0 else -root)
     return PackedAdapter(first.weight, A, B, first.partition, first.ranks, torch.ones_like(first.scaling))
-
-
-def _as_single_block(part: PackedAdapter, whole: BlockPartition) -> PackedAdapter:
-    """The same ΔW as an adapter of one block, factors zero outside the blocks that they came from."""
-    A, B = part.expanded_factors(torch.promote_types(part.A.dtype, torch.float32))
-    ranks = torch.tensor([A.shape[0]], dtype=torch.int32, device=A.device)
-    A, B = A.to(part.A.dtype), B.to(part.B.dtype)
-    return PackedAdapter(part.weight, A, B, whole, ranks, torch.ones_like(part.scaling))
-
-
-def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
-    shape = list(factor.shape)
-    shape[dim] = rank - shape[dim]
-    return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 
 def _masked(part: PackedAdapter) -> tuple[Tensor, Tensor]:

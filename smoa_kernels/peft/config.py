@@ -1,66 +1,25 @@
-"""`SMoAConfig`, which PEFT saves as `adapter_config.json`, and `LayerSettings`, what it says about one layer."""
+"""`SMoAConfig`, which PEFT saves as `adapter_config.json`."""
 
 from __future__ import annotations
 
-import functools
-import math
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME
 
-from ..backends import ALGORITHM_CHOICES, BACKEND_CHOICES
-from ..checks import MOST_BLOCKS, MOST_COORDINATES, MOST_RANKS, check_choice, check_finite, check_path, shown
-from ..definition.block_rule import BLOCK_ORDERS, BlockRule
-from ..definition.ranks import resolve_ranks
-from .folders import check_weights, read_json
+from ..adapter_folder.reading import CONFIG_NAME, read_weights
+from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, check_bool
+from ..adapter_folder.writing import replacing
+from ..checks import check_path
 from .peft_type import PEFT_TYPE
-from .saving import check_seal, replacing
 
-__all__ = ["FORMAT_VERSION", "LayerSettings", "SMoAConfig"]
-
-# Version of the adapter folder's format, raised when older releases cannot read what newer ones write. Version 1 was
-# never released.
-FORMAT_VERSION = 2
-
-_BIASES = ("none", "all", "smoa_only")
-
-
-class LayerSettings(NamedTuple):
-    """A configuration's settings for one layer, its patterns applied.
-
-    Attributes:
-        r: rank budget.
-        rule: how blocks are made, K among it.
-        block_ranks: rank of each block, or None to share r evenly.
-        alpha: numerator of the scaling; r when None.
-        config: everything that is the same for all layers.
-    """
-
-    r: int
-    rule: BlockRule
-    block_ranks: Sequence[int] | None
-    alpha: float | None
-    config: SMoAConfig
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """r_k of each block."""
-        return resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
-
-    @property
-    def scaling(self) -> float:
-        """s = alpha / r, or alpha / √r."""
-        alpha = self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+__all__ = ["SMoAConfig"]
 
 
 @dataclass
-class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not followed
+class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's types are not followed
     """Configuration of SMoA adapters, named as PEFT's other configurations name things.
 
     Args:
@@ -109,139 +68,14 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         ('SMOA', ['q_proj', 'v_proj'])
     """
 
-    r: int = 8
-    target_modules: list[str] | set[str] | str | None = None
-    target_parameters: list[str] | None = None
-    num_blocks: int = 2
-    block_ranks: list[int] | None = None
-    smoa_alpha: float | None = None
-    smoa_dropout: float = 0.0
-    use_rslora: bool = False
-    init_weights: bool = True
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    modules_to_save: list[str] | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    num_blocks_pattern: dict[str, int] = field(default_factory=dict)
-    block_order: str = "spectral"
-    granule: int = 1
-    block_seed: int = 0
-    block_order_pattern: dict[str, str] = field(default_factory=dict)
-    granule_pattern: dict[str, int] = field(default_factory=dict)
-    algorithm: str = "auto"
-    backend: str = "auto"
-    strict_base: bool = False
-    format_version: int | None = None
-    weights_sha256: str | None = None
-
     def __post_init__(self) -> None:
-        super().__post_init__()
+        PeftConfig.__post_init__(self)
         self.peft_type = PEFT_TYPE
-        self._check_format()
-        if self.block_ranks is not None and not isinstance(self.block_ranks, (list, tuple)):
-            raise TypeError(f"block_ranks must be a list of ints, got {shown(self.block_ranks)}")
-        resolve_ranks(self.r, self.num_blocks, self.block_ranks)
-        BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed).check()
-        for pattern, names, most in (
-            ("rank_pattern", "r", MOST_RANKS),
-            ("num_blocks_pattern", "num_blocks", MOST_BLOCKS),
-            ("granule_pattern", "granule", MOST_COORDINATES),
-        ):
-            for key, value in _mapping(pattern, getattr(self, pattern)).items():
-                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                    raise ValueError(
-                        f"{pattern}[{shown(key)}] must be an int of at least 1 ({names}) and at most {most}, got "
-                        f"{shown(value)}"
-                    )
-        for key, value in _mapping("block_order_pattern", self.block_order_pattern).items():
-            check_choice(f"block_order_pattern[{shown(key)}]", value, BLOCK_ORDERS)
-        if self.smoa_alpha is not None:
-            check_finite("smoa_alpha", self.smoa_alpha)
-        for key, value in _mapping("alpha_pattern", self.alpha_pattern).items():
-            check_finite(f"alpha_pattern[{shown(key)}]", value)
-        check_finite("smoa_dropout", self.smoa_dropout)
-        if not 0.0 <= self.smoa_dropout < 1.0:
-            raise ValueError(f"smoa_dropout must lie in [0, 1), got {self.smoa_dropout}")
-        if self.smoa_dropout and self.target_parameters:
-            raise ValueError(
-                f"smoa_dropout must be 0 where target_parameters are adapted, got {self.smoa_dropout}"
-            )
-        for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode"):
-            _check_bool(name, getattr(self, name))
-        lists = ("modules_to_save", "target_parameters")
-        for name in ("target_modules", "exclude_modules", "layers_pattern", *lists):
-            # Where PEFT expects a list, it would look for the single letters of a str.
-            _check_items(name, getattr(self, name), str, alone=name not in lists)
-        _check_items("layers_to_transform", self.layers_to_transform, int, alone=True)
-        for name, allowed in (
-            ("bias", _BIASES),
-            ("algorithm", ALGORITHM_CHOICES),
-            ("backend", BACKEND_CHOICES),
-        ):
-            check_choice(name, getattr(self, name), allowed)
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                setattr(self, name, set(value))
-            elif isinstance(value, str):
-                _check_regex(name, value)
-        for name in self.modules_to_save or ():  # PEFT matches it as a regular expression and as a suffix
-            _check_regex("modules_to_save", name)
-            if not name:
-                raise ValueError("modules_to_save must hold names of modules, got ''")
-        if self.target_parameters is not None:
-            self.target_parameters = sorted(set(self.target_parameters))
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
-            )
-
-    @property
-    def is_from_file(self) -> bool:
-        """Whether this came from a saved adapter, whose weights and block labels are about to be loaded."""
-        return self.format_version is not None
+        AdapterSettings.__post_init__(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields to save, with this release's format version; saving the weights fills in their SHA-256."""
         return {**super().to_dict(), "format_version": FORMAT_VERSION, "weights_sha256": None}
-
-    def for_layer(self, name: str) -> LayerSettings:
-        """The settings of one layer.
-
-        Args:
-            name: path of the layer in the base model.
-
-        Example:
-            >>> SMoAConfig(r=8, rank_pattern={"q_proj": 4}).for_layer("layers.0.q_proj").r
-            4
-        """
-        r = _matching(self.rank_pattern, name, self.r)
-        rule = BlockRule(
-            _matching(self.num_blocks_pattern, name, self.num_blocks),
-            _matching(self.block_order_pattern, name, self.block_order),
-            _matching(self.granule_pattern, name, self.granule),
-            self.block_seed,
-        )
-        usual = (r, rule.num_blocks) == (self.r, self.num_blocks)
-        alpha = _matching(self.alpha_pattern, name, self.smoa_alpha)
-        return LayerSettings(r, rule, self.block_ranks if usual else None, alpha, self)
-
-    def unmatched_patterns(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """Keys that match none of these layers, sorted, for each pattern that has such keys."""
-        found = {}
-        for pattern in ("rank", "alpha", "num_blocks", "block_order", "granule"):
-            keys = getattr(self, f"{pattern}_pattern")
-            missed = sorted(key for key in keys if not any(_end(key).match(name) for name in names))
-            if missed:
-                found[f"{pattern}_pattern"] = missed
-        return found
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; an interrupted save leaves the old one.
@@ -281,7 +115,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
         file = os.path.join(folder, CONFIG_NAME)
         strict_base = kwargs.pop("strict_base", None)
         if strict_base is not None:
-            _check_bool("strict_base", strict_base)
+            check_bool("strict_base", strict_base)
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (KeyError, TypeError, ValueError) as error:
@@ -290,76 +124,7 @@ class SMoAConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not foll
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{file}: {error}") from error
         if isinstance(config, cls):
-            check_weights(folder, lambda name: config.for_layer(name).r)
-            check_seal(folder, config.weights_sha256)
+            read_weights(Path(folder), config)
             if strict_base is not None:
                 config.strict_base = strict_base
         return cast(SMoAConfig, config)
-
-    @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read the JSON object in the file `path_json_file`.
-
-        Raises:
-            ValueError: the file is too large, or does not hold a JSON object.
-        """
-        read_json(path_json_file)  # which checks it
-        return cast("dict[str, Any]", super().from_json_file(path_json_file, **kwargs))
-
-    def _check_format(self) -> None:
-        if not isinstance(self.weights_sha256, (str, type(None))):
-            raise ValueError(f"weights_sha256 must be a str, got {shown(self.weights_sha256)}")
-        version = self.format_version
-        if version is None:
-            return
-        if isinstance(version, bool) or not isinstance(version, int):
-            raise ValueError(f"format_version must be an int, got {shown(version)}")
-        if version != FORMAT_VERSION:
-            newer = version > FORMAT_VERSION
-            raise ValueError(
-                f"format_version {version} of the adapter is {'newer' if newer else 'older'} than what this release "
-                f"reads ({FORMAT_VERSION}): {'update smoa-kernels' if newer else 'train the adapter anew'}"
-            )
-
-
-def _matching(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    found = (value for key, value in pattern.items() if _end(key).match(name))
-    return next(found, pattern.get(name, default))
-
-
-# Every layer asks for every key of every pattern: compiled once, it takes seconds and not hours.
-@functools.lru_cache(maxsize=2**16)
-def _end(key: str) -> re.Pattern[str]:
-    """The expression that PEFT's `get_pattern_key` matches layer names with."""
-    return re.compile(rf"(.*\.)?({key})$")
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {shown(value)}")
-
-
-def _check_items(name: str, value: Any, kind: type, *, alone: bool) -> None:
-    """Raise unless `value` is None, a list (set, tuple) of `kind`, or, where it may stand `alone`, a single one."""
-    if value is None or (alone and type(value) is kind):
-        return
-    if not isinstance(value, (list, set, tuple)) or any(type(item) is not kind for item in value):
-        what = {str: "names", int: "indices"}[kind]
-        raise TypeError(f"{name} must be a list of {what}{', or one' if alone else ''}, got {shown(value)}")
-
-
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict from layer names to values, got {shown(value)}")
-    for key in value:
-        _check_regex(f"a key of {name}", key)
-    return dict(value)
-
-
-def _check_regex(name: str, pattern: Any) -> None:
-    if not isinstance(pattern, str):  # what is compiled, or bytes, no JSON file can hold
-        raise ValueError(f"{name} must be a regular expression, got {shown(pattern)}: not a str")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} must be a regular expression, got {shown(pattern)}: {error}") from error

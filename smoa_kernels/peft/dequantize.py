@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -28,54 +27,40 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from ..definition.precision import without_autocast
 
-__all__ = ["ScratchPool", "dequantized", "keep_packing", "quantization_of", "read_weight"]
+__all__ = ["dequantized", "keep_packing", "quantization_of", "read_weight"]
 
 # Puts rows first..last-1 of W0 into a tensor of their shape.
 Reader = Callable[[int, int, Tensor], object]
 
 
-class ScratchPool:
-    """Lends buffers by device, stream and dtype, and keeps them: as many as were lent at once, as large as asked for.
+# Free buffers of CPUs, as many as were needed at once, as large as asked for. A GPU's memory is kept by torch.
+_FREE: list[Tensor] = []
 
-    While a buffer is lent, nobody else gets it: a product inside another's block (a recomputation in backward) or in
-    another thread gets its own. A returned buffer is lent again on its stream only, after the work that read it.
 
-    While a CUDA graph is captured, nothing is lent from the pool and nothing is kept. A buffer is newly allocated then,
-    in the graph's own memory: graphs that shared one would overwrite each other's W0 where their replays overlap.
+@contextmanager
+def _scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Lend an uninitialised contiguous tensor, which nothing may refer to after the block.
+
+    A CPU's buffer is kept: a new one of 64 MB comes from the system page by page, which takes as long as filling it.
+    While it is lent, nobody else gets it: a product inside another's block (a recomputation in backward) or in another
+    thread gets its own.
     """
-
-    def __init__(self) -> None:
-        self._free: defaultdict[tuple[object, ...], list[Tensor]] = defaultdict(list)
-
-    @contextmanager
-    def borrow(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-        """Lend an uninitialised contiguous tensor, which nothing may refer to after the block."""
-        free = [] if _capturing(device) else self._free[device, dtype, _stream(device)]
-        size = math.prod(shape)
-        try:
-            buffer = free.pop()
-        except IndexError:
-            buffer = None
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        buffer = _FREE.pop() if device.type == "cpu" else None
+    except IndexError:
+        buffer = None
+    with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
         if buffer is None or buffer.numel() < size:
-            with torch.inference_mode(False):  # a buffer made in that mode cannot be written outside of it
-                buffer = torch.empty(size, dtype=dtype, device=device)
-        try:
-            yield buffer[:size].view(*shape)
-        finally:
-            free.append(buffer)
+            buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        lent = buffer[:size].view(dtype).view(*shape)
+    try:
+        yield lent
+    finally:
+        if device.type == "cpu":
+            _FREE.append(buffer)
 
 
-def _stream(device: torch.device) -> object:
-    if device.type not in ("cuda", "xpu"):
-        return None
-    return torch.get_device_module(device).current_stream(device).stream_id
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-_SCRATCH = ScratchPool()
 # torchao raises it, and PEFT passes it on, where a packing has no operator that gives W0 back. Then W0 is read as a
 # product with the identity.
 _LACKS_OPERATOR = NotImplementedError
@@ -139,13 +124,13 @@ def read_weight(backend: QuantizationBackend, base: Any) -> Tensor:
 def dequantized(backend: QuantizationBackend, base: Any, dtype: torch.dtype) -> Iterator[Tensor]:
     """Give W0 (N, C) in `dtype` for the length of the block; nothing may refer to it afterwards.
 
-    It lies in the shared buffer, unless the block is being compiled or this module does not know the layer's kind.
+    It is filled panel by panel, unless the block is being compiled or this module does not know the layer's kind.
     """
     fill = None if torch.compiler.is_compiling() else _filler(backend, base)
     if fill is None:
         yield read_weight(backend, base).to(dtype)
         return
-    with _SCRATCH.borrow((base.out_features, base.in_features), dtype, base.weight.device) as buffer:
+    with _scratch((base.out_features, base.in_features), dtype, base.weight.device) as buffer:
         with (
             torch.inference_mode(False),
             torch.no_grad(),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -19,21 +19,21 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..definition.block_rule import BlockRule
+from ..adapter_folder.settings import LayerSettings
 from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
 from .combine import check_combination, combined_config
-from .config import LayerSettings, SMoAConfig
+from .config import SMoAConfig
 from .dequantize import keep_packing, quantization_of
-from .experts import Experts
-from .experts_order import ExpertSorting
-from .experts_targets import ExpertsTarget, find_targets
-from .experts_weight import ExpertsWeight
+from .experts.experts import Experts
+from .experts.targets import ExpertsTarget, find_targets
+from .experts.weight import ExpertsWeight
+from .folder.loading import check_adapter
 from .layer import SMoALayer
 from .linear import Linear
-from .loading import PARAMETER_PREFIX, check_adapter, forget_adapter, remove_adapter
 from .offload import present
-from .sorting import Sorting
+from .snapshot import PARAMETER_PREFIX, Snapshot
+from .sorting import Expected, Sorting
 
 __all__ = ["SMoAModel"]
 
@@ -57,7 +57,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = SMoALayer
     _experts: Sequence[ExpertsTarget] = ()  # during an injection, those that get the adapter
+    snapshots: dict[str, Snapshot]  # of the model before adapters whose weights are yet to be loaded
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.snapshots = {}  # before PEFT's injects
+        super().__init__(*args, **kwargs)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -79,16 +84,13 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             # The name is part of the parameters' names, and of the folder that the adapter is saved in.
             raise ValueError(f"adapter_name must be a name without dots and slashes, got {adapter_name!r}")
         is_new = not any(adapter_name in layer.smoa_A for layer in _layers(model))
-        awaits_weights = self.peft_config[adapter_name].is_from_file and not _layers(model)
-        # Restored by `forget_adapter` where the weights turn out not to fit.
-        self.trainable_before = [p for p in model.parameters() if p.requires_grad] if awaits_weights else []
-        config = self.peft_config[adapter_name]
-        undo = _undo(model, adapter_name)
+        config, before = self.peft_config[adapter_name], Snapshot(model)
+        if config.is_from_file and is_new:
+            self.snapshots[adapter_name] = before  # until the weights are known to fit
         try:
             self._experts, excluded = find_targets(model, config)
             with (
-                Sorting(lambda: self._to_be_sorted(model, adapter_name, **kwargs)) as self._spectral_order,
-                self._sorting_of_experts(config) as self._expert_order,
+                Sorting(lambda: self._to_be_sorted(model, adapter_name, **kwargs)) as self._blocks_of,
                 warnings.catch_warnings(),
             ):
                 # PEFT looks at the names of modules only, not of parameters, and at two of the patterns.
@@ -96,16 +98,14 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 if excluded:
                     warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException as error:  # Ctrl-C too: it takes minutes to sort a large model
+        except BaseException:  # Ctrl-C too: it takes minutes to sort a large model
             if is_new:
-                undo()
-                if not isinstance(error, Exception):  # of which alone PEFT forgets the configuration
-                    self.peft_config.pop(adapter_name, None)
+                before.restore(adapter_name)
+                self.peft_config.pop(adapter_name, None)
             raise
         finally:
             self._experts = ()
-            for name in ("_spectral_order", "_expert_order"):  # with the blocks that they hold
-                self.__dict__.pop(name, None)
+            self.__dict__.pop("_blocks_of", None)  # with the blocks that it holds
         adapted = [
             name
             for name, module in model.named_modules()
@@ -123,11 +123,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             for layer in _layers(model):
                 if "default" in layer.smoa_A:
                     layer.copy_adapter("default", "ref")
-
-    def _sorting_of_experts(self, config: SMoAConfig) -> ExpertSorting:
-        """What gives blocks to the experts that an adapter is put in; none where weights bring them."""
-        rules = [(target.shape, config.for_layer(target.key).rule) for target in self._experts]
-        return ExpertSorting([] if config.is_from_file or config.inference_mode else rules)
 
     def _prepare_adapter_config(self, peft_config: SMoAConfig, model_config: dict[str, Any]) -> SMoAConfig:
         """As PEFT's: choose modules by the architecture; but none beside parameters that are named."""
@@ -147,7 +142,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             weight = module.weight(target.parameter_name)
             try:
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    weight.update_layer(adapter_name, peft_config.for_layer(target.key), self._expert_order)
+                    weight.update_layer(adapter_name, peft_config.for_layer(target.key), self._blocks_of)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{target.key}: {error}") from error
             if adapter_name not in self.active_adapters:
@@ -168,11 +163,15 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     def _to_be_sorted(
         self, model: nn.Module, adapter_name: str, *, state_dict: object = None, **kwargs: object
-    ) -> Iterator[tuple[nn.Linear | Conv1D, BlockRule]]:
-        """Layers that will get their first adapter, by the configuration, and spectral blocks."""
+    ) -> Iterator[Expected]:
+        """Weights that will get their first adapter, by the configuration, and spectral blocks."""
+        config = self.peft_config[adapter_name]
+        for target in self._experts:
+            rule = config.for_layer(target.key).rule
+            if rule.needs_weight:
+                yield Expected(target.weight, bool(target.experts.is_transposed), rule)
         if state_dict is not None:  # its keys say which layers, and bring their blocks
             return
-        config = self.peft_config[adapter_name]
         adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         within = {part for layer in adapted for part in layer.modules()}
         for name, module in model.named_modules():
@@ -180,8 +179,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 continue
             if self._check_target_module_exists(config, name):
                 rule = config.for_layer(name).rule
-                if rule.needs_weight:
-                    yield module, rule
+                stored = module._parameters.get("weight")  # not a parametrised one, computed at each access
+                if rule.needs_weight and stored is not None:
+                    yield Expected(stored, isinstance(module, Conv1D), rule)
 
     def _create_and_replace(
         self,
@@ -198,7 +198,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         settings = peft_config.for_layer(current_key)
         try:
             if isinstance(target, SMoALayer):
-                target.update_layer(adapter_name, settings, self._spectral_order)
+                target.update_layer(adapter_name, settings, self._blocks_of)
                 return
             new_module = self._new_layer(target, adapter_name, settings)
         except (TypeError, ValueError) as error:
@@ -241,7 +241,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             settings,
             fan_in_fan_out=stored_transposed,
             quantization=quantization,
-            spectral_order=self._spectral_order,
+            blocks_of=self._blocks_of,
         )
 
     @contextmanager
@@ -291,8 +291,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             adapters: names of the adapters to combine.
             weights: a factor for each.
             adapter_name: the new adapter's name.
-            combination_type: "cat" gives `ΔW = Σ w_i ΔW_i` exactly and adds the ranks up (a layer whose adapters have
-                different blocks gets a single block). "linear" sums the factors, at the rank that the adapters share.
+            combination_type: "cat" gives `ΔW = Σ w_i ΔW_i` exactly and adds the ranks up, block by block (a layer whose
+                adapters have different blocks gets a single one). "linear" sums the factors, at their common rank.
 
         Raises:
             ValueError: a name is unknown or taken, the number of weights is another, the combination is unknown, an
@@ -330,7 +330,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         for layer in _layers(model):
             if adapter_name in layer.smoa_A and not layer.smoa_A[adapter_name].is_meta:
                 layer.partition(adapter_name)
-                layer.complete_sketches()
         return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
@@ -338,13 +337,15 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         cls, model: nn.Module, config: SMoAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> Any:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tuners = [module for module in model.modules() if isinstance(module, SMoAModel)]
+        snapshots = [tuner.snapshots.pop(adapter_name, None) for tuner in tuners]
+        layers = [layer for layer in _layers(model) if adapter_name in layer.smoa_A]
         try:
             check_adapter(model, adapter_name, remapped, strict_base=config.strict_base)
         except ValueError:
-            if any(_awaits_blocks(layer, adapter_name) for layer in _layers(model)):
-                # The call that was to fill the adapter also put it in.
-                remove_adapter(model, adapter_name)
-                forget_adapter(model, adapter_name)
+            if any(layer.awaits_blocks(adapter_name) for layer in layers):
+                for before in filter(None, snapshots):  # the call that was to fill the adapter also put it in
+                    before.restore(adapter_name)
             raise
         return remapped
 
@@ -355,29 +356,5 @@ def _insert_adapter_names(
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def _undo(model: nn.Module, adapter_name: str) -> Callable[[], None]:
-    """Make the function that restores the model as it is now, after a new adapter was put in, whole or in part."""
-    modules = [(module, dict(module._modules)) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-
-    def undo() -> None:
-        for module, children in modules:
-            for name, child in children.items():
-                if module._modules.get(name) is not child:  # adapted, or wrapped to be saved
-                    setattr(module, name, child)
-            if isinstance(module, Experts):
-                for name in module._modules.keys() - children.keys():
-                    delattr(module, name)
-        delete_adapter(model, adapter_name, prefix=SMoAModel.prefix, layer_cls=SMoALayer)
-        for parameter, before in trainable:
-            parameter.requires_grad_(before)
-
-    return undo
-
-
 def _layers(model: nn.Module) -> list[SMoALayer]:
     return [module for module in model.modules() if isinstance(module, SMoALayer)]
-
-
-def _awaits_blocks(layer: SMoALayer, adapter_name: str) -> bool:
-    return adapter_name in layer.smoa_A and layer.awaits_blocks(adapter_name)

@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ..checks import check_choice, layout_of
-from ..definition.block_rule import BlockRule
-from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
-from ..definition.partition import BlockPartition
-from ..definition.ranks import trainable_parameters
-from ..definition.shard import LayerShard
-from ..definition.sketch import sketch_distance, sketch_weight
-from .combine import single_block
-from .config import LayerSettings
-from .dequantize import dequantized, read_weight
-from .file_format import (
+from ..adapter_folder.format import (
     STATE_KEYS,
-    UNKNOWN_SKETCH,
     LayerBlocks,
     blocks_size,
     check_complete,
-    lacks_sketch,
     pack_blocks,
     read_blocks,
     unpack_blocks,
 )
-from .offload import check_present, execution_device, gathered, present
+from ..adapter_folder.settings import LayerSettings
+from ..checks import check_choice, layout_of
+from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
+from ..definition.partition import BlockPartition
+from ..definition.ranks import trainable_parameters
+from ..definition.shard import LayerShard
+from .base_weight import BaseWeight, BlockSource
+from .combine import single_block
+from .offload import execution_device, gathered, present
 
-__all__ = ["Prepared", "SMoALayer", "SpectralOrder", "order_of"]
-
-# Of experts, `ExpertBlocks`.
-SpectralOrder = Callable[[Any, BlockRule], Any]
-
-
-def order_of(layer: SMoALayer, rule: BlockRule) -> BlockPartition:
-    """Compute the blocks of a layer's W0; it is read only where they depend on its values."""
-    if rule.needs_weight:
-        return rule.build(layer.base_weight())
-    return rule.of_shape((layer.out_features, layer.in_features), layer.adapter_device)
+__all__ = ["Prepared", "SMoALayer"]
 
 
-class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
+class SMoALayer(BaseWeight):
     """Everything of :class:`smoa_kernels.peft.Linear` but its forward: a layer's adapters, by name.
 
-    In its methods `adapter_name` names an adapter of this layer, and `spectral_order` is the function that computes
-    the blocks of a layer's weight, of whatever order.
+    In its methods `adapter_name` names an adapter of this layer, and `blocks_of` is a function that computes the blocks
+    of a layer's weight in place of :meth:`build_blocks`.
 
     Args:
         base_layer: the layer that owns W0 (N, C), or another tuner's around it.
@@ -62,9 +46,9 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     Attributes:
         smoa_A: parameters (ρ, C), by adapter.
         smoa_B: parameters (N, ρ), by adapter.
-        smoa_blocks: uint8, see :mod:`smoa_kernels.peft.file_format`; zeros while they are yet to be loaded.
+        smoa_blocks: uint8, see :mod:`smoa_kernels.adapter_folder.format`; zeros while they are yet to be loaded.
         in_features, out_features: C and N.
-        r, num_blocks, block_rule, block_ranks, scaling: by adapter.
+        r, num_blocks, scaling, settings: by adapter.
 
     Example:
         >>> from smoa_kernels.peft import Linear, SMoAConfig
@@ -78,20 +62,12 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         "smoa_blocks",
         "r",
         "num_blocks",
-        "block_rule",
-        "block_ranks",
         "scaling",
-        "smoa_dropout",
-        "init_weights",
-        "algorithm",
-        "backend",
+        "settings",
         "_prepared",
     )
 
-    smoa_A: nn.ParameterDict
     smoa_B: nn.ParameterDict
-    # How many weights the layer adapts as one, before their own two sizes; () for a single one.
-    stack: tuple[int, ...] = ()
 
     def __init__(
         self, base_layer: nn.Module, fan_in_fan_out: bool, quantization: QuantizationBackend | None
@@ -108,79 +84,22 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
     def _hold_adapters(self) -> None:
         """Make the containers of adapters, empty."""
-        # W0 while the base layer holds W_eff: its values, or a layer over its quantised values (in a tuple, since a
-        # module that is assigned directly becomes a child and is saved).
-        self._stored_base: Tensor | None = None
-        self._stored_layer: tuple[nn.Module, ...] = ()
         self.smoa_A = nn.ParameterDict()
         self.smoa_B = nn.ParameterDict()
         self.smoa_blocks = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.num_blocks: dict[str, int] = {}
-        self.block_rule: dict[str, BlockRule] = {}
-        self.block_ranks: dict[str, tuple[int, ...]] = {}
         self.scaling: dict[str, float] = {}
-        self.smoa_dropout: dict[str, float] = {}
-        self.init_weights: dict[str, bool] = {}
-        self.algorithm: dict[str, str] = {}
-        self.backend: dict[str, str] = {}
+        self.settings: dict[str, LayerSettings] = {}
         self._prepared: dict[str, Prepared] = {}
         # The partition of a single block, made once there are several adapters to sum.
         self._whole: BlockPartition | None = None
-        self._shard: LayerShard | None = None  # where tensor parallelism has cut W0
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.register_load_state_dict_post_hook(_read_blocks)
 
-    def innermost(self) -> nn.Module:
-        """The layer that owns W0, below the layers of other tuners."""
-        return cast(nn.Module, self.get_base_layer())
-
-    @property
-    def adapter_device(self) -> torch.device:
-        """Where the layer's adapters are."""
-        return cast(Tensor, next(iter(self.smoa_A.values()))).device
-
-    def base_weight(self) -> Tensor:
-        """W0 (N, C), never W_eff; newly dequantised where it is quantised, this process's part where it is sharded."""
-        if self.quantization_backend is not None:
-            return read_weight(self.quantization_backend, self._quantized_base())
-        weight = self._stored_weight()
-        check_present(weight)
-        if self._stored_base is not None:
-            weight = self._stored_base.to(weight.device, weight.dtype)
-        if weight.grad_fn is not None:
-            # A view by FSDP of a flat parameter that mixes frozen weights with trained ones.
-            weight = weight.detach()
-        return weight.T if self.fan_in_fan_out else weight
-
-    def base_sketch(self) -> Tensor:
-        """Sketch the whole W0."""
-        return sketch_weight(
-            self.base_weight() if self._shard is None else cast(Tensor, self.innermost().weight)
-        )
-
-    def base_distance(self, sketch: Tensor) -> float:
-        """The distance of W0 from a sketch of it; 0 where it is on the meta device."""
-        own = self.base_sketch()
-        return 0.0 if own.is_meta else sketch_distance(sketch, own)
-
-    def _stored_weight(self) -> Tensor:
-        """The innermost layer's parameter as it is stored; where it is sharded, this process's part."""
-        weight = cast(Tensor, self.innermost().weight)
-        return weight if self._shard is None else self._shard.weight(weight)
-
-    def _quantized_base(self) -> nn.Module:
-        return self._stored_layer[0] if self._stored_layer else self.innermost()
-
-    def _dequantized(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
-        return dequantized(self.quantization_backend, self._quantized_base(), dtype)
-
     def update_layer(
-        self,
-        adapter_name: str,
-        settings: LayerSettings,
-        spectral_order: SpectralOrder = order_of,
+        self, adapter_name: str, settings: LayerSettings, blocks_of: BlockSource | None = None
     ) -> None:
         """Add an adapter.
 
@@ -190,7 +109,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         Args:
             adapter_name: the new adapter's name.
             settings: its rank, blocks and scaling.
-            spectral_order: computes the blocks of a layer's weight.
+            blocks_of: computes its blocks.
 
         Raises:
             TypeError, ValueError: the settings do not fit the layer, or it is sharded. Nothing is added.
@@ -206,11 +125,7 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             ) from error
         ranks, num_blocks = settings.ranks, settings.rule.num_blocks
         self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, num_blocks
-        self.block_rule[adapter_name] = settings.rule
-        self.block_ranks[adapter_name], self.scaling[adapter_name] = ranks, settings.scaling
-        self.smoa_dropout[adapter_name] = config.smoa_dropout
-        self.init_weights[adapter_name] = config.init_weights
-        self.algorithm[adapter_name], self.backend[adapter_name] = config.algorithm, config.backend
+        self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         rho = max(ranks)
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(*self.stack, rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(*self.stack, self.out_features, rho))
@@ -220,11 +135,11 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         # Blocks are where W0 is. PEFT leaves factors on the CPU if another adapter's are on the meta device.
         awaits_weights = self.smoa_A[adapter_name].is_meta or self.smoa_blocks[adapter_name].is_meta
         if not (config.is_from_file or config.inference_mode or awaits_weights):
-            self.initialize(adapter_name, spectral_order)
+            self.initialize(adapter_name, blocks_of)
         self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
-    def initialize(self, adapter_name: str, spectral_order: SpectralOrder = order_of) -> BlockPartition:
+    def initialize(self, adapter_name: str, blocks_of: BlockSource | None = None) -> None:
         """Compute the blocks of an adapter, from W0's spectrum where its rule says so, and draw its weights.
 
         Adapters of this layer with the same rule share their blocks.
@@ -244,17 +159,15 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
                 f"adapter {adapter_name!r} has no block labels, and a part of a weight has no spectrum: load or "
                 "initialize it before parallelize_module"
             )
-        rule = self.block_rule[adapter_name]
-        known = [p.partition for name, p in self._prepared.items() if self.block_rule[name] == rule]
+        settings = self.settings[adapter_name]
+        rule = settings.rule
+        known = [p.partition for name, p in self._prepared.items() if self.settings[name].rule == rule]
         with gathered(self.innermost()), present(self, self.innermost()):
-            partition: BlockPartition = known[0] if known else spectral_order(self, rule)
-            # A quantised W0 would be dequantised for it: `complete_sketches` does that when one is saved.
-            quantized = self.quantization_backend is not None
-            sketch = UNKNOWN_SKETCH if quantized else self.base_sketch()
-        ranks = torch.tensor(self.block_ranks[adapter_name], dtype=torch.int32, device=partition.device)
+            partition = known[0] if known else (blocks_of or type(self).build_blocks)(self, rule)
+            sketch = self.base_sketch()
+        ranks = torch.tensor(settings.ranks, dtype=torch.int32, device=partition.device)
         self._set_blocks(adapter_name, partition, ranks, sketch)
         self.reset_adapter(adapter_name)
-        return partition
 
     @torch.no_grad()
     def fill(self, adapter_name: str, adapter: PackedAdapter, source: str) -> None:
@@ -273,10 +186,10 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     @torch.no_grad()
     def copy_adapter(self, source: str, adapter_name: str) -> None:
         """Overwrite an adapter by the factors and blocks of another one that has the same settings."""
-        ready = self._ready(source)
+        self._ready(source)
         for tensors in (self.smoa_A, self.smoa_B, self.smoa_blocks):
             tensors[adapter_name].copy_(tensors[source])
-        self._prepare(adapter_name, ready.partition, ready.ranks)
+        self._prepared.pop(adapter_name, None)
 
     @torch.no_grad()
     def exchange(
@@ -286,14 +199,12 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
 
         Args:
             adapter_name: the adapter that is overwritten.
-            settings: the new one's; the layer keeps its algorithm and backend.
+            settings: the new one's.
             blocks: what `given["smoa_blocks"]` holds.
             given: the new tensors by `STATE_KEYS`, of the dtypes and shapes that the layer has.
         """
         ready = self._ready(adapter_name)
-        self.block_rule[adapter_name], self.scaling[adapter_name] = settings.rule, settings.scaling
-        self.smoa_dropout[adapter_name] = settings.config.smoa_dropout
-        self.init_weights[adapter_name] = settings.config.init_weights
+        self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         for key, value in given.items():
             getattr(self, key)[adapter_name].copy_(value)
         ready.scaling.fill_(settings.scaling)
@@ -301,25 +212,6 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
             # Which other adapters and layers may share, so it is not overwritten.
             del self._prepared[adapter_name]
             self._ready(adapter_name)
-
-    @torch.no_grad()
-    def complete_sketches(self) -> None:
-        """Sketch W0 into `smoa_blocks`, in place, where that was put off because W0 is quantised."""
-        if self.quantization_backend is None:
-            return
-        waiting = [
-            name
-            for name, packed in self.smoa_blocks.items()
-            if not self.awaits_blocks(name) and lacks_sketch(packed, self.num_blocks[name])
-        ]
-        if not waiting:
-            return
-        with gathered(self.innermost()), present(self, self.innermost()):
-            sketch = self.base_sketch()
-        for name in waiting:
-            packed = self.smoa_blocks[name]
-            partition, ranks, _ = self._unpack(packed)
-            packed.copy_(self._pack(partition, ranks, sketch))
 
     def _set_blocks(
         self, adapter_name: str, partition: BlockPartition, ranks: Tensor, sketch: Tensor
@@ -336,14 +228,16 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
     @torch.no_grad()
     def reset_adapter(self, adapter_name: str) -> None:
         """Draw A_k uniform in ±1/√C_k (Kaiming, a=√5); set B to zero, or draw it where the adapter is to be random."""
-        A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
-        partition, ranks = self.partition(adapter_name), self.ranks(adapter_name)
-        draw_A(A, partition, ranks)
-        if self.init_weights[adapter_name]:
+        ranks, partitions = self.ranks(adapter_name), self._partitions(adapter_name)
+        for A, partition in zip(self._each(self.smoa_A[adapter_name]), partitions, strict=True):
+            draw_A(A, partition, ranks)
+        B = self.smoa_B[adapter_name]
+        if self.settings[adapter_name].config.init_weights:
             B.zero_()
-        else:
-            _, B_mask = padding_masks(partition, ranks, A.shape[0])
-            B.normal_().mul_(B_mask)
+            return
+        B.normal_()
+        for each, partition in zip(self._each(B), partitions, strict=True):
+            each.mul_(padding_masks(partition, ranks, B.shape[-1])[1])
 
     def partition(self, adapter_name: str) -> BlockPartition:
         """The blocks of an adapter; computed now where no weights brought them."""
@@ -390,8 +284,13 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         return read_blocks(name, given, self.r[adapter_name]).sketch
 
     def num_adapter_parameters(self, adapter_name: str) -> int:
-        """Count the trained parameters, `Σ r_k (N_k + C_k)`, without padding."""
-        return trainable_parameters(self.partition(adapter_name), self.ranks(adapter_name).tolist())
+        """Count the trained parameters, `Σ r_k (N_k + C_k)` over all matrices, without padding."""
+        ranks = self.ranks(adapter_name).tolist()
+        return sum(trainable_parameters(each, ranks) for each in self._partitions(adapter_name))
+
+    def _partitions(self, adapter_name: str) -> Sequence[BlockPartition]:
+        """The blocks of each matrix."""
+        return [self.partition(adapter_name)]
 
     def packed(self, adapter_name: str, weight: Tensor) -> PackedAdapter:
         """Pair an adapter with W0 (N, C), or this process's part of it; autograd sees the factors."""
@@ -400,6 +299,9 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         if self._shard is not None:
             A, B = self._shard.factors(A, B)
         return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling, ready.block_ranks)
+
+    def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
+        return [self.packed(adapter_name, weight)]
 
     def _ready(self, adapter_name: str) -> Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
@@ -467,10 +369,6 @@ class SMoALayer(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not f
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         # float8 is a format to store W0 in, not one to train factors in: they stay in float32.
         return device, None if dtype is not None and dtype.itemsize < 2 else dtype
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.complete_sketches()
-        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

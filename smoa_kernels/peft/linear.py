@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from ..backends import eager
+from ..adapter_folder.settings import LayerSettings
 from ..definition.packed import PackedAdapter
 from ..functional import smoa_linear
+from .base_weight import BlockSource
 from .combine import sum_adapters
-from .config import LayerSettings
-from .layer import SMoALayer, SpectralOrder, order_of
+from .layer import SMoALayer
 from .offload import present
-from .quantized import dequantized_linear, requantize
+from .quantized import dequantized_linear
 
 __all__ = ["Linear"]
 
@@ -36,7 +34,7 @@ class Linear(SMoALayer, nn.Module):
         settings: the first adapter's settings.
         fan_in_fan_out: whether the weight is stored (in, out).
         quantization: PEFT's back end for the base layer, where that is quantised.
-        spectral_order: computes the blocks of a weight.
+        blocks_of: computes the blocks of a weight.
 
     Example:
         >>> from peft import get_peft_model
@@ -54,7 +52,7 @@ class Linear(SMoALayer, nn.Module):
         *,
         fan_in_fan_out: bool = False,
         quantization: QuantizationBackend | None = None,
-        spectral_order: SpectralOrder = order_of,
+        blocks_of: BlockSource | None = None,
     ) -> None:
         nn.Module.__init__(self)
         SMoALayer.__init__(self, base_layer, fan_in_fan_out, quantization)
@@ -64,7 +62,7 @@ class Linear(SMoALayer, nn.Module):
         plain = layer_type is Conv1D or forward is nn.Linear.forward
         self._reads_weight = plain or (quantization is not None and self.innermost() is base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, settings, spectral_order)
+        self.update_layer(adapter_name, settings, blocks_of)
 
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
@@ -116,7 +114,7 @@ class Linear(SMoALayer, nn.Module):
         return y
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
-        base = self.innermost()
+        base, config = self.innermost(), self.settings[names[0]].config
         if self.quantization_backend is not None:
             return dequantized_linear(
                 x,
@@ -125,8 +123,8 @@ class Linear(SMoALayer, nn.Module):
                 self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names),
                 compute_dtype=cast("torch.dtype | None", getattr(base, "compute_dtype", None)),
                 dropout_p=dropout_p,
-                algorithm=self.algorithm[names[0]],
-                backend=self.backend[names[0]],
+                algorithm=config.algorithm,
+                backend=config.backend,
             )
         weight, bias = self.base_weight(), cast("Tensor | None", base.bias)
         adapter = self._summed(weight, names)
@@ -149,8 +147,8 @@ class Linear(SMoALayer, nn.Module):
             column_offset=0 if shard is None else shard.column_offset,
             global_in_features=self.in_features,
             block_ranks=adapter.block_ranks,
-            algorithm=self.algorithm[names[0]],
-            backend=self.backend[names[0]],
+            algorithm=config.algorithm,
+            backend=config.backend,
         )
         return y if shard is None else shard.output(y)
 
@@ -196,94 +194,11 @@ class Linear(SMoALayer, nn.Module):
             )
 
     def _dropout_p(self, name: str) -> float:
-        return self.smoa_dropout[name] if self.training else 0.0
+        return self.settings[name].config.smoa_dropout if self.training else 0.0
 
     def _summed(self, weight: Tensor, names: Sequence[str]) -> PackedAdapter:
         parts = [self.packed(name, weight) for name in names]
         return parts[0] if len(parts) == 1 else sum_adapters(parts, self._whole)
-
-    @torch.no_grad()
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Compute ΔW of one adapter, to be added to W0: in the base weight's layout, at least float32.
-
-        Args:
-            adapter: its name.
-        """
-        with present(self, self.innermost()):
-            delta = self._delta([adapter], self.base_weight())
-        return delta.T if self.fan_in_fan_out else delta
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W0 + Σ ΔW, rounded (or quantised) once, into the base layer; W0 is kept for :meth:`unmerge`.
-
-        Args:
-            safe_merge: raise, and change nothing, where the result is not finite.
-            adapter_names: the adapters to merge; the active ones when None.
-
-        Raises:
-            ValueError: `safe_merge` found NaN or Inf.
-            RuntimeError: the base weight is offloaded, or is also another tuner's, which has not merged its adapters.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]
-        if not names:
-            return
-        inner = self.base_layer
-        if isinstance(inner, BaseTunerLayer) and not inner.merged:
-            # It would merge into W_eff, and unmerging would put W0 back under it; unloading would lose its adapters.
-            raise RuntimeError(
-                f"the base layer holds adapters of another tuner ({type(inner).__qualname__}): merge and unload these "
-                "before SMoA's are added, or do not merge"
-            )
-        base_weight = self.base_weight()
-        if base_weight.is_meta:
-            raise RuntimeError("the base weight is offloaded: merge the model (merge_adapter), not the layer")
-        merged = (
-            self._delta([*self.merged_adapters, *names], base_weight).add_(base_weight).to(base_weight.dtype)
-        )
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be broken"
-            )
-        if self.quantization_backend is not None:
-            before = requantize(self, merged)
-            self._stored_layer = self._stored_layer or (before,)
-        else:
-            weight = self._stored_weight()
-            if self._stored_base is None:
-                self._stored_base = weight.detach().to("cpu", copy=True)
-            try:
-                weight.data.copy_(merged.T if self.fan_in_fan_out else merged)
-            except BaseException:
-                if not self.merged_adapters:
-                    self.unmerge()
-                raise
-        self.merged_adapters.extend(names)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put W0 back, bit for bit."""
-        if self._stored_layer:
-            self.base_layer = self._stored_layer[0]
-        elif self._stored_base is not None:
-            self._stored_weight().data.copy_(self._stored_base)
-        else:
-            warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
-        self._stored_base, self._stored_layer = None, ()
-        self.merged_adapters.clear()
-
-    def _delta(self, names: Sequence[str], weight: Tensor) -> Tensor:
-        """Compute Σ ΔW (N, C), at least float32, each ΔW as its own product."""
-        if hasattr(weight, "full_tensor"):
-            raise RuntimeError(
-                "the base weight is sharded by fully_shard: call unshard() on the module first"
-            )
-        weight = weight.detach()
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        total = eager.delta_weight(self.packed(names[0], weight))
-        for name in names[1:]:
-            total += eager.delta_weight(self.packed(name, weight))
-        return total
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say that PEFT can factorise the additive ΔW; as a rule that takes a rank far above r.

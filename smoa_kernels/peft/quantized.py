@@ -102,6 +102,13 @@ class _DequantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if (
+            torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # create_graph=True; W0 is gone by then
+            raise RuntimeError(
+                "second derivatives over a quantised base weight are not computed: call backward without "
+                "create_graph=True, or load the base without quantisation"
+            )
         x, A, B, seed, ranks, scaling = ctx.saved_tensors
         needs_x, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
         backend = resolve_backend(ctx.settings["backend"], dy.device, dy.dtype, A.shape[0])

@@ -16,10 +16,10 @@ pytest.importorskip("transformers", reason="needs the peft extra")
 
 from peft import PeftModel
 
+from smoa_kernels.adapter_folder.format import pack_blocks, read_blocks, unpack_blocks
+from smoa_kernels.adapter_folder.inspecting import inspect_adapter
+from smoa_kernels.adapter_folder.reading import MOST_JSON_BYTES
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.peft.file_format import pack_blocks, read_blocks, unpack_blocks
-from smoa_kernels.peft.folders import MOST_JSON_BYTES
-from smoa_kernels.peft.inspection import inspect_adapter
 
 # What stands in an adapter_config.json: the file is named, by both who read it.
 FILES = [
@@ -33,7 +33,6 @@ FILES = [
     ('{"peft_type": "SMOA", "r": "x"}', "adapter_config.json: r must be an int, got 'x'"),
     ('{"peft_type": "SMOA", "r": 1000000000000}', "adapter_config.json: r must be at most 65536"),
     ('{"peft_type": "SMOA", "format_version": 99}', "adapter_config.json: format_version 99 .* is newer"),
-    ('{"peft_type": "SMOA", "task_type": 7}', "adapter_config.json: "),
 ]
 
 
@@ -54,6 +53,12 @@ def test_configuration_file(reader: Any, text: str, words: str, world: World) ->
     wrong_type = "must be an int" in words and reader is not inspect_adapter
     error = TypeError if wrong_type else ValueError
     check(world, lambda w: reader(str(w.folder)), error, f"^{world.folder}/{words}")
+
+
+def test_a_task_that_peft_does_not_know(world: World) -> None:
+    (world.folder / "adapter_config.json").write_text('{"peft_type": "SMOA", "task_type": 7}')
+    words = "adapter_config.json: Invalid task type"
+    check(world, lambda w: SMoAConfig.from_pretrained(str(w.folder)), ValueError, words)
 
 
 @pytest.mark.parametrize("reader", [inspect_adapter, SMoAConfig.from_pretrained])

@@ -14,10 +14,9 @@ pytest.importorskip("transformers", reason="needs the peft extra")
 
 from peft import get_peft_model
 
+from smoa_kernels.adapter_folder.paper import from_paper_layout, to_paper_layout
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.peft.layer import order_of
-from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
 
 NAN = float("nan")
 HUGE = 10**12
@@ -152,7 +151,7 @@ LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
         "Length of `adapter_names` should be the same as the number of inputs",
     ),
     (
-        lambda m: order_of(m.base_model.model[0], BlockRule(7)),
+        lambda m: m.base_model.model[0].build_blocks(BlockRule(7)),
         ValueError,
         "num_blocks must be at most .* = 6",
     ),

@@ -56,7 +56,7 @@ def test_no_spectrum_is_computed(make_model, tokens, tmp_path, monkeypatch, orde
         close(logits(cheap, tokens), expected)
     assert loaded.peft_config["default"].block_order == order
     for name, layer in layers(loaded).items():
-        assert layer.block_rule["default"] == BlockRule(3, order, 4, 7)
+        assert layer.settings["default"].rule == BlockRule(3, order, 4, 7)
         assert layer.partition("default") == layers(model)[name].partition("default")
     other = adapt(make_model(), block_order=order, granule=1, block_seed=8)
     set_peft_model_state_dict(other, get_peft_model_state_dict(model))
@@ -96,7 +96,7 @@ def test_patterns_choose_by_layer(llama):
             "up_proj": BlockRule(3, "spectral", 8),
             "down_proj": BlockRule(3, "contiguous", 4),
         }[kind]
-        assert layer.block_rule["default"] == expected
+        assert layer.settings["default"].rule == expected
         assert layer.partition("default") == expected.build(layer.base_weight())
 
 

@@ -10,8 +10,8 @@ from peft.utils import get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
+from smoa_kernels.adapter_folder.paper import from_paper_layout, to_paper_layout
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.peft.paper import from_paper_layout, to_paper_layout
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from tiny_models import tiny_gpt2
 from torch import nn
 
+from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.cli import main
 from smoa_kernels.peft import SMoAConfig, accelerate_hira, convert_adapter, hira_to_smoa, smoa_to_hira
-from smoa_kernels.peft.inspection import inspect_adapter
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_there_and_back(hira, base, make_model, tokens, tmp_path):
     assert told == [(i, len(report.layers)) for i in range(len(report.layers))]
     assert report.fits
     assert {layer.ranks for layer in report.layers} == {(4,)}
-    assert (report.config.num_blocks, report.config.smoa_dropout) == (1, 0.25)
+    assert (report.config["num_blocks"], report.config["smoa_dropout"]) == (1, 0.25)
     # Strict: it raises where the sketches are not the base's.
     converted = PeftModel.from_pretrained(make_model(), tmp_path / "smoa", strict_base=True)
     assert torch.equal(converted(tokens).logits, model(tokens).logits)

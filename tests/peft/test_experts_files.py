@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tiny_experts import adapt, tiny_experts, weights
 from transformers import AutoModelForCausalLM
 
+from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.cli import main
-from smoa_kernels.peft.inspection import inspect_adapter
 
 
 @pytest.fixture

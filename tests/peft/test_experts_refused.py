@@ -1,20 +1,16 @@
 """What is refused of experts: named, and before anything has changed; and what of PEFT and transformers we rely on."""
 
-import inspect
 import types
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from adapted import WEIGHTS, edit_weights, logits, snapshot
-from adapted import config as linear_config
 from peft import PeftModel, get_peft_model
 from peft.functional import set_adapter
-from peft.tuners.tuners_utils import BaseTuner
-from tiny_experts import BOTH, adapt, config, tiny_experts, weights
+from tiny_experts import BOTH, adapt, config, tiny_experts
 from torch import nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig
-from transformers.integrations import moe
 
 from smoa_kernels.peft import Experts, SMoAConfig, hotswap, smoa_to_hira
 
@@ -219,24 +215,3 @@ def test_hira_and_hotswap_have_no_experts(tmp_path):
     with pytest.raises(ValueError, match=r"experts.down_proj: experts have no counterpart in HiRA"):
         smoa_to_hira(tmp_path / "adapter", tmp_path / "hira")
     assert not (tmp_path / "hira").exists()
-
-
-# What we rely on
-
-
-def test_peft_injects_and_unloads_as_we_expect():
-    inject = inspect.signature(BaseTuner._inject_parameters)
-    assert list(inject.parameters) == ["self", "peft_config", "model", "adapter_name", "low_cpu_mem_usage"]
-    assert "self._inject_parameters(" in inspect.getsource(BaseTuner.inject_adapter)
-    unload = inspect.getsource(BaseTuner._unload_and_optionally_merge)
-    assert "target.unload_and_optionally_merge_module(" in unload
-    assert "self._replace_module(parent, target_name, unloaded_module, target)" in unload
-
-
-def test_transformers_decorates_as_we_expect():
-    linear = inspect.signature(moe._grouped_linear)
-    assert list(linear.parameters) == ["input", "weight", "offs", "bias", "is_transposed"]
-    experts = tiny_experts().model.layers[0].mlp.experts
-    assert {"has_gate", "has_bias", "is_transposed", "has_post_expert_norm"} <= vars(experts).keys()
-    assert next(iter(weights(adapt(tiny_experts())).values())).get_base_layer().num_experts == 6
-    assert linear_config().target_parameters is None

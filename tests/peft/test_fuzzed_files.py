@@ -20,8 +20,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.peft import SMoAConfig, SMoALayer
-from smoa_kernels.peft.inspection import inspect_adapter
 
 pytest.importorskip("hypothesis", reason="hypothesis draws the damage")
 from hypothesis import given

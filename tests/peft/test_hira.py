@@ -9,14 +9,12 @@ import torch
 from adapted import WEIGHTS
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners import hira as theirs
-from peft.utils import get_peft_model_state_dict
-from tiny_models import tiny_llama
 from torch import nn
 
 from smoa_kernels.backends.native import bf16
 from smoa_kernels.peft import accelerate_hira, decelerate_hira
-from smoa_kernels.peft import hira_layer as module
-from smoa_kernels.peft.hira_layer import AcceleratedLinear
+from smoa_kernels.peft.hira import layer as module
+from smoa_kernels.peft.hira.layer import AcceleratedLinear
 
 
 def config(model, **settings):
@@ -174,21 +172,6 @@ def test_several_adapters_are_one_product(make_model, tokens, monkeypatch):
         found = [p.grad for p in model.parameters() if p.grad is not None]
         for gradient, wanted in zip(found, gradients, strict=True):
             close(gradient, wanted)
-
-
-def test_an_adapter_added_later_is_computed_too(llama, tokens, monkeypatch):
-    model = adapt(llama())
-    taken = accelerate_hira(model).taken
-    model.add_adapter("wider", config(llama(), r=9, target_modules=["q_proj", "k_proj"]))
-    model.double()
-    model.set_adapter("wider")
-    with counted(monkeypatch) as calls:
-        actual = model(tokens).logits
-    queries = [name for name in taken if name.endswith("q_proj")]
-    assert len(calls) == len(queries) > 0
-    assert len(accelerate_hira(model).taken) == len(taken) + len(queries)  # the new layers of k_proj
-    decelerate_hira(model)
-    close(actual, model(tokens).logits)
 
 
 def test_merged_and_disabled_layers_are_pefts(make_model, tokens, monkeypatch):
@@ -487,31 +470,3 @@ def test_a_quantised_base_keeps_no_dequantised_weight(quantized):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer.train()(x)
     assert max(t.numel() for t in kept) <= max(x.numel(), 4 * 64)
-
-
-@pytest.mark.slow
-def test_the_trainer_trains_and_resumes_as_with_peft(tmp_path):
-    from transformers import Trainer, TrainingArguments
-
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (16, 6), device="cpu")]
-
-    def train(name, accelerated, steps, resume=None):
-        model = adapt(tiny_llama(), torch.float32)
-        if accelerated:
-            accelerate_hira(model)
-        arguments = TrainingArguments(
-            tmp_path / name, max_steps=steps, save_steps=4, learning_rate=1e-2, logging_steps=1, use_cpu=True
-        )
-        trainer = Trainer(model, arguments, train_dataset=rows)
-        trainer.train(resume_from_checkpoint=resume)
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return losses, get_peft_model_state_dict(model)
-
-    expected, theirs_state = train("plain", False, 8)
-    losses, state = train("fast", True, 8)
-    assert losses == pytest.approx(expected, rel=1e-3)
-    # A run that PEFT began goes on accelerated, and the other way round.
-    for name, accelerated, begun in (("a", True, "plain"), ("b", False, "fast")):
-        again, resumed = train(name, accelerated, 8, tmp_path / begun / "checkpoint-4")
-        assert again[4:] == pytest.approx(expected[4:], rel=1e-3)
-        assert resumed.keys() == state.keys() == theirs_state.keys()

@@ -70,7 +70,9 @@ def test_all_that_a_layer_holds_is_exchanged(pair, tmp_path, tokens):
     assert [p.data_ptr() for p in model.parameters()] == factors
     assert torch.equal(logits(model, tokens), logits(expected, tokens))
     for ours, theirs in zip(layer_list(model), layer_list(expected), strict=True):
-        assert (ours.scaling, ours.smoa_dropout) == (theirs.scaling, theirs.smoa_dropout)
+        assert ours.scaling == theirs.scaling
+        dropout, wanted = (each.settings["default"].config.smoa_dropout for each in (ours, theirs))
+        assert dropout == wanted
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
     ours, theirs = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path / "again", second))

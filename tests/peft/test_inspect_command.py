@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,9 +12,9 @@ from adapted import CONFIG, WEIGHTS, adapt, assert_refused, edit_config, edit_we
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llama
 
+from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.cli import main
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.peft.inspection import inspect_adapter
 
 
 @pytest.fixture
@@ -28,8 +31,41 @@ def inspect(*arguments):
     return main(["inspect", *map(str, arguments)])
 
 
-def test_table_lists_every_layer_in_order(adapter, capsys):
+def test_a_row_sums_up_a_kind_of_layer(adapter, capsys):
     assert inspect(adapter) == 0
+    out, err = capsys.readouterr()
+    rows = [line.split("│") for line in out.splitlines() if "│" in line]
+    names = [row[0].strip() for row in rows]
+    assert names == ["model.layers.*.mlp.down_proj", "model.layers.*.self_attn.q_proj"]
+    assert [cell.strip() for cell in rows[1][1:]] == ["32×32", "3", "2 2 1", f"{11 * (2 * 44 + 20):,}", "11"]
+    assert not err
+
+
+def test_a_row_shows_the_layer_that_fits_least(adapter, tmp_path, capsys):
+    base = tiny_llama(num_hidden_layers=11)
+    with torch.no_grad():
+        base.model.layers[4].self_attn.q_proj.weight.neg_()
+    base.save_pretrained(tmp_path / "base")
+    capsys.readouterr()
+    assert inspect(adapter, "--base", tmp_path / "base") == 1
+    rows = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert "✓ differs by 0.0%" in rows[0]
+    assert re.search(r"✗ differs by 1\d\d", rows[1])
+
+
+def test_it_imports_neither_peft_nor_transformers(adapter):
+    """They take seconds, and print what they miss."""
+    code = (
+        "import sys; from smoa_kernels.cli import main; main(['inspect', sys.argv[1]]); "
+        "print(sorted({'peft', 'transformers', 'torchao'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, adapter], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert not done.stderr
+
+
+def test_full_lists_every_layer_in_order(adapter, capsys):
+    assert inspect(adapter, "--full") == 0
     out = capsys.readouterr().out
     names = [line.split()[0] for line in out.splitlines() if line.strip().startswith("model.layers.")]
     assert names == [

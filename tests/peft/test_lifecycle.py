@@ -61,19 +61,6 @@ def test_biases_train_and_are_saved(gpt2, tokens, tmp_path, bias):
     assert torch.equal(logits(loaded, tokens), logits(model.eval(), tokens))
 
 
-@pytest.mark.numerical
-def test_modules_to_save(llama, tokens, tmp_path):
-    model = get_peft_model(llama(), gentle(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    logits(model, tokens).square().mean().backward()
-    optimizer.step()
-    model.save_pretrained(tmp_path)
-    expected = logits(model.eval(), tokens)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
-    assert torch.equal(logits(loaded, tokens), expected)
-    close(logits(loaded.merge_and_unload(), tokens), expected)
-
-
 # What others do with the layers
 
 

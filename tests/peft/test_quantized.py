@@ -2,23 +2,18 @@
 
 import pytest
 import torch
-from adapted import WEIGHTS, layer_list, layers
-from largest import Largest
-from peft import PeftModel, prepare_model_for_kbit_training
+from adapted import layer_list
+from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from quantized_bases import EACH, KINDS, SLOW, adapt, float8, float8_layer, four_bits, load, torchao
-from safetensors.torch import load_file
 from test_faults import FailingAt, count
 from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
 
 from smoa_kernels import smoa_linear
-from smoa_kernels.definition import spectral_order
 from smoa_kernels.definition.block_rule import BlockRule
-from smoa_kernels.definition.sketch import sketch_weight
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.peft.file_format import STATE_KEYS, read_blocks
 
 
 @pytest.fixture
@@ -202,21 +197,6 @@ def test_other_weights_of_eight_bits_are_refused():
             adapt(nn.Sequential(kind), target_modules=["0"])
 
 
-@SLOW
-def test_training_over_a_prepared_model(quantizable, tokens):
-    base = prepare_model_for_kbit_training(load(quantizable, KINDS["nf4"]))
-    model = adapt(base, init_weights=True, smoa_alpha=4).train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    losses = []
-    for _ in range(8):
-        loss = model(tokens, labels=tokens).loss
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
-
-
 def test_adapters_move_between_a_base_and_its_quantised_form(quantizable, nf4, tokens, tmp_path, recwarn):
     model = nf4.eval()
     expected = model(tokens).logits
@@ -227,38 +207,6 @@ def test_adapters_move_between_a_base_and_its_quantised_form(quantizable, nf4, t
     over_plain = PeftModel.from_pretrained(plain, tmp_path, strict_base=True).eval()
     assert (over_plain(tokens).logits - expected).norm() < 0.3 * expected.norm()
     assert not [w for w in recwarn if "another base weight" in str(w.message)]
-
-
-@pytest.mark.parametrize("kind", EACH)
-@pytest.mark.parametrize("order", ["contiguous", "random"])
-def test_blocks_that_need_no_weight_dequantise_none_at_injection(
-    quantizable, kind, order, tokens, tmp_path, monkeypatch
-):
-    """The sketch, which tells one base from another, is computed when the adapter is saved, and then it is W0's."""
-
-    def never(*_):
-        raise AssertionError("W0 was dequantised, or a spectrum computed")
-
-    base = load(quantizable, KINDS[kind])
-    with monkeypatch.context() as injecting, Largest() as largest:
-        injecting.setattr(spectral_order, "spectral_centroids", never)
-        injecting.setattr("smoa_kernels.peft.layer.read_weight", never)
-        injecting.setattr("smoa_kernels.peft.layer.dequantized", never)
-        model = adapt(base, block_order=order, granule=8, smoa_alpha=8).eval()
-        model.add_adapter("late", SMoAConfig(r=4, target_modules="all-linear", inference_mode=True))
-    assert 0 < largest.elements < min(layer.in_features * layer.out_features for layer in layer_list(model))
-    expected = model(tokens).logits
-    sketches = {name: sketch_weight(layer.base_weight()) for name, layer in layers(model).items()}
-    if kind != "fp8":  # which takes no merged weight
-        model.merge_adapter()
-    model.save_pretrained(tmp_path)
-    for folder in (tmp_path, tmp_path / "late"):
-        state = load_file(folder / WEIGHTS)
-        for name, sketch in sketches.items():
-            found = read_blocks(name, {key: state[f"{name}.{key}"] for key in STATE_KEYS}).sketch
-            torch.testing.assert_close(found, sketch, rtol=1e-3, atol=1e-3)
-    again = PeftModel.from_pretrained(load(quantizable, KINDS[kind]), tmp_path, strict_base=True).eval()
-    assert torch.equal(again(tokens).logits, expected)
 
 
 @SLOW

@@ -12,7 +12,6 @@ from quantized_bases import EACH, KINDS, SLOW, adapt, bnb, float8_layer, load, m
 from torch import nn
 
 from smoa_kernels.peft import dequantize as module
-from smoa_kernels.peft.dequantize import ScratchPool
 
 CPU = torch.device("cpu")
 PANEL = 700
@@ -30,16 +29,11 @@ def nf4(quantizable):
 
 
 @pytest.fixture
-def pool(monkeypatch):
-    """A pool of the test's own, and panels of some rows."""
-    fresh = ScratchPool()
-    monkeypatch.setattr(module, "_SCRATCH", fresh)
+def buffers(monkeypatch):
+    """Free buffers, none at first, and panels of some rows."""
+    monkeypatch.setattr(module, "_FREE", [])
     monkeypatch.setattr(module, "_PANEL_ELEMENTS", {"cpu": PANEL, "gpu": PANEL})
-    return fresh
-
-
-def buffers(pool):
-    return [buffer for free in pool._free.values() for buffer in free]
+    return module._FREE
 
 
 def gradients(model, tokens, before_backward=lambda: None):
@@ -61,33 +55,32 @@ def without_a_buffer(model, tokens, monkeypatch):
         return gradients(model, tokens)
 
 
-def test_the_buffer_holds_what_peft_reads(model, pool):
+def test_the_buffer_holds_what_peft_reads(model, buffers):
     for dtype in (torch.float32, torch.bfloat16):
         for layer in layer_list(model):
             with layer._dequantized(dtype) as weight:
                 found = weight.clone()
-            assert weight.data_ptr() == buffers(pool)[-1].data_ptr()
+            assert weight.data_ptr() == buffers[-1].data_ptr()
             assert torch.equal(found, layer.base_weight().to(dtype))
-    assert {buffer.dtype for buffer in buffers(pool)} == {torch.float32, torch.bfloat16}
-    assert len(buffers(pool)) == 2
+    assert len(buffers) == 1
 
 
-def test_one_buffer_serves_every_layer_and_nothing_needs_it_later(model, tokens, pool, monkeypatch):
+def test_one_buffer_serves_every_layer_and_nothing_needs_it_later(model, tokens, buffers, monkeypatch):
     expected = without_a_buffer(model, tokens, monkeypatch)
-    assert not buffers(pool)
+    assert not buffers
     places = []
 
     def spoil():
-        (buffer,) = buffers(pool)
-        assert buffer.numel() == 128 * 64
-        places.append(buffer.fill_(torch.nan).data_ptr())
+        (buffer,) = buffers
+        assert buffer.numel() == 128 * 64 * 4
+        places.append(buffer.fill_(255).data_ptr())  # NaN in every floating-point dtype
 
     for name, gradient in gradients(model, tokens, spoil).items():
         assert torch.equal(gradient, expected[name])
-    assert [buffer.data_ptr() for buffer in buffers(pool)] == places
+    assert [buffer.data_ptr() for buffer in buffers] == places
 
 
-def test_nothing_of_the_weights_size_is_allocated(model, pool):
+def test_nothing_of_the_weights_size_is_allocated(model, buffers):
     """What a library returns is a panel of it."""
 
     for layer in layer_list(model):
@@ -100,7 +93,7 @@ def test_nothing_of_the_weights_size_is_allocated(model, pool):
         assert 0 < largest.elements <= at_most <= size
 
 
-def test_forwards_and_backwards_of_two_layers_interleave(nf4, pool):
+def test_forwards_and_backwards_of_two_layers_interleave(nf4, buffers):
     first, *_, second = layer_list(nf4)
     assert first.base_weight().shape != second.base_weight().shape
     inputs = [torch.randn(5, layer.in_features, requires_grad=True) for layer in (first, second)]
@@ -123,69 +116,49 @@ def test_forwards_and_backwards_of_two_layers_interleave(nf4, pool):
     outputs[0].square().sum().backward()
     found = [inputs[0].grad, first.smoa_A["default"].grad, first.smoa_B["default"].grad]
     assert all(map(torch.equal, found, expected[0]))
-    assert len(buffers(pool)) == 1
+    assert len(buffers) == 1
 
 
-def test_recomputation_inference_and_merging_leave_the_gradients_alone(nf4, tokens, pool):
+def test_recomputation_inference_and_merging_leave_the_gradients_alone(nf4, tokens, buffers):
     with torch.inference_mode():  # a buffer made in that mode serves training
         nf4(tokens)
     expected = gradients(nf4, tokens)
     nf4.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     recomputed = gradients(nf4, tokens)
     nf4.gradient_checkpointing_disable()
-    assert len(buffers(pool)) == 1
+    assert len(buffers) == 1
     over_merged = gradients(nf4, tokens, nf4.merge_adapter)  # a backward after a merge is still of W0
     for name, gradient in expected.items():
         torch.testing.assert_close(recomputed[name], gradient)
         torch.testing.assert_close(over_merged[name], gradient)
 
 
-def test_an_unlent_buffer_is_lent_again_and_grows():
-    pool = ScratchPool()
-    with pool.borrow((3, 4), torch.float32, CPU) as first:
-        assert first.shape == (3, 4)
+def test_a_buffer_is_lent_again_and_grows(buffers):
+    with module._scratch((3, 4), torch.float32, CPU) as first:
         place = first.data_ptr()
-    with pool.borrow((6, 2), torch.float32, CPU) as again:
+    with module._scratch((6, 2), torch.bfloat16, CPU) as again:
         assert again.data_ptr() == place
-    with pool.borrow((5, 5), torch.float32, CPU) as larger:
+    with module._scratch((5, 5), torch.float32, CPU) as larger:
         assert larger.is_contiguous()
-    with pytest.raises(RuntimeError), pool.borrow((5, 5), torch.float32, CPU):
+    with pytest.raises(RuntimeError), module._scratch((5, 5), torch.float32, CPU):
         raise RuntimeError
-    assert [buffer.numel() for buffer in buffers(pool)] == [25]
+    assert [buffer.numel() for buffer in buffers] == [25 * 4]
 
 
-def test_a_captured_graph_has_a_buffer_of_its_own(monkeypatch):
-    """Capture is pretended, and the test's references to what was allocated under it stand for the graphs'."""
-    pool = ScratchPool()
-    with pool.borrow((4,), torch.float32, CPU) as eager:
-        place = eager.data_ptr()
-    graphs = []
-    monkeypatch.setattr(module, "_capturing", lambda device: True)
-    for _ in range(2):
-        with pool.borrow((4,), torch.float32, CPU) as captured:
-            graphs.append(captured)
-    monkeypatch.undo()
-    with pool.borrow((4,), torch.float32, CPU) as eager:
-        assert eager.data_ptr() == place  # the eager pass goes on with its own
-    assert len({place, *(buffer.data_ptr() for buffer in graphs)}) == 3
-    assert len(buffers(pool)) == 1
-
-
-def test_nested_and_threaded_use_never_shares():
-    pool = ScratchPool()
+def test_nested_and_threaded_use_never_shares(buffers):
     with (
-        pool.borrow((4,), torch.float32, CPU) as outer,
-        pool.borrow((4,), torch.float32, CPU) as inner,
+        module._scratch((4,), torch.float32, CPU) as outer,
+        module._scratch((4,), torch.float32, CPU) as inner,
     ):
         outer.fill_(1)
         inner.fill_(2)
         assert outer.tolist() == [1] * 4
-    assert len(buffers(pool)) == 2
+    assert len(buffers) == 2
     barrier, seen = threading.Barrier(4), []
 
     def use(value):
         for _ in range(50):
-            with pool.borrow((64,), torch.float32, CPU) as buffer:
+            with module._scratch((64,), torch.float32, CPU) as buffer:
                 buffer.fill_(value)
                 barrier.wait(timeout=10)
                 seen.append(bool((buffer == value).all()))
@@ -193,7 +166,16 @@ def test_nested_and_threaded_use_never_shares():
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(use, range(4)))
     assert seen == [True] * 200
-    assert len(buffers(pool)) == 4
+    assert len(buffers) == 4
+
+
+def test_second_derivatives_are_refused(nf4):
+    layer = layer_list(nf4)[0]
+    x = torch.randn(5, layer.in_features, requires_grad=True)
+    with pytest.raises(
+        RuntimeError, match="second derivatives over a quantised base weight are not computed"
+    ):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
 # What is read a panel at a time
@@ -201,7 +183,7 @@ def test_nested_and_threaded_use_never_shares():
 
 @pytest.mark.parametrize("block", [None, (48, 32), (64, 64), (128, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_float8_blocks_are_read_as_they_were_scaled(block, dtype, pool):
+def test_float8_blocks_are_read_as_they_were_scaled(block, dtype, buffers):
     base = nn.Linear(72, 200)
     model = adapt(nn.Sequential(float8_layer(base, block)), target_modules=["0"])
     (layer,) = layer_list(model)
@@ -212,7 +194,7 @@ def test_float8_blocks_are_read_as_they_were_scaled(block, dtype, pool):
 
 
 @SLOW
-def test_panels_of_nvfp4_start_where_its_scales_do(pool):
+def test_panels_of_nvfp4_start_where_its_scales_do(buffers):
     base = nn.Sequential(nn.Linear(64, 304, bias=False, dtype=torch.bfloat16))
     torchao.quantize_(base, mx_formats.NVFP4WeightOnlyConfig())
     weight = base[0].weight
@@ -236,14 +218,14 @@ def four_bit_layer(kind="nf4", width=64):
 @SLOW
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("width", [64, 1216, 63, 96, 100])  # of the last three no row is whole blocks
-def test_panels_of_four_bit_weights_are_whole_blocks(kind, width, pool):
+def test_panels_of_four_bit_weights_are_whole_blocks(kind, width, buffers):
     layer = four_bit_layer(kind, width).to("cpu")
     expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     with module.dequantized(Bnb4bitBackend(), layer, torch.float32) as weight:
         assert torch.equal(weight, expected)
 
 
-def test_a_kernel_that_takes_a_buffer_is_given_it(pool):
+def test_a_kernel_that_takes_a_buffer_is_given_it(buffers):
     """The CPU's gets that form, for the length of the test."""
     layer, places = four_bit_layer().to("cpu"), []
 
@@ -257,18 +239,14 @@ def test_a_kernel_that_takes_a_buffer_is_given_it(pool):
         for dtype in (torch.float32, torch.bfloat16):  # the second is not the weight's: it is cast
             with module.dequantized(Bnb4bitBackend(), layer, dtype) as weight:
                 assert torch.equal(weight, module.read_weight(Bnb4bitBackend(), layer).to(dtype))
-    (buffer, _) = sorted(buffers(pool), key=lambda buffer: -buffer.element_size())
-    assert places[0] == buffer.data_ptr()
+    assert places[0] == buffers[0].data_ptr()
     assert len(places) == len(set(places)) == 10
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes' own kernel for it is CUDA's")
-def test_the_gpus_kernel_fills_the_buffer(pool):
+def test_the_gpus_kernel_fills_the_buffer():
     layer = four_bit_layer().cuda()
     expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    for _ in range(2):
-        with module.dequantized(Bnb4bitBackend(), layer, torch.float32) as weight:
-            assert torch.equal(weight, expected)
-            assert len(buffers(pool)) == 0
-    assert [buffer.data_ptr() for buffer in buffers(pool)] == [weight.data_ptr()]
+    with module.dequantized(Bnb4bitBackend(), layer, torch.float32) as weight:
+        assert torch.equal(weight, expected)

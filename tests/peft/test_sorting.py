@@ -114,9 +114,10 @@ def test_a_shared_square_weight_that_one_layer_stores_transposed(threads):
     base, transposed = torch.nn.Linear(12, 12), Conv1D(12, 12)
     transposed.weight = base.weight
     settings = config(r=4).for_layer("")
-    with sorting.Sorting(lambda: [(base, BlockRule(3)), (transposed, BlockRule(3))]) as order:
+    expected = [sorting.Expected(base.weight, swapped, BlockRule(3)) for swapped in (False, True)]
+    with sorting.Sorting(lambda: expected) as blocks_of:
         rows, cols = (
-            Linear(layer, "default", settings, fan_in_fan_out=layer is transposed, spectral_order=order)
+            Linear(layer, "default", settings, fan_in_fan_out=layer is transposed, blocks_of=blocks_of)
             for layer in (base, transposed)
         )
     assert rows.partition("default") == BlockPartition.from_weight(base.weight, 3)
@@ -145,12 +146,12 @@ def test_only_what_a_state_dict_names_is_sorted(llama, threads, sorted_in):
 
 
 def test_what_is_not_in_the_cpus_memory_is_not_at_hand():
-    assert sorting._is_at_hand(torch.nn.Linear(2, 2))
-    assert not sorting._is_at_hand(torch.nn.Linear(2, 2, device="meta"))
-    assert not sorting._is_at_hand(spectral_norm(torch.nn.Linear(2, 2)))  # computed, each time anew
-    offloaded = torch.nn.Linear(2, 2)
-    offloaded.weight.ds_id = 0
-    assert not sorting._is_at_hand(offloaded)
+    weight = torch.nn.Linear(2, 2).weight
+    assert sorting._is_at_hand(weight)
+    assert not sorting._is_at_hand(torch.nn.Linear(2, 2, device="meta").weight)
+    assert not sorting._is_at_hand(spectral_norm(torch.nn.Linear(2, 2)).weight)  # computed, each time anew
+    weight.ds_id = 0  # offloaded
+    assert not sorting._is_at_hand(weight)
 
 
 def test_autocast_rounds_no_label(make_model, threads):

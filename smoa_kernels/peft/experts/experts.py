@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
-from .experts_weight import ExpertsWeight
+from .weight import ExpertsWeight
 
 __all__ = ["Experts"]
 

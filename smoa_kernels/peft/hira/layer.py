@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
-from ..definition.arguments import autocast_enabled
-from ..definition.packed import scaling_tensor
-from ..definition.partition import BlockPartition
-from ..functional import smoa_linear
+from ...definition.arguments import autocast_enabled
+from ...definition.packed import scaling_tensor
+from ...definition.partition import BlockPartition
+from ...functional import smoa_linear
 
 __all__ = ["Accelerated", "AcceleratedLinear", "OneBlock"]
 

@@ -13,10 +13,10 @@ from peft.tuners.hira import bnb as theirs
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from ..definition.packed import PackedAdapter
-from .dequantize import dequantized, keep_packing
-from .hira_layer import Accelerated, OneBlock
-from .quantized import dequantized_linear
+from ...definition.packed import PackedAdapter
+from ..dequantize import dequantized, keep_packing
+from ..quantized import dequantized_linear
+from .layer import Accelerated, OneBlock
 
 __all__ = ["ACCELERATED"]
 

@@ -10,24 +10,34 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import HiraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import check_path
-from ..definition.partition import BlockPartition
-from ..definition.sketch import sketch_weight
-from .config import SMoAConfig
-from .file_format import StackBlocks, pack_blocks
-from .folders import PREFIX, ModelFolder, by_number, read_config, read_layers, read_state, weights_of
-from .peft_type import PEFT_TYPE
-from .saving import replacing, seal
+from ...adapter_folder.base_model import BaseModel
+from ...adapter_folder.format import StackBlocks, pack_blocks
+from ...adapter_folder.reading import (
+    CONFIG_NAME,
+    HIRA,
+    METHOD,
+    PREFIX,
+    WEIGHTS_NAME,
+    hira_layers,
+    read_adapter,
+    read_config,
+    read_state,
+    weights_of,
+)
+from ...adapter_folder.writing import replacing, seal
+from ...checks import check_path
+from ...definition.partition import BlockPartition
+from ...definition.sketch import sketch_weight
+from ..config import SMoAConfig
 
-__all__ = ["convert_adapter", "hira_layers", "hira_to_smoa", "smoa_to_hira"]
+__all__ = ["convert_adapter", "hira_to_smoa", "smoa_to_hira"]
 
 # Fields that mean the same in both configurations.
 _SHARED = (
@@ -65,7 +75,7 @@ def convert_adapter(
         'HiRA'
     """
     check_path("folder", folder)
-    if read_config(Path(folder), (PeftType.HIRA, PEFT_TYPE)).peft_type == PEFT_TYPE:
+    if read_config(Path(folder), (HIRA, METHOD))["peft_type"] == METHOD:
         smoa_to_hira(folder, out)
         return "HiRA"
     hira_to_smoa(folder, out, base, progress)
@@ -93,11 +103,11 @@ def hira_to_smoa(
             counterpart of (embeddings, convolutions), or the base lacks a layer. Nothing was written.
     """
     source, target = _places(folder, out)
-    config = read_config(source, (PeftType.HIRA,))
+    config = _hira_config(source)
     path = weights_of(source)
     state = read_state(path)
     layers = hira_layers(path, state)
-    bases = ModelFolder(_base_folder(base, config))
+    bases = BaseModel(_base_folder(base, config))
     ranks = {name: A.shape[0] for name, (A, _) in layers.items()}
     settings = {
         **{name: getattr(config, name) for name in _SHARED},
@@ -137,15 +147,13 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
             counterpart of: more blocks than one, another scale than 1, ranks that differ, biases. Nothing was written.
     """
     source, target = _places(folder, out)
-    config = cast(SMoAConfig, read_config(source, (PEFT_TYPE,)))
-    path = weights_of(source)
-    layers = read_layers(path, lambda name: config.for_layer(name).r)
-    if not layers:
-        raise ValueError(f"{path} holds no layer of an SMoA adapter")
+    adapter = read_adapter(source)
+    layers = adapter.layers
+    config = SMoAConfig.from_peft_type(**adapter.config)
     if config.bias != "none":
         raise ValueError(f"{source}: bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
     ranks = {}
-    for name in sorted(layers, key=by_number):
+    for name in layers:
         if isinstance(layers[name], StackBlocks):
             raise ValueError(f"{name}: experts have no counterpart in HiRA, which adapts linear layers")
         blocks, scaling = layers[name].partition.num_blocks, config.for_layer(name).scaling
@@ -166,11 +174,19 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         "init_weights": config.init_weights,
     }
     state = {
-        re.sub(r"\.smoa_([AB])$", r".hira_\1", key): tensor
-        for key, tensor in read_state(path).items()
+        PREFIX + re.sub(r"\.smoa_([AB])$", r".hira_\1", key): tensor
+        for key, tensor in adapter.tensors.items()
         if not key.endswith(".smoa_blocks")
     }
     _write(target, HiraConfig(**settings), state)
+
+
+def _hira_config(folder: Path) -> HiraConfig:
+    read_config(folder, (HIRA,))
+    try:
+        return HiraConfig.from_pretrained(os.fspath(folder))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
 
 
 def _places(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -180,29 +196,6 @@ def _places(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> tupl
     if target.exists() and (not target.is_dir() or target.samefile(source)):
         raise ValueError(f"out must be another folder than the adapter's, got {target}")
     return source, target
-
-
-def hira_layers(path: Path, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Find A (r, C) and B (N, r) of each layer in the tensors of a HiRA adapter, by its path in the base model.
-
-    Raises:
-        ValueError: naming the file: there is none, one is no linear layer, or its factors do not fit each other.
-    """
-    layers = {}
-    for key, tensor in state.items():
-        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
-        if kind.startswith("hira_embedding_"):
-            raise ValueError(f"{path}: {name} is an embedding, and only linear layers are read")
-        if kind.startswith("hira_") and tensor.ndim != 2:
-            raise ValueError(f"{path}: {name} is a convolution, and only linear layers are read")
-        if kind == "hira_A":
-            other = state.get(f"{PREFIX}{name}.hira_B")
-            if other is None or other.ndim != 2 or other.shape[1] != tensor.shape[0]:
-                raise ValueError(f"{path}: {name} has no hira_B that fits its hira_A")
-            layers[name] = tensor, other
-    if not layers:
-        raise ValueError(f"{path} holds no layer of a HiRA adapter")
-    return {name: layers[name] for name in sorted(layers, key=by_number)}
 
 
 def _base_folder(base: str | os.PathLike[str] | None, config: Any) -> Path:
@@ -218,7 +211,7 @@ def _base_folder(base: str | os.PathLike[str] | None, config: Any) -> Path:
     return Path(named)
 
 
-def _base_weight(bases: ModelFolder, name: str, shape: tuple[int, int]) -> Tensor:
+def _base_weight(bases: BaseModel, name: str, shape: tuple[int, int]) -> Tensor:
     stored = bases.get(f"{name}.weight")
     if stored is not None and tuple(stored.shape) in (shape, shape[::-1]):
         # PEFT corrects the configuration's fan_in_fan_out by the layer's class, layer by layer.
@@ -229,6 +222,6 @@ def _base_weight(bases: ModelFolder, name: str, shape: tuple[int, int]) -> Tenso
 def _write(folder: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     with replacing(folder) as scratch:
         tensors = {key: tensor.contiguous() for key, tensor in state.items()}
-        save_file(tensors, scratch / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
         seal(scratch)

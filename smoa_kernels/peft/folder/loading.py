@@ -15,31 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import delete_adapter
-from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from ..definition.sketch import TOLERANCE
-from .config import SMoAConfig
-from .experts import Experts
-from .experts_weight import ExpertsWeight
-from .file_format import STATE_KEYS
-from .folders import read_json
-from .layer import SMoALayer
-from .offload import gathered, present
-from .peft_type import PEFT_TYPE
+from ...adapter_folder.format import STATE_KEYS
+from ...adapter_folder.reading import CONFIG_NAME, METHOD, read_json
+from ...definition.sketch import TOLERANCE
+from ..config import SMoAConfig
+from ..layer import SMoALayer
+from ..offload import gathered, present
+from ..snapshot import PARAMETER_PREFIX, Snapshot
 
-__all__ = [
-    "PARAMETER_PREFIX",
-    "check_adapter",
-    "forget_adapter",
-    "install_checked_load",
-    "install_named_read",
-    "remove_adapter",
-]
-
-# What the names of an adapter's parameters begin with.
-PARAMETER_PREFIX = "smoa_"
+__all__ = ["check_adapter", "install_checked_load", "install_named_read"]
 
 
 def check_adapter(
@@ -91,37 +77,6 @@ def _base_distance(layer: SMoALayer, sketch: Tensor) -> float:
         return layer.base_distance(sketch)
 
 
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of every layer, and layers that hold no other adapter out of the model."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SMoALayer) and set(module.smoa_A) <= {adapter_name}:
-            parent, _, child = name.rpartition(".")
-            if isinstance(module, ExpertsWeight):
-                delattr(model.get_submodule(parent), child)
-            else:
-                setattr(model.get_submodule(parent), child, module.base_layer)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Experts) and not module.weights:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base_layer)
-    delete_adapter(model, adapter_name, prefix=PARAMETER_PREFIX, layer_cls=SMoALayer)
-
-
-def forget_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Undo what an injection changed beside the layers, once they no longer hold the adapter."""
-    configs: Any = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
-    if configs:
-        return
-    for module in list(model.modules()):
-        own = vars(module)
-        if "trainable_before" in own:  # the tuner
-            for parameter in own["trainable_before"]:
-                parameter.requires_grad_(True)
-        elif own.get("peft_config") is configs:
-            del module.peft_config
-
-
 def install_named_read() -> None:
     """Wrap PEFT's reader of configurations, which has no hook: it reads the file before it knows the method."""
     read = PeftConfig.from_json_file.__func__
@@ -130,13 +85,9 @@ def install_named_read() -> None:
 
     @functools.wraps(read)
     def from_json_file(cls: type[PeftConfig], path_json_file: Any, **kwargs: Any) -> Any:
-        try:
-            found = read(cls, path_json_file, **kwargs)
-        except (RecursionError, TypeError, ValueError):
-            found = None
-            if not isinstance(path_json_file, (str, os.PathLike)):  # a descriptor can be read once only
-                raise
-        return found if isinstance(found, dict) else read_json(path_json_file)  # which says what is wrong
+        if isinstance(path_json_file, (str, os.PathLike)):  # a descriptor can be read once only
+            read_json(path_json_file)  # which says what is wrong, and of which file
+        return read(cls, path_json_file, **kwargs)
 
     from_json_file._names_the_file = True  # type: ignore[attr-defined]
     PeftConfig.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
@@ -153,30 +104,24 @@ def install_checked_load() -> None:
 def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_adapter(self: Any, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        before = set(getattr(self, "peft_config", {}))
-        had_adapters, trained = self._hf_peft_config_loaded, [p for p in self.parameters() if p.requires_grad]
         if peft_model_id is not None:
             folder = Path(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder") or "")
             config = folder / CONFIG_NAME
-            if config.is_file() and read_json(config).get("peft_type") == PEFT_TYPE:
+            if config.is_file() and read_json(config).get("peft_type") == METHOD:
                 SMoAConfig.from_pretrained(str(folder))  # which checks all that needs no model
+        known, had_adapters, before = set(_adapters(self)), self._hf_peft_config_loaded, Snapshot(self)
         try:
             found = load(self, peft_model_id, *args, **kwargs)
-            for name in _added(self, before):
+            for name in set(_adapters(self)) - known:
                 state = {key: value for key, value in self.state_dict().items() if key.endswith(f".{name}")}
                 for key in found.missing_keys:
                     state.pop(key, None)
                 state |= dict.fromkeys(found.unexpected_keys)
                 check_adapter(self, name, state, strict_base=self.peft_config[name].strict_base)
         except BaseException:  # Ctrl-C too
-            added = _added(self, before)
-            for name in added:
-                remove_adapter(self, name)
-                forget_adapter(self, name)
-            if added:
+            for name in set(_adapters(self)) - known:
+                before.restore(name)
                 self._hf_peft_config_loaded = had_adapters
-                for parameter in trained:
-                    parameter.requires_grad_(True)
             raise
         return found
 
@@ -184,6 +129,6 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_adapter
 
 
-def _added(model: Any, before: set[str]) -> list[str]:
+def _adapters(model: Any) -> list[str]:
     configs = getattr(model, "peft_config", {})
-    return [name for name in configs if name not in before and configs[name].peft_type == PEFT_TYPE]
+    return [name for name in configs if configs[name].peft_type == METHOD]

@@ -6,18 +6,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from torch import Tensor
 
 from ..checks import check_path
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import TOLERANCE
-from .config import SMoAConfig
-from .file_format import LayerBlocks, StackBlocks
-from .folders import ModelFolder, by_number, opened, read_config, read_layers, weights_of
-from .peft_type import PEFT_TYPE
-from .stored_names import StoredNames
+from .base_model import BaseModel
+from .format import LayerBlocks, StackBlocks
+from .reading import PREFIX, read_adapter
 
 __all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
 
@@ -48,6 +46,11 @@ class LayerReport:
     worst_expert: int | None = None
 
     @property
+    def kind(self) -> str:
+        """Its path, with * for the numbers in it: the same for that layer of every block of a model."""
+        return ".".join("*" if part.isdigit() else part for part in self.name.split("."))
+
+    @property
     def num_blocks(self) -> int:
         """K."""
         return len(self.ranks)
@@ -63,13 +66,13 @@ class AdapterReport:
     """An adapter folder.
 
     Attributes:
-        config: its configuration.
+        config: its configuration, as the file holds it.
         layers: its layers, sorted by name, with numbers by value.
         file_size: bytes of the file of weights.
         other_tensors: names of further tensors in the file (biases, modules that are saved in full).
     """
 
-    config: SMoAConfig
+    config: dict[str, Any]
     layers: tuple[LayerReport, ...]
     file_size: int
     other_tensors: tuple[str, ...]
@@ -101,7 +104,7 @@ def inspect_adapter(
     Raises:
         TypeError: `folder` or `base` is not a path.
         ValueError, FileNotFoundError: a file is missing or cannot be read, the adapter is another method's,
-            `SMoAConfig.from_pretrained` finds a fault, or labels or ranks are missing or out of range.
+            its configuration has a value that is not allowed, or labels or ranks are missing or out of range.
 
     Example:
         >>> from peft import get_peft_model
@@ -115,22 +118,22 @@ def inspect_adapter(
     check_path("folder", folder)
     if base is not None:
         check_path("base", base)
-    config = cast(SMoAConfig, read_config(Path(folder), (PEFT_TYPE,)))
-    path = weights_of(Path(folder))
-    found = read_layers(path, lambda name: config.for_layer(name).r)
-    if not found:
-        raise ValueError(f"{path} holds no layer of an SMoA adapter")
-    with opened(path) as file:
-        others = sorted(key for key in file.keys() if ".smoa_" not in key)  # noqa: SIM118  # it is no mapping
-    bases = None if base is None else StoredNames(ModelFolder(Path(base)))
+    adapter = read_adapter(Path(folder))
+    found = adapter.layers
+    bases = None if base is None else BaseModel(Path(base))
     layers = []
-    for name in sorted(found, key=by_number):
+    for name in found:
         layers.append(_layer(name, found[name], bases))
         progress(len(layers), len(found))
-    return AdapterReport(config, tuple(layers), path.stat().st_size, tuple(others))
+    return AdapterReport(
+        adapter.config,
+        tuple(layers),
+        adapter.path.stat().st_size,
+        tuple(PREFIX + key for key in sorted(adapter.whole)),
+    )
 
 
-def _layer(name: str, blocks: LayerBlocks | StackBlocks, bases: StoredNames | None) -> LayerReport:
+def _layer(name: str, blocks: LayerBlocks | StackBlocks, bases: BaseModel | None) -> LayerReport:
     experts = [blocks] if isinstance(blocks, LayerBlocks) else blocks.experts()
     stack = () if isinstance(blocks, LayerBlocks) else (len(experts),)
     ranks = experts[0].ranks.tolist()
@@ -147,7 +150,7 @@ def _layer(name: str, blocks: LayerBlocks | StackBlocks, bases: StoredNames | No
     )
 
 
-def _distances(name: str, experts: Sequence[LayerBlocks], bases: StoredNames, fused: bool) -> list[float]:
+def _distances(name: str, experts: Sequence[LayerBlocks], bases: BaseModel, fused: bool) -> list[float]:
     """How far each expert's W0, or the layer's own, is from that of the base."""
     stored = bases.get(name if fused else f"{name}.weight")
     if stored is None or stored.ndim != 2 + fused or (fused and len(stored) != len(experts)):

@@ -1,26 +1,25 @@
-"""Saves adapters so that an interruption leaves the old files or the new ones: written elsewhere, then moved."""
+"""Writes adapters so that an interruption leaves the old files or the new ones: written elsewhere, then moved."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import json
 import os
-import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
-from .peft_type import PEFT_TYPE
+__all__ = ["CONFIG_NAME", "METHOD", "WEIGHTS_NAME", "check_seal", "replacing", "seal"]
 
-__all__ = ["check_seal", "install_atomic_save", "replacing", "seal"]
+# The files of an adapter's folder, as PEFT names them.
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+# What its configuration calls the method.
+METHOD = "SMOA"
 
 _SCRATCH = ".saving-"
 
@@ -67,20 +66,20 @@ def seal(folder: Path) -> None:
     agree.
     """
     for path in folder.rglob(CONFIG_NAME):
-        weights = path.with_name(SAFETENSORS_WEIGHTS_NAME)
+        weights = path.with_name(WEIGHTS_NAME)
         values = json.loads(path.read_text(encoding="utf-8"))
-        if weights.is_file() and values["peft_type"] == PEFT_TYPE:
+        if weights.is_file() and values["peft_type"] == METHOD:
             values["weights_sha256"] = _sha256(weights)
             path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def check_seal(folder: str, expected: str | None) -> None:
+def check_seal(folder: Path, expected: str | None) -> None:
     """Warn where the weights in `folder` are not the `expected` ones, by SHA-256; None expects any.
 
     Raises:
         ValueError: a save was killed after it moved the weights and before it moved their configuration.
     """
-    weights = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    weights = folder / WEIGHTS_NAME
     if expected is None or not weights.is_file():
         return
     found = _sha256(weights)
@@ -103,40 +102,3 @@ def _sha256(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def install_atomic_save() -> None:
-    """Wrap the saving of PEFT and transformers, which offer no hook; models without SMoA adapters are left alone."""
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    for model_class in (PeftModel, PreTrainedModel):
-        if not hasattr(model_class.save_pretrained, "_is_atomic_for_smoa"):
-            model_class.save_pretrained = _atomic_for_smoa(model_class.save_pretrained)
-
-
-def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
-    signature = inspect.signature(save)
-
-    @functools.wraps(save)
-    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        configs = getattr(self, "peft_config", {}).values()
-        given = signature.bind(self, save_directory, *args, **kwargs).arguments
-        writes = given.get("is_main_process", True) and not os.path.isfile(save_directory)
-        ours = any(config.peft_type == PEFT_TYPE for config in configs)
-        if ours and not given.get("safe_serialization", True):
-            raise ValueError("safe_serialization must be True: SMoA adapters are saved as safetensors only")
-        if not writes or not ours:
-            save(self, save_directory, *args, **kwargs)
-            return
-        if given.get("push_to_hub"):
-            kwargs.setdefault("repo_id", Path(save_directory).name)
-        with replacing(save_directory) as scratch:
-            card = Path(save_directory, "README.md")
-            if card.is_file():  # PEFT updates the old card
-                shutil.copy(card, scratch)
-            save(self, str(scratch), *args, **kwargs)
-            seal(scratch)
-
-    save_pretrained._is_atomic_for_smoa = True  # type: ignore[attr-defined]
-    return save_pretrained

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from ..checks import check_path, shown
-from .config import LayerSettings, SMoAConfig
-from .file_format import STATE_KEYS, LayerBlocks
-from .folders import PREFIX, read_config, read_layers, read_state, weights_of
-from .layer import SMoALayer
+from ...adapter_folder.format import STATE_KEYS, LayerBlocks
+from ...adapter_folder.reading import PREFIX, Adapter, read_adapter
+from ...adapter_folder.settings import LayerSettings
+from ...checks import check_path, shown
+from ..config import SMoAConfig
+from ..layer import SMoALayer
 from .loading import check_adapter
-from .peft_type import PEFT_TYPE
 
 __all__ = ["hotswap"]
 
@@ -46,6 +46,36 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
         >>> hotswap(model, "adapter")
     """
     check_path("folder", folder)
+    layers = _layers(model, adapter_name)
+    adapter = read_adapter(Path(folder))
+    config = SMoAConfig.from_peft_type(**adapter.config)
+    configs: Any = getattr(model, "peft_config", {})
+    held = configs.get(adapter_name)
+    if adapter.whole or any(each.bias != "none" or each.modules_to_save for each in (config, held or config)):
+        named = f" ({min(adapter.whole)})" if adapter.whole else ""
+        raise ValueError(
+            f"bias and modules_to_save: this adapter or that in {folder} also trains biases or whole modules{named}: "
+            "load it with load_adapter"
+        )
+    # By the model's names of its layers: their path in the base model, as the file has it.
+    paths = {name: name.replace(_COMPILED, "").removeprefix(PREFIX) for name in layers}
+    found = _exchangeable(adapter, set(paths.values()))
+    for kept in ("algorithm", "backend", "inference_mode") if held is not None else ():
+        setattr(config, kept, getattr(held, kept))
+    settings = {name: config.for_layer(path) for name, path in paths.items()}
+    given = {name: adapter.of_layer(path) for name, path in paths.items()}
+    for name, layer in layers.items():
+        _check_layer(name, layer, adapter_name, settings[name], found[paths[name]], given[name])
+    as_model = {f"{name}.{key}.{adapter_name}": given[name][key] for name in layers for key in STATE_KEYS}
+    check_adapter(model, adapter_name, as_model, strict_base=True)
+    for name, layer in layers.items():
+        layer.exchange(adapter_name, settings[name], found[paths[name]], given[name])
+    if held is not None:
+        configs[adapter_name] = config
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
+    """The model's layers that hold the adapter; none may be merged or sharded."""
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -58,51 +88,24 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
             raise ValueError(f"{name}: the adapter is merged: unmerge it first")
         if layer._shard is not None:
             raise ValueError(f"{name} is sharded: exchange its adapter before parallelize_module")
-    config = cast(SMoAConfig, read_config(Path(folder), (PEFT_TYPE,)))
-    configs: Any = getattr(model, "peft_config", {})
-    held = configs.get(adapter_name)
-    path = weights_of(Path(folder))
-    found: dict[str, LayerBlocks] = {}
-    for name, blocks in read_layers(path, lambda name: config.for_layer(name).r).items():
+    return layers
+
+
+def _exchangeable(adapter: Adapter, held: set[str]) -> dict[str, LayerBlocks]:
+    """What the folder holds of its layers, which must be those that the model's adapter has."""
+    found = {}
+    for name, blocks in adapter.layers.items():
         if not isinstance(blocks, LayerBlocks):
             raise ValueError(f"{name}: an adapter of experts cannot be exchanged in place: use load_adapter")
         found[name] = blocks
-    tensors = read_state(path)
-    # By the model's names of its layers: their path in the base model, as the file has it.
-    paths = {name: name.replace(_COMPILED, "").removeprefix(PREFIX) for name in layers}
-    _check_layers(path, set(paths.values()), set(found))
-    in_full = [key for key in tensors if ".smoa_" not in key]
-    if in_full or any(each.bias != "none" or each.modules_to_save for each in (config, held or config)):
-        raise ValueError(
-            f"bias and modules_to_save: this adapter or that in {folder} also trains biases or whole modules"
-            f"{f' ({min(in_full)})' if in_full else ''}: load it with load_adapter"
-        )
-    settings = {name: config.for_layer(paths[name]) for name in layers}
-    given = {name: {key: tensors[f"{PREFIX}{paths[name]}.{key}"] for key in STATE_KEYS} for name in layers}
-    for name, layer in layers.items():
-        _check_layer(name, layer, adapter_name, settings[name], found[paths[name]], given[name])
-    as_model = {f"{name}.{key}.{adapter_name}": given[name][key] for name in layers for key in STATE_KEYS}
-    check_adapter(model, adapter_name, as_model, strict_base=True)
-    for name, layer in layers.items():
-        layer.exchange(adapter_name, settings[name], found[paths[name]], given[name])
-    if held is not None:
-        config.algorithm, config.backend, config.inference_mode = (
-            held.algorithm,
-            held.backend,
-            held.inference_mode,
-        )
-        configs[adapter_name] = config
-
-
-def _check_layers(path: Path, held: set[str], found: set[str]) -> None:
-    """Raise unless the file holds the layers that the model's adapter has."""
-    if held != found:
-        name = min(held ^ found)
+    if held != found.keys():
+        name = min(held ^ found.keys())
         which = "the model's adapter only" if name in held else "the file only"
         raise ValueError(
-            f"target_modules: {path} has another set of layers than the model's adapter ({len(found)} and "
+            f"target_modules: {adapter.path} has another set of layers than the model's adapter ({len(found)} and "
             f"{len(held)}); {name}, for one, is in {which}"
         )
+    return found
 
 
 def _check_layer(

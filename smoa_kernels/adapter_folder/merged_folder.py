@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,32 +24,12 @@ from .merging import FolderMerge
 __all__ = ["MergeReport", "merge_to_folder"]
 
 # Files of weights in other formats, which would be the base's.
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".onnx_data",
-    ".ot",
-)
+_OTHER_FORMATS = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx", "onnx_data", "ot")
 # Written anew, or true of the base alone.
 _LEFT_OUT = ("config.json", "README.md", "adapter_config.json")
 # A run saves its tokenizer beside the adapter, perhaps with a chat template of its own.
-_TOKENIZER = (
-    *(
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-        "additional_chat_templates/*",
-    ),
-    *("vocab*", "merges.txt", "*.model", "*processor_config.json"),
-)
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
+_TEMPLATES = ("chat_template*", "additional_chat_templates/*", "*processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -111,58 +91,67 @@ def merge_to_folder(
         1
         >>> merged = LlamaForCausalLM.from_pretrained("merged")
     """
+    target = _new_folder(out)
+    merge = FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed)
+    split = _split(merge, max_shard_size)
+    with _renamed_when_whole(target) as scratch:
+        done = 0
+        for file, names in split.filename_to_tensors.items():
+            shard: dict[str, Tensor] = {}
+            for name in names:
+                progress(done, len(merge.plan))
+                shard[name] = merge.tensor(name)
+                done += 1
+            save_file(shard, scratch / file, metadata={"format": "pt"})
+            # safetensors' files are their owner's alone
+            os.chmod(scratch / file, 0o666 & scratch.stat().st_mode)
+            del shard  # before the next one grows
+        progress(done, len(merge.plan))
+        _write_beside_weights(merge, split, scratch)
+    changed = sum(planned.changed for planned in merge.plan.values())
+    size, files = split.metadata["total_size"], tuple(split.filename_to_tensors)
+    return MergeReport(len(merge.plan), changed, tuple(merge.untied), size, files)
+
+
+def _new_folder(out: str | os.PathLike[str]) -> Path:
     check_path("out", out)
     target = Path(out).resolve()  # a link is followed, and "." has a name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {target}")
     if (
         target.is_mount() or target == Path.cwd()
-    ):  # which cannot be renamed to; found before the merge, not after it
+    ):  # nothing can be renamed to it; found before the merge, not after
         raise ValueError(
             f"out must not be a mount point or the working folder, name a folder in it: got {target}"
         )
-    merge = FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed)
+    return target
+
+
+def _split(merge: FolderMerge, max_shard_size: int | str) -> StateDictSplit:
+    """Share the tensors of the merged model out among files."""
     shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in merge.plan.items()}
     try:
-        split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+        return split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     except ValueError as error:  # which does not say of what
         raise ValueError(
             f"max_shard_size must be a size such as '5GB', got {shown(max_shard_size)}"
         ) from error
-    done = 0
-    with _renamed_when_whole(target) as scratch:
-        for file, names in split.filename_to_tensors.items():
-            shard: dict[str, Tensor] = {}
-            for name in names:
-                progress(done, len(shapes))
-                shard[name] = merge.tensor(name)
-                done += 1
-            save_file(shard, scratch / file, metadata={"format": "pt"})
-            os.chmod(
-                scratch / file, 0o666 & scratch.stat().st_mode
-            )  # safetensors' files are their owner's alone
-            del shard  # before the next one grows
-        progress(done, len(shapes))
-        if split.is_sharded:
-            parameters = sum(shape.numel() for shape in shapes.values())
-            index = {
-                "metadata": {"total_parameters": parameters, **split.metadata},
-                "weight_map": split.tensor_to_filename,
-            }
-            _write_json(scratch / "model.safetensors.index.json", index)
-        _copy(merge.base, scratch, _beside_weights(merge.base))
-        if (merge.adapter / "tokenizer_config.json").is_file():
-            found = (path for pattern in _TOKENIZER for path in merge.adapter.glob(pattern))
-            _copy(merge.adapter, scratch, found)
-        _write_json(scratch / "config.json", _configuration(merge))
-    changed = sum(planned.changed for planned in merge.plan.values())
-    return MergeReport(
-        len(shapes),
-        changed,
-        tuple(merge.untied),
-        split.metadata["total_size"],
-        tuple(split.filename_to_tensors),
-    )
+
+
+def _write_beside_weights(merge: FolderMerge, split: StateDictSplit, scratch: Path) -> None:
+    """Write all of a model's folder but its weights; the configuration last."""
+    if split.is_sharded:
+        parameters = sum(planned.shape.numel() for planned in merge.plan.values())
+        index = {
+            "metadata": {"total_parameters": parameters, **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        _write_json(scratch / "model.safetensors.index.json", index)
+    _copy(merge.base, scratch, _beside_weights(merge.base))
+    if (merge.adapter / "tokenizer_config.json").is_file():
+        found = (path for pattern in (*_TOKENIZER, *_TEMPLATES) for path in merge.adapter.glob(pattern))
+        _copy(merge.adapter, scratch, found)
+    _write_json(scratch / "config.json", _configuration(merge))
 
 
 @contextmanager
@@ -190,7 +179,7 @@ def _beside_weights(base: Path) -> Iterator[Path]:
     """The files of a base model but its weights, configuration and model card; nothing hidden, no checkpoints."""
     for path in base.rglob("*"):
         hidden = any(part.startswith((".", "checkpoint-")) for part in path.relative_to(base).parts)
-        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        weights = path.suffix[1:] in ("safetensors", *_OTHER_FORMATS) or path.name.endswith(".index.json")
         if not (hidden or weights or path.relative_to(base).as_posix() in _LEFT_OUT):
             yield path
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
-from ..checks import shown
-from ..definition.precision import DTYPES, dtype_names
-from .config import SMoAConfig
+from ...checks import shown
+from ...definition.precision import DTYPES, dtype_names
+from ..config import SMoAConfig
+from ..offload import execution_device
 from .experts import Experts
-from .offload import execution_device
 
 __all__ = ["ExpertsTarget", "find_targets"]
 
@@ -37,10 +37,9 @@ class ExpertsTarget(NamedTuple):
     experts: nn.Module
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(E, N, C)."""
-        count, rows, cols = getattr(self.experts, self.parameter_name).shape
-        return (count, cols, rows) if self.experts.is_transposed else (count, rows, cols)
+    def weight(self) -> Tensor:
+        """The parameter, as it is stored."""
+        return cast(Tensor, getattr(self.experts, self.parameter_name))
 
 
 def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[ExpertsTarget], int]:

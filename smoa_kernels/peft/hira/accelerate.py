@@ -9,8 +9,8 @@ from peft.tuners import hira
 from peft.tuners.hira.layer import HiraLayer
 from torch import nn
 
-from ..checks import check_kind
-from .hira_layer import Accelerated, AcceleratedLinear
+from ...checks import check_kind
+from .layer import Accelerated, AcceleratedLinear
 
 __all__ = ["HiraReport", "accelerate_hira", "decelerate_hira"]
 
@@ -115,7 +115,7 @@ def _class_for(layer: HiraLayer) -> type[Accelerated] | str:
     kind = cast(Accelerated, layer).pefts_class if _is_accelerated(layer) else type(layer)
     found = _ACCELERATED.get(kind)
     if kind.__module__ == "peft.tuners.hira.bnb":
-        from .hira_quantized import ACCELERATED
+        from .quantized import ACCELERATED
 
         found = ACCELERATED.get(kind)
     if found is None:

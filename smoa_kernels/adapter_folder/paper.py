@@ -18,8 +18,8 @@ from torch import Tensor
 from ..definition.packed import pack_factors, unpack_factors
 from ..definition.partition import BlockPartition
 from ..definition.sketch import sketch_weight
-from .file_format import STATE_KEYS, LayerBlocks, pack_blocks, read_blocks
-from .folders import PREFIX
+from .format import STATE_KEYS, LayerBlocks, pack_blocks, read_blocks
+from .reading import PREFIX
 
 __all__ = ["from_paper_layout", "to_paper_layout"]
 

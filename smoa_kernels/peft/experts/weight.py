@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..backends import eager, resolve_backend
-from ..definition.experts import ExpertBlocks, ExpertsAdapter
-from ..definition.packed import draw_A, padding_masks, scaling_tensor
-from ..definition.partition import BlockPartition
-from ..definition.ranks import trainable_parameters
-from ..definition.sketch import sketch_distance, sketch_weight
-from ..experts import experts_linear
-from .config import LayerSettings
-from .experts_order import expert_order
-from .file_format import pack_expert_blocks, unpack_expert_blocks
-from .layer import Prepared, SMoALayer, SpectralOrder
+from ...adapter_folder.format import pack_expert_blocks, unpack_expert_blocks
+from ...backends import resolve_backend
+from ...definition.experts import ExpertBlocks, ExpertsAdapter
+from ...definition.packed import PackedAdapter, scaling_tensor
+from ...definition.partition import BlockPartition
+from ...experts import experts_linear
+from ..layer import Prepared, SMoALayer
 
 __all__ = ["ExpertsWeight"]
 
@@ -38,7 +31,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
     Attributes:
         smoa_A: parameters (E, ρ, C), by adapter.
         smoa_B: parameters (E, N, ρ), by adapter.
-        smoa_blocks: uint8, a row for each expert (:mod:`smoa_kernels.peft.file_format`).
+        smoa_blocks: uint8, a row for each expert (:mod:`smoa_kernels.adapter_folder.format`).
     """
 
     def __init__(self, experts: nn.Module, parameter_name: str) -> None:
@@ -57,28 +50,6 @@ class ExpertsWeight(SMoALayer, nn.Module):
 
     def _stored_weight(self) -> Tensor:
         return cast(Tensor, getattr(self._experts[0], self.parameter_name))
-
-    def base_weight(self) -> Tensor:
-        """W0 (E, N, C), never W_eff."""
-        weight = self._stored_weight()
-        if self._stored_base is not None:
-            weight = self._stored_base.to(weight.device, weight.dtype)
-        return weight.transpose(1, 2) if self.fan_in_fan_out else weight
-
-    def base_sketch(self) -> Tensor:
-        """Sketch the W0 of every expert, (E, 33)."""
-        return torch.stack([sketch_weight(weight) for weight in self.base_weight().unbind()])
-
-    def base_distance(self, sketch: Tensor) -> float:
-        """The largest distance of an expert's W0 from a sketch of it."""
-        own = self.base_sketch()
-        return 0.0 if own.is_meta else max(map(sketch_distance, sketch, own))
-
-    def update_layer(
-        self, adapter_name: str, settings: LayerSettings, spectral_order: SpectralOrder = expert_order
-    ) -> None:
-        """Add an adapter; see :meth:`SMoALayer.update_layer`."""
-        super().update_layer(adapter_name, settings, spectral_order)
 
     def check_active(self, adapter_names: Sequence[str]) -> None:
         """Raise a ValueError where several of these are adapters of this weight."""
@@ -125,7 +96,8 @@ class ExpertsWeight(SMoALayer, nn.Module):
                 f"{self.parameter_name} is on {weight.device} and the experts' input on {source.device}: adapters of "
                 "experts take neither offloaded weights nor nn.DataParallel (use DistributedDataParallel)"
             )
-        backend = resolve_backend(self.backend[name], weight.device, weight.dtype, adapter.A.shape[1])
+        settings = self.settings[name].config
+        backend = resolve_backend(settings.backend, weight.device, weight.dtype, adapter.A.shape[1])
         return lambda x: experts_linear(x.to(weight.dtype), ends, adapter, backend)
 
     def packed(self, adapter_name: str, weight: Tensor) -> ExpertsAdapter:  # type: ignore[override]  # of experts
@@ -140,25 +112,19 @@ class ExpertsWeight(SMoALayer, nn.Module):
         """The blocks of all experts; computed now where no weights brought them."""
         return cast(ExpertBlocks, self._ready(adapter_name).partition)
 
-    def num_adapter_parameters(self, adapter_name: str) -> int:
-        """Count the trained parameters, `Σ r_k (N_k + C_k)` over all experts, without padding."""
-        ranks = self.ranks(adapter_name).tolist()
-        return sum(trainable_parameters(each, ranks) for each in self._partitions(adapter_name))
+    def joined(self, partitions: Sequence[BlockPartition]) -> ExpertBlocks:
+        """The blocks of all experts by those of each, or by one for all."""
+        rows, cols = (
+            torch.stack([getattr(p, side) for p in partitions]) for side in ("row_block", "col_block")
+        )
+        return ExpertBlocks.from_labels(rows, cols, partitions[0].num_blocks)
+
+    def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
+        return self.packed(adapter_name, weight).experts(range(self.stack[0]))
 
     def _partitions(self, adapter_name: str) -> list[BlockPartition]:
         shape = self.out_features, self.in_features
         return self.partition(adapter_name).partitions(range(self.stack[0]), shape)
-
-    @torch.no_grad()
-    def reset_adapter(self, adapter_name: str) -> None:
-        """Draw each expert's factors as :meth:`SMoALayer.reset_adapter` draws a layer's."""
-        A, B, ranks = self.smoa_A[adapter_name], self.smoa_B[adapter_name], self.ranks(adapter_name)
-        starts_at_zero = self.init_weights[adapter_name]
-        B.zero_() if starts_at_zero else B.normal_()
-        for e, partition in enumerate(self._partitions(adapter_name)):
-            draw_A(A[e], partition, ranks)
-            if not starts_at_zero:
-                B[e].mul_(padding_masks(partition, ranks, A.shape[1])[1])
 
     def _pack(self, partition: Any, ranks: Tensor, sketch: Tensor) -> Tensor:
         return pack_expert_blocks(partition, ranks, sketch, (self.out_features, self.in_features))
@@ -176,59 +142,6 @@ class ExpertsWeight(SMoALayer, nn.Module):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         weight = self._stored_weight()
         return weight.device, weight.dtype
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W0 + Σ ΔW, rounded once, into the parameter, expert by expert; W0 is kept on the CPU.
-
-        Args:
-            safe_merge: raise, and change nothing, where the result is not finite.
-            adapter_names: the adapters to merge; the active one when None.
-
-        Raises:
-            ValueError: `safe_merge` found NaN or Inf.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]
-        if not names:
-            return
-        stored, before = self._stored_weight().data, [*self.merged_adapters]
-        if self._stored_base is None:
-            self._stored_base = stored.to("cpu", copy=True)
-        try:
-            self._write([*before, *names], stored)
-            if safe_merge and not all(bool(torch.isfinite(weight).all()) for weight in stored.unbind()):
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be broken"
-                )
-        except BaseException:  # Ctrl-C too
-            if before:
-                self._write(before, stored)
-            else:
-                self.unmerge()
-            raise
-        self.merged_adapters.extend(names)
-
-    def _write(self, names: Sequence[str], stored: Tensor) -> None:
-        """Write the W_eff of adapters together to the parameter."""
-        base = self.base_weight()
-        experts = range(self.stack[0])
-        adapters = [self.packed(name, base).experts(experts) for name in names]
-        for e, into in enumerate(stored.transpose(1, 2) if self.fan_in_fan_out else stored):
-            wide = base[e].to(torch.promote_types(base.dtype, torch.float32))
-            merged = wide.clone()
-            for each in adapters:
-                merged += eager.delta_weight(replace(each[e], weight=wide))
-            into.copy_(merged)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put W0 back, bit for bit."""
-        if self._stored_base is None:
-            warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
-        else:
-            self._stored_weight().data.copy_(self._stored_base)
-        self._stored_base = None
-        self.merged_adapters.clear()
 
     def extra_repr(self) -> str:
         """Show the shape, and K and r of each adapter."""

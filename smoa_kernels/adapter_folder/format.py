@@ -14,7 +14,7 @@ Zeros stand for blocks that are yet to be loaded. Of the fused weight of E exper
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,12 +28,10 @@ from ..definition.sketch import SKETCH_SIZE, sketch_distance, sketch_weight
 
 __all__ = [
     "STATE_KEYS",
-    "UNKNOWN_SKETCH",
     "LayerBlocks",
     "StackBlocks",
     "blocks_size",
     "check_complete",
-    "lacks_sketch",
     "pack_blocks",
     "pack_expert_blocks",
     "read_blocks",
@@ -44,8 +42,6 @@ __all__ = [
 
 # The tensors of a layer's adapter.
 STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
-# Stands for the sketch of a quantised W0 until a state dict is to hold it; no file does.
-UNKNOWN_SKETCH = torch.full((SKETCH_SIZE,), torch.nan, device="cpu")
 
 
 class LayerBlocks(NamedTuple):
@@ -106,13 +102,6 @@ def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Ten
     return torch.frombuffer(bytearray(head + body), dtype=torch.uint8)
 
 
-def lacks_sketch(packed: Tensor, num_blocks: int) -> bool:
-    """Whether `UNKNOWN_SKETCH` was packed for K blocks."""
-    start = 4 * (2 + num_blocks)
-    sketch = packed[start : start + 2 * SKETCH_SIZE].cpu().numpy().view("<f2")
-    return bool(np.isnan(sketch).all())
-
-
 def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks:
     """Unpack what :func:`pack_blocks` packed for a layer of this shape, on the same device.
 
@@ -121,28 +110,9 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
     """
     if packed.dtype != torch.uint8 or packed.ndim != 1:
         raise ValueError(f"smoa_blocks must be a vector of uint8, got {packed.dtype} {tuple(packed.shape)}")
-    data = packed.detach().cpu().contiguous().numpy()
-    num_blocks, checksum = (int(n) for n in data[:8].view("<u4")) if len(data) >= 8 else (0, 0)
-    if not 1 <= num_blocks <= MOST_BLOCKS or len(data) != blocks_size(out_features, in_features, num_blocks):
-        raise ValueError(
-            f"smoa_blocks must hold the block labels of {out_features} rows and {in_features} columns, got "
-            f"{len(data)} bytes that say num_blocks={num_blocks}"
-        )
-    body = data[8:]
-    if zlib.crc32(body.tobytes()) != checksum:
-        raise ValueError("smoa_blocks is corrupt: its labels, ranks and sketch do not match its checksum")
-    ranks, sketch, bits = np.split(body, [4 * num_blocks, 4 * num_blocks + 2 * SKETCH_SIZE])
-    width = _label_bits(num_blocks)
-    count = out_features + in_features
-    planes = np.unpackbits(bits, count=count * width, bitorder="little").reshape(count, width)
-    labels = torch.from_numpy(planes.astype(np.int32) @ (1 << np.arange(width, dtype=np.int32)))
-    rows, cols = labels.to(packed.device).split([out_features, in_features])
-    partition = BlockPartition.from_labels(rows, cols, num_blocks)
-    return LayerBlocks(
-        partition,
-        torch.from_numpy(ranks.view("<u4").astype(np.int32)).to(packed.device),
-        torch.from_numpy(sketch.view("<f2").astype(np.float32)).to(packed.device),
-    )
+    rows = _unpack(packed[None], out_features, in_features, lambda expert: "smoa_blocks")
+    partition = BlockPartition.from_labels(rows.rows[0], rows.cols[0], rows.num_blocks)
+    return LayerBlocks(partition, rows.ranks[0], rows.sketches[0])
 
 
 def pack_expert_blocks(
@@ -167,22 +137,42 @@ def unpack_expert_blocks(packed: Tensor, out_features: int, in_features: int) ->
         raise ValueError(
             f"smoa_blocks must have a row of uint8 for each expert, got {packed.dtype} {tuple(packed.shape)}"
         )
-    try:
-        first = unpack_blocks(packed[0], out_features, in_features)  # says what is wrong with all of them
-    except ValueError as error:
-        raise ValueError(str(error).replace("blocks is corrupt", "blocks of expert 0 is corrupt")) from error
-    num_blocks = first.partition.num_blocks
+    rows = _unpack(packed, out_features, in_features, lambda expert: f"smoa_blocks of expert {expert}")
+    other = (rows.ranks != rows.ranks[0]).any(1).nonzero()
+    if len(other):
+        raise ValueError(f"smoa_blocks of expert {int(other[0])} has other ranks than those of expert 0")
+    blocks = ExpertBlocks.from_labels(rows.rows, rows.cols, rows.num_blocks)
+    return StackBlocks(blocks, rows.ranks[0], rows.sketches, (out_features, in_features))
+
+
+class _Rows(NamedTuple):
+    """Rows of `smoa_blocks`, unpacked."""
+
+    num_blocks: int
+    ranks: Tensor  # int32 (E, K)
+    sketches: Tensor  # float32 (E, 33)
+    rows: Tensor  # labels (E, N)
+    cols: Tensor  # labels (E, C)
+
+
+def _unpack(packed: Tensor, out_features: int, in_features: int, name: Callable[[int], str]) -> _Rows:
+    """Unpack rows (E, bytes) of one K; `name` says in messages what a row is."""
     data = packed.detach().cpu().contiguous().numpy()
+    num_blocks = int(data[0, :4].view("<u4")[0]) if data.shape[1] >= 8 else 0
+    if not 1 <= num_blocks <= MOST_BLOCKS or data.shape[1] != blocks_size(
+        out_features, in_features, num_blocks
+    ):
+        raise ValueError(
+            f"smoa_blocks must hold the block labels of {out_features} rows and {in_features} columns, got "
+            f"{data.shape[1]} bytes that say num_blocks={num_blocks}"
+        )
     for expert, row in enumerate(data):
         head = row[:8].view("<u4")
         if head[0] != num_blocks or zlib.crc32(row[8:]) != head[1]:
             raise ValueError(
-                f"smoa_blocks of expert {expert} is corrupt: its labels, ranks and sketch do not match its checksum"
+                f"{name(expert)} is corrupt: its labels, ranks and sketch do not match its checksum"
             )
     ranks, sketches, bits = np.split(data[:, 8:], [4 * num_blocks, 4 * num_blocks + 2 * SKETCH_SIZE], axis=1)
-    other = np.flatnonzero((ranks != ranks[0]).any(1))
-    if other.size:
-        raise ValueError(f"smoa_blocks of expert {other[0]} has other ranks than those of expert 0")
     width, count = _label_bits(num_blocks), out_features + in_features
     planes = np.unpackbits(bits, axis=1, count=count * width, bitorder="little")
     planes = planes.reshape(len(data), count, width)
@@ -191,13 +181,14 @@ def unpack_expert_blocks(packed: Tensor, out_features: int, in_features: int) ->
         labels |= planes[..., bit].astype(labels.dtype) << bit
     wrong = np.flatnonzero((labels >= num_blocks).any(1))
     if wrong.size:
-        raise ValueError(f"smoa_blocks of expert {wrong[0]} must have labels below num_blocks={num_blocks}")
+        raise ValueError(f"{name(int(wrong[0]))} must have labels below num_blocks={num_blocks}")
     rows, cols = torch.from_numpy(labels).to(packed.device).split([out_features, in_features], 1)
-    return StackBlocks(
-        ExpertBlocks.from_labels(rows, cols, num_blocks),
-        first.ranks,
+    return _Rows(
+        num_blocks,
+        torch.from_numpy(np.ascontiguousarray(ranks).view("<u4").astype(np.int32)).to(packed.device),
         torch.from_numpy(np.ascontiguousarray(sketches).view("<f2").astype(np.float32)).to(packed.device),
-        (out_features, in_features),
+        rows,
+        cols,
     )
 
 

@@ -1,0 +1,12 @@
+"""An adapter's folder on disk: its format, reading, inspecting, and merging it into a base model's folder.
+
+Nothing here imports PEFT, which takes seconds; transformers is imported only where a base model's class must be known.
+"""
+
+try:
+    import numpy  # noqa: F401
+    import safetensors  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "adapters are read with safetensors and numpy: pip install 'smoa-kernels[peft]'"
+    ) from error

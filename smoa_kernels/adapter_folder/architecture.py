@@ -1,0 +1,112 @@
+"""What a base model's class says of its files: transformers renames stored tensors while it loads them, makes some
+parameters out of several (the fused weight of experts out of one for each), and ties some to others, which alone are
+stored.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["Architecture", "conv1d_layers"]
+
+
+class Architecture:
+    """The class of a model, by the configuration in its folder; everything is empty where transformers lacks it.
+
+    Args:
+        folder: the model's folder.
+        stored: names of the stored tensors.
+
+    Attributes:
+        renamed: stored names of parameters, by the model's own.
+        parts: of parameters that are made of several stored tensors, these tensors' names.
+        tied: names of parameters that are others, which are stored: in most models the head is the embedding.
+    """
+
+    def __init__(self, folder: Path, stored: Iterable[str]) -> None:
+        self._model = _without_values(folder)
+        self.renamed: dict[str, str] = {}
+        self.parts: defaultdict[str, list[str]] = defaultdict(list)
+        self.tied: dict[str, str] = {}
+        # What makes a parameter of stored tensors, by the patterns that their names match; the pattern of each part.
+        self._converters: dict[str, WeightConverter] = {}
+        self._patterns: dict[str, str] = {}
+        if self._model is not None:
+            self.tied = dict(self._model.all_tied_weights_keys)
+            self._resolve(stored)
+
+    def _resolve(self, stored: Iterable[str]) -> None:
+        transforms = get_model_conversion_mapping(self._model)
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        self._converters = {pattern: each for each in converters for pattern in each.source_patterns}
+        prefix, state = self._model.base_model_prefix, self._model.state_dict()
+        for part in sorted(stored, key=dot_natural_key):
+            name, pattern = rename_source_key(part, renamings, converters, prefix, state)
+            if pattern is None:
+                self.renamed[name] = part
+            elif len(self._converters[pattern].target_patterns) == 1:  # not cut out of a tensor
+                self.parts[name].append(part)
+                self._patterns[part] = pattern
+
+    def assemble(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """Make a parameter of its parts, as transformers does while it loads them."""
+        parts = self.parts[name]
+        converter = copy.deepcopy(self._converters[self._patterns[parts[0]]])
+        for part in parts:
+            converter.add_tensor(name, part, self._patterns[part], partial(read, part))
+        converted = converter.convert(name, model=self._model, config=self._model.config)
+        if isinstance(converted, tuple):  # transformers 5.0 gives errors too
+            converted = converted[0]
+        (made,) = converted.values()
+        return cast(Tensor, made[0] if isinstance(made, list) else made)
+
+    def take_apart(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Undo :meth:`assemble`, as transformers does while it saves: parts by stored name."""
+        return dict(revert_weight_conversion(self._model, {name: value}))
+
+
+def _without_values(folder: Path) -> Any:
+    """The model on the meta device; None where transformers lacks the architecture that the configuration names."""
+    try:
+        config = AutoConfig.from_pretrained(os.fspath(folder), trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        return None
+    with torch.device("meta"):
+        return kind(config)
+
+
+def conv1d_layers(folder: Path) -> list[str]:
+    """Name a model's layers whose weights are stored (C, N), as it names them without its head.
+
+    Raises:
+        ValueError, OSError: transformers does not know the model's configuration.
+    """
+    if not (folder / "config.json").is_file():  # transformers would look for it on a hub
+        raise FileNotFoundError(f"there is no config.json in {folder}")
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(os.fspath(folder)))
+    return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]

@@ -1,0 +1,128 @@
+"""`BaseModel`: finds and reads the parameters that an adapter's file names in a base model's folder."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .reading import opened, read_json
+
+if TYPE_CHECKING:
+    from .architecture import Architecture
+
+__all__ = ["BaseModel"]
+
+
+class BaseModel:
+    """A base model's folder. Most parameters are stored as the model names them; the others its class knows of.
+
+    Args:
+        folder: the folder.
+
+    Attributes:
+        files: by stored name, the file that holds a tensor.
+
+    Raises:
+        ValueError, FileNotFoundError: the folder has no safetensors files, or they cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = dict(_scan(folder))
+        if not self.files:
+            raise FileNotFoundError(
+                f"there are no safetensors files in {folder}, as save_pretrained writes them; `hf download NAME` "
+                "fetches a model and prints its folder"
+            )
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What the model's class says of its files; transformers, which has the class, takes seconds to import."""
+        from .architecture import Architecture
+
+        return Architecture(self.folder, self.files)
+
+    def stored_name(self, name: str) -> str | None:
+        """The stored name of a parameter; None where no stored tensor holds exactly its values."""
+        stored = self._same_name(name)
+        return self.architecture.renamed.get(name) if stored is None else stored
+
+    def _same_name(self, name: str) -> str | None:
+        """A stored name that is the parameter's; a model saved without its head may lack the first part of each name,
+        or have one more."""
+        if name in self.files:
+            return name
+        shorter = name.partition(".")[2]
+        if shorter in self.files:
+            return shorter
+        longer = [stored for stored in self.files if stored.partition(".")[2] == name]
+        return longer[0] if len(longer) == 1 else None
+
+    def read(self, stored: str) -> Tensor:
+        """Read a tensor by its stored name, mapped into memory."""
+        with opened(self.files[stored]) as file:
+            tensor: Tensor = file.get_tensor(stored)
+        return tensor
+
+    def get(self, name: str) -> Tensor | None:
+        """Read a parameter as the model has it, made of its parts where it is; None where the folder lacks it."""
+        stored = self.stored_name(name)
+        if stored is not None:
+            return self.read(stored)
+        return self.assembled(name) if name in self.architecture.parts else None
+
+    def assembled(self, name: str) -> Tensor:
+        """Make a parameter of its parts, as transformers does while it loads them."""
+        return self.architecture.assemble(name, self.read)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Give every tensor by its stored name, file by file; mapped into memory, so that none is read yet."""
+        by_file = sorted(self.files, key=lambda name: self.files[name])
+        for path, names in itertools.groupby(by_file, key=lambda name: self.files[name]):
+            with opened(path) as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
+
+    def stores_swapped(self, name: str, shape: tuple[int, int]) -> bool:
+        """Whether a layer's weight W0 of a `shape` (N, C) is stored (C, N): by its shape, or its class where N = C.
+
+        Raises:
+            ValueError: the weight is square, and transformers does not know the model's configuration.
+        """
+        stored = self._same_name(f"{name}.weight")
+        if stored is None:
+            return False
+        if shape[0] != shape[1]:
+            return tuple(self.read(stored).shape) != shape
+        try:
+            return stored in self._conv1d_weights
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{name}: its weight is square. Whether it is stored transposed, as a Conv1D's is, the model's class "
+                f"alone shows, and transformers knows none for {self.folder}: {error}"
+            ) from error
+
+    @cached_property
+    def _conv1d_weights(self) -> set[str | None]:
+        from .architecture import conv1d_layers
+
+        return {self._same_name(f"{name}.weight") for name in conv1d_layers(self.folder)}
+
+
+def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"{index} is not an index of safetensors files: it has no weight_map")
+        yield from ((name, folder / file) for name, file in files.items())
+        return
+    single = folder / "model.safetensors"  # what transformers reads, whatever lies beside it
+    for path in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
+        with opened(path) as file:
+            yield from ((name, path) for name in file.keys())  # noqa: SIM118  # it is no mapping

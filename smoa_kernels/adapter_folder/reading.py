@@ -1,0 +1,219 @@
+"""Reads an adapter's folder from disk, whose files may be damaged or another method's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..checks import shown
+from .format import STATE_KEYS, LayerBlocks, StackBlocks, read_blocks
+from .settings import AdapterSettings
+from .writing import CONFIG_NAME, METHOD, WEIGHTS_NAME, check_seal
+
+__all__ = [
+    "CONFIG_NAME",
+    "HIRA",
+    "METHOD",
+    "MOST_JSON_BYTES",
+    "PREFIX",
+    "WEIGHTS_NAME",
+    "Adapter",
+    "by_number",
+    "hira_layers",
+    "opened",
+    "read_adapter",
+    "read_config",
+    "read_json",
+    "read_state",
+    "read_weights",
+    "weights_of",
+]
+
+# PEFT puts it before the path of a layer in every key of an adapter's file.
+PREFIX = "base_model.model."
+
+# What a configuration calls PEFT's HiRA.
+HIRA = "HIRA"
+
+# A larger JSON file is not read. The index of a model with hundreds of experts a layer has some 20 MB.
+MOST_JSON_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An SMoA adapter's folder, read and checked.
+
+    Attributes:
+        config: the configuration as its file holds it.
+        settings: what that says of the layers.
+        path: the file of weights.
+        tensors: what that holds, by its keys without `PREFIX`; mapped into memory, so the factors' values are not read
+            yet.
+        layers: blocks, ranks and sketch of every layer, by its path in the base model. The path of a fused weight of
+            experts is the parameter's.
+    """
+
+    config: dict[str, Any]
+    settings: AdapterSettings
+    path: Path
+    tensors: dict[str, Tensor]
+    layers: dict[str, LayerBlocks | StackBlocks]
+
+    def of_layer(self, name: str) -> dict[str, Tensor]:
+        """A layer's tensors by `STATE_KEYS`."""
+        return {key: self.tensors[f"{name}.{key}"] for key in STATE_KEYS}
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """Parameters that the file holds themselves: biases, and modules that are saved in full."""
+        return {key: tensor for key, tensor in self.tensors.items() if ".smoa_" not in key}
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read the folder of an SMoA adapter, without PEFT.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: it is another method's, or a file cannot be read or holds what is not allowed. The message names
+            the file.
+    """
+    config = read_config(folder, (METHOD,))
+    known = {field.name for field in fields(AdapterSettings)}
+    try:
+        settings = AdapterSettings(**{key: value for key, value in config.items() if key in known})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+    tensors, layers = read_weights(folder, settings)
+    path = weights_of(folder)
+    if not layers:
+        raise ValueError(f"{path} holds no layer of an SMoA adapter")
+    return Adapter(config, settings, path, tensors, layers)
+
+
+def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
+    """Read the configuration of an adapter of one of `methods` (PEFT's names).
+
+    Raises:
+        FileNotFoundError: the folder has no configuration.
+        ValueError: it is another method's, or no JSON. The message names the file.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}: give the folder of a saved adapter")
+    config = read_json(path)
+    method = config.get("peft_type")
+    if method not in methods:
+        raise ValueError(
+            f"{path}: it is an adapter of the method {shown(method)}, not {' or '.join(methods)}"
+        )
+    return config
+
+
+def read_weights(
+    folder: Path, settings: AdapterSettings
+) -> tuple[dict[str, Tensor], dict[str, LayerBlocks | StackBlocks]]:
+    """Read an adapter's tensors and layers, as `Adapter` holds them; none where there are no weights, or on a hub.
+
+    Raises:
+        ValueError: the weights are a pickle, truncated, corrupt, of other ranks than the configuration's, or left by a
+            save that was killed. The message names the file and the layer.
+    """
+    path, pickled = folder / WEIGHTS_NAME, folder / "adapter_model.bin"
+    if not path.is_file():
+        if pickled.is_file():
+            raise ValueError(f"{pickled} is a pickle, and SMoA adapters are read from safetensors only")
+        return {}, {}
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in read_state(path).items()}
+    layers = {}
+    for name in sorted({key.rpartition(".")[0] for key in tensors if ".smoa_" in key}, key=by_number):
+        given = {key: tensors.get(f"{name}.{key}") for key in STATE_KEYS}
+        try:
+            # A layer's memory goes by its rank, so that is compared with the file before any layer is made.
+            layers[name] = read_blocks(name, given, settings.for_layer(name).r)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    check_seal(folder, settings.weights_sha256)
+    return tensors, layers
+
+
+def weights_of(folder: Path) -> Path:
+    """The path of an adapter's weights; FileNotFoundError where there are none."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {WEIGHTS_NAME} in {folder}")
+    return path
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped into memory: no value is read yet."""
+    with opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a safetensors file, whose header safetensors checks against the file's length.
+
+    Raises:
+        ValueError: the file is truncated, corrupt or cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is truncated or corrupt, no readable safetensors file: {error}") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Raises:
+        ValueError: the file is larger than `MOST_JSON_BYTES`, which is seen before it is read, or holds something else.
+    """
+    size = Path(path).stat().st_size
+    if size > MOST_JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes; at most {MOST_JSON_BYTES} are read")
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found
+
+
+def hira_layers(path: Path, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Find A (r, C) and B (N, r) of each layer in the tensors of a HiRA adapter, by its path in the base model.
+
+    Raises:
+        ValueError: naming the file: there is none, one is no linear layer, or its factors do not fit each other.
+    """
+    layers = {}
+    for key, tensor in state.items():
+        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        if kind.startswith("hira_embedding_"):
+            raise ValueError(f"{path}: {name} is an embedding, and only linear layers are read")
+        if kind.startswith("hira_") and tensor.ndim != 2:
+            raise ValueError(f"{path}: {name} is a convolution, and only linear layers are read")
+        if kind == "hira_A":
+            other = state.get(f"{PREFIX}{name}.hira_B")
+            if other is None or other.ndim != 2 or other.shape[1] != tensor.shape[0]:
+                raise ValueError(f"{path}: {name} has no hira_B that fits its hira_A")
+            layers[name] = tensor, other
+    if not layers:
+        raise ValueError(f"{path} holds no layer of a HiRA adapter")
+    return {name: layers[name] for name in sorted(layers, key=by_number)}
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """Sorting key of a layer's name that puts layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]

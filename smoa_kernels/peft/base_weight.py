@@ -1,0 +1,236 @@
+"""`BaseWeight`: the weight W0 under a layer's adapters: read, sketched, replaced by W_eff and put back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+from ..backends import eager
+from ..definition.block_rule import BlockRule
+from ..definition.packed import PackedAdapter
+from ..definition.partition import BlockPartition
+from ..definition.shard import LayerShard
+from ..definition.sketch import sketch_distance, sketch_weight
+from .dequantize import dequantized, read_weight
+from .offload import check_present, present
+from .quantized import requantize
+
+__all__ = ["BaseWeight", "BlockSource", "decompositions"]
+
+
+# Computes the blocks of a layer's W0: `BlockPartition`, or `ExpertBlocks` of a stack.
+BlockSource = Callable[[Any, BlockRule], Any]
+
+
+def decompositions(weight: Tensor, rule: BlockRule) -> list[Callable[[], BlockPartition]]:
+    """What computes the spectral blocks of W0 (N, C); of (E, N, C) for each matrix, or one for all where shared."""
+    if weight.ndim == 2:
+        return [partial(rule.build, weight)]
+    if rule.block_order == "shared":
+        return [partial(BlockPartition.from_experts, weight, rule.num_blocks, granule=rule.granule)]
+    return [partial(rule.build, each) for each in weight.detach()]
+
+
+class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
+    """A layer's W0 (N, C), or the W0 (E, N, C) of `stack` matrices, as the base layer holds it.
+
+    Attributes:
+        fan_in_fan_out: whether it is stored with its last two dimensions swapped.
+        quantization_backend: PEFT's back end for the base layer, where that is quantised.
+        stack: how many matrices the layer adapts as one, (E,); () for a single one.
+    """
+
+    fan_in_fan_out: bool
+    quantization_backend: QuantizationBackend | None = None
+    stack: tuple[int, ...] = ()
+    in_features: int
+    out_features: int
+    smoa_A: nn.ParameterDict
+    # W0 while the base layer holds W_eff: its values, or a layer over its quantised values (in a tuple, since a module
+    # that is assigned directly becomes a child and is saved).
+    _stored_base: Tensor | None = None
+    _stored_layer: tuple[nn.Module, ...] = ()
+    _shard: LayerShard | None = None  # where tensor parallelism has cut W0
+
+    def innermost(self) -> nn.Module:
+        """The layer that owns W0, below the layers of other tuners."""
+        return cast(nn.Module, self.get_base_layer())
+
+    def base_weight(self) -> Tensor:
+        """W0, never W_eff; newly dequantised where it is quantised, this process's part where it is sharded."""
+        if self.quantization_backend is not None:
+            return read_weight(self.quantization_backend, self._quantized_base())
+        weight = self._stored_weight()
+        check_present(weight)
+        if self._stored_base is not None:
+            weight = self._stored_base.to(weight.device, weight.dtype)
+        if weight.grad_fn is not None:
+            # A view by FSDP of a flat parameter that mixes frozen weights with trained ones.
+            weight = weight.detach()
+        return weight.mT if self.fan_in_fan_out else weight
+
+    @property
+    def adapter_device(self) -> torch.device:
+        """Where the layer's adapters are."""
+        return cast(Tensor, next(iter(self.smoa_A.values()))).device
+
+    def base_sketch(self) -> Tensor:
+        """Sketch the whole W0, (33,), or each matrix of a stack."""
+        weight = self.base_weight() if self._shard is None else cast(Tensor, self.innermost().weight)
+        return torch.stack([sketch_weight(each) for each in weight]) if self.stack else sketch_weight(weight)
+
+    def base_distance(self, sketch: Tensor) -> float:
+        """The largest distance of W0 from a sketch of it; 0 where it is on the meta device."""
+        own = self.base_sketch()
+        if own.is_meta:
+            return 0.0
+        return max(map(sketch_distance, sketch.view(-1, own.shape[-1]), own.view(-1, own.shape[-1])))
+
+    def build_blocks(self, rule: BlockRule) -> Any:
+        """Compute the blocks of W0, which is read only where they depend on its values."""
+        if rule.needs_weight:
+            return self.joined([compute() for compute in decompositions(self.base_weight(), rule)])
+        return self.joined([rule.of_shape((self.out_features, self.in_features), self.adapter_device)])
+
+    def joined(self, partitions: Sequence[BlockPartition]) -> Any:
+        """The blocks of W0 by those of each of its matrices, or by one for all."""
+        return partitions[0]
+
+    def _stored_weight(self) -> Tensor:
+        """The innermost layer's parameter as it is stored; where it is sharded, this process's part."""
+        weight = cast(Tensor, self.innermost().weight)
+        return weight if self._shard is None else self._shard.weight(weight)
+
+    def _quantized_base(self) -> nn.Module:
+        return self._stored_layer[0] if self._stored_layer else self.innermost()
+
+    def _dequantized(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        return dequantized(self.quantization_backend, self._quantized_base(), dtype)
+
+    def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
+        """An adapter of each matrix of W0."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W0 + Σ ΔW, rounded (or quantised) once, into the base layer; W0 is kept for :meth:`unmerge`.
+
+        Args:
+            safe_merge: raise, and change nothing, where the result is not finite.
+            adapter_names: the adapters to merge; the active ones when None.
+
+        Raises:
+            ValueError: `safe_merge` found NaN or Inf.
+            RuntimeError: the base weight is offloaded, or is also another tuner's, which has not merged its adapters.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]
+        if not names:
+            return
+        inner: Any = getattr(self, "base_layer", None)
+        if isinstance(inner, BaseTunerLayer) and not inner.merged:
+            # It would merge into W_eff, and unmerging would put W0 back under it; unloading would lose its adapters.
+            raise RuntimeError(
+                f"the base layer holds adapters of another tuner ({type(inner).__qualname__}): merge and unload these "
+                "before SMoA's are added, or do not merge"
+            )
+        before = [*self.merged_adapters]
+        if self.quantization_backend is not None:
+            (merged,) = self._merged([*before, *names])
+            _check_finite([merged] if safe_merge else [], names)
+            quantized = requantize(self, merged)
+            self._stored_layer = self._stored_layer or (quantized,)
+        else:
+            stored = self._stored_weight()
+            if stored.is_meta:
+                raise RuntimeError(
+                    "the base weight is offloaded: merge the model (merge_adapter), not the layer"
+                )
+            _check_unsharded(stored)
+            if self._stored_base is None:
+                self._stored_base = stored.detach().to("cpu", copy=True)
+            try:
+                self._write([*before, *names])
+                _check_finite(self._each(stored) if safe_merge else [], names)
+            except BaseException:  # Ctrl-C too
+                if before:
+                    self._write(before)
+                else:
+                    self.unmerge()
+                raise
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit."""
+        if self._stored_layer:
+            self.base_layer = self._stored_layer[0]
+        elif self._stored_base is not None:
+            self._stored_weight().data.copy_(self._stored_base)
+        else:
+            warnings.warn("Already unmerged. Nothing to do.", UserWarning, stacklevel=2)
+        self._stored_base, self._stored_layer = None, ()
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Compute ΔW of one adapter, to be added to W0: in the base weight's layout, at least float32.
+
+        Args:
+            adapter: its name.
+        """
+        with present(self, self.innermost()):
+            weight = self.base_weight()
+            _check_unsharded(weight)
+            deltas = [_sum([each]) for each in self._matrices(adapter, weight.detach())]
+        delta = torch.stack(deltas) if self.stack else deltas[0]
+        return delta.mT if self.fan_in_fan_out else delta
+
+    def _write(self, names: Sequence[str]) -> None:
+        """Write the W_eff of adapters together to the base layer, matrix by matrix."""
+        stored = self._stored_weight().data
+        for into, merged in zip(
+            self._each(stored.mT if self.fan_in_fan_out else stored), self._merged(names), strict=True
+        ):
+            into.copy_(merged)
+
+    def _merged(self, names: Sequence[str]) -> Iterator[Tensor]:
+        """Compute W0 + Σ ΔW, in W0's dtype, of one matrix after another."""
+        weight = self.base_weight().detach()
+        for base, *adapters in zip(
+            self._each(weight), *(self._matrices(name, weight) for name in names), strict=True
+        ):
+            yield _sum(adapters).add_(base).to(base.dtype)
+
+    def _each(self, weight: Tensor) -> Sequence[Tensor]:
+        return weight.unbind() if self.stack else (weight,)
+
+
+def _sum(adapters: Sequence[PackedAdapter]) -> Tensor:
+    """Compute Σ ΔW (N, C) over one weight, at least in float32, each ΔW as its own product."""
+    weight = adapters[0].weight
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    total = eager.delta_weight(replace(adapters[0], weight=wide))
+    for each in adapters[1:]:
+        total += eager.delta_weight(replace(each, weight=wide))
+    return total
+
+
+def _check_unsharded(weight: Tensor) -> None:
+    if hasattr(weight, "full_tensor"):
+        raise RuntimeError("the base weight is sharded by fully_shard: call unshard() on the module first")
+
+
+def _check_finite(merged: Iterable[Tensor], names: Sequence[str]) -> None:
+    if not all(bool(torch.isfinite(weight).all()) for weight in merged):
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be broken"
+        )

@@ -1,0 +1,1 @@
+"""Adapters of the fused weights of experts (docs/experts.md)."""

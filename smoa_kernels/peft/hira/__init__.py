@@ -1,0 +1,1 @@
+"""PEFT's own HiRA layers, computed by SMoA's operator (docs/hira.md)."""

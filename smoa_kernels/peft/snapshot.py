@@ -1,0 +1,52 @@
+"""`Snapshot`: a model as it was before an adapter was put in, to go back to where that fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import delete_adapter
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .experts.experts import Experts
+from .layer import SMoALayer
+
+__all__ = ["PARAMETER_PREFIX", "Snapshot"]
+
+# What the names of an adapter's parameters begin with.
+PARAMETER_PREFIX = "smoa_"
+
+# What an injection puts in a module's place.
+_PUT_IN = (SMoALayer, Experts, AuxiliaryTrainingWrapper)
+
+
+class Snapshot:
+    """What of a model an injection changes.
+
+    Args:
+        model: the base model, or PEFT's model around it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._children = [(module, dict(module._modules)) for module in model.modules()]
+        self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._had_configs = hasattr(model, "peft_config")
+
+    def restore(self, adapter_name: str) -> None:
+        """Take a new adapter out, of which the injection may have failed at any place."""
+        for module, children in self._children:
+            for name, child in children.items():
+                now = module._modules.get(name)
+                if now is not child and isinstance(now, _PUT_IN):
+                    setattr(module, name, child)
+            if isinstance(module, Experts):
+                for name in module._modules.keys() - children.keys():
+                    delattr(module, name)
+        delete_adapter(self.model, adapter_name, prefix=PARAMETER_PREFIX, layer_cls=SMoALayer)
+        for parameter, before in self._trainable:
+            parameter.requires_grad_(before)
+        configs: Any = getattr(self.model, "peft_config", {})
+        configs.pop(adapter_name, None)
+        if not (configs or self._had_configs) and "peft_config" in vars(self.model):
+            del self.model.peft_config
