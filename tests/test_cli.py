@@ -72,25 +72,6 @@ def test_roofline_marks_the_choice(capsys):
         assert f'"auto" runs: {chosen}' in capsys.readouterr().out
 
 
-def test_roofline_under_dropout_shows_only_what_exists(capsys):
-    assert main([*DEFAULT, "--dropout", "0.05"]) == 0
-    out = capsys.readouterr().out
-    assert "SMoA split" in out
-    assert "SMoA merged" not in out
-
-
-def test_roofline_parts(capsys):
-    assert main([*DEFAULT, "--parts"]) == 0
-    assert "y, read to accumulate" in capsys.readouterr().out
-
-
-def test_help_lists_the_commands(capsys):
-    assert main(["--help"]) == 0
-    out = capsys.readouterr().out
-    for command in ("info", "roofline", "audit", "inspect", "convert", "merge", "tune"):
-        assert command in out
-
-
 def test_without_arguments_every_command_is_shown_in_its_group_with_an_example_that_parses(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out

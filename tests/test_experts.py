@@ -58,31 +58,36 @@ def test_pairs_that_no_expert_counts_are_refused(backend: str) -> None:
         experts_linear(torch.cat([p.x, p.x[:1]]), p.ends, p.adapter, backend)
 
 
+SHAPES: list[dict[str, object]] = [
+    {"pairs": (1,), "ranks": (2,), "rows": 1, "cols": 1},
+    {"pairs": (0, 0, 1), "ranks": (2, 2), "rows": 16, "cols": 24},  # one token, one of its experts
+    {"pairs": (40, 0, 130), "ranks": (1, 3), "rows": 300, "cols": 290},  # several panels
+    {"pairs": (5, 9), "ranks": (4,), "rows": 64, "cols": 31},  # K = 1
+    {"pairs": (20, 20), "ranks": (2, 2, 2, 2), "rows": 40, "cols": 40},
+]
+FEW: list[dict[str, object]] = [
+    {"pairs": pairs, "blocks": blocks, "ranks": ranks, "rows": 70, "cols": 90}
+    for pairs in [(1, 2, 0, 3), (5, 8, 9, 0)]
+    for blocks in ["contiguous", "own", "empty"]
+    for ranks in [(2, 2, 2), (3, 0, 2), (5, 1, 9)]
+]
+
+
 @numerical
 @each_backend
-@pytest.mark.parametrize(
-    ("pairs", "ranks", "rows", "cols"),
-    [
-        ((1,), (2,), 1, 1),
-        ((0, 0, 1), (2, 2), 16, 24),  # one token, one of its experts
-        ((40, 0, 130), (1, 3), 300, 290),  # several panels
-        ((5, 9), (4,), 64, 31),  # K = 1
-        ((20, 20), (2, 2, 2, 2), 40, 40),
-    ],
-)
-def test_shapes(backend: str, pairs: tuple[int, ...], ranks: tuple[int, ...], rows: int, cols: int) -> None:
-    p = make_problem(pairs=pairs, ranks=ranks, rows=rows, cols=cols, dtype=torch.float32)
+@pytest.mark.parametrize("sizes", SHAPES + FEW, ids=str)
+def test_results_of_every_shape(backend: str, sizes: dict[str, object]) -> None:
+    p = make_problem(dtype=torch.float32, **sizes)  # type: ignore[arg-type]
     p.assert_within_budget(p.operator(backend))
 
 
 @numerical
 @each_backend
-@pytest.mark.parametrize("pairs", [(1, 2, 0, 3), (5, 8, 9, 0)])
-@pytest.mark.parametrize("blocks", ["contiguous", "own", "empty"])
-@pytest.mark.parametrize("ranks", [(2, 2, 2), (3, 0, 2), (5, 1, 9)])
-def test_few_pairs(backend: str, pairs: tuple[int, ...], blocks: str, ranks: tuple[int, ...]) -> None:
-    p = make_problem(pairs=pairs, blocks=blocks, ranks=ranks, rows=70, cols=90, dtype=torch.float32)
-    p.assert_within_budget(p.operator(backend))
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_on_every_number_of_threads(backend: str, threads: int) -> None:
+    p = make_problem(pairs=(50, 0, 3), rows=130, cols=140, dtype=torch.float32)
+    with on_threads(threads):
+        p.assert_within_budget(p.operator(backend))
 
 
 @numerical
@@ -157,19 +162,6 @@ def test_no_token_at_all(backend: str) -> None:
     assert (y.shape, dx.shape) == (p.dy.shape, p.x.shape)
     assert not dA.any()
     assert not dB.any()
-
-
-@numerical
-@each_backend
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads(backend: str, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        p = make_problem(pairs=(50, 0, 3), rows=130, cols=140, dtype=torch.float32)
-        p.assert_within_budget(p.operator(backend))
-    finally:
-        torch.set_num_threads(before)
 
 
 @numerical

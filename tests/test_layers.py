@@ -33,6 +33,8 @@ def trained(**kwargs: object) -> FusedSMoALinear:
 def test_starts_as_its_base_and_trains_only_its_factors() -> None:
     linear = nn.Linear(40, 33)
     layer = FusedSMoALinear.from_linear(linear, r=6, num_blocks=2)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
     x = torch.randn(2, 5, 40)
     torch.testing.assert_close(layer(x), linear(x))
     assert isinstance(layer, nn.Linear)
@@ -44,13 +46,6 @@ def test_starts_as_its_base_and_trains_only_its_factors() -> None:
         F.mse_loss(layer(x), torch.zeros(2, 5, 33)).backward()
         optimizer.step()
     assert F.mse_loss(layer(x), torch.zeros(2, 5, 33)) < before
-
-
-def test_from_linear_shares_weight_and_bias() -> None:
-    linear = nn.Linear(40, 33)
-    layer = FusedSMoALinear.from_linear(linear)
-    assert layer.weight is linear.weight
-    assert layer.bias is linear.bias
 
 
 def test_from_conv1d_views_its_weight() -> None:
@@ -85,18 +80,6 @@ def test_a_merged_layer_gives_the_same() -> None:
     assert layer.merged
     torch.testing.assert_close(layer(x), y)
     torch.testing.assert_close(layer.delta_weight(), delta)
-
-
-def test_merging_twice_warns_and_changes_nothing() -> None:
-    layer = trained()
-    layer.merge()
-    merged = layer.weight.clone()
-    with pytest.warns(UserWarning, match="already merged"):
-        layer.merge()
-    assert torch.equal(layer.weight, merged)
-    layer.unmerge()
-    with pytest.warns(UserWarning, match="not merged"):
-        layer.unmerge()
 
 
 def test_state_dict_round_trip_is_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,18 +295,3 @@ def test_no_spectrum_is_computed_for_other_orders(order: str, monkeypatch: pytes
     meta = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14, device="meta", **settings)
     meta.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(meta(x), layer(x))
-
-
-def test_spectral_granules_stay_together() -> None:
-    layer = trained(granule=8)
-    assert layer.partition.granularity % 8 == 0
-    assert layer.partition == BlockPartition.from_weight(layer.weight, 3, granule=8)
-
-
-def test_extra_repr_names_the_settings() -> None:
-    text = repr(trained(dropout=0.1))
-    for part in (
-        *("in_features=40", "out_features=33", "r=7", "num_blocks=3", "alpha=14", "dropout=0.1"),
-        *("block_order='spectral'", "granule=1"),
-    ):
-        assert part in text

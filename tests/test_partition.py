@@ -111,16 +111,6 @@ def test_half_types_are_computed_in_float32() -> None:
     assert BlockPartition.from_weight(weight, 3) == BlockPartition.from_weight(weight.float(), 3)
 
 
-@pytest.mark.numerical
-def test_blocks_are_cut_as_tensor_split_cuts() -> None:
-    partition = BlockPartition.from_weight(torch.randn(11, 8), 3)
-    assert partition.row_sizes == (4, 4, 3)
-    assert partition.col_sizes == (3, 3, 2)
-    for k, chunk in enumerate(partition.row_order.tensor_split(3)):
-        assert partition.rows(k).tolist() == chunk.tolist()
-        assert (partition.row_block[chunk] == k).all()
-
-
 # Of the CPU's threads: not numerical.
 @pytest.mark.slow
 def test_thread_setting_is_restored_and_does_not_matter() -> None:
@@ -390,29 +380,3 @@ def test_other_orders_need_no_weight(order: str, monkeypatch: pytest.MonkeyPatch
     assert meta == made(order, torch.full((12, 10), float("nan"), device=DEVICE), 3, 2)
     with pytest.raises(AssertionError, match="a spectrum"):
         made("spectral", torch.ones(12, 10), 3, 2)
-
-
-@pytest.mark.parametrize(
-    ("rule", "error", "message"),
-    [
-        (BlockRule(2, granule=0), ValueError, "granule must be at least 1"),
-        (BlockRule(2, granule=True), TypeError, "granule must be an int"),
-        (BlockRule(2, granule=2.0), TypeError, "granule must be an int"),  # type: ignore[arg-type]
-        (BlockRule(3, granule=4), ValueError, r"granule must leave .* got granule=4, which leaves 3 and 2"),
-        (BlockRule(9), ValueError, "num_blocks must be at most"),
-        (BlockRule(2, "sorted"), ValueError, "block_order must be one of spectral, contiguous, random"),
-        (BlockRule(2, "random", block_seed=-1), ValueError, "seed must be at least 0"),
-        (BlockRule(2, "random", block_seed=1.5), TypeError, "seed must be an int"),  # type: ignore[arg-type]
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("order", [None, "contiguous", "random"])
-def test_what_cannot_be_is_refused(
-    rule: BlockRule, error: type[Exception], message: str, order: str | None
-) -> None:
-    if order is not None and rule.block_order == "spectral":
-        rule = rule._replace(block_order=order)
-    with pytest.raises(error, match=message):
-        rule.check((12, 8))
-    with pytest.raises(error, match=message):
-        rule.build(torch.ones(12, 8))

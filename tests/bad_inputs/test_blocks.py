@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from smoa_kernels import BlockPartition
+from smoa_kernels.definition.block_rule import BlockRule
 
 from .harness import NESTED, World, check, one
 
@@ -46,6 +47,26 @@ LABELS: list[tuple[tuple[Any, Any, Any], type[Exception], str]] = [
     ((one(0), one(0), 0), ValueError, "num_blocks must be at least 1"),
     ((one(0), one(0), 10**9), ValueError, "num_blocks must be at most 65536, got 1000000000"),
 ]
+
+# A rule for a weight of 12 rows and 8 columns, the exception, its words.
+RULES: list[tuple[BlockRule, type[Exception], str]] = [
+    (BlockRule(2, granule=0), ValueError, "granule must be at least 1"),
+    (BlockRule(2, granule=True), TypeError, "granule must be an int"),
+    (BlockRule(2, granule=2.0), TypeError, "granule must be an int"),  # type: ignore[arg-type]
+    (BlockRule(3, granule=4), ValueError, r"granule must leave .* got granule=4, which leaves 3 and 2"),
+    (BlockRule(9), ValueError, "num_blocks must be at most"),
+    (BlockRule(2, "sorted"), ValueError, "block_order must be one of spectral, contiguous, random"),
+    (BlockRule(2, "random", block_seed=-1), ValueError, "seed must be at least 0"),
+    (BlockRule(2, "random", block_seed=1.5), TypeError, "seed must be an int"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize("order", ["spectral", "contiguous", "random"])
+@pytest.mark.parametrize(("rule", "error", "words"), RULES)
+def test_rules(rule: BlockRule, error: type[Exception], words: str, order: str, world: World) -> None:
+    rule = rule._replace(block_order=order) if rule.block_order == "spectral" else rule
+    check(world, lambda _: rule.check((12, 8)), error, words)
+    check(world, lambda _: rule.build(torch.ones(12, 8)), error, words)
 
 
 @pytest.mark.parametrize(("arguments", "error", "words"), WEIGHTS)

@@ -249,8 +249,10 @@ def test_merged_layers(
     base = world.layer.weight.clone()
     world.layer.merge()
     check(world, lambda w: call(w.layer), error, words)
+    merged = world.layer.weight.clone()
     with pytest.warns(UserWarning, match="already merged"):
         world.layer.merge()
+    assert torch.equal(world.layer.weight, merged)
     world.layer.unmerge()
     assert torch.equal(world.layer.weight, base)
     with pytest.warns(UserWarning, match="not merged"):

@@ -78,7 +78,6 @@ def sends_the_factors() -> None:
     assert set(backward.calls) == {"allreduce"}
 
 
-@pytest.mark.slow
 def test_traffic_is_the_bytes_of_the_factors(group: Processes) -> None:
     group.run(sends_the_factors)
 
@@ -93,7 +92,6 @@ def draws_masks() -> list[Tensor]:
     return outputs
 
 
-@pytest.mark.slow
 def test_dropout_differs_between_processes_and_is_reproducible(two: Processes) -> None:
     (first, again), (other, other_again) = two.run(draws_masks)
     assert torch.equal(first, again)
@@ -153,10 +151,6 @@ def shares_labels() -> None:
     assert not sent & {id(buffer) for buffer in smoa_buffers(model).values()}
 
 
-def test_labels_are_the_firsts_and_not_sent_again(two: Processes) -> None:
-    two.run(shares_labels)
-
-
 def shares_labels_of_peft() -> None:
     from peft import get_peft_model
 
@@ -178,10 +172,6 @@ def shares_labels_of_peft() -> None:
     ignore_buffers(model)
     assert layer.partition("default") == BlockPartition.from_weight(layer.base_weight(), 3)
     assert "base_model.model.1.num_batches_tracked" in model._ddp_params_and_buffers_to_ignore
-
-
-def test_peft_models_tell_ddp_themselves(two: Processes) -> None:
-    two.run(shares_labels_of_peft)
 
 
 @pytest.mark.parametrize("call", [average_gradients, agree_on_buffers])
@@ -209,6 +199,14 @@ def compiles() -> None:
     assert layers(parallel.module)[0].smoa_A.grad is not None
 
 
-@pytest.mark.slow
-def test_compiled(two: Processes) -> None:
-    two.run(compiles)
+@pytest.mark.parametrize(
+    "body",
+    [
+        shares_labels,
+        shares_labels_of_peft,
+        compiles,
+    ],
+    ids=lambda body: body.__name__,
+)
+def test_in_two_processes(two: Processes, body: Callable[[], None]) -> None:
+    two.run(body)

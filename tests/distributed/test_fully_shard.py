@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,6 @@ def gathers_once_per_pass() -> None:
     assert backward.bytes["reduce_scatter_base"] == padded
 
 
-@pytest.mark.slow
 def test_each_pass_gathers_a_block_once(group: Processes) -> None:
     group.run(gathers_once_per_pass)
 
@@ -111,11 +111,6 @@ def keeps_the_root_whole() -> None:
     assert backward.calls == {"allgather_base": DEPTH, "reduce_scatter_base": DEPTH}
 
 
-@pytest.mark.slow
-def test_the_root_is_gathered_once(two: Processes) -> None:
-    two.run(keeps_the_root_whole)
-
-
 def keeps_factors_whole() -> None:
     truth = step(build("fused", torch.float64, depth=DEPTH), *batch(torch.float64))
     model = build("fused", torch.float64, depth=DEPTH)
@@ -129,11 +124,6 @@ def keeps_factors_whole() -> None:
     assert_same_gradients(ours, truth)
     assert traffic.calls["reduce_scatter_base"] == 0
     assert traffic.bytes["allreduce"] == sum(p.numel() * 8 for p in factors)
-
-
-@pytest.mark.slow
-def test_factors_may_stay_whole(two: Processes) -> None:
-    two.run(keeps_factors_whole)
 
 
 def trains_in_half_precision() -> None:
@@ -151,11 +141,6 @@ def trains_in_half_precision() -> None:
         ), name
 
 
-@pytest.mark.slow
-def test_mixed_precision_policy(two: Processes) -> None:
-    two.run(trains_in_half_precision)
-
-
 def trains_wide_factors_over_a_half_base() -> None:
     def mixed() -> nn.Module:
         model = build("fused", torch.float32, depth=DEPTH)
@@ -169,11 +154,6 @@ def trains_wide_factors_over_a_half_base() -> None:
     for name in (n for n in single if "smoa_" in n):
         assert ours[name].dtype == torch.float32
         assert relative_error(whole(ours[name]), single[name]) < 2e-2, name
-
-
-@pytest.mark.slow
-def test_float32_factors_over_a_half_precision_base(two: Processes) -> None:
-    two.run(trains_wide_factors_over_a_half_base)
 
 
 def composes_with_tensor_parallelism(kind: str) -> None:
@@ -191,7 +171,6 @@ def composes_with_tensor_parallelism(kind: str) -> None:
                 assert error < (DOUBLE if dtype == torch.float64 else budget), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fused", "peft"])
 def test_two_dimensional_mesh(four: Processes, kind: str) -> None:
     four.run(composes_with_tensor_parallelism, kind)
@@ -211,11 +190,6 @@ def merges_after_unshard() -> None:
     blocks(model)[0].unshard()
     up.merge()
     assert relative_error(up.weight, single.weight) < DOUBLE
-
-
-@pytest.mark.slow
-def test_merging_needs_unshard(two: Processes) -> None:
-    two.run(merges_after_unshard)
 
 
 # Checkpoints: written by one kind of parallelism, read by any other.
@@ -273,7 +247,6 @@ def load(kind: str, how: str, folder: Path) -> dict[str, Tensor]:
     return {n: whole(p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["shards", "tensor"])
 @pytest.mark.parametrize("kind", ["fused", "peft"])
 def test_checkpoints_fit_any_world_size(
@@ -294,3 +267,18 @@ def test_checkpoints_fit_any_world_size(
         assert result.keys() == expected.keys()
         for name, value in expected.items():
             assert relative_error(result[name], value) < DOUBLE, name
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        keeps_the_root_whole,
+        keeps_factors_whole,
+        trains_in_half_precision,
+        trains_wide_factors_over_a_half_base,
+        merges_after_unshard,
+    ],
+    ids=lambda body: body.__name__,
+)
+def test_in_two_processes(two: Processes, body: Callable[[], None]) -> None:
+    two.run(body)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -99,7 +99,6 @@ def test_equals_one_process(group: Processes, kind: str, dropout: float) -> None
     group.run(equals_one_process, kind, dropout, True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fused", "peft"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_shards_that_miss_a_block(group: Processes, kind: str, dropout: float) -> None:
@@ -125,7 +124,6 @@ def merges(kind: str) -> None:
     assert relative_error(model(x), before) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fused", "peft"])
 def test_merged_weights(group: Processes, kind: str) -> None:
     group.run(merges, kind)
@@ -150,7 +148,6 @@ def sequence_parallel() -> None:
         assert relative_error(whole(ours[name]) / mesh.size(), expected[name]) < DOUBLE, name
 
 
-@pytest.mark.slow
 def test_sequence_parallel_layouts(group: Processes) -> None:
     group.run(sequence_parallel)
 
@@ -174,11 +171,6 @@ def two_adapters() -> None:
     assert_close(ours, expected)
 
 
-@pytest.mark.slow
-def test_several_active_adapters(two: Processes) -> None:
-    two.run(two_adapters)
-
-
 def spectra_are_shared() -> int:
     with counted_spectra() as computed, shared_spectra():
         fused, peft = build("fused", torch.float64), build("peft", torch.float64)
@@ -198,7 +190,6 @@ def nothing_is_shared() -> int:
     return len(computed)
 
 
-@pytest.mark.slow
 def test_the_order_is_computed_once(two: Processes) -> None:
     assert two.run(spectra_are_shared) == [4, 0]
 
@@ -213,10 +204,6 @@ def labels_become_the_firsts() -> None:
     parallelize(model)
     x, _ = batch(torch.float64)
     assert relative_error(model(x), build("fused", torch.float64)(x)) < DOUBLE
-
-
-def test_processes_take_the_firsts_labels(two: Processes) -> None:
-    two.run(labels_become_the_firsts)
 
 
 def refuses() -> None:
@@ -243,10 +230,6 @@ def refuses() -> None:
     peft = parallelize(build("peft", torch.float64))
     with pytest.raises(ValueError, match="add adapters before"):
         peft.add_adapter("late", peft.peft_config["default"])
-
-
-def test_what_cannot_be_cut_is_refused(two: Processes) -> None:
-    two.run(refuses)
 
 
 def refuses_quantized() -> None:
@@ -282,10 +265,6 @@ def awaits_labels() -> None:
     assert not isinstance(layers(model)[0].smoa_A["default"], DTensor)
 
 
-def test_labels_that_are_yet_to_be_loaded_are_refused(two: Processes) -> None:
-    two.run(awaits_labels)
-
-
 def several_dropouts() -> None:
     from smoa_kernels.peft import SMoAConfig
 
@@ -298,22 +277,12 @@ def several_dropouts() -> None:
         model(batch(torch.float64)[0])
 
 
-@pytest.mark.slow
-def test_adapters_that_drop_out_differently_are_refused(two: Processes) -> None:
-    two.run(several_dropouts)
-
-
 def unloads() -> None:
     single, model = build("peft", torch.float64), parallelize(build("peft", torch.float64))
     for one, cut in zip(layers(single.merge_and_unload()), layers(model.merge_and_unload()), strict=True):
         assert type(cut) is nn.Linear
         assert relative_error(cut.weight.full_tensor(), one.weight) < DOUBLE
         assert relative_error(cut.bias.full_tensor(), one.bias) == 0
-
-
-@pytest.mark.slow
-def test_unloaded_weights_are_whole_when_gathered(two: Processes) -> None:
-    two.run(unloads)
 
 
 def falls_back() -> None:
@@ -325,10 +294,6 @@ def falls_back() -> None:
     assert relative_error(model(x), y) < DOUBLE
 
 
-def test_plain_layers_are_torchs(two: Processes) -> None:
-    two.run(falls_back)
-
-
 def compiles() -> None:
     torch._dynamo.reset()
     expected = step(build("fused", torch.float64, dropout=0.4), *batch(torch.float64))
@@ -338,6 +303,19 @@ def compiles() -> None:
     assert_close({name.removeprefix("_orig_mod."): value for name, value in ours.items()}, expected)
 
 
-@pytest.mark.slow
-def test_compiles_whole(two: Processes) -> None:
-    two.run(compiles)
+@pytest.mark.parametrize(
+    "body",
+    [
+        two_adapters,
+        labels_become_the_firsts,
+        refuses,
+        awaits_labels,
+        several_dropouts,
+        unloads,
+        falls_back,
+        compiles,
+    ],
+    ids=lambda body: body.__name__,
+)
+def test_in_two_processes(two: Processes, body: Callable[[], None]) -> None:
+    two.run(body)
