@@ -32,7 +32,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from ..definition.reference import backward as reference_backward
 from .architectures import Architecture, multiprocessors
-from .common import block_slots, block_width, check_tile, dot, round_to, to_tf32
+from .common import block_slots, block_width, dot, round_to, to_tf32
 from .launch import Launch, Layout, described
 from .permute import gather_columns
 from .sizes import PARTIAL_RANKS, partial_width, token_splits
@@ -264,9 +264,6 @@ def block_grad(
         allow_tf32: let float32 products round their operands to TF32. Under a half weight float32 factors are
             contracted in bfloat16 parts instead, half factors in TF32, in which they are exact.
         config: launch parameters; the tile must divide P_n and P_c.
-
-    Raises:
-        ValueError: the tile does not divide P_n and P_c.
     """
     A, B, partition = adapter.A, adapter.B, adapter.partition
     dA, dB = A.new_empty(*A.shape), B.new_empty(*B.shape)  # numbers are parsed in half the time of a size
@@ -324,7 +321,6 @@ def _launch(
         padded_in=padded_cols,
         granule=layout.granule,
     )
-    check_tile(config, padded_rows, padded_cols)
     tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
     programs = layout.num_blocks * tiles_n * tiles_c
     splits = config.split or token_splits(tokens, programs, multiprocessors(layout.device), config.block_t)
@@ -365,8 +361,6 @@ _SHIPPED_FP32 = (
     BlockGradConfig(128, 64, 32, split=0, num_warps=8, num_stages=3),
     BlockGradConfig(64, 64, 32, split=0, num_warps=8, num_stages=2),
 )
-# There eight warps spill 4 bytes in the form for granules under dropout; on sm_86 and sm_89 four do.
-_SMALLEST_FP32_SM_100 = BlockGradConfig(64, 64, 32, split=0, num_warps=4, num_stages=3)
 # IEEE float32 without tensor cores: on NVIDIA.
 _SHIPPED_IEEE = (
     BlockGradConfig(64, 64, 32, split=0, num_warps=8, num_stages=3),
@@ -378,10 +372,7 @@ _SHIPPED_IEEE = (
 def _shipped(arch: Architecture, precision: Precision) -> tuple[BlockGradConfig, ...]:
     if precision.ieee and not arch.is_amd:
         return _SHIPPED_IEEE
-    full = precision.dtype == torch.float32
-    shipped = _SHIPPED_FP32 if full else _SHIPPED
-    if full and arch.name == "sm_100":
-        shipped = (*shipped[:-1], _SMALLEST_FP32_SM_100)
+    shipped = _SHIPPED_FP32 if precision.dtype == torch.float32 else _SHIPPED
     needed = _LARGEST_NEEDS_AMD if arch.is_amd else _LARGEST_NEEDS
     return shipped if arch.shared_per_block >= needed else shipped[1:]
 

@@ -26,11 +26,11 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from .architectures import Architecture
-from .common import OLD_TRITON, block_slots, check_tile, dot, round_to, slot_coordinates
+from .common import OLD_TRITON, block_slots, dot, round_to, slot_coordinates
 from .launch import Launch, Layout, described
 from .modulate import modulated_blocks
 from .permute import gather_columns
-from .spec import INDEX, Config, Kernel, Key, Operands, Work, delta_weight, tile_divides
+from .spec import INDEX, Config, Kernel, Key, Operands, Work, delta_weight, on_amd, tile_divides
 from .table import remembered
 
 __all__ = ["BLOCK_MATMUL", "BlockMatmulConfig", "block_matmul"]
@@ -162,9 +162,6 @@ def block_matmul(
             strides and any float dtype.
         allow_tf32: let float32 products round their operands to TF32.
         config: launch parameters; the tile must divide P_n and P_c.
-
-    Raises:
-        ValueError: the tile does not divide P_n and P_c.
     """
     xg = xg if xg.stride(-1) == 1 else xg.contiguous()
     layout, pointers = described(adapter)
@@ -198,7 +195,6 @@ def _launch(
         transposed=transposed,
         granule=layout.granule,
     )
-    check_tile(config, padded_rows, padded_cols)
     if in_place:
         # Triton shares its stages out between loading the index and loading x, which needs it: with so many, x has as
         # many buffers as where it is gathered.
@@ -227,19 +223,12 @@ def _launch(
 
 
 # Largest tile first; each passes the audit wherever `_shipped` ships it.
-_LARGEST = BlockMatmulConfig(256, 128, 64, group_t=8, num_warps=8, num_stages=3)
-_LARGEST_TF32 = BlockMatmulConfig(256, 128, 32, group_t=8, num_warps=8, num_stages=3)
 _SHIPPED = (
+    BlockMatmulConfig(256, 128, 64, group_t=8, num_warps=8, num_stages=3),
     BlockMatmulConfig(128, 128, 64, group_t=8, num_warps=8, num_stages=3),
     BlockMatmulConfig(64, 128, 64, group_t=8, num_warps=4, num_stages=3),
     BlockMatmulConfig(64, 64, 64, group_t=8, num_warps=4, num_stages=3),
     BlockMatmulConfig(32, 64, 64, group_t=8, num_warps=4, num_stages=3),
-)
-_SHIPPED_TF32 = (
-    BlockMatmulConfig(128, 128, 32, group_t=8, num_warps=8, num_stages=3),
-    BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=8, num_stages=3),
-    BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(32, 64, 32, group_t=8, num_warps=4, num_stages=3),
 )
 # IEEE float32 has no tensor cores on NVIDIA: smaller tiles, for each thread holds its operands in registers.
 _SHIPPED_IEEE = (
@@ -247,33 +236,19 @@ _SHIPPED_IEEE = (
     BlockMatmulConfig(64, 32, 32, group_t=8, num_warps=4, num_stages=3),
     BlockMatmulConfig(32, 32, 32, group_t=8, num_warps=4, num_stages=3),
 )
-# AMD: 64 threads a warp, 64 KiB of shared memory; float32 has tensor cores in IEEE.
-_SHIPPED_AMD = (
-    BlockMatmulConfig(128, 128, 64, group_t=8, num_warps=4, num_stages=2),
-    BlockMatmulConfig(64, 128, 64, group_t=8, num_warps=4, num_stages=2),
-    BlockMatmulConfig(64, 64, 64, group_t=8, num_warps=4, num_stages=3),
-)
-_SHIPPED_AMD_FP32 = (
-    BlockMatmulConfig(128, 128, 32, group_t=8, num_warps=4, num_stages=2),
-    BlockMatmulConfig(64, 128, 32, group_t=8, num_warps=4, num_stages=2),
-    BlockMatmulConfig(64, 64, 32, group_t=8, num_warps=4, num_stages=3),
-)
 
 
 def _shipped(arch: Architecture, precision: Precision) -> tuple[BlockMatmulConfig, ...]:
     full = precision.dtype == torch.float32
-    if arch.is_amd:
-        return _SHIPPED_AMD_FP32 if full else _SHIPPED_AMD
-    if full and precision.ieee:
+    if full and precision.ieee and not arch.is_amd:
         return _SHIPPED_IEEE
-    shipped: tuple[BlockMatmulConfig, ...] = _SHIPPED_TF32 if full else _SHIPPED
-    if arch.has_wide_tensor_cores:
-        shipped = (_LARGEST_TF32 if full else _LARGEST, *shipped)
-    if OLD_TRITON:
-        # It spills tiles of 256 tokens, and those of 128 except in half types on sm_90.
+    most = 256 if arch.has_wide_tensor_cores else 128
+    if OLD_TRITON and not arch.is_amd:  # it spills larger tiles
         most = 128 if arch.name == "sm_90" and not full else 64
-        return tuple(config for config in shipped if config.block_t <= most)
-    return shipped
+    shipped = tuple(config for config in _SHIPPED if config.block_t <= most)
+    if full:
+        shipped = tuple(replace(config, block_c=config.block_c // 2) for config in shipped)
+    return on_amd(shipped) if arch.is_amd else shipped
 
 
 def _choose(fitting: Sequence[BlockMatmulConfig], key: Key, multiprocessors: int) -> BlockMatmulConfig:

@@ -18,7 +18,6 @@ and seed are read through pointers: they are tensors on the device.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -32,7 +31,6 @@ __all__ = [
     "TOKENS_PER_DRAW",
     "block_slots",
     "block_width",
-    "check_tile",
     "dot",
     "dropout_draws",
     "dropout_multiplier",
@@ -57,19 +55,6 @@ LARGEST_TF32 = tl.constexpr(2.0**128 * (1 - 2.0**-12))
 
 # One Philox call serves this many consecutive tokens of a column, 16 bits each.
 TOKENS_PER_DRAW = tl.constexpr(8)
-
-
-def check_tile(config: Any, padded_rows: int, padded_cols: int) -> None:
-    """Refuse a tile that would reach past the padded blocks.
-
-    Raises:
-        ValueError: the tile does not divide them.
-    """
-    if padded_rows % config.block_n or padded_cols % config.block_c:
-        raise ValueError(
-            f"padded widths must be multiples of the tile ({config.block_n}, {config.block_c}), "
-            f"got ({padded_rows}, {padded_cols})"
-        )
 
 
 @functools.cache  # asked at every call of a layer

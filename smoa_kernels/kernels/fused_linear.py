@@ -33,7 +33,7 @@ from ..definition.reference import forward as reference_forward
 from .architectures import Architecture
 from .common import dot, power_of_two, round_to, to_tf32
 from .launch import Launch, Layout, described
-from .spec import LABELS, ONE_NUMBER, Config, Kernel, Key, Operands, Work, in_dtype
+from .spec import LABELS, ONE_NUMBER, Config, Kernel, Key, Operands, Work, in_dtype, on_amd
 from .sum_partials import sum_partials
 from .table import remembered
 
@@ -258,23 +258,21 @@ _SHIPPED = (
     *_split(FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=4, num_stages=3)),
     FusedLinearConfig(32, 64, 64, block_r=32, split=1, num_warps=4, num_stages=3),
 )
-_SHIPPED_SM_90 = tuple(replace(config, reads_transposed=True) for config in _SHIPPED)
-_SHIPPED_SM_120 = tuple(replace(config, block_r=32) for config in _SHIPPED)
-_SHIPPED_TF32 = _split(FusedLinearConfig(16, 64, 32, block_r=64, split=4, num_warps=4, num_stages=3))
 # No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
 _SHIPPED_IEEE = _split(FusedLinearConfig(16, 16, 32, block_r=16, split=4, num_warps=2, num_stages=3))
-# AMD's wavefronts of 64: two of them, so that a thread's share of x's tile is still 128 bits.
-_SHIPPED_AMD = _split(FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=2, num_stages=2))
-_SHIPPED_AMD_FP32 = tuple(replace(config, block_c=32) for config in _SHIPPED_AMD)
 
 
 def _shipped(arch: Architecture, precision: Precision) -> tuple[FusedLinearConfig, ...]:
-    full = precision.dtype == torch.float32
-    if arch.is_amd:
-        return _SHIPPED_AMD_FP32 if full else _SHIPPED_AMD
-    if full:
-        return _SHIPPED_IEEE if precision.ieee else _SHIPPED_TF32
-    return {"sm_90": _SHIPPED_SM_90, "sm_120": _SHIPPED_SM_120}.get(arch.name, _SHIPPED)
+    if precision.ieee and not arch.is_amd:
+        return _SHIPPED_IEEE
+    shipped = _SHIPPED
+    if precision.dtype == torch.float32:
+        shipped = tuple(replace(config, block_c=32) for config in shipped if config.block_t == 16)
+    elif arch.name == "sm_90":
+        shipped = tuple(replace(config, reads_transposed=True) for config in shipped)
+    elif arch.name == "sm_120":
+        shipped = tuple(replace(config, block_r=32) for config in shipped)
+    return on_amd(shipped) if arch.is_amd else shipped
 
 
 def _choose(fitting: Sequence[FusedLinearConfig], key: Key, multiprocessors: int) -> FusedLinearConfig:

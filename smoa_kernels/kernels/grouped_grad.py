@@ -37,7 +37,7 @@ from .grouped import (
     tiles_of_segments,
 )
 from .launch import Launch, Layout, described
-from .spec import INDEX, Config, Kernel, Operands, Work, in_dtype
+from .spec import INDEX, Config, Kernel, Operands, Work, in_dtype, on_amd
 from .table import remembered
 
 __all__ = ["GROUPED_GRAD", "GROUPED_GRAD_GATHERED", "GroupedGradConfig", "grouped_grad"]
@@ -251,27 +251,24 @@ def _launches(
 
 
 _LARGEST = GroupedGradConfig(128, 64, 64, num_warps=8, num_stages=3)
-_SHIPPED = (GroupedGradConfig(64, 64, 64, num_warps=8, num_stages=3),)
-_SHIPPED_AMD = (GroupedGradConfig(64, 64, 64, num_warps=4, num_stages=3),)
-# With two stages this and IEEE's spill somewhere.
-_SHIPPED_TF32 = (GroupedGradConfig(64, 64, 32, num_warps=8, num_stages=3),)
-# IEEE float32 without tensor cores: on NVIDIA.
-_SHIPPED_IEEE = (GroupedGradConfig(16, 32, 32, num_warps=4, num_stages=3),)
+_SHIPPED = GroupedGradConfig(64, 64, 64, num_warps=8, num_stages=3)
+# With two stages IEEE's spills somewhere. It has no tensor cores on NVIDIA.
+_SHIPPED_IEEE = GroupedGradConfig(16, 32, 32, num_warps=4, num_stages=3)
 _GATHERED = (GroupedGradConfig(64, 64, 32, num_warps=8, num_stages=2),)
 _GATHERED_TF32 = (GroupedGradConfig(32, 64, 32, num_warps=8, num_stages=2),)
 _GATHERED_IEEE = (GroupedGradConfig(16, 32, 32, num_warps=4, num_stages=2),)
 
 
 def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedGradConfig, ...]:
+    full = precision.dtype == torch.float32
     if precision.ieee and not arch.is_amd:
-        return _SHIPPED_IEEE
-    if precision.dtype == torch.float32:
-        return _SHIPPED_TF32
-    if arch.is_amd:
-        return _SHIPPED_AMD
+        return (_SHIPPED_IEEE,)
+    if arch.is_amd or full:
+        shipped = (replace(_SHIPPED, block_t=32 if full else 64),)
+        return on_amd(shipped) if arch.is_amd else shipped
     # Elsewhere the largest spills, and by Triton 3.6 everywhere.
     largest = arch.name in ("sm_80", "sm_90", "sm_100") and not OLD_TRITON
-    return (_LARGEST, *_SHIPPED) if largest else _SHIPPED
+    return (_LARGEST, _SHIPPED) if largest else (_SHIPPED,)
 
 
 def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedGradConfig, ...]:

@@ -41,7 +41,7 @@ from .grouped import (
     tiles_of_segments,
 )
 from .launch import Launch, Layout, described
-from .spec import INDEX, Config, Kernel, Key, Operands, Work, granule_of, in_dtype
+from .spec import INDEX, Config, Kernel, Key, Operands, Work, granule_of, in_dtype, on_amd
 from .table import remembered
 
 __all__ = ["GROUPED_LINEAR", "GROUPED_LINEAR_GATHERED", "GroupedLinearConfig", "grouped_linear"]
@@ -236,16 +236,12 @@ def grouped_linear(
     if layout.features[1] == 0:
         return y.zero_()
     x = x if x.stride(1) == 1 else x.contiguous()
-    # Two launches where the adapter's part reads one number at a time.
+    # Adapter and base apart where the adapter's part reads one number at a time.
     together = layout.granule > 1 or layout.num_blocks == 1
-    for part in (BOTH,) if together else (ADAPTER, BASE):
-        launch = _launch(layout, x.shape[0], x.stride(0), part, allow_tf32, config)
+    for has_adapter, has_base in ((True, True),) if together else ((True, False), (False, True)):
+        launch = _launch(layout, x.shape[0], x.stride(0), has_adapter, has_base, allow_tf32, config)
         launch(x_ptr=x, ends_ptr=ends, out_ptr=y, **pointers)
     return y
-
-
-ADAPTER, BASE = 1, 2
-BOTH = ADAPTER | BASE
 
 
 @remembered
@@ -253,11 +249,12 @@ def _launch(
     layout: Layout,
     pairs: int,
     stride_xp: int,
-    part: int,
+    adapter: bool,
+    base: bool,
     allow_tf32: bool,
     config: GroupedLinearConfig | None,
 ) -> Launch:
-    N, adapter, base = layout.features[0], bool(part & ADAPTER), bool(part & BASE)
+    N = layout.features[0]
     config, precision = layout.choose(
         "grouped_linear" if base else "grouped_linear_gathered",
         config,
@@ -307,16 +304,11 @@ _SHIPPED_IEEE = (GroupedLinearConfig(32, 64, 16, 16, group_t=8, num_warps=4, num
 _GATHERED = (GroupedLinearConfig(16, 64, 64, 32, group_t=8, num_warps=4, num_stages=3),)
 _GATHERED_TF32 = (GroupedLinearConfig(64, 64, 32, 16, group_t=8, num_warps=8, num_stages=3),)
 _GATHERED_IEEE = (GroupedLinearConfig(16, 32, 16, 16, group_t=8, num_warps=4, num_stages=2),)
-# AMD: 64 threads a warp, 64 KiB of shared memory.
-_SHIPPED_AMD = (
-    GroupedLinearConfig(64, 64, 64, 32, group_t=8, num_warps=4, num_stages=2),
-    GroupedLinearConfig(16, 64, 64, 64, group_t=8, num_warps=2, num_stages=2),
-)
 
 
 def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedLinearConfig, ...]:
     if arch.is_amd:
-        return _SHIPPED_AMD
+        return on_amd(_SHIPPED)
     if precision.dtype == torch.float32:
         if precision.ieee:
             return _SHIPPED_IEEE
@@ -328,7 +320,7 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedLinearCon
 
 def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedLinearConfig, ...]:
     if arch.is_amd:
-        return _SHIPPED_AMD[-1:]
+        return on_amd(_GATHERED)
     if precision.dtype != torch.float32:
         return _GATHERED
     return _GATHERED_IEEE if precision.ieee else _GATHERED_TF32

@@ -161,6 +161,17 @@ class Config:
         return own | {"enable_fp_fusion": True}
 
 
+AConfig = TypeVar("AConfig", bound=Config)
+
+
+def on_amd(configs: Sequence[AConfig]) -> tuple[AConfig, ...]:
+    """For 64 threads a warp and 64 KiB of shared memory: half the warps, two stages."""
+    return tuple(
+        replace(config, num_warps=max(1, config.num_warps // 2), num_stages=min(2, config.num_stages))  # type: ignore[attr-defined,call-arg]
+        for config in configs
+    )
+
+
 Work: TypeAlias = tuple[Callable[[Any], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
 """Launches with a configuration and returns what was computed; the same by the definition, in a dtype."""
 

@@ -98,6 +98,16 @@ def need_memory(device: torch.device, gigabytes: float) -> None:
         pytest.skip(f"needs {gigabytes} GB of the GPU's memory")
 
 
+def far_apart(tensor: Tensor, stride: int, filled: bool = True) -> Tensor:
+    """A copy, or room for one, whose first dimension has this stride: memory that is mostly not touched."""
+    bytes_in_all = tensor.itemsize * ((len(tensor) - 1) * stride + tensor[0].numel())
+    need_memory(tensor.device, bytes_in_all / 1e9)
+    storage = torch.zeros(1, dtype=tensor.dtype, device=tensor.device)
+    storage.untyped_storage().resize_(bytes_in_all)
+    apart = storage.as_strided(tensor.shape, (stride, *tensor.stride()[1:]))
+    return apart.copy_(tensor) if filled else apart
+
+
 class Guarded:
     """Tensors inside larger allocations whose margins hold NaN, checked untouched when the test ends."""
 

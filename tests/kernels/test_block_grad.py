@@ -10,17 +10,14 @@ from kernel_cases import (
     Guarded,
     adapter_of,
     assert_within_budget,
-    assert_within_its_rounding,
     delta_weight,
     each_dtype,
-    need_memory,
-    shipped_here,
+    far_apart,
 )
 from problems import LinearProblem, make_problem, relative_error
 from torch import Tensor
 
 from smoa_kernels.definition.packed import PackedAdapter, padding_masks
-from smoa_kernels.definition.precision import Precision
 from smoa_kernels.kernels.block_grad import BlockGradConfig, block_grad
 from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.permute import gather_columns
@@ -111,20 +108,6 @@ def test_launches_in_parts_agree_with_one(
         assert all(map(torch.equal, parts, gradients(problem, config)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("config", "precision"), shipped_here("block_grad"), ids=str)
-def test_every_shipped_configuration(
-    config: BlockGradConfig, precision: Precision, device: torch.device
-) -> None:
-    problem = make_problem(tokens=70, out_features=130, in_features=70, ranks=(5, 2))
-    problem = problem.on(device).to(precision.dtype)
-    settings = {"allow_tf32": not precision.ieee, "config": config}
-    ours = in_one_part(*gather(problem, 128), adapter_of(problem), **settings)
-    truth = expected(problem.to(torch.float64))
-    for mine, theirs, true in zip(ours, expected(problem), truth, strict=True):
-        assert_within_its_rounding(precision, mine, theirs, true)
-
-
 def test_no_gradient_crosses_into_padding_or_other_memory(guarded: Guarded, device: torch.device) -> None:
     """Strided inputs with NaN around them, and NaN in the factors' padding: neither is ever used."""
     problem = make_problem(tokens=21, ranks=(3, 0, 20), random_labels=True, fill_padding=False)
@@ -143,15 +126,9 @@ def test_no_gradient_crosses_into_padding_or_other_memory(guarded: Guarded, devi
 
 
 def test_offsets_beyond_int32(device: torch.device) -> None:
-    """Tokens 2³¹ / 8 elements apart, in memory that is reserved and mostly never touched."""
-    need_memory(device, 8)
     problem = make_problem(tokens=12).on(device).to(torch.bfloat16)
     dyg, xg = gather(problem)
-    stride = 2**31 // 8
-    storage = torch.zeros(1, dtype=torch.bfloat16, device=device)
-    storage.untyped_storage().resize_(2 * (11 * stride + dyg[0].numel()))
-    apart = storage.as_strided(dyg.shape, (stride, *dyg.stride()[1:]))
-    apart.copy_(dyg)
+    apart = far_apart(dyg, 2**31 // 8)
     for mine, theirs in zip(in_one_part(apart, xg, adapter_of(problem)), gradients(problem), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -185,11 +162,3 @@ def test_token_splits() -> None:
     assert token_splits(8192, 32, 132, 64) == 5  # 160 programs on 132 multiprocessors
     assert token_splits(600, 8, 132, 64) == 1  # too few tokens to share
     assert token_splits(0, 8, 132, 64) == 1
-
-
-def test_bad_input(device: torch.device) -> None:
-    problem = make_problem().on(device).to(torch.float32)
-    dyg, xg = gather(problem)
-    adapter: PackedAdapter = adapter_of(problem)
-    with pytest.raises(ValueError, match="must be multiples of the tile"):
-        in_one_part(dyg, xg, adapter, config=WIDE)

@@ -1,27 +1,20 @@
 """block_matmul: y[:, rows_k] = xg_k ΔW_kᵀ of all blocks in one launch, and the transposed product."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from kernel_cases import (
     Guarded,
     adapter_of,
     assert_within_budget,
-    assert_within_its_rounding,
     delta_weight,
     each_dtype,
-    need_memory,
-    shipped_here,
+    far_apart,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
 
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.precision import PRECISIONS, Precision
-from smoa_kernels.kernels import block_matmul as module
-from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.kernels.block_matmul import BLOCK_MATMUL, BlockMatmulConfig, block_matmul
+from smoa_kernels.kernels.block_matmul import BlockMatmulConfig, block_matmul
 from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
@@ -78,22 +71,6 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
     assert torch.equal(block_matmul(dyg, adapter.T, delta, out=natural, config=SMALL), dx)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("config", "precision"), shipped_here("block_matmul"), ids=str)
-def test_every_shipped_configuration(
-    config: BlockMatmulConfig, precision: Precision, device: torch.device
-) -> None:
-    problem = make_problem(tokens=5, out_features=130, in_features=70, ranks=(5, 2)).on(device)
-    problem = problem.to(precision.dtype)
-    adapter = adapter_of(problem)
-    delta = blocks(adapter, 128)
-    out = torch.empty(5, 130, dtype=problem.x.dtype, device=device)
-    settings = {"allow_tf32": not precision.ieee, "config": config}
-    block_matmul(gather(problem.x, adapter, 128), adapter, delta, out=out, **settings)
-    truth = problem.x.double() @ delta_weight(problem.to(torch.float64)).T
-    assert_within_its_rounding(precision, out, problem.x @ delta_weight(problem).T, truth)
-
-
 def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
     """Rows of y further apart than their width, y transposed, x blocks apart: nothing outside is touched."""
     problem = make_problem(tokens=21, random_labels=True).on(device).to(torch.float32)
@@ -112,14 +89,8 @@ def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
 
 
 def test_offsets_beyond_int32(device: torch.device) -> None:
-    """Rows of y 2³¹ / 8 elements apart, in memory that is reserved and mostly never touched."""
-    need_memory(device, 8)
     problem = make_problem(tokens=12, fill_padding=False).on(device).to(torch.bfloat16)
-    stride = 2**31 // 8
-    shape = (12, problem.weight.shape[0])
-    storage = torch.zeros(1, dtype=torch.bfloat16, device=device)
-    storage.untyped_storage().resize_(2 * (11 * stride + shape[1]))
-    out = storage.as_strided(shape, (stride, 1))
+    out = far_apart(problem.dy, 2**31 // 8, filled=False)
     adapter = adapter_of(problem)
     delta = blocks(adapter)
     block_matmul(gather(problem.x, adapter, delta.shape[2]), adapter, delta, out=out, config=SMALL)
@@ -129,33 +100,3 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
 def test_no_tokens(device: torch.device) -> None:
     problem = make_problem(tokens=0).on(device).to(torch.float32)
     assert output(problem).shape == (0, 33)
-
-
-def test_bad_input(device: torch.device) -> None:
-    problem = make_problem().on(device).to(torch.float32)
-    adapter = adapter_of(problem)
-    delta = blocks(adapter)
-    xg = gather(problem.x, adapter, delta.shape[2])
-    out = torch.empty(11, 33, device=device)
-    with pytest.raises(ValueError, match="must be multiples of the tile"):
-        block_matmul(xg, adapter, delta, out=out, config=replace(SMALL, block_c=64))
-
-
-@pytest.mark.parametrize(
-    ("old", "arch", "dtype", "largest"),
-    [
-        (True, "sm_90", "bf16", 128),
-        (True, "sm_90", "tf32", 64),
-        (True, "sm_100", "bf16", 64),
-        (False, "sm_90", "tf32", 256),
-        (False, "sm_80", "bf16", 128),
-        (False, "sm_100", "bf16", 256),
-    ],
-)
-def test_large_tiles_ship_only_where_they_do_not_spill(
-    old: bool, arch: str, dtype: str, largest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "OLD_TRITON", old)
-    shipped = BLOCK_MATMUL.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])
-    assert shipped[0].block_t == largest  # type: ignore[attr-defined]
-    assert len(shipped) >= 3

@@ -5,7 +5,8 @@ These have uneven and empty blocks, uneven and zero ranks, one token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import test_block_grad
@@ -14,12 +15,17 @@ import test_fused_linear
 import test_modulate
 import torch
 from draws import HealthCheck, given, settings, st
-from kernel_cases import each_dtype, from_vector
+from kernel_cases import assert_within_its_rounding, each_dtype, from_vector, shipped_here
 from problems import LinearProblem, make_problem
 from test_permute import gather, gathered_by_hand, random_partition, scatter
 from vectors import Vector, all_vectors
 
 from smoa_kernels.definition.block_rule import BlockRule
+from smoa_kernels.definition.precision import PRECISIONS, Precision
+from smoa_kernels.kernels import KERNELS
+from smoa_kernels.kernels.architectures import ARCHITECTURES
+from smoa_kernels.kernels.sizes import GRANULE
+from smoa_kernels.kernels.spec import Config, Key, Operands
 
 pytestmark = pytest.mark.numerical
 
@@ -60,6 +66,50 @@ def test_float32_factors_over_a_half_weight(
     """At ranks of one product, of several, and of as many as the kernels take."""
     problem = make_problem(tokens=5, ranks=(rank, max(rank // 2, 1)), random_labels=True)
     check(problem.on(device), torch.bfloat16, torch.float32)
+
+
+def shipped() -> Iterator[object]:
+    for name in KERNELS:
+        for config, precision in shipped_here(name):
+            yield pytest.param(name, config, precision, id=f"{name}-{config}-{precision.name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "config", "precision"), list(shipped()))
+def test_every_shipped_configuration(
+    kernel: str, config: Config, precision: Precision, device: torch.device
+) -> None:
+    """At sizes that no tile divides."""
+    spec, form = KERNELS[kernel], KERNELS[kernel].forms[0]
+    tokens, *features, granule = (21, 136, 72, GRANULE) if "granules" in form else (70, 130, 70, 1)
+    key = Key(kernel, precision.name, 5, 2, *features, tokens, 128, 128, granule=granule)
+    run, defined = spec.workload(Operands(key, form, device))
+    results = zip(run(config), defined(precision.dtype), defined(torch.float64), strict=True)
+    for ours, theirs, truth in results:
+        assert_within_its_rounding(precision, ours, theirs, truth)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "old", "arch", "dtype", "largest"),
+    [
+        ("block_matmul", True, "sm_90", "bf16", 128),
+        ("block_matmul", True, "sm_90", "tf32", 64),
+        ("block_matmul", True, "sm_100", "bf16", 64),
+        ("block_matmul", False, "sm_90", "tf32", 256),
+        ("block_matmul", False, "sm_80", "bf16", 128),
+        ("block_matmul", False, "sm_100", "bf16", 256),
+        ("grouped_linear", True, "sm_90", "bf16", 128),
+        ("grouped_linear", False, "sm_90", "bf16", 256),
+        ("grouped_grad", True, "sm_90", "bf16", 64),
+        ("grouped_grad", False, "sm_90", "bf16", 128),
+    ],
+)
+def test_large_tiles_ship_only_where_they_do_not_spill(
+    kernel: str, old: bool, arch: str, dtype: str, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module(f"smoa_kernels.kernels.{kernel}"), "OLD_TRITON", old)
+    first = vars(KERNELS[kernel].shipped(ARCHITECTURES[arch], PRECISIONS[dtype])[0])
+    assert first["block_n" if kernel == "grouped_grad" else "block_t"] == largest
 
 
 @st.composite

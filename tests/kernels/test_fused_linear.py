@@ -8,7 +8,6 @@ from kernel_cases import (
     Guarded,
     adapter_of,
     assert_within_budget,
-    assert_within_its_rounding,
     delta_weight,
     linear,
     shipped_here,
@@ -16,8 +15,7 @@ from kernel_cases import (
 from problems import LinearProblem, make_problem
 from torch import Tensor
 
-from smoa_kernels.definition.precision import Precision
-from smoa_kernels.kernels.fused_linear import FusedLinearConfig, fused_linear
+from smoa_kernels.kernels.fused_linear import fused_linear
 
 pytestmark = pytest.mark.numerical
 
@@ -32,18 +30,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
     adapter = adapter_of(rounded)
     assert_within_budget(fused_linear(rounded.x, rounded.bias, adapter), linear(same), linear(truth))
     assert_within_budget(fused_linear(rounded.dy, None, adapter.T), dx(same), dx(truth))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("config", "precision"), shipped_here("fused_linear"), ids=str)
-def test_every_shipped_configuration(
-    config: FusedLinearConfig, precision: Precision, device: torch.device
-) -> None:
-    problem = make_problem(tokens=35, out_features=70, in_features=150, ranks=(5, 2))
-    problem = problem.on(device).to(precision.dtype)
-    settings = {"allow_tf32": not precision.ieee, "config": config}
-    y = fused_linear(problem.x, problem.bias, adapter_of(problem), **settings)
-    assert_within_its_rounding(precision, y, linear(problem), linear(problem.to(torch.float64)))
 
 
 @pytest.mark.parametrize("row_padding", [0, 5])

@@ -10,21 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 from expert_problems import ExpertsProblem, make_problem, on
-from kernel_cases import Guarded, need_memory, shipped_here
-from problems import relative_error
+from kernel_cases import Guarded, far_apart
 from torch import Tensor
 
 from smoa_kernels.backends.experts_triton import experts_backward, experts_product
-from smoa_kernels.definition.experts import ExpertBlocks, reference_experts_linear
+from smoa_kernels.definition.experts import ExpertBlocks
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.definition.precision import PRECISIONS, Precision
-from smoa_kernels.kernels import KERNELS
-from smoa_kernels.kernels import grouped_grad as grad_module
-from smoa_kernels.kernels import grouped_linear as linear_module
-from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.grouped import tiles_of_segments
-from smoa_kernels.kernels.grouped_grad import GroupedGradConfig, grouped_grad
-from smoa_kernels.kernels.grouped_linear import GROUPED_LINEAR, GroupedLinearConfig, grouped_linear
+from smoa_kernels.kernels.grouped_linear import GROUPED_LINEAR
 
 pytestmark = pytest.mark.numerical
 
@@ -120,38 +113,6 @@ def test_no_pair_at_all() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize(("config", "precision"), shipped_here("grouped_linear"), ids=str)
-def test_every_shipped_configuration(config: GroupedLinearConfig, precision: Precision) -> None:
-    p = problem("contiguous", (70, 0, 9)).to(precision.dtype)
-    settings = {"allow_tf32": not precision.ieee, "config": config}
-    found = (
-        grouped_linear(p.x, p.ends, p.adapter, **settings),
-        grouped_linear(p.dy, p.ends, p.adapter.T, **settings),
-    )
-    _assert_within_its_rounding(precision, p, found, slice(2))
-
-
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize(("config", "precision"), shipped_here("grouped_grad"), ids=str)
-def test_every_shipped_configuration_of_the_gradient(config: GroupedGradConfig, precision: Precision) -> None:
-    p = problem("contiguous", (70, 0, 9)).to(precision.dtype)
-    found = grouped_grad(p.dy, p.x, p.ends, p.adapter, allow_tf32=not precision.ieee, config=config)
-    _assert_within_its_rounding(precision, p, found, slice(2, 4))
-
-
-def _assert_within_its_rounding(
-    precision: Precision, p: ExpertsProblem, found: tuple[Tensor, ...], which: slice
-) -> None:
-    truth = p.to(torch.float64).run(reference_experts_linear)
-    same = p.run(reference_experts_linear)
-    for ours, theirs, exact in zip(found, same[which], truth[which], strict=True):
-        allowed = 2**-9 if precision.name == "tf32" else 2 * relative_error(theirs, exact) + 1e-6
-        assert relative_error(ours, exact) <= allowed
-
-
-@pytest.mark.slow
 def test_nothing_beside_the_operands_is_touched(guarded: Guarded) -> None:
     p = problem("contiguous", (5, 0, 9)).to(torch.float32)
     a = p.adapter
@@ -179,14 +140,8 @@ def test_an_idle_experts_gradient_is_zero_whatever_its_weight_holds() -> None:
 
 @pytest.mark.slow
 def test_offsets_beyond_int32(device: torch.device) -> None:
-    """Experts 2³⁰ elements apart, in memory that is reserved and mostly never touched."""
-    need_memory(device, 8)
     p = problem("contiguous", (5, 0, 9, 3)).to(torch.bfloat16)
-    weight, stride = p.adapter.weight, 2**30
-    storage = torch.zeros(1, dtype=torch.bfloat16, device=device)
-    storage.untyped_storage().resize_(2 * (3 * stride + weight[0].numel()))
-    apart = storage.as_strided(weight.shape, (stride, *weight.stride()[1:]))
-    apart.copy_(weight)
+    apart = far_apart(p.adapter.weight, 2**30)
     far = replace(p, adapter=replace(p.adapter, weight=apart))
     for ours, near in zip(results(far), results(p), strict=True):
         assert torch.equal(ours, near)
@@ -200,14 +155,3 @@ def test_tiles_of_segments() -> None:
         ends = [1] * (segments - 1)
         sizes = [*ends, length - sum(ends)]
         assert tiles_of_segments(length, segments, block) == sum(-(-size // block) for size in sizes)
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_large_tiles_ship_only_where_they_do_not_spill(old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (linear_module, grad_module):
-        monkeypatch.setattr(module, "OLD_TRITON", old)
-    linear, grad = (
-        KERNELS[name].shipped(ARCHITECTURES["sm_90"], PRECISIONS["bf16"])[0]
-        for name in ("grouped_linear", "grouped_grad")
-    )
-    assert (linear.block_t, grad.block_n) == ((128, 64) if old else (256, 128))  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ from kernel_cases import (
     assert_within_budget,
     delta_weight,
     each_dtype,
-    shipped_here,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
@@ -51,16 +50,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
     assert_within_budget(weight, effective(same), effective(truth))
     blocks = modulated_blocks(adapter, padded(rounded.partition, 16, 32))
     assert_within_budget(from_blocks(blocks, rounded.partition), delta_weight(same), delta_weight(truth))
-
-
-@pytest.mark.parametrize("config", [config for config, _ in shipped_here("modulated_weight")], ids=str)
-def test_every_shipped_configuration(config: ModulateConfig, device: torch.device) -> None:
-    problem = make_problem(out_features=90, in_features=150, ranks=(5, 2)).on(device).to(torch.float32)
-    truth = problem.to(torch.float64)
-    weight = modulated_weight(adapter_of(problem), config=config)
-    assert_within_budget(weight, effective(problem), effective(truth))
-    blocks = modulated_blocks(adapter_of(problem), padded(problem.partition), config=config)
-    assert_within_budget(from_blocks(blocks, problem.partition), delta_weight(problem), delta_weight(truth))
 
 
 def test_a_tile_narrower_than_a_warp(device: torch.device) -> None:
