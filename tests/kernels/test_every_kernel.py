@@ -71,10 +71,10 @@ def test_float32_factors_over_a_half_weight(
 def shipped() -> Iterator[object]:
     for name in KERNELS:
         for config, precision in shipped_here(name):
-            yield pytest.param(name, config, precision, id=f"{name}-{config}-{precision.name}")
+            marks = [pytest.mark.slow, *([pytest.mark.long] if name.startswith("grouped") else [])]
+            yield pytest.param(name, config, precision, id=f"{name}-{config}-{precision.name}", marks=marks)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "config", "precision"), list(shipped()))
 def test_every_shipped_configuration(
     kernel: str, config: Config, precision: Precision, device: torch.device
