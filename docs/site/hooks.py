@@ -33,6 +33,7 @@ PAGES = {
     "tests/ptx_emulator/README.md": "ptx_emulator.md",
     "csrc_ref/README.md": "c_reference.md",
     "examples/quickstart.ipynb": "quickstart.md",
+    "examples/README.md": "examples.md",
 }
 PICTURES = (".svg", ".png")
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c"}
