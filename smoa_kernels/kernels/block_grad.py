@@ -346,9 +346,8 @@ def _launch(
     return launch, (splits * tiles_n, splits * tiles_c)
 
 
-_KIB = 1024
-# The first needs up to 138 KiB of shared memory on NVIDIA, for H transposed; AMD's compiler makes do with 64 KiB.
-_LARGEST_NEEDS, _LARGEST_NEEDS_AMD = 138 * _KIB, 64 * _KIB
+# Bytes of shared memory that the first needs on NVIDIA, for H transposed; AMD's compiler makes do with what there is.
+_LARGEST_NEEDS = 138 * 1024
 _SHIPPED = (
     BlockGradConfig(128, 128, 64, split=0, num_warps=8, num_stages=3),
     BlockGradConfig(64, 128, 64, split=0, num_warps=8, num_stages=3),
@@ -373,8 +372,7 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[BlockGradConfig,
     if precision.ieee and not arch.is_amd:
         return _SHIPPED_IEEE
     shipped = _SHIPPED_FP32 if precision.dtype == torch.float32 else _SHIPPED
-    needed = _LARGEST_NEEDS_AMD if arch.is_amd else _LARGEST_NEEDS
-    return shipped if arch.shared_per_block >= needed else shipped[1:]
+    return shipped if arch.is_amd or arch.shared_per_block >= _LARGEST_NEEDS else shipped[1:]
 
 
 def _workload(operands: Operands) -> Work:

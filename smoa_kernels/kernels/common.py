@@ -11,6 +11,10 @@ one width P, a multiple of the tile, so that tiles never straddle blocks and the
 
 **Offsets.** Whatever is multiplied by a stride is int64 first: T·N and T·C pass 2³¹ in practice.
 
+**Segments.** Pairs of a token and an expert are sorted by expert, and each expert's blocks of rows follow one another.
+Where they end, a tensor on the device says. A launch must not wait for it, so the grid has as many tiles as there could
+be, and each program finds its own segment from the ends. Programs beyond the last tile return.
+
 **Signatures.** Pointers, then sizes, then strides, then runtime scalars, then constexprs in capitals. Scaling
 and seed are read through pointers: they are tensors on the device.
 """
@@ -31,6 +35,7 @@ __all__ = [
     "TOKENS_PER_DRAW",
     "block_slots",
     "block_width",
+    "coordinates",
     "dot",
     "dropout_draws",
     "dropout_multiplier",
@@ -40,7 +45,9 @@ __all__ = [
     "rank_block",
     "rank_product",
     "round_to",
+    "segment_of",
     "slot_coordinates",
+    "tiles_of_segments",
     "to_tf32",
 ]
 
@@ -206,3 +213,50 @@ def dropout_multiplier(draws, LANE: tl.constexpr, threshold, scale):
     """Multiplier (G, P) of each group's token number LANE: 16 bits of its draws against the threshold."""
     level = (draws[LANE // 2] >> (16 * (LANE % 2))) & 0xFFFF
     return tl.where(level.to(tl.int32) >= threshold, scale, 0.0)
+
+
+@triton.jit
+def segment_of(ends_ptr, segments, tile, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The segment whose tile is number `tile`, where that tile begins, and where the segment ends.
+
+    Every segment is cut into tiles of BLOCK of its own. Past the last tile, the tile begins where it ends: at 0.
+    """
+    each = tl.arange(0, SEGMENTS)
+    inside = each < segments
+    ends = tl.load(ends_ptr + each, mask=inside, other=0)
+    starts = tl.load(ends_ptr + each - 1, mask=inside & (each > 0), other=0)
+    tiles = tl.where(inside, (ends - starts + BLOCK - 1) // BLOCK, 0)
+    last = tl.cumsum(tiles, 0)
+    segment = tl.sum((last <= tile).to(tl.int32), 0)
+    here = each == segment
+    first = tl.sum(tl.where(here, starts + (tile - last + tiles) * BLOCK, 0), 0)
+    return segment, first, tl.sum(tl.where(here, ends, 0), 0)
+
+
+def tiles_of_segments(length: int, segments: int, block: int) -> int:
+    """The most tiles that so many segments of `length` in all can have: each but one ends in a tile of one."""
+    most = min(length, segments)
+    return (length - most) // block + most
+
+
+@triton.jit
+def coordinates(index_ptr, first, end, GRANULE: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr):
+    """The coordinates (int64) that BLOCK slots from `first` on hold, and which of them lie before `end`.
+
+    GRANULE is a power of two that divides `first` and `end`, and that many slots hold adjacent coordinates of which the
+    first is a multiple of it. The compiler is told, so that what lies there is moved as vectors.
+    """
+    # Changes nothing: the compiler sees it, and forgets `tl.multiple_of` on what a reduction or a loop gives. With that
+    # instead, grouped_grad in bf16 loads 2 bytes at a time and spills 248 (Triton 3.9, sm_90).
+    first = first // GRANULE * GRANULE
+    slots = first + tl.arange(0, BLOCK)
+    if GRANULE == 1:
+        valid = slots < end
+    else:
+        valid = slots // GRANULE < end // GRANULE  # the same for a whole granule, as the compiler sees
+    if INDEXED:
+        found = tl.load(index_ptr + slots, mask=valid, other=0).to(tl.int64)
+        found = tl.max_contiguous(tl.multiple_of(found, GRANULE), GRANULE)
+    else:
+        found = slots.to(tl.int64)
+    return found, valid

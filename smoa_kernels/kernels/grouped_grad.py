@@ -27,14 +27,15 @@ from torch import Tensor
 from ..definition.experts import ExpertsAdapter, reference_experts_linear
 from ..definition.precision import Precision
 from .architectures import Architecture
-from .common import OLD_TRITON, dot, power_of_two, round_to, to_tf32
-from .grouped import (
-    along_columns,
+from .common import (
+    OLD_TRITON,
     coordinates,
-    experts_operands,
-    experts_sizes,
+    dot,
+    power_of_two,
+    round_to,
     segment_of,
     tiles_of_segments,
+    to_tf32,
 )
 from .launch import Launch, Layout, described
 from .spec import INDEX, Config, Kernel, Operands, Work, in_dtype, on_amd
@@ -188,7 +189,6 @@ def grouped_grad(
         allow_tf32: let float32 products round their operands to TF32. Under a half weight the contraction always may.
         config: launch parameters.
     """
-    adapter = along_columns(adapter)
     A, B = adapter.A, adapter.B
     if A.numel() == 0 or B.numel() == 0:
         return torch.zeros_like(A), torch.zeros_like(B)
@@ -222,7 +222,7 @@ def _launches(
         "grouped_grad" if layout.granule > 1 else "grouped_grad_gathered",
         config,
         allow_tf32,
-        **experts_sizes(layout, pairs),
+        **layout.experts_sizes(pairs),
     )
     tiles_n = tiles_of_segments(N, layout.num_blocks, config.block_n)
     parts = -(-N // config.block_n)  # one block may have all rows: the host does not know its size
@@ -278,7 +278,7 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedGradConf
 
 
 def _workload(operands: Operands) -> Work:
-    adapter, ends, x, dy = experts_operands(operands)
+    adapter, ends, x, dy = operands.experts()
 
     def run(config: Any) -> tuple[Tensor, Tensor]:
         return grouped_grad(dy, x, ends, adapter, allow_tf32=operands.allow_tf32, config=config)

@@ -31,14 +31,15 @@ from torch import Tensor
 from ..definition.experts import ExpertsAdapter, reference_experts_linear
 from ..definition.precision import Precision
 from .architectures import Architecture
-from .common import OLD_TRITON, dot, power_of_two, round_to, to_tf32
-from .grouped import (
-    along_columns,
+from .common import (
+    OLD_TRITON,
     coordinates,
-    experts_operands,
-    experts_sizes,
+    dot,
+    power_of_two,
+    round_to,
     segment_of,
     tiles_of_segments,
+    to_tf32,
 )
 from .launch import Launch, Layout, described
 from .spec import INDEX, Config, Kernel, Key, Operands, Work, granule_of, in_dtype, on_amd
@@ -228,7 +229,6 @@ def grouped_linear(
         allow_tf32: multiply float32 operands in TF32.
         config: launch parameters.
     """
-    adapter = along_columns(adapter)
     layout, pointers = described(adapter)
     y = x.new_empty(x.shape[0], layout.features[0])
     if y.numel() == 0:
@@ -259,7 +259,7 @@ def _launch(
         "grouped_linear" if base else "grouped_linear_gathered",
         config,
         allow_tf32,
-        **experts_sizes(layout, pairs),
+        **layout.experts_sizes(pairs),
     )
     tiles_t = tiles_of_segments(pairs, layout.experts, config.block_t)
     blocks = layout.num_blocks if adapter else 1
@@ -337,7 +337,7 @@ def _choose(fitting: Sequence[GroupedLinearConfig], key: Key, multiprocessors: i
 
 
 def _workload(operands: Operands) -> Work:
-    adapter, ends, x, _ = experts_operands(operands)
+    adapter, ends, x, _ = operands.experts()
 
     def run(config: Any) -> list[Tensor]:
         return [grouped_linear(x, ends, adapter, allow_tf32=operands.allow_tf32, config=config)]

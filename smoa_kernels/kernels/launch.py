@@ -104,6 +104,11 @@ class Layout(NamedTuple):
             config = select(kernel, self.device, self.dtype, precision, **sizes)
         return config, precision
 
+    def experts_sizes(self, pairs: int) -> dict[str, int | bool]:
+        """What a choice depends on besides an adapter of experts. `tokens` are the pairs that one has on average."""
+        tokens = -(-pairs // max(self.experts, 1))
+        return {"tokens": tokens, "granule": self.granule, "transposed": self.transposed}
+
     def numbers(self) -> dict[str, int]:
         """Sizes and strides as kernels name them."""
         N, C = self.features
@@ -117,7 +122,10 @@ Pointers: TypeAlias = Mapping[str, Tensor | None]
 
 
 def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers]:
-    """An adapter's layout, and its tensors as kernels name them. A packed adapter keeps both for its other launches."""
+    """An adapter's layout, and its tensors as kernels name them. A packed adapter keeps both for its other launches.
+
+    Kernels over experts read A along C: of a transposed adapter it is a copy, which is small.
+    """
     if isinstance(adapter, PackedAdapter):
         if adapter.layout is None:
             p = adapter.partition
@@ -140,6 +148,8 @@ def _described(
 ) -> tuple[Layout, Pointers]:
     w, a, b = adapter.weight, adapter.A, adapter.B
     *experts, N, C = w.shape
+    if experts and a.stride(2) != 1:
+        a = a.contiguous()
     layout = Layout(
         w.device,
         w.dtype,

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ..definition.experts import ExpertsAdapter
+from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import PRECISIONS, Precision
@@ -134,6 +134,37 @@ class Operands:
             scaling=torch.ones((), device=self.device),
         )
         return adapter.T if key.transposed else adapter
+
+    def experts(self) -> tuple[ExpertsAdapter, Tensor, Tensor, Tensor]:
+        """An adapter of four experts, where their pairs end, x and dY: `tokens` pairs an expert on average.
+
+        Blocks are contiguous where the form says so, else in an order of each expert's own.
+        """
+        key, device, experts = self.key, self.device, 4
+        rows, cols = key.out_features, key.in_features
+        if key.transposed:
+            rows, cols = cols, rows
+        row_block, col_block = (
+            torch.stack([self.labels(size) for _ in range(experts)]) for size in (rows, cols)
+        )
+        if "contiguous" in self.form:
+            row_block, col_block = row_block.sort(1).values, col_block.sort(1).values
+        blocks = ExpertBlocks.from_labels(row_block, col_block, key.blocks)
+        adapter = ExpertsAdapter(
+            weight=self.tensor(experts, rows, cols) / cols**0.5,
+            A=self.tensor(experts, key.rank, cols, dtype=self.factor_dtype),
+            B=self.tensor(experts, rows, key.rank, dtype=self.factor_dtype) / key.rank**0.5,
+            blocks=blocks,
+            ranks=self.ranks(),
+            scaling=torch.ones((), device=device),
+        )
+        if key.transposed:
+            adapter = adapter.T
+        # One expert has nearly all that another lacks.
+        pairs = experts * key.tokens
+        ends = torch.tensor([key.tokens, 2 * key.tokens + key.tokens // 2, 3 * key.tokens, pairs]).int()
+        x, dy = self.tensor(pairs, key.in_features), self.tensor(pairs, key.out_features)
+        return adapter, ends.to(device), x, dy
 
 
 AnAdapter = TypeVar("AnAdapter", PackedAdapter, ExpertsAdapter)

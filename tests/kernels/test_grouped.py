@@ -16,7 +16,7 @@ from torch import Tensor
 from smoa_kernels.backends.experts_triton import experts_backward, experts_product
 from smoa_kernels.definition.experts import ExpertBlocks
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.kernels.grouped import tiles_of_segments
+from smoa_kernels.kernels.common import tiles_of_segments
 from smoa_kernels.kernels.grouped_linear import GROUPED_LINEAR
 
 pytestmark = pytest.mark.numerical
