@@ -43,9 +43,12 @@ def smoa_linear(
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` with `ΔW = s·mask·(BA) ∘ W0` (docs/definition.md).
 
+    W0 has N rows (outputs) and C columns (inputs), cut into K blocks; block k has rank r_k, and ρ is the largest. The
+    mask is 1 inside the blocks and 0 elsewhere.
+
     Differentiable in x, A, B and bias. Saves x, the factors and the seed for backward, nothing else; W0 is
-    referenced. Takes `torch.func`; what goes beyond a gradient (a batch over the factors, second derivatives, forward
-    mode) is computed by the reference's formula, slowly.
+    referenced. Works under `torch.func`. A batch over the factors, second derivatives and forward mode are computed by
+    the reference's formula, slowly.
 
     Args:
         x: (..., C), floating point, any strides; any leading dimensions, zero tokens included.
@@ -59,17 +62,19 @@ def smoa_linear(
         scaling: s, a number or a 0-d tensor (which a compiled graph does not bake in).
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input.
         dropout_seed: int64 with one element on x's device; drawn from the default generator when None.
-        column_offset: where x holds a shard of the columns, the global index of its first one.
-        global_in_features: likewise, the global number of columns; C when None.
-        block_ranks: the numbers in `ranks`, where they are at hand: without them the eager backend on a GPU waits for
-            it to read them, which a CUDA graph cannot hold.
-        algorithm: "merged" (one GEMM with W_eff), "split" (adapter first, the base GEMM accumulates onto it),
-            "expanded" (few tokens, eager and native), "fused" (few tokens, triton: one kernel) or "auto": the form
-            for few tokens where there are few, else merged where the GEMM multiplies in IEEE float32/64 (half precision
-            too where "native" widens it), split in half precision and TF32, where a rounded W_eff would lose a small
-            update, and whenever dropout is active.
-        backend: "eager" (torch operators), "native" (compiled, on x86 CPUs), "triton", "reference" (the
-            definition, slow) or "auto".
+        column_offset: if x holds a shard of the columns, the global index of its first one; it places dropout's mask.
+        global_in_features: if x holds a shard of the columns, the global number of columns; C when None.
+        block_ranks: the numbers in `ranks`, on the host. Without them the eager backend on a GPU reads `ranks` and so
+            waits for the GPU, which a CUDA graph cannot hold.
+        algorithm: how y is computed.
+            "merged": one GEMM with W_eff = W0 + ΔW.
+            "split": the adapter's output first; the base GEMM accumulates onto it.
+            "expanded" (eager and native) and "fused" (triton, one kernel): W0 is read once, for few tokens.
+            "auto": the form for few tokens if there are few. Otherwise merged if the GEMM multiplies in IEEE float32 or
+            float64, or if "native" widens half precision to it; split in half precision and TF32, where a rounded W_eff
+            would lose a small update. Split whenever dropout is active.
+        backend: what computes it: "eager" (torch's operators), "native" (compiled, x86 CPUs), "triton" (GPUs),
+            "reference" (the definition, slow) or "auto" (the fastest that can).
 
     Returns:
         y (..., N) in x's dtype.

@@ -177,7 +177,7 @@ def partition_in(
     if ranks.min() < 0 or ranks.max() != max_rank or ranks.sum() != r:
         raise ValueError(
             f"{name}: smoa_ranks must sum to r={r} with a largest rank of {max_rank}, "
-            f"got {ranks.tolist()}; build the layer with those block_ranks"
+            f"got {ranks.tolist()}; build the layer with r={int(ranks.sum())} and those block_ranks"
         )
     return BlockPartition.from_labels(rows, cols, num_blocks)
 
@@ -189,7 +189,7 @@ def check_base(name: str, weight: Tensor, sketch: Tensor, *, strict: bool) -> No
         return
     message = (
         f"{name}: the adapter was trained over another base weight (they differ by about {distance:.0%}, "
-        f"the same base in another precision by at most {TOLERANCE:.0%})"
+        f"the same base in another precision by at most {TOLERANCE:.0%}); load the base weight that it was trained over"
     )
     if strict:
         raise ValueError(f"{message}; strict_base=True refuses it")

@@ -83,7 +83,8 @@ class AdapterState(nn.Linear):
         """
         if not self._sizes:
             raise RuntimeError(
-                "the layer has no blocks yet: load a state dict that holds them, or call reset_parameters()"
+                "the layer has no blocks yet: load a state dict, its own or that of a plain nn.Linear; "
+                "reset_parameters() makes blocks too, and draws a new base weight"
             )
         buffers: Any = self._buffers
         tensors = [buffers[name] for name in _PARTITION]
@@ -162,7 +163,10 @@ class AdapterState(nn.Linear):
 
     def _check_values(self) -> None:
         if self.smoa_A.is_meta:
-            raise RuntimeError("the layer is on the meta device: call to_empty() and load or draw it first")
+            raise RuntimeError(
+                "the layer is on the meta device: call to_empty(device=...), then load_state_dict() or "
+                "reset_parameters()"
+            )
 
     def _cut(self, shard: LayerShard) -> None:
         """Compute as one process's part of the layer from now on; its parameters were cut before."""

@@ -26,24 +26,27 @@ __all__ = ["FusedSMoALinear"]
 class FusedSMoALinear(AdapterState):
     """A linear layer with an SMoA adapter: `y = x W0ᵀ + b + dropout(x) ΔWᵀ`.
 
-    W0 and b are frozen. `smoa_A` (ρ, in_features) and `smoa_B` (out_features, ρ) train. The state dict also holds the
-    block labels, the ranks and a sketch of W0. So loading an adapter never recomputes the labels, and loading one that
-    was trained over another base weight warns. Loading a plain Linear's state dict (a weight without labels) computes
-    a new partition, and warns.
+    W0 (N, C) = (out_features, in_features) and b are frozen. The rows and columns of W0 are cut into K blocks, and
+    `ΔW = s · mask ∘ (B A) ∘ W0` with a mask that is 1 inside the blocks and a scale s = alpha / r. The factors
+    `smoa_A` (ρ, C) and `smoa_B` (N, ρ) train; ρ is the largest rank of a block.
+
+    The state dict also holds the block labels, the ranks and a sketch of W0. Loading it therefore computes no spectrum,
+    and warns if the adapter was trained over another base weight. The state dict of a plain `nn.Linear` has no labels:
+    loading it computes new blocks, and warns.
 
     Args:
-        in_features: C.
-        out_features: N.
+        in_features: C, the number of inputs.
+        out_features: N, the number of outputs.
         bias: whether the base layer has a bias.
         r: the rank budget, shared by all blocks; at least 1.
-        num_blocks: K, from 1 (which is HiRA) to min(N, C).
-        alpha: the update is scaled by alpha / r. Where alpha is None it is r, and the scale is 1.
+        num_blocks: K, the number of blocks, from 1 (which is HiRA) to min(N, C).
+        alpha: the scale is s = alpha / r. If alpha is None, it is r, and the scale is 1.
         dropout: probability that an element of the adapter's input is dropped in training.
-        block_ranks: the rank of each block, K numbers that sum to r; where None, r is shared evenly.
-        block_order: the order in which rows and columns are cut into blocks: "spectral" is the paper's. "contiguous"
-            (W0's own) and "random" need no spectrum.
-        granule: adjacent rows or columns that stay together, as many as this; 1 is the paper's.
-        block_seed: draws the order where `block_order` is "random".
+        block_ranks: the rank r_k of each block, K numbers that sum to r. If None, r is shared evenly.
+        block_order: how rows and columns are sorted before they are cut into blocks: "spectral", the paper's order;
+            "contiguous", W0's own; or "random". The last two need no spectrum.
+        granule: how many adjacent rows or columns stay together; 1 is the paper's.
+        block_seed: seed of the order if `block_order` is "random".
         algorithm: how the layer is computed; see :func:`smoa_kernels.smoa_linear`.
         backend: what computes it; see :func:`smoa_kernels.smoa_linear`.
         strict_base: raise an error, instead of a warning, for an adapter that was trained over another base weight.

@@ -155,10 +155,21 @@ def _python() -> str:
             found = found.final_target if isinstance(found, griffe.Alias) else found
             members = found.members.values() if found.is_class else ()
             undocumented += [item.path for item in (found, *members) if _lacks_docstring(item)]
-            parts.append(f"::: {path}.{name}\n    options: {{heading_level: 3}}")
+            inherited = sorted(_inherited(found)) if found.is_class else []
+            parts.append(
+                f"::: {path}.{name}\n    options: {{heading_level: 3, inherited_members: {inherited}}}"
+            )
     if undocumented:
         raise PluginError(f"public and without a docstring: {', '.join(undocumented)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _inherited(found: Any) -> Iterator[str]:
+    """Public members that a class of ours has from another one of ours, which is not public itself."""
+    for name, member in found.inherited_members.items():
+        ours = member.target_path.startswith("smoa_kernels.layer_state.")
+        if ours and member.is_public and not name.startswith("smoa_"):
+            yield name
 
 
 def _lacks_docstring(item: griffe.Object | griffe.Alias) -> bool:

@@ -23,16 +23,16 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
     """Configuration of SMoA adapters, named as PEFT's other configurations name things.
 
     Args:
-        r: rank budget of a layer over all its blocks, at least 1.
+        r: rank budget of a layer, shared by its K blocks; at least 1. LoRA's r is the rank of its whole update.
         target_modules: names (suffixes) of the modules to adapt, a regular expression, or "all-linear"; chosen by
             the model's architecture when None.
         target_parameters: paths (suffixes) of fused expert weights to adapt, such as "mlp.experts.down_proj"
             (docs/experts.md). r, K and the order then hold for each expert. Where it is given, no modules are adapted
             but those that `target_modules` names.
-        num_blocks: K, from 1 (which is HiRA) to the smaller dimension of every adapted weight.
+        num_blocks: K, the number of blocks, from 1 (which is HiRA) to the smaller dimension of every adapted weight.
         block_ranks: rank of each block, K numbers that sum to r; shared evenly when None. Layers to which
             `rank_pattern` or `num_blocks_pattern` give another r or K share theirs evenly.
-        smoa_alpha: the update is scaled by alpha / r; r when None.
+        smoa_alpha: the update is scaled by s = alpha / r. If None, alpha is r, and the scale is 1.
         smoa_dropout: probability in [0, 1) of dropping an element of the adapter's input in training.
         use_rslora: scale by alpha / √r instead.
         init_weights: True makes the adapter start as an identity (B zero), False gives a random one, for tests.
@@ -42,18 +42,18 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         exclude_modules: modules not to adapt, or fused weights, as `target_modules` names them.
         layers_to_transform: indices of the layers to adapt, where `target_modules` is a list; of experts too.
         layers_pattern: name of the module list that these indices count in.
-        rank_pattern: r of the layers whose names match a key.
-        alpha_pattern: likewise alpha.
-        num_blocks_pattern: likewise K.
-        block_order: the order in which rows and columns are cut into blocks: "spectral" is the paper's. "contiguous"
-            (the weights' own) and "random" need no spectrum; "shared" is one spectral order for all experts of a
-            fused weight.
-        granule: adjacent rows or columns that stay together, as many as this; 1 is the paper's.
-        block_seed: draws the order where `block_order` is "random".
-        block_order_pattern: block_order of the layers whose names match a key.
-        granule_pattern: likewise granule.
-        algorithm: see :func:`smoa_kernels.smoa_linear`.
-        backend: likewise.
+        rank_pattern: r by layer: keys are matched with the layers' names.
+        alpha_pattern: alpha by layer.
+        num_blocks_pattern: K by layer.
+        block_order: how the rows and columns of W0 are sorted before they are cut into blocks. "spectral" is the
+            paper's order; "contiguous" is W0's own, so that each block is a slice; "random" is drawn; "shared" is one
+            spectral order for all experts of a fused weight. "contiguous" and "random" need no spectrum.
+        granule: how many adjacent rows or columns stay together; 1 is the paper's.
+        block_seed: seed of the order if `block_order` is "random".
+        block_order_pattern: block_order by layer.
+        granule_pattern: granule by layer.
+        algorithm: how a layer is computed: "auto", or a name of :func:`smoa_kernels.smoa_linear`.
+        backend: what computes it: "auto", or a name of :func:`smoa_kernels.smoa_linear`.
         strict_base: refuse, rather than warn about, an adapter that was trained over another base weight.
         format_version: format version of the file that the configuration was read from; None for a new one.
         weights_sha256: SHA-256 of the weights that the file was saved with; None for a new configuration, and where any
