@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,7 +80,10 @@ def arguments(it: Any) -> list[str]:
     made: Any = it
     if inspect.isclass(it):
         made = vars(it).get("__init__", object)
-    found = (
-        vars(it)["__annotations__"] if dataclasses.is_dataclass(it) else inspect.signature(made).parameters
-    )
+    found: Iterable[str] = inspect.signature(made).parameters
+    if dataclasses.is_dataclass(it):
+        fields: dict[bool, list[str]] = {True: [], False: []}  # ours, and another package's
+        for base in inspect.getmro(it):
+            fields[base.__module__.startswith("smoa_kernels")] += vars(base).get("__annotations__", ())
+        found = [name for name in fields[True] if name not in fields[False]]
     return [name for name in found if name not in ("self", "args", "kwargs")]

@@ -108,6 +108,7 @@ def inspect_adapter(
 
     Example:
         >>> from peft import get_peft_model
+        >>> from smoa_kernels.peft import SMoAConfig
         >>> from torch import nn
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(r=4, target_modules=["0"]))
         >>> model.save_pretrained("adapter")
