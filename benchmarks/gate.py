@@ -92,13 +92,19 @@ def check_layers(case: Case, layers: Mapping[str, nn.Module]) -> None:
         for tensor, value, (truth, same_dtype) in zip(
             NAMES, found, exact[meant.family, masked], strict=False
         ):
-            error, budget = (float((v.double() - truth).norm() / truth.norm()) for v in (value, same_dtype))
-            if not error <= 2 * budget + 1e-6:
-                raise RedGateError(
-                    f"{case}: {tensor} of {name} errs by {error:.1e}, more than twice the definition's "
-                    f"own {budget:.1e} in {case.dtype}"
-                )
+            check_error(f"{case}: {tensor} of {name}", value, truth, same_dtype)
         layer.train()
+
+
+def check_error(what: str, value: Tensor, truth: Tensor, same_dtype: Tensor) -> None:
+    """Compare a value with the definition's in float64, and its error with the definition's own in its dtype.
+
+    Raises:
+        RedGateError: the error is more than twice as large.
+    """
+    error, budget = (float((v.double() - truth).norm() / truth.norm()) for v in (value, same_dtype))
+    if not error <= 2 * budget + 1e-6:
+        raise RedGateError(f"{what} errs by {error:.1e}, more than twice the definition's own {budget:.1e}")
 
 
 def _mask_is_known(layer: nn.Module, case: Case) -> bool:

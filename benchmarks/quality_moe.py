@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from .quality import store  # the package puts the examples' folder on the path  # isort: skip
 
-import json
 from typing import Annotated, Any
 
 import finetune_moe
@@ -27,7 +26,7 @@ from transformers import Qwen3MoeForSequenceClassification
 from smoa_kernels.peft import SMoAConfig
 
 from .machine import EDITED, commit
-from .quality.statistics import paired, summarize
+from .quality.analysis import paired, summarize
 from .quality.study import SEARCH_SEED, rate_beyond
 from .readme import ROOT, with_section
 from .results import write
@@ -100,8 +99,7 @@ def run(name: str, stage: str, rate: float, seed: int) -> dict[str, Any]:
     judged: list[Question] = splits.validation if stage == "search" else splits.test
     score = finetune_moe.accuracy(model, finetune_moe.encode(words, judged))
     result = {"accuracy": score.accuracy, "loss": loss, "parameters": trained, **store.provenance()}
-    with RECORDS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(key | result) + "\n")
+    store.append(RECORDS, key | result)
     print(f"{name}, {stage}, rate {rate:g}, seed {seed}: {score}", flush=True)
     return key | result
 

@@ -30,10 +30,19 @@ class Checkpoints:
         folder: where they are.
         options: of the run; those that bear on its numbers must be the resumed one's.
         team: the processes that write and read together.
+        every: steps from one to the next; None for no checkpoints.
+        resume: whether the run goes on from the last one.
     """
 
-    def __init__(self, folder: Path, options: dict[str, Any], team: Team) -> None:
-        self.folder, self.team = folder, team
+    def __init__(
+        self,
+        folder: Path,
+        options: dict[str, Any],
+        team: Team,
+        every: int | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.folder, self.team, self.every, self.resume = folder, team, every, resume
         self.options = {key: value for key, value in options.items() if key not in FREE}
 
     def last(self) -> Path:
@@ -47,13 +56,13 @@ class Checkpoints:
             raise ValueError(f"--resume: {self.folder} holds no checkpoint to resume from")
         return max(found, key=lambda path: int(path.name.removeprefix("step-")))
 
-    def prepare(self, resume: bool) -> None:
-        """Remove those of an earlier run, or complain if this one cannot ``resume`` it.
+    def prepare(self) -> None:
+        """Remove those of an earlier run, or complain if this one cannot resume it.
 
         Raises:
             ValueError: if there is no checkpoint, or it is of a run with other options.
         """
-        if not resume:
+        if not self.resume:
             if self.team.leads:
                 shutil.rmtree(self.folder, ignore_errors=True)
             return

@@ -79,12 +79,32 @@ def finetune(
     options.output = output or Path("runs") / f"finetune-{method}"
     place = own_device(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     team = join(distributed, place)
+    recorded = {k: str(v) if isinstance(v, Path) else v for k, v in context.params.items()}
     try:
-        run(
-            options, {k: str(v) if isinstance(v, Path) else v for k, v in context.params.items()}, place, team
-        )
+        run(options, recorded, place, team)
     finally:
         team.leave()
+
+
+def load(
+    options: SimpleNamespace, questions: list[Question], device: torch.device, team: Team
+) -> tuple[str, PeftModel, Encoder]:
+    """Return a title, the model with its new adapter, and what makes tensors of the questions, all of them checked."""
+    targets = [name.strip() for name in options.target_modules.split(",")]
+    config = adapter_config(
+        options.method, options.r, targets, options.num_blocks, options.alpha, options.dropout
+    )
+    torch.manual_seed(options.seed)
+    folder = smollm2.cached_model() if options.model is None else options.model.resolve(strict=True)
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(device)
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    answers = {question.answer for question in questions}
+    encoder = Encoder(AutoTokenizer.from_pretrained(folder), answers, longest)
+    encoder.check(questions)
+    with team.injecting():
+        model = get_peft_model(base, config)
+    name = smollm2.NAME if options.model is None else folder.name
+    return f"{NAME[options.method]} on {name}", model, encoder
 
 
 def run(options: SimpleNamespace, recorded: dict[str, Any], device: torch.device, team: Team) -> None:
@@ -95,30 +115,20 @@ def run(options: SimpleNamespace, recorded: dict[str, Any], device: torch.device
         typer.Exit: with 130 (143) if SIGINT (SIGTERM) came while it trained, after saving.
     """
     say = print if team.leads else lambda *words: None
-    targets = [name.strip() for name in options.target_modules.split(",")]
-    config = adapter_config(
-        options.method, options.r, targets, options.num_blocks, options.alpha, options.dropout
-    )
     if options.batch_size % team.shares:
         raise ValueError(f"{team.shares} processes cannot share {options.batch_size} questions evenly")
     questions = trec.read(trec.locate()) if options.data is None else read_jsonl(options.data)
     splits = split(questions)
-    torch.manual_seed(options.seed)
-    folder = smollm2.cached_model() if options.model is None else options.model.resolve(strict=True)
-    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(device)
-    encoder = encoder_for(folder, base, questions)
-    with team.injecting():
-        model = get_peft_model(base, config)
-    checkpoints = Checkpoints(options.output / "checkpoints", recorded, team)
-    checkpoints.prepare(options.resume)
+    title, model, encoder = load(options, questions, device, team)
+    place = options.output / "checkpoints"
+    checkpoints = Checkpoints(place, recorded, team, options.checkpoint_every, options.resume)
+    checkpoints.prepare()
     trained = team.spread(model)
 
     trainable, total = model.get_nb_trainable_parameters()
     lora = lora_parameters(model, options.r)
-    title = f"{NAME[options.method]} on {smollm2.NAME if options.model is None else folder.name}"
-    say(
-        f"{title}\n{total - trainable:,} frozen parameters, {trainable:,} trained; LoRA of this rank: {lora:,}"
-    )
+    say(title)
+    say(f"{total - trainable:,} frozen parameters, {trainable:,} trained; LoRA of this rank: {lora:,}")
     held_out: list[Question] = getattr(splits, options.eval_split)[: options.eval_questions]
     with model.disable_adapter():
         before = answer(model, encoder, held_out, options.batch_size, device)
@@ -147,8 +157,6 @@ def run(options: SimpleNamespace, recorded: dict[str, Any], device: torch.device
             seed=options.seed,
             team=team,
             checkpoints=checkpoints,
-            checkpoint_every=options.checkpoint_every,
-            resume=options.resume,
         )
         save(options.output, model, summary, record, stop, device, team)
     say(f"Adapter saved in {options.output / 'adapter'}")
@@ -190,15 +198,6 @@ def save(
         write(output, summary)
         print(f"{record.median_step_seconds:.2f} s a step (median), {record.tokens_per_second:,.0f} tokens/s")
         print(f"Peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB, {summary['machine']['label']}")
-
-
-def encoder_for(folder: Path, base: Any, questions: list[Question]) -> Encoder:
-    """Return what makes tensors of the questions; all of them have been checked."""
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    answers = {question.answer for question in questions}
-    encoder = Encoder(AutoTokenizer.from_pretrained(folder), answers, longest)
-    encoder.check(questions)
-    return encoder
 
 
 def write(output: Path, summary: dict[str, Any]) -> None:

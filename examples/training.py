@@ -158,15 +158,13 @@ def train(
     seed: int = 0,
     team: Team = Team(),  # noqa: B008
     checkpoints: Checkpoints | None = None,
-    checkpoint_every: int | None = None,
-    resume: bool = False,
 ) -> TrainingRecord:
     """Train what requires grad with AdamW, at a rate that rises and falls by :func:`schedule`.
 
     The loss is the cross-entropy of the answer's first token over the whole vocabulary, so that the adapted
     model says the answer by itself. Ends early, after a whole step, when ``stop`` has noted a signal, on any process
-    of ``team``. Says how it goes every tenth step, and saves ``checkpoints`` every so many; with ``resume`` it first
-    goes back to the last of them.
+    of ``team``. Says how it goes every tenth step, and saves ``checkpoints``; a run that resumes first goes back to
+    the last of them.
 
     Raises:
         ValueError: if the loss is infinite or not a number.
@@ -174,7 +172,7 @@ def train(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     rates = schedule(optimizer, steps)
     record = TrainingRecord()
-    if checkpoints is not None and resume:
+    if checkpoints is not None and checkpoints.resume:
         record = TrainingRecord(**checkpoints.load(model, optimizer))
         rates.load_state_dict(rates.state_dict() | {"last_epoch": record.steps})
         for _ in range(record.steps):
@@ -200,7 +198,7 @@ def train(
             raise ValueError(f"the loss became {record.loss[-1]} at step {record.steps}; try a smaller --lr")
         if record.steps in (1, steps) or record.steps % LINE_EVERY == 0:
             say(f"step {record.steps} of {steps}  loss {record.loss[-1]:.3f}")
-        if checkpoints is not None and checkpoint_every and record.steps % checkpoint_every == 0:
+        if checkpoints is not None and checkpoints.every and record.steps % checkpoints.every == 0:
             checkpoints.save(model, optimizer, asdict(record))
     return record
 

@@ -17,6 +17,7 @@ from benchmarks.quality.models import (
     CutModel,
     Upper,
 )
+from benchmarks.quality.store import BEFORE
 from benchmarks.quality.tasks import TASKS
 
 # On the path since benchmarks.quality was imported.
@@ -83,7 +84,7 @@ def record(
         "task": "trec50", "method": method, "stage": stage, "lr": lr, "seed": seed, "accuracy": accuracy,
         "evaluation_loss": loss, "questions": 500, "r": known.r, "parameters": 100 * known.r // known.num_blocks,
         "steps": 60, "batch_size": 16, "layers": 2, "dtype": "float32", "data": "abc", "num_blocks": known.num_blocks,
-        "random": known.random, "head_lr": 0.01,
+        "random": known.random, "head_lr": 0.01, **BEFORE,
         "step_seconds": 0.1, "seconds": 6.0, "rank": 0.5, "effective_rank": 0.25, "commit": "abc",
         "machine": {"device": "a CPU", "threads": 1, "versions": {"torch": "2"}},
     }  # fmt: skip

@@ -57,7 +57,6 @@ def losses(
     dies_after: int | None = None,
 ) -> list[float]:
     """Train a tiny model in float64 on all processes of the group, or alone: the loss of each step."""
-    resume = "resume" in options
     team = Team() if kind is None else Team(kind, dist.get_rank(), dist.get_world_size())
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
@@ -66,8 +65,8 @@ def losses(
         adapted = get_peft_model(base, adapter_config("smoa", 4, targets, dropout=dropout))
     questions = read_jsonl(data)
     encoder = Encoder(AutoTokenizer.from_pretrained(model), {q.answer for q in questions}, 64)
-    checkpoints = Checkpoints(folder, {"lr": 0.1}, team)
-    checkpoints.prepare(resume)
+    checkpoints = Checkpoints(folder, {"lr": 0.1}, team, every=2, resume="resume" in options)
+    checkpoints.prepare()
 
     def die(said: str) -> None:
         if said.startswith(f"step {dies_after} of"):
@@ -84,8 +83,6 @@ def losses(
             say=die,
             team=team,
             checkpoints=checkpoints,
-            checkpoint_every=2,
-            resume=resume,
         )
     except KilledError:
         return []
@@ -246,6 +243,6 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "step-3"
     place.mkdir()
     (place / "run.json").write_text(json.dumps({"options": {"lr": 0.1}, "figures": {"loss": []}}))
-    Checkpoints(tmp_path, {"lr": 0.1, "device": "cpu"}, Team()).prepare(resume=True)
+    Checkpoints(tmp_path, {"lr": 0.1, "device": "cpu"}, Team(), resume=True).prepare()
     with pytest.raises(ValueError, match=r"had lr=0.1, this one has 0.2"):
-        Checkpoints(tmp_path, {"lr": 0.2}, Team()).prepare(resume=True)
+        Checkpoints(tmp_path, {"lr": 0.2}, Team(), resume=True).prepare()

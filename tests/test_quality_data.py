@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.quality import choice, data
-from benchmarks.quality.choice import Choice
+from benchmarks.quality import data
+from benchmarks.quality.data import Choice
 from benchmarks.quality.models import (
     ChoiceModel,
     ChoiceUpper,
@@ -104,25 +104,18 @@ def test_answers_in_one_row_score_as_they_do_alone() -> None:
     assert batch.labels.tolist() == [1, 1]
 
 
-def test_commonsense_questions_are_read_once_with_all_of_their_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commonsense_questions_are_read_once_with_all_of_their_answers(tmp_path: Path) -> None:
     def doc(query: str, choices: list[str], gold: int) -> dict[str, Any]:
         return {"doc": {"query": query, "choices": choices, "gold": gold}}
 
     rows = [doc("Where?\nAnswer:", ["here", " there"], 1)] * 2 + [doc("Who?\nAnswer:", ["he", "he"], 0)]
-    (tmp_path / "part").mkdir()
-    with gzip.open(tmp_path / "part" / "requests.jsonl.gz", "wt") as file:
+    with gzip.open(tmp_path / "requests.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    monkeypatch.setattr(choice, "locate", lambda: tmp_path)
-    assert choice.read("part") == [Choice("Where?\nAnswer:", "there", ("here", "there"))]
-    offered = Splits(choice.read("part"), COLOURS[:1], [])
+    found = data.read_choices(tmp_path / "requests.jsonl.gz")
+    assert found == [Choice("Where?\nAnswer:", "there", ("here", "there"))]
+    offered = Splits(found, COLOURS[:1], [])
     assert data.answers(offered) == ["green", "here", "there"]
     assert data.digest(offered) != data.digest(offered._replace(train=[Question("Where?\nAnswer:", "there")]))
-    monkeypatch.undo()
-    monkeypatch.setattr(choice, "PACKAGE", "no-such-package")
-    with pytest.raises(FileNotFoundError, match="make quality-data"):
-        choice.locate()
 
 
 def spelled(texts: Any, **_: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,7 @@ import typer
 from ..machine import EDITED, commit
 from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
-from .shares import Share, console, run_shares
+from .study import Share, run_share
 from .tasks import TASKS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -65,10 +67,12 @@ def run(
     jobs = min(jobs or os.cpu_count() or 1, len(chosen))
     for name in task:
         rates = rate or LEARNING_RATES
-        try:
-            run_shares([Share(name, records, smoke, rates, seeds, chosen[k::jobs]) for k in range(jobs)])
-        except FileNotFoundError as error:
-            raise typer.BadParameter(str(error)) from error
+        shares = [Share(name, records, smoke, rates, seeds, chosen[k::jobs]) for k in range(jobs)]
+        if jobs == 1:
+            run_share(shares[0])
+            continue
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            list(pool.map(run_share, shares))
 
 
 @app.command()
@@ -77,7 +81,7 @@ def report(records: Records = RECORDS, out: Annotated[Path, typer.Option(help="F
     if not records.is_file():
         raise typer.BadParameter(f"--records {records} is not there yet: `run` makes it")
     for path in generate(records, out):
-        console.print(f"wrote {path}")
+        print(f"wrote {path}")
 
 
 def _check(option: str, given: Iterable[object], allowed: Iterable[object]) -> None:

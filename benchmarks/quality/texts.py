@@ -59,5 +59,5 @@ one thread each; `make quality` spreads a task's methods over the processors, so
 K=4 with r=32 and K=8 with r=64, which have as many parameters as LoRA, are a separate sweep (`--sweep larger`).
 Rounding differs between processors: when the test runs of TREC-6 and Social IQa were repeated on another one, a
 method's mean moved by up to 1.0 and 1.7 points. On TREC-50 the five test runs of SMoA K=2, repeated on the Xeon of
-family 6, model 167, had the accuracies of those recorded on an AMD EPYC. `data.py`, `choice.py` and `siqa.py` in
-`benchmarks/quality/` say where the questions come from."""
+family 6, model 167, had the accuracies of those recorded on an AMD EPYC. `data.py` in
+`benchmarks/quality/` says where the questions come from."""

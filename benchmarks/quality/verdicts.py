@@ -1,15 +1,55 @@
-"""What came out: how the study's two goals stand, how much one task decides of that, and what was not run."""
+"""What came out, in words: how the study's two goals stand, how much one task decides of that, what was not run."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 from ..tables import table
-from .analysis import Study
-from .methods import ABLATIONS, METHODS, ORDERS
-from .words import points, title, word
+from .analysis import Mean, Study
+from .methods import ABLATIONS, BY_NAME, METHODS, ORDERS
 
 LORA, LORA_HALF, HALF, EQUAL = "LoRA", "LoRA, r=4", "SMoA K=2", "SMoA K=2, r=16"
 EQUALS = (EQUAL, "SMoA K=4, r=32", "SMoA K=8, r=64")  # as many parameters as LoRA
 ENOUGH = 3  # of five tasks: the goal was set before there was a sixth
+
+
+def title(name: str) -> str:
+    """A method's name in a table."""
+    method = BY_NAME[name]
+    rank = f", r={method.r}" if method.kind != "none" and "r=" not in name else ""
+    words = "no adapter" if name == "none" else name
+    if method.kind == "smoa" and not name.startswith("SMoA"):
+        words = f"SMoA {name}"
+    return f"{words}{rank}"
+
+
+def percent(mean: Mean) -> str:
+    """A mean with its standard error."""
+    return f"{100 * mean.value:.1f}" + (f" ± {100 * mean.standard_error:.1f}" if mean.seeds > 1 else "")
+
+
+def points(mean: Mean) -> str:
+    """A difference in points of accuracy with its interval."""
+    if math.isnan(mean.half_width):
+        return f"{100 * mean.value:+.1f}"
+    return f"{100 * mean.value:+.1f} [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}]"
+
+
+def word(mean: Mean) -> str:
+    """Whether an interval lies above zero, below zero or around it."""
+    if math.isnan(mean.half_width):
+        return "one seed, so no interval"
+    if mean.low > 0:
+        return "above zero"
+    if mean.high < 0:
+        return "below zero"
+    return "not significantly different from zero"
+
+
+def listed(rates: Iterable[float]) -> str:
+    """Rates in a sentence."""
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def verdicts(study: Study) -> str:
