@@ -129,7 +129,7 @@ def _notebook(text: str) -> str:
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
             if "image/png" in data:
-                about = output["metadata"]["image/png"]["alt"]
+                about = cell["metadata"]["alt"]
                 parts.append(f"![{about}](data:image/png;base64,{data['image/png'].replace(chr(10), '')})")
             elif "text/markdown" in data:
                 parts.append("".join(data["text/markdown"]))
