@@ -16,7 +16,7 @@ OLDEST ?= .venv-oldest
 DEEPSPEED ?= .venv-deepspeed
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
 # The operator, the layer, the kernels, groups of processes and the command line; not the PEFT tuner, nor what needs a model.
-CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py tests/test_audit.py \
+CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py \
           tests/test_bringup.py tests/test_dead_zone.py $(wildcard tests/test_lost_*)),$(wildcard tests/test_*.py))
 
 # Kernels compiled for each of these, and executed in the PTX emulator (tests/ptx_emulator).
@@ -220,7 +220,7 @@ gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's inte
 	$(BIN)/python -m benchmarks.bringup --smoke $(ARGS)
 
 audit: $(BIN)/.dev ## compile every kernel at every shipped configuration; needs no GPU
-	$(BIN)/smoa-kernels audit $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m audit $(ARGS)
 
 # Left out are tests whose kernels run in processes of their own, outside the emulator.
 emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU: every kernel, the layer, the emulator's own tests; needs g++

@@ -10,10 +10,9 @@ The rules are those of `smoa_kernels/tuning/counts.py`, and three more, for ever
   backward makes a dense gradient of it and multiplies that with A and with B. The ideal one adds x Aᵀ Bᵀ to y, and
   nothing that it computes is as large as W0.
 
-Of ours, instructions are counted as compiled (sm_90, bf16, Triton 3.9, blocks of whole granules). The adapter's part of
-`grouped_linear` builds an operand in its main loop, as the one-kernel form does, and its products run at that form's
-share of a GEMM's rate. The end of each tile of `grouped_grad` overlaps with nothing. What its programs add to dA is
-written over zeros, and summed.
+Of ours, the adapter's part of `grouped_linear` builds an operand in its main loop, as the one-kernel form does, and its
+products run at that form's share of a GEMM's rate. What the programs of `grouped_grad` add to dA is written over zeros,
+and summed.
 """
 
 from __future__ import annotations
@@ -25,15 +24,14 @@ from dataclasses import dataclass, field
 import torch
 
 from smoa_kernels.tuning.counts import FUSED_EFFICIENCY, Part, Pass
-from smoa_kernels.tuning.estimate import Estimate
 from smoa_kernels.tuning.gpus import Gpu
+from smoa_kernels.tuning.roofline import Estimate
 
 __all__ = ["EXPERTS_WAYS", "MOE_MODELS", "ExpertsProblem", "estimate_experts", "model_seconds"]
 
 EXPERTS_WAYS = ("frozen", "lora", "ideal lora", "smoa")
-# Of a program: rows of its tile, columns or pairs of a step, ranks at least.
-WARPS, ROWS, STEP, RANKS = 8, 128, 64, 16
-GRAD_COLUMNS = 64  # of a tile of G
+# Of a program: rows of its tile, pairs of a step, ranks at least.
+ROWS, STEP, RANKS = 128, 64, 16
 
 
 @dataclass(frozen=True)
@@ -94,28 +92,6 @@ def estimate_experts(problem: ExpertsProblem, gpu: Gpu, way: str) -> Estimate:
     return Estimate(way, tuple(count.parts), gpu.rates(torch.bfloat16, ieee=False))
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """Instructions of a warp in `grouped_linear`: a step of the adapter, its columns, a step of the base, the rest."""
-
-    adapter: int
-    columns: int
-    base: int
-    rest: int
-
-
-_LINEAR = {
-    # by pairs in a tile, for y and for dX
-    (256, "forward"): _Steps(117, 16, 158, 1174),
-    (256, "backward"): _Steps(140, 16, 214, 1264),
-    (128, "forward"): _Steps(158, 32, 102, 890),
-    (128, "backward"): _Steps(206, 32, 138, 940),
-    (64, "forward"): _Steps(226, 64, 92, 786),
-    (64, "backward"): _Steps(317, 64, 127, 924),
-}
-_GRAD_STEP, _GRAD_END = 146, 692  # in `grouped_grad`: of 64 pairs, and what follows them
-
-
 @dataclass
 class _Count:
     p: ExpertsProblem
@@ -135,71 +111,30 @@ class _Count:
     def product(self, tile: int) -> int:
         return 2 * self.tiles(tile) * tile * self.one
 
-    def add(
-        self, name: str, flops: int, elements: int, *, cached: float | None = None, **rest: float | int
-    ) -> None:
-        memory, cache = 2 * elements, 2 * round(elements if cached is None else cached)
-        self.parts.append(Part(name, self.stage, flops, memory, cache, **rest))  # type: ignore[arg-type]
+    def add(self, name: str, flops: float, elements: float, *, launches: int = 1) -> None:
+        self.parts.append(Part(name, self.stage, flops, 2 * elements, launches))
 
     def base(self, name: str) -> None:
         self.add(name, self.unit, self.x + self.w + self.y)
 
-    def grouped_linear(self, name: str, rows: int, columns: int) -> None:
+    def grouped_linear(self, name: str) -> None:
         """The adapter's part over one block's columns, then the base's, in one launch."""
         p = self.p
-        wide = p.pairs >= 512 * p.experts and p.max_rank <= RANKS
-        tile = 256 if wide else p.tile
-        steps, unit = _LINEAR[tile, self.stage], self.product(tile)
-        programs = self.tiles(tile) * math.ceil(rows / ROWS)
-        product = unit // p.num_blocks
-        of_block = math.ceil(columns / p.num_blocks / steps.columns)
-        read = 1 / (2 * tile) + 1 / (2 * ROWS)  # elements of both operands through the cache, for each flop
-        self.add(
-            f"{name}: adapter",
-            round(product * (1 + RANKS / tile)),
-            0,
-            cached=product * read,
-            efficiency=FUSED_EFFICIENCY,
-            launches=0,
-            programs=programs,
-            instructions=WARPS * of_block * steps.adapter,
-        )
-        self.add(
-            f"{name}: base",
-            unit,
-            self.x + self.w + self.y,
-            cached=unit * read + (self.y if self.stage == "forward" else self.x),
-            programs=programs,
-            instructions=WARPS * (math.ceil(columns / STEP) * steps.base + steps.rest),
-        )
+        tile = 256 if p.pairs >= 512 * p.experts and p.max_rank <= RANKS else p.tile
+        unit = self.product(tile)
+        adapter = unit / p.num_blocks * (1 + RANKS / tile)
+        self.add(name, adapter / FUSED_EFFICIENCY + unit, self.x + self.w + self.y)
 
     def grouped_grad(self) -> None:
         """The gradients of both factors: tiles of G, what ends each, and the sum of what programs add to dA."""
         p = self.p
         steps = round(p.pairs / p.active / STEP + 0.5)
-        row_tiles = math.ceil(p.out_features / ROWS)
-        programs, of_block = p.active * row_tiles, p.in_features / p.num_blocks
-        tiles = math.ceil(of_block / GRAD_COLUMNS)
-        product = 2 * p.active * steps * STEP * self.one // p.num_blocks
-        self.add(
-            "dA and dB",
-            product,
-            self.x + self.y + self.w // p.num_blocks,
-            cached=product / (2 * ROWS) + product / (2 * GRAD_COLUMNS),
-            programs=programs,
-            instructions=WARPS * tiles * steps * _GRAD_STEP,
-        )
-        self.add(
-            "dA and dB: ends of tiles",
-            2 * 2 * p.active * RANKS * self.one // p.num_blocks,
-            0,
-            launches=0,
-            programs=programs,
-            instructions=WARPS * tiles * _GRAD_END,
-        )
+        blocks = p.active * self.one / p.num_blocks
+        flops = 2 * steps * STEP * blocks + 2 * 2 * RANKS * blocks
+        self.add("dA and dB", flops, self.x + self.y + self.w / p.num_blocks)
         # float32, as two elements each: zeros, what programs write of them, and reading all.
-        parts = 2 * p.experts * row_tiles * p.max_rank * p.in_features
-        self.add("sum of dA", 0, round((2 + 1 / p.num_blocks) * parts), launches=3)
+        partials = 2 * p.experts * math.ceil(p.out_features / ROWS) * p.max_rank * p.in_features
+        self.add("sum of dA", 0, (2 + 1 / p.num_blocks) * partials, launches=3)
 
 
 def _frozen(c: _Count) -> None:
@@ -237,11 +172,11 @@ def _ideal_lora(c: _Count) -> None:
 
 def _smoa(c: _Count) -> None:
     p = c.p
-    c.grouped_linear("grouped linear", p.out_features, p.in_features)
+    c.grouped_linear("grouped linear")
     c.stage = "backward"
     c.grouped_grad()
     c.add("B along W0's rows", 0, 2 * p.experts * p.out_features * p.max_rank)
-    c.grouped_linear("grouped dX", p.in_features, p.out_features)
+    c.grouped_linear("grouped dX")
 
 
 _COUNTED: dict[str, Callable[[_Count], None]] = {

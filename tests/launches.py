@@ -37,8 +37,8 @@ from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.table import Table
-from smoa_kernels.tuning import tuner
-from smoa_kernels.tuning.space import kernel_job
+from smoa_kernels.tuning import measure
+from smoa_kernels.tuning.plan import job
 
 BF16 = torch.bfloat16
 RANK, BLOCKS = 16, 4
@@ -138,9 +138,9 @@ def tune() -> None:
         return [modulated_weight(layer, config=config)]
 
     load = SimpleNamespace(key=key, run=run, precision=nullcontext, prepare=lambda: None, check=run)
-    tuner.workload = lambda key, device: load  # type: ignore[assignment,return-value]
-    given: dict[str, Any] = {"known": Table(), "save": lambda entry: None, "timer": lambda run: run() and 1.0}
-    tuner.tune([kernel_job(key, "sm_90", 132)], device=device, **given)
+    measure.workload = lambda key, device: load  # type: ignore[assignment,return-value]
+    measure.keep = lambda *found: Table()  # type: ignore[assignment]
+    measure.tune([job(key, "sm_90", 132)], device, timer=lambda choice, launch: launch() and 1.0)
 
 
 def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:

@@ -11,10 +11,9 @@ from typer.main import get_command
 
 from smoa_kernels.cli import info, main
 from smoa_kernels.cli.app import app
-from smoa_kernels.tuning.counts import WAYS
-from smoa_kernels.tuning.estimate import estimate
+from smoa_kernels.tuning.counts import WAYS, Problem
 from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.problem import Problem
+from smoa_kernels.tuning.roofline import estimate
 
 DEFAULT = ["roofline", "--gpu", "h100", "--tokens", "8192", "--shape", "4096x4096", "--rank", "16"]
 

@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from smoa_kernels.tuning.sectors import GATHER_TILE, STEP, WARP, overfetch, touched
 
 from smoa_kernels.backends.algorithms import admissible, choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES, facts
-from smoa_kernels.tuning.counts import WAYS, Pass, parts
-from smoa_kernels.tuning.estimate import LAUNCH_SECONDS, estimate
+from smoa_kernels.tuning.counts import WAYS, Pass, Problem, parts
 from smoa_kernels.tuning.gpus import GPUS, Gpu, match_gpu
-from smoa_kernels.tuning.problem import Problem
-from smoa_kernels.tuning.sectors import GATHER_TILE, STEP, WARP, overfetch, touched
+from smoa_kernels.tuning.roofline import LAUNCH_SECONDS, estimate
 
 H100 = GPUS["h100"]
 DIRECTIONS = ("forward", "input_gradient")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from peft import PeftModel
 from places import FullDisk, adapted, base, contents, full_disk, kill_at, mounted, python  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tuning"))
-from tuning_cases import PERMUTE, forget, permute_entry
+from tuning_cases import PERMUTE, entry, kept, put
 
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 
@@ -109,18 +108,13 @@ def test_no_room_for_an_adapter(full_disk: FullDisk) -> None:  # noqa: F811
 @SLOW
 @pytest.mark.parametrize("way", ["read-only disk", "a file in its place"])
 def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smoa_kernels.kernels.table import read, update, user_table
-
     cache = tmp_path / "cache"
 
     def check(cache: Path) -> None:
         monkeypatch.setenv("SMOA_CACHE", str(cache))
-        forget()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert not read(user_table("cpu")).entries
+        assert not kept()
         with pytest.raises(OSError, match=str(cache)):
-            update(user_table("cpu"), [permute_entry()])
+            put(entry())
         with python("from smoa_kernels.cli import main; main(['info'])", SMOA_CACHE=str(cache)) as process:
             out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -138,16 +132,15 @@ def test_a_cache_that_cannot_be_written_to(way: str, tmp_path: Path, monkeypatch
 
 @SLOW
 def test_no_room_for_a_tuning_table(full_disk: FullDisk, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    from smoa_kernels.kernels.table import read, update, user_table
+    from smoa_kernels.kernels.table import user_table
 
     place, full = full_disk
     monkeypatch.setenv("SMOA_CACHE", str(place))
     table = user_table("cpu")
-    update(table, [permute_entry()])
+    put(entry())
     before = contents(table.parent)
-    many = [permute_entry(PERMUTE._replace(tokens=1 << step)) for step in range(10)]
     with full(), pytest.raises(OSError, match=f"(No space left on device|File too large): '{table}'"):
-        update(table, many)
+        put(entry(PERMUTE._replace(tokens=16)))
     assert contents(table.parent) == before
-    update(table, many)
-    assert len(read(table).entries) == 10
+    put(entry(PERMUTE._replace(tokens=16)))
+    assert len(kept()) == 2

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.bringup.predictions import block_grad_share, peak_bytes
 from smoa_kernels.kernels import sizes
+from smoa_kernels.tuning.counts import Problem
 from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.problem import Problem
 
 pytestmark = pytest.mark.slow
 

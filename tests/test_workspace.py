@@ -6,8 +6,8 @@ import pytest
 
 from smoa_kernels.kernels import sizes
 from smoa_kernels.tuning import grad_tiling
-from smoa_kernels.tuning.problem import Problem
-from smoa_kernels.tuning.workspace import backward_workspace, backward_workspace_bytes
+from smoa_kernels.tuning.counts import Problem
+from smoa_kernels.tuning.roofline import backward_workspace, backward_workspace_bytes
 
 
 def test_backward_workspace():

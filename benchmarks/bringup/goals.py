@@ -1,4 +1,4 @@
-"""The goals for an H100, each with the cost model's prediction and what a bring-up measured."""
+"""The goals for an H100, each with the roofline's prediction and what a bring-up measured."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from smoa_kernels.tuning.estimate import estimate
 from smoa_kernels.tuning.gpus import Gpu
+from smoa_kernels.tuning.roofline import estimate
 
 from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
 from .cases import DOWN, DOWN_HIRA, SQUARE, SQUARE_HIRA
-from .predictions import block_grad_share, peak_bytes
+from .predictions import peak_bytes
 from .state import State
 
 __all__ = ["COLUMNS", "GOALS", "WAYS", "Goal", "Row"]
@@ -35,7 +35,7 @@ WAYS = {
     f"{SMOA} merged": "merged",
     f"{SMOA} split": "split",
 }
-"""Every provider that the cost model knows, and its name there."""
+"""Every provider that the roofline knows, and its name there."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Row:
     """One goal in one column.
 
     Attributes:
-        goal: at most this, or at least where the goal is a share.
-        predicted: by the cost model; bytes and block_grad's share by `predictions.py`.
+        goal: at most this.
+        predicted: by the roofline; bytes by `predictions.py`.
         measured: None where it was not.
         noisy: the machine was too unsteady for it to be quoted.
     """
@@ -62,20 +62,18 @@ class Goal:
     Attributes:
         text: what is bounded.
         limits: one for each column.
-        share: the measured value is to be at least the limit, and is a share.
         row: from a column, its limit, the GPU and the state.
     """
 
     text: str
     limits: tuple[float, float]
     row: Callable[[Column, float, Gpu, State], Row]
-    share: bool = False
 
     def met(self, row: Row) -> bool | None:
         """None where nothing was measured, or on an unsteady machine."""
         if row.measured is None or row.noisy:
             return None
-        return row.measured >= row.goal if self.share else row.measured <= row.goal
+        return row.measured <= row.goal
 
 
 def _time(ours: str, peer: str, *, hira: bool = False) -> Callable[[Column, float, Gpu, State], Row]:
@@ -109,12 +107,6 @@ def _peak(ours: str) -> Callable[[Column, float, Gpu, State], Row]:
     return row
 
 
-def _block_grad(column: Column, limit: float, gpu: Gpu, state: State) -> Row:
-    problem = column.case.problem()
-    measured = state.findings.get("predict", {}).get("block_grad", {}).get(str(column.case), {}).get("share")
-    return Row(limit, block_grad_share(problem, gpu).share, measured)
-
-
 GOALS = (
     Goal("fwd+bwd over PEFT LoRA, merged", (1.00, 1.10), _time(f"{SMOA} merged", LORA)),
     Goal("fwd+bwd over PEFT LoRA, split (default)", (1.15, 1.25), _time(f"{SMOA} split", LORA)),
@@ -123,5 +115,4 @@ GOALS = (
     Goal("fwd+bwd over the paper's dense way, merged", (0.50, 0.50), _time(f"{SMOA} merged", PAPER)),
     Goal("fwd+bwd over the paper's dense way, split", (0.60, 0.60), _time(f"{SMOA} split", PAPER)),
     Goal("peak extra memory over PEFT LoRA, split", (1.0, 1.0), _peak(f"{SMOA} split")),
-    Goal("block_grad, share of the measured matmul rate", (0.65, 0.65), _block_grad, share=True),
 )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from smoa_kernels.kernels.table import Entry, describe
+from smoa_kernels.kernels.table import Entry
 from smoa_kernels.tuning.counts import parts
-from smoa_kernels.tuning.estimate import Estimate
-from smoa_kernels.tuning.format import describe_algorithms, describe_choice, winner
-from smoa_kernels.tuning.gpus import GPUS, Gpu, Rates, device_gpu
+from smoa_kernels.tuning.gpus import GPUS, Gpu, Rates
+from smoa_kernels.tuning.plan import describe, describe_algorithms, describe_choice, job, winner
+from smoa_kernels.tuning.roofline import Estimate
 
 from .. import tables
-from ..protocol import DEVICE
 from ..providers import Case
 from ..results import Result
 from .goals import COLUMNS, GOALS, WAYS, Goal, Row
@@ -23,7 +20,7 @@ from .state import State
 def page(state: State) -> str:
     """The whole page."""
     run = state.run
-    gpu = device_gpu(DEVICE) if run.on_gpu else GPUS["h100"]
+    gpu = published(run.machine["device"])
     layers = run.select("layer")
     sections = [
         f"# Bring-up on {run.machine['device']}",
@@ -36,7 +33,7 @@ def page(state: State) -> str:
         "## Stages",
         _stages(state),
         "## Goals",
-        f"bf16, r=16, dropout 0, T=8192. Predicted by the cost model for {gpu.name}.",
+        f"bf16, r=16, dropout 0, T=8192. Predicted for {gpu.name}.",
         _goals(state, gpu),
         "## Numerical tests",
         _tests(state),
@@ -51,6 +48,12 @@ def page(state: State) -> str:
         _predicted(state, gpu),
     ]
     return "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
+
+
+def published(device: str) -> Gpu:
+    """The published GPU of a device's name; an H100 for any other."""
+    name = device.lower().replace("rtx ", "rtx")
+    return next((gpu for gpu in GPUS.values() if gpu.name in name), GPUS["h100"])
 
 
 def _stages(state: State) -> str:
@@ -73,8 +76,7 @@ def _goals(state: State, gpu: Gpu) -> str:
         cells = [goal.text]
         for column, limit in zip(COLUMNS, goal.limits, strict=True):
             row = goal.row(column, limit, gpu, state)
-            sign = "≥" if goal.share else "≤"
-            cells += [f"{sign} {limit:.2f}", f"{row.predicted:.2f}", _measured(goal, row)]
+            cells += [f"≤ {limit:.2f}", f"{row.predicted:.2f}", _measured(goal, row)]
         rows.append(cells)
     return tables.table(headings, rows)
 
@@ -102,7 +104,11 @@ def _tuning(state: State) -> str:
     entries = [Entry.from_json(entry) for entry in found["table"]["entries"]]
     rows = []
     for entry in entries:
-        best, default = winner(entry), entry.trial(entry.default)
+        now = entry.identity
+        best, default = (
+            winner(entry),
+            entry.trial(job(entry.key, now.capability, now.multiprocessors).default),
+        )
         if best is None or best.seconds is None:
             continue
         before = None if default is None else default.seconds
@@ -122,28 +128,27 @@ def _tuning(state: State) -> str:
 
 
 def _predicted(state: State, gpu: Gpu) -> str:
-    """Measured seconds over the cost model's, at the rates that this device reached."""
+    """Measured seconds over predicted, at the rates that this device reached."""
     found = state.findings.get("predict")
     if found is None:
         return "Not run."
     flops, bandwidth = found["flops_per_second"], found["bytes_per_second"]
     told = f"This device reached {flops / 1e12:.3g} TFLOP/s in a large GEMM and {bandwidth / 1e12:.3g} TB/s in a copy."
-    known = gpu.rates(torch.bfloat16, False)  # of what nobody measured
-    rates = replace(known, flops_per_second=flops, bytes_per_second=bandwidth)
+    rates = Rates(flops, bandwidth, gpu.rates(torch.bfloat16, False).start_seconds)
     rows = [
-        (tables.case_name(result), *(_over_predicted(result, name, gpu, rates) for name in WAYS))
+        (tables.case_name(result), *(_over_predicted(result, name, rates) for name in WAYS))
         for result in state.run.select("layer")
     ]
     headings = ("measured over predicted at these rates, forward + backward", *WAYS)
     return f"{told}\n\n{tables.table(headings, rows)}"
 
 
-def _over_predicted(result: Result, name: str, gpu: Gpu, rates: Rates) -> str:
+def _over_predicted(result: Result, name: str, rates: Rates) -> str:
     if name not in result.seconds["both"]:
         return "–"
     case = Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])})
     problem = case.problem()
-    predicted = Estimate(WAYS[name], parts(problem, WAYS[name], gpu), rates).seconds("both")
+    predicted = Estimate(WAYS[name], parts(problem, WAYS[name]), rates).seconds("both")
     return f"{result.comparison('both').time(name).median / predicted:.2f}"
 
 

@@ -6,33 +6,19 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from smoa_kernels.kernels.identity import identity
-from smoa_kernels.kernels.spec import Key
-from smoa_kernels.kernels.table import SCHEMA, keep, read, update, user_table
-from smoa_kernels.tuning.plan import (
-    Layer,
-    Target,
-    jobs,
-    keys,
-)
-from smoa_kernels.tuning.tuner import Run as Launch
-from smoa_kernels.tuning.tuner import (
-    Timer,
-    gpu_timer,
-    so_far,
-    tune,
-)
-from smoa_kernels.tuning.workloads import workload
+from smoa_kernels.kernels.architectures import architecture, multiprocessors
+from smoa_kernels.kernels.table import SCHEMA, Choice, identity
+from smoa_kernels.tuning.measure import gpu_timer, keep, tune
+from smoa_kernels.tuning.plan import jobs
 
 from ..gate import check_layers
 from ..machine import load
 from ..memory import footprint
-from ..protocol import DEVICE, Turns, quartiles
+from ..protocol import DEVICE, Turns
 from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case, PaperDense, Provider, frozen, hira, lora, smoa
 from ..results import Result
 from ..rotation import cache_bytes, rotated
@@ -74,34 +60,27 @@ class OutOfTimeError(RuntimeError):
 
 
 def tune_shapes(job: Job) -> None:
-    """Tune a small set of shapes over the shipped configurations, which the audit has passed.
+    """Tune a small set of shapes.
 
     Raises:
         OutOfTimeError: some keys were not tuned.
     """
-    table = user_table(identity(DEVICE, "forward").gpu)
-    planned = jobs(tuned_layers(job.smoke), Target.of(DEVICE))
+    planned = jobs(tuned_layers(job.smoke), architecture(DEVICE), multiprocessors(DEVICE))
+    timer = interpreter_timer if job.smoke else gpu_timer
     problems: dict[str, str] = {}
     try:
-        done = tune(
-            planned,
-            device=DEVICE,
-            timer=interpreter_timer if job.smoke else gpu_timer,
-            known=update(table, ()),
-            save=keep,
-            deadline=job.deadline - 5,
-        )
+        done = tune(planned, DEVICE, timer=timer, deadline=job.deadline - 5)
         problems = {str(tuple(tuned.job.key)): tuned.problem for tuned in done if tuned.problem}
     finally:  # also when the GPU is lost
-        found = read(table)
-        entries = [e.to_json() for e in (so_far(j, DEVICE, found) for j in planned) if e.trials]
+        found = keep(identity(DEVICE)).entries
+        entries = [found[one.key].to_json() for one in planned if one.key in found]
         finding = {"table": {"schema": SCHEMA, "entries": entries}, "problems": problems}
         job.save(job.state.with_finding("tune", finding))
     if problems:
         raise OutOfTimeError(f"{len(problems)} of {len(planned)} keys are not done")
 
 
-def interpreter_timer(launch: Launch) -> float:
+def interpreter_timer(choice: Choice, launch: Callable[[], object]) -> float:
     """Seconds of one launch: not a measurement, but it stands in for one in a rehearsal."""
     start = time.perf_counter()
     launch()
@@ -204,34 +183,10 @@ def _passing(case: Case, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.
 
 
 def predict(job: Job) -> None:
-    """Measure this device's own rates, and block_grad's share of its matmul rate."""
-    dtype = torch.float32 if job.smoke else torch.bfloat16
-    flops, bandwidth = rates(dtype, 256 if job.smoke else 8192)
-    finding: dict[str, Any] = {"flops_per_second": flops, "bytes_per_second": bandwidth, "block_grad": {}}
-    timer: Timer = interpreter_timer if job.smoke else gpu_timer
-    for case in comparison_cases(True)[:1] if job.smoke else GOAL_CASES:
-        # One launch takes a part of the tokens: the key with the fewest is that of dropout 0.
-        key = min(
-            (key for key in keys(layer_of(case)) if key.kernel == "block_grad"), key=lambda key: key.tokens
-        )
-        seconds = _block_grad(key, timer)
-        multiplied = 2 * key.tokens * case.out_features * case.in_features / case.num_blocks
-        finding["block_grad"][str(case)] = {"seconds": seconds, "share": multiplied / seconds / flops}
+    """Measure this device's own rates, by which the page predicts."""
+    flops, bandwidth = rates(*((torch.float32, 256) if job.smoke else (torch.bfloat16, 8192)))
+    finding = {"flops_per_second": flops, "bytes_per_second": bandwidth}
     job.save(job.state.with_finding("predict", finding))
-
-
-def _block_grad(key: Key, timer: Timer) -> float:
-    """Median seconds with the launch parameters in force."""
-    run = workload(key, DEVICE).run
-    return quartiles([timer(Launch("in force", lambda: run(None))) for _ in range(3)]).median
-
-
-def layer_of(case: Case) -> Layer:
-    """A case as the tuner names it."""
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    return Layer(
-        case.out_features, case.in_features, case.tokens, names[case.dtype], case.rank, case.num_blocks
-    )
 
 
 STAGES: Mapping[str, Callable[[Job], None]] = {"tune": tune_shapes, "compare": compare, "predict": predict}

@@ -34,10 +34,10 @@ def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str) 
 
     With few tokens reading W0 takes longer than anything else, and "fused" reads it once and builds no weight. But it
     multiplies twice for each element, so with more tokens a GEMM is faster. By the roofline (`smoa-kernels roofline`)
-    they meet, in bf16 for layers of 2048 to 8192 features and r = 16, at 64 to 128 tokens on an H100, A100 or MI300X,
-    at 80 to 580 on GPUs with less memory bandwidth for their multiprocessors, and at 16 to 64 on a B200. TF32 halves
-    these numbers, and IEEE float32 halves them again. `Architecture.fused_tokens` is a power of two at their low end.
-    None of this is measured: `smoa-kernels tune` measures.
+    they meet, for layers of 2048 to 8192 features and r = 16, at 40 to 200 tokens in half types and in TF32, and at 8
+    to 80 in IEEE float32. On a B200 the kernel's instructions are the limit before its products are. So
+    `Architecture.fused_tokens` is 64, there 16, half of it where an element takes twice the room, and half of that in
+    IEEE float32. None of this is measured: `smoa-kernels tune` measures.
 
     Args:
         stage: "forward" or "input_gradient".

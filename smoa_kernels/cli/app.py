@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .audit import audit
 from .convert import convert
 from .info import info
 from .inspect import inspect
@@ -25,7 +24,7 @@ __all__ = ["run"]
 
 app = typer.Typer(
     name="smoa-kernels",
-    help="SMoA's kernels: where they run, what they cost, what they compile to, how to tune them. And its adapters.",
+    help="SMoA's kernels: where they run, what they cost, how to tune them. And its adapters.",
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,7 +40,6 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
     "No GPU yet": {
         roofline: "roofline --gpu h100 --shape 4096x14336 --tokens 8192",
         plan: "plan --model llama-3-8b --gpus 8 --parallel fsdp",
-        audit: "audit --arch sm_90 --dtype bf16",
     },
     "A GPU": {tune: "tune --from-model path/to/model --budget 30"},
 }

@@ -22,6 +22,8 @@ from ..backends import native_obstacle, triton_obstacle
 from ..backends.native import bf16
 from ..definition.precision import dtype_names, has_gemm
 from ..files import cache_folder
+from ..kernels.table import SHIPPED, identity, read, user_table
+from ..kernels.table import Table as TuningTable
 from .output import console, write_json
 
 __all__ = ["backends", "info"]
@@ -149,11 +151,31 @@ def _driver() -> str:
 
 
 def _tables() -> dict[str, str]:
+    """Every tuning table on disk, the user's before the shipped ones."""
     if importlib.util.find_spec("triton") is None:
         return {"none": "triton is not installed"}
-    from ..kernels.table import states  # imports Triton
+    here = {user_table(now.gpu).name: now for now in map(identity, _gpus())}
+    found: dict[str, str] = {}
+    for owner, folder in (("yours", user_table("").parent), ("shipped", SHIPPED)):
+        for path in sorted(folder.glob("*.json")):
+            now = here.get(path.name)
+            said = "for a GPU that is not here" if now is None else _in_force(read(path, now))
+            found[str(path)] = f"{owner}; {said}"
+        for path in sorted(folder.glob("*.broken-*")):
+            found[str(path)] = f"{owner}; set aside, not used"
+    without = here.keys() - {Path(name).name for name in found}
+    nothing = "no table: the heuristic chooses; smoa-kernels tune measures"
+    found |= {here[name].gpu: nothing for name in sorted(without)}
+    return found or {"none": "no GPU here, and no table on disk"}
 
-    return states(_gpus()) or {"none": "no GPU here, and no table on disk"}
+
+def _in_force(table: TuningTable) -> str:
+    if table.broken:
+        return f"{table.broken}; not used"
+    said = f"{len(table.entries)} entries in force"
+    if table.stale:
+        said += f", {len(table.stale)} not: measured with another torch, Triton or version of the kernels"
+    return f"{said}, {table.reasons()}" if table.skipped else said
 
 
 def _gpus() -> list[torch.device]:

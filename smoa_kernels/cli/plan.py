@@ -12,10 +12,9 @@ from rich.table import Table
 from ..checks import check_choice
 from ..tuning.gpus import GPUS
 from ..tuning.scaling import (
-    CAPACITY,
     METHODS,
     PARALLEL,
-    STACKS,
+    WHOLE,
     Parallel,
     Plan,
     Scale,
@@ -44,10 +43,10 @@ LABELS = {"full": "full fine-tuning", "lora": "LoRA", "smoa": "SMoA"}
 
 
 def plan(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(STACKS)}.")] = "llama-3-8b",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(WHOLE)}.")] = "llama-3-8b",
     gpus: Annotated[int, typer.Option(min=1, max=10**9, help="How many GPUs, eight to a node.")] = 8,
     parallel: Annotated[str, typer.Option(help=f"One of {', '.join(PARALLEL)}.")] = "fsdp",
-    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(CAPACITY)}.")] = "h100",
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100",
     tokens: Annotated[int, typer.Option(min=1, max=10**9, help="Tokens of one replica in a step, T.")] = 8192,
     rank: Annotated[int, typer.Option(min=1, max=10**9, help="Rank budget r, of LoRA and of SMoA.")] = 16,
     blocks: Annotated[int, typer.Option(min=1, help="Spectral blocks, K.")] = 4,
@@ -55,9 +54,9 @@ def plan(
     json: Annotated[Path | None, typer.Option(help="Write the same, part by part, as JSON.")] = None,
 ) -> None:
     """Predict each GPU's memory and communication for full fine-tuning, LoRA and SMoA. Nothing is measured."""
-    check_choice("--model", model, STACKS)
+    check_choice("--model", model, WHOLE)
     check_choice("--parallel", parallel, PARALLEL)
-    check_choice("--gpu", gpu, CAPACITY)
+    check_choice("--gpu", gpu, GPUS)
     scale = Scale(model, gpus, cast(Parallel, parallel), tokens, rank, blocks)
     smallest = min(min(shape) for shape in scale.decoder.shapes)
     if blocks > smallest:
@@ -70,7 +69,7 @@ def plan(
     if parallel == "tp":
         how = f"TP over {cut}, DDP over {gpus // cut}"
     title = f"{model}, {gpus} × {gpu}, {how}, T={tokens}, r={rank}, K={blocks}"
-    rows = [_row(found, CAPACITY[gpu]) for found in plans]
+    rows = [_row(found, GPUS[gpu].memory_gb) for found in plans]
     if markdown:
         print(f"**{title}**\n", *_markdown(rows), sep="\n")
     else:

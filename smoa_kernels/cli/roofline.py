@@ -14,11 +14,9 @@ from ..backends.algorithms import choose_algorithm
 from ..checks import check_choice
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.precision import PRECISIONS
-from ..tuning.counts import WAYS
-from ..tuning.estimate import Estimate, estimate
+from ..tuning.counts import WAYS, Problem
 from ..tuning.gpus import GPUS
-from ..tuning.problem import Problem
-from ..tuning.workspace import backward_workspace_bytes
+from ..tuning.roofline import Estimate, backward_workspace_bytes, estimate
 from .output import console, write_json
 
 __all__ = ["roofline"]
@@ -32,7 +30,6 @@ LABELS = {
     "merged": "SMoA merged",
     "split": "SMoA split",
     "fused": "SMoA fused",
-    "expanded": "SMoA expanded",
 }
 
 
@@ -74,7 +71,7 @@ def roofline(
     problem = Problem(tokens, *features, blocks, rank, torch_dtype, dropout, bias, granularity)
     chosen = choose_algorithm("forward", tokens, problem.max_rank, dtype, GPUS[gpu].arch)
     chosen = "split" if dropout else chosen
-    ways = [a for a in WAYS if not dropout or a not in ("merged", "fused", "expanded")]
+    ways = [a for a in WAYS if not dropout or a not in ("merged", "fused")]
     estimates = {a: estimate(problem, GPUS[gpu], a, ieee=ieee) for a in ways}
 
     out = console()
@@ -137,7 +134,7 @@ def _ratio(found: Estimate, base: Estimate) -> str:
 
 def _parts_table(name: str, found: Estimate) -> Table:
     table = Table(title=LABELS[name])
-    for heading in ("part", "", "ms", "GFLOP", "MB", "cache MB", "launches"):
+    for heading in ("part", "", "ms", "GFLOP", "MB", "launches"):
         table.add_column(heading, justify="left" if heading in ("part", "") else "right")
     for part in found.parts:
         table.add_row(
@@ -146,7 +143,6 @@ def _parts_table(name: str, found: Estimate) -> Table:
             f"{part.seconds(found.rates) * 1e3:.4f}",
             f"{part.flops / 1e9:.1f}",
             f"{part.bytes / 1e6:.1f}",
-            f"{part.cache_bytes / 1e6:.1f}",
             f"{part.launches}",
         )
     return table

@@ -1,18 +1,43 @@
-"""`smoa-kernels tune`: its options. What they do is in `tune_run.py`, which imports Triton."""
+"""`smoa-kernels tune`: checks the request, measures, reports what won."""
 
 from __future__ import annotations
 
+import importlib.util
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from rich.table import Table
 
-from ..checks import check_choices
+from ..backends import triton_obstacle
+from ..backends.algorithms import admissible
+from ..checks import check_choice, check_choices
+from ..definition.precision import KERNEL_PRECISIONS
+from ..kernels.architectures import architecture, multiprocessors
+from ..kernels.spec import Key
+from ..kernels.table import INTERRUPTED, Entry, identity, user_table
 from ..tuning.gpus import GPUS
-from ..tuning.models import MODELS
-from .needs import needs_triton
+from ..tuning.models import MODELS, read_config
+from ..tuning.plan import (
+    Job,
+    Layer,
+    describe,
+    describe_algorithms,
+    describe_choice,
+    jobs,
+    tunable,
+    winner,
+)
+from .output import console, progress_bar
+from .roofline import parse_shape
 
 __all__ = ["tune"]
+
+DEFAULT_GPU = "h100"
+"""What a dry run is for where there is no GPU, and none was named."""
 
 
 def tune(
@@ -36,6 +61,10 @@ def tune(
             help="Adjacent coordinates that blocks keep together; 8 stands for its multiples and contiguous blocks."
         ),
     ] = 1,
+    experts: Annotated[
+        int,
+        typer.Option(help="Experts that a layer has; --tokens are then pairs of token and expert. 0: none."),
+    ] = 0,
     kernel: Annotated[
         list[str] | None, typer.Option(help="Repeatable; every kernel, and the algorithms, if absent.")
     ] = None,
@@ -44,35 +73,164 @@ def tune(
         typer.Option(min=0.0, help="Minutes, compiling included; a rerun goes on where they ran out."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be timed, what not and why. Needs no GPU.")
+        bool, typer.Option("--dry-run", help="List what would be timed. Needs no GPU.")
     ] = False,
     gpu: Annotated[
         str | None,
         typer.Option(help=f"With --dry-run: {', '.join(GPUS)}; the one here, else h100, if absent."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; one per core.")] = None,
 ) -> None:
     """Measure what is fastest on this GPU, check its numbers, and keep the winners in your table."""
-    needs_triton("to tune")
-    from .tune_run import TUNABLE, dry, layers_of, measure
-
-    layers = layers_of(
-        model or [],
-        shape or [],
-        from_model,
-        tokens or [256, 2048, 8192],
-        dtype or ["bf16"],
-        rank,
-        blocks,
-        granule,
-    )
-    check_choices("--kernel", kernel or [], TUNABLE)
-    kernels = kernel or TUNABLE
-    if dry_run:
-        dry(layers, kernels, gpu, jobs)
-    elif gpu is not None:
+    if importlib.util.find_spec("triton") is None:
         raise ValueError(
-            "--gpu names a GPU that is not here: add --dry-run, or leave --gpu out to tune the one here"
+            "triton is not installed: there are no kernels to tune; pip install 'smoa-kernels[triton]'"
         )
+    check_choices("--model", model or [], MODELS)
+    check_choices("--dtype", dtype or [], KERNEL_PRECISIONS)
+    check_choices("--kernel", kernel or [], tunable())
+    decoders = [MODELS[name] for name in model or []]
+    if from_model is not None:
+        decoders.append(read_config(from_model))
+    if not decoders and not shape:
+        decoders = [MODELS["llama-3-8b"]]
+    sizes = [size for decoder in decoders for size in decoder.shapes] + [parse_shape(s) for s in shape or []]
+    layers = [
+        Layer(n, c, t, name, rank, blocks, granule, experts)
+        for n, c in dict.fromkeys(sizes)
+        for t in tokens or [256, 2048, 8192]
+        for name in dtype or ["bf16"]
+    ]
+    if gpu is not None:
+        check_choice("--gpu", gpu, GPUS)
+        if not dry_run:
+            raise ValueError(
+                "--gpu names a GPU that is not here: add --dry-run, or leave --gpu out to tune the one here"
+            )
+    device = _device_here()
+    if device is None and not dry_run:
+        raise ValueError(
+            "there is no CUDA or ROCm GPU here to tune; add --dry-run to list what would be timed on an "
+            f"{DEFAULT_GPU}, or on another with --gpu"
+        )
+    if gpu is not None or device is None:
+        published = GPUS[gpu or DEFAULT_GPU]
+        name, arch, count = published.name, published.arch, published.multiprocessors
     else:
-        measure(layers, kernels, budget, jobs)
+        name, arch, count = str(device), architecture(device), multiprocessors(device)
+    if arch.startswith("gfx") and "tf32" in (dtype or []):
+        raise ValueError(
+            "--dtype tf32 is never asked for on AMD, which multiplies float32 in IEEE: give fp32"
+        )
+    planned = jobs(layers, arch, count, kernel or ())
+    if dry_run or device is None:
+        _list(planned, f"{name} ({arch})")
+    else:
+        _measure(planned, device, None if budget is None else time.monotonic() + 60 * budget)
+
+
+def _device_here() -> torch.device | None:
+    """The GPU that is tuned: the current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def _list(planned: Sequence[Job], where: str) -> None:
+    out = console()
+    for job in planned:
+        table = Table(title=describe(job.key), title_justify="left", show_header=False)
+        for choice in job.candidates:
+            told = "timed" + (", runs without a table" if choice == job.default else "")
+            if isinstance(choice, str) and choice not in admissible(job.key.kernel, job.key.dtype):
+                told = "timed to compare, never chosen: a rounded W_eff loses a small update"
+            table.add_row(describe_choice(choice), told)
+        out.print(table)
+    timed = sum(len(job.candidates) for job in planned)
+    words = f"{timed} would be timed for {len(planned)} problems on {where}. Nothing was measured."
+    out.print(words, highlight=False)
+
+
+def _measure(planned: Sequence[Job], device: torch.device, deadline: float | None) -> None:
+    """Tune on the GPU that is here; exits 130 when interrupted, with what was found kept."""
+    # Which imports Triton.
+    from ..tuning.measure import DeviceLostError, gpu_timer, keep, left
+    from ..tuning.measure import tune as measure
+
+    if (obstacle := triton_obstacle(device)) is not None:
+        raise ValueError(f"the kernels cannot run here: {obstacle}; smoa-kernels info shows what can")
+    now = identity(device)
+    known = keep(now).entries  # cannot be written? then before anything is compiled
+    todo = {job.key: left(job, known.get(job.key)) for job in planned}
+    unfinished = [key for key, candidates in todo.items() if candidates]
+
+    code, problems, stopped = 0, [], ""
+    try:
+        with progress_bar("measuring") as bar:
+            task = bar.add_task("", total=sum(map(len, todo.values())))
+
+            def progress(job: Job, entry: Entry) -> None:
+                bar.advance(task)
+                if not left(job, entry):
+                    words = f"{unfinished.index(job.key) + 1}/{len(unfinished)} {_best_words(entry)}"
+                    bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+            done = measure(planned, device, timer=gpu_timer, deadline=deadline, progress=progress)
+        problems = [tuned for tuned in done if tuned.problem]
+    except KeyboardInterrupt:
+        code, stopped = 130, "Interrupted: what was found is kept, the same command goes on from here."
+    except DeviceLostError as error:
+        code, stopped = 1, str(error)
+    found = keep(now).entries
+    console().print(_result_table(planned, found))
+    lines = [
+        *_told(planned, found),
+        *(f"not done: {describe(tuned.job.key)}: {tuned.problem}" for tuned in problems),
+        f"Kept in {user_table(now.gpu)}",
+    ]
+    if stopped or problems:
+        lines.append(stopped or "The same command goes on with what is not done.")
+    for line in lines:
+        typer.echo(line)
+    if code:
+        raise typer.Exit(code)
+
+
+def _best_words(entry: Entry) -> str:
+    """The best of an entry in one line."""
+    best = winner(entry)
+    if best is None or best.seconds is None:
+        return f"{describe(entry.key)}: nothing yet"
+    return f"{describe(entry.key)}: {best.seconds * 1e6:.1f} µs, {describe_choice(best.choice)}"
+
+
+def _result_table(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Table:
+    """Heuristic against tuned time of every problem that has an entry."""
+    table = Table(title="Heuristic against tuned, medians")
+    for heading in ("problem", "choice", "tried"):
+        table.add_column(heading)
+    for heading in ("heuristic µs", "tuned µs", "ratio"):
+        table.add_column(heading, justify="right")
+    for job in jobs:
+        entry = found.get(job.key)
+        if entry is None:
+            continue
+        best, default = winner(entry), entry.trial(job.default)
+        before = None if default is None else default.seconds
+        after = None if best is None else best.seconds
+        table.add_row(
+            describe(job.key),
+            "-" if best is None else describe_choice(best.choice),
+            f"{len(entry.trials)} of {len(job.candidates)}",
+            "-" if before is None else f"{before * 1e6:.1f}",
+            "-" if after is None else f"{after * 1e6:.1f}",
+            "-" if before is None or after is None else f"{after / before:.2f}",
+        )
+    return table
+
+
+def _told(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Iterator[str]:
+    """A line for what every algorithm took, and for every candidate that was tried and not timed."""
+    entries = [found[job.key] for job in jobs if job.key in found]
+    yield from (f"compared: {line}" for line in describe_algorithms(entries))
+    for entry in entries:
+        for trial in entry.trials:
+            if trial.seconds is None and trial.reason != INTERRUPTED:
+                yield f"failed: {describe(entry.key)} at {describe_choice(trial.choice)}: {trial.reason}"

@@ -1,4 +1,4 @@
-"""One table of GPU architectures: their published limits, the occupancy that follows, and which one a device has.
+"""One table of GPU architectures: their published limits, and which one a device has.
 
 Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide.
 """
@@ -22,7 +22,6 @@ __all__ = [
     "facts",
     "gpu_properties",
     "multiprocessors",
-    "occupancy",
 ]
 
 _KIB = 1024
@@ -77,8 +76,8 @@ class Architecture:
 
 _ALL = (
     Architecture("sm_80", "HMMA", 163 * _KIB, 164 * _KIB, max_warps=64, max_blocks=32),
-    Architecture("sm_86", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=16, fused_tokens=128),
-    Architecture("sm_89", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=24, fused_tokens=128),
+    Architecture("sm_86", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=16),
+    Architecture("sm_89", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=24),
     Architecture("sm_90", "HGMMA", 227 * _KIB, 228 * _KIB, max_warps=64, max_blocks=32),
     Architecture(
         "sm_100",
@@ -116,20 +115,6 @@ _UNKNOWN = Architecture("", "HMMA", 48 * _KIB, 48 * _KIB, max_warps=32, max_bloc
 def facts(name: str) -> Architecture:
     """The row of an architecture; for one that nobody knows, the least that any offers."""
     return _FACTS.get(name) or replace(_UNKNOWN, name=name)
-
-
-def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) -> int:
-    """Blocks that one multiprocessor holds at once; 0 where not even one fits.
-
-    `registers` is per thread, on AMD vector plus accumulation registers; `shared` is bytes per block.
-    """
-    granules = -(-max(registers, 1) // arch.register_granule)
-    warps_per_scheduler = arch.registers // (granules * arch.register_granule)
-    resident_warps = min(arch.max_warps, warps_per_scheduler * arch.schedulers)
-    by_shared = arch.shared_per_multiprocessor // max(shared + arch.shared_reserved, 1)
-    if shared > arch.shared_per_block:
-        by_shared = 0
-    return min(arch.max_blocks, resident_warps // warps, by_shared)
 
 
 @cache

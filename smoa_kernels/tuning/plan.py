@@ -1,30 +1,31 @@
-"""From layers and batches to the keys that a training step will ask for."""
+"""From layers and batches to the problems that a training step asks the table for, and what to try for each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
-import torch
-
+from .. import kernels
 from ..backends import MOST_TRITON_RANKS
-from ..backends.algorithms import choose_algorithm
+from ..backends.algorithms import admissible, choose_algorithm
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
-from ..kernels import KERNELS
-from ..kernels.architectures import ARCHITECTURES, architecture, multiprocessors
-from ..kernels.common import block_width
-from ..kernels.sizes import GRANULE, bucket
-from ..kernels.spec import ALGORITHM_KEYS, Config, Key
-from .gpus import Gpu, device_gpu
-from .grad_tiling import gradient_parts
-from .problem import Problem
-from .space import algorithm_job, kernel_job
-from .tuner import Job
+from ..kernels.architectures import facts
+from ..kernels.sizes import GRANULE, bucket, gradient_parts, padded
+from ..kernels.spec import ALGORITHM_KEYS, Key
+from ..kernels.table import Choice, Entry, Trial
 
-__all__ = ["TUNABLE", "Layer", "Target", "job", "jobs", "keys"]
-
-TUNABLE = (*KERNELS, *ALGORITHM_KEYS)
-"""What can be tuned, algorithms last: they are timed with the launch parameters that won."""
+__all__ = [
+    "Job",
+    "Layer",
+    "describe",
+    "describe_algorithms",
+    "describe_choice",
+    "job",
+    "jobs",
+    "keys",
+    "tunable",
+    "winner",
+]
 
 # Far above where the one-kernel form can win; at more tokens its launch parameters do not matter.
 MOST_FUSED_TOKENS = 1024
@@ -37,11 +38,12 @@ class Layer:
     Attributes:
         out_features: N.
         in_features: C.
-        tokens: T.
+        tokens: T; of experts the pairs of token and expert, T · top-k.
         dtype: one of `precision.KERNEL_PRECISIONS`.
         rank: r, the budget of all blocks.
         blocks: K.
         granule: adjacent coordinates that blocks keep together.
+        experts: E; 0 for a layer of one weight.
     """
 
     out_features: int
@@ -51,11 +53,14 @@ class Layer:
     rank: int = 16
     blocks: int = 4
     granule: int = 1
+    experts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("out_features", "in_features", "tokens", "rank", "blocks", "granule"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.experts < 0:
+            raise ValueError(f"experts must be at least 0, got {self.experts}")
         if self.dtype not in KERNEL_PRECISIONS:
             raise ValueError(f"dtype must be one of {', '.join(KERNEL_PRECISIONS)}, got {self.dtype!r}")
         if self.blocks > min(self.out_features, self.in_features):
@@ -74,30 +79,29 @@ class Layer:
         """ρ."""
         return -(-self.rank // self.blocks)
 
+    @property
+    def whole_granules(self) -> bool:
+        """Whether kernels take `GRANULE` coordinates as one, as `spec.granule_of` says of a partition."""
+        together = self.blocks == 1 or self.granule % GRANULE == 0
+        return together and self.out_features % GRANULE == self.in_features % GRANULE == 0
+
 
 def keys(layer: Layer) -> Iterator[Key]:
-    """What one training step of a layer asks for, dropout and none."""
+    """What one training step of a layer asks for, with dropout and without."""
+    return _experts_keys(layer) if layer.experts else _layer_keys(layer)
+
+
+def _layer_keys(layer: Layer) -> Iterator[Key]:
     n, c, t = layer.out_features, layer.in_features, bucket(layer.tokens)
-    rows, cols = (block_width((-(-features // layer.blocks),)) for features in (n, c))
+    rows, cols = (padded(features, layer.blocks) // layer.blocks for features in (n, c))
     common = (layer.dtype, layer.max_rank, layer.blocks)
     # What copies knows float32, not how it is multiplied.
     copied = "fp32" if layer.dtype == "tf32" else layer.dtype
-    problem = Problem(
-        layer.tokens,
-        n,
-        c,
-        layer.blocks,
-        layer.rank,
-        PRECISIONS[layer.dtype].dtype,
-        granule=layer.granule,
-    )
-    granule = GRANULE if problem.in_place else 1
-    # What is gathered in the backward is gathered in parts where a batch is long, but under dropout.
-    parts = gradient_parts(problem)
+    granule, parts = (GRANULE, (layer.tokens,)) if layer.whole_granules else (1, _parts(layer))
     yield Key("modulated_weight", *common, n, c)
     yield Key("modulated_blocks", *common, n, c, 0, rows, cols, granule=granule)
     yield Key("permute", copied, 0, layer.blocks, 0, c, t, 0, cols, granule=granule)
-    if not problem.in_place:
+    if granule == 1:
         yield Key("permute", copied, 0, layer.blocks, 0, n, t, 0, rows)
         for tokens in dict.fromkeys(map(bucket, parts)):
             yield Key("permute", copied, 0, layer.blocks, 0, c, tokens, 0, cols)
@@ -119,58 +123,121 @@ def keys(layer: Layer) -> Iterator[Key]:
     yield Key("input_gradient", *common, n, c, t, granule=granule)
 
 
+def _parts(layer: Layer) -> tuple[int, ...]:
+    """What is gathered in the backward is gathered in parts where a batch is long, but under dropout."""
+    itemsize = PRECISIONS[layer.dtype].dtype.itemsize
+    features = layer.out_features, layer.in_features
+    return gradient_parts(layer.tokens, features, layer.blocks, layer.max_rank, itemsize)
+
+
+def _experts_keys(layer: Layer) -> Iterator[Key]:
+    """Kernels of experts know the pairs that an expert has on average. Single coordinates take the gathered forms."""
+    n, c, each = layer.out_features, layer.in_features, bucket(-(-layer.tokens // layer.experts))
+    granule = GRANULE if layer.whole_granules else 1
+    common = (layer.dtype, layer.max_rank, layer.blocks)
+    products = ["grouped_linear"]
+    if granule == 1 and layer.blocks > 1:
+        products.append("grouped_linear_gathered")
+    for kernel in products:
+        yield Key(kernel, *common, n, c, each, granule=granule)
+        yield Key(kernel, *common, c, n, each, transposed=True, granule=granule)
+    gradient = "grouped_grad" if granule > 1 else "grouped_grad_gathered"
+    yield Key(gradient, *common, n, c, each, granule=granule)
+
+
+def tunable() -> tuple[str, ...]:
+    """What can be tuned, algorithms last: they are timed with the launch parameters that won."""
+    return (*kernels.KERNELS, *ALGORITHM_KEYS)
+
+
 @dataclass(frozen=True)
-class Target:
-    """What is tuned for.
+class Job:
+    """One key with what to try for it.
 
     Attributes:
-        gpu: for the cost model.
-        arch: as the compiler spells it.
-        multiprocessors: of the device, of which `gpu` may be only the nearest published one.
+        key: the problem.
+        candidates: what runs without a table, then the others.
     """
 
-    gpu: Gpu
-    arch: str
-    multiprocessors: int
-
-    @classmethod
-    def of(cls, device: torch.device) -> Target:
-        """A device that is here."""
-        return cls(device_gpu(device), architecture(device), multiprocessors(device))
-
-    @classmethod
-    def published(cls, gpu: Gpu) -> Target:
-        """A GPU that is not here."""
-        return cls(gpu, gpu.arch, gpu.multiprocessors)
+    key: Key
+    candidates: tuple[Choice, ...]
 
     @property
-    def audited(self) -> str:
-        """The audited architecture that stands for its own."""
-        return self.arch if self.arch in ARCHITECTURES else self.gpu.arch
+    def default(self) -> Choice:
+        """What runs without a table."""
+        return self.candidates[0]
 
 
-RuledOut = Mapping[tuple[str, str, Config], str]
-"""From `space.broken`."""
+def jobs(layers: Sequence[Layer], arch: str, multiprocessors: int, names: Sequence[str] = ()) -> list[Job]:
+    """One job a distinct key of the layers, kernels before the algorithms that are made of them.
 
+    Args:
+        layers: what is trained.
+        arch: of the GPU, as the compiler spells it.
+        multiprocessors: of the GPU.
+        names: of :func:`tunable`; none for all.
 
-def jobs(
-    layers: Sequence[Layer],
-    target: Target,
-    *,
-    kernels: Sequence[str] = TUNABLE,
-    ruled_out: RuledOut | None = None,
-) -> list[Job]:
-    """One job a distinct key of the layers, kernels before algorithms.
-
-    What is in `ruled_out` is not timed. Where it is None, only the shipped configurations are tried.
+    Raises:
+        ValueError: no layer asks for one of `names`.
     """
-    wanted = dict.fromkeys(key for layer in layers for key in keys(layer) if key.kernel in kernels)
-    ordered = sorted(wanted, key=lambda key: key.kernel in ALGORITHM_KEYS)
-    return [job(key, target, ruled_out) for key in ordered]
+    asked = dict.fromkeys(key for layer in layers for key in keys(layer))
+    found = [key for key in asked if not names or key.kernel in names]
+    if absent := set(names) - {key.kernel for key in found}:
+        raise ValueError(
+            f"no layer asks for {', '.join(sorted(absent))}: grouped kernels are those of layers with experts, the "
+            f"gathered ones of blocks without granules, fused_linear is for at most {MOST_FUSED_TOKENS} tokens"
+        )
+    ordered = sorted(found, key=lambda key: key.kernel in ALGORITHM_KEYS)
+    return [job(key, arch, multiprocessors) for key in ordered]
 
 
-def job(key: Key, target: Target, ruled_out: RuledOut | None = None) -> Job:
-    """What to try for one key; arguments as for :func:`jobs`."""
+def job(key: Key, arch: str, multiprocessors: int) -> Job:
+    """What to try for one key: every algorithm, or what ships of a kernel and divides the layout."""
     if key.kernel in ALGORITHM_KEYS:
-        return algorithm_job(key, choose_algorithm(key.kernel, key.tokens, key.rank, key.dtype, target.arch))
-    return kernel_job(key, target.arch, target.multiprocessors, ruled_out=ruled_out, stand_in=target.audited)
+        default: Choice = choose_algorithm(key.kernel, key.tokens, key.rank, key.dtype, arch)
+        return Job(key, tuple(dict.fromkeys((default, *ALGORITHM_KEYS[key.kernel]))))
+    kernel = kernels.KERNELS[key.kernel]
+    ships = kernel.shipped(facts(arch), PRECISIONS[key.dtype])
+    default = kernel.default(key, arch, multiprocessors)
+    return Job(key, tuple(dict.fromkeys((default, *(c for c in ships if kernel.fits(c, key))))))
+
+
+# As a person reads it, on the command line and in a bring-up's page
+
+
+def describe(key: Key) -> str:
+    """Name a problem for a person."""
+    sizes = "x".join(str(size) for size in (key.out_features, key.in_features) if size)
+    sizes += "" if "x" in sizes else " columns"
+    tokens = f" T≤{key.tokens}" if key.tokens else ""
+    rank = f" ρ={key.rank}" if key.rank else ""
+    turned = " transposed" if key.transposed else ""
+    blocks = f" K={key.blocks}" if key.blocks else ""
+    return f"{key.kernel} {sizes}{tokens}{rank}{blocks} {key.dtype}{turned}"
+
+
+_GATHERED = {"merged": "no gather", "split": "gather before", "fused": "one kernel, gather inside"}
+"""Where each algorithm brings x's columns together by block."""
+
+
+def describe_choice(choice: Choice) -> str:
+    """Name launch parameters, or an algorithm and where it gathers."""
+    if isinstance(choice, str):
+        return f"{choice} ({_GATHERED[choice]})"
+    fields = asdict(choice).items()
+    return " ".join(f"{name.removeprefix('block_').removeprefix('num_')}={value}" for name, value in fields)
+
+
+def describe_algorithms(entries: Iterable[Entry]) -> Iterator[str]:
+    """Yield a line for each problem whose choice is an algorithm: what every one of them took."""
+    for entry in entries:
+        if entry.key.kernel in ALGORITHM_KEYS:
+            timed = (trial for trial in entry.trials if trial.seconds is not None)
+            times = ", ".join(f"{describe_choice(t.choice)} {(t.seconds or 0.0) * 1e6:.1f} µs" for t in timed)
+            yield f"{describe(entry.key)}: {times or 'none was timed'}"
+
+
+def winner(entry: Entry) -> Trial | None:
+    """Return the fastest trial that may be chosen: no algorithm that breaks the numbers, however fast."""
+    kernel, dtype = entry.key.kernel, entry.key.dtype
+    return entry.best(admissible(kernel, dtype) if kernel in ALGORITHM_KEYS else None)

@@ -10,7 +10,7 @@ Memory
 - Each decoder layer is checkpointed: its input is kept, and the activations of one layer at a time are recomputed.
   Query, key and value share an input, gate and up another. Attention keeps no scores (flash attention).
 - Logits of all T tokens in bfloat16, and their gradient in float32.
-- SMoA's backward workspace is the cost model's for the largest layer; LoRA's is one output of the widest layer.
+- SMoA's backward workspace is the roofline's for the largest layer; LoRA's is one output of the widest layer.
 - FSDP2 holds two decoder layers whole: the one that computes and the next. What is in no decoder layer (embedding and
   head) it holds whole from forward to the end of backward.
 
@@ -24,7 +24,7 @@ tensor, an all-gather or a reduce-scatter (g-1)/g.
   every process holds whole are reduced too. The embedding is whole, the head is cut by its rows, and the loss's small
   reductions are not counted. The remaining dimension is DDP.
 
-Time is that of the kernels of the adapted layers and the head by the cost model, forward counted twice, and of the
+Time is that of the kernels of the adapted layers and the head by the roofline, forward counted twice, and of the
 communication at the link's published rate. Nothing overlaps, and Python is not waited for.
 """
 
@@ -35,22 +35,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .estimate import estimate
+from .counts import Problem
 from .gpus import Gpu
 from .models import MODELS, Decoder
-from .problem import Problem
-from .workspace import backward_workspace_bytes
+from .roofline import backward_workspace_bytes, estimate
 
-__all__ = ["CAPACITY", "METHODS", "PARALLEL", "STACKS", "Plan", "Scale", "predict", "tensor_parallel_size"]
+__all__ = ["METHODS", "PARALLEL", "WHOLE", "Plan", "Scale", "predict", "tensor_parallel_size"]
 
 Parallel = Literal["ddp", "fsdp", "tp"]
 Method = Literal["full", "lora", "smoa"]
 
 PARALLEL: tuple[Parallel, ...] = ("ddp", "fsdp", "tp")
 METHODS: tuple[Method, ...] = ("full", "lora", "smoa")
-
-CAPACITY: Mapping[str, int] = {"h100": 80, "h200": 141, "a100": 80, "b200": 180, "mi300x": 192}
-"""Published memory of the GPUs that are deployed in such numbers, in 10⁹ bytes."""
 
 NODE = 8  # GPUs that share the fast links; tensor parallelism stays within them
 NODE_BYTES_PER_SECOND = 450e9  # NVLink 4, one direction
@@ -63,23 +59,8 @@ _TRAINED = (
 _LABELS = 9  # a uint8 label and an int64 index
 
 
-@dataclass(frozen=True)
-class Stack:
-    """The rest of a model: how many decoder blocks (`num_hidden_layers`), and its embedding and head."""
-
-    layers: int
-    vocabulary: int
-    tied: bool = False
-
-
-STACKS: Mapping[str, Stack] = {
-    "llama-3-8b": Stack(32, 128256),
-    "llama-3-70b": Stack(80, 128256),
-    "llama-3-405b": Stack(126, 128256),
-    "llama-3.2-1b": Stack(16, 128256, tied=True),
-    "llama-3.2-3b": Stack(28, 128256, tied=True),
-    "smollm2-135m": Stack(30, 49152, tied=True),
-}
+WHOLE: Mapping[str, Decoder] = {name: decoder for name, decoder in MODELS.items() if decoder.layers}
+"""The models of which all is known."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +68,7 @@ class Scale:
     """A model, a batch and an adapter on a number of GPUs.
 
     Attributes:
-        model: one of `STACKS`.
+        model: one of `WHOLE`.
         gpus: how many.
         parallel: "ddp", "fsdp" or "tp".
         tokens: of one replica in a step.
@@ -104,13 +85,8 @@ class Scale:
 
     @property
     def decoder(self) -> Decoder:
-        """The shapes of a decoder block."""
-        return MODELS[self.model]
-
-    @property
-    def stack(self) -> Stack:
-        """What stands around the decoder blocks."""
-        return STACKS[self.model]
+        """Its sizes."""
+        return WHOLE[self.model]
 
 
 @dataclass(frozen=True)
@@ -178,22 +154,22 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
 
     Under "tp", `scale.gpus` is a multiple of :func:`tensor_parallel_size`.
     """
-    stack, decoder, linears = scale.stack, scale.decoder, _linears(scale.decoder)
+    decoder, linears = scale.decoder, _linears(scale.decoder)
     cut = tensor_parallel_size(scale) if scale.parallel == "tp" else 1
     replicas = scale.gpus // cut
     shards = scale.gpus if scale.parallel == "fsdp" else 1
 
-    embedding = stack.vocabulary * decoder.hidden
-    head = 0 if stack.tied else embedding
+    embedding = decoder.vocabulary * decoder.hidden
+    head = 0 if decoder.tied else embedding
     root = _HALF * (embedding + head)  # bytes that FSDP2 gathers once and keeps through backward
-    norms = (2 * stack.layers + 1) * decoder.hidden
+    norms = (2 * decoder.layers + 1) * decoder.hidden
     block = sum(math.prod(linear.part(cut)) for linear in linears)
-    base = stack.layers * block + embedding + math.ceil(head / cut) + norms  # of one process under TP
+    base = decoder.layers * block + embedding + math.ceil(head / cut) + norms  # of one process under TP
     width = {"full": 0, "lora": scale.rank, "smoa": math.ceil(scale.rank / scale.num_blocks)}[method]
-    factors = stack.layers * width * sum(sum(linear.part(cut)) for linear in linears)
-    whole_factors = stack.layers * width * sum(n.out_features + n.in_features for n in linears)
+    factors = decoder.layers * width * sum(sum(linear.part(cut)) for linear in linears)
+    whole_factors = decoder.layers * width * sum(n.out_features + n.in_features for n in linears)
     whole_base = (
-        stack.layers * sum(n.out_features * n.in_features for n in linears) + embedding + head + norms
+        decoder.layers * sum(n.out_features * n.in_features for n in linears) + embedding + head + norms
     )
     full = method == "full"
 
@@ -204,10 +180,10 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
         "weights": weights,
         "gradients": gradients,
         "optimizer": states,
-        "labels": _labels(linears, stack.layers, cut) if method == "smoa" else 0,
-        "gathered": root + 2 * (_HALF * block + _SINGLE * factors / stack.layers) if shards > 1 else 0,
+        "labels": _labels(linears, decoder.layers, cut) if method == "smoa" else 0,
+        "gathered": root + 2 * (_HALF * block + _SINGLE * factors / decoder.layers) if shards > 1 else 0,
         "activations": _activations(scale, cut),
-        "logits": scale.tokens * stack.vocabulary / cut * (_HALF + _SINGLE),
+        "logits": scale.tokens * decoder.vocabulary / cut * (_HALF + _SINGLE),
         "workspace": _workspace(scale, method, linears, cut),
     }
 
@@ -222,8 +198,10 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
     inside = 0.0
     if cut > 1:
         ring = 2 * (cut - 1) / cut
-        whole = stack.layers * width * sum(n.in_features if n.cuts_rows else n.out_features for n in linears)
-        traffic["reduce activations"] = ring * stack.layers * 9 * scale.tokens * decoder.hidden * _HALF
+        whole = (
+            decoder.layers * width * sum(n.in_features if n.cuts_rows else n.out_features for n in linears)
+        )
+        traffic["reduce activations"] = ring * decoder.layers * 9 * scale.tokens * decoder.hidden * _HALF
         traffic["reduce whole factors"] = ring * _SINGLE * whole
         inside = traffic["reduce activations"] + traffic["reduce whole factors"]
     outside = sum(traffic.values()) - inside
@@ -248,7 +226,7 @@ def _activations(scale: Scale, cut: int) -> float:
     d = scale.decoder
     dim = d.head_dim or d.hidden // d.heads
     inner = (2 * d.heads * dim + 2 * d.kv_heads * dim + 3 * d.intermediate) / cut
-    return scale.tokens * _HALF * (scale.stack.layers * d.hidden + 4 * d.hidden + inner)
+    return scale.tokens * _HALF * (scale.decoder.layers * d.hidden + 4 * d.hidden + inner)
 
 
 def _problems(scale: Scale, linears: list[_Linear], cut: int) -> list[Problem]:
@@ -272,7 +250,7 @@ def _compute(scale: Scale, method: Method, linears: list[_Linear], cut: int, gpu
         seconds += 2 * found.device_seconds("forward") + found.device_seconds("backward")
         if method == "full":  # dW, a product of the same size
             seconds += found.device_seconds("forward")
-    head = Problem(scale.tokens, math.ceil(scale.stack.vocabulary / cut), scale.decoder.hidden, 1, 1)
+    head = Problem(scale.tokens, math.ceil(scale.decoder.vocabulary / cut), scale.decoder.hidden, 1, 1)
     found = estimate(head, gpu, "frozen")
     trained_head = found.device_seconds("forward") if method == "full" else 0.0
-    return scale.stack.layers * seconds + found.device_seconds() + trained_head
+    return scale.decoder.layers * seconds + found.device_seconds() + trained_head

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tuning_cases import forget
+
+from smoa_kernels.kernels import table
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    forget()
+    table.forget()
     yield tmp_path / "cache"
-    forget()
+    table.forget()

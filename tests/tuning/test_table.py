@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +18,32 @@ from problems import LinearProblem, make_problem
 from tuning_cases import (
     CPU,
     FORWARD,
-    GRAD,
     PERMUTE,
     PERMUTE_CONFIGS,
     ask,
     entry,
-    forget,
     kept,
     needs_interpreter,
-    permute_entry,
+    put,
     shipped,
+    write,
 )
 
 from smoa_kernels.backends import triton as triton_backend
+from smoa_kernels.cli import info
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.kernels import identity, table
+from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import Launch
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.kernels.spec import Key
-from smoa_kernels.kernels.table import (
-    SCHEMA,
-    Trial,
-    keep,
-    read,
-    states,
-    tuned_algorithm,
-    update,
-    user_table,
-)
+from smoa_kernels.kernels.table import SCHEMA, Trial, identity, tuned_algorithm, user_table
+from smoa_kernels.tuning.measure import keep
 
 pytestmark = needs_interpreter
 
 HERE = Path(__file__).resolve().parent
 FIRST, SECOND, THIRD = PERMUTE_CONFIGS
+GRAD = Key("block_grad", "fp32", 3, 2, 12, 10, 8, 64, 64)
 
 
 @pytest.fixture
@@ -60,6 +52,13 @@ def path() -> Path:
     found = user_table("cpu")
     found.parent.mkdir(parents=True)
     return found
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
+    """What `smoa-kernels info` says of a file."""
+    monkeypatch.setattr(info, "_gpus", lambda: [CPU])
+    return lambda path: info._tables()[str(path)]
 
 
 # Which choice is in force
@@ -75,22 +74,19 @@ def test_the_users_table_comes_before_the_shipped_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
-    shipped = [entry(seconds={THIRD: 1.0}), entry(FORWARD, seconds={"split": 2.0, "fused": 3.0})]
-    update(tmp_path / "shipped" / "cpu.json", shipped)
+    shipped = entry(seconds={THIRD: 1.0}), entry(FORWARD, {"split": 2.0, "fused": 3.0})
+    write(*shipped, path=tmp_path / "shipped" / "cpu.json")
     assert ask() == THIRD
-    update(user_table("cpu"), [permute_entry(), entry(FORWARD, seconds={"merged": 1.0})])
-    assert ask() == THIRD  # read once per process
-    forget()
+    write(entry(), entry(FORWARD, {"merged": 1.0}))
     assert ask() == SECOND
     # What may not be chosen is looked for in the next table.
     assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) == "split"
 
 
 def test_another_problem_does_not_borrow_an_entry() -> None:
-    keep(permute_entry(PERMUTE._replace(tokens=16)))
-    keep(permute_entry(PERMUTE._replace(blocks=3)))
+    put(entry(PERMUTE._replace(tokens=16)), entry(PERMUTE._replace(blocks=3)))
     assert ask() == FIRST
-    keep(permute_entry())
+    put(entry())
     assert ask() == SECOND  # what is kept is in force at once
 
 
@@ -106,54 +102,42 @@ def test_another_problem_does_not_borrow_an_entry() -> None:
     ],
     ids=str,
 )
-def test_a_stale_entry_is_not_used_says_why_and_stays(changed: dict[str, object], path: Path) -> None:
-    stale = permute_entry(**changed)
-    update(path, [stale])
-    assert ask() == FIRST
-    ((name, value),) = changed.items()
-    now = getattr(identity.identity(CPU, "permute"), name)
-    said = states([CPU])[str(path)]
-    assert said.startswith("yours; 0 of 1 entries in force, 1 stale: permute 12 columns T≤8 K=2 fp32: ")
-    assert said.endswith(f"{name}: {value} then, {now} now")
-    update(path, [entry(seconds={THIRD: 1.0})])  # two environments share a table
-    forget()
-    assert ask() == THIRD
-    assert stale in read(path).entries.values()
-
-
-def test_an_edit_of_a_kernels_source_makes_its_entries_stale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stale_entry_is_not_used_and_stays(
+    changed: dict[str, object], path: Path, said: Callable[[Path], str]
 ) -> None:
-    package = Path(identity.__file__).resolve().parent.parent
-    for file in (*(package / "kernels").glob("*.py"), package / "backends" / "triton.py"):
-        copy = tmp_path / file.relative_to(package)
+    stale = entry(**changed)
+    write(stale)
+    assert ask() == FIRST
+    assert said(path).startswith("yours; 0 entries in force, 1 not: measured with another")
+    put(entry(seconds={THIRD: 1.0}))  # two environments share a table
+    assert ask() == THIRD
+    assert stale.to_json() in json.loads(path.read_text())["entries"]
+
+
+@pytest.mark.parametrize("file", ["grouped.py", "permute.py", "common.py", "../backends/triton.py"])
+def test_an_edit_of_any_source_makes_entries_stale(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(table.__file__).resolve().parents[1]
+    for one in (*(package / "kernels").glob("*.py"), package / "backends" / "triton.py"):
+        copy = tmp_path / one.relative_to(package)
         copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(file.read_bytes())
-    monkeypatch.setattr(identity, "_PACKAGE", tmp_path)
-    fresh = identity.source_hash.__wrapped__
-
-    def edited(file: str) -> set[str]:
-        """What goes stale by an edit."""
-        before = {kernel: fresh(kernel) for kernel in ("permute", "block_grad", "forward")}
-        with (tmp_path / file).open("a") as stream:
-            stream.write("# edited\n")
-        return {kernel for kernel, value in before.items() if fresh(kernel) != value}
-
-    assert edited("kernels/permute.py") == {"permute", "forward"}
-    assert edited("kernels/common.py") == {"permute", "block_grad", "forward"}
-    assert edited("backends/triton.py") == {"forward"}
-    assert edited("kernels/table.py") == set()  # how choices are kept makes no kernel faster
+        copy.write_bytes(one.read_bytes())
+    monkeypatch.setattr(table, "__file__", str(tmp_path / "kernels" / "table.py"))
+    before = table.source_hash.__wrapped__()
+    with (tmp_path / "kernels" / file).open("a") as stream:
+        stream.write("# edited\n")
+    assert table.source_hash.__wrapped__() != before
 
 
 def test_a_launch_uses_what_was_tuned_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.arange(12) % 2
     p = BlockPartition.from_labels(labels, labels, 2)
     launched: list[object] = []
-
     monkeypatch.setattr(Launch, "__call__", lambda launch, **pointers: launched.append(launch.config))
     for _ in range(2):
         gather_columns(torch.zeros(5, 12), p, 64)
-        keep(permute_entry())
+        put(entry())
     assert launched == [FIRST, SECOND]
 
 
@@ -168,7 +152,7 @@ def test_what_depends_on_the_table_is_asked_once_until_it_changes() -> None:
     for question in ((1, "a"), (2, "a"), (1, "a")):
         assert find(*question) == str(question)
     assert asked == [(1, "a"), (2, "a")]
-    keep(permute_entry())
+    put(entry())
     find(1, "a")
     assert len(asked) == 3
 
@@ -189,7 +173,7 @@ def algorithm_entry(dtype: str, kernel: str = "forward") -> None:
     problem = make_problem(ranks=(3, 2), tokens=8)
     key = Key(kernel, dtype, 3, 2, *problem.weight.shape, 8)
     names = ("merged", "split", "fused") if kernel == "forward" else ("merged", "fused")
-    keep(entry(key, seconds={name: float(i + 1) for i, name in enumerate(names)}))
+    put(entry(key, {name: float(i + 1) for i, name in enumerate(names)}))
 
 
 @pytest.mark.parametrize(
@@ -256,83 +240,69 @@ def test_measured_winners_replace_the_rule(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 ENTRIES = [
-    permute_entry(),
-    entry(GRAD, seconds={shipped("block_grad")[0]: 0.25}, complete=False).add(
+    entry(),
+    entry(GRAD, {shipped("block_grad")[0]: 0.25}).add(
         Trial(shipped("block_grad")[1], reason="wrong numbers")
     ),
-    entry(FORWARD, seconds={"split": 2.0, "merged": 1.0}),
+    entry(FORWARD, {"split": 2.0, "merged": 1.0}),
 ]
 
 
 def test_a_table_comes_back_as_it_was_written() -> None:
-    path = user_table("NVIDIA H100 80GB HBM3")
-    update(path, ENTRIES)
-    assert path.name == "nvidia-h100-80gb-hbm3.json"
-    assert kept(path) == {e.key: e for e in ENTRIES}
-    assert json.loads(path.read_text())["schema"] == SCHEMA
-
-
-def test_a_switch_of_a_configuration_is_kept_and_is_true_or_false(path: Path) -> None:
-    switched = replace(shipped("fused_linear")[0], reads_transposed=True)  # type: ignore[call-arg]
-    one = entry(Key("fused_linear", "bf16", 3, 2, 12, 10, 8), seconds={switched: 1.0})
-    update(path, [one])
-    assert kept(path) == {one.key: one}
-    data = json.loads(path.read_text())
-    data["entries"][0]["trials"][0]["choice"]["reads_transposed"] = 2
-    path.write_text(json.dumps(data))
-    with pytest.warns(UserWarning, match="reads_transposed must be a bool, got int"):
-        assert not read(path).entries
-
-
-def spoiled(change: Callable[[dict[str, Any]], object], path: Path) -> dict[str, Any]:
-    """Writes a table of three entries, of which the second was changed; returns that one."""
-    update(path, ENTRIES)
-    data = json.loads(path.read_text())
-    change(data["entries"][1])
-    path.write_text(json.dumps(data))
-    bad: dict[str, Any] = data["entries"][1]
-    return bad
+    put(*ENTRIES)
+    assert user_table("NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3.json"
+    assert kept() == {e.key: e for e in ENTRIES}
+    assert json.loads(user_table("cpu").read_text())["schema"] == SCHEMA
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda e: e["key"].update(kernel="matmul"), "kernel must be one of .* got 'matmul'"),
-        (lambda e: e["identity"].pop("torch"), "missing 1 required positional argument: 'torch'"),
+        (lambda e: e.pop("identity"), "no field 'identity'"),
         (lambda e: e.update(note="mine"), "a field is unknown"),
         (lambda e: e["key"].update(tokens="8"), "tokens must be an int, got '8'"),
         (lambda e: e["key"].update(rank=-1), "rank must be at least 0, got -1"),
-        (lambda e: e["key"].update(padded_out=16), "does not divide the layout"),
-        (lambda e: e["trials"][0]["choice"].update(num_warps=3), "num_warps must be a power of two, got 3"),
-        (lambda e: e["trials"][0]["choice"].update(num_warps=64), "num_warps must be at most 16, got 64"),
+        (lambda e: e["key"].update(granule=2), "granule must be 1 or 8, got 2"),
+        (lambda e: e["key"].update(padded_out=16), "choice must be a configuration that ships and divides"),
+        (
+            lambda e: e["trials"][0]["choice"].update(num_warps=64),
+            "choice must be a configuration that ships",
+        ),
+        (
+            lambda e: e["trials"][0]["choice"].update(num_warps=True),
+            "choice must be a configuration that ships",
+        ),
+        (lambda e: e["trials"][0].update(choice="split"), "choice must be a configuration that ships"),
         (lambda e: e["trials"][0].update(seconds=-1), "seconds must be positive and finite, got -1"),
         (lambda e: e["trials"][0].update(seconds=10**400), "seconds must be positive and finite, got 1000"),
-        (lambda e: e.pop("complete"), "no field 'complete'"),
         (lambda e: e["key"].update(colour=3), "unexpected keyword argument 'colour'"),
         (lambda e: e["trials"][0].update(colour=3), "a field is unknown"),
         (lambda e: e.update(trials={}), "of another type"),
-        (lambda e: e.update(default="split"), "must be a mapping"),
     ],
 )
 def test_a_bad_entry_is_skipped_and_named_and_the_others_stay_in_force(
-    change: Callable[[dict[str, Any]], object], words: str, path: Path
+    change: Callable[[dict[str, Any]], object], words: str, path: Path, said: Callable[[Path], str]
 ) -> None:
-    bad = spoiled(change, path)
+    write(*ENTRIES)
+    data = json.loads(path.read_text())
+    bad = data["entries"][1]
+    change(bad)
+    path.write_text(json.dumps(data))
     with pytest.warns(UserWarning, match=f"{path}: 1 skipped: entry 2: .*{words}") as caught:
         assert ask() == SECOND
     assert len(caught) == 1
     assert len(str(caught[0].message)) < 500 + len(str(path))
     assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) == "split"
-    said = states([CPU])[str(path)]
-    assert said.startswith("yours; 2 of 2 entries in force, 1 skipped: entry 2: ")
-    keep(entry(seconds={THIRD: 0.5}))  # another version may know the one that was skipped
+    assert said(path).startswith("yours; 2 entries in force, 1 skipped: entry 2: ")
+    put(entry(seconds={THIRD: 0.5}))  # another version may know the one that was skipped
     assert bad in json.loads(path.read_text())["entries"]
 
 
 def test_of_many_skipped_entries_the_first_are_named(path: Path) -> None:
     path.write_text(json.dumps({"schema": SCHEMA, "entries": [None] * 9}))
     with pytest.warns(UserWarning, match="9 skipped: entry 1: .*; entry 5: .*; and 4 more; the others"):
-        assert read(path).entries == {}
+        ask()
 
 
 @pytest.mark.parametrize(
@@ -340,17 +310,16 @@ def test_of_many_skipped_entries_the_first_are_named(path: Path) -> None:
     [
         (b"{", "is not JSON"),
         (b"\xff\xfe\x00", "is not JSON"),
-        (b'{"schema": 1, "entries": ' + b"[" * 100_000, "is not JSON"),
+        (b'{"schema": 2, "entries": ' + b"[" * 100_000, "is not JSON"),
         (b"[1, 2]", "is not a table of smoa-kernels"),
-        (b'{"schema": "https://json-schema.org"}', "is not a table of smoa-kernels"),
-        (b'{"schema": 1}', "holds no list of entries"),
-        (b'{"schema": 2}', "has schema 2, this version knows up to 1"),
+        (b'{"schema": 2}', "is not a table of smoa-kernels"),
+        (b'{"schema": 1, "entries": []}', "has schema 1, this version knows 2"),
         (None, "more than any table"),
     ],
     ids=str,
 )
 def test_a_file_that_is_no_table_is_named_and_set_aside_by_the_next_writer(
-    text: bytes | None, words: str, path: Path
+    text: bytes | None, words: str, path: Path, said: Callable[[Path], str]
 ) -> None:
     if text is None:
         with path.open("wb") as stream:
@@ -360,29 +329,19 @@ def test_a_file_that_is_no_table_is_named_and_set_aside_by_the_next_writer(
     with pytest.warns(UserWarning, match=f"{path} .*{words}.*; it is not used") as caught:
         assert ask() == FIRST
     assert len(caught) == 1
-    assert words in states([CPU])[str(path)]
+    assert words in said(path)
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # a question moves nothing
     with pytest.warns(UserWarning, match=f"{words}.*; set aside as cpu.json.broken-1"):
-        update(path, [permute_entry()])
+        put(entry())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert set(kept(path)) == {PERMUTE}
+        assert ask() == SECOND
     aside = path.with_name("cpu.json.broken-1")
     assert text is None or aside.read_bytes() == text
-    assert states([CPU])[str(aside)] == "yours; set aside, not used"
+    assert said(aside) == "yours; set aside, not used"
     path.write_text("{")
     with pytest.warns(UserWarning, match="broken-2"):
-        update(path, [])
-
-
-def test_nothing_is_written_that_would_not_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    update(path, [permute_entry()])
-    before = path.read_text()
-    monkeypatch.setattr(table, "MOST_BYTES", len(before) + 100)
-    with pytest.raises(OSError, match="more than any table that is read") as caught:
-        update(path, [permute_entry(PERMUTE._replace(tokens=16))])
-    assert caught.value.filename == str(path)
-    assert path.read_text() == before
+        keep(identity(CPU))
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a pipe"])
@@ -391,32 +350,37 @@ def test_something_else_in_the_tables_place(kind: str, path: Path) -> None:
     with pytest.warns(UserWarning, match="cannot be read: .* is not a file"), ends():
         assert ask() == FIRST
     with pytest.raises(OSError, match="is not a file"):
-        update(path, [])
+        put(entry())
+
+
+def test_info_names_tables_of_other_gpus_and_gpus_without_one(
+    said: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = user_table("NVIDIA H100")
+    write(entry(), path=other)
+    assert said(other) == "yours; for a GPU that is not here"
+    assert info._tables()["cpu"] == "no table: the heuristic chooses; smoa-kernels tune measures"
 
 
 # Writers
 
 
-def test_what_two_writers_found_for_one_key_is_joined(path: Path) -> None:
-    update(path, [entry(seconds={FIRST: 3.0}, complete=False).add(Trial(SECOND, reason="died"))])
-    update(path, [entry(seconds={FIRST: 3.5, THIRD: 2.0}, complete=False).add(Trial(SECOND, 1.0))])
-    found = kept(path)[PERMUTE]
-    assert {t.choice: t.seconds for t in found.trials} == {FIRST: 3.5, SECOND: 1.0, THIRD: 2.0}
-    update(path, [entry(seconds={FIRST: 4.0}, complete=True).add(Trial(SECOND, reason="died"))])
-    found = kept(path)[PERMUTE]
-    assert {t.choice: t.seconds for t in found.trials} == {FIRST: 4.0, SECOND: 1.0, THIRD: 2.0}
-    assert found.complete
+def test_what_two_writers_found_for_one_key_is_joined() -> None:
+    for first, second, third in ((3.0, None, None), (3.5, 1.0, 2.0), (4.0, None, None)):
+        keep(identity(CPU), PERMUTE, Trial(FIRST, first))
+        keep(identity(CPU), PERMUTE, Trial(SECOND, second, None if second else "died"))
+        if third:
+            keep(identity(CPU), PERMUTE, Trial(THIRD, third))
+    assert {t.choice: t.seconds for t in kept()[PERMUTE].trials} == {FIRST: 4.0, SECOND: 1.0, THIRD: 2.0}
 
 
 TUNING = """
 import sys
 sys.path[:0] = [{here!r}]
 from tuning_cases import CPU, PERMUTE, permute_job, scripted
-from smoa_kernels.kernels.table import Table, keep
-from smoa_kernels.tuning.tuner import tune
+from smoa_kernels.tuning.measure import tune
 keys = [PERMUTE._replace(tokens=1 << step, blocks=blocks) for step in range({steps}) for blocks in {blocks}]
-timer = scripted(lambda choice: float(choice.block_t))
-tune([permute_job(key) for key in keys], device=CPU, timer=timer, known=Table(), save=keep)
+tune([permute_job(key) for key in keys], CPU, timer=scripted(lambda choice: float(choice.block_t)))
 """
 
 
@@ -437,7 +401,6 @@ def test_two_processes_tune_into_one_table() -> None:
     found = kept()
     assert {(key.blocks, key.tokens) for key in found} == {(n, 1 << s) for n in (1, 2, 3) for s in range(3)}
     for tuned in found.values():
-        assert tuned.complete
         assert {t.choice: t.seconds for t in tuned.trials} == {c: float(c.block_t) for c in PERMUTE_CONFIGS}
 
 
@@ -448,12 +411,11 @@ def test_a_writer_waits_for_one_that_has_read_and_not_yet_written() -> None:
         "import os\nreplace = os.replace\n"
         "os.replace = lambda a, b: (print('writing', flush=True), input(), replace(a, b))\n"
     )
-    other = permute_entry(PERMUTE._replace(tokens=16))
     with tuning((7,), 1, paused) as process, ThreadPoolExecutor(1) as pool:
         assert process.stdout is not None
         assert process.stdin is not None
         assert process.stdout.readline() == "writing\n"
-        written = pool.submit(update, user_table("cpu"), [other])
+        written = pool.submit(put, entry(PERMUTE._replace(tokens=16)))
         with pytest.raises(TimeoutError):
             written.result(timeout=0.5)
         process.stdin.write("\n" * 20)
@@ -465,7 +427,7 @@ def test_a_writer_waits_for_one_that_has_read_and_not_yet_written() -> None:
 
 def test_kill_in_the_middle_of_a_write(path: Path) -> None:
     """Killed at the worst moment: the new file is written, not yet renamed, and the lock is held."""
-    update(path, [permute_entry()])
+    put(entry())
     before = path.read_text()
     stopped = "import os, time\nos.replace = lambda a, b: (print('writing', flush=True), time.sleep(60))\n"
     with tuning((7,), 1, stopped) as process:
@@ -474,26 +436,5 @@ def test_kill_in_the_middle_of_a_write(path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
     assert path.read_text() == before
-    update(path, [permute_entry(PERMUTE._replace(tokens=16))])  # the lock went with its holder
-    assert {key.tokens for key in kept(path)} == {8, 16}
-
-
-# What `smoa-kernels info` says
-
-
-def test_info_says_which_entries_are_in_force_and_why_others_are_not(path: Path) -> None:
-    other = Key("permute", "bf16", blocks=2, in_features=12, tokens=8, padded_in=64)
-    beside = permute_entry(torch="1.0")  # another environment's, for a problem that has one of this one's
-    update(path, [*ENTRIES[:2], permute_entry(other, torch="1.0"), beside])
-    update(user_table("NVIDIA H100"), [permute_entry()])
-    said = {Path(name).name: state for name, state in states([CPU]).items()}
-    assert said["cpu.json"] == (
-        "yours; 2 of 4 entries in force, 1 not finished, 2 stale: "
-        f"permute 12 columns T≤8 K=2 bf16: torch: 1.0 then, {torch.__version__} now; "
-        f"permute 12 columns T≤8 K=2 fp32: torch: 1.0 then, {torch.__version__} now"
-    )
-    assert said["nvidia-h100.json"] == "yours; 1 entries, for a GPU that is not here"
-
-
-def test_info_without_a_table() -> None:
-    assert states([CPU]) == {"cpu": "no table: the heuristic chooses; smoa-kernels tune measures"}
+    put(entry(PERMUTE._replace(tokens=16)))  # the lock went with its holder
+    assert {key.tokens for key in kept()} == {8, 16}

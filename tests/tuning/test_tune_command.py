@@ -1,27 +1,24 @@
 """`smoa-kernels tune` and what `info` says of tables: the whole way in the interpreter, under a scripted clock."""
 
+import importlib
 import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tuning_cases import (
-    CPU,
-    PERMUTE_CONFIGS,
-    needs_interpreter,
-    scripted,
-)
+from tuning_cases import CPU, needs_interpreter, scripted
 
-from smoa_kernels.cli import info, main, tune_run
+from smoa_kernels.cli import info, main
 from smoa_kernels.kernels.table import Choice, select, user_table
+from smoa_kernels.tuning import measure
+from smoa_kernels.tuning.measure import Timer
 from smoa_kernels.tuning.models import Decoder, read_config
-from smoa_kernels.tuning.tuner import Run
 
 pytestmark = needs_interpreter
+command = importlib.import_module("smoa_kernels.cli.tune")  # the package has the function under its name
 
 # One kernel and both algorithms of one small layer: three problems.
 SMALL = ["--shape", "70x90", "--tokens", "17", "--dtype", "bf16", "--rank", "5", "--blocks", "2"]
@@ -45,41 +42,47 @@ def test_without_a_gpu_it_says_so_and_offers_a_dry_run(capsys: pytest.CaptureFix
     assert "for 1 problems on h100 (sm_90)" in capsys.readouterr().out
 
 
-def test_a_dry_run_lists_what_is_timed_and_what_is_pruned_and_why(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path
-) -> None:
-    asked: list[object] = []
-
-    def broken(
-        pairs: set[tuple[str, str]], arch: str, **options: object
-    ) -> dict[tuple[str, str, object], str]:
-        asked.append((pairs, arch))
-        return {("permute", "bf16", replace(PERMUTE_CONFIGS[0], num_warps=4)): "gather: spills 8 bytes"}
-
-    monkeypatch.setattr(tune_run, "broken", broken)
+def test_a_dry_run_lists_what_is_timed(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
     arguments = ["--shape", "4096x4096", "--tokens", "3000", "--kernel", "permute", "--kernel", "forward"]
     assert main(["tune", "--dry-run", "--gpu", "a100", *arguments]) == 0
     out = capsys.readouterr().out
-    assert asked == [({("permute", "bf16")}, "sm_80")]  # an algorithm needs no compiler
     assert "permute 4096 columns T≤4096 K=4 bf16" in out
     assert "t=64 p=128 warps=2 stages=1" in out
     assert out.count("runs without a table") == 2
     assert out.count("never chosen") == 1  # merged, in bf16
     assert "split (gather before)" in out
     assert "fused (one kernel, gather inside)" in out
-    assert "pruned: gather: spills 8 bytes" in out
-    assert "for 2 problems on a100 (sm_80), 1 are pruned. Nothing was measured." in out
+    assert "for 2 problems on a100 (sm_80). Nothing was measured." in out
     assert not cache.exists()
 
 
+def test_kernels_of_experts_are_tuned_where_a_layer_has_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--dry-run",
+        "--gpu",
+        "h100",
+        "--kernel",
+        "grouped_linear",
+        "--granule",
+        "8",
+        "--tokens",
+        "8192",
+    ]
+    assert "no layer asks for grouped_linear" in fails(capsys, *arguments)
+    assert main(["tune", *arguments, "--experts", "8", "--shape", "28672x4096"]) == 0
+    out = capsys.readouterr().out
+    assert "grouped_linear 28672x4096 T≤1024 ρ=4 K=4 bf16" in out
+    assert "grouped_linear 4096x28672 T≤1024 ρ=4 K=4 bf16 transposed" in out
+    assert "for 2 problems on h100" in out
+
+
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Run], float]], None]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Timer], None]:
     """The interpreter in the place of a GPU, with a given timer."""
 
-    def prepare(timer: Callable[[Run], float]) -> None:
-        monkeypatch.setattr(tune_run, "device_here", lambda: CPU)
-        monkeypatch.setattr(tune_run, "broken", lambda pairs, arch, **options: {})
-        monkeypatch.setattr(tune_run, "timer", timer)
+    def prepare(timer: Timer) -> None:
+        monkeypatch.setattr(command, "_device_here", lambda: CPU)
+        monkeypatch.setattr(measure, "gpu_timer", timer)
 
     return prepare
 
@@ -93,21 +96,11 @@ def script(choice: Choice) -> float:
     )  # type: ignore[union-attr]
 
 
-def noting(timed: list[Choice]) -> Callable[[Choice], float]:
-    """The script, its questions noted."""
-
-    def seconds(choice: Choice) -> float:
-        timed.append(choice)
-        return script(choice)
-
-    return seconds
-
-
 def test_tuning_ends_with_heuristic_against_tuned_and_is_in_force(
     gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     timed: list[Choice] = []
-    gpu(scripted(noting(timed)))
+    gpu(scripted(script, timed))
     assert main(["tune", *SMALL, *KERNELS]) == 0
     out, err = capsys.readouterr()
     weight, forward, gradient = err.splitlines()  # one line as each is done
@@ -162,10 +155,10 @@ def test_the_table_shows_no_winner_that_breaks_the_numbers(
 def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
     gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(run: Run) -> float:
-        if run.choice == "split":
+    def interrupted(choice: Choice, launch: Callable[[], object]) -> float:
+        if choice == "split":
             raise KeyboardInterrupt
-        return scripted(script)(run)
+        return scripted(script)(choice, launch)
 
     gpu(interrupted)
     assert main(["tune", *SMALL, *KERNELS]) == 130
@@ -173,7 +166,7 @@ def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
     assert "modulated_weight 70x90" in out
     assert "Interrupted: what was found is kept" in out
     timed: list[Choice] = []
-    gpu(scripted(noting(timed)))
+    gpu(scripted(script, timed))
     assert main(["tune", *SMALL, *KERNELS]) == 0
     assert timed == ["split", "fused", "merged"]  # then dX, which the rule fuses
     assert "failed" not in capsys.readouterr().out
@@ -182,10 +175,10 @@ def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
 def test_failures_and_a_spent_budget_are_told(
     gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def timer(run: Run) -> float:
-        if run.choice == "fused":
+    def timer(choice: Choice, launch: Callable[[], object]) -> float:
+        if choice == "fused":
             raise RuntimeError("[out of] resources")
-        return script(run.choice)
+        return script(choice)
 
     gpu(timer)
     assert main(["tune", *SMALL, "--kernel", "forward"]) == 0

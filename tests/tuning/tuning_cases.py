@@ -1,5 +1,6 @@
-"""Entries made by hand, a clock that follows a script, and a notebook of what was saved and timed."""
+"""Entries made by hand, a clock that follows a script, and what this machine's table holds."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ import torch
 from smoa_kernels.definition.precision import PRECISIONS
 from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.architectures import facts
-from smoa_kernels.kernels.identity import identity
 from smoa_kernels.kernels.spec import Config, Key
-from smoa_kernels.kernels.table import Choice, Entry, Table, Trial, read, select, user_table
-from smoa_kernels.tuning.tuner import Job, Run, Tuned, tune
+from smoa_kernels.kernels.table import SCHEMA, Choice, Entry, Trial, identity, read, select, user_table
+from smoa_kernels.tuning.measure import keep
+from smoa_kernels.tuning.plan import Job
 
 CPU = torch.device("cpu")
 
@@ -28,35 +29,38 @@ needs_interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="runs kernels on CPU tensors, which needs Triton's interpreter"
 )
 PERMUTE = Key("permute", "fp32", blocks=2, in_features=12, tokens=8, padded_in=64)
-GRAD = Key("block_grad", "fp32", 3, 2, 12, 10, 8, 64, 64)
 FORWARD = Key("forward", "bf16", 3, 2, 12, 10, 8)
+SPEED = dict(zip(PERMUTE_CONFIGS, (3.0, 1.0, 2.0), strict=True))
+"""The second shipped configuration wins."""
 
 
-def entry(
-    key: Key = PERMUTE, *, seconds: dict[Choice, float], complete: bool = True, **changed: object
-) -> Entry:
+def entry(key: Key = PERMUTE, seconds: dict[Choice, float] = SPEED, **changed: object) -> Entry:
     """An entry of this machine, its identity `changed`."""
-    now = identity(CPU, key.kernel)
     trials = tuple(Trial(choice, value) for choice, value in seconds.items())
-    return Entry(key, replace(now, **changed), next(iter(seconds)), trials, complete)  # type: ignore[arg-type]
+    return Entry(key, replace(identity(CPU), **changed), trials)  # type: ignore[arg-type]
 
 
-def permute_entry(key: Key = PERMUTE, **changed: object) -> Entry:
-    """The second shipped configuration won."""
-    first, second, third = PERMUTE_CONFIGS
-    return entry(key, seconds={first: 3.0, second: 1.0, third: 2.0}, **changed)
+def write(*entries: Entry, path: Path | None = None) -> None:
+    """Make a table, this machine's unless it is named."""
+    path = path or user_table("cpu")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"schema": SCHEMA, "entries": [e.to_json() for e in entries]}))
+    table.forget()
+
+
+def put(*entries: Entry) -> None:
+    """Add to this machine's table as the tuner does."""
+    for one in entries:
+        keep(identity(CPU), one.key, *one.trials)
 
 
 def permute_job(key: Key = PERMUTE) -> Job:
-    return Job(key, KERNELS["permute"].default(key, "cpu", 1), PERMUTE_CONFIGS)
+    return Job(key, PERMUTE_CONFIGS)
 
 
-def kept(path: Path | None = None) -> dict[Key, Entry]:
-    """What a table holds, this machine's unless it is named; where it has one entry for each problem."""
-    entries = read(path or user_table("cpu")).entries.values()
-    found = {e.key: e for e in entries}
-    assert len(found) == len(entries)
-    return found
+def kept() -> dict[Key, Entry]:
+    """What is in force of this machine's table."""
+    return read(user_table("cpu"), identity(CPU)).entries
 
 
 def ask(tokens: int = 8) -> object:
@@ -65,44 +69,15 @@ def ask(tokens: int = 8) -> object:
     return select("permute", CPU, torch.float32, tokens=tokens, **sizes)
 
 
-def forget() -> None:
-    """As in a new process: no table has been read, nothing has been answered."""
-    table.forget()
-
-
-def scripted(seconds: Callable[[Choice], float]) -> Callable[[Run], float]:
+def scripted(
+    seconds: Callable[[Choice], float], timed: list[Choice] | None = None
+) -> Callable[[Choice, Callable[[], object]], float]:
     """A timer that runs what it times and answers by script."""
 
-    def timer(run: Run) -> float:
-        run()
-        return seconds(run.choice)
+    def timer(choice: Choice, launch: Callable[[], object]) -> float:
+        launch()
+        if timed is not None:
+            timed.append(choice)
+        return seconds(choice)
 
     return timer
-
-
-SPEED = dict(zip(PERMUTE_CONFIGS, (3.0, 1.0, 2.0), strict=True))
-
-
-class Notebook:
-    """A table in memory, and what was timed."""
-
-    def __init__(self, *entries: Entry) -> None:
-        self.table = Table({(e.key, e.identity): e for e in entries})
-        self.timed: list[Choice] = []
-
-    def seconds(self, choice: Choice) -> float:
-        self.timed.append(choice)
-        return SPEED[choice]
-
-    def entry(self, key: Key = PERMUTE) -> Entry:
-        return self.table.entries[key, identity(CPU, key.kernel)]
-
-    def tune(
-        self, jobs: list[Job], timer: Callable[[Run], float] | None = None, **options: object
-    ) -> list[Tuned]:
-        return tune(
-            jobs,
-            device=CPU,
-            timer=timer or scripted(self.seconds),
-            **{"known": self.table, "save": self.table.add} | options,  # type: ignore[arg-type]
-        )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+import networkx  # torch needs it
+
 __all__ = ["LINES", "Access", "Instruction", "Listing", "parse_amdgcn", "parse_sass"]
 
 Location = tuple[str, int]
@@ -69,8 +71,9 @@ class Listing:
 
         By control flow, not by intervals: compilers put waits past the program's end and jump back from there.
         """
-        components = _strongly_connected([self._successors(i) for i in range(len(self.instructions))])
-        return sorted(sorted(c) for c in components if len(c) > 1)
+        count = len(self.instructions)
+        flow = networkx.DiGraph((i, target) for i in range(count) for target in self._successors(i))
+        return sorted(sorted(c) for c in networkx.strongly_connected_components(flow) if len(c) > 1)
 
     def main_loop(self) -> list[int]:
         """Indices of the first outermost loop that multiplies; empty where none does.
@@ -123,39 +126,6 @@ class Listing:
         # SASS also spells conditions as operands: BRA.U !UP0, `(.L_x_3)
         conditional = instruction.predicated or opcode.startswith("s_cbranch") or "," in operands
         return [*target, *following] if conditional else target
-
-
-def _strongly_connected(successors: list[list[int]]) -> list[list[int]]:
-    """Kosaraju's algorithm: walk forwards from every node, then backwards from the one that was left last."""
-    predecessors: list[list[int]] = [[] for _ in successors]
-    for node, targets in enumerate(successors):
-        for target in targets:
-            predecessors[target].append(node)
-    left: list[int] = []
-    seen: set[int] = set()
-    for root in range(len(successors)):
-        left += _walk(root, successors, seen)
-    seen = set()
-    return [_walk(root, predecessors, seen) for root in reversed(left)]
-
-
-def _walk(root: int, edges: list[list[int]], seen: set[int]) -> list[int]:
-    """What `root` reaches of the unseen, each after what it reaches itself. A listing is too long for recursion."""
-    if root in seen:
-        return []
-    seen.add(root)
-    left: list[int] = []
-    path = [(root, iter(edges[root]))]
-    while path:
-        node, targets = path[-1]
-        target = next((target for target in targets if target not in seen), None)
-        if target is None:
-            left.append(node)
-            path.pop()
-        else:
-            seen.add(target)
-            path.append((target, iter(edges[target])))
-    return left
 
 
 _SASS_LINE = re.compile(r'//## File "([^"]*)", line (\d+)')

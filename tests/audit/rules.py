@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from ..kernels.architectures import ARCHITECTURES
+from smoa_kernels.kernels.architectures import ARCHITECTURES, Architecture
 
-__all__ = ["Record", "Role", "Traffic", "broken_rules"]
-
-Role = Literal["matmul", "gather", "copy"]
+__all__ = ["Record", "Traffic", "broken_rules", "occupancy"]
 
 WIDE_BITS = 128
+UNKNOWN = "?"
+"""A pointer that the listing does not tell."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Traffic:
     """Global-memory instructions of one kind in one place of the binary.
 
     Attributes:
-        pointer: parameter names it goes through, joined by "|"; "?" where the listing does not tell.
+        pointer: parameter names it goes through, joined by "|", or `UNKNOWN`.
         kind: "load" or "store".
         bits: per thread; 0 for bulk copies.
         asynchronous: straight to shared memory.
@@ -41,31 +40,12 @@ class Traffic:
 class Record:
     """What one kernel at one configuration compiles to on one architecture.
 
-    Attributes:
-        kernel: name of the kernel.
-        variant: which of its constexpr paths.
-        role: "matmul", "gather" or "copy".
-        config: the launch parameters.
-        arch: for example "sm_90".
-        dtype: "bf16", "fp16", "tf32" or "fp32" (IEEE).
-        registers: per thread.
-        spilled: bytes per thread.
-        stack: bytes per thread.
-        shared: bytes per block.
-        warps: per block.
-        blocks_per_multiprocessor: from the published limits.
-        binary_bytes: size of the device binary.
-        instructions: of a warp, in the listing.
-        loop_instructions: of these, in the main loop.
-        tensor_cores: class to count of tensor-core instructions in the main loop.
-        traffic: global-memory instructions.
-        narrow: pointers that may be accessed below 128 bits, each with its reason.
-        error: why it did not compile; nothing else then counts.
+    Registers, spills and stack are per thread, shared memory per block. If there is an `error`, nothing else counts.
     """
 
     kernel: str
-    variant: str
-    role: Role
+    form: str
+    role: str
     config: Mapping[str, Any]
     arch: str
     dtype: str
@@ -74,11 +54,7 @@ class Record:
     stack: int = 0
     shared: int = 0
     warps: int = 0
-    blocks_per_multiprocessor: int = 0
-    binary_bytes: int = 0
-    instructions: int = 0
-    loop_instructions: int = 0
-    tensor_cores: Mapping[str, int] = field(default_factory=dict)
+    tensor_cores: Mapping[str, int] = field(default_factory=dict)  # in the main loop
     traffic: tuple[Traffic, ...] = ()
     narrow: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
@@ -93,13 +69,24 @@ class Record:
         return cls(**{**data, "traffic": tuple(Traffic(**entry) for entry in data["traffic"])})
 
     @property
-    def main_loop_loads(self) -> Counter[tuple[int, bool]]:
-        """(bits, asynchronous) to count, of wide operands only."""
-        loads: Counter[tuple[int, bool]] = Counter()
-        for entry in self.traffic:
-            if entry.in_main_loop and entry.kind == "load" and not _may_be_narrow(self, entry):
-                loads[entry.bits, entry.asynchronous] += entry.count
-        return loads
+    def name(self) -> str:
+        """What was compiled."""
+        config = " ".join(
+            f"{name.removeprefix('block_').removeprefix('num_')}={v}" for name, v in self.config.items()
+        )
+        return f"{self.kernel} {self.form}, {self.arch} {self.dtype}, {config}"
+
+
+def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) -> int:
+    """Blocks that one multiprocessor holds at once; 0 where not even one fits.
+
+    `registers` is per thread, on AMD vector plus accumulation registers; `shared` is bytes per block.
+    """
+    granules = -(-max(registers, 1) // arch.register_granule)
+    warps_per_scheduler = arch.registers // (granules * arch.register_granule)
+    resident_warps = min(arch.max_warps, warps_per_scheduler * arch.schedulers)
+    by_shared = arch.shared_per_multiprocessor // max(shared + arch.shared_reserved, 1)
+    return min(arch.max_blocks, resident_warps // warps, by_shared)
 
 
 def broken_rules(record: Record) -> tuple[str, ...]:
@@ -113,11 +100,13 @@ def broken_rules(record: Record) -> tuple[str, ...]:
        Nothing is asked of the loads of gather kernels, which multiply what they read one number at a time.
     4. In copy kernels every access is 128 bits wide.
 
-    Rules 3 and 4 spare the pointers that the kernel declares narrow, each with its reason.
+    Rules 3 and 4 spare the pointers that the kernel declares narrow, each with its reason, and on AMD the few accesses
+    whose pointer is unknown.
     """
     if record.error is not None:
         return (f"does not compile: {record.error}",)
     arch = ARCHITECTURES[record.arch]
+    judged = [entry for entry in record.traffic if not _is_spared(record, entry, arch)]
     broken = []
     if record.spilled:
         broken.append(f"spills {record.spilled} bytes")
@@ -125,36 +114,26 @@ def broken_rules(record: Record) -> tuple[str, ...]:
         broken.append(f"stack of {record.stack} bytes")
     if record.shared > arch.shared_per_block:
         broken.append(f"shared memory {record.shared} above {arch.shared_per_block} bytes")
-    elif record.blocks_per_multiprocessor < 1:
+    elif not occupancy(arch, registers=record.registers, shared=record.shared, warps=max(record.warps, 1)):
         broken.append("not one block fits a multiprocessor")
-    if record.role != "copy":
-        broken += _matmul_rules(record)
-    else:
-        broken += _width_rules(record, [t for t in record.traffic if not _may_be_narrow(record, t)])
-    return tuple(broken)
-
-
-def _matmul_rules(record: Record) -> list[str]:
-    arch = ARCHITECTURES[record.arch]
-    broken = []
+    if record.role == "copy":
+        return (*broken, *_narrow(judged))
     if (record.dtype != "fp32" or arch.is_amd) and not record.tensor_cores.get(arch.tensor_core):
         found = ", ".join(record.tensor_cores) or "no tensor cores"
         broken.append(f"{found} in the main loop, not {arch.tensor_core}")
     if record.role == "gather":
-        return broken
-    loads = [
-        t for t in record.traffic if t.in_main_loop and t.kind == "load" and not _may_be_narrow(record, t)
-    ]
+        return tuple(broken)
+    loads = [entry for entry in judged if entry.in_main_loop and entry.kind == "load"]
     if not loads:
         broken.append("no loads of wide operands found in the main loop")
-    broken += _width_rules(record, loads)
+    broken += _narrow(loads)
     if arch.async_copies and not all(entry.asynchronous for entry in loads):
         names = sorted({entry.pointer for entry in loads if not entry.asynchronous})
         broken.append(f"main-loop loads of {', '.join(names)} are not asynchronous")
-    return broken
+    return tuple(broken)
 
 
-def _width_rules(record: Record, entries: list[Traffic]) -> list[str]:
+def _narrow(entries: list[Traffic]) -> list[str]:
     return [
         f"{entry.count} {entry.kind}s of {entry.bits} bits through {entry.pointer}"
         for entry in entries
@@ -162,5 +141,7 @@ def _width_rules(record: Record, entries: list[Traffic]) -> list[str]:
     ]
 
 
-def _may_be_narrow(record: Record, entry: Traffic) -> bool:
+def _is_spared(record: Record, entry: Traffic, arch: Architecture) -> bool:
+    if entry.pointer == UNKNOWN:
+        return arch.is_amd
     return all(pointer in record.narrow for pointer in entry.pointer.split("|"))

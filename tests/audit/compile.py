@@ -1,4 +1,3 @@
-# mypy: allow-untyped-calls
 """Ahead-of-time compilation of a launch for an architecture that need not be present.
 
 A launch is captured from the kernel's own launcher, called with tensors that have no data, so what is compiled
@@ -12,7 +11,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,14 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ..definition.precision import precision_of
-from ..kernels.architectures import Architecture
-from ..kernels.spec import Config, Kernel, Operands
-from .listing import LINES, Listing, parse_amdgcn, parse_sass
-from .pointers import argument_offsets, argument_pointers
+from smoa_kernels.definition.precision import precision_of
+from smoa_kernels.kernels.architectures import Architecture
+from smoa_kernels.kernels.spec import Config, Kernel, Operands
 
-# `Config` and `Kernel` for audit.run, which imports nothing else that imports Triton.
-__all__ = ["Binary", "Config", "Kernel", "Launch", "capture", "compile_launch", "representative_launch"]
+from .listing import LINES, Listing, parse_amdgcn, parse_sass
+
+__all__ = ["Binary", "Launch", "capture", "compile_launch", "representative_launch"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,7 @@ class Binary:
         stack: bytes of stack per thread, spills included.
         shared: bytes of shared memory per block.
         warps: per block.
-        size: bytes of the device binary.
         listing: the machine code.
-        pointers: per instruction the pointer arguments of its address, where the machine code tells (AMD).
     """
 
     registers: int
@@ -69,9 +65,7 @@ class Binary:
     stack: int
     shared: int
     warps: int
-    size: int
     listing: Listing
-    pointers: Sequence[frozenset[str]] = ()
 
 
 def capture(kernel: Any, launcher: Callable[[], object]) -> Launch:
@@ -139,8 +133,7 @@ def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> Binary:
     warps = int(compiled.metadata.num_warps)
     shared = int(compiled.metadata.shared)
     if arch.is_amd:
-        arguments = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
-        return _read_amd(compiled.asm["amdgcn"], shared, warps, len(compiled.asm["hsaco"]), arguments)
+        return _read_amd(compiled.asm["amdgcn"], shared, warps)
     # Warp-specialised kernels run more warps than num_warps; PTX knows the true number.
     threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"])
     warps = int(threads[1]) // 32 if threads else warps
@@ -260,10 +253,10 @@ def _read_nvidia(cubin: bytes, shared: int, warps: int) -> Binary:
         usage = _output(_tool("cuobjdump"), "--dump-resource-usage", str(path))
         listing = parse_sass(_output(_tool("nvdisasm"), "-g", "-c", str(path)))
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
-    return Binary(registers, listing.local_bytes(), stack, shared, warps, len(cubin), listing)
+    return Binary(registers, listing.local_bytes(), stack, shared, warps, listing)
 
 
-def _read_amd(text: str, shared: int, warps: int, size: int, arguments: Sequence[tuple[str, str]]) -> Binary:
+def _read_amd(text: str, shared: int, warps: int) -> Binary:
     count = {
         key: int(re.findall(rf"\.{key}:\s+(\d+)", text)[-1])
         for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
@@ -271,13 +264,7 @@ def _read_amd(text: str, shared: int, warps: int, size: int, arguments: Sequence
     # vgpr_count is the unified file's: accumulation registers are in it.
     spilled = 4 * count["vgpr_spill_count"]  # scalar registers spill into lanes of vector ones, not to memory
     stack = count["private_segment_fixed_size"]
-    listing = parse_amdgcn(text)
-    names = argument_pointers(arguments)
-    pointers = [
-        frozenset(names[offset] for offset in offsets if offset in names)
-        for offsets in argument_offsets([(i.opcode, i.operands) for i in listing.instructions])
-    ]
-    return Binary(count["vgpr_count"], spilled, stack, shared, warps, size, listing, pointers)
+    return Binary(count["vgpr_count"], spilled, stack, shared, warps, parse_amdgcn(text))
 
 
 def _output(*command: str) -> str:

@@ -1,0 +1,310 @@
+"""Times the candidates of each problem on a GPU, checks their numbers, and writes what was found into the user's table.
+
+A choice whose numbers are wrong is never timed: its error against the definition in float64 may be at most twice that
+of the definition in the kernel's own dtype. Ctrl-C keeps what was found. A candidate that ends the process is not tried
+for ever: it is saved as unfinished before it runs, and whatever comes after replaces that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from .. import kernels
+from ..backends import triton as backend
+from ..checks import first_line
+from ..definition.precision import PRECISIONS
+from ..definition.reference import backward as reference_backward
+from ..definition.reference import forward as reference_forward
+from ..files import replace_file
+from ..kernels import table
+from ..kernels.launch import on_device
+from ..kernels.spec import ALGORITHM_KEYS, Key, Operands, Work, in_dtype
+from ..kernels.table import INTERRUPTED, SCHEMA, UNFINISHED, Choice, Entry, Identity, Table, Trial, identity
+from .plan import Job
+
+__all__ = [
+    "DeviceLostError",
+    "Timer",
+    "Tuned",
+    "Workload",
+    "gpu_timer",
+    "keep",
+    "left",
+    "tune",
+    "workload",
+]
+
+MOST_CHARACTERS = 400  # of a reason: a compiler's may be as long as its source
+
+Timer = Callable[[Choice, Callable[[], object]], float]
+"""Median seconds of a launch with a choice."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What became of one job: its entry, and why there is none, or why candidates are left."""
+
+    job: Job
+    entry: Entry | None
+    problem: str | None = None
+
+
+class DeviceLostError(RuntimeError):
+    """A candidate took the GPU's context with it: nothing more can run in this process."""
+
+
+class WrongNumbersError(ArithmeticError):
+    """A choice computes something else than the definition."""
+
+
+def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
+    """Measure the median seconds with Triton's own benchmark, which clears the L2 cache before each launch."""
+    from triton.testing import do_bench
+
+    return float(do_bench(launch, warmup=10, rep=50, return_mode="median")) / 1e3
+
+
+def tune(
+    jobs: Sequence[Job],
+    device: torch.device,
+    *,
+    timer: Timer = gpu_timer,
+    deadline: float | None = None,
+    progress: Callable[[Job, Entry], object] = lambda job, entry: None,
+) -> list[Tuned]:
+    """Tune jobs in order until the deadline; what is done and not stale is not done again.
+
+    Args:
+        jobs: kernels before the algorithms that are made of them.
+        device: where to run.
+        timer: :func:`gpu_timer`, or a scripted one.
+        deadline: by `time.monotonic()`; None knows no end.
+        progress: called after each trial with the entry so far.
+
+    Raises:
+        OSError: the table cannot be written.
+        KeyboardInterrupt: what was found is saved.
+        DeviceLostError: likewise; a second run skips the candidate.
+    """
+    now = identity(device)
+    known, done = keep(now).entries, []
+    for job in jobs:
+        entry = known.get(job.key) or Entry(job.key, now)
+        problem = None
+        if left(job, entry):
+            if deadline is not None and time.monotonic() >= deadline:
+                problem = "no time was left"
+            else:
+                try:
+                    with on_device(device):
+                        entry = _tune_one(job, entry, workload(job.key, device), timer, deadline, progress)
+                    problem = "no time was left for all candidates" if left(job, entry) else None
+                except (DeviceLostError, KeyboardInterrupt):
+                    raise
+                except Exception as error:  # operands that do not fit in memory, say: the other jobs go on
+                    problem = _reason(error)
+        done.append(Tuned(job, entry if entry.trials else None, problem))
+    return done
+
+
+def left(job: Job, entry: Entry | None) -> list[Choice]:
+    """Return the candidates that are still to be tried."""
+    return [choice for choice in job.candidates if entry is None or entry.trial(choice) is None]
+
+
+def _tune_one(
+    job: Job,
+    entry: Entry,
+    load: Workload,
+    timer: Timer,
+    deadline: float | None,
+    progress: Callable[[Job, Entry], object],
+) -> Entry:
+    with load.precision():
+        load.prepare()
+    for choice in left(job, entry):
+        if deadline is not None and time.monotonic() >= deadline:
+            break
+        # Only the new trial is saved: another process may know more of the others than was read at the start.
+        trial = Trial(choice, reason=INTERRUPTED)
+        try:
+            # What ends the process leaves this behind, and is not tried again.
+            keep(entry.identity, job.key, Trial(choice, reason=UNFINISHED))
+            trial = _try(choice, load, timer)
+            keep(entry.identity, job.key, trial)
+        except BaseException:
+            with suppress(Exception):  # what ended the loop is what the caller must hear of
+                keep(entry.identity, job.key, trial)
+            raise
+        entry = entry.add(trial)
+        progress(job, entry)
+        _check_device(job.key, choice)
+    return entry
+
+
+def _try(choice: Choice, load: Workload, timer: Timer) -> Trial:
+    try:
+        with load.precision():
+            load.check(choice)
+            return Trial(choice, seconds=timer(choice, lambda: load.run(choice)))
+    except Exception as error:  # whatever a compiler or a driver throws is a finding about this choice
+        return Trial(choice, reason=_reason(error))
+
+
+def _check_device(key: Key, choice: Choice) -> None:
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise DeviceLostError(
+            f"{key.kernel} at {choice} took the GPU's context with it ({_reason(error)}); what was found is "
+            "saved, run the same command again to go on without it"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    line = first_line(error).strip()[:MOST_CHARACTERS]
+    return f"{type(error).__name__}: {line}".removeprefix("WrongNumbersError: ")
+
+
+# What is run and checked
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One key's operands and what to do with them.
+
+    Attributes:
+        key: the problem.
+        run: launches with a choice and returns what was computed.
+        defined: the same by the definition, with the operands in a dtype.
+    """
+
+    key: Key
+    run: Callable[[Any], Sequence[Tensor]]
+    defined: Callable[[torch.dtype], Sequence[Tensor]]
+
+    def prepare(self) -> None:
+        """Compute what results are compared with, once; it needs more memory than any choice does."""
+        _ = self._expected
+
+    def check(self, choice: Any) -> None:
+        """Run once and compare.
+
+        Raises:
+            WrongNumbersError: naming the error and what was allowed.
+        """
+        for value, truth, allowed in zip(self.run(choice), *self._expected, strict=True):
+            error = _relative(value.double(), truth)
+            if not error <= allowed:
+                raise WrongNumbersError(f"wrong numbers: relative error {error:.1e}, at most {allowed:.1e}")
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """PyTorch's own float32 products as the key has them: in TF32 or in IEEE."""
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32" if self.key.dtype == "tf32" else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+    @cached_property
+    def _expected(self) -> tuple[Sequence[Tensor], Sequence[float]]:
+        exact = self.defined(torch.float64)
+        precision = PRECISIONS[self.key.dtype]
+        same = self.defined(precision.dtype)
+        budgets = [2 * _relative(s.double(), t) + precision.floor for s, t in zip(same, exact, strict=True)]
+        return exact, budgets
+
+
+def _relative(value: Tensor, truth: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(truth))
+    error = float(torch.linalg.vector_norm(value - truth))
+    return error / norm if norm else error
+
+
+def workload(key: Key, device: torch.device) -> Workload:
+    """What to run and check for a key on `device`, the same at each call."""
+    if key.kernel not in ALGORITHM_KEYS:
+        kernel = kernels.KERNELS[key.kernel]
+        return Workload(key, *kernel.workload(Operands(key, kernel.forms[0], device)))
+    of_algorithm = _forward if key.kernel == "forward" else _input_gradient
+    return Workload(key, *of_algorithm(Operands(key, "", device)))
+
+
+def _forward(operands: Operands) -> Work:
+    adapter = operands.adapter()
+    x = operands.tensor(operands.key.tokens, operands.key.in_features)
+
+    def run(algorithm: Any) -> list[Tensor]:
+        return [backend.forward(x, None, adapter, algorithm, None)]
+
+    return run, lambda dtype: [reference_forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", None)]
+
+
+def _input_gradient(operands: Operands) -> Work:
+    adapter = operands.adapter()
+    dy = operands.tensor(operands.key.tokens, operands.key.out_features)
+
+    def run(algorithm: Any) -> list[Tensor]:
+        return [backend.input_gradient(dy, adapter, algorithm, None)]
+
+    def defined(dtype: torch.dtype) -> list[Tensor]:
+        dx, _, _ = reference_backward(dy.to(dtype), None, in_dtype(adapter, dtype), None, needs_x=True)
+        assert dx is not None
+        return [dx]
+
+    return run, defined
+
+
+# What is kept
+
+
+def keep(now: Identity, key: Key | None = None, *trials: Trial) -> Table:
+    """Add trials of a problem to the user's table, in force from now on; return what it then holds.
+
+    Writers hold a lock, read the file again, add what they found and replace it in one step: two of them lose nothing,
+    and a reader never sees half a file. Entries that are skipped stay in the file, for another version may know them; a
+    file that is no table is renamed to `NAME.broken-1` (or -2, …).
+
+    Args:
+        now: what the trials were measured on.
+        key: the problem; None adds nothing.
+        trials: see :meth:`Entry.add`.
+
+    Raises:
+        OSError: the folder cannot be written to, or another process holds the lock for a minute.
+    """
+    path = table.user_table(now.gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # which goes with a process that dies
+        found = table.parse(path, now)
+        if found.broken:
+            number = 1
+            while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
+                number += 1
+            os.replace(path, aside)
+            warnings.warn(f"tuning table {path} {found.broken}; set aside as {aside.name}", stacklevel=2)
+            found = Table()
+        if key is not None:
+            found.entries[key] = found.entries.get(key, Entry(key, now)).add(*trials)
+        entries = [entry.to_json() for entry in found.entries.values()]
+        entries += found.stale + [raw for _, raw in found.skipped]
+        replace_file(path, f"{json.dumps({'schema': SCHEMA, 'entries': entries}, indent=1)}\n".encode())
+    table.forget()
+    return found

@@ -1,0 +1,186 @@
+"""Compiles every kernel at every shipped configuration for every architecture, in processes of their own.
+
+No GPU is needed. Results are cached by everything that decides them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import triton
+
+from smoa_kernels.checks import check_choices
+from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
+from smoa_kernels.files import cache_folder, replace_file
+from smoa_kernels.kernels.architectures import ARCHITECTURES
+from smoa_kernels.kernels.spec import Config, Kernel
+
+from .compile import Binary, Launch, compile_launch, representative_launch
+from .pointers import pointers_at
+from .rules import UNKNOWN, Record, Traffic
+
+__all__ = ["Task", "run_audit", "run_task", "tasks"]
+
+KERNELS = "smoa_kernels.kernels:KERNELS"
+_CACHE_SCHEMA = 6  # raised whenever a record gains a field or a parser changes what it reads
+
+
+@dataclass(frozen=True)
+class Task:
+    """One compilation; `registry` is the "module:attribute" of a mapping from names to `spec.Kernel`."""
+
+    kernel: str
+    form: str
+    config: int
+    arch: str
+    dtype: str
+    registry: str = KERNELS
+
+    def find(self) -> tuple[Kernel, Config, Record]:
+        """The kernel, its configuration, and what is known before anything is compiled."""
+        kernel = _load(self.registry)[self.kernel]
+        config = kernel.shipped(ARCHITECTURES[self.arch], PRECISIONS[self.dtype])[self.config]
+        narrow = dict(kernel.narrow)
+        known = self.kernel, self.form, kernel.role, asdict(config), self.arch, self.dtype
+        return kernel, config, Record(*known, narrow=narrow)
+
+
+def _load(registry: str) -> Mapping[str, Kernel]:
+    module, _, attribute = registry.partition(":")
+    known: Mapping[str, Kernel] = getattr(importlib.import_module(module), attribute)
+    return known
+
+
+def tasks(
+    archs: Sequence[str] = (),
+    kernels: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    registry: str = KERNELS,
+) -> list[Task]:
+    """Every compilation asked for, in the order of `archs`; where nothing is named, all."""
+    known = _load(registry)
+    check_choices("--arch", archs, ARCHITECTURES)
+    check_choices("--dtype", dtypes, KERNEL_PRECISIONS)
+    check_choices("--kernel", kernels, known)
+    return [
+        Task(kernel.name, form, index, arch, dtype, registry)
+        for arch in archs or ARCHITECTURES
+        for kernel in known.values()
+        if not kernels or kernel.name in kernels
+        for dtype in dtypes or KERNEL_PRECISIONS
+        if not (dtype == "tf32" and ARCHITECTURES[arch].is_amd)  # AMD multiplies float32 in IEEE
+        for index in range(len(kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])))
+        for form in kernel.forms
+    ]
+
+
+def run_audit(work: Sequence[Task], jobs: int) -> Iterator[Record]:
+    """Each task's record, as they finish. A compiler that crashes takes its process with it, and so the whole pool."""
+    waiting = dict.fromkeys(work)
+    while waiting:
+        # Until one crashes; which of those that were begun it was, nobody says.
+        with _workers(jobs) as pool, suppress(BrokenProcessPool):
+            pending = {pool.submit(run_task, task): task for task in waiting}
+            for future in as_completed(pending):
+                record = future.result()
+                del waiting[pending[future]]
+                yield record
+        # In order: one in each worker, and in the pool's queue as many and one more.
+        for task in list(waiting)[: 2 * jobs + 1]:
+            del waiting[task]
+            try:
+                with _workers(1) as pool:
+                    yield pool.submit(run_task, task).result()
+            except BrokenProcessPool:
+                yield replace(task.find()[2], error="the compiler ended its process")
+
+
+def run_task(task: Task) -> Record:
+    """Compile one configuration, or take it from the cache."""
+    kernel, config, blank = task.find()
+    arch = ARCHITECTURES[task.arch]
+    try:
+        launch = representative_launch(kernel, config, task.dtype, task.form, arch)
+        path = cache_folder() / "audit" / f"{_key(kernel, launch, blank)}.json"
+        if (cached := _read(path)) is not None:
+            return cached
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Triton's notices about its own future
+            record = _record(blank, compile_launch(kernel.fn, launch, arch))
+    except Exception as error:  # whatever a compiler throws is a finding about this configuration
+        last = (str(error).strip().splitlines() or [""])[-1].strip()
+        return replace(blank, error=f"{type(error).__name__}: {last}")
+    with suppress(OSError):  # a full disk costs only the cache
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(record.to_json()).encode())
+    return record
+
+
+def _record(blank: Record, binary: Binary) -> Record:
+    listing = binary.listing
+    main_loop = set(listing.main_loop())
+    tensor_cores: Counter[str] = Counter()
+    traffic: Counter[tuple[str, str, int, bool, bool]] = Counter()
+    for index, instruction in enumerate(listing.instructions):
+        inside = index in main_loop
+        if (core := listing.tensor_core(instruction)) and inside:
+            tensor_cores[core] += 1
+        if access := listing.access(instruction):
+            pointers = pointers_at(*access.location, access.kind) if access.location else frozenset()
+            name = "|".join(sorted(pointers)) or UNKNOWN
+            traffic[name, access.kind, access.bits, access.asynchronous, inside] += 1
+    return replace(
+        blank,
+        registers=binary.registers,
+        spilled=binary.spilled,
+        stack=binary.stack,
+        shared=binary.shared,
+        warps=binary.warps,
+        tensor_cores=dict(tensor_cores),
+        traffic=tuple(Traffic(*key, count) for key, count in sorted(traffic.items())),
+    )
+
+
+def _key(kernel: Kernel, launch: Launch, blank: Record) -> str:
+    """Hash of everything that decides a record: source, launch, architecture, dtype, Triton, this schema."""
+    decides = [_CACHE_SCHEMA, triton.__version__, kernel.fn.cache_key, blank.to_json(), asdict(launch)]
+    return hashlib.sha256(json.dumps(decides, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        return Record.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # absent, truncated or foreign: compile again and overwrite
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that compile: spawned, each with a Triton cache that is nobody else's."""
+    with tempfile.TemporaryDirectory(prefix="smoa-audit-") as folder:
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(folder,))
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(triton_cache: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = triton_cache
+    import torch
+
+    torch.set_num_threads(1)

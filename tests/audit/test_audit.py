@@ -1,0 +1,288 @@
+"""The audit (`make audit`): parsers and rules on fabricated listings, and real compiles of toy kernels."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from smoa_kernels.kernels.architectures import ARCHITECTURES
+
+pytest.importorskip("triton", reason="there is no compiler")
+
+from .compile import exact_lines
+from .listing import parse_amdgcn, parse_sass
+from .pointers import pointers_by_line
+from .rules import Record, Traffic, broken_rules, occupancy
+
+HOPPER_LOOP = """
+	//## File "kernel.py", line 3
+        /*0010*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+	//## File "kernel.py", line 10
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R5+0x100], desc[UR4][R2.64] ;
+        /*0030*/              @!P1 LDGSTS.E.BYPASS.128 [R6], desc[UR4][R8.64] ;
+	//## File "helper.py", line 4 inlined at "kernel.py", line 12
+	//## File "kernel.py", line 12
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+	//## File "kernel.py", line 20
+        /*0060*/                   STG.E.U16 desc[UR4][R2.64], R7 ;
+        /*0070*/                   EXIT ;
+.L_x_2:
+        /*0080*/                   BRA `(.L_x_2);
+"""
+# Blackwell's barrier waits jump out of line and back: no interval, but one cycle of control flow.
+BLACKWELL_LOOP = """
+.L_x_9:
+        /*0000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR19], R12 ;
+        /*0010*/              @!P0 BRA `(.L_x_7) ;
+.L_x_15:
+        /*0020*/                   UTCHMMA gdesc[UR4], gdesc[UR8], tmem[UR7], tmem[UR16], idesc[UR17], !UPT ;
+        /*0030*/                   BRA.U UP1, `(.L_x_9) ;
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0050*/                   EXIT ;
+.L_x_7:
+        /*0060*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR19], R12 ;
+        /*0070*/              @!P0 BRA `(.L_x_7) ;
+        /*0080*/                   BRA `(.L_x_15) ;
+"""
+AMD_LOOP = """
+	.file	1 "/somewhere" "kernel.py"
+	.loc	1 10 9 is_stmt 1                ; kernel.py:10:9
+.LBB0_1:
+	buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen
+	global_load_ushort v9, v[4:5], off
+	.loc	1 0 9                           ; kernel.py:0:9
+	v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
+	s_cbranch_scc1 .LBB0_1
+	global_store_dwordx2 v[4:5], v[0:1], off
+	s_endpgm
+"""
+
+
+def accesses(listing, indices):
+    return [a for i in indices if (a := listing.access(listing.instructions[i]))]
+
+
+def test_sass():
+    listing = parse_sass(HOPPER_LOOP)
+    loop = listing.main_loop()
+    opcodes = [listing.instructions[i].opcode.split(".")[0] for i in loop]
+    assert opcodes == ["LDGSTS", "LDGSTS", "HGMMA", "BRA"]
+    assert [(a.kind, a.bits, a.asynchronous) for a in accesses(listing, loop)] == [("load", 128, True)] * 2
+    assert accesses(listing, loop)[0].location == ("kernel.py", 10)
+    assert listing.instructions[loop[2]].location == ("helper.py", 4)  # the innermost inlined line
+    (store,) = (i for i, x in enumerate(listing.instructions) if x.opcode.startswith("STG"))
+    assert store not in loop
+    assert accesses(listing, [store])[0].bits == 16
+    waits = parse_sass(BLACKWELL_LOOP)
+    opcodes = [waits.instructions[i].opcode for i in waits.main_loop()]
+    assert len(opcodes) == 7
+    assert "UTCHMMA" in opcodes
+    assert "STG.E.128" not in opcodes
+
+
+def test_the_first_loop_that_multiplies_is_the_main_one():
+    body = "\n".join(f"        /*{i:04x}*/                   FFMA R1, R2, R3, R1 ;" for i in range(40))
+    plain = f".L_x_1:\n{body}\n        /*0100*/               @P0 BRA `(.L_x_1) ;\n"
+    scalar = ".L_x_0:\n        /*0000*/   IADD3 R1, R1, R2, RZ ;\n        /*0010*/  @P0 BRA `(.L_x_0) ;\n"
+    later = (
+        ".L_x_3:\n        /*0200*/   HMMA.16816.F32 R1, R2, R3, R1 ;\n        /*0210*/  @P0 BRA `(.L_x_3) ;\n"
+    )
+    listing = parse_sass(scalar + plain + later)
+    assert [listing.instructions[i].opcode for i in listing.main_loop()].count("FFMA") == 40
+
+
+@pytest.mark.parametrize(
+    ("code", "access", "core"),
+    [
+        ("LDG.E R1, [R2]", ("load", 32, False), None),
+        ("LDG.E.U16.CONSTANT R1, [R2]", ("load", 16, False), None),
+        ("@P1 LDG.E.64 R1, [R2]", ("load", 64, False), None),
+        ("UTMALDG.2D [UR8], [UR4]", ("load", 0, True), None),
+        ("STG.E.128 [R2], R4", ("store", 128, False), None),
+        ("LDS.128 R4, [R2]", None, None),
+        ("HMMA.16816.F32.BF16 R1, R2", None, "HMMA"),
+        ("UTCHMMA R1, R2", None, "UTCHMMA"),
+        ("HFMA2.MMA R1, R2", None, None),
+        ("WARPGROUP.ARRIVE R1, R2", None, None),
+    ],
+)
+def test_instructions(code, access, core):
+    listing = parse_sass(f"        /*0000*/    {code} ;")
+    found = listing.access(listing.instructions[0])
+    assert (found and (found.kind, found.bits, found.asynchronous)) == access
+    assert listing.tensor_core(listing.instructions[0]) == core
+
+
+def test_spilled_bytes():
+    lines = ("STL.64 [R1+0x8], R4", "STL [R1], R6", "STL.64 [R1+0x8], R8", "LDL.64 R4, [R1+0x8]")
+    assert parse_sass("\n".join(f"        /*0000*/    {line} ;" for line in lines)).local_bytes() == 12
+
+
+def test_amdgcn():
+    listing = parse_amdgcn(AMD_LOOP)
+    loop = listing.main_loop()
+    assert len(loop) == 4
+    assert [a.bits for a in accesses(listing, loop)] == [128, 16]
+    assert accesses(listing, loop)[0].location == ("/somewhere/kernel.py", 10)
+    assert [core for i in loop if (core := listing.tensor_core(listing.instructions[i]))] == ["MFMA"]
+    assert accesses(listing, range(len(listing.instructions)))[-1].bits == 64
+
+
+def test_lines_of_two_files_stay_apart():
+    """ptxas takes a line for one of the file before where only the file changes."""
+    ptx = ".loc 1 77 19\n.loc 2 77 25, function_name $L0, inlined_at 1 77 19 // a.py:77:25\n.loc 1 0 9\n"
+    first, second, at, none = (int(line) for line in re.findall(r"(?:loc|at) \d (\d+)", exact_lines(ptx)))
+    assert (at, none) == (first, 0)
+    assert first != second
+    for line in (first, second):
+        listing = parse_sass(f'//## File "a.py", line {line}\n        /*0000*/   EXIT ;\n')
+        assert listing.instructions[0].location == ("a.py", 77)
+
+
+def test_pointers_by_line():
+    lines = pointers_by_line(
+        """
+def kernel(x_ptr, index_ptr, out_ptr, n):
+    cols = tl.load(index_ptr + n)
+    x_ptrs = x_ptr + cols
+    for _ in range(3):
+        value = tl.load(
+            x_ptrs[:, None],
+        )
+    tl.store(out_ptr + n, tl.load(x_ptr))
+"""
+    )
+    assert lines[3, "load"] == {"index_ptr"}
+    assert lines[6, "load"] == lines[8, "load"] == {"x_ptr"}  # a loaded index is no address in index_ptr
+    assert (lines[9, "load"], lines[9, "store"]) == ({"x_ptr"}, {"out_ptr"})
+    assert (2, "load") not in lines
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "blocks"),
+    [
+        ("sm_80", 128, 48 * 1024, 4, 3),  # shared memory: 164 / 49
+        ("sm_80", 255, 0, 8, 1),  # registers: 2 warps per scheduler
+        ("sm_90", 32, 0, 1, 32),  # the block limit
+        ("sm_86", 40, 0, 8, 6),  # 48 warps
+        ("gfx942", 128, 32 * 1024, 4, 2),
+        ("gfx942", 512, 0, 4, 1),
+    ],
+)
+def test_occupancy(arch, registers, shared, warps, blocks):
+    found = occupancy(ARCHITECTURES[arch], registers=registers, shared=shared, warps=warps)
+    assert found == blocks
+
+
+LOADS = Traffic("x_ptr", "load", 128, True, True, 8)
+GOOD = Record(
+    *("block_matmul", "r16", "matmul", {"block_t": 128}, "sm_90", "bf16"),
+    registers=168,
+    shared=60_000,
+    warps=8,
+    tensor_cores={"HGMMA": 8},
+    traffic=(LOADS, Traffic("index_ptr", "load", 32, False, True, 1), Traffic("y_ptr", "store", 16, False, False, 64)),
+    narrow={"index_ptr": "one per column"},
+)  # fmt: skip
+AMD = {"arch": "gfx942", "tensor_cores": {"MFMA": 1}}
+
+
+def load(pointer: str, bits: int, asynchronous: bool) -> dict[str, object]:
+    return {"traffic": (*GOOD.traffic, Traffic(pointer, "load", bits, asynchronous, True, 136))}
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({}, None),
+        ({"spilled": 12}, "spills 12 bytes"),
+        ({"stack": 16}, "stack of 16 bytes"),
+        ({"shared": 227 * 1024 + 1}, "shared memory 232449 above 232448 bytes"),
+        ({"registers": 255, "warps": 16}, "not one block fits"),
+        ({"tensor_cores": {}}, "no tensor cores in the main loop, not HGMMA"),
+        ({"tensor_cores": {}, "dtype": "fp32"}, None),
+        ({"tensor_cores": {}, "dtype": "fp32", "arch": "gfx942"}, "not MFMA"),
+        ({"dtype": "tf32", "tensor_cores": {"HMMA": 8}}, "HMMA in the main loop, not HGMMA"),
+        *(({"arch": arch}, f"not {core}") for arch, core in (("sm_80", "HMMA"), ("sm_100", "UTCHMMA"))),
+        (load("dy_ptr", 64, True), "136 loads of 64 bits through dy_ptr"),
+        (load("dy_ptr", 128, False), "loads of dy_ptr are not asynchronous"),
+        (AMD | load("dy_ptr", 128, False), None),
+        (load("dy_ptr|index_ptr", 16, False), "through dy_ptr|index_ptr"),
+        (load("?", 16, False), "through ?"),
+        (AMD | load("?", 16, False), None),  # LLVM merged it with another
+        ({"traffic": GOOD.traffic[1:]}, "no loads of wide operands"),
+        ({"traffic": GOOD.traffic[1:], "role": "gather"}, None),
+        ({"role": "copy", "traffic": GOOD.traffic[:2]}, None),
+        ({"role": "copy"}, "64 stores of 16 bits through y_ptr"),
+        ({"error": "OutOfResources"}, "does not compile: OutOfResources"),
+    ],
+)
+def test_rules(change, rule):
+    broken = broken_rules(replace(GOOD, **change))
+    assert broken == () if rule is None else any(rule in one for one in broken), broken
+
+
+def test_a_record_survives_json():
+    assert Record.from_json(json.loads(json.dumps(GOOD.to_json()))) == GOOD
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> Callable[..., tuple[int, str, dict[object, Record]]]:
+    """Audits toy kernels (toys.py) in a process that compiles; its exit code, output and records by kernel or block."""
+
+    def run(*options: str, registry: str = "TOYS") -> tuple[int, str, dict[object, Record]]:
+        command = [sys.executable, "-m", "audit", "--dtype", "bf16", "--jobs", "2", "--json", "out.json"]
+        tests = Path(__file__).resolve().parents[1]
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"PYTHONPATH": f"{tests}:{tests.parent}", "SMOA_CACHE": str(tmp_path)}
+        command += ["--registry", f"audit.toys:{registry}", *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode in (0, 1), done.stderr
+        found = json.loads((tmp_path / "out.json").read_text())
+        assert [bool(entry.pop("broken_rules")) for entry in found].count(True) == done.stdout.count("BROKEN")
+        records = map(Record.from_json, found)
+        return (
+            done.returncode,
+            done.stdout,
+            {r.config["block"] if registry != "TOYS" else r.kernel: r for r in records},
+        )
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "core"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "MFMA")])
+def test_good_and_bad_kernels(audit, tmp_path, arch, core):
+    code, out, records = audit("--arch", arch)
+    good, bad, copy = (records[name] for name in ("toy_matmul", "toy_misaligned", "toy_copy"))
+    assert (code, out.count("BROKEN toy_misaligned")) == (1, 1)
+    assert broken_rules(good) == ()
+    assert good.tensor_cores[core] > 0
+    assert {t.pointer for t in good.traffic if t.in_main_loop} == {"x_ptr", "w_ptr"}
+    assert any("loads of 16 bits through x_ptr" in rule for rule in broken_rules(bad))
+    assert not any("x_ptr" in rule for rule in broken_rules(copy))  # declared narrow, and is
+    assert any("through x_ptr" in rule for rule in broken_rules(replace(copy, narrow={})))
+    cached = sorted((tmp_path / "audit").iterdir())
+    spoiled = next(path for path in cached if "toy_copy" in path.read_text())
+    spoiled.write_text(spoiled.read_text()[:40])  # as a crash without atomic writes would leave it
+    assert audit("--arch", arch)[2] == records
+    assert sorted((tmp_path / "audit").iterdir()) == cached
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_compiler_that_crashes_is_a_finding(audit):
+    """Alone of its kind; one that crashed only once counts as what it compiled to."""
+    code, _, records = audit("--arch", "sm_80", registry="CRASHES")
+    assert code == 1
+    assert set(records) == {256, 128, 64, 512, 1024, 2048}
+    assert records.pop(64).error == "the compiler ended its process"
+    assert all(record.error is None for record in records.values())

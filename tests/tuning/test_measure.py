@@ -1,0 +1,257 @@
+"""The tuner in Triton's interpreter, under a scripted clock: what is timed, checked, kept, and never tried again."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from tuning_cases import (
+    CPU,
+    PERMUTE,
+    PERMUTE_CONFIGS,
+    SPEED,
+    entry,
+    kept,
+    needs_interpreter,
+    permute_job,
+    put,
+    scripted,
+    write,
+)
+
+from smoa_kernels.kernels.spec import Key
+from smoa_kernels.kernels.table import INTERRUPTED, UNFINISHED, Choice, Trial, identity
+from smoa_kernels.tuning import measure
+from smoa_kernels.tuning.measure import MOST_CHARACTERS, DeviceLostError, Workload, keep, tune, workload
+from smoa_kernels.tuning.plan import Layer, jobs, keys
+
+pytestmark = needs_interpreter
+
+FIRST, SECOND, THIRD = PERMUTE_CONFIGS
+SCRIPT = SPEED.__getitem__
+
+
+def reasons(key: Key = PERMUTE) -> dict[Choice, str | None]:
+    return {trial.choice: trial.reason for trial in kept()[key].trials}
+
+
+def spoiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Workload, Choice], list[Tensor]]) -> None:
+    """Let every workload return what `change` makes of it."""
+
+    def load(key: Key, device: torch.device) -> Workload:
+        good = workload(key, device)
+        return replace(good, run=lambda choice: change(good, choice))
+
+    monkeypatch.setattr(measure, "workload", load)
+
+
+def test_the_fastest_wins_every_time_is_kept_and_a_rerun_repeats_nothing() -> None:
+    (tuned,) = tune([permute_job()], CPU, timer=scripted(SCRIPT))
+    assert tuned.problem is None
+    assert tuned.entry == kept()[PERMUTE]
+    assert tuned.entry.best().choice == SECOND  # type: ignore[union-attr]
+    assert {t.choice: t.seconds for t in tuned.entry.trials} == SPEED
+    timed: list[Choice] = []
+    assert tune([permute_job()], CPU, timer=scripted(SCRIPT, timed)) == [tuned]
+    assert timed == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layer", [Layer(70, 90, 17, "bf16", 5, 2), Layer(48, 40, 33, "fp32", 4, 2, 8, experts=3)]
+)
+def test_every_kernel_and_algorithm_is_checked_and_timed(layer: Layer) -> None:
+    """The real operands and the real kernels, in the interpreter: each gives the definition's numbers."""
+    planned = [replace(job, candidates=job.candidates[:2]) for job in jobs([layer], "cpu", 1)]
+    assert {job.key for job in planned} == set(keys(layer))
+    for tuned in tune(planned, CPU, timer=scripted(lambda choice: 1.0)):
+        assert tuned.entry is not None, tuned
+        assert [t.reason for t in tuned.entry.trials] == [None] * len(tuned.job.candidates), tuned.job.key
+
+
+def test_what_is_stale_is_measured_again_and_what_is_left_too() -> None:
+    write(entry(torch="1.0"), entry(seconds={FIRST: 3.0}))
+    timed: list[Choice] = []
+    tune([permute_job()], CPU, timer=scripted(SCRIPT, timed))
+    assert timed == [SECOND, THIRD]
+
+
+def test_a_choice_that_fails_is_recorded_and_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not compile, or the timer dies: the same to the loop."""
+
+    def run(good: Workload, choice: Choice) -> list[Tensor]:
+        if choice == FIRST:
+            raise RuntimeError("\n  out of resource: shared memory\nmore")
+        return list(good.run(choice))
+
+    def timer(choice: Choice, launch: Callable[[], object]) -> float:
+        if choice == SECOND:
+            raise ValueError("x" * 10**6)  # the reason is cut
+        return 2.0
+
+    spoiled(monkeypatch, run)
+    (tuned,) = tune([permute_job()], CPU, timer=timer)
+    first, second = "RuntimeError: out of resource: shared memory", f"ValueError: {'x' * MOST_CHARACTERS}"
+    assert reasons() == {FIRST: first, SECOND: second, THIRD: None}
+    assert tuned.entry is not None
+    assert tuned.entry.best().choice == THIRD  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_choice_with_wrong_numbers_is_never_timed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled(
+        monkeypatch, lambda good, choice: [v * (factor if choice == SECOND else 1) for v in good.run(choice)]
+    )
+    timed: list[Choice] = []
+    tune([permute_job()], CPU, timer=scripted(SCRIPT, timed))
+    assert timed == [FIRST, THIRD]
+    assert str(reasons()[SECOND]).startswith("wrong numbers: relative error")
+
+
+def test_the_budget_ends_a_run_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def seconds(choice: Choice) -> float:
+        clock[0] += 10
+        return SPEED[choice]
+
+    other = permute_job(PERMUTE._replace(tokens=16))
+    first, second = tune([permute_job(), other], CPU, timer=scripted(seconds), deadline=15.0)
+    assert first.problem == "no time was left for all candidates"
+    assert list(reasons()) == [FIRST, SECOND]
+    assert (second.entry, second.problem) == (None, "no time was left")
+
+
+@pytest.mark.parametrize("where", ["operands", "truth"])
+def test_what_does_not_fit_in_memory_costs_one_job_and_no_candidate_its_name(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(dtype: torch.dtype) -> list[Tensor]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    def load(key: Key, device: torch.device) -> Workload:
+        good = workload(key, device)
+        if key.tokens == 8:
+            return good
+        return replace(good, defined=out_of_memory if where == "truth" else 1 / 0)
+
+    monkeypatch.setattr(measure, "workload", load)
+    large = permute_job(PERMUTE._replace(tokens=16))
+    failed, small = tune([large, permute_job()], CPU, timer=scripted(SCRIPT))
+    reason = {"truth": "OutOfMemoryError: out of memory", "operands": "ZeroDivisionError: division by zero"}
+    assert (failed.entry, failed.problem) == (None, reason[where])
+    assert small.problem is None
+    assert set(kept()) == {PERMUTE}
+
+
+def interrupt(choice: Choice, launch: object = None) -> float:
+    raise KeyboardInterrupt
+
+
+def test_a_rerun_after_ctrl_c_does_only_what_is_left() -> None:
+    def timer(choice: Choice, launch: Callable[[], object]) -> float:
+        return (interrupt if choice == SECOND else scripted(SCRIPT))(choice, launch)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune([permute_job()], CPU, timer=timer)
+    assert reasons() == {FIRST: None, SECOND: INTERRUPTED}
+    timed: list[Choice] = []
+    tune([permute_job()], CPU, timer=scripted(SCRIPT, timed))
+    assert timed == [SECOND, THIRD]
+    assert {t.choice: t.seconds for t in kept()[PERMUTE].trials} == SPEED
+
+
+# The first only looks whether the table can be written; the fourth and fifth are the second candidate's mark and time.
+@pytest.mark.parametrize(("call", "expected"), [(4, INTERRUPTED), (5, None)])
+def test_ctrl_c_while_the_table_is_written(
+    call: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    def save(*found: object) -> object:
+        calls.append(found)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return keep(*found)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measure, "keep", save)
+    with pytest.raises(KeyboardInterrupt):
+        tune([permute_job()], CPU, timer=scripted(SCRIPT))
+    assert reasons() == {FIRST: None, SECOND: expected}
+
+
+def test_ctrl_c_ends_the_run_where_nothing_can_be_written_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(now: object, key: Key | None = None, *trials: Trial) -> object:
+        if trials and trials[0].reason != UNFINISHED:
+            raise OSError("No space left on device")
+        return keep(identity(CPU))
+
+    monkeypatch.setattr(measure, "keep", save)
+    with pytest.raises(KeyboardInterrupt):
+        tune([permute_job()], CPU, timer=interrupt)
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{here!r}]
+from tuning_cases import CPU, PERMUTE_CONFIGS, permute_job
+from smoa_kernels.tuning.measure import tune
+def timer(choice, launch):
+    launch()
+    if choice == PERMUTE_CONFIGS[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+tune([permute_job()], CPU, timer=timer)
+"""
+
+
+def test_a_candidate_that_kills_the_process_is_not_tried_for_ever() -> None:
+    here = Path(__file__).resolve().parent
+    command = [sys.executable, "-c", KILLED.format(here=str(here))]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here.parents[1])
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert reasons() == {FIRST: None, SECOND: UNFINISHED}
+    timed: list[Choice] = []
+    tune([permute_job()], CPU, timer=scripted(SCRIPT, timed))
+    assert timed == [THIRD]
+    assert reasons() == {FIRST: None, SECOND: UNFINISHED, THIRD: None}
+
+
+@pytest.mark.parametrize(
+    "found",
+    [Trial(THIRD, reason=INTERRUPTED), Trial(THIRD, reason="wrong numbers"), Trial(THIRD, 2.0)],
+    ids=["interrupted", "failed", "measured"],
+)
+def test_a_mark_that_another_process_has_replaced_does_not_come_back(found: Trial) -> None:
+    """This one read the table while the other was at its third candidate."""
+    put(entry(seconds={FIRST: 3.0}))
+    keep(identity(CPU), PERMUTE, Trial(THIRD, reason=UNFINISHED))
+
+    def timer(choice: Choice, launch: object) -> float:
+        keep(identity(CPU), PERMUTE, found)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune([permute_job()], CPU, timer=timer)
+    assert {t.choice: t for t in kept()[PERMUTE].trials}[THIRD] == found
+
+
+def test_a_lost_gpu_ends_the_run_with_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[Choice] = []
+
+    def synchronize() -> None:
+        if len(timed) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(DeviceLostError, match=r"illegal memory access.*run the same command again"):
+        tune([permute_job()], CPU, timer=scripted(SCRIPT, timed))
+    assert list(reasons()) == [FIRST, SECOND]
