@@ -123,7 +123,8 @@ class _Count:
         tile = 256 if p.pairs >= 512 * p.experts and p.max_rank <= RANKS else p.tile
         unit = self.product(tile)
         adapter = unit / p.num_blocks * (1 + RANKS / tile)
-        self.add(name, adapter / FUSED_EFFICIENCY + unit, self.x + self.w + self.y)
+        self.add(f"{name}: adapter", adapter / FUSED_EFFICIENCY, 0, launches=0)
+        self.add(f"{name}: base", unit, self.x + self.w + self.y)
 
     def grouped_grad(self) -> None:
         """The gradients of both factors: tiles of G, what ends each, and the sum of what programs add to dA."""

@@ -7,7 +7,6 @@ import torch
 
 from smoa_kernels import backends
 from smoa_kernels.kernels.architectures import architecture, gpu_properties, multiprocessors
-from smoa_kernels.tuning.gpus import GPUS, device_gpu
 
 GPU = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -34,13 +33,6 @@ def here(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.version, "hip", hip)
 
     return put
-
-
-def test_the_published_gpu_that_stands_for_a_device(here) -> None:
-    here(H100)
-    assert device_gpu.__wrapped__(GPU) is GPUS["h100"]
-    here(MI300X, hip="6.4")
-    assert device_gpu.__wrapped__(GPU) is GPUS["mi300x"]
 
 
 def test_the_architecture_as_the_compiler_spells_it(here) -> None:

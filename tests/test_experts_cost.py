@@ -42,7 +42,7 @@ def test_few_pairs_cost_what_reading_the_weights_costs() -> None:
 def test_ranks_change_little(model: str, tokens: int) -> None:
     for way in EXPERTS_WAYS:
         assert over_frozen(model, tokens, way, rank=8) == pytest.approx(
-            over_frozen(model, tokens, way), abs=0.04
+            over_frozen(model, tokens, way), abs=0.05
         )
 
 

@@ -7,51 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bringup.predictions import block_grad_share, peak_bytes
+from benchmarks.bringup.predictions import peak_bytes
 from smoa_kernels.kernels import sizes
 from smoa_kernels.tuning.counts import Problem
-from smoa_kernels.tuning.gpus import GPUS
 
 pytestmark = pytest.mark.slow
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-
-H100 = GPUS["h100"]
-SQUARE = Problem(8192, 4096, 4096, num_blocks=4, rank=16)
-
-
-def test_the_goals_case_by_hand():
-    """4 blocks of 8 × 8 tiles in two waves over 132, twice, each over half of the tokens: 64 steps and 11 for the end;
-    64 flops a byte at 9.7 TB/s."""
-    found = block_grad_share(SQUARE, H100)
-    assert found.tiles == 1
-    assert found.waves == pytest.approx(256 / (2 * 132))
-    assert found.main_loop == pytest.approx(64 / 75)
-    assert found.cache == pytest.approx(64 * 9.7e12 / 700e12)
-    assert found.share == pytest.approx(found.waves * found.main_loop * found.cache)
-
-
-def test_each_limit_moves_with_what_it_depends_on():
-    found = block_grad_share(SQUARE, H100)
-    assert block_grad_share(SQUARE, replace(H100, multiprocessors=128)).waves == 1
-    assert block_grad_share(replace(SQUARE, tokens=1024), H100).main_loop == pytest.approx(16 / 27)
-    assert block_grad_share(replace(SQUARE, tokens=8191), H100).main_loop == pytest.approx(128 / 139)
-    assert block_grad_share(SQUARE, replace(H100, cache_tbps=11)).cache == 1 > found.cache
-    # 129 rows and columns of a block fill two tiles each; 8193 tokens begin another step.
-    odd = Problem(512, 516, 516, num_blocks=4, rank=16)
-    assert block_grad_share(odd, H100).tiles == pytest.approx((129 / 256) ** 2)
-    assert block_grad_share(replace(SQUARE, tokens=8193), H100).tiles == pytest.approx(8193 / (2 * 65 * 64))
-    # In place the tokens are one part. 16 granules of half a sector lie in 1 + 15 · 7/8 sectors, where 8 would do.
-    whole, half = (block_grad_share(replace(SQUARE, granule=granule), H100) for granule in (1024, 8))
-    assert whole.main_loop == half.main_loop == pytest.approx(128 / 139)
-    assert whole.cache == found.cache == pytest.approx(half.cache * (1 + 15 * 7 / 8) / 8)
-
-
-def test_few_tiles_share_their_tokens():
-    """4 × 1 × 2 tiles: T in 11 parts of 12 steps, for a part keeps at least as many as its end costs."""
-    found = block_grad_share(Problem(8192, 512, 1024, num_blocks=4, rank=16), H100)
-    assert found.waves == pytest.approx(88 / 132)
-    assert found.main_loop == pytest.approx(12 / 23)
 
 
 def test_peaks_by_hand():

@@ -8,7 +8,7 @@ import pytest
 
 from smoa_kernels.cli import main
 from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.scaling import METHODS, PARALLEL, STACKS, Scale, predict, tensor_parallel_size
+from smoa_kernels.tuning.scaling import METHODS, PARALLEL, WHOLE, Scale, predict, tensor_parallel_size
 
 H100 = GPUS["h100"]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
@@ -119,5 +119,5 @@ def test_the_table_and_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_every_model_is_known_whole() -> None:
-    for model in STACKS:
+    for model in WHOLE:
         assert all(plan.total_memory > 0 for plan in plans(model, 1, "ddp").values())

@@ -1,12 +1,11 @@
-"""Predicted memory of the backward (smoa_kernels/tuning/workspace.py), counted by hand."""
+"""Predicted memory of the backward (smoa_kernels/tuning/roofline.py), counted by hand."""
 
 from dataclasses import replace
 
 import pytest
 
 from smoa_kernels.kernels import sizes
-from smoa_kernels.tuning import grad_tiling
-from smoa_kernels.tuning.counts import Problem
+from smoa_kernels.tuning.counts import Problem, gradient_parts
 from smoa_kernels.tuning.roofline import backward_workspace, backward_workspace_bytes
 
 
@@ -44,7 +43,7 @@ def test_backward_workspace():
     ids=str,
 )
 def test_into_how_many_parts_a_backward_gathers(problem, parts):
-    assert grad_tiling.gradient_parts(problem) == parts
+    assert gradient_parts(problem) == parts
 
 
 @pytest.mark.parametrize(("num_blocks", "rank"), [(4, 16), (2, 256), (4, 1024), (2, 0)])
@@ -52,11 +51,11 @@ def test_parts_take_no_more_than_dx_where_they_may_be_short_enough(num_blocks, r
     for tokens in (8192, 16384, 100_001, 1 << 20):
         for shape in ((4096, 4096), (14336, 4096), (28672, 1024), (1024, 28672), (16390, 590)):
             p = Problem(tokens, *shape, num_blocks, rank)
-            parts = grad_tiling.gradient_parts(p)
+            parts = gradient_parts(p)
             assert sum(parts) == tokens
             assert min(parts[:-1], default=tokens) == max(parts)
             stages, dx = backward_workspace(p), 2 * tokens * p.in_features
-            partials = grad_tiling.partial_bytes(p)
+            partials = len(parts) * sizes.partial_bytes(p.features, p.num_blocks, p.max_rank)
             copies = stages["factor gradients"] - partials
             step = 2 * sizes.GRAD_STEP * sum(p.padded(n) for n in shape)  # parts are whole steps
             one = partials // len(parts)

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..checks import check_choice
 from ..tuning.gpus import GPUS
 from ..tuning.scaling import (
+    LARGE,
     METHODS,
     PARALLEL,
     WHOLE,
@@ -46,7 +47,7 @@ def plan(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(WHOLE)}.")] = "llama-3-8b",
     gpus: Annotated[int, typer.Option(min=1, max=10**9, help="How many GPUs, eight to a node.")] = 8,
     parallel: Annotated[str, typer.Option(help=f"One of {', '.join(PARALLEL)}.")] = "fsdp",
-    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100",
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(LARGE)}.")] = "h100",
     tokens: Annotated[int, typer.Option(min=1, max=10**9, help="Tokens of one replica in a step, T.")] = 8192,
     rank: Annotated[int, typer.Option(min=1, max=10**9, help="Rank budget r, of LoRA and of SMoA.")] = 16,
     blocks: Annotated[int, typer.Option(min=1, help="Spectral blocks, K.")] = 4,
@@ -56,7 +57,7 @@ def plan(
     """Predict each GPU's memory and communication for full fine-tuning, LoRA and SMoA. Nothing is measured."""
     check_choice("--model", model, WHOLE)
     check_choice("--parallel", parallel, PARALLEL)
-    check_choice("--gpu", gpu, GPUS)
+    check_choice("--gpu", gpu, LARGE)
     scale = Scale(model, gpus, cast(Parallel, parallel), tokens, rank, blocks)
     smallest = min(min(shape) for shape in scale.decoder.shapes)
     if blocks > smallest:

@@ -20,7 +20,7 @@ __all__ = ["KERNELS"]
 def __getattr__(name: str) -> Mapping[str, Kernel]:
     if name != "KERNELS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import (  # fmt: skip
+    from . import (
         block_grad,
         block_matmul,
         fused_linear,

@@ -401,14 +401,6 @@ BLOCK_GRAD = Kernel(
     BlockGradConfig,
     role="matmul",
     shipped=_shipped,
-    steps={
-        "block_n": (16, 32, 64, 128),
-        "block_c": (64, 128),
-        "block_t": (16, 32, 64, 128),
-        "split": (1, 0, 2),  # on either side of what the number of programs says
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
-    },
     workload=_workload,
     forms=("r16", "r64 fp32 factors", "r16 granules", "r16 granules dropout"),
     fits=tile_divides,

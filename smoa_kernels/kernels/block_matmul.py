@@ -282,13 +282,6 @@ BLOCK_MATMUL = Kernel(
     BlockMatmulConfig,
     role="matmul",
     shipped=_shipped,
-    steps={
-        "block_t": (32, 64, 128, 256),
-        "block_n": (32, 64, 128, 256),
-        "group_t": (4, 8, 16),
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
-    },
     workload=_workload,
     forms=("as stored", "transposed", "granules", "transposed granules"),
     narrow={"index_ptr": INDEX},  # as slot_coordinates names it

@@ -301,13 +301,6 @@ FUSED_LINEAR = Kernel(
     FusedLinearConfig,
     role="matmul",
     shipped=_shipped,
-    steps={
-        "block_n": (16, 32, 64, 128),
-        "block_r": (16, 32, 64),
-        "split": (1, 2, 4, 8),
-        "num_warps": (2, 4, 8),
-        "num_stages": (2, 3, 4),
-    },
     workload=_workload,
     forms=("r16", "r16 transposed", "r4", "r4 transposed", "r64 fp32 factors"),
     narrow={

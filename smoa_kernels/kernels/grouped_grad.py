@@ -301,13 +301,6 @@ GROUPED_GRAD = Kernel(
     GroupedGradConfig,
     role="matmul",
     shipped=_shipped,
-    steps={
-        "block_n": (32, 64, 128),
-        "block_c": (32, 64, 128, 256),
-        "block_t": (16, 32, 64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
-    },
     workload=_workload,
     forms=(
         "r16 granules contiguous",

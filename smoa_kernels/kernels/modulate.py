@@ -333,7 +333,6 @@ MODULATED_WEIGHT = Kernel(
     ModulateConfig,
     role="copy",
     shipped=lambda arch, precision: _SHIPPED,
-    steps={"block_n": (16, 32, 64), "block_c": (64, 128, 256), "num_warps": (4, 8)},
     workload=_weight_workload,
     forms=("r16", "r64 fp32 factors"),
     narrow={

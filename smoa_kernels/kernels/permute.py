@@ -237,7 +237,6 @@ PERMUTE = Kernel(
     PermuteConfig,
     role="copy",
     shipped=lambda arch, precision: _SHIPPED,
-    steps={"block_t": (32, 64, 128), "block_p": (64, 128, 256), "num_warps": (2, 4, 8)},
     workload=_workload,
     forms=tuple(
         f"{way}{mask}" for way in ("gather", "scatter") for mask in ("", " dropout", " dropout granules")

@@ -222,7 +222,6 @@ class Kernel:
         config: the class of its launch parameters.
         role: "matmul", "gather" or "copy": which rules of the audit apply.
         shipped: the configurations that ship for an architecture and a precision, largest tile first.
-        steps: the numbers that a field of the configuration may take when tuned; what is not named stays as it ships.
         workload: what to launch and to compare with, over the operands of a key.
         forms: names of the constexpr paths of a launch. The audit compiles each, the tuner times the first. "r64" in a
             name is ρ, else 16; "fp32 factors" are those that PEFT keeps; "transposed" reads along the other side;
@@ -238,7 +237,6 @@ class Kernel:
     config: type[Config]
     role: Literal["matmul", "gather", "copy"]
     shipped: Callable[[Architecture, Precision], tuple[Config, ...]]
-    steps: Mapping[str, tuple[int, ...]]
     workload: Callable[[Operands], Work]
     forms: tuple[str, ...]
     narrow: Mapping[str, str] = field(default_factory=dict)

@@ -160,7 +160,6 @@ SUM_PARTIALS = Kernel(
     SumConfig,
     role="copy",
     shipped=lambda arch, precision: _SHIPPED,
-    steps={"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)},
     workload=_workload,
     forms=("no bias", "bias", "r16", "r16 transposed"),
     narrow={"bias_ptr": "one row, read by every token and cached"},

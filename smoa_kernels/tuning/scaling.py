@@ -36,11 +36,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .counts import Problem
-from .gpus import Gpu
+from .gpus import GPUS, Gpu
 from .models import MODELS, Decoder
 from .roofline import backward_workspace_bytes, estimate
 
-__all__ = ["METHODS", "PARALLEL", "WHOLE", "Plan", "Scale", "predict", "tensor_parallel_size"]
+__all__ = ["LARGE", "METHODS", "PARALLEL", "WHOLE", "Plan", "Scale", "predict", "tensor_parallel_size"]
 
 Parallel = Literal["ddp", "fsdp", "tp"]
 Method = Literal["full", "lora", "smoa"]
@@ -58,6 +58,9 @@ _TRAINED = (
 )
 _LABELS = 9  # a uint8 label and an int64 index
 
+
+LARGE = tuple(name for name, gpu in GPUS.items() if gpu.memory_gb >= 80)
+"""The GPUs that are linked in such numbers."""
 
 WHOLE: Mapping[str, Decoder] = {name: decoder for name, decoder in MODELS.items() if decoder.layers}
 """The models of which all is known."""

@@ -90,7 +90,7 @@ def toy(
     **narrow: str,
 ) -> Kernel:
     configs = tuple(ToyConfig(block, 4) for block in blocks)
-    return Kernel(name, fn, ToyConfig, role, lambda arch, precision: configs, {}, work, (form,), narrow)
+    return Kernel(name, fn, ToyConfig, role, lambda arch, precision: configs, work, (form,), narrow)
 
 
 REASON = "strided on purpose"

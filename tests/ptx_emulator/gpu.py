@@ -6,7 +6,7 @@ import sys
 
 from smoa_kernels import backends
 from smoa_kernels.kernels import architectures
-from smoa_kernels.tuning.gpus import Gpu, match_gpu
+from smoa_kernels.tuning.gpus import GPUS, Gpu
 
 from . import emulator
 
@@ -25,7 +25,7 @@ def pretend(arch: int) -> Gpu:
     if "smoa_kernels.kernels.spec" in sys.modules:
         raise RuntimeError("the kernels must be imported after this")
     emulator.activate(arch)
-    gpu = match_gpu("", (arch // 10, arch % 10))
+    gpu = next(gpu for gpu in GPUS.values() if gpu.arch == f"sm_{arch}")
     for name, answer in {"architecture": gpu.arch, "multiprocessors": gpu.multiprocessors}.items():
         setattr(architectures, name, lambda device, answer=answer: answer)
     backends._device_obstacle = lambda device: None  # type: ignore[assignment]

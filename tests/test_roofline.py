@@ -1,0 +1,250 @@
+"""The roofline (smoa_kernels/tuning/roofline.py, counts.py): totals counted by hand, and the rule of "auto"."""
+
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from smoa_kernels.backends.algorithms import admissible, choose_algorithm
+from smoa_kernels.definition.precision import KERNEL_PRECISIONS
+from smoa_kernels.kernels.architectures import ARCHITECTURES, facts
+from smoa_kernels.tuning.counts import WAYS, Part, Pass, Problem, parts
+from smoa_kernels.tuning.gpus import GPUS, Gpu
+from smoa_kernels.tuning.roofline import LAUNCH_SECONDS, estimate
+
+H100 = GPUS["h100"]
+DIRECTIONS = ("forward", "input_gradient")
+SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)
+CONTIGUOUS = replace(SQUARE, granule=1024)
+GPU_PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
+
+
+def device(problem: Problem, way: str, gpu: Gpu = H100) -> float:
+    return estimate(problem, gpu, way).device_seconds()
+
+
+def over_frozen(problem: Problem, way: str) -> float:
+    return estimate(problem, H100, way).seconds() / estimate(problem, H100, "frozen").seconds()
+
+
+def part(problem: Problem, way: str, name: str, stage: str = "forward") -> Part:
+    (found,) = (p for p in parts(problem, way) if p.name == name and p.stage == stage)
+    return found
+
+
+def test_totals_by_hand() -> None:
+    """T=8192, 4096², K=4, r=16, bf16 on an H100, in µs; what moves less than 1 % of a pass's bytes is left out."""
+    unit, start = 2 * 8192 * 4096**2 / 700e6, 2.3  # a GEMM, a launch
+    frozen = 2 * (unit + start)
+    x, w = 64 * 2**20 / 2.9e6, 32 * 2**20 / 2.9e6  # a pass over x, or y, and over W0, at a copy's rate
+    build, gather = 2 * w, 2 * x
+    # Passes of forward: x·Aᵀ and h·Bᵀ one each, scaling 2, the sum 3; of backward: scaling 2, four products, the sum 3.
+    lora = (1 + 1 + 2 + 3) * x + (2 + 4 + 3) * x
+    assert over_frozen(SQUARE, "lora") == pytest.approx(1 + (lora + 10 * start) / frozen, rel=2e-3)
+    # Two parts of two gathers and a product; one sums all. Scattered blocks are read as all of W0, two times.
+    grads = max(unit / 4, 2 * x + 2 * w) + 2 * gather + (2 * 3 + 1) * start
+    merged = build + grads + build + 2 * start
+    assert over_frozen(SQUARE, "merged") == pytest.approx(1 + merged / frozen, rel=5e-3)
+    forward = 1.25 * w + gather + unit / 4 + x + 3 * start  # y is read again by the base GEMM
+    split = forward + grads + build + start
+    assert over_frozen(SQUARE, "split") == pytest.approx(1 + split / frozen, rel=5e-3)
+    # Contiguous blocks gather nothing, and read a quarter of W0 once.
+    grads = max(unit / 4, 2 * x + w / 4) + 2 * start
+    merged, split = (2 * build + grads + 2 * start, w / 2 + unit / 4 + x + 2 * start + grads + build + start)
+    assert over_frozen(CONTIGUOUS, "merged") == pytest.approx(1 + merged / frozen, rel=5e-3)
+    assert over_frozen(CONTIGUOUS, "split") == pytest.approx(1 + split / frozen, rel=5e-3)
+
+
+def test_the_page_shows_what_is_predicted() -> None:
+    rows = re.findall(
+        r"^\| (\d), (spectral|contiguous) \|(.+)\|$", GPU_PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) == 3
+    for blocks, order, cells in rows:
+        granule = 1 if order == "spectral" else 4096 // int(blocks)
+        problem = replace(SQUARE, num_blocks=int(blocks), granule=granule)
+        found = [f"{over_frozen(problem, way):.2f}" for way in ("lora", "hira", "merged", "split")]
+        assert cells.split(" | ") == [f" {found[0]}", *found[1:-1], f"{found[-1]} "]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "dtype", "granule", "share"),
+    [
+        (1, torch.bfloat16, 1, 1),
+        (4, torch.bfloat16, 1, 1),  # any 16 coordinates have one of each block
+        (4, torch.bfloat16, 8, 1 / 2),
+        (4, torch.bfloat16, 16, 1 / 4),  # a sector
+        (4, torch.float32, 8, 1 / 4),
+        (32, torch.bfloat16, 1, 1 / 2),
+        (8, torch.bfloat16, 512, 1 / 8),
+    ],
+)
+def test_what_reading_a_block_moves(blocks: int, dtype: torch.dtype, granule: int, share: float) -> None:
+    assert replace(SQUARE, num_blocks=blocks, dtype=dtype, granule=granule).touched == share
+
+
+def test_flop_floors() -> None:
+    """Without memory traffic: 1 + 1/(2K) merged, 1 + 1/K split."""
+    infinite = replace(H100, memory_tbps=1e9)
+    for blocks in (1, 2, 4, 8):
+        p = replace(SQUARE, tokens=1 << 20, num_blocks=blocks)
+        frozen = device(p, "frozen", infinite)
+        assert device(p, "merged", infinite) / frozen == pytest.approx(1 + 1 / (2 * blocks), rel=1e-3)
+        assert device(p, "split", infinite) / frozen == pytest.approx(1 + 1 / blocks, rel=1e-3)
+        assert device(p, "hira", infinite) / frozen == pytest.approx(2.5, rel=1e-3)
+
+
+def test_launches() -> None:
+    """Those that a profiler counts at T=256; a bias costs split a pass of its own, and the others nothing."""
+    ways = ("frozen", "lora", "merged", "split", "fused")
+    p, q = (replace(found, tokens=256) for found in (SQUARE, CONTIGUOUS))
+    stages: tuple[Pass, ...] = ("forward", "backward")
+    found, in_place = (
+        [[estimate(of, H100, way).launches(s) for s in stages] for way in ways] for of in (p, q)
+    )
+    assert found == [[1, 1], [5, 7], [2, 6], [4, 6], [1, 5]]
+    assert in_place == [[1, 1], [5, 7], [2, 4], [3, 4], [1, 3]]
+    for way in WAYS:
+        plain, biased = (estimate(replace(p, bias=bias), H100, way) for bias in (False, True))
+        extra = (1, 2 * 2 * 256 * 4096) if way == "split" else (0, 0)
+        assert (biased.launches() - plain.launches(), biased.bytes() - plain.bytes()) == extra
+
+
+def test_a_pass_takes_the_longer_of_host_and_device() -> None:
+    few, many = estimate(replace(SQUARE, tokens=64), H100, "lora"), estimate(SQUARE, H100, "lora")
+    assert few.seconds() == few.host_seconds() == pytest.approx(12 * LAUNCH_SECONDS)
+    assert many.seconds() == pytest.approx(many.device_seconds())
+    assert many.device_seconds() > many.host_seconds()
+
+
+def test_frozen_is_two_units() -> None:
+    e = estimate(SQUARE, H100, "frozen")
+    assert e.flops("forward") == 2 * 8192 * 4096 * 4096 == e.flops("backward")
+    assert e.seconds() == pytest.approx(2 * (2 * 8192 * 4096 * 4096 / 700e12 + 2.3e-6))
+
+
+def test_bytes_counted_by_hand() -> None:
+    """T=8, N=6, C=4, K=1, r=2 in float32, each pass written out."""
+    p = Problem(8, 6, 4, 1, 2, torch.float32)
+    size, x, y, w = 4, 8 * 4, 8 * 6, 6 * 4
+    assert part(p, "frozen", "base GEMM").bytes == size * (x + w + y)
+    assert part(p, "merged", "build W_eff").bytes == size * (2 * w + 2 * (6 + 4))
+    assert part(p, "lora", "h = x·Aᵀ").bytes == size * (x + 2 * 4 + 8 * 2)
+    assert part(p, "lora", "scale").bytes == size * 2 * y
+    assert part(p, "lora", "add to y").bytes == size * 3 * y
+    assert part(p, "lora", "add to dX", "backward").bytes == size * 3 * x
+    assert part(p, "hira", "W0 ∘ BA").bytes == size * 3 * w
+    assert part(p, "split", "y, read to accumulate").bytes == size * y
+    # gathers read what is there and write the padded layout: one block of 4 columns padded to 64
+    assert part(p, "split", "gather x").bytes == size * (x + 8 * 64)
+
+
+def test_bytes_in_place_by_hand() -> None:
+    """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns, which are padded to 64 where they are copied."""
+    p = Problem(8, 32, 16, 2, 2, torch.float32, granule=8)
+    size, x, y, blocks, factors = 4, 8 * 16, 8 * 32, 2 * 16 * 8, 32 + 16
+    assert part(replace(p, granule=1), "split", "block matmul").bytes == size * (8 * 2 * 64 + blocks + y)
+    names = [q.name for q in parts(p, "split") if q.stage == "forward"]
+    assert names == ["build ΔW blocks", "block matmul", "base GEMM", "y, read to accumulate"]
+    assert part(p, "split", "build ΔW blocks").bytes == size * (2 * blocks + factors)
+    assert part(p, "split", "block matmul").bytes == size * (x + blocks + y)
+    partials = 4 * 4 * (32 + 16)  # float32, 4 ranks of padding, one tile on each side
+    found = part(p, "split", "block gradients", "backward")
+    assert found.bytes == size * (x + y + blocks + factors) + partials
+    # In 16 bits 8 coordinates are half a sector: of 2 blocks each moves all of x, of dY and of W0.
+    half = part(replace(p, dtype=torch.bfloat16), "split", "block gradients", "backward")
+    assert half.bytes == 2 * (2 * (x + y + blocks) + factors) + partials
+
+
+@pytest.mark.parametrize(
+    ("change", "in_place"),
+    [
+        ({"granule": 8}, True),
+        ({"granule": 24}, True),
+        ({"granule": 4}, False),
+        ({"granule": 12}, False),
+        ({"granule": 8, "out_features": 4100}, False),
+        ({"granule": 8, "in_features": 4100}, False),
+        ({"num_blocks": 1, "in_features": 4000}, True),
+        ({"num_blocks": 1, "in_features": 4004}, False),
+    ],
+    ids=str,
+)
+def test_what_is_read_in_place(change: dict[str, int], in_place: bool) -> None:
+    p = replace(SQUARE, **change)
+    assert p.in_place == in_place
+    for way in ("merged", "split"):
+        assert in_place != any(q.name.startswith("gather") for q in parts(p, way))
+
+
+def test_dropout_copies_x_whatever_the_blocks_are() -> None:
+    """And dX goes by block order; dY is not copied."""
+    names = [q.name for q in parts(replace(CONTIGUOUS, dropout=0.1), "split")]
+    assert names == [
+        *("build ΔW blocks", "gather x", "block matmul", "base GEMM", "y, read to accumulate"),
+        *("gather x", "block gradients", "sum partials"),
+        *(
+            "build ΔW blocks",
+            "block matmul of dX",
+            "scatter dX, dropout",
+            "dX = dY·W",
+            "dX, read to accumulate",
+        ),
+    ]
+
+
+def test_peers_pay_for_dropout_and_ours_for_a_split_dx() -> None:
+    stages: tuple[Pass, ...] = ("forward", "backward")
+    for way, stage in itertools.product(("lora", "hira", "paper_dense"), stages):
+        dry, wet = (estimate(replace(SQUARE, dropout=d), H100, way) for d in (0.0, 0.05))
+        x = SQUARE.tokens * SQUARE.in_features
+        assert wet.bytes(stage) - dry.bytes(stage) == x * (2 + 2 + 1)  # bf16 in and out, a byte of mask
+    dry, wet = (estimate(replace(SQUARE, dropout=d), H100, "split") for d in (0.0, 0.05))
+    assert wet.seconds("forward") == dry.seconds("forward")
+    assert wet.seconds("backward") > dry.seconds("backward")
+
+
+def test_cost_grows_with_tokens_and_rank() -> None:
+    for way in WAYS:
+        costs = [device(replace(SQUARE, tokens=t), way) for t in (0, 1, 64, 1024, 8192)]
+        assert costs == sorted(costs)
+        assert costs[0] < costs[-1]
+    for way in WAYS[1:]:
+        low, high = (estimate(replace(SQUARE, rank=r), H100, way).bytes() for r in (16, 64))
+        assert low < high, way
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])
+@pytest.mark.parametrize("dtype", KERNEL_PRECISIONS)
+def test_auto_never_rounds_the_forwards_weight(arch, dtype):
+    for tokens, rank in itertools.product((0, 1, 16, 100, 8192, 1 << 17), (1, 16, 256)):
+        for stage in DIRECTIONS:
+            assert choose_algorithm(stage, tokens, rank, dtype, arch) in admissible(stage, dtype)
+    many = [choose_algorithm(stage, 8192, 4, dtype, arch) for stage in DIRECTIONS]
+    assert many == ["merged" if dtype == "fp32" else "split", "merged"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limits", "rank"), [("bf16", (64, 16), 64), ("tf32", (32, 8), 64), ("fp32", (16, 4), 16)]
+)
+def test_few_tokens_are_fused(dtype, limits, rank):
+    """On an A100 and a B200; a rank that would read W0 twice is not."""
+    for arch, limit in zip(("sm_80", "sm_100"), limits, strict=True):
+        for stage in DIRECTIONS:
+            assert choose_algorithm(stage, limit, rank, dtype, arch) == "fused"
+            assert choose_algorithm(stage, limit + 1, rank, dtype, arch) != "fused"
+            assert choose_algorithm(stage, 1, rank + 1, dtype, arch) != "fused"
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+def test_the_roofline_justifies_fused(gpu):
+    """Up to the limit it is predicted to take at most a fifth longer than what else would run, in 4096² and bf16."""
+    limit = facts(gpu.arch).fused_tokens
+    for tokens in {1, 16, limit}:
+        p = replace(SQUARE, tokens=tokens)
+        for stage, other in (("forward", "split"), ("backward", "merged")):
+            fused, many = (estimate(p, gpu, way).device_seconds(stage) for way in ("fused", other))
+            assert fused <= 1.2 * many, (tokens, stage)
