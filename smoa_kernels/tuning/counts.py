@@ -212,7 +212,7 @@ class _Count:
         flops = self.product + launches * 4 * self.block_w * p.max_rank
         again = launches * (self.read_w + self.factors)
         self.add("block gradients", flops, moved + again, bytes=partials, launches=launches)
-        self.add("sum partials", partials // 4, self.factors, bytes=partials)
+        self.add("sum partials", partials // 4, self.factors, bytes=partials, launches=2)  # of dA and of dB
 
     def merged_dx(self) -> None:
         self.build_weight()
