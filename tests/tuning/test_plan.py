@@ -13,7 +13,7 @@ from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS, sizes, table
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.kernels.grouped import experts_operands
+from smoa_kernels.kernels. import experts_operands
 from smoa_kernels.kernels.sizes import bucket
 from smoa_kernels.kernels.spec import Key, Operands
 from smoa_kernels.tuning.plan import Layer, job, jobs, keys

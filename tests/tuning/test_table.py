@@ -114,7 +114,7 @@ def test_a_stale_entry_is_not_used_and_stays(
     assert stale.to_json() in json.loads(path.read_text())["entries"]
 
 
-@pytest.mark.parametrize("file", ["grouped.py", "permute.py", "common.py", "../backends/triton.py"])
+@pytest.mark.parametrize("file", ["grouped_linear.py", "permute.py", "common.py", "../backends/triton.py"])
 def test_an_edit_of_any_source_makes_entries_stale(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
