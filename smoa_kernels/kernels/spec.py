@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -266,11 +265,6 @@ class Kernel:
         rows, cols = (2048, 1024) if transposed else (1024, 2048)
         padded = rows // blocks, cols // blocks
         return Key(self.name, dtype, rank, blocks, rows, cols, tokens, *padded, transposed, granule)
-
-    @property
-    def file(self) -> str:
-        """Name of the file with the kernel's code: when it changes, what was measured no longer holds."""
-        return Path(self.fn.fn.__code__.co_filename).name
 
 
 # Why a pointer may be narrow.

@@ -13,7 +13,6 @@ from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS, sizes, table
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.kernels. import experts_operands
 from smoa_kernels.kernels.sizes import bucket
 from smoa_kernels.kernels.spec import Key, Operands
 from smoa_kernels.tuning.plan import Layer, job, jobs, keys
@@ -141,7 +140,7 @@ def test_a_step_of_experts_asks_for_what_the_plan_holds(
     asked = asked_for(monkeypatch)
     layer = Layer(48, 40, 4 * 19, "fp32", 3 * blocks, blocks, granule, experts=4)
     key = next(keys(layer))
-    adapter, ends, x, dy = experts_operands(Operands(key._replace(tokens=19), "", torch.device("cpu")))
+    adapter, ends, x, dy = Operands(key._replace(tokens=19), "", torch.device("cpu")).experts()
     experts_triton.experts_product(ends, adapter)(x)
     experts_triton.experts_backward(dy, x, ends, adapter, needs_x=True)
     assert asked == set(keys(layer))
