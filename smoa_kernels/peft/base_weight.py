@@ -144,7 +144,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             )
         before = [*self.merged_adapters]
         if self.quantization_backend is not None:
-            (merged,) = self._merged([*before, *names])
+            (merged,) = self._merged([*before, *names], self.base_weight())
             _check_finite([merged] if safe_merge else [], names)
             quantized = requantize(self, merged)
             self._stored_layer = self._stored_layer or (quantized,)
@@ -155,14 +155,16 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
                     "the base weight is offloaded: merge the model (merge_adapter), not the layer"
                 )
             _check_unsharded(stored)
+            # Where nothing is merged, the stored weight itself: each matrix of it is read before it is written.
+            base = self.base_weight()
             if self._stored_base is None:
                 self._stored_base = stored.detach().to("cpu", copy=True)
             try:
-                self._write([*before, *names])
+                self._write([*before, *names], base)
                 _check_finite(self._each(stored) if safe_merge else [], names)
             except BaseException:  # Ctrl-C too
                 if before:
-                    self._write(before)
+                    self._write(before, self.base_weight())
                 else:
                     self.unmerge()
                 raise
@@ -194,21 +196,18 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         delta = torch.stack(deltas) if self.stack else deltas[0]
         return delta.mT if self.fan_in_fan_out else delta
 
-    def _write(self, names: Sequence[str]) -> None:
-        """Write the W_eff of adapters together to the base layer, matrix by matrix."""
+    def _write(self, names: Sequence[str], weight: Tensor) -> None:
+        """Write the W_eff of W0 and adapters together to the base layer, matrix by matrix."""
         stored = self._stored_weight().data
-        for into, merged in zip(
-            self._each(stored.mT if self.fan_in_fan_out else stored), self._merged(names), strict=True
-        ):
-            into.copy_(merged)
+        into = self._each(stored.mT if self.fan_in_fan_out else stored)
+        for place, merged in zip(into, self._merged(names, weight), strict=True):
+            place.copy_(merged)
 
-    def _merged(self, names: Sequence[str]) -> Iterator[Tensor]:
+    def _merged(self, names: Sequence[str], weight: Tensor) -> Iterator[Tensor]:
         """Compute W0 + Σ ΔW, in W0's dtype, of one matrix after another."""
-        weight = self.base_weight().detach()
-        for base, *adapters in zip(
-            self._each(weight), *(self._matrices(name, weight) for name in names), strict=True
-        ):
-            yield _sum(adapters).add_(base).to(base.dtype)
+        adapters = (self._matrices(name, weight.detach()) for name in names)
+        for base, *each in zip(self._each(weight.detach()), *adapters, strict=True):
+            yield _sum(each).add_(base).to(base.dtype)
 
     def _each(self, weight: Tensor) -> Sequence[Tensor]:
         return weight.unbind() if self.stack else (weight,)
