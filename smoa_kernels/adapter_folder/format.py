@@ -192,13 +192,13 @@ def _unpack(packed: Tensor, out_features: int, in_features: int, name: Callable[
     )
 
 
-def read_blocks(name: str, given: Mapping[str, Any], r: int | None = None) -> LayerBlocks | StackBlocks:
+def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks | StackBlocks:
     """Read blocks, ranks and sketch out of the tensors of one layer, after checking these against each other.
 
     Args:
         name: the layer's name, for messages.
         given: tensors by `STATE_KEYS`, None for one that is missing.
-        r: the rank budget, where it is known.
+        r: the rank budget.
 
     Raises:
         ValueError: naming the layer: a tensor is missing, factors are no matrices of floating-point numbers (or no
@@ -224,7 +224,6 @@ def read_blocks(name: str, given: Mapping[str, Any], r: int | None = None) -> La
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     ranks, rho = blocks.ranks.tolist(), A.shape[-2]
-    r = sum(ranks) if r is None else r
     if min(ranks) < 0 or max(ranks) != rho or rho != B.shape[-1] or sum(ranks) != r:
         raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {rho}, got {ranks}")
     return blocks

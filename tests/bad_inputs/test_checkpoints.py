@@ -114,7 +114,11 @@ LAYOUT: list[Row] = [
         ValueError,
         "smoa_blocks must hold the block labels of 2 rows and 10000 columns",
     ),
-    (lambda _: read_blocks("proj", {}), ValueError, "proj: the adapter lacks smoa_A, smoa_B, smoa_blocks"),
+    (
+        lambda _: read_blocks("proj", {}, r=2),
+        ValueError,
+        "proj: the adapter lacks smoa_A, smoa_B, smoa_blocks",
+    ),
     (
         lambda _: read_blocks("proj", LAYER, r=7),
         ValueError,

@@ -1,4 +1,4 @@
-"""Bad settings of the PEFT tuner, and bad states in the paper's layout."""
+"""Bad settings of the PEFT tuner."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,15 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .harness import Change, World, check, one, rows
+from .harness import Change, World, check, rows
 
 pytest.importorskip("transformers", reason="needs the peft extra")
 
 from peft import get_peft_model
 
-from smoa_kernels.adapter_folder.paper import from_paper_layout, to_paper_layout
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.peft import SMoAConfig
 
@@ -194,32 +193,3 @@ def test_adapted_layers(
     assert found.keys() == before.keys()
     assert all(torch.equal(found[name], value) for name, value in before.items())
     assert not adapted.base_model.model[0].merged
-
-
-PAPER: list[tuple[Any, Any, type[Exception], str]] = [
-    ({"x.weight": torch.zeros(1)}, {}, ValueError, "x.weight is not of the form"),
-    ({"a.lora_A.x.0.weight": one(1)}, {}, ValueError, "a lacks lora_B of block 0"),
-    ({"a.lora_A.x.999999999.weight": one(1)}, {}, ValueError, "a lacks lora_A of block 0"),  # at once
-    (
-        {f"a.lora_{side}.x.0.weight": torch.ones(1, 1) for side in "AB"},
-        {},
-        ValueError,
-        "weights must hold W0 of a",
-    ),
-]
-
-
-@pytest.mark.parametrize(("state", "weights", "error", "words"), PAPER, ids=[words for *_, words in PAPER])
-def test_papers_layout(
-    state: dict[str, Tensor],
-    weights: dict[str, Tensor],
-    error: type[Exception],
-    words: str,
-    world: World,
-) -> None:
-    check(world, lambda _: from_paper_layout(state, weights), error, words)
-
-
-def test_to_the_papers_layout(world: World) -> None:
-    state, words = {"a.smoa_A": torch.ones(1, 1)}, "a: the adapter lacks smoa_B, smoa_blocks"
-    check(world, lambda _: to_paper_layout(state, {}), ValueError, words)

@@ -1,4 +1,4 @@
-"""Saves that are interrupted, what a file holds, and the paper's own layout."""
+"""Saves that are interrupted, and what a file holds."""
 
 from pathlib import Path
 
@@ -6,11 +6,9 @@ import pytest
 import torch
 from adapted import CONFIG, WEIGHTS, adapt, contents, layers
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
-from smoa_kernels.adapter_folder.paper import from_paper_layout, to_paper_layout
 from smoa_kernels.peft import SMoAConfig
 
 
@@ -146,53 +144,3 @@ def test_size_of_the_file(llama, tmp_path, r, over_labels, over_packed):
     assert len(layers(model)) == 7
     assert trained < size < (1 + over_labels) * (trained + labels)
     assert size < (1 + over_packed) * (trained + labels / 8)
-
-
-# The paper's layout
-
-
-def test_round_trip_through_the_papers_layout(make_model, folder, tokens):
-    model = adapt(make_model())
-    weights = {
-        name.removeprefix("base_model.model."): layer.base_weight() for name, layer in layers(model).items()
-    }
-    state = load_file(folder / WEIGHTS)
-    paper = to_paper_layout(state, weights, "default")
-    for name, layer in layers(model).items():
-        partition, columns = layer.partition("default"), layer.in_features
-        assert partition.row_order.tolist() != sorted(partition.row_order.tolist())
-        A = [paper[f"{name}.lora_A.default.{k}.weight"] for k in range(3)]
-        B = [paper[f"{name}.lora_B.default.{k}.weight"] for k in range(3)]
-        delta = torch.zeros(layer.out_features, columns)
-        for k in range(3):
-            block = (partition.rows(k)[:, None], partition.cols(k))
-            delta[block] = B[k] @ A[k] * layer.base_weight()[block]
-        stored = (
-            PeftModel.from_pretrained(make_model(), folder).get_submodule(name).get_delta_weight("default")
-        )
-        torch.testing.assert_close(stored.T if layer.fan_in_fan_out else stored, delta, rtol=1e-5, atol=1e-6)
-    back = from_paper_layout(paper, weights)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[key], state[key]) for key in state)
-
-
-def test_factors_and_blocks_that_do_not_fit(llama, tmp_path):
-    model = adapt(llama(), target_modules=["q_proj"])
-    model.save_pretrained(tmp_path)
-    weights = {
-        name.removeprefix("base_model.model."): layer.base_weight() for name, layer in layers(model).items()
-    }
-    state = load_file(tmp_path / WEIGHTS)
-    paper = to_paper_layout(state, weights)
-    key = next(iter(paper))
-    with pytest.raises(ValueError, match="block 0 takes factors of shapes"):
-        from_paper_layout({**paper, key: paper[key][:, 1:]}, weights)
-    with pytest.raises(ValueError, match="those of one adapter, got b, default"):
-        from_paper_layout({**paper, key.replace("default", "b"): paper[key]}, weights)
-    foreign = pytest.raises(ValueError, match="blocks are not those that the base weight's spectrum gives")
-    with foreign:
-        to_paper_layout(state, {path: weight.flip(0) for path, weight in weights.items()})
-    for settings in ({"block_order": "contiguous"}, {"granule": 8}):  # which the paper does not have
-        other = adapt(llama(), target_modules=["q_proj"], **settings)
-        with foreign:
-            to_paper_layout(get_peft_model_state_dict(other), weights)
