@@ -15,7 +15,11 @@ CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 def test_its_outputs_are_those_of_one_run_from_top_to_bottom() -> None:
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
     outputs = [output for cell in CODE for output in cell["outputs"]]
-    assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}  # no error
+    assert {output["output_type"] for output in outputs} <= {
+        "stream",
+        "display_data",
+        "execute_result",
+    }  # no error
     assert not [output["text"] for output in outputs if output.get("name") == "stderr"]
 
 

@@ -159,7 +159,6 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
     """
     decoder, linears = scale.decoder, _linears(scale.decoder)
     cut = tensor_parallel_size(scale) if scale.parallel == "tp" else 1
-    replicas = scale.gpus // cut
     shards = scale.gpus if scale.parallel == "fsdp" else 1
 
     embedding = decoder.vocabulary * decoder.hidden
@@ -191,25 +190,8 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
     }
 
     trained = _HALF * base if full else _SINGLE * factors
-    traffic: dict[str, float] = {}
-    if scale.parallel == "fsdp":
-        share = (shards - 1) / shards
-        traffic["gather"] = share * (2 * (_HALF * base + _SINGLE * factors) - root)
-        traffic["reduce gradients"] = share * trained
-    else:
-        traffic["reduce gradients"] = 2 * (replicas - 1) / replicas * trained
-    inside = 0.0
-    if cut > 1:
-        ring = 2 * (cut - 1) / cut
-        whole = (
-            decoder.layers * width * sum(n.in_features if n.cuts_rows else n.out_features for n in linears)
-        )
-        traffic["reduce activations"] = ring * decoder.layers * 9 * scale.tokens * decoder.hidden * _HALF
-        traffic["reduce whole factors"] = ring * _SINGLE * whole
-        inside = traffic["reduce activations"] + traffic["reduce whole factors"]
-    outside = sum(traffic.values()) - inside
-    link = NODE_BYTES_PER_SECOND if scale.gpus <= NODE else NETWORK_BYTES_PER_SECOND
-    seconds = inside / NODE_BYTES_PER_SECOND + outside / link
+    gathered = 2 * (_HALF * base + _SINGLE * factors) - root
+    traffic, seconds = _traffic(scale, cut, trained, gathered, width)
     padding = (
         math.ceil(scale.rank / scale.num_blocks) * scale.num_blocks / scale.rank if method == "smoa" else 1
     )
@@ -217,6 +199,37 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
     return Plan(
         method, trained_parameters, memory, traffic, _compute(scale, method, linears, cut, gpu), seconds
     )
+
+
+def _traffic(
+    scale: Scale, cut: int, trained: float, gathered: float, width: int
+) -> tuple[dict[str, float], float]:
+    """Bytes that a GPU sends in a step, by what they are for, and the seconds that they take.
+
+    Args:
+        scale: the case.
+        cut: GPUs that a layer is cut over.
+        trained: bytes of gradients that one process has.
+        gathered: bytes that FSDP2 gathers.
+        width: rows of the factors that each process holds whole.
+    """
+    decoder, linears = scale.decoder, _linears(scale.decoder)
+    outside: dict[str, float] = {}
+    if scale.parallel == "fsdp":
+        share = (scale.gpus - 1) / scale.gpus
+        outside = {"gather": share * gathered, "reduce gradients": share * trained}
+    else:
+        replicas = scale.gpus // cut
+        outside["reduce gradients"] = 2 * (replicas - 1) / replicas * trained
+    inside: dict[str, float] = {}
+    if cut > 1:
+        ring = 2 * (cut - 1) / cut
+        sides = sum(n.in_features if n.cuts_rows else n.out_features for n in linears)
+        inside["reduce activations"] = ring * decoder.layers * 9 * scale.tokens * decoder.hidden * _HALF
+        inside["reduce whole factors"] = ring * _SINGLE * decoder.layers * width * sides
+    link = NODE_BYTES_PER_SECOND if scale.gpus <= NODE else NETWORK_BYTES_PER_SECOND
+    seconds = sum(inside.values()) / NODE_BYTES_PER_SECOND + sum(outside.values()) / link
+    return outside | inside, seconds
 
 
 def _labels(linears: list[_Linear], layers: int, cut: int) -> float:
