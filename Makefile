@@ -230,10 +230,10 @@ emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)
 
 emulate-cpu: $(BIN)/.dev ## run compiled code for AVX-512, AVX512-BF16 and AMX on any x86 processor, its instructions emulated; needs a C compiler (5 min)
-	$(call emulated_cpu,$(CPUS),-n 2 $(addprefix tests/test_,bf16.py thirds.py native.py native_operands.py experts.py contract.py derivatives.py))
+	$(call emulated_cpu,$(CPUS),-n 2 $(addprefix tests/test_,bf16.py parts.py native.py native_operands.py experts.py contract.py derivatives.py))
 
 emulate-cpu-smoke: $(BIN)/.dev ## some of it
-	$(call emulated_cpu,$(filter-out avx512,$(CPUS)),tests/test_bf16.py tests/test_thirds.py)
+	$(call emulated_cpu,$(filter-out avx512,$(CPUS)),tests/test_bf16.py tests/test_parts.py)
 
 clean: ## remove the virtual environments and caches
 	rm -rf $(VENV) $(VENV)-data $(OLDEST) $(DEEPSPEED) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

@@ -1,6 +1,6 @@
 """What hatchling asks of us: compiled code, and a README whose links lead somewhere on PyPI's page.
 
-`backends/native/linear.c` is compiled where there is a C compiler; `python hatch_build.py` does it without a build.
+`backends/native/calls.c` is compiled where there is a C compiler; `python hatch_build.py` does it without a build.
 Without a compiler, or on another processor, the package is pure Python and layers run in torch operators.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "smoa_kernels" / "backends" / "native"
-SOURCE = FOLDER / "linear.c"
+SOURCE = FOLDER / "calls.c"
 # By torch.backends.cpu.get_cpu_capability(): each instruction set is a library of its own, and one is loaded.
 VARIANTS = {
     "AVX2": ["-DVECTOR_BYTES=32", "-mavx2", "-mfma", "-mf16c"],

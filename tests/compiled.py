@@ -9,15 +9,16 @@ import torch
 from problems import HALF, NAMES, Case, LinearProblem, assert_within_budget, make_problem, on_threads
 
 from smoa_kernels.backends import native_obstacle
-from smoa_kernels.backends.native import bf16
+from smoa_kernels.backends.native import library
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
 CPU = torch.device("cpu")
 needs_amx = pytest.mark.skipif(
-    not bf16.has_amx(), reason="needs a processor with AMX, and a system and a compiler that know it"
+    not library.has("amx"), reason="needs a processor with AMX, and a system and a compiler that know it"
 )
 needs_bf16 = pytest.mark.skipif(
-    not bf16.is_there(), reason="needs a processor with AVX512-BF16 and VBMI2, and a compiler that knows them"
+    not library.has("bf16"),
+    reason="needs a processor with AVX512-BF16 and VBMI2, and a compiler that knows them",
 )
 needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
 

@@ -1,5 +1,6 @@
 """Settings of the whole test process."""
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -90,25 +91,19 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's GEMMs multiply on every processor where they do on some."""
-    monkeypatch.setattr("smoa_kernels.backends.native.backend.torch_is_faster", lambda tokens: True)
-    monkeypatch.setattr("smoa_kernels.backends.native.bf16.multiplies", lambda *_: False)
-
-
-@pytest.fixture
-def compiled_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled GEMM multiplies on every processor, halves too, which it widens."""
-    monkeypatch.setattr("smoa_kernels.backends.native.backend.torch_is_faster", lambda tokens: False)
-    monkeypatch.setattr("smoa_kernels.backends.native.bf16.multiplies", lambda *_: False)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled GEMM multiplies in float32 on every processor, half types too, which it widens."""
+    module = "smoa_kernels.backends.native.backend"
+    routes = importlib.import_module(module)
+    kept = [row for row in routes.ROUTES if row.path in (routes.Path.FEW, routes.Path.FLOAT)]
+    monkeypatch.setattr(f"{module}.ROUTES", tuple(kept))
 
 
 @pytest.fixture
 def only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch multiplies nothing."""
-    for name in ("split", "backward", "merged"):
-        place = f"smoa_kernels.backends.native.torch_gemms.{name}"
-        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("torch multiplies"))
+    """torch's operators compute nothing."""
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(f"smoa_kernels.backends.eager.{name}", lambda *_, **__: pytest.fail("eager"))
 
 
 if importlib.util.find_spec("hypothesis") is not None:

@@ -20,7 +20,7 @@ from problems import Case, assert_within_budget, relative_error
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import pages
-from smoa_kernels.backends.native import bf16
+from smoa_kernels.backends.native import backend, library
 
 BF16 = torch.bfloat16
 FORMS = {form: Case("native", form, BF16) for form in ("split", "dropout")}
@@ -83,7 +83,7 @@ def test_nothing_behind_the_workspace_is_read(
         )
         return memory[: size // 4][-floats:].view(torch.float32)
 
-    monkeypatch.setattr(bf16, "workspace", before_nothing)
+    monkeypatch.setattr(library, "workspace", before_nothing)
     p = on_cpu(tokens=31, out_features=33, in_features=31, ranks=(40, 3))
     assert_within_budget(p.run(**FORMS[form].options), FORMS[form], p)
 
@@ -100,7 +100,7 @@ def test_a_workspace_is_as_large_as_offsets_ask(
         asked.append(floats)
         return pages.workspace(like, 9 * floats)
 
-    monkeypatch.setattr(bf16, "workspace", enough)
+    monkeypatch.setattr(library, "workspace", enough)
     p = on_cpu(tokens=64, out_features=600, in_features=600, ranks=(2, 3), random_labels=True)
     whole = torch.tensor([0, 600, 600], dtype=torch.int32)
     tensors = [*p.partition.tensors()[:4], whole, whole]
@@ -145,12 +145,11 @@ def test_one_thread_and_three_give_the_same_output(form: str, only_compiled: Non
 
 @needs_bf16
 @each_form
-def test_the_same_as_where_torch_multiplies(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_as_eager(form: str) -> None:
     """With one mask: what is dropped for one is dropped for the other."""
     p = on_cpu(tokens=100, out_features=190, in_features=500, ranks=(4, 2, 3))
-    ours = p.run(**FORMS[form].options)
-    monkeypatch.setattr(bf16, "multiplies", lambda *_: False)
-    for found, expected in zip(ours, p.run(**FORMS[form].options), strict=True):
+    ours, theirs = (p.run(**FORMS[form].options | {"backend": name}) for name in ("native", "eager"))
+    for found, expected in zip(ours, theirs, strict=True):
         assert (found.double() - expected.double()).norm() < 0.01 * expected.double().norm()
 
 
@@ -158,9 +157,9 @@ def test_the_same_as_where_torch_multiplies(form: str, monkeypatch: pytest.Monke
 def test_one_gradient_alone() -> None:
     p = on_cpu(tokens=40, ranks=(2, 3))
     adapter = adapter_of(p)
-    dx, dA, dB = bf16.backward(p.dy, p.x, adapter, None, needs_x=True)
-    assert bf16.backward(p.dy, p.x, adapter, None, needs_x=False)[0] is None
-    alone = bf16.backward(p.dy, None, adapter, None, needs_x=True)
+    dx, dA, dB = backend.backward(p.dy, p.x, adapter, None, needs_x=True)
+    assert backend.backward(p.dy, p.x, adapter, None, needs_x=False)[0] is None
+    alone = backend.backward(p.dy, None, adapter, None, needs_x=True)
     assert alone[1:] == (None, None)
     assert torch.equal(alone[0], dx)
     assert dA.shape == p.A.shape
@@ -182,23 +181,25 @@ def test_a_bias_is_added_before_the_one_rounding(tokens: int, order: str, only_c
 def test_one_row_for_all_tokens(tokens: int) -> None:
     p = on_cpu(tokens=tokens, out_features=64, in_features=96, ranks=(2, 3))
     x, dy = (rows[:1].expand_as(rows) for rows in (p.x, p.dy))
-    found = bf16.backward(dy, x, adapter_of(p), None, needs_x=True)
-    copied = bf16.backward(dy.clone(), x.clone(), adapter_of(p), None, needs_x=True)
+    found = backend.backward(dy, x, adapter_of(p), None, needs_x=True)
+    copied = backend.backward(dy.clone(), x.clone(), adapter_of(p), None, needs_x=True)
     assert all(map(torch.equal, found, copied))
     assert torch.equal(
-        bf16.split(x, None, adapter_of(p), None), bf16.split(x.clone(), None, adapter_of(p), None)
+        backend.forward(x, None, adapter_of(p), "split", None),
+        backend.forward(x.clone(), None, adapter_of(p), "split", None),
     )
 
 
 @needs_bf16
-def test_what_it_leaves_to_torch() -> None:
+@each_form
+def test_weights_that_it_leaves_to_others(form: str) -> None:
+    """Tiles are made of W0's rows: where these are not contiguous, or share memory, torch's operators compute."""
     p = on_cpu(tokens=40, ranks=(2, 3))
-    adapter = adapter_of(p)
-    assert bf16.multiplies(p.x, adapter)
-    column_major = replace(adapter, weight=p.weight.T.contiguous().T)
-    broadcast = replace(adapter, weight=p.weight[:1].expand_as(p.weight))
-    assert not any(bf16.multiplies(p.x, one) for one in (column_major, broadcast))
-    assert not any(bf16.multiplies(x, adapter) for x in (p.x.half(), p.x.float(), p.x[:0]))
+    for weight in (p.weight.T.contiguous().T, p.weight[:1].expand_as(p.weight)):
+        path = backend.route(p.x, weight, 3, form)
+        assert path != backend.Path.TILES
+        other = replace(p, weight=weight)
+        assert_within_budget(other.run(**FORMS[form].options), FORMS[form], other)
 
 
 @needs_bf16
@@ -214,7 +215,7 @@ def test_what_it_leaves_to_torch() -> None:
     ],
 )
 def test_a_limit_of_torchs_gemms_is_its_own(limit: str, there: bool, amx: bool) -> None:
-    program = "from smoa_kernels.backends.native import bf16; print(bf16.is_there(), bf16.has_amx())"
+    program = "from smoa_kernels.backends.native.library import has; print(has('bf16'), has('amx'))"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [str(there), str(amx)], done.stderr

@@ -124,7 +124,7 @@ LONG_FUNCTIONS = {
     "smoa_linear",  # it is mostly what its arguments mean
     "tune",  # so are its options
 }
-FULL_FOLDERS = {"backends/native", "kernels"}
+FULL_FOLDERS = {"kernels"}
 
 
 def test_few_modules_stand_at_the_root() -> None:

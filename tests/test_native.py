@@ -1,13 +1,13 @@
-"""The compiled code: GEMMs and passes beside torch's, threads, instruction sets.
+"""The compiled GEMM in float32: shapes around its panels, half types that it widens, masks, threads, instruction sets.
 
-What they promise beside the other backends: tests/test_contract.py.
+What it promises beside the other backends: tests/test_contract.py.
 """
 
 import os
+import pathlib
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from compiled import (
     CPU,
     FORMS,
-    adapter_of,
     assert_right,
     assert_threads_agree,
     each_dtype,
@@ -27,11 +26,14 @@ from compiled import (
     needs_library,
     on_cpu,
 )
-from problems import LAYOUTS, NAMES, assert_within_budget
+from problems import HALF, LAYOUTS, NAMES
+from torch import Tensor
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import native_obstacle
-from smoa_kernels.backends.native import backend, library, operands, torch_gemms
+from smoa_kernels.backends.native import backend, library
+from smoa_kernels.backends.native.backend import Path
+from smoa_kernels.backends.native.library import KINDS, Algorithm, Call, Mask
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.definition.precision import has_gemm
@@ -64,7 +66,7 @@ from smoa_kernels.definition.precision import has_gemm
 )
 @each_form
 def test_every_shape(
-    sizes: dict[str, Any], threads: int, form: str, compiled_multiplies: None, guarded_memory: None
+    sizes: dict[str, Any], threads: int, form: str, in_float32: None, guarded_memory: None
 ) -> None:
     assert_right(FORMS[form], on_cpu(**sizes), threads)
 
@@ -92,7 +94,7 @@ def test_halves_give_what_float32_gives_rounded_once(
     order: str,
     dtype: torch.dtype,
     form: str,
-    compiled_multiplies: None,
+    in_float32: None,
     only_compiled: None,
     guarded_memory: None,
 ) -> None:
@@ -119,40 +121,6 @@ def test_torch_is_asked_whether_it_has_a_gemm(
 
 
 @needs_library
-@each_shape(
-    [
-        (13, 31, 29, (2, 1)),
-        (3, 33, 16, (1,)),  # one vector, and a column more
-        (1, 37, 41, (4, 9)),
-        (0, 64, 96, (2, 2)),  # no tokens
-        (0, 64, 96, (40,)),
-        (8, 64, 96, (2, 2)),  # blocks of one shape
-        (40, 97, 401, (3, 0, 2)),
-        (70, 32, 320, (17,) * 8),  # blocks whose columns lie far apart
-        (600, 40, 48, (2, 2)),  # two panels of tokens
-    ],
-)
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("column_major", [False, True])
-@each_dtype
-@each_form
-def test_every_shape_where_torch_multiplies(
-    sizes: dict[str, Any],
-    threads: int,
-    column_major: bool,
-    dtype: torch.dtype,
-    form: str,
-    poisoned_memory: None,
-    torch_multiplies: None,
-) -> None:
-    """In half precision, and in float32 of many tokens on some processors; here of few, on every one."""
-    p = on_cpu(dtype, **sizes)
-    if column_major:
-        p = replace(p, weight=p.weight.T.contiguous().T)
-    assert_right(replace(FORMS[form], dtype=dtype), p, threads)
-
-
-@needs_library
 @each_dtype
 @each_form
 @pytest.mark.parametrize("tokens", [4, 50])
@@ -163,41 +131,10 @@ def test_contiguous_blocks_give_what_their_indices_give(tokens: int, form: str, 
     assert contiguous
     indexed = BlockPartition.from_tensors(p.partition.tensors(), [*sizes, granularity, 0])
     for layout in (p, replace(p, weight=p.weight.T.contiguous().T)):
+        if backend.route(layout.x, layout.weight, len(layout.A), form) == Path.EAGER:
+            continue
         runs = (replace(layout, partition=one).run(**FORMS[form].options) for one in (p.partition, indexed))
         assert all(map(torch.equal, *runs))
-
-
-@needs_library
-@each_dtype
-@each_form
-@pytest.mark.parametrize("tokens", [0, 70, 600])
-@pytest.mark.parametrize("column_major", [False, True])
-def test_contiguous_blocks_of_one_shape_where_torch_multiplies(
-    tokens: int,
-    column_major: bool,
-    dtype: torch.dtype,
-    form: str,
-    poisoned_memory: None,
-    torch_multiplies: None,
-) -> None:
-    """Of few tokens they are one batch, of copies; of many they are slices; W0 and x may be parts of others."""
-    p = on_cpu(
-        dtype, tokens=tokens, out_features=64, in_features=96, ranks=(2,) * 4, block_order="contiguous"
-    )
-    if column_major:
-        p = replace(p, weight=p.weight.T.contiguous().T)
-    p = replace(p, x=torch.nn.functional.pad(p.x, (3, 2))[:, 3:-2])
-    assert_within_budget(p.run(**FORMS[form].options), replace(FORMS[form], dtype=dtype), p)
-
-
-@needs_library
-@pytest.mark.parametrize("features", [(5, 7), (6, 8), (31, 29)])
-def test_a_workspace_behind_halves_is_where_floats_are(features: tuple[int, int]) -> None:
-    p = on_cpu(torch.bfloat16, tokens=3, out_features=features[0], in_features=features[1], ranks=(2,))
-    adapter = adapter_of(p)
-    memory, address = torch_gemms.Blocks(adapter, None, batch=False).memory(20)
-    assert address % 4 == 0
-    assert address + 20 * 4 <= memory.data_ptr() + memory.nbytes
 
 
 @needs_library
@@ -228,26 +165,74 @@ def test_granules_give_what_scattered_coordinates_give(
     )
     kept = torch.rand(p.x.shape, generator=generator) < 0.7
 
-    def mask(columns: torch.Tensor) -> operands.Mask | None:
-        padded = torch.nn.functional.pad(columns, (0, -columns.shape[1] % 16)).unflatten(1, (-1, 16))
-        words = (padded.int() << torch.arange(16)).sum(2)
-        return operands.Mask(words.to(torch.int16), 1.5) if masked else None
+    def results(x: Tensor, dy: Tensor, adapter: PackedAdapter, kept: Tensor) -> tuple[Tensor, ...]:
+        padded = torch.nn.functional.pad(kept, (0, -kept.shape[1] % 16)).unflatten(1, (-1, 16))
+        words = (padded.int() << torch.arange(16)).sum(2).to(torch.int16)
+        call = Call.of(adapter, Mask(words, 1.5) if masked else None).plan(Path.FLOAT, Algorithm.UPDATE)
+        y, dA, dB = torch.zeros_like(dy), torch.empty_like(adapter.A), torch.empty_like(adapter.B)
+        call.run("smoa_forward", x=x, y=y)
+        call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
+        return y, dA, dB
 
-    y = backend._update(p.x, adapter, x_mask=mask(kept))
-    assert torch.equal(y[:, rows], backend._update(p.x[:, cols], scattered, x_mask=mask(kept[:, cols])))
-    dA, dB = backend.factor_gradients(p.dy, p.x, adapter, mask(kept))
-    found = backend.factor_gradients(p.dy[:, rows], p.x[:, cols], scattered, mask(kept[:, cols]))
-    assert torch.equal(dA[:, cols], found[0])
-    assert torch.equal(dB[rows], found[1])
+    y, dA, dB = results(p.x, p.dy, adapter, kept)
+    found = results(p.x[:, cols], p.dy[:, rows], scattered, kept[:, cols])
+    assert all(map(torch.equal, (y[:, rows], dA[:, cols], dB[rows]), found))
+
+
+AMX, AVX512_BF16, AVX512, AVX2 = {"amx", "bf16", "avx512"}, {"bf16", "avx512"}, {"avx512"}, set[str]()
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, *HALF
+
+
+@pytest.mark.parametrize(
+    ("has", "dtype", "tokens", "algorithm", "expected"),
+    [
+        *((one, dtype, 4, "auto", Path.FEW) for one in (AMX, AVX512_BF16, AVX512, AVX2) for dtype in KINDS),
+        *(
+            (one, FLOAT32, 9, form, Path.FLOAT)
+            for one in (AMX, AVX2)
+            for form in ("auto", "merged", "dropout")
+        ),
+        (AMX, BFLOAT16, 8, "auto", Path.FEW),
+        (AVX512_BF16, BFLOAT16, 8, "auto", Path.TILES),
+        *((one, BFLOAT16, 9, "auto", Path.TILES) for one in (AMX, AVX512_BF16)),
+        (AMX, BFLOAT16, 4, "dropout", Path.TILES),
+        (AMX, BFLOAT16, 50, "merged", Path.EAGER),
+        *((one, FLOAT16, 50, "split", Path.EAGER) for one in (AMX, AVX512)),
+        (AVX512, BFLOAT16, 50, "auto", Path.EAGER),
+        *((AVX2, dtype, 50, form, Path.FLOAT) for dtype in HALF for form in ("auto", "merged", "dropout")),
+        (AMX, FLOAT32, 50, "expanded", Path.FEW),
+    ],
+)
+def test_what_computes_a_call(
+    has: set[str],
+    dtype: torch.dtype,
+    tokens: int,
+    algorithm: str,
+    expected: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def asked(feature: str) -> bool:
+        return feature.removeprefix("no ") not in has if feature.startswith("no ") else feature in has
+
+    monkeypatch.setattr(backend, "has", asked)
+    monkeypatch.setattr(backend, "has_gemm", lambda dtype: "avx512" in has)
+    x, weight = torch.empty(tokens, 64, dtype=dtype), torch.empty(32, 64, dtype=dtype)
+    assert backend.route(x, weight, 4, algorithm) == expected
+    column_major = backend.route(x, weight.T.contiguous().T, 4, algorithm)
+    assert column_major in (Path.FLOAT, Path.EAGER)
+    assert column_major == (Path.EAGER if "avx512" in has and dtype.itemsize == 2 else Path.FLOAT)
 
 
 @needs_library
 def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
-    few = library.library().smoa_few_fit
-    ranks = [max((rank for rank in range(1, 40) if few(tokens, rank)), default=0) for tokens in range(1, 10)]
-    assert ranks == sorted(ranks, reverse=True)
-    assert ranks[0] == 16
-    assert ranks[-1] == 0
+    weight = torch.empty(8, 8)
+
+    def most(tokens: int) -> int:
+        few = (backend.route(torch.empty(tokens, 8), weight, rank, "auto") == Path.FEW for rank in range(40))
+        return sum(few)
+
+    assert [most(tokens) for tokens in range(1, 10)] == sorted(map(most, range(1, 10)), reverse=True)
+    assert (most(1), most(9)) == (17, 0)
 
 
 @pytest.mark.slow
@@ -260,7 +245,8 @@ def test_the_same_on_older_processors() -> None:
     names = "(native or every_shape or threads or mask or dropped)"
     names += " and not older and not without_amx and not broken"  # which skip some
     files = [
-        Path(__file__).with_name(f"test_{name}.py") for name in ("native", "native_operands", "contract")
+        pathlib.Path(__file__).with_name(f"test_{name}.py")
+        for name in ("native", "native_operands", "contract")
     ]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *map(str, files), "-k", names]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
@@ -273,10 +259,10 @@ def test_the_same_on_older_processors() -> None:
 @needs_bf16
 def test_the_same_without_amx() -> None:
     """As on processors that have AVX512-BF16 alone, AMD's Zen 4 and 5."""
-    files = [__file__, str(Path(__file__).with_name("test_bf16.py"))]
+    files = [__file__, str(pathlib.Path(__file__).with_name("test_bf16.py"))]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *files, "-k"]
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-    names = "(test_every_shape and not multiplies) or one_thread or factors or outside or behind or as_large or alone"
+    names = "test_every_shape or one_thread or factors or outside or behind or as_large or alone"
     done = subprocess.run([*command, names], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "SKIPPED" not in done.stdout, done.stdout
@@ -290,18 +276,13 @@ def test_one_thread_and_three_give_the_same_output(form: str) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize(
-    ("form", "expected"),
-    [("merged", (2, 0, 1)), ("expanded", (2, 0, 1)), ("split", (2, 1, 1)), ("dropout", (2, 2, 1))],
-)
-def test_a_profile_names_what_was_called(form: str, expected: tuple[int, ...]) -> None:
+@each_form
+def test_a_profile_names_what_was_called(form: str) -> None:
     p = on_cpu(tokens=50)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         p.run(**FORMS[form].options)
     counts = {event.key: event.count for event in profile.key_averages()}
-    assert (
-        tuple(counts.get(name, 0) for name in (backend.LINEAR, backend.UPDATE, backend.GRADIENT)) == expected
-    )
+    assert [counts.get(name) for name in library.FUNCTIONS] == [1, 1, 1]
 
 
 @needs_library
@@ -313,7 +294,7 @@ def test_the_mask_is_eagers(seed: int, p: float, shard: tuple[int, int] | None) 
     offset, width = shard or (0, None)
     mask = Dropout(torch.tensor(seed), p, offset, width)
     x = torch.randn(600, 37)
-    bits = operands.drawn(mask, x, 37).kept[:, torch.arange(37) // 16] >> (torch.arange(37) % 16) & 1
+    bits = library.drawn(mask, x, 37).kept[:, torch.arange(37) // 16] >> (torch.arange(37) % 16) & 1
     assert torch.equal(bits.float() * mask.scale, mask.multiplier(x))
 
 

@@ -1,9 +1,11 @@
 """The compiled code as a library: when it is taken, why it may be absent, and how it is compiled."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -94,6 +96,15 @@ def test_a_library_of_another_source(folder: Path) -> None:
         path.unlink()
         assert said().endswith("was compiled from other sources: install the package again")
         path.write_text(text)
+
+
+@needs_library
+def test_a_library_whose_structs_have_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(library.Call):
+        _fields_: ClassVar = [("another", ctypes.c_int64)]
+
+    monkeypatch.setattr(library, "Call", Longer)
+    assert said().endswith("has structs of other sizes than library.py")
 
 
 @needs_library

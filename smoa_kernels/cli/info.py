@@ -19,7 +19,7 @@ from rich.table import Table
 
 from .._version import __version__
 from ..backends import native_obstacle, triton_obstacle
-from ..backends.native import bf16
+from ..backends.native.library import has
 from ..definition.precision import dtype_names, has_gemm
 from ..files import cache_folder
 from ..kernels.table import SHIPPED, identity, read, user_table
@@ -191,7 +191,7 @@ def _version(package: str) -> str:
 
 def _devices() -> dict[str, str]:
     instructions = torch.backends.cpu.get_cpu_capability()
-    instructions += ", AMX" if bf16.has_amx() else ", BF16" if bf16.is_there() else ""
+    instructions += ", AMX" if has("amx") else ", BF16" if has("bf16") else ""
     slow = [dtype for dtype in (torch.bfloat16, torch.float16) if not has_gemm(dtype)]
     if slow:
         instructions += (

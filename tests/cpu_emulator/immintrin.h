@@ -138,18 +138,6 @@ EMULATED __m512i _mm512_mask_or_epi32(__m512i without, __mmask16 mask, __m512i a
 }
 
 /* Numbers of a line in another order. */
-EMULATED __m512i _mm512_maskz_compress_epi16(__mmask32 mask, __m512i a) {
-    halves_ line = {0};
-    int next = 0;
-    EACH(32, if (mask >> i & 1) line[next++] = ((halves_)a)[i]);
-    return (__m512i)line;
-}
-EMULATED __m512i _mm512_maskz_expand_epi16(__mmask32 mask, __m512i a) {
-    halves_ line = {0};
-    int next = 0;
-    EACH(32, if (mask >> i & 1) line[i] = ((halves_)a)[next++]);
-    return (__m512i)line;
-}
 EMULATED __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 a) {
     __m512 line = {0};
     int next = 0;

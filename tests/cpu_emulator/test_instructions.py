@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from .build import compile_program, obstacle
-from .misses import compile_misses
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 
@@ -41,9 +40,3 @@ def test_misuse_is_found(program: Path, misuse: str, found: str) -> None:
     done = subprocess.run([program, misuse], capture_output=True, text=True)
     assert done.returncode < 0
     assert done.stderr == f"emulated processor: {found}\n"
-
-
-@pytest.mark.slow
-def test_what_cachegrind_runs_runs(tmp_path: Path) -> None:
-    compile_misses(tmp_path / "misses")
-    subprocess.run([tmp_path / "misses", "8", "0"], check=True)

@@ -11,7 +11,7 @@ from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners import hira as theirs
 from torch import nn
 
-from smoa_kernels.backends.native import bf16
+from smoa_kernels.backends.native.library import has
 from smoa_kernels.peft import accelerate_hira, decelerate_hira
 from smoa_kernels.peft.hira import layer as module
 from smoa_kernels.peft.hira.layer import AcceleratedLinear
@@ -268,7 +268,7 @@ def test_half_precision_against_float64(dtype, bias):
     accelerate_hira(model)
     assert layer.hira_A["default"].dtype == torch.float32
     found = errors(model)
-    compiled = dtype == torch.bfloat16 and bf16.is_there()
+    compiled = dtype == torch.bfloat16 and has("bf16")
     assert found[0] < (0.8 if compiled or not bias else 1.1) * default[0]
     assert found[1] < 1.05 * default[1]
     for mine, theirs_ in zip(found[2:], default[2:], strict=True):

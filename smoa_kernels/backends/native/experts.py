@@ -1,8 +1,7 @@
-"""Experts in compiled code: in float32 by `experts.h`, in half precision a layer each (`backend.py`)."""
+"""Experts in compiled code: each one's pairs of token and expert are a layer's call, in every dtype."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import torch
@@ -10,76 +9,37 @@ from torch import Tensor
 
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, eager, experts
-from ..pages import workspace
-from . import backend
-from .layer import integers, pointers
-from .library import library, obstacle
-from .operands import KINDS, dense, named, with_rows
+from .backend import Path, route
+from .library import KINDS, Algorithm, Call, Layer, dense, obstacle
 
 __all__ = ["experts_backward", "experts_product"]
-
-_LINEAR, _UPDATE, _GRADIENT = range(3)
-"""What a workspace is for, as `experts.h` numbers it."""
-
-
-class _Side(ctypes.Structure):
-    _fields_ = [
-        *integers("count"),
-        *pointers("index"),
-        *integers("wide index_step"),
-        *pointers("offsets"),
-        *integers("offsets_step"),
-    ]
-
-
-class _Experts(ctypes.Structure):
-    _fields_ = [
-        *integers("count blocks rank"),
-        *pointers("ends ranks"),
-        ("rows", _Side),
-        ("cols", _Side),
-        *pointers("weight"),
-        *integers("weight_expert weight_row weight_col"),
-        *pointers("A"),
-        *integers("A_expert A_rank A_col"),
-        *pointers("B"),
-        *integers("B_expert B_row B_rank"),
-        ("scaling", ctypes.c_double),
-    ]
 
 
 def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
     """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
 
-    W0 of an expert that few pairs meet is read once, and W_eff multiplies. Of others, and where B is zero, the base's
-    part is torch's own product, so that with a B of zero y is what the model without an adapter computes; the
-    adapter's part follows while W0 is in the cache.
+    Where B is zero the base's part is torch's own product, so that y is what the model without an adapter computes. In
+    float32 that is so for all but few pairs, and the adapter's part is added.
     """
-    weight, fits = adapter.weight, _fits(adapter, ends)
-
-    def layer_by_layer(x: Tensor) -> Tensor:
-        takes = fits and _takes(weight, x, weight.shape[2])
-        return experts.experts_product(ends, adapter, backend if takes else eager)(x)
-
-    if not fits or weight.dtype != torch.float32:
-        return layer_by_layer
-    code, threads, call, spans = library(), torch.get_num_threads(), _Call(ends, adapter), experts.spans(ends)
-    pairs = spans[-1][2] if spans else 0
-    floats = call.workspace(_UPDATE, pairs, threads)
+    weight, plain = adapter.weight, experts.experts_product(ends, adapter)
+    if not _fits(adapter, ends):
+        return plain
+    calls = _Calls(ends, adapter)
 
     def product(x: Tensor) -> Tensor:
-        call.check(x.shape[0] == pairs)
         if not _takes(weight, x, weight.shape[2]):
-            return layer_by_layer(x)
-        x, y, room = with_rows(x), x.new_empty(pairs, weight.shape[1]), workspace(x, floats)
-        operands = x.data_ptr(), x.stride(0), y.data_ptr(), room.data_ptr(), threads
-        with named("smoa::compiled_experts"):
-            for e, start, end in spans:
-                written = code.smoa_experts_few_fit(call.address, e, start, end, *operands)
-                call.check(written >= 0)
-                if not written:
-                    experts.base_output(x[start:end], weight[e], out=y[start:end])
-                    call.check(code.smoa_experts_update_fit(call.address, e, start, end, *operands))
+            return plain(x)
+        y = x.new_empty(calls.check_pairs(x), weight.shape[1])
+        for e, pairs in calls.spans:
+            updates, call, path = calls.turn_to(e), calls.call, calls.route(x[pairs], "auto")
+            added = x.dtype == torch.float32 and path != Path.FEW
+            if added or not updates:
+                experts.base_output(x[pairs], weight[e], out=y[pairs])
+            if updates and path == Path.EAGER:
+                y[pairs] = eager.forward(x[pairs], None, adapter.experts([e])[0], "auto", None)
+            elif updates:
+                call.plan(path, Algorithm.UPDATE if added else Algorithm.MERGED)
+                call.run("smoa_forward", x=x[pairs], y=y[pairs])
         return y
 
     return product
@@ -88,94 +48,96 @@ def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor],
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given.
+
+    Those of experts without pairs are zero.
+    """
     weight = adapter.weight
     fits = _fits(adapter, ends) and _takes(weight, dy, weight.shape[1])
     fits = fits and (x is None or (_takes(weight, x, weight.shape[2]) and len(x) == len(dy)))
-    if not fits or dy.dtype != torch.float32:
-        return experts.experts_backward(dy, x, ends, adapter, backend if fits else eager, needs_x=needs_x)
-    dA, dB = (None, None) if x is None else factor_gradients(dy, x, ends, adapter)
-    return input_gradient(dy, ends, adapter) if needs_x else None, dA, dB
+    if not fits:
+        return experts.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
+    calls = _Calls(ends, adapter)
+    dx = dy.new_empty(calls.check_pairs(dy), weight.shape[2]) if needs_x else None
+    dA, dB = (
+        (None, None) if x is None else (torch.zeros_like(one.contiguous()) for one in (adapter.A, adapter.B))
+    )
+    for e, pairs in calls.spans:
+        path = calls.route(dy[pairs], "auto", transposed=True)
+        if path == Path.EAGER:
+            given, layer = None if x is None else x[pairs], adapter.experts([e])[0]
+            dx_e, dA_e, dB_e = eager.backward(dy[pairs], given, layer, None, needs_x=needs_x)
+            if dx is not None and dx_e is not None:
+                dx[pairs] = dx_e
+            if dA is not None and dA_e is not None and dB is not None and dB_e is not None:
+                dA[e], dB[e] = dA_e, dB_e
+            continue
+        calls.turn_to(e)
+        if dx is not None:
+            calls.call.plan(path, Algorithm.MERGED).run("smoa_input", dy=dy[pairs], y=dx[pairs])
+        if x is not None and dA is not None and dB is not None:
+            tiles = calls.route(dy[pairs], "dropout") == Path.TILES
+            calls.call.plan(Path.TILES if tiles else Path.FLOAT, Algorithm.SPLIT)
+            calls.call.run("smoa_gradient", dy=dy[pairs], x=x[pairs], dA=dA[e], dB=dB[e])
+    return dx, dA, dB
 
 
-def input_gradient(dy: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
-    """`dX = dY W_eff` (P, C), all experts in one call."""
-    dx = dy.new_empty(dy.shape[0], adapter.weight.shape[2])
-    if dy.numel():
-        dy, threads, call = with_rows(dy), torch.get_num_threads(), _Call(ends, adapter.T)
-        room = workspace(dy, call.workspace(_LINEAR, len(dy), threads))
-        with named("smoa::compiled_experts"):
-            fits = library().smoa_experts_linear_fit(
-                call.address, dy.data_ptr(), dy.stride(0), dx.data_ptr(), room.data_ptr(), threads
-            )
-        call.check(fits)
-    return dx
+class _Calls:
+    """One call, told of one expert after another.
 
-
-def factor_gradients(dy: Tensor, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> tuple[Tensor, Tensor]:
-    """(dA, dB), as a layer's, expert by expert; zeros for experts without pairs."""
-    dtype, (A, B) = adapter.A.dtype, (dense(factor, torch.float32) for factor in (adapter.A, adapter.B))
-    dA, dB = torch.zeros_like(A), torch.zeros_like(B)
-    if x.numel() and dy.numel():
-        dy, x, threads = with_rows(dy), with_rows(x), torch.get_num_threads()
-        call = _Call(
-            ends, ExpertsAdapter(adapter.weight, A, B, adapter.blocks, adapter.ranks, adapter.scaling)
-        )
-        room = workspace(x, call.workspace(_GRADIENT, len(x), threads))
-        with named("smoa::compiled_experts_gradient"):
-            fits = library().smoa_experts_gradient_fit(
-                call.address, dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dA.data_ptr(), dB.data_ptr(),
-                room.data_ptr(), threads,
-            )  # fmt: skip
-        call.check(fits)
-    return dA.to(dtype), dB.to(dtype)
-
-
-class _Call:
-    """What the compiled functions are told of the experts, and the tensors that it points to."""
+    Attributes:
+        call: what the functions are told.
+        spans: each expert that has pairs, and which.
+    """
 
     def __init__(self, ends: Tensor, adapter: ExpertsAdapter) -> None:
-        blocks, (count, rows, cols) = adapter.blocks, adapter.weight.shape
-        # The compiled code walks along one side of a weight.
-        weight = adapter.weight if 1 in adapter.weight.stride()[1:] else adapter.weight.contiguous()
-        A, B = adapter.A.to(torch.float32), adapter.B.to(torch.float32)
-        ends, ranks = dense(ends, torch.int32), dense(adapter.ranks, torch.int32)
+        blocks, weight, (A, B) = adapter.blocks, adapter.weight, (adapter.A, adapter.B)
+        # Compiled code walks along one side of a weight.
+        weight = weight if 1 in weight.stride()[1:] else weight.contiguous()
+        ranks, (_, rows, cols) = dense(adapter.ranks, torch.int32), weight.shape
         sides = [
-            (size, None if index is None else index.contiguous(), dense(offsets, torch.int32))
-            for size, index, offsets in (
-                (rows, blocks.row_index, blocks.row_offsets),
-                (cols, blocks.col_index, blocks.col_offsets),
-            )
-        ]
-        self._kept = weight, A, B, ends, ranks, sides
-        self._experts = _Experts(
-            count, blocks.num_blocks, A.shape[1], ends.data_ptr(), ranks.data_ptr(),
-            *(_side(size, index, offsets) for size, index, offsets in sides),
-            weight.data_ptr(), *weight.stride(), A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride(),
+            torch.arange(size)[None] if index is None else dense(index, torch.int64)
+            for size, index in ((rows, blocks.row_index), (cols, blocks.col_index))
+        ] + [dense(offsets, torch.int32) for offsets in (blocks.row_offsets, blocks.col_offsets)]
+        self._operands = weight, A, B, ranks, sides
+        self.spans = [(e, slice(start, end)) for e, start, end in experts.spans(ends)]
+        last = ends.tolist()
+        self._pairs = (last or [0])[-1] if last == sorted(last) else -1
+        self.call = Call(threads=torch.get_num_threads())
+        self.call.layer = Layer(
+            rows, cols, KINDS[weight.dtype], *weight.stride()[1:], None,
+            A.shape[1], KINDS[A.dtype], *A.stride()[1:], *B.stride()[1:], None, None,
+            blocks.num_blocks, blocks.is_contiguous, ranks.data_ptr(), None, None, None, None,
             adapter.scaling.item(),
         )  # fmt: skip
-        self.address = ctypes.addressof(self._experts)
 
-    def workspace(self, stage: int, pairs: int, threads: int) -> int:
-        """How many floats the compiled functions of a stage need."""
-        floats: int = library().smoa_experts_workspace(self.address, stage, pairs, threads)
-        self.check(floats >= 0)
-        return floats
+    def check_pairs(self, given: Tensor) -> int:
+        """How many pairs there are, all of which are given."""
+        if self._pairs != len(given):
+            raise ValueError(_MISFIT)
+        return self._pairs
 
-    def check(self, fits: bool | int) -> None:
-        """Raise where the compiled code found blocks that do not fit the weight, or ends that do not fit x."""
-        if not fits:
-            raise ValueError(
-                "ends must count x's pairs up, and blocks must have each row and column of a weight in one block"
-            )
+    def route(self, given: Tensor, algorithm: str, *, transposed: bool = False) -> Path:
+        """What computes some pairs of one expert."""
+        weight, A, *_ = self._operands
+        return route(given, weight[0], A.shape[1], algorithm, transposed=transposed)
+
+    def turn_to(self, e: int) -> bool:
+        """Tell the call of an expert; returns whether its ΔW may be other than zero.
+
+        Raises:
+            ValueError: its blocks do not fit the weight.
+        """
+        weight, A, B, _, sides = self._operands
+        layer = self.call.layer
+        layer.weight, layer.A, layer.B = (each[e].data_ptr() for each in (weight, A, B))
+        layer.row_index, layer.col_index, layer.row_offsets, layer.col_offsets = (
+            side[e % len(side)].data_ptr() for side in sides
+        )
+        return self.call.check(_MISFIT, weight[e])
 
 
-def _side(size: int, index: Tensor | None, offsets: Tensor) -> _Side:
-    step = offsets.stride(0) if len(offsets) > 1 else 0
-    if index is None:
-        return _Side(size, None, 0, 0, offsets.data_ptr(), step)
-    wide, index_step = int(index.dtype == torch.int32), size if len(index) > 1 else 0
-    return _Side(size, index.data_ptr(), wide, index_step, offsets.data_ptr(), step)
+_MISFIT = "ends must count x's pairs up, and blocks must have each row and column of a weight in one block"
 
 
 def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:
@@ -190,10 +152,8 @@ def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:
         (blocks.col_offsets, blocks.col_index, cols),
     ):
         fits = fits and len(offsets) in (1, count) and offsets.shape[1] == blocks.num_blocks + 1
-        if index is not None:
-            known = index.dtype in (torch.int16, torch.int32)
-            fits = fits and known and len(index) in (1, count) and index.shape[1] == size
-    return fits and weight.dtype in KINDS and weight.is_cpu and obstacle() is None
+        fits = fits and (index is None or (len(index) in (1, count) and index.shape[1] == size))
+    return fits and weight.dtype in KINDS and weight.is_cpu and weight.numel() > 0 and obstacle() is None
 
 
 def _takes(weight: Tensor, given: Tensor, width: int) -> bool:

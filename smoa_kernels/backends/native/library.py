@@ -1,4 +1,4 @@
-"""Loads what `linear.c` was compiled to, or says why it cannot: SMoA's GEMMs and other passes on x86 processors.
+"""Loads what `calls.c` was compiled to, or says why it cannot, and writes the one struct that its functions take.
 
 Compiled when the package is built (`hatch_build.py`), never when it runs.
 """
@@ -9,55 +9,169 @@ import ctypes
 import functools
 import hashlib
 import os
+from contextlib import AbstractContextManager, nullcontext
+from enum import IntEnum
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.profiler import record_function
 
-__all__ = ["library", "obstacle"]
+from ...definition.dropout import Dropout
+from ...definition.packed import PackedAdapter
+from ..pages import workspace
+
+__all__ = [
+    "FUNCTIONS",
+    "KINDS",
+    "Algorithm",
+    "Call",
+    "Mask",
+    "along_memory",
+    "dense",
+    "drawn",
+    "has",
+    "library",
+    "obstacle",
+    "with_rows",
+]
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What compiled code calls the dtypes that it takes (`operand.h`)."""
+
+FUNCTIONS = ("smoa_forward", "smoa_input", "smoa_gradient")
+"""What computes; a profile calls each so."""
 
 _FOLDER = Path(__file__).parent
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-# What each function takes: p a pointer, i an int64; l a pointer to what layer.py writes.
-_SIGNATURES = {
-    "smoa_linear": "lipiipipi",
-    "smoa_update": "lipiippppi",
-    "smoa_gradient": "lipipiippppi",
-    "smoa_contract": "lpipppi",
-    "smoa_few": "lipipipi",
-    "smoa_order": "ipiippippipi",
-    "smoa_deltas": "lppi",
-    "smoa_modulate": "liiiipipi",
-    "smoa_mask": "iiiiiipp",
-    "smoa_experts_linear_fit": "ppippi",
-    "smoa_experts_few_fit": "piiipippi",
-    "smoa_experts_update_fit": "piiipippi",
-    "smoa_experts_gradient_fit": "ppipipppi",
-    "smoa_few_fit": "ii",
-    "smoa_linear_fit": "i",
-    "smoa_labels_fit": "l",
-    "smoa_indices_fit": "l",
-    "smoa_linear_workspace": "lii",
-    "smoa_few_workspace": "li",
-    "smoa_update_workspace": "lii",
-    "smoa_gradient_workspace": "lii",
-    "smoa_contract_workspace": "li",
-    "smoa_deltas_workspace": "li",
-    "smoa_modulate_workspace": "li",
-    "smoa_experts_workspace": "piii",
-    "smoa_order_workspace": "ii",
-    "smoa_bf16_fit": "",
-    "smoa_amx_fit": "",
-}
-# Those that are there where the compiler knows the instructions, and are called where the processor has them.
-_BF16_SIGNATURES = {
-    "smoa_bf16_forward": "lipippppi",
-    "smoa_bf16_gradient": "lipipippppi",
-    "smoa_bf16_input": "lipipppi",
-    "smoa_bf16_forward_workspace": "liii",
-    "smoa_bf16_gradient_workspace": "lii",
-    "smoa_bf16_input_workspace": "liii",
-}
-_TYPES = {"l": _POINTER, "p": _POINTER, "i": _INT}
+
+
+def _integers(names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_int64) for name in names.split()]
+
+
+def _pointers(names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in names.split()]
+
+
+class Algorithm(IntEnum):
+    """What of a layer is computed, as `operand.h` numbers it; UPDATE adds `x ΔWᵀ` to y."""
+
+    MERGED = 0
+    SPLIT = 1
+    UPDATE = 2
+
+
+class Layer(ctypes.Structure):
+    """`layer` of `operand.h`: a frozen weight W0 and its adapter."""
+
+    _fields_ = [
+        *_integers("rows cols dtype row_stride col_stride"),
+        *_pointers("weight"),
+        *_integers("rank factor_dtype A_rank A_col B_row B_rank"),
+        *_pointers("A B"),
+        *_integers("blocks contiguous"),
+        *_pointers("ranks row_index col_index row_offsets col_offsets"),
+        ("scaling", ctypes.c_double),
+    ]
+
+
+class Call(ctypes.Structure):
+    """`call` of `operand.h`: what a function is asked to do. Keeps alive what it points to."""
+
+    _fields_ = [
+        ("layer", Layer),
+        *_integers("path algorithm tokens dtype"),
+        *_pointers("x dy"),
+        *_integers("x_stride dy_stride"),
+        *_pointers("keep bias y dA dB workspace"),
+        *_integers("threads"),
+    ]
+
+    @classmethod
+    def of(cls, adapter: PackedAdapter, mask: Mask | None) -> Call:
+        """A call for a layer, whose scaling is times what a mask scales by.
+
+        Raises:
+            ValueError: its blocks' indices or offsets do not fit the weight.
+        """
+        p, weight, A, B = adapter.partition, along_memory(adapter.weight), adapter.A, adapter.B
+        index = [dense(one, torch.int64) for one in (p.row_index, p.col_index)]
+        offsets = [dense(one, torch.int32) for one in (p.row_offsets, p.col_offsets)]
+        ranks = dense(adapter.ranks, torch.int32)
+        scale = 1.0 if mask is None else mask.scale
+        call = cls()
+        call.layer = Layer(
+            *weight.shape, KINDS[weight.dtype], *weight.stride(), weight.data_ptr(),
+            A.shape[0], KINDS[A.dtype], *A.stride(), *B.stride(), A.data_ptr(), B.data_ptr(),
+            len(ranks), p.is_contiguous, ranks.data_ptr(), *(one.data_ptr() for one in (*index, *offsets)),
+            scale * adapter.scaling.item(),
+        )  # fmt: skip
+        call.threads = torch.get_num_threads()
+        call._kept = [weight, A, B, ranks, index, offsets, mask]
+        if mask is not None:
+            call.keep = mask.kept.data_ptr()
+        misfit = (
+            f"partition must have all rows and columns of weight {tuple(weight.shape)} in its {p.num_blocks} blocks, "
+            "got indices or offsets that do not"
+        )
+        sizes = [*weight.shape, p.num_blocks + 1, p.num_blocks + 1, p.num_blocks]
+        if [one.numel() for one in (*index, *offsets, ranks)] != sizes:
+            raise ValueError(misfit)
+        call.check(misfit, weight)
+        return call
+
+    def check(self, misfit: str, weight: Tensor) -> bool:
+        """Raise where torch's operators would meet an index out of range, for compiled code would read on.
+
+        Returns whether ΔW may be other than zero.
+        """
+        room = workspace(weight, max(weight.shape) // 4 + 1)
+        self.workspace = room.data_ptr()
+        found: int = library().smoa_check(ctypes.byref(self))
+        if not found:
+            raise ValueError(misfit)
+        return found > 1
+
+    def plan(self, path: int, algorithm: Algorithm) -> Call:
+        """Say by which loop (`backend.Path`) and algorithm it is computed; returns itself."""
+        self.path, self.algorithm = path, algorithm
+        return self
+
+    def run(self, name: str, **given: Tensor | None) -> None:
+        """Call one of `FUNCTIONS` as a profile sees it, with operands by their field's name and the workspace that it
+        asks for; of x and dY, one of which is given, rows need not lie one after another.
+        """
+        kept: dict[str, Tensor | None] = dict.fromkeys(("x", "dy", "workspace"))
+        for field, tensor in given.items():
+            if tensor is not None and field in ("x", "dy"):
+                kept[field] = tokens = with_rows(tensor)
+                setattr(self, f"{field}_stride", tokens.stride(0))
+            else:
+                kept[field] = tensor if tensor is None else tensor.contiguous()
+        for field, tensor in kept.items():
+            setattr(self, field, None if tensor is None else tensor.data_ptr())
+        self.tokens, self.dtype = len(tokens), KINDS[tokens.dtype]
+        function = getattr(library(), name)
+        room = workspace(tokens, function(ctypes.byref(self)))
+        self.workspace = room.data_ptr()
+        with named(name):
+            function(ctypes.byref(self))
+
+
+class _Draw(ctypes.Structure):
+    """`mask_call` of `calls.c`."""
+
+    _fields_ = [*_integers("tokens cols first numbers seed least_kept"), *_pointers("line keep")]
+
+
+class _About(ctypes.Structure):
+    """`about` of `calls.c`."""
+
+    _fields_ = [
+        ("source", ctypes.c_char_p),
+        *_integers("call_bytes mask_bytes has_threads bf16 amx vector_bytes"),
+    ]
 
 
 def obstacle() -> str | None:
@@ -67,13 +181,13 @@ def obstacle() -> str | None:
     found = _load()
     if isinstance(found, str):
         return found
-    if torch.get_num_threads() > 1 and not found.smoa_has_threads():
+    if torch.get_num_threads() > 1 and not found[1].has_threads:
         return f"no OpenMP runtime of torch's was found for its {torch.get_num_threads()} threads"
     return None
 
 
 def library() -> ctypes.CDLL:
-    """The loaded library, its functions declared.
+    """The loaded library.
 
     Raises:
         RuntimeError: there is an :func:`obstacle`.
@@ -81,11 +195,25 @@ def library() -> ctypes.CDLL:
     found = _load()
     if isinstance(found, str):
         raise RuntimeError(found)
-    return found
+    return found[0]
 
 
 @functools.cache
-def _load() -> ctypes.CDLL | str:
+def has(feature: str) -> bool:
+    """Whether compiled code may use "avx512", "bf16" (AVX512-BF16) or "amx" here; or that it may not: "no amx".
+
+    Processor, compiler, system, and what torch's GEMMs are held to, must allow it.
+    """
+    if feature.startswith("no "):
+        return not has(feature.removeprefix("no "))
+    found = _load()
+    if obstacle() is not None or isinstance(found, str):
+        return False
+    return found[1].vector_bytes == 64 if feature == "avx512" else bool(getattr(found[1], feature))
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL, _About] | str:
     capability = torch.backends.cpu.get_cpu_capability()
     path = _FOLDER / f"linear_{capability.lower()}.so"
     if not path.is_file():
@@ -97,16 +225,63 @@ def _load() -> ctypes.CDLL | str:
     try:
         sources = sorted(_FOLDER.glob("*.[ch]"))
         source = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-        found = ctypes.CDLL(str(path))
-        found.smoa_source.restype = ctypes.c_char_p
-        if found.smoa_source() != source.encode():
+        found, about = ctypes.CDLL(str(path)), _About()
+        found.smoa_about(ctypes.byref(about))  # asks the system for AMX, once, before threads run
+        if about.source != source.encode():
             return f"{path} was compiled from other sources: install the package again"
-        found.smoa_bf16_fit.restype = _INT
-        found.smoa_amx_fit()  # asks the system for AMX, once, before threads run
-        for name, arguments in (_SIGNATURES | (_BF16_SIGNATURES if found.smoa_bf16_fit() else {})).items():
-            function = getattr(found, name)
-            function.argtypes = [_TYPES[argument] for argument in arguments]
-            function.restype = _INT if name.endswith(("workspace", "fit")) else None
+        if (about.call_bytes, about.mask_bytes) != (ctypes.sizeof(Call), ctypes.sizeof(_Draw)):
+            return f"{path} has structs of other sizes than {Path(__file__).name}"
+        for name in (*FUNCTIONS, "smoa_check", "smoa_mask"):
+            getattr(found, name).restype = ctypes.c_int64
     except (AttributeError, OSError) as error:  # another library, or none for this system
         return f"{path} cannot be loaded: {error}"
-    return found
+    return found, about
+
+
+class Mask(NamedTuple):
+    """A dropout mask, drawn.
+
+    Attributes:
+        kept: int16 (T, ⌈C / 16⌉), a bit for each element of x that is not dropped.
+        scale: what a kept element is multiplied by.
+    """
+
+    kept: Tensor
+    scale: float
+
+
+def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
+    """The mask of x, which has the rows of `tokens`: of the numbers that :func:`drawn_words` draws, faster."""
+    shape = tokens.shape[0], -(-columns // 16)
+    # Two words may be read at once, the last one and what is behind it.
+    kept = tokens.new_empty(shape[0] * shape[1] + 1, dtype=torch.int16)[:-1].view(shape)
+    per_token = dropout.words_per_token(columns)
+    line = tokens.new_empty(4 * per_token + 16, dtype=torch.int16)
+    draw = _Draw(
+        tokens.shape[0], columns, dropout.column_offset, per_token, int(dropout.seed), dropout.least_kept,
+        line.data_ptr(), kept.data_ptr(),
+    )  # fmt: skip
+    library().smoa_mask(ctypes.byref(draw))
+    return Mask(kept, dropout.scale)
+
+
+def named(name: str) -> AbstractContextManager[Any]:
+    """Name what runs within for the profiler, where one is on: by itself it sees operators only."""
+    return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
+
+
+def along_memory(matrix: Tensor) -> Tensor:
+    """The matrix where its rows or its columns are contiguous and share no memory, else a contiguous copy."""
+    (rows, cols), (down, along) = matrix.shape, matrix.stride()
+    lies = (along == 1 and down >= cols) or (down == 1 and along >= rows)
+    return matrix if lies else matrix.contiguous()
+
+
+def with_rows(matrix: Tensor) -> Tensor:
+    """The matrix where its rows are contiguous, else a copy."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor contiguous and in `dtype`: mostly itself, which is asked first because torch's conversions cost."""
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()

@@ -1,4 +1,4 @@
-"""float32 by AMX, each number as three bfloat16 thirds: shapes around its tiles, how exact it is, what is not finite.
+"""float32 by AMX, each number as three bfloat16 parts: shapes around its tiles, how exact it is, what is not finite.
 
 What all backends promise is in tests/test_contract.py, mostly for fewer tokens than this code takes.
 """
@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import assert_right, assert_threads_agree, each_shape, needs_amx, on_cpu
+from compiled import CPU, assert_right, assert_threads_agree, each_shape, needs_amx, on_cpu
 from problems import Case
 from torch import Tensor
 
+from smoa_kernels import BlockPartition
 from smoa_kernels.backends.native import backend
+from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
 FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "split", "dropout")}
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -50,7 +52,14 @@ def test_one_thread_and_three_give_the_same_output(form: str) -> None:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    return backend._linear(x, weight, x.new_zeros(len(x), len(weight)))
+    """`x W0ᵀ`, of an adapter whose update is zero."""
+    partition = BlockPartition.from_labels(
+        *(torch.zeros(size, dtype=torch.int64) for size in weight.shape), 1
+    )
+    A, B = weight.new_zeros(1, weight.shape[1]), weight.new_zeros(len(weight), 1)
+    ranks = torch.zeros(1, dtype=torch.int32)
+    adapter = PackedAdapter(weight, A, B, partition, ranks, scaling_tensor(1.0, CPU))
+    return backend.forward(x, None, adapter, "merged", None)
 
 
 def row_errors(y: Tensor, truth: Tensor) -> Tensor:
@@ -103,9 +112,3 @@ def test_what_is_not_finite(bits: int) -> None:
     finite = torch.ones(100, 40, dtype=torch.bool)
     finite[3], finite[:, 7] = False, False
     assert torch.equal(product(x, weight).isfinite(), finite)
-
-
-@needs_amx
-def test_torch_multiplies_nothing(only_compiled: None) -> None:
-    """Where MKL's GEMM is faster than AVX-512's, it is not faster than this one."""
-    on_cpu(tokens=1100).run(**FORMS["merged"].options)

@@ -1,0 +1,156 @@
+/* SMoA's forward and backward on a CPU, as Python calls them (library.py). gemm.h says how it is done.
+ *
+ * Compiled once for each instruction set (hatch_build.py), which VECTOR_BYTES tells. Those that compute return the floats that they need
+ * of a workspace; without one they do nothing else. They take it for granted that `smoa_check` found the layer's indices right.
+ */
+#include "bfloat16.h"
+#include "few_tokens.h"
+
+static product product_of(const call *c, layer l) {
+    product p = {.algorithm = c->algorithm, .tokens = c->tokens, .total = c->tokens, .parts = c->threads, .dtype = (int)c->dtype,
+                 .bias = c->bias, .y = c->y, .rest = workspace_of(c->workspace)};
+    p.l = with_float_factors(l, &p.rest);
+    return p;
+}
+
+/* y (tokens, rows) = x W0ᵀ + dropout(x) ΔWᵀ + b. No dimension is 0, here and below. */
+i64 smoa_forward(const call *c) {
+#if HAS_TILES
+    if (c->path == TILES_PATH) return tiles_forward(c);
+#endif
+    product p = product_of(c, c->layer);
+    p.x = c->x, p.x_stride = c->x_stride, p.x_keep = c->keep;
+    return c->path == FEW_TOKENS ? few_product(&p) : float_product(&p);
+}
+
+/* y (tokens, cols) = dX = dY W_eff, or dY W0 plus what dropout leaves of dY ΔW. */
+i64 smoa_input(const call *c) {
+#if HAS_TILES
+    if (c->path == TILES_PATH) return tiles_input(c);
+#endif
+    product p = product_of(c, transposed(c->layer));
+    p.x = c->dy, p.x_stride = c->dy_stride, p.y_keep = c->keep;
+    return c->path == FEW_TOKENS ? few_product(&p) : float_product(&p);
+}
+
+/* dA (rank, cols) and dB (rows, rank), dense, stored as A and B are, of dY (tokens, rows) and x (tokens, cols). */
+i64 smoa_gradient(const call *c) {
+#if HAS_TILES
+    if (c->path == TILES_PATH) return tiles_gradient(c);
+#endif
+    return float_gradient(c);
+}
+
+/* Whether indices and offsets share `count` coordinates out among the blocks, each once; `seen` has a byte for each. */
+static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 blocks, uint8_t *seen) {
+    int right = offsets[0] == 0 && offsets[blocks] == count;
+    for (i64 k = 0; k < blocks; k++) right &= offsets[k] <= offsets[k + 1];
+    memset(seen, 0, (size_t)count);
+    for (i64 i = 0; i < count; i++) {
+        if (index[i] < 0 || index[i] >= count || seen[index[i]]) return 0;
+        seen[index[i]] = 1;
+    }
+    return right;
+}
+
+/* 0 where the blocks do not share all rows and all columns of the layer, each once; 1 where ΔW is zero, for s B is; else 2. Uses as many
+ * bytes of the workspace as the longer side has. */
+i64 smoa_check(const call *c) {
+    const layer *l = &c->layer;
+    uint8_t *seen = (uint8_t *)c->workspace;
+    if (!shared_out(l->row_index, l->row_offsets, l->rows, l->blocks, seen) ||
+        !shared_out(l->col_index, l->col_offsets, l->cols, l->blocks, seen))
+        return 0;
+    for (i64 k = 0; k < l->blocks && l->scaling != 0; k++)
+        for (i64 i = l->row_offsets[k]; i < l->row_offsets[k + 1]; i++)
+            for (i64 t = 0; t < rank_of(l, k); t++)
+                if (factor_B(l, l->row_index[i], t) != 0) return 2;
+    return 1;
+}
+
+/* Dropout's masks: a bit for each element, from the very numbers that torch's generator draws on a CPU (definition/dropout.py): the Mersenne
+ * Twister MT19937 (Matsumoto and Nishimura 1998), a whole state at a time, in loops over vectors. */
+enum { STATE = 624, DISTANCE = 397, LEVELS = 4 /* of 16 bits in each 64 that torch draws */ };
+
+typedef struct {
+    uint32_t state[STATE];
+    uint64_t drawn[STATE / 2];
+    i64 next; /* of `drawn` */
+} twister;
+
+static void seed_twister(twister *t, uint32_t seed) {
+    t->state[0] = seed, t->next = STATE / 2;
+    for (uint32_t i = 1; i < STATE; i++) {
+        uint32_t last = t->state[i - 1];
+        t->state[i] = 1812433253u * (last ^ last >> 30) + i;
+    }
+}
+
+static inline uint32_t twisted(uint32_t here, uint32_t next, uint32_t far) {
+    uint32_t both = (here & 0x80000000u) | (next & 0x7fffffffu);
+    return far ^ both >> 1 ^ (-(next & 1) & 0x9908b0dfu);
+}
+
+/* The next STATE numbers, two of which are one of 64 bits: the first its upper half. */
+static __attribute__((noinline)) void twist(twister *t) {
+    uint32_t *s = t->state, tempered[STATE];
+    for (i64 i = 0; i < STATE - DISTANCE; i++) s[i] = twisted(s[i], s[i + 1], s[i + DISTANCE]);
+    for (i64 i = STATE - DISTANCE; i < STATE - 1; i++) s[i] = twisted(s[i], s[i + 1], s[i + DISTANCE - STATE]);
+    s[STATE - 1] = twisted(s[STATE - 1], s[0], s[DISTANCE - 1]);
+    for (i64 i = 0; i < STATE; i++) {
+        uint32_t y = s[i];
+        y ^= y >> 11;
+        y ^= y << 7 & 0x9d2c5680u;
+        y ^= y << 15 & 0xefc60000u;
+        tempered[i] = y ^ y >> 18;
+    }
+    memcpy(t->drawn, tempered, sizeof tempered);
+    for (i64 i = 0; i < STATE / 2; i++) t->drawn[i] = t->drawn[i] << 32 | t->drawn[i] >> 32;
+    t->next = 0;
+}
+
+/* Bits of 16 levels that are `least_kept` or above. */
+static inline uint16_t kept_bits(const int16_t *levels, int16_t least_kept) {
+    __m256i dropped = _mm256_cmpgt_epi16(_mm256_set1_epi16(least_kept), _mm256_loadu_si256((const void *)levels));
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(dropped), _mm256_extracti128_si256(dropped, 1));
+    return (uint16_t)~_mm_movemask_epi8(bytes);
+}
+
+/* What smoa_mask is asked for. */
+typedef struct {
+    i64 tokens, cols, first, numbers, seed, least_kept;
+    int16_t *line; /* room for a token's levels and 16 more */
+    uint16_t *keep;
+} mask_call;
+
+/* keep (tokens, words(cols)): for each token so many numbers are drawn, whose levels from `first` on are the columns'. A bit is
+ * set where a level is `least_kept` or above. */
+i64 smoa_mask(const mask_call *m) {
+    uint16_t *keep = m->keep;
+    twister t;
+    seed_twister(&t, (uint32_t)m->seed);
+    for (i64 token = 0; token < m->tokens; token++) {
+        for (i64 at = 0; at < m->numbers;) {
+            if (t.next == STATE / 2) twist(&t);
+            i64 some = least(STATE / 2 - t.next, m->numbers - at);
+            memcpy(m->line + LEVELS * at, t.drawn + t.next, (size_t)some * sizeof *t.drawn);
+            at += some, t.next += some;
+        }
+        for (i64 c = 0; c < m->cols; c += 16) {
+            uint16_t bits = kept_bits(m->line + m->first + c, (int16_t)m->least_kept);
+            *keep++ = m->cols - c < 16 ? (uint16_t)(bits & ((1 << (m->cols - c)) - 1)) : bits;
+        }
+    }
+    return 0;
+}
+
+/* What this library is, for Python to compare. */
+typedef struct {
+    const char *source; /* a digest of the sources that it was compiled from */
+    i64 call_bytes, mask_bytes, has_threads, has_bf16, has_amx, vector_bytes;
+} about;
+
+i64 smoa_about(about *a) {
+    *a = (about){SOURCE, sizeof(call), sizeof(mask_call), GOMP_parallel != NULL, has_bf16(), has_amx(), VECTOR_BYTES};
+    return 0;
+}

@@ -1,0 +1,328 @@
+/* Micro-kernels: C (+)= left rightᵀ of packed panels, one for each instruction set. `multiply`, at the end, is their table.
+ *
+ *   format   left panel       right panel      instructions                     for
+ *   FLOATS   MR rows          NR rows          FMA of AVX2 or AVX-512           every dtype, widened
+ *   PAIRS    32 rows of tiles 32 rows of tiles AMX, or vdpbf16ps of AVX512-BF16 bfloat16
+ *   PARTS    the same, thrice the same, thrice AMX                              float32: each number is the sum of three bfloat16
+ *
+ * A panel of FLOATS is (depth, rows). A tile holds 16 rows and 32 terms, 1 KiB of bfloat16: in a left one rows lie side by side;
+ * in a right one each pair of terms of 16 rows is a line, which is the transpose of the left one in units of 32 bits. An
+ * instruction set that multiplies otherwise is another format here, with a packing in pack.h.
+ */
+#pragma once
+
+#include "operand.h"
+
+enum { FLOATS, PAIRS, PARTS };
+
+enum {
+    /* A tile of C is held in registers: 14 × 2 of 32 vectors, or 6 × 2 of 16; the others hold operands. */
+    MR = VECTOR_BYTES == 64 ? 14 : 6,
+    NR = 2 * LANES,
+    /* Terms summed in registers before they are added to memory, but of PAIRS, whose sums stay until they are rounded. */
+    KC = 384,
+    /* Of so many where there are fewer tokens than FEW_ROWS: MKL's sums are about as short there, and errors are measured in its. */
+    SHORT = 64,
+    FEW_ROWS = 16,
+    SIDE = 16, /* rows of a tile */
+    TERMS = 32,
+    TILE = SIDE * TERMS,
+    PANEL = 2 * SIDE, /* rows of a panel of tiles */
+};
+
+static inline i64 left_height(int format) { return format == FLOATS ? MR : PANEL; }
+static inline i64 right_height(int format) { return format == FLOATS ? NR : PANEL; }
+
+/* Terms that are packed at a time. */
+static inline i64 block_depth(int format, i64 depth) { return format == PAIRS ? depth : least(KC, depth); }
+
+/* Floats that one row of a panel takes: of PAIRS half a float a term, of PARTS three halves. */
+static inline i64 row_size(int format, i64 depth) {
+    return format == FLOATS ? depth : round_up(depth, TERMS) / 2 * (format == PARTS ? 3 : 1);
+}
+
+/* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is there; a is (depth, MR), b is (depth, NR). */
+INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
+    vf sum[MR][2];
+    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
+    for (int i = 0; add && i < height; i++) { /* no longer in a cache; there when the sums are */
+        __builtin_prefetch(c + i * stride, 1);
+        __builtin_prefetch(c + i * stride + LANES, 1);
+    }
+#pragma GCC unroll 4
+    for (i64 k = 0; k < depth; k++, a += MR, b += NR) {
+        vf left = load(b), right = load(b + LANES);
+#pragma GCC unroll 14
+        for (int i = 0; i < rows; i++) {
+            sum[i][0] += left * a[i];
+            sum[i][1] += right * a[i];
+        }
+    }
+    float part[MR * NR];
+    int whole = height == rows && width == NR;
+    float *to = whole ? c : part;
+    i64 step = whole ? stride : NR;
+    if (whole && add)
+        for (int i = 0; i < rows; i++) {
+            sum[i][0] += load(c + i * stride);
+            sum[i][1] += load(c + i * stride + LANES);
+        }
+    for (int i = 0; i < rows; i++) {
+        store(to + i * step, sum[i][0]);
+        store(to + i * step + LANES, sum[i][1]);
+    }
+    if (!whole)
+        for (i64 i = 0; i < height; i++)
+            for (i64 j = 0; j < width; j++) c[i * stride + j] = part[i * NR + j] + (add ? c[i * stride + j] : 0);
+}
+
+/* Of the last rows no more are computed than some. A function of its own: inlined it would keep sums in memory. */
+static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
+                                                int add) {
+    if (height > MR / 2)
+        fma_tile(MR, depth, a, b, c, stride, height, width, add);
+    else if (height > MR / 4)
+        fma_tile(MR / 2, depth, a, b, c, stride, height, width, add);
+    else
+        fma_tile(MR / 4, depth, a, b, c, stride, height, width, add);
+}
+
+#if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
+#define HAS_TILES 1
+#include <cpuid.h>
+#include <stdlib.h>
+#include <strings.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* A compiler writes these instructions only where they are named: on a processor without AMX the rest of a function runs. */
+#define TILES __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512vbmi2")))
+
+/* Whether the user lets torch's GEMMs use one of these, which oneDNN asks the environment. */
+static int is_wanted(const char *const *names) {
+    const char *limit = getenv("ONEDNN_MAX_CPU_ISA");
+    if (!limit || !*limit || !strcasecmp(limit, "ALL") || !strcasecmp(limit, "DEFAULT")) return 1;
+    for (; *names; names++)
+        for (const char *at = limit; *at; at++)
+            if (!strncasecmp(at, *names, strlen(*names))) return 1;
+    return 0;
+}
+
+static __attribute__((noinline)) int find_bf16(void) {
+    static const char *const names[] = {"BF16", "FP16", "AMX", "AVX10", NULL};
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") && is_wanted(names);
+}
+
+static __attribute__((noinline)) int find_amx(void) {
+    enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* Linux asks to be asked */
+    static const char *const names[] = {"AMX", NULL};
+    unsigned a, b, c, d;
+    __cpuid_count(7, 0, a, b, c, d);
+    int has = (d >> 22 & 1) && (d >> 24 & 1); /* AMX-BF16, AMX-TILE */
+    return has && find_bf16() && is_wanted(names) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
+/* Whether there is AVX512-BF16, and AMX too, which this process may use: found once, when the library is loaded. */
+#define FOUND_ONCE(find)                                       \
+    static int found = -1;                                     \
+    if (__builtin_expect(found < 0, 0)) found = find();        \
+    return found;
+static int has_bf16(void) { FOUND_ONCE(find_bf16) }
+static int has_amx(void) { FOUND_ONCE(find_amx) }
+
+/* Tells this thread's tiles their size. Before a thread is given back, `end_tiles`. The sizes are a constant: a GCC without
+ * the mend of its bug 114098 (12.4 has it) takes only 8 bytes for read, and may not write those behind them. */
+TILES static void use_tiles(void) {
+    static const struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } sizes = {.palette = 1, .bytes = {[0 ... 7] = 64}, .rows = {[0 ... 7] = SIDE}};
+    _tile_loadconfig(&sizes);
+}
+
+TILES static void release_tiles(void) { _tile_release(); }
+
+static void begin_tiles(int format) {
+    if (format != FLOATS && has_amx()) use_tiles();
+}
+
+static void end_tiles(int format) {
+    if (format != FLOATS && has_amx()) release_tiles();
+}
+
+/* Before tiles are loaded: GCC does not know that this reads memory, so what was written might be written later. */
+#define WRITTEN __asm__ volatile("" ::: "memory")
+
+/* Four tiles of C, (PANEL, PANEL). */
+TILES static inline void zero_sums(void) {
+    WRITTEN;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+TILES static inline void load_sums(const float *from, i64 stride) {
+    WRITTEN;
+    _tile_loadd(0, from, stride * 4);
+    _tile_loadd(1, from + SIDE, stride * 4);
+    _tile_loadd(2, from + SIDE * stride, stride * 4);
+    _tile_loadd(3, from + SIDE * stride + SIDE, stride * 4);
+}
+
+TILES static inline void store_sums(float *to, i64 stride) {
+    _tile_stored(0, to, stride * 4);
+    _tile_stored(1, to + SIDE, stride * 4);
+    _tile_stored(2, to + SIDE * stride, stride * 4);
+    _tile_stored(3, to + SIDE * stride + SIDE, stride * 4);
+}
+
+/* C (rows; columns, SIDE) = left right, or plus that where `add`, over `depth` tiles, by vdpbf16ps: SIDE rows of one right tile, or half
+ * as many of two, the second `beside` after the first. There are SIDE sums, so that none is added to before it is there. */
+TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, const half *right, i64 beside, int add, float *c,
+                          i64 stride) {
+    __m512 sum[SIDE][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+        for (int q = 0; q < columns; q++) sum[i][q] = add ? _mm512_load_ps(c + i * stride + q * SIDE) : _mm512_setzero_ps();
+    for (; depth > 0; depth--, left += TILE)
+        for (int p = 0; p < SIDE; p++, right += TERMS) {
+            __m512bh line[2];
+            for (int q = 0; q < columns; q++) line[q] = (__m512bh)_mm512_load_si512(right + q * beside);
+#pragma GCC unroll 16
+            for (int i = 0; i < rows; i++) {
+                int32_t pair;
+                memcpy(&pair, left + i * TERMS + 2 * p, sizeof pair);
+                for (int q = 0; q < columns; q++)
+                    sum[i][q] = _mm512_dpbf16_ps(sum[i][q], line[q], (__m512bh)_mm512_set1_epi32(pair));
+            }
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+        for (int q = 0; q < columns; q++) _mm512_store_ps(c + i * stride + q * SIDE, sum[i][q]);
+}
+
+/* Two right tiles where there are two: Zen 5 multiplies two lines a cycle and reads as many, so it would wait for one to be read. */
+TILES static __attribute__((noinline)) void dots(i64 depth, const half *left, const half *right, int add, float *c, i64 stride) {
+    dots_of(SIDE, 1, depth, left, right, 0, add, c, stride);
+}
+
+TILES static __attribute__((noinline)) void wide_dots(i64 depth, const half *left, const half *right, i64 beside, int add, float *c,
+                                                      i64 stride) {
+    dots_of(SIDE / 2, 2, depth, left, right, beside, add, c, stride);
+}
+
+/* C (rows, columns), up to (PANEL, PANEL) of it, over `depth` tiles; beyond rows and columns anything may be written. The right
+ * panel's second SIDE rows begin `run` tiles after the first. */
+TILES static inline void pairs_panel(i64 depth, const half *left, const half *right, i64 run, float *c, i64 stride, i64 rows,
+                                     i64 columns, int add) {
+    i64 below = rows > SIDE ? depth * TILE : 0, beside = columns > SIDE ? run * TILE : 0;
+    if (!has_amx()) {
+        int two = columns > SIDE; /* right tiles */
+        for (i64 i = 0; i < rows; i += two ? SIDE / 2 : SIDE) {
+            const half *from = left + i / SIDE * below + i % SIDE * TERMS;
+            if (two)
+                wide_dots(depth, from, right, beside, add, c + i * stride, stride);
+            else
+                dots(depth, from, right, add, c + i * stride, stride);
+        }
+        return;
+    }
+    if (add)
+        load_sums(c, stride);
+    else
+        zero_sums();
+    for (; depth > 0; depth--, left += TILE, right += TILE) {
+        _tile_loadd(4, left, 64);
+        _tile_loadd(6, right, 64);
+        _tile_loadd(5, left + below, 64);
+        _tile_loadd(7, right + beside, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    store_sums(c, stride);
+}
+
+enum { PART = 2 * TILE, STEP = 3 * PART /* of a panel of PARTS: PANEL rows, TERMS terms */ };
+
+static inline __mmask16 first_lanes(i64 count) {
+    return count < SIDE ? (__mmask16)((1 << greatest(0, count)) - 1) : (__mmask16)~0;
+}
+
+TILES static inline void load_left(const half *from) {
+    _tile_loadd(4, from, 64);
+    _tile_loadd(5, from + TILE, 64);
+}
+
+TILES static inline void load_right(const half *from) {
+    _tile_loadd(6, from, 64);
+    _tile_loadd(7, from + TILE, 64);
+}
+
+TILES static inline void add_parts(void) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+/* C (height, width) (+)= left rightᵀ of one left panel and several right ones, by six of the nine products of parts: the others are
+ * less than float32's own rounding. */
+TILES static void parts_panel(i64 depth, const half *left, const half *right, float *c, i64 stride, i64 height, i64 width, int add) {
+    _Alignas(64) float sums[PANEL * PANEL];
+    for (i64 s = 0; s < width; s += PANEL) {
+        const half *a = left;
+        zero_sums();
+        /* The smallest products first; from one to the next one operand stays. */
+        for (i64 k = 0; k < depth; k += TERMS, a += STEP, right += STEP) {
+            load_left(a + 2 * PART);
+            load_right(right);
+            add_parts();
+            load_left(a + PART);
+            add_parts();
+            load_right(right + PART);
+            add_parts();
+            load_left(a);
+            add_parts();
+            load_right(right + 2 * PART);
+            add_parts();
+            load_right(right);
+            add_parts();
+        }
+        store_sums(sums, PANEL);
+        for (i64 i = 0; i < height; i++)
+            for (i64 j = s; j < least(width, s + PANEL); j += SIDE) {
+                __mmask16 there = first_lanes(width - j);
+                __m512 before = _mm512_maskz_loadu_ps(add ? there : 0, c + i * stride + j);
+                _mm512_mask_storeu_ps(c + i * stride + j, there, _mm512_add_ps(before, _mm512_load_ps(sums + i * PANEL + j - s)));
+            }
+    }
+}
+#else
+#define HAS_TILES 0
+static int has_bf16(void) { return 0; }
+static int has_amx(void) { return 0; }
+#define begin_tiles(format) ((void)(format))
+#define end_tiles(format) ((void)(format))
+#endif
+
+/* C (height, width) (+)= left rightᵀ of one left panel, some of whose rows are there, and right ones, one after another, `terms` of
+ * the sums' terms at a time. */
+static void multiply(int format, i64 terms, i64 depth, const float *left, const float *right, float *c, i64 stride, i64 height,
+                     i64 width, int add) {
+    height = least(left_height(format), height);
+    if (format == FLOATS)
+        for (i64 s = 0; s < width; s += NR, right += NR * depth)
+            for (i64 k = 0; k < depth; k += terms)
+                fma_panel(least(terms, depth - k), left + k * MR, right + k * NR, c + s, stride, height, least(NR, width - s),
+                          add || k > 0);
+#if HAS_TILES
+    if (format == PARTS) parts_panel(depth, (const half *)left, (const half *)right, c, stride, height, width, add);
+    i64 tiles = ceil_div(depth, TERMS);
+    for (i64 s = 0; s < width && format == PAIRS; s += PANEL, right += PANEL * row_size(PAIRS, depth))
+        pairs_panel(tiles, (const half *)left, (const half *)right, tiles, c + s, stride, height, least(PANEL, width - s), add);
+#endif
+}
