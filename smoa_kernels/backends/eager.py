@@ -43,9 +43,6 @@ __all__ = [
 
 ALGORITHMS = ("merged", "split", "expanded")
 
-Modulation = Callable[[int, Tensor], Tensor]
-"""Writes rows of W_eff, the first of which it is told, to a tensor in W0's memory order; returns that."""
-
 # The expanded form multiplies slots·T further rows by W0 (one slot per block and rank). Up to this many of them
 # it is the cheapest: measured on CPU at 2048² by benchmarks/test_few_tokens.py. Half precision stays longer
 # because its alternative, split, also reads W0 twice.
@@ -118,12 +115,12 @@ def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
     return choose_algorithm(x.shape[0], _expanded_rows(adapter), ieee=ieee, dropout=dropout is not None)
 
 
-def input_gradient(dy: Tensor, adapter: PackedAdapter, modulation: Modulation | None = None) -> Tensor:
-    """`dX = dY W_eff` (T, C), without dropout; `modulation` is of the transpose."""
+def input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
+    """`dX = dY W_eff` (T, C), without dropout."""
     # Merged in every dtype: in dX a rounded W_eff is a second-order error.
     if choose_algorithm(dy.shape[0], _expanded_rows(adapter), ieee=True, dropout=False) == "expanded":
         return expanded(dy, adapter.T)
-    return merged_product(dy, adapter.weight.T, modulation or _modulation(adapter.T))
+    return merged(dy, adapter.T)
 
 
 def _expanded_rows(adapter: PackedAdapter) -> int:
@@ -137,8 +134,8 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
     return W_eff if out is None else out.copy_(W_eff)
 
 
-def _modulation(adapter: PackedAdapter) -> Modulation:
-    """torch's operators write the rows."""
+def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
+    """What writes rows of W_eff, the first of which it is told, to a tensor in W0's memory order; it returns that."""
     weight = adapter.weight
     if not adapter.partition.is_contiguous:
         A, B = adapter.expanded_factors(weight.dtype)
@@ -175,12 +172,8 @@ def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
 
 
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
-    """`x W_effᵀ` (T, N)."""
-    return merged_product(x, adapter.weight, _modulation(adapter))
-
-
-def merged_product(x: Tensor, weight: Tensor, modulation: Modulation) -> Tensor:
     """`x W_effᵀ` (T, N), a panel of W_eff's rows at a time: its product meets it in cache, and it is never whole."""
+    weight, modulation = adapter.weight, _modulation(adapter)
     most = MERGED_PANEL if weight.itemsize > 2 else MERGED_HALF_PANEL
     most = max(most, MERGED_BYTES // max(1, weight.shape[1] * weight.itemsize))
     count = math.ceil(weight.shape[0] / most)

@@ -1,9 +1,8 @@
-"""Experts whose pairs of token and expert are a layer each: in torch operators, or of half types in compiled code."""
+"""Experts in torch operators: the pairs of each expert are a layer's tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,26 +11,10 @@ from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from . import Gradients, eager
 
-__all__ = ["Layers", "base_output", "experts_backward", "experts_product", "spans"]
+__all__ = ["base_output", "experts_backward", "experts_product", "spans"]
 
 
-class Layers(Protocol):
-    """What computes one expert's pairs: a backend."""
-
-    def forward(
-        self, x: Tensor, bias: None, adapter: PackedAdapter, algorithm: str, dropout: None, /
-    ) -> Tensor:
-        """`x W0ᵀ + x ΔWᵀ`."""
-
-    def backward(
-        self, dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: None, /, *, needs_x: bool
-    ) -> Gradients:
-        """(dX, dA, dB), those that are asked for."""
-
-
-def experts_product(
-    ends: Tensor, adapter: ExpertsAdapter, layers: Layers = eager
-) -> Callable[[Tensor], Tensor]:
+def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
     """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype.
 
     The base's part is a product of its own, so where B is zero y is what the model without an adapter computes.
@@ -43,7 +26,7 @@ def experts_product(
             if x.itemsize > 2:
                 base_output(x[pairs], layer.weight, out=y[pairs]).add_(eager.adapter_output(x[pairs], layer))
             elif layer.B.any() and layer.scaling:
-                y[pairs] = layers.forward(x[pairs], None, layer, "auto", None)
+                y[pairs] = eager.forward(x[pairs], None, layer, "auto", None)
             else:
                 base_output(x[pairs], layer.weight, out=y[pairs])
         return y
@@ -52,20 +35,14 @@ def experts_product(
 
 
 def experts_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    ends: Tensor,
-    adapter: ExpertsAdapter,
-    layers: Layers = eager,
-    *,
-    needs_x: bool,
+    dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
     dx = dy.new_empty(dy.shape[0], adapter.weight.shape[2]) if needs_x else None
     dA, dB = (None, None) if x is None else (torch.zeros_like(adapter.A), torch.zeros_like(adapter.B))
     for e, pairs, layer in _active(len(dy), ends, adapter):
         given = None if x is None else x[pairs]
-        dx_e, dA_e, dB_e = layers.backward(dy[pairs], given, layer, None, needs_x=needs_x)
+        dx_e, dA_e, dB_e = eager.backward(dy[pairs], given, layer, None, needs_x=needs_x)
         if dx is not None and dx_e is not None:
             dx[pairs] = dx_e
         if dA is not None and dA_e is not None and dB is not None and dB_e is not None:
