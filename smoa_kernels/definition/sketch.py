@@ -17,7 +17,7 @@ from torch import Tensor
 from .precision import without_autocast
 from .spectral_order import one_thread, whole
 
-__all__ = ["sketch_distance", "sketch_weight"]
+__all__ = ["sign_rows", "sketch_distance", "sketch_of_products", "sketch_weight"]
 
 PROJECTIONS = 32
 SKETCH_SIZE = PROJECTIONS + 1
@@ -41,6 +41,23 @@ def _sketch(weight: Tensor) -> Tensor:
     u, v = (_signs(size, side, weight.device) for side, size in enumerate(weight.shape))
     projections = ((u.T @ weight) * v.T).sum(1)
     return torch.cat([projections / norm, norm.log2()[None]])
+
+
+def sign_rows(in_features: int, like: Tensor) -> Tensor:
+    """The vectors v of a sketch as rows (32, C), in the dtype and on the device of `like`."""
+    return _signs(in_features, 1, like.device).T.contiguous().to(like.dtype)
+
+
+def sketch_of_products(products: Tensor, known: Tensor) -> Tensor:
+    """The sketch of a W0 that can only multiply, to compare with a `known` one, whose norm it takes for its own.
+
+    Args:
+        products: :func:`sign_rows` times W0ᵀ, (32, N).
+        known: the sketch of the W0 that it may be.
+    """
+    u = _signs(products.shape[1], 0, products.device)
+    projections = (products.float() * u.T).sum(1).cpu()
+    return torch.cat([projections / known[-1].exp2(), known[-1:]])
 
 
 def sketch_distance(first: Tensor, second: Tensor) -> float:

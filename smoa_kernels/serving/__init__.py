@@ -1,0 +1,1 @@
+"""Serving adapters without merging them: vLLM's plugin (docs/serving.md)."""

@@ -1,0 +1,151 @@
+"""Reads an SMoA or HiRA adapter's folder as tensors of LoRA's shapes, which an engine's slots for LoRA can hold.
+
+With zeros outside their blocks, the A_k stacked to (r, C) and the B_k to (N, r) have the product mask ∘ (BA). So
+loading, slots, caches and slicing for tensor parallelism carry them as they are; only what a layer computes differs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapter_folder.format import LayerBlocks, StackBlocks
+from ..adapter_folder.reading import (
+    CONFIG_NAME,
+    HIRA,
+    METHOD,
+    PREFIX,
+    hira_layers,
+    read_adapter,
+    read_config,
+    read_json,
+    read_state,
+    weights_of,
+)
+from ..definition.packed import PackedAdapter, scaling_tensor
+from ..definition.sketch import TOLERANCE
+
+__all__ = ["MERGE", "PREFIX", "LayerFactors", "ServedAdapter", "read_served", "served_method"]
+
+MERGE = "`smoa-kernels merge` writes a model of its own instead"
+
+
+class LayerFactors(NamedTuple):
+    """One layer's factors: `y += x (W0 ∘ BA)ᵀ`."""
+
+    A: Tensor  # (r, C): the A_k one below the other, zero outside the columns of their blocks
+    B: Tensor  # (N, r), float32: the B_k side by side, zero outside the rows of their blocks; s is folded in
+    ranks: tuple[int, ...]  # r_k of each block
+    sketch: Tensor | None  # of W0, where the folder has one
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter's folder, read and checked.
+
+    Attributes:
+        folder: the folder.
+        layers: the factors of each layer, by its path in the base model.
+        strict_base: refuse another base rather than warn.
+    """
+
+    folder: Path
+    layers: dict[str, LayerFactors]
+    strict_base: bool
+
+    @property
+    def rank(self) -> int:
+        """The largest rank r of a layer, over all its blocks."""
+        return max(factors.A.shape[0] for factors in self.layers.values())
+
+    def ranks(self, name: str) -> tuple[int, ...]:
+        """r_k of each block of a layer; none of one that it leaves alone."""
+        return self.layers[name].ranks if name in self.layers else ()
+
+    def check_base(self, distances: Mapping[str, float]) -> None:
+        """Warn, or raise where the adapter asks for it, where the distances between sketches of layers are too large.
+
+        Raises:
+            ValueError: the base is another, and the adapter's configuration has strict_base.
+        """
+        far = [name for name, distance in distances.items() if not distance <= TOLERANCE]
+        if far:
+            message = (
+                f"{self.folder} was trained over another base: W0 is another in {len(far)} of {len(distances)} layers, "
+                f"{far[0]} the first"
+            )
+            if self.strict_base:
+                raise ValueError(message)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def served_method(folder: Path) -> str | None:
+    """The method of a folder that we serve, "SMOA" or "HIRA"; None for any other, and where nothing can be read."""
+    try:
+        method = read_json(folder / CONFIG_NAME).get("peft_type")
+    except (OSError, ValueError):
+        return None  # the engine says what it misses
+    return method if method in (METHOD, HIRA) else None
+
+
+def read_served(folder: Path) -> ServedAdapter:
+    """Read the folder of an SMoA or HiRA adapter.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or of another format version, or the adapter has what no engine has a place for:
+            experts, embeddings, convolutions, modules or biases saved in full, weights stored transposed.
+    """
+    config = read_config(folder, (METHOD, HIRA))
+    refused = {
+        "modules_to_save": "modules saved in full",
+        "target_parameters": "experts",
+        "fan_in_fan_out": "weights stored transposed (Conv1D)",
+    }
+    for key, what in refused.items():
+        if config.get(key):
+            raise ValueError(f"{folder / CONFIG_NAME}: {key}={config[key]}: {what} cannot be served; {MERGE}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{folder / CONFIG_NAME}: trained biases cannot be served; {MERGE}")
+    state = read_state(weights_of(folder))
+    prefix = "smoa_" if config["peft_type"] == METHOD else "hira_"
+    for key in state:
+        if not key.rpartition(".")[2].startswith(prefix):
+            raise ValueError(
+                f"{weights_of(folder)}: {key} cannot be served: it is no linear layer's; {MERGE}"
+            )
+    layers = _smoa_layers(folder, state) if prefix == "smoa_" else _hira_layers(folder, state)
+    return ServedAdapter(folder, layers, bool(config.get("strict_base")))
+
+
+def _smoa_layers(folder: Path, state: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
+    adapter = read_adapter(folder)
+    layers = {}
+    for name, blocks in adapter.layers.items():
+        if isinstance(blocks, StackBlocks):
+            raise ValueError(f"{adapter.weights}: {name}: experts cannot be served; {MERGE}")
+        A, B = (state[f"{PREFIX}{name}.smoa_{side}"].float() for side in "AB")
+        layers[name] = stacked(A, B, blocks, adapter.settings.for_layer(name).scaling)
+    return layers
+
+
+def stacked(A: Tensor, B: Tensor, blocks: LayerBlocks, scaling: float) -> LayerFactors:
+    """Stack a layer's packed factors A (ρ, C) and B (N, ρ)."""
+    ranks = tuple(blocks.ranks.tolist())
+    weight = torch.empty(blocks.partition.shape, device="meta")  # which the factors do not depend on
+    s = scaling_tensor(scaling, A.device)
+    adapter = PackedAdapter(weight, A, B, blocks.partition, blocks.ranks, s, ranks)
+    return LayerFactors(*adapter.expanded_factors(torch.float32), ranks, blocks.sketch)
+
+
+def _hira_layers(folder: Path, state: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
+    return {
+        name: LayerFactors(A.float(), B.float(), (A.shape[0],), None)
+        for name, (A, B) in hira_layers(weights_of(folder), state).items()
+    }

@@ -1,0 +1,322 @@
+"""vLLM's plugin: `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER` takes SMoA and HiRA folders beside LoRA's.
+
+vLLM has no hook for another adapter method, so :func:`register`, its entry point, wraps methods of its LoRA classes,
+some of them private. It looks at them first: where one is not as in the version tested, nothing is wrapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .factors import MERGE, PREFIX, ServedAdapter, read_served, served_method
+from .products import Group, LayerSlots, Slice
+
+__all__ = ["KEEP_VARIABLE", "TESTED_VERSION", "obstacle", "register"]
+
+TESTED_VERSION = "0.32.0"
+KEEP_VARIABLE = "SMOA_VLLM_KEEP_W0"
+"""Set it to 0, and no copy of W0 is kept where vLLM has repacked it, as it does on CPUs."""
+
+_log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows what loggers below its own say
+
+
+class _Hook(NamedTuple):
+    """A method of vLLM's that is wrapped: where it is, the names of its parameters, and what runs in its place."""
+
+    module: str
+    kind: str
+    method: str
+    parameters: str
+    function: Callable[..., Any]  # takes the original method, then its arguments
+
+    def found(self) -> Any:
+        return inspect.getattr_static(getattr(import_module(self.module), self.kind), self.method)
+
+
+_hooks: list[_Hook] = []
+
+
+def _instead_of(module: str, kind: str, method: str, parameters: str) -> Callable[..., Callable[..., Any]]:
+    def note(function: Callable[..., Any]) -> Callable[..., Any]:
+        _hooks.append(_Hook(module, kind, method, parameters, function))
+        return function
+
+    return note
+
+
+def register() -> None:
+    """Let this process's vLLM serve SMoA and HiRA adapters, or say why not. vLLM calls it in each of its processes."""
+    reason = obstacle()
+    if reason is not None:
+        _log.warning(
+            "smoa-kernels serves no SMoA or HiRA adapters here: %s. It was tested with vLLM %s; %s. LoRA is served as "
+            "without it.",
+            reason,
+            TESTED_VERSION,
+            MERGE,
+        )
+        return
+    for hook in _hooks:
+        found = hook.found()
+        original = getattr(found, "__func__", found)  # of a class method
+        if not hasattr(original, "is_smoa"):
+            method = _wrapped(original, hook.function)
+            kind = getattr(import_module(hook.module), hook.kind)
+            setattr(kind, hook.method, classmethod(method) if isinstance(found, classmethod) else method)
+
+
+def _wrapped(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(*args: Any, **options: Any) -> Any:
+        return function(original, *args, **options)
+
+    method.is_smoa = True  # type: ignore[attr-defined]
+    return method
+
+
+def obstacle() -> str | None:
+    """Say which of vLLM's methods is not as in the version tested; None where all are."""
+    for hook in _hooks:
+        name = f"{hook.module}.{hook.kind}.{hook.method}"
+        try:
+            found = hook.found()
+        except (ImportError, AttributeError):
+            return f"this vLLM has no {name}"
+        given = " ".join(inspect.signature(getattr(found, "__func__", found)).parameters)
+        if given != hook.parameters:
+            return f"this vLLM's {name} takes ({given}) and not ({hook.parameters})"
+    return None
+
+
+# Loading.
+
+
+@_instead_of("vllm.lora.peft_helper", "PEFTHelper", "from_local_dir", "cls lora_path max_position_embeddings")
+def _read_configuration(
+    original: Callable[..., Any], cls: Any, lora_path: str, *args: Any, **options: Any
+) -> Any:
+    if served_method(Path(lora_path)) is None:
+        return original(cls, lora_path, *args, **options)
+    adapter = read_served(Path(lora_path))
+    # s is in the factors, so alpha / r is 1; vLLM compares r with --max-lora-rank.
+    helper = cls(adapter.rank, adapter.rank, sorted({name.rpartition(".")[2] for name in adapter.layers}))
+    helper.smoa_adapter = adapter
+    return helper
+
+
+@_instead_of(
+    "vllm.lora.lora_model",
+    "LoRAModel",
+    "from_local_checkpoint",
+    "cls lora_dir expected_lora_modules peft_helper lora_model_id device dtype model_vocab_size weights_mapper "
+    "skip_prefixes moe_ep_spec",
+)
+def _read_weights(original: Callable[..., Any], cls: Any, *args: Any, **options: Any) -> Any:
+    given = inspect.signature(original).bind(cls, *args, **options).arguments
+    adapter = getattr(given["peft_helper"], "smoa_adapter", None)
+    if adapter is None:
+        return original(cls, *args, **options)
+    tensors, layers = {}, {}
+    parse = import_module("vllm.lora.utils").parse_fine_tuned_lora_name
+    for name, factors in adapter.layers.items():
+        if name.rpartition(".")[2] not in given["expected_lora_modules"]:
+            raise ValueError(f"{adapter.folder}: vLLM takes no adapter for {name} of this model; {MERGE}")
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.B
+        layers[parse(f"{PREFIX}{name}.lora_A.weight", given.get("weights_mapper"))[0]] = factors
+    passed = ("device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes")
+    model = cls.from_lora_tensors(
+        given["lora_model_id"],
+        tensors,
+        given["peft_helper"],
+        **{key: given[key] for key in passed if key in given},
+    )
+    model.smoa_adapter = replace(adapter, layers=layers)
+    return model
+
+
+@_instead_of("vllm.lora.worker_manager", "WorkerLoRAManager", "_load_adapter", "self lora_request")
+def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) -> Any:
+    model = original(self, lora_request)
+    if hasattr(model, "smoa_adapter"):
+        _check_fits(model.smoa_adapter, self._adapter_manager)
+    return model
+
+
+def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
+    """Raise unless the model has every layer of the adapter, in its shape. Warn where W0 is another."""
+    left = dict(adapter.layers)
+    distances: dict[str, float] = {}
+    for name, module in manager.modules.items():
+        names = _parts(manager, name)
+        parts = {at: left.pop(part) for at, part in enumerate(names) if part in left}
+        if not parts:
+            continue
+        slots = getattr(module, "_smoa_slots", None)
+        if slots is None or len(slots.slices) != len(names):
+            raise ValueError(f"{adapter.folder}: {name}: {type(module).__name__} takes LoRA alone; {MERGE}")
+        base = module.base_layer
+        for at, factors in parts.items():
+            shape = base.output_sizes[at] if len(names) > 1 else base.output_size, base.input_size
+            trained = factors.B.shape[0], factors.A.shape[1]
+            if trained != shape:
+                raise ValueError(
+                    f"{adapter.folder} was trained over another model: its {names[at]} is {trained}, here it is {shape}"
+                )
+        if module.tp_size == 1:
+            found = slots.distances({at: factors.sketch for at, factors in parts.items()})
+            distances |= {names[at]: distance for at, distance in found.items()}
+    if left and import_module("vllm.distributed").get_pp_group().world_size == 1:
+        raise ValueError(
+            f"{adapter.folder}: vLLM has no layer {next(iter(left))} that takes adapters; {MERGE}"
+        )
+    adapter.check_base(distances)
+
+
+def _parts(manager: Any, name: str) -> list[str]:
+    """The names that an adapter has for the layers packed into one of vLLM's."""
+    parts: list[str] = manager.packed_modules.get(name, [name])
+    return parts
+
+
+# Slots.
+
+
+@_instead_of("vllm.lora.model_manager", "LoRAModelManager", "register_module", "self module_name module")
+def _register_module(original: Callable[..., Any], self: Any, module_name: str, module: Any) -> None:
+    original(self, module_name, module)
+    slots = _layer_slots(module)
+    if slots is not None:
+        module._smoa_slots = slots
+        module._smoa_name = f"{module_name} {len(_layers)}"
+        _layers[module._smoa_name] = module
+
+
+# Layers by the names that compiled graphs call them by.
+_layers: dict[str, Any] = {}
+
+
+def _layer_slots(module: Any) -> LayerSlots | None:
+    """What we keep of a layer; None where it is not linear, or computes LoRA in a way of its own."""
+    if not isinstance(module, import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA):
+        return None
+    if module._enable_aux_cuda_stream or module.lora_config.fully_sharded_loras:
+        return None
+    base, method = module.base_layer, module._get_quant_method()
+    ends = list(itertools.accumulate(module.output_slices))
+    slices = [
+        Slice(*part)
+        for part in zip([0, *ends], ends, module.lora_a_stacked, module.lora_b_stacked, strict=False)
+    ]
+    plain = isinstance(method, import_module("vllm.model_executor.layers.linear").UnquantizedLinearMethod)
+    weight = getattr(base, "weight", None) if plain else None
+    if weight is not None and tuple(weight.shape) != (ends[-1], slices[0].A.shape[-1]):
+        weight = None  # repacked
+    keep = plain and os.environ.get(KEEP_VARIABLE, "1") != "0"
+    return LayerSlots(lambda rows: method.apply(base, rows, None), slices, weight, keep)
+
+
+@_instead_of("vllm.lora.model_manager", "LoRAModelManager", "activate_adapter", "self lora_id")
+def _activate_adapter(original: Callable[..., Any], self: Any, lora_id: int) -> Any:
+    moved = original(self, lora_id)
+    if moved:
+        slot = self.lora_index_to_id.index(lora_id)
+        adapter = getattr(self.list_adapters()[lora_id], "smoa_adapter", None)
+        for name, module in self.modules.items():
+            if hasattr(module, "_smoa_slots"):
+                ranks = [adapter.ranks(part) for part in _parts(self, name)] if adapter else []
+                module._smoa_slots.fill(slot, ranks)
+    return moved
+
+
+@_instead_of("vllm.lora.model_manager", "LoRAModelManager", "_set_adapter_mapping", "self mapping")
+def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) -> None:
+    """Note which tokens of the step are ours, and hide their adapters from vLLM's kernels for LoRA."""
+    adapters = self.list_adapters()
+    slots = {
+        lora_id: slot
+        for slot, lora_id in enumerate(self.lora_index_to_id)
+        if lora_id in adapters and hasattr(adapters[lora_id], "smoa_adapter")
+    }
+    tokens: dict[int, list[int]] = {}
+    for token, lora_id in enumerate(mapping.index_mapping):
+        if lora_id in slots:
+            tokens.setdefault(slots[lora_id], []).append(token)
+    groups = [Group(slot, torch.tensor(own, device=self.device)) for slot, own in tokens.items()]
+    _step["is_ours"] = bool(groups)
+    for wrapper in self.punica_wrapper_mapping.values():
+        wrapper.smoa_groups = groups
+    if groups:
+        index, prompt = (
+            tuple(0 if lora_id in slots else lora_id for lora_id in ids)
+            for ids in (mapping.index_mapping, mapping.prompt_mapping)
+        )
+        mapping = replace(mapping, index_mapping=index, prompt_mapping=prompt)
+    original(self, mapping)
+
+
+# Computing.
+
+_step = {"is_ours": False}
+
+
+@_instead_of("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher", "dispatch",
+             "self num_tokens uniform_decode has_lora num_active_loras valid_modes invalid_modes")  # fmt: skip
+def _dispatch(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """No CUDA graph holds a step with tokens of ours: what is launched goes by the adapters that it has."""
+    if _step["is_ours"]:
+        none = import_module("vllm.config").CUDAGraphMode.NONE
+        options |= {"valid_modes": {none}, "invalid_modes": None}
+    return original(*args, **options)
+
+
+@_instead_of("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA", "_apply_sync", "self x bias")
+def _apply_sync(original: Callable[..., Any], self: Any, x: Tensor, bias: Tensor | None = None) -> Any:
+    if torch.compiler.is_compiling():
+        return _adapted(self, x, original(self, x, bias), bias)
+    groups = _groups(self)
+    if not groups:
+        return original(self, x, bias)
+    flat = x.flatten(0, -2)
+    y = self._smoa_slots.output(flat, bias, groups, lambda: original(self, flat, bias))
+    return y.view(*x.shape[:-1], -1)
+
+
+@_instead_of("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA", "_apply_base_forward", "self x")
+def _apply_base_forward(original: Callable[..., Any], self: Any, x: Tensor) -> Any:
+    bias = None if self.base_layer.skip_bias_add else self.base_layer.bias
+    return _adapted(self, x, original(self, x), bias)
+
+
+def _adapted(layer: Any, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
+    if hasattr(layer, "_smoa_name"):
+        torch.ops.smoa_serving.adapt(x, output, bias, layer._smoa_name)
+    return output
+
+
+@torch.library.custom_op("smoa_serving::adapt", mutates_args=("output",))
+def _adapt(x: Tensor, output: Tensor, bias: Tensor | None, layer: str) -> None:
+    """Put what our tokens get into a layer's output. Opaque to compilers, whose graph serves any step."""
+    groups = _groups(_layers[layer])
+    if groups:
+        flat = output.view(-1, output.shape[-1])
+        y = _layers[layer]._smoa_slots.output(x.flatten(0, -2), bias, groups, lambda: flat)
+        if y is not flat:
+            flat.copy_(y)
+
+
+def _groups(layer: Any) -> Sequence[Group]:
+    groups: Sequence[Group] = getattr(layer.punica_wrapper, "smoa_groups", ())
+    return groups if hasattr(layer, "_smoa_slots") else ()

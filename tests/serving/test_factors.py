@@ -1,0 +1,125 @@
+"""Adapters' folders as tensors of LoRA's shapes, without an engine and without PEFT; what cannot be served is refused."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from peft import HiraConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.serving.factors import read_served, served_method
+
+UNEQUAL = SMoAConfig(
+    r=6, num_blocks=3, block_ranks=[4, 0, 2], target_modules=["0", "2"], smoa_alpha=3, alpha_pattern={"2": 9},
+    rank_pattern={"2": 4}, use_rslora=True, init_weights=False,
+)  # fmt: skip
+CONFIGS = {
+    "smoa": SMoAConfig(r=4, num_blocks=2, target_modules=["0", "2"], init_weights=False),
+    "unequal ranks and patterns": UNEQUAL,
+    "hira": HiraConfig(r=3, target_modules=["0", "2"], init_weights=False),
+}
+
+
+def save(config, folder):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 9)), config)
+    model.save_pretrained(str(folder))
+    return model
+
+
+def change(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_the_product_of_the_factors_is_the_update_over_w0(config, tmp_path):
+    model = save(config, tmp_path)
+    adapter = read_served(tmp_path)
+    assert set(adapter.layers) == {"0", "2"}
+    for name, factors in adapter.layers.items():
+        layer = model.base_model.model.get_submodule(name)
+        update = layer.get_delta_weight("default")
+        if isinstance(config, SMoAConfig):
+            update = update / layer.weight
+        torch.testing.assert_close(factors.B @ factors.A, update, rtol=1e-4, atol=1e-6)
+        assert sum(factors.ranks) == len(factors.A)
+    assert adapter.rank == max(len(factors.A) for factors in adapter.layers.values())
+
+
+@pytest.mark.parametrize("method", [None, "SMOA", "HIRA"])
+def test_the_method_is_known_by_the_configuration(method, tmp_path):
+    assert served_method(tmp_path) is None
+    if method is None:
+        save(LoraConfig(r=2, target_modules=["0"]), tmp_path)
+    else:
+        save(CONFIGS[method.lower()], tmp_path)
+    assert served_method(tmp_path) == method
+    (tmp_path / "adapter_config.json").write_text("[")
+    assert served_method(tmp_path) is None
+
+
+@pytest.mark.parametrize("method", ["smoa", "hira"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("modules_to_save", ["2"]), ("target_parameters", ["experts.down_proj"]), ("fan_in_fan_out", True), ("bias", "all")],
+)
+def test_what_no_engine_has_a_place_for_is_refused_by_name(method, key, value, tmp_path):
+    save(CONFIGS[method], tmp_path)
+    change(tmp_path, **{key: value})
+    with pytest.raises(ValueError, match=r"adapter_config\.json: .*cannot be served; `smoa-kernels merge`"):
+        read_served(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["base_model.model.2.weight", "base_model.model.2.lora_A.weight"])
+def test_other_tensors_are_refused_by_name(key, tmp_path):
+    save(CONFIGS["smoa"], tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(path), key: torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=f"{key} cannot be served"):
+        read_served(tmp_path)
+
+
+def test_other_format_versions_and_truncated_files_are_refused(tmp_path):
+    save(CONFIGS["smoa"], tmp_path)
+    change(tmp_path, format_version=3)
+    with pytest.raises(ValueError, match="format_version 3 .*newer"):
+        read_served(tmp_path)
+    change(tmp_path, format_version=2)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        read_served(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
+        read_served(tmp_path)
+
+
+@pytest.mark.parametrize("strict_base", [False, True])
+def test_another_base_is_told(strict_base, tmp_path):
+    save(CONFIGS["smoa"], tmp_path)
+    change(tmp_path, strict_base=strict_base)
+    adapter = read_served(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.check_base({"0": 0.1, "2": 0.3})
+    told = pytest.raises(ValueError, match="1 of 2 layers") if strict_base else pytest.warns(match="1 of 2 layers")
+    with told:
+        adapter.check_base({"0": 0.1, "2": 1.4})
+
+
+def test_reading_needs_neither_peft_nor_transformers(tmp_path):
+    save(CONFIGS["smoa"], tmp_path)
+    code = (
+        "import sys; sys.modules.update(peft=None, transformers=None)\n"
+        "from pathlib import Path; from smoa_kernels.serving.factors import read_served\n"
+        "import smoa_kernels.serving.vllm\n"
+        "print(sorted(read_served(Path(sys.argv[1])).layers))"
+    )
+    found = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "['0', '2']"

@@ -1,0 +1,155 @@
+"""What a layer computes for the adapters in an engine's slots, against the definition; no engine is needed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smoa_kernels import BlockPartition
+from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
+from smoa_kernels.serving import products
+from smoa_kernels.serving.products import Group, LayerSlots, Slice, packed_from_stacked, read_weight
+
+C, SIZES, SLOTS, MOST_RANKS = 24, (20, 12), 4, 8
+
+
+def adapter_of(n, ranks, seed):
+    """The stacked factors of an adapter with random blocks, and its ΔW / W0."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = [torch.randint(0, len(ranks), (size,), generator=generator) for size in (n, C)]
+    partition = BlockPartition.from_labels(*labels, len(ranks))
+    rho = max(ranks)
+    A, B = torch.randn(rho, C, generator=generator), torch.randn(n, rho, generator=generator)
+    sizes = torch.tensor(ranks, dtype=torch.int32)
+    packed = PackedAdapter(torch.ones(n, C), A, B, partition, sizes, scaling_tensor(0.5, A.device), ranks)
+    stacked_A, stacked_B = packed.expanded_factors(torch.float32)
+    return stacked_A, stacked_B, stacked_B @ stacked_A
+
+
+class Layer:
+    """A layer of two slices: slot 0 holds K=1, slot 1 K=3 with a rank of 0, slot 2 one slice alone, slot 3 nothing."""
+
+    RANKS = {0: [(4,), (4,)], 1: [(3, 0, 5), (2, 2, 1)], 2: [(), (1, 2)]}
+
+    def __init__(self, dtype=torch.float32, *, weight=False, keep=False, size=1.0):
+        torch.manual_seed(0)
+        self.weight = torch.randn(sum(SIZES), C).to(dtype)
+        self.bias = torch.randn(sum(SIZES)).to(dtype)
+        self.calls = []
+        starts = (0, SIZES[0])
+        slices = [
+            Slice(
+                start,
+                start + n,
+                torch.zeros(SLOTS, 1, MOST_RANKS, C, dtype=dtype),
+                torch.zeros(SLOTS, 1, n, MOST_RANKS, dtype=dtype),
+            )
+            for start, n in zip(starts, SIZES, strict=True)
+        ]
+        self.slots = LayerSlots(self.product, slices, self.weight if weight else None, keep)
+        self.modulation = torch.zeros(SLOTS, sum(SIZES), C)
+        for slot, ranks in self.RANKS.items():
+            for part, own in zip(slices, ranks, strict=True):
+                if own:
+                    A, B, _ = adapter_of(part.stop - part.start, own, slot * 7 + part.start)
+                    part.A[slot, 0, : sum(own)], part.B[slot, 0, :, : sum(own)] = A, B * size
+                    A, B = part.A[slot, 0].float(), part.B[slot, 0].float()
+                    self.modulation[slot, part.start : part.stop] = B @ A
+            self.slots.fill(slot, ranks)
+
+    def product(self, x):
+        self.calls.append(len(x))
+        return F.linear(x, self.weight)
+
+    def expected(self, x, slot_of):
+        """The definition, in float64; -1 stands for no adapter."""
+        W, y = self.weight.double(), F.linear(x.double(), self.weight.double(), self.bias.double())
+        for token, slot in enumerate(slot_of):
+            if slot >= 0:
+                y[token] += x[token].double() @ (W * self.modulation[slot].double()).T
+        return y
+
+    def output(self, x, slot_of):
+        slot_of = torch.tensor(slot_of)
+        groups = [Group(int(s), (slot_of == s).nonzero().flatten()) for s in slot_of.unique() if s >= 0]
+        return self.slots.output(x, self.bias, groups, lambda: F.linear(x, self.weight, self.bias))
+
+
+MIXTURES = {
+    "one slot": [1] * 5,
+    "one slot, many tokens": [1] * 40,
+    "one slot beside the base": [-1, 1, -1, 1, 1],
+    "all slots": [0, 1, 2, 3, -1, 2, 1],
+    "all slots, one with many tokens": [0, 1, 2, -1, *[1] * 12, 0],
+    "an empty slot": [3, 3],
+    "the base alone": [-1, -1],
+}
+
+
+@pytest.mark.parametrize("slot_of", MIXTURES.values(), ids=MIXTURES.keys())
+@pytest.mark.parametrize("given", [{"weight": True}, {"keep": True}, {}], ids=["W0", "W0 read", "rows"])
+def test_each_token_gets_its_adapter(given, slot_of):
+    layer = Layer(**given)
+    x = torch.randn(len(slot_of), C)
+    torch.testing.assert_close(layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_are_multiplied_in_chunks(monkeypatch):
+    monkeypatch.setattr(products, "MOST_ROWS", 16)
+    layer = Layer()
+    x, slot_of = torch.randn(3, C), [0, 0, 1]
+    torch.testing.assert_close(layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4)
+    assert max(layer.calls) <= 16
+
+
+def test_w0_is_read_for_many_tokens_and_kept_only_where_it_may_be():
+    for keep in (False, True):
+        layer = Layer(keep=keep)
+        for _ in range(2):
+            layer.output(torch.randn(40, C), [1] * 40)
+        assert layer.calls == [C] * (1 if keep else 2)
+        assert (layer.slots.weight is not None) is keep
+
+
+def test_w0_is_read_exactly(monkeypatch):
+    monkeypatch.setattr(products, "MOST_ROWS", 7)
+    layer = Layer(torch.bfloat16)
+    weight = read_weight(layer.product, layer.slots.shape, layer.weight)
+    torch.testing.assert_close(weight, layer.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("slot_of", [[1] * 64, [0, 1] * 3], ids=["one slot", "few tokens each"])
+def test_half_precision_keeps_a_small_update_where_w0_is_there(slot_of):
+    """An update of 1e-3 of W0, added to an output that is rounded already, would lose half of it (DESIGN.md, 2)."""
+    layer = Layer(torch.bfloat16, weight=True, size=2e-4)
+    kept = []
+    for seed in range(60):
+        x = torch.randn(len(slot_of), C, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        base = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+        true = layer.expected(x, slot_of) - base
+        kept.append(torch.stack([((layer.output(x, slot_of) - base) * true).sum(), true.square().sum()]))
+    part, whole = torch.stack(kept).sum(0)
+    assert 0.9 < part / whole < 1.1
+
+
+def test_a_slot_that_is_filled_anew_forgets_the_old_adapter():
+    layer = Layer(weight=True)
+    x = torch.randn(2, C)
+    layer.output(x, [1, 1])
+    for part in layer.slots.slices:
+        part.A[1], part.B[1] = part.A[0], part.B[0]
+    layer.slots.fill(1, Layer.RANKS[0])
+    layer.modulation[1] = layer.modulation[0]
+    torch.testing.assert_close(layer.output(x, [1, 1]).double(), layer.expected(x, [1, 1]), rtol=1e-5, atol=1e-4)
+    layer.slots.fill(1, [])
+    assert layer.slots.output(x, None, [Group(1, torch.tensor([0]))], lambda: "base") == "base"
+
+
+@pytest.mark.parametrize("ranks", [(4,), (3, 0, 5), (1, 1, 1)])
+def test_shards_have_the_products_of_the_whole(ranks):
+    A, B, modulation = adapter_of(SIZES[0], ranks, seed=3)
+    for rows, cols in ((slice(0, 9), slice(None)), (slice(None), slice(10, 24)), (slice(4, 5), slice(2, 3))):
+        own_A, own_B, partition = packed_from_stacked(A[:, cols], B[rows], ranks)
+        s, sizes = scaling_tensor(1.0, A.device), torch.tensor(ranks, dtype=torch.int32)
+        shard = PackedAdapter(modulation[rows, cols], own_A, own_B, partition, sizes, s, ranks)
+        stacked_A, stacked_B = shard.expanded_factors(torch.float32)
+        torch.testing.assert_close(stacked_B @ stacked_A, modulation[rows, cols])
