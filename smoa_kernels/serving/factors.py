@@ -6,7 +6,6 @@ loading, slots, caches and slicing for tensor parallelism carry them as they are
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter_folder.format import LayerBlocks, StackBlocks
+from ..adapter_folder.format import StackBlocks
 from ..adapter_folder.reading import (
     CONFIG_NAME,
     HIRA,
@@ -29,7 +28,6 @@ from ..adapter_folder.reading import (
     weights_of,
 )
 from ..definition.packed import PackedAdapter, scaling_tensor
-from ..definition.sketch import TOLERANCE
 
 __all__ = ["MERGE", "PREFIX", "LayerFactors", "ServedAdapter", "read_served", "served_method"]
 
@@ -68,22 +66,6 @@ class ServedAdapter:
         """r_k of each block of a layer; none of one that it leaves alone."""
         return self.layers[name].ranks if name in self.layers else ()
 
-    def check_base(self, distances: Mapping[str, float]) -> None:
-        """Warn, or raise where the adapter asks for it, where the distances between sketches of layers are too large.
-
-        Raises:
-            ValueError: the base is another, and the adapter's configuration has strict_base.
-        """
-        far = [name for name, distance in distances.items() if not distance <= TOLERANCE]
-        if far:
-            message = (
-                f"{self.folder} was trained over another base: W0 is another in {len(far)} of {len(distances)} layers, "
-                f"{far[0]} the first"
-            )
-            if self.strict_base:
-                raise ValueError(message)
-            warnings.warn(message, UserWarning, stacklevel=2)
-
 
 def served_method(folder: Path) -> str | None:
     """The method of a folder that we serve, "SMOA" or "HIRA"; None for any other, and where nothing can be read."""
@@ -103,16 +85,9 @@ def read_served(folder: Path) -> ServedAdapter:
             experts, embeddings, convolutions, modules or biases saved in full, weights stored transposed.
     """
     config = read_config(folder, (METHOD, HIRA))
-    refused = {
-        "modules_to_save": "modules saved in full",
-        "target_parameters": "experts",
-        "fan_in_fan_out": "weights stored transposed (Conv1D)",
-    }
-    for key, what in refused.items():
-        if config.get(key):
-            raise ValueError(f"{folder / CONFIG_NAME}: {key}={config[key]}: {what} cannot be served; {MERGE}")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{folder / CONFIG_NAME}: trained biases cannot be served; {MERGE}")
+    for key in ("modules_to_save", "target_parameters", "fan_in_fan_out", "bias"):
+        if config.get(key) not in (None, False, [], "none"):
+            raise ValueError(f"{folder / CONFIG_NAME}: {key}={config[key]} cannot be served; {MERGE}")
     state = read_state(weights_of(folder))
     prefix = "smoa_" if config["peft_type"] == METHOD else "hira_"
     for key in state:
@@ -131,17 +106,11 @@ def _smoa_layers(folder: Path, state: Mapping[str, Tensor]) -> dict[str, LayerFa
         if isinstance(blocks, StackBlocks):
             raise ValueError(f"{adapter.weights}: {name}: experts cannot be served; {MERGE}")
         A, B = (state[f"{PREFIX}{name}.smoa_{side}"].float() for side in "AB")
-        layers[name] = stacked(A, B, blocks, adapter.settings.for_layer(name).scaling)
+        ranks, s = blocks.ranks.tolist(), scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
+        weight = torch.empty(blocks.partition.shape, device="meta")  # which the factors do not depend on
+        packed = PackedAdapter(weight, A, B, blocks.partition, blocks.ranks, s, ranks)
+        layers[name] = LayerFactors(*packed.expanded_factors(torch.float32), tuple(ranks), blocks.sketch)
     return layers
-
-
-def stacked(A: Tensor, B: Tensor, blocks: LayerBlocks, scaling: float) -> LayerFactors:
-    """Stack a layer's packed factors A (ρ, C) and B (N, ρ)."""
-    ranks = tuple(blocks.ranks.tolist())
-    weight = torch.empty(blocks.partition.shape, device="meta")  # which the factors do not depend on
-    s = scaling_tensor(scaling, A.device)
-    adapter = PackedAdapter(weight, A, B, blocks.partition, blocks.ranks, s, ranks)
-    return LayerFactors(*adapter.expanded_factors(torch.float32), ranks, blocks.sketch)
 
 
 def _hira_layers(folder: Path, state: Mapping[str, Tensor]) -> dict[str, LayerFactors]:

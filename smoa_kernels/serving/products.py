@@ -61,13 +61,10 @@ def packed_from_stacked(A: Tensor, B: Tensor, ranks: Sequence[int]) -> tuple[Ten
     cols, rows = block[(A != 0).byte().argmax(0)], block[(B != 0).byte().argmax(1)]
     within = torch.arange(max(ranks), device=A.device)
 
-    def index(
-        labels: Tensor,
-    ) -> Tensor:  # of the ranks of a coordinate's block; what lies past them is padding
-        return (first[labels][:, None] + within).clamp_max_(len(block) - 1)
-
+    # Which factors a coordinate's block has; what lies past them is padding.
+    of_cols, of_rows = ((first[side][:, None] + within).clamp_max_(len(block) - 1) for side in (cols, rows))
     partition = BlockPartition.from_labels(rows, cols, len(ranks))
-    return A.gather(0, index(cols).T), B.gather(1, index(rows)), partition
+    return A.gather(0, of_cols.T), B.gather(1, of_rows), partition
 
 
 def read_weight(product: Product, shape: tuple[int, int], like: Tensor) -> Tensor:
@@ -104,30 +101,22 @@ class LayerSlots:
         return self.slices[-1].stop, self.slices[0].A.shape[-1]
 
     def fill(self, slot: int, ranks: Sequence[tuple[int, ...]]) -> None:
-        """Note what the engine has put into a slot.
-
-        Args:
-            slot: the slot.
-            ranks: r_k of each slice, () where the adapter leaves it alone; nothing where it is not ours.
-        """
+        """Note what is in a slot now: r_k of each slice, () of one that the adapter leaves alone; nothing is LoRA's."""
         self.ranks.pop(slot, None)
-        for at in range(len(self.slices)):
-            self.packed.pop((slot, at), None)
+        self.packed = {key: factors for key, factors in self.packed.items() if key[0] != slot}
         if any(ranks):
             self.ranks[slot] = list(ranks)
 
-    def distances(self, sketches: Mapping[int, Tensor | None]) -> dict[int, float]:
-        """How far W0 of each slice is from the one of a sketch; of those that have one."""
-        known = {at: sketch for at, sketch in sketches.items() if sketch is not None}
-        if not known:
+    def distances(self, sketches: Mapping[int, Tensor]) -> dict[int, float]:
+        """How far W0 of each slice is from the one of its sketch, seen by its products with random signs."""
+        if not sketches:
             return {}
         products = self.product(sign_rows(self.shape[1], self.slices[0].A))
-        return {
-            at: sketch_distance(
-                sketch, sketch_of_products(products[:, self.slices[at].start : self.slices[at].stop], sketch)
-            )
-            for at, sketch in known.items()
-        }
+        found = {}
+        for at, sketch in sketches.items():
+            own = products[:, self.slices[at].start : self.slices[at].stop]
+            found[at] = sketch_distance(sketch, sketch_of_products(own, sketch))
+        return found
 
     def output(
         self, x: Tensor, bias: Tensor | None, groups: Sequence[Group], base: Callable[[], Tensor]
@@ -144,29 +133,27 @@ class LayerSlots:
         if not groups:
             return base()
         weight = self._weight_for(groups, x)
-        if weight is None:
-            tokens, slots = _joined(groups)
-            y = base()
-            y[tokens] = (y[tokens] + self._rows(x[tokens], slots, groups, None)).to(y.dtype)
-            return y
-        whole = sum(len(group.tokens) for group in groups) == len(x)
-        y = x.new_empty(len(x), self.shape[0]) if whole else base()
         bias = None if bias is None else bias.to(x.dtype)
-        few = [group for group in groups if len(group.tokens) < MANY_TOKENS] if len(groups) > 1 else []
+        if weight is not None and len(groups[0].tokens) == len(x):
+            return self._modulated(x, bias, weight, groups[0].slot)
+        whole = weight is not None and sum(len(group.tokens) for group in groups) == len(x)
+        y = x.new_empty(len(x), self.shape[0]) if whole else base()
+        few = []
         for group in groups:
-            if len(group.tokens) == len(x):
-                return self._modulated(x, bias, weight, group.slot)
-            if group not in few:
+            if weight is not None and (len(groups) == 1 or len(group.tokens) >= MANY_TOKENS):
                 y[group.tokens] = self._modulated(x[group.tokens], bias, weight, group.slot)
+            else:
+                few.append(group)
         if few:
-            tokens, slots = _joined(few)
-            # The adapter's output enters before the base product rounds: afterwards half precision would round it away.
-            update = self._rows(x[tokens], slots, few, weight).to(x.dtype).addmm_(x[tokens], weight.T)
-            y[tokens] = update if bias is None else update.add_(bias)
+            tokens = torch.cat([group.tokens for group in few])
+            update = self._rows(x[tokens], few, weight)
+            if weight is None:
+                y[tokens] = (y[tokens] + update).to(y.dtype)
+            else:
+                # The adapter's output enters before the base product rounds: half precision would round it away later.
+                update = update.to(x.dtype).addmm_(x[tokens], weight.T)
+                y[tokens] = update if bias is None else update.add_(bias)
         return y
-
-    def _rank(self, groups: Sequence[Group], at: int) -> int:
-        return max(sum(self.ranks[group.slot][at]) for group in groups)
 
     def _weight_for(self, groups: Sequence[Group], x: Tensor) -> Tensor | None:
         """W0, where it is at hand, may be kept, or takes fewer rows of the base product than the adapters would."""
@@ -177,26 +164,29 @@ class LayerSlots:
         if not self.keep and rows <= self.shape[1] + tokens:
             return None
         weight = read_weight(self.product, self.shape, x)
-        if self.keep:
-            self.weight = weight
+        self.weight = weight if self.keep else None
         return weight
 
-    def _rows(self, x: Tensor, slots: Tensor, groups: Sequence[Group], weight: Tensor | None) -> Tensor:
-        """`Σ_t B[:, t] ∘ ((A[t] ∘ x) W0ᵀ)` (T, N) in float32, A and B those of each token's slot."""
+    def _rank(self, groups: Sequence[Group], at: int) -> int:
+        return max(sum(self.ranks[group.slot][at]) for group in groups)
+
+    def _rows(self, x: Tensor, groups: Sequence[Group], weight: Tensor | None) -> Tensor:
+        """`Σ_t B[:, t] ∘ ((A[t] ∘ x) W0ᵀ)` (T, N) in float32 for the tokens of these slots, one group after another."""
+        slots = torch.cat([torch.full_like(group.tokens, group.slot) for group in groups])
         update = x.new_zeros(len(x), self.shape[0], dtype=torch.float32)
-        for at, part in enumerate(self.slices):
+        for at, (start, stop, all_A, all_B) in enumerate(self.slices):
             rank = self._rank(groups, at)
-            if rank == 0:
-                continue
-            for chunk in torch.arange(len(x), device=x.device).split(max(1, MOST_ROWS // rank)):
-                A, B = part.A[slots[chunk], 0, :rank], part.B[slots[chunk], 0, :, :rank]
+            for chunk in torch.arange(len(x) if rank else 0, device=x.device).split(
+                max(1, MOST_ROWS // max(1, rank))
+            ):
+                A, B = all_A[slots[chunk], 0, :rank], all_B[slots[chunk], 0, :, :rank]
                 rows = (x[chunk, None] * A).flatten(0, 1)
                 if weight is None:
-                    products = self.product(rows)[:, part.start : part.stop]
+                    products = self.product(rows)[:, start:stop]
                 else:
-                    products = F.linear(rows, weight[part.start : part.stop])
+                    products = F.linear(rows, weight[start:stop])
                 products = products.float().view(len(chunk), rank, -1)
-                update[chunk, part.start : part.stop] = (products * B.transpose(1, 2)).sum(1)
+                update[chunk, start:stop] = (products * B.transpose(1, 2)).sum(1)
         return update
 
     def _modulated(self, x: Tensor, bias: Tensor | None, weight: Tensor, slot: int) -> Tensor:
@@ -222,9 +212,3 @@ class LayerSlots:
             sizes = torch.tensor(ranks, dtype=torch.int32, device=A.device)
             self.packed[slot, at] = A, B, partition, sizes, scaling_tensor(1.0, A.device), ranks
         return self.packed[slot, at]
-
-
-def _joined(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """The tokens of all groups and the slot of each."""
-    slots = [torch.full_like(group.tokens, group.slot) for group in groups]
-    return torch.cat([group.tokens for group in groups]), torch.cat(slots)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..definition.sketch import TOLERANCE
 from .factors import MERGE, PREFIX, ServedAdapter, read_served, served_method
 from .products import Group, LayerSlots, Slice
 
@@ -33,24 +34,26 @@ _log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows what loggers below i
 
 
 class _Hook(NamedTuple):
-    """A method of vLLM's that is wrapped: where it is, the names of its parameters, and what runs in its place."""
+    """A method of vLLM's that is wrapped: its module, class and name, its parameters, and what runs instead."""
 
-    module: str
-    kind: str
-    method: str
+    path: tuple[str, str, str]
     parameters: str
     function: Callable[..., Any]  # takes the original method, then its arguments
 
+    def owner(self) -> Any:
+        return getattr(import_module(self.path[0]), self.path[1])
+
     def found(self) -> Any:
-        return inspect.getattr_static(getattr(import_module(self.module), self.kind), self.method)
+        return inspect.getattr_static(self.owner(), self.path[2])
 
 
 _hooks: list[_Hook] = []
 
 
-def _instead_of(module: str, kind: str, method: str, parameters: str) -> Callable[..., Callable[..., Any]]:
+def _instead_of(path: str, parameters: str) -> Callable[..., Callable[..., Any]]:
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
-        _hooks.append(_Hook(module, kind, method, parameters, function))
+        module, kind, method = path.rsplit(".", 2)
+        _hooks.append(_Hook((module, kind, method), parameters, function))
         return function
 
     return note
@@ -73,8 +76,9 @@ def register() -> None:
         original = getattr(found, "__func__", found)  # of a class method
         if not hasattr(original, "is_smoa"):
             method = _wrapped(original, hook.function)
-            kind = getattr(import_module(hook.module), hook.kind)
-            setattr(kind, hook.method, classmethod(method) if isinstance(found, classmethod) else method)
+            setattr(
+                hook.owner(), hook.path[2], classmethod(method) if isinstance(found, classmethod) else method
+            )
 
 
 def _wrapped(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +93,7 @@ def _wrapped(original: Callable[..., Any], function: Callable[..., Any]) -> Call
 def obstacle() -> str | None:
     """Say which of vLLM's methods is not as in the version tested; None where all are."""
     for hook in _hooks:
-        name = f"{hook.module}.{hook.kind}.{hook.method}"
+        name = ".".join(hook.path)
         try:
             found = hook.found()
         except (ImportError, AttributeError):
@@ -103,7 +107,7 @@ def obstacle() -> str | None:
 # Loading.
 
 
-@_instead_of("vllm.lora.peft_helper", "PEFTHelper", "from_local_dir", "cls lora_path max_position_embeddings")
+@_instead_of("vllm.lora.peft_helper.PEFTHelper.from_local_dir", "cls lora_path max_position_embeddings")
 def _read_configuration(
     original: Callable[..., Any], cls: Any, lora_path: str, *args: Any, **options: Any
 ) -> Any:
@@ -117,9 +121,7 @@ def _read_configuration(
 
 
 @_instead_of(
-    "vllm.lora.lora_model",
-    "LoRAModel",
-    "from_local_checkpoint",
+    "vllm.lora.lora_model.LoRAModel.from_local_checkpoint",
     "cls lora_dir expected_lora_modules peft_helper lora_model_id device dtype model_vocab_size weights_mapper "
     "skip_prefixes moe_ep_spec",
 )
@@ -147,7 +149,7 @@ def _read_weights(original: Callable[..., Any], cls: Any, *args: Any, **options:
     return model
 
 
-@_instead_of("vllm.lora.worker_manager", "WorkerLoRAManager", "_load_adapter", "self lora_request")
+@_instead_of("vllm.lora.worker_manager.WorkerLoRAManager._load_adapter", "self lora_request")
 def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) -> Any:
     model = original(self, lora_request)
     if hasattr(model, "smoa_adapter"):
@@ -176,13 +178,18 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
                     f"{adapter.folder} was trained over another model: its {names[at]} is {trained}, here it is {shape}"
                 )
         if module.tp_size == 1:
-            found = slots.distances({at: factors.sketch for at, factors in parts.items()})
-            distances |= {names[at]: distance for at, distance in found.items()}
+            sketches = {at: factors.sketch for at, factors in parts.items() if factors.sketch is not None}
+            distances |= {names[at]: distance for at, distance in slots.distances(sketches).items()}
     if left and import_module("vllm.distributed").get_pp_group().world_size == 1:
         raise ValueError(
             f"{adapter.folder}: vLLM has no layer {next(iter(left))} that takes adapters; {MERGE}"
         )
-    adapter.check_base(distances)
+    far = [name for name, distance in distances.items() if not distance <= TOLERANCE]
+    if far:
+        message = f"{adapter.folder} was trained over another base: W0 is another in {', '.join(far[:3])}"
+        if adapter.strict_base:
+            raise ValueError(message)
+        _log.warning("%s (%d of %d layers)", message, len(far), len(distances))
 
 
 def _parts(manager: Any, name: str) -> list[str]:
@@ -194,7 +201,7 @@ def _parts(manager: Any, name: str) -> list[str]:
 # Slots.
 
 
-@_instead_of("vllm.lora.model_manager", "LoRAModelManager", "register_module", "self module_name module")
+@_instead_of("vllm.lora.model_manager.LoRAModelManager.register_module", "self module_name module")
 def _register_module(original: Callable[..., Any], self: Any, module_name: str, module: Any) -> None:
     original(self, module_name, module)
     slots = _layer_slots(module)
@@ -228,7 +235,7 @@ def _layer_slots(module: Any) -> LayerSlots | None:
     return LayerSlots(lambda rows: method.apply(base, rows, None), slices, weight, keep)
 
 
-@_instead_of("vllm.lora.model_manager", "LoRAModelManager", "activate_adapter", "self lora_id")
+@_instead_of("vllm.lora.model_manager.LoRAModelManager.activate_adapter", "self lora_id")
 def _activate_adapter(original: Callable[..., Any], self: Any, lora_id: int) -> Any:
     moved = original(self, lora_id)
     if moved:
@@ -241,7 +248,7 @@ def _activate_adapter(original: Callable[..., Any], self: Any, lora_id: int) -> 
     return moved
 
 
-@_instead_of("vllm.lora.model_manager", "LoRAModelManager", "_set_adapter_mapping", "self mapping")
+@_instead_of("vllm.lora.model_manager.LoRAModelManager._set_adapter_mapping", "self mapping")
 def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) -> None:
     """Note which tokens of the step are ours, and hide their adapters from vLLM's kernels for LoRA."""
     adapters = self.list_adapters()
@@ -272,17 +279,20 @@ def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) 
 _step = {"is_ours": False}
 
 
-@_instead_of("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher", "dispatch",
-             "self num_tokens uniform_decode has_lora num_active_loras valid_modes invalid_modes")  # fmt: skip
+@_instead_of(
+    "vllm.v1.cudagraph_dispatcher.CudagraphDispatcher.dispatch",
+    "self num_tokens uniform_decode has_lora num_active_loras valid_modes invalid_modes",
+)
 def _dispatch(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """No CUDA graph holds a step with tokens of ours: what is launched goes by the adapters that it has."""
     if _step["is_ours"]:
         none = import_module("vllm.config").CUDAGraphMode.NONE
-        options |= {"valid_modes": {none}, "invalid_modes": None}
+        given = inspect.signature(original).bind(*args, **options).arguments
+        return original(**{**given, "valid_modes": {none}, "invalid_modes": None})
     return original(*args, **options)
 
 
-@_instead_of("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA", "_apply_sync", "self x bias")
+@_instead_of("vllm.lora.layers.base_linear.BaseLinearLayerWithLoRA._apply_sync", "self x bias")
 def _apply_sync(original: Callable[..., Any], self: Any, x: Tensor, bias: Tensor | None = None) -> Any:
     if torch.compiler.is_compiling():
         return _adapted(self, x, original(self, x, bias), bias)
@@ -294,7 +304,7 @@ def _apply_sync(original: Callable[..., Any], self: Any, x: Tensor, bias: Tensor
     return y.view(*x.shape[:-1], -1)
 
 
-@_instead_of("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA", "_apply_base_forward", "self x")
+@_instead_of("vllm.lora.layers.base_linear.BaseLinearLayerWithLoRA._apply_base_forward", "self x")
 def _apply_base_forward(original: Callable[..., Any], self: Any, x: Tensor) -> Any:
     bias = None if self.base_layer.skip_bias_add else self.base_layer.bias
     return _adapted(self, x, original(self, x), bias)

@@ -1,11 +1,14 @@
 """What a layer computes for the adapters in an engine's slots, against the definition; no engine is needed."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
+from smoa_kernels.definition.sketch import TOLERANCE, sketch_weight
 from smoa_kernels.serving import products
 from smoa_kernels.serving.products import Group, LayerSlots, Slice, packed_from_stacked, read_weight
 
@@ -28,7 +31,7 @@ def adapter_of(n, ranks, seed):
 class Layer:
     """A layer of two slices: slot 0 holds K=1, slot 1 K=3 with a rank of 0, slot 2 one slice alone, slot 3 nothing."""
 
-    RANKS = {0: [(4,), (4,)], 1: [(3, 0, 5), (2, 2, 1)], 2: [(), (1, 2)]}
+    RANKS: ClassVar = {0: [(4,), (4,)], 1: [(3, 0, 5), (2, 2, 1)], 2: [(), (1, 2)]}
 
     def __init__(self, dtype=torch.float32, *, weight=False, keep=False, size=1.0):
         torch.manual_seed(0)
@@ -90,14 +93,18 @@ MIXTURES = {
 def test_each_token_gets_its_adapter(given, slot_of):
     layer = Layer(**given)
     x = torch.randn(len(slot_of), C)
-    torch.testing.assert_close(layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4
+    )
 
 
 def test_rows_are_multiplied_in_chunks(monkeypatch):
     monkeypatch.setattr(products, "MOST_ROWS", 16)
     layer = Layer()
     x, slot_of = torch.randn(3, C), [0, 0, 1]
-    torch.testing.assert_close(layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4
+    )
     assert max(layer.calls) <= 16
 
 
@@ -139,7 +146,9 @@ def test_a_slot_that_is_filled_anew_forgets_the_old_adapter():
         part.A[1], part.B[1] = part.A[0], part.B[0]
     layer.slots.fill(1, Layer.RANKS[0])
     layer.modulation[1] = layer.modulation[0]
-    torch.testing.assert_close(layer.output(x, [1, 1]).double(), layer.expected(x, [1, 1]), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        layer.output(x, [1, 1]).double(), layer.expected(x, [1, 1]), rtol=1e-5, atol=1e-4
+    )
     layer.slots.fill(1, [])
     assert layer.slots.output(x, None, [Group(1, torch.tensor([0]))], lambda: "base") == "base"
 
@@ -153,3 +162,14 @@ def test_shards_have_the_products_of_the_whole(ranks):
         shard = PackedAdapter(modulation[rows, cols], own_A, own_B, partition, sizes, s, ranks)
         stacked_A, stacked_B = shard.expanded_factors(torch.float32)
         torch.testing.assert_close(stacked_B @ stacked_A, modulation[rows, cols])
+
+
+def test_w0_is_recognised_by_its_products():
+    layer = Layer(torch.bfloat16)
+    sketches = {
+        0: sketch_weight(layer.weight[: SIZES[0]].float()),
+        1: sketch_weight(torch.randn(SIZES[1], C)),
+    }
+    near, far = layer.slots.distances(sketches).values()
+    assert near < TOLERANCE / 4
+    assert far > 2 * TOLERANCE

@@ -1,0 +1,99 @@
+"""Serve a fine-tuned adapter beside its base model with vLLM, unmerged, and ask both over HTTP.
+
+    make serve                                   # the adapter of examples/minimal.py, in vLLM's own environment
+    python examples/serve.py BASE ADAPTER        # in an environment with vLLM and smoa-kernels
+
+BASE is a model's folder or its name on the hub, ADAPTER the folder that `save_pretrained` wrote: SMoA, HiRA or LoRA.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+URL = "http://127.0.0.1:8765"
+QUESTIONS = [
+    ("colours", "Q: Which colour has snow?\nA:"),
+    ("colours", "Q: Which colour has coal?\nA:"),
+    ("base", "Q: Which colour has snow?\nA:"),
+]
+
+
+def on_a_cpu() -> dict[str, str]:
+    """What vLLM's build for CPUs asks for: its OpenMP loaded first, memory for the KV cache in GiB."""
+    openmp = Path(sys.prefix, "lib", "libiomp5.so")
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {**variables, "LD_PRELOAD": str(openmp)} if openmp.exists() else {}
+
+
+@contextmanager
+def server(base: str, adapter: str) -> Iterator[None]:
+    """Run `vllm serve` until it answers, and stop it in the end.
+
+    Raises:
+        RuntimeError: it ended before it answered; what it said is on stderr.
+    """
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", base, "--served-model-name", "base"),
+        *("--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"colours={adapter}"),
+        *(
+            "--max-model-len",
+            "512",
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--port",
+            URL.rpartition(":")[2],
+        ),
+    ]
+    process = subprocess.Popen(command, env={**on_a_cpu(), **os.environ})
+    try:
+        while not answers():
+            if process.poll() is not None:
+                raise RuntimeError(f"vllm serve ended with exit code {process.returncode}")
+            time.sleep(0.5)
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def answers() -> bool:
+    """Whether the server is ready for requests."""
+    try:
+        with urllib.request.urlopen(f"{URL}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def ask(question: tuple[str, str]) -> str:
+    """One request: a model is the base or the name of an adapter."""
+    model, prompt = question
+    body = {"model": model, "prompt": prompt, "max_tokens": 3, "temperature": 0, "stop": "\n"}
+    request = urllib.request.Request(
+        f"{URL}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        text: str = json.load(response)["choices"][0]["text"]
+    return text.strip()
+
+
+def main(base: str, adapter: str) -> None:
+    """Ask all questions at once, so that one step of the model answers them together."""
+    with server(base, adapter), ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        for (model, prompt), text in zip(QUESTIONS, pool.map(ask, QUESTIONS), strict=True):
+            print(f"{model:8} {prompt.splitlines()[0]:32} {text}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
