@@ -133,7 +133,8 @@ $(VLLM)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	@touch $@
 
 test-vllm: $(VLLM)/.installed ## the plugin in vLLM, against PEFT, in an environment of its own (3.4 GB)
-	$(VLLM)/bin/python -m pytest tests/serving $(ARGS)
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+		LD_PRELOAD="$(abspath $(VLLM))/lib/libiomp5.so" $(VLLM)/bin/python -m pytest tests/serving $(ARGS)
 
 runs/minimal/adapter_config.json: $(BIN)/.examples
 	$(BIN)/python examples/minimal.py

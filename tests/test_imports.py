@@ -22,7 +22,7 @@ ORDER = (
     ("tuning", "distributed"),
     ("adapter_folder",),
     ("peft",),
-    ("cli",),
+    ("serving", "cli"),
 )
 
 KERNELS = (

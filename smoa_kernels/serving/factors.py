@@ -6,7 +6,6 @@ loading, slots, caches and slicing for tensor parallelism carry them as they are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -87,25 +86,20 @@ def read_served(folder: Path) -> ServedAdapter:
     config = read_config(folder, (METHOD, HIRA))
     for key in ("modules_to_save", "target_parameters", "fan_in_fan_out", "bias"):
         if config.get(key) not in (None, False, [], "none"):
-            raise ValueError(f"{folder / CONFIG_NAME}: {key}={config[key]} cannot be served; {MERGE}")
-    state = read_state(weights_of(folder))
-    prefix = "smoa_" if config["peft_type"] == METHOD else "hira_"
-    for key in state:
-        if not key.rpartition(".")[2].startswith(prefix):
-            raise ValueError(
-                f"{weights_of(folder)}: {key} cannot be served: it is no linear layer's; {MERGE}"
-            )
-    layers = _smoa_layers(folder, state) if prefix == "smoa_" else _hira_layers(folder, state)
+            raise _refusal(folder / CONFIG_NAME, f"{key}={config[key]}")
+    layers = _smoa_layers(folder) if config["peft_type"] == METHOD else _hira_layers(folder)
     return ServedAdapter(folder, layers, bool(config.get("strict_base")))
 
 
-def _smoa_layers(folder: Path, state: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
+def _smoa_layers(folder: Path) -> dict[str, LayerFactors]:
     adapter = read_adapter(folder)
+    for key in adapter.whole:
+        raise _refusal(adapter.path, key)
     layers = {}
     for name, blocks in adapter.layers.items():
         if isinstance(blocks, StackBlocks):
-            raise ValueError(f"{adapter.weights}: {name}: experts cannot be served; {MERGE}")
-        A, B = (state[f"{PREFIX}{name}.smoa_{side}"].float() for side in "AB")
+            raise _refusal(adapter.path, f"{name}, a weight of experts,")
+        A, B = (adapter.of_layer(name)[key].float() for key in ("smoa_A", "smoa_B"))
         ranks, s = blocks.ranks.tolist(), scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
         weight = torch.empty(blocks.partition.shape, device="meta")  # which the factors do not depend on
         packed = PackedAdapter(weight, A, B, blocks.partition, blocks.ranks, s, ranks)
@@ -113,8 +107,17 @@ def _smoa_layers(folder: Path, state: Mapping[str, Tensor]) -> dict[str, LayerFa
     return layers
 
 
-def _hira_layers(folder: Path, state: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
+def _hira_layers(folder: Path) -> dict[str, LayerFactors]:
+    path = weights_of(folder)
+    state = read_state(path)
+    for key in state:
+        if not key.rpartition(".")[2].startswith("hira_"):
+            raise _refusal(path, key)
     return {
         name: LayerFactors(A.float(), B.float(), (A.shape[0],), None)
-        for name, (A, B) in hira_layers(weights_of(folder), state).items()
+        for name, (A, B) in hira_layers(path, state).items()
     }
+
+
+def _refusal(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path}: {what} cannot be served; {MERGE}")

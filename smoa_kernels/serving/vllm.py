@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,52 +33,38 @@ KEEP_VARIABLE = "SMOA_VLLM_KEEP_W0"
 _log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows what loggers below its own say
 
 
-class _Hook(NamedTuple):
-    """A method of vLLM's that is wrapped: its module, class and name, its parameters, and what runs instead."""
-
-    path: tuple[str, str, str]
-    parameters: str
-    function: Callable[..., Any]  # takes the original method, then its arguments
-
-    def owner(self) -> Any:
-        return getattr(import_module(self.path[0]), self.path[1])
-
-    def found(self) -> Any:
-        return inspect.getattr_static(self.owner(), self.path[2])
-
-
-_hooks: list[_Hook] = []
+# Methods of vLLM's, the names of their parameters, and what runs instead: it takes the original, then its arguments.
+_hooks: list[tuple[str, str, Callable[..., Any]]] = []
 
 
 def _instead_of(path: str, parameters: str) -> Callable[..., Callable[..., Any]]:
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
-        module, kind, method = path.rsplit(".", 2)
-        _hooks.append(_Hook((module, kind, method), parameters, function))
+        _hooks.append((path, parameters, function))
         return function
 
     return note
+
+
+def _find(path: str) -> tuple[Any, str, Any]:
+    """The class of a method, its name, and the method as the class holds it."""
+    module, kind, name = path.rsplit(".", 2)
+    owner = getattr(import_module(module), kind)
+    return owner, name, inspect.getattr_static(owner, name)
 
 
 def register() -> None:
     """Let this process's vLLM serve SMoA and HiRA adapters, or say why not. vLLM calls it in each of its processes."""
     reason = obstacle()
     if reason is not None:
-        _log.warning(
-            "smoa-kernels serves no SMoA or HiRA adapters here: %s. It was tested with vLLM %s; %s. LoRA is served as "
-            "without it.",
-            reason,
-            TESTED_VERSION,
-            MERGE,
-        )
+        tested = f"it was tested with vLLM {TESTED_VERSION}; {MERGE}"
+        _log.warning("smoa-kernels serves LoRA alone here, as vLLM does without it: %s; %s", reason, tested)
         return
-    for hook in _hooks:
-        found = hook.found()
+    for path, _, function in _hooks:
+        owner, name, found = _find(path)
         original = getattr(found, "__func__", found)  # of a class method
         if not hasattr(original, "is_smoa"):
-            method = _wrapped(original, hook.function)
-            setattr(
-                hook.owner(), hook.path[2], classmethod(method) if isinstance(found, classmethod) else method
-            )
+            method = _wrapped(original, function)
+            setattr(owner, name, classmethod(method) if isinstance(found, classmethod) else method)
 
 
 def _wrapped(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,15 +78,14 @@ def _wrapped(original: Callable[..., Any], function: Callable[..., Any]) -> Call
 
 def obstacle() -> str | None:
     """Say which of vLLM's methods is not as in the version tested; None where all are."""
-    for hook in _hooks:
-        name = ".".join(hook.path)
+    for path, parameters, _ in _hooks:
         try:
-            found = hook.found()
+            found = _find(path)[2]
         except (ImportError, AttributeError):
-            return f"this vLLM has no {name}"
+            return f"this vLLM has no {path}"
         given = " ".join(inspect.signature(getattr(found, "__func__", found)).parameters)
-        if given != hook.parameters:
-            return f"this vLLM's {name} takes ({given}) and not ({hook.parameters})"
+        if given != parameters:
+            return f"this vLLM's {path} takes ({given}) and not ({parameters})"
     return None
 
 
@@ -139,12 +124,8 @@ def _read_weights(original: Callable[..., Any], cls: Any, *args: Any, **options:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.B
         layers[parse(f"{PREFIX}{name}.lora_A.weight", given.get("weights_mapper"))[0]] = factors
     passed = ("device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes")
-    model = cls.from_lora_tensors(
-        given["lora_model_id"],
-        tensors,
-        given["peft_helper"],
-        **{key: given[key] for key in passed if key in given},
-    )
+    further = {key: given[key] for key in passed if key in given}
+    model = cls.from_lora_tensors(given["lora_model_id"], tensors, given["peft_helper"], **further)
     model.smoa_adapter = replace(adapter, layers=layers)
     return model
 

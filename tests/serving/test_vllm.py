@@ -1,7 +1,6 @@
 """vLLM with our plugin against PEFT, adapter by adapter (`make test-vllm`)."""
 
 import gc
-import importlib
 
 import pytest
 import torch
@@ -21,7 +20,11 @@ class Engine:
         from vllm import LLM
 
         options = {"max_model_len": 128, "max_num_seqs": 32, "max_lora_rank": 8, "max_loras": 8, **options}
-        options |= {"dtype": options.get("dtype", "float32"), "enforce_eager": True, "disable_log_stats": True}
+        options |= {
+            "dtype": options.get("dtype", "float32"),
+            "enforce_eager": True,
+            "disable_log_stats": True,
+        }
         self.engine = LLM(str(base), enable_lora=True, **options)
         self.ids, self.adapters = {}, adapters
 
@@ -73,7 +76,9 @@ def engine(base, adapters):
 def some_prompts(names, count=3):
     generator = torch.Generator().manual_seed(1)
     lengths = [5 + 7 * at for at in range(count)]
-    return [(name, torch.randint(2, 256, (n,), generator=generator).tolist()) for n in lengths for name in names]
+    return [
+        (name, torch.randint(2, 256, (n,), generator=generator).tolist()) for n in lengths for name in names
+    ]
 
 
 def against_peft(base, adapters, prompts, answers):
@@ -101,4 +106,6 @@ def test_a_mixed_batch_gives_each_request_what_peft_gives(keep, engine, base, ad
     worst, other = against_peft(base, adapters, prompts, answers)
     assert worst < 1e-4
     assert other == 0
-    assert len({tuple(tokens) for tokens, _ in running.answers([(name, prompts[0][1]) for name in NAMES])}) == 6
+    assert (
+        len({tuple(tokens) for tokens, _ in running.answers([(name, prompts[0][1]) for name in NAMES])}) == 6
+    )

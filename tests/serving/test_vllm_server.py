@@ -9,8 +9,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import CONFIGS, save_adapter, save_model
-from engine import environ
+from served import CONFIGS, environ, save_adapter, save_model
 
 from smoa_kernels.peft import SMoAConfig
 
@@ -41,32 +40,13 @@ def completion(model):
 def server(base, adapters, tmp_path_factory):
     """One slot, two adapters on the host, so that most requests evict one."""
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.cli.main",
-            "serve",
-            str(base),
-            "--served-model-name",
-            "base",
-        ),
-        *(
-            "--enable-lora",
-            "--max-lora-rank",
-            "8",
-            "--max-loras",
-            "1",
-            "--max-cpu-loras",
-            "2",
-            "--enforce-eager",
-        ),
-        *("--lora-modules", f"smoa={adapters['smoa4']}", f"lora={adapters['lora']}", "--port", str(PORT)),
-        *("--max-model-len", "64", "--dtype", "float32"),
-    ]
+    options = "--served-model-name base --enable-lora --max-lora-rank 8 --max-loras 1 --max-cpu-loras 2"
+    options += f" --enforce-eager --max-model-len 64 --dtype float32 --port {PORT} --lora-modules"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, *options.split()]
+    command += [f"smoa={adapters['smoa4']}", f"lora={adapters['lora']}"]
     with log.open("w") as stream:
         process = subprocess.Popen(
-            command, env=environ(VLLM_ALLOW_RUNTIME_LORA_UPDATING="1"), stdout=stream, stderr=stream
+            command, env={**environ(), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, stdout=stream, stderr=stream
         )
         try:
             ready = False

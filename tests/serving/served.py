@@ -1,0 +1,65 @@
+"""A tiny Llama and adapters of it, for tests that serve them."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from peft import HiraConfig, LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from smoa_kernels.peft import SMoAConfig
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Of the packed layers some have an adapter for each slice, some for one, some for none.
+CONFIGS = {
+    "smoa2": lambda: SMoAConfig(r=8, num_blocks=2, target_modules=ALL),
+    "smoa4": lambda: SMoAConfig(r=8, num_blocks=4, target_modules=ALL, smoa_alpha=16),
+    "unequal": lambda: SMoAConfig(
+        r=6, num_blocks=3, block_ranks=[4, 0, 2], target_modules=["q_proj", "v_proj", "up_proj", "down_proj"],
+        alpha_pattern={"q_proj": 12}, rank_pattern={"down_proj": 3}, use_rslora=True,
+    ),
+    "hira": lambda: HiraConfig(r=8, target_modules=ALL),
+    "lora": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=ALL),
+}  # fmt: skip
+
+
+def save_model(folder, **sizes):
+    """A tiny Llama, with random weights large enough that adapters change its tokens, and 256 words."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, **sizes}
+    config = LlamaConfig(
+        vocab_size=256, num_hidden_layers=2, num_key_value_heads=2, initializer_range=0.12, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{word}": word for word in range(256)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(folder)
+    return folder
+
+
+def save_adapter(base, config, folder, size=0.5):
+    """An adapter of `base` with random factors."""
+    torch.manual_seed(len(str(folder)))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(key in name for key in ("smoa_B", "hira_B", "lora_B")):
+                parameter.normal_(std=size * (0.1 if "lora" in name else 1))
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def environ() -> dict[str, str]:
+    """The variables with which vLLM runs on a CPU, beside other processes."""
+    openmp = Path(sys.prefix, "lib", "libiomp5.so")
+    variables = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    return {**os.environ, **variables, "LD_PRELOAD": str(openmp) if openmp.exists() else ""}

@@ -1,0 +1,62 @@
+"""The plugin wraps all of the methods that it knows, or none; vLLM is not needed, its classes are made up."""
+
+import logging
+import sys
+from types import ModuleType
+
+import pytest
+
+from smoa_kernels.serving import vllm as plugin
+
+# The plugin's own list, as methods that give back what they are called with.
+METHODS = {path: parameters for path, parameters, _ in plugin._hooks}
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Put classes with such methods in vLLM's place; give the methods as they are now."""
+
+    def make(methods):
+        classes = {}
+        for path, parameters in methods.items():
+            module, kind, name = path.rsplit(".", 2)
+            owner = classes.setdefault((module, kind), type(kind, (), {}))
+            names = parameters.split()
+            scope = {}
+            exec(f"def {name}({', '.join(names)}): return ({', '.join(names)},)", scope)
+            setattr(owner, name, classmethod(scope[name]) if names[0] == "cls" else scope[name])
+        for module in {module for module, _ in classes}:
+            monkeypatch.setitem(sys.modules, module, ModuleType(module))
+        for (module, kind), owner in classes.items():
+            setattr(sys.modules[module], kind, owner)
+        return lambda: {path: vars(plugin._find(path)[0])[path.rpartition(".")[2]] for path in methods}
+
+    return make
+
+
+def test_all_are_wrapped_once(made_up):
+    now = made_up(METHODS)
+    before = now()
+    assert plugin.obstacle() is None
+    plugin.register()
+    wrapped = now()
+    assert all(wrapped[path] is not before[path] for path in METHODS)
+    plugin.register()
+    assert now() == wrapped
+    assert plugin.obstacle() is None
+
+
+@pytest.mark.parametrize("path", METHODS)
+@pytest.mark.parametrize("change", ["missing", "another signature"])
+def test_none_is_wrapped_where_one_differs(path, change, made_up, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    methods = METHODS | {path: f"{METHODS[path]} further"}
+    if change == "missing":
+        del methods[path]
+        methods[path + "_of_old"] = METHODS[path]
+    now = made_up(methods)
+    before = now()
+    plugin.register()
+    assert now() == before
+    for words in (path, plugin.TESTED_VERSION, "smoa-kernels merge"):
+        assert words in caplog.text
