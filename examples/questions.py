@@ -45,7 +45,7 @@ def read_jsonl(path: Path) -> list[Question]:
     """Read one ``{"prompt": ..., "answer": ...}`` object per line; a repeated question is kept once.
 
     Raises:
-        ValueError: if a line is something else; the message names it.
+        ValueError: if a line is something else, or a prompt has two answers; the message names the line.
     """
     found: dict[str, Question] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -55,7 +55,11 @@ def read_jsonl(path: Path) -> list[Question]:
                 question = Question(record["prompt"].rstrip(), record["answer"].strip())
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f'{path}, line {number} is no {{"prompt": "…", "answer": "…"}}') from error
-            found.setdefault(same_text(question.prompt), question)
+            known = found.setdefault(same_text(question.prompt), question).answer
+            if known != question.answer:
+                raise ValueError(
+                    f"{path}, line {number}: a prompt from above again, but not its answer {known!r}"
+                )
     return list(found.values())
 
 

@@ -125,6 +125,9 @@ def test_jsonl_is_read_once_per_question(tmp_path: Path) -> None:
         path.write_text(f'{{"prompt": "good", "answer": "a"}}\n\n{bad}\n')
         with pytest.raises(ValueError, match=r"q\.jsonl, line 3 is no"):
             read_jsonl(path)
+    write_lines(path, [{"prompt": "Why?", "answer": "so"}, {"prompt": "why? ", "answer": "because"}])
+    with pytest.raises(ValueError, match=r"line 2: a prompt from above again, but not its answer 'so'"):
+        read_jsonl(path)
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
