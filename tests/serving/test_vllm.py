@@ -1,10 +1,13 @@
 """vLLM with our plugin against PEFT, adapter by adapter (`make test-vllm`)."""
 
 import gc
+import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from smoa_kernels.serving import vllm as plugin
@@ -109,3 +112,63 @@ def test_a_mixed_batch_gives_each_request_what_peft_gives(keep, engine, base, ad
     assert (
         len({tuple(tokens) for tokens, _ in running.answers([(name, prompts[0][1]) for name in NAMES])}) == 6
     )
+
+
+def test_two_processes_give_what_peft_gives(engine, base, adapters):
+    """Shards of the factors are vLLM's slices of LoRA's."""
+    prompts = some_prompts(NAMES, count=2)
+    worst, other = against_peft(base, adapters, prompts, engine(tensor_parallel_size=2).answers(prompts))
+    assert worst < 1e-4
+    assert other == 0
+
+
+def test_lora_and_base_are_what_vllm_gives_without_the_plugin(engine, monkeypatch):
+    """Bit for bit, with our adapters loaded."""
+    running, prompts = engine(), some_prompts([None, "lora"])
+    running.answers(some_prompts(["smoa2"]))
+    ours = running.answers(prompts)
+    for path, _, _ in plugin._hooks:
+        owner, name, found = plugin._find(path)
+        if "apply" in name or "mapping" in name:
+            monkeypatch.setattr(owner, name, found.__wrapped__)
+    running.engine.reset_prefix_cache()
+    assert running.answers(prompts) == ours
+
+
+def quantise(base, folder):
+    """A model in int8, channel by channel, as compressed-tensors stores it; and the same values in float32."""
+    state, dequantised = {}, {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        dequantised[name] = state[name] = tensor
+        if "_proj" in name:
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            state[name] = (tensor / scale).round().to(torch.int8)
+            state[name.replace("weight", "weight_scale")] = scale
+            dequantised[name] = state[name].float() * scale
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    scheme = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
+    scheme |= {"quantization_status": "compressed", "config_groups": {"group_0": group}}
+    for path, tensors in ((folder / "int8", state), (folder / "float32", dequantised)):
+        shutil.copytree(base, path)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "int8" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": scheme}))
+    return folder / "int8", folder / "float32"
+
+
+def test_an_int8_base_differs_from_its_dequantised_values_by_its_own_rounding(adapters, base, tmp_path):
+    int8, dequantised = quantise(base, tmp_path)
+    running = Engine(int8, adapters, dtype="bfloat16")  # what this kernel takes
+    try:
+        worst = {}
+        for name in (None, "smoa2", "smoa4", "hira"):
+            prompts = some_prompts([name])
+            worst[name], _ = against_peft(dequantised, adapters, prompts, running.answers(prompts, tokens=3))
+        assert all(worst[name] < 3 * worst[None] for name in worst), worst
+    finally:
+        running.close()
