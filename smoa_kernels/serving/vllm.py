@@ -200,7 +200,7 @@ def _layer_slots(module: Any) -> LayerSlots | None:
     """What we keep of a layer; None where it is not linear, or computes LoRA in a way of its own."""
     if not isinstance(module, import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA):
         return None
-    if module._enable_aux_cuda_stream or module.lora_config.fully_sharded_loras:
+    if module._enable_aux_cuda_stream or module.lora_config.fully_sharded_loras or _replays_any_step():
         return None
     base, method = module.base_layer, module._get_quant_method()
     ends = list(itertools.accumulate(module.output_slices))
@@ -214,6 +214,15 @@ def _layer_slots(module: Any) -> LayerSlots | None:
         weight = None  # repacked
     keep = plain and os.environ.get(KEEP_VARIABLE, "1") != "0"
     return LayerSlots(lambda rows: method.apply(base, rows, None), slices, weight, keep)
+
+
+def _replays_any_step() -> bool:
+    """Whether a CUDA graph is chosen before the adapters of a step are known, as vLLM's newer model runner does."""
+    config = import_module("vllm.config").get_current_vllm_config_or_none()
+    if config is None:
+        return not import_module("vllm.platforms").current_platform.is_cpu()
+    has_graphs = config.compilation_config.cudagraph_mode != import_module("vllm.config").CUDAGraphMode.NONE
+    return bool(has_graphs and config.use_v2_model_runner)
 
 
 @_instead_of("vllm.lora.model_manager.LoRAModelManager.activate_adapter", "self lora_id")
