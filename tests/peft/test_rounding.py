@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from smoa_kernels.adapter_folder import rounding
 from smoa_kernels.adapter_folder.rounding import round_stochastically
-from smoa_kernels.peft import rounding
 
 half_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
