@@ -18,7 +18,7 @@ from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.definition.reference import reference_delta_weight, reference_linear
-from smoa_kernels.kernels.sizes import padding_multiple
+from smoa_kernels.kernels.spec import padding_multiple
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where numerical tests compute; the kernels run on the CPU under Triton's interpreter (conftest.py)."""

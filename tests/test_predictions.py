@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.bringup.predictions import peak_bytes
-from smoa_kernels.kernels import sizes
+from smoa_kernels.backends import algorithms
 from smoa_kernels.tuning.counts import Problem
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def test_what_a_pass_allocates(size, way, monkeypatch):
     executor = interpreter.GridExecutor
     monkeypatch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), kwargs))
     monkeypatch.setattr(executor, "_restore_args_dev", lambda self, *args: None)
-    monkeypatch.setattr(sizes, "GRAD_TILE", 64)  # block_grad's in IEEE float32
+    monkeypatch.setattr(algorithms, "GRAD_TILE", 64)  # block_grad's in IEEE float32
     case = Case(*size, num_blocks=2, rank=16)
     build = {"frozen": frozen, "lora": lora}.get(way) or smoa(way, "triton")
     predicted = peak_bytes(case.problem(), way)

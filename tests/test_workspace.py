@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from smoa_kernels.kernels import sizes
+from smoa_kernels.backends import algorithms
 from smoa_kernels.tuning.counts import Problem, gradient_parts
 from smoa_kernels.tuning.roofline import backward_workspace, backward_workspace_bytes
 
@@ -55,15 +55,15 @@ def test_parts_take_no_more_than_dx_where_they_may_be_short_enough(num_blocks, r
             assert sum(parts) == tokens
             assert min(parts[:-1], default=tokens) == max(parts)
             stages, dx = backward_workspace(p), 2 * tokens * p.in_features
-            partials = len(parts) * sizes.partial_bytes(p.features, p.num_blocks, p.max_rank)
+            partials = len(parts) * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
             copies = stages["factor gradients"] - partials
-            step = 2 * sizes.GRAD_STEP * sum(p.padded(n) for n in shape)  # parts are whole steps
+            step = 2 * algorithms.GRAD_STEP * sum(p.padded(n) for n in shape)  # parts are whole steps
             one = partials // len(parts)
             worth_more = len(parts) * copies >= (len(parts) + 1) ** 2 * one  # than another part's partials
-            if len(parts) < tokens // sizes.GRAD_PART_TOKENS and worth_more:
+            if len(parts) < tokens // algorithms.GRAD_PART_TOKENS and worth_more:
                 assert copies <= stages["input gradient"] + dx + step
             with monkeypatch.context() as patch:
-                patch.setattr(sizes, "GRAD_PART_TOKENS", tokens)  # as a whole
+                patch.setattr(algorithms, "GRAD_PART_TOKENS", tokens)  # as a whole
                 whole = backward_workspace(p)["factor gradients"]
             assert stages["factor gradients"] <= whole + step
 

@@ -1,17 +1,30 @@
-"""The triton backend's algorithms, and which of them "auto" runs where a tuning table does not say otherwise."""
+"""The triton backend's algorithms, what "auto" runs where no tuning table says otherwise, and parts of a long batch.
+
+Nothing here needs Triton: the predictions (`tuning/roofline.py`) count by the same sizes.
+"""
 
 from __future__ import annotations
 
+import math
+
 from ..definition.precision import PRECISIONS
 from ..kernels.architectures import facts
+from ..kernels.spec import padding_multiple, partial_width
 
-__all__ = ["ALGORITHMS", "admissible", "choose_algorithm"]
+__all__ = ["ALGORITHMS", "admissible", "choose_algorithm", "gradient_parts", "padded", "partial_bytes"]
 
 ALGORITHMS = ("merged", "split", "fused")
 
 # Above these ρ the one-kernel form cuts the rank into chunks, and reads W0 again for each.
 FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
+
+GRAD_TILE = 128  # block_grad writes one rank-sized partial for each tile of this many rows or columns
+GRAD_STEP = 64  # tokens in one step of its main loop
+# The backward gathers all tokens at once, or at least this many: a program's end then takes a ninth of its time.
+GRAD_PART_TOKENS = 64 * GRAD_STEP
+# Fewest tiles of G for that: as many as a large GPU has multiprocessors, so that each launch fills it.
+GRAD_PART_TILES = 128
 
 
 def admissible(stage: str, dtype: str) -> tuple[str, ...]:
@@ -33,11 +46,12 @@ def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str) 
     """Choose "fused" for few tokens, else "merged" where it is admissible, else "split"; dropout is always split.
 
     With few tokens reading W0 takes longer than anything else, and "fused" reads it once and builds no weight. But it
-    multiplies twice for each element, so with more tokens a GEMM is faster. By the roofline (`smoa-kernels roofline`)
-    they meet, for layers of 2048 to 8192 features and r = 16, at 40 to 200 tokens in half types and in TF32, and at 8
-    to 80 in IEEE float32. On a B200 the kernel's instructions are the limit before its products are. So
-    `Architecture.fused_tokens` is 64, there 16, half of it where an element takes twice the room, and half of that in
-    IEEE float32. None of this is measured: `smoa-kernels tune` measures.
+    multiplies twice for each element, and slower than a GEMM does, so with more tokens a GEMM is faster. The limit is
+    `Architecture.fused_tokens` in half types, half of it where an element takes twice the room, and half of that in
+    IEEE float32. By the roofline (`smoa-kernels roofline`) the two meet at the limit or above it in half types and in
+    TF32, and at about the limit in IEEE float32 without tensor cores (tests/test_roofline.py). On a B200 the kernel's
+    instructions are the limit before its products are, and `fused_tokens` is a quarter of the others'. None of this is
+    measured: `smoa-kernels tune` measures.
 
     Args:
         stage: "forward" or "input_gradient".
@@ -51,3 +65,67 @@ def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str) 
     if tokens <= limit and rank <= (FUSED_MAX_RANK_IEEE if precision.ieee else FUSED_MAX_RANK):
         return "fused"
     return "merged" if "merged" in admissible(stage, dtype) else "split"
+
+
+def padded(features: int, num_blocks: int) -> int:
+    """Width of the padded block-major layout of N or C coordinates that are cut evenly."""
+    widest = math.ceil(features / num_blocks)
+    multiple = padding_multiple((widest,))
+    return num_blocks * math.ceil(widest / multiple) * multiple
+
+
+def partial_bytes(features: tuple[int, int], num_blocks: int, rank: int) -> int:
+    """Bytes of the float32 partials of dA and dB that one launch of block_grad writes.
+
+    Within each block there is one slice of (R, tile) for each tile of the other side; R is `spec.partial_width`. Not
+    counted: a problem with fewer tiles than the GPU has multiprocessors also splits its tokens among programs, and each
+    split writes partials. They are small then.
+
+    Args:
+        features: N and C.
+        num_blocks: K.
+        rank: ρ.
+    """
+    N, C = features
+    row_tiles, col_tiles = (math.ceil(padded(n, num_blocks) / num_blocks / GRAD_TILE) for n in features)
+    return 4 * partial_width(rank) * (N * col_tiles + C * row_tiles)
+
+
+def gradient_parts(
+    tokens: int, features: tuple[int, int], num_blocks: int, rank: int, itemsize: int
+) -> tuple[int, ...]:
+    """How many tokens the backward gathers at a time for dA and dB: all of them, or several parts in turn.
+
+    dA and dB are sums over tokens, so they can be summed part by part, and the gathered copies of dY and x then take
+    less memory. There are as many parts as it takes for the copies to need no more memory than dX and its W_eff do
+    afterwards, within three limits. n parts hold 1/n of the copies but n times the partials of one, so n stays where
+    the sum still falls. A part has at least `GRAD_PART_TOKENS`, since each part runs the end of every program again.
+    And G has at least `GRAD_PART_TILES`.
+
+    Args:
+        tokens: T.
+        features: N and C.
+        num_blocks: K.
+        rank: ρ.
+        itemsize: bytes of an element of x and dY.
+
+    Example:
+        >>> gradient_parts(8192, (4096, 4096), num_blocks=4, rank=4, itemsize=2)
+        (4096, 4096)
+        >>> gradient_parts(8192, (4096, 14336), num_blocks=4, rank=4, itemsize=2)  # dX alone is 224 MiB
+        (8192,)
+    """
+    N, C = features
+    widths = [padded(n, num_blocks) for n in features]
+    tiles = num_blocks * math.prod(math.ceil(width / num_blocks / GRAD_TILE) for width in widths)
+    most = tokens // GRAD_PART_TOKENS
+    if most < 2 or tiles < GRAD_PART_TILES:
+        return (tokens,)
+    copies = tokens * sum(widths)
+    wanted = math.ceil(copies / (N * C + tokens * C))
+    # The n at which copies / n + n · partials is least.
+    worth = math.isqrt(copies * itemsize // max(1, partial_bytes(features, num_blocks, rank)))
+    # Whole steps, so that only the last part can end in a step that is not full.
+    each = math.ceil(tokens / max(1, min(wanted, most, worth)) / GRAD_STEP) * GRAD_STEP
+    whole, rest = divmod(tokens, each)
+    return (each,) * whole + ((rest,) if rest else ())

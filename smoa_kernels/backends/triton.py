@@ -5,7 +5,7 @@
   `block_matmul` writes the adapter's output, and the base GEMM accumulates onto it and rounds once;
 - fused: for few tokens, base and adapter in one pass over W0, nothing built.
 
-Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`sizes.gradient_parts`) and
+Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`algorithms.gradient_parts`) and
 nothing is left before dX needs its workspace; dX merged in every dtype (a rounded W_eff is a second-order error there),
 split under dropout, fused for few tokens.
 """
@@ -28,10 +28,9 @@ from ..kernels.fused_linear import fused_linear
 from ..kernels.launch import Layout, on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
-from ..kernels.sizes import bucket, gradient_parts
-from ..kernels.spec import Key, granule_of
+from ..kernels.spec import Key, bucket, granule_of
 from . import Gradients, eager
-from .algorithms import ALGORITHMS, admissible, choose_algorithm
+from .algorithms import ALGORITHMS, admissible, choose_algorithm, gradient_parts
 
 __all__ = [
     "ALGORITHMS",

@@ -1,7 +1,7 @@
 """Triton kernels, one file each; `KERNELS` names them all.
 
 They are imported when they are launched, or when `KERNELS` is asked for: the package works without Triton, and so do
-`architectures` and `sizes`.
+`architectures`, `spec` and `table`.
 """
 
 from __future__ import annotations

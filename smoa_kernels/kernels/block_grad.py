@@ -35,17 +35,17 @@ from .architectures import Architecture, multiprocessors
 from .common import block_slots, block_width, dot, round_to, to_tf32
 from .launch import Launch, Layout, described
 from .permute import gather_columns
-from .sizes import PARTIAL_RANKS, partial_width, token_splits
-from .spec import Config, Kernel, Operands, Work, in_dtype, tile_divides
+from .spec import PARTIAL_RANKS, Config, Kernel, Operands, Work, in_dtype, partial_width, tile_divides
 from .sum_partials import sum_partials
 from .table import remembered
 
-__all__ = ["BLOCK_GRAD", "BlockGradConfig", "block_grad"]
+__all__ = ["BLOCK_GRAD", "BlockGradConfig", "block_grad", "token_splits"]
 
 # Ranks that the contraction takes at a time: the least that `tl.dot` takes, for the tile of G stays in registers.
 RANK_CHUNK = 16
 # Ranks of a group: float32 of 128 bits. The kernel is given groups, so that the compiler sees how a row is aligned.
 GROUP = tl.constexpr(PARTIAL_RANKS)
+EPILOGUE_STEPS = 11  # what the end of a program costs, in steps of its main loop: an assumption
 
 
 @dataclass(frozen=True)
@@ -344,6 +344,24 @@ def _launch(
         BLOCK_R=RANK_CHUNK,
     )
     return launch, (splits * tiles_n, splits * tiles_c)
+
+
+def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> int:
+    """Among how many programs block_grad splits the tokens of a tile so that it fills a GPU; 1 where the tiles do.
+
+    A split keeps at least as many steps of the main loop as a program's end costs.
+
+    Args:
+        tokens: T.
+        programs: tiles of G in all blocks.
+        processors: multiprocessors of the GPU.
+        block_t: tokens in a step.
+
+    Example:
+        >>> token_splits(8192, 32, 132, 64)  # 160 programs
+        5
+    """
+    return max(1, min(-(-processors // programs), tokens // (EPILOGUE_STEPS * block_t)))
 
 
 # Bytes of shared memory that the first needs on NVIDIA, for H transposed; AMD's compiler makes do with what there is.

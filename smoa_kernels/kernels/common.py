@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .sizes import padding_multiple
+from .spec import padding_multiple
 
 __all__ = [
     "INTERPRETED",

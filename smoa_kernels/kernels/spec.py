@@ -5,6 +5,8 @@ Tiles are named by the dimension they cut: tokens T, rows N, columns C of W0, sl
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,21 +21,25 @@ from ..definition.partition import BlockPartition
 from ..definition.precision import PRECISIONS, Precision
 from ..definition.reference import reference_delta_weight
 from .architectures import Architecture, facts
-from .sizes import GRANULE
 
 __all__ = [
     "ALGORITHM_KEYS",
+    "GRANULE",
     "INDEX",
     "LABELS",
     "ONE_NUMBER",
+    "PARTIAL_RANKS",
     "Config",
     "Kernel",
     "Key",
     "Operands",
     "Work",
+    "bucket",
     "delta_weight",
     "granule_of",
     "in_dtype",
+    "padding_multiple",
+    "partial_width",
     "tile_divides",
 ]
 
@@ -42,6 +48,14 @@ ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
     "input_gradient": ("merged", "fused"),
 }
 """Keys whose choice is an algorithm, and which there are."""
+
+GRANULE = 8
+"""Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
+
+# In the padded block-major layout each block's width is a multiple of the wide padding, which every shipped tile
+# divides, or of the narrow one where no block is wider than that.
+WIDE_PADDING, NARROW_PADDING = 128, 64
+PARTIAL_RANKS = 4  # partials of dA and dB are padded to a multiple of this many ranks: 128 bits of float32
 
 
 class Key(NamedTuple):
@@ -54,7 +68,7 @@ class Key(NamedTuple):
         blocks: K.
         out_features: N.
         in_features: C.
-        tokens: T, from :func:`smoa_kernels.kernels.sizes.bucket`.
+        tokens: T, from :func:`bucket`.
         padded_out: width that each block of rows is padded to.
         padded_in: likewise for columns.
         transposed: the kernel reads W0 or ΔW along the other side, as dX does.
@@ -72,6 +86,22 @@ class Key(NamedTuple):
     padded_in: int = 0
     transposed: bool = False
     granule: int = 1
+
+
+def bucket(tokens: int) -> int:
+    """The next power of two: one choice serves 2049 to 4096 tokens, and was made for 4096."""
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
+@functools.cache  # asked at every call of a layer
+def padding_multiple(sizes: tuple[int, ...]) -> int:
+    """The number to whose multiples blocks of these sizes are padded."""
+    return WIDE_PADDING if max(sizes) > NARROW_PADDING else NARROW_PADDING
+
+
+def partial_width(rank: int) -> int:
+    """R, the width of block_grad's partials: the rank ρ rounded up to whole stores of 128 bits."""
+    return math.ceil(rank / PARTIAL_RANKS) * PARTIAL_RANKS
 
 
 def granule_of(granularity: int, shape: Sequence[int]) -> int:

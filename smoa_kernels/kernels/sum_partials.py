@@ -22,8 +22,7 @@ from torch import Tensor
 
 from .common import power_of_two, round_to
 from .launch import Launch
-from .sizes import GRANULE, PARTIAL_RANKS, partial_width
-from .spec import Config, Kernel, Operands, Work
+from .spec import GRANULE, PARTIAL_RANKS, Config, Kernel, Operands, Work, partial_width
 from .table import remembered, select
 
 __all__ = ["SUM_PARTIALS", "SumConfig", "sum_partials"]

@@ -29,8 +29,7 @@ from ..checks import check_choice, check_count, check_kind, shown
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS, precision_of
 from ..files import cache_folder
 from .architectures import architecture, facts, gpu_properties, multiprocessors
-from .sizes import GRANULE, bucket
-from .spec import ALGORITHM_KEYS, Config, Key
+from .spec import ALGORITHM_KEYS, GRANULE, Config, Key, bucket
 
 __all__ = [
     "INTERRUPTED",

@@ -18,9 +18,9 @@ from typing import Literal
 
 import torch
 
+from ..backends import algorithms
 from ..backends.algorithms import FUSED_MAX_RANK
-from ..kernels import sizes
-from ..kernels.sizes import GRANULE
+from ..kernels.spec import GRANULE
 from .gpus import Rates
 
 __all__ = ["WAYS", "Part", "Pass", "Problem", "gradient_parts", "parts"]
@@ -93,7 +93,7 @@ class Problem:
 
     def padded(self, features: int) -> int:
         """Width of the padded block-major layout of N or C coordinates that are cut evenly."""
-        return sizes.padded(features, self.num_blocks)
+        return algorithms.padded(features, self.num_blocks)
 
     def gathers(self, features: int) -> bool:
         """Whether kernels read N or C coordinates from a copy in the padded block-major layout, without dropout."""
@@ -132,10 +132,10 @@ def parts(problem: Problem, way: str) -> tuple[Part, ...]:
 
 
 def gradient_parts(p: Problem) -> tuple[int, ...]:
-    """:func:`sizes.gradient_parts`: one part under dropout, and where kernels read dY and x in place."""
+    """:func:`algorithms.gradient_parts`: one part under dropout, and where kernels read dY and x in place."""
     if p.dropout or not any(map(p.gathers, p.features)):
         return (p.tokens,)
-    return sizes.gradient_parts(p.tokens, p.features, p.num_blocks, p.max_rank, p.dtype.itemsize)
+    return algorithms.gradient_parts(p.tokens, p.features, p.num_blocks, p.max_rank, p.dtype.itemsize)
 
 
 @dataclass
@@ -208,7 +208,7 @@ class _Count:
         self.gather("gather x", self.x, self.x_blocks, self.x_copied, launches)
         operands = (self.x_blocks, self.x_copied), (self.dy_blocks, self.dy_copied)
         moved = sum(size * (1 if copied else p.num_blocks * p.touched) for size, copied in operands)
-        partials = launches * sizes.partial_bytes(p.features, p.num_blocks, p.max_rank)
+        partials = launches * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
         flops = self.product + launches * 4 * self.block_w * p.max_rank
         again = launches * (self.read_w + self.factors)
         self.add("block gradients", flops, moved + again, bytes=partials, launches=launches)

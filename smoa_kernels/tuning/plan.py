@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 
 from .. import kernels
 from ..backends import MOST_TRITON_RANKS
-from ..backends.algorithms import admissible, choose_algorithm
+from ..backends.algorithms import admissible, choose_algorithm, gradient_parts, padded
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels.architectures import facts
-from ..kernels.sizes import GRANULE, bucket, gradient_parts, padded
-from ..kernels.spec import ALGORITHM_KEYS, Key
+from ..kernels.spec import ALGORITHM_KEYS, GRANULE, Key, bucket
 from ..kernels.table import Choice, Entry, Trial
 
 __all__ = [

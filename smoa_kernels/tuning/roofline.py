@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ..kernels import sizes
+from ..backends.algorithms import partial_bytes
 from .counts import Part, Pass, Problem, gradient_parts, parts
 from .gpus import Gpu, Rates
 
@@ -94,7 +94,7 @@ def backward_workspace(p: Problem) -> Mapping[str, int]:
     dx = p.weight_elements * size
     if p.dropout:  # the tokens are one part, so dy is all of dY
         dx = rows * cols // p.num_blocks * size + dy + p.tokens * cols * size
-    partials = len(tokens) * sizes.partial_bytes(p.features, p.num_blocks, p.max_rank)
+    partials = len(tokens) * partial_bytes(p.features, p.num_blocks, p.max_rank)
     return {"factor gradients": dy + x + partials, "input gradient": dx}
 
 

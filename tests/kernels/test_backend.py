@@ -14,10 +14,11 @@ from kernel_cases import Guarded
 from problems import NAMES, Case, assert_within_budget, cases, make_problem, relative_error
 
 from smoa_kernels import operator
+from smoa_kernels.backends import algorithms
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.kernels import sizes, table
+from smoa_kernels.kernels import table
 from smoa_kernels.kernels.spec import Key
 from smoa_kernels.tuning.gpus import GPUS
 from smoa_kernels.tuning.plan import job
@@ -35,8 +36,8 @@ def test_a_long_batch_is_gathered_in_parts(
     case = Case("triton", algorithm, dtype)
     p = case.problem(tokens=150, out_features=90, in_features=70, ranks=(3, 2), random_labels=True)
     whole = p.run(**case.options)
-    monkeypatch.setattr(sizes, "GRAD_PART_TOKENS", 64)
-    monkeypatch.setattr(sizes, "GRAD_PART_TILES", 1)
+    monkeypatch.setattr(algorithms, "GRAD_PART_TOKENS", 64)
+    monkeypatch.setattr(algorithms, "GRAD_PART_TILES", 1)
     asked_anew = triton_backend._gradient_parts.__wrapped__  # it remembers how the whole batch was gathered
     monkeypatch.setattr(triton_backend, "_gradient_parts", asked_anew)
     gathered: list[int] = []

@@ -18,10 +18,9 @@ from problems import LinearProblem, make_problem, relative_error
 from torch import Tensor
 
 from smoa_kernels.definition.packed import PackedAdapter, padding_masks
-from smoa_kernels.kernels.block_grad import BlockGradConfig, block_grad
+from smoa_kernels.kernels.block_grad import BlockGradConfig, block_grad, token_splits
 from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.permute import gather_columns
-from smoa_kernels.kernels.sizes import token_splits
 
 pytestmark = pytest.mark.numerical
 

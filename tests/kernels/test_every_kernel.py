@@ -24,8 +24,7 @@ from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.kernels.sizes import GRANULE
-from smoa_kernels.kernels.spec import Config, Key, Operands
+from smoa_kernels.kernels.spec import GRANULE, Config, Key, Operands
 
 pytestmark = pytest.mark.numerical
 

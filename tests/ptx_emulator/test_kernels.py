@@ -12,8 +12,7 @@ from problems import relative_error
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import facts
-from smoa_kernels.kernels.sizes import GRANULE
-from smoa_kernels.kernels.spec import Config, Key, Operands
+from smoa_kernels.kernels.spec import GRANULE, Config, Key, Operands
 
 from . import ARCH, emulator
 from .counts import accesses

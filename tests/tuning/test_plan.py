@@ -8,13 +8,12 @@ import torch
 from tuning_cases import FORWARD, needs_interpreter
 
 from smoa_kernels import FusedSMoALinear
-from smoa_kernels.backends import experts_triton
+from smoa_kernels.backends import algorithms, experts_triton
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
-from smoa_kernels.kernels import KERNELS, sizes, table
+from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.kernels.sizes import bucket
-from smoa_kernels.kernels.spec import Key, Operands
+from smoa_kernels.kernels.spec import Key, Operands, bucket
 from smoa_kernels.tuning.plan import Layer, job, jobs, keys
 
 
@@ -111,8 +110,8 @@ def test_a_training_step_asks_for_what_the_plan_holds(
     tokens: int, order: str, granule: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise what is tuned would never be looked up. 150 tokens are gathered as 128 and then 22 in the backward."""
-    monkeypatch.setattr(sizes, "GRAD_PART_TOKENS", 64)
-    monkeypatch.setattr(sizes, "GRAD_PART_TILES", 1)
+    monkeypatch.setattr(algorithms, "GRAD_PART_TOKENS", 64)
+    monkeypatch.setattr(algorithms, "GRAD_PART_TILES", 1)
     asked = asked_for(monkeypatch)
     monkeypatch.setattr(table, "multiprocessors", lambda device: 132)  # so few tiles are split and summed
     dx = "fused" if tokens == 19 else "merged"
