@@ -260,3 +260,11 @@ def test_the_roofline_justifies_fused(gpu, dtype, most):
             assert seconds(p, "fused", stage) <= most * seconds(p, other, stage), (tokens, stage)
             tokens *= 2
         assert tokens > 1
+
+
+def test_fused_reads_w0_whatever_the_rank() -> None:
+    """A rank of 0 saves the adapter's products, not the layer's."""
+    p = replace(SQUARE, tokens=16)
+    none, one = (part(replace(p, rank=rank), "fused", "fused linear") for rank in (0, 4))
+    assert none.flops == one.flops
+    assert none.bytes == pytest.approx(one.bytes, rel=1e-2)

@@ -323,7 +323,7 @@ def _split(c: _Count) -> None:
 
 def _fused(c: _Count) -> None:
     """Base and adapter in one kernel: two products for each chunk of ranks, each of which reads W0 again."""
-    chunks = math.ceil(c.p.max_rank / FUSED_MAX_RANK)
+    chunks = max(1, math.ceil(c.p.max_rank / FUSED_MAX_RANK))  # a rank of 0 still reads W0
     flops = 2 * chunks * c.p.unit_flops / FUSED_EFFICIENCY
     c.add("fused linear", flops, chunks * (c.x + c.w) + c.factors + c.y)
     c.stage = "backward"
