@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .backends import load_experts_backend
 from .definition.experts import ExpertBlocks, ExpertsAdapter
 from .definition.precision import without_autocast
-from .operator import Gradients, below_autograd, has_tangent, register
+from .operator import Gradients, below_autograd, register
 
 __all__ = ["ExpertsCall", "experts_linear"]
 
@@ -79,13 +78,6 @@ def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: st
         >>> experts_linear(torch.ones(2, 3), torch.tensor([0, 1, 1, 2]).int(), adapter, "eager").tolist()
         [[4.0, 3.5], [4.0, 3.5]]
     """
-    # Computed all the same, the result would have no tangent, which counts as zero.
-    if (
-        not torch.compiler.is_compiling()
-        and forward_ad._current_level >= 0
-        and any(map(has_tangent, (x, adapter.A, adapter.B)))
-    ):
-        raise RuntimeError(f"experts_linear has no forward-mode derivative; {_PLAIN}")
     y: Tensor = _linear(x, *ExpertsCall(ends, adapter, backend).flatten())
     return y
 
@@ -160,6 +152,10 @@ class _ExpertsBackward(torch.autograd.Function):
         raise RuntimeError(f"experts_linear has no second derivative; {_PLAIN}")
 
 
+def _no_forward_mode(*args: Any) -> Any:
+    raise RuntimeError(f"experts_linear has no forward-mode derivative; {_PLAIN}")
+
+
 _LIBRARY = torch.library.Library("smoa", "FRAGMENT")
 _linear: Any = register(
     _LIBRARY,
@@ -167,6 +163,7 @@ _linear: Any = register(
     kernel=_forward,
     fake=_forward_fake,
     function=_Experts,
+    formula=_no_forward_mode,
 )
 _linear_backward: Any = register(
     _LIBRARY,
@@ -174,4 +171,5 @@ _linear_backward: Any = register(
     kernel=_backward,
     fake=_backward_fake,
     function=_ExpertsBackward,
+    formula=_no_forward_mode,
 )

@@ -12,6 +12,7 @@ formula in plain operators, which torch differentiates and batches by itself: sl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -115,19 +116,10 @@ def _call_backward(*args: Any) -> Gradients:
 
 
 def _call(operator: Any, function: Any, formula: Callable[..., Any], *args: Any) -> Any:
-    """Call an operator: as the function that `torch.func` can transform, or in forward mode by its formula."""
-    if not torch.compiler.is_compiling():
-        transformed = torch._C._are_functorch_transforms_active()
-        # Computed all the same, the result would have no tangent, which counts as zero.
-        if forward_ad._current_level >= 0 and (transformed or any(map(has_tangent, args))):
-            return formula(*args)
-        if transformed:
-            return function.apply(*args)
-    return operator(*args)
-
-
-def has_tangent(value: Any) -> bool:
-    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+    """Call an operator: under `torch.func` as the function that it can transform, in forward mode by the formula."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return operator(*args)
+    return formula(*args) if forward_ad._current_level >= 0 else function.apply(*args)
 
 
 # What the operators compute
@@ -345,11 +337,11 @@ def register(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     function: type[torch.autograd.Function],
+    formula: Callable[..., Any],
 ) -> Any:
     """Define an opaque operator with its shapes and its derivative; return what calls it.
 
-    `torch.library.register_autograd` would do with less, but looks through the whole schema for each argument: a tenth
-    of a small layer's time.
+    `torch.library.register_autograd` looks through the whole schema for each argument: a tenth of a small layer's time.
 
     Args:
         library: of the namespace "smoa".
@@ -357,18 +349,28 @@ def register(
         kernel: computes it, on any device.
         fake: makes results of the right shapes and dtypes, without values.
         function: calls :func:`below_autograd` and knows the derivative. Its arguments are the operator's.
+        formula: computes it in forward mode, or raises an error.
     """
     name = schema.partition("(")[0]
     library.define(schema)
     operator = getattr(torch.ops.smoa, name).default
+    # Where Dynamo gives up on a caller, it would compile the kernel, pointers and all.
+    untraced = torch._disable_dynamo(kernel)
 
     def recorded(*args: Any) -> Any:
-        needs_grad = any(isinstance(value, Tensor) and value.requires_grad for value in args)
-        if needs_grad and torch.is_grad_enabled():
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        tangents = (forward_ad.unpack_dual(one).tangent for one in tensors)
+        # Computed all the same, the result would have no tangent, which counts as zero.
+        if forward_ad._current_level >= 0 and any(one is not None for one in tangents):
+            return formula(*args)
+        if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
             return _apply(function, *args)
         return below_autograd(operator, *args)
 
-    library.impl(name, kernel, "CompositeExplicitAutograd")
+    def opaque(*args: Any) -> Any:
+        return (untraced if "torch._dynamo" in sys.modules else kernel)(*args)
+
+    library.impl(name, opaque, "CompositeExplicitAutograd")
     library.impl(name, recorded, "Autograd")
     torch.library.register_fake(f"smoa::{name}", fake, lib=library)
     return operator
@@ -387,6 +389,7 @@ linear: Any = register(
     kernel=_forward,
     fake=_forward_fake,
     function=_Linear,
+    formula=formula,
 )
 linear_backward: Any = register(
     _LIBRARY,
@@ -394,4 +397,5 @@ linear_backward: Any = register(
     kernel=_backward,
     fake=_backward_fake,
     function=_LinearBackward,
+    formula=formula_gradients,
 )

@@ -1,13 +1,16 @@
 """The `smoa::linear` operator: what the compiler and the exporter see."""
 
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from compiled import needs_library
 from problems import make_problem
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 
 from smoa_kernels import FusedSMoALinear
 from smoa_kernels.definition.dropout import Dropout
@@ -142,3 +145,37 @@ def test_compiled_layer_can_be_copied() -> None:
     compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
     x = torch.randn(5, 40)
     torch.testing.assert_close(compiled(x), block(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_library)])
+def test_where_compiling_gives_up_the_kernels_are_not_traced(backend: str) -> None:
+    layer = FusedSMoALinear(64, 48, backend=backend)
+    nn.init.normal_(layer.smoa_B)
+    x = torch.randn(5, 64)
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: layer(x).square().sum())(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dynamo says what it could not trace
+        found = torch.compile(gradient, backend="aot_eager")(x)
+    torch.testing.assert_close(found, gradient(x))
+
+
+def test_a_compiled_forward_mode_derivative_is_never_zero_in_silence() -> None:
+    layer = FusedSMoALinear(64, 48)
+    nn.init.normal_(layer.smoa_B)
+    x = torch.randn(5, 64)
+    with pytest.raises(RuntimeError):
+        torch.compile(lambda x: torch.func.jvp(layer, (x,), (x,))[1], backend="aot_eager")(x)
+
+
+def test_the_operator_itself_has_a_forward_mode_derivative() -> None:
+    layer = FusedSMoALinear(64, 48)
+    nn.init.normal_(layer.smoa_B)
+    x, t = torch.randn(2, 5, 64)
+    call = LinearCall(layer._packed(), None, "eager")
+    with forward_ad.dual_level():
+        y = linear(forward_ad.make_dual(x, t), None, "auto", *call.flatten())
+        tangent = forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(tangent, layer(t) - layer(torch.zeros_like(t)))

@@ -189,7 +189,8 @@ class SMoALayer(BaseWeight):
         self._ready(source)
         for tensors in (self.smoa_A, self.smoa_B, self.smoa_blocks):
             tensors[adapter_name].copy_(tensors[source])
-        self._prepared.pop(adapter_name, None)
+        self._prepared.pop(adapter_name, None)  # its labels were copied in place, into the same object
+        self._ready(adapter_name)  # now rather than in the next forward, which may be compiled
 
     @torch.no_grad()
     def exchange(
