@@ -354,8 +354,7 @@ def register(
     name = schema.partition("(")[0]
     library.define(schema)
     operator = getattr(torch.ops.smoa, name).default
-    # Where Dynamo gives up on a caller, it would compile the kernel, pointers and all.
-    untraced = torch._disable_dynamo(kernel)
+    untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it where a caller fails
 
     def recorded(*args: Any) -> Any:
         tensors = [value for value in args if isinstance(value, Tensor)]
