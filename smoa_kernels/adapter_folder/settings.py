@@ -6,6 +6,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -125,7 +126,8 @@ class AdapterSettings:
         )
         usual = (r, rule.num_blocks) == (self.r, self.num_blocks)
         alpha = _matching(self.alpha_pattern, name, self.smoa_alpha)
-        return LayerSettings(r, rule, self.block_ranks if usual else None, alpha, self)
+        # A copy: who changes a configuration later, or uses it for two models, does not change layers that are there.
+        return LayerSettings(r, rule, self.block_ranks if usual else None, alpha, copy(self))
 
     def unmatched_patterns(self, names: Sequence[str]) -> dict[str, list[str]]:
         """Keys that match none of these layers, sorted, for each pattern that has such keys."""

@@ -117,6 +117,12 @@ def test_a_dropped_input_is_the_adapters_alone(llama):
     torch.testing.assert_close(layer(x), layer.base_layer(x))
 
 
+def test_layers_keep_their_settings_when_the_configuration_changes(llama):
+    model = adapt(llama(), smoa_dropout=0.5)
+    model.peft_config["default"].smoa_dropout = 0.0
+    assert {layer.settings["default"].config.smoa_dropout for layer in layers(model).values()} == {0.5}
+
+
 # Saving and loading
 
 
