@@ -73,7 +73,8 @@ def gradient_error(model: nn.Module, tokens: Tensor) -> float:
         decelerate_hira(exact)
     for module in exact.modules():
         if isinstance(module, SMoALayer):
-            module.backend = dict.fromkeys(module.backend, "reference")
+            for settings in module.settings.values():
+                settings.config.backend = "reference"
     found = []
     for each in (model, exact):
         wanted = [p for p in each.parameters() if p.requires_grad]

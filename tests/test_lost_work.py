@@ -137,10 +137,10 @@ def test_no_room_for_a_tuning_table(full_disk: FullDisk, monkeypatch: pytest.Mon
     place, full = full_disk
     monkeypatch.setenv("SMOA_CACHE", str(place))
     table = user_table("cpu")
-    put(entry())
+    put(*(entry(PERMUTE._replace(tokens=1 << step)) for step in range(8)))
     before = contents(table.parent)
     with full(), pytest.raises(OSError, match=f"(No space left on device|File too large): '{table}'"):
-        put(entry(PERMUTE._replace(tokens=16)))
+        put(entry(PERMUTE._replace(blocks=3)))
     assert contents(table.parent) == before
-    put(entry(PERMUTE._replace(tokens=16)))
-    assert len(kept()) == 2
+    put(entry(PERMUTE._replace(blocks=3)))
+    assert len(kept()) == 9

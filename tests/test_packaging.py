@@ -121,9 +121,10 @@ def test_metadata(wheel: Path) -> None:
     theirs = {"peft", "transformers", "safetensors", "huggingface_hub", "accelerate", "tqdm", "numpy"}
     assert requirements(metadata, "peft", "Darwin") == core | theirs
     assert requirements(metadata, "cli", "Darwin") == core | {"typer", "rich"}
-    assert dist_info(wheel, "entry_points.txt").split() == (
-        ["[console_scripts]", "smoa-kernels", "=", "smoa_kernels.cli:main"]
-    )
+    assert dist_info(wheel, "entry_points.txt").split() == [
+        *("[console_scripts]", "smoa-kernels", "=", "smoa_kernels.cli:main"),
+        *("[vllm.general_plugins]", "smoa_kernels", "=", "smoa_kernels.serving.vllm:register"),
+    ]
 
 
 def test_typing_and_licence_are_in_the_wheel(wheel: Path, names: list[str]) -> None:
@@ -160,7 +161,7 @@ def extra_of(name: str) -> str:
     """The extra that a file of the package belongs to; none where it belongs to the core."""
     path = name.removeprefix(PREFIX)
     folder = path.split("/")[0]
-    return folder if folder in ("peft", "cli") else ""
+    return {"adapter_folder": "peft", "peft": "peft", "serving": "peft", "cli": "cli"}.get(folder, "")
 
 
 @pytest.mark.parametrize("extra", ["peft", "cli", ""])
@@ -174,7 +175,7 @@ def test_every_import_is_declared(wheel: Path, names: list[str], extra: str) -> 
             if name.endswith(".py") and extra_of(name) == extra:
                 imported |= absolute_imports(archive.read(name).decode())
     # What PEFT's classes are given to, not what ours import by themselves; what torch brings where it can be used.
-    known = {"peft", "transformers", "triton"} if not extra else set()
+    known = {"": {"peft", "transformers", "triton"}, "peft": {"vllm"}}.get(extra, set())
     assert imported
     assert imported - known <= allowed
 
@@ -220,13 +221,14 @@ except ValueError as error:
 
 
 def test_the_core_without_numpy() -> None:
-    """The README's layer, then each order and backend: training, saving, loading, merging; and experts."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = (
-        code for code in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "peft" not in code
-    )
+    """Each order and backend: training, saving, loading, merging; and experts."""
     program = """
 import io
+import sys
+
+sys.modules["numpy"] = None
+import torch
+from smoa_kernels import FusedSMoALinear
 from smoa_kernels.backends import native_obstacle
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
 from smoa_kernels.experts import experts_linear
@@ -256,7 +258,7 @@ for backend in ["eager"] + ["native"] * (native_obstacle(torch.device("cpu")) is
     experts = experts_linear(x, ends, adapter, backend), reference_experts_linear(x, ends, adapter)
     torch.testing.assert_close(*experts, rtol=1e-4, atol=1e-4)
 """
-    done = run("-c", "import sys; sys.modules['numpy'] = None\n" + example + program)
+    done = run("-c", program)
     assert done.returncode == 0, done.stderr
 
 
@@ -264,16 +266,14 @@ def test_commands_without_triton() -> None:
     pytest.importorskip("typer", reason="needs the cli extra")
     program = """
 from smoa_kernels.cli import main
-for arguments in (["info"], ["roofline", "--tokens", "64"], ["audit"], ["tune"]):
+for arguments in (["info"], ["roofline", "--tokens", "64"], ["tune"]):
     print(f"exit code of {arguments[0]}: {main(arguments)}")
 """
     done = run("-c", WITHOUT_TRITON + program)
     codes = dict(re.findall(r"exit code of (\w+): (\d)", done.stdout))
-    assert codes == {"info": "0", "roofline": "0", "audit": "2", "tune": "2"}
+    assert codes == {"info": "0", "roofline": "0", "tune": "2"}
     assert "no: triton is not installed" in done.stdout
     assert done.stderr == (
-        "smoa-kernels: error: triton is not installed: there are no kernels to compile; "
-        "pip install 'smoa-kernels[triton]'\n"
         "smoa-kernels: error: triton is not installed: there are no kernels to tune; "
         "pip install 'smoa-kernels[triton]'\n"
     )
