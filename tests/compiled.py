@@ -18,7 +18,7 @@ needs_amx = pytest.mark.skipif(
 )
 needs_bf16 = pytest.mark.skipif(
     not library.has("bf16"),
-    reason="needs a processor with AVX512-BF16 and VBMI2, and a compiler that knows them",
+    reason="needs a processor with AVX512-BF16, and a compiler that knows them",
 )
 needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compiled import FORMS, adapter_of, each_dtype, each_form, needs_library, on_cpu
-from problems import HALF, LinearProblem, assert_within_budget
+from problems import HALF, Case, LinearProblem, assert_within_budget
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -33,6 +33,17 @@ def test_weights_whose_elements_share_memory(
     p, case = on_cpu(dtype, tokens=40, ranks=(2, 3)), replace(FORMS[form], dtype=dtype)
     p = replace(p, weight=p.weight.as_strided(p.weight.shape, strides))
     assert_within_budget(p.run(**case.options), case, p)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("tokens", range(1, 5))
+def test_few_tokens_of_a_weight_whose_rows_repeat(tokens: int, dtype: torch.dtype) -> None:
+    """They go by the order of the copy that is read: along its rows, not its columns as they were given."""
+    p, case = on_cpu(dtype, tokens=tokens), Case("native", "auto", dtype)
+    p = replace(p, weight=p.weight[:, :1].contiguous().expand(-1, p.weight.shape[1]))
+    assert_within_budget(p.run(**case.options), case, p)
+    assert_within_budget(p.run(**case.options), case, replace(p, weight=p.weight.contiguous()))
 
 
 @needs_library

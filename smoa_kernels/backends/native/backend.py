@@ -20,7 +20,7 @@ from ...definition.precision import has_gemm
 from .. import Gradients, eager
 from ..eager import ALGORITHMS, modulated_weight
 from ..pages import in_large_pages
-from .library import KINDS, Algorithm, Call, drawn, has, obstacle
+from .library import KINDS, Algorithm, Call, drawn, has, lies_along_memory, obstacle
 
 __all__ = ["ALGORITHMS", "ROUTES", "Path", "Route", "backward", "forward", "modulated_weight", "route"]
 
@@ -79,10 +79,12 @@ the compiled code has none: bfloat16 without AVX512-BF16, float16, and a merged 
 def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False) -> Path:
     """The path of x (T, C), or where `transposed` of dY (T, N) on the way to dX."""
     (row_stride, col_stride), cols = weight.stride(), weight.shape[1]
+    side = row_stride if transposed else col_stride
     contiguous = {
         "": True,
         "rows": col_stride == 1 and row_stride >= cols,
-        "terms": (row_stride if transposed else col_stride) == 1,
+        # Of a weight whose elements share memory a copy with contiguous rows is read.
+        "terms": side == 1 if lies_along_memory(weight) else not transposed,
     }
     for row in ROUTES:
         if (

@@ -83,7 +83,7 @@ static row_room row_room_of(const band *b, arena *a) {
     i64 own = (ceil_div(widest_of(l), TERMS) + 1) * TERMS;
     row_room r = {.b = b};
     r.W0 = take(a, b->together * round_up(l->cols, TERMS) * 2);
-    r.delta = take(a, b->together * own * 2), r.A = take(a, l->rank * own * 4), r.B = take(a, l->rank * SIDE * 4);
+    r.delta = take(a, b->together * own * 2), r.A = take(a, l->rank * own * 4), r.B = take(a, l->rank * PANEL * 4);
     r.C = take(a, PANEL * PANEL * 4);
     /* One after the other: right tiles of SIDE rows, columns of PANEL tokens. */
     r.scratch = r.columns = take(a, round_up(greatest(l->cols, l->rows), TERMS) * PANEL * 2);

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, eager, experts
 from .backend import Path, route
-from .library import KINDS, Algorithm, Call, Layer, dense, obstacle
+from .library import KINDS, Algorithm, Call, Layer, along_memory, dense, obstacle
 
 __all__ = ["experts_backward", "experts_product"]
 
@@ -92,9 +92,7 @@ class _Calls:
 
     def __init__(self, ends: Tensor, adapter: ExpertsAdapter) -> None:
         blocks, weight, (A, B) = adapter.blocks, adapter.weight, (adapter.A, adapter.B)
-        # Compiled code walks along one side of a weight.
-        weight = weight if 1 in weight.stride()[1:] else weight.contiguous()
-        ranks, (_, rows, cols) = dense(adapter.ranks, torch.int32), weight.shape
+        weight, ranks, (_, rows, cols) = along_memory(weight), dense(adapter.ranks, torch.int32), weight.shape
         sides = [
             torch.arange(size)[None] if index is None else dense(index, torch.int64)
             for size, index in ((rows, blocks.row_index), (cols, blocks.col_index))

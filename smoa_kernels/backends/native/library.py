@@ -33,6 +33,7 @@ __all__ = [
     "drawn",
     "has",
     "library",
+    "lies_along_memory",
     "obstacle",
     "with_rows",
 ]
@@ -271,10 +272,14 @@ def named(name: str) -> AbstractContextManager[Any]:
 
 
 def along_memory(matrix: Tensor) -> Tensor:
-    """The matrix where its rows or its columns are contiguous and share no memory, else a contiguous copy."""
-    (rows, cols), (down, along) = matrix.shape, matrix.stride()
-    lies = (along == 1 and down >= cols) or (down == 1 and along >= rows)
-    return matrix if lies else matrix.contiguous()
+    """The matrix, or the stack of them, where it :func:`lies_along_memory`, else a contiguous copy."""
+    return matrix if lies_along_memory(matrix) else matrix.contiguous()
+
+
+def lies_along_memory(matrix: Tensor) -> bool:
+    """Whether a matrix's rows, or its columns, are contiguous and share no memory; of a stack of matrices, each's."""
+    (rows, cols), (down, along) = matrix.shape[-2:], matrix.stride()[-2:]
+    return (along == 1 and down >= cols) or (down == 1 and along >= rows)
 
 
 def with_rows(matrix: Tensor) -> Tensor:

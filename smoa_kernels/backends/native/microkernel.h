@@ -96,7 +96,7 @@ static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const
 #include <unistd.h>
 
 /* A compiler writes these instructions only where they are named: on a processor without AMX the rest of a function runs. */
-#define TILES __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512vbmi2")))
+#define TILES __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
 
 /* Whether the user lets torch's GEMMs use one of these, which oneDNN asks the environment. */
 static int is_wanted(const char *const *names) {
@@ -110,7 +110,7 @@ static int is_wanted(const char *const *names) {
 
 static __attribute__((noinline)) int find_bf16(void) {
     static const char *const names[] = {"BF16", "FP16", "AMX", "AVX10", NULL};
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") && is_wanted(names);
+    return __builtin_cpu_supports("avx512bf16") && is_wanted(names);
 }
 
 static __attribute__((noinline)) int find_amx(void) {

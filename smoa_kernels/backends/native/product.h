@@ -249,6 +249,7 @@ static i64 float_gradient(const call *c) {
                   .x = swapped ? dy : x};
     arena a = workspace_of(c->workspace), part = {0};
     i64 groups = ceil_div(ceil_div(tallest_of(&g.l), GROUP), g.parts); /* no more rows than a thread has of a block */
+    /* The format goes by a block's rows, not by a thread's share of them: results would depend on the number of threads. */
     g.slab = least(SLAB, groups * GROUP), g.format = format_of(tallest_of(&g.l), c->tokens);
     g.sums = sums_in(&a, &g.l, g.parts);
     slab_room_of(&g, &part);
