@@ -117,8 +117,8 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         return dequantized(self.quantization_backend, self._quantized_base(), dtype)
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
-        """An adapter of each matrix of W0."""
-        raise NotImplementedError
+        """An adapter of each matrix of W0; linear layers have one, stacks of experts several."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its adapters are")
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -1,4 +1,5 @@
-/* Products in bfloat16 (PAIRS): y, dX, dA and dB. The terms of a sum are never cut, so that C is rounded once.
+/* Products in bfloat16 (PAIRS): y, dX, dA and dB. Each element of y is one sum over all terms, and is rounded once. dX under dropout is
+ * rounded twice, since dY ΔW is kept in bfloat16. Sums of dA and dB are float32.
  *
  * `rows_by_tokens`: y = x W0ᵀ + dropout(x) ΔWᵀ + b. A W_eff in bfloat16 would lose an update smaller than W0's last bit, so both are
  * multiplied, into one C. W0's rows are the left operand, x the right one: C has tokens side by side, so its columns may go anywhere.
@@ -13,15 +14,15 @@
 #if HAS_TILES
 enum { L2_CACHE = 1 << 20 };
 
-/* Of `all` rows, of so many numbers each, those that are multiplied together: they take about so many `bytes` of a cache, PANEL at least,
- * and there is work for all threads. */
+/* How many of `all` rows are multiplied together. Rows have `numbers` elements; the result fits into `bytes` of a cache, is at least PANEL,
+ * and leaves work for all threads. */
 static i64 rows_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
     enum { MOST = 256 };
     i64 fit = least(MOST, round_up(ceil_div(bytes / 2, greatest(1, numbers)), PANEL));
     return least(fit, round_up(ceil_div(all, threads), PANEL));
 }
 
-/* Tokens that are in the workspace at a time, so many quarters of those whose x or dY takes half of W0's memory, or of 1024. */
+/* Tokens in the workspace at a time: quarters · max((rows + cols) / 16, 256), the first rounded up to PANEL. */
 static i64 band_of(const layer *l, i64 quarters) {
     return greatest(ceil_div((l->rows + l->cols) * quarters, 16 * PANEL) * PANEL, 256 * quarters);
 }
@@ -29,7 +30,7 @@ static i64 band_of(const layer *l, i64 quarters) {
 /* A band of tokens of one call. A layer whose W0 has contiguous columns is the transposed one. */
 typedef struct {
     layer l;
-    int alone; /* whether it is ΔW alone that is multiplied */
+    int delta_only; /* multiply by ΔW, not by W0 too */
     i64 parts, tokens, together, groups, x_stride, dy_stride;
     const half *x, *dy, *bias;
     const uint16_t *x_keep, *y_keep;
@@ -75,7 +76,7 @@ typedef struct {
     half *W0, *delta, *scratch, *columns;
     float *A, *B, *C;
     const i64 *rows;
-    i64 rank, top, before, own; /* the first of the tiles of x that the block's columns lie in, and how many: one may begin within one */
+    i64 rank, top, before, own; /* before: the first tile of x that overlaps the block's columns; own: how many do */
 } row_room;
 
 static row_room row_room_of(const band *b, arena *a) {
@@ -114,10 +115,11 @@ TILES static int begin_with_delta(const gemm_job *g, i64 i, i64 height, i64 j, i
     return 1;
 }
 
-/* Where columns of PANEL tokens wait to become rows: in y itself, which has as much memory, but those of the last few. */
+/* Where C is kept, column by column for PANEL tokens, until `turn_columns` writes it as rows: in y's own memory, or for the last tokens in
+ * `last`. */
 static half *columns_at(const band *b, i64 first) { return b->tokens - first < PANEL ? b->last : b->y + first * b->l.rows; }
 
-/* Whether columns of C become rows of y at once: contiguous blocks, of which nothing is dropped. */
+/* Whether C's columns have y's order: blocks are contiguous, and nothing is dropped. */
 static int in_order(const band *b) { return b->l.contiguous && !b->y_keep; }
 
 static void finish_columns(const gemm_job *g, i64 i, i64 height, i64 j, i64 width) {
@@ -134,7 +136,7 @@ static void multiply_rows(void *it, i64 part) {
     const layer *l = &b->l;
     arena own = own_of(b, part);
     row_room r = row_room_of(b, &own);
-    int alone = b->alone;
+    int alone = b->delta_only;
     EACH_GROUP {
         i64 left = l->col_offsets[k], width = width_of(l, k), count = least(b->together, height_of(l, k) - n);
         const i64 *index = l->contiguous ? NULL : l->col_index;
@@ -287,8 +289,8 @@ static i64 tokens_by_columns(band b, arena a) {
 static i64 tiles_input(const call *c) {
     band b = {.l = transposed(c->layer), .parts = c->threads, .tokens = c->tokens, .x = c->dy, .x_stride = c->dy_stride, .y_keep = c->keep,
               .y = c->y};
-    b.alone = c->keep != NULL;
-    i64 update = b.alone ? rows_by_tokens(b, workspace_of(c->workspace)) : 0;
+    b.delta_only = c->keep != NULL;
+    i64 update = b.delta_only ? rows_by_tokens(b, workspace_of(c->workspace)) : 0;
     return greatest(update, tokens_by_columns(b, workspace_of(c->workspace)));
 }
 

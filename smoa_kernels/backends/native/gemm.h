@@ -63,7 +63,8 @@ struct gemm {
     float *C;                  /* of FLOATS and PARTS the result; of PAIRS room for a panel, (PANEL, right_rows) */
     i64 stride;
     int add;
-    /* Of PAIRS, for rows i and columns j: puts first sums into C, and says whether it did; or NULL. And takes what C then is. */
+    /* PAIRS alone, for rows i and columns j. `begin` writes first sums to C and returns 1, or returns 0; it may be NULL. `epilogue` takes
+     * the finished panel. */
     int (*begin)(const gemm_job *, i64 i, i64 height, i64 j, i64 width);
     void (*epilogue)(const gemm_job *, i64 i, i64 height, i64 j, i64 width);
     void *context;
@@ -79,7 +80,8 @@ static i64 gemm_size(int format, i64 left_count, i64 right_rows, i64 depth, i64 
 /* Rows of a right panel that are packed together: they stay in the L2 cache. */
 static i64 right_rows_of(int format) { return format == PARTS ? 2 * NC : NC; }
 
-/* Some rows of the left operand by some of the right one, which begin where C does. */
+/* Multiplies some rows of the left operand by some of the right one. C begins at the first of both. PAIRS ignores `i_first` and
+ * `j_first`: its pointers to tiles are at the first row already. */
 static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j_count, float *workspace) {
     int f = g->format;
     i64 high = left_height(f), most = f == PAIRS ? g->left_rows : f == PARTS ? 2048 : MC, kc = block_depth(f, g->depth);

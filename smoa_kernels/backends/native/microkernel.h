@@ -19,9 +19,9 @@ enum {
     /* A tile of C is held in registers: 14 × 2 of 32 vectors, or 6 × 2 of 16; the others hold operands. */
     MR = VECTOR_BYTES == 64 ? 14 : 6,
     NR = 2 * LANES,
-    /* Terms summed in registers before they are added to memory, but of PAIRS, whose sums stay until they are rounded. */
+    /* Terms that are summed in registers before the sum is added to memory. PAIRS keeps its sums in tiles over the whole depth. */
     KC = 384,
-    /* Of so many where there are fewer tokens than FEW_ROWS: MKL's sums are about as short there, and errors are measured in its. */
+    /* With fewer than FEW_ROWS tokens, only SHORT terms. MKL's sums are about as short there, and errors are compared with its. */
     SHORT = 64,
     FEW_ROWS = 16,
     SIDE = 16, /* rows of a tile */
@@ -76,7 +76,7 @@ INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float 
             for (i64 j = 0; j < width; j++) c[i * stride + j] = part[i * NR + j] + (add ? c[i * stride + j] : 0);
 }
 
-/* Of the last rows no more are computed than some. A function of its own: inlined it would keep sums in memory. */
+/* The last panel uses a smaller micro-kernel: MR, MR / 2 or MR / 4 rows. It is not inlined, for then it would keep sums in memory. */
 static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
                                                 int add) {
     if (height > MR / 2)
@@ -203,7 +203,7 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, co
         for (int q = 0; q < columns; q++) _mm512_store_ps(c + i * stride + q * SIDE, sum[i][q]);
 }
 
-/* Two right tiles where there are two: Zen 5 multiplies two lines a cycle and reads as many, so it would wait for one to be read. */
+/* One right tile, or two. With two, one broadcast of the left pair feeds two products, so that Zen 5 does not wait for loads. */
 TILES static __attribute__((noinline)) void dots(i64 depth, const half *left, const half *right, int add, float *c, i64 stride) {
     dots_of(SIDE, 1, depth, left, right, 0, add, c, stride);
 }

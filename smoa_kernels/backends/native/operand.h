@@ -42,7 +42,7 @@ static arena workspace_of(float *p) { return (arena){p ? (char *)p + -(uintptr_t
 
 static i64 floats_of(const arena *a) { return a->bytes / 4 + 16; }
 
-/* A frozen weight W0 (rows, cols) and its adapter; Python writes it (structs.py). A (rank, cols) and B (rows, rank) may have any
+/* A frozen weight W0 (rows, cols) and its adapter; Python writes it (library.py). A (rank, cols) and B (rows, rank) may have any
  * strides. Block k uses ranks[k] of `rank`; its rows are row_index[row_offsets[k]] to row_index[row_offsets[k + 1]], its columns as
  * many. Where blocks are `contiguous`, indices count up from 0. The transposed layer is the same struct, its sides swapped. */
 typedef struct {
@@ -67,7 +67,7 @@ static layer transposed(layer l) {
  * whole words of 16, and one word more behind the last. Matrices have contiguous rows. */
 typedef struct {
     layer layer;
-    i64 path, algorithm; /* FEW, FLOAT or TILES; MERGED, SPLIT or UPDATE */
+    i64 path, algorithm; /* FEW_TOKENS, FLOAT or TILES_PATH; MERGED, SPLIT or UPDATE */
     i64 tokens, dtype;   /* of x, dY, y and bias */
     const void *x, *dy;
     i64 x_stride, dy_stride;

@@ -10,9 +10,9 @@
 
 enum {
     NC = NR * 4, /* rows of the right panels that are packed together */
-    MC = MR * 147, /* of the left ones: just above 2048, for a second left panel would have all of the right packed again */
+    MC = MR * 147, /* of the left ones: 2058 with AVX-512, 882 with AVX2. A second left block has the right operand packed again. */
     SPILL = 8, /* floats beyond the last panel that packing may write */
-    /* So many floats along a row, or columns, before it reads them packing asks the memory for them: short runs far apart. */
+    /* How far ahead packing prefetches, in floats along a row, or in columns: it reads short runs that are far apart. */
     AHEAD = 64,
     COLUMNS_AHEAD = 4,
     BESIDE = 4, /* rows, or columns, modulated at a time, so that what is loaded of a factor serves them all */
@@ -183,7 +183,7 @@ INLINE void modulate_columns(int some, const adapter *m, i64 k, i64 rank, vi lef
 
 static i64 rank_at(const adapter *m, i64 col) { return m->cols ? m->rank : rank_of(m->l, m->col_label[col]); }
 
-/* The blocks of some columns, a bit for each; other blocks may share it. Of a weight that is one block: any. */
+/* The blocks of some columns, as bits: block k sets bit k % 64, so two blocks may share one. A weight of one block gives 1. */
 static inline uint64_t blocks_of(const adapter *m, i64 col, int some) {
     uint64_t found = m->cols ? 1 : 0;
     for (int c = 0; !m->cols && c < some; c++) found |= (uint64_t)1 << m->col_label[col + c] % 64;
@@ -221,9 +221,9 @@ static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, f
 }
 
 #if HAS_TILES
-/* The three bfloat16 parts of two vectors, as 16 pairs of terms, TERMS / 2 apart. To cut is exact, and nothing overflows: of the first
- * part lower bits are cleared, the second is rounded, which can only be smaller, the last is what is left. What is not finite gives
- * NaN: infinity less itself is in the second part. */
+/* The three bfloat16 parts of two vectors, as 16 pairs of terms, TERMS / 2 apart. Their sum is exact and
+ * nothing overflows: the first part is truncated; the remainder is below its last bit, and is rounded to the second; the third is the
+ * rest. Infinity becomes NaN, for the second part is infinity less itself. */
 INLINE void cut(vf low, vf high, half *to) {
     const vu upper = (vu){0} + 0xffff0000;
     vu first = (vu)low & upper, second = (vu)high & upper;

@@ -146,8 +146,8 @@ static void tile_rows(const half *from, i64 stride, const i64 *rows, i64 height,
     }
 }
 
-/* Two right tiles, one `beside` the other, whose terms are rows of `from`: TERMS of them, of which `there` are there, others 0, and
- * whose rows are up to 32 columns from c on, without what `keep` drops. */
+/* Two right tiles, one `beside` the other, from TERMS rows of `from`, which are the terms: rows from `there` on
+ * are 0. The tiles' rows are up to 32 columns from c on, without what `keep` drops. */
 INLINE void pair_terms(const half *from, i64 stride, i64 there, i64 c, i64 count, const uint16_t *keep, i64 keep_words, half *to,
                        i64 beside) {
     __mmask32 inside = first_halves(count);
@@ -186,8 +186,8 @@ INLINE void update_of(i64 rank, const float *A, i64 apart, const float *B, i64 B
         for (int r = 0; r < BESIDE; r++) update[r][0] += B[r] * load(A), update[r][1] += B[r] * load(A + SIDE);
 }
 
-/* ΔW's left tiles of up to SIDE rows of block k, of W0's: those that its columns lie in, and 0 in others' columns. A's columns
- * begin where the first of these tiles does. */
+/* Left tiles of ΔW for up to SIDE rows of block k, made of W0's tiles that overlap the block's columns; other blocks' columns are 0.
+ * A's first column is that of the first tile. */
 TILES static void delta_left(const layer *l, i64 k, const i64 *rows, i64 count, const half *W0, const float *A, float *B, half *to) {
     i64 left = l->col_offsets[k] % TERMS, end = left + width_of(l, k), apart = round_up(end, TERMS), rank = rank_of(l, k);
     copy_B(l, rows, 0, count, rank, NULL, B, SIDE);
@@ -234,7 +234,7 @@ TILES static void delta_transposed(const layer *l, i64 k, const i64 *rows, i64 c
     }
 }
 
-/* Rows left to left + width of a transposed layer's W0, which has contiguous columns, as right tiles; W_eff's where labels of rows are
+/* Rows `left` to `left + width` of a transposed layer's W0, which has contiguous columns, as right tiles; W_eff's where labels of rows are
  * given. A (rank, cols and BESIDE more) and B (rank, apart), s B of these rows, are 0 beyond a block's own rank. */
 TILES static void weight_right(const layer *l, i64 left, i64 width, const int32_t *row_label, const int32_t *col_label, const float *A,
                                const float *B, i64 apart, half *to) {
