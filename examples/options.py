@@ -8,7 +8,7 @@ import typer
 
 
 def run_command(command: Callable[..., None], arguments: list[str] | None = None) -> int:
-    """Run an example and return its exit code; bad input, a missing file and Ctrl-C are one line on stderr."""
+    """Run an example and return its exit code: 2 after bad input or a missing file, told in one line on stderr."""
     app = typer.Typer(add_completion=False)
     app.command()(command)
     try:
@@ -16,7 +16,7 @@ def run_command(command: Callable[..., None], arguments: list[str] | None = None
     except typer.TyperException as error:
         message, code = error.format_message(), error.exit_code
     except (OSError, ValueError) as error:
-        message, code = str(error), 1
+        message, code = str(error), 2
     except KeyboardInterrupt:
         message, code = "interrupted; --resume goes on from the last checkpoint, where there is one", 130
     print("error:", *message.split(), file=sys.stderr)

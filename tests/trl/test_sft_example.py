@@ -87,7 +87,7 @@ def test_bad_options_are_refused_in_one_line(
         (["--model", str(tmp_path / "none")], "No such file or directory"),
         (["--model", str(base), "--output", str(whole)], "is not a new or empty folder; --resume"),
         (["--model", str(base), "--output", str(tmp_path / "new"), "--resume"], "there is no checkpoint in"),
-        (["--lr", "0"], "'0' is not a finite number above 0"),
+        (["--steps", "0"], "0 is not in the range x>=1"),
     ]
     for arguments, message in refusals:
         assert sft.main(arguments) == 2
