@@ -38,9 +38,11 @@ class Method:
         random: SMoA with as large blocks of coordinates drawn by the run's seed, in place of the spectral ones.
         block_order, granule: as in SMoAConfig.
         scaling: what the update is multiplied by, alpha / r; HiRA has none.
+        kappa: where it is not 0, the update of SMoA is multiplied by scaling · kappa / rms(W0), layer by layer.
         modules: which of the model's linear layers, by a name in its ``CutModel.targets``.
         as_large: r is not as given, but what gives these modules as many parameters as ``r`` gives all of them.
         rate_of: the method whose learning rate is taken; None to search for its own.
+        times: how many times that rate.
     """
 
     name: str
@@ -51,9 +53,11 @@ class Method:
     block_order: str = "spectral"
     granule: int = 1
     scaling: float = 1.0
+    kappa: float = 0.0
     modules: str = ALL
     as_large: bool = False
     rate_of: str | None = None
+    times: float = 1.0
 
     @property
     def base(self) -> str:
@@ -84,6 +88,12 @@ class Method:
                 "block_order": self.block_order,
                 "granule": self.granule,
             }
+            if self.kappa:
+                layers = matching(model, targets[self.modules])
+                blocks["alpha_pattern"] = {
+                    re.escape(name): alpha * self.kappa / float(layer.weight.square().mean().sqrt())
+                    for name, layer in layers.items()
+                }
             adapted = get_peft_model(model, SMoAConfig(**shared, smoa_alpha=alpha, **blocks))
         if self.random:
             shuffle_blocks(adapted, seed)
@@ -139,8 +149,13 @@ ORDERS = {"contiguous K=2": "SMoA K=2", "contiguous K=4, r=32": "SMoA K=4, r=32"
 
 def width(model: nn.Module, pattern: str) -> int:
     """Return how many parameters rank 1 costs in the linear layers whose names match."""
-    layers = [m for name, m in model.named_modules() if re.fullmatch(pattern, name)]
-    return sum(m.in_features + m.out_features for m in layers if isinstance(m, nn.Linear))
+    return sum(m.in_features + m.out_features for m in matching(model, pattern).values())
+
+
+def matching(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
+    """Return the linear layers whose names match, by name."""
+    found = {name: m for name, m in model.named_modules() if re.fullmatch(pattern, name)}
+    return {name: m for name, m in found.items() if isinstance(m, nn.Linear)}
 
 
 def shuffled(partition: BlockPartition, generator: torch.Generator) -> BlockPartition:

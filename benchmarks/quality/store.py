@@ -15,10 +15,10 @@ from ..machine import commit, describe
 # too, so that a run is made anew where that has changed. The first are the same in all runs of a task, the second in
 # all of a method's in it.
 OF_A_TASK = ("steps", "batch_size", "layers", "dtype", "data", "head_lr")
-OF_A_METHOD = ("r", "num_blocks", "random", "scaling", "modules", "block_order", "granule")
+OF_A_METHOD = ("r", "num_blocks", "random", "scaling", "kappa", "modules", "block_order", "granule")
 KEY = ("task", "method", "stage", "lr", "seed", *OF_A_TASK, *OF_A_METHOD)
 # As it was before records said so.
-BEFORE = {"scaling": 1.0, "modules": "all", "block_order": "spectral", "granule": 1}
+BEFORE = {"scaling": 1.0, "kappa": 0.0, "modules": "all", "block_order": "spectral", "granule": 1}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

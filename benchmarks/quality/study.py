@@ -35,9 +35,13 @@ def searched(records: Sequence[dict[str, Any]], task: str, method: str) -> list[
 
 
 def best_rate(records: Sequence[dict[str, Any]], task: str, method: str) -> float | None:
-    """Return the learning rate that did best on validation, by accuracy and then by loss; None before any was tried."""
+    """Return the learning rate that did best on validation, by accuracy and then by loss; None before any was tried.
+
+    Of a method that takes another one's rate, that rate, as many times as it says.
+    """
     tried = searched(records, task, method)
-    return max(tried, key=lambda r: (r["accuracy"], -r["evaluation_loss"]))["lr"] if tried else None
+    best = max(tried, key=lambda r: (r["accuracy"], -r["evaluation_loss"]), default=None)
+    return None if best is None else BY_NAME[method].times * best["lr"]
 
 
 def rate_beyond(tried: Collection[float], best: float, ladder: Sequence[float] = LADDER) -> float | None:
@@ -179,6 +183,7 @@ def train_and_judge(
         "loss_middle": mean(losses[len(losses) // 2 - 5 : len(losses) // 2 + 5]),
         "loss_end": mean(losses[-10:]),
         "steps_done": len(losses),
+        "losses": [round(loss, 4) for loss in losses],
         "parameters": sum(p.numel() for p in adapter),
         "step_seconds": sorted(seconds)[len(seconds) // 2] if seconds else 0.0,
         "seconds": time.process_time() - begin,
