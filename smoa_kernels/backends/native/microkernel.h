@@ -269,15 +269,35 @@ TILES static inline void add_parts(void) {
     _tile_dpbf16ps(3, 5, 7);
 }
 
+/* Sums (PANEL, PANEL) on their way to C. */
+typedef struct {
+    const float *from;
+    float *to;
+    i64 stride, rows; /* rows are left */
+    __mmask16 valid[2], added[2];
+} sums_to_write;
+
+INLINE void add_to_c(sums_to_write *s, i64 count) {
+    for (i64 i = least(count, s->rows); i > 0; i--, s->rows--, s->from += PANEL, s->to += s->stride)
+        for (int q = 0; q < 2; q++) {
+            float *to = s->to + q * SIDE;
+            __builtin_prefetch(to + 6 * s->stride, 1);
+            __m512 before = _mm512_maskz_loadu_ps(s->added[q], to);
+            _mm512_mask_storeu_ps(to, s->valid[q], _mm512_add_ps(before, _mm512_load_ps(s->from + q * SIDE)));
+        }
+}
+
 /* C (height, width) (+)= left rightᵀ of one left panel and several right ones, by six of the nine products of parts: the others are
- * less than float32's own rounding. */
+ * less than float32's own rounding. The sums of one panel are written while the next one is multiplied. */
 TILES static void parts_panel(i64 depth, const half *left, const half *right, float *c, i64 stride, i64 height, i64 width, int add) {
     _Alignas(64) float sums[PANEL * PANEL];
+    i64 steps = ceil_div(depth, TERMS), together = steps > 1 ? ceil_div(PANEL, steps - 1) : 0;
+    sums_to_write last = {.rows = 0};
     for (i64 s = 0; s < width; s += PANEL) {
         const half *a = left;
         zero_sums();
         /* The smallest products first; from one to the next one operand stays. */
-        for (i64 k = 0; k < depth; k += TERMS, a += STEP, right += STEP) {
+        for (i64 k = 0; k < steps; k++, a += STEP, right += STEP) {
             load_left(a + 2 * PART);
             load_right(right);
             add_parts();
@@ -291,15 +311,14 @@ TILES static void parts_panel(i64 depth, const half *left, const half *right, fl
             add_parts();
             load_right(right);
             add_parts();
+            if (k) add_to_c(&last, together); /* what was just stored cannot be loaded at once */
         }
+        add_to_c(&last, PANEL);
         store_sums(sums, PANEL);
-        for (i64 i = 0; i < height; i++)
-            for (i64 j = s; j < least(width, s + PANEL); j += SIDE) {
-                __mmask16 there = first_lanes(width - j);
-                __m512 before = _mm512_maskz_loadu_ps(add ? there : 0, c + i * stride + j);
-                _mm512_mask_storeu_ps(c + i * stride + j, there, _mm512_add_ps(before, _mm512_load_ps(sums + i * PANEL + j - s)));
-            }
+        __mmask16 first = first_lanes(width - s), second = first_lanes(width - s - SIDE);
+        last = (sums_to_write){sums, c + s, stride, height, {first, second}, {add ? first : 0, add ? second : 0}};
     }
+    add_to_c(&last, PANEL);
 }
 #else
 #define HAS_TILES 0
