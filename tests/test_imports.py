@@ -46,6 +46,7 @@ LATE = {
     ("peft.hira.accelerate", "peft.hira.quantized"): "imports bitsandbytes",
     ("cli", "cli.app"): "typer and rich are an extra",
     ("cli.convert", "peft.folder.convert"): "PEFT is an extra",
+    ("cli.info", "backends.verified"): "imports Triton",
     ("cli.inspect", "adapter_folder.inspecting"): "safetensors is an extra",
     ("cli.merge", "adapter_folder.merged_folder"): "safetensors is an extra",
     ("cli.tune", "tuning.measure"): "imports Triton",

@@ -104,7 +104,7 @@ class ExpertsBackend(Protocol):
         """
 
 
-_MODULES = {"eager": ".eager", "native": ".native.backend", "triton": ".triton", "reference": ".reference"}
+_MODULES = {"eager": ".eager", "native": ".native.backend", "triton": ".verified", "reference": ".reference"}
 
 
 @functools.cache
@@ -117,7 +117,7 @@ def load_backend(name: str) -> Backend:
     return cast(Backend, importlib.import_module(_MODULES[name], __package__))
 
 
-_EXPERTS_MODULES = {"eager": ".experts", "native": ".native.experts", "triton": ".experts_triton"}
+_EXPERTS_MODULES = {"eager": ".experts", "native": ".native.experts", "triton": ".verified"}
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import math
 
 from ..definition.precision import PRECISIONS
 from ..kernels.architectures import facts
-from ..kernels.spec import padding_multiple, partial_width
+from ..kernels.spec import ALGORITHM_KEYS, padding_multiple, partial_width
 
 __all__ = ["ALGORITHMS", "admissible", "choose_algorithm", "gradient_parts", "padded", "partial_bytes"]
 
@@ -18,6 +18,10 @@ ALGORITHMS = ("merged", "split", "fused")
 # Above these ρ the one-kernel form cuts the rank into chunks, and reads W0 again for each.
 FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
+
+# From so many T·K on, the kernels are not 5 % faster than cuBLAS alone on blocks that are one batch.
+BATCH_ROWS = 20_000
+BATCH_ROWS_IEEE = 2_600
 
 GRAD_TILE = 128  # block_grad writes one rank-sized partial for each tile of this many rows or columns
 GRAD_STEP = 64  # tokens in one step of its main loop
@@ -34,17 +38,25 @@ def admissible(stage: str, dtype: str) -> tuple[str, ...]:
     error.
 
     Args:
-        stage: "forward" or "input_gradient".
+        stage: one of `spec.ALGORITHM_KEYS`.
         dtype: that the GEMM multiplies, one of `precision.KERNEL_PRECISIONS`.
     """
-    if stage == "input_gradient":
-        return ("merged", "fused")
-    return ALGORITHMS if dtype == "fp32" else ("split", "fused")
+    if stage == "forward" and dtype != "fp32":
+        return tuple(algorithm for algorithm in ALGORITHM_KEYS[stage] if algorithm != "merged")
+    return ALGORITHM_KEYS[stage]
 
 
-def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str) -> str:
-    """Choose "fused" for few tokens, else "merged" where it is admissible, else "split"; dropout is always split.
+def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str, batch: int = 0) -> str:
+    """Choose "eager" for many tokens where it takes the blocks as one batch: cuBLAS alone composes everything then.
 
+    There the kernels save passes over blocks of W0's size, whatever T is, and multiply no faster than cuBLAS does. By
+    the roofline of an H100 (700 TFLOP/s in half types, 2.9 TB/s) they save 8 bytes for each element of a block in the
+    forward and in dX. That is less than 5 % of the time from T·K = 19,300 on, in half types and in TF32; in IEEE
+    float32, whose products are slower, from 2,600 on. For dA and dB it is about the same: at 4096², K = 4, T = 8192 in
+    bf16 `block_grad` takes 117 µs if its main loop is as fast as cuBLAS, and cuBLAS 121. On other GPUs these limits are
+    as large, or smaller.
+
+    Else choose "fused" for few tokens, else "merged" where it is admissible, else "split"; dropout is always split.
     With few tokens reading W0 takes longer than anything else, and "fused" reads it once and builds no weight. But it
     multiplies twice for each element, and slower than a GEMM does, so with more tokens a GEMM is faster. The limit is
     `Architecture.fused_tokens` in half types, half of it where an element takes twice the room, and half of that in
@@ -54,13 +66,18 @@ def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str) 
     measured: `smoa-kernels tune` measures.
 
     Args:
-        stage: "forward" or "input_gradient".
+        stage: one of `spec.ALGORITHM_KEYS`.
         tokens: T.
         rank: ρ. Above 64, or 16 in IEEE float32, "fused" would read W0 several times.
         dtype: that the GEMM multiplies, one of `precision.KERNEL_PRECISIONS`.
         arch: as the compiler spells it.
+        batch: K where eager takes the blocks as one batch (`block_order.is_batch`), else 0.
     """
     precision = PRECISIONS[dtype]
+    if tokens * batch >= (BATCH_ROWS_IEEE if precision.ieee else BATCH_ROWS):
+        return "eager"
+    if stage == "factor_gradients":
+        return "block_grad"
     limit = facts(arch).fused_tokens * 2 // precision.dtype.itemsize // (2 if precision.ieee else 1)
     if tokens <= limit and rank <= (FUSED_MAX_RANK_IEEE if precision.ieee else FUSED_MAX_RANK):
         return "fused"

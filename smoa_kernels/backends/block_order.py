@@ -13,7 +13,16 @@ from torch import Tensor
 
 from ..definition.packed import PackedAdapter
 
-__all__ = ["BlockOrder", "Index", "block_indices", "block_order", "inverse", "row_panels", "select_columns"]
+__all__ = [
+    "BlockOrder",
+    "Index",
+    "block_indices",
+    "block_order",
+    "inverse",
+    "is_batch",
+    "row_panels",
+    "select_columns",
+]
 
 # Bytes of W0 that are gathered as whole rows at a time: what columns are then taken of is still in a cache. Of 64 rows
 # a block of 2048² in four costs 318 us, of 256 278; of 256 at 4096x11008 (11 MB) 11 % more than of 64.
@@ -49,6 +58,7 @@ class BlockOrder:
         ranks: rank of each block; those of rank zero are left out of all that is listed block by block.
         row_sizes: rows of each block.
         col_sizes: columns of each block.
+        batched: all blocks are one batch, (K, …): what is listed block by block has this one element.
     """
 
     weight: Tensor
@@ -59,6 +69,7 @@ class BlockOrder:
     ranks: Sequence[int]
     row_sizes: Sequence[int]
     col_sizes: Sequence[int]
+    batched: bool = False
 
     @property
     def T(self) -> BlockOrder:
@@ -72,6 +83,7 @@ class BlockOrder:
             ranks=self.ranks,
             row_sizes=self.col_sizes,
             col_sizes=self.row_sizes,
+            batched=self.batched,
         )
 
     @property
@@ -88,8 +100,15 @@ class BlockOrder:
         return self._parts(tensor, self.col_sizes, dim)
 
     def _parts(self, tensor: Tensor, sizes: Sequence[int], dim: int) -> list[Tensor]:
+        if self.batched:
+            return [tensor.unflatten(dim, (len(sizes), sizes[0])).movedim(dim, 0)]
         parts = torch.split_with_sizes(tensor, sizes, dim)
         return [part for part, rank in zip(parts, self.ranks, strict=True) if rank]
+
+    def batch(self, weight: Tensor) -> Tensor:
+        """The diagonal blocks of a matrix of W0's shape as one batch (K, N_k, C_k), a view."""
+        rows = weight.unflatten(0, (len(self.row_sizes), -1)).unflatten(2, (len(self.col_sizes), -1))
+        return rows.diagonal(dim1=0, dim2=2).movedim(2, 0)
 
     def places(self) -> list[tuple[slice, slice]]:
         """Where each block lies in W0; of contiguous blocks."""
@@ -111,7 +130,9 @@ class BlockOrder:
 
     def weights(self) -> Iterator[Tensor]:
         """`W0[rows_k, cols_k]` of every block, in W0's memory order; views where blocks are contiguous, else copies."""
-        if self.row_index is None or self.col_index is None:
+        if self.batched:
+            yield self.batch(self.weight)
+        elif self.row_index is None or self.col_index is None:
             yield from (self.weight[rows, cols] for rows, cols in self.places())
         elif self.weight.stride(0) < self.weight.stride(1):
             yield from (block.T for block in self.T.weights())
@@ -138,7 +159,19 @@ def block_indices(adapter: PackedAdapter) -> tuple[Index | None, Index | None]:
     return Index(p.row_index, rows), Index(p.col_index, cols)
 
 
-def block_order(adapter: PackedAdapter) -> BlockOrder:
+def is_batch(adapter: PackedAdapter) -> bool:
+    """Whether a GPU takes all blocks as one batch: slices of one size, and of one rank that the host knows."""
+    p, ranks = adapter.partition, adapter.block_ranks
+    return (
+        adapter.weight.is_cuda
+        and p.is_contiguous
+        and ranks is not None
+        and set(ranks) == {adapter.A.shape[0]}
+        and len(set(p.row_sizes)) == len(set(p.col_sizes)) == 1
+    )
+
+
+def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
     """Build an adapter's BlockOrder; copies the factors, references W0."""
     p = adapter.partition
     # As wide as W0 and never narrower than float32: the factors are small, and products of them are not.
@@ -156,6 +189,7 @@ def block_order(adapter: PackedAdapter) -> BlockOrder:
         ranks=adapter.host_ranks(),
         row_sizes=p.row_sizes,
         col_sizes=p.col_sizes,
+        batched=batched,
     )
 
 

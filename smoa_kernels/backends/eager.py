@@ -6,6 +6,9 @@ columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three
 - merged: build `W_eff = W0 ∘ (1 + s·B̃Ã)` from zero-padded factors, a panel at a time, and multiply by it;
 - split: the adapter's output block by block, then the base GEMM accumulates onto it and rounds once;
 - expanded: for few tokens, `s·Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`: reads W0 and builds nothing of its size.
+
+On a GPU contiguous blocks of one size are one batch (`block_order.is_batch`): what follows block by block is then done
+for all of them at once, by cuBLAS's batched products, on views of W0, x and dY.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from .block_order import (
     block_indices,
     block_order,
     inverse,
+    is_batch,
     row_panels,
     select_columns,
 )
@@ -145,8 +149,16 @@ def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
             return _modulated(weight[rows], A, B[rows], out)
 
         return write
-    order = block_order(adapter)
+    order = block_order(adapter, batched=is_batch(adapter))
     factors = [(A.to(weight.dtype), B.to(weight.dtype)) for A, B in order.factors(order.A, order.B)]
+    if order.batched:  # all rows, for `merged` asks for them at once
+        W0 = order.batch(weight)
+
+        def write_batch(first: int, out: Tensor) -> Tensor:
+            _modulated(W0, *factors[0], order.batch(out.copy_(weight)))
+            return out
+
+        return write_batch
     blocks = list(zip(order.places(), factors, strict=True))
 
     def write_blocks(first: int, out: Tensor) -> Tensor:
@@ -164,21 +176,26 @@ def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
 
 
 def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
-    """`out = weight ∘ (1 + B A)`, all in one memory order."""
-    if weight.stride(0) < weight.stride(1):  # column-major: walk it along its memory
-        return _modulated(weight.T, B.T, A.T, out.T).T
-    torch.mm(B, A, out=out)
+    """`out = weight ∘ (1 + B A)`, all in one memory order; of one block or a batch."""
+    if weight.stride(-2) < weight.stride(-1):  # column-major: walk it along its memory
+        return _modulated(weight.mT, B.mT, A.mT, out.mT).mT
+    _multiply(B, A, out)
     return torch.addcmul(weight, weight, out, out=out)
 
 
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """`out = left right`, of matrices or of batches of them."""
+    return (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out=out)
+
+
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
-    """`x W_effᵀ` (T, N), a panel of W_eff's rows at a time: its product meets it in cache, and it is never whole."""
+    """`x W_effᵀ` (T, N), on a CPU a panel of W_eff's rows at a time: its product meets it in cache."""
     weight, modulation = adapter.weight, _modulation(adapter)
     most = MERGED_PANEL if weight.itemsize > 2 else MERGED_HALF_PANEL
     most = max(most, MERGED_BYTES // max(1, weight.shape[1] * weight.itemsize))
     count = math.ceil(weight.shape[0] / most)
     y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
-    if count <= 1:
+    if count <= 1 or weight.is_cuda:
         return torch.mm(x, modulation(0, torch.empty_like(weight)).T, out=y)
     height = MERGED_ALIGNMENT * math.ceil(weight.shape[0] / (MERGED_ALIGNMENT * count))
     buffer = in_large_pages(torch.empty_like(weight[:height]))
@@ -189,7 +206,7 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
 
 def _product(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
     """`B A` in the memory order of a weight, with which it is then multiplied."""
-    return (A.T @ B.T).T if like.stride(0) < like.stride(1) else B @ A
+    return (A.mT @ B.mT).mT if like.stride(-2) < like.stride(-1) else B @ A
 
 
 def delta_weight(adapter: PackedAdapter) -> Tensor:
@@ -281,10 +298,10 @@ class _BlockProduct:
     """`x ΔWᵀ` for panels of tokens, block by block, x's columns in the order of `cols` (None: their own)."""
 
     def __init__(self, adapter: PackedAdapter) -> None:
-        self._order = order = block_order(adapter)
+        self._order = order = block_order(adapter, batched=is_batch(adapter))
         self.cols = order.col_index
         self._deltas = [
-            _product(A, B, weight).mul_(weight).to(weight.dtype).T
+            _product(A, B, weight).mul_(weight).to(weight.dtype).mT
             for (A, B), weight in zip(order.factors(order.A, order.B), order.weights(), strict=True)
         ]
         self._back = None if order.row_index is None else inverse(order.row_index)
@@ -295,7 +312,7 @@ class _BlockProduct:
         if not all(order.ranks):
             y.zero_()  # where a block has no rank
         for x_k, delta, y_k in zip(order.cols(x), self._deltas, order.rows(y, 1), strict=True):
-            torch.mm(x_k, delta, out=y_k)
+            _multiply(x_k, delta, y_k)
         return y if self._back is None else select_columns(y, self._back, out=out)
 
 
@@ -307,7 +324,7 @@ class _BlockGradient:
         self.rows, self.cols = block_indices(adapter)
         # W0 is walked along its memory: where it is column-major everything is computed transposed.
         self._transposed = adapter.weight.stride(0) < adapter.weight.stride(1)
-        self._order = block_order(adapter.T if self._transposed else adapter)
+        self._order = block_order(adapter.T if self._transposed else adapter, batched=is_batch(adapter))
         self._G: list[Tensor] = []
 
     def add(self, dy: Tensor, x: Tensor) -> None:
@@ -315,7 +332,10 @@ class _BlockGradient:
         order = self._order
         left, right = (x.T, dy) if self._transposed else (dy.T, x)
         pairs = zip(order.rows(left), order.cols(right), strict=True)
-        if not self._G:
+        if order.batched:
+            G = _sums(*next(pairs))
+            self._G = [self._G[0].add_(G) if self._G else G]
+        elif not self._G:
             self._G = [torch.mm(left_k, right_k) for left_k, right_k in pairs]
         elif right.dtype == order.A.dtype:
             for G, (left_k, right_k) in zip(self._G, pairs, strict=True):
@@ -334,14 +354,21 @@ class _BlockGradient:
         for (A, B), (dA_k, dB_k), weight in zip(factors, gradients, order.weights(), strict=True):
             # Wider than half precision from here: H is contracted again, over the width of the block.
             H = self._G.pop(0).to(dA.dtype).mul_(weight)
-            torch.mm(B.T, H, out=dA_k)
-            torch.mm(A, H.T, out=dB_k.T)
+            _multiply(B.mT, H, dA_k)
+            _multiply(A, H.mT, dB_k.mT)
         dB.mul_(self._adapter.scaling)  # order.B holds it already
         if order.row_index is not None and order.col_index is not None:
             dA = dA.index_select(1, inverse(order.col_index).places)
             dB = dB.index_select(0, inverse(order.row_index).places)
         dA, dB = (dB.T, dA.T) if self._transposed else (dA, dB)
         return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
+
+
+def _sums(left: Tensor, right: Tensor) -> Tensor:
+    """The batched product in at least float32: cuBLAS need not round it to half precision."""
+    if left.is_cuda and left.itemsize == 2:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left, right).to(torch.promote_types(left.dtype, torch.float32))
 
 
 def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:

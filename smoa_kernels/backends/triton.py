@@ -5,6 +5,8 @@
   `block_matmul` writes the adapter's output, and the base GEMM accumulates onto it and rounds once;
 - fused: for few tokens, base and adapter in one pass over W0, nothing built.
 
+Where kernels bring little or nothing, any part of a pass is the eager backend's (`algorithms.choose_algorithm`).
+
 Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`algorithms.gradient_parts`) and
 nothing is left before dX needs its workspace; dX merged in every dtype (a rounded W_eff is a second-order error there),
 split under dropout, fused for few tokens.
@@ -31,6 +33,7 @@ from ..kernels.permute import gather_columns, scatter_columns
 from ..kernels.spec import Key, bucket, granule_of
 from . import Gradients, eager
 from .algorithms import ALGORITHMS, admissible, choose_algorithm, gradient_parts
+from .block_order import is_batch
 
 __all__ = [
     "ALGORITHMS",
@@ -57,6 +60,8 @@ def _forward(
     allow_tf32 = not gemm_is_ieee(x.dtype, "cuda")
     if algorithm == "auto":
         algorithm = "split" if dropout is not None else _chosen("forward", x, adapter, allow_tf32)
+    if algorithm == "eager":
+        return eager.forward(x, bias, adapter, "auto", None)
     if algorithm == "merged":
         return F.linear(x, modulate.modulated_weight(adapter, allow_tf32=allow_tf32), bias)
     if algorithm == "fused":
@@ -80,7 +85,7 @@ def backward(
     with on_device(dy.device):
         # The factors first: their gathered copies are gone before dX takes its workspace.
         if x is not None:
-            dA, dB = factor_gradients(dy, x, adapter, dropout, allow_tf32)
+            dA, dB = factor_gradients(dy, x, adapter, "auto", dropout)
         if needs_x:
             dx = _input_gradient(dy, adapter, "auto", dropout, allow_tf32)
     return dx, dA, dB
@@ -95,9 +100,16 @@ def modulated_weight(
 
 
 def factor_gradients(
-    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None, allow_tf32: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dA, dB) by the kernels of `kernels/block_grad.py`, which takes a long batch in parts where it is gathered."""
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
+    """(dA, dB) by "auto", by the kernels of "block_grad", which take a long batch in parts where it is gathered, or by
+    "eager"; under dropout by the kernels.
+    """
+    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
+    if algorithm == "auto" and dropout is None:
+        algorithm = _chosen("factor_gradients", dy, adapter, allow_tf32)
+    if algorithm == "eager":
+        return eager.factor_gradients(dy, x, adapter)
     partition, layout = adapter.partition, Layout.of(adapter)
     pieces = [(dy, x)]
     # Else nothing is gathered, or under a mask that counts tokens from the first.
@@ -132,6 +144,8 @@ def _input_gradient(
     if dropout is None:
         if algorithm == "auto":
             algorithm = _chosen("input_gradient", dy, adapter, allow_tf32)
+        if algorithm == "eager":
+            return eager.input_gradient(dy, adapter)
         if algorithm == "fused":
             return fused_linear(dy, None, adapter.T, allow_tf32=allow_tf32)
         return dy @ modulate.modulated_weight(adapter, allow_tf32=allow_tf32)
@@ -159,16 +173,18 @@ def _delta_blocks(adapter: PackedAdapter, allow_tf32: bool) -> Tensor:
 
 
 def _chosen(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
-    """What "auto" means for a batch without dropout, for "forward" or "input_gradient"."""
-    return _choose(stage, Layout.of(adapter), bucket(x.shape[0]), allow_tf32)
+    """What "auto" means for a batch without dropout, for one of `spec.ALGORITHM_KEYS`."""
+    layout = Layout.of(adapter)
+    batch = layout.num_blocks if is_batch(adapter) else 0
+    return _choose(stage, layout, bucket(x.shape[0]), allow_tf32, batch)
 
 
 @table.remembered
-def _choose(stage: str, layout: Layout, tokens: int, allow_tf32: bool) -> str:
+def _choose(stage: str, layout: Layout, tokens: int, allow_tf32: bool, batch: int) -> str:
     """As measured for so many tokens, a power of two; else by the rule of `algorithms.py`, whose limits are such."""
     name = precision_of(layout.dtype, ieee=not allow_tf32).name
     key = Key(stage, name, layout.rank, layout.num_blocks, *layout.features, tokens, granule=layout.granule)
     measured = table.tuned_algorithm(key, layout.device, admissible(stage, name))
     if measured is not None:
         return measured
-    return choose_algorithm(stage, tokens, layout.rank, name, architecture(layout.device))
+    return choose_algorithm(stage, tokens, layout.rank, name, architecture(layout.device), batch)

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,19 +18,21 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from .. import kernels
 from .._version import __version__
 from ..backends import native_obstacle, triton_obstacle
 from ..backends.native.library import has
 from ..definition.precision import dtype_names, has_gemm
 from ..files import cache_folder
-from ..kernels.table import SHIPPED, identity, read, user_table
+from ..kernels.architectures import assembler
+from ..kernels.table import SHIPPED, Identity, identity, read, user_table
 from ..kernels.table import Table as TuningTable
 from .output import console, write_json
 
 __all__ = ["backends", "info"]
 
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "typer", "rich")
-_OURS = ("SMOA_CACHE",)
+_OURS = ("SMOA_CACHE", "SMOA_VERIFY")
 _VARIABLES = (
     "SMOA_",
     "TRITON_",
@@ -92,11 +95,13 @@ def _collect() -> dict[str, dict[str, str]]:
             "platform": platform.platform(),
             **{name: _version(name) for name in _PACKAGES},
             "torch is built for": _runtime(),
+            "ptxas": _ptxas(),
             "GPU driver": _driver(),
         },
         "devices": _devices(),
         "backends": {name: f"no: {why}" if why else "works" for name, why in backends().items()},
         "tuning tables": _tables(),
+        "kernels": _kernels(),
         "folders": {"cache": str(cache_folder())},
         "environment": dict.fromkeys(_OURS, "not set") | _environment(),
     }
@@ -127,6 +132,15 @@ def _environment() -> dict[str, str]:
     }
 
 
+def _ptxas() -> str:
+    """Triton's own assemblers, of which it takes one by architecture."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return ", ".join(
+        f"{assembler(arch).removeprefix('ptxas ')} for {arch}" for arch in ("sm_80", "sm_90", "sm_100")
+    )
+
+
 def _runtime() -> str:
     """The runtime of GPUs that torch was compiled against, which need not be the one installed."""
     if torch.version.hip:
@@ -154,19 +168,44 @@ def _tables() -> dict[str, str]:
     """Every tuning table on disk, the user's before the shipped ones."""
     if importlib.util.find_spec("triton") is None:
         return {"none": "triton is not installed"}
-    here = {user_table(now.gpu).name: now for now in map(identity, _gpus())}
+    # GPUs of one name differ where one is cut into slices: each is judged.
+    here: dict[str, list[Identity]] = {}
+    for now in dict.fromkeys(map(identity, _gpus())):
+        here.setdefault(user_table(now.gpu).name, []).append(now)
     found: dict[str, str] = {}
     for owner, folder in (("yours", user_table("").parent), ("shipped", SHIPPED)):
         for path in sorted(folder.glob("*.json")):
-            now = here.get(path.name)
-            said = "for a GPU that is not here" if now is None else _in_force(read(path, now))
-            found[str(path)] = f"{owner}; {said}"
+            said = [_in_force(read(path, now)) for now in here.get(path.name, [])]
+            found[str(path)] = f"{owner}; {'; '.join(said) or 'for a GPU that is not here'}"
         for path in sorted(folder.glob("*.broken-*")):
             found[str(path)] = f"{owner}; set aside, not used"
     without = here.keys() - {Path(name).name for name in found}
     nothing = "no table: the heuristic chooses; smoa-kernels tune measures"
-    found |= {here[name].gpu: nothing for name in sorted(without)}
+    found |= {here[name][0].gpu: nothing for name in sorted(without)}
     return found or {"none": "no GPU here, and no table on disk"}
+
+
+def _kernels() -> dict[str, str]:
+    """What became of the forms of kernels on each GPU here, and which kernels have not run there yet."""
+    if importlib.util.find_spec("triton") is None:
+        return {"none": "triton is not installed"}
+    from ..backends.verified import LAUNCHER, verdicts
+
+    found: dict[str, str] = {}
+    for known in {verdicts(device).path: verdicts(device) for device in _gpus()}.values():
+        forms = {form: reason for form, reason in known.forms.items() if form != LAUNCHER}
+        names = [kernel.fn.__name__ for kernel in kernels.KERNELS.values()]
+        sound = Counter(form.partition(" ")[0] for form, reason in forms.items() if not reason)
+        untried = [name for name in names if not any(form.startswith(f"{name} ") for form in forms)]
+        refused = [f"{form}: {reason}" for form, reason in forms.items() if reason]
+        found |= {
+            f"{known.gpu}, versions": known.versions,
+            f"{known.gpu}, verified": ", ".join(f"{name} ({n} forms)" for name, n in sound.items()) or "none",
+            f"{known.gpu}, refused": "; ".join(refused) or "none",
+            f"{known.gpu}, untried": ", ".join(untried) or "none",
+            f"{known.gpu}, launches": known.forms.get(LAUNCHER) or "the short way",
+        }
+    return found or {"none": "no GPU here"}
 
 
 def _in_force(table: TuningTable) -> str:

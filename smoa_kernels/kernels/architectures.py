@@ -5,7 +5,9 @@ Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capab
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
@@ -19,6 +21,7 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "architecture",
+    "assembler",
     "facts",
     "gpu_properties",
     "multiprocessors",
@@ -132,6 +135,19 @@ def architecture(device: torch.device) -> str:
 def multiprocessors(device: torch.device) -> int:
     """Count a device's multiprocessors (compute units); 1 for the interpreter."""
     return 1 if device.type == "cpu" else int(gpu_properties(device).multi_processor_count)
+
+
+@cache
+def assembler(arch: str) -> str:
+    """Name the assembler that Triton takes for an architecture, "ptxas 12.8.93"; "no ptxas" beside NVIDIA's."""
+    if not arch.startswith("sm_"):
+        return "no ptxas"
+    with suppress(Exception):  # no Triton, no ptxas, or a Triton that asks it otherwise
+        from triton.backends.nvidia.compiler import get_ptxas_version
+
+        if found := re.search(r"\bV([\d.]+)", get_ptxas_version(int(arch.removeprefix("sm_")))):
+            return f"ptxas {found[1]}"
+    return "ptxas of unknown version"
 
 
 def gpu_properties(device: torch.device) -> Any:

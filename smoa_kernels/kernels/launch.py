@@ -7,12 +7,18 @@ fields of the configuration, and what is left is given by the kernel's host func
 
 Triton launches on the current device, wherever its arguments are: :func:`on_device`. And at every launch it specialises
 each argument anew to find the compiled kernel, 25 µs of Python for 20 arguments: a `Launch` remembers what it found.
+
+That short way uses parts of Triton that are not public. Where one is missing or raises, :func:`use_tritons_launcher`
+ends it for this process, and Triton launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -21,6 +27,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from ..checks import first_line
 from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
@@ -28,10 +35,50 @@ from .common import input_precision
 from .spec import Config, granule_of
 from .table import select
 
-__all__ = ["Launch", "Layout", "described", "on_device"]
+__all__ = ["Launch", "Layout", "described", "heard_by", "on_device", "short_way", "use_tritons_launcher"]
 
 _STAY: AbstractContextManager[None] = nullcontext()
 _runtime: Any = knobs.runtime  # which holds the hooks on launches
+
+
+class _Listener(threading.local):
+    hear: Callable[[str], object] | None = None
+
+
+_listener = _Listener()
+
+
+@contextmanager
+def heard_by(hear: Callable[[str], object]) -> Iterator[None]:
+    """Tell `hear` of each launch of this thread before it happens, by its form; all go Triton's own way meanwhile.
+
+    A form is a kernel, its compile-time arguments and options, and the dtypes of its pointers. What `hear` raises ends
+    the launch.
+    """
+    _listener.hear = hear
+    try:
+        yield
+    finally:
+        _listener.hear = None
+
+
+@dataclass
+class _ShortWay:
+    """Attributes: `obstacle`, why launches of this process go Triton's own way; empty while the short way works."""
+
+    obstacle: str = ""
+
+
+short_way = _ShortWay()
+
+
+def use_tritons_launcher(reason: str) -> None:
+    """Remember no compiled forms from now on: every launch is Triton's own. Warns once."""
+    if not short_way.obstacle:
+        warnings.warn(
+            f"kernels are launched by Triton's own launcher, which is slower: {reason}", stacklevel=3
+        )
+    short_way.obstacle = reason
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -239,12 +286,42 @@ class Launch:
                 dtypes.append(tensor.dtype)
         form = None if address & 15 else self._forms.get(tuple(dtypes))
         # Does someone listen to launches? A chain with calls does, or what was put in the place of Triton's chain.
-        enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-        if form is not None and not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave):
-            hooks = None, None, None
-            stream = form.stream(form.device)
-            form.run(*self._grid, stream, form.function, form.metadata, *hooks, *tensors, *self._numbers)
-            return
+        enter, leave, hear = _runtime.launch_enter_hook, _runtime.launch_exit_hook, _listener.hear
+        unheard = hear is None and not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave)
+        if form is not None and unheard:
+            try:
+                stream = form.stream(form.device)
+                form.run(
+                    *self._grid,
+                    stream,
+                    form.function,
+                    form.metadata,
+                    None,
+                    None,
+                    None,
+                    *tensors,
+                    *self._numbers,
+                )
+            except Exception as error:  # Triton's launcher decides what becomes of it
+                self._forms.clear()
+                use_tritons_launcher(f"{type(error).__name__}: {first_line(error)}")
+            else:
+                return
+        if hear is not None:
+            hear(self._form(dtypes))
         compiled = self._kernel[self._grid](*tensors, *self._numbers, **self.config.options)
-        if not address & 15 and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-            self._forms[tuple(dtypes)] = Form.of(compiled)
+        # The interpreter compiles nothing.
+        if not address & 15 and isinstance(compiled, CompiledKernel) and not short_way.obstacle:
+            try:
+                self._forms[tuple(dtypes)] = Form.of(compiled)
+            except AttributeError as error:
+                use_tritons_launcher(f"this Triton has another launcher ({error})")
+
+    def _form(self, dtypes: Sequence[torch.dtype | None]) -> str:
+        """The launch's form in words: what the compiler is told, but for what it makes of single numbers."""
+        numbers = zip(self._kernel.arg_names[len(self._pointers) :], self._numbers, strict=True)
+        constants = {name: value for name, value in numbers if name.isupper() and len(name) > 1}  # not sizes
+        constants |= self.config.options
+        pointers = ",".join("none" if dtype is None else str(dtype)[6:] for dtype in dtypes)
+        told = " ".join(f"{name}={value}" for name, value in constants.items())
+        return f"{self._kernel.__name__} {pointers} {told}"

@@ -44,10 +44,11 @@ __all__ = [
 ]
 
 ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
-    "forward": ("merged", "split", "fused"),
-    "input_gradient": ("merged", "fused"),
+    "forward": ("merged", "split", "fused", "eager"),
+    "input_gradient": ("merged", "fused", "eager"),
+    "factor_gradients": ("block_grad", "eager"),
 }
-"""Keys whose choice is an algorithm, and which there are."""
+"""Keys whose choice is an algorithm, and which there are; "eager" leaves it to torch's operators."""
 
 GRANULE = 8
 """Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""

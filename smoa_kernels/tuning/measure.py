@@ -26,6 +26,7 @@ from ..backends import triton as backend
 from ..checks import first_line
 from ..definition.precision import PRECISIONS
 from ..definition.reference import backward as reference_backward
+from ..definition.reference import factor_gradients as reference_factor_gradients
 from ..definition.reference import forward as reference_forward
 from ..files import replace_file
 from ..kernels import table
@@ -243,8 +244,12 @@ def workload(key: Key, device: torch.device) -> Workload:
     if key.kernel not in ALGORITHM_KEYS:
         kernel = kernels.KERNELS[key.kernel]
         return Workload(key, *kernel.workload(Operands(key, kernel.forms[0], device)))
-    of_algorithm = _forward if key.kernel == "forward" else _input_gradient
-    return Workload(key, *of_algorithm(Operands(key, "", device)))
+    of_algorithm = {
+        "forward": _forward,
+        "input_gradient": _input_gradient,
+        "factor_gradients": _factor_gradients,
+    }
+    return Workload(key, *of_algorithm[key.kernel](Operands(key, "", device)))
 
 
 def _forward(operands: Operands) -> Work:
@@ -268,6 +273,19 @@ def _input_gradient(operands: Operands) -> Work:
         dx, _, _ = reference_backward(dy.to(dtype), None, in_dtype(adapter, dtype), None, needs_x=True)
         assert dx is not None
         return [dx]
+
+    return run, defined
+
+
+def _factor_gradients(operands: Operands) -> Work:
+    adapter, key = operands.adapter(), operands.key
+    x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
+
+    def run(algorithm: Any) -> list[Tensor]:
+        return list(backend.factor_gradients(dy, x, adapter, algorithm, None))
+
+    def defined(dtype: torch.dtype) -> list[Tensor]:
+        return list(reference_factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None))
 
     return run, defined
 

@@ -120,6 +120,7 @@ def _layer_keys(layer: Layer) -> Iterator[Key]:
             yield Key("sum_partials", factors, out_features=layer.max_rank, tokens=bucket(features))
     yield Key("forward", *common, n, c, t, granule=granule)
     yield Key("input_gradient", *common, n, c, t, granule=granule)
+    yield Key("factor_gradients", *common, n, c, t, granule=granule)
 
 
 def _parts(layer: Layer) -> tuple[int, ...]:
@@ -215,7 +216,13 @@ def describe(key: Key) -> str:
     return f"{key.kernel} {sizes}{tokens}{rank}{blocks} {key.dtype}{turned}"
 
 
-_GATHERED = {"merged": "no gather", "split": "gather before", "fused": "one kernel, gather inside"}
+_GATHERED = {
+    "merged": "no gather",
+    "split": "gather before",
+    "fused": "one kernel, gather inside",
+    "block_grad": "gather before",
+    "eager": "torch's operators",
+}
 """Where each algorithm brings x's columns together by block."""
 
 

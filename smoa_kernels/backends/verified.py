@@ -1,0 +1,334 @@
+"""Backend "triton" as the package uses it: a kernel that is wrong, or does not run, is replaced by torch's operators.
+
+Right kernels have been compiled wrongly before, and no version of Triton is known to be free of that. So where an
+operation first launches a form of a kernel on a GPU (`kernels.launch.heard_by` says what a form is), it is computed by
+the kernels and by the eager backend, from the user's own x, dY and W0. If the two agree within rounding, the kernels
+compute it from then on, which costs one look-up a call. If they do not, or if a launch raises, one warning says so and
+eager computes. Dropout's mask is the same in both.
+
+The factors of this comparison are random and large. B is zero at the first step and small for long, so an error in the
+adapter's part would be lost in the base's.
+
+The comparison takes two passes of the kernels and one of eager, once a form, and the memory of eager's pass and of the
+results. Verdicts are kept on disk beside the tuning table, for one GPU, Triton, ptxas and source of the kernels. While
+a CUDA graph is captured nothing can be compared: eager computes what was not verified before. `SMOA_VERIFY=0` turns
+verification off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..checks import first_line
+from ..definition.dropout import Dropout
+from ..definition.experts import ExpertsAdapter
+from ..definition.packed import PackedAdapter
+from ..definition.precision import gemm_is_ieee, precision_of
+from ..files import replace_file
+from ..kernels.architectures import architecture, assembler
+from ..kernels.launch import Layout, heard_by, short_way, use_tritons_launcher
+from ..kernels.spec import bucket
+from ..kernels.table import identity, user_table
+from . import Gradients, eager, experts, experts_triton, triton
+from .kernels_dropout import KernelsDropout
+
+__all__ = [
+    "ALGORITHMS",
+    "LAUNCHER",
+    "Verdicts",
+    "backward",
+    "experts_backward",
+    "experts_product",
+    "forward",
+    "modulated_weight",
+    "verdicts",
+]
+
+ALGORITHMS = triton.ALGORITHMS
+
+R = TypeVar("R")
+Run: TypeAlias = Callable[[Any, Any, Any], R]
+"""An operation of a backend's module, with an adapter, under a dropout."""
+
+
+def forward(
+    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
+) -> Tensor:
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
+
+    def run(backend: Any, adapter: Any, dropout: Any) -> Any:
+        return backend.forward(x, bias, adapter, algorithm if backend is triton else "auto", dropout)
+
+    return _run(f"forward {algorithm}", run, x, adapter, dropout)
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
+) -> Gradients:
+    """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
+
+    def of_factors(backend: Any, adapter: Any, dropout: Any) -> Any:
+        return backend.backward(dy, x, adapter, dropout, needs_x=False)
+
+    def of_input(backend: Any, adapter: Any, dropout: Any) -> Any:
+        return backend.backward(dy, None, adapter, dropout, needs_x=True)
+
+    nothing: Gradients = None, None, None
+    _, dA, dB = nothing if x is None else _run("factors", of_factors, dy, adapter, dropout)
+    dx, _, _ = _run("input", of_input, dy, adapter, dropout) if needs_x else nothing
+    return dx, dA, dB
+
+
+def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
+    """`W_eff`, (N, C) in W0's dtype; written to `out`, which is not W0, where that is given."""
+
+    def run(backend: Any, given: Any, _: Any) -> Any:  # what is compared is not written to `out`
+        return backend.modulated_weight(given, out=out if given is adapter else None)
+
+    return _run("weight", run, adapter.weight, adapter)
+
+
+def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
+    """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+
+    def product(x: Tensor) -> Tensor:
+        return _run("experts", lambda of, adapter, _: of.experts_product(ends, adapter)(x), x, adapter)
+
+    return product
+
+
+def experts_backward(
+    dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
+) -> Gradients:
+    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+
+    def run(backend: Any, adapter: Any, _: Any) -> Any:
+        return backend.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
+
+    return _run(f"experts' gradients {needs_x} {x is None}", run, dy, adapter)
+
+
+def _run(
+    operation: str,
+    run: Run[R],
+    x: Tensor,
+    adapter: PackedAdapter | ExpertsAdapter,
+    dropout: Dropout | None = None,
+) -> R:
+    """Run an operation by the kernels where they may compute it, else by eager, under the same mask."""
+    backends: tuple[Any, Any] = triton, eager
+    if isinstance(adapter, PackedAdapter):
+        layout: tuple[object, ...] = Layout.of(adapter)
+    else:
+        backends, weight, blocks = (experts_triton, experts), adapter.weight, adapter.blocks
+        layout = (
+            weight.device,
+            weight.dtype,
+            weight.shape,
+            weight.stride(),
+            blocks.granule,
+            blocks.is_contiguous,
+        )
+    # What decides which forms are launched. Where two questions launch the same, the second compares nothing.
+    factors, ieee = (adapter.A.dtype, adapter.A.shape[-2]), gemm_is_ieee(x.dtype, "cuda")
+    question = operation, layout, factors, bucket(x.shape[0]), ieee, dropout is None
+    sound = _answers.get(question)
+    if sound is None:
+        allowed = _ALLOWED[precision_of(x.dtype, ieee=ieee).name]
+        with _one_at_a_time:
+            sound = _verify(run, *backends, adapter, dropout, allowed)
+        if sound is not None:
+            _answers[question] = sound
+    if sound:
+        return run(backends[0], adapter, dropout)
+    return run(backends[1], adapter, _in_torch(dropout))
+
+
+def _in_torch(dropout: Dropout | None) -> Dropout | None:
+    """The same mask for eager."""
+    if dropout is None:
+        return None
+    return KernelsDropout(dropout.seed, dropout.p, dropout.column_offset, dropout.width)
+
+
+# Whether the kernels may compute it
+
+# How far two right results may lie apart, as a share of the norm of a row or a column. In half types twice the spacing
+# of numbers; cuBLAS may cut off what does not fit TF32; in float32 long sums are taken in different orders.
+_ALLOWED = {"bf16": 2.0**-6, "fp16": 2.0**-9, "tf32": 2.0**-8, "fp32": 2.0**-14}
+_FEWEST = 32  # numbers of a row or column that is compared by itself
+LAUNCHER = "the short way to launch"
+"""Has a verdict as forms have (`kernels.launch.use_tritons_launcher`)."""
+
+_answers: dict[object, bool] = {}
+_one_at_a_time = threading.RLock()  # backward runs in a thread for each device
+
+
+class _RefusedError(RuntimeError):
+    """A form that was refused before is about to be launched."""
+
+
+def _is_verified(device: torch.device) -> bool:
+    return device.type == "cuda" and os.environ.get("SMOA_VERIFY") != "0"
+
+
+def _verify(
+    run: Run[Any], ours: Any, theirs: Any, adapter: Any, dropout: Dropout | None, allowed: float
+) -> bool | None:
+    """Whether the forms that an operation launches are right; None where that cannot be found out now."""
+    device = adapter.weight.device
+    if not _is_verified(device):
+        return True
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return None
+    known, probe = verdicts(device), _with_random_factors(adapter)
+    heard: list[str] = []
+
+    def hear(form: str) -> None:
+        heard.append(form)
+        if reason := known.forms.get(form):
+            raise _RefusedError(reason)
+
+    try:
+        with heard_by(hear):
+            found = run(ours, probe, dropout)
+        new = [form for form in dict.fromkeys(heard) if form not in known.forms]
+        if not new:
+            return True
+        again = run(ours, probe, dropout)  # by the short way to launch
+        expected = run(theirs, probe, _in_torch(dropout))
+        first, second = (_distance(results, expected, allowed) for results in (found, again))
+    except _RefusedError as error:
+        return known.refuse(heard[-1:], str(error))
+    except torch.OutOfMemoryError as error:
+        return known.refuse([], f"there is no memory to verify a kernel: {first_line(error)}")
+    except Exception as error:
+        if not heard:
+            raise
+        return known.refuse(heard[-1:], f"{type(error).__name__}: {first_line(error)}")
+    if first is None or second is None:
+        return None
+    if not first <= 1:
+        return known.refuse(new, f"results differ from eager's by {first:.3g} times what rounding explains")
+    if not second <= 1:
+        use_tritons_launcher(f"results of the short way differ by {second:.3g} times what rounding explains")
+    known.add(dict.fromkeys(new, ""))
+    return True
+
+
+def _with_random_factors(adapter: Any) -> Any:
+    """The adapter with another A and B, for which ΔW is about as large as W0."""
+    generator = torch.Generator(adapter.weight.device).manual_seed(0)
+    A, B = (torch.empty_like(factor).normal_(generator=generator) for factor in (adapter.A, adapter.B))
+    return replace(adapter, A=A, B=B.div_(A.shape[-2] ** 0.5), scaling=torch.ones_like(adapter.scaling))
+
+
+def _distance(found: Any, expected: Any, allowed: float) -> float | None:
+    """The largest distance of a row or a column from eager's, over what is allowed; None where eager's say nothing."""
+    shares = []
+    for ours, theirs in zip(_matrices(found), _matrices(expected), strict=True):
+        if not theirs.isfinite().all() or not theirs.any():
+            return None
+        # Numbers below the smallest normal one are spaced as there.
+        kind = torch.finfo(theirs.dtype)
+        floor = kind.smallest_normal * kind.eps * max(theirs.shape) ** 0.5
+        for dim in [dim for dim in (0, 1) if theirs.shape[dim] >= _FEWEST] or [(0, 1)]:
+            error, norm = (
+                torch.linalg.vector_norm(values, dim=dim, dtype=torch.float32)
+                for values in (ours - theirs, theirs)
+            )
+            shares.append((error / (allowed * norm + floor)).max())
+    return float(torch.stack(shares).max()) if shares else None
+
+
+def _matrices(results: Any) -> Iterator[Tensor]:
+    """Results that are there, those of all experts as one matrix."""
+    for result in results if isinstance(results, tuple) else (results,):
+        if result is not None:
+            yield result.flatten(0, -2)
+
+
+# What is kept
+
+
+class Verdicts:
+    """What became of the forms that ran on one GPU, by one Triton, ptxas and source of the kernels; kept on disk.
+
+    Args:
+        device: the GPU.
+
+    Attributes:
+        gpu: as the driver names it.
+        path: of the file, which holds those of other versions too.
+        versions: those that the verdicts are of.
+        forms: by form, why it is refused; empty for one that is verified.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        now = identity(device)
+        self.path = user_table(now.gpu).with_suffix(".forms")
+        self.versions = f"Triton {now.triton}, {assembler(architecture(device))}, kernels {now.source}"
+        self.forms = _read(self.path).get(self.versions, {})
+        self.gpu = now.gpu
+        self._told: set[str] = set()
+
+    def add(self, forms: dict[str, str]) -> None:
+        """Keep verdicts. Where the disk cannot, they hold for this process."""
+        self.forms |= forms
+        if short_way.obstacle:
+            self.forms[LAUNCHER] = short_way.obstacle
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            written = _read(self.path)  # by other processes too
+            written[self.versions] = written.get(self.versions, {}) | self.forms
+            replace_file(self.path, f"{json.dumps(written, indent=1)}\n".encode())
+
+    def refuse(self, forms: Sequence[str], reason: str) -> bool:
+        """Keep that forms are refused, and warn of it once a process. Returns False."""
+        new = [form for form in forms if form not in self.forms]
+        if new:
+            self.add(dict.fromkeys(new, reason))
+        if not self._told.issuperset(forms or (reason,)):
+            self._told.update(forms or (reason,))
+            warnings.warn(
+                f"a GPU kernel is refused, torch's operators compute instead: {reason}. {'; '.join(forms)} "
+                f"({self.gpu}, {self.versions}). Please report it with the output of `smoa-kernels info`",
+                stacklevel=2,
+            )
+        return False
+
+
+@cache
+def verdicts(device: torch.device) -> Verdicts:
+    """Read the verdicts of a GPU that are in force."""
+    found = Verdicts(device)
+    if reason := found.forms.get(LAUNCHER):
+        short_way.obstacle = reason
+    return found
+
+
+def _read(path: Path) -> dict[str, dict[str, str]]:
+    """Verdicts by versions; none where there is no file, or a damaged one."""
+    try:
+        data = json.loads(path.read_bytes())
+        if not all(isinstance(reason, str) for forms in data.values() for reason in forms.values()):
+            raise ValueError("a verdict is no text")
+    except FileNotFoundError:
+        return {}
+    except (AttributeError, OSError, RecursionError, ValueError) as error:
+        warnings.warn(f"verdicts of GPU kernels in {path} are not used: {first_line(error)}", stacklevel=2)
+        return {}
+    found: dict[str, dict[str, str]] = data
+    return found
