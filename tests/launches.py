@@ -8,6 +8,7 @@ chooses and launches is the package's own code and Triton's.
     python tests/launches.py forms
     python tests/launches.py remembered
     python tests/launches.py hooks
+    python tests/launches.py "short way"
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -26,6 +28,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from triton.runtime.jit import JITFunction
 
 from benchmarks.fake_gpu import FakeGpu, FakeKernel, install
 from smoa_kernels import BlockPartition
@@ -35,6 +38,7 @@ from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import KERNELS, table
+from smoa_kernels.kernels.launch import short_way
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.table import Table
 from smoa_kernels.tuning import measure
@@ -219,8 +223,56 @@ def hooks(gpu: FakeGpu) -> list[list[bool]]:
     return found
 
 
+def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
+    """What passes launch in a first and a second round, where the short way raises and where a part of it is missing.
+
+    Each round by kernel, with what was warned of; "short" has it whole.
+    """
+    calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
+    found: dict[str, Any] = {}
+    run, record, inside = JITFunction.run, FakeKernel._record, [False]
+
+    def tritons(self: Any, *arguments: Any, **options: Any) -> Any:
+        inside[0] = True
+        try:
+            return run(self, *arguments, **options)
+        finally:
+            inside[0] = False
+
+    def raising(self: FakeKernel, *arguments: Any) -> None:
+        if not inside[0]:
+            raise TypeError("another signature")
+        record(self, *arguments)
+
+    JITFunction.run = tritons
+    for case in ("short", "raises", "missing"):
+        if case == "raises":
+            setattr(FakeKernel, "_record", raising)  # noqa: B010
+        elif case == "missing":
+            setattr(FakeKernel, "_record", record)  # noqa: B010
+            setattr(FakeKernel, "function", property(lambda self: None if inside[0] else self.no_function))  # noqa: B010
+        table.forget()
+        short_way.obstacle, rounds = "", []
+        for _ in range(3):
+            gpu.launches.clear()
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always", UserWarning)
+                for call in calls:
+                    call()
+            said = [str(one.message) for one in told if "launcher" in str(one.message)]
+            rounds.append([[launch.kernel for launch in gpu.launches], said])
+        found[case] = rounds
+    return found
+
+
 if __name__ == "__main__":
     pretended = install(devices=2)
     with FakeTensorMode():
-        what = {"devices": devices, "forms": forms, "remembered": remembered, "hooks": hooks}[sys.argv[1]]
+        what = {
+            "devices": devices,
+            "forms": forms,
+            "remembered": remembered,
+            "hooks": hooks,
+            "short way": without_short_way,
+        }[sys.argv[1]]
         print(json.dumps(what(pretended)))

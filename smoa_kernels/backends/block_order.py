@@ -107,8 +107,10 @@ class BlockOrder:
 
     def batch(self, weight: Tensor) -> Tensor:
         """The diagonal blocks of a matrix of W0's shape as one batch (K, N_k, C_k), a view."""
-        rows = weight.unflatten(0, (len(self.row_sizes), -1)).unflatten(2, (len(self.col_sizes), -1))
-        return rows.diagonal(dim1=0, dim2=2).movedim(2, 0)
+        blocks: Tensor = weight.unflatten(0, (len(self.row_sizes), -1)).unflatten(
+            2, (len(self.col_sizes), -1)
+        )
+        return blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)
 
     def places(self) -> list[tuple[slice, slice]]:
         """Where each block lies in W0; of contiguous blocks."""

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,8 +58,7 @@ __all__ = [
 
 ALGORITHMS = triton.ALGORITHMS
 
-R = TypeVar("R")
-Run: TypeAlias = Callable[[Any, Any, Any], R]
+Run: TypeAlias = Callable[[Any, Any, Any], Any]
 """An operation of a backend's module, with an adapter, under a dropout."""
 
 
@@ -71,7 +70,8 @@ def forward(
     def run(backend: Any, adapter: Any, dropout: Any) -> Any:
         return backend.forward(x, bias, adapter, algorithm if backend is triton else "auto", dropout)
 
-    return _run(f"forward {algorithm}", run, x, adapter, dropout)
+    y: Tensor = _run(f"forward {algorithm}", run, x, adapter, dropout)
+    return y
 
 
 def backward(
@@ -97,14 +97,16 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
     def run(backend: Any, given: Any, _: Any) -> Any:  # what is compared is not written to `out`
         return backend.modulated_weight(given, out=out if given is adapter else None)
 
-    return _run("weight", run, adapter.weight, adapter)
+    W_eff: Tensor = _run("weight", run, adapter.weight, adapter)
+    return W_eff
 
 
 def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
     """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
 
     def product(x: Tensor) -> Tensor:
-        return _run("experts", lambda of, adapter, _: of.experts_product(ends, adapter)(x), x, adapter)
+        y: Tensor = _run("experts", lambda of, adapter, _: of.experts_product(ends, adapter)(x), x, adapter)
+        return y
 
     return product
 
@@ -117,16 +119,17 @@ def experts_backward(
     def run(backend: Any, adapter: Any, _: Any) -> Any:
         return backend.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
 
-    return _run(f"experts' gradients {needs_x} {x is None}", run, dy, adapter)
+    found: Gradients = _run(f"experts' gradients {needs_x} {x is None}", run, dy, adapter)
+    return found
 
 
 def _run(
     operation: str,
-    run: Run[R],
+    run: Run,
     x: Tensor,
     adapter: PackedAdapter | ExpertsAdapter,
     dropout: Dropout | None = None,
-) -> R:
+) -> Any:
     """Run an operation by the kernels where they may compute it, else by eager, under the same mask."""
     backends: tuple[Any, Any] = triton, eager
     if isinstance(adapter, PackedAdapter):
@@ -148,7 +151,7 @@ def _run(
     if sound is None:
         allowed = _ALLOWED[precision_of(x.dtype, ieee=ieee).name]
         with _one_at_a_time:
-            sound = _verify(run, *backends, adapter, dropout, allowed)
+            sound = _verify(run, backends, x, adapter, dropout, allowed)
         if sound is not None:
             _answers[question] = sound
     if sound:
@@ -185,15 +188,14 @@ def _is_verified(device: torch.device) -> bool:
 
 
 def _verify(
-    run: Run[Any], ours: Any, theirs: Any, adapter: Any, dropout: Dropout | None, allowed: float
+    run: Run, backends: tuple[Any, Any], x: Tensor, adapter: Any, dropout: Dropout | None, allowed: float
 ) -> bool | None:
     """Whether the forms that an operation launches are right; None where that cannot be found out now."""
-    device = adapter.weight.device
-    if not _is_verified(device):
+    if not _is_verified(x.device):
         return True
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() or not x.any():
         return None
-    known, probe = verdicts(device), _with_random_factors(adapter)
+    (ours, theirs), known, probe = backends, verdicts(x.device), _with_random_factors(adapter)
     heard: list[str] = []
 
     def hear(form: str) -> None:
@@ -244,7 +246,7 @@ def _distance(found: Any, expected: Any, allowed: float) -> float | None:
         # Numbers below the smallest normal one are spaced as there.
         kind = torch.finfo(theirs.dtype)
         floor = kind.smallest_normal * kind.eps * max(theirs.shape) ** 0.5
-        for dim in [dim for dim in (0, 1) if theirs.shape[dim] >= _FEWEST] or [(0, 1)]:
+        for dim in [(dim,) for dim in (0, 1) if theirs.shape[dim] >= _FEWEST] or [(0, 1)]:
             error, norm = (
                 torch.linalg.vector_norm(values, dim=dim, dtype=torch.float32)
                 for values in (ours - theirs, theirs)

@@ -62,3 +62,31 @@ def test_hooks_on_launches_are_called_while_there_are_any() -> None:
     found = launches("hooks")
     half = len(found) // 2
     assert found == [[False] * 3] * half + [[True] * 3] * half
+
+
+@pytest.mark.slow
+def test_without_the_short_way_triton_launches() -> None:
+    """Where it raises, or where a private part of Triton's is missing: the same launches, and one warning."""
+    found = launches("short way")
+    kernels = found["short"][0][0]
+    words = {
+        "short": "",
+        "raises": "TypeError: another signature",
+        "missing": "has no attribute 'no_function'",
+    }
+    for case, rounds in found.items():
+        assert [launched for launched, _ in rounds] == [kernels] * 3
+        told = [message for _, said in rounds for message in said]
+        assert [words[case] in message for message in told] == [True] * (case != "short"), told
+
+
+@pytest.mark.slow
+def test_the_first_step_compiles_few_forms() -> None:
+    """Of Llama-3-8B's layers, and batches of other lengths compile none beside: tests/first_step.py."""
+    program = "import os, runpy; os.environ.pop('TRITON_INTERPRET', None); "
+    process = python(program + "runpy.run_module('first_step', run_name='__main__')", PYTHONWARNINGS="ignore")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for counts in json.loads(out).values():
+        assert 4 <= counts["forms"] <= 24
+        assert counts["more for other lengths"] == 0

@@ -1,0 +1,332 @@
+"""Kernels that compute wrong numbers or none, on a pretended GPU: one warning, and eager's numbers.
+
+The pretended GPU is the CPU, where Triton's interpreter runs the kernels; what is broken is what a launch runs.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expert_problems import make_problem as make_experts
+from places import python
+from problems import DEVICE, Case, assert_within_budget, kept
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+from triton.runtime.interpreter import InterpretedFunction
+
+from smoa_kernels.backends import eager, verified
+from smoa_kernels.backends.kernels_dropout import KernelsDropout
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.kernels.launch import short_way
+
+pytestmark = [
+    pytest.mark.numerical,
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="a pretended GPU runs in Triton's interpreter"),
+]
+CPU = torch.device("cpu")
+SPLIT = Case("triton", "split", torch.bfloat16)
+SIZES = {"tokens": 70, "out_features": 96, "in_features": 80, "ranks": (3, 2)}
+Spoil = Callable[[Tensor], object]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What a process on a GPU starts with; the file of verdicts that it will write."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
+    monkeypatch.setattr(verified, "_is_verified", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    start_anew()
+    yield tmp_path / "tuning" / "cpu.forms"
+    start_anew()
+
+
+def start_anew() -> None:
+    verified.verdicts.cache_clear()
+    verified._answers.clear()
+    short_way.obstacle = ""
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Spoil], list[str]]:
+    """Spoil what a kernel writes last, or raise; returns the names of all kernels that are launched from now on."""
+    launch = InterpretedFunction.__getitem__
+
+    def breaks(name: str, spoil: Spoil) -> list[str]:
+        launched: list[str] = []
+
+        def launcher(kernel: Any, grid: Any) -> Any:
+            def run(*args: Any, **options: Any) -> None:
+                launched.append(kernel.__name__)
+                launch(kernel, grid)(*args, **options)
+                if kernel.__name__ == name:
+                    spoil([one for one in args if isinstance(one, Tensor)][-1])
+
+            return run
+
+        monkeypatch.setattr(InterpretedFunction, "__getitem__", launcher)
+        return launched
+
+    return breaks
+
+
+def nothing(out: Tensor) -> None:
+    """Break nothing."""
+
+
+def one_in_a_thousand(out: Tensor) -> None:
+    flat = out.view(-1)
+    flat[::1000] += 2 * out.float().square().mean().sqrt().to(out.dtype)
+
+
+def not_a_number(out: Tensor) -> None:
+    out.view(-1)[0] = torch.nan
+
+
+def infinite(out: Tensor) -> None:
+    out.view(-1)[0] = torch.inf
+
+
+def raising(error: Exception) -> Spoil:
+    def spoil(out: Tensor) -> None:
+        raise error
+
+    return spoil
+
+
+@pytest.fixture
+def silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def warned(run: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run()
+    return [str(warning.message) for warning in found]
+
+
+@pytest.mark.parametrize("algorithm", ["split", "dropout", "merged", "fused"])
+def test_right_kernels_are_compared_once(
+    algorithm: str, cache: Path, silent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = replace(SPLIT, algorithm=algorithm)
+    p = case.problem(**SIZES)
+    assert_within_budget(p.run(**case.options), case, p)
+    (forms,) = json.loads(cache.read_bytes()).values()
+    assert set(forms.values()) == {""}
+    assert {"block_grad_kernel", "sum_partials_kernel"} < {form.split(" ")[0] for form in forms}
+    for name in ("forward", "backward", "modulated_weight"):
+        monkeypatch.setattr(eager, name, lambda *_, **__: pytest.fail("compared again"))
+    p.run(**case.options)
+    start_anew()  # another process, and other shapes of the same forms
+    p.run(**case.options)
+    case.problem(**SIZES | {"out_features": 90}).run(**case.options)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "algorithm", "spoil", "words"),
+    [
+        ("block_matmul_kernel", "split", one_in_a_thousand, "times what rounding explains"),
+        ("block_matmul_kernel", "dropout", one_in_a_thousand, "times what rounding explains"),
+        ("modulated_blocks_kernel", "split", one_in_a_thousand, "times what rounding explains"),
+        ("permute_kernel", "dropout", one_in_a_thousand, "times what rounding explains"),
+        ("fused_linear_kernel", "fused", one_in_a_thousand, "times what rounding explains"),
+        ("block_grad_kernel", "split", one_in_a_thousand, "times what rounding explains"),
+        ("modulated_weight_kernel", "split", not_a_number, "by nan times"),
+        ("block_matmul_kernel", "split", infinite, "times what rounding explains"),
+        (
+            "block_matmul_kernel",
+            "split",
+            raising(OutOfResources(300, 227, "shared memory")),
+            "OutOfResources",
+        ),
+        ("block_grad_kernel", "split", raising(CompilationError("", None, "no layout")), "CompilationError"),
+        ("fused_linear_kernel", "fused", raising(RuntimeError("PassManager::run failed")), "PassManager"),
+        (
+            "permute_kernel",
+            "dropout",
+            raising(RuntimeError("Triton Error [CUDA]: invalid argument")),
+            "invalid",
+        ),
+    ],
+)
+def test_a_broken_kernel_is_refused(
+    kernel: str,
+    algorithm: str,
+    spoil: Spoil,
+    words: str,
+    broken: Any,
+    silent: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All results are right, also where other kernels of the same pass compute, and under dropout's mask."""
+    case = replace(SPLIT, algorithm=algorithm)
+    p = case.problem(**SIZES)
+    if case.dropout is not None:
+        mask = kept("triton", p, case.dropout)
+        monkeypatch.setattr("problems.kept", lambda *_: mask)
+    launched = broken(kernel, spoil)
+    found: list[tuple[Tensor, ...]] = []
+    told = warned(lambda: found.append(p.run(**case.options)))
+    assert_within_budget(found[0], case, p)
+    assert [
+        message.startswith("a GPU kernel is refused, torch's operators compute instead") for message in told
+    ]
+    assert all(words in message and kernel in message and "Triton" in message for message in told)
+    assert len(told) == 1 + (kernel == "permute_kernel") * (
+        len(told) - 1
+    )  # it has a form to gather and one to scatter
+    launched.clear()
+    assert_within_budget(p.run(**case.options), case, p)  # in silence
+    assert kernel not in launched
+    start_anew()  # another process: it launches no form that is refused, and says so once more
+    assert warned(lambda: found.append(p.run(**case.options)))
+    assert_within_budget(found[1], case, p)
+    assert kernel not in launched or kernel == "permute_kernel"  # which gathers dY too, without a mask
+
+
+PROGRAM = """
+import sys, torch
+from triton.runtime.interpreter import InterpretedFunction
+from smoa_kernels.backends import verified
+from problems import Case
+verified._is_verified = lambda device: True
+torch.cuda.is_current_stream_capturing = lambda: False
+launch = InterpretedFunction.__getitem__
+def launcher(kernel, grid):
+    def run(*args, **options):
+        print(kernel.__name__)
+        launch(kernel, grid)(*args, **options)
+        if sys.argv[1] == "broken":
+            args[kernel.arg_names.index("out_ptr")].fill_(1)
+    return run
+InterpretedFunction.__getitem__ = launcher
+case = Case("triton", "fused", torch.float32)
+case.problem(tokens=64, out_features=96, in_features=80, ranks=(3, 2)).forward(**case.options)
+"""
+
+
+def test_a_second_process_reads_the_verdict(cache: Path) -> None:
+    found = []
+    for state in ("broken", "sound"):
+        process = python(PROGRAM, state, TRITON_INTERPRET="1")
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        found.append((out.split(), errors.count("a GPU kernel is refused")))
+    assert found[0][0]
+    assert found == [(found[0][0], 1), ([], 1)]
+
+
+def test_a_damaged_file_is_ignored(cache: Path) -> None:
+    cache.parent.mkdir()
+    for text in ("{", "[]", '{"Triton": {"form": 1}}'):
+        cache.write_text(text)
+        start_anew()
+        told = warned(lambda: SPLIT.problem(**SIZES).forward(**SPLIT.options))
+        assert told
+        assert all(f"in {cache} are not used" in message for message in told)
+    assert json.loads(cache.read_bytes())
+
+
+@pytest.mark.parametrize("state", ["is_current_stream_capturing", "is_compiling"])
+def test_what_was_not_verified_is_not_captured(
+    state: str, cache: Path, broken: Any, silent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = broken("", nothing)
+    owner = torch.compiler if state == "is_compiling" else torch.cuda
+    p = SPLIT.problem(**SIZES)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, state, lambda: True)
+        captured = p.run(**SPLIT.options)
+        assert_within_budget(captured, SPLIT, p)
+    assert not launched
+    assert not cache.exists()
+    warm = p.run(**SPLIT.options)
+    launched.clear()
+    monkeypatch.setattr(owner, state, lambda: True)
+    for ours, same in zip(p.run(**SPLIT.options), warm, strict=True):
+        assert torch.equal(ours, same)
+    assert launched
+
+
+def test_it_can_be_turned_off(broken: Any, silent: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert verified._is_verified(torch.device("cuda"))
+    assert not verified._is_verified(CPU)
+    monkeypatch.setenv("SMOA_VERIFY", "0")
+    assert not verified._is_verified(torch.device("cuda"))
+
+
+def test_zeros_and_overflow_say_nothing(cache: Path) -> None:
+    p = SPLIT.problem(**SIZES)
+    for scale in (0.0, torch.inf):
+        told = warned(lambda: replace(p, x=p.x * scale).forward(**SPLIT.options))  # noqa: B023
+        assert not [message for message in told if "refused" in message]
+        assert not cache.exists()
+
+
+def test_no_memory_to_compare(cache: Path, silent: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process takes eager, the next one tries again."""
+    p = SPLIT.problem(**SIZES)
+    monkeypatch.setattr(verified, "_distance", lambda *_: raising(torch.OutOfMemoryError("40 GiB"))(p.x))
+    told = warned(lambda: p.forward(**SPLIT.options))
+    assert [message.partition(": ")[2].startswith("there is no memory to verify") for message in told] == [
+        True
+    ]
+    p.forward(**SPLIT.options)
+    assert not cache.exists()
+
+
+def test_merging_and_experts(cache: Path, broken: Any, silent: None) -> None:
+    broken("modulated_weight_kernel", one_in_a_thousand)
+    p = SPLIT.problem(**SIZES)
+    layer = replace(p, weight=p.weight.clone()).layer(partition=p.partition, backend="triton")
+    assert len(warned(layer.merge)) == 1
+    exact = p.to(torch.float64)
+    torch.testing.assert_close(
+        layer.weight.double(), exact.weight + exact.delta_weight(), rtol=2**-8, atol=2**-9
+    )
+    e = make_experts(dtype=torch.float32, pairs=(30, 0, 40, 7), blocks="contiguous")
+    broken("grouped_linear_kernel", one_in_a_thousand)
+    found: list[Any] = []
+    assert len(warned(lambda: found.append(e.operator("triton")))) == 2  # y, and then dX
+    e.assert_within_budget(found[0])
+
+
+@pytest.mark.parametrize("panels", [(64,), (3, 8, 53)])
+def test_torch_draws_the_kernels_mask(panels: tuple[int, ...]) -> None:
+    p, seed = SPLIT.problem(**SIZES), torch.tensor(2**62 + 2**33 + 5)
+    dropout = Dropout(seed, 0.3, column_offset=11)
+    fill = KernelsDropout(seed, 0.3, column_offset=11).stream(80)
+    mask = torch.cat([fill(torch.empty(tokens, 80)) for tokens in panels])
+    assert torch.equal(mask != 0, kept("triton", p, dropout) != 0)
+    assert mask.unique().tolist() == [0, pytest.approx(dropout.scale)]
+
+
+def test_info_lists_the_verdicts(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("typer", reason="needs the cli extra")
+    from smoa_kernels.cli import info
+
+    broken("block_grad_kernel", not_a_number)
+    warned(lambda: SPLIT.problem(**SIZES).run(**SPLIT.options))
+    short_way.obstacle = "TypeError: another signature"
+    verified.verdicts(CPU).add({})
+    start_anew()
+    monkeypatch.setattr(info, "_gpus", lambda: [CPU, CPU])
+    said = info._kernels()
+    assert re.fullmatch(r"Triton [\d.]+, no ptxas, kernels \w+", said["cpu, versions"])
+    assert "modulated_weight_kernel (1 forms)" in said["cpu, verified"]
+    assert said["cpu, refused"].startswith("block_grad_kernel bfloat16")
+    assert said["cpu, refused"].count("what rounding explains") == 3  # sum_partials' two forms were new too
+    assert "grouped_grad_kernel" in said["cpu, untried"]
+    assert "block_grad" not in said["cpu, untried"]
+    assert said["cpu, launches"] == short_way.obstacle == "TypeError: another signature"
