@@ -246,7 +246,8 @@ def _distance(found: Any, expected: Any, allowed: float) -> float | None:
         # Numbers below the smallest normal one are spaced as there.
         kind = torch.finfo(theirs.dtype)
         floor = kind.smallest_normal * kind.eps * max(theirs.shape) ** 0.5
-        for dim in [(dim,) for dim in (0, 1) if theirs.shape[dim] >= _FEWEST] or [(0, 1)]:
+        long: list[tuple[int, ...]] = [(dim,) for dim in (0, 1) if theirs.shape[dim] >= _FEWEST]
+        for dim in long or [(0, 1)]:
             error, norm = (
                 torch.linalg.vector_norm(values, dim=dim, dtype=torch.float32)
                 for values in (ours - theirs, theirs)

@@ -7,17 +7,32 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from kernel_cases import Guarded
-from problems import NAMES, Case, assert_within_budget, cases, make_problem, relative_error
+from problems import (
+    DTYPES,
+    HALF,
+    LAYOUTS,
+    NAMES,
+    Case,
+    assert_within_budget,
+    cases,
+    make_problem,
+    relative_error,
+    small_update,
+    survival,
+)
 
 from smoa_kernels import operator
-from smoa_kernels.backends import algorithms
+from smoa_kernels.backends import algorithms, eager
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.definition.precision import PRECISIONS
 from smoa_kernels.kernels import table
 from smoa_kernels.kernels.spec import Key
 from smoa_kernels.tuning.gpus import GPUS
@@ -120,6 +135,83 @@ def test_auto_is_fused_for_few_tokens(
     table.forget()
     key = Key(stage, "tf32" if dtype == torch.float32 else "bf16", rank, 1, size, size, tokens)
     assert job(key, "sm_90", GPUS["h100"].multiprocessors).default == expected  # what the tuner tries first
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blocks", "dtype", "many"),
+    [(4096, 4, "bf16", False), (8192, 4, "bf16", True), (4096, 8, "tf32", True), (1024, 4, "fp32", True)],
+)
+def test_many_tokens_of_one_batch_are_eagers(tokens: int, blocks: int, dtype: str, many: bool) -> None:
+    """From there on the kernels save less than 5 % by the roofline: 8 bytes for each element of a block, or 16."""
+    for stage in ("forward", "input_gradient", "factor_gradients"):
+        chosen = algorithms.choose_algorithm(stage, tokens, 4, dtype, "sm_90", blocks)
+        assert (chosen == "eager") == many
+        assert algorithms.choose_algorithm(stage, tokens, 4, dtype, "sm_90") != "eager"
+        assert "eager" in algorithms.admissible(stage, dtype)
+    precision = PRECISIONS[dtype]
+    rates = GPUS["h100"].rates(precision.dtype, precision.ieee)
+    share = 4 * precision.dtype.itemsize / blocks / rates.bytes_per_second
+    gemm = 2 * tokens / rates.flops_per_second + 2 * precision.dtype.itemsize / rates.bytes_per_second
+    assert (share < 0.05 * gemm) == many
+
+
+ALL_ONE_BATCH = {"out_features": 64, "in_features": 80, "ranks": (3, 3, 3, 3)}
+
+
+@pytest.fixture
+def batched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Let the eager backend take what a GPU may as one batch, on any device; whether each adapter was one."""
+    found: list[bool] = []
+    is_batch = eager.is_batch
+
+    def everywhere(adapter: PackedAdapter) -> bool:
+        known: Any = SimpleNamespace(
+            weight=SimpleNamespace(is_cuda=True),
+            A=adapter.A,
+            partition=adapter.partition,
+            block_ranks=adapter.host_ranks(),
+        )
+        found.append(is_batch(known))
+        return found[-1]
+
+    monkeypatch.setattr(eager, "is_batch", everywhere)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("algorithm", ["merged", "split", "dropout"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eager_takes_even_blocks_as_one_batch(
+    dtype: torch.dtype, algorithm: str, layout: str, batched: list[bool]
+) -> None:
+    """A block's products are cuBLAS's batched ones, on views; the numbers are within the budgets of any other way."""
+    case = Case("eager", algorithm, dtype, "contiguous")
+    p = case.problem(tokens=150, **ALL_ONE_BATCH).stored(LAYOUTS[layout])
+    assert_within_budget(p.run(**case.options), case, p)
+    assert len(batched) >= 2
+    assert all(batched)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ranks": (3, 2)}, {"out_features": 66}, {"block_order": "random"}, {"ranks": (3, 3, 0)}],
+    ids=str,
+)
+def test_uneven_blocks_are_no_batch(change: dict[str, object], batched: list[bool]) -> None:
+    case = Case("eager", "split", torch.float32, "contiguous")
+    p = case.problem(**ALL_ONE_BATCH | change)
+    assert_within_budget(p.run(**case.options), case, p)
+    assert batched
+    assert not any(batched)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_batch_rounds_no_update_away(dtype: torch.dtype, batched: list[bool]) -> None:
+    case = Case("eager", "split", dtype, "contiguous")
+    p = small_update(case, tokens=2048, bias=True)
+    share, noise = survival(case, p, lambda p: p.forward(**case.options))
+    assert share == pytest.approx(1.0, abs=4 * noise)
+    assert all(batched)
 
 
 OUTSIDE = """
