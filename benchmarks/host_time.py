@@ -12,6 +12,7 @@ own time. The pretended GPU takes some of it, a row of its own; nn.Linear comput
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import sys
 import time
@@ -40,14 +41,14 @@ def pretend() -> FakeGpu:
     gpu = install()
     pretended = {architecture: "sm_90", multiprocessors: 132, backends._device_obstacle: None}
     answers = {id(function): answer for function, answer in pretended.items()}
-    backend = backends.load_backend("triton")  # whose modules import them by name
+    backends.load_backend("triton")  # whose modules import them by name
     for module in [module for name, module in sys.modules.items() if name.startswith("smoa_kernels")]:
         for name, value in vars(module).copy().items():
             if id(value) in answers:
                 answer = answers[id(value)]
                 setattr(module, name, lambda device, answer=answer: answer)
     choice = lambda stage, *_: "merged" if stage == "input_gradient" else "split"  # noqa: E731
-    setattr(backend, "choose_algorithm", choice)  # noqa: B010
+    setattr(importlib.import_module("smoa_kernels.backends.triton"), "choose_algorithm", choice)  # noqa: B010
     return gpu
 
 

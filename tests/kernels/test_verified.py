@@ -258,6 +258,23 @@ def test_what_was_not_verified_is_not_captured(
     assert launched
 
 
+def test_a_compiled_decode_step_is_captured_after_its_first_call(
+    broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `torch.compile(mode="reduce-overhead")` does it: a call that is not captured, then one that is."""
+    launched = broken("", nothing)
+    p = SPLIT.problem(**SIZES | {"tokens": 1})
+    layer = p.layer(partition=p.partition, backend="triton")
+    decode = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        first = decode(p.x)
+        launched.clear()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        captured = decode(p.x)
+    assert torch.equal(first, captured)
+    assert "fused_linear_kernel" in launched
+
+
 def test_it_can_be_turned_off(broken: Any, silent: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert verified._is_verified(torch.device("cuda"))
