@@ -135,15 +135,8 @@ def _run(
     if isinstance(adapter, PackedAdapter):
         layout: tuple[object, ...] = Layout.of(adapter)
     else:
-        backends, weight, blocks = (experts_triton, experts), adapter.weight, adapter.blocks
-        layout = (
-            weight.device,
-            weight.dtype,
-            weight.shape,
-            weight.stride(),
-            blocks.granule,
-            blocks.is_contiguous,
-        )
+        backends, w, blocks = (experts_triton, experts), adapter.weight, adapter.blocks
+        layout = w.device, w.dtype, w.shape, w.stride(), blocks.granule, blocks.is_contiguous
     # What decides which forms are launched. Where two questions launch the same, the second compares nothing.
     factors, ieee = (adapter.A.dtype, adapter.A.shape[-2]), gemm_is_ieee(x.dtype, "cuda")
     question = operation, layout, factors, bucket(x.shape[0]), ieee, dropout is None
@@ -203,11 +196,13 @@ def _verify(
         if reason := known.forms.get(form):
             raise _RefusedError(reason)
 
+    def new() -> list[str]:
+        return [form for form in dict.fromkeys(heard) if form not in known.forms]
+
     try:
         with heard_by(hear):
             found = run(ours, probe, dropout)
-        new = [form for form in dict.fromkeys(heard) if form not in known.forms]
-        if not new:
+        if not new():
             return True
         again = run(ours, probe, dropout)  # by the short way to launch
         expected = run(theirs, probe, _in_torch(dropout))
@@ -216,17 +211,17 @@ def _verify(
         return known.refuse(heard[-1:], str(error))
     except torch.OutOfMemoryError as error:
         return known.refuse([], f"there is no memory to verify a kernel: {first_line(error)}")
-    except Exception as error:
-        if not heard:
+    except Exception as error:  # a fault on the device is told late: it may be any new form's
+        if not new():
             raise
-        return known.refuse(heard[-1:], f"{type(error).__name__}: {first_line(error)}")
+        return known.refuse(new(), f"{type(error).__name__}: {first_line(error)}")
     if first is None or second is None:
         return None
     if not first <= 1:
-        return known.refuse(new, f"results differ from eager's by {first:.3g} times what rounding explains")
+        return known.refuse(new(), f"results differ from eager's by {first:.3g} times what rounding explains")
     if not second <= 1:
         use_tritons_launcher(f"results of the short way differ by {second:.3g} times what rounding explains")
-    known.add(dict.fromkeys(new, ""))
+    known.add(dict.fromkeys(new(), ""))
     return True
 
 

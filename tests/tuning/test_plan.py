@@ -13,7 +13,7 @@ from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.kernels.spec import Key, Operands, bucket
+from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Key, Operands, bucket
 from smoa_kernels.tuning.plan import Layer, job, jobs, keys
 
 
@@ -74,13 +74,16 @@ def test_what_is_tried_is_what_ships_and_divides_the_layout_the_default_first() 
     ships = KERNELS["block_grad"].shipped(ARCHITECTURES["sm_90"], PRECISIONS["bf16"])
     assert set(tried.candidates) == {c for c in ships if c.block_n <= 64 and c.block_c <= 64}  # type: ignore[attr-defined]
     assert tried.default == KERNELS["block_grad"].default(narrow, "sm_90", 132)
-    assert job(FORWARD._replace(tokens=8192), "sm_90", 132).candidates == ("split", "merged", "fused")
+    assert job(FORWARD._replace(tokens=8192), "sm_90", 132).candidates == (
+        "split",
+        "merged",
+        "fused",
+        "eager",
+    )
 
 
 def test_algorithms_come_after_the_kernels_they_are_made_of() -> None:
-    kinds = [
-        one.key.kernel in ("forward", "input_gradient") for one in jobs([Layer(70, 90, 17)], "sm_90", 132)
-    ]
+    kinds = [one.key.kernel in ALGORITHM_KEYS for one in jobs([Layer(70, 90, 17)], "sm_90", 132)]
     assert kinds == sorted(kinds)
     assert kinds[-1]
 

@@ -90,7 +90,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Timer], None]:
 def script(choice: Choice) -> float:
     """Seconds: the last of the algorithms wins, and of the configurations the narrowest."""
     return (
-        {"merged": 3e-6, "split": 2e-6, "fused": 1e-6}[choice]
+        {"merged": 3e-6, "split": 2e-6, "fused": 1e-6, "eager": 4e-6}[choice]
         if isinstance(choice, str)
         else choice.block_n * 1e-6
     )  # type: ignore[union-attr]
@@ -112,7 +112,8 @@ def test_tuning_ends_with_heuristic_against_tuned_and_is_in_force(
         assert cell in weight
     forward, compared = (line for line in out.splitlines() if "forward 70x90 T≤32" in line)
     times = (
-        "fused (one kernel, gather inside) 1.0 µs, merged (no gather) 3.0 µs, split (gather before) 2.0 µs"
+        "fused (one kernel, gather inside) 1.0 µs, merged (no gather) 3.0 µs, split (gather before) 2.0 µs, "
+        "eager (torch's operators) 4.0 µs"
     )
     assert compared == f"compared: forward 70x90 T≤32 ρ=3 K=2 bf16: {times}"
     assert "fused" in forward
@@ -138,7 +139,7 @@ def test_on_a_terminal_a_bar_says_how_much_is_left(
     assert main(["tune", *SMALL, "--kernel", "forward"]) == 0
     err = capsys.readouterr().err
     assert "measuring" in err
-    assert "3/3" in err  # algorithms
+    assert "4/4" in err  # algorithms
     assert "1/1 forward 70x90" in err
     assert re.search(r"\d:\d\d:\d\d|-:--:--", err)  # the time that is left
 
@@ -146,7 +147,7 @@ def test_on_a_terminal_a_bar_says_how_much_is_left(
 def test_the_table_shows_no_winner_that_breaks_the_numbers(
     gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpu(scripted(lambda choice: {"merged": 1e-6, "split": 2e-6, "fused": 3e-6}[choice]))  # type: ignore[index]
+    gpu(scripted(lambda choice: {"merged": 1e-6, "split": 2e-6, "fused": 3e-6, "eager": 4e-6}[choice]))  # type: ignore[index]
     assert main(["tune", *SMALL, "--kernel", "forward"]) == 0
     forward, _ = (line for line in capsys.readouterr().out.splitlines() if "forward 70x90" in line)
     assert "split" in forward
@@ -168,7 +169,7 @@ def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
     timed: list[Choice] = []
     gpu(scripted(script, timed))
     assert main(["tune", *SMALL, *KERNELS]) == 0
-    assert timed == ["split", "fused", "merged"]  # then dX, which the rule fuses
+    assert timed == ["split", "eager", "fused", "merged", "eager"]  # then dX, which the rule fuses
     assert "failed" not in capsys.readouterr().out
 
 
