@@ -319,7 +319,7 @@ def test_merging_and_experts(cache: Path, broken: Any, silent: None) -> None:
     e.assert_within_budget(found[0])
 
 
-@pytest.mark.parametrize("panels", [(64,), (3, 8, 53)])
+@pytest.mark.parametrize("panels", [(70,), (3, 8, 59)])
 def test_torch_draws_the_kernels_mask(panels: tuple[int, ...]) -> None:
     p, seed = SPLIT.problem(**SIZES), torch.tensor(2**62 + 2**33 + 5)
     dropout = Dropout(seed, 0.3, column_offset=11)
