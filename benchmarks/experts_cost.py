@@ -1,6 +1,6 @@
 """What the fused weights of experts cost on a GPU: ours, PEFT's LoRA on them, and an ideal grouped LoRA.
 
-The rules are those of `smoa_kernels/tuning/counts.py`, and three more, for everyone alike:
+The rules are those of `smoa_kernels/tuning/roofline.py`, and three more, for everyone alike:
 
 - Pairs of a token and an expert are spread evenly. A product over an expert's pairs takes them a tile at a time, and
   the last tile is half empty. A tile has 128 pairs where an expert has 256, else 64; our own has 256 where an expert
@@ -23,9 +23,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from smoa_kernels.tuning.counts import FUSED_EFFICIENCY, Part, Pass
 from smoa_kernels.tuning.gpus import Gpu
-from smoa_kernels.tuning.roofline import Estimate
+from smoa_kernels.tuning.roofline import FUSED_EFFICIENCY, Estimate, Part, Pass
 
 __all__ = ["EXPERTS_WAYS", "MOE_MODELS", "ExpertsProblem", "estimate_experts", "model_seconds"]
 

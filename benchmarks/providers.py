@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.backends import native_obstacle, triton_obstacle
 from smoa_kernels.definition.reference import reference_delta_weight
-from smoa_kernels.tuning.counts import Problem
+from smoa_kernels.tuning.roofline import Problem
 
 from .protocol import DEVICE
 

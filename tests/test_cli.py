@@ -11,9 +11,8 @@ from typer.main import get_command
 
 from smoa_kernels.cli import info, main
 from smoa_kernels.cli.app import app
-from smoa_kernels.tuning.counts import WAYS, Problem
 from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.roofline import estimate
+from smoa_kernels.tuning.roofline import WAYS, Problem, estimate
 
 DEFAULT = ["roofline", "--gpu", "h100", "--tokens", "8192", "--shape", "4096x4096", "--rank", "16"]
 
@@ -30,34 +29,20 @@ def test_roofline_prints_every_way_as_predicted(capsys):
 
 def test_roofline_takes_the_order_of_blocks_as_a_layer_does(tmp_path, capsys):
     path = tmp_path / "roofline.json"
-    order = ["--block-order", "contiguous", "--blocks", "8", "--json", str(path)]
+    order = ["--block-order", "contiguous", "--blocks", "8", "--dtype", "fp16", "--json", str(path)]
     assert main([*DEFAULT, *order]) == 0
-    out = capsys.readouterr().out
-    assert "K=8 contiguous" in out
-    (chosen,) = (line for line in out.splitlines() if "SMoA split*" in line)
-    assert "1.20" in chosen
+    assert "K=8 contiguous" in capsys.readouterr().out
     found = json.loads(path.read_text())
-    assert (found["block_order"], found["granule"]) == ("contiguous", 1)
-    expected = estimate(Problem(8192, 4096, 4096, 8, 16, granule=512), GPUS["h100"], "split")
-    assert found["algorithms"]["split"]["both"]["bytes"] == expected.bytes()
+    assert (found["kind"], found["auto"]) == ("predicted", "split")
+    assert (found["block_order"], found["granule"], found["dtype"]) == ("contiguous", 1, "fp16")
+    problem = Problem(8192, 4096, 4096, 8, 16, torch.float16, granule=512)
+    for way in ("lora", "split"):
+        expected, row = estimate(problem, GPUS["h100"], way), found["algorithms"][way]
+        assert row["backward"]["milliseconds"] == pytest.approx(expected.seconds("backward") * 1e3)
+        assert row["both"]["launches"] == expected.launches()
+        assert row["both"]["bytes"] == sum(part["bytes"] for part in row["parts"]) == expected.bytes()
     assert main([*DEFAULT, "--blocks", "8", "--granule", "8"]) == 0
-    out = capsys.readouterr().out
-    assert "K=8 spectral in granules of 8" in out
-    assert "1.27" in next(line for line in out.splitlines() if "SMoA split*" in line)
-
-
-def test_roofline_json_holds_what_the_model_says(tmp_path, capsys):
-    path = tmp_path / "roofline.json"
-    assert main([*DEFAULT, "--blocks", "8", "--dtype", "fp16", "--json", str(path)]) == 0
-    found = json.loads(path.read_text())
-    assert found["kind"] == "predicted"
-    assert found["auto"] == "split"
-    problem = Problem(8192, 4096, 4096, 8, 16)
-    expected = estimate(problem, GPUS["h100"], "lora")
-    lora = found["algorithms"]["lora"]
-    assert lora["backward"]["milliseconds"] == pytest.approx(expected.seconds("backward") * 1e3)
-    assert lora["both"]["launches"] == 12
-    assert lora["both"]["bytes"] == sum(part["bytes"] for part in lora["parts"]) == expected.bytes()
+    assert "K=8 spectral in granules of 8" in capsys.readouterr().out
 
 
 def test_roofline_marks_the_choice(capsys):

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.bringup.predictions import peak_bytes
 from smoa_kernels.backends import algorithms
-from smoa_kernels.tuning.counts import Problem
+from smoa_kernels.tuning.roofline import Problem
 
 pytestmark = pytest.mark.slow
 

@@ -1,5 +1,6 @@
 """`smoa-kernels plan` and the model behind it: totals that can be counted by hand, and the page that shows them."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -32,9 +33,9 @@ def test_counts_published_parameters(model: str, parameters: int) -> None:
 
 
 def test_one_gpu_sends_nothing_however_it_is_called() -> None:
-    for parallel in PARALLEL:
-        for plan in plans("smollm2-135m", 1, parallel).values():
-            assert plan.total_traffic == 0
+    for parallel, model in itertools.product(PARALLEL, WHOLE):
+        for plan in plans(model, 1, parallel).values():
+            assert plan.total_traffic == 0 < plan.total_memory
 
 
 def test_ddp_sends_the_factors_bytes_twice_around() -> None:
@@ -86,16 +87,6 @@ def test_tensor_parallelism_stays_in_a_node_and_cuts_layers() -> None:
     )
 
 
-def test_more_tokens_cost_more_and_more_gpus_less() -> None:
-    few, many = (plans("llama-3-8b", 8, "fsdp", tokens=t)["smoa"] for t in (1024, 8192))
-    assert few.memory["activations"] * 8 == many.memory["activations"]
-    assert few.compute_seconds < many.compute_seconds
-    assert few.total_traffic == many.total_traffic
-    assert plans("llama-3-8b", 64, "fsdp")["smoa"].memory["weights"] * 8 == pytest.approx(
-        few.memory["weights"]
-    )
-
-
 def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     page = PAGE.read_text(encoding="utf-8")
     commands = re.findall(r"^    smoa-kernels (plan .*)$", page, flags=re.MULTILINE)
@@ -105,19 +96,11 @@ def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str])
         assert capsys.readouterr().out in page, command
 
 
-def test_the_table_and_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_json(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     command = ["plan", "--model", "llama-3-70b", "--gpus", "64", "--parallel", "fsdp", "--json", str(file)]
     assert main(command) == 0
-    out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if line.rstrip().endswith("predicted")]
-    assert len(rows) == len(METHODS)
     data = json.loads(file.read_text())
     assert data["kind"] == "predicted"
     memory = data["methods"]["smoa"]["memory_bytes"]
     assert memory.pop("total") == pytest.approx(sum(memory.values()))
-
-
-def test_every_model_is_known_whole() -> None:
-    for model in WHOLE:
-        assert all(plan.total_memory > 0 for plan in plans(model, 1, "ddp").values())

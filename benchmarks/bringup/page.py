@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from smoa_kernels.kernels.table import Entry
-from smoa_kernels.tuning.counts import parts
 from smoa_kernels.tuning.gpus import GPUS, Gpu, Rates
 from smoa_kernels.tuning.plan import describe, describe_algorithms, describe_choice, job, winner
-from smoa_kernels.tuning.roofline import Estimate
+from smoa_kernels.tuning.roofline import Estimate, parts
 
 from .. import tables
 from ..providers import Case
@@ -148,7 +147,7 @@ def _over_predicted(result: Result, name: str, rates: Rates) -> str:
         return "–"
     case = Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])})
     problem = case.problem()
-    predicted = Estimate(WAYS[name], parts(problem, WAYS[name]), rates).seconds("both")
+    predicted = Estimate(WAYS[name], parts(problem, WAYS[name]), rates).seconds()
     return f"{result.comparison('both').time(name).median / predicted:.2f}"
 
 

@@ -7,8 +7,7 @@ allocates for itself is not counted.
 
 from __future__ import annotations
 
-from smoa_kernels.tuning.counts import Problem
-from smoa_kernels.tuning.roofline import backward_workspace
+from smoa_kernels.tuning.roofline import Problem, backward_workspace
 
 __all__ = ["peak_bytes"]
 

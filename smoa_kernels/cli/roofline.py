@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,14 +15,13 @@ from ..backends.algorithms import choose_algorithm
 from ..checks import check_choice
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.precision import PRECISIONS
-from ..tuning.counts import WAYS, Problem
 from ..tuning.gpus import GPUS
-from ..tuning.roofline import Estimate, backward_workspace_bytes, estimate
+from ..tuning.roofline import PASSES, WAYS, Estimate, Pass, Problem, backward_workspace, estimate
 from .output import console, write_json
 
 __all__ = ["roofline"]
 
-STAGES = ("forward", "backward", "both")
+STAGES: dict[str, tuple[Pass, ...]] = {"forward": PASSES[:1], "backward": PASSES[1:], "both": PASSES}
 LABELS = {
     "frozen": "frozen",
     "lora": "LoRA",
@@ -53,11 +53,9 @@ def roofline(
     granule: Annotated[int, typer.Option(min=1, help="Adjacent coordinates that stay together.")] = 1,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "bf16",
     dropout: Annotated[float, typer.Option(help="Dropout probability of the adapter.")] = 0.0,
-    bias: Annotated[bool, typer.Option("--bias", help="The layer has a bias.")] = False,
-    parts: Annotated[bool, typer.Option("--parts", help="List every kernel that is counted.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the same, kernel by kernel, as JSON.")] = None,
 ) -> None:
-    """Predict time, bytes and flops of one layer for each way to run it. Nothing is measured."""
+    """Predict time and bytes of one layer for each way to run it. Nothing is measured."""
     check_choice("--gpu", gpu, GPUS)
     check_choice("--dtype", dtype, PRECISIONS)
     check_choice("--block-order", block_order, BLOCK_ORDERS)
@@ -67,12 +65,16 @@ def roofline(
     features = parse_shape(shape)
     if blocks > min(features):
         raise ValueError(f"--blocks must be at most {min(features)} for {shape}, got {blocks}")
-    granularity = BlockRule(blocks, block_order, granule).granularity(features)
-    problem = Problem(tokens, *features, blocks, rank, torch_dtype, dropout, bias, granularity)
+    BlockRule(blocks, block_order, granule).check(features)
+    together = granule
+    if block_order == "contiguous" and not any(size % (blocks * granule) for size in features):
+        together = math.gcd(*(size // blocks for size in features))
+    problem = Problem(tokens, *features, blocks, rank, torch_dtype, dropout, together)
     chosen = choose_algorithm("forward", tokens, problem.max_rank, dtype, GPUS[gpu].arch)
     chosen = "split" if dropout else chosen
     ways = [a for a in WAYS if not dropout or a not in ("merged", "fused")]
     estimates = {a: estimate(problem, GPUS[gpu], a, ieee=ieee) for a in ways}
+    workspace = max(backward_workspace(problem).values())
 
     out = console()
     order = block_order if granule == 1 else f"{block_order} in granules of {granule}"
@@ -80,97 +82,49 @@ def roofline(
     out.print(
         "A pass launched from Python takes the longer of device and host; in a CUDA graph, the device's time."
     )
-    workspace = backward_workspace_bytes(problem) / 2**20
-    out.print(f"Workspace of our backward: {workspace:.0f} MiB. Every number is predicted, none measured.")
+    out.print(
+        f"Workspace of our backward: {workspace / 2**20:.0f} MiB. Every number is predicted, none measured."
+    )
     if dropout:
         out.print("With dropout the adapter sees another x than the base, so SMoA can only run split.")
-    if parts:
-        for name, found in estimates.items():
-            out.print(_parts_table(name, found))
     if json is not None:
-        inputs = {
-            "gpu": gpu,
-            "tokens": tokens,
-            "out_features": features[0],
-            "in_features": features[1],
-            "rank": rank,
-            "num_blocks": blocks,
-            "block_order": block_order,
-            "granule": granule,
-            "dtype": dtype,
-            "dropout": dropout,
-            "bias": bias,
-        }
-        write_json(json, _as_json(inputs, estimates, chosen, backward_workspace_bytes(problem)))
+        inputs = vars(problem) | {"dtype": dtype, "gpu": gpu, "block_order": block_order, "granule": granule}
+        results = {"auto": chosen, "backward_workspace_bytes": workspace}
+        algorithms = {name: _as_json(found) for name, found in estimates.items()}
+        write_json(json, {"kind": "predicted", **inputs, **results, "algorithms": algorithms})
 
 
 def _table(estimates: dict[str, Estimate], chosen: str, title: str) -> Table:
     caption = f'* what algorithm="auto" runs: {chosen}'
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
-    for heading in ("forward", "backward", "both"):
-        table.add_column(f"{heading}\nms", justify="right")
-    for heading in ("device\nms", "host\nms", "launches", "/frozen", "/LoRA"):
+    for heading in (*(f"{stage}\nms" for stage in STAGES), "device\nms", "host\nms", "launches"):
         table.add_column(heading, justify="right")
-    table.add_column("", no_wrap=True)
+    for heading in ("/frozen", "/LoRA", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    bases = [estimates[name].seconds() for name in ("frozen", "lora")]
     for name, found in estimates.items():
+        seconds = [found.seconds(*stages) for stages in STAGES.values()]
         table.add_row(
             f"{LABELS[name]}{'*' if name == chosen else ''}",
-            *(f"{found.seconds(stage) * 1e3:.3f}" for stage in STAGES),  # type: ignore[arg-type]
-            f"{found.device_seconds() * 1e3:.3f}",
-            f"{found.host_seconds() * 1e3:.3f}",
+            *(f"{each * 1e3:.3f}" for each in (*seconds, found.device_seconds(), found.host_seconds())),
             f"{found.launches()}",
-            _ratio(found, estimates["frozen"]),
-            _ratio(found, estimates["lora"]),
+            *(f"{found.seconds() / base:.2f}" if base else "-" for base in bases),
             "predicted",
             style="bold" if name == chosen else None,
         )
     return table
 
 
-def _ratio(found: Estimate, base: Estimate) -> str:
-    return f"{found.seconds() / base.seconds():.2f}" if base.seconds() else "-"
-
-
-def _parts_table(name: str, found: Estimate) -> Table:
-    table = Table(title=LABELS[name])
-    for heading in ("part", "", "ms", "GFLOP", "MB", "launches"):
-        table.add_column(heading, justify="left" if heading in ("part", "") else "right")
-    for part in found.parts:
-        table.add_row(
-            part.name,
-            part.stage,
-            f"{part.seconds(found.rates) * 1e3:.4f}",
-            f"{part.flops / 1e9:.1f}",
-            f"{part.bytes / 1e6:.1f}",
-            f"{part.launches}",
-        )
-    return table
-
-
-def _as_json(
-    inputs: dict[str, Any], estimates: dict[str, Estimate], chosen: str, workspace: int
-) -> dict[str, Any]:
-    return {
-        "kind": "predicted",
-        **inputs,
-        "auto": chosen,
-        "backward_workspace_bytes": workspace,
-        "algorithms": {
-            name: {
-                **{
-                    stage: {
-                        "milliseconds": found.seconds(stage) * 1e3,  # type: ignore[arg-type]
-                        "device_milliseconds": found.device_seconds(stage) * 1e3,  # type: ignore[arg-type]
-                        "host_milliseconds": found.host_seconds(stage) * 1e3,  # type: ignore[arg-type]
-                        "launches": found.launches(stage),  # type: ignore[arg-type]
-                        "flops": found.flops(stage),  # type: ignore[arg-type]
-                        "bytes": found.bytes(stage),  # type: ignore[arg-type]
-                    }
-                    for stage in STAGES
-                },
-                "parts": [vars(part) for part in found.parts],
-            }
-            for name, found in estimates.items()
-        },
+def _as_json(found: Estimate) -> dict[str, Any]:
+    by_stage = {
+        name: {
+            "milliseconds": found.seconds(*stages) * 1e3,
+            "device_milliseconds": found.device_seconds(*stages) * 1e3,
+            "host_milliseconds": found.host_seconds(*stages) * 1e3,
+            "launches": found.launches(*stages),
+            "bytes": found.bytes(*stages),
+        }
+        for name, stages in STAGES.items()
     }
+    return {**by_stage, "parts": [vars(part) for part in found.parts]}

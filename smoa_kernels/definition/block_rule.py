@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_blocks, check_choice, check_count, check_granule, granules
+from ..checks import check_blocks, check_choice, check_count, check_granule
 from .partition import BlockPartition
 
 __all__ = ["BLOCK_ORDERS", "BlockRule"]
@@ -52,26 +51,6 @@ class BlockRule(NamedTuple):
         check_choice("block_order", self.block_order, BLOCK_ORDERS)
         check_granule(self.granule, self.num_blocks, shape, name)
         check_count("block_seed", self.block_seed, 0, 2**63 - 1)
-
-    def granularity(self, shape: Sequence[int]) -> int:
-        """Compute the granularity that blocks of any weight of a shape (N, C) have at least; contiguous ones have it.
-
-        Raises:
-            TypeError, ValueError: as :meth:`check` does.
-
-        Example:
-            >>> BlockRule(4, "contiguous").granularity((4096, 14336))  # blocks of 1024 rows and 3584 columns
-            512
-        """
-        self.check(shape)
-        if self.num_blocks == 1:
-            return max(shape)
-        if self.block_order != "contiguous":
-            return self.granule
-        # Cuts are multiples of all blocks' sizes but the last, of which the first and the last may differ.
-        counts = [divmod(granules(size, self.granule), self.num_blocks) for size in shape]
-        ends = (0, self.num_blocks - 2)
-        return self.granule * math.gcd(*(each + (k < more) for each, more in counts for k in ends))
 
     def build(self, weight: Tensor) -> BlockPartition:
         """Compute the blocks of a weight, on its device (the CPU for a meta weight, of which only the shape is read).

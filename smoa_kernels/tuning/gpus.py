@@ -7,7 +7,7 @@ achieves.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -47,8 +47,7 @@ class Gpu:
 
     Attributes:
         name: short lower-case name.
-        tflops: dense peak TFLOP/s by multiplying dtype: "bf16", "fp16" (with fp32 accumulation), "tf32", "fp32"
-            (IEEE), "fp64", as in `precision.PRECISIONS`.
+        tflops: dense peaks in TFLOP/s: bf16 and fp16 (with fp32 accumulation), TF32, IEEE fp32, fp64.
         memory_tbps: memory bandwidth, TB/s.
         multiprocessors: streaming multiprocessors or compute units.
         arch: the architecture that kernels are compiled for.
@@ -56,7 +55,7 @@ class Gpu:
     """
 
     name: str
-    tflops: Mapping[str, float] = field(hash=False)
+    tflops: tuple[float, float, float, float]
     memory_tbps: float
     multiprocessors: int
     arch: str
@@ -64,29 +63,22 @@ class Gpu:
 
     def rates(self, dtype: torch.dtype, ieee: bool) -> Rates:
         """What it achieves with operands of `dtype`; float32 multiplies in TF32 unless `ieee`."""
-        flops = _ACHIEVED_GEMM * self.tflops[precision_of(dtype, ieee).name] * 1e12
+        half, tf32, fp32, fp64 = self.tflops
+        peaks = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32, "fp64": fp64}
+        flops = _ACHIEVED_GEMM * peaks[precision_of(dtype, ieee).name] * 1e12
         return Rates(flops, _ACHIEVED_MEMORY * self.memory_tbps * 1e12, _START_SECONDS)
 
 
-def _gpu(
-    name: str, peak: tuple[float, float, float, float], tbps: float, processors: int, arch: str, gb: int
-) -> Gpu:
-    half, tf32, fp32, fp64 = peak
-    rates = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32, "fp64": fp64}
-    return Gpu(name, MappingProxyType(rates), tbps, processors, arch, gb)
-
-
 _PUBLISHED = (
-    # name, peaks (bf16 and fp16, TF32, fp32, fp64), memory TB/s, multiprocessors, architecture, memory GB
-    _gpu("h100", (989, 495, 67, 67), 3.35, 132, "sm_90", 80),
-    _gpu("h200", (989, 495, 67, 67), 4.8, 132, "sm_90", 141),
-    _gpu("a100", (312, 156, 19.5, 19.5), 2.04, 108, "sm_80", 80),
-    _gpu("a40", (150, 75, 37.4, 0.58), 0.696, 84, "sm_86", 48),
-    _gpu("l40s", (362, 183, 91.6, 1.43), 0.864, 142, "sm_89", 48),
-    _gpu("rtx4090", (165, 82.6, 82.6, 1.29), 1.008, 128, "sm_89", 24),
-    _gpu("b200", (2250, 1125, 75, 37), 7.7, 148, "sm_100", 180),
-    _gpu("rtx5090", (210, 105, 105, 1.64), 1.792, 170, "sm_120", 32),
-    _gpu("mi300x", (1307, 654, 163, 163), 5.3, 304, "gfx942", 192),
+    Gpu("h100", (989, 495, 67, 67), 3.35, 132, "sm_90", 80),
+    Gpu("h200", (989, 495, 67, 67), 4.8, 132, "sm_90", 141),
+    Gpu("a100", (312, 156, 19.5, 19.5), 2.04, 108, "sm_80", 80),
+    Gpu("a40", (150, 75, 37.4, 0.58), 0.696, 84, "sm_86", 48),
+    Gpu("l40s", (362, 183, 91.6, 1.43), 0.864, 142, "sm_89", 48),
+    Gpu("rtx4090", (165, 82.6, 82.6, 1.29), 1.008, 128, "sm_89", 24),
+    Gpu("b200", (2250, 1125, 75, 37), 7.7, 148, "sm_100", 180),
+    Gpu("rtx5090", (210, 105, 105, 1.64), 1.792, 170, "sm_120", 32),
+    Gpu("mi300x", (1307, 654, 163, 163), 5.3, 304, "gfx942", 192),
 )
 
 GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _PUBLISHED})

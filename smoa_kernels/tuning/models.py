@@ -25,7 +25,7 @@ class Decoder:
         kv_heads: `num_key_value_heads`.
         head_dim: `head_dim`, where it is not hidden / heads.
         layers: `num_hidden_layers`; 0 where nobody asked.
-        vocabulary: `vocab_size`; likewise.
+        vocabulary: `vocab_size`; 0 where nobody asked.
         tied: the head is the embedding.
     """
 
@@ -39,18 +39,18 @@ class Decoder:
     tied: bool = False
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Features of all queries together, and of all keys, or values."""
+        dim = self.head_dim or self.hidden // self.heads
+        return self.heads * dim, self.kv_heads * dim
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """Distinct (out_features, in_features): query, key and value, output, gate and up, down."""
-        dim = self.head_dim or self.hidden // self.heads
-        query, key = self.heads * dim, self.kv_heads * dim
-        shapes = (
-            (query, self.hidden),
-            (key, self.hidden),
-            (self.hidden, query),
-            (self.intermediate, self.hidden),
-            (self.hidden, self.intermediate),
+        hidden, inner, (query, key) = self.hidden, self.intermediate, self.widths
+        return tuple(
+            dict.fromkeys(((query, hidden), (key, hidden), (hidden, query), (inner, hidden), (hidden, inner)))
         )
-        return tuple(dict.fromkeys(shapes))
 
 
 MODELS: Mapping[str, Decoder] = {

@@ -1,7 +1,14 @@
 """Predicts what one adapted layer costs on one GPU, for SMoA and for what it is compared with. Nothing is measured.
 
-- A part of the work (`counts.py`) takes its start, and then the longer of its flops at the rate of a large GEMM and its
-  bytes at that of a copy.
+A way to run the layer is a list of parts, one for each kernel that a GPU would run, counted by the same rules for all:
+
+- A matrix product (m, k)·(k, n) costs 2·m·k·n flops, reads each operand once and writes its result once.
+- An elementwise pass reads each of its inputs and writes each of its outputs once. Eager layers are counted as their
+  authors wrote them: PEFT's `result + lora_B(lora_A(x)) * scaling` is two products and two passes.
+- A GEMM that accumulates onto its output reads that output after its last multiplication, as a part of its own.
+- Blocks of scattered coordinates lie among all of W0, so reading them moves all of it. Blocks of whole granules of 8
+  move their own part.
+- A part takes its start, and then the longer of its flops at the rate of a large GEMM and its bytes at that of a copy.
 - Host and device work side by side: a pass that Python launches kernel by kernel takes as long as the slower of them.
   In a CUDA graph the device's time is left.
 
@@ -11,26 +18,113 @@ that are bound by both are slowed by it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ..backends.algorithms import partial_bytes
-from .counts import Part, Pass, Problem, gradient_parts, parts
+import torch
+
+from ..backends import algorithms
+from ..backends.algorithms import FUSED_MAX_RANK
+from ..kernels.spec import GRANULE
 from .gpus import Gpu, Rates
 
-__all__ = ["Estimate", "backward_workspace", "backward_workspace_bytes", "estimate"]
+__all__ = ["WAYS", "Estimate", "Part", "Problem", "backward_workspace", "estimate", "gradient_parts", "parts"]
 
+Pass = Literal["forward", "backward"]
+PASSES: tuple[Pass, ...] = ("forward", "backward")
+
+# Of a large GEMM's rate: the one-kernel form makes an operand in its main loop. An assumption, nobody has measured it.
+FUSED_EFFICIENCY = 0.5
 # What Python takes for one launch, autograd included (measured on CPU): of PEFT's LoRA and HiRA, and of ours
 # (`make host-time`: 564 µs for the 9 of a forward and a backward).
 LAUNCH_SECONDS = 17e-6
 OUR_LAUNCH_SECONDS = 63e-6
-OURS = ("merged", "split", "fused")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One adapted linear layer and one batch.
+
+    Attributes:
+        tokens: T, rows of x.
+        out_features: N.
+        in_features: C.
+        num_blocks: K.
+        rank: r, the budget of all blocks together.
+        dtype: of x, W0 and the factors.
+        dropout: probability, 0 where dropout is off or the layer is evaluating.
+        granule: adjacent coordinates that stay together, a partition's `granularity`: the size of contiguous blocks
+            where all are as large. Where they are not it is smaller, and more is counted than they cost.
+    """
+
+    tokens: int
+    out_features: int
+    in_features: int
+    num_blocks: int
+    rank: int
+    dtype: torch.dtype = torch.bfloat16
+    dropout: float = 0.0
+    granule: int = 1
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """N and C."""
+        return self.out_features, self.in_features
+
+    @property
+    def max_rank(self) -> int:
+        """ρ, the largest rank of a block under the even split."""
+        return math.ceil(self.rank / self.num_blocks)
+
+    @property
+    def weight_elements(self) -> int:
+        """N·C."""
+        return self.out_features * self.in_features
+
+    @property
+    def in_place(self) -> bool:
+        """Whether kernels read x and dY where they lie: N, C and all blocks consist of whole granules of `GRANULE`."""
+        together = self.num_blocks == 1 or self.granule % GRANULE == 0
+        return together and self.out_features % GRANULE == self.in_features % GRANULE == 0
+
+    def padded(self, features: int) -> int:
+        """Width of the padded block-major layout of N or C coordinates that are cut evenly."""
+        return algorithms.padded(features, self.num_blocks)
+
+    def gathers(self, features: int) -> bool:
+        """Whether kernels read N or C coordinates from a copy in the padded block-major layout, without dropout."""
+        return not self.in_place and (self.num_blocks > 1 or self.padded(features) != features)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The work of one kernel.
+
+    Attributes:
+        name: what it computes.
+        stage: "forward" or "backward".
+        flops: floating-point operations.
+        bytes: to and from memory.
+        launches: how often it is launched; 0 where another part's launch does it.
+    """
+
+    name: str
+    stage: Pass
+    flops: float
+    bytes: float
+    launches: int = 1
+
+    def seconds(self, rates: Rates) -> float:
+        """Time on the device: its starts, and the longer of arithmetic and memory."""
+        work = max(self.flops / rates.flops_per_second, self.bytes / rates.bytes_per_second)
+        return self.launches * rates.start_seconds + work
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The predicted cost of one way to run a problem on one GPU.
+    """The predicted cost of one way to run a problem on one GPU; each method's `stages` are the passes that count.
 
     Attributes:
         way: one of :data:`WAYS`.
@@ -42,34 +136,28 @@ class Estimate:
     parts: tuple[Part, ...]
     rates: Rates
 
-    def select(self, stage: Pass | Literal["both"] = "both") -> tuple[Part, ...]:
-        """The parts of the forward pass, the backward pass, or both."""
-        return tuple(p for p in self.parts if stage in ("both", p.stage))
-
-    def seconds(self, stage: Pass | Literal["both"] = "both") -> float:
+    def seconds(self, *stages: Pass) -> float:
         """Predicted time, launched kernel by kernel: of each pass the longer of host and device."""
-        passes: tuple[Pass, ...] = ("forward", "backward") if stage == "both" else (stage,)
-        return sum(max(self.device_seconds(each), self.host_seconds(each)) for each in passes)
+        return sum(max(self.device_seconds(each), self.host_seconds(each)) for each in stages or PASSES)
 
-    def device_seconds(self, stage: Pass | Literal["both"] = "both") -> float:
+    def device_seconds(self, *stages: Pass) -> float:
         """Predicted time of the kernels alone."""
-        return sum(p.seconds(self.rates) for p in self.select(stage))
+        return sum(part.seconds(self.rates) for part in self._of(stages))
 
-    def host_seconds(self, stage: Pass | Literal["both"] = "both") -> float:
+    def host_seconds(self, *stages: Pass) -> float:
         """Time that Python takes to launch them."""
-        return self.launches(stage) * (OUR_LAUNCH_SECONDS if self.way in OURS else LAUNCH_SECONDS)
+        return self.launches(*stages) * (OUR_LAUNCH_SECONDS if self.way in OURS else LAUNCH_SECONDS)
 
-    def launches(self, stage: Pass | Literal["both"] = "both") -> int:
+    def launches(self, *stages: Pass) -> int:
         """Kernel launches."""
-        return sum(p.launches for p in self.select(stage))
+        return sum(part.launches for part in self._of(stages))
 
-    def flops(self, stage: Pass | Literal["both"] = "both") -> float:
-        """Floating-point operations."""
-        return sum(p.flops for p in self.select(stage))
-
-    def bytes(self, stage: Pass | Literal["both"] = "both") -> float:
+    def bytes(self, *stages: Pass) -> float:
         """Bytes to and from memory."""
-        return sum(p.bytes for p in self.select(stage))
+        return sum(part.bytes for part in self._of(stages))
+
+    def _of(self, stages: tuple[Pass, ...]) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.stage in (stages or PASSES))
 
 
 def estimate(problem: Problem, gpu: Gpu, way: str, *, ieee: bool = True) -> Estimate:
@@ -80,8 +168,22 @@ def estimate(problem: Problem, gpu: Gpu, way: str, *, ieee: bool = True) -> Esti
     return Estimate(way, parts(problem, way), gpu.rates(problem.dtype, ieee))
 
 
+def parts(problem: Problem, way: str) -> tuple[Part, ...]:
+    """The kernels that one of :data:`WAYS` runs on `problem`: forward, then backward."""
+    count = _Count(problem)
+    _WAYS[way](count)
+    return tuple(count.parts)
+
+
+def gradient_parts(p: Problem) -> tuple[int, ...]:
+    """:func:`algorithms.gradient_parts`: one part under dropout, and where kernels read dY and x in place."""
+    if p.dropout or not any(map(p.gathers, p.features)):
+        return (p.tokens,)
+    return algorithms.gradient_parts(p.tokens, p.features, p.num_blocks, p.max_rank, p.dtype.itemsize)
+
+
 def backward_workspace(p: Problem) -> Mapping[str, int]:
-    """Bytes that each of our backward's two stages holds beyond its inputs and results, as :class:`Problem` has it.
+    """Bytes that each of our backward's two stages holds beyond its inputs and results; they never live together.
 
     "factor gradients" holds dY and x of one part of the tokens, where they are gathered, and all partials. They are
     freed before "input gradient", which holds W_eff. Under dropout the first always holds a copy of x, and the second
@@ -94,10 +196,201 @@ def backward_workspace(p: Problem) -> Mapping[str, int]:
     dx = p.weight_elements * size
     if p.dropout:  # the tokens are one part, so dy is all of dY
         dx = rows * cols // p.num_blocks * size + dy + p.tokens * cols * size
-    partials = len(tokens) * partial_bytes(p.features, p.num_blocks, p.max_rank)
+    partials = len(tokens) * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
     return {"factor gradients": dy + x + partials, "input gradient": dx}
 
 
-def backward_workspace_bytes(problem: Problem) -> int:
-    """Most bytes that the backward holds beyond its inputs and results: those of the larger of its two stages."""
-    return max(backward_workspace(problem).values())
+class _Count:
+    """Collects parts by the rules at the top of this file. Sizes are in elements."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.p = p = problem
+        self.parts: list[Part] = []
+        self.stage: Pass = "forward"
+        self.x, self.y, self.w = p.tokens * p.in_features, p.tokens * p.out_features, p.weight_elements
+        self.unit = 2 * p.tokens * self.w  # flops of the base layer's GEMM
+        self.block_w = self.w // p.num_blocks  # the diagonal blocks, and what reading them moves
+        self.read_w = self.block_w if p.in_place else self.w
+        self.factors = p.max_rank * (p.out_features + p.in_features)
+        # What our products read: a copy in block order, or what there is.
+        self.copies_x = p.gathers(p.in_features) or p.dropout > 0
+        self.copies_dy = p.gathers(p.out_features)
+        self.x_blocks = p.tokens * p.padded(p.in_features) if self.copies_x else self.x
+        self.dy_blocks = p.tokens * p.padded(p.out_features) if self.copies_dy else self.y
+
+    def add(self, name: str, flops: float, elements: float, *, bytes: float = 0, launches: int = 1) -> None:
+        """`elements` of the problem's dtype go to and from memory, and `bytes` of others."""
+        moved = elements * self.p.dtype.itemsize + bytes
+        self.parts.append(Part(name, self.stage, flops, moved, launches))
+
+    def gemm(self, name: str, m: int, n: int, k: int) -> None:
+        self.add(name, 2 * m * n * k, m * k + k * n + m * n)
+
+    def elementwise(self, name: str, reads: float, writes: float) -> None:
+        self.add(name, reads, reads + writes)
+
+    def dropout(self, name: str) -> None:
+        """A peer's: it keeps a mask of a byte each."""
+        if self.p.dropout:
+            self.add(name, self.x, 2 * self.x, bytes=self.x)
+
+    def base_forward(self) -> None:
+        self.gemm("base GEMM", self.p.tokens, self.p.out_features, self.p.in_features)
+
+    def base_backward(self) -> None:
+        self.gemm("dX = dY·W", self.p.tokens, self.p.in_features, self.p.out_features)
+
+    def build_weight(self) -> None:
+        """W_eff = W0 ∘ (1 + s·mask·BA): reads W0 once and writes W_eff once."""
+        self.add("build W_eff", 2 * self.w * self.p.max_rank, 2 * self.w + self.factors)
+
+    def build_blocks(self) -> None:
+        moved = self.read_w + self.block_w + self.factors
+        self.add("build ΔW blocks", 2 * self.block_w * self.p.max_rank, moved)
+
+    def block_matmul(self, name: str, source: float, target: float) -> None:
+        # Blocks run side by side on the same tokens: memory moves x once, copied or not.
+        self.add(name, self.unit // self.p.num_blocks, source + self.block_w + target)
+
+    def gather_x(self, launches: int = 1) -> None:
+        if self.copies_x:
+            self.add("gather x", self.x, self.x + self.x_blocks, launches=launches)
+
+    def gather_dy(self, launches: int = 1) -> None:
+        if self.copies_dy:
+            self.add("gather dY", self.y, self.y + self.dy_blocks, launches=launches)
+
+    def factor_gradients(self) -> None:
+        """Gather dY and x, accumulate G tile by tile, contract it with the factors, and sum the partials.
+
+        Each part of the tokens reads W0's blocks and the factors again, and writes partials of its own.
+        """
+        p, launches = self.p, len(gradient_parts(self.p))
+        self.gather_dy(launches)
+        self.gather_x(launches)
+        partials = launches * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
+        flops = self.unit // p.num_blocks + launches * 4 * self.block_w * p.max_rank
+        moved = self.x_blocks + self.dy_blocks + launches * (self.read_w + self.factors)
+        self.add("block gradients", flops, moved, bytes=partials, launches=launches)
+        self.add("sum partials", partials // 4, self.factors, bytes=partials, launches=2)  # of dA and of dB
+
+    def merged_dx(self) -> None:
+        self.build_weight()
+        self.base_backward()
+
+
+def _frozen(c: _Count) -> None:
+    c.base_forward()
+    c.stage = "backward"
+    c.base_backward()
+
+
+def _lora(c: _Count) -> None:
+    """PEFT: `result = result + lora_B(lora_A(dropout(x))) * scaling`."""
+    T, N, C, r = c.p.tokens, c.p.out_features, c.p.in_features, c.p.rank
+    c.base_forward()
+    c.dropout("dropout")
+    c.gemm("h = x·Aᵀ", T, r, C)
+    c.gemm("h·Bᵀ", T, N, r)
+    c.elementwise("scale", c.y, c.y)
+    c.elementwise("add to y", 2 * c.y, c.y)
+    c.stage = "backward"
+    c.elementwise("scale dY", c.y, c.y)
+    c.gemm("dB", N, r, T)
+    c.gemm("dh", T, r, N)
+    c.gemm("dA", r, C, T)
+    c.gemm("dh·A", T, C, r)
+    c.dropout("dropout backward")
+    c.base_backward()
+    c.elementwise("add to dX", 2 * c.x, c.x)
+
+
+def _hira(c: _Count) -> None:
+    """PEFT: `result + F.linear(dropout(x), W0 * (Aᵀ Bᵀ)ᵀ)`; one block, whatever the problem's K."""
+    N, C, r = c.p.out_features, c.p.in_features, c.p.rank
+    c.base_forward()
+    c.gemm("BA", N, C, r)
+    c.elementwise("W0 ∘ BA", 2 * c.w, c.w)
+    _dense_delta(c)
+    c.elementwise("G ∘ W0", 2 * c.w, c.w)
+    c.gemm("dB", N, r, C)
+    c.gemm("dA", r, C, N)
+
+
+def _paper_dense(c: _Count) -> None:
+    """The paper's code: zeros (N, C), a scatter of s·B_k A_k ∘ W0_k for each block, then a second dense GEMM."""
+    product, each = 2 * c.block_w * c.p.max_rank, c.p.num_blocks
+    c.base_forward()
+    c.elementwise("zero ΔW", 0, c.w)
+    # BA, W0's block, their scaling and product, each of which is written and read again.
+    c.add("ΔW blocks", product, c.factors + 2 * c.read_w + 8 * c.block_w, launches=5 * each)
+    _dense_delta(c)
+    c.add("G ∘ W0 by block", 4 * c.block_w, c.read_w + 6 * c.block_w, launches=3 * each)
+    c.add("dB and dA by block", 2 * product, 2 * (c.block_w + c.factors), launches=2 * each)
+
+
+def _dense_delta(c: _Count) -> None:
+    """y + dropout(x)·ΔWᵀ and its backward up to the dense G = dYᵀ·dropout(x), with ΔW in memory."""
+    T, N, C = c.p.tokens, c.p.out_features, c.p.in_features
+    c.dropout("dropout")
+    c.gemm("x·ΔWᵀ", T, N, C)
+    c.elementwise("add to y", 2 * c.y, c.y)
+    c.stage = "backward"
+    c.base_backward()
+    c.gemm("dY·ΔW", T, C, N)
+    c.dropout("dropout backward")
+    c.elementwise("add to dX", 2 * c.x, c.x)
+    c.gemm("G = dYᵀ·x", N, C, T)
+
+
+def _merged(c: _Count) -> None:
+    """One GEMM with W_eff, in forward and for dX. Dropout is ignored: it has no merged form."""
+    c.build_weight()
+    c.base_forward()
+    c.stage = "backward"
+    c.factor_gradients()
+    c.merged_dx()
+
+
+def _split(c: _Count) -> None:
+    """The adapter first, block by block; then the base GEMM accumulates onto its result."""
+    c.build_blocks()
+    c.gather_x()
+    c.block_matmul("block matmul", c.x_blocks, c.y)
+    c.base_forward()
+    c.add("y, read to accumulate", 0, c.y, launches=0)
+    c.stage = "backward"
+    c.factor_gradients()
+    if not c.p.dropout:
+        c.merged_dx()
+        return
+    c.gather_dy()
+    c.build_blocks()
+    c.block_matmul("block matmul of dX", c.dy_blocks, c.x_blocks)
+    c.add("scatter dX, dropout", c.x_blocks, c.x_blocks + c.x)
+    c.base_backward()
+    c.add("dX, read to accumulate", 0, c.x, launches=0)
+
+
+def _fused(c: _Count) -> None:
+    """Base and adapter in one kernel: two products for each chunk of ranks, each of which reads W0 again."""
+    chunks = max(1, math.ceil(c.p.max_rank / FUSED_MAX_RANK))  # a rank of 0 still reads W0
+    flops = 2 * chunks * c.unit / FUSED_EFFICIENCY
+    c.add("fused linear", flops, chunks * (c.x + c.w) + c.factors + c.y)
+    c.stage = "backward"
+    c.factor_gradients()
+    c.add("fused dX", flops, chunks * (c.y + c.w) + c.factors + c.x)
+
+
+OURS = ("merged", "split", "fused")
+_WAYS: Mapping[str, Callable[[_Count], None]] = {
+    "frozen": _frozen,
+    "lora": _lora,
+    "hira": _hira,
+    "paper_dense": _paper_dense,
+    "merged": _merged,
+    "split": _split,
+    "fused": _fused,
+}
+WAYS = tuple(_WAYS)
+"""The frozen layer, the methods we compare with, and our three algorithms."""

@@ -1,31 +1,7 @@
 """Predicts what fine-tuning a whole model on many GPUs costs: each GPU's memory, and the bytes it sends in a step.
 
-Full fine-tuning, LoRA and SMoA are counted by the same rules. Nothing here is measured: every number is a prediction.
-In the rules T is the number of tokens of one replica in a step, h the hidden size and g the GPUs in a group.
-
-Memory
-- The base is bfloat16. Adapters are float32, and so are their gradients and AdamW's two moments: 16 bytes each.
-  Full fine-tuning keeps a float32 copy of the weights and two moments beside bfloat16 weights and gradients: 16 bytes.
-- SMoA's labels and indices: 9 bytes for each row and column of an adapted layer, whole on every process.
-- Each decoder layer is checkpointed: its input is kept, and the activations of one layer at a time are recomputed.
-  Query, key and value share an input, gate and up another. Attention keeps no scores (flash attention).
-- Logits of all T tokens in bfloat16, and their gradient in float32.
-- SMoA's backward workspace is the roofline's for the largest layer; LoRA's is one output of the widest layer.
-- FSDP2 holds two decoder layers whole: the one that computes and the next. What is in no decoder layer (embedding and
-  head) it holds whole from forward to the end of backward.
-
-Communication is the bytes that a GPU sends in a step, with ring collectives: an all-reduce sends 2·(g-1)/g of a
-tensor, an all-gather or a reduce-scatter (g-1)/g.
-- DDP: one all-reduce of the trained parameters' gradients.
-- FSDP2: decoder layers are gathered in forward and again in backward, before the recomputation; embedding and head are
-  gathered once; gradients of trained parameters are reduce-scattered.
-- TP: a decoder layer makes 9 all-reduces of T·h: the outputs of "output" and "down" in forward and again in the
-  recomputation, and in backward the input gradients of query, key, value, gate and up. The gradients of factors that
-  every process holds whole are reduced too. The embedding is whole, the head is cut by its rows, and the loss's small
-  reductions are not counted. The remaining dimension is DDP.
-
-Time is that of the kernels of the adapted layers and the head by the roofline, forward counted twice, and of the
-communication at the link's published rate. Nothing overlaps, and Python is not waited for.
+Full fine-tuning, LoRA and SMoA are counted by the same rules (docs/scaling.md, "How it is counted"). Nothing here is
+measured. T is the number of tokens of one replica in a step, h the hidden size.
 """
 
 from __future__ import annotations
@@ -35,12 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .counts import Problem
 from .gpus import GPUS, Gpu
 from .models import MODELS, Decoder
-from .roofline import backward_workspace_bytes, estimate
+from .roofline import Problem, backward_workspace, estimate
 
-__all__ = ["LARGE", "METHODS", "PARALLEL", "WHOLE", "Plan", "Scale", "predict", "tensor_parallel_size"]
+__all__ = [
+    "LARGE",
+    "METHODS",
+    "PARALLEL",
+    "WHOLE",
+    "Parallel",
+    "Plan",
+    "Scale",
+    "predict",
+    "tensor_parallel_size",
+]
 
 Parallel = Literal["ddp", "fsdp", "tp"]
 Method = Literal["full", "lora", "smoa"]
@@ -52,12 +37,8 @@ NODE = 8  # GPUs that share the fast links; tensor parallelism stays within them
 NODE_BYTES_PER_SECOND = 450e9  # NVLink 4, one direction
 NETWORK_BYTES_PER_SECOND = 50e9  # 400 Gb/s for each GPU
 
-_HALF, _SINGLE = 2, 4
-_TRAINED = (
-    12  # bytes of a parameter in full fine-tuning beyond weight and gradient: float32 copy, two moments
-)
-_LABELS = 9  # a uint8 label and an int64 index
-
+_HALF, _SINGLE = 2, 4  # bytes of a number of the base, and of an adapter
+_LABELS = 9  # bytes of a uint8 label and an int64 index, whole on every process
 
 LARGE = tuple(name for name, gpu in GPUS.items() if gpu.memory_gb >= 80)
 """The GPUs that are linked in such numbers."""
@@ -128,83 +109,63 @@ def tensor_parallel_size(scale: Scale) -> int:
     return min(NODE, scale.gpus, scale.decoder.kv_heads)
 
 
-@dataclass(frozen=True)
-class _Linear:
-    out_features: int
-    in_features: int
-    cuts_rows: bool  # by tensor parallelism; else its columns
-
-    def part(self, size: int) -> tuple[int, int]:
-        """(N, C) of one process's part."""
-        if self.cuts_rows:
-            return math.ceil(self.out_features / size), self.in_features
-        return self.out_features, math.ceil(self.in_features / size)
-
-
-def _linears(decoder: Decoder) -> list[_Linear]:
-    dim = decoder.head_dim or decoder.hidden // decoder.heads
-    query, key = decoder.heads * dim, decoder.kv_heads * dim
-    rows = [query, key, key, decoder.intermediate, decoder.intermediate]
-    return [
-        *(_Linear(out, decoder.hidden, cuts_rows=True) for out in rows),
-        _Linear(decoder.hidden, query, cuts_rows=False),
-        _Linear(decoder.hidden, decoder.intermediate, cuts_rows=False),
-    ]
-
-
 def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
-    """Predict memory, traffic and time of one GPU, by the rules at the top of this file.
+    """Predict memory, traffic and time of one GPU.
 
     Under "tp", `scale.gpus` is a multiple of :func:`tensor_parallel_size`.
     """
-    decoder, linears = scale.decoder, _linears(scale.decoder)
+    d, full = scale.decoder, method == "full"
     cut = tensor_parallel_size(scale) if scale.parallel == "tp" else 1
     shards = scale.gpus if scale.parallel == "fsdp" else 1
-
-    embedding = decoder.vocabulary * decoder.hidden
-    head = 0 if decoder.tied else embedding
-    root = _HALF * (embedding + head)  # bytes that FSDP2 gathers once and keeps through backward
-    norms = (2 * decoder.layers + 1) * decoder.hidden
-    block = sum(math.prod(linear.part(cut)) for linear in linears)
-    base = decoder.layers * block + embedding + math.ceil(head / cut) + norms  # of one process under TP
     width = {"full": 0, "lora": scale.rank, "smoa": math.ceil(scale.rank / scale.num_blocks)}[method]
-    factors = decoder.layers * width * sum(sum(linear.part(cut)) for linear in linears)
-    whole_factors = decoder.layers * width * sum(n.out_features + n.in_features for n in linears)
-    whole_base = (
-        decoder.layers * sum(n.out_features * n.in_features for n in linears) + embedding + head + norms
+    whole, part = _linears(d, 1), _linears(d, cut)
+
+    # Parameters of one process, before FSDP2 shards them.
+    layer = sum(n * c for n, c in part)
+    factors = d.layers * width * sum(n + c for n, c in part)
+    embedding = d.vocabulary * d.hidden
+    head, norms = 0 if d.tied else embedding, (2 * d.layers + 1) * d.hidden
+    base = d.layers * layer + embedding + math.ceil(head / cut) + norms
+    # A trained parameter also has a float32 copy, unless it is one, and two moments.
+    trained, states = (
+        (_HALF * base, 3 * _SINGLE * base) if full else (_SINGLE * factors, 2 * _SINGLE * factors)
     )
-    full = method == "full"
-
-    weights = (_HALF * base + _SINGLE * factors) / shards
-    gradients = (_HALF * base if full else _SINGLE * factors) / shards
-    states = (_TRAINED * base if full else (_TRAINED - _SINGLE) * factors) / shards
+    # FSDP2 holds two decoder layers whole, the one that computes and the next; embedding and head through backward.
+    root, layer_bytes = _HALF * (embedding + head), _HALF * layer + _SINGLE * factors / d.layers
+    problems = [Problem(scale.tokens, n, c, scale.num_blocks, scale.rank) for n, c in part]
     memory = {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": states,
-        "labels": _labels(linears, decoder.layers, cut) if method == "smoa" else 0,
-        "gathered": root + 2 * (_HALF * block + _SINGLE * factors / decoder.layers) if shards > 1 else 0,
+        "weights": (_HALF * base + _SINGLE * factors) / shards,
+        "gradients": trained / shards,
+        "optimizer": states / shards,
+        "labels": d.layers * _LABELS * sum(n + c for n, c in part) if method == "smoa" else 0,
+        "gathered": root + 2 * layer_bytes if shards > 1 else 0,
         "activations": _activations(scale, cut),
-        "logits": scale.tokens * decoder.vocabulary / cut * (_HALF + _SINGLE),
-        "workspace": _workspace(scale, method, linears, cut),
+        "logits": scale.tokens * d.vocabulary / cut * (_HALF + _SINGLE),
+        "workspace": _workspace(method, problems),
     }
-
-    trained = _HALF * base if full else _SINGLE * factors
+    # Decoder layers are gathered in forward and in backward, embedding and head once.
     gathered = 2 * (_HALF * base + _SINGLE * factors) - root
     traffic, seconds = _traffic(scale, cut, trained, gathered, width)
-    padding = (
-        math.ceil(scale.rank / scale.num_blocks) * scale.num_blocks / scale.rank if method == "smoa" else 1
-    )
-    trained_parameters = whole_base if full else round(whole_factors / padding)
-    return Plan(
-        method, trained_parameters, memory, traffic, _compute(scale, method, linears, cut, gpu), seconds
-    )
+    if full:
+        parameters = d.layers * sum(n * c for n, c in whole) + embedding + head + norms
+    else:
+        r = scale.rank if method == "lora" else scale.rank / scale.num_blocks  # without the padding
+        parameters = round(d.layers * r * sum(n + c for n, c in whole))
+    return Plan(method, parameters, memory, traffic, _compute(scale, method, problems, cut, gpu), seconds)
+
+
+def _linears(d: Decoder, cut: int) -> list[tuple[int, int]]:
+    """(N, C) of one process's part of a decoder layer's linears: five are cut by rows, the last two by columns."""
+    query, key = d.widths
+    rows = (query, key, key, d.intermediate, d.intermediate)
+    by_rows = [(math.ceil(n / cut), d.hidden) for n in rows]
+    return [*by_rows, *((d.hidden, math.ceil(c / cut)) for c in (query, d.intermediate))]
 
 
 def _traffic(
     scale: Scale, cut: int, trained: float, gathered: float, width: int
 ) -> tuple[dict[str, float], float]:
-    """Bytes that a GPU sends in a step, by what they are for, and the seconds that they take.
+    """Bytes that a GPU sends in a step's ring collectives, by what they are for, and the seconds that they take.
 
     Args:
         scale: the case.
@@ -213,60 +174,52 @@ def _traffic(
         gathered: bytes that FSDP2 gathers.
         width: rows of the factors that each process holds whole.
     """
-    decoder, linears = scale.decoder, _linears(scale.decoder)
-    outside: dict[str, float] = {}
+    d, inside = scale.decoder, dict[str, float]()
     if scale.parallel == "fsdp":
         share = (scale.gpus - 1) / scale.gpus
         outside = {"gather": share * gathered, "reduce gradients": share * trained}
     else:
         replicas = scale.gpus // cut
-        outside["reduce gradients"] = 2 * (replicas - 1) / replicas * trained
-    inside: dict[str, float] = {}
+        outside = {"reduce gradients": 2 * (replicas - 1) / replicas * trained}
     if cut > 1:
         ring = 2 * (cut - 1) / cut
-        sides = sum(n.in_features if n.cuts_rows else n.out_features for n in linears)
-        inside["reduce activations"] = ring * decoder.layers * 9 * scale.tokens * decoder.hidden * _HALF
-        inside["reduce whole factors"] = ring * _SINGLE * decoder.layers * width * sides
+        # All-reduces of T·h: the outputs of "output" and "down" in forward and again in the recomputation, and in
+        # backward the input gradients of query, key, value, gate and up.
+        inside["reduce activations"] = ring * d.layers * 9 * scale.tokens * d.hidden * _HALF
+        # Of each of seven linears the factor on the side of h is whole on every process.
+        inside["reduce whole factors"] = ring * _SINGLE * d.layers * width * 7 * d.hidden
     link = NODE_BYTES_PER_SECOND if scale.gpus <= NODE else NETWORK_BYTES_PER_SECOND
     seconds = sum(inside.values()) / NODE_BYTES_PER_SECOND + sum(outside.values()) / link
     return outside | inside, seconds
 
 
-def _labels(linears: list[_Linear], layers: int, cut: int) -> float:
-    return float(layers * _LABELS * sum(sum(linear.part(cut)) for linear in linears))
-
-
 def _activations(scale: Scale, cut: int) -> float:
-    """Inputs of all decoder layers, and what one of them keeps: norms and inputs (4 h), queries, attention's output,
-    keys, values, gate, up and the product of these two."""
-    d = scale.decoder
-    dim = d.head_dim or d.hidden // d.heads
-    inner = (2 * d.heads * dim + 2 * d.kv_heads * dim + 3 * d.intermediate) / cut
-    return scale.tokens * _HALF * (scale.decoder.layers * d.hidden + 4 * d.hidden + inner)
+    """Inputs of all decoder layers, which are checkpointed, and what one of them keeps while it is recomputed.
+
+    That is norms and inputs (4 h), queries, attention's output, keys, values, gate, up and the product of these two.
+    Attention keeps no scores.
+    """
+    d, (query, key) = scale.decoder, scale.decoder.widths
+    inner = (2 * query + 2 * key + 3 * d.intermediate) / cut
+    return scale.tokens * _HALF * (d.layers * d.hidden + 4 * d.hidden + inner)
 
 
-def _problems(scale: Scale, linears: list[_Linear], cut: int) -> list[Problem]:
-    return [Problem(scale.tokens, *linear.part(cut), scale.num_blocks, scale.rank) for linear in linears]
-
-
-def _workspace(scale: Scale, method: Method, linears: list[_Linear], cut: int) -> float:
-    problems = _problems(scale, linears, cut)
+def _workspace(method: Method, problems: list[Problem]) -> float:
+    """SMoA's backward by the roofline; of LoRA one output of the widest layer."""
     if method == "smoa":
-        return max(backward_workspace_bytes(problem) for problem in problems)
-    if method == "lora":
-        return scale.tokens * _HALF * max(problem.out_features for problem in problems)
-    return 0.0
+        return max(max(backward_workspace(p).values()) for p in problems)
+    return max(p.tokens * p.out_features * _HALF for p in problems) if method == "lora" else 0
 
 
-def _compute(scale: Scale, method: Method, linears: list[_Linear], cut: int, gpu: Gpu) -> float:
-    seconds = 0.0
+def _compute(scale: Scale, method: Method, problems: list[Problem], cut: int, gpu: Gpu) -> float:
+    """The kernels of the adapted layers, whose forward is computed twice, and of the head."""
     way = {"full": "frozen", "lora": "lora", "smoa": "split"}[method]
-    for problem in _problems(scale, linears, cut):
+    dw = method == "full"  # a product of the size of forward's
+
+    def seconds(problem: Problem, way: str, forwards: int) -> float:
         found = estimate(problem, gpu, way)
-        seconds += 2 * found.device_seconds("forward") + found.device_seconds("backward")
-        if method == "full":  # dW, a product of the same size
-            seconds += found.device_seconds("forward")
+        return forwards * found.device_seconds("forward") + found.device_seconds("backward")
+
     head = Problem(scale.tokens, math.ceil(scale.decoder.vocabulary / cut), scale.decoder.hidden, 1, 1)
-    found = estimate(head, gpu, "frozen")
-    trained_head = found.device_seconds("forward") if method == "full" else 0.0
-    return scale.decoder.layers * seconds + found.device_seconds() + trained_head
+    layer = sum(seconds(problem, way, 2 + dw) for problem in problems)
+    return scale.decoder.layers * layer + seconds(head, "frozen", 1 + dw)
