@@ -11,9 +11,11 @@ from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES, algorithms_of, resolve
 from .checks import check_choice
 from .definition.arguments import (
     autocast_enabled,
-    check_arguments,
     check_block_ranks,
-    global_width,
+    check_dropout,
+    check_partition,
+    check_scaling,
+    check_tensors,
 )
 from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter, scaling_tensor
@@ -46,9 +48,9 @@ def smoa_linear(
     W0 has N rows (outputs) and C columns (inputs), cut into K blocks; block k has rank r_k, and ρ is the largest. The
     mask is 1 inside the blocks and 0 elsewhere.
 
-    Differentiable in x, A, B and bias. Saves x, the factors and the seed for backward, nothing else; W0 is
-    referenced. Works under `torch.func`. A batch over the factors, second derivatives and forward mode are computed by
-    the reference's formula, slowly.
+    Differentiable in x, A, B and bias. Saves x, the factors and the seed for backward; W0, the ranks and the
+    partition's tensors are referenced. Works under `torch.func`. A batch over the factors, second derivatives and
+    forward mode are computed by the reference's formula, slowly.
 
     Args:
         x: (..., C), floating point, any strides; any leading dimensions, zero tokens included.
@@ -93,26 +95,16 @@ def smoa_linear(
         torch.Size([3, 6])
     """
     autocast = autocast_enabled(x)
-    check_arguments(
-        x,
-        weight,
-        bias,
-        A,
-        B,
-        partition,
-        ranks,
-        scaling=scaling,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        autocast=autocast,
-    )
+    check_tensors(x, weight, bias, A, B, ranks, autocast=autocast)
+    check_scaling(scaling, x)
+    check_partition(partition, weight, ranks)
+    check_block_ranks(block_ranks, partition.num_blocks, A.shape[0])
+    width = check_dropout(x, dropout_p, dropout_seed, column_offset, global_in_features)
+    check_choice("backend", backend, BACKEND_CHOICES)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    check_choice("backend", backend, BACKEND_CHOICES)
     backend = resolve_backend(backend, x.device, x.dtype, A.shape[0])
     _check_algorithm(algorithm, backend, dropout_p)
-    check_block_ranks(block_ranks, partition.num_blocks, A.shape[0])
-    width = global_width(x, column_offset, global_in_features)
     adapter = PackedAdapter(
         weight, A, B, partition, ranks, scaling_tensor(scaling, x.device), block_ranks=block_ranks
     )

@@ -93,18 +93,12 @@ def block_labels(order: ArrayLike, num_blocks: int, size: int, granule: int = 1)
     return labels
 
 
-def delta_weight(
-    weight: ArrayLike,
-    A: ArrayLike,
-    B: ArrayLike,
-    row_block: ArrayLike,
-    col_block: ArrayLike,
-    ranks: ArrayLike,
-    *,
-    scaling: float,
-) -> FloatArray:
-    """ΔW (N, C) of packed A (ρ, C), B (N, ρ), labels (N) and (C), ranks (K)."""
-    layer = _Layer(weight, A, B, row_block, col_block, ranks, scaling)
+# What follows `weight` is the adapter: packed A (ρ, C), B (N, ρ), labels (N) and (C), ranks (K).
+
+
+def delta_weight(weight: ArrayLike, *adapter: ArrayLike, scaling: float) -> FloatArray:
+    """ΔW (N, C)."""
+    layer = _Layer(weight, *adapter, scaling=scaling)
     delta = _output(layer.out_features, layer.in_features)
     _call(library().smoa_delta_weight, layer, delta)
     return delta
@@ -114,23 +108,16 @@ def forward(
     x: ArrayLike,
     weight: ArrayLike,
     bias: ArrayLike | None,
-    A: ArrayLike,
-    B: ArrayLike,
-    row_block: ArrayLike,
-    col_block: ArrayLike,
-    ranks: ArrayLike,
-    *,
+    *adapter: ArrayLike,
     scaling: float,
     multiplier: ArrayLike | None = None,
 ) -> FloatArray:
     """y (T, N) from x (T, C); the adapter sees x∘multiplier, `multiplier` (T, C) the scaled dropout mask."""
-    layer = _Layer(weight, A, B, row_block, col_block, ranks, scaling)
-    tokens = len(x)
-    x = _input("x", x, np.float64, (tokens, layer.in_features))
+    layer = _Layer(weight, *adapter, scaling=scaling)
+    x, multiplier = layer.tokens(x, multiplier)
     bias = None if bias is None else _input("bias", bias, np.float64, (layer.out_features,))
-    multiplier = None if multiplier is None else _input("multiplier", multiplier, np.float64, x.shape)
-    y = _output(tokens, layer.out_features)
-    _call(library().smoa_forward, layer, tokens, x, bias, multiplier, y)
+    y = _output(len(x), layer.out_features)
+    _call(library().smoa_forward, layer, len(x), x, bias, multiplier, y)
     return y
 
 
@@ -138,27 +125,20 @@ def backward(
     dy: ArrayLike,
     x: ArrayLike,
     weight: ArrayLike,
-    A: ArrayLike,
-    B: ArrayLike,
-    row_block: ArrayLike,
-    col_block: ArrayLike,
-    ranks: ArrayLike,
-    *,
+    *adapter: ArrayLike,
     scaling: float,
     multiplier: ArrayLike | None = None,
 ) -> Gradients:
     """Gradients of `sum(dy * forward(...))` with dy (T, N)."""
-    layer = _Layer(weight, A, B, row_block, col_block, ranks, scaling)
-    tokens = len(x)
-    x = _input("x", x, np.float64, (tokens, layer.in_features))
-    dy = _input("dy", dy, np.float64, (tokens, layer.out_features))
-    multiplier = None if multiplier is None else _input("multiplier", multiplier, np.float64, x.shape)
+    layer = _Layer(weight, *adapter, scaling=scaling)
+    x, multiplier = layer.tokens(x, multiplier)
+    dy = _input("dy", dy, np.float64, (len(x), layer.out_features))
     gradients = Gradients(
-        dx=_output(tokens, layer.in_features),
+        dx=_output(*x.shape),
         dA=_output(layer.max_rank, layer.in_features),
         dB=_output(layer.out_features, layer.max_rank),
     )
-    _call(library().smoa_backward, layer, tokens, x, multiplier, dy, *gradients)
+    _call(library().smoa_backward, layer, len(x), x, multiplier, dy, *gradients)
     return gradients
 
 
@@ -173,6 +153,7 @@ class _Layer(CLayer):
         row_block: ArrayLike,
         col_block: ArrayLike,
         ranks: ArrayLike,
+        *,
         scaling: float,
     ) -> None:
         out_features, in_features = np.shape(weight)
@@ -187,6 +168,11 @@ class _Layer(CLayer):
         )
         addresses = (array.ctypes.data for array in self._arrays)
         super().__init__(out_features, in_features, num_blocks, max_rank, *addresses, scaling)
+
+    def tokens(self, x: ArrayLike, multiplier: ArrayLike | None) -> tuple[FloatArray, FloatArray | None]:
+        """x and its mask as C reads them."""
+        x = _input("x", x, np.float64, (len(x), self.in_features))
+        return x, None if multiplier is None else _input("multiplier", multiplier, np.float64, x.shape)
 
 
 def _spectral_order(

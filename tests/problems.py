@@ -115,7 +115,7 @@ class LinearProblem:
     def run_reference(self, *, mask: Tensor | None = None, **options: object) -> tuple[Tensor, ...]:
         """The same by the definition in the problem's own dtype, gradients by autograd.
 
-        `mask`, in place of dropout_p and dropout_seed, is what the adapter's input is multiplied with.
+        `mask`, in place of `dropout`, is what the adapter's input is multiplied with.
         """
 
         def masked(

@@ -87,13 +87,3 @@ def test_a_batch_in_two_parts_stays_within_the_budget(case: Case, cut: int) -> N
         assert error_over_budget(torch.cat([part[i] for part in parts]), whole, truth) <= 1, name
     for part, half in zip(parts, halves, strict=True):
         assert_within_budget(part, case, half)
-
-
-def test_a_mask_counts_tokens_from_the_start_of_its_call() -> None:
-    """So the first part of a batch sees the whole batch's mask, and the second does not."""
-    case = Case("eager", "dropout", torch.float64)
-    p = case.problem(**SIZES)
-    whole = p.forward(**case.options)
-    first, second = (replace(p, x=p.x[rows]).forward(**case.options) for rows in (slice(16), slice(16, None)))
-    torch.testing.assert_close(first, whole[:16])
-    assert not torch.allclose(second, whole[16:])

@@ -72,16 +72,6 @@ def test_initial_factors() -> None:
         assert (A_k[rank:] == 0).all()
 
 
-def test_a_merged_layer_gives_the_same() -> None:
-    layer = trained(block_ranks=[4, 0, 3])
-    x = torch.randn(64, 40)
-    y, delta = layer(x).detach(), layer.delta_weight()
-    layer.merge()
-    assert layer.merged
-    torch.testing.assert_close(layer(x), y)
-    torch.testing.assert_close(layer.delta_weight(), delta)
-
-
 def test_state_dict_round_trip_is_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = trained()
     x = torch.randn(5, 40)
@@ -258,21 +248,6 @@ def test_dropout_is_active_in_training_only() -> None:
     first = layer(x)
     torch.manual_seed(5)
     assert torch.equal(first, layer(x))
-
-
-def test_number_of_parameters() -> None:
-    layer = FusedSMoALinear(40, 33, r=7, num_blocks=3, block_ranks=[4, 0, 3])
-    assert layer.num_adapter_parameters == 4 * (11 + 14) + 3 * (11 + 13)
-    even = FusedSMoALinear(64, 64, r=8, num_blocks=4)
-    assert even.num_adapter_parameters * 4 == 8 * (64 + 64)
-
-
-def test_update_has_high_rank_from_few_parameters() -> None:
-    """rank(ΔW) ≤ Σ min(r_k · rank(W0_k), N_k, C_k), attained generically: full where LoRA's would be r."""
-    torch.manual_seed(2)
-    layer = FusedSMoALinear(48, 48, r=4, num_blocks=2, dtype=torch.float64)
-    nn.init.normal_(layer.smoa_B)
-    assert int(torch.linalg.matrix_rank(layer.delta_weight())) == 48
 
 
 @pytest.mark.parametrize("order", ["contiguous", "random"])

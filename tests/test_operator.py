@@ -77,20 +77,6 @@ def run(block: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     return (y.detach(), *(p.grad for p in block.parameters() if p.grad is not None))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole_and_equals_eager(dynamic: bool, dropout: float) -> None:
-    torch.manual_seed(0)
-    block = Block(dropout)
-    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    x = torch.randn(3, 50, 40)
-    torch.manual_seed(1)
-    expected = run(block, x)
-    torch.manual_seed(1)
-    for ours, eager in zip(run(compiled, x), expected, strict=True):
-        torch.testing.assert_close(ours, eager)
-
-
 @pytest.mark.slow
 def test_inductor_compiles_it() -> None:
     torch.manual_seed(0)
@@ -138,13 +124,6 @@ def test_exports_an_inference_graph() -> None:
         for count in (9, 64):
             x = torch.randn(count, 40)
             torch.testing.assert_close(program.module()(x), block(x))
-
-
-def test_compiled_layer_can_be_copied() -> None:
-    block = Block()
-    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
-    x = torch.randn(5, 40)
-    torch.testing.assert_close(compiled(x), block(x))
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_library)])

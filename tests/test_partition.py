@@ -1,6 +1,5 @@
 """The spectral order and its blocks (docs/definition.md)."""
 
-import itertools
 import subprocess
 import sys
 import threading
@@ -96,19 +95,6 @@ def test_zero_rows_score_zero_and_rank_deficiency_works() -> None:
     expected_rows, _ = svd_centroids(weight)
     others = [i for i in range(10) if i != 4]
     torch.testing.assert_close(row_score[others], expected_rows[others], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.numerical
-def test_zero_matrix_keeps_the_natural_order() -> None:
-    partition = BlockPartition.from_weight(torch.zeros(5, 7), 2)
-    assert partition.row_order.tolist() == [0, 1, 2, 3, 4]
-    assert partition.col_block.tolist() == [0, 0, 0, 0, 1, 1, 1]
-
-
-@pytest.mark.numerical
-def test_half_types_are_computed_in_float32() -> None:
-    weight = torch.randn(30, 20).bfloat16()
-    assert BlockPartition.from_weight(weight, 3) == BlockPartition.from_weight(weight.float(), 3)
 
 
 # Of the CPU's threads: not numerical.
@@ -241,16 +227,6 @@ def test_equality_is_by_labels() -> None:
     assert partition.T.shape == (2, 2)
 
 
-@pytest.mark.numerical
-def test_the_order_goes_with_a_partition() -> None:
-    partition = BlockPartition.from_weight(torch.randn(11, 8), 3)
-    turned, moved = partition.T, partition.to("meta")
-    assert torch.equal(turned.row_order, partition.col_order)
-    assert torch.equal(turned.col_order, partition.row_order)
-    assert (moved.row_order.device.type, moved.row_order.shape) == ("meta", (11,))
-    assert (moved.row_sizes, moved.col_sizes) == (partition.row_sizes, partition.col_sizes)
-
-
 # Granules and other orders
 
 
@@ -306,27 +282,6 @@ def test_contiguous_blocks_are_cut_as_tensor_split_cuts() -> None:
     assert BlockPartition.contiguous((20, 16), 2, granule=8).row_sizes == (16, 4)
 
 
-@pytest.mark.parametrize("order", BLOCK_ORDERS)
-def test_a_rule_knows_the_granularity_of_what_it_builds(order: str) -> None:
-    """Of contiguous blocks exactly; others may stand in larger granules by chance, here by the order of zeros."""
-    for num_blocks, granule, n, c in itertools.product(
-        (1, 2, 3, 4, 7), (1, 2, 3), (21, 24, 32), (24, 27, 56)
-    ):
-        rule = BlockRule(num_blocks, order, granule)
-        found, built = rule.granularity((n, c)), rule.build(torch.zeros(n, c)).granularity
-        assert found == built if order == "contiguous" or num_blocks == 1 else built % found == 0
-        assert found % granule == 0 or num_blocks == 1
-
-
-@pytest.mark.numerical
-def test_random_blocks_are_drawn_by_their_seed() -> None:
-    first, again, other = (BlockPartition.random((64, 48), 4, seed=seed) for seed in (1, 1, 2))
-    assert first == again
-    assert first != other
-    assert first.row_block[:48].tolist() != first.col_block.tolist()
-    assert not first.is_contiguous
-
-
 @pytest.mark.numerical
 def test_what_labels_allow_is_read_off_them() -> None:
     def labels(*runs: tuple[int, int]) -> torch.Tensor:
@@ -366,17 +321,3 @@ def test_parts_that_are_cut_at_multiples_of_the_granule_keep_it(order: str) -> N
     # Labels that change at odd places: contiguous parts are contiguous all the same.
     odd = made("contiguous", torch.empty(37, 53), 4, 1)
     assert all(odd.shard(col_slice=slice(start, start + 7)).is_contiguous for start in range(0, 53, 7))
-
-
-@pytest.mark.numerical
-@pytest.mark.parametrize("order", ["contiguous", "random"])
-def test_other_orders_need_no_weight(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("a spectrum was computed")
-
-    monkeypatch.setattr(spectral_order, "spectral_centroids", never)
-    meta = made(order, torch.empty(12, 10, device="meta"), 3, 2)
-    assert meta.device.type == "cpu"
-    assert meta == made(order, torch.full((12, 10), float("nan"), device=DEVICE), 3, 2)
-    with pytest.raises(AssertionError, match="a spectrum"):
-        made("spectral", torch.ones(12, 10), 3, 2)

@@ -1,9 +1,9 @@
 """The definition's test vectors (`data/vectors/*.npz`): float64 inputs, orders, ΔW, outputs and gradients.
 
 The files keep each block's factors apart, in spectral order: row n of B_k belongs to the n-th row of block k,
-`row_order`'s k-th chunk, likewise the columns of A_k. The package keeps them packed, A (ρ, C) and B (N, ρ) in
-the layer's own coordinates; `pack_*` and `unpack_*` go from one to the other. A file that does not say how its blocks
-were made holds spectral ones; `write_vectors.py` wrote the others.
+`row_order`'s k-th chunk, and column n of A_k to the n-th column. The package keeps them packed, A (ρ, C) and B (N, ρ)
+in the layer's own coordinates: `pack_A` and `pack_B`. A file that does not say how its blocks were made holds spectral
+ones. Those came from elsewhere; the numbers of the others are the reference's, and the C code agrees with all of them.
 """
 
 import functools
@@ -87,37 +87,19 @@ class Vector:
 
     def pack_A(self, blocks: Sequence[FloatArray]) -> FloatArray:
         """K factors (r_k, C_k) to one (ρ, C), padding 0."""
-        packed = np.zeros((self.max_rank, self.col_order.size))
-        for cols, rank, block in zip(self._col_chunks, self.ranks, blocks, strict=True):
-            packed[:rank, cols] = block
-        return packed
+        return _packed(blocks, self.col_order, self.col_block, self.max_rank)
 
     def pack_B(self, blocks: Sequence[FloatArray]) -> FloatArray:
         """K factors (N_k, r_k) to one (N, ρ), padding 0."""
-        packed = np.zeros((self.row_order.size, self.max_rank))
-        for rows, rank, block in zip(self._row_chunks, self.ranks, blocks, strict=True):
-            packed[rows, :rank] = block
-        return packed
-
-    def unpack_A(self, packed: FloatArray) -> tuple[FloatArray, ...]:
-        """One (ρ, C) to K factors (r_k, C_k)."""
-        return tuple(packed[:rank, cols] for cols, rank in zip(self._col_chunks, self.ranks, strict=True))
-
-    def unpack_B(self, packed: FloatArray) -> tuple[FloatArray, ...]:
-        """One (N, ρ) to K factors (N_k, r_k)."""
-        return tuple(packed[rows, :rank] for rows, rank in zip(self._row_chunks, self.ranks, strict=True))
-
-    @property
-    def _row_chunks(self) -> list[IntArray]:
-        return _chunks(self.row_order, self.row_block, self.num_blocks)
-
-    @property
-    def _col_chunks(self) -> list[IntArray]:
-        return _chunks(self.col_order, self.col_block, self.num_blocks)
+        return _packed([block.T for block in blocks], self.row_order, self.row_block, self.max_rank).T
 
 
-def _chunks(order: IntArray, labels: IntArray, num_blocks: int) -> list[IntArray]:
-    return [order[labels[order] == k] for k in range(num_blocks)]
+def _packed(blocks: Sequence[FloatArray], order: IntArray, labels: IntArray, max_rank: int) -> FloatArray:
+    """One (ρ, size) of factors (r_k, size_k), whose columns are those of block k in this order."""
+    packed = np.zeros((max_rank, order.size))
+    for k, block in enumerate(blocks):
+        packed[: len(block), order[labels[order] == k]] = block
+    return packed
 
 
 def load_vector(path: Path) -> Vector:

@@ -13,42 +13,107 @@ from .partition import BlockPartition
 
 __all__ = [
     "autocast_enabled",
-    "check_arguments",
     "check_block_ranks",
+    "check_dropout",
     "check_input",
+    "check_partition",
     "check_ranks",
-    "global_width",
+    "check_scaling",
+    "check_tensors",
 ]
 
 
-def check_arguments(
+def check_tensors(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    partition: BlockPartition,
     ranks: Tensor,
     *,
-    scaling: float | Tensor,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
     autocast: bool,
 ) -> None:
-    """Check all arguments but the algorithm, the backend and the range of the ranks.
+    """Check kinds, devices, shapes and dtypes of `smoa_linear`'s tensors; under autocast W0 and x are cast."""
+    _check_dense(x, ("x", "weight", "bias", "A", "B", "ranks"), (x, weight, bias, A, B, ranks))
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape (out_features, in_features), got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    _check_features(x, weight)
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
+    if A.ndim != 2 or A.shape[1] != in_features:
+        raise ValueError(f"A must have shape (ρ, {in_features}), got {tuple(A.shape)}")
+    if B.shape != (out_features, A.shape[0]):
+        raise ValueError(f"B must have shape ({out_features}, {A.shape[0]}) to fit A, got {tuple(B.shape)}")
+    if weight.requires_grad:
+        raise ValueError(
+            "weight must be frozen, since SMoA trains A and B only: got requires_grad=True; "
+            "call weight.requires_grad_(False)"
+        )
+    if A.dtype != B.dtype:
+        raise TypeError(f"A and B must have one dtype, got {A.dtype} and {B.dtype}")
+    if autocast:
+        return
+    if x.itemsize < 2:
+        raise TypeError(f"x must be of 16 bits or more, got {x.dtype}")
+    _check_dtype(x, "weight", weight)
+    if bias is not None:
+        _check_dtype(x, "bias", bias)
+    if A.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"A and B must have weight's dtype {weight.dtype} or float32, got {A.dtype}")
 
-    Args:
-        autocast: :func:`autocast_enabled`; the others are those of `smoa_linear`.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was given and what is allowed.
-    """
-    _check_tensors(x, weight, bias, A, B, ranks, autocast=autocast)
-    _check_scaling(scaling, x)
-    _check_partition(partition, weight, ranks)
-    check_probability("dropout_p", dropout_p)
-    if dropout_seed is not None:
-        _check_seed(dropout_seed, x)
+def check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -> None:
+    """Check that the blocks are those of a weight like `weight`, and that there is a rank for each."""
+    check_kind("partition", partition, BlockPartition)
+    if partition.shape != weight.shape:
+        raise ValueError(
+            f"partition must be made for a weight of shape {tuple(weight.shape)}, got one for {partition.shape}"
+        )
+    if partition.device != weight.device:
+        raise ValueError(f"partition must be on weight's device {weight.device}, got {partition.device}")
+    if ranks.dtype != torch.int32 or ranks.shape != (partition.num_blocks,):
+        raise ValueError(
+            f"ranks must be int32 of shape ({partition.num_blocks},), got {ranks.dtype} of {tuple(ranks.shape)}"
+        )
+
+
+def check_scaling(scaling: float | Tensor, x: Tensor) -> None:
+    """Check that s is a real number, or a 0-d tensor of one that is not trained."""
+    if not isinstance(scaling, Tensor):
+        check_number("scaling", scaling)
+    elif scaling.is_nested or scaling.layout != torch.strided or (scaling.is_meta and not x.is_meta):
+        given = "a meta tensor" if scaling.is_meta else f"layout {layout_of(scaling)}"
+        raise TypeError(f"scaling must be a dense tensor that holds a number, got {given}")
+    elif scaling.ndim:
+        raise ValueError(f"scaling must be a number or a 0-d tensor, got shape {tuple(scaling.shape)}")
+    elif scaling.dtype.is_complex or scaling.dtype == torch.bool:
+        raise TypeError(f"scaling must be real, got {scaling.dtype}")
+    elif scaling.requires_grad:
+        raise ValueError("scaling must not require grad: it is not trained")
+
+
+def check_dropout(
+    x: Tensor, p: float, seed: Tensor | None, column_offset: int, global_in_features: int | None
+) -> int:
+    """Check what says which mask x gets; return the global number of columns, which hold those of x."""
+    check_probability("dropout_p", p)
+    if seed is not None:
+        _check_seed(seed, x)
+    given = 0 if global_in_features is None else global_in_features
+    for name, value in (("column_offset", column_offset), ("global_in_features", given)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+    columns = x.shape[-1]
+    width = columns if global_in_features is None else global_in_features
+    if column_offset < 0 or column_offset + columns > width:
+        raise ValueError(
+            f"column_offset and global_in_features must hold x's {columns} columns: "
+            f"got columns {column_offset} to {column_offset + columns} of {width}"
+        )
+    if global_in_features is not None and width > WIDEST:
+        raise ValueError(f"global_in_features must be at most {WIDEST}, got {width}")
+    return width
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:
@@ -83,68 +148,10 @@ def check_ranks(ranks: Tensor, block_ranks: Sequence[int] | None, rho: int) -> N
         raise ValueError(f"block_ranks must be the numbers in ranks, {given}, got {list(block_ranks)}")
 
 
-def global_width(x: Tensor, column_offset: int, global_in_features: int | None) -> int:
-    """The global number of columns, checked to hold those of x."""
-    given = 0 if global_in_features is None else global_in_features
-    for name, value in (("column_offset", column_offset), ("global_in_features", given)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-    columns = x.shape[-1]
-    width = columns if global_in_features is None else global_in_features
-    if column_offset < 0 or column_offset + columns > width:
-        raise ValueError(
-            f"column_offset and global_in_features must hold x's {columns} columns: "
-            f"got columns {column_offset} to {column_offset + columns} of {width}"
-        )
-    if global_in_features is not None and width > WIDEST:
-        raise ValueError(f"global_in_features must be at most {WIDEST}, got {width}")
-    return width
-
-
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on where x is."""
     # Meta tensors know no autocast, and asking whether a device does breaks the graph in torch 2.11.
     return isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def _check_tensors(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    *,
-    autocast: bool,
-) -> None:
-    # W0 before x, which in `reference_delta_weight` is W0 too.
-    _check_dense(x, ("weight", "x", "bias", "A", "B", "ranks"), (weight, x, bias, A, B, ranks))
-    if weight.ndim != 2:
-        raise ValueError(f"weight must have shape (out_features, in_features), got {tuple(weight.shape)}")
-    out_features, in_features = weight.shape
-    _check_features(x, weight)
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
-    if A.ndim != 2 or A.shape[1] != in_features:
-        raise ValueError(f"A must have shape (ρ, {in_features}), got {tuple(A.shape)}")
-    if B.shape != (out_features, A.shape[0]):
-        raise ValueError(f"B must have shape ({out_features}, {A.shape[0]}) to fit A, got {tuple(B.shape)}")
-    if weight.requires_grad:
-        raise ValueError(
-            "weight must be frozen, since SMoA trains A and B only: got requires_grad=True; "
-            "call weight.requires_grad_(False)"
-        )
-    if A.dtype != B.dtype:
-        raise TypeError(f"A and B must have one dtype, got {A.dtype} and {B.dtype}")
-    if autocast:
-        return
-    if x.itemsize < 2:
-        raise TypeError(f"x must be of 16 bits or more, got {x.dtype}")
-    _check_dtype(x, "weight", weight)
-    if bias is not None:
-        _check_dtype(x, "bias", bias)
-    if A.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"A and B must have weight's dtype {weight.dtype} or float32, got {A.dtype}")
 
 
 def _check_dense(x: Tensor, names: Sequence[str], values: Sequence[Tensor | None]) -> None:
@@ -167,34 +174,6 @@ def _check_features(x: Tensor, weight: Tensor) -> None:
 def _check_dtype(x: Tensor, name: str, value: Tensor) -> None:
     if value.dtype != x.dtype:
         raise TypeError(f"{name} must have x's dtype {x.dtype} outside autocast, got {value.dtype}")
-
-
-def _check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -> None:
-    check_kind("partition", partition, BlockPartition)
-    if partition.shape != weight.shape:
-        raise ValueError(
-            f"partition must be made for a weight of shape {tuple(weight.shape)}, got one for {partition.shape}"
-        )
-    if partition.device != weight.device:
-        raise ValueError(f"partition must be on weight's device {weight.device}, got {partition.device}")
-    if ranks.dtype != torch.int32 or ranks.shape != (partition.num_blocks,):
-        raise ValueError(
-            f"ranks must be int32 of shape ({partition.num_blocks},), got {ranks.dtype} of {tuple(ranks.shape)}"
-        )
-
-
-def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
-    if not isinstance(scaling, Tensor):
-        check_number("scaling", scaling)
-    elif scaling.is_nested or scaling.layout != torch.strided or (scaling.is_meta and not x.is_meta):
-        given = "a meta tensor" if scaling.is_meta else f"layout {layout_of(scaling)}"
-        raise TypeError(f"scaling must be a dense tensor that holds a number, got {given}")
-    elif scaling.ndim:
-        raise ValueError(f"scaling must be a number or a 0-d tensor, got shape {tuple(scaling.shape)}")
-    elif scaling.dtype.is_complex or scaling.dtype == torch.bool:
-        raise TypeError(f"scaling must be real, got {scaling.dtype}")
-    elif scaling.requires_grad:
-        raise ValueError("scaling must not require grad: it is not trained")
 
 
 def _check_seed(seed: Tensor, x: Tensor) -> None:

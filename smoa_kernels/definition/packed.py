@@ -15,10 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..checks import check_dense
 from .partition import BlockPartition
 
-__all__ = ["PackedAdapter", "pack_factors", "unpack_factors"]
+__all__ = ["PackedAdapter", "draw_A", "padding_masks", "scaling_tensor"]
 
 
 @dataclass(slots=True, eq=False)  # not frozen: each call of a layer makes two, at a third of the time
@@ -122,81 +121,3 @@ def draw_A(A: Tensor, partition: BlockPartition, ranks: Tensor) -> None:
     bound = widths.clamp_min(1).rsqrt()[partition.col_block.long()]
     A_mask, _ = padding_masks(partition, ranks, A.shape[0])
     A.uniform_(-1, 1).mul_(bound).mul_(A_mask)
-
-
-def pack_factors(
-    A_blocks: Sequence[Tensor], B_blocks: Sequence[Tensor], partition: BlockPartition
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pack per-block factors, as the paper's code keeps them, into A (ρ, C), B (N, ρ) and ranks (K,).
-
-    Args:
-        A_blocks: K tensors A_k (r_k, C_k), columns as `partition.cols(k)` lists them.
-        B_blocks: K tensors B_k (N_k, r_k), rows as `partition.rows(k)` lists them.
-        partition: the blocks.
-
-    Raises:
-        TypeError: a factor is not a matrix of floating-point numbers, or factors differ in dtype or device.
-        ValueError: a factor whose shape does not fit its block.
-
-    Example:
-        >>> partition = BlockPartition.from_labels(torch.tensor([0, 1]), torch.tensor([0, 1, 1]), num_blocks=2)
-        >>> A_blocks, B_blocks = [torch.ones(2, 1), torch.ones(1, 2)], [torch.ones(1, 2), torch.ones(1, 1)]
-        >>> A, B, ranks = pack_factors(A_blocks, B_blocks, partition)
-        >>> A.tolist(), ranks.tolist()
-        ([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], [2, 1])
-    """
-    if not len(A_blocks) == len(B_blocks) == partition.num_blocks:
-        raise ValueError(
-            f"A_blocks and B_blocks must hold one factor for each of {partition.num_blocks} blocks, "
-            f"got {len(A_blocks)} and {len(B_blocks)}"
-        )
-    factors = (*A_blocks, *B_blocks)
-    for factor in factors:
-        check_dense("each of A_blocks and B_blocks", factor)
-    if len({(t.dtype, t.device) for t in factors}) > 1:
-        raise TypeError("A_blocks and B_blocks must have one dtype and one device")
-    ranks = [A.shape[0] for A in A_blocks]
-    A = A_blocks[0].new_zeros(max(ranks), partition.shape[1])
-    B = B_blocks[0].new_zeros(partition.shape[0], max(ranks))
-    for k, (A_k, B_k, r) in enumerate(zip(A_blocks, B_blocks, ranks, strict=True)):
-        if A_k.shape != (r, partition.col_sizes[k]) or B_k.shape != (partition.row_sizes[k], r):
-            raise ValueError(
-                f"block {k} takes factors of shapes (r, {partition.col_sizes[k]}) and "
-                f"({partition.row_sizes[k]}, r), got {tuple(A_k.shape)} and {tuple(B_k.shape)}"
-            )
-        A[:r, partition.cols(k)] = A_k
-        B[partition.rows(k), :r] = B_k
-    return A, B, torch.tensor(ranks, dtype=torch.int32, device=A.device)
-
-
-def unpack_factors(
-    A: Tensor, B: Tensor, partition: BlockPartition, ranks: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Undo :func:`pack_factors`: lists of A_k (r_k, C_k) and B_k (N_k, r_k), padding left out.
-
-    Args:
-        A: packed (ρ, C).
-        B: packed (N, ρ).
-        partition: the blocks.
-        ranks: int (K,), rank of each block.
-
-    Raises:
-        ValueError: A or B does not fit the partition.
-
-    Example:
-        >>> partition = BlockPartition.from_labels(torch.tensor([0, 1]), torch.tensor([0, 1, 1]), num_blocks=2)
-        >>> A_blocks, B_blocks = unpack_factors(torch.ones(2, 3), torch.ones(2, 2), partition, torch.tensor([2, 1]))
-        >>> [tuple(A.shape) for A in A_blocks], [tuple(B.shape) for B in B_blocks]
-        ([(2, 1), (1, 2)], [(1, 2), (1, 1)])
-    """
-    shape = partition.shape
-    if A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != shape or B.shape[1] != A.shape[0]:
-        raise ValueError(
-            f"A and B must have shapes (ρ, {shape[1]}) and ({shape[0]}, ρ), "
-            f"got {tuple(A.shape)} and {tuple(B.shape)}"
-        )
-    sizes = ranks.tolist()
-    return (
-        [A[:r, partition.cols(k)] for k, r in enumerate(sizes)],
-        [B[partition.rows(k), :r] for k, r in enumerate(sizes)],
-    )

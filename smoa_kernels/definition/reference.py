@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import autocast_enabled, check_arguments, check_ranks, global_width
 from .dropout import Dropout
 from .packed import PackedAdapter
 from .partition import BlockPartition
@@ -57,18 +56,15 @@ def reference_linear(
     ranks: Tensor,
     *,
     scaling: float | Tensor,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    column_offset: int = 0,
-    global_in_features: int | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N) (docs/definition.md).
 
-    Arguments and errors are those of :func:`smoa_kernels.smoa_linear`. The dropout mask is the eager backend's, and
-    its seed must be given. Torch differentiates it in any mode, any number of times.
+    Nothing is checked. The dropout mask is the eager backend's. Torch differentiates it in any mode, any number of
+    times.
 
-    Raises:
-        TypeError, ValueError: as `smoa_linear` does, and where dropout has no seed.
+    Args:
+        dropout: the active one, or None; the others are those of :func:`smoa_kernels.smoa_linear`.
 
     Example:
         >>> weight = torch.randn(6, 4)
@@ -77,37 +73,18 @@ def reference_linear(
         >>> reference_linear(torch.randn(3, 4), weight, None, A, B, partition, ranks, scaling=0.5).shape
         torch.Size([3, 6])
     """
-    check_arguments(
-        x,
-        weight,
-        bias,
-        A,
-        B,
-        partition,
-        ranks,
-        scaling=scaling,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        autocast=autocast_enabled(x),
-    )
-    check_ranks(ranks, None, A.shape[0])
-    width = global_width(x, column_offset, global_in_features)
-    if dropout_p > 0 and dropout_seed is None:
-        raise ValueError("dropout_seed must be given where dropout_p > 0, got None")
     delta = reference_delta_weight(weight, A, B, partition, ranks, scaling=scaling)
-    dropped = x
-    if dropout_seed is not None and dropout_p > 0:
-        flat = x.reshape(-1, x.shape[-1])
-        dropout = Dropout(dropout_seed, dropout_p, column_offset, width)
-        dropped = (flat * dropout.multiplier(flat)).reshape(x.shape)
-    return F.linear(x, weight, bias) + F.linear(dropped, delta)
+    return F.linear(x, weight, bias) + F.linear(_dropped(x, dropout), delta)
 
 
 def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N)."""
-    return F.linear(x, adapter.weight, bias) + F.linear(_dropped(x, dropout), _delta(adapter))
+    a = adapter
+    return reference_linear(
+        x, a.weight, bias, a.A, a.B, a.partition, a.ranks, scaling=a.scaling, dropout=dropout
+    )
 
 
 def backward(
@@ -147,7 +124,8 @@ def _delta(adapter: PackedAdapter) -> Tensor:
 
 
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    if dropout is None:
+        return x
     # Drawn for a plain tensor of x's shape: under `torch.func` x may be a batch, which the mask is not.
-    return (
-        x if dropout is None else x * dropout.multiplier(torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    )
+    shape = x.shape[:-1].numel(), x.shape[-1]
+    return x * dropout.multiplier(torch.empty(shape, dtype=x.dtype, device=x.device)).view(x.shape)

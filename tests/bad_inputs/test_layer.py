@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from problems import make_problem
@@ -12,34 +11,20 @@ from torch.nn.utils import prune
 
 from smoa_kernels import FusedSMoALinear
 
-from .harness import HUGE, NESTED, Call, Change, Row, World, check, one, rows
+from .harness import HUGE, Call, Change, Row, World, check, one, rows
 
 LAYER: list[Row] = [
     (lambda w: w.layer(torch.randn(3, 41)), ValueError, "x must have 40 features"),
-    (lambda w: w.layer(torch.ones(3, 40, dtype=torch.int64)), TypeError, "x must be floating point"),
-    (lambda w: setattr(w.layer, "scaling", "a"), TypeError, "scaling must be a number, got 'a'"),
     (lambda _: FusedSMoALinear.from_linear(nn.Conv2d(3, 3, 3)), TypeError, "transformers Conv1D, got Conv2d"),
     (lambda _: FusedSMoALinear.from_linear(None), TypeError, "got NoneType"),  # type: ignore[arg-type]
     (lambda _: FusedSMoALinear(0, 33), ValueError, "in_features must be at least 1, got 0"),
-    (lambda _: FusedSMoALinear("40", 33), TypeError, "in_features must be an int, got '40'"),  # type: ignore[arg-type]
-    (lambda _: FusedSMoALinear(40, 3.0), TypeError, "out_features must be an int, got 3.0"),  # type: ignore[arg-type]
     (lambda _: FusedSMoALinear(40, 33, dtype=torch.int64), TypeError, "dtype must be floating point"),
-    (lambda _: FusedSMoALinear(40, 33, dtype=torch.float8_e5m2), TypeError, "dtype must be .* 16 bits"),
     (lambda _: FusedSMoALinear(40, 33, device="nodev"), ValueError, "device must be one that this machine"),
     (lambda _: FusedSMoALinear(HUGE, 33), ValueError, "in_features must be at most 2147483647"),
     (lambda _: FusedSMoALinear(40, 33, torch.ones(33)), TypeError, "bias must be a bool, got Tensor"),  # type: ignore[arg-type]
-    (lambda _: FusedSMoALinear(40, 33, dtype=np.ones(3)), TypeError, "dtype must be floating point of 16"),  # type: ignore[arg-type]
-    (lambda _: FusedSMoALinear(40, 33, r=10**12, num_blocks=1), ValueError, "r must be at most 65536"),
-    (lambda _: FusedSMoALinear(40, 33, num_blocks=10**12), ValueError, "num_blocks must be at most 65536"),
-    (
-        lambda _: FusedSMoALinear(40, 33, alpha=HUGE),
-        ValueError,
-        "alpha must be a float, or an int of at most 63 bits",
-    ),
     (lambda w: setattr(w.layer, "scaling", float("nan")), ValueError, "scaling must be finite, got nan"),
     (lambda w: setattr(w.layer, "partition", None), TypeError, "partition must be a BlockPartition"),
     (lambda w: setattr(w.layer, "partition", w.problem.partition), ValueError, "partition must be made for"),
-    (lambda w: w.layer(NESTED), TypeError, "x must be a dense tensor, got layout torch.nested"),
     (lambda w: w.layer.load_state_dict([]), TypeError, "state_dict to be dict-like"),  # type: ignore[arg-type]
     (lambda w: w.layer.load_state_dict({5: one(1)}), TypeError, "keys of a state dict must be strings"),  # type: ignore[dict-item]
     (lambda w: w.layer.load_state_dict({}), ValueError, "the state dict lacks bias, weight"),
@@ -64,7 +49,6 @@ def test_methods(call: Call, error: type[Exception], words: str, world: World) -
 
 SETTINGS: list[Change] = [
     ({"r": 0}, ValueError, "r must be at least 1, got 0"),
-    ({"r": 2.5}, TypeError, "r must be an int, got 2.5"),
     ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
     ({"num_blocks": 34, "r": 40}, ValueError, "num_blocks must be at most .* = 33 .*, got 34"),
     (
@@ -73,7 +57,6 @@ SETTINGS: list[Change] = [
         "block_order must be one of spectral, contiguous, random, shared, got 'sorted'",
     ),
     ({"granule": 0}, ValueError, "granule must be at least 1, got 0"),
-    ({"granule": True}, TypeError, "granule must be an int, got True"),
     (
         {"granule": 33},
         ValueError,
@@ -81,14 +64,10 @@ SETTINGS: list[Change] = [
     ),
     ({"block_seed": -1}, ValueError, "block_seed must be at least 0, got -1"),
     ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
-    ({"block_ranks": [4, 4, 0]}, ValueError, "block_ranks must have num_blocks=2 entries, got 3"),
-    ({"block_ranks": [4, 5]}, ValueError, "block_ranks must sum to r=8, got .4, 5., which sum to 9"),
-    ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
     ({"block_ranks": [4.0, 4]}, TypeError, "block_ranks must be ints"),
+    ({"block_ranks": [4, 5]}, ValueError, "block_ranks must sum to r=8, got .4, 5., which sum to 9"),
     ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
-    ({"dropout": None}, TypeError, "dropout must be a number, got None"),
     ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
-    ({"alpha": "1"}, TypeError, "alpha must be a number, got '1'"),
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
     ({"strict_base": "no"}, TypeError, "strict_base must be a bool, got str"),
@@ -121,7 +100,6 @@ def test_from_linear_with_a_weight_that_has_no_spectrum(world: World) -> None:
 
 STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
     (lambda s: s.pop("smoa_ranks"), ValueError, "lacks smoa_ranks"),
-    (lambda s: s.pop("smoa_row_block"), ValueError, "lacks smoa_row_block"),
     (
         lambda s: s.update(smoa_row_block=s["smoa_row_block"] + 3),
         ValueError,
@@ -136,8 +114,6 @@ STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
     (lambda s: s.update(smoa_ranks=one(3, -1, 5).int()), ValueError, "got .3, -1, 5."),
     (lambda s: s.update(smoa_ranks=s["smoa_ranks"] + 0.5), TypeError, "smoa_ranks must be an integer tensor"),
     (lambda s: s.update(smoa_A=torch.zeros(3, 41)), ValueError, "size mismatch for smoa_A"),
-    (lambda s: s.update(smoa_A="x"), TypeError, "smoa_A must be a tensor, got str"),
-    (lambda s: s.update(weight=torch.zeros(33, 41)), ValueError, "size mismatch for weight"),
     (
         lambda s: [s.pop(key) for key in list(s) if key.startswith("smoa_")] and s["weight"].fill_(torch.nan),
         ValueError,
@@ -145,18 +121,7 @@ STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
     ),
     (lambda s: s.update(weight=None), TypeError, "weight must be a tensor, got NoneType"),
     (lambda s: s.update(weight=s["weight"].to_sparse()), TypeError, "weight must be a dense tensor"),
-    (
-        lambda s: s.update(weight=s["weight"] + 0j),
-        TypeError,
-        "weight must be floating point, got .*complex64",
-    ),
     (lambda s: s.update(smoa_B=s["smoa_B"].to("meta")), ValueError, "smoa_B must hold numbers, got a meta"),
-    (lambda s: s.update(smoa_ranks=s["smoa_ranks"].to("meta")), ValueError, "smoa_ranks must hold numbers"),
-    (
-        lambda s: s.update(smoa_sketch=s["smoa_sketch"].long()),
-        TypeError,
-        "smoa_sketch must be floating point",
-    ),
     (lambda s: s.pop("bias"), ValueError, "the state dict lacks bias; strict=False loads the others"),
     (lambda s: s.pop("smoa_sketch"), ValueError, "the state dict lacks smoa_sketch"),
     (lambda s: s.update(extra=one(1)), ValueError, "the state dict must not hold extra"),
@@ -233,11 +198,8 @@ MERGED: list[tuple[Callable[[FusedSMoALinear], object], type[Exception], str]] =
         r"is merged: call unmerge\(\) before assigning",
     ),
     (lambda layer: layer.load_state_dict(layer.state_dict()), RuntimeError, r"is merged: call unmerge\(\)"),
-    (lambda layer: layer(None), TypeError, "x must be a tensor, got NoneType"),
-    (lambda layer: layer(torch.ones(2, 41)), ValueError, "x must have 40 features"),
     (lambda layer: layer(torch.ones(2, 40).half()), TypeError, "weight must have x's dtype torch.float16"),
     (lambda layer: layer(torch.ones(2, 40, device="meta")), ValueError, "weight must be on x's device meta"),
-    (lambda layer: layer(NESTED), TypeError, "x must be a dense tensor"),
 ]
 
 

@@ -15,13 +15,7 @@ _meta = torch.randn(4, 57, device="meta")
 
 ARGUMENTS: list[Change] = [
     ({"x": torch.randn(4, 56)}, ValueError, r"x must have 57 features .* got shape \(4, 56\)"),
-    ({"x": torch.tensor(1.0)}, ValueError, "x must have 57 features"),
     ({"x": torch.ones(4, 57, dtype=torch.int64)}, TypeError, "x must be floating point, got torch.int64"),
-    (
-        {"x": torch.ones(4, 57, dtype=torch.complex64)},
-        TypeError,
-        "x must be floating point, got torch.complex",
-    ),
     ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
     (
         {"x": torch.randn(4, 57).to_sparse()},
@@ -32,7 +26,6 @@ ARGUMENTS: list[Change] = [
     ({"x": _meta}, ValueError, "weight must be on x's device meta, got cpu"),
     ({"weight": torch.randn(33, 57, requires_grad=True)}, ValueError, "weight must be frozen"),
     ({"weight": torch.randn(57)}, ValueError, "weight must have shape"),
-    ({"weight": torch.randn(33, 57).to_sparse()}, TypeError, "weight must be a dense tensor"),
     ({"weight": torch.randn(33, 57).to(torch.float8_e4m3fn)}, TypeError, "weight must have x's dtype"),
     ({"bias": torch.randn(32)}, ValueError, r"bias must have shape \(33,\), got \(32,\)"),
     ({"A": torch.randn(3, 56)}, ValueError, r"A must have shape \(ρ, 57\), got \(3, 56\)"),
@@ -52,11 +45,8 @@ ARGUMENTS: list[Change] = [
     ({"ranks": [3, 0, 2]}, TypeError, "ranks must be an integer tensor, got list"),
     ({"ranks": torch.tensor([3, 0], dtype=INT32)}, ValueError, r"ranks must be int32 of shape \(3,\)"),
     ({"ranks": torch.tensor([4, 0, 2], dtype=INT32)}, ValueError, r"ranks must lie in \[0, 3\]"),
-    ({"ranks": torch.tensor([-1, 0, 2], dtype=INT32)}, ValueError, r"ranks must lie in \[0, 3\]"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
-    ({"dropout_p": -0.1}, ValueError, "dropout_p must lie in"),
     ({"dropout_p": float("nan")}, ValueError, "dropout_p must lie in"),
-    ({"dropout_p": None}, TypeError, "dropout_p must be a number, got None"),
     ({"dropout_seed": 3}, TypeError, "dropout_seed must be an integer tensor, got int"),
     ({"dropout_seed": torch.ones(2, dtype=torch.int64)}, TypeError, "dropout_seed must be an int64 tensor"),
     ({"column_offset": 1}, ValueError, "column_offset and global_in_features must hold x's 57 columns"),
@@ -64,16 +54,13 @@ ARGUMENTS: list[Change] = [
     ({"global_in_features": 50}, ValueError, "got columns 0 to 57 of 50"),
     ({"global_in_features": 57.0}, TypeError, "global_in_features must be an int, got 57.0"),
     ({"scaling": torch.ones(2)}, ValueError, r"scaling must be a number or a 0-d tensor, got shape \(2,\)"),
-    ({"scaling": "1"}, TypeError, "scaling must be a number, got '1'"),
     ({"scaling": torch.tensor(1j)}, TypeError, "scaling must be real, got torch.complex64"),
     ({"scaling": torch.tensor(1.0, requires_grad=True)}, ValueError, "scaling must not require grad"),
 ]
 
 CHOICES: list[Change] = [
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, split, expanded, fused"),
-    ({"algorithm": None}, ValueError, "algorithm must be one of .* got None"),
     ({"algorithm": np.ones(3)}, ValueError, "algorithm must be one of auto, merged"),
-    ({"backend": np.ones(3)}, ValueError, "backend must be one of auto, eager"),
     ({"algorithm": "merged", "dropout_p": 0.1}, ValueError, "'split' or 'auto' while dropout is active"),
     ({"algorithm": "fused"}, ValueError, "merged, split, expanded on backend '(eager|native)', got 'fused'"),
     (

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,27 +21,17 @@ HUGE = 10**12
 
 CONFIGURATIONS: list[Change] = [
     ({"r": 0}, ValueError, "r must be at least 1, got 0"),
-    ({"r": None}, TypeError, "r must be an int, got None"),
-    ({"r": 4.0}, TypeError, "r must be an int, got 4.0"),
     ({"r": HUGE}, ValueError, "r must be at most 65536, got 1000000000000"),
     ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
-    ({"num_blocks": HUGE}, ValueError, "num_blocks must be at most 65536, got 1000000000000"),
     ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
-    (
-        {"block_ranks": [3, 2, 3]},
-        ValueError,
-        r"block_ranks must have num_blocks=2 entries, got 3: \[3, 2, 3\]",
-    ),
+    ({"block_ranks": [3, 2, 3]}, ValueError, "block_ranks must have num_blocks=2 entries, got 3"),
     ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
     ({"block_ranks": [1, 1]}, ValueError, "block_ranks must sum to r=8"),
     ({"smoa_dropout": 1.0}, ValueError, r"smoa_dropout must lie in \[0, 1\), got 1.0"),
-    ({"smoa_dropout": None}, TypeError, "smoa_dropout must be a number, got None"),
     ({"smoa_dropout": "0.1"}, TypeError, "smoa_dropout must be a number, got '0.1'"),
     ({"smoa_alpha": "1"}, TypeError, "smoa_alpha must be a number, got '1'"),
     ({"smoa_alpha": NAN}, ValueError, "smoa_alpha must be finite, got nan"),
-    ({"smoa_alpha": 10**400}, ValueError, "smoa_alpha must be a float, or an int of at most 63 bits"),
     ({"rank_pattern": 4}, TypeError, "rank_pattern must be a dict"),
-    ({"rank_pattern": [1]}, TypeError, "rank_pattern must be a dict"),
     ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be an int of at least 1"),
     (
         {"rank_pattern": {"q": HUGE}},
@@ -50,12 +39,9 @@ CONFIGURATIONS: list[Change] = [
         r"rank_pattern\['q'\] must be .* at most 65536, got 1000000000000",
     ),
     ({"rank_pattern": {5: 1}}, ValueError, "a key of rank_pattern must be a regular expression, got 5"),
-    ({"rank_pattern": {b"0": 1}}, ValueError, "a key of rank_pattern must be a regular expression, got b'0'"),
     ({"rank_pattern": {"(": 3}}, ValueError, r"a key of rank_pattern must be a regular expression, got '\('"),
     ({"alpha_pattern": {"q": "x"}}, TypeError, r"alpha_pattern\['q'\] must be a number, got 'x'"),
-    ({"alpha_pattern": {"q": None}}, TypeError, r"alpha_pattern\['q'\] must be a number, got None"),
     ({"num_blocks_pattern": {"q": 1.5}}, ValueError, r"num_blocks_pattern\['q'\] must be an int"),
-    ({"num_blocks_pattern": {"q": HUGE}}, ValueError, r"num_blocks_pattern\['q'\] must be .* at most 65536"),
     (
         {"block_order": "sorted"},
         ValueError,
@@ -67,7 +53,6 @@ CONFIGURATIONS: list[Change] = [
         "target_parameters must be a list of names, got 'experts.down_proj'",
     ),
     ({"granule": 0}, ValueError, "granule must be at least 1, got 0"),
-    ({"granule": 2.0}, TypeError, "granule must be an int, got 2.0"),
     ({"block_seed": -1}, ValueError, "block_seed must be at least 0, got -1"),
     (
         {"block_order_pattern": {"q": "sorted"}},
@@ -82,13 +67,10 @@ CONFIGURATIONS: list[Change] = [
         TypeError,
         r"target_modules must be a list of names, or one, got \['q_proj', 5",
     ),
-    ({"target_modules": {"q": 1}}, TypeError, "target_modules must be a list of names, or one, got {'q': 1}"),
-    ({"target_modules": "("}, ValueError, r"target_modules must be a regular expression, got '\('"),
     ({"target_modules": "*_proj"}, ValueError, r"target_modules must be a regular expression, got '\*_proj'"),
     ({"exclude_modules": 5}, TypeError, "exclude_modules must be a list of names, or one, got 5"),
     ({"exclude_modules": "["}, ValueError, r"exclude_modules must be a regular expression, got '\['"),
     ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of names, got 'head'"),
-    ({"modules_to_save": [None]}, TypeError, r"modules_to_save must be a list of names, got \[None\]"),
     ({"modules_to_save": [""]}, ValueError, "modules_to_save must hold names of modules, got ''"),
     (
         {"modules_to_save": ["a\\x"]},
@@ -100,11 +82,6 @@ CONFIGURATIONS: list[Change] = [
         TypeError,
         "layers_to_transform must be a list of indices, or one, got '1'",
     ),
-    (
-        {"layers_to_transform": [1.0]},
-        TypeError,
-        r"layers_to_transform must be a list of indices, or one, got \[1.0\]",
-    ),
     ({"layers_pattern": 3}, TypeError, "layers_pattern must be a list of names, or one, got 3"),
     (
         {"layers_to_transform": [0], "target_modules": "q"},
@@ -112,12 +89,9 @@ CONFIGURATIONS: list[Change] = [
         "`layers_to_transform` cannot be used when `target_modules` is a str",
     ),
     ({"bias": "some"}, ValueError, "bias must be one of none, all, smoa_only, got 'some'"),
-    ({"bias": None}, ValueError, "bias must be one of none, all, smoa_only, got None"),
-    ({"bias": np.ones(3)}, ValueError, "bias must be one of none, all, smoa_only"),
     ({"backend": ["eager"]}, ValueError, "backend must be one of .* got .'eager'"),
     ({"weights_sha256": 5}, ValueError, "weights_sha256 must be a str, got 5"),
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, .* got 'fast'"),
-    ({"backend": "cuda"}, ValueError, "backend must be one of .* got 'cuda'"),
     ({"init_weights": "gaussian"}, TypeError, "init_weights must be True or False, got 'gaussian'"),
     ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
     ({"strict_base": 1}, TypeError, "strict_base must be True or False, got 1"),
@@ -125,7 +99,6 @@ CONFIGURATIONS: list[Change] = [
     ({"fan_in_fan_out": None}, TypeError, "fan_in_fan_out must be True or False, got None"),
     ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(2\)"),
     ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(2\)"),
-    ({"format_version": "2"}, ValueError, "format_version must be an int, got '2'"),
 ]
 
 

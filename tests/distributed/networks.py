@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import get_peft_model
+from problems import relative_error
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +19,7 @@ from smoa_kernels import FusedSMoALinear
 from smoa_kernels.peft import SMoAConfig
 
 IN, HIDDEN, BLOCKS, RANK = 20, 30, 3, 7
+DOUBLE = 1e-10
 
 
 class Feedforward(nn.Module):
@@ -55,7 +59,6 @@ def build(
             nn.init.normal_(parameter, std=0.3)
         if parameter.requires_grad:
             parameter.data = parameter.data.double()
-    torch.manual_seed(1)
     return model.to(dtype)
 
 
@@ -66,17 +69,67 @@ def batch(dtype: torch.dtype, tokens: int = 24) -> tuple[Tensor, Tensor]:
     return x.to(dtype), target.to(dtype)
 
 
+def part(tensors: tuple[Tensor, ...], rank: int | None = None, size: int | None = None) -> tuple[Tensor, ...]:
+    """This process's share of a batch."""
+    rank, size = rank if rank is not None else dist.get_rank(), size or dist.get_world_size()
+    return tuple(t.chunk(size)[rank] for t in tensors)
+
+
 def step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The output, and the gradients of x and of every factor, whole."""
+    """The output, and the gradients of x and of every factor, under the names of the model that is not wrapped."""
+    torch.manual_seed(1)
     x = x.clone().requires_grad_()
     y = model(x)
     nn.functional.mse_loss(y, target.to(y.dtype)).backward()  # torch 2.11 takes one dtype alone
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    return {"y": y.detach(), "x": x.grad, **grads}
+    return {
+        "y": y.detach(),
+        "x": x.grad,
+        **{n.removeprefix("_orig_mod.").removeprefix("module."): g for n, g in grads.items()},
+    }
 
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_factors(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = DOUBLE) -> None:
+    """The factors' gradients are those expected."""
+    factors = [name for name in expected if "smoa_" in name]
+    assert len(factors) == len([n for n in ours if "smoa_" in n]) > 0
+    for name in factors:
+        assert relative_error(whole(ours[name]), expected[name]) < tolerance, name
+
+
+def assert_as_one_process(
+    kind: str,
+    wrap: Callable[[nn.Module], nn.Module],
+    share: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """What `wrap` makes of a model computes what one process computes, and does so again in the next step.
+
+    In float64 to a few roundings, in float32 within twice one process's own error. Where each process has a share of
+    the batch, this holds of its part of y and of the factors' gradients.
+    """
+    single = {
+        dtype: step(build(kind, dtype, **settings), *batch(dtype)) for dtype in (torch.float64, torch.float32)
+    }
+    truth = single[torch.float64]
+    names = [name for name in truth if share is None or "smoa_" in name]
+    for dtype in single:
+        model = wrap(build(kind, dtype, **settings))
+        for _ in range(2):
+            model.zero_grad()
+            ours = step(model, *(batch(dtype) if share is None else share(batch(dtype))))
+        assert ours.keys() == truth.keys()
+        if share is not None and dtype == torch.float64:
+            assert relative_error(ours["y"], share((truth["y"],))[0]) < DOUBLE
+        for name in names:
+            budget = 2 * relative_error(single[torch.float32][name], truth[name]) + 1e-7
+            allowed = DOUBLE if dtype == torch.float64 else budget
+            assert relative_error(whole(ours[name]), truth[name]) < allowed, name
+    return model
 
 
 def blocks(model: nn.Module) -> nn.Sequential:

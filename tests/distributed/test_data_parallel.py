@@ -7,10 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from networks import Traffic, batch, blocks, build, layers, step
-from problems import relative_error
+from networks import Traffic, assert_as_one_process, batch, blocks, build, part
 from processes import Processes
-from test_fully_shard import assert_same_gradients, part
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,26 +21,13 @@ pytestmark = pytest.mark.slow  # each starts a group of processes
 DEPTH = 2
 
 
-def prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): value for name, value in values.items()}
+def wrapped(model: nn.Module) -> nn.Module:
+    ignore_buffers(model)
+    return DistributedDataParallel(model, find_unused_parameters=False)
 
 
 def equals_one_process(kind: str) -> None:
-    truth = step(build(kind, torch.float64, depth=DEPTH), *batch(torch.float64))
-    model = build(kind, torch.float64, depth=DEPTH)
-    ignore_buffers(model)
-    parallel = DistributedDataParallel(model, find_unused_parameters=False)
-    for _ in range(2):  # an unused parameter would make the second iteration fail
-        ours = prefixed(step(parallel, *part(batch(torch.float64))))
-        assert_same_gradients(ours, truth)
-        parallel.zero_grad()
-    single = step(build(kind, torch.float32, depth=DEPTH), *batch(torch.float32))
-    ours = prefixed(
-        step(DistributedDataParallel(build(kind, torch.float32, depth=DEPTH)), *part(batch(torch.float32)))
-    )
-    for name in (n for n in truth if "smoa_" in n):
-        budget = 2 * relative_error(single[name], truth[name]) + 1e-7
-        assert relative_error(ours[name], truth[name]) < budget, name
+    assert_as_one_process(kind, wrapped, part, depth=DEPTH)
 
 
 @pytest.mark.parametrize("kind", ["fused", "peft"])
@@ -52,8 +37,7 @@ def test_gradients_are_those_of_the_joint_batch(group: Processes, kind: str) -> 
 
 def sends_the_factors() -> None:
     model = build("fused", torch.float32, depth=DEPTH)
-    ignore_buffers(model)
-    parallel = DistributedDataParallel(model)
+    parallel = wrapped(model)
     bucketed: list[Tensor] = []
     bytes_of: list[int] = []
 
@@ -191,12 +175,7 @@ def test_without_processes_names_are_noted() -> None:
 
 def compiles() -> None:
     torch._dynamo.reset()
-    truth = step(build("fused", torch.float64), *batch(torch.float64))
-    parallel = DistributedDataParallel(build("fused", torch.float64))
-    ours = step(torch.compile(parallel, backend="aot_eager"), *part(batch(torch.float64)))
-    ours = {name.removeprefix("_orig_mod."): value for name, value in ours.items()}
-    assert_same_gradients(prefixed(ours), truth)
-    assert layers(parallel.module)[0].smoa_A.grad is not None
+    assert_as_one_process("fused", lambda m: torch.compile(wrapped(m), backend="aot_eager"), part)
 
 
 @pytest.mark.parametrize(

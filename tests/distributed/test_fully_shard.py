@@ -9,10 +9,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from networks import IN, Traffic, batch, blocks, build, layers, step, whole
+from networks import (
+    DOUBLE,
+    IN,
+    Traffic,
+    assert_as_one_process,
+    assert_factors,
+    batch,
+    blocks,
+    build,
+    layers,
+    part,
+    step,
+    whole,
+)
 from problems import relative_error
 from processes import Processes
-from test_tensor_parallel import DOUBLE, parallelize
+from test_tensor_parallel import parallelize
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -33,34 +46,9 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: object) -
     return fully_shard(model, mesh=mesh, **options)
 
 
-def part(tensors: tuple[Tensor, ...], rank: int | None = None, size: int | None = None) -> tuple[Tensor, ...]:
-    """This process's share of a batch."""
-    rank, size = rank if rank is not None else dist.get_rank(), size or dist.get_world_size()
-    return tuple(t.chunk(size)[rank] for t in tensors)
-
-
-def assert_same_gradients(
-    ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = DOUBLE
-) -> None:
-    factors = [name for name in expected if "smoa_" in name]
-    assert len(factors) == len([n for n in ours if "smoa_" in n]) > 0
-    for name in factors:
-        assert relative_error(whole(ours[name]), expected[name]) < tolerance, name
-
-
 def equals_one_process(kind: str) -> None:
-    truth = step(build(kind, torch.float64, depth=DEPTH), *batch(torch.float64))
-    model = shard(build(kind, torch.float64, depth=DEPTH))
-    ours = step(model, *part(batch(torch.float64)))
-    assert_same_gradients(ours, truth)
-    assert relative_error(ours["y"], part((truth["y"],))[0]) < DOUBLE
-    for parameter in model.parameters():
-        assert isinstance(parameter, DTensor)
-    single = step(build(kind, torch.float32, depth=DEPTH), *batch(torch.float32))
-    ours = step(shard(build(kind, torch.float32, depth=DEPTH)), *part(batch(torch.float32)))
-    for name in (n for n in truth if "smoa_" in n):
-        budget = 2 * relative_error(single[name], truth[name]) + 1e-7
-        assert relative_error(whole(ours[name]), truth[name]) < budget, name
+    model = assert_as_one_process(kind, shard, part, depth=DEPTH)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["fused", "peft"])
@@ -121,7 +109,7 @@ def keeps_factors_whole() -> None:
         ours = step(model, *part(batch(torch.float64)))
     assert isinstance(layers(model)[0].weight, DTensor)
     assert not isinstance(layers(model)[0].smoa_A, DTensor)
-    assert_same_gradients(ours, truth)
+    assert_factors(ours, truth)
     assert traffic.calls["reduce_scatter_base"] == 0
     assert traffic.bytes["allreduce"] == sum(p.numel() * 8 for p in factors)
 
@@ -151,24 +139,19 @@ def trains_wide_factors_over_a_half_base() -> None:
 
     single = step(mixed(), *batch(torch.bfloat16))
     ours = step(shard(mixed()), *part(batch(torch.bfloat16)))
-    for name in (n for n in single if "smoa_" in n):
-        assert ours[name].dtype == torch.float32
-        assert relative_error(whole(ours[name]), single[name]) < 2e-2, name
+    assert_factors(ours, single, 2e-2)
+    assert all(ours[name].dtype == torch.float32 for name in ours if "smoa_" in name)
 
 
 def composes_with_tensor_parallelism(kind: str) -> None:
-    truth = step(build(kind, torch.float64, depth=DEPTH), *batch(torch.float64))
-    single = step(build(kind, torch.float32, depth=DEPTH), *batch(torch.float32))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    for dtype in (torch.float64, torch.float32):
-        model = shard(parallelize(build(kind, dtype, depth=DEPTH), mesh["tensor"]), mesh["data"])
-        ours = step(model, *part(batch(dtype), mesh["data"].get_local_rank(), 2))
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.device_mesh.ndim == 2, name
-                error = relative_error(whole(ours[name]), truth[name])
-                budget = 2 * relative_error(single[name], truth[name]) + 1e-7
-                assert error < (DOUBLE if dtype == torch.float64 else budget), name
+    model = assert_as_one_process(
+        kind,
+        lambda model: shard(parallelize(model, mesh["tensor"]), mesh["data"]),
+        lambda tensors: part(tensors, mesh["data"].get_local_rank(), 2),
+        depth=DEPTH,
+    )
+    assert all(p.device_mesh.ndim == 2 for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("kind", ["fused", "peft"])

@@ -8,7 +8,19 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from networks import HIDDEN, IN, Traffic, batch, blocks, build, layers, step, whole
+from networks import (
+    DOUBLE,
+    HIDDEN,
+    IN,
+    Traffic,
+    assert_as_one_process,
+    batch,
+    blocks,
+    build,
+    layers,
+    step,
+    whole,
+)
 from problems import relative_error
 from processes import Processes
 from torch import nn
@@ -20,8 +32,6 @@ from smoa_kernels.definition import spectral_order
 from smoa_kernels.distributed import ColwiseSMoAParallel, RowwiseSMoAParallel, shared_spectra
 
 pytestmark = pytest.mark.slow  # each starts a group of processes
-
-DOUBLE = 1e-10
 
 
 def parallelize(model: nn.Module, mesh: object = None) -> nn.Module:
@@ -65,32 +75,23 @@ def contiguous_blocks_need_no_spectrum(kind: str, dropout: float) -> None:
 
 
 def equals_one_process(kind: str, dropout: float, spectral: bool) -> None:
-    for dtype in (torch.float64, torch.float32):
-        expected = step(build(kind, dtype, dropout=dropout, spectral=spectral), *batch(dtype))
-        model = parallelize(build(kind, dtype, dropout=dropout, spectral=spectral))
-        if kind == "fused" and not spectral:
-            up, down = layers(model)
-            assert dist.get_world_size() == 2 or 0 in (*up.partition.row_sizes, *down.partition.col_sizes)
-            assert len(up.smoa_row_block) == HIDDEN  # the state dict's labels are whole
-        ours = step(model, *batch(dtype))
-        if dtype == torch.float64:
-            truth = expected
-            assert_close(ours, expected)
-        else:
-            for name, value in expected.items():
-                budget = 2 * relative_error(value, truth[name]) + 1e-7
-                assert relative_error(whole(ours[name]), truth[name]) < budget, name
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            assert isinstance(parameter.grad, DTensor), name
-            assert parameter.grad.placements == parameter.placements, name
-            whole_factor = ("up" in name) == ("smoa_A" in name)
-            assert parameter.placements == ((Replicate(),) if whole_factor else parameter.placements)
-            if whole_factor:
-                parts = [torch.empty_like(parameter.grad.to_local()) for _ in range(dist.get_world_size())]
-                dist.all_gather(parts, parameter.grad.to_local().contiguous())
-                assert all(torch.equal(part, parts[0]) for part in parts), name
+    """Gradients are laid out as their parameters are; those of a factor that all hold whole are the same bits."""
+    model = assert_as_one_process(kind, parallelize, dropout=dropout, spectral=spectral)
+    if kind == "fused" and not spectral:
+        up, down = layers(model)
+        assert dist.get_world_size() == 2 or 0 in (*up.partition.row_sizes, *down.partition.col_sizes)
+        assert len(up.smoa_row_block) == HIDDEN  # the state dict's labels are whole
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        assert isinstance(parameter.grad, DTensor), name
+        assert parameter.grad.placements == parameter.placements, name
+        if ("up" in name) == ("smoa_A" in name):
+            assert parameter.placements == (Replicate(),)
+            local = parameter.grad.to_local()
+            parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, local.contiguous())
+            assert all(torch.equal(part, parts[0]) for part in parts), name
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -296,11 +297,11 @@ def falls_back() -> None:
 
 def compiles() -> None:
     torch._dynamo.reset()
-    expected = step(build("fused", torch.float64, dropout=0.4), *batch(torch.float64))
-    model = parallelize(build("fused", torch.float64, dropout=0.4))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    ours = step(compiled, *batch(torch.float64))
-    assert_close({name.removeprefix("_orig_mod."): value for name, value in ours.items()}, expected)
+    assert_as_one_process(
+        "fused",
+        lambda model: torch.compile(parallelize(model), backend="aot_eager", fullgraph=True),
+        dropout=0.4,
+    )
 
 
 @pytest.mark.parametrize(
