@@ -13,12 +13,12 @@ from torch import Tensor
 from .backends import load_experts_backend
 from .definition.experts import ExpertBlocks, ExpertsAdapter
 from .definition.precision import without_autocast
-from .operator import Gradients, below_autograd, register
+from .operator import Gradients, backward_fake, below_autograd, or_empty, register
 
 __all__ = ["ExpertsCall", "experts_linear"]
 
 _CALL = (
-    "Tensor ends, Tensor weight, Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor row_offsets, "
+    "Tensor weight, Tensor A, Tensor B, Tensor ends, Tensor ranks, Tensor scaling, Tensor row_offsets, "
     "Tensor col_offsets, Tensor? row_index, Tensor? col_index, int granule, str backend"
 )
 _TENSORS = _CALL.count("Tensor")
@@ -42,7 +42,7 @@ class ExpertsCall(NamedTuple):
         """The arguments of the operators, tensors first."""
         adapter, blocks = self.adapter, self.adapter.blocks
         return (
-            *(self.ends, adapter.weight, adapter.A, adapter.B, adapter.ranks, adapter.scaling),
+            *(adapter.weight, adapter.A, adapter.B, self.ends, adapter.ranks, adapter.scaling),
             *(blocks.row_offsets, blocks.col_offsets, blocks.row_index, blocks.col_index),
             *(blocks.granule, self.backend),
         )
@@ -50,7 +50,7 @@ class ExpertsCall(NamedTuple):
     @staticmethod
     def unflatten(*flat: Any) -> ExpertsCall:
         """Inverse of :meth:`flatten`."""
-        ends, weight, A, B, ranks, scaling, *blocks, backend = flat
+        weight, A, B, ends, ranks, scaling, *blocks, backend = flat
         return ExpertsCall(ends, ExpertsAdapter(weight, A, B, ExpertBlocks(*blocks), ranks, scaling), backend)
 
 
@@ -91,25 +91,12 @@ def _forward(x: Tensor, *flat: Any) -> Tensor:
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
     ends, adapter, backend = ExpertsCall.unflatten(*flat)
     with without_autocast(dy):
-        dx, dA, dB = load_experts_backend(backend).experts_backward(dy, x, ends, adapter, needs_x=needs_x)
-    return (
-        dy.new_empty(0) if dx is None else dx,
-        adapter.A.new_empty(0) if dA is None else dA,
-        adapter.B.new_empty(0) if dB is None else dB,
-    )
+        found = load_experts_backend(backend).experts_backward(dy, x, ends, adapter, needs_x=needs_x)
+    return or_empty(found, (dy, adapter.A, adapter.B))
 
 
 def _forward_fake(x: Tensor, *flat: Any) -> Tensor:
-    return x.new_empty(x.shape[0], flat[1].shape[1])
-
-
-def _backward_fake(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
-    _, weight, A, B, *_ = flat
-    return (
-        dy.new_empty(dy.shape[0], weight.shape[2]) if needs_x else dy.new_empty(0),
-        A.new_empty(0 if x is None else A.shape),
-        B.new_empty(0 if x is None else B.shape),
-    )
+    return x.new_empty(x.shape[0], flat[0].shape[1])
 
 
 class _Experts(torch.autograd.Function):
@@ -124,7 +111,7 @@ class _Experts(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x, where the factors' gradients need it, the factors and references to frozen tensors."""
         x, *flat = inputs
-        _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_A or needs_B else None, *flat[:_TENSORS])
         ctx.settings = flat[_TENSORS:]
 
@@ -132,10 +119,10 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in x, A and B."""
         x, *tensors = ctx.saved_tensors
-        needs_x, _, _, needs_A, needs_B, *others = ctx.needs_input_grad
+        needs_x, _, needs_A, needs_B, *others = ctx.needs_input_grad
         dx, dA, dB = _linear_backward(dy, x, needs_x, *tensors, *ctx.settings)
         factors = dA if needs_A else None, dB if needs_B else None
-        return dx if needs_x else None, None, None, *factors, *[None] * len(others)
+        return dx if needs_x else None, None, *factors, *[None] * len(others)
 
 
 class _ExpertsBackward(torch.autograd.Function):
@@ -169,7 +156,7 @@ _linear_backward: Any = register(
     _LIBRARY,
     f"experts_linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,
-    fake=_backward_fake,
+    fake=backward_fake,
     function=_ExpertsBackward,
     formula=_no_forward_mode,
 )

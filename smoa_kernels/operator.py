@@ -57,22 +57,13 @@ class LinearCall(NamedTuple):
 
     def flatten(self) -> tuple[Any, ...]:
         """The arguments of the operators, tensors first: they take only tensors and plain types."""
-        adapter, dropout, partition = self.adapter, self.dropout, self.adapter.partition
-        return (
-            adapter.weight,
-            adapter.A,
-            adapter.B,
-            adapter.ranks,
-            adapter.scaling,
-            None if dropout is None else dropout.seed,
-            *partition.tensors(),
-            None if adapter.block_ranks is None else list(adapter.block_ranks),
-            partition.sizes(),
-            0.0 if dropout is None else dropout.p,
-            0 if dropout is None else dropout.column_offset,
-            None if dropout is None else dropout.width,
-            self.backend,
+        adapter, drop, partition = self.adapter, self.dropout, self.adapter.partition
+        seed, *mask = (
+            (None, 0.0, 0, None) if drop is None else (drop.seed, drop.p, drop.column_offset, drop.width)
         )
+        tensors = adapter.weight, adapter.A, adapter.B, adapter.ranks, adapter.scaling, seed
+        ranks = None if adapter.block_ranks is None else list(adapter.block_ranks)
+        return *tensors, *partition.tensors(), ranks, partition.sizes(), *mask, self.backend
 
     @staticmethod
     def unflatten(*flat: Any) -> LinearCall:
@@ -139,22 +130,26 @@ def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradie
     adapter, dropout, backend = LinearCall.unflatten(*flat)
     adapter = replace(adapter, weight=adapter.weight.to(dy.dtype))
     rows = None if x is None else _as_matrix(x)
-    dx, dA, dB = load_backend(backend).backward(_as_matrix(dy), rows, adapter, dropout, needs_x=needs_x)
-    return (
-        dy.new_empty(0) if dx is None else _with_leading_dimensions(dx, dy),
-        adapter.A.new_empty(0) if dA is None else dA,
-        adapter.B.new_empty(0) if dB is None else dB,
-    )
+    dx, *factors = load_backend(backend).backward(_as_matrix(dy), rows, adapter, dropout, needs_x=needs_x)
+    dx = None if dx is None else _with_leading_dimensions(dx, dy)
+    return or_empty((dx, *factors), (dy, adapter.A, adapter.B))
+
+
+def or_empty(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Gradients:
+    """Gradients as an operator returns them: an empty tensor for each that was not needed."""
+    dx, dA, dB = (one.new_empty(0) if each is None else each for each, one in zip(found, like, strict=True))
+    return dx, dA, dB
 
 
 def _forward_fake(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], flat[0].shape[0])
 
 
-def _backward_fake(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
+def backward_fake(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
+    """Gradients without values; `flat` begins with W0, A and B."""
     weight, A, B, *_ = flat
     return (
-        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if needs_x else dy.new_empty(0),
+        dy.new_empty(*dy.shape[:-1], weight.shape[-1]) if needs_x else dy.new_empty(0),
         A.new_empty(0 if x is None else A.shape),
         B.new_empty(0 if x is None else B.shape),
     )
@@ -394,7 +389,7 @@ linear_backward: Any = register(
     _LIBRARY,
     f"linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,
-    fake=_backward_fake,
+    fake=backward_fake,
     function=_LinearBackward,
     formula=formula_gradients,
 )

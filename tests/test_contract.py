@@ -72,6 +72,17 @@ def equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 # Numbers
 
 
+def test_one_wrong_element_exceeds_the_budget() -> None:
+    """One of thirty thousand, by which their norm hardly moves."""
+    truth = torch.randn(160, 192, dtype=torch.float64)
+    theirs = truth.bfloat16()
+    assert error_over_budget(theirs.clone(), theirs, truth) <= 1
+    for wrong in (theirs[3, 4] + 0.1, NAN):
+        ours = theirs.clone()
+        ours[3, 4] = wrong
+        assert not error_over_budget(ours, theirs, truth) <= 1
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @each_slowly
 def test_results_of_every_shape(case: Case, shape: str) -> None:

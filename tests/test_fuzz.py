@@ -65,11 +65,12 @@ def check(case: Case, backend: str) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _panels_of_four_tokens() -> Iterator[None]:
-    """Problems this small would all be one panel of the eager backend."""
+def _small_panels() -> Iterator[None]:
+    """Problems this small would all be one panel of the eager backend, of tokens and of W_eff's rows."""
+    panels = {"TOKEN_PANEL": 4, "HALF_TOKEN_PANEL": 4, "MERGED_PANEL": 4, "MERGED_HALF_PANEL": 4}
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("TOKEN_PANEL", "HALF_TOKEN_PANEL"):
-            patch.setattr(eager, name, 4)
+        for name, value in (panels | {"MERGED_BYTES": 0, "MERGED_ALIGNMENT": 3}).items():
+            patch.setattr(eager, name, value)
         yield
 
 

@@ -1,6 +1,5 @@
 """The `smoa::linear` operator: what the compiler and the exporter see."""
 
-import copy
 import warnings
 from dataclasses import replace
 

@@ -12,7 +12,6 @@ from problems import DEVICE
 from vectors import Vector, all_vectors
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.definition import spectral_order
 from smoa_kernels.definition.block_rule import BLOCK_ORDERS, BlockRule
 from smoa_kernels.definition.sketch import sketch_weight
 from smoa_kernels.definition.spectral_order import one_thread, spectral_centroids
@@ -180,21 +179,6 @@ def test_autocast_rounds_neither_labels_nor_sketch() -> None:
 
 
 @pytest.mark.numerical
-def test_labels_rebuild_without_a_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
-    partition = BlockPartition.from_weight(torch.randn(13, 9), 4)
-
-    def never(*_: object) -> None:
-        raise AssertionError("a spectrum was computed")
-
-    monkeypatch.setattr(spectral_order, "spectral_centroids", never)
-    again = BlockPartition.from_labels(partition.row_block, partition.col_block, 4)
-    assert again == partition
-    assert again.row_index.tolist() == partition.row_index.tolist()
-    assert again.row_order.tolist() == sorted(range(13), key=lambda i: (int(partition.row_block[i]), i))
-    assert again.row_offsets.tolist() == [0, 4, 7, 10, 13]
-
-
-@pytest.mark.numerical
 def test_label_dtypes() -> None:
     assert (
         BlockPartition.from_labels(torch.arange(256), torch.arange(256), 256).row_block.dtype == torch.uint8
@@ -301,23 +285,3 @@ def test_what_labels_allow_is_read_off_them() -> None:
     assert partition.shard(slice(8, 21), slice(8, 40)).granularity == 8
     assert partition.shard(slice(3, 21)).granularity == 1
     assert partition.shard(slice(4, 16)).is_contiguous
-
-
-@pytest.mark.numerical
-@pytest.mark.parametrize("order", BLOCK_ORDERS)
-def test_parts_that_are_cut_at_multiples_of_the_granule_keep_it(order: str) -> None:
-    """Cut as tensor parallelism cuts, rows or columns; the last part of 61 columns ends with a short granule."""
-    whole = made(order, drawn(96, 61, seed=6), 3, 8)
-    for parts in (2, 3, 4, 8):
-        for side, size in enumerate(whole.shape):
-            step = -(-size // parts)
-            for start in range(0, size, step):
-                piece = slice(start, start + step)
-                part = whole.shard(*((piece, slice(None)) if side == 0 else (slice(None), piece)))
-                assert part.is_contiguous or order != "contiguous"
-                assert part.granularity % 8 == 0 or start % 8 > 0
-                labels = (part.row_block, part.col_block)[side]
-                assert torch.equal(labels, (whole.row_block, whole.col_block)[side][piece])
-    # Labels that change at odd places: contiguous parts are contiguous all the same.
-    odd = made("contiguous", torch.empty(37, 53), 4, 1)
-    assert all(odd.shard(col_slice=slice(start, start + 7)).is_contiguous for start in range(0, 53, 7))

@@ -12,9 +12,9 @@ import pytest
 import torch
 from draws import assume, given, settings, st
 from problems import DEVICE, LinearProblem, make_problem
-from torch import Tensor, nn
+from torch import Tensor
 
-from smoa_kernels import BlockPartition, FusedSMoALinear
+from smoa_kernels import BlockPartition
 from smoa_kernels.backends import eager
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.definition.ranks import trainable_parameters
@@ -121,21 +121,6 @@ def test_the_update_never_leaves_the_diagonal_blocks(p: LinearProblem) -> None:
     assert torch.equal(eager.modulated_weight(adapter(p))[~inside], p.weight[~inside])
     adapted = p.ranks[p.partition.row_block.long()] > 0
     assert bool((delta(p)[inside & adapted[:, None]] != 0).all())
-
-
-def test_nor_does_it_while_it_trains() -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(30, 21, dtype=torch.float64)
-    layer = FusedSMoALinear.from_linear(linear, r=7, num_blocks=3)
-    before, inside = linear.weight.clone(), layer.partition.row_block[:, None] == layer.partition.col_block
-    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
-    for _ in range(5):
-        optimizer.zero_grad()
-        layer(torch.randn(8, 30, dtype=torch.float64)).square().sum().backward()
-        optimizer.step()
-    layer.merge()
-    assert torch.equal(layer.weight[~inside], before[~inside])
-    assert bool((layer.weight[inside] != before[inside]).all())
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ __all__ = ["ExpertBlocks", "ExpertsAdapter", "index_dtype", "reference_experts_l
 class ExpertBlocks:
     """The aligned blocks of E weights of one shape (N, C), without a label for each coordinate.
 
-    Block k of expert e holds the rows `row_index[e, row_offsets[e, k]:row_offsets[e, k + 1]]`, ascending, and likewise
-    columns. Where the first dimension is 1, all experts share what it holds. A block may be empty.
+    Block k of expert e holds the rows `row_index[e, row_offsets[e, k]:row_offsets[e, k + 1]]`, ascending, and its
+    columns in the same way. Where the first dimension is 1, all experts share what it holds. A block may be empty.
 
     Attributes:
         row_offsets: int32 (E or 1, K + 1), where each block's rows start in `row_index`; the last is N.

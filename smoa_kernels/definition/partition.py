@@ -32,7 +32,7 @@ __all__ = ["BlockPartition"]
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class BlockPartition:
-    """K aligned blocks over the rows and columns of an (N, C) weight.
+    """K aligned blocks of a weight W0 (N, C), of its N rows (outputs) and C columns (inputs).
 
     Build one with :meth:`from_weight` (from the spectrum), :meth:`contiguous` or :meth:`random` (from a shape), or
     :meth:`from_labels` (from stored labels). All tensors live on one device. No method changes an instance. Two
