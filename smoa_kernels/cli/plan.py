@@ -26,20 +26,6 @@ from .output import console, write_json
 
 __all__ = ["plan"]
 
-HEADINGS = [
-    *(
-        "",
-        "trained, M",
-        "weights",
-        "gradients",
-        "optimizer",
-        "labels",
-        "gathered",
-        "activations",
-        "workspace",
-    ),
-    *("GB in all", "fits", "sent, GB", "compute, s", "sending, s", ""),
-]
 LABELS = {"full": "full fine-tuning", "lora": "LoRA", "smoa": "SMoA"}
 
 
@@ -71,44 +57,40 @@ def plan(
         how = f"TP over {cut}, DDP over {gpus // cut}"
     title = f"{model}, {gpus} × {gpu}, {how}, T={tokens}, r={rank}, K={blocks}"
     rows = [_row(found, GPUS[gpu].memory_gb) for found in plans]
+    headings = [heading.strip() for heading in rows[0]]
     if markdown:
-        print(f"**{title}**\n", *_markdown(rows), sep="\n")
+        print(f"**{title}**\n")
+        rule = ["---", *["--:"] * (len(headings) - 1)]
+        for cells in (headings, rule, *(row.values() for row in rows)):
+            print(f"| {' | '.join(cells)} |")
     else:
-        console().print(_table(title, rows))
+        table = Table(title=title, box=SIMPLE_HEAD, padding=0)
+        for i, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row.values())
+        console().print(table)
         console().print("GB is 10⁹ bytes. Every number is predicted, none measured (docs/scaling.md).")
     if json is not None:
         write_json(json, _as_json(scale, gpu, plans))
 
 
-def _row(found: Plan, capacity: int) -> list[str]:
-    memory = found.memory
-    return [
-        LABELS[found.method],
-        f"{found.trained_parameters / 1e6:,.1f}",
-        *(_gigabytes(memory[part]) for part in ("weights", "gradients", "optimizer", "labels", "gathered")),
-        _gigabytes(memory["activations"] + memory["logits"]),
-        _gigabytes(memory["workspace"]),
-        _gigabytes(found.total_memory),
-        "yes" if found.total_memory <= capacity * 1e9 else "no",
-        _gigabytes(found.total_traffic),
-        f"{found.compute_seconds:.2f}",
-        f"{found.traffic_seconds:.3f}",
-        "predicted",
-    ]
-
-
-def _table(title: str, rows: list[list[str]]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _markdown(rows: list[list[str]]) -> list[str]:
-    rule = ["---", *["--:"] * (len(HEADINGS) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (HEADINGS, rule, *rows)]
+def _row(found: Plan, capacity: int) -> dict[str, str]:
+    """The cells of a method by their headings."""
+    memory, gb = found.memory, _gigabytes
+    return {
+        "": LABELS[found.method],
+        "trained, M": f"{found.trained_parameters / 1e6:,.1f}",
+        **{part: gb(memory[part]) for part in ("weights", "gradients", "optimizer", "labels", "gathered")},
+        "activations": gb(memory["activations"] + memory["logits"]),
+        "workspace": gb(memory["workspace"]),
+        "GB in all": gb(found.total_memory),
+        "fits": "yes" if found.total_memory <= capacity * 1e9 else "no",
+        "sent, GB": gb(found.total_traffic),
+        "compute, s": f"{found.compute_seconds:.2f}",
+        "sending, s": f"{found.traffic_seconds:.3f}",
+        " ": "predicted",
+    }
 
 
 def _gigabytes(size: float) -> str:
