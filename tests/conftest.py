@@ -21,13 +21,13 @@ elif os.environ.get("CPU_EMULATOR"):  # a processor: compiled code is that for i
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-GUARD = 65  # numbers before and behind; what lies between begins in no whole cache line
+GUARD = 65  # numbers before and behind the tensor, which then begins inside a cache line
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @pytest.fixture(autouse=True)
 def _same_draws() -> None:
-    """What a test draws does not depend on the tests before it: an error budget that is met once is met always."""
+    """Seed every test alike, so that an error budget that is met once is always met."""
     torch.manual_seed(0)
 
 
@@ -45,7 +45,7 @@ def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what `torch.empty` and its relatives return with ones in every bit, a NaN: what is left unwritten shows."""
+    """Fill what `torch.empty` and its relatives return with NaN (all bits set), so that unwritten memory shows."""
     with torch.device("cpu"):
         torch.empty(0)  # torch notes once what a default device applies to: the functions replaced here
 
@@ -70,9 +70,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Poison what `Tensor.new_empty` returns, and see to it that nothing is written just before or behind it.
+    """Fill what `Tensor.new_empty` returns with NaN, and check that nothing is written just before or behind it.
 
-    All workspaces are such tensors then.
+    Every workspace is made by it while this fixture is used.
     """
     monkeypatch.setattr("smoa_kernels.backends.pages.LARGE", sys.maxsize)
     allocate, kept = Tensor.new_empty, []
@@ -92,7 +92,7 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled GEMM multiplies in float32 on every processor, half types too, which it widens."""
+    """Let the compiled GEMM multiply in float32 on every processor; it widens half types."""
     module = "smoa_kernels.backends.native.backend"
     routes = importlib.import_module(module)
     kept = [row for row in routes.ROUTES if row.path in (routes.Path.FEW, routes.Path.FLOAT)]
@@ -101,7 +101,7 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's operators compute nothing."""
+    """Fail where torch's operators compute instead of compiled code."""
     for name in ("forward", "backward"):
         monkeypatch.setattr(f"smoa_kernels.backends.eager.{name}", lambda *_, **__: pytest.fail("eager"))
 

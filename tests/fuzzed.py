@@ -1,4 +1,4 @@
-"""Problems that nobody picked, and the C oracle's answers to them.
+"""Problems drawn at random, and the C oracle's answers to them.
 
 A result may differ from the oracle's by a few roundings of its own dtype, measured against what the oracle gives for
 the absolute values of all inputs: sums that cancel are judged by the size of their terms.
@@ -34,9 +34,9 @@ def rules(draw: st.DrawFn, shape: tuple[int, ...], num_blocks: int) -> dict[str,
 
 @st.composite
 def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bool = False) -> LinearProblem:
-    """In its dtypes and strides; its blocks are made in any order, of any granules, or by any labels.
+    """A problem of any dtype and strides, with blocks of any order and granule or with any labels.
 
-    A layer has no more blocks than rows or columns, and some rank.
+    A layer's problem has no more blocks than rows or columns, and a rank above 0.
     """
     out_features, in_features = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     random_labels = draw(st.booleans())
@@ -82,7 +82,7 @@ def absolute(p: LinearProblem) -> LinearProblem:
 
 
 def compare(found: Iterable[Tensor], p: LinearProblem, mask: Tensor | None = None) -> None:
-    """As many of y, dX, dA, dB and dbias as there are with what the oracle makes of the problem."""
+    """Compare y, dX, dA, dB and dbias, as many as are given, with the oracle's results."""
     truth, size = oracle(p, mask), oracle(absolute(p), mask)
     for name, ours, exact, terms in zip(("y", "dX", "dA", "dB", "dbias"), found, truth, size, strict=False):
         assert ours.shape == exact.shape, name
@@ -90,7 +90,7 @@ def compare(found: Iterable[Tensor], p: LinearProblem, mask: Tensor | None = Non
 
 
 def allowed(terms: Tensor, *dtypes: torch.dtype) -> Tensor:
-    """What a result may be off that passed through these dtypes, of terms of that size."""
+    """The error that is allowed for a sum of terms of this size that passed through these dtypes."""
     infos = [torch.finfo(dtype) for dtype in dtypes]
     least = max(info.eps * info.smallest_normal for info in infos)
     return ROUNDINGS * (max(info.eps for info in infos) * terms + least)

@@ -55,9 +55,9 @@ ORDERS: dict[str, dict[str, Any]] = {
     "one contiguous block": {"block_order": "contiguous", "ranks": (4,), "bias": False},
     "one random granule": {"block_order": "random", "granule": 64, "ranks": (4,)},
 }
-"""How blocks are made, and of what. Of sizes that are multiples of the granule, eager copies runs."""
+"""How blocks are made, and the sizes. Where sizes are multiples of the granule, the eager backend copies runs."""
 
-# That every test of the contract meets, in turn: eager has code of its own for contiguous blocks in every algorithm.
+# The second orders of cases, in turn. The eager backend has code of its own for contiguous blocks in every algorithm.
 _IN_TURN = ("contiguous", "short granules", "contiguous", "random")
 
 
@@ -99,7 +99,7 @@ class LinearProblem:
         return replace(self, **{name: layout(getattr(self, name)) for name in names})
 
     def leaves(self, *names: str) -> LinearProblem:
-        """The same memory, as leaves of a graph, of which those named (of `LEAVES`) ask for a gradient."""
+        """The same memory as leaves of a graph; those that are named (from `LEAVES`) require a gradient."""
         given = {name: getattr(self, name) for name in LEAVES if getattr(self, name) is not None}
         return replace(self, **{n: t.detach().requires_grad_(n in names) for n, t in given.items()})
 
@@ -109,7 +109,7 @@ class LinearProblem:
         return function(self.x, self.weight, self.bias, *factors, scaling=self.scaling, **options)
 
     def run(self, **options: object) -> tuple[Tensor, ...]:
-        """y, dX, dA, dB and, where there is one, dbias. `autocast`, a dtype, is on in the forward, as is usual."""
+        """y, dX, dA, dB, and dbias where there is a bias. `autocast` is a dtype; it is on in the forward only."""
         return self._run(smoa_linear, **options)
 
     def run_reference(self, *, mask: Tensor | None = None, **options: object) -> tuple[Tensor, ...]:
@@ -159,7 +159,7 @@ class LinearProblem:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute the layer: what is added here as a further axis reaches every test of the contract.
+    """One way to compute the layer. An axis that is added here reaches every test of the contract.
 
     Attributes:
         backend: one that runs here.
@@ -203,9 +203,9 @@ class Case:
 
 
 def cases(backend: str) -> Iterator[Case]:
-    """Every algorithm of a backend in every dtype that it takes here, the widest first; the reference has one.
+    """Every algorithm of a backend in every dtype that it takes here, the widest dtype first.
 
-    On a CPU's backends also in another order, by turns.
+    Each case of the CPU's backends comes in a second order too.
     """
     dtypes = [dtype for dtype in DTYPES if obstacle(backend, dtype) is None]
     if dtypes:
@@ -219,7 +219,7 @@ def cases(backend: str) -> Iterator[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Those of every backend that runs here, of spectral blocks."""
+    """The cases of every backend that runs here, with spectral blocks."""
     return [case for backend in BACKEND_CHOICES[1:] for case in in_orders(cases(backend), "spectral")]
 
 
@@ -229,16 +229,16 @@ def in_orders(cases: Iterable[Case], *orders: str) -> list[Case]:
 
 
 def interpreted(case: Case) -> bool:
-    """In Triton's interpreter a run takes half a second."""
+    """Whether a case runs in Triton's interpreter, where it takes half a second."""
     return case.backend == "triton" and DEVICE.type == "cpu"
 
 
 def each(
     values: Callable[[str], list[Case]], *, slow: Callable[[Case], bool] = lambda case: False
 ) -> pytest.MarkDecorator:
-    """Those of every backend; of one that does not run here a skipped test that says why.
+    """A test for each case of every backend; for a backend that does not run here, a skipped test with the reason.
 
-    Those that are `slow`, of which quicker ones hold most, are for `make test-all`.
+    Cases that are `slow` run in `make test-all`. Quicker ones show most of what they show.
     """
     found = []
     for backend in BACKEND_CHOICES[1:]:
@@ -251,7 +251,7 @@ def each(
 
 
 def widest(backend: str) -> list[Case]:
-    """Each algorithm of a backend once, and once in another order where there is one."""
+    """Each algorithm of a backend in its widest dtype, with spectral blocks and in one other order."""
     found = {(case.algorithm, case.order == "spectral"): case for case in reversed(list(cases(backend)))}
     return list(found.values())
 
@@ -320,7 +320,7 @@ def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
 
 
 def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
-    """What of x a backend's mask keeps, ones in float64: the kernels' is read off by gathering ones."""
+    """Ones in float64 where a backend's mask keeps an element of x. The kernels' mask is found by gathering ones."""
     ones = torch.ones_like(problem.x, dtype=torch.float32)
     if backend != "triton":
         return (dropout.multiplier(ones) != 0).double()
@@ -352,16 +352,16 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return error / norm if norm else error
 
 
-# Beside the same-dtype error, a floor for results that torch happens to get exactly.
+# A floor beside the same-dtype error, for results that torch happens to compute exactly.
 TINY = {torch.float64: 1e-13, torch.float32: 3e-7, torch.bfloat16: 1e-4, torch.float16: 1e-5}
 
 
 def error_over_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
     """`err(ours) / (2 · err(same-dtype reference) + tiny)`, both against the float64 truth: 1 uses the budget up.
 
-    The error is that of the norm, and that of the element that is furthest off: the larger share counts. Where few
-    elements are as large as the largest, they decide both, and each may be one rounding off: that the reference is
-    nearer there is luck.
+    There are two errors, the norm's and that of the element which is furthest off; the larger share counts. A few
+    elements that are much larger than all others decide both. Each of them may be one rounding off even where the
+    reference, by luck, is not.
     """
     size = truth.abs()
     few = int((size > size.max() / 4).sum() if size.numel() else 0) < 32
@@ -397,7 +397,7 @@ def small_update(case: Case, tokens: int, bias: bool, in_features: int = 16) -> 
 
 
 def survival(case: Case, p: LinearProblem, run: Callable[[LinearProblem], Tensor]) -> tuple[float, float]:
-    """What share of the exact adapter output a run's own contains, and the noise of that measure."""
+    """The share of the exact adapter output that a run delivers, and the noise of this measure."""
     base = replace(p, B=torch.zeros_like(p.B))
     truth = case.definition(p.to(torch.float64))[0] - case.definition(base.to(torch.float64))[0]
     share = float(((run(p).double() - run(base).double()) * truth).sum() / truth.square().sum())

@@ -1,7 +1,7 @@
-"""What every backend promises of every algorithm in every dtype, each promise once.
+"""What every backend promises for every algorithm in every dtype, each promise once.
 
-The cases are `problems.cases`: an axis that is added there reaches every test. What is special to one backend,
-to the operator or to the layer has its own file; single kernels are tests/kernels/'s.
+The cases are `problems.cases`: an axis that is added there reaches every test. One backend's own behaviour, the
+operator's and the layer's have files of their own. Single kernels are tested in tests/kernels/.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def test_more_blocks_than_rows(case: Case) -> None:
 
 
 def of_every_order(backend: str) -> list[Case]:
-    """The kernels have two kinds of blocks, those of whole granules of 8 and all others, so that few orders do."""
+    """The kernels know two kinds of blocks, those of whole granules of 8 and all others: a few orders are enough."""
     if backend == "triton":
         return in_orders(some(backend, torch.bfloat16), "contiguous", "granules of 8, primes", "random")
     found = some(backend, torch.float32, torch.bfloat16) if backend != "reference" else []
@@ -176,7 +176,7 @@ def test_any_strides_of_other_orders(case: Case, layout: str) -> None:
 
 @each_spectral
 def test_blocks_listed_in_any_order(case: Case) -> None:
-    """Nothing says that what a block lists ascends."""
+    """A block may list its rows and columns in any order."""
     p = case.problem(random_labels=True)
     tensors, sizes = p.partition.tensors(), p.partition.sizes()
     for axis, parts in ((2, p.partition.row_sizes), (3, p.partition.col_sizes)):
@@ -242,7 +242,7 @@ def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
     """Not finite wherever the definition's is not, and nowhere else; the rest is the definition's."""
     finite = ours.isfinite()
     assert not (finite & ~theirs.isfinite()).any()
-    # A broken factor meets the zeros of other blocks in merged and expanded, and 0 · NaN is NaN: it may spread.
+    # In merged and expanded a broken factor is multiplied by the zeros of other blocks. 0 · NaN is NaN, so it may spread.
     assert poison in "AB" or torch.equal(finite, theirs.isfinite())
     rtol, atol = (4e-2, 4e-2) if ours.dtype in HALF else (2e-4, 2e-5)
     torch.testing.assert_close(ours[finite], theirs[finite], rtol=rtol, atol=atol)
@@ -260,10 +260,10 @@ def test_what_is_not_finite_is_not_hidden(case: Case, poison: tuple[str, float],
 @pytest.mark.parametrize("bias", [True, pytest.param(False, marks=SLOW)])
 @each(lambda backend: some(backend, *HALF) if backend != "reference" else [], slow=interpreted)
 def test_a_small_update_survives(case: Case, bias: bool) -> None:
-    """An update far below the last bit of half precision arrives, for base and bias are added to it.
+    """An update far below the last bit of half precision arrives, because base and bias are added to it.
 
-    A merged weight is rounded itself and delivers nothing, but where compiled code keeps W_eff in float32 panels;
-    the definition (left out) rounds the base's output first.
+    A merged weight is rounded and loses the update, except where compiled code keeps W_eff in float32 panels. The
+    definition is left out: it rounds the base's output first.
     """
     loses = case.algorithm == "merged" and (case.backend != "native" or has_gemm(case.dtype))
     p = small_update(case, 256 if case.backend == "triton" else 4096, bias)  # few in the interpreter

@@ -1,4 +1,4 @@
-"""`smoa_linear` against the C oracle, on shapes, strides, dtypes, ranks, blocks and algorithms that nobody picked.
+"""`smoa_linear` against the C oracle, on random shapes, strides, dtypes, ranks, blocks and algorithms.
 
 make nightly     # 10,000 problems instead of 300 (tests/draws.py)
 """

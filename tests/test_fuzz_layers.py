@@ -1,4 +1,4 @@
-"""`FusedSMoALinear` against the C oracle, on weights that nobody picked: blocks, output, merged output."""
+"""`FusedSMoALinear` against the C oracle, on random weights: blocks, output, merged output."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What the paper proves or implies of the update, in float64. That K = 1 is HiRA: tests/peft/test_tuner.py, by PEFT.
 
-The paths that are tested are those that train and merge (`eager`), with labels that nobody picked, empty blocks and
-blocks of rank 0 among them, and rubbish in the factors' padding.
+The eager backend is tested, with random labels, empty blocks and blocks of rank 0 among them, and rubbish in the
+factors' padding.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def rank_bound(p: LinearProblem) -> int:
 @SOME
 @given(p=problems(), inner=st.integers(1, 4))
 def test_rank_is_bounded_by_the_blocks(p: LinearProblem, inner: int) -> None:
-    """For factors and a W0 of many coincidences: equal rows, zero columns."""
+    """Factors and W0 have few distinct values, so that rows coincide and columns vanish."""
     generator = torch.Generator().manual_seed(inner)
     N, C = p.weight.shape
     p = replace(
