@@ -242,7 +242,7 @@ def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
     """Not finite wherever the definition's is not, and nowhere else; the rest is the definition's."""
     finite = ours.isfinite()
     assert not (finite & ~theirs.isfinite()).any()
-    # In merged and expanded a broken factor is multiplied by the zeros of other blocks. 0 · NaN is NaN, so it may spread.
+    # In merged and expanded a broken factor meets the zeros of other blocks. 0 · NaN is NaN, so it may spread.
     assert poison in "AB" or torch.equal(finite, theirs.isfinite())
     rtol, atol = (4e-2, 4e-2) if ours.dtype in HALF else (2e-4, 2e-5)
     torch.testing.assert_close(ours[finite], theirs[finite], rtol=rtol, atol=atol)

@@ -121,7 +121,7 @@ def test_sums_are_as_short_as_torchs(
 def test_an_expert_whose_update_is_zero_gives_the_bits_of_its_weight(
     backend: str, pairs: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Whatever the other experts' B, and, in float32, whatever its padding holds."""
+    """This holds for any B of other experts, and in float32 for anything in its padding."""
     p = make_problem(pairs=pairs, dtype=dtype)
     if dtype.itemsize == 2:
         p.adapter.B[1] = 0
@@ -202,7 +202,7 @@ def test_padding_is_never_read(backend: str, dtype: torch.dtype) -> None:
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_updates_survive_half_precision(backend: str, dtype: torch.dtype) -> None:
-    """The adapter's output enters before the one rounding: on average it is all there."""
+    """The adapter's output enters before the only rounding, so on average all of it arrives."""
     exact = make_problem(pairs=(200, 0, 300), rows=96, cols=64, ranks=(2, 2), blocks="shared")
     p = replace(exact, adapter=replace(exact.adapter, B=exact.adapter.B * 1e-3)).to(dtype, torch.float32)
 

@@ -1,8 +1,8 @@
 """Faults inside a step: a kernel whose launch raises, memory that runs out at any allocation, a merge cut short.
 
-What is promised: the exception comes through, W0 has every bit, A and B each have a whole gradient or none, and once
-the gradients are zeroed the same step gives the same bits. Nothing that the failed step allocated stays alive. A GPU's
-own faults, after which nothing can be promised: tests/test_gpu_faults.py. NaN and Inf: tests/test_contract.py.
+The promise: the exception reaches the caller, W0 keeps every bit, A and B each have a whole gradient or none, and once
+gradients are zeroed the same step gives the same bits. Nothing that the failed step allocated stays alive. Faults of a
+GPU, after which nothing is promised, are in tests/test_gpu_faults.py; NaN and Inf are in tests/test_contract.py.
 """
 
 import copy
@@ -34,7 +34,7 @@ TRITON = pytest.param("triton", marks=needs_interpreter)
 class FailingAt(TorchDispatchMode):
     """Raise at the n-th operator of torch, in forward or backward; a step with fewer of them is a whole one.
 
-    `born` knows the memory of every result until then, whoever comes to hold it: torch's graph, Python or nobody.
+    `born` lists the memory of every result until then, whether torch's graph, Python or nobody holds it.
     """
 
     def __init__(self, n: int, error: type[BaseException]) -> None:
@@ -44,7 +44,7 @@ class FailingAt(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         ours = {operator.linear: operator._forward, operator.linear_backward: operator._backward}
-        if function in ours:  # opaque to others: what it calls is seen only from inside
+        if function in ours:  # it is opaque: its calls are seen only from inside
             with self:
                 return ours[function](*args)
         self.left -= 1

@@ -94,7 +94,7 @@ def forbid_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_on_the_host_follow_the_state_dict() -> None:
-    """The layer keeps them as a buffer and as numbers, and on the CPU the operator compares the two."""
+    """The layer holds its ranks as a buffer and as numbers; on the CPU the operator compares the two."""
     layer = trained()
     other = FusedSMoALinear.from_linear(nn.Linear(40, 33), r=7, num_blocks=3, block_ranks=[2, 2, 3], alpha=14)
     x = torch.randn(5, 40)
@@ -184,7 +184,9 @@ def test_the_sketchs_signs_are_those_that_numpy_drew_for_older_files(side: int) 
 
 
 def test_a_sketch_made_of_fake_tensors_leaves_none_behind() -> None:
-    weight = torch.randn(13, 11, device="cpu")  # a shape that no other test has: what is kept is kept by size
+    weight = torch.randn(
+        13, 11, device="cpu"
+    )  # a shape that no other test uses, since signs are cached by size
     with FakeTensorMode():
         assert sketch_weight(torch.empty(13, 11)).shape == (33,)
     assert sketch_distance(sketch_weight(weight), sketch_weight(weight)) == 0
@@ -252,7 +254,7 @@ def test_dropout_is_active_in_training_only() -> None:
 
 @pytest.mark.parametrize("order", ["contiguous", "random"])
 def test_no_spectrum_is_computed_for_other_orders(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is one where a plain state dict, a new base or labels are loaded; random blocks are then the stored ones."""
+    """The same when a plain state dict, a new base or labels are loaded; random blocks are then the stored ones."""
     forbid_spectra(monkeypatch)
     settings = {"block_order": order, "granule": 4, "block_seed": 1}
     layer = trained(**settings)

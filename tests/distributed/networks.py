@@ -38,7 +38,7 @@ class Feedforward(nn.Module):
 def build(
     kind: str, dtype: torch.dtype, *, dropout: float = 0.0, spectral: bool = True, depth: int = 1
 ) -> nn.Module:
-    """`depth` blocks with adapters that do something: "fused" or "peft", the same numbers for one `kind`.
+    """`depth` blocks with adapters whose B is not zero, "fused" or "peft"; the same numbers for one `kind`.
 
     Where they are not spectral, blocks are contiguous, so that a part of the rows or columns misses some altogether.
     """
