@@ -180,23 +180,17 @@ def spectra_are_shared() -> int:
     labels = [torch.empty_like(layers(fused)[0].smoa_row_block) for _ in range(dist.get_world_size())]
     dist.all_gather(labels, layers(fused)[0].smoa_row_block)
     assert all(torch.equal(part, labels[0]) for part in labels)
-    return len(computed)
-
-
-def nothing_is_shared() -> int:
-    with counted_spectra() as computed, shared_spectra(), Traffic() as traffic:
+    with counted_spectra() as none, shared_spectra(), Traffic() as traffic:
         for kind in ("fused", "peft"):
             build(kind, torch.float64, spectral=False)
+    assert not none
     assert not traffic.calls
     return len(computed)
 
 
 def test_the_order_is_computed_once(two: Processes) -> None:
+    """Contiguous blocks need neither a spectrum nor communication."""
     assert two.run(spectra_are_shared) == [4, 0]
-
-
-def test_contiguous_blocks_are_neither_computed_from_weights_nor_sent(two: Processes) -> None:
-    assert two.run(nothing_is_shared) == [0, 0]
 
 
 def labels_become_the_firsts() -> None:
