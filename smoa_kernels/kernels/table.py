@@ -251,7 +251,7 @@ class Entry:
     def to_json(self) -> dict[str, Any]:
         """Return plain data; :meth:`from_json` is its inverse."""
         trials = [
-            {"choice": t.choice if isinstance(t.choice, str) else asdict(t.choice)}
+            {"choice": t.choice if isinstance(t.choice, str) else t.choice.to_json()}
             | ({"reason": t.reason} if t.seconds is None else {"seconds": t.seconds})
             for t in self.trials
         ]
@@ -301,7 +301,7 @@ def _choice(key: Key, identity: Identity, data: Any) -> Choice:
         return str(data)
     kernel = kernels.KERNELS[key.kernel]
     for config in kernel.shipped(facts(identity.capability), PRECISIONS[key.dtype]):
-        if asdict(config) == data and kernel.fits(config, key):
+        if config.to_json() == data and kernel.fits(config, key):
             return config
     raise ValueError(f"choice must be a configuration that ships and divides the layout, got {shown(data)}")
 

@@ -22,18 +22,15 @@ from filelock import FileLock
 from torch import Tensor
 
 from .. import kernels
-from ..backends import triton as backend
 from ..checks import first_line
 from ..definition.precision import PRECISIONS
-from ..definition.reference import backward as reference_backward
-from ..definition.reference import factor_gradients as reference_factor_gradients
-from ..definition.reference import forward as reference_forward
 from ..files import replace_file
 from ..kernels import table
 from ..kernels.launch import on_device
-from ..kernels.spec import ALGORITHM_KEYS, Key, Operands, Work, in_dtype
+from ..kernels.spec import Key
 from ..kernels.table import INTERRUPTED, SCHEMA, UNFINISHED, Choice, Entry, Identity, Table, Trial, identity
 from .plan import Job
+from .workloads import WORKLOADS, Operands
 
 __all__ = [
     "DeviceLostError",
@@ -241,53 +238,8 @@ def _relative(value: Tensor, truth: Tensor) -> float:
 
 def workload(key: Key, device: torch.device) -> Workload:
     """What to run and check for a key on `device`, the same at each call."""
-    if key.kernel not in ALGORITHM_KEYS:
-        kernel = kernels.KERNELS[key.kernel]
-        return Workload(key, *kernel.workload(Operands(key, kernel.forms[0], device)))
-    of_algorithm = {
-        "forward": _forward,
-        "input_gradient": _input_gradient,
-        "factor_gradients": _factor_gradients,
-    }
-    return Workload(key, *of_algorithm[key.kernel](Operands(key, "", device)))
-
-
-def _forward(operands: Operands) -> Work:
-    adapter = operands.adapter()
-    x = operands.tensor(operands.key.tokens, operands.key.in_features)
-
-    def run(algorithm: Any) -> list[Tensor]:
-        return [backend.forward(x, None, adapter, algorithm, None)]
-
-    return run, lambda dtype: [reference_forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", None)]
-
-
-def _input_gradient(operands: Operands) -> Work:
-    adapter = operands.adapter()
-    dy = operands.tensor(operands.key.tokens, operands.key.out_features)
-
-    def run(algorithm: Any) -> list[Tensor]:
-        return [backend.input_gradient(dy, adapter, algorithm, None)]
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        dx, _, _ = reference_backward(dy.to(dtype), None, in_dtype(adapter, dtype), None, needs_x=True)
-        assert dx is not None
-        return [dx]
-
-    return run, defined
-
-
-def _factor_gradients(operands: Operands) -> Work:
-    adapter, key = operands.adapter(), operands.key
-    x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
-
-    def run(algorithm: Any) -> list[Tensor]:
-        return list(backend.factor_gradients(dy, x, adapter, algorithm, None))
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        return list(reference_factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None))
-
-    return run, defined
+    form = "contiguous" if key.granule > 1 and key.kernel in kernels.KERNELS else ""  # as such blocks mostly are
+    return Workload(key, *WORKLOADS[key.kernel](Operands(key, form, device)))
 
 
 # What is kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from .. import kernels
 from ..backends import MOST_TRITON_RANKS
@@ -230,7 +230,7 @@ def describe_choice(choice: Choice) -> str:
     """Name launch parameters, or an algorithm and where it gathers."""
     if isinstance(choice, str):
         return f"{choice} ({_GATHERED[choice]})"
-    fields = asdict(choice).items()
+    fields = choice.to_json().items()
     return " ".join(f"{name.removeprefix('block_').removeprefix('num_')}={value}" for name, value in fields)
 
 

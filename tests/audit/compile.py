@@ -25,7 +25,8 @@ from triton.runtime.jit import JITFunction
 
 from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.kernels.architectures import Architecture
-from smoa_kernels.kernels.spec import Config, Kernel, Operands
+from smoa_kernels.kernels.spec import Config, Kernel
+from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 from .listing import LINES, Listing, parse_amdgcn, parse_sass
 
@@ -103,7 +104,7 @@ def representative_launch(
 
     def launcher() -> object:
         operands = Operands(kernel.representative(dtype, form), form, torch.device("cpu"), filled=False)
-        run, _ = kernel.workload(operands)
+        run, _ = WORKLOADS[kernel.name](operands)
         return run(config)
 
     launch = capture(kernel.fn, launcher)

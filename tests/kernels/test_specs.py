@@ -20,7 +20,6 @@ TESTS = Path(__file__).resolve().parents[1]
 # In a process that compiles: where kernels are interpreted they have no signature.
 PROGRAM = """
 import json
-from dataclasses import asdict
 from audit.compile import compile_launch, representative_launch
 from audit.run import Task, run_task
 from audit.rules import broken_rules
@@ -38,7 +37,7 @@ for kernel in KERNELS.values():
                     found.append({
                         "name": f"{kernel.name} {form} {dtype} {config}",
                         "dtype": dtype,
-                        "config": asdict(config),
+                        "config": config.to_json(),
                         "pointers": {n: v for n, v in launch.arguments.items() if n.endswith("_ptr")},
                         "scalars": {n: v for n, v in launch.arguments.items() if not n.endswith("_ptr")},
                         "constexprs": {n: v for n, v in launch.constexprs.items() if isinstance(v, int)},

@@ -12,7 +12,8 @@ from problems import relative_error
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import facts
-from smoa_kernels.kernels.spec import GRANULE, Config, Key, Operands
+from smoa_kernels.kernels.spec import GRANULE, Config, Key
+from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 from . import ARCH, emulator
 from .counts import accesses
@@ -36,7 +37,7 @@ def launches() -> Iterator[object]:
         for dtype in KERNEL_PRECISIONS:
             for config in kernel.shipped(facts(f"sm_{ARCH}"), PRECISIONS[dtype]):
                 for form in kernel.forms:
-                    numbers = "-".join(str(value) for value in vars(config).values())
+                    numbers = "-".join(str(value) for value in config.to_json().values())
                     name = f"{kernel.name}-{dtype}-{numbers}-{form}".replace(" ", "_")
                     yield pytest.param(kernel.name, dtype, config, form, id=name)
 
@@ -52,7 +53,7 @@ def test_shipped(
 ) -> None:
     key = key_of(kernel, dtype, form)
     assert KERNELS[kernel].fits(config, key)
-    run, defined = KERNELS[kernel].workload(Operands(key, form, torch.device("cpu")))
+    run, defined = WORKLOADS[kernel](Operands(key, form, torch.device("cpu")))
     found = run(config)
     if not is_defined(kernel, form):
         return  # the checks of memory are what is left; tests/kernels compare its numbers
@@ -70,7 +71,7 @@ def test_lanes_gather_neighbours(kernel: str) -> None:
     """32 neighbours of a block lie in about 8.4 sectors at K = 4; where each lane reads eight of its own, in 32."""
     key = Key(kernel, "bf16", 16, 4, 256, 256, 64, 64, 64)
     form = KERNELS[kernel].forms[0]
-    run, _ = KERNELS[kernel].workload(Operands(key, form, torch.device("cpu")))
+    run, _ = WORKLOADS[kernel](Operands(key, form, torch.device("cpu")))
     run(KERNELS[kernel].default(key, f"sm_{ARCH}", 132))
     gathers = [row for (_, opcode), row in accesses(emulator.launches).items() if opcode == "ld.global.b16"]
     assert gathers
