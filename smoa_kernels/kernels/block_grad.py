@@ -380,8 +380,6 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
 BLOCK_GRAD = Kernel(
     "block_grad",
     block_grad_kernel,
-    role="matmul",
     shipped=_shipped,
-    forms=("r16", "r64 fp32 factors", "r16 granules", "r16 granules dropout"),
     fits=tile_divides,
 )

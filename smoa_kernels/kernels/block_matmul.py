@@ -27,7 +27,7 @@ from ..definition.precision import Precision
 from .architectures import Architecture
 from .common import OLD_TRITON, block_slots, dot, round_to, slot_coordinates
 from .launch import Launch, Layout, described
-from .spec import INDEX, Config, Kernel, Key, on_amd, tile_divides
+from .spec import Config, Kernel, Key, on_amd, tile_divides
 from .table import remembered
 
 __all__ = ["BLOCK_MATMUL", "block_matmul"]
@@ -248,10 +248,7 @@ def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config
 BLOCK_MATMUL = Kernel(
     "block_matmul",
     block_matmul_kernel,
-    role="matmul",
     shipped=_shipped,
-    forms=("as stored", "transposed", "granules", "transposed granules"),
-    narrow={"index_ptr": INDEX},  # as slot_coordinates names it
     fits=tile_divides,
     choose=_choose,
 )

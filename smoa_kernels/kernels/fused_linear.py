@@ -31,7 +31,7 @@ from ..definition.precision import Precision
 from .architectures import Architecture
 from .common import dot, power_of_two, round_to, to_tf32
 from .launch import Launch, Layout, described
-from .spec import LABELS, ONE_NUMBER, Config, Kernel, Key, on_amd
+from .spec import Config, Kernel, Key, on_amd
 from .sum_partials import sum_partials
 from .table import remembered
 
@@ -264,15 +264,6 @@ def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config
 FUSED_LINEAR = Kernel(
     "fused_linear",
     fused_linear_kernel,
-    role="matmul",
     shipped=_shipped,
-    forms=("r16", "r16 transposed", "r4", "r4 transposed", "r64 fp32 factors"),
-    narrow={
-        "scaling_ptr": ONE_NUMBER,
-        "col_block_ptr": LABELS,
-        "ranks_ptr": LABELS,
-        "a_ptr": "factor tile, as wide as the rank, cached",
-        "b_ptr": "factor tile, as wide as the rank, cached",
-    },
     choose=_choose,
 )

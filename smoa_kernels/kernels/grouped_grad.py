@@ -37,7 +37,7 @@ from .common import (
     to_tf32,
 )
 from .launch import Launch, Layout, described
-from .spec import INDEX, Config, Kernel, on_amd
+from .spec import Config, Kernel, on_amd
 from .table import remembered
 
 __all__ = ["GROUPED_GRAD", "GROUPED_GRAD_GATHERED", "grouped_grad"]
@@ -268,26 +268,10 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
 GROUPED_GRAD = Kernel(
     "grouped_grad",
     grouped_grad_kernel,
-    role="matmul",
     shipped=_shipped,
-    forms=(
-        "r16 granules contiguous",
-        "r16 granules contiguous transposed",
-        "r64 fp32 factors granules contiguous",
-        "r16 granules",
-    ),
-    narrow={
-        "index_ptr": INDEX,  # as coordinates names them
-        "w_ptr": "one tile for a whole sum over pairs, in registers",
-        "a_ptr": "one tile for a whole sum over pairs, as wide as the rank",
-        "b_ptr": "one tile for a whole sum over pairs, as wide as the rank",
-    },
 )
 GROUPED_GRAD_GATHERED = replace(
     GROUPED_GRAD,
     name="grouped_grad_gathered",
-    role="gather",
     shipped=_gathered,
-    forms=("r16", "r16 transposed", "r64 fp32 factors"),
-    narrow={},
 )

@@ -41,7 +41,7 @@ from .common import (
     to_tf32,
 )
 from .launch import Launch, Layout, described
-from .spec import INDEX, Config, Kernel, Key, granule_of, on_amd
+from .spec import Config, Kernel, Key, granule_of, on_amd
 from .table import remembered
 
 __all__ = ["GROUPED_LINEAR", "GROUPED_LINEAR_GATHERED", "grouped_linear"]
@@ -333,27 +333,11 @@ def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config
 GROUPED_LINEAR = Kernel(
     "grouped_linear",
     grouped_linear_kernel,
-    role="matmul",
     shipped=_shipped,
-    forms=(
-        "r16 granules contiguous",
-        "r16 granules contiguous transposed",
-        "r64 fp32 factors granules contiguous",
-        "r16 granules",
-    ),
-    narrow={
-        "index_ptr": INDEX,  # as coordinates names them
-        "transposed_ptr": "a transposed W0, in registers two steps ahead",
-        "a_ptr": "factor tile, as wide as the rank, cached",
-        "b_ptr": "factor tile, as wide as the rank, cached",
-    },
     choose=_choose,
 )
 GROUPED_LINEAR_GATHERED = replace(
     GROUPED_LINEAR,
     name="grouped_linear_gathered",
-    role="gather",
     shipped=_gathered,
-    forms=("r16", "r16 transposed", "r64 fp32 factors"),
-    narrow={},
 )

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from .common import block_slots, rank_block, rank_product, round_to
 from .launch import Launch, Layout, described
-from .spec import INDEX, LABELS, ONE_NUMBER, Config, Kernel
+from .spec import Config, Kernel
 from .table import remembered
 
 __all__ = ["MODULATED_BLOCKS", "MODULATED_WEIGHT", "modulated_blocks", "modulated_weight"]
@@ -291,31 +291,10 @@ _SHIPPED = (
 MODULATED_WEIGHT = Kernel(
     "modulated_weight",
     modulated_weight_kernel,
-    role="copy",
     shipped=lambda arch, precision: _SHIPPED,
-    forms=("r16", "r64 fp32 factors"),
-    narrow={
-        "scaling_ptr": ONE_NUMBER,
-        "row_block_ptr": LABELS,
-        "col_block_ptr": LABELS,
-        "ranks_ptr": LABELS,
-        "b_ptr": "factor rows are as wide as the rank, and cached",
-        "a_ptr": "read in the layout of tl.dot's right operand, and cached",
-    },
 )
 MODULATED_BLOCKS = replace(
     MODULATED_WEIGHT,
     name="modulated_blocks",
     fn=modulated_blocks_kernel,
-    forms=("r16", "r64 fp32 factors", "r16 granules"),
-    narrow={
-        "scaling_ptr": ONE_NUMBER,
-        "w_ptr": "gathered by rows and columns of W0",
-        # index_ptr and offsets_ptr: as block_slots names them.
-        **dict.fromkeys(("index_ptr", "row_index_ptr", "col_index_ptr"), INDEX),
-        **dict.fromkeys(("offsets_ptr", "row_offsets_ptr", "col_offsets_ptr"), INDEX),
-        "ranks_ptr": LABELS,
-        "b_ptr": "gathered by rows",
-        "a_ptr": "gathered by columns",
-    },
 )

@@ -24,7 +24,7 @@ from ..definition.dropout import Dropout
 from ..definition.partition import BlockPartition
 from .common import TOKENS_PER_DRAW, block_slots, dropout_draws, dropout_multiplier, round_to
 from .launch import Launch
-from .spec import INDEX, ONE_NUMBER, Config, Kernel, granule_of
+from .spec import Config, Kernel, granule_of
 from .table import remembered, select
 
 __all__ = ["PERMUTE", "gather_columns", "scatter_columns"]
@@ -199,10 +199,5 @@ _SHIPPED = (
 PERMUTE = Kernel(
     "permute",
     permute_kernel,
-    role="copy",
     shipped=lambda arch, precision: _SHIPPED,
-    forms=tuple(
-        f"{way}{mask}" for way in ("gather", "scatter") for mask in ("", " dropout", " dropout granules")
-    ),
-    narrow={"x_ptr": "gathered by columns", "index_ptr": INDEX, "offsets_ptr": INDEX, "seed_ptr": ONE_NUMBER},
 )

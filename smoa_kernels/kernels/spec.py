@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from ..definition.precision import PRECISIONS, Precision
 from .architectures import Architecture, facts
@@ -18,9 +17,6 @@ from .architectures import Architecture, facts
 __all__ = [
     "ALGORITHM_KEYS",
     "GRANULE",
-    "INDEX",
-    "LABELS",
-    "ONE_NUMBER",
     "PARTIAL_RANKS",
     "Config",
     "Kernel",
@@ -156,17 +152,12 @@ def tile_divides(config: Config, key: Key) -> bool:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel as launches, the tuner and the audit see it.
+    """One kernel as launches and the tuner see it.
 
     Attributes:
-        name: in options, tuning tables and audit records.
+        name: in tuning tables.
         fn: the `@triton.jit` function.
-        role: "matmul", "gather" or "copy": which rules of the audit apply.
         shipped: the configurations that ship for an architecture and a precision, largest tile first.
-        forms: names of the constexpr paths of a launch. The audit compiles each, the tuner times the first. "r64" in a
-            name is ρ, else 16; "fp32 factors" are those that PEFT keeps; "transposed" reads along the other side;
-            "granules" are coordinates that the partition keeps together.
-        narrow: pointers that may be accessed below 128 bits, each with its reason.
         fits: whether a configuration can run a key.
         choose: the one to launch where nothing was measured, of those that fit: from these, the key and the device's
             multiprocessors.
@@ -174,10 +165,7 @@ class Kernel:
 
     name: str
     fn: Any
-    role: Literal["matmul", "gather", "copy"]
     shipped: Callable[[Architecture, Precision], tuple[Config, ...]]
-    forms: tuple[str, ...]
-    narrow: Mapping[str, str] = field(default_factory=dict)
     fits: Callable[[Config, Key], bool] = lambda config, key: True
     choose: Callable[[Sequence[Config], Key, int], Config] = lambda fitting, key, multiprocessors: fitting[0]
 
@@ -192,21 +180,3 @@ class Kernel:
         configs = self.shipped(facts(arch), PRECISIONS[key.dtype])
         fitting = [config for config in configs if self.fits(config, key)]
         return self.choose(fitting, key, multiprocessors) if fitting else configs[-1]
-
-    def representative(self, dtype: str, form: str) -> Key:
-        """A key that makes a launch take `form`, and compiles to what keys of real sizes do.
-
-        Its sizes are multiples of 16 and more than one tile of each kind.
-        """
-        named = re.search(r"\br(\d+)\b", form)
-        rank, blocks, tokens = int(named[1]) if named else 16, 2, 512
-        transposed, granule = "transposed" in form, GRANULE if "granules" in form else 1
-        rows, cols = (2048, 1024) if transposed else (1024, 2048)
-        padded = rows // blocks, cols // blocks
-        return Key(self.name, dtype, rank, blocks, rows, cols, tokens, *padded, transposed, granule)
-
-
-# Why a pointer may be narrow.
-LABELS = "labels and ranks: a few bytes per coordinate, looked up"
-INDEX = "indices and offsets: one per coordinate or block"
-ONE_NUMBER = "one number"

@@ -124,8 +124,5 @@ _SHIPPED = (
 SUM_PARTIALS = Kernel(
     "sum_partials",
     sum_partials_kernel,
-    role="copy",
     shipped=lambda arch, precision: _SHIPPED,
-    forms=("no bias", "bias", "r16", "r16 transposed"),
-    narrow={"bias_ptr": "one row, read by every token and cached"},
 )

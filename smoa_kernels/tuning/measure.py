@@ -21,7 +21,6 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from .. import kernels
 from ..checks import first_line
 from ..definition.precision import PRECISIONS
 from ..files import replace_file
@@ -238,7 +237,7 @@ def _relative(value: Tensor, truth: Tensor) -> float:
 
 def workload(key: Key, device: torch.device) -> Workload:
     """What to run and check for a key on `device`, the same at each call."""
-    form = "contiguous" if key.granule > 1 and key.kernel in kernels.KERNELS else ""  # as such blocks mostly are
+    form = "contiguous" if key.granule > 1 else ""  # as blocks of granules mostly are
     return Workload(key, *WORKLOADS[key.kernel](Operands(key, form, device)))
 
 

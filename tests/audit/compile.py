@@ -28,6 +28,7 @@ from smoa_kernels.kernels.architectures import Architecture
 from smoa_kernels.kernels.spec import Config, Kernel
 from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
+from .forms import representative
 from .listing import LINES, Listing, parse_amdgcn, parse_sass
 
 __all__ = ["Binary", "Launch", "capture", "compile_launch", "representative_launch"]
@@ -103,7 +104,7 @@ def representative_launch(
     """What a launch of one of the kernel's forms compiles."""
 
     def launcher() -> object:
-        operands = Operands(kernel.representative(dtype, form), form, torch.device("cpu"), filled=False)
+        operands = Operands(representative(kernel.name, dtype, form), form, torch.device("cpu"), filled=False)
         run, _ = WORKLOADS[kernel.name](operands)
         return run(config)
 

@@ -29,6 +29,7 @@ from smoa_kernels.kernels.architectures import ARCHITECTURES, Architecture
 from smoa_kernels.kernels.spec import Config, Kernel
 
 from .compile import Binary, Launch, compile_launch, representative_launch
+from .forms import AUDITED, LOOKED_UP
 from .pointers import pointers_at
 from .rules import UNKNOWN, Record, Traffic
 
@@ -54,9 +55,9 @@ class Task:
         """The kernel, its configuration, and what is known before anything is compiled."""
         kernel = _load(self.registry)[self.kernel]
         config = kernel.shipped(ARCHITECTURES[self.arch], PRECISIONS[self.dtype])[self.config]
-        narrow = dict(kernel.narrow)
-        known = self.kernel, self.form, kernel.role, config.to_json(), self.arch, self.dtype
-        return kernel, config, Record(*known, narrow=narrow)
+        audited = AUDITED[self.kernel]
+        known = self.kernel, self.form, audited.role, config.to_json(), self.arch, self.dtype
+        return kernel, config, Record(*known, narrow={**LOOKED_UP, **audited.narrow})
 
 
 def _load(registry: str) -> Mapping[str, Kernel]:
@@ -102,13 +103,16 @@ def tasks(
 
 def _knows_tf32(kernel: Kernel, arch: Architecture) -> bool:
     """Whether TF32 compiles to anything else than IEEE: AMD multiplies in IEEE, and what copies does not multiply."""
-    return not arch.is_amd and (kernel.role != "copy" or "INPUT_PRECISION" in kernel.fn.arg_names)
+    return not arch.is_amd and (
+        AUDITED[kernel.name].role != "copy" or "INPUT_PRECISION" in kernel.fn.arg_names
+    )
 
 
 def _forms(kernel: Kernel, extent: str, *, largest: bool) -> tuple[str, ...]:
+    forms = AUDITED[kernel.name].forms
     if extent == "every" or (extent == "shipped" and largest):
-        return kernel.forms
-    return kernel.forms[:1] if extent == "shipped" or largest else ()
+        return forms
+    return forms[:1] if extent == "shipped" or largest else ()
 
 
 def _distinct(configs: Sequence[Config]) -> list[int]:

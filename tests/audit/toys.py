@@ -16,6 +16,8 @@ import triton.language as tl
 from smoa_kernels.kernels.spec import Config, Kernel
 from smoa_kernels.tuning.workloads import WORKLOADS, Operands, Work
 
+from .forms import AUDITED, Audited
+
 
 @triton.jit
 def toy_matmul(x_ptr, w_ptr, y_ptr, C, stride_x, stride_w, stride_y, BLOCK: tl.constexpr):
@@ -85,7 +87,8 @@ def toy(
 ) -> Kernel:
     configs = tuple(Config(block=block) for block in blocks)
     WORKLOADS[name] = work
-    return Kernel(name, fn, role, lambda arch, precision: configs, (form,), narrow)
+    AUDITED[name] = Audited(role, (form,), narrow)
+    return Kernel(name, fn, lambda arch, precision: configs)
 
 
 REASON = "strided on purpose"

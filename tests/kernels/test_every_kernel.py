@@ -14,6 +14,7 @@ import test_block_matmul
 import test_fused_linear
 import test_modulate
 import torch
+from audit.forms import AUDITED
 from draws import HealthCheck, given, settings, st
 from kernel_cases import assert_within_its_rounding, each_dtype, from_vector, shipped_here
 from problems import LinearProblem, make_problem
@@ -80,7 +81,7 @@ def test_every_shipped_configuration(
     kernel: str, config: Config, precision: Precision, device: torch.device
 ) -> None:
     """At sizes that no tile divides."""
-    form = KERNELS[kernel].forms[0]
+    form = AUDITED[kernel].forms[0]
     tokens, *features, granule = (21, 136, 72, GRANULE) if "granules" in form else (70, 130, 70, 1)
     key = Key(kernel, precision.name, 5, 2, *features, tokens, 128, 128, granule=granule)
     run, defined = WORKLOADS[kernel](Operands(key, form, device))

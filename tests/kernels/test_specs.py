@@ -23,6 +23,7 @@ import json
 from audit.compile import compile_launch, representative_launch
 from audit.run import Task, run_task
 from audit.rules import broken_rules
+from audit.forms import AUDITED
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS
@@ -31,7 +32,7 @@ found = []
 for kernel in KERNELS.values():
     for arch in map(ARCHITECTURES.__getitem__, ("sm_90", "gfx942")):
         for dtype in KERNEL_PRECISIONS:
-            for form in kernel.forms:
+            for form in AUDITED[kernel.name].forms:
                 for config in kernel.shipped(arch, PRECISIONS[dtype]):
                     launch = representative_launch(kernel, config, dtype, form, arch)
                     found.append({
