@@ -304,6 +304,7 @@ def _launch(
         padded_out=padded_rows,
         padded_in=padded_cols,
         granule=layout.granule,
+        factors=layout.factors,
     )
     tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
     programs = layout.num_blocks * tiles_n * tiles_c

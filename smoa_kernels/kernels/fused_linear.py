@@ -201,6 +201,7 @@ def _launch(
         allow_tf32,
         tokens=tokens,
         transposed=layout.transposed,
+        factors=layout.factors,
     )
     chunk = min(config.block_r, power_of_two(rank, 16))  # `tl.dot` takes no fewer
     tiles = -(-tokens // config.block_t) * -(-layout.features[0] // config.block_n)

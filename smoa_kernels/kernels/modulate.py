@@ -136,7 +136,7 @@ def _weight_launch(
     layout: Layout, out_stride: Sequence[int], allow_tf32: bool, config: Config | None
 ) -> Launch:
     N, C = layout.features
-    config, precision = layout.choose("modulated_weight", config, allow_tf32)
+    config, precision = layout.choose("modulated_weight", config, allow_tf32, factors=layout.factors)
     return Launch(
         modulated_weight_kernel,
         (-(-N // config.block_n) * -(-C // config.block_c),),
@@ -268,6 +268,7 @@ def _blocks_launch(
         padded_out=padded_rows,
         padded_in=padded_cols,
         granule=layout.granule,
+        factors=layout.factors,
     )
     return Launch(
         modulated_blocks_kernel,

@@ -59,6 +59,7 @@ class Key(NamedTuple):
         padded_in: likewise for columns.
         transposed: the kernel reads W0 or ΔW along the other side, as dX does.
         granule: from :func:`granule_of`; 1 where a kernel has no form for `GRANULE`.
+        factors: dtype of A and B, as `dtype`; empty where a kernel does not see them.
     """
 
     kernel: str
@@ -72,6 +73,7 @@ class Key(NamedTuple):
     padded_in: int = 0
     transposed: bool = False
     granule: int = 1
+    factors: str = ""
 
 
 def bucket(tokens: int) -> int:

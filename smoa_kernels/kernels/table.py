@@ -166,15 +166,13 @@ class Identity:
         gpu: as the driver names it; "cpu" for Triton's interpreter.
         capability: architecture as the compiler spells it, "sm_90" or "gfx942".
         multiprocessors: a slice of a GPU has fewer than its name promises.
-        torch: version.
-        triton: version.
+        triton: version, but for its patches.
         source: hash of the kernels' source.
     """
 
     gpu: str
     capability: str
     multiprocessors: int
-    torch: str
     triton: str
     source: str
 
@@ -188,8 +186,7 @@ def identity(device: torch.device) -> Identity:
         "cpu" if device.type == "cpu" else gpu_properties(device).name,
         architecture(device),
         multiprocessors(device),
-        str(torch.__version__),  # a class of its own, which no file holds
-        triton.__version__,
+        ".".join(triton.__version__.split(".")[:2]),
         source_hash(),
     )
 
@@ -286,10 +283,11 @@ def _check_key(key: Key) -> None:
     """
     check_choice("kernel", key.kernel, (*kernels.KERNELS, *ALGORITHM_KEYS))
     check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
-    for name in key._fields[2:-2]:
+    for name in ("rank", "blocks", "out_features", "in_features", "tokens", "padded_out", "padded_in"):
         check_count(name, getattr(key, name), 0)
     check_kind("transposed", key.transposed, bool)
     check_count("granule", key.granule, 1)
+    check_choice("factors", key.factors, ("", "bf16", "fp16", "fp32"))
     if key.granule not in (1, GRANULE):
         raise ValueError(f"granule must be 1 or {GRANULE}, got {key.granule}")
 

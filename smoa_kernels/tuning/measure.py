@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +46,9 @@ __all__ = [
     "workload",
 ]
 
+HANGS_SECONDS = 120.0  # that a choice may take, its compilation included
+REPEATS = 30
+FLUSHED_BYTES = 256 * 2**20  # more than any GPU's L2 cache holds
 MOST_CHARACTERS = 400  # of a reason: a compiler's may be as long as its source
 
 Timer = Callable[[Choice, Callable[[], object]], float]
@@ -67,10 +73,42 @@ class WrongNumbersError(ArithmeticError):
 
 
 def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
-    """Measure the median seconds with Triton's own benchmark, which clears the L2 cache before each launch."""
-    from triton.testing import do_bench
+    """Measure the median seconds of a launch in a CUDA graph, after each of which the L2 cache is flushed.
 
-    return float(do_bench(launch, warmup=10, rep=50, return_mode="median")) / 1e3
+    Without a graph the gaps between launches would count, which Python makes (triton-lang/triton#10149).
+    """
+    launch()  # compiles
+    graph, flush = torch.cuda.CUDAGraph(), torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    with torch.cuda.graph(graph):
+        launch()
+    seconds = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()  # takes longer than the host does until the graph is under way
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
+
+
+@contextmanager
+def ended_if_it_hangs(choice: Choice, seconds: float) -> Iterator[None]:
+    """End the process where a choice takes so long: nothing else stops a kernel that hangs. It stays unfinished."""
+
+    def end() -> None:
+        words = f"{choice} has not ended within {seconds:.0f} s: the process ends, and the choice is not tried again"
+        print(f"{words}; run the same command again to go on", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    watchdog = threading.Timer(seconds, end)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
 
 
 def tune(
@@ -153,7 +191,7 @@ def _tune_one(
 
 def _try(choice: Choice, load: Workload, timer: Timer) -> Trial:
     try:
-        with load.precision():
+        with load.precision(), ended_if_it_hangs(choice, HANGS_SECONDS):
             load.check(choice)
             return Trial(choice, seconds=timer(choice, lambda: load.run(choice)))
     except Exception as error:  # whatever a compiler or a driver throws is a finding about this choice

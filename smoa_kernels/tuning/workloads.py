@@ -47,7 +47,8 @@ class Operands:
     def __init__(self, key: Key, form: str, device: torch.device, *, filled: bool = True) -> None:
         self.key, self.form, self.device, self.filled = key, form, device, filled
         self.dtype, self.allow_tf32 = PRECISIONS[key.dtype].dtype, key.dtype == "tf32"
-        self.factor_dtype = torch.float32 if "fp32 factors" in form else self.dtype
+        factors = "fp32" if "fp32 factors" in form else key.factors or key.dtype
+        self.factor_dtype = PRECISIONS[factors].dtype
         self._generator = torch.Generator(device).manual_seed(0)
 
     def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
