@@ -4,16 +4,18 @@
     y[t, i] = Σ_j x[t, j] · W0[i, j]  +  Σ_j x[t, j] · ΔW[i, j]  +  bias[i]                      (T, N)
     ΔW[i, j] = s · [b(i) = c(j)] · W0[i, j] · Σ_r B[i, r] A[r, j], made in registers, never in memory
 
-Two float32 sums, rounded once together: a ΔW added to W0 before the product would be lost in W0's rounding, and an
-adapter's output added to a rounded y in y's (docs/numerics.md). W0 is the left operand of the products: yᵀ = W0 xᵀ
-puts N, not the few tokens, on the tensor cores' long side, and ΔW goes into its product from registers.
+Both products add to one float32 sum, rounded once: a ΔW added to W0 before the product would be lost in W0's rounding,
+and an adapter's output added to a rounded y in y's (docs/numerics.md). W0 is the left operand of the products: with
+yᵀ = W0 xᵀ it is N, not the few tokens, that lies along the tensor cores' long side, and ΔW goes into its product from
+registers.
 
-Where y has few tiles, `split` programs share the sum over C; a rank too large for one product is cut into chunks,
-each a program of its own. The parts are float32 sums that `sum_partials.py` adds in a fixed order.
+Where y has few tiles, `split` programs share the sum over C. The parts are float32 sums that `sum_partials.py` adds in
+a fixed order. A rank too large for one product is taken in chunks, in a loop inside the one over C: then nothing of the
+next step is loaded ahead.
 
 Layout of the pointers: x (T, C), w (N, C), a (ρ, C), b (N, ρ) with any strides; bias (N) contiguous; row_block (N)
 and col_block (C) labels, uint8 or int32; ranks (K) int32; scaling one element; out contiguous, y (T, N) in x's
-dtype or the parts (chunks · split, T, N) in float32.
+dtype or the parts (split, T, N) in float32.
 """
 
 from __future__ import annotations
@@ -145,6 +147,12 @@ def fused_linear_kernel(
         acc = dot(delta, x, acc, INPUT_PRECISION)
         acc = dot(w, x, acc, INPUT_PRECISION)
         if WGMMA:
+            # Changes nothing, but waits for the products. Hopper's tensor cores read W0 from shared memory meanwhile, of
+            # which Triton keeps one buffer, for W0 has another use: the next step's copy would overwrite what they
+            # still read (3.9: emulated; 3.6: in its TTGIR, where this line makes it wait). triton-lang/triton#3106
+            # mended the like for loads with one use. Tried instead: `tl.multiple_of` with `tl.max_contiguous`;
+            # overwritten still (emulated). A descriptor was not tried, for the emulator runs none. For Blackwell the
+            # line does not compile (TritonGPUHoistTMEMAlloc, Triton 3.9).
             acc = tl.where(row_inside[:, None], acc, 0.0)
 
     if HAS_BIAS:
@@ -231,7 +239,7 @@ def _split(config: Config) -> tuple[Config, ...]:
 # More ranks or tokens than these and the registers spill.
 _SHIPPED = (
     *_split(Config(block_t=16, block_n=64, block_c=64, block_r=64, split=4, num_warps=4, num_stages=3)),
-    Config(block_t=32, block_n=64, block_c=64, block_r=32, split=1, num_warps=4, num_stages=3),
+    Config(block_t=32, block_n=64, block_c=64, block_r=64, split=1, num_warps=4, num_stages=3),
 )
 # No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
 _SHIPPED_IEEE = _split(
@@ -247,8 +255,6 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
         shipped = tuple(replace(config, block_c=32) for config in shipped if config.block_t == 16)
     elif arch.name == "sm_90":
         shipped = tuple(replace(config, wgmma=True) for config in shipped)
-    elif arch.name == "sm_120":
-        shipped = tuple(replace(config, block_r=32) for config in shipped)
     return on_amd(shipped) if arch.is_amd else shipped
 
 
