@@ -147,12 +147,12 @@ def fused_linear_kernel(
         acc = dot(delta, x, acc, INPUT_PRECISION)
         acc = dot(w, x, acc, INPUT_PRECISION)
         if WGMMA:
-            # Changes nothing, but waits for the products. Hopper's tensor cores read W0 from shared memory meanwhile, of
-            # which Triton keeps one buffer, for W0 has another use: the next step's copy would overwrite what they
+            # Changes nothing, but waits for the products. Hopper's tensor cores read W0 from shared memory meanwhile,
+            # of which Triton keeps one buffer, for W0 has another use: the next step's copy would overwrite what they
             # still read (3.9: emulated; 3.6: in its TTGIR, where this line makes it wait). triton-lang/triton#3106
             # mended the like for loads with one use. Tried instead: `tl.multiple_of` with `tl.max_contiguous`;
-            # overwritten still (emulated). A descriptor was not tried, for the emulator runs none. For Blackwell the
-            # line does not compile (TritonGPUHoistTMEMAlloc, Triton 3.9).
+            # overwritten still (emulated). A descriptor was not tried, for the emulator runs none. On Blackwell, with
+            # another sum for each product, the line did not compile (TritonGPUHoistTMEMAlloc, Triton 3.9).
             acc = tl.where(row_inside[:, None], acc, 0.0)
 
     if HAS_BIAS:
