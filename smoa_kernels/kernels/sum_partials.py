@@ -12,12 +12,15 @@ Layout of the pointers, all contiguous: partials (P, M, W) float32; bias (N); ou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..definition.precision import Precision
+from .architectures import Architecture
 from .common import power_of_two, round_to
 from .launch import Launch
 from .spec import GRANULE, PARTIAL_RANKS, Config, Kernel
@@ -113,16 +116,21 @@ def _launch(
     )
 
 
-# Eight results for each thread of 64-wide wavefronts too: 128 bits of half types.
+# Eight results a thread, 128 bits of half types. With more of them Blackwell's registers spill.
 _SHIPPED = (
-    Config(block=2048, num_warps=4),
-    Config(block=4096, num_warps=8),
-    Config(block=1024, num_warps=2),
+    Config(block=1024, num_warps=4),
+    Config(block=2048, num_warps=8),
+    Config(block=512, num_warps=2),
 )
+
+
+def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
+    wider = arch.warp_size // 32
+    return tuple(replace(config, block=wider * config.block) for config in _SHIPPED)
 
 
 SUM_PARTIALS = Kernel(
     "sum_partials",
     sum_partials_kernel,
-    shipped=lambda arch, precision: _SHIPPED,
+    shipped=_shipped,
 )
