@@ -85,7 +85,7 @@ def operator(job: Job) -> None:
     for done, (case, order) in enumerate(cases):
         if job.left < 1:
             raise OutOfTimeError(f"{len(cases) - done} of {len(cases)} problems are left")
-        _, failed = _gated_layers(case, {SMOA: smoa("auto", "triton", order)})
+        _, failed = _right(case, {SMOA: smoa("auto", "triton", order)})
         found[f"{case}, {order}"] = failed.get(SMOA, "right")
         job.save(job.state.with_finding("operator", found))
     if wrong := [f"{name}: {words}" for name, words in found.items() if words != "right"]:
@@ -149,7 +149,7 @@ def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]
     """The case's results, and why some providers are not in them."""
     layers, failed = _gated(replace(case, tokens=min(case.tokens, GATE_TOKENS)))
     if case in GOAL_CASES:
-        layers, more = _passing(case, layers)
+        layers, more = _right(case, {name: lambda _, layer=layer: layer for name, layer in layers.items()})
         failed = failed | more
     timed = _timed(case, layers, smoke)  # first, for it leaves nothing in memory
     sizes = {name: footprint(layer, case).record() for name, layer in layers.items()}
@@ -170,32 +170,20 @@ def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
 @functools.lru_cache(maxsize=1)
 def _gated(case: Case) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers of a case's providers, which serve any number of tokens."""
-    return _gated_layers(case, providers(case))
+    return _right(case, providers(case))
 
 
-def _gated_layers(case: Case, built: Mapping[str, Provider]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that pass their gate, and why the others do not."""
-    layers: dict[str, nn.Module] = {}
-    failed: dict[str, str] = {}
+def _right(case: Case, built: Mapping[str, Provider]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that compute their definition at a case's size, and why the others do not."""
+    right, failed = {}, {}
     for name, build in built.items():
         try:
-            layers[name] = build(case)
-        except Exception as error:
-            failed[name] = _first_line(error)
-    passing, more = _passing(case, layers)
-    return passing, failed | more
-
-
-def _passing(case: Case, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that compute their definition at a case's size, and why the others do not."""
-    passing, failed = {}, {}
-    for name, layer in layers.items():
-        try:
+            layer = build(case)
             check_layers(case, {name: layer})
-            passing[name] = layer
+            right[name] = layer
         except Exception as error:
             failed[name] = _first_line(error)
-    return passing, failed
+    return right, failed
 
 
 def tune_shapes(job: Job) -> None:
