@@ -119,9 +119,8 @@ def _layer_keys(layer: Layer) -> Iterator[Key]:
         yield Key("block_grad", *common, n, c, tokens, rows, cols, granule=granule, factors=layer.factors)
     for features in (n, c):
         yield Key("sum_partials", layer.factors, out_features=layer.max_rank, tokens=bucket(features))
-    yield Key("forward", *common, n, c, t, granule=granule)
-    yield Key("input_gradient", *common, n, c, t, granule=granule)
-    yield Key("factor_gradients", *common, n, c, t, granule=granule)
+    for stage in ALGORITHM_KEYS:
+        yield Key(stage, *common, n, c, t, granule=granule, factors=layer.factors)
 
 
 def _parts(layer: Layer) -> tuple[int, ...]:

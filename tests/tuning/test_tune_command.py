@@ -59,7 +59,17 @@ def test_a_dry_run_lists_what_is_timed(capsys: pytest.CaptureFixture[str], cache
 
 def test_kernels_of_experts_are_tuned_where_a_layer_has_experts(capsys: pytest.CaptureFixture[str]) -> None:
     """However their weights are stored."""
-    arguments = ["--dry-run", "--gpu", "h100", "--kernel", "grouped_linear", "--granule", "8", "--tokens", "8192"]
+    arguments = [
+        "--dry-run",
+        "--gpu",
+        "h100",
+        "--kernel",
+        "grouped_linear",
+        "--granule",
+        "8",
+        "--tokens",
+        "8192",
+    ]
     assert "no layer asks for grouped_linear" in fails(capsys, *arguments)
     assert main(["tune", *arguments, "--experts", "8", "--shape", "28672x4096"]) == 0
     out = capsys.readouterr().out
@@ -97,8 +107,11 @@ def test_what_won_is_told_and_in_force_and_not_measured_again(
     out, err = capsys.readouterr()
     weight, forward, gradient = err.splitlines()  # one line as each is done
     assert weight.startswith("1/3 modulated_weight 70x90 ρ=3 K=2 bf16 fp32 factors: 16.0 µs, n=16 c=")
-    assert forward == "2/3 forward 70x90 T≤32 ρ=3 K=2 bf16: 1.0 µs, fused (one kernel, gather inside)"
-    assert gradient.startswith("3/3 input_gradient 70x90 T≤32 ρ=3 K=2 bf16: 1.0 µs, fused")
+    assert (
+        forward
+        == "2/3 forward 70x90 T≤32 ρ=3 K=2 bf16 fp32 factors: 1.0 µs, fused (one kernel, gather inside)"
+    )
+    assert gradient.startswith("3/3 input_gradient 70x90 T≤32 ρ=3 K=2 bf16 fp32 factors: 1.0 µs, fused")
     assert "0.25" in out  # of the heuristic's time
     (compared,) = (line for line in out.splitlines() if line.startswith("compared: forward"))
     assert all(f"{seconds * 1e6:.1f} µs" in compared for seconds in SECONDS.values())
@@ -149,9 +162,12 @@ def test_failures_and_a_spent_budget_are_told(
     gpu(timer)
     assert main(["tune", *SMALL, "--kernel", "forward"]) == 0
     told = "at fused (one kernel, gather inside): RuntimeError: [out of] resources"
-    assert f"failed: forward 70x90 T≤32 ρ=3 K=2 bf16 {told}" in capsys.readouterr().out
+    assert f"failed: forward 70x90 T≤32 ρ=3 K=2 bf16 fp32 factors {told}" in capsys.readouterr().out
     assert main(["tune", *SMALL, "--kernel", "input_gradient", "--budget", "0"]) == 0
-    assert "not done: input_gradient 70x90 T≤32 ρ=3 K=2 bf16: no time was left" in capsys.readouterr().out
+    assert (
+        "not done: input_gradient 70x90 T≤32 ρ=3 K=2 bf16 fp32 factors: no time was left"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_table_that_cannot_be_written_is_told_before_anything_runs(
