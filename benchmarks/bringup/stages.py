@@ -149,7 +149,7 @@ def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]
     """The case's results, and why some providers are not in them."""
     layers, failed = _gated(replace(case, tokens=min(case.tokens, GATE_TOKENS)))
     if case in GOAL_CASES:
-        layers, more = _right(case, {name: lambda _, layer=layer: layer for name, layer in layers.items()})
+        layers, more = _right(case, {name: _built(layer) for name, layer in layers.items()})
         failed = failed | more
     timed = _timed(case, layers, smoke)  # first, for it leaves nothing in memory
     sizes = {name: footprint(layer, case).record() for name, layer in layers.items()}
@@ -171,6 +171,10 @@ def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
 def _gated(case: Case) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers of a case's providers, which serve any number of tokens."""
     return _right(case, providers(case))
+
+
+def _built(layer: nn.Module) -> Provider:
+    return lambda case: layer
 
 
 def _right(case: Case, built: Mapping[str, Provider]) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -136,9 +136,7 @@ class Layout(NamedTuple):
         """Whether W0 is read along the other side than it is stored."""
         return self.strides[2 if self.experts else 1] != 1
 
-    def choose(
-        self, kernel: str, config: Config | None, allow_tf32: bool, **sizes: int | bool | str
-    ) -> tuple[Any, str]:
+    def choose(self, kernel: str, config: Config | None, allow_tf32: bool, **sizes: Any) -> tuple[Any, str]:
         """Launch parameters, those of :func:`table.select` where none are given, and how float32 products round.
 
         Args:
@@ -154,11 +152,11 @@ class Layout(NamedTuple):
             config = select(kernel, self.device, self.dtype, precision, **sizes)
         return config, precision
 
-    def experts_sizes(self, pairs: int) -> dict[str, int | bool | str]:
+    def experts_sizes(self, pairs: int) -> dict[str, Any]:
         """What a choice depends on besides an adapter of experts. `tokens` are the pairs that one has on average."""
         tokens = -(-pairs // max(self.experts, 1))
-        sizes = {"tokens": tokens, "granule": self.granule, "transposed": self.transposed}
-        return sizes | {"factors": self.factors}
+        sides = {"granule": self.granule, "transposed": self.transposed}
+        return {"tokens": tokens, "factors": self.factors, **sides}
 
     def numbers(self) -> dict[str, int]:
         """Sizes and strides as kernels name them."""

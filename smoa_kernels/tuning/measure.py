@@ -81,7 +81,7 @@ def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
     graph, flush = torch.cuda.CUDAGraph(), torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
     with torch.cuda.graph(graph):
         launch()
-    seconds = []
+    seconds: list[float] = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()  # takes longer than the host does until the graph is under way
