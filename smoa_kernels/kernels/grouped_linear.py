@@ -291,7 +291,7 @@ _SHIPPED_IEEE = (
     Config(block_t=32, block_n=64, block_c=16, block_d=16, group_t=8, num_warps=4, num_stages=3),
 )
 # Of what is read one number at a time, addresses take registers: shorter steps.
-_GATHERED = (Config(block_t=16, block_n=64, block_c=64, block_d=32, group_t=8, num_warps=4, num_stages=3),)
+_GATHERED = (Config(block_t=16, block_n=64, block_c=64, block_d=16, group_t=8, num_warps=4, num_stages=3),)
 _GATHERED_TF32 = (
     Config(block_t=64, block_n=64, block_c=32, block_d=16, group_t=8, num_warps=8, num_stages=3),
 )
