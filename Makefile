@@ -33,7 +33,7 @@ emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/p
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune finetune-moe main-job classify sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
-        quality-smoke gpu gpu-smoke audit emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
+        quality-smoke gpu gpu-smoke audit audit-smoke emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
 
 help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -233,7 +233,7 @@ quality-smoke: $(BIN)/.dev ## the quality study on tiny sizes, with its report
 	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --records .benchmarks/quality/runs.jsonl
 	$(BIN)/python -m benchmarks.quality report --records .benchmarks/quality/runs.jsonl --out .benchmarks/quality
 
-gpu: $(BIN)/.dev ## on a GPU: numerical tests, tuning, comparison, goals (8 min; ARGS="--resume")
+gpu: $(BIN)/.dev ## on a GPU, in stages: the layer against float64, the headline table (5 min), every numerical test, tuning (ARGS="--resume")
 	$(BIN)/python -m benchmarks.bringup $(ARGS)
 
 gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's interpreter
@@ -241,6 +241,9 @@ gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's inte
 
 audit: $(BIN)/.dev ## compile every kernel at every shipped configuration; needs no GPU
 	PYTHONPATH=tests $(BIN)/python -m audit $(ARGS)
+
+audit-smoke: $(BIN)/.dev ## one form of each kernel for three architectures
+	PYTHONPATH=tests $(BIN)/python -m audit --extent smoke $(ARGS)
 
 # Left out are tests whose kernels run in processes of their own, outside the emulator.
 emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU: every kernel, the layer, the emulator's own tests; needs g++

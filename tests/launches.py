@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import triton
+from audit.forms import representative
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from triton.runtime.jit import JITFunction
@@ -37,7 +38,7 @@ from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.kernels import KERNELS, table
+from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import short_way
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.table import Table
@@ -135,7 +136,7 @@ def devices(gpu: FakeGpu) -> list[dict[str, Any]]:
 
 def tune() -> None:
     """Tune one key, with operands that hold nothing and are not compared."""
-    device, key = torch.device("cuda", 1), KERNELS["modulated_weight"].representative("bf16", "r16")
+    device, key = torch.device("cuda", 1), representative("modulated_weight", "bf16", "r16")
     layer = adapter(key.out_features, key.in_features, "cuda:1", BF16)
 
     def run(config: Any) -> list[Tensor]:

@@ -1,6 +1,9 @@
-"""Bring up a GPU with one command: numerical tests, tuning, a comparison with the peers, and the goals.
+"""Bring up a GPU with one command, in stages of at most eight minutes; the first two take five.
 
-    python -m benchmarks.bringup                  # on a GPU, within 8 minutes; `make gpu`
+operator: 24 problems through the public layer against float64; headline: the comparison with the peers, and the goals;
+tests: every numerical test; tune: a table for this GPU.
+
+    python -m benchmarks.bringup                  # on a GPU; `make gpu`
     python -m benchmarks.bringup --resume         # runs the stages that are not done yet
     python -m benchmarks.bringup --smoke          # tiny, in Triton's interpreter, on any CPU; `make gpu-smoke`
 

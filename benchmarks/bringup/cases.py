@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import torch
+
+from smoa_kernels.kernels.spec import GRANULE
 from smoa_kernels.tuning.plan import Layer
 
 from ..cases import BF16
 from ..providers import Case
 
-SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
-TOKENS = (8192, 2048, 256)
-BLOCKS = (4, 1, 2, 8)
-RANK = 16
+SHAPES = ((4096, 4096), (14336, 4096))
+TOKENS = (8192, 2048, 1)
+BLOCKS, RANK = 4, 16
+ORDERS = ("spectral", "contiguous")
 
-SQUARE, DOWN = Case(8192, 4096, 4096, 4, RANK, BF16), Case(8192, 4096, 14336, 4, RANK, BF16)
+SQUARE, DOWN = Case(8192, 4096, 4096, BLOCKS, RANK, BF16), Case(8192, 4096, 14336, BLOCKS, RANK, BF16)
 SQUARE_HIRA, DOWN_HIRA = Case(8192, 4096, 4096, 1, RANK, BF16), Case(8192, 4096, 14336, 1, RANK, BF16)
 GOAL_CASES = (SQUARE, DOWN, SQUARE_HIRA, DOWN_HIRA)
 
 
-def comparison_cases(smoke: bool) -> tuple[Case, ...]:
-    """The goals' cases, then the grid; cases with the same weight and partition follow each other."""
+def operator_cases(smoke: bool) -> list[tuple[Case, str]]:
+    """Problems for the layer, each with an order of its blocks: from one token to several tiles of them."""
+    dtypes = (torch.float32,) if smoke else (torch.bfloat16, torch.float16, torch.float32)
+    tokens = (1, 21) if smoke else (1, 40, 300, 2000)
+    n, c = (48, 40) if smoke else (384, 640)
+    return [
+        (Case(t, n, c, BLOCKS, RANK, dtype), order) for dtype in dtypes for order in ORDERS for t in tokens
+    ]
+
+
+def headline_cases(smoke: bool) -> tuple[Case, ...]:
+    """The goals' cases, then the other sizes; cases with the same weight and partition follow each other."""
     if smoke:
-        return (Case(9, 48, 40, 2, 4), Case(9, 48, 40, 2, 4, dropout=0.05))
-    grid = (
-        Case(tokens, n, c, blocks, RANK, BF16, dropout)
-        for blocks in BLOCKS
-        for n, c in SHAPES
-        for dropout in (0.0, 0.05)
-        for tokens in TOKENS
-    )
+        return (Case(9, 48, 40, 2, 4), Case(1, 48, 40, 2, 4))
+    grid = (Case(tokens, n, c, BLOCKS, RANK, BF16) for n, c in SHAPES for tokens in TOKENS)
     return tuple(dict.fromkeys((*GOAL_CASES, *grid)))
 
 
 def tuned_layers(smoke: bool) -> list[Layer]:
-    """The shapes that are compared, at the goals' number of blocks."""
+    """The shapes that are compared, with blocks of single coordinates and of granules."""
     if smoke:
         return [Layer(48, 40, 9, "fp32", 4, 2)]
-    return [Layer(n, c, tokens, "bf16", RANK, 4) for tokens in TOKENS for n, c in SHAPES]
+    sizes = ((n, c, tokens) for tokens in TOKENS for n, c in SHAPES)
+    return [
+        Layer(*size, "bf16", RANK, BLOCKS, granule, factors="bf16")
+        for size in sizes
+        for granule in (1, GRANULE)
+    ]

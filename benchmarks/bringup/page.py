@@ -34,6 +34,9 @@ def page(state: State) -> str:
         "## Goals",
         f"bf16, r=16, dropout 0, T=8192. Predicted for {gpu.name}.",
         _goals(state, gpu),
+        "## The layer against float64",
+        "\n".join(f"- {name}: {words}" for name, words in state.findings.get("operator", {}).items())
+        or "Not run.",
         "## Numerical tests",
         _tests(state),
         "## Tuning",
@@ -128,7 +131,7 @@ def _tuning(state: State) -> str:
 
 def _predicted(state: State, gpu: Gpu) -> str:
     """Measured seconds over predicted, at the rates that this device reached."""
-    found = state.findings.get("predict")
+    found = state.findings.get("rates")
     if found is None:
         return "Not run."
     flops, bandwidth = found["flops_per_second"], found["bytes_per_second"]

@@ -19,12 +19,26 @@ from ..gate import check_layers
 from ..machine import load
 from ..memory import footprint
 from ..protocol import DEVICE, Turns
-from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case, PaperDense, Provider, frozen, hira, lora, smoa
+from ..providers import (
+    CONTIGUOUS,
+    FROZEN,
+    HIRA,
+    LORA,
+    PAPER,
+    SMOA,
+    Case,
+    PaperDense,
+    Provider,
+    frozen,
+    hira,
+    lora,
+    smoa,
+)
 from ..results import Result
 from ..rotation import cache_bytes, rotated
 from ..test_layer_throughput import training_pass
 from ..theory import rates
-from .cases import GOAL_CASES, comparison_cases, tuned_layers
+from .cases import GOAL_CASES, ORDERS, headline_cases, operator_cases, tuned_layers
 from .state import State
 
 SECONDS_PER_CASE = 1.2
@@ -59,6 +73,123 @@ class OutOfTimeError(RuntimeError):
     """A stage stopped before all of its work was done."""
 
 
+def operator(job: Job) -> None:
+    """Compare y, dX, dA and dB of the public layer with its definition in float64, by torch's own operators.
+
+    Raises:
+        OutOfTimeError: some problems were not tried.
+        RuntimeError: a result is wrong, or could not be computed.
+    """
+    found: dict[str, str] = {}
+    cases = operator_cases(job.smoke)
+    for done, (case, order) in enumerate(cases):
+        if job.left < 1:
+            raise OutOfTimeError(f"{len(cases) - done} of {len(cases)} problems are left")
+        _, failed = _right(case, {SMOA: smoa("auto", "triton", order)})
+        found[f"{case}, {order}"] = failed.get(SMOA, "right")
+        job.save(job.state.with_finding("operator", found))
+    if wrong := [f"{name}: {words}" for name, words in found.items() if words != "right"]:
+        raise RuntimeError(f"{len(wrong)} of {len(cases)} problems are wrong, the first: {wrong[0]}")
+
+
+def headline(job: Job) -> None:
+    """Measure this device's own rates; then time, and weigh the memory of, every provider, the goals' cases first.
+
+    A case that failed, wholly or for one provider, is compared again by the next call: with all of its providers, for
+    only times that were taken in turns may be divided by each other.
+
+    Raises:
+        OutOfTimeError: some cases were not compared.
+        RuntimeError: a provider failed its gate or crashed.
+    """
+    state = job.state
+    if "rates" not in state.findings:
+        flops, bandwidth = rates(*((torch.float32, 256) if job.smoke else (torch.bfloat16, 8192)))
+        state = state.with_finding("rates", {"flops_per_second": flops, "bytes_per_second": bandwidth})
+        job.save(state)
+    errors: dict[str, dict[str, str]] = dict(state.findings.get("headline", {}))
+    cases = headline_cases(job.smoke)
+    todo = [case for case in cases if str(case) in errors or not state.run.find("layer", **case.record())]
+    for done, case in enumerate(todo):
+        if job.left < 4 * SECONDS_PER_CASE:
+            raise OutOfTimeError(f"{len(todo) - done} of {len(cases)} cases are left")
+        errors.pop(str(case), None)
+        try:
+            results, failed = _compare_one(case, job.smoke)
+            state = state.with_results(*results)
+        except Exception as error:  # a case that does not fit in memory, say: the others go on
+            failed = {"all of them": _first_line(error)}
+        if failed:
+            errors[str(case)] = failed
+        state = state.with_finding("headline", dict(errors))
+        job.save(state)
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+    if told := [
+        f"{name} at {at}: {reason}" for at, failed in errors.items() for name, reason in failed.items()
+    ]:
+        raise RuntimeError(f"{len(told)} providers failed, the first: {told[0]}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def providers(case: Case) -> dict[str, Provider]:
+    """The peers, and ours by torch's operators and on the kernels, with either order of blocks."""
+    found: dict[str, Provider] = {FROZEN: frozen, LORA: lora, HIRA: hira, PAPER: PaperDense}
+    for name, order in zip((SMOA, CONTIGUOUS), ORDERS, strict=True):
+        found[f"{name} eager"] = smoa("auto", "eager", order)
+        for algorithm in ("auto", "merged", "split"):
+            found[name if algorithm == "auto" else f"{name} {algorithm}"] = smoa(algorithm, "triton", order)
+    return found
+
+
+def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]:
+    """The case's results, and why some providers are not in them."""
+    layers, failed = _gated(replace(case, tokens=min(case.tokens, GATE_TOKENS)))
+    if case in GOAL_CASES:
+        layers, more = _right(case, {name: _built(layer) for name, layer in layers.items()})
+        failed = failed | more
+    timed = _timed(case, layers, smoke)  # first, for it leaves nothing in memory
+    sizes = {name: footprint(layer, case).record() for name, layer in layers.items()}
+    return [timed, Result("memory", f"memory: {case}", case.record(), bytes=sizes)], failed
+
+
+def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
+    """Time every provider in turns, each pass on the next copy of the inputs, which all providers share."""
+    inputs = rotated(case, cache_bytes())
+    turns = Turns({name: training_pass(layer, case, inputs) for name, layer in layers.items()}, FROZEN)
+    before, one = load(), turns.warm_up(1 if smoke else 2)
+    for _ in range(2 if smoke else max(5, min(MOST_ROUNDS, int(SECONDS_PER_CASE / one)))):
+        turns.round()
+    seconds = {phase: dict(found.seconds) for phase, found in turns.comparisons().items()}
+    return Result("layer", f"layer: {case}", case.record(), FROZEN, [before, load()], seconds)
+
+
+@functools.lru_cache(maxsize=1)
+def _gated(case: Case) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers of a case's providers, which serve any number of tokens."""
+    return _right(case, providers(case))
+
+
+def _built(layer: nn.Module) -> Provider:
+    return lambda case: layer
+
+
+def _right(case: Case, built: Mapping[str, Provider]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that compute their definition at a case's size, and why the others do not."""
+    right, failed = {}, {}
+    for name, build in built.items():
+        try:
+            layer = build(case)
+            check_layers(case, {name: layer})
+            right[name] = layer
+        except Exception as error:
+            failed[name] = _first_line(error)
+    return right, failed
+
+
 def tune_shapes(job: Job) -> None:
     """Tune a small set of shapes.
 
@@ -87,107 +218,9 @@ def interpreter_timer(choice: Choice, launch: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(job: Job) -> None:
-    """Time forward, backward and both, and weigh the peak memory, of every provider; the goals' cases come first.
-
-    A case that failed, wholly or for one provider, is compared again by the next call: with all of its providers, for
-    only times that were taken in turns may be divided by each other.
-
-    Raises:
-        OutOfTimeError: some cases were not compared.
-        RuntimeError: a provider failed its gate or crashed.
-    """
-    state = job.state
-    errors: dict[str, dict[str, str]] = dict(state.findings.get("compare", {}))
-    cases = comparison_cases(job.smoke)
-    todo = [case for case in cases if str(case) in errors or not state.run.find("layer", **case.record())]
-    for done, case in enumerate(todo):
-        if job.left < 4 * SECONDS_PER_CASE:
-            raise OutOfTimeError(f"{len(todo) - done} of {len(cases)} cases are left")
-        errors.pop(str(case), None)
-        try:
-            results, failed = _compare_one(case, job.smoke)
-            state = state.with_results(*results)
-        except Exception as error:  # a case that does not fit in memory, say: the others go on
-            failed = {"all of them": _first_line(error)}
-        if failed:
-            errors[str(case)] = failed
-        state = state.with_finding("compare", dict(errors))
-        job.save(state)
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
-    if told := [
-        f"{name} at {at}: {reason}" for at, failed in errors.items() for name, reason in failed.items()
-    ]:
-        raise RuntimeError(f"{len(told)} providers failed, the first: {told[0]}")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def providers(case: Case) -> dict[str, Provider]:
-    """The peers and ours on the kernels; no merged form under dropout, where the adapter sees another x."""
-    found: dict[str, Provider] = {FROZEN: frozen, LORA: lora, HIRA: hira, PAPER: PaperDense}
-    for algorithm in ("auto", "split") if case.dropout else ("auto", "merged", "split"):
-        found[SMOA if algorithm == "auto" else f"{SMOA} {algorithm}"] = smoa(algorithm, "triton")
-    return found
-
-
-def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]:
-    """The case's results, and why some providers are not in them."""
-    layers, failed = _gated(replace(case, tokens=min(case.tokens, GATE_TOKENS)))
-    if case in GOAL_CASES:
-        layers, more = _passing(case, layers)
-        failed = failed | more
-    timed = _timed(case, layers, smoke)  # first, for it leaves nothing in memory
-    sizes = {name: footprint(layer, case).record() for name, layer in layers.items()}
-    return [timed, Result("memory", f"memory: {case}", case.record(), bytes=sizes)], failed
-
-
-def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
-    """Time every provider in turns, each pass on the next copy of the inputs, which all providers share."""
-    inputs = rotated(case, cache_bytes())
-    turns = Turns({name: training_pass(layer, case, inputs) for name, layer in layers.items()}, FROZEN)
-    before, one = load(), turns.warm_up(1 if smoke else 2)
-    for _ in range(2 if smoke else max(5, min(MOST_ROUNDS, int(SECONDS_PER_CASE / one)))):
-        turns.round()
-    seconds = {phase: dict(found.seconds) for phase, found in turns.comparisons().items()}
-    return Result("layer", f"layer: {case}", case.record(), FROZEN, [before, load()], seconds)
-
-
-@functools.lru_cache(maxsize=1)
-def _gated(case: Case) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that pass their gate, which serve any number of tokens, and why the others do not."""
-    layers: dict[str, nn.Module] = {}
-    failed: dict[str, str] = {}
-    for name, build in providers(case).items():
-        try:
-            layers[name] = build(case)
-        except Exception as error:
-            failed[name] = _first_line(error)
-    passing, more = _passing(case, layers)
-    return passing, failed | more
-
-
-def _passing(case: Case, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that compute their definition at a case's size, and why the others do not."""
-    passing, failed = {}, {}
-    for name, layer in layers.items():
-        try:
-            check_layers(case, {name: layer})
-            passing[name] = layer
-        except Exception as error:
-            failed[name] = _first_line(error)
-    return passing, failed
-
-
-def predict(job: Job) -> None:
-    """Measure this device's own rates, by which the page predicts."""
-    flops, bandwidth = rates(*((torch.float32, 256) if job.smoke else (torch.bfloat16, 8192)))
-    finding = {"flops_per_second": flops, "bytes_per_second": bandwidth}
-    job.save(job.state.with_finding("predict", finding))
-
-
-STAGES: Mapping[str, Callable[[Job], None]] = {"tune": tune_shapes, "compare": compare, "predict": predict}
-"""The stages of this file; pytest itself is the first stage, the tests."""
+STAGES: Mapping[str, Callable[[Job], None]] = {
+    "operator": operator,
+    "headline": headline,
+    "tune": tune_shapes,
+}
+"""The stages of this file; the tests, before the tuning, are pytest's."""

@@ -15,7 +15,7 @@ __all__ = ["ALGORITHMS", "admissible", "choose_algorithm", "gradient_parts", "pa
 
 ALGORITHMS = ("merged", "split", "fused")
 
-# Above these ρ the one-kernel form cuts the rank into chunks, and reads W0 again for each.
+# Above these ρ the one-kernel form takes the rank in chunks, for which nothing is loaded ahead.
 FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
 
@@ -32,7 +32,7 @@ GRAD_PART_TILES = 128
 
 
 def admissible(stage: str, dtype: str) -> tuple[str, ...]:
-    """What may be chosen for speed.
+    """What a tuning table may choose: torch's own operators, "eager", among it.
 
     A W_eff rounded to half, or multiplied in TF32, loses a small update in the forward; in dX that is a second-order
     error.
@@ -68,7 +68,7 @@ def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str, 
     Args:
         stage: one of `spec.ALGORITHM_KEYS`.
         tokens: T.
-        rank: ρ. Above 64, or 16 in IEEE float32, "fused" would read W0 several times.
+        rank: ρ, for "fused" at most 64, or 16 in IEEE float32.
         dtype: that the GEMM multiplies, one of `precision.KERNEL_PRECISIONS`.
         arch: as the compiler spells it.
         batch: K where eager takes the blocks as one batch (`block_order.is_batch`), else 0.

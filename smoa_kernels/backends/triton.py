@@ -183,7 +183,8 @@ def _chosen(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> 
 def _choose(stage: str, layout: Layout, tokens: int, allow_tf32: bool, batch: int) -> str:
     """As measured for so many tokens, a power of two; else by the rule of `algorithms.py`, whose limits are such."""
     name = precision_of(layout.dtype, ieee=not allow_tf32).name
-    key = Key(stage, name, layout.rank, layout.num_blocks, *layout.features, tokens, granule=layout.granule)
+    sizes = layout.rank, layout.num_blocks, *layout.features, tokens
+    key = Key(stage, name, *sizes, granule=layout.granule, factors=layout.factors)
     measured = table.tuned_algorithm(key, layout.device, admissible(stage, name))
     if measured is not None:
         return measured

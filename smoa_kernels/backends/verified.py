@@ -30,6 +30,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from triton import __version__ as triton_version
 
 from ..checks import first_line
 from ..definition.dropout import Dropout
@@ -277,7 +278,7 @@ class Verdicts:
     def __init__(self, device: torch.device) -> None:
         now = identity(device)
         self.path = user_table(now.gpu).with_suffix(".forms")
-        self.versions = f"Triton {now.triton}, {assembler(architecture(device))}, kernels {now.source}"
+        self.versions = f"Triton {triton_version}, {assembler(architecture(device))}, kernels {now.source}"
         self.forms = _read(self.path).get(self.versions, {})
         self.gpu = now.gpu
         self._told: set[str] = set()

@@ -213,7 +213,7 @@ def _in_force(table: TuningTable) -> str:
         return f"{table.broken}; not used"
     said = f"{len(table.entries)} entries in force"
     if table.stale:
-        said += f", {len(table.stale)} not: measured with another torch, Triton or version of the kernels"
+        said += f", {len(table.stale)} not: measured with another Triton or version of the kernels"
     return f"{said}, {table.reasons()}" if table.skipped else said
 
 

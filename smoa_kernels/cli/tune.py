@@ -65,6 +65,9 @@ def tune(
         int,
         typer.Option(help="Experts that a layer has; --tokens are then pairs of token and expert. 0: none."),
     ] = 0,
+    factors: Annotated[
+        str, typer.Option(help="Dtype of the factors: bf16, fp16, or fp32, as PEFT keeps them.")
+    ] = "fp32",
     kernel: Annotated[
         list[str] | None, typer.Option(help="Repeatable; every kernel, and the algorithms, if absent.")
     ] = None,
@@ -95,7 +98,7 @@ def tune(
         decoders = [MODELS["llama-3-8b"]]
     sizes = [size for decoder in decoders for size in decoder.shapes] + [parse_shape(s) for s in shape or []]
     layers = [
-        Layer(n, c, t, name, rank, blocks, granule, experts)
+        Layer(n, c, t, name, rank, blocks, granule, experts, factors)
         for n, c in dict.fromkeys(sizes)
         for t in tokens or [256, 2048, 8192]
         for name in dtype or ["bf16"]

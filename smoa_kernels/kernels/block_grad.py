@@ -20,8 +20,6 @@ R is ρ rounded up to a whole group of ranks: a row of partials is a multiple of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -30,34 +28,20 @@ from torch import Tensor
 
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
-from ..definition.reference import backward as reference_backward
 from .architectures import Architecture, multiprocessors
 from .common import block_slots, block_width, dot, round_to, to_tf32
 from .launch import Launch, Layout, described
-from .permute import gather_columns
-from .spec import PARTIAL_RANKS, Config, Kernel, Operands, Work, in_dtype, partial_width, tile_divides
+from .spec import PARTIAL_RANKS, Config, Kernel, partial_width, tile_divides
 from .sum_partials import sum_partials
 from .table import remembered
 
-__all__ = ["BLOCK_GRAD", "BlockGradConfig", "block_grad", "token_splits"]
+__all__ = ["BLOCK_GRAD", "block_grad", "token_splits"]
 
 # Ranks that the contraction takes at a time: the least that `tl.dot` takes, for the tile of G stays in registers.
 RANK_CHUNK = 16
 # Ranks of a group: float32 of 128 bits. The kernel is given groups, so that the compiler sees how a row is aligned.
 GROUP = tl.constexpr(PARTIAL_RANKS)
 EPILOGUE_STEPS = 11  # what the end of a program costs, in steps of its main loop: an assumption
-
-
-@dataclass(frozen=True)
-class BlockGradConfig(Config):
-    """One tile of G per program; `split` programs share its sum over T, as many as fill the device where it is 0."""
-
-    block_n: int
-    block_c: int
-    block_t: int
-    split: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit(do_not_specialize=["T", "tiles_n", "tiles_c", "rank", "rank_groups"])
@@ -248,7 +232,7 @@ def block_grad(
     adapter: PackedAdapter,
     *,
     allow_tf32: bool = False,
-    config: BlockGradConfig | None = None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dA (ρ, C) and dB (N, ρ) of all blocks, in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
@@ -307,7 +291,7 @@ def _launch(
     dy_stride: Sequence[int],
     x_stride: Sequence[int],
     allow_tf32: bool,
-    config: BlockGradConfig | None,
+    config: Config | None,
 ) -> tuple[Launch, tuple[int, int]]:
     """A part's launch, and how many partials of dA and of dB it writes: the first part, of `tokens`, decides that."""
     padded_rows, padded_cols = widths
@@ -320,6 +304,7 @@ def _launch(
         padded_out=padded_rows,
         padded_in=padded_cols,
         granule=layout.granule,
+        factors=layout.factors,
     )
     tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
     programs = layout.num_blocks * tiles_n * tiles_c
@@ -367,59 +352,35 @@ def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> i
 # Bytes of shared memory that the first needs on NVIDIA, for H transposed; AMD's compiler makes do with what there is.
 _LARGEST_NEEDS = 138 * 1024
 _SHIPPED = (
-    BlockGradConfig(128, 128, 64, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(64, 128, 64, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(128, 64, 64, split=0, num_warps=4, num_stages=3),
-    BlockGradConfig(64, 64, 64, split=0, num_warps=4, num_stages=3),
+    Config(block_n=128, block_c=128, block_t=64, num_warps=8, num_stages=3),
+    Config(block_n=64, block_c=128, block_t=64, num_warps=8, num_stages=3),
+    Config(block_n=128, block_c=64, block_t=64, num_warps=4, num_stages=3),
+    Config(block_n=64, block_c=64, block_t=64, num_warps=4, num_stages=3),
 )
 _SHIPPED_FP32 = (
-    BlockGradConfig(128, 128, 32, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(64, 128, 32, split=0, num_warps=4, num_stages=3),
-    BlockGradConfig(128, 64, 32, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(64, 64, 32, split=0, num_warps=8, num_stages=2),
+    Config(block_n=128, block_c=128, block_t=32, num_warps=8, num_stages=3),
+    Config(block_n=64, block_c=128, block_t=32, num_warps=4, num_stages=3),
+    Config(block_n=128, block_c=64, block_t=32, num_warps=8, num_stages=3),
+    Config(block_n=64, block_c=64, block_t=32, num_warps=8, num_stages=2),
 )
 # IEEE float32 without tensor cores: on NVIDIA.
 _SHIPPED_IEEE = (
-    BlockGradConfig(64, 64, 32, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(64, 64, 16, split=0, num_warps=8, num_stages=3),
-    BlockGradConfig(16, 64, 32, split=0, num_warps=4, num_stages=2),
+    Config(block_n=64, block_c=64, block_t=32, num_warps=8, num_stages=3),
+    Config(block_n=64, block_c=64, block_t=16, num_warps=8, num_stages=3),
+    Config(block_n=16, block_c=64, block_t=32, num_warps=4, num_stages=2),
 )
 
 
-def _shipped(arch: Architecture, precision: Precision) -> tuple[BlockGradConfig, ...]:
+def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if precision.ieee and not arch.is_amd:
         return _SHIPPED_IEEE
     shipped = _SHIPPED_FP32 if precision.dtype == torch.float32 else _SHIPPED
     return shipped if arch.is_amd or arch.shared_per_block >= _LARGEST_NEEDS else shipped[1:]
 
 
-def _workload(operands: Operands) -> Work:
-    key, adapter = operands.key, operands.adapter()
-    p = adapter.partition
-    x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
-    dyg = dy if key.granule > 1 else gather_columns(dy, p.T, key.padded_out)
-    xg = x if key.granule > 1 and "dropout" not in operands.form else gather_columns(x, p, key.padded_in)
-
-    def run(config: Any) -> tuple[Tensor, Tensor]:
-        return block_grad(1, lambda _: (dyg, xg), adapter, allow_tf32=operands.allow_tf32, config=config)
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        of_dtype = in_dtype(adapter, dtype)
-        _, dA, dB = reference_backward(dy.to(dtype), x.to(dtype), of_dtype, None, needs_x=False)
-        assert dA is not None
-        assert dB is not None
-        return [dA, dB]
-
-    return run, defined
-
-
 BLOCK_GRAD = Kernel(
     "block_grad",
     block_grad_kernel,
-    BlockGradConfig,
-    role="matmul",
     shipped=_shipped,
-    workload=_workload,
-    forms=("r16", "r64 fp32 factors", "r16 granules", "r16 granules dropout"),
     fits=tile_divides,
 )

@@ -15,8 +15,7 @@ ranks (K) int32. Where blocks consist of granules, x may be (T, C): it is then r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -28,24 +27,10 @@ from ..definition.precision import Precision
 from .architectures import Architecture
 from .common import OLD_TRITON, block_slots, dot, round_to, slot_coordinates
 from .launch import Launch, Layout, described
-from .modulate import modulated_blocks
-from .permute import gather_columns
-from .spec import INDEX, Config, Kernel, Key, Operands, Work, delta_weight, on_amd, tile_divides
+from .spec import Config, Kernel, Key, on_amd, tile_divides
 from .table import remembered
 
-__all__ = ["BLOCK_MATMUL", "BlockMatmulConfig", "block_matmul"]
-
-
-@dataclass(frozen=True)
-class BlockMatmulConfig(Config):
-    """One tile of y per program, `group_t` token tiles walked together for the L2 cache."""
-
-    block_t: int
-    block_n: int
-    block_c: int
-    group_t: int
-    num_warps: int
-    num_stages: int
+__all__ = ["BLOCK_MATMUL", "block_matmul"]
 
 
 @triton.jit(do_not_specialize=["T", "num_blocks"])
@@ -148,7 +133,7 @@ def block_matmul(
     *,
     out: Tensor,
     allow_tf32: bool = False,
-    config: BlockMatmulConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """Write `y[:, rows_k] = xg_k ΔW_kᵀ` of all blocks into `out`, every element once. Returns `out`.
 
@@ -181,7 +166,7 @@ def _launch(
     delta_stride: Sequence[int],
     out_stride: Sequence[int],
     allow_tf32: bool,
-    config: BlockMatmulConfig | None,
+    config: Config | None,
 ) -> Launch:
     padded_rows, padded_cols = widths
     in_place, natural, transposed = len(x_stride) == 2, len(out_stride) == 2, delta_stride[2] != 1
@@ -224,21 +209,21 @@ def _launch(
 
 # Largest tile first; each passes the audit wherever `_shipped` ships it.
 _SHIPPED = (
-    BlockMatmulConfig(256, 128, 64, group_t=8, num_warps=8, num_stages=3),
-    BlockMatmulConfig(128, 128, 64, group_t=8, num_warps=8, num_stages=3),
-    BlockMatmulConfig(64, 128, 64, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(64, 64, 64, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(32, 64, 64, group_t=8, num_warps=4, num_stages=3),
+    Config(block_t=256, block_n=128, block_c=64, group_t=8, num_warps=8, num_stages=3),
+    Config(block_t=128, block_n=128, block_c=64, group_t=8, num_warps=8, num_stages=3),
+    Config(block_t=64, block_n=128, block_c=64, group_t=8, num_warps=4, num_stages=3),
+    Config(block_t=64, block_n=64, block_c=64, group_t=8, num_warps=4, num_stages=3),
+    Config(block_t=32, block_n=64, block_c=64, group_t=8, num_warps=4, num_stages=3),
 )
 # IEEE float32 has no tensor cores on NVIDIA: smaller tiles, for each thread holds its operands in registers.
 _SHIPPED_IEEE = (
-    BlockMatmulConfig(64, 64, 16, group_t=8, num_warps=8, num_stages=3),
-    BlockMatmulConfig(64, 32, 32, group_t=8, num_warps=4, num_stages=3),
-    BlockMatmulConfig(32, 32, 32, group_t=8, num_warps=4, num_stages=3),
+    Config(block_t=64, block_n=64, block_c=16, group_t=8, num_warps=8, num_stages=3),
+    Config(block_t=64, block_n=32, block_c=32, group_t=8, num_warps=4, num_stages=3),
+    Config(block_t=32, block_n=32, block_c=32, group_t=8, num_warps=4, num_stages=3),
 )
 
 
-def _shipped(arch: Architecture, precision: Precision) -> tuple[BlockMatmulConfig, ...]:
+def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     full = precision.dtype == torch.float32
     if full and precision.ieee and not arch.is_amd:
         return _SHIPPED_IEEE
@@ -251,40 +236,19 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[BlockMatmulConfi
     return on_amd(shipped) if arch.is_amd else shipped
 
 
-def _choose(fitting: Sequence[BlockMatmulConfig], key: Key, multiprocessors: int) -> BlockMatmulConfig:
+def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:
     """The largest tile that still fills the device, else the smallest."""
 
-    def tiles(config: BlockMatmulConfig) -> int:
+    def tiles(config: Config) -> int:
         return -(-key.tokens // config.block_t) * key.blocks * (key.padded_out // config.block_n)
 
     return next((config for config in fitting if tiles(config) >= multiprocessors), fitting[-1])
 
 
-def _workload(operands: Operands) -> Work:
-    key, adapter = operands.key, operands.adapter()
-    x = operands.tensor(key.tokens, key.in_features)
-    xg = x if key.granule > 1 else gather_columns(x, adapter.partition, key.padded_in)
-    y = operands.tensor(key.tokens, key.out_features)
-    if key.transposed:
-        delta = modulated_blocks(adapter.T, (key.padded_in, key.padded_out)).mT
-    else:
-        delta = modulated_blocks(adapter, (key.padded_out, key.padded_in))
-
-    def run(config: Any) -> list[Tensor]:
-        return [block_matmul(xg, adapter, delta, out=y, allow_tf32=operands.allow_tf32, config=config)]
-
-    return run, lambda dtype: [x.to(dtype) @ delta_weight(adapter, dtype).T]
-
-
 BLOCK_MATMUL = Kernel(
     "block_matmul",
     block_matmul_kernel,
-    BlockMatmulConfig,
-    role="matmul",
     shipped=_shipped,
-    workload=_workload,
-    forms=("as stored", "transposed", "granules", "transposed granules"),
-    narrow={"index_ptr": INDEX},  # as slot_coordinates names it
     fits=tile_divides,
     choose=_choose,
 )

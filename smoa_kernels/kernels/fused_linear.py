@@ -4,23 +4,24 @@
     y[t, i] = Σ_j x[t, j] · W0[i, j]  +  Σ_j x[t, j] · ΔW[i, j]  +  bias[i]                      (T, N)
     ΔW[i, j] = s · [b(i) = c(j)] · W0[i, j] · Σ_r B[i, r] A[r, j], made in registers, never in memory
 
-Two float32 sums, rounded once together: a ΔW added to W0 before the product would be lost in W0's rounding, and an
-adapter's output added to a rounded y in y's (docs/numerics.md). W0 is the left operand of the products: yᵀ = W0 xᵀ
-puts N, not the few tokens, on the tensor cores' long side, and ΔW goes into its product from registers.
+Both products add to one float32 sum, rounded once: a ΔW added to W0 before the product would be lost in W0's rounding,
+and an adapter's output added to a rounded y in y's (docs/numerics.md). W0 is the left operand of the products: with
+yᵀ = W0 xᵀ it is N, not the few tokens, that lies along the tensor cores' long side, and ΔW goes into its product from
+registers.
 
-Where y has few tiles, `split` programs share the sum over C; a rank too large for one product is cut into chunks,
-each a program of its own. The parts are float32 sums that `sum_partials.py` adds in a fixed order.
+Where y has few tiles, `split` programs share the sum over C. The parts are float32 sums that `sum_partials.py` adds in
+a fixed order. A rank too large for one product is taken in chunks, in a loop inside the one over C: then nothing of the
+next step is loaded ahead.
 
 Layout of the pointers: x (T, C), w (N, C), a (ρ, C), b (N, ρ) with any strides; bias (N) contiguous; row_block (N)
 and col_block (C) labels, uint8 or int32; ranks (K) int32; scaling one element; out contiguous, y (T, N) in x's
-dtype or the parts (chunks · split, T, N) in float32.
+dtype or the parts (split, T, N) in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -29,32 +30,14 @@ from torch import Tensor
 
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
-from ..definition.reference import forward as reference_forward
 from .architectures import Architecture
 from .common import dot, power_of_two, round_to, to_tf32
 from .launch import Launch, Layout, described
-from .spec import LABELS, ONE_NUMBER, Config, Kernel, Key, Operands, Work, in_dtype, on_amd
+from .spec import Config, Kernel, Key, on_amd
 from .sum_partials import sum_partials
 from .table import remembered
 
-__all__ = ["FUSED_LINEAR", "FusedLinearConfig", "fused_linear"]
-
-
-@dataclass(frozen=True)
-class FusedLinearConfig(Config):
-    """One tile of y and up to `block_r` ranks per program; `split` programs share its sum over C.
-
-    `reads_transposed`: tensor cores read a transposed tile of W0 in a half type where an asynchronous copy leaves it.
-    """
-
-    block_t: int
-    block_n: int
-    block_c: int
-    block_r: int
-    split: int
-    num_warps: int
-    num_stages: int
-    reads_transposed: bool = False
+__all__ = ["FUSED_LINEAR", "fused_linear"]
 
 
 @triton.jit
@@ -65,7 +48,7 @@ def widened(labels):
     return tl.max(labels.to(tl.int32)[None, :], axis=0)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "split"])
 def fused_linear_kernel(
     x_ptr,
     w_ptr,
@@ -81,6 +64,7 @@ def fused_linear_kernel(
     N,
     C,
     rank,
+    split,
     stride_xt,
     stride_xc,
     stride_wn,
@@ -91,38 +75,36 @@ def fused_linear_kernel(
     stride_br,
     INPUT_PRECISION: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
-    READS_TRANSPOSED: tl.constexpr,
+    WGMMA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    chunk = tl.program_id(1)
     tiles_t = tl.cdiv(T, BLOCK_T)
-    part = tile % SPLIT
-    tokens = (tile // SPLIT % tiles_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    rows = (tile // SPLIT // tiles_t).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tile % split
+    tokens = (tile // split % tiles_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows = (tile // split // tiles_t).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_inside = tokens < T
     row_inside = rows < N
     row_block = widened(tl.load(row_block_ptr + rows, mask=row_inside, other=0))
     row_rank = tl.minimum(tl.load(ranks_ptr + row_block, mask=row_inside, other=0), rank)
     scaling = tl.load(scaling_ptr).to(tl.float32)
-    r = chunk * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
     # SIDE_BY_SIDE: the product has room for every block's ranks. Each row of B and column of A fills its own block's
     # and leaves the others zero, so that the product is zero where blocks differ (as long as the factors are finite).
-    rank_block = r // rank if SIDE_BY_SIDE else r * 0
-    if SIDE_BY_SIDE:
-        r = r % rank
+    t = tl.arange(0, RANK_BLOCK)
+    r = t % rank if SIDE_BY_SIDE else t
+    rank_block = t // rank if SIDE_BY_SIDE else t
+    b_ptrs = b_ptr + rows[:, None] * stride_bn + r[None, :] * stride_br
 
-    base = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    adapted = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     # At least one step, and known to be: accumulators that a skipped loop would set by hand keep ptxas from running
     # wgmma asynchronously. Columns past C are masked.
-    steps = tl.maximum(tl.cdiv(tl.cdiv(C, BLOCK_C), SPLIT), 1)
+    steps = tl.maximum(tl.cdiv(tl.cdiv(C, BLOCK_C), split), 1)
     tl.assume(steps > 0)
     for step in range(steps):
         cols = (part * steps + step) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -132,7 +114,8 @@ def fused_linear_kernel(
         x_ptrs = x_ptr + tokens[None, :] * stride_xt + cols[:, None] * stride_xc
         x = tl.load(x_ptrs, mask=token_inside[None, :] & col_inside[:, None], other=0.0)
         col_block = widened(tl.load(col_block_ptr + cols, mask=col_inside, other=0))
-        THROUGH_REGISTERS: tl.constexpr = w.dtype == tl.float32 or (W_TRANSPOSED and not READS_TRANSPOSED)
+        col_rank = tl.load(ranks_ptr + col_block, mask=col_inside, other=0)
+        THROUGH_REGISTERS: tl.constexpr = w.dtype == tl.float32 or (W_TRANSPOSED and not WGMMA)
         if THROUGH_REGISTERS:
             # Changes nothing, but takes W0 to its products through registers. As TF32 or transposed, most tensor cores
             # cannot read it where an asynchronous copy of whole 128-bit words leaves it, and the copy would suffer.
@@ -142,42 +125,41 @@ def fused_linear_kernel(
             # sm_80, four bytes at a time for TF32 on sm_90; a descriptor: wide on sm_90, not asynchronous on sm_80.
             w = tl.where(row_inside[:, None], w, 0.0)
 
-        a_ptrs = a_ptr + r[:, None] * stride_ar + cols[None, :] * stride_ac
-        a = tl.load(a_ptrs, mask=(r < rank)[:, None] & col_inside[None, :], other=0.0)
-        b_ptrs = b_ptr + rows[:, None] * stride_bn + r[None, :] * stride_br
-        b = tl.load(b_ptrs, mask=row_inside[:, None] & (r < rank)[None, :], other=0.0)
-        col_rank = tl.load(ranks_ptr + col_block, mask=col_inside, other=0)
-        a_valid = r[:, None] < col_rank[None, :]
-        b_valid = r[None, :] < row_rank[:, None]
-        if SIDE_BY_SIDE:
-            a_valid &= rank_block[:, None] == col_block[None, :]
-            b_valid &= rank_block[None, :] == row_block[:, None]
-        a = tl.where(a_valid, a, 0.0)
-        b = tl.where(b_valid, b, 0.0)
-        a, b = to_tf32(a, INPUT_PRECISION), to_tf32(b, INPUT_PRECISION)
-        product = dot(b, a, tl.zeros((BLOCK_N, BLOCK_C), tl.float32), INPUT_PRECISION)
+        product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+        for chunk in range(CHUNKS):
+            start = chunk * RANK_BLOCK
+            a_ptrs = a_ptr + (start + r)[:, None] * stride_ar + cols[None, :] * stride_ac
+            a = tl.load(a_ptrs, mask=(start + r < rank)[:, None] & col_inside[None, :], other=0.0)
+            b_mask = row_inside[:, None] & (start + r < rank)[None, :]
+            b = tl.load(b_ptrs + start * stride_br, mask=b_mask, other=0.0)
+            a_valid = (start + r)[:, None] < col_rank[None, :]
+            b_valid = (start + r)[None, :] < row_rank[:, None]
+            if SIDE_BY_SIDE:
+                a_valid &= rank_block[:, None] == col_block[None, :]
+                b_valid &= rank_block[None, :] == row_block[:, None]
+            a = to_tf32(tl.where(a_valid, a, 0.0), INPUT_PRECISION)
+            b = to_tf32(tl.where(b_valid, b, 0.0), INPUT_PRECISION)
+            product = dot(b, a, product, INPUT_PRECISION)
         product *= scaling
         if not SIDE_BY_SIDE:
             product = tl.where(row_block[:, None] == col_block[None, :], product, 0.0)
         delta = round_to(product * w.to(tl.float32), w.dtype)
-        base = dot(w, x, base, INPUT_PRECISION)
-        if not THROUGH_REGISTERS:
-            # Changes nothing, but waits for the product. Hopper's tensor cores read W0 from shared memory meanwhile, of
-            # which Triton keeps one buffer, for W0 has another use: the next step's copy would overwrite what they
+        acc = dot(delta, x, acc, INPUT_PRECISION)
+        acc = dot(w, x, acc, INPUT_PRECISION)
+        if WGMMA:
+            # Changes nothing, but waits for the products. Hopper's tensor cores read W0 from shared memory meanwhile,
+            # of which Triton keeps one buffer, for W0 has another use: the next step's copy would overwrite what they
             # still read (3.9: emulated; 3.6: in its TTGIR, where this line makes it wait). triton-lang/triton#3106
             # mended the like for loads with one use. Tried instead: `tl.multiple_of` with `tl.max_contiguous`;
-            # overwritten still (emulated). A descriptor was not tried, for the emulator runs none.
-            base = tl.where(row_inside[:, None], base, 0.0)
-        adapted = dot(delta, x, adapted, INPUT_PRECISION)
+            # overwritten still (emulated). A descriptor was not tried, for the emulator runs none. On Blackwell, with
+            # another sum for each product, the line did not compile (TritonGPUHoistTMEMAlloc, Triton 3.9).
+            acc = tl.where(row_inside[:, None], acc, 0.0)
 
-    y = adapted + tl.where(chunk == 0, base, 0.0)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + rows, mask=row_inside, other=0.0).to(tl.float32)[:, None]
-    slots = (chunk * SPLIT + part).to(tl.int64) * T + tokens
-    out_ptrs = out_ptr + slots[None, :] * N + rows[:, None]
-    tl.store(
-        out_ptrs, round_to(y, out_ptr.dtype.element_ty), mask=token_inside[None, :] & row_inside[:, None]
-    )
+        acc += tl.load(bias_ptr + rows, mask=row_inside, other=0.0).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + (part.to(tl.int64) * T + tokens)[None, :] * N + rows[:, None]
+    y = round_to(acc, out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, y, mask=token_inside[None, :] & row_inside[:, None])
 
 
 def fused_linear(
@@ -186,7 +168,7 @@ def fused_linear(
     adapter: PackedAdapter,
     *,
     allow_tf32: bool = False,
-    config: FusedLinearConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """`y = x W_effᵀ + bias` (T, N) in x's dtype, without forming W_eff or ΔW; `adapter.T` makes it dX.
 
@@ -217,7 +199,7 @@ def _launch(
     x_stride: Sequence[int],
     has_bias: bool,
     allow_tf32: bool,
-    config: FusedLinearConfig | None,
+    config: Config | None,
 ) -> tuple[Launch, int]:
     """The launch, and how many parts of y it writes."""
     rank = layout.rank
@@ -227,55 +209,56 @@ def _launch(
         allow_tf32,
         tokens=tokens,
         transposed=layout.transposed,
+        factors=layout.factors,
     )
     chunk = min(config.block_r, power_of_two(rank, 16))  # `tl.dot` takes no fewer
-    chunks = max(1, -(-rank // chunk))
-    parts = chunks * config.split
     tiles = -(-tokens // config.block_t) * -(-layout.features[0] // config.block_n)
     launch = Launch(
         fused_linear_kernel,
-        (tiles * config.split, chunks),
+        (tiles * config.split,),
         config,
         layout,
         T=tokens,
+        split=config.split,
         stride_xt=x_stride[0],
         stride_xc=x_stride[1],
         INPUT_PRECISION=precision,
         W_TRANSPOSED=layout.transposed,
-        HAS_BIAS=has_bias and parts == 1,
+        HAS_BIAS=has_bias and config.split == 1,
         SIDE_BY_SIDE=layout.num_blocks > 1 and 0 < rank * layout.num_blocks <= chunk,
         RANK_BLOCK=chunk,
+        CHUNKS=max(1, -(-rank // chunk)),
     )
-    return launch, parts
+    return launch, config.split
 
 
-def _split(config: FusedLinearConfig) -> tuple[FusedLinearConfig, ...]:
+def _split(config: Config) -> tuple[Config, ...]:
     return tuple(replace(config, split=split) for split in (4, 2, 1))
 
 
 # More ranks or tokens than these and the registers spill.
 _SHIPPED = (
-    *_split(FusedLinearConfig(16, 64, 64, block_r=64, split=4, num_warps=4, num_stages=3)),
-    FusedLinearConfig(32, 64, 64, block_r=32, split=1, num_warps=4, num_stages=3),
+    *_split(Config(block_t=16, block_n=64, block_c=64, block_r=64, split=4, num_warps=4, num_stages=3)),
+    Config(block_t=32, block_n=64, block_c=64, block_r=64, split=1, num_warps=4, num_stages=3),
 )
 # No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
-_SHIPPED_IEEE = _split(FusedLinearConfig(16, 16, 32, block_r=16, split=4, num_warps=2, num_stages=3))
+_SHIPPED_IEEE = _split(
+    Config(block_t=16, block_n=16, block_c=32, block_r=16, split=4, num_warps=2, num_stages=3)
+)
 
 
-def _shipped(arch: Architecture, precision: Precision) -> tuple[FusedLinearConfig, ...]:
+def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if precision.ieee and not arch.is_amd:
         return _SHIPPED_IEEE
     shipped = _SHIPPED
     if precision.dtype == torch.float32:
         shipped = tuple(replace(config, block_c=32) for config in shipped if config.block_t == 16)
     elif arch.name == "sm_90":
-        shipped = tuple(replace(config, reads_transposed=True) for config in shipped)
-    elif arch.name == "sm_120":
-        shipped = tuple(replace(config, block_r=32) for config in shipped)
+        shipped = tuple(replace(config, wgmma=True) for config in shipped)
     return on_amd(shipped) if arch.is_amd else shipped
 
 
-def _choose(fitting: Sequence[FusedLinearConfig], key: Key, multiprocessors: int) -> FusedLinearConfig:
+def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:
     """The narrowest tile that takes all tokens, its sum over C split where y has few tiles."""
     widths = {config.block_t for config in fitting}
     block_t = min((width for width in widths if width >= key.tokens), default=max(widths))
@@ -285,30 +268,9 @@ def _choose(fitting: Sequence[FusedLinearConfig], key: Key, multiprocessors: int
     return max(narrowest, key=lambda config: config.split if few else -config.split)
 
 
-def _workload(operands: Operands) -> Work:
-    key, adapter = operands.key, operands.adapter()
-    x = operands.tensor(key.tokens, key.in_features)
-
-    def run(config: Any) -> list[Tensor]:
-        return [fused_linear(x, None, adapter, allow_tf32=operands.allow_tf32, config=config)]
-
-    return run, lambda dtype: [reference_forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", None)]
-
-
 FUSED_LINEAR = Kernel(
     "fused_linear",
     fused_linear_kernel,
-    FusedLinearConfig,
-    role="matmul",
     shipped=_shipped,
-    workload=_workload,
-    forms=("r16", "r16 transposed", "r4", "r4 transposed", "r64 fp32 factors"),
-    narrow={
-        "scaling_ptr": ONE_NUMBER,
-        "col_block_ptr": LABELS,
-        "ranks_ptr": LABELS,
-        "a_ptr": "factor tile, as wide as the rank, cached",
-        "b_ptr": "factor tile, as wide as the rank, cached",
-    },
     choose=_choose,
 )

@@ -16,15 +16,14 @@ offsets, ranks and scaling as in `grouped_linear.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..definition.experts import ExpertsAdapter, reference_experts_linear
+from ..definition.experts import ExpertsAdapter
 from ..definition.precision import Precision
 from .architectures import Architecture
 from .common import (
@@ -38,24 +37,13 @@ from .common import (
     to_tf32,
 )
 from .launch import Launch, Layout, described
-from .spec import INDEX, Config, Kernel, Operands, Work, in_dtype, on_amd
+from .spec import Config, Kernel, on_amd
 from .table import remembered
 
-__all__ = ["GROUPED_GRAD", "GROUPED_GRAD_GATHERED", "GroupedGradConfig", "grouped_grad"]
+__all__ = ["GROUPED_GRAD", "GROUPED_GRAD_GATHERED", "grouped_grad"]
 
 RANKS = 16
 """That a program takes; others make G again for the next. With more of them the registers spill."""
-
-
-@dataclass(frozen=True)
-class GroupedGradConfig(Config):
-    """`block_n` rows of dB per program, which makes one tile of G after another."""
-
-    block_n: int
-    block_c: int
-    block_t: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit(do_not_specialize=["first_expert", "tiles_n", "parts", "num_blocks", "rank"])
@@ -177,7 +165,7 @@ def grouped_grad(
     adapter: ExpertsAdapter,
     *,
     allow_tf32: bool = False,
-    config: GroupedGradConfig | None = None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dA (E, ρ, C) and dB (E, N, ρ) in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
@@ -211,7 +199,7 @@ def _launches(
     pairs: int,
     strides: tuple[int, int],
     allow_tf32: bool,
-    config: GroupedGradConfig | None,
+    config: Config | None,
 ) -> tuple[tuple[slice, int, Launch], ...]:
     """Launches, one for so many experts that their partial results of dA take no more than an eighth of W0.
 
@@ -250,16 +238,16 @@ def _launches(
     return tuple((slice(first, last), parts, launch(first, last)) for first, last in ranges)
 
 
-_LARGEST = GroupedGradConfig(128, 64, 64, num_warps=8, num_stages=3)
-_SHIPPED = GroupedGradConfig(64, 64, 64, num_warps=8, num_stages=3)
+_LARGEST = Config(block_n=128, block_c=64, block_t=64, num_warps=8, num_stages=3)
+_SHIPPED = Config(block_n=64, block_c=64, block_t=64, num_warps=8, num_stages=3)
 # With two stages IEEE's spills somewhere. It has no tensor cores on NVIDIA.
-_SHIPPED_IEEE = GroupedGradConfig(16, 32, 32, num_warps=4, num_stages=3)
-_GATHERED = (GroupedGradConfig(64, 64, 32, num_warps=8, num_stages=2),)
-_GATHERED_TF32 = (GroupedGradConfig(32, 64, 32, num_warps=8, num_stages=2),)
-_GATHERED_IEEE = (GroupedGradConfig(16, 32, 32, num_warps=4, num_stages=2),)
+_SHIPPED_IEEE = Config(block_n=16, block_c=32, block_t=32, num_warps=4, num_stages=3)
+_GATHERED = (Config(block_n=64, block_c=64, block_t=32, num_warps=8, num_stages=2),)
+_GATHERED_TF32 = (Config(block_n=32, block_c=64, block_t=32, num_warps=8, num_stages=2),)
+_GATHERED_IEEE = (Config(block_n=16, block_c=32, block_t=32, num_warps=4, num_stages=2),)
 
 
-def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedGradConfig, ...]:
+def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     full = precision.dtype == torch.float32
     if precision.ieee and not arch.is_amd:
         return (_SHIPPED_IEEE,)
@@ -271,55 +259,19 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedGradConfi
     return (_LARGEST, _SHIPPED) if largest else (_SHIPPED,)
 
 
-def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedGradConfig, ...]:
+def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if precision.dtype != torch.float32:
         return _GATHERED
     return _GATHERED_IEEE if precision.ieee and not arch.is_amd else _GATHERED_TF32
 
 
-def _workload(operands: Operands) -> Work:
-    adapter, ends, x, dy = operands.experts()
-
-    def run(config: Any) -> tuple[Tensor, Tensor]:
-        return grouped_grad(dy, x, ends, adapter, allow_tf32=operands.allow_tf32, config=config)
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        of_dtype = in_dtype(adapter, dtype)
-        A, B = (factor.clone().requires_grad_() for factor in (of_dtype.A, of_dtype.B))
-        with torch.enable_grad():
-            reference_experts_linear(x.to(dtype), ends, replace(of_dtype, A=A, B=B)).backward(dy.to(dtype))
-        assert A.grad is not None
-        assert B.grad is not None
-        return [A.grad, B.grad]
-
-    return run, defined
-
-
 GROUPED_GRAD = Kernel(
     "grouped_grad",
     grouped_grad_kernel,
-    GroupedGradConfig,
-    role="matmul",
     shipped=_shipped,
-    workload=_workload,
-    forms=(
-        "r16 granules contiguous",
-        "r16 granules contiguous transposed",
-        "r64 fp32 factors granules contiguous",
-        "r16 granules",
-    ),
-    narrow={
-        "index_ptr": INDEX,  # as coordinates names them
-        "w_ptr": "one tile for a whole sum over pairs, in registers",
-        "a_ptr": "one tile for a whole sum over pairs, as wide as the rank",
-        "b_ptr": "one tile for a whole sum over pairs, as wide as the rank",
-    },
 )
 GROUPED_GRAD_GATHERED = replace(
     GROUPED_GRAD,
     name="grouped_grad_gathered",
-    role="gather",
     shipped=_gathered,
-    forms=("r16", "r16 transposed", "r64 fp32 factors"),
-    narrow={},
 )

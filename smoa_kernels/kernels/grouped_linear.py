@@ -20,15 +20,14 @@ ranks (K) int32; scaling one element; out (P, N) contiguous.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..definition.experts import ExpertsAdapter, reference_experts_linear
+from ..definition.experts import ExpertsAdapter
 from ..definition.precision import Precision
 from .architectures import Architecture
 from .common import (
@@ -42,30 +41,14 @@ from .common import (
     to_tf32,
 )
 from .launch import Launch, Layout, described
-from .spec import INDEX, Config, Kernel, Key, Operands, Work, granule_of, in_dtype, on_amd
+from .spec import Config, Kernel, Key, granule_of, on_amd
 from .table import remembered
 
-__all__ = ["GROUPED_LINEAR", "GROUPED_LINEAR_GATHERED", "GroupedLinearConfig", "grouped_linear"]
+__all__ = ["GROUPED_LINEAR", "GROUPED_LINEAR_GATHERED", "grouped_linear"]
 
 
 # Ranks that a program takes at a time, fewer where its tile has more pairs: with more of them the registers spill.
 MOST_RANKS, FEW_RANKS, MOST_PAIRS = 32, 16, 128
-
-
-@dataclass(frozen=True)
-class GroupedLinearConfig(Config):
-    """One tile of y per program, `group_t` tiles of pairs walked together for the L2 cache.
-
-    A step of the base takes `block_c` columns, one of the adapter's part `block_d`: it has ΔW in its registers.
-    """
-
-    block_t: int
-    block_n: int
-    block_c: int
-    block_d: int
-    group_t: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit
@@ -218,7 +201,7 @@ def grouped_linear(
     adapter: ExpertsAdapter,
     *,
     allow_tf32: bool = False,
-    config: GroupedLinearConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """`y_p = x_p W_effᵀ` (P, N) with the W_eff of pair p's expert, in x's dtype; `adapter.T` makes it dX.
 
@@ -252,7 +235,7 @@ def _launch(
     adapter: bool,
     base: bool,
     allow_tf32: bool,
-    config: GroupedLinearConfig | None,
+    config: Config | None,
 ) -> Launch:
     N = layout.features[0]
     config, precision = layout.choose(
@@ -288,25 +271,36 @@ def _launch(
     )
 
 
-_FEW = GroupedLinearConfig(16, 64, 64, 64, group_t=8, num_warps=4, num_stages=3)
-_SHIPPED = (GroupedLinearConfig(64, 128, 64, 32, group_t=8, num_warps=8, num_stages=3), _FEW)
-_SHIPPED_OLD = (_SHIPPED[0], replace(_FEW, num_stages=4))  # by Triton 3.6 three spill 12 bytes of dX
-_SHIPPED_SM_90 = (
-    GroupedLinearConfig(256, 128, 32, 16, group_t=8, num_warps=8, num_stages=3),
-    GroupedLinearConfig(128, 128, 64, 32, group_t=8, num_warps=8, num_stages=3),
-    GroupedLinearConfig(64, 128, 64, 64, group_t=8, num_warps=8, num_stages=3),
+_FEW = Config(block_t=16, block_n=64, block_c=64, block_d=64, group_t=8, num_warps=4, num_stages=3)
+_SHIPPED = (
+    Config(block_t=64, block_n=128, block_c=64, block_d=32, group_t=8, num_warps=8, num_stages=3),
     _FEW,
 )
-_SHIPPED_TF32 = (GroupedLinearConfig(64, 64, 32, 32, group_t=8, num_warps=8, num_stages=3),)
+_SHIPPED_OLD = (_SHIPPED[0], replace(_FEW, num_stages=4))  # by Triton 3.6 three spill 12 bytes of dX
+_SHIPPED_SM_90 = (
+    Config(block_t=256, block_n=128, block_c=32, block_d=16, group_t=8, num_warps=8, num_stages=3),
+    Config(block_t=128, block_n=128, block_c=64, block_d=32, group_t=8, num_warps=8, num_stages=3),
+    Config(block_t=64, block_n=128, block_c=64, block_d=64, group_t=8, num_warps=8, num_stages=3),
+    _FEW,
+)
+_SHIPPED_TF32 = (
+    Config(block_t=64, block_n=64, block_c=32, block_d=32, group_t=8, num_warps=8, num_stages=3),
+)
 # No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
-_SHIPPED_IEEE = (GroupedLinearConfig(32, 64, 16, 16, group_t=8, num_warps=4, num_stages=3),)
+_SHIPPED_IEEE = (
+    Config(block_t=32, block_n=64, block_c=16, block_d=16, group_t=8, num_warps=4, num_stages=3),
+)
 # Of what is read one number at a time, addresses take registers: shorter steps.
-_GATHERED = (GroupedLinearConfig(16, 64, 64, 32, group_t=8, num_warps=4, num_stages=3),)
-_GATHERED_TF32 = (GroupedLinearConfig(64, 64, 32, 16, group_t=8, num_warps=8, num_stages=3),)
-_GATHERED_IEEE = (GroupedLinearConfig(16, 32, 16, 16, group_t=8, num_warps=4, num_stages=2),)
+_GATHERED = (Config(block_t=16, block_n=64, block_c=64, block_d=16, group_t=8, num_warps=4, num_stages=3),)
+_GATHERED_TF32 = (
+    Config(block_t=64, block_n=64, block_c=32, block_d=16, group_t=8, num_warps=8, num_stages=3),
+)
+_GATHERED_IEEE = (
+    Config(block_t=16, block_n=32, block_c=16, block_d=16, group_t=8, num_warps=4, num_stages=2),
+)
 
 
-def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedLinearConfig, ...]:
+def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if arch.is_amd:
         return on_amd(_SHIPPED)
     if precision.dtype == torch.float32:
@@ -318,7 +312,7 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[GroupedLinearCon
     return _SHIPPED_OLD if OLD_TRITON and arch.name == "sm_80" else _SHIPPED
 
 
-def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedLinearConfig, ...]:
+def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if arch.is_amd:
         return on_amd(_GATHERED)
     if precision.dtype != torch.float32:
@@ -326,7 +320,7 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[GroupedLinearCo
     return _GATHERED_IEEE if precision.ieee else _GATHERED_TF32
 
 
-def _choose(fitting: Sequence[GroupedLinearConfig], key: Key, multiprocessors: int) -> GroupedLinearConfig:
+def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:
     """The widest tile of which an expert has two on average: the last of its tiles is half empty.
 
     One of 256 pairs takes 16 ranks at a time, and reads x again for the next. It is for base and adapter in one launch.
@@ -336,41 +330,14 @@ def _choose(fitting: Sequence[GroupedLinearConfig], key: Key, multiprocessors: i
     return next((config for config in fitting if 2 * config.block_t <= key.tokens), fitting[-1])
 
 
-def _workload(operands: Operands) -> Work:
-    adapter, ends, x, _ = operands.experts()
-
-    def run(config: Any) -> list[Tensor]:
-        return [grouped_linear(x, ends, adapter, allow_tf32=operands.allow_tf32, config=config)]
-
-    return run, lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))]
-
-
 GROUPED_LINEAR = Kernel(
     "grouped_linear",
     grouped_linear_kernel,
-    GroupedLinearConfig,
-    role="matmul",
     shipped=_shipped,
-    workload=_workload,
-    forms=(
-        "r16 granules contiguous",
-        "r16 granules contiguous transposed",
-        "r64 fp32 factors granules contiguous",
-        "r16 granules",
-    ),
-    narrow={
-        "index_ptr": INDEX,  # as coordinates names them
-        "transposed_ptr": "a transposed W0, in registers two steps ahead",
-        "a_ptr": "factor tile, as wide as the rank, cached",
-        "b_ptr": "factor tile, as wide as the rank, cached",
-    },
     choose=_choose,
 )
 GROUPED_LINEAR_GATHERED = replace(
     GROUPED_LINEAR,
     name="grouped_linear_gathered",
-    role="gather",
     shipped=_gathered,
-    forms=("r16", "r16 transposed", "r64 fp32 factors"),
-    narrow={},
 )

@@ -31,6 +31,7 @@ from ..checks import first_line
 from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
+from ..definition.precision import precision_of
 from .common import input_precision
 from .spec import Config, granule_of
 from .table import select
@@ -110,6 +111,7 @@ class Layout(NamedTuple):
         num_blocks: K.
         granule: adjacent coordinates that kernels may take as one, from `spec.granule_of`.
         indexed: whether blocks are no slices.
+        factors: dtype of A and B, by its name in `Key`.
         strides: of W0, A and B; then how far one expert's block indices and offsets lie from the next one's.
     """
 
@@ -121,6 +123,7 @@ class Layout(NamedTuple):
     num_blocks: int
     granule: int
     indexed: bool
+    factors: str
     strides: tuple[int, ...]
 
     @classmethod
@@ -133,9 +136,7 @@ class Layout(NamedTuple):
         """Whether W0 is read along the other side than it is stored."""
         return self.strides[2 if self.experts else 1] != 1
 
-    def choose(
-        self, kernel: str, config: Config | None, allow_tf32: bool, **sizes: int | bool
-    ) -> tuple[Any, str]:
+    def choose(self, kernel: str, config: Config | None, allow_tf32: bool, **sizes: Any) -> tuple[Any, str]:
         """Launch parameters, those of :func:`table.select` where none are given, and how float32 products round.
 
         Args:
@@ -151,10 +152,11 @@ class Layout(NamedTuple):
             config = select(kernel, self.device, self.dtype, precision, **sizes)
         return config, precision
 
-    def experts_sizes(self, pairs: int) -> dict[str, int | bool]:
+    def experts_sizes(self, pairs: int) -> dict[str, Any]:
         """What a choice depends on besides an adapter of experts. `tokens` are the pairs that one has on average."""
         tokens = -(-pairs // max(self.experts, 1))
-        return {"tokens": tokens, "granule": self.granule, "transposed": self.transposed}
+        sides = {"granule": self.granule, "transposed": self.transposed}
+        return {"tokens": tokens, "factors": self.factors, **sides}
 
     def numbers(self) -> dict[str, int]:
         """Sizes and strides as kernels name them."""
@@ -206,6 +208,7 @@ def _described(
         blocks.num_blocks,
         granule,
         not blocks.is_contiguous,
+        precision_of(a.dtype, ieee=True).name,
         (*w.stride(), *a.stride(), *b.stride(), *apart),
     )
     own = {"w_ptr": w, "a_ptr": a, "b_ptr": b, "ranks_ptr": adapter.ranks, "scaling_ptr": adapter.scaling}

@@ -14,10 +14,8 @@ ranks (K) int32; scaling one element; the blocks' out (K, P_n, P_c) contiguous.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,20 +23,10 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from .common import block_slots, rank_block, rank_product, round_to
 from .launch import Launch, Layout, described
-from .spec import INDEX, LABELS, ONE_NUMBER, Config, Kernel, Operands, Work, delta_weight
+from .spec import Config, Kernel
 from .table import remembered
 
-__all__ = ["MODULATED_BLOCKS", "MODULATED_WEIGHT", "ModulateConfig", "modulated_blocks", "modulated_weight"]
-
-
-@dataclass(frozen=True)
-class ModulateConfig(Config):
-    """One tile of W0 per program."""
-
-    block_n: int
-    block_c: int
-    num_warps: int
-    num_stages: int = 1
+__all__ = ["MODULATED_BLOCKS", "MODULATED_WEIGHT", "modulated_blocks", "modulated_weight"]
 
 
 @triton.jit
@@ -118,7 +106,7 @@ def modulated_weight(
     *,
     out: Tensor | None = None,
     allow_tf32: bool = False,
-    config: ModulateConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """W_eff (N, C) in W0's dtype and, where it is allocated here, in W0's stride order.
 
@@ -145,10 +133,10 @@ def modulated_weight(
 
 @remembered
 def _weight_launch(
-    layout: Layout, out_stride: Sequence[int], allow_tf32: bool, config: ModulateConfig | None
+    layout: Layout, out_stride: Sequence[int], allow_tf32: bool, config: Config | None
 ) -> Launch:
     N, C = layout.features
-    config, precision = layout.choose("modulated_weight", config, allow_tf32)
+    config, precision = layout.choose("modulated_weight", config, allow_tf32, factors=layout.factors)
     return Launch(
         modulated_weight_kernel,
         (-(-N // config.block_n) * -(-C // config.block_c),),
@@ -251,7 +239,7 @@ def modulated_blocks(
     widths: tuple[int, int],
     *,
     allow_tf32: bool = False,
-    config: ModulateConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """ΔW in block order, (K, P_n, P_c) in W0's dtype, zero in padding and in blocks of rank 0.
 
@@ -270,7 +258,7 @@ def modulated_blocks(
 
 @remembered
 def _blocks_launch(
-    layout: Layout, widths: tuple[int, int], allow_tf32: bool, config: ModulateConfig | None
+    layout: Layout, widths: tuple[int, int], allow_tf32: bool, config: Config | None
 ) -> Launch:
     padded_rows, padded_cols = widths
     config, precision = layout.choose(
@@ -280,6 +268,7 @@ def _blocks_launch(
         padded_out=padded_rows,
         padded_in=padded_cols,
         granule=layout.granule,
+        factors=layout.factors,
     )
     return Launch(
         modulated_blocks_kernel,
@@ -294,70 +283,19 @@ def _blocks_launch(
 
 
 _SHIPPED = (
-    ModulateConfig(block_n=64, block_c=64, num_warps=4),
-    ModulateConfig(block_n=16, block_c=128, num_warps=4),
-    ModulateConfig(block_n=32, block_c=128, num_warps=8),
+    Config(block_n=64, block_c=64, num_warps=4),
+    Config(block_n=16, block_c=128, num_warps=4),
+    Config(block_n=32, block_c=128, num_warps=8),
 )
-
-
-def _weight_workload(operands: Operands) -> Work:
-    adapter = operands.adapter()
-
-    def run(config: Any) -> list[Tensor]:
-        return [modulated_weight(adapter, allow_tf32=operands.allow_tf32, config=config)]
-
-    return run, lambda dtype: [adapter.weight.to(dtype) + delta_weight(adapter, dtype)]
-
-
-def _blocks_workload(operands: Operands) -> Work:
-    key, adapter = operands.key, operands.adapter()
-    p = adapter.partition
-    widths = key.padded_out, key.padded_in
-
-    def run(config: Any) -> list[Tensor]:
-        return [modulated_blocks(adapter, widths, allow_tf32=operands.allow_tf32, config=config)]
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        delta = delta_weight(adapter, dtype)
-        blocks = delta.new_zeros(key.blocks, *widths)
-        for k in range(key.blocks):
-            blocks[k, : p.row_sizes[k], : p.col_sizes[k]] = delta[p.rows(k)][:, p.cols(k)]
-        return [blocks]
-
-    return run, defined
 
 
 MODULATED_WEIGHT = Kernel(
     "modulated_weight",
     modulated_weight_kernel,
-    ModulateConfig,
-    role="copy",
     shipped=lambda arch, precision: _SHIPPED,
-    workload=_weight_workload,
-    forms=("r16", "r64 fp32 factors"),
-    narrow={
-        "scaling_ptr": ONE_NUMBER,
-        "row_block_ptr": LABELS,
-        "col_block_ptr": LABELS,
-        "ranks_ptr": LABELS,
-        "b_ptr": "factor rows are as wide as the rank, and cached",
-        "a_ptr": "read in the layout of tl.dot's right operand, and cached",
-    },
 )
 MODULATED_BLOCKS = replace(
     MODULATED_WEIGHT,
     name="modulated_blocks",
     fn=modulated_blocks_kernel,
-    workload=_blocks_workload,
-    forms=("r16", "r64 fp32 factors", "r16 granules"),
-    narrow={
-        "scaling_ptr": ONE_NUMBER,
-        "w_ptr": "gathered by rows and columns of W0",
-        # index_ptr and offsets_ptr: as block_slots names them.
-        **dict.fromkeys(("index_ptr", "row_index_ptr", "col_index_ptr"), INDEX),
-        **dict.fromkeys(("offsets_ptr", "row_offsets_ptr", "col_offsets_ptr"), INDEX),
-        "ranks_ptr": LABELS,
-        "b_ptr": "gathered by rows",
-        "a_ptr": "gathered by columns",
-    },
 )

@@ -14,8 +14,6 @@ Layout of the pointers: x (T, C) with any strides; blocked (T, K, P) contiguous;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -26,20 +24,10 @@ from ..definition.dropout import Dropout
 from ..definition.partition import BlockPartition
 from .common import TOKENS_PER_DRAW, block_slots, dropout_draws, dropout_multiplier, round_to
 from .launch import Launch
-from .spec import INDEX, ONE_NUMBER, Config, Kernel, Operands, Work, granule_of
+from .spec import Config, Kernel, granule_of
 from .table import remembered, select
 
-__all__ = ["PERMUTE", "PermuteConfig", "gather_columns", "scatter_columns"]
-
-
-@dataclass(frozen=True)
-class PermuteConfig(Config):
-    """One tile of gathered columns per program."""
-
-    block_t: int
-    block_p: int
-    num_warps: int
-    num_stages: int = 1
+__all__ = ["PERMUTE", "gather_columns", "scatter_columns"]
 
 
 @triton.jit(do_not_specialize=["T", "column_offset", "threshold"])
@@ -104,7 +92,7 @@ def gather_columns(
     width: int,
     *,
     dropout: Dropout | None = None,
-    config: PermuteConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """Blocked copy (T, K, P) of x (T, C), zero in padding.
 
@@ -126,7 +114,7 @@ def scatter_columns(
     out: Tensor,
     *,
     dropout: Dropout | None = None,
-    config: PermuteConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """Write blocked (T, K, P), contiguous, into out (T, C), any strides: every column once; padding is dropped.
 
@@ -142,7 +130,7 @@ def _move(
     partition: BlockPartition,
     scatter: bool,
     dropout: Dropout | None,
-    config: PermuteConfig | None,
+    config: Config | None,
 ) -> None:
     if blocked.numel() == 0:
         return
@@ -168,7 +156,7 @@ def _launch(
     granule: int,
     scatter: bool,
     mask: tuple[int, int, float] | None,
-    config: PermuteConfig | None,
+    config: Config | None,
 ) -> Launch:
     tokens, num_blocks, width = blocked_shape
     config = config or select(
@@ -202,44 +190,14 @@ def _launch(
 
 # Large enough for 128-bit accesses by 64-wide wavefronts too, in each of the tile's interleaved parts.
 _SHIPPED = (
-    PermuteConfig(block_t=64, block_p=128, num_warps=2),
-    PermuteConfig(block_t=128, block_p=64, num_warps=2),
-    PermuteConfig(block_t=128, block_p=128, num_warps=4),
+    Config(block_t=64, block_p=128, num_warps=2),
+    Config(block_t=128, block_p=64, num_warps=2),
+    Config(block_t=128, block_p=128, num_warps=4),
 )
-
-
-def _workload(operands: Operands) -> Work:
-    key, scatters = operands.key, "scatter" in operands.form
-    x = operands.tensor(key.tokens, key.in_features)
-    blocked = operands.tensor(key.tokens, key.blocks, key.padded_in) if scatters else None
-    p = operands.partition(key.in_features, key.in_features)
-    dropout = None
-    if "dropout" in operands.form:
-        dropout = Dropout(torch.zeros(1, dtype=torch.int64, device=operands.device), 0.1)
-
-    def run(config: Any) -> list[Tensor]:
-        if blocked is not None:
-            return [scatter_columns(blocked, p, x, dropout=dropout, config=config)]
-        return [gather_columns(x, p, key.padded_in, dropout=dropout, config=config)]
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        gathered = x.new_zeros(key.tokens, key.blocks, key.padded_in, dtype=dtype)
-        for k, size in enumerate(p.col_sizes):
-            gathered[:, k, :size] = x[:, p.cols(k)]
-        return [gathered]
-
-    return run, defined
 
 
 PERMUTE = Kernel(
     "permute",
     permute_kernel,
-    PermuteConfig,
-    role="copy",
     shipped=lambda arch, precision: _SHIPPED,
-    workload=_workload,
-    forms=tuple(
-        f"{way}{mask}" for way in ("gather", "scatter") for mask in ("", " dropout", " dropout granules")
-    ),
-    narrow={"x_ptr": "gathered by columns", "index_ptr": INDEX, "offsets_ptr": INDEX, "seed_ptr": ONE_NUMBER},
 )

@@ -7,37 +7,22 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from ..definition.experts import ExpertBlocks, ExpertsAdapter
-from ..definition.packed import PackedAdapter
-from ..definition.partition import BlockPartition
 from ..definition.precision import PRECISIONS, Precision
-from ..definition.reference import reference_delta_weight
 from .architectures import Architecture, facts
 
 __all__ = [
     "ALGORITHM_KEYS",
     "GRANULE",
-    "INDEX",
-    "LABELS",
-    "ONE_NUMBER",
     "PARTIAL_RANKS",
     "Config",
     "Kernel",
     "Key",
-    "Operands",
-    "Work",
     "bucket",
-    "delta_weight",
     "granule_of",
-    "in_dtype",
     "padding_multiple",
     "partial_width",
     "tile_divides",
@@ -74,6 +59,7 @@ class Key(NamedTuple):
         padded_in: likewise for columns.
         transposed: the kernel reads W0 or ΔW along the other side, as dX does.
         granule: from :func:`granule_of`; 1 where a kernel has no form for `GRANULE`.
+        factors: dtype of A and B, as `dtype`; empty where a kernel does not see them.
     """
 
     kernel: str
@@ -87,6 +73,7 @@ class Key(NamedTuple):
     padded_in: int = 0
     transposed: bool = False
     granule: int = 1
+    factors: str = ""
 
 
 def bucket(tokens: int) -> int:
@@ -110,153 +97,69 @@ def granule_of(granularity: int, shape: Sequence[int]) -> int:
     return 1 if any(size % GRANULE for size in (granularity, *shape)) else GRANULE
 
 
-class Operands:
-    """A layer of a key's sizes, its blocks cut evenly from granules in random order, and activations.
-
-    Args:
-        key: the sizes.
-        form: which of the kernel's forms a launch should take.
-        device: where.
-        filled: with random numbers, the same at each call; False leaves memory as it is, for launches that are only
-            captured.
-    """
-
-    def __init__(self, key: Key, form: str, device: torch.device, *, filled: bool = True) -> None:
-        self.key, self.form, self.device, self.filled = key, form, device, filled
-        self.dtype, self.allow_tf32 = PRECISIONS[key.dtype].dtype, key.dtype == "tf32"
-        self.factor_dtype = torch.float32 if "fp32 factors" in form else self.dtype
-        self._generator = torch.Generator(device).manual_seed(0)
-
-    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal numbers in the key's dtype, or another."""
-        dtype = dtype or self.dtype
-        if not self.filled:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        return torch.randn(shape, generator=self._generator, device=self.device).to(dtype)
-
-    def labels(self, features: int) -> Tensor:
-        """A block for each of `features` coordinates."""
-        granules = features // self.key.granule
-        even = torch.arange(granules, device=self.device) * self.key.blocks // granules
-        order = torch.randperm(granules, generator=self._generator, device=self.device)
-        return even[order].repeat_interleave(self.key.granule)
-
-    def partition(self, rows: int, cols: int) -> BlockPartition:
-        """A partition of a weight of this shape into the key's blocks."""
-        return BlockPartition.from_labels(self.labels(rows), self.labels(cols), self.key.blocks)
-
-    def ranks(self) -> Tensor:
-        """The rank of each block: all have the key's."""
-        return torch.full((self.key.blocks,), self.key.rank, dtype=torch.int32, device=self.device)
-
-    def adapter(self) -> PackedAdapter:
-        """The parts of W_eff; for a transposed key those of the layer whose dX it is, seen from dX's side."""
-        key = self.key
-        rows, cols = key.out_features, key.in_features
-        if key.transposed:
-            rows, cols = cols, rows
-        adapter = PackedAdapter(
-            weight=self.tensor(rows, cols) / cols**0.5,
-            A=self.tensor(key.rank, cols, dtype=self.factor_dtype),
-            B=self.tensor(rows, key.rank, dtype=self.factor_dtype) / key.rank**0.5,
-            partition=self.partition(rows, cols),
-            ranks=self.ranks(),
-            scaling=torch.ones((), device=self.device),
-        )
-        return adapter.T if key.transposed else adapter
-
-    def experts(self) -> tuple[ExpertsAdapter, Tensor, Tensor, Tensor]:
-        """An adapter of four experts, where their pairs end, x and dY: `tokens` pairs an expert on average.
-
-        Blocks are contiguous where the form says so, else in an order of each expert's own.
-        """
-        key, device, experts = self.key, self.device, 4
-        rows, cols = key.out_features, key.in_features
-        if key.transposed:
-            rows, cols = cols, rows
-        row_block, col_block = (
-            torch.stack([self.labels(size) for _ in range(experts)]) for size in (rows, cols)
-        )
-        if "contiguous" in self.form:
-            row_block, col_block = row_block.sort(1).values, col_block.sort(1).values
-        blocks = ExpertBlocks.from_labels(row_block, col_block, key.blocks)
-        adapter = ExpertsAdapter(
-            weight=self.tensor(experts, rows, cols) / cols**0.5,
-            A=self.tensor(experts, key.rank, cols, dtype=self.factor_dtype),
-            B=self.tensor(experts, rows, key.rank, dtype=self.factor_dtype) / key.rank**0.5,
-            blocks=blocks,
-            ranks=self.ranks(),
-            scaling=torch.ones((), device=device),
-        )
-        if key.transposed:
-            adapter = adapter.T
-        # One expert has nearly all that another lacks.
-        pairs = experts * key.tokens
-        ends = torch.tensor([key.tokens, 2 * key.tokens + key.tokens // 2, 3 * key.tokens, pairs]).int()
-        x, dy = self.tensor(pairs, key.in_features), self.tensor(pairs, key.out_features)
-        return adapter, ends.to(device), x, dy
-
-
-AnAdapter = TypeVar("AnAdapter", PackedAdapter, ExpertsAdapter)
-
-
-def in_dtype(adapter: AnAdapter, dtype: torch.dtype) -> AnAdapter:
-    """The adapter with its weight and factors in `dtype`."""
-    return replace(adapter, weight=adapter.weight.to(dtype), A=adapter.A.to(dtype), B=adapter.B.to(dtype))
-
-
-def delta_weight(adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
-    """ΔW (N, C) by the definition, computed in `dtype`."""
-    a = in_dtype(adapter, dtype)
-    return reference_delta_weight(a.weight, a.A, a.B, a.partition, a.ranks, scaling=a.scaling)
-
-
 @dataclass(frozen=True)
 class Config:
-    """Launch parameters of a kernel; a subclass per kernel names its tiles, `num_warps` and `num_stages`."""
+    """Launch parameters of a kernel. A tile is named by the dimension that it cuts; 0 where a kernel has none of it.
+
+    Attributes:
+        block_t: tokens, or pairs of a token and an expert.
+        block_n: rows of W0.
+        block_c: columns of W0.
+        block_d: columns of W0 at a step that makes ΔW in registers.
+        block_p: slots of a padded block.
+        block_r: most ranks at a time.
+        block: results of a sum.
+        group_t: tiles of tokens that are walked together for the L2 cache.
+        split: programs that share a sum; 0: as many as fill the device.
+        wgmma: Hopper's tensor cores, which read shared memory while the program goes on, transposed half types too.
+        num_warps: of a program.
+        num_stages: steps of a loop whose loads are on their way at a time.
+    """
+
+    block_t: int = 0
+    block_n: int = 0
+    block_c: int = 0
+    block_d: int = 0
+    block_p: int = 0
+    block_r: int = 0
+    block: int = 0
+    group_t: int = 0
+    split: int = 0
+    wgmma: bool = False
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def to_json(self) -> dict[str, int]:
+        """What is not 0, by name."""
+        return {name: value for name, value in vars(self).items() if value}
 
     @property
     def options(self) -> dict[str, Any]:
         """What the compiler is told at a launch. It may fuse a product and a sum: from Triton 3.10 on only if asked."""
-        own = {name: value for name, value in vars(self).items() if name.startswith("num_")}
-        return own | {"enable_fp_fusion": True}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-AConfig = TypeVar("AConfig", bound=Config)
-
-
-def on_amd(configs: Sequence[AConfig]) -> tuple[AConfig, ...]:
+def on_amd(configs: Sequence[Config]) -> tuple[Config, ...]:
     """For 64 threads a warp and 64 KiB of shared memory: half the warps, two stages."""
     return tuple(
-        replace(config, num_warps=max(1, config.num_warps // 2), num_stages=min(2, config.num_stages))  # type: ignore[attr-defined,call-arg]
+        replace(config, num_warps=max(1, config.num_warps // 2), num_stages=min(2, config.num_stages))
         for config in configs
     )
 
 
-Work: TypeAlias = tuple[Callable[[Any], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
-"""Launches with a configuration and returns what was computed; the same by the definition, in a dtype."""
-
-
-def tile_divides(config: Any, key: Key) -> bool:
+def tile_divides(config: Config, key: Key) -> bool:
     """Whether tiles of `block_n` rows and `block_c` columns divide the padded blocks."""
     return bool(key.padded_out % config.block_n == 0 and key.padded_in % config.block_c == 0)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel as launches, the tuner and the audit see it.
+    """One kernel as launches and the tuner see it.
 
     Attributes:
-        name: in options, tuning tables and audit records.
+        name: in tuning tables.
         fn: the `@triton.jit` function.
-        config: the class of its launch parameters.
-        role: "matmul", "gather" or "copy": which rules of the audit apply.
         shipped: the configurations that ship for an architecture and a precision, largest tile first.
-        workload: what to launch and to compare with, over the operands of a key.
-        forms: names of the constexpr paths of a launch. The audit compiles each, the tuner times the first. "r64" in a
-            name is ρ, else 16; "fp32 factors" are those that PEFT keeps; "transposed" reads along the other side;
-            "granules" are coordinates that the partition keeps together.
-        narrow: pointers that may be accessed below 128 bits, each with its reason.
         fits: whether a configuration can run a key.
         choose: the one to launch where nothing was measured, of those that fit: from these, the key and the device's
             multiprocessors.
@@ -264,14 +167,9 @@ class Kernel:
 
     name: str
     fn: Any
-    config: type[Config]
-    role: Literal["matmul", "gather", "copy"]
     shipped: Callable[[Architecture, Precision], tuple[Config, ...]]
-    workload: Callable[[Operands], Work]
-    forms: tuple[str, ...]
-    narrow: Mapping[str, str] = field(default_factory=dict)
-    fits: Callable[[Any, Key], bool] = lambda config, key: True
-    choose: Callable[[Sequence[Any], Key, int], Config] = lambda fitting, key, multiprocessors: fitting[0]
+    fits: Callable[[Config, Key], bool] = lambda config, key: True
+    choose: Callable[[Sequence[Config], Key, int], Config] = lambda fitting, key, multiprocessors: fitting[0]
 
     def default(self, key: Key, arch: str, multiprocessors: int) -> Config:
         """Launch parameters where nothing was measured. Always answers, with a configuration that the audit compiles.
@@ -284,21 +182,3 @@ class Kernel:
         configs = self.shipped(facts(arch), PRECISIONS[key.dtype])
         fitting = [config for config in configs if self.fits(config, key)]
         return self.choose(fitting, key, multiprocessors) if fitting else configs[-1]
-
-    def representative(self, dtype: str, form: str) -> Key:
-        """A key that makes a launch take `form`, and compiles to what keys of real sizes do.
-
-        Its sizes are multiples of 16 and more than one tile of each kind.
-        """
-        named = re.search(r"\br(\d+)\b", form)
-        rank, blocks, tokens = int(named[1]) if named else 16, 2, 512
-        transposed, granule = "transposed" in form, GRANULE if "granules" in form else 1
-        rows, cols = (2048, 1024) if transposed else (1024, 2048)
-        padded = rows // blocks, cols // blocks
-        return Key(self.name, dtype, rank, blocks, rows, cols, tokens, *padded, transposed, granule)
-
-
-# Why a pointer may be narrow.
-LABELS = "labels and ranks: a few bytes per coordinate, looked up"
-INDEX = "indices and offsets: one per coordinate or block"
-ONE_NUMBER = "one number"

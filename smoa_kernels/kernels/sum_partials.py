@@ -12,29 +12,21 @@ Layout of the pointers, all contiguous: partials (P, M, W) float32; bias (N); ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..definition.precision import Precision
+from .architectures import Architecture
 from .common import power_of_two, round_to
 from .launch import Launch
-from .spec import GRANULE, PARTIAL_RANKS, Config, Kernel, Operands, Work, partial_width
+from .spec import GRANULE, PARTIAL_RANKS, Config, Kernel
 from .table import remembered, select
 
-__all__ = ["SUM_PARTIALS", "SumConfig", "sum_partials"]
-
-
-@dataclass(frozen=True)
-class SumConfig(Config):
-    """`block` results per program."""
-
-    block: int
-    num_warps: int
-    num_stages: int = 1
+__all__ = ["SUM_PARTIALS", "sum_partials"]
 
 
 @triton.jit(do_not_specialize=["parts", "row_groups", "groups"])
@@ -76,7 +68,7 @@ def sum_partials(
     *,
     bias: Tensor | None = None,
     transposed: bool = False,
-    config: SumConfig | None = None,
+    config: Config | None = None,
 ) -> None:
     """Write `out = Σ_p partials[p, :, :N] + bias`.
 
@@ -99,7 +91,7 @@ def _launch(
     out_shape: Sequence[int],
     has_bias: bool,
     transposed: bool,
-    config: SumConfig | None,
+    config: Config | None,
 ) -> Launch:
     (parts, M, width), N = shape, out_shape[0 if transposed else 1]
     config = config or select("sum_partials", device, dtype, out_features=N, tokens=M)
@@ -124,42 +116,21 @@ def _launch(
     )
 
 
-# Eight results for each thread of 64-wide wavefronts too: 128 bits of half types.
+# Eight results a thread, 128 bits of half types. With more of them Blackwell's registers spill.
 _SHIPPED = (
-    SumConfig(block=2048, num_warps=4),
-    SumConfig(block=4096, num_warps=8),
-    SumConfig(block=1024, num_warps=2),
+    Config(block=1024, num_warps=4),
+    Config(block=2048, num_warps=8),
+    Config(block=512, num_warps=2),
 )
 
 
-def _workload(operands: Operands) -> Work:
-    key, transposed = operands.key, "transposed" in operands.form
-    # Rows of y, or of factors. How many parts there are, another kernel's configuration decides: a typical number.
-    of_factors = operands.form.startswith("r")
-    N = key.rank if of_factors else key.out_features
-    partials = operands.tensor(4, key.tokens, partial_width(N) if of_factors else N, dtype=torch.float32)
-    out = operands.tensor(*((N, key.tokens) if transposed else (key.tokens, N)))
-    bias = operands.tensor(N) if operands.form == "bias" else None
-
-    def run(config: Any) -> list[Tensor]:
-        sum_partials(partials, out, bias=bias, transposed=transposed, config=config)
-        return [out]
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        total = partials.to(dtype).sum(0)[:, :N]
-        total = total if bias is None else total + bias.to(dtype)
-        return [total.T if transposed else total]
-
-    return run, defined
+def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
+    wider = arch.warp_size // 32
+    return tuple(replace(config, block=wider * config.block) for config in _SHIPPED)
 
 
 SUM_PARTIALS = Kernel(
     "sum_partials",
     sum_partials_kernel,
-    SumConfig,
-    role="copy",
-    shipped=lambda arch, precision: _SHIPPED,
-    workload=_workload,
-    forms=("no bias", "bias", "r16", "r16 transposed"),
-    narrow={"bias_ptr": "one row, read by every token and cached"},
+    shipped=_shipped,
 )

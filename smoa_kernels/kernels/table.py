@@ -166,15 +166,13 @@ class Identity:
         gpu: as the driver names it; "cpu" for Triton's interpreter.
         capability: architecture as the compiler spells it, "sm_90" or "gfx942".
         multiprocessors: a slice of a GPU has fewer than its name promises.
-        torch: version.
-        triton: version.
+        triton: version, but for its patches.
         source: hash of the kernels' source.
     """
 
     gpu: str
     capability: str
     multiprocessors: int
-    torch: str
     triton: str
     source: str
 
@@ -188,8 +186,7 @@ def identity(device: torch.device) -> Identity:
         "cpu" if device.type == "cpu" else gpu_properties(device).name,
         architecture(device),
         multiprocessors(device),
-        str(torch.__version__),  # a class of its own, which no file holds
-        triton.__version__,
+        ".".join(triton.__version__.split(".")[:2]),
         source_hash(),
     )
 
@@ -251,7 +248,7 @@ class Entry:
     def to_json(self) -> dict[str, Any]:
         """Return plain data; :meth:`from_json` is its inverse."""
         trials = [
-            {"choice": t.choice if isinstance(t.choice, str) else asdict(t.choice)}
+            {"choice": t.choice if isinstance(t.choice, str) else t.choice.to_json()}
             | ({"reason": t.reason} if t.seconds is None else {"seconds": t.seconds})
             for t in self.trials
         ]
@@ -286,10 +283,11 @@ def _check_key(key: Key) -> None:
     """
     check_choice("kernel", key.kernel, (*kernels.KERNELS, *ALGORITHM_KEYS))
     check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
-    for name in key._fields[2:-2]:
+    for name in ("rank", "blocks", "out_features", "in_features", "tokens", "padded_out", "padded_in"):
         check_count(name, getattr(key, name), 0)
     check_kind("transposed", key.transposed, bool)
     check_count("granule", key.granule, 1)
+    check_choice("factors", key.factors, ("", "bf16", "fp16", "fp32"))
     if key.granule not in (1, GRANULE):
         raise ValueError(f"granule must be 1 or {GRANULE}, got {key.granule}")
 
@@ -301,7 +299,7 @@ def _choice(key: Key, identity: Identity, data: Any) -> Choice:
         return str(data)
     kernel = kernels.KERNELS[key.kernel]
     for config in kernel.shipped(facts(identity.capability), PRECISIONS[key.dtype]):
-        if asdict(config) == data and kernel.fits(config, key):
+        if config.to_json() == data and kernel.fits(config, key):
             return config
     raise ValueError(f"choice must be a configuration that ships and divides the layout, got {shown(data)}")
 

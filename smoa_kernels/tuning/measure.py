@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +24,15 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from .. import kernels
-from ..backends import triton as backend
 from ..checks import first_line
 from ..definition.precision import PRECISIONS
-from ..definition.reference import backward as reference_backward
-from ..definition.reference import factor_gradients as reference_factor_gradients
-from ..definition.reference import forward as reference_forward
 from ..files import replace_file
 from ..kernels import table
 from ..kernels.launch import on_device
-from ..kernels.spec import ALGORITHM_KEYS, Key, Operands, Work, in_dtype
+from ..kernels.spec import Key
 from ..kernels.table import INTERRUPTED, SCHEMA, UNFINISHED, Choice, Entry, Identity, Table, Trial, identity
 from .plan import Job
+from .workloads import WORKLOADS, Operands
 
 __all__ = [
     "DeviceLostError",
@@ -47,6 +46,9 @@ __all__ = [
     "workload",
 ]
 
+HANGS_SECONDS = 120.0  # that a choice may take, its compilation included
+REPEATS = 30
+FLUSHED_BYTES = 256 * 2**20  # more than any GPU's L2 cache holds
 MOST_CHARACTERS = 400  # of a reason: a compiler's may be as long as its source
 
 Timer = Callable[[Choice, Callable[[], object]], float]
@@ -71,10 +73,42 @@ class WrongNumbersError(ArithmeticError):
 
 
 def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
-    """Measure the median seconds with Triton's own benchmark, which clears the L2 cache before each launch."""
-    from triton.testing import do_bench
+    """Measure the median seconds of a launch in a CUDA graph, after each of which the L2 cache is flushed.
 
-    return float(do_bench(launch, warmup=10, rep=50, return_mode="median")) / 1e3
+    Without a graph the gaps between launches would count, which Python makes (triton-lang/triton#10149).
+    """
+    launch()  # compiles
+    graph, flush = torch.cuda.CUDAGraph(), torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    with torch.cuda.graph(graph):
+        launch()
+    seconds: list[float] = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()  # takes longer than the host does until the graph is under way
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
+
+
+@contextmanager
+def ended_if_it_hangs(choice: Choice, seconds: float) -> Iterator[None]:
+    """End the process where a choice takes so long: nothing else stops a kernel that hangs. It stays unfinished."""
+
+    def end() -> None:
+        words = f"{choice} has not ended within {seconds:.0f} s: the process ends, and the choice is not tried again"
+        print(f"{words}; run the same command again to go on", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    watchdog = threading.Timer(seconds, end)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
 
 
 def tune(
@@ -157,7 +191,7 @@ def _tune_one(
 
 def _try(choice: Choice, load: Workload, timer: Timer) -> Trial:
     try:
-        with load.precision():
+        with load.precision(), ended_if_it_hangs(choice, HANGS_SECONDS):
             load.check(choice)
             return Trial(choice, seconds=timer(choice, lambda: load.run(choice)))
     except Exception as error:  # whatever a compiler or a driver throws is a finding about this choice
@@ -241,53 +275,8 @@ def _relative(value: Tensor, truth: Tensor) -> float:
 
 def workload(key: Key, device: torch.device) -> Workload:
     """What to run and check for a key on `device`, the same at each call."""
-    if key.kernel not in ALGORITHM_KEYS:
-        kernel = kernels.KERNELS[key.kernel]
-        return Workload(key, *kernel.workload(Operands(key, kernel.forms[0], device)))
-    of_algorithm = {
-        "forward": _forward,
-        "input_gradient": _input_gradient,
-        "factor_gradients": _factor_gradients,
-    }
-    return Workload(key, *of_algorithm[key.kernel](Operands(key, "", device)))
-
-
-def _forward(operands: Operands) -> Work:
-    adapter = operands.adapter()
-    x = operands.tensor(operands.key.tokens, operands.key.in_features)
-
-    def run(algorithm: Any) -> list[Tensor]:
-        return [backend.forward(x, None, adapter, algorithm, None)]
-
-    return run, lambda dtype: [reference_forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", None)]
-
-
-def _input_gradient(operands: Operands) -> Work:
-    adapter = operands.adapter()
-    dy = operands.tensor(operands.key.tokens, operands.key.out_features)
-
-    def run(algorithm: Any) -> list[Tensor]:
-        return [backend.input_gradient(dy, adapter, algorithm, None)]
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        dx, _, _ = reference_backward(dy.to(dtype), None, in_dtype(adapter, dtype), None, needs_x=True)
-        assert dx is not None
-        return [dx]
-
-    return run, defined
-
-
-def _factor_gradients(operands: Operands) -> Work:
-    adapter, key = operands.adapter(), operands.key
-    x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
-
-    def run(algorithm: Any) -> list[Tensor]:
-        return list(backend.factor_gradients(dy, x, adapter, algorithm, None))
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        return list(reference_factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None))
-
-    return run, defined
+    form = "contiguous" if key.granule > 1 else ""  # as blocks of granules mostly are
+    return Workload(key, *WORKLOADS[key.kernel](Operands(key, form, device)))
 
 
 # What is kept

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from .. import kernels
 from ..backends import MOST_TRITON_RANKS
 from ..backends.algorithms import admissible, choose_algorithm, gradient_parts, padded
+from ..checks import check_choice
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels.architectures import facts
 from ..kernels.spec import ALGORITHM_KEYS, GRANULE, Key, bucket
@@ -43,6 +44,7 @@ class Layer:
         blocks: K.
         granule: adjacent coordinates that blocks keep together.
         experts: E; 0 for a layer of one weight.
+        factors: dtype of A and B, as `dtype`. PEFT keeps them in float32.
     """
 
     out_features: int
@@ -53,6 +55,7 @@ class Layer:
     blocks: int = 4
     granule: int = 1
     experts: int = 0
+    factors: str = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("out_features", "in_features", "tokens", "rank", "blocks", "granule"):
@@ -60,8 +63,8 @@ class Layer:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.experts < 0:
             raise ValueError(f"experts must be at least 0, got {self.experts}")
-        if self.dtype not in KERNEL_PRECISIONS:
-            raise ValueError(f"dtype must be one of {', '.join(KERNEL_PRECISIONS)}, got {self.dtype!r}")
+        check_choice("dtype", self.dtype, KERNEL_PRECISIONS)
+        check_choice("factors", self.factors, ("bf16", "fp16", "fp32"))
         if self.blocks > min(self.out_features, self.in_features):
             raise ValueError(
                 f"blocks must be at most {min(self.out_features, self.in_features)} for a layer of "
@@ -97,8 +100,8 @@ def _layer_keys(layer: Layer) -> Iterator[Key]:
     # What copies knows float32, not how it is multiplied.
     copied = "fp32" if layer.dtype == "tf32" else layer.dtype
     granule, parts = (GRANULE, (layer.tokens,)) if layer.whole_granules else (1, _parts(layer))
-    yield Key("modulated_weight", *common, n, c)
-    yield Key("modulated_blocks", *common, n, c, 0, rows, cols, granule=granule)
+    yield Key("modulated_weight", *common, n, c, factors=layer.factors)
+    yield Key("modulated_blocks", *common, n, c, 0, rows, cols, granule=granule, factors=layer.factors)
     yield Key("permute", copied, 0, layer.blocks, 0, c, t, 0, cols, granule=granule)
     if granule == 1:
         yield Key("permute", copied, 0, layer.blocks, 0, n, t, 0, rows)
@@ -108,19 +111,16 @@ def _layer_keys(layer: Layer) -> Iterator[Key]:
     yield Key("block_matmul", *common, n, c, t, rows, cols, granule=granule)
     yield Key("block_matmul", *common, c, n, t, cols, rows, True, granule=granule)
     if t <= MOST_FUSED_TOKENS:
-        yield Key("fused_linear", *common, n, c, t)
-        yield Key("fused_linear", *common, c, n, t, transposed=True)
+        yield Key("fused_linear", *common, n, c, t, factors=layer.factors)
+        yield Key("fused_linear", *common, c, n, t, transposed=True, factors=layer.factors)
         for features in (n, c):
             yield Key("sum_partials", copied, out_features=features, tokens=t)
     for tokens in dict.fromkeys((t, bucket(parts[0]))):
-        yield Key("block_grad", *common, n, c, tokens, rows, cols, granule=granule)
-    # Factors are kept in the layer's dtype, or in float32 as PEFT does.
-    for factors in (copied, "fp32"):
-        for features in (n, c):
-            yield Key("sum_partials", factors, out_features=layer.max_rank, tokens=bucket(features))
-    yield Key("forward", *common, n, c, t, granule=granule)
-    yield Key("input_gradient", *common, n, c, t, granule=granule)
-    yield Key("factor_gradients", *common, n, c, t, granule=granule)
+        yield Key("block_grad", *common, n, c, tokens, rows, cols, granule=granule, factors=layer.factors)
+    for features in (n, c):
+        yield Key("sum_partials", layer.factors, out_features=layer.max_rank, tokens=bucket(features))
+    for stage in ALGORITHM_KEYS:
+        yield Key(stage, *common, n, c, t, granule=granule, factors=layer.factors)
 
 
 def _parts(layer: Layer) -> tuple[int, ...]:
@@ -131,18 +131,25 @@ def _parts(layer: Layer) -> tuple[int, ...]:
 
 
 def _experts_keys(layer: Layer) -> Iterator[Key]:
-    """Kernels of experts know the pairs that an expert has on average. Single coordinates take the gathered forms."""
+    """Kernels of experts know the pairs that an expert has on average. Single coordinates take the gathered forms.
+
+    W0 may be stored along either side: models have their experts as (E, N, C) and as (E, C, N).
+    """
     n, c, each = layer.out_features, layer.in_features, bucket(-(-layer.tokens // layer.experts))
     granule = GRANULE if layer.whole_granules else 1
-    common = (layer.dtype, layer.max_rank, layer.blocks)
     products = ["grouped_linear"]
     if granule == 1 and layer.blocks > 1:
         products.append("grouped_linear_gathered")
-    for kernel in products:
-        yield Key(kernel, *common, n, c, each, granule=granule)
-        yield Key(kernel, *common, c, n, each, transposed=True, granule=granule)
-    gradient = "grouped_grad" if granule > 1 else "grouped_grad_gathered"
-    yield Key(gradient, *common, n, c, each, granule=granule)
+    for transposed in (False, True):
+
+        def key(kernel: str, rows: int, cols: int, turned: bool) -> Key:
+            common = layer.dtype, layer.max_rank, layer.blocks, rows, cols, each
+            return Key(kernel, *common, transposed=turned, granule=granule, factors=layer.factors)
+
+        for kernel in products:
+            yield key(kernel, n, c, transposed)
+            yield key(kernel, c, n, not transposed)
+        yield key("grouped_grad" if granule > 1 else "grouped_grad_gathered", n, c, transposed)
 
 
 def tunable() -> tuple[str, ...]:
@@ -213,7 +220,8 @@ def describe(key: Key) -> str:
     rank = f" ρ={key.rank}" if key.rank else ""
     turned = " transposed" if key.transposed else ""
     blocks = f" K={key.blocks}" if key.blocks else ""
-    return f"{key.kernel} {sizes}{tokens}{rank}{blocks} {key.dtype}{turned}"
+    factors = f" {key.factors} factors" if key.factors not in ("", key.dtype) else ""
+    return f"{key.kernel} {sizes}{tokens}{rank}{blocks} {key.dtype}{factors}{turned}"
 
 
 _GATHERED = {
@@ -230,7 +238,7 @@ def describe_choice(choice: Choice) -> str:
     """Name launch parameters, or an algorithm and where it gathers."""
     if isinstance(choice, str):
         return f"{choice} ({_GATHERED[choice]})"
-    fields = asdict(choice).items()
+    fields = choice.to_json().items()
     return " ".join(f"{name.removeprefix('block_').removeprefix('num_')}={value}" for name, value in fields)
 
 

@@ -21,13 +21,16 @@ def main() -> int:
     parser = argparse.ArgumentParser("audit", description=(__doc__ or "").partition("\n")[0])
     for name in ("--arch", "--kernel", "--dtype"):
         parser.add_argument(name, action="append", default=[], help="repeatable; all if absent")
+    parser.add_argument(
+        "--extent", choices=("smoke", "shipped", "every"), default="shipped", help="see tasks"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; one per core")
     parser.add_argument("--full", action="store_true", help="a line per configuration")
     parser.add_argument("--json", type=Path, help="write every record")
     parser.add_argument("--registry", default=KERNELS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     try:
-        work = tasks(given.arch, given.kernel, given.dtype, given.registry)
+        work = tasks(given.arch, given.kernel, given.dtype, extent=given.extent, registry=given.registry)
     except ValueError as error:
         parser.error(str(error))
     start, records = time.monotonic(), []

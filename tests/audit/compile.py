@@ -25,8 +25,10 @@ from triton.runtime.jit import JITFunction
 
 from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.kernels.architectures import Architecture
-from smoa_kernels.kernels.spec import Config, Kernel, Operands
+from smoa_kernels.kernels.spec import Config, Kernel
+from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
+from .forms import representative
 from .listing import LINES, Listing, parse_amdgcn, parse_sass
 
 __all__ = ["Binary", "Launch", "capture", "compile_launch", "representative_launch"]
@@ -102,8 +104,8 @@ def representative_launch(
     """What a launch of one of the kernel's forms compiles."""
 
     def launcher() -> object:
-        operands = Operands(kernel.representative(dtype, form), form, torch.device("cpu"), filled=False)
-        run, _ = kernel.workload(operands)
+        operands = Operands(representative(kernel.name, dtype, form), form, torch.device("cpu"), filled=False)
+        run, _ = WORKLOADS[kernel.name](operands)
         return run(config)
 
     launch = capture(kernel.fn, launcher)

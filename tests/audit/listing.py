@@ -109,6 +109,29 @@ class Listing:
             spilled.update((base, offset + byte) for byte in range(_sass_bits(instruction.opcode) // 8))
         return len(spilled)
 
+    def early_writes(self) -> list[tuple[str, str]]:
+        """Each Hopper product whose left operand is in registers, with a write to one of them before it is waited for.
+
+        The tensor core may not have read them yet. Assemblers before 13.3 did so (triton-lang/triton#9433, #11781).
+        """
+        found = []
+        for index, product in enumerate(self.instructions):
+            left = re.match(r"R\d+, R(\d+)\S*, gdesc", product.operands)
+            if left is None or not product.opcode.startswith("HGMMA"):
+                continue
+            read, seen, ahead = range(int(left[1]), int(left[1]) + 4), set(), self._successors(index)
+            while ahead:
+                place = ahead.pop()
+                after = self.instructions[place]
+                waits = after.opcode.startswith("WARPGROUP.DEPBAR") and after.operands.endswith("0x0")
+                if place in seen or waits:
+                    continue
+                seen.add(place)
+                ahead += self._successors(place)
+                if set(read) & set(_written(after)):
+                    found.append((f"{product.opcode} {product.operands}", f"{after.opcode} {after.operands}"))
+        return found
+
     def _multiply_add(self, instruction: Instruction) -> bool:
         stems = ("v_fma", "v_pk_fma", "v_fmac", "v_mac") if self.amd else ("FFMA", "DFMA", "HFMA2")
         return instruction.opcode.startswith(stems)
@@ -156,6 +179,22 @@ def _sass_bits(opcode: str) -> int:
         if modifier in opcode:
             return bits
     return 8 if ".U8" in opcode or ".S8" in opcode else 32
+
+
+_WRITES_NONE = re.compile(
+    r"HGMMA|STG?\b|ST[SLM]|RED|BRA|BAR|WARP|LDGSTS|DEPBAR|LDGDEPBAR|SYNCS|[IF]SETP|R2UR|UTMA|EXIT"
+)
+
+
+def _written(instruction: Instruction) -> range:
+    """Registers that an instruction of SASS writes; none for products, which the tensor core takes in their order."""
+    register = re.match(r"(?:U?P\w+,\s*)*R(\d+)\b", instruction.operands)
+    if register is None or _WRITES_NONE.match(instruction.opcode):
+        return range(0)
+    wide = "WIDE" in instruction.opcode
+    matrices = re.match(r"LDSM.*\.([24])\b", instruction.opcode)
+    count = int(matrices[1]) if matrices else max(_sass_bits(instruction.opcode) // 32, 1 + wide)
+    return range(int(register[1]), int(register[1]) + count)
 
 
 def _sass_access(instruction: Instruction) -> Access | None:

@@ -40,7 +40,8 @@ class Traffic:
 class Record:
     """What one kernel at one configuration compiles to on one architecture.
 
-    Registers, spills and stack are per thread, shared memory per block. If there is an `error`, nothing else counts.
+    Registers, spills and stack are per thread, shared memory per block. `early_writes` are to registers of a wgmma's
+    left operand before its wait. If there is an `error`, nothing else counts.
     """
 
     kernel: str
@@ -57,6 +58,7 @@ class Record:
     tensor_cores: Mapping[str, int] = field(default_factory=dict)  # in the main loop
     traffic: tuple[Traffic, ...] = ()
     narrow: Mapping[str, str] = field(default_factory=dict)
+    early_writes: int = 0
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -99,6 +101,7 @@ def broken_rules(record: Record) -> tuple[str, ...]:
        cores on NVIDIA; their loads obey the same rule.
        Nothing is asked of the loads of gather kernels, which multiply what they read one number at a time.
     4. In copy kernels every access is 128 bits wide.
+    5. No register of a wgmma's left operand is written before its wait.
 
     Rules 3 and 4 spare the pointers that the kernel declares narrow, each with its reason, and on AMD the few accesses
     whose pointer is unknown.
@@ -116,6 +119,8 @@ def broken_rules(record: Record) -> tuple[str, ...]:
         broken.append(f"shared memory {record.shared} above {arch.shared_per_block} bytes")
     elif not occupancy(arch, registers=record.registers, shared=record.shared, warps=max(record.warps, 1)):
         broken.append("not one block fits a multiprocessor")
+    if record.early_writes:
+        broken.append(f"{record.early_writes} writes to a wgmma's left operand before its wait")
     if record.role == "copy":
         return (*broken, *_narrow(judged))
     if (record.dtype != "fp32" or arch.is_amd) and not record.tensor_cores.get(arch.tensor_core):

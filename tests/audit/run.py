@@ -25,17 +25,19 @@ import triton
 from smoa_kernels.checks import check_choices
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.files import cache_folder, replace_file
-from smoa_kernels.kernels.architectures import ARCHITECTURES
+from smoa_kernels.kernels.architectures import ARCHITECTURES, Architecture
 from smoa_kernels.kernels.spec import Config, Kernel
 
 from .compile import Binary, Launch, compile_launch, representative_launch
+from .forms import AUDITED, LOOKED_UP
 from .pointers import pointers_at
 from .rules import UNKNOWN, Record, Traffic
 
 __all__ = ["Task", "run_audit", "run_task", "tasks"]
 
+SMOKE = ("sm_80", "sm_90", "sm_100")
 KERNELS = "smoa_kernels.kernels:KERNELS"
-_CACHE_SCHEMA = 6  # raised whenever a record gains a field or a parser changes what it reads
+_CACHE_SCHEMA = 7  # raised whenever a record gains a field or a parser changes what it reads
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class Task:
         """The kernel, its configuration, and what is known before anything is compiled."""
         kernel = _load(self.registry)[self.kernel]
         config = kernel.shipped(ARCHITECTURES[self.arch], PRECISIONS[self.dtype])[self.config]
-        narrow = dict(kernel.narrow)
-        known = self.kernel, self.form, kernel.role, asdict(config), self.arch, self.dtype
-        return kernel, config, Record(*known, narrow=narrow)
+        audited = AUDITED[self.kernel]
+        known = self.kernel, self.form, audited.role, config.to_json(), self.arch, self.dtype
+        return kernel, config, Record(*known, narrow={**LOOKED_UP, **audited.narrow})
 
 
 def _load(registry: str) -> Mapping[str, Kernel]:
@@ -68,23 +70,55 @@ def tasks(
     archs: Sequence[str] = (),
     kernels: Sequence[str] = (),
     dtypes: Sequence[str] = (),
+    *,
+    extent: str = "shipped",
     registry: str = KERNELS,
 ) -> list[Task]:
-    """Every compilation asked for, in the order of `archs`; where nothing is named, all."""
+    """Every compilation asked for, in the order of `archs`; where nothing is named, all.
+
+    Args:
+        archs: names of `ARCHITECTURES`.
+        kernels: names in the registry.
+        dtypes: of `KERNEL_PRECISIONS`.
+        extent: "shipped": the largest tile in every form, the others in the first; "every": all in every form; "smoke":
+            the largest in its first form, on three architectures.
+        registry: where kernels are.
+    """
     known = _load(registry)
     check_choices("--arch", archs, ARCHITECTURES)
     check_choices("--dtype", dtypes, KERNEL_PRECISIONS)
     check_choices("--kernel", kernels, known)
+    smoke = extent == "smoke"
     return [
         Task(kernel.name, form, index, arch, dtype, registry)
-        for arch in archs or ARCHITECTURES
+        for arch in archs or (SMOKE if smoke else ARCHITECTURES)
         for kernel in known.values()
         if not kernels or kernel.name in kernels
-        for dtype in dtypes or KERNEL_PRECISIONS
-        if not (dtype == "tf32" and ARCHITECTURES[arch].is_amd)  # AMD multiplies float32 in IEEE
-        for index in range(len(kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])))
-        for form in kernel.forms
+        for dtype in dtypes or (("bf16",) if smoke else KERNEL_PRECISIONS)
+        if dtype != "tf32" or _knows_tf32(kernel, ARCHITECTURES[arch])
+        for place, index in enumerate(_distinct(kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])))
+        for form in _forms(kernel, extent, largest=place == 0)
     ]
+
+
+def _knows_tf32(kernel: Kernel, arch: Architecture) -> bool:
+    """Whether TF32 compiles to anything else than IEEE: AMD multiplies in IEEE, and what copies does not multiply."""
+    return not arch.is_amd and (
+        AUDITED[kernel.name].role != "copy" or "INPUT_PRECISION" in kernel.fn.arg_names
+    )
+
+
+def _forms(kernel: Kernel, extent: str, *, largest: bool) -> tuple[str, ...]:
+    forms = AUDITED[kernel.name].forms
+    if extent == "every" or (extent == "shipped" and largest):
+        return forms
+    return forms[:1] if extent == "shipped" or largest else ()
+
+
+def _distinct(configs: Sequence[Config]) -> list[int]:
+    """Numbers of configurations that compile to something of their own: how many programs share a sum does not."""
+    compiled = [replace(config, split=0) for config in configs]
+    return [number for number, config in enumerate(compiled) if config not in compiled[:number]]
 
 
 def run_audit(work: Sequence[Task], jobs: int) -> Iterator[Record]:
@@ -150,6 +184,7 @@ def _record(blank: Record, binary: Binary) -> Record:
         shared=binary.shared,
         warps=binary.warps,
         tensor_cores=dict(tensor_cores),
+        early_writes=len(listing.early_writes()),
         traffic=tuple(Traffic(*key, count) for key, count in sorted(traffic.items())),
     )
 

@@ -126,6 +126,46 @@ def test_spilled_bytes():
     assert parse_sass("\n".join(f"        /*0000*/    {line} ;" for line in lines)).local_bytes() == 12
 
 
+REGISTER_OPERAND = """
+.L_x_1:
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0 ;
+        /*0020*/                   FADD R60, R4, R5 ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0050*/                   LDSM.16.M88.4 R4, [R9] ;
+        /*0060*/                   BRA `(.L_x_1) ;
+.L_x_2:
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "early"),
+    [
+        ("", "", 0),
+        ("FADD R60, R4, R5", "FADD R7, R4, R5", 1),  # the last of four registers
+        ("FADD R60, R4, R5", "LDG.E.128 R0, [R60]", 0),
+        ("FADD R60, R4, R5", "LDSM.16.M88.4 R1, [R60]", 1),
+        ("FADD R60, R4, R5", "STS.128 [R60], R4", 0),
+        ("FADD R60, R4, R5", "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24", 0),
+        (
+            "/*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0",
+            "/*0040*/  WARPGROUP.DEPBAR.LE gsb0, 0x1",
+            1,
+        ),
+        (
+            "/*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0",
+            "/*0070*/  SHFL.IDX PT, R5, R60, RZ, 0x1f",
+            1,
+        ),
+    ],
+)
+def test_a_register_operand_is_written_only_after_the_wait(old, new, early):
+    """On every way from the product on, round its loop too."""
+    assert len(parse_sass(REGISTER_OPERAND.replace(old, new)).early_writes()) == early
+
+
 def test_amdgcn():
     listing = parse_amdgcn(AMD_LOOP)
     loop = listing.main_loop()
@@ -222,6 +262,7 @@ def load(pointer: str, bits: int, asynchronous: bool) -> dict[str, object]:
         ({"traffic": GOOD.traffic[1:], "role": "gather"}, None),
         ({"role": "copy", "traffic": GOOD.traffic[:2]}, None),
         ({"role": "copy"}, "64 stores of 16 bits through y_ptr"),
+        ({"early_writes": 2}, "2 writes to a wgmma's left operand before its wait"),
         ({"error": "OutOfResources"}, "does not compile: OutOfResources"),
     ],
 )

@@ -6,7 +6,6 @@ Imported by audit workers only, where Triton compiles.
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from smoa_kernels.kernels.spec import Config, Kernel, Operands, Work
+from smoa_kernels.kernels.spec import Config, Kernel
+from smoa_kernels.tuning.workloads import WORKLOADS, Operands, Work
 
-
-@dataclass(frozen=True)
-class ToyConfig(Config):
-    block: int
-    num_warps: int
+from .forms import AUDITED, Audited
 
 
 @triton.jit
@@ -89,8 +85,10 @@ def toy(
     *blocks: int,
     **narrow: str,
 ) -> Kernel:
-    configs = tuple(ToyConfig(block, 4) for block in blocks)
-    return Kernel(name, fn, ToyConfig, role, lambda arch, precision: configs, work, (form,), narrow)
+    configs = tuple(Config(block=block) for block in blocks)
+    WORKLOADS[name] = work
+    AUDITED[name] = Audited(role, (form,), narrow)
+    return Kernel(name, fn, lambda arch, precision: configs)
 
 
 REASON = "strided on purpose"

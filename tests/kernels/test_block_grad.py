@@ -18,15 +18,16 @@ from problems import LinearProblem, make_problem, relative_error
 from torch import Tensor
 
 from smoa_kernels.definition.packed import PackedAdapter, padding_masks
-from smoa_kernels.kernels.block_grad import BlockGradConfig, block_grad, token_splits
+from smoa_kernels.kernels.block_grad import block_grad, token_splits
 from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.permute import gather_columns
+from smoa_kernels.kernels.spec import Config
 
 pytestmark = pytest.mark.numerical
 
 # Small enough that small problems have several tiles of each kind.
 TILE = 32
-SMALL = BlockGradConfig(block_n=16, block_c=TILE, block_t=16, split=1, num_warps=4, num_stages=2)
+SMALL = Config(block_n=16, block_c=TILE, block_t=16, split=1, num_warps=4, num_stages=2)
 # The narrowest that ships. Float32 factors over a half weight are multiplied in bfloat16 parts, a quarter of the tile
 # at a time, and tensor cores take 16 columns of these at least.
 WIDE = replace(SMALL, block_c=64)
@@ -45,7 +46,7 @@ def in_one_part(dyg: Tensor, xg: Tensor, adapter: PackedAdapter, **settings: Any
     return block_grad(1, lambda part: (dyg, xg), adapter, **{"config": SMALL, **settings})
 
 
-def gradients(problem: LinearProblem, config: BlockGradConfig = SMALL) -> tuple[Tensor, Tensor]:
+def gradients(problem: LinearProblem, config: Config = SMALL) -> tuple[Tensor, Tensor]:
     return in_one_part(*gather(problem, config.block_c), adapter_of(problem), config=config)
 
 

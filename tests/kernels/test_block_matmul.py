@@ -14,16 +14,17 @@ from problems import LinearProblem, make_problem
 from torch import Tensor
 
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.kernels.block_matmul import BlockMatmulConfig, block_matmul
+from smoa_kernels.kernels.block_matmul import block_matmul
 from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
+from smoa_kernels.kernels.spec import Config
 
 pytestmark = pytest.mark.numerical
 
 # Small enough that small problems have several tiles of each kind, and a last group of tokens that is not full.
 TILE = 16
-SMALL = BlockMatmulConfig(block_t=16, block_n=TILE, block_c=TILE, group_t=2, num_warps=4, num_stages=2)
+SMALL = Config(block_t=16, block_n=TILE, block_c=TILE, group_t=2, num_warps=4, num_stages=2)
 
 
 def blocks(adapter: PackedAdapter, multiple: int = TILE) -> Tensor:

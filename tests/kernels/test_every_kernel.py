@@ -14,6 +14,7 @@ import test_block_matmul
 import test_fused_linear
 import test_modulate
 import torch
+from audit.forms import AUDITED
 from draws import HealthCheck, given, settings, st
 from kernel_cases import assert_within_its_rounding, each_dtype, from_vector, shipped_here
 from problems import LinearProblem, make_problem
@@ -24,7 +25,8 @@ from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.kernels.spec import GRANULE, Config, Key, Operands
+from smoa_kernels.kernels.spec import GRANULE, Config, Key
+from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 pytestmark = pytest.mark.numerical
 
@@ -79,10 +81,10 @@ def test_every_shipped_configuration(
     kernel: str, config: Config, precision: Precision, device: torch.device
 ) -> None:
     """At sizes that no tile divides."""
-    spec, form = KERNELS[kernel], KERNELS[kernel].forms[0]
+    form = AUDITED[kernel].forms[0]
     tokens, *features, granule = (21, 136, 72, GRANULE) if "granules" in form else (70, 130, 70, 1)
     key = Key(kernel, precision.name, 5, 2, *features, tokens, 128, 128, granule=granule)
-    run, defined = spec.workload(Operands(key, form, device))
+    run, defined = WORKLOADS[kernel](Operands(key, form, device))
     results = zip(run(config), defined(precision.dtype), defined(torch.float64), strict=True)
     for ours, theirs, truth in results:
         assert_within_its_rounding(precision, ours, theirs, truth)

@@ -18,6 +18,7 @@ from smoa_kernels.definition.experts import ExpertBlocks
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.common import tiles_of_segments
 from smoa_kernels.kernels.grouped_linear import GROUPED_LINEAR
+from smoa_kernels.kernels.spec import Key
 
 pytestmark = pytest.mark.numerical
 
@@ -91,7 +92,7 @@ def test_pairs(pairs: tuple[int, ...]) -> None:
 
 def test_wide_tiles_take_few_ranks() -> None:
     """A tile of 256 pairs has no registers for more than 16."""
-    key = GROUPED_LINEAR.representative("bf16", GROUPED_LINEAR.forms[0])
+    key = Key("grouped_linear", "bf16", 16, 2, 1024, 2048, 512, granule=8)
     tiles = [
         GROUPED_LINEAR.default(key._replace(rank=rank, tokens=pairs), "sm_90", 132)
         for rank, pairs in ((16, 512), (17, 512), (16, 256))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.common import padded_width
-from smoa_kernels.kernels.modulate import ModulateConfig, modulated_blocks, modulated_weight
+from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
+from smoa_kernels.kernels.spec import Config
 
 pytestmark = pytest.mark.numerical
 
@@ -55,7 +56,7 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 def test_a_tile_narrower_than_a_warp(device: torch.device) -> None:
     """None ships, but a table may hold one."""
     problem = make_problem(out_features=40, in_features=45, ranks=(5, 2)).on(device).to(torch.bfloat16)
-    config = ModulateConfig(block_n=16, block_c=16, num_warps=4)
+    config = Config(block_n=16, block_c=16, num_warps=4)
     blocks = modulated_blocks(adapter_of(problem), padded(problem.partition), config=config)
     truth = delta_weight(problem.to(torch.float64))
     assert_within_budget(from_blocks(blocks, problem.partition), delta_weight(problem), truth)

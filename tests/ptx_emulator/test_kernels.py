@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from audit.forms import AUDITED
 from problems import relative_error
 
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import facts
-from smoa_kernels.kernels.spec import GRANULE, Config, Key, Operands
+from smoa_kernels.kernels.spec import GRANULE, Config, Key
+from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 from . import ARCH, emulator
 from .counts import accesses
@@ -35,15 +37,15 @@ def launches() -> Iterator[object]:
     for kernel in KERNELS.values():
         for dtype in KERNEL_PRECISIONS:
             for config in kernel.shipped(facts(f"sm_{ARCH}"), PRECISIONS[dtype]):
-                for form in kernel.forms:
-                    numbers = "-".join(str(value) for value in vars(config).values())
+                for form in AUDITED[kernel.name].forms:
+                    numbers = "-".join(str(value) for value in config.to_json().values())
                     name = f"{kernel.name}-{dtype}-{numbers}-{form}".replace(" ", "_")
                     yield pytest.param(kernel.name, dtype, config, form, id=name)
 
 
 def is_defined(kernel: str, form: str) -> bool:
     """Whether a workload says what the result must be: the tuner compares the first form of these."""
-    return form == KERNELS[kernel].forms[0] or kernel != "permute"
+    return form == AUDITED[kernel].forms[0] or kernel != "permute"
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "config", "form"), list(launches()))
@@ -52,7 +54,7 @@ def test_shipped(
 ) -> None:
     key = key_of(kernel, dtype, form)
     assert KERNELS[kernel].fits(config, key)
-    run, defined = KERNELS[kernel].workload(Operands(key, form, torch.device("cpu")))
+    run, defined = WORKLOADS[kernel](Operands(key, form, torch.device("cpu")))
     found = run(config)
     if not is_defined(kernel, form):
         return  # the checks of memory are what is left; tests/kernels compare its numbers
@@ -69,8 +71,8 @@ def test_shipped(
 def test_lanes_gather_neighbours(kernel: str) -> None:
     """32 neighbours of a block lie in about 8.4 sectors at K = 4; where each lane reads eight of its own, in 32."""
     key = Key(kernel, "bf16", 16, 4, 256, 256, 64, 64, 64)
-    form = KERNELS[kernel].forms[0]
-    run, _ = KERNELS[kernel].workload(Operands(key, form, torch.device("cpu")))
+    form = AUDITED[kernel].forms[0]
+    run, _ = WORKLOADS[kernel](Operands(key, form, torch.device("cpu")))
     run(KERNELS[kernel].default(key, f"sm_{ARCH}", 132))
     gathers = [row for (_, opcode), row in accesses(emulator.launches).items() if opcode == "ld.global.b16"]
     assert gathers
