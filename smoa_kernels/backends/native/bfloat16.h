@@ -8,17 +8,12 @@
 
 #include "product.h"
 
-/* Tokens in the workspace at a time: quarters · max((rows + cols) / 16, 256), the first rounded up to PANEL. */
-static i64 tokens_together(const layer *l, i64 quarters) {
-    return greatest(ceil_div((l->rows + l->cols) * quarters, 16 * PANEL) * PANEL, 256 * quarters);
-}
-
 #if HAS_TILES
 /* What a thread multiplies a group of rows with. */
 typedef struct {
     const product *p;
-    half *W0, *delta, *scratch;
-    float *panels, *C;
+    half *W0, *delta;
+    float *scratch, *C;
     const i64 *rows;
     i64 before, steps; /* before: the first step of x that overlaps the block's columns; steps: how many do */
 } row_room;
@@ -28,9 +23,8 @@ static row_room row_room_of(const product *p, arena *a) {
     i64 width = (ceil_div(widest_of(l), TERMS) + 1) * TERMS, alone = p->algorithm == UPDATE;
     row_room r = {.p = p};
     r.W0 = take(a, alone ? 0 : p->together * round_up(l->cols, TERMS) * 2);
-    r.panels = take(a, alone ? (NC * KC + SPILL) * 4 : 0);
     r.delta = take(a, p->together * width * 2), r.C = take(a, PANEL * PANEL * 4);
-    r.scratch = take(a, l->contiguous ? 0 : round_up(l->cols, TERMS) * PANEL * 2); /* a panel of all terms */
+    r.scratch = take(a, 4 * greatest(scratch_size(PAIRS, l->cols), round_up(l->rows, TERMS) * PANEL / 2)); /* or a panel of columns */
     return r;
 }
 
@@ -39,12 +33,13 @@ static void pack_x(void *it, i64 thread, i64 panel, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
     arena local = room_of(&p->rooms, thread);
-    half *scratch = row_room_of(p, &local).scratch;
-    for (; panel < end; panel++)
-        for (int masked = 0; masked < (p->x_keep ? 2 : 1); masked++)
-            tile_rows((const half *)p->x + panel * PANEL * p->x_stride, p->x_stride, NULL, PANEL, p->tokens - panel * PANEL, l->cols,
-                      l->contiguous ? NULL : l->col_index, l->cols, 0, masked ? p->x_keep + panel * PANEL * words(l->cols) : NULL, scratch,
-                      (masked ? p->kept_tiles : p->x_tiles) + panel * PANEL * round_up(l->cols, TERMS));
+    float *scratch = row_room_of(p, &local).scratch;
+    operand x = x_of(p);
+    i64 count = least(p->tokens, end * PANEL) - panel * PANEL, at = panel * PANEL * round_up(l->cols, TERMS);
+    x.cols = l->contiguous ? NULL : l->col_index;
+    if (p->x_keep) pack_right(PAIRS, &x, NULL, panel * PANEL, count, 0, l->cols, (float *)(p->kept_tiles + at), scratch);
+    x.keep = NULL;
+    pack_right(PAIRS, &x, NULL, panel * PANEL, count, 0, l->cols, (float *)(p->x_tiles + at), scratch);
 }
 
 /* C = ΔW's rows by what is kept of x: the block's own terms. */
@@ -57,6 +52,11 @@ TARGET_BF16 static int begin_with_delta(const gemm_job *g, i64 i, i64 height, i6
     return 1;
 }
 
+/* Where columns of PANEL tokens of y wait until `turn_columns` makes rows of them: in y's own memory, or those of the last tokens elsewhere. */
+static half *columns_at(const product *p, i64 first) {
+    return p->tokens - first < PANEL ? p->last_columns : (half *)p->y + first * p->l.rows;
+}
+
 /* C, (rows, PANEL tokens), takes its bias, and is rounded once: columns of y. */
 TARGET_BF16 static void write_columns(const gemm_job *g, i64 i, i64 height, i64 j, i64 width) {
     const row_room *r = g->context;
@@ -67,7 +67,7 @@ TARGET_BF16 static void write_columns(const gemm_job *g, i64 i, i64 height, i64 
         i64 row = r->rows[i + n];
         vf added = {0};
         if (p->bias) added += value_at(p->bias, row, BFLOAT16);
-        _mm512_storeu_si512(p->columns + j * p->l.rows + row * PANEL, narrowed(load(from) + added, load(from + SIDE) + added));
+        _mm512_storeu_si512(columns_at(p, j) + row * PANEL, narrowed(load(from) + added, load(from + SIDE) + added));
     }
 }
 
@@ -86,19 +86,19 @@ static void multiply_rows(void *it, i64 thread, i64 first, i64 end) {
             r.rows = l->row_index + l->row_offsets[k] + n, r.before = left / TERMS;
             r.steps = width && m.rank ? ceil_div(skip + width, TERMS) : 0;
             if (alone && r.steps) {
-                operand W0 = weight_of_block(l, k, n, skip);
-                pack_right(PAIRS, &W0, &m, 0, count, 0, skip + width, (float *)r.delta, r.panels);
+                operand block = weight_of_block(l, k, n, skip);
+                pack_right(PAIRS, &block, &m, 0, count, 0, skip + width, (float *)r.delta, r.scratch);
                 turn_tiles(ceil_div(count, PANEL) * r.steps * 2, r.delta);
             }
-            if (!alone)
-                tile_rows(l->weight, l->row_stride, r.rows, count, l->rows - l->row_offsets[k] - n, l->cols, l->contiguous ? NULL : l->col_index, l->cols, 1,
-                          NULL, r.scratch, r.W0);
+            operand W0 = weight_of(l);
+            W0.rows = r.rows, W0.cols = l->contiguous ? NULL : l->col_index;
+            if (!alone) pack_left(PAIRS, &W0, 0, count, 0, l->cols, (float *)r.W0, r.scratch);
             for (i64 i = 0; i < count && r.steps && !alone; i += SIDE, m.B += SIDE) {
                 i64 tile = i % PANEL * TERMS, panel = i / PANEL * PANEL;
                 delta_tiles(&m, least(SIDE, count - i), skip + width, r.W0 + panel * deep + r.before * STEP + tile,
                             r.delta + panel * r.steps * TERMS + tile);
             }
-            gemm_job g = {.format = PAIRS, .depth = alone ? 0 : l->cols, .left_tiles = alone ? r.delta : r.W0, .right_tiles = p->x_tiles,
+            gemm_job g = {.format = PAIRS, .depth = alone ? 0 : l->cols, .terms = l->cols, .left_tiles = alone ? r.delta : r.W0, .right_tiles = p->x_tiles,
                           .right_rows = PANEL, .C = r.C, .stride = PANEL, .begin = begin_with_delta, .epilogue = write_columns, .context = &r};
             gemm(&g, 0, count, 0, p->tokens, local);
         }
@@ -107,14 +107,14 @@ static void multiply_rows(void *it, i64 thread, i64 first, i64 end) {
 /* Columns of some panels of tokens become rows of y, without what is dropped of it. */
 TARGET_BF16 static void turn_columns(void *it, i64 thread, i64 panel, i64 end) {
     const product *p = it;
-    i64 rows = p->l.rows;
-    (void)thread;
-    for (i64 t = panel * PANEL; t < least(p->tokens, end * PANEL); t += SIDE)
+    arena local = room_of(&p->rooms, thread);
+    half *columns = (half *)row_room_of(p, &local).scratch;
+    for (i64 t = panel * PANEL, rows = p->l.rows; t < least(p->tokens, end * PANEL); t += SIDE) {
+        if (t % PANEL == 0) memcpy(columns, columns_at(p, t), (size_t)(rows * PANEL) * sizeof *columns);
         for (i64 c = 0; c < rows; c += TERMS) {
-            const half *columns = p->columns + t / PANEL * PANEL * rows + c * PANEL + t % PANEL;
             __m512i r[SIDE];
 #pragma GCC unroll 16
-            for (int i = 0; i < SIDE; i++) r[i] = paired(columns + 2 * i * PANEL, PANEL);
+            for (int i = 0; i < SIDE; i++) r[i] = paired(columns + (c + 2 * i) * PANEL + t % PANEL, PANEL);
             transpose_lines(r);
 #pragma GCC unroll 16
             for (int i = 0; i < SIDE; i++) {
@@ -123,12 +123,13 @@ TARGET_BF16 static void turn_columns(void *it, i64 thread, i64 panel, i64 end) {
                 _mm512_mask_storeu_epi16((half *)p->y + (t + i) * rows + c, first_halves(rows - c), r[i]);
             }
         }
+    }
 }
 
 /* y = x W0ᵀ + dropout(x) ΔWᵀ + b, or x ΔWᵀ; returns the floats that it needs of the workspace. */
 static i64 rows_by_tokens(product p) {
     const layer *l = &p.l;
-    i64 left = p.tokens, most = least(left, tokens_together(l, l->contiguous || p.x_keep ? 4 : 8));
+    i64 left = p.tokens, most = least(left, tokens_together(l));
     i64 size = round_up(most, PANEL) * round_up(l->cols, TERMS) * 2;
     arena a = p.workspace, local = {0};
     /* Of few tokens, which are multiplied at once, no more rows than a panel: ΔW is made of rows that are in the caches. */
@@ -136,7 +137,7 @@ static i64 rows_by_tokens(product p) {
     for (i64 k = 0; k < l->blocks; k++) p.groups += ceil_div(height_of(l, k), p.together);
     p.factors = factors_of(&a, l, 1, l->scaling);
     p.x_tiles = take(&a, size), p.kept_tiles = take(&a, p.x_keep ? size : 0);
-    p.columns = take(&a, (round_up(most, PANEL) * l->rows + PANEL * TERMS) * 2);
+    p.last_columns = take(&a, l->rows * PANEL * 2);
     row_room_of(&p, &local), p.rooms = take_rooms(&a, p.threads, local.bytes);
     for (; a.base && left > 0; left -= most, next_tokens(&p, most)) {
         p.tokens = least(most, left);

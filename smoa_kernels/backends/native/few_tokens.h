@@ -40,7 +40,8 @@ INLINE void few_columns(int dtype, int tokens, int rows, const few_job *j, i64 k
     }
 }
 
-/* y[token, index[i]] of some tokens and some rows of block k. The memory is asked for the rows `next`: rows lie far apart, and are multiplied as fast as they come. */
+/* y[token, index[i]] of some tokens and some rows of block k.
+ * The memory is asked for the rows `next`: rows lie far apart, and are multiplied as fast as they come. */
 INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, const float *x, i64 k, const i64 *index, const i64 *next,
                      float *y) {
     const layer *l = j->l;
@@ -119,7 +120,7 @@ static i64 few_product(product p) {
     if (!a.base) return floats_of(&a);
     memset(job.x, 0, (size_t)(p.tokens * job.x_stride) * sizeof *job.x);
     for (i64 t = 0; t < p.tokens; t++)
-        widen_row(element(p.x, t * p.x_stride, p.dtype), l->cols, p.dtype, job.x + t * job.x_stride);
+        widen_row(p.x, p.dtype, t * p.x_stride, l->cols, NULL, job.x + t * job.x_stride);
     write_labels(l->col_index, l->col_offsets, l->blocks, label);
     in_parallel(few_part, &job, p.threads, 1, p.threads);
     finish_rows(job.y, 0, p.tokens, l->rows, p.bias, 0, p.y, p.dtype);

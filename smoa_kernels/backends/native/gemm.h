@@ -70,7 +70,7 @@ static arena room_of(const local_rooms *rooms, i64 thread) { return (arena){room
 typedef struct gemm gemm_job;
 struct gemm {
     int format;
-    i64 depth, terms; /* how many terms there are; how many FLOATS sums in registers */
+    i64 depth, terms; /* how many terms there are; how many are packed, and summed before the sum is added to memory */
     operand left, right;
     const adapter *adapter;               /* of the right operand, or NULL */
     const half *left_tiles, *right_tiles; /* or both operands, from their first rows on, as tiles that are packed already */
@@ -94,19 +94,19 @@ typedef struct {
 } packing_room;
 
 /* Of a product of so many rows of the left operand, or fewer. */
-static packing_room packing_room_of(arena *a, int format, i64 left_count, i64 right_rows, i64 depth) {
-    i64 deep = row_size(format, block_depth(format, depth)), high = left_height(format);
+static packing_room packing_room_of(arena *a, int format, i64 left_count, i64 right_rows, i64 depth, i64 terms) {
+    i64 deep = row_size(format, least(terms, depth)), high = left_height(format);
     i64 left = least(round_up(left_rows_of(format), high), round_up(left_count, high));
     return (packing_room){take(a, (left * deep + SPILL) * 4), take(a, (right_rows * deep + SPILL) * 4),
-                          take(a, format == FLOATS ? 0 : (NC * KC + SPILL) * 4)};
+                          take(a, scratch_size(format, depth) * 4)};
 }
 
 /* Multiplies some rows of the left operand by some of the right one. C begins at the first of both. */
 static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j_count, arena workspace) {
     int f = g->format, packed = g->left_tiles != NULL;
-    i64 high = left_height(f), most = left_rows_of(f), kc = block_depth(f, g->depth);
+    i64 high = left_height(f), most = left_rows_of(f), kc = greatest(1, least(g->terms, g->depth));
     packing_room room = {0};
-    if (!packed) room = packing_room_of(&workspace, f, i_count, g->right_rows, g->depth);
+    if (!packed) room = packing_room_of(&workspace, f, i_count, g->right_rows, g->depth, g->terms);
     begin_tiles(f);
     for (i64 i = 0; i < i_count; i += most) {
         i64 height = least(most, i_count - i), k = 0;
@@ -122,7 +122,7 @@ static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j
                     i64 rows = least(high, height - r);
                     float *c = g->epilogue ? g->C : g->C + (i + r) * g->stride + j;
                     int add = g->begin ? g->begin(g, i + r, rows, j, width) : g->add || k > 0;
-                    multiply(f, g->terms, deep, left + r * size, right, c, g->stride, rows, width, add);
+                    multiply(f, deep, left + r * size, right, c, g->stride, rows, width, add);
                     if (g->epilogue) g->epilogue(g, i + r, rows, j, width);
                 }
             }

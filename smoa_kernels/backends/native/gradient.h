@@ -44,8 +44,7 @@ TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const 
                                   half *lines, half *to) {
     i64 first = step * TERMS, width = offsets[blocks], panel = ceil_div(tokens, TERMS) * STEP;
     for (i64 c = 0; c < width; c += TERMS) {
-        pair_terms((const half *)o->data + first * o->col_stride, o->col_stride, tokens - first, c, width - c,
-                   o->keep ? o->keep + first * o->keep_words : NULL, o->keep_words, lines + c * TERMS);
+        pair_terms(o, first, tokens - first, c, width - c, 4 * TERMS, lines + c * TERMS);
         turn_tiles(2, lines + c * TERMS);
     }
     to += step * STEP;
@@ -113,10 +112,10 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
          * has fewer than threads, others take the next block's. */
         i64 height = height_of(l, k), width = width_of(l, k), turn = (thread + k) % g->threads;
         if (!width || !rank_of(l, k)) continue;
-        gemm_job product = {.format = g->format, .depth = g->tokens, .terms = KC, .left = g->dy, .right = g->x,
+        gemm_job product = {.format = g->format, .depth = g->tokens, .terms = g->format == PAIRS ? g->tokens : KC, .left = g->dy, .right = g->x,
                             .right_rows = g->format == PAIRS ? PANEL : right_rows_of(g->format), .C = r.G, .stride = round_up(width, PANEL)};
-        product.left.rows = l->contiguous && !g->dy.keep ? NULL : l->row_index;
-        product.right.rows = l->contiguous && !g->x.keep ? NULL : l->col_index;
+        product.left.rows = l->contiguous ? NULL : l->row_index;
+        product.right.rows = l->contiguous ? NULL : l->col_index;
         end = share_of(height, PANEL, turn + 1, g->threads);
         for (first = share_of(height, PANEL, turn, g->threads); first < end; first += g->slab) {
             i64 count = least(g->slab, end - first);
@@ -150,13 +149,13 @@ static void write_gradient(const layer *l, const float *sums, i64 stride, i64 th
 
 /* dA and dB, dense, of a layer either of whose sides is contiguous; of PAIRS, its rows. */
 static i64 factor_gradients(const call *c, int tiles) {
-    operand dy = operand_of(c->dy, c->dtype, 1, c->dy_stride);
-    operand x = masked(operand_of(c->x, c->dtype, 1, c->x_stride), c->keep, c->layer.cols);
+    operand dy = operand_of(c->dy, c->dtype, 1, c->dy_stride, c->layer.rows, NULL);
+    operand x = operand_of(c->x, c->dtype, 1, c->x_stride, c->layer.cols, c->keep);
     int swapped = c->layer.col_stride != 1;
     gradient g = {.l = swapped ? transposed(c->layer) : c->layer, .threads = c->threads, .dy = swapped ? x : dy, .x = swapped ? dy : x};
     const layer *l = &g.l;
     i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads), left = c->tokens; /* no more than a thread has of a block */
-    i64 most = tiles ? least(left, tokens_together(l, l->contiguous ? 1 : 4)) : left, padded = tiles ? round_up(most, TERMS) : 0;
+    i64 most = tiles ? least(left, tokens_together(l)) : left, padded = tiles ? round_up(most, TERMS) : 0;
     arena a = workspace_of(c->workspace), local = {0};
     /* The format goes by a block's rows, not by a thread's share of them: results would depend on the number of threads. */
     g.format = tiles ? PAIRS : format_of(tallest_of(l), left);
@@ -166,7 +165,7 @@ static i64 factor_gradients(const call *c, int tiles) {
     g.dy_tiles = take(&a, padded_before(l->row_offsets, l->blocks) * padded * 2);
     g.x_tiles = take(&a, padded_before(l->col_offsets, l->blocks) * padded * 2);
     local = gradient_room_of(&g, local).rest;
-    if (!tiles) packing_room_of(&local, g.format, g.slab, right_rows_of(g.format), most);
+    if (!tiles) packing_room_of(&local, g.format, g.slab, right_rows_of(g.format), most, KC);
     g.rooms = take_rooms(&a, g.threads, local.bytes);
     if (!a.base) return floats_of(&a);
     memset(g.dA, 0, (size_t)(g.threads * l->rank * g.factors.A_stride) * sizeof *g.dA);
@@ -178,7 +177,7 @@ static i64 factor_gradients(const call *c, int tiles) {
 #endif
         in_parallel(add_gradients, &g, g.threads, 1, g.threads);
         g.dy.data = element(g.dy.data, g.tokens * g.dy.col_stride, c->dtype), g.x.data = element(g.x.data, g.tokens * g.x.col_stride, c->dtype);
-        if (g.x.keep) g.x.keep += g.tokens * g.x.keep_words;
+        g.x.keep = keep_of(&g.x, g.tokens);
     }
     layer other = transposed(*l);
     write_gradient(l, g.dA, g.factors.A_stride, g.threads, swapped ? c->dB : c->dA, swapped ? 1 : l->cols, swapped ? l->rank : 1);

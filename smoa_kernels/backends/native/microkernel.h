@@ -19,11 +19,7 @@ enum {
     /* A tile of C is held in registers: 14 × 2 of 32 vectors, or 6 × 2 of 16; the others hold operands. */
     MR = VECTOR_BYTES == 64 ? 14 : 6,
     NR = 2 * LANES,
-    /* Terms that are summed in registers before the sum is added to memory. PAIRS keeps its sums in tiles over the whole depth. */
-    KC = 384,
-    /* With fewer than FEW_ROWS tokens, only SHORT terms. MKL's sums are about as short there, and errors are compared with its. */
-    SHORT = 64,
-    FEW_ROWS = 16,
+    KC = 384, /* terms that are packed, and summed in registers, before the sum is added to memory */
     SIDE = 16, /* rows of a tile */
     TERMS = 32,
     TILE = SIDE * TERMS,
@@ -33,9 +29,6 @@ enum {
 
 static inline i64 left_height(int format) { return format == FLOATS ? MR : PANEL; }
 static inline i64 right_height(int format) { return format == FLOATS ? NR : PANEL; }
-
-/* Terms that are packed at a time. */
-static inline i64 block_depth(int format, i64 depth) { return format == PAIRS ? depth : least(KC, depth); }
 
 /* Floats that one row of a panel takes: of PAIRS half a float a term, of SPLIT3 three halves. */
 static inline i64 row_size(int format, i64 depth) {
@@ -293,15 +286,12 @@ static int has_amx(void) { return 0; }
 #define end_tiles(format) ((void)(format))
 #endif
 
-/* C (rows, columns) (+)= left rightᵀ of one left panel, of which so many rows are stored, and right ones, one after another. FLOATS sums
- * `terms` at a time in registers. */
-static void multiply(int format, i64 terms, i64 depth, const float *left, const float *right, float *c, i64 stride, i64 rows, i64 columns,
-                     int add) {
+/* C (rows, columns) (+)= left rightᵀ of one left panel, of which so many rows are stored, and right ones, one after another. */
+static void multiply(int format, i64 depth, const float *left, const float *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
     i64 high = right_height(format);
     for (i64 j = 0; j < columns; j += high, c += high, right += high * row_size(format, depth)) {
         i64 width = least(high, columns - j);
-        for (i64 k = 0; k < depth && format == FLOATS; k += terms)
-            fma_panel(least(terms, depth - k), left + k * MR, right + k * NR, c, stride, rows, width, add || k > 0);
+        if (format == FLOATS) fma_panel(depth, left, right, c, stride, rows, width, add);
 #if HAS_TILES
         if (format != FLOATS)
             (format == PAIRS ? pairs_panel : split_panel)(ceil_div(depth, TERMS), (const half *)left, (const half *)right, c, stride,

@@ -15,7 +15,6 @@ typedef uint16_t half; /* the bits of a bfloat16 or float16 */
 typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint16_t vh __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 enum { LANES = VECTOR_BYTES / 4, FLOAT32 = 0, BFLOAT16, FLOAT16 };
 
@@ -105,27 +104,25 @@ static void write_labels(const i64 *index, const int32_t *offsets, i64 blocks, i
 }
 
 /* A matrix (rows, terms) to be multiplied; its element (i, k) is number rows[i] * row_stride + cols[k] * col_stride of `data`. One
- * stride is 1. An index that is NULL counts up. Where `keep` is given some elements are dropped: a bit for each along the stride of
- * 1, `keep_words` words of 16 bits for each step of the other. */
+ * stride is 1: along it `data` has `width` elements. An index that is NULL counts up, along `width` from `start` on. Where `keep` is given some
+ * elements are dropped: it has a bit for each of `width`, in whole words, for each step of the other stride. */
 typedef struct {
     const void *data;
     int dtype;
-    i64 row_stride, col_stride;
-    const i64 *rows, *cols;
+    i64 row_stride, col_stride, width, start;
     const uint16_t *keep;
-    i64 keep_words;
+    const i64 *rows, *cols;
 } operand;
 
-static operand operand_of(const void *data, i64 dtype, i64 row_stride, i64 col_stride) {
-    return (operand){.data = data, .dtype = (int)dtype, .row_stride = row_stride, .col_stride = col_stride};
+static operand operand_of(const void *data, i64 dtype, i64 row_stride, i64 col_stride, i64 width, const uint16_t *keep) {
+    return (operand){data, (int)dtype, row_stride, col_stride, width, 0, keep, NULL, NULL};
 }
 
-static operand masked(operand o, const uint16_t *keep, i64 width) {
-    o.keep = keep, o.keep_words = words(width);
-    return o;
+static operand weight_of(const layer *l) {
+    return operand_of(l->weight, l->dtype, l->row_stride, l->col_stride, l->col_stride == 1 ? l->cols : l->rows, NULL);
 }
 
-static operand weight_of(const layer *l) { return operand_of(l->weight, l->dtype, l->row_stride, l->col_stride); }
+static inline const uint16_t *keep_of(const operand *o, i64 at) { return o->keep ? o->keep + at * words(o->width) : NULL; }
 
 INLINE vf load(const float *p) {
     vf v;
@@ -176,13 +173,12 @@ INLINE vu rounded(vf value) {
 
 INLINE vf widen_all(const void *from, int dtype) {
     if (dtype == FLOAT32) return load(from);
-    vh found;
-    memcpy(&found, from, sizeof found);
-    if (dtype == BFLOAT16) return (vf)(__builtin_convertvector(found, vu) << 16);
 #if VECTOR_BYTES == 64
-    return (vf)_mm512_cvtph_ps((__m256i)found);
+    __m256i found = _mm256_loadu_si256(from);
+    return dtype == FLOAT16 ? (vf)_mm512_cvtph_ps(found) : (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(found), 16);
 #else
-    return (vf)_mm256_cvtph_ps((__m128i)found);
+    __m128i found = _mm_loadu_si128(from);
+    return dtype == FLOAT16 ? (vf)_mm256_cvtph_ps(found) : (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(found), 16);
 #endif
 }
 
@@ -195,16 +191,16 @@ INLINE vf widen(const void *data, i64 at, i64 count, int dtype) {
 }
 
 INLINE void narrow_all(void *to, vf value, int dtype) {
-    vh found = __builtin_convertvector(rounded(value) >> 16, vh);
+    vu upper = rounded(value) >> 16;
 #if VECTOR_BYTES == 64
-    if (dtype == FLOAT16) found = (vh)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+    if (dtype == BFLOAT16) _mm256_storeu_si256(to, _mm512_cvtepi32_epi16((__m512i)upper));
+    if (dtype == FLOAT16) _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
 #else
-    if (dtype == FLOAT16) found = (vh)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+    __m128i low = _mm256_castsi256_si128((__m256i)upper), high = _mm256_extracti128_si256((__m256i)upper, 1);
+    if (dtype == BFLOAT16) _mm_storeu_si128(to, _mm_packus_epi32(low, high));
+    if (dtype == FLOAT16) _mm_storeu_si128(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 #endif
-    if (dtype == FLOAT32)
-        store(to, value);
-    else
-        memcpy(to, &found, sizeof found);
+    if (dtype == FLOAT32) store(to, value);
 }
 
 /* Write the first `count` of LANES numbers, rounded, from element `at` on. */
@@ -214,15 +210,31 @@ INLINE void narrow(void *data, i64 at, i64 count, vf value, int dtype) {
     if (count < LANES) memcpy(first, line, (size_t)(count * bytes_of(dtype)));
 }
 
-static void widen_row(const void *from, i64 count, int dtype, float *to) {
-    for (i64 c = 0; c < count; c += LANES) narrow(to, c, count - c, widen(from, c, count - c, dtype), FLOAT32);
-}
-
 /* 1, or 0 for what is dropped: a factor, so that a dropped Inf or NaN becomes NaN. */
 static inline float kept(const uint16_t *keep, i64 at) { return (float)(keep[at / 16] >> at % 16 & 1); }
 
-/* to = the elements at `count` coordinates as float32, 0 where `keep` has no bit. */
+/* The same of LANES elements from `at` on. */
+INLINE vf all_kept(const uint16_t *keep, i64 at) {
+    static const int32_t bit[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    const vf one = (vf){0} + 1;
+    uint32_t bits;
+    vi lanes;
+    memcpy(&bits, keep + at / 16, sizeof bits);
+    memcpy(&lanes, bit, sizeof lanes);
+    return (vf)((vi)one & ((((vi){0} + (int32_t)(bits >> at % 16)) & lanes) != 0));
+}
+
+/* to = `count` elements from `at` on as float32, 0 where `keep` has no bit. */
+static void widen_row(const void *from, int dtype, i64 at, i64 count, const uint16_t *keep, float *to) {
+    for (i64 c = 0; c < count; c += LANES) {
+        vf found = widen(from, at + c, count - c, dtype);
+        narrow(to, c, count - c, keep ? found * all_kept(keep, at + c) : found, FLOAT32);
+    }
+}
+
+/* The same of those at `count` coordinates. */
 static void gather(const void *from, int dtype, const i64 *index, i64 count, const uint16_t *keep, float *to) {
+#pragma GCC unroll 8
     for (i64 i = 0; i < count; i++) to[i] = value_at(from, index[i], dtype) * (keep ? kept(keep, index[i]) : 1);
 }
 

@@ -103,24 +103,27 @@ static inline void transpose(const float *const *rows, i64 at, float *to, i64 st
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
 }
 
+/* Whether elements along `width`, which have that index, are read where they are. */
+static inline int is_in_place(const operand *o, const i64 *index) { return !index && !o->keep && o->dtype == FLOAT32; }
+
 /* Where terms k to k + depth of some rows lie, whose terms are contiguous: in place, or in `ordered`, (rows, KC), where they have another
  * order or dtype. */
 static void read_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, float *ordered, const float **row) {
     for (i64 i = 0; i < count; i++, ordered += KC) {
         i64 at = first + i;
-        const void *from = element(o->data, (o->rows ? o->rows[at] : at) * o->row_stride + (o->cols ? 0 : k), o->dtype);
-        row[i] = o->cols || o->dtype != FLOAT32 ? ordered : from;
+        const void *from = element(o->data, (o->rows ? o->rows[at] : at) * o->row_stride, o->dtype);
+        row[i] = is_in_place(o, o->cols) ? (const float *)from + o->start + k : ordered;
         if (o->cols)
-            gather(from, o->dtype, o->cols + k, depth, o->keep ? o->keep + at * o->keep_words : NULL, ordered);
+            gather(from, o->dtype, o->cols + k, depth, keep_of(o, at), ordered);
         else if (row[i] == ordered)
-            widen_row(from, depth, o->dtype, ordered);
+            widen_row(from, o->dtype, o->start + k, depth, keep_of(o, at), ordered);
     }
 }
 
 /* Panels of rows whose terms are contiguous: transposed. */
 static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     float ordered[NR * KC];
-    int in_place = !o->cols && o->dtype == FLOAT32;
+    int in_place = is_in_place(o, o->cols);
     for (i64 top = 0; top < count; top += height, to += depth * height) {
         i64 valid = least(height, count - top), p = 0;
         const float *row[NR + 8];
@@ -144,15 +147,15 @@ static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, 
 static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     float line[MC];
     for (i64 p = 0; p < depth; p++) {
-        i64 at = k + p, further = k + least(p + COLUMNS_AHEAD, depth - 1), start = o->rows ? 0 : first;
-        const void *from = element(o->data, (o->cols ? o->cols[at] : at) * o->col_stride + start, o->dtype);
+        i64 at = k + p, further = k + least(p + COLUMNS_AHEAD, depth - 1), start = o->start + first;
+        const void *from = element(o->data, (o->cols ? o->cols[at] : at) * o->col_stride, o->dtype);
         const void *later = element(o->data, (o->cols ? o->cols[further] : further) * o->col_stride + start, o->dtype);
-        const float *column = o->rows || o->dtype != FLOAT32 ? line : from;
+        const float *column = is_in_place(o, o->rows) ? (const float *)from + start : line;
         for (i64 i = 0; i < count && !o->rows; i += 64 / bytes_of(o->dtype)) __builtin_prefetch(element(later, i, o->dtype));
         if (o->rows)
-            gather(from, o->dtype, o->rows + first, count, o->keep ? o->keep + at * o->keep_words : NULL, line);
+            gather(from, o->dtype, o->rows + first, count, keep_of(o, at), line);
         else if (column == line)
-            widen_row(from, count, o->dtype, line);
+            widen_row(from, o->dtype, start, count, keep_of(o, at), line);
         for (i64 top = 0; top < count; top += height) {
             float *panel = to + top * depth + p * height;
             i64 valid = least(height, count - top);

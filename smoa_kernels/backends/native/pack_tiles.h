@@ -157,7 +157,8 @@ INLINE __m512i paired(const half *two, i64 apart) {
 
 /* Up to SIDE rows with contiguous terms as tiles a step apart, missing rows and terms 0: right ones, without what `keep` drops, or left ones,
  * in which they lie as they are. The memory is asked meanwhile for the rows `next`. */
-INLINE void tile_group(int as_left, const half *const *row, const half *const *next, i64 count, i64 width, const uint16_t *keep, half *to) {
+INLINE void tile_group(int as_left, const half *const *row, const half *const *next, i64 count, i64 width, const uint16_t *keep,
+                       i64 keep_words, half *to) {
     for (i64 c = 0; c < width; c += TERMS, to += STEP) {
         __m512i r[SIDE];
 #pragma GCC unroll 16
@@ -166,7 +167,7 @@ INLINE void tile_group(int as_left, const half *const *row, const half *const *n
             if (i >= count) continue;
             __builtin_prefetch(next[i] + c);
             r[i] = _mm512_maskz_loadu_epi16(first_halves(width - c), row[i] + c);
-            if (keep) r[i] = drop(r[i], keep + i * words(width), c);
+            if (keep) r[i] = drop(r[i], keep + i * keep_words, c);
         }
         if (!as_left) transpose_lines(r);
         store_lines(r, to);
@@ -174,7 +175,7 @@ INLINE void tile_group(int as_left, const half *const *row, const half *const *n
 }
 
 /* Where the line of term c, and of the next, is in right tiles a step apart. */
-static inline i64 line_of(i64 c) { return c / TERMS * STEP + c % TERMS / 2 * TERMS; }
+static inline i64 line_of(i64 c) { return (c & ~(i64)(TERMS - 1)) * PANEL + (c & (TERMS - 2)) * SIDE; }
 
 /* Terms `one` and `other` of right tiles as a line of pairs. */
 INLINE __m512i pick_pair(const half *tiles, i64 one, i64 other) {
@@ -198,40 +199,40 @@ static void pick_terms(const half *tiles, const i64 *index, i64 count, half *to)
     }
 }
 
-/* Rows of a matrix (…, width) with contiguous terms, `left` at most, as panels of tiles: as left ones, or as right ones without what
- * `keep` drops. Terms of `index`, `count` of them, are picked; NULL: all. `scratch` has room for a panel of all terms. */
-static void tile_rows(const half *from, i64 stride, const i64 *rows, i64 height, i64 left, i64 width, const i64 *index, i64 count,
-                      int as_left, const uint16_t *keep, half *scratch, half *to) {
-    i64 deep = round_up(index ? count : width, TERMS);
-    for (i64 i = 0; i < height; i += SIDE) {
+/* Rows first to first + count, whose terms are contiguous, as panels of tiles: left ones, or right ones. Where terms have an order they are
+ * picked from right tiles of them all, for which `scratch` has room. */
+static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_left, half *scratch, half *to) {
+    i64 deep = round_up(depth, TERMS);
+    for (i64 i = 0; i < count; i += SIDE) {
         const half *row[SIDE], *next[SIDE];
         half *tiles = to + i / PANEL * PANEL * deep + i % PANEL * TERMS;
-        i64 size = least(SIDE, least(height, left) - i);
-        for (i64 r = 0; r < size; r++) {
-            i64 later = least(i + r + SIDE, left - 1);
-            row[r] = from + (rows ? rows[i + r] : i + r) * stride, next[r] = from + (rows ? rows[later] : later) * stride;
+        for (i64 r = 0; r < least(SIDE, count - i); r++) {
+            i64 at = first + i + r, later = first + least(i + r + SIDE, count - 1);
+            row[r] = (const half *)o->data + (o->rows ? o->rows[at] : at) * o->row_stride;
+            next[r] = (const half *)o->data + (o->rows ? o->rows[later] : later) * o->row_stride;
         }
-        if (as_left && !index) {
-            tile_group(1, row, next, size, width, NULL, tiles);
-            continue;
-        }
-        tile_group(0, row, next, size, width, keep ? keep + i * words(width) : NULL, index ? scratch : tiles);
-        if (index) pick_terms(scratch, index, count, tiles);
-        for (i64 c = 0; c < deep && as_left; c += TERMS) turn_tiles(1, tiles + c / TERMS * STEP);
+        if (as_left && !o->cols)
+            tile_group(1, row, next, count - i, depth, NULL, 0, tiles);
+        else
+            tile_group(0, row, next, count - i, o->cols ? o->width : depth, keep_of(o, first + i), words(o->width),
+                       o->cols ? scratch : tiles);
+        if (o->cols) pick_terms(scratch, o->cols, depth, tiles);
+        for (i64 c = 0; c < deep && as_left && o->cols; c += TERMS) turn_tiles(1, tiles + c / TERMS * STEP);
     }
 }
 
-/* A step of a right panel, from TERMS rows of `from`, which are the terms: rows from `valid` on are 0. The panel's rows are up to 32
- * columns from c on, without what `keep` drops. */
-INLINE void pair_terms(const half *from, i64 stride, i64 valid, i64 c, i64 count, const uint16_t *keep, i64 keep_words, half *to) {
+/* A step of a right panel of rows that are contiguous: of these up to 32, `count`, from c on, and of terms, of which `valid` exist, those
+ * from `first` on. The memory is asked meanwhile for what lies `ahead`. */
+INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count, i64 ahead, half *to) {
+    const half *from = (const half *)o->data + first * o->col_stride + c;
     __mmask32 inside = first_halves(count);
     for (i64 t = 0; t < TERMS; t += 2, to += TERMS) {
         __m512i two[2];
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
-            two[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * stride + c);
-            __builtin_prefetch(from + (t + i) * stride + c + 4 * TERMS); /* too far apart to be foreseen */
-            if (keep && t + i < valid) two[i] = drop(two[i], keep + (t + i) * keep_words, c);
+            two[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->col_stride);
+            __builtin_prefetch(from + (t + i) * o->col_stride + ahead); /* too far apart to be foreseen */
+            if (o->keep && t + i < valid) two[i] = drop(two[i], keep_of(o, first + t + i), c);
         }
         _mm512_store_si512(to, pairs_in(two[0], two[1], 0));
         _mm512_store_si512(to + TILE, pairs_in(two[0], two[1], 1));
@@ -265,18 +266,18 @@ TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const 
 #define store_pairs(low, high, to) ((void)(to))
 #define line_of(c) 0
 #define turn_tiles(tiles, tile) ((void)(tile))
-#define tiles_of_floats(format, count, depth, panel, to, apart) ((void)(panel))
+#define tiles_of_floats(format, count, depth, panel, to, apart) ((void)(to))
 #define split_rows(o, first, count, k, depth, to) ((void)(to))
-#define tile_rows(from, stride, rows, height, left, width, index, count, as_left, keep, scratch, to) ((void)(to))
+#define tile_rows(o, first, count, depth, as_left, scratch, to) ((void)(to))
 #endif
 
 /* --- By format --------------------------------------------------------------------------------------------------------- */
 
-/* A vector of term p of a right panel, the q-th of its rows, as float32. */
-INLINE vf term_of(int format, const void *panel, i64 p, int q) {
-    if (format == FLOATS) return load((const float *)panel + p * NR + q * LANES);
-    vf line = load((const void *)((const half *)panel + line_of(p) + q * TILE));
-    return (vf)(p & 1 ? (vu)line & 0xffff0000 : (vu)line << 16);
+/* A vector of term p + c of a right panel, the q-th of its rows, as float32; p is even. */
+INLINE vf term_of(int format, const void *panel, i64 p, int c, int q) {
+    if (format == FLOATS) return load((const float *)panel + (p + c) * NR + q * LANES);
+    vf line = load((const void *)((const half *)panel + line_of(p + c) + q * TILE));
+    return (vf)(c % 2 ? (vu)line & 0xffff0000 : (vu)line << 16);
 }
 
 /* Some terms of a right panel become W_eff or ΔW; `labels` are those of the panel's rows, all 0 where there are none. */
@@ -292,7 +293,7 @@ INLINE void modulate_terms(int format, int count, const adapter *m, i64 row, i64
         int32_t label = m->col_label ? m->col_label[col + c] : 0;
 #pragma GCC unroll 2
         for (int q = 0; q < 2; q++) {
-            vf w = term_of(format, panel, p + c, q);
+            vf w = term_of(format, panel, p, c, q);
             update[c][q] = select_label(labels[q], label, (vf)((vi)w & merged) + w * update[c][q], w);
             if (format == FLOATS) store((float *)panel + (p + c) * NR + q * LANES, update[c][q]);
             if (format == PAIRS && c % 2) store_pairs(update[c - 1][q], update[c][q], (half *)panel + line_of(p + c) + q * TILE);
@@ -329,27 +330,31 @@ INLINE void modulate(int format, const adapter *m, i64 first, i64 count, i64 k, 
     }
 }
 
-static __attribute__((noinline)) void modulate_floats(const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *panels) {
-    modulate(FLOATS, m, first, count, k, depth, panels);
-}
-
 #if HAS_TILES
 /* Right panels of a weight whose rows are contiguous, all its terms; W_eff's where `m` is given. */
 TARGET_BF16 static void weight_tiles(const operand *o, const adapter *m, i64 first, i64 count, i64 depth, half *to) {
     for (i64 n = 0; n < depth; n += TERMS)
         for (i64 c = 0; c < count; c += PANEL)
-            pair_terms((const half *)o->data + n * o->col_stride + first, o->col_stride, depth - n, c, count - c, NULL, 0,
-                       to + c * round_up(depth, TERMS) + n * PANEL);
+            pair_terms(o, n, depth - n, first + c, count - c, TERMS * o->col_stride, to + c * round_up(depth, TERMS) + n * PANEL);
     if (m) modulate(PAIRS, m, first, count, 0, depth, (float *)to);
 }
 #else
 #define weight_tiles(o, m, first, count, depth, to) ((void)(to))
 #endif
 
-/* Right panels: rows first to first + count, terms k to k + depth; modulated, while they are in the cache, where `m` is given. `scratch` is
- * (NC, KC). */
+/* Floats of scratch for an operand of which `data` has so many elements along a row. */
+static i64 scratch_size(int format, i64 width) {
+    return format == FLOATS ? 0 : greatest(NC * KC, format == PAIRS ? round_up(width, TERMS) * SIDE : 0) + SPILL;
+}
+
+/* Right panels: rows first to first + count, terms k to k + depth; modulated, while they are in the cache, where `m` is given. `scratch` has
+ * `scratch_size` floats. */
 static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *to,
                        float *scratch) {
+    if (format == PAIRS && !m && has_rows(o)) {
+        tile_rows(o, first, count, depth, 0, (half *)scratch, (half *)to);
+        return;
+    }
     if (format == PAIRS && (!m || m->col_label)) {
         weight_tiles(o, m, first, count, depth, (half *)to);
         return;
@@ -358,11 +363,13 @@ static void pack_right(int format, const operand *o, const adapter *m, i64 first
         for (i64 p = 0, deep; p < depth; p += deep) {
             i64 rows = least(NC, count - top);
             deep = format == FLOATS ? depth : least(KC, depth - p);
-            float *panels = format == FLOATS ? to + top * depth : scratch, *tiles = to + top * row_size(format, depth);
+            i64 size = row_size(format, depth);
+            float *panels = format == FLOATS ? to + top * depth : scratch;
+            half *tiles = (half *)(to + top * size) + p * PANEL;
             pack_floats(o, first + top, rows, k + p, deep, NR, panels);
-            if (m) modulate_floats(m, first + top, rows, k + p, deep, panels);
-            if (format == PAIRS) tiles_of_floats(PAIRS, rows, deep, panels, (half *)tiles + p * PANEL, 2 * PANEL * row_size(PAIRS, depth));
-            if (format == SPLIT3) tiles_of_floats(SPLIT3, rows, deep, panels, (half *)tiles, 2 * PANEL * row_size(SPLIT3, depth));
+            if (m) modulate(FLOATS, m, first + top, rows, k + p, deep, panels);
+            if (format == PAIRS) tiles_of_floats(PAIRS, rows, deep, panels, tiles, 2 * PANEL * size);
+            if (format == SPLIT3) tiles_of_floats(SPLIT3, rows, deep, panels, tiles, 2 * PANEL * size);
         }
 }
 
@@ -371,8 +378,7 @@ static void pack_left(int format, const operand *o, i64 first, i64 count, i64 k,
     if (format == FLOATS)
         pack_floats(o, first, count, k, depth, MR, to);
     else if (format == PAIRS)
-        tile_rows(element(o->data, first * o->row_stride, BFLOAT16), o->row_stride, NULL, count, count, depth, NULL, depth, 1, NULL, NULL,
-                  (half *)to);
+        tile_rows(o, first, count, depth, 1, (half *)scratch, (half *)to);
     else if (has_rows(o))
         split_rows(o, first, count, k, depth, (half *)to);
     else {

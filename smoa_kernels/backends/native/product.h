@@ -30,9 +30,9 @@ typedef struct {
     float *C;
     adapter merged;
     local_rooms rooms;
-    /* Of bfloat16.h: rows of W0 that are multiplied together; all of x, and what dropout keeps of it, as tiles; y by columns. */
+    /* Of bfloat16.h: rows of W0 that are multiplied together; all of x, and what dropout keeps of it, as tiles; columns of y's last tokens. */
     i64 together, groups;
-    half *x_tiles, *kept_tiles, *columns; /* (…, PANEL tokens) */
+    half *x_tiles, *kept_tiles, *last_columns;
 } product;
 
 /* Goes on by so many tokens. */
@@ -50,7 +50,10 @@ static i64 rows_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
     return least(fit, round_up(ceil_div(all, threads), PANEL));
 }
 
-static operand x_of(const product *p) { return masked(operand_of(p->x, p->dtype, p->x_stride, 1), p->x_keep, p->l.cols); }
+/* Tokens of which tiles are in the workspace at a time. */
+static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows + l->cols) / 4, PANEL), 1024); }
+
+static operand x_of(const product *p) { return operand_of(p->x, p->dtype, p->x_stride, 1, p->l.cols, p->x_keep); }
 
 /* Every thread packs what it multiplies: of x `tokens / bands` rows, of W0 as many as `bands / threads` leaves it. */
 static i64 bands_of(i64 tokens, i64 rows, i64 threads) {
@@ -60,11 +63,15 @@ static i64 bands_of(i64 tokens, i64 rows, i64 threads) {
     return best;
 }
 
-static i64 terms_of(i64 tokens) { return tokens < FEW_ROWS ? SHORT : KC; }
+/* Of few tokens fewer terms are summed at a time: MKL's sums are about as short there, and errors are compared with its. */
+static i64 terms_of(i64 tokens) {
+    enum { FEW_ROWS = 16, SHORT = 64 };
+    return tokens < FEW_ROWS ? SHORT : KC;
+}
 
 /* C (+)= x W0ᵀ, or x W_effᵀ: as a gemm without its result. */
 static gemm_job weight_product(const product *p) {
-    gemm_job g = {.format = p->tiles ? PAIRS : format_of(p->total, p->l.cols), .depth = p->l.cols, .terms = terms_of(p->total),
+    gemm_job g = {.format = p->tiles ? PAIRS : format_of(p->total, p->l.cols), .depth = p->l.cols, .terms = p->tiles ? p->l.cols : terms_of(p->total),
                   .left = x_of(p), .right = weight_of(&p->l), .adapter = p->algorithm == MERGED ? &p->merged : NULL};
     g.left.keep = NULL;
     g.right_rows = p->tiles ? rows_together(p->l.rows, p->l.cols, L2_CACHE, p->threads) : right_rows_of(g.format);
@@ -102,7 +109,7 @@ static void add_update(void *it, i64 thread, i64 first, i64 end) {
         count = least(most, end - first);
         for (i64 k = 0; k < l->blocks; k++) {
             const i64 *rows = l->row_index + l->row_offsets[k];
-            i64 height = height_of(l, k), width = width_of(l, k), in_place = l->contiguous && !p->y_keep;
+            i64 height = height_of(l, k), width = width_of(l, k), in_order = l->contiguous;
             float *to = p->C + first * l->rows;
             if (!width || !rank_of(l, k)) {
                 for (i64 t = 0; t < count; t++)
@@ -111,15 +118,20 @@ static void add_update(void *it, i64 thread, i64 first, i64 end) {
             }
             adapter m = adapter_of_block(l, &p->factors, k, 0, 0);
             gemm_job g = {.format = format, .depth = width, .terms = terms_of(p->total), .left = x_of(p), .right = weight_of_block(l, k, 0, 0),
-                          .adapter = &m, .right_rows = right_rows_of(format), .C = in_place ? to + l->row_offsets[k] : C,
-                          .stride = in_place ? l->rows : height};
-            if (l->contiguous && !p->x_keep)
-                g.left.data = element(p->x, l->col_offsets[k], p->dtype);
+                          .adapter = &m, .right_rows = right_rows_of(format), .C = in_order ? to + l->row_offsets[k] : C,
+                          .stride = in_order ? l->rows : height};
+            if (in_order)
+                g.left.start = l->col_offsets[k];
             else
                 g.left.cols = l->col_index + l->col_offsets[k];
             gemm(&g, first, count, 0, height, room);
-            for (i64 t = 0; t < count && !in_place; t++)
-                scatter(C + t * height, rows, height, p->y_keep ? p->y_keep + (first + t) * words(l->rows) : NULL, to + t * l->rows);
+            for (i64 t = 0; t < count; t++, to += l->rows) {
+                const uint16_t *keep = p->y_keep ? p->y_keep + (first + t) * words(l->rows) : NULL;
+                if (!in_order)
+                    scatter(C + t * height, rows, height, keep, to);
+                else if (keep)
+                    widen_row(to, FLOAT32, l->row_offsets[k], height, keep, to + l->row_offsets[k]);
+            }
         }
     }
 }
@@ -137,9 +149,9 @@ static i64 product_room(const product *p) {
     gemm_job g = weight_product(p);
     arena weight = {0}, update = {0};
     if (p->tiles) take(&weight, PANEL * g.right_rows * 4);
-    packing_room_of(&weight, g.format, p->tokens, g.right_rows, p->l.cols);
+    packing_room_of(&weight, g.format, p->tokens, g.right_rows, g.depth, g.terms);
     take(&update, p->tiles ? 0 : least(BAND, p->tokens) * tallest_of(&p->l) * 4);
-    if (!p->tiles) packing_room_of(&update, format, least(BAND, p->tokens), right_rows_of(format), wide);
+    if (!p->tiles) packing_room_of(&update, format, least(BAND, p->tokens), right_rows_of(format), wide, KC);
     return greatest(weight.bytes, update.bytes);
 }
 
