@@ -52,7 +52,7 @@ TARGET_BF16 static int begin_with_delta(const gemm_job *g, i64 i, i64 height, i6
     return 1;
 }
 
-/* Where columns of PANEL tokens of y wait until `turn_columns` makes rows of them: in y's own memory, or those of the last tokens elsewhere. */
+/* Where columns of PANEL tokens of y wait until `turn_columns` makes rows of them: in y's own memory, or those of the last ones elsewhere. */
 static half *columns_at(const product *p, i64 first) {
     return p->tokens - first < PANEL ? p->last_columns : (half *)p->y + first * p->l.rows;
 }

@@ -28,18 +28,17 @@ enum {
 };
 
 static inline i64 left_height(int format) { return format == FLOATS ? MR : PANEL; }
-static inline i64 right_height(int format) { return format == FLOATS ? NR : PANEL; }
 
 /* Floats that one row of a panel takes: of PAIRS half a float a term, of SPLIT3 three halves. */
 static inline i64 row_size(int format, i64 depth) {
     return format == FLOATS ? depth : round_up(depth, TERMS) / 2 * (format == SPLIT3 ? 3 : 1);
 }
 
-/* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is there; a is (depth, MR), b is (depth, NR). */
+/* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is stored; a is (depth, MR), b is (depth, NR). */
 INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
     vf sum[MR][2];
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
-    for (int i = 0; add && i < height; i++) { /* no longer in a cache; there when the sums are */
+    for (int i = 0; add && i < height; i++) { /* no longer in a cache; loaded before the sums are ready */
         __builtin_prefetch(c + i * stride, 1);
         __builtin_prefetch(c + i * stride + LANES, 1);
     }
@@ -249,34 +248,56 @@ static inline __mmask16 first_lanes(i64 count) {
     return count < SIDE ? (__mmask16)((1 << greatest(0, count)) - 1) : (__mmask16)~0;
 }
 
-/* C (rows, columns) (+)= left rightᵀ of two panels of SPLIT3, by six of the nine products of their parts: the others are less than
- * float32's own rounding. */
-TARGET_BF16 static void split_panel(i64 steps, const half *left, const half *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
-    _Alignas(64) float sums[PANEL * PANEL];
-    zero_sums();
-    /* The smallest products first; from one to the next one operand stays. */
-    for (; steps > 0; steps--, left += 3 * STEP, right += 3 * STEP) {
-        load_left(left + 2 * STEP);
-        load_right(right);
-        add_products();
-        load_left(left + STEP);
-        add_products();
-        load_right(right + STEP);
-        add_products();
-        load_left(left);
-        add_products();
-        load_right(right + 2 * STEP);
-        add_products();
-        load_right(right);
-        add_products();
-    }
-    store_sums(sums, PANEL);
-    for (i64 i = 0; i < rows; i++)
-        for (i64 j = 0; j < columns; j += SIDE) {
-            __mmask16 valid = first_lanes(columns - j);
-            __m512 before = _mm512_maskz_loadu_ps(add ? valid : 0, c + i * stride + j);
-            _mm512_mask_storeu_ps(c + i * stride + j, valid, _mm512_add_ps(before, _mm512_load_ps(sums + i * PANEL + j)));
+/* Sums (PANEL, PANEL) on their way to C. */
+typedef struct {
+    const float *from;
+    float *to;
+    i64 stride, rows; /* rows are left */
+    __mmask16 valid[2], added[2];
+} sums_to_write;
+
+INLINE void add_to_c(sums_to_write *s, i64 count) {
+    for (i64 i = least(count, s->rows); i > 0; i--, s->rows--, s->from += PANEL, s->to += s->stride)
+        for (int q = 0; q < 2; q++) {
+            float *to = s->to + q * SIDE;
+            __builtin_prefetch(to + 6 * s->stride, 1);
+            __m512 before = _mm512_maskz_loadu_ps(s->added[q], to);
+            _mm512_mask_storeu_ps(to, s->valid[q], _mm512_add_ps(before, _mm512_load_ps(s->from + q * SIDE)));
         }
+}
+
+/* C (rows, columns) (+)= left rightᵀ of a left panel of SPLIT3 and several right ones, by six of the nine products of their parts: the
+ * others are less than float32's own rounding. The sums of one panel are written while the next one is multiplied. */
+TARGET_BF16 static void split_panels(i64 steps, const half *left, const half *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
+    _Alignas(64) float sums[PANEL * PANEL];
+    i64 together = steps > 1 ? ceil_div(PANEL, steps - 1) : 0;
+    sums_to_write last = {.rows = 0};
+    for (i64 j = 0; j < columns; j += PANEL) {
+        const half *a = left;
+        zero_sums();
+        /* The smallest products first; from one to the next one operand stays. */
+        for (i64 k = 0; k < steps; k++, a += 3 * STEP, right += 3 * STEP) {
+            load_left(a + 2 * STEP);
+            load_right(right);
+            add_products();
+            load_left(a + STEP);
+            add_products();
+            load_right(right + STEP);
+            add_products();
+            load_left(a);
+            add_products();
+            load_right(right + 2 * STEP);
+            add_products();
+            load_right(right);
+            add_products();
+            if (k) add_to_c(&last, together); /* what was just stored cannot be loaded at once */
+        }
+        add_to_c(&last, PANEL);
+        store_sums(sums, PANEL);
+        __mmask16 first = first_lanes(columns - j), second = first_lanes(columns - j - SIDE);
+        last = (sums_to_write){sums, c + j, stride, rows, {first, second}, {add ? first : 0, add ? second : 0}};
+    }
+    add_to_c(&last, PANEL);
 }
 #else
 #define HAS_TILES 0
@@ -288,14 +309,12 @@ static int has_amx(void) { return 0; }
 
 /* C (rows, columns) (+)= left rightᵀ of one left panel, of which so many rows are stored, and right ones, one after another. */
 static void multiply(int format, i64 depth, const float *left, const float *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
-    i64 high = right_height(format);
-    for (i64 j = 0; j < columns; j += high, c += high, right += high * row_size(format, depth)) {
-        i64 width = least(high, columns - j);
-        if (format == FLOATS) fma_panel(depth, left, right, c, stride, rows, width, add);
 #if HAS_TILES
-        if (format != FLOATS)
-            (format == PAIRS ? pairs_panel : split_panel)(ceil_div(depth, TERMS), (const half *)left, (const half *)right, c, stride,
-                                                          rows, width, add);
+    i64 steps = ceil_div(depth, TERMS);
+    if (format == SPLIT3) split_panels(steps, (const half *)left, (const half *)right, c, stride, rows, columns, add);
+    for (i64 j = 0; j < columns && format == PAIRS; j += PANEL)
+        pairs_panel(steps, (const half *)left, (const half *)right + j * steps * TERMS, c + j, stride, rows, least(PANEL, columns - j), add);
 #endif
-    }
+    for (i64 j = 0; j < columns && format == FLOATS; j += NR)
+        fma_panel(depth, left, right + j * depth, c + j, stride, rows, least(NR, columns - j), add);
 }
