@@ -3,43 +3,35 @@
  * Compiled once for each instruction set (hatch_build.py), which VECTOR_BYTES tells. Those that compute return the floats that they need
  * of a workspace; without one they do nothing else. They take it for granted that `smoa_check` found the layer's indices right.
  */
-#include "bfloat16.h"
 #include "few_tokens.h"
+#include "gradient.h"
 
 static product product_of(const call *c, layer l) {
-    product p = {.algorithm = c->algorithm, .tokens = c->tokens, .total = c->tokens, .parts = c->threads, .dtype = (int)c->dtype,
-                 .bias = c->bias, .y = c->y, .rest = workspace_of(c->workspace)};
-    p.l = with_float_factors(l, &p.rest);
-    return p;
+    return (product){.l = l, .algorithm = c->algorithm, .tokens = c->tokens, .total = c->tokens, .threads = c->threads, .dtype = (int)c->dtype,
+                     .tiles = c->path == TILES_PATH, .bias = c->bias, .y = c->y, .workspace = workspace_of(c->workspace)};
 }
 
 /* y (tokens, rows) = x W0ᵀ + dropout(x) ΔWᵀ + b. No dimension is 0, here and below. */
 i64 smoa_forward(const call *c) {
-#if HAS_TILES
-    if (c->path == TILES_PATH) return tiles_forward(c);
-#endif
     product p = product_of(c, c->layer);
     p.x = c->x, p.x_stride = c->x_stride, p.x_keep = c->keep;
-    return c->path == FEW_TOKENS ? few_product(&p) : float_product(&p);
+    if (c->path == FEW_TOKENS) return few_product(p);
+    return p.tiles ? rows_by_tokens(p) : blocked_product(p);
 }
 
 /* y (tokens, cols) = dX = dY W_eff, or dY W0 plus what dropout leaves of dY ΔW. */
 i64 smoa_input(const call *c) {
-#if HAS_TILES
-    if (c->path == TILES_PATH) return tiles_input(c);
-#endif
     product p = product_of(c, transposed(c->layer));
     p.x = c->dy, p.x_stride = c->dy_stride, p.y_keep = c->keep;
-    return c->path == FEW_TOKENS ? few_product(&p) : float_product(&p);
+    if (c->path == FEW_TOKENS) return few_product(p);
+    product update = p;
+    update.algorithm = UPDATE;
+    i64 floats = p.tiles && p.y_keep ? rows_by_tokens(update) : 0;
+    return greatest(floats, blocked_product(p));
 }
 
 /* dA (rank, cols) and dB (rows, rank), dense, stored as A and B are, of dY (tokens, rows) and x (tokens, cols). */
-i64 smoa_gradient(const call *c) {
-#if HAS_TILES
-    if (c->path == TILES_PATH) return tiles_gradient(c);
-#endif
-    return float_gradient(c);
-}
+i64 smoa_gradient(const call *c) { return factor_gradients(c, c->path == TILES_PATH); }
 
 /* Whether indices and offsets share `count` coordinates out among the blocks, each once; `seen` has a byte for each. */
 static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 blocks, uint8_t *seen) {
@@ -64,7 +56,7 @@ i64 smoa_check(const call *c) {
     for (i64 k = 0; k < l->blocks && l->scaling != 0; k++)
         for (i64 i = l->row_offsets[k]; i < l->row_offsets[k + 1]; i++)
             for (i64 t = 0; t < rank_of(l, k); t++)
-                if (factor_B(l, l->row_index[i], t) != 0) return 2;
+                if (value_at(l->B, l->row_index[i] * l->B_row + t * l->B_rank, (int)l->factor_dtype) != 0) return 2;
     return 1;
 }
 

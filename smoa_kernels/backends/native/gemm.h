@@ -4,21 +4,22 @@
  *
  *   operand.h      what is read: a matrix in any of three dtypes and either memory order, its rows or terms in the order of an index,
  *                  some of its elements dropped;
- *   pack.h         how a piece of it becomes panels; a weight is modulated on the way (W0 ∘ (1 + s B A), or W0 ∘ s B A);
- *   pack_tiles.h   the same for bfloat16 tiles;
+ *   pack.h         how a piece of it becomes panels of floats; a weight is modulated on the way (W0 ∘ (1 + s B A), or W0 ∘ s B A);
+ *   pack_tiles.h   the same in tiles of bfloat16;
  *   microkernel.h  what multiplies panels: FMA, vdpbf16ps or AMX;
- *   epilogue.h     what becomes of a finished panel of C: bias and one rounding, another order, or the contraction with A and B.
+ *   epilogue.h     what becomes of a finished piece of C: bias and one rounding, another order, or the contraction with A and B.
  *
- * Two files call it: product.h multiplies in float32 (formats FLOATS and PARTS), bfloat16.h in bfloat16 (PAIRS).
+ * Three files call it: product.h (y and dX in float32, dX in bfloat16), bfloat16.h (y in bfloat16, and dropout's part of dX) and
+ * gradient.h (dA and dB).
  *
- * So a bfloat16 backward on AMX is two calls of bfloat16.h. dX = dY W_eff is `tokens_by_columns`: dY becomes left tiles (`pack_dy`); each thread
- * takes columns of W0, which `weight_right` reads, modulates and interleaves to right tiles that stay in the L2 cache; `pairs_panel`
- * multiplies 32 tokens by 32 of them in four tiles of C, over all terms; `write_rows_of_dx` rounds C, once. dA and dB are
- * `tiles_gradient`: the terms of a block's G = dYᵀ x are tokens, so `pack_terms` transposes both; `pairs_panel` makes 32 × 32 of G;
- * `contract_panel` makes H = s G ∘ W0 of that at once, and adds Bᵀ H to dA and H Aᵀ to dB.
+ * So a bfloat16 backward on AMX is two calls. dX = dY W_eff is `blocked_product`: dY becomes left tiles (`tile_rows`); columns of W0 are
+ * read, modulated and interleaved to right tiles that stay in the L2 cache (`weight_tiles`); `pairs_panel` multiplies 32 tokens by 32 of
+ * them in four tiles of C, over all terms; `round_panel` rounds C, once. Under dropout dY ΔW, masked, is in dX before: `begin_with_dx`.
+ * dA and dB are `factor_gradients`: the terms of a block's G = dYᵀ x are tokens, so `pack_terms` transposes both; `contract_rows` makes
+ * H = s G ∘ W0 of some rows of G, and adds Bᵀ H to dA and H Aᵀ to dB.
  *
- * AVX10 would be another way to multiply the same tiles: a branch beside `has_amx()` in `pairs_panel`, and its name in `find_bf16`. A
- * processor with tiles of another shape asks for a format of its own, and a packing.
+ * AVX10 with vectors of 512 bits would be another way to multiply the same tiles: a branch beside `has_amx()` in `pairs_panel`, and its
+ * name in `find_bf16`. A processor with shorter vectors, or tiles of another shape, asks for a format of its own, and a packing.
  *
  * No function allocates memory or keeps anything between calls. Sums run over the same terms in the same order for every number of
  * threads, but those of dA (of dB, where W0 is stored by columns), which are cut where the threads' rows are.
@@ -30,84 +31,99 @@
 /* Threads of the OpenMP runtime that torch has loaded, so that no second pool competes. Weak, so NULL where there is none. */
 void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 
+/* Where the share of a thread begins of `count` units, in whole ones of `unit`. */
+static i64 share_of(i64 count, i64 unit, i64 thread, i64 threads) { return least(count, ceil_div(count, unit) * thread / threads * unit); }
+
+typedef void share_function(void *job, i64 thread, i64 first, i64 end);
+
 typedef struct {
-    void (*run)(void *, i64);
+    share_function *run;
     void *job;
-    i64 parts, next;
+    i64 count, unit, threads, next;
 } team;
 
 static void run_next(void *it) {
     team *t = it;
-    i64 part = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
-    if (part < t->parts) t->run(t->job, part);
+    i64 thread = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
+    if (thread < t->threads)
+        t->run(t->job, thread, share_of(t->count, t->unit, thread, t->threads), share_of(t->count, t->unit, thread + 1, t->threads));
 }
 
-static void in_parallel(void (*run)(void *, i64), void *job, i64 parts) {
-    team t = {run, job, parts, 0};
-    if (parts > 1 && GOMP_parallel) GOMP_parallel(run_next, &t, (unsigned)parts, 0);
-    while (__atomic_load_n(&t.next, __ATOMIC_RELAXED) < parts) run_next(&t); /* a runtime may start fewer */
+/* Every thread runs its share of `count`. */
+static void in_parallel(share_function *run, void *job, i64 count, i64 unit, i64 threads) {
+    team t = {run, job, count, unit, threads, 0};
+    if (threads > 1 && GOMP_parallel) GOMP_parallel(run_next, &t, (unsigned)threads, 0);
+    while (__atomic_load_n(&t.next, __ATOMIC_RELAXED) < threads) run_next(&t); /* a runtime may start fewer */
 }
 
-/* Where part `part` of `parts` begins, in whole units. */
-static i64 share_of(i64 all, i64 unit, i64 part, i64 parts) { return least(all, ceil_div(all, unit) * part / parts * unit); }
+/* Each thread's own part of the workspace. */
+typedef struct {
+    char *base;
+    i64 bytes;
+} local_rooms;
 
-/* A matrix product. Its operands are packed here, but for PAIRS, whose tiles others have packed. */
+static local_rooms take_rooms(arena *a, i64 threads, i64 bytes) { return (local_rooms){take(a, threads * bytes), bytes}; }
+
+static arena room_of(const local_rooms *rooms, i64 thread) { return (arena){rooms->base ? rooms->base + thread * rooms->bytes : NULL, 0}; }
+
+/* A matrix product. */
 typedef struct gemm gemm_job;
 struct gemm {
     int format;
-    i64 depth, terms; /* how many terms there are, and how many are summed in registers */
+    i64 depth, terms; /* how many terms there are; how many are packed, and summed before the sum is added to memory */
     operand left, right;
-    const adapter *adapter; /* of the right operand, or NULL */
-    const half *left_tiles, *right_tiles;
-    i64 left_rows, right_rows; /* that are packed together */
-    float *C;                  /* of FLOATS and PARTS the result; of PAIRS room for a panel, (PANEL, right_rows) */
+    const adapter *adapter;               /* of the right operand, or NULL */
+    const half *left_tiles, *right_tiles; /* or both operands, from their first rows on, as tiles that are packed already */
+    i64 right_rows;                       /* that are packed together */
+    float *C;
     i64 stride;
     int add;
-    /* PAIRS alone, for rows i and columns j. `begin` writes first sums to C and returns 1, or returns 0; it may be NULL. `epilogue` takes
-     * the finished panel. */
+    /* Where there is an epilogue C is room for (PANEL, right_rows), and is given to it piece by piece, for rows i and columns j.
+     * `begin` writes first sums to C and returns 1, or returns 0; it may be NULL. */
     int (*begin)(const gemm_job *, i64 i, i64 height, i64 j, i64 width);
     void (*epilogue)(const gemm_job *, i64 i, i64 height, i64 j, i64 width);
     void *context;
 };
 
-/* Floats that packing takes of a product of so many rows of the left operand. */
-static i64 gemm_size(int format, i64 left_count, i64 right_rows, i64 depth, i64 rank) {
-    i64 deep = row_size(format, block_depth(format, depth)), high = left_height(format);
-    return round_up(least(round_up(MC, high), round_up(left_count, high)) * deep + SPILL, 16) + round_up(right_rows * deep + SPILL, 16) +
-           scratch_size(format, depth, rank);
+/* Rows that are packed together: right ones stay in the L2 cache; for more left ones the right operand is packed again. */
+static i64 right_rows_of(int format) { return format == SPLIT3 ? 2 * NC : NC; }
+static i64 left_rows_of(int format) { return format == FLOATS ? MC : format == PAIRS ? 1024 : 2048; }
+
+typedef struct {
+    float *left, *right, *scratch;
+} packing_room;
+
+/* Of a product of so many rows of the left operand, or fewer. */
+static packing_room packing_room_of(arena *a, int format, i64 left_count, i64 right_rows, i64 depth, i64 terms) {
+    i64 deep = row_size(format, least(terms, depth)), high = left_height(format);
+    i64 left = least(round_up(left_rows_of(format), high), round_up(left_count, high));
+    return (packing_room){take(a, (left * deep + SPILL) * 4), take(a, (right_rows * deep + SPILL) * 4),
+                          take(a, scratch_size(format, depth) * 4)};
 }
 
-/* Rows of a right panel that are packed together: they stay in the L2 cache. */
-static i64 right_rows_of(int format) { return format == PARTS ? 2 * NC : NC; }
-
-/* Multiplies some rows of the left operand by some of the right one. C begins at the first of both. PAIRS ignores `i_first` and
- * `j_first`: its pointers to tiles are at the first row already. */
-static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j_count, float *workspace) {
-    int f = g->format;
-    i64 high = left_height(f), most = f == PAIRS ? g->left_rows : f == PARTS ? 2048 : MC, kc = block_depth(f, g->depth);
-    float *left = workspace, *right = left + (f == PAIRS ? 0 : round_up(least(most, round_up(i_count, high)) * row_size(f, kc) + SPILL, 16));
-    float *scratch = right + (f == PAIRS ? 0 : round_up(g->right_rows * row_size(f, kc) + SPILL, 16));
+/* Multiplies some rows of the left operand by some of the right one. C begins at the first of both. */
+static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j_count, arena workspace) {
+    int f = g->format, packed = g->left_tiles != NULL;
+    i64 high = left_height(f), most = left_rows_of(f), kc = greatest(1, least(g->terms, g->depth));
+    packing_room room = {0};
+    if (!packed) room = packing_room_of(&workspace, f, i_count, g->right_rows, g->depth, g->terms);
     begin_tiles(f);
     for (i64 i = 0; i < i_count; i += most) {
         i64 height = least(most, i_count - i), k = 0;
         do {
             i64 deep = least(kc, g->depth - k), size = row_size(f, deep);
-            const float *a = f == PAIRS ? (const float *)g->left_tiles + i * size : left;
-            if (f != PAIRS) pack_left(f, &g->left, i_first + i, height, k, deep, left, scratch);
+            const float *left = packed ? (const float *)g->left_tiles + i * size : room.left;
+            if (!packed) pack_left(f, &g->left, i_first + i, height, k, deep, room.left, room.scratch);
             for (i64 j = 0; j < j_count; j += g->right_rows) {
                 i64 width = least(g->right_rows, j_count - j);
-                const float *b = f == PAIRS ? (const float *)g->right_tiles + j * size : right;
-                if (f != PAIRS) pack_right(f, &g->right, g->adapter, j_first + j, width, k, deep, right, scratch);
+                const float *right = packed ? (const float *)g->right_tiles + j * size : room.right;
+                if (!packed) pack_right(f, &g->right, g->adapter, j_first + j, width, k, deep, room.right, room.scratch);
                 for (i64 r = 0; r < height; r += high) {
-                    i64 some = least(high, height - r);
-                    if (f == PAIRS) {
-                        int add = g->begin && g->begin(g, i + r, some, j, width);
-                        multiply(f, 0, deep, a + r * size, b, g->C, g->stride, some, width, add);
-                        g->epilogue(g, i + r, some, j, width);
-                        continue;
-                    }
-                    multiply(f, g->terms, deep, a + r * size, b, g->C + (i + r) * g->stride + j, g->stride, some, width,
-                             g->add || k > 0);
+                    i64 rows = least(high, height - r);
+                    float *c = g->epilogue ? g->C : g->C + (i + r) * g->stride + j;
+                    int add = g->begin ? g->begin(g, i + r, rows, j, width) : g->add || k > 0;
+                    multiply(f, deep, left + r * size, right, c, g->stride, rows, width, add);
+                    if (g->epilogue) g->epilogue(g, i + r, rows, j, width);
                 }
             }
             k += kc;

@@ -1,51 +1,44 @@
 /* Micro-kernels: C (+)= left rightᵀ of packed panels, one for each instruction set. `multiply`, at the end, is their table.
  *
- *   format   left panel       right panel      instructions                     for
- *   FLOATS   MR rows          NR rows          FMA of AVX2 or AVX-512           every dtype, widened
- *   PAIRS    32 rows of tiles 32 rows of tiles AMX, or vdpbf16ps of AVX512-BF16 bfloat16
- *   PARTS    the same, thrice the same, thrice AMX                              float32: each number is the sum of three bfloat16
+ *   format   left panel        right panel       instructions                      for
+ *   FLOATS   MR rows           NR rows           FMA of AVX2 or AVX-512            every dtype, widened
+ *   PAIRS    32 rows of tiles  32 rows of tiles  AMX, or vdpbf16ps of AVX512-BF16  bfloat16
+ *   SPLIT3   the same, thrice  the same, thrice  AMX                               float32: each number is the sum of three bfloat16
  *
- * A panel of FLOATS is (depth, rows). A tile holds 16 rows and 32 terms, 1 KiB of bfloat16: in a left one rows lie side by side;
- * in a right one each pair of terms of 16 rows is a line, which is the transpose of the left one in units of 32 bits. An
- * instruction set that multiplies otherwise is another format here, with a packing in pack.h.
+ * A panel of FLOATS is (depth, rows). The others are (steps, 2 tiles), or (steps, 3, 2 tiles): a step is 32 terms, a tile has 16 rows
+ * of them, 1 KiB of bfloat16. In a left tile rows lie side by side. In a right one each pair of terms of 16 rows is a line, which is the
+ * transpose of the left tile in units of 32 bits. An instruction set that multiplies otherwise is another format here, with a packing.
  */
 #pragma once
 
 #include "operand.h"
 
-enum { FLOATS, PAIRS, PARTS };
+enum { FLOATS, PAIRS, SPLIT3 };
 
 enum {
     /* A tile of C is held in registers: 14 × 2 of 32 vectors, or 6 × 2 of 16; the others hold operands. */
     MR = VECTOR_BYTES == 64 ? 14 : 6,
     NR = 2 * LANES,
-    /* Terms that are summed in registers before the sum is added to memory. PAIRS keeps its sums in tiles over the whole depth. */
-    KC = 384,
-    /* With fewer than FEW_ROWS tokens, only SHORT terms. MKL's sums are about as short there, and errors are compared with its. */
-    SHORT = 64,
-    FEW_ROWS = 16,
+    KC = 384, /* terms that are packed, and summed in registers, before the sum is added to memory */
     SIDE = 16, /* rows of a tile */
     TERMS = 32,
     TILE = SIDE * TERMS,
     PANEL = 2 * SIDE, /* rows of a panel of tiles */
+    STEP = 2 * TILE,
 };
 
 static inline i64 left_height(int format) { return format == FLOATS ? MR : PANEL; }
-static inline i64 right_height(int format) { return format == FLOATS ? NR : PANEL; }
 
-/* Terms that are packed at a time. */
-static inline i64 block_depth(int format, i64 depth) { return format == PAIRS ? depth : least(KC, depth); }
-
-/* Floats that one row of a panel takes: of PAIRS half a float a term, of PARTS three halves. */
+/* Floats that one row of a panel takes: of PAIRS half a float a term, of SPLIT3 three halves. */
 static inline i64 row_size(int format, i64 depth) {
-    return format == FLOATS ? depth : round_up(depth, TERMS) / 2 * (format == PARTS ? 3 : 1);
+    return format == FLOATS ? depth : round_up(depth, TERMS) / 2 * (format == SPLIT3 ? 3 : 1);
 }
 
-/* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is there; a is (depth, MR), b is (depth, NR). */
+/* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is stored; a is (depth, MR), b is (depth, NR). */
 INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
     vf sum[MR][2];
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
-    for (int i = 0; add && i < height; i++) { /* no longer in a cache; there when the sums are */
+    for (int i = 0; add && i < height; i++) { /* no longer in a cache; loaded before the sums are ready */
         __builtin_prefetch(c + i * stride, 1);
         __builtin_prefetch(c + i * stride + LANES, 1);
     }
@@ -58,9 +51,9 @@ INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float 
             sum[i][1] += right * a[i];
         }
     }
-    float part[MR * NR];
+    float sums[MR * NR];
     int whole = height == rows && width == NR;
-    float *to = whole ? c : part;
+    float *to = whole ? c : sums;
     i64 step = whole ? stride : NR;
     if (whole && add)
         for (int i = 0; i < rows; i++) {
@@ -73,7 +66,7 @@ INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float 
     }
     if (!whole)
         for (i64 i = 0; i < height; i++)
-            for (i64 j = 0; j < width; j++) c[i * stride + j] = part[i * NR + j] + (add ? c[i * stride + j] : 0);
+            for (i64 j = 0; j < width; j++) c[i * stride + j] = sums[i * NR + j] + (add ? c[i * stride + j] : 0);
 }
 
 /* The last panel uses a smaller micro-kernel: MR, MR / 2 or MR / 4 rows. It is not inlined, for then it would keep sums in memory. */
@@ -87,6 +80,7 @@ static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const
         fma_tile(MR / 4, depth, a, b, c, stride, height, width, add);
 }
 
+/* Tiles are packed, and vdpbf16ps multiplies, in vectors of 512 bits: every processor with AMX has these. */
 #if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
 #define HAS_TILES 1
 #include <cpuid.h>
@@ -95,8 +89,8 @@ static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* A compiler writes these instructions only where they are named: on a processor without AMX the rest of a function runs. */
-#define TILES __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
+/* A compiler writes these instructions only where they are named, so the rest of a function runs on a processor without them. */
+#define TARGET_BF16 __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
 
 /* Whether the user lets torch's GEMMs use one of these, which oneDNN asks the environment. */
 static int is_wanted(const char *const *names) {
@@ -132,7 +126,7 @@ static int has_amx(void) { FOUND_ONCE(find_amx) }
 
 /* Tells this thread's tiles their size. Before a thread is given back, `end_tiles`. The sizes are a constant: a GCC without
  * the mend of its bug 114098 (12.4 has it) takes only 8 bytes for read, and may not write those behind them. */
-TILES static void use_tiles(void) {
+TARGET_BF16 static void use_tiles(void) {
     static const struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
@@ -141,7 +135,7 @@ TILES static void use_tiles(void) {
     _tile_loadconfig(&sizes);
 }
 
-TILES static void release_tiles(void) { _tile_release(); }
+TARGET_BF16 static void release_tiles(void) { _tile_release(); }
 
 static void begin_tiles(int format) {
     if (format != FLOATS && has_amx()) use_tiles();
@@ -155,7 +149,7 @@ static void end_tiles(int format) {
 #define WRITTEN __asm__ volatile("" ::: "memory")
 
 /* Four tiles of C, (PANEL, PANEL). */
-TILES static inline void zero_sums(void) {
+TARGET_BF16 static inline void zero_sums(void) {
     WRITTEN;
     _tile_zero(0);
     _tile_zero(1);
@@ -163,7 +157,7 @@ TILES static inline void zero_sums(void) {
     _tile_zero(3);
 }
 
-TILES static inline void load_sums(const float *from, i64 stride) {
+TARGET_BF16 static inline void load_sums(const float *from, i64 stride) {
     WRITTEN;
     _tile_loadd(0, from, stride * 4);
     _tile_loadd(1, from + SIDE, stride * 4);
@@ -171,25 +165,24 @@ TILES static inline void load_sums(const float *from, i64 stride) {
     _tile_loadd(3, from + SIDE * stride + SIDE, stride * 4);
 }
 
-TILES static inline void store_sums(float *to, i64 stride) {
+TARGET_BF16 static inline void store_sums(float *to, i64 stride) {
     _tile_stored(0, to, stride * 4);
     _tile_stored(1, to + SIDE, stride * 4);
     _tile_stored(2, to + SIDE * stride, stride * 4);
     _tile_stored(3, to + SIDE * stride + SIDE, stride * 4);
 }
 
-/* C (rows; columns, SIDE) = left right, or plus that where `add`, over `depth` tiles, by vdpbf16ps: SIDE rows of one right tile, or half
- * as many of two, the second `beside` after the first. There are SIDE sums, so that none is added to before it is there. */
-TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, const half *right, i64 beside, int add, float *c,
-                          i64 stride) {
+/* C (rows; columns, SIDE) = left right, or plus that where `add`, over so many steps, by vdpbf16ps: SIDE rows of one right tile, or half as
+ * many of two. There are SIDE sums, so that none is added to before the last addition to it is done. */
+TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, const half *right, int add, float *c, i64 stride) {
     __m512 sum[SIDE][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
         for (int q = 0; q < columns; q++) sum[i][q] = add ? _mm512_load_ps(c + i * stride + q * SIDE) : _mm512_setzero_ps();
-    for (; depth > 0; depth--, left += TILE)
-        for (int p = 0; p < SIDE; p++, right += TERMS) {
+    for (; steps > 0; steps--, left += STEP, right += STEP)
+        for (int p = 0; p < SIDE; p++) {
             __m512bh line[2];
-            for (int q = 0; q < columns; q++) line[q] = (__m512bh)_mm512_load_si512(right + q * beside);
+            for (int q = 0; q < columns; q++) line[q] = (__m512bh)_mm512_load_si512(right + q * TILE + p * TERMS);
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) {
                 int32_t pair;
@@ -204,69 +197,55 @@ TILES INLINE void dots_of(int rows, int columns, i64 depth, const half *left, co
 }
 
 /* One right tile, or two. With two, one broadcast of the left pair feeds two products, so that Zen 5 does not wait for loads. */
-TILES static __attribute__((noinline)) void dots(i64 depth, const half *left, const half *right, int add, float *c, i64 stride) {
-    dots_of(SIDE, 1, depth, left, right, 0, add, c, stride);
+TARGET_BF16 static __attribute__((noinline)) void dots(i64 steps, const half *left, const half *right, int add, float *c, i64 stride) {
+    dots_of(SIDE, 1, steps, left, right, add, c, stride);
 }
 
-TILES static __attribute__((noinline)) void wide_dots(i64 depth, const half *left, const half *right, i64 beside, int add, float *c,
-                                                      i64 stride) {
-    dots_of(SIDE / 2, 2, depth, left, right, beside, add, c, stride);
+TARGET_BF16 static __attribute__((noinline)) void wide_dots(i64 steps, const half *left, const half *right, int add, float *c,
+                                                            i64 stride) {
+    dots_of(SIDE / 2, 2, steps, left, right, add, c, stride);
 }
 
-/* C (rows, columns), up to (PANEL, PANEL) of it, over `depth` tiles; beyond rows and columns anything may be written. The right
- * panel's second SIDE rows begin `run` tiles after the first. */
-TILES static inline void pairs_panel(i64 depth, const half *left, const half *right, i64 run, float *c, i64 stride, i64 rows,
-                                     i64 columns, int add) {
-    i64 below = rows > SIDE ? depth * TILE : 0, beside = columns > SIDE ? run * TILE : 0;
+TARGET_BF16 static inline void load_left(const half *from) {
+    _tile_loadd(4, from, 64);
+    _tile_loadd(5, from + TILE, 64);
+}
+
+TARGET_BF16 static inline void load_right(const half *from) {
+    _tile_loadd(6, from, 64);
+    _tile_loadd(7, from + TILE, 64);
+}
+
+TARGET_BF16 static inline void add_products(void) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+/* C (rows, columns) (+)= left rightᵀ of two panels of PAIRS; beyond rows and columns anything may be written, up to (PANEL, PANEL). */
+TARGET_BF16 static inline void pairs_panel(i64 steps, const half *left, const half *right, float *c, i64 stride, i64 rows,
+                                           i64 columns, int add) {
     if (!has_amx()) {
         int two = columns > SIDE; /* right tiles */
-        for (i64 i = 0; i < rows; i += two ? SIDE / 2 : SIDE) {
-            const half *from = left + i / SIDE * below + i % SIDE * TERMS;
-            if (two)
-                wide_dots(depth, from, right, beside, add, c + i * stride, stride);
-            else
-                dots(depth, from, right, add, c + i * stride, stride);
-        }
+        for (i64 i = 0; i < rows; i += two ? SIDE / 2 : SIDE)
+            (two ? wide_dots : dots)(steps, left + i / SIDE * TILE + i % SIDE * TERMS, right, add, c + i * stride, stride);
         return;
     }
     if (add)
         load_sums(c, stride);
     else
         zero_sums();
-    for (; depth > 0; depth--, left += TILE, right += TILE) {
-        _tile_loadd(4, left, 64);
-        _tile_loadd(6, right, 64);
-        _tile_loadd(5, left + below, 64);
-        _tile_loadd(7, right + beside, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+    for (; steps > 0; steps--, left += STEP, right += STEP) {
+        load_left(left);
+        load_right(right);
+        add_products();
     }
     store_sums(c, stride);
 }
 
-enum { PART = 2 * TILE, STEP = 3 * PART /* of a panel of PARTS: PANEL rows, TERMS terms */ };
-
 static inline __mmask16 first_lanes(i64 count) {
     return count < SIDE ? (__mmask16)((1 << greatest(0, count)) - 1) : (__mmask16)~0;
-}
-
-TILES static inline void load_left(const half *from) {
-    _tile_loadd(4, from, 64);
-    _tile_loadd(5, from + TILE, 64);
-}
-
-TILES static inline void load_right(const half *from) {
-    _tile_loadd(6, from, 64);
-    _tile_loadd(7, from + TILE, 64);
-}
-
-TILES static inline void add_parts(void) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
 }
 
 /* Sums (PANEL, PANEL) on their way to C. */
@@ -287,36 +266,36 @@ INLINE void add_to_c(sums_to_write *s, i64 count) {
         }
 }
 
-/* C (height, width) (+)= left rightᵀ of one left panel and several right ones, by six of the nine products of parts: the others are
- * less than float32's own rounding. The sums of one panel are written while the next one is multiplied. */
-TILES static void parts_panel(i64 depth, const half *left, const half *right, float *c, i64 stride, i64 height, i64 width, int add) {
+/* C (rows, columns) (+)= left rightᵀ of a left panel of SPLIT3 and several right ones, by six of the nine products of their parts: the
+ * others are less than float32's own rounding. The sums of one panel are written while the next one is multiplied. */
+TARGET_BF16 static void split_panels(i64 steps, const half *left, const half *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
     _Alignas(64) float sums[PANEL * PANEL];
-    i64 steps = ceil_div(depth, TERMS), together = steps > 1 ? ceil_div(PANEL, steps - 1) : 0;
+    i64 together = steps > 1 ? ceil_div(PANEL, steps - 1) : 0;
     sums_to_write last = {.rows = 0};
-    for (i64 s = 0; s < width; s += PANEL) {
+    for (i64 j = 0; j < columns; j += PANEL) {
         const half *a = left;
         zero_sums();
         /* The smallest products first; from one to the next one operand stays. */
-        for (i64 k = 0; k < steps; k++, a += STEP, right += STEP) {
-            load_left(a + 2 * PART);
+        for (i64 k = 0; k < steps; k++, a += 3 * STEP, right += 3 * STEP) {
+            load_left(a + 2 * STEP);
             load_right(right);
-            add_parts();
-            load_left(a + PART);
-            add_parts();
-            load_right(right + PART);
-            add_parts();
+            add_products();
+            load_left(a + STEP);
+            add_products();
+            load_right(right + STEP);
+            add_products();
             load_left(a);
-            add_parts();
-            load_right(right + 2 * PART);
-            add_parts();
+            add_products();
+            load_right(right + 2 * STEP);
+            add_products();
             load_right(right);
-            add_parts();
+            add_products();
             if (k) add_to_c(&last, together); /* what was just stored cannot be loaded at once */
         }
         add_to_c(&last, PANEL);
         store_sums(sums, PANEL);
-        __mmask16 first = first_lanes(width - s), second = first_lanes(width - s - SIDE);
-        last = (sums_to_write){sums, c + s, stride, height, {first, second}, {add ? first : 0, add ? second : 0}};
+        __mmask16 first = first_lanes(columns - j), second = first_lanes(columns - j - SIDE);
+        last = (sums_to_write){sums, c + j, stride, rows, {first, second}, {add ? first : 0, add ? second : 0}};
     }
     add_to_c(&last, PANEL);
 }
@@ -328,20 +307,14 @@ static int has_amx(void) { return 0; }
 #define end_tiles(format) ((void)(format))
 #endif
 
-/* C (height, width) (+)= left rightᵀ of one left panel, some of whose rows are there, and right ones, one after another, `terms` of
- * the sums' terms at a time. */
-static void multiply(int format, i64 terms, i64 depth, const float *left, const float *right, float *c, i64 stride, i64 height,
-                     i64 width, int add) {
-    height = least(left_height(format), height);
-    if (format == FLOATS)
-        for (i64 s = 0; s < width; s += NR, right += NR * depth)
-            for (i64 k = 0; k < depth; k += terms)
-                fma_panel(least(terms, depth - k), left + k * MR, right + k * NR, c + s, stride, height, least(NR, width - s),
-                          add || k > 0);
+/* C (rows, columns) (+)= left rightᵀ of one left panel, of which so many rows are stored, and right ones, one after another. */
+static void multiply(int format, i64 depth, const float *left, const float *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
 #if HAS_TILES
-    if (format == PARTS) parts_panel(depth, (const half *)left, (const half *)right, c, stride, height, width, add);
-    i64 tiles = ceil_div(depth, TERMS);
-    for (i64 s = 0; s < width && format == PAIRS; s += PANEL, right += PANEL * row_size(PAIRS, depth))
-        pairs_panel(tiles, (const half *)left, (const half *)right, tiles, c + s, stride, height, least(PANEL, width - s), add);
+    i64 steps = ceil_div(depth, TERMS);
+    if (format == SPLIT3) split_panels(steps, (const half *)left, (const half *)right, c, stride, rows, columns, add);
+    for (i64 j = 0; j < columns && format == PAIRS; j += PANEL)
+        pairs_panel(steps, (const half *)left, (const half *)right + j * steps * TERMS, c + j, stride, rows, least(PANEL, columns - j), add);
 #endif
+    for (i64 j = 0; j < columns && format == FLOATS; j += NR)
+        fma_panel(depth, left, right + j * depth, c + j, stride, rows, least(NR, columns - j), add);
 }

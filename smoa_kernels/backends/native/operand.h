@@ -87,17 +87,15 @@ static inline i64 width_of(const layer *l, i64 k) { return l->col_offsets[k + 1]
 /* Of block k, whatever `ranks` says. */
 static inline i64 rank_of(const layer *l, i64 k) { return greatest(0, least(l->ranks[k], l->rank)); }
 
-static i64 tallest_of(const layer *l) {
+/* The most coordinates that a block has. */
+static i64 longest_of(const int32_t *offsets, i64 blocks) {
     i64 most = 0;
-    for (i64 k = 0; k < l->blocks; k++) most = greatest(most, height_of(l, k));
+    for (i64 k = 0; k < blocks; k++) most = greatest(most, offsets[k + 1] - offsets[k]);
     return most;
 }
 
-static i64 widest_of(const layer *l) {
-    i64 most = 0;
-    for (i64 k = 0; k < l->blocks; k++) most = greatest(most, width_of(l, k));
-    return most;
-}
+static i64 tallest_of(const layer *l) { return longest_of(l->row_offsets, l->blocks); }
+static i64 widest_of(const layer *l) { return longest_of(l->col_offsets, l->blocks); }
 
 /* The block of each row, or column. */
 static void write_labels(const i64 *index, const int32_t *offsets, i64 blocks, int32_t *label) {
@@ -106,35 +104,25 @@ static void write_labels(const i64 *index, const int32_t *offsets, i64 blocks, i
 }
 
 /* A matrix (rows, terms) to be multiplied; its element (i, k) is number rows[i] * row_stride + cols[k] * col_stride of `data`. One
- * stride is 1. An index that is NULL counts up. Where `keep` is given some elements are dropped: a bit for each along the stride of
- * 1, `keep_words` words of 16 bits for each step of the other. */
+ * stride is 1: along it `data` has `width` elements. An index that is NULL counts up, along `width` from `start` on. Where `keep` is given some
+ * elements are dropped: it has a bit for each of `width`, in whole words, for each step of the other stride. */
 typedef struct {
     const void *data;
     int dtype;
-    i64 row_stride, col_stride;
-    const i64 *rows, *cols;
+    i64 row_stride, col_stride, width, start;
     const uint16_t *keep;
-    i64 keep_words;
+    const i64 *rows, *cols;
 } operand;
 
-static operand operand_of(const void *data, i64 dtype, i64 row_stride, i64 col_stride) {
-    return (operand){.data = data, .dtype = (int)dtype, .row_stride = row_stride, .col_stride = col_stride};
+static operand operand_of(const void *data, i64 dtype, i64 row_stride, i64 col_stride, i64 width, const uint16_t *keep) {
+    return (operand){data, (int)dtype, row_stride, col_stride, width, 0, keep, NULL, NULL};
 }
 
-static operand masked(operand o, const uint16_t *keep, i64 width) {
-    o.keep = keep, o.keep_words = words(width);
-    return o;
+static operand weight_of(const layer *l) {
+    return operand_of(l->weight, l->dtype, l->row_stride, l->col_stride, l->col_stride == 1 ? l->cols : l->rows, NULL);
 }
 
-static operand weight_of(const layer *l) { return operand_of(l->weight, l->dtype, l->row_stride, l->col_stride); }
-
-/* CALL(dtype) with a dtype that the compiler knows. */
-#define WITH_DTYPE(dtype, CALL)               \
-    switch (dtype) {                          \
-        case FLOAT32: CALL(FLOAT32); break;   \
-        case BFLOAT16: CALL(BFLOAT16); break; \
-        case FLOAT16: CALL(FLOAT16); break;   \
-    }
+static inline const uint16_t *keep_of(const operand *o, i64 at) { return o->keep ? o->keep + at * words(o->width) : NULL; }
 
 INLINE vf load(const float *p) {
     vf v;
@@ -173,22 +161,14 @@ static inline float total(vf v) {
 
 /* `yes` where a label is k, else `no`. */
 INLINE vf select_label(vi labels, int32_t k, vf yes, vf no) {
-#if VECTOR_BYTES == 64
-    return (vf)_mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask((__m512i)labels, _mm512_set1_epi32(k)), (__m512)no, (__m512)yes);
-#else
-    return (vf)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)(labels == k));
-#endif
+    vi same = labels == k;
+    return (vf)(((vi)yes & same) | ((vi)no & ~same));
 }
 
 /* As bfloat16 in the upper half of each lane; NaN stays NaN. */
 INLINE vu rounded(vf value) {
-    vu bits = (vu)value, up = bits + 0x7fff + (bits >> 16 & 1);
-#if VECTOR_BYTES == 64
-    __mmask16 none = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q);
-    return (vu)_mm512_mask_or_epi32((__m512i)up, none, (__m512i)bits, _mm512_set1_epi32(0x7fc00000));
-#else
-    return (vu)_mm256_blendv_ps((__m256)(bits | 0x7fc00000), (__m256)up, (__m256)(value == value));
-#endif
+    vu bits = (vu)value, up = bits + 0x7fff + (bits >> 16 & 1), number = (vu)(value == value);
+    return (up & number) | ((bits | 0x7fc00000) & ~number);
 }
 
 INLINE vf widen_all(const void *from, int dtype) {
@@ -202,12 +182,12 @@ INLINE vf widen_all(const void *from, int dtype) {
 #endif
 }
 
-/* LANES elements from `at` on as float32, of which `count` are there: others are not read, but 0. */
+/* LANES elements from `at` on as float32, of which `count` exist: the others are not read, but 0. */
 INLINE vf widen(const void *data, i64 at, i64 count, int dtype) {
     if (count >= LANES) return widen_all(element(data, at, dtype), dtype);
-    float some[LANES] = {0};
-    if (count > 0) memcpy(some, element(data, at, dtype), (size_t)(count * bytes_of(dtype)));
-    return widen_all(some, dtype);
+    float line[LANES] = {0};
+    if (count > 0) memcpy(line, element(data, at, dtype), (size_t)(count * bytes_of(dtype)));
+    return widen_all(line, dtype);
 }
 
 INLINE void narrow_all(void *to, vf value, int dtype) {
@@ -225,78 +205,40 @@ INLINE void narrow_all(void *to, vf value, int dtype) {
 
 /* Write the first `count` of LANES numbers, rounded, from element `at` on. */
 INLINE void narrow(void *data, i64 at, i64 count, vf value, int dtype) {
-    char *first = (char *)data + at * bytes_of(dtype), some[VECTOR_BYTES];
-    narrow_all(count >= LANES ? first : some, value, dtype);
-    if (count < LANES) memcpy(first, some, (size_t)(count * bytes_of(dtype)));
-}
-
-static void widen_row(const void *from, i64 count, int dtype, float *to) {
-#define CALL(dtype) \
-    for (i64 c = 0; c < count; c += LANES) narrow(to, c, count - c, widen(from, c, count - c, dtype), FLOAT32)
-    WITH_DTYPE(dtype, CALL)
-#undef CALL
-}
-
-/* Of CHUNK floats from `at` on, those with a bit in `taken`: coordinates of a block that lie in one cache line are moved together. */
-typedef struct {
-    i64 at, taken;
-} chunk;
-
-enum { CHUNK = 16 };
-
-/* index[0] to index[count - 1] as chunks, no more than coordinates; 0 where they lie too far apart, or there is no AVX-512: then they
- * are moved one by one. */
-static i64 chunks_of(const i64 *index, i64 count, int dtype, chunk *chunks) {
-    i64 some = 0, last = -1;
-    for (i64 i = 0; i < count && VECTOR_BYTES == 64 && dtype == FLOAT32; last = index[i++]) {
-        i64 at = index[i] / CHUNK * CHUNK, bit = (i64)1 << index[i] % CHUNK;
-        if (some && index[i] > last && chunks[some - 1].at == at)
-            chunks[some - 1].taken |= bit;
-        else if (3 * some < count)
-            chunks[some++] = (chunk){at, bit};
-        else
-            return 0;
-    }
-    return some;
+    char *first = (char *)data + at * bytes_of(dtype), line[VECTOR_BYTES];
+    narrow_all(count >= LANES ? first : line, value, dtype);
+    if (count < LANES) memcpy(first, line, (size_t)(count * bytes_of(dtype)));
 }
 
 /* 1, or 0 for what is dropped: a factor, so that a dropped Inf or NaN becomes NaN. */
 static inline float kept(const uint16_t *keep, i64 at) { return (float)(keep[at / 16] >> at % 16 & 1); }
 
-/* to = the elements at `count` coordinates as float32, 0 where `keep` has no bit; up to CHUNK floats more are written. */
-static void gather(const void *from, int dtype, const i64 *index, i64 count, const chunk *chunks, i64 some, const uint16_t *keep,
-                   float *to) {
-#if VECTOR_BYTES == 64
-    for (i64 i = 0; i < some; i++) { /* masked: what is not taken may lie beyond the matrix */
-        __mmask16 taken = (__mmask16)chunks[i].taken;
-        __m512 found = _mm512_maskz_loadu_ps(taken, (const float *)from + chunks[i].at);
-        if (keep) found = _mm512_mul_ps(found, _mm512_maskz_mov_ps(keep[chunks[i].at / 16], _mm512_set1_ps(1)));
-        _mm512_storeu_ps(to, _mm512_maskz_compress_ps(taken, found));
-        to += __builtin_popcountll((unsigned long long)taken);
-    }
-#else
-    (void)chunks;
-#endif
-    if (some) return;
-#define CALL(dtype)                                                                                    \
-    for (i64 i = 0; i < count && !keep; i++) to[i] = value_at(from, index[i], dtype);                  \
-    for (i64 i = 0; i < count && keep; i++) to[i] = value_at(from, index[i], dtype) * kept(keep, index[i])
-    WITH_DTYPE(dtype, CALL)
-#undef CALL
+/* The same of LANES elements from `at` on. */
+INLINE vf all_kept(const uint16_t *keep, i64 at) {
+    static const int32_t bit[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    const vf one = (vf){0} + 1;
+    uint32_t bits;
+    vi lanes;
+    memcpy(&bits, keep + at / 16, sizeof bits);
+    memcpy(&lanes, bit, sizeof lanes);
+    return (vf)((vi)one & ((((vi){0} + (int32_t)(bits >> at % 16)) & lanes) != 0));
 }
 
-/* The reverse: elements of `to` = from, of which up to CHUNK floats more are read, 0 where `keep` has no bit. */
-static void scatter(const float *from, const i64 *index, i64 count, const chunk *chunks, i64 some, const uint16_t *keep, float *to) {
-#if VECTOR_BYTES == 64
-    for (i64 i = 0; i < some; i++) {
-        __mmask16 taken = (__mmask16)chunks[i].taken;
-        __m512 found = _mm512_maskz_expand_ps(taken, _mm512_loadu_ps(from));
-        if (keep) found = _mm512_mul_ps(found, _mm512_maskz_mov_ps(keep[chunks[i].at / 16], _mm512_set1_ps(1)));
-        _mm512_mask_storeu_ps(to + chunks[i].at, taken, found);
-        from += __builtin_popcountll((unsigned long long)taken);
+/* to = `count` elements from `at` on as float32, 0 where `keep` has no bit. */
+static void widen_row(const void *from, int dtype, i64 at, i64 count, const uint16_t *keep, float *to) {
+    for (i64 c = 0; c < count; c += LANES) {
+        vf found = widen(from, at + c, count - c, dtype);
+        narrow(to, c, count - c, keep ? found * all_kept(keep, at + c) : found, FLOAT32);
     }
-#else
-    (void)chunks;
-#endif
-    for (i64 i = 0; i < count && !some; i++) to[index[i]] = keep ? from[i] * kept(keep, index[i]) : from[i];
+}
+
+/* The same of those at `count` coordinates. */
+static void gather(const void *from, int dtype, const i64 *index, i64 count, const uint16_t *keep, float *to) {
+#pragma GCC unroll 8
+    for (i64 i = 0; i < count; i++) to[i] = value_at(from, index[i], dtype) * (keep ? kept(keep, index[i]) : 1);
+}
+
+/* The reverse: elements of `to` = from, 0 where `keep` has no bit. */
+static void scatter(const float *from, const i64 *index, i64 count, const uint16_t *keep, float *to) {
+    for (i64 i = 0; i < count; i++) to[index[i]] = keep ? from[i] * kept(keep, index[i]) : from[i];
 }

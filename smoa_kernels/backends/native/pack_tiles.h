@@ -1,4 +1,4 @@
-/* Packing for PAIRS: tiles of bfloat16 (microkernel.h) of matrices in bfloat16.
+/* Packing in tiles (microkernel.h): of SPLIT3 from float32, of PAIRS from bfloat16, whose bits are moved as they are.
  *
  * Rows whose terms are contiguous are left tiles as they lie, and right tiles by a transpose. In a right tile a line is two terms of 16
  * rows, so to put terms in block order is to pick lines; another transpose makes left tiles of them. Rows that are themselves
@@ -9,12 +9,124 @@
 #include "pack.h"
 
 #if HAS_TILES
+/* r = the transpose of its 16 rows of 16 numbers of 32 bits. */
+INLINE void transpose_lines(__m512i *r) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) { /* r[4 g + j] is rows 4 g to 4 g + 3 of columns j, 4 + j, 8 + j, 12 + j */
+        t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+        t[4 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        t[8 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88);
+        r[4 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
+        r[12 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
+    }
+}
+
+INLINE void store_lines(const __m512i *r, half *to) {
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * TERMS, r[i]);
+}
+
+/* Right tiles become left ones. */
+static void turn_tiles(i64 tiles, half *tile) {
+    for (__m512i r[SIDE]; tiles > 0; tiles--, tile += TILE) {
+#pragma GCC unroll 16
+        for (int i = 0; i < SIDE; i++) r[i] = _mm512_load_si512(tile + i * TERMS);
+        transpose_lines(r);
+        store_lines(r, tile);
+    }
+}
+
+/* --- From float32 ------------------------------------------------------------------------------------------------------ */
+
+/* 16 pairs of numbers, rounded; or the three bfloat16 of each, STEP apart, whose sum is exact: nothing overflows, for the first is
+ * truncated; the remainder is below its last bit, and is rounded to the second; the third is the rest. Infinity becomes NaN, for the
+ * second is infinity less itself. */
+INLINE void write_pairs(int format, vf low, vf high, half *to) {
+    const vu upper = (vu){0} + 0xffff0000;
+    if (format == PAIRS) {
+        _mm512_store_si512(to, (__m512i)(rounded(low) >> 16 | (rounded(high) & upper)));
+        return;
+    }
+    vu first = (vu)low & upper, second = (vu)high & upper;
+    _mm512_store_si512(to, (__m512i)(first >> 16 | second));
+    low -= (vf)first, high -= (vf)second;
+    first = ((vu)low + 0x8000) & upper, second = ((vu)high + 0x8000) & upper;
+    _mm512_store_si512(to + STEP, (__m512i)(first >> 16 | second));
+    low -= (vf)first, high -= (vf)second;
+    _mm512_store_si512(to + 2 * STEP, (__m512i)((vu)low >> 16 | ((vu)high & upper))); /* tiny ones have lower bits */
+}
+
+/* Term p of a panel's 16 columns; 0 where there are no more terms. */
+INLINE vf term_or_zero(const float *panel, i64 p, i64 depth, i64 column) {
+    return p < depth ? load(panel + p * PANEL + column) : (vf){0};
+}
+
+/* Panels of floats (depth, PANEL) as right tiles, `apart` from panel to panel. Two terms of PAIRS are neighbours; those of SPLIT3
+ * are half a step apart, so that rows are left tiles without a permutation. */
+INLINE void tiles_of_floats(int format, i64 count, i64 depth, const float *panel, half *to, i64 apart) {
+    i64 beside = format == PAIRS ? 1 : SIDE, step = format == PAIRS ? STEP : 3 * STEP;
+    for (i64 top = 0; top < count; top += PANEL, panel += depth * PANEL, to += apart)
+        for (i64 k = 0; k < depth; k += TERMS)
+            for (i64 i = 0; i < SIDE; i++)
+                for (int q = 0; q < 2; q++) {
+                    i64 p = k + (format == PAIRS ? 2 * i : i);
+                    write_pairs(format, term_or_zero(panel, p, depth, q * SIDE), term_or_zero(panel, p + beside, depth, q * SIDE),
+                                to + k / TERMS * step + q * TILE + i * TERMS);
+                }
+}
+
+/* Rows whose terms are contiguous as left panels of SPLIT3, in which they lie as they are. */
+static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, half *to) {
+    float ordered[PANEL * KC];
+    for (i64 top = 0; top < count; top += PANEL) {
+        i64 valid = least(PANEL, count - top);
+        const float *row[PANEL];
+        read_rows(o, first + top, valid, k, depth, ordered, row);
+        for (i64 p = 0; p < depth; p += TERMS, to += 3 * STEP)
+            for (i64 i = 0; i < valid; i++) {
+                const float *from = row[i] + p;
+                __builtin_prefetch(from + AHEAD);
+                __builtin_prefetch(from + AHEAD + SIDE);
+                write_pairs(SPLIT3, (vf)_mm512_maskz_loadu_ps(first_lanes(depth - p), from),
+                            (vf)_mm512_maskz_loadu_ps(first_lanes(depth - p - SIDE), from + SIDE), to + i * TERMS);
+            }
+    }
+}
+
+/* --- From bfloat16 ----------------------------------------------------------------------------------------------------- */
+
 static inline __mmask32 first_halves(i64 count) {
     return count < TERMS ? ((__mmask32)1 << greatest(0, count)) - 1 : ~(__mmask32)0;
 }
 
 /* 32 numbers: those of `low`, then those of `high`. */
-TILES static inline __m512i narrowed(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+TARGET_BF16 static inline __m512i narrowed(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+
+/* As a line of pairs, one of `low` and one of `high`. */
+TARGET_BF16 static inline void store_pairs(vf low, vf high, half *to) {
+    static const uint16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_loadu_si512(order), narrowed(low, high)));
+}
 
 /* 16 of 32 numbers, the lower or the upper ones. */
 #define HALF_WIDENED(values, upper) \
@@ -43,59 +155,27 @@ INLINE __m512i paired(const half *two, i64 apart) {
                     _mm512_castsi256_si512(_mm256_loadu_si256((const void *)(two + apart))), 0);
 }
 
-/* to (SIDE rows, TERMS terms), a left tile, = the transpose of (TERMS, SIDE) halves, `apart` from row to row. */
-static void transpose_halves(const half *from, i64 apart, half *to) {
-    __m512i r[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < SIDE; i++) r[i] = paired(from + 2 * i * apart, apart);
-    transpose_lines(r);
-    store_lines(r, to);
-}
-
-/* Up to SIDE rows, and as many that are read next, which the memory is asked for meanwhile. */
-typedef struct {
-    i64 count;
-    const half *rows[SIDE], *next[SIDE];
-} some_rows;
-
-/* The first of `left` rows, `stride` apart, those of `index` unless that is NULL. */
-static some_rows rows_at(const half *from, i64 stride, const i64 *index, i64 left) {
-    some_rows some = {.count = least(SIDE, left)};
-    for (i64 i = 0; i < some.count; i++) {
-        i64 next = least(i + SIDE, left - 1);
-        some.rows[i] = from + (index ? index[i] : i) * stride, some.next[i] = from + (index ? index[next] : next) * stride;
-    }
-    return some;
-}
-
-/* As left tiles: `width` terms of each row, and 0 behind them. */
-static void copy_rows(const some_rows *from, i64 width, half *to) {
-    for (i64 c = 0; c < width; c += TERMS, to += TILE) {
-        __mmask32 there = first_halves(width - c);
-        for (i64 i = 0; i < from->count; i++) {
-            __builtin_prefetch(from->next[i] + c);
-            _mm512_store_si512(to + i * TERMS, _mm512_maskz_loadu_epi16(there, from->rows[i] + c));
-        }
-    }
-}
-
-/* As right tiles: the same, rows that are not there 0, without what `keep` drops. */
-TILES static void pair_rows(const some_rows *from, i64 width, const uint16_t *keep, half *to) {
-    for (i64 c = 0; c < width; c += TERMS) {
-        __mmask32 there = first_halves(width - c);
-        __m512i r[16];
+/* Up to SIDE rows with contiguous terms as tiles a step apart, missing rows and terms 0: right ones, without what `keep` drops, or left ones,
+ * in which they lie as they are. The memory is asked meanwhile for the rows `next`. */
+INLINE void tile_group(int as_left, const half *const *row, const half *const *next, i64 count, i64 width, const uint16_t *keep,
+                       i64 keep_words, half *to) {
+    for (i64 c = 0; c < width; c += TERMS, to += STEP) {
+        __m512i r[SIDE];
 #pragma GCC unroll 16
         for (int i = 0; i < SIDE; i++) {
             r[i] = _mm512_setzero_si512();
-            if (i >= from->count) continue;
-            __builtin_prefetch(from->next[i] + c);
-            r[i] = _mm512_maskz_loadu_epi16(there, from->rows[i] + c);
-            if (keep) r[i] = drop(r[i], keep + i * words(width), c);
+            if (i >= count) continue;
+            __builtin_prefetch(next[i] + c);
+            r[i] = _mm512_maskz_loadu_epi16(first_halves(width - c), row[i] + c);
+            if (keep) r[i] = drop(r[i], keep + i * keep_words, c);
         }
-        transpose_lines(r);
-        store_lines(r, to + c * SIDE);
+        if (!as_left) transpose_lines(r);
+        store_lines(r, to);
     }
 }
+
+/* Where the line of term c, and of the next, is in right tiles a step apart. */
+static inline i64 line_of(i64 c) { return (c & ~(i64)(TERMS - 1)) * PANEL + (c & (TERMS - 2)) * SIDE; }
 
 /* Terms `one` and `other` of right tiles as a line of pairs. */
 INLINE __m512i pick_pair(const half *tiles, i64 one, i64 other) {
@@ -104,173 +184,205 @@ INLINE __m512i pick_pair(const half *tiles, i64 one, i64 other) {
                                     0x100010, 0x120012, 0x140014, 0x160016, 0x180018, 0x1a001a, 0x1c001c, 0x1e001e};
     static const uint32_t upper[2][2] = {{0x200000, 0x210000}, {0x200001, 0x210001}};
     __m512i order = _mm512_add_epi32(_mm512_loadu_si512(each), _mm512_set1_epi32((int)upper[one & 1][other & 1]));
-    return _mm512_permutex2var_epi16(_mm512_load_si512(tiles + (one & ~(i64)1) * SIDE), order,
-                                     _mm512_load_si512(tiles + (other & ~(i64)1) * SIDE));
+    return _mm512_permutex2var_epi16(_mm512_load_si512(tiles + line_of(one)), order, _mm512_load_si512(tiles + line_of(other)));
 }
 
-/* Of `count` terms in the order of `index` the pair from c on; there may be one, or none. */
-INLINE __m512i pair_at(const half *tiles, const i64 *index, i64 c, i64 count) {
-    if (__builtin_expect(c + 1 < count, 1)) return pick_pair(tiles, index[c], index[c + 1]);
-    return c < count ? _mm512_maskz_mov_epi16(0x55555555, pick_pair(tiles, index[c], index[c])) : _mm512_setzero_si512();
-}
-
-/* Terms of right tiles, in the order of `index`, as right tiles. */
-static void pick_right(const half *tiles, const i64 *index, i64 count, half *to) {
-    for (i64 c = 0; c < round_up(count, TERMS); c += 2, to += TERMS) _mm512_store_si512(to, pair_at(tiles, index, c, count));
-}
-
-/* The same as left ones. */
-static void pick_left(const half *tiles, const i64 *index, i64 count, half *to) {
-    for (i64 c = 0; c < count; c += TERMS, to += TILE) {
-        __m512i r[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < SIDE; i++) r[i] = pair_at(tiles, index, c + 2 * i, count);
-        transpose_lines(r);
-        store_lines(r, to);
+/* Terms of right tiles, in the order of `index`, as right tiles, a step apart both. */
+static void pick_terms(const half *tiles, const i64 *index, i64 count, half *to) {
+    for (i64 c = 0; c < round_up(count, TERMS); c += 2) {
+        __m512i line = _mm512_setzero_si512();
+        if (__builtin_expect(c + 1 < count, 1))
+            line = pick_pair(tiles, index[c], index[c + 1]);
+        else if (c < count)
+            line = _mm512_maskz_mov_epi16(0x55555555, pick_pair(tiles, index[c], index[c]));
+        _mm512_store_si512(to + line_of(c), line);
     }
 }
 
-/* Rows of a matrix (…, width) with contiguous terms, `left` at most, as tiles of SIDE rows: as left ones, or as right ones without what
- * `keep` drops. Terms of `index`, `count` of them, are picked; NULL: all. `scratch` has room for right tiles of one SIDE. */
-static void tile_rows(const half *from, i64 stride, const i64 *rows, i64 height, i64 left, i64 width, const i64 *index, i64 count,
-                      int as_left, const uint16_t *keep, half *scratch, half *to) {
-    for (i64 i = 0; i < height; i += SIDE, to += round_up(index ? count : width, TERMS) * SIDE) {
-        some_rows some = rows_at(rows ? from : from + i * stride, stride, rows ? rows + i : NULL, left - i);
-        some.count = least(some.count, height - i);
-        if (as_left && !index) {
-            copy_rows(&some, width, to);
-            continue;
+/* Rows first to first + count, whose terms are contiguous, as panels of tiles: left ones, or right ones. Where terms have an order they are
+ * picked from right tiles of them all, for which `scratch` has room. */
+static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_left, half *scratch, half *to) {
+    i64 deep = round_up(depth, TERMS);
+    for (i64 i = 0; i < count; i += SIDE) {
+        const half *row[SIDE], *next[SIDE];
+        half *tiles = to + i / PANEL * PANEL * deep + i % PANEL * TERMS;
+        for (i64 r = 0; r < least(SIDE, count - i); r++) {
+            i64 at = first + i + r, later = first + least(i + r + SIDE, count - 1);
+            row[r] = (const half *)o->data + (o->rows ? o->rows[at] : at) * o->row_stride;
+            next[r] = (const half *)o->data + (o->rows ? o->rows[later] : later) * o->row_stride;
         }
-        pair_rows(&some, width, keep ? keep + i * words(width) : NULL, index ? scratch : to);
-        if (index) (as_left ? pick_left : pick_right)(scratch, index, count, to);
+        if (as_left && !o->cols)
+            tile_group(1, row, next, count - i, depth, NULL, 0, tiles);
+        else
+            tile_group(0, row, next, count - i, o->cols ? o->width : depth, keep_of(o, first + i), words(o->width),
+                       o->cols ? scratch : tiles);
+        if (o->cols) pick_terms(scratch, o->cols, depth, tiles);
+        for (i64 c = 0; c < deep && as_left && o->cols; c += TERMS) turn_tiles(1, tiles + c / TERMS * STEP);
     }
 }
 
-/* Two right tiles, one `beside` the other, from TERMS rows of `from`, which are the terms: rows from `there` on
- * are 0. The tiles' rows are up to 32 columns from c on, without what `keep` drops. */
-INLINE void pair_terms(const half *from, i64 stride, i64 there, i64 c, i64 count, const uint16_t *keep, i64 keep_words, half *to,
-                       i64 beside) {
+/* A step of a right panel of rows that are contiguous: of these up to 32, `count`, from c on, and of terms, of which `valid` exist, those
+ * from `first` on. The memory is asked meanwhile for what lies `ahead`. */
+INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count, i64 ahead, half *to) {
+    const half *from = (const half *)o->data + first * o->col_stride + c;
     __mmask32 inside = first_halves(count);
     for (i64 t = 0; t < TERMS; t += 2, to += TERMS) {
         __m512i two[2];
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
-            two[i] = _mm512_maskz_loadu_epi16(t + i < there ? inside : 0, from + (t + i) * stride + c);
-            __builtin_prefetch(from + (t + i) * stride + c + 4 * TERMS); /* too far apart to be foreseen */
-            if (keep && t + i < there) two[i] = drop(two[i], keep + (t + i) * keep_words, c);
+            two[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->col_stride);
+            __builtin_prefetch(from + (t + i) * o->col_stride + ahead); /* too far apart to be foreseen */
+            if (o->keep && t + i < valid) two[i] = drop(two[i], keep_of(o, first + t + i), c);
         }
         _mm512_store_si512(to, pairs_in(two[0], two[1], 0));
-        _mm512_store_si512(to + beside, pairs_in(two[0], two[1], 1));
+        _mm512_store_si512(to + TILE, pairs_in(two[0], two[1], 1));
     }
 }
 
-/* Columns of TERMS rows, a line each: a left tile's rows, whose terms are rows of `from`. */
-TILES static void lines_of_columns(const half *from, i64 stride, i64 there, i64 width, const uint16_t *keep, half *to) {
-    _Alignas(64) half tiles[2 * TILE];
-    for (i64 c = 0; c < width; c += TERMS, to += 2 * TILE) {
-        pair_terms(from, stride, there, c, width - c, keep, words(width), tiles, TILE);
-        for (int upper = 0; upper < 2; upper++) {
-            __m512i r[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < SIDE; i++) r[i] = _mm512_load_si512(tiles + upper * TILE + i * TERMS);
-            transpose_lines(r);
-            store_lines(r, to + upper * TILE);
-        }
-    }
-}
-
-/* update (BESIDE, 32) = the products of two factors: 32 of the one, `apart` from rank to rank, and BESIDE of the other. */
-INLINE void update_of(i64 rank, const float *A, i64 apart, const float *B, i64 B_apart, vf (*update)[2]) {
-    for (i64 t = 0; t < rank; t++, A += apart, B += B_apart)
-#pragma GCC unroll 4
-        for (int r = 0; r < BESIDE; r++) update[r][0] += B[r] * load(A), update[r][1] += B[r] * load(A + SIDE);
-}
-
-/* Left tiles of ΔW for up to SIDE rows of block k, made of W0's tiles that overlap the block's columns; other blocks' columns are 0.
- * A's first column is that of the first tile. */
-TILES static void delta_left(const layer *l, i64 k, const i64 *rows, i64 count, const half *W0, const float *A, float *B, half *to) {
-    i64 left = l->col_offsets[k] % TERMS, end = left + width_of(l, k), apart = round_up(end, TERMS), rank = rank_of(l, k);
-    copy_B(l, rows, 0, count, rank, NULL, B, SIDE);
-    for (i64 c = 0; c < end; c += TERMS, W0 += TILE, to += TILE) {
-        __mmask32 own = first_halves(end - c) & (c < left ? ~first_halves(left - c) : ~(__mmask32)0);
+/* Left tiles of ΔW, a step apart, for up to SIDE rows of a block, made of W0's tiles that overlap the block's columns; the first `skip`
+ * columns and those from `end` on are other blocks', and 0. */
+TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const half *W0, half *to) {
+    for (i64 c = 0; c < end; c += TERMS, W0 += STEP, to += STEP) {
+        __mmask32 inside = first_halves(end - c) & ~first_halves(greatest(0, m->skip - c));
         for (i64 i = 0; i < count; i += BESIDE) {
             vf update[BESIDE][2] = {{{0}}};
-            update_of(rank, A + c, apart, B + i, SIDE, update);
+            for (i64 t = 0; t < m->rank; t++) {
+                const float *A = m->A + t * m->A_stride + c, *B = m->B + t * m->B_stride + i;
 #pragma GCC unroll 4
-            for (int r = 0; r < BESIDE; r++) {
-                if (i + r >= count) continue;
-                __m512i w = _mm512_load_si512(W0 + (i + r) * TERMS);
-                w = narrowed(HALF_WIDENED(w, 0) * update[r][0], HALF_WIDENED(w, 1) * update[r][1]);
-                _mm512_store_si512(to + (i + r) * TERMS, _mm512_maskz_mov_epi16(own, w));
+                for (int r = 0; r < BESIDE; r++) update[r][0] += B[r] * load(A), update[r][1] += B[r] * load(A + SIDE);
             }
-        }
-    }
-}
-
-/* The same of a transposed layer, whose W0 has contiguous columns: of up to PANEL rows, a few terms at a time, which are W0's rows as
- * they lie. A and B have room for BESIDE, and PANEL, of each rank. */
-TILES static void delta_transposed(const layer *l, i64 k, const i64 *rows, i64 count, float *A, float *B, half *to) {
-    i64 left = l->col_offsets[k] % TERMS, end = left + width_of(l, k), rank = rank_of(l, k), below = round_up(end, TERMS) * SIDE;
-    const i64 *cols = l->col_index + l->col_offsets[k] - left;
-    copy_B(l, rows, 0, count, rank, NULL, B, PANEL);
-    for (i64 n = 0; n < end; n += TERMS, to += TILE) {
-        _Alignas(64) half block[TERMS * PANEL] = {0};
-        for (i64 i = greatest(n, left); i < least(end, n + TERMS); i += BESIDE) {
-            i64 some = least(BESIDE, least(end, n + TERMS) - i);
-            vf update[BESIDE][2] = {{{0}}};
-            copy_A(l, cols + i, 0, some, rank, NULL, A, BESIDE);
-            update_of(rank, B, PANEL, A, BESIDE, update);
-            for (i64 r = 0; r < some; r++) {
-                _Alignas(64) half line[PANEL] = {0};
-                const half *from = (const half *)l->weight + cols[i + r] * l->col_stride;
-                for (i64 c = 0; c < count; c++) line[c] = from[rows[c]];
-                __m512i w = _mm512_load_si512(line);
-                w = narrowed(HALF_WIDENED(w, 0) * update[r][0], HALF_WIDENED(w, 1) * update[r][1]);
-                _mm512_store_si512(block + (i + r - n) * PANEL, w);
-            }
-        }
-        transpose_halves(block, PANEL, to);
-        transpose_halves(block + SIDE, PANEL, to + below);
-    }
-}
-
-/* Rows `left` to `left + width` of a transposed layer's W0, which has contiguous columns, as right tiles; W_eff's where labels of rows are
- * given. A (rank, cols and BESIDE more) and B (rank, apart), s B of these rows, are 0 beyond a block's own rank. */
-TILES static void weight_right(const layer *l, i64 left, i64 width, const int32_t *row_label, const int32_t *col_label, const float *A,
-                               const float *B, i64 apart, half *to) {
-    i64 deep = ceil_div(l->cols, TERMS), stride = l->col_stride, rank = l->rank, cols = l->cols;
-    for (i64 n = 0; n < deep * TERMS; n += BESIDE) {
-        const half *term = (const half *)l->weight + n * stride + left;
-        __m512i block[BESIDE];
-        for (int i = 0; i < BESIDE; i++) block[i] = _mm512_set1_epi32(row_label && n + i < cols ? col_label[n + i] : -2);
-        half *line = to + n / TERMS * TILE + n % TERMS * SIDE;
-        for (i64 c = 0; c < width; c += PANEL, line += 2 * deep * TILE) {
-            __mmask32 inside = first_halves(width - c), own[BESIDE], any = 0;
-            __m512i found[BESIDE], one = _mm512_set1_epi32(-1), other = one;
-            if (row_label) one = _mm512_loadu_si512(row_label + left + c), other = _mm512_loadu_si512(row_label + left + c + SIDE);
 #pragma GCC unroll 4
-            for (int i = 0; i < BESIDE; i++) {
-                __builtin_prefetch(term + (2 * BESIDE + i) * stride + c); /* too far apart to be foreseen */
-                own[i] = (__mmask32)_mm512_cmpeq_epi32_mask(other, block[i]) << SIDE | _mm512_cmpeq_epi32_mask(one, block[i]);
-                any |= own[i] &= inside;
-                found[i] = _mm512_maskz_loadu_epi16(n + i < cols ? inside : 0, term + i * stride + c);
-            }
-            if (any) {
-                vf update[BESIDE][2] = {{{0}}};
-                update_of(rank, B + c, apart, A + n, cols + BESIDE, update);
-#pragma GCC unroll 4
-                for (int i = 0; i < BESIDE; i++) {
-                    vf low = HALF_WIDENED(found[i], 0), high = HALF_WIDENED(found[i], 1);
-                    __m512i changed = narrowed(low + low * update[i][0], high + high * update[i][1]);
-                    found[i] = _mm512_mask_mov_epi16(found[i], own[i], changed);
+            for (int r = 0; r < BESIDE; r++)
+                if (i + r < count) {
+                    __m512i line = _mm512_load_si512(W0 + (i + r) * TERMS);
+                    line = narrowed(HALF_WIDENED(line, 0) * update[r][0], HALF_WIDENED(line, 1) * update[r][1]);
+                    _mm512_store_si512(to + (i + r) * TERMS, _mm512_maskz_mov_epi16(inside, line));
                 }
-            }
-#pragma GCC unroll 2
-            for (int upper = 0; upper < 2; upper++) {
-                _mm512_store_si512(line + upper * deep * TILE, pairs_in(found[0], found[1], upper));
-                _mm512_store_si512(line + upper * deep * TILE + TERMS, pairs_in(found[2], found[3], upper));
-            }
         }
     }
 }
+
+#else
+#define store_pairs(low, high, to) ((void)(to))
+#define line_of(c) 0
+#define turn_tiles(tiles, tile) ((void)(tile))
+#define tiles_of_floats(format, count, depth, panel, to, apart) ((void)(to))
+#define split_rows(o, first, count, k, depth, to) ((void)(to))
+#define tile_rows(o, first, count, depth, as_left, scratch, to) ((void)(to))
 #endif
+
+/* --- By format --------------------------------------------------------------------------------------------------------- */
+
+/* A vector of term p + c of a right panel, the q-th of its rows, as float32; p is even. */
+INLINE vf term_of(int format, const void *panel, i64 p, int c, int q) {
+    if (format == FLOATS) return load((const float *)panel + (p + c) * NR + q * LANES);
+    vf line = load((const void *)((const half *)panel + line_of(p + c) + q * TILE));
+    return (vf)(c % 2 ? (vu)line & 0xffff0000 : (vu)line << 16);
+}
+
+/* Some terms of a right panel become W_eff or ΔW; `labels` are those of the panel's rows, all 0 where there are none. */
+INLINE void modulate_terms(int format, int count, const adapter *m, i64 row, i64 col, const vi *labels, void *panel, i64 p) {
+    vf update[BESIDE][2] = {{{0}}};
+    const vi merged = (vi){0} - (m->col_label != NULL); /* all bits, or none */
+    const float *A = m->A + col, *B = m->B + row;
+    for (i64 t = 0; t < m->rank; t++, A += m->A_stride, B += m->B_stride)
+#pragma GCC unroll 4
+        for (int c = 0; c < count; c++) update[c][0] += load(B) * A[c], update[c][1] += load(B + LANES) * A[c];
+#pragma GCC unroll 4
+    for (int c = 0; c < count; c++) {
+        int32_t label = m->col_label ? m->col_label[col + c] : 0;
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; q++) {
+            vf w = term_of(format, panel, p, c, q);
+            update[c][q] = select_label(labels[q], label, (vf)((vi)w & merged) + w * update[c][q], w);
+            if (format == FLOATS) store((float *)panel + (p + c) * NR + q * LANES, update[c][q]);
+            if (format == PAIRS && c % 2) store_pairs(update[c - 1][q], update[c][q], (half *)panel + line_of(p + c) + q * TILE);
+        }
+    }
+}
+
+/* Labels as bits: block k sets bit k % 64, so two blocks may share one. */
+static inline uint64_t blocks_of(const int32_t *label, i64 count) {
+    uint64_t found = 0;
+    for (i64 i = 0; i < count; i++) found |= (uint64_t)1 << label[i] % 64;
+    return found;
+}
+
+/* Right panels of the weight's rows first to first + count, terms k to k + depth, become W_eff or ΔW. */
+INLINE void modulate(int format, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *panels) {
+    for (i64 top = 0; top < count; top += NR, panels += row_size(format, depth) * NR) {
+        i64 row = first + top, p = greatest(0, least(depth, m->skip - k));
+        vi labels[2] = {{0}};
+        uint64_t blocks = 0; /* of these rows: columns of no such block stay as they are */
+        if (m->row_label) {
+            memcpy(labels, m->row_label + row, sizeof labels);
+            blocks = blocks_of(m->row_label + row, least(NR, count - top));
+        }
+        memset(panels, 0, (size_t)(p * NR) * sizeof *panels);
+        for (i64 terms = BESIDE; p < depth; p += terms) {
+            if (format == FLOATS && p + BESIDE > depth) terms = 1;
+            if (m->col_label && !(blocks & blocks_of(m->col_label + k + p, least(terms, depth - p)))) continue;
+            if (terms == BESIDE)
+                modulate_terms(format, BESIDE, m, row, k + p, labels, panels, p);
+            else
+                modulate_terms(format, 1, m, row, k + p, labels, panels, p);
+        }
+    }
+}
+
+#if HAS_TILES
+/* Right panels of a weight whose rows are contiguous, all its terms; W_eff's where `m` is given. */
+TARGET_BF16 static void weight_tiles(const operand *o, const adapter *m, i64 first, i64 count, i64 depth, half *to) {
+    for (i64 n = 0; n < depth; n += TERMS)
+        for (i64 c = 0; c < count; c += PANEL)
+            pair_terms(o, n, depth - n, first + c, count - c, TERMS * o->col_stride, to + c * round_up(depth, TERMS) + n * PANEL);
+    if (m) modulate(PAIRS, m, first, count, 0, depth, (float *)to);
+}
+#else
+#define weight_tiles(o, m, first, count, depth, to) ((void)(to))
+#endif
+
+/* Floats of scratch for an operand of which `data` has so many elements along a row. */
+static i64 scratch_size(int format, i64 width) {
+    return format == FLOATS ? 0 : greatest(NC * KC, format == PAIRS ? round_up(width, TERMS) * SIDE : 0) + SPILL;
+}
+
+/* Right panels: rows first to first + count, terms k to k + depth; modulated, while they are in the cache, where `m` is given. `scratch` has
+ * `scratch_size` floats. */
+static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *to,
+                       float *scratch) {
+    if (format == PAIRS && !m && has_rows(o)) {
+        tile_rows(o, first, count, depth, 0, (half *)scratch, (half *)to);
+        return;
+    }
+    if (format == PAIRS && (!m || m->col_label)) {
+        weight_tiles(o, m, first, count, depth, (half *)to);
+        return;
+    }
+    for (i64 top = 0; top < count; top += NC)
+        for (i64 p = 0, deep; p < depth; p += deep) {
+            i64 rows = least(NC, count - top);
+            deep = format == FLOATS ? depth : least(KC, depth - p);
+            i64 size = row_size(format, depth);
+            float *panels = format == FLOATS ? to + top * depth : scratch;
+            half *tiles = (half *)(to + top * size) + p * PANEL;
+            pack_floats(o, first + top, rows, k + p, deep, NR, panels);
+            if (m) modulate(FLOATS, m, first + top, rows, k + p, deep, panels);
+            if (format == PAIRS) tiles_of_floats(PAIRS, rows, deep, panels, tiles, 2 * PANEL * size);
+            if (format == SPLIT3) tiles_of_floats(SPLIT3, rows, deep, panels, tiles, 2 * PANEL * size);
+        }
+}
+
+/* Left panels. */
+static void pack_left(int format, const operand *o, i64 first, i64 count, i64 k, i64 depth, float *to, float *scratch) {
+    if (format == FLOATS)
+        pack_floats(o, first, count, k, depth, MR, to);
+    else if (format == PAIRS)
+        tile_rows(o, first, count, depth, 1, (half *)scratch, (half *)to);
+    else if (has_rows(o))
+        split_rows(o, first, count, k, depth, (half *)to);
+    else {
+        pack_right(SPLIT3, o, NULL, first, count, k, depth, to, scratch);
+        turn_tiles(round_up(count, PANEL) * row_size(SPLIT3, depth) * 2 / TILE, (half *)to);
+    }
+}

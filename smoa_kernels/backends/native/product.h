@@ -1,4 +1,4 @@
-/* Products in float32 (FLOATS and PARTS) of operands in any dtype: y, dX, dA and dB.
+/* y and dX by blocks: in float32 (FLOATS and SPLIT3) of operands in any dtype, and dX in bfloat16 (PAIRS).
  *
  * A merged product packs W_eff. Where dropout changes x for ΔW alone, y = dropout(x) ΔWᵀ comes first, block by block, and x W0ᵀ is added to
  * it. dX is the same product of the transposed layer, its mask on the result.
@@ -7,256 +7,174 @@
 
 #include "epilogue.h"
 
-/* Whether a product of so many rows of the left operand and so many terms is computed by PARTS: of fewer, to cut the right operand
- * takes as long as it saves. */
-static int format_of(i64 rows, i64 depth) { return rows >= 96 && depth >= 32 && has_amx() ? PARTS : FLOATS; }
+enum {
+    BAND = 512, /* tokens of x and y that are put in another order at a time: they stay in a cache */
+    L2_CACHE = 1 << 20,
+};
 
-/* y (tokens, rows) of x (tokens, cols) in one dtype: a part of a call, in which y's tokens lie one after another. */
+/* Whether a float32 product of so many rows of the left operand and so many terms is computed by SPLIT3: of fewer, to split the right
+ * operand takes as long as it saves. */
+static int format_of(i64 rows, i64 depth) { return rows >= 96 && depth >= 32 && has_amx() ? SPLIT3 : FLOATS; }
+
+/* y (tokens, rows) of x (tokens, cols) in one dtype, y's tokens one after another: a call, or some tokens of it. */
 typedef struct {
-    layer l; /* its factors are float32 */
-    i64 algorithm, tokens, total, parts, x_stride;
-    int dtype;
+    layer l;
+    i64 algorithm, tokens, total, threads, x_stride;
+    int dtype, tiles; /* tiles: multiply in bfloat16 */
     const void *x, *bias;
     const uint16_t *x_keep, *y_keep;
     void *y;
-    arena rest; /* of the workspace */
+    arena workspace;
+    /* Of the workspace. */
+    factors factors;
     float *C;
-    adapter m;
-    char *own;
-    i64 own_bytes;
+    adapter merged;
+    local_rooms rooms;
+    /* Of bfloat16.h: rows of W0 that are multiplied together; all of x, and what dropout keeps of it, as tiles; columns of y's last tokens. */
+    i64 together, groups;
+    half *x_tiles, *kept_tiles, *last_columns;
 } product;
 
-enum { BAND = 512 /* tokens of x and y that are put in another order at a time: they stay in a cache */ };
-
-/* A layer whose A (rank, cols) and B (rows, rank) are float32 and dense; `a` takes copies. */
-static layer with_float_factors(layer l, arena *a) {
-    float *A = take(a, l.rank * l.cols * 4), *B = take(a, l.rows * l.rank * 4);
-    if (A) copy_A(&l, NULL, 0, l.cols, l.rank, NULL, A, l.cols);
-    for (i64 i = 0; B && i < l.rows; i++)
-        for (i64 t = 0; t < l.rank; t++) B[i * l.rank + t] = factor_B(&l, i, t);
-    l.A = A, l.A_rank = l.cols, l.A_col = 1, l.B = B, l.B_row = l.rank, l.B_rank = 1, l.factor_dtype = FLOAT32;
-    return l;
+/* Goes on by so many tokens. */
+static void next_tokens(product *p, i64 count) {
+    p->x = element(p->x, count * p->x_stride, p->dtype), p->y = (char *)p->y + count * p->l.rows * bytes_of(p->dtype);
+    if (p->x_keep) p->x_keep += count * words(p->l.cols);
+    if (p->y_keep) p->y_keep += count * words(p->l.rows);
 }
 
-static operand x_of(const product *p) {
-    return masked(operand_of(p->x, p->dtype, p->x_stride, 1), p->x_keep, p->l.cols);
+/* How many of `all` rows are multiplied together. Rows have `numbers` bfloat16; the result fits into `bytes` of a cache, is at least PANEL,
+ * and leaves work for all threads. */
+static i64 rows_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
+    enum { MOST = 256 };
+    i64 fit = least(MOST, round_up(ceil_div(bytes / 2, greatest(1, numbers)), PANEL));
+    return least(fit, round_up(ceil_div(all, threads), PANEL));
 }
 
-/* Every thread packs what it multiplies: of x `tokens / bands` rows, of W0 as many as `bands / parts` leaves it. */
-static i64 bands_of(i64 tokens, i64 rows, i64 parts) {
+/* Tokens of which tiles are in the workspace at a time. */
+static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows + l->cols) / 4, PANEL), 1024); }
+
+static operand x_of(const product *p) { return operand_of(p->x, p->dtype, p->x_stride, 1, p->l.cols, p->x_keep); }
+
+/* Every thread packs what it multiplies: of x `tokens / bands` rows, of W0 as many as `bands / threads` leaves it. */
+static i64 bands_of(i64 tokens, i64 rows, i64 threads) {
     i64 best = 1;
-    for (i64 bands = 2; bands <= parts; bands++)
-        if (parts % bands == 0 && tokens / bands + rows * bands / parts < tokens / best + rows * best / parts) best = bands;
+    for (i64 bands = 2; bands <= threads; bands++)
+        if (threads % bands == 0 && tokens / bands + rows * bands / threads < tokens / best + rows * best / threads) best = bands;
     return best;
 }
 
-static i64 terms_of(i64 tokens) { return tokens < FEW_ROWS ? SHORT : KC; }
-
-/* C (+)= x W0ᵀ, or x W_effᵀ: a band of tokens, and a side of the rows. */
-static void multiply_weight(void *it, i64 part) {
-    const product *p = it;
-    i64 rows = p->l.rows, bands = bands_of(p->tokens, rows, p->parts), sides = p->parts / bands, band = part / sides, side = part % sides;
-    int format = format_of(p->total, p->l.cols);
-    i64 high = left_height(format), top = share_of(p->tokens, high, band, bands), end = share_of(p->tokens, high, band + 1, bands);
-    i64 left = share_of(rows, NR, side, sides), right = share_of(rows, NR, side + 1, sides);
-    if (top == end || left == right) return;
-    operand x = x_of(p);
-    x.keep = NULL;
-    gemm_job g = {.format = format, .depth = p->l.cols, .terms = terms_of(p->total), .left = x, .right = weight_of(&p->l),
-                  .adapter = p->algorithm == MERGED ? &p->m : NULL, .right_rows = right_rows_of(format), .C = p->C + top * rows + left,
-                  .stride = rows, .add = p->algorithm == SPLIT};
-    gemm(&g, top, end - top, left, right - left, (float *)(p->own + part * p->own_bytes));
+/* Of few tokens fewer terms are summed at a time: MKL's sums are about as short there, and errors are compared with its. */
+static i64 terms_of(i64 tokens) {
+    enum { FEW_ROWS = 16, SHORT = 64 };
+    return tokens < FEW_ROWS ? SHORT : KC;
 }
 
-typedef struct {
-    float *C, *rest;
-    chunk *chunks;
-} update_room;
+/* C (+)= x W0ᵀ, or x W_effᵀ: as a gemm without its result. */
+static gemm_job weight_product(const product *p) {
+    gemm_job g = {.format = p->tiles ? PAIRS : format_of(p->total, p->l.cols), .depth = p->l.cols, .terms = p->tiles ? p->l.cols : terms_of(p->total),
+                  .left = x_of(p), .right = weight_of(&p->l), .adapter = p->algorithm == MERGED ? &p->merged : NULL};
+    g.left.keep = NULL;
+    g.right_rows = p->tiles ? rows_together(p->l.rows, p->l.cols, L2_CACHE, p->threads) : right_rows_of(g.format);
+    return g;
+}
 
-static update_room update_room_of(const product *p, arena *a) {
-    i64 tall = tallest_of(&p->l), wide = greatest(1, widest_of(&p->l));
-    update_room r = {take(a, (least(BAND, p->tokens) * tall + CHUNK) * 4), NULL, take(a, tall * (i64)sizeof(chunk))};
-    int format = format_of(p->total, wide);
-    r.rest = take(a, 4 * gemm_size(format, least(BAND, p->tokens), right_rows_of(format), wide, p->l.rank));
-    return r;
+/* A band of tokens, and a side of the rows. */
+static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
+    const product *p = it;
+    i64 rows = p->l.rows, bands = bands_of(p->tokens, rows, p->threads), sides = p->threads / bands, band = thread / sides, side = thread % sides;
+    gemm_job g = weight_product(p);
+    arena room = room_of(&p->rooms, thread);
+    i64 high = left_height(g.format), left = share_of(rows, PANEL, side, sides), right = share_of(rows, PANEL, side + 1, sides);
+    first = share_of(p->tokens, high, band, bands), end = share_of(p->tokens, high, band + 1, bands);
+    if (first == end || left == right) return;
+    g.C = p->C + first * rows + left, g.stride = rows, g.add = p->algorithm == SPLIT;
+#if HAS_TILES
+    rounded_rows to = {(half *)p->y + first * rows + left, rows};
+    if (p->tiles) {
+        g.C = take(&room, PANEL * g.right_rows * 4), g.stride = g.right_rows;
+        g.context = &to, g.begin = p->y_keep ? begin_with_y : NULL, g.epilogue = round_panel, g.add = 0;
+    }
+#endif
+    gemm(&g, first, end - first, left, right - left, room);
 }
 
 /* C = x ΔWᵀ of some tokens, a band at a time: each block's columns of x, in their order, give its columns of C. */
-static void add_update(void *it, i64 part) {
+static void add_update(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
-    arena own = {p->own + part * p->own_bytes, 0};
-    update_room r = update_room_of(p, &own);
+    arena room = room_of(&p->rooms, thread);
+    float *C = take(&room, least(BAND, p->tokens) * tallest_of(l) * 4);
     int format = format_of(p->total, greatest(1, widest_of(l)));
-    i64 high = left_height(format), end = share_of(p->tokens, high, part + 1, p->parts);
-    for (i64 first = share_of(p->tokens, high, part, p->parts); first < end; first += BAND / high * high) {
-        i64 count = least(BAND / high * high, end - first);
+    for (i64 most = BAND / left_height(format) * left_height(format), count; first < end; first += count) {
+        count = least(most, end - first);
         for (i64 k = 0; k < l->blocks; k++) {
-            const i64 *rows = l->row_index + l->row_offsets[k], *cols = l->col_index + l->col_offsets[k];
-            i64 height = height_of(l, k), width = width_of(l, k), in_place = l->contiguous && !p->y_keep;
+            const i64 *rows = l->row_index + l->row_offsets[k];
+            i64 height = height_of(l, k), width = width_of(l, k), in_order = l->contiguous;
             float *to = p->C + first * l->rows;
             if (!width || !rank_of(l, k)) {
                 for (i64 t = 0; t < count; t++)
                     for (i64 i = 0; i < height; i++) to[t * l->rows + rows[i]] = 0;
                 continue;
             }
-            adapter m = {.l = l, .rank = rank_of(l, k), .rows = rows, .cols = cols};
-            gemm_job g = {.format = format, .depth = width, .terms = terms_of(p->total), .left = x_of(p), .right = weight_of(l), .adapter = &m,
-                          .right_rows = right_rows_of(format), .C = in_place ? to + l->row_offsets[k] : r.C, .stride = in_place ? l->rows : height};
-            g.left.cols = cols;
-            g.right.rows = rows, g.right.cols = cols;
-            if (l->contiguous) {
-                i64 at = l->row_offsets[k] * l->row_stride + l->col_offsets[k] * l->col_stride;
-                g.right = operand_of(element(l->weight, at, l->dtype), l->dtype, l->row_stride, l->col_stride);
-                if (!p->x_keep) g.left.cols = NULL, g.left.data = element(p->x, l->col_offsets[k], p->dtype);
+            adapter m = adapter_of_block(l, &p->factors, k, 0, 0);
+            gemm_job g = {.format = format, .depth = width, .terms = terms_of(p->total), .left = x_of(p), .right = weight_of_block(l, k, 0, 0),
+                          .adapter = &m, .right_rows = right_rows_of(format), .C = in_order ? to + l->row_offsets[k] : C,
+                          .stride = in_order ? l->rows : height};
+            if (in_order)
+                g.left.start = l->col_offsets[k];
+            else
+                g.left.cols = l->col_index + l->col_offsets[k];
+            gemm(&g, first, count, 0, height, room);
+            for (i64 t = 0; t < count; t++, to += l->rows) {
+                const uint16_t *keep = p->y_keep ? p->y_keep + (first + t) * words(l->rows) : NULL;
+                if (!in_order)
+                    scatter(C + t * height, rows, height, keep, to);
+                else if (keep)
+                    widen_row(to, FLOAT32, l->row_offsets[k], height, keep, to + l->row_offsets[k]);
             }
-            gemm(&g, first, count, 0, height, r.rest);
-            if (in_place) continue;
-            i64 some = chunks_of(rows, height, FLOAT32, r.chunks);
-            for (i64 t = 0; t < count; t++)
-                scatter(r.C + t * height, rows, height, r.chunks, some, p->y_keep ? p->y_keep + (first + t) * words(l->rows) : NULL,
-                        to + t * l->rows);
         }
     }
 }
 
-static void finish(void *it, i64 part) {
+static void finish(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
-    finish_rows(p->C, share_of(p->tokens, 1, part, p->parts), share_of(p->tokens, 1, part + 1, p->parts), p->l.rows, p->bias,
-                p->algorithm == UPDATE, p->y, p->dtype);
+    (void)thread;
+    finish_rows(p->C, first, end, p->l.rows, p->bias, p->algorithm == UPDATE, p->y, p->dtype);
 }
 
-/* y = x W_effᵀ + b, or y += x ΔWᵀ. Half types are summed in float32, a band at a time, and rounded once. */
-static i64 float_product(product *p) {
-    const layer *l = &p->l;
-    i64 all = p->tokens, in_y = p->dtype == FLOAT32 && p->algorithm != UPDATE, most = in_y ? all : least(all, MC);
-    int format = format_of(p->total, l->cols);
-    arena a = p->rest, part = {0};
-    p->tokens = most;
-    p->C = in_y ? p->y : take(&a, most * l->rows * 4);
-    int32_t *row_label = take(&a, l->rows * 4), *col_label = take(&a, l->cols * 4);
-    update_room_of(p, &part);
-    p->own_bytes = greatest(part.bytes, 4 * round_up(gemm_size(format, most, right_rows_of(format), l->cols, l->rank), 16));
-    p->own = take(&a, p->parts * p->own_bytes);
+/* Bytes that a thread takes of the workspace. */
+static i64 product_room(const product *p) {
+    i64 wide = greatest(1, widest_of(&p->l));
+    int format = format_of(p->total, wide);
+    gemm_job g = weight_product(p);
+    arena weight = {0}, update = {0};
+    if (p->tiles) take(&weight, PANEL * g.right_rows * 4);
+    packing_room_of(&weight, g.format, p->tokens, g.right_rows, g.depth, g.terms);
+    take(&update, p->tiles ? 0 : least(BAND, p->tokens) * tallest_of(&p->l) * 4);
+    if (!p->tiles) packing_room_of(&update, format, least(BAND, p->tokens), right_rows_of(format), wide, KC);
+    return greatest(weight.bytes, update.bytes);
+}
+
+/* y = x W_effᵀ + b, or y += x ΔWᵀ. Half types that are summed in float32 are rounded once, a band at a time. In bfloat16 tiles y += x W0ᵀ
+ * where some of y is dropped. */
+static i64 blocked_product(product p) {
+    const layer *l = &p.l;
+    i64 left = p.tokens, in_y = p.tiles || (p.dtype == FLOAT32 && p.algorithm != UPDATE), most = in_y ? left : least(left, MC);
+    arena a = p.workspace;
+    p.tokens = most;
+    p.factors = factors_of(&a, l, p.algorithm != MERGED, l->scaling);
+    p.C = in_y ? p.y : take(&a, most * l->rows * 4);
+    int32_t *row_label = take(&a, (l->rows + PANEL) * 4), *col_label = take(&a, (l->cols + PANEL) * 4);
+    p.rooms = take_rooms(&a, p.threads, product_room(&p));
     if (!a.base) return floats_of(&a);
-    p->m = (adapter){.l = l, .rank = l->rank, .row_label = row_label, .col_label = col_label};
     write_labels(l->row_index, l->row_offsets, l->blocks, row_label);
     write_labels(l->col_index, l->col_offsets, l->blocks, col_label);
-    for (i64 first = 0; first < all; first += most) {
-        p->tokens = least(most, all - first);
-        if (p->algorithm != MERGED) in_parallel(add_update, p, p->parts);
-        if (p->algorithm != UPDATE) in_parallel(multiply_weight, p, p->parts);
-        if (!in_y || p->bias) in_parallel(finish, p, p->parts);
-        p->x = element(p->x, most * p->x_stride, p->dtype), p->y = (char *)p->y + most * l->rows * bytes_of(p->dtype);
-        if (p->x_keep) p->x_keep += most * words(l->cols);
-        if (p->y_keep) p->y_keep += most * words(l->rows);
+    p.merged = (adapter){l->rank, p.factors.A_stride, p.factors.B_stride, 0, p.factors.A, p.factors.B, row_label, col_label};
+    for (; left > 0; left -= most, next_tokens(&p, most)) {
+        p.tokens = least(most, left);
+        if (p.algorithm != MERGED && !p.tiles) in_parallel(add_update, &p, p.tokens, left_height(format_of(p.total, greatest(1, widest_of(l)))), p.threads);
+        if (p.algorithm != UPDATE) in_parallel(multiply_weight, &p, p.threads, 1, p.threads);
+        if (!in_y || p.bias) in_parallel(finish, &p, p.tokens, 1, p.threads);
     }
-    return floats_of(&a);
-}
-
-/* --- dA and dB ---------------------------------------------------------------------------------------------------------- */
-
-enum { SLAB = 512 /* rows of a block whose G is held at a time, at most */ };
-
-typedef struct {
-    layer l; /* W0's rows are contiguous */
-    i64 tokens, parts, slab;
-    operand dy, x; /* (rows, tokens), (cols, tokens) */
-    gradient_sums sums;
-    int format;
-    char *own;
-    i64 own_bytes;
-} gradient;
-
-typedef struct {
-    float *G, *H, *B, *dA, *line, *rest;
-    chunk *chunks;
-} slab_room;
-
-static slab_room slab_room_of(const gradient *g, arena *a) {
-    i64 wide = widest_of(&g->l), padded = round_up(wide, PANEL);
-    slab_room r = {take(a, g->slab * wide * 4), take(a, GROUP * padded * 4), take(a, g->slab * g->sums.ranks * 4),
-                   take(a, g->sums.ranks * padded * 4), take(a, (wide + CHUNK) * 4), NULL, take(a, wide * (i64)sizeof(chunk))};
-    r.rest = take(a, 4 * gemm_size(g->format, g->slab, right_rows_of(g->format), g->tokens, 0));
-    return r;
-}
-
-/* H of a slab's rows, GROUP at a time, contracted with the factors; of dA a slab is summed by itself, so that sums stay short. */
-static void contract_slab(const gradient *g, const slab_room *r, i64 k, i64 top, i64 count, i64 some, float *dA) {
-    const layer *l = &g->l;
-    const gradient_sums *s = &g->sums;
-    i64 width = width_of(l, k), padded = round_up(width, PANEL), before = padded_before(l->col_offsets, k);
-    const i64 *rows = l->row_index + l->row_offsets[k] + top, *cols = l->col_index + l->col_offsets[k];
-    float *dB = s->dB + (padded_before(l->row_offsets, k) + top) * s->ranks;
-    memset(r->dA, 0, (size_t)(s->ranks * padded) * sizeof *r->dA);
-    for (i64 n = 0; n < count; n += GROUP) {
-        for (i64 i = 0; i < GROUP; i++) {
-            float *H = r->H + i * padded;
-            if (n + i >= count) {
-                memset(H, 0, (size_t)padded * sizeof *H);
-                continue;
-            }
-            const void *W0 = element(l->weight, rows[n + i] * l->row_stride, l->dtype), *ordered = r->line;
-            int dtype = l->contiguous ? (int)l->dtype : FLOAT32;
-            if (l->contiguous)
-                ordered = element(W0, l->col_offsets[k], dtype);
-            else
-                gather(W0, (int)l->dtype, cols, width, r->chunks, some, NULL, r->line);
-            i64 ahead = n + i + ROWS_AHEAD < count ? ROWS_AHEAD * l->row_stride : 0;
-            for (i64 c = 0; c < width && l->contiguous; c += 64 / bytes_of(dtype)) __builtin_prefetch(element(ordered, ahead + c, dtype));
-#define CALL(dtype) H_row(r->G + (n + i) * width, ordered, dtype, (float)l->scaling, width, H)
-            WITH_DTYPE(dtype, CALL)
-#undef CALL
-        }
-        contract(rank_of(l, k), s->ranks, r->H, padded, padded, s->A + before * s->ranks, r->B + n * s->ranks, r->dA, padded,
-                 dB + n * s->ranks);
-    }
-    for (i64 t = 0; t < rank_of(l, k); t++)
-        for (i64 c = 0; c < padded; c++) dA[t * s->wide + before + c] += r->dA[t * padded + c];
-}
-
-static void gradient_part(void *it, i64 part) {
-    const gradient *g = it;
-    const layer *l = &g->l;
-    arena own = {g->own + part * g->own_bytes, 0};
-    slab_room r = slab_room_of(g, &own);
-    for (i64 k = 0; k < l->blocks; k++) {
-        /* In whole groups, so that a row of dB is summed in the same order however many threads there are; where a block
-         * has fewer than threads, others take the next block's. */
-        i64 height = height_of(l, k), width = width_of(l, k), turn = (part + k) % g->parts;
-        i64 end = share_of(height, GROUP, turn + 1, g->parts);
-        if (!width || !rank_of(l, k)) continue;
-        i64 some = chunks_of(l->col_index + l->col_offsets[k], width, (int)l->dtype, r.chunks);
-        gemm_job product = {.format = g->format, .depth = g->tokens, .terms = KC, .left = g->dy, .right = g->x,
-                            .right_rows = right_rows_of(g->format), .C = r.G, .stride = width};
-        product.left.rows = l->contiguous && !g->dy.keep ? NULL : l->row_index;
-        product.right.rows = l->contiguous && !g->x.keep ? NULL : l->col_index;
-        for (i64 top = share_of(height, GROUP, turn, g->parts); top < end; top += g->slab) {
-            i64 count = least(g->slab, end - top);
-            gemm(&product, l->row_offsets[k] + top, count, l->col_offsets[k], width, r.rest);
-            copy_B_rows(&g->sums, k, l->row_index + l->row_offsets[k] + top, count, r.B);
-            contract_slab(g, &r, k, top, count, some, g->sums.dA + part * g->sums.ranks * g->sums.wide);
-        }
-    }
-}
-
-/* dA and dB, dense, of a layer either of whose sides is contiguous. */
-static i64 float_gradient(const call *c) {
-    operand dy = operand_of(c->dy, c->dtype, 1, c->dy_stride);
-    operand x = masked(operand_of(c->x, c->dtype, 1, c->x_stride), c->keep, c->layer.cols);
-    int swapped = c->layer.col_stride != 1;
-    gradient g = {.l = swapped ? transposed(c->layer) : c->layer, .tokens = c->tokens, .parts = c->threads, .dy = swapped ? x : dy,
-                  .x = swapped ? dy : x};
-    arena a = workspace_of(c->workspace), part = {0};
-    i64 groups = ceil_div(ceil_div(tallest_of(&g.l), GROUP), g.parts); /* no more rows than a thread has of a block */
-    /* The format goes by a block's rows, not by a thread's share of them: results would depend on the number of threads. */
-    g.slab = least(SLAB, groups * GROUP), g.format = format_of(tallest_of(&g.l), c->tokens);
-    g.sums = sums_in(&a, &g.l, g.parts);
-    slab_room_of(&g, &part);
-    g.own_bytes = part.bytes, g.own = take(&a, g.parts * part.bytes);
-    if (!c->workspace) return floats_of(&a);
-    begin_sums(&g.sums);
-    in_parallel(gradient_part, &g, g.parts);
-    end_sums(&g.sums, swapped ? c->dB : c->dA, swapped ? c->dA : c->dB, swapped);
     return floats_of(&a);
 }

@@ -1,0 +1,186 @@
+/* dA and dB: G = dYᵀ x of some rows of a block at a time, whose terms are tokens, contracted with the factors as soon as it is there.
+ *
+ * FLOATS and SPLIT3 pack as they multiply. In bfloat16 (PAIRS) a band of tokens of both operands is packed first, for an element at a time
+ * would take longer to move than to multiply. Sums of dA and dB are float32, (rank, coordinates in padded block order).
+ */
+#pragma once
+
+#include "bfloat16.h"
+
+enum {
+    SLAB = 512, /* rows of a block whose G is held at a time, at most */
+    ROWS_AHEAD = 16, /* so many rows of a contiguous block before it reads them a slab asks the memory for them */
+};
+
+typedef struct {
+    layer l; /* W0's rows are contiguous */
+    i64 tokens, threads, slab;
+    operand dy, x; /* (rows, tokens), (cols, tokens) */
+    factors factors; /* B, not s B */
+    float *dA, *dB; /* laid out as A and B; dA once for each thread */
+    half *dy_tiles, *x_tiles; /* of PAIRS */
+    int format;
+    local_rooms rooms;
+} gradient;
+
+typedef struct {
+    float *G, *dA, *line;
+    half *lines; /* while operands are packed: columns of a step of tokens */
+    arena rest;
+} gradient_room;
+
+static gradient_room gradient_room_of(const gradient *g, arena a) {
+    arena pack = a;
+    i64 padded = round_up(widest_of(&g->l), PANEL);
+    gradient_room r = {.G = take(&a, g->slab * padded * 4), .dA = take(&a, g->l.rank * padded * 4), .line = take(&a, padded * 4)};
+    r.lines = take(&pack, g->format == PAIRS ? round_up(greatest(g->l.rows, g->l.cols), TERMS) * TERMS * 2 : 0);
+    r.rest = (arena){a.base, greatest(a.bytes, pack.bytes)};
+    return r;
+}
+
+#if HAS_TILES
+/* One step of tokens of an operand as panels in block order: left ones, or right ones. Columns of the tokens are lines, which are picked. */
+TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const i64 *index, const int32_t *offsets, i64 blocks, int as_left,
+                                  half *lines, half *to) {
+    i64 first = step * TERMS, width = offsets[blocks], panel = ceil_div(tokens, TERMS) * STEP;
+    for (i64 c = 0; c < width; c += TERMS) {
+        pair_terms(o, first, tokens - first, c, width - c, 4 * TERMS, lines + c * TERMS);
+        turn_tiles(2, lines + c * TERMS);
+    }
+    to += step * STEP;
+    for (i64 k = 0; k < blocks; k++)
+        for (i64 n = offsets[k]; n < offsets[k + 1]; n += PANEL, to += panel) {
+            for (i64 i = 0; i < PANEL; i++) {
+                __builtin_prefetch(to + panel + i * TERMS, 1); /* the next panel is far away */
+                _mm512_store_si512(to + i * TERMS,
+                                   n + i < offsets[k + 1] ? _mm512_load_si512(lines + index[n + i] * TERMS) : _mm512_setzero_si512());
+            }
+            if (!as_left) turn_tiles(2, to);
+        }
+}
+
+/* Both operands, some steps of tokens: dY as left tiles, x as right ones. */
+static void pack_terms(void *it, i64 thread, i64 step, i64 end) {
+    const gradient *g = it;
+    const layer *l = &g->l;
+    half *lines = gradient_room_of(g, room_of(&g->rooms, thread)).lines;
+    for (; step < end; step++) {
+        pack_side(&g->dy, step, g->tokens, l->row_index, l->row_offsets, l->blocks, 1, lines, g->dy_tiles);
+        pack_side(&g->x, step, g->tokens, l->col_index, l->col_offsets, l->blocks, 0, lines, g->x_tiles);
+    }
+}
+#endif
+
+/* G's rows become H, GROUP at a time, which is contracted with the factors; of dA a slab is summed by itself, so that sums stay short. */
+static void contract_slab(const gradient *g, const gradient_room *r, i64 k, i64 top, i64 count, float *dA) {
+    const layer *l = &g->l;
+    const factors *f = &g->factors;
+    i64 width = width_of(l, k), padded = round_up(width, PANEL), before = padded_before(l->col_offsets, k);
+    i64 row = padded_before(l->row_offsets, k) + top;
+    int dtype = l->contiguous ? (int)l->dtype : FLOAT32;
+    const i64 *rows = l->row_index + l->row_offsets[k] + top;
+    memset(r->dA, 0, (size_t)(l->rank * padded) * sizeof *r->dA);
+    memset(r->G + count * padded, 0, (size_t)((round_up(count, GROUP) - count) * padded) * sizeof *r->G);
+    for (i64 n = 0; n < count; n += GROUP) {
+        for (i64 i = n; i < least(count, n + GROUP); i++) {
+            const void *W0 = element(l->weight, rows[i] * l->row_stride, l->dtype);
+            if (l->contiguous) {
+                i64 ahead = i + ROWS_AHEAD < count ? ROWS_AHEAD * l->row_stride : 0;
+                W0 = element(W0, l->col_offsets[k], dtype);
+                for (i64 c = 0; c < width; c += 64 / bytes_of(dtype)) __builtin_prefetch(element(W0, ahead + c, dtype));
+            } else {
+                gather(W0, (int)l->dtype, l->col_index + l->col_offsets[k], width, NULL, r->line);
+                W0 = r->line;
+            }
+            make_H(r->G + i * padded, W0, dtype, (float)l->scaling, width);
+        }
+        contract(rank_of(l, k), r->G + n * padded, padded, f->A + before, f->A_stride, f->B + row + n, f->B_stride, r->dA, padded,
+                 g->dB + row + n, f->B_stride);
+    }
+    for (i64 t = 0; t < rank_of(l, k); t++)
+        for (i64 c = 0; c < padded; c++) dA[t * f->A_stride + before + c] += r->dA[t * padded + c];
+}
+
+/* A thread's rows of each block. */
+static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
+    const gradient *g = it;
+    const layer *l = &g->l;
+    gradient_room r = gradient_room_of(g, room_of(&g->rooms, thread));
+    i64 size = ceil_div(g->tokens, TERMS) * TERMS; /* of a row in tiles */
+    for (i64 k = 0; k < l->blocks; k++) {
+        /* In whole panels, so that a row of dB is summed in the same order however many threads there are; where a block
+         * has fewer than threads, others take the next block's. */
+        i64 height = height_of(l, k), width = width_of(l, k), turn = (thread + k) % g->threads;
+        if (!width || !rank_of(l, k)) continue;
+        gemm_job product = {.format = g->format, .depth = g->tokens, .terms = g->format == PAIRS ? g->tokens : KC, .left = g->dy, .right = g->x,
+                            .right_rows = g->format == PAIRS ? PANEL : right_rows_of(g->format), .C = r.G, .stride = round_up(width, PANEL)};
+        product.left.rows = l->contiguous ? NULL : l->row_index;
+        product.right.rows = l->contiguous ? NULL : l->col_index;
+        end = share_of(height, PANEL, turn + 1, g->threads);
+        for (first = share_of(height, PANEL, turn, g->threads); first < end; first += g->slab) {
+            i64 count = least(g->slab, end - first);
+            if (g->format == PAIRS) {
+                product.left_tiles = g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size;
+                product.right_tiles = g->x_tiles + padded_before(l->col_offsets, k) * size;
+            }
+            gemm(&product, l->row_offsets[k] + first, count, l->col_offsets[k], width, r.rest);
+            contract_slab(g, &r, k, first, count, g->dA + thread * l->rank * g->factors.A_stride);
+        }
+    }
+}
+
+/* Write dA, (rank, cols), from the sums of each thread, stored as A is; of the transposed layer dB. */
+static void write_gradient(const layer *l, const float *sums, i64 stride, i64 threads, void *dA, i64 rank_step, i64 col_step) {
+    int dtype = (int)l->factor_dtype;
+    for (i64 k = 0; k < l->blocks; k++)
+        for (i64 t = 0; t < l->rank; t++)
+            for (i64 c = 0; c < width_of(l, k); c += LANES) {
+                const float *from = sums + t * stride + padded_before(l->col_offsets, k) + c;
+                char line[VECTOR_BYTES];
+                vf sum = {0};
+                for (i64 thread = 0; thread < threads && t < rank_of(l, k); thread++) sum += load(from + thread * l->rank * stride);
+                narrow_all(line, sum, dtype);
+                for (i64 i = 0; i < least(LANES, width_of(l, k) - c); i++) {
+                    i64 at = t * rank_step + l->col_index[l->col_offsets[k] + c + i] * col_step;
+                    memcpy((char *)dA + at * bytes_of(dtype), line + i * bytes_of(dtype), (size_t)bytes_of(dtype));
+                }
+            }
+}
+
+/* dA and dB, dense, of a layer either of whose sides is contiguous; of PAIRS, its rows. */
+static i64 factor_gradients(const call *c, int tiles) {
+    operand dy = operand_of(c->dy, c->dtype, 1, c->dy_stride, c->layer.rows, NULL);
+    operand x = operand_of(c->x, c->dtype, 1, c->x_stride, c->layer.cols, c->keep);
+    int swapped = c->layer.col_stride != 1;
+    gradient g = {.l = swapped ? transposed(c->layer) : c->layer, .threads = c->threads, .dy = swapped ? x : dy, .x = swapped ? dy : x};
+    const layer *l = &g.l;
+    i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads), left = c->tokens; /* no more than a thread has of a block */
+    i64 most = tiles ? least(left, tokens_together(l)) : left, padded = tiles ? round_up(most, TERMS) : 0;
+    arena a = workspace_of(c->workspace), local = {0};
+    /* The format goes by a block's rows, not by a thread's share of them: results would depend on the number of threads. */
+    g.format = tiles ? PAIRS : format_of(tallest_of(l), left);
+    g.slab = least(tiles ? rows_together(l->rows, 2 * widest_of(l), L2_CACHE, 1) : SLAB, panels * PANEL), g.tokens = most;
+    g.factors = factors_of(&a, l, 1, 1);
+    g.dA = take(&a, g.threads * l->rank * g.factors.A_stride * 4), g.dB = take(&a, l->rank * g.factors.B_stride * 4);
+    g.dy_tiles = take(&a, padded_before(l->row_offsets, l->blocks) * padded * 2);
+    g.x_tiles = take(&a, padded_before(l->col_offsets, l->blocks) * padded * 2);
+    local = gradient_room_of(&g, local).rest;
+    if (!tiles) packing_room_of(&local, g.format, g.slab, right_rows_of(g.format), most, KC);
+    g.rooms = take_rooms(&a, g.threads, local.bytes);
+    if (!a.base) return floats_of(&a);
+    memset(g.dA, 0, (size_t)(g.threads * l->rank * g.factors.A_stride) * sizeof *g.dA);
+    memset(g.dB, 0, (size_t)(l->rank * g.factors.B_stride) * sizeof *g.dB);
+    for (; left > 0; left -= g.tokens) {
+        g.tokens = least(most, left);
+#if HAS_TILES
+        if (tiles) in_parallel(pack_terms, &g, ceil_div(g.tokens, TERMS), 1, g.threads);
+#endif
+        in_parallel(add_gradients, &g, g.threads, 1, g.threads);
+        g.dy.data = element(g.dy.data, g.tokens * g.dy.col_stride, c->dtype), g.x.data = element(g.x.data, g.tokens * g.x.col_stride, c->dtype);
+        g.x.keep = keep_of(&g.x, g.tokens);
+    }
+    layer other = transposed(*l);
+    write_gradient(l, g.dA, g.factors.A_stride, g.threads, swapped ? c->dB : c->dA, swapped ? 1 : l->cols, swapped ? l->rank : 1);
+    write_gradient(&other, g.dB, g.factors.B_stride, 1, swapped ? c->dA : c->dB, swapped ? l->rows : 1, swapped ? 1 : l->rank);
+    return floats_of(&a);
+}
