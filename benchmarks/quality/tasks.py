@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import minilm
+import smollm2
 from questions import Question
-
-from examples import minilm, smollm2
 
 from . import data
 from .models import CutModel, cut_minilm, cut_smollm2, cut_smollm2_choices
