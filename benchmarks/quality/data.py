@@ -12,9 +12,7 @@ import csv
 import gzip
 import hashlib
 import json
-import os
 import tarfile
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,8 @@ from typing import Any
 import trec
 from packages import file_of
 from questions import Question, Splits, same_text, split
-from smollm2 import cache_folder
+
+from smoa_kernels.files import cache_folder, replace_file
 
 # What a run may train on: little enough that a budget can matter.
 TRAINING_QUESTIONS = 2000
@@ -158,7 +157,5 @@ def _social_file() -> Path:
         with tarfile.open(folder / ARCHIVE) as archive:
             member = archive.extractfile(MEMBER)
             assert member is not None  # extractfile raises KeyError where there is none
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
-                unfinished.write(member.read())
-        os.replace(unfinished.name, path)
+            replace_file(path, member.read())
     return path
