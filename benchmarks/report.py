@@ -26,23 +26,15 @@ NONE_YET = "No run has been kept yet: `make bench` measures and writes what belo
 
 def page(runs: list[Run]) -> str:
     """The text of results/README.md."""
-    overview = []
-    if plots.overview(runs) is not None:
-        overview.append(f"![time of forward and backward over a frozen layer, by method]({OVERVIEW})")
-    parts = [
-        "# Benchmark results",
-        "Written by `python -m benchmarks.report` from the JSON files in this folder, which `make bench` measures. "
-        "Every figure is **measured on CPU**, or **measured on GPU** with the card's name. A run "
-        "belongs to one commit and one machine. `make bench-compare OLD=a.json "
-        "NEW=b.json` says what changed between two. Seconds are medians of a provider's own rounds, ratios medians "
-        "of the rounds' ratios: the quotient of two seconds is not the ratio.",
-        *overview,
-        "## How it was measured",
-        _protocol_text(),
-        *(_run_page(run) for run in runs),
-        *([] if runs else [NONE_YET]),
-    ]
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+    drawn = plots.overview(runs) is not None
+    figure = f"![time of forward and backward over a frozen layer, by method]({OVERVIEW})"
+    words = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
+    text = words.format(
+        overview=figure if drawn else "",
+        protocol=inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2],
+        runs="\n\n".join(map(_run_page, runs)) or NONE_YET,
+    )
+    return "\n\n".join(part.strip() for part in text.split("\n\n") if part.strip()) + "\n"
 
 
 def generate(folder: Path, readme: Path | None) -> list[Path]:
@@ -78,21 +70,6 @@ def main(
         write(out / f"{run.slug}.json", compact(run))
     for path in generate(out, readme or (README if ours else None)):
         print(f"written: {path}")
-
-
-def _protocol_text() -> str:
-    """The protocol module's docstring without its first line, and what the gates check."""
-    words = inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2]
-    return (
-        f"{words}\n\nA layer passes its gate (`benchmarks/gate.py`) when its output and gradients have at most twice "
-        "the error of the same formula in the same dtype, both compared with float64. A provider that fails its gate "
-        "is not timed. The gate checks dropout only for ours on the eager backend, whose mask can be drawn again "
-        "outside the layer; PEFT's layers, the paper's dense way and our kernels are checked with dropout off. A "
-        "model's step passes when the gradients of each adapter have at most twice the error of the worse of the two "
-        "others, compared with float64. A partition passes when every row and column is in the block that an SVD puts "
-        "it into, except where rounding decides at a boundary. PyTorch's allocator counts memory to the byte "
-        "(`benchmarks/memory.py`)."
-    )
 
 
 def _run_page(run: Run) -> str:

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,10 +152,7 @@ def accuracy(model: Any, encoded: Sequence[dict[str, Any]]) -> Score:
     return Score(right, len(encoded))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; report bad input in one line."""
-    return run_command(finetune, arguments)
-
+main = partial(run_command, finetune)  # bad input is told in one line
 
 if __name__ == "__main__":
     sys.exit(main())

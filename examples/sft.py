@@ -15,6 +15,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep early, for
 import random
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,10 +126,7 @@ def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: chats.C
     return " ".join(text.split())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; report bad input in one line."""
-    return run_command(sft, arguments)
-
+main = partial(run_command, sft)  # bad input is told in one line
 
 if __name__ == "__main__":
     sys.exit(main())
