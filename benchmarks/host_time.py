@@ -101,7 +101,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one round: does it run")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # products of what no kernel wrote would take 20 times as long
+    torch.set_flush_denormal(
+        True
+    )  # memory that no kernel wrote may hold denormals: products of them take 20 times as long
     found, launches = measure(1 if args.smoke else 60)
     print(
         f"Host time, measured on a CPU with a pretended GPU: T={TOKENS}, {FEATURES}x{FEATURES}, K={BLOCKS}, float32"

@@ -140,7 +140,7 @@ def life_cycle(run: Run) -> str:
 
 
 def scaling(run: Run) -> str:
-    """Log-log slopes of the time, and of what it exceeds frozen's by."""
+    """Log-log slopes of the time, and of the time beyond frozen's."""
     rows = []
     for result in run.select("scaling"):
         values, c = result.params["values"], result.comparison("both")
