@@ -101,9 +101,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one round: does it run")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.set_flush_denormal(
-        True
-    )  # memory that no kernel wrote may hold denormals: products of them take 20 times as long
+    torch.set_flush_denormal(True)  # what no kernel wrote may hold denormals, which are slow
     found, launches = measure(1 if args.smoke else 60)
     print(
         f"Host time, measured on a CPU with a pretended GPU: T={TOKENS}, {FEATURES}x{FEATURES}, K={BLOCKS}, float32"
