@@ -70,7 +70,7 @@ finetune-moe: $(BIN)/.examples ## fine-tune the experts of a tiny mixture-of-exp
 
 main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, then write the README's table (15 min)
 	for method in lora hira smoa; do $(BIN)/python examples/finetune.py --method $$method || exit 1; done
-	$(BIN)/python -m benchmarks.main_job runs/finetune-lora runs/finetune-hira runs/finetune-smoa
+	$(BIN)/python -m benchmarks.report $(foreach method,lora hira smoa,runs/finetune-$(method)/summary.json)
 
 classify: $(BIN)/.examples ## fine-tune a classifier on all-MiniLM-L6-v2 with the Trainer (ARGS="--help")
 	$(BIN)/python examples/classify.py $(ARGS)

@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -20,12 +19,12 @@ from torch import Tensor
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.reference import reference_delta_weight
 
-from .plots import svg
+from .plots import COLOURS, svg
+from .providers import LORA, SMOA
 
 ROWS, COLS, BLOCKS, RANK = 48, 64, 4, 8
-# Okabe and Ito's, as in the other figures; one for each block.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7"]
-GREY = "#E6E6E6"
+# Okabe and Ito's, as in the other figures; one for each block, behind them what no block holds.
+COLOUR_MAP = ListedColormap(["#E6E6E6", "#0072B2", "#E69F00", "#009E73", "#CC79A7"])
 
 
 def example() -> tuple[BlockPartition, Tensor, Tensor]:
@@ -45,61 +44,45 @@ def example() -> tuple[BlockPartition, Tensor, Tensor]:
 def figure() -> Figure:
     """Three panels: labels in W0's order, the same sorted, and the singular values of the updates."""
     partition, delta, lora = example()
-    same = partition.row_block[:, None] == partition.col_block
-    label = torch.where(same, partition.row_block[:, None].int() + 1, 0)
+    rows, cols = partition.row_block[:, None], partition.col_block
+    label = torch.where(rows == cols, rows.int() + 1, 0)
     drawn = Figure(figsize=(9.0, 2.9), layout="constrained")
-    axes = drawn.subplots(1, 3, width_ratios=[1, 1, 1.15])
-    _labels(axes[0], label, "W0 in its own order:\nrow i and column j share a block")
-    ordered = label[partition.row_order][:, partition.col_order]
-    _labels(axes[1], ordered, f"sorted along the spectrum:\nK = {BLOCKS} aligned blocks")
-    for k, (rows, cols) in enumerate(_centres(partition)):
-        axes[1].text(cols, rows, f"$B_{k}A_{k}$", ha="center", va="center", fontsize=9, color="white")
-    singular = axes[2]
-    for name, update, colour, marker in (
-        ("SMoA", delta, "#009E73", "o"),
-        ("LoRA", lora, "#0072B2", "s"),
+    own, ordered, singular = drawn.subplots(1, 3, width_ratios=[1, 1, 1.15])
+    for axis, labels, title in (
+        (own, label, "W0 in its own order:\nrow i and column j share a block"),
+        (
+            *(ordered, label[partition.row_order][:, partition.col_order]),
+            f"sorted along the spectrum:\nK = {BLOCKS} aligned blocks",
+        ),
     ):
+        axis.imshow(labels.numpy(), cmap=COLOUR_MAP, vmin=0, vmax=BLOCKS, interpolation="none")
+        axis.set_title(title, fontsize=9)
+        axis.set(xticks=[], yticks=[])
+        axis.set_xlabel(f"{COLS} input features", fontsize=8)
+        axis.set_ylabel(f"{ROWS} output features", fontsize=8)
+    # The centre of each block, between the first and the last of its rows and columns.
+    row_ends, col_ends = partition.row_offsets.double(), partition.col_offsets.double()
+    for k in range(BLOCKS):
+        y, x = (float(ends[k : k + 2].sum() - 1) / 2 for ends in (row_ends, col_ends))
+        ordered.text(x, y, f"$B_{k}A_{k}$", ha="center", va="center", fontsize=9, color="white")
+    for name, update, of, marker in (("SMoA", delta, SMOA, "o"), ("LoRA", lora, LORA, "s")):
         values = torch.linalg.svdvals(update.double())
         values = values[values > 1e-9 * values[0]]
-        singular.plot(range(1, len(values) + 1), values / values[0], marker, color=colour, ms=3, label=name)
+        places = range(1, len(values) + 1)
+        singular.plot(places, values / values[0], marker, color=COLOURS[of], ms=3, label=name)
     smoa = RANK // BLOCKS * (ROWS + COLS)
     singular.set_title(
         f"singular values of the update, r = {RANK}:\nSMoA trains {smoa} numbers, LoRA {RANK * (ROWS + COLS)}",
         fontsize=9,
     )
-    singular.set_xlim(0, ROWS + 1)
-    singular.set_yscale("log")
+    singular.set(xlim=(0, ROWS + 1), yscale="log")
     singular.set_xlabel(f"of {ROWS}", fontsize=8)
     singular.legend(frameon=False, fontsize=8)
     singular.tick_params(labelsize=7)
     return drawn
 
 
-def _labels(axis: Axes, label: Tensor, title: str) -> None:
-    axis.imshow(
-        label.numpy(), cmap=ListedColormap([GREY, *COLOURS]), vmin=0, vmax=BLOCKS, interpolation="none"
-    )
-    axis.set_title(title, fontsize=9)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.set_xlabel(f"{COLS} input features", fontsize=8)
-    axis.set_ylabel(f"{ROWS} output features", fontsize=8)
-
-
-def _centres(partition: BlockPartition) -> list[tuple[float, float]]:
-    rows, cols = partition.row_offsets.tolist(), partition.col_offsets.tolist()
-    return [
-        ((rows[k] + rows[k + 1] - 1) / 2, (cols[k] + cols[k + 1] - 1) / 2)
-        for k in range(partition.num_blocks)
-    ]
-
-
-def main() -> None:
-    """Write the figure."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/blocks.svg"))
     parser.parse_args().out.write_text(svg(figure()), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,16 +13,16 @@ A size changed where it differs by more than 1 %: bytes are counted, and vary wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
 from . import tables
 from .protocol import Quartiles
-from .results import Run, read
+from .results import Figure, Run, read
 
 LEAST, LEAST_SIZE = 0.05, 0.01
 
@@ -30,45 +30,53 @@ Name = tuple[str, str, str]
 """A benchmark's title, a phase or what was counted, a provider."""
 
 
-@dataclass(frozen=True)
-class Difference:
+class Differences(NamedTuple):
     """What two runs say of the same things.
 
     Attributes:
-        changed: ratios that changed, old and new, the largest change first.
-        sizes: bytes that changed.
-        same: how many ratios and sizes did not change.
-        doubtful: how many ratios are in doubt in either run.
-        missing: benchmarks that only one run has.
+        changed: figures that changed, old and new, the largest change first.
+        same: how many did not change.
+        doubtful: how many are in doubt in either run.
     """
 
-    changed: Mapping[Name, tuple[Quartiles, Quartiles]]
-    sizes: Mapping[Name, tuple[int, int]]
+    changed: list[tuple[Name, Figure, Figure]]
     same: int
     doubtful: int
-    missing: Sequence[str]
 
 
-def difference(old: Run, new: Run) -> Difference:
-    """Compare every ratio and size that both runs have."""
-    before, after = _ratios(old), _ratios(new)
-    common = before.keys() & after.keys()
-    judged = {
-        name: (before[name][0], after[name][0])
-        for name in before
-        if name in common and not before[name][1] and not after[name][1]
+def differences(old: Mapping[Name, Figure], new: Mapping[Name, Figure], least: float) -> Differences:
+    """Compare every figure that both runs have."""
+    both = [(name, was, new[name]) for name, was in old.items() if name in new]
+    judged = [(name, was, now) for name, was, now in both if not (was.doubt or now.doubt)]
+    changed = [
+        (name, was, now)
+        for name, was, now in judged
+        if not (was.quartiles.low <= now.quartiles.high and now.quartiles.low <= was.quartiles.high)
+        and abs(now.median - was.median) > least * was.median
+    ]
+    changed.sort(key=lambda one: -abs(_change(one) - 1))
+    return Differences(changed, len(judged) - len(changed), len(both) - len(judged))
+
+
+def ratios(run: Run) -> dict[Name, Figure]:
+    """Every ratio to a baseline."""
+    return {
+        (result.title, phase, name): figure
+        for result in run.results
+        for phase, seconds in result.seconds.items()
+        for name in seconds
+        if name != result.baseline and (figure := result.ratio(phase, name)) is not None
     }
-    changed = {name: pair for name, pair in judged.items() if _apart(*pair)}
-    old_sizes, new_sizes = _sizes(old), _sizes(new)
-    both = {name: (was, new_sizes[name]) for name, was in old_sizes.items() if name in new_sizes}
-    sizes = {name: (was, now) for name, (was, now) in both.items() if abs(now - was) > LEAST_SIZE * was}
-    return Difference(
-        changed=dict(sorted(changed.items(), key=lambda item: -abs(_change(*item[1]) - 1))),
-        sizes=sizes,
-        same=len(judged) - len(changed) + len(both) - len(sizes),
-        doubtful=len(common) - len(judged),
-        missing=sorted({r.title for r in old.results} ^ {r.title for r in new.results}),
-    )
+
+
+def sizes(run: Run) -> dict[Name, Figure]:
+    """Everything that was counted, in MiB."""
+    return {
+        (result.title, kind, name): Figure(Quartiles(*[size / tables.MIB] * 3))
+        for result in run.results
+        for name, counted in result.bytes.items()
+        for kind, size in counted.items()
+    }
 
 
 def main(
@@ -81,56 +89,27 @@ def main(
 
 def report(old: Run, new: Run) -> str:
     """The differences of two runs in words and tables."""
-    found = difference(old, new)
-    ratios = [
-        (*name, tables.ratio(was), tables.ratio(now), f"{_change(was, now):.2f}")
-        for name, (was, now) in found.changed.items()
-    ]
-    sizes = [
-        (*name, f"{was / tables.MIB:.2f}", f"{now / tables.MIB:.2f}", f"{now / was:.2f}" if was else "–")
-        for name, (was, now) in found.sizes.items()
-    ]
-    slower = sum(_change(*pair) > 1 for pair in found.changed.values())
+    timed = differences(ratios(old), ratios(new), LEAST)
+    counted = differences(sizes(old), sizes(new), LEAST_SIZE)
+    slower = sum(_change(one) > 1 for one in timed.changed)
+    missing = sorted({r.title for r in old.results} ^ {r.title for r in new.results})
+    columns = ("old", "new", "new over old")
+    times = [(*one[0], str(one[1]), str(one[2]), f"{_change(one):.2f}") for one in timed.changed]
+    bytes = [(*one[0], one[1].short(), one[2].short(), f"{_change(one):.2f}") for one in counted.changed]
     parts = (
         f"old: {tables.machine_line(old)}\nnew: {tables.machine_line(new)}",
         "" if old.slug == new.slug else "The machines differ, and so may what they are fast at.",
-        tables.table(("ratio, median [quartiles]", "phase", "", "old", "new", "new over old"), ratios),
-        tables.table(("size, MiB", "", "", "old", "new", "new over old"), sizes),
-        f"Only in one of the runs: {'; '.join(found.missing)}." if found.missing else "",
-        f"Changed: {slower} slower, {len(ratios) - slower} faster, {len(sizes)} sizes. The same: {found.same}. "
-        f"Not compared, since they are noisy or of one round: {found.doubtful}.",
+        tables.table(("ratio, median [quartiles]", "phase", "", *columns), times),
+        tables.table(("size, MiB", "", "", *columns), bytes),
+        f"Only in one of the runs: {'; '.join(missing)}." if missing else "",
+        f"Changed: {slower} slower, {len(times) - slower} faster, {len(bytes)} sizes. The same: "
+        f"{timed.same + counted.same}. Not compared, since they are noisy or of one round: {timed.doubtful}.",
     )
     return "\n\n".join(part.strip() for part in parts if part)
 
 
-def _ratios(run: Run) -> dict[Name, tuple[Quartiles, str]]:
-    """Every ratio to a baseline, with the reason to doubt it."""
-    return {
-        (result.title, phase, name): (comparison.ratio(name), comparison.doubt)
-        for result in run.results
-        for phase in result.seconds
-        for comparison in [result.comparison(phase)]
-        for name in comparison.seconds
-        if name != comparison.baseline
-    }
-
-
-def _sizes(run: Run) -> dict[Name, int]:
-    return {
-        (result.title, kind, name): size
-        for result in run.results
-        for name, sizes in result.bytes.items()
-        for kind, size in sizes.items()
-    }
-
-
-def _apart(was: Quartiles, now: Quartiles) -> bool:
-    overlap = was.low <= now.high and now.low <= was.high
-    return not overlap and abs(_change(was, now) - 1) > LEAST
-
-
-def _change(was: Quartiles, now: Quartiles) -> float:
-    return now.median / was.median
+def _change(one: tuple[Name, Figure, Figure]) -> float:
+    return one[2].median / one[1].median if one[1].median else math.inf
 
 
 if __name__ == "__main__":

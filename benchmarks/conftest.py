@@ -11,19 +11,18 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .machine import describe, load
-from .protocol import Comparison, Run, Turns
+from .protocol import Run, Turns
+from .results import Result
 
 _BEGIN = time.monotonic()
-_RESULTS: list[tuple[str, dict[str, Comparison]]] = []
+_RESULTS: list[Result] = []
 
-Measure = Callable[..., dict[str, Comparison]]
+Measure = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("smoa-kernels")
-    group.addoption(
-        "--smoke", action="store_true", help="tiny sizes: does every benchmark run and pass its gate"
-    )
+    group.addoption("--smoke", action="store_true", help="tiny sizes: does every benchmark pass its gate")
     group.addoption("--threads", type=int, default=1, help="intra-op threads (default 1)")
 
 
@@ -69,43 +68,30 @@ def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
         least: int = 7,
         warmup: int = 2,
         verify: Callable[[], None] = lambda: None,
-        **extra: Any,
-    ) -> dict[str, Comparison]:
+        bytes: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:
         turns = Turns(variants, baseline)
         before = load()
         one = turns.warm_up(1 if smoke else warmup)
         rounds = 2 if smoke else max(least, min(40, int(budget / one) if one else least))
         benchmark.pedantic(turns.round, rounds=rounds)
         verify()
-        found = turns.comparisons()
-        _RESULTS.append((title, found))
-        benchmark.extra_info.update(
-            kind=kind,
-            title=title,
-            params=dict(params),
-            baseline=baseline,
-            load=[before, load()],
-            seconds={phase: dict(comparison.seconds) for phase, comparison in found.items()},
-            **extra,
-        )
-        return found
+        seconds = {phase: dict(comparison.seconds) for phase, comparison in turns.comparisons().items()}
+        result = Result(kind, title, dict(params), baseline, [before, load()], seconds, bytes or {})
+        _RESULTS.append(result)
+        benchmark.extra_info.update(vars(result))
 
     return run
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Every comparison as ratios with their quartiles."""
-    if not _RESULTS:
-        return
     if config.option.smoke:
         terminalreporter.line(f"smoke: {len(_RESULTS)} comparisons ran, whose ratios mean nothing")
         return
-    for title, phases in _RESULTS:
-        for phase, comparison in phases.items():
-            terminalreporter.line(
-                f"\n{title}, {phase}, over {comparison.baseline} {comparison.doubt.upper()}"
-            )
-            for name in comparison.seconds:
-                q, seconds = comparison.ratio(name), comparison.time(name).median
-                figure = f"{q.median:6.2f} [{q.low:.2f}, {q.high:.2f}]"
-                terminalreporter.line(f"  {name:<22} {figure}  {seconds * 1e3:9.2f} ms")
+    for result in _RESULTS:
+        for phase, seconds in result.seconds.items():
+            terminalreporter.line(f"\n{result.title}, {phase}, over {result.baseline}")
+            for name in seconds:
+                time = result.comparison(phase).time(name).median
+                terminalreporter.line(f"  {name:<22} {result.ratio(phase, name)}  {time * 1e3:9.2f} ms")

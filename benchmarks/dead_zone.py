@@ -1,6 +1,6 @@
 """Draw the dead zones of half precision: how much of a small update's output survives a bf16 or fp16 forward.
 
-    python benchmarks/dead_zone.py --out docs/dead_zone.svg
+    python -m benchmarks.dead_zone --out docs/dead_zone.svg
 
 Survival is the projection of `y - y_base` on the exact adapter output, both in float64: 1 where the adapter's
 output arrives, 0 where rounding eats it. δ is the update's size relative to the weights, in rms. Measured on the
@@ -18,10 +18,13 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, smoa_linear
 from smoa_kernels.adapter_folder.rounding import round_stochastically
+
+from .plots import svg
 
 FEATURES, TOKENS, RANK = 1024, 2048, 8
 DELTAS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
@@ -79,14 +82,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("docs/dead_zone.svg"))
     out = parser.parse_args().out
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "smoa"  # the same figure gives the same file
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, dtype in zip(axes, (torch.bfloat16, torch.float16), strict=True):
         name = str(dtype).removeprefix("torch.")
         print(f"\n{name}\n{'δ':>42} " + " ".join(f"{delta:>7.0e}" for delta in DELTAS))
@@ -97,7 +94,7 @@ def main() -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of the adapter's output\nthat survives the forward")
     axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(0.0, 0.62))
-    figure.savefig(out, metadata={"Date": None})
+    out.write_text(svg(figure), encoding="utf-8")
     print(f"\nwritten to {out}")
 
 

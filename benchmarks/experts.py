@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -190,18 +190,3 @@ def _defined(case: ExpertsCase, experts: Any, factors: list[Tensor], dtype: torc
         changed[name] = adapter.weight + torch.stack(deltas)
     y = functional_call(base, changed, (x, index, routing.to(dtype)))
     return [y.detach(), *torch.autograd.grad(y, [x, *leaves], case.output_gradient().to(dtype))]
-
-
-def training_pass(layer: nn.Module, case: ExpertsCase) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Forward and backward of a layer, to be run one after the other."""
-    inputs, dy = case.inputs(), case.output_gradient()
-    wanted = [inputs[0], *(p for p in layer.parameters() if p.requires_grad)]
-    kept: dict[str, Any] = {}
-
-    def forward() -> None:
-        kept["y"] = layer(*inputs)
-
-    def backward() -> None:
-        kept["gradients"] = torch.autograd.grad(kept.pop("y"), wanted, dy)
-
-    return forward, backward

@@ -15,7 +15,7 @@ import torch
 from .protocol import DEVICE
 
 LIMIT = "ONEDNN_MAX_CPU_ISA"  # the variable that keeps instructions from torch's half-precision GEMMs
-EDITED = "+"  # ends the commit of what ran on code that was not committed
+EDITED = "+"  # ends a commit whose code had changes that were not committed
 PACKAGES = ("torch", "triton", "peft", "transformers", "smoa-kernels")
 
 
@@ -65,13 +65,13 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
     if "model name" not in fields:
         return platform.processor() or platform.machine()
-    # A virtual machine's name may be that of many processors, some twice as fast as others.
+    # Virtual machines give many processors one name, and some are twice as fast as others.
     numbers = [
         f"{field.removeprefix('cpu ')} {fields[field]}"
         for field in ("cpu family", "model")
         if field in fields
     ]
-    # Nor is it the same to its GEMMs in half precision: a run without AMX takes no other's place.
+    # Limited instructions make half-precision GEMMs slower: such a run must not replace one without the limit.
     limits = [f"{LIMIT}={os.environ[LIMIT]}"] if LIMIT in os.environ else []
     return ", ".join([fields["model name"].strip(), *numbers, *limits])
 

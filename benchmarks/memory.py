@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from smoa_kernels.backends import pages
 
-from .protocol import DEVICE
+from .protocol import DEVICE, halves
 from .providers import Case
 
 
@@ -46,23 +46,15 @@ class Footprint:
 
 def footprint(layer: nn.Module, case: Case) -> Footprint:
     """Measure one forward and one backward of a layer."""
-    x, dy = case.input(), case.output_gradient()
-    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    kept: dict[str, Tensor | tuple[Tensor, ...]] = {}
-
-    def forward() -> None:
-        kept["y"] = layer(x)
-
-    def backward() -> None:
-        kept["gradients"] = torch.autograd.grad(kept.pop("y"), wanted, dy)
-
+    x = case.input()
+    forward, backward = halves(layer, [x], case.output_gradient())
     pages.release()
     forward()  # whatever is built once is built before anything is counted
     backward()
     saved = saved_bytes(layer, x)
     forward_peak, after_forward = allocated(forward)
     backward_peak, _ = allocated(backward)
-    gradients = sum(t.nbytes for t in kept["gradients"])
+    gradients = x.nbytes + sum(p.nbytes for p in layer.parameters() if p.requires_grad)
     workspace = pages.release()  # which lives all the time, unseen by the profiler
     return Footprint(
         saved=saved,

@@ -26,19 +26,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import trec
 from peft import PeftModel
+from questions import Encoder, split
 from safetensors.torch import load_file
+from training import answer, next_token_scores, score
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from smoa_kernels.peft import merge_to_folder, merged_weights
 
-from . import quality  # noqa: F401  # puts the examples' folder on the path
 from .machine import commit, cpu_name, load
 from .tables import table
-
-import trec  # isort: skip  # this and the next two are examples
-from questions import Encoder, split  # isort: skip
-from training import answer, next_token_scores, score  # isort: skip
 
 CONFIG = "adapter_config.json"
 ALPHAS = [1, 1 / 10, 1 / 50, 1 / 200]  # relative to the adapter's own

@@ -7,9 +7,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from smollm2 import NAME, cached_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from examples.smollm2 import NAME, cached_model
 from smoa_kernels.peft import SMoAConfig
 
 from .protocol import DEVICE

@@ -24,8 +24,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 MAX_SPREAD = 0.15
 SHORT, MOST_TURNS = 0.02, 10
@@ -158,6 +160,28 @@ def laps(*steps: Callable[[], object]) -> list[float]:
         step()
         marks.append(time.perf_counter())
     return [end - start for start, end in itertools.pairwise(marks)]
+
+
+def halves(
+    layer: nn.Module, inputs: Sequence[Tensor], dy: Tensor
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Forward and backward of a layer, one after the other; gradients are the first input's and what is trained."""
+    wanted = [inputs[0], *(p for p in layer.parameters() if p.requires_grad)]
+    kept: dict[str, Any] = {}
+
+    def forward() -> None:
+        kept["y"] = layer(*inputs)
+
+    def backward() -> None:
+        kept["gradients"] = torch.autograd.grad(kept.pop("y"), wanted, dy)
+
+    return forward, backward
+
+
+def pass_seconds(layer: nn.Module, inputs: Sequence[Tensor], dy: Tensor) -> dict[str, float]:
+    """Seconds of a forward that records for backward, of the backward alone, and of both."""
+    forward, backward = laps(*halves(layer, inputs, dy))
+    return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
 def timed(phase: str, function: Callable[[], object]) -> Run:

@@ -9,8 +9,7 @@ that is not reported, and goes on along `LADDER` while the best is the least or 
 
 from __future__ import annotations
 
-from .quality import store  # the package puts the examples' folder on the path  # isort: skip
-
+from statistics import fmean
 from typing import Annotated, Any
 
 import finetune_moe
@@ -26,7 +25,8 @@ from transformers import Qwen3MoeForSequenceClassification
 from smoa_kernels.peft import SMoAConfig
 
 from .machine import EDITED, commit
-from .quality.analysis import paired, summarize
+from .quality import store
+from .quality.analysis import differences, mean_of
 from .quality.study import SEARCH_SEED, rate_beyond
 from .readme import ROOT, with_section
 from .results import write
@@ -46,14 +46,9 @@ _COMMON: dict[str, Any] = {
     "task_type": "SEQ_CLS",
 }
 LORA, HEAD = "LoRA, r=8", "the head alone"
-METHODS: dict[str, Any] = {
-    HEAD: None,
-    LORA: LoraConfig(r=8, lora_alpha=8, **_COMMON),
-    **{
-        f"SMoA {order}, K=4, r=32": SMoAConfig(r=32, num_blocks=4, block_order=order, **_COMMON)
-        for order in ("contiguous", "spectral")
-    },
-}
+METHODS: dict[str, Any] = {HEAD: None, LORA: LoraConfig(r=8, lora_alpha=8, **_COMMON)}
+for _order in ("contiguous", "spectral"):
+    METHODS[f"SMoA {_order}, K=4, r=32"] = SMoAConfig(r=32, num_blocks=4, block_order=_order, **_COMMON)
 
 app = typer.Typer(add_completion=False)
 
@@ -110,8 +105,7 @@ def adapted(name: str, vocabulary: int, seed: int) -> tuple[nn.Module, int]:
     model = Qwen3MoeForSequenceClassification(finetune_moe.model_config(vocabulary))
     torch.manual_seed(seed)
     if METHODS[name] is None:
-        for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter_name.startswith("score."))
+        model.requires_grad_(False).score.requires_grad_(True)
         return model, 0
     model = get_peft_model(model, METHODS[name])
     return model, sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".experts." in n)
@@ -120,11 +114,11 @@ def adapted(name: str, vocabulary: int, seed: int) -> tuple[nn.Module, int]:
 def train(model: nn.Module, encoded: list[dict[str, Any]], rate: float, seed: int) -> float:
     """Train the adapter at `rate` and the head at `HEAD_RATE`; returns the mean loss of the last tenth of the steps."""
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in parameters if ("score." in name) == head], "lr": lr}
-        for head, lr in ((True, HEAD_RATE), (False, rate))
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    head, adapter = (
+        [p for name, p in parameters if ("score." in name) is of_head] for of_head in (True, False)
+    )
+    groups = [{"params": group, "lr": lr} for group, lr in ((head, HEAD_RATE), (adapter, rate)) if group]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     scheduler, losses = schedule(optimizer, STEPS), []
     order = torch.Generator().manual_seed(seed)
     model.train()
@@ -137,8 +131,7 @@ def train(model: nn.Module, encoded: list[dict[str, Any]], rate: float, seed: in
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-    last = losses[-STEPS // 10 :]
-    return float(sum(last) / len(last))
+    return fmean(losses[-STEPS // 10 :])
 
 
 def finals(records: list[dict[str, Any]], name: str) -> dict[int, float]:
@@ -150,18 +143,12 @@ def page(records: list[dict[str, Any]]) -> str:
     """The table of benchmarks/results/scripts.md."""
     lora, rows = finals(records, LORA), []
     for name in METHODS:
-        found = [r for r in records if (r["method"], r["stage"]) == (name, "final")]
-        mean, beside = summarize(list(finals(records, name).values())), paired(finals(records, name), lora)
-        rows.append(
-            (
-                name,
-                f"{found[0]['parameters']:,}",
-                f"{found[0]['lr']:g}",
-                f"{mean.value:.1f} ± {mean.half_width:.1f}",
-                "–" if name == LORA or beside is None
-                else f"{beside.value:+.1f} [{beside.low:+.1f}, {beside.high:+.1f}]",
-            )
-        )  # fmt: skip
+        run = next(r for r in records if (r["method"], r["stage"]) == (name, "final"))
+        own = finals(records, name)
+        mean, beside = mean_of(list(own.values())), mean_of(differences(own, lora))
+        minus = "–" if name == LORA else f"{beside.value:+.1f} [{beside.low:+.1f}, {beside.high:+.1f}]"
+        figures = f"{run['parameters']:,}", f"{run['lr']:g}", f"{mean.value:.1f} ± {mean.half_width:.1f}"
+        rows.append((name, *figures, minus))
     commits = sorted({r["commit"] for r in records})
     headings = ("", "parameters of experts", "learning rate", "right on test, %", f"beside {LORA}, by seed")
     return (

@@ -1,4 +1,4 @@
-"""The README's table of measurements, written from the kept runs between two markers."""
+"""The README's table of measurements, written between two markers from the kept runs and those of the main job."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .machine import LIMIT
+from .machine import LIMIT, commit, cpu_name
 from .providers import HIRA, LORA, SMOA
-from .results import Result, Run, read_all, write
-from .tables import marked, ratios, table
+from .results import Run, write
+from .tables import ratios, table
 
-__all__ = ["MAIN_JOB", "README", "RESULTS", "section", "with_section", "write_readme"]
+__all__ = ["README", "RESULTS", "ROOT", "keep_job", "section", "with_section"]
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -28,12 +28,11 @@ PROCESSORS = {
     "AMD EPYC, family 26, model 2": "AMD (AVX-512)",
     "Intel(R) Xeon(R) Processor, family 6, model 167": "Intel (AMX)",
 }
-
+# Words, the kind of benchmark, its phase, and what tells the case from others.
 SQUARE = {"tokens": 2048, "out_features": 2048, "num_blocks": 4, "rank": 16, "dropout": 0.0}
-# Words, kind of benchmark, phase, and the parameters that tell the case from others.
-LAYERS = (
-    ("one layer, float32, over frozen", "layer", "both", SQUARE | {"dtype": "float32"}),
-    ("one layer, bfloat16, over frozen", "layer", "both", SQUARE | {"dtype": "bfloat16"}),
+ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("one layer, float32, over frozen", "layer", "both", {**SQUARE, "dtype": "float32"}),
+    ("one layer, bfloat16, over frozen", "layer", "both", {**SQUARE, "dtype": "bfloat16"}),
     ("a training step, float32, over LoRA's", "step", "step", {"dtype": "float32", "num_blocks": 4}),
 )
 
@@ -50,9 +49,20 @@ def with_section(text: str, content: str, start: str = START) -> str:
     return f"{before}{start}\n\n{content.strip()}\n\n{END}{rest.partition(END)[2]}"
 
 
-def write_readme(readme: Path = README) -> None:
-    """Write the table from all runs that are kept."""
-    write(readme, with_section(readme.read_text(encoding="utf-8"), section(read_all(RESULTS))))
+def keep_job(summary: dict[str, Any]) -> None:
+    """Keep what `make finetune` wrote of a run, as one of the main job's.
+
+    Raises:
+        ValueError: the run is not finished, or not at the command's defaults.
+    """
+    if summary["status"] != "complete":
+        raise ValueError(f"{summary['title']}: its status is {summary['status']!r}, not 'complete'")
+    options = summary["options"]
+    chosen = {name: options[name] for name in ("model", "data", "lr", "alpha", "num_blocks", "distributed")}
+    if any(value is not None for value in chosen.values()) or options["eval_split"] != "test":
+        raise ValueError(f"{summary['title']}: not run as `make finetune` runs it: {options}")
+    kept = {"commit": commit(), "processor": cpu_name(), "summary": summary}
+    write(MAIN_JOB / f"{options['method']}.json", json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
 
 
 def section(runs: list[Run]) -> str:
@@ -63,53 +73,42 @@ def section(runs: list[Run]) -> str:
     runs = [run for run in runs if LIMIT not in run.machine["device"]]
     jobs = {name: json.loads((MAIN_JOB / f"{name}.json").read_text(encoding="utf-8")) for name in METHODS}
     own = str(jobs["smoa"]["processor"])
-    rows = _job_rows(own, {name: job["summary"] for name, job in jobs.items()})
+    summaries = {name: job["summary"] for name, job in jobs.items()}
+    rows = _job_rows(own, summaries)
     on_cpu = sorted((run for run in runs if not run.on_gpu), key=lambda run: run.machine["device"] != own)
-    rows += [row for run in on_cpu for row in _layer_rows(run)]
+    rows += [row for run in on_cpu for row in _rows(run)]
     parts = [
         table(("Measured on CPU", "", "SMoA", "LoRA", "HiRA"), rows),
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
-        _explained(jobs["smoa"]["summary"], runs),
+        _explained(summaries["smoa"], runs),
     ]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
 def _job_rows(device: str, summaries: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    smoa = summaries["smoa"]
-    where = f"{_processor(device)}, {smoa['machine']['threads']} threads"
-    peaks = [f"{s['peak_memory_bytes'] / 2**30:.2f}" for s in summaries.values()]
-    rows = [
-        (
-            "fine-tuning a model: trained parameters",
-            *(f"{s['trainable_parameters']:,}" for s in summaries.values()),
-        ),
-        ("accuracy, %", *(_percent(s["accuracy_after"]) for s in summaries.values())),
-        ("seconds a step", *(f"{s['median_step_seconds']:.2f}" for s in summaries.values())),
-        ("peak memory of the process, GiB", *peaks),
-    ]
-    return [(where, words, *cells) for words, *cells in rows]
+    where = f"{_processor(device)}, {summaries['smoa']['machine']['threads']} threads"
+    cells = {
+        "fine-tuning a model: trained parameters": lambda s: f"{s['trainable_parameters']:,}",
+        "accuracy, %": lambda s: _percent(s["accuracy_after"]),
+        "seconds a step": lambda s: f"{s['median_step_seconds']:.2f}",
+        "peak memory of the process, GiB": lambda s: f"{s['peak_memory_bytes'] / 2**30:.2f}",
+    }
+    return [(where, words, *map(cell, summaries.values())) for words, cell in cells.items()]
+
+
+def _rows(run: Run) -> list[tuple[str, ...]]:
+    """The cases that the run has."""
+    where = f"{_processor(run.machine['device'])}, {run.machine['threads']} thread"
+    rows = []
+    for words, kind, phase, params in ROWS:
+        if (result := run.find(kind, **params)) is not None:
+            figures = [result.ratio(phase, name) for name in METHODS.values()]
+            rows.append((where, words, *("–" if figure is None else figure.short() for figure in figures)))
+    return rows
 
 
 def _processor(device: str) -> str:
     return PROCESSORS.get(device, device)
-
-
-def _layer_rows(run: Run) -> list[tuple[str, ...]]:
-    """The cases that the run has."""
-    where = f"{_processor(run.machine['device'])}, {run.machine['threads']} thread"
-    found = [(words, run.find(kind, **params), phase) for words, kind, phase, params in LAYERS]
-    return [
-        (where, words, *(_ratio(result, phase, name) for name in METHODS.values()))
-        for words, result, phase in found
-        if result is not None
-    ]
-
-
-def _ratio(result: Result, phase: str, name: str) -> str:
-    if name not in result.seconds[phase]:
-        return "–"
-    comparison = result.comparison(phase)
-    return marked(f"{comparison.ratio(name).median:.2f}", comparison.doubt)
 
 
 def _percent(found: Mapping[str, float]) -> str:
@@ -124,11 +123,10 @@ def _explained(smoa: Mapping[str, Any], runs: list[Run]) -> str:
         for device in (str(run.machine["device"]) for run in runs)
     )
     return (
-        f"The first four rows are `make main-job`: SmolLM2-135M on TREC-6, {options['steps']} steps, r={options['r']}, "
-        f"K=2, {options['dtype']}, one seed, learning rates from validation; {before['questions']} test questions, "
-        f"untrained {_percent(before)}; ± is one standard error. The others are `make bench`, K=4: 2048 tokens forward "
-        "and backward through a frozen `nn.Linear` of 2048×2048 with an adapter, r=16; a step of SmolLM2-135M. "
-        f"Tables: {pages}."
+        f"First four rows: `make main-job`, SmolLM2-135M on TREC-6, {options['steps']} steps, r={options['r']}, K=2, "
+        f"{options['dtype']}, one seed; {before['questions']} test questions, untrained {_percent(before)}; ± is one "
+        "standard error. The others: `make bench`, K=4; the layer has 2048 tokens, 2048×2048 and r=16. "
+        f"All tables: {pages}."
     )
 
 

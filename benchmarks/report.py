@@ -1,21 +1,23 @@
 """Write the report of one or more runs: tables and figures in benchmarks/results, and the README's section.
 
-    python -m benchmarks.report RUN.json …     # adds runs (pytest --benchmark-json), then writes everything
+    python -m benchmarks.report RUN.json …     # adds runs, then writes everything
     python -m benchmarks.report                # writes everything from the runs that are kept
 
-A run is kept as compact JSON named after its device: the next run on the same device takes its place.
+A run is what `make bench` writes (pytest --benchmark-json), kept as compact JSON named after its device, or the
+summary.json of a run of `make finetune`, kept by its method: the next one takes the place of the one before.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import plots, protocol, tables
-from .readme import README, RESULTS, section, with_section
+from .readme import README, RESULTS, keep_job, section, with_section
 from .results import Run, compact, read, read_all, write
 
 OVERVIEW = "overview.svg"
@@ -24,22 +26,15 @@ NONE_YET = "No run has been kept yet: `make bench` measures and writes what belo
 
 def page(runs: list[Run]) -> str:
     """The text of results/README.md."""
-    overview = []
-    if plots.overview(runs) is not None:
-        overview.append(f"![time of forward and backward over a frozen layer, by method]({OVERVIEW})")
-    parts = [
-        "# Benchmark results",
-        "Written by `python -m benchmarks.report` from the JSON files in this folder, which `make bench` measures. "
-        "Every figure is **measured on CPU**, or **measured on GPU** with the card's name. A run "
-        "belongs to one commit and one machine. `make bench-compare OLD=a.json "
-        "NEW=b.json` says what changed between two.",
-        *overview,
-        "## How it was measured",
-        _protocol_text(),
-        *(_run_page(run) for run in runs),
-        *([] if runs else [NONE_YET]),
-    ]
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+    drawn = plots.overview(runs) is not None
+    figure = f"![time of forward and backward over a frozen layer, by method]({OVERVIEW})"
+    words = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
+    text = words.format(
+        overview=figure if drawn else "",
+        protocol=inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2],
+        runs="\n\n".join(map(_run_page, runs)) or NONE_YET,
+    )
+    return "\n\n".join(part.strip() for part in text.split("\n\n") if part.strip()) + "\n"
 
 
 def generate(folder: Path, readme: Path | None) -> list[Path]:
@@ -63,39 +58,27 @@ def main(
     ] = None,
 ) -> None:
     """Add runs to a folder of results and write its tables, its figures and the README's section."""
-    added = [read(path) for path in runs or []]
     ours = out.resolve() == RESULTS
-    if ours and any(run.machine["smoke"] for run in added):
-        raise typer.BadParameter("a --smoke run measures nothing: give another --out", param_hint="RUNS")
-    for run in added:
+    for path in runs or []:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if "trainable_parameters" in data:
+            keep_job(data)
+            continue
+        run = read(path)
+        if ours and run.machine["smoke"]:
+            raise typer.BadParameter("a --smoke run measures nothing: give another --out", param_hint="RUNS")
         write(out / f"{run.slug}.json", compact(run))
     for path in generate(out, readme or (README if ours else None)):
         print(f"written: {path}")
 
 
-def _protocol_text() -> str:
-    """The protocol module's docstring without its first line, and what the gates check."""
-    words = inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2]
-    return (
-        f"{words}\n\nA layer passes its gate (`benchmarks/gate.py`) when its output and gradients have at most twice "
-        "the error of the same formula in the same dtype, both compared with float64. A provider that fails its gate "
-        "is not timed. The gate checks dropout only for ours on the eager backend, whose mask can be drawn again "
-        "outside the layer; PEFT's layers, the paper's dense way and our kernels are checked with dropout off. A "
-        "model's step passes when the gradients of each adapter have at most twice the error of the worse of the two "
-        "others, compared with float64. A partition passes when every row and column is in the block that an SVD puts "
-        "it into, except where rounding decides at a boundary. PyTorch's allocator counts memory to the byte "
-        "(`benchmarks/memory.py`)."
-    )
-
-
 def _run_page(run: Run) -> str:
     timed = [result for result in run.results if result.seconds]
-    doubtful = [
-        f"{result.title}{'' if len(result.doubts) == len(result.seconds) else ', ' + ' and '.join(result.doubts)} "
-        f"({result.doubt})"
-        for result in timed
-        if result.doubt
-    ]
+    doubtful = []
+    for result in timed:
+        if doubts := result.doubts:
+            phases = "" if len(doubts) == len(result.seconds) else f", {' and '.join(doubts)}"
+            doubtful.append(f"{result.title}{phases} ({next(iter(doubts.values()))})")
     steady = f"{len(timed) - len(doubtful)} of {len(timed)} comparisons are steady"
     if doubtful:
         steady += f"; the others are not to be quoted: {'; '.join(doubtful)}"

@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from smoa_kernels.files import replace_file
+
 from .machine import EDITED
-from .protocol import Comparison
+from .protocol import ONE_ROUND, Comparison, Quartiles
 
 DIGITS = 5  # of each second that is kept
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is published of one measurement.
+
+    Attributes:
+        quartiles: of the rounds.
+        doubt: why it is neither quoted nor judged; "" where nothing speaks against it.
+    """
+
+    quartiles: Quartiles
+    doubt: str = ""
+
+    @property
+    def median(self) -> float:
+        """Of the rounds."""
+        return self.quartiles.median
+
+    def short(self, digits: str = ".2f") -> str:
+        """The median and the doubt."""
+        return self._marked(f"{self.median:{digits}}")
+
+    def __str__(self) -> str:
+        q = self.quartiles
+        return (
+            self.short()
+            if self.doubt == ONE_ROUND
+            else self._marked(f"{q.median:.2f} [{q.low:.2f}, {q.high:.2f}]")
+        )
+
+    def _marked(self, text: str) -> str:
+        return f"{text}, {self.doubt}, not judged" if self.doubt else text
 
 
 @dataclass(frozen=True)
@@ -43,15 +76,21 @@ class Result:
         """The seconds of one phase."""
         return Comparison(self.baseline, self.seconds[phase])
 
+    def time(self, phase: str, name: str) -> Figure | None:
+        """Seconds of a provider, the median of its rounds; None where it did not run."""
+        c = self.comparison(phase)
+        return Figure(c.time(name), c.doubt) if name in c.seconds else None
+
+    def ratio(self, phase: str, name: str, over: str | None = None) -> Figure | None:
+        """A provider over another (the baseline unless given), the median of the rounds' ratios; None without both."""
+        c = self.comparison(phase)
+        both = {name, over or self.baseline} <= c.seconds.keys()
+        return Figure(c.ratio(name, over), c.doubt) if both else None
+
     @property
     def doubts(self) -> dict[str, str]:
         """By phase, why its ratios are neither quoted nor judged; phases without a doubt are left out."""
         return {phase: doubt for phase in self.seconds if (doubt := self.comparison(phase).doubt)}
-
-    @property
-    def doubt(self) -> str:
-        """The first of `doubts`; "" where there is none."""
-        return next(iter(self.doubts.values()), "")
 
 
 @dataclass(frozen=True)
@@ -135,15 +174,7 @@ def compact(run: Run) -> str:
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        try:
-            file.write(text)
-            file.close()
-            Path(file.name).chmod(0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    replace_file(path, text.encode())
 
 
 def _result(found: Mapping[str, Any]) -> Result:

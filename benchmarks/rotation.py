@@ -29,8 +29,8 @@ def cache_bytes() -> int:
 def rotated(case: Case, past: int) -> Inputs:
     """Copies of a case's inputs in turn, equal in value.
 
-    They are two at least, and so many that all but one are larger than the cache together: so much is read between two
-    turns of one copy. In all they take no more than the cache and two copies.
+    There are at least two copies. Between two turns of one copy all the others are read, and together they are larger
+    than the cache. In all the copies take no more than the cache and two copies.
 
     Args:
         case: the problem.

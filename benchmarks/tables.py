@@ -1,4 +1,4 @@
-"""The report's tables, in Markdown."""
+"""The report's tables, in Markdown: a row a result, or a row a provider of a result."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from collections.abc import Iterable, Sequence
 
 from .cases import ONE_BILLION
 from .goals import GOALS
-from .protocol import ONE_ROUND, Quartiles, quartiles
+from .protocol import quartiles
 from .providers import FROZEN, LORA, PAPER, SMOA
-from .results import Result, Run
+from .results import Figure, Result, Run
 
 MIB = 2**20
-RANDOM = "SmolLM2-135M's shape, random weights"  # what runs of before the real model's measured
-PHASES = {"both": "forward + backward"}
 NAMES = {PAPER: "the paper's dense way"}  # where a heading says it in full
 
 
@@ -27,15 +25,14 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def ratio(q: Quartiles, doubt: str = "") -> str:
-    """A median with its quartiles, or alone after a single round."""
-    spread = "" if doubt == ONE_ROUND else f" [{q.low:.2f}, {q.high:.2f}]"
-    return marked(f"{q.median:.2f}{spread}", doubt)
+def shown(figure: Figure | None) -> str:
+    """A figure as a cell."""
+    return "–" if figure is None else str(figure)
 
 
-def marked(text: str, doubt: str) -> str:
-    """A figure, followed by the reason why it is not judged, if any."""
-    return f"{text}, {doubt}, not judged" if doubt else text
+def mib(size: int, digits: int = 1) -> str:
+    """Bytes as a cell."""
+    return f"{size / MIB:.{digits}f}"
 
 
 def case_name(result: Result) -> str:
@@ -48,45 +45,29 @@ def case_name(result: Result) -> str:
 
 def ratios(run: Run, results: Sequence[Result], phase: str, names: Sequence[str] | None = None) -> str:
     """One row a case of a run: the baseline's milliseconds and spread, then each provider's ratio to it."""
-    found = [(result, result.comparison(phase)) for result in results]
     if names is None:
-        every = dict.fromkeys(name for _, c in found for name in c.seconds if name != c.baseline)
+        every = dict.fromkeys(name for r in results for name in r.seconds[phase] if name != r.baseline)
         names = list(every)
-    rows = [
-        (
-            case_name(result),
-            f"{c.time(c.baseline).median * 1e3:.3g} ms, {c.spread:.0%}",
-            *(ratio(c.ratio(name), c.doubt) if name in c.seconds else "–" for name in names),
-        )
-        for result, c in found
-    ]
-    return table(
-        [
-            f"{PHASES.get(phase, phase)} over frozen, {run.label}",
-            "frozen, spread",
-            *(NAMES.get(n, n) for n in names),
-        ],
-        rows,
-    )
+    rows = []
+    for result in results:
+        c = result.comparison(phase)
+        base = f"{c.time(c.baseline).median * 1e3:.3g} ms, {c.spread:.0%}"
+        rows.append((case_name(result), base, *(shown(result.ratio(phase, name)) for name in names)))
+    words = "forward + backward" if phase == "both" else phase
+    headings = (f"{words} over frozen, {run.label}", "frozen, spread", *(NAMES.get(n, n) for n in names))
+    return table(headings, rows)
 
 
 def memory(run: Run) -> str:
     """One row a case and provider, in MiB."""
     kinds = ("saved", "peak", "forward_workspace", "backward_workspace")
     rows = [
-        (case_name(result), NAMES.get(name, name), *(f"{sizes[kind] / MIB:.1f}" for kind in kinds))
+        (case_name(result), NAMES.get(name, name), *(mib(sizes[kind]) for kind in kinds))
         for result in run.select("memory")
         for name, sizes in result.bytes.items()
     ]
-    headings = (
-        f"MiB, {run.label}",
-        "",
-        "saved for backward",
-        "peak",
-        "workspace, forward",
-        "workspace, backward",
-    )
-    return table(headings, rows)
+    counted = ("saved for backward", "peak", "workspace, forward", "workspace, backward")
+    return table((f"MiB, {run.label}", "", *counted), rows)
 
 
 def experts(run: Run) -> str:
@@ -94,12 +75,12 @@ def experts(run: Run) -> str:
     rows = []
     for kind, phase in (("experts", "both"), ("experts, one token", "forward")):
         for result in run.select(kind):
-            p, c = result.params, result.comparison(phase)
+            p = result.params
             pairs = f"{p['pairs']} pairs an expert" if p["pairs"] else "one token, forward"
             case = f"{pairs}, E={p['experts']}, H={p['hidden']}, I={p['intermediate']}, {p['dtype']}"
-            for name in c.seconds:
-                peak = f"{result.bytes[name]['peak'] / MIB:.1f}" if result.bytes else "–"
-                over = (ratio(c.ratio(name), c.doubt), ratio(c.ratio(name, LORA), c.doubt))
+            for name in result.seconds[phase]:
+                peak = mib(result.bytes[name]["peak"]) if result.bytes else "–"
+                over = (shown(result.ratio(phase, name, other)) for other in (None, LORA))
                 rows.append((case, name, *over, peak))
     return table((run.label, "", "over frozen", "over PEFT LoRA", "peak, MiB"), rows)
 
@@ -110,18 +91,13 @@ def steps(run: Run) -> str:
     for result in run.select("step"):
         p, c = result.params, result.comparison("step")
         factors = ", factors too" if "factors" in p else ""
+        case = f"{p['model']}, {p['dtype']}{factors}, {p['batch']} × {p['length']} tokens"
         for name in c.seconds:
             seconds = c.time(name).median
+            method = f"{name}, K={p['num_blocks']}" if name == SMOA else name
+            speed = (f"{seconds:.3g}", f"{p['batch'] * p['length'] / seconds:.0f}")
             rows.append(
-                (
-                    f"{p.get('model', RANDOM)}, {p.get('dtype', 'float32')}{factors}, "
-                    f"{p['batch']} × {p['length']} tokens",
-                    f"{name}, K={p['num_blocks']}" if name == SMOA else name,
-                    f"{seconds:.3g}",
-                    f"{p['batch'] * p['length'] / seconds:.0f}",
-                    ratio(c.ratio(name), c.doubt),
-                    f"{result.bytes[name]['peak'] / MIB:.0f}",
-                )
+                (case, method, *speed, shown(result.ratio("step", name)), mib(result.bytes[name]["peak"], 0))
             )
     return table((run.label, "", "s / step", "tokens / s", "over PEFT LoRA", "peak, MiB"), rows)
 
@@ -130,27 +106,16 @@ def partitions(run: Run) -> str:
     """One row a shape; the last one is a whole model, extrapolated from its distinct shapes."""
     rows = []
     for result in run.select("partition"):
-        p, c = result.params, result.comparison("partition")
-        rows.append(
-            (
-                f"{p['out_features']}×{p['in_features']}",
-                f"{c.time('SVD').median:.3g}",
-                f"{c.time('partition').median:.3g}",
-                ratio(c.ratio("partition"), c.doubt),
-                str(len(c.seconds["SVD"])),
-            )
-        )
+        c = result.comparison("partition")
+        seconds = (f"{c.time(name).median:.3g}" for name in ("SVD", "partition"))
+        shape = f"{result.params['out_features']}×{result.params['in_features']}"
+        rounds = str(len(c.seconds["SVD"]))
+        rows.append((shape, *seconds, shown(result.ratio("partition", "partition")), rounds))
     svd, ours = (one_billion(run, name) for name in ("SVD", "partition"))
     if svd is not None and ours is not None:
         name = f"all {sum(ONE_BILLION.values())} layers of Llama-3.2-1B's shape, extrapolated"
         rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}", "–"))
-    headings = (
-        "SVD, s",
-        "partition, s",
-        "partition over SVD",
-        "rounds",
-    )
-    return table((run.label, *headings), rows)
+    return table((run.label, "SVD, s", "partition, s", "partition over SVD", "rounds"), rows)
 
 
 def one_billion(run: Run, name: str) -> float | None:
@@ -169,25 +134,24 @@ def life_cycle(run: Run) -> str:
     rows = []
     for result in run.select("adapter"):
         for name, sizes in result.bytes.items():
-            phases = [result.comparison(phase) for phase in ("inject", "save", "load")]
-            times = (marked(f"{c.time(name).median:.3g}", c.doubt) for c in phases)
-            rows.append((name, *times, f"{sizes['files'] / MIB:.2f}"))
+            figures = (result.time(phase, name) for phase in ("inject", "save", "load"))
+            rows.append((name, *(f.short(".3g") if f else "–" for f in figures), mib(sizes["files"], 2)))
     return table((run.label, "inject, s", "save, s", "load, s", "on disk, MiB"), rows)
 
 
 def scaling(run: Run) -> str:
-    """Log-log slopes of the time, and of what it exceeds frozen's by."""
+    """Log-log slopes of the time, and of the time beyond frozen's."""
     rows = []
     for result in run.select("scaling"):
         values, c = result.params["values"], result.comparison("both")
+        axis = f"{result.params['axis']}, {values[0]} to {values[-1]}"
+        axis += f", {c.doubt}, not judged" if c.doubt else ""
         for name in (FROZEN, LORA, SMOA):
-            at = [(f"{name} @ {v}", f"{FROZEN} @ {v}") for v in values]
-            slopes = [log_log_slope(values, [c.time(ours).median for ours, _ in at])]
-            if name != FROZEN:
-                slopes.append(log_log_slope(values, [c.added(*pair).median for pair in at]))
-            cells = ["–" if math.isnan(slope) else f"{slope:+.2f}" for slope in slopes]
-            axis = marked(f"{result.params['axis']}, {values[0]} to {values[-1]}", result.doubt)
-            rows.append((axis, name, *cells, *["–"] * (2 - len(cells))))
+            time = log_log_slope(values, [c.time(f"{name} @ {v}").median for v in values])
+            added = [c.added(f"{name} @ {v}", f"{FROZEN} @ {v}").median for v in values]
+            rows.append(
+                (axis, name, f"{time:+.2f}", f"{log_log_slope(values, added):+.2f}".replace("+nan", "–"))
+            )
     return table((f"grows with, {run.label}", "", "time", "time over frozen's"), rows)
 
 
@@ -203,9 +167,9 @@ def goals(run: Run) -> str:
     """One row a goal: what was asked, what was measured, met or missed by how much."""
     rows = []
     for goal in GOALS:
-        figure = goal.measure(run)
-        value = "–" if figure is None else ratio(figure.ratio, figure.doubt)
-        rows.append((goal.text, f"≤ {goal.limit:.2f}", value, goal.verdict(figure)))
+        found = goal.measure(run)
+        figure = found[0] if found else None
+        rows.append((goal.text, f"≤ {goal.limit:.2f}", shown(figure), goal.verdict(run)))
     return table((f"ratio, {run.label}", "goal", "median [quartiles]", ""), rows)
 
 

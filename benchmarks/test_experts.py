@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from .conftest import Measure
-from .experts import ExpertsCase, check, providers, training_pass
+from .experts import ExpertsCase, check, providers
 from .memory import allocated
-from .protocol import Run, laps, timed
+from .protocol import halves, pass_seconds, timed
 from .providers import FROZEN
 
 # The first shape is small, and shows what a call costs; the second is Qwen3-30B-A3B's, with an eighth of its experts.
@@ -26,22 +28,15 @@ def test_training_pass(case: ExpertsCase, smoke: bool, measure: Measure) -> None
     case = case.smoke() if smoke else case
     layers = providers(case)
     check(case, layers)
-
-    def run(name: str) -> Run:
-        steps = training_pass(layers[name], case)
-
-        def timed_pass() -> dict[str, float]:
-            forward, backward = laps(*steps)
-            return {"both": forward + backward, "forward": forward, "backward": backward}
-
-        return timed_pass
-
     memory = {}
     for name, layer in layers.items():
-        forward, backward = training_pass(layer, case)
+        forward, backward = halves(layer, case.inputs(), case.output_gradient())
         forward_peak, held = allocated(forward)
         memory[name] = {"peak": max(forward_peak, held + allocated(backward)[0])}
-    runs = {name: run(name) for name in layers}
+    runs = {
+        name: partial(pass_seconds, layer, case.inputs(), case.output_gradient())
+        for name, layer in layers.items()
+    }
     measure("experts", title, params, runs, baseline=FROZEN, budget=10, bytes=memory)
 
 
@@ -51,15 +46,9 @@ def test_one_token(case: ExpertsCase, smoke: bool, measure: Measure) -> None:
     case = case.smoke() if smoke else case
     layers = providers(case)
     check(case, layers)
-
-    def run(name: str) -> Run:
-        x, index, routing = case.inputs()
-
-        def forward() -> None:
-            with torch.no_grad():
-                layers[name](x.detach(), index, routing)
-
-        return timed("forward", forward)
-
-    runs = {name: run(name) for name in layers}
+    x, *rest = case.inputs()
+    runs = {
+        name: timed("forward", torch.no_grad()(partial(layer, x.detach(), *rest)))
+        for name, layer in layers.items()
+    }
     measure("experts, one token", title, params, runs, baseline=FROZEN, budget=4, warmup=5)

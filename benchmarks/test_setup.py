@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +47,20 @@ def check(partition: BlockPartition, U: Tensor, sigma: Tensor, Vh: Tensor) -> No
     Neighbours of nearly equal centroid swap with the last bit, and nothing depends on it. Rounding moved a float32
     SVD's own centroids by up to 3e-5 of their spread (512×2048); 2⁻¹² of it, 2.4e-4, is allowed.
     """
-    sides = (("rows", partition.row_block, U), ("columns", partition.col_block, Vh.T))
-    for side, labels, vectors in sides:
+    for side, labels, vectors in (("rows", partition.row_block, U), ("columns", partition.col_block, Vh.T)):
         score = centroids(vectors, sigma)
         order = torch.argsort(score, stable=True)
+        blocks = order.tensor_split(partition.num_blocks)
         expected = torch.empty_like(order)
-        distance = torch.full_like(score, float("inf"))
-        sizes = [len(members) for members in order.tensor_split(partition.num_blocks)]
-        for block, members in enumerate(order.split(sizes)):
-            expected[members] = block
-        for end in torch.tensor(sizes).cumsum(0)[:-1].tolist():
-            boundary = score[order[end - 1 : end + 1]].mean()
-            distance = torch.minimum(distance, (score - boundary).abs())
+        expected[order] = torch.cat([torch.full_like(members, k) for k, members in enumerate(blocks)])
+        boundaries = [(score[one[-1]] + score[next_one[0]]) / 2 for one, next_one in pairwise(blocks)]
+        distance = torch.stack([(score - boundary).abs() for boundary in boundaries]).amin(0)
         moved = labels != expected
         tolerance = float(score.std()) * 2**-12
         if bool((distance[moved] > tolerance).any()):
-            worst = float(distance[moved].max())
             raise RedGateError(
                 f"{partition.shape}: {int(moved.sum())} {side} are in another block than the SVD's, one of them "
-                f"{worst:.1e} from the boundary, {tolerance:.1e} allowed"
+                f"{float(distance[moved].max()):.1e} from the boundary, {tolerance:.1e} allowed"
             )
 
 
@@ -109,7 +105,11 @@ def life_cycle(config: peft.PeftConfig, base: nn.Module, folder: Path) -> Run:
         )
         bare = models.pop().unload()
         (load,) = laps(lambda: models.append(peft.PeftModel.from_pretrained(bare, str(folder))))
-        check_reloaded(models[0], folder)
+        # The gate: what was loaded is what the file holds, bit for bit.
+        held = peft.get_peft_model_state_dict(models[0])
+        for key, stored in load_file(folder / "adapter_model.safetensors").items():
+            if not torch.equal(held[key].cpu(), stored):
+                raise RedGateError(f"{key} came back with other values than were saved")
         models.pop().unload()
         return {"inject": inject, "save": save, "load": load}
 
@@ -128,14 +128,6 @@ def on_threads(count: int, run: Run) -> Run:
             torch.set_num_threads(before)
 
     return threaded
-
-
-def check_reloaded(model: peft.PeftModel, folder: Path) -> None:
-    """The gate: what was loaded is what the file holds, bit for bit."""
-    held = peft.get_peft_model_state_dict(model)
-    for key, stored in load_file(folder / "adapter_model.safetensors").items():
-        if not torch.equal(held[key].cpu(), stored):
-            raise RedGateError(f"{key} came back with other values than were saved")
 
 
 def test_life_cycle(smoke: bool, measure: Measure) -> None:

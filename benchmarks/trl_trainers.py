@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chats
+import smollm2
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftConfig
@@ -39,13 +41,9 @@ from trl import (
     SFTTrainer,
 )
 
-from examples import smollm2
 from smoa_kernels.peft import SMoAConfig
 
-from . import quality  # noqa: F401  # puts the examples' folder on the path
 from .machine import cpu_name, load
-
-import chats  # isort: skip  # one of the examples
 
 STEPS = 10
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -3,33 +3,25 @@
 The package's English dialogs are short questions and remarks with short answers: trivia, small talk, psychology.
 """
 
-import json
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import yaml
-from questions import same_text
-
-PACKAGE = "chatterbot-corpus"
+from packages import file_of
+from questions import read_lines, same_text
 
 Chat = list[dict[str, str]]
 """Messages with a role and a content each, as chat templates take them."""
 
 
 def locate() -> Path:
-    """Return the folder of the English dialogs inside the installed package, which is not imported.
+    """Return the folder of the English dialogs inside the installed package.
 
     Raises:
         FileNotFoundError: if the package is missing.
     """
-    try:
-        return Path(str(distribution(PACKAGE).locate_file("chatterbot_corpus/data/english")))
-    except PackageNotFoundError:
-        raise FileNotFoundError(
-            f"the chats come with a package: pip install --no-deps {PACKAGE}==1.3.3, or give --data"
-        ) from None
+    return file_of("chatterbot-corpus", "1.3.3", "chatterbot_corpus/data/english", ", or give --data")
 
 
 def read_corpus(folder: Path) -> list[Chat]:
@@ -55,16 +47,11 @@ def read_jsonl(path: Path) -> list[Chat]:
     Raises:
         ValueError: if a line is something else; the message names it.
     """
-    chats = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            messages = json.loads(line)["messages"]
-            chats.append([{"role": str(m["role"]), "content": str(m["content"])} for m in messages])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f'{path}, line {number} is no {{"messages": [{{"role", "content"}}, …]}}'
-            ) from error
-    return chats
+
+    def chat(record: Any) -> Chat:
+        return [{"role": str(m["role"]), "content": str(m["content"])} for m in record["messages"]]
+
+    return [one for _, one in read_lines(path, chat, '{"messages": [{"role", "content"}, …]}')]
 
 
 def turns(chats: Sequence[Chat]) -> list[dict[str, Any]]:

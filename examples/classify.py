@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,10 +124,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; report bad input in one line."""
-    return run_command(classify, arguments)
-
+main = partial(run_command, classify)  # bad input is told in one line
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -34,7 +34,7 @@ from options import run_command
 from parallel import Kind, Team, join, own_device
 from peft import PeftModel, get_peft_model
 from questions import Encoder, Question, read_jsonl, split
-from training import StopRequest, TrainingRecord, answer, score, shuffled_batches, train
+from training import StopRequest, answer, score, shuffled_batches, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RATES = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATE.items())
@@ -158,53 +158,34 @@ def run(options: SimpleNamespace, recorded: dict[str, Any], device: torch.device
             team=team,
             checkpoints=checkpoints,
         )
-        save(options.output, model, summary, record, stop, device, team)
+        if not record.steps:
+            raise KeyboardInterrupt  # nothing was trained, so nothing is worth saving
+        summary |= record.summary() | {"status": "interrupted" if stop.signal else "trained"}
+        summary["peak_memory_bytes"] = peak_memory_bytes(device)
+        save(options.output, summary, team, model)
+    say(f"{record.median_step_seconds:.2f} s a step (median), {record.tokens_per_second:,.0f} tokens/s")
+    say(f"Peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB, {summary['machine']['label']}")
     say(f"Adapter saved in {options.output / 'adapter'}")
     if stop.signal:
         say(f"Stopped by {signal.Signals(stop.signal).name} after step {record.steps}; evaluation is skipped")
         raise typer.Exit(128 + stop.signal)
     after = answer(model, encoder, held_out, options.batch_size, device)
     summary |= {"status": "complete", "accuracy_after": score(after, held_out).record()}
-    if team.leads:
-        write(options.output, summary)
+    save(options.output, summary, team)
     for question, *answers in list(zip(held_out, before, after, strict=True))[:3]:
         say(f"{question.prompt!r}: before {answers[0]}, after {answers[1]}, right is {question.answer}")
     say(f"Accuracy: {score(before, held_out)} before, {score(after, held_out)} after training")
 
 
-def save(
-    output: Path,
-    model: PeftModel,
-    summary: dict[str, Any],
-    record: TrainingRecord,
-    stop: StopRequest,
-    device: torch.device,
-    team: Team,
-) -> None:
-    """Save what was trained, and what it cost so far. SMoA's adapter is written whole or not at all."""
-    if not record.steps:
-        raise KeyboardInterrupt  # nothing was trained, so nothing is worth saving
-    summary |= {
-        "status": "interrupted" if stop.signal else "trained",
-        "steps": record.steps,
-        "median_step_seconds": record.median_step_seconds,
-        "tokens_per_second": record.tokens_per_second,
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "loss": record.loss,
-    }
-    state = team.whole_adapter(model)
+def save(output: Path, summary: dict[str, Any], team: Team, model: PeftModel | None = None) -> None:
+    """Write the adapter, if one is given, and ``summary.json``, each of them whole or not at all."""
+    state = None if model is None else team.whole_adapter(model)
     if team.leads:
-        model.save_pretrained(str(output / "adapter"), state_dict=state)
-        write(output, summary)
-        print(f"{record.median_step_seconds:.2f} s a step (median), {record.tokens_per_second:,.0f} tokens/s")
-        print(f"Peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB, {summary['machine']['label']}")
-
-
-def write(output: Path, summary: dict[str, Any]) -> None:
-    """Write ``summary.json``, whole or not at all."""
-    unfinished = output / "summary.json.partial"
-    unfinished.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, output / "summary.json")
+        if model is not None:
+            model.save_pretrained(str(output / "adapter"), state_dict=state)
+        unfinished = output / "summary.json.partial"
+        unfinished.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(unfinished, output / "summary.json")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,7 @@ import torch
 import trec
 import typer
 from options import run_command
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, get_peft_model
 from questions import Question, split
 from training import Score
 from transformers import (
@@ -47,38 +48,41 @@ LENGTH = 24  # words of a question that are read
 
 def finetune(
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("runs/finetune-moe"),
-    method: Annotated[Literal["smoa", "lora"], typer.Option(help="The adapter.")] = "smoa",
     block_order: Annotated[
-        Literal["contiguous", "spectral", "shared", "random"], typer.Option(help="SMoA's.")
+        Literal["contiguous", "spectral", "shared", "random"], typer.Option(help="Of the blocks.")
     ] = "contiguous",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
-    lr: Annotated[float | None, typer.Option(min=0, help="Peak rate.")] = None,
+    lr: Annotated[float, typer.Option(min=0, help="Peak rate.")] = 3e-2,
     r: Annotated[int, typer.Option(min=1, help="Rank budget of each expert.")] = 8,
     num_blocks: Annotated[int, typer.Option(min=1, help="Blocks.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of adapter, order, head.")] = 0,
     eval_questions: Annotated[int, typer.Option(min=1, help="Questions to test.")] = 500,
 ) -> None:
     """Fine-tune the experts of a tiny Qwen3-MoE with random weights; evaluate, save, load and merge."""
     splits = split(trec.read(trec.locate()))
     words = vocabulary(splits.train)
-    set_seed(0)  # the base is the same for every seed
+    set_seed(0)
     base = Qwen3MoeForSequenceClassification(model_config(len(words) + 2))
     frozen = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    set_seed(seed)
-    model = get_peft_model(base, configuration(method, block_order, r, num_blocks))
+    config = SMoAConfig(
+        task_type="SEQ_CLS",  # which trains and saves the head
+        r=r,
+        num_blocks=num_blocks,
+        block_order=block_order,
+        target_modules=[],
+        target_parameters=TARGETS,
+    )
+    model = get_peft_model(base, config)
     print("Experts of a tiny Qwen3-MoE with random weights")
     model.print_trainable_parameters()
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=100,
-        learning_rate=lr or (3e-2 if method == "smoa" else 3e-3),
+        learning_rate=lr,
         warmup_steps=steps // 10,
         logging_steps=50,
         save_strategy="no",
-        seed=seed,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -91,14 +95,6 @@ def finetune(
     loaded = PeftModel.from_pretrained(again, output / "adapter")
     print(f"Saved to {output / 'adapter'}; loaded again: {accuracy(loaded, test)}")
     print(f"Merged into the experts: {accuracy(loaded.merge_and_unload(), test)}")
-
-
-def configuration(method: str, block_order: str, r: int, num_blocks: int) -> Any:
-    """The adapter's configuration; the head of the classifier is trained with it."""
-    common = {"r": r, "target_modules": [], "target_parameters": TARGETS, "task_type": TaskType.SEQ_CLS}
-    if method == "lora":
-        return LoraConfig(**common)
-    return SMoAConfig(**common, num_blocks=num_blocks, block_order=block_order)
 
 
 def model_config(vocab_size: int) -> Qwen3MoeConfig:
@@ -147,22 +143,16 @@ def encode(words: dict[str, int], questions: Sequence[Question]) -> list[dict[st
 def accuracy(model: Any, encoded: Sequence[dict[str, Any]]) -> Score:
     """Classify questions."""
     model.eval()
-    device = next(model.parameters()).device
     right = 0
     for start in range(0, len(encoded), 100):
-        batch = {
-            key: torch.tensor([one[key] for one in encoded[start : start + 100]], device=device)
-            for key in encoded[0]
-        }
+        rows = encoded[start : start + 100]
+        batch = {key: torch.tensor([row[key] for row in rows], device=model.device) for key in rows[0]}
         labels = batch.pop("labels")
         right += int((model(**batch).logits.argmax(-1) == labels).sum())
     return Score(right, len(encoded))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; report bad input in one line."""
-    return run_command(finetune, arguments)
-
+main = partial(run_command, finetune)  # bad input is told in one line
 
 if __name__ == "__main__":
     sys.exit(main())

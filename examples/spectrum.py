@@ -196,8 +196,7 @@ def by_kind(layers: dict[str, Layer]) -> dict[str, list[Layer]]:
 def draw_weights(axis: Axes, layers: dict[str, Layer]) -> None:
     """Singular values of W0, a line for each kind of layer."""
     for kind, members in by_kind(layers).items():
-        curves = [along(layer.singular_values, SHARES) for layer in members]
-        axis.plot(SHARES, np.median(curves, 0), label=kind)
+        axis.plot(SHARES, np.median([along(m.singular_values, SHARES) for m in members], 0), label=kind)
     axis.set(yscale="log", ylim=(FLOOR, 1.5), xlim=(0, 1), xlabel="position in W0's spectrum, j / q")
     axis.set_title("Singular values of W0, over the largest")
     axis.legend(fontsize=7, ncols=2, loc="lower left")

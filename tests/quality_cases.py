@@ -6,23 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from questions import Question, Splits
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from benchmarks.quality.methods import (
-    ALL,
-    BY_NAME,
-)
-from benchmarks.quality.models import (
-    CutModel,
-    Upper,
-)
+from benchmarks.quality.methods import ALL, BY_NAME
+from benchmarks.quality.models import CutModel, Upper
 from benchmarks.quality.store import BEFORE
 from benchmarks.quality.tasks import TASKS
-
-# On the path since benchmarks.quality was imported.
-
-from questions import Question, Splits  # isort: skip
 
 COLOURS = [Question(f"what colour is {thing} number {i}", colour) for i in range(8) for thing, colour in
            (("grass", "green"), ("sky", "blue"), ("snow", "white"))]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.memory import allocated, footprint
 from benchmarks.models import adapter_configs
-from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns, laps, quartiles
+from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns
 from benchmarks.providers import (
     CONTIGUOUS,
     FROZEN,
@@ -26,7 +26,7 @@ from benchmarks.providers import (
     lora,
     smoa,
 )
-from benchmarks.test_layer_throughput import training_pass
+from benchmarks.test_layer import training_pass
 from benchmarks.test_model_step import adapted, check_gradients
 from benchmarks.test_setup import centroids, check
 from smoa_kernels import BlockPartition
@@ -38,11 +38,6 @@ CASE = Case(24, 96, 80, 4, 16)
 BF16 = torch.bfloat16
 
 
-def test_quartiles_are_the_inclusive_ones() -> None:
-    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == Quartiles(2.0, 3.0, 4.0)
-    assert quartiles([7.0]) == Quartiles(7.0, 7.0, 7.0)
-
-
 def test_a_ratio_is_taken_within_its_round() -> None:
     # A machine that slows down fivefold: the medians' ratio would be 2·4/2 = 4, each round's is 2.
     drifting = Comparison(
@@ -52,15 +47,10 @@ def test_a_ratio_is_taken_within_its_round() -> None:
     assert drifting.ratio("ours", "lora").median == 2.0
     assert drifting.added("ours").median == 2.0
     assert drifting.spread == pytest.approx((3.5 - 1.5) / 2.0)
-    assert drifting.noisy
-
-
-@pytest.mark.parametrize(("high", "noisy"), [(1.14, False), (1.16, True)])
-def test_a_spread_above_fifteen_percent_is_noisy(high: float, noisy: bool) -> None:
+    assert drifting.doubt == "noisy"
     # Quartiles of [1, 1, 1, h, h] are 1 and h around a median of 1.
-    found = Comparison("base", {"base": [1.0, 1.0, 1.0, high, high]})
-    assert found.noisy is noisy
-    assert found.doubt == ("noisy" if noisy else "")
+    for high, doubt in ((1.14, ""), (1.16, "noisy")):
+        assert Comparison("base", {"base": [1.0, 1.0, 1.0, high, high]}).doubt == doubt
 
 
 def test_providers_take_turns_in_an_order_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,27 +61,20 @@ def test_providers_take_turns_in_an_order_that_changes(monkeypatch: pytest.Monke
         calls.append(name)
         return {"forward": float(len(calls))}
 
-    def measured() -> Turns:
-        calls.clear()
-        turns = Turns({name: lambda name=name: run(name) for name in "abc"}, "a")
-        turns.warm_up(2)
-        assert calls == list("abcabc")
-        calls.clear()
-        for _ in range(20):
-            turns.round()
-        return turns
-
-    found = measured().comparisons()["forward"].seconds
+    turns = Turns({name: lambda name=name: run(name) for name in "abc"}, "a")
+    turns.warm_up(2)
+    assert calls == list("abcabc")
+    calls.clear()
+    for _ in range(20):
+        turns.round()
     rounds = ["".join(calls[i : i + 3]) for i in range(0, 60, 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
     # Each provider runs first in some round, and follows each other one in some round.
     assert {each[0] for each in rounds} == set("abc")
-    assert {pair for each in rounds for pair in (each[:2], each[1:])} == {
-        a + b for a in "abc" for b in "abc" if a != b
-    }
+    pairs = {pair for each in rounds for pair in (each[:2], each[1:])}
+    assert pairs == {a + b for a in "abc" for b in "abc" if a != b}
+    found = turns.comparisons()["forward"].seconds
     assert found["b"] == [3 * i + each.index("b") + 1 for i, each in enumerate(rounds)]
-    measured()
-    assert rounds == ["".join(calls[i : i + 3]) for i in range(0, 60, 3)]
 
 
 def test_what_is_short_has_several_turns_in_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +94,6 @@ def test_what_is_short_has_several_turns_in_a_round(monkeypatch: pytest.MonkeyPa
     at = calls.index("long") + 1
     assert turns.comparisons()["forward"].seconds == {"short": [(66 - at) / 10], "long": [at]}
     assert 1 < at < 11
-
-
-def test_laps_are_timed_apart() -> None:
-    first, second = laps(lambda: time.sleep(NAP), lambda: None)
-    assert first >= NAP > second
 
 
 def test_a_backward_is_timed_without_its_forward() -> None:

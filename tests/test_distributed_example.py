@@ -5,7 +5,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 from places import kill_at, python
 from processes import Processes
-from test_finetune_example import ROOT, SCRIPT, animals, finish, refused, tiny_llama  # noqa: F401
+from test_finetune_example import SCRIPT, animals, finish, refused, start, tiny_llama  # noqa: F401
 
 sys.path.insert(0, str(SCRIPT.parent))
 
@@ -160,17 +159,6 @@ def test_resumes_however_the_work_is_shared(
 # The command, launched
 
 
-def launch(launcher: list[str], *options: object) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [*map(str, launcher), str(SCRIPT), *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
-
-
 TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", 1]
 ACCELERATE = [
     *(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1),
@@ -184,7 +172,7 @@ def test_a_killed_process_ends_the_run_which_resumes_on_another_number(
 ) -> None:
     job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path, "--rank", 4, "--steps", 150)
     job = (*job, "--batch-size", 8, "--dtype", "float64", "--checkpoint-every", 5)
-    process = launch(ACCELERATE, *job, "--distributed", "fsdp", "--device", "cpu")
+    process = start(*job, "--distributed", "fsdp", "--device", "cpu", launcher=ACCELERATE)
     checkpoints = tmp_path / "checkpoints"
     while not any(path.suffix != ".partial" for path in checkpoints.glob("step-*")):
         assert process.poll() is None, process.communicate()
@@ -198,23 +186,11 @@ def test_a_killed_process_ends_the_run_which_resumes_on_another_number(
     (last,) = (path for path in checkpoints.iterdir() if path.suffix != ".partial")
     before = json.loads((last / "run.json").read_text())["figures"]["loss"]
     assert len(before) == int(last.name.removeprefix("step-"))
-    finish(launch(TORCHRUN, *job, "--distributed", "ddp", "--device", "cpu", "--resume"))
+    finish(start(*job, "--distributed", "ddp", "--device", "cpu", "--resume", launcher=TORCHRUN))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "complete"
     assert len(summary["loss"]) == 150
     assert summary["loss"][: len(before)] == before
-
-
-@pytest.mark.long
-def test_torchrun_with_tensor_parallelism(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
-    """Two processes to the end: one shows progress, one adapter is saved and verified in a fresh process."""
-    job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path, "--rank", 4, "--steps", 3)
-    out = finish(launch([*TORCHRUN[:-1], 2], *job, "--distributed", "tp", "--device", "cpu"))
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["status"] == "complete"
-    assert len(summary["loss"]) == 3
-    for line in ("step 1 of", "Accuracy before", "Adapter saved in", "after training"):
-        assert out.count(line) == 1, line
 
 
 def children(pid: int) -> list[int]:

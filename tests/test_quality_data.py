@@ -8,28 +8,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import minilm
 import pytest
+import smollm2
 import torch
+from quality_cases import COLOURS
+from questions import Encoder, Question, Splits, same_text
 from torch import nn
+from training import next_token_scores
 
 from benchmarks.quality import data
 from benchmarks.quality.data import Choice
 from benchmarks.quality.models import (
     ChoiceModel,
     ChoiceUpper,
+    answer_tokens,
     cut_minilm,
     cut_smollm2,
     rows_of,
     vocabulary,
 )
 from benchmarks.quality.tasks import TASKS
-
-# On the path since benchmarks.quality was imported.
-from examples import minilm, smollm2
-
-from questions import Encoder, Question, Splits, same_text  # isort: skip
-from training import next_token_scores  # isort: skip
-from quality_cases import COLOURS
 
 pytestmark = pytest.mark.slow
 
@@ -87,9 +86,9 @@ def test_answers_in_one_row_score_as_they_do_alone() -> None:
     ]
     classes = sorted({answer for question in questions for answer in question.choices})
     tokenizer: Any = spelled
-    tokens = list(vocabulary(tokenizer, tuple(classes)))
+    tokens = vocabulary(answer_tokens(tokenizer, classes))
     upper = ChoiceUpper(body, rows_of(whole.embed_tokens.weight, tokens), causal=True)
-    cut = ChoiceModel(lower, upper, tokenizer, classes, {}, new_head=False)
+    cut = ChoiceModel(lower, upper, tokenizer, classes, {})
     batch = cut.batch(questions)
     with torch.no_grad():
         scores = upper(batch.hidden, batch.layout)

@@ -9,11 +9,7 @@ import pytest
 import torch
 from quality_cases import SPLITS, TINY, tiny
 
-from benchmarks.quality.methods import (
-    METHODS,
-    MODULES,
-    shuffled,
-)
+from benchmarks.quality.methods import METHODS, MODULES, shuffled
 from benchmarks.quality.study import train_and_judge
 from smoa_kernels import BlockPartition
 

@@ -1,4 +1,4 @@
-"""The quality study: its statistics, its verdicts and its page, from made-up records."""
+"""The quality study: means and intervals, what validation chose, and the page against the kept records."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ import math
 from pathlib import Path
 
 import pytest
-
-# On the path since benchmarks.quality was imported.
 from quality_cases import record
 
 from benchmarks.quality import store
 from benchmarks.quality.__main__ import RECORDS
-from benchmarks.quality.analysis import Study, over_groups, paired, summarize, t_quantile
-from benchmarks.quality.methods import (
-    BY_NAME,
-)
-from benchmarks.quality.report import generate, page
+from benchmarks.quality.analysis import Study, differences, mean_of, t_quantile
+from benchmarks.quality.methods import BY_NAME
+from benchmarks.quality.report import EQUALS, LORA, generate, page
 from benchmarks.quality.study import best_rate
 from benchmarks.quality.tasks import TASKS
-from benchmarks.quality.verdicts import EQUALS, LORA
 
 pytestmark = pytest.mark.slow
 
@@ -30,25 +25,19 @@ def test_t_quantiles_are_those_of_the_tables() -> None:
         assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=5e-5)
 
 
-def test_paired_interval_against_a_worked_example() -> None:
+def test_an_interval_against_a_worked_example() -> None:
     """Differences 1, 2, 3, 4, 5: mean 3, standard error √(2.5 / 5), times 2.7764."""
     theirs = {seed: float(10 * seed) for seed in range(5)}
-    difference = paired({seed: theirs[seed] + seed + 1 for seed in range(5)} | {9: 0.0}, theirs)
-    assert difference is not None
-    assert difference.seeds == 5
-    assert difference.value == pytest.approx(3.0)
-    assert difference.standard_error == pytest.approx(math.sqrt(0.5))
-    assert difference.half_width == pytest.approx(2.77645 * math.sqrt(0.5), rel=1e-5)
-    assert paired({0: 1.0}, {1: 1.0}) is None
-    assert math.isnan(summarize([1.0]).half_width)
-
-
-def test_mean_over_groups_counts_the_spread_within_them() -> None:
-    mean = over_groups([[0.0, 2.0], [10.0, 12.0]])
-    assert mean.value == 6.0
-    # Pooled variance 2, two means of two values each: √(2 (1/2 + 1/2)) / 2.
-    assert mean.standard_error == pytest.approx(math.sqrt(2.0) / 2)
-    assert mean.half_width == pytest.approx(t_quantile(0.975, 2) * mean.standard_error)
+    found = differences({seed: theirs[seed] + seed + 1 for seed in range(5)} | {9: 0.0}, theirs)
+    mean = mean_of(found)
+    assert (mean.seeds, mean.value) == (5, pytest.approx(3.0))
+    assert mean.standard_error == pytest.approx(math.sqrt(0.5))
+    assert mean.half_width == pytest.approx(2.77645 * math.sqrt(0.5), rel=1e-5)
+    assert math.isnan(mean_of([1.0]).half_width)
+    # Over groups: pooled variance 2, two means of two values each: √(2 (1/2 + 1/2)) / 2.
+    both = mean_of([0.0, 2.0], [10.0, 12.0])
+    assert (both.value, both.standard_error) == (6.0, pytest.approx(math.sqrt(2.0) / 2))
+    assert both.half_width == pytest.approx(t_quantile(0.975, 2) * both.standard_error)
 
 
 def test_the_best_rate_is_chosen_on_validation() -> None:
@@ -58,27 +47,21 @@ def test_the_best_rate_is_chosen_on_validation() -> None:
         record("LoRA", "search", 2e-2, 1000, 0.7),
         record("LoRA", "search", 0.123, 1000, 0.9),  # no rate of the ladder
         record("LoRA", "final", 2e-2, 0, 0.99),
-        record("HiRA", "search", 2e-2, 1000, 0.95),
     ]
     assert best_rate(runs, "trec50", "LoRA") == 1e-2
     assert best_rate(runs, "trec50", "SMoA K=2") is None
     assert best_rate(runs, "films", "LoRA") is None
     study = Study(runs)
-    assert not study.at_an_edge("trec50", "LoRA")
-    assert study.at_an_edge("trec50", "HiRA")
     assert study.plateau("trec50", "LoRA") == (5e-3, 1e-2)
     assert study.plateau("trec50", "LoRA", points=0.11) == (5e-3, 2e-2)
     assert study.accuracies("trec50", "LoRA") == {}  # the run on test had another rate
 
 
 def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
-    runs = [
-        record(m, "search", lr, 1000, 0.5) for m in ("LoRA", "SMoA K=2", "random K=2") for lr in (1e-2, 2e-2)
-    ]
-    for seed, accuracy in enumerate((0.80, 0.81, 0.82)):
-        runs.append(record("LoRA", "final", 1e-2, seed, accuracy))
-        runs.append(record("SMoA K=2", "final", 1e-2, seed, accuracy - 0.05))
-        runs.append(record("random K=2", "final", 1e-2, seed, accuracy - 0.15))
+    runs = []
+    for method, less in (("LoRA", 0.0), ("SMoA K=2", 0.05), ("random K=2", 0.15)):
+        runs += [record(method, "search", lr, 1000, 0.5) for lr in (1e-2, 2e-2)]
+        runs += [record(method, "final", 1e-2, seed, 0.8 + seed / 100 - less) for seed in range(3)]
     path = tmp_path / "runs.jsonl"
     path.write_text("".join(json.dumps(run) + "\n" for run in runs))
     names = {written.name for written in generate(path, tmp_path)}
@@ -89,27 +72,22 @@ def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
     assert "-5.0 [-5.0, -5.0] points, below zero" in text
     assert "+10.0 [+10.0, +10.0] points, above zero" in text
     assert "| SMoA K=2, r=8 | 0.50 | 76.0 ± 0.6 | 76.0 |" in text
+    assert "## Modules" not in text  # a sweep that was not run
     better = [r | {"accuracy": 0.9} if r["method"] == "SMoA K=2" else r for r in runs]
     assert "on 1 of 1 tasks: TREC-50" in page(Study(better))
 
 
-def test_the_kept_records_are_whole() -> None:
+def test_the_kept_records_are_of_the_study_as_it_is() -> None:
+    """So a resumed slice finds them."""
     records = store.read(RECORDS)
     assert len(records) == len(RECORDS.read_text().splitlines())
-    keys = [store.key_of(record) for record in records]
-    assert len(keys) == len(set(map(str, keys)))
-    assert {record["method"] for record in records} <= BY_NAME.keys()
     store.check_one_setting(records)
-    # They are of the study as it is: a resumed slice finds them.
+    assert len(records) == len({str(store.key_of(record)) for record in records})
     for kept in records:
-        task, method = TASKS[kept["task"]], BY_NAME[kept["method"]]
-        assert [kept[name] for name in ("steps", "batch_size", "layers", "head_lr")] == [
-            task.steps, task.batch_size, task.layers, task.head_lr
-        ]  # fmt: skip
-        key = store.key_of(kept)
-        for field in ("num_blocks", "random", "scaling", "modules", "block_order", "granule"):
-            assert key[field] == getattr(method, field)
-        assert key["r"] == method.r or method.as_large
+        task, method = vars(TASKS[kept["task"]]), BY_NAME[kept["method"]]
+        of_method = dict(vars(method), r=kept["r"] if method.as_large else method.r)
+        for names, wanted in ((store.OF_A_TASK, task), (store.OF_A_METHOD, of_method)):
+            assert all(kept[name] == wanted[name] for name in names if name not in ("dtype", "data"))
 
 
 def test_the_results_page_is_what_the_records_say() -> None:
@@ -121,6 +99,6 @@ def test_at_equal_size_no_k_differs_significantly_from_lora() -> None:
     """The README says so."""
     study = Study(store.read(RECORDS))
     for ours in EQUALS:
-        difference = study.overall(ours, LORA)
+        difference = study.difference(ours, LORA, study.tasks)
         assert difference is not None
         assert difference.low < 0 < difference.high

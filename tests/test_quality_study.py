@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import math
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from quality_cases import SPLITS, TINY
+from questions import Splits
 
 from benchmarks import machine
 from benchmarks.quality import store
-from benchmarks.quality.__main__ import RECORDS, app
-from benchmarks.quality.methods import (
-    BY_NAME,
-    LADDER,
-    LEARNING_RATES,
-)
+from benchmarks.quality.methods import BY_NAME, LADDER, LEARNING_RATES
 from benchmarks.quality.study import Slice
 from benchmarks.quality.tasks import Task
-
-# On the path since benchmarks.quality was imported.
-
-from questions import Splits  # isort: skip
-from quality_cases import SPLITS, TINY
 
 pytestmark = pytest.mark.slow
 
@@ -73,30 +63,20 @@ def test_runs_that_are_there_are_skipped(tmp_path: Path) -> None:
         assert all(field in r for r in records)
 
 
-@pytest.mark.parametrize("changed", ["data", "rank", "scaling", "modules", "head's rate"])
 def test_a_run_is_made_anew_where_its_name_means_something_else(
-    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, told = tmp_path / "runs.jsonl", []
-    lora = BY_NAME["LoRA"]
 
-    def go(task: Task, splits: Splits, method: Any) -> None:
+    def go(task: Task = TINY, splits: Splits = SPLITS, **fields: Any) -> int:
+        method = replace(BY_NAME["LoRA"], **fields)
         monkeypatch.setitem(BY_NAME, "LoRA", method)
         Slice(task, path, told.append, splits, LEARNING_RATES[:1], further=False).run(1, [method])
+        return len(told)
 
-    go(TINY, SPLITS, lora)
-    assert len(told) == 2
-    go(
-        replace(TINY, head_lr=0.5) if changed == "head's rate" else TINY,
-        SPLITS._replace(train=SPLITS.train[1:]) if changed == "data" else SPLITS,
-        replace(
-            lora,
-            **{"rank": {"r": 2}, "scaling": {"scaling": 2.0}, "modules": {"modules": "MLP"}}.get(changed, {}),
-        ),
-    )
-    assert len(told) == 4
-    go(TINY, SPLITS, lora)
-    assert len(told) == 4
+    assert (go(), go(r=2), go(r=8)) == (2, 4, 4)
+    assert go(splits=SPLITS._replace(train=SPLITS.train[1:])) == 6
+    assert go(task=replace(TINY, head_lr=0.5)) == 8
     with pytest.raises(ValueError, match="a report is of one setting"):
         store.check_one_setting(store.read(path))
 
@@ -118,35 +98,3 @@ def test_a_commit_says_whether_code_was_not_committed(
     assert machine.commit() == commit
     code.write_text("2\n")
     assert machine.commit() == commit + machine.EDITED
-
-
-@pytest.mark.long
-def test_the_methods_are_shared_between_processes(tmp_path: Path) -> None:
-    path = tmp_path / "runs.jsonl"
-    arguments = ["run", "--task", "trec50", "--smoke", "--seeds", "1", "--records", str(path)]
-    chosen = ["--method", "none", "--method", "LoRA", "--method", "SMoA K=2"]
-    command = [sys.executable, "-m", "benchmarks.quality", *arguments, *chosen, "--jobs", "2"]
-    # A process of its own, as `make quality` starts it: what stands in `__main__` is not found by those that it spawns.
-    result = subprocess.run(command, cwd=RECORDS.parents[2], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    records = store.read(path)
-    assert sorted((r["method"], r["stage"]) for r in records) == [
-        (name, stage) for name in ("LoRA", "SMoA K=2", "none") for stage in ("final", "search")
-    ]
-
-
-def test_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(*arguments: str) -> str:
-        result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
-        assert result.exit_code == 2
-        return result.output
-
-    assert "'nope' is none of trec50" in said("run", "--task", "nope")
-    assert "'nope' is none of none, LoRA" in said("run", "--task", "trec50", "--method", "nope")
-    assert "'nope' is none of methods, larger" in said("run", "--task", "trec50", "--sweep", "nope")
-    assert "0.123 is none of 0.0001" in said("run", "--task", "trec50", "--rate", "0.123")
-    assert "its figures mean nothing" in said("run", "--task", "trec50", "--smoke")
-    monkeypatch.setattr("benchmarks.quality.__main__.commit", lambda: f"abc{machine.EDITED}")
-    elsewhere = str(tmp_path / "runs.jsonl")
-    assert "commit it, or --allow-dirty" in said("run", "--task", "trec50", "--records", elsewhere)
-    assert "is not there yet" in said("report", "--records", str(tmp_path / "none.jsonl"))

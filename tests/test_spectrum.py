@@ -1,21 +1,16 @@
 """The example that measures where an update goes: cases whose numbers are known, PEFT's own ΔW, one run."""
 
 import math
-import sys
 import xml.etree.ElementTree
-from pathlib import Path
 
 import pytest
 import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
+from spectrum import main, measure, model_spectrum
 from tiny_models import tiny_gpt2, tiny_llama
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.peft import SMoAConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from spectrum import main, measure, model_spectrum
 
 DIAGONAL = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
 ONE = BlockPartition.from_weight(DIAGONAL, 1)

@@ -36,7 +36,7 @@ from ..providers import (
 )
 from ..results import Result
 from ..rotation import cache_bytes, rotated
-from ..test_layer_throughput import training_pass
+from ..test_layer import training_pass
 from ..theory import rates
 from .cases import GOAL_CASES, ORDERS, headline_cases, operator_cases, tuned_layers
 from .state import State

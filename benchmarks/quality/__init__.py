@@ -7,10 +7,6 @@ Models and data come with packages, by the examples' own readers.
 """
 
 import os
-import sys
-from pathlib import Path
 
 # Read when the libraries are imported: everything is on disk already.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-# The examples are scripts, not a package: their folder goes on the path, as Python puts it there for a script.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ import typer
 from ..machine import EDITED, commit
 from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
-from .study import Share, run_share
+from .study import run_share
 from .tasks import TASKS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -26,7 +26,7 @@ Records = Annotated[Path, typer.Option(help="The runs, one JSON object a line.")
 
 @app.command()
 def run(
-    task: Annotated[list[str], typer.Option(help=f"One of {', '.join(TASKS)}; may be given several times.")],
+    task: Annotated[list[str], typer.Option(help=f"Of {', '.join(TASKS)}; may be given several times.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs on test of each method.")] = 5,
     method: Annotated[
         list[str] | None, typer.Option(help="Only these, in this order; the whole sweep when left out.")
@@ -34,15 +34,11 @@ def run(
     sweep: Annotated[str, typer.Option(help=f"What is varied, one of {', '.join(SWEEPS)}.")] = "methods",
     rate: Annotated[
         list[float] | None,
-        typer.Option(
-            help="Learning rates to begin with; the whole grid when left out. The search goes on from them."
-        ),
+        typer.Option(help="Learning rates to begin with; the search goes on from them along the ladder."),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Processes that share the methods, one thread each; left out, one a processor."
-        ),
+        typer.Option(min=1, help="Processes of one thread that share the methods; else one a core."),
     ] = None,
     records: Records = RECORDS,
     allow_dirty: Annotated[
@@ -53,10 +49,15 @@ def run(
     ] = False,
 ) -> None:
     """Do the runs of these tasks that are not yet in the records; those that are done outlive Ctrl-C and kills."""
-    _check("--task", task, TASKS)
-    _check("--method", method or [], BY_NAME)
-    _check("--sweep", [sweep], SWEEPS)
-    _check("--rate", rate or [], LADDER)
+    for option, given, allowed in (
+        ("--task", task, tuple(TASKS)),
+        ("--method", method or [], tuple(BY_NAME)),
+        ("--sweep", [sweep], tuple(SWEEPS)),
+        ("--rate", rate or [], LADDER),
+    ):
+        for value in given:
+            if value not in allowed:
+                raise typer.BadParameter(f"{option} {value!r} is none of {', '.join(map(str, allowed))}")
     if smoke and records.resolve() == RECORDS:
         raise typer.BadParameter(f"--smoke: its figures mean nothing, so --records must not be {RECORDS}")
     if not (smoke or allow_dirty) and commit().endswith(EDITED):
@@ -65,14 +66,11 @@ def run(
         )
     chosen = method or [m.name for m in SWEEPS[sweep]]
     jobs = min(jobs or os.cpu_count() or 1, len(chosen))
+    shares = [chosen[k::jobs] for k in range(jobs)]
     for name in task:
-        rates = rate or LEARNING_RATES
-        shares = [Share(name, records, smoke, rates, seeds, chosen[k::jobs]) for k in range(jobs)]
-        if jobs == 1:
-            run_share(shares[0])
-            continue
+        do = partial(run_share, name, records, smoke, rate or LEARNING_RATES, seeds)
         with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-            list(pool.map(run_share, shares))
+            list(pool.map(do, shares))
 
 
 @app.command()
@@ -82,12 +80,6 @@ def report(records: Records = RECORDS, out: Annotated[Path, typer.Option(help="F
         raise typer.BadParameter(f"--records {records} is not there yet: `run` makes it")
     for path in generate(records, out):
         print(f"wrote {path}")
-
-
-def _check(option: str, given: Iterable[object], allowed: Iterable[object]) -> None:
-    for value in given:
-        if value not in allowed:
-            raise typer.BadParameter(f"{option} {value!r} is none of {', '.join(map(str, allowed))}")
 
 
 if __name__ == "__main__":

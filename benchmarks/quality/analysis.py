@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 
 class Mean(NamedTuple):
-    """A mean with its standard error, and half of the width of its confidence interval (NaN for one value)."""
+    """A mean with its standard error and half of the width of its confidence interval (both NaN for one value)."""
 
     value: float
     standard_error: float
@@ -34,36 +34,25 @@ class Mean(NamedTuple):
         return self.value + self.half_width
 
 
-def summarize(values: Sequence[float]) -> Mean:
-    """Return the mean of at least one value, with Student's t interval."""
-    count = len(values)
-    mean = sum(values) / count
-    if count < 2:
-        return Mean(mean, math.nan, math.nan, count)
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    error = math.sqrt(variance / count)
-    return Mean(mean, error, t_quantile((1 + CONFIDENCE) / 2, count - 1) * error, count)
+def mean_of(*groups: Sequence[float]) -> Mean:
+    """Return the mean of the groups' means, with Student's t interval.
 
-
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> Mean | None:
-    """Return the mean difference over the seeds that both have; None where there is no such seed."""
-    common = sorted(ours.keys() & theirs.keys())
-    return summarize([ours[seed] - theirs[seed] for seed in common]) if common else None
-
-
-def over_groups(differences: Sequence[Sequence[float]]) -> Mean:
-    """Return the mean of the groups' means; its interval counts the spread within groups alone, pooled.
-
-    So it speaks of these groups (tasks), not of others that might have been drawn.
+    The interval counts the spread within groups alone, pooled: it speaks of these groups (tasks), not of others that
+    might have been drawn.
     """
-    means = [sum(group) / len(group) for group in differences]
-    value, count = sum(means) / len(means), sum(map(len, differences))
-    freedom = count - len(differences)
+    means = [sum(group) / len(group) for group in groups]
+    value, count = sum(means) / len(means), sum(map(len, groups))
+    freedom = count - len(groups)
     if not freedom:
         return Mean(value, math.nan, math.nan, count)
-    squares = sum((x - mean) ** 2 for group, mean in zip(differences, means, strict=True) for x in group)
-    error = math.sqrt(squares / freedom * sum(1 / len(group) for group in differences)) / len(differences)
+    squares = sum((x - mean) ** 2 for group, mean in zip(groups, means, strict=True) for x in group)
+    error = math.sqrt(squares / freedom * sum(1 / len(group) for group in groups)) / len(groups)
     return Mean(value, error, t_quantile((1 + CONFIDENCE) / 2, freedom) * error, count)
+
+
+def differences(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
+    """Return one difference for each seed that both have."""
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def t_quantile(probability: float, freedom: int) -> float:
@@ -91,14 +80,10 @@ class Study:
         self.controls: list[Task] = [task for task in tasks if task.control]
         self.methods = [m.name for m in METHODS if any(r["method"] == m.name for r in records)]
 
-    def select(self, **fields: Any) -> list[dict[str, Any]]:
-        """The records whose fields have the given values."""
-        return [r for r in self.records if all(r[name] == value for name, value in fields.items())]
-
     def finals(self, task: str, method: str) -> list[dict[str, Any]]:
         """Runs on test at the learning rate that validation chose."""
         rate = best_rate(self.records, task, method)
-        runs = self.select(task=task, method=method, stage="final")
+        runs = [r for r in self.records if (r["task"], r["method"], r["stage"]) == (task, method, "final")]
         return [run for run in runs if rate is None or run["lr"] == rate]
 
     def accuracies(self, task: str, method: str) -> dict[int, float]:
@@ -108,52 +93,23 @@ class Study:
     def mean(self, task: str, method: str) -> Mean | None:
         """Mean test accuracy over the seeds."""
         found = self.accuracies(task, method)
-        return summarize(list(found.values())) if found else None
+        return mean_of(list(found.values())) if found else None
 
-    def difference(self, task: str, ours: str, theirs: str) -> Mean | None:
-        """Mean difference in test accuracy, seed by seed."""
-        return paired(self.accuracies(task, ours), self.accuracies(task, theirs))
-
-    def learned(self, task: str) -> bool:
-        """Whether some adapter is significantly better than no adapter there."""
-        gains = [self.difference(task, name, "none") for name in self.methods if name != "none"]
-        return any(gain is not None and gain.low > 0 for gain in gains)
-
-    def overall(self, ours: str, theirs: str, tasks: Sequence[Task] | None = None) -> Mean | None:
-        """Mean over the tasks (all but controls) of their mean differences; None unless both were run on each."""
-        groups = self._differences(ours, theirs, self.tasks if tasks is None else tasks)
-        return over_groups(groups) if groups and all(groups) else None
-
-    def over_tasks_run(self, ours: str, theirs: str) -> tuple[Mean, int] | None:
-        """The same over those tasks alone on which both were run, and how many they are; None for fewer than two."""
-        groups = [group for group in self._differences(ours, theirs, self.tasks) if group]
-        return (over_groups(groups), len(groups)) if len(groups) > 1 else None
-
-    def _differences(self, ours: str, theirs: str, tasks: Sequence[Task]) -> list[list[float]]:
-        found = []
-        for task in tasks:
-            a, b = self.accuracies(task.name, ours), self.accuracies(task.name, theirs)
-            found.append([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
-        return found
+    def difference(self, ours: str, theirs: str, tasks: Sequence[Task]) -> Mean | None:
+        """Mean over tasks of their mean differences, seed by seed; None unless both were run on each of the tasks."""
+        groups = [
+            differences(self.accuracies(task.name, ours), self.accuracies(task.name, theirs))
+            for task in tasks
+        ]
+        return mean_of(*groups) if groups and all(groups) else None
 
     def tried(self, task: str, method: str) -> dict[float, float]:
         """Validation accuracy by learning rate."""
         return {run["lr"]: run["accuracy"] for run in searched(self.records, task, method)}
 
-    def shared_rates(self, task: str) -> list[float]:
-        """The rates that every method tried which has runs on test."""
-        tried = [set(self.tried(task, name)) for name in self.methods if self.finals(task, name)]
-        return sorted(set.intersection(*filter(None, tried))) if any(tried) else []
-
-    def at_an_edge(self, task: str, method: str) -> bool:
-        """Whether the best learning rate is the least or the greatest that was tried."""
-        rates = list(self.tried(task, method))
-        return best_rate(self.records, task, method) in (rates[:1] + rates[-1:])
-
     def plateau(self, task: str, method: str, points: float = 0.02) -> tuple[float, float]:
         """The rates around the best one, next to each other in the grid, that lose at most so much on validation."""
-        tried = self.tried(task, method)
-        best = best_rate(self.records, task, method)
+        tried, best = self.tried(task, method), best_rate(self.records, task, method)
         if best is None:
             return math.nan, math.nan
         rates = list(tried)
@@ -164,12 +120,7 @@ class Study:
             high += 1
         return rates[low], rates[high]
 
-    def minutes(self, task: str) -> float:
-        """Of CPU, for all runs of the methods on one thread."""
-        spent: list[float] = [r["seconds"] for r in self.select(task=task) if r["method"] in self.methods]
-        return sum(spent) / 60
-
-    def average(self, method: str, field: str, task: str) -> float:
+    def average(self, task: str, method: str, field: str) -> float:
         """Mean of a field of the runs on test; NaN where there is none, or where records did not say it yet."""
         values = [run.get(field, math.nan) for run in self.finals(task, method)]
         return sum(values) / len(values) if values else math.nan

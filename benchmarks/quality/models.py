@@ -6,21 +6,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from typing import Any
 
+import minilm
+import smollm2
 import torch
 from questions import Encoder, Question
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
-
-from examples import minilm, smollm2
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from .data import Choice
 from .methods import ALL
@@ -75,8 +70,10 @@ class Upper(nn.Module):
 
     def attention(self, layout: Tensor) -> dict[str, Any]:
         """Return the attention mask and the position of each token."""
-        extra = {"position_ids": positions(layout), "use_cache": False} if self.causal else {}
-        return {"attention_mask": layout, **extra}
+        if not self.causal:
+            return {"attention_mask": layout}
+        position = (layout.cumsum(-1) - 1).clamp(min=0)  # which does not count the padding
+        return {"attention_mask": layout, "position_ids": position, "use_cache": False}
 
     def forward(self, hidden: Tensor, layout: Tensor) -> Tensor:
         """Return logits (questions, classes)."""
@@ -197,56 +194,39 @@ class CutModel:
 class ChoiceModel(CutModel):
     """A cut language model whose questions carry their answers; ``classes`` are all the answers that occur."""
 
-    upper: ChoiceUpper
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args, new_head=False)
+        self.answers = answer_tokens(self.tokenizer, self.classes)
+        self.place = {token: place for place, token in enumerate(vocabulary(self.answers))}
 
     def label(self, question: Question) -> int:
         """Return which of the scores is the right answer's."""
-        return choices(question).index(question.answer)
+        assert isinstance(question, Choice)  # what the tasks of such models read
+        return question.choices.index(question.answer)
 
     def tokens(self, questions: Sequence[Question]) -> list[tuple[Tensor, Tensor]]:
         """Return each question's tokens, prompt and answers, and their layout: part (1 is the prompt, k + 2 answer k,
         0 padding), and the token's place in the cut vocabulary."""
-        return [self._tokens(question) for question in questions]
-
-    def _tokens(self, question: Question) -> tuple[Tensor, Tensor]:
-        prompt: list[int] = self.tokenizer(question.prompt).input_ids
-        rows = [prompt, *answer_tokens(self.tokenizer, choices(question))]
-        part = torch.tensor([PROMPT + k for k, row in enumerate(rows) for _ in row])
-        ids = torch.tensor([token for row in rows for token in row])
-        place = torch.tensor([0 if k == 0 else self.place[t] for k, row in enumerate(rows) for t in row])
-        return ids, torch.stack([part, place], dim=-1)
-
-    @property
-    def place(self) -> dict[int, int]:
-        """The index of each token of an answer in the cut vocabulary."""
-        return vocabulary(self.tokenizer, tuple(self.classes))
+        found = []
+        for question in questions:
+            assert isinstance(question, Choice)
+            rows = [self.tokenizer(question.prompt).input_ids, *(self.answers[a] for a in question.choices)]
+            part = [PROMPT + k for k, row in enumerate(rows) for _ in row]
+            place = [0 if k == 0 else self.place[token] for k, row in enumerate(rows) for token in row]
+            layout = torch.stack([torch.tensor(part), torch.tensor(place)], dim=-1)
+            found.append((torch.tensor(list(chain(*rows))), layout))
+        return found
 
 
-def choices(question: Question) -> tuple[str, ...]:
-    """Return a question's answers."""
-    assert isinstance(question, Choice)  # what the tasks of such models read
-    return question.choices
-
-
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> dict[str, list[int]]:
     """Return the tokens of each answer, as they follow a prompt after one space."""
-    rows: list[list[int]] = tokenizer(
-        [f" {answer}" for answer in answers], add_special_tokens=False
-    ).input_ids
-    return rows
+    rows = tokenizer([f" {answer}" for answer in answers], add_special_tokens=False).input_ids
+    return dict(zip(answers, rows, strict=True))
 
 
-@cache
-def vocabulary(tokenizer: PreTrainedTokenizerBase, answers: tuple[str, ...]) -> dict[int, int]:
-    """Return the tokens that occur in answers, each with its place."""
-    return {
-        token: place for place, token in enumerate(sorted(set(chain(*answer_tokens(tokenizer, answers)))))
-    }
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Positions that do not count the padding."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+def vocabulary(answers: dict[str, list[int]]) -> list[int]:
+    """Return the tokens that occur in answers, in order."""
+    return sorted(set(chain(*answers.values())))
 
 
 class Given(nn.Module):
@@ -283,8 +263,9 @@ def cut_smollm2(classes: Sequence[str], layers: int) -> CutModel:
 def cut_smollm2_choices(classes: Sequence[str], layers: int) -> CutModel:
     """The same for questions with answers of their own: scored are all tokens that occur in one."""
     lower, body, embeddings, tokenizer = halves_of_smollm2(layers)
-    upper = ChoiceUpper(body, rows_of(embeddings, list(vocabulary(tokenizer, tuple(classes)))), causal=True)
-    return ChoiceModel(lower, upper, tokenizer, classes, SMOLLM2_TARGETS, new_head=False)
+    tokens = vocabulary(answer_tokens(tokenizer, classes))
+    upper = ChoiceUpper(body, rows_of(embeddings, tokens), causal=True)
+    return ChoiceModel(lower, upper, tokenizer, classes, SMOLLM2_TARGETS)
 
 
 def halves_of_smollm2(layers: int) -> tuple[nn.Module, nn.Module, Tensor, PreTrainedTokenizerBase]:

@@ -1,4 +1,4 @@
-"""The study's two figures, in the colours of the other benchmarks."""
+"""The study's figures, in the colours of the other benchmarks."""
 
 from __future__ import annotations
 
@@ -43,73 +43,59 @@ def colour(method: str) -> str:
 
 def figures(study: Study) -> dict[str, str]:
     """SVG text by the end of its file's name."""
-    texts = {"accuracy": svg(accuracy(study)), "learning-rate": svg(learning_rates(study))}
-    scaled = [task for task in study.tasks if any(study.tried(task.name, m.name) for m in SCALINGS)]
+    alphas = [method.name for method in SCALINGS]
+    scaled = [task for task in study.tasks if any(study.tried(task.name, name) for name in alphas)]
+    drawn = {"accuracy": accuracy(study), "learning-rate": learning_rates(study, study.tasks, study.methods)}
     if scaled:
-        names = ["SMoA K=2", *(m.name for m in SCALINGS)]
-        texts["alpha"] = svg(learning_rates(study, scaled, names))
-    return texts
+        drawn["alpha"] = learning_rates(study, scaled, ["SMoA K=2", *alphas])
+    return {name: svg(figure) for name, figure in drawn.items()}
 
 
 def accuracy(study: Study) -> Figure:
     """Mean test accuracy with its interval: a panel a task, a row a method."""
-    figure, axes = _panels(len(study.tasks), sharey=True)
+    figure, axes = _panels(study.tasks, "accuracy on test, %", sharey=True)
     names = [m.name for m in METHODS if m.name in study.methods][::-1]
     for axis, task in zip(axes, study.tasks, strict=True):
+        ends = []
         for row, name in enumerate(names):
             mean = study.mean(task.name, name)
-            if mean is None:
-                continue
-            spread = mean.half_width if mean.seeds > 1 else 0.0
-            axis.errorbar(100 * mean.value, row, xerr=100 * spread, fmt="o", color=colour(name), capsize=3)
-        base = study.mean(task.name, "LoRA")
-        if base is not None:
-            axis.axvline(100 * base.value, color=BASE["lora"], linewidth=0.8, alpha=0.5, zorder=0)
-        shown = [m for n in names if n != "none" if (m := study.mean(task.name, n)) is not None]
-        if shown:  # what is not adapted may lie far off, and is in the table
-            low = min(m.low if m.seeds > 1 else m.value for m in shown)
-            high = max(m.high if m.seeds > 1 else m.value for m in shown)
-            axis.set_xlim(100 * low - 2, 100 * high + 2)
-        axis.set(title=task.title, xlabel="accuracy on test, %", yticks=range(len(names)), yticklabels=names)
-        _plain(axis)
+            if mean is not None:
+                spread = mean.half_width if mean.seeds > 1 else 0.0
+                axis.errorbar(
+                    100 * mean.value, row, xerr=100 * spread, fmt="o", color=colour(name), capsize=3
+                )
+                if name != "none":  # which may lie far off, and is in the table
+                    ends += [100 * (mean.value - spread), 100 * (mean.value + spread)]
+                if name == "LoRA":
+                    axis.axvline(100 * mean.value, color=BASE["lora"], linewidth=0.8, alpha=0.5, zorder=0)
+        if ends:
+            axis.set_xlim(min(ends) - 2, max(ends) + 2)
+        axis.set(yticks=range(len(names)), yticklabels=names)
     return figure
 
 
-def learning_rates(
-    study: Study, tasks: Sequence[Task] | None = None, names: Sequence[str] | None = None
-) -> Figure:
-    """Accuracy on validation by learning rate: a panel a task, a line a method."""
-    tasks = tasks or study.tasks
-    figure, axes = _panels(len(tasks), sharey=False)
+def learning_rates(study: Study, tasks: Sequence[Task], names: Sequence[str]) -> Figure:
+    """Accuracy on validation by learning rate: a panel a task, a line a method that was tried there."""
+    figure, axes = _panels(tasks, "learning rate", sharey=False)
     for axis, task in zip(axes, tasks, strict=True):
-        for name in names or study.methods:
-            tried = study.tried(task.name, name)
-            if not tried or name == "none" or (names is None and not study.finals(task.name, name)):
-                continue
-            style = DASHES.get(name, "-")
-            axis.plot(
-                list(tried),
-                [100 * v for v in tried.values()],
-                linestyle=style,
-                color=colour(name),
-                label=name,
-                linewidth=1.4,
-            )
-            best = best_rate(study.records, task.name, name)
-            if best is not None:
-                axis.plot([best], [100 * tried[best]], "o", color=colour(name), markersize=4)
-        axis.set(title=task.title, xlabel="learning rate", xscale="log", ylabel="accuracy on validation, %")
-        _plain(axis)
+        for name in names:
+            tried, best = study.tried(task.name, name), best_rate(study.records, task.name, name)
+            if best is not None and name != "none":
+                percent = {rate: 100 * share for rate, share in tried.items()}
+                style = {"linestyle": DASHES.get(name, "-"), "linewidth": 1.4}
+                axis.plot(list(percent), list(percent.values()), color=colour(name), label=name, **style)
+                axis.plot([best], [percent[best]], "o", color=colour(name), markersize=4)
+        axis.set(xscale="log", ylabel="accuracy on validation, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
-def _panels(count: int, sharey: bool) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(PANEL * count + 2.0, 3.6), layout="constrained")
-    return figure, figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
-
-
-def _plain(axis: Axes) -> None:
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+def _panels(tasks: Sequence[Task], xlabel: str, sharey: bool) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(PANEL * len(tasks) + 2.0, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(tasks), sharey=sharey, squeeze=False)[0]
+    for axis, task in zip(axes, tasks, strict=True):
+        axis.set(title=task.title, xlabel=xlabel)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,30 +1,33 @@
-"""``benchmarks/results/quality.md`` and its figures, from the records."""
+"""``benchmarks/results/quality.md`` and its figures, from the records: page.md says the words, this the figures."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..machine import EDITED
 from ..results import write
 from ..tables import table
-from . import plots, store, texts
-from .analysis import Study
-from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, ORDERS, SWEEPS
+from . import plots, store
+from .analysis import Mean, Study
+from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, METHODS, ORDERS, SWEEPS
 from .study import best_rate
 from .tasks import MINILM, SMOLLM2, Task
-from .verdicts import (
-    HALF,
-    LORA,
-    LORA_HALF,
-    listed,
-    not_run,
-    percent,
-    points,
-    title,
-    verdicts,
-    without_one_task,
+
+TEMPLATE = Path(__file__).with_name("page.md")
+LORA, LORA_HALF, HALF = "LoRA", "LoRA, r=4", "SMoA K=2"
+EQUALS = ("SMoA K=2, r=16", "SMoA K=4, r=32", "SMoA K=8, r=64")  # as many parameters as LoRA
+RANDOM = [(ours, theirs) for theirs, ours in ABLATIONS.items()]
+# What the study is asked, and the two methods that answer it.
+QUESTIONS = (
+    ("Half of the parameters, on average", HALF, LORA),
+    ("Half of the parameters, against a LoRA of that size, on average", HALF, LORA_HALF),
+    *(("Goal, equal parameters: above LoRA on average", ours, LORA) for ours in EQUALS),
+    *(("Goal, spectral against random blocks", *pair) for pair in RANDOM),
+    *(("Another order against the spectral one", *pair) for pair in ORDERS.items()),
 )
+ENOUGH = 3  # of five tasks: the goal was set before there was a sixth
 
 
 def generate(records: Path, folder: Path) -> list[Path]:
@@ -44,78 +47,198 @@ def generate(records: Path, folder: Path) -> list[Path]:
 
 
 def page(study: Study) -> str:
-    """The page's text."""
-    blocks = (
-        "# Quality: the paper's claim, tested",
-        "Written by `python -m benchmarks.quality report`; nothing here is typed.",
-        machine(study),
-        protocol(study),
-        texts.LIMITS,
-        "## What came out",
-        verdicts(study),
-        texts.DECIDED,
-        without_one_task(study),
-        "## Accuracy on test",
-        "Mean ± standard error over the seeds, percent.",
-        accuracies(study),
-        "![accuracy by method and task](quality-accuracy.svg)",
-        "*Means with 95 % intervals; the line is LoRA's mean.*",
-        f"{texts.GAPS}\n\n{holes}" if (holes := not_run(study)) else "",
-        "## Against LoRA, seed by seed",
-        texts.AGAINST_LORA,
-        differences(study, [(name, LORA) for name in study.methods if name != LORA]),
-        "At half of LoRA's budget, against a LoRA of that size:",
-        differences(study, [(HALF, LORA_HALF)]),
-        "## Does the spectrum matter?",
-        texts.SPECTRUM,
-        differences(study, [(ours, theirs) for theirs, ours in ABLATIONS.items()]),
-        orders(study),
-        control(study),
-        "## Learning rates",
-        texts.RATES.format(listed(LEARNING_RATES), fewer(study)),
-        chosen(study),
-        "![accuracy on validation by learning rate](quality-learning-rate.svg)",
-        variations(study, "alpha", texts.ALPHA),
-        variations(study, "rank", texts.RANKS),
-        variations(study, "modules", texts.MODULES),
-        "## Cost, and what the update is like",
-        texts.COST,
-        *(costs(study, task) for task in study.tasks),
+    """The page's text. A section whose figures were not measured is left out."""
+    by_task = {task.title: [task] for task in study.tasks}
+    and_all = {**by_task, "all": study.tasks}
+    left_out = {
+        f"without {task.title}": [other for other in study.tasks if other is not task] for task in study.tasks
+    }
+    by_model = {
+        f"{name}'s tasks": [task for task in study.tasks if task.model == model]
+        for name, model in (("MiniLM", MINILM), ("SmolLM2", SMOLLM2))
+    }
+    figures = {
+        "machines": machines(study),
+        "protocol": protocol(study),
+        "head_rate": f"{max((r['head_lr'] for r in study.records), default=0):g}",
+        "verdicts": verdicts(study),
+        "without_one_task": differences(
+            study, [pair for _, *pair in QUESTIONS], {"all tasks": study.tasks, **left_out}
+        ),
+        "accuracies": accuracies(study),
+        "not_run": not_run(study),
+        "against_lora": differences(study, [(name, LORA) for name in study.methods if name != LORA], and_all),
+        "against_half": differences(study, [(HALF, LORA_HALF)], and_all),
+        "against_random": differences(study, RANDOM, and_all),
+        "order_devices": devices(study, ORDERS),
+        "spectral_devices": devices(study, set(ORDERS.values())),
+        "orders": differences(study, list(ORDERS.items()), and_all),
+        "orders_by_model": differences(study, list(ORDERS.items()), by_model),
+        "controls": variations(study, study.controls, {LORA: [n for n in study.methods if n != LORA]}),
+        "rates": listed(LEARNING_RATES) + fewer_rates(study),
+        "chosen": chosen(study),
+        **{name: variations(study, study.tasks, variants(name)) for name in ("alpha", "rank", "modules")},
+        "costs": "\n\n".join(costs(study, task).strip() for task in study.tasks),
+    }
+    sections = TEMPLATE.read_text(encoding="utf-8").split("\n## ")
+    measured = [
+        part for part in sections if any(text for name, text in figures.items() if f"\n{{{name}}}\n" in part)
+    ]
+    parts = (
+        "\n## ".join(measured)
+        .format_map({name: text.strip() for name, text in figures.items()})
+        .split("\n\n")
     )
-    return "\n\n".join(block.strip() for block in blocks if block.strip()) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
-def machine(study: Study) -> str:
-    """What the runs were made with."""
-    machines = sorted({f"{r['machine']['device']}, {r['machine']['threads']} thread" for r in study.records})
-    versions = study.records[-1]["machine"]["versions"]
+# Words
+
+
+def title(name: str) -> str:
+    """A method's name in a table."""
+    method = BY_NAME[name]
+    if method.kind == "none":
+        return "no adapter"
+    family = "SMoA " if method.kind == "smoa" and not name.startswith("SMoA") else ""
+    return f"{family}{name}" + ("" if "r=" in name else f", r={method.r}")
+
+
+def percent(mean: Mean | None) -> str:
+    """A mean with its standard error."""
+    if mean is None:
+        return "–"
+    return f"{100 * mean.value:.1f}" + (f" ± {100 * mean.standard_error:.1f}" if mean.seeds > 1 else "")
+
+
+def points(mean: Mean | None) -> str:
+    """A difference in points of accuracy with its interval."""
+    if mean is None:
+        return "–"
+    interval = "" if math.isnan(mean.half_width) else f" [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}]"
+    return f"{100 * mean.value:+.1f}{interval}"
+
+
+def word(mean: Mean) -> str:
+    """Whether an interval lies above zero, below zero or around it."""
+    if math.isnan(mean.half_width):
+        return "one seed, so no interval"
+    if mean.low <= 0 <= mean.high:
+        return "not significantly different from zero"
+    return "above zero" if mean.low > 0 else "below zero"
+
+
+def listed(rates: Iterable[float]) -> str:
+    """Rates in a sentence."""
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
+def machines(study: Study) -> str:
+    """What the runs were made with, and how many of them cannot be repeated from their commit alone."""
+    used = sorted({f"{r['machine']['device']}, {r['machine']['threads']} thread" for r in study.records})
+    versions = ", ".join(f"{name} {v}" for name, v in study.records[-1]["machine"]["versions"].items())
     commits = sorted({r["commit"] for r in study.records})
-    versioned = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"**Measured on CPU**: {'; '.join(machines)}; {versioned}; commits {', '.join(commits)}.{uncommitted(study)}"
-
-
-def uncommitted(study: Study) -> str:
-    """How many runs cannot be repeated from their commit alone; "" for none."""
-    dirty, clean = [], set()
-    for run in study.records:
-        if run["commit"].endswith(EDITED):
-            dirty.append(run)
-        else:
-            clean.add((run["task"], run["data"]))
-    if not dirty:
-        return ""
+    dirty = [run for run in study.records if run["commit"].endswith(EDITED)]
+    clean = {(run["task"], run["data"]) for run in study.records if not run["commit"].endswith(EDITED)}
     same = sum((run["task"], run["data"]) in clean for run in dirty)
-    return (
+    uncommitted = (
         f" {len(dirty)} of {len(study.records)} runs were made while something was not committed ({EDITED} behind "
         f"the commit); {same} of these had, by its digest, the same data as committed runs of their task."
     )
+    said = f"**Measured on CPU**: {'; '.join(used)}; {versions}; commits {', '.join(commits)}."
+    return said + (uncommitted if dirty else "")
+
+
+def devices(study: Study, methods: Iterable[str]) -> str:
+    """The processors of these methods' runs on test."""
+    runs = [run for name in methods for task in study.tasks for run in study.finals(task.name, name)]
+    return "; ".join(sorted({run["machine"]["device"] for run in runs}))
+
+
+def verdicts(study: Study) -> str:
+    """The study's questions, as the figures answer them."""
+    lines = [f"- **Goal, half of LoRA's parameters** ({HALF}): {at_half(study)}"] if within(study) else []
+    for words, ours, theirs in QUESTIONS:
+        mean = study.difference(ours, theirs, study.tasks)
+        if mean is not None:
+            lines.append(f"- **{words}** ({ours} minus {theirs}): {points(mean)} points, {word(mean)}.")
+    return "\n".join(lines)
+
+
+def at_half(study: Study) -> str:
+    """On how many tasks SMoA at half of LoRA's parameters is within LoRA's standard error, or above LoRA."""
+    held = within(study)
+    good = [name for name, is_within in held.items() if is_within]
+    learned = [task.title for task in study.tasks if task.title in held and some_method_learned(study, task)]
+    both = [name for name in good if name in learned]
+    return (
+        "mean accuracy within one standard error of LoRA's, or above, "
+        f"on {len(good)} of {len(held)} tasks{': ' + ', '.join(good) if good else ''}; "
+        f"of the {len(learned)} where some method is significantly better than no adapter, on {len(both)}. "
+        f"The goal was {ENOUGH} of five: {'met' if len(good) >= ENOUGH else 'missed'}."
+    )
+
+
+def within(study: Study) -> dict[str, bool]:
+    """By task: whether SMoA at half of LoRA's parameters is within LoRA's standard error, or above LoRA."""
+    found = {}
+    for task in study.tasks:
+        ours, theirs = study.mean(task.name, HALF), study.mean(task.name, LORA)
+        if ours and theirs and theirs.seeds > 1:
+            found[task.title] = ours.value >= theirs.value - theirs.standard_error
+    return found
+
+
+def some_method_learned(study: Study, task: Task) -> bool:
+    """Whether some adapter is significantly better than no adapter there."""
+    gains = [study.difference(name, "none", [task]) for name in study.methods if name != "none"]
+    return any(gain is not None and gain.low > 0 for gain in gains)
+
+
+def not_run(study: Study) -> str:
+    """By method: the tasks on which it was not judged, and how many rates were tried on them all the same."""
+    lines = ["These combinations were not judged on test:\n"]
+    for method in METHODS:
+        holes = []
+        for task in study.tasks:
+            if not study.finals(task.name, method.name):
+                tried = len(study.tried(task.name, method.name))
+                holes.append(task.title + (f" ({tried} rates tried, none judged on test)" if tried else ""))
+        lines += [f"- {title(method.name)}: {', '.join(holes)}"] if holes else []
+    return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def fewer_rates(study: Study) -> str:
+    """The tasks whose methods shared fewer rates than the whole grid."""
+    said = ""
+    for task in study.tasks:
+        tried = [set(study.tried(task.name, name)) for name in study.methods if study.finals(task.name, name)]
+        shared = sorted(set.intersection(*filter(None, tried))) if any(tried) else []
+        if 0 < len(shared) < len(LEARNING_RATES):
+            said += f"; on {task.title} only {listed(shared)}"
+    return said
+
+
+# Tables
+
+
+def differences(study: Study, pairs: Sequence[Sequence[str]], columns: Mapping[str, Sequence[Task]]) -> str:
+    """One row a pair of methods that were both run, one column a group of tasks: their difference in points."""
+    rows = {}
+    for ours, theirs in pairs:
+        means = [study.difference(ours, theirs, tasks) for tasks in columns.values()]
+        if any(means):
+            rows[f"{title(ours)} − {title(theirs)}"] = map(points, means)
+    return table(("difference", *columns), [(name, *cells) for name, cells in rows.items()])
 
 
 def protocol(study: Study) -> str:
-    """What a run is."""
+    """One row a task: what a run is, and what all of them cost."""
     rows = []
     for task in study.tasks:
-        judged = study.select(task=task.name, stage="final")
+        runs = [run for run in study.records if run["task"] == task.name]
+        judged = [run for run in runs if run["stage"] == "final"]
+        minutes = sum(run["seconds"] for run in runs if run["method"] in study.methods) / 60
         rows.append(
             (
                 task.title,
@@ -124,108 +247,11 @@ def protocol(study: Study) -> str:
                 f"{task.steps} × {task.batch_size}",
                 str(judged[0]["questions"]) if judged else "–",
                 str(len({run["seed"] for run in judged})),
-                f"{study.minutes(task.name):.0f}",
+                f"{minutes:.0f}",
             )
         )
-    headings = (
-        "task",
-        "model",
-        "upper layers adapted",
-        "steps × questions",
-        "test questions",
-        "seeds",
-        "minutes of CPU",
-    )
-    heads = {run["head_lr"] for run in study.records if run["head_lr"]}
-    return f"{table(headings, rows)}\n{texts.PROTOCOL.format(max(heads, default=0))}"
-
-
-def orders(study: Study) -> str:
-    """Other orders minus the spectral one, by task and by model."""
-    pairs = [pair for pair in ORDERS.items() if pair[0] in study.methods]
-    if not pairs:
-        return ""
-    rows = []
-    for ours, theirs in pairs:
-        parts = [[task for task in study.tasks if task.model == model] for model in (MINILM, SMOLLM2)]
-        means = [study.overall(ours, theirs, tasks) for tasks in parts]
-        cells = ["–" if mean is None else points(mean) for mean in means]
-        rows.append((f"{title(ours)} − {title(theirs)}", *cells))
-    devices = (devices_of(study, names) for names in (ORDERS, set(ORDERS.values())))
-    blocks = (
-        texts.ORDERS.format(*devices),
-        differences(study, pairs),
-        texts.HEADS,
-        table(("difference", "MiniLM's tasks", "SmolLM2's tasks"), rows),
-    )
-    return "\n\n".join(block.strip() for block in blocks)
-
-
-def devices_of(study: Study, methods: Collection[str]) -> str:
-    """The processors of these methods' runs on test."""
-    runs = [run for task in study.tasks for name in methods for run in study.finals(task.name, name)]
-    return "; ".join(sorted({run["machine"]["device"] for run in runs}))
-
-
-def control(study: Study) -> str:
-    """Tasks that test a condition of another one."""
-    rows = [
-        (*row[:2], f"{task.steps}", *row[4:])
-        for task in study.controls
-        for name in study.methods
-        for row in line(study, task, name, LORA)
-    ]
-    headings = ("task", "method", "steps", "learning rate (tried)", "accuracy on test", "seeds", "minus LoRA")
-    return f"## Controls\n\n{texts.CONTROLS}\n\n{table(headings, rows)}" if rows else ""
-
-
-def variations(study: Study, sweep: str, words: str) -> str:
-    """A sweep: each method beside the one that it is a variation of, task by task."""
-    rows: list[tuple[str, ...]] = []
-    for base in dict.fromkeys(method.base for method in SWEEPS[sweep]):
-        names = [method.name for method in SWEEPS[sweep] if method.base == base]
-        for task in study.tasks:
-            found = [row for name in names for row in line(study, task, name, base)]
-            if found:
-                rows += [*line(study, task, base, base), *found]
-        for name in names:
-            overall = study.over_tasks_run(name, base)
-            if overall:
-                rows.append((f"mean of {overall[1]}", name, "", "", "", "", "", points(overall[0])))
-    headings = (
-        "task",
-        "method",
-        "r",
-        "parameters",
-        "learning rate",
-        "accuracy on test",
-        "seeds",
-        "minus its base",
-    )
-    return f"{words}\n\n{table(headings, rows)}" if rows else ""
-
-
-def line(study: Study, task: Task, name: str, base: str) -> list[tuple[str, ...]]:
-    """A method's row in a task, none where it has no run on test."""
-    mean, rate = study.mean(task.name, name), best_rate(study.records, task.name, name)
-    if mean is None or rate is None:
-        return []
-    rates = list(study.tried(task.name, name))
-    difference = None if name == base else study.difference(task.name, name, base)
-    return [
-        (
-            task.title,
-            name,
-            f"{study.average(name, 'r', task.name):.0f}",
-            f"{study.average(name, 'parameters', task.name):,.0f}",
-            f"{rate:g}, that of {base}"
-            if BY_NAME[name].rate_of
-            else f"{rate:g} ({rates[0]:g} to {rates[-1]:g})",
-            percent(mean),
-            f"{mean.seeds}",
-            "–" if difference is None else points(difference),
-        )
-    ]
+    run = ("upper layers adapted", "steps × questions", "test questions", "seeds", "minutes of CPU")
+    return table(("task", "model", *run), rows)
 
 
 def accuracies(study: Study) -> str:
@@ -233,87 +259,87 @@ def accuracies(study: Study) -> str:
     rows = []
     for name in study.methods:
         means = [study.mean(task.name, name) for task in study.tasks]
-        cells = ["–" if mean is None else percent(mean) for mean in means]
-        known = [m.value for m in means if m is not None]
+        known = [mean.value for mean in means if mean is not None]
         average = f"{100 * sum(known) / len(known):.1f}" if len(known) == len(means) else "–"
-        rows.append((title(name), share(study, name), *cells, average))
+        sizes = (
+            study.average(task.name, name, "parameters") / study.average(task.name, LORA, "parameters")
+            for task in study.tasks
+        )
+        size = next((f"{size:.2f}" for size in sizes if not math.isnan(size)), "–")
+        rows.append((title(name), size, *map(percent, means), average))
     return table(("method", "parameters over LoRA's", *(t.title for t in study.tasks), "average"), rows)
 
 
-def differences(study: Study, pairs: list[tuple[str, str]]) -> str:
-    """One row a pair, one column a task, and their mean."""
-    rows = []
-    for ours, theirs in pairs:
-        means = [study.difference(task.name, ours, theirs) for task in study.tasks]
-        if any(means):
-            overall = study.overall(ours, theirs)
-            cells = ["–" if mean is None else points(mean) for mean in (*means, overall)]
-            rows.append((f"{title(ours)} − {title(theirs)}", *cells))
-    return table(("difference", *(task.title for task in study.tasks), "all"), rows)
-
-
-def fewer(study: Study) -> str:
-    """The tasks whose methods shared fewer rates than the whole grid."""
-    shared = {task.title: study.shared_rates(task.name) for task in study.tasks}
-    return "".join(
-        f"; on {title} only {listed(rates)}"
-        for title, rates in shared.items()
-        if rates and len(rates) < len(LEARNING_RATES)
-    )
-
-
 def chosen(study: Study) -> str:
-    """The best learning rate of each method and task; a rate at the edge of what was tried is marked."""
-    rows = []
-    for name in study.methods:
-        cells = []
-        for task in study.tasks:
-            rate = best_rate(study.records, task.name, name)
-            if rate is None or not study.finals(task.name, name):
-                cells.append("–")
-            else:
-                low, high = study.plateau(task.name, name)
-                edge = ", edge" if study.at_an_edge(task.name, name) else ""
-                best = 100 * study.tried(task.name, name)[rate]
-                cells.append(f"{rate:g} ({low:g} to {high:g}{edge}): {best:.1f}")
-        rows.append((title(name), *cells))
+    """One row a method, one column a task: the learning rate."""
+    rows = [(title(n), *(best(study, task.name, n) for task in study.tasks)) for n in study.methods]
     return table(("method", *(task.title for task in study.tasks)), rows)
 
 
+def best(study: Study, task: str, name: str) -> str:
+    """The best learning rate, the plateau around it and its accuracy; one at the edge of what was tried is marked."""
+    tried, rate = study.tried(task, name), best_rate(study.records, task, name)
+    if rate is None or not study.finals(task, name):
+        return "–"
+    low, high = study.plateau(task, name)
+    edge = ", edge" if rate in (min(tried), max(tried)) else ""
+    return f"{rate:g} ({low:g} to {high:g}{edge}): {100 * tried[rate]:.1f}"
+
+
+def variants(sweep: str) -> dict[str, list[str]]:
+    """A sweep's methods by the one that they are variations of."""
+    found: dict[str, list[str]] = {}
+    for method in SWEEPS[sweep]:
+        found.setdefault(method.base, []).append(method.name)
+    return found
+
+
+def variations(study: Study, tasks: Sequence[Task], methods: Mapping[str, Sequence[str]]) -> str:
+    """Methods beside the one that they are variations of, task by task, and then over the tasks they were run on."""
+    rows: list[tuple[str, ...]] = []
+    for base, names in methods.items():
+        for task in tasks:
+            found = [row for name in names for row in line(study, task, name, base)]
+            rows += [*line(study, task, base, base), *found] if found else []
+        for name in names:
+            both = [task for task in tasks if study.difference(name, base, [task])]
+            if len(both) > 1:
+                overall = points(study.difference(name, base, both))
+                rows.append((f"mean of {len(both)}", name, *[""] * 5, overall))
+    run = ("r", "parameters", "learning rate", "accuracy on test", "seeds", "minus its base")
+    return table(("task", "method", *run), rows)
+
+
+def line(study: Study, task: Task, name: str, base: str) -> list[tuple[str, ...]]:
+    """A method's row in a task, none where it has no run on test."""
+    mean, rates = study.mean(task.name, name), list(study.tried(task.name, name))
+    if mean is None or not rates:
+        return []
+    rate = f"{best_rate(study.records, task.name, name):g}"
+    r, parameters = (study.average(task.name, name, field) for field in ("r", "parameters"))
+    return [
+        (
+            *(task.title, name, f"{r:.0f}", f"{parameters:,.0f}"),
+            f"{rate}, that of {base}" if BY_NAME[name].rate_of else f"{rate} ({rates[0]:g} to {rates[-1]:g})",
+            *(percent(mean), f"{mean.seeds}"),
+            "–" if name == base else points(study.difference(name, base, [task])),
+        )
+    ]
+
+
 def costs(study: Study, task: Task) -> str:
-    """One row a method."""
+    """One row a method: its size, the time of a step, and what the singular values of ΔW are like."""
+    shares = {
+        "rank": ("rank of ΔW", ".0%"),
+        "effective_rank": ("effective rank", ".1%"),
+        **{f"energy_{n}": (f"energy in first {n}", ".0%") for n in LEADING},
+    }
     rows = []
     for name in study.methods:
         if study.finals(task.name, name):
-            parameters, seconds, rank, effective, *energies = (
-                study.average(name, field, task.name)
-                for field in (
-                    "parameters",
-                    "step_seconds",
-                    "rank",
-                    "effective_rank",
-                    *(f"energy_{n}" for n in LEADING),
-                )
-            )
-            shares = [f"{rank:.0%}", f"{effective:.1%}", *("–" if e != e else f"{e:.0%}" for e in energies)]
-            adapted = name != "none"
-            rows.append(
-                (
-                    title(name),
-                    f"{parameters:,.0f}",
-                    f"{seconds:.3f}",
-                    *(shares if adapted else ["–"] * len(shares)),
-                )
-            )
-    first = (f"energy in first {n}" for n in LEADING)
-    headings = ("method", "adapter's parameters", "s / step", "rank of ΔW", "effective rank", *first)
+            parameters, seconds = (study.average(task.name, name, f) for f in ("parameters", "step_seconds"))
+            cells = [f"{study.average(task.name, name, f):{form}}" for f, (_, form) in shares.items()]
+            cells = ["–" if name == "none" or cell == "nan%" else cell for cell in cells]
+            rows.append((title(name), f"{parameters:,.0f}", f"{seconds:.3f}", *cells))
+    headings = ("method", "adapter's parameters", "s / step", *(words for words, _ in shares.values()))
     return f"**{task.title}**\n\n" + table(headings, rows)
-
-
-def share(study: Study, name: str) -> str:
-    """A method's parameters over LoRA's."""
-    for task in study.tasks:
-        ours, theirs = (study.average(n, "parameters", task.name) for n in (name, LORA))
-        if ours == ours and theirs == theirs:
-            return f"{ours / theirs:.2f}"
-    return "–"

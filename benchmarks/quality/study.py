@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean, median_high
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,11 +150,8 @@ def train_and_judge(
     for parameter in head:
         parameter.requires_grad_(True)
     # By itself the head is what the rate is searched for; beside an adapter its rate is the same for all.
-    groups = [
-        {"params": adapter, "lr": lr},
-        {"params": head, "lr": lr if method.kind == "none" else task.head_lr},
-    ]
-    groups = [group for group in groups if group["params"]]
+    head_lr = lr if method.kind == "none" else task.head_lr
+    groups = [{"params": p, "lr": rate} for p, rate in ((adapter, lr), (head, head_lr)) if p]
     losses: list[float] = []
     seconds: list[float] = []
     if groups:
@@ -173,21 +171,19 @@ def train_and_judge(
             if not torch.isfinite(loss):
                 break
     right, evaluation_loss = judge(cut, model, judged_on)
-    spectrum = update_spectrum(model)
     return {
         "right": right,
         "questions": len(judged_on),
         "accuracy": right / len(judged_on),
         "evaluation_loss": evaluation_loss,
-        "loss_start": mean(losses[:10]),
-        "loss_middle": mean(losses[len(losses) // 2 - 5 : len(losses) // 2 + 5]),
-        "loss_end": mean(losses[-10:]),
+        "loss_start": fmean(losses[:10] or [0.0]),
+        "loss_end": fmean(losses[-10:] or [0.0]),
         "steps_done": len(losses),
         "losses": [round(loss, 4) for loss in losses],
         "parameters": sum(p.numel() for p in adapter),
-        "step_seconds": sorted(seconds)[len(seconds) // 2] if seconds else 0.0,
+        "step_seconds": median_high(seconds or [0.0]),
         "seconds": time.process_time() - begin,
-        **spectrum,
+        **update_spectrum(model),
     }
 
 
@@ -204,29 +200,16 @@ def judge(cut: CutModel, model: nn.Module, questions: Sequence[Question]) -> tup
     return right, total / len(questions)
 
 
-def mean(values: Sequence[float]) -> float:
-    """Mean; 0 of nothing."""
-    return sum(values) / len(values) if values else 0.0
-
-
-class Share(NamedTuple):
-    """Some methods' runs of a task, as `python -m benchmarks.quality run` is asked for them."""
-
-    task: str
-    records: Path
-    smoke: bool
-    rates: Sequence[float]
-    seeds: int
-    methods: Sequence[str]
-
-
-def run_share(share: Share) -> None:
-    """Do its runs, on one thread. Here, since a spawned process cannot import from `__main__`."""
+def run_share(
+    task: str, records: Path, smoke: bool, rates: Sequence[float], seeds: int, methods: Sequence[str]
+) -> None:
+    """Do some methods' runs of a task, on one thread. Here, since a spawned process cannot import from `__main__`."""
     torch.set_num_threads(1)
-    task, methods = TASKS[share.task], [BY_NAME[method] for method in share.methods]
-    if not share.smoke:
-        Slice(task, share.records, print, rates=share.rates).run(share.seeds, methods)
-        return
-    splits = Splits(*(part[:SMOKE_QUESTIONS] for part in data.prepare(task.read(), task.held_out)))
-    short = replace(task, steps=2, batch_size=4)
-    Slice(short, share.records, print, splits, share.rates[:1], further=False).run(share.seeds, methods)
+    whole = TASKS[task]
+    if smoke:
+        splits = Splits(*(part[:SMOKE_QUESTIONS] for part in data.prepare(whole.read(), whole.held_out)))
+        short = replace(whole, steps=2, batch_size=4)
+        part = Slice(short, records, print, splits, rates[:1], further=False)
+    else:
+        part = Slice(whole, records, print, rates=rates)
+    part.run(seeds, [BY_NAME[method] for method in methods])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import minilm
+import smollm2
 from questions import Question
-
-from examples import minilm, smollm2
 
 from . import data
 from .models import CutModel, cut_minilm, cut_smollm2, cut_smollm2_choices
@@ -45,35 +46,29 @@ class Task:
 
 
 MINILM, SMOLLM2 = minilm.NAME, smollm2.NAME
+
+
+def _minilm(name: str, title: str, read: Callable[[], list[Question]]) -> Task:
+    return Task(name, title, read, cut_minilm, MINILM, of_layers=6, layers=2, head_lr=1e-2)
+
+
+_TREC = Task("trec6", "TREC-6", data.trec6, cut_smollm2, SMOLLM2, of_layers=30, layers=3)
+_LONG: dict[str, Any] = {
+    "name": "trec6-long",
+    "title": "TREC-6, three times as long",
+    "steps": 180,
+    "control": True,
+}
+_CHOICES: dict[str, Any] = {"cut": cut_smollm2_choices, "batch_size": 8, "held_out": 4}
 TASKS = {
     task.name: task
     for task in (
-        Task("trec50", "TREC-50", data.trec_fine, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
-        Task("films", "film reviews", data.films, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
-        Task("opinions", "opinions", data.opinions, cut_minilm, MINILM, 6, layers=2, head_lr=1e-2),
-        Task("trec6", "TREC-6", data.trec6, cut_smollm2, SMOLLM2, 30, layers=3),
-        Task(
-            "trec6-long",
-            "TREC-6, three times as long",
-            data.trec6,
-            cut_smollm2,
-            SMOLLM2,
-            30,
-            layers=3,
-            steps=180,
-            control=True,
-        ),
-        Task(
-            "csqa",
-            "CommonsenseQA",
-            data.commonsense,
-            cut_smollm2_choices,
-            SMOLLM2,
-            30,
-            layers=3,
-            batch_size=8,
-            held_out=4,
-        ),
-        Task("siqa", "Social IQa", data.social, cut_smollm2, SMOLLM2, 30, layers=2, batch_size=8),
+        _minilm("trec50", "TREC-50", data.trec_fine),
+        _minilm("films", "film reviews", data.films),
+        _minilm("opinions", "opinions", data.opinions),
+        _TREC,
+        replace(_TREC, **_LONG),
+        replace(_TREC, name="csqa", title="CommonsenseQA", read=data.commonsense, **_CHOICES),
+        replace(_TREC, name="siqa", title="Social IQa", read=data.social, layers=2, batch_size=8),
     )
 }

@@ -48,7 +48,7 @@ __all__ = [
 ALGORITHMS = ("merged", "split", "expanded")
 
 # The expanded form multiplies slots·T further rows by W0 (one slot per block and rank). Up to this many of them
-# it is the cheapest: measured on CPU at 2048² by benchmarks/test_few_tokens.py. Half precision stays longer
+# it is the cheapest: measured on CPU at 2048² by benchmarks/test_layer.py. Half precision stays longer
 # because its alternative, split, also reads W0 twice.
 EXPANDED_MAX_ROWS = {True: 24, False: 96}
 

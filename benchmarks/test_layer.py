@@ -1,0 +1,140 @@
+"""One layer beside PEFT's LoRA and HiRA and the paper's way: a training pass, a few tokens, memory, growth."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import nn
+
+from smoa_kernels.backends.eager import choose_algorithm
+from smoa_kernels.definition.precision import has_gemm
+
+from .cases import BF16, FEW_TOKENS, LAYERS, MEMORY, skip_what_loops_multiply
+from .conftest import Measure
+from .gate import check_layers
+from .memory import footprint
+from .protocol import DEVICE, Run, pass_seconds, timed
+from .providers import (
+    DEFAULT_HIRA,
+    FROZEN,
+    HIRA,
+    LORA,
+    PAPER,
+    SMOA,
+    Case,
+    few_token_algorithms,
+    frozen,
+    layer_providers,
+    lora,
+    smoa,
+)
+from .rotation import Inputs
+
+POINT = Case(1024, 1024, 1024, 4, 16)
+GPU_SCALE = 4  # a GPU of today is asleep at the CPU's sizes
+
+
+def training_pass(layer: nn.Module, case: Case, inputs: Inputs | None = None) -> Run:
+    """One training pass after another, each of the next inputs; left out, all are of the same."""
+    turns = inputs or itertools.repeat((case.input(), case.output_gradient()))
+
+    def run() -> dict[str, float]:
+        x, dy = next(turns)
+        return pass_seconds(layer, [x], dy)
+
+    return run
+
+
+def forward_alone(layer: nn.Module, case: Case) -> Run:
+    """Seconds of a forward that records nothing."""
+    x = case.input().detach()
+    return timed("forward", torch.no_grad()(lambda: layer(x)))
+
+
+def checked(case: Case, algorithms: Sequence[str], without: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Every provider's layer, past its gate."""
+    providers = layer_providers(case, algorithms)
+    layers = {name: build(case) for name, build in providers.items() if name not in without}
+    check_layers(case, layers)
+    return layers
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_over_frozen(case: Case, smoke: bool, measure: Measure) -> None:
+    title, params = f"layer: {case}", case.record()
+    skip_what_loops_multiply(case.multiplications, case.dtype, smoke)
+    case = case.smoke() if smoke else case
+    # Under dropout none is merged.
+    algorithms = ["auto", "split"] if case.dropout else ["auto", "merged", "split"]
+    if DEVICE.type == "cpu":  # what "auto" means is not timed twice
+        ieee = case.dtype != BF16 or not has_gemm(BF16)  # widened, it is as in float32
+        algorithms.remove(choose_algorithm(case.tokens, case.rank, ieee=ieee, dropout=bool(case.dropout)))
+    runs = {name: training_pass(layer, case) for name, layer in checked(case, algorithms).items()}
+    measure("layer", title, params, runs, baseline=FROZEN, budget=12, warmup=1)
+
+
+@pytest.mark.parametrize("case", FEW_TOKENS, ids=str)
+def test_few_tokens(case: Case, smoke: bool, measure: Measure) -> None:
+    """Decode, where building anything of W0's size would dominate.
+
+    It measures up to how many tokens "auto" takes the expanded form (`backends/eager.py`, `backends/native`).
+    """
+    title, params = f"few tokens: {case}", case.record()
+    case = case.smoke() if smoke else case
+    # HiRA's and the paper's way build a dense weight for every token; the layer's benchmark times them.
+    layers = checked(case, few_token_algorithms(), without=(HIRA, DEFAULT_HIRA, PAPER))
+    runs = {name: forward_alone(layer, case) for name, layer in layers.items()}
+    measure("few tokens", title, params, runs, baseline=FROZEN, budget=2, warmup=5)
+
+
+@pytest.mark.parametrize("case", MEMORY, ids=str)
+def test_memory(case: Case, smoke: bool, benchmark: BenchmarkFixture) -> None:
+    title, params = f"memory: {case}", case.record()
+    skip_what_loops_multiply(case.multiplications, case.dtype, smoke)
+    case = case.smoke() if smoke else case
+    layers = checked(case, ("auto",) if case.dropout else ("auto", "split"))
+    found = benchmark.pedantic(lambda: {name: footprint(layer, case) for name, layer in layers.items()})
+    x_bytes = case.input().nbytes
+    assert x_bytes <= found[SMOA].saved <= x_bytes + 8  # x, and at most the seed beside it
+    assert found[SMOA].saved <= found[LORA].saved
+    sizes = {name: footprint.record() for name, footprint in found.items()}
+    benchmark.extra_info.update(kind="memory", title=title, params=params, bytes=sizes)
+
+
+def along(axis: str) -> dict[int, Case]:
+    """A case for each value on an axis."""
+    scale = GPU_SCALE if DEVICE.type == "cuda" else 1
+    at = replace(POINT, tokens=POINT.tokens * scale, out_features=1024 * scale, in_features=1024 * scale)
+    if axis == "tokens":
+        return {scale * n: replace(at, tokens=scale * n) for n in (256, 512, 1024, 2048, 4096)}
+    if axis == "weight elements":
+        sides = [scale * n for n in (512, 768, 1024, 1536, 2048)]
+        return {n * n: replace(at, out_features=n, in_features=n) for n in sides}
+    if axis == "rank":
+        return {r: replace(at, rank=r) for r in (4, 8, 16, 32, 64, 128)}
+    return {k: replace(at, num_blocks=k, rank=32) for k in (1, 2, 4, 8, 16, 32)}
+
+
+def only_both(run: Run) -> Run:
+    """The same without the phases of its own."""
+    return lambda: {"both": run()["both"]}
+
+
+@pytest.mark.parametrize("axis", ["tokens", "weight elements", "rank", "blocks"])
+def test_scaling(axis: str, smoke: bool, measure: Measure) -> None:
+    """How forward and backward grow with T, N·C, r and K."""
+    runs = {}
+    for value, case in along(axis).items():
+        used = case.smoke() if smoke else case
+        layers = {FROZEN: frozen(used), LORA: lora(used), SMOA: smoa()(used)}
+        check_layers(used, layers)
+        for name, layer in layers.items():
+            runs[f"{name} @ {value}"] = only_both(training_pass(layer, used))
+    title, values = f"scaling with {axis}: otherwise {POINT}", list(along(axis))
+    baseline = next(iter(runs))
+    measure("scaling", title, {"axis": axis, "values": values}, runs, baseline=baseline, budget=8)
