@@ -11,11 +11,15 @@ __all__ = ["naming"]
 
 @contextmanager
 def naming(what: str | Path) -> Iterator[None]:
-    """Begin the message of a TypeError or ValueError of the block with its layer, or with its file if it names none."""
+    """Begin the message of a TypeError or ValueError of the block with the layer or file that it is about.
+
+    Whatever a file holds that is not allowed is a ValueError. An error that names the file already stays.
+    """
     try:
         yield
     except (TypeError, ValueError) as error:
-        if isinstance(what, Path) and str(what) in str(error):
+        is_file = isinstance(what, Path)
+        if is_file and isinstance(error, ValueError) and str(what) in str(error):
             raise
-        kind = TypeError if isinstance(error, TypeError) else ValueError
+        kind = TypeError if isinstance(error, TypeError) and not is_file else ValueError
         raise kind(f"{what}: {error}") from error

@@ -84,8 +84,8 @@ def read_adapter(folder: Path) -> Adapter:
 
     Raises:
         FileNotFoundError: a file is missing.
-        TypeError, ValueError: it is another method's, or a file cannot be read or holds what is not allowed. The
-            message names the file.
+        ValueError: it is another method's, or a file cannot be read or holds what is not allowed. The message names
+            the file.
     """
     config = read_config(folder, (METHOD,))
     known = {field.name for field in fields(AdapterSettings)}

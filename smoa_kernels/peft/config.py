@@ -106,7 +106,8 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
             kwargs: PEFT's. `strict_base`, where given (to `PeftModel.from_pretrained` too), wins over the file's.
 
         Raises:
-            TypeError, ValueError: the file is missing, is too large or has values or a format version that are not
+            TypeError: an argument has another type.
+            ValueError: the file is missing, is too large or has values or a format version that are not
                 allowed; or the weights beside it are a pickle, truncated, corrupt, of other ranks, or left by a save
                 that was killed. PEFT reads the configuration before it touches the model, so nothing has changed.
         """
@@ -134,7 +135,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         """The configuration of a folder that was read, with PEFT's own fields.
 
         Raises:
-            TypeError, ValueError: PEFT does not take one of them; the message names the file.
+            ValueError: PEFT does not take one of them; the message names the file.
         """
         with naming(adapter.path.with_name(CONFIG_NAME)):
             return cast(SMoAConfig, cls.from_peft_type(**adapter.config))

@@ -167,9 +167,8 @@ class Linear(SMoALayer, nn.Module):
         self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
     ) -> Tensor:
         y: Tensor | None = None
-        for name in dict.fromkeys(
-            adapter_names or ("__base__",)
-        ):  # an empty batch needs one product, for the shape
+        # An empty batch needs one product, for the shape.
+        for name in dict.fromkeys(adapter_names or ("__base__",)):
             samples = [i for i, given in enumerate(adapter_names) if given == name]
             index = torch.tensor(samples, dtype=torch.int64, device=x.device)
             part = self._adapted(x.index_select(0, index), [name], *args, **kwargs)
