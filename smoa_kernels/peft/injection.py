@@ -111,8 +111,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 self.peft_config.pop(adapter_name, None)
             raise
         finally:
-            injected, self._experts, self._injected = list(self._injected), (), {}
-        for pattern, keys in config.unmatched_patterns(injected).items():
+            injected, self._experts, self._injected = self._injected, (), {}
+        for pattern, keys in config.unmatched_patterns(list(injected)).items():
             warnings.warn(
                 f"The following {pattern} keys did not match any targeted module and were ignored: {keys}.",
                 RuntimeWarning,
