@@ -43,7 +43,6 @@ CIRCLE = ("kernels.table", "kernels")
 LATE = {
     **{("kernels", f"kernels.{name}"): "imports Triton" for name in [*KERNELS, "spec"]},
     ("adapter_folder.base_model", "adapter_folder.architecture"): "imports transformers",
-    ("peft.hira.accelerate", "peft.hira.quantized"): "imports bitsandbytes",
     ("cli", "cli.app"): "typer and rich are an extra",
     ("cli.convert", "peft.folder.convert"): "PEFT is an extra",
     ("cli.info", "backends.verified"): "imports Triton",

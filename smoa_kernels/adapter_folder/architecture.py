@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Architecture", "conv1d_layers"]
+__all__ = ["Architecture"]
 
 
 class Architecture:
@@ -38,20 +38,26 @@ class Architecture:
         stored: names of the stored tensors.
 
     Attributes:
+        is_known: whether transformers has it.
         renamed: stored names of parameters, by the model's own.
         parts: of parameters that are made of several stored tensors, these tensors' names.
+        swapped: names of the weights of layers that store them (C, N).
         tied: names of parameters that are others, which are stored: in most models the head is the embedding.
     """
 
     def __init__(self, folder: Path, stored: Iterable[str]) -> None:
         self._model = _without_values(folder)
+        self.is_known = self._model is not None
         self.renamed: dict[str, str] = {}
         self.parts: defaultdict[str, list[str]] = defaultdict(list)
+        self.swapped: list[str] = []
         self.tied: dict[str, str] = {}
         # What makes a parameter of stored tensors, by the patterns that their names match; the pattern of each part.
         self._converters: dict[str, WeightConverter] = {}
         self._patterns: dict[str, str] = {}
-        if self._model is not None:
+        if self.is_known:
+            conv1d = (name for name, module in self._model.named_modules() if isinstance(module, Conv1D))
+            self.swapped = [f"{name}.weight" for name in conv1d]
             self.tied = dict(self._model.all_tied_weights_keys)
             self._resolve(stored)
 
@@ -97,16 +103,3 @@ def _without_values(folder: Path) -> Any:
         return None
     with torch.device("meta"):
         return kind(config)
-
-
-def conv1d_layers(folder: Path) -> list[str]:
-    """Name a model's layers whose weights are stored (C, N), as it names them without its head.
-
-    Raises:
-        ValueError, OSError: transformers does not know the model's configuration.
-    """
-    if not (folder / "config.json").is_file():  # transformers would look for it on a hub
-        raise FileNotFoundError(f"there is no config.json in {folder}")
-    with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.from_pretrained(os.fspath(folder)))
-    return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]

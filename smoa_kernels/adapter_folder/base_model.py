@@ -99,19 +99,16 @@ class BaseModel:
             return False
         if shape[0] != shape[1]:
             return tuple(self.read(stored).shape) != shape
-        try:
-            return stored in self._conv1d_weights
-        except (ValueError, OSError) as error:
+        if not self.architecture.is_known:
             raise ValueError(
                 f"{name}: its weight is square. Whether it is stored transposed, as a Conv1D's is, the model's class "
-                f"alone shows, and transformers knows none for {self.folder}: {error}"
-            ) from error
+                f"alone shows, and transformers knows none for {self.folder}"
+            )
+        return stored in self._swapped
 
     @cached_property
-    def _conv1d_weights(self) -> set[str | None]:
-        from .architecture import conv1d_layers
-
-        return {self._same_name(f"{name}.weight") for name in conv1d_layers(self.folder)}
+    def _swapped(self) -> set[str | None]:
+        return {self._same_name(name) for name in self.architecture.swapped}
 
 
 def _scan(folder: Path) -> Iterator[tuple[str, Path]]:

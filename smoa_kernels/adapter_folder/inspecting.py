@@ -135,7 +135,7 @@ def inspect_adapter(
 
 
 def _layer(name: str, blocks: LayerBlocks | StackBlocks, bases: BaseModel | None) -> LayerReport:
-    experts = [blocks] if isinstance(blocks, LayerBlocks) else blocks.experts()
+    experts = blocks.matrices()
     stack = () if isinstance(blocks, LayerBlocks) else (len(experts),)
     ranks = experts[0].ranks.tolist()
     distances = None if bases is None else _distances(name, experts, bases, fused=bool(stack))

@@ -118,9 +118,8 @@ def _new_folder(out: str | os.PathLike[str]) -> Path:
     target = Path(out).resolve()  # a link is followed, and "." has a name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {target}")
-    if (
-        target.is_mount() or target == Path.cwd()
-    ):  # nothing can be renamed to it; found before the merge, not after
+    # Nothing can be renamed to these; found before the merge, not after.
+    if target.is_mount() or target == Path.cwd():
         raise ValueError(
             f"out must not be a mount point or the working folder, name a folder in it: got {target}"
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ..definition.precision import DTYPES, dtype_names
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
 from .format import LayerBlocks, StackBlocks
+from .naming import naming
 from .reading import (
     HIRA,
     METHOD,
@@ -106,25 +106,17 @@ class Change:
 
 @dataclass
 class _Planned:
-    """What a tensor of the merged model is made of.
-
-    Attributes:
-        stored: the base's tensor.
-        dtype: the result's.
-        change: what the adapter does to it; None where nothing.
-        part_of: the parameter that transformers makes of this tensor and others, where the adapter changes that.
-    """
+    """What a tensor of the merged model is made of: `stored` of the base, and the changed parameter it belongs to."""
 
     stored: str
     shape: torch.Size
-    dtype: torch.dtype
-    change: Change | None = None
-    part_of: str | None = None
+    dtype: torch.dtype  # of the result
+    parameter: str | None = None
 
     @property
     def changed(self) -> bool:
         """Whether the adapter changes it."""
-        return self.change is not None or self.part_of is not None
+        return self.parameter is not None
 
 
 class FolderMerge:
@@ -164,15 +156,15 @@ class FolderMerge:
             for name, tensor in self._model.tensors()
         }
         self.untied: list[str] = []
-        # Of parameters that are made of several stored tensors: what the adapter does to them, and the parts of the
-        # last one that were not asked for yet.
-        self._changes: dict[str, Change] = {}
+        self._changes = _read_changes(self.adapter, self._model, dtype, rounding)
+        # The stored tensors that changed parameters are made of, where these are several; and of the last such
+        # parameter the new parts that were not asked for yet.
+        self._made_of: dict[str, list[str]] = {}
         self._parts: dict[str, Tensor] = {}
-        changes = _read_changes(self.adapter, self._model, dtype, rounding)
-        for name, change in changes.items():
-            self._place(name, change)
-        if any(_stands_alone(name) for name in changes):
+        if any(_stands_alone(name) for name in self._changes):
             self._untie()
+        for name, change in self._changes.items():
+            self._place(name, change)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.plan:
@@ -185,13 +177,10 @@ class FolderMerge:
             ValueError: naming it: the base's is another than the adapter was trained over, or the result is not finite.
         """
         planned = self.plan[name]
-        if planned.part_of is not None:
-            value = self._part(planned.stored, planned.part_of)
-        else:
+        if planned.parameter is None:
             value = self._model.read(planned.stored)
-            if planned.change is not None:
-                with _naming(name):
-                    value = planned.change.effective(value)
+        else:
+            value = self._changed(planned.stored, planned.parameter)
         narrowed = planned.dtype in _HALF and value.dtype not in _HALF
         if planned.changed and narrowed and self.rounding == "stochastic":
             rounded = round_stochastically(value, planned.dtype, seed=self.seed, name=name)
@@ -201,71 +190,63 @@ class FolderMerge:
             raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([planned.dtype])}")
         return rounded
 
-    def _part(self, stored: str, name: str) -> Tensor:
-        """A part of a parameter that the adapter changes; what is made for one part is kept for the others."""
-        if stored not in self._parts:
-            change, architecture = self._changes[name], self._model.architecture
-            with _naming(name):
+    def _changed(self, stored: str, name: str) -> Tensor:
+        """A changed parameter, or its part that is `stored`; what is made for one part is kept for the others."""
+        change = self._changes[name]
+        with naming(name):
+            if name not in self._made_of:
+                return change.effective(self._model.read(stored))
+            if stored not in self._parts:
                 whole = self._model.assembled(name)
-                if tuple(whole.shape) not in change.shapes:
-                    raise ValueError(
-                        f"it has shape {tuple(whole.shape)}, and {change.shapes[0]} in the adapter"
-                    )
-                self._parts = architecture.take_apart(name, change.effective(whole))
-                if sorted(self._parts) != sorted(architecture.parts[name]):
+                _check_shape(whole.shape, change)
+                self._parts = self._model.architecture.take_apart(name, change.effective(whole))
+                if self._parts.keys() != set(self._made_of[name]):
                     raise ValueError(
                         "transformers cannot undo what it makes it of: merge with merge_and_unload()"
                     )
         return self._parts.pop(stored)
 
-    def _place(self, name: str, change: Change) -> None:
-        """Plan the change of a parameter."""
-        is_stored = change.is_whole or self._model.stored_name(name) is not None
-        parts = [] if is_stored else self._model.architecture.parts.get(name, [])
-        for stored in parts:  # one after another from now on
-            self._changes[name] = change
-            self.plan[stored] = replace(self.plan.pop(stored), part_of=name)
-        if parts:
-            return
-        planned = self._find(name, change.shapes)
-        if not change.is_whole and planned.dtype not in DTYPES:
-            raise ValueError(f"{name} must be {dtype_names(DTYPES)} to be merged, got {planned.dtype}")
-        planned.change = change
+    def _untie(self) -> None:
+        """Plan parameters that were tied, of which the adapter changes one, each as a tensor of its own."""
+        tied = self._model.architecture.tied
+        changed = {self._stored(name) or name for name in self._changes}
+        for name, source in tied.items():
+            places = [self._stored(each) or each for each in (name, source)]
+            if not changed & set(places):
+                continue
+            if self._stored(name) is None and places[1] in self.plan:
+                if len(tied) > 1:
+                    raise ValueError(
+                        f"the adapter changes {name} or what it is tied to, {source}, and {self.base} ties further "
+                        "parameters to that: they cannot be stored apart"
+                    )
+                self.plan[name] = replace(self.plan[places[1]])
+            self.untied.append(name)
 
-    def _find(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> _Planned:
-        """The planned tensor that a parameter of the model is; of its own where it is tied to another."""
-        stored = name if name in self.plan else self._model.stored_name(name)
-        tied = {} if stored is not None else self._model.architecture.tied
-        source = self._model.stored_name(tied[name]) if name in tied else None
-        if source is not None:
-            if len(tied) > 1:
-                raise ValueError(
-                    f"the adapter changes {name} or what it is tied to, {source}, and {self.base} ties further "
-                    "parameters to that: they cannot be stored apart"
-                )
-            self.plan[name] = replace(self.plan[source], change=None)
-            stored = name
-        if stored is None:
+    def _place(self, name: str, change: Change) -> None:
+        """Plan the change of a parameter, which is a stored tensor or made of several."""
+        stored = self._stored(name)
+        if stored is not None:
+            planned = self.plan[stored]
+            planned.parameter = name
+            with naming(name):
+                _check_shape(planned.shape, change)
+            if not change.is_whole and planned.dtype not in DTYPES:
+                raise ValueError(f"{name} must be {dtype_names(DTYPES)} to be merged, got {planned.dtype}")
+            return
+        parts = [] if change.is_whole else self._model.architecture.parts.get(name, [])
+        if not parts:
             raise ValueError(
                 f"{self.base} stores no {name}, which the adapter changes. A new head: save the base with it first. A "
                 "parameter that transformers makes of others as it loads the base: merge with merge_and_unload()"
             )
-        planned = self.plan[stored]
-        if tuple(planned.shape) not in shapes:
-            raise ValueError(
-                f"{name} has shape {tuple(planned.shape)} in {self.base}, and {' or '.join(map(str, shapes))} in the "
-                "adapter. If tokens were added, resize the base's embeddings as before training and save it first"
-            )
-        return planned
+        self._made_of[name] = parts
+        for part in parts:  # one after another from now on
+            self.plan[part] = replace(self.plan.pop(part), parameter=name)
 
-    def _untie(self) -> None:
-        """Let parameters that were tied, of which the adapter changes one, each be stored of their own."""
-        for name, source in self._model.architecture.tied.items():
-            both = [self.plan.get(self._model.stored_name(tied) or tied) for tied in (name, source)]
-            known = [planned for planned in both if planned is not None]
-            if any(planned.changed for planned in known):
-                self._find(name, tuple(tuple(planned.shape) for planned in known))
-                self.untied.append(name)
+    def _stored(self, name: str) -> str | None:
+        """The planned tensor that a parameter is; None where it is no single one."""
+        return name if name in self.plan else self._model.stored_name(name)
 
 
 def _read_plain_config(base: Path) -> dict[str, Any]:
@@ -303,21 +284,20 @@ def _read_changes(
             name.replace(".base_layer.", "."): _whole(tensor) for name, tensor in adapter.whole.items()
         }
         for name, blocks in adapter.layers.items():
-            A, B, _ = adapter.of_layer(name).values()
+            # Of experts, the parameter itself is named.
+            parameter = name if isinstance(blocks, StackBlocks) else f"{name}.weight"
+            factors = adapter.of_layer(name)
             scaling = adapter.settings.for_layer(name).scaling
-            if isinstance(blocks, StackBlocks):  # named by the parameter itself
-                changes[name] = _experts_change(blocks, A, B, scaling)
-            else:
-                changes[f"{name}.weight"] = _smoa_change(blocks, A, B, scaling)
-    else:
-        path = weights_of(folder)
-        state = read_state(path)
-        whole = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if ".hira_" not in key}
-        changes = {name: _whole(tensor) for name, tensor in whole.items()}
-        for name, (A, B) in hira_layers(path, state).items():
-            # PEFT corrects the configuration's fan_in_fan_out by the layer's class, layer by layer.
-            swapped = base.stores_swapped(name, (B.shape[0], A.shape[1]))
-            changes[f"{name}.weight"] = _hira_change(A, B, swapped=swapped, dtype=dtype, rounding=rounding)
+            changes[parameter] = _smoa_change(blocks, factors["smoa_A"], factors["smoa_B"], scaling)
+        return changes
+    path = weights_of(folder)
+    state = read_state(path)
+    whole = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if ".hira_" not in key}
+    changes = {name: _whole(tensor) for name, tensor in whole.items()}
+    for name, (A, B) in hira_layers(path, state).items():
+        # PEFT corrects the configuration's fan_in_fan_out by the layer's class, layer by layer.
+        swapped = base.stores_swapped(name, (B.shape[0], A.shape[1]))
+        changes[f"{name}.weight"] = _hira_change(A, B, swapped=swapped, dtype=dtype, rounding=rounding)
     return changes
 
 
@@ -325,33 +305,33 @@ def _whole(tensor: Tensor) -> Change:
     return Change((tuple(tensor.shape),), lambda stored: tensor, is_whole=True)
 
 
-def _smoa_change(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
-    partition, ranks, _ = blocks
+def _smoa_change(blocks: LayerBlocks | StackBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
+    stack, matrices = A.shape[:-2], blocks.matrices()
+    shape = matrices[0].partition.shape
+    each = [*zip(matrices, A.view(-1, *A.shape[-2:]), B.view(-1, *B.shape[-2:]), strict=True)]
 
     def effective(stored: Tensor) -> Tensor:
-        weight, distance = blocks.facing(stored)
-        if not distance <= TOLERANCE:
-            raise ValueError(
-                f"the adapter was trained over another base weight (it differs by about {distance:.0%}, the same base "
-                f"in another precision by at most {TOLERANCE:.0%})"
-            )
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        factors = A.to(wide.dtype), B.to(wide.dtype)
-        s = scaling_tensor(scaling, wide.device)
-        adapter = PackedAdapter(wide, *factors, partition, ranks, s, ranks.tolist())
-        merged = eager.delta_weight(adapter).add_(wide)
-        return merged if weight is stored else merged.T
+        weights = stored if stack else [stored]
+        merged = [_merged(*one, scaling, weight) for one, weight in zip(each, weights, strict=True)]
+        return torch.stack(merged) if stack else merged[0]
 
-    return Change((partition.shape, partition.shape[::-1]), effective)
+    return Change(((*stack, *shape), (*stack, *shape[::-1])), effective)
 
 
-def _experts_change(blocks: StackBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
-    each = [_smoa_change(*expert, scaling) for expert in zip(blocks.experts(), A, B, strict=True)]
-
-    def effective(stored: Tensor) -> Tensor:
-        return torch.stack([change.effective(weight) for change, weight in zip(each, stored, strict=True)])
-
-    return Change(((len(each), *blocks.shape), (len(each), *blocks.shape[::-1])), effective)
+def _merged(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, stored: Tensor) -> Tensor:
+    """W_eff of one matrix as it is stored, at least in float32."""
+    weight, distance = blocks.facing(stored)
+    if not distance <= TOLERANCE:
+        raise ValueError(
+            f"the adapter was trained over another base weight (it differs by about {distance:.0%}, the same base "
+            f"in another precision by at most {TOLERANCE:.0%})"
+        )
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    factors = A.to(wide.dtype), B.to(wide.dtype)
+    s = scaling_tensor(scaling, wide.device)
+    adapter = PackedAdapter(wide, *factors, blocks.partition, blocks.ranks, s, blocks.ranks.tolist())
+    merged = eager.delta_weight(adapter).add_(wide)
+    return merged if weight is stored else merged.T
 
 
 def _hira_change(A: Tensor, B: Tensor, *, swapped: bool, dtype: torch.dtype | None, rounding: str) -> Change:
@@ -368,12 +348,12 @@ def _hira_change(A: Tensor, B: Tensor, *, swapped: bool, dtype: torch.dtype | No
     return Change(((B.shape[0], A.shape[1]), (A.shape[1], B.shape[0])), effective)
 
 
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+def _check_shape(shape: torch.Size, change: Change) -> None:
+    if tuple(shape) not in change.shapes:
+        raise ValueError(
+            f"it has shape {tuple(shape)} in the base, and {' or '.join(map(str, change.shapes))} in the adapter. If "
+            "tokens were added, resize the base's embeddings as before training and save it first"
+        )
 
 
 def _is_finite(tensor: Tensor) -> bool:

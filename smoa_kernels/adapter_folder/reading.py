@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import shown
 from .format import STATE_KEYS, LayerBlocks, StackBlocks, read_blocks
+from .naming import naming
 from .settings import AdapterSettings
 from .writing import CONFIG_NAME, METHOD, WEIGHTS_NAME, check_seal
 
@@ -88,10 +89,8 @@ def read_adapter(folder: Path) -> Adapter:
     """
     config = read_config(folder, (METHOD,))
     known = {field.name for field in fields(AdapterSettings)}
-    try:
+    with naming(folder / CONFIG_NAME):
         settings = AdapterSettings(**{key: value for key, value in config.items() if key in known})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     tensors, layers = read_weights(folder, settings)
     path = weights_of(folder)
     if not layers:
@@ -136,11 +135,9 @@ def read_weights(
     layers = {}
     for name in sorted({key.rpartition(".")[0] for key in tensors if ".smoa_" in key}, key=by_number):
         given = {key: tensors.get(f"{name}.{key}") for key in STATE_KEYS}
-        try:
+        with naming(path):
             # A layer's memory goes by its rank, so that is compared with the file before any layer is made.
             layers[name] = read_blocks(name, given, settings.for_layer(name).r)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
     check_seal(folder, settings.weights_sha256)
     return tensors, layers
 

@@ -50,9 +50,8 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, *, seed: int, name:
         # A half's bits, read as an integer, count its magnitude: one more is the next one away from zero.
         bits = nearest.view(torch.int16) - beyond.to(torch.int16)
         inner, outer = (neighbour.view(dtype).to(panel.dtype) for neighbour in (bits, bits + 1))
-        chance = (panel - inner) / (
-            outer - inner
-        )  # exact: the difference has few digits, the step is a power of two
+        # Exact: the difference has few digits, and the step is a power of two.
+        chance = (panel - inner) / (outer - inner)
         drawn = words.random_raw(-(-size // 2)).astype("<u8", copy=False).view("<u4")[:size]
         uniform = torch.from_numpy((drawn >> 8).astype(np.float32)).mul_(2.0**-24)
         target[start : start + size] = bits.add_((uniform < chance).to(torch.int16)).view(dtype)

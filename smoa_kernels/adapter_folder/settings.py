@@ -5,13 +5,22 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..backends import ALGORITHM_CHOICES, BACKEND_CHOICES
-from ..checks import MOST_BLOCKS, MOST_COORDINATES, MOST_RANKS, check_choice, check_finite, shown
+from ..checks import (
+    MOST_BLOCKS,
+    MOST_COORDINATES,
+    MOST_RANKS,
+    check_choice,
+    check_count,
+    check_finite,
+    check_probability,
+    shown,
+)
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.ranks import resolve_ranks
 
@@ -22,6 +31,15 @@ __all__ = ["FORMAT_VERSION", "AdapterSettings", "LayerSettings", "check_bool"]
 FORMAT_VERSION = 2
 
 _BIASES = ("none", "all", "smoa_only")
+
+# What gives single layers another value than a field's, each with the check of such a value.
+_PATTERNS: dict[str, Callable[[str, Any], None]] = {
+    "rank_pattern": functools.partial(check_count, most=MOST_RANKS),
+    "alpha_pattern": check_finite,
+    "num_blocks_pattern": functools.partial(check_count, most=MOST_BLOCKS),
+    "block_order_pattern": functools.partial(check_choice, allowed=BLOCK_ORDERS),
+    "granule_pattern": functools.partial(check_count, most=MOST_COORDINATES),
+}
 
 
 class LayerSettings(NamedTuple):
@@ -94,8 +112,14 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         self._check_format()
         self._check_blocks()
-        self._check_scaling()
         self._check_targets()
+        if self.smoa_alpha is not None:
+            check_finite("smoa_alpha", self.smoa_alpha)
+        check_probability("smoa_dropout", self.smoa_dropout)
+        if self.smoa_dropout and self.target_parameters:
+            raise ValueError(
+                f"smoa_dropout must be 0 where target_parameters are adapted, got {self.smoa_dropout}"
+            )
         for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode"):
             check_bool(name, getattr(self, name))
         check_choice("bias", self.bias, _BIASES)
@@ -132,21 +156,20 @@ class AdapterSettings:
     def unmatched_patterns(self, names: Sequence[str]) -> dict[str, list[str]]:
         """Keys that match none of these layers, sorted, for each pattern that has such keys."""
         found = {}
-        for pattern in ("rank", "alpha", "num_blocks", "block_order", "granule"):
-            keys = getattr(self, f"{pattern}_pattern")
+        for pattern in _PATTERNS:
+            keys = getattr(self, pattern)
             missed = sorted(key for key in keys if not any(_end(key).match(name) for name in names))
             if missed:
-                found[f"{pattern}_pattern"] = missed
+                found[pattern] = missed
         return found
 
     def _check_format(self) -> None:
         if not isinstance(self.weights_sha256, (str, type(None))):
-            raise ValueError(f"weights_sha256 must be a str, got {shown(self.weights_sha256)}")
+            raise TypeError(f"weights_sha256 must be a str, got {shown(self.weights_sha256)}")
         version = self.format_version
         if version is None:
             return
-        if isinstance(version, bool) or not isinstance(version, int):
-            raise ValueError(f"format_version must be an int, got {shown(version)}")
+        check_count("format_version", version)
         if version != FORMAT_VERSION:
             newer = version > FORMAT_VERSION
             raise ValueError(
@@ -159,32 +182,13 @@ class AdapterSettings:
             raise TypeError(f"block_ranks must be a list of ints, got {shown(self.block_ranks)}")
         resolve_ranks(self.r, self.num_blocks, self.block_ranks)
         BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed).check()
-        for pattern, names, most in (
-            ("rank_pattern", "r", MOST_RANKS),
-            ("num_blocks_pattern", "num_blocks", MOST_BLOCKS),
-            ("granule_pattern", "granule", MOST_COORDINATES),
-        ):
-            for key, value in _mapping(pattern, getattr(self, pattern)).items():
-                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                    raise ValueError(
-                        f"{pattern}[{shown(key)}] must be an int of at least 1 ({names}) and at most {most}, got "
-                        f"{shown(value)}"
-                    )
-        for key, value in _mapping("block_order_pattern", self.block_order_pattern).items():
-            check_choice(f"block_order_pattern[{shown(key)}]", value, BLOCK_ORDERS)
-
-    def _check_scaling(self) -> None:
-        if self.smoa_alpha is not None:
-            check_finite("smoa_alpha", self.smoa_alpha)
-        for key, value in _mapping("alpha_pattern", self.alpha_pattern).items():
-            check_finite(f"alpha_pattern[{shown(key)}]", value)
-        check_finite("smoa_dropout", self.smoa_dropout)
-        if not 0.0 <= self.smoa_dropout < 1.0:
-            raise ValueError(f"smoa_dropout must lie in [0, 1), got {self.smoa_dropout}")
-        if self.smoa_dropout and self.target_parameters:
-            raise ValueError(
-                f"smoa_dropout must be 0 where target_parameters are adapted, got {self.smoa_dropout}"
-            )
+        for pattern, check in _PATTERNS.items():
+            values = getattr(self, pattern)
+            if not isinstance(values, Mapping):
+                raise TypeError(f"{pattern} must be a dict from layer names to values, got {shown(values)}")
+            for key, value in values.items():
+                _check_regex(f"a key of {pattern}", key)
+                check(f"{pattern}[{shown(key)}]", value)
 
     def _check_targets(self) -> None:
         """Check which modules are adapted or saved; lists become what PEFT and JSON want."""
@@ -239,14 +243,6 @@ def _check_items(name: str, value: Any, kind: type, *, alone: bool) -> None:
     if not isinstance(value, (list, set, tuple)) or any(type(item) is not kind for item in value):
         what = {str: "names", int: "indices"}[kind]
         raise TypeError(f"{name} must be a list of {what}{', or one' if alone else ''}, got {shown(value)}")
-
-
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict from layer names to values, got {shown(value)}")
-    for key in value:
-        _check_regex(f"a key of {name}", key)
-    return dict(value)
 
 
 def _check_regex(name: str, pattern: Any) -> None:

@@ -24,20 +24,11 @@ from .dequantize import dequantized, read_weight
 from .offload import check_present, present
 from .quantized import requantize
 
-__all__ = ["BaseWeight", "BlockSource", "decompositions"]
+__all__ = ["BaseWeight", "BlockSource"]
 
 
 # Computes the blocks of a layer's W0: `BlockPartition`, or `ExpertBlocks` of a stack.
 BlockSource = Callable[[Any, BlockRule], Any]
-
-
-def decompositions(weight: Tensor, rule: BlockRule) -> list[Callable[[], BlockPartition]]:
-    """What computes the spectral blocks of W0 (N, C); of (E, N, C) for each matrix, or one for all where shared."""
-    if weight.ndim == 2:
-        return [partial(rule.build, weight)]
-    if rule.block_order == "shared":
-        return [partial(BlockPartition.from_experts, weight, rule.num_blocks, granule=rule.granule)]
-    return [partial(rule.build, each) for each in weight.detach()]
 
 
 class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
@@ -47,11 +38,13 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         fan_in_fan_out: whether it is stored with its last two dimensions swapped.
         quantization_backend: PEFT's back end for the base layer, where that is quantised.
         stack: how many matrices the layer adapts as one, (E,); () for a single one.
+        parameter_name: what the layer that owns W0 calls it.
     """
 
     fan_in_fan_out: bool
     quantization_backend: QuantizationBackend | None = None
     stack: tuple[int, ...] = ()
+    parameter_name: str = "weight"
     in_features: int
     out_features: int
     smoa_A: nn.ParameterDict
@@ -98,16 +91,30 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     def build_blocks(self, rule: BlockRule) -> Any:
         """Compute the blocks of W0, which is read only where they depend on its values."""
         if rule.needs_weight:
-            return self.joined([compute() for compute in decompositions(self.base_weight(), rule)])
+            return self.joined([compute() for compute in self.decompositions(rule)])
         return self.joined([rule.of_shape((self.out_features, self.in_features), self.adapter_device)])
+
+    def decompositions(self, rule: BlockRule) -> list[Callable[[], BlockPartition]]:
+        """What computes the spectral blocks of each of W0's matrices, or one for all where they are shared."""
+        weight = self.base_weight().detach()
+        if not self.stack:
+            return [partial(rule.build, weight)]
+        if rule.block_order == "shared":
+            return [partial(BlockPartition.from_experts, weight, rule.num_blocks, granule=rule.granule)]
+        return [partial(rule.build, each) for each in weight]
 
     def joined(self, partitions: Sequence[BlockPartition]) -> Any:
         """The blocks of W0 by those of each of its matrices, or by one for all."""
         return partitions[0]
 
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The innermost layer's parameter that is adapted; None where it has none of that name (it is computed)."""
+        return self.innermost()._parameters.get(self.parameter_name)
+
     def _stored_weight(self) -> Tensor:
-        """The innermost layer's parameter as it is stored; where it is sharded, this process's part."""
-        weight = cast(Tensor, self.innermost().weight)
+        """The innermost layer's weight as it is stored; where it is sharded, this process's part."""
+        weight = cast(Tensor, getattr(self.innermost(), self.parameter_name))
         return weight if self._shard is None else self._shard.weight(weight)
 
     def _quantized_base(self) -> nn.Module:
@@ -142,29 +149,30 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
                 f"the base layer holds adapters of another tuner ({type(inner).__qualname__}): merge and unload these "
                 "before SMoA's are added, or do not merge"
             )
-        before = [*self.merged_adapters]
-        if self.quantization_backend is not None:
-            (merged,) = self._merged([*before, *names], self.base_weight())
-            _check_finite([merged] if safe_merge else [], names)
-            quantized = requantize(self, merged)
-            self._stored_layer = self._stored_layer or (quantized,)
-        else:
-            stored = self._stored_weight()
+        stored = None if self.quantization_backend is not None else self._stored_weight()
+        if stored is not None:
             if stored.is_meta:
                 raise RuntimeError(
                     "the base weight is offloaded: merge the model (merge_adapter), not the layer"
                 )
             _check_unsharded(stored)
-            # Where nothing is merged, the stored weight itself: each matrix of it is read before it is written.
-            base = self.base_weight()
+        before = [*self.merged_adapters]
+        # Where nothing is merged, the base is the stored weight itself: each matrix is read before it is written.
+        merged: Iterable[Tensor] = self._merged([*before, *names], self.base_weight())
+        if safe_merge:
+            merged = list(merged)
+            _check_finite(merged, names)
+        if stored is None:
+            quantized = requantize(self, *merged)
+            self._stored_layer = self._stored_layer or (quantized,)
+        else:
             if self._stored_base is None:
                 self._stored_base = stored.detach().to("cpu", copy=True)
             try:
-                self._write([*before, *names], base)
-                _check_finite(self._each(stored) if safe_merge else [], names)
+                self._write(merged)
             except BaseException:  # Ctrl-C too
                 if before:
-                    self._write(before, self.base_weight())
+                    self._write(self._merged(before, self.base_weight()))
                 else:
                     self.unmerge()
                 raise
@@ -196,12 +204,12 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         delta = torch.stack(deltas) if self.stack else deltas[0]
         return delta.mT if self.fan_in_fan_out else delta
 
-    def _write(self, names: Sequence[str], weight: Tensor) -> None:
-        """Write the W_eff of W0 and adapters together to the base layer, matrix by matrix."""
+    def _write(self, merged: Iterable[Tensor]) -> None:
+        """Write W_eff to the base layer, matrix by matrix."""
         stored = self._stored_weight().data
         into = self._each(stored.mT if self.fan_in_fan_out else stored)
-        for place, merged in zip(into, self._merged(names, weight), strict=True):
-            place.copy_(merged)
+        for place, each in zip(into, merged, strict=True):
+            place.copy_(each)
 
     def _merged(self, names: Sequence[str], weight: Tensor) -> Iterator[Tensor]:
         """Compute W0 + Σ ΔW, in W0's dtype, of one matrix after another."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from peft.config import PeftConfig
 
-from ..adapter_folder.reading import CONFIG_NAME, read_weights
+from ..adapter_folder.naming import naming
+from ..adapter_folder.reading import CONFIG_NAME, Adapter, read_weights
 from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, check_bool
 from ..adapter_folder.writing import replacing
 from ..checks import check_path
@@ -104,27 +106,36 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
             kwargs: PEFT's. `strict_base`, where given (to `PeftModel.from_pretrained` too), wins over the file's.
 
         Raises:
-            TypeError, ValueError: the file is missing, is too large or has values or a format version that are not
+            TypeError: an argument has another type.
+            ValueError: the file is missing, is too large or has values or a format version that are not
                 allowed; or the weights beside it are a pickle, truncated, corrupt, of other ranks, or left by a save
                 that was killed. PEFT reads the configuration before it touches the model, so nothing has changed.
         """
         check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         if subfolder is not None:
             check_path("subfolder", subfolder)
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        file = os.path.join(folder, CONFIG_NAME)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        file = folder / CONFIG_NAME
         strict_base = kwargs.pop("strict_base", None)
         if strict_base is not None:
             check_bool("strict_base", strict_base)
-        try:
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (KeyError, TypeError, ValueError) as error:
-            if not os.path.isfile(file) or file in str(error):
-                raise
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{file}: {error}") from error
+        with naming(file) if file.is_file() else nullcontext():
+            try:
+                config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            except KeyError as error:  # a method that PEFT does not know
+                raise ValueError(str(error)) from error
         if isinstance(config, cls):
-            read_weights(Path(folder), config)
+            read_weights(folder, config)
             if strict_base is not None:
                 config.strict_base = strict_base
         return cast(SMoAConfig, config)
+
+    @classmethod
+    def of_folder(cls, adapter: Adapter) -> SMoAConfig:
+        """The configuration of a folder that was read, with PEFT's own fields.
+
+        Raises:
+            ValueError: PEFT does not take one of them; the message names the file.
+        """
+        with naming(adapter.path.with_name(CONFIG_NAME)):
+            return cast(SMoAConfig, cls.from_peft_type(**adapter.config))

@@ -131,10 +131,8 @@ def dequantized(backend: QuantizationBackend, base: Any, dtype: torch.dtype) -> 
         yield read_weight(backend, base).to(dtype)
         return
     with _scratch((base.out_features, base.in_features), dtype, base.weight.device) as buffer:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # in inference mode torchao's weights cannot be sliced
+        # In inference mode torchao's weights cannot be sliced.
+        with torch.inference_mode(False), torch.no_grad():
             fill(buffer)
         yield buffer
 

@@ -19,6 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adapter_folder.naming import naming
 from ..adapter_folder.settings import LayerSettings
 from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
@@ -29,11 +30,11 @@ from .experts.experts import Experts
 from .experts.targets import ExpertsTarget, find_targets
 from .experts.weight import ExpertsWeight
 from .folder.loading import check_adapter
-from .layer import SMoALayer
+from .layer import SMoALayer, layers_with
 from .linear import Linear
 from .offload import present
 from .snapshot import PARAMETER_PREFIX, Snapshot
-from .sorting import Expected, Sorting
+from .sorting import initialize_all
 
 __all__ = ["SMoAModel"]
 
@@ -57,6 +58,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = SMoALayer
     _experts: Sequence[ExpertsTarget] = ()  # during an injection, those that get the adapter
+    _injected: dict[str, SMoALayer]  # and the layers that got it, by name
     snapshots: dict[str, Snapshot]  # of the model before adapters whose weights are yet to be loaded
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -80,38 +82,37 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         Raises:
             TypeError, ValueError: `adapter_name` cannot name a folder, or the configuration does not fit the model.
         """
-        if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
-            # The name is part of the parameters' names, and of the folder that the adapter is saved in.
-            raise ValueError(f"adapter_name must be a name without dots and slashes, got {adapter_name!r}")
-        is_new = not any(adapter_name in layer.smoa_A for layer in _layers(model))
+        is_new = not layers_with(model, adapter_name)
         config, before = self.peft_config[adapter_name], Snapshot(model)
         if config.is_from_file and is_new:
             self.snapshots[adapter_name] = before  # until the weights are known to fit
+        self._injected = {}
         try:
+            if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
+                # The name is part of the parameters' names, and of the folder that the adapter is saved in.
+                raise ValueError(
+                    f"adapter_name must be a name without dots and slashes, got {adapter_name!r}"
+                )
             self._experts, excluded = find_targets(model, config)
-            with (
-                Sorting(lambda: self._to_be_sorted(model, adapter_name, **kwargs)) as self._blocks_of,
-                warnings.catch_warnings(),
-            ):
+            with warnings.catch_warnings():
                 # PEFT looks at the names of modules only, not of parameters, and at two of the patterns.
                 warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
                 if excluded:
                     warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if not (config.is_from_file or config.inference_mode):  # else weights are about to be loaded
+                fresh = {
+                    name: layer for name, layer in self._injected.items() if layer.is_present(adapter_name)
+                }
+                initialize_all(fresh, adapter_name)
         except BaseException:  # Ctrl-C too: it takes minutes to sort a large model
             if is_new:
                 before.restore(adapter_name)
                 self.peft_config.pop(adapter_name, None)
             raise
         finally:
-            self._experts = ()
-            self.__dict__.pop("_blocks_of", None)  # with the blocks that it holds
-        adapted = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
-        ]
-        for pattern, keys in config.unmatched_patterns(adapted).items():
+            injected, self._experts, self._injected = self._injected, (), {}
+        for pattern, keys in config.unmatched_patterns(list(injected)).items():
             warnings.warn(
                 f"The following {pattern} keys did not match any targeted module and were ignored: {keys}.",
                 RuntimeWarning,
@@ -120,9 +121,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         # TRL's reference of an adapter that trains on. TRL copies parameters that have ".default." in their names, as
         # LoRA's have; in ours the adapter's name comes last.
         if adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default"):
-            for layer in _layers(model):
-                if "default" in layer.smoa_A:
-                    layer.copy_adapter("default", "ref")
+            for layer in layers_with(model, "default").values():
+                layer.overwrite("ref", layer.state("default"))
 
     def _prepare_adapter_config(self, peft_config: SMoAConfig, model_config: dict[str, Any]) -> SMoAConfig:
         """As PEFT's: choose modules by the architecture; but none beside parameters that are named."""
@@ -140,11 +140,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 module = Experts(module)
                 setattr(parent, name, module)
             weight = module.weight(target.parameter_name)
-            try:
-                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    weight.update_layer(adapter_name, peft_config.for_layer(target.key), self._blocks_of)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{target.key}: {error}") from error
+            with naming(target.key), init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                weight.update_layer(adapter_name, peft_config.for_layer(target.key))
+            self._injected[target.key] = weight
             if adapter_name not in self.active_adapters:
                 weight.requires_grad_(False)
         return [target.key for target in self._experts]
@@ -161,28 +159,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 layer.check_active(names)
         super().set_adapter(adapter_name, inference_mode)
 
-    def _to_be_sorted(
-        self, model: nn.Module, adapter_name: str, *, state_dict: object = None, **kwargs: object
-    ) -> Iterator[Expected]:
-        """Weights that will get their first adapter, by the configuration, and spectral blocks."""
-        config = self.peft_config[adapter_name]
-        for target in self._experts:
-            rule = config.for_layer(target.key).rule
-            if rule.needs_weight:
-                yield Expected(target.weight, bool(target.experts.is_transposed), rule)
-        if state_dict is not None:  # its keys say which layers, and bring their blocks
-            return
-        adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        within = {part for layer in adapted for part in layer.modules()}
-        for name, module in model.named_modules():
-            if not isinstance(module, (nn.Linear, Conv1D)) or module in within:
-                continue
-            if self._check_target_module_exists(config, name):
-                rule = config.for_layer(name).rule
-                stored = module._parameters.get("weight")  # not a parametrised one, computed at each access
-                if rule.needs_weight and stored is not None:
-                    yield Expected(stored, isinstance(module, Conv1D), rule)
-
     def _create_and_replace(
         self,
         peft_config: SMoAConfig,
@@ -196,13 +172,13 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         if isinstance(target, ExpertsWeight):  # named as the parameter, which target_parameters alone adapt
             return
         settings = peft_config.for_layer(current_key)
-        try:
+        with naming(current_key):
             if isinstance(target, SMoALayer):
-                target.update_layer(adapter_name, settings, self._blocks_of)
+                target.update_layer(adapter_name, settings)
+                self._injected[current_key] = target
                 return
             new_module = self._new_layer(target, adapter_name, settings)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{current_key}: {error}") from error
+        self._injected[current_key] = new_module
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -241,7 +217,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             settings,
             fan_in_fan_out=stored_transposed,
             quantization=quantization,
-            blocks_of=self._blocks_of,
         )
 
     @contextmanager
@@ -271,7 +246,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 if isinstance(module, (SMoALayer, AuxiliaryTrainingWrapper)):
                     repeats = 1 if module in inside_encoder else beams
                     names = [name for name in adapter_names for _ in range(repeats)]
-                    hook = functools.partial(_insert_adapter_names, adapter_names=names)
+                    hook = functools.partial(_with_adapter_names, names)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -313,11 +288,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                         combined[name] = combine(parts, [float(w) for _, w in given])
                     sources[name] = given[0][0]
         self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], combined)
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except BaseException:  # Ctrl-C too
-            self.peft_config.pop(adapter_name, None)
-            raise
+        self.inject_adapter(self.model, adapter_name)
         for name, adapter in combined.items():
             self.model.get_submodule(name).fill(adapter_name, adapter, sources[name])
         self.peft_config[adapter_name].format_version = None
@@ -327,8 +298,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         cls, model: nn.Module, config: SMoAConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
         # Labels that nothing brought are computed before they are saved; in place, so the state dict sees them.
-        for layer in _layers(model):
-            if adapter_name in layer.smoa_A and not layer.smoa_A[adapter_name].is_meta:
+        for layer in layers_with(model, adapter_name).values():
+            if not layer.smoa_A[adapter_name].is_meta:
                 layer.partition(adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
@@ -339,7 +310,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuners = [module for module in model.modules() if isinstance(module, SMoAModel)]
         snapshots = [tuner.snapshots.pop(adapter_name, None) for tuner in tuners]
-        layers = [layer for layer in _layers(model) if adapter_name in layer.smoa_A]
+        layers = layers_with(model, adapter_name).values()
         try:
             check_adapter(model, adapter_name, remapped, strict_base=config.strict_base)
         except ValueError:
@@ -350,10 +321,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         return remapped
 
 
-def _insert_adapter_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
+def _with_adapter_names(names: list[str], _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": names}
 
 
 def _layers(model: nn.Module) -> list[SMoALayer]:

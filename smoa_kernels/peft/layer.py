@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from ..adapter_folder.format import (
     STATE_KEYS,
     LayerBlocks,
+    StackBlocks,
     blocks_size,
-    check_complete,
+    check_shapes,
     pack_blocks,
     read_blocks,
     unpack_blocks,
 )
 from ..adapter_folder.settings import LayerSettings
-from ..checks import check_choice, layout_of
+from ..checks import check_choice
+from ..definition.block_rule import BlockRule
 from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
@@ -29,14 +31,13 @@ from .base_weight import BaseWeight, BlockSource
 from .combine import single_block
 from .offload import execution_device, gathered, present
 
-__all__ = ["Prepared", "SMoALayer"]
+__all__ = ["Prepared", "SMoALayer", "layers_with"]
 
 
 class SMoALayer(BaseWeight):
     """Everything of :class:`smoa_kernels.peft.Linear` but its forward: a layer's adapters, by name.
 
-    In its methods `adapter_name` names an adapter of this layer, and `blocks_of` is a function that computes the blocks
-    of a layer's weight in place of :meth:`build_blocks`.
+    In its methods `adapter_name` names an adapter of this layer.
 
     Args:
         base_layer: the layer that owns W0 (N, C), or another tuner's around it.
@@ -98,25 +99,18 @@ class SMoALayer(BaseWeight):
         self.merged_adapters: list[str] = []
         self.register_load_state_dict_post_hook(_read_blocks)
 
-    def update_layer(
-        self, adapter_name: str, settings: LayerSettings, blocks_of: BlockSource | None = None
-    ) -> None:
-        """Add an adapter.
-
-        Its blocks are computed now, unless weights are about to be loaded. Then the blocks come with the weights, or
-        are computed when first needed.
+    def update_layer(self, adapter_name: str, settings: LayerSettings) -> None:
+        """Add an adapter of zeros. Its blocks come with weights that are loaded, or by :meth:`initialize`.
 
         Args:
             adapter_name: the new adapter's name.
             settings: its rank, blocks and scaling.
-            blocks_of: computes its blocks.
 
         Raises:
             TypeError, ValueError: the settings do not fit the layer, or it is sharded. Nothing is added.
         """
         if self._shard is not None:
             raise ValueError("the layer is sharded: add adapters before parallelize_module")
-        config = settings.config
         try:
             settings.rule.check((self.out_features, self.in_features), "a layer")
         except ValueError as error:  # a value head has one row
@@ -132,17 +126,19 @@ class SMoALayer(BaseWeight):
         size = blocks_size(self.out_features, self.in_features, num_blocks)
         self.smoa_blocks[adapter_name] = torch.zeros(*self.stack, size, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        # Blocks are where W0 is. PEFT leaves factors on the CPU if another adapter's are on the meta device.
-        awaits_weights = self.smoa_A[adapter_name].is_meta or self.smoa_blocks[adapter_name].is_meta
-        if not (config.is_from_file or config.inference_mode or awaits_weights):
-            self.initialize(adapter_name, blocks_of)
+        self._prepared.pop(adapter_name, None)
         self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
     def initialize(self, adapter_name: str, blocks_of: BlockSource | None = None) -> None:
         """Compute the blocks of an adapter, from W0's spectrum where its rule says so, and draw its weights.
 
-        Adapters of this layer with the same rule share their blocks.
+        Called where no weights brought them before they are first needed. Adapters of this layer with the same rule
+        share their blocks.
+
+        Args:
+            adapter_name: the adapter.
+            blocks_of: computes the blocks in place of :meth:`build_blocks`.
 
         Raises:
             RuntimeError: the adapter has weights already, so its labels should have come with them, or the layer is
@@ -160,70 +156,67 @@ class SMoALayer(BaseWeight):
                 "initialize it before parallelize_module"
             )
         settings = self.settings[adapter_name]
-        rule = settings.rule
-        known = [p.partition for name, p in self._prepared.items() if self.settings[name].rule == rule]
         with gathered(self.innermost()), present(self, self.innermost()):
-            partition = known[0] if known else (blocks_of or type(self).build_blocks)(self, rule)
+            partition = self.known_blocks(settings.rule)
+            if partition is None:
+                partition = (blocks_of or type(self).build_blocks)(self, settings.rule)
             sketch = self.base_sketch()
         ranks = torch.tensor(settings.ranks, dtype=torch.int32, device=partition.device)
         self._set_blocks(adapter_name, partition, ranks, sketch)
         self.reset_adapter(adapter_name)
 
+    def known_blocks(self, rule: BlockRule) -> Any:
+        """The blocks that an adapter of this layer has by a rule; None where none has."""
+        known = (
+            ready.partition for name, ready in self._prepared.items() if self.settings[name].rule == rule
+        )
+        return next(known, None)
+
     @torch.no_grad()
     def fill(self, adapter_name: str, adapter: PackedAdapter, source: str) -> None:
-        """Copy factors, blocks and ranks into an adapter of the same shapes that was just added.
+        """Put factors, blocks and ranks into an adapter that was just added.
 
         Args:
             adapter_name: the adapter that was just added.
             adapter: what it will be; its `weight` is not read, which may be quantised or elsewhere.
             source: an adapter of this layer, whose sketch of W0 it takes over.
         """
-        sketch = self._unpack(self.smoa_blocks[source])[2]
+        sketch = self._unpack(self.smoa_blocks[source]).sketch
         self.smoa_A[adapter_name] = nn.Parameter(adapter.A, requires_grad=False)
         self.smoa_B[adapter_name] = nn.Parameter(adapter.B, requires_grad=False)
         self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch)
 
     @torch.no_grad()
-    def copy_adapter(self, source: str, adapter_name: str) -> None:
-        """Overwrite an adapter by the factors and blocks of another one that has the same settings."""
-        self._ready(source)
-        for tensors in (self.smoa_A, self.smoa_B, self.smoa_blocks):
-            tensors[adapter_name].copy_(tensors[source])
-        self._prepared.pop(adapter_name, None)  # its labels were copied in place, into the same object
-        self._ready(adapter_name)  # now rather than in the next forward, which may be compiled
-
-    @torch.no_grad()
-    def exchange(
-        self, adapter_name: str, settings: LayerSettings, blocks: LayerBlocks, given: Mapping[str, Tensor]
+    def overwrite(
+        self, adapter_name: str, given: Mapping[str, Tensor], settings: LayerSettings | None = None
     ) -> None:
-        """Copy another adapter of the same shape over one of this layer's, in place.
+        """Copy an adapter of the same shapes over one of this layer's, in place.
 
         Args:
             adapter_name: the adapter that is overwritten.
-            settings: the new one's.
-            blocks: what `given["smoa_blocks"]` holds.
-            given: the new tensors by `STATE_KEYS`, of the dtypes and shapes that the layer has.
+            given: the new tensors by `STATE_KEYS`.
+            settings: the new adapter's; the old one's when None.
         """
-        ready = self._ready(adapter_name)
-        self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
-        for key, value in given.items():
-            getattr(self, key)[adapter_name].copy_(value)
-        ready.scaling.fill_(settings.scaling)
-        if blocks.partition != ready.partition:
-            # Which other adapters and layers may share, so it is not overwritten.
-            del self._prepared[adapter_name]
-            self._ready(adapter_name)
+        for key in STATE_KEYS:
+            getattr(self, key)[adapter_name].copy_(given[key])
+        if settings is not None:
+            self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
+        self._prepared.pop(adapter_name, None)  # its labels were copied in place, into the same object
+        self._ready(adapter_name)  # now rather than in the next forward, which may be compiled
 
-    def _set_blocks(
-        self, adapter_name: str, partition: BlockPartition, ranks: Tensor, sketch: Tensor
-    ) -> None:
-        self.smoa_blocks[adapter_name].copy_(self._pack(partition, ranks, sketch))
+    def state(self, adapter_name: str) -> dict[str, Tensor]:
+        """An adapter's tensors by `STATE_KEYS`, its blocks computed where no weights brought them."""
+        self._ready(adapter_name)
+        return {key: getattr(self, key)[adapter_name] for key in STATE_KEYS}
+
+    def _set_blocks(self, adapter_name: str, partition: Any, ranks: Tensor, sketch: Tensor) -> None:
+        given, shape = (partition, ranks, sketch.cpu()), (self.out_features, self.in_features)
+        blocks = StackBlocks(*given, shape) if self.stack else LayerBlocks(*given)
+        packed = self.smoa_blocks[adapter_name]
+        packed.copy_(torch.stack([pack_blocks(*each) for each in blocks.matrices()]).view_as(packed))
         self._prepare(adapter_name, partition, ranks)
 
-    def _pack(self, partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Tensor:
-        return pack_blocks(partition, ranks, sketch)
-
-    def _unpack(self, packed: Tensor) -> LayerBlocks:
+    def _unpack(self, packed: Tensor) -> LayerBlocks | StackBlocks:
         return unpack_blocks(packed, self.out_features, self.in_features)
 
     @torch.no_grad()
@@ -242,11 +235,16 @@ class SMoALayer(BaseWeight):
 
     def partition(self, adapter_name: str) -> BlockPartition:
         """The blocks of an adapter; computed now where no weights brought them."""
-        return self._ready(adapter_name).partition
+        return cast(BlockPartition, self._ready(adapter_name).partition)
 
     def ranks(self, adapter_name: str) -> Tensor:
         """The rank of each block, int32 (K,)."""
         return self._ready(adapter_name).ranks
+
+    def is_present(self, adapter_name: str) -> bool:
+        """Whether an adapter's tensors have values: not so on the meta device, where they await weights."""
+        # Blocks are where W0 is. PEFT leaves factors on the CPU if another adapter's are on the meta device.
+        return not (self.smoa_A[adapter_name].is_meta or self.smoa_blocks[adapter_name].is_meta)
 
     def awaits_blocks(self, adapter_name: str) -> bool:
         """Whether an adapter's blocks are yet to be loaded."""
@@ -269,17 +267,7 @@ class SMoALayer(BaseWeight):
             ValueError: naming the layer: a tensor is missing, corrupt, not dense or has another shape, or labels or
                 ranks are out of range.
         """
-        check_complete(name, given)
-        for key, value in given.items():
-            if not isinstance(value, Tensor) or layout_of(value) != "torch.strided":
-                kind = layout_of(value) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{name}.{key} must be a dense tensor, got {kind}")
-            expected = tuple(getattr(self, key)[adapter_name].shape)
-            if tuple(value.shape) != expected:
-                raise ValueError(
-                    f"size mismatch for {name}.{key}: the layer takes shape {expected}, the adapter has "
-                    f"{tuple(value.shape)}"
-                )
+        check_shapes(name, given, {key: getattr(self, key)[adapter_name].shape for key in STATE_KEYS})
         if given["smoa_blocks"].is_meta:
             return None
         return read_blocks(name, given, self.r[adapter_name]).sketch
@@ -316,21 +304,17 @@ class SMoALayer(BaseWeight):
             if self.awaits_blocks(adapter_name):
                 self.initialize(adapter_name)
                 return self._prepared[adapter_name]
-            partition, ranks, _ = self._unpack(packed)
-            return self._prepare(adapter_name, partition, ranks)
+            blocks = self._unpack(packed)
+            return self._prepare(adapter_name, blocks.partition, blocks.ranks)
 
-    def _prepare(self, adapter_name: str, partition: BlockPartition, ranks: Tensor) -> Prepared:
+    def _prepare(self, adapter_name: str, partition: Any, ranks: Tensor) -> Prepared:
         if self._shard is not None:
             partition = partition.shard(self._shard.rows, self._shard.cols)
-        for name, other in self._prepared.items():
+        others = [each.partition for name, each in self._prepared.items() if name != adapter_name]
+        if others and not self.stack:  # of experts, at most one is active
             # Partitions that agree become one object, so that forward need not compare labels.
-            if (
-                name != adapter_name
-                and other.partition.device == partition.device
-                and other.partition == partition
-            ):
-                partition = other.partition
-        if self._prepared.keys() - {adapter_name}:
+            same = (other for other in others if other.device == partition.device and other == partition)
+            partition = next(same, partition)
             self._whole = single_block(partition)  # made now, since forward may be compiled
         packed = self.smoa_blocks[adapter_name]
         scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
@@ -382,11 +366,20 @@ class SMoALayer(BaseWeight):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
+    """The layers of a model that hold an adapter, by name; one that has several names by each of them."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
+    }
+
+
 class Prepared(NamedTuple):
     """What forward needs beside parameters, read from the buffer `packed`."""
 
     packed: Tensor
-    partition: BlockPartition
+    partition: Any  # `BlockPartition`, of a stack `ExpertBlocks`
     ranks: Tensor
     scaling: Tensor
     block_ranks: list[int]

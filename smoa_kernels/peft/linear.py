@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter_folder.settings import LayerSettings
 from ..definition.packed import PackedAdapter
 from ..functional import smoa_linear
-from .base_weight import BlockSource
 from .combine import sum_adapters
 from .layer import SMoALayer
 from .offload import present
@@ -34,7 +33,6 @@ class Linear(SMoALayer, nn.Module):
         settings: the first adapter's settings.
         fan_in_fan_out: whether the weight is stored (in, out).
         quantization: PEFT's back end for the base layer, where that is quantised.
-        blocks_of: computes the blocks of a weight.
 
     Example:
         >>> from peft import get_peft_model
@@ -52,7 +50,6 @@ class Linear(SMoALayer, nn.Module):
         *,
         fan_in_fan_out: bool = False,
         quantization: QuantizationBackend | None = None,
-        blocks_of: BlockSource | None = None,
     ) -> None:
         nn.Module.__init__(self)
         SMoALayer.__init__(self, base_layer, fan_in_fan_out, quantization)
@@ -62,7 +59,7 @@ class Linear(SMoALayer, nn.Module):
         plain = layer_type is Conv1D or forward is nn.Linear.forward
         self._reads_weight = plain or (quantization is not None and self.innermost() is base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, settings, blocks_of)
+        self.update_layer(adapter_name, settings)
 
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
@@ -170,9 +167,8 @@ class Linear(SMoALayer, nn.Module):
         self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
     ) -> Tensor:
         y: Tensor | None = None
-        for name in dict.fromkeys(
-            adapter_names or ("__base__",)
-        ):  # an empty batch needs one product, for the shape
+        # An empty batch needs one product, for the shape.
+        for name in dict.fromkeys(adapter_names or ("__base__",)):
             samples = [i for i, given in enumerate(adapter_names) if given == name]
             index = torch.tensor(samples, dtype=torch.int64, device=x.device)
             part = self._adapted(x.index_select(0, index), [name], *args, **kwargs)

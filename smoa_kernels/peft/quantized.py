@@ -102,9 +102,8 @@ class _DequantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if (
-            torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        ):  # create_graph=True; W0 is gone by then
+        # With create_graph=True; W0 is gone by the second backward.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "second derivatives over a quantised base weight are not computed: call backward without "
                 "create_graph=True, or load the base without quantisation"

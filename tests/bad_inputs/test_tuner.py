@@ -32,16 +32,19 @@ CONFIGURATIONS: list[Change] = [
     ({"smoa_alpha": "1"}, TypeError, "smoa_alpha must be a number, got '1'"),
     ({"smoa_alpha": NAN}, ValueError, "smoa_alpha must be finite, got nan"),
     ({"rank_pattern": 4}, TypeError, "rank_pattern must be a dict"),
-    ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be an int of at least 1"),
+    ({"rank_pattern": [1]}, TypeError, "rank_pattern must be a dict"),
+    ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be at least 1, got 0"),
     (
         {"rank_pattern": {"q": HUGE}},
         ValueError,
-        r"rank_pattern\['q'\] must be .* at most 65536, got 1000000000000",
+        r"rank_pattern\['q'\] must be at most 65536, got 1000000000000",
     ),
     ({"rank_pattern": {5: 1}}, ValueError, "a key of rank_pattern must be a regular expression, got 5"),
     ({"rank_pattern": {"(": 3}}, ValueError, r"a key of rank_pattern must be a regular expression, got '\('"),
     ({"alpha_pattern": {"q": "x"}}, TypeError, r"alpha_pattern\['q'\] must be a number, got 'x'"),
-    ({"num_blocks_pattern": {"q": 1.5}}, ValueError, r"num_blocks_pattern\['q'\] must be an int"),
+    ({"alpha_pattern": {"q": None}}, TypeError, r"alpha_pattern\['q'\] must be a number, got None"),
+    ({"num_blocks_pattern": {"q": 1.5}}, TypeError, r"num_blocks_pattern\['q'\] must be an int"),
+    ({"num_blocks_pattern": {"q": HUGE}}, ValueError, r"num_blocks_pattern\['q'\] must be at most 65536"),
     (
         {"block_order": "sorted"},
         ValueError,
@@ -52,6 +55,11 @@ CONFIGURATIONS: list[Change] = [
         TypeError,
         "target_parameters must be a list of names, got 'experts.down_proj'",
     ),
+    (
+        {"target_parameters": ["experts.down_proj"], "smoa_dropout": 0.1},
+        ValueError,
+        "smoa_dropout must be 0 where target_parameters",
+    ),
     ({"granule": 0}, ValueError, "granule must be at least 1, got 0"),
     ({"block_seed": -1}, ValueError, "block_seed must be at least 0, got -1"),
     (
@@ -60,7 +68,7 @@ CONFIGURATIONS: list[Change] = [
         r"block_order_pattern\['q'\] must be one of spectral",
     ),
     ({"block_order_pattern": 4}, TypeError, "block_order_pattern must be a dict"),
-    ({"granule_pattern": {"q": 0}}, ValueError, r"granule_pattern\['q'\] must be an int of at least 1"),
+    ({"granule_pattern": {"q": 0}}, ValueError, r"granule_pattern\['q'\] must be at least 1, got 0"),
     ({"target_modules": 5}, TypeError, "target_modules must be a list of names, or one, got 5"),
     (
         {"target_modules": ["q_proj", 5]},
@@ -90,7 +98,7 @@ CONFIGURATIONS: list[Change] = [
     ),
     ({"bias": "some"}, ValueError, "bias must be one of none, all, smoa_only, got 'some'"),
     ({"backend": ["eager"]}, ValueError, "backend must be one of .* got .'eager'"),
-    ({"weights_sha256": 5}, ValueError, "weights_sha256 must be a str, got 5"),
+    ({"weights_sha256": 5}, TypeError, "weights_sha256 must be a str, got 5"),
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, .* got 'fast'"),
     ({"init_weights": "gaussian"}, TypeError, "init_weights must be True or False, got 'gaussian'"),
     ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
@@ -99,6 +107,7 @@ CONFIGURATIONS: list[Change] = [
     ({"fan_in_fan_out": None}, TypeError, "fan_in_fan_out must be True or False, got None"),
     ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(2\)"),
     ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(2\)"),
+    ({"format_version": "2"}, TypeError, "format_version must be an int, got '2'"),
 ]
 
 

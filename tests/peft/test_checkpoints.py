@@ -47,46 +47,37 @@ def test_patterns_match_as_pefts_do(patterns, name, rank):
     assert SMoAConfig(r=8, rank_pattern=patterns).for_layer(name).r == rank
 
 
+def added(model, **settings):
+    model.add_adapter(SMoAConfig(**{"r": 4, "init_weights": False, **settings}))
+    return model
+
+
 @pytest.mark.parametrize(
-    ("call", "interrupted"),
+    ("make", "call", "interrupted"),
     [
-        ("peft.peft_model.safe_save_file", torn),
-        ("smoa_kernels.peft.SMoAConfig.save_pretrained", stopped),  # its weights are written by then
-        ("json.dumps", stopped),
+        (adapt, "peft.peft_model.safe_save_file", torn),
+        (adapt, "smoa_kernels.peft.SMoAConfig.save_pretrained", stopped),  # its weights are written by then
+        (adapt, "json.dumps", stopped),
+        (added, "transformers.modeling_utils.safe_save_file", torn),
+        (added, "json.dumps", stopped),
     ],
 )
+@pytest.mark.usefixtures("transformers_adapters")
 def test_a_save_that_is_interrupted_leaves_the_old_adapter(
-    make_model, folder, monkeypatch, call, interrupted
+    llama, tmp_path, monkeypatch, make, call, interrupted
 ):
-    before = contents(folder)
-    model = adapt(make_model(), r=8, smoa_alpha=3.0)
+    make(llama()).save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    assert WEIGHTS in before
+    model = make(llama(), r=8)
     with monkeypatch.context() as writing:
         writing.setattr(call, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model.save_pretrained(folder)
-    assert contents(folder) == before
-    model.save_pretrained(folder)
-    assert set(contents(folder)) == set(before)
-    assert PeftModel.from_pretrained(make_model(), folder).peft_config["default"].r == 8
-
-
-@pytest.mark.parametrize(
-    ("call", "interrupted"),
-    [("transformers.modeling_utils.safe_save_file", torn), ("json.dumps", stopped)],
-)
-@pytest.mark.usefixtures("transformers_adapters")
-def test_an_interrupted_save_of_transformers(llama, tmp_path, monkeypatch, call, interrupted):
-    model = llama()
-    model.add_adapter(SMoAConfig(r=4, init_weights=False))
-    model.save_pretrained(tmp_path)
-    before = contents(tmp_path)
-    assert WEIGHTS in before
-    other = llama()
-    other.add_adapter(SMoAConfig(r=8))
-    monkeypatch.setattr(call, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        other.save_pretrained(tmp_path)
+            model.save_pretrained(tmp_path)
     assert contents(tmp_path) == before
+    model.save_pretrained(tmp_path)
+    assert set(contents(tmp_path)) == set(before)
+    assert SMoAConfig.from_pretrained(tmp_path).r == 8
 
 
 def test_a_save_keeps_what_else_is_in_the_folder(llama, tmp_path):

@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 from adapted import close, logits
-from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_experts import adapt, tiny_experts, weights
@@ -75,14 +74,6 @@ def test_commands_on_bases_as_transformers_saves_them(tmp_path, kind):
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
     assert [layer.worst_expert for layer in report.layers if not layer.fits] == [4]
-
-
-def test_round_trip_by_the_adapters_folder_alone(tokens, tmp_path):
-    tiny_experts().save_pretrained(tmp_path / "base")
-    model = adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
 
 
 def test_bases_that_are_stored_expert_by_expert(tokens, adapter, tmp_path, transformers_adapters):

@@ -441,6 +441,7 @@ def test_over_a_quantised_base(quantized, tokens):
     report = accelerate_hira(model)
     assert len(report.taken) == len(hira_layers(model))
     assert report.left == {}
+    assert pickle.loads(pickle.dumps(type(layer))) is type(layer)
     # bitsandbytes rounds x to int8 in the base's product over an int8 base.
     tolerance = 5e-2 if "8bit" in kinds[0].__name__ else 1e-4
     for ours, wanted in zip(gradients(), peft, strict=True):

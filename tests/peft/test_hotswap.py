@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from adapted import CONFIG, WEIGHTS, adapt, edit_weights, layer_list, logits, nudge, snapshot
+from adapted import CONFIG, WEIGHTS, adapt, edit_config, edit_weights, layer_list, logits, nudge, snapshot
 from peft import PeftModel
 from tiny_models import tiny_llama
 from torch._dynamo.testing import CompileCounter
@@ -142,7 +142,7 @@ def refused(first, folder, message):
     ]
 
 
-@pytest.mark.parametrize("damage", ["cut short", "without a tensor", "wrong labels", "half", "empty"])
+@pytest.mark.parametrize("damage", ["cut short", "without a tensor", "wrong labels", "half", "empty", "task"])
 def test_a_damaged_folder_leaves_the_model_as_it_was(pair, damage):
     first, second = pair
 
@@ -161,6 +161,7 @@ def test_a_damaged_folder_leaves_the_model_as_it_was(pair, damage):
         "wrong labels": "do not match its checksum",
         "half": "dtype must be the same, got .*float16",
         "empty": "there is no adapter_config.json in",
+        "task": "second/adapter_config.json: Invalid task type",
     }
     if damage == "cut short":
         weights = second / WEIGHTS
@@ -168,6 +169,8 @@ def test_a_damaged_folder_leaves_the_model_as_it_was(pair, damage):
     elif damage == "empty":
         shutil.rmtree(second)
         second.mkdir()
+    elif damage == "task":
+        edit_config(second, task_type="7")
     else:
         edit_weights(second, edit)
     refused(first, second, messages[damage])

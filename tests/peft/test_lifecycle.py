@@ -1,13 +1,9 @@
 """Configuration by layer, and what PEFT and transformers do around the layers."""
 
-import copy
-
 import pytest
 import torch
 from adapted import close, gentle, layers, logits
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from peft.tuners.lora.conversion import convert_to_lora
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from smoa_kernels.peft import SMoAConfig
@@ -79,43 +75,6 @@ def test_gradient_checkpointing_changes_no_gradient(llama, tokens):
     assert gradients[0]
     for name, gradient in gradients[0].items():
         close(gradients[1][name], gradient)
-
-
-@pytest.mark.numerical
-def test_conversion_to_lora(llama, tokens):
-    model = get_peft_model(llama(), gentle(llama(), target_modules=["q_proj", "v_proj"])).eval()
-    config, state = convert_to_lora(model, rank=16)
-    assert isinstance(config, LoraConfig)
-    lora = get_peft_model(llama(), config).eval()
-    set_peft_model_state_dict(lora, state)
-    ours = logits(model, tokens)
-    assert (logits(lora, tokens) - ours).norm() < 0.05 * ours.norm()
-
-
-@pytest.mark.numerical
-def test_injection_without_a_peft_model(make_model, tokens):
-    config = gentle(make_model())
-    model = inject_adapter_in_model(config, make_model()).eval()
-    state = get_peft_model_state_dict(model)
-    assert all(not key.startswith("base_model") for key in state)
-    other = make_model()
-    torch.manual_seed(7)
-    other = inject_adapter_in_model(config, other).eval()
-    assert not torch.allclose(logits(other, tokens), logits(model, tokens))
-    set_peft_model_state_dict(other, state)
-    assert torch.equal(logits(other, tokens), logits(model, tokens))
-
-
-@pytest.mark.numerical
-def test_copies_are_independent(llama, tokens):
-    model = get_peft_model(llama(), gentle(llama())).eval()
-    expected = logits(model, tokens)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in layers(twin).values():
-            layer.smoa_B["default"].zero_()
-    assert torch.equal(logits(model, tokens), expected)
-    close(logits(twin, tokens), logits(llama(), tokens))
 
 
 @pytest.mark.numerical

@@ -119,25 +119,6 @@ def test_merging_several_adapters(make_model, tokens, mix, order):
         assert torch.equal(layer.base_layer.weight, before[name])
 
 
-@pytest.mark.numerical
-def test_delete_set_and_unload(make_model, tokens):
-    base = logits(make_model(), tokens)
-    model = two_adapters(make_model(), "differ")
-    activate(model, "one")
-    one = logits(model, tokens)
-    activate(model, "two")
-    two = logits(model, tokens)
-    assert not torch.allclose(one, two)
-    model.delete_adapter("two")
-    assert model.active_adapters == ["one"]
-    assert torch.equal(logits(model, tokens), one)
-    for layer in layers(model).values():
-        assert all(
-            "two" not in getattr(layer, name) for name in layer.adapter_layer_names + layer.other_param_names
-        )
-    assert torch.equal(logits(model.unload(), tokens), base)
-
-
 def test_adapters_of_a_layer_share_an_order_and_nothing_else(llama):
     model = two_adapters(llama(), "agree")
     for layer in layers(model).values():

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition import spectral_order
-from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.spectral_order import order_source, spectral_centroids, spectral_orders
 from smoa_kernels.peft import Linear, sorting
 
@@ -114,14 +113,29 @@ def test_a_shared_square_weight_that_one_layer_stores_transposed(threads):
     base, transposed = torch.nn.Linear(12, 12), Conv1D(12, 12)
     transposed.weight = base.weight
     settings = config(r=4).for_layer("")
-    expected = [sorting.Expected(base.weight, swapped, BlockRule(3)) for swapped in (False, True)]
-    with sorting.Sorting(lambda: expected) as blocks_of:
-        rows, cols = (
-            Linear(layer, "default", settings, fan_in_fan_out=layer is transposed, blocks_of=blocks_of)
-            for layer in (base, transposed)
-        )
-    assert rows.partition("default") == BlockPartition.from_weight(base.weight, 3)
-    assert cols.partition("default") == BlockPartition.from_weight(base.weight.T, 3)
+    found = [
+        Linear(layer, "default", settings, fan_in_fan_out=layer is transposed) for layer in (base, transposed)
+    ]
+    sorting.initialize_all(dict(zip("ab", found, strict=True)), "default")
+    assert found[0].partition("default") == BlockPartition.from_weight(base.weight, 3)
+    assert found[1].partition("default") == BlockPartition.from_weight(base.weight.T, 3)
+
+
+def test_a_layer_whose_weight_has_another_name(sorted_in):
+    """Such as HQQ's, which keeps no `weight`."""
+
+    class Packed(torch.nn.Module):
+        in_features, out_features, kept = 6, 8, torch.randn(8, 6)
+
+    class Backend:
+        def get_base_weight(self, base):
+            return base.kept
+
+    base, settings = Packed(), config(r=4).for_layer("")
+    found = {name: Linear(base, "default", settings, quantization=Backend()) for name in "ab"}
+    sorting.initialize_all(found, "default")
+    assert len(sorted_in) == 1
+    assert found["b"].partition("default") == BlockPartition.from_weight(base.kept, 3)
 
 
 def test_only_what_the_adapter_is_for_is_sorted(llama, threads, sorted_in):
@@ -131,8 +145,7 @@ def test_only_what_the_adapter_is_for_is_sorted(llama, threads, sorted_in):
     model.add_adapter("same", config(target_modules=["q_proj"]))
     assert not sorted_in  # it has the first one's blocks
     model.add_adapter("other", config(target_modules=["q_proj"], num_blocks=4))
-    # Layers that have an adapter are sorted one by one.
-    assert [thread for thread, _ in sorted_in] == [threading.current_thread()] * 2
+    assert len(sorted_in) == 2
     sorted_in.clear()
     model.add_adapter("elsewhere", config(target_modules=["q_proj", "k_proj", "v_proj"]))
     assert len(sorted_in) == 4
@@ -146,12 +159,17 @@ def test_only_what_a_state_dict_names_is_sorted(llama, threads, sorted_in):
 
 
 def test_what_is_not_in_the_cpus_memory_is_not_at_hand():
-    weight = torch.nn.Linear(2, 2).weight
-    assert sorting._is_at_hand(weight)
-    assert not sorting._is_at_hand(torch.nn.Linear(2, 2, device="meta").weight)
-    assert not sorting._is_at_hand(spectral_norm(torch.nn.Linear(2, 2)).weight)  # computed, each time anew
-    weight.ds_id = 0  # offloaded
-    assert not sorting._is_at_hand(weight)
+    settings = config(r=4).for_layer("")
+
+    def is_at_hand(base):
+        return sorting._is_at_hand(Linear(base, "default", settings))
+
+    plain = torch.nn.Linear(4, 4)
+    assert is_at_hand(plain)
+    assert not is_at_hand(torch.nn.Linear(4, 4, device="meta"))
+    assert not is_at_hand(spectral_norm(torch.nn.Linear(4, 4)))  # computed, each time anew
+    plain.weight.ds_id = 0  # offloaded
+    assert not is_at_hand(plain)
 
 
 def test_autocast_rounds_no_label(make_model, threads):
@@ -228,9 +246,10 @@ def test_what_is_not_asked_for_is_given_up(model, settings, threads, monkeypatch
         assert leaving.wait(timeout=60)
         return from_weight(weight, num_blocks, granule=granule)
 
-    def left(pool, *args, **kwargs):
+    def left(pool, wait=True, cancel_futures=False):
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
         leaving.set()
-        shutdown(pool, *args, **kwargs)
+        shutdown(pool, wait)
 
     monkeypatch.setattr(BlockPartition, "from_weight", failing)
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", left)

@@ -14,6 +14,7 @@ from smoa_kernels.adapter_folder.format import blocks_size, pack_blocks, unpack_
 from smoa_kernels.definition.reference import reference_delta_weight
 from smoa_kernels.definition.sketch import sketch_weight
 from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft.base_weight import BaseWeight
 
 
 def refuse_spectra(monkeypatch):
@@ -203,36 +204,16 @@ def test_merging_keeps_the_outputs_and_unmerging_restores_every_bit(make_model, 
 
 
 @pytest.mark.numerical
-def test_merge_and_unload_gives_the_base_class_back(folder, make_model, tokens):
-    path, expected = folder
-    base = make_model()
-    merged = PeftModel.from_pretrained(make_model(), path).merge_and_unload()
-    assert type(merged) is type(base)
-    assert [name for name, _ in merged.named_modules()] == [name for name, _ in base.named_modules()]
-    torch.testing.assert_close(logits(merged, tokens), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.numerical
-def test_safe_merge_refuses_a_broken_adapter(llama):
+def test_safe_merge_refuses_a_broken_adapter_before_it_writes(llama, monkeypatch):
     model = adapt(llama())
     layer = next(iter(layers(model).values()))
     weight = layer.base_layer.weight.clone()
     with torch.no_grad():
         layer.smoa_B["default"].fill_(torch.nan)
+    monkeypatch.delattr(BaseWeight, "_write")
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, weight)
-
-
-@pytest.mark.numerical
-def test_disabled_adapter_is_the_base_model(make_model, tokens):
-    base = logits(make_model(), tokens)
-    model = adapt(make_model())
-    active = logits(model, tokens)
-    assert not torch.allclose(active, base, atol=1e-4)
-    with model.disable_adapter():
-        assert torch.equal(logits(model, tokens), base)
-    assert torch.equal(logits(model, tokens), active)
 
 
 @pytest.mark.numerical

@@ -87,7 +87,7 @@ _OURS = "tests/peft/test_expert_adapters.py::test_"
 _REFUSED = "tests/peft/test_experts_refused.py::test_"
 MAKE_LORAS = {
     "test_rank_pattern_for_moe_target_parameters": f"{_OURS}patterns_name_parameters",
-    "test_targeting_module_and_targeting_param_equivalent": f"matrices are refused, {_REFUSED}settings_that_do_not_fit",
+    "test_targeting_module_and_targeting_param_equivalent": f"refused, {_REFUSED}what_cannot_be_adapted",
     "test_target_multiple_parameters_on_same_module": f"{_OURS}results_are_within_their_budget",
     "test_target_parameters_forward_under_autocast": f"{_OURS}autocast_leaves_the_experts_dtype_as_it_is",
     "test_target_parameters_works_with_existing_parametrization": "SMoA parametrises nothing, and refuses matrices",
@@ -95,7 +95,7 @@ MAKE_LORAS = {
     "test_target_parameter_init_does_not_warn_about_unknown_layer_type": "in our tests any UserWarning is an error",
     "test_adding_second_adapter_reuses_param_wrapper": f"{_OURS}two_adapters_of_different_weights",
     "test_multiple_adapters_load_order_independent": f"{_OURS}two_adapters_of_different_weights",
-    "test_target_parameter_on_top_level_module_raises": f"{_REFUSED}experts_that_are_the_whole_model",
+    "test_target_parameter_on_top_level_module_raises": f"{_REFUSED}what_cannot_be_adapted",
 }
 
 # What PEFT's helpers import for tests of other methods and of image models.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
@@ -28,18 +28,11 @@ class ExpertsTarget(NamedTuple):
         key: its path in the model.
         module_name: the path of the module that owns it, or of the `Experts` around that.
         parameter_name: its name in the module.
-        experts: the module that owns it.
     """
 
     key: str
     module_name: str
     parameter_name: str
-    experts: nn.Module
-
-    @property
-    def weight(self) -> Tensor:
-        """The parameter, as it is stored."""
-        return cast(Tensor, getattr(self.experts, self.parameter_name))
 
 
 def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[ExpertsTarget], int]:
@@ -69,9 +62,12 @@ def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[ExpertsTarg
                 named.append(f".{key}")
                 if not (_is_chosen(config, key) and _is_chosen(config, name)):
                     continue
-                target = ExpertsTarget(key, name, parameter_name, owner)
-                _check(target, parameter)
-                found.append(target)
+                obstacle = (
+                    "it is the whole model" if not name else _obstacle(owner, parameter_name, parameter)
+                )
+                if obstacle is not None:
+                    raise ValueError(f"{key} of {type(owner).__name__} cannot be adapted: {obstacle}")
+                found.append(ExpertsTarget(key, name, parameter_name))
     missed = [each for each in wanted if not any(key.endswith(f".{each}") for key in named)]
     if missed:
         raise ValueError(f"target_parameters={missed} match no parameter of the model{_hint(model)}")
@@ -89,18 +85,11 @@ def _is_chosen(config: SMoAConfig, path: str) -> bool:
     return bool(check_target_module_exists(rule, path))
 
 
-def _check(target: ExpertsTarget, parameter: Tensor) -> None:
-    """Raise a ValueError unless a parameter can be adapted."""
-    obstacle = _obstacle(target, parameter)
-    if obstacle is not None:
-        raise ValueError(f"{target.key} of {type(target.experts).__name__} cannot be adapted: {obstacle}")
-
-
-def _obstacle(target: ExpertsTarget, parameter: Tensor) -> str | None:
-    module: Any = target.experts
+def _obstacle(module: Any, parameter_name: str, parameter: Tensor) -> str | None:
+    """Why a parameter cannot be adapted; None where it can."""
     own = vars(module)
-    if isinstance(module, BaseTunerLayer) or not target.module_name:
-        return "its module is adapted itself (by target_modules), or is the whole model"
+    if isinstance(module, BaseTunerLayer):
+        return "its module is adapted itself (by target_modules)"
     if not parameter.is_floating_point() or parameter.dtype not in DTYPES:
         return (
             f"it is stored in {parameter.dtype}, and {dtype_names(DTYPES)} are adapted; load the model with "
@@ -126,8 +115,8 @@ def _obstacle(target: ExpertsTarget, parameter: Tensor) -> str | None:
         return "the model runs in expert parallel"
     if "forward" in own and not hasattr(module, "_hf_hook"):
         return "the module has a forward of its own instead of its class's"
-    if target.parameter_name not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
-        return f"it is none of the weights that its class's experts multiply by, got {shown(target.parameter_name)}"
+    if parameter_name not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        return f"it is none of the weights that its class's experts multiply by, got {shown(parameter_name)}"
     return None
 
 

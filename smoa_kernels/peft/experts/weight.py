@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ...adapter_folder.format import pack_expert_blocks, unpack_expert_blocks
 from ...backends import resolve_backend
 from ...definition.experts import ExpertBlocks, ExpertsAdapter
-from ...definition.packed import PackedAdapter, scaling_tensor
+from ...definition.packed import PackedAdapter
 from ...definition.partition import BlockPartition
 from ...experts import experts_linear
-from ..layer import Prepared, SMoALayer
+from ..layer import SMoALayer
 
 __all__ = ["ExpertsWeight"]
 
@@ -47,9 +46,6 @@ class ExpertsWeight(SMoALayer, nn.Module):
     def get_base_layer(self) -> nn.Module:
         """The module that owns the parameter."""
         return self._experts[0]
-
-    def _stored_weight(self) -> Tensor:
-        return cast(Tensor, getattr(self._experts[0], self.parameter_name))
 
     def check_active(self, adapter_names: Sequence[str]) -> None:
         """Raise a ValueError where several of these are adapters of this weight."""
@@ -125,19 +121,6 @@ class ExpertsWeight(SMoALayer, nn.Module):
     def _partitions(self, adapter_name: str) -> list[BlockPartition]:
         shape = self.out_features, self.in_features
         return self.partition(adapter_name).partitions(range(self.stack[0]), shape)
-
-    def _pack(self, partition: Any, ranks: Tensor, sketch: Tensor) -> Tensor:
-        return pack_expert_blocks(partition, ranks, sketch, (self.out_features, self.in_features))
-
-    def _unpack(self, packed: Tensor) -> Any:
-        return unpack_expert_blocks(packed, self.out_features, self.in_features)[:3]
-
-    def _prepare(self, adapter_name: str, partition: Any, ranks: Tensor) -> Prepared:
-        packed = self.smoa_blocks[adapter_name]
-        scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
-        ready = Prepared(packed, partition, ranks, scaling, ranks.tolist())
-        self._prepared[adapter_name] = ready
-        return ready
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         weight = self._stored_weight()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...adapter_folder.base_model import BaseModel
 from ...adapter_folder.format import StackBlocks, pack_blocks
+from ...adapter_folder.naming import naming
 from ...adapter_folder.reading import (
     CONFIG_NAME,
     HIRA,
@@ -103,7 +104,9 @@ def hira_to_smoa(
             counterpart of (embeddings, convolutions), or the base lacks a layer. Nothing was written.
     """
     source, target = _places(folder, out)
-    config = _hira_config(source)
+    read_config(source, (HIRA,))
+    with naming(source / CONFIG_NAME):
+        config = HiraConfig.from_pretrained(os.fspath(source))
     path = weights_of(source)
     state = read_state(path)
     layers = hira_layers(path, state)
@@ -121,12 +124,10 @@ def hira_to_smoa(
     result = {key: tensor for key, tensor in state.items() if ".hira_" not in key}
     for done, (name, (A, B)) in enumerate(layers.items()):
         progress(done, len(layers))
-        shape = B.shape[0], A.shape[1]
-        weight = _base_weight(bases, name, shape)
         blocks = pack_blocks(
-            BlockPartition.contiguous(shape, 1, device="cpu"),
+            BlockPartition.contiguous((B.shape[0], A.shape[1]), 1, device="cpu"),
             torch.tensor([A.shape[0]], dtype=torch.int32),
-            sketch_weight(weight),
+            sketch_weight(_base_weight(bases, name, (B.shape[0], A.shape[1]))),
         )
         result |= {f"{PREFIX}{name}.smoa_{key}": t for key, t in (("A", A), ("B", B), ("blocks", blocks))}
     _write(target, SMoAConfig(**settings), result)
@@ -148,26 +149,24 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     """
     source, target = _places(folder, out)
     adapter = read_adapter(source)
-    layers = adapter.layers
-    config = SMoAConfig.from_peft_type(**adapter.config)
+    config = SMoAConfig.of_folder(adapter)
     if config.bias != "none":
         raise ValueError(f"{source}: bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
-    ranks = {}
-    for name in layers:
-        if isinstance(layers[name], StackBlocks):
+    for name, blocks in adapter.layers.items():
+        if isinstance(blocks, StackBlocks):
             raise ValueError(f"{name}: experts have no counterpart in HiRA, which adapts linear layers")
-        blocks, scaling = layers[name].partition.num_blocks, config.for_layer(name).scaling
-        if blocks != 1:
-            raise ValueError(f"{name}: num_blocks={blocks} has no counterpart in HiRA, which has one block")
+        rank, scaling = int(blocks.ranks.sum()), config.for_layer(name).scaling
+        if blocks.partition.num_blocks != 1:
+            raise ValueError(
+                f"{name}: num_blocks={blocks.partition.num_blocks} has no counterpart in HiRA, which has one block"
+            )
         if scaling != 1:
             raise ValueError(f"{name}: the scale {scaling:g} has no counterpart in HiRA, whose s is 1")
-        ranks[name] = int(layers[name].ranks)
-    odd = [name for name, r in ranks.items() if r != config.r]
-    if odd:
-        raise ValueError(
-            f"{odd[0]}: the rank {ranks[odd[0]]} beside r={config.r} has no counterpart in HiRA: PEFT gives every "
-            "plain layer the same rank, whatever rank_pattern says"
-        )
+        if rank != config.r:
+            raise ValueError(
+                f"{name}: the rank {rank} beside r={config.r} has no counterpart in HiRA: PEFT gives every plain layer "
+                "the same rank, whatever rank_pattern says"
+            )
     settings = {
         **{name: getattr(config, name) for name in _SHARED},
         "hira_dropout": config.smoa_dropout,
@@ -179,14 +178,6 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         if not key.endswith(".smoa_blocks")
     }
     _write(target, HiraConfig(**settings), state)
-
-
-def _hira_config(folder: Path) -> HiraConfig:
-    read_config(folder, (HIRA,))
-    try:
-        return HiraConfig.from_pretrained(os.fspath(folder))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
 
 
 def _places(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> tuple[Path, Path]:

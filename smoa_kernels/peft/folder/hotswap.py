@@ -13,7 +13,7 @@ from ...adapter_folder.reading import PREFIX, Adapter, read_adapter
 from ...adapter_folder.settings import LayerSettings
 from ...checks import check_path, shown
 from ..config import SMoAConfig
-from ..layer import SMoALayer
+from ..layer import SMoALayer, layers_with
 from .loading import check_adapter
 
 __all__ = ["hotswap"]
@@ -48,7 +48,7 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     check_path("folder", folder)
     layers = _layers(model, adapter_name)
     adapter = read_adapter(Path(folder))
-    config = SMoAConfig.from_peft_type(**adapter.config)
+    config = SMoAConfig.of_folder(adapter)
     configs: Any = getattr(model, "peft_config", {})
     held = configs.get(adapter_name)
     if adapter.whole or any(each.bias != "none" or each.modules_to_save for each in (config, held or config)):
@@ -69,18 +69,14 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     as_model = {f"{name}.{key}.{adapter_name}": given[name][key] for name in layers for key in STATE_KEYS}
     check_adapter(model, adapter_name, as_model, strict_base=True)
     for name, layer in layers.items():
-        layer.exchange(adapter_name, settings[name], found[paths[name]], given[name])
+        layer.overwrite(adapter_name, given[name], settings[name])
     if held is not None:
         configs[adapter_name] = config
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
     """The model's layers that hold the adapter; none may be merged or sharded."""
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
-    }
+    layers = layers_with(model, adapter_name)
     if not layers:
         raise ValueError(f"adapter_name must name an SMoA adapter of the model, got {shown(adapter_name)}")
     for name, layer in layers.items():

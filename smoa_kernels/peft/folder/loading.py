@@ -21,7 +21,7 @@ from ...adapter_folder.format import STATE_KEYS
 from ...adapter_folder.reading import CONFIG_NAME, METHOD, read_json
 from ...definition.sketch import TOLERANCE
 from ..config import SMoAConfig
-from ..layer import SMoALayer
+from ..layer import layers_with
 from ..offload import gathered, present
 from ..snapshot import PARAMETER_PREFIX, Snapshot
 
@@ -40,11 +40,7 @@ def check_adapter(
             range, the model has no such layer, or, where `strict_base`, W0 is another weight than the adapter was
             trained over (else a warning).
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
-    }
+    layers = layers_with(model, adapter_name)
     places = {f"{name}.{key}.{adapter_name}" for name in layers for key in STATE_KEYS}
     homeless = [key for key in state if f".{PARAMETER_PREFIX}" in key and key not in places]
     if homeless:
@@ -58,9 +54,11 @@ def check_adapter(
         given = {key: state.get(f"{name}.{key}.{adapter_name}") for key in STATE_KEYS}
         if holds_adapter or layer.awaits_blocks(adapter_name):
             sketch = layer.check_state(name, adapter_name, given)
-            distance = 0.0 if sketch is None else _base_distance(layer, sketch)
-            if not distance <= TOLERANCE:
-                others[name] = distance
+            if sketch is not None:
+                with gathered(layer.innermost()), present(layer, layer.innermost()):
+                    distance = layer.base_distance(sketch)
+                if not distance <= TOLERANCE:
+                    others[name] = distance
     if others:
         name = max(others, key=lambda name: others[name])
         message = (
@@ -72,16 +70,9 @@ def check_adapter(
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def _base_distance(layer: SMoALayer, sketch: Tensor) -> float:
-    with gathered(layer.innermost()), present(layer, layer.innermost()):
-        return layer.base_distance(sketch)
-
-
 def install_named_read() -> None:
     """Wrap PEFT's reader of configurations, which has no hook: it reads the file before it knows the method."""
     read = PeftConfig.from_json_file.__func__
-    if hasattr(read, "_names_the_file"):
-        return
 
     @functools.wraps(read)
     def from_json_file(cls: type[PeftConfig], path_json_file: Any, **kwargs: Any) -> Any:
@@ -89,7 +80,6 @@ def install_named_read() -> None:
             read_json(path_json_file)  # which says what is wrong, and of which file
         return read(cls, path_json_file, **kwargs)
 
-    from_json_file._names_the_file = True  # type: ignore[attr-defined]
     PeftConfig.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
 
 
@@ -97,8 +87,7 @@ def install_checked_load() -> None:
     """Wrap transformers' `load_adapter`, which offers no hook; adapters of other methods load as before."""
     from transformers.integrations.peft import PeftAdapterMixin
 
-    if not hasattr(PeftAdapterMixin.load_adapter, "_is_checked_for_smoa"):
-        PeftAdapterMixin.load_adapter = _checked(PeftAdapterMixin.load_adapter)
+    PeftAdapterMixin.load_adapter = _checked(PeftAdapterMixin.load_adapter)
 
 
 def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,7 +114,6 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
             raise
         return found
 
-    load_adapter._is_checked_for_smoa = True  # type: ignore[attr-defined]
     return load_adapter
 
 

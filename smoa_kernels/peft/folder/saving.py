@@ -22,8 +22,7 @@ def install_atomic_save() -> None:
     from transformers import PreTrainedModel
 
     for model_class in (PeftModel, PreTrainedModel):
-        if not hasattr(model_class.save_pretrained, "_is_atomic_for_smoa"):
-            model_class.save_pretrained = _atomic_for_smoa(model_class.save_pretrained)
+        model_class.save_pretrained = _atomic_for_smoa(model_class.save_pretrained)
 
 
 def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
@@ -49,5 +48,4 @@ def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
             save(self, str(scratch), *args, **kwargs)
             seal(scratch)
 
-    save_pretrained._is_atomic_for_smoa = True  # type: ignore[attr-defined]
     return save_pretrained

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 from peft.tuners import hira
 from peft.tuners.hira.layer import HiraLayer
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...checks import check_kind
-from .layer import Accelerated, AcceleratedLinear
+from .layer import Accelerated, accelerated_class
 
 __all__ = ["HiraReport", "accelerate_hira", "decelerate_hira"]
 
@@ -59,7 +60,7 @@ def accelerate_hira(model: nn.Module) -> HiraReport:
             left[name] = kind
             continue
         layer.__class__ = kind
-        cast(Accelerated, layer).make_ready()
+        layer.make_ready()
         taken.append(name)
     return HiraReport(tuple(taken), left)
 
@@ -86,12 +87,10 @@ def decelerate_hira(model: nn.Module) -> None:
     """
     for layer in _layers(model).values():
         if _is_accelerated(layer):
-            fast = cast(Accelerated, layer)
-            fast.give_back()
-            layer.__class__ = fast.pefts_class
+            layer.give_back()
 
 
-def _layers(model: nn.Module) -> dict[str, HiraLayer]:
+def _layers(model: nn.Module) -> dict[str, Any]:
     check_kind("model", model, nn.Module)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, HiraLayer)}
     if not layers:
@@ -99,27 +98,28 @@ def _layers(model: nn.Module) -> dict[str, HiraLayer]:
     return layers
 
 
-def _is_accelerated(layer: HiraLayer) -> bool:
+def _is_accelerated(layer: nn.Module) -> bool:
     """Whether a layer's class is one of ours itself: `fully_shard` makes another of it, which has to stay."""
     return "pefts_class" in vars(type(layer))
 
 
-_ACCELERATED: dict[type, type[Accelerated]] = {hira.Linear: AcceleratedLinear}
 _OTHERS = {"Embedding": "an embedding is a look-up, not a product"} | dict.fromkeys(
     ("Conv1d", "Conv2d", "Conv3d"), "a convolution is no product with a matrix that SMoA has an operator for"
 )
 
 
-def _class_for(layer: HiraLayer) -> type[Accelerated] | str:
+def _class_for(layer: Any) -> type[Accelerated] | str:
     """The accelerated class for a layer, or why there is none."""
-    kind = cast(Accelerated, layer).pefts_class if _is_accelerated(layer) else type(layer)
-    found = _ACCELERATED.get(kind)
-    if kind.__module__ == "peft.tuners.hira.bnb":
-        from .quantized import ACCELERATED
-
-        found = ACCELERATED.get(kind)
-    if found is None:
+    kind: type[nn.Module] = layer.pefts_class if _is_accelerated(layer) else type(layer)
+    is_quantized = kind.__module__ == "peft.tuners.hira.bnb"
+    if kind is not hira.Linear and not is_quantized:
         return _OTHERS.get(kind.__name__, f"its class is {kind.__qualname__}, not PEFT's hira.Linear")
     if "forward" in vars(layer):
         return "its forward was replaced, as accelerate's hooks do"
-    return found.obstacle(layer.base_layer) or found
+    base = layer.base_layer
+    if not is_quantized:
+        if type(base) is not Conv1D and getattr(type(base), "forward", None) is not nn.Linear.forward:
+            return f"its base layer {type(base).__qualname__} may compute something else than a product"
+        if type(base.weight) not in (Tensor, nn.Parameter):
+            return f"its base weight is a {type(base.weight).__qualname__}, not a plain tensor"
+    return accelerated_class(kind)

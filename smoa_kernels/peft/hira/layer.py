@@ -10,42 +10,31 @@ it calls PEFT's.
 from __future__ import annotations
 
 import functools
-from abc import abstractmethod
+import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners import hira
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers.pytorch_utils import Conv1D
 
 from ...definition.arguments import autocast_enabled
-from ...definition.packed import scaling_tensor
+from ...definition.packed import PackedAdapter, scaling_tensor
 from ...definition.partition import BlockPartition
 from ...functional import smoa_linear
+from ..dequantize import dequantized, keep_packing
+from ..quantized import dequantized_linear
 
-__all__ = ["Accelerated", "AcceleratedLinear", "OneBlock"]
-
-
-class OneBlock(NamedTuple):
-    """What the operator takes beside the tensors that a layer has."""
-
-    partition: BlockPartition
-    scaling: Tensor
-    ranks: dict[int, Tensor]  # by r: int32 (1,)
-
-    def ranks_of(self, A: Tensor) -> Tensor:
-        """The rank of an adapter; newly made for a sum of several."""
-        ranks = self.ranks.get(A.shape[0])
-        return _rank(A.shape[0], A.device) if ranks is None else ranks
+__all__ = ["Accelerated", "AcceleratedLinear", "accelerated_class"]
 
 
 @functools.lru_cache(maxsize=256)
-def _one_block(out_features: int, in_features: int, device: torch.device) -> OneBlock:
-    """The single block of layers of this shape, which share it."""
+def _one_block(out_features: int, in_features: int, device: torch.device) -> tuple[BlockPartition, Tensor]:
+    """The single block and the scale 1 of layers of this shape, which share them."""
     partition = BlockPartition.contiguous((out_features, in_features), 1, device=device)
-    return OneBlock(partition, scaling_tensor(1.0, device), {})
+    return partition, scaling_tensor(1.0, device)
 
 
 def _rank(r: int, device: torch.device) -> Tensor:
@@ -57,10 +46,14 @@ class Accelerated(nn.Module):
 
     Attributes:
         pefts_class: the class of PEFT that the layer had, and will have again.
+        is_quantized: whether that is one over bitsandbytes' layers, whose W0 is dequantised for each product.
     """
 
     pefts_class: type[nn.Module]
-    _block: OneBlock | None  # None while the weight is on the meta device
+    is_quantized = False
+    _block: tuple[BlockPartition, Tensor] | None = None  # None while the weight is on the meta device
+    _ranks: dict[int, Tensor]  # int32 (1,), by r
+    _repacks = False  # whether bitsandbytes was to repack the weight for the CPU
 
     # PEFT's.
     base_layer: Any
@@ -82,67 +75,78 @@ class Accelerated(nn.Module):
             x: floating point, any leading dimensions.
             args, kwargs: passed to the base layer; PEFT's forward computes a call that has any.
         """
-        block = self._block
-        if block is not None and not (args or kwargs or self.disable_adapters or self.merged):
+        if self._block is not None and not (args or kwargs or self.disable_adapters or self.merged):
             names = [name for name in self.active_adapters if name in self.hira_A]
             dropout_p = self._dropout_p(names)
-            if names and dropout_p is not None and self._skips_base_layer(x, block):
+            if names and dropout_p is not None and self._skips_base_layer(x):
                 factors = self._factors(names, x)
                 if factors is not None:
-                    return self._product(x, *factors, block, dropout_p)
+                    return self._product(x, *factors, dropout_p)
         return cast(Tensor, super().forward(x, *args, **kwargs))
 
-    def _skips_base_layer(self, x: Tensor, block: OneBlock) -> bool:
+    def _skips_base_layer(self, x: Tensor) -> bool:
         """Whether the base layer's product with x can be computed without calling the base layer."""
-        base = self.base_layer
+        base, (_, scaling) = self.base_layer, cast(Any, self._block)
         return (
-            base.weight.device == block.scaling.device == x.device
+            base.weight.device == scaling.device == x.device
             # A hook, which is registered on the layer, wants it to be called.
             and not (base._forward_hooks or base._forward_pre_hooks)
             and not (base._backward_hooks or base._backward_pre_hooks)
-            and self._weight_fits(x)
+            and (self.is_quantized or self._weight_fits(x))
         )
 
     def _weight_fits(self, x: Tensor) -> bool:
         weight = self.base_layer.weight
         return not weight.requires_grad and (weight.dtype == x.dtype or autocast_enabled(x))
 
-    def _product(self, x: Tensor, A: Tensor, B: Tensor, block: OneBlock, dropout_p: float) -> Tensor:
-        base = self.base_layer
+    def _product(self, x: Tensor, A: Tensor, B: Tensor, dropout_p: float) -> Tensor:
+        base, (partition, scaling), r = self.base_layer, cast(Any, self._block), A.shape[0]
+        ranks = self._ranks[r] if r in self._ranks else _rank(r, A.device)  # newly made for a sum of several
+        if self.is_quantized:
+            weight = x.new_empty(()).expand(partition.shape)  # the shape alone is used
+            return dequantized_linear(
+                x,
+                functools.partial(dequantized, resolve_quantization_backend(base), base),
+                base.bias,
+                PackedAdapter(weight, A, B, partition, ranks, scaling, [r]),
+                compute_dtype=getattr(base, "compute_dtype", None),
+                dropout_p=dropout_p,
+                algorithm="auto",
+                backend="auto",
+            )
         return smoa_linear(
             x,
             base.weight.T if self.fan_in_fan_out else base.weight,
             base.bias,
             A,
             B,
-            block.partition,
-            block.ranks_of(A),
-            scaling=block.scaling,
+            partition,
+            ranks,
+            scaling=scaling,
             dropout_p=dropout_p,
-            block_ranks=[A.shape[0]],
+            block_ranks=[r],
         )
 
     def make_ready(self) -> None:
         """Make what forward needs beside the layer's tensors: now, since forward may be compiled."""
-        weight = self.base_layer.weight
+        base = self.base_layer
+        self._repacks = self._repacks or getattr(base, "support_avx512bf16_for_cpu", False)
+        keep_packing(base)
         self._block = None
-        if weight.is_meta:
+        if base.weight.is_meta:
             return
         # Kept for later calls, so these are usual tensors, whatever mode this call is made in.
         with torch.inference_mode(False), _disable_current_modes():
-            self._block = _one_block(self.out_features, self.in_features, weight.device)
-            for r in self.r.values():
-                if r not in self._block.ranks:
-                    self._block.ranks[r] = _rank(r, weight.device)
+            self._block = _one_block(self.out_features, self.in_features, base.weight.device)
+            self._ranks = {r: _rank(r, base.weight.device) for r in self.r.values()}
 
     def give_back(self) -> None:
         """Take away what was made for forward: the layer is about to be PEFT's."""
-        del self._block
-
-    @staticmethod
-    @abstractmethod
-    def obstacle(base: nn.Module) -> str | None:
-        """Why a layer over this base layer stays PEFT's; None where it can be accelerated."""
+        if self._repacks:
+            self.base_layer.support_avx512bf16_for_cpu = True
+        for made in ("_block", "_ranks", "_repacks"):
+            vars(self).pop(made, None)
+        self.__class__ = self.pefts_class  # type: ignore[assignment]
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, as PEFT does."""
@@ -174,9 +178,6 @@ class Accelerated(nn.Module):
         return (As[0], Bs[0]) if len(names) == 1 else (torch.cat(As), torch.cat(Bs, 1))
 
 
-_PLAIN_TYPES = (Tensor, nn.Parameter)
-
-
 class AcceleratedLinear(Accelerated, hira.Linear):  # type: ignore[misc]  # PEFT's types are not followed
     """PEFT's HiRA layer over an `nn.Linear` or a `Conv1D`.
 
@@ -185,11 +186,19 @@ class AcceleratedLinear(Accelerated, hira.Linear):  # type: ignore[misc]  # PEFT
 
     pefts_class = hira.Linear
 
-    @staticmethod
-    def obstacle(base: nn.Module) -> str | None:
-        """Why the weight cannot be multiplied with in the base layer's place; None where it can."""
-        if type(base) is not Conv1D and getattr(type(base), "forward", None) is not nn.Linear.forward:
-            return f"its base layer {type(base).__qualname__} may compute something else than a product"
-        if type(base.weight) not in _PLAIN_TYPES:
-            return f"its base weight is a {type(base.weight).__qualname__}, not a plain tensor"
-        return None
+
+@functools.cache
+def accelerated_class(kind: type[nn.Module]) -> type[Accelerated]:
+    """The class for layers of one of PEFT's HiRA classes: `hira.Linear`, or one over bitsandbytes' layers."""
+    if kind is hira.Linear:
+        return AcceleratedLinear
+    facts = {"pefts_class": kind, "is_quantized": True, "__module__": __name__}
+    return type(f"Accelerated{kind.__name__}", (Accelerated, kind), facts)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes over bitsandbytes' layers, as a pickle names them."""
+    kind = name.removeprefix("Accelerated")
+    if kind in ("Linear8bitLt", "Linear4bit"):
+        return accelerated_class(getattr(importlib.import_module("peft.tuners.hira.bnb"), kind))
+    raise AttributeError(name)

@@ -1,0 +1,25 @@
+"""`naming`: says in an error what it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["naming"]
+
+
+@contextmanager
+def naming(what: str | Path) -> Iterator[None]:
+    """Begin the message of a TypeError or ValueError of the block with the layer or file that it is about.
+
+    Whatever a file holds that is not allowed is a ValueError. An error that names the file already stays.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        is_file = isinstance(what, Path)
+        if is_file and isinstance(error, ValueError) and str(what) in str(error):
+            raise
+        kind = TypeError if isinstance(error, TypeError) and not is_file else ValueError
+        raise kind(f"{what}: {error}") from error
