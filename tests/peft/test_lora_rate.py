@@ -6,12 +6,13 @@ import pytest
 import torch
 from adapted import CONFIG, adapt, close, config, edit_config, layers, logits, nudge
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import tiny_experts, tiny_llama
+from quantized_bases import EACH, KINDS, load
+from tiny_experts import tiny_experts
+from tiny_models import tiny_llama
 from torch import nn
 
 from smoa_kernels import FusedSMoALinear
-from smoa_kernels.adapter_folder.merging import merge_to_folder
-from smoa_kernels.peft import SMoAConfig, convert_adapter, hotswap
+from smoa_kernels.peft import SMoAConfig, convert_adapter, hotswap, merge_to_folder
 from smoa_kernels.peft.experts.weight import ExpertsWeight
 
 
@@ -219,3 +220,9 @@ def test_a_single_layer():
         FusedSMoALinear.from_linear(nn.Linear(8, 6, device="meta"), r=4, use_lora_rate=True)
     with pytest.raises(TypeError, match="use_lora_rate must be a bool"):
         FusedSMoALinear.from_linear(nn.Linear(8, 6), r=4, use_lora_rate="lora")
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_a_quantised_weight_counts_as_it_is_dequantised(kind, quantizable):
+    model = get_peft_model(load(quantizable, KINDS[kind]), config(use_lora_rate=True))
+    assert scales(model) == expected(model, 1.0, 3)

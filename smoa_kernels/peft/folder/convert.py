@@ -136,7 +136,8 @@ def hira_to_smoa(
 def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Write an SMoA adapter with one block as a HiRA adapter.
 
-    Where s is 1 its factors stay, bit for bit; another s, which HiRA has not, is multiplied into B. What no result depends on (`algorithm`, `backend`, `strict_base`, the sketch of W0) is left out.
+    Where s is 1 its factors stay, bit for bit; another s, which HiRA has not, is multiplied into B. What no result
+    depends on (`algorithm`, `backend`, `strict_base`, the sketch of W0) is left out.
 
     Args:
         folder: the SMoA adapter.
