@@ -53,14 +53,14 @@ class LayerSettings(NamedTuple):
         r: rank budget.
         rule: how blocks are made, K among it.
         block_ranks: rank of each block, or None to share r evenly.
-        alpha: numerator of the scaling; r when None.
+        alpha: numerator of the scaling.
         config: everything that is the same for all layers.
     """
 
     r: int
     rule: BlockRule
     block_ranks: Sequence[int] | None
-    alpha: float | None
+    alpha: float
     config: AdapterSettings
 
     @property
@@ -71,8 +71,7 @@ class LayerSettings(NamedTuple):
     @property
     def scaling(self) -> float:
         """s = alpha / r, or alpha / √r."""
-        alpha = self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+        return self.alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
 
     def at_lora_rate(self, sketch: Tensor, elements: int) -> LayerSettings:
         """The same with the alpha for LoRA's learning rate, as a number.
@@ -84,8 +83,7 @@ class LayerSettings(NamedTuple):
         Raises:
             ValueError: W0 has no numbers yet, is zero, or is not finite.
         """
-        alpha = self.r if self.alpha is None else self.alpha
-        alpha = alpha_for_lora_rate(alpha, self.rule.num_blocks, sketch, elements)
+        alpha = alpha_for_lora_rate(self.alpha, self.rule.num_blocks, sketch, elements)
         config = copy(self.config)
         config.use_lora_rate = False
         return self._replace(alpha=alpha, config=config)
@@ -176,6 +174,7 @@ class AdapterSettings:
         usual = (r, rule.num_blocks) == (self.r, self.num_blocks)
         alpha = _matching(self.alpha_pattern, name, self.smoa_alpha)
         # A copy: who changes a configuration later, or uses it for two models, does not change layers that are there.
+        alpha = r if alpha is None else alpha
         return LayerSettings(r, rule, self.block_ranks if usual else None, alpha, copy(self))
 
     def unmatched_patterns(self, names: Sequence[str]) -> dict[str, list[str]]:
