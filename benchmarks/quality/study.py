@@ -183,7 +183,7 @@ def train_and_judge(
         "loss_middle": mean(losses[len(losses) // 2 - 5 : len(losses) // 2 + 5]),
         "loss_end": mean(losses[-10:]),
         "steps_done": len(losses),
-        "losses": [round(loss, 4) for loss in losses],
+        "worst_loss": max(losses[10:], default=0.0),
         "parameters": sum(p.numel() for p in adapter),
         "step_seconds": sorted(seconds)[len(seconds) // 2] if seconds else 0.0,
         "seconds": time.process_time() - begin,
