@@ -29,13 +29,14 @@ TEXTS = [f"Q: Which colour has {thing}?\nA: {colour}" for thing, colour in COLOU
 tokenizer = AutoTokenizer.from_pretrained(**MODEL)
 base = AutoModelForCausalLM.from_pretrained(**MODEL, dtype=torch.float32)
 
-config = SMoAConfig(r=8, num_blocks=2, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
+targets = ["q_proj", "k_proj", "v_proj"]
+config = SMoAConfig(r=8, num_blocks=2, use_lora_rate=True, target_modules=targets, task_type="CAUSAL_LM")
 model = get_peft_model(base, config)
 model.print_trainable_parameters()
 
 batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
 labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)  # padding is not trained
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # about ten times LoRA's
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)  # LoRA's
 for step in range(20):
     loss = model(**batch, labels=labels).loss
     loss.backward()

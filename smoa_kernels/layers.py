@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import eager, load_backend, resolve_backend
+from .checks import check_kind
 from .definition.arguments import check_input
 from .definition.block_rule import BlockRule
+from .definition.lora_rate import alpha_for_lora_rate
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
+from .definition.sketch import sketch_weight
 from .functional import smoa_linear
 from .layer_checks import Settings, check_fit, check_linear, linear_parameters
 from .layer_state import AdapterState
@@ -108,6 +112,7 @@ class FusedSMoALinear(AdapterState):
         backend: str = "auto",
         strict_base: bool = False,
         partition: BlockPartition | None = None,
+        use_lora_rate: bool = False,
     ) -> FusedSMoALinear:
         """Adapt an existing layer. Its weight and bias are frozen, and shared rather than copied.
 
@@ -115,6 +120,8 @@ class FusedSMoALinear(AdapterState):
             linear: an `nn.Linear`, or a `Conv1D` of transformers, whose (in, out) weight is viewed transposed.
             partition: the blocks of the weight, if they are known; where None, they are computed as `block_order`,
                 `granule` and `block_seed` say.
+            use_lora_rate: multiply alpha by 3 K / rms(W0), so that the learning rate and the alpha of a LoRA run fit
+                (docs/choosing.md). The layer's `alpha` is that number; build the layer with it to load a state dict.
 
         The other arguments are the constructor's.
 
@@ -125,6 +132,11 @@ class FusedSMoALinear(AdapterState):
         rule = BlockRule(num_blocks, block_order, granule, block_seed)
         settings = Settings(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
         rule.check(weight.shape)
+        check_kind("use_lora_rate", use_lora_rate, bool)
+        if use_lora_rate:
+            alpha = float(r if alpha is None else alpha)
+            alpha = alpha_for_lora_rate(alpha, num_blocks, sketch_weight(weight), weight.numel())
+            settings = replace(settings, alpha=alpha)
         if partition is not None:
             check_fit(partition, tuple(weight.shape), num_blocks)
         elif not weight.is_meta:

@@ -38,7 +38,7 @@ class Method:
         random: SMoA with as large blocks of coordinates drawn by the run's seed, in place of the spectral ones.
         block_order, granule: as in SMoAConfig.
         scaling: what the update is multiplied by, alpha / r; HiRA has none.
-        kappa: where it is not 0, the update of SMoA is multiplied by scaling · kappa / rms(W0), layer by layer.
+        kappa: where it is not 0, SMoA's update is multiplied by kappa / rms(W0) too, with `use_lora_rate`.
         modules: which of the model's linear layers, by a name in its ``CutModel.targets``.
         as_large: r is not as given, but what gives these modules as many parameters as ``r`` gives all of them.
         rate_of: the method whose learning rate is taken; None to search for its own.
@@ -89,11 +89,8 @@ class Method:
                 "granule": self.granule,
             }
             if self.kappa:
-                layers = matching(model, targets[self.modules])
-                blocks["alpha_pattern"] = {
-                    re.escape(name): alpha * self.kappa / float(layer.weight.square().mean().sqrt())
-                    for name, layer in layers.items()
-                }
+                alpha *= self.kappa / (3 * self.num_blocks)
+                blocks["use_lora_rate"] = True
             adapted = get_peft_model(model, SMoAConfig(**shared, smoa_alpha=alpha, **blocks))
         if self.random:
             shuffle_blocks(adapted, seed)
@@ -118,7 +115,7 @@ METHODS = (
     Method("contiguous K=4, r=32", "smoa", r=32, num_blocks=4, block_order="contiguous"),
     Method("granule 8 K=2", "smoa", num_blocks=2, granule=8),
 )
-_LORA, _SMOA = METHODS[1], METHODS[4]
+_LORA, _SMOA, ORDERED = METHODS[1], METHODS[4], METHODS[12]
 # What one thing does, everything else as above. Which learning rate goes with which alpha:
 SCALINGS = (
     *(replace(_SMOA, name=f"SMoA K=2, alpha={s}r", scaling=s) for s in (4, 16, 64)),
@@ -131,6 +128,22 @@ RANKS = tuple(
     replace(_SMOA, name=f"SMoA K=2, r={r}, {rule}", r=r, scaling=(r / RANK) ** power, rate_of=_SMOA.name)
     for r in (4, 32) for rule, power in RULES.items()
 )  # fmt: skip
+# At LoRA's best rate, as it is: each K, rank and order; half and twice the factor; what is steady at twice the rate.
+AT_LORAS = (
+    *(
+        Method(f"SMoA K={k}, r={r}, LoRA's rate", "smoa", r=r, num_blocks=k, kappa=3 * k, rate_of=_LORA.name)
+        for k, r in ((2, 8), (4, 8), (1, 8), (2, 16), (2, 32), (4, 32))
+    ),
+    replace(ORDERED, name="contiguous K=2, LoRA's rate", kappa=6, rate_of=_LORA.name),
+    *(
+        replace(_SMOA, name=f"SMoA K=2, LoRA's rate, κ={kappa}", kappa=kappa, rate_of=_LORA.name)
+        for kappa in (3, 12)
+    ),
+)
+STEADY = tuple(
+    replace(base, name=f"{base.name}, {times} times the rate", rate_of=base.rate_of or base.name, times=times)
+    for times in (2, 4) for base in (AT_LORAS[0], _LORA, _SMOA)
+)  # fmt: skip
 # Which modules to adapt, at equal r and at equal parameters:
 MODULES = tuple(
     replace(base, name=f"{base.name}, {modules}{', as large' * large}", modules=modules, as_large=large)
@@ -140,6 +153,7 @@ MODULES = tuple(
 _LARGE = tuple(method for method in METHODS if method.r > 2 * RANK)
 _COMPARED = tuple(method for method in METHODS if method not in _LARGE)
 SWEEPS = {"methods": _COMPARED, "larger": _LARGE, "alpha": SCALINGS, "rank": RANKS, "modules": MODULES}
+SWEEPS |= {"lora-rate": AT_LORAS, "steady": STEADY}
 BY_NAME = {method.name: method for sweep in SWEEPS.values() for method in sweep}
 # Which spectral method each random one is the ablation of.
 ABLATIONS = {"random K=2": "SMoA K=2", "random K=4, r=32": "SMoA K=4, r=32"}
@@ -149,13 +163,8 @@ ORDERS = {"contiguous K=2": "SMoA K=2", "contiguous K=4, r=32": "SMoA K=4, r=32"
 
 def width(model: nn.Module, pattern: str) -> int:
     """Return how many parameters rank 1 costs in the linear layers whose names match."""
-    return sum(m.in_features + m.out_features for m in matching(model, pattern).values())
-
-
-def matching(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
-    """Return the linear layers whose names match, by name."""
-    found = {name: m for name, m in model.named_modules() if re.fullmatch(pattern, name)}
-    return {name: m for name, m in found.items() if isinstance(m, nn.Linear)}
+    layers = [m for name, m in model.named_modules() if re.fullmatch(pattern, name)]
+    return sum(m.in_features + m.out_features for m in layers if isinstance(m, nn.Linear))
 
 
 def shuffled(partition: BlockPartition, generator: torch.Generator) -> BlockPartition:

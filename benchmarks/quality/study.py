@@ -179,7 +179,7 @@ def train_and_judge(
         "loss_start": fmean(losses[:10] or [0.0]),
         "loss_end": fmean(losses[-10:] or [0.0]),
         "steps_done": len(losses),
-        "losses": [round(loss, 4) for loss in losses],
+        "worst_loss": max(losses[10:], default=0.0),
         "parameters": sum(p.numel() for p in adapter),
         "step_seconds": median_high(seconds or [0.0]),
         "seconds": time.process_time() - begin,

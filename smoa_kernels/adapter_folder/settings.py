@@ -10,6 +10,8 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ..backends import ALGORITHM_CHOICES, BACKEND_CHOICES
 from ..checks import (
     MOST_BLOCKS,
@@ -22,15 +24,17 @@ from ..checks import (
     shown,
 )
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
+from ..definition.lora_rate import alpha_for_lora_rate
 from ..definition.ranks import resolve_ranks
 
-__all__ = ["FORMAT_VERSION", "AdapterSettings", "LayerSettings", "check_bool"]
+__all__ = ["FORMAT_VERSION", "AdapterSettings", "LayerSettings", "check_bool", "whole_name"]
 
 # Version of the adapter folder's format, raised when older releases cannot read what newer ones write. Version 1 was
 # never released.
 FORMAT_VERSION = 2
 
 _BIASES = ("none", "all", "smoa_only")
+_FLAGS = ("use_rslora", "use_lora_rate", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode")
 
 # What gives single layers another value than a field's, each with the check of such a value.
 _PATTERNS: dict[str, Callable[[str, Any], None]] = {
@@ -49,14 +53,14 @@ class LayerSettings(NamedTuple):
         r: rank budget.
         rule: how blocks are made, K among it.
         block_ranks: rank of each block, or None to share r evenly.
-        alpha: numerator of the scaling; r when None.
+        alpha: numerator of the scaling.
         config: everything that is the same for all layers.
     """
 
     r: int
     rule: BlockRule
     block_ranks: Sequence[int] | None
-    alpha: float | None
+    alpha: float
     config: AdapterSettings
 
     @property
@@ -67,8 +71,22 @@ class LayerSettings(NamedTuple):
     @property
     def scaling(self) -> float:
         """s = alpha / r, or alpha / √r."""
-        alpha = self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+        return self.alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+
+    def at_lora_rate(self, sketch: Tensor, elements: int) -> LayerSettings:
+        """The same with the alpha for LoRA's learning rate, as a number.
+
+        Args:
+            sketch: that of the layer's W0.
+            elements: how many elements each matrix of W0 has.
+
+        Raises:
+            ValueError: W0 has no numbers yet, is zero, or is not finite.
+        """
+        alpha = alpha_for_lora_rate(self.alpha, self.rule.num_blocks, sketch, elements)
+        config = copy(self.config)
+        config.use_lora_rate = False
+        return self._replace(alpha=alpha, config=config)
 
 
 @dataclass
@@ -87,6 +105,7 @@ class AdapterSettings:
     smoa_alpha: float | None = None
     smoa_dropout: float = 0.0
     use_rslora: bool = False
+    use_lora_rate: bool = False
     init_weights: bool = True
     fan_in_fan_out: bool = False
     bias: str = "none"
@@ -120,8 +139,12 @@ class AdapterSettings:
             raise ValueError(
                 f"smoa_dropout must be 0 where target_parameters are adapted, got {self.smoa_dropout}"
             )
-        for name in ("use_rslora", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode"):
+        for name in _FLAGS:
             check_bool(name, getattr(self, name))
+        if self.use_lora_rate and self.is_from_file:
+            raise ValueError(
+                "use_lora_rate must be false in an adapter's folder, which holds the scales as numbers (alpha_pattern)"
+            )
         check_choice("bias", self.bias, _BIASES)
         check_choice("algorithm", self.algorithm, ALGORITHM_CHOICES)
         check_choice("backend", self.backend, BACKEND_CHOICES)
@@ -151,6 +174,7 @@ class AdapterSettings:
         usual = (r, rule.num_blocks) == (self.r, self.num_blocks)
         alpha = _matching(self.alpha_pattern, name, self.smoa_alpha)
         # A copy: who changes a configuration later, or uses it for two models, does not change layers that are there.
+        alpha = r if alpha is None else alpha
         return LayerSettings(r, rule, self.block_ranks if usual else None, alpha, copy(self))
 
     def unmatched_patterns(self, names: Sequence[str]) -> dict[str, list[str]]:
@@ -216,6 +240,11 @@ class AdapterSettings:
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
             )
+
+
+def whole_name(name: str) -> str:
+    """A pattern's key that matches this layer, and no layer whose name only ends with it."""
+    return f"^{re.escape(name)}"
 
 
 def _matching(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

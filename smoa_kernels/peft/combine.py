@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..adapter_folder.settings import FORMAT_VERSION
+from ..adapter_folder.settings import FORMAT_VERSION, whole_name
 from ..checks import check_choice, check_finite
 from ..definition.packed import PackedAdapter, padding_masks
 from ..definition.partition import BlockPartition
@@ -143,16 +143,10 @@ def combined_config(template: SMoAConfig, combined: dict[str, PackedAdapter]) ->
     config.smoa_alpha, config.alpha_pattern, config.use_rslora, config.smoa_dropout = None, {}, False, 0.0
     # Blocks are given, and what one adapter's granule allows need not allow another's K.
     config.granule, config.granule_pattern = 1, {}
-    # Whole names, since the name of one layer may be the end of another's.
     config.target_modules, config.exclude_modules = "|".join(map(re.escape, sorted(combined))), None
     config.layers_to_transform = config.layers_pattern = None
-    config.rank_pattern = {_whole_name(name): rank for name, (rank, _) in shapes.items() if rank != r}
-    config.num_blocks_pattern = {_whole_name(name): K for name, (_, K) in shapes.items() if num_blocks != K}
+    config.rank_pattern = {whole_name(name): rank for name, (rank, _) in shapes.items() if rank != r}
+    config.num_blocks_pattern = {whole_name(name): K for name, (_, K) in shapes.items() if num_blocks != K}
     config.inference_mode = False
     config.format_version = FORMAT_VERSION  # so that block labels are filled in, not computed
     return config
-
-
-def _whole_name(name: str) -> str:
-    """A pattern's key that matches this layer, and no layer whose name only ends with it."""
-    return f"^{re.escape(name)}"

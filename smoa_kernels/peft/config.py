@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +14,7 @@ from peft.config import PeftConfig
 
 from ..adapter_folder.naming import naming
 from ..adapter_folder.reading import CONFIG_NAME, Adapter, read_weights
-from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, check_bool
+from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, LayerSettings, check_bool, whole_name
 from ..adapter_folder.writing import replacing
 from ..checks import check_path
 from .peft_type import PEFT_TYPE
@@ -37,6 +39,9 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         smoa_alpha: the update is scaled by s = alpha / r. If None, alpha is r, and the scale is 1.
         smoa_dropout: probability in [0, 1) of dropping an element of the adapter's input in training.
         use_rslora: scale by alpha / √r instead.
+        use_lora_rate: multiply the scale of each layer by 3 K / rms(W0), so that the learning rate and the alpha of a
+            LoRA run fit (docs/choosing.md). It is computed once, when the adapter is put into a model, whose
+            configuration then holds the numbers as `alpha_pattern`; this object stays as it is.
         init_weights: True makes the adapter start as an identity (B zero), False gives a random one, for tests.
         fan_in_fan_out: the weights are stored (in, out), as those of GPT-2's `Conv1D`.
         bias: "none", "all" or "smoa_only": which biases train with the adapter.
@@ -78,6 +83,26 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
     def to_dict(self) -> dict[str, Any]:
         """The fields to save, with this release's format version; saving the weights fills in their SHA-256."""
         return {**super().to_dict(), "format_version": FORMAT_VERSION, "weights_sha256": None}
+
+    def with_alphas_of(self, layers: Mapping[str, LayerSettings]) -> SMoAConfig:
+        """Return a copy that holds the alpha of every layer as a number.
+
+        Args:
+            layers: the settings of all adapted layers, by name.
+
+        Raises:
+            ValueError: one has no number yet; the message names the layer.
+        """
+        for name, settings in layers.items():
+            if settings.config.use_lora_rate:
+                raise ValueError(
+                    f"{name}: use_lora_rate reads W0 when an adapter is added: the base weight must not be on the meta "
+                    "device, and low_cpu_mem_usage and inference_mode must be False"
+                )
+        config = copy(self)
+        config.use_lora_rate = False
+        config.alpha_pattern = {whole_name(name): settings.alpha for name, settings in layers.items()}
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; an interrupted save leaves the old one.

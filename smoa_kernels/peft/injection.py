@@ -105,6 +105,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     name: layer for name, layer in self._injected.items() if layer.is_present(adapter_name)
                 }
                 initialize_all(fresh, adapter_name)
+            if config.use_lora_rate:
+                settings = {name: layer.settings[adapter_name] for name, layer in self._injected.items()}
+                self.peft_config[adapter_name] = config.with_alphas_of(settings)
         except BaseException:  # Ctrl-C too: it takes minutes to sort a large model
             if is_new:
                 before.restore(adapter_name)

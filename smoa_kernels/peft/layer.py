@@ -161,6 +161,9 @@ class SMoALayer(BaseWeight):
             if partition is None:
                 partition = (blocks_of or type(self).build_blocks)(self, settings.rule)
             sketch = self.base_sketch()
+        if settings.config.use_lora_rate:
+            settings = settings.at_lora_rate(sketch, self.out_features * self.in_features)
+            self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         ranks = torch.tensor(settings.ranks, dtype=torch.int32, device=partition.device)
         self._set_blocks(adapter_name, partition, ranks, sketch)
         self.reset_adapter(adapter_name)

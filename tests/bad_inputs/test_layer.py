@@ -73,6 +73,7 @@ SETTINGS: list[Change] = [
     ({"strict_base": "no"}, TypeError, "strict_base must be a bool, got str"),
 ]
 BLOCKS: list[Change] = [
+    ({"use_lora_rate": 1}, TypeError, "use_lora_rate must be a bool, got int"),
     ({"partition": "x"}, TypeError, "partition must be a BlockPartition, got str"),
     (
         {"partition": make_problem().partition},

@@ -102,6 +102,12 @@ CONFIGURATIONS: list[Change] = [
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, .* got 'fast'"),
     ({"init_weights": "gaussian"}, TypeError, "init_weights must be True or False, got 'gaussian'"),
     ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
+    ({"use_lora_rate": "lora"}, TypeError, "use_lora_rate must be True or False, got 'lora'"),
+    (
+        {"use_lora_rate": True, "format_version": 2},
+        ValueError,
+        "use_lora_rate must be false in an adapter's folder",
+    ),
     ({"strict_base": 1}, TypeError, "strict_base must be True or False, got 1"),
     ({"inference_mode": "no"}, TypeError, "inference_mode must be True or False, got 'no'"),
     ({"fan_in_fan_out": None}, TypeError, "fan_in_fan_out must be True or False, got None"),

@@ -106,8 +106,6 @@ def test_a_square_weight_is_read_as_its_layer_stores_it(tmp_path, recwarn):
     ("settings", "message"),
     [
         ({"num_blocks": 2}, "num_blocks=2 has no counterpart"),
-        ({"smoa_alpha": 8.0}, "scale 2 has no counterpart"),
-        ({"use_rslora": True}, "scale 2 has no counterpart"),
         ({"bias": "all"}, "bias='all' has no counterpart"),
         ({"num_blocks_pattern": {"0": 3}}, "0: num_blocks=3 has no counterpart"),
     ],

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from ...adapter_folder.reading import (
     read_state,
     weights_of,
 )
+from ...adapter_folder.settings import whole_name
 from ...adapter_folder.writing import replacing, seal
 from ...checks import check_path
 from ...definition.partition import BlockPartition
@@ -119,7 +119,7 @@ def hira_to_smoa(
         "smoa_dropout": config.hira_dropout,
         "init_weights": config.init_weights is not False,
         # By the file: PEFT 0.21.2 gives every plain layer r, whatever its rank_pattern says.
-        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != config.r},
+        "rank_pattern": {whole_name(name): r for name, r in ranks.items() if r != config.r},
     }
     result = {key: tensor for key, tensor in state.items() if ".hira_" not in key}
     for done, (name, (A, B)) in enumerate(layers.items()):
@@ -134,9 +134,10 @@ def hira_to_smoa(
 
 
 def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Write an SMoA adapter with one block and s = 1 as a HiRA adapter; its factors stay, bit for bit.
+    """Write an SMoA adapter with one block as a HiRA adapter.
 
-    What no result depends on (`algorithm`, `backend`, `strict_base`, the sketch of W0) is left out.
+    Where s is 1 its factors stay, bit for bit; another s, which HiRA has not, is multiplied into B. What no result
+    depends on (`algorithm`, `backend`, `strict_base`, the sketch of W0) is left out.
 
     Args:
         folder: the SMoA adapter.
@@ -145,7 +146,7 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     Raises:
         TypeError: an argument is not a path.
         ValueError, FileNotFoundError: a file is missing or cannot be read, or the adapter holds what HiRA has no
-            counterpart of: more blocks than one, another scale than 1, ranks that differ, biases. Nothing was written.
+            counterpart of: more blocks than one, ranks that differ, biases. Nothing was written.
     """
     source, target = _places(folder, out)
     adapter = read_adapter(source)
@@ -155,13 +156,11 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     for name, blocks in adapter.layers.items():
         if isinstance(blocks, StackBlocks):
             raise ValueError(f"{name}: experts have no counterpart in HiRA, which adapts linear layers")
-        rank, scaling = int(blocks.ranks.sum()), config.for_layer(name).scaling
+        rank = int(blocks.ranks.sum())
         if blocks.partition.num_blocks != 1:
             raise ValueError(
                 f"{name}: num_blocks={blocks.partition.num_blocks} has no counterpart in HiRA, which has one block"
             )
-        if scaling != 1:
-            raise ValueError(f"{name}: the scale {scaling:g} has no counterpart in HiRA, whose s is 1")
         if rank != config.r:
             raise ValueError(
                 f"{name}: the rank {rank} beside r={config.r} has no counterpart in HiRA: PEFT gives every plain layer "
@@ -172,11 +171,11 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         "hira_dropout": config.smoa_dropout,
         "init_weights": config.init_weights,
     }
-    state = {
-        PREFIX + re.sub(r"\.smoa_([AB])$", r".hira_\1", key): tensor
-        for key, tensor in adapter.tensors.items()
-        if not key.endswith(".smoa_blocks")
-    }
+    state = {f"{PREFIX}{key}": tensor for key, tensor in adapter.whole.items()}
+    for name in adapter.layers:
+        factors = adapter.of_layer(name)
+        state[f"{PREFIX}{name}.hira_A"] = factors["smoa_A"]
+        state[f"{PREFIX}{name}.hira_B"] = factors["smoa_B"] * config.for_layer(name).scaling
     _write(target, HiraConfig(**settings), state)
 
 

@@ -1,0 +1,228 @@
+"""`use_lora_rate`: each layer's scale follows W0 as LoRA's learning rate asks, and is kept as a number."""
+
+import json
+
+import pytest
+import torch
+from adapted import CONFIG, adapt, close, config, edit_config, layers, logits, nudge
+from peft import LoraConfig, PeftModel, get_peft_model
+from quantized_bases import EACH, KINDS, load
+from tiny_experts import tiny_experts
+from tiny_models import tiny_llama
+from torch import nn
+
+from smoa_kernels import FusedSMoALinear
+from smoa_kernels.peft import SMoAConfig, convert_adapter, hotswap, merge_to_folder
+from smoa_kernels.peft.experts.weight import ExpertsWeight
+
+
+def rms(weight):
+    return weight.double().square().mean().sqrt().item()
+
+
+def scales(model, adapter_name="default"):
+    return {name: layer.scaling[adapter_name] for name, layer in layers(model).items()}
+
+
+def expected(model, alpha_over_r, num_blocks):
+    return {
+        name: pytest.approx(alpha_over_r * 3 * num_blocks / rms(layer.base_weight()), rel=1e-5)
+        for name, layer in layers(model).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "alpha_over_r"),
+    [({}, 1.0), ({"smoa_alpha": 10}, 2.0), ({"smoa_alpha": 10, "use_rslora": True}, 10 / 5**0.5)],
+)
+def test_the_scale_is_loras_times_three_blocks_over_the_weights_size(make_model, settings, alpha_over_r):
+    model = adapt(make_model(), use_lora_rate=True, **settings)
+    assert scales(model) == expected(model, alpha_over_r, 3)
+
+
+def test_patterns_give_a_layer_its_own(llama):
+    model = adapt(
+        llama(),
+        use_lora_rate=True,
+        rank_pattern={"k_proj": 2},
+        num_blocks_pattern={"k_proj": 1},
+        alpha_pattern={"q_proj": 10},
+    )
+    for name, layer in layers(model).items():
+        alpha_over_r, blocks = (2, 3) if name.endswith("q_proj") else (1, 1 if name.endswith("k_proj") else 3)
+        wanted = alpha_over_r * 3 * blocks / rms(layer.base_weight())
+        assert layer.scaling["default"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_experts_of_a_weight_share_one_scale():
+    model = get_peft_model(
+        tiny_experts(),
+        SMoAConfig(r=4, target_parameters=["experts.down_proj", "experts.gate_up_proj"], use_lora_rate=True),
+    )
+    weights = [layer for layer in layers(model).values() if isinstance(layer, ExpertsWeight)]
+    assert weights
+    assert scales(model) == expected(model, 1.0, 2)
+    pattern = model.peft_config["default"].alpha_pattern
+    assert len(pattern) == len(weights)
+
+
+def curve(smoa, factor, alpha, lora_rate=True):
+    """The losses of a small model whose layer has W0 times `factor` and an input as much larger."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
+    x, labels = torch.randn(64, 24), torch.randint(0, 4, (64,))
+    with torch.no_grad():
+        model[0].weight *= factor
+    shared = {"r": 4, "target_modules": ["0"]}
+    kind = (
+        SMoAConfig(**shared, smoa_alpha=alpha, use_lora_rate=lora_rate)
+        if smoa
+        else LoraConfig(**shared, lora_alpha=alpha)
+    )
+    torch.manual_seed(1)
+    model = get_peft_model(model, kind)
+    optimizer = torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad), lr=0.02, weight_decay=0.0
+    )
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(x / factor), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("smoa", [True, False], ids=["smoa", "lora"])
+def test_it_follows_lora_to_a_smaller_weight_and_a_larger_input(smoa):
+    """The function is the same; LoRA's update of it becomes eight times as large, and so must ours."""
+    first, scaled = curve(smoa, 1.0, 4.0), curve(smoa, 0.125, 0.5)
+    assert first[-1] < 0.8 * first[0]
+    assert scaled == pytest.approx(first, rel=1e-3)
+    assert curve(smoa, 0.125, 4.0) == pytest.approx(curve(smoa, 1.0, 32.0), rel=1e-3)
+    assert curve(smoa, 0.125, 4.0) != pytest.approx(first, rel=0.05)
+
+
+@pytest.mark.numerical
+def test_a_constant_scale_does_not_follow():
+    assert curve(True, 0.125, 4.0, lora_rate=False) == pytest.approx(
+        curve(True, 1.0, 4.0, lora_rate=False), rel=1e-3
+    )
+
+
+@pytest.mark.numerical
+def test_the_folder_holds_numbers(make_model, tokens, tmp_path):
+    """They are exact, and what W0 is later changes nothing."""
+    given = config(use_lora_rate=True, fan_in_fan_out=make_model().config.model_type == "gpt2")
+    model = get_peft_model(make_model(), given).eval()
+    nudge(model, 0.01)
+    model.save_pretrained(tmp_path)
+    assert given.use_lora_rate
+    assert not given.alpha_pattern
+    saved = json.loads((tmp_path / CONFIG).read_text())
+    assert saved["use_lora_rate"] is False
+    assert len(saved["alpha_pattern"]) == len(layers(model))
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path).eval()
+    assert scales(loaded) == scales(model)
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    larger = make_model()
+    with torch.no_grad():
+        for name, parameter in larger.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter *= 1.1
+    assert scales(PeftModel.from_pretrained(larger, tmp_path)) == scales(model)
+    again = get_peft_model(make_model(), given)
+    assert scales(again) == scales(model)
+
+
+def test_a_layer_whose_name_ends_anothers_has_its_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)))
+    with torch.no_grad():
+        model[1][0].weight *= 4
+    model = get_peft_model(model, SMoAConfig(r=4, target_modules=["0", "1.0"], use_lora_rate=True))
+    config = model.peft_config["default"]
+    found = {name: config.for_layer(name.removeprefix("base_model.model.")).scaling for name in layers(model)}
+    assert found == scales(model)
+    assert len(set(found.values())) == 2
+
+
+@pytest.mark.numerical
+def test_beside_other_adapters(llama, tokens, tmp_path):
+    """Active together, combined, merged, and in the place of another one."""
+    model = adapt(llama(), use_lora_rate=True)
+    model.add_adapter("plain", config())
+    model.add_adapter("again", config(use_lora_rate=True))
+    assert set(scales(model, "plain").values()) == {1.0}
+    assert scales(model, "again") == scales(model)
+    nudge(model, 0.01)
+    model.base_model.set_adapter(["default", "plain"])
+    together = logits(model, tokens)
+    model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    close(logits(model, tokens), together, 1e-4)
+    model.set_adapter("default")
+    alone = logits(model, tokens)
+    model.save_pretrained(tmp_path, selected_adapters=["default", "plain"])
+    other = PeftModel.from_pretrained(llama(), tmp_path / "plain").eval()
+    hotswap(other, tmp_path)
+    assert scales(other) == scales(model)
+    assert torch.equal(logits(other, tokens), alone)
+    close(logits(model.merge_and_unload(), tokens), alone, 1e-4)
+
+
+@pytest.mark.numerical
+def test_merged_and_converted_folders_have_the_scale(llama, tokens, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    model = adapt(llama(), r=4, num_blocks=1, use_lora_rate=True)
+    nudge(model, 0.01)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = type(llama()).from_pretrained(tmp_path / "merged").eval()
+    close(logits(merged, tokens), logits(model, tokens), 1e-4)
+    assert convert_adapter(tmp_path / "adapter", tmp_path / "hira") == "HiRA"
+    hira = PeftModel.from_pretrained(llama(), tmp_path / "hira").eval()
+    close(logits(hira, tokens), logits(model, tokens), 1e-4)
+
+
+def test_refused_where_there_is_no_weight_to_measure(llama, tmp_path):
+    model = adapt(llama())
+    with pytest.raises(ValueError, match="use_lora_rate reads W0 when an adapter is added"):
+        model.add_adapter("other", config(use_lora_rate=True), low_cpu_mem_usage=True)
+    assert list(model.peft_config) == ["default"]
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(8, 6))
+    with pytest.raises(ValueError, match="use_lora_rate reads W0 when an adapter is added"):
+        get_peft_model(empty, SMoAConfig(target_modules=["0"], use_lora_rate=True))
+    zero = nn.Sequential(nn.Linear(8, 6))
+    nn.init.zeros_(zero[0].weight)
+    zero_config = SMoAConfig(target_modules=["0"], use_lora_rate=True, block_order="contiguous")
+    with pytest.raises(ValueError, match="0: use_lora_rate needs a base weight that is finite and not zero"):
+        get_peft_model(zero, zero_config)
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, use_lora_rate=True)
+    with pytest.raises(ValueError, match="use_lora_rate must be false in an adapter's folder"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_a_single_layer():
+    linear = nn.Linear(40, 33)
+    layer = FusedSMoALinear.from_linear(linear, r=6, num_blocks=3, alpha=12, use_lora_rate=True)
+    assert layer.scaling == pytest.approx(2 * 9 / rms(linear.weight), rel=1e-5)
+    nn.init.normal_(layer.smoa_B, std=0.01)
+    other = FusedSMoALinear.from_linear(nn.Linear(40, 33), r=6, num_blocks=3, alpha=layer.alpha)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 40)
+    assert torch.equal(other(x), layer(x))
+    with pytest.raises(ValueError, match="use_lora_rate reads the base weight, which is on the meta device"):
+        FusedSMoALinear.from_linear(nn.Linear(8, 6, device="meta"), r=4, use_lora_rate=True)
+    with pytest.raises(TypeError, match="use_lora_rate must be a bool"):
+        FusedSMoALinear.from_linear(nn.Linear(8, 6), r=4, use_lora_rate="lora")
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_a_quantised_weight_counts_as_it_is_dequantised(kind, quantizable):
+    model = get_peft_model(load(quantizable, KINDS[kind]), config(use_lora_rate=True))
+    assert scales(model) == expected(model, 1.0, 3)
