@@ -214,29 +214,30 @@ def test_concatenation_is_the_weighted_sum(make_model, tokens, mix, weights, tmp
     close(logits(loaded, tokens), expected, 1e-6)
 
 
-@pytest.mark.numerical
-def test_concatenation_over_layers_with_other_ranks(llama, tokens, tmp_path):
-    patterns = {"rank_pattern": {"q_proj": 3}, "num_blocks_pattern": {"layers.1.mlp.up_proj": 5}}
-    model = get_peft_model(llama(), gentle(llama(), r=4, **patterns), adapter_name="one")
-    model.add_adapter("two", gentle(llama(), r=6, target_modules=["q_proj", "up_proj"]))
-    model.eval().add_weighted_adapter(["one", "two"], [1.0, 2.0], "both")
-    activate(model, "both")
-    expected = logits(model, tokens)
-    model.save_pretrained(tmp_path, selected_adapters=["both"])
-    close(logits(PeftModel.from_pretrained(llama(), tmp_path / "both").eval(), tokens), expected, 1e-6)
+FURTHER = {
+    "other ranks": (
+        {"r": 4, "rank_pattern": {"q_proj": 3}, "num_blocks_pattern": {"layers.1.mlp.up_proj": 5}},
+        {"r": 6, "target_modules": ["q_proj", "up_proj"]},
+    ),
+    # The second adapter's blocks of k_proj are too many for the first one's granules.
+    "a granule": (
+        {"r": 4, "granule": 16, "target_modules": ["q_proj"]},
+        {"r": 4, "num_blocks": 4, "block_order": "contiguous", "target_modules": ["q_proj", "k_proj"]},
+    ),
+}
 
 
 @pytest.mark.numerical
-def test_a_granule_of_one_adapter_does_not_bind_the_combined_one(llama, tokens, tmp_path):
-    """The second adapter's blocks of k_proj are too many for the first one's granules."""
-    coarse = gentle(llama(), r=4, num_blocks=2, granule=16, target_modules=["q_proj"])
-    fine = gentle(llama(), r=4, num_blocks=4, block_order="contiguous", target_modules=["q_proj", "k_proj"])
-    model = get_peft_model(llama(), coarse, adapter_name="one").eval()
-    model.add_adapter("two", fine)
+@pytest.mark.parametrize("case", FURTHER)
+def test_concatenation_over_layers_that_differ(llama, tokens, tmp_path, case):
+    first, second = (gentle(llama(), **settings) for settings in FURTHER[case])
+    model = get_peft_model(llama(), first, adapter_name="one").eval()
+    model.add_adapter("two", second)
     model.add_weighted_adapter(["one", "two"], [1.0, 2.0], "both")
     activate(model, "both")
-    k_proj = [layer for name, layer in layers(model).items() if "k_proj" in name]
-    assert all(layer.partition("both") is layer.partition("two") for layer in k_proj)
+    for layer in layers(model).values():
+        parts = [name for name in ("one", "two") if name in layer.smoa_A]
+        assert len(parts) == 2 or layer.partition("both") is layer.partition(parts[0])
     expected = logits(model, tokens)
     model.save_pretrained(tmp_path, selected_adapters=["both"])
     close(logits(PeftModel.from_pretrained(llama(), tmp_path / "both").eval(), tokens), expected, 1e-6)

@@ -110,7 +110,7 @@ _OTHERS = {"Embedding": "an embedding is a look-up, not a product"} | dict.fromk
 
 def _class_for(layer: Any) -> type[Accelerated] | str:
     """The accelerated class for a layer, or why there is none."""
-    kind: type[nn.Module] = layer.pefts_class if _is_accelerated(layer) else type(layer)
+    kind: type = layer.pefts_class if _is_accelerated(layer) else type(layer)
     is_quantized = kind.__module__ == "peft.tuners.hira.bnb"
     if kind is not hira.Linear and not is_quantized:
         return _OTHERS.get(kind.__name__, f"its class is {kind.__qualname__}, not PEFT's hira.Linear")
