@@ -90,7 +90,7 @@ def test_tensor_parallelism_stays_in_a_node_and_cuts_layers() -> None:
 def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     page = PAGE.read_text(encoding="utf-8")
     commands = re.findall(r"^    smoa-kernels (plan .*)$", page, flags=re.MULTILINE)
-    assert len(commands) == 2
+    assert commands
     for command in commands:
         assert main([*command.split(), "--markdown"]) == 0
         assert capsys.readouterr().out in page, command
