@@ -91,7 +91,6 @@ EMULATED __m512 _mm512_set1_ps(float value) { return value - (__m512){0}; }
 EMULATED __m512i _mm512_set1_epi32(int value) { return (__m512i)(value - (ints_){0}); }
 EMULATED __m512i _mm512_set1_epi16(short value) { return (__m512i)((uint16_t)value - (halves_){0}); }
 EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
-EMULATED __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 EMULATED __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((words_)a + (words_)b); }
 EMULATED __m512i _mm512_add_epi16(__m512i a, __m512i b) { return (__m512i)((halves_)a + (halves_)b); }
 EMULATED __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
@@ -103,17 +102,6 @@ EMULATED float _mm512_reduce_add_ps(__m512 v) {
 }
 
 /* Masks. */
-EMULATED __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
-    __mmask16 mask = 0;
-    EACH(16, mask |= (((ints_)a)[i] == ((ints_)b)[i]) << i);
-    return mask;
-}
-EMULATED __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
-    must_(how == _CMP_UNORD_Q, "of comparisons there is only whether one is no number");
-    __mmask16 mask = 0;
-    EACH(16, mask |= (a[i] != a[i] || b[i] != b[i]) << i);
-    return mask;
-}
 EMULATED __mmask32 _mm512_mask_cmpeq_epi16_mask(__mmask32 own, __m512i a, __m512i b) {
     __mmask32 mask = 0;
     EACH(32, mask |= (__mmask32)(((halves_)a)[i] == ((halves_)b)[i]) << i);
@@ -127,28 +115,12 @@ EMULATED __m512i _mm512_mask_mov_epi16(__m512i without, __mmask32 mask, __m512i 
 EMULATED __m512i _mm512_maskz_mov_epi16(__mmask32 mask, __m512i a) {
     return _mm512_mask_mov_epi16(_mm512_setzero_si512(), mask, a);
 }
-EMULATED __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 without, __m512 with) {
-    __m512 line;
-    EACH(16, line[i] = mask >> i & 1 ? with[i] : without[i]);
-    return line;
-}
-EMULATED __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 a) { return _mm512_mask_blend_ps(mask, _mm512_setzero_ps(), a); }
-EMULATED __m512i _mm512_mask_or_epi32(__m512i without, __mmask16 mask, __m512i a, __m512i b) {
-    return (__m512i)_mm512_mask_blend_ps(mask, (__m512)without, (__m512)(a | b));
-}
 
 /* Numbers of a line in another order. */
-EMULATED __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 a) {
-    __m512 line = {0};
-    int next = 0;
-    EACH(16, if (mask >> i & 1) line[next++] = a[i]);
-    return line;
-}
-EMULATED __m512 _mm512_maskz_expand_ps(__mmask16 mask, __m512 a) {
-    __m512 line = {0};
-    int next = 0;
-    EACH(16, if (mask >> i & 1) line[i] = a[next++]);
-    return line;
+EMULATED __m512i _mm512_permutexvar_epi16(__m512i order, __m512i a) {
+    halves_ line;
+    EACH(32, line[i] = ((halves_)a)[((halves_)order)[i] & 31]);
+    return (__m512i)line;
 }
 EMULATED __m512i _mm512_permutex2var_epi16(__m512i a, __m512i order, __m512i b) {
     halves_ line;

@@ -15,7 +15,7 @@ typedef struct {
     half *W0, *delta;
     float *scratch, *C;
     const i64 *rows;
-    i64 before, steps; /* before: the first step of x that overlaps the block's columns; steps: how many do */
+    i64 before, steps; /* before: steps of x before the block's columns; steps: how many overlap them */
 } row_room;
 
 static row_room row_room_of(const product *p, arena *a) {
@@ -81,9 +81,9 @@ static void multiply_rows(void *it, i64 thread, i64 first, i64 end) {
     for (i64 k = 0, group = 0; k < l->blocks; k++)
         for (i64 n = 0; n < height_of(l, k); n += p->together, group++) {
             if (group < first || group >= end) continue;
-            i64 left = l->col_offsets[k], skip = left % TERMS, width = width_of(l, k), count = least(p->together, height_of(l, k) - n);
+            i64 col = l->col_offsets[k], skip = col % TERMS, width = width_of(l, k), count = least(p->together, height_of(l, k) - n);
             adapter m = adapter_of_block(l, &p->factors, k, n, skip);
-            r.rows = l->row_index + l->row_offsets[k] + n, r.before = left / TERMS;
+            r.rows = l->row_index + l->row_offsets[k] + n, r.before = col / TERMS;
             r.steps = width && m.rank ? ceil_div(skip + width, TERMS) : 0;
             if (alone && r.steps) {
                 operand block = weight_of_block(l, k, n, skip);
@@ -98,8 +98,9 @@ static void multiply_rows(void *it, i64 thread, i64 first, i64 end) {
                 delta_tiles(&m, least(SIDE, count - i), skip + width, r.W0 + panel * deep + r.before * STEP + tile,
                             r.delta + panel * r.steps * TERMS + tile);
             }
-            gemm_job g = {.format = PAIRS, .depth = alone ? 0 : l->cols, .terms = l->cols, .left_tiles = alone ? r.delta : r.W0, .right_tiles = p->x_tiles,
-                          .right_rows = PANEL, .C = r.C, .stride = PANEL, .begin = begin_with_delta, .epilogue = write_columns, .context = &r};
+            gemm_job g = {.format = PAIRS, .depth = alone ? 0 : l->cols, .terms = l->cols, .left_tiles = alone ? r.delta : r.W0,
+                          .right_tiles = p->x_tiles, .right_rows = PANEL, .C = r.C, .stride = PANEL, .begin = begin_with_delta,
+                          .epilogue = write_columns, .context = &r};
             gemm(&g, 0, count, 0, p->tokens, local);
         }
 }
@@ -129,18 +130,18 @@ TARGET_BF16 static void turn_columns(void *it, i64 thread, i64 panel, i64 end) {
 /* y = x W0ᵀ + dropout(x) ΔWᵀ + b, or x ΔWᵀ; returns the floats that it needs of the workspace. */
 static i64 rows_by_tokens(product p) {
     const layer *l = &p.l;
-    i64 left = p.tokens, most = least(left, tokens_together(l));
+    i64 remaining = p.tokens, most = least(remaining, tokens_together(l));
     i64 size = round_up(most, PANEL) * round_up(l->cols, TERMS) * 2;
     arena a = p.workspace, local = {0};
     /* Of few tokens, which are multiplied at once, no more rows than a panel: ΔW is made of rows that are in the caches. */
-    p.together = left <= PANEL ? PANEL : rows_together(l->rows, l->cols, L2_CACHE / 2, p.threads), p.groups = 0;
+    p.together = remaining <= PANEL ? PANEL : rows_together(l->rows, l->cols, L2_CACHE / 2, p.threads), p.groups = 0;
     for (i64 k = 0; k < l->blocks; k++) p.groups += ceil_div(height_of(l, k), p.together);
     p.factors = factors_of(&a, l, 1, l->scaling);
     p.x_tiles = take(&a, size), p.kept_tiles = take(&a, p.x_keep ? size : 0);
     p.last_columns = take(&a, l->rows * PANEL * 2);
     row_room_of(&p, &local), p.rooms = take_rooms(&a, p.threads, local.bytes);
-    for (; a.base && left > 0; left -= most, next_tokens(&p, most)) {
-        p.tokens = least(most, left);
+    for (; a.base && remaining > 0; remaining -= most, next_tokens(&p, most)) {
+        p.tokens = least(most, remaining);
         in_parallel(pack_x, &p, ceil_div(p.tokens, PANEL), 1, p.threads);
         in_parallel(multiply_rows, &p, p.groups, 1, p.threads);
         in_parallel(turn_columns, &p, ceil_div(p.tokens, PANEL), 1, p.threads);

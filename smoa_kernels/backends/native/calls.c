@@ -124,9 +124,9 @@ i64 smoa_mask(const mask_call *m) {
     for (i64 token = 0; token < m->tokens; token++) {
         for (i64 at = 0; at < m->numbers;) {
             if (t.next == STATE / 2) twist(&t);
-            i64 some = least(STATE / 2 - t.next, m->numbers - at);
-            memcpy(m->line + LEVELS * at, t.drawn + t.next, (size_t)some * sizeof *t.drawn);
-            at += some, t.next += some;
+            i64 count = least(STATE / 2 - t.next, m->numbers - at);
+            memcpy(m->line + LEVELS * at, t.drawn + t.next, (size_t)count * sizeof *t.drawn);
+            at += count, t.next += count;
         }
         for (i64 c = 0; c < m->cols; c += 16) {
             uint16_t bits = kept_bits(m->line + m->first + c, (int16_t)m->least_kept);

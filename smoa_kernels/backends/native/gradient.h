@@ -154,11 +154,11 @@ static i64 factor_gradients(const call *c, int tiles) {
     int swapped = c->layer.col_stride != 1;
     gradient g = {.l = swapped ? transposed(c->layer) : c->layer, .threads = c->threads, .dy = swapped ? x : dy, .x = swapped ? dy : x};
     const layer *l = &g.l;
-    i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads), left = c->tokens; /* no more than a thread has of a block */
-    i64 most = tiles ? least(left, tokens_together(l)) : left, padded = tiles ? round_up(most, TERMS) : 0;
+    i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads), remaining = c->tokens; /* no more than a thread has of a block */
+    i64 most = tiles ? least(remaining, tokens_together(l)) : remaining, padded = tiles ? round_up(most, TERMS) : 0;
     arena a = workspace_of(c->workspace), local = {0};
     /* The format goes by a block's rows, not by a thread's share of them: results would depend on the number of threads. */
-    g.format = tiles ? PAIRS : format_of(tallest_of(l), left);
+    g.format = tiles ? PAIRS : format_of(tallest_of(l), remaining);
     g.slab = least(tiles ? rows_together(l->rows, 2 * widest_of(l), L2_CACHE, 1) : SLAB, panels * PANEL), g.tokens = most;
     g.factors = factors_of(&a, l, 1, 1);
     g.dA = take(&a, g.threads * l->rank * g.factors.A_stride * 4), g.dB = take(&a, l->rank * g.factors.B_stride * 4);
@@ -170,8 +170,8 @@ static i64 factor_gradients(const call *c, int tiles) {
     if (!a.base) return floats_of(&a);
     memset(g.dA, 0, (size_t)(g.threads * l->rank * g.factors.A_stride) * sizeof *g.dA);
     memset(g.dB, 0, (size_t)(l->rank * g.factors.B_stride) * sizeof *g.dB);
-    for (; left > 0; left -= g.tokens) {
-        g.tokens = least(most, left);
+    for (; remaining > 0; remaining -= g.tokens) {
+        g.tokens = least(most, remaining);
 #if HAS_TILES
         if (tiles) in_parallel(pack_terms, &g, ceil_div(g.tokens, TERMS), 1, g.threads);
 #endif

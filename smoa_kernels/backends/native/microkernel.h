@@ -196,14 +196,13 @@ TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *le
         for (int q = 0; q < columns; q++) _mm512_store_ps(c + i * stride + q * SIDE, sum[i][q]);
 }
 
-/* One right tile, or two. With two, one broadcast of the left pair feeds two products, so that Zen 5 does not wait for loads. */
-TARGET_BF16 static __attribute__((noinline)) void dots(i64 steps, const half *left, const half *right, int add, float *c, i64 stride) {
-    dots_of(SIDE, 1, steps, left, right, add, c, stride);
-}
-
-TARGET_BF16 static __attribute__((noinline)) void wide_dots(i64 steps, const half *left, const half *right, int add, float *c,
-                                                            i64 stride) {
-    dots_of(SIDE / 2, 2, steps, left, right, add, c, stride);
+/* With two right tiles one broadcast of the left pair feeds two products, so that Zen 5 does not wait for loads. */
+TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, const half *right, int add, float *c,
+                                                       i64 stride) {
+    if (two)
+        dots_of(SIDE / 2, 2, steps, left, right, add, c, stride);
+    else
+        dots_of(SIDE, 1, steps, left, right, add, c, stride);
 }
 
 TARGET_BF16 static inline void load_left(const half *from) {
@@ -229,7 +228,7 @@ TARGET_BF16 static inline void pairs_panel(i64 steps, const half *left, const ha
     if (!has_amx()) {
         int two = columns > SIDE; /* right tiles */
         for (i64 i = 0; i < rows; i += two ? SIDE / 2 : SIDE)
-            (two ? wide_dots : dots)(steps, left + i / SIDE * TILE + i % SIDE * TERMS, right, add, c + i * stride, stride);
+            dots(two, steps, left + i / SIDE * TILE + i % SIDE * TERMS, right, add, c + i * stride, stride);
         return;
     }
     if (add)

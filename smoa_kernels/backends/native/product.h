@@ -84,18 +84,18 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     i64 rows = p->l.rows, bands = bands_of(p->tokens, rows, p->threads), sides = p->threads / bands, band = thread / sides, side = thread % sides;
     gemm_job g = weight_product(p);
     arena room = room_of(&p->rooms, thread);
-    i64 high = left_height(g.format), left = share_of(rows, PANEL, side, sides), right = share_of(rows, PANEL, side + 1, sides);
+    i64 high = left_height(g.format), row = share_of(rows, PANEL, side, sides), count = share_of(rows, PANEL, side + 1, sides) - row;
     first = share_of(p->tokens, high, band, bands), end = share_of(p->tokens, high, band + 1, bands);
-    if (first == end || left == right) return;
-    g.C = p->C + first * rows + left, g.stride = rows, g.add = p->algorithm == SPLIT;
+    if (first == end || !count) return;
+    g.C = p->C + first * rows + row, g.stride = rows, g.add = p->algorithm == SPLIT;
 #if HAS_TILES
-    rounded_rows to = {(half *)p->y + first * rows + left, rows};
+    rounded_rows to = {(half *)p->y + first * rows + row, rows};
     if (p->tiles) {
         g.C = take(&room, PANEL * g.right_rows * 4), g.stride = g.right_rows;
         g.context = &to, g.begin = p->y_keep ? begin_with_y : NULL, g.epilogue = round_panel, g.add = 0;
     }
 #endif
-    gemm(&g, first, end - first, left, right - left, room);
+    gemm(&g, first, end - first, row, count, room);
 }
 
 /* C = x ΔWᵀ of some tokens, a band at a time: each block's columns of x, in their order, give its columns of C. */
@@ -104,7 +104,7 @@ static void add_update(void *it, i64 thread, i64 first, i64 end) {
     const layer *l = &p->l;
     arena room = room_of(&p->rooms, thread);
     float *C = take(&room, least(BAND, p->tokens) * tallest_of(l) * 4);
-    int format = format_of(p->total, greatest(1, widest_of(l)));
+    int format = format_of(p->total, widest_of(l));
     for (i64 most = BAND / left_height(format) * left_height(format), count; first < end; first += count) {
         count = least(most, end - first);
         for (i64 k = 0; k < l->blocks; k++) {
@@ -144,7 +144,7 @@ static void finish(void *it, i64 thread, i64 first, i64 end) {
 
 /* Bytes that a thread takes of the workspace. */
 static i64 product_room(const product *p) {
-    i64 wide = greatest(1, widest_of(&p->l));
+    i64 wide = widest_of(&p->l);
     int format = format_of(p->total, wide);
     gemm_job g = weight_product(p);
     arena weight = {0}, update = {0};
@@ -159,7 +159,7 @@ static i64 product_room(const product *p) {
  * where some of y is dropped. */
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
-    i64 left = p.tokens, in_y = p.tiles || (p.dtype == FLOAT32 && p.algorithm != UPDATE), most = in_y ? left : least(left, MC);
+    i64 remaining = p.tokens, in_y = p.tiles || (p.dtype == FLOAT32 && p.algorithm != UPDATE), most = in_y ? remaining : least(remaining, MC);
     arena a = p.workspace;
     p.tokens = most;
     p.factors = factors_of(&a, l, p.algorithm != MERGED, l->scaling);
@@ -170,9 +170,9 @@ static i64 blocked_product(product p) {
     write_labels(l->row_index, l->row_offsets, l->blocks, row_label);
     write_labels(l->col_index, l->col_offsets, l->blocks, col_label);
     p.merged = (adapter){l->rank, p.factors.A_stride, p.factors.B_stride, 0, p.factors.A, p.factors.B, row_label, col_label};
-    for (; left > 0; left -= most, next_tokens(&p, most)) {
-        p.tokens = least(most, left);
-        if (p.algorithm != MERGED && !p.tiles) in_parallel(add_update, &p, p.tokens, left_height(format_of(p.total, greatest(1, widest_of(l)))), p.threads);
+    for (; remaining > 0; remaining -= most, next_tokens(&p, most)) {
+        p.tokens = least(most, remaining);
+        if (p.algorithm != MERGED && !p.tiles) in_parallel(add_update, &p, p.tokens, left_height(format_of(p.total, widest_of(l))), p.threads);
         if (p.algorithm != UPDATE) in_parallel(multiply_weight, &p, p.threads, 1, p.threads);
         if (!in_y || p.bias) in_parallel(finish, &p, p.tokens, 1, p.threads);
     }
