@@ -194,8 +194,15 @@ class CutModel:
 class ChoiceModel(CutModel):
     """A cut language model whose questions carry their answers; ``classes`` are all the answers that occur."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args, new_head=False)
+    def __init__(
+        self,
+        lower: nn.Module,
+        upper: ChoiceUpper,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: Sequence[str],
+        targets: dict[str, str],
+    ) -> None:
+        super().__init__(lower, upper, tokenizer, classes, targets, new_head=False)
         self.answers = answer_tokens(self.tokenizer, self.classes)
         self.place = {token: place for place, token in enumerate(vocabulary(self.answers))}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -82,7 +83,7 @@ def learning_rates(study: Study, tasks: Sequence[Task], names: Sequence[str]) ->
             tried, best = study.tried(task.name, name), best_rate(study.records, task.name, name)
             if best is not None and name != "none":
                 percent = {rate: 100 * share for rate, share in tried.items()}
-                style = {"linestyle": DASHES.get(name, "-"), "linewidth": 1.4}
+                style: dict[str, Any] = {"linestyle": DASHES.get(name, "-"), "linewidth": 1.4}
                 axis.plot(list(percent), list(percent.values()), color=colour(name), label=name, **style)
                 axis.plot([best], [percent[best]], "o", color=colour(name), markersize=4)
         axis.set(xscale="log", ylabel="accuracy on validation, %")
