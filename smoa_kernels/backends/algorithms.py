@@ -53,8 +53,8 @@ def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str, 
     the roofline of an H100 (700 TFLOP/s in half types, 2.9 TB/s) they save 8 bytes for each element of a block in the
     forward and in dX. That is less than 5 % of the time from T·K = 19,300 on, in half types and in TF32; in IEEE
     float32, whose products are slower, from 2,600 on. For dA and dB it is about the same: at 4096², K = 4, T = 8192 in
-    bf16 `block_grad` takes 117 µs if its main loop is as fast as cuBLAS, and cuBLAS 121. On other GPUs these limits are
-    as large, or smaller.
+    bf16 `block_grad` takes 117 µs if its main loop is as fast as cuBLAS, and cuBLAS 121. These limits are
+    smaller on most other GPUs, and 27,000 on an L40S.
 
     Else choose "fused" for few tokens, else "merged" where it is admissible, else "split"; dropout is always split.
     With few tokens reading W0 takes longer than anything else, and "fused" reads it once and builds no weight. But it
