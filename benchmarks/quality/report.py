@@ -23,10 +23,22 @@ RANDOM = [(ours, theirs) for theirs, ours in ABLATIONS.items()]
 QUESTIONS = (
     ("Half of the parameters, on average", HALF, LORA),
     ("Half of the parameters, against a LoRA of that size, on average", HALF, LORA_HALF),
+    *(
+        ("At LoRA's learning rate, without a search", "SMoA K=2, r=8, LoRA's rate", other)
+        for other in (LORA, HALF)
+    ),
     *(("Goal, equal parameters: above LoRA on average", ours, LORA) for ours in EQUALS),
     *(("Goal, spectral against random blocks", *pair) for pair in RANDOM),
     *(("Another order against the spectral one", *pair) for pair in ORDERS.items()),
 )
+# Beside LoRA at its own best rate, which they take, and beside the same SMoA at the best of eight.
+AT_LORAS = [
+    (method.name, other)
+    for method in SWEEPS["lora-rate"]
+    for other in (LORA, method.name.partition(",")[0])
+    if other in BY_NAME
+]
+SPIKE = 1.5  # a loss so many times as large as the mean of the first ten
 ENOUGH = 3  # of five tasks: the goal was set before there was a sixth
 
 
@@ -74,6 +86,8 @@ def page(study: Study) -> str:
         "spectral_devices": devices(study, set(ORDERS.values())),
         "orders": differences(study, list(ORDERS.items()), and_all),
         "orders_by_model": differences(study, list(ORDERS.items()), by_model),
+        "at_loras_rate": differences(study, AT_LORAS, and_all),
+        "steady": steady(study),
         "controls": variations(study, study.controls, {LORA: [n for n in study.methods if n != LORA]}),
         "rates": listed(LEARNING_RATES) + fewer_rates(study),
         "chosen": chosen(study),
@@ -325,6 +339,17 @@ def line(study: Study, task: Task, name: str, base: str) -> list[tuple[str, ...]
             "–" if name == base else points(study.difference(name, base, [task])),
         )
     ]
+
+
+def steady(study: Study) -> str:
+    """One row a method: how many of its runs spiked after the tenth step."""
+    rows = []
+    for method in SWEEPS["steady"]:
+        runs = [run for task in study.tasks for run in study.finals(task.name, method.name)]
+        spiked = sum(run["worst_loss"] > SPIKE * run["loss_start"] for run in runs)
+        accuracy = sum(run["accuracy"] for run in runs) / max(1, len(runs))
+        rows += [(method.name, f"{len(runs)}", f"{spiked}", f"{100 * accuracy:.1f}")] if runs else []
+    return table(("method", "runs", "spiked", "mean accuracy, %"), rows)
 
 
 def costs(study: Study, task: Task) -> str:
